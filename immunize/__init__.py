@@ -1,0 +1,1 @@
+"""Immunizers: one file each; a thin class that the config builds around pure functions."""

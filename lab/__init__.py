@@ -1,0 +1,1 @@
+"""Everything the three nouns (immunizers, attackers, metrics) run on."""

@@ -1,0 +1,1 @@
+"""Feature extractors that a run can immunize."""

@@ -1,0 +1,1 @@
+"""Pairs of benign and harmful tasks, from real data."""

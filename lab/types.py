@@ -1,0 +1,290 @@
+"""The contracts that immunizers, attackers, metrics, scenarios and backbones meet.
+
+Nothing here computes. A noun package (`immunize`, `attacks`, `eval`) imports this module and the pure
+functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never another noun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+Role = Literal["benign", "harmful"]
+Kind = Literal["linear", "deep", "diffusion"]
+CONTROL = "none"
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs ``x`` [n, ...] (float features or uint8 images [n, 3, s, s]) and targets ``y`` [n].
+
+    ``y`` is float64 for regression and int64 class indices for classification.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that somebody may want to fit on top of a model."""
+
+    name: str
+    role: Role
+    kind: Literal["regression", "classification"]
+    train: Split
+    test: Split
+    classes: int = 1  # outputs of the probe: 1 for regression, number of classes otherwise
+
+
+@dataclass(frozen=True)
+class Case:
+    """One immunization problem: a benign task to keep easy, harmful tasks to make hard."""
+
+    name: str
+    benign: Task
+    harmful: tuple[Task, ...]
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (self.benign, *self.harmful)
+
+    def task(self, name: str) -> Task:
+        return next(t for t in self.tasks if t.name == name)
+
+
+@dataclass(frozen=True)
+class ScenarioData:
+    """What a scenario loads for one seed.
+
+    ``notes`` are full sentences about rows and columns that were dropped or imputed and the rank that
+    remains; ``data_hash`` is a SHA-256 over the tensors of every case.
+    """
+
+    cases: tuple[Case, ...]
+    notes: tuple[str, ...] = ()
+    data_hash: str = ""
+
+
+@runtime_checkable
+class Scenario(Protocol):
+    """Loads real data. Same seed, same bytes."""
+
+    name: str
+    provides: ClassVar[frozenset[Kind]]  # the backbone kinds that its inputs suit
+
+    def load(self, seed: int) -> ScenarioData: ...
+
+
+class FeatureModel(nn.Module):
+    """A feature extractor: raw inputs [n, ...] to features [n, d].
+
+    The network is a chain of named blocks, so that a prefix which does not move can be evaluated once
+    (`lab.activations.prefix`). Parameters of ``blocks`` are all that a model has. Batch-norm layers stay in
+    evaluation mode throughout the project: features must not depend on the batch they are computed in.
+    """
+
+    kind: ClassVar[Kind] = "deep"
+
+    def __init__(self, blocks: Sequence[tuple[str, nn.Module]], feature_dim: int) -> None:
+        super().__init__()
+        self.block_names: tuple[str, ...] = tuple(name for name, _ in blocks)
+        self.blocks = nn.ModuleList([module for _, module in blocks])
+        self.feature_dim = feature_dim
+        self.eval()
+
+    def train(self, mode: bool = True) -> FeatureModel:
+        return super().train(False)
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """Raw inputs to what the first block takes (deep models scale and normalise images here)."""
+        return x
+
+    def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
+        """Blocks ``start`` to ``stop`` on what block ``start`` takes (``inputs(x)`` for 0)."""
+        for block in list(self.blocks)[start:stop]:
+            x = block(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self.inputs(x))
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """Builds the original model θ_0 for a case. Called again, it returns an equal, independent model."""
+
+    name: str
+    kind: Kind
+
+    def build(self, case: Case, seed: int) -> FeatureModel: ...
+
+
+class Checkpoint(Protocol):
+    """Where a long stage keeps its state, so that a killed job continues at its last step."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The state saved last (tensors and JSON-able values), or None."""
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+
+
+class Log(Protocol):
+    """Called by an immunizer: ``log(step, kappa_harmful=…, loss=…)``; float values, inf and nan allowed."""
+
+    def __call__(self, step: int, **values: float) -> None: ...
+
+
+@runtime_checkable
+class Immunizer(Protocol):
+    """Returns new weights; ``model`` is left untouched. Only declared parameters move.
+
+    ``checkpoint`` may be None (tests, tiny runs). Raises `lab.errors.Diverged` when numbers leave the
+    finite range and `lab.errors.UserError` for options that cannot work.
+    """
+
+    name: str
+    accepts: ClassVar[frozenset[Kind]]
+
+    def __call__(
+        self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> FeatureModel: ...
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What an attacker may spend, equal in every arm. A trajectory runs to ``horizon * multiple`` steps."""
+
+    horizon: int
+    multiple: int = 5
+    points: int = 20  # snapshots along the trajectory, step 0 and the last step included
+
+    @property
+    def steps(self) -> int:
+        return self.horizon * self.multiple
+
+    def snapshots(self) -> tuple[int, ...]:
+        """Steps at which to measure: geometric, always with 0, ``horizon`` and the last step."""
+        last = self.steps
+        grid = {0, self.horizon, last}
+        grid |= {round(last ** (i / max(self.points - 2, 1))) for i in range(self.points - 1)}
+        return tuple(sorted(grid))
+
+
+@dataclass
+class Trajectory:
+    """An attack, step by step.
+
+    Attributes:
+        steps: increasing step numbers, the first is 0 (before any update).
+        values: one list per quantity, as long as ``steps``. Always ``train_loss`` and ``test_loss``;
+            ``train_accuracy`` and ``test_accuracy`` for classification; ``norm_ratio`` where the attack
+            has a unique optimum (linear probes).
+        status: ``diverged`` keeps all finite points before the divergence.
+        info: JSON-able facts (chosen learning rate, loss, number of trainable parameters, …).
+        weights: what the attacker ends with (safetensors).
+    """
+
+    steps: list[int]
+    values: dict[str, list[float]]
+    status: Literal["ok", "diverged"] = "ok"
+    info: dict[str, Any] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def at(self, name: str, step: int) -> float:
+        """Value at the last recorded step that is ≤ ``step``."""
+        index = max(i for i, s in enumerate(self.steps) if s <= step)
+        return self.values[name][index]
+
+
+@runtime_checkable
+class Attacker(Protocol):
+    """Fine-tunes a copy of ``model`` for ``task``. Input untouched; harmful and benign tasks alike."""
+
+    name: str
+    accepts: ClassVar[frozenset[Kind]]
+
+    def __call__(
+        self, model: FeatureModel, task: Task, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+    ) -> Trajectory: ...
+
+
+@dataclass
+class Score:
+    """One figure with its interval.
+
+    ``n`` is the number of seeds. ``interval`` says what the interval supports: ``across_seeds`` (n ≥ 3),
+    ``within_seed`` (fewer; no claim across seeds), ``point`` (nothing to resample). ``value`` None needs a
+    ``note`` with the reason (for example an infinite bound).
+    """
+
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = 1
+    better: Literal["higher", "lower", "neutral"] = "higher"
+    interval: Literal["across_seeds", "within_seed", "point"] = "point"
+    note: str | None = None
+    unit: str = ""
+
+
+@dataclass
+class Scores:
+    """What a metric returns.
+
+    ``curves``: name → {"step": [...], arm: [...], "x": label, "y": label, "log": "x" | "y" | "xy" | ""};
+    ``tables``: name → list of flat rows (JSON-able).
+    """
+
+    metrics: dict[str, Score] = field(default_factory=dict)
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+
+class RunView(Protocol):
+    """Read access to everything that a run produced; loads lazily from the stage cache."""
+
+    scenario: str
+    immunizer: str  # the arm under test; equals CONTROL when only the control arm was run
+    arms: tuple[str, ...]  # (CONTROL,) or (CONTROL, immunizer)
+    attacks: tuple[str, ...]
+    seeds: tuple[int, ...]
+    budget: Budget
+
+    def cases(self, seed: int) -> tuple[Case, ...]: ...
+
+    def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
+        """θ_I for the immunizer's arm, θ_0 for the control arm."""
+
+    def history(self, case: Case, seed: int) -> dict[str, list[float]]:
+        """What the immunizer logged: ``step`` and one equally long list per quantity."""
+
+    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory: ...
+
+
+@runtime_checkable
+class RunMetric(Protocol):
+    """A family of figures over a run. ``needs_arms`` = 2 compares with the control arm."""
+
+    name: str
+    accepts: ClassVar[frozenset[Kind]]
+    needs_arms: ClassVar[int]
+    needs_attack: ClassVar[bool]
+
+    def __call__(self, run: RunView) -> Scores: ...
+
+
+Progress = Callable[..., Iterable[Any]]
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """True when both have the same parameters and buffers, bit for bit."""
+    left, right = a.state_dict(), b.state_dict()
+    return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)
