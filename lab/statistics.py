@@ -44,10 +44,12 @@ def score(
         return Score(value, None, None, n, better, "point", note, unit)
     rng = np.random.default_rng(20241220)  # fixed: the interval of the same samples never changes
     across = n >= MIN_SEEDS
-    stats = np.empty(draws)
-    for d in range(draws):
-        chosen = rng.integers(0, n, n) if across else np.arange(n)
-        stats[d] = centre([centre(groups[i][rng.integers(0, groups[i].size, groups[i].size)]) for i in chosen])
+    chosen = rng.integers(0, n, (draws, n)) if across else np.tile(np.arange(n), (draws, 1))
+    centres = np.empty((draws, n))
+    for i, group in enumerate(groups):  # every time that seed i was drawn, its units are resampled anew
+        drawn = chosen == i
+        centres[drawn] = centre(group[rng.integers(0, group.size, (int(drawn.sum()), group.size))], axis=1)
+    stats = centre(centres, axis=1)
     low, high = back(np.percentile(stats, [2.5, 97.5]))
     if not across and all(g.size < 2 for g in groups):
         return Score(value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit)

@@ -1,0 +1,67 @@
+"""Checks that the attackers share. Every failure names the config key, the value and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+
+from lab.errors import UserError, nearest
+from lab.types import Budget, Task
+
+Loss = Literal["squared", "cross_entropy"]
+LOSSES = ("auto", "squared", "cross_entropy")
+
+
+def choice(key: str, value: object, choices: Iterable[str]) -> str:
+    """``value`` when it is one of ``choices``; otherwise a `UserError` with the nearest name."""
+    options = tuple(choices)
+    if value not in options:
+        raise UserError(key, value, nearest(str(value), options))
+    return str(value)
+
+
+def at_least(key: str, value: object, low: float, *, strict: bool = False, whole: bool = False) -> float:
+    """``value`` as a number ≥ ``low`` (> ``low`` when ``strict``); a `UserError` otherwise."""
+    sign = ">" if strict else "≥"
+    fix = f"must be {'a whole number' if whole else 'a number'} {sign} {low:g}."
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        raise UserError(key, value, fix)
+    if not (value > low if strict else value >= low) or value == float("inf"):
+        raise UserError(key, value, fix)
+    return value
+
+
+def count(key: str, value: object, low: int = 1) -> int:
+    """A whole number ≥ ``low``."""
+    return int(at_least(key, value, low, whole=True))
+
+
+def check_budget(budget: Budget) -> None:
+    """Horizon, multiple and points of at least 1, 1 and 2."""
+    count("budget.horizon", budget.horizon)
+    count("budget.multiple", budget.multiple)
+    count("budget.points", budget.points, 2)
+
+
+def resolve_loss(key: str, loss: str, task: Task) -> Loss:
+    """``auto`` is squared loss for regression and cross entropy for classification.
+
+    Raises:
+        UserError: cross entropy on a regression task, training targets of one class only, or a class index
+            outside ``task.classes``.
+    """
+    if task.kind == "classification":
+        seen = torch.unique(task.train.y)
+        if len(seen) < 2:
+            fix = f"task {task.name} has one class only in its training targets; use more rows or another task."
+            raise UserError("scenario", task.name, fix)
+        if int(seen.min()) < 0 or int(seen.max()) >= task.classes:
+            fix = f"class indices of task {task.name} must lie in 0 … {task.classes - 1}; mend the scenario."
+            raise UserError("scenario", task.name, fix)
+    elif loss == "cross_entropy":
+        raise UserError(key, loss, f"task {task.name} is a regression; use squared or auto.")
+    if loss == "auto":
+        return "squared" if task.kind == "regression" else "cross_entropy"
+    return "squared" if loss == "squared" else "cross_entropy"

@@ -1,0 +1,122 @@
+"""What all run metrics share: walking over seeds and cases, averaging curves, choosing the worst."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from lab.statistics import score
+from lab.types import CONTROL, Case, Role, RunView, Score, Task, Trajectory
+
+Better = Literal["higher", "lower", "neutral"]
+Samples = list[list[float]]
+Line = tuple[Sequence[float], Sequence[float]]  # steps, values
+
+
+class Cached:
+    """A `RunView` that reads every trajectory once; the attackers' weights are dropped."""
+
+    def __init__(self, run: RunView) -> None:
+        self._run = run
+        self.scenario, self.immunizer, self.arms = run.scenario, run.immunizer, run.arms
+        self.attacks, self.seeds, self.budget = run.attacks, run.seeds, run.budget
+        self.model, self.history = run.model, run.history
+        self._trajectories: dict[tuple[str, str, str, str, int], Trajectory] = {}
+
+    def cases(self, seed: int) -> tuple[Case, ...]:
+        return self._run.cases(seed)
+
+    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+        key = (arm, attack, case.name, task.name, seed)
+        if key not in self._trajectories:
+            full = self._run.trajectory(arm, attack, case, task, seed)
+            self._trajectories[key] = Trajectory(full.steps, full.values, full.status, full.info)
+        return self._trajectories[key]
+
+
+def slug(name: str) -> str:
+    """``name`` as a part of a metric name: lower case, digits and underscores."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def arm_names(run: RunView) -> tuple[str, ...]:
+    """(control,) or (control, immunizer); the control always comes first."""
+    return (CONTROL, *(a for a in run.arms if a != CONTROL))
+
+
+def both_arms(run: RunView) -> bool:
+    return len(arm_names(run)) == 2
+
+
+def tasks_of(case: Case, role: Role) -> tuple[Task, ...]:
+    return (case.benign,) if role == "benign" else case.harmful
+
+
+def walk(run: RunView) -> Iterator[tuple[int, int, Case]]:
+    """(position of the seed, seed, case) over everything in the run."""
+    for position, seed in enumerate(run.seeds):
+        for case in run.cases(seed):
+            yield position, seed, case
+
+
+def samples(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
+    """``value(seed, case)`` as samples[seed][case]; None is left out, and a seed with nothing left too."""
+    groups: Samples = [[] for _ in run.seeds]
+    for position, seed, case in walk(run):
+        v = value(seed, case)
+        if v is not None:
+            groups[position].append(v)
+    return [g for g in groups if g]
+
+
+def score_or_reason(
+    groups: Samples, better: Better, reason: str, *, aggregate: Literal["mean", "geomean"] = "mean", **kwargs: Any
+) -> Score:
+    """`lab.statistics.score`, or a score without value and with ``reason`` when nothing could be measured."""
+    if not groups:
+        return Score(None, better=better, note=reason, unit=kwargs.get("unit", ""))
+    return score(groups, better, aggregate=aggregate, **kwargs)
+
+
+def worst(role: Role, values: Sequence[float]) -> float:
+    """The value that counts: what protects least on harmful tasks, what costs most on benign ones."""
+    return min(values) if role == "harmful" else max(values)
+
+
+def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
+    """Mean of several (steps, values) lines, on the steps of the first, ending where the shortest ends.
+
+    Values between the steps of a line are interpolated linearly. A line that stopped early (divergence) cuts the
+    mean there, so that no mean over survivors is shown. A step where any line is not finite gives None.
+    """
+    if not lines:
+        raise ValueError("a curve over an empty set")
+    end = min(steps[-1] for steps, _ in lines)
+    grid = [s for s in lines[0][0] if s <= end] or [lines[0][0][0]]
+    stack = np.stack([np.interp(grid, steps, np.asarray(values, dtype=float)) for steps, values in lines])
+    with np.errstate(invalid="ignore"):
+        means = stack.mean(axis=0)
+    return [float(s) for s in grid], [float(v) if math.isfinite(v) else None for v in means]
+
+
+def arm_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
+    """A record curve from lines per arm; arms that end early are filled with None up to the common steps."""
+    means = {arm: mean_curve(arm_lines) for arm, arm_lines in lines.items()}
+    steps = max((m[0] for m in means.values()), key=len)
+    out: dict[str, Any] = {"step": steps, "x": x, "y": y, "log": log}
+    for arm, (grid, values) in means.items():
+        lookup = dict(zip(grid, values, strict=True))
+        out[arm] = [lookup.get(s) for s in steps]
+    return out
+
+
+def thin(values: Sequence[float], points: int = 60) -> list[tuple[int, float]]:
+    """At most ``points`` (index, value) pairs, evenly spread, first and last included."""
+    if len(values) <= points:
+        return list(enumerate(values))
+    chosen = sorted({round(i * (len(values) - 1) / (points - 1)) for i in range(points)})
+    return [(i, values[i]) for i in chosen]

@@ -1,0 +1,96 @@
+"""How the two tasks lie to each other: principal angles and the spectrum of the pencil (K_H, K_P) (METHODS §2.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from eval.aggregate import arm_names, samples, score_or_reason, thin, walk
+from lab.activations import features
+from lab.condition import principal_angles, rir_bound
+from lab.errors import UserError
+from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
+
+
+class Geometry:
+    """Principal angles between the leading subspaces of both tasks' features, and the pencil's eigenvalues.
+
+    κ(M) = λ_max/λ_min of the pencil says beforehand whether a pair can be immunized by a linear map; an invertible
+    linear extractor cannot change it (there it is given for the control alone), a deep one can. With several harmful
+    tasks the mean is reported.
+
+    Args:
+        energy: share of ‖X‖²_F that the leading subspaces hold, in (0, 1].
+        dim: number of leading directions instead of ``energy``.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
+    needs_arms: ClassVar[int] = 1
+    needs_attack: ClassVar[bool] = False
+
+    def __init__(self, name: str = "geometry", energy: float = 0.9, dim: int | None = None) -> None:
+        if not 0 < energy <= 1:
+            raise UserError(f"eval.{name}.energy", energy, "must lie in (0, 1].")
+        if dim is not None and dim < 1:
+            raise UserError(f"eval.{name}.dim", dim, "must be ≥ 1, or null for the share of energy.")
+        self.name, self.energy, self.dim = name, energy, dim
+
+    def __call__(self, run: RunView) -> Scores:
+        out = Scores(tables={"principal_angles": [], "pencil": []})
+        first = next(walk(run))[1:]
+        for arm in arm_names(run):
+            found: dict[str, dict[tuple[int, str], float | None]] = {"mean": {}, "largest": {}, "kappa_m": {}}
+            reason = "no case"
+            for _, seed, case in walk(run):
+                is_first = (seed, case.name) == (first[0], first[1].name)
+                values = self._measure(run, arm, case, seed, out if is_first else None)
+                for key, value in values["numbers"].items():
+                    found[key][(seed, case.name)] = value
+                reason = values["reason"] or reason
+            end = "_control" if arm == CONTROL else ""
+            for name, key, unit in (
+                ("principal_angle_mean", "mean", "°"),
+                ("principal_angle_largest", "largest", "°"),
+                ("kappa_pencil", "kappa_m", ""),
+            ):
+                if found[key]:
+                    out.metrics[name + end] = _score(run, found[key], reason, unit)
+        return out
+
+    def _measure(self, run: RunView, arm: str, case: Case, seed: int, out: Scores | None) -> dict[str, Any]:
+        model = run.model(arm, case, seed)
+        benign = features(model, case.benign.train.x)
+        angles: list[Tensor] = []
+        kappa_m: list[float | None] = []
+        reason = None
+        for task in case.harmful:
+            harmful = features(model, task.train.x)
+            angle = principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
+            angles.append(angle)
+            base = {"arm": arm, "case": case.name, "seed": seed, "task": task.name}
+            if out is not None and task is case.harmful[0]:
+                degrees = thin(angle.tolist())
+                out.tables["principal_angles"] += [base | {"index": i + 1, "degrees": v} for i, v in degrees]
+            if arm != CONTROL and model.kind == "linear":
+                continue  # a congruence: the pencil is the control's
+            bound = rir_bound(benign, harmful)
+            kappa_m.append(bound.kappa_m)
+            reason = bound.reason or reason
+            if out is not None and task is case.harmful[0]:
+                pencil = [(i, v) for i, v in thin(bound.pencil.tolist()) if v > 0]
+                out.tables["pencil"] += [base | {"index": i + 1, "value": v} for i, v in pencil]
+        numbers: dict[str, float | None] = {
+            "mean": sum(float(a.mean()) for a in angles) / len(angles),
+            "largest": max(float(a.max()) for a in angles),
+        }
+        if kappa_m:
+            finite = [k for k in kappa_m if k is not None]
+            numbers["kappa_m"] = sum(finite) / len(finite) if len(finite) == len(kappa_m) else None
+        return {"numbers": numbers, "reason": reason}
+
+
+def _score(run: RunView, found: dict[tuple[int, str], float | None], reason: str, unit: str) -> Score:
+    groups = samples(run, lambda seed, case: found[(seed, case.name)])
+    return score_or_reason(groups, "neutral", reason, unit=unit)

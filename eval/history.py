@@ -1,0 +1,50 @@
+"""Curves over immunization steps, from what an immunizer logged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from eval.aggregate import Line, mean_curve, walk
+from eval.pairs import Pair
+from lab.types import CONTROL, RunView
+
+LABELS = {
+    "kappa_benign": "κ of the benign Hessian",
+    "kappa_harmful": "κ of the harmful Hessian",
+    "rir": "RIR",
+    "rir_bound_ratio": "RIR ÷ its bound",
+}
+
+
+def _logged_rir(series: dict[str, list[float]], pair: Pair, has_start: bool) -> list[float]:
+    harmful, benign = series["kappa_harmful"], series["kappa_benign"]
+    base_h = harmful[0] if has_start else pair.kappa_harmful[CONTROL].value
+    base_b = benign[0] if has_start else pair.kappa_benign[CONTROL].value
+    return [(h / base_h) / (b / base_b) for h, b in zip(harmful, benign, strict=True)]
+
+
+def history_curves(run: RunView, worst: Callable[[int, str], Pair]) -> dict[str, dict[str, Any]]:
+    """κ of both Hessians, RIR and its share of the bound against immunization steps, as the immunizer logged them.
+
+    ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to the log's own entry at
+    step 0, or to the control's κ where there is none.
+    """
+    lines: dict[str, list[Line]] = {}
+    for _, seed, case in walk(run):
+        history, pair = run.history(case, seed), worst(seed, case.name)
+        steps = history.get("step", [])
+        series = {k: history[k] for k in LABELS if k in history and len(history[k]) == len(steps)}
+        if not steps or not {"kappa_benign", "kappa_harmful"} <= series.keys():
+            continue
+        if "rir" not in series:
+            series["rir"] = _logged_rir(series, pair, has_start=steps[0] == 0)
+        if "rir_bound_ratio" not in series and pair.bound is not None and pair.bound.value is not None:
+            series["rir_bound_ratio"] = [r / pair.bound.value for r in series["rir"]]
+        for name, values in series.items():
+            lines.setdefault(name, []).append((steps, values))
+    curves = {}
+    for name, runs in lines.items():
+        grid, means = mean_curve(runs)
+        curves[name] = {"step": grid, run.immunizer: means, "x": "immunization step", "y": LABELS[name], "log": "y"}
+    return curves

@@ -1,0 +1,208 @@
+"""Which plots a report shows: chosen and named here, drawn by `eval.report.plots`."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from markupsafe import Markup
+
+from eval.aggregate import slug
+from eval.report.plots import Line, heat_map, lines_plot
+from eval.report.words import Record, figure
+from lab.types import CONTROL
+
+_META = ("step", "x", "y", "log")
+_CONDITION = {
+    "rir_bound_ratio": "RIR as a share of its bound",
+    "rir": "Relative immunization ratio (RIR)",
+    "kappa_harmful": "κ of the harmful Hessian",
+    "kappa_benign": "κ of the benign Hessian",
+}
+_QUANTITIES = {
+    "norm_ratio": "distance to the optimum",
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "train_loss": "training loss",
+}
+
+Shown = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
+
+
+def _lines(name: str, records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Line]:
+    """The control once (it is the same in all records), then the immunized arm of every record."""
+    out: list[Line] = []
+    for record, label in zip(records, labels, strict=True):
+        curve = record["curves"].get(name)
+        if curve is None:
+            continue
+        for arm, values in curve.items():
+            if arm in _META or not isinstance(values, list):
+                continue
+            if arm == CONTROL and any(line.index == 0 for line in out):
+                continue
+            out.append(Line(label, 0 if arm == CONTROL else index[label], curve["step"], values))
+    return out
+
+
+def _curve(name: str, records: Sequence[Record]) -> dict[str, Any]:
+    return next(r["curves"][name] for r in records if name in r["curves"])
+
+
+def _names(records: Sequence[Record]) -> list[str]:
+    return list(dict.fromkeys(name for r in records for name in r["curves"]))
+
+
+def comparison_curves(records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Shown]:
+    """κ, RIR and its share of the bound against immunization steps."""
+    out = []
+    for name in [n for n in _CONDITION if n in _names(records)]:
+        curve = _curve(name, records)
+        reference = 1.0 if name in ("rir", "rir_bound_ratio") else None
+        svg = lines_plot(
+            _lines(name, records, labels, index), title=_CONDITION[name], x=str(curve.get("x", "step")),
+            y=str(curve.get("y", name)), log=curve.get("log", ""), reference=reference,
+        )  # fmt: skip
+        note = {"rir_bound_ratio": "1 is the most that any linear immunizer can reach.", "rir": "1: no effect."}.get(
+            name, ""
+        )
+        out.append({"title": _CONDITION[name], "svg": svg, "note": note})
+    return [shown for shown in out if shown["svg"]]
+
+
+def trajectories(
+    records: Sequence[Record], labels: Sequence[str], index: dict[str, int]
+) -> tuple[list[Shown], list[Shown]]:
+    """Attack trajectories of all arms: (those that decide, all others); harmful and benign share one y axis."""
+    main: list[Shown] = []
+    more: list[Shown] = []
+    names = [n for n in _names(records) if n not in _CONDITION]
+    for attack in list(dict.fromkeys(a for r in records for a in r["attacks"])):
+        found = [q for q in _QUANTITIES if any(f"{q}_{role}_{slug(attack)}" in names for role in ("harmful", "benign"))]
+        for quantity in found:
+            pair = [(role, f"{quantity}_{role}_{slug(attack)}") for role in ("harmful", "benign")]
+            drawn = [(r, n, _lines(n, records, labels, index)) for r, n in pair if n in names]
+            limits = _limits([line for _, _, ls in drawn for line in ls], _curve(drawn[0][1], records).get("log", ""))
+            for role, name, lines in drawn:
+                curve = _curve(name, records)
+                title = f"{attack}: {_QUANTITIES[quantity]}, {role} task"
+                y = re.sub(r", (harmful|benign) task$", "", str(curve.get("y", name)))
+                svg = lines_plot(
+                    lines, title=title, x=str(curve.get("x", "step")), y=y,
+                    log=curve.get("log", ""), mark=_horizon(records), limits=limits,
+                )  # fmt: skip
+                if svg:
+                    # the first quantity of an attack decides: norm ratio, else accuracy, else loss
+                    (main if quantity == found[0] else more).append({"title": title, "svg": svg, "note": ""})
+            names = [n for n in names if n not in [p[1] for p in pair]]
+    for name in names:
+        curve = _curve(name, records)
+        svg = lines_plot(
+            _lines(name, records, labels, index), title=name, x=str(curve.get("x", "step")),
+            y=str(curve.get("y", name)), log=curve.get("log", ""),
+        )  # fmt: skip
+        if svg:
+            more.append({"title": name, "svg": svg, "note": ""})
+    return main, more
+
+
+def _limits(lines: Sequence[Line], log: str) -> tuple[float, float] | None:
+    values = [v for line in lines for v in line.y if v is not None and math.isfinite(v) and (v > 0 or "y" not in log)]
+    if not values or min(values) == max(values):
+        return None
+    low, high = min(values), max(values)
+    if "y" in log:
+        room = (high / low) ** 0.06
+        return low / room, high * room
+    room = 0.06 * (high - low)
+    return low - room, high + room
+
+
+def _horizon(records: Sequence[Record]) -> tuple[float, str] | None:
+    for record in records:
+        budget = record["config"].get("budget")
+        if isinstance(budget, dict) and isinstance(budget.get("horizon"), int):
+            return float(budget["horizon"]), "1×"
+    return None
+
+
+def spectra(records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Shown]:
+    """Singular values of the features, principal angles and the pencil, before (control) and after."""
+    out = []
+    for role in ("harmful", "benign"):
+        lines = _table_lines("spectrum", "value", records, labels, index, role)
+        title = f"Singular values of the features, {role} task"
+        svg = lines_plot(lines, title=title, x="index", y="σ ÷ largest σ", log="y")
+        out.append({"title": title, "svg": svg, "note": _first(records, "spectrum")})
+    lines = _table_lines("principal_angles", "degrees", records, labels, index)
+    title = "Principal angles between both tasks"
+    svg = lines_plot(lines, title=title, x="index", y="degrees", limits=(-2.0, 92.0))
+    out.append({"title": title, "svg": svg, "note": _first(records, "principal_angles")})
+    lines = _table_lines("pencil", "value", records, labels, index)
+    title = "Eigenvalues of the pencil (K harmful, K benign)"
+    note = "The wider they spread, the more a linear map can immunize."
+    out.append({"title": title, "svg": lines_plot(lines, title=title, x="index", y="λ", log="y"), "note": note})
+    return [shown for shown in out if shown["svg"]]
+
+
+def _first(records: Sequence[Record], table: str) -> str:
+    row = next((r["tables"][table][0] for r in records if r["tables"].get(table)), None)
+    return f"Case {row.get('case')}, seed {row.get('seed')}." if row else ""
+
+
+def _table_lines(
+    table: str,
+    value: str,
+    records: Sequence[Record],
+    labels: Sequence[str],
+    index: dict[str, int],
+    role: str | None = None,
+) -> list[Line]:
+    out: list[Line] = []
+    for record, label in zip(records, labels, strict=True):
+        rows = [r for r in record["tables"].get(table, []) if role is None or r.get("role") == role]
+        for arm in dict.fromkeys(r["arm"] for r in rows):
+            if arm == CONTROL and any(line.index == 0 for line in out):
+                continue
+            mine = [r for r in rows if r["arm"] == arm]
+            number = 0 if arm == CONTROL else index[label]
+            out.append(Line(label, number, [r["index"] for r in mine], [r[value] for r in mine]))
+    return out
+
+
+def heat_maps(records: Sequence[Record], labels: Sequence[str]) -> list[Shown]:
+    """Mean RIR over seeds per (benign, harmful) pair, where there are at least three of each."""
+    out = []
+    for record, label in zip(records, labels, strict=True):
+        found: dict[tuple[str, str], list[float]] = {}
+        for row in record["tables"].get("pairs", []):
+            if row.get("rir") is not None:
+                found.setdefault((str(row["benign"]), str(row["task"])), []).append(row["rir"])
+        rows, columns = (sorted({key[i] for key in found}, key=_natural) for i in (0, 1))
+        if len(rows) < 3 or len(columns) < 3:
+            continue
+        cells = {k: sum(v) / len(v) for k, v in found.items()}
+        above = sum(v > 1 for v in cells.values())
+        short = _shared_prefix([*rows, *columns])
+        svg: Markup = heat_map(
+            [r[short:] for r in rows], [c[short:] for c in columns],
+            {(r[short:], c[short:]): v for (r, c), v in cells.items()},
+            title=f"RIR of {label} per pair of tasks", x="harmful task", y="benign task",
+        )  # fmt: skip
+        mean = sum(cells.values()) / len(cells)
+        note = f"{above} of {len(cells)} pairs above 1; mean {figure(mean)}, smallest {figure(min(cells.values()))}."
+        out.append({"title": f"RIR per pair: {label}", "svg": svg, "note": note})
+    return out
+
+
+def _natural(text: str) -> tuple[str, int]:
+    digits = re.search(r"\d+$", text)
+    return (text[: digits.start()], int(digits[0])) if digits else (text, -1)
+
+
+def _shared_prefix(names: Sequence[str]) -> int:
+    """Length of the word before the number where all names are that word and a number (digit0 … digit9)."""
+    words = {_natural(n)[0] for n in names}
+    return len(words.pop()) if len(words) == 1 and all(_natural(n)[1] >= 0 for n in names) else 0

@@ -1,0 +1,259 @@
+"""Several records side by side: ordered rows, as Markdown, CSV or HTML."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator, Sequence
+from html import escape
+from typing import Any
+
+from eval.report.page import page
+from eval.report.words import ARROWS, UNMEASURED, Record, measured, outcome, support
+from lab.types import CONTROL
+
+# column → heading; the worst case over attackers comes first
+COLUMNS = {
+    "verdict": "verdict",
+    "slowdown_harmful_worst": "harmful slowdown, worst attacker",
+    "slowdown_benign_worst": "benign slowdown, worst attacker",
+    "slowdown_relative_worst": "harmful ÷ benign slowdown",
+    "slowdown_loss_harmful_worst": "harmful slowdown by loss",
+    "slowdown_loss_benign_worst": "benign slowdown by loss",
+    "sgrc_harmful_worst": "harmful accuracy lost (SGRC)",
+    "sgrc_benign_worst": "benign accuracy lost (SGRC)",
+    "rir": "RIR",
+    "rir_bound_ratio": "RIR ÷ bound",
+    "rir_above_one": "share of cases with RIR > 1",
+    "kappa_harmful_ratio": "κ harmful, after ÷ before",
+    "kappa_benign_ratio": "κ benign, after ÷ before",
+    "rir_ridge": "RIR (ridge κ)",
+    "rir_release": "RIR (released κ)",
+}
+_HOLDING = ("slowdown_harmful_worst", "sgrc_harmful_worst", "rir")
+_FAILING = ("slowdown_relative_worst", "rir")  # not the harmful side alone: a destroyed model would lead
+_SILENT = {"paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name", "experiment_name"}
+
+Row = dict[str, Any]
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted keys; lists stay values."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def settings(record: Record) -> dict[str, Any]:
+    """What was asked for, without what cannot change a result."""
+    return {k: v for k, v in flatten(record["config"]).items() if k.split(".")[0] not in _SILENT}
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """One label per record: the immunizer, plus the settings in which records of the same immunizer differ."""
+    out = []
+    for record in records:
+        rivals = [r for r in records if r["immunizer"] == record["immunizer"]]
+        label = record["immunizer"]
+        if len(rivals) > 1:
+            mine, theirs = settings(record), [settings(r) for r in rivals]
+            keys = [k for k in mine if any(t.get(k) != mine[k] for t in theirs) and not k.endswith("_target_")]
+            shown = [f"{k.split('.')[-1]}={mine[k]}" for k in keys[:3]]
+            label = " · ".join([label, *shown]) if shown else f"{label} · {record['content_hash'][:7]}"
+        out.append(label)
+    return out
+
+
+def groups(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
+    """Records by (scenario, backbone), in order of appearance: only these are comparable."""
+    out: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        out.setdefault((record["scenario"], record["backbone"]), []).append(record)
+    return out
+
+
+def leaderboard(records: Sequence[Record]) -> list[Row]:
+    """Rows ordered by scenario and backbone, then best first; the control and failed runs come last, unranked.
+
+    Order: verdict; among those that hold (or have none) harmful slowdown and SGRC against the worst attacker, then RIR;
+    among those that fail the harmful slowdown relative to the benign one, then RIR.
+    """
+    rows: list[Row] = []
+    for (scenario, backbone), found in groups(records).items():
+        group = []
+        for record, label in zip(found, labels(found), strict=True):
+            metrics = {k: record["metrics"][k] for k in COLUMNS if k in record["metrics"]}
+            group.append(
+                {
+                    "scenario": scenario, "backbone": backbone, "label": label, "immunizer": record["immunizer"],
+                    "status": record["status"], "outcome": outcome(record).label, "seeds": len(record["seeds"]),
+                    "attacks": list(record["attacks"]), "metrics": metrics, "rank": None, "best": [],
+                }
+            )  # fmt: skip
+        group.sort(key=_key)
+        for rank, row in enumerate((r for r in group if _ranked(r)), start=1):
+            row["rank"] = rank
+        _mark_best(group)
+        rows += group
+    return rows
+
+
+def _ranked(row: Row) -> bool:
+    return bool(row["immunizer"] != CONTROL and row["metrics"])
+
+
+def _key(row: Row) -> tuple[float, ...]:
+    verdict = _value(row, "verdict")
+    values = [_value(row, name) for name in (_FAILING if verdict == 0 else _HOLDING)]
+    first = (0.0 if _ranked(row) else 1.0, 1.0 if verdict is None else -verdict)
+    return (*first, *(float("inf") if v is None else -v for v in values))
+
+
+def _mark_best(group: list[Row]) -> None:
+    """Best figure of each column; where verdicts were passed, only rows that hold are considered."""
+    group = [r for r in group if _value(r, "verdict") != 0]
+    for name in COLUMNS:
+        cells = [(r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"]
+        cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
+        if len(cells) > 1:
+            pick = max if cells[0][1]["better"] == "higher" else min
+            top = pick(m["value"] for _, m in cells)
+            for row, metric in cells:
+                if metric["value"] == top:
+                    row["best"].append(name)
+
+
+def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[Row]]]:
+    """(title, columns that somebody has, rows) per scenario and backbone."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(f"{row['scenario']} on {row['backbone']}", []).append(row)
+    for title, group in found.items():
+        yield title, [c for c in COLUMNS if any(c in r["metrics"] for r in group)], group
+
+
+def direction(column: str, rows: Sequence[Row]) -> str:
+    """↑, ↓ or · for a column."""
+    better = next((r["metrics"][column]["better"] for r in rows if column in r["metrics"]), "neutral")
+    return ARROWS[better]
+
+
+def cell(row: Row, column: str) -> str:
+    """One figure of one row as text."""
+    metric = row["metrics"].get(column)
+    if column == "verdict" and metric is not None:
+        return "✓ holds" if metric["value"] else "✗ fails"
+    return measured(metric)
+
+
+def sound(row: Row) -> str:
+    """How many seeds the row's intervals stand on."""
+    metric = next((m for n, m in row["metrics"].items() if n != "verdict"), None)
+    return support(metric) if metric is not None else UNMEASURED
+
+
+LEGEND = (
+    "↑ higher is better, ↓ lower. [low, high]: 95 % bootstrap interval over seeds first, then cases; fewer than three"
+    " seeds support no claim about other seeds. Bold: best of the column among those that hold; ≥: the target was not"
+    " reached, a lower limit."
+)
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """One Markdown table per scenario and backbone."""
+    parts = []
+    for title, columns, group in sections(rows):
+        head = ["#", "immunizer", "outcome", *(f"{COLUMNS[c]} {direction(c, group)}" for c in columns), "seeds"]
+        first = headline(group)
+        lines = [
+            f"### {_md(title)}",
+            "",
+            *([_md(first), ""] if first else []),
+            f"| {' | '.join(head)} |",
+            f"|{'---|' * len(head)}",
+        ]
+        for row in group:
+            cells = [_md(cell(row, c)) for c in columns]
+            cells = [f"**{t}**" if c in row["best"] else t for c, t in zip(columns, cells, strict=True)]
+            rank = str(row["rank"] or "–")
+            lines.append(f"| {' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join([*parts, LEGEND]) + "\n"
+
+
+def _md(text: str) -> str:
+    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """One line per row, full precision, with low, high, n and kind of interval for every figure."""
+    columns = [c for c in COLUMNS if any(c in r["metrics"] for r in rows)]
+    head = ["rank", "scenario", "backbone", "immunizer", "label", "status", "outcome", "seeds"]
+    parts = ("value", "low", "high", "n", "interval")
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*head, *(c if p == "value" else f"{c}_{p}" for c in columns for p in parts)])
+    for row in rows:
+        figures = [(row["metrics"].get(c) or {}).get(p) for c in columns for p in parts]
+        writer.writerow([_csv(row[h]) for h in head] + ["" if f is None else f for f in figures])
+    return out.getvalue()
+
+
+def _csv(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula gets a leading quote."""
+    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t"):
+        return "'" + value
+    return "" if value is None else value
+
+
+def headline(group: Sequence[Row]) -> str:
+    """Who comes first among several immunizers, and whether the second is distinguishable; empty for fewer than two."""
+    ranked = [r for r in group if r["rank"] is not None]
+    if len(ranked) < 2:
+        return ""
+    first, second = ranked[:2]
+    verdicts = [r["metrics"].get("verdict") for r in ranked]
+    if all(v is not None and not v["value"] for v in verdicts):
+        text = f"The control wins: none of {len(ranked)} immunizers holds."
+        relative = first["metrics"].get("slowdown_relative_worst")
+        return text if relative is None else f"{text} Closest: {first['label']}, {measured(relative)} harmful ÷ benign."
+    name = next((n for n in _HOLDING if all(_value(r, n) is not None for r in (first, second))), None)
+    if name is None:
+        return f"{first['label']} comes first of {len(ranked)} immunizers."
+    a, b = first["metrics"][name], second["metrics"][name]
+    text = f"{first['label']} comes first of {len(ranked)}: {COLUMNS[name]} {measured(a)}"
+    text += f", before {second['label']} with {measured(b)}"
+    if _value(second, "verdict") == 0:
+        return f"{text}, which does not hold."
+    if not a["interval"] == b["interval"] == "across_seeds":
+        return f"{text}; too few seeds to say how sure that order is."
+    apart = a["low"] > b["high"] or a["high"] < b["low"]
+    return f"{text}; their intervals {'do not overlap' if apart else 'overlap, so the order may be chance'}."
+
+
+def _value(row: Row, name: str) -> float | None:
+    return (row["metrics"].get(name) or {}).get("value")
+
+
+def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """What the templates need: per scenario and backbone a title, headings and rows of (text, is best)."""
+    out = []
+    for title, columns, group in sections(rows):
+        lines = [
+            {
+                "rank": row["rank"] or "–", "label": row["label"], "outcome": row["outcome"], "status": row["status"],
+                "cells": [(cell(row, c), c in row["best"]) for c in columns], "seeds": sound(row),
+                "control": row["immunizer"] == CONTROL,
+            } for row in group
+        ]  # fmt: skip
+        heads = [(COLUMNS[c], direction(c, group)) for c in columns]
+        out.append({"title": title, "heads": heads, "rows": lines, "headline": headline(group)})
+    return out
+
+
+def to_html(rows: Sequence[Row]) -> str:
+    """A page with the leaderboard alone."""
+    return page("leaderboard.html", title="Leaderboard", boards=boards(rows), legend=LEGEND)

@@ -1,0 +1,57 @@
+"""The end of a run on one terminal screen: who won, by how much and how sure that is."""
+
+from __future__ import annotations
+
+import textwrap
+from collections import Counter
+
+from eval.report.leaderboard import COLUMNS
+from eval.report.words import ARROWS, Record, measured, outcome, support
+
+WIDTH = 100
+_MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "neutral": "·", "error": "!"}
+
+
+def summary(record: Record) -> str:
+    """At most about 30 lines of plain text, 100 columns wide."""
+    found = outcome(record)
+    attacks = ", ".join(record["attacks"]) or "no attack"
+    lines = [
+        f"── {record['immunizer']} against the control · {record['scenario']} on {record['backbone']} · {attacks}",
+        *_wrap(f"{_MARKS[found.tone]} {found.headline}", "  "),
+    ]
+    for detail in found.details:
+        lines += _wrap(detail, "    ")
+    shown = [n for n in COLUMNS if n in record["metrics"] and n != "verdict"]
+    if shown:
+        width = max(len(COLUMNS[n]) for n in shown)
+        lines.append("")
+        for name in shown:
+            metric = record["metrics"][name]
+            value = measured(metric) if metric["value"] is not None else f"no value: {metric['note']}"
+            text = f"  {COLUMNS[name]:<{width}} {ARROWS[metric['better']]} {value}"
+            lines.append(text if len(text) <= WIDTH else text[: WIDTH - 2] + " …")
+        lines.append(f"  {'':<{width}}   ({support(record['metrics'][shown[0]])})")
+    lines += _remarks(record)
+    return "\n".join(lines)
+
+
+def _wrap(text: str, indent: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def _remarks(record: Record) -> list[str]:
+    out = []
+    for status, count in Counter(c["status"] for c in record["cells"] if c["status"] != "ok").items():
+        out.append(f"  {count} of {len(record['cells'])} stages {status}")
+    out += [f"  skipped {name}: {reason}" for name, reason in record["skipped"].items()]
+    if record["notes"]:
+        more = f" (+{len(record['notes']) - 1} more in the record)" if len(record["notes"]) > 1 else ""
+        out += _wrap(f"data: {textwrap.shorten(record['notes'][0], 220, placeholder=' …')}{more}", "  ")
+    facts = record["provenance"]
+    dirty = " with uncommitted changes" if facts.get("git_dirty") else ""
+    sha = (facts.get("git_sha") or "no git")[:10]
+    out.append(
+        f"  {facts['wall_time_s']:.1f} s, peak {facts['peak_memory_mb']:.0f} MB, {facts['device']}, {sha}{dirty}"
+    )
+    return ["", *out]

@@ -1,0 +1,78 @@
+"""The best linear immunizer in closed form (METHODS §2.1, own result): whiten the benign task."""
+
+from __future__ import annotations
+
+import copy
+from typing import ClassVar
+
+import torch
+
+from lab.condition import (
+    condition_number,
+    outside_energy,
+    range_basis,
+    relative_immunization_ratio,
+    rir_bound,
+)
+from lab.errors import UserError
+from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
+
+
+class KappaClosedForm:
+    """θ = c·K_P^{-1/2}, which makes κ(H_P) = 1 and attains RIR* = κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)).
+
+    One decomposition: K_P = W S² Wᵀ from the singular values of X_P, so that nothing is squared. The scalar c
+    keeps the mean square of the benign features at θ_0's; κ does not see it.
+
+    A singular K_P gives the ``range`` variant: data and θ are reduced to range(K_P) (θ = W S⁻¹ Wᵀ, the
+    pseudo-inverse square root, features have rank r), and the share of harmful energy outside is logged as
+    ``outside_energy``. RIR and its share of the bound are then those of the reduced data. With several harmful
+    tasks θ is the same, since it depends on K_P alone; logged is the least immunized one.
+
+    Args:
+        rank_tolerance: relative to σ_max(X_P); None for max(n, d)·ε.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"linear"})
+
+    def __init__(self, name: str = "kappa_closed_form", *, rank_tolerance: float | None = None) -> None:
+        if rank_tolerance is not None and not 0 < rank_tolerance < 1:
+            raise UserError("immunize.rank_tolerance", rank_tolerance, "must lie in (0, 1)")
+        self.name, self.rank_tolerance = name, rank_tolerance
+
+    def __call__(
+        self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> FeatureModel:
+        result = copy.deepcopy(model)
+        weight = next(result.parameters())
+        benign, *harmful = (model.inputs(task.train.x) for task in case.tasks)
+        theta0 = weight.detach().clone()
+        basis, s = range_basis(benign, self.rank_tolerance)
+        if len(s) < 2:
+            raise UserError("scenario", case.name, f"the benign data have rank {len(s)}; κ needs at least 2")
+        theta = (basis / s) @ basis.T
+        theta *= (benign @ theta0).norm() / (benign @ theta).norm()
+        outside = max(outside_energy(x, basis) for x in harmful)
+        now = theta
+        if len(s) < benign.shape[1]:  # the reduced problem: X W and Wᵀθ
+            benign, *harmful = (x @ basis for x in (benign, *harmful))
+            theta0, now = basis.T @ theta0, basis.T @ theta
+        for step, current in enumerate((theta0, now)):
+            log(step, outside_energy=outside, **_figures(benign, harmful, theta0, current))
+        with torch.no_grad():
+            weight.copy_(theta)
+        return result
+
+
+def _figures(
+    benign: torch.Tensor, harmful: list[torch.Tensor], theta0: torch.Tensor, theta: torch.Tensor
+) -> dict[str, float]:
+    before, after = condition_number(benign @ theta0), condition_number(benign @ theta)
+    rows = []
+    for x in harmful:
+        kappa = condition_number(x @ theta)
+        rir = relative_immunization_ratio(kappa, condition_number(x @ theta0), after, before)
+        row = {"rir": rir, "kappa_harmful": kappa, "kappa_benign": after}
+        bound = rir_bound(benign, x, theta0).value
+        rows.append(row if bound is None else row | {"rir_bound_ratio": rir / bound})
+    return min(rows, key=lambda row: row["rir"])

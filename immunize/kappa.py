@@ -1,0 +1,232 @@
+"""KAPPA (arXiv 2505.23760, Alg. 1), its ablations and its baselines. Thin classes over one loop.
+
+Own extensions (METHODS §2.2): corridor schedule, running and full spectra, cluster averaging, worst-case weights,
+the attacker's preconditioner, and ``scale``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar, Literal
+
+from immunize import spectral
+from immunize.objectives import BilevelObjective, SpectralObjective, SpectralOptions, StepObjective
+from immunize.sampling import SPECTRA, Spectrum
+from immunize.trainer import Schedule, Trainer
+from lab.errors import UserError, nearest
+from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
+
+
+def _at_least(minimum: float, **options: float | None) -> None:
+    for key, value in options.items():
+        if value is not None and not value >= minimum:
+            raise UserError(f"immunize.{key}", value, f"must be ≥ {minimum:g}")
+
+
+def _positive(**options: float | None) -> None:
+    for key, value in options.items():
+        if value is not None and not value > 0:
+            raise UserError(f"immunize.{key}", value, "must be > 0")
+
+
+def _one_of(choices: Iterable[str], **options: str) -> None:
+    choices = tuple(choices)
+    for key, value in options.items():
+        if value not in choices:
+            raise UserError(f"immunize.{key}", value, nearest(str(value), choices))
+
+
+class GradientImmunizer:
+    """What all gradient immunizers share: the schedule.
+
+    Args:
+        epochs: passes over the benign task's rows. steps: number of updates instead, if given.
+        batch_size: rows of each task per step. eta: step size η. eta_schedule: ``constant`` or ``cosine`` to 0.
+        optimizer: ``plain`` θ ← θ − η·gradient (Alg. 1) or ``adam`` (the release).
+        layers: blocks that move, by name or as a count from the end; all if None.
+        spectrum: rows behind each estimate of a Gram matrix, see `immunize.sampling.RowSampler`.
+        running_decay: β. running_window: number of batches, both for ``spectrum=running``.
+        log_points: about how many times κ of the whole training data is measured.
+        checkpoint_every: steps between saved states.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        eta: float,
+        epochs: int = 30,
+        steps: int | None = None,
+        batch_size: int = 64,
+        eta_schedule: Literal["constant", "cosine"] = "constant",
+        optimizer: Literal["plain", "adam"] = "plain",
+        layers: Sequence[str] | int | None = None,
+        spectrum: Spectrum = "batch",
+        running_decay: float = 0.9,
+        running_window: int = 4,
+        log_points: int = 25,
+        checkpoint_every: int = 200,
+    ) -> None:
+        _positive(eta=eta)
+        _at_least(1, epochs=epochs, steps=steps, running_window=running_window, checkpoint_every=checkpoint_every)
+        _at_least(2, batch_size=batch_size, log_points=log_points)
+        _one_of(("plain", "adam"), optimizer=optimizer)
+        _one_of(("constant", "cosine"), eta_schedule=eta_schedule)
+        _one_of(SPECTRA, spectrum=spectrum)
+        if not 0 < running_decay <= 1:
+            raise UserError("immunize.running_decay", running_decay, "must lie in (0, 1]")
+        self.name = name
+        if layers is not None and not isinstance(layers, int):
+            layers = tuple(layers)
+        self.schedule = Schedule(
+            epochs, steps, batch_size, eta, eta_schedule, optimizer, layers, spectrum, running_decay, running_window,
+            log_points, checkpoint_every,
+        )  # fmt: skip
+
+    def objective(self) -> StepObjective:
+        raise NotImplementedError
+
+    def __call__(
+        self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> FeatureModel:
+        return Trainer(self.schedule, model, case, seed, log).run(self.objective(), checkpoint, self.name)
+
+
+class Kappa(GradientImmunizer):
+    """θ ← θ − η∇L(D_P) − ηλ_P K_P⁻¹∇R_well(H_P) − ηλ_H K_H⁻¹∇R_ill(H_H).
+
+    Args:
+        lambda_p, lambda_h: λ_P, λ_H ≥ 0; one of them 0 gives the ablations ``kappa_ill_only`` and
+            ``kappa_well_only``.
+        scale: what the matrices inside the two terms are divided by, K and H alike. ``none``: the sum over a batch
+            of rows, as written in the paper, so that λ depends on the units of the data; ``initial``: σ_1(H(θ_0))
+            at the size of a batch; ``current``: σ_1 of the step's own H, held constant under the derivative.
+        preconditioned: the K⁻¹ of Alg. 1.
+        ridge_benign, ridge_harmful: ρ in (K + ρI)⁻¹, in units of ``scale``; 0 is the pseudo-inverse.
+        solve_side: ``left`` as written, ``right`` as released (needs both ridges > 0).
+        rank_rule: p and k are numerical ranks (``rank``) or the number of features (``dimension``, released).
+        rank_tolerance: relative to σ_max of the feature matrix; None for max(n, d)·ε.
+        cluster_tolerance: relative width of the cluster of extremal eigenvalues that is averaged.
+        optimizer_aware: ``diagonal`` measures κ after the attacker's own Jacobi preconditioner.
+        supervised: weight of L(D_P); its head is fitted to θ_0 first and then moves along.
+        lambda_schedule: ``fixed`` or ``corridor``: dual ascent with ``corridor_rate``, κ(H_P) at most
+            ``corridor_benign`` times and κ(H_H) at least ``corridor_harmful`` times its value at the first step.
+        worst_case: softmax weights over harmful tasks with ``worst_case_temperature``; else equal weights.
+    """
+
+    def __init__(
+        self,
+        name: str = "kappa",
+        *,
+        lambda_p: float,
+        lambda_h: float,
+        scale: Literal["none", "initial", "current"] = "initial",
+        preconditioned: bool = True,
+        ridge_benign: float = 0.0,
+        ridge_harmful: float = 0.0,
+        solve_side: spectral.Side = "left",
+        rank_rule: Literal["rank", "dimension"] = "rank",
+        rank_tolerance: float | None = None,
+        cluster_tolerance: float = 0.0,
+        optimizer_aware: Literal["none", "diagonal"] = "none",
+        supervised: float = 1.0,
+        lambda_schedule: Literal["fixed", "corridor"] = "fixed",
+        corridor_rate: float = 0.1,
+        corridor_benign: float = 1.0,
+        corridor_harmful: float = 1.0,
+        worst_case: bool = False,
+        worst_case_temperature: float = 1.0,
+        eta: float = 5e-3,
+        epochs: int = 30,
+        steps: int | None = None,
+        batch_size: int = 64,
+        eta_schedule: Literal["constant", "cosine"] = "constant",
+        optimizer: Literal["plain", "adam"] = "plain",
+        layers: Sequence[str] | int | None = None,
+        spectrum: Spectrum = "batch",
+        running_decay: float = 0.9,
+        running_window: int = 4,
+        log_points: int = 25,
+        checkpoint_every: int = 200,
+    ) -> None:
+        super().__init__(
+            name, eta=eta, epochs=epochs, steps=steps, batch_size=batch_size, eta_schedule=eta_schedule,
+            optimizer=optimizer, layers=layers, spectrum=spectrum, running_decay=running_decay,
+            running_window=running_window, log_points=log_points, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        _at_least(0, lambda_p=lambda_p, lambda_h=lambda_h, ridge_benign=ridge_benign, ridge_harmful=ridge_harmful)
+        _at_least(0, cluster_tolerance=cluster_tolerance, supervised=supervised, corridor_rate=corridor_rate)
+        _positive(corridor_benign=corridor_benign, corridor_harmful=corridor_harmful, rank_tolerance=rank_tolerance)
+        _positive(worst_case_temperature=worst_case_temperature)
+        _one_of(("none", "initial", "current"), scale=scale)
+        _one_of(("left", "right"), solve_side=solve_side)
+        _one_of(("rank", "dimension"), rank_rule=rank_rule)
+        _one_of(("none", "diagonal"), optimizer_aware=optimizer_aware)
+        _one_of(("fixed", "corridor"), lambda_schedule=lambda_schedule)
+        if lambda_p == lambda_h == 0:
+            raise UserError("immunize.lambda_h", 0, "λ_P and λ_H are both 0; choose immunize=none for no immunization")
+        if cluster_tolerance >= 1:
+            raise UserError("immunize.cluster_tolerance", cluster_tolerance, "must be < 1")
+        if solve_side == "right" and min(ridge_benign, ridge_harmful) <= 0:
+            raise UserError("immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0")
+        self.options = SpectralOptions(
+            *self.terms(), lambda_p, lambda_h, scale, preconditioned, ridge_benign,
+            ridge_harmful, solve_side, rank_rule, rank_tolerance, cluster_tolerance, optimizer_aware, supervised,
+            lambda_schedule, corridor_rate, corridor_benign, corridor_harmful, worst_case, worst_case_temperature,
+        )  # fmt: skip
+
+    @staticmethod
+    def terms() -> tuple[spectral.Objective, spectral.Objective]:
+        """The functions of H_P and of H_H that are descended."""
+        return spectral.well, spectral.ill
+
+    def objective(self) -> StepObjective:
+        return SpectralObjective(self.options)
+
+
+class KappaOpt(Kappa):
+    """The baseline Opt κ: descends λ_P log κ(H_P) + λ_H/log κ(H_H) (§5.1 of arXiv 2505.23760, the release)."""
+
+    @staticmethod
+    def terms() -> tuple[spectral.Objective, spectral.Objective]:
+        return spectral.log_kappa, spectral.inverse_log_kappa
+
+
+class KappaImma(GradientImmunizer):
+    """The baseline IMMA (arXiv 2311.18815) on the linear probe, see `immunize.objectives.BilevelObjective`.
+
+    Args:
+        inner_steps: attacker's steps per update. inner_step: in units of the stable step 1/L.
+        w_prior: weight of the benign loss.
+    """
+
+    def __init__(
+        self,
+        name: str = "kappa_imma",
+        *,
+        inner_steps: int = 1,
+        inner_step: float = 0.5,
+        w_prior: float = 1.0,
+        eta: float = 5e-3,
+        epochs: int = 30,
+        steps: int | None = None,
+        batch_size: int = 64,
+        eta_schedule: Literal["constant", "cosine"] = "constant",
+        optimizer: Literal["plain", "adam"] = "plain",
+        layers: Sequence[str] | int | None = None,
+        log_points: int = 25,
+        checkpoint_every: int = 200,
+    ) -> None:
+        super().__init__(
+            name, eta=eta, epochs=epochs, steps=steps, batch_size=batch_size, eta_schedule=eta_schedule,
+            optimizer=optimizer, layers=layers, log_points=log_points, checkpoint_every=checkpoint_every,
+        )  # fmt: skip
+        _at_least(1, inner_steps=inner_steps)
+        _positive(inner_step=inner_step)
+        _at_least(0, w_prior=w_prior)
+        self.inner_steps, self.inner_step, self.w_prior = inner_steps, inner_step, w_prior
+
+    def objective(self) -> StepObjective:
+        return BilevelObjective(self.inner_steps, self.inner_step, self.w_prior)

@@ -1,0 +1,131 @@
+"""From a composed config to built objects, and the check that they fit, before anything runs."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from immunize.none import NoImmunization
+from omegaconf import DictConfig, OmegaConf
+
+from lab.errors import UserError
+from lab.sources import source_hash
+from lab.types import CONTROL, Attacker, Backbone, Budget, Immunizer, RunMetric, Scenario
+
+
+@dataclass(frozen=True)
+class Part:
+    """A built object with the config slice and the source hash that determine what it computes."""
+
+    obj: Any
+    config: dict[str, Any]
+    sources: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"config": self.config, "sources": self.sources}
+
+
+@dataclass(frozen=True)
+class Parts:
+    scenario: Scenario
+    backbone: Backbone
+    immunizer: Part
+    control: Part
+    attacks: dict[str, Part]
+    metrics: dict[str, Part]
+    budget: Budget
+    seeds: tuple[int, ...]
+
+    @property
+    def arms(self) -> dict[str, Part]:
+        """Arm name → immunizer; the control arm first, and alone for ``immunize=none``."""
+        arms = {CONTROL: self.control}
+        arms[self.immunizer.obj.name] = self.immunizer
+        return arms
+
+
+def _build(config: DictConfig, key: str) -> Part:
+    plain = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(plain, dict)
+    target = plain.get("_target_")
+    if not isinstance(target, str):
+        raise UserError(f"{key}._target_", target, "must be the import path of a class, e.g. immunize.kappa.Kappa.")
+    try:
+        obj = instantiate(config)
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, ModuleNotFoundError):
+            raise UserError(key, target, f"needs the package {cause.name}: `pip install {cause.name}`.") from cause
+        reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
+        raise UserError(key, target, f"could not be built: {reason}") from error
+    return Part(obj, {str(k): v for k, v in plain.items()}, source_hash(target.rsplit(".", 1)[0]))
+
+
+def _seeds(values: Any) -> tuple[int, ...]:
+    seeds = tuple(values) if not isinstance(values, int) else (values,)
+    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
+        raise UserError("seeds", list(seeds), "must be a list of different whole numbers ≥ 0, e.g. seeds=[0,1,2].")
+    return seeds
+
+
+def _budget(config: DictConfig) -> Budget:
+    budget = Budget(**{str(k): v for k, v in config.items()})
+    for name in ("horizon", "multiple", "points"):
+        value = getattr(budget, name)
+        least = 2 if name == "points" else 1
+        if not isinstance(value, int) or value < least:
+            raise UserError(f"budget.{name}", value, f"must be a whole number ≥ {least}.")
+    return budget
+
+
+def assemble(cfg: DictConfig) -> Parts:
+    """Build every part that ``cfg`` selects.
+
+    Raises:
+        UserError: an option that cannot work, or parts that do not fit together.
+    """
+    control = _build(OmegaConf.create({"_target_": "immunize.none.NoImmunization", "name": CONTROL}), "immunize")
+    assert isinstance(control.obj, NoImmunization)
+    parts = Parts(
+        scenario=_build(cfg.scenario, "scenario").obj,
+        backbone=_build(cfg.backbone, "backbone").obj,
+        immunizer=_build(cfg.immunize, "immunize"),
+        control=control,
+        attacks={str(name): _build(sub, f"attacks.{name}") for name, sub in cfg.attacks.items()},
+        metrics={str(name): _build(sub, f"eval.{name}") for name, sub in cfg.eval.items()},
+        budget=_budget(cfg.budget),
+        seeds=_seeds(cfg.seeds),
+    )
+    check_fit(parts)
+    return parts
+
+
+def check_fit(parts: Parts) -> None:
+    """Every part must take the backbone's kind.
+
+    Raises:
+        UserError: names the part that does not fit and what would.
+    """
+    kind = parts.backbone.kind
+    if kind not in parts.scenario.provides:
+        fits = " or ".join(sorted(parts.scenario.provides))
+        raise UserError(
+            "backbone", parts.backbone.name, f"is {kind}, scenario={parts.scenario.name} needs one that is {fits}."
+        )
+    contracts: list[tuple[str, Any, Any]] = [("immunize", parts.immunizer.obj, Immunizer)]
+    contracts += [("attacks", part.obj, Attacker) for part in parts.attacks.values()]
+    contracts += [("eval", part.obj, RunMetric) for part in parts.metrics.values()]
+    for key, obj, contract in contracts:
+        if not isinstance(obj, contract):
+            told = f"does not meet the contract {contract.__name__} of lab/types.py."
+            raise UserError(key, type(obj).__name__, told)
+        obj = typing.cast(Any, obj)
+        if kind not in obj.accepts:
+            fits = " or ".join(sorted(obj.accepts))
+            raise UserError(key, obj.name, f"takes {fits} models, backbone={parts.backbone.name} is {kind}.")

@@ -1,0 +1,214 @@
+"""One run: immunize, attack, evaluate, record, report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from eval.report.html import render
+from eval.report.summary import summary
+from omegaconf import DictConfig, OmegaConf
+
+from lab import record as records
+from lab.assemble import assemble
+from lab.errors import UserError
+from lab.pipeline import Cell, Pipeline
+from lab.progress import progress
+from lab.provenance import provenance
+from lab.store import Store
+from lab.tracking import Trackers
+from lab.types import Scores
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """The state of one run, from which a record can be made at any moment, after a failure too."""
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self.cfg, self.folder = cfg, folder
+        self.started, self._clock = time.time(), time.monotonic()
+        self.status = "ok"
+        self.error: dict[str, Any] | None = None
+        self.cells: list[dict[str, Any]] = []
+        self.hits = self.misses = 0
+        self.skipped: dict[str, str] = {}
+        self.scores: list[Scores] = []
+        self._pipeline: Pipeline | None = None
+
+    @property
+    def pipeline(self) -> Pipeline:
+        if self._pipeline is None:
+            raise RuntimeError("prepare() comes first")
+        return self._pipeline
+
+    # ---- execution
+
+    def prepare(self, trackers: Trackers | None = None) -> Pipeline:
+        cfg = self.cfg
+        if cfg.threads is not None:
+            if not isinstance(cfg.threads, int) or cfg.threads < 1:
+                raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
+            torch.set_num_threads(cfg.threads)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        parts = assemble(cfg)
+        store = Store(cfg.paths.cache, force=cfg.force)
+        self._pipeline = Pipeline(parts, store, trackers.log if trackers else None)
+        for seed in parts.seeds:
+            self._pipeline.data(seed)
+        return self._pipeline
+
+    def execute(self) -> None:
+        pipeline = self.pipeline
+        for cell in progress(list(pipeline.immunize_cells()), "immunize"):
+            self._do(cell)
+        if not pipeline.seeds:
+            return  # every case diverged: nothing is left to attack or to evaluate, and the record says so
+        for cell in progress(list(pipeline.attack_cells()), "attack"):
+            self._do(cell)
+        for name in self.applicable():
+            self._do(pipeline.eval_cell(name))
+            self.scores.append(pipeline.scores(name))
+
+    def applicable(self) -> list[str]:
+        """Metric families that this run can compute; the others are noted in ``skipped``."""
+        chosen = []
+        for name, part in self.pipeline.parts.metrics.items():
+            if part.obj.needs_arms > len(self.pipeline.arms):
+                self.skipped[name] = "compares with the control arm, and immunize=none is the control arm"
+            elif part.obj.needs_attack and not self.pipeline.attacks:
+                self.skipped[name] = "needs an attack, and attacks=none"
+            else:
+                chosen.append(name)
+        return chosen
+
+    def _do(self, cell: Cell) -> None:
+        labels = {"arm": None, "case": None, "seed": None, "attack": None, "task": None} | cell.label
+        entry = {"stage": cell.stage, "key": cell.key, "status": "failed", **labels}
+        self.cells.append(entry)
+        log.info("stage %s", cell.title)
+        artifact, hit = self.pipeline.store.get(cell.stage, cell.key, cell.compute)
+        self.hits, self.misses = self.hits + hit, self.misses + (not hit)
+        entry["status"] = "ok"
+        if cell.stage == "immunize" and artifact.values["error"] is not None:
+            entry["status"] = "diverged"
+            self._diverged(labels, artifact.values["error"])
+        elif cell.stage == "attack" and artifact.values["status"] == "diverged":
+            entry["status"] = "diverged"
+
+    def _diverged(self, labels: dict[str, Any], error: dict[str, Any]) -> None:
+        self.pipeline.diverged[labels["case"], labels["seed"]] = error
+        self.status = "diverged"
+        where = f"{labels['arm']} on case {labels['case']}, seed {labels['seed']}"
+        log.warning("%s diverged after step %s: %s", where, error["last_good_step"], error["message"])
+        if self.error is None:
+            self.error = {
+                "type": "Diverged",
+                "message": f"{where}: {error['message']}",
+                "key": "immunize",
+                "last_good_step": error["last_good_step"],
+            }
+
+    # ---- record
+
+    def fail(self, error: BaseException) -> None:
+        """Remember why the run ended; called once, from the outermost handler."""
+        self.status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+        message = (
+            "interrupted; the same command continues where it stopped" if self.status == "preempted" else str(error)
+        )
+        key = error.key if isinstance(error, UserError) else None
+        step = getattr(error, "step", None)
+        self.error = {"type": type(error).__name__, "message": message, "key": key, "last_good_step": step}
+
+    def record(self) -> records.Record:
+        config = OmegaConf.to_container(self.cfg, resolve=True)
+        pipeline = self._pipeline
+        facts = provenance(self.started, time.monotonic() - self._clock)
+        facts |= {"cache_hits": self.hits, "cache_misses": self.misses}
+        facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
+        facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
+        body = {
+            "schema": records.SCHEMA_VERSION,
+            "name": f"{self.cfg.name}/{self.cfg.immunize.name}",
+            "status": self.status,
+            "scenario": str(self.cfg.scenario.name),
+            "backbone": str(self.cfg.backbone.name),
+            "immunizer": str(self.cfg.immunize.name),
+            "attacks": list(self.cfg.attacks),
+            "seeds": self._seeds(),
+            "config": records.clean(config),
+            "notes": list(pipeline.notes) if pipeline else [],
+            "cells": self.cells,
+            "error": self.error,
+            "skipped": self.skipped,
+            "provenance": facts,
+        }
+        return body | records.scores_json(self.scores)
+
+    def _seeds(self) -> list[int]:
+        if self._pipeline is not None:
+            return list(self._pipeline.parts.seeds)
+        given = self.cfg.seeds if not isinstance(self.cfg.seeds, int) else [self.cfg.seeds]
+        return [seed for seed in given if isinstance(seed, int)]
+
+    def finish(self, trackers: Trackers) -> Path:
+        """Write the record, render the report, hand both to the trackers, print the summary."""
+        body = self.record()
+        path = self.folder / "record.json"
+        records.write(body, path)
+        report = render([body], self.folder / "report.html")
+        trackers.finish(path, report)
+        print(summary(body))
+        print(f"report: {relative(report)}")
+        print(f"record: {relative(path)}", flush=True)
+        return path
+
+
+def relative(path: Path) -> Path:
+    """``path`` as seen from the working directory where that is possible."""
+    here = Path.cwd()
+    path = path.resolve()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def plan(run: Run) -> None:
+    """Print the stages of a run with hits and misses; computes nothing."""
+    pipeline = run.prepare()
+    cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
+    cells += [pipeline.eval_cell(name) for name in run.applicable()]
+    hits = 0
+    print(f"plan of {run.cfg.name}/{run.cfg.immunize.name}: arms {', '.join(pipeline.arms)}")
+    for cell in cells:
+        hit = pipeline.store.has(cell.stage, cell.key)
+        hits += hit
+        print(f"  {'hit ' if hit else 'miss'}  {cell.key[:12]}  {cell.title}")
+    print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")
+
+
+def run_once(cfg: DictConfig, folder: Path) -> Path | None:
+    """Run what ``cfg`` selects, into ``folder``. Returns the record's path (None for ``dry_run``).
+
+    A failure is a record too: it is written, then the exception goes on to the caller.
+    """
+    run = Run(cfg, folder)
+    if cfg.dry_run:
+        plan(run)
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    trackers = Trackers(cfg, folder)
+    try:
+        run.prepare(trackers)
+        run.execute()
+    except (Exception, KeyboardInterrupt) as error:
+        run.fail(error)
+        try:
+            run.finish(trackers)
+        except OSError as unwritable:
+            print(f"no record could be written to {folder}: {unwritable}", file=sys.stderr)
+        raise
+    return run.finish(trackers)

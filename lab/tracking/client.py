@@ -1,0 +1,110 @@
+"""The run's side of tracking: a bounded queue per tracker, drained by a thread into a child process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import queue
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from lab.errors import UserError
+from lab.sources import ROOT
+
+log = logging.getLogger(__name__)
+_QUEUE = 10_000  # messages; a tracker that falls further behind loses live points, never the record
+
+
+class _Child:
+    def __init__(self, config: dict[str, Any], folder: Path) -> None:
+        self.name = str(config["name"])
+        self.timeout = float(config["timeout_s"])
+        self.lost = 0
+        self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE)
+        self._output = folder / f"tracker-{self.name}.log"
+        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        with open(self._output, "wb") as handle:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "lab.tracking.worker", json.dumps(config)],
+                stdin=subprocess.PIPE,
+                stdout=handle,
+                stderr=handle,
+                env=env,
+                start_new_session=True,  # Ctrl-C ends the run, which then ends the tracker in order
+            )
+        self._thread = threading.Thread(target=self._drain, name=f"tracker-{self.name}", daemon=True)
+        self._thread.start()
+
+    def _drain(self) -> None:
+        pipe = self._process.stdin
+        assert pipe is not None
+        try:
+            while (line := self._queue.get()) is not None:
+                pipe.write(line.encode() + b"\n")
+                pipe.flush()
+            pipe.close()
+        except OSError:
+            self.lost += 1 + self._queue.qsize()  # the child is gone; `finish` says so
+
+    def send(self, message: dict[str, Any]) -> None:
+        try:
+            self._queue.put_nowait(json.dumps(message))
+        except queue.Full:
+            self.lost += 1
+
+    def finish(self) -> None:
+        try:
+            self._queue.put(None, timeout=1.0)
+            self._thread.join(self.timeout)
+            code = self._process.wait(self.timeout)
+        except (queue.Full, subprocess.TimeoutExpired):
+            self._process.kill()
+            self._process.wait()
+            log.warning("tracker %s took over %.0f s and was ended; the record is complete", self.name, self.timeout)
+            return
+        if code != 0 or self.lost:
+            log.warning(
+                "tracker %s failed (exit code %s, %d messages lost); the record is complete, see %s",
+                self.name, code, self.lost, self._output,
+            )  # fmt: skip
+
+
+class Trackers:
+    """All trackers of one run. Methods never raise and never wait, but for ``finish`` (bounded)."""
+
+    def __init__(self, cfg: DictConfig, folder: Path) -> None:
+        self._children: list[_Child] = []
+        plain = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(plain, dict)
+        configs = {str(name): sub for name, sub in (plain.get("tracker") or {}).items()}
+        for name, config in configs.items():
+            if config.get("timeout_s", 0) <= 0:
+                raise UserError(f"tracker.{name}.timeout_s", config.get("timeout_s"), "must be > 0 seconds.")
+            try:
+                child = _Child({"folder": str(folder), **config}, folder)
+            except OSError as error:
+                log.warning("tracker %s could not start (%s); the run goes on without it", name, error)
+                continue
+            child.send({"event": "start", "config": {k: v for k, v in plain.items() if k != "tracker"}})
+            self._children.append(child)
+
+    def log(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        """Live points of one curve family, e.g. ``immunize/CASE/seed0``."""
+        finite = {k: v for k, v in values.items() if math.isfinite(v)}
+        for child in self._children:
+            child.send({"event": "log", "prefix": prefix, "step": step, "values": finite})
+
+    def finish(self, record: Path, report: Path) -> None:
+        """Hand over the record and wait, at most the tracker's ``timeout_s``."""
+        for child in self._children:
+            child.send({"event": "finish", "record": str(record), "report": str(report)})
+        for child in self._children:
+            child.finish()
+        self._children = []

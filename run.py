@@ -1,0 +1,85 @@
+"""The one entry point: `python run.py` composes YAML from conf/ and does what `action` says."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+
+# before torch is imported: threads that spin while they wait starve each other on a busy machine
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+ROOT = Path(__file__).resolve().parent
+OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+
+EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
+_worst = 0  # exit code of the process: a failed job of a sweep must not stop the others
+
+
+def _failed(code: int) -> None:
+    global _worst
+    _worst = max(_worst, code)
+
+
+def dispatch(cfg: DictConfig) -> None:
+    """Do what ``cfg.action`` says; errors that a user can mend raise `lab.errors.UserError`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lab.actions import ACTIONS
+    from lab.errors import UserError, nearest
+    from lab.experiment import run_once
+
+    if cfg.action == "run":
+        run_once(cfg, Path(HydraConfig.get().runtime.output_dir))
+    elif cfg.action in ACTIONS:
+        ACTIONS[cfg.action](cfg)
+    else:
+        raise UserError("action", cfg.action, nearest(str(cfg.action), ["run", *ACTIONS]))
+
+
+@hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
+def job(cfg: DictConfig) -> None:
+    """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its other jobs."""
+    from lab.failures import explain
+
+    try:
+        dispatch(cfg)
+    except Exception as error:
+        told = explain(error)
+        if told is None:
+            traceback.print_exc()
+        print(f"error: {told or error}", file=sys.stderr)
+        _failed(EXIT_USER if told else EXIT_BUG)
+
+
+def _stop(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach us instead of Hydra's printer
+    signal.signal(signal.SIGTERM, _stop)  # a batch system's SIGTERM leaves a record, like Ctrl-C
+    try:
+        job()
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues where it stopped", file=sys.stderr)
+        _failed(EXIT_INTERRUPTED)
+    except Exception as error:
+        from lab.failures import explain
+
+        told = explain(error, sys.argv[1:])
+        if told is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        _failed(EXIT_USER)
+    sys.exit(_worst)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""Attackers that train the extractor: last blocks, all blocks, LoRA."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from attack_examples import (
+    ConvModel,
+    Interrupted,
+    LinearModel,
+    MemoryCheckpoint,
+    classification,
+    dense_model,
+    images,
+    regression,
+    spread,
+)
+from torch import nn
+
+from attacks import trajectory
+from attacks.adaptation import Adaptation
+from attacks.finetune import FullFinetune, LastBlockFinetune
+from attacks.lora import Lora
+from lab.activations import features
+from lab.errors import UserError
+from lab.types import Attacker, Budget, FeatureModel, Split, Task, Trajectory, same_weights
+
+BUDGET = Budget(horizon=6, multiple=3, points=6)
+ATTACKS: list[Callable[..., Adaptation]] = [LastBlockFinetune, FullFinetune, Lora]
+
+
+def vectors() -> Task:
+    return classification(torch.randn(80, 6, generator=torch.Generator().manual_seed(1)), noise=0.3)
+
+
+def launch(attacker: Adaptation, model: FeatureModel, task: Task, seed: int = 0) -> Trajectory:
+    return attacker(model, task, seed=seed, budget=BUDGET, checkpoint=None)
+
+
+@pytest.mark.parametrize("build", ATTACKS)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("case", ["vectors", "images"])
+def test_learns_repeats_and_leaves_the_model_alone(build: Callable[..., Adaptation], optimizer: str, case: str) -> None:
+    model = dense_model() if case == "vectors" else ConvModel()
+    task = vectors() if case == "vectors" else classification(images(), noise=0.3)
+    before, state = copy.deepcopy(model), torch.get_rng_state()
+    attacker = build(optimizer=optimizer, batch_size=16)
+    result, again, other = (launch(attacker, model, task, seed) for seed in (0, 0, 1))
+    assert same_weights(model, before)
+    assert all(p.requires_grad for p in model.parameters())
+    assert torch.equal(state, torch.get_rng_state())
+    assert result.status == "ok"
+    assert result.steps == list(BUDGET.snapshots())
+    assert result.values.keys() == {"train_loss", "test_loss", "train_accuracy", "test_accuracy"}
+    assert result.values["train_loss"][0] == pytest.approx(math.log(3), rel=1e-6)
+    assert result.values["train_loss"][-1] < result.values["train_loss"][0] - 0.001
+    assert result.values == again.values
+    assert all(torch.equal(w, again.weights[k]) for k, w in result.weights.items())
+    assert result.values["train_loss"] != other.values["train_loss"]
+    assert len(result.info["lr_trials"]) == 5
+    assert result.info["parameters"] == sum(w.numel() for w in result.weights.values())
+
+
+@pytest.mark.parametrize(("blocks", "moved"), [(1, {"blocks.4"}), (2, {"blocks.4", "blocks.2"})])
+def test_only_the_last_blocks_move(blocks: int, moved: set[str]) -> None:
+    model = dense_model()
+    result = launch(LastBlockFinetune(blocks=blocks), model, vectors())
+    assert {k.rsplit(".", 1)[0] for k in result.weights} == moved | {"head"}
+    state = model.state_dict()
+    assert all(not torch.equal(w, state[k]) for k, w in result.weights.items() if k != "head")
+
+
+def test_full_finetune_moves_every_parameter() -> None:
+    model = dense_model()
+    result = launch(FullFinetune(), model, vectors())
+    assert result.weights.keys() == {"head", *dict(model.named_parameters())}
+    assert result.info["blocks"] == ["a", "b", "c"]
+
+
+def loaded(model: FeatureModel, weights: dict[str, torch.Tensor]) -> FeatureModel:
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(weights, strict=False)
+    return copied
+
+
+def test_saved_weights_reproduce_the_last_snapshot() -> None:
+    model, task = dense_model(), vectors()
+    result = launch(LastBlockFinetune(blocks=2), model, task)
+    head = result.weights.pop("head")
+    scores = features(loaded(model, result.weights), task.test.x) @ head
+    assert float(nn.functional.cross_entropy(scores, task.test.y)) == pytest.approx(
+        result.values["test_loss"][-1], rel=1e-5
+    )
+
+
+def test_saved_adapters_reproduce_the_last_snapshot() -> None:
+    model, task = dense_model(), vectors()
+    result = launch(Lora(rank=2, alpha=6), model, task)
+    merged = {}
+    for name, weight in model.state_dict().items():
+        base = name.removesuffix(".weight")
+        if f"{base}.lora_A.default.weight" in result.weights:
+            a, b = (result.weights[f"{base}.lora_{x}.default.weight"] for x in "AB")
+            assert a.shape[0] == b.shape[1] == 2
+            merged[name] = weight + 3.0 * b @ a
+    assert len(merged) == 3
+    scores = features(loaded(model, merged), task.test.x) @ result.weights["head"]
+    assert float(nn.functional.cross_entropy(scores, task.test.y)) == pytest.approx(
+        result.values["test_loss"][-1], rel=1e-5
+    )
+
+
+def test_lora_takes_the_layers_that_fit() -> None:
+    task = classification(images(), noise=0.3)
+    every = launch(Lora(rank=2), ConvModel(), task)  # rank 2 does not fit the depthwise layer's four groups
+    assert every.info["adapted"] == ["blocks.0.0", "blocks.2.2"]
+    assert launch(Lora(rank=4), ConvModel(), task).info["adapted"] == ["blocks.0.0", "blocks.1.0", "blocks.2.2"]
+    assert launch(Lora(rank=2, blocks=1), ConvModel(), task).info["adapted"] == ["blocks.2.2"]
+
+
+def test_lora_names_blocks_without_a_layer_that_fits() -> None:
+    class Norm(FeatureModel):
+        def __init__(self) -> None:
+            super().__init__([("a", nn.Linear(6, 4)), ("n", nn.LayerNorm(4))], 4)
+
+    with pytest.raises(UserError, match="hold no Linear or Conv2d") as error:
+        launch(Lora(blocks=1), Norm(), vectors())
+    assert error.value.key == "attacks.lora.blocks"
+    assert launch(Lora(blocks=2), Norm(), vectors()).info["adapted"] == ["blocks.0"]
+
+
+def test_batch_norm_statistics_do_not_move() -> None:
+    model = ConvModel()
+    seen: list[torch.Tensor] = []
+
+    class Spy(FullFinetune):
+        def open(self, net: FeatureModel, seed: int) -> Any:
+            moving = super().open(net, seed)
+            seen.append(net.state_dict()["blocks.1.1.running_mean"])
+            return moving
+
+    launch(Spy(), model, classification(images(), noise=0.3))
+    assert torch.equal(seen[0], model.state_dict()["blocks.1.1.running_mean"])
+
+
+def test_linear_extractor_full_finetune_moves_theta_and_head() -> None:
+    task, model = regression(spread(80, 5, 10)), LinearModel(torch.eye(5))
+    result = launch(FullFinetune(batch_size=None, optimizer="sgd", lr=0.05), model, task)
+    assert result.values.keys() == {"train_loss", "test_loss"}
+    assert result.weights["blocks.0.weight"].dtype == torch.float64
+    theta, w = torch.eye(5, dtype=torch.float64).requires_grad_(), torch.zeros(5, dtype=torch.float64).requires_grad_()
+    optimizer = torch.optim.SGD([theta, w], lr=0.05, momentum=0.9)
+    for _ in range(BUDGET.steps):
+        optimizer.zero_grad()
+        ((task.train.x @ theta @ w - task.train.y).square().mean() / 2).backward()
+        optimizer.step()
+    torch.testing.assert_close(result.weights["blocks.0.weight"], theta.detach(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(result.weights["head"][:, 0], w.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_squared_loss_on_classes_and_regression_on_a_deep_model() -> None:
+    result = launch(FullFinetune(loss="squared"), dense_model(), vectors())
+    assert result.values["train_loss"][0] == pytest.approx(0.5)
+    x = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    y = x.double().sum(1)
+    task = Task("sum", "harmful", "regression", Split(x[:40], y[:40]), Split(x[40:], y[40:]))
+    trained = launch(Lora(), dense_model(), task)
+    assert trained.values["train_loss"][0] == pytest.approx(float(y[:40].square().mean()) / 2, rel=1e-6)
+    assert trained.values["train_loss"][-1] < trained.values["train_loss"][0]
+
+
+@pytest.mark.parametrize("build", ATTACKS)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("fail_at", [2, 7, 15])
+def test_resume_equals_an_uninterrupted_attack(
+    build: Callable[..., Adaptation], optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    attacker, model, task = build(optimizer=optimizer, batch_size=16, schedule="cosine"), dense_model(), vectors()
+    whole = launch(attacker, model, task)
+    checkpoint = MemoryCheckpoint(fail_at)
+    with pytest.raises(Interrupted):
+        attacker(model, task, seed=0, budget=BUDGET, checkpoint=checkpoint)
+    resumed = attacker(model, task, seed=0, budget=BUDGET, checkpoint=checkpoint)
+    assert (resumed.steps, resumed.values, resumed.info) == (whole.steps, whole.values, whole.info)
+    assert all(torch.equal(w, resumed.weights[k]) for k, w in whole.weights.items())
+
+
+def test_too_large_a_rate_diverges_without_an_exception() -> None:
+    result = launch(FullFinetune(optimizer="sgd", lr=1e6, loss="squared"), dense_model(), vectors())
+    assert result.status == "diverged"
+    assert result.steps[0] == 0
+    assert result.weights == {}
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "key"),
+    [
+        (LastBlockFinetune, {"blocks": 0}, "blocks"),
+        (Lora, {"rank": 0}, "rank"),
+        (Lora, {"rank": 1.5}, "rank"),
+        (Lora, {"alpha": 0}, "alpha"),
+        (Lora, {"blocks": 0}, "blocks"),
+        (FullFinetune, {"optimizer": "adamw"}, "optimizer"),
+        (FullFinetune, {"loss": "cross"}, "loss"),
+        (FullFinetune, {"lr": -1}, "lr"),
+        (FullFinetune, {"lr_trials": 0}, "lr_trials"),
+        (FullFinetune, {"schedule": "step"}, "schedule"),
+        (FullFinetune, {"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_options_name_the_key(build: Callable[..., Adaptation], options: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as error:
+        build(name="mine", **options)
+    assert error.value.key == f"attacks.mine.{key}"
+
+
+def test_more_blocks_than_the_model_has() -> None:
+    with pytest.raises(UserError, match="3 blocks with parameters") as error:
+        launch(LastBlockFinetune(blocks=4), dense_model(), vectors())
+    assert error.value.key == "attacks.last_block_finetune.blocks"
+
+
+def test_contract() -> None:
+    assert all(isinstance(build(), Attacker) for build in ATTACKS)
+    assert [build().accepts for build in ATTACKS] == [{"deep"}, {"linear", "deep"}, {"deep"}]

@@ -1,0 +1,251 @@
+"""The linear probe as an attacker: trajectories, options, errors, resume."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from attack_examples import (
+    Interrupted,
+    LinearModel,
+    MemoryCheckpoint,
+    classification,
+    dense_model,
+    identity,
+    regression,
+    spread,
+)
+
+from attacks import trajectory
+from attacks.linear_probe import LinearProbe
+from attacks.probe_optimizers import OPTIMIZERS
+from lab.errors import Diverged, UserError
+from lab.types import Attacker, Budget, FeatureModel, Split, Task, Trajectory, same_weights
+
+BUDGET = Budget(horizon=8, multiple=3, points=8)
+RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]
+
+
+def attack(task: Task, model: FeatureModel | None = None, seed: int = 0, **options: Any) -> Trajectory:
+    model = model or identity(task.train.x.shape[1])
+    return LinearProbe(**options)(model, task, seed=seed, budget=BUDGET, checkpoint=None)
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
+def test_every_optimizer_lowers_both_losses_and_leaves_the_model_alone(optimizer: str, loss: str) -> None:
+    task, model = classification(spread(100, 5, 20)), identity(5)
+    before = copy.deepcopy(model)
+    result = attack(task, model, optimizer=optimizer, loss=loss)
+    assert same_weights(model, before)
+    assert result.status == "ok"
+    assert result.steps == list(BUDGET.snapshots())
+    names = {"train_loss", "test_loss", "excess_loss", "train_accuracy", "test_accuracy"}
+    assert result.values.keys() == names | ({"norm_ratio"} if loss == "squared" else set())
+    assert result.values["train_loss"][-1] < result.values["train_loss"][0]
+    assert result.values["train_accuracy"][-1] > 1.2 / 3
+    assert result.values["excess_loss"][-1] < 0.2 * result.values["excess_loss"][0]
+    assert result.weights["head"].shape == (5, 3)
+    assert result.weights["head"].dtype == torch.float64
+    assert (
+        (result.info["lr"] > 0 and len(result.info["lr_trials"]) == 7)
+        if optimizer in RATED
+        else "lr" not in result.info
+    )
+
+
+def test_exact_line_search_is_the_brute_force_recursion() -> None:
+    task = regression(spread(60, 5, 40))
+    theta = torch.diag(torch.tensor([1.0, 2, 0.5, 1, 3])).double()
+    result = attack(task, LinearModel(theta))
+    z, y = task.train.x @ theta, task.train.y
+    best = torch.from_numpy(np.linalg.lstsq(z.numpy(), y.numpy(), rcond=None)[0])
+    w = torch.zeros(5, dtype=torch.float64)
+    path = {0: w}
+    for step in range(1, BUDGET.steps + 1):
+        g = z.T @ (z @ w - y)
+        w = w - g * (g @ g) / (z @ g).square().sum()
+        path[step] = w
+    for i, step in enumerate(result.steps):
+        w = path[step]
+        assert result.values["train_loss"][i] == pytest.approx(float((z @ w - y).square().sum()) / (2 * len(y)))
+        test = float((task.test.x @ theta @ w - task.test.y).square().sum()) / (2 * len(task.test))
+        assert result.values["test_loss"][i] == pytest.approx(test)
+        ratio = float((w - best).square().sum() / best.square().sum())
+        assert result.values["norm_ratio"][i] == pytest.approx(ratio, rel=1e-7, abs=1e-14)
+    assert result.values["norm_ratio"][0] == 1.0
+    s = np.linalg.svd(z.numpy(), compute_uv=False)
+    assert result.info["condition_number"] == pytest.approx((s[0] / s[-1]) ** 2)
+
+
+def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer() -> None:
+    task = regression(spread(80, 5, 30))
+    for optimizer in OPTIMIZERS:
+        for ridge in (0.0, 0.1):
+            one, small = (
+                attack(task, LinearModel(c * torch.eye(5)), optimizer=optimizer, ridge=ridge) for c in (1.0, 2.0**-10)
+            )
+            assert small.values["train_loss"] == pytest.approx(one.values["train_loss"], rel=1e-3), optimizer
+
+
+def test_targets_that_are_all_one_work() -> None:
+    z = spread(50, 4, 10)
+    ones = Split(z, torch.ones(50, dtype=torch.float64))
+    result = attack(Task("gram", "harmful", "regression", ones, ones))
+    assert result.values["norm_ratio"][0] == 1.0
+    assert result.values["norm_ratio"][-1] < 0.5
+
+
+def test_targets_that_are_all_zero_have_no_norm_ratio() -> None:
+    z = spread(50, 4, 10)
+    zeros = Split(z, torch.zeros(50, dtype=torch.float64))
+    result = attack(Task("gram", "harmful", "regression", zeros, zeros))
+    assert result.status == "ok"
+    assert "norm_ratio" not in result.values
+
+
+def test_fewer_rows_than_features_and_collapsed_features() -> None:
+    few = attack(regression(spread(60, 60, 10)[:25], test=5))
+    assert few.info["rank"] == 20
+    assert few.values["norm_ratio"][-1] < few.values["norm_ratio"][0]
+    for optimizer in OPTIMIZERS:
+        flat = attack(regression(spread(30, 4, 10)), LinearModel(torch.zeros(4, 4)), optimizer=optimizer)
+        assert flat.info["condition_number"] is None
+        assert len(set(flat.values["train_loss"])) == 1, optimizer
+
+
+def test_ridge_is_in_the_objective_and_in_the_optimum() -> None:
+    task = regression(spread(80, 5, 30))
+    plain, ridged = attack(task, optimizer="newton"), attack(task, optimizer="newton", ridge=0.5)
+    z, n = task.train.x, len(task.train)
+    lam = 0.5 * float(z.square().sum()) / (n * 5)
+    w = torch.linalg.solve(z.T @ z / n + lam * torch.eye(5).double(), z.T @ task.train.y / n)
+    torch.testing.assert_close(ridged.weights["head"][:, 0], w, rtol=1e-9, atol=1e-11)
+    assert ridged.info["ridge_absolute"] == pytest.approx(lam)
+    assert ridged.values["train_loss"][-1] == pytest.approx(ridged.info["optimum"])
+    assert ridged.values["train_loss"][-1] > plain.values["train_loss"][-1]
+
+
+def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
+    scale = torch.logspace(0, -2, 5, dtype=torch.float64)
+    stream = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, dtype=torch.float64, generator=stream) + 1.0
+    task = regression(x)
+    raw, scaled = (attack(task, LinearModel(torch.diag(scale)), standardize=s) for s in (False, True))
+    assert scaled.info["condition_number"] < 3 < 1e3 < raw.info["condition_number"]
+    z = (task.test.x * scale - scaled.weights["mean"]) / scaled.weights["deviation"]
+    residual = z @ scaled.weights["head"][:, 0] - task.test.y
+    assert scaled.values["test_loss"][-1] == pytest.approx(float(residual.square().mean()) / 2)
+
+
+def test_standardize_leaves_constant_columns_out() -> None:
+    x = torch.cat([spread(40, 3, 5), torch.full((40, 1), 0.1, dtype=torch.float64)], 1)
+    assert attack(regression(x), standardize=True).info["rank"] == 3
+
+
+def test_auto_loss_follows_the_task_and_a_deep_model_works() -> None:
+    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
+    result = attack(classification(x), dense_model())
+    assert result.info["loss"] == "cross_entropy"
+    assert result.info["parameters"] == 15
+    assert attack(regression(spread(30, 3, 5))).info["loss"] == "squared"
+
+
+def test_cross_entropy_optimum_is_below_everything_that_is_reached() -> None:
+    result = attack(classification(spread(100, 5, 20)), optimizer="lbfgs", ridge=0.1)
+    assert 0 <= result.values["excess_loss"][-1] < 1e-7
+    assert result.info["optimum"] == pytest.approx(result.values["train_loss"][-1], abs=1e-7)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("optimizer", RATED)
+def test_seeds_repeat_and_differ_on_mini_batches(optimizer: str, schedule: str) -> None:
+    task = classification(spread(100, 5, 20))
+    options = {"optimizer": optimizer, "schedule": schedule, "batch_size": 16}
+    one, again, other = (attack(task, seed=s, **options) for s in (0, 0, 1))
+    assert one.values == again.values
+    assert torch.equal(one.weights["head"], again.weights["head"])
+    assert one.values["train_loss"] != other.values["train_loss"]
+    assert one.info["schedule"] == schedule
+
+
+def test_too_large_a_rate_diverges_and_keeps_finite_points() -> None:
+    result = attack(regression(spread(60, 5, 10)), optimizer="sgd", lr=1e3)
+    assert result.status == "diverged"
+    assert result.steps[0] == 0
+    assert all(math.isfinite(v) for values in result.values.values() for v in values)
+
+
+@pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
+@pytest.mark.parametrize("fail_at", [2, 9, 20])
+def test_resume_equals_an_uninterrupted_attack(optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    task, model = classification(spread(60, 5, 20)), identity(5)
+    probe = LinearProbe(optimizer=optimizer, batch_size=16 if optimizer in RATED else None)
+    whole = probe(model, task, seed=3, budget=BUDGET, checkpoint=None)
+    checkpoint = MemoryCheckpoint(fail_at)
+    with pytest.raises(Interrupted):
+        probe(model, task, seed=3, budget=BUDGET, checkpoint=checkpoint)
+    resumed = probe(model, task, seed=3, budget=BUDGET, checkpoint=checkpoint)
+    assert (resumed.steps, resumed.values, resumed.info) == (whole.steps, whole.values, whole.info)
+    assert torch.equal(resumed.weights["head"], whole.weights["head"])
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "word"),
+    [
+        ({"optimizer": "adams"}, "optimizer", "adam"),
+        ({"loss": "hinge"}, "loss", "squared"),
+        ({"optimizer": "sgd", "lr": 0}, "lr", "> 0"),
+        ({"optimizer": "sgd", "lr_trials": 0}, "lr_trials", "≥ 1"),
+        ({"optimizer": "sgd", "batch_size": 0}, "batch_size", "≥ 1"),
+        ({"ridge": -0.1}, "ridge", "≥ 0"),
+        ({"ridge": "much"}, "ridge", "≥ 0"),
+        ({"lr": 0.1}, "lr", "leave it out"),
+        ({"batch_size": 8}, "batch_size", "leave it out"),
+        ({"schedule": "cosine"}, "schedule", "leave it out"),
+        ({"damping": 0.1}, "damping", "kfac"),
+        ({"optimizer": "kfac", "damping": 0}, "damping", "> 0"),
+        ({"tolerance": 0.1}, "tolerance", "newton or whitening"),
+        ({"optimizer": "newton", "tolerance": 1.0}, "tolerance", "below 1"),
+        ({"optimizer": "newton", "tolerance": -1.0}, "tolerance", "≥ 0"),
+    ],
+)
+def test_bad_options_name_key_and_fix(options: dict[str, Any], key: str, word: str) -> None:
+    with pytest.raises(UserError) as error:
+        LinearProbe(name="probe", **options)
+    assert error.value.key == f"attacks.probe.{key}"
+    assert word in error.value.fix
+
+
+@pytest.mark.parametrize("change", [{"horizon": 0}, {"multiple": 0}, {"points": 1}])
+def test_empty_budgets_are_errors(change: dict[str, int]) -> None:
+    with pytest.raises(UserError) as error:
+        LinearProbe()(
+            identity(3), regression(spread(30, 3, 5)), seed=0, budget=replace(BUDGET, **change), checkpoint=None
+        )
+    assert error.value.key == f"budget.{next(iter(change))}"
+
+
+def test_tasks_that_cannot_be_trained_on() -> None:
+    task = classification(spread(30, 3, 5))
+    one_class = replace(task, train=replace(task.train, y=torch.zeros_like(task.train.y)))
+    with pytest.raises(UserError, match="one class only"):
+        attack(one_class)
+    with pytest.raises(UserError, match=r"0 … 1"):
+        attack(replace(task, classes=2))
+    with pytest.raises(UserError, match="regression"):
+        attack(regression(spread(30, 3, 5)), loss="cross_entropy")
+    with pytest.raises(Diverged, match="not finite"):
+        attack(task, LinearModel(torch.full((3, 3), math.inf)))
+
+
+def test_contract() -> None:
+    probe = LinearProbe()
+    assert isinstance(probe, Attacker)
+    assert probe.accepts == {"linear", "deep"}

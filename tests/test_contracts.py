@@ -1,0 +1,151 @@
+"""One contract suite over every immunizer × every model kind and every attacker × every model kind."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from safetensors.torch import load, save
+
+from lab.backbones.linear import LinearBackbone
+from lab.types import Attacker, Budget, Immunizer, RunMetric, same_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+IMMUNIZERS = sorted(p.stem for p in (ROOT / "conf/immunize").glob("*.yaml"))
+ATTACKERS = sorted(p.stem for p in (ROOT / "conf/attacks").glob("*.yaml") if p.stem != "none")
+METRICS = sorted(p.stem for p in (ROOT / "conf/eval").glob("*.yaml"))
+KINDS = ("linear", "deep")
+BUDGET = Budget(horizon=4, multiple=2, points=5)
+
+
+def build(group, name, **changes):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"{group}={name}"])
+    node = cfg[group] if group == "immunize" else cfg[group][name]
+    OmegaConf.set_struct(node, False)
+    return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if k in node}))
+
+
+def problem(kind, harmful=1):
+    if kind == "linear":
+        case = tiny.linear_case(harmful=harmful)
+        return LinearBackbone("linear").build(case, 0), case
+    return tiny.tiny_net(), tiny.image_case(harmful=harmful)
+
+
+def immunizer(name):
+    return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3)
+
+
+def cases(names, make):
+    for name in names:
+        obj = make(name)
+        for kind in KINDS:
+            if kind in obj.accepts:
+                yield name, kind
+
+
+@pytest.mark.parametrize(("name", "kind"), list(cases(IMMUNIZERS, immunizer)))
+class TestImmunizer:
+    def test_meets_the_contract_and_leaves_its_input_alone(self, name, kind):
+        method = immunizer(name)
+        assert isinstance(method, Immunizer)
+        assert method.name == name
+        model, case = problem(kind)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        data = [t.train.x.clone() for t in case.tasks]
+        after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+        assert all(torch.equal(t.train.x, x) for t, x in zip(case.tasks, data, strict=True))
+        assert after is not model
+        assert all(torch.isfinite(v.double()).all() for v in after.state_dict().values())
+        if name == "none":
+            assert same_weights(after, model)
+        else:
+            assert not same_weights(after, model)
+
+    def test_same_seed_same_bits(self, name, kind):
+        runs = []
+        for _ in range(2):
+            model, case = problem(kind)
+            runs.append(immunizer(name)(model, case, seed=3, checkpoint=None, log=tiny.no_log))
+        assert same_weights(*runs)
+
+    def test_save_and_load_is_identical(self, name, kind):
+        model, case = problem(kind)
+        after = immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+        fresh, _ = problem(kind)
+        fresh.load_state_dict(load(save({k: v.contiguous() for k, v in after.state_dict().items()})))
+        assert same_weights(fresh, after)
+        assert torch.equal(fresh(case.benign.test.x), after(case.benign.test.x))
+
+    def test_several_harmful_tasks(self, name, kind):
+        model, case = problem(kind, harmful=2)
+        after = immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+        assert all(torch.isfinite(v.double()).all() for v in after.state_dict().values())
+
+
+@pytest.mark.parametrize("name", [n for n, kind in cases(IMMUNIZERS, immunizer) if kind == "deep" and n != "none"])
+def test_only_declared_parameters_move(name):
+    method = build("immunize", name, epochs=1, steps=2, batch_size=16, layers=1)
+    model, case = problem("deep")
+    after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+    moved = {k.split(".")[1] for k, v in after.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
+    assert moved == {"2"}
+
+
+@pytest.mark.parametrize(("name", "kind"), list(cases(ATTACKERS, lambda n: build("attacks", n))))
+class TestAttacker:
+    def run(self, name, kind, role="harmful", seed=0):
+        model, case = problem(kind)
+        task = case.benign if role == "benign" else case.harmful[0]
+        attack = build("attacks", name, lr_trials=2, batch_size=16)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        found = attack(model, task, seed=seed, budget=BUDGET, checkpoint=None)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
+        return attack, found
+
+    def test_meets_the_contract(self, name, kind):
+        attack, found = self.run(name, kind)
+        assert isinstance(attack, Attacker)
+        assert attack.name == name
+        assert found.steps[0] == 0
+        assert found.steps == sorted(set(found.steps))
+        if found.status == "ok":
+            assert found.steps[-1] == BUDGET.steps
+            assert BUDGET.horizon in found.steps
+        assert {"train_loss", "test_loss"} <= set(found.values)
+        assert all(len(v) == len(found.steps) for v in found.values.values())
+        assert ("test_accuracy" in found.values) == (kind == "deep")
+        assert found.weights
+
+    def test_learns_the_training_task(self, name, kind):
+        _, found = self.run(name, kind)
+        assert found.values["train_loss"][-1] < found.values["train_loss"][0]
+
+    def test_benign_and_harmful_alike(self, name, kind):
+        _, found = self.run(name, kind, role="benign")
+        assert found.values["train_loss"][-1] < found.values["train_loss"][0]
+
+    def test_same_seed_same_bits(self, name, kind):
+        (_, a), (_, b) = (self.run(name, kind, seed=5) for _ in range(2))
+        assert a.values == b.values
+        assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_metric_meets_the_contract(name):
+    assert isinstance(build("eval", name), RunMetric)
+
+
+def test_the_suite_covers_every_choice():
+    assert "kappa" in IMMUNIZERS
+    assert "linear_probe" in ATTACKERS
+    for name in IMMUNIZERS:
+        assert immunizer(name).accepts & set(KINDS), name
+    for name in ATTACKERS:
+        assert build("attacks", name).accepts & set(KINDS), name

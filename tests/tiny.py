@@ -1,0 +1,86 @@
+"""Tiny tasks and models that the test-suite shares."""
+
+import torch
+from torch import nn
+
+from lab.seeding import generator
+from lab.types import Case, FeatureModel, Split, Task
+
+ROWS, COLUMNS, CLASSES = 60, 6, 3
+
+
+def regression(name, role, seed, columns=COLUMNS, spread=3.0):
+    """Linear regression on correlated columns."""
+    rng = generator(seed, name)
+    mix = torch.randn(columns, columns, generator=rng, dtype=torch.float64)
+    scale = torch.logspace(0, -spread / 2, columns, dtype=torch.float64)
+
+    def split(n):
+        x = torch.randn(n, columns, generator=rng, dtype=torch.float64) * scale @ mix
+        y = x @ torch.ones(columns, dtype=torch.float64) + 0.1 * torch.randn(n, generator=rng, dtype=torch.float64)
+        return Split(x, y)
+
+    return Task(name, role, "regression", split(ROWS), split(30), 1)
+
+
+def images(name, role, seed, size=8):
+    """Noisy images of three classes that differ in one colour channel."""
+    rng = generator(seed, name)
+
+    def split(n):
+        y = torch.arange(n) % CLASSES
+        x = torch.randint(0, 120, (n, 3, size, size), generator=rng, dtype=torch.uint8)
+        x[torch.arange(n), y] += 90
+        return Split(x, y)
+
+    return Task(name, role, "classification", split(ROWS), split(30), CLASSES)
+
+
+def linear_case(seed=0, harmful=1):
+    tasks = tuple(regression(f"harm{i}", "harmful", seed + 10 * (i + 1)) for i in range(harmful))
+    return Case("tiny", regression("good", "benign", seed), tasks)
+
+
+def image_case(seed=0, harmful=1):
+    tasks = tuple(images(f"harm{i}", "harmful", seed + 10 * (i + 1)) for i in range(harmful))
+    return Case("tiny", images("good", "benign", seed), tasks)
+
+
+class TinyNet(FeatureModel):
+    """Two convolution blocks (batch norm in one) and a pooled linear block; [n, 3, s, s] uint8 to [n, 10]."""
+
+    def inputs(self, x):
+        return x.float() / 255 - 0.5
+
+
+def tiny_net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return TinyNet(
+            [
+                ("stem", nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())),
+                ("block1", nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU())),
+                ("block2", nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))),
+            ],
+            10,
+        )
+
+
+class MemoryCheckpoint:
+    """A checkpoint that can stop the stage after a number of saves."""
+
+    def __init__(self, stop_after=None):
+        self.state, self.saves, self.stop_after = None, 0, stop_after
+
+    def load(self):
+        return self.state
+
+    def save(self, tensors, values):
+        self.state = ({k: t.detach().clone() for k, t in tensors.items()}, values)
+        self.saves += 1
+        if self.saves == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def no_log(step, **values):
+    """A log that nobody reads."""
