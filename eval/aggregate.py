@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 
+from lab.progress import progress
 from lab.statistics import score
-from lab.types import CONTROL, Case, Role, RunView, Score, Task, Trajectory
+from lab.types import CONTROL, Case, Role, RunView, Score, Split, Task, Trajectory
 
 Better = Literal["higher", "lower", "neutral"]
 Samples = list[list[float]]
@@ -18,24 +20,59 @@ Line = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
 class Cached:
-    """A `RunView` that reads every trajectory once; the attackers' weights are dropped."""
+    """A `RunView` read in one pass, seed by seed: data of one seed at a time, since those of all may not fit in memory.
 
-    def __init__(self, run: RunView) -> None:
-        self._run = run
+    ``cases`` gives cases without rows; trajectories come without the attackers' weights.
+
+    Args:
+        visit: called once with every (seed, case), rows included, for what has to be measured on them.
+        trajectories: read every attack.
+        label: of the progress bar.
+    """
+
+    def __init__(
+        self,
+        run: RunView,
+        visit: Callable[[int, Case], None] | None = None,
+        *,
+        trajectories: bool = False,
+        label: str = "read trajectories",
+    ) -> None:
         self.scenario, self.immunizer, self.arms = run.scenario, run.immunizer, run.arms
         self.attacks, self.seeds, self.budget = run.attacks, run.seeds, run.budget
         self.model, self.history = run.model, run.history
+        self._cases: dict[int, tuple[Case, ...]] = {}
         self._trajectories: dict[tuple[str, str, str, str, int], Trajectory] = {}
+        for seed in self.seeds:
+            cases = run.cases(seed)
+            self._cases[seed] = tuple(_without_rows(case) for case in cases)
+            for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
+                if visit is not None:
+                    visit(seed, case)
+                if trajectories:
+                    self._read(run, case, seed)
+
+    def _read(self, run: RunView, case: Case, seed: int) -> None:
+        for arm in self.arms:
+            for attack in self.attacks:
+                for task in case.tasks:
+                    full = run.trajectory(arm, attack, case, task, seed)
+                    key = (arm, attack, case.name, task.name, seed)
+                    self._trajectories[key] = Trajectory(full.steps, full.values, full.status, full.info)
 
     def cases(self, seed: int) -> tuple[Case, ...]:
-        return self._run.cases(seed)
+        return self._cases[seed]
 
     def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
-        key = (arm, attack, case.name, task.name, seed)
-        if key not in self._trajectories:
-            full = self._run.trajectory(arm, attack, case, task, seed)
-            self._trajectories[key] = Trajectory(full.steps, full.values, full.status, full.info)
-        return self._trajectories[key]
+        return self._trajectories[arm, attack, case.name, task.name, seed]
+
+
+def _without_rows(case: Case) -> Case:
+    def empty(task: Task) -> Task:
+        train, test = (Split(s.x[:0].clone(), s.y[:0].clone()) for s in (task.train, task.test))
+        return replace(task, train=train, test=test)
+
+    return Case(case.name, empty(case.benign), tuple(empty(t) for t in case.harmful))
 
 
 def slug(name: str) -> str:

@@ -6,12 +6,13 @@ import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from eval.aggregate import Better, arm_names, both_arms, samples, score_or_reason, thin, walk
+from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, thin, walk
 from eval.history import history_curves
 from eval.pairs import Kappa, Pair
 from eval.quantities import ConditionNumber, RelativeImmunizationRatio
@@ -27,7 +28,6 @@ from lab.condition import (
     singular_values,
 )
 from lab.errors import UserError, nearest
-from lab.progress import progress
 from lab.types import CONTROL, Case, FeatureModel, Kind, RunView, Score, Scores, Task
 
 
@@ -36,6 +36,9 @@ class _Measured:
     """All pairs, by seed and case."""
 
     pairs: dict[tuple[int, str], list[Pair]] = field(default_factory=dict)
+    histories: dict[tuple[int, str], dict[str, list[float]]] = field(default_factory=dict)
+    spectrum: list[dict[str, Any]] = field(default_factory=list)  # of the first seed and case
+    memo: dict[str, Kappa] = field(default_factory=dict)
 
     def all(self) -> list[Pair]:
         return [p for group in self.pairs.values() for p in group]
@@ -85,50 +88,52 @@ class Conditioning:
         self.suffix = "" if definition == "rank" else f"_{definition}"
 
     def __call__(self, run: RunView) -> Scores:
-        measured = self._measure(run)
-        out = Scores(metrics=self._kappas(run, measured))
-        if both_arms(run):
-            out.metrics |= self._ratios(run, measured)
+        measured = _Measured()
+        view = Cached(run, partial(self._measure, run, measured), label="condition numbers")
+        out = Scores(metrics=self._kappas(view, measured))
+        if both_arms(view):
+            out.metrics |= self._ratios(view, measured)
         if self.definition == "rank":
-            out.metrics |= self._bounds(run, measured)
-            out.tables["spectrum"] = self._spectrum(run)
-            if both_arms(run):
-                out.curves = history_curves(run, measured.worst)
+            out.metrics |= self._bounds(view, measured)
+            out.tables["spectrum"] = measured.spectrum
+            if both_arms(view):
+                out.curves = history_curves(view, measured.histories, measured.worst)
         out.tables["pairs"] = [_row(p) for p in measured.all()]
         out.metrics = {f"{k}{self.suffix}": v for k, v in out.metrics.items()}
         out.tables = {f"{k}{self.suffix}": v for k, v in out.tables.items()}
         return out
 
-    def _measure(self, run: RunView) -> _Measured:
-        memo: dict[str, Any] = {}
-        measured = _Measured()
-        cases = list(walk(run))
-        for _, seed, case in progress(cases, "condition numbers", total=len(cases)):
-            models = {arm: run.model(arm, case, seed) for arm in arm_names(run)}
-            x = {arm: {t.name: features(m, t.train.x) for t in case.tasks} for arm, m in models.items()}
-            benign = {arm: self._kappa(x[arm][case.benign.name], models[arm], seed, memo) for arm in models}
-            for task in case.harmful:
-                harmful = {arm: self._kappa(x[arm][task.name], models[arm], seed, memo) for arm in models}
-                pair = Pair(case.name, seed, case.benign.name, task.name, benign, harmful)
-                if len(models) == 2:
-                    pair.rir = _rir(pair)
-                if self.definition == "rank" and models[CONTROL].kind == "linear":
-                    pair.bound = _bound(models[CONTROL], case.benign, task)
-                measured.pairs.setdefault((seed, case.name), []).append(pair)
-        return measured
+    def _measure(self, run: RunView, measured: _Measured, seed: int, case: Case) -> None:
+        models = {arm: run.model(arm, case, seed) for arm in arm_names(run)}
+        x = {arm: {t.name: features(m, t.train.x) for t in case.tasks} for arm, m in models.items()}
+        benign = {arm: self._kappa(x[arm][case.benign.name], models[arm], seed, measured) for arm in models}
+        for task in case.harmful:
+            harmful = {arm: self._kappa(x[arm][task.name], models[arm], seed, measured) for arm in models}
+            pair = Pair(case.name, seed, case.benign.name, task.name, benign, harmful)
+            if len(models) == 2:
+                pair.rir = _rir(pair)
+            if self.definition == "rank" and models[CONTROL].kind == "linear":
+                pair.bound = _bound(models[CONTROL], case.benign, task)
+            measured.pairs.setdefault((seed, case.name), []).append(pair)
+        if len(models) == 2:
+            measured.histories[seed, case.name] = run.history(case, seed)
+        if not measured.spectrum:
+            for arm, model in models.items():
+                for task in (case.benign, case.harmful[0]):
+                    base = {"arm": arm, "role": task.role, "task": task.name, "case": case.name, "seed": seed}
+                    measured.spectrum += [base | row for row in self._spectrum(x[arm][task.name], model, seed)]
 
-    def _kappa(self, x: Tensor, model: FeatureModel, seed: int, memo: dict[str, Any]) -> Kappa:
+    def _kappa(self, x: Tensor, model: FeatureModel, seed: int, measured: _Measured) -> Kappa:
         key = f"kappa:{model.kind}:{seed}:{digest(x)}"  # 90 pairs share 10 control matrices
-        if key not in memo:
+        if key not in measured.memo:
             metric = ConditionNumber(self.definition, self.ridge)
             rows = [slice(None)] if model.kind == "linear" else row_groups(len(x), self.groups, self.size, seed)
             values = [float(metric(x[r])) for r in rows]
             spread = statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else 0.0
             part = x[rows[0]]
             rank = numerical_rank(singular_values(part), part.shape, rank_tolerance(part.shape, part.dtype))
-            memo[key] = Kappa(float(metric.compute()), spread, rank)
-        kappa: Kappa = memo[key]
-        return kappa
+            measured.memo[key] = Kappa(float(metric.compute()), spread, rank)
+        return measured.memo[key]
 
     def _kappas(self, run: RunView, measured: _Measured) -> dict[str, Score]:
         metrics: dict[str, Score] = {}
@@ -186,23 +191,13 @@ class Conditioning:
             out["rir_bound_ratio"] = score_or_reason(ratios, "higher", reason, note=note)
         return out
 
-    def _spectrum(self, run: RunView) -> list[dict[str, Any]]:
-        """Singular values over the largest one, both arms and roles, first seed and first case."""
-        _, seed, case = next(walk(run))
-        rows: list[dict[str, Any]] = []
-        for arm in arm_names(run):
-            model = run.model(arm, case, seed)
-            for task in (case.benign, case.harmful[0]):
-                x = features(model, task.train.x)
-                if model.kind == "deep":
-                    x = x[row_groups(len(x), self.groups, self.size, seed)[0]]
-                s = singular_values(x)
-                s = s[: max(numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype)), 1)] / s[0]
-                rows += [
-                    {"arm": arm, "role": task.role, "task": task.name, "case": case.name, "seed": seed,
-                     "index": i + 1, "value": v} for i, v in thin(s.tolist())
-                ]  # fmt: skip
-        return rows
+    def _spectrum(self, x: Tensor, model: FeatureModel, seed: int) -> list[dict[str, Any]]:
+        """Singular values over the largest one, up to the numerical rank."""
+        if model.kind == "deep":
+            x = x[row_groups(len(x), self.groups, self.size, seed)[0]]
+        s = singular_values(x)
+        s = s[: max(numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype)), 1)] / s[0]
+        return [{"index": i + 1, "value": v} for i, v in thin(s.tolist())]
 
 
 def _known(value: float | None) -> float:

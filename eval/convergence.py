@@ -60,7 +60,7 @@ class Convergence:
         self.name, self.rfd_smallest = name, rfd_smallest
 
     def __call__(self, run: RunView) -> Scores:
-        run = Cached(run)
+        run = Cached(run, trajectories=True)
         out = Scores()
         for attack in run.attacks:
             for role in ROLES:

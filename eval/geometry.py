@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
-from eval.aggregate import arm_names, samples, score_or_reason, thin, walk
+from eval.aggregate import Cached, arm_names, samples, score_or_reason, thin
 from lab.activations import features
 from lab.condition import principal_angles, rir_bound
 from lab.errors import UserError
 from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
+
+Found = dict[str, dict[tuple[int, str], float | None]]  # quantity → (seed, case) → value
+NAMES = (
+    ("principal_angle_mean", "mean", "°"),
+    ("principal_angle_largest", "largest", "°"),
+    ("kappa_pencil", "kappa_m", ""),
+)
 
 
 class Geometry:
@@ -39,32 +46,31 @@ class Geometry:
 
     def __call__(self, run: RunView) -> Scores:
         out = Scores(tables={"principal_angles": [], "pencil": []})
-        first = next(walk(run))[1:]
-        for arm in arm_names(run):
-            found: dict[str, dict[tuple[int, str], float | None]] = {"mean": {}, "largest": {}, "kappa_m": {}}
-            reason = "no case"
-            for _, seed, case in walk(run):
-                is_first = (seed, case.name) == (first[0], first[1].name)
-                values = self._measure(run, arm, case, seed, out if is_first else None)
-                for key, value in values["numbers"].items():
-                    found[key][(seed, case.name)] = value
-                reason = values["reason"] or reason
+        found: dict[str, Found] = {arm: {"mean": {}, "largest": {}, "kappa_m": {}} for arm in arm_names(run)}
+        reasons: list[str] = []
+
+        def visit(seed: int, case: Case) -> None:
+            first = not out.tables["principal_angles"]
+            for arm, numbers in found.items():
+                for key, value in self._measure(run, arm, case, seed, out if first else None, reasons).items():
+                    numbers[key][seed, case.name] = value
+
+        view = Cached(run, visit, label="angles")
+        for arm, numbers in found.items():
             end = "_control" if arm == CONTROL else ""
-            for name, key, unit in (
-                ("principal_angle_mean", "mean", "°"),
-                ("principal_angle_largest", "largest", "°"),
-                ("kappa_pencil", "kappa_m", ""),
-            ):
-                if found[key]:
-                    out.metrics[name + end] = _score(run, found[key], reason, unit)
+            for name, key, unit in NAMES:
+                if numbers[key]:
+                    reason = reasons[0] if reasons else "no case"
+                    out.metrics[name + end] = _score(view, numbers[key], reason, unit)
         return out
 
-    def _measure(self, run: RunView, arm: str, case: Case, seed: int, out: Scores | None) -> dict[str, Any]:
+    def _measure(
+        self, run: RunView, arm: str, case: Case, seed: int, out: Scores | None, reasons: list[str]
+    ) -> dict[str, float | None]:
         model = run.model(arm, case, seed)
         benign = features(model, case.benign.train.x)
         angles: list[Tensor] = []
         kappa_m: list[float | None] = []
-        reason = None
         for task in case.harmful:
             harmful = features(model, task.train.x)
             angle = principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
@@ -77,7 +83,7 @@ class Geometry:
                 continue  # a congruence: the pencil is the control's
             bound = rir_bound(benign, harmful)
             kappa_m.append(bound.kappa_m)
-            reason = bound.reason or reason
+            reasons += [bound.reason] if bound.reason else []
             if out is not None and task is case.harmful[0]:
                 pencil = [(i, v) for i, v in thin(bound.pencil.tolist()) if v > 0]
                 out.tables["pencil"] += [base | {"index": i + 1, "value": v} for i, v in pencil]
@@ -88,7 +94,7 @@ class Geometry:
         if kappa_m:
             finite = [k for k in kappa_m if k is not None]
             numbers["kappa_m"] = sum(finite) / len(finite) if len(finite) == len(kappa_m) else None
-        return {"numbers": numbers, "reason": reason}
+        return numbers
 
 
 def _score(run: RunView, found: dict[tuple[int, str], float | None], reason: str, unit: str) -> Score:

@@ -24,7 +24,9 @@ def _logged_rir(series: dict[str, list[float]], pair: Pair, has_start: bool) -> 
     return [(h / base_h) / (b / base_b) for h, b in zip(harmful, benign, strict=True)]
 
 
-def history_curves(run: RunView, worst: Callable[[int, str], Pair]) -> dict[str, dict[str, Any]]:
+def history_curves(
+    run: RunView, histories: dict[tuple[int, str], dict[str, list[float]]], worst: Callable[[int, str], Pair]
+) -> dict[str, dict[str, Any]]:
     """κ of both Hessians, RIR and its share of the bound against immunization steps, as the immunizer logged them.
 
     ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to the log's own entry at
@@ -32,7 +34,7 @@ def history_curves(run: RunView, worst: Callable[[int, str], Pair]) -> dict[str,
     """
     lines: dict[str, list[Line]] = {}
     for _, seed, case in walk(run):
-        history, pair = run.history(case, seed), worst(seed, case.name)
+        history, pair = histories[seed, case.name], worst(seed, case.name)
         steps = history.get("step", [])
         series = {k: history[k] for k in LABELS if k in history and len(history[k]) == len(steps)}
         if not steps or not {"kappa_benign", "kappa_harmful"} <= series.keys():

@@ -33,7 +33,7 @@ class ProbeAccuracy:
         self.name, self.target_share = name, target_share
 
     def __call__(self, run: RunView) -> Scores:
-        run = Cached(run)
+        run = Cached(run, trajectories=True)
         out = Scores()
         for role in ROLES:
             if any(t.kind != "classification" for _, _, c in walk(run) for t in tasks_of(c, role)):

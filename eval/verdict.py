@@ -87,7 +87,7 @@ class Verdict:
         self.max_benign_slowdown, self.max_benign_loss = max_benign_slowdown, max_benign_loss
 
     def __call__(self, run: RunView) -> Scores:
-        run = Cached(run)
+        run = Cached(run, trajectories=True)
         checks = self._checks(run)
         passed = _rule(checks)
         shares = samples(run, lambda seed, case: float(self._cell(run, seed, case)))

@@ -34,8 +34,11 @@ def prefix(model: FeatureModel, x: Tensor, stop: int, batch: int = 64) -> Tensor
     """
     if stop == 0:
         return x
-    weights = [t for block in list(model.blocks)[:stop] for t in block.state_dict().values()]
-    key = f"{stop}:{digest(x)}:{digest(*weights)}"
+    blocks = list(model.blocks)[:stop]
+    weights = [t for block in blocks for t in block.state_dict().values()]
+    # the structure and what `inputs` does belong to the function too, not only the weights
+    form = f"{type(model).__qualname__}{blocks}{digest(model.inputs(x[:1]))}"
+    key = f"{stop}:{form}:{digest(x)}:{digest(*weights)}"
     if key not in _memo:
         starts = range(0, len(x), batch)
         parts = [model.run(model.inputs(x[i : i + batch]), 0, stop) for i in progress(starts, "frozen blocks")]

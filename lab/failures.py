@@ -20,6 +20,7 @@ _SYSTEM = {
     errno.ENOSPC: "the disk is full: free some space or set paths.outputs=DIR; finished stages are kept.",
     errno.EROFS: "the file system is read-only: set paths.outputs=DIR to a folder that can be written.",
     errno.EACCES: "permission denied: set paths.outputs=DIR to a folder that can be written.",
+    errno.ENOTDIR: "is a file where a folder is needed: set paths.outputs=DIR to another folder.",
     errno.EDQUOT: "the disk quota is used up: free some space or set paths.outputs=DIR; finished stages are kept.",
 }
 
@@ -37,7 +38,7 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return f"{error.filename or 'output'}: {_SYSTEM[error.errno]}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group or 'config'}={name}: there is no such choice; {nearest(name, error.options or [])}"
+        return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
     if isinstance(error, MissingMandatoryValue | InterpolationKeyError):
         return f"{error.full_key}: needs a value: {_first_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -46,6 +47,11 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
             return f"{key}: there is no such key; {nearest(key, _keys(arguments))}"
         return _first_line(error)
     return None
+
+
+def _choices(group: str) -> list[str]:
+    folder = ROOT / group if group == "sweeps" else ROOT / "conf" / group
+    return [path.stem for path in folder.glob("*.yaml")] or [path.name for path in (ROOT / "conf").iterdir()]
 
 
 def _first_line(error: BaseException) -> str:

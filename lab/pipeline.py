@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,6 @@ from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import Case, FeatureModel, ScenarioData, Score, Scores, Task, Trajectory
 
 LogHook = Callable[[str, int, dict[str, float]], None]
-_SEEDS_IN_MEMORY = 2  # scenario data of that many seeds; 90 MNIST pairs weigh hundreds of megabytes
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Pipeline:
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
-        self._data: OrderedDict[int, ScenarioData] = OrderedDict()
+        self._data: dict[int, ScenarioData] = {}
         self._identity: dict[tuple[int, str], dict[str, str]] = {}
         self.data_hash: dict[str, str] = {}
         self.notes: dict[str, None] = {}
@@ -59,9 +57,6 @@ class Pipeline:
             self._data[seed] = loaded
             self.data_hash[str(seed)] = loaded.data_hash
             self.notes.update(dict.fromkeys(loaded.notes))
-            while len(self._data) > _SEEDS_IN_MEMORY:
-                self._data.popitem(last=False)
-        self._data.move_to_end(seed)
         return self._data[seed]
 
     def original(self, case: Case, seed: int) -> FeatureModel:

@@ -142,8 +142,9 @@ def test_a_failure_is_a_record_too(cli, tmp_path):
 def test_unwritable_output_says_so(cli, tmp_path):
     (tmp_path / "blocked").write_text("a file where a folder should be")
     code, _, err = cli(*FAST, "paths.outputs=blocked")
-    assert code in (1, 2)
+    assert code == 2
     assert "blocked" in err
+    assert "paths.outputs" in err
 
 
 def test_actions_on_two_records(cli, tmp_path):
@@ -177,7 +178,6 @@ def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, t
 def test_help_explains_the_choices_and_its_five_commands_compose(cli):
     code, out, _ = cli("--help")
     assert code in (0, None)
-    commands = [line.split("  ")[2] for line in out.splitlines() if line.strip().startswith("python run.py ")]
     commands = [line.strip() for line in out.splitlines() if line.strip().startswith("python run.py")]
     assert len(commands) >= 5
     for command in commands[:5]:

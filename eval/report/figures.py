@@ -75,7 +75,10 @@ def comparison_curves(records: Sequence[Record], labels: Sequence[str], index: d
 def trajectories(
     records: Sequence[Record], labels: Sequence[str], index: dict[str, int]
 ) -> tuple[list[Shown], list[Shown]]:
-    """Attack trajectories of all arms: (those that decide, all others); harmful and benign share one y axis."""
+    """Attack trajectories of all arms: (those that decide, all others).
+
+    Harmful and benign share one y axis where both stay readable.
+    """
     main: list[Shown] = []
     more: list[Shown] = []
     names = [n for n in _names(records) if n not in _CONDITION]
@@ -84,7 +87,7 @@ def trajectories(
         for quantity in found:
             pair = [(role, f"{quantity}_{role}_{slug(attack)}") for role in ("harmful", "benign")]
             drawn = [(r, n, _lines(n, records, labels, index)) for r, n in pair if n in names]
-            limits = _limits([line for _, _, ls in drawn for line in ls], _curve(drawn[0][1], records).get("log", ""))
+            limits = _shared_limits([ls for _, _, ls in drawn], _curve(drawn[0][1], records).get("log", ""))
             for role, name, lines in drawn:
                 curve = _curve(name, records)
                 title = f"{attack}: {_QUANTITIES[quantity]}, {role} task"
@@ -106,6 +109,19 @@ def trajectories(
         if svg:
             more.append({"title": name, "svg": svg, "note": ""})
     return main, more
+
+
+def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, float] | None:
+    """One y range for several plots, unless that would squash one of them to less than 40 % of its height."""
+    together = _limits([line for lines in plots for line in lines], log)
+    ranges = [r for r in (_limits(lines, log) for lines in plots) if r is not None]
+    if together is None or not ranges:
+        return None
+
+    def height(limits: tuple[float, float]) -> float:
+        return math.log(limits[1] / limits[0]) if "y" in log else limits[1] - limits[0]
+
+    return together if min(map(height, ranges)) >= 0.4 * height(together) else None
 
 
 def _limits(lines: Sequence[Line], log: str) -> tuple[float, float] | None:

@@ -61,7 +61,7 @@ def labels(records: Sequence[Record]) -> list[str]:
         if len(rivals) > 1:
             mine, theirs = settings(record), [settings(r) for r in rivals]
             keys = [k for k in mine if any(t.get(k) != mine[k] for t in theirs) and not k.endswith("_target_")]
-            shown = [f"{k.split('.')[-1]}={mine[k]}" for k in keys[:3]]
+            shown = [f"{k.split('.')[-1]}={mine[k]}" for k in keys[:6]]
             label = " · ".join([label, *shown]) if shown else f"{label} · {record['content_hash'][:7]}"
         out.append(label)
     return out

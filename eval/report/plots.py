@@ -11,17 +11,20 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from eval.report.words import figure as number
+from lab.types import CONTROL
 
 INK, GRID = "#010203", "#040506"
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))  # 0 is the control
@@ -36,6 +39,20 @@ DASHES: tuple[object, ...] = (
     "dashdot",
 )
 MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
+
+
+@dataclass(frozen=True)
+class Palette:
+    ink: str
+    grid: str
+    series: tuple[str, ...]
+
+
+PLACEHOLDERS = Palette(INK, GRID, SERIES)
+# the light colours of style.css (Okabe and Ito's palette, darkened for contrast on white)
+PAPER = Palette(
+    "#1b1f24", "#e6e9ed", ("#5b626a", "#0072b2", "#d55e00", "#00805c", "#b04a86", "#9a6a00", "#6a4fb3", "#1b1f24")
+)
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "immunization-bench",
@@ -79,28 +96,66 @@ def lines_plot(
     Args:
         reference: a thin horizontal line. mark: (x, text) of a thin vertical line. limits: of the y axis.
     """
-    log_y = "y" in log
-    drawn = [(line, *_finite(line, log_y)) for line in lines]
-    drawn = [d for d in drawn if d[1]]
+    drawn = _drawable(lines, log)
     if not drawn:
         return Markup("")
-    fig, axes = _axes(4.4, 2.75)
-    for line, xs, ys in drawn:
-        i = line.index % len(SERIES)
-        axes.plot(
-            xs, ys, color=SERIES[i], linestyle=DASHES[i], marker=MARKERS[i], markersize=3.5, linewidth=1.7,
-            markevery=max(len(xs) // 8, 1), zorder=2 + i,
-        )  # fmt: skip
+    fig, axes = _axes(4.4, 2.75, PLACEHOLDERS)
+    _draw(axes, drawn, x, y, log, limits, PLACEHOLDERS)
     if reference is not None:
-        axes.axhline(reference, color=INK, linewidth=0.7, alpha=0.6)
+        axes.axhline(reference, color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.6)
     if mark is not None:
-        axes.axvline(mark[0], color=INK, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2)))
+        axes.axvline(mark[0], color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2)))
         axes.annotate(mark[1], (mark[0], 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                      textcoords="offset points", va="top", color=INK, fontsize=8)  # fmt: skip
-    _scale(axes, log, limits, [v for _, _, ys in drawn for v in ys], max(x for _, xs, _ in drawn for x in xs))
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+                      textcoords="offset points", va="top", color=PLACEHOLDERS.ink, fontsize=8)  # fmt: skip
     return _svg(fig, f"{title}: {y} against {x}")
+
+
+def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
+    """One curve of a record as a picture with a legend, on white, for dashboards; returns ``path``."""
+    arms = [k for k, v in curve.items() if isinstance(v, list) and k != "step"]
+    numbers = {arm: 0 if arm == CONTROL else i for i, arm in enumerate((a for a in arms if a != CONTROL), start=1)}
+    lines = [Line(arm, numbers.get(arm, 0), curve["step"], curve[arm]) for arm in arms]
+    log = curve.get("log", "")
+    fig, axes = _axes(6.4, 4.0, PAPER)
+    fig.patch.set(facecolor="white", alpha=1)
+    _draw(axes, _drawable(lines, log), curve.get("x", "step"), curve.get("y", name), log, None, PAPER)
+    if axes.lines:
+        axes.legend(frameon=False)
+    axes.set_title(_plain(name))
+    FigureCanvasAgg(fig)
+    fig.savefig(path, format="png", dpi=110)
+    return path
+
+
+def _drawable(lines: Sequence[Line], log: str) -> list[tuple[Line, list[float], list[float]]]:
+    found = [(line, *_finite(line, "y" in log)) for line in lines]
+    return [d for d in found if d[1]]
+
+
+def _draw(
+    axes: Axes,
+    drawn: Sequence[tuple[Line, list[float], list[float]]],
+    x: str,
+    y: str,
+    log: str,
+    limits: tuple[float, float] | None,
+    palette: Palette,
+) -> None:
+    for line, xs, ys in drawn:
+        i = line.index % len(palette.series)
+        axes.plot(
+            xs, ys, color=palette.series[i], linestyle=DASHES[i], marker=MARKERS[i], markersize=3.5, linewidth=1.7,
+            markevery=max(len(xs) // 8, 1), zorder=2 + i, label=_plain(line.label),
+        )  # fmt: skip
+    if drawn:
+        _scale(axes, log, limits, [v for _, _, ys in drawn for v in ys], max(x for _, xs, _ in drawn for x in xs))
+    axes.set_xlabel(_plain(x))
+    axes.set_ylabel(_plain(y))
+
+
+def _plain(text: str) -> str:
+    """A dollar sign would start a formula, and a broken one would stop the report."""
+    return text.replace("$", r"\$")
 
 
 def _scale(axes: Axes, log: str, limits: tuple[float, float] | None, values: list[float], last: float) -> None:
@@ -131,7 +186,7 @@ def heat_map(
 ) -> Markup:
     """Values around 1 on a logarithmic scale, purple below and orange above (safe for colour-blind readers)."""
     spread = max((abs(math.log10(v)) for v in cells.values() if v > 0), default=0.0) or 1.0
-    fig, axes = _axes(4.6, 4.1)
+    fig, axes = _axes(4.6, 4.1, PLACEHOLDERS)
     axes.grid(False)
     for i, row in enumerate(rows):
         for j, column in enumerate(columns):
@@ -147,11 +202,11 @@ def heat_map(
             )
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), columns)
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), [_plain(c) for c in columns])
+    axes.set_yticks(range(len(rows)), [_plain(r) for r in rows])
     axes.tick_params(length=0)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set_xlabel(_plain(x))
+    axes.set_ylabel(_plain(y))
     return _svg(fig, title)
 
 
@@ -182,22 +237,22 @@ def swatch(index: int) -> Markup:
     )
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def _axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:
     with rc_context(_SETTINGS):
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(fig)
         axes = fig.add_subplot()
     fig.patch.set_alpha(0)
     axes.patch.set_alpha(0)
-    axes.grid(True, color=GRID, linewidth=0.7)
+    axes.grid(True, color=palette.grid, linewidth=0.7)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(INK)
-    axes.tick_params(colors=INK, labelcolor=INK, length=3)
+        axes.spines[side].set_color(palette.ink)
+    axes.tick_params(colors=palette.ink, labelcolor=palette.ink, length=3)
     for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(INK)
+        label.set_color(palette.ink)
     return fig, axes
 
 

@@ -95,7 +95,9 @@ def outcome(record: Record) -> Outcome:
         )
         bound = metrics.get("rir_bound")
         if bound is not None and bound["value"] is not None:
-            found.details.append(f"No linear immunizer can reach an RIR above {measured(bound)} on this pair of tasks.")
+            found.details.append(f"No linear immunizer can reach an RIR above {measured(bound)} on these tasks.")
+        elif bound is not None:
+            found.details.append(f"There is no bound on RIR: {_sentence(bound['note'])}")
     elif "verdict" in metrics:
         found = _attacked(record)
     elif "rir" in metrics:

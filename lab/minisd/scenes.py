@@ -47,13 +47,14 @@ def _place(name: str, pose: Pose) -> tuple[Field, Field]:
     """Premultiplied colour [SIZE, SIZE, 3] and coverage [SIZE, SIZE] of one object."""
     sprite = _sprite(name)
     scale = pose.side / max(sprite.size)
-    sprite = sprite.resize([max(1, round(e * scale)) for e in sprite.size], Image.Resampling.BICUBIC)  # type: ignore[arg-type]
+    width, height = (max(1, round(edge * scale)) for edge in sprite.size)
+    sprite = sprite.resize((width, height), Image.Resampling.BICUBIC)
     if pose.mirror:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     sprite = sprite.rotate(pose.angle, Image.Resampling.BICUBIC, expand=True)
     canvas = Image.new("RGBa", (SIZE, SIZE))
     canvas.paste(sprite, (_start(pose.x, sprite.width), _start(pose.y, sprite.height)))
-    pixels = np.asarray(canvas, np.float32) / 255
+    pixels = np.asarray(canvas, np.float32) * np.float32(1 / 255)
     return pixels[..., :3], pixels[..., 3]
 
 

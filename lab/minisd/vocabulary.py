@@ -42,7 +42,7 @@ bird: penguin; parrot; flamingo; rooster; duck; *owl
 insect: butterfly / butterflies; ladybug = lady beetle; bee = honeybee
 fruit: banana; strawberry / strawberries; pineapple; apple = red apple; lemon
 fruit: bunch of grapes = grapes / bunches of grapes; cherry = cherries / cherries; *watermelon
-food: hamburger; slice of pizza / slices of pizza; doughnut; ice cream = soft ice cream; cake = birthday cake; *cupcake
+snack: hamburger; slice of pizza / slices of pizza; doughnut; ice cream = soft ice cream; cake = birthday cake; *cupcake
 vehicle: car = automobile; bicycle; helicopter; sailboat; rocket; tractor; train = steam locomotive; *delivery truck
 musical instrument: guitar; trumpet; drum = drum with drumsticks; saxophone; accordion; *violin
 plant: sunflower; cactus / cacti; palm tree; mushroom; *maple leaf / maple leaves; *tulip

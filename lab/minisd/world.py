@@ -82,6 +82,7 @@ class Subset:
         held = (name, style_name) in HELD_OUT_PAIRS
         return self.pairs == "all" or held == (self.pairs == "unseen")
 
+    @lru_cache(maxsize=64)  # noqa: B019 (a subset is a frozen value: equal ones share the entry)
     def deck(self) -> tuple[tuple[str, str], ...]:
         """All (object, style) cards of one round; photos come several times where `photo_share` asks for it."""
         painted = [s for s in self.styles if s != PHOTO]
@@ -210,7 +211,8 @@ def _chunks(subset: Subset, seed: int, jobs: list[tuple[int, int]], workers: int
 def sample(subset: Subset, seed: int, count: int, *, start: int = 0, workers: int = 1) -> Sample:
     """Pictures ``start`` … ``start + count`` of a subset, the same bytes for any ``workers``.
 
-    About 2 ms a picture and process; ``workers`` > 1 pays from a few thousand pictures on (it starts Python anew).
+    About 2 ms a picture and process. ``workers`` > 1 pays from a few thousand pictures on: each starts a Python of
+    its own, and a script that asks for it needs an ``if __name__ == "__main__"`` guard.
 
     Raises:
         UserError: ``count`` or ``workers`` below 1, ``start`` below 0.

@@ -12,9 +12,10 @@ import pytest
 from fake_records import attacked, control, digits, failed, metric, record, sealed, sweep
 
 from eval.report.compare import compare, to_text
+from eval.report.figures import _shared_limits
 from eval.report.html import render
 from eval.report.leaderboard import labels, leaderboard, to_csv, to_html, to_markdown
-from eval.report.plots import Line, lines_plot
+from eval.report.plots import Line, curve_png, lines_plot
 from eval.report.summary import summary
 from eval.report.words import figure, outcome
 from lab.errors import UserError
@@ -232,11 +233,32 @@ def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:
         render([], tmp_path / "r.html")
 
 
+def test_a_curve_becomes_a_picture(tmp_path: Path) -> None:
+    from PIL import Image
+
+    curve = attacked("kappa", 3.4, 1.03, 356.0)["curves"]["norm_ratio_harmful_linear_probe"]
+    path = curve_png("a_$_curve", curve, tmp_path / "c.png")
+    colours = Image.open(path).convert("RGB").getcolors(1_000_000)
+    assert (0, 0x72, 0xB2) in [c for _, c in colours]  # the immunized arm
+    assert curve_png("empty", {"step": [0], "kappa": [None]}, tmp_path / "e.png").stat().st_size > 0
+
+
+def test_a_dollar_sign_is_no_formula() -> None:
+    svg = lines_plot([Line("a", 1, [0, 1], [1.0, 2.0])], title="t", x="price $x_$", y="$\\frac")
+    assert "price $x_$" in svg
+
+
 def test_plots_survive_missing_and_constant_values() -> None:
     assert lines_plot([Line("a", 0, [0, 1], [None, None])], title="t", x="x", y="y", log="y") == ""
     svg = lines_plot([Line("a", 0, [0, 1, 2], [0.0, 2.0, 2.0])], title="t", x="x", y="y", log="y")
     assert "var(--s0)" in svg
     assert "currentColor" in svg
+
+
+@pytest.mark.parametrize(("last", "shared"), [(0.001, True), (1e-25, False)])
+def test_harmful_and_benign_share_an_axis_unless_one_would_be_squashed(last: float, shared: bool) -> None:
+    lines = [[Line("a", 1, [0, 1], [1.0, 0.01])], [Line("a", 1, [0, 1], [1.0, last])]]
+    assert (_shared_limits(lines, "y") is not None) is shared
 
 
 # --- in a browser -------------------------------------------------------------------------------------------------

@@ -241,6 +241,30 @@ def test_divergence_is_said_and_is_no_protection() -> None:
     assert metrics["slowdown_benign_probe"].value == pytest.approx(5)
 
 
+def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
+    """Scenario data of all seeds may not fit in memory: no metric may jump back and forth between seeds."""
+
+    class Counting(FakeRun):
+        loads: list[int] = []
+        reads: list[tuple] = []
+
+        def cases(self, seed: int):
+            self.loads.append(seed)
+            return super().cases(seed)
+
+        def trajectory(self, arm, attack, case, task, seed):
+            self.reads.append((arm, attack, case.name, task.name, seed))
+            return super().trajectory(arm, attack, case, task, seed)
+
+    models = {CONTROL: linear(EYE), "kappa": linear(EYE)}
+    for metric in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict()):
+        run = Counting(classes(), models, rates(0.9, 0.8))
+        run.loads, run.reads = [], []
+        metric(run)
+        assert run.loads == [0, 1, 2]
+        assert len(run.reads) == len(set(run.reads)) == (12 if metric.needs_attack else 0)
+
+
 # --- accuracy -----------------------------------------------------------------------------------------------------
 
 

@@ -68,7 +68,7 @@ def test_above_the_step_size_r_well_can_raise_kappa():
 
 def test_mini_batches_break_both_theorems():
     """Counter-example: a step that is safe for its batch moves κ of the whole data the wrong way."""
-    x = data(spread=0.2)
+    x = data(spread=0.0)
     eye = torch.eye(6, dtype=torch.float64)
     before = condition_number(x)
     raised = lowered = 0
@@ -77,7 +77,7 @@ def test_mini_batches_break_both_theorems():
         after = step(x, eye, spectral.well, lambda s: 0.9 * well_limit(s), rows)
         assert condition_number(x[rows] @ after) <= condition_number(x[rows]) * (1 + 1e-12)
         raised += condition_number(x @ after) > before * (1 + 1e-6)
-        after = step(x, eye, spectral.ill, lambda s: 0.1 * ill_limit(s), rows)
+        after = step(x, eye, spectral.ill, lambda s: 0.01 * ill_limit(s), rows)
         assert condition_number(x[rows] @ after) >= condition_number(x[rows]) * (1 - 1e-12)
         lowered += condition_number(x @ after) < before * (1 - 1e-6)
     assert raised > 0

@@ -84,6 +84,16 @@ def test_prefix_equals_forward_in_batches_and_is_memoised():
     assert torch.allclose(prefix(model, x, 1), model.run(x, 0, 1))
 
 
+def test_prefix_tells_structures_apart_that_share_their_weights():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(4, 5), torch.randn(9, 4)
+    plain = FeatureModel([("a", linear)], 5)
+    rectified = FeatureModel([("a", nn.Sequential(linear, nn.ReLU()))], 5)
+    shifted = type("Shifted", (FeatureModel,), {"inputs": lambda self, x: x + 1})([("a", linear)], 5)
+    for model in (plain, rectified, shifted):
+        assert torch.allclose(features(model, x), model(x))
+
+
 def test_a_feature_model_never_trains_its_batch_norm():
     model = tiny_model()
     model.train()

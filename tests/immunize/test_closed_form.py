@@ -1,0 +1,86 @@
+"""The control arm and the closed form."""
+
+import pytest
+import torch
+from small_cases import TinyNet, deep_case, immunize, linear_case, randn
+
+from immunize.closed_form import KappaClosedForm
+from immunize.none import NoImmunization
+from lab.backbones.linear import LinearBackbone, LinearExtractor
+from lab.condition import condition_number, outside_energy, range_basis, rir_bound
+from lab.errors import UserError
+from lab.types import Case, Immunizer, Split, Task, same_weights
+
+
+def test_control_arm_is_an_equal_independent_copy():
+    assert isinstance(NoImmunization(), Immunizer)
+    for model, case in ((TinyNet(), deep_case()), (None, linear_case())):
+        before, after, log = immunize(NoImmunization(), case, model)
+        assert same_weights(before, after)
+        assert log.steps == []
+        with torch.no_grad():
+            next(after.parameters()).add_(1)
+        assert not same_weights(before, after)
+
+
+@pytest.mark.parametrize("init", ["identity", "random"])
+def test_attains_the_bound(init):
+    case = linear_case(d=7, spread=1.5)
+    model = LinearBackbone(init=init).build(case, 0)
+    start, after, log = immunize(KappaClosedForm(), case, model)
+    x_p, x_h = (task.train.x for task in case.tasks)
+    assert condition_number(after(x_p).detach()) == pytest.approx(1.0, rel=1e-9)
+    assert log.column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
+    assert log.column("rir")[0] == pytest.approx(1.0)
+    ratio = condition_number(after(x_h).detach()) / condition_number(start(x_h).detach())
+    ratio /= condition_number(after(x_p).detach()) / condition_number(start(x_p).detach())
+    assert ratio == pytest.approx(rir_bound(x_p, x_h, start.theta).value, rel=1e-6)
+    assert float(after(x_p).square().mean()) == pytest.approx(float(start(x_p).square().mean()))
+
+
+def singular(case):
+    """Column 3 of the benign data is a copy of column 0."""
+    x = case.benign.train.x.clone()
+    x[:, 3] = x[:, 0]
+    split = Split(x, case.benign.train.y)
+    return Case(case.name, Task("b", "benign", "regression", split, split), case.harmful)
+
+
+def test_singular_benign_data_use_the_range_variant():
+    case = singular(linear_case(d=6))
+    _, after, log = immunize(KappaClosedForm(), case)
+    x_p, x_h = (task.train.x for task in case.tasks)
+    basis, _ = range_basis(x_p)
+    assert basis.shape == (6, 5)
+    assert condition_number(after(x_p).detach()) == pytest.approx(1.0, rel=1e-9)
+    assert log.column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
+    assert log.column("outside_energy")[-1] == pytest.approx(outside_energy(x_h, basis))
+    assert log.column("outside_energy")[-1] > 1e-3
+    null = torch.eye(6, dtype=torch.float64) - basis @ basis.T
+    assert float((null @ after.theta).norm()) < 1e-12
+    model = LinearExtractor(randn(6, 6, seed=4))
+    assert immunize(KappaClosedForm(), case, model)[2].column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
+
+
+def test_rank_tolerance_chooses_the_range():
+    case = linear_case(d=6, spread=3.0)
+    full = immunize(KappaClosedForm(), case)[1]
+    cut = immunize(KappaClosedForm(rank_tolerance=0.05), case)[1]
+    assert torch.linalg.matrix_rank(full.theta) == 6
+    assert torch.linalg.matrix_rank(cut.theta) < 6
+
+
+def test_several_harmful_tasks_log_the_least_immunized():
+    case = linear_case(harmful=3)
+    log = immunize(KappaClosedForm(), case)[2]
+    alone = [immunize(KappaClosedForm(), Case("one", case.benign, (h,)))[2].column("rir")[-1] for h in case.harmful]
+    assert log.column("rir")[-1] == pytest.approx(min(alone))
+
+
+def test_errors():
+    with pytest.raises(UserError, match=r"immunize\.rank_tolerance"):
+        KappaClosedForm(rank_tolerance=0.0)
+    flat = Split(torch.ones(9, 3, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))
+    case = Case("flat", Task("b", "benign", "regression", flat, flat), linear_case(d=3).harmful)
+    with pytest.raises(UserError, match="rank 1"):
+        immunize(KappaClosedForm(), case)

@@ -1,0 +1,170 @@
+"""Deep extractors, resuming, and the heads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_cases import Memory, TinyNet, deep_case, immunize, linear_case, randn
+
+from immunize.engines import resolve_layers
+from immunize.heads import Head
+from immunize.kappa import Kappa, KappaImma, KappaOpt
+from immunize.trainer import Trainer
+from lab.condition import grouped_condition_number
+from lab.errors import Diverged, UserError
+from lab.seeding import derive
+from lab.types import same_weights
+
+BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.01, steps=12, batch_size=16, supervised=0.1)
+MAKERS = {
+    "kappa": lambda **o: Kappa(**(BASE | o)),
+    "opt": lambda **o: KappaOpt(**(BASE | {"preconditioned": False, "lambda_h": 1.0} | o)),
+    "imma": lambda **o: KappaImma(**({"eta": 1e-2, "steps": 12, "batch_size": 16} | o)),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize(("layers", "moving"), [(None, {0, 1, 2}), (1, {2}), (2, {1, 2}), (["middle"], {1})])
+def test_only_declared_blocks_move(name, layers, moving):
+    model = TinyNet()
+    before, after, log = immunize(MAKERS[name](layers=layers), deep_case(), model)
+    assert same_weights(before, TinyNet())
+    moved = {i for i in range(3) if not same_weights(before.blocks[i], after.blocks[i])}
+    assert moved == moving
+    assert all(p.grad is None and p.requires_grad for p in after.parameters())
+    assert log.steps[-1] == 12
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_same_seed_same_bits(name):
+    first, again, other = (immunize(MAKERS[name](), deep_case(), TinyNet(), seed)[1] for seed in (0, 0, 1))
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+
+
+def dense_gradient(model, case, rows, preconditioned):
+    """Gradient of R_well(H_P)·1 through autograd; the dummy layer's inverse as a dense matrix."""
+    model = TinyNet().double()
+    y = model(case.benign.train.x[rows].double())
+    h = y.T @ y
+    values = torch.linalg.eigvalsh(h)
+    p = int((values > 1e-12 * values[-1]).sum())
+    objective = values[-1] ** 2 / 2 - h.square().sum() / (2 * p)
+    (by_feature,) = torch.autograd.grad(objective, y, retain_graph=True)
+    if preconditioned:
+        by_feature = by_feature @ torch.linalg.inv(h.detach() + 0.1 * torch.eye(8, dtype=torch.float64))
+    y.backward(by_feature)
+    return [parameter.grad for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_step_against_autograd(preconditioned):
+    case = deep_case()
+    options = dict(lambda_h=0.0, scale="none", supervised=0.0, ridge_benign=0.1, preconditioned=preconditioned)
+    immunizer = MAKERS["kappa"](**options)
+    trainer = Trainer(immunizer.schedule, TinyNet(), case, 0, lambda step, **values: None)
+    objective = immunizer.objective()
+    objective.start(trainer.setup)
+    objective.step(0)
+    trainer.engine.finish()
+    expected = dense_gradient(TinyNet(), case, trainer.samplers[0].rows(0)[0], preconditioned)
+    for parameter, reference in zip(trainer.engine.parameters, expected, strict=True):
+        assert torch.allclose(parameter.grad.double(), reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+
+
+def test_kappa_moves_both_condition_numbers_and_keeps_the_benign_loss():
+    log = immunize(MAKERS["kappa"](steps=150, supervised=1.0), deep_case(), TinyNet())[2]
+    assert log.rows[-1]["rir"] > 1
+    assert log.rows[-1]["kappa_benign"] < log.rows[0]["kappa_benign"]
+    assert log.rows[-1]["benign_loss"] < log.rows[0]["benign_loss"] + 0.05
+    assert "rir_bound_ratio" not in log.rows[0]
+
+
+def test_supervised_keeps_the_benign_loss_low():
+    options = dict(steps=150, lambda_h=3e-2)
+    low, high = (immunize(MAKERS["kappa"](supervised=s, **options), deep_case(), TinyNet())[2] for s in (5.0, 1e-9))
+    assert low.rows[-1]["benign_loss"] < 0.9 * high.rows[-1]["benign_loss"]
+
+
+def test_logged_kappa_is_the_grouped_mean():
+    case = deep_case(n=250)
+    model, _, log = immunize(MAKERS["kappa"](), case, TinyNet())
+    values = grouped_condition_number(model(case.benign.train.x).detach(), seed=derive(0, "groups", 0))
+    assert len(values) == 20
+    assert log.rows[0]["kappa_benign"] == pytest.approx(sum(values) / 20, rel=1e-5)
+
+
+def test_deep_divergence():
+    with pytest.raises(Diverged) as error:
+        immunize(MAKERS["kappa"](eta=1e38, steps=30), deep_case(), TinyNet())
+    assert error.value.step < 30
+
+
+def test_layers_are_checked():
+    model = TinyNet()
+    assert resolve_layers(model, None) == [0, 1, 2]
+    assert resolve_layers(model, ("last", "stem")) == [0, 2]
+    for bad in (0, 4, ["lst"], []):
+        with pytest.raises(UserError, match=r"immunize\.layers"):
+            resolve_layers(model, bad)
+
+
+# ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+VARIANTS = {
+    "kappa": lambda: MAKERS["kappa"](checkpoint_every=5),
+    "adam": lambda: MAKERS["kappa"](checkpoint_every=5, optimizer="adam", eta=1e-3),
+    "corridor": lambda: MAKERS["kappa"](checkpoint_every=5, lambda_schedule="corridor", eta_schedule="cosine"),
+    "running": lambda: MAKERS["kappa"](checkpoint_every=5, spectrum="running"),
+    "imma": lambda: MAKERS["imma"](checkpoint_every=5),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["linear", "deep"])
+def test_a_killed_job_resumes_bit_for_bit(variant, kind):
+    case, model = (linear_case(), None) if kind == "linear" else (deep_case(), TinyNet())
+    _, expected, expected_log = immunize(VARIANTS[variant](), case, model)
+    memory = Memory(stop=2)
+    with pytest.raises(KeyboardInterrupt):
+        immunize(VARIANTS[variant](), case, model, checkpoint=memory)
+    assert memory.saved[1]["step"] == 10
+    assert all(t.is_contiguous() for t in memory.saved[0].values())
+    memory.stop = None
+    _, resumed, log = immunize(VARIANTS[variant](), case, model, checkpoint=memory)
+    assert same_weights(resumed, expected)
+    assert (log.steps, log.rows) == (expected_log.steps, expected_log.rows)
+
+
+# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", [linear_case(), deep_case()], ids=["squared", "cross-entropy"])
+def test_head_gradients_against_autograd(case):
+    task = case.benign
+    head = Head(task, 6)
+    head.w = randn(6, head.classes, seed=1)
+    rows = torch.arange(3, 13)
+    y = randn(10, 6, seed=2).requires_grad_(True)
+    w = head.w.clone().requires_grad_(True)
+    if task.kind == "regression":
+        loss = F.mse_loss((y @ w)[:, 0], task.train.y[rows]) / 2
+    else:
+        loss = F.cross_entropy(y @ w, task.train.y[rows])
+    by_y, by_w = torch.autograd.grad(loss, (y, w))
+    value, ours_y, ours_w = head.loss(y.detach(), rows)
+    assert value == pytest.approx(loss.item())
+    assert torch.allclose(ours_y, by_y)
+    assert torch.allclose(ours_w, by_w)
+
+
+@pytest.mark.parametrize("case", [linear_case(), linear_case(d=60), deep_case()], ids=["tall", "wide", "classes"])
+def test_fitted_head_starts_near_its_optimum(case):
+    x = case.benign.train.x.double()
+    head = Head(case.benign, x.shape[1])
+    rows = torch.arange(len(x))
+    zero = head.loss(x, rows)[0]
+    head.fit(x)
+    fitted, _, gradient = head.loss(x, rows)
+    assert fitted < 0.5 * zero
+    ridge = 1e-3 * head.lipschitz(x)
+    assert float((gradient + ridge * head.w).norm()) < 1e-3 * max(1.0, float(head.w.norm()))

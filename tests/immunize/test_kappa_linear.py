@@ -1,0 +1,415 @@
+"""KAPPA, its ablations and baselines on small linear problems: one option, one stated effect."""
+
+import math
+
+import pytest
+import torch
+from small_cases import immunize, linear_case, linear_task, randn
+
+from immunize.kappa import Kappa, KappaImma, KappaOpt
+from immunize.spectral import diagonal_preconditioner
+from immunize.trainer import Trainer, log_steps
+from lab.backbones.linear import LinearBackbone, LinearExtractor
+from lab.condition import condition_number
+from lab.errors import Diverged, UserError
+from lab.types import Case, Split, Task, same_weights
+
+BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
+
+
+def kappa(**options):
+    return Kappa(**(BASE | options))
+
+
+def opt(**options):
+    return KappaOpt(**(BASE | {"preconditioned": False, "lambda_h": 1.0} | options))
+
+
+def run(case=None, model=None, seed=0, **options):
+    """(immunized model, log)."""
+    return immunize(kappa(**options), case or linear_case(), model, seed)[1:]
+
+
+def last(log, name):
+    return log.column(name)[-1]
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def imma(**options):
+    return KappaImma(eta=1e-3, **options)
+
+
+@pytest.mark.parametrize("make", [lambda **o: kappa(**o), lambda **o: opt(**o), imma], ids=["kappa", "opt", "imma"])
+def test_same_seed_same_bits_and_input_untouched(make):
+    case = linear_case()
+    model = LinearBackbone().build(case, 0)
+    before = model.theta.detach().clone()
+    first, again, other = (immunize(make(steps=20), case, model, seed)[1] for seed in (0, 0, 1))
+    assert torch.equal(model.theta, before)
+    assert same_weights(first, again)
+    assert not same_weights(first, other)
+    assert not same_weights(first, model)
+    assert isinstance(first, LinearExtractor)
+
+
+def test_log_has_every_figure_and_the_last_is_the_models():
+    case = linear_case()
+    model, log = run(case, supervised=1.0, log_points=6)
+    assert log.steps[0] == 0
+    assert log.steps[-1] == 60
+    assert len(log.steps) == len(log_steps(60, 6)) == 6
+    x_p, x_h = (task.train.x for task in case.tasks)
+    assert last(log, "kappa_benign") == pytest.approx(condition_number(model(x_p).detach()), rel=1e-9)
+    assert last(log, "kappa_harmful") == pytest.approx(condition_number(model(x_h).detach()), rel=1e-9)
+    assert log.rows[0]["rir"] == pytest.approx(1.0)
+    assert all(0 < ratio < 1 for ratio in log.column("rir_bound_ratio"))
+    assert set(log.rows[0]) >= {"lambda_p", "lambda_h", "benign_loss"}
+    assert len(log_steps(1000, 25)) > 20
+    assert log_steps(1, 25) == {0, 1}
+
+
+def test_kappa_immunizes_and_the_ablations_do_half():
+    case = linear_case(n=200, spread=1.0)
+    both = run(case, steps=400, batch_size=64)[1]
+    only_well = run(case, steps=400, batch_size=64, lambda_h=0.0)[1]
+    only_ill = run(case, steps=400, batch_size=64, lambda_p=0.0)[1]
+    assert last(both, "rir") > 1
+    assert last(only_well, "kappa_benign") < 0.5 * only_well.rows[0]["kappa_benign"]
+    assert last(only_ill, "kappa_harmful") > 2 * only_ill.rows[0]["kappa_harmful"]
+    assert last(both, "kappa_harmful") > last(only_well, "kappa_harmful")
+    assert last(both, "kappa_benign") < last(only_ill, "kappa_benign")
+
+
+def test_lambdas_pull_in_their_own_direction():
+    case = linear_case()
+    base = run(case, steps=100)[1]
+    assert last(run(case, steps=100, lambda_h=3e-2)[1], "kappa_harmful") > last(base, "kappa_harmful")
+    assert last(run(case, steps=100, lambda_p=2.0)[1], "kappa_benign") < last(base, "kappa_benign")
+
+
+def test_well_only_approaches_the_closed_form():
+    log = run(steps=2000, lambda_h=0.0, spectrum="full", eta=0.02, eta_schedule="cosine")[1]
+    assert last(log, "kappa_benign") < 1.1
+    assert last(log, "rir_bound_ratio") > 0.7
+
+
+def test_epochs_count_batches_of_the_benign_task():
+    model_a, log = run(steps=None, epochs=5)
+    assert log.steps[-1] == 5 * (48 // 16)
+    assert same_weights(model_a, run(steps=15)[0])
+
+
+def test_batch_larger_than_the_data_is_the_whole_data():
+    log = run(steps=None, epochs=5, batch_size=1000)[1]
+    assert log.steps[-1] == 5
+
+
+def test_zero_columns_are_left_out_without_effect():
+    case = linear_case(d=6)
+    keep = torch.tensor([1, 3, 4, 5, 7, 8])
+
+    def widen(task):
+        x = torch.zeros(len(task.train), 9, dtype=torch.float64)
+        x[:, keep] = task.train.x
+        split = Split(x, task.train.y)
+        return Task(task.name, task.role, task.kind, split, split)
+
+    wide = Case("wide", widen(case.benign), (widen(case.harmful[0]),))
+    small = run(case, supervised=1.0)[0].theta.detach()
+    model, log = run(wide, supervised=1.0)
+    expected = torch.eye(9, dtype=torch.float64)
+    expected[keep[:, None], keep] = small
+    assert torch.allclose(model.theta, expected, atol=1e-12)
+    assert "rir_bound_ratio" in log.rows[0]
+    start = LinearExtractor(randn(9, 9, seed=2))
+    right = dict(solve_side="right", ridge_benign=1.0, ridge_harmful=1.0, optimizer="adam")
+    moved = run(wide, start, **right)[0].theta.detach()
+    dropped = torch.tensor([0, 2, 6])
+    assert torch.equal(moved[dropped], start.theta.detach()[dropped])
+    assert not torch.equal(moved[keep], start.theta.detach()[keep])
+
+
+# ── one step against autograd ────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_step(immunizer, case, model):
+    """(gradient in θ that the engine leaves, the rows of both tasks)."""
+    trainer = Trainer(immunizer.schedule, model, case, 0, lambda step, **values: None)
+    objective = immunizer.objective()
+    objective.start(trainer.setup)
+    rows = [sampler.rows(0)[0] for sampler in trainer.samplers]
+    heads = getattr(objective, "heads", None)
+    before = [head.w.clone() for head in heads] if heads else None
+    objective.step(0)
+    trainer.engine.finish()
+    return trainer.engine.theta.grad, rows, before, objective
+
+
+def log_kappa_of(y):
+    s = torch.linalg.svdvals(y)
+    return 2 * (s[0] / s[-1]).log()
+
+
+def test_opt_descends_the_two_logarithms():
+    case = linear_case()
+    model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
+    immunizer = KappaOpt(**(BASE | dict(lambda_p=0.7, lambda_h=3.0, scale="none", preconditioned=False)))
+    gradient, rows, _, _ = one_step(immunizer, case, model)
+    theta = model.theta.detach().clone().requires_grad_(True)
+    y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
+    (expected,) = torch.autograd.grad(0.7 * log_kappa_of(y_p) + 3.0 / log_kappa_of(y_h), theta)
+    assert torch.allclose(gradient, expected, rtol=1e-8)
+
+
+def test_optimizer_aware_gradient_is_exact():
+    case = linear_case()
+    model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
+    options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False, optimizer_aware="diagonal")
+    for scale in ("none", "initial", "current"):  # log κ does not see the scale
+        gradient, rows, _, _ = one_step(KappaOpt(**(BASE | options | {"scale": scale})), case, model)
+        theta = model.theta.detach().clone().requires_grad_(True)
+        y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
+        y_p, y_h = y_p / y_p.norm(dim=0), y_h / y_h.norm(dim=0)
+        (expected,) = torch.autograd.grad(log_kappa_of(y_p) + 2.0 / log_kappa_of(y_h), theta)
+        unit = float((gradient / expected).median())
+        assert torch.allclose(gradient, unit * expected, rtol=1e-6, atol=1e-9 * float(gradient.abs().max()))
+
+
+def test_supervised_term_is_the_gradient_of_the_benign_loss():
+    case = linear_case()
+    model = LinearBackbone().build(case, 0)
+    with_loss, rows, _, _ = one_step(kappa(supervised=2.0), case, model)
+    without = one_step(kappa(), case, model)[0]
+    immunizer = kappa(supervised=2.0)
+    trainer = Trainer(immunizer.schedule, model, case, 0, lambda step, **values: None)
+    objective = immunizer.objective()
+    objective.start(trainer.setup)
+    theta = model.theta.detach().clone().requires_grad_(True)
+    residual = case.benign.train.x[rows[0]] @ theta @ objective.head.w - case.benign.train.y[rows[0]][:, None]
+    (expected,) = torch.autograd.grad(residual.square().mean() / 2, theta)
+    assert torch.allclose(with_loss - without, 2.0 * expected, rtol=1e-6, atol=1e-12)
+
+
+def test_imma_is_first_order_bilevel():
+    case = linear_case()
+    model = LinearBackbone().build(case, 0)
+    immunizer = KappaImma(eta=1e-3, batch_size=16, inner_steps=2, inner_step=0.3, w_prior=0.5)
+    gradient, rows, heads, _ = one_step(immunizer, case, model)
+    theta = model.theta.detach().clone().requires_grad_(True)
+    (x_p, x_h) = (task.train.x[r] for task, r in zip(case.tasks, rows, strict=True))
+    (t_p, t_h) = (task.train.y[r][:, None] for task, r in zip(case.tasks, rows, strict=True))
+    w, curvature = heads[1], float(torch.linalg.matrix_norm(x_h, 2)) ** 2 / 16
+    for _ in range(2):
+        w = w - 0.3 / curvature * x_h.T @ (x_h @ w - t_h) / 16
+    harmful = (x_h @ theta @ w - t_h).square().mean() / 2
+    benign = (x_p @ theta @ heads[0] - t_p).square().mean() / 2
+    (expected,) = torch.autograd.grad(-harmful.log() + 0.5 * benign, theta)
+    assert torch.allclose(gradient, expected, rtol=1e-8)
+
+
+def test_imma_makes_its_own_attacker_worse():
+    case = linear_case(n=200)
+    logs = [immunize(KappaImma(eta=eta, steps=200), case)[2] for eta in (1e-9, 1e-2)]
+    assert last(logs[1], "harmful_loss") > 2 * last(logs[0], "harmful_loss")
+
+
+# ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def scaled(case, factor):
+    def bigger(task):
+        split = Split(factor * task.train.x, task.train.y)
+        return Task(task.name, task.role, task.kind, split, split)
+
+    return Case(case.name, bigger(case.benign), tuple(bigger(h) for h in case.harmful))
+
+
+@pytest.mark.parametrize("scale", ["initial", "current"])
+def test_scale_makes_lambda_free_of_units(scale):
+    case = linear_case()
+    a, b = run(case, scale=scale)[0], run(scaled(case, 100.0), scale=scale)[0]
+    assert torch.allclose(a.theta, b.theta, rtol=1e-8)
+    small = dict(scale="none", eta=1e-8)
+    a, b = run(case, **small)[0], run(scaled(case, 100.0), **small)[0]
+    assert not torch.allclose(a.theta, b.theta, rtol=1e-8)
+
+
+def test_current_scale_goes_on_where_initial_stalls():
+    logs = {s: run(scale=s, lambda_h=0.0, steps=800, spectrum="full")[1] for s in ("initial", "current")}
+    assert last(logs["current"], "kappa_benign") < last(logs["initial"], "kappa_benign")
+
+
+def test_preconditioner_ridge_and_side():
+    case = linear_case()
+    start = torch.eye(6, dtype=torch.float64)
+    plain, ridge, stronger = (
+        run(case, ridge_benign=r, ridge_harmful=r, steps=5)[0].theta.detach() - start for r in (0.0, 0.1, 10.0)
+    )
+    assert plain.norm() > ridge.norm() > stronger.norm()
+    one, other = (run(case, steps=5, **{key: 0.1})[0].theta for key in ("ridge_benign", "ridge_harmful"))
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(run(case, preconditioned=False, steps=5)[0].theta - start, plain)
+    both = dict(ridge_benign=0.1, ridge_harmful=0.1, steps=5)
+    assert not torch.allclose(run(case, **both, solve_side="right")[0].theta - start, ridge)
+
+
+def test_adam_moves_every_entry_by_eta_at_first():
+    theta = run(optimizer="adam", steps=1, eta=1e-3)[0].theta.detach() - torch.eye(6, dtype=torch.float64)
+    assert torch.allclose(theta.abs(), torch.full((6, 6), 1e-3, dtype=torch.float64), rtol=1e-3)
+
+
+def test_cosine_schedule_settles():
+    case = linear_case()
+    rough, smooth = (run(case, eta=0.2, lambda_h=0.0, steps=400, eta_schedule=s)[1] for s in ("constant", "cosine"))
+    assert last(smooth, "kappa_benign") < last(rough, "kappa_benign")
+
+
+def test_rank_rule_and_tolerance_change_p():
+    case = linear_case(d=20)
+    base = run(case, steps=5)[0].theta
+    assert not torch.allclose(base, run(case, steps=5, rank_rule="dimension")[0].theta)
+    assert not torch.allclose(base, run(case, steps=5, rank_tolerance=0.1)[0].theta)
+
+
+def test_cluster_average_spreads_over_near_multiple_directions():
+    case = linear_case()
+    one, many = (run(case, steps=1, cluster_tolerance=c, lambda_h=0.0, spectrum="full")[0] for c in (0.0, 0.9))
+    change = [torch.linalg.svdvals(m.theta - torch.eye(6, dtype=torch.float64)) for m in (one, many)]
+    assert change[1][0] / change[1][1] < change[0][0] / change[0][1]
+
+
+def test_spectra_reduce_variance():
+    case = linear_case(n=400)
+    x = case.benign.train.x
+    errors = {}
+    for spectrum in ("batch", "running", "full"):
+        schedule = kappa(spectrum=spectrum, running_window=5).schedule
+        sampler = Trainer(schedule, LinearBackbone().build(case, 0), case, 0, lambda step, **v: None).samplers[0]
+        grams = []
+        for step in range(10, 60):
+            rows, roots = sampler.rows(step)
+            grams.append((x[rows] * roots).T @ (x[rows] * roots))
+        exact = x.T @ x * 16 / 400
+        errors[spectrum] = float(torch.stack([(g - exact).square().sum() for g in grams]).mean())
+        assert torch.allclose(torch.stack(grams).mean(0), exact, atol=0.15 * float(exact.abs().max()))
+    assert errors["running"] < 0.4 * errors["batch"]
+    assert errors["full"] < 1e-20
+
+
+def test_more_rows_per_estimate_whiten_better():
+    case = linear_case(n=200)
+    logs = {s: run(case, spectrum=s, batch_size=8, steps=400, lambda_h=0.0)[1] for s in ("batch", "running", "full")}
+    assert last(logs["batch"], "rir") < last(logs["running"], "rir") < last(logs["full"], "rir")
+    a, b = (run(case, spectrum="running", **o)[0] for o in ({"running_decay": 0.5}, {"running_window": 2}))
+    assert not same_weights(a, b)
+
+
+def shared_case():
+    """Both tasks load on the same directions, so that R_ill hurts the benign task too."""
+    case = linear_case(n=120, spread=1.0)
+    x = case.benign.train.x + 0.02 * randn(120, 6, seed=50)
+    split = Split(x, case.benign.train.y)
+    return Case("shared", case.benign, (Task("h", "harmful", "regression", split, split),))
+
+
+def test_corridor_keeps_the_benign_kappa_inside():
+    options = dict(lambda_p=0.05, lambda_h=2e-2, spectrum="full", steps=400)
+    fixed = run(shared_case(), **options)[1]
+    start = fixed.rows[0]["kappa_benign"]
+    assert last(fixed, "kappa_benign") > 3 * start
+    options |= dict(lambda_schedule="corridor", corridor_rate=0.5)
+    corridor = run(shared_case(), **options, corridor_benign=1.2)[1]
+    assert abs(math.log(last(corridor, "kappa_benign") / start)) < math.log(1.3)
+    assert max(corridor.column("lambda_p")) > 0.07
+    wider = run(shared_case(), **options, corridor_benign=2.0)[1]
+    assert last(wider, "kappa_benign") > last(corridor, "kappa_benign")
+    higher = run(shared_case(), **options, corridor_benign=50.0, corridor_harmful=20.0)[1]
+    assert last(higher, "kappa_harmful") > last(wider, "kappa_harmful")
+
+
+def test_worst_case_weights_move_to_the_worst_task():
+    """One harmful task is the benign one in disguise and cannot be immunized, the other can."""
+    case = shared_case()
+    case = Case("two", case.benign, (case.harmful[0], linear_task("free", "harmful", 60, 6, 900)))
+    equal = run(case, steps=300, spectrum="full")[1]
+    robust = run(case, steps=300, spectrum="full", worst_case=True)[1]
+    sharp = run(case, steps=300, spectrum="full", worst_case=True, worst_case_temperature=5.0)[1]
+    assert last(equal, "weight_0") == last(equal, "weight_1") == 0.5
+    assert last(robust, "weight_0") > 0.6
+    assert last(sharp, "weight_0") > last(robust, "weight_0")
+    assert last(robust, "weight_0") + last(robust, "weight_1") == pytest.approx(1.0)
+    assert robust.rows[0]["weight_0"] == pytest.approx(0.5)
+
+
+def aligned_task(name, role, n, seed):
+    """Spread along the axes, which a diagonal preconditioner undoes."""
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    x = randn(n, 6, seed=seed) * torch.logspace(0, -1, 6, dtype=torch.float64)[order]
+    split = Split(x, x[:, 0])
+    return Task(name, role, "regression", split, split)
+
+
+@pytest.mark.parametrize("scale", ["initial", "current"])
+def test_optimizer_aware_hurts_the_preconditioned_attacker_more(scale):
+    case = Case("aligned", aligned_task("b", "benign", 200, 1), (aligned_task("h", "harmful", 150, 11),))
+    options = dict(steps=300, batch_size=64, scale=scale)
+    models = [run(case, **options, optimizer_aware=aware)[0] for aware in ("none", "diagonal")]
+
+    def seen(model, task):
+        return condition_number(diagonal_preconditioner(model(task.train.x).detach())[0])
+
+    ratios = [seen(m, case.harmful[0]) / seen(m, case.benign) for m in models]
+    assert ratios[1] > 2 * ratios[0]
+
+
+# ── what cannot work ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_divergence_carries_the_last_good_step():
+    with pytest.raises(Diverged, match="kappa left the finite numbers at step") as error:
+        run(eta=1e6, steps=50, scale="none")
+    assert 0 <= error.value.step < 50
+    with pytest.raises(Diverged, match="kappa_imma"):
+        immunize(KappaImma(eta=1e300, steps=50), linear_case())
+
+
+def test_kappa_beyond_float64_is_not_reported_as_small():
+    with pytest.raises(Diverged, match=r"rank"):
+        run(lambda_p=0.0, lambda_h=1.0, eta=0.02, steps=4000, spectrum="full", log_points=200)
+
+
+def test_rank_one_batches_cannot_move_kappa():
+    x = torch.ones(20, 3, dtype=torch.float64)
+    split = Split(x, x[:, 0])
+    case = Case("flat", linear_task("b", "benign", 20, 3, 0), (Task("h", "harmful", "regression", split, split),))
+    with pytest.raises(Diverged, match="rank below 2"):
+        run(case)
+
+
+BAD = {
+    "lambda_p": -1, "lambda_h": -1, "ridge_benign": -1, "ridge_harmful": -1, "cluster_tolerance": 1.0,
+    "supervised": -0.1, "corridor_rate": -1, "corridor_benign": 0, "corridor_harmful": 0, "rank_tolerance": 0,
+    "worst_case_temperature": 0, "scale": "curent", "solve_side": "right", "rank_rule": "x", "optimizer_aware": "adam",
+    "lambda_schedule": "x", "eta": 0, "epochs": 0, "steps": 0, "batch_size": 1, "optimizer": "sgd", "spectrum": "x",
+    "running_decay": 0, "running_window": 0, "log_points": 1, "checkpoint_every": 0, "eta_schedule": "x",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_bad_options_name_the_key(key):
+    with pytest.raises(UserError) as error:
+        kappa(**{key: BAD[key]})
+    assert error.value.key == f"immunize.{key}"
+    assert error.value.fix
+
+
+def test_other_bad_options():
+    with pytest.raises(UserError, match="both 0"):
+        kappa(lambda_p=0.0, lambda_h=0.0)
+    for key, value in (("inner_steps", 0), ("inner_step", 0), ("w_prior", -1)):
+        with pytest.raises(UserError, match=rf"immunize\.{key}"):
+            KappaImma(**{key: value})
+    with pytest.raises(UserError, match=r"immunize\.layers"):
+        run(layers=["thetta"])

@@ -1,0 +1,56 @@
+"""The linear extractor and its builder."""
+
+import pytest
+import torch
+
+from lab.backbones.linear import LinearBackbone, LinearExtractor
+from lab.errors import UserError
+from lab.types import Backbone, Case, Split, Task, same_weights
+
+
+def case(x):
+    split = Split(x, torch.zeros(len(x), dtype=torch.float64))
+    task = Task("t", "benign", "regression", split, split)
+    return Case("c", task, (task,))
+
+
+X = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def test_identity_is_the_default_and_changes_nothing():
+    backbone = LinearBackbone()
+    assert isinstance(backbone, Backbone)
+    model = backbone.build(case(X), 3)
+    assert (model.kind, model.block_names, model.feature_dim) == ("linear", ("theta",), 4)
+    assert torch.equal(model(X), X)
+    assert same_weights(model, backbone.build(case(X), 3))
+    assert model is not backbone.build(case(X), 3)
+
+
+def test_features_are_x_theta():
+    theta = torch.arange(8.0).reshape(4, 2)
+    model = LinearExtractor(theta)
+    assert model.feature_dim == 2
+    assert torch.equal(model(X), X @ theta.double())
+    assert model(X.float()).dtype == torch.float64
+    assert torch.equal(model.theta.detach(), theta.double())
+
+
+def test_random_start_is_seeded_and_bounded():
+    build = LinearBackbone(init="random").build
+    first, second = build(case(X), 0), build(case(X), 1)
+    assert same_weights(first, build(case(X), 0))
+    assert not same_weights(first, second)
+    assert float(first.theta.detach().abs().max()) <= 0.5
+
+
+def test_images_are_flattened():
+    model = LinearBackbone().build(case(torch.rand(10, 2, 2, dtype=torch.float64)), 0)
+    assert model(torch.rand(3, 2, 2)).shape == (3, 4)
+
+
+def test_errors_name_the_key():
+    with pytest.raises(UserError, match=r"backbone\.init=identiy.*identity"):
+        LinearBackbone(init="identiy")
+    with pytest.raises(UserError, match="rows of numbers"):
+        LinearBackbone().build(case(torch.zeros(10, 3, 8, 8, dtype=torch.uint8)), 0)

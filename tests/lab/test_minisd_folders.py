@@ -1,0 +1,191 @@
+"""Concept folders: every image mode, every way in which a user's folder can be wrong."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lab.errors import UserError
+from lab.minisd.folders import MAX_PIXELS, load, read, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*are left out")
+
+
+def _folder(path, *lines: str, header: str = "file_name,text,object"):
+    path.mkdir()
+    Image.new("RGB", (20, 10), "red").save(path / "a.png")
+    (path / "metadata.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    return path
+
+
+def _huge_png(side: int) -> bytes:
+    """A PNG of a few bytes that claims side × side pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_round_trip_and_select(tmp_path) -> None:
+    images = torch.arange(3 * 3 * 16 * 16, dtype=torch.int64).reshape(3, 3, 16, 16).remainder(256).to(torch.uint8)
+    rows = [
+        {"text": 'a, "quoted" fox', "object": "fox"},
+        {"text": "é", "object": "fox"},
+        {"text": "x", "object": "owl"},
+    ]
+    folder = write(tmp_path / "c", images, rows)
+    back = read(folder, 16)
+    assert torch.equal(back.images, images)
+    assert back.texts == [r["text"] for r in rows]
+    assert [r["file_name"] for r in read(folder, 16, select={"object": "fox"}).rows] == ["00000.png", "00001.png"]
+    assert not [p for p in tmp_path.iterdir() if p.name != "c"]
+    with pytest.raises(UserError, match="owl"):
+        read(folder, 16, select={"object": "owle"})
+    with pytest.raises(UserError, match="no such column"):
+        read(folder, 16, select={"artist": "x"})
+
+
+def test_write_refuses_to_mix(tmp_path) -> None:
+    images = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    with pytest.raises(UserError, match="not empty"):
+        write(_folder(tmp_path / "c", "a.png,x,y"), images, [{"text": "x"}])
+    with pytest.raises(UserError, match="one row per image"):
+        write(tmp_path / "d", images, [])
+    (tmp_path / "e").mkdir()
+    assert len(read(write(tmp_path / "e", images, [{"text": "x"}]), 8).rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("L", 128, (128, 128, 128)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (255, 0, 0, 0), (255, 255, 255)),
+        ("RGBA", (0, 0, 255, 255), (0, 0, 255)),
+        ("LA", (0, 0), (255, 255, 255)),
+        ("I;16", 0x8000, (127, 127, 127)),
+        ("CMYK", (0, 255, 255, 0), (254, 0, 0)),
+    ],
+)
+def test_modes(tmp_path, mode: str, colour, expected) -> None:
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    Image.new(mode, (16, 16), colour).save(path)
+    image = load(path, 8)
+    assert (image[:, 4, 4].int() - torch.tensor(expected).int()).abs().max() <= 1
+
+
+def test_palette_with_transparency(tmp_path) -> None:
+    image = Image.new("P", (16, 16), 1)
+    image.putpalette([0, 0, 0, 0, 255, 0])
+    image.paste(0, (0, 0, 8, 16))
+    image.save(tmp_path / "p.png", transparency=0)
+    pixels = load(tmp_path / "p.png", 16)
+    assert pixels[:, 8, 2].tolist() == [255, 255, 255]
+    assert pixels[:, 8, 13].tolist() == [0, 255, 0]
+
+
+def test_exif_rotation_and_centre_crop(tmp_path) -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255  # upper half white; orientation 6 turns the picture by 90 degrees clockwise
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "r.jpg", exif=exif, quality=95)
+    turned = load(tmp_path / "r.jpg", 32)[0].float()
+    assert turned[:, 20:].mean() > 240
+    assert turned[:, :12].mean() < 15
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = 200
+    Image.fromarray(wide).save(tmp_path / "w.png")
+    assert (load(tmp_path / "w.png", 16) == 200).all()
+
+
+def test_decompression_bomb_is_refused_before_decoding(tmp_path) -> None:
+    for side in (int(MAX_PIXELS**0.5) + 8, 12_000, 60_000):
+        path = tmp_path / f"{side}.png"
+        path.write_bytes(_huge_png(side))
+        assert path.stat().st_size < 200
+        with pytest.raises(UserError, match="64 megapixels"):
+            load(path, 64)
+
+
+def test_unreadable_images(tmp_path) -> None:
+    Image.effect_noise((64, 64), 80).save(tmp_path / "cut.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
+    (tmp_path / "text.png").write_text("not an image", encoding="utf-8")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    Image.new("RGB", (8, 8)).save(tmp_path / "page.ppm")
+    (tmp_path / "page.ppm").rename(tmp_path / "page.png")  # readable, but not among the formats that we accept
+    (tmp_path / "dir.png").mkdir()
+    for name in ("cut.png", "text.png", "empty.jpg", "page.png", "dir.png"):
+        with pytest.raises(UserError, match=r"cannot be read as an image"):
+            load(tmp_path / name, 16)
+
+
+def test_paths_that_leave_the_folder(tmp_path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
+    for i, name in enumerate(("../outside.png", str(tmp_path / "outside.png"), "sub/../../outside.png")):
+        with pytest.raises(UserError, match="leaves the folder"):
+            read(_folder(tmp_path / f"c{i}", f"{name},x,y"), 8)
+    linked = _folder(tmp_path / "linked", "link.png,x,y")
+    (linked / "link.png").symlink_to(tmp_path / "outside.png")
+    with pytest.raises(UserError, match="leaves the folder"):
+        read(linked, 8)
+
+
+@pytest.mark.parametrize(
+    ("header", "line", "match"),
+    [
+        ("file_name,text", "missing.png,x", "does not exist"),
+        ("name,text", "a.png,x", "file_name and text"),
+        ("file_name,text", "", "lists no image"),
+        ("file_name,text", "a.png,x,surplus", "does not fit the header"),
+        ("file_name,text", ",x", "does not fit the header"),
+        ("file_name,text", 'a.png,"unclosed', "cannot be read as a CSV"),
+    ],
+)
+def test_broken_metadata(tmp_path, header: str, line: str, match: str) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        read(_folder(tmp_path / "c", line, header=header), 8, key="scenario.path")
+    assert caught.value.key == "scenario.path"
+
+
+def test_metadata_in_another_encoding(tmp_path) -> None:
+    folder = _folder(tmp_path / "c")
+    (folder / "metadata.csv").write_bytes("file_name,text\na.png,café\n".encode("latin-1"))
+    with pytest.raises(UserError, match="UTF-8"):
+        read(folder, 8)
+    (folder / "metadata.csv").write_bytes("file_name,text\r\na.png,café\r\n".encode("utf-8-sig"))
+    assert read(folder, 8).texts == ["café"]
+
+
+def test_folders_without_metadata_or_text_are_captioned_by_name(tmp_path) -> None:
+    plain = _folder(tmp_path / "my_old-dog")
+    (plain / "metadata.csv").unlink()
+    Image.new("L", (9, 9)).save(plain / "B.JPG", "JPEG")
+    (plain / "notes.md").write_text("x", encoding="utf-8")
+    with pytest.warns(UserWarning, match="my old dog"):
+        got = read(plain, 8)
+    assert got.texts == ["a photo of my old dog"] * 2
+    assert got.images.shape == (2, 3, 8, 8)
+    silent = _folder(tmp_path / "cat", "a.png,,")
+    Image.new("L", (9, 9)).save(silent / "b.png")
+    with pytest.warns(UserWarning, match="no text") as caught:
+        assert read(silent, 8).texts == ["a photo of cat"]
+    assert any("left out" in str(w.message) for w in caught)
+
+
+def test_empty_missing_and_wrong_resolution(tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no image"):
+        read(tmp_path / "empty", 8)
+    with pytest.raises(UserError, match="no such folder"):
+        read(tmp_path / "nowhere", 8)
+    with pytest.raises(UserError, match="multiple of 8"):
+        read(tmp_path / "empty", 60)
