@@ -8,9 +8,6 @@ import sys
 import traceback
 from pathlib import Path
 
-# before torch is imported: threads that spin while they wait starve each other on a busy machine
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import hydra
 from omegaconf import DictConfig, OmegaConf
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from eval.aggregate import slug, walk
+from eval.aggregate import Cached, slug, walk
 from eval.trajectories import primary, worst_slowdown
 from lab.activations import features
 from lab.condition import condition_number, principal_angles
@@ -56,7 +56,13 @@ class Transfer:
         self.name, self.draws = name, draws
 
     def __call__(self, run: RunView) -> Scores:
-        cells = [(seed, case, self._measure(run, case, seed)) for _, seed, case in walk(run)]
+        measured: dict[tuple[int, str], _Case] = {}
+
+        def visit(seed: int, case: Case) -> None:
+            measured[seed, case.name] = self._measure(run, case, seed)
+
+        cached = Cached(run, visit, trajectories=True, label="condition numbers")
+        cells = [(seed, case, measured[seed, case.name]) for _, seed, case in walk(cached)]
         if len({case.name for _, case, _ in cells}) < MIN_CASES:
             told = f"needs a scenario with at least {MIN_CASES} cases, e.g. scenario=mnist_one_vs_rest."
             raise UserError("eval", self.name, told)
@@ -67,7 +73,7 @@ class Transfer:
         for attack in run.attacks:
             relative, harmful, censored = [], [], 0
             for seed, case, cell in cells:
-                found = self._slowdowns(run, attack, case, seed)
+                found = self._slowdowns(cached, attack, case, seed)
                 if found is not None:
                     slow_harmful, slow_benign, was_censored = found
                     relative.append((seed, cell.rir, slow_harmful / slow_benign))

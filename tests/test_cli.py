@@ -167,7 +167,7 @@ def test_actions_on_two_records(cli, tmp_path):
 
 
 def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, tmp_path):
-    code, out, err = cli("-m", *FAST, "immunize=kappa,kappa_well_only", "immunize.lambda_p=1,-1")
+    code, _, err = cli("-m", *FAST, "immunize=kappa,kappa_well_only", "immunize.lambda_p=1,-1")
     assert code == 2
     board = next(tmp_path.rglob("leaderboard.md")).read_text()
     found = [records.read(p)["status"] for p in tmp_path.rglob("record.json")]

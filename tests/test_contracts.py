@@ -1,5 +1,6 @@
 """One contract suite over every immunizer × every model kind and every attacker × every model kind."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def build(group, name, **changes):
         cfg = compose("config", overrides=[f"{group}={name}"])
     node = cfg[group] if group == "immunize" else cfg[group][name]
     OmegaConf.set_struct(node, False)
-    return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if k in node}))
+    return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None}))
 
 
 def problem(kind, harmful=1):
@@ -38,14 +39,15 @@ def problem(kind, harmful=1):
 
 
 def immunizer(name):
-    return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3)
+    eta = 1e-9 if "paper" in name else 1e-4  # the paper's own settings diverge on data that are not theirs
+    return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3, eta=eta)
 
 
 def cases(names, make):
     for name in names:
         obj = make(name)
         for kind in KINDS:
-            if kind in obj.accepts:
+            if kind in obj.accepts and not (kind == "linear" and name.endswith("_deep")):  # presets that name blocks
                 yield name, kind
 
 
@@ -91,7 +93,8 @@ class TestImmunizer:
 
 @pytest.mark.parametrize("name", [n for n, kind in cases(IMMUNIZERS, immunizer) if kind == "deep" and n != "none"])
 def test_only_declared_parameters_move(name):
-    method = build("immunize", name, epochs=1, steps=2, batch_size=16, layers=1)
+    method = build("immunize", name, epochs=1, steps=2, batch_size=16)
+    method.schedule = dataclasses.replace(method.schedule, layers=1)
     model, case = problem("deep")
     after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
     moved = {k.split(".")[1] for k, v in after.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
@@ -102,8 +105,10 @@ def test_only_declared_parameters_move(name):
 class TestAttacker:
     def run(self, name, kind, role="harmful", seed=0):
         model, case = problem(kind)
+        if name == "probe_logistic" and kind == "linear":
+            case = tiny.linear_classes()
         task = case.benign if role == "benign" else case.harmful[0]
-        attack = build("attacks", name, lr_trials=2, batch_size=16)
+        attack = build("attacks", name, lr_trials=5, batch_size=16)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         found = attack(model, task, seed=seed, budget=BUDGET, checkpoint=None)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
@@ -120,7 +125,7 @@ class TestAttacker:
             assert BUDGET.horizon in found.steps
         assert {"train_loss", "test_loss"} <= set(found.values)
         assert all(len(v) == len(found.steps) for v in found.values.values())
-        assert ("test_accuracy" in found.values) == (kind == "deep")
+        assert ("test_accuracy" in found.values) == (kind == "deep" or name == "probe_logistic")
         assert found.weights
 
     def test_learns_the_training_task(self, name, kind):

@@ -1,5 +1,7 @@
 """Tiny tasks and models that the test-suite shares."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -44,6 +46,19 @@ def linear_case(seed=0, harmful=1):
 def image_case(seed=0, harmful=1):
     tasks = tuple(images(f"harm{i}", "harmful", seed + 10 * (i + 1)) for i in range(harmful))
     return Case("tiny", images("good", "benign", seed), tasks)
+
+
+def linear_classes(seed=0):
+    """The linear case as binary classification: is the target above its median?"""
+
+    def labelled(task):
+        def split(s):
+            return Split(s.x, (s.y > s.y.median()).long())
+
+        return replace(task, kind="classification", train=split(task.train), test=split(task.test), classes=2)
+
+    case = linear_case(seed)
+    return Case(case.name, labelled(case.benign), tuple(labelled(t) for t in case.harmful))
 
 
 class TinyNet(FeatureModel):

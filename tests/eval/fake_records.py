@@ -118,10 +118,10 @@ def attacked(immunizer: str, harmful: float, benign: float, rir: float, share: f
         "verdict": [
             {"side": "harmful", "check": "steps to the control's norm ratio, immunized ÷ control", "value": harmful,
              "low": harmful * 0.92, "high": harmful * 1.08, "n": 3, "required": "≥ 1.25", "passed": harmful >= 1.25,
-             "sure": True, "counts": True, "note": "worst attacker: linear_probe_adam"},
+             "sure": True, "note": "worst attacker: linear_probe_adam"},
             {"side": "benign", "check": "steps to the control's norm ratio, immunized ÷ control", "value": benign,
              "low": benign * 0.98, "high": benign * 1.02, "n": 3, "required": "≤ 1.1", "passed": benign <= 1.1,
-             "sure": True, "counts": True, "note": ""},
+             "sure": True, "note": ""},
         ],
         "pairs": [{"case": "house", "seed": s, "benign": "LotArea", "task": "SalePrice", "rir": rir}
                   for s in range(3)],

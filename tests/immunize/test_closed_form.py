@@ -38,6 +38,27 @@ def test_attains_the_bound(init):
     assert float(after(x_p).square().mean()) == pytest.approx(float(start(x_p).square().mean()))
 
 
+@pytest.mark.parametrize("allowance", [0.3, 1.0, 4.0])
+def test_the_pencil_variant_attains_the_same_bound_at_any_benign_condition(allowance):
+    case = linear_case(d=7, spread=1.5)
+    start, after, log = immunize(KappaClosedForm(benign_condition=allowance), case)
+    x_p, x_h = (task.train.x for task in case.tasks)
+    before = condition_number(start(x_p).detach())
+    assert condition_number(after(x_p).detach()) == pytest.approx(max(allowance * before, 1.0), rel=1e-6)
+    assert log.column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
+    harmful = condition_number(after(x_h).detach()) / condition_number(start(x_h).detach())
+    assert harmful == pytest.approx(allowance * rir_bound(x_p, x_h, start.theta).value, rel=1e-6)
+
+
+def test_two_tasks_that_are_alike_cannot_be_told_apart():
+    case = linear_case(d=5)
+    same = Case(case.name, case.benign, (Task("h", "harmful", "regression", case.benign.train, case.benign.test),))
+    with pytest.raises(UserError, match="no linear map"):
+        immunize(KappaClosedForm(benign_condition=1.0), same)
+    with pytest.raises(UserError, match="benign_condition"):
+        KappaClosedForm(benign_condition=0.0)
+
+
 def singular(case):
     """Column 3 of the benign data is a copy of column 0."""
     x = case.benign.train.x.clone()

@@ -126,9 +126,6 @@ def test_wandb_with_a_wrong_key_and_no_network_logs_offline(folder, monkeypatch)
     assert "0" * 40 not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("trackio") is None, reason="optional: pip install immunization-bench[trackio]"
-)
 def test_trackio_and_wandb_at_once(folder, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))
     track(folder, {"wandb": WANDB, "trackio": {"name": "trackio", "project": "p", "timeout_s": 30}})
