@@ -13,8 +13,8 @@ OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 
 GROUPS = ("scenario", "backbone", "immunize", "attacks", "eval", "tracker", "paths", "experiment", "debug")
 COUNTS = {
-    "scenario": 0, "backbone": 0, "immunize": 0, "attacks": 0, "eval": 0, "tracker": 3, "paths": 1,
-    "experiment": 0, "debug": 1, "sweeps": 0,
+    "scenario": 9, "backbone": 5, "immunize": 18, "attacks": 16, "eval": 8, "tracker": 3, "paths": 1,
+    "experiment": 4, "debug": 1, "sweeps": 11,
 }  # fmt: skip
 
 
@@ -79,6 +79,7 @@ def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     assert cfg.sweep.cost
     params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
     jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)[0]
+    jobs = [list(job) for job in jobs]
     assert len(jobs) == cfg.sweep.runs
     for job in jobs:
         check_targets(composed(f"sweeps={name}", *job))
