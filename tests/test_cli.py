@@ -12,7 +12,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import run as entry
+from attacks.linear_probe import LinearProbe
 from lab import record as records
+from lab import store
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["seeds=[0]", "immunize.epochs=2", "tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
@@ -145,6 +147,52 @@ def test_unwritable_output_says_so(cli, tmp_path):
     assert code == 2
     assert "blocked" in err
     assert "paths.outputs" in err
+
+
+@pytest.mark.parametrize(("number", "words"), [(28, "disk is full"), (30, "read-only"), (13, "permission denied")])
+def test_a_full_or_read_only_disk_says_so_and_keeps_what_is_finished(cli, tmp_path, monkeypatch, number, words):
+    real, calls = store.os.fsync, []
+
+    def fails_later(handle):
+        calls.append(handle)
+        if len(calls) > 12:
+            raise OSError(number, os.strerror(number), "outputs/cache")
+        return real(handle)
+
+    monkeypatch.setattr(store.os, "fsync", fails_later)
+    code, _, err = cli(*FAST)
+    assert code == 2, err
+    assert words in err
+    assert "paths.outputs" in err
+    monkeypatch.setattr(store.os, "fsync", real)
+    code, out, err = cli(*FAST)
+    assert code == 0, err
+    assert record_of(out, tmp_path)["provenance"]["cache_hits"] >= 1
+
+
+def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearProbe, "__call__", interrupted)
+        code, out, err = cli(*FAST)
+    assert code == 130
+    assert "continues" in err
+    assert record_of(out, tmp_path)["status"] == "preempted"
+    code, out, err = cli(*FAST)
+    assert code == 0, err
+    assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 2  # both immunize stages
+
+
+def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
+    code, out, err = cli(*FAST, "immunize=kappa_paper_house_price")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert record["status"] == "diverged"
+    assert record["metrics"] == {}
+    assert record["error"]["last_good_step"] >= 0
+    assert [c["status"] for c in record["cells"] if c["arm"] == "kappa_paper_house_price"] == ["diverged"]
 
 
 def test_actions_on_two_records(cli, tmp_path):
