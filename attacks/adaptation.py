@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.options import LOSSES, check_budget, choice, count, resolve_loss
+from attacks.options import LOSSES, check_budget, check_losses, resolve_loss
 from attacks.trajectory import batch_rows, run
 from attacks.tuning import Rate
 from lab.activations import prefix
 from lab.errors import UserError
-from lab.types import Budget, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
+from lab.options import choice, count
+from lab.types import Budget, Case, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
 
 _EVALUATION_ROWS = 256
 _CENTRES = {"adam": 1e-3, "sgd": 1e-2}  # where the search for a rate starts: common defaults of the two
@@ -71,6 +72,14 @@ class Adaptation(ABC):
         self.loss = choice(f"{self.key}.loss", loss, LOSSES)
         self.rate = Rate.parse(name, lr, lr_trials, schedule)
         self.batch_size = None if batch_size is None else count(f"{self.key}.batch_size", batch_size)
+
+    def check(self, cases: tuple[Case, ...]) -> None:
+        """Before anything runs: every task can be trained on with ``loss``.
+
+        Raises:
+            UserError: cross entropy on a regression, or targets that cannot be learnt.
+        """
+        check_losses(f"{self.key}.loss", self.loss, cases)
 
     @abstractmethod
     def open(self, net: FeatureModel, seed: int) -> Moving:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from attacks.adaptation import Adaptation, Moving, moving_blocks
-from attacks.options import count
+from lab.options import count
 from lab.types import FeatureModel, Kind
 
 

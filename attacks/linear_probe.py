@@ -8,14 +8,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.options import LOSSES, at_least, check_budget, choice, count, resolve_loss
+from attacks.options import LOSSES, check_budget, check_losses, resolve_loss
 from attacks.probe_optimizers import OPTIMIZERS, Newton, Optimizer, Settings
 from attacks.probe_problem import CrossEntropy, Problem, Squared
 from attacks.trajectory import batch_rows, run
 from attacks.tuning import Rate
 from lab.activations import features
 from lab.errors import Diverged, UserError
-from lab.types import Budget, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
+from lab.options import choice, count, flag, number
+from lab.types import Budget, Case, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
 
 _REFERENCE_STEPS = 40  # Newton steps towards the optimum of cross entropy
 
@@ -71,14 +72,12 @@ class LinearProbe:
         self.loss = choice(f"{key}.loss", loss, LOSSES)
         self.rate = Rate.parse(name, lr, lr_trials, schedule)
         self.batch_size = None if batch_size is None else count(f"{key}.batch_size", batch_size)
-        self.ridge = float(at_least(f"{key}.ridge", ridge, 0))
-        self.standardize = bool(standardize)
+        self.ridge = number(f"{key}.ridge", ridge, 0)
+        self.standardize = flag(f"{key}.standardize", standardize)
         self._check_unread(schedule, damping, tolerance)
-        if damping is not None:
-            at_least(f"{key}.damping", damping, 0, strict=True)
-        if tolerance is not None and not 0 <= at_least(f"{key}.tolerance", tolerance, 0) < 1:
-            raise UserError(f"{key}.tolerance", tolerance, "must be below 1, a share of the largest singular value.")
-        self.settings = Settings(Settings.damping if damping is None else float(damping), tolerance)
+        damping = Settings.damping if damping is None else number(f"{key}.damping", damping, above=0)
+        tolerance = None if tolerance is None else number(f"{key}.tolerance", tolerance, 0, below=1)
+        self.settings = Settings(damping, tolerance)
 
     def _check_unread(self, schedule: str, damping: float | None, tolerance: float | None) -> None:
         """A `UserError` for an option that the optimizer would ignore."""
@@ -93,6 +92,14 @@ class LinearProbe:
                 readers = " or ".join(name for name, other in OPTIMIZERS.items() if option in other.uses)
                 fix = f"only {readers} reads it; leave it out for {self.optimizer}."
                 raise UserError(f"{self.key}.{option}", value, fix)
+
+    def check(self, cases: tuple[Case, ...]) -> None:
+        """Before anything runs: every task can be trained on with ``loss``.
+
+        Raises:
+            UserError: cross entropy on a regression, or targets that cannot be learnt.
+        """
+        check_losses(f"{self.key}.loss", self.loss, cases)
 
     def __call__(
         self, model: FeatureModel, task: Task, *, seed: int, budget: Budget, checkpoint: Checkpoint | None

@@ -12,8 +12,8 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from attacks.adaptation import Adaptation, Moving, moving_blocks
-from attacks.options import count
 from lab.errors import UserError
+from lab.options import count
 from lab.seeding import generator
 from lab.types import FeatureModel
 

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
 
-from lab.errors import UserError, nearest
-from lab.types import Budget, Task
+from lab.errors import UserError
+from lab.options import count
+from lab.types import Budget, Case, Task
 
 Loss = Literal["squared", "cross_entropy"]
 LOSSES = ("auto", "squared", "cross_entropy")
-
-
-def choice(key: str, value: object, choices: Iterable[str]) -> str:
-    """``value`` when it is one of ``choices``; otherwise a `UserError` with the nearest name."""
-    options = tuple(choices)
-    if value not in options:
-        raise UserError(key, value, nearest(str(value), options))
-    return str(value)
-
-
-def at_least(key: str, value: object, low: float, *, strict: bool = False, whole: bool = False) -> float:
-    """``value`` as a number ≥ ``low`` (> ``low`` when ``strict``); a `UserError` otherwise."""
-    sign = ">" if strict else "≥"
-    fix = f"must be {'a whole number' if whole else 'a number'} {sign} {low:g}."
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-        raise UserError(key, value, fix)
-    if not (value > low if strict else value >= low) or value == float("inf"):
-        raise UserError(key, value, fix)
-    return value
-
-
-def count(key: str, value: object, low: int = 1) -> int:
-    """A whole number ≥ ``low``."""
-    return int(at_least(key, value, low, whole=True))
 
 
 def check_budget(budget: Budget) -> None:
@@ -65,3 +41,10 @@ def resolve_loss(key: str, loss: str, task: Task) -> Loss:
     if loss == "auto":
         return "squared" if task.kind == "regression" else "cross_entropy"
     return "squared" if loss == "squared" else "cross_entropy"
+
+
+def check_losses(key: str, loss: str, cases: tuple[Case, ...]) -> None:
+    """`resolve_loss` for every task, before anything runs."""
+    for case in cases:
+        for task in case.tasks:
+            resolve_loss(key, loss, task)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from attacks.options import at_least, choice, count
 from lab.errors import UserError
+from lab.options import choice, count, number
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -38,7 +38,7 @@ class Rate:
         if lr != "auto":
             if isinstance(lr, str):
                 raise UserError(f"{key}.lr", lr, "must be auto or a number > 0.")
-            fixed = float(at_least(f"{key}.lr", lr, 0, strict=True))
+            fixed = number(f"{key}.lr", lr, above=0)
         return cls(fixed, count(f"{key}.lr_trials", trials), choice(f"{key}.schedule", schedule, SCHEDULES))
 
     def factor(self, step: int, total: int) -> float:

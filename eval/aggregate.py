@@ -41,6 +41,7 @@ class Cached:
         self.scenario, self.immunizer, self.arms = run.scenario, run.immunizer, run.arms
         self.attacks, self.seeds, self.budget = run.attacks, run.seeds, run.budget
         self.model, self.history = run.model, run.history
+        self.diverged = dict(diverged_of(run))
         self._cases: dict[int, tuple[Case, ...]] = {}
         self._trajectories: dict[tuple[str, str, str, str, int], Trajectory] = {}
         for seed in self.seeds:
@@ -65,6 +66,18 @@ class Cached:
 
     def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
         return self._trajectories[arm, attack, case.name, task.name, seed]
+
+
+def diverged_of(run: RunView) -> dict[tuple[str, int], Any]:
+    """(case, seed) → error of every immunization that diverged; ``run.cases`` leaves these out."""
+    found: dict[tuple[str, int], Any] = getattr(run, "diverged", {})
+    return found
+
+
+def left_out(run: RunView) -> str | None:
+    """A note on the cases whose immunization diverged, counted over seeds; None when there are none."""
+    lost = len(diverged_of(run))
+    return f"{lost} of {lost + sum(1 for _ in walk(run))} cases diverged and are left out" if lost else None
 
 
 def _without_rows(case: Case) -> Case:
@@ -108,6 +121,24 @@ def samples(run: RunView, value: Callable[[int, Case], float | None]) -> Samples
         if v is not None:
             groups[position].append(v)
     return [g for g in groups if g]
+
+
+def shares(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
+    """As `samples`, for values that count successes: a case whose immunization diverged is a failure (0)."""
+    lost = [seed for _, seed in diverged_of(run)]
+    groups: dict[int, list[float]] = {seed: [] for seed in sorted({*run.seeds, *lost})}
+    for _, seed, case in walk(run):
+        v = value(seed, case)
+        if v is not None:
+            groups[seed].append(v)
+    for seed in lost:
+        groups[seed].append(0.0)
+    return [g for g in groups.values() if g]
+
+
+def joined(*notes: str | None) -> str | None:
+    """Notes in one line; None when there is nothing to say."""
+    return "; ".join(n for n in notes if n) or None
 
 
 def score_or_reason(

@@ -12,7 +12,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, thin, walk
+from eval.aggregate import (
+    Better,
+    Cached,
+    arm_names,
+    both_arms,
+    joined,
+    left_out,
+    samples,
+    score_or_reason,
+    shares,
+    thin,
+    walk,
+)
 from eval.history import history_curves
 from eval.pairs import Kappa, Pair
 from eval.quantities import ConditionNumber, RelativeImmunizationRatio
@@ -29,6 +41,8 @@ from lab.condition import (
 )
 from lab.errors import UserError, nearest
 from lab.types import CONTROL, Case, FeatureModel, Kind, RunView, Score, Scores, Task
+
+POSITIVE = (0.0, math.inf)
 
 
 @dataclass
@@ -54,7 +68,11 @@ class Conditioning:
 
     The Hessian is XᵀX of the features of the training rows. Linear extractors use all rows; for deep ones κ is
     averaged over ``groups`` seeded groups of ``size`` rows (arXiv 2505.23760 §5.2) and the spread is reported.
-    θ_0 is the control arm's model. With several harmful tasks the one with the smallest RIR counts.
+    θ_0 is the control arm's model. With several harmful tasks the one with the smallest RIR counts. Where
+    immunization moves the numerical rank of a linear model's Hessian, κ before and after are over different
+    directions: such a pair has no RIR of the ``rank`` definition, and the note counts it (also for the range variant
+    of the closed form on a singular K_P, which changes the rank by construction). A case whose immunization diverged
+    counts as RIR ≤ 1 in ``rir_above_one`` and is left out elsewhere.
 
     Args:
         definition: of κ, see `lab.condition.condition_number`. Every name gets the suffix ``_ridge`` or
@@ -111,7 +129,11 @@ class Conditioning:
             harmful = {arm: self._kappa(x[arm][task.name], models[arm], seed, measured) for arm in models}
             pair = Pair(case.name, seed, case.benign.name, task.name, benign, harmful)
             if len(models) == 2:
-                pair.rir = _rir(pair)
+                moves = pair.rank_moves() if self.definition == "rank" and models[CONTROL].kind == "linear" else []
+                if moves:
+                    pair.reason = f"the numerical rank moved ({', '.join(moves)}): κ over other directions"
+                else:
+                    pair.rir = _rir(pair)
             if self.definition == "rank" and models[CONTROL].kind == "linear":
                 pair.bound = _bound(models[CONTROL], case.benign, task)
             measured.pairs.setdefault((seed, case.name), []).append(pair)
@@ -130,8 +152,7 @@ class Conditioning:
             rows = [slice(None)] if model.kind == "linear" else row_groups(len(x), self.groups, self.size, seed)
             values = [float(metric(x[r])) for r in rows]
             spread = statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else 0.0
-            part = x[rows[0]]
-            rank = numerical_rank(singular_values(part), part.shape, rank_tolerance(part.shape, part.dtype))
+            rank = min(_rank(x[r]) for r in rows)
             measured.memo[key] = Kappa(float(metric.compute()), spread, rank)
         return measured.memo[key]
 
@@ -155,21 +176,27 @@ class Conditioning:
 
     def _ratios(self, run: RunView, measured: _Measured) -> dict[str, Score]:
         tasks = max(len(c.harmful) for _, _, c in walk(run))
-        notes = [f"the least protected of {tasks} harmful tasks counts"] if tasks > 1 else []
-        notes += _rank_notes(measured.all())
-        note = "; ".join(notes) or None
+        least = f"the least protected of {tasks} harmful tasks counts" if tasks > 1 else None
+        moved, lost, dropped = _rank_note(measured.all()), left_out(run), _dropped_note(measured.all())
+        reason = next((p.reason for p in measured.all() if p.reason), "no case")
 
-        def of(value: Callable[[Pair], float]) -> list[list[float]]:
+        def of(value: Callable[[Pair], float | None]) -> list[list[float]]:
             return samples(run, lambda seed, case: value(measured.worst(seed, case.name)))
 
-        rir = score_or_reason(of(lambda p: _known(p.rir)), "higher", "no case", note=note)
-        above = score_or_reason(
-            of(lambda p: float(_known(p.rir) > 1)), "higher", "no case", note="share of cases with RIR > 1"
-        )
+        def above_one(seed: int, case: Case) -> float | None:
+            found = measured.worst(seed, case.name).rir
+            return None if found is None else float(found > 1)
+
+        note = joined(least, dropped or moved, lost)
+        rir = score_or_reason(of(lambda p: p.rir), "higher", reason, note=note, bounds=POSITIVE)
+        counted = lost and lost.replace("are left out", "count as failures")
+        note = joined("share of cases with RIR > 1", dropped, counted)
+        above = score_or_reason(shares(run, above_one), "higher", reason, note=note, bounds=(0.0, 1.0))
         out = {"rir": rir, "rir_above_one": above}
         harmful, benign = of(lambda p: p.ratio("harmful")), of(lambda p: p.ratio("benign"))
-        out["kappa_harmful_ratio"] = score_or_reason(harmful, "higher", "no case", note=note)
-        out["kappa_benign_ratio"] = score_or_reason(benign, "lower", "no case", note=note)
+        note = joined(least, moved, lost)
+        out["kappa_harmful_ratio"] = score_or_reason(harmful, "higher", "no case", note=note, bounds=POSITIVE)
+        out["kappa_benign_ratio"] = score_or_reason(benign, "lower", "no case", note=note, bounds=POSITIVE)
         return out
 
     def _bounds(self, run: RunView, measured: _Measured) -> dict[str, Score]:
@@ -185,10 +212,12 @@ class Conditioning:
             found = measured.worst(seed, case.name).bound
             return found.value if found else None
 
-        out = {"rir_bound": score_or_reason(samples(run, bound), "neutral", reason, note=note)}
+        out = {"rir_bound": score_or_reason(samples(run, bound), "neutral", reason, note=note, bounds=POSITIVE)}
         if both_arms(run):
             ratios = samples(run, lambda seed, case: measured.worst(seed, case.name).bound_ratio)
-            out["rir_bound_ratio"] = score_or_reason(ratios, "higher", reason, note=note)
+            reason = reason if infinite else next((p.reason for p in pairs if p.reason), reason)
+            note = joined(note, _dropped_note(pairs))
+            out["rir_bound_ratio"] = score_or_reason(ratios, "higher", reason, note=note, bounds=(0.0, 1.0))
         return out
 
     def _spectrum(self, x: Tensor, model: FeatureModel, seed: int) -> list[dict[str, Any]]:
@@ -200,10 +229,8 @@ class Conditioning:
         return [{"index": i + 1, "value": v} for i, v in thin(s.tolist())]
 
 
-def _known(value: float | None) -> float:
-    if value is None:
-        raise ValueError("RIR needs both arms")
-    return value
+def _rank(x: Tensor) -> int:
+    return numerical_rank(singular_values(x), x.shape, rank_tolerance(x.shape, x.dtype))
 
 
 def _rir(pair: Pair) -> float:
@@ -228,19 +255,22 @@ def _spread_note(kappas: list[Kappa]) -> str | None:
     return f"κ averaged over groups of rows; standard deviation between groups {100 * spread:.0f} %" if spread else None
 
 
-def _rank_notes(pairs: list[Pair]) -> list[str]:
+def _rank_note(pairs: list[Pair]) -> str | None:
     """A κ over the numerical rank means something else once the rank moved: say so."""
-    moved = 0
-    for pair in pairs:
-        for kappa in (pair.kappa_benign, pair.kappa_harmful):
-            moved += len({k.rank for k in kappa.values()}) > 1
+    moved = sum(len(p.rank_moves()) for p in pairs)
     told = f"the numerical rank moved in {moved} of {2 * len(pairs)} Hessians: κ over other directions"
-    return [told] if moved else []
+    return told if moved else None
+
+
+def _dropped_note(pairs: list[Pair]) -> str | None:
+    dropped = sum(p.reason is not None for p in pairs)
+    told = f"{dropped} of {len(pairs)} pairs left out: the numerical rank moved, κ over other directions"
+    return told if dropped else None
 
 
 def _row(pair: Pair) -> dict[str, Any]:
     row: dict[str, Any] = {"case": pair.case, "seed": pair.seed, "benign": pair.benign, "task": pair.task}
-    row |= {"rir": pair.rir}
+    row |= {"rir": pair.rir, "reason": pair.reason}
     if pair.bound is not None:
         row |= {"rir_bound": pair.bound.value, "outside_energy": pair.bound.outside_energy}
     for role, kappa in (("benign", pair.kappa_benign), ("harmful", pair.kappa_harmful)):

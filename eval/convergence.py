@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from eval.aggregate import (
     Better,
@@ -15,6 +17,8 @@ from eval.aggregate import (
     arm_curve,
     arm_names,
     both_arms,
+    joined,
+    left_out,
     samples,
     score_or_reason,
     slug,
@@ -23,10 +27,12 @@ from eval.aggregate import (
     worst,
 )
 from eval.quantities import RATIO_FLOOR, RFD
-from eval.trajectories import LOSS, NORM_RATIO, Slowdown, pair, performance, primary, worst_slowdown
+from eval.trajectories import LOSS, NORM_RATIO, pair, performance, primary, worst_slowdown
 from lab.errors import UserError
 from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores, Trajectory
 
+NO_PROGRESS = "the control made no progress up to its 1× horizon"
+POSITIVE = (0.0, math.inf)
 ROLES: tuple[Role, ...] = ("harmful", "benign")
 CURVES = {
     "norm_ratio": ("‖w − w*‖² ÷ ‖w₀ − w*‖²", "y"),
@@ -42,8 +48,9 @@ class Convergence:
     ``slowdown`` is the number of steps that the immunized arm needs to reach what the control reached at the 1×
     horizon, over the control's own number (linear between snapshots): by norm ratio where the attack has a unique
     optimum, else by training loss; ``slowdown_loss`` is always by training loss (an offset such as the loss at the
-    optimum cancels, so this is the excess loss too). A target that is never met is censored at the last step: the
-    figure is then a lower limit and its note says "at least". RFD compares performance over all steps: test accuracy,
+    optimum cancels, so this is the excess loss too). No target lies within rounding of the optimum
+    (`eval.trajectories.target_of`). A target that is never met is censored at the last step: where such a figure
+    decides, it is a lower limit and its note says "at least". RFD compares performance over all steps: test accuracy,
     or R² = 1 − loss/loss_0 of the test loss for regression. Over several harmful tasks the least protected counts.
 
     Args:
@@ -89,7 +96,7 @@ class Convergence:
                 better: Better = "neutral" if arm == CONTROL else direction(role)
                 name = f"norm_ratio_{role}_{slug(attack)}{end}{'_control' if arm == CONTROL else ''}"
                 note = diverged_note(run, attack, role, arm)
-                out[name] = score_or_reason(samples(run, value), better, "no case", note=note)
+                out[name] = score_or_reason(samples(run, value), better, "no case", note=note, bounds=POSITIVE)
         return out
 
     def _compared(self, run: RunView, attacks: Sequence[str], role: Role, name: str) -> dict[str, Score]:
@@ -98,17 +105,17 @@ class Convergence:
         with_norm = [a for a in attacks if primary(run, a, role) == NORM_RATIO]
         for step, end in horizons(run):
             if with_norm:
-                groups, note = each_worst(run, with_norm, role, partial(_quotient, run, role, step))
-                key = f"norm_ratio_{role}_{name}{end}_ratio"
-                out[key] = score_or_reason(groups, direction(role), "no case", aggregate="geomean", note=note)
+                found = each_worst(run, with_norm, role, partial(_quotient, run, role, step), "no case")
+                out[f"norm_ratio_{role}_{name}{end}_ratio"] = found.score(direction(role), aggregate="geomean")
         out[f"slowdown_{role}_{name}"] = slowdown_score(run, attacks, role, "auto")
         if with_norm:
             out[f"slowdown_loss_{role}_{name}"] = slowdown_score(run, attacks, role, LOSS)
         for signed in (False, True):
-            groups, note = each_worst(run, attacks, role, partial(self._rfd, run, role, signed))
-            key = f"rfd_{'signed_' if signed else ''}{role}_{name}"
             reason = f"the control's performance never reaches {self.rfd_smallest}"
-            out[key] = score_or_reason(groups, direction(role), reason, note=note, unit="%")
+            found = each_worst(run, attacks, role, partial(self._rfd, run, role, signed), reason)
+            bounds = (-math.inf, math.inf) if signed else POSITIVE
+            key = f"rfd_{'signed_' if signed else ''}{role}_{name}"
+            out[key] = found.score(direction(role), unit="%", bounds=bounds)
         return out
 
     def _rfd(self, run: RunView, role: Role, signed: bool, attack: str, case: Case, seed: int) -> float | None:
@@ -142,23 +149,58 @@ def _quotient(run: RunView, role: Role, step: int, attack: str, case: Case, seed
     return worst(role, found)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """One figure of one attack in one cell; ``censored``: a limit, as a target was not met."""
+
+    value: float
+    censored: bool = False
+
+
+@dataclass
+class Worst:
+    """The figure that counts in every cell, and what has to be said about it."""
+
+    groups: Samples  # [seed][case]
+    reason: str  # why a cell has no figure
+    note: str | None
+    censored: int  # cells where the figure that counts is a limit
+    cells: int  # cells with a figure
+
+    def score(self, better: Better, *notes: str | None, **kwargs: Any) -> Score:
+        """The `Score`; ``notes`` come first."""
+        return score_or_reason(self.groups, better, self.reason, note=joined(*notes, self.note), **kwargs)
+
+
 def each_worst(
-    run: RunView, attacks: Sequence[str], role: Role, value: Callable[[str, Case, int], float | None]
-) -> tuple[Samples, str | None]:
-    """samples[seed][case] of the attack that counts there, and which one that was most often."""
+    run: RunView,
+    attacks: Sequence[str],
+    role: Role,
+    value: Callable[[str, Case, int], float | Reading | None],
+    reason: str,
+) -> Worst:
+    """samples[seed][case] of the attack that counts there, which one that was most often, and what is left out."""
     winners: Counter[str] = Counter()
+    censored = 0
+    pick = min if role == "harmful" else max
 
     def one(seed: int, case: Case) -> float | None:
-        found = {a: v for a in attacks if (v := value(a, case, seed)) is not None}
+        nonlocal censored
+        found = {
+            a: v if isinstance(v, Reading) else Reading(v) for a in attacks if (v := value(a, case, seed)) is not None
+        }
         if not found:
             return None
-        extreme = worst(role, list(found.values()))
-        winners[next(a for a, v in found.items() if v == extreme)] += 1
-        return extreme
+        winner = pick(found, key=lambda a: (found[a].value, found[a].censored))
+        winners[winner] += 1
+        censored += found[winner].censored
+        return found[winner].value
 
     groups = samples(run, one)
-    note = f"worst attacker: {winners.most_common(1)[0][0]}" if len(attacks) > 1 and winners else None
-    return groups, note
+    cells, total = winners.total(), sum(1 for _ in walk(run))
+    named = f"worst attacker: {winners.most_common(1)[0][0]}" if len(attacks) > 1 and winners else None
+    dropped = f"{total - cells} of {total} left out: {reason}" if cells < total else None
+    return Worst(groups, reason, joined(named, dropped, left_out(run)), censored, cells)
 
 
 def slowdown_score(run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0) -> Score:
@@ -167,46 +209,35 @@ def slowdown_score(run: RunView, attacks: Sequence[str], role: Role, quantity: s
     Args:
         quantity: a trajectory value, or ``auto``: norm ratio where there is one, else training loss.
     """
-    cells: list[Slowdown] = []
 
-    def value(attack: str, case: Case, seed: int) -> float | None:
+    def value(attack: str, case: Case, seed: int) -> Reading | None:
         chosen = primary(run, attack, role) if quantity == "auto" else quantity
         found = worst_slowdown(run, attack, role, chosen, case, seed, share)
         if found is None:
             return None
-        cells.append(found)
-        return max(found.ratio, 1 / run.budget.steps)  # met before the first step: as if within one of all steps
+        return Reading(max(found.ratio, 1 / run.budget.steps), found.censored)  # met at step 0: as if within one of all
 
-    groups, note = each_worst(run, attacks, role, value)
-    censored = sum(c.censored for c in cells)
-    notes = [f"at least: the target was not met in {censored} of {len(cells)} trajectories"] if censored else []
-    notes += [note] if note else []
-    reason = "the control made no progress up to its 1× horizon"
-    return score_or_reason(
-        groups, direction(role), reason, aggregate="geomean", note="; ".join(notes) or None, unit="×"
-    )
+    found = each_worst(run, attacks, role, value, NO_PROGRESS)
+    told = f"at least: the target was not met in {found.censored} of {found.cells} cases" if found.censored else None
+    return found.score(direction(role), told, aggregate="geomean", unit="×")
 
 
 def relative_score(run: RunView, attacks: Sequence[str]) -> Score:
     """Harmful slowdown ÷ benign slowdown of the same attack: the measured counterpart of RIR; worst = smallest."""
-    censored = cells = 0
 
-    def value(attack: str, case: Case, seed: int) -> float | None:
-        nonlocal censored, cells
+    def value(attack: str, case: Case, seed: int) -> Reading | None:
         found = [worst_slowdown(run, attack, role, primary(run, attack, role), case, seed) for role in ROLES]
         harmful, benign = found
         if harmful is None or benign is None:
             return None
-        cells += 1
-        censored += harmful.censored or benign.censored
         least = 1 / run.budget.steps
-        return max(harmful.ratio, least) / max(benign.ratio, least)
+        return Reading(max(harmful.ratio, least) / max(benign.ratio, least), harmful.censored or benign.censored)
 
-    groups, note = each_worst(run, attacks, "harmful", value)
-    notes = [f"a target was not met in {censored} of {cells} pairs: censored there"] if censored else []
-    notes += [note] if note else []
-    reason = "the control made no progress up to its 1× horizon"
-    return score_or_reason(groups, "higher", reason, aggregate="geomean", note="; ".join(notes) or None, unit="×")
+    found = each_worst(run, attacks, "harmful", value, NO_PROGRESS)
+    told = (
+        f"a target was not met in {found.censored} of {found.cells} cases: censored there" if found.censored else None
+    )
+    return found.score("higher", told, aggregate="geomean", unit="×")
 
 
 def diverged_note(run: RunView, attack: str, role: Role, arm: str) -> str | None:

@@ -99,4 +99,6 @@ class Geometry:
 
 def _score(run: RunView, found: dict[tuple[int, str], float | None], reason: str, unit: str) -> Score:
     groups = samples(run, lambda seed, case: found[(seed, case.name)])
-    return score_or_reason(groups, "neutral", reason, unit=unit)
+    dropped = sum(v is None for v in found.values())
+    note = f"{dropped} of {len(found)} left out: {reason}" if dropped else None
+    return score_or_reason(groups, "neutral", reason, unit=unit, note=note, bounds=(0.0, 90.0 if unit else math.inf))

@@ -30,7 +30,7 @@ def history_curves(
     """κ of both Hessians, RIR and its share of the bound against immunization steps, as the immunizer logged them.
 
     ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to the log's own entry at
-    step 0, or to the control's κ where there is none.
+    step 0, or to the control's κ where there is none. A pair without RIR, as its rank moved, has no RIR curve either.
     """
     lines: dict[str, list[Line]] = {}
     for _, seed, case in walk(run):
@@ -43,6 +43,8 @@ def history_curves(
             series["rir"] = _logged_rir(series, pair, has_start=steps[0] == 0)
         if "rir_bound_ratio" not in series and pair.bound is not None and pair.bound.value is not None:
             series["rir_bound_ratio"] = [r / pair.bound.value for r in series["rir"]]
+        if pair.reason is not None:  # the rank moved: κ at the end and at the start are over different directions
+            series = {k: v for k, v in series.items() if not k.startswith("rir")}
         for name, values in series.items():
             lines.setdefault(name, []).append((steps, values))
     curves = {}

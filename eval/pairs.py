@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lab.condition import Bound
+from torch import Tensor
+
+from lab.condition import Bound, numerical_rank, rank_tolerance, singular_values
 from lab.types import CONTROL
 
 
@@ -15,6 +17,19 @@ class Kappa:
     value: float
     spread: float = 0.0
     rank: int = 0
+
+
+def kappa_of(x: Tensor) -> Kappa:
+    """κ(XᵀX) over the numerical rank and that rank, of features [n, d] by one decomposition.
+
+    Raises:
+        ValueError: numbers that are not finite, or a zero matrix.
+    """
+    s = singular_values(x)
+    rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype)) if bool(s.isfinite().all()) else 0
+    if rank == 0:
+        raise ValueError("κ needs finite features that are not all zero")
+    return Kappa(float((s[0] / s[rank - 1]) ** 2), rank=rank)
 
 
 @dataclass
@@ -28,7 +43,17 @@ class Pair:
     kappa_benign: dict[str, Kappa]
     kappa_harmful: dict[str, Kappa]
     rir: float | None = None
+    reason: str | None = None  # why there is no RIR although both arms were run
     bound: Bound | None = None
+
+    def rank_moves(self) -> list[str]:
+        """Per Hessian whose numerical rank differs between the arms, its role and ranks before and after."""
+        out = []
+        for role, kappa in (("benign", self.kappa_benign), ("harmful", self.kappa_harmful)):
+            before, after = kappa[CONTROL].rank, next((k.rank for a, k in kappa.items() if a != CONTROL), None)
+            if after is not None and before != after:
+                out.append(f"{role} {before} → {after}")
+        return out
 
     def ratio(self, role: str) -> float:
         """κ after ÷ κ before."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import ClassVar
 
@@ -52,12 +53,21 @@ class ProbeAccuracy:
     def _compared(self, run: RunView, attacks: tuple[str, ...], role: Role, name: str) -> dict[str, Score]:
         out = {}
         for step, end in horizons(run):
-            groups, note = each_worst(run, attacks, role, partial(sgrc, run, role, step))
-            reason = "the control's accuracy is 0"
-            out[f"sgrc_{role}_{name}{end}"] = score_or_reason(groups, direction(role), reason, note=note)
+            found = each_worst(run, attacks, role, partial(sgrc, run, role, step), "the control's accuracy is 0")
+            out[f"sgrc_{role}_{name}{end}"] = found.score(direction(role), bounds=(-math.inf, 1.0))
         key = f"slowdown_accuracy_{role}_{name}"
         out[key] = slowdown_score(run, attacks, role, ACCURACY, self.target_share)
         return out
+
+    def check(self, cases: tuple[Case, ...]) -> None:
+        """Before anything runs: one role at least is classification in every case.
+
+        Raises:
+            UserError: it is not.
+        """
+        if all(any(t.kind != "classification" for c in cases for t in tasks_of(c, role)) for role in ROLES):
+            fix = "needs classification tasks; take it off the list for regression (eval=[conditioning,convergence])."
+            raise UserError("eval", self.name, fix)
 
 
 def _accuracies(run: RunView, attack: str, role: Role) -> dict[str, Score]:
@@ -71,7 +81,7 @@ def _accuracies(run: RunView, attack: str, role: Role) -> dict[str, Score]:
 
             better: Better = "neutral" if arm == CONTROL else "lower" if role == "harmful" else "higher"
             name = f"accuracy_{role}_{slug(attack)}{end}{'_control' if arm == CONTROL else ''}"
-            out[name] = score_or_reason(samples(run, value), better, "no case")
+            out[name] = score_or_reason(samples(run, value), better, "no case", bounds=(0.0, 1.0))
     return out
 
 

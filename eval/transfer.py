@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from eval.aggregate import Cached, slug, walk
+from eval.aggregate import Cached, diverged_of, joined, left_out, slug, walk
+from eval.pairs import kappa_of
 from eval.trajectories import primary, worst_slowdown
 from lab.activations import features
-from lab.condition import condition_number, principal_angles
+from lab.condition import principal_angles
 from lab.errors import UserError
 from lab.statistics import MIN_SEEDS
 from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
@@ -24,19 +25,26 @@ MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as 
 
 @dataclass
 class _Case:
+    """What immunization did to the harmful task that counts; angles in radians, means over the leading subspaces."""
+
     seed: int
-    rir: float
+    rir: float | None  # None: the numerical rank moved, κ before and after are over different directions
     harmful_ratio: float
     angle: float
+    angle_change: float
 
 
 class Transfer:
-    """Spearman's ρ between what immunization did to κ and what an attacker then feels, per attacker.
+    """Spearman's ρ between what immunization did to κ or the angles and what an attacker then feels, per attacker.
 
-    ``transfer_ATTACK``: ρ of RIR against slowdown on the harmful task ÷ slowdown on the benign task.
+    Relative slowdown is the slowdown on the harmful task ÷ the slowdown on the benign task.
+    ``transfer_ATTACK``: ρ of RIR against the relative slowdown.
     ``transfer_harmful_ATTACK``: ρ of κ_H after ÷ before against the harmful slowdown alone.
     ``angle_predicts_rir``: ρ of the mean principal angle between both tasks before immunization against RIR.
-    A slowdown beyond the last step is censored there (a tie at the top); the table gives the censored share.
+    ``angle_predicts_slowdown_ATTACK``: ρ of the same angle against the relative slowdown.
+    ``angle_change_predicts_slowdown_ATTACK``: ρ of that angle after − before against the relative slowdown.
+    A slowdown beyond the last step is censored there (a tie at the top); the table gives the censored share. Cases
+    without RIR, since the numerical rank moved, are left out where κ is used; those that diverged everywhere.
     Intervals: percentile bootstrap, seeds first, then cases.
 
     Args:
@@ -62,50 +70,77 @@ class Transfer:
             measured[seed, case.name] = self._measure(run, case, seed)
 
         cached = Cached(run, visit, trajectories=True, label="condition numbers")
-        cells = [(seed, case, measured[seed, case.name]) for _, seed, case in walk(cached)]
-        if len({case.name for _, case, _ in cells}) < MIN_CASES:
+        names = {case.name for _, _, case in walk(cached)} | {name for name, _ in diverged_of(cached)}
+        if len(names) < MIN_CASES:
             told = f"needs a scenario with at least {MIN_CASES} cases, e.g. scenario=mnist_one_vs_rest."
             raise UserError("eval", self.name, told)
-        out = Scores()
-        angles = [(c.seed, c.angle, c.rir) for _, _, c in cells]
-        out.metrics["angle_predicts_rir"] = self._rho(angles, "neutral", None)
-        rows = []
+        cells = list(measured.values())
+        moved = sum(c.rir is None for c in cells)
+        dropped = f"{moved} of {len(cells)} cases left out: the numerical rank moved" if moved else None
+        angles = [(c.seed, c.angle, c.rir) for c in cells if c.rir is not None]
+        out = Scores(tables={"transfer": []})
+        out.metrics["angle_predicts_rir"] = self._rho(angles, "neutral", joined(dropped, left_out(cached)))
         for attack in run.attacks:
-            relative, harmful, censored = [], [], 0
-            for seed, case, cell in cells:
-                found = self._slowdowns(cached, attack, case, seed)
-                if found is not None:
-                    slow_harmful, slow_benign, was_censored = found
-                    relative.append((seed, cell.rir, slow_harmful / slow_benign))
-                    harmful.append((seed, cell.harmful_ratio, slow_harmful))
-                    censored += was_censored
-            note = f"{len(relative)} of {len(cells)} cases; censored in {censored}"
-            scores = {
-                f"transfer_{slug(attack)}": self._rho(relative, "higher", note),
-                f"transfer_harmful_{slug(attack)}": self._rho(harmful, "higher", note),
-            }
-            out.metrics |= scores
-            rho, rho_kappa = scores.values()
-            slow = [r[2] for r in relative]
-            rows.append(
-                {"attack": attack, "rho_rir": rho.value, "low": rho.low, "high": rho.high, "rho_kappa": rho_kappa.value,
-                 "cases": len(relative), "censored": censored,
-                 "median_relative_slowdown": float(np.median(slow)) if slow else None}
-            )  # fmt: skip
-        out.tables["transfer"] = rows
+            metrics, row = self._attack(cached, attack, measured, dropped)
+            out.metrics |= metrics
+            out.tables["transfer"].append(row)
         return out
 
+    def _attack(
+        self, run: RunView, attack: str, measured: dict[tuple[int, str], _Case], dropped: str | None
+    ) -> tuple[dict[str, Score], dict[str, Any]]:
+        """Every correlation of one attacker, and its row of the table."""
+        columns: dict[str, list[tuple[int, float, float]]] = {n: [] for n in ("rir", "kappa", "angle", "angle_change")}
+        slow, censored = [], 0
+        for _, seed, case in walk(run):
+            found, cell = self._slowdowns(run, attack, case, seed), measured[seed, case.name]
+            if found is None:
+                continue
+            harmful, benign, was_censored = found
+            slow.append(harmful / benign)
+            censored += was_censored
+            if cell.rir is not None:
+                columns["rir"].append((seed, cell.rir, slow[-1]))
+                columns["kappa"].append((seed, cell.harmful_ratio, harmful))
+            columns["angle"].append((seed, cell.angle, slow[-1]))
+            columns["angle_change"].append((seed, cell.angle_change, slow[-1]))
+
+        def rho(column: str, better: Literal["higher", "neutral"]) -> Score:
+            used = f"{len(columns[column])} of {len(measured)} cases; censored in {censored}"
+            note = joined(used, dropped if column in ("rir", "kappa") else None, left_out(run))
+            return self._rho(columns[column], better, note)
+
+        end = slug(attack)
+        scores = {
+            f"transfer_{end}": rho("rir", "higher"),
+            f"transfer_harmful_{end}": rho("kappa", "higher"),
+            f"angle_predicts_slowdown_{end}": rho("angle", "neutral"),
+            f"angle_change_predicts_slowdown_{end}": rho("angle_change", "neutral"),
+        }
+        by_rir, by_kappa, by_angle, by_change = scores.values()
+        row = {
+            "attack": attack, "rho_rir": by_rir.value, "low": by_rir.low, "high": by_rir.high,
+            "rho_kappa": by_kappa.value, "rho_angle": by_angle.value, "rho_angle_change": by_change.value,
+            "cases": len(columns["rir"]), "censored": censored,
+            "median_relative_slowdown": float(np.median(slow)) if slow else None,
+        }  # fmt: skip
+        return scores, row
+
     def _measure(self, run: RunView, case: Case, seed: int) -> _Case:
-        """κ ratios of the harmful task that is protected least, and the angle before immunization."""
-        before, after = (run.model(arm, case, seed) for arm in (CONTROL, run.immunizer))
-        benign = [condition_number(features(m, case.benign.train.x)) for m in (before, after)]
+        """κ ratios of the harmful task that is protected least, its angle to the benign task and how that moved."""
+        models = [run.model(arm, case, seed) for arm in (CONTROL, run.immunizer)]
+        benign = [features(m, case.benign.train.x) for m in models]
+        before, after = (kappa_of(x) for x in benign)
         found = []
         for task in case.harmful:
-            x = features(before, task.train.x)
-            harmful = condition_number(features(after, task.train.x)) / condition_number(x)
-            angle = float(principal_angles(features(before, case.benign.train.x), x).mean())
-            found.append(_Case(seed, harmful / (benign[1] / benign[0]), harmful, angle))
-        return min(found, key=lambda c: c.rir)
+            harmful = [features(m, task.train.x) for m in models]
+            kappa, kappa_after = (kappa_of(x) for x in harmful)
+            angle, angle_after = (float(principal_angles(b, h).mean()) for b, h in zip(benign, harmful, strict=True))
+            ratio = kappa_after.value / kappa.value
+            same = (before.rank, kappa.rank) == (after.rank, kappa_after.rank)
+            rir = ratio / (after.value / before.value) if same else None
+            found.append(_Case(seed, rir, ratio, angle, angle_after - angle))
+        return min(found, key=lambda c: math.inf if c.rir is None else c.rir)
 
     def _slowdowns(self, run: RunView, attack: str, case: Case, seed: int) -> tuple[float, float, bool] | None:
         harmful = worst_slowdown(run, attack, "harmful", primary(run, attack, "harmful"), case, seed)
@@ -140,6 +175,16 @@ class Transfer:
             stats.append(_spearman(np.concatenate([g[rng.integers(0, len(g), len(g))] for g in chosen])))
         low, high = np.nanpercentile(stats, [2.5, 97.5])
         return float(low), float(high)
+
+    def check(self, cases: tuple[Case, ...]) -> None:
+        """Before anything runs: enough cases for a rank correlation.
+
+        Raises:
+            UserError: fewer than eight.
+        """
+        if len({case.name for case in cases}) < MIN_CASES:
+            told = f"needs a scenario with at least {MIN_CASES} cases, e.g. scenario=mnist_one_vs_rest."
+            raise UserError("eval", self.name, told)
 
 
 def _spearman(pairs: NDArray[np.float64]) -> float:

@@ -17,6 +17,7 @@ from lab.condition import (
     rir_bound,
 )
 from lab.errors import UserError
+from lab.options import number
 from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
 
 
@@ -51,10 +52,10 @@ class KappaClosedForm:
         benign_condition: float | None = None,
         rank_tolerance: float | None = None,
     ) -> None:
-        if benign_condition is not None and not benign_condition > 0:
-            raise UserError("immunize.benign_condition", benign_condition, "must be > 0, or null to whiten")
-        if rank_tolerance is not None and not 0 < rank_tolerance < 1:
-            raise UserError("immunize.rank_tolerance", rank_tolerance, "must lie in (0, 1)")
+        if benign_condition is not None:
+            number("immunize.benign_condition", benign_condition, above=0)
+        if rank_tolerance is not None:
+            number("immunize.rank_tolerance", rank_tolerance, above=0, below=1)
         self.name, self.benign_condition, self.rank_tolerance = name, benign_condition, rank_tolerance
 
     def __call__(

@@ -6,34 +6,23 @@ the attacker's preconditioner, and ``scale``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 from immunize import spectral
 from immunize.objectives import BilevelObjective, SpectralObjective, SpectralOptions, StepObjective
 from immunize.sampling import SPECTRA, Spectrum
 from immunize.trainer import Schedule, Trainer
-from lab.errors import UserError, nearest
+from lab.errors import UserError
+from lab.options import choice, count, flag, names, number
 from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
 
 
-def _at_least(minimum: float, **options: float | None) -> None:
+def _each(check: Callable[..., object], *limits: float, **options: object) -> None:
+    """The same ``check`` of `lab.options`, with ``limits``, on every option."""
     for key, value in options.items():
-        if value is not None and not value >= minimum:
-            raise UserError(f"immunize.{key}", value, f"must be ≥ {minimum:g}")
-
-
-def _positive(**options: float | None) -> None:
-    for key, value in options.items():
-        if value is not None and not value > 0:
-            raise UserError(f"immunize.{key}", value, "must be > 0")
-
-
-def _one_of(choices: Iterable[str], **options: str) -> None:
-    choices = tuple(choices)
-    for key, value in options.items():
-        if value not in choices:
-            raise UserError(f"immunize.{key}", value, nearest(str(value), choices))
+        check(f"immunize.{key}", value, *limits)
 
 
 class GradientImmunizer:
@@ -69,17 +58,20 @@ class GradientImmunizer:
         log_points: int = 25,
         checkpoint_every: int = 200,
     ) -> None:
-        _positive(eta=eta)
-        _at_least(1, epochs=epochs, steps=steps, running_window=running_window, checkpoint_every=checkpoint_every)
-        _at_least(2, batch_size=batch_size, log_points=log_points)
-        _one_of(("plain", "adam"), optimizer=optimizer)
-        _one_of(("constant", "cosine"), eta_schedule=eta_schedule)
-        _one_of(SPECTRA, spectrum=spectrum)
-        if not 0 < running_decay <= 1:
-            raise UserError("immunize.running_decay", running_decay, "must lie in (0, 1]")
+        number("immunize.eta", eta, above=0)
+        _each(count, 1, epochs=epochs, running_window=running_window, checkpoint_every=checkpoint_every)
+        _each(count, 2, batch_size=batch_size, log_points=log_points)
+        if steps is not None:
+            count("immunize.steps", steps)
+        choice("immunize.optimizer", optimizer, ("plain", "adam"))
+        choice("immunize.eta_schedule", eta_schedule, ("constant", "cosine"))
+        choice("immunize.spectrum", spectrum, SPECTRA)
+        number("immunize.running_decay", running_decay, above=0, high=1)
         self.name = name
+        if isinstance(layers, bool | float):
+            raise UserError("immunize.layers", layers, "must be null, a count from the end, or names of blocks.")
         if layers is not None and not isinstance(layers, int):
-            layers = tuple(layers)
+            layers = names("immunize.layers", layers)
         self.schedule = Schedule(
             epochs, steps, batch_size, eta, eta_schedule, optimizer, layers, spectrum, running_decay, running_window,
             log_points, checkpoint_every,
@@ -156,19 +148,21 @@ class Kappa(GradientImmunizer):
             optimizer=optimizer, layers=layers, spectrum=spectrum, running_decay=running_decay,
             running_window=running_window, log_points=log_points, checkpoint_every=checkpoint_every,
         )  # fmt: skip
-        _at_least(0, lambda_p=lambda_p, lambda_h=lambda_h, ridge_benign=ridge_benign, ridge_harmful=ridge_harmful)
-        _at_least(0, cluster_tolerance=cluster_tolerance, supervised=supervised, corridor_rate=corridor_rate)
-        _positive(corridor_benign=corridor_benign, corridor_harmful=corridor_harmful, rank_tolerance=rank_tolerance)
-        _positive(worst_case_temperature=worst_case_temperature)
-        _one_of(("none", "initial", "current"), scale=scale)
-        _one_of(("left", "right"), solve_side=solve_side)
-        _one_of(("rank", "dimension"), rank_rule=rank_rule)
-        _one_of(("none", "diagonal"), optimizer_aware=optimizer_aware)
-        _one_of(("fixed", "corridor"), lambda_schedule=lambda_schedule)
+        _each(number, 0, lambda_p=lambda_p, lambda_h=lambda_h, supervised=supervised, corridor_rate=corridor_rate)
+        _each(number, 0, ridge_benign=ridge_benign, ridge_harmful=ridge_harmful)
+        positive = {"corridor_benign": corridor_benign, "corridor_harmful": corridor_harmful}
+        _each(partial(number, above=0), **positive, worst_case_temperature=worst_case_temperature)
+        if rank_tolerance is not None:
+            number("immunize.rank_tolerance", rank_tolerance, above=0, below=1)
+        number("immunize.cluster_tolerance", cluster_tolerance, 0, below=1)
+        _each(flag, preconditioned=preconditioned, worst_case=worst_case)
+        choice("immunize.scale", scale, ("none", "initial", "current"))
+        choice("immunize.solve_side", solve_side, ("left", "right"))
+        choice("immunize.rank_rule", rank_rule, ("rank", "dimension"))
+        choice("immunize.optimizer_aware", optimizer_aware, ("none", "diagonal"))
+        choice("immunize.lambda_schedule", lambda_schedule, ("fixed", "corridor"))
         if lambda_p == lambda_h == 0:
             raise UserError("immunize.lambda_h", 0, "λ_P and λ_H are both 0; choose immunize=none for no immunization")
-        if cluster_tolerance >= 1:
-            raise UserError("immunize.cluster_tolerance", cluster_tolerance, "must be < 1")
         if solve_side == "right" and min(ridge_benign, ridge_harmful) <= 0:
             raise UserError("immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0")
         self.options = SpectralOptions(
@@ -223,9 +217,9 @@ class KappaImma(GradientImmunizer):
             name, eta=eta, epochs=epochs, steps=steps, batch_size=batch_size, eta_schedule=eta_schedule,
             optimizer=optimizer, layers=layers, log_points=log_points, checkpoint_every=checkpoint_every,
         )  # fmt: skip
-        _at_least(1, inner_steps=inner_steps)
-        _positive(inner_step=inner_step)
-        _at_least(0, w_prior=w_prior)
+        count("immunize.inner_steps", inner_steps)
+        number("immunize.inner_step", inner_step, above=0)
+        number("immunize.w_prior", w_prior, 0)
         self.inner_steps, self.inner_step, self.w_prior = inner_steps, inner_step, w_prior
 
     def objective(self) -> StepObjective:

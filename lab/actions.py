@@ -6,11 +6,11 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from omegaconf import DictConfig
+
 from eval.report.compare import compare, to_text
 from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
-from omegaconf import DictConfig
-
 from lab import record as records
 from lab.errors import UserError
 from lab.experiment import relative
@@ -28,9 +28,12 @@ def publish(found: list[records.Record], folder: Path) -> None:
     print(f"report: {relative(render(found, folder / 'report.html'))}")
 
 
+def _places(cfg: DictConfig) -> list[str]:
+    return [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
+
+
 def _load(cfg: DictConfig) -> list[tuple[Path, records.Record]]:
-    places = [cfg.records] if isinstance(cfg.records, str) else list(cfg.records)
-    return [(path, records.read(path)) for path in records.find(places, Path(cfg.paths.runs))]
+    return [(path, records.read(path)) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
 
 
 def report(cfg: DictConfig) -> None:
@@ -58,21 +61,25 @@ def comparison(cfg: DictConfig) -> None:
 
 def status(cfg: DictConfig) -> None:
     """Runs below ``paths.runs``: done, diverged, failed, preempted, or running (a folder without a record)."""
-    places = [cfg.records] if isinstance(cfg.records, str) else list(cfg.records)
-    root = Path(places[0] if places else cfg.paths.runs)
-    if not root.is_dir():
-        raise UserError("paths.runs", root, "does not exist: nothing was run from this folder yet.")
+    places = [Path(p) for p in _places(cfg)] or [Path(cfg.paths.runs)]
+    for root in places:
+        if not root.is_dir():
+            raise UserError(
+                "records" if cfg.records else "paths.runs", root, "does not exist: nothing was run there yet."
+            )
+    marks = ("record.json", "run.log", "config.yaml")  # the last one lies in .hydra from the first second on
+    found = {p for root in places for name in marks for p in root.rglob(name)}
+    folders = {p.parent.parent if p.parent.name == ".hydra" else p.parent for p in found}
     counts: Counter[str] = Counter()
-    for log in sorted(root.rglob("run.log")):
-        path = log.with_name("record.json")
-        if path.is_file():
-            record = records.read(path)
+    for folder in sorted(folders):
+        if (folder / "record.json").is_file():
+            record = records.read(folder / "record.json")
             state, why = record["status"], (record["error"] or {}).get("message", "")
             seconds = f"{record['provenance']['wall_time_s']:.0f} s"
         else:
             state, why, seconds = "unfinished", "no record yet: running, or killed (the same command continues it)", ""
         counts[state] += 1
-        print(f"{state:<10} {seconds:>7}  {relative(log.parent)}  {why[:100]}")
+        print(f"{state:<10} {seconds:>7}  {relative(folder)}  {why[:100]}")
     unfinished = list(Path(cfg.paths.cache).rglob("*.ckpt"))
     print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "no runs")
     if unfinished:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from immunize.none import NoImmunization
 from omegaconf import DictConfig, OmegaConf
 
-from lab.errors import UserError
+from immunize.none import NoImmunization
+from lab.errors import UserError, nearest
+from lab.options import count
 from lab.sources import source_hash
-from lab.types import CONTROL, Attacker, Backbone, Budget, Immunizer, RunMetric, Scenario
+from lab.types import CONTROL, Attacker, Backbone, Budget, Case, Immunizer, RunMetric, Scenario
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Part:
 class Parts:
     scenario: Scenario
     backbone: Backbone
+    backbone_identity: dict[str, Any]  # weights alone do not say what a network does with its inputs
     immunizer: Part
     control: Part
     attacks: dict[str, Part]
@@ -48,7 +51,8 @@ class Parts:
         return arms
 
 
-def _build(config: DictConfig, key: str) -> Part:
+def _build(config: Any, key: str) -> Part:
+    _group(config, key)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
     target = plain.get("_target_")
@@ -68,20 +72,29 @@ def _build(config: DictConfig, key: str) -> Part:
 
 
 def _seeds(values: Any) -> tuple[int, ...]:
-    seeds = tuple(values) if not isinstance(values, int) else (values,)
-    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
+    seeds = tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
+    if not seeds or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise UserError("seeds", list(seeds), "must be a list of different whole numbers ≥ 0, e.g. seeds=[0,1,2].")
     return seeds
 
 
-def _budget(config: DictConfig) -> Budget:
-    budget = Budget(**{str(k): v for k, v in config.items()})
-    for name in ("horizon", "multiple", "points"):
-        value = getattr(budget, name)
-        least = 2 if name == "points" else 1
-        if not isinstance(value, int) or value < least:
-            raise UserError(f"budget.{name}", value, f"must be a whole number ≥ {least}.")
-    return budget
+def _group(config: Any, key: str) -> dict[str, Any]:
+    """The entries of the group ``key``, which may have been replaced by a value on the command line."""
+    if not isinstance(config, DictConfig):
+        raise UserError(key, config, f"must be a group of options; set {key}.OPTION=VALUE.")
+    return {str(name): value for name, value in config.items()}
+
+
+def _budget(config: Any) -> Budget:
+    given, known = _group(config, "budget"), [field.name for field in fields(Budget)]
+    for name, value in given.items():
+        if name not in known:
+            told = nearest(f"budget.{name}", [f"budget.{option}" for option in known])
+            raise UserError(f"budget.{name}", value, f"there is no such key; {told}")
+        count(f"budget.{name}", value, 2 if name == "points" else 1)
+    if "horizon" not in given:
+        raise UserError("budget.horizon", None, "needs a value, e.g. budget.horizon=20.")
+    return Budget(**given)
 
 
 def assemble(cfg: DictConfig) -> Parts:
@@ -92,13 +105,15 @@ def assemble(cfg: DictConfig) -> Parts:
     """
     control = _build(OmegaConf.create({"_target_": "immunize.none.NoImmunization", "name": CONTROL}), "immunize")
     assert isinstance(control.obj, NoImmunization)
+    backbone = _build(cfg.backbone, "backbone")
     parts = Parts(
         scenario=_build(cfg.scenario, "scenario").obj,
-        backbone=_build(cfg.backbone, "backbone").obj,
+        backbone=backbone.obj,
+        backbone_identity=backbone.identity,
         immunizer=_build(cfg.immunize, "immunize"),
         control=control,
-        attacks={str(name): _build(sub, f"attacks.{name}") for name, sub in cfg.attacks.items()},
-        metrics={str(name): _build(sub, f"eval.{name}") for name, sub in cfg.eval.items()},
+        attacks={str(name): _build(sub, f"attacks.{name}") for name, sub in _group(cfg.attacks, "attacks").items()},
+        metrics={str(name): _build(sub, f"eval.{name}") for name, sub in _group(cfg.eval, "eval").items()},
         budget=_budget(cfg.budget),
         seeds=_seeds(cfg.seeds),
     )
@@ -129,3 +144,17 @@ def check_fit(parts: Parts) -> None:
         if kind not in obj.accepts:
             fits = " or ".join(sorted(obj.accepts))
             raise UserError(key, obj.name, f"takes {fits} models, backbone={parts.backbone.name} is {kind}.")
+
+
+def check_cases(parts: Parts, cases: tuple[Case, ...]) -> None:
+    """Calls the optional hook ``check(cases)`` of attackers and of the metrics that this run will compute.
+
+    Raises:
+        UserError: from a part that cannot work on these data.
+    """
+    metrics = [part.obj for part in parts.metrics.values()]
+    used = [m for m in metrics if m.needs_arms <= len(parts.arms) and (parts.attacks or not m.needs_attack)]
+    for obj in [*(part.obj for part in parts.attacks.values()), *used]:
+        hook = getattr(obj, "check", None)
+        if hook is not None:
+            hook(cases)

@@ -195,7 +195,7 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
     scale = pairs[0].square().sum(0).sqrt()  # a congruence: leaves the pencil as it is, lowers κ(K_P)
     k_p, k_h = ((p / scale).T @ (p / scale) for p in pairs)
     values = scipy.linalg.eigh(k_h.numpy(), k_p.numpy(), eigvals_only=True)
-    pencil = torch.from_numpy(np.ascontiguousarray(values[::-1]))
+    pencil = torch.from_numpy(values[::-1].copy())  # torch takes no negative stride, not even of one value
     if outside > 1e-12:  # squared relative size: directions beyond 1e-6 of X_H, far above rounding
         reason = (
             f"infinite: K_P has rank {rank} of {d} and {100 * outside:.3g} % of the harmful energy lies outside its"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eval.report.html import render
-from eval.report.summary import summary
 from omegaconf import DictConfig, OmegaConf
 
+from eval.report.html import render
+from eval.report.summary import summary
 from lab import record as records
-from lab.assemble import assemble
+from lab.assemble import assemble, check_cases
 from lab.errors import UserError
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
@@ -59,7 +59,7 @@ class Run:
         store = Store(cfg.paths.cache, force=cfg.force)
         self._pipeline = Pipeline(parts, store, trackers.log if trackers else None)
         for seed in parts.seeds:
-            self._pipeline.data(seed)
+            check_cases(parts, self._pipeline.data(seed).cases)
         return self._pipeline
 
     def execute(self) -> None:

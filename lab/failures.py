@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -17,11 +19,18 @@ from lab.errors import UserError, nearest
 from lab.sources import ROOT
 
 _SYSTEM = {
-    errno.ENOSPC: "the disk is full: free some space or set paths.outputs=DIR; finished stages are kept.",
-    errno.EROFS: "the file system is read-only: set paths.outputs=DIR to a folder that can be written.",
-    errno.EACCES: "permission denied: set paths.outputs=DIR to a folder that can be written.",
-    errno.ENOTDIR: "is a file where a folder is needed: set paths.outputs=DIR to another folder.",
-    errno.EDQUOT: "the disk quota is used up: free some space or set paths.outputs=DIR; finished stages are kept.",
+    errno.ENOSPC: "the disk is full; free some space, finished stages are kept",
+    errno.EDQUOT: "the disk quota is used up; free some space, finished stages are kept",
+    errno.EROFS: "the file system is read-only",
+    errno.EACCES: "permission denied",
+    errno.EPERM: "the system does not permit it",
+    errno.EIO: "the device reports an input/output error",
+    errno.ENAMETOOLONG: "the name is too long for the file system",
+    errno.ENOTDIR: "a file lies where a folder is needed",
+}
+_OUTPUT_ONLY = {  # anywhere else these are defects: a missing source file is a `UserError` where it is read
+    errno.ENOENT: "cannot be created here, or was removed during the run",
+    errno.EEXIST: "a file lies where a folder is needed",
 }
 
 
@@ -34,8 +43,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in _SYSTEM:
-        return f"{error.filename or 'output'}: {_SYSTEM[error.errno]}"
+    if isinstance(error, OSError):
+        return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
@@ -47,6 +56,23 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
             return f"{key}: there is no such key; {nearest(key, _keys(arguments))}"
         return _first_line(error)
     return None
+
+
+def _system(error: OSError, arguments: Sequence[str]) -> str | None:
+    ours = error.filename is None or _is_output(str(error.filename), arguments)
+    told = _SYSTEM.get(error.errno or 0) or (_OUTPUT_ONLY.get(error.errno or 0) if ours else None)
+    if told is None:
+        return None
+    fix = "set paths.outputs=DIR to a folder that can be written" if ours else "check this path"
+    return f"{error.filename or 'output'}: {told}: {fix}."
+
+
+def _is_output(name: str, arguments: Sequence[str]) -> bool:
+    """Whether ``name`` lies in, or above, a folder that results go to."""
+    given = [a.partition("=")[2].strip("'\"") for a in arguments if re.match(r"\+*paths\.\w+=", a)]
+    path = Path(name).absolute()
+    folders = [Path(folder).absolute() for folder in [*given, "outputs"]]
+    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for folder in folders)
 
 
 def _choices(group: str) -> list[str]:

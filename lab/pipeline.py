@@ -12,7 +12,7 @@ from lab.activations import digest
 from lab.assemble import Parts
 from lab.errors import Diverged, UserError
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
-from lab.types import Case, FeatureModel, ScenarioData, Score, Scores, Task, Trajectory
+from lab.types import CONTROL, Case, FeatureModel, ScenarioData, Score, Scores, Task, Trajectory
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 
@@ -85,7 +85,8 @@ class Pipeline:
 
     def immunize_cell(self, arm: str, case: Case, seed: int) -> Cell:
         part = self.parts.arms[arm]
-        key = stage_key(part=part.identity, case=self.identity(case, seed), seed=seed)
+        upstream = {"case": self.identity(case, seed), "backbone": self.parts.backbone_identity}
+        key = stage_key(part=part.identity, seed=seed, **upstream)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             rows: list[tuple[int, dict[str, float]]] = []
@@ -105,6 +106,9 @@ class Pipeline:
             else:
                 old = before.state_dict()
                 tensors = {k: v for k, v in after.state_dict().items() if not v.equal(old[k])}
+                if not tensors and arm != CONTROL:
+                    told = f"{arm} left every weight of case {case.name} as it was; nothing would be compared."
+                    raise UserError("immunize", arm, told)
             names = dict.fromkeys(name for _, values in rows for name in values)
             history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}

@@ -6,7 +6,7 @@ functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never anot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -206,7 +206,11 @@ class Trajectory:
 
 @runtime_checkable
 class Attacker(Protocol):
-    """Fine-tunes a copy of ``model`` for ``task``. Input untouched; harmful and benign tasks alike."""
+    """Fine-tunes a copy of ``model`` for ``task``. Input untouched; harmful and benign tasks alike.
+
+    Optional: a method ``check(cases: tuple[Case, ...]) -> None``. Where present it is called once per seed before
+    anything runs and raises `lab.errors.UserError` for data that the attacker cannot work on.
+    """
 
     name: str
     accepts: ClassVar[frozenset[Kind]]
@@ -271,7 +275,10 @@ class RunView(Protocol):
 
 @runtime_checkable
 class RunMetric(Protocol):
-    """A family of figures over a run. ``needs_arms`` = 2 compares with the control arm."""
+    """A family of figures over a run. ``needs_arms`` = 2 compares with the control arm.
+
+    Optional: a method ``check(cases: tuple[Case, ...]) -> None``, as in `Attacker`.
+    """
 
     name: str
     accepts: ClassVar[frozenset[Kind]]
@@ -279,9 +286,6 @@ class RunMetric(Protocol):
     needs_attack: ClassVar[bool]
 
     def __call__(self, run: RunView) -> Scores: ...
-
-
-Progress = Callable[..., Iterable[Any]]
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

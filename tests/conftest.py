@@ -6,6 +6,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
+from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+OmegaConf.register_new_resolver("project_root", lambda: str(HERE.parent), replace=True)

@@ -9,7 +9,6 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
-OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 
 GROUPS = ("scenario", "backbone", "immunize", "attacks", "eval", "tracker", "paths", "experiment", "debug")
 COUNTS = {

@@ -4,18 +4,17 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import load, save
 
+import tiny
 from lab.backbones.linear import LinearBackbone
 from lab.types import Attacker, Budget, Immunizer, RunMetric, same_weights
 
 ROOT = Path(__file__).resolve().parent.parent
-OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 IMMUNIZERS = sorted(p.stem for p in (ROOT / "conf/immunize").glob("*.yaml"))
 ATTACKERS = sorted(p.stem for p in (ROOT / "conf/attacks").glob("*.yaml") if p.stem != "none")
 METRICS = sorted(p.stem for p in (ROOT / "conf/eval").glob("*.yaml"))

@@ -78,8 +78,9 @@ def groups(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
 def leaderboard(records: Sequence[Record]) -> list[Row]:
     """Rows ordered by scenario and backbone, then best first; the control and failed runs come last, unranked.
 
-    Order: verdict; among those that hold (or have none) harmful slowdown and SGRC against the worst attacker, then RIR;
-    among those that fail the harmful slowdown relative to the benign one, then RIR.
+    Order: complete runs before those that diverged in part; verdict; among those that hold (or have none) harmful
+    slowdown and SGRC against the worst attacker, then RIR; among those that fail the harmful slowdown relative to the
+    benign one, then RIR.
     """
     rows: list[Row] = []
     for (scenario, backbone), found in groups(records).items():
@@ -105,16 +106,20 @@ def _ranked(row: Row) -> bool:
     return bool(row["immunizer"] != CONTROL and row["metrics"])
 
 
+def _partly(row: Row) -> bool:
+    return bool(row["status"] == "diverged")
+
+
 def _key(row: Row) -> tuple[float, ...]:
     verdict = _value(row, "verdict")
     values = [_value(row, name) for name in (_FAILING if verdict == 0 else _HOLDING)]
-    first = (0.0 if _ranked(row) else 1.0, 1.0 if verdict is None else -verdict)
+    first = (0.0 if _ranked(row) else 1.0, 1.0 if _partly(row) else 0.0, 1.0 if verdict is None else -verdict)
     return (*first, *(float("inf") if v is None else -v for v in values))
 
 
 def _mark_best(group: list[Row]) -> None:
-    """Best figure of each column; where verdicts were passed, only rows that hold are considered."""
-    group = [r for r in group if _value(r, "verdict") != 0]
+    """Best figure of each column among complete runs; where verdicts were passed, only among those that hold."""
+    group = [r for r in group if _value(r, "verdict") != 0 and not _partly(r)]
     for name in COLUMNS:
         cells = [(r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"]
         cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
@@ -156,9 +161,10 @@ def sound(row: Row) -> str:
 
 
 LEGEND = (
-    "↑ higher is better, ↓ lower. [low, high]: 95 % bootstrap interval over seeds first, then cases; fewer than three"
-    " seeds support no claim about other seeds. Bold: best of the column among those that hold; ≥: the target was not"
-    " reached, a lower limit."
+    "↑ higher is better, ↓ lower. [low, high]: 95 % interval: Student's t over seed means below ten seeds, two-stage"
+    " bootstrap from ten on; fewer than three seeds support no claim about other seeds. Bold: best of the column among"
+    " complete runs that hold; ≥: the target was not reached, a lower limit. Partly diverged: immunization failed on"
+    " some cases, which count as failures; such runs come after complete ones."
 )
 
 
@@ -226,6 +232,8 @@ def headline(group: Sequence[Row]) -> str:
     a, b = first["metrics"][name], second["metrics"][name]
     text = f"{first['label']} comes first of {len(ranked)}: {COLUMNS[name]} {measured(a)}"
     text += f", before {second['label']} with {measured(b)}"
+    if _partly(second):
+        return f"{text}, which diverged on part of the run."
     if _value(second, "verdict") == 0:
         return f"{text}, which does not hold."
     if not a["interval"] == b["interval"] == "across_seeds":

@@ -9,6 +9,7 @@ from eval.report.leaderboard import COLUMNS
 from eval.report.words import ARROWS, Record, measured, outcome, support
 
 WIDTH = 100
+NOTE_WIDTH = 150
 _MARKS = {"good": "✓", "bad": "✗", "unsure": "?", "neutral": "·", "error": "!"}
 
 
@@ -40,14 +41,21 @@ def _wrap(text: str, indent: str) -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  ")
 
 
+def _data_notes(notes: list[str]) -> list[str]:
+    """What was dropped or imputed and the rank that remains; the first note where none says so."""
+    return [n for n in notes if any(word in n.lower() for word in ("remain", "dropped", "replaced"))] or notes[:1]
+
+
 def _remarks(record: Record) -> list[str]:
     out = []
     for status, count in Counter(c["status"] for c in record["cells"] if c["status"] != "ok").items():
         out.append(f"  {count} of {len(record['cells'])} stages {status}")
     out += [f"  skipped {name}: {reason}" for name, reason in record["skipped"].items()]
-    if record["notes"]:
-        more = f" (+{len(record['notes']) - 1} more in the record)" if len(record["notes"]) > 1 else ""
-        out += _wrap(f"data: {textwrap.shorten(record['notes'][0], 220, placeholder=' …')}{more}", "  ")
+    shown = _data_notes(record["notes"])
+    for note in shown:
+        out += _wrap(f"data: {textwrap.shorten(note, NOTE_WIDTH, placeholder=' …')}", "  ")
+    if len(record["notes"]) > len(shown):
+        out.append(f"  data: {len(record['notes']) - len(shown)} more notes in the record")
     facts = record["provenance"]
     dirty = " with uncommitted changes" if facts.get("git_dirty") else ""
     sha = (facts.get("git_sha") or "no git")[:10]

@@ -104,9 +104,22 @@ def outcome(record: Record) -> Outcome:
         found = _conditioned(record)
     else:
         found = Outcome("neutral", "no comparison", f"{name} was run, but no metric that compares it with the control.")
-    if record["status"] == "diverged" and record["error"]:
-        found.details.insert(0, f"Part of the run diverged and is left out: {record['error']['message']}")
-    return found
+    return _partly(record, found) if record["status"] == "diverged" and name != CONTROL else found
+
+
+def _partly(record: Record, found: Outcome) -> Outcome:
+    """An immunizer that diverged on some cases never counts as good, whatever the rest says."""
+    name = record["immunizer"]
+    if "verdict" in record["metrics"]:
+        headline = f"The control wins: {name} diverged on part of the run."
+        tone: Tone = "bad"
+    else:
+        headline = f"{name} diverged on part of the run. On the rest: {found.headline}"
+        tone = "bad" if found.tone == "bad" else "unsure"
+    details = list(found.details)
+    if record["error"]:
+        details.insert(0, f"Part of the run diverged and is left out: {_sentence(record['error']['message'])}")
+    return Outcome(tone, "partly diverged", headline, details)
 
 
 def _ended(record: Record) -> Outcome:

@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from lab.errors import UserError, nearest
+from lab.errors import UserError
+from lab.options import choice
 from lab.seeding import generator
 from lab.types import Case, FeatureModel, Kind
 
@@ -54,9 +55,7 @@ class LinearBackbone:
     kind: ClassVar[Kind] = "linear"
 
     def __init__(self, name: str = "linear", init: Literal["identity", "random"] = "identity") -> None:
-        if init not in INITS:
-            raise UserError("backbone.init", init, nearest(str(init), INITS))
-        self.name, self.init = name, init
+        self.name, self.init = name, choice("backbone.init", init, INITS)
 
     def build(self, case: Case, seed: int) -> LinearExtractor:
         x = case.benign.train.x

@@ -13,6 +13,7 @@ from torch import nn
 from lab.backbones import weights as loading
 from lab.backbones.chains import VisionModel, chain
 from lab.errors import UserError, nearest
+from lab.options import count
 from lab.seeding import derive
 from lab.types import Case, FeatureModel, Kind
 
@@ -38,22 +39,24 @@ class VisionBackbone:
     def __init__(
         self, *, model: str, weights: str = "timm", image_size: int | None = None, name: str = "vision"
     ) -> None:
-        if not timm.is_model(model.split(".")[0]):
-            raise UserError("backbone.model", model, nearest(model, timm.list_models()))
-        if image_size is not None and image_size < 32:
-            raise UserError("backbone.image_size", image_size, "must be ≥ 32 pixels, or null to keep the images' size.")
+        if not isinstance(model, str) or not timm.is_model(model.split(".")[0]):
+            raise UserError("backbone.model", model, nearest(str(model), timm.list_models()))
+        if image_size is not None:
+            count("backbone.image_size", image_size, 32)
+        if not isinstance(weights, str):
+            raise UserError(loading.KEY, weights, "must be imagenet_package, timm, random, or the path of a file.")
         if weights == "imagenet_package" and model != loading.PACKAGE_MODEL:
             fix = f"holds the weights of {loading.PACKAGE_MODEL} only; use timm, random or a path for {model}."
             raise UserError(loading.KEY, weights, fix)
-        self.name, self.model, self.weights = name, model, str(weights)
+        self.name, self.model, self.weights = name, model, weights
         config = timm.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
         self._classifier = config.classifier
         self._mean, self._std = config.mean, config.std
         self._fixed = bool(config.fixed_input_size)
         self.image_size = image_size or (int(config.input_size[-1]) if self._fixed else None)
-        if self.weights not in ("imagenet_package", "timm", "random") and not Path(weights).expanduser().is_file():
-            loading.read(Path(weights).expanduser())  # says what is wrong before anything runs
         self._built: dict[int | None, VisionModel] = {}
+        if self.weights not in ("timm", "random"):
+            self._built[None] = self._load(0)  # a damaged file or another model's shows before any data is loaded
 
     def build(self, case: Case, seed: int) -> FeatureModel:
         """θ_0: the same weights on every call with the same seed, in a model of its own."""

@@ -9,6 +9,7 @@ import torch
 
 from lab.activations import digest
 from lab.errors import UserError
+from lab.options import count, number
 from lab.progress import progress
 from lab.scenarios import images
 from lab.seeding import generator
@@ -72,18 +73,16 @@ class ImageFolders:
         name: str = "image_folders",
     ) -> None:
         for role, path, what in (("benign", benign_path, benign_name), ("harmful", harmful_path, harmful_name)):
-            if not path:
+            if path is None or path == "":
                 fix = f"set it to the folder with the {what} images: one subfolder per class (or train/ and val/)."
                 raise UserError(f"scenario.{role}_path", path, fix)
         for key, value, least in (("size", size, 32), ("train_rows", train_rows, 4), ("test_rows", test_rows, 2)):
-            if value < least:
-                raise UserError(f"scenario.{key}", value, f"must be ≥ {least}.")
-        if not 0 < test_share < 1:
-            raise UserError("scenario.test_share", test_share, "must lie between 0 and 1.")
+            count(f"scenario.{key}", value, least)
+        number("scenario.test_share", test_share, above=0, below=1)
         if benign_name == harmful_name:
             raise UserError("scenario.harmful_name", harmful_name, "must differ from scenario.benign_name.")
         self.paths = (Path(str(benign_path)).expanduser(), Path(str(harmful_path)).expanduser())
-        self.names = (benign_name, harmful_name)
+        self.names = (str(benign_name), str(harmful_name))
         self.name, self.size, self.rows, self.test_share = name, size, (train_rows, test_rows), test_share
 
     def load(self, seed: int) -> ScenarioData:
@@ -102,8 +101,8 @@ class ImageFolders:
             self._read(files, labels, limit, seed, f"{role}/{half}", key)
             for files, limit, half in zip((train, test), self.rows, ("train", "test"), strict=True)
         ]
-        total, count = sum(map(len, [*train.values(), *test.values()])), sum(map(len, splits))
-        notes.append(f"The {role} task {name} has {len(labels)} classes; {count} of {total} images were read.")
+        total, read = sum(map(len, [*train.values(), *test.values()])), sum(map(len, splits))
+        notes.append(f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read.")
         if min(self.rows) < len(labels):
             many = f"Some of the {len(labels)} classes of the {role} task"
             notes.append(f"{many} have no row: raise train_rows and test_rows.")
@@ -128,8 +127,8 @@ class ImageFolders:
             if len(files) < 2:
                 fix = f"has a single image in the class {label}; training and test rows need one each."
                 raise UserError(key, folder, fix)
-            count = min(max(round(len(files) * self.test_share), 1), len(files) - 1)
-            test[label], train[label] = files[:count], files[count:]
+            held_out_files = min(max(round(len(files) * self.test_share), 1), len(files) - 1)
+            test[label], train[label] = files[:held_out_files], files[held_out_files:]
         return train, test
 
     def _read(self, files: Files, labels: dict[str, int], limit: int, seed: int, half: str, key: str) -> Split:

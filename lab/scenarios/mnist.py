@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.activations import digest
-from lab.errors import UserError, nearest
+from lab.errors import UserError
+from lab.options import choice, number
 from lab.seeding import generator
 from lab.types import Case, Kind, Role, ScenarioData, Split, Task
 
@@ -67,11 +68,8 @@ class MnistPairs:
         test_share: float = 0.2,
         name: str = "mnist_pairs",
     ) -> None:
-        if protocol not in _PROTOCOLS:
-            raise UserError("scenario.protocol", protocol, nearest(str(protocol), _PROTOCOLS))
-        if not 0 < test_share < 1:
-            raise UserError("scenario.test_share", test_share, "must lie between 0 and 1.")
-        self.name, self.protocol, self.test_share = name, protocol, test_share
+        self.name, self.protocol = name, choice("scenario.protocol", protocol, _PROTOCOLS)
+        self.test_share = number("scenario.test_share", test_share, above=0, below=1)
         self.pairs = _parse(pairs)
 
     def load(self, seed: int) -> ScenarioData:
@@ -100,9 +98,13 @@ class MnistPairs:
             name = f"{pair[0]}-{'_'.join(map(str, pair[1:]))}"
             cases.append(Case(name, task(pair[0], "benign", keep), harmful))
             widths.append(int(keep.sum()))
+        ranks = _ranks(shared)
+        if min(ranks.values()) < 2:
+            fix = f"leaves training rows of rank {min(ranks.values())}; a condition number needs at least 2: lower it."
+            raise UserError("scenario.test_share", self.test_share, fix)
         tensors = [t for splits in shared.values() for s in splits for t in (s.x, s.y)]
         order = torch.tensor([d for pair in self.pairs for d in (*pair, -1)])
-        return ScenarioData(tuple(cases), self._notes(widths, parts, _ranks(shared)), digest(order, *tensors))
+        return ScenarioData(tuple(cases), self._notes(widths, parts, ranks), digest(order, *tensors))
 
     def _halves(self, seed: int, labels: Indices) -> tuple[list[Indices], list[Indices]]:
         """Image indices per digit, training and test, in seeded order."""
@@ -166,9 +168,14 @@ def _parse(pairs: Pairs) -> tuple[tuple[int, ...], ...]:
         if pairs != "all":
             raise UserError("scenario.pairs", pairs, example)
         return tuple((i, j) for i in range(_DIGITS) for j in range(_DIGITS) if i != j)
-    found = []
-    for pair in pairs:
-        if isinstance(pair, int | str) or len(pair) < 2 or any(type(d) is not int for d in pair):
+    if not isinstance(pairs, Sequence):
+        raise UserError("scenario.pairs", pairs, example)
+    found: list[tuple[int, ...]] = []
+    entries: Sequence[Any] = pairs
+    for pair in entries:
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) < 2:
+            raise UserError("scenario.pairs", pairs, example)
+        if any(type(d) is not int for d in pair):
             raise UserError("scenario.pairs", pairs, example)
         if any(not 0 <= d < _DIGITS for d in pair):
             raise UserError("scenario.pairs", list(pair), "digits are the whole numbers 0 to 9.")

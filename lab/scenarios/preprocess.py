@@ -61,7 +61,8 @@ def encode(frame: pd.DataFrame, train: Mask) -> tuple[Encoded, list[str]]:
             imputed = ~np.isfinite(values)
             if imputed.any():
                 seen = values[train & ~imputed]
-                values = np.where(imputed, np.median(seen) if seen.size else 0.0, values)
+                with np.errstate(over="ignore"):  # half the sum of two huge numbers; `standardise` drops such a column
+                    values = np.where(imputed, np.median(seen) if seen.size else 0.0, values)
                 missing_numbers[name] = int(imputed.sum())
         else:
             absent = column.isna().to_numpy()
@@ -102,15 +103,24 @@ def drop_constant(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tuple[En
     return data.keep(keep), notes
 
 
-def standardise(data: Encoded, train: Mask) -> Encoded:
+def standardise(data: Encoded, train: Mask) -> tuple[Encoded, list[str]]:
     """One mean and one scale for both tasks, from the cells of the stacked training rows that were observed.
 
     Imputed cells stay out: a total and its terms that are missing in the same row would otherwise be shifted
-    apart, and the sum, exact in every observed row, would survive as a direction of rounding size.
+    apart, and the sum, exact in every observed row, would survive as a direction of rounding size. Columns whose
+    mean square leaves float64, above or below, are dropped.
     """
     part = np.ma.masked_array(data.x[train], data.imputed[train])
-    scale = part.std(0).filled(0.0)
-    return Encoded(data.names, (data.x - part.mean(0).filled(0.0)) / np.where(scale > 0, scale, 1.0), data.imputed)
+    with np.errstate(all="ignore"):  # what overflows is dropped and named below
+        scale = part.std(0).filled(0.0)
+        x = (data.x - part.mean(0).filled(0.0)) / np.where(scale > 0, scale, 1.0)
+    varies = data.x[train].min(0) < data.x[train].max(0)
+    keep = np.isfinite(scale) & np.isfinite(x).all(0) & ((scale > 0) | ~varies)
+    notes = []
+    if not keep.all():
+        names = [n for n, k in zip(data.names, keep, strict=True) if not k]
+        notes.append(f"Dropped as too large or too small in number to be scaled ({len(names)}): {listing(names)}.")
+    return Encoded(data.names, x, data.imputed).keep(keep), notes
 
 
 def _combinations(x: Matrix, imputed: Mask, invented: Mask) -> list[int]:

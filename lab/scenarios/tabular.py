@@ -13,6 +13,7 @@ import torch
 
 from lab.activations import digest
 from lab.errors import UserError, nearest
+from lab.options import names, number
 from lab.scenarios import preprocess
 from lab.seeding import generator
 from lab.types import Case, Kind, Role, ScenarioData, Split, Task
@@ -114,19 +115,17 @@ class Tabular:
         if path is None and dataset is None:
             fix = "set it to a folder with two CSV files, or to one CSV file together with scenario.split_column."
             raise UserError("scenario.path", path, fix)
-        if not 0 < test_share < 1:
-            raise UserError("scenario.test_share", test_share, "must lie between 0 and 1.")
         for key, value in (("benign_target", benign_target), ("harmful_target", harmful_target)):
-            if not value:
+            if value is None or value == "":
                 raise UserError(f"scenario.{key}", value, "name the column that this task predicts.")
         self.name = name
-        self.path = None if path is None else Path(path).expanduser()
-        self.files = (benign_file, harmful_file)
-        self.targets = (benign_target, harmful_target)
-        values = [harmful_values] if isinstance(harmful_values, str) else harmful_values
-        self.split_column, self.harmful_values = split_column, tuple(map(str, values))
-        self.ignore = {_plain(i) for i in ([ignore] if isinstance(ignore, str) else ignore)}
-        self.test_share = test_share
+        self.path = None if path is None else Path(str(path)).expanduser()
+        self.files = (str(benign_file), str(harmful_file))
+        self.targets = (str(benign_target), str(harmful_target))
+        self.split_column = None if split_column is None else str(split_column)
+        self.harmful_values = names("scenario.harmful_values", harmful_values)
+        self.ignore = {_plain(name) for name in names("scenario.ignore", ignore)}
+        self.test_share = number("scenario.test_share", test_share, above=0, below=1)
 
     def load(self, seed: int) -> ScenarioData:
         frames, notes = self._frames()
@@ -227,11 +226,19 @@ class Tabular:
         data, told = preprocess.drop_constant(data, groups)
         notes += told
         if data.names:
-            data, told = preprocess.drop_combinations(preprocess.standardise(data, rows), groups)
+            data, told = preprocess.standardise(data, rows)
             notes += told
-        if not data.names:
-            fix = "no feature varies in the training rows of both tasks (rank 0)."
-            raise UserError("scenario.path", self.path, fix)
+        if data.names:
+            data, told = preprocess.drop_combinations(data, groups)
+            notes += told
+        for label, own in groups:
+            rank = int(np.linalg.matrix_rank(data.x[own])) if data.names else 0
+            if rank < 2:
+                fix = (
+                    f"the training rows of the {label} task have rank {rank} in the {len(data.names)} features that "
+                    "vary in both tasks; a condition number needs at least 2: give more columns or rows."
+                )
+                raise UserError("scenario.path", self.path, fix)
         return data, [*notes, preprocess.rank_note(data, groups)]
 
     def _tasks(
@@ -242,9 +249,13 @@ class Tabular:
         for role, mask, (column, values) in zip(_ROLES, train, targets, strict=True):
             part = torch.from_numpy(np.ascontiguousarray(x[start : start + len(mask)]))
             start += len(mask)
-            mean, scale = values[mask].mean(), values[mask].std()
+            with np.errstate(over="ignore", invalid="ignore"):
+                mean, scale = values[mask].mean(), values[mask].std()
             if scale == 0:
                 fix = f"has one value only in the training rows of the {role} task; lower scenario.test_share."
+                raise UserError(f"scenario.{role}_target", column, fix)
+            if not np.isfinite(scale):
+                fix = f"has numbers too large to scale in the {role} table; give it in another unit."
                 raise UserError(f"scenario.{role}_target", column, fix)
             y = torch.from_numpy((values - mean) / scale)
             chosen = torch.from_numpy(mask)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lab.activations import digest
 from lab.errors import UserError
 from lab.minisd.openmoji import CREDIT, Emoji, catalog, rasterise
+from lab.options import count
 from lab.progress import progress
 from lab.scenarios import images
 from lab.scenarios.mnist import digits
@@ -40,11 +41,9 @@ class OpenmojiMnist:
     def __init__(
         self, *, size: int = 96, train_rows: int = 2000, test_rows: int = 500, name: str = "openmoji_mnist"
     ) -> None:
-        if size < 32:
-            raise UserError("scenario.size", size, "must be ≥ 32 pixels; smaller maps vanish inside the networks.")
+        count("scenario.size", size, 32)  # smaller maps vanish inside the networks
         for key, value in (("train_rows", train_rows), ("test_rows", test_rows)):
-            if value < 20:
-                raise UserError(f"scenario.{key}", value, "must be ≥ 20, so that every class has rows.")
+            count(f"scenario.{key}", value, 20)  # so that every class has rows
         if train_rows + test_rows > 5000:
             fix = f"there are 5,000 digits; with test_rows={test_rows} at most {max(5000 - test_rows, 0):,} are left."
             raise UserError("scenario.train_rows", train_rows, fix)

@@ -10,6 +10,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class _Child:
         self.name = str(config["name"])
         self.timeout = float(config["timeout_s"])
         self.lost = 0
+        self.deadline = math.inf
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE)
         self._output = folder / f"tracker-{self.name}.log"
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
@@ -59,12 +61,20 @@ class _Child:
         except queue.Full:
             self.lost += 1
 
-    def finish(self) -> None:
+    def close(self) -> None:
+        """No more messages; from now on the deadline runs, for all trackers at once."""
+        self.deadline = time.monotonic() + self.timeout
         try:
             self._queue.put(None, timeout=1.0)
-            self._thread.join(self.timeout)
-            code = self._process.wait(self.timeout)
-        except (queue.Full, subprocess.TimeoutExpired):
+        except queue.Full:
+            self.lost += 1  # the child does not read: `finish` ends it
+
+    def finish(self) -> None:
+        """Wait for the child, ``timeout`` seconds after ``close`` at most."""
+        try:
+            self._thread.join(max(self.deadline - time.monotonic(), 0.0))
+            code = self._process.wait(max(self.deadline - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
             log.warning("tracker %s took over %.0f s and was ended; the record is complete", self.name, self.timeout)
@@ -105,6 +115,7 @@ class Trackers:
         """Hand over the record and wait, at most the tracker's ``timeout_s``."""
         for child in self._children:
             child.send({"event": "finish", "record": str(record), "report": str(report)})
+            child.close()
         for child in self._children:
             child.finish()
         self._children = []

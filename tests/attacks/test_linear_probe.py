@@ -25,7 +25,7 @@ from attacks import trajectory
 from attacks.linear_probe import LinearProbe
 from attacks.probe_optimizers import OPTIMIZERS
 from lab.errors import Diverged, UserError
-from lab.types import Attacker, Budget, FeatureModel, Split, Task, Trajectory, same_weights
+from lab.types import Attacker, Budget, Case, FeatureModel, Split, Task, Trajectory, same_weights
 
 BUDGET = Budget(horizon=8, multiple=3, points=8)
 RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]
@@ -212,8 +212,12 @@ def test_resume_equals_an_uninterrupted_attack(optimizer: str, fail_at: int, mon
         ({"damping": 0.1}, "damping", "kfac"),
         ({"optimizer": "kfac", "damping": 0}, "damping", "> 0"),
         ({"tolerance": 0.1}, "tolerance", "newton or whitening"),
-        ({"optimizer": "newton", "tolerance": 1.0}, "tolerance", "below 1"),
+        ({"optimizer": "newton", "tolerance": 1.0}, "tolerance", "< 1"),
         ({"optimizer": "newton", "tolerance": -1.0}, "tolerance", "≥ 0"),
+        ({"optimizer": "sgd", "lr": True}, "lr", "> 0"),
+        ({"optimizer": "sgd", "batch_size": 2.5}, "batch_size", "whole number"),
+        ({"standardize": "yes"}, "standardize", "true or false"),
+        ({"optimizer": "kfac", "damping": "some"}, "damping", "> 0"),
     ],
 )
 def test_bad_options_name_key_and_fix(options: dict[str, Any], key: str, word: str) -> None:
@@ -243,6 +247,35 @@ def test_tasks_that_cannot_be_trained_on() -> None:
         attack(regression(spread(30, 3, 5)), loss="cross_entropy")
     with pytest.raises(Diverged, match="not finite"):
         attack(task, LinearModel(torch.full((3, 3), math.inf)))
+
+
+def test_a_loss_that_does_not_fit_the_task_shows_before_anything_runs() -> None:
+    price, digits = regression(spread(30, 3, 5)), classification(spread(30, 3, 5))
+    probe = LinearProbe(name="probe", loss="cross_entropy")
+    probe.check((Case("fits", digits, (digits,)),))
+    with pytest.raises(UserError, match=r"attacks\.probe\.loss=cross_entropy: task price is a regression") as error:
+        probe.check((Case("fits", digits, (digits,)), Case("other", digits, (price,))))
+    assert error.value.key == "attacks.probe.loss"
+    LinearProbe().check((Case("any", price, (digits,)),))
+
+
+def test_a_schedule_that_falls_lets_mini_batches_settle() -> None:
+    task = regression(spread(200, 5, 10), noise=1.0)
+    options = {"optimizer": "sgd", "lr": 0.4, "batch_size": 8}
+    budget = Budget(horizon=100, multiple=2, points=8)
+    constant, linear, cosine = (
+        LinearProbe(schedule=s, **options)(identity(5), task, seed=0, budget=budget, checkpoint=None).values[
+            "excess_loss"
+        ][-1]
+        for s in ("constant", "linear", "cosine")
+    )
+    assert max(linear, cosine) < 0.2 * constant
+
+
+def test_damping_slows_the_kronecker_factored_step() -> None:
+    task = regression(spread(100, 6, 1e4))
+    left = [attack(task, optimizer="kfac", damping=d).at("excess_loss", 8) for d in (1e-8, 1e-2, 1.0)]
+    assert left[0] < 0.5 * left[1] < 0.25 * left[2]
 
 
 def test_contract() -> None:

@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from lab.seeding import generator
 from lab.types import CONTROL, Budget, Case, FeatureModel, Role, Split, Task, Trajectory
 
+EYE = torch.eye(4, dtype=torch.float64)
+BUDGET = Budget(20, 5, 20)
+STEPS = BUDGET.snapshots()
+
 
 class Matrix(nn.Module):
     """x ↦ x θ."""
@@ -66,6 +70,7 @@ class FakeRun:
     models: dict[str, FeatureModel]
     trajectories: Callable[[str, str, Role, int], Trajectory] | None = None
     logs: dict[str, list[float]] = field(default_factory=dict)
+    diverged: dict[tuple[str, int], dict] = field(default_factory=dict)
     scenario: str = "fake"
     immunizer: str = "kappa"
     attacks: tuple[str, ...] = ("probe",)
@@ -77,7 +82,7 @@ class FakeRun:
         return tuple(dict.fromkeys((CONTROL, self.immunizer)))
 
     def cases(self, seed: int) -> tuple[Case, ...]:
-        return self.case_list
+        return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
 
     def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
         return self.models[arm]
@@ -88,3 +93,23 @@ class FakeRun:
     def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
         assert self.trajectories is not None
         return self.trajectories(arm, attack, task.role, seed)
+
+
+def rates(harmful: float, benign: float, *, harmful_accuracy: float = 0.8, benign_accuracy: float = 0.8):
+    """Trajectories where the control decays with 0.8 on both tasks."""
+
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        rate = 0.8 if arm == CONTROL else harmful if role == "harmful" else benign
+        top = 0.8 if arm == CONTROL else harmful_accuracy if role == "harmful" else benign_accuracy
+        return decay(rate, STEPS, top)
+
+    return make
+
+
+def fake(theta: torch.Tensor = EYE, **kwargs) -> FakeRun:
+    cases = kwargs.pop("cases", (case(random_data(0), random_data(1)), case(random_data(2), random_data(3), name="b")))
+    return FakeRun(cases, {CONTROL: linear(EYE), "kappa": linear(theta)}, **kwargs)
+
+
+def classes() -> tuple:
+    return (case(random_data(0), random_data(1), kind="classification"),)

@@ -1,5 +1,6 @@
 """Rank correlation of RIR and measured slowdown over cases whose RIR is known by construction."""
 
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -76,3 +77,77 @@ def test_bad_input():
         Transfer()(Run(scales=SCALES[:7]))
     with pytest.raises(UserError, match=r"eval\.transfer\.draws"):
         Transfer(draws=10)
+
+
+ANGLES = [0.1 + 0.1 * i for i in range(10)]  # radians between the tasks' leading directions before immunization
+
+
+@dataclass
+class Turned(Run):
+    """One leading direction per task; immunization stretches the second axis, so that φ becomes atan(s tan φ)."""
+
+    follows: str = "angle"
+
+    def cases(self, seed):
+        base = torch.diag(torch.tensor([1.0, 0.01], dtype=torch.float64))
+        out = []
+        for i, angle in enumerate(ANGLES):
+            c, s = math.cos(angle), math.sin(angle)
+            turn = torch.tensor([[c, s], [-s, c]], dtype=torch.float64)
+            harm = task(base @ turn, "harm", "harmful")
+            out.append(Case(str(i), task(base, "good", "benign"), (harm,)))
+        return tuple(out)
+
+    def stretch(self, i):
+        return 1.0 + 0.5 * ((i * 3) % 10) / 10
+
+    def model(self, arm, case, seed):
+        return linear(torch.diag(torch.tensor([1.0, 1 if arm == CONTROL else self.stretch(int(case.name))]).double()))
+
+    def trajectory(self, arm, attack, case, task, seed):
+        if arm == CONTROL or task.role == "benign":
+            return decay(0.8, STEPS)
+        angle, s = ANGLES[int(case.name)], self.stretch(int(case.name))
+        felt = angle if self.follows == "angle" else math.atan(s * math.tan(angle)) - angle
+        return decay(0.8 ** (1 - 0.5 * felt), STEPS)
+
+
+@pytest.mark.parametrize(("follows", "other"), [("angle", "angle_change"), ("angle_change", "angle")])
+def test_a_slowdown_that_follows_the_angle_or_its_change_has_rho_one(follows, other):
+    scores = Transfer()(Turned(follows=follows))
+    found = scores.metrics[f"{follows}_predicts_slowdown_probe"]
+    assert found.value == pytest.approx(1)
+    assert (found.interval, found.better, found.unit) == ("across_seeds", "neutral", "ρ")
+    assert scores.metrics[f"{other}_predicts_slowdown_probe"].value < 0.95
+    assert scores.tables["transfer"][0][f"rho_{follows}"] == pytest.approx(1)
+
+
+@dataclass
+class Cut(Run):
+    """In the first two cases immunization removes a direction."""
+
+    def model(self, arm, case, seed):
+        if arm != CONTROL and case.name in ("0", "1"):
+            return linear(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)))
+        return super().model(arm, case, seed)
+
+
+def test_cases_whose_rank_moved_are_left_out_of_kappa_and_counted():
+    metrics = Transfer()(Cut()).metrics
+    for name in ("transfer_probe", "transfer_harmful_probe"):
+        assert "24 of 30 cases; censored in 0; 6 of 30 cases left out: the numerical rank moved" in metrics[name].note
+    assert metrics["transfer_probe"].value == pytest.approx(1)
+    assert "6 of 30 cases left out" in metrics["angle_predicts_rir"].note
+    assert "left out" not in metrics["angle_predicts_slowdown_probe"].note
+
+
+def test_diverged_cases_do_not_end_the_run_and_are_counted():
+    class Partly(Run):
+        diverged = {(str(i), s): {} for i in range(3) for s in range(3)}
+
+        def cases(self, seed):
+            return super().cases(seed)[3:]
+
+    found = Transfer()(Partly()).metrics["transfer_probe"]
+    assert found.value == pytest.approx(1)
+    assert "9 of 30 cases diverged and are left out" in found.note

@@ -101,6 +101,9 @@ def test_several_harmful_tasks_log_the_least_immunized():
 def test_errors():
     with pytest.raises(UserError, match=r"immunize\.rank_tolerance"):
         KappaClosedForm(rank_tolerance=0.0)
+    for key, value in (("rank_tolerance", "abc"), ("benign_condition", "abc"), ("benign_condition", True)):
+        with pytest.raises(UserError, match=rf"immunize\.{key}={value}: must be a number > 0"):
+            KappaClosedForm(**{key: value})
     flat = Split(torch.ones(9, 3, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))
     case = Case("flat", Task("b", "benign", "regression", flat, flat), linear_case(d=3).harmful)
     with pytest.raises(UserError, match="rank 1"):

@@ -405,6 +405,23 @@ def test_bad_options_name_the_key(key):
     assert error.value.fix
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("epochs", 1.5), ("epochs", True), ("batch_size", 2.5), ("steps", "many"), ("log_points", None),
+        ("lambda_h", "abc"), ("lambda_p", True), ("lambda_h", None), ("eta", math.nan), ("ridge_benign", math.inf),
+        ("preconditioned", "yes"), ("worst_case", 1), ("layers", 1.5), ("layers", True), ("layers", [True]),
+        ("rank_tolerance", 1.0), ("running_decay", "slow"), ("checkpoint_every", 0.5), ("scale", 3),
+    ],
+)  # fmt: skip
+def test_values_of_a_wrong_type_name_the_key(key, value):
+    with pytest.raises(UserError) as error:
+        kappa(**{key: value})
+    assert error.value.key == f"immunize.{key}"
+    assert error.value.value is value
+    assert error.value.fix
+
+
 def test_other_bad_options():
     with pytest.raises(UserError, match="both 0"):
         kappa(lambda_p=0.0, lambda_h=0.0)

@@ -6,12 +6,14 @@ import os
 import pickle
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
 
 from lab.activations import features, prefix
 from lab.backbones import weights as loading
@@ -115,10 +117,8 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 def test_package_weights_recognise_photographs() -> None:
     """Order-mapped weights classify real photographs as people do: the mapping is right."""
-    matplotlib = pytest.importorskip("matplotlib", reason="its sample photograph is used")
-    datasets = pytest.importorskip("sklearn.datasets", reason="its sample photographs are used")
     portrait = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
-    palace, daisy = (Image.fromarray(datasets.load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
+    palace, daisy = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
     pictures = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
     network = timm.create_model(loading.PACKAGE_MODEL, pretrained=False)
     network.load_state_dict(loading.imagenet_package())
@@ -159,30 +159,30 @@ class _Rude:
         return (os.getcwd, ())
 
 
-def test_checkpoints_that_cannot_be_loaded(tmp_path: Path) -> None:
+def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) -> None:
     network = timm.create_model("resnet34", pretrained=False)
     other = tmp_path / "other.safetensors"
     save_file(network.state_dict(), other)
     with pytest.raises(UserError, match=r"another model: 0 missing keys, \d+ surplus keys \(layer1\.2"):
-        VisionBackbone(model="resnet18", weights=str(other)).build(case(), 0)
+        VisionBackbone(model="resnet18", weights=str(other))
     few = tmp_path / "few.safetensors"
     save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, few)
     with pytest.raises(UserError, match=r"missing keys \(bn1\.weight"):
-        VisionBackbone(model="resnet18", weights=str(few)).build(case(), 0)
+        VisionBackbone(model="resnet18", weights=str(few))
     state = timm.create_model("resnet18", pretrained=False, in_chans=1).state_dict()
     save_file(state, tmp_path / "grey.safetensors")
     with pytest.raises(UserError, match=r"conv1\.weight is \(64, 1, 7, 7\) there"):
-        VisionBackbone(model="resnet18", weights=str(tmp_path / "grey.safetensors")).build(case(), 0)
+        VisionBackbone(model="resnet18", weights=str(tmp_path / "grey.safetensors"))
     rude = tmp_path / "rude.pth"
     rude.write_bytes(pickle.dumps({"w": _Rude()}, protocol=2))
     torch.save({"w": _Rude()}, tmp_path / "rude2.pth")
     for path in (rude, tmp_path / "rude2.pth"):
         with pytest.raises(UserError, match="Python objects"):
-            loading.read(path)
+            VisionBackbone(model="resnet18", weights=str(path))
     for name, content in (("cut.safetensors", b"123"), ("cut.pth", b"PK\x03\x04broken"), ("empty.pth", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=r"backbone\.weights"):
-            loading.read(tmp_path / name)
+            VisionBackbone(model="resnet18", weights=str(tmp_path / name))
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(UserError, match="no state dict"):
         loading.read(tmp_path / "list.pth")
@@ -202,6 +202,13 @@ def test_options_that_cannot_work(tmp_path: Path) -> None:
         VisionBackbone(model="resnet18", weights="imagenet_package")
     with pytest.raises(UserError, match=r"backbone\.image_size=8"):
         VisionBackbone(model="resnet18", weights="random", image_size=8)
+    for size in (True, 64.5, "large"):
+        with pytest.raises(UserError, match=rf"backbone\.image_size={size}: must be a whole number"):
+            VisionBackbone(model="resnet18", weights="random", image_size=size)
+    with pytest.raises(UserError, match=r"backbone\.model=5"):
+        VisionBackbone(model=5)
+    with pytest.raises(UserError, match=r"backbone\.weights=None"):
+        VisionBackbone(model="resnet18", weights=None)
     with pytest.raises(UserError, match="takes images"):
         VisionBackbone(model="resnet18", weights="random").build(case((4, 10)), 0)
 

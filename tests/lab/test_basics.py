@@ -31,6 +31,36 @@ def test_interval_covers_the_mean_of_known_normal_data():
     assert 85 <= hits <= 100
 
 
+def test_interval_over_three_seeds_covers_as_often_as_it_says():
+    rng = np.random.default_rng(1)
+    draws = [score([[v] for v in rng.normal(0.0, 1.0, 3)], "higher") for _ in range(400)]
+    assert np.mean([s.low <= 0 <= s.high for s in draws]) >= 0.93
+
+
+def test_few_seeds_take_student_t_and_many_the_bootstrap():
+    found = score([[1.0, 3.0], [4.0], [6.0]], "higher")  # seed means 2, 4, 6: t(0.975, 2) = 4.3027
+    assert (found.value, found.interval) == (4.0, "across_seeds")
+    assert found.high - found.value == pytest.approx(4.302653 * 2 / math.sqrt(3))
+    geometric = score([[math.exp(2)], [math.exp(4)], [math.exp(6)]], "higher", aggregate="geomean")
+    assert math.log(geometric.low) == pytest.approx(found.low)
+    assert geometric.low > 0
+    rng = np.random.default_rng(0)
+    many = [[v] for v in rng.normal(0.0, 1.0, 10)]
+    assert score(many, "higher").high == score(many, "higher").high
+    assert score(many, "higher", draws=50).high != score(many, "higher").high  # resampled
+    assert score(many[:9], "higher", draws=50).high == score(many[:9], "higher").high  # not resampled
+    median = [score([[1.0], [2.0], [9.0]], "higher", aggregate="median", draws=d) for d in (50, 2000)]
+    assert (median[1].low, median[1].high) == (1.0, 9.0)
+
+
+def test_equal_seeds_have_no_width_and_bounds_clip():
+    same = score([[0.1], [0.1], [0.1]], "higher")
+    assert same.low == same.high == pytest.approx(0.1)
+    share = score([[1.0], [1.0, 0.0], [1.0]], "higher", bounds=(0.0, 1.0))
+    assert 0 <= share.low < share.value < share.high == 1
+    assert score([[1.0], [1.0, 0.0], [1.0]], "higher").high > 1
+
+
 def test_interval_kinds():
     assert score([[1.0]], "higher").interval == "point"
     within = score([[1.0, 2.0, 3.0]], "lower")

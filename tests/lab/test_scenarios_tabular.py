@@ -130,10 +130,10 @@ def test_an_imputed_cell_does_not_hide_a_sum() -> None:
     frame.loc[4, ["a", "b", "total"]] = [np.nan, np.nan, 9.0]
     rows = np.ones(50, dtype=bool)
     data, _ = preprocess.encode(frame, rows)
-    assert np.linalg.matrix_rank(preprocess.standardise(data, rows).x) == 3
+    assert np.linalg.matrix_rank(preprocess.standardise(data, rows)[0].x) == 3
     frame.loc[4, "total"] = np.nan
     data, _ = preprocess.encode(frame, rows)
-    data, notes = preprocess.drop_combinations(preprocess.standardise(data, rows), [("benign", rows)])
+    data, notes = preprocess.drop_combinations(preprocess.standardise(data, rows)[0], [("benign", rows)])
     assert len(data.names) == 2
     assert "(1)" in notes[0]
 
@@ -152,7 +152,7 @@ def test_nearly_collinear_columns_stay() -> None:
     frame["total"] += 1e-4 * np.random.default_rng(9).normal(size=50)
     rows = np.ones(50, dtype=bool)
     data, _ = preprocess.encode(frame, rows)
-    data, notes = preprocess.drop_combinations(preprocess.standardise(data, rows), [("benign", rows)])
+    data, notes = preprocess.drop_combinations(preprocess.standardise(data, rows)[0], [("benign", rows)])
     assert len(data.names) == 3
     assert notes == []
 
@@ -181,7 +181,18 @@ def test_test_rows_do_not_move_medians_or_scales() -> None:
     train = np.array([True, True, True, True, False])
     data, _ = preprocess.encode(frame, train)
     assert data.x[3, 0] == 2.0
-    assert preprocess.standardise(data, train).x[1, 0] == 0.0
+    assert preprocess.standardise(data, train)[0].x[1, 0] == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [1e200, 1e308, 1e-200])
+def test_columns_that_cannot_be_scaled_are_dropped_by_name(tmp_path: Path, factor: float) -> None:
+    frame = table().assign(wide=np.linspace(-1.0, 1.0, 60) * factor)
+    frame.loc[0, "wide"] = np.nan
+    data = scenario(folder(tmp_path, frame, frame)).load(0)
+    assert data.cases[0].benign.train.x.shape[1] == 3
+    assert "Dropped as too large or too small in number to be scaled (1): wide." in data.notes
+    assert all(torch.isfinite(s.x).all() for t in data.cases[0].tasks for s in (t.train, t.test))
 
 
 def test_one_csv_with_a_split_column(tmp_path: Path) -> None:
@@ -225,6 +236,13 @@ def test_bad_input_names_key_value_and_fix(tmp_path: Path) -> None:
         scenario(path, benign_target=None)
     with pytest.raises(UserError, match=r"scenario\.test_share=1\.5"):
         scenario(path, test_share=1.5)
+    for share in ("abc", True, None):
+        with pytest.raises(UserError, match=rf"scenario\.test_share={share}: must be a number > 0 and < 1"):
+            scenario(path, test_share=share)
+    with pytest.raises(UserError, match=r"scenario\.ignore=True"):
+        scenario(path, ignore=True)
+    with pytest.raises(UserError, match=r"scenario\.benign_target=5: is no column"):
+        scenario(path, benign_target=5).load(0)
     with pytest.raises(UserError, match=r"scenario\.dataset=boston"):
         scenario(path, dataset="boston")
     with pytest.raises(UserError, match=r"scenario\.split_column=None"):
@@ -243,6 +261,8 @@ def test_bad_input_names_key_value_and_fix(tmp_path: Path) -> None:
         (lambda f: f.head(4), "at least 5"),
         (lambda f: f[["area"]], "share no feature"),
         (lambda f: f.assign(a=1, b=1, total=1, colour="x"), "rank 0"),
+        (lambda f: f.assign(b=1, total=1, colour="x"), "rank 1 in the 1 features .* at least 2"),
+        (lambda f: f.assign(area=1e200 * f["area"]), "benign_target=area: has numbers too large"),
     ],
 )
 def test_tables_that_cannot_work(tmp_path: Path, change: Any, message: str) -> None:

@@ -71,6 +71,8 @@ def test_drawing_shows_the_emoji_in_different_places() -> None:
         ({"train_rows": 5}, "train_rows"),
         ({"test_rows": 0}, "test_rows"),
         ({"train_rows": 4900}, "train_rows"),
+        ({"size": "large"}, "size"),
+        ({"test_rows": 100.5}, "test_rows"),
     ],
 )
 def test_openmoji_options_that_cannot_work(options: dict, key: str) -> None:
@@ -180,6 +182,7 @@ def test_folders_that_cannot_work(tmp_path: Path) -> None:
         folders(good, fill(tmp_path / "one", classes=1)).load(0)
     with pytest.raises(UserError, match="single image in the class class0"):
         folders(good, fill(tmp_path / "thin", count=1)).load(0)
-    for options in ({"size": 8}, {"train_rows": 1}, {"test_rows": 1}, {"test_share": 1.0}, {"harmful_name": "benign"}):
+    for options in ({"size": 8}, {"train_rows": 1}, {"test_rows": 1}, {"test_share": 1.0}, {"harmful_name": "benign"},
+        {"size": 64.5}, {"train_rows": "many"}, {"test_rows": True}, {"test_share": "abc"}):  # fmt: skip
         with pytest.raises(UserError, match=rf"scenario\.{next(iter(options))}="):
             folders(good, good, **options)

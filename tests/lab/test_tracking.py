@@ -20,7 +20,7 @@ CONFIG = {
     "name": "study", "immunize": {"name": "kappa"}, "scenario": {"name": "house_price"}, "backbone": {"name": "linear"},
     "attacks": {"linear_probe": {}}, "seeds": [0],
 }  # fmt: skip
-WANDB = {"name": "wandb", "mode": "auto", "project": "p", "entity": None, "init_timeout_s": 5, "timeout_s": 30}
+WANDB = {"name": "wandb", "mode": "auto", "project": "p", "entity": None, "init_timeout_s": 5, "timeout_s": 90}
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def wandb_messages(path):
 
 
 def read_offline_run(folder):
-    path = next(folder.rglob("run-*.wandb"))
+    path = next(folder.rglob("offline-run-*/run-*.wandb"))
     run, history, summary = None, {}, {}
     for message in wandb_messages(path):
         if message.WhichOneof("record_type") == "run":
@@ -128,7 +128,7 @@ def test_wandb_with_a_wrong_key_and_no_network_logs_offline(folder, monkeypatch)
 
 def test_trackio_and_wandb_at_once(folder, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-    track(folder, {"wandb": WANDB, "trackio": {"name": "trackio", "project": "p", "timeout_s": 30}})
+    track(folder, {"wandb": WANDB, "trackio": {"name": "trackio", "project": "p", "timeout_s": 90}})
     database = sqlite3.connect(next((folder / "trackio").glob("*.db")))
     logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
     assert [m["curves/loss/none"] for m in logged if "curves/loss/none" in m] == [3.0, 2.0, 1.0]

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import pytest
+from fake_run import (
+    STEPS,
+    classes,
+    decay,
+    fake,
+    rates,
+)
+
+from eval.convergence import Convergence
+from eval.probe_accuracy import ProbeAccuracy
+from eval.trajectories import target_of
+from lab.errors import UserError
+from lab.types import CONTROL, Trajectory
+
+# --- convergence ------------------------------------------------------------------------------------------------------
+
+
+def test_identical_arms_have_slowdown_one_and_no_deviation() -> None:
+    metrics = Convergence()(fake(trajectories=rates(0.8, 0.8))).metrics
+    for name in ("slowdown_harmful_probe", "slowdown_benign_worst", "slowdown_loss_harmful_worst"):
+        assert metrics[name].value == pytest.approx(1)
+    assert metrics["slowdown_relative_worst"].value == pytest.approx(1)
+    assert metrics["rfd_harmful_probe"].value == pytest.approx(0)
+    assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(1)
+
+
+def test_norm_ratio_and_slowdown_by_hand() -> None:
+    scores = Convergence()(fake(trajectories=rates(0.8**0.5, 0.8)))
+    metrics = scores.metrics
+    assert metrics["norm_ratio_harmful_probe_control"].value == pytest.approx(0.8**20)
+    assert metrics["norm_ratio_harmful_probe"].value == pytest.approx(0.8**10)
+    assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(0.8**-10)
+    assert metrics["norm_ratio_harmful_probe_5x"].value == pytest.approx(0.8**50)
+    slow = metrics["slowdown_harmful_probe"]
+    assert slow.value == pytest.approx(2, rel=0.05)  # linear between snapshots: close to the true factor of two
+    assert (slow.low, slow.high) == (pytest.approx(slow.value), pytest.approx(slow.value))
+    assert slow.better == "higher"
+    assert metrics["slowdown_benign_probe"].better == "lower"
+    assert metrics["slowdown_relative_probe"].value == pytest.approx(slow.value)
+    curve = scores.curves["norm_ratio_harmful_probe"]
+    assert curve["step"] == list(STEPS)
+    assert curve[CONTROL][-1] == pytest.approx(0.8**100)
+
+
+def test_a_target_never_met_is_a_lower_limit() -> None:
+    score = Convergence()(fake(trajectories=rates(0.999, 0.8))).metrics["slowdown_harmful_probe"]
+    assert score.value == pytest.approx(5)  # censored at 100 of 20 steps
+    assert str(score.note).startswith("at least")
+
+
+def test_faster_learning_scores_negative_in_the_signed_twin() -> None:
+    metrics = Convergence()(fake(trajectories=rates(0.5, 0.8))).metrics
+    assert metrics["rfd_harmful_probe"].value > 0
+    assert metrics["rfd_signed_harmful_probe"].value < 0
+
+
+def test_worst_is_taken_over_attackers() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        rate = 0.8 if arm == CONTROL else {"weak": 0.98, "strong": 0.8}[attack]
+        return decay(rate, STEPS)
+
+    metrics = Convergence()(fake(trajectories=make, attacks=("weak", "strong"))).metrics
+    assert metrics["slowdown_harmful_worst"].value == pytest.approx(1)
+    assert "strong" in str(metrics["slowdown_harmful_worst"].note)
+    assert metrics["slowdown_benign_worst"].value > 2
+    assert "weak" in str(metrics["slowdown_benign_worst"].note)
+
+
+def test_divergence_is_said_and_is_no_protection() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        if arm == CONTROL:
+            return decay(0.8, STEPS)
+        return decay(0.99, STEPS[:4], status="diverged")
+
+    metrics = Convergence()(fake(trajectories=make)).metrics
+    assert "6 of 6 trajectories diverged" in str(metrics["norm_ratio_harmful_probe"].note)
+    assert metrics["slowdown_harmful_probe"].value < 1  # censored where it broke off
+    assert metrics["slowdown_benign_probe"].value == pytest.approx(5)
+
+
+def exact(noise: float, optimum: float | None = 2.0) -> Trajectory:
+    """An attacker that reaches the optimum in one step and then sits on rounding noise."""
+    values = {"norm_ratio": [1.0] + [noise] * (len(STEPS) - 1), "excess_loss": [1.0] + [noise] * (len(STEPS) - 1)}
+    values["train_loss"] = [3.0] + [2.0 + 1e4 * noise] * (len(STEPS) - 1)
+    values["test_loss"] = values["train_loss"]
+    return Trajectory(list(STEPS), values, info={} if optimum is None else {"optimum": optimum})
+
+
+@pytest.mark.parametrize("optimum", [2.0, None])
+@pytest.mark.parametrize("control", [0.0, 1e-28])
+def test_attackers_that_reach_the_optimum_in_both_arms_have_slowdown_one(control: float, optimum: float | None) -> None:
+    """The target would lie within rounding: without a floor the noisier arm would never meet it."""
+
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        return exact(control if arm == CONTROL else 1e-15 if optimum is None else 1e-14, optimum)
+
+    metrics = Convergence()(fake(trajectories=make)).metrics
+    for name in ("slowdown_harmful_probe", "slowdown_loss_harmful_probe", "slowdown_relative_worst"):
+        assert metrics[name].value == pytest.approx(1, abs=1e-6), name
+        assert "target was not met" not in str(metrics[name].note)
+
+
+def test_targets_have_floors_by_hand() -> None:
+    found = exact(1e-20)
+    assert target_of(found, "norm_ratio", 20) == 1e-12
+    assert target_of(found, "train_loss", 20) == pytest.approx(2 + 1e-9, abs=1e-12)
+    tuned = Trajectory([0, 20], {"train_loss": [3.0, 1.0], "test_accuracy": [0.1, 0.8]})
+    assert target_of(tuned, "train_loss", 20) == pytest.approx(1 + 2e-6, abs=1e-12)
+    assert target_of(tuned, "test_accuracy", 20, 0.5) == pytest.approx(0.4)
+    slow = Trajectory([0, 20], {"train_loss": [3.0, 2.5]}, info={"optimum": 2.0})
+    assert target_of(slow, "train_loss", 20) == 2.5  # far above rounding: nothing changes
+    rising = Trajectory([0, 20], {"train_loss": [3.0, 4.0]})
+    assert target_of(rising, "train_loss", 20) == 4.0
+
+
+def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        rate = 0.8 if arm == CONTROL else {"held": 0.9999, "through": 0.8}[attack]
+        return decay(rate, STEPS)
+
+    metrics = Convergence()(fake(trajectories=make, attacks=("held", "through"))).metrics
+    assert metrics["slowdown_harmful_worst"].value == pytest.approx(1)
+    assert str(metrics["slowdown_harmful_worst"].note) == "worst attacker: through"
+    assert str(metrics["slowdown_benign_worst"].note).startswith("at least: the target was not met in 6 of 6")
+    assert "not met" not in str(metrics["slowdown_relative_through"].note)
+
+
+def test_cells_without_progress_of_the_control_are_counted() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        return decay(1.0 if seed == 1 else 0.8, STEPS)
+
+    metrics = Convergence()(fake(trajectories=make)).metrics
+    for name in ("slowdown_harmful_probe", "slowdown_relative_worst"):
+        assert "2 of 6 left out: the control made no progress" in str(metrics[name].note)
+        assert metrics[name].n == 2
+
+
+def test_diverged_cases_are_named_in_the_notes() -> None:
+    run = fake(trajectories=rates(0.95, 0.8), diverged={("a", 0): {}, ("b", 2): {}})
+    metrics = Convergence()(run).metrics
+    for name in ("slowdown_harmful_worst", "slowdown_benign_worst", "slowdown_relative_worst"):
+        assert "2 of 6 cases diverged and are left out" in str(metrics[name].note)
+
+
+# --- accuracy ---------------------------------------------------------------------------------------------------------
+
+
+def test_accuracies_and_sgrc_by_hand() -> None:
+    run = fake(cases=classes(), trajectories=rates(0.8, 0.8, harmful_accuracy=0.6))
+    metrics = ProbeAccuracy()(run).metrics
+    assert metrics["accuracy_harmful_probe_5x_control"].value == pytest.approx(0.8, abs=1e-6)
+    assert metrics["accuracy_harmful_probe_5x"].value == pytest.approx(0.6, abs=1e-6)
+    assert metrics["sgrc_harmful_probe_5x"].value == pytest.approx(0.25, abs=1e-6)
+    assert metrics["sgrc_benign_worst"].value == pytest.approx(0)
+    assert metrics["slowdown_accuracy_benign_probe"].value == pytest.approx(1)
+    assert str(metrics["slowdown_accuracy_harmful_probe"].note).startswith("at least")
+
+
+def test_accuracy_of_regression_is_a_user_error() -> None:
+    with pytest.raises(UserError, match="probe_accuracy"):
+        ProbeAccuracy()(fake(trajectories=rates(0.8, 0.8)))
+
+
+def test_intervals_of_accuracies_and_gaps_stay_in_their_range() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        return decay(0.8, STEPS, (0.2, 1.0, 1.0)[seed])
+
+    found = ProbeAccuracy()(fake(cases=classes(), trajectories=make)).metrics["accuracy_benign_probe_5x"]
+    assert (found.low, found.high) == (0, 1)  # Student's t alone would go below 0 and beyond 1

@@ -1,0 +1,97 @@
+"""What determines a stage is in its key; what compares nothing is refused."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+import tiny
+from lab.assemble import assemble
+from lab.errors import Diverged, UserError
+from lab.pipeline import Pipeline
+from lab.sources import ROOT
+from lab.store import Store
+from lab.types import ScenarioData
+
+
+class TinyScenario:
+    name = "tiny"
+    provides = frozenset({"linear", "deep"})
+
+    def load(self, seed):
+        case = tiny.linear_case(seed)
+        return ScenarioData((case, type(case)("second", case.benign, case.harmful)), (), str(seed))
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    def make(*overrides, scenario=None):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=["immunize.epochs=1", "seeds=[0]", "tracker=none", *overrides])
+        parts = assemble(cfg)
+        object.__setattr__(parts, "scenario", scenario or TinyScenario())
+        return Pipeline(parts, Store(tmp_path))
+
+    return make
+
+
+def keys(found):
+    return [cell.key for cell in (*found.immunize_cells(), *found.attack_cells(), found.eval_cell("conditioning"))]
+
+
+def test_same_inputs_same_keys(pipeline):
+    assert keys(pipeline()) == keys(pipeline())
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["immunize.eta=0.05", "seeds=[1]", "backbone.init=random", "budget.horizon=3", "eval.conditioning.size=50"],
+)
+def test_every_input_changes_a_key(pipeline, override):
+    assert keys(pipeline()) != keys(pipeline(override))
+
+
+def test_the_backbone_itself_is_part_of_every_key(pipeline):
+    one, other = pipeline(), pipeline()
+    other.parts.backbone_identity["sources"] = "a mended bug"
+    assert not set(keys(one)) & set(keys(other))
+
+
+def test_the_control_arm_is_shared_between_immunizers(pipeline):
+    one, other = pipeline(), pipeline("immunize.eta=0.05")
+    arms = [{c.label["arm"]: c.key for c in p.immunize_cells()} for p in (one, other)]
+    assert arms[0]["none"] == arms[1]["none"]
+    assert arms[0]["kappa"] != arms[1]["kappa"]
+
+
+def test_an_immunizer_that_changes_nothing_is_an_error(pipeline):
+    found = pipeline()
+
+    class Nothing:
+        name = "kappa"
+
+        def __call__(self, model, case, **kwargs):
+            return model
+
+    object.__setattr__(found.parts.immunizer, "obj", Nothing())
+    cell = next(c for c in found.immunize_cells() if c.label["arm"] == "kappa")
+    with pytest.raises(UserError, match="left every weight"):
+        found.store.get(cell.stage, cell.key, cell.compute)
+
+
+def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
+    found = pipeline()
+
+    class Sometimes:
+        name = "kappa"
+
+        def __call__(self, model, case, **kwargs):
+            raise Diverged("too far", 3)
+
+    object.__setattr__(found.parts.immunizer, "obj", Sometimes())
+    cell = next(c for c in found.immunize_cells() if c.label["arm"] == "kappa")
+    artifact, _ = found.store.get(cell.stage, cell.key, cell.compute)
+    assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
+    found.diverged["tiny", 0] = artifact.values["error"]
+    assert [c.name for c in found.cases(0)] == ["second"]
+    assert {c.label["case"] for c in found.attack_cells()} == {"second"}
+    found.diverged["second", 0] = artifact.values["error"]
+    assert found.seeds == ()

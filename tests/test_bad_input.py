@@ -1,0 +1,185 @@
+"""Input that cannot work is refused with key, value and fix, and as early as it can be known."""
+
+import errno
+import os
+import signal
+import sys
+from dataclasses import replace
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+
+import run as entry
+from lab import options
+from lab.assemble import assemble, check_cases
+from lab.errors import UserError
+from lab.failures import explain
+from lab.sources import ROOT
+from tiny import image_case, linear_case, linear_classes
+
+
+def parts(*overrides):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return assemble(compose("config", overrides=list(overrides)))
+
+
+# ── the shared checks ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("value", ["abc", "1", True, None, [1], float("nan"), float("inf"), -1, 0, 2.5])
+def test_number_takes_finite_numbers_in_the_range_only(value):
+    with pytest.raises(UserError, match=r"k=.*: must be a number > 0 and ≤ 2\."):
+        options.number("k", value, above=0, high=2)
+    assert options.number("k", 2, above=0, high=2) == 2.0
+    assert isinstance(options.number("k", 2), float)
+
+
+@pytest.mark.parametrize("value", ["3", 3.0, True, None, 1, 9])
+def test_count_takes_whole_numbers_in_the_range_only(value):
+    with pytest.raises(UserError, match=r"k=.*: must be a whole number from 2 to 8\."):
+        options.count("k", value, 2, 8)
+    assert options.count("k", 8, 2, 8) == 8
+
+
+def test_choice_flag_and_names():
+    assert options.choice("k", "adam", ("adam", "sgd")) == "adam"
+    with pytest.raises(UserError, match="did you mean adam"):
+        options.choice("k", "adm", ("adam", "sgd"))
+    for value in (0, 1, "true", None):
+        with pytest.raises(UserError, match="true or false"):
+            options.flag("k", value)
+    assert options.names("k", "a") == ("a",)
+    assert options.names("k", ["a", 2010]) == ("a", "2010")
+    for value in (None, True, [None], {"a": 1}):
+        with pytest.raises(UserError, match="list of names"):
+            options.names("k", value)
+
+
+# ── what a user types ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        (["immunize.epochs=1.5"], "immunize.epochs=1.5: must be a whole number ≥ 1"),
+        (["immunize.batch_size=2.5"], "immunize.batch_size=2.5: must be a whole number ≥ 2"),
+        (["immunize.lambda_h=abc"], "immunize.lambda_h=abc: must be a number ≥ 0"),
+        (["immunize.preconditioned=3"], "immunize.preconditioned=3: must be true or false"),
+        (["immunize=kappa_imma", "immunize.w_prior=abc"], "immunize.w_prior=abc: must be a number ≥ 0"),
+        (["scenario.test_share=abc"], "scenario.test_share=abc: must be a number > 0 and < 1"),
+        (["attacks=[probe_sgd]", "attacks.probe_sgd.lr=abc"], "attacks.probe_sgd.lr=abc: must be auto or a number"),
+        (["attacks=[probe_sgd]", "attacks.probe_sgd.lr_trials=1.5"], "attacks.probe_sgd.lr_trials=1.5"),
+        (["attacks.linear_probe.standardize=1"], "attacks.linear_probe.standardize=1: must be true or false"),
+        (["backbone.init=5"], "backbone.init=5: choose one of identity, random"),
+        (["+budget.horizn=1"], "budget.horizn=1: there is no such key; did you mean budget.horizon"),
+        (["budget.horizon=true"], "budget.horizon=True: must be a whole number"),
+        (["budget.points=1"], "budget.points=1: must be a whole number ≥ 2"),
+        (["~budget.horizon"], "budget.horizon=None: needs a value"),
+        (["budget=5"], "budget=5: must be a group"),
+        (["seeds=1.5"], "seeds=[1.5]: must be a list"),
+        (["seeds=abc"], "seeds=['abc']: must be a list"),
+        (["seeds=[true]"], "seeds=[True]: must be a list"),
+    ],
+)
+def test_values_that_cannot_work_are_refused_when_the_run_is_put_together(arguments, key):
+    with pytest.raises(UserError) as error:
+        parts(*arguments)
+    assert key in str(error.value)
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", "tracker=none", "dry_run=true", *arguments])
+        monkeypatch.setattr(entry, "_worst", 0)
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as done:
+                entry.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return done.value.code, capfd.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("+budget.foo=1", "budget.foo=1: there is no such key; "),
+        ("immunize.epochs=1.5", "immunize.epochs=1.5"),
+        ("paths.outputs=/proc/x", "/proc/x: cannot be created here"),
+        ("paths.outputs=" + "x" * 300, "the name is too long for the file system: set paths.outputs=DIR"),
+    ],
+)
+def test_the_command_says_so_in_one_line_and_exits_with_2(cli, argument, told):
+    code, err = cli(argument)
+    assert code == 2, err
+    assert told in err
+    assert "Traceback" not in err
+
+
+# ── errors of the operating system ───────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EACCES, errno.ENOSPC])
+def test_advice_about_outputs_is_given_for_outputs_only(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def told(name, *arguments):
+        return explain(OSError(number, os.strerror(number), name), ["run.py", *arguments])
+
+    assert "paths.outputs=DIR" in told("outputs/cache/a")
+    assert "paths.outputs=DIR" in told("/there/cache/a", "paths.outputs=/there")
+    assert "paths.outputs=DIR" in told("/c/a", "paths.cache='/c'")
+    assert "paths.outputs" not in told("/data/D1.csv", "paths.outputs=/there")
+    assert "/data/D1.csv" in told("/data/D1.csv")
+
+
+def test_a_missing_file_is_a_defect_unless_it_lies_in_outputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    missing = FileNotFoundError(errno.ENOENT, "No such file", str(ROOT / "lab/minisd/glyphs.bin"))
+    assert explain(missing, ["seeds=[0]"]) is None
+    assert "paths.outputs=DIR" in explain(
+        FileNotFoundError(errno.ENOENT, "No such file", "/proc/x"), ["paths.runs=/proc/x"]
+    )
+    assert explain(OSError("no number"), []) is None
+
+
+# ── parts that do not fit the data ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
+    chosen = parts("attacks=[linear_probe,probe_logistic]", "eval=[conditioning]")
+    with pytest.raises(UserError, match=r"attacks\.probe_logistic\.loss=cross_entropy: task good is a regression"):
+        check_cases(chosen, (linear_case(),))
+    check_cases(chosen, (linear_classes(),))
+
+
+def test_a_deep_attacker_checks_its_loss_too():
+    chosen = parts("attacks=[full_finetune]", "attacks.full_finetune.loss=cross_entropy", "eval=[conditioning]")
+    with pytest.raises(UserError, match=r"attacks\.full_finetune\.loss=cross_entropy"):
+        check_cases(chosen, (linear_case(),))
+    check_cases(chosen, (image_case(),))
+
+
+def test_accuracies_need_classification_and_transfer_needs_eight_cases():
+    chosen = parts("eval=[probe_accuracy]")
+    with pytest.raises(UserError, match="eval=probe_accuracy: needs classification"):
+        check_cases(chosen, (linear_case(),))
+    check_cases(chosen, (linear_classes(),))
+    chosen = parts("eval=[transfer]")
+    many = tuple(replace(linear_case(), name=f"case{i}") for i in range(8))
+    check_cases(chosen, many)
+    with pytest.raises(UserError, match="eval=transfer: needs a scenario with at least 8 cases"):
+        check_cases(chosen, many[:7] + many[:1])
+
+
+def test_metrics_that_the_run_leaves_out_are_not_asked():
+    check_cases(parts("eval=[transfer]", "immunize=none"), (linear_case(),))
+    check_cases(parts("eval=[probe_accuracy]", "attacks=none"), (linear_case(),))
