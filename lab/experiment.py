@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from eval.report.html import render
 from eval.report.summary import summary
@@ -153,8 +153,8 @@ class Run:
     def _seeds(self) -> list[int]:
         if self._pipeline is not None:
             return list(self._pipeline.parts.seeds)
-        given = self.cfg.seeds if not isinstance(self.cfg.seeds, int) else [self.cfg.seeds]
-        return [seed for seed in given if isinstance(seed, int)]
+        given = self.cfg.seeds if isinstance(self.cfg.seeds, ListConfig) else [self.cfg.seeds]
+        return [seed for seed in given if isinstance(seed, int) and not isinstance(seed, bool)]
 
     def finish(self, trackers: Trackers) -> Path:
         """Write the record, render the report, hand both to the trackers, print the summary."""

@@ -108,6 +108,7 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
         (["immunize.lambda_h=-1"], "immunize.lambda_h=-1", "≥ 0"),
         (["seeds=[0,0]"], "seeds", "different"),
         (["seeds=[-1]"], "seeds", "≥ 0"),
+        (["seeds=1.5"], "seeds", "≥ 0"),
         (["budget.horizon=0"], "budget.horizon=0", "≥ 1"),
         (["force=[attak]"], "force", "immunize, attack, eval"),
         (["threads=0"], "threads=0", "≥ 1"),
