@@ -43,11 +43,11 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):
-        return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
+    if isinstance(error, OSError):  # after MissingConfigException, which is one
+        return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingMandatoryValue | InterpolationKeyError):
         return f"{error.full_key}: needs a value: {_first_line(error)}"
     if isinstance(error, HydraException | OmegaConfBaseException):
