@@ -86,4 +86,11 @@ def status(cfg: DictConfig) -> None:
         print(f"{len(unfinished)} stages with a checkpoint to continue from")
 
 
-ACTIONS = {"report": report, "leaderboard": leaderboards, "compare": comparison, "status": status}
+def train(cfg: DictConfig) -> None:
+    """Train what ``train`` describes; see `lab.minisd.recipe`."""
+    from lab.minisd.recipe import run
+
+    run(cfg)
+
+
+ACTIONS = {"report": report, "leaderboard": leaderboards, "compare": comparison, "status": status, "train": train}

@@ -27,7 +27,7 @@ from lab.errors import UserError
 
 log = logging.getLogger(__name__)
 
-STAGES = ("immunize", "attack", "eval")
+STAGES = ("immunize", "attack", "eval", "train")
 
 
 @dataclass
