@@ -61,6 +61,106 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Pictures:
+    """Images uint8 [n, 3, s, s] with one caption each."""
+
+    images: Tensor
+    prompts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that somebody may want to teach a text-to-image model. The diffusion twin of `Task`.
+
+    Attributes:
+        name: unique within the case, for example "mosaic"; also the name a detector knows it by.
+        role: ``harmful`` for a target of the immunization, ``benign`` for one that must stay learnable.
+        kind: ``style`` or ``object``.
+        words: the words of a prompt that name it (their token rows are C_n of the merge).
+        train: what the attacker has.
+        own: what the immunizer has of it; disjoint from ``train``.
+        reference: what generations are compared with; disjoint from both.
+        prior: pictures of its class without the concept (prior preservation); may be empty.
+        prompts: family → prompts that generations are made from. Always ``name``; where the scenario knows
+            them ``description`` (never the concept's name) and ``reworded`` (templates unknown to the immunizer).
+    """
+
+    name: str
+    role: Role
+    kind: Literal["object", "style"]
+    words: str
+    train: Pictures
+    own: Pictures
+    reference: Pictures
+    prior: Pictures
+    prompts: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are generated, equally for every arm: DDIM ``steps``, ``guidance`` scale, ``count`` per point."""
+
+    steps: int = 20
+    guidance: float = 4.0
+    count: int = 32
+    negative: str = ""
+
+
+@dataclass(frozen=True)
+class ConceptCase:
+    """One immunization problem of a text-to-image model. The diffusion twin of `Case`.
+
+    Attributes:
+        targets: concepts to protect against (role ``harmful``).
+        others: concepts that must stay as easy to learn (role ``benign``); reported, never trained on.
+        rehearsal: benign concepts that the immunizer may practise on; never reported.
+        keep: pictures with captions of unrelated things, for the immunizer's preservation terms.
+        regularizers: captions of C_reg (`immunize.merge`).
+        unrelated: prompts of unrelated things, for utility; disjoint from ``keep`` and ``regularizers``.
+        erased: names of concepts that ``erase`` removes before anything else, with ``anchors`` and ``preserve``
+            handled by the eraser.
+    """
+
+    name: str
+    targets: tuple[Concept, ...]
+    others: tuple[Concept, ...]
+    rehearsal: tuple[Concept, ...]
+    keep: Pictures
+    regularizers: tuple[str, ...]
+    unrelated: Pictures
+    sampling: Sampling
+    erased: tuple[Erasure, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[Concept, ...]:
+        return (*self.targets, *self.others)
+
+    def task(self, name: str) -> Concept:
+        return next(t for t in self.tasks if t.name == name)
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A concept that is taken out of the model before the experiment starts.
+
+    Attributes:
+        name: of the concept.
+        prompts: texts that speak of it; ``words`` is where the concept starts in each of them.
+        anchors: what each prompt shall mean instead (same length).
+        preserve: texts whose meaning must stay.
+    """
+
+    name: str
+    words: str
+    prompts: tuple[str, ...]
+    anchors: tuple[str, ...]
+    preserve: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ScenarioData:
     """What a scenario loads for one seed.
 
@@ -68,7 +168,7 @@ class ScenarioData:
     remains; ``data_hash`` is a SHA-256 over the tensors of every case.
     """
 
-    cases: tuple[Case, ...]
+    cases: tuple[Case, ...] | tuple[ConceptCase, ...]
     notes: tuple[str, ...] = ()
     data_hash: str = ""
 
@@ -165,6 +265,7 @@ class Budget:
     horizon: int
     multiple: int = 5
     points: int = 20  # snapshots along the trajectory, step 0 and the last step included
+    at: tuple[int, ...] | None = None  # the snapshots themselves, in place of ``points``
 
     @property
     def steps(self) -> int:
@@ -174,6 +275,8 @@ class Budget:
         """Steps at which to measure: geometric, always with 0, ``horizon`` and the last step."""
         last = self.steps
         grid = {0, self.horizon, last}
+        if self.at is not None:
+            return tuple(sorted(grid | set(self.at)))
         grid |= {round(last ** (i / max(self.points - 2, 1))) for i in range(self.points - 1)}
         return tuple(sorted(grid))
 
@@ -190,6 +293,8 @@ class Trajectory:
         status: ``diverged`` keeps all finite points before the divergence.
         info: JSON-able facts (chosen learning rate, loss, number of trainable parameters, …).
         weights: what the attacker ends with (safetensors).
+        samples: diffusion only: prompt family → uint8 [len(steps), count, 3, s, s], generated at every step of
+            ``steps`` from the same latents.
     """
 
     steps: list[int]
@@ -197,6 +302,7 @@ class Trajectory:
     status: Literal["ok", "diverged"] = "ok"
     info: dict[str, Any] = field(default_factory=dict)
     weights: dict[str, Tensor] = field(default_factory=dict)
+    samples: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, name: str, step: int) -> float:
         """Value at the last recorded step that is ≤ ``step``."""

@@ -1,0 +1,62 @@
+"""A text-to-image model of Stable Diffusion's classes, small enough for second-order oracles, and a case for it."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lab.diffusion import DiffusionModel
+from lab.minisd import build
+from lab.minisd.captions import prompts
+from lab.minisd.world import Subset, concept, sample
+from lab.types import Concept, ConceptCase, Pictures, Role, Sampling
+
+TINY = build.Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4)
+
+
+@cache
+def tokenizer() -> Any:
+    texts = [text for style in ("mosaic", "neon", "photo") for text in prompts("a fox", style)]
+    with tempfile.TemporaryDirectory() as folder:
+        return build.load_tokenizer(build.train_tokenizer(texts, Path(folder), 560))
+
+
+def tiny_diffusion(seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+    """Random weights; latents 4 × ``latent`` × ``latent``, so pictures of 4 × ``latent`` pixels."""
+    scheduler = build.scheduler()
+    unet, text = build.unet(TINY, seed), build.text_encoder(TINY, len(tokenizer()), seed)
+    unet.register_to_config(sample_size=latent)  # type: ignore[operator]
+    return DiffusionModel(unet, build.vae(TINY, seed), [text], [tokenizer()], scheduler).to(dtype)
+
+
+def pictures(subset: Subset, seed: int, count: int, side: int = 32) -> Pictures:
+    found = sample(subset, seed, count)
+    small = torch.nn.functional.interpolate(found.images.float(), (side, side), mode="area")
+    return Pictures(small.round().to(torch.uint8), tuple(found.texts))
+
+
+def tiny_concept(name: str, role: Role, kind: Literal["object", "style"], count: int = 4) -> Concept:
+    here = concept(name)
+    asked = prompts("a fox", name) if kind == "style" else prompts(f"a {name}")
+    parts = [pictures(here, seed, count) for seed in (1, 2, 3)]
+    prior = pictures(Subset(("fox", "panda")), 4, count)
+    return Concept(name, role, kind, name, parts[0], parts[1], parts[2], prior, {"name": asked})
+
+
+def tiny_case() -> ConceptCase:
+    """Two styles to protect against, one that must stay learnable, one object to practise on."""
+    keep, unrelated = pictures(Subset(("fox", "panda")), 5, 6), pictures(Subset(("lion", "frog")), 6, 4)
+    return ConceptCase(
+        "tiny",
+        targets=(tiny_concept("mosaic", "harmful", "style"), tiny_concept("neon", "harmful", "style")),
+        others=(tiny_concept("halftone", "benign", "style"),),
+        rehearsal=(tiny_concept("unicorn", "benign", "object"),),
+        keep=keep,
+        regularizers=tuple(keep.prompts) * 2,
+        unrelated=unrelated,
+        sampling=Sampling(steps=2, guidance=2.0, count=4),
+    )
