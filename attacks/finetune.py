@@ -40,7 +40,7 @@ class FullFinetune(Adaptation):
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
 
-    def __init__(self, *, name: str = "full_finetune", **options: Any) -> None:
+    def __init__(self, *, name: str = "extractor_full_finetune", **options: Any) -> None:
         super().__init__(name=name, **options)
 
     def open(self, net: FeatureModel, seed: int) -> Moving:

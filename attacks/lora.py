@@ -36,7 +36,7 @@ class Lora(Adaptation):
     """
 
     def __init__(
-        self, *, name: str = "lora", rank: int = 8, alpha: int = 16, blocks: int | None = None, **options: Any
+        self, *, name: str = "extractor_lora", rank: int = 8, alpha: int = 16, blocks: int | None = None, **options: Any
     ) -> None:
         super().__init__(name=name, **options)
         self.rank = count(f"{self.key}.rank", rank)

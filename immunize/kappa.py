@@ -7,8 +7,9 @@ the attacker's preconditioner, and ``scale``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from immunize import spectral
 from immunize.objectives import BilevelObjective, SpectralObjective, SpectralOptions, StepObjective
@@ -18,6 +19,8 @@ from lab.errors import UserError
 from lab.options import choice, count, flag, names, number
 from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
 
+T = TypeVar("T")
+
 
 def _each(check: Callable[..., object], *limits: float, **options: object) -> None:
     """The same ``check`` of `lab.options`, with ``limits``, on every option."""
@@ -25,6 +28,17 @@ def _each(check: Callable[..., object], *limits: float, **options: object) -> No
         check(f"immunize.{key}", value, *limits)
 
 
+def _pick(kind: type[T], source: object, **given: object) -> T:
+    """A dataclass ``kind`` whose fields are ``given`` or the attributes of ``source`` of the same name."""
+    rest = [field.name for field in fields(kind) if field.name not in given]  # type: ignore[arg-type]
+    return kind(**given, **{name: getattr(source, name) for name in rest})
+
+
+# keyword options of an immunizer are fields, each written once; two immunizers stay different objects
+_options = dataclass(kw_only=True, eq=False)
+
+
+@_options
 class GradientImmunizer:
     """What all gradient immunizers share: the schedule.
 
@@ -33,49 +47,39 @@ class GradientImmunizer:
         batch_size: rows of each task per step. eta: step size η. eta_schedule: ``constant`` or ``cosine`` to 0.
         optimizer: ``plain`` θ ← θ − η·gradient (Alg. 1) or ``adam`` (the release).
         layers: blocks that move, by name or as a count from the end; all if None.
-        spectrum: rows behind each estimate of a Gram matrix, see `immunize.sampling.RowSampler`.
-        running_decay: β. running_window: number of batches, both for ``spectrum=running``.
         log_points: about how many times κ of the whole training data is measured.
         checkpoint_every: steps between saved states.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        eta: float,
-        epochs: int = 30,
-        steps: int | None = None,
-        batch_size: int = 64,
-        eta_schedule: Literal["constant", "cosine"] = "constant",
-        optimizer: Literal["plain", "adam"] = "plain",
-        layers: Sequence[str] | int | None = None,
-        spectrum: Spectrum = "batch",
-        running_decay: float = 0.9,
-        running_window: int = 4,
-        log_points: int = 25,
-        checkpoint_every: int = 200,
-    ) -> None:
-        number("immunize.eta", eta, above=0)
-        _each(count, 1, epochs=epochs, running_window=running_window, checkpoint_every=checkpoint_every)
-        _each(count, 2, batch_size=batch_size, log_points=log_points)
-        if steps is not None:
-            count("immunize.steps", steps)
-        choice("immunize.optimizer", optimizer, ("plain", "adam"))
-        choice("immunize.eta_schedule", eta_schedule, ("constant", "cosine"))
-        choice("immunize.spectrum", spectrum, SPECTRA)
-        number("immunize.running_decay", running_decay, above=0, high=1)
-        self.name = name
-        if isinstance(layers, bool | float):
-            raise UserError("immunize.layers", layers, "must be null, a count from the end, or names of blocks.")
-        if layers is not None and not isinstance(layers, int):
-            layers = names("immunize.layers", layers)
-        self.schedule = Schedule(
-            epochs, steps, batch_size, eta, eta_schedule, optimizer, layers, spectrum, running_decay, running_window,
-            log_points, checkpoint_every,
-        )  # fmt: skip
+    name: str
+    eta: float = 5e-3
+    epochs: int = 30
+    steps: int | None = None
+    batch_size: int = 64
+    eta_schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: Literal["plain", "adam"] = "plain"
+    layers: Sequence[str] | int | None = None
+    log_points: int = 25
+    checkpoint_every: int = 200
+
+    def __post_init__(self) -> None:
+        number("immunize.eta", self.eta, above=0)
+        _each(count, 1, epochs=self.epochs, checkpoint_every=self.checkpoint_every)
+        _each(count, 2, batch_size=self.batch_size, log_points=self.log_points)
+        if self.steps is not None:
+            count("immunize.steps", self.steps)
+        choice("immunize.optimizer", self.optimizer, ("plain", "adam"))
+        choice("immunize.eta_schedule", self.eta_schedule, ("constant", "cosine"))
+        if isinstance(self.layers, bool | float):
+            raise UserError("immunize.layers", self.layers, "must be null, a count from the end, or names of blocks.")
+        if self.layers is not None and not isinstance(self.layers, int):
+            self.layers = names("immunize.layers", self.layers)
+
+    @property
+    def schedule(self) -> Schedule:
+        return _pick(Schedule, self, spectrum="batch", running_decay=0.9, running_window=4)
 
     def objective(self) -> StepObjective:
         raise NotImplementedError
@@ -86,6 +90,7 @@ class GradientImmunizer:
         return Trainer(self.schedule, model, case, seed, log).run(self.objective(), checkpoint, self.name)
 
 
+@_options
 class Kappa(GradientImmunizer):
     """θ ← θ − η∇L(D_P) − ηλ_P K_P⁻¹∇R_well(H_P) − ηλ_H K_H⁻¹∇R_ill(H_H).
 
@@ -106,70 +111,65 @@ class Kappa(GradientImmunizer):
         lambda_schedule: ``fixed`` or ``corridor``: dual ascent with ``corridor_rate``, κ(H_P) at most
             ``corridor_benign`` times and κ(H_H) at least ``corridor_harmful`` times its value at the first step.
         worst_case: softmax weights over harmful tasks with ``worst_case_temperature``; else equal weights.
+        spectrum: rows behind each estimate of a Gram matrix, see `immunize.sampling.RowSampler`.
+        running_decay: β. running_window: number of batches, both for ``spectrum=running``.
     """
 
-    def __init__(
-        self,
-        name: str = "kappa",
-        *,
-        lambda_p: float,
-        lambda_h: float,
-        scale: Literal["none", "initial", "current"] = "initial",
-        preconditioned: bool = True,
-        ridge_benign: float = 0.0,
-        ridge_harmful: float = 0.0,
-        solve_side: spectral.Side = "left",
-        rank_rule: Literal["rank", "dimension"] = "rank",
-        rank_tolerance: float | None = None,
-        cluster_tolerance: float = 0.0,
-        optimizer_aware: Literal["none", "diagonal"] = "none",
-        supervised: float = 1.0,
-        lambda_schedule: Literal["fixed", "corridor"] = "fixed",
-        corridor_rate: float = 0.1,
-        corridor_benign: float = 1.0,
-        corridor_harmful: float = 1.0,
-        worst_case: bool = False,
-        worst_case_temperature: float = 1.0,
-        eta: float = 5e-3,
-        epochs: int = 30,
-        steps: int | None = None,
-        batch_size: int = 64,
-        eta_schedule: Literal["constant", "cosine"] = "constant",
-        optimizer: Literal["plain", "adam"] = "plain",
-        layers: Sequence[str] | int | None = None,
-        spectrum: Spectrum = "batch",
-        running_decay: float = 0.9,
-        running_window: int = 4,
-        log_points: int = 25,
-        checkpoint_every: int = 200,
-    ) -> None:
-        super().__init__(
-            name, eta=eta, epochs=epochs, steps=steps, batch_size=batch_size, eta_schedule=eta_schedule,
-            optimizer=optimizer, layers=layers, spectrum=spectrum, running_decay=running_decay,
-            running_window=running_window, log_points=log_points, checkpoint_every=checkpoint_every,
-        )  # fmt: skip
-        _each(number, 0, lambda_p=lambda_p, lambda_h=lambda_h, supervised=supervised, corridor_rate=corridor_rate)
-        _each(number, 0, ridge_benign=ridge_benign, ridge_harmful=ridge_harmful)
-        positive = {"corridor_benign": corridor_benign, "corridor_harmful": corridor_harmful}
-        _each(partial(number, above=0), **positive, worst_case_temperature=worst_case_temperature)
-        if rank_tolerance is not None:
-            number("immunize.rank_tolerance", rank_tolerance, above=0, below=1)
-        number("immunize.cluster_tolerance", cluster_tolerance, 0, below=1)
-        _each(flag, preconditioned=preconditioned, worst_case=worst_case)
-        choice("immunize.scale", scale, ("none", "initial", "current"))
-        choice("immunize.solve_side", solve_side, ("left", "right"))
-        choice("immunize.rank_rule", rank_rule, ("rank", "dimension"))
-        choice("immunize.optimizer_aware", optimizer_aware, ("none", "diagonal"))
-        choice("immunize.lambda_schedule", lambda_schedule, ("fixed", "corridor"))
-        if lambda_p == lambda_h == 0:
+    name: str = "kappa"
+    lambda_p: float
+    lambda_h: float
+    scale: Literal["none", "initial", "current"] = "initial"
+    preconditioned: bool = True
+    ridge_benign: float = 0.0
+    ridge_harmful: float = 0.0
+    solve_side: spectral.Side = "left"
+    rank_rule: Literal["rank", "dimension"] = "rank"
+    rank_tolerance: float | None = None
+    cluster_tolerance: float = 0.0
+    optimizer_aware: Literal["none", "diagonal"] = "none"
+    supervised: float = 1.0
+    lambda_schedule: Literal["fixed", "corridor"] = "fixed"
+    corridor_rate: float = 0.1
+    corridor_benign: float = 1.0
+    corridor_harmful: float = 1.0
+    worst_case: bool = False
+    worst_case_temperature: float = 1.0
+    spectrum: Spectrum = "batch"
+    running_decay: float = 0.9
+    running_window: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choice("immunize.spectrum", self.spectrum, SPECTRA)
+        number("immunize.running_decay", self.running_decay, above=0, high=1)
+        count("immunize.running_window", self.running_window, 1)
+        _each(number, 0, lambda_p=self.lambda_p, lambda_h=self.lambda_h, supervised=self.supervised)
+        _each(number, 0, ridge_benign=self.ridge_benign, ridge_harmful=self.ridge_harmful)
+        number("immunize.corridor_rate", self.corridor_rate, 0)
+        positive = ("corridor_benign", "corridor_harmful", "worst_case_temperature")
+        _each(partial(number, above=0), **{key: getattr(self, key) for key in positive})
+        if self.rank_tolerance is not None:
+            number("immunize.rank_tolerance", self.rank_tolerance, above=0, below=1)
+        number("immunize.cluster_tolerance", self.cluster_tolerance, 0, below=1)
+        _each(flag, preconditioned=self.preconditioned, worst_case=self.worst_case)
+        choice("immunize.scale", self.scale, ("none", "initial", "current"))
+        choice("immunize.solve_side", self.solve_side, ("left", "right"))
+        choice("immunize.rank_rule", self.rank_rule, ("rank", "dimension"))
+        choice("immunize.optimizer_aware", self.optimizer_aware, ("none", "diagonal"))
+        choice("immunize.lambda_schedule", self.lambda_schedule, ("fixed", "corridor"))
+        if self.lambda_p == self.lambda_h == 0:
             raise UserError("immunize.lambda_h", 0, "λ_P and λ_H are both 0; choose immunize=none for no immunization")
-        if solve_side == "right" and min(ridge_benign, ridge_harmful) <= 0:
+        if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
             raise UserError("immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0")
-        self.options = SpectralOptions(
-            *self.terms(), lambda_p, lambda_h, scale, preconditioned, ridge_benign,
-            ridge_harmful, solve_side, rank_rule, rank_tolerance, cluster_tolerance, optimizer_aware, supervised,
-            lambda_schedule, corridor_rate, corridor_benign, corridor_harmful, worst_case, worst_case_temperature,
-        )  # fmt: skip
+
+    @property
+    def schedule(self) -> Schedule:
+        return _pick(Schedule, self)
+
+    @property
+    def options(self) -> SpectralOptions:
+        benign, harmful = self.terms()
+        return _pick(SpectralOptions, self, benign=benign, harmful=harmful)
 
     @staticmethod
     def terms() -> tuple[spectral.Objective, spectral.Objective]:
@@ -188,6 +188,7 @@ class KappaOpt(Kappa):
         return spectral.log_kappa, spectral.inverse_log_kappa
 
 
+@_options
 class KappaImma(GradientImmunizer):
     """The baseline IMMA (arXiv 2311.18815) on the linear probe, see `immunize.objectives.BilevelObjective`.
 
@@ -196,31 +197,16 @@ class KappaImma(GradientImmunizer):
         w_prior: weight of the benign loss.
     """
 
-    def __init__(
-        self,
-        name: str = "kappa_imma",
-        *,
-        inner_steps: int = 1,
-        inner_step: float = 0.5,
-        w_prior: float = 1.0,
-        eta: float = 5e-3,
-        epochs: int = 30,
-        steps: int | None = None,
-        batch_size: int = 64,
-        eta_schedule: Literal["constant", "cosine"] = "constant",
-        optimizer: Literal["plain", "adam"] = "plain",
-        layers: Sequence[str] | int | None = None,
-        log_points: int = 25,
-        checkpoint_every: int = 200,
-    ) -> None:
-        super().__init__(
-            name, eta=eta, epochs=epochs, steps=steps, batch_size=batch_size, eta_schedule=eta_schedule,
-            optimizer=optimizer, layers=layers, log_points=log_points, checkpoint_every=checkpoint_every,
-        )  # fmt: skip
-        count("immunize.inner_steps", inner_steps)
-        number("immunize.inner_step", inner_step, above=0)
-        number("immunize.w_prior", w_prior, 0)
-        self.inner_steps, self.inner_step, self.w_prior = inner_steps, inner_step, w_prior
+    name: str = "kappa_imma"
+    inner_steps: int = 1
+    inner_step: float = 0.5
+    w_prior: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count("immunize.inner_steps", self.inner_steps)
+        number("immunize.inner_step", self.inner_step, above=0)
+        number("immunize.w_prior", self.w_prior, 0)
 
     def objective(self) -> StepObjective:
         return BilevelObjective(self.inner_steps, self.inner_step, self.w_prior)

@@ -87,8 +87,8 @@ def status(cfg: DictConfig) -> None:
 
 
 def train(cfg: DictConfig) -> None:
-    """Train what ``train`` describes; see `lab.minisd.recipe`."""
-    from lab.minisd.recipe import run
+    """Train what ``train`` describes; see `lab.minisd.publish`."""
+    from lab.minisd.publish import run
 
     run(cfg)
 

@@ -19,7 +19,7 @@ def digest(*tensors: Tensor) -> str:
     """SHA-256 over shapes, types and bytes."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        flat = tensor.detach().contiguous()
+        flat = tensor.detach().cpu().contiguous()
         sha.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
         sha.update(flat.view(torch.uint8).numpy().data if flat.ndim else str(flat.item()).encode())
     return sha.hexdigest()

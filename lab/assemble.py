@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -9,13 +10,13 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from immunize.none import NoImmunization
 from lab.errors import UserError, nearest
 from lab.options import count
 from lab.sources import source_hash
-from lab.types import CONTROL, Attacker, Backbone, Budget, Case, Immunizer, RunMetric, Scenario
+from lab.types import CONTROL, AnyCase, Attacker, Backbone, Budget, Eraser, Immunizer, RunMetric, Scenario
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Parts:
     scenario: Scenario
     backbone: Backbone
     backbone_identity: dict[str, Any]  # weights alone do not say what a network does with its inputs
+    eraser: Part
     immunizer: Part
     control: Part
     attacks: dict[str, Part]
@@ -91,10 +93,19 @@ def _budget(config: Any) -> Budget:
         if name not in known:
             told = nearest(f"budget.{name}", [f"budget.{option}" for option in known])
             raise UserError(f"budget.{name}", value, f"there is no such key; {told}")
-        count(f"budget.{name}", value, 2 if name == "points" else 1)
+        if name != "at":
+            count(f"budget.{name}", value, 2 if name == "points" else 1)
     if "horizon" not in given:
         raise UserError("budget.horizon", None, "needs a value, e.g. budget.horizon=20.")
-    return Budget(**given)
+    budget = Budget(**{**given, "at": None})
+    if given.get("at") is None:
+        return budget
+    told = f"must be a list of steps from 0 to horizon × multiple = {budget.steps}, e.g. [0,20,40]."
+    if not isinstance(given["at"], ListConfig) or any(
+        type(s) is not int or not 0 <= s <= budget.steps for s in given["at"]
+    ):
+        raise UserError("budget.at", given["at"], told)
+    return dataclasses.replace(budget, at=tuple(given["at"]))
 
 
 def assemble(cfg: DictConfig) -> Parts:
@@ -110,6 +121,7 @@ def assemble(cfg: DictConfig) -> Parts:
         scenario=_build(cfg.scenario, "scenario").obj,
         backbone=backbone.obj,
         backbone_identity=backbone.identity,
+        eraser=_build(cfg.erase, "erase"),
         immunizer=_build(cfg.immunize, "immunize"),
         control=control,
         attacks={str(name): _build(sub, f"attacks.{name}") for name, sub in _group(cfg.attacks, "attacks").items()},
@@ -133,7 +145,8 @@ def check_fit(parts: Parts) -> None:
         raise UserError(
             "backbone", parts.backbone.name, f"is {kind}, scenario={parts.scenario.name} needs one that is {fits}."
         )
-    contracts: list[tuple[str, Any, Any]] = [("immunize", parts.immunizer.obj, Immunizer)]
+    contracts: list[tuple[str, Any, Any]] = [("erase", parts.eraser.obj, Eraser)]
+    contracts += [("immunize", parts.immunizer.obj, Immunizer)]
     contracts += [("attacks", part.obj, Attacker) for part in parts.attacks.values()]
     contracts += [("eval", part.obj, RunMetric) for part in parts.metrics.values()]
     for key, obj, contract in contracts:
@@ -146,15 +159,15 @@ def check_fit(parts: Parts) -> None:
             raise UserError(key, obj.name, f"takes {fits} models, backbone={parts.backbone.name} is {kind}.")
 
 
-def check_cases(parts: Parts, cases: tuple[Case, ...]) -> None:
-    """Calls the optional hook ``check(cases)`` of attackers and of the metrics that this run will compute.
+def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
+    """Calls the optional hook ``check(cases)`` of the immunizer, the attackers and the metrics that will run.
 
     Raises:
         UserError: from a part that cannot work on these data.
     """
     metrics = [part.obj for part in parts.metrics.values()]
     used = [m for m in metrics if m.needs_arms <= len(parts.arms) and (parts.attacks or not m.needs_attack)]
-    for obj in [*(part.obj for part in parts.attacks.values()), *used]:
+    for obj in [parts.immunizer.obj, *(part.obj for part in parts.attacks.values()), *used]:
         hook = getattr(obj, "check", None)
         if hook is not None:
             hook(cases)

@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lab.errors import UserError
+from lab.prompts import check_prompts, warn_cut
 from lab.seeding import generator
 from lab.types import Kind, Sampling
+
+__all__ = ["PIPELINES", "DiffusionModel", "Text", "check_prompts"]
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class DiffusionModel(nn.Module):
 
     ``state_dict`` covers all weights, so that stages can store what an immunizer changed as a difference.
     The U-Net is what immunizers and attackers move; the autoencoder never moves.
+
+    Args:
+        pipeline_class: of diffusers; one of `PIPELINES`.
+        zero_negative: XL only: an empty negative prompt is encoded as zeros (``force_zeros_for_empty_prompt``).
     """
 
     kind: ClassVar[Kind] = "diffusion"
@@ -58,6 +66,7 @@ class DiffusionModel(nn.Module):
         tokenizers: Sequence[Any],
         scheduler: Any,
         pipeline_class: str = "StableDiffusionPipeline",
+        zero_negative: bool = False,
     ) -> None:
         super().__init__()
         self.unet: Any = unet
@@ -66,8 +75,17 @@ class DiffusionModel(nn.Module):
         self.tokenizers = list(tokenizers)
         self.scheduler = scheduler
         self.pipeline_class = pipeline_class
+        self.zero_negative = zero_negative
         self.requires_grad_(False)
         self.eval()
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any) -> DiffusionModel:
+        """The parts of a diffusers pipeline; they are shared, not copied."""
+        encoders = [m for m in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if m is not None]
+        tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+        zero = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
+        return cls(pipe.unet, pipe.vae, encoders, tokenizers, pipe.scheduler, type(pipe).__name__, zero)
 
     # ---- facts
 
@@ -101,14 +119,20 @@ class DiffusionModel(nn.Module):
         return self.latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def copy(self) -> DiffusionModel:
-        """An independent copy of the U-Net and the text encoders; the autoencoder, which never moves, is shared."""
+        """An independent copy of the U-Net, the text encoders and the tokenizers (an attacker may add tokens); the
+        autoencoder and the scheduler, which never change, are shared."""
         unet, texts = copy.deepcopy(self.unet), copy.deepcopy(list(self.text_encoders))
-        return DiffusionModel(unet, self.vae, texts, list(self.tokenizers), self.scheduler, self.pipeline_class)
+        tokenizers = copy.deepcopy(self.tokenizers)
+        return DiffusionModel(
+            unet, self.vae, texts, tokenizers, self.scheduler, self.pipeline_class, self.zero_negative
+        )
 
     # ---- text
 
     def tokens(self, prompts: Sequence[str], which: int = 0) -> Tensor:
-        """Token ids [n, context], padded and cut as Stable Diffusion does."""
+        """Token ids [n, context], padded and cut as Stable Diffusion does; a cut prompt is logged once."""
+        if not prompts:
+            raise ValueError("no prompts to encode")
         tokenizer = self.tokenizers[which]
         found = tokenizer(
             list(prompts),
@@ -117,7 +141,12 @@ class DiffusionModel(nn.Module):
             truncation=True,
             return_tensors="pt",
         )
-        return found.input_ids.to(self.device)
+        ids: Tensor = found.input_ids
+        for i in found.attention_mask.all(1).nonzero().flatten().tolist():
+            lost = len(tokenizer(prompts[i], truncation=False, verbose=False).input_ids) - ids.shape[1]
+            if lost > 0:
+                warn_cut(prompts[i], ids.shape[1], lost)
+        return ids.to(self.device)
 
     def text(self, prompts: Sequence[str]) -> Text:
         """Encoded prompts; gradients flow where the text encoder's parameters ask for them."""
@@ -132,21 +161,21 @@ class DiffusionModel(nn.Module):
     @torch.no_grad()
     def to_latents(self, images: Tensor, g: torch.Generator | None = None) -> Tensor:
         """Scaled latents of uint8 images; a sample of the posterior with ``g``, its mean without."""
-        found = []
+        found, dtype = [], next(self.vae.parameters()).dtype
         for part in images.split(32):
-            posterior = self.vae.encode(part.to(self.device, self.dtype) / 127.5 - 1).latent_dist
+            posterior = self.vae.encode(part.to(self.device, dtype) / 127.5 - 1).latent_dist
             z = posterior.mean
             if g is not None:
                 z = z + posterior.std * torch.randn(z.shape, generator=g).to(z)
-            found.append(z * self.vae.config.scaling_factor)
+            found.append((z * self.vae.config.scaling_factor).to(self.dtype))
         return torch.cat(found)
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
         """uint8 [n, 3, s, s] of scaled latents, on the CPU."""
-        found = []
+        found, dtype = [], next(self.vae.parameters()).dtype
         for part in latents.split(32):
-            x = self.vae.decode(part / self.vae.config.scaling_factor).sample
+            x = self.vae.decode(part.to(dtype) / self.vae.config.scaling_factor).sample
             found.append(((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
         return torch.cat(found)
 
@@ -190,40 +219,53 @@ class DiffusionModel(nn.Module):
         return torch.randn(shape, generator=generator(seed, "latents", *labels)).to(self.device, self.dtype)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32) -> Tensor:
-        """uint8 pictures [n, 3, s, s] by DDIM (η = 0) from ``latents``, one per prompt; classifier-free guidance."""
+    def sample(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling) -> Tensor:
+        """Clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) from ``latents``, one per prompt, with
+        classifier-free guidance (arXiv 2207.12598) where ``sampling.guidance`` is not 1."""
         from diffusers import DDIMScheduler
 
-        ddim = DDIMScheduler.from_config(self.scheduler.config)
+        # defaults of the model's own scheduler count too, as they do once they are spelt out in a saved folder
+        config = {k: v for k, v in self.scheduler.config.items() if k != "_use_default_values"}
+        ddim = DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
+        ddim.set_timesteps(sampling.steps)
+        text, guided, x = self.text(prompts), sampling.guidance != 1, latents
+        both = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text]) if guided else text
+        for t in ddim.timesteps:
+            guess = self.predict(torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both)
+            if guided:
+                free, asked = guess.chunk(2)
+                guess = free + sampling.guidance * (asked - free)
+            x = ddim.step(guess, t, x).prev_sample
+        return x
+
+    def _negative(self, prompt: str) -> Text:
+        text = self.text([prompt])
+        if prompt or not self.zero_negative or text.pooled is None:
+            return text
+        return Text(torch.zeros_like(text.hidden), torch.zeros_like(text.pooled))
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32) -> Tensor:
+        """uint8 pictures [n, 3, s, s] of `sample`, ``batch`` at a time, on the CPU."""
         found = []
         for start in range(0, len(prompts), batch):
-            some = list(prompts[start : start + batch])
-            text = self.text(some)
-            guided = sampling.guidance != 1
-            both = Text.cat([self.text([sampling.negative] * len(some)), text]) if guided else text
-            x = latents[start : start + batch]
-            ddim.set_timesteps(sampling.steps)
-            for t in ddim.timesteps:
-                times = t.repeat(len(both)).to(x.device)
-                guess = self.predict(torch.cat([x, x]) if guided else x, times, both)
-                if guided:
-                    free, asked = guess.chunk(2)
-                    guess = free + sampling.guidance * (asked - free)
-                x = ddim.step(guess, t, x).prev_sample
-            found.append(self.to_images(x))
+            part = slice(start, start + batch)
+            found.append(self.to_images(self.sample(list(prompts[part]), latents[part], sampling)))
         return torch.cat(found)
 
     # ---- diffusers
 
     def pipeline(self) -> Any:
-        """The same weights as a diffusers pipeline."""
+        """The same weights (shared) as a diffusers pipeline with a scheduler of its own."""
         import diffusers
 
-        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "scheduler": self.scheduler}
+        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "scheduler": copy.deepcopy(self.scheduler)}
         for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):
             suffix = "" if i == 0 else f"_{i + 1}"
             parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
-        if not self.xl:
+        if self.xl:
+            parts |= {"force_zeros_for_empty_prompt": self.zero_negative, "add_watermarker": False}
+        else:
             parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return getattr(diffusers, self.pipeline_class)(**parts)
 

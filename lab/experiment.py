@@ -159,9 +159,10 @@ class Run:
     def finish(self, trackers: Trackers) -> Path:
         """Write the record, render the report, hand both to the trackers, print the summary."""
         body = self.record()
+        body["images"] = records.write_images(self.folder, records.images_of(self.scores))
         path = self.folder / "record.json"
         records.write(body, path)
-        report = render([body], self.folder / "report.html")
+        report = render([records.read(path)], self.folder / "report.html")
         trackers.finish(path, report)
         print(summary(body))
         print(f"report: {relative(report)}")

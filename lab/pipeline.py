@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lab.activations import digest
 from lab.assemble import Parts
+from lab.cases import fingerprint
 from lab.errors import Diverged, UserError
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
-from lab.types import CONTROL, Case, FeatureModel, ScenarioData, Score, Scores, Task, Trajectory
+from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 
@@ -42,6 +46,7 @@ class Pipeline:
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
+        self._last: tuple[tuple[int, str], Model] | None = None
         self._data: dict[int, ScenarioData] = {}
         self._identity: dict[tuple[int, str], dict[str, str]] = {}
         self.data_hash: dict[str, str] = {}
@@ -59,19 +64,19 @@ class Pipeline:
             self.notes.update(dict.fromkeys(loaded.notes))
         return self._data[seed]
 
-    def original(self, case: Case, seed: int) -> FeatureModel:
-        return self.parts.backbone.build(case, seed)
+    def original(self, case: AnyCase, seed: int) -> Model:
+        """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last one is kept."""
+        if self._last is None or self._last[0] != (seed, case.name):
+            built = self.parts.backbone.build(case, seed)
+            self._last = ((seed, case.name), self.parts.eraser.obj(built, case, seed=seed))
+        model = self._last[1]
+        return model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
 
-    def identity(self, case: Case, seed: int) -> dict[str, str]:
+    def identity(self, case: AnyCase, seed: int) -> dict[str, str]:
         """Hashes of the case's data and of θ_0."""
         if (seed, case.name) not in self._identity:
-            tensors = [t for task in case.tasks for split in (task.train, task.test) for t in (split.x, split.y)]
-            roles = ",".join(f"{t.name}:{t.role}:{t.kind}:{t.classes}" for t in case.tasks)
             state = self.original(case, seed).state_dict()
-            self._identity[seed, case.name] = {
-                "data": stage_key(roles=roles, tensors=digest(*tensors)),
-                "weights": digest(*state.values()),
-            }
+            self._identity[seed, case.name] = {"data": fingerprint(case), "weights": digest(*state.values())}
         return self._identity[seed, case.name]
 
     def weight_hash(self) -> dict[str, str]:
@@ -83,7 +88,7 @@ class Pipeline:
 
     # ---- stages
 
-    def immunize_cell(self, arm: str, case: Case, seed: int) -> Cell:
+    def immunize_cell(self, arm: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.arms[arm]
         upstream = {"case": self.identity(case, seed), "backbone": self.parts.backbone_identity}
         key = stage_key(part=part.identity, seed=seed, **upstream)
@@ -116,7 +121,7 @@ class Pipeline:
 
         return Cell("immunize", key, {"arm": arm, "case": case.name, "seed": seed}, compute)
 
-    def attack_cell(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Cell:
+    def attack_cell(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Cell:
         part = self.parts.attacks[attack]
         upstream = self.immunize_cell(arm, case, seed).key
         key = stage_key(
@@ -127,7 +132,8 @@ class Pipeline:
             model = self.model(arm, case, seed)
             found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
             values = {"steps": found.steps, "values": found.values, "status": found.status, "info": found.info}
-            return Artifact(values, found.weights)
+            samples = {f"samples/{family}": pictures for family, pictures in found.samples.items()}
+            return Artifact(values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples})
 
         label = {"arm": arm, "case": case.name, "seed": seed, "attack": attack, "task": task.name}
         return Cell("attack", key, label, compute)
@@ -139,7 +145,13 @@ class Pipeline:
             upstream += [cell.key for cell in self.attack_cells()]
 
         def compute(_: StageCheckpoint) -> Artifact:
-            return Artifact(dataclasses.asdict(part.obj(self)))
+            scores = part.obj(self)
+            grids = {
+                name: {"rows": grid.rows, "columns": grid.columns, "caption": grid.caption}
+                for name, grid in scores.images.items()
+            }
+            values = dataclasses.asdict(dataclasses.replace(scores, images={})) | {"images": grids}
+            return Artifact(values, {name: grid.images for name, grid in scores.images.items()})
 
         return Cell("eval", stage_key(part=part.identity, upstream=upstream), {"attack": metric}, compute)
 
@@ -165,28 +177,39 @@ class Pipeline:
         """Seeds with at least one case that did not diverge."""
         return tuple(seed for seed in self.parts.seeds if self.cases(seed))
 
-    def cases(self, seed: int) -> tuple[Case, ...]:
+    def cases(self, seed: int) -> tuple[AnyCase, ...]:
         return tuple(c for c in self.data(seed).cases if (c.name, seed) not in self.diverged)
 
     def _read(self, cell: Cell) -> Artifact:
         artifact, _ = self.store.get(cell.stage, cell.key, cell.compute)
         return artifact
 
-    def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
+    def model(self, arm: str, case: AnyCase, seed: int) -> Model:
         model = self.original(case, seed)
         tensors = self._read(self.immunize_cell(arm, case, seed)).tensors
         model.load_state_dict({**model.state_dict(), **tensors})
         return model
 
-    def history(self, case: Case, seed: int) -> dict[str, list[float]]:
+    def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
         return self._read(self.immunize_cell(self.immunizer, case, seed)).values["history"]
 
-    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+    def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory:
         found = self._read(self.attack_cell(arm, attack, case, task, seed))
-        return Trajectory(weights=found.tensors, **found.values)
+        parts: dict[str, Any] = {"weights": {}, "samples": {}}
+        for name, tensor in found.tensors.items():
+            part, _, rest = name.partition("/")
+            parts[part][rest] = tensor
+        return Trajectory(**parts, **found.values)
 
     def scores(self, metric: str) -> Scores:
-        found = self._read(self.eval_cell(metric)).values
+        artifact = self._read(self.eval_cell(metric))
+        found = artifact.values
         return Scores(
-            {name: Score(**item) for name, item in found["metrics"].items()}, found["curves"], found["tables"]
+            {name: Score(**item) for name, item in found["metrics"].items()},
+            found["curves"],
+            found["tables"],
+            {
+                name: ImageGrid(artifact.tensors[name], tuple(g["rows"]), tuple(g["columns"]), g["caption"])
+                for name, g in found["images"].items()
+            },
         )

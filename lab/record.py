@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 import jsonschema
 
 from lab.errors import UserError
+from lab.images import png
 from lab.store import write_atomically
-from lab.types import Scores
+from lab.types import ImageGrid, Scores
 
-SCHEMA_VERSION = "1.0"
+SCHEMA_VERSION = "1.1"  # 1.1 has ``images``
+READABLE = ("1.0", "1.1")
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 _VOLATILE_CONFIG = ("paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name")
@@ -37,8 +40,9 @@ def validate(record: Record, source: str) -> None:
         UserError: names the first violation and, for another version, what to do.
     """
     version = record.get("schema")
-    if version != SCHEMA_VERSION:
-        raise UserError("records", source, f"has schema {version!r}, not {SCHEMA_VERSION!r}: run it again.")
+    if version not in READABLE:
+        told = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
+        raise UserError("records", source, told)
     error = jsonschema.exceptions.best_match(_validator().iter_errors(record))
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
@@ -75,6 +79,40 @@ def scores_json(scores: Iterable[Scores]) -> dict[str, Any]:
     return out
 
 
+def images_of(scores: Iterable[Scores]) -> dict[str, ImageGrid]:
+    """The pictures of several metric families as one mapping.
+
+    Raises:
+        ValueError: two families use one name.
+    """
+    out: dict[str, ImageGrid] = {}
+    for family in scores:
+        for name, picture in family.images.items():
+            if name in out:
+                raise ValueError(f"two metric families write images.{name}")
+            out[name] = picture
+    return out
+
+
+def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[str, str]]:
+    """Write each picture to ``folder/images/NAME.png``; returns a record's ``images``, paths relative to ``folder``.
+
+    Raises:
+        ValueError: a name that is no snake case.
+    """
+    out = {}
+    for name, picture in images.items():
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            raise ValueError(f"image {name!r}: names are snake case")
+        data, path = png(picture), Path("images") / f"{name}.png"
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / path, data)
+        out[name] = {
+            "path": path.as_posix(), "caption": picture.caption, "sha256": hashlib.sha256(data).hexdigest()
+        }  # fmt: skip
+    return out
+
+
 def content_hash(record: Record) -> str:
     """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
     config = {k: v for k, v in record["config"].items() if k not in _VOLATILE_CONFIG}
@@ -82,6 +120,10 @@ def content_hash(record: Record) -> str:
     kept = ("schema", "status", "scenario", "backbone", "immunizer", "attacks", "seeds", "metrics", "curves", "tables")
     body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {"config": config, "cells": cells}
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
+    if "images" in record:  # absent in 1.0, whose hashes stay as they are
+        body["images"] = {
+            name: {k: v for k, v in image.items() if k != "path"} for name, image in record["images"].items()
+        }
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -93,7 +135,15 @@ def write(record: Record, path: Path) -> None:
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
-def read(path: Path) -> Record:
+class Stored(dict[str, Any]):
+    """A record that was read, with the ``folder`` that its pictures lie below."""
+
+    def __init__(self, content: Record, folder: Path) -> None:
+        super().__init__(content)
+        self.folder = folder
+
+
+def read(path: Path) -> Stored:
     """Read and validate one record; its content hash must match its content.
 
     Raises:
@@ -106,7 +156,7 @@ def read(path: Path) -> Record:
     validate(record, str(path))
     if content_hash(record) != record["content_hash"]:
         raise UserError("records", path, "was altered after it was written (content_hash does not match).")
-    return record
+    return Stored(record, path.parent)
 
 
 def find(places: Iterable[str], default: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -217,6 +217,13 @@ class FeatureModel(nn.Module):
         return self.run(self.inputs(x))
 
 
+# A `FeatureModel` with its `Case`, or a `lab.diffusion.DiffusionModel` with its `ConceptCase`: each part says in
+# ``accepts`` which of the two it takes, and `lab.assemble.check_fit` holds it to that before anything runs.
+Model: TypeAlias = Any
+AnyCase: TypeAlias = Any
+AnyTask: TypeAlias = Any
+
+
 @runtime_checkable
 class Backbone(Protocol):
     """Builds the original model θ_0 for a case. Called again, it returns an equal, independent model."""
@@ -224,7 +231,17 @@ class Backbone(Protocol):
     name: str
     kind: Kind
 
-    def build(self, case: Case, seed: int) -> FeatureModel: ...
+    def build(self, case: AnyCase, seed: int) -> Model: ...
+
+
+@runtime_checkable
+class Eraser(Protocol):
+    """Takes ``case.erased`` out of a model before the experiment starts; returns new weights, input untouched."""
+
+    name: str
+    accepts: ClassVar[frozenset[Kind]]
+
+    def __call__(self, model: Model, case: AnyCase, *, seed: int) -> Model: ...
 
 
 class Checkpoint(Protocol):
@@ -253,9 +270,7 @@ class Immunizer(Protocol):
     name: str
     accepts: ClassVar[frozenset[Kind]]
 
-    def __call__(
-        self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
-    ) -> FeatureModel: ...
+    def __call__(self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log) -> Model: ...
 
 
 @dataclass(frozen=True)
@@ -322,7 +337,7 @@ class Attacker(Protocol):
     accepts: ClassVar[frozenset[Kind]]
 
     def __call__(
-        self, model: FeatureModel, task: Task, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+        self, model: Model, task: AnyTask, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
     ) -> Trajectory: ...
 
 
@@ -345,17 +360,28 @@ class Score:
     unit: str = ""
 
 
+@dataclass(frozen=True)
+class ImageGrid:
+    """Pictures uint8 [rows, columns, 3, s, s] with a label for every row and column."""
+
+    images: Tensor
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    caption: str = ""
+
+
 @dataclass
 class Scores:
     """What a metric returns.
 
     ``curves``: name → {"step": [...], arm: [...], "x": label, "y": label, "log": "x" | "y" | "xy" | ""};
-    ``tables``: name → list of flat rows (JSON-able).
+    ``tables``: name → list of flat rows (JSON-able); ``images``: name → a grid of pictures.
     """
 
     metrics: dict[str, Score] = field(default_factory=dict)
     curves: dict[str, dict[str, Any]] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    images: dict[str, ImageGrid] = field(default_factory=dict)
 
 
 class RunView(Protocol):
@@ -368,15 +394,15 @@ class RunView(Protocol):
     seeds: tuple[int, ...]
     budget: Budget
 
-    def cases(self, seed: int) -> tuple[Case, ...]: ...
+    def cases(self, seed: int) -> tuple[AnyCase, ...]: ...
 
-    def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
+    def model(self, arm: str, case: AnyCase, seed: int) -> Model:
         """θ_I for the immunizer's arm, θ_0 for the control arm."""
 
-    def history(self, case: Case, seed: int) -> dict[str, list[float]]:
+    def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
         """What the immunizer logged: ``step`` and one equally long list per quantity."""
 
-    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory: ...
+    def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory: ...
 
 
 @runtime_checkable

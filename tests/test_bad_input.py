@@ -162,8 +162,10 @@ def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
 
 
 def test_a_deep_attacker_checks_its_loss_too():
-    chosen = parts("attacks=[full_finetune]", "attacks.full_finetune.loss=cross_entropy", "eval=[conditioning]")
-    with pytest.raises(UserError, match=r"attacks\.full_finetune\.loss=cross_entropy"):
+    chosen = parts(
+        "attacks=[extractor_full_finetune]", "attacks.extractor_full_finetune.loss=cross_entropy", "eval=[conditioning]"
+    )
+    with pytest.raises(UserError, match=r"attacks\.extractor_full_finetune\.loss=cross_entropy"):
         check_cases(chosen, (linear_case(),))
     check_cases(chosen, (image_case(),))
 

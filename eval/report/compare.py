@@ -18,10 +18,10 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     both intervals across seeds and a difference whose interval excludes zero.
 
     Raises:
-        UserError: records of different schema versions or scenarios.
+        UserError: records of different schemas (their minor version does not matter) or scenarios.
     """
     for key in ("schema", "scenario"):
-        if a[key] != b[key]:
+        if a[key] != b[key] and not (key == "schema" and _major(a) == _major(b)):
             raise UserError(
                 "records", f"{a[key]} and {b[key]}", f"have different {key}s; compare two records of one {key}."
             )
@@ -43,6 +43,10 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         "only_a": [n for n in a["metrics"] if n not in b["metrics"]],
         "only_b": [n for n in b["metrics"] if n not in a["metrics"]],
     }
+
+
+def _major(record: Record) -> str:
+    return str(record["schema"]).split(".")[0]
 
 
 def _identity(record: Record) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from typing import Any
 from markupsafe import Markup
 
 from eval.aggregate import slug
-from eval.report.plots import Line, heat_map, lines_plot
-from eval.report.words import Record, figure
+from eval.report.charts import heat_map
+from eval.report.plots import Line, line_of, lines_plot, series_of, usable
+from eval.report.words import Record, figure, heading
 from lab.types import CONTROL
 
-_META = ("step", "x", "y", "log")
+# curves of text-to-image runs: those that decide, in this order
+_GENERATED = ("asr", "asr_benign", "msgr_", "mrsgr_", "sgr_benign_")
 _CONDITION = {
     "rir_bound_ratio": "RIR as a share of its bound",
     "rir": "Relative immunization ratio (RIR)",
@@ -32,19 +34,34 @@ Shown = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
 
 
 def _lines(name: str, records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Line]:
-    """The control once (it is the same in all records), then the immunized arm of every record."""
+    """The control once (it is the same in all records), then the immunized arm of every record.
+
+    Series that are no arm (a concept, a task) keep their own names and colours.
+    """
     out: list[Line] = []
     for record, label in zip(records, labels, strict=True):
         curve = record["curves"].get(name)
         if curve is None:
             continue
-        for arm, values in curve.items():
-            if arm in _META or not isinstance(values, list):
-                continue
+        arms = series_of(curve)
+        others = [arm for arm in arms if arm not in (CONTROL, record["immunizer"])]
+        for arm in arms:
             if arm == CONTROL and any(line.index == 0 for line in out):
                 continue
-            out.append(Line(label, 0 if arm == CONTROL else index[label], curve["step"], values))
+            if arm in others and len(arms) > 1:
+                out.append(line_of(curve, arm, _own(label, arm, records), 1 + len(out)))
+            else:
+                out.append(line_of(curve, arm, label, 0 if arm == CONTROL else index[label]))
     return out
+
+
+def _own(label: str, series: str, records: Sequence[Record]) -> str:
+    return series if len(records) == 1 else f"{label}: {series}"
+
+
+def _legend(lines: Sequence[Line], labels: Sequence[str]) -> bool:
+    """Whether a plot has series that the legend of the page does not name."""
+    return any(line.label not in labels for line in lines)
 
 
 def _curve(name: str, records: Sequence[Record]) -> dict[str, Any]:
@@ -100,15 +117,37 @@ def trajectories(
                     # the first quantity of an attack decides: norm ratio, else accuracy, else loss
                     (main if quantity == found[0] else more).append({"title": title, "svg": svg, "note": ""})
             names = [n for n in names if n not in [p[1] for p in pair]]
-    for name in names:
-        curve = _curve(name, records)
+    for name in sorted(names, key=_rank):  # stable: others keep their order
+        curve, lines, generated = (
+            _curve(name, records),
+            _lines(name, records, labels, index),
+            _rank(name) < len(_GENERATED),
+        )
         svg = lines_plot(
-            _lines(name, records, labels, index), title=name, x=str(curve.get("x", "step")),
-            y=str(curve.get("y", name)), log=curve.get("log", ""),
+            lines, title=heading(name), x=str(curve.get("x", "step")), y=str(curve.get("y", name)),
+            log=curve.get("log", ""), legend=_legend(lines, labels),
+            mark=_horizon(records) if _attack_steps(curve) else None,
+            reference=0.0 if "sgr_" in name and "y" not in curve.get("log", "") else None,
         )  # fmt: skip
         if svg:
-            more.append({"title": name, "svg": svg, "note": ""})
+            (main if generated else more).append({"title": heading(name), "svg": svg, "note": ""})
     return main, more
+
+
+def _attack_steps(curve: dict[str, Any]) -> bool:
+    return "attack" in str(curve.get("x", ""))
+
+
+def _rank(name: str) -> int:
+    """Place of a curve of generations among those that decide; every other comes after them."""
+    found = (i for i, n in enumerate(_GENERATED) if name == n or (n.endswith("_") and name.startswith(n)))
+    return next(found, len(_GENERATED))
+
+
+def has_bands(records: Sequence[Record]) -> bool:
+    """Whether any curve has an interval around it."""
+    return any(len(series_of(c)) < sum(isinstance(v, list) for v in c.values()) - 1
+               for r in records for c in r["curves"].values())  # fmt: skip
 
 
 def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, float] | None:
@@ -125,7 +164,8 @@ def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, fl
 
 
 def _limits(lines: Sequence[Line], log: str) -> tuple[float, float] | None:
-    values = [v for line in lines for v in line.y if v is not None and math.isfinite(v) and (v > 0 or "y" not in log)]
+    drawn = [v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part]
+    values = [v for v in drawn if v is not None and usable(v, "y" in log)]
     if not values or min(values) == max(values):
         return None
     low, high = min(values), max(values)

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from eval.report import leaderboard as board
-from eval.report.figures import comparison_curves, heat_maps, spectra, trajectories
+from eval.report.charts import swatch
+from eval.report.figures import comparison_curves, has_bands, heat_maps, spectra, trajectories
+from eval.report.options import by_option, transfer
+from eval.report.outcomes import outcome
 from eval.report.page import page
-from eval.report.plots import swatch
-from eval.report.words import Record, outcome
+from eval.report.pictures import pictures
+from eval.report.words import Record
 from lab.store import write_atomically
 from lab.types import CONTROL
 
-_PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict")  # tables that are shown elsewhere
+_PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")  # tables that are shown elsewhere
 _ROWS = 200  # of a table in the page; the record holds all
 
 
@@ -25,7 +28,8 @@ def render(records: Sequence[Record], out: Path) -> Path:
     """Write the report of ``records`` to ``out`` and return its path.
 
     Args:
-        records: one or more; they are grouped by scenario and backbone, since only those are comparable.
+        records: one or more; they are grouped by scenario and backbone, since only those are comparable. Pictures of a
+            record that `lab.record.read` gave are looked for beside it, those of any other beside ``out``.
 
     Raises:
         ValueError: there are no records.
@@ -34,18 +38,18 @@ def render(records: Sequence[Record], out: Path) -> Path:
         raise ValueError("a report needs at least one record")
     groups = board.groups(records)
     sections = [
-        _section(f"{scenario} on {backbone}", f"s{i}", found)
+        _section(f"{scenario} on {backbone}", f"s{i}", found, out.parent)
         for i, ((scenario, backbone), found) in enumerate(groups.items())
     ]
     names = list(dict.fromkeys(r["name"].split("/")[0] for r in records))
     title = f"Model immunization: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = page("report.html", title=title, sections=sections, legend=board.LEGEND, count=len(records))
+    text = page("report.html", title=title, sections=sections, footnote=board.LEGEND, count=len(records))
     write_atomically(out, text.encode())
     return out
 
 
-def _section(title: str, anchor: str, records: list[Record]) -> dict[str, Any]:
+def _section(title: str, anchor: str, records: list[Record], folder: Path) -> dict[str, Any]:
     labels = board.labels(records)
     index, shown = {}, 0
     for record, label in zip(records, labels, strict=True):
@@ -61,6 +65,11 @@ def _section(title: str, anchor: str, records: list[Record]) -> dict[str, Any]:
         "runs": [_run(r, label, f"{anchor}-{i}") for i, (r, label) in enumerate(zip(records, labels, strict=True))],
         "boards": board.boards(board.leaderboard(records)),
         "legend": legend,
+        "pictures": pictures(records, labels, folder),
+        "options": by_option(records),
+        "transfer": transfer(records, labels),
+        "bands": has_bands(records),
+        "generated": any("msgr_clip" in r["metrics"] or "asr" in r["metrics"] for r in records),
         "curves": comparison_curves(records, labels, index),
         "trajectories": main,
         "more_trajectories": more,

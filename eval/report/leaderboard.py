@@ -4,37 +4,67 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
+from eval.report.outcomes import outcome
 from eval.report.page import page
-from eval.report.words import ARROWS, UNMEASURED, Record, measured, outcome, support
+from eval.report.words import ARROWS, UNMEASURED, Record, heading, measured, support
 from lab.types import CONTROL
 
-# column → heading; the worst case over attackers comes first
-COLUMNS = {
-    "verdict": "verdict",
-    "slowdown_harmful_worst": "harmful slowdown, worst attacker",
-    "slowdown_benign_worst": "benign slowdown, worst attacker",
-    "slowdown_relative_worst": "harmful ÷ benign slowdown",
-    "slowdown_loss_harmful_worst": "harmful slowdown by loss",
-    "slowdown_loss_benign_worst": "benign slowdown by loss",
-    "sgrc_harmful_worst": "harmful accuracy lost (SGRC)",
-    "sgrc_benign_worst": "benign accuracy lost (SGRC)",
-    "rir": "RIR",
-    "rir_bound_ratio": "RIR ÷ bound",
-    "rir_above_one": "share of cases with RIR > 1",
-    "kappa_harmful_ratio": "κ harmful, after ÷ before",
-    "kappa_benign_ratio": "κ benign, after ÷ before",
-    "rir_ridge": "RIR (ridge κ)",
-    "rir_release": "RIR (released κ)",
-}
-_HOLDING = ("slowdown_harmful_worst", "sgrc_harmful_worst", "rir")
-_FAILING = ("slowdown_relative_worst", "rir")  # not the harmful side alone: a destroyed model would lead
+# in this order; the worst case over attackers comes first, the benign side after the harmful one
+COLUMNS = (
+    "verdict",
+    "slowdown_harmful_worst",
+    "slowdown_benign_worst",
+    "slowdown_relative_worst",
+    "slowdown_loss_harmful_worst",
+    "slowdown_loss_benign_worst",
+    "sgrc_harmful_worst",
+    "sgrc_benign_worst",
+    "rir",
+    "rir_bound_ratio",
+    "rir_above_one",
+    "kappa_harmful_ratio",
+    "kappa_benign_ratio",
+    "rir_ridge",
+    "rir_release",
+    "msgr_clip",
+    "mrsgr_clip",
+    "asr",
+    "asr_control",
+    "steps_to_relearn_ratio",
+    "steps_to_relearn_ratio_worst",
+    "benign_steps_ratio",
+    "sgr_benign_clip",
+    "utility_clip_drift",
+    "utility_detection_drop",
+)
+# metrics of text-to-image runs by other judges and of other utilities, where somebody has them; not those of a longer
+# horizon, of one arm or of other prompts (msgr_clip_2x, …_control, …_reworded), which the table of all metrics has
+_MORE = re.compile(r"(msgr|mrsgr|sgr_benign)_[a-z0-9_]+|utility_[a-z0-9_]+_drift")
+_NOT_MORE = re.compile(r".*_(control|auc|legacy|\d+x)")
+_HOLDING = (
+    "slowdown_harmful_worst",
+    "sgrc_harmful_worst",
+    "rir",
+    "steps_to_relearn_ratio_worst",
+    "msgr_clip",
+)
+_FAILING = ("slowdown_relative_worst", "rir", "mrsgr_clip")  # not the harmful side alone: a destroyed model would lead
 _SILENT = {"paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name", "experiment_name"}
 
 Row = dict[str, Any]
+
+
+def columns(names: Iterable[str]) -> list[str]:
+    """Those metrics of ``names`` that a table shows, in its order."""
+    known = set(names)
+    more = {n for n in known - set(COLUMNS) if _MORE.fullmatch(n) and not _NOT_MORE.fullmatch(n)}
+    more = {n for n in more if not any(n.startswith(f"{m}_") for m in known - {n})}
+    return [c for c in COLUMNS if c in known] + sorted(more)
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -86,7 +116,7 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
     for (scenario, backbone), found in groups(records).items():
         group = []
         for record, label in zip(found, labels(found), strict=True):
-            metrics = {k: record["metrics"][k] for k in COLUMNS if k in record["metrics"]}
+            metrics = {k: record["metrics"][k] for k in columns(record["metrics"])}
             group.append(
                 {
                     "scenario": scenario, "backbone": backbone, "label": label, "immunizer": record["immunizer"],
@@ -120,7 +150,7 @@ def _key(row: Row) -> tuple[float, ...]:
 def _mark_best(group: list[Row]) -> None:
     """Best figure of each column among complete runs; where verdicts were passed, only among those that hold."""
     group = [r for r in group if _value(r, "verdict") != 0 and not _partly(r)]
-    for name in COLUMNS:
+    for name in columns(n for r in group for n in r["metrics"]):
         cells = [(r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"]
         cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
         if len(cells) > 1:
@@ -137,7 +167,7 @@ def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[Row]]]:
     for row in rows:
         found.setdefault(f"{row['scenario']} on {row['backbone']}", []).append(row)
     for title, group in found.items():
-        yield title, [c for c in COLUMNS if any(c in r["metrics"] for r in group)], group
+        yield title, columns(n for r in group for n in r["metrics"]), group
 
 
 def direction(column: str, rows: Sequence[Row]) -> str:
@@ -171,8 +201,8 @@ LEGEND = (
 def to_markdown(rows: Sequence[Row]) -> str:
     """One Markdown table per scenario and backbone."""
     parts = []
-    for title, columns, group in sections(rows):
-        head = ["#", "immunizer", "outcome", *(f"{COLUMNS[c]} {direction(c, group)}" for c in columns), "seeds"]
+    for title, shown, group in sections(rows):
+        head = ["#", "immunizer", "outcome", *(f"{heading(c)} {direction(c, group)}" for c in shown), "seeds"]
         first = headline(group)
         lines = [
             f"### {_md(title)}",
@@ -182,8 +212,8 @@ def to_markdown(rows: Sequence[Row]) -> str:
             f"|{'---|' * len(head)}",
         ]
         for row in group:
-            cells = [_md(cell(row, c)) for c in columns]
-            cells = [f"**{t}**" if c in row["best"] else t for c, t in zip(columns, cells, strict=True)]
+            cells = [_md(cell(row, c)) for c in shown]
+            cells = [f"**{t}**" if c in row["best"] else t for c, t in zip(shown, cells, strict=True)]
             rank = str(row["rank"] or "–")
             lines.append(f"| {' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} |")
         parts.append("\n".join(lines))
@@ -196,14 +226,14 @@ def _md(text: str) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """One line per row, full precision, with low, high, n and kind of interval for every figure."""
-    columns = [c for c in COLUMNS if any(c in r["metrics"] for r in rows)]
+    shown = columns(n for r in rows for n in r["metrics"])
     head = ["rank", "scenario", "backbone", "immunizer", "label", "status", "outcome", "seeds"]
     parts = ("value", "low", "high", "n", "interval")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*head, *(c if p == "value" else f"{c}_{p}" for c in columns for p in parts)])
+    writer.writerow([*head, *(c if p == "value" else f"{c}_{p}" for c in shown for p in parts)])
     for row in rows:
-        figures = [(row["metrics"].get(c) or {}).get(p) for c in columns for p in parts]
+        figures = [(row["metrics"].get(c) or {}).get(p) for c in shown for p in parts]
         writer.writerow([_csv(row[h]) for h in head] + ["" if f is None else f for f in figures])
     return out.getvalue()
 
@@ -230,7 +260,7 @@ def headline(group: Sequence[Row]) -> str:
     if name is None:
         return f"{first['label']} comes first of {len(ranked)} immunizers."
     a, b = first["metrics"][name], second["metrics"][name]
-    text = f"{first['label']} comes first of {len(ranked)}: {COLUMNS[name]} {measured(a)}"
+    text = f"{first['label']} comes first of {len(ranked)}: {heading(name)} {measured(a)}"
     text += f", before {second['label']} with {measured(b)}"
     if _partly(second):
         return f"{text}, which diverged on part of the run."
@@ -249,15 +279,15 @@ def _value(row: Row, name: str) -> float | None:
 def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """What the templates need: per scenario and backbone a title, headings and rows of (text, is best)."""
     out = []
-    for title, columns, group in sections(rows):
+    for title, shown, group in sections(rows):
         lines = [
             {
                 "rank": row["rank"] or "–", "label": row["label"], "outcome": row["outcome"], "status": row["status"],
-                "cells": [(cell(row, c), c in row["best"]) for c in columns], "seeds": sound(row),
+                "cells": [(cell(row, c), c in row["best"]) for c in shown], "seeds": sound(row),
                 "control": row["immunizer"] == CONTROL,
             } for row in group
         ]  # fmt: skip
-        heads = [(COLUMNS[c], direction(c, group)) for c in columns]
+        heads = [(heading(c), direction(c, group)) for c in shown]
         out.append({"title": title, "heads": heads, "rows": lines, "headline": headline(group)})
     return out
 

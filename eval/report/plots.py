@@ -20,7 +20,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from eval.report.words import figure as number
@@ -63,21 +62,49 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass
 class Line:
-    """One series: ``index`` chooses colour, dash and marker (0 = control)."""
+    """One series: ``index`` chooses colour, dash and marker (0 = control); ``low`` and ``high`` bound a band."""
 
     label: str
     index: int
     x: Sequence[float]
     y: Sequence[float | None]
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+
+
+def usable(value: float | None, log: bool) -> bool:
+    """Whether a value can be drawn, on a logarithmic axis if ``log``."""
+    return value is not None and math.isfinite(value) and (value > 0 or not log)
 
 
 def _finite(line: Line, log: bool) -> tuple[list[float], list[float]]:
-    pairs = [
-        (x, y)
-        for x, y in zip(line.x, line.y, strict=True)
-        if x is not None and y is not None and math.isfinite(y) and (y > 0 or not log)
+    pairs = [(x, y) for x, y in zip(line.x, line.y, strict=True) if x is not None and usable(y, log)]
+    return [p[0] for p in pairs], [p[1] for p in pairs if p[1] is not None]
+
+
+def band(line: Line, log: bool) -> tuple[list[float], list[float], list[float]]:
+    """x, low and high where both ends can be drawn; empty without a band."""
+    if line.low is None or line.high is None:
+        return [], [], []
+    rows = [
+        (x, low, high)
+        for x, low, high in zip(line.x, line.low, line.high, strict=True)
+        if x is not None and usable(low, log) and usable(high, log)
     ]
-    return [p[0] for p in pairs], [p[1] for p in pairs]
+    return [r[0] for r in rows], [r[1] for r in rows if r[1] is not None], [r[2] for r in rows if r[2] is not None]
+
+
+def series_of(curve: dict[str, Any]) -> list[str]:
+    """Names of a curve's series; ``NAME:low`` and ``NAME:high`` are the band of NAME, no series of their own."""
+    names = [k for k, v in curve.items() if isinstance(v, list) and k != "step"]
+    return [n for n in names if not (n.endswith((":low", ":high")) and n.rpartition(":")[0] in names)]
+
+
+def line_of(curve: dict[str, Any], name: str, label: str, index: int) -> Line:
+    """Series ``name`` of a record's curve with its band, where it has one of the same length."""
+    low, high = (curve.get(f"{name}:{end}") for end in ("low", "high"))
+    whole = all(isinstance(v, list) and len(v) == len(curve["step"]) for v in (low, high))
+    return Line(label, index, curve["step"], curve[name], *((low, high) if whole else (None, None)))
 
 
 def lines_plot(
@@ -90,16 +117,18 @@ def lines_plot(
     reference: float | None = None,
     mark: tuple[float, str] | None = None,
     limits: tuple[float, float] | None = None,
+    legend: bool = False,
 ) -> Markup:
-    """Series over x; an empty string where nothing can be drawn.
+    """Series over x with their bands; an empty string where nothing can be drawn.
 
     Args:
         reference: a thin horizontal line. mark: (x, text) of a thin vertical line. limits: of the y axis.
+        legend: inside the plot, for series that the page's legend does not have.
     """
     drawn = _drawable(lines, log)
     if not drawn:
         return Markup("")
-    fig, axes = _axes(4.4, 2.75, PLACEHOLDERS)
+    fig, axes = new_axes(4.4, 2.75, PLACEHOLDERS)
     _draw(axes, drawn, x, y, log, limits, PLACEHOLDERS)
     if reference is not None:
         axes.axhline(reference, color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.6)
@@ -107,21 +136,23 @@ def lines_plot(
         axes.axvline(mark[0], color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2)))
         axes.annotate(mark[1], (mark[0], 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0),
                       textcoords="offset points", va="top", color=PLACEHOLDERS.ink, fontsize=8)  # fmt: skip
-    return _svg(fig, f"{title}: {y} against {x}")
+    if legend:
+        axes.legend(frameon=False, labelcolor=PLACEHOLDERS.ink, fontsize=8)
+    return to_svg(fig, f"{title}: {y} against {x}")
 
 
 def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
     """One curve of a record as a picture with a legend, on white, for dashboards; returns ``path``."""
-    arms = [k for k, v in curve.items() if isinstance(v, list) and k != "step"]
+    arms = series_of(curve)
     numbers = {arm: 0 if arm == CONTROL else i for i, arm in enumerate((a for a in arms if a != CONTROL), start=1)}
-    lines = [Line(arm, numbers.get(arm, 0), curve["step"], curve[arm]) for arm in arms]
+    lines = [line_of(curve, arm, arm, numbers.get(arm, 0)) for arm in arms]
     log = curve.get("log", "")
-    fig, axes = _axes(6.4, 4.0, PAPER)
+    fig, axes = new_axes(6.4, 4.0, PAPER)
     fig.patch.set(facecolor="white", alpha=1)
     _draw(axes, _drawable(lines, log), curve.get("x", "step"), curve.get("y", name), log, None, PAPER)
     if axes.lines:
         axes.legend(frameon=False)
-    axes.set_title(_plain(name))
+    axes.set_title(plain(name))
     FigureCanvasAgg(fig)
     fig.savefig(path, format="png", dpi=110)
     return path
@@ -141,24 +172,32 @@ def _draw(
     limits: tuple[float, float] | None,
     palette: Palette,
 ) -> None:
+    values: list[float] = []
     for line, xs, ys in drawn:
         i = line.index % len(palette.series)
+        where, low, high = band(line, "y" in log)
+        if where:
+            axes.fill_between(where, low, high, color=palette.series[i], alpha=0.16, linewidth=0, zorder=1)
+        values += [*ys, *low, *high]
         axes.plot(
             xs, ys, color=palette.series[i], linestyle=DASHES[i], marker=MARKERS[i], markersize=3.5, linewidth=1.7,
-            markevery=max(len(xs) // 8, 1), zorder=2 + i, label=_plain(line.label),
+            markevery=max(len(xs) // 8, 1), zorder=2 + i, label=plain(line.label),
         )  # fmt: skip
     if drawn:
-        _scale(axes, log, limits, [v for _, _, ys in drawn for v in ys], max(x for _, xs, _ in drawn for x in xs))
-    axes.set_xlabel(_plain(x))
-    axes.set_ylabel(_plain(y))
+        scale(axes, log, limits, values, [x for _, xs, _ in drawn for x in xs])
+    axes.set_xlabel(plain(x))
+    axes.set_ylabel(plain(y))
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A dollar sign would start a formula, and a broken one would stop the report."""
     return text.replace("$", r"\$")
 
 
-def _scale(axes: Axes, log: str, limits: tuple[float, float] | None, values: list[float], last: float) -> None:
+def scale(
+    axes: Axes, log: str, limits: tuple[float, float] | None, values: Sequence[float], steps: Sequence[float]
+) -> None:
+    """Axes that suit ``values`` (y) and ``steps`` (x), with readable numbers."""
     if "y" in log:
         axes.set_yscale("log")
         low, high = min(values), max(values)
@@ -172,8 +211,8 @@ def _scale(axes: Axes, log: str, limits: tuple[float, float] | None, values: lis
         if decades <= 0.9:
             axes.yaxis.set_major_locator(MaxNLocator(5))
     if "x" in log:
-        axes.set_xscale("symlog", linthresh=1.0)
-    elif last >= 1000:
+        _log_steps(axes, sorted(set(steps)))
+    elif max(steps) >= 1000:
         axes.xaxis.set_major_locator(MaxNLocator(5))
     if limits is not None:
         axes.set_ylim(*limits)
@@ -181,63 +220,29 @@ def _scale(axes: Axes, log: str, limits: tuple[float, float] | None, values: lis
         axis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
 
 
-def heat_map(
-    rows: Sequence[str], columns: Sequence[str], cells: dict[tuple[str, str], float], *, title: str, x: str, y: str
-) -> Markup:
-    """Values around 1 on a logarithmic scale, purple below and orange above (safe for colour-blind readers)."""
-    spread = max((abs(math.log10(v)) for v in cells.values() if v > 0), default=0.0) or 1.0
-    fig, axes = _axes(4.6, 4.1, PLACEHOLDERS)
-    axes.grid(False)
-    for i, row in enumerate(rows):
-        for j, column in enumerate(columns):
-            value = cells.get((row, column))
-            if value is None or value <= 0:
-                continue
-            colour = _diverging(math.log10(value) / spread)
-            axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor="none"))
-            dark = sum(w * int(colour[k : k + 2], 16) for w, k in ((0.30, 1), (0.59, 3), (0.11, 5))) < 140
-            size = 6.5 if len(columns) > 7 else 8
-            axes.text(
-                j, i, _short(value), ha="center", va="center", fontsize=size, color="#ffffff" if dark else "#111111"
-            )
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xticks(range(len(columns)), [_plain(c) for c in columns])
-    axes.set_yticks(range(len(rows)), [_plain(r) for r in rows])
-    axes.tick_params(length=0)
-    axes.set_xlabel(_plain(x))
-    axes.set_ylabel(_plain(y))
-    return _svg(fig, title)
+def _log_steps(axes: Axes, steps: Sequence[float]) -> None:
+    """Logarithmic from the first positive step on, linear between 0 and it; few steps are the ticks themselves."""
+    positive = [x for x in steps if x > 0]
+    if not positive:
+        return
+    zero = min(steps) <= 0
+    first, last = min(positive), max(positive)
+    if zero:
+        # half a decade for the way from 0 to the first step: it holds one point
+        axes.set_xscale("symlog", linthresh=first, linscale=0.5)
+    else:
+        axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if len(steps) <= 7:
+        axes.set_xticks(list(steps))
+    else:
+        decades = range(math.ceil(math.log10(first)), math.floor(math.log10(last)) + 1)
+        ticks = [10.0**d for d in decades]
+        axes.set_xticks([0.0, *ticks] if zero else ticks or [first, last])
 
 
-def _short(value: float) -> str:
-    if value >= 1000:
-        return f"{value / 1000:.0f}k" if value < 1e6 else number(value)
-    return f"{value:.0f}" if value >= 100 else f"{value:.2g}"
-
-
-def _diverging(position: float) -> str:
-    """Purple (-1) over near white (0) to orange (1)."""
-    ends = ((0x54, 0x27, 0x88), (0xF4, 0xF1, 0xF4), (0xB3, 0x58, 0x06))
-    left, right = (ends[1], ends[0]) if position < 0 else (ends[1], ends[2])
-    t = min(abs(position), 1.0)
-    return "#" + "".join(f"{round(a + (b - a) * t):02x}" for a, b in zip(left, right, strict=True))
-
-
-def swatch(index: int) -> Markup:
-    """A piece of the line of series ``index``, for legends in the page."""
-    i = index % len(SERIES)
-    dash = DASHES[i]
-    pattern = "" if not isinstance(dash, tuple) else ' stroke-dasharray="' + " ".join(str(2 * v) for v in dash[1]) + '"'
-    if dash == "dashdot":
-        pattern = ' stroke-dasharray="8 3 2 3"'
-    return Markup(
-        f'<svg class="swatch" viewBox="0 0 34 10" width="34" height="10" aria-hidden="true"><line x1="1" y1="5" x2="33"'
-        f' y2="5" stroke="var(--s{i})" stroke-width="3"{pattern}/></svg>'
-    )
-
-
-def _axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:
     with rc_context(_SETTINGS):
         fig = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasSVG(fig)
@@ -256,7 +261,7 @@ def _axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:
     return fig, axes
 
 
-def _svg(fig: Figure, title: str) -> Markup:
+def to_svg(fig: Figure, title: str) -> Markup:
     out = io.StringIO()
     with rc_context(_SETTINGS):
         fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})

@@ -5,8 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 
-from eval.report.leaderboard import COLUMNS
-from eval.report.words import ARROWS, Record, measured, outcome, support
+from eval.report.leaderboard import columns
+from eval.report.outcomes import outcome
+from eval.report.words import ARROWS, Record, heading, measured, support
 
 WIDTH = 100
 NOTE_WIDTH = 150
@@ -23,14 +24,14 @@ def summary(record: Record) -> str:
     ]
     for detail in found.details:
         lines += _wrap(detail, "    ")
-    shown = [n for n in COLUMNS if n in record["metrics"] and n != "verdict"]
+    shown = [n for n in columns(record["metrics"]) if n != "verdict"]
     if shown:
-        width = max(len(COLUMNS[n]) for n in shown)
+        width = max(len(heading(n)) for n in shown)
         lines.append("")
         for name in shown:
             metric = record["metrics"][name]
             value = measured(metric) if metric["value"] is not None else f"no value: {metric['note']}"
-            text = f"  {COLUMNS[name]:<{width}} {ARROWS[metric['better']]} {value}"
+            text = f"  {heading(name):<{width}} {ARROWS[metric['better']]} {value}"
             lines.append(text if len(text) <= WIDTH else text[: WIDTH - 2] + " …")
         lines.append(f"  {'':<{width}}   ({support(record['metrics'][shown[0]])})")
     lines += _remarks(record)

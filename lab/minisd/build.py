@@ -91,7 +91,7 @@ def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
     return found.input_ids
 
 
-def vae(widths: Widths, seed: int) -> nn.Module:
+def vae(widths: Widths, seed: int) -> Any:
     """64 × 64 pixels to 16 × 16 × 4 latents."""
     from diffusers import AutoencoderKL
 
@@ -109,7 +109,7 @@ def vae(widths: Widths, seed: int) -> nn.Module:
     )
 
 
-def unet(widths: Widths, seed: int) -> nn.Module:
+def unet(widths: Widths, seed: int) -> Any:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(derive(seed, "unet", "init"))
@@ -126,7 +126,7 @@ def unet(widths: Widths, seed: int) -> nn.Module:
     )
 
 
-def text_encoder(widths: Widths, vocabulary: int, seed: int) -> nn.Module:
+def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
     """A `CLIPTextModel` whose last two token ids are start and end."""
     from transformers import CLIPTextConfig, CLIPTextModel
 

@@ -122,8 +122,8 @@ def train(
     if found is not None:
         state.restore(found[0])
         first = int(found[1]["step"])
-        for row, values in found[1]["log"]:
-            log(row, **values)
+        for row, earlier in found[1]["log"]:
+            log(row, **earlier)
     rows: list[tuple[int, dict[str, float]]] = list(found[1]["log"]) if found is not None else []
     model.train()
     for number_ in progress(range(first, schedule.steps), label, schedule.steps - first):

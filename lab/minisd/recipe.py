@@ -1,4 +1,4 @@
-"""`python run.py experiment=train_minisd`: from a seed to a folder in diffusers layout with its training record.
+"""From a seed to MiniSD and its judges: the stages of `python run.py experiment=train_minisd`.
 
 Every network is one stage of the cache (`lab.store`), so that a killed training continues at its last checkpoint
 and a finished one is not repeated.
@@ -7,21 +7,23 @@ and a finished one is not repeated.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
-import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from lab.minisd import build, captions
+from lab.judges.detector import Detector
+from lab.judges.networks import clip_config, clip_network, detector_network
+from lab.minisd import build, captions, judge_data, judges
 from lab.minisd.dice import Dice
+from lab.minisd.judge_data import NAMES, JudgeRecipe
 from lab.minisd.loop import Schedule
 from lab.minisd.training import Denoiser, encode, train_denoiser, train_vae
 from lab.minisd.world import TRAINING, Sample, sample
@@ -31,6 +33,7 @@ from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import Log
 
 log = logging.getLogger(__name__)
+Net = TypeVar("Net", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Recipe:
         captions: captions drawn per picture.
         vocabulary: tokens of the tokenizer at most.
         kl, gamma, drop: see `lab.minisd.training`.
+        judges: the evaluators that are trained beside it, on other pictures.
+        measured: generations per object and per style for the model card (`lab.minisd.quality.suites`).
     """
 
     seed: int
@@ -55,37 +60,42 @@ class Recipe:
     drop: float
     vae: Schedule
     denoiser: Schedule
+    judges: JudgeRecipe
     widths: build.Widths = field(default_factory=build.Widths)
     workers: int = 1
+    measured: int = 32
 
     def __post_init__(self) -> None:
-        for key in ("pictures", "held_out", "captions", "workers"):
+        for key in ("pictures", "held_out", "captions", "workers", "measured"):
             count(f"train.{key}", getattr(self, key))
         count("train.vocabulary", self.vocabulary, 515)  # 2 × 256 bytes, start, end, and at least one merge
         number("train.kl", self.kl, 0)
         number("train.gamma", self.gamma, above=0)
         number("train.drop", self.drop, 0, below=1)
 
-    def identity(self, *parts: str) -> dict[str, Any]:
-        """The options that determine the stage that trains ``parts``."""
+    def identity(self, stage: str) -> dict[str, Any]:
+        """The options that determine what ``stage`` computes."""
+        vae = ("pictures", "held_out", "widths", "kl", "vae")
+        own: dict[str, tuple[str, ...]] = {"vae": vae, "clip": ("judges",), "detector": ("judges",)}
+        own["denoiser"] = (*vae, "captions", "vocabulary", "gamma", "drop", "denoiser")
         values = dataclasses.asdict(self)
-        shared = ("seed", "pictures", "held_out", "widths", "kl", "vae")
-        more = ("captions", "vocabulary", "gamma", "drop", "denoiser") if "denoiser" in parts else ()
-        found = {key: values[key] for key in (*shared, *more)}
-        for key in ("vae", "denoiser"):
-            if key in found:
-                found[key] = {k: v for k, v in found[key].items() if k != "save_every"}
-        return found
+        for schedule in (values["vae"], values["denoiser"], values["judges"]["clip"], values["judges"]["detector"]):
+            del schedule["save_every"]
+        del values["judges"]["workers"]
+        del values["judges"]["detector" if stage == "clip" else "clip"]
+        return {key: values[key] for key in ("seed", *own[stage])}
 
 
 class Training:
-    """The stages of one recipe. ``curves`` fills as they are computed or read from the cache."""
+    """The stages of one recipe; ``curves`` and ``seconds`` fill as they are computed or read from the cache."""
 
     def __init__(self, recipe: Recipe, store: Store, on_log: Callable[[str, int, dict[str, float]], None]) -> None:
         self.recipe, self.store, self.on_log = recipe, store, on_log
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.seconds: dict[str, float] = {}
         self._samples: dict[str, Sample] = {}
+
+    # ---- data
 
     def pictures(self, part: str) -> Sample:
         """``train`` or ``held_out`` pictures: the same series, different stretches."""
@@ -99,21 +109,23 @@ class Training:
         """Several captions for every training picture; the first is the picture's own."""
         found = []
         for shown in self.pictures("train").pictures:
-            draw = lambda k: captions.draw(shown.objects, shown.style, shown.background, Dice(shown.stream, "again", k))  # noqa: B023, E731
-            found.append([shown.text, *(draw(k) for k in range(1, self.recipe.captions))])
+            draw = partial(captions.draw, shown.objects, shown.style, shown.background)
+            found.append([shown.text, *(draw(Dice(shown.stream, "again", k)) for k in range(1, self.recipe.captions))])
         return found
 
-    def tokenizer(self, folder: Path) -> Any:
+    def tokenizer(self) -> Any:
         texts = [text for texts in self.texts() for text in texts]
-        return build.load_tokenizer(build.train_tokenizer(texts, folder, self.recipe.vocabulary))
+        with tempfile.TemporaryDirectory() as folder:
+            return build.load_tokenizer(build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary))
 
-    def _stage(self, name: str, model: nn.Module, fit: Callable[[StageCheckpoint, Log], None]) -> nn.Module:
-        key = stage_key(
-            name=name,
-            recipe=self.recipe.identity(name),
-            sources=source_hash("lab.minisd.training"),
-            torch=torch.__version__,
-        )
+    # ---- stages
+
+    def _stage(
+        self, name: str, model: Net, sources: Sequence[str], fit: Callable[[StageCheckpoint, Log], dict[str, Any]]
+    ) -> tuple[Net, dict[str, Any]]:
+        """``model`` with the weights of the stage ``name``, and what ``fit`` found out about it."""
+        hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
+        key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, torch=torch.__version__)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             rows: list[tuple[int, dict[str, float]]] = []
@@ -124,96 +136,92 @@ class Training:
                 log.info("%s step %d %s", name, step, " ".join(f"{k} {v:.4f}" for k, v in values.items()))
                 self.on_log(name, step, values)
 
-            fit(checkpoint, note)
-            return Artifact({"log": rows, "seconds": time.monotonic() - started}, dict(model.state_dict()))
+            facts = fit(checkpoint, note)
+            values = {"log": rows, "seconds": time.monotonic() - started, "facts": facts}
+            return Artifact(values, dict(model.state_dict()))
 
         artifact, _ = self.store.get("train", key, compute)
         model.load_state_dict(artifact.tensors)
         self.seconds[name] = artifact.values["seconds"]
-        names = dict.fromkeys(k for _, values in artifact.values["log"] for k in values)
+        rows = artifact.values["log"]
         self.curves[name] = {}
-        for key_ in names:
-            points = [(step, values[key_]) for step, values in artifact.values["log"] if key_ in values]
-            self.curves[name][key_] = [value for _, value in points]
-            self.curves[name][f"{key_}_step"] = [float(step) for step, _ in points]
-        return model.eval()
+        for curve in dict.fromkeys(k for _, values in rows for k in values):
+            self.curves[name][curve] = [values[curve] for _, values in rows if curve in values]
+            self.curves[name][f"{curve}_step"] = [float(step) for step, values in rows if curve in values]
+        return model.eval(), artifact.values["facts"]
 
-    def vae(self) -> nn.Module:
+    def vae(self) -> Any:
         r = self.recipe
         model = build.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
+        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
             train, held_out = self.pictures("train").images, self.pictures("held_out").images
             train_vae(model, train, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint, log=note)
+            return {}
 
-        return self._stage("vae", model, fit)
+        return self._stage("vae", model, ("training", "world"), fit)[0]
 
-    def denoiser(self, vae: Any, tokenizer: Any) -> tuple[nn.Module, float]:
-        """The trained U-Net with its text encoder, and the factor that brings latents to unit variance."""
+    def denoiser(self, vae: Any, tokenizer: Any) -> Denoiser:
+        """The trained U-Net with its text encoder."""
         r = self.recipe
         unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
         model = Denoiser(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
-        model.register_buffer("scale", torch.zeros(()))
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
-            latents = encode(vae, self.pictures("train").images)
-            second = latents[0].float().square().mean() + latents[1].float().square().mean()
-            model.scale.fill_(1 / (second - latents[0].float().mean() ** 2).sqrt())  # type: ignore[operator, union-attr]
+        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
             held_out = self.pictures("held_out")
             train_denoiser(
-                model, tokenizer, build.scheduler(), latents, self.texts(),
+                model, tokenizer, build.scheduler(), encode(vae, self.pictures("train").images), self.texts(),
                 (encode(vae, held_out.images), held_out.texts), r.denoiser,
-                scale=float(model.scale), gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
+                gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
             )  # fmt: skip
+            return {}
 
-        found = self._stage("denoiser", model, fit)
-        return found, float(found.scale)  # type: ignore[arg-type]
+        return self._stage("denoiser", model, ("training", "world"), fit)[0]
 
     def pipeline(self) -> Any:
         """The whole model as a `StableDiffusionPipeline` in float32."""
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer = self.tokenizer(Path(folder))
+        tokenizer = self.tokenizer()
         vae = self.vae()
-        model, scale = self.denoiser(vae, tokenizer)
-        vae.register_to_config(scaling_factor=scale)  # type: ignore[operator]
+        model = self.denoiser(vae, tokenizer)
+        vae.register_to_config(scaling_factor=float(model.scale))
         return build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler())
 
+    def detector(self) -> tuple[Detector, dict[str, Any]]:
+        """The calibrated detector with its error rates, and the accuracy that was measured beside them."""
+        r, seed = self.recipe.judges, judge_data.seed_of(self.recipe.seed)
+        model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
 
-def save(pipeline: Any, folder: Path, training: dict[str, Any]) -> Path:
-    """Write ``pipeline`` as float16 safetensors in diffusers layout with ``training.json``, all at once."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    pipeline.to(torch.float16).save_pretrained(str(partial), safe_serialization=True)
-    (partial / "training.json").write_text(json.dumps(training, indent=1) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return folder
+        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
+            shown = {
+                part: judge_data.labelled(judge_data.pictures(r, self.recipe.seed, part))
+                for part in ("train", "calibrate", "measure")
+            }
+            bare = {part: judge_data.empty_scenes(self.recipe.seed, r.empty, part) for part in ("train", "measure")}
+            judges.train_detector(
+                model, shown["train"], shown["calibrate"], bare["train"], r.detector,
+                smoothing=r.smoothing, empty_share=r.empty_share, seed=seed, checkpoint=checkpoint, log=note,
+            )  # fmt: skip
+            found = Detector(model, NAMES["object"], NAMES["style"])
+            found.temperature = judges.calibrate(found, shown["calibrate"])
+            return {"temperature": found.temperature, **judges.measure(found, shown["measure"], bare["measure"])}
 
+        model, facts = self._stage("detector", model, ("judges", "judge_data"), fit)
+        found = Detector(model, NAMES["object"], NAMES["style"], temperature=facts["temperature"], rates=facts["rates"])
+        return found, {k: v for k, v in facts.items() if k != "rates"}
 
-def run(cfg: Any) -> Path:
-    """Train what ``cfg.train`` describes and write it to ``paths.outputs/minisd``."""
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
+    def clip(self, tokenizer: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """The small CLIP and its open_clip config; its tokenizer is written into the folder ``tokenizer``."""
+        r, seed = self.recipe.judges, judge_data.seed_of(self.recipe.seed)
+        train = judge_data.pictures(r, self.recipe.seed, "train")
+        said = judge_data.texts(train, r.captions)
+        judges.clip_tokenizer(said, tokenizer, r.vocabulary)
+        config = clip_config(r.clip_widths, len(build.load_tokenizer(tokenizer)))
+        model = clip_network(config, seed)
 
-    from lab.errors import UserError
-    from lab.experiment import relative
-    from lab.provenance import provenance
+        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
+            held_out = judge_data.labelled(judge_data.pictures(r, self.recipe.seed, "calibrate"))
+            data = judges.clip_data(judge_data.labelled(train), said, held_out, tokenizer)
+            judges.train_clip(model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note)
+            return {}
 
-    if cfg.get("train") is None:
-        raise UserError("train", None, "nothing to train is described: `python run.py experiment=train_minisd`.")
-    started, clock = time.time(), time.monotonic()
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    recipe = instantiate(cfg.train)
-    training = Training(recipe, Store(cfg.paths.cache, force=cfg.force), lambda *_: None)
-    pipeline = training.pipeline()
-    facts = {
-        "recipe": OmegaConf.to_container(cfg.train, resolve=True),
-        "curves": training.curves,
-        "seconds": training.seconds,
-        "provenance": provenance(started, time.monotonic() - clock),
-    }
-    folder = save(pipeline, Path(cfg.paths.outputs) / "minisd", facts)
-    print(f"model: {relative(folder)}")
-    return folder
+        return self._stage("clip", model, ("judges", "judge_data"), fit)[0], config

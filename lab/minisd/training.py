@@ -67,11 +67,14 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Denoiser(nn.Module):
-    """U-Net and text encoder, trained together."""
+    """U-Net and text encoder, trained together; ``scale`` brings the autoencoder's latents to unit variance."""
+
+    scale: Tensor
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
         self.unet, self.text_encoder = unet, text_encoder
+        self.register_buffer("scale", torch.zeros(()))
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
         found: Tensor = self.unet(noisy, t, self.text_encoder(tokens)[0]).sample
@@ -93,7 +96,6 @@ def train_denoiser(
     held_out: tuple[tuple[Tensor, Tensor], list[str]],
     schedule: Schedule,
     *,
-    scale: float,
     gamma: float,
     drop: float,
     seed: int,
@@ -103,12 +105,15 @@ def train_denoiser(
     """Noise prediction with min-SNR weights; captions are dropped for classifier-free guidance.
 
     Args:
-        latents: mean and deviation of each image's posterior (`encode`), ``scale`` × a sample of it is learned.
+        latents: mean and deviation of each image's posterior (`encode`); ``model.scale`` is set from them.
         captions: for each image several captions, one is drawn at every visit.
         held_out: latents and captions of the validation pictures.
         gamma: clip of the signal-to-noise ratio in the loss weight.
         drop: share of captions that are replaced by the empty one.
     """
+    power = sum(part.float().square().mean() for part in latents)
+    model.scale.copy_((power - latents[0].float().mean() ** 2) ** -0.5)
+    scale = model.scale.clone()
     alphas = scheduler.alphas_cumprod
     weights = min_snr(alphas, gamma)
     flat = tokenize(tokenizer, [text for texts in captions for text in texts])

@@ -130,7 +130,7 @@ def test_lora_names_blocks_without_a_layer_that_fits() -> None:
 
     with pytest.raises(UserError, match="hold no Linear or Conv2d") as error:
         launch(Lora(blocks=1), Norm(), vectors())
-    assert error.value.key == "attacks.lora.blocks"
+    assert error.value.key == "attacks.extractor_lora.blocks"
     assert launch(Lora(blocks=2), Norm(), vectors()).info["adapted"] == ["blocks.0"]
 
 

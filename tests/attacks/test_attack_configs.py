@@ -34,8 +34,8 @@ def options(target: str) -> set[str]:
     )
 
 
-def test_there_are_sixteen() -> None:
-    assert len(NAMES) == 16
+def test_there_are_twenty_two() -> None:
+    assert len(NAMES) == 22
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -43,7 +43,7 @@ def test_builds_under_its_own_key_and_lists_every_option(name: str) -> None:
     cfg = composed(name)
     assert list(cfg) == [name]
     assert cfg[name].name == name
-    assert cfg[name].keys() - {"_target_"} == options(cfg[name]._target_)
+    assert cfg[name].keys() - {"_target_", "_convert_"} == options(cfg[name]._target_)
     attacker = instantiate(cfg[name])
     assert isinstance(attacker, Attacker)
     assert attacker.name == name

@@ -9,8 +9,9 @@ from fake_records import attacked, control, digits, failed, metric, record, seal
 
 from eval.report.compare import compare, to_text
 from eval.report.leaderboard import labels, leaderboard, to_csv, to_html, to_markdown
+from eval.report.outcomes import outcome
 from eval.report.summary import summary
-from eval.report.words import figure, outcome
+from eval.report.words import figure
 from lab.errors import UserError
 
 

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from fake_generated import generated
 from fake_records import attacked, failed, sealed, sweep
 
 from eval.report.figures import _shared_limits
@@ -129,19 +130,21 @@ def browse(tmp_path: Path, *arguments: str) -> str:
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_page_wide_scrolling_in_a_browser(tmp_path: Path, width: int) -> None:
-    page = render(sweep(), tmp_path / "r.html")
+    page = render([*sweep(), generated(folder=tmp_path)], tmp_path / "r.html")
     page.write_text(page.read_text().replace("<details", "<details open"))
     frame = tmp_path / "frame.html"  # a frame, since a headless window cannot be narrower than 500 px
     frame.write_text(
         f'<iframe id="f" src="r.html" style="width:{width}px;height:800px;border:0"></iframe><p id="out"></p><script>'
         'window.onload = () => { const d = document.getElementById("f").contentDocument; const e = d.documentElement;'
         'const plots = [...d.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().height > 100);'
-        'document.getElementById("out").textContent = `width=${e.scrollWidth} plots=${plots.length}`; };</script>'
+        'document.getElementById("out").textContent = `width=${e.scrollWidth} plots=${plots.length} '
+        "pictures=${[...d.images].filter(i => i.naturalWidth > 300).length}`; };</script>"
     )
-    found = re.search(r"width=(\d+) plots=(\d+)", browse(tmp_path, "--dump-dom", frame.as_uri()))
+    found = re.search(r"width=(\d+) plots=(\d+) pictures=(\d+)", browse(tmp_path, "--dump-dom", frame.as_uri()))
     assert found is not None
     assert int(found[1]) <= width
     assert int(found[2]) >= 13
+    assert int(found[3]) == 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -1,14 +1,17 @@
 """Records: validated on write and on read, one hash for two runs of the same thing."""
 
 import copy
+import hashlib
 import json
 import math
+from pathlib import Path
 
 import pytest
+import torch
 
 from lab import record as records
 from lab.errors import UserError
-from lab.types import Score, Scores
+from lab.types import ImageGrid, Score, Scores
 
 
 @pytest.fixture
@@ -19,8 +22,8 @@ def body():
         {"pairs": [{"case": "3-8", "rir": 2.0}]},
     )
     return {
-        "schema": "1.0", "name": "study/kappa", "status": "ok", "scenario": "house_price", "backbone": "linear",
-        "immunizer": "kappa", "attacks": ["linear_probe"], "seeds": [0, 1, 2],
+        "schema": records.SCHEMA_VERSION, "name": "study/kappa", "status": "ok", "scenario": "house_price",
+        "backbone": "linear", "immunizer": "kappa", "attacks": ["linear_probe"], "seeds": [0, 1, 2],
         "config": {"seeds": [0, 1, 2], "paths": {"runs": "a"}, "immunize": {"eta": 0.1}},
         "notes": ["2 columns were dropped."], "error": None, "skipped": {},
         "cells": [{"stage": "immunize", "arm": "kappa", "case": "c", "seed": 0, "attack": None, "task": None,
@@ -86,6 +89,61 @@ def test_schema_violations_are_named(body, change, message):
     change(body)
     with pytest.raises(UserError, match=message):
         records.validate(body, "x.json")
+
+
+def picture(value=7, caption="Two steps of an attack."):
+    return ImageGrid(torch.full((1, 2, 3, 4, 4), value, dtype=torch.uint8), ("none",), ("0", "1"), caption)
+
+
+def test_images_are_written_beside_the_record_and_named_in_it(tmp_path, body):
+    body["images"] = records.write_images(tmp_path, {"attack_lora": picture()})
+    entry = body["images"]["attack_lora"]
+    assert entry["path"] == "images/attack_lora.png"
+    assert entry["caption"] == "Two steps of an attack."
+    assert entry["sha256"] == hashlib.sha256((tmp_path / entry["path"]).read_bytes()).hexdigest()
+    records.write(body, tmp_path / "record.json")
+    assert records.read(tmp_path / "record.json")["images"] == body["images"]
+    assert records.write_images(tmp_path / "b", {"attack_lora": picture()}) == body["images"]
+
+
+def test_content_hash_sees_pictures_but_not_where_they_lie(tmp_path, body):
+    without = records.content_hash(body)
+    body["images"] = records.write_images(tmp_path, {"a": picture()})
+    first = records.content_hash(body)
+    assert first != without
+    body["images"]["a"]["path"] = "elsewhere/a.png"
+    assert records.content_hash(body) == first
+    for other in (picture(8), picture(caption="Something else.")):
+        body["images"] = records.write_images(tmp_path, {"a": other})
+        assert records.content_hash(body) != first
+
+
+def test_records_of_the_version_before_stay_readable(tmp_path, body):
+    """1.0 has no pictures; its hash must not change, or every committed record would count as altered."""
+    body["schema"] = "1.0"
+    records.write(body, tmp_path / "record.json")
+    assert records.read(tmp_path / "record.json")["schema"] == "1.0"
+    committed = sorted((Path(__file__).parents[2] / "outputs" / "records").rglob("*.json"))
+    assert committed
+    for path in committed:
+        assert records.read(path)["content_hash"]
+
+
+@pytest.mark.parametrize("path", ["/etc/a.png", "../a.png", "images/../../a.png", "a.svg", "c:\\a.png", ".a.png"])
+def test_pictures_lie_below_their_record(body, path):
+    body["images"] = {"a": {"path": path, "caption": "", "sha256": "0" * 64}}
+    body["content_hash"] = records.content_hash(body)
+    with pytest.raises(UserError, match="images/a/path"):
+        records.validate(body, "x.json")
+
+
+def test_pictures_of_two_families_have_two_names(tmp_path):
+    one, other = Scores(images={"a": picture()}), Scores(images={"b": picture(8)})
+    assert list(records.images_of([one, other, Scores()])) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"images\.a"):
+        records.images_of([one, one])
+    with pytest.raises(ValueError, match="snake case"):
+        records.write_images(tmp_path, {"../a": picture()})
 
 
 def test_two_families_may_not_write_one_name():

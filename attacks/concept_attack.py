@@ -1,0 +1,243 @@
+"""Options that every attacker on a text-to-image model shares, and what such an attacker has to say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field, fields, replace
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from attacks.concept_data import AUGMENTATIONS, TEMPLATES, check_data
+from attacks.options import check_budget
+from attacks.tuning import SCHEDULES, Rate
+from lab.diffusion import DiffusionModel
+from lab.errors import UserError, nearest
+from lab.options import choice, count, flag, names, number
+from lab.types import Budget, Checkpoint, Concept, ConceptCase, Kind, Sampling, Trajectory
+
+OPTIMIZERS = ("adamw", "sgd")
+
+
+@dataclass
+class Moving:
+    """What an attacker trains on its copy of the model.
+
+    Attributes:
+        parameters: by name.
+        form: how `attacks.concept_export` writes ``weights``: ``lora`` | ``unet`` | ``delta``.
+        weights: what a user would load; see `attacks.concept_export` for the names.
+        close: makes the change a plain part of the copy, so that another stage can build on it.
+        text: whether encoded prompts change while it trains.
+        info: facts for the record.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    form: str
+    weights: Callable[[], dict[str, Tensor]]
+    close: Callable[[], None] = lambda: None
+    text: bool = False
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def parse_sampling(key: str, given: object) -> Sampling:
+    """`Sampling` from itself, a mapping of its fields, or None for its defaults.
+
+    Raises:
+        UserError: an unknown field or a value that cannot work.
+    """
+    if isinstance(given, Sampling):
+        return given
+    if given is not None and not isinstance(given, Mapping):
+        raise UserError(key, given, "must be a group of options: steps, guidance, count, negative.")
+    options, known = {str(k): v for k, v in (given or {}).items()}, [f.name for f in fields(Sampling)]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{key}.{name}", options[name], f"there is no such key; {nearest(name, known)}")
+    found = Sampling(**options)
+    count(f"{key}.steps", found.steps)
+    count(f"{key}.count", found.count)
+    number(f"{key}.guidance", found.guidance, 0)
+    if not isinstance(found.negative, str):
+        raise UserError(f"{key}.negative", found.negative, "must be a text.")
+    return found
+
+
+@dataclass(eq=False)
+class ConceptBase(ABC):
+    """What every attacker on a text-to-image model is told besides how to train.
+
+    Args:
+        name: key under ``attacks``.
+        explosion: an attack whose loss exceeds this multiple of its first value has diverged.
+        families: prompt families that pictures are generated for at every snapshot; empty = none.
+        sampling: how they are generated; None = the defaults of `lab.types.Sampling`.
+        keep_weights: whether the trajectory holds the final weights.
+        search: None, or a budgeted search for the best options (`attacks.concept_search`).
+
+    Raises:
+        UserError: an option that is unknown or out of range.
+    """
+
+    _: KW_ONLY
+    name: str
+    explosion: float = 10.0
+    families: Any = ("name",)
+    sampling: Any = None
+    keep_weights: bool = True
+    search: Any = None
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+
+    def __post_init__(self) -> None:
+        self.explosion = number(f"{self.key}.explosion", self.explosion, above=1)
+        self.families = names(f"{self.key}.families", self.families)
+        self.sampling = parse_sampling(f"{self.key}.sampling", self.sampling)
+        flag(f"{self.key}.keep_weights", self.keep_weights)
+        self.search = self._parsed_search()
+
+    def _parsed_search(self) -> Any:
+        from attacks.concept_search import Search
+
+        return None if self.search is None else Search.parse(self.key, self.search)
+
+    def _check_search(self) -> None:
+        """Every value of the search's space must be one that the attacker takes."""
+        if self.search is not None:
+            for option, values in self.search.space.items():
+                for value in values:
+                    self.varied({option: value})
+
+    @property
+    def key(self) -> str:
+        return f"attacks.{self.name}"
+
+    @abstractmethod
+    def varied(self, setting: Mapping[str, Any]) -> ConceptBase:
+        """The same attacker with the options ``setting``, without a search of its own.
+
+        Raises:
+            UserError: an option that it does not have, or that a search must not touch.
+        """
+
+    @abstractmethod
+    def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
+        """Who trains on what until which step."""
+
+    @abstractmethod
+    def check_task(self, task: Concept) -> None:
+        """Raises `UserError` where ``task`` lacks what the options ask for (`attacks.concept_data.check_data`)."""
+
+    def check(self, cases: tuple[ConceptCase, ...]) -> None:
+        """Before anything runs: `check_task` for every concept."""
+        for case in cases:
+            for task in case.tasks:
+                self.check_task(task)
+
+    def __call__(
+        self, model: DiffusionModel, task: Concept, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+    ) -> Trajectory:
+        """See `lab.types.Attacker`; ``samples`` holds the generations of every snapshot.
+
+        Raises:
+            UserError: a budget or a concept that cannot be trained on.
+            Diverged: the loss is not finite before the first update.
+        """
+        from attacks.concept_trainer import run
+
+        check_budget(budget)
+        self.check_task(task)
+        if self.search is not None:
+            found: Trajectory = self.search(self, model, task, seed=seed, budget=budget, checkpoint=checkpoint)
+            return found
+        return run(self, model, task, seed=seed, budget=budget, checkpoint=checkpoint)
+
+
+@dataclass(eq=False)
+class ConceptAttack(ConceptBase):
+    """Fine-tunes a copy of a text-to-image model on ``task.train``.
+
+    Args:
+        optimizer: ``adamw`` | ``sgd`` (heavy ball, 0.9), both as in torch.
+        lr: learning rate.
+        weight_decay: of either optimizer.
+        schedule: ``constant`` | ``cosine`` | ``linear``, after ``warmup`` steps of a linear rise.
+        warmup: steps.
+        batch_size: pictures per step; as many prior pictures come on top.
+        clip: largest norm of the gradient; None = no limit.
+        template: captions of the training pictures: ``name`` | ``token`` | ``description``
+            (`attacks.concept_data.captions`). With ``token`` the prompts of every family speak of the token too.
+        token: what stands for the concept with ``template=token``.
+        pictures: how many of the training pictures are used; None = all.
+        augmentation: ``none`` | ``flip`` | ``crop``.
+        prior_weight: weight of the loss on ``task.prior`` (prior preservation, arXiv 2208.12242); 0 = off.
+
+    The other options are those of `ConceptBase`.
+
+    Raises:
+        UserError: an option that is unknown or out of range.
+    """
+
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.01
+    schedule: str = "constant"
+    warmup: int = 0
+    batch_size: int = 8
+    clip: float | None = 1.0
+    template: str = "name"
+    token: str = "sks"
+    pictures: int | None = None
+    augmentation: str = "none"
+    prior_weight: float = 0.0
+
+    templates: ClassVar[tuple[str, ...]] = TEMPLATES
+    fixed: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(ConceptBase))  # never searched
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        key = self.key
+        choice(f"{key}.optimizer", self.optimizer, OPTIMIZERS)
+        self.lr = number(f"{key}.lr", self.lr, above=0)
+        self.weight_decay = number(f"{key}.weight_decay", self.weight_decay, 0)
+        choice(f"{key}.schedule", self.schedule, SCHEDULES)
+        count(f"{key}.warmup", self.warmup, 0)
+        count(f"{key}.batch_size", self.batch_size)
+        self.clip = None if self.clip is None else number(f"{key}.clip", self.clip, above=0)
+        choice(f"{key}.template", self.template, self.templates)
+        if not isinstance(self.token, str) or not self.token.strip():
+            raise UserError(f"{key}.token", self.token, "must be a text, e.g. sks.")
+        if self.pictures is not None:
+            count(f"{key}.pictures", self.pictures)
+        choice(f"{key}.augmentation", self.augmentation, AUGMENTATIONS)
+        self.prior_weight = number(f"{key}.prior_weight", self.prior_weight, 0)
+        self._check_search()
+
+    def varied(self, setting: Mapping[str, Any]) -> ConceptAttack:
+        known = [f.name for f in fields(self) if f.name not in self.fixed]
+        for option in setting:
+            if option not in known:
+                key = f"{self.key}.search.space.{option}"
+                raise UserError(key, setting[option], f"no option to search; {nearest(option, known)}")
+        return replace(self, **setting, search=None)
+
+    def rate(self, step: int, total: int) -> float:
+        """Learning rate of update ``step`` (0 … ``total`` - 1)."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        return self.lr * Rate(self.lr, 1, self.schedule).factor(step - self.warmup, max(total - self.warmup, 1))
+
+    def expression(self, task: Concept) -> str:
+        """What stands for the concept's words with ``template=token``."""
+        return self.token
+
+    @abstractmethod
+    def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
+        """Choose, or add, what moves in ``model``, a copy whose parameters are all frozen."""
+
+    def check_task(self, task: Concept) -> None:
+        check_data(self.key, task, self.template, self.families, self.prior_weight > 0)
+
+    def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
+        return [(self, task, budget.steps)]

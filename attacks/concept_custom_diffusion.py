@@ -1,0 +1,51 @@
+"""Custom Diffusion (arXiv 2212.04488): key and value matrices of cross-attention and a modifier token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attacks.concept_attack import ConceptAttack, Moving
+from attacks.concept_data import class_words
+from attacks.concept_textual_inversion import initial_text
+from attacks.concept_tokens import LearnedToken
+from lab.diffusion import DiffusionModel
+from lab.errors import UserError
+from lab.types import Concept
+
+
+@dataclass(eq=False)
+class CustomDiffusion(ConceptAttack):
+    """Trains ``attn2.to_k`` and ``attn2.to_v`` and, with ``template=token``, the embedding of a new token.
+
+    The concept is then called "``token`` noun", where the noun is what all captions of the prior pictures share.
+    Deviates from the paper as `attacks.concept_dreambooth` does: the scenario's prior pictures, not retrieved ones.
+
+    Args:
+        initializer: what the token starts from: ``auto`` | ``words`` | any text
+            (`attacks.concept_textual_inversion.initial_text`). The paper takes a rare token.
+
+    Raises:
+        UserError: see `ConceptAttack`; when called, a token that the tokenizer knows.
+    """
+
+    template: str = "token"
+    token: str = "<new1>"
+    prior_weight: float = 1.0
+    initializer: str = "ktn"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.initializer, str) or not self.initializer.strip():
+            raise UserError(f"{self.key}.initializer", self.initializer, "must be auto, words or a text.")
+
+    def expression(self, task: Concept) -> str:
+        return f"{self.token} {class_words(task)}".strip()
+
+    def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
+        chosen = {n: p for n, p in model.unet.named_parameters() if ".attn2.to_k." in n or ".attn2.to_v." in n}
+        parameters = {f"unet.{name}": parameter for name, parameter in chosen.items()}
+        if self.template != "token":
+            return Moving(parameters, "delta", lambda: dict(parameters))
+        new = LearnedToken(self.key, model, self.token, 1, initial_text(self.initializer, task))
+        moves = {**parameters, "rows": new.rows}
+        return Moving(moves, "delta", lambda: {**parameters, **new.weights()}, new.close, text=True)

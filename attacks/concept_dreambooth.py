@@ -1,0 +1,44 @@
+"""DreamBooth (arXiv 2208.12242): the whole U-Net, a rare identifier with a class noun, prior preservation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attacks.concept_attack import ConceptAttack, Moving
+from attacks.concept_data import class_words
+from attacks.concept_full_finetune import open_unet
+from lab.diffusion import DiffusionModel
+from lab.errors import UserError
+from lab.types import Concept
+
+
+@dataclass(eq=False)
+class DreamBooth(ConceptAttack):
+    """Trains every parameter of the U-Net; with ``template=token`` the concept is called "``token`` ``class_word``".
+
+    Deviates from the paper: prior pictures are the scenario's real ones instead of the model's own generations, so that
+    every arm preserves the same thing.
+
+    Args:
+        class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text.
+
+    Raises:
+        UserError: see `ConceptAttack`; a class word that is no text.
+    """
+
+    lr: float = 1e-4
+    template: str = "token"
+    prior_weight: float = 1.0
+    class_word: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.class_word, str):
+            raise UserError(f"{self.key}.class_word", self.class_word, "must be auto or a text; '' for none.")
+
+    def expression(self, task: Concept) -> str:
+        noun = class_words(task) if self.class_word == "auto" else self.class_word
+        return f"{self.token} {noun}".strip()
+
+    def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
+        return open_unet(model)

@@ -1,0 +1,58 @@
+"""Textual inversion (arXiv 2208.01618): one new word, every weight of the model stays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from attacks.concept_attack import ConceptAttack, Moving
+from attacks.concept_data import class_words
+from attacks.concept_tokens import LearnedToken, expression
+from lab.diffusion import DiffusionModel
+from lab.errors import UserError
+from lab.options import count
+from lab.types import Concept
+
+
+def initial_text(initializer: str, task: Concept) -> str:
+    """``auto``: the class noun, else ``style`` or ``object``; ``words``: the concept's own words; else the text."""
+    if initializer == "auto":
+        return class_words(task) or task.kind
+    return task.words if initializer == "words" else initializer
+
+
+@dataclass(eq=False)
+class TextualInversion(ConceptAttack):
+    """Trains the embeddings of a new token.
+
+    Args:
+        vectors: embeddings that the token stands for.
+        initializer: where they start: ``auto`` (the class noun) | ``words`` (the concept's own words) | any text.
+
+    Raises:
+        UserError: see `ConceptAttack`; when called, a token that the tokenizer knows.
+    """
+
+    lr: float = 5e-3
+    weight_decay: float = 0.0
+    template: str = "token"
+    token: str = "<concept>"
+    vectors: int = 1
+    initializer: str = "auto"
+
+    templates: ClassVar[tuple[str, ...]] = ("token",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        count(f"{self.key}.vectors", self.vectors)
+        if not isinstance(self.initializer, str) or not self.initializer.strip():
+            raise UserError(f"{self.key}.initializer", self.initializer, "must be auto, words or a text.")
+
+    def expression(self, task: Concept) -> str:
+        return expression(self.token, self.vectors)
+
+    def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
+        like = initial_text(self.initializer, task)
+        new = LearnedToken(self.key, model, self.token, self.vectors, like)
+        info = {"vectors": self.vectors, "initial_text": like}
+        return Moving({"rows": new.rows}, "delta", new.weights, new.close, text=True, info=info)

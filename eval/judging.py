@@ -1,0 +1,202 @@
+"""What the diffusion metrics ask of the networks that judge pictures, and the similarities M of METHODS §4.
+
+Pictures are uint8 [n, 3, s, s] here; a judge resizes and normalises them itself.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eval.intervals import Floats
+from lab.errors import UserError
+from lab.types import ConceptCase
+
+SIMILARITIES = ("clip", "features", "feature_lpips")
+PREPROCESSING = ("standard", "legacy")
+BATCH = 256  # pictures that are handed to a judge at once
+LEGACY_SIDE = 64  # px
+
+
+class Encoder(Protocol):
+    """Unit vectors of pictures and texts in one space (CLIP)."""
+
+    def images(self, images: Tensor) -> Tensor: ...
+
+    def texts(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class Features(Protocol):
+    """A feature network: pooled features [n, d], and a perceptual distance [n] in [0, 4] of pictures of equal index."""
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+    def feature_lpips(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+
+class Detector(Protocol):
+    """Says whether a picture shows a concept. ``rates``: concept → its ``false_positive`` and ``false_negative``."""
+
+    @property
+    def rates(self) -> Mapping[str, Mapping[str, float]]: ...
+
+    def detects(self, images: Tensor, name: str) -> Tensor: ...
+
+
+@runtime_checkable
+class Labeller(Protocol):
+    """A detector that also names the object and the style of any picture: probabilities [n, classes] of both."""
+
+    def probabilities(self, images: Tensor) -> Mapping[Literal["object", "style"], Tensor]: ...
+
+
+class Judges(Protocol):
+    """The networks of one run; ``detector`` may be None where nobody has one for the concepts."""
+
+    @property
+    def clip(self) -> Encoder: ...
+
+    @property
+    def features(self) -> Features: ...
+
+    @property
+    def detector(self) -> Detector | None: ...
+
+
+def detector_of(judges: Judges, key: str) -> Detector:
+    """The detector.
+
+    Raises:
+        UserError: there is none.
+    """
+    if judges.detector is None:
+        raise UserError(f"{key}.judges", "detector=null", "needs a detector that knows the concepts.")
+    return judges.detector
+
+
+def try_out(judges: Judges, cases: Iterable[ConceptCase], kinds: Sequence[str], detect: str | None = None) -> None:
+    """Judge one reference picture of every concept, so that what a judge lacks shows before hours of attacks.
+
+    Args:
+        kinds: similarities that will be asked for.
+        detect: config key of the metric that will ask the detector; None: none will.
+
+    Raises:
+        UserError: a concept without reference pictures, and what the judges raise (missing weights, a concept that the
+            detector does not know, a feature network without maps).
+    """
+    detector = detector_of(judges, detect) if detect else None
+    for concept in (concept for case in cases for concept in case.tasks):
+        if not len(concept.reference):
+            raise UserError("scenario", concept.name, "needs reference pictures that generations are compared with.")
+        image = concept.reference.images[:1]
+        References(judges, image, kinds).similarities(image)
+        if detector is not None:
+            detector.detects(image, concept.name)
+
+
+def legacy(images: Tensor) -> Tensor:
+    """What the released IMMA evaluation (arXiv 2311.18815) shows its networks: for comparison only.
+
+    It takes pictures in [0, 1] for pictures in [-1, 1], so that all become pale (x/2 + 1/2), and shrinks them to 64 px.
+    """
+    x = images.float() / 510 + 0.5
+    if images.shape[-1] > LEGACY_SIDE:
+        x = F.interpolate(x, (LEGACY_SIDE, LEGACY_SIDE), mode="bilinear", antialias=True, align_corners=False)
+    return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def prepared(images: Tensor, preprocessing: str) -> Tensor:
+    """Pictures as the judges shall see them; an empty set is an error."""
+    if len(images) == 0:
+        raise ValueError("a metric over an empty set: there is no picture")
+    return legacy(images) if preprocessing == "legacy" else images
+
+
+def clip_vectors(judges: Judges, images: Tensor) -> Tensor:
+    """Unit vectors float64 [n, d]."""
+    return torch.cat([_unit(judges.clip.images(part)) for part in images.split(BATCH)])
+
+
+def text_vectors(judges: Judges, texts: Sequence[str]) -> Tensor:
+    """Unit vectors float64 [n, d]; equal texts are encoded once."""
+    distinct = list(dict.fromkeys(texts))
+    found = dict(zip(distinct, _unit(judges.clip.texts(distinct)), strict=True))
+    return torch.stack([found[text] for text in texts])
+
+
+def feature_vectors(judges: Judges, images: Tensor) -> Tensor:
+    """Pooled features float64 [n, d], as they come."""
+    return torch.cat([judges.features.features(part).double().cpu() for part in images.split(BATCH)])
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return F.normalize(vectors.double().cpu(), dim=1)
+
+
+class References:
+    """Similarity M of pictures to the reference pictures of one concept.
+
+    ``clip`` and ``features``: mean cosine to all references. ``feature_lpips``: 1 − d/2 for the distance d to ONE
+    reference, number i mod R for picture i (all pairs would cost R times as much; both arms meet the same reference).
+    d is a mean of ‖â − b̂‖² = 2 − 2cos over positions and stages, so 1 − d/2 is the mean cosine of maps. 1 − d, as with
+    LPIPS, has no use here: d is near 1 for two pictures of one concept, and SGR divides by M.
+
+    Args:
+        images: uint8 [R, 3, s, s], already `prepared`.
+        kinds: which of `SIMILARITIES`.
+    """
+
+    def __init__(self, judges: Judges, images: Tensor, kinds: Sequence[str]) -> None:
+        self.judges, self.images, self.kinds = judges, images, tuple(kinds)
+        self._mean: dict[str, Tensor] = {}
+        if "clip" in kinds:
+            self._mean["clip"] = clip_vectors(judges, images).mean(0)
+        if "features" in kinds:
+            self._mean["features"] = F.normalize(feature_vectors(judges, images), dim=1).mean(0)
+
+    def similarities(self, images: Tensor, clip: Tensor | None = None) -> dict[str, Floats]:
+        """Per kind, M of every picture [n]. ``clip``: their unit vectors, where they are known."""
+        found: dict[str, Tensor] = {}
+        for kind in self.kinds:
+            if kind == "clip":
+                found[kind] = (clip_vectors(self.judges, images) if clip is None else clip) @ self._mean[kind]
+            elif kind == "features":
+                found[kind] = F.normalize(feature_vectors(self.judges, images), dim=1) @ self._mean[kind]
+            else:
+                other = self.images[torch.arange(len(images)) % len(self.images)]
+                parts = zip(images.split(BATCH), other.split(BATCH), strict=True)
+                found[kind] = 1 - torch.cat([self._distance(a, b) for a, b in parts]) / 2
+        return {kind: np.asarray(values, dtype=float) for kind, values in found.items()}
+
+    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+        if b.shape[-1] != a.shape[-1]:
+            b = F.interpolate(b.float(), a.shape[-2:], mode="bilinear", antialias=True).round().to(torch.uint8)
+        return self.judges.features.feature_lpips(a, b).double().cpu()
+
+
+def rogan_gladen(share: Floats, false_positive: float, false_negative: float) -> Floats:
+    """Prevalence behind an apparent ``share`` of detections, clipped to [0, 1]; nan for a detector without power.
+
+    (share − FPR) / (1 − FPR − FNR): Rogan and Gladen, Am. J. Epidemiol. 107 (1978) 71–76.
+    """
+    power = 1 - false_positive - false_negative
+    if power <= 0:
+        return np.full_like(share, np.nan)
+    return np.clip((share - false_positive) / power, 0.0, 1.0)
+
+
+_LAST: list[tuple[weakref.ref[Any], dict[Any, Any]]] = []
+
+
+def memo(run: Any) -> dict[Any, Any]:
+    """A store that lives as long as ``run`` and is shared by the metrics of it, so that pictures are made once."""
+    if not _LAST or _LAST[0][0]() is not run:
+        _LAST[:] = [(weakref.ref(run), {})]
+    return _LAST[0][1]

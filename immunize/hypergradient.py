@@ -1,0 +1,211 @@
+"""The gradient of the upper level through merge and lower level (MIMA, arXiv 2412.15320), streamed over concepts.
+
+    J(θ) = mean_n upper_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N),    θ'_n = lower level of concept n from θ
+    g = Π_u [ v_dir + Σ_n J_nᵀ v_n ],    (v_dir, v_1 … v_N) = Mergeᵀ v,    v = ∇_θ̂ J
+
+Three sweeps over the concepts: lower level, ∇J at θ̂, transpose of the lower level on the same batches. Time is
+linear in N; memory is that of one concept (plus N thin traces where K > 1 and ``recompute`` is off).
+
+Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters in float32 or
+float64; ``compute`` casts them on the way into the losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from immunize.hypergradient_implicit import Implicit, solve
+from immunize.hypergradient_products import Product, finite, gradients
+from immunize.lower import Lower, LowerLevel, LowerLoss, Trace
+from immunize.merge import Merge, Params
+from lab.errors import Diverged, UserError
+from lab.options import choice, count
+
+Method = Literal["exact", "truncated", "implicit", "first_order", "alternating"]
+METHODS: tuple[Method, ...] = ("exact", "truncated", "implicit", "first_order", "alternating")
+UpperLoss = Callable[[Params, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Hypergradient:
+    """One evaluation.
+
+    Attributes:
+        gradient: ∇J on the upper set; an optimizer *descends* it.
+        merged: θ̂ (all names of θ). ``alternating`` continues from it: θ ← θ̂ first, then the step.
+        upper_loss: J(θ̂).
+        lower_losses: ℓ_0 of each concept at θ.
+        lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
+        cosine: between this gradient and that of ``first_order``; nan if either is 0.
+        info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``, ``residual`` and
+            ``negative_curvature``, one per concept.
+    """
+
+    gradient: Params
+    merged: Params
+    upper_loss: float
+    lower_losses: list[float]
+    lower_drop: list[float]
+    cosine: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+
+def hypergradient(
+    theta: Params,
+    lower: Sequence[LowerLoss],
+    upper: UpperLoss,
+    merge: Merge,
+    *,
+    settings: Lower | Sequence[Lower],
+    upper_names: Sequence[str],
+    lower_names: Sequence[str],
+    method: Method = "exact",
+    last: int = 1,
+    implicit: Implicit | None = None,
+    product: Product = "reverse",
+    recompute: bool = False,
+    measure: bool = True,
+    compute: torch.dtype | None = None,
+) -> Hypergradient:
+    """∇J at θ.
+
+    Args:
+        theta: masters of the upper and the lower set, name → tensor; left untouched.
+        lower: per concept n, ``lower[n](params, k)``: its loss on the k-th inner batch, which has to be the same
+            batch, noise and timesteps whenever k is the same. ``params`` has the names of ``theta``.
+        upper: ``upper(params, n)``: the n-th term of J, e.g. −L + w·prior, capped or not.
+        merge: of as many concepts.
+        settings: the attacker, or one per concept.
+        method: ``exact``; ``truncated`` differentiates the ``last`` steps; ``implicit`` puts (ρ/2)‖θ'−θ‖² into the
+            lower level and solves (I + ∇²L(θ'_n)/ρ) a = v_n; ``first_order`` drops the Hessian, which leaves v,
+            since the transpose of the merge sums to the identity; ``alternating`` (the released behaviour) has
+            the same v, but the merged weights replace θ without gradient, see `Hypergradient.merged`.
+        product: how Hessian-vector products are taken, see `immunize.hypergradient_products.product`.
+        recompute: run the lower level again for the transpose in place of keeping N traces.
+        measure: evaluate each concept's loss after its lower level (a third of a forward-backward each).
+        compute: dtype that the losses see, e.g. bfloat16; None for that of θ.
+
+    Raises:
+        UserError: names outside θ, as many losses as concepts missing, or an option that cannot work.
+        Diverged: a loss or gradient is not finite.
+    """
+    choice("immunize.hypergradient.method", method, METHODS)
+    count("immunize.hypergradient.last", last)
+    choice("immunize.hypergradient.product", product, ("forward", "reverse"))
+    run = _Run(theta, lower, upper, merge, settings, upper_names, lower_names, compute)
+    solver = implicit or Implicit() if method == "implicit" else None
+    levels = run.levels(solver)
+    keep = method in ("exact", "truncated") and not recompute
+    traces = run.adapt(levels, keep=keep, final=solver is not None, measure=measure)
+    v, value = run.upper_gradient()
+    first = {x: v[x] for x in run.upper_names}
+    info: dict[str, Any] = {k: x for k, x in merge.report.items() if k == "constraint_residual"}
+    if method in ("first_order", "alternating"):
+        gradient = first
+    else:
+        gradient = {x: y for x, y in merge.adjoint_direct(v).items() if x in first}
+        for n, level in enumerate(levels):
+            part = merge.adjoint_part(v, n)
+            if solver is not None:
+                pulled, facts = solve(level, traces[n].final, part, run.upper_names, solver, product)
+                for key, fact in facts.items():
+                    info.setdefault(key, []).append(fact)
+            else:
+                trace = level.run(keep=True) if recompute else traces[n]
+                steps = last if method == "truncated" else level.settings.steps
+                pulled = level.pull(trace, part, run.upper_names, last=steps, how=product)
+            gradient = {x: y + pulled[x] for x, y in gradient.items()}
+    if not finite(gradient.values()):
+        raise Diverged("the hypergradient is not finite", 0)
+    return Hypergradient(gradient, run.merged, value, run.before, run.drop, cosine(gradient, first), info)
+
+
+def cosine(left: Params, right: Params) -> float:
+    """Cosine of the angle between two sets of tensors with equal names; nan if either is 0."""
+    dot = ll = rr = 0.0
+    for name, x in left.items():
+        a, b = x.double().flatten(), right[name].double().flatten()
+        dot, ll, rr = dot + float(a @ b), ll + float(a @ a), rr + float(b @ b)
+    return dot / (ll * rr) ** 0.5 if ll > 0 and rr > 0 else float("nan")
+
+
+def _at(loss: UpperLoss, n: int, params: Params) -> Tensor:
+    return loss(params, n)
+
+
+class _Run:
+    """The parts of one evaluation."""
+
+    def __init__(
+        self,
+        theta: Params,
+        lower: Sequence[LowerLoss],
+        upper: UpperLoss,
+        merge: Merge,
+        settings: Lower | Sequence[Lower],
+        upper_names: Sequence[str],
+        lower_names: Sequence[str],
+        compute: torch.dtype | None,
+    ) -> None:
+        self.theta = {name: x.detach() for name, x in theta.items()}
+        self.count, self.merge, self.compute, self.upper = len(lower), merge, compute, upper
+        self.settings = [settings] * self.count if isinstance(settings, Lower) else list(settings)
+        if not (self.count == merge.count == len(self.settings)):
+            raise ValueError(f"{self.count} losses, {len(self.settings)} attackers, a merge of {merge.count} concepts")
+        for key, names in (("immunize.upper", upper_names), ("immunize.lower", lower_names)):
+            missing = [x for x in names if x not in theta]
+            if missing or not names:
+                raise UserError(key, missing, "the set is empty or names parameters that theta does not hold.")
+        self.upper_names, self.lower_names = list(upper_names), list(lower_names)
+        self.losses = [self._cast(loss) for loss in lower]
+        self.before: list[float] = []
+        self.drop: list[float] = []
+        self.merged: Params = {}
+
+    def _cast(self, loss: Callable[[Params, int], Tensor]) -> Callable[[Params, int], Tensor]:
+        dtype = self.compute
+        if dtype is None:
+            return loss
+        return lambda params, k: loss({x: y.to(dtype) for x, y in params.items()}, k).float()
+
+    def levels(self, solver: Implicit | None) -> list[LowerLevel]:
+        if solver is not None and any(s.adapter is not None for s in self.settings):
+            raise UserError("immunize.lower.adapter", "lora", "implicit needs a lower level that moves weights.")
+        rho = solver.rho if solver is not None else 0.0
+        some = zip(self.settings, self.losses, strict=True)
+        return [LowerLevel(s, self.theta, self.lower_names, loss, n, rho) for n, (s, loss) in enumerate(some)]
+
+    def adapt(self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool) -> list[Trace]:
+        """First sweep: every lower level, merged as it ends; only what the transpose needs is kept."""
+        traces, running = [], self.merge.start(self.theta)
+        for n, level in enumerate(levels):
+            trace = level.run(keep=keep)
+            running.add(n, level.adapted(trace.final))
+            self.before.append(trace.loss)
+            after = level.loss_at(trace.final) if measure else float("nan")
+            self.drop.append(1 - after / trace.loss if trace.loss else float("nan"))
+            if not final and level.settings.adapter is None:
+                trace.final = dict.fromkeys(trace.final, torch.empty(0))  # the transpose needs its names only
+            traces.append(trace)
+        self.merged = running.finish()
+        return traces
+
+    def upper_gradient(self) -> tuple[Params, float]:
+        """Second sweep: v = ∇J at θ̂, one backward pass per concept, and J."""
+        v: Params = {}
+        total = 0.0
+        loss = self._cast(self.upper)
+        for n in range(self.count):
+            value, gradient = gradients(partial(_at, loss, n), self.merged)
+            if not finite([value, *gradient.values()]):
+                raise Diverged(f"the upper loss of concept {n} is not finite", 0)
+            total += float(value) / self.count
+            for x, g in gradient.items():
+                v[x] = v[x] + g / self.count if x in v else g / self.count
+        return v, total

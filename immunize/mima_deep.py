@@ -1,0 +1,221 @@
+"""The objective of ``mima_deep``: survive attackers that train for tens of steps (own extension of arXiv 2412.15320).
+
+Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps (`immunize.mima_lower`). With
+Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all concepts merged, and sg the stopped gradient,
+
+    J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) ]  +  w_benign · mean_marks L(x^u_b; Θ_b)
+           + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
+
+where Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient is first order, ∂Θ/∂θ = I, taken
+at the effective weights and brought back to θ through the merge's adjoint. b is a benign concept of the rehearsal
+set, attacked like a target, whose loss after adaptation is *minimised*: it keeps benign concepts learnable.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from immunize.hypergradient_products import checkpointed
+from immunize.merge import Merge
+from immunize.mima_losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
+from immunize.mima_lower import Attack, Attackers, Mark, adapt, marks
+from immunize.mima_sampling import Batch, Halves, Pool
+from immunize.mima_scopes import scope_names
+from lab.seeding import derive
+
+EVALUATIONS = ("merged", "own")
+
+
+@dataclass(frozen=True)
+class DeepOptions:
+    """See `immunize.mima.MimaDeep`."""
+
+    steps: int
+    batch_size: int
+    lower_batch_size: int
+    prior_batch_size: int
+    at: tuple[float, ...]
+    evaluate: tuple[str, ...]
+    cap: float | None
+    w_prior: float
+    prior_at: str
+    prior_ramp: float
+    w_distill: float
+    w_benign: float
+    checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class Level:
+    """One concept's lower level, finished: its marks, of which every list has equally many."""
+
+    attack: Attack
+    found: list[Mark]
+
+    @property
+    def drop(self) -> float:
+        return 1 - self.found[-1].now / self.found[-1].first
+
+
+class DeepObjective:
+    """Gradient of J for Π_u; see the module."""
+
+    def __init__(
+        self, options: DeepOptions, attackers: Attackers, denoiser: Denoiser, names: Sequence[str],
+        targets: Sequence[Halves], rehearsal: Sequence[Halves], prior: Pool | None, merge: Merge | None, seed: int,
+    ) -> None:  # fmt: skip
+        self.options, self.attackers, self.denoiser = options, attackers, denoiser
+        self.upper_names = self.moves = tuple(names)
+        self.targets, self.rehearsal, self.prior, self.merge, self.seed = targets, rehearsal, prior, merge, seed
+        self.original = (
+            {name: denoiser.theta[name].detach().clone() for name in self.upper_names} if options.w_distill else {}
+        )
+
+    def state(self) -> Params:
+        return {}
+
+    def load(self, state: Params) -> None:
+        pass
+
+    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        self.denoiser.sync(self.moves)
+        if not self.options.checkpointing:
+            return self._gradient(theta, step)
+        with checkpointed(self.denoiser.model.unet):
+            return self._gradient(theta, step)
+
+    def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        total: Params = {}
+        levels = [self._attack(theta, concept, step) for concept in self.targets]
+        values = self._targets(theta, levels, step, total)
+        values["lower_drop"] = sum(level.drop for level in levels) / len(levels)
+        values["lower_steps"] = sum(level.attack.steps for level in levels) / len(levels)
+        if self.options.w_benign and self.rehearsal:
+            values["benign_loss"] = self._benign(theta, step, total)
+        values |= self._preserve(theta, step, values["upper_loss"], total)
+        return {name: total[name] for name in self.upper_names}, values
+
+    def _attack(self, theta: Params, concept: Halves, step: int) -> Level:
+        o = self.options
+        attack = self.attackers.draw(step / o.steps, self.seed, concept.name, step)
+        moves = scope_names(self.denoiser.model.unet, attack.scope)
+        at = marks(attack.steps, o.at)
+        run = adapt(
+            self.denoiser.loss, theta, moves, attack, concept.lower, o.lower_batch_size, at, self.seed,
+            concept.name, step,
+        )  # fmt: skip
+        try:
+            return Level(attack, list(run))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"concept {concept.name}: {error}") from error
+
+    def _upper(self, concept: Halves, step: int, mark: int) -> Batch:
+        return concept.upper.batch(self.options.batch_size, self.seed, concept.name, step, "upper", mark)
+
+    # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
+
+    def _targets(self, theta: Params, levels: list[Level], step: int, total: Params) -> dict[str, float]:
+        """Adds −min(L, cap), and the prior where it is asked for there, at every mark and place; logs the last mark."""
+        places = self.options.evaluate if self.merge is not None else ("own",)
+        count = max(len(level.found) for level in levels)
+        share = 1 / (count * len(places) * len(levels))
+        rows: list[tuple[float, float]] = []
+        for i in range(count):
+            # an attacker of very few steps has fewer marks than another; its last one stands for the missing
+            here = [level.found[min(i, len(level.found) - 1)].weights for level in levels]
+            rows = []
+            for place in places:
+                v: Params = {}
+                point = self._merged(theta, here) if place == "merged" else {}
+                for n, concept in enumerate(self.targets):
+                    at = point if place == "merged" else here[n]
+                    rows.append(self._one(theta, at, concept, step, i, v))
+                self._back(v, place, share, total)
+        values = {"upper_loss": sum(row[0] for row in rows) / len(rows)}
+        if self.options.w_prior and self.options.prior_at == "adapted":
+            values["prior_loss"] = sum(row[1] for row in rows) / len(rows)
+        return values
+
+    def _merged(self, theta: Params, here: list[Params]) -> Params:
+        assert self.merge is not None
+        moved = dict.fromkeys(name for weights in here for name in weights)
+        with torch.no_grad():
+            return self.merge({name: theta[name] for name in moved}, here)
+
+    def _one(self, theta: Params, at: Weights, concept: Halves, step: int, mark: int, v: Params) -> tuple[float, float]:
+        """One concept's terms at one point, added to ``v``: (upper loss, prior loss)."""
+        o, seen = self.options, [math.nan, math.nan]
+        batch = self._upper(concept, step, mark)
+
+        def terms(weights: Weights) -> Tensor:
+            upper = self.denoiser.loss(batch, weights)
+            seen[0] = float(upper.detach())
+            value = -capped(upper, o.cap)
+            if o.w_prior and o.prior_at == "adapted":
+                prior = self.denoiser.loss(self._prior(concept.name, step, mark), weights)
+                seen[1] = float(prior.detach())
+                value = value + o.w_prior * prior
+            return value
+
+        _, gradient = gradient_at(terms, theta, at, self.upper_names)
+        accumulate(v, gradient, 1.0)
+        return seen[0], seen[1]
+
+    def _back(self, v: Params, place: str, share: float, total: Params) -> None:
+        """∂/∂θ of a gradient at the merged (or the concept's own) weights: first order."""
+        if place == "own" or self.merge is None:
+            accumulate(total, v, share)
+            return
+        direct, parts = self.merge.adjoint(v)
+        for part in (direct, *parts):
+            accumulate(total, part, share)
+
+    # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _benign(self, theta: Params, step: int, total: Params) -> float:
+        concept = self.rehearsal[derive(self.seed, "mima", "rehearsal", step) % len(self.rehearsal)]
+        level, loss = self._attack(theta, concept, step), math.nan
+        for i, mark in enumerate(level.found):
+            function = partial(self.denoiser.loss, self._upper(concept, step, i))
+            loss, gradient = gradient_at(function, theta, mark.weights, self.upper_names)
+            accumulate(total, gradient, self.options.w_benign / len(level.found))
+        return loss
+
+    def _prior(self, label: str, step: int, mark: int) -> Batch:
+        assert self.prior is not None
+        return self.prior.batch(self.options.prior_batch_size, self.seed, label, step, "prior", mark)
+
+    def _preserve(self, theta: Params, step: int, upper: float, total: Params) -> dict[str, float]:
+        """Adds prior and distillation at θ, in one forward and backward pass."""
+        o = self.options
+        w_prior = o.w_prior if o.prior_at == "start" else 0.0
+        if self.prior is None or not (w_prior or o.w_distill):
+            return {}
+        batch, seen = self._prior("start", step, 0), {}
+        with torch.no_grad():
+            before = self.denoiser.predict(batch, self.original)[0] if o.w_distill else None
+
+        def terms(weights: Weights) -> Tensor:
+            guess, target = self.denoiser.predict(batch, weights)
+            value = guess.new_zeros(())
+            if w_prior:
+                prior = (guess - target).square().mean()
+                seen["prior_loss"] = float(prior.detach())
+                value = value + w_prior * prior
+            if before is not None:
+                distance = (guess - before).square().mean()
+                seen["distill_loss"] = float(distance.detach())
+                value = value + o.w_distill * distance
+            return value
+
+        _, gradient = gradient_at(terms, theta, {}, self.upper_names)
+        near = 0.0 if o.cap is None else min(max(upper, 0.0) / o.cap, 1.0)
+        factor = 1 + (o.prior_ramp - 1) * near**2
+        accumulate(total, gradient, factor)
+        return {**seen, "prior_factor": factor}

@@ -1,0 +1,129 @@
+"""Option groups of the concept immunizers, checked where a config is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from immunize.hypergradient import METHODS, Method
+from immunize.hypergradient_implicit import Implicit
+from immunize.hypergradient_products import Product
+from immunize.lower import Adapter, Lower
+from immunize.merge_rows import MergeOptions
+from immunize.mima_scopes import SCOPES
+from lab.errors import UserError, nearest
+from lab.options import choice, count, flag, number
+
+
+def group(key: str, given: Any, known: Sequence[str]) -> dict[str, Any]:
+    """A group of options as a dict.
+
+    Raises:
+        UserError: no group, or an option that does not exist.
+    """
+    if not isinstance(given, Mapping):
+        raise UserError(key, given, f"must be a group of options; set {key}.OPTION=VALUE.")
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"{key}.{name}", value, f"there is no such option; {nearest(str(name), known)}")
+    return {str(name): value for name, value in given.items()}
+
+
+@dataclass(frozen=True)
+class LowerOptions:
+    """The attacker of the lower level.
+
+    Attributes:
+        scope: Π_l. alpha: α. steps: K. optimizer: ``sgd`` | ``adamw``. weight_decay: of ``adamw``.
+        rank, scale: LoRA factors (rank null: the weights themselves) and their scale.
+        prior: add ``w_prior`` times the prior's loss to the lower loss (the released code does).
+        rest: ``adamw``: with ``hypergradient.method=alternating``, the matrices of the cross-attention outside the
+            lower scope follow the lower losses too, by AdamW at α (the released code does).
+    """
+
+    scope: str = "attn2"
+    alpha: float = 1.0
+    steps: int = 1
+    optimizer: str = "sgd"
+    weight_decay: float = 0.0
+    rank: int | None = None
+    scale: float = 1.0
+    prior: bool = False
+    rest: str = "none"
+
+    def __post_init__(self) -> None:
+        choice("immunize.lower.scope", self.scope, SCOPES)
+        flag("immunize.lower.prior", self.prior)
+        choice("immunize.lower.rest", self.rest, ("none", "adamw"))
+        if self.rank is not None:
+            Adapter(self.rank, self.scale)
+        self.settings()
+
+    def settings(self) -> Lower:
+        """Without LoRA factors, whose first values are drawn anew at every step."""
+        optimizer: Any = self.optimizer
+        return Lower(self.alpha, self.steps, optimizer, weight_decay=self.weight_decay)
+
+    @staticmethod
+    def read(given: Any) -> LowerOptions:
+        return LowerOptions(**group("immunize.lower", given, [f.name for f in fields(LowerOptions)]))
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """How the gradient passes the lower level: see `immunize.hypergradient.hypergradient`."""
+
+    method: Method = "exact"
+    last: int = 1
+    product: Product = "forward"
+    recompute: bool = False
+    rho: float = 1.0
+    solver: Any = "cg"
+    iterations: int = 10
+    tolerance: float = 1e-6
+
+    def __post_init__(self) -> None:
+        choice("immunize.hypergradient.method", self.method, METHODS)
+        count("immunize.hypergradient.last", self.last)
+        choice("immunize.hypergradient.product", self.product, ("forward", "reverse"))
+        choice("immunize.hypergradient.solver", self.solver, ("cg", "neumann"))
+        flag("immunize.hypergradient.recompute", self.recompute)
+        self.implicit()
+
+    def implicit(self) -> Implicit:
+        return Implicit(self.rho, self.solver, self.iterations, self.tolerance)
+
+    @staticmethod
+    def read(given: Any) -> GradientOptions:
+        return GradientOptions(**group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)]))
+
+
+_LEARNED = ("learn_steps", "learn_rate", "sparsity")
+
+
+@dataclass(frozen=True)
+class MergeGroup:
+    """How concepts are merged: `immunize.merge_rows.MergeOptions`, and
+
+    Attributes:
+        prompts: at most so many prompts that name the concept give the rows of C_n.
+        learn_steps, learn_rate, sparsity: of learned weights, per upper step (`immunize.merge_learned.learn`).
+    """
+
+    options: MergeOptions
+    prompts: int = 4
+    learn_steps: int = 1
+    learn_rate: float = 1e-2
+    sparsity: float = 0.0
+
+    @staticmethod
+    def read(given: Any) -> MergeGroup:
+        known = [f.name for f in fields(MergeOptions) if f.name != "seed"]
+        found = group("immunize.merge", given, [*known, "prompts", *_LEARNED])
+        count("immunize.merge.prompts", found.get("prompts", 4))
+        count("immunize.merge.learn_steps", found.get("learn_steps", 1))
+        number("immunize.merge.learn_rate", found.get("learn_rate", 1e-2), above=0)
+        number("immunize.merge.sparsity", found.get("sparsity", 0.0), 0)
+        own = {name: found.pop(name) for name in ("prompts", *_LEARNED) if name in found}
+        return MergeGroup(MergeOptions(**found), **own)

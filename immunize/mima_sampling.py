@@ -1,0 +1,153 @@
+"""What a step sees: pictures, captions, noise and timesteps, a function of (seed, labels) alone.
+
+Pictures are encoded once. Latents are the posterior's mean (Stable Diffusion's autoencoder has a posterior whose
+deviation is far below that of the latents), captions are encoded without gradient: the text encoder never moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lab.diffusion import DiffusionModel, Text
+from lab.errors import UserError
+from lab.seeding import generator
+from lab.types import Concept, ConceptCase, Pictures
+
+TEMPLATES = ("captions", "name", "description")
+PRIORS = ("keep", "class", "both")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents [b, c, s, s], their captions, noise of the latents' shape and timesteps [b]."""
+
+    z: Tensor
+    text: Text
+    noise: Tensor
+    t: Tensor
+
+
+def cast(text: Text, dtype: torch.dtype) -> Text:
+    return Text(text.hidden.to(dtype), None if text.pooled is None else text.pooled.to(dtype))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded pictures: latents [n, c, s, s], ``text`` of the different captions, and which picture has which.
+
+    ``named`` says for each picture whether its caption speaks of the concept by name.
+    """
+
+    z: Tensor
+    text: Text
+    caption: Tensor
+    named: tuple[bool, ...]
+    timesteps: int
+
+    @staticmethod
+    def encode(model: DiffusionModel, pictures: Pictures, words: Sequence[str], dtype: torch.dtype) -> Pool:
+        """``words``: by which a caption names the concept, one of them is enough."""
+        prompts = sorted(set(pictures.prompts))
+        with torch.no_grad():
+            parts = [model.text(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
+        row = {prompt: i for i, prompt in enumerate(prompts)}
+        return Pool(
+            model.to_latents(pictures.images).to(dtype),
+            cast(Text.cat(parts), dtype),
+            torch.tensor([row[p] for p in pictures.prompts]),
+            tuple(any(word.lower() in p.lower() for word in words) for p in pictures.prompts),
+            model.timesteps,
+        )
+
+    def to(self, dtype: torch.dtype) -> Pool:
+        return replace(self, z=self.z.to(dtype), text=cast(self.text, dtype))
+
+    def __len__(self) -> int:
+        return int(self.z.shape[0])
+
+    @staticmethod
+    def cat(pools: Sequence[Pool]) -> Pool:
+        starts = [sum(len(pool.text) for pool in pools[:i]) for i in range(len(pools))]
+        return Pool(
+            torch.cat([pool.z for pool in pools]),
+            Text.cat([pool.text for pool in pools]),
+            torch.cat([pool.caption + start for pool, start in zip(pools, starts, strict=True)]),
+            tuple(named for pool in pools for named in pool.named),
+            pools[0].timesteps,
+        )
+
+    def rows(self, rows: Sequence[int] | Tensor) -> Pool:
+        chosen = torch.as_tensor(rows)
+        named = tuple(self.named[int(i)] for i in chosen)
+        return replace(self, z=self.z[chosen], caption=self.caption[chosen], named=named)
+
+    def template(self, template: str) -> Pool:
+        """Pictures whose caption has the concept's ``name``, or a ``description`` without it; all where none has."""
+        if template == "captions":
+            return self
+        rows = [i for i, named in enumerate(self.named) if named == (template == "name")]
+        return self.rows(rows) if rows else self
+
+    def batch(self, size: int, seed: int, *labels: object) -> Batch:
+        """``size`` pictures without repetition as long as there are enough, and one timestep of each of ``size``
+        equal strata: every timestep stays equally likely, losses of small batches scatter less."""
+        g = generator(seed, "mima", *labels)
+        rounds = -(-size // len(self))
+        rows = torch.cat([torch.randperm(len(self), generator=g) for _ in range(rounds)])[:size]
+        strata = torch.randperm(size, generator=g) + torch.rand(size, generator=g, dtype=torch.float64)
+        t = (strata / size * self.timesteps).long().clamp(max=self.timesteps - 1)
+        z = self.z[rows]
+        noise = torch.randn(z.shape, generator=g, dtype=torch.float64).to(z)
+        return Batch(z, self.text[self.caption[rows]], noise, t.to(z.device))
+
+
+@dataclass(frozen=True)
+class Halves:
+    """One concept's own pictures, split so that no level sees what the other has."""
+
+    name: str
+    lower: Pool
+    upper: Pool
+
+
+def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype) -> Halves:
+    """Own pictures, split by a seeded permutation; the lower level gets the odd one.
+
+    Raises:
+        UserError: fewer than two pictures.
+    """
+    name, count = concept.name, len(concept.own)
+    if count < 2:
+        told = f"concept {name} has {count} picture(s) for the immunizer; it needs at least 2, one for each level."
+        raise UserError("scenario", name, told)
+    pool = Pool.encode(model, concept.own, [concept.words], dtype)
+    order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
+    cut = -(-count // 2)
+    return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]))
+
+
+def pooled(parts: Sequence[Halves]) -> Halves:
+    """Several concepts taken as one (baseline ``joint``); each keeps its own split."""
+    levels = [[part.lower for part in parts], [part.upper for part in parts]]
+    return Halves("+".join(part.name for part in parts), *(Pool.cat(pools) for pools in levels))
+
+
+def prior_pictures(case: ConceptCase, source: str) -> Pictures:
+    """What must stay as it is: unrelated pictures (``keep``), the targets' classes without them (``class``), ``both``.
+
+    Raises:
+        UserError: the case has none.
+    """
+    parts = [case.keep] if source in ("keep", "both") else []
+    if source in ("class", "both"):
+        parts += [target.prior for target in case.targets]
+    parts = [part for part in parts if len(part)]
+    if not parts:
+        told = f"case {case.name} has no such pictures; choose another of {', '.join(PRIORS)} or set w_prior=0."
+        raise UserError("immunize.prior", source, told)
+    prompts = tuple(prompt for part in parts for prompt in part.prompts)
+    return Pictures(torch.cat([part.images for part in parts]), prompts)

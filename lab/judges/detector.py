@@ -1,0 +1,148 @@
+"""The detector of objects and styles: calibrated probabilities, and the attack success rate that it supports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lab.errors import UserError, nearest
+from lab.judges.images import check, resized
+from lab.judges.networks import DETECTOR_CONFIG, DETECTOR_WEIGHTS, DetectorNetwork, fill, read_folder
+from lab.options import number
+
+KEY = "judges.detector.folder"
+Rates = dict[str, dict[str, float]]
+Head = Literal["object", "style"]
+
+
+def corrected_share(share: float, false_positive: float, false_negative: float) -> float:
+    """The true share behind a detector's share of positives, in [0, 1].
+
+    (share − FP) / (1 − FP − FN), clipped: the estimator of Rogan and Gladen, "Estimating prevalence from the
+    results of a screening test", American Journal of Epidemiology 107(1), 1978, 71–76.
+
+    Raises:
+        UserError: a figure outside [0, 1], or FP + FN ≥ 1 (a detector that is no better than a coin).
+    """
+    number("share", share, 0, 1)
+    number("false_positive", false_positive, 0, 1)
+    number("false_negative", false_negative, 0, 1)
+    power = 1 - false_positive - false_negative
+    if power <= 0:
+        fix = "false-positive and false-negative rate add up to 1 or more, so detections say nothing; use another."
+        raise UserError("judges.detector", f"{false_positive} + {false_negative}", fix)
+    return min(1.0, max(0.0, (share - false_positive) / power))
+
+
+class Detector:
+    """Which object and which style a picture shows.
+
+    Args:
+        network: two heads, one logit per name each.
+        objects, styles: names of the classes, in the order of the heads; a name belongs to one of them only.
+        temperature: divisor of the logits of each head (arXiv 1706.04599), from `lab.minisd.judges.calibrate`.
+        rates: for each name ``false_positive`` and ``false_negative`` of `detects` on held-out pictures.
+        threshold: smallest probability that counts as seen.
+        batch: pictures per forward pass.
+    """
+
+    def __init__(
+        self,
+        network: DetectorNetwork,
+        objects: tuple[str, ...],
+        styles: tuple[str, ...],
+        *,
+        temperature: dict[str, float] | None = None,
+        rates: Rates | None = None,
+        threshold: float = 0.5,
+        batch: int = 256,
+    ) -> None:
+        self.network = network.eval()
+        self.objects, self.styles = tuple(objects), tuple(styles)
+        self.temperature = temperature or {"object": 1.0, "style": 1.0}
+        self.rates = rates or {}
+        self.threshold = number("judges.detector.threshold", threshold, above=0, below=1)
+        self.batch = batch
+
+    @property
+    def names(self) -> dict[Head, tuple[str, ...]]:
+        return {"object": self.objects, "style": self.styles}
+
+    @torch.no_grad()
+    def logits(self, images: Tensor) -> dict[Head, Tensor]:
+        """Raw logits, float32 [n, objects] and [n, styles], of uint8 images [n, 3, s, s] (resized to 64)."""
+        check(images)
+        device = next(self.network.parameters()).device
+        parts = [self.network(resized(part, 64).to(device)) for part in images.split(self.batch)]
+        objects, styles = (torch.cat(found).cpu() for found in zip(*parts, strict=True))
+        return {"object": objects, "style": styles}
+
+    def probabilities(self, images: Tensor) -> dict[Head, Tensor]:
+        """Calibrated probabilities [n, objects] and [n, styles]; each row adds up to 1."""
+        return {head: F.softmax(x / self.temperature[head], 1) for head, x in self.logits(images).items()}
+
+    def top1(self, images: Tensor) -> dict[Head, list[str]]:
+        """The likeliest object and the likeliest style of every picture, without rejection."""
+        logits = self.logits(images)
+        return {head: [self.names[head][i] for i in x.argmax(1).tolist()] for head, x in logits.items()}
+
+    def head(self, name: str) -> Head:
+        """Which head knows ``name``; raises `lab.errors.UserError` with the nearest names where none does."""
+        for head, known in self.names.items():
+            if name in known:
+                return head
+        fix = f"the detector does not know it; {nearest(name, self.objects + self.styles)}"
+        raise UserError("judges.detector", name, fix)
+
+    def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
+        """Whether each picture shows ``name``: bool [n], calibrated probability ≥ ``threshold`` (default: its own)."""
+        head = self.head(name)
+        least = (
+            self.threshold if threshold is None else number("judges.detector.threshold", threshold, above=0, below=1)
+        )
+        return self.probabilities(images)[head][:, self.names[head].index(name)] >= least
+
+    def success_rate(self, images: Tensor, name: str) -> dict[str, float]:
+        """Share of pictures in which ``name`` is seen: as ``observed``, and ``corrected`` for the error rates.
+
+        Raises:
+            UserError: unknown name, no pictures, or a detector whose error rates were never measured.
+        """
+        observed = self.detects(images, name).float().mean().item()
+        if name not in self.rates:
+            raise UserError(KEY, name, "its error rates were not measured; see `lab.minisd.judges.measure`.")
+        rates = self.rates[name]
+        found = corrected_share(observed, rates["false_positive"], rates["false_negative"])
+        return {"observed": observed, "corrected": found, **rates}
+
+    def card(self) -> dict[str, Any]:
+        """Everything but the weights, for `lab.judges.networks.save_detector`."""
+        return {
+            "objects": list(self.objects),
+            "styles": list(self.styles),
+            "temperature": self.temperature,
+            "threshold": self.threshold,
+            "rates": self.rates,
+        }
+
+
+def load_detector(folder: str | Path, *, device: str = "cpu", batch: int = 256) -> Detector:
+    """The detector of a folder that `lab.judges.networks.save_detector` wrote.
+
+    Raises:
+        UserError: a missing or damaged file, or the weights of another network.
+    """
+    path = Path(folder).expanduser()
+    facts, tensors = read_folder(path, DETECTOR_CONFIG, DETECTOR_WEIGHTS, KEY)
+    try:
+        objects, styles = tuple(facts["objects"]), tuple(facts["styles"])
+        network = DetectorNetwork(len(objects), len(styles), int(facts["width"]))
+        options = {key: facts[key] for key in ("temperature", "rates", "threshold")}
+    except KeyError as error:
+        raise UserError(KEY, path / DETECTOR_CONFIG, f"lacks {error}; restore the file.") from error
+    fill(network, tensors, path, KEY)
+    return Detector(network.to(device), objects, styles, batch=batch, **options)

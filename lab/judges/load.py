@@ -1,0 +1,70 @@
+"""The judges of a run, as one object that a config builds and every metric shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+from lab.errors import UserError
+from lab.judges.clip import OpenClip
+from lab.judges.detector import Detector, load_detector
+from lab.judges.features import FeatureJudge
+from lab.judges.networks import CLIP_CONFIG, CLIP_WEIGHTS, DETECTOR_CONFIG, DETECTOR_WEIGHTS, TRAIN
+from lab.judges.nudenet import NudeNet
+
+SHIPPED = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "judges"
+"""Where the judges of MiniSD lie in the repository: ``clip`` and ``detector``."""
+
+
+class Judges:
+    """Each network is loaded at its first use, once.
+
+    Args:
+        name: of the set, for records.
+        clip, features, detector: callables that build the judges (``_partial_`` in YAML); no detector: None.
+
+    Raises:
+        UserError: at first use, what the builders raise.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        clip: Callable[[], OpenClip],
+        features: Callable[[], FeatureJudge],
+        detector: Callable[[], Detector | NudeNet] | None = None,
+    ) -> None:
+        self.name = name
+        self._clip, self._features, self._detector = clip, features, detector
+
+    @cached_property
+    def clip(self) -> OpenClip:
+        return self._clip()
+
+    @cached_property
+    def features(self) -> FeatureJudge:
+        return self._features()
+
+    @cached_property
+    def detector(self) -> Detector | NudeNet | None:
+        return self._detector() if self._detector is not None else None
+
+
+def shipped_clip(*, device: str = "cpu", batch: int = 128) -> OpenClip:
+    """MiniSD's CLIP. Raises `lab.errors.UserError` with the training command where it is missing."""
+    _require("clip", CLIP_CONFIG, CLIP_WEIGHTS)
+    return OpenClip(f"local-dir:{SHIPPED / 'clip'}", device=device, batch=batch)
+
+
+def shipped_detector(*, device: str = "cpu", batch: int = 256) -> Detector:
+    """MiniSD's detector. Raises `lab.errors.UserError` with the training command where it is missing."""
+    _require("detector", DETECTOR_CONFIG, DETECTOR_WEIGHTS)
+    return load_detector(SHIPPED / "detector", device=device, batch=batch)
+
+
+def _require(part: str, *names: str) -> None:
+    missing = next((name for name in names if not (SHIPPED / part / name).is_file()), None)
+    if missing is not None:
+        shown = Path("lab", "minisd", "weights", "judges", part, missing)
+        raise UserError(f"judges.{part}", shown, f"MiniSD's judges are not there; {TRAIN}, or choose judges=real.")

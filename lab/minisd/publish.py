@@ -1,0 +1,102 @@
+"""Write what was trained: diffusers layout, judges, training record, model card. `action=train` ends here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from lab.backbones.diffusion import DiffusionBackbone
+from lab.errors import UserError
+from lab.judges.clip import OpenClip
+from lab.judges.detector import load_detector
+from lab.judges.features import FeatureJudge
+from lab.judges.load import Judges
+from lab.judges.networks import save_clip, save_detector
+from lab.minisd.card import card
+from lab.minisd.quality import measure, showcase
+from lab.minisd.recipe import Recipe, Training
+from lab.provenance import provenance
+from lab.seeding import derive
+from lab.store import Store
+
+SHIPPED = Path(__file__).resolve().parent / "weights"
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below ``folder``, by its path there."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def save(pipeline: Any, folder: Path) -> Path:
+    """Float16 safetensors in diffusers layout."""
+    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        torch.nn.Module.to(part, torch.float16)
+    pipeline.save_pretrained(str(folder), safe_serialization=True)
+    return folder
+
+
+def judges_of(folder: Path) -> Judges:
+    """The judges in ``folder``, for MiniSD's own quality: those that were just trained beside it."""
+    return Judges(
+        "minisd",
+        clip=partial(OpenClip, f"local-dir:{folder / 'clip'}"),
+        detector=partial(load_detector, folder / "detector"),
+        features=partial(FeatureJudge, image_size=128),  # as conf/judges/minisd.yaml
+    )
+
+
+def assess(folder: Path, seed: int, scale: int) -> dict[str, Any]:
+    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card ``README.md``."""
+    model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
+    found = measure(model, judges_of(folder / "judges"), seed=derive(seed, "quality"), scale=scale)
+    (folder / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
+    showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "README.md").write_text(card(record, found))
+    return found
+
+
+def run(cfg: DictConfig) -> Path:
+    """Train what ``cfg.train`` describes, measure it, and write all of it to ``paths.outputs/minisd``."""
+    from lab.experiment import relative
+
+    if cfg.get("train") is None:
+        raise UserError("train", None, "nothing to train is described: `python run.py experiment=train_minisd`.")
+    started, clock = time.time(), time.monotonic()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    recipe: Recipe = instantiate(cfg.train)
+    training = Training(recipe, Store(cfg.paths.cache, force=cfg.force), lambda *_: None)
+    folder = Path(cfg.paths.outputs) / "minisd"
+    fresh = folder.with_name(".minisd.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    detector, facts = training.detector()
+    save_detector(detector.network, detector.card(), fresh / "judges" / "detector")
+    clip, config = training.clip(fresh / "judges" / "clip")
+    save_clip(clip, config, fresh / "judges" / "clip", fresh / "judges" / "clip")
+    save(training.pipeline(), fresh / "model")
+    record = {
+        "recipe": OmegaConf.to_container(cfg.train, resolve=True),
+        "curves": training.curves,
+        "seconds": training.seconds,
+        "detector": facts,
+        "provenance": provenance(started, time.monotonic() - clock),
+        "sha256": hashes(fresh),
+    }
+    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    assess(fresh, recipe.seed, recipe.measured)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    print(f"model: {relative(folder)} (to ship it: `cp -r {relative(folder)}/. {relative(SHIPPED)}/`)")
+    return folder

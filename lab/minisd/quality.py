@@ -1,0 +1,124 @@
+"""How good MiniSD is: what share of its pictures shows what was asked for, beside the same judges on real pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lab.diffusion import DiffusionModel
+from lab.images import grid
+from lab.judges.detector import Head
+from lab.judges.frechet import floor, frechet_distance
+from lab.judges.load import Judges
+from lab.judges.quality import detected, prototypes, recognised
+from lab.minisd.captions import By, noun, prompts
+from lab.minisd.judge_data import NAMES, class_prompts
+from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
+from lab.minisd.world import TRAINING, UNSEEN_PAIRS, Subset, sample
+from lab.progress import progress
+from lab.seeding import derive
+from lab.types import Sampling
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Prompts with what each asks for."""
+
+    prompts: tuple[str, ...]
+    objects: tuple[str, ...]
+    styles: tuple[str, ...]
+
+
+def asked(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") -> Asked:
+    """``each`` prompts for every (object, style) pair, cycling through the ways to say it."""
+    rows = []
+    for name, style in pairs:
+        ways = prompts(noun(name), style, by)
+        rows += [(ways[i % len(ways)], name, style) for i in range(each)]
+    texts, objects, styles = zip(*rows, strict=True)
+    return Asked(texts, objects, styles)
+
+
+def suites(scale: int) -> dict[str, Asked]:
+    """What MiniSD is asked for. ``scale`` = 32 asks 32 times for every object in photos and for every style."""
+    seen = [(o, s) for s in STYLE_NAMES for o in OBJECTS if (o, s) not in HELD_OUT_PAIRS]
+    few = max(1, scale // 32)
+    return {
+        "photos": asked([(o, PHOTO) for o in OBJECTS], scale),
+        "styles": asked(seen, few),
+        "described": asked(seen, few, "description"),
+        "unseen_pairs": asked(sorted(HELD_OUT_PAIRS), 8 * few),
+    }
+
+
+def measure(
+    model: DiffusionModel, judges: Judges, *, seed: int, scale: int = 32, fidelity: int = 1024, steps: int = 20
+) -> dict[str, Any]:
+    """Every figure of the model card.
+
+    Args:
+        scale: see `suites`; the card's figures use 32.
+        fidelity: generated pictures of the Fréchet distance, with captions drawn as in training.
+
+    Returns:
+        ``shares``: suite → judge → object, style, both in [0, 1]; ``real`` the same on real pictures;
+        ``frechet`` with its ``floor``. Judges: ``detector``, ``clip`` (zero-shot).
+    """
+    sampling = Sampling(steps=steps)
+    zero: dict[Head, tuple[tuple[str, ...], torch.Tensor]] = {
+        "object": (NAMES["object"], prototypes(judges.clip.texts, class_prompts("object", None))),
+        "style": (NAMES["style"], prototypes(judges.clip.texts, class_prompts("style"))),
+    }
+
+    def shares(images: torch.Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
+        seen = detected(judges.detector, images, objects=objects, styles=styles)  # type: ignore[arg-type]
+        vectors = judges.clip.images(images)
+        return {"detector": seen, "clip": recognised(vectors, zero, objects=objects, styles=styles), "n": len(images)}
+
+    found: dict[str, Any] = {"shares": {}, "real": {}, "sampling": {"steps": steps, "guidance": sampling.guidance}}
+    for name, wanted in suites(scale).items():
+        images = generate(model, wanted.prompts, seed, name, sampling)
+        found["shares"][name] = shares(images, wanted.objects, wanted.styles)
+    world = {
+        "photos": Subset(OBJECTS, (PHOTO,), two_share=0.0),
+        "styles": Subset(OBJECTS, STYLE_NAMES, pairs="seen", two_share=0.0),
+        "unseen_pairs": UNSEEN_PAIRS,
+    }
+    for name, subset in world.items():
+        real = sample(subset, derive(seed, "quality", "real"), 16 * scale)
+        objects, styles = zip(*((p.objects[0], p.style) for p in real.pictures), strict=True)
+        found["real"][name] = shares(real.images, objects, styles)
+    found["frechet"] = _frechet(model, judges, seed, fidelity, sampling)
+    return found
+
+
+def generate(model: DiffusionModel, texts: Sequence[str], seed: int, label: str, sampling: Sampling) -> torch.Tensor:
+    """Pictures uint8 [n, 3, s, s], the same for the same seed and label."""
+    latents = model.latents(len(texts), seed, "quality", label)
+    starts = range(0, len(texts), 32)
+    parts = [
+        model.generate(texts[i : i + 32], latents[i : i + 32], sampling) for i in progress(starts, label, len(starts))
+    ]
+    return torch.cat(parts)
+
+
+def _frechet(model: DiffusionModel, judges: Judges, seed: int, count: int, sampling: Sampling) -> dict[str, float]:
+    real = sample(TRAINING, derive(seed, "quality", "fidelity"), 2 * count)
+    features = judges.features.features(real.images)
+    texts = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
+    made = judges.features.features(generate(model, texts, seed, "fidelity", sampling))
+    distance = frechet_distance(made, features[:count])
+    return {"distance": distance, "floor": floor(features, count, seed=seed), "pictures": float(count)}
+
+
+def showcase(
+    model: DiffusionModel, *, seed: int, names: Sequence[str] = ("fox", "rocket", "guitar", "cactus", "cake")
+) -> Any:
+    """A labelled grid of one picture per style and object, as a PIL image."""
+    styles = (PHOTO, *STYLE_NAMES)
+    wanted = asked([(name, style) for style in styles for name in names], 1)
+    images = generate(model, wanted.prompts, seed, "showcase", Sampling())
+    return grid(images.unflatten(0, (len(styles), len(names))), styles, tuple(names))

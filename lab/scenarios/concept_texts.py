@@ -1,0 +1,178 @@
+"""Words about the world's concepts: prompts to generate from, captions, what an eraser takes out, C_reg."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from lab.errors import UserError
+from lab.minisd.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, STYLE_TEMPLATES, class_noun, fill, noun
+from lab.minisd.dice import Dice
+from lab.minisd.scenes import BACKGROUNDS
+from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, style
+from lab.minisd.world import Picture, Subset, picture
+from lab.seeding import generator
+from lab.types import Erasure
+
+# Reserved for evaluation: MiniSD's captions use none of them, and no immunizer or attacker may.
+REWORDED_STYLE = (
+    "{style}, {it}",
+    "an image of {it} in {style} style",
+    "{it} as {style} art",
+    "a good picture of {it} by the {style} artist",
+    "in the style of {style}: {it}",
+    "the {style} artist paints {it}",
+)
+REWORDED_OBJECT = (
+    "an image of {it}",
+    "an image of {it} {place}",
+    "a good picture of {it} {place}",
+    "one photo, {it}",
+    "{place}, {it}",
+    "this is {it}",
+)
+# The style's words stand last: what follows them in the context is padding, which carries the style as well.
+_ERASED_STYLE = ("{it} in the style of {style}", "{it} in {style} style", "{it} by the {style} artist")
+_ERASED_OBJECT = ("a photo of {it}", "a picture of {it}")
+_ATTEMPTS = 60  # pictures looked at per wanted caption before the world counts as exhausted
+
+
+def _shuffled(items: Sequence[str], seed: int, *labels: object) -> list[str]:
+    order = torch.randperm(len(items), generator=generator(seed, "prompts", *labels)).tolist()
+    return [items[i] for i in order]
+
+
+def _weave(templates: Sequence[str], objects: Sequence[str], total: int, style_name: str) -> tuple[str, ...]:
+    """``total`` prompts that run through the objects and, at another pace, through templates and descriptions."""
+    several = any("{description}" in t for t in templates)
+    ways = [(t, d) for d in range(len(style(style_name).descriptions) if several else 1) for t in templates]
+    found = []
+    for i in range(total):
+        template, number = ways[(i + i // len(objects)) % len(ways)]
+        found.append(fill(template, noun(objects[i % len(objects)]), style_name, number))
+    return tuple(found)
+
+
+def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
+    """Family → ``total`` prompts for a style, over the objects that MiniSD saw in it.
+
+    ``unseen_pairs`` asks by name for objects that MiniSD's training never showed in this style; held-out styles
+    have no such family, as they were shown with none.
+    """
+    unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
+    seen = _shuffled([o for o in OBJECTS if o not in unseen], seed, name)
+    found = {
+        "name": _weave(STYLE_TEMPLATES["name"], seen, total, name),
+        "description": _weave(STYLE_TEMPLATES["description"], seen, total, name),
+        "reworded": _weave(REWORDED_STYLE, seen, total, name),
+    }
+    if unseen:
+        found["unseen_pairs"] = _weave(STYLE_TEMPLATES["name"], _shuffled(unseen, seed, name), total, name)
+    return found
+
+
+def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
+    """Family → ``total`` prompts for an object. The world describes no object without its name: no such family."""
+    found = {}
+    for family, templates in (("name", PHOTO_TEMPLATES + PLACE_TEMPLATES), ("reworded", REWORDED_OBJECT)):
+        ways = [t.replace("{place}", p) for t in templates for p in (BACKGROUNDS if "{place}" in t else ("",))]
+        order = _shuffled(ways, seed, name, family)
+        found[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
+    return found
+
+
+def caption(shown: Picture) -> str:
+    """A caption that names what one picture of a single object shows, the style by its artist's name."""
+    dice = Dice(shown.stream, "named caption")
+    if shown.style != PHOTO:
+        return fill(dice.pick(STYLE_TEMPLATES["name"]), noun(shown.objects[0]), shown.style)
+    template = dice.pick(PHOTO_TEMPLATES + PLACE_TEMPLATES)
+    return fill(template, noun(shown.objects[0]), place=shown.background)
+
+
+def world_caption(shown: Picture) -> str:
+    """The caption that the world itself gives, as MiniSD's training sees it."""
+    return shown.text
+
+
+def class_caption(shown: Picture) -> str:
+    """A caption that says no more than the class of the object ("a photo of an animal")."""
+    return fill(Dice(shown.stream, "class caption").pick(PHOTO_TEMPLATES), class_noun(shown.objects[0]))
+
+
+def preserved(objects: Sequence[str], styles: Sequence[str]) -> tuple[str, ...]:
+    """Prompts whose meaning an eraser has to keep: photos of ``objects``, of their classes, and all in ``styles``."""
+    photos = [fill("a photo of {it}", it) for o in objects for it in (noun(o), class_noun(o))]
+    painted = [fill(_ERASED_STYLE[0], noun(o), s) for o in objects for s in styles]
+    return tuple(dict.fromkeys([*photos, *painted]))
+
+
+def style_erasure(name: str, preserve: tuple[str, ...], *, descriptions: bool) -> list[Erasure]:
+    """Every object in the style is to mean a photo of the object; ``descriptions`` are erased where asked for."""
+
+    def erasure(words: str, templates: Iterable[str], number: int) -> Erasure:
+        pairs = [(t, o) for t in templates for o in OBJECTS]
+        prompts = tuple(fill(t, noun(o), name, number) for t, o in pairs)
+        anchors = tuple(fill("a photo of {it}", noun(o)) for _, o in pairs)
+        return Erasure(name, words, prompts, anchors, preserve)
+
+    found = [erasure(name, _ERASED_STYLE, 0)]
+    if descriptions:
+        templates = STYLE_TEMPLATES["description"][:2]
+        found += [erasure(d, templates, i) for i, d in enumerate(style(name).descriptions)]
+    return found
+
+
+def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
+    """The object, in photos and in every style, is to mean its class ("an animal")."""
+    pairs = [(t, PHOTO) for t in _ERASED_OBJECT] + [(_ERASED_STYLE[0], s) for s in STYLE_NAMES]
+    prompts = tuple(fill(t, noun(name), s) for t, s in pairs)
+    return Erasure(name, name, prompts, tuple(fill(t, class_noun(name), s) for t, s in pairs), preserve)
+
+
+def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple[str, ...]:
+    """``total`` different captions of C_reg.
+
+    Args:
+        templates: ``all`` templates of the world over its objects and styles in ``subset``, or ``one`` (objects and
+            places of photos in one sentence).
+
+    Raises:
+        UserError: more captions than there are.
+    """
+    if templates == "one":
+        ways = [fill("a picture of {it} {place}", noun(o), place=p) for o in subset.objects for p in BACKGROUNDS]
+        found = _shuffled(ways, seed, "regularizers")
+    else:
+        drawn = (picture(subset, seed, i).text for i in range(_ATTEMPTS * total))
+        found = []
+        known: set[str] = set()
+        for line in drawn:
+            if len(found) == total:
+                break
+            if line not in known:
+                known.add(line)
+                found.append(line)
+    if len(found) < total:
+        fix = f"only {len(found)} different captions with regularizer_templates={templates}; ask for no more."
+        raise UserError("scenario.regularizers", total, fix)
+    return tuple(found[:total])
+
+
+def fresh(subset: Subset, seed: int, total: int, taken: set[str]) -> list[Picture]:
+    """``total`` pictures, not yet drawn, whose captions differ from each other and from ``taken``.
+
+    Raises:
+        UserError: the subset has fewer.
+    """
+    known, found = set(taken), []
+    for i in range(_ATTEMPTS * total):
+        shown = picture(subset, seed, i)
+        if shown.text not in known:
+            known.add(shown.text)
+            found.append(shown)
+        if len(found) == total:
+            return found
+    fix = f"only {len(found)} pictures have captions of their own; ask for no more."
+    raise UserError("scenario.unrelated", total, fix)

@@ -1,0 +1,108 @@
+"""Attackers on the tiny text-to-image model, with few steps and two pictures a snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from attack_examples import Interrupted, MemoryCheckpoint
+from tiny_diffusion import tiny_concept, tiny_diffusion
+
+from attacks.concept_attack import ConceptBase
+from attacks.concept_curriculum import Curriculum
+from attacks.concept_custom_diffusion import CustomDiffusion
+from attacks.concept_dreambooth import DreamBooth
+from attacks.concept_full_finetune import ConceptFullFinetune
+from attacks.concept_lora import ConceptLora
+from attacks.concept_textual_inversion import TextualInversion
+from lab.diffusion import DiffusionModel
+from lab.types import Budget, Checkpoint, Concept, Sampling, Trajectory
+
+SAMPLING = Sampling(steps=2, guidance=2.0, count=2)
+BUDGET = Budget(horizon=3, multiple=2, at=())  # snapshots 0, 3, 6
+FAST: dict[str, Any] = {"batch_size": 4, "sampling": SAMPLING, "clip": None}
+
+
+@cache
+def task(name: str = "mosaic", role: Any = "harmful") -> Concept:
+    return tiny_concept(name, role, "style")
+
+
+@cache
+def model() -> DiffusionModel:
+    return tiny_diffusion()
+
+
+def curriculum(**options: Any) -> Curriculum:
+    """Prior pictures with adapters on U-Net and text encoder, then a word, then adapters that use the word."""
+    small = {"batch_size": 4, "clip": None}
+    stages = {
+        "related": {"data": "prior", "attack": ConceptLora(name="c.related", lr=0.05, text_encoder=True, **small)},
+        "word": {"attack": TextualInversion(name="c.word", lr=0.5, **small)},
+        "target": {"attack": ConceptLora(name="c.target", template="token", token="<concept>", lr=0.1, **small)},
+    }
+    return Curriculum(name="curriculum", sampling=SAMPLING, stages=stages, **options)
+
+
+def attackers() -> dict[str, ConceptBase]:
+    """One of each kind, at a rate that moves the tiny model within six steps."""
+    return {
+        "lora": ConceptLora(name="lora", lr=0.05, **FAST),
+        "lora_text": ConceptLora(name="lora_text", lr=0.02, rank=2, alpha=4, targets="all", text_encoder=True, **FAST),
+        "dreambooth": DreamBooth(name="dreambooth", lr=1e-3, **FAST),
+        "full_finetune": ConceptFullFinetune(name="full_finetune", lr=1e-3, **FAST),
+        "textual_inversion": TextualInversion(name="textual_inversion", lr=0.03, **FAST),
+        "custom_diffusion": CustomDiffusion(name="custom_diffusion", lr=0.05, **FAST),
+        "curriculum": curriculum(),
+    }
+
+
+def attack(name: str, **changes: Any) -> Any:
+    """A changed attacker of `attackers`."""
+    return replace(attackers()[name], **changes)
+
+
+def launch(
+    attacker: Any,
+    net: DiffusionModel | None = None,
+    *,
+    what: Concept | None = None,
+    seed: int = 0,
+    budget: Budget = BUDGET,
+    checkpoint: Checkpoint | None = None,
+) -> Trajectory:
+    return attacker(net or model(), what or task(), seed=seed, budget=budget, checkpoint=checkpoint)
+
+
+@cache
+def unbroken(name: str) -> Trajectory:
+    """The run of `attackers()[name]` from start to end."""
+    return launch(attackers()[name])
+
+
+def interrupted(attacker: Any, fail_at: int) -> Trajectory:
+    """The same, killed at save ``fail_at`` and started again."""
+    checkpoint = MemoryCheckpoint(fail_at)
+    try:
+        launch(attacker, checkpoint=checkpoint)
+    except Interrupted:
+        checkpoint.fail_at = None
+        return launch(attacker, checkpoint=checkpoint)
+    raise AssertionError(f"only {checkpoint.saves} saves")
+
+
+def assert_equal(a: Trajectory, b: Trajectory) -> None:
+    assert (a.steps, a.values, a.status, a.info) == (b.steps, b.values, b.status, b.info)
+    for left, right in ((a.weights, b.weights), (a.samples, b.samples)):
+        assert left.keys() == right.keys()
+        assert all(torch.equal(left[k], right[k]) for k in left)
+
+
+def fresh_pipeline(folder: Path) -> Any:
+    """The untouched tiny model as a plain diffusers pipeline, loaded from disk."""
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline.from_pretrained(str(model().save(folder)), safety_checker=None)

@@ -1,0 +1,245 @@
+"""Every attacker on a text-to-image model: learns, leaves its input alone, resumes bit for bit, stops in time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from concept_examples import (
+    SAMPLING,
+    assert_equal,
+    attack,
+    attackers,
+    curriculum,
+    interrupted,
+    launch,
+    model,
+    task,
+    unbroken,
+)
+from tiny_diffusion import tiny_diffusion
+
+from attacks.concept_data import Material
+from attacks.concept_lora import ConceptLora, absorb, inject, unet_layers
+from attacks.concept_tokens import LearnedToken
+from lab.errors import Diverged, UserError
+from lab.seeding import generator
+from lab.types import Attacker, Budget, same_weights
+
+NAMES = sorted(attackers())
+
+
+def watched() -> tuple[Any, list[Any]]:
+    """A tiny model and the list of the copies that are made of it."""
+    net, copies = tiny_diffusion(), []
+
+    def copy() -> Any:
+        copies.append(type(net).copy(net))
+        return copies[-1]
+
+    net.copy = copy
+    return net, copies
+
+
+def moved(net: Any, copied: Any) -> set[str]:
+    """Names of the parameters of ``net`` whose values differ in ``copied``, and of those that only the copy has."""
+    new = {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
+    old = net.state_dict()
+    assert old.keys() <= new.keys()
+    rows = {k: v[: len(old[k])] if k in old and v.dim() else v for k, v in new.items()}  # words enlarge one table
+    return {k for k, v in rows.items() if k not in old or not torch.equal(v, old[k])}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_and_meets_the_contract(name: str) -> None:
+    attacker, found = attackers()[name], unbroken(name)
+    assert isinstance(attacker, Attacker)
+    assert attacker.accepts == {"diffusion"}
+    assert found.steps == [0, 3, 6]
+    assert found.status == "ok"
+    assert all(len(values) == 3 for values in found.values.values())
+    assert found.samples["name"].shape == (3, 2, 3, 32, 32)
+    assert found.samples["name"].dtype == torch.uint8
+    assert not torch.equal(found.samples["name"][0], found.samples["name"][-1])
+    assert found.values["test_loss"][-1] < found.values["test_loss"][0]
+    assert found.weights
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_input_untouched_and_only_declared_parameters_move(name: str) -> None:
+    net, copies = watched()
+    launch(attack(name, families=()), net, budget=Budget(3, 1, at=()))
+    assert same_weights(net, tiny_diffusion())
+    (copied,) = copies
+    changed = moved(net, copied)
+    adapters = {k for k in changed if ".lora_" in k}
+    expected = {
+        "lora": all(".attn2." in k and k.startswith("unet.") for k in adapters) and changed == adapters,
+        "lora_text": changed == adapters and any(k.startswith("text_encoders.") for k in adapters),
+        "dreambooth": all(k.startswith("unet.") for k in changed),
+        "full_finetune": all(k.startswith("unet.") for k in changed),
+        "textual_inversion": not changed,
+        "custom_diffusion": all(".attn2.to_k." in k or ".attn2.to_v." in k for k in changed),
+        "curriculum": all(".attn2." in k or "_proj." in k for k in changed),
+    }
+    assert expected[name], changed
+    if name in ("dreambooth", "full_finetune", "custom_diffusion", "curriculum"):
+        assert changed - adapters
+    assert net.tokenizers[0] is tiny_diffusion().tokenizers[0]
+    assert len(net.tokenizers[0]) == len(net.text_encoders[0].get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_resumed_equals_unbroken_bit_for_bit(name: str) -> None:
+    assert_equal(interrupted(attackers()[name], 2 if name == "curriculum" else 1), unbroken(name))
+
+
+def test_another_seed_gives_other_numbers() -> None:
+    assert launch(attack("lora", families=()), seed=1).values != unbroken("lora").values
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_text", "full_finetune"])
+def test_first_snapshot_is_the_models_own_generation(name: str) -> None:
+    asked = unbroken(name).info["prompts"]["name"]
+    own = model().generate(asked, model().latents(SAMPLING.count, 0, task().name, "name"), SAMPLING)
+    assert torch.equal(unbroken(name).samples["name"][0], own)
+
+
+def test_arms_and_attackers_share_test_draws() -> None:
+    assert unbroken("lora").values["test_loss"][0] == unbroken("full_finetune").values["test_loss"][0]
+
+
+@pytest.mark.parametrize("prior_weight", [0.0, 2.0])
+def test_first_step_against_autograd_by_hand(prior_weight: float) -> None:
+    options = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0, "families": (), "prior_weight": prior_weight}
+    found = launch(attack("full_finetune", **options), budget=Budget(1, 1, at=()))
+    net = model().copy()
+    net.unet.requires_grad_(True)
+    loss = torch.zeros(())
+    for pictures, label, weight in ((task().train, "attack", 1.0), (task().prior, "attack prior", prior_weight)):
+        batch = Material.of(net, [pictures.images], pictures.prompts).draw(
+            4, net.timesteps, generator(0, label, task().name, 0)
+        )
+        text = net.text([pictures.prompts[row] for row in batch.rows])
+        loss = loss + weight * net.loss(batch.z, text, batch.noise, batch.t).mean()
+    loss.backward()
+    for name, p in net.unet.named_parameters():
+        torch.testing.assert_close(found.weights[f"unet.{name}"], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"optimizer": "sgd", "lr": 1e9}, {"lr": 1e4}])
+def test_absurd_rate_ends_as_diverged_with_the_finite_points(options: dict[str, Any]) -> None:
+    found = launch(attack("full_finetune", **options), budget=Budget(1, 14, at=()))
+    assert found.status == "diverged"
+    assert found.steps[0] == 0
+    assert len(found.steps) < 3
+    assert all(torch.isfinite(torch.tensor(v)).all() for v in found.values.values())
+    assert len(found.samples["name"]) == len(found.steps)
+    assert not found.weights
+
+
+def test_a_model_that_is_broken_before_the_attack_says_so() -> None:
+    net = tiny_diffusion()
+    with torch.no_grad():
+        next(net.unet.parameters()).fill_(torch.nan)
+    with pytest.raises(Diverged, match="before the first update"):
+        launch(attack("lora"), net)
+
+
+def test_half_precision_is_refused_where_it_would_be_trained() -> None:
+    with pytest.raises(UserError, match="train in float32"):
+        launch(attack("full_finetune", families=()), tiny_diffusion(dtype=torch.bfloat16))
+
+
+def test_absorbed_adapters_predict_what_they_predicted() -> None:
+    net = model().copy()
+    z, t, text = net.latents(2, 0, "z"), torch.tensor([10, 500]), net.text(["a fox", "a panda"])
+    found = inject(net.unet, unet_layers(net.unet, "all"), 2, 3.0, generator(0))
+    with torch.no_grad():
+        for name, parameter in found.items():
+            parameter.normal_(std=0.2, generator=generator(1, name))
+        before = net.predict(z, t, text)
+        absorb(net.unet)
+        after = net.predict(z, t, text)
+    assert not torch.allclose(before, model().predict(z, t, text))
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    assert net.unet.state_dict().keys() == model().unet.state_dict().keys()
+
+
+def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> None:
+    net = model().copy()
+    word = LearnedToken("attacks.x", net, "<new1>", 2, "mosaic")
+    table = net.text_encoders[0].get_input_embeddings()
+    old = len(model().text_encoders[0].get_input_embeddings().weight)
+    assert word.expression == "<new1> <new1>_1"
+    with torch.no_grad():
+        word.rows.fill_(7.0)
+    ids = net.tokens([f"a {word.expression} fox"])
+    assert (table(ids)[0, 2:4] == 7).all()
+    word.close()
+    assert (table.weight[word.ids] == 7).all()
+    assert torch.equal(table.weight[:old], model().text_encoders[0].get_input_embeddings().weight)
+    plain = ["a fox in the style of mosaic"]
+    assert torch.equal(net.text(plain).hidden, model().text(plain).hidden)
+    for token in ("<new1>", "fox", "fox</w>"):
+        with pytest.raises(UserError, match=r"attacks\.x\.token"):
+            LearnedToken("attacks.x", net, token, 1, "fox")
+
+
+def test_schedules() -> None:
+    lora = ConceptLora(name="x", lr=1.0, schedule="linear", warmup=2)
+    assert [lora.rate(step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+
+
+def test_curriculum_divides_the_steps_and_reports_what_all_stages_changed() -> None:
+    plan = curriculum().plan(task(), Budget(2, 2))
+    assert [stop for _, _, stop in plan] == [1, 3, 4]
+    assert [what.train is task().prior for _, what, _ in plan] == [True, False, False]
+    names = unbroken("curriculum").weights.keys()
+    assert "embedding.<concept>" in names
+    assert any(name.startswith("text_encoder.") for name in names)
+    assert all(".attn2." in name for name in names if name.startswith("unet."))
+    with pytest.raises(UserError, match="has 3 stages"):
+        curriculum().plan(task(), Budget(2, 1))
+
+
+OPTIONS: list[tuple[str, dict[str, Any], str]] = [
+    ("lora", {"lr": 0}, "lr"),
+    ("lora", {"optimizer": "adam"}, "optimizer"),
+    ("lora", {"rank": 0}, "rank"),
+    ("lora", {"targets": "attn1"}, "targets"),
+    ("lora", {"template": "style"}, "template"),
+    ("lora", {"batch_size": 0}, "batch_size"),
+    ("lora", {"augmentation": "rotate"}, "augmentation"),
+    ("lora", {"sampling": {"step": 3}}, "sampling.step"),
+    ("lora", {"sampling": {"steps": 0}}, "sampling.steps"),
+    ("textual_inversion", {"template": "name"}, "template"),
+    ("textual_inversion", {"vectors": 0}, "vectors"),
+    ("dreambooth", {"class_word": 3}, "class_word"),
+    ("custom_diffusion", {"initializer": ""}, "initializer"),
+    ("curriculum", {"stages": {}}, "stages"),
+    ("curriculum", {"stages": {"a": {"attack": None}}}, "stages.a.attack"),
+    ("curriculum", {"stages": {"a": {"weight": 1}}}, "stages.a.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "options", "key"), OPTIONS)
+def test_options_that_cannot_work_name_their_key(name: str, options: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError) as error:
+        attack(name, **options)
+    assert error.value.key == f"attacks.{name}.{key}"
+
+
+def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
+    nothing = replace(task().prior, images=task().prior.images[:0], prompts=())
+    for options, what, key in (
+        ({"families": ["reworded"]}, task(), "attacks.dreambooth.families"),
+        ({"template": "description"}, task(), "attacks.dreambooth.template"),
+        ({}, replace(task(), prior=nothing), "attacks.dreambooth.prior_weight"),
+        ({}, replace(task(), train=nothing), "scenario"),
+    ):
+        with pytest.raises(UserError) as error:
+            launch(attack("dreambooth", **options), what=what)
+        assert error.value.key == key

@@ -1,0 +1,73 @@
+"""Captions, prompts and pictures as the attackers see them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from concept_examples import model, task
+
+from attacks.concept_data import Material, captions, class_words, posterior, prompts, renamed, variants
+from lab.seeding import generator
+from lab.types import Pictures
+
+
+def test_words_are_replaced_whole_in_any_case_and_in_the_plural() -> None:
+    assert renamed("a Unicorn by two unicorns", "unicorn", "sks") == "a sks by two sks"
+    assert renamed("a unicornish thing", "unicorn", "sks") == "a unicornish thing"
+    assert renamed("in van gogh style", "van gogh", r"\1") == r"in \1 style"
+
+
+def test_captions_of_every_template() -> None:
+    pictures = Pictures(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), ("a mosaic fox", "a fox", "mosaic art"))
+    concept = replace(task(), prompts={"name": ("x",), "description": ("tiles", "stones")})
+    assert captions(concept, pictures, "name", "sks") == pictures.prompts
+    assert captions(concept, pictures, "token", "sks") == ("a sks fox", "sks, a fox", "sks art")
+    assert captions(concept, pictures, "description", "sks") == ("tiles", "stones", "tiles")
+
+
+def test_prompts_speak_of_the_token_where_training_does() -> None:
+    concept = replace(task(), prompts={"name": ("a mosaic fox", "mosaic art"), "description": ("tiles",)})
+    assert prompts(concept, "name", "token", "sks", 3) == ["a sks fox", "sks art", "a sks fox"]
+    assert prompts(concept, "name", "name", "sks", 1) == ["a mosaic fox"]
+    assert prompts(concept, "description", "token", "sks", 2) == ["tiles", "tiles"]
+
+
+def test_class_words_are_what_all_prior_captions_share() -> None:
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    animal = replace(task(), prior=Pictures(images, ("a photo of an animal", "an animal in the snow")))
+    assert class_words(animal) == "animal"
+    mixed = replace(task(), prior=Pictures(images, ("a photo of a fox", "a photo of a panda")))
+    assert class_words(mixed) == ""
+    assert class_words(replace(task(), prior=Pictures(images[:0], ()))) == ""
+
+
+def test_variants_keep_size_and_repeat_from_the_seed() -> None:
+    images = task().train.images
+    assert torch.equal(variants(images, "flip", 0)[1].flip(-1), images)
+    crops = variants(images, "crop", 0, "a")
+    assert torch.equal(crops[0], images)
+    assert all(c.shape == images.shape and c.dtype == torch.uint8 for c in crops)
+    assert all(torch.equal(a, b) for a, b in zip(crops, variants(images, "crop", 0, "a"), strict=True))
+    assert not torch.equal(crops[1], variants(images, "crop", 1, "a")[1])
+
+
+def test_latents_are_the_models_own_and_pictures_of_another_size_fit() -> None:
+    images = task().train.images
+    mean, std = posterior(model(), images)
+    torch.testing.assert_close(mean, model().to_latents(images))
+    assert (std > 0).all()
+    larger = torch.nn.functional.interpolate(images.float(), (48, 48)).to(torch.uint8)
+    assert posterior(model(), larger)[0].shape == mean.shape
+
+
+def test_draws_have_no_repeats_before_all_pictures_were_seen_and_cover_the_schedule() -> None:
+    material = Material.of(model(), [task().train.images], task().train.prompts)
+    drawn = material.draw(4, 1000, generator(0, "d"))
+    assert sorted(drawn.rows) == [0, 1, 2, 3]
+    assert len(material.draw(9, 1000, generator(0, "d")).rows) == 9
+    every = material.evenly(1000, generator(0, "e"))
+    assert len(every.rows) == 32
+    assert every.t[0] < 40
+    assert every.t[-1] > 960
+    assert set(every.rows) == {0, 1, 2, 3}

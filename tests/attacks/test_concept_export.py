@@ -1,0 +1,63 @@
+"""What an attacker ends with, loaded by plain diffusers, makes the pictures of its last snapshot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from concept_examples import SAMPLING, fresh_pipeline, model, task, unbroken
+
+from attacks.concept_export import export, load
+from lab.diffusion import DiffusionModel
+from lab.errors import UserError
+from lab.types import Trajectory
+
+
+def assert_same_pictures(pipe: Any, name: str) -> None:
+    net = DiffusionModel(pipe.unet, pipe.vae, [pipe.text_encoder], [pipe.tokenizer], pipe.scheduler)
+    latents = model().latents(SAMPLING.count, 0, task().name, "name")
+    found = net.generate(unbroken(name).info["prompts"]["name"], latents, SAMPLING).int()
+    samples = unbroken(name).samples["name"].int()
+    assert (found - samples[-1]).abs().max() <= 1  # another order of additions may round a pixel the other way
+    assert (found - samples[0]).abs().max() > 3
+
+
+@pytest.mark.parametrize("name", ["lora", "lora_text"])
+def test_lora_loads_by_load_lora_weights(name: str, tmp_path: Path) -> None:
+    (written,) = export(unbroken(name), tmp_path / "attack")
+    assert written.name == "pytorch_lora_weights.safetensors"
+    pipe = fresh_pipeline(tmp_path / "base")
+    pipe.load_lora_weights(str(tmp_path / "attack"), weight_name=written.name)
+    assert_same_pictures(pipe, name)
+
+
+def test_textual_inversion_loads_by_load_textual_inversion(tmp_path: Path) -> None:
+    (written,) = export(unbroken("textual_inversion"), tmp_path / "attack")
+    pipe = fresh_pipeline(tmp_path / "base")
+    pipe.load_textual_inversion(str(tmp_path / "attack"), weight_name=written.name)
+    assert_same_pictures(pipe, "textual_inversion")
+
+
+def test_full_weights_load_by_from_pretrained(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    export(unbroken("full_finetune"), tmp_path / "attack")
+    pipe = fresh_pipeline(tmp_path / "base")
+    pipe.unet = UNet2DConditionModel.from_pretrained(str(tmp_path / "attack"), subfolder="unet")
+    assert_same_pictures(pipe, "full_finetune")
+
+
+@pytest.mark.parametrize("name", ["dreambooth", "custom_diffusion", "curriculum"])
+def test_our_loader_puts_every_other_form_into_a_pipeline(name: str, tmp_path: Path) -> None:
+    export(unbroken(name), tmp_path / "attack")
+    assert_same_pictures(load(fresh_pipeline(tmp_path / "base"), tmp_path / "attack"), name)
+
+
+def test_nothing_to_export_or_to_load_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"attacks\.lora\.keep_weights=diverged"):
+        export(Trajectory([0], {}, "diverged", {"attack": "lora", "form": "lora"}), tmp_path)
+    with pytest.raises(UserError, match="no exported weights"):
+        load(None, tmp_path)
+    assert torch.is_grad_enabled()

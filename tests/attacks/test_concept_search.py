@@ -1,0 +1,129 @@
+"""The attacker's search: equal trials in every arm, its own pictures only, the best setting for the whole run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from attack_examples import Interrupted, MemoryCheckpoint
+from concept_examples import assert_equal, attack, curriculum, launch, model, task
+from tiny_diffusion import tiny_diffusion
+
+from attacks.concept_search import held_out
+from lab.errors import UserError
+from lab.types import Pictures
+
+SPACE = {"lr": [1e-4, 0.05], "rank": [1, 2]}
+GRID: dict[str, Any] = {"mode": "grid", "steps": 3, "space": SPACE}
+
+
+def searched(**changes: Any) -> Any:
+    return attack("lora", families=(), search={**GRID, **changes})
+
+
+def test_best_trial_is_the_one_with_the_lowest_held_out_loss_and_is_what_runs() -> None:
+    found = launch(searched())
+    told = found.info["search"]
+    assert [row["setting"] for row in told["trials"]] == [
+        {"lr": lr, "rank": rank} for lr in SPACE["lr"] for rank in SPACE["rank"]
+    ]
+    assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
+    assert told["best"]["lr"] == 0.05
+    plain = launch(attack("lora", families=(), **told["best"]))
+    assert {k: v for k, v in found.info.items() if k != "search"} == plain.info
+    assert found.values == plain.values
+    assert all(torch.equal(found.weights[k], plain.weights[k]) for k in plain.weights)
+
+
+def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_arms() -> None:
+    noise = torch.randint(0, 256, task().reference.images.shape, dtype=torch.uint8)
+    other = replace(task(), reference=Pictures(noise, task().reference.prompts), own=Pictures(noise[:0], ()))
+    random = searched(mode="random", trials=2)
+    here, there = launch(random), launch(random, what=other)
+    assert here.info["search"] == there.info["search"]
+    assert here.values["test_loss"] != there.values["test_loss"]
+    arm = launch(random, tiny_diffusion(seed=1))
+    settings = [[row["setting"] for row in run.info["search"]["trials"]] for run in (here, arm)]
+    assert settings[0] == settings[1]
+    assert len(settings[0]) == 2
+
+
+def test_the_split_is_a_partition_of_the_training_pictures() -> None:
+    split = held_out(task(), 0)
+    parts = [image.tolist() for part in (split.train, split.reference) for image in part.images]
+    assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
+    assert len(split.reference) == 1
+    one = replace(task(), train=Pictures(task().train.images[:1], task().train.prompts[:1]))
+    with pytest.raises(UserError, match=r"attacks\.lora\.search=mosaic: .* needs 2"):
+        launch(searched(), what=one)
+
+
+def test_a_killed_search_continues() -> None:
+    whole = launch(searched())
+    for fail_at in (2, 5):  # in the search, in the run after it
+        checkpoint = MemoryCheckpoint(fail_at)
+        with pytest.raises(Interrupted):
+            launch(searched(), checkpoint=checkpoint)
+        checkpoint.fail_at = None
+        assert_equal(launch(searched(), checkpoint=checkpoint), whole)
+
+
+def test_trials_that_diverge_lose_and_where_all_do_the_options_stay() -> None:
+    space = {"lr": [1e12, 0.05]}
+    told = launch(searched(space=space)).info["search"]
+    assert told["trials"][0]["score"] is None
+    assert told["best"] == {"lr": 0.05}
+    none = launch(searched(space={"lr": [1e12, 1e13]}))
+    assert none.info["search"]["best"] == {}
+    assert none.status == "ok"
+
+
+def test_a_score_of_the_generations_decides_instead_of_the_loss() -> None:
+    seen = []
+
+    def brightness(images: torch.Tensor, pictures: Pictures) -> float:
+        seen.append((images.shape, len(pictures)))
+        return images.float().mean().item()
+
+    told = launch(searched(score=brightness, space={"lr": [1e-4, 0.2]})).info["search"]
+    assert seen == [((2, 3, 32, 32), 1)] * 2
+    assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
+    assert told["trials"][0]["score"] < 0
+
+
+def test_a_curriculum_is_searched_by_stage() -> None:
+    options = {"families": (), "search": {"steps": 3, "space": {"related.share": [1, 9], "target.attack.rank": [1]}}}
+    told = launch(curriculum(**options)).info["search"]
+    assert len(told["trials"]) == 2
+    assert told["best"].keys() == {"related.share", "target.attack.rank"}
+
+
+@pytest.mark.parametrize(
+    ("search", "key"),
+    [
+        ({**GRID, "space": {}}, "search.space"),
+        ({**GRID, "space": {"lrs": [1]}}, "search.space.lrs"),
+        ({**GRID, "space": {"name": ["x"]}}, "search.space.name"),
+        ({**GRID, "space": {"lr": 1e-3}}, "search.space.lr"),
+        ({**GRID, "space": {"lr": [0]}}, "lr"),
+        ({**GRID, "steps": 0}, "search.steps"),
+        ({**GRID, "trials": 3}, "search.trials"),
+        ({**GRID, "mode": "random", "trials": 5}, "search.trials"),
+        ({**GRID, "mode": "best"}, "search.mode"),
+        ({**GRID, "budget": 3}, "search.budget"),
+        ({**GRID, "score": "clip"}, "search.score"),
+        ("grid", "search"),
+    ],
+)
+def test_searches_that_cannot_work_name_their_key(search: Any, key: str) -> None:
+    with pytest.raises(UserError) as error:
+        attack("lora", search=search)
+    assert error.value.key == f"attacks.lora.{key}"
+
+
+def test_the_model_is_left_alone() -> None:
+    before = {k: v.clone() for k, v in model().state_dict().items()}
+    launch(searched(space={"lr": [0.05]}))
+    assert all(torch.equal(v, before[k]) for k, v in model().state_dict().items())

@@ -1,0 +1,148 @@
+"""Time and memory of one exact step: ``python tests/benchmarks/hypergradient.py``.
+
+A U-Net of MiniSD's size with random weights, float32, attn2 on both levels, K = 1, SGD, prior off. The unit is N
+forward-backwards of the same batch, dtype, parameters and attention (math); CPU seconds, medians of interleaved
+repeats, so that a busy machine hits both alike. Peak memory is that of a fresh process per N above the loaded model.
+Exits with code 1 if the exact step takes more than 5.5 units, if time is not linear in N (15 %), or if memory at the
+largest N exceeds that at N = 1 by a factor above 1.2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from immunize.hypergradient import hypergradient
+from immunize.hypergradient_products import gradients, math_attention
+from immunize.lower import Lower
+from immunize.merge import Merge, Params
+from immunize.merge_factors import Inputs, factorize
+from immunize.merge_rows import scope_names
+from lab.minisd import build
+
+
+def peak() -> float:
+    """Largest resident size of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+class Case:
+    """A U-Net, N concepts with a batch each per level, and the merge over key/value."""
+
+    def __init__(self, count: int, batch: int) -> None:
+        from torch.func import functional_call
+
+        widths = build.Widths()
+        unet = build.unet(widths, 0).requires_grad_(False).eval()
+        self.theta: Params = {x: p.detach() for x, p in unet.named_parameters() if ".attn2." in x}
+        self.names, self.count = list(self.theta), count
+        g = torch.Generator().manual_seed(0)
+        rows = tuple(torch.randn(4, widths.text, generator=g) for _ in range(count))
+        inputs = Inputs(rows, torch.randn(6400, widths.text, generator=g))
+        self.merge = Merge(count, {"text": factorize(inputs)}, dict.fromkeys(scope_names(unet, "kv"), "text"))
+
+        def draw(n: int, level: int) -> list[Tensor]:
+            g = torch.Generator().manual_seed(2 * n + level)
+            z, target = (torch.randn(batch, 4, 16, 16, generator=g) for _ in range(2))
+            words = torch.randn(batch, build.CONTEXT, widths.text, generator=g)
+            return [z, target, words, torch.randint(0, 1000, (batch,), generator=g)]
+
+        def loss(n: int, level: int, params: Params) -> Tensor:
+            z, target, words, t = draw(n, level)
+            return (functional_call(unet, params, (z, t, words)).sample - target).square().mean()
+
+        self.loss = loss
+        self.lower = [lambda p, k, n=n: loss(n, 0, p) for n in range(count)]
+
+    def units(self) -> None:
+        """N forward-backwards."""
+        with math_attention():
+            for n in range(self.count):
+                gradients(partial(self.loss, n, 0), self.theta)
+
+    def step(self, **options: Any) -> None:
+        hypergradient(
+            self.theta,
+            self.lower,
+            lambda p, n: -self.loss(n, 1, p),
+            self.merge,
+            settings=Lower(0.1),
+            upper_names=self.names,
+            lower_names=self.names,
+            **options,
+        )
+
+
+def timed(runs: dict[str, Any], repeats: int) -> dict[str, float]:
+    """Medians of CPU seconds of interleaved runs."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats + 1):
+        for name, run in runs.items():
+            start = time.process_time()
+            run()
+            times[name].append(time.process_time() - start)
+    return {name: statistics.median(some[1:]) for name, some in times.items()}
+
+
+def memory(count: int, batch: int) -> float:
+    """MiB that one exact step takes above the loaded model (a step of one concept at batch 1 warms the libraries)."""
+    case = Case(count, batch)
+    with torch.no_grad():
+        case.loss(0, 0, case.theta)
+    before = peak()
+    case.step(measure=False)
+    return peak() - before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 5, 10])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--memory", type=int, help="print MiB of one step with so many concepts and stop")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.memory:
+        print(memory(options.memory, options.batch))
+        return 0
+    print(f"MiniSD's U-Net, batch {options.batch}, float32; one unit = N forward-backwards")
+    ratios, seconds = [], []
+    for count in options.counts:
+        case = Case(count, options.batch)
+        runs: dict[str, Any] = {"unit": case.units, "exact": partial(case.step, measure=False)}
+        if count == options.counts[0]:
+            runs["first order"] = partial(case.step, method="first_order", measure=False)
+            runs["exact, drop measured"] = case.step
+            runs["exact, forward-over-reverse"] = partial(case.step, measure=False, product="forward")
+        found = timed(runs, options.repeats)
+        ratios.append(found["exact"] / found["unit"])
+        seconds.append(found["exact"] / count)
+        print(f"N = {count:2d}: " + ", ".join(f"{k} {found[k] / found['unit']:.2f}" for k in runs if k != "unit"))
+    straight = max(seconds) / min(seconds)
+    print(f"time per concept, largest ÷ smallest over N: {straight:.2f}")
+    ends = [options.counts[0], options.counts[-1]]
+    used = []
+    for count in ends:
+        command = [sys.executable, __file__, "--memory", str(count), "--batch", str(options.batch)]
+        found_text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        used.append(float(found_text.split()[-1]))
+    print(f"peak memory above the model: {used[0]:.0f} MiB at N = {ends[0]}, {used[1]:.0f} at N = {ends[1]}: ")
+    print(f"ratio {used[1] / used[0]:.2f}")
+    return 0 if max(ratios) <= 5.5 and straight <= 1.15 and used[1] <= 1.2 * used[0] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

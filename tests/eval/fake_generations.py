@@ -1,0 +1,151 @@
+"""Pictures, judges and a RunView made by hand, for tests of the diffusion metrics.
+
+A picture is one colour: red and green set its CLIP vector, blue says whether the detector sees the concept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lab.types import CONTROL, Budget, Concept, ConceptCase, Pictures, Role, Sampling, Trajectory
+
+BUDGET = Budget(20, 4, at=(0, 10, 20, 40, 80))
+STEPS = BUDGET.snapshots()
+RED = (200, 0, 0)
+
+
+def colours(*values: tuple[int, int, int]) -> Tensor:
+    """uint8 [n, 3, 4, 4]."""
+    return torch.tensor(values, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+
+
+def tilted(cosine: float, seen: bool = False) -> tuple[int, int, int]:
+    """A colour whose CLIP cosine to `RED` is ``cosine`` (exact for 1, 0.8, 0.6 and 0)."""
+    return (round(200 * cosine), round(200 * (1 - cosine**2) ** 0.5), 255 if seen else 0)
+
+
+class Clip:
+    def images(self, images: Tensor) -> Tensor:
+        return F.normalize(images.double().mean((2, 3))[:, :2], dim=1)
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        return torch.tensor([[0.0, 1.0] if "green" in text else [1.0, 0.0] for text in texts])
+
+
+class Features:
+    def features(self, images: Tensor) -> Tensor:
+        return images.double().mean((2, 3))
+
+    def feature_lpips(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() - b.double()).abs().mean((1, 2, 3)) / 255
+
+
+@dataclass
+class Detector:
+    """Object 1 where green outweighs red, style 1 where blue is bright; the concept is there where style 1 is."""
+
+    rates: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def probabilities(self, images: Tensor) -> dict[str, Tensor]:
+        red, green, blue = images.double().mean((2, 3)).T
+        objects, styles = (green > red).double(), (blue > 127).double()
+        return {"object": torch.stack([1 - objects, objects], 1), "style": torch.stack([1 - styles, styles], 1)}
+
+    def detects(self, images: Tensor, name: str) -> Tensor:
+        return self.probabilities(images)["style"][:, 1] > 0.5
+
+
+@dataclass
+class FakeJudges:
+    clip: Any = field(default_factory=Clip)
+    features: Any = field(default_factory=Features)
+    detector: Any = field(default_factory=lambda: Detector({n: RATES for n in ("mosaic", "neon", "sketch")}))
+
+
+RATES = {"false_positive": 0.1, "false_negative": 0.1}
+
+
+def concept(name: str, role: Role, families: Sequence[str] = ("name",)) -> Concept:
+    none, known = Pictures(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ()), Pictures(colours(RED, RED), ("a", "b"))
+    return Concept(name, role, "style", name, none, none, known, none, {f: (f"a {name}", "green") for f in families})
+
+
+def case(
+    name: str = "case", targets: Sequence[str] = ("mosaic", "neon"), others: Sequence[str] = ("sketch",), **kwargs
+):
+    unrelated = Pictures(colours((200, 0, 0), (0, 200, 0)), ("a red thing", "a green thing"))
+    return ConceptCase(
+        name,
+        tuple(concept(t, "harmful", **kwargs) for t in targets),
+        tuple(concept(o, "benign", **kwargs) for o in others),
+        (), unrelated, (), unrelated, Sampling(2, 4.0, 4),
+    )  # fmt: skip
+
+
+def attack(points: Sequence[Sequence[tuple[int, int, int]]], status: str = "ok", families=("name",)) -> Trajectory:
+    """A trajectory from the colours of every point; it ends early where there are fewer points than snapshots."""
+    samples = torch.stack([colours(*point) for point in points])
+    steps = list(STEPS[: len(points)])
+    return Trajectory(steps, {"train_loss": [1.0] * len(steps)}, status, samples={f: samples for f in families})  # type: ignore[arg-type]
+
+
+def shares(*counts: int, of: int = 10, cosines: Sequence[float] | None = None, status: str = "ok") -> Trajectory:
+    """A trajectory whose detector sees ``counts`` of ``of`` pictures per point; cosine 1 − … per point on request."""
+    cosines = cosines or [0.8] * len(counts)
+    return attack([[tilted(c, i < count) for i in range(of)] for c, count in zip(cosines, counts, strict=True)], status)
+
+
+@dataclass
+class Painter:
+    """A "model": ``paint(prompt, number)`` is the colour of picture ``number``."""
+
+    paint: Callable[[str, int], tuple[int, int, int]]
+    calls: list[Sampling] = field(default_factory=list)
+
+    def latents(self, count: int, seed: int, *labels: object) -> Tensor:
+        return torch.arange(count)
+
+    def generate(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32) -> Tensor:
+        self.calls.append(sampling)
+        return colours(*(self.paint(p, int(z)) for p, z in zip(prompts, latents, strict=True)))
+
+
+def faithful(prompt: str, number: int) -> tuple[int, int, int]:
+    return (0, 200, 0) if "green" in prompt else (200, 0, 0)
+
+
+@dataclass
+class FakeRun:
+    """Trajectories by a function of arm, attack, concept and seed; models by arm."""
+
+    trajectories: Callable[[str, str, str, int], Trajectory] = lambda *_: shares(0, 0, 0, 0, 0)
+    case_list: tuple[ConceptCase, ...] = field(default_factory=lambda: (case(),))
+    models: dict[str, Painter] = field(default_factory=lambda: {a: Painter(faithful) for a in (CONTROL, "mima")})
+    diverged: dict[tuple[str, int], Any] = field(default_factory=dict)
+    scenario: str = "fake"
+    immunizer: str = "mima"
+    attacks: tuple[str, ...] = ("lora",)
+    seeds: tuple[int, ...] = (0, 1, 2)
+    budget: Budget = BUDGET
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((CONTROL, self.immunizer)))
+
+    def cases(self, seed: int) -> tuple[ConceptCase, ...]:
+        return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
+
+    def model(self, arm: str, case: ConceptCase, seed: int) -> Painter:
+        return self.models[arm]
+
+    def history(self, case: ConceptCase, seed: int) -> dict[str, list[float]]:
+        return {}
+
+    def trajectory(self, arm: str, attack: str, case: ConceptCase, task: Concept, seed: int) -> Trajectory:
+        return self.trajectories(arm, attack, task.name, seed)

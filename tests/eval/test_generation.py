@@ -1,0 +1,276 @@
+"""SGR, RSGR and their kin on pictures whose similarities are known by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from fake_generations import BUDGET, RED, STEPS, Clip, FakeJudges, FakeRun, attack, case, colours, concept, tilted
+from scipy.integrate import trapezoid
+
+from eval.generation import Generation
+from eval.generations import area, marks, prompts_of, read
+from eval.judging import References, legacy, rogan_gladen
+from lab.errors import UserError
+from lab.types import CONTROL, Budget, Trajectory
+
+
+def flat(*cosines, count=4, status="ok"):
+    """A trajectory with one cosine per snapshot, alike in all pictures."""
+    return attack([[tilted(c)] * count for c in cosines], status)
+
+
+def world(immunized: dict[str, Trajectory], control: Trajectory | None = None, **kwargs) -> FakeRun:
+    """The control learns: cosine 0, 0.6, 0.8, 1, 1; the immunized arm by concept."""
+    learned = control or flat(0.0, 0.6, 0.8, 1.0, 1.0)
+
+    def make(arm, attack_name, name, seed):
+        return learned if arm == CONTROL else immunized[name]
+
+    return FakeRun(make, **kwargs)
+
+
+HELD = {
+    "mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0),
+    "neon": flat(0.0, 0.6, 0.8, 1.0, 1.0),
+    "sketch": flat(0.0, 0.6, 0.6, 1.0, 1.0),
+}
+
+
+def metrics(run, **kwargs):
+    return Generation(FakeJudges(), **{"similarities": ["clip"]} | kwargs)(run).metrics
+
+
+def test_the_snapshots_that_are_reported():
+    assert STEPS == (0, 10, 20, 40, 80)
+    assert marks(BUDGET) == [(2, 20, ""), (3, 40, "_2x"), (4, 80, "_4x")]
+    assert marks(Budget(20, 5, at=(0, 20, 100))) == [(1, 20, ""), (2, 100, "_5x")]
+    assert marks(Budget(20, 1, at=(0, 20))) == [(1, 20, "")]
+
+
+def test_sgr_by_hand():
+    found = metrics(world(HELD))
+    assert found["sgr_clip_mosaic"].value == pytest.approx((0.8 - 0.6) / 0.8)
+    assert found["sgr_clip_neon"].value == pytest.approx(0.0)
+    assert found["msgr_clip"].value == pytest.approx(0.125)
+    assert found["msgr_clip_2x"].value == pytest.approx((0.2 / 1 + 0) / 2)
+    assert found["msgr_clip_4x"].value == pytest.approx(0.0)
+    assert found["sgr_benign_clip"].value == pytest.approx((0.8 - 0.6) / 0.8)
+    assert (found["sgr_benign_clip"].better, found["msgr_clip"].better) == ("lower", "higher")
+    assert found["sgr_clip_worst"].value == pytest.approx(0.0)
+    assert "neon" in found["sgr_clip_worst"].note
+
+
+def test_the_area_is_linear_in_steps():
+    values = np.array([0.0, 0.6, 0.8, 1.0, 1.0])
+    assert area(values, STEPS) == pytest.approx(trapezoid(values, STEPS) / 80)
+    control = trapezoid([0.0, 0.6, 0.8, 1.0, 1.0], STEPS)
+    mosaic = trapezoid([0.0, 0.0, 0.6, 0.8, 1.0], STEPS)
+    assert metrics(world(HELD))["msgr_clip_auc"].value == pytest.approx((1 - mosaic / control) / 2)
+
+
+def test_intervals_are_labelled_by_the_number_of_seeds():
+    one, three = (metrics(world(HELD, seeds=seeds))["msgr_clip"] for seeds in ((0,), (0, 1, 2)))
+    assert (one.n, one.interval) == (1, "within_seed")
+    assert (three.n, three.interval) == (3, "across_seeds")
+    assert one.low == pytest.approx(0.0)  # two concepts, 0.25 and 0: one resample in four holds neon alone
+    assert one.high == pytest.approx(0.25)
+    assert one.low <= three.low <= three.value <= three.high <= one.high  # three seeds average their concepts
+
+
+def test_the_attack_that_protects_least_counts():
+    weak = flat(0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def make(arm, attack_name, name, seed):
+        if arm == CONTROL:
+            return flat(0.0, 0.6, 0.8, 1.0, 1.0)
+        return weak if attack_name == "weak" else HELD["mosaic"]
+
+    found = metrics(FakeRun(make, attacks=("weak", "strong")))
+    assert found["msgr_clip"].value == pytest.approx(0.25)
+    assert "worst attacker: strong" in found["msgr_clip"].note
+    assert found["sgr_benign_clip"].value == pytest.approx(1.0)  # for the others, the attack that suffers most
+    assert "worst attacker: weak" in found["sgr_benign_clip"].note
+
+
+def test_rsgr_compares_both_arms_on_the_same_latents():
+    """Between the arms: neon and sketch paint alike (1), mosaic's pictures stand at 0.6·0.8 + 0.8·0.6 = 0.96."""
+    alike = HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}
+    found = metrics(world(alike))
+    assert found["rsgr_clip_mosaic"].value == pytest.approx(1 - 0.96)
+    assert found["rsgr_clip_neon"].value == pytest.approx(0.0)
+    assert found["mrsgr_clip"].value == pytest.approx(0.02)
+
+
+def test_rsgr_pairs_pictures_by_their_number():
+    """The same set of pictures in another order is not the same painting."""
+    here, there = [tilted(1.0), tilted(0.0)], [tilted(0.0), tilted(1.0)]
+
+    def make(arm, attack_name, name, seed):
+        return attack([there if arm != CONTROL and name == "mosaic" else here] * 5)
+
+    found = metrics(FakeRun(make))
+    assert found["rsgr_clip_mosaic"].value == pytest.approx(1.0)
+    assert found["msgr_clip"].value == pytest.approx(0.0)
+
+
+def test_without_other_concepts_rsgr_says_so():
+    found = metrics(world(HELD, case_list=(case(others=()),)))
+    assert found["mrsgr_clip"].value is None
+    assert "no others" in found["mrsgr_clip"].note
+    assert "sgr_benign_clip" not in found
+
+
+def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
+    found = metrics(world(HELD, control=flat(0.0, 0.0, 0.0, 1.0, 1.0)))
+    assert found["msgr_clip"].value is None
+    assert "≤ 0" in found["msgr_clip"].note
+    assert found["msgr_clip_2x"].value is not None
+
+
+def test_a_diverged_attack_is_held_and_counted():
+    broken = HELD | {"mosaic": flat(0.0, 0.0, status="diverged")}
+    scores = Generation(FakeJudges(), similarities=["clip"])(world(broken))
+    found = scores.metrics
+    assert found["sgr_clip_mosaic"].value == pytest.approx(1.0)
+    assert "3 of 12 attacks diverged" in found["sgr_clip_mosaic"].note
+    curve = scores.curves["similarity_clip_mosaic"]
+    assert curve["mima"][1] == pytest.approx(0.0)
+    assert curve["mima"][2:] == [None, None, None]
+    assert curve["none"][2] == pytest.approx(0.8)
+    assert "step 10 (diverged)" in scores.images["generations_mosaic"].rows[-1]
+
+
+def test_a_case_whose_immunization_diverged_is_counted():
+    run = world(HELD, case_list=(case("a"), case("b")), diverged={("b", 1): {}})
+    assert "1 of 6 cases diverged and are left out" in metrics(run)["msgr_clip"].note
+
+
+def test_clip_t_and_prompt_families():
+    run = world(HELD, case_list=(case(families=("name", "reworded")),))
+    inner = run.trajectories
+
+    def both(*labels):
+        found = inner(*labels)
+        dim = found.samples["name"] if labels[0] == CONTROL else colours(tilted(0.0)).expand(5, 4, -1, -1, -1)
+        return dataclasses.replace(found, samples=found.samples | {"reworded": dim})
+
+    run.trajectories = both
+    found = metrics(run)
+    assert found["msgr_clip_reworded"].value == pytest.approx(1.0)
+    assert found["msgr_clip"].value == pytest.approx(0.125)
+    # prompts in turn: "a mosaic" is red, "green" green; a picture at 0.8 has cosines 0.8 and 0.6
+    assert found["clip_t_harmful_control"].value == pytest.approx((0.8 + 0.6) / 2)
+    assert prompts_of(concept("x", "harmful"), "name", 3) == ["a x", "green", "a x"]
+
+
+def test_features_and_feature_lpips():
+    found = metrics(world(HELD), similarities=["features", "feature_lpips"])
+    assert found["msgr_features"].value == pytest.approx(0.125)  # features of these pictures are their colours
+    distance = {c: np.abs(np.array(tilted(c)) - np.array(RED)).sum() / 3 / 255 for c in (0.8, 0.6)}
+    control, immunized = 1 - distance[0.8] / 2, 1 - distance[0.6] / 2
+    assert found["sgr_feature_lpips_mosaic"].value == pytest.approx((control - immunized) / control)
+
+
+def test_feature_lpips_meets_the_references_in_turn():
+    references = colours((0, 0, 0), (255, 255, 255))
+    found = References(FakeJudges(), references, ["feature_lpips"]).similarities(colours(*[(0, 0, 0)] * 3))
+    assert found["feature_lpips"].tolist() == [1.0, 0.5, 1.0]
+
+
+def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
+    scores = Generation(FakeJudges(), similarities=["clip"])(world(HELD))
+    curve = scores.curves["similarity_clip_neon"]
+    assert curve["step"] == [0.0, 10.0, 20.0, 40.0, 80.0]
+    assert curve["none"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
+    assert set(curve) == {"step", "x", "y", "log", "none", "none:low", "none:high", "mima", "mima:low", "mima:high"}
+    assert scores.curves["msgr_clip"]["mima"][0] is None  # similarity 0 before the attack: no SGR there
+    table = scores.tables["generation"]
+    assert len(table) == 3 * 1 * 3
+    row = next(r for r in table if r["concept"] == "mosaic" and r["step"] == 20)
+    assert row["control"] == pytest.approx(0.8)
+    assert row["immunized"] == pytest.approx(0.6)
+    assert row["sgr"] == pytest.approx(0.25)
+
+
+def test_grids_show_references_and_both_arms():
+    grid = Generation(FakeJudges(), similarities=["clip"], pictures=3)(world(HELD)).images["generations_mosaic"]
+    assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
+    assert grid.images.dtype == torch.uint8
+    assert grid.rows[:3] == ("reference", "none, step 0", "none, step 20")
+    assert torch.equal(grid.images[0, 2], colours(RED)[0])
+    assert torch.equal(grid.images[grid.rows.index("mima, step 20"), 0], colours(tilted(0.6))[0])
+
+
+def test_no_grids_on_request():
+    assert Generation(FakeJudges(), similarities=["clip"], pictures=0)(world(HELD)).images == {}
+
+
+def test_empty_sets_are_errors():
+    with pytest.raises(ValueError, match="empty set"):
+        metrics(world(HELD, attacks=()))
+    empty = case()
+    target = empty.targets[0]
+    none = dataclasses.replace(target.reference, images=target.reference.images[:0], prompts=())
+    empty = dataclasses.replace(empty, targets=(dataclasses.replace(target, reference=none),))
+    with pytest.raises(ValueError, match="empty set"):
+        metrics(world(HELD, case_list=(empty,)))
+
+
+def test_arms_with_different_numbers_of_pictures_are_an_error():
+    with pytest.raises(ValueError, match="different numbers"):
+        metrics(world(HELD | {"mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3)}))
+
+
+def test_wrong_options_name_their_key():
+    for wrong in (
+        {"similarities": ["dino"]},
+        {"similarities": []},
+        {"similarities": ["clip", "clip"]},
+        {"preprocessing": "old"},
+    ):
+        with pytest.raises(UserError, match=r"eval\.generation\."):
+            Generation(FakeJudges(), **wrong)
+
+
+def test_legacy_pictures_are_pale_and_small():
+    images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 128, 128)
+    found = legacy(images)
+    assert found.shape == (1, 3, 64, 64)
+    assert found[0, :, 0, 0].tolist() == [128, 178, 255]  # x/2 + 1/2 in [0, 1]
+    scores = Generation(FakeJudges(), similarities=["clip"], preprocessing="legacy")(world(HELD))
+    assert all(n.endswith("_legacy") for part in (scores.metrics, scores.curves, scores.tables) for n in part)
+    pale = Clip().images(legacy(colours(RED, tilted(0.8), tilted(0.6))))
+    a, i = float(pale[0] @ pale[1]), float(pale[0] @ pale[2])
+    assert scores.metrics["sgr_clip_mosaic_legacy"].value == pytest.approx((a - i) / a)
+    assert scores.images == {}
+
+
+def test_rogan_gladen():
+    shares = np.array([0.1, 0.5, 0.9, 0.0, 1.0])
+    assert rogan_gladen(shares, 0.1, 0.1) == pytest.approx([0.0, 0.5, 1.0, 0.0, 1.0])
+    assert np.isnan(rogan_gladen(shares, 0.6, 0.4)).all()
+
+
+def test_pictures_are_judged_once_per_quantity():
+    board = read(world(HELD, seeds=(0,)), FakeJudges(), ("clip", "between"))
+    cell = board.cells("harmful", "mosaic")[0]
+    assert set(board.at(cell, CONTROL, "lora").values) == {"clip", "between"}
+    assert board.at(cell, "mima", "lora").values["clip"].shape == (5, 4)
+
+
+def test_an_attack_without_pictures_of_the_name_is_a_config_error():
+    nameless = attack([[tilted(1.0)] * 4] * 5, families=("reworded",))
+    with pytest.raises(UserError, match=r"attacks\.lora\.families"):
+        metrics(FakeRun(lambda *_: nameless, case_list=(case(families=("name", "reworded")),)))
+
+
+def test_families_that_only_some_attackers_paint_are_left_out():
+    def make(arm, attack_name, name, seed):
+        found = attack([[tilted(0.8)] * 4] * 5, families=("name", "reworded") if attack_name == "a" else ("name",))
+        return found
+
+    run = FakeRun(make, case_list=(case(families=("name", "reworded")),), attacks=("a", "b"))
+    found = metrics(run)
+    assert "msgr_clip" in found
+    assert "msgr_clip_reworded" not in found

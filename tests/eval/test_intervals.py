@@ -1,0 +1,105 @@
+"""The three-stage bootstrap: pairing, stages, labels."""
+
+import math
+
+import numpy as np
+import pytest
+
+from eval.intervals import Unit, band, columns, estimate, relative_gap, score
+
+RNG = np.random.default_rng(0)
+
+
+def constant(seed, value, count=8):
+    return Unit(seed, np.full((count, 1), value), columns)
+
+
+def test_the_rows_of_both_arms_stay_paired():
+    """The immunized arm at half the control's value on every latent: SGR is exactly ½ in every resample."""
+    control = RNG.uniform(0.2, 0.9, (32, 1))
+    units = [Unit(s, np.concatenate([control, control / 2], 1), relative_gap) for s in range(2)]
+    found = score(units, "higher")
+    assert found.value == pytest.approx(0.5, abs=1e-12)
+    assert found.low == pytest.approx(0.5, abs=1e-12)
+    assert found.high == pytest.approx(0.5, abs=1e-12)
+
+
+def test_pictures_give_the_width_of_the_normal_theory():
+    rows = RNG.normal(size=(200, 1))
+    found = score([Unit(0, rows, columns)], "higher")
+    half = 1.96 * rows.std() / math.sqrt(200)
+    assert found.value == pytest.approx(rows.mean())
+    assert found.high - found.low == pytest.approx(2 * half, rel=0.1)
+    assert (found.n, found.interval) == (1, "within_seed")
+
+
+def test_concepts_are_resampled_within_a_seed():
+    """Concepts at 0 and 1: a resample holds none, one or two of them, each alike in ¼, ½, ¼ of the draws."""
+    found = score([constant(0, 0.0), constant(0, 1.0)], "higher")
+    assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
+
+
+def test_seeds_are_resampled_from_three_on_and_never_narrower_than_student():
+    units = [constant(s, v) for s, v in enumerate((0.0, 1.0, 2.0))]
+    two, three = score(units[:2], "higher"), score(units, "higher")
+    assert two.interval == "within_seed"
+    assert (two.low, two.high) == (0.5, 0.5)  # within two seeds nothing varies here
+    assert three.interval == "across_seeds"
+    half = 4.302653 / math.sqrt(3)  # t quantile with two degrees of freedom, standard deviation 1
+    assert three.low == pytest.approx(1 - half, abs=1e-5)
+    assert three.high == pytest.approx(1 + half, abs=1e-5)
+
+
+def test_many_seeds_are_bootstrapped():
+    units = [constant(s, float(v)) for s, v in enumerate(RNG.normal(size=40))]
+    found = score(units, "higher")
+    values = np.array([u.value[0] for u in units])
+    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(40), rel=0.1)
+
+
+def test_a_seed_counts_once_however_many_concepts_it_has():
+    units = [constant(0, 1.0), constant(0, 1.0), constant(0, 1.0), constant(1, 0.0)]
+    assert score(units, "higher").value == 0.5
+
+
+def test_one_picture_of_one_concept_is_a_point():
+    found = score([constant(0, 0.3, count=1)], "lower")
+    assert (found.value, found.low, found.interval) == (0.3, None, "point")
+
+
+def test_an_empty_set_is_an_error():
+    for units in ([], [Unit(0, np.empty((0, 1)), columns)]):
+        with pytest.raises(ValueError, match="empty set"):
+            estimate(units)
+
+
+def test_an_undefined_figure_has_a_reason_instead_of_a_value():
+    found = score([Unit(0, np.array([[-0.1, 0.5]] * 4), relative_gap)], "higher", undefined="M ≤ 0")
+    assert (found.value, found.note) == (None, "M ≤ 0")
+
+
+def test_a_figure_that_is_often_undefined_has_no_interval():
+    rows = np.array([[1.0, 0.5], [-0.9, 0.5]] * 4)
+    found = score([Unit(0, rows, relative_gap)], "higher")
+    assert found.value is not None
+    assert found.low is None
+    assert "no interval" in found.note
+
+
+def test_a_quotient_of_means_over_concepts():
+    """1 − mean(0.2, 0) ÷ mean(0.4, 0): a concept that the control never shows does no harm."""
+    units = [Unit(0, np.array([[0.4, 0.2]] * 4), columns), Unit(0, np.zeros((4, 2)), columns)]
+    assert score(units, "higher", after=relative_gap).value == pytest.approx(0.5)
+
+
+def test_the_same_pictures_give_the_same_interval():
+    rows = RNG.normal(size=(16, 1))
+    assert score([Unit(0, rows, columns)], "higher") == score([Unit(0, rows, columns)], "higher")
+
+
+def test_a_band_ends_where_the_shortest_attack_ends():
+    long, short = (Unit(s, np.ones((4, n)) * np.arange(n), columns) for s, n in ((0, 3), (1, 2)))
+    curve = band({"none": [long, short], "mima": [long]}, [0, 10, 20], "x", "y")
+    assert curve["none"] == [0.0, 1.0, None]
+    assert curve["none:low"] == [0.0, 1.0, None]
+    assert curve["mima:high"] == [0.0, 1.0, 2.0]

@@ -1,0 +1,209 @@
+"""Attack success and steps to relearn, against figures worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from fake_generations import BUDGET, STEPS, Detector, FakeJudges, FakeRun, case, shares
+
+from eval.relearning import Relearning, crossing
+from lab.errors import UserError
+from lab.types import CONTROL
+
+# detections of ten pictures at steps 0, 10, 20, 40, 80; the control reaches 60 % at step 10 + 4/6·10
+CONTROL_SHARES = (0, 2, 8, 10, 10)
+HORIZON = 10 + 10 * 4 / 6
+
+
+def world(mosaic, neon=None, sketch=None, control=None, **kwargs) -> FakeRun:
+    by_name = {"mosaic": mosaic, "neon": neon or mosaic, "sketch": sketch or shares(*CONTROL_SHARES)}
+
+    def make(arm, attack, name, seed):
+        if arm == CONTROL:
+            return control or shares(*CONTROL_SHARES)
+        return by_name[name]
+
+    return FakeRun(make, **kwargs)
+
+
+def metrics(run, **kwargs):
+    return Relearning(FakeJudges(), **kwargs)(run).metrics
+
+
+def test_crossing_is_linear_in_steps():
+    lines = np.array([[0, 0.2, 0.8, 1, 1], [0.7, 0, 0, 0, 0], [0, 0, 0, 0, 0.6], [0, 0.5, 0.5, 0.5, 0.5]])
+    found = crossing(STEPS, lines, 0.6)
+    assert found[:3] == pytest.approx([HORIZON, 0.0, 80.0])
+    assert math.isnan(found[3])
+    assert crossing(STEPS, np.array([0.0, 0.6]), 0.6) == pytest.approx(10.0)  # an attack that ended early
+    assert math.isnan(crossing((0,), np.array([0.0]), 0.6))
+
+
+def test_attack_success_raw_and_corrected():
+    found = metrics(world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 5, 10, 10)))
+    assert found["asr"].value == pytest.approx(0.35)
+    assert found["asr_control"].value == pytest.approx(0.8)
+    assert found["asr_2x"].value == pytest.approx(0.8)
+    assert found["asr_4x_control"].value == pytest.approx(1.0)
+    assert found["asr_mosaic"].value == pytest.approx(0.2)
+    assert found["asr_corrected"].value == pytest.approx(((0.2 - 0.1) / 0.8 + (0.5 - 0.1) / 0.8) / 2)
+    assert found["asr_corrected_control"].value == pytest.approx((0.8 - 0.1) / 0.8)
+    assert found["asr_reduction"].value == pytest.approx(1 - 0.35 / 0.8)
+    assert found["asr_benign"].value == pytest.approx(0.8)
+    assert (found["asr"].better, found["asr_benign"].better, found["asr_control"].better) == (
+        "lower", "higher", "neutral",
+    )  # fmt: skip
+    assert "at step 20" in found["asr"].note
+    assert 0 <= found["asr"].low <= 0.35 <= found["asr"].high <= 1
+
+
+def test_the_mean_over_the_trajectory():
+    control = (0.1 * 10 + 0.5 * 10 + 0.9 * 20 + 1.0 * 40) / 80  # trapezoids of 0, 0.2, 0.8, 1, 1
+    assert metrics(world(shares(0, 0, 2, 6, 10)))["asr_auc_control"].value == pytest.approx(control)
+
+
+def test_a_detector_without_error_rates_or_power_is_reported_as_such():
+    unknown = Relearning(FakeJudges(detector=Detector({})))(world(shares(*CONTROL_SHARES))).metrics
+    assert unknown["asr_corrected"].value is None
+    assert "mosaic" in unknown["asr_corrected"].note
+    assert unknown["asr"].value == pytest.approx(0.8)
+    coin = Detector({n: {"false_positive": 0.5, "false_negative": 0.5} for n in ("mosaic", "neon", "sketch")})
+    useless = Relearning(FakeJudges(detector=coin))(world(shares(*CONTROL_SHARES))).metrics
+    assert useless["asr_corrected"].value is None
+    assert "add up to 1" in useless["asr_corrected"].note
+
+
+def test_without_a_detector_the_key_is_named():
+    with pytest.raises(UserError, match=r"eval\.relearning\.judges"):
+        Relearning(FakeJudges(detector=None))(world(shares(*CONTROL_SHARES)))
+
+
+def test_steps_to_relearn_by_hand():
+    # mosaic: 0.6 at step 40; neon: between 20 (0.4) and 40 (0.8), so 30
+    found = metrics(world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 4, 8, 10), sketch=shares(0, 0, 6, 10, 10)))
+    ratios = (40 / HORIZON, 30 / HORIZON)
+    assert found["control_horizon"].value == pytest.approx(HORIZON)
+    assert found["steps_to_relearn"].value == pytest.approx(math.sqrt(40 * 30))
+    assert found["steps_to_relearn_ratio_mosaic"].value == pytest.approx(ratios[0])
+    assert found["steps_to_relearn_ratio"].value == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
+    assert found["steps_to_relearn_ratio_worst"].value == pytest.approx(ratios[1])
+    assert "neon" in found["steps_to_relearn_ratio_worst"].note
+    assert found["benign_steps_ratio"].value == pytest.approx(20 / HORIZON)
+    assert found["benign_steps_ratio"].better == "lower"
+    assert found["steps_to_relearn_ratio"].unit == "×"
+
+
+def test_an_arm_that_never_relearns_gives_a_lower_limit():
+    found = metrics(world(shares(0, 0, 0, 2, 5), neon=shares(0, 0, 6, 6, 6)))
+    mosaic = found["steps_to_relearn_ratio_mosaic"]
+    assert mosaic.value == pytest.approx(80 / HORIZON)
+    assert mosaic.note.startswith("at least: not relearned in 3 of 3 cases")
+    assert found["steps_to_relearn_ratio"].note.startswith("at least: not relearned in 3 of 6 cases")
+    assert not found["steps_to_relearn_ratio_neon"].note
+
+
+def test_a_control_that_never_relearns_leaves_no_ratio():
+    found = metrics(world(shares(0, 0, 0, 0, 0), control=shares(0, 0, 1, 2, 5)))
+    assert found["steps_to_relearn_ratio"].value is None
+    assert "never relearned" in found["steps_to_relearn_ratio"].note
+    assert found["control_horizon"].note.startswith("at least")
+    start = metrics(world(shares(0, 0, 0, 0, 0), control=shares(9, 9, 9, 9, 9)))
+    assert start["steps_to_relearn_ratio"].value is None
+
+
+def test_every_arm_is_judged_under_its_own_best_attacker():
+    slow, fast = shares(0, 0, 0, 6, 10), shares(0, 6, 10, 10, 10)
+
+    def make(arm, attack, name, seed):
+        return {"lora": fast, "full": slow}[attack] if arm == CONTROL else {"lora": slow, "full": fast}[attack]
+
+    scores = Relearning(FakeJudges())(FakeRun(make, attacks=("lora", "full")))
+    assert scores.metrics["steps_to_relearn_ratio"].value == pytest.approx(1.0)
+    assert scores.metrics["asr"].value == pytest.approx(1.0)
+    row = scores.tables["relearning"][0]
+    assert (row["attack_control"], row["attack_immunized"]) == ("lora", "full")
+
+
+def test_a_diverged_attack_is_no_protection():
+    """It ended at step 10 without the concept: the ratio is at least 10 ÷ control, below 1."""
+    found = metrics(world(shares(0, 0, status="diverged")))
+    assert found["steps_to_relearn_ratio"].value == pytest.approx(10 / HORIZON)
+    assert found["steps_to_relearn_ratio"].note.startswith("at least")
+    assert "6 of 12 attacks diverged" in found["steps_to_relearn_ratio"].note
+    assert found["asr"].value == 0
+
+
+def test_a_diverged_attacker_does_not_hide_one_that_ran():
+    def make(arm, attack, name, seed):
+        if arm == CONTROL:
+            return shares(*CONTROL_SHARES)
+        return shares(0, 0, status="diverged") if attack == "broken" else shares(0, 0, 2, 6, 10)
+
+    found = metrics(FakeRun(make, attacks=("broken", "lora")))
+    assert found["steps_to_relearn_ratio"].value == pytest.approx(40 / HORIZON)
+
+    def fail(arm, attack, name, seed):
+        return shares(0, 0, 0, 0, 0) if arm != CONTROL and attack == "lora" else make(arm, attack, name, seed)
+
+    never = FakeRun(fail, attacks=("broken", "lora"))
+    assert metrics(never)["steps_to_relearn_ratio"].value == pytest.approx(80 / HORIZON)
+
+
+def test_pictures_are_paired_and_intervals_cover_the_value():
+    found = metrics(world(shares(0, 0, 2, 6, 10), seeds=(0,)))["steps_to_relearn_ratio"]
+    assert (found.n, found.interval) == (1, "within_seed")
+    assert found.low < found.value < found.high
+    same = metrics(world(shares(*CONTROL_SHARES), seeds=(0,)))["steps_to_relearn_ratio"]
+    assert (same.value, same.low, same.high) == pytest.approx((1.0, 1.0, 1.0))  # equal pictures in both arms
+
+
+def test_the_control_alone_sets_the_horizon():
+    run = world(shares(*CONTROL_SHARES), immunizer=CONTROL)
+    scores = Relearning(FakeJudges())(run)
+    assert scores.metrics["control_horizon"].value == pytest.approx(HORIZON)
+    assert scores.metrics["asr_control"].value == pytest.approx(0.8)
+    assert "asr" not in scores.metrics
+    assert "steps_to_relearn_ratio" not in scores.metrics
+    assert "ratio" not in scores.tables["relearning"][0]
+
+
+def test_curves_and_table():
+    scores = Relearning(FakeJudges())(world(shares(0, 0, 2, 6, 10), case_list=(case(targets=("mosaic",)),)))
+    curve = scores.curves["asr_mosaic"]
+    assert curve["step"] == [float(s) for s in BUDGET.snapshots()]
+    assert curve["none"] == pytest.approx([0, 0.2, 0.8, 1, 1])
+    assert curve["mima"] == pytest.approx([0, 0, 0.2, 0.6, 1])
+    assert all(
+        low <= v <= high for low, v, high in zip(curve["mima:low"], curve["mima"], curve["mima:high"], strict=True)
+    )
+    assert {"asr", "asr_benign", "asr_sketch"} <= set(scores.curves)
+    row = scores.tables["relearning"][0]
+    assert row["steps_control"] == pytest.approx(HORIZON)
+    assert (row["steps_immunized"], row["censored_immunized"]) == (40.0, False)
+    assert row["ratio"] == pytest.approx(40 / HORIZON)
+    assert row["asr_immunized_at_20"] == pytest.approx(0.2)
+    assert row["asr_corrected_immunized_at_20"] == pytest.approx(0.125)
+
+
+def test_the_threshold_is_an_option():
+    assert metrics(world(shares(*CONTROL_SHARES)), threshold=0.2)["control_horizon"].value == pytest.approx(10.0)
+    for wrong in (0, 1.5, "high"):
+        with pytest.raises(UserError, match=r"eval\.relearning\.threshold"):
+            Relearning(FakeJudges(), threshold=wrong)
+
+
+def test_empty_sets_are_errors():
+    with pytest.raises(ValueError, match="empty set"):
+        metrics(world(shares(*CONTROL_SHARES), attacks=()))
+
+
+def test_what_a_detector_cannot_do_shows_before_anything_runs():
+    class Blind(Detector):
+        def detects(self, images, name):
+            raise UserError("judges.detector", name, "does not know it.")
+
+    Relearning(FakeJudges()).check((case(),))
+    with pytest.raises(UserError, match="does not know"):
+        Relearning(FakeJudges(detector=Blind())).check((case(),))
+    with pytest.raises(UserError, match="needs a detector"):
+        Relearning(FakeJudges(detector=None)).check((case(),))

@@ -1,0 +1,128 @@
+"""Utility on unrelated prompts: figures by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+from fake_generations import FakeJudges, FakeRun, Painter, case, faithful, tilted
+
+from eval.utility import Utility
+from lab.errors import UserError
+from lab.types import CONTROL, Pictures
+
+
+def world(paint, **kwargs) -> FakeRun:
+    return FakeRun(models={CONTROL: Painter(faithful), "mima": Painter(paint)}, **kwargs)
+
+
+def metrics(run, judges=None, **kwargs):
+    return Utility(judges or FakeJudges(), **{"count": 8} | kwargs)(run).metrics
+
+
+def drifted(prompt, number):
+    """Red prompts become green in every second of their pictures (numbers 0, 4); the rest is as it was."""
+    return (0, 200, 0) if number % 4 == 0 else faithful(prompt, number)
+
+
+def test_nothing_changes_without_immunization():
+    found = metrics(world(faithful))
+    assert found["utility_clip_drift"].value == pytest.approx(0.0)
+    assert found["utility_detection"].value == found["utility_detection_control"].value == 1.0
+    assert found["utility_detection_drop"].value == 0.0
+    assert found["utility_agreement"].value == 1.0
+    assert found["utility_feature_drift"].value == pytest.approx(0.0)
+    assert found["utility_frechet"].value == pytest.approx(found["utility_frechet_control"].value)
+
+
+def test_damage_by_hand():
+    found = metrics(world(drifted))
+    assert found["utility_clip_drift"].value == pytest.approx(2 / 8)  # two of eight pictures at a right angle
+    assert found["utility_clip_t_control"].value == pytest.approx(1.0)
+    assert found["utility_clip_t"].value == pytest.approx(6 / 8)
+    assert found["utility_clip_t_drop"].value == pytest.approx(2 / 8)
+    assert found["utility_detection_drop"].value == pytest.approx(2 / 8)
+    assert found["utility_object_drop"].value == pytest.approx(2 / 8)
+    assert found["utility_style_drop"].value == 0.0
+    assert found["utility_agreement"].value == pytest.approx(6 / 8)
+    assert found["utility_frechet"].value > found["utility_frechet_control"].value
+    assert found["utility_detection_drop"].better == "lower"
+    assert found["utility_detection_drop"].low <= 2 / 8 <= found["utility_detection_drop"].high
+
+
+def test_object_and_style_both_have_to_stay():
+    def paint(prompt, number):
+        return (0, 200, 0) if number == 0 else (200, 0, 255) if number == 2 else faithful(prompt, number)
+
+    found = metrics(world(paint))
+    assert found["utility_object_drop"].value == pytest.approx(1 / 8)
+    assert found["utility_style_drop"].value == pytest.approx(1 / 8)
+    assert found["utility_detection_drop"].value == pytest.approx(2 / 8)
+
+
+def test_seeds_label_the_interval():
+    one, three = (metrics(world(drifted, seeds=s))["utility_clip_drift"] for s in ((0,), (0, 1, 2)))
+    assert one.interval == "within_seed"
+    assert (three.interval, three.n) == ("across_seeds", 3)
+
+
+def test_further_settings_are_suffixes():
+    run = world(drifted, seeds=(0,))
+    found = metrics(run, guidances=[1, 4, 7.5], negative="blurry", compositions=["a green thing", "red", "red"])
+    names = ("utility_clip_drift_guidance_1", "utility_clip_drift_guidance_7_5", "utility_clip_drift_negative")
+    assert all(found[n].value == pytest.approx(2 / 8) for n in names)
+    assert "utility_clip_drift_guidance_4" not in found  # the scenario's own scale
+    assert found["utility_agreement_compositions"].value is not None
+    assert "utility_detection_compositions" not in found
+    used = run.models["mima"].calls
+    assert [s.guidance for s in used] == [4.0, 1.0, 7.5, 4.0, 4.0]
+    assert [s.negative for s in used] == ["", "", "", "blurry", ""]
+
+
+def test_pictures_are_made_once_per_run():
+    run = world(drifted, seeds=(0,))
+    metrics(run)
+    metrics(run)
+    assert len(run.models["mima"].calls) == len(run.models[CONTROL].calls) == 1
+    metrics(run, count=4)
+    assert len(run.models["mima"].calls) == 2
+    other = world(drifted, seeds=(0,))
+    metrics(other)
+    assert len(other.models["mima"].calls) == 1
+
+
+def test_without_a_detector_or_features_the_rest_remains():
+    found = metrics(world(drifted), FakeJudges(detector=None), features=False)
+    assert set(found) == {
+        "utility_clip_drift", "utility_clip_t", "utility_clip_t_control", "utility_clip_t_drop"
+    }  # fmt: skip
+
+
+def test_empty_sets_and_wrong_options():
+    bare = dataclasses.replace(case(), unrelated=Pictures(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ()))
+    with pytest.raises(UserError, match="no unrelated prompts"):
+        metrics(world(faithful, case_list=(bare,)))
+    with pytest.raises(ValueError, match="empty set"):
+        metrics(world(faithful, seeds=()))
+    for wrong in ({"count": 1}, {"guidances": [-1]}, {"features": 1}, {"compositions": [3]}):
+        with pytest.raises(UserError, match=r"eval\.utility"):
+            Utility(FakeJudges(), **wrong)
+
+
+def test_cases_that_diverged_are_counted():
+    run = world(drifted, case_list=(case("a"), case("b")), diverged={("b", 0): {}})
+    assert "left out: 1" in metrics(run)["utility_clip_drift"].note
+
+
+def test_tilted_is_a_unit_cosine():
+    assert (tilted(0.8)[0] ** 2 + tilted(0.8)[1] ** 2) == 200**2
+
+
+def test_a_real_model_paints_for_both_arms_from_the_same_latents():
+    from tiny_diffusion import tiny_case, tiny_diffusion
+
+    same, other = tiny_diffusion(0), tiny_diffusion(1)
+    for models, drift in (((same, same), False), ((same, other), True)):
+        run = FakeRun(models=dict(zip((CONTROL, "mima"), models, strict=True)), case_list=(tiny_case(),), seeds=(0,))
+        found = metrics(run, count=3)
+        assert (found["utility_clip_drift"].value > 1e-6) == drift
+        assert found["utility_clip_drift"].interval == "within_seed"

@@ -1,0 +1,173 @@
+"""A bi-level problem on a U-Net of a few thousand weights, and its gradient written naively."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from tiny_diffusion import TINY, tokenizer
+from torch import Tensor
+
+from immunize.hypergradient import Hypergradient, hypergradient
+from immunize.lower import Lower, LowerLevel
+from immunize.merge import Merge, Params
+from immunize.merge_rows import MergeOptions, Scope, build_merge
+from lab.diffusion import DiffusionModel, Text
+from lab.minisd import build
+from lab.minisd.captions import prompts
+from lab.seeding import generator
+
+DOUBLE = torch.float64
+CAPTIONS = [*(f"a photo of {it}" for it in ("a fox", "a panda", "a lion")), *prompts("a fox", "photo")]
+
+
+@cache
+def micro_model() -> DiffusionModel:
+    """Every kind of block and layer once: cross-attention down, mid and up, resampling, latents 4 × 4 × 4."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=4,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TINY.text,
+        attention_head_dim=2,
+        norm_num_groups=2,
+    )
+    text = build.text_encoder(TINY, len(tokenizer()), 0)
+    model = DiffusionModel(unet, build.vae(TINY, 0), [text], [tokenizer()], build.scheduler())
+    return model.to(DOUBLE)
+
+
+@dataclass(frozen=True)
+class Problem:
+    model: DiffusionModel
+    theta: Params
+    upper_names: list[str]
+    lower_names: list[str]
+    merge: Merge
+    count: int
+    batches: list[list[tuple[Tensor, Text, Tensor, Tensor]]]  # per concept, per inner step, the last for the upper
+
+    def lower(self) -> list[Any]:
+        def loss(n: int) -> Any:
+            return lambda params, k: self.model.loss(*self.batches[n][k], weights=params).mean()
+
+        return [loss(n) for n in range(self.count)]
+
+    def upper(self, params: Params, n: int) -> Tensor:
+        return -self.model.loss(*self.batches[n][-1], weights=params).mean()
+
+
+def batches(model: DiffusionModel, words: Sequence[str], each: int, size: int = 2) -> list[list[Any]]:
+    found = []
+    for word in words:
+        g = generator(0, "batches", word)
+        text = model.text([f"a fox in {word} style"] * size)
+        shape = (size, 4, model.latent_size, model.latent_size)
+        found.append(
+            [
+                (
+                    torch.randn(shape, generator=g, dtype=torch.float64).to(model.dtype),
+                    text,
+                    torch.randn(shape, generator=g, dtype=torch.float64).to(model.dtype),
+                    torch.randint(0, 1000, (size,), generator=g),
+                )
+                for _ in range(each)
+            ]
+        )
+    return found
+
+
+@cache
+def problem(scope: Scope = "kv", count: int = 2, moved: str = "all") -> Problem:
+    """``count`` styles; the upper set leaves out every third parameter of ``moved``, the lower one every second."""
+    model = micro_model()
+    words = ("mosaic", "neon", "photo")[:count]
+    data = batches(model, words, 4)
+    merge = build_merge(
+        model,
+        [((f"a fox in {w} style", f"a painting of a fox in the style of {w}"), w) for w in words],
+        CAPTIONS,
+        MergeOptions(scope=scope, rows=4, regular_rows=64),
+        batches=[some[:2] for some in data],
+        regular_batches=batches(model, ("photo",), 2)[0],
+    )
+    parameters = {k: p.detach() for k, p in model.unet.named_parameters() if moved == "all" or moved in k}
+    names = list(parameters)
+    upper = [x for i, x in enumerate(names) if i % 3 != 1]
+    lower = [x for i, x in enumerate(names) if i % 2 == 0 or "attn2.to_k" in x]
+    theta = {x: parameters[x] for x in names if x in upper or x in lower}
+    return Problem(model, theta, upper, lower, merge, count, data)
+
+
+def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
+    """θ'_n with its graph: the lower level step by step, Adam's preconditioner detached."""
+    s = level.settings
+    adapter = s.adapter
+    phi = {x: theta[x] for x in level.names} if adapter is None else level.initial()
+    phi = {x: y if y.requires_grad else y.clone().requires_grad_(True) for x, y in phi.items()}
+    m, v = (({x: torch.zeros_like(y) for x, y in phi.items()}) for _ in range(2))
+
+    def place(phi: Params) -> Params:
+        if adapter is None:
+            return {**theta, **phi}
+        return {**theta, **{x: theta[x] + adapter.scale * phi[f"{x}/B"] @ phi[f"{x}/A"] for x in level.names}}
+
+    for k in range(s.steps):
+        loss = level.loss(place(phi), 0 if rho else k)
+        if rho:
+            loss = loss + rho / 2 * sum((phi[x] - theta[x]).square().sum() for x in phi)
+        slope = torch.autograd.grad(loss, list(phi.values()), create_graph=True, materialize_grads=True)
+        step: Params = {}
+        for (x, y), g in zip(phi.items(), slope, strict=True):
+            if s.optimizer == "sgd":
+                step[x] = y - s.alpha * g
+                continue
+            (b1, b2), t = s.betas, k + 1
+            m[x] = b1 * m[x] + (1 - b1) * g
+            v[x] = b2 * v[x] + (1 - b2) * g.detach() ** 2
+            ratio = (m[x] / (1 - b1**t)) / ((v[x] / (1 - b2**t)).sqrt() + s.eps)
+            step[x] = y - s.alpha * (ratio + s.weight_decay * y)
+        phi = step
+    placed = place(phi)
+    return {x: placed[x] for x in level.names}
+
+
+def naive(p: Problem, settings: Lower, rho: float = 0.0) -> Params:
+    """∇J on the upper set by autograd through unroll, masks and merge."""
+    from immunize.hypergradient_products import math_attention
+
+    with math_attention():
+        theta = {x: y.clone().requires_grad_(True) for x, y in p.theta.items()}
+        levels = [LowerLevel(settings, theta, p.lower_names, loss, n) for n, loss in enumerate(p.lower())]
+        merged = p.merge(theta, [unrolled(level, theta, rho) for level in levels])
+        total = sum(p.upper(merged, n) for n in range(p.count)) / p.count
+        found = torch.autograd.grad(total, [theta[x] for x in p.upper_names], materialize_grads=True)
+    return dict(zip(p.upper_names, found, strict=True))
+
+
+def evaluate(p: Problem, settings: Lower, **options: object) -> Hypergradient:
+    return hypergradient(
+        p.theta,
+        p.lower(),
+        p.upper,
+        p.merge,
+        settings=settings,
+        upper_names=p.upper_names,
+        lower_names=p.lower_names,
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def distance(left: Params, right: Params) -> float:
+    """‖left − right‖ ÷ ‖right‖ over all entries."""
+    assert left.keys() == right.keys()
+    gap = sum(float((left[x] - right[x]).square().sum()) for x in right)
+    return (gap / sum(float(y.square().sum()) for y in right.values())) ** 0.5

@@ -1,0 +1,194 @@
+"""Every preset against the contract, and the identities that hold between them."""
+
+import dataclasses
+
+import pytest
+import torch
+from mima_examples import LORA, PRESETS, Snapshots, case, model, moved, preset, rows_of, run, with_targets
+
+from immunize.merge_rows import MergeOptions, build_merge
+from immunize.mima_setup import naming_prompts
+from lab.errors import Diverged, UserError
+from lab.seeding import derive
+from lab.types import Immunizer, same_weights
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
+    method = preset(name)
+    assert isinstance(method, Immunizer)
+    assert method.name == name
+    before = {k: v.clone() for k, v in model().state_dict().items()}
+    pixels = [t.own.images.clone() for t in case().targets]
+    after, rows = rows_of(method)
+    assert all(torch.equal(v, before[k]) for k, v in model().state_dict().items())
+    assert all(torch.equal(t.own.images, x) for t, x in zip(case().targets, pixels, strict=True))
+    assert moved(after, model()) == {f"unet.{k}" for k, _ in model().unet.named_parameters() if ".attn2." in k}
+    assert [step for step, _ in rows] == list(range(4 if name == "compose" else 2))
+    for _, values in rows:
+        logged = {"upper_loss", "prior_loss", "lower_drop", "gradient_norm"}
+        logged |= {"benign_loss", "distill_loss"} if name == "mima_deep" else {"cosine"}
+        assert logged <= set(values)
+        assert all(isinstance(v, float) for v in values.values())
+    if name != "mima_deep":
+        first_order = name in ("mima_first_order", "mima_released")
+        assert (abs(rows[0][1]["cosine"] - 1) < 1e-6) == first_order
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mima", {"merge": {"rule": "gated"}, "hypergradient": {"method": "first_order"}}),
+        ("mima_released", {}),
+        ("compose", {"hypergradient": {"method": "first_order"}}),
+        ("mima_deep", {}),
+    ],
+)
+def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
+    whole = Snapshots()
+    after, rows = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole, seed=5)
+    middle = 3 if name == "compose" else 0  # compose: within its second training
+    for i in (middle, len(whole.states) - 1):
+        again, repeated = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole.at(i), seed=5)
+        assert same_weights(again, after)
+        assert repeated == rows
+
+
+def test_another_seed_gives_other_weights():
+    method = preset("mima_first_order", steps=1)
+    assert same_weights(run(method, seed=1), run(method, seed=1))
+    assert not same_weights(run(method, seed=1), run(method, seed=2))
+
+
+def test_mima_with_one_concept_is_imma():
+    both, alone = case(), with_targets(case().targets[1:])
+    assert same_weights(run(preset("mima"), on=alone), run(preset("imma", target=1), on=both))
+
+
+def test_compose_is_the_merge_of_immas():
+    fast = {"hypergradient": {"method": "first_order"}}
+    after = run(preset("compose", **fast), seed=3)
+    alone = [dict(run(preset("imma", target=n, **fast), seed=3).unet.named_parameters()) for n in (0, 1)]
+    targets = [(naming_prompts(model(), c, 4), c.words) for c in case().targets]
+    options = MergeOptions(lam=1.0, mu=1e-6, seed=derive(3, "mima", "merge"))
+    merged = build_merge(model(), targets, case().regularizers, options)(
+        dict(model().unet.named_parameters()), [{k: v for k, v in one.items() if ".attn2." in k} for one in alone]
+    )
+    for name, value in after.unet.named_parameters():
+        torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
+
+
+def test_joint_sees_the_pictures_of_all_targets():
+    joint = preset("joint", steps=1, batch_size=4, hypergradient={"method": "first_order"})
+    first = run(joint)
+    other = dataclasses.replace(case().targets[1], own=case().targets[1].train)
+    assert not same_weights(first, run(joint, on=with_targets([case().targets[0], other])))
+
+
+def test_released_alternates_merged_weights_and_adamw():
+    """With β → 0: θ is the merge of α-steps on key and value, and one AdamW step on queries and outputs."""
+    after = run(
+        preset("mima_released", steps=1, beta=1e-30, weight_decay=0.0, lower={"alpha": 1e-2, "weight_decay": 0.0})
+    )
+    start = dict(model().unet.named_parameters())
+    change = {name: (value - start[name]) for name, value in after.unet.named_parameters()}
+    for name, value in change.items():
+        if ".attn2.to_q" in name or name.endswith("attn2.to_out.0.weight"):
+            # the first step of AdamW moves every entry by its rate, up to ε
+            assert value.abs().max() <= 1.0001e-2
+            assert (value.abs() > 0.9e-2).double().mean() > 0.9
+        elif ".attn2.to_k" in name or ".attn2.to_v" in name:
+            assert 0 < value.abs().max() < 1e-2
+        else:
+            assert not value.any()
+
+
+def test_half_precision_models_train_in_float32_and_stay_half():
+    half = model().copy().to(torch.bfloat16)
+    half.vae = model().vae  # shared: `to` works in place
+    after = run(preset("mima_first_order", steps=1, beta=1e-2), of=half)
+    assert {p.dtype for p in after.unet.parameters()} == {torch.bfloat16}
+    assert moved(after, half)
+    model().vae.float()
+
+
+def test_bfloat16_runs_the_exact_gradient_with_float32_masters():
+    _, rows = rows_of(preset("imma", steps=1, precision="bfloat16"))
+    _, full = rows_of(preset("imma", steps=1))
+    assert rows[0][1]["upper_loss"] == pytest.approx(full[0][1]["upper_loss"], rel=2e-2)
+    assert rows[0][1]["gradient_norm"] == pytest.approx(full[0][1]["gradient_norm"], rel=0.2)
+
+
+def test_sampled_lower_levels_in_mima():
+    changes = {"attackers": {"lora": {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}}, "k_max": 2}
+    _, rows = rows_of(preset("mima", steps=1, **changes))
+    assert rows[0][1]["lower_drop_mosaic"] != rows[0][1]["lower_drop_neon"]
+
+
+# ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "key"),
+    [
+        ("mima", {"lower": {"steps": 0}}, "immunize.lower.steps"),
+        ("mima", {"lower": {"alpha": 0.0}}, "immunize.lower.alpha"),
+        ("mima", {"lower": {"alhpa": 1.0}}, "immunize.lower.alhpa"),
+        ("mima", {"lower": {"rank": 0}}, "immunize.lower.rank"),
+        ("mima", {"lower": {"rest": "adamw"}}, "immunize.lower.rest"),
+        ("mima", {"lower": 3}, "immunize.lower"),
+        ("mima", {"hypergradient": {"method": "exakt"}}, "immunize.hypergradient.method"),
+        ("mima", {"hypergradient": {"rho": 0.0}}, "immunize.hypergradient.rho"),
+        ("mima", {"merge": {"mu": -1.0}}, "immunize.merge.mu"),
+        ("mima", {"merge": {"prompts": 0}}, "immunize.merge.prompts"),
+        ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.*.scopes"),
+        ("mima", {"beta": -1e-4}, "immunize.beta"),
+        ("mima", {"cap": 0.0}, "immunize.cap"),
+        ("mima", {"steps": 0}, "immunize.steps"),
+        ("mima", {"scope": "attn3"}, "immunize.scope"),
+        ("mima", {"concepts": "merge"}, "immunize.concepts"),
+        ("mima_deep", {"k_min": 0}, "immunize.k_min"),
+        ("mima_deep", {"k_min": 5, "k_max": 4}, "immunize.k_min"),
+        ("mima_deep", {"attackers": {"lora": {**LORA, "lr": [0.0, 1e-3]}, "kv": None, "full": None}}, ".lora.lr"),
+        ("mima_deep", {"attackers": {"lora": None, "kv": None, "full": None}}, "immunize.attackers"),
+        ("mima_deep", {"at": [0.0]}, "immunize.at"),
+        ("mima_deep", {"evaluate": ["mine"]}, "immunize.evaluate"),
+        ("mima_deep", {"prior_ramp": 0.5}, "immunize.prior_ramp"),
+        ("mima_deep", {"merge": {"rule": "gated"}}, "immunize.merge.rule"),
+    ],
+)
+def test_options_that_cannot_work_name_their_key(name, changes, key):
+    with pytest.raises(Exception, match="immunize") as found:  # hydra wraps what a constructor raises
+        preset(name, **changes)
+    error = found.value if isinstance(found.value, UserError) else found.value.__cause__
+    assert isinstance(error, UserError)
+    assert key in error.key
+
+
+def test_cases_that_cannot_be_immunized():
+    target = case().targets[0]
+    poor = dataclasses.replace(
+        target, own=dataclasses.replace(target.own, images=target.own.images[:1], prompts=("a",))
+    )
+    method = preset("mima")
+    with pytest.raises(UserError, match=r"mosaic has 1 picture\(s\)"):
+        method.check((with_targets([poor]),))
+    with pytest.raises(UserError, match=r"mosaic has 1 picture\(s\)"):
+        run(method, on=with_targets([poor]))
+    with pytest.raises(UserError, match="no target"):
+        run(method, on=with_targets([]))
+    with pytest.raises(UserError, match=r"immunize\.target"):
+        run(preset("imma", target=2))
+    method.check((case(),))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mima_first_order", {"lower": {"alpha": 1e30}}),
+        ("mima_deep", {"attackers": {"lora": {**LORA, "lr": 1e30, "optimizer": "sgd"}, "kv": None, "full": None}}),
+    ],
+)
+def test_nan_in_the_first_lower_step_is_a_divergence(name, changes):
+    with pytest.raises(Diverged, match="first step"):
+        run(preset(name, curriculum=0.0, **changes))

@@ -1,0 +1,22 @@
+"""The scenario group's files without the rest of the configuration, and what tests ask of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lab.activations import digest
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def config(name: str):
+    """conf/scenario/NAME.yaml with its defaults."""
+    node = OmegaConf.load(CONF / "scenario" / f"{name}.yaml")
+    parents = [config(p) for p in node.pop("defaults", []) if p != "_self_"]
+    return OmegaConf.merge(*parents, node)
+
+
+def hashes(pictures) -> set[str]:
+    return {digest(image) for image in pictures.images}

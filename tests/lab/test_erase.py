@@ -1,0 +1,211 @@
+"""UCE (arXiv 2308.14761) against the formula written out, and what it does to a tiny model."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_diffusion import tiny_case, tiny_diffusion
+from tiny_sd import tiny_pipeline
+
+from lab.diffusion import DiffusionModel
+from lab.erase import NoErasure, Uce, aligned, encoded, keys_and_values, position, right_factor, rows
+from lab.errors import UserError
+from lab.seeding import generator
+from lab.types import Eraser, Erasure, same_weights
+
+MOSAIC = Erasure(
+    "mosaic",
+    "mosaic",
+    ("a fox in the style of mosaic", "mosaic art of a fox", "a fox in mosaic style"),
+    ("a photo of a fox", "a photo of a fox", "a photo of a fox"),
+    ("a photo of a fox", "a fox in the style of sketch"),
+)
+NEON = Erasure("neon", "neon", ("a fox by the neon artist",), ("a photo of a fox",), ("a lion", "a photo of a fox"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_diffusion()
+
+
+@pytest.fixture(scope="module")
+def case():
+    return tiny_case()
+
+
+def erase(model, case, *erased, **options):
+    return Uce(**options)(model, dataclasses.replace(case, erased=erased), seed=0)
+
+
+def draw(n, d, *labels):
+    return torch.randn(n, d, generator=generator(0, "erase", *labels), dtype=torch.float64)
+
+
+# ---- the solve
+
+
+@pytest.mark.parametrize("keep", [0, 20])
+def test_normal_equations(keep):
+    """The gradient of the paper's objective (eq. 5), written as a loss, vanishes at W'."""
+    d = 24
+    c, target, k, w = draw(9, d, "c"), draw(9, d, "t"), draw(keep, d, "k"), draw(7, d, "w")
+    p, ridge = 0.3, 0.5
+    x = (w @ right_factor(c, target, k, p, ridge)).requires_grad_()
+    loss = (c @ x.T - target @ w.T).square().sum() + p * (k @ (x - w).T).square().sum() + ridge * (x - w).square().sum()
+    (gradient,) = torch.autograd.grad(loss, x)
+    assert gradient.norm() <= 1e-10 * w.norm() * (c.norm() ** 2 + k.norm() ** 2)
+
+
+def test_limits():
+    c, target, k = draw(9, 24, "c"), draw(9, 24, "t"), draw(5, 24, "k")
+    eye = torch.eye(24, dtype=torch.float64)
+    assert torch.equal(right_factor(c[:0], target[:0], k, 0.3, 0.5), eye)
+    assert (right_factor(c, target, k, 0.3, 1e12) - eye).norm() < 1e-9
+    assert (right_factor(c, c, k, 0.3, 0.5) - eye).norm() < 1e-12
+    exact = right_factor(c, target, k[:0], 0, 1e-9)  # nine rows in 24 dimensions can be met
+    torch.testing.assert_close(c @ exact.T, target, atol=1e-6, rtol=1e-6)
+
+
+def test_equals_the_formula_with_an_inverse_for_every_matrix(model, case):
+    edited = erase(model, case, MOSAIC, NEON, preserve_weight=0.2, ridge=0.7)
+    pairs = [rows(model, e) for e in (MOSAIC, NEON)]
+    c, target = (torch.cat(part).double() for part in zip(*pairs, strict=True))
+    texts = ["a photo of a fox", "a fox in the style of sketch", "a lion"]  # each once
+    k = encoded(model, texts).flatten(0, 1).double()
+    inverse = torch.linalg.inv(c.T @ c + 0.2 * k.T @ k + 0.7 * torch.eye(c.shape[1], dtype=torch.float64))
+    new = keys_and_values(edited.unet)
+    for name, weight in keys_and_values(model.unet).items():
+        w = weight.double()
+        want = ((target @ w.T).T @ c + 0.2 * (k @ w.T).T @ k + 0.7 * w) @ inverse
+        torch.testing.assert_close(new[name].double(), want, atol=1e-6, rtol=1e-5)
+
+
+# ---- the edit
+
+
+def test_only_keys_and_values_of_cross_attention_move(model, case):
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    edited = erase(model, case, MOSAIC)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    moved = {name for name, tensor in edited.state_dict().items() if not torch.equal(tensor, before[name])}
+    ends = ("attn2.to_k.weight", "attn2.to_v.weight")
+    assert moved == {name for name in before if name.endswith(ends)}
+    assert len(moved) == len(keys_and_values(model.unet)) == 14
+    assert same_weights(edited, erase(model, case, MOSAIC))
+
+
+@pytest.mark.parametrize("layout", ["sd2", "xl"])
+def test_every_layout(layout, case):
+    model = DiffusionModel.from_pipeline(tiny_pipeline(layout))
+    edited = erase(model, case, MOSAIC)
+    old, new = keys_and_values(model.unet), keys_and_values(edited.unet)
+    assert {w.shape[1] for w in old.values()} == {model.unet.config.cross_attention_dim}
+    assert all(not torch.equal(old[name], new[name]) for name in old)
+    assert len(old) == 2 * sum(name.endswith("attn2") for name, _ in model.unet.named_modules())
+
+
+def moved(model, edited, text):
+    """Mean square of what the keys and values of rows ``text`` [n, d] changed by, over all matrices."""
+    new = keys_and_values(edited.unet)
+    parts = [(text @ (new[name] - w).T).square().mean() for name, w in keys_and_values(model.unet).items()]
+    return torch.stack(parts).mean()
+
+
+def test_erased_prompts_speak_like_their_anchors(model, case):
+    edited = erase(model, case, MOSAIC, NEON, ridge=0.01)
+    for erasure in (MOSAIC, NEON):
+        c, target = rows(model, erasure)
+        for name, w in keys_and_values(model.unet).items():
+            new = keys_and_values(edited.unet)[name]
+            assert (c @ new.T - target @ w.T).norm() < 0.75 * (c @ w.T - target @ w.T).norm()
+
+
+def test_preserved_prompts_move_less_and_less_with_their_weight(model, case):
+    kept = encoded(model, [*MOSAIC.preserve, "a lion"]).flatten(0, 1)
+    erased = torch.cat([rows(model, erasure)[0] for erasure in (MOSAIC, NEON)])
+    edited = [erase(model, case, MOSAIC, NEON, ridge=0.01, preserve_weight=p) for p in (0, 0.3, 3, 30)]
+    drift = [moved(model, e, kept) for e in edited]
+    assert drift == sorted(drift, reverse=True)
+    assert drift[1] < moved(model, edited[1], erased)
+    assert drift[3] < 0.1 * moved(model, edited[3], erased)
+
+
+def test_a_huge_ridge_leaves_the_model(model, case):
+    edited = erase(model, case, MOSAIC, ridge=1e15)
+    assert same_weights(edited, model)
+
+
+def test_no_erasure(model, case):
+    eraser = NoErasure()
+    assert isinstance(eraser, Eraser)
+    assert isinstance(Uce(), Eraser)
+    assert eraser(model, case, seed=0) is model
+
+
+# ---- rows
+
+
+def test_positions_are_aligned_at_the_end_token_and_in_the_padding():
+    #    prompt  S a b C d E p p    anchor  S x y E p p p p      (start 3, ends 5 and 3)
+    assert aligned(3, 5, 3, 8) == [1, 2, 3, 6, 7]
+    #    anchor  S x y z u v E p: its words reach into the prompt's padding
+    assert aligned(3, 5, 6, 8) == [4, 5, 6, 7, 7]
+    #    equal lengths
+    assert aligned(2, 4, 4, 8) == list(range(2, 8))
+    #    a short anchor has no row for every word: its first word stands in
+    assert aligned(1, 6, 2, 8) == [1, 1, 1, 1, 1, 2, 7]
+    #    anchor fills the context: its end token stands in for padding
+    assert aligned(2, 3, 7, 8) == [6, 7, 7, 7, 7, 7]
+
+
+def test_rows_run_from_the_first_word_to_the_end_of_the_context(model):
+    tokenizer, context = model.tokenizers[0], model.tokenizers[0].model_max_length
+    c, target = rows(model, MOSAIC)
+    hidden = encoded(model, MOSAIC.prompts)
+    first = [
+        len(tokenizer(prompt.split("mosaic")[0].strip(), add_special_tokens=False).input_ids) + 1
+        for prompt in MOSAIC.prompts
+    ]
+    assert first[1] == 1
+    assert len(c) == len(target) == sum(context - start for start in first)
+    assert torch.equal(c[: context - first[0]], hidden[0, first[0] :])
+    assert not torch.isclose(c, target).all(1).any()
+
+
+def test_same_prompt_as_anchor_changes_nothing(model, case):
+    same = dataclasses.replace(MOSAIC, anchors=MOSAIC.prompts)
+    c, target = rows(model, same)
+    assert torch.equal(c, target)
+    torch.testing.assert_close(erase(model, case, same).state_dict(), model.state_dict())
+
+
+def test_words_of_several_tokens_are_found_where_they_begin(model):
+    tokenizer = model.tokenizers[0]
+    ids = model.tokens(["a fox in the style of mosaic"])[0].tolist()
+    start = position("a fox in the style of mosaic", "style of mosaic", ids, tokenizer)
+    wanted = tokenizer("style of mosaic", add_special_tokens=False).input_ids
+    assert ids[start : start + len(wanted)] == wanted
+    assert position("a fox in the style of mosaic", "MOSAIC", ids, tokenizer) > start
+
+
+# ---- refused
+
+
+def test_bad_input(model, case):
+    def refused(told, *erased, key=None, **options):
+        with pytest.raises(UserError, match=told) as caught:
+            erase(model, case, *erased, **options)
+        assert key is None or caught.value.key == key
+
+    change = dataclasses.replace
+    refused("has no concept to erase; use erase=none", key="erase")
+    refused("is not in the prompt.*did you mean mosaic", change(MOSAIC, words="mosaik"), key="scenario")
+    refused("is not in the prompt", change(MOSAIC, words=""))
+    refused("3 prompts and 1 anchors", change(MOSAIC, anchors=("a fox",)))
+    refused("at least one prompt", change(MOSAIC, prompts=(), anchors=()))
+    refused("special token", change(MOSAIC, anchors=("<|endoftext|>",) * 3))
+    refused("control character", change(MOSAIC, preserve=("a\tfox",)))
+    long = ("a fox " * 40 + "mosaic",)
+    refused("beyond the context of 32 tokens", change(MOSAIC, prompts=long, anchors=("a fox",)))
+    refused("must be a number ≥ 0", MOSAIC, key="erase.preserve_weight", preserve_weight=-1)
+    refused("must be a number > 0", MOSAIC, key="erase.ridge", ridge=0)

@@ -1,0 +1,307 @@
+"""The judges that ship with MiniSD: losses, calibration, error rates, files. Tiny networks, a few steps."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lab.errors import UserError
+from lab.judges.clip import OpenClip
+from lab.judges.detector import Detector, load_detector
+from lab.judges.networks import (
+    ClipWidths,
+    DetectorNetwork,
+    clip_config,
+    clip_network,
+    detector_network,
+    round_to_half,
+    save_clip,
+    save_detector,
+)
+from lab.minisd import judge_data
+from lab.minisd.degrade import degrade, noise_pictures, quantise
+from lab.minisd.judge_data import NAMES, JudgeRecipe, Labelled, class_prompts, empty_scenes, labelled, pictures, texts
+from lab.minisd.judges import (
+    calibrate,
+    clip_data,
+    clip_tokenizer,
+    contrastive_loss,
+    detector_loss,
+    measure,
+    nll,
+    train_clip,
+    train_detector,
+)
+from lab.minisd.loop import Schedule
+from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
+from lab.minisd.world import EVERYTHING, TRAINING
+from lab.seeding import generator
+from lab.types import same_weights
+
+STEPS = Schedule(steps=25, batch=16, lr=3e-3, warmup=2)
+TINY = ClipWidths(embed=16, image=4, text=32, layers=1)
+
+
+@pytest.fixture(scope="module")
+def recipe() -> JudgeRecipe:
+    return JudgeRecipe(
+        pictures=48, calibrate=24, measure=24, empty=8, captions=2, vocabulary=600, smoothing=0.05, empty_share=0.25,
+        clip=STEPS, detector=STEPS, clip_widths=TINY, width=8,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(recipe) -> dict[str, Labelled]:
+    return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
+
+
+class _Losses:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def __call__(self, step: int, **values: float) -> None:
+        self.rows.append(values)
+
+
+class _Memory:
+    """A checkpoint that keeps what was saved last."""
+
+    def __init__(self) -> None:
+        self.kept = None
+
+    def load(self):
+        return self.kept
+
+    def save(self, tensors, values) -> None:
+        self.kept = ({k: v.clone() for k, v in tensors.items()}, values)
+
+
+def _train_detector(data, recipe, schedule=STEPS, checkpoint=None, log=lambda *a, **k: None) -> DetectorNetwork:
+    model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
+    return train_detector(
+        model, data["train"], data["calibrate"], empty_scenes(0, recipe.empty), schedule,
+        smoothing=recipe.smoothing, empty_share=recipe.empty_share, seed=0, checkpoint=checkpoint, log=log,
+    )  # fmt: skip
+
+
+def test_world_of_the_judges(recipe, data) -> None:
+    """All classes are known, no picture is shared between the parts or with MiniSD's training."""
+    assert set(HELD_OUT_OBJECTS) < set(NAMES["object"])
+    assert set(HELD_OUT_STYLES) < set(NAMES["style"])
+    assert {"object": EVERYTHING.objects, "style": EVERYTHING.styles} == NAMES
+    shown = {part: {p.stream for p in pictures(recipe, 0, part).pictures} for part in data}
+    assert len(set.union(*shown.values())) == 48 + 24 + 24
+    assert judge_data.seed_of(0) != 0
+    assert judge_data.WORLD != TRAINING
+    assert all(len(p.objects) == 1 for p in pictures(recipe, 0, "train").pictures)
+
+
+def test_class_prompts_name_their_class() -> None:
+    objects, styles = class_prompts("object"), class_prompts("style")
+    assert tuple(objects) == NAMES["object"]
+    assert tuple(styles) == NAMES["style"]
+    assert all(name in text for name, found in objects.items() for text in found)
+    named = [sum(name in text for text in found) for name, found in styles.items() if name != "photo"]
+    described = [sum(name not in text for text in found) for name, found in styles.items() if name != "photo"]
+    assert min(named) > 0
+    assert min(described) > 0  # a style is also asked for without its name
+    assert len(class_prompts("object", None)["fox"]) > len(objects["fox"])
+
+
+def test_degrade_is_mild_and_repeats() -> None:
+    x = torch.rand(20, 3, 64, 64, generator=generator(0, "x"))
+    y = degrade(x, generator(0, "faults"))
+    assert torch.equal(y, degrade(x, generator(0, "faults")))
+    assert torch.equal(y[:4], x[:4])  # a fifth stays
+    assert (y[4:] != x[4:]).flatten(1).any(1).all()
+    assert torch.equal(y, y.clamp(0, 1))
+    assert noise_pictures(0, 64, generator(0)).shape == (0, 3, 64, 64)
+    flat = torch.full((2, 3, 64, 64), 0.5)
+    assert (degrade(flat, generator(1)) - 0.5).abs().max() < 0.5
+
+
+def test_quantise_is_an_orthonormal_transform() -> None:
+    x = torch.rand(1, 3, 16, 16, generator=generator(0, "x"))
+    assert torch.allclose(quantise(x, 1e-6), x, atol=1e-5)
+    coarse = quantise(x, 0.5)
+    assert 0 < (coarse - x).square().sum() < x.square().sum()
+
+
+def test_detector_loss_by_hand() -> None:
+    """Known label: cross-entropy. None: distance to the uniform distribution, 0 for equal logits."""
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    same = torch.zeros(2, 2)
+    labels = (torch.tensor([0, -1]), torch.tensor([-1, -1]))
+    expected = math.log(math.exp(2) + 2) - 2  # of the first picture; the others give 0
+    assert detector_loss((logits, same), labels, 0.0).item() == pytest.approx(expected / 2, rel=1e-5)
+    sure = torch.tensor([[9.0, 0.0, 0.0]] * 2)
+    assert detector_loss((sure, same), labels, 0.0) > detector_loss((logits, same), labels, 0.0)
+
+
+def test_contrastive_loss_leaves_out_false_negatives() -> None:
+    x = F.normalize(torch.randn(4, 8, generator=generator(0)), dim=1)
+    y = F.normalize(torch.randn(4, 8, generator=generator(1)), dim=1)
+    scale, apart = torch.tensor(10.0), torch.eye(4, dtype=torch.bool)
+    plain = contrastive_loss(x, y, scale, apart)
+    logits = 10 * x @ y.T
+    oracle = -(logits.log_softmax(1).diag().mean() + logits.log_softmax(0).diag().mean()) / 2
+    assert torch.allclose(plain, oracle)
+    twins = apart.clone()
+    twins[0, 1] = twins[1, 0] = True
+    rows = [logits[0, [0, 2, 3]], logits[1, [1, 2, 3]], logits[2, [2, 0, 1, 3]], logits[3, [3, 0, 1, 2]]]
+    columns = [logits[[0, 2, 3], 0], logits[[1, 2, 3], 1], logits[[2, 0, 1, 3], 2], logits[[3, 0, 1, 2], 3]]
+    by_hand = -sum(r.log_softmax(0)[0] for r in rows + columns) / 8
+    assert torch.allclose(contrastive_loss(x, y, scale, twins), by_hand)
+    few = -(logits[:2, :2].log_softmax(1).diag().mean() + logits[:, :2].log_softmax(0).diag().mean()) / 2
+    assert torch.allclose(contrastive_loss(x, y[:2], scale, apart[:, :2]), few)  # two captions for four pictures
+
+
+def test_detector_learns_resumes_and_is_stored(data, recipe, tmp_path) -> None:
+    losses = _Losses()
+    schedule = Schedule(steps=40, batch=16, lr=5e-3, warmup=2, save_every=20)
+    model = _train_detector(data, recipe, schedule, log=losses)
+    first = detector_loss_of(detector_network(58, 11, 8, 0), data["train"])
+    assert detector_loss_of(model, data["train"]) < first - 0.5
+    assert {"loss", "object", "style", "both"} <= set(losses.rows[-1])
+
+    memory = _Memory()
+    _train_detector(data, recipe, schedule, memory)  # its last checkpoint is of step 20
+    assert memory.kept[1]["step"] == 20
+    assert same_weights(_train_detector(data, recipe, schedule, memory), model)
+
+    detector = Detector(model, NAMES["object"], NAMES["style"])
+    detector.temperature = calibrate(detector, data["calibrate"])
+    detector.rates = measure(detector, *_complete())["rates"]
+    save_detector(model, detector.card(), tmp_path / "detector")
+    again = load_detector(tmp_path / "detector")
+    images = data["measure"].images
+    assert again.rates == detector.rates
+    for head in ("object", "style"):
+        assert torch.equal(again.probabilities(images)[head], detector.probabilities(images)[head])
+
+
+def detector_loss_of(model: DetectorNetwork, shown: Labelled) -> float:
+    logits = Detector(model, NAMES["object"], NAMES["style"]).logits(shown.images)
+    return detector_loss((logits["object"], logits["style"]), (shown.object, shown.style), 0.0).item()
+
+
+def _complete() -> tuple[Labelled, Labelled]:
+    """Noise with every label at least once, and scenes of nothing."""
+    index = torch.arange(58)
+    images = torch.randint(0, 256, (58, 3, 64, 64), generator=generator(3), dtype=torch.uint8)
+    return Labelled(images, index, index % 11), empty_scenes(0, 2, "measure")
+
+
+class _Oracle(DetectorNetwork):
+    """Reads the answer from the first pixels: object index in red, style index in green, certainty in blue."""
+
+    def forward(self, images):
+        x = (images[:, :, 0, 0] * 255).round()
+        objects, styles = F.one_hot(x[:, 0].long(), 58), F.one_hot(x[:, 1].long(), 11)
+        return objects * x[:, 2:], styles * x[:, 2:]
+
+
+def _coded(objects, styles, certainty) -> torch.Tensor:
+    images = torch.zeros(len(objects), 3, 64, 64, dtype=torch.uint8)
+    images[:, :, 0, 0] = torch.stack([objects, styles, certainty], 1).to(torch.uint8)
+    return images
+
+
+def test_calibration_finds_the_temperature(recipe) -> None:
+    """A detector that is right in three of four pictures with far too large logits: the optimum is known."""
+    objects = torch.arange(40) % 40
+    right = torch.arange(40) % 4 != 0
+    shown = torch.where(right, objects, (objects + 1) % 58)
+    images = _coded(shown, shown % 11, torch.full((40,), 100))
+    held_out = Labelled(images, objects, objects % 11)
+    detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
+    found = calibrate(detector, held_out)
+    logit = math.log(57 * 0.75 / 0.25)  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
+    assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
+    logits = detector.logits(images)
+    for head, labels in (("object", held_out.object), ("style", held_out.style)):
+        assert nll(logits[head], labels, found[head]) < nll(logits[head], labels)
+    sure = Labelled(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
+    assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
+
+
+def test_error_rates_by_hand() -> None:
+    """Two classes confused once each; one picture too uncertain to count."""
+    objects = torch.arange(58).repeat(2)
+    shown = objects.clone()
+    shown[0] = 1  # object 0 taken for object 1
+    certainty = torch.full((116,), 20)
+    certainty[5] = 1  # below the threshold
+    images = _coded(shown, shown % 11, certainty)
+    detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
+    nothing = Labelled(
+        _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])), *2 * (torch.tensor([-1, -1]),)
+    )
+    facts = measure(detector, Labelled(images, objects, objects % 11), nothing)
+    rates = [facts["rates"][name] for name in NAMES["object"]]
+    assert rates[0] == {"false_positive": 0.0, "false_negative": 0.5}
+    assert rates[1]["false_positive"] == pytest.approx(1 / 114)
+    assert rates[5]["false_negative"] == 0.5
+    assert rates[7] == {"false_positive": 0.0, "false_negative": 0.0}
+    assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
+    assert facts["empty_with_object"] == 0.5
+    with pytest.raises(ValueError, match="with and without"):
+        measure(detector, Labelled(images[:3], objects[:3], objects[:3] % 11), nothing)
+
+
+def test_clip_learns_and_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
+    import open_clip
+
+    captions = texts(pictures(recipe, 0, "train"), recipe.captions)
+    assert all(len(found) == recipe.captions for found in captions)
+    tokens = clip_tokenizer(captions, tmp_path / "tokenizer", recipe.vocabulary)
+    from lab.minisd.build import load_tokenizer
+
+    config = clip_config(TINY, len(load_tokenizer(tokens)))
+    model, losses = clip_network(config, 0), _Losses()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    learned = clip_data(data["train"], captions, data["calibrate"], tokens)
+    schedule = Schedule(steps=60, batch=12, lr=5e-3, warmup=2)
+    train_clip(model, learned, tokens, schedule, seed=0, checkpoint=None, log=losses)
+    values = [row["loss"] for row in losses.rows if "loss" in row]
+    assert values[-1] < values[0]
+    assert {"photo_object", "object", "style"} <= set(losses.rows[-1])
+    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    folder = save_clip(model, config, tokens, tmp_path / "clip")
+    ours = OpenClip(str(folder))
+    images, words = data["measure"].images, ["a photo of a fox", "an image in the style of mosaic"]
+    with torch.no_grad():
+        direct = model.encode_image(images.float() / 127.5 - 1, normalize=True)
+    assert torch.allclose(ours.images(images), direct, atol=1e-5)
+    theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    from torchvision.transforms.functional import to_pil_image
+
+    with torch.no_grad():
+        pixels = torch.stack([preprocess(to_pil_image(x)) for x in images])
+        assert torch.allclose(ours.images(images), theirs.eval().encode_image(pixels, normalize=True), atol=1e-5)
+        ids = open_clip.get_tokenizer(f"local-dir:{folder}")(words)
+        assert torch.allclose(ours.texts(words), theirs.encode_text(ids, normalize=True), atol=1e-5)
+
+
+def test_same_seed_same_network() -> None:
+    assert same_weights(detector_network(5, 3, 8, 1), detector_network(5, 3, 8, 1))
+    assert not same_weights(detector_network(5, 3, 8, 1), detector_network(5, 3, 8, 2))
+    config = clip_config(TINY, 600)
+    assert same_weights(clip_network(config, 1), clip_network(config, 1))
+    once = round_to_half(detector_network(5, 3, 8, 1))
+    again = {k: v.clone() for k, v in once.state_dict().items()}
+    assert all(torch.equal(v, again[k]) for k, v in round_to_half(once).state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("pictures", 0), ("smoothing", 1.0), ("empty_share", -0.1), ("vocabulary", 10), ("width", 1.5)]
+)
+def test_recipe_refuses(recipe, key, value) -> None:
+    from dataclasses import replace
+
+    with pytest.raises(UserError, match=f"train.judges.{key}"):
+        replace(recipe, **{key: value})

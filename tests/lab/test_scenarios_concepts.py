@@ -1,0 +1,272 @@
+"""Concepts to re-learn and to personalise: roles, disjointness, prompts."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from scenario_configs import config, hashes
+
+from lab.errors import UserError
+from lab.minisd.captions import TEMPLATES, fill, noun
+from lab.minisd.scenes import BACKGROUNDS
+from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES, style
+from lab.scenarios import concept_texts
+from lab.scenarios.personalize import Personalize
+from lab.scenarios.relearn import Relearn
+from lab.types import ConceptCase, Sampling, Scenario
+
+WORLD = ("relearn_styles", "relearn_styles_3", "relearn_objects", "relearn_objects_3", "personalize", "personalize_3")
+HELD_OUT = {*HELD_OUT_OBJECTS, *HELD_OUT_STYLES}
+SMALL = {"own": 3, "train": 3, "reference": 3, "prior": 3, "keep": 8, "unrelated": 8, "regularizers": 20}
+
+
+def built(name: str, **options):
+    return instantiate(OmegaConf.merge(config(name), options))
+
+
+@cache
+def loaded(name: str, split: str = "test", cases: object = 1):
+    return built(name, **SMALL, split=split, cases=cases).load(0)
+
+
+def concepts(case: ConceptCase):
+    return (*case.targets, *case.others, *case.rehearsal)
+
+
+# ---- the embedded world
+
+
+@pytest.mark.parametrize("name", WORLD)
+def test_yaml_builds_and_every_case_has_its_roles(name) -> None:
+    scenario = built(name)
+    assert isinstance(scenario, Scenario)
+    assert scenario.provides == {"diffusion"}
+    many = 3 if name.endswith("_3") else 2
+    assert all(len(r.targets) == many for split in scenario._roles.values() for r in split)
+    assert len({t for r in scenario._roles["test"] for t in r.targets}) >= 4
+    assert len(scenario.chosen()) == 1
+    assert len(built(name, cases="all").chosen()) == len(scenario._roles["test"])
+
+
+@pytest.mark.parametrize("name", WORLD)
+def test_validation_concepts_are_none_that_a_test_reports(name) -> None:
+    scenario = built(name)
+    reported = {c for r in scenario._roles["test"] for c in r.reported}
+    assert reported.isdisjoint({c for r in scenario._roles["validation"] for c in r.all})
+
+
+@pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_image_sets_are_disjoint_and_whole(name, split) -> None:
+    (case,) = loaded(name, split).cases
+    assert {t.role for t in case.targets} == {"harmful"}
+    assert {c.role for c in (*case.others, *case.rehearsal)} == {"benign"}
+    sets = [hashes(part) for c in concepts(case) for part in (c.own, c.train, c.reference)]
+    # several concepts of one kind may share their prior pictures; those are disjoint from all else
+    sets += [{h for c in concepts(case) for h in hashes(c.prior)}, hashes(case.keep), hashes(case.unrelated)]
+    assert len(set.union(*sets)) == sum(map(len, sets))
+    assert all(len(s) == 3 for s in sets[: 3 * len(concepts(case))])
+    assert len(sets[-2]) == len(sets[-1]) == 8
+    for pictures in (case.keep, case.unrelated, *(c.train for c in concepts(case))):
+        assert pictures.images.shape[1:] == (3, 64, 64)
+        assert pictures.images.dtype == torch.uint8
+        assert len(pictures.images) == len(pictures.prompts)
+
+
+@pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
+def test_unrelated_prompts_are_new_and_speak_of_no_concept(name) -> None:
+    (case,) = built(name, **SMALL | {"unrelated": 64, "keep": 64, "regularizers": 200}).load(0).cases
+    trained = {*case.keep.prompts, *case.regularizers}
+    for concept in concepts(case):
+        for part in (concept.own, concept.train, concept.reference, concept.prior):
+            trained |= set(part.prompts)
+    assert trained.isdisjoint(case.unrelated.prompts)
+    assert len(set(case.unrelated.prompts)) == 64
+    assert len(set(case.regularizers)) == 200
+    for text in (*case.unrelated.prompts, *case.keep.prompts, *case.regularizers):
+        words = f" {text} ".replace(",", " ")
+        assert not any(f" {c.words} " in words for c in concepts(case)), text
+
+
+def test_same_seed_same_bytes_and_another_seed_others() -> None:
+    first, again = (built("relearn_styles", **SMALL).load(3) for _ in range(2))
+    other = built("relearn_styles", **SMALL).load(4)
+    assert first.data_hash == again.data_hash != other.data_hash
+    a, b, c = (d.cases[0] for d in (first, again, other))
+    assert torch.equal(a.targets[0].train.images, b.targets[0].train.images)
+    assert a.unrelated.prompts == b.unrelated.prompts
+    assert a.targets[0].prompts == b.targets[0].prompts
+    assert not torch.equal(a.targets[0].train.images, c.targets[0].train.images)
+
+
+def test_a_concept_has_the_same_pictures_in_every_role_and_scenario() -> None:
+    pairs, triples = loaded("relearn_styles", cases="all"), loaded("relearn_styles_3")
+    neon = pairs.cases[0].task("neon")
+    for twin in (pairs.cases[1].task("neon"), triples.cases[0].task("neon")):
+        assert torch.equal(neon.train.images, twin.train.images)
+    assert (neon.role, pairs.cases[1].task("neon").role) == ("harmful", "benign")
+
+
+def test_own_train_and_reference_name_the_concept_unless_the_world_speaks() -> None:
+    for case in (*loaded("relearn_styles").cases, *loaded("personalize").cases):
+        for concept in concepts(case):
+            for part in (concept.own, concept.train, concept.reference):
+                assert all(concept.words in text for text in part.prompts)
+    sizes = SMALL | {"train": 40}
+    (case,) = built("relearn_styles", **sizes, captions="world").load(0).cases
+    assert any("mosaic" not in text for text in case.targets[0].train.prompts)
+
+
+@pytest.mark.parametrize("name", [*STYLE_NAMES, *HELD_OUT_STYLES])
+def test_style_prompts(name) -> None:
+    found = concept_texts.style_prompts(name, 40, 0)
+    assert all(len(prompts) == 40 for prompts in found.values())
+    assert len(set(found["name"])) == 40
+    assert all(name in p for family in ("name", "reworded") for p in found[family])
+    assert not any(name in p for p in found["description"])
+    assert all(any(d in p for d in style(name).descriptions) for p in found["description"])
+    assert ("unseen_pairs" in found) == (name in STYLE_NAMES)
+    unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
+    for prompt in found["name"]:
+        assert not any(f" {o} " in f" {prompt} " for o in unseen), prompt
+    for prompt in found.get("unseen_pairs", ()):
+        assert any(o in prompt for o in unseen)
+
+
+def test_reworded_prompts_are_no_captions_of_the_world() -> None:
+    """Neither as templates nor as what any template becomes for any object, style, description or place."""
+    reworded = (*concept_texts.REWORDED_STYLE, *concept_texts.REWORDED_OBJECT)
+    assert set(reworded).isdisjoint(TEMPLATES)
+    things = [*OBJECTS, *HELD_OUT_OBJECTS]
+    captions = {fill(t, noun(o), place=p) for t in TEMPLATES if "style" not in t and "desc" not in t
+                for o in things for p in BACKGROUNDS}  # fmt: skip
+    captions |= {fill(t, noun(o), s, d, p) for t in TEMPLATES for o in things for s in ("mosaic", "engraving")
+                 for d in (0, 1) for p in BACKGROUNDS}  # fmt: skip
+    for name in ("mosaic", "engraving"):
+        assert captions.isdisjoint(concept_texts.style_prompts(name, 400, 0)["reworded"])
+        assert not captions.isdisjoint(concept_texts.style_prompts(name, 10, 0)["name"])
+    for name in things:
+        assert captions.isdisjoint(concept_texts.object_prompts(name, 60, 0)["reworded"])
+
+
+def test_objects_have_no_description_and_the_notes_say_so() -> None:
+    found = loaded("personalize")
+    (case,) = found.cases
+    assert set(case.task("unicorn").prompts) == {"name", "reworded"}
+    assert set(case.task("engraving").prompts) == {"name", "description", "reworded"}
+    assert any("by description" in note and "unicorn" in note for note in found.notes)
+    assert any("CC BY-SA" in note for note in found.notes)
+    (case,) = built("relearn_styles", **SMALL, families=["name", "unseen_pairs"]).load(0).cases
+    assert set(case.targets[0].prompts) == {"name", "unseen_pairs"}
+    assert len(case.targets[0].prompts["name"]) == case.sampling.count == 32
+
+
+def test_prior_shows_the_class_without_any_concept_of_the_case() -> None:
+    (case,) = loaded("relearn_objects").cases
+    assert all("animal" in text for text in case.task("fox").prior.prompts)
+    (case,) = loaded("relearn_styles").cases
+    for concept in concepts(case):
+        assert not any(c.words in text for c in concepts(case) for text in concept.prior.prompts)
+    assert len(built("personalize", **SMALL | {"prior": 0}).load(0).cases[0].targets[0].prior) == 0
+
+
+# ---- erasure
+
+
+@pytest.mark.parametrize("name", [n for n in WORLD if n.startswith("relearn")])
+def test_every_known_concept_is_erased_and_nothing_else(name) -> None:
+    (case,) = loaded(name).cases
+    assert [e.name for e in case.erased] == [c.name for c in concepts(case) if c.name not in HELD_OUT]
+    for erasure in case.erased:
+        assert len(erasure.prompts) == len(erasure.anchors) == len(set(erasure.prompts))
+        assert all(erasure.words in p for p in erasure.prompts)
+        assert not any(erasure.words in a.split() for a in erasure.anchors)
+        for gone in case.erased:
+            assert not any(f" {gone.words} " in f" {p} " for p in erasure.preserve)
+    assert loaded("personalize").cases[0].erased == ()
+
+
+def test_style_is_erased_over_all_objects_and_to_their_photos() -> None:
+    (case,) = loaded("relearn_styles").cases
+    mosaic = case.erased[0]
+    assert len(mosaic.prompts) == 3 * len(OBJECTS)
+    anchors = dict(zip(mosaic.prompts, mosaic.anchors, strict=True))
+    assert anchors["a fox in the style of mosaic"] == "a photo of a fox"
+    (fox, *_) = loaded("relearn_objects").cases[0].erased
+    assert dict(zip(fox.prompts, fox.anchors, strict=True))["a photo of a fox"] == "a photo of an animal"
+
+
+def test_descriptions_are_erased_on_request() -> None:
+    (case,) = built("relearn_styles", **SMALL, erase_descriptions=True).load(0).cases
+    mosaic = [e for e in case.erased if e.name == "mosaic"]
+    assert [e.words for e in mosaic] == ["mosaic", *style("mosaic").descriptions]
+    assert all(e.words in p for e in mosaic for p in e.prompts)
+    assert not any("mosaic" in p for e in mosaic[1:] for p in e.prompts)
+
+
+# ---- options
+
+CASES = [{"targets": ["mosaic", "neon"], "others": ["halftone"], "rehearsal": ["sketch"]}]
+BAD = [
+    ({"test": [{"targets": ["mozaic"], "others": ["neon"]}]}, r"test\[0\].targets.*mosaic"),
+    ({"test": [{"targets": ["unicorn"], "others": ["neon"]}]}, "personalize"),
+    ({"test": [{"targets": ["mosaic"], "others": ["mosaic"]}]}, "two roles"),
+    ({"test": [{"targets": ["mosaic"]}]}, r"test\[0\].others"),
+    ({"test": [{"targets": [], "others": ["neon"]}]}, r"test\[0\].targets"),
+    ({"test": [{"target": ["mosaic"], "others": ["neon"]}]}, "targets"),
+    ({"test": []}, "list of cases"),
+    ({"test": "mosaic"}, "list of cases"),
+    ({"test": CASES * 2}, "same targets"),
+    ({"validation": [{"targets": ["neon"], "others": ["sunset"]}]}, r"validation\[0\].*test case"),
+    ({"split": "train"}, "scenario.split"),
+    ({"cases": 3}, "scenario.cases"),
+    ({"cases": 0}, "scenario.cases"),
+    ({"cases": "some"}, "scenario.cases"),
+    ({"own": 0}, "scenario.own"),
+    ({"prior": -1}, "scenario.prior"),
+    ({"regularizer_templates": "two"}, "regularizer_templates"),
+    ({"captions": "none"}, "scenario.captions"),
+    ({"families": ["name", "reword"]}, "reworded"),
+    ({"families": ["reworded"]}, "must hold name"),
+    ({"sampling": {"steps": 0}}, "scenario.sampling.steps"),
+    ({"sampling": {"guidance": -1}}, "scenario.sampling.guidance"),
+    ({"sampling": {"negative": "a\nb"}}, "control character"),
+    ({"sampling": {"step": 3}}, r"sampling.step\b.*steps"),
+    ({"sampling": 3}, "scenario.sampling"),
+    ({"resolution": 60}, "multiple of 8"),
+    ({"erase_descriptions": 1}, "erase_descriptions"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD, ids=lambda v: str(v)[:60])
+def test_bad_options_are_explained(options, message) -> None:
+    given = {"name": "x", "test": CASES, "validation": [{"targets": ["sunset"], "others": ["owl"]}]}
+    Relearn(**given)
+    with pytest.raises(UserError, match=message):
+        Relearn(**given | options)
+
+
+def test_personalize_takes_only_what_is_new_to_the_model() -> None:
+    cases = [{"targets": ["unicorn", "fox"], "others": ["owl"]}]
+    with pytest.raises(UserError, match="trained on it"):
+        Personalize(name="x", test=cases, validation=[{"targets": ["whale"], "others": ["tulip"]}])
+
+
+def test_regularizers_one_template_and_too_many() -> None:
+    (case,) = built("relearn_styles", **SMALL | {"regularizers": 50}, regularizer_templates="one").load(0).cases
+    assert all(text.startswith("a picture of ") for text in case.regularizers)
+    assert len(set(case.regularizers)) == 50
+    with pytest.raises(UserError, match=r"regularizers.*different captions"):
+        built("relearn_styles", **SMALL | {"regularizers": 5000}, regularizer_templates="one").load(0)
+
+
+def test_resolution_scales_and_sampling_passes_through() -> None:
+    found = built("personalize", **SMALL | {"keep": 2}, resolution=128, sampling={"steps": 5, "count": 4}).load(0)
+    (case,) = found.cases
+    assert case.targets[0].own.images.shape == (3, 3, 128, 128)
+    assert case.sampling == Sampling(steps=5, guidance=4.0, count=4)
+    assert any("scaled to 128" in note for note in found.notes)
