@@ -78,18 +78,20 @@ class Transfer:
         moved = sum(c.rir is None for c in cells)
         dropped = f"{moved} of {len(cells)} cases left out: the numerical rank moved" if moved else None
         angles = [(c.seed, c.angle, c.rir) for c in cells if c.rir is not None]
-        out = Scores(tables={"transfer": []})
+        out = Scores(tables={"transfer": [], "transfer_cases": []})
         out.metrics["angle_predicts_rir"] = self._rho(angles, "neutral", joined(dropped, left_out(cached)))
         for attack in run.attacks:
-            metrics, row = self._attack(cached, attack, measured, dropped)
+            metrics, row, points = self._attack(cached, attack, measured, dropped)
             out.metrics |= metrics
             out.tables["transfer"].append(row)
+            out.tables["transfer_cases"] += points
         return out
 
     def _attack(
         self, run: RunView, attack: str, measured: dict[tuple[int, str], _Case], dropped: str | None
-    ) -> tuple[dict[str, Score], dict[str, Any]]:
-        """Every correlation of one attacker, and its row of the table."""
+    ) -> tuple[dict[str, Score], dict[str, Any], list[dict[str, Any]]]:
+        """Every correlation of one attacker, its row of the table, and the points behind it."""
+        points: list[dict[str, Any]] = []
         columns: dict[str, list[tuple[int, float, float]]] = {n: [] for n in ("rir", "kappa", "angle", "angle_change")}
         slow, censored = [], 0
         for _, seed, case in walk(run):
@@ -99,6 +101,10 @@ class Transfer:
             harmful, benign, was_censored = found
             slow.append(harmful / benign)
             censored += was_censored
+            points.append(
+                {"attack": attack, "case": case.name, "seed": seed, "rir": cell.rir, "relative_slowdown": slow[-1],
+                 "censored": was_censored}
+            )  # fmt: skip
             if cell.rir is not None:
                 columns["rir"].append((seed, cell.rir, slow[-1]))
                 columns["kappa"].append((seed, cell.harmful_ratio, harmful))
@@ -124,7 +130,7 @@ class Transfer:
             "cases": len(columns["rir"]), "censored": censored,
             "median_relative_slowdown": float(np.median(slow)) if slow else None,
         }  # fmt: skip
-        return scores, row
+        return scores, row, points
 
     def _measure(self, run: RunView, case: Case, seed: int) -> _Case:
         """κ ratios of the harmful task that is protected least, its angle to the benign task and how that moved."""

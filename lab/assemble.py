@@ -16,6 +16,7 @@ from immunize.none import NoImmunization
 from lab.errors import UserError, nearest
 from lab.options import count
 from lab.sources import source_hash
+from lab.store import stage_key
 from lab.types import CONTROL, AnyCase, Attacker, Backbone, Budget, Eraser, Immunizer, RunMetric, Scenario
 
 
@@ -70,7 +71,20 @@ def _build(config: Any, key: str) -> Part:
             raise UserError(key, target, f"needs the package {cause.name}: `pip install {cause.name}`.") from cause
         reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
         raise UserError(key, target, f"could not be built: {reason}") from error
-    return Part(obj, {str(k): v for k, v in plain.items()}, source_hash(target.rsplit(".", 1)[0]))
+    sources = {name: source_hash(name.rsplit(".", 1)[0]) for name in _targets(plain)}
+    joined = next(iter(sources.values())) if len(sources) == 1 else stage_key(**sources)
+    judges = getattr(obj, "judges", None)
+    if judges is not None:  # retrained judges see other things
+        joined = stage_key(sources=joined, judges=judges.fingerprint())
+    return Part(obj, {str(k): v for k, v in plain.items()}, joined)
+
+
+def _targets(node: Any) -> list[str]:
+    """Import paths of every object that a config builds, the objects inside others included."""
+    if isinstance(node, dict):
+        own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
+        return [*own, *(target for value in node.values() for target in _targets(value))]
+    return [target for value in node for target in _targets(value)] if isinstance(node, list) else []
 
 
 def _seeds(values: Any) -> tuple[int, ...]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import fingerprint
 from lab.errors import Diverged, UserError
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
-from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory
+from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory, clone
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 
@@ -69,8 +66,7 @@ class Pipeline:
         if self._last is None or self._last[0] != (seed, case.name):
             built = self.parts.backbone.build(case, seed)
             self._last = ((seed, case.name), self.parts.eraser.obj(built, case, seed=seed))
-        model = self._last[1]
-        return model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
+        return clone(self._last[1])
 
     def identity(self, case: AnyCase, seed: int) -> dict[str, str]:
         """Hashes of the case's data and of θ_0."""

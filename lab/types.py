@@ -6,6 +6,7 @@ functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never anot
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
@@ -418,6 +419,11 @@ class RunMetric(Protocol):
     needs_attack: ClassVar[bool]
 
     def __call__(self, run: RunView) -> Scores: ...
+
+
+def clone(model: Model) -> Model:
+    """An independent model with equal weights; a diffusion model shares its autoencoder, which never moves."""
+    return model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

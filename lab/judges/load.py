@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,14 @@ class Judges:
     ) -> None:
         self.name = name
         self._clip, self._features, self._detector = clip, features, detector
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the files of the shipped judges: a retrained judge must not meet older figures in the cache."""
+        files = sorted(p for p in SHIPPED.rglob("*") if p.is_file()) if self.name == "minisd" else []
+        sha = hashlib.sha256()
+        for path in files:
+            sha.update(path.name.encode() + b"\0" + path.read_bytes())
+        return sha.hexdigest()
 
     @cached_property
     def clip(self) -> OpenClip:

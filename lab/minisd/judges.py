@@ -107,18 +107,35 @@ def nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
     return F.cross_entropy(logits.double() / temperature, labels).item()
 
 
-def calibrate(detector: Detector, held_out: Labelled) -> dict[str, float]:
-    """The temperature of each head that minimises `nll` on pictures it never saw (arXiv 1706.04599 §4.2)."""
+def worn(shown: Labelled, seed: int, times: int = 3) -> Labelled:
+    """Pictures with the faults of ``times`` passes of `degrade`, about as worn as a generator's worst."""
+    x = _to_float(shown.images)
+    for i in range(times):
+        x = degrade(x, generator(seed, "worn", i))
+    return Labelled((x.clamp(0, 1) * 255).round().to(torch.uint8), shown.object, shown.style)
+
+
+def calibrate(detector: Detector, held_out: Labelled, empty: Labelled | None = None) -> dict[str, float]:
+    """The temperature of each head that minimises `nll` on pictures it never saw (arXiv 1706.04599 §4.2).
+
+    Rendered pictures are too easy for it: where nothing goes wrong the best temperature is 0, and then any scene
+    shows some object for certain. So ``held_out`` should be `worn`, and the object's head also has to be undecided
+    about ``empty`` scenes, whose target is the uniform distribution as in `detector_loss`.
+    """
     logits = detector.logits(held_out.images)
+    blank = None if empty is None else detector.logits(empty.images)["object"].double()
     labels: dict[Head, Tensor] = {"object": held_out.object, "style": held_out.style}
     found: dict[str, float] = {}
     for head, x in logits.items():
-        fit = minimize_scalar(
-            lambda t, x=x, y=labels[head]: nll(x, y, math.exp(t)),
-            bounds=(math.log(0.05), math.log(20)),
-            method="bounded",
-        )
-        found[head] = math.exp(fit.x)
+
+        def loss(t: float, head: Head = head, x: Tensor = x) -> float:
+            seen = nll(x, labels[head], math.exp(t))
+            if head == "style" or blank is None:
+                return seen
+            nothing = float(-F.log_softmax(blank / math.exp(t), 1).mean())
+            return (len(x) * seen + len(blank) * nothing) / (len(x) + len(blank))
+
+        found[head] = math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
     return found
 
 

@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> Path:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    recipe: Recipe = instantiate(cfg.train)
+    recipe: Recipe = instantiate(cfg.train, _convert_="all")
     training = Training(recipe, Store(cfg.paths.cache, force=cfg.force), lambda *_: None)
     folder = Path(cfg.paths.outputs) / "minisd"
     fresh = folder.with_name(".minisd.partial")

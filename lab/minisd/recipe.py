@@ -33,6 +33,7 @@ from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import Log
 
 log = logging.getLogger(__name__)
+PARTS = ("train", "calibrate", "measure")
 Net = TypeVar("Net", bound=nn.Module)
 
 
@@ -120,10 +121,8 @@ class Training:
 
     # ---- stages
 
-    def _stage(
-        self, name: str, model: Net, sources: Sequence[str], fit: Callable[[StageCheckpoint, Log], dict[str, Any]]
-    ) -> tuple[Net, dict[str, Any]]:
-        """``model`` with the weights of the stage ``name``, and what ``fit`` found out about it."""
+    def _stage(self, name: str, model: Net, sources: Sequence[str], fit: Callable[[StageCheckpoint, Log], None]) -> Net:
+        """``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
         key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, torch=torch.__version__)
 
@@ -136,9 +135,8 @@ class Training:
                 log.info("%s step %d %s", name, step, " ".join(f"{k} {v:.4f}" for k, v in values.items()))
                 self.on_log(name, step, values)
 
-            facts = fit(checkpoint, note)
-            values = {"log": rows, "seconds": time.monotonic() - started, "facts": facts}
-            return Artifact(values, dict(model.state_dict()))
+            fit(checkpoint, note)
+            return Artifact({"log": rows, "seconds": time.monotonic() - started}, dict(model.state_dict()))
 
         artifact, _ = self.store.get("train", key, compute)
         model.load_state_dict(artifact.tensors)
@@ -148,18 +146,17 @@ class Training:
         for curve in dict.fromkeys(k for _, values in rows for k in values):
             self.curves[name][curve] = [values[curve] for _, values in rows if curve in values]
             self.curves[name][f"{curve}_step"] = [float(step) for step, values in rows if curve in values]
-        return model.eval(), artifact.values["facts"]
+        return model.eval()
 
     def vae(self) -> Any:
         r = self.recipe
         model = build.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
+        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             train, held_out = self.pictures("train").images, self.pictures("held_out").images
             train_vae(model, train, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint, log=note)
-            return {}
 
-        return self._stage("vae", model, ("training", "world"), fit)[0]
+        return self._stage("vae", model, ("training", "world"), fit)
 
     def denoiser(self, vae: Any, tokenizer: Any) -> Denoiser:
         """The trained U-Net with its text encoder."""
@@ -167,16 +164,15 @@ class Training:
         unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
         model = Denoiser(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
+        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             held_out = self.pictures("held_out")
             train_denoiser(
                 model, tokenizer, build.scheduler(), encode(vae, self.pictures("train").images), self.texts(),
                 (encode(vae, held_out.images), held_out.texts), r.denoiser,
                 gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
             )  # fmt: skip
-            return {}
 
-        return self._stage("denoiser", model, ("training", "world"), fit)[0]
+        return self._stage("denoiser", model, ("training", "world"), fit)
 
     def pipeline(self) -> Any:
         """The whole model as a `StableDiffusionPipeline` in float32."""
@@ -191,23 +187,22 @@ class Training:
         r, seed = self.recipe.judges, judge_data.seed_of(self.recipe.seed)
         model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
-            shown = {
-                part: judge_data.labelled(judge_data.pictures(r, self.recipe.seed, part))
-                for part in ("train", "calibrate", "measure")
-            }
-            bare = {part: judge_data.empty_scenes(self.recipe.seed, r.empty, part) for part in ("train", "measure")}
+        shown = {part: judge_data.labelled(judge_data.pictures(r, self.recipe.seed, part)) for part in PARTS}
+        bare = {part: judge_data.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
+
+        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             judges.train_detector(
                 model, shown["train"], shown["calibrate"], bare["train"], r.detector,
                 smoothing=r.smoothing, empty_share=r.empty_share, seed=seed, checkpoint=checkpoint, log=note,
             )  # fmt: skip
-            found = Detector(model, NAMES["object"], NAMES["style"])
-            found.temperature = judges.calibrate(found, shown["calibrate"])
-            return {"temperature": found.temperature, **judges.measure(found, shown["measure"], bare["measure"])}
 
-        model, facts = self._stage("detector", model, ("judges", "judge_data"), fit)
-        found = Detector(model, NAMES["object"], NAMES["style"], temperature=facts["temperature"], rates=facts["rates"])
-        return found, {k: v for k, v in facts.items() if k != "rates"}
+        self._stage("detector", model, ("judges", "judge_data"), fit)
+        found = Detector(model, NAMES["object"], NAMES["style"])
+        found.temperature = judges.calibrate(found, judges.worn(shown["calibrate"], seed), bare["calibrate"])
+        facts = judges.measure(found, shown["measure"], bare["measure"])
+        found.rates = facts.pop("rates")
+        facts["accuracy_worn"] = judges.accuracy(found, judges.worn(shown["measure"], seed))
+        return found, facts
 
     def clip(self, tokenizer: Path) -> tuple[nn.Module, dict[str, Any]]:
         """The small CLIP and its open_clip config; its tokenizer is written into the folder ``tokenizer``."""
@@ -218,10 +213,9 @@ class Training:
         config = clip_config(r.clip_widths, len(build.load_tokenizer(tokenizer)))
         model = clip_network(config, seed)
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> dict[str, Any]:
+        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             held_out = judge_data.labelled(judge_data.pictures(r, self.recipe.seed, "calibrate"))
             data = judges.clip_data(judge_data.labelled(train), said, held_out, tokenizer)
             judges.train_clip(model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note)
-            return {}
 
-        return self._stage("clip", model, ("judges", "judge_data"), fit)[0], config
+        return self._stage("clip", model, ("judges", "judge_data"), fit), config

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from mima_examples import LORA, PRESETS, Snapshots, case, model, moved, preset, rows_of, run, with_targets
+from tiny_diffusion import tiny_diffusion
 
 from immunize.merge_rows import MergeOptions, build_merge
 from immunize.mima_setup import naming_prompts
@@ -104,12 +105,10 @@ def test_released_alternates_merged_weights_and_adamw():
 
 
 def test_half_precision_models_train_in_float32_and_stay_half():
-    half = model().copy().to(torch.bfloat16)
-    half.vae = model().vae  # shared: `to` works in place
+    half = tiny_diffusion(dtype=torch.bfloat16)
     after = run(preset("mima_first_order", steps=1, beta=1e-2), of=half)
     assert {p.dtype for p in after.unet.parameters()} == {torch.bfloat16}
     assert moved(after, half)
-    model().vae.float()
 
 
 def test_bfloat16_runs_the_exact_gradient_with_float32_masters():

@@ -34,6 +34,7 @@ from lab.minisd.judges import (
     nll,
     train_clip,
     train_detector,
+    worn,
 )
 from lab.minisd.loop import Schedule
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
@@ -226,6 +227,17 @@ def test_calibration_finds_the_temperature(recipe) -> None:
         assert nll(logits[head], labels, found[head]) < nll(logits[head], labels)
     sure = Labelled(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
+    ghost = Labelled(
+        _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 20])), *2 * (torch.full((2,), -1),)
+    )
+    assert calibrate(detector, sure, ghost)["object"] > calibrate(detector, sure)["object"]  # undecided about nothing
+
+
+def test_worn_pictures_are_repeatable_and_still_the_same_scene(data) -> None:
+    once, again = worn(data["measure"], 1), worn(data["measure"], 1)
+    assert torch.equal(once.images, again.images)
+    change = (once.images.float() - data["measure"].images.float()).abs().mean()
+    assert 1 < change < 60
 
 
 def test_error_rates_by_hand() -> None:

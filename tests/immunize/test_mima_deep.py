@@ -1,0 +1,261 @@
+"""The deep lower level: reduction to MIMA, oracles for its parts, what is drawn, what is kept."""
+
+import dataclasses
+
+import pytest
+import torch
+from mima_examples import case, model, preset, with_targets
+from tiny_diffusion import tiny_diffusion
+
+from immunize.mima_losses import Denoiser, capped, gradient_at
+from immunize.mima_lower import Attack, Attackers, adapt, marks
+from immunize.mima_sampling import Batch, Pool, halves, pooled
+from immunize.mima_setup import Setup, concept_halves
+from immunize.mima_trainer import Schedule, Trainer
+from lab.diffusion import Text
+from lab.errors import Diverged
+
+NONE = {"kv": None, "full": None}
+
+
+def objective(method, of=None, on=None, seed=0):
+    here, problem = of or model(), on or case()
+    setup = Setup.build(here, problem, seed, method.precision, method.prior)
+    chosen = concept_halves(here, problem.targets, seed, setup.dtype)
+    runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
+    theta = setup.restart()
+    return method.objective(setup, runs[0], merges[0]), theta
+
+
+def test_one_sgd_step_without_extras_is_mima_first_order():
+    """K = 1, SGD on Π_l, no cap, no benign term, no distillation, the prior at θ̂: the same gradient."""
+    exact = tiny_diffusion(dtype=torch.float64)
+    mima, theta = objective(preset("mima_first_order", lower={"alpha": 0.5}), exact)
+    attackers = {"sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"}, "lora": None, **NONE}
+    plain = preset(
+        "mima_deep", attackers=attackers, k_min=1, k_max=1, templates=["captions"], evaluate=["merged"], w_benign=0.0,
+        w_distill=0.0, w_prior=3.0, prior_at="adapted", curriculum=0.0,
+    )  # fmt: skip
+    deep, other = objective(plain, exact)
+    expected, _ = mima.gradient(theta, 4)
+    found, _ = deep.gradient(other, 4)
+    assert expected.keys() == found.keys()
+    size = max(float(g.abs().max()) for g in expected.values())
+    assert size > 0
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9 * size)
+
+
+def test_terms_add_up():
+    """The whole gradient is the sum of those with one term each, since every term draws the same batches."""
+    base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "curriculum": 0.0, "cap": None}
+    alone = with_targets(case().targets[:1])
+
+    def gradient(**changes):
+        made, theta = objective(preset("mima_deep", **{**base, "prior_ramp": 1.0, **changes}), on=alone)
+        with torch.no_grad():  # away from θ_0, where distillation has no gradient
+            for name in made.upper_names:
+                theta[name].mul_(1.05)
+        return made.gradient(theta, 3)[0]
+
+    none = gradient()
+    parts = [gradient(w_prior=2.0), gradient(w_distill=2.0), gradient(w_benign=2.0)]
+    whole = gradient(w_prior=2.0, w_distill=2.0, w_benign=2.0)
+    for name, value in whole.items():
+        added = none[name] + sum(part[name] - none[name] for part in parts)
+        torch.testing.assert_close(value, added, rtol=1e-4, atol=1e-5)
+    assert all(any(bool((part[n] != none[n]).any()) for n in none) for part in parts)
+
+
+def test_the_cap_stops_the_concept_and_raises_the_prior():
+    options = {"evaluate": ["own"], "w_distill": 0.0, "w_benign": 0.0, "w_prior": 1.0, "curriculum": 0.0}
+    alone = with_targets(case().targets[:1])
+    made, theta = objective(preset("mima_deep", cap=1e-3, prior_ramp=3.0, **options), on=alone)
+    gradient, values = made.gradient(theta, 0)
+    only, here = objective(preset("mima_deep", cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 3.0}), on=alone)
+    without, there = objective(preset("mima_deep", cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone)
+    a, b = only.gradient(here, 0)[0], without.gradient(there, 0)[0]
+    assert values["prior_factor"] == 3.0
+    for name, value in gradient.items():  # the prior's gradient alone, three times
+        torch.testing.assert_close(value, a[name] - b[name], rtol=1e-3, atol=1e-5)
+    assert capped(torch.tensor(0.4), 0.5) == 0.4
+
+
+def test_checkpointing_changes_no_gradient():
+    alone = with_targets(case().targets[:1])
+    options = {"evaluate": ["own"], "w_benign": 0.0, "k_max": 2, "curriculum": 0.0}
+    plain, theta = objective(preset("mima_deep", **options), on=alone)
+    saving, other = objective(preset("mima_deep", gradient_checkpointing=True, **options), on=alone)
+    a, b = plain.gradient(theta, 1)[0], saving.gradient(other, 1)[0]
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-6)
+
+
+# ── attackers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pool_of(n):
+    return Pool(torch.randn(n, 2), Text(torch.zeros(1, 1, 1)), torch.zeros(n, dtype=torch.long), (True,) * n, 10)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_lora_step_by_hand(optimizer):
+    """B_1 = −α·step(G Aᵀ) and the effective weight is W + B_1 A_0; A moves only once B has."""
+    w = {"w": torch.randn(3, 4, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
+    g = torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(batch, weights):
+        return (weights["w"] * g).sum()
+
+    attack = Attack("lora", "all", 2, 0.1, optimizer, "captions", 1)
+    (mark,) = adapt(loss, w, ("w", "b"), attack, pool_of(4), 2, (1,), 0, "x")
+    assert list(mark.weights) == ["w"]
+    change = mark.weights["w"] - w["w"]
+    assert torch.linalg.matrix_rank(change) <= 2
+    if optimizer == "sgd":  # ΔW = −α G AᵀA: symmetric positive semidefinite on the right of −G
+        p = torch.linalg.lstsq(-0.1 * g, change).solution
+        torch.testing.assert_close(g @ p * -0.1, change)
+    assert float((change * g).sum()) < 0
+    assert mark.now < mark.first
+
+
+def test_adamw_attackers_follow_torch():
+    w = {"w": torch.randn(3, 4, dtype=torch.float64)}
+    goal = torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(batch, weights):
+        return (weights["w"] - goal).square().sum()
+
+    attack = Attack("weights", "all", 0, 0.05, "adamw", "captions", 5)
+    found = list(adapt(loss, w, ("w",), attack, pool_of(4), 2, (2, 5), 0, "x"))
+    leaf = w["w"].clone().requires_grad_()
+    optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.0)
+    for step in range(1, 6):
+        optimizer.zero_grad()
+        loss(None, {"w": leaf}).backward()
+        optimizer.step()
+        if step in (2, 5):
+            torch.testing.assert_close(found[step == 5].weights["w"], leaf.detach())
+    assert [mark.step for mark in found] == [2, 5]
+
+
+def test_attackers_are_drawn_from_their_ranges():
+    families = {
+        "lora": {"kind": "lora", "share": 0.5, "scopes": ["attn2", "all"], "ranks": [4, 16], "lr": [5e-4, 4e-3]},
+        "full": {"kind": "weights", "share": 0.5, "scopes": ["all"], "lr": [1e-4, 4e-4]},
+        "never": {"kind": "weights", "share": 0.0, "scopes": ["kv"], "lr": 1.0},
+    }
+    drawn = Attackers(families, 2, 40, ["captions", "name"], curriculum=0.5)
+    late = [drawn.draw(0.9, 0, i) for i in range(400)]
+    assert late == [drawn.draw(0.9, 0, i) for i in range(400)]
+    lora = [a for a in late if a.kind == "lora"]
+    assert 0.4 < len(lora) / len(late) < 0.6
+    assert {a.rank for a in lora} == set(range(4, 17))
+    assert {a.scope for a in lora} == {"attn2", "all"}
+    assert {a.steps for a in late} == set(range(2, 41))
+    assert {a.template for a in late} == {"captions", "name"}
+    rates = torch.tensor([a.lr for a in lora]).log()
+    assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3
+    assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)
+    early = [drawn.draw(0.4, 0, i) for i in range(100)]
+    assert {(a.kind, a.scope, a.rank, a.template) for a in early} == {("lora", "attn2", 4, "captions")}
+    assert min(a.steps for a in early) == 20
+    assert max(a.lr for a in early) <= (5e-4 * 4e-3) ** 0.5
+
+
+def test_marks():
+    assert marks(1, (0.5, 1.0)) == (1,)
+    assert marks(9, (0.5, 1.0)) == (4, 9)
+    assert marks(2, (0.1, 1.0)) == (1, 2)
+
+
+# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_batches_are_reproducible_and_cover_all_timesteps():
+    pool = Pool.encode(model(), case().keep, (), torch.float32)
+    first, again, other = (pool.batch(8, 0, label) for label in ("a", "a", "b"))
+    assert all(torch.equal(getattr(first, f.name), getattr(again, f.name)) for f in dataclasses.fields(Batch)[2:])
+    assert not torch.equal(first.noise, other.noise)
+    assert sorted((first.t * 8 // 1000).tolist()) == list(range(8))
+    assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
+
+
+def test_halves_are_disjoint_and_templates_choose_captions():
+    target = case().targets[0]
+    half = halves(model(), target, 0, torch.float32)
+    assert len(half.lower) + len(half.upper) == len(target.own)
+    everything = {z.numpy().tobytes() for part in (half.lower, half.upper) for z in part.z}
+    assert len(everything) == len(target.own)
+    whole = Pool.encode(model(), target.own, [target.words], torch.float32)
+    named = [target.words in prompt for prompt in target.own.prompts]
+    assert 0 < sum(named) < len(named)
+    assert len(whole.template("name")) == sum(named)
+    assert len(whole.template("description")) == len(named) - sum(named)
+    assert len(whole.template("name").template("description")) == sum(named)  # none left: all
+    both = pooled([half, halves(model(), case().targets[1], 0, torch.float32)])
+    expected = model().text(case().targets[1].own.prompts).hidden
+    hidden = both.lower.text[both.lower.caption].hidden[len(half.lower) :]
+    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
+
+
+# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Falling:
+    upper_names = moves = ("w",)
+
+    def __init__(self, bad, how):
+        self.bad, self.how = bad, how
+
+    def gradient(self, theta, step):
+        if step == self.bad and self.how == "raise":
+            raise FloatingPointError("lower level")
+        value = float("nan") if step == self.bad else 1.0
+        return {"w": torch.full_like(theta["w"], value if self.how == "gradient" else 1.0)}, {"upper_loss": value}
+
+    def state(self):
+        return {}
+
+    def load(self, state):
+        pass
+
+
+@pytest.mark.parametrize("how", ["raise", "gradient", "loss"])
+def test_divergence_keeps_the_last_good_weights(how):
+    rows = []
+    theta = {"w": torch.zeros(3)}
+    schedule = Schedule(steps=10, beta=1.0, optimizer="sgd")
+    trainer = Trainer(schedule, theta, Falling(4, how), lambda step, **values: rows.append((step, values)), "test")
+    found = trainer.run(None)
+    assert torch.equal(found["w"], torch.full((3,), -3.0))  # at step 4 θ is −4: seen, and bad; −3 was good
+    assert rows[-1] == (4, {"diverged": 1.0})
+    with pytest.raises(Diverged, match="first step"):
+        Trainer(schedule, {"w": torch.zeros(3)}, Falling(0, how), lambda step, **values: None, "test").run(None)
+
+
+def test_clipping_bounds_the_gradient():
+    theta = {"w": torch.zeros(4)}
+    schedule = Schedule(steps=1, beta=1.0, optimizer="sgd", clip=0.5)
+    found = Trainer(schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test").run(None)
+    assert float(found["w"].norm()) == pytest.approx(0.5)
+
+
+def test_first_order_gradient_is_taken_at_the_point():
+    theta = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
+    value, gradient = gradient_at(lambda w: (w["a"] ** 2 * w["b"]).sum(), theta, {"a": torch.tensor([3.0])}, ["a", "b"])
+    assert value == 18.0
+    assert gradient["a"] == 12.0
+    assert gradient["b"] == 9.0
+
+
+def test_bfloat16_copies_follow_the_masters():
+    setup = Setup.build(model(), case(), 0, "bfloat16", None)
+    name = next(n for n in setup.denoiser.theta if "attn2" in n)
+    own = dict(setup.denoiser.model.unet.named_parameters())[name]
+    setup.denoiser.theta[name].add_(1.0)
+    setup.denoiser.sync([name])
+    assert torch.equal(own, setup.denoiser.theta[name].to(torch.bfloat16))
+    assert isinstance(setup.denoiser, Denoiser)
+    setup.restart()
+    assert torch.equal(own, dict(model().unet.named_parameters())[name].to(torch.bfloat16))

@@ -1,0 +1,53 @@
+"""What immunization does to a model of random weights: the concept is harder to learn, the rest stays."""
+
+import pytest
+import torch
+from mima_examples import LORA, case, model, preset, run, with_targets
+
+from immunize.mima_losses import Denoiser
+from immunize.mima_lower import Attack, adapt
+from immunize.mima_sampling import Pool, halves
+from immunize.mima_scopes import scope_names
+
+ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "captions", 4)
+ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}
+FAST = {
+    "mima": {"lower": {"alpha": 3.0}},
+    "mima_first_order": {"lower": {"alpha": 3.0}},
+    "mima_deep": {"attackers": ALONE, "evaluate": ["own"], "w_benign": 0.0, "curriculum": 0.0, "w_distill": 0.0},
+}
+
+
+def after_attack(some):
+    """Loss of the first target, upper half, after a short attack on its lower half; equal batches for every model."""
+    own = halves(some, case().targets[0], 0, torch.float32)
+    theta = dict(some.unet.named_parameters())
+    denoiser = Denoiser(some, theta)
+    moves = scope_names(some.unet, "attn2")
+    mark = next(iter(adapt(denoiser.loss, theta, moves, ATTACK, own.lower, 4, (4,), 0, "test")))
+    with torch.no_grad():
+        return float(denoiser.loss(own.upper.batch(16, 1, "test"), mark.weights))
+
+
+def unrelated(some):
+    pool = Pool.encode(some, case().keep, (), torch.float32)
+    with torch.no_grad():
+        return float(Denoiser(some, dict(some.unet.named_parameters())).loss(pool.batch(32, 1, "test"), {}))
+
+
+@pytest.mark.parametrize("name", ["mima", "mima_deep"])
+def test_the_loss_after_an_attack_rises(name):
+    alone = with_targets(case().targets[:1])
+    method = preset(name, steps=10, beta=1e-2, clip=None, w_prior=0.0, **FAST[name])
+    assert after_attack(run(method, on=alone)) > 1.03 * after_attack(model())
+
+
+@pytest.mark.parametrize("name", ["mima_first_order", "mima_deep"])
+def test_the_prior_holds_unrelated_pictures(name):
+    alone = with_targets(case().targets[:1])
+    options = {"steps": 8, "beta": 1e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
+    free = unrelated(run(preset(name, w_prior=0.0, **options), on=alone))
+    held = unrelated(run(preset(name, w_prior=20.0, **options), on=alone))
+    start = unrelated(model())
+    assert free > 1.02 * start
+    assert held < 1.01 * start
