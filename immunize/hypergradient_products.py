@@ -60,7 +60,7 @@ def product(
         direction: d, with the names of ``phi``.
         want: names of φ in the second result.
         how: ``reverse`` differentiates the gradient by reverse mode, ``forward`` by forward mode. In theory three and
-            two forward-backwards; measured on MiniSD 2.7 and 3.9 (`tests/benchmarks/hypergradient.py`), since
+            two forward-backwards; measured at MiniSD's size 2.7 and 3.9 (`tests/benchmarks/hypergradient.py`), as
             PyTorch's SiLU and group norm have forward derivatives only in decomposed form. So ``reverse`` is the
             default everywhere.
     """

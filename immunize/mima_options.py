@@ -76,7 +76,7 @@ class GradientOptions:
 
     method: Method = "exact"
     last: int = 1
-    product: Product = "forward"
+    product: Product = "reverse"
     recompute: bool = False
     rho: float = 1.0
     solver: Any = "cg"

@@ -48,12 +48,12 @@ def concept_halves(model: DiffusionModel, concepts: Sequence[Concept], seed: int
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:
-    """At most ``limit`` prompts and captions in which the concept's words stand.
+    """At most ``limit`` captions of its own pictures, else prompts, in which the concept's words stand.
 
     Raises:
         UserError: there is none.
     """
-    given = dict.fromkeys((*concept.prompts.get("name", ()), *concept.own.prompts))
+    given = dict.fromkeys((*concept.own.prompts, *concept.prompts.get("name", ())))  # evaluation's prompts last
     found = [prompt for prompt in given if word_positions(model, prompt, concept.words)][:limit]
     if not found:
         told = f"no prompt and no caption of concept {concept.name} has its words {concept.words!r}."

@@ -1,15 +1,17 @@
-"""Facts about cases of both kinds that the stage cache and the checks need."""
+"""Facts about cases and models that the stage cache and the checks need."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 from lab.activations import digest
 from lab.store import stage_key
-from lab.types import AnyCase
+from lab.types import AnyCase, Model
 
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:
@@ -31,3 +33,26 @@ def fingerprint(case: AnyCase) -> str:
     tensors: list[Tensor] = []
     plain = _plain(case, tensors)
     return stage_key(case=plain, tensors=digest(*tensors))
+
+
+_TOKENIZER = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")  # padding changes with use
+_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")  # of a file, not of what it computes
+
+
+def beside_weights(model: Model) -> dict[str, str]:
+    """SHA-256 of what a text-to-image model computes with besides its weights: noise schedule, prediction type,
+    scaling factors, tokenizers. Empty for other models, which their backbone's options describe."""
+    if getattr(model, "kind", None) != "diffusion":
+        return {}
+    encoders = [encoder.config.to_dict() for encoder in model.text_encoders]
+    configs = [model.unet.config, model.vae.config, model.scheduler.config, *encoders]
+    told = [{k: v for k, v in c.items() if not k.startswith("_") and k not in _ORIGIN} for c in configs]
+    facts = {"configs": told, "tokenizers": [_tokenizer(t) for t in model.tokenizers]}
+    facts |= {"pipeline": model.pipeline_class, "zero_negative": model.zero_negative}
+    return {"settings": stage_key(facts=json.dumps(facts, sort_keys=True, default=str))}
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    whole: Mapping[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": tokenizer.get_vocab()}
+    return {"context": tokenizer.model_max_length, **{key: whole.get(key) for key in _TOKENIZER}}

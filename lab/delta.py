@@ -69,14 +69,13 @@ def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
         raise UserError("delta", path, f"cannot be read as safetensors ({error}).") from error
     if metadata.get("format") != FORMAT:
         raise UserError("delta", path, f"is no immunization delta; its metadata must say format={FORMAT}.")
-    if json.loads(metadata["tensors"]) != sorted(tensors):
+    if metadata.get("tensors") != json.dumps(sorted(tensors)):
         raise UserError("delta", path, "does not hold the tensors that its metadata lists; export it again.")
     state = model.unet.state_dict()
     found = state_hash(state)
-    if found != metadata["base"]:
-        told = (
-            f"belongs to the base with SHA-256 {metadata['base'][:12]}…, this U-Net has {found[:12]}…; load that base."
-        )
+    if found != metadata.get("base"):
+        of = str(metadata.get("base"))[:12]
+        told = f"belongs to the base with SHA-256 {of}…, this U-Net has {found[:12]}…; load that base."
         raise UserError("delta", path, told)
     result = model.copy()
     result.unet.load_state_dict({**state, **{k: v.to(state[k].device) for k, v in tensors.items()}})

@@ -10,7 +10,7 @@ from typing import Any
 
 from lab.activations import digest
 from lab.assemble import Parts
-from lab.cases import fingerprint
+from lab.cases import beside_weights, fingerprint
 from lab.errors import Diverged, UserError
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory, clone
@@ -71,8 +71,9 @@ class Pipeline:
     def identity(self, case: AnyCase, seed: int) -> dict[str, str]:
         """Hashes of the case's data and of θ_0."""
         if (seed, case.name) not in self._identity:
-            state = self.original(case, seed).state_dict()
-            self._identity[seed, case.name] = {"data": fingerprint(case), "weights": digest(*state.values())}
+            model = self.original(case, seed)
+            found = {"data": fingerprint(case), "weights": digest(*model.state_dict().values())}
+            self._identity[seed, case.name] = found | beside_weights(model)
         return self._identity[seed, case.name]
 
     def weight_hash(self) -> dict[str, str]:

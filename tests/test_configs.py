@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from hydra.utils import get_class
+from hydra.utils import get_object
 from omegaconf import OmegaConf
+
+from lab.assemble import assemble
+from lab.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -16,7 +19,7 @@ GROUPS = (
 )  # fmt: skip
 COUNTS = {
     "scenario": 16, "backbone": 8, "erase": 2, "immunize": 25, "attacks": 22, "eval": 13, "judges": 2, "tracker": 3,
-    "paths": 1, "experiment": 5, "experiment/paper": 3, "debug": 1, "sweeps": 11,
+    "paths": 1, "experiment": 7, "experiment/paper": 3, "debug": 1, "sweeps": 24,
 }  # fmt: skip
 
 
@@ -43,7 +46,8 @@ def check_targets(cfg):
     found = list(targets(plain))
     for path, node in found:
         options = {k: v for k, v in node.items() if not k.startswith("_")}
-        inspect.signature(get_class(node["_target_"])).bind(**options)
+        signature = inspect.signature(get_object(node["_target_"]))
+        (signature.bind_partial if node.get("_partial_") else signature.bind)(**options)
         inside = any(path.startswith(f"{part}.") for part in ("judges", "train")) or ".judges." in path
         assert inside or options.get("name") or node.get("_partial_"), f"{path} has no name"
     return found
@@ -71,6 +75,22 @@ def test_names_equal_file_names(group):
             assert node.name == name, f"conf/{group}/{name}.yaml calls itself {node.name}"
 
 
+@pytest.mark.parametrize("name", [*names("experiment"), *(f"paper/{n}" for n in names("experiment/paper"))])
+def test_the_parts_of_every_experiment_fit(name):
+    """What an experiment leaves at the table of contents' default must take its backbone too; nothing is loaded."""
+    if name == "train_minisd":
+        pytest.skip("runs no arms")
+    try:
+        parts = assemble(composed(f"experiment={name}"))
+    except UserError as error:
+        if error.key != "backbone.path":
+            raise
+        pytest.skip("MiniSD's weights are not there")
+    judges = [m.obj.judges for m in parts.metrics.values() if hasattr(m.obj, "judges")]
+    assert all((j.name == "minisd") == (parts.backbone.name == "minisd") for j in judges), "judges of another world"
+    assert judges or parts.backbone.kind != "diffusion"
+
+
 @pytest.mark.parametrize("name", names("sweeps"))
 def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -86,6 +106,20 @@ def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
     assert len(jobs) == cfg.sweep.runs
     for job in jobs:
         check_targets(composed(f"sweeps={name}", *job))
+
+
+@pytest.mark.parametrize("name", ["merge_ablation", "mima_options", "lower_level_ablation"])
+def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
+    """`sweep.variant` repeats the presets' values; without a change they must be the presets'."""
+    ablation = composed(f"sweeps={name}")
+    changes = OmegaConf.to_container(ablation.sweep.variant)
+    preset = composed("experiment=relearn", f"immunize={ablation.immunize.name}", "scenario.split=validation")
+    assert changes
+    for group in ("immunize", "scenario"):
+        found, expected = (OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset))
+        if name == "lower_level_ablation" and group == "immunize":
+            assert (found.pop("steps"), expected.pop("steps")) == (60, 120)  # half of the preset's
+        assert found == expected
 
 
 def test_every_default_says_where_it_comes_from():

@@ -7,10 +7,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
 from lab.types import Attacker, Budget, Eraser, Immunizer, Sampling, same_weights
-from tiny_diffusion import tiny_case, tiny_diffusion
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = Budget(horizon=2, multiple=2, at=(0, 2, 4))

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from lab.errors import UserError
 from lab.judges.clip import OpenClip
@@ -40,11 +41,12 @@ class Judges:
         self._clip, self._features, self._detector = clip, features, detector
 
     def fingerprint(self) -> str:
-        """SHA-256 over the files of the shipped judges: a retrained judge must not meet older figures in the cache."""
-        files = sorted(p for p in SHIPPED.rglob("*") if p.is_file()) if self.name == "minisd" else []
+        """SHA-256 over the files that the builders read, shipped or named by a path: a retrained judge must not meet
+        older figures in the cache."""
         sha = hashlib.sha256()
-        for path in files:
-            sha.update(path.name.encode() + b"\0" + path.read_bytes())
+        for builder in (self._clip, self._features, self._detector):
+            for path in _files(builder):
+                sha.update(path.name.encode() + b"\0" + path.read_bytes())
         return sha.hexdigest()
 
     @cached_property
@@ -58,6 +60,16 @@ class Judges:
     @cached_property
     def detector(self) -> Detector | NudeNet | None:
         return self._detector() if self._detector is not None else None
+
+
+def _files(builder: Any) -> list[Path]:
+    """Files that a builder of a config (a partial) reads, as far as they are on this machine."""
+    part = {shipped_clip: "clip", shipped_detector: "detector"}.get(getattr(builder, "func", builder))
+    named = [value for value in getattr(builder, "keywords", {}).values() if isinstance(value, str) and value]
+    given = [Path(value.removeprefix("local-dir:")).expanduser() for value in named]
+    found = [SHIPPED / part] if part is not None else [path for path in given if path.exists()]
+    inside = [p for path in found for p in (sorted(path.rglob("*")) if path.is_dir() else [path])]
+    return [p for p in inside if p.is_file()]
 
 
 def shipped_clip(*, device: str = "cpu", batch: int = 128) -> OpenClip:

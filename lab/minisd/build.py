@@ -43,7 +43,8 @@ class Widths:
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:
     """A byte-level BPE in CLIP's format, learned from ``texts``; writes ``vocab.json``, ``merges.txt`` and configs.
 
-    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
+    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files. ``vocabulary``: tokens
+    at most, 514 of which are bytes (each inside and at the end of a word), start and end.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -56,17 +57,19 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
         [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    final = [f"{letter}</w>" for letter in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary - 2,  # start and end come last
         min_frequency=2,
         show_progress=False,
         end_of_word_suffix="</w>",
         initial_alphabet=alphabet,
+        special_tokens=final,  # otherwise numbered as a hash map gives them, and the numbers break ties of merges
     )
     bpe.train_from_iterator(sorted(set(texts)), trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
     pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
-    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *(p.replace(" ", "") for p in pairs), SOS, EOS]
+    tokens = [*alphabet, *final, *(p.replace(" ", "") for p in pairs), SOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")

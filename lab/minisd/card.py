@@ -59,7 +59,6 @@ def quality_table(found: Mapping[str, Any]) -> str:
 def card(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The text of ``README.md`` beside the weights."""
     frechet, facts, steps = found["frechet"], record["provenance"], found["sampling"]
-    seconds = ", ".join(f"{name} {value / 60:.0f} min" for name, value in record["seconds"].items())
     return (
         _HEAD
         + f"""## What it can do
@@ -79,7 +78,7 @@ Never seen: the objects {", ".join(HELD_OUT_OBJECTS)}; the styles {", ".join(HEL
 {len(HELD_OUT_PAIRS)} object × style pairs. The judges saw all of them, on other pictures.
 
 Recipe: `python run.py experiment=train_minisd` (`conf/train/minisd.yaml`); this copy: git
-`{facts["git_sha"]}`, {seconds}; curves, versions and the hash of every file in `training.json`.
+`{facts["git_sha"]}`; curves, versions and the hash of every file in `training.json`.
 
 ## Limits and licence
 

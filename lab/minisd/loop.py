@@ -82,9 +82,14 @@ class _State:
         size = len("average/")
         self.average = {n[size:]: v.clone() for n, v in tensors.items() if n.startswith("average/")}
         for name, parameter in self.trained.items():
-            self.optimizer.state[parameter] = {
-                key: tensors[f"adam/{key}/{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")
+            if f"adam/step/{name}" not in tensors:  # never had a gradient
+                continue
+            # the fused step walks memory: moments must lie as their parameter does (channels last); files forget that
+            moments = {
+                key: torch.empty_like(parameter).copy_(tensors[f"adam/{key}/{name}"])
+                for key in ("exp_avg", "exp_avg_sq")
             }
+            self.optimizer.state[parameter] = {"step": tensors[f"adam/step/{name}"].clone(), **moments}
 
     def update(self, step: int) -> None:
         decay = min(self.schedule.ema, (1 + step) / (10 + step))
@@ -117,11 +122,12 @@ def train(
     Raises:
         Diverged: the loss left the finite numbers.
     """
-    state, first, recent = _State(model, schedule), 0, []
+    state, first = _State(model, schedule), 0
+    recent: list[float] = []  # losses since the last row of the log
     found = checkpoint.load() if checkpoint is not None else None
     if found is not None:
         state.restore(found[0])
-        first = int(found[1]["step"])
+        first, recent = int(found[1]["step"]), list(found[1]["recent"])
         for row, earlier in found[1]["log"]:
             log(row, **earlier)
     rows: list[tuple[int, dict[str, float]]] = list(found[1]["log"]) if found is not None else []
@@ -148,7 +154,7 @@ def train(
             rows.append((done, values))
             log(done, **values)
         if checkpoint is not None and done % schedule.save_every == 0 and done < schedule.steps:
-            checkpoint.save(state.tensors(), {"step": done, "log": rows})
+            checkpoint.save(state.tensors(), {"step": done, "log": rows, "recent": recent})
     model.load_state_dict(state.average)
     return model.eval()
 

@@ -38,10 +38,16 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def save(pipeline: Any, folder: Path) -> Path:
-    """Float16 safetensors in diffusers layout."""
+    """Float16 safetensors in diffusers layout, which load as float32 where nobody asks for another type."""
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         torch.nn.Module.to(part, torch.float16)
+    backend = getattr(pipeline.tokenizer, "backend_tokenizer", None)  # transformers 5; it would write its last call's
+    if backend is not None:
+        backend.no_padding()
+        backend.no_truncation()
     pipeline.save_pretrained(str(folder), safe_serialization=True)
+    config = folder / "text_encoder" / "config.json"  # transformers loads what it says here, diffusers float32
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
     return folder
 
 

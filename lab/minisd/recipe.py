@@ -48,7 +48,7 @@ class Recipe:
         vocabulary: tokens of the tokenizer at most.
         kl, gamma, drop: see `lab.minisd.training`.
         judges: the evaluators that are trained beside it, on other pictures.
-        measured: generations per object and per style for the model card (`lab.minisd.quality.suites`).
+        measured: how many generations the figures of the model card rest on (`lab.minisd.quality.suites`).
     """
 
     seed: int

@@ -23,6 +23,11 @@ def speaks_of(words: str, prompt: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", prompt, re.IGNORECASE) is not None
 
 
+def shows(words: str, caption: str) -> bool:
+    """Whether ``caption`` is about ``words``: as `speaks_of`, the plural in s or es too ("two foxes")."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", caption, re.IGNORECASE) is not None
+
+
 @dataclass(frozen=True)
 class Entry:
     """A checked entry; ``key`` is where it stands in the config."""
@@ -65,7 +70,7 @@ def _families(key: str, given: dict[str, Any], words: str) -> dict[str, tuple[st
         ("description", "descriptions", False),
     ):
         for prompt in found.get(family, ()):
-            if speaks_of(words, prompt) is not wanted:
+            if (speaks_of if wanted else shows)(words, prompt) is not wanted:
                 told = f"lacks the words '{words}' that name the concept" if wanted else f"names '{words}'"
                 fix = "; rewrite it or set words" if wanted else "; a description does without the name"
                 raise UserError(f"{key}.{option}", prompt, f"{told}{fix}.")

@@ -16,7 +16,7 @@ from lab.minisd.openmoji import CREDIT
 from lab.options import choice, count, number
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
-from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, speaks_of
+from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, shows, speaks_of
 from lab.scenarios.world_concepts import Roles, Studio
 from lab.seeding import derive, generator
 from lab.types import Concept, ConceptCase, Kind, Pictures, ScenarioData
@@ -210,7 +210,7 @@ class ConceptFolders:
         found = _pictures(folders.read(path, self.resolution, key=key))
         hashes = [digest(image) for image in found.images]
         fine = [i for i, value in enumerate(hashes) if owners.setdefault(value, f"{key} {i}") == f"{key} {i}"]
-        named = [i for i in fine if any(speaks_of(e.words, found.prompts[i]) for e in self.entries)]
+        named = [i for i in fine if any(shows(e.words, found.prompts[i]) for e in self.entries)]
         fine = [i for i in fine if i not in set(named)]
         if len(fine) < len(found):
             notes.append(f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name one: left out.")
@@ -222,7 +222,7 @@ class ConceptFolders:
         total = self.sizes["regularizers"]
         if self.captions is None:
             return world_texts.regularizers(rest, seed, total, self.templates)
-        fine = [line for line in self.captions if not any(speaks_of(e.words, line) for e in self.entries)]
+        fine = [line for line in self.captions if not any(shows(e.words, line) for e in self.entries)]
         if not fine:
             raise UserError("scenario.captions", f"{len(self.captions)} captions", "all of them name a concept.")
         if len(fine) < len(self.captions):

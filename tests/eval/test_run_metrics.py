@@ -52,7 +52,8 @@ CONFIGS = sorted((ROOT / "conf" / "eval").glob("*.yaml"))
 def test_every_config_builds_a_metric(path: Path) -> None:
     config = OmegaConf.load(path)
     assert list(config) == [path.stem]
-    metric = hydra.utils.instantiate(config[path.stem])
+    judges = OmegaConf.load(ROOT / "conf" / "judges" / "minisd.yaml")
+    metric = hydra.utils.instantiate(OmegaConf.merge({"judges": judges}, config)[path.stem])
     assert isinstance(metric, RunMetric)
     assert metric.name == path.stem
 

@@ -11,7 +11,7 @@ from immunize.merge_rows import MergeOptions, build_merge
 from immunize.mima_setup import naming_prompts
 from lab.errors import Diverged, UserError
 from lab.seeding import derive
-from lab.types import Immunizer, same_weights
+from lab.types import Immunizer, Pictures, same_weights
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -77,6 +77,15 @@ def test_compose_is_the_merge_of_immas():
     )
     for name, value in after.unet.named_parameters():
         torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
+
+
+def test_the_merge_reads_captions_of_own_pictures_before_prompts_of_the_evaluation():
+    for concept in case().targets:
+        told = naming_prompts(model(), concept, 2)
+        assert len(told) == 2
+        assert set(told) <= set(concept.own.prompts)
+        silent = dataclasses.replace(concept, own=Pictures(concept.own.images, ("a fox",) * len(concept.own)))
+        assert naming_prompts(model(), silent, 2) == list(concept.prompts["name"][:2])
 
 
 def test_joint_sees_the_pictures_of_all_targets():

@@ -38,14 +38,14 @@ def unrelated(some):
 @pytest.mark.parametrize("name", ["mima", "mima_deep"])
 def test_the_loss_after_an_attack_rises(name):
     alone = with_targets(case().targets[:1])
-    method = preset(name, steps=10, beta=1e-2, clip=None, w_prior=0.0, **FAST[name])
+    method = preset(name, steps=10, beta=3e-2, clip=None, w_prior=0.0, **FAST[name])
     assert after_attack(run(method, on=alone)) > 1.03 * after_attack(model())
 
 
 @pytest.mark.parametrize("name", ["mima_first_order", "mima_deep"])
 def test_the_prior_holds_unrelated_pictures(name):
     alone = with_targets(case().targets[:1])
-    options = {"steps": 8, "beta": 1e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
+    options = {"steps": 8, "beta": 3e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
     free = unrelated(run(preset(name, w_prior=0.0, **options), on=alone))
     held = unrelated(run(preset(name, w_prior=20.0, **options), on=alone))
     start = unrelated(model())

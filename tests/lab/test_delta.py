@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import tiny_diffusion
 
-from lab.delta import load_delta, save_delta, state_hash
+from lab.delta import FORMAT, load_delta, save_delta, state_hash
 from lab.errors import UserError
 from lab.types import same_weights
 
@@ -54,6 +54,10 @@ def test_files_that_are_no_delta(tmp_path):
     save_file({"a": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(UserError, match="no immunization delta"):
         load_delta(base, tmp_path / "other")
+    for metadata in ({}, {"tensors": "not json"}, {"tensors": '["a"]'}):
+        save_file({"a": torch.zeros(1)}, tmp_path / "poor", {"format": FORMAT, **metadata})
+        with pytest.raises(UserError, match="delta"):
+            load_delta(base, tmp_path / "poor")
 
 
 def test_models_of_other_shapes_are_refused(tmp_path):

@@ -339,3 +339,25 @@ def test_configs_build_a_bundle(name, monkeypatch, tmp_path) -> None:
     detector = Detector(detector_network(3, 2, 4, 0), OBJECTS, STYLES)
     save_detector(detector.network, detector.card(), tmp_path / "detector")
     assert judges.detector.objects == OBJECTS
+
+
+def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> None:
+    from functools import partial
+
+    from lab.judges import load
+
+    (tmp_path / "shipped" / "clip").mkdir(parents=True)
+    shipped, mine = tmp_path / "shipped" / "clip" / "w", tmp_path / "mine.safetensors"
+    monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
+
+    def found(name: str = "any name") -> str:
+        features = partial(load.FeatureJudge, weights=str(mine))
+        return load.Judges(name, partial(load.shipped_clip, device="cpu"), features).fingerprint()
+
+    seen = {found()}
+    for file in (shipped, mine):
+        for text in ("one", "two"):
+            file.write_text(text)
+            seen.add(found())
+    assert len(seen) == 5
+    assert found("minisd") == found("of mine")

@@ -86,13 +86,14 @@ def test_folders_without_surroundings_borrow_the_world(root) -> None:
 
 
 def test_folders_with_both_pools_captions_and_prior(root) -> None:
-    folders.write(root / "more", noise(5, 20), [{"text": t} for t in ("one", "two", "scene number 3", "a hat", "five")])
+    texts = ("one", "two hats", "scene number 3", "a hat", "five")
+    folders.write(root / "more", noise(5, 20), [{"text": t} for t in texts])
     folders.write(root / "dogs", torch.cat([noise(4, 21), noise(1, 0)]), [{"text": "a dog"}] * 5)
-    (root / "c.txt").write_text("a tree\n\na house\na photo of my mug\n", encoding="utf-8")
+    (root / "c.txt").write_text("a tree\n\na house\na photo of my mug\ntwo Mugs\n", encoding="utf-8")
     found = folder_scenario(root, listed(prior="dogs"), keep="rest", unrelated="more", captions="c.txt").load(0)
     (case,) = found.cases
     assert len(case.keep) == 12
-    assert case.unrelated.prompts == ("one", "two", "five")  # one has a caption of keep, one names a concept
+    assert case.unrelated.prompts == ("one", "five")  # one has a caption of keep, two name a concept
     assert case.regularizers == ("a tree", "a house")
     assert case.targets[0].prior.prompts == ("a dog",) * 4  # the fifth is a picture of rex
     assert any("C_reg" in note and "name a concept" in note for note in found.notes)

@@ -1,0 +1,240 @@
+"""MiniSD's training loop against hand-written AdamW and averages; a killed training is the unbroken one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lab.errors import Diverged, UserError
+from lab.minisd.loop import Schedule, train
+from lab.store import StageCheckpoint
+from lab.types import same_weights
+
+SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
+
+
+class Killed(Exception):
+    pass
+
+
+class Disk(StageCheckpoint):
+    """The checkpoint of the stage cache; raises right after the state of step ``kill`` was written."""
+
+    def __init__(self, path, kill=None) -> None:
+        super().__init__(path)
+        self.kill = kill
+
+    def save(self, tensors, values) -> None:
+        super().save(tensors, values)
+        if values["step"] == self.kill:
+            raise Killed
+
+
+class Rows(list):
+    def __call__(self, step, **values) -> None:
+        self.append((step, values))
+
+
+class Two(nn.Module):
+    """One parameter that decays (a matrix) and one that does not (a scalar)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
+        self.scalar = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
+
+    def loss(self) -> torch.Tensor:
+        return 3 * (self.matrix.sum() - 1).square() + (self.scalar - 2).square()
+
+
+def by_hand(schedule: Schedule) -> tuple[list[list[float]], list[list[float]]]:
+    """Live and averaged weights after every step, in plain floats (AdamW: arXiv 1711.05101, Algorithm 2)."""
+    w, average = [2.0, -1.0], [2.0, -1.0]
+    m, v = [0.0, 0.0], [0.0, 0.0]
+    live, averaged = [], []
+    for t in range(schedule.steps):
+        g = [6 * (w[0] - 1), 2 * (w[1] - 2)]
+        g = [x * min(1.0, schedule.clip / (math.hypot(*g) + 1e-6)) for x in g]
+        for i, decay in enumerate((schedule.weight_decay, 0.0)):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.999 * v[i] + 0.001 * g[i] ** 2
+            rise, fall = m[i] / (1 - 0.9 ** (t + 1)), v[i] / (1 - 0.999 ** (t + 1))
+            w[i] -= schedule.rate(t) * (decay * w[i] + rise / (math.sqrt(fall) + 1e-8))
+        keep = min(schedule.ema, (1 + t) / (10 + t))
+        average = [keep * a + (1 - keep) * x for a, x in zip(average, w, strict=True)]
+        live.append(list(w))
+        averaged.append(average)
+    return live, averaged
+
+
+def weights(model: Two) -> list[float]:
+    return [model.matrix.item(), model.scalar.item()]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.3, 0.9])
+def test_weights_and_average_by_hand(ema) -> None:
+    """Live weights at every step, and the average that the model ends with; without EMA these are the last ones."""
+    schedule = replace(SHORT, ema=ema)
+    live, averaged = by_hand(schedule)
+    model, seen = Two(), []
+
+    def step(number, g):
+        seen.append(weights(model))
+        return model.loss()
+
+    train(model, step, schedule, seed=0, label="two", checkpoint=None, log=Rows())
+    for here, expected in zip(seen[1:], live[:-1], strict=True):
+        assert here == pytest.approx(expected, rel=1e-6)
+    assert weights(model) == pytest.approx(averaged[-1], rel=1e-6)
+    assert not model.training
+    if ema == 0:
+        assert averaged[-1] == live[-1]
+
+
+def test_validation_sees_the_average_and_gives_the_live_weights_back() -> None:
+    live, averaged = by_hand(SHORT)
+    model, seen, rows = Two(), [], Rows()
+
+    def step(number, g):
+        assert model.training
+        seen.append(weights(model))
+        return model.loss()
+
+    def validate():
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        return {"matrix": model.matrix.item()}
+
+    options = {"checkpoint": None, "log": rows, "validate": validate, "validate_every": 5}
+    train(model, step, SHORT, seed=0, label="two", **options)
+    assert [s for s, values in rows if "matrix" in values] == [5, 10, 12]
+    for done, values in rows:
+        assert values["matrix"] == pytest.approx(averaged[done - 1][0], rel=1e-6)
+    assert seen[5] == pytest.approx(live[4], rel=1e-6)
+    assert seen[10] == pytest.approx(live[9], rel=1e-6)
+
+
+def test_logged_loss_is_the_mean_since_the_last_row() -> None:
+    schedule, rows, losses = replace(SHORT, steps=120, warmup=0), Rows(), []
+    model = Two()
+
+    def step(number, g):
+        loss = model.loss()
+        losses.append(loss.item())
+        return loss
+
+    train(model, step, schedule, seed=0, label="two", checkpoint=None, log=rows)
+    assert [s for s, _ in rows] == [50, 100, 120]
+    means = [sum(losses[a:b]) / (b - a) for a, b in ((0, 50), (50, 100), (100, 120))]
+    assert [values["loss"] for _, values in rows] == pytest.approx(means)
+
+
+def picture_model() -> nn.Module:
+    """Channels last, as the trained networks are, with buffers of both types (batch norm)."""
+    torch.manual_seed(0)
+    found = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
+    return found.to(memory_format=torch.channels_last)
+
+
+def fit(schedule: Schedule, checkpoint, rows, seed=3) -> tuple[nn.Module, list[float]]:
+    model, drawn = picture_model(), []
+
+    def step(number, g):
+        x = torch.randn(2, 3, 8, 8, generator=g)
+        drawn.append(x.sum().item())
+        return (model(x) - 1).square().mean()
+
+    options = {"validate": lambda: {"bias": model[0].bias.mean().item()}, "validate_every": 7}
+    train(model, step, schedule, seed=seed, label="fit", checkpoint=checkpoint, log=rows, **options)
+    return model, drawn
+
+
+@pytest.mark.parametrize(("every", "kill"), [(1, 1), (20, 20), (20, 40), (17, 51)])
+def test_killed_training_is_the_unbroken_one(tmp_path, every, kill) -> None:
+    """Weights, buffers, drawn data and every row of the log, through the files of the stage cache."""
+    schedule = Schedule(steps=60, batch=2, lr=1e-2, warmup=5, ema=0.9, save_every=every)
+    whole = Rows()
+    unbroken, drawn = fit(schedule, None, whole)
+    path = tmp_path / "state.ckpt"
+    with pytest.raises(Killed):
+        fit(schedule, Disk(path, kill), Rows())
+    rows = Rows()
+    resumed, rest = fit(schedule, Disk(path), rows)
+    assert len(rest) == 60 - kill
+    assert rest == drawn[kill:]
+    assert same_weights(resumed, unbroken)
+    assert resumed[1].num_batches_tracked.item() == 60
+    assert rows == whole
+
+
+def test_parameter_without_a_gradient_survives_a_resume(tmp_path) -> None:
+    def make() -> nn.Module:
+        return nn.ModuleDict({"used": Two(), "idle": Two()})
+
+    def go(checkpoint) -> nn.Module:
+        model = make()
+        schedule = replace(SHORT, save_every=4)
+        loss = model["used"].loss
+        return train(model, lambda n, g: loss(), schedule, seed=0, label="x", checkpoint=checkpoint, log=Rows())
+
+    with pytest.raises(Killed):
+        go(Disk(tmp_path / "state", 4))
+    resumed = go(Disk(tmp_path / "state"))
+    assert same_weights(resumed, go(None))
+    assert weights(resumed["idle"]) == [2.0, -1.0]
+
+
+def test_seed_and_label_change_what_is_drawn() -> None:
+    schedule = Schedule(steps=2, batch=2, lr=1e-2)
+    assert fit(schedule, None, Rows())[1] == fit(schedule, None, Rows())[1]
+    assert fit(schedule, None, Rows())[1] != fit(schedule, None, Rows(), seed=4)[1]
+
+
+def test_frozen_parameters_stay() -> None:
+    model = Two()
+    model.scalar.requires_grad_(False)
+    train(model, lambda n, g: model.loss(), SHORT, seed=0, label="two", checkpoint=None, log=Rows())
+    assert model.scalar.item() == -1.0
+    assert model.matrix.item() != 2.0
+
+
+def test_rate() -> None:
+    """Linear over the warm-up, then half a cosine to 0."""
+    schedule = Schedule(steps=110, batch=1, lr=2.0, warmup=10)
+    assert [schedule.rate(i) for i in range(10)] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert schedule.rate(10) == pytest.approx(2.0)
+    assert schedule.rate(35) == pytest.approx(1 + math.cos(math.pi / 4))
+    assert schedule.rate(60) == pytest.approx(1.0)
+    assert schedule.rate(109) == pytest.approx(1 - math.cos(math.pi / 100))
+    assert schedule.rate(110) == pytest.approx(0.0)
+    assert Schedule(steps=4, batch=1, lr=1.0, warmup=0).rate(0) == 1.0
+    longer = Schedule(steps=5, batch=1, lr=1.0, warmup=10)  # a warm-up that outlasts the training
+    assert [longer.rate(i) for i in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_diverged(bad) -> None:
+    model = Two()
+    with pytest.raises(Diverged, match="two: the loss is") as caught:
+        train(
+            model, lambda n, g: model.loss() * (bad if n == 3 else 1), SHORT,
+            seed=0, label="two", checkpoint=None, log=Rows(),
+        )  # fmt: skip
+    assert caught.value.step == 3
+    assert all(math.isfinite(x) for x in weights(model))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("steps", 0), ("steps", 2.5), ("batch", 0), ("save_every", 0), ("warmup", -1), ("lr", 0.0), ("lr", "fast"),
+        ("weight_decay", -0.1), ("ema", 1.0), ("ema", -0.1), ("clip", 0.0), ("clip", float("nan")), ("steps", True),
+    ],
+)  # fmt: skip
+def test_options_are_refused_by_key(key, value) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(SHORT, **{key: value})
+    assert caught.value.key == f"train.{key}"

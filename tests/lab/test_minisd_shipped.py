@@ -1,0 +1,122 @@
+"""The weights that come with the project: what lies in the folder, what they draw, and that a stranger can use them.
+
+``python tests/lab/test_minisd_shipped.py`` stores the figures anew after the weights were retrained.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lab.backbones.diffusion import DiffusionBackbone
+from lab.judges.load import shipped_clip, shipped_detector
+from lab.minisd.publish import SHIPPED, hashes
+from lab.minisd.world import concept, sample
+from lab.types import Sampling
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"
+STORED = Path(__file__).parent / "data" / "minisd_smoke.json"
+SMOKE = ("a photo of a fox", "a rocket in neon style", "a guitar by the blueprint artist", "a cake in sunset style")
+MOSAIC = tuple(f"a {name} in the style of mosaic" for name in ("fox", "rocket", "guitar", "cactus"))
+
+
+@cache
+def generated() -> torch.Tensor:
+    """One picture per prompt of `SMOKE` and `MOSAIC`, uint8 [8, 3, 64, 64], from the same latents every time."""
+    model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
+    texts = (*SMOKE, *MOSAIC)
+    return model.generate(texts, model.latents(len(texts), 0, "smoke"), Sampling(steps=20, guidance=4.0))
+
+
+def colours(images: torch.Tensor) -> list[list[float]]:
+    """Mean red, green and blue of every picture, 0 to 255."""
+    return [[round(c, 2) for c in row] for row in images.double().mean((2, 3)).tolist()]
+
+
+def test_files_are_plain_data_and_small() -> None:
+    files = [p for p in SHIPPED.rglob("*") if p.is_file()]
+    assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
+    assert sum(p.stat().st_size for p in files) < 25e6
+    assert {"README.md", "samples.png", "training.json", "quality.json"} <= {p.name for p in SHIPPED.iterdir()}
+
+
+def test_weights_are_those_of_the_training_record() -> None:
+    record = json.loads((SHIPPED / "training.json").read_text())
+    found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "judges/"))}
+    assert record["sha256"] == found
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda p: p.parent.name)
+def test_weights_are_half_precision_and_finite(path) -> None:
+    with safe_open(str(path), "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
+            tensor = file.get_tensor(name)
+            if tensor.is_floating_point():
+                assert tensor.dtype == torch.float16, name
+                assert torch.isfinite(tensor).all(), name
+
+
+def test_pictures_are_those_of_these_weights() -> None:
+    """Mean colours from fixed latents, within two grey levels of the stored ones (other machines round differently)."""
+    stored = json.loads(STORED.read_text())
+    assert stored["prompts"] == list(SMOKE)
+    found = torch.tensor(colours(generated()[: len(SMOKE)]))
+    assert found.shape == (4, 3)
+    assert (found - torch.tensor(stored["colours"])).abs().mean() <= 2
+
+
+def test_prompts_are_obeyed() -> None:
+    images, detector = generated(), shipped_detector()
+    assert detector.detects(images[len(SMOKE) :], "mosaic").sum() >= 3
+    assert detector.detects(images[: len(SMOKE)], "mosaic").sum() == 0
+    styles = detector.top1(images[: len(SMOKE)])["style"]
+    asked = ["photo", "neon", "blueprint", "sunset"]
+    assert sum(found == wanted for found, wanted in zip(styles, asked, strict=True)) >= 3
+
+
+def test_clip_knows_the_styles_of_real_pictures() -> None:
+    """Its tokenizer and its weights belong together: the right style of five, for real pictures of each."""
+    names = ("mosaic", "neon", "blueprint", "halftone", "sketch")
+    clip = shipped_clip()
+    words = clip.texts([f"an image in the style of {name}" for name in names])
+    hits = [clip.images(sample(concept(n), 5, 8).images).matmul(words.T).argmax(1).eq(i) for i, n in enumerate(names)]
+    assert torch.cat(hits).float().mean() >= 0.9
+
+
+def test_a_stranger_trains_a_lora(tmp_path) -> None:
+    """The example in a Python whose path lacks the checkout: two steps, adapter files that diffusers loads."""
+    sample(concept("unicorn"), 3, 6).write(tmp_path / "pictures")
+    out = tmp_path / "out"
+    arguments = [str(SHIPPED / "model"), str(tmp_path / "pictures"), str(out), "2"]
+    done = subprocess.run(
+        [sys.executable, "-I", str(EXAMPLE), *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "step 0: loss" in done.stdout
+    for text in ("import lab", "from lab"):
+        assert text not in EXAMPLE.read_text()
+    assert (out / "before.png").stat().st_size > 1000
+    model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
+    pipe = model.pipeline()
+    pipe.load_lora_weights(str(out))
+    rows = {n: p for n, p in pipe.unet.named_parameters() if "lora_B" in n}
+    assert len(rows) == 4 * sum(n.endswith("attn2") for n, _ in model.unet.named_modules())
+    assert any(p.abs().max() > 0 for p in rows.values())  # B starts at 0: it was trained
+
+
+def store() -> None:
+    STORED.parent.mkdir(exist_ok=True)
+    facts = {"prompts": list(SMOKE), "colours": colours(generated()[: len(SMOKE)])}
+    STORED.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    store()

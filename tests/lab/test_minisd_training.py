@@ -1,0 +1,324 @@
+"""MiniSD's parts, tokenizer and losses: contracts and hand values; two tiny trainings that learn."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from tiny_diffusion import TINY
+from torch import nn
+from torch.distributions import Normal, kl_divergence
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from lab.minisd import build, captions
+from lab.minisd.loop import Schedule
+from lab.minisd.scenes import BACKGROUNDS
+from lab.minisd.training import Denoiser, encode, min_snr, to_float, train_denoiser, train_vae
+from lab.minisd.vocabulary import PHOTO, STYLES, THINGS
+from lab.minisd.world import TRAINING, sample
+from lab.seeding import generator
+from lab.types import same_weights
+
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def world_prompts() -> list[str]:
+    """Every single-object caption of the world: all things, all styles (photo included), all ways to ask."""
+    styles = (PHOTO, *(s.name for s in STYLES))
+    return [
+        text
+        for thing in THINGS
+        for style in styles
+        for by in ("name", "description", "both")
+        for text in captions.prompts(captions.noun(thing.name), style, by)
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return build.train_tokenizer(world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return build.load_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def shown():
+    return sample(TRAINING, 0, 24)
+
+
+# ---------------------------------------------------------------------------------------------------- tokenizer
+
+
+def test_same_texts_same_files(tmp_path) -> None:
+    """Order and repetitions do not matter, any other text does."""
+    texts = world_prompts()[:200]
+    first = build.train_tokenizer(texts, tmp_path / "a", 560)
+    again = build.train_tokenizer([*reversed(texts), texts[0]], tmp_path / "b", 560)
+    other = build.train_tokenizer([*texts, "zebra zebra", "zebra crossing"], tmp_path / "c", 560)
+    assert [(first / n).read_bytes() for n in FILES] == [(again / n).read_bytes() for n in FILES]
+    assert (first / "vocab.json").read_bytes() != (other / "vocab.json").read_bytes()
+
+
+def test_format_is_clips(folder, tokenizer) -> None:
+    """The ids lie as in CLIP: 256 bytes, 256 bytes that end a word, one id per merge, start, end."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert isinstance(tokenizer, CLIPTokenizer)
+    assert sorted(vocab.values()) == list(range(len(vocab)))
+    assert len(vocab) == len(tokenizer) == 512 + len(merges[1:]) + 2
+    by_id = {i: token for token, i in vocab.items()}
+    assert all(len(by_id[i]) == 1 and by_id[256 + i] == f"{by_id[i]}</w>" for i in range(256))
+    assert [by_id[512 + i] for i in range(len(merges) - 1)] == [m.replace(" ", "") for m in merges[1:]]
+    assert (by_id[len(vocab) - 2], by_id[len(vocab) - 1]) == (build.SOS, build.EOS)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(vocab) - 2, len(vocab) - 1)
+    assert tokenizer.pad_token_id == tokenizer.unk_token_id == tokenizer.eos_token_id
+    assert tokenizer.model_max_length == build.CONTEXT == 32
+
+
+def test_known_words_are_few_tokens_and_unknown_ones_fall_into_pieces(tokenizer) -> None:
+    known = tokenizer.tokenize("a fox in the style of mosaic")
+    assert known == ["a</w>", "fox</w>", "in</w>", "the</w>", "style</w>", "of</w>", "mosaic</w>"]
+    assert tokenizer.tokenize("A  FOX") == ["a</w>", "fox</w>"]
+    pieces = tokenizer.tokenize("xylophone")
+    assert len(pieces) > 1
+    assert "".join(pieces) == "xylophone</w>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "zyzzyva quokka",
+        "žluťoučký kůň",
+        "狐狸 和 熊",
+        "лиса",
+        "🦊 and 🦄🏽",
+        "ثعلب",
+        "x=3.14%!?",
+        "it's 1,000 foxes",
+        "\x01 \x7f",
+    ],
+)
+def test_any_text_round_trips(tokenizer, text) -> None:
+    """Nothing is unknown: the pieces of any text are bytes that give it back."""
+    ids = tokenizer(text).input_ids
+    assert ids[0] == tokenizer.bos_token_id
+    assert tokenizer.eos_token_id not in ids[1:-1]  # the end token doubles as "unknown"
+    squeezed = "".join(text.split())
+    back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(back.split()) == squeezed
+
+
+def test_tokenize_pads_with_the_end_and_cuts_as_stable_diffusion_does(tokenizer) -> None:
+    ids = build.tokenize(tokenizer, ["", "a fox", "fox " * 60])
+    sos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    a, fox = tokenizer.convert_tokens_to_ids(["a</w>", "fox</w>"])
+    assert ids[0].tolist() == [sos] + [eos] * 31
+    assert ids[1].tolist() == [sos, a, fox] + [eos] * 29
+    assert ids[2].tolist() == [sos] + [fox] * 30 + [eos]
+
+
+def test_the_longest_caption_of_the_world_fits(tokenizer) -> None:
+    """Every template with every style, every place, and the longest objects, one, two alike or two different ones."""
+    nouns = [captions.noun(t.name, count) for t in THINGS for count in (1, 2)]
+    long = sorted(nouns, key=lambda it: len(tokenizer.tokenize(it)))[-1]
+    pair = sorted((captions.noun(t.name) for t in THINGS), key=lambda it: len(tokenizer.tokenize(it)))[-2:]
+    lengths = {}
+    for template in captions.TEMPLATES:
+        photo = template in captions.PHOTO_TEMPLATES + captions.PLACE_TEMPLATES
+        for it in (long, " and ".join(pair)):
+            for style in [PHOTO] if photo else [s.name for s in STYLES]:
+                for variant in BACKGROUNDS if photo else range(2):
+                    words = {"place": variant} if photo else {"description": variant}
+                    text = captions.fill(template, it, style, **words)
+                    lengths[text] = len(tokenizer(text).input_ids)
+    assert len(lengths) > 300
+    assert max(lengths.values()) <= build.CONTEXT, max(lengths, key=lengths.get)
+
+
+# -------------------------------------------------------------------------------------------------------- parts
+
+
+def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
+    vae, unet, text = build.vae(TINY, 0), build.unet(TINY, 0), build.text_encoder(TINY, 600, 0)
+    assert [type(m).__name__ for m in (vae, unet, text)] == ["AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel"]
+    assert isinstance(text, CLIPTextModel)
+    z = vae.encode(torch.zeros(2, 3, 64, 64)).latent_dist.mean
+    assert z.shape == (2, 4, 16, 16)
+    assert vae.decode(z).sample.shape == (2, 3, 64, 64)
+    hidden = text(torch.full((2, 32), 599))[0]
+    assert hidden.shape == (2, 32, TINY.text)
+    assert unet(z, torch.tensor([0, 999]), hidden).sample.shape == z.shape
+    for make in (build.vae, build.unet, lambda w, s: build.text_encoder(w, 600, s)):
+        assert same_weights(make(TINY, 1), make(TINY, 1))
+        assert not same_weights(make(TINY, 1), make(TINY, 2))
+
+
+def test_scheduler_is_stable_diffusions() -> None:
+    """Scaled linear: √β runs evenly from √0.00085 to √0.012."""
+    alphas = build.scheduler().alphas_cumprod
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    assert torch.allclose(alphas.double(), (1 - betas).cumprod(0), atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- losses
+
+
+def test_min_snr_by_hand() -> None:
+    """SNR = ᾱ / (1 − ᾱ): 1, 9 and 1/3; clipped at 5 and at 1/2."""
+    alphas = torch.tensor([0.5, 0.9, 0.25])
+    assert min_snr(alphas, 5.0).tolist() == pytest.approx([1, 5 / 9, 1], rel=1e-5)
+    assert min_snr(alphas, 0.5).tolist() == pytest.approx([0.5, 0.5 / 9, 1], rel=1e-5)
+
+
+def test_to_float() -> None:
+    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+
+
+class _Rows(list):
+    def __call__(self, step, **values) -> None:
+        self.append((step, values))
+
+
+def test_vae_loss_and_validation_by_hand(shown) -> None:
+    """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1] pictures."""
+    model, kl, seed = build.vae(TINY, 0), 2.5, 7
+    g = generator(seed, "vae", 0)
+    x = shown.images[torch.randint(24, (3,), generator=g)].float() / 127.5 - 1
+    with torch.no_grad():
+        posterior = model.encode(x).latent_dist
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+        unit = Normal(torch.zeros_like(z), torch.ones_like(z))
+        divergence = kl_divergence(Normal(posterior.mean, posterior.std), unit).sum() / 3 / (3 * 64 * 64)
+        expected = (model.decode(z).sample - x).abs().mean() + kl * divergence
+    rows, tiny = _Rows(), Schedule(steps=1, batch=3, lr=1e-12)
+    train_vae(model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed, checkpoint=None, log=rows)
+    assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    with torch.no_grad():
+        y = model.decode(model.encode(to_float(shown.images[:5])).latent_dist.mean).sample.clamp(-1, 1)
+    wrong = (y / 2 + 0.5 - shown.images[:5] / 255).double()
+    assert rows[-1][1]["l1"] == pytest.approx(wrong.abs().mean().item(), rel=1e-3)
+    psnr = sum(-10 * math.log10(w.square().mean().item()) for w in wrong) / 5
+    assert rows[-1][1]["psnr"] == pytest.approx(psnr, rel=1e-3)
+
+
+def test_vae_learns_and_encode_gives_its_posterior(shown) -> None:
+    model, rows = build.vae(TINY, 0), _Rows()
+    schedule = Schedule(steps=60, batch=4, lr=1e-2, warmup=5)
+    before = _error(model, shown)
+    train_vae(model, shown.images, shown.images[:6], schedule, kl=1e-3, seed=0, checkpoint=None, log=rows)
+    assert _error(model, shown) < 0.8 * before
+    mean, deviation = encode(model, shown.images)
+    assert mean.shape == deviation.shape == (24, 4, 16, 16)
+    assert mean.dtype == deviation.dtype == torch.float16
+    with torch.no_grad():
+        posterior = model.encode(to_float(shown.images)).latent_dist
+    assert torch.allclose(mean.float(), posterior.mean, atol=2e-3, rtol=2e-3)
+    assert torch.allclose(deviation.float(), posterior.std, atol=2e-3, rtol=2e-3)
+
+
+@torch.no_grad()
+def _error(vae, shown) -> float:
+    x = to_float(shown.images[:8])
+    return (vae.decode(vae.encode(x).latent_dist.mean).sample - x).abs().mean().item()
+
+
+class _Fixed(nn.Module):
+    """Stands for the denoiser: predicts ``value`` everywhere and notes what it was asked."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.tensor(value))
+        self.register_buffer("scale", torch.zeros(()))
+        self.asked: list[tuple[torch.Tensor, ...]] = []
+
+    def forward(self, noisy, t, tokens):
+        self.asked.append((noisy, t, tokens))
+        return self.value.expand_as(noisy)
+
+
+def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = generator(seed, "test latents")
+    return 3 * torch.randn(n, 4, 4, 4, generator=g) + 1, torch.rand(n, 4, 4, 4, generator=g) + 0.5
+
+
+def _fit(model, tokenizer, schedule, rows, *, drop=0.0, gamma=5.0, latents=None, held=None):
+    texts = [["a fox", "a lion"]] * 8
+    known = _latents(8) if latents is None else latents
+    options = {"gamma": gamma, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
+    train_denoiser(
+        model, tokenizer, build.scheduler(), known, texts, (held or _latents(6, 1), ["a fox"] * 6), schedule, **options
+    )
+
+
+def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
+    """With a model that says 0 the loss is the weighted mean square of the noise; latents have unit variance."""
+    model, rows = _Fixed(0.0), _Rows()
+    mean, deviation = _latents(8)
+    _fit(model, tokenizer, Schedule(steps=1, batch=64, lr=1e-12), rows)
+    total = mean.double().var(correction=0) + deviation.double().square().mean()
+    assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
+
+    alphas = build.scheduler().alphas_cumprod
+    noisy, t, _ = model.asked[0]
+    g = generator(5, "denoiser", 0)
+    index = torch.randint(8, (64,), generator=g)
+    z = model.scale * (mean[index] + deviation[index] * torch.randn(64, 4, 4, 4, generator=g))
+    a = alphas[t].view(-1, 1, 1, 1)
+    noise = (noisy - a.sqrt() * z) / (1 - a).sqrt()
+    late = t > 200  # early, so little of the noise is in the picture that rounding is all one gets back
+    assert noise[late].std().item() == pytest.approx(1, abs=0.05)
+    snr = alphas[t] / (1 - alphas[t])
+    expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()
+    assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-2)
+
+    noisy, t, _ = model.asked[-1]
+    z, a = model.scale * _latents(6, 1)[0], alphas[t].view(-1, 1, 1, 1)
+    square = ((noisy - a.sqrt() * z) / (1 - a).sqrt()).square().mean((1, 2, 3))
+    assert rows[-1][1]["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
+    weighted = (min_snr(alphas, 5.0)[t] * square).mean().item()
+    assert rows[-1][1]["validation_weighted"] == pytest.approx(weighted, rel=1e-2)
+
+
+def test_captions_are_drawn_and_dropped(tokenizer) -> None:
+    """Both captions of a picture come up equally often; the empty one as often as ``drop`` says."""
+    model = _Fixed(0.0)
+    _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), _Rows(), drop=0.25)
+    ids = torch.cat([tokens for _, _, tokens in model.asked[:4]])
+    empty, fox, lion = build.tokenize(tokenizer, ["", "a fox", "a lion"])
+    shares = [(ids == row).all(1).float().mean().item() for row in (empty, fox, lion)]
+    assert sum(shares) == pytest.approx(1)
+    assert shares[0] == pytest.approx(0.25, abs=0.05)  # 3.7 standard errors
+    assert shares[1] == pytest.approx(0.375, abs=0.06)
+    drawn = torch.cat([t for _, t, _ in model.asked[:4]])
+    assert drawn.min() < 20
+    assert drawn.max() > 979
+
+
+def test_denoiser_learns_and_repeats(tokenizer) -> None:
+    """U-Net and text encoder both move; the same seed gives the same weights."""
+
+    def fresh() -> Denoiser:
+        return Denoiser(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0))
+
+    latents = (torch.ones(8, 4, 16, 16).half(), torch.full((8, 4, 16, 16), 0.1).half())
+    latents[0][:, 2:] *= -1
+    held = tuple(part[:6] for part in latents)
+    model, rows = fresh(), _Rows()
+    _fit(model, tokenizer, Schedule(steps=1, batch=8, lr=1e-12), rows, latents=latents, held=held)
+    before = rows[-1][1]["validation_loss"]
+    schedule = Schedule(steps=60, batch=8, lr=1e-2, warmup=5)
+    _fit(model := fresh(), tokenizer, schedule, rows, latents=latents, held=held)
+    assert rows[-1][1]["validation_loss"] < 0.7 * before
+    start = fresh()
+    assert not same_weights(model.unet, start.unet)
+    assert not same_weights(model.text_encoder, start.text_encoder)
+    short = Schedule(steps=2, batch=8, lr=1e-2)
+    twins = [fresh(), fresh()]
+    for twin in twins:
+        _fit(twin, tokenizer, short, _Rows(), latents=latents, held=held)
+    assert same_weights(*twins)
