@@ -93,7 +93,7 @@ class TestImmunizer:
 @pytest.mark.parametrize("name", [n for n, kind in cases(IMMUNIZERS, immunizer) if kind == "deep" and n != "none"])
 def test_only_declared_parameters_move(name):
     method = build("immunize", name, epochs=1, steps=2, batch_size=16)
-    method.schedule = dataclasses.replace(method.schedule, layers=1)
+    method = dataclasses.replace(method, layers=1)
     model, case = problem("deep")
     after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
     moved = {k.split(".")[1] for k, v in after.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
