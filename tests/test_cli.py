@@ -306,7 +306,7 @@ def test_a_signal_leaves_a_preempted_record_and_a_checkpoint(tmp_path, number):
     while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     record = record_of(out, tmp_path)
     assert record["status"] == "preempted"
