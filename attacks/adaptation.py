@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attacks.optimizer_state import restore_state, state_tensors
 from attacks.options import LOSSES, check_budget, check_losses, resolve_loss
 from attacks.trajectory import batch_rows, run
 from attacks.tuning import Rate
@@ -204,23 +205,10 @@ class _Network:
         return values
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and, per parameter that has been updated, the optimizer's tensors."""
-        state = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
-        for i, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    state[f"optimizer.{i}.{name}"] = value
-        return state
+        return state_tensors(self.parameters, self.optimizer)
 
-    @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        for key, value in tensors.items():
-            group, index, *name = key.split(".")
-            parameter = self.parameters[int(index)]
-            if group == "parameter":
-                parameter.copy_(value)
-            else:
-                self.optimizer.state[parameter][name[0]] = value.clone()
+        restore_state(self.parameters, self.optimizer, tensors)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.named.items()}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from attacks.concept_attack import ConceptAttack, ConceptBase
 from attacks.concept_data import Draw, Material, captions, prompts, variants
+from attacks.optimizer_state import restore_state, state_tensors
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import Diverged, UserError
 from lab.progress import progress
@@ -129,24 +130,10 @@ class Learner:
         return found
 
     def tensors(self) -> dict[str, Tensor]:
-        """Parameters and, per parameter that has been updated, the optimizer's tensors."""
-        state = {f"parameter.{i}": p.detach() for i, p in enumerate(self.parameters)}
-        for i, parameter in enumerate(self.parameters):
-            for name, value in self.optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    state[f"optimizer.{i}.{name}"] = value
-        return state
+        return state_tensors(self.parameters, self.optimizer)
 
-    @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        for key, value in tensors.items():
-            group, index, *name = key.split(".")
-            parameter = self.parameters[int(index)]
-            if group == "parameter":
-                parameter.copy_(value)
-            else:
-                device = parameter.device if value.dim() else value.device  # step counters stay where they are
-                self.optimizer.state[parameter][name[0]] = value.to(device, copy=True)
+        restore_state(self.parameters, self.optimizer, tensors)
 
 
 class _Run:
