@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.optimizer_state import restore_state, state_tensors
 from attacks.options import LOSSES, check_budget, check_losses, resolve_loss
 from attacks.trajectory import batch_rows, run
 from attacks.tuning import Rate
 from lab.activations import prefix
 from lab.errors import UserError
+from lab.optimizer_state import restore_state, state_tensors
 from lab.options import choice, count
 from lab.types import Budget, Case, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
 

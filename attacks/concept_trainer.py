@@ -15,9 +15,9 @@ from torch import Tensor
 
 from attacks.concept_attack import ConceptAttack, ConceptBase
 from attacks.concept_data import Draw, Material, captions, prompts, variants
-from attacks.optimizer_state import restore_state, state_tensors
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import Diverged, UserError
+from lab.optimizer_state import restore_state, state_tensors
 from lab.progress import progress
 from lab.seeding import generator
 from lab.types import Budget, Checkpoint, Concept, Pictures, Sampling, Trajectory

@@ -24,6 +24,7 @@ from immunize.hypergradient_implicit import Implicit, solve
 from immunize.hypergradient_products import Product, finite, gradients
 from immunize.lower import Lower, LowerLevel, LowerLoss, Trace
 from immunize.merge import Merge, Params
+from lab.distributed import ALONE, Team
 from lab.errors import Diverged, UserError
 from lab.options import choice, count
 
@@ -72,6 +73,7 @@ def hypergradient(
     recompute: bool = False,
     measure: bool = True,
     compute: torch.dtype | None = None,
+    team: Team = ALONE,
 ) -> Hypergradient:
     """∇J at θ.
 
@@ -90,6 +92,7 @@ def hypergradient(
         recompute: run the lower level again for the transpose in place of keeping N traces.
         measure: evaluate each concept's loss after its lower level (a third of a forward-backward each).
         compute: dtype that the losses see, e.g. bfloat16; None for that of θ.
+        team: processes that share the concepts; all of them call this with equal arguments and get equal results.
 
     Raises:
         UserError: names outside θ, as many losses as concepts missing, or an option that cannot work.
@@ -98,7 +101,7 @@ def hypergradient(
     choice("immunize.hypergradient.method", method, METHODS)
     count("immunize.hypergradient.last", last)
     choice("immunize.hypergradient.product", product, ("forward", "reverse"))
-    run = _Run(theta, lower, upper, merge, settings, upper_names, lower_names, compute)
+    run = _Run(theta, lower, upper, merge, settings, upper_names, lower_names, compute, team)
     solver = implicit or Implicit() if method == "implicit" else None
     levels = run.levels(solver)
     keep = method in ("exact", "truncated") and not recompute
@@ -109,18 +112,18 @@ def hypergradient(
     if method in ("first_order", "alternating"):
         gradient = first
     else:
-        gradient = {x: y for x, y in merge.adjoint_direct(v).items() if x in first}
-        for n, level in enumerate(levels):
-            part = merge.adjoint_part(v, n)
+
+        def transpose(n: int, part: Params) -> tuple[Params, dict[str, Any]]:
             if solver is not None:
-                pulled, facts = solve(level, traces[n].final, part, run.upper_names, solver, product)
-                for key, fact in facts.items():
-                    info.setdefault(key, []).append(fact)
-            else:
-                trace = level.run(keep=True) if recompute else traces[n]
-                steps = last if method == "truncated" else level.settings.steps
-                pulled = level.pull(trace, part, run.upper_names, last=steps, how=product)
-            gradient = {x: y + pulled[x] for x, y in gradient.items()}
+                return solve(levels[n], traces[n].final, part, run.upper_names, solver, product)
+            trace = levels[n].run(keep=True) if recompute else traces[n]
+            steps = last if method == "truncated" else levels[n].settings.steps
+            return levels[n].pull(trace, part, run.upper_names, last=steps, how=product), {}
+
+        gradient, facts = run.transposed(v, transpose)
+        for n in range(run.count):
+            for key, fact in facts[n].items():
+                info.setdefault(key, []).append(fact)
     if not finite(gradient.values()):
         raise Diverged("the hypergradient is not finite", 0)
     return Hypergradient(gradient, run.merged, value, run.before, run.drop, cosine(gradient, first), info)
@@ -152,9 +155,11 @@ class _Run:
         upper_names: Sequence[str],
         lower_names: Sequence[str],
         compute: torch.dtype | None,
+        team: Team,
     ) -> None:
         self.theta = {name: x.detach() for name, x in theta.items()}
         self.count, self.merge, self.compute, self.upper = len(lower), merge, compute, upper
+        self.team = team
         self.settings = [settings] * self.count if isinstance(settings, Lower) else list(settings)
         if not (self.count == merge.count == len(self.settings)):
             raise ValueError(f"{self.count} losses, {len(self.settings)} attackers, a merge of {merge.count} concepts")
@@ -181,31 +186,63 @@ class _Run:
         some = zip(self.settings, self.losses, strict=True)
         return [LowerLevel(s, self.theta, self.lower_names, loss, n, rho) for n, (s, loss) in enumerate(some)]
 
-    def adapt(self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool) -> list[Trace]:
-        """First sweep: every lower level, merged as it ends; only what the transpose needs is kept."""
-        traces, running = [], self.merge.start(self.theta)
-        for n, level in enumerate(levels):
-            trace = level.run(keep=keep)
-            running.add(n, level.adapted(trace.final))
-            self.before.append(trace.loss)
-            after = level.loss_at(trace.final) if measure else float("nan")
-            self.drop.append(1 - after / trace.loss if trace.loss else float("nan"))
+    def adapt(self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool) -> dict[int, Trace]:
+        """First sweep: every lower level, merged as it ends; only what the transpose needs is kept, where it is."""
+        traces: dict[int, Trace] = {}
+        losses: dict[int, tuple[float, float]] = {}
+        running = self.merge.start(self.theta)
+
+        def one(n: int) -> Params:
+            level = levels[n]
+            trace = traces[n] = level.run(keep=keep)
+            found = running.part(n, level.adapted(trace.final))
+            losses[n] = trace.loss, level.loss_at(trace.final) if measure else float("nan")
             if not final and level.settings.adapter is None:
                 trace.final = dict.fromkeys(trace.final, torch.empty(0))  # the transpose needs its names only
-            traces.append(trace)
+            return found
+
+        self.team.ordered(self.count, one, running.put)
+        pairs = [pair for _, pair in sorted(self.team.gather(losses).items())]
+        self.before = [before for before, _ in pairs]
+        self.drop = [1 - after / before if before else float("nan") for before, after in pairs]
         self.merged = running.finish()
         return traces
 
     def upper_gradient(self) -> tuple[Params, float]:
         """Second sweep: v = ∇J at θ̂, one backward pass per concept, and J."""
         v: Params = {}
-        total = 0.0
+        values: dict[int, float] = {}
         loss = self._cast(self.upper)
-        for n in range(self.count):
+
+        def one(n: int) -> Params:
             value, gradient = gradients(partial(_at, loss, n), self.merged)
             if not finite([value, *gradient.values()]):
                 raise Diverged(f"the upper loss of concept {n} is not finite", 0)
-            total += float(value) / self.count
-            for x, g in gradient.items():
-                v[x] = v[x] + g / self.count if x in v else g / self.count
-        return v, total
+            values[n] = float(value) / self.count
+            return {x: g / self.count for x, g in gradient.items()}
+
+        def add(_: int, part: Params) -> None:
+            for x, g in part.items():
+                v[x] = v[x] + g if x in v else g
+
+        self.team.ordered(self.count, one, add)
+        return v, sum(value for _, value in sorted(self.team.gather(values).items()))
+
+    def transposed(
+        self, v: Params, transpose: Callable[[int, Params], tuple[Params, dict[str, Any]]]
+    ) -> tuple[Params, dict[int, dict[str, Any]]]:
+        """Third sweep: v_dir + Σ_n J_nᵀ v_n on the upper set, and what ``transpose`` tells of each concept."""
+        direct = self.merge.adjoint_direct(v)
+        gradient = {x: direct[x] for x in self.upper_names}
+        facts: dict[int, dict[str, Any]] = {}
+
+        def one(n: int) -> Params:
+            pulled, facts[n] = transpose(n, self.merge.adjoint_part(v, n))
+            return pulled
+
+        def add(_: int, pulled: Params) -> None:
+            for x in gradient:
+                gradient[x] = gradient[x] + pulled[x]
+
+        self.team.ordered(self.count, one, add)
+        return gradient, self.team.gather(facts)

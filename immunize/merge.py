@@ -165,14 +165,25 @@ class Running:
         self.thin: dict[str, dict[int, Tensor]] = {}
 
     def add(self, n: int, adapted: Params) -> None:
+        self.put(n, self.part(n, adapted))
+
+    def part(self, n: int, adapted: Params) -> Params:
+        """What concept n contributes: U_n in closed form, P_n (θ'_n − θ) elsewhere. Changes nothing."""
+        found: Params = {}
         for name, value in adapted.items():
             change = value - self.base[name]
             factors = self.merge.factors_of(name, change)
-            if factors is not None:
-                self.thin.setdefault(name, {})[n] = change.flatten(1) @ factors.rights[n]
+            thin = factors is not None
+            found[name] = change.flatten(1) @ factors.rights[n] if thin else self.merge._part(name, change, n)
+        return found
+
+    def put(self, n: int, part: Params) -> None:
+        """Add what `part` gave for concept n, here or in another process."""
+        for name, value in part.items():
+            if self.merge.factors_of(name, self.base[name]) is not None:
+                self.thin.setdefault(name, {})[n] = value
             else:
-                part = self.merge._part(name, change, n)
-                self.sums[name] = self.sums[name] + part if name in self.sums else part
+                self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def finish(self) -> Params:
         """θ̂; also writes ``constraint_residual`` into the merge's report."""

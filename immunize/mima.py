@@ -176,6 +176,10 @@ class Mima(ConceptImmunizer):
                     told = f"must be [{self.level.scope}], the scope of the lower level (immunize.lower.scope)."
                     raise UserError("immunize.attackers.*.scopes", list(family.scopes), told)
 
+    def shards(self, case: ConceptCase) -> int:
+        """Into how many parts, run by processes of their own, one immunization of ``case`` can be split."""
+        return len(case.targets) if self.concepts == "merged" else 1
+
     def objective(self, setup: Setup, concepts: Sequence[Halves], merge: Merge) -> Objective:
         unet = setup.denoiser.model.unet
         options = BilevelOptions(
@@ -208,6 +212,7 @@ class MimaDeep(ConceptImmunizer):
         w_distill: weight of the distance to the original model's predictions on the prior's pictures, at θ.
         w_benign: weight of a benign concept's loss after the attack, which is minimised; 0 or a case without
             rehearsal concepts leaves the term out.
+        online: an upper step at every mark of an attack, which then goes on, in place of one per attack.
     """
 
     name: str = "mima_deep"
@@ -223,6 +228,7 @@ class MimaDeep(ConceptImmunizer):
     prior_ramp: float = 1.0
     w_distill: float = 0.0
     w_benign: float = 0.0
+    online: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -240,6 +246,7 @@ class MimaDeep(ConceptImmunizer):
         number("immunize.prior_ramp", self.prior_ramp, 1)
         number("immunize.w_distill", self.w_distill, 0)
         number("immunize.w_benign", self.w_benign, 0)
+        flag("immunize.online", self.online)
         rule = self.merging.options.rule
         if rule in ("masked", "gated"):
             raise UserError("immunize.merge.rule", rule, "mima_deep merges by closed_form or mean.")
@@ -252,7 +259,7 @@ class MimaDeep(ConceptImmunizer):
             steps=self.steps, batch_size=self.batch_size, lower_batch_size=self.lower_batch_size,
             prior_batch_size=self.prior_batch_size, at=self.at, evaluate=self.evaluate, cap=self.cap,
             w_prior=self.w_prior, prior_at=self.prior_at, prior_ramp=self.prior_ramp, w_distill=self.w_distill,
-            w_benign=self.w_benign, checkpointing=self.gradient_checkpointing,
+            w_benign=self.w_benign, online=self.online, checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
         names_u = scope_names(setup.denoiser.model.unet, self.scope)
         rehearsal = setup.rehearsal() if self.w_benign else ()

@@ -24,7 +24,8 @@ from immunize.mima_losses import Denoiser, Params, Weights, accumulate, capped, 
 from immunize.mima_lower import Attackers
 from immunize.mima_options import GradientOptions, LowerOptions, MergeGroup
 from immunize.mima_sampling import Batch, Halves, Pool
-from immunize.mima_trainer import restore_slots, slots
+from lab.distributed import Team, team
+from lab.optimizer_state import restore_slots, slots
 from lab.seeding import derive
 
 
@@ -76,16 +77,18 @@ class BilevelObjective:
     Args:
         attackers: draws the lower optimizer anew per step and concept in place of ``options.lower``.
         rest: for ``alternating`` only.
+        together: processes that share the concepts; None for those that the run has put on this immunization.
     """
 
     def __init__(
         self, options: BilevelOptions, denoiser: Denoiser, upper_names: Sequence[str], lower_names: Sequence[str],
         concepts: Sequence[Halves], prior: Pool | None, merge: Merge, seed: int,
-        attackers: Attackers | None = None, rest: Rest | None = None,
+        attackers: Attackers | None = None, rest: Rest | None = None, together: Team | None = None,
     ) -> None:  # fmt: skip
         self.options, self.denoiser, self.concepts, self.prior = options, denoiser, concepts, prior
         self.upper_names, self.lower_names = tuple(upper_names), tuple(lower_names)
         self.merge, self.seed, self.attackers, self.rest = merge, seed, attackers, rest
+        self.team = together or team()
         more = self.lower_names if options.gradient.method == "alternating" else ()
         self.moves = tuple(dict.fromkeys((*self.upper_names, *more, *(rest.names if rest else ()))))
 
@@ -106,7 +109,7 @@ class BilevelObjective:
         g = self.options.gradient
         self.denoiser.sync(self.moves)
         here = {name: theta[name] for name in dict.fromkeys((*self.moves, *self.lower_names))}
-        seen: list[tuple[float, float]] = []
+        seen: dict[int, tuple[float, float]] = {}
         lower = [self._lower(concept, step) for concept in self.concepts]
         settings = [self._settings(concept, step) for concept in self.concepts]
         with self._context():
@@ -116,13 +119,14 @@ class BilevelObjective:
             found = hypergradient(
                 here, lower, self._upper(step, seen, shift), self.merge, settings=settings,
                 upper_names=self.upper_names, lower_names=self.lower_names, method=g.method, last=g.last,
-                implicit=g.implicit(), product=g.product, recompute=g.recompute,
+                implicit=g.implicit(), product=g.product, recompute=g.recompute, team=self.team,
             )  # fmt: skip
         if g.method == "alternating":
             with torch.no_grad():
-                for name, value in found.merged.items():
+                for name, value in self.team.same(found.merged).items():
                     theta[name].copy_(value + shift[name] if name in shift else value)
-        return found.gradient, self._values(seen, found.lower_drop, found.cosine, found.info)
+        rows = [row for _, row in sorted(self.team.gather(seen).items())]
+        return self.team.same(found.gradient), self._values(rows, found.lower_drop, found.cosine, found.info)
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -182,8 +186,8 @@ class BilevelObjective:
         assert self.prior is not None
         return self.prior.batch(self.options.prior_batch_size, self.seed, concept.name, step, "prior", 0)
 
-    def _upper(self, step: int, seen: list[tuple[float, float]], shift: Params) -> Callable[[Params, int], Tensor]:
-        """The n-th term of J; appends the uncapped loss and the prior's to ``seen``. ``shift`` is added to θ̂."""
+    def _upper(self, step: int, seen: dict[int, tuple[float, float]], shift: Params) -> Callable[[Params, int], Tensor]:
+        """The n-th term of J; puts the uncapped loss and the prior's into ``seen``. ``shift`` is added to θ̂."""
         o = self.options
 
         def upper(weights: Params, n: int) -> Tensor:
@@ -196,7 +200,7 @@ class BilevelObjective:
                 prior = self.denoiser.loss(self._prior(concept, step), moved)
                 kept = float(prior.detach())
                 value = value + o.w_prior * prior
-            seen.append((float(loss.detach()), kept))
+            seen[n] = float(loss.detach()), kept
             return value
 
         return upper
@@ -210,15 +214,19 @@ class BilevelObjective:
             adapted.append(level.adapted(level.run(keep=False).final))
         losses = [lambda weights, loss=loss: loss(weights, 0) for loss in lower]
         learn(self.merge, theta, adapted, losses, steps=o.learn_steps, rate=o.learn_rate, sparsity=o.sparsity)
+        assert isinstance(self.merge.learned, Learned)
+        self.merge.learned.parameters = self.team.same(self.merge.learned.parameters)
 
     def _rest(self, theta: Params, lower: Sequence[LowerLoss]) -> Params:
         assert self.rest is not None
         total: Params = {}
-        for loss in lower:
+        names = self.rest.names
 
-            def first(weights: Weights, loss: LowerLoss = loss) -> Tensor:
-                return loss({**theta, **weights}, 0)
+        def one(n: int) -> Params:
+            def first(weights: Weights) -> Tensor:
+                return lower[n]({**theta, **weights}, 0)
 
-            _, gradient = gradient_at(first, theta, {}, self.rest.names)
-            accumulate(total, gradient, 1 / len(lower))
+            return gradient_at(first, theta, {}, names)[1]
+
+        self.team.ordered(len(lower), one, lambda _, gradient: accumulate(total, gradient, 1 / len(lower)))
         return self.rest.step(theta, total)

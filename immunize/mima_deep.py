@@ -6,6 +6,10 @@ Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for 
     J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) ]  +  w_benign · mean_marks L(x^u_b; Θ_b)
            + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
 
+With ``online`` an upper step looks at one mark only: θ moves there, and the attackers go on from where they are, added
+to the moved θ, until their K steps are over; then new ones are drawn. The expensive part, the attackers' steps, is
+then shared by as many updates as there are marks (as adversarial training "for free" does, arXiv 1904.12843).
+
 where Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient is first order, ∂Θ/∂θ = I, taken
 at the effective weights and brought back to θ through the merge's adjoint. b is a benign concept of the rehearsal
 set, attacked like a target, whose loss after adaptation is *minimised*: it keeps benign concepts learnable.
@@ -24,7 +28,7 @@ from torch import Tensor
 from immunize.hypergradient_products import checkpointed
 from immunize.merge import Merge
 from immunize.mima_losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
-from immunize.mima_lower import Attack, Attackers, Mark, adapt, marks
+from immunize.mima_lower import Attack, Attackers, Mark, Running, marks
 from immunize.mima_sampling import Batch, Halves, Pool
 from immunize.mima_scopes import scope_names
 from lab.seeding import derive
@@ -48,6 +52,7 @@ class DeepOptions:
     prior_ramp: float
     w_distill: float
     w_benign: float
+    online: bool = False
     checkpointing: bool = False
 
 
@@ -58,9 +63,13 @@ class Level:
     attack: Attack
     found: list[Mark]
 
-    @property
-    def drop(self) -> float:
-        return 1 - self.found[-1].now / self.found[-1].first
+
+def _progress(levels: Sequence[Level]) -> dict[str, float]:
+    """Steps of the attacks so far and, where they are over, by which share they lowered their first batch's loss."""
+    last = [level.found[-1] for level in levels]
+    values = {"lower_steps": sum(mark.step for mark in last) / len(last)}
+    drops = [1 - mark.now / mark.first for mark in last if not math.isnan(mark.now)]
+    return values | ({"lower_drop": sum(drops) / len(drops)} if drops else {})
 
 
 class DeepObjective:
@@ -76,12 +85,14 @@ class DeepObjective:
         self.original = (
             {name: denoiser.theta[name].detach().clone() for name in self.upper_names} if options.w_distill else {}
         )
+        self.running: dict[str, Running] = {}  # attacks that go on at the next upper step, by concept
+        self.saved: Params = {}
 
     def state(self) -> Params:
-        return {}
+        return {f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()}
 
     def load(self, state: Params) -> None:
-        pass
+        self.saved = dict(state)
 
     def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
         self.denoiser.sync(self.moves)
@@ -92,28 +103,53 @@ class DeepObjective:
 
     def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
         total: Params = {}
-        levels = [self._attack(theta, concept, step) for concept in self.targets]
-        values = self._targets(theta, levels, step, total)
-        values["lower_drop"] = sum(level.drop for level in levels) / len(levels)
-        values["lower_steps"] = sum(level.attack.steps for level in levels) / len(levels)
+        concepts = list(self.targets)
         if self.options.w_benign and self.rehearsal:
-            values["benign_loss"] = self._benign(theta, step, total)
+            round_ = self._round(step)[0]
+            concepts.append(self.rehearsal[derive(self.seed, "mima", "rehearsal", round_) % len(self.rehearsal)])
+        levels = [self._attack(theta, concept, step) for concept in concepts]
+        targets, others = levels[: len(self.targets)], levels[len(self.targets) :]
+        values = self._targets(theta, targets, step, total)
+        values |= _progress(targets)
+        for concept, level in zip(concepts[len(targets) :], others, strict=True):
+            values["benign_loss"] = self._benign(theta, concept, level, step, total)
         values |= self._preserve(theta, step, values["upper_loss"], total)
         return {name: total[name] for name in self.upper_names}, values
 
+    # ── the attacks ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _round(self, step: int) -> tuple[int, int]:
+        """Number of the attacks that upper step ``step`` belongs to, and which of their marks it looks at."""
+        return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
+
     def _attack(self, theta: Params, concept: Halves, step: int) -> Level:
-        o = self.options
-        attack = self.attackers.draw(step / o.steps, self.seed, concept.name, step)
-        moves = scope_names(self.denoiser.model.unet, attack.scope)
-        at = marks(attack.steps, o.at)
-        run = adapt(
-            self.denoiser.loss, theta, moves, attack, concept.lower, o.lower_batch_size, at, self.seed,
-            concept.name, step,
-        )  # fmt: skip
+        o, (round_, turn) = self.options, self._round(step)
+        if turn == 0 or concept.name not in self.running:
+            progress = step / o.steps if turn == 0 else round_ * len(o.at) / o.steps
+            attack = self.attackers.draw(progress, self.seed, concept.name, round_)
+            self.running[concept.name] = self._begin(theta, concept, attack, round_, resumed=turn > 0)
+        running = self.running[concept.name]
+        at = marks(running.attack.steps, o.at)
+        if o.online:
+            at = (max(1, round(o.at[turn] * running.attack.steps)),)
         try:
-            return Level(attack, list(run))
+            return Level(running.attack, [running.advance(until) for until in at])
         except FloatingPointError as error:
             raise FloatingPointError(f"concept {concept.name}: {error}") from error
+        finally:
+            if not o.online or turn == len(o.at) - 1:
+                del self.running[concept.name]
+
+    def _begin(self, theta: Params, concept: Halves, attack: Attack, round_: int, resumed: bool) -> Running:
+        moves = scope_names(self.denoiser.model.unet, attack.scope)
+        running = Running(
+            self.denoiser.loss, theta, moves, attack, concept.lower, self.options.lower_batch_size, self.seed,
+            concept.name, round_,
+        )  # fmt: skip
+        if resumed:
+            head = f"{concept.name}/"
+            running.load({k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)})
+        return running
 
     def _upper(self, concept: Halves, step: int, mark: int) -> Batch:
         return concept.upper.batch(self.options.batch_size, self.seed, concept.name, step, "upper", mark)
@@ -178,9 +214,8 @@ class DeepObjective:
 
     # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _benign(self, theta: Params, step: int, total: Params) -> float:
-        concept = self.rehearsal[derive(self.seed, "mima", "rehearsal", step) % len(self.rehearsal)]
-        level, loss = self._attack(theta, concept, step), math.nan
+    def _benign(self, theta: Params, concept: Halves, level: Level, step: int, total: Params) -> float:
+        loss = math.nan
         for i, mark in enumerate(level.found):
             function = partial(self.denoiser.loss, self._upper(concept, step, i))
             loss, gradient = gradient_at(function, theta, mark.weights, self.upper_names)

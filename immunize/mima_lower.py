@@ -7,7 +7,7 @@ Attackers keep no adapters: a low-rank one is the *effective* weight W + s·BA (
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from immunize.mima_sampling import TEMPLATES, Batch, Pool
 from immunize.mima_scopes import SCOPES, matrices
 from lab.errors import UserError
+from lab.optimizer_state import restore_state, state_tensors
 from lab.options import choice, count, names, number
 from lab.seeding import generator
 
@@ -154,20 +155,29 @@ class Attackers:
 
 
 class _Adapted:
-    """Trainable leaves and the effective weights that they make."""
+    """Trainable leaves and the effective weights that they make. θ may move in between, see `follow`."""
 
     def __init__(self, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, g: torch.Generator) -> None:
         self.lora = attack.kind == "lora"
         self.base = {n: theta[n].detach() for n in (matrices(theta, moves) if self.lora else moves)}
         self.leaves: list[Tensor] = []
+        self.seen: list[Tensor] = []  # θ as the leaves know it; low-rank factors add to θ itself
         for w in self.base.values():
             if not self.lora:
                 self.leaves.append(w.clone().requires_grad_())
+                self.seen.append(w.clone())
                 continue
             out, inside = w.shape[0], w[0].numel()
             a = torch.rand(attack.rank, inside, generator=g, dtype=torch.float64) * 2 - 1
             self.leaves.append((a / math.sqrt(inside)).to(w).requires_grad_())
             self.leaves.append(torch.zeros(out, attack.rank).to(w).requires_grad_())
+
+    def follow(self) -> None:
+        """Keep what the attack has added to θ while θ moves."""
+        with torch.no_grad():
+            for leaf, seen, w in zip(self.leaves, self.seen, self.base.values(), strict=False):
+                leaf.add_(w - seen)
+                seen.copy_(w)
 
     def weights(self) -> dict[str, Tensor]:
         if not self.lora:
@@ -184,7 +194,7 @@ def marks(steps: int, fractions: Sequence[float]) -> tuple[int, ...]:
 @dataclass(frozen=True)
 class Mark:
     """After ``step`` steps: the weights that the attacker moved, and the loss of its first batch before and now
-    (now: only at the last mark, NaN before)."""
+    (now: only after its last step, NaN before)."""
 
     step: int
     weights: dict[str, Tensor]
@@ -192,42 +202,68 @@ class Mark:
     now: float
 
 
-def adapt(
-    loss: Loss, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, pool: Pool, size: int,
-    at: Sequence[int], seed: int, *labels: object,
-) -> Iterator[Mark]:  # fmt: skip
-    """Run ``attack`` from θ on batches of ``size`` of ``pool``; a `Mark` after each step number in ``at``.
+class Running:
+    """An attack in progress on batches of ``size`` of ``pool``, from θ on.
 
     Args:
         loss: of a batch under named weights; names that are missing are those of θ.
+        theta: read at every step: where it moves in between, the attack stays added to it.
         moves: names in the attacker's scope.
-
-    Raises:
-        FloatingPointError: the attacker's loss left the finite numbers; says at which step, and of which attacker.
+        labels: of its stream of random numbers.
     """
-    pool = pool.template(attack.template)
-    adapted = _Adapted(theta, moves, attack, generator(seed, "mima", "factors", *labels))
-    optimizer: torch.optim.Optimizer
-    if attack.optimizer == "sgd":
-        optimizer = torch.optim.SGD(adapted.leaves, lr=attack.lr)
-    else:
-        # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, which costs a third of a step
-        optimizer = torch.optim.AdamW(adapted.leaves, lr=attack.lr, weight_decay=0.0, fused=True)
-    first = math.nan
-    for step in range(1, at[-1] + 1):
-        value = loss(pool.batch(size, seed, *labels, "lower", step - 1), adapted.weights())
-        given = torch.autograd.grad(value, adapted.leaves)
-        here = float(value.detach())
-        if not math.isfinite(here):
-            raise FloatingPointError(f"loss {here} in lower step {step} under {attack}")
-        first = here if step == 1 else first
-        for leaf, grad in zip(adapted.leaves, given, strict=True):
-            leaf.grad = grad
-        optimizer.step()
-        if step in at:
-            with torch.no_grad():
-                weights = {n: w.detach().clone() for n, w in adapted.weights().items()}
-                now = math.nan
-                if step == at[-1]:
-                    now = float(loss(pool.batch(size, seed, *labels, "lower", 0), weights))
-            yield Mark(step, weights, first, now)
+
+    def __init__(
+        self, loss: Loss, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, pool: Pool, size: int,
+        seed: int, *labels: object,
+    ) -> None:  # fmt: skip
+        self.loss, self.attack, self.size, self.seed, self.labels = loss, attack, size, seed, labels
+        self.pool = pool.template(attack.template)
+        self.adapted = _Adapted(theta, moves, attack, generator(seed, "mima", "factors", *labels))
+        self.optimizer: torch.optim.Optimizer
+        if attack.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.adapted.leaves, lr=attack.lr)
+        else:
+            # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, a third of a step
+            self.optimizer = torch.optim.AdamW(self.adapted.leaves, lr=attack.lr, weight_decay=0.0, fused=True)
+        self.step, self.first = 0, math.nan
+
+    def _batch(self, step: int) -> Batch:
+        return self.pool.batch(self.size, self.seed, *self.labels, "lower", step)
+
+    def advance(self, until: int) -> Mark:
+        """Steps up to number ``until``.
+
+        Raises:
+            FloatingPointError: the loss left the finite numbers; says at which step, and of which attacker.
+        """
+        self.adapted.follow()
+        while self.step < until:
+            value = self.loss(self._batch(self.step), self.adapted.weights())
+            given = torch.autograd.grad(value, self.adapted.leaves)
+            here = float(value.detach())
+            self.step += 1
+            if not math.isfinite(here):
+                raise FloatingPointError(f"loss {here} in lower step {self.step} under {self.attack}")
+            self.first = here if self.step == 1 else self.first
+            for leaf, grad in zip(self.adapted.leaves, given, strict=True):
+                leaf.grad = grad
+            self.optimizer.step()
+        with torch.no_grad():
+            weights = {n: w.detach().clone() for n, w in self.adapted.weights().items()}
+            last = self.step == self.attack.steps
+            now = float(self.loss(self._batch(0), weights)) if last else math.nan
+        return Mark(self.step, weights, self.first, now)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resumed attack needs besides θ, the attack and its labels."""
+        found = state_tensors(self.adapted.leaves, self.optimizer)
+        found |= {f"seen.{i}": w for i, w in enumerate(self.adapted.seen)}
+        found["progress"] = torch.tensor([float(self.step), self.first], dtype=torch.float64)
+        return {key: value.detach().clone() for key, value in found.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        restore_state(self.adapted.leaves, self.optimizer, state)
+        for i, tensor in enumerate(self.adapted.seen):
+            tensor.copy_(state[f"seen.{i}"])
+        self.step, self.first = int(state["progress"][0]), float(state["progress"][1])

@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lab.distributed import team
 from lab.errors import Diverged
+from lab.optimizer_state import restore_slots, slots
 from lab.options import choice, count, number
 from lab.progress import progress
 from lab.types import Checkpoint, Log
@@ -132,7 +134,7 @@ class Trainer:
 
     def __init__(self, schedule: Schedule, theta: Params, objective: Objective, log: Log, label: str) -> None:
         self.schedule, self.theta, self.objective = schedule, theta, objective
-        self._log, self.label = log, label
+        self._log, self.label, self.team = log, label, team()
         moving = [theta[name] for name in objective.upper_names]
         if schedule.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(moving, lr=schedule.beta)
@@ -164,7 +166,13 @@ class Trainer:
                 self._save(checkpoint, step + 1)
         if not all(bool(torch.isfinite(w).all()) for w in self._copy().values()):
             self._restore(self.schedule.steps)
+        self.team.agree(self._state, "at the end")
         return self._copy()
+
+    def _state(self) -> Params:
+        """What every process of a team must hold alike."""
+        moved = {f"theta/{name}": self.theta[name] for name in self.objective.moves}
+        return moved | {f"objective/{name}": value for name, value in self.objective.state().items()}
 
     def _copy(self) -> Params:
         return {name: self.theta[name].detach().clone() for name in self.objective.moves}
@@ -194,6 +202,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._record(step, {**values, "gradient_norm": norm})
+        if (step + 1) % self.team.check_every == 0:
+            self.team.agree(self._state, f"after step {step}")
 
     def _record(self, step: int, values: Mapping[str, float]) -> None:
         row = {key: float(value) for key, value in values.items()}
@@ -241,18 +251,3 @@ def repeat(rows: Sequence[Mapping[str, float]], log: Log) -> None:
     """Log again what an earlier process logged."""
     for row in rows:
         log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
-
-
-def slots(optimizer: torch.optim.Optimizer) -> Params:
-    """An optimizer's state as named tensors."""
-    state = optimizer.state_dict()["state"].items()
-    return {f"{i}/{k}": v for i, found in state for k, v in found.items() if isinstance(v, Tensor)}
-
-
-def restore_slots(optimizer: torch.optim.Optimizer, tensors: Params) -> None:
-    """The inverse of `slots`, for an optimizer of the same parameters."""
-    state: dict[int, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        i, slot = key.split("/", 1)
-        state.setdefault(int(i), {})[slot] = tensor.clone()
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

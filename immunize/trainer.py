@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lab.condition import (
     singular_values,
 )
 from lab.errors import Diverged
+from lab.optimizer_state import restore_slots, slots
 from lab.progress import progress
 from lab.seeding import derive
 from lab.types import Case, Checkpoint, FeatureModel, Log
@@ -130,8 +131,7 @@ class Trainer:
         tensors, values = objective.state()
         named = {f"objective/{k}": v for k, v in tensors.items()}
         named |= {f"model/{k}": v for k, v in self.engine.state().items()}
-        for i, slots in self.optimizer.state_dict()["state"].items():
-            named |= {f"optimizer/{i}/{k}": v for k, v in slots.items() if isinstance(v, Tensor)}
+        named |= {f"optimizer/{k}": v for k, v in slots(self.optimizer).items()}
         checkpoint.save(
             {k: v.detach().clone().contiguous() for k, v in named.items()},
             {"step": step, "rows": self.rows, "objective": values},
@@ -149,12 +149,7 @@ class Trainer:
             parts[kind][name] = tensor
         self.engine.load(parts["model"])
         objective.load(parts["objective"], values["objective"])
-        state: dict[int, dict[str, Any]] = {}
-        for key, tensor in parts["optimizer"].items():
-            i, name = key.split("/", 1)
-            state.setdefault(int(i), {})[name] = tensor.clone()
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        restore_slots(self.optimizer, parts["optimizer"])
         self.rows = [dict(row) for row in values["rows"]]
         for row in self.rows:
             self._log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})

@@ -43,6 +43,7 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
         ("mima_released", {}),
         ("compose", {"hypergradient": {"method": "first_order"}}),
         ("mima_deep", {}),
+        ("mima_deep", {"online": True}),
     ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):

@@ -8,7 +8,7 @@ from mima_examples import case, model, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
 from immunize.mima_losses import Denoiser, capped, gradient_at
-from immunize.mima_lower import Attack, Attackers, adapt, marks
+from immunize.mima_lower import Attack, Attackers, Running, marks
 from immunize.mima_sampling import Batch, Pool, halves, pooled
 from immunize.mima_setup import Setup, concept_halves
 from immunize.mima_trainer import Schedule, Trainer
@@ -91,6 +91,26 @@ def test_checkpointing_changes_no_gradient():
         torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-6)
 
 
+def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
+    """The mean over an attack's online gradients is the gradient over all its marks, where θ does not move."""
+    options = {
+        "evaluate": ["own"], "w_benign": 0.0, "w_prior": 0.0, "w_distill": 0.0, "cap": None, "curriculum": 0.0,
+        "k_min": 4, "k_max": 4, "at": [0.5, 1.0],
+    }  # fmt: skip
+    alone = with_targets(case().targets[:1])
+    whole, theta = objective(preset("mima_deep", **options), on=alone)
+    online, other = objective(preset("mima_deep", online=True, **options), on=alone)
+    for made in (whole, online):  # the upper level's batches are numbered by step and mark: take one for all
+        first = made.targets[0].upper.batch(8, 0, "one")
+        made._upper = lambda *_, first=first: first
+    expected, _ = whole.gradient(theta, 0)
+    found = [online.gradient(other, step) for step in (0, 1)]
+    assert [values["lower_steps"] for _, values in found] == [2, 4]
+    assert "lower_drop" not in found[0][1]
+    for name, value in expected.items():
+        torch.testing.assert_close((found[0][0][name] + found[1][0][name]) / 2, value, rtol=1e-4, atol=1e-6)
+
+
 # ── attackers ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -108,7 +128,7 @@ def test_one_lora_step_by_hand(optimizer):
         return (weights["w"] * g).sum()
 
     attack = Attack("lora", "all", 2, 0.1, optimizer, "captions", 1)
-    (mark,) = adapt(loss, w, ("w", "b"), attack, pool_of(4), 2, (1,), 0, "x")
+    mark = Running(loss, w, ("w", "b"), attack, pool_of(4), 2, 0, "x").advance(1)
     assert list(mark.weights) == ["w"]
     change = mark.weights["w"] - w["w"]
     assert torch.linalg.matrix_rank(change) <= 2
@@ -127,7 +147,8 @@ def test_adamw_attackers_follow_torch():
         return (weights["w"] - goal).square().sum()
 
     attack = Attack("weights", "all", 0, 0.05, "adamw", "captions", 5)
-    found = list(adapt(loss, w, ("w",), attack, pool_of(4), 2, (2, 5), 0, "x"))
+    running = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    found = [running.advance(until) for until in (2, 5)]
     leaf = w["w"].clone().requires_grad_()
     optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.0)
     for step in range(1, 6):
@@ -137,6 +158,27 @@ def test_adamw_attackers_follow_torch():
         if step in (2, 5):
             torch.testing.assert_close(found[step == 5].weights["w"], leaf.detach())
     assert [mark.step for mark in found] == [2, 5]
+
+
+@pytest.mark.parametrize("kind", ["lora", "weights"])
+def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
+    """What it has added stays added when θ moves; low-rank factors stay what they are."""
+    w = {"w": torch.randn(3, 4, dtype=torch.float64)}
+    goal = torch.randn(3, 4, dtype=torch.float64)
+
+    def loss(batch, weights):
+        return (weights["w"] - goal).square().sum()
+
+    attack = Attack(kind, "all", 2, 0.05, "adamw", "captions", 3)
+    running = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    before = w["w"].clone()
+    added = running.advance(2).weights["w"] - before
+    assert float(added.abs().max()) > 1e-3
+    w["w"].add_(0.5)
+    torch.testing.assert_close(running.advance(2).weights["w"], before + 0.5 + added)
+    other = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    other.load(running.state())
+    assert torch.equal(running.advance(3).weights["w"], other.advance(3).weights["w"])
 
 
 def test_attackers_are_drawn_from_their_ranges():

@@ -5,7 +5,7 @@ import torch
 from mima_examples import LORA, case, model, preset, run, with_targets
 
 from immunize.mima_losses import Denoiser
-from immunize.mima_lower import Attack, adapt
+from immunize.mima_lower import Attack, Running
 from immunize.mima_sampling import Pool, halves
 from immunize.mima_scopes import scope_names
 
@@ -24,7 +24,7 @@ def after_attack(some):
     theta = dict(some.unet.named_parameters())
     denoiser = Denoiser(some, theta)
     moves = scope_names(some.unet, "attn2")
-    mark = next(iter(adapt(denoiser.loss, theta, moves, ATTACK, own.lower, 4, (4,), 0, "test")))
+    mark = Running(denoiser.loss, theta, moves, ATTACK, own.lower, 4, 0, "test").advance(4)
     with torch.no_grad():
         return float(denoiser.loss(own.upper.batch(16, 1, "test"), mark.weights))
 
