@@ -168,6 +168,15 @@ class Mima(ConceptImmunizer):
         if self.level.rest == "adamw" and self.through.method != "alternating":
             told = "belongs to hypergradient.method=alternating; the other methods have one lower optimizer."
             raise UserError("immunize.lower.rest", self.level.rest, told)
+        if (
+            self.through.method == "implicit"
+            and self.level.optimizer == "sgd"
+            and self.level.alpha * self.through.rho >= 2
+        ):
+            told = (
+                f"gradient steps of size immunize.lower.alpha={self.level.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
+            )
+            raise UserError("immunize.hypergradient.rho", self.through.rho, told)
         self.drawn: Attackers | None = None
         if self.attackers is not None:
             self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.templates, self.curriculum)

@@ -174,7 +174,7 @@ class BilevelObjective:
 
         def loss(weights: Params, k: int) -> Tensor:
             if k not in batches:
-                batches[k] = pool.batch(o.batch_size, self.seed, concept.name, step, "lower", k)
+                batches[k] = pool.batch(o.batch_size * concept.concepts, self.seed, concept.name, step, "lower", k)
             value = self.denoiser.loss(batches[k], weights)
             if o.lower.prior and self.prior is not None:
                 value = value + o.w_prior * self.denoiser.loss(self._prior(concept, step), weights)
@@ -184,7 +184,8 @@ class BilevelObjective:
 
     def _prior(self, concept: Halves, step: int) -> Batch:
         assert self.prior is not None
-        return self.prior.batch(self.options.prior_batch_size, self.seed, concept.name, step, "prior", 0)
+        size = self.options.prior_batch_size * concept.concepts
+        return self.prior.batch(size, self.seed, concept.name, step, "prior", 0)
 
     def _upper(self, step: int, seen: dict[int, tuple[float, float]], shift: Params) -> Callable[[Params, int], Tensor]:
         """The n-th term of J; puts the uncapped loss and the prior's into ``seen``. ``shift`` is added to θ̂."""
@@ -193,7 +194,7 @@ class BilevelObjective:
         def upper(weights: Params, n: int) -> Tensor:
             concept = self.concepts[n]
             moved = {name: w + shift[name] if name in shift else w for name, w in weights.items()}
-            batch = concept.upper.batch(o.batch_size, self.seed, concept.name, step, "upper", 0)
+            batch = concept.upper.batch(o.batch_size * concept.concepts, self.seed, concept.name, step, "upper", 0)
             loss, kept = self.denoiser.loss(batch, moved), math.nan
             value = -capped(loss, o.cap)
             if o.w_prior and self.prior is not None:

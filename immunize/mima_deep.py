@@ -143,8 +143,8 @@ class DeepObjective:
     def _begin(self, theta: Params, concept: Halves, attack: Attack, round_: int, resumed: bool) -> Running:
         moves = scope_names(self.denoiser.model.unet, attack.scope)
         running = Running(
-            self.denoiser.loss, theta, moves, attack, concept.lower, self.options.lower_batch_size, self.seed,
-            concept.name, round_,
+            self.denoiser.loss, theta, moves, attack, concept.lower,
+            self.options.lower_batch_size * concept.concepts, self.seed, concept.name, round_,
         )  # fmt: skip
         if resumed:
             head = f"{concept.name}/"
@@ -152,7 +152,9 @@ class DeepObjective:
         return running
 
     def _upper(self, concept: Halves, step: int, mark: int) -> Batch:
-        return concept.upper.batch(self.options.batch_size, self.seed, concept.name, step, "upper", mark)
+        return concept.upper.batch(
+            self.options.batch_size * concept.concepts, self.seed, concept.name, step, "upper", mark
+        )
 
     # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
 

@@ -107,11 +107,15 @@ class Pool:
 
 @dataclass(frozen=True)
 class Halves:
-    """One concept's own pictures, split so that no level sees what the other has."""
+    """One concept's own pictures, split so that no level sees what the other has.
+
+    ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees as many pictures.
+    """
 
     name: str
     lower: Pool
     upper: Pool
+    concepts: int = 1
 
 
 def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype) -> Halves:
@@ -133,7 +137,7 @@ def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtyp
 def pooled(parts: Sequence[Halves]) -> Halves:
     """Several concepts taken as one (baseline ``joint``); each keeps its own split."""
     levels = [[part.lower for part in parts], [part.upper for part in parts]]
-    return Halves("+".join(part.name for part in parts), *(Pool.cat(pools) for pools in levels))
+    return Halves("+".join(part.name for part in parts), *(Pool.cat(pools) for pools in levels), concepts=len(parts))
 
 
 def prior_pictures(case: ConceptCase, source: str) -> Pictures:

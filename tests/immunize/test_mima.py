@@ -148,6 +148,7 @@ def test_sampled_lower_levels_in_mima():
         ("mima", {"lower": 3}, "immunize.lower"),
         ("mima", {"hypergradient": {"method": "exakt"}}, "immunize.hypergradient.method"),
         ("mima", {"hypergradient": {"rho": 0.0}}, "immunize.hypergradient.rho"),
+        ("mima", {"hypergradient": {"method": "implicit", "rho": 0.2}}, "immunize.hypergradient.rho"),
         ("mima", {"merge": {"mu": -1.0}}, "immunize.merge.mu"),
         ("mima", {"merge": {"prompts": 0}}, "immunize.merge.prompts"),
         ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.*.scopes"),

@@ -237,6 +237,7 @@ def test_halves_are_disjoint_and_templates_choose_captions():
     assert len(whole.template("name").template("description")) == sum(named)  # none left: all
     both = pooled([half, halves(model(), case().targets[1], 0, torch.float32)])
     expected = model().text(case().targets[1].own.prompts).hidden
+    assert (half.concepts, both.concepts) == (1, 2)
     hidden = both.lower.text[both.lower.caption].hidden[len(half.lower) :]
     assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
 
