@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
+from lab.errors import UserError
 from lab.judges.detector import Detector, Head, Rates
 from lab.judges.networks import DetectorNetwork, round_to_half
 from lab.judges.quality import prototypes, zero_shot
@@ -143,7 +144,10 @@ def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, A
     """Accuracy, error rates of `Detector.detects` for every name, and how often an empty scene shows an object.
 
     ``false_negative`` of a name: share of its pictures in which it is not seen; ``false_positive``: share of all
-    other pictures in which it is. Raises `ValueError` where a name has no picture.
+    other pictures in which it is.
+
+    Raises:
+        UserError: no picture shows a name.
     """
     probabilities = detector.probabilities(shown.images)
     labels: dict[Head, Tensor] = {"object": shown.object, "style": shown.style}
@@ -153,7 +157,8 @@ def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, A
         for i, name in enumerate(names):
             there = labels[head] == i
             if there.all() or not there.any():
-                raise ValueError(f"error rates of {name!r} need pictures with and without it")
+                told = f"the error rates of {name} need pictures with and without it; take about a hundred per object."
+                raise UserError("train.judges.measure", len(shown.images), told)
             rates[name] = {
                 "false_positive": seen[~there, i].double().mean().item(),
                 "false_negative": 1 - seen[there, i].double().mean().item(),

@@ -29,6 +29,7 @@ class Schedule:
         ema: decay of the averaged weights (0 = the last weights are kept); warms up as (1 + t)/(10 + t).
         clip: largest gradient norm.
         save_every: steps between checkpoints.
+        key: config key of this group, for messages.
     """
 
     steps: int
@@ -39,15 +40,16 @@ class Schedule:
     ema: float = 0.0
     clip: float = 1.0
     save_every: int = 250
+    key: str = "train"
 
     def __post_init__(self) -> None:
         for key in ("steps", "batch", "save_every"):
-            count(f"train.{key}", getattr(self, key))
-        count("train.warmup", self.warmup, 0)
-        number("train.lr", self.lr, above=0)
-        number("train.weight_decay", self.weight_decay, 0)
-        number("train.ema", self.ema, 0, below=1)
-        number("train.clip", self.clip, above=0)
+            count(f"{self.key}.{key}", getattr(self, key))
+        count(f"{self.key}.warmup", self.warmup, 0)
+        number(f"{self.key}.lr", self.lr, above=0)
+        number(f"{self.key}.weight_decay", self.weight_decay, 0)
+        number(f"{self.key}.ema", self.ema, 0, below=1)
+        number(f"{self.key}.clip", self.clip, above=0)
 
     def rate(self, step: int) -> float:
         """Learning rate of the step number ``step`` (from 0)."""

@@ -260,7 +260,7 @@ def test_error_rates_by_hand() -> None:
     assert rates[7] == {"false_positive": 0.0, "false_negative": 0.0}
     assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
     assert facts["empty_with_object"] == 0.5
-    with pytest.raises(ValueError, match="with and without"):
+    with pytest.raises(UserError, match="with and without"):
         measure(detector, Labelled(images[:3], objects[:3], objects[:3] % 11), nothing)
 
 
