@@ -14,7 +14,7 @@ from torch import Tensor
 
 from immunize.merge import Merge
 from immunize.mima_bilevel import BilevelObjective, BilevelOptions, Rest
-from immunize.mima_deep import EVALUATIONS, DeepObjective, DeepOptions
+from immunize.mima_deep import BENIGN, EVALUATIONS, DeepObjective, DeepOptions
 from immunize.mima_losses import PRECISIONS
 from immunize.mima_lower import Attackers
 from immunize.mima_options import GradientOptions, LowerOptions, MergeGroup
@@ -219,8 +219,8 @@ class MimaDeep(ConceptImmunizer):
         prior_at: the prior's loss is taken at ``start`` (θ itself) or at the ``adapted`` weights (as in MIMA).
         prior_ramp: factor on both preservation terms when the concepts' loss has come to the cap; 1 is constant.
         w_distill: weight of the distance to the original model's predictions on the prior's pictures, at θ.
-        w_benign: weight of a benign concept's loss after the attack, which is minimised; 0 or a case without
-            rehearsal concepts leaves the term out.
+        w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal concepts leaves
+            it out. benign: its ``loss``, or its ``regret``, the loss beyond that of the original after the same attack.
         online: an upper step at every mark of an attack, which then goes on, in place of one per attack.
     """
 
@@ -237,6 +237,7 @@ class MimaDeep(ConceptImmunizer):
     prior_ramp: float = 1.0
     w_distill: float = 0.0
     w_benign: float = 0.0
+    benign: str = "regret"
     online: bool = False
 
     def __post_init__(self) -> None:
@@ -255,6 +256,7 @@ class MimaDeep(ConceptImmunizer):
         number("immunize.prior_ramp", self.prior_ramp, 1)
         number("immunize.w_distill", self.w_distill, 0)
         number("immunize.w_benign", self.w_benign, 0)
+        choice("immunize.benign", self.benign, BENIGN)
         flag("immunize.online", self.online)
         rule = self.merging.options.rule
         if rule in ("masked", "gated"):
@@ -268,7 +270,7 @@ class MimaDeep(ConceptImmunizer):
             steps=self.steps, batch_size=self.batch_size, lower_batch_size=self.lower_batch_size,
             prior_batch_size=self.prior_batch_size, at=self.at, evaluate=self.evaluate, cap=self.cap,
             w_prior=self.w_prior, prior_at=self.prior_at, prior_ramp=self.prior_ramp, w_distill=self.w_distill,
-            w_benign=self.w_benign, online=self.online, checkpointing=self.gradient_checkpointing,
+            w_benign=self.w_benign, benign=self.benign, online=self.online, checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
         names_u = scope_names(setup.denoiser.model.unet, self.scope)
         rehearsal = setup.rehearsal() if self.w_benign else ()

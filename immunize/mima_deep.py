@@ -3,7 +3,8 @@
 Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps (`immunize.mima_lower`). With
 Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all concepts merged, and sg the stopped gradient,
 
-    J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) ]  +  w_benign · mean_marks L(x^u_b; Θ_b)
+    J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) ]
+           + w_benign · mean_marks max(L(x^u_b; Θ_b) − L(x^u_b; Θ⁰_b), 0)
            + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
 
 With ``online`` an upper step looks at one mark only: θ moves there, and the attackers go on from where they are, added
@@ -12,7 +13,9 @@ then shared by as many updates as there are marks (as adversarial training "for 
 
 where Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient is first order, ∂Θ/∂θ = I, taken
 at the effective weights and brought back to θ through the merge's adjoint. b is a benign concept of the rehearsal
-set, attacked like a target, whose loss after adaptation is *minimised*: it keeps benign concepts learnable.
+set, attacked like a target, that has to stay learnable: Θ⁰_b is the original model after the same steps on the same
+batches, and the term is what fine-tuning towards b has lost against it. With ``benign="loss"`` L(x^u_b; Θ_b) itself is
+minimised, which goes on paying for benign concepts that learn *faster* than before.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from immunize.mima_scopes import scope_names
 from lab.seeding import derive
 
 EVALUATIONS = ("merged", "own")
+BENIGN = ("regret", "loss")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class DeepOptions:
     prior_ramp: float
     w_distill: float
     w_benign: float
+    benign: str = "regret"
     online: bool = False
     checkpointing: bool = False
 
@@ -83,10 +88,16 @@ class DeepObjective:
         self.upper_names = self.moves = tuple(names)
         self.targets, self.rehearsal, self.prior, self.merge, self.seed = targets, rehearsal, prior, merge, seed
         self.original = (
-            {name: denoiser.theta[name].detach().clone() for name in self.upper_names} if options.w_distill else {}
+            {name: denoiser.theta[name].detach().clone() for name in self.upper_names}
+            if options.w_distill or self._regrets
+            else {}
         )
         self.running: dict[str, Running] = {}  # attacks that go on at the next upper step, by concept
         self.saved: Params = {}
+
+    @property
+    def _regrets(self) -> bool:
+        return bool(self.options.w_benign and self.rehearsal) and self.options.benign == "regret"
 
     def state(self) -> Params:
         return {f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()}
@@ -112,7 +123,7 @@ class DeepObjective:
         values = self._targets(theta, targets, step, total)
         values |= _progress(targets)
         for concept, level in zip(concepts[len(targets) :], others, strict=True):
-            values["benign_loss"] = self._benign(theta, concept, level, step, total)
+            values |= self._benign(theta, concept, level, step, total)
         values |= self._preserve(theta, step, values["upper_loss"], total)
         return {name: total[name] for name in self.upper_names}, values
 
@@ -122,13 +133,19 @@ class DeepObjective:
         """Number of the attacks that upper step ``step`` belongs to, and which of their marks it looks at."""
         return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
 
-    def _attack(self, theta: Params, concept: Halves, step: int) -> Level:
+    def _attack(self, theta: Params, concept: Halves, step: int, original: bool = False) -> Level:
+        """``original``: the same attack, batch by batch, on the model before immunization."""
         o, (round_, turn) = self.options, self._round(step)
-        if turn == 0 or concept.name not in self.running:
+        key = f"original:{concept.name}" if original else concept.name
+        if turn == 0 or key not in self.running:
             progress = step / o.steps if turn == 0 else round_ * len(o.at) / o.steps
             attack = self.attackers.draw(progress, self.seed, concept.name, round_)
-            self.running[concept.name] = self._begin(theta, concept, attack, round_, resumed=turn > 0)
-        running = self.running[concept.name]
+            self.running[key] = self._begin(theta, concept, attack, round_, original)
+            if turn > 0:
+                head = f"{key}/"
+                saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
+                self.running[key].load(saved)
+        running = self.running[key]
         at = marks(running.attack.steps, o.at)
         if o.online:
             at = (max(1, round(o.at[turn] * running.attack.steps)),)
@@ -138,18 +155,18 @@ class DeepObjective:
             raise FloatingPointError(f"concept {concept.name}: {error}") from error
         finally:
             if not o.online or turn == len(o.at) - 1:
-                del self.running[concept.name]
+                del self.running[key]
 
-    def _begin(self, theta: Params, concept: Halves, attack: Attack, round_: int, resumed: bool) -> Running:
+    def _begin(self, theta: Params, concept: Halves, attack: Attack, round_: int, original: bool) -> Running:
         moves = scope_names(self.denoiser.model.unet, attack.scope)
-        running = Running(
-            self.denoiser.loss, theta, moves, attack, concept.lower,
+        loss = self._original_loss if original else self.denoiser.loss
+        return Running(
+            loss, {**theta, **self.original} if original else theta, moves, attack, concept.lower,
             self.options.lower_batch_size * concept.concepts, self.seed, concept.name, round_,
         )  # fmt: skip
-        if resumed:
-            head = f"{concept.name}/"
-            running.load({k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)})
-        return running
+
+    def _original_loss(self, batch: Batch, weights: Weights) -> Tensor:
+        return self.denoiser.loss(batch, {**self.original, **weights})
 
     def _upper(self, concept: Halves, step: int, mark: int) -> Batch:
         return concept.upper.batch(
@@ -216,13 +233,18 @@ class DeepObjective:
 
     # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _benign(self, theta: Params, concept: Halves, level: Level, step: int, total: Params) -> float:
-        loss = math.nan
+    def _benign(self, theta: Params, concept: Halves, level: Level, step: int, total: Params) -> dict[str, float]:
+        before = self._attack(theta, concept, step, original=True).found if self._regrets else None
+        loss, regret = math.nan, math.nan
         for i, mark in enumerate(level.found):
-            function = partial(self.denoiser.loss, self._upper(concept, step, i))
-            loss, gradient = gradient_at(function, theta, mark.weights, self.upper_names)
-            accumulate(total, gradient, self.options.w_benign / len(level.found))
-        return loss
+            batch = self._upper(concept, step, i)
+            loss, gradient = gradient_at(partial(self.denoiser.loss, batch), theta, mark.weights, self.upper_names)
+            if before is not None:
+                with torch.no_grad():
+                    regret = loss - float(self._original_loss(batch, before[i].weights))
+            if not regret <= 0:  # nan where losses are minimised themselves
+                accumulate(total, gradient, self.options.w_benign / len(level.found))
+        return {"benign_loss": loss} | ({} if before is None else {"benign_regret": regret})
 
     def _prior(self, label: str, step: int, mark: int) -> Batch:
         assert self.prior is not None

@@ -49,6 +49,7 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
 def test_terms_add_up():
     """The whole gradient is the sum of those with one term each, since every term draws the same batches."""
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "curriculum": 0.0, "cap": None}
+    base["benign"] = "loss"
     alone = with_targets(case().targets[:1])
 
     def gradient(**changes):
@@ -65,6 +66,31 @@ def test_terms_add_up():
         added = none[name] + sum(part[name] - none[name] for part in parts)
         torch.testing.assert_close(value, added, rtol=1e-4, atol=1e-5)
     assert all(any(bool((part[n] != none[n]).any()) for n in none) for part in parts)
+
+
+def _moved(factor: float, **changes):
+    """Gradient and figures of an objective with nothing but a target and a benign concept, at factor · θ_0."""
+    base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "curriculum": 0.0, "cap": None}
+    made, theta = objective(preset("mima_deep", **{**base, **changes}), on=with_targets(case().targets[:1]))
+    with torch.no_grad():
+        for name in made.upper_names:
+            theta[name].mul_(factor)
+    return made.gradient(theta, 4)
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(online):
+    """None at θ_0; where the model learns the concept worse than the original, the gradient is the loss's own."""
+    at = {"online": online, "at": [0.5, 1.0]}
+    alone, _ = _moved(1.0, w_benign=0.0, **at)
+    start, values = _moved(1.0, w_benign=2.0, **at)
+    assert values["benign_regret"] == 0
+    assert all(bool((start[name] == alone[name]).all()) for name in alone)
+    worse, values = _moved(3.0, w_benign=2.0, at=[1.0])
+    assert values["benign_regret"] > 0
+    loss, same = _moved(3.0, w_benign=2.0, benign="loss", at=[1.0])
+    assert values["benign_loss"] == same["benign_loss"]
+    assert all(bool((worse[name] == loss[name]).all()) for name in loss)
 
 
 def test_the_cap_stops_the_concept_and_raises_the_prior():
