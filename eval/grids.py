@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eval.aggregate import slug
 from eval.generations import FAMILY, Board, Cell, marks
-from lab.types import Concept, ImageGrid, RunView
+from lab.types import ConceptCase, ImageGrid, RunView
 
 
-def grids(run: RunView, board: Board, columns: int, attack_of: Callable[[Cell], str]) -> dict[str, ImageGrid]:
+def grids(run: RunView, board: Board, columns: int, similarity: str) -> dict[str, ImageGrid]:
     """``generations_CONCEPT``: the first ``columns`` pictures of every concept, in the first seed and case that has it.
 
-    Rows: reference pictures, then per arm the pictures before the attack and at every mark, under the attack that
-    counts. A column holds pictures made from the same latents and prompt.
+    Rows: reference pictures, then per arm the pictures before the attack and at every mark, under the attack that is
+    the arm's best at 1× by ``similarity``. A column holds pictures made from the same latents and prompt.
     """
     out: dict[str, ImageGrid] = {}
     for cell in board.roles:
         name = f"generations_{slug(cell.concept)}"
         if name not in out and cell in board.cells(board.roles[cell], cell.concept):
             case = next(c for c in run.cases(cell.seed) if c.name == cell.case)
-            out[name] = _grid(run, board, cell, case, columns, attack_of(cell))
+            out[name] = _grid(run, board, cell, case, columns, similarity)
     return out
 
 
-def _grid(run: RunView, board: Board, cell: Cell, case: object, columns: int, attack: str) -> ImageGrid:
-    concept: Concept = case.task(cell.concept)  # type: ignore[attr-defined]
+def _grid(run: RunView, board: Board, cell: Cell, case: ConceptCase, columns: int, similarity: str) -> ImageGrid:
+    concept = case.task(cell.concept)
+    first = marks(board.budget)[0][0]
     steps = [0, *(step for _, step, _ in marks(board.budget))]
-    rows, labels = [], []
+    rows, labels, best = [], [], []
     for arm in board.arms:
-        trajectory = run.trajectory(arm, attack, case, concept, cell.seed)
+        best.append(board.best_attack(cell, arm, similarity, first))
+        trajectory = run.trajectory(arm, best[-1], case, concept, cell.seed)
         samples = trajectory.samples[FAMILY][:, :columns]
         for step in steps:
             index = max(i for i, s in enumerate(trajectory.steps) if s <= step)
@@ -42,7 +42,8 @@ def _grid(run: RunView, board: Board, cell: Cell, case: object, columns: int, at
             labels.append(f"{arm}, step {trajectory.steps[index]}{stopped}")
     width, side = rows[0].shape[0], rows[0].shape[-1]
     rows.insert(0, _resized(concept.reference.images[torch.arange(width) % len(concept.reference)], side))
-    caption = f"{concept.name}: reference pictures, and what models attacked with {attack} paint (seed {cell.seed})"
+    told = best[0] if len(set(best)) == 1 else ", ".join(f"{b} ({a})" for a, b in zip(board.arms, best, strict=True))
+    caption = f"{concept.name}: reference pictures, and what models attacked with {told} paint (seed {cell.seed})"
     return ImageGrid(torch.stack(rows), ("reference", *labels), tuple(str(i + 1) for i in range(width)), caption)
 
 

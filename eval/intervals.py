@@ -1,4 +1,4 @@
-"""Intervals of figures over generated pictures: resample seeds, then concepts, then pictures (METHODS §4).
+"""Intervals of figures over generated pictures: resample seeds, then concepts, then pictures (docs/methods.md §4.4).
 
 A figure of one concept in one seed is a function of column means over its pictures: similarity to the references in
 both arms, detections along a trajectory. The rows of a `Unit` are pictures made from the same latents in every column,
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -17,11 +17,12 @@ import scipy.stats
 from numpy.typing import NDArray
 
 from eval.aggregate import joined
-from lab.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS
+from lab.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS, SeedScore
 from lab.types import Score
 
 Floats = NDArray[np.float64]
 DRAWS = 2000
+TAIL = 0.025  # probability beyond each limit of a 95 % interval
 UNDEFINED = 0.05  # share of resamples without a value above which an interval says nothing
 
 
@@ -51,7 +52,11 @@ class Estimate:
     value: Floats
     low: Floats
     high: Floats
-    seeds: int
+    per_seed: Floats  # [seeds, figures]
+
+    @property
+    def seeds(self) -> int:
+        return len(self.per_seed)
 
 
 def columns(means: Floats) -> Floats:
@@ -65,14 +70,21 @@ def relative_gap(means: Floats) -> Floats:
     return np.where(a > 0, (a - i) / np.where(a > 0, a, 1.0), np.nan)
 
 
-def estimate(units: Sequence[Unit], draws: int = DRAWS, after: Callable[[Floats], Floats] = columns) -> Estimate:
+def estimate(
+    units: Sequence[Unit],
+    draws: int = DRAWS,
+    after: Callable[[Floats], Floats] = columns,
+    tails: tuple[float, float] = (TAIL, TAIL),
+) -> Estimate:
     """Mean over seeds of the mean over concepts, with percentile limits of the three-stage bootstrap.
 
-    ``after`` turns these means [..., figures] into what is reported (a quotient of means).
+    ``after`` turns these means [..., figures] into what is reported (a quotient of means). ``tails``: probabilities
+    below the lower and above the upper limit.
 
-    From three to nine seeds the limits are never narrower than Student's t over the seed values: resampling three
-    seeds alone covers too rarely (`lab.statistics.score`). With fewer than three seeds these stay as they are, and
-    concepts and pictures are resampled within them.
+    From three to nine seeds the limits are never narrower than Student's t over the seeds (over the jackknife's
+    pseudo-values, which for a mean are the seeds' own): resampling three seeds alone covers too rarely
+    (`lab.statistics.score`). Where a figure is undefined without one of the seeds, no limits are given. With fewer than
+    three seeds these stay as they are, and concepts and pictures are resampled within them.
 
     Raises:
         ValueError: no unit, or a unit without pictures.
@@ -85,13 +97,21 @@ def estimate(units: Sequence[Unit], draws: int = DRAWS, after: Callable[[Floats]
     value, per_seed = after(means.mean(0)), after(means)
     stats = after(_resample(by_seed, draws, means.shape[1]))
     missing = np.isnan(stats).mean(0) > UNDEFINED
-    with np.errstate(invalid="ignore"):
-        low, high = np.nanpercentile(np.where(missing, 0.0, stats), [2.5, 97.5], axis=0)
+    low, high = np.nanpercentile(np.where(missing, 0.0, stats), [100 * tails[0], 100 - 100 * tails[1]], axis=0)
     low[missing] = high[missing] = math.nan
     if MIN_SEEDS <= n < BOOTSTRAP_SEEDS:
-        half = scipy.stats.t.ppf(0.975, n - 1) * per_seed.std(0, ddof=1) / math.sqrt(n)
-        low, high = np.fmin(low, value - half), np.fmax(high, value + half)  # a nan never wins
-    return Estimate(value, low, high, n)
+        error = _standard_error(value, np.stack([after(np.delete(means, s, 0).mean(0)) for s in range(n)]))
+        below, above = (scipy.stats.t.ppf(1 - tail, n - 1) * error for tail in tails)
+        low, high = np.fmin(low, value - below), np.fmax(high, value + above)  # a nan never wins
+        low[np.isnan(error)] = high[np.isnan(error)] = math.nan
+    return Estimate(value, low, high, per_seed)
+
+
+def _standard_error(value: Floats, without: Floats) -> Floats:
+    """Of a figure of means over seeds, by the jackknife, from the figures without one seed each [seeds, figures]."""
+    n = len(without)
+    pseudo = n * value - (n - 1) * without
+    return np.asarray(pseudo.std(0, ddof=1) / math.sqrt(n))
 
 
 def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
@@ -113,6 +133,36 @@ def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
                 found[mine] += unit.figure(weights @ unit.rows)
         totals[where[:, 0], where[:, 1]] = found / len(group)
     return totals.mean(1)
+
+
+def worst_score(
+    found: Score, concepts: Sequence[Sequence[Unit]], which: Literal["lowest", "highest"], *, geometric: bool = False
+) -> Score:
+    """The score of the lowest or highest of k concepts, with an interval that knows that it was picked after looking.
+
+    For the lowest of k true values: the least of the lower limits needs no correction, as the limit of the concept that
+    is truly lowest is one of them; the least of the upper limits lies below it in 2.5 % of cases where each is taken at
+    2.5 % ÷ k (Bonferroni). For the highest the sides change places.
+
+    Args:
+        found: the score of the concept that was picked.
+        concepts: units of every concept, one figure each.
+        geometric: as in `score`.
+    """
+    if found.low is None or found.high is None or len(concepts) < 2:
+        return found
+    shared = TAIL / len(concepts)
+    pick = min if which == "lowest" else max
+    tails = (TAIL, shared) if which == "lowest" else (shared, TAIL)
+    each = [estimate(units, tails=tails) for units in concepts]
+    low, high = pick(float(e.low[0]) for e in each), pick(float(e.high[0]) for e in each)
+    if not all(math.isfinite(e.low[0]) and math.isfinite(e.high[0]) for e in each):
+        told = "no interval: one of the concepts has none"
+        return replace(found, low=None, high=None, note=joined(found.note, told))
+    if geometric:
+        low, high = math.exp(low), math.exp(high)
+    assert found.value is not None
+    return replace(found, low=min(low, found.value), high=max(high, found.value))
 
 
 def score(
@@ -138,16 +188,19 @@ def score(
     value, low, high = (float(v[0]) for v in (found.value, found.low, found.high))
     if not math.isfinite(value):
         return Score(None, n=found.seeds, better=better, note=joined(undefined, note), unit=unit)
+    per_seed = found.per_seed[:, 0]
     if geometric:
         value, low, high = math.exp(value), math.exp(low), math.exp(high)
+        per_seed = np.exp(per_seed)
+    seeds = tuple(map(float, per_seed)) if np.isfinite(per_seed).all() else ()
     if found.seeds < MIN_SEEDS and all(len(u.rows) == 1 for u in units) and len(units) == found.seeds:
-        return Score(value, None, None, found.seeds, better, "point", note, unit)
+        return SeedScore(value, None, None, found.seeds, better, "point", note, unit, seeds)
     kind: Literal["across_seeds", "within_seed"] = "across_seeds" if found.seeds >= MIN_SEEDS else "within_seed"
     if not (math.isfinite(low) and math.isfinite(high)):
         told = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
-        return Score(value, None, None, found.seeds, better, kind, joined(note, told), unit)
+        return SeedScore(value, None, None, found.seeds, better, kind, joined(note, told), unit, seeds)
     low, high = (min(max(v, bounds[0]), bounds[1]) for v in (low, high))
-    return Score(value, low, high, found.seeds, better, kind, note, unit)
+    return SeedScore(value, low, high, found.seeds, better, kind, note, unit, seeds)
 
 
 def band(lines: dict[str, Sequence[Unit]], steps: Sequence[int], x: str, y: str, log: str = "") -> dict[str, Any]:

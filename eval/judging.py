@@ -1,4 +1,4 @@
-"""What the diffusion metrics ask of the networks that judge pictures, and the similarities M of METHODS §4.
+"""What the diffusion metrics ask of the networks that judge pictures, and the similarities M of docs/methods.md §4.2.
 
 Pictures are uint8 [n, 3, s, s] here; a judge resizes and normalises them itself.
 """
@@ -161,10 +161,12 @@ class References:
         if "features" in kinds:
             self._mean["features"] = F.normalize(feature_vectors(judges, images), dim=1).mean(0)
 
-    def similarities(self, images: Tensor, clip: Tensor | None = None) -> dict[str, Floats]:
-        """Per kind, M of every picture [n]. ``clip``: their unit vectors, where they are known."""
+    def similarities(
+        self, images: Tensor, clip: Tensor | None = None, kinds: Sequence[str] | None = None
+    ) -> dict[str, Floats]:
+        """Per kind (of ``kinds``, else all), M of every picture [n]. ``clip``: their unit vectors, where known."""
         found: dict[str, Tensor] = {}
-        for kind in self.kinds:
+        for kind in self.kinds if kinds is None else kinds:
             if kind == "clip":
                 found[kind] = (clip_vectors(self.judges, images) if clip is None else clip) @ self._mean[kind]
             elif kind == "features":
@@ -179,17 +181,6 @@ class References:
         if b.shape[-1] != a.shape[-1]:
             b = F.interpolate(b.float(), a.shape[-2:], mode="bilinear", antialias=True).round().to(torch.uint8)
         return self.judges.features.feature_lpips(a, b).double().cpu()
-
-
-def rogan_gladen(share: Floats, false_positive: float, false_negative: float) -> Floats:
-    """Prevalence behind an apparent ``share`` of detections, clipped to [0, 1]; nan for a detector without power.
-
-    (share − FPR) / (1 − FPR − FNR): Rogan and Gladen, Am. J. Epidemiol. 107 (1978) 71–76.
-    """
-    power = 1 - false_positive - false_negative
-    if power <= 0:
-        return np.full_like(share, np.nan)
-    return np.clip((share - false_positive) / power, 0.0, 1.0)
 
 
 _LAST: list[tuple[weakref.ref[Any], dict[Any, Any]]] = []

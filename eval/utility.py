@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eval.aggregate import Better, arm_names, diverged_of
-from eval.generations import each_case
 from eval.intervals import Floats, Unit, columns, score
-from eval.judging import Judges, Labeller, clip_vectors, feature_vectors, memo, text_vectors, try_out
+from eval.judging import Judges, Labeller, clip_vectors, feature_vectors, text_vectors, try_out
+from eval.painting import paint
+from eval.reading import each_case
 from lab.errors import UserError
 from lab.judges.frechet import frechet_distance
 from lab.options import count as whole
@@ -32,7 +33,8 @@ class Utility:
     ``utility_detection``: share of pictures whose likeliest object AND likeliest style are those that the same
     detector sees in the reference picture of the prompt; ``utility_object``, ``utility_style``: one of them alone.
     ``utility_agreement``: share of pictures where it sees the same in both arms. ``_control`` stands for θ_0, ``_drop``
-    for control − immunized.
+    for control − immunized, with a paired interval: a resample draws a picture of both arms at once.
+    Every prompt counts alike, however many pictures it got, and a resample draws prompts.
     ``utility_frechet``, ``utility_frechet_control``: Fréchet distance of features to the reference pictures (biased
     upwards by few pictures, alike in both arms, so no interval is given: compare the two).
 
@@ -56,7 +58,7 @@ class Utility:
         self,
         judges: Judges,
         name: str = "utility",
-        count: int = 64,
+        count: int = 200,
         guidances: Sequence[float] = (),
         negative: str = "",
         compositions: Sequence[str] = (),
@@ -96,10 +98,11 @@ class Utility:
         """
         found: dict[str, list[Judged]] = {}
         for seed, case in each_case(run, "unrelated prompts"):
-            settings = self._settings(case)
-            painted = {arm: paint(run, case, seed, arm, settings, self.count) for arm in arm_names(run)}
-            for i, setting in enumerate(settings):
-                pictures = {arm: images[i] for arm, images in painted.items()}
+            for setting in self._settings(case):
+                pictures = {
+                    arm: paint(run, case, seed, arm, setting.prompts, setting.sampling, self.count)
+                    for arm in arm_names(run)
+                }
                 found.setdefault(setting.suffix, []).append(self._judge(seed, case.name, setting, pictures))
         if not found:
             raise ValueError("a metric over an empty set: no case")
@@ -141,7 +144,7 @@ class Utility:
             assert setting.images is not None
             whole = feature_vectors(self.judges, setting.images)
             frechet = {arm: frechet_distance(v, whole) for arm, v in features.items()}
-        return Judged(seed, case, rows, frechet)
+        return Judged(seed, case, tuple(setting.asked(self.count)), rows, frechet)
 
     def _detections(self, painted: dict[str, Tensor], references: Tensor | None) -> dict[str, Floats]:
         detector = self.judges.detector
@@ -173,29 +176,20 @@ class _Setting:
 
 @dataclass(frozen=True)
 class Judged:
-    """One case and seed: quantity → [pictures], and Fréchet distance by arm."""
+    """One case and seed: the prompt of every picture, quantity → [pictures], and Fréchet distance by arm."""
 
     seed: int
     case: str
+    prompts: tuple[str, ...]
     rows: dict[str, Floats]
     frechet: dict[str, float]
 
-
-def paint(
-    run: RunView, case: ConceptCase, seed: int, arm: str, settings: Sequence[_Setting], count: int
-) -> list[Tensor]:
-    """uint8 pictures of one arm per setting; the latents depend on seed and case only, so both arms share them."""
-    store, model = memo(run), None
-    out = []
-    for setting in settings:
-        prompts = setting.asked(count)
-        key = ("utility", case.name, seed, arm, tuple(prompts), setting.sampling)
-        if key not in store:
-            model = run.model(arm, case, seed) if model is None else model
-            latents = model.latents(count, seed, "utility", case.name)
-            store[key] = model.generate(prompts, latents, setting.sampling)
-        out.append(store[key])
-    return out
+    def by_prompt(self, quantities: Sequence[str]) -> Floats:
+        """[prompts, quantities]: pictures of one prompt are no independent evidence on others."""
+        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
+        index = np.array([distinct[prompt] for prompt in self.prompts])
+        sums = [np.bincount(index, self.rows[quantity]) for quantity in quantities]
+        return np.asarray(np.stack(sums, axis=1) / np.bincount(index)[:, None])
 
 
 def scores(cells: Sequence[Judged], suffix: str, note: str | None) -> dict[str, Score]:
@@ -204,10 +198,7 @@ def scores(cells: Sequence[Judged], suffix: str, note: str | None) -> dict[str, 
     quantities = list(cells[0].rows)
 
     def add(name: str, better: Better, *used: str, **kwargs: Any) -> None:
-        units = [
-            Unit(c.seed, np.stack([c.rows[q] for q in used], axis=1), columns if len(used) == 1 else _difference)
-            for c in cells
-        ]
+        units = [Unit(c.seed, c.by_prompt(used), columns if len(used) == 1 else _difference) for c in cells]
         out[f"utility_{name}"] = score(units, better, note=note, **kwargs)
 
     for quantity in quantities:

@@ -54,7 +54,8 @@ class Parts:
         return arms
 
 
-def _build(config: Any, key: str) -> Part:
+def _build(config: Any, key: str, judges: dict[str, Any] | None = None) -> Part:
+    """``judges``: those that were built so far, by config; completed here, so that metrics share what these load."""
     _group(config, key)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
@@ -62,7 +63,7 @@ def _build(config: Any, key: str) -> Part:
     if not isinstance(target, str):
         raise UserError(f"{key}._target_", target, "must be the import path of a class, e.g. immunize.kappa.Kappa.")
     try:
-        obj = instantiate(config)
+        obj = instantiate(config, **_shared(config, {} if judges is None else judges))
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
@@ -73,10 +74,20 @@ def _build(config: Any, key: str) -> Part:
         raise UserError(key, target, f"could not be built: {reason}") from error
     sources = {name: source_hash(name.rsplit(".", 1)[0]) for name in _targets(plain)}
     joined = next(iter(sources.values())) if len(sources) == 1 else stage_key(**sources)
-    judges = getattr(obj, "judges", None)
-    if judges is not None:  # retrained judges see other things
-        joined = stage_key(sources=joined, judges=judges.fingerprint())
+    if hasattr(obj, "judges"):  # retrained judges see other things
+        joined = stage_key(sources=joined, judges=obj.judges.fingerprint())
     return Part(obj, {str(k): v for k, v in plain.items()}, joined)
+
+
+def _shared(config: DictConfig, built: dict[str, Any]) -> dict[str, Any]:
+    """The argument ``judges`` of a metric: one object for all metrics whose config of it is the same."""
+    node = config.get("judges")
+    if not isinstance(node, DictConfig):
+        return {}
+    key = stage_key(judges=OmegaConf.to_container(node, resolve=True))
+    if key not in built:
+        built[key] = instantiate(node)
+    return {"judges": built[key]}
 
 
 def _targets(node: Any) -> list[str]:
@@ -131,6 +142,7 @@ def assemble(cfg: DictConfig) -> Parts:
     control = _build(OmegaConf.create({"_target_": "immunize.none.NoImmunization", "name": CONTROL}), "immunize")
     assert isinstance(control.obj, NoImmunization)
     backbone = _build(cfg.backbone, "backbone")
+    judges: dict[str, Any] = {}
     parts = Parts(
         scenario=_build(cfg.scenario, "scenario").obj,
         backbone=backbone.obj,
@@ -139,7 +151,7 @@ def assemble(cfg: DictConfig) -> Parts:
         immunizer=_build(cfg.immunize, "immunize"),
         control=control,
         attacks={str(name): _build(sub, f"attacks.{name}") for name, sub in _group(cfg.attacks, "attacks").items()},
-        metrics={str(name): _build(sub, f"eval.{name}") for name, sub in _group(cfg.eval, "eval").items()},
+        metrics={str(name): _build(sub, f"eval.{name}", judges) for name, sub in _group(cfg.eval, "eval").items()},
         budget=_budget(cfg.budget),
         seeds=_seeds(cfg.seeds),
     )

@@ -12,6 +12,7 @@ from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import beside_weights, fingerprint
 from lab.errors import Diverged, UserError
+from lab.statistics import SeedScore
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory, clone
 
@@ -202,7 +203,7 @@ class Pipeline:
         artifact = self._read(self.eval_cell(metric))
         found = artifact.values
         return Scores(
-            {name: Score(**item) for name, item in found["metrics"].items()},
+            {name: (SeedScore if "per_seed" in item else Score)(**item) for name, item in found["metrics"].items()},
             found["curves"],
             found["tables"],
             {

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,18 @@ import jsonschema
 
 from lab.errors import UserError
 from lab.images import png
+from lab.statistics import SeedScore
 from lab.store import write_atomically
-from lab.types import ImageGrid, Scores
+from lab.types import ImageGrid, Score, Scores
 
-SCHEMA_VERSION = "1.1"  # 1.1 has ``images``
-READABLE = ("1.0", "1.1")
+SCHEMA_VERSION = "1.2"  # 1.1 has ``images``, 1.2 has ``seconds`` in its cells
+READABLE = ("1.0", "1.1", "1.2")
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
-_VOLATILE_CONFIG = ("paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name")
+_VOLATILE_CONFIG = (
+    "paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name", "path", "push_to",
+    "export", "launch", "search",
+)  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -72,11 +76,27 @@ def scores_json(scores: Iterable[Scores]) -> dict[str, Any]:
             for name, item in getattr(family, part).items():
                 if name in out[part]:
                     raise ValueError(f"two metric families write {part}.{name}")
-                out[part][name] = clean(dataclasses.asdict(item) if part == "metrics" else item)
+                out[part][name] = clean(_plain(item) if part == "metrics" else item)
     for name, item in out["metrics"].items():
         if item["value"] is None and not item["note"]:
             raise ValueError(f"metric {name} has no value and no reason")
     return out
+
+
+def _plain(score: Score) -> dict[str, Any]:
+    return {f.name: getattr(score, f.name) for f in dataclasses.fields(Score)}
+
+
+def seed_values(scores: Iterable[Scores], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """One row per metric that has a value in every seed: ``metric`` and a column per seed; none for a single seed."""
+    if len(seeds) < 2:
+        return []
+    found = {name: item for family in scores for name, item in family.metrics.items() if isinstance(item, SeedScore)}
+    return [
+        {"metric": name, **{str(s): v for s, v in zip(seeds, item.per_seed, strict=True)}}
+        for name, item in found.items()
+        if len(item.per_seed) == len(seeds)
+    ]
 
 
 def images_of(scores: Iterable[Scores]) -> dict[str, ImageGrid]:
@@ -116,7 +136,7 @@ def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[s
 def content_hash(record: Record) -> str:
     """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
     config = {k: v for k, v in record["config"].items() if k not in _VOLATILE_CONFIG}
-    cells = [{k: v for k, v in cell.items() if k != "key"} for cell in record["cells"]]
+    cells = [{k: v for k, v in cell.items() if k not in ("key", "seconds")} for cell in record["cells"]]
     kept = ("schema", "status", "scenario", "backbone", "immunizer", "attacks", "seeds", "metrics", "curves", "tables")
     body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {"config": config, "cells": cells}
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}

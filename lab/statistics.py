@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +13,17 @@ from numpy.typing import NDArray
 
 from lab.types import Score
 
-MIN_SEEDS = 3  # with fewer, an interval says nothing about other seeds (METHODS §4)
+MIN_SEEDS = 3  # with fewer, an interval says nothing about other seeds (docs/methods.md §4.4)
 BOOTSTRAP_SEEDS = 10  # from here on the percentile bootstrap over seeds covers close to its 95 %
 
 Floats = NDArray[np.float64]
+
+
+@dataclass
+class SeedScore(Score):
+    """A score that still knows its value in every seed, in the run's order, so that two runs can be paired."""
+
+    per_seed: tuple[float, ...] = ()
 
 
 def score(
@@ -27,15 +35,15 @@ def score(
     unit: str = "",
     note: str | None = None,
     bounds: tuple[float, float] = (-math.inf, math.inf),
-) -> Score:
+) -> SeedScore:
     """A `Score` from ``samples[seed][unit]`` with a 95 % interval.
 
     Three to nine seeds: Student's t over the seed means with n − 1 degrees of freedom (of the logarithms for
-    ``geomean``). METHODS §4 prescribes the bootstrap throughout; we deviate because resampling three seeds covers the
-    true mean in three of four cases only, where 19 of 20 are promised. Ten seeds or more, and every ``median``:
-    two-stage percentile bootstrap, seeds with replacement, then units within each seed. One seed with one unit gives
-    a ``point``; fewer than three seeds give ``within_seed`` (units resampled within the seeds that there are). Seed
-    means that are all equal leave an interval without width.
+    ``geomean``), not the bootstrap, since resampling three seeds covers the true mean in three of four cases only,
+    where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds or more, and every ``median``: two-stage percentile
+    bootstrap, seeds with replacement, then units within each seed. One seed with one unit gives a ``point``; fewer
+    than three seeds give ``within_seed`` (units resampled within the seeds that there are). Seed means that are all
+    equal leave an interval without width.
 
     Args:
         bounds: the range that the quantity can take; an interval is clipped to it ((0, 1) for shares).
@@ -53,19 +61,20 @@ def score(
     centre = np.median if aggregate == "median" else np.mean
     back = np.exp if aggregate == "geomean" else (lambda v: v)
     value = float(back(centre([centre(g) for g in groups])))
+    per_seed = tuple(float(back(centre(g))) for g in groups)
     n = len(groups)
     if n < 2 and groups[0].size < 2:
-        return Score(value, None, None, n, better, "point", note, unit)
+        return SeedScore(value, None, None, n, better, "point", note, unit, per_seed)
     across = n >= MIN_SEEDS
     if not across and all(g.size < 2 for g in groups):
-        return Score(value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit)
+        return SeedScore(value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit, per_seed)
     if across and n < BOOTSTRAP_SEEDS and aggregate != "median":
         limits = _student(np.array([g.mean() for g in groups]))
     else:
         limits = _bootstrap(groups, centre, draws, across)
     low, high = (min(max(float(v), bounds[0]), bounds[1]) for v in back(limits))
     kind: Literal["across_seeds", "within_seed"] = "across_seeds" if across else "within_seed"
-    return Score(value, low, high, n, better, kind, note, unit)
+    return SeedScore(value, low, high, n, better, kind, note, unit, per_seed)
 
 
 def _student(means: Floats) -> Floats:

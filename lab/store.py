@@ -1,8 +1,8 @@
 """Stages addressed by content: computed once, written once, checked on every read.
 
-An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and ``meta.json``
-(the SHA-256 of the other two). KEY is the hash of everything that determines the result, sources included.
-The folder appears in one rename, so a reader sees all of it or nothing; a file lock lets one of several
+An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and ``meta.json`` (the SHA-256
+of the other two, and the seconds that they took). KEY is the hash of everything that determines the result, sources
+included. The folder appears in one rename, so a reader sees all of it or nothing; a file lock lets one of several
 processes compute while the others wait.
 """
 
@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,14 +29,19 @@ from lab.errors import UserError
 log = logging.getLogger(__name__)
 
 STAGES = ("immunize", "attack", "eval", "train")
+_SPENT = "_seconds_spent"  # in a checkpoint's values: what the sittings before it took
 
 
 @dataclass
 class Artifact:
-    """JSON-able ``values`` (nan and inf allowed) and named ``tensors``."""
+    """JSON-able ``values`` (nan and inf allowed) and named ``tensors``.
+
+    ``seconds``: wall time that it took to compute, over all sittings up to their last checkpoints; None: not known.
+    """
 
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float | None = field(default=None, compare=False)
 
 
 def stage_key(**inputs: Any) -> str:
@@ -70,6 +76,12 @@ class StageCheckpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._before, self._clock = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this sitting and of those before the checkpoint that it continues."""
+        return self._before + time.monotonic() - self._clock
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if not self.path.is_file():
@@ -80,10 +92,12 @@ class StageCheckpoint:
             log.warning("checkpoint %s is damaged and is ignored; the stage starts again", self.path)
             return None
         size = int.from_bytes(body[:8], "little")
-        return load_tensors(body[8 + size :]), json.loads(body[8 : 8 + size])
+        values = json.loads(body[8 : 8 + size])
+        self._before = values.pop(_SPENT, 0.0)
+        return load_tensors(body[8 + size :]), values
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        head = json.dumps(values).encode()
+        head = json.dumps(values | {_SPENT: self.seconds}).encode()
         packed = save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
         body = len(head).to_bytes(8, "little") + head + packed
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,13 +127,18 @@ class Store:
             return False
         return (self.folder(stage, key) / "meta.json").is_file()
 
+    def trust(self, keys: Iterable[str]) -> None:
+        """Artefacts of a forced stage that other processes of this run have computed are new here, too."""
+        self._fresh.update(keys)
+
     def read(self, stage: str, key: str) -> Artifact | None:
         """The artefact, or None when it is absent, truncated or altered (then with a warning)."""
         if not self.has(stage, key):
             return None
         folder = self.folder(stage, key)
         try:
-            sums = json.loads((folder / "meta.json").read_text())["sha256"]
+            meta = json.loads((folder / "meta.json").read_text())
+            sums = meta["sha256"]
             files = {name: (folder / name).read_bytes() for name in sums}
         except (OSError, ValueError, KeyError) as error:
             log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
@@ -128,7 +147,8 @@ class Store:
             if hashlib.sha256(data).hexdigest() != sums[name]:
                 log.warning("%s %s: %s does not match its checksum; it is computed again", stage, key[:12], name)
                 return None
-        return Artifact(json.loads(files["values.json"]), load_tensors(files["tensors.safetensors"]))
+        tensors = load_tensors(files["tensors.safetensors"])
+        return Artifact(json.loads(files["values.json"]), tensors, meta.get("seconds"))
 
     def get(self, stage: str, key: str, compute: Callable[[StageCheckpoint], Artifact]) -> tuple[Artifact, bool]:
         """The artefact and whether it was there; computes it under a lock otherwise."""
@@ -151,6 +171,7 @@ class Store:
             if stage in self.force:
                 checkpoint.clear()
             artifact = compute(checkpoint)
+            artifact.seconds = round(checkpoint.seconds, 3)
             self._commit(folder, artifact)
             self._fresh.add(key)
             checkpoint.clear()
@@ -167,7 +188,7 @@ class Store:
             for name, data in files.items():
                 write_atomically(temp / name, data)
             sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-            write_atomically(temp / "meta.json", json.dumps({"sha256": sums}).encode())
+            write_atomically(temp / "meta.json", json.dumps({"sha256": sums, "seconds": artifact.seconds}).encode())
             if folder.exists():
                 shutil.rmtree(folder)
             os.rename(temp, folder)

@@ -1,12 +1,14 @@
-"""The detector of objects and styles: calibrated probabilities, and the attack success rate that it supports."""
+"""The detector of objects and styles: calibrated probabilities, and the true share behind a share of detections."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.errors import UserError, nearest
@@ -17,25 +19,28 @@ from lab.options import number
 KEY = "judges.detector.folder"
 Rates = dict[str, dict[str, float]]
 Head = Literal["object", "style"]
+Floats = NDArray[np.float64]
 
 
-def corrected_share(share: float, false_positive: float, false_negative: float) -> float:
-    """The true share behind a detector's share of positives, in [0, 1].
+def corrected_share(share: Floats, false_positive: float, false_negative: float) -> Floats:
+    """The true share behind a detector's share of positives, in [0, 1]; nan for a detector without power.
 
     (share − FP) / (1 − FP − FN), clipped: the estimator of Rogan and Gladen, "Estimating prevalence from the
-    results of a screening test", American Journal of Epidemiology 107(1), 1978, 71–76.
+    results of a screening test", American Journal of Epidemiology 107(1), 1978, 71–76. The rates count as known.
+
+    Args:
+        share: of any shape, in [0, 1].
+        false_positive, false_negative: rates in [0, 1]; from a sum of 1 on, detections say nothing.
 
     Raises:
-        UserError: a figure outside [0, 1], or FP + FN ≥ 1 (a detector that is no better than a coin).
+        UserError: a rate outside [0, 1].
     """
-    number("share", share, 0, 1)
-    number("false_positive", false_positive, 0, 1)
-    number("false_negative", false_negative, 0, 1)
+    number("judges.detector.rates.false_positive", false_positive, 0, 1)
+    number("judges.detector.rates.false_negative", false_negative, 0, 1)
     power = 1 - false_positive - false_negative
     if power <= 0:
-        fix = "false-positive and false-negative rate add up to 1 or more, so detections say nothing; use another."
-        raise UserError("judges.detector", f"{false_positive} + {false_negative}", fix)
-    return min(1.0, max(0.0, (share - false_positive) / power))
+        return np.full_like(share, np.nan)
+    return np.asarray(np.clip((share - false_positive) / power, 0.0, 1.0))
 
 
 class Detector:
@@ -105,19 +110,6 @@ class Detector:
             self.threshold if threshold is None else number("judges.detector.threshold", threshold, above=0, below=1)
         )
         return self.probabilities(images)[head][:, self.names[head].index(name)] >= least
-
-    def success_rate(self, images: Tensor, name: str) -> dict[str, float]:
-        """Share of pictures in which ``name`` is seen: as ``observed``, and ``corrected`` for the error rates.
-
-        Raises:
-            UserError: unknown name, no pictures, or a detector whose error rates were never measured.
-        """
-        observed = self.detects(images, name).float().mean().item()
-        if name not in self.rates:
-            raise UserError(KEY, name, "its error rates were not measured; see `lab.minisd.judges.measure`.")
-        rates = self.rates[name]
-        found = corrected_share(observed, rates["false_positive"], rates["false_negative"])
-        return {"observed": observed, "corrected": found, **rates}
 
     def card(self) -> dict[str, Any]:
         """Everything but the weights, for `lab.judges.networks.save_detector`."""

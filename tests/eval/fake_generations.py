@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ class Detector:
         return self.probabilities(images)["style"][:, 1] > 0.5
 
 
-@dataclass
+@dataclass(eq=False)
 class FakeJudges:
     clip: Any = field(default_factory=Clip)
     features: Any = field(default_factory=Features)
@@ -107,9 +109,14 @@ class Painter:
 
     paint: Callable[[str, int], tuple[int, int, int]]
     calls: list[Sampling] = field(default_factory=list)
+    weights: int = field(default_factory=partial(next, count()))
 
-    def latents(self, count: int, seed: int, *labels: object) -> Tensor:
-        return torch.arange(count)
+    def state_dict(self) -> dict[str, Tensor]:
+        """Painters have different weights, and so different pictures."""
+        return {"weights": torch.tensor([self.weights])}
+
+    def latents(self, total: int, seed: int, *labels: object) -> Tensor:
+        return torch.arange(total)
 
     def generate(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32) -> Tensor:
         self.calls.append(sampling)

@@ -9,8 +9,9 @@ from fake_generations import BUDGET, RED, STEPS, Clip, FakeJudges, FakeRun, atta
 from scipy.integrate import trapezoid
 
 from eval.generation import Generation
-from eval.generations import area, marks, prompts_of, read
-from eval.judging import References, legacy, rogan_gladen
+from eval.generations import area, marks, prompts_of
+from eval.judging import References, legacy
+from eval.reading import read
 from lab.errors import UserError
 from lab.types import CONTROL, Budget, Trajectory
 
@@ -78,19 +79,61 @@ def test_intervals_are_labelled_by_the_number_of_seeds():
     assert one.low <= three.low <= three.value <= three.high <= one.high  # three seeds average their concepts
 
 
-def test_the_attack_that_protects_least_counts():
-    weak = flat(0.0, 0.0, 0.0, 0.0, 0.0)
+def by_attack(control: dict[str, Trajectory], immunized: dict[str, Trajectory], **kwargs) -> FakeRun:
+    """The same trajectories for every concept, by attack."""
+    return FakeRun(
+        lambda arm, name, *_: (control if arm == CONTROL else immunized)[name], attacks=tuple(control), **kwargs
+    )
 
-    def make(arm, attack_name, name, seed):
-        if arm == CONTROL:
-            return flat(0.0, 0.6, 0.8, 1.0, 1.0)
-        return weak if attack_name == "weak" else HELD["mosaic"]
 
-    found = metrics(FakeRun(make, attacks=("weak", "strong")))
+def test_an_attacker_that_fails_in_both_arms_changes_nothing():
+    useless, learned, held = (flat(0.0, 0.6, *rest) for rest in ((0.6, 0.6, 0.6), (0.8, 1.0, 1.0), (0.6, 0.8, 1.0)))
+    run = by_attack({"useless": useless, "strong": learned}, {"useless": useless, "strong": held})
+    found = metrics(run)
     assert found["msgr_clip"].value == pytest.approx(0.25)
-    assert "worst attacker: strong" in found["msgr_clip"].note
-    assert found["sgr_benign_clip"].value == pytest.approx(1.0)  # for the others, the attack that suffers most
-    assert "worst attacker: weak" in found["sgr_benign_clip"].note
+    assert found["sgr_benign_clip"].value == pytest.approx(0.25)
+    assert "best attackers: none strong" in found["msgr_clip"].note
+    alone = metrics(by_attack({"strong": learned}, {"strong": held}))
+    for name in ("msgr_clip_2x", "msgr_clip_auc", "mrsgr_clip", "rsgr_clip_mosaic"):
+        assert found[name].value == pytest.approx(alone[name].value), name
+
+
+def test_every_arm_counts_under_its_own_best_attacker():
+    """Each attack alone shows protection (lora) or none (full); together they relearn the concept in both arms."""
+    best, poor = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(0.0, 0.0, 0.6, 0.6, 0.6)
+    scores = Generation(FakeJudges(), similarities=["clip"])(
+        by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
+    )
+    assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
+    assert scores.metrics["msgr_clip_auc"].value == pytest.approx(0.0)
+    assert scores.metrics["msgr_clip"].note == "best attackers: none lora, mima full"
+    assert "(mosaic)" not in scores.images["generations_mosaic"].caption
+    assert "lora (none), full (mima)" in scores.images["generations_mosaic"].caption
+    rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
+    assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each arm": 0.0})
+    assert scores.curves["msgr_clip"]["mima"][1:] == pytest.approx([0.0] * 4)
+
+
+def test_the_best_attacker_is_chosen_anew_at_every_point():
+    early, late = flat(0.0, 0.8, 0.8, 0.8, 0.8), flat(0.0, 0.0, 0.6, 1.0, 1.0)
+    found = metrics(by_attack({"early": early, "late": late}, {"early": flat(*[0.0] * 5), "late": late}))
+    assert found["msgr_clip"].value == pytest.approx(0.25)  # early 0.8 on the control, late 0.6 immunized
+    assert found["msgr_clip_2x"].value == pytest.approx(0.0)
+
+
+def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures():
+    """Two attackers with the same mean, on different pictures: in most resamples one of them is ahead."""
+    here, there = [tilted(c) for c in (1.0, 0.0) * 8], [tilted(c) for c in (0.0, 1.0) * 8]
+
+    def make(arm, name, *_):
+        return attack([here if arm == CONTROL or name == "a" else there] * 5)
+
+    one = metrics(FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a",)))["msgr_clip"]
+    two = metrics(FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a", "b")))["msgr_clip"]
+    assert (one.value, one.low, one.high) == pytest.approx((0.0, 0.0, 0.0))
+    assert two.value == pytest.approx(0.0)
+    assert two.low < -0.3
+    assert two.high == pytest.approx(0.0)
 
 
 def test_rsgr_compares_both_arms_on_the_same_latents():
@@ -128,17 +171,69 @@ def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
     assert found["msgr_clip_2x"].value is not None
 
 
-def test_a_diverged_attack_is_held_and_counted():
+def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     broken = HELD | {"mosaic": flat(0.0, 0.0, status="diverged")}
     scores = Generation(FakeJudges(), similarities=["clip"])(world(broken))
     found = scores.metrics
-    assert found["sgr_clip_mosaic"].value == pytest.approx(1.0)
+    for name in ("sgr_clip_mosaic", "msgr_clip", "msgr_clip_2x", "sgr_clip_worst"):
+        assert found[name].value == pytest.approx(0.0), name
+    assert found["rsgr_clip_mosaic"].value <= 0
     assert "3 of 12 attacks diverged" in found["sgr_clip_mosaic"].note
+    assert "what the control shows" in found["sgr_clip_mosaic"].note
+    row = next(r for r in scores.tables["generation"] if r["concept"] == "mosaic" and r["step"] == 20)
+    assert row["sgr"] == pytest.approx(0.0)
+    assert "diverged before in 3 of 3 cases" in row["note"]
     curve = scores.curves["similarity_clip_mosaic"]
     assert curve["mima"][1] == pytest.approx(0.0)
     assert curve["mima"][2:] == [None, None, None]
     assert curve["none"][2] == pytest.approx(0.8)
     assert "step 10 (diverged)" in scores.images["generations_mosaic"].rows[-1]
+
+
+def test_a_diverged_attack_keeps_what_it_had_shown():
+    """It had learned more than the control before it failed: that counts on."""
+    ahead = metrics(world(HELD | {"mosaic": flat(0.0, 1.0, status="diverged")}))
+    assert ahead["sgr_clip_mosaic"].value == pytest.approx((0.8 - 1.0) / 0.8)
+
+
+def test_a_weak_attack_that_ran_does_not_stand_for_a_strong_one_that_diverged():
+    learned, weak = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(*[0.0] * 5)
+    run = by_attack({"lora": learned, "weak": weak}, {"lora": flat(0.0, status="diverged"), "weak": weak})
+    found = metrics(run)
+    assert found["msgr_clip"].value == pytest.approx(0.0)
+    assert found["sgr_benign_clip"].value == pytest.approx(1.0)  # the benign user is left with the weak one
+
+
+def test_a_benign_attack_that_diverged_on_the_control_leaves_nothing_to_compare():
+    def make(arm, attack_name, name, seed):
+        failed = arm == CONTROL and name == "sketch"
+        return flat(0.0, 0.6, status="diverged") if failed else flat(0.0, 0.6, 0.8, 1.0, 1.0)
+
+    found = metrics(FakeRun(make))
+    assert found["sgr_benign_clip"].value is None
+    assert "control's attack diverged" in found["sgr_benign_clip"].note
+    assert found["msgr_clip"].value == pytest.approx(0.0)
+
+
+def test_a_target_without_a_figure_leaves_no_worst_target():
+    def make(arm, attack_name, name, seed):
+        if name == "neon" and arm == CONTROL:
+            return flat(*[0.0] * 5)
+        return flat(0.0, 0.6, 0.8, 1.0, 1.0) if arm == CONTROL else HELD["mosaic"]
+
+    found = metrics(FakeRun(make))
+    assert found["sgr_clip_mosaic"].value == pytest.approx(0.25)
+    assert found["sgr_clip_worst"].value is None
+    assert found["sgr_clip_worst"].note.startswith("not measured for neon")
+
+
+def test_the_other_concept_that_lost_most_is_named():
+    run = world(HELD | {"halftone": HELD["neon"]}, case_list=(case(others=("halftone", "sketch")),))
+    found = metrics(run)
+    assert found["sgr_benign_clip"].value == pytest.approx(0.125)
+    assert found["sgr_benign_clip_worst"].value == pytest.approx(0.25)
+    assert "sketch" in found["sgr_benign_clip_worst"].note
+    assert found["sgr_benign_clip_worst"].better == "lower"
 
 
 def test_a_case_whose_immunization_diverged_is_counted():
@@ -246,17 +341,31 @@ def test_legacy_pictures_are_pale_and_small():
     assert scores.images == {}
 
 
-def test_rogan_gladen():
-    shares = np.array([0.1, 0.5, 0.9, 0.0, 1.0])
-    assert rogan_gladen(shares, 0.1, 0.1) == pytest.approx([0.0, 0.5, 1.0, 0.0, 1.0])
-    assert np.isnan(rogan_gladen(shares, 0.6, 0.4)).all()
-
-
 def test_pictures_are_judged_once_per_quantity():
     board = read(world(HELD, seeds=(0,)), FakeJudges(), ("clip", "between"))
     cell = board.cells("harmful", "mosaic")[0]
     assert set(board.at(cell, CONTROL, "lora").values) == {"clip", "between"}
     assert board.at(cell, "mima", "lora").values["clip"].shape == (5, 4)
+
+
+def test_what_one_metric_had_judged_the_next_does_not_judge_again():
+    shown = []
+
+    class Counted(Clip):
+        def images(self, images):
+            shown.append(len(images))
+            return super().images(images)
+
+    judges, run = FakeJudges(clip=Counted()), world(HELD, seeds=(0,))
+    first = read(run, judges, ("clip", "between"))
+    count = len(shown)
+    again = read(run, judges, ("clip",))
+    assert len(shown) == count
+    read(run, judges, ("clip", "clip_t"), preprocessing="legacy")
+    assert len(shown) > count
+    for key, reading in first.readings.items():
+        assert np.array_equal(reading.values["clip"], again.readings[key].values["clip"])
+    read(world(HELD, seeds=(0,)), FakeJudges(), ("clip",))  # another run judges its own
 
 
 def test_an_attack_without_pictures_of_the_name_is_a_config_error():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fake_generations import FakeJudges, FakeRun, case, shares
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -13,6 +14,7 @@ from eval.concept_verdict import ConceptVerdict
 from eval.generation import Generation
 from eval.relearning import Relearning
 from eval.utility import Utility
+from lab.assemble import assemble
 from lab.record import scores_json
 from lab.types import CONTROL, RunMetric
 
@@ -75,3 +77,21 @@ def test_configs_build(name):
     assert isinstance(metric, RunMetric)
     assert metric.name == name
     assert metric.judges.name == "minisd"
+
+
+def test_metrics_share_the_judges_that_they_name_alike():
+    """One set of networks and of judgements for all; another config is another judge."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["experiment=relearn", "tracker=none"])
+    parts = assemble(cfg)
+    assert len(parts.metrics) == 4
+    assert len({id(part.obj.judges) for part in parts.metrics.values()}) == 1
+    keys = {name: part.identity for name, part in parts.metrics.items()}
+    own = OmegaConf.to_container(cfg.judges, resolve=True)
+    cfg.eval.utility.judges = own
+    assert assemble(cfg).metrics["utility"].identity == keys["utility"]
+    cfg.eval.utility.judges = own | {"features": own["features"] | {"image_size": 64}}
+    changed = assemble(cfg).metrics
+    assert len({id(part.obj.judges) for part in changed.values()}) == 2
+    assert changed["utility"].identity != keys["utility"]
+    assert changed["generation"].identity == keys["generation"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from eval.intervals import Unit, band, columns, estimate, relative_gap, score
+from eval.intervals import Unit, band, columns, estimate, relative_gap, score, worst_score
 
 RNG = np.random.default_rng(0)
 
@@ -103,3 +103,53 @@ def test_a_band_ends_where_the_shortest_attack_ends():
     assert curve["none"] == [0.0, 1.0, None]
     assert curve["none:low"] == [0.0, 1.0, None]
     assert curve["mima:high"] == [0.0, 1.0, 2.0]
+
+
+def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():
+    """Control 0.2, 0.4, 0.6 and immunized 0.1, 0.2, 0.6: nothing varies within a seed; jackknife by hand."""
+    pairs = np.array([[0.2, 0.1], [0.4, 0.2], [0.6, 0.6]])
+    found = score([Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)], "higher", after=relative_gap)
+    value = 1 - 0.9 / 1.2
+    without = [1 - 0.8 / 1.0, 1 - 0.7 / 0.8, 1 - 0.3 / 0.6]
+    half = 4.302653 * np.std([3 * value - 2 * w for w in without], ddof=1) / math.sqrt(3)
+    assert found.value == pytest.approx(value)
+    assert found.high == pytest.approx(value + half, abs=1e-6)
+
+
+def test_a_seed_without_a_value_of_its_own_still_counts_in_the_interval():
+    """The control shows nothing in seed 1: its quotient is undefined, that of the means is not."""
+    pairs = np.array([[0.5, 0.1], [0.0, 0.0], [0.5, 0.4]])
+    found = score([Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)], "higher", after=relative_gap)
+    assert found.value == pytest.approx(0.5)
+    assert found.high - found.low > 2 * 4.302653 * 0.1
+    alone = np.array([[0.5, 0.1], [0.0, 0.0], [0.0, 0.0]])
+    units = [Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(alone)]
+    found = score(units, "higher", after=relative_gap)
+    assert (found.low, found.high) == (None, None)
+    assert "no interval" in found.note
+
+
+def test_the_interval_of_the_worst_concept_covers_though_it_was_picked_after_looking():
+    """Eight concepts that are all alike: the lowest of their means lies far below what it stands for."""
+    rng = np.random.default_rng(1)
+    held = {"picked": 0, "corrected": 0}
+    for _ in range(40):
+        concepts = [[Unit(0, rng.normal(size=(40, 1)), columns)] for _ in range(8)]
+        picked = score(min(concepts, key=lambda units: units[0].value[0]), "higher")
+        corrected = worst_score(picked, concepts, "lowest")
+        assert corrected.low <= picked.low <= corrected.value <= corrected.high
+        held["picked"] += picked.low <= 0 <= picked.high
+        held["corrected"] += corrected.low <= 0 <= corrected.high
+    assert held["picked"] < 36
+    assert held["corrected"] >= 37
+
+
+def test_the_highest_is_the_mirror_image_of_the_lowest():
+    rng = np.random.default_rng(2)
+    rows = [rng.normal(size=(200, 1)) + shift for shift in (0.0, 0.1, 0.2)]
+    lowest, highest = ([[Unit(0, sign * r, columns)] for r in rows] for sign in (1, -1))
+    a = worst_score(score(lowest[0], "higher"), lowest, "lowest")
+    b = worst_score(score(highest[0], "lower"), highest, "highest")
+    assert (a.low, a.high) == pytest.approx((-b.high, -b.low), abs=0.03)
+    alone = score(lowest[0], "higher")
+    assert worst_score(alone, lowest[:1], "lowest") == alone

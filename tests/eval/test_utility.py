@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from fake_generations import FakeJudges, FakeRun, Painter, case, faithful, tilted
+from fake_generations import FakeJudges, FakeRun, Painter, case, colours, faithful, tilted
 
 from eval.utility import Utility
 from lab.errors import UserError
@@ -57,6 +57,32 @@ def test_object_and_style_both_have_to_stay():
     assert found["utility_object_drop"].value == pytest.approx(1 / 8)
     assert found["utility_style_drop"].value == pytest.approx(1 / 8)
     assert found["utility_detection_drop"].value == pytest.approx(2 / 8)
+
+
+def test_many_pictures_of_one_prompt_are_no_evidence_on_others():
+    """One of two prompts is damaged in all its pictures: a hundred pictures say no more than two."""
+    run = world(lambda prompt, number: (0, 200, 255), seeds=(0,))
+    found = metrics(run, count=100)["utility_object_drop"]
+    assert found.value == pytest.approx(0.5)
+    assert (found.low, found.high) == (0.0, 1.0)
+    few = metrics(run, count=3)["utility_object_drop"]
+    assert few.value == pytest.approx(0.5)  # two pictures of red and one of green: a prompt counts once
+
+
+def test_the_drop_is_paired_on_latents():
+    """Both arms miss the same half of the pictures: each share is uncertain, the drop is not."""
+    prompts = tuple(f"a red thing, number {i}" for i in range(40))
+    pictures = Pictures(colours(*[(200, 0, 0)] * 40), prompts)
+    many = dataclasses.replace(case(), unrelated=pictures)
+
+    def half(prompt, number):
+        return (0, 200, 0) if number % 2 else (200, 0, 0)
+
+    models = {arm: Painter(half) for arm in (CONTROL, "mima")}
+    found = metrics(FakeRun(models=models, case_list=(many,), seeds=(0,)), count=40)
+    assert found["utility_detection"].high - found["utility_detection"].low > 0.2
+    drop = found["utility_detection_drop"]
+    assert (drop.value, drop.low, drop.high) == (0.0, 0.0, 0.0)
 
 
 def test_seeds_label_the_interval():

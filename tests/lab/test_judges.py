@@ -66,25 +66,20 @@ def detector() -> Detector:
     ],
 )
 def test_rogan_gladen(share, false_positive, false_negative, true) -> None:
-    assert corrected_share(share, false_positive, false_negative) == pytest.approx(true)
+    assert corrected_share(np.array([share]), false_positive, false_negative) == pytest.approx([true])
 
 
 def test_a_coin_corrects_nothing() -> None:
-    with pytest.raises(UserError, match="say nothing"):
-        corrected_share(0.5, 0.5, 0.5)
-    with pytest.raises(UserError, match=r"share=1.2"):
-        corrected_share(1.2, 0.1, 0.1)
+    assert np.isnan(corrected_share(np.array([0.5, 1.0]), 0.6, 0.4)).all()
+    with pytest.raises(UserError, match=r"false_positive=1.2"):
+        corrected_share(np.array([0.5]), 1.2, 0.1)
 
 
-def test_success_rate(detector) -> None:
+def test_detections(detector) -> None:
     images = _told([0, 0, 0, 1, 2], [0, 1, 0, 1, 0])
-    found = detector.success_rate(images, "fox")
-    assert found["observed"] == pytest.approx(0.6)
-    assert found["corrected"] == pytest.approx((0.6 - 0.1) / 0.7)
+    assert detector.detects(images, "fox").tolist() == [True, True, True, False, False]
     assert detector.detects(images, "mosaic").tolist() == [False, True, False, True, False]
     assert not detector.detects(images, "fox", threshold=0.9999).any()  # softmax(9, 0, 0) is 0.99975
-    with pytest.raises(UserError, match="not measured"):
-        detector.success_rate(images, "whale")
     with pytest.raises(UserError, match="did you mean whale"):
         detector.detects(images, "whales")
 

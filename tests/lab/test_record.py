@@ -49,7 +49,7 @@ def test_content_hash_leaves_out_time_host_paths_and_keys_but_not_results(body):
     same = copy.deepcopy(body)
     same["provenance"] |= {"wall_time_s": 9.0, "host": "other", "cache_hits": 5, "started": "2027-01-01T00:00:00+00:00"}
     same["config"]["paths"]["runs"] = "b"
-    same["cells"][0]["key"] = "def"
+    same["cells"][0] |= {"key": "def", "seconds": 3.5}
     assert records.content_hash(same) == records.content_hash(body)
     for change in (
         lambda r: r["metrics"]["rir"].update(value=12.6),
@@ -127,6 +127,20 @@ def test_records_of_the_version_before_stay_readable(tmp_path, body):
     assert committed
     for path in committed:
         assert records.read(path)["content_hash"]
+
+
+def test_cells_hold_the_seconds_of_their_stage(tmp_path, body):
+    """1.2 has them; 1.1, and a stage from an older cache, do not."""
+    body["cells"] = [body["cells"][0] | {"seconds": s} for s in (12.5, None)]
+    records.write(body, tmp_path / "record.json")
+    assert [c["seconds"] for c in records.read(tmp_path / "record.json")["cells"]] == [12.5, None]
+    for cell in body["cells"]:
+        del cell["seconds"]
+    records.write(body | {"schema": "1.1"}, tmp_path / "older.json")
+    assert records.read(tmp_path / "older.json")["schema"] == "1.1"
+    body["cells"][0]["seconds"] = -1.0
+    with pytest.raises(UserError, match="cells/0/seconds"):
+        records.write(body, tmp_path / "wrong.json")
 
 
 @pytest.mark.parametrize("path", ["/etc/a.png", "../a.png", "images/../../a.png", "a.svg", "c:\\a.png", ".a.png"])

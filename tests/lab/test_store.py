@@ -99,6 +99,43 @@ def test_a_damaged_checkpoint_is_ignored(tmp_path, caplog):
     assert "damaged" in caplog.text
 
 
+def test_an_artefact_knows_the_seconds_that_it_took(tmp_path):
+    def slow(_):
+        time.sleep(0.05)
+        return Artifact()
+
+    computed, _ = Store(tmp_path).get("attack", "k", slow)
+    assert computed.seconds >= 0.05
+    again, hit = Store(tmp_path).get("attack", "k", never)
+    assert hit
+    assert again.seconds == computed.seconds
+
+
+def test_a_stage_that_was_resumed_counts_every_sitting(tmp_path):
+    store = Store(tmp_path)
+
+    def dies(checkpoint):
+        time.sleep(0.05)
+        checkpoint.save({"w": torch.ones(2)}, {"step": 4})
+        raise RuntimeError("killed")
+
+    for key in ("resumed", "anew"):
+        with pytest.raises(RuntimeError):
+            store.get("attack", key, dies)
+    resumed, _ = store.get("attack", "resumed", lambda checkpoint: Artifact(checkpoint.load()[1]))
+    anew, _ = store.get("attack", "anew", lambda _: Artifact())
+    assert resumed.seconds >= 0.05 > anew.seconds
+    assert resumed.values == {"step": 4}
+
+
+def test_an_artefact_of_an_older_version_has_no_seconds(tmp_path):
+    store = Store(tmp_path)
+    store.get("eval", "k", make())
+    path = store.folder("eval", "k") / "meta.json"
+    path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
+    assert store.get("eval", "k", never)[0].seconds is None
+
+
 def test_key_depends_on_content_not_on_order():
     assert stage_key(a=1, b=[1, 2]) == stage_key(b=[1, 2], a=1)
     assert stage_key(a=1) != stage_key(a=2)

@@ -1,0 +1,52 @@
+"""Pictures of unattacked models, painted once per process however many metrics, counts and runs ask for them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eval.judging import memo
+from lab.activations import digest
+from lab.cases import beside_weights
+from lab.store import stage_key
+from lab.types import ConceptCase, Model, RunView, Sampling
+
+BLOCK = 32  # pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
+_MEMORY_LIMIT = 2**28  # bytes of pictures kept in process; the oldest block goes first
+_painted: OrderedDict[str, Tensor] = OrderedDict()
+
+
+def paint(
+    run: RunView, case: ConceptCase, seed: int, arm: str, prompts: Sequence[str], sampling: Sampling, count: int
+) -> Tensor:
+    """uint8 [count, 3, s, s] by the model of one arm; prompts start again where they run out.
+
+    Latents depend on seed, case and number alone: arms and settings share them. The control's pictures are those of
+    any earlier run in this process that had the same weights.
+    """
+    model: list[Model] = []
+
+    def built() -> Model:
+        if not model:
+            model.append(run.model(arm, case, seed))
+        return model[0]
+
+    key, store = ("weights", case.name, seed, arm), memo(run)
+    if key not in store:
+        store[key] = stage_key(weights=digest(*built().state_dict().values()), beside=beside_weights(built()))
+    blocks = []
+    for number, start in enumerate(range(0, count, BLOCK)):
+        asked = [prompts[i % len(prompts)] for i in range(start, min(start + BLOCK, count))]
+        settings = (sampling.steps, sampling.guidance, sampling.negative)
+        name = stage_key(model=store[key], case=case.name, seed=seed, number=number, prompts=asked, sampling=settings)
+        if name not in _painted:
+            latents = built().latents(BLOCK, seed, "utility", case.name, number)[: len(asked)]
+            _painted[name] = built().generate(asked, latents, sampling)
+        _painted.move_to_end(name)
+        blocks.append(_painted[name])
+    while len(_painted) > 1 and sum(t.nbytes for t in _painted.values()) > _MEMORY_LIMIT:
+        _painted.popitem(last=False)
+    return torch.cat(blocks)

@@ -1,0 +1,166 @@
+"""Judging the pictures of every attack, each of them once per run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eval.aggregate import arm_names, diverged_of
+from eval.generations import BETWEEN, CLIP_T, DETECTED, FAMILY, Board, Cell, Reading, prompts_of
+from eval.intervals import Floats
+from eval.judging import Judges, References, clip_vectors, detector_of, memo, prepared, text_vectors
+from lab.errors import UserError
+from lab.progress import progress
+from lab.types import CONTROL, Concept, ConceptCase, Role, RunView, Trajectory
+
+
+def each_case(run: RunView, label: str) -> Iterator[tuple[int, ConceptCase]]:
+    """(seed, case) with a progress bar."""
+    for seed in run.seeds:
+        cases = run.cases(seed)
+        for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
+            yield seed, case
+
+
+def read(
+    run: RunView, judges: Judges, quantities: Iterable[str], *, preprocessing: str = "standard", label: str = "judge"
+) -> Board:
+    """Judge the pictures of every attack.
+
+    Args:
+        quantities: names of `Reading.values`.
+
+    Raises:
+        ValueError: no case, no attack, or arms with different numbers of pictures.
+        UserError: an attack without pictures of the prompts that name the concept.
+    """
+    wanted = tuple(dict.fromkeys(quantities))
+    board = Board(arm_names(run), run.attacks, run.budget, lost=len(diverged_of(run)))
+    for seed, case in each_case(run, label):
+        for concept in case.tasks:
+            cell = Cell(seed, case.name, concept.name)
+            board.roles[cell] = concept.role
+            judge = _Judge(judges, concept, wanted, preprocessing)
+            for attack in run.attacks:
+                found = {arm: run.trajectory(arm, attack, case, concept, seed) for arm in board.arms}
+                for family in _families(found, concept, attack):
+                    seen = memo(run).setdefault((judges, cell, attack, family, preprocessing), {})
+                    for arm, reading in judge.family(found, family, board.plan, seen).items():
+                        board.readings[cell, arm, attack, family] = reading
+    if not board.readings:
+        raise ValueError("a metric over an empty set: no attack was run")
+    return board
+
+
+def _families(found: dict[str, Trajectory], concept: Concept, attack: str) -> list[str]:
+    """Prompt families that every arm has pictures for.
+
+    Raises:
+        UserError: none of the prompts that name the concept.
+    """
+    common = [f for f in concept.prompts if all(f in t.samples for t in found.values())]
+    if FAMILY not in common:
+        told = f"must contain {FAMILY}: the figures are about prompts that name the concept."
+        raise UserError(f"attacks.{attack}.families", common, told)
+    return common
+
+
+class _Judge:
+    """Judges the trajectories of one concept."""
+
+    def __init__(self, judges: Judges, concept: Concept, wanted: Sequence[str], preprocessing: str) -> None:
+        self.judges, self.concept, self.wanted, self.preprocessing = judges, concept, wanted, preprocessing
+        prepared(concept.reference.images, preprocessing)
+
+    @cached_property
+    def references(self) -> References:
+        kinds = [q for q in self.wanted if q not in (BETWEEN, CLIP_T, DETECTED)]
+        return References(self.judges, prepared(self.concept.reference.images, self.preprocessing), kinds)
+
+    def family(
+        self, found: dict[str, Trajectory], family: str, plan: Sequence[int], seen: dict[tuple[str, str], Floats]
+    ) -> dict[str, Reading]:
+        """Arm → reading on the snapshots ``plan``, for one attack and prompt family.
+
+        ``seen``: (arm, quantity) → [recorded points, pictures], what other metrics had judged; completed here.
+        """
+        if len({t.samples[family].shape[1] for t in found.values()}) > 1:
+            raise ValueError(f"arms have different numbers of pictures of {self.concept.name}")
+        own = [q for q in self.wanted if q != BETWEEN]
+        between = BETWEEN in self.wanted and len(found) == 2
+        lacking = between and (CONTROL, BETWEEN) not in seen
+        vectors: dict[str, list[Tensor]] = {}
+        for arm, trajectory in found.items():
+            missing = [q for q in own if (arm, q) not in seen]
+            if missing or lacking:
+                points, vectors[arm] = self._points(trajectory.samples[family], family, missing, lacking)
+                seen |= {(arm, q): values for q, values in points.items()}
+        held = {arm: _held(t.steps, plan) for arm, t in found.items()}
+        if lacking:
+            pairs = zip(*([vectors[arm][i] for i in held[arm]] for arm in found), strict=True)
+            seen[CONTROL, BETWEEN] = np.stack([np.asarray((a * b).sum(1), dtype=float) for a, b in pairs])
+        out = {}
+        for arm, t in found.items():
+            end = sum(step <= t.steps[-1] for step in plan)
+            out[arm] = Reading({q: seen[arm, q][held[arm]] for q in own}, end, t.status)
+        if between:
+            out[CONTROL].values[BETWEEN] = seen[CONTROL, BETWEEN].copy()
+        _beyond(out, self.concept.role)
+        return out
+
+    def _points(
+        self, samples: Tensor, family: str, missing: Sequence[str], between: bool
+    ) -> tuple[dict[str, Floats], list[Tensor]]:
+        """Missing quantity → [points, pictures], and the CLIP vectors of every point where they are needed."""
+        rows: dict[str, list[Floats]] = {}
+        vectors = []
+        kinds = [q for q in missing if q not in (CLIP_T, DETECTED)]
+        texts = None
+        if CLIP_T in missing:
+            texts = text_vectors(self.judges, prompts_of(self.concept, family, samples.shape[1]))
+        for images in samples:
+            shown = prepared(images, self.preprocessing)
+            clip = clip_vectors(self.judges, shown) if between or {CLIP_T, "clip"} & set(missing) else None
+            values = self.references.similarities(shown, clip, kinds) if kinds else {}
+            if clip is not None:
+                vectors.append(clip)
+            if texts is not None and clip is not None:
+                values[CLIP_T] = np.asarray((clip * texts).sum(1), dtype=float)
+            if DETECTED in missing:
+                detector = detector_of(self.judges, "eval")
+                values[DETECTED] = np.asarray(detector.detects(shown, self.concept.name).cpu(), dtype=float)
+            for quantity, value in values.items():
+                rows.setdefault(quantity, []).append(value)
+        return {quantity: np.stack(values) for quantity, values in rows.items()}, vectors
+
+
+def _beyond(found: dict[str, Reading], role: Role) -> None:
+    """What stands at the snapshots that a diverged attack did not reach: its last pictures, unless these flatter.
+
+    An attack on a target that diverged on the immunized model proves no protection: beyond its end it counts as on the
+    control, where that shows more. An attack on another concept that diverged on the control leaves nothing to compare
+    the benign user's loss with: nan beyond its end.
+    """
+    control = found[CONTROL]
+    if role == "benign":
+        for values in control.values.values() if control.status == "diverged" else ():
+            values[control.end :] = np.nan
+        return
+    for arm, reading in found.items():
+        if arm == CONTROL or reading.status != "diverged":
+            continue
+        for quantity, values in reading.values.items():
+            for point in range(reading.end, len(values)):
+                if control.values[quantity][point].mean() > values[point].mean():
+                    values[point] = control.values[quantity][point]
+        if BETWEEN in control.values:
+            control.values[BETWEEN][reading.end :] = 1.0
+
+
+def _held(steps: Sequence[int], plan: Sequence[int]) -> list[int]:
+    """For every planned snapshot, the index of the last recorded step that is not beyond it."""
+    return [int(i) for i in torch.searchsorted(torch.tensor(steps), torch.tensor(plan), right=True) - 1]

@@ -1,0 +1,64 @@
+"""Pictures of unattacked models: painted once, the same whatever else is asked for."""
+
+import torch
+from fake_generations import FakeRun, Painter, case
+
+from eval import painting
+from eval.painting import BLOCK, paint
+from lab.types import CONTROL, Sampling
+
+SAMPLING = Sampling(2, 4.0, 4)
+
+
+class Numbered(Painter):
+    """Its latents are numbers that differ between blocks, and the red of a picture is its number."""
+
+    def latents(self, total, seed, *labels):
+        return torch.arange(total) + 100 * labels[-1]
+
+
+def numbered() -> Numbered:
+    return Numbered(lambda prompt, number: (number, len(prompt), 0))
+
+
+def pictures(run, count, arm=CONTROL, prompts=("a", "bb"), sampling=SAMPLING):
+    return paint(run, case(), 0, arm, prompts, sampling, count)
+
+
+def test_a_smaller_count_is_the_beginning_of_a_larger_one():
+    run = FakeRun(models={CONTROL: numbered(), "mima": numbered()})
+    few, many = pictures(run, BLOCK), pictures(run, BLOCK + 8)
+    assert torch.equal(many[:BLOCK], few)
+    assert many[:, 0, 0, 0].tolist() == [*range(BLOCK), *range(100, 108)]
+    assert many[:, 1, 0, 0].tolist() == [1, 2] * (BLOCK // 2 + 4)
+    assert len(run.models[CONTROL].calls) == 2  # the first block was there
+
+
+def test_arms_share_latents_and_not_pictures():
+    run = FakeRun(models={CONTROL: numbered(), "mima": numbered()})
+    assert torch.equal(pictures(run, 4), pictures(run, 4, arm="mima"))
+    assert len(run.models["mima"].calls) == 1
+
+
+def test_equal_weights_paint_once_in_all_runs_and_other_settings_paint_anew():
+    model = numbered()
+    first, second = (FakeRun(models={CONTROL: model, "mima": numbered()}) for _ in range(2))
+    pictures(first, 4)
+    pictures(second, 4)
+    assert len(model.calls) == 1
+    pictures(second, 4, sampling=Sampling(2, 1.0, 4))
+    pictures(second, 4, prompts=("c",))
+    assert len(model.calls) == 3
+    model.weights += 10_000
+    pictures(FakeRun(models={CONTROL: model, "mima": numbered()}), 4)
+    assert len(model.calls) == 4
+
+
+def test_the_oldest_pictures_make_room(monkeypatch):
+    run = FakeRun(models={CONTROL: numbered(), "mima": numbered()})
+    monkeypatch.setattr(painting, "_MEMORY_LIMIT", 4 * 3 * 4 * 4)  # four pictures
+    old = pictures(run, 4)
+    pictures(run, 4, arm="mima")
+    assert len(painting._painted) == 1
+    assert torch.equal(pictures(run, 4), old)
+    assert len(run.models[CONTROL].calls) == 2
