@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import traceback
+import warnings
 from pathlib import Path
 
 import hydra
@@ -13,6 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+# conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges but warns about
+warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
 EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
 _worst = 0  # exit code of the process: a failed job of a sweep must not stop the others
@@ -27,12 +29,20 @@ def dispatch(cfg: DictConfig) -> None:
     """Do what ``cfg.action`` says; errors that a user can mend raise `lab.errors.UserError`."""
     from hydra.core.hydra_config import HydraConfig
 
+    from lab.batch import claimed
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    with claimed(folder, cfg.action, cfg.dry_run):  # before the imports below, which take seconds
+        _act(cfg, folder)
+
+
+def _act(cfg: DictConfig, folder: Path) -> None:
     from lab.actions import ACTIONS
     from lab.errors import UserError, nearest
-    from lab.experiment import run_once
+    from lab.launch import launch
 
     if cfg.action == "run":
-        run_once(cfg, Path(HydraConfig.get().runtime.output_dir))
+        launch(cfg, folder)
     elif cfg.action in ACTIONS:
         ACTIONS[cfg.action](cfg)
     else:
@@ -42,34 +52,39 @@ def dispatch(cfg: DictConfig) -> None:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its other jobs."""
+    from lab.batch import fail_job, interruptible
     from lab.failures import explain
 
     try:
-        dispatch(cfg)
+        with interruptible(job=True):
+            dispatch(cfg)
     except Exception as error:
         told = explain(error)
         if told is None:
             traceback.print_exc()
         print(f"error: {told or error}", file=sys.stderr)
-        _failed(EXIT_USER if told else EXIT_BUG)
-
-
-def _stop(*_: object) -> None:
-    raise KeyboardInterrupt
+        _failed(code := EXIT_USER if told else EXIT_BUG)
+        fail_job(code)
 
 
 def main() -> None:
     """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach us instead of Hydra's printer
-    signal.signal(signal.SIGTERM, _stop)  # a batch system's SIGTERM leaves a record, like Ctrl-C
+    from lab.arguments import with_paths
+    from lab.batch import interruptible
+    from lab.callbacks import sweep_codes
+    from lab.failures import explain
+
+    sys.argv[1:] = with_paths(sys.argv[1:])
     try:
-        job()
+        with interruptible():  # a batch system's SIGTERM leaves a record, like Ctrl-C
+            job()
+        while sweep_codes:  # of jobs that ran in processes of a launcher
+            _failed(sweep_codes.pop())
     except KeyboardInterrupt:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         _failed(EXIT_INTERRUPTED)
     except Exception as error:
-        from lab.failures import explain
-
         told = explain(error, sys.argv[1:])
         if told is None:
             raise
@@ -79,4 +94,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from run import main as by_name  # launchers hand `job` to other processes by the name of its module
+
+    by_name()

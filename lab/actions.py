@@ -1,23 +1,24 @@
-"""What `action=report|leaderboard|compare|status` do with records that are there already."""
+"""What every `action` but `run` does."""
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
 
-from eval.report.compare import compare, to_text
+from eval.report import compare as comparing
 from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
 from lab import record as records
 from lab.errors import UserError
 from lab.experiment import relative
+from lab.status import status
 from lab.store import write_atomically
 
 
-def publish(found: list[records.Record], folder: Path) -> None:
+def publish(found: Sequence[records.Record], folder: Path) -> None:
     """Write leaderboard (Markdown, CSV, HTML) and report of ``found`` to ``folder`` and say where."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = leaderboard(found)
@@ -52,38 +53,13 @@ def comparison(cfg: DictConfig) -> None:
     if len(found) != 2:
         raise UserError("records", f"{len(found)} records", "compare needs exactly two: records=[A.json,B.json].")
     (path_a, a), (path_b, b) = found
-    result = compare(a, b)
+    result = comparing.compare(a, b)
     out = Path(cfg.paths.outputs) / "comparison.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, (json.dumps(result, indent=1) + "\n").encode())
-    print(f"A = {relative(path_a)}\nB = {relative(path_b)}\n{to_text(result)}\ncomparison: {relative(out)}")
-
-
-def status(cfg: DictConfig) -> None:
-    """Runs below ``paths.runs``: done, diverged, failed, preempted, or running (a folder without a record)."""
-    places = [Path(p) for p in _places(cfg)] or [Path(cfg.paths.runs)]
-    for root in places:
-        if not root.is_dir():
-            raise UserError(
-                "records" if cfg.records else "paths.runs", root, "does not exist: nothing was run there yet."
-            )
-    marks = ("record.json", "run.log", "config.yaml")  # the last one lies in .hydra from the first second on
-    found = {p for root in places for name in marks for p in root.rglob(name)}
-    folders = {p.parent.parent if p.parent.name == ".hydra" else p.parent for p in found}
-    counts: Counter[str] = Counter()
-    for folder in sorted(folders):
-        if (folder / "record.json").is_file():
-            record = records.read(folder / "record.json")
-            state, why = record["status"], (record["error"] or {}).get("message", "")
-            seconds = f"{record['provenance']['wall_time_s']:.0f} s"
-        else:
-            state, why, seconds = "unfinished", "no record yet: running, or killed (the same command continues it)", ""
-        counts[state] += 1
-        print(f"{state:<10} {seconds:>7}  {relative(folder)}  {why[:100]}")
-    unfinished = list(Path(cfg.paths.cache).rglob("*.ckpt"))
-    print(", ".join(f"{n} {state}" for state, n in sorted(counts.items())) or "no runs")
-    if unfinished:
-        print(f"{len(unfinished)} stages with a checkpoint to continue from")
+    write_atomically(out.with_suffix(".html"), comparing.to_html(result).encode())
+    print(f"A = {relative(path_a)}\nB = {relative(path_b)}\n{comparing.to_text(result)}")
+    print(f"comparison: {relative(out)} (also .html)")
 
 
 def train(cfg: DictConfig) -> None:
@@ -93,4 +69,50 @@ def train(cfg: DictConfig) -> None:
     run(cfg)
 
 
-ACTIONS = {"report": report, "leaderboard": leaderboards, "compare": comparison, "status": status, "train": train}
+def release(cfg: DictConfig) -> None:
+    """Write an immunized model in an open layout; see `lab.export`."""
+    from lab.export import export
+
+    export(cfg)
+
+
+def check_release(cfg: DictConfig) -> None:
+    """Check an exported folder; see `lab.verify`."""
+    from lab.verify import verify
+
+    verify(cfg)
+
+
+def audits(cfg: DictConfig) -> None:
+    """Attack one checkpoint and end in one page; see `lab.audit`."""
+    from lab.audit import audit
+
+    audit(cfg)
+
+
+def searches(cfg: DictConfig) -> None:
+    """Search settings of an immunizer; see `lab.search`."""
+    from lab.search import search
+
+    search(cfg)
+
+
+def saved_view(cfg: DictConfig) -> None:
+    """Save a comparison on the W&B server; see `lab.tracking.workspace`."""
+    from lab.tracking.workspace import workspace
+
+    workspace(cfg)
+
+
+ACTIONS = {
+    "report": report,
+    "leaderboard": leaderboards,
+    "compare": comparison,
+    "status": status,
+    "train": train,
+    "export": release,
+    "verify": check_release,
+    "audit": audits,
+    "search": searches,
+    "workspace": saved_view,
+}

@@ -15,7 +15,7 @@ from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from lab.errors import UserError, nearest
+from lab.errors import RankFailed, UserError, nearest
 from lab.sources import ROOT
 
 _SYSTEM = {
@@ -43,9 +43,13 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
+    if isinstance(error, RankFailed):
+        return error.told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
+    if launched := _launcher(error):
+        return launched
     if isinstance(error, OSError):  # after MissingConfigException, which is one
         return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingMandatoryValue | InterpolationKeyError):
@@ -55,6 +59,22 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         if key is not None:
             return f"{key}: there is no such key; {nearest(key, _keys(arguments))}"
         return _first_line(error)
+    return None
+
+
+def _launcher(error: BaseException) -> str | None:
+    """What a launcher of Hydra's plug-ins raises: it is not installed, its settings, no cluster, a job that died."""
+    text = str(error)
+    if missing := re.search(r"plugin (?:class : ')?hydra_plugins\.hydra_(submitit|joblib)_launcher", text):
+        fix = 'pip install "immunization-bench[slurm]"'
+        return f"hydra/launcher: needs the package hydra-{missing[1]}-launcher: `{fix}`."
+    if type(error).__name__ == "TerminatedWorkerError":  # joblib's; the other jobs end with it
+        return "hydra/launcher=joblib: a process was killed, for want of memory perhaps; the same command continues."
+    if type(error).__module__.partition(".")[0] == "submitit":
+        fix = "the others go on; `python run.py action=status` tells of all, the same command continues"
+        return f"a job of the sweep ended without a result; {fix}. {text}"
+    if "srun" in text and isinstance(error, RuntimeError):
+        return "hydra/launcher=submitit_slurm: no Slurm on this machine: take submitit_local or joblib."
     return None
 
 

@@ -1,0 +1,117 @@
+"""kill -9 at random points and many processes on one cache: nothing is lost, nothing is computed twice.
+
+KILLS=N in the environment says how often each test strikes. A Slurm job that is killed: tests/slurm.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import FAST, ROOT, ended, found_records, hashes, kill, start, until
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("KILLS", "2"))
+WORK = [*FAST, "threads=1", "immunize.epochs=20", "immunize.checkpoint_every=20"]
+
+
+def begun(folder):
+    """Whether the first stage is being computed."""
+    return next(folder.rglob("*.lock"), None) if (folder / "outputs/cache").is_dir() else None
+
+
+@pytest.fixture
+def strikes(tmp_path):
+    """Runs a command to its end, then again elsewhere with kills on the way; returns both folders."""
+
+    def call(command, victim, *, undisturbed=None):
+        whole, broken = tmp_path / "whole", tmp_path / "broken"
+        whole.mkdir()
+        broken.mkdir()
+        process = start(whole, *(undisturbed or command))
+        until(lambda: begun(whole), "no stage begins")
+        since = time.monotonic()
+        ended(process)
+        length = time.monotonic() - since
+        done = 0
+        for _ in range(KILLS):
+            process = start(broken, *command)
+            earlier = set(broken.rglob("run.log"))
+            until(
+                lambda p=process, e=earlier: p.poll() is not None or set(broken.rglob("run.log")) - e, "no run begins"
+            )
+            time.sleep(random.SystemRandom().uniform(0, 2 * length / (KILLS + 1)))
+            if process.poll() is None:
+                victim(process, broken)
+                done += 1
+        print(f"{done} of {KILLS} kills struck; undisturbed, the stages take {length:.1f} s")
+        assert done
+        ended(start(broken, *command))
+        return whole, broken
+
+    return call
+
+
+def test_a_sweep_killed_at_random_points_gives_the_same_content(strikes):
+    command = ["-m", *WORK, "seeds=[0,1]", "immunize=kappa,kappa_opt"]
+    whole, broken = strikes(command, lambda process, _: kill(process))
+    assert len(hashes(whole)) == 2
+    assert hashes(broken) == hashes(whole)
+    again = [record["provenance"]["cache_hits"] for record in found_records(broken)]
+    assert max(again) > 0, "nothing was resumed"
+
+
+def test_a_worker_killed_at_random_points_ends_its_run_and_the_next_one_gives_the_same_content(strikes):
+    several = ["launch=cpu", "launch.num_processes=2"]
+    common = [*WORK, "seeds=[0,1]", "immunize=kappa"]
+
+    def one_worker(process, folder):
+        ranks = max(folder.rglob("ranks"), key=lambda path: path.stat().st_mtime)
+        running = [json.loads(path.read_text()) for path in ranks.glob("*.json")]
+        alive = [state["pid"] for state in running if state["state"] == "running"]
+        if not alive:  # the kill comes before they begin, or after they have ended
+            kill(process)
+            return
+        os.kill(random.SystemRandom().choice(alive), signal.SIGKILL)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode not in (0, None), err
+
+    whole, broken = strikes([*several, *common], one_worker, undisturbed=common)
+    assert hashes(broken) == hashes(whole), "one process, undisturbed, and two, killed, differ"
+
+
+TOGETHER = """
+import os, sys
+from pathlib import Path
+from hydra import compose, initialize_config_dir
+import run
+from lab.experiment import run_once
+with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
+    cfg = compose("config", overrides=sys.argv[1:])
+children = []
+for number in range(8):
+    child = os.fork()  # the imports above are shared, so all eight begin together
+    if child == 0:
+        os._exit(0 if run_once(cfg, Path(f"outputs/runs/{number}")) else 1)
+    children.append(child)
+sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+"""
+
+
+def test_eight_processes_on_one_cache_compute_every_stage_once(tmp_path):
+    command = [sys.executable, "-c", TOGETHER, *WORK, "seeds=[0]", "immunize=kappa"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    found = found_records(tmp_path)
+    assert len(found) == 8
+    keys = {cell["key"] for cell in found[0]["cells"]}
+    assert all({cell["key"] for cell in record["cells"]} == keys for record in found)
+    assert sum(record["provenance"]["cache_misses"] for record in found) == len(keys)
+    assert sum(record["provenance"]["cache_hits"] for record in found) == 7 * len(keys)
+    assert len({record["content_hash"] for record in found}) == 1

@@ -1,0 +1,218 @@
+"""Sweeps whose jobs run in other processes of this machine (Slurm: tests/slurm), and how they say what is missing."""
+
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from processes import FAST, ROOT, computed, ended, found_records, start
+
+from lab import batch
+from lab.errors import UserError
+from lab.failures import explain
+from lab.status import status
+
+QUICK = [*FAST, "threads=1", "seeds=[0]", "immunize.epochs=2"]
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch, capsys):
+    """The answer of `action=status` about a folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*overrides):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=["action=status", *overrides])
+        capsys.readouterr()
+        status(cfg)
+        return capsys.readouterr().out.splitlines()
+
+    return call
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])
+def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(launcher, tmp_path, told):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="needs the extra slurm")
+    grid = ["immunize=kappa,kappa_opt", "immunize.lambda_p=1,-1"]
+    sweep = start(tmp_path, "-m", f"hydra/launcher={launcher}", *QUICK, *grid)
+    out, err = ended(sweep, code=2)
+    assert "Traceback" not in err
+    assert "action=status" in err
+    assert "leaderboard: " in out
+    found = found_records(tmp_path)
+    assert Counter(record["status"] for record in found) == {"ok": 2, "failed": 2}
+    wanted = Counter(cell["key"] for record in found for cell in record["cells"])
+    assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
+    assert max(wanted.values()) == 2, "the control arm is shared"
+    lines = told()
+    assert lines[-1] == "2 done (2 ok), 2 failed"
+    assert sum("immunize.lambda_p" in line for line in lines) == 2
+
+
+# ---- one job: signals, and the folder that it works in
+
+JOB = """
+import os, signal, sys
+from lab.batch import fail_job, interruptible
+def requeue(*_):
+    print("requeued", flush=True)
+    sys.exit(255)
+signal.signal(signal.SIGUSR2, requeue)  # as submitit does
+try:
+    with interruptible(job={job}):
+        os.kill(os.getpid(), signal.{first})
+except KeyboardInterrupt as told:
+    print("record of", told, flush=True)
+for _ in range(3):
+    os.kill(os.getpid(), signal.SIGUSR1)  # scancel repeats itself
+print("in order")
+fail_job(7)
+"""
+
+
+def job_ends(first, job=True, executor="slurm"):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SUBMITIT", "SLURM"))} | {"PYTHONPATH": str(ROOT)}
+    env |= {"SUBMITIT_EXECUTOR": executor} if executor else {}
+    code = JOB.format(first=first, job=job)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [
+        ({"first": "SIGUSR1"}, 255, ["requeued"]),
+        ({"first": "SIGUSR2", "executor": "local"}, 255, ["requeued"]),
+        ({"first": "SIGTERM"}, 130, []),  # cancelled or preempted: Slurm knows which
+        ({"first": "SIGTERM", "executor": None}, 0, ["record of SIGTERM", "in order"]),
+        ({"first": "SIGUSR1", "job": False}, 7, ["record of SIGUSR1", "in order"]),  # a process that a job has started
+    ],
+)
+def test_signals_of_a_batch_system(given, code, words):
+    assert job_ends(**given) == (code, words, "")
+
+
+def folder(place, process=None, action="run"):
+    """A run folder as hydra and `lab.batch.claimed` leave it."""
+    (place / ".hydra").mkdir(parents=True)
+    (place / ".hydra/config.yaml").write_text(f"action: {action}\ndry_run: false\n")
+    if process:
+        (place / batch.PROCESS).write_text(OmegaConf.to_yaml(OmegaConf.create(process)))
+    return place
+
+
+SQUEUE = """#!/bin/sh
+cat <<END
+7_0|PENDING|BeginTime|{here}|study
+7_1|RUNNING|None|{here}|study
+7_2|PENDING|Resources|{here}|study
+7_3|RUNNING|None|{here}|study
+9|PENDING|Priority|{here}|by_hand
+11|PENDING|Priority|/elsewhere|not_ours
+END
+"""
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """A sweep of five jobs: 0 was put back in the queue, 1 runs, 2 waits, 3 begins, 4 is gone; and other folders."""
+    runs = tmp_path / "outputs/runs/study"
+    for number in range(5):
+        submitted = runs / f"multirun/.submitit/7_{number}/7_{number}_submitted.pkl"
+        submitted.parent.mkdir(parents=True)
+        submitted.touch()
+    script = runs / "multirun/.submitit/7/7_submission.sh"
+    script.parent.mkdir()
+    script.touch()
+    worker = {"host": "node", "pid": 1, "started": 0.0}
+    folder(runs / "multirun/0-kappa", process=worker | {"job": "7_0"})
+    folder(runs / "multirun/1-kappa", process=worker | {"job": "7_1"})
+    folder(runs / "killed")
+    folder(runs / "looked", action="status")
+    return runs
+
+
+def test_status_tells_queued_running_and_killed_apart(told, runs, tmp_path, monkeypatch):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "squeue").write_text(SQUEUE.format(here=tmp_path))
+    (programs / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
+    with batch.claimed(runs / "here", "run", dry_run=False):
+        lines = told()
+        assert [line.split()[0] for line in told("records=[outputs/runs/study/here]")] == ["running", "1"]
+    begins = [(line.split()[0], line.split("  ")[-1]) for line in lines[:-1]]
+    assert begins == [
+        ("queued", "Slurm job 9 by_hand waits: Priority"),
+        ("running", f"process {os.getpid()} on {os.uname().nodename}; begins"),
+        ("killed", "no record and no living process: the same command continues it"),
+        ("queued", "Slurm job 7_2 study waits: Resources"),
+        ("running", "Slurm job 7_3 begins"),
+        ("killed", "Slurm job 7_4 ended before it began: see outputs/runs/study/multirun/.submitit/7_4"),
+        ("queued", "Slurm job 7_0 study waits: BeginTime; it will continue"),
+        ("running", "Slurm job 7_1 begins"),
+    ]
+    assert lines[-1] == "3 queued, 3 running, 2 killed"
+
+
+def test_status_without_slurm(told, runs, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert told()[-1] == "1 killed, 5 unknown"
+    with pytest.raises(UserError, match="records=nowhere"):
+        told("records=[nowhere]")
+
+
+def test_a_folder_is_claimed_until_its_process_dies(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from lab.batch import claimed
+with claimed(Path("here"), "run", dry_run=False):
+    print("claimed", flush=True)
+    time.sleep(100)
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "claimed\n"
+    assert batch.is_claimed(tmp_path / "here")
+    process.kill()
+    process.communicate()
+    assert not batch.is_claimed(tmp_path / "here")
+    assert OmegaConf.load(tmp_path / "here" / batch.PROCESS).pid == process.pid
+    with batch.claimed(tmp_path / "dry", "run", dry_run=True), batch.claimed(tmp_path / "look", "status", False):
+        assert not list(tmp_path.glob("dry")) + list(tmp_path.glob("look"))
+
+
+@pytest.mark.filterwarnings("ignore:\\s*'hydra.launcher.* is validated against ConfigStore schema")
+def test_our_launcher_configs_keep_the_plugins_other_options():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher", reason="needs the extra slurm")
+    found = {}
+    for name in ("submitit_slurm", "submitit_local", "joblib"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=[f"hydra/launcher={name}"], return_hydra_config=True)
+        found[name] = cfg.hydra.launcher
+    slurm = found["submitit_slurm"]
+    assert (slurm.max_num_timeout, slurm.additional_parameters) == (50, {"requeue": True})
+    assert {"partition", "account", "gres", "setup", "array_parallelism"} <= set(slurm)
+    assert found["submitit_local"].timeout_min == 1440
+    assert found["joblib"].n_jobs == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'), "no Slurm on this machine"),
+        (
+            ValueError("Could not find plugin hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"),
+            "immunization-bench[slurm]",
+        ),
+        (type("TerminatedWorkerError", (Exception,), {})("a worker process …"), "want of memory"),
+    ],
+)
+def test_what_stops_a_sweep_is_said(error, words):
+    assert words in explain(error)
