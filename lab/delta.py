@@ -50,8 +50,16 @@ def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "base": state_hash(old), "tensors": json.dumps(sorted(changed))}
-    write_atomically(path, save(changed, metadata))
+    write_atomically(path, _ordered(save(changed, metadata)))
     return path
+
+
+def _ordered(data: bytes) -> bytes:
+    """The same safetensors file with its header sorted: the library writes the metadata in another order every time."""
+    size = int.from_bytes(data[:8], "little")
+    head = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # as the library pads it
+    return len(head).to_bytes(8, "little") + head + data[8 + size :]
 
 
 def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:

@@ -15,12 +15,12 @@ from lab.search_space import Plan
 ROOT = Path(__file__).resolve().parent.parent
 
 GROUPS = (
-    "scenario", "backbone", "erase", "immunize", "attacks", "eval", "judges", "tracker", "paths", "experiment",
-    "experiment/paper", "debug",
+    "scenario", "backbone", "erase", "immunize", "attacks", "eval", "judges", "tracker", "launch", "paths",
+    "experiment", "experiment/paper", "debug",
 )  # fmt: skip
 COUNTS = {
     "scenario": 16, "backbone": 8, "erase": 2, "immunize": 25, "attacks": 22, "eval": 14, "judges": 2, "tracker": 3,
-    "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 1, "sweeps": 26,
+    "launch": 3, "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 1, "sweeps": 26,
 }  # fmt: skip
 
 

@@ -1,78 +1,170 @@
-"""A stranger's attack on MiniSD: diffusers, peft and transformers only, nothing of this project.
+"""A stranger's attack on a text-to-image model: diffusers, peft and transformers only, nothing of this project.
 
-Loads a folder in diffusers layout, trains a LoRA on a handful of pictures, saves it, loads it into a fresh pipeline and
-generates. `python lora_without_this_project.py FOLDER PICTURES OUT [STEPS]`; PICTURES is a folder with metadata.csv.
+    python lora_without_this_project.py FOLDER --images DIR --prompt "a fox in the style of neon" --steps 160
+
+Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains a LoRA on a handful of pictures, paints
+the prompts at several steps, saves the LoRA and loads it into a fresh pipeline. The defaults are those of attacks=lora.
+OUT gets `step_00000/00.png` …, `attack.json`, and `pytorch_lora_weights.safetensors`.
 """
 
+import argparse
 import csv
+import json
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
-
-def load_pictures(folder: Path, size: int) -> tuple[torch.Tensor, list[str]]:
-    with (folder / "metadata.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    images = [np.asarray(Image.open(folder / row["file_name"]).convert("RGB").resize((size, size))) for row in rows]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, [row["text"] for row in rows]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+LAYERS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 
 
-def main(folder: str, pictures: str, out: str, steps: int = 160) -> None:
-    torch.manual_seed(0)
-    started = time.time()
-    pipe = StableDiffusionPipeline.from_pretrained(folder)
-    print(f"loaded in {time.time() - started:.1f} s")
-    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
-    images, captions = load_pictures(Path(pictures), size)
-    with torch.no_grad():
-        latents = pipe.vae.encode(images).latent_dist.mean * pipe.vae.config.scaling_factor
-        tokens = pipe.tokenizer(
-            captions,
-            padding="max_length",
-            max_length=pipe.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        text = pipe.text_encoder(tokens.input_ids)[0]
-
-    pipe.unet.requires_grad_(False)
-    pipe.unet.add_adapter(
-        LoraConfig(r=4, lora_alpha=4, target_modules=["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"])
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Fine-tune a diffusers pipeline by LoRA and paint prompts on the way; @FILE stands for its lines.",
+        fromfile_prefix_chars="@",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    trained = [p for p in pipe.unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3)
-    for step in range(steps):
-        index = torch.randint(len(latents), (8,))
-        noise, t = torch.randn_like(latents[index]), torch.randint(0, 1000, (8,))
-        noisy = pipe.scheduler.add_noise(latents[index], noise, t)
-        loss = (pipe.unet(noisy, t, text[index]).sample - noise).square().mean()
+    add = parser.add_argument
+    add("folder", type=Path, help="model in diffusers layout, e.g. an exported one")
+    add(
+        "--images",
+        type=Path,
+        required=True,
+        help="pictures of the concept; captions: metadata.csv (file_name, text)",
+    )
+    add(
+        "--prompt",
+        nargs="+",
+        required=True,
+        help="painted in turn; the first one is the caption where there is no metadata.csv",
+    )
+    add("--out", type=Path, default=Path("attack"), help="folder for what comes out, new or empty")
+    add("--steps", type=int, default=160, help="updates")
+    add("--at", type=int, nargs="+", default=[0, 10, 20, 40, 80, 160, 320], help="steps at which pictures are painted")
+    add("--rank", type=int, default=4, help="of the LoRA; alpha is the same")
+    add("--lr", type=float, default=1e-3, help="of AdamW; Stable Diffusion takes 1e-4")
+    add("--batch-size", type=int, default=8, help="pictures per update")
+    add("--count", type=int, default=32, help="pictures per painting")
+    add("--inference-steps", type=int, default=20, help="of DDIM")
+    add("--guidance", type=float, default=4.0, help="classifier-free guidance")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
+    given = parser.parse_args(arguments)
+    for name in ("steps", "rank", "batch_size", "count", "inference_steps"):
+        if getattr(given, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if not (given.folder / "model_index.json").is_file():
+        parser.error(f"{given.folder} holds no model_index.json: it is no model in diffusers layout")
+    if not given.images.is_dir():
+        parser.error(f"--images {given.images}: there is no such folder")
+    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
+        parser.error(f"--out {given.out} exists and is not empty")
+    return given
+
+
+def load_pictures(folder: Path, size: int, caption: str) -> tuple[torch.Tensor, list[str]]:
+    """[n, 3, size, size] in [-1, 1], and a caption each."""
+    if (folder / "metadata.csv").is_file():
+        with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
+            found = [(folder / row["file_name"], row["text"]) for row in csv.DictReader(file)]
+    else:
+        found = [(path, caption) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+    if not found:
+        sys.exit(f"error: --images {folder} holds no pictures ({', '.join(SUFFIXES)})")
+    images = [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path, _ in found]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, [text for _, text in found]
+
+
+def load(given: argparse.Namespace) -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(given.folder, safety_checker=None, requires_safety_checker=False)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(given.device)
+
+
+def paint(pipe: StableDiffusionPipeline, given: argparse.Namespace, folder: Path) -> None:
+    """The prompts in turn, from the same noise at every step."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(given.seed)
+    shape = (given.count, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    noise = torch.randn(shape, generator=draw)
+    for start in range(0, given.count, 8):
+        numbers = range(start, min(start + 8, given.count))
+        made = pipe(
+            [given.prompt[i % len(given.prompt)] for i in numbers],
+            latents=noise[numbers.start : numbers.stop].to(given.device),
+            num_inference_steps=given.inference_steps,
+            guidance_scale=given.guidance,
+        )
+        for i, image in zip(numbers, made.images, strict=True):
+            image.save(folder / f"{i:02d}.png")
+
+
+def attack(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> list[float]:
+    """Train adapters in place; the loss of every update."""
+    unet, device = pipe.unet, given.device
+    draw = torch.Generator().manual_seed(given.seed)
+    images, captions = load_pictures(given.images, unet.config.sample_size * pipe.vae_scale_factor, given.prompt[0])
+    schedule = DDPMScheduler.from_config(pipe.scheduler.config)
+    with torch.no_grad():
+        latents = torch.cat([pipe.vae.encode(i.to(device)).latent_dist.mean for i in images.split(8)])
+        latents = latents * pipe.vae.config.scaling_factor
+        tokens = pipe.tokenizer(
+            captions, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        text = pipe.text_encoder(tokens.input_ids.to(device))[0]
+    unet.requires_grad_(False)
+    torch.manual_seed(given.seed)  # peft draws the adapters from the global stream
+    unet.add_adapter(LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules=LAYERS))
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=given.lr)
+    losses = []
+    for step in range(given.steps + 1):
+        if step in given.at or step == given.steps:
+            paint(pipe, given, given.out / f"step_{step:05d}")
+        if step == given.steps:
+            return losses
+        index = torch.randint(len(latents), (given.batch_size,), generator=draw).to(device)
+        noise = torch.randn(latents[index].shape, generator=draw).to(device)
+        t = torch.randint(schedule.config.num_train_timesteps, (given.batch_size,), generator=draw).to(device)
+        noisy = schedule.add_noise(latents[index], noise, t)
+        v = schedule.config.prediction_type == "v_prediction"
+        aim = schedule.get_velocity(latents[index], noise, t) if v else noise
+        loss = (unet(noisy, t, text[index]).sample - aim).square().mean()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        if step % 40 == 0:
-            print(f"step {step}: loss {loss.item():.4f}")
-    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    StableDiffusionPipeline.save_lora_weights(out, unet_lora_layers=lora, safe_serialization=True)
+        losses.append(loss.item())
+        if not np.isfinite(losses[-1]):
+            sys.exit(f"error: the attack diverged at step {step + 1}; a smaller --lr may do")
 
-    fresh = StableDiffusionPipeline.from_pretrained(folder)
-    fresh.load_lora_weights(out)
-    fresh.set_progress_bar_config(disable=True)
-    for name, some in (("before", StableDiffusionPipeline.from_pretrained(folder)), ("after", fresh)):
-        some.set_progress_bar_config(disable=True)
-        made = some(
-            [captions[0]] * 8, num_inference_steps=20, guidance_scale=4.0, generator=torch.Generator().manual_seed(1)
-        )
-        strip = np.concatenate([np.asarray(image) for image in made.images], 1)
-        Image.fromarray(strip).save(Path(out) / f"{name}.png")
-    print(f"done in {time.time() - started:.0f} s; {out}/before.png, after.png, pytorch_lora_weights.safetensors")
+
+def main(arguments: list[str] | None = None) -> None:
+    given = options(arguments)
+    started = time.time()
+    pipe = load(given)
+    losses = attack(pipe, given)
+    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+    StableDiffusionPipeline.save_lora_weights(given.out, unet_lora_layers=lora, safe_serialization=True)
+
+    fresh = load(given)
+    fresh.load_lora_weights(given.out)
+    paint(fresh, given, given.out / "reloaded")
+    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+    facts |= {"losses": losses, "seconds": round(time.time() - started, 1)}
+    (given.out / "attack.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    few = max(len(losses) // 10, 1)
+    print(f"loss {np.mean(losses[:few]):.4f} → {np.mean(losses[-few:]):.4f} in {facts['seconds']} s; {given.out}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], sys.argv[3], *map(int, sys.argv[4:5]))
+    main()

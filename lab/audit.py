@@ -1,0 +1,95 @@
+"""`action=audit` (`experiment=audit`): attack ONE checkpoint with a suite of attackers and end in one page."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lab import record as records
+from lab.assemble import assemble
+from lab.audit_cost import seconds_per_update
+from lab.audit_page import build, ordered
+from lab.errors import UserError, nearest
+from lab.pipeline import Pipeline
+from lab.sources import ROOT
+from lab.store import Store, write_atomically
+
+KEY = "audit"
+
+
+def audit(cfg: DictConfig) -> Path | None:
+    """Run the attacks, time them on this machine, write ``audit.md`` and ``audit.html`` beside the record.
+
+    Returns:
+        the Markdown page; None for ``dry_run``.
+
+    Raises:
+        UserError: ``action=audit`` without ``experiment=audit``; an attack, judge or scenario that cannot work.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from lab.experiment import relative, run_once
+
+    prepared = prepare(cfg)
+    path = run_once(prepared, Path(HydraConfig.get().runtime.output_dir))
+    if path is None:
+        return None
+    page = write(prepared, path, shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]))
+    print(f"audit: {relative(page)} (also .html)")
+    return page
+
+
+def prepare(cfg: DictConfig) -> DictConfig:
+    """The run behind the audit: searches of ``audit.search`` reach the attackers that have none of their own.
+
+    Raises:
+        UserError: see `audit`.
+    """
+    _fits(cfg)
+    found = copy.deepcopy(cfg)
+    searches: dict[str, Any] = OmegaConf.to_container(cfg[KEY].search or OmegaConf.create({}))  # type: ignore[assignment]
+    known = {path.stem for path in (ROOT / "conf" / "attacks").glob("*.yaml")} | {str(name) for name in cfg.attacks}
+    for name, search in searches.items():
+        if name not in known:
+            raise UserError(f"{KEY}.search.{name}", search, nearest(str(name), known))
+        if search is not None and name in found.attacks and found.attacks[name].get("search") is None:
+            with open_dict(found):
+                found.attacks[name].search = search
+    return found
+
+
+def _fits(cfg: DictConfig) -> None:
+    if cfg.get(KEY) is None or "audit" not in cfg.eval:
+        raise UserError("action", "audit", "comes with its attacks and metrics: `python run.py experiment=audit …`.")
+    if not cfg.attacks:
+        raise UserError("attacks", "none", "an audit needs at least one attack, e.g. attacks=[lora].")
+    if cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None:  # the count is the audit's
+        told = "has no pictures to generate: an audit is of a text-to-image model, e.g. scenario=relearn_styles."
+        raise UserError("scenario", cfg.scenario.get("name"), told)
+    if cfg.launch.name != "none":
+        raise UserError("launch", cfg.launch.name, "an audit times its attacks in one process: launch=none.")
+    if cfg.backbone.name != "minisd" and cfg.judges.name == "minisd":
+        raise UserError(
+            "judges", "minisd", f"they only know MiniSD's world, not what {cfg.backbone.name} draws: judges=real."
+        )
+
+
+def write(cfg: DictConfig, path: Path, command: str) -> Path:
+    """The page of the record at ``path``, with costs measured now."""
+    record = records.read(path)
+    if record["status"] != "ok" or not record["tables"].get(KEY):
+        raise UserError("records", path, f"ended as {record['status']} without an audit; see the record's error.")
+    pipeline = Pipeline(assemble(cfg), Store(cfg.paths.cache))
+    costs = seconds_per_update(pipeline, ordered(record["tables"][KEY]))
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = build(record, costs, f"{device}, {torch.get_num_threads()} threads", command)
+    page = path.parent / "audit.md"
+    write_atomically(page, found.markdown().encode())
+    write_atomically(page.with_suffix(".html"), found.html().encode())
+    print(f"── {found.headline}")
+    return page

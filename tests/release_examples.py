@@ -1,0 +1,89 @@
+"""A run of the tiny text-to-image model from a folder, attacked by LoRA, with a record and a stage cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_diffusion import pictures, tiny_diffusion
+
+import run  # noqa: F401 - registers a resolver of the config
+from lab.experiment import run_once
+from lab.minisd import folders
+from lab.minisd.world import Subset, concept
+from lab.sources import ROOT
+
+
+def composed(*overrides: str) -> Any:
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
+    found = pictures(concept(name), 1, count)
+    return folders.write(
+        folder, found.images, [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(found.prompts)]
+    )
+
+
+def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
+    """Overrides of a run on ``backbone`` with one target and one other concept from folders, in seconds."""
+    rows = []
+    for name, role in (("mosaic", "target"), ("neon", "other")):
+        if not (root / name).is_dir():
+            concept_folder(root / name, name)
+        rows.append(
+            f"{{path: {name}, name: {name}, role: {role}, kind: style, words: {name}, "
+            f"prompts: [a fox in the style of {name}], erase: true, anchor: photo}}"
+        )
+    return [
+        "experiment=relearn", "backbone=minisd", f"backbone.path={backbone}", "scenario=concept_folders",
+        f"scenario.root={root}", f"scenario.concepts=[{', '.join(rows)}]", "scenario.resolution=32",
+        "scenario.sampling={steps: 2, guidance: 2.0, count: 4, negative: ''}", "scenario.keep_pictures=4",
+        "scenario.unrelated_pictures=4", "scenario.regularizers=8", "immunize=mima", "immunize.steps=2",
+        "immunize.batch_size=2", "immunize.prior_batch_size=2", "attacks=[lora]",
+        "attacks.lora.batch_size=2", "eval=[relearning]", "budget.horizon=2", "budget.multiple=2", "budget.at=[0,2,4]",
+        "tracker=none", f"paths.outputs={root / 'outputs'}", "threads=1", *overrides,
+    ]  # fmt: skip
+
+
+def tiny_folder(folder: Path, seed: int = 0) -> Path:
+    """Diffusers layout, random weights."""
+    return tiny_diffusion(seed).save(folder)
+
+
+def unrelated(root: Path) -> Path:
+    found = pictures(Subset(("fox", "panda")), 5, 8)
+    rows = [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(found.prompts)]
+    return folders.write(root / "unrelated", found.images, rows)
+
+
+def finished(root: Path, *overrides: str) -> tuple[Path, list[str]]:
+    """(record, overrides) of a finished run below ``root``."""
+    base = tiny_folder(root / "base")
+    given = world(root, base, *overrides)
+    path = run_once(composed(*given), root / "run")
+    assert path is not None
+    torch.set_num_threads(1)
+    return path, given
+
+
+def options(run_folder: tuple[Path, Path], *more: str) -> Any:
+    """Config of an export of (root, record file)."""
+    root, path = run_folder
+    return composed("action=export", f"records={path}", f"paths.outputs={root / 'outputs'}", *more)
+
+
+def move(file: Path, name: str | None = None, by: float = 0.5) -> None:
+    """Change one tensor of a file, and nothing else."""
+    tensors = load_file(file)
+    name = name or next(k for k, v in sorted(tensors.items()) if v.is_floating_point())
+    tensors[name] = tensors[name] + by
+    with safe_open(file, "pt") as handle:
+        save_file(tensors, file, handle.metadata())

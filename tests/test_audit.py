@@ -1,0 +1,161 @@
+"""One command for the release engineer: attack a checkpoint with a suite, end in one page that names the cost."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import signal
+import sys
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from release_examples import composed, tiny_folder, world
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+import run as entry
+from attacks.concept_curriculum import Curriculum
+from attacks.concept_lora import ConceptLora
+from lab import record as records
+from lab.arguments import with_paths
+from lab.audit import audit, prepare
+from lab.audit_cost import timed
+from lab.errors import UserError
+from lab.types import Budget
+
+SUITE = ["lora", "textual_inversion"]
+
+
+def of_folder(root, backbone, *more):
+    """Overrides of an audit of ``backbone`` on the concept folders below ``root``, in seconds."""
+    skipped = ("experiment=", "immunize", "attacks", "eval=", "backbone", "budget.at")
+    shared = [word for word in world(root, backbone) if not word.startswith(skipped)]
+    small = [f"audit.search.{name}.steps=1" for name in ("lora", "textual_inversion")]
+    small += ["attacks.lora.batch_size=2", "attacks.textual_inversion.batch_size=2", "budget.at=[0,2,4]"]
+    return ["experiment=audit", f"attacks=[{','.join(SUITE)}]", *shared, *small, *more]
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """The entry point in this process: (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        monkeypatch.setattr(entry, "_worst", 0)
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        with pytest.raises(SystemExit) as done:
+            entry.main()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        return done.value.code, *capfd.readouterr()
+
+    return call
+
+
+# ---- the whole of it
+
+
+def test_one_command_ends_in_one_page(tmp_path, call):
+    folder = tiny_folder(tmp_path / "a model, released")  # a comma and blanks are no list
+    code, out, err = call(*of_folder(tmp_path, folder), f"backbone={folder}")
+    assert code == 0, err
+    (page,) = (tmp_path / "outputs").rglob("audit.md")
+    text, record = page.read_text(), records.read(page.parent / "record.json")
+    assert f"audit: {page}" in out
+    assert page.with_suffix(".html").is_file()
+    assert record["immunizer"] == "none"
+    assert record["attacks"] == SUITE
+    headline = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)
+    assert headline is not None
+    assert f"── {headline[1]}" in out
+    assert re.match("Broken|Held|Not protected|Unclear", headline[1])
+    assert "# Audit of a model, released" in text
+    for name in SUITE:
+        assert re.search(rf"^\| mosaic .*\| {name} \|", text, re.MULTILINE)
+    assert "2 × 1 steps" in text  # the searches of audit.search
+    assert "measured on" in text
+    rows = record["tables"]["audit"]
+    assert {r["concept"] for r in rows} == {"mosaic", "neon"}
+    assert all(r["trials"] == 2 and r["parameters"] > 0 and r["pictures"] > 0 for r in rows)
+    again, out, _ = call(*of_folder(tmp_path, folder), f"backbone={folder}", "dry_run=true")
+    assert again == 0
+    assert "0 misses" in out  # every stage was kept
+
+
+# ---- wrong input
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["action=audit"], r"action=audit: .*experiment=audit"),
+        (["experiment=audit", "attacks=none"], r"attacks=none: .*at least one attack"),
+        (["experiment=audit", "+audit.search.lorra={mode: grid}"], r"audit\.search\.lorra=.*did you mean lora"),
+        (["experiment=audit", "backbone=sd"], r"judges=minisd: .*judges=real"),
+        (["experiment=audit", "scenario=house_price"], r"scenario=house_price: .*text-to-image"),
+        (["experiment=audit", "launch=cpu"], r"launch=cpu: .*launch=none"),
+    ],
+)
+def test_what_cannot_be_audited(overrides, told):
+    with pytest.raises(UserError, match=told):
+        audit(composed(*overrides))
+
+
+def test_a_folder_that_is_not_there_names_the_key(tmp_path, call):
+    code, _, err = call(
+        "experiment=audit", f"backbone={tmp_path / 'none'}", f"paths.outputs={tmp_path}", "tracker=none"
+    )
+    assert code == 2
+    assert "backbone.path=" in err
+    assert "there is no such folder" in err
+
+
+def test_a_search_of_the_attackers_own_is_kept():
+    own = "attacks.lora.search={mode: grid, steps: 7, space: {rank: [2]}}"
+    found = prepare(composed("experiment=audit", own, "audit.search.full_finetune=null"))
+    assert found.attacks.lora.search.steps == 7
+    assert found.attacks.full_finetune.search is None
+    assert found.attacks.textual_inversion.search.space.lr == [5e-3, 2e-2]
+
+
+def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("released", "minisd", "it's"):
+        (tmp_path / name).mkdir()
+    words = ["backbone=released", "backbone=minisd", "backbone=/no/such", "backbone=it's", "backbone=sd", "seeds=[0]"]
+    assert with_paths(words) == [
+        "backbone.path=released", "backbone=minisd", "backbone.path=/no/such", r"backbone.path='it\'s'",
+        "backbone=sd", "seeds=[0]",
+    ]  # fmt: skip
+    assert composed("experiment=audit", *with_paths(["backbone=it's"])).backbone.path == "it's"
+
+
+# ---- what an update costs
+
+
+def ticking(*durations):
+    """A clock that is read twice for each of ``durations``, then stands still."""
+    now, order = 0.0, []
+    for duration in durations:
+        order += [now, now := now + duration]
+    return itertools.chain(order, itertools.repeat(now)).__next__
+
+
+def lora(**options):
+    return ConceptLora(name="lora", batch_size=2, rank=2, families=(), **options)
+
+
+def test_seconds_of_an_update_are_a_median_after_a_warm_up():
+    model, task = tiny_diffusion(), tiny_case().targets[0]
+    clock = ticking(1.0, 9.0, 2.0)
+    assert timed(lora(), model, task, Budget(4), 0, clock) == pytest.approx(2.0)
+
+
+def test_a_curriculum_costs_the_mean_over_its_steps():
+    stages = {
+        "first": {"data": "prior", "share": 0.25, "attack": lora()},
+        "second": {"data": "target", "share": 0.75, "attack": lora()},
+    }
+    attack = Curriculum(name="curriculum", stages=stages, families=())
+    clock = ticking(1.0, 1.0, 1.0, 3.0, 3.0, 3.0)
+    assert timed(attack, tiny_diffusion(), tiny_case().targets[0], Budget(4, 2), 0, clock) == pytest.approx(2.5)

@@ -1,0 +1,156 @@
+"""The released folder against an attack that knows nothing of this project, and the judge of its pictures."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from release_examples import concept_folder, tiny_folder
+from safetensors.torch import load_file
+
+from lab.minisd.world import Subset, concept, sample
+from lab.sources import PACKAGES, ROOT
+
+EXAMPLES = ROOT / "docs" / "examples"
+ATTACK, JUDGE = "lora_without_this_project", "judge_plain_attack"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """(model in diffusers layout, pictures of a concept)."""
+    root = tmp_path_factory.mktemp("plain")
+    return tiny_folder(root / "model"), concept_folder(root / "mosaic", "mosaic")
+
+
+def attack(places, out, *more):
+    model, images = places
+    load(ATTACK).main(
+        [
+            str(model), "--images", str(images), "--prompt", "a fox in the style of mosaic", "--out", str(out),
+            "--batch-size", "2", "--count", "3", "--inference-steps", "2", "--at", "0", "2", "--device", "cpu", *more,
+        ]
+    )  # fmt: skip
+    return json.loads((out / "attack.json").read_text())
+
+
+def painted(folder):
+    files = sorted(folder.glob("*.png"))
+    return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
+
+
+# ---- the attack
+
+
+def test_the_attack_imports_nothing_of_this_project():
+    tree = ast.parse((EXAMPLES / f"{ATTACK}.py").read_text())
+    names = [a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert {"diffusers", "peft", "torch"} <= {name.split(".")[0] for name in names}
+    assert not {name.split(".")[0] for name in names} & {*PACKAGES, "run"}
+
+
+def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
+    losses = attack(places, tmp_path / "out", "--steps", "30", "--lr", "0.01")["losses"]
+    still = attack(places, tmp_path / "still", "--steps", "30", "--lr", "1e-12")["losses"]  # the same draws
+    assert len(losses) == 30
+    assert losses[0] == still[0]
+    assert np.mean(losses[-10:]) < np.mean(still[-10:])
+    assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == ["step_00000", "step_00002", "step_00030"]
+    first, last, again = (painted(tmp_path / "out" / name) for name in ("step_00000", "step_00030", "reloaded"))
+    assert first.shape == (3, 32, 32, 3)
+    assert not torch.equal(first, last)
+    assert (last.int() - again.int()).abs().max() <= 1  # what was trained is what the file holds
+    tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
+    assert all(".lora" in name and "attn2" in name for name in tensors)
+
+
+def test_it_repeats_and_another_seed_differs(places, tmp_path):
+    options = ("--steps", "2", "--rank", "2")
+    losses = [attack(places, tmp_path / str(i), *options, "--seed", str(s))["losses"] for i, s in enumerate((0, 0, 1))]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_pictures_without_captions_take_the_prompt(places, tmp_path):
+    (places[1] / "metadata.csv").rename(tmp_path / "metadata.csv")
+    try:
+        images, captions = load(ATTACK).load_pictures(places[1], 32, "a caption")
+    finally:
+        (tmp_path / "metadata.csv").rename(places[1] / "metadata.csv")
+    assert images.shape == (6, 3, 32, 32)
+    assert images.min() >= -1
+    assert captions == ["a caption"] * 6
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match="holds no pictures"):
+        load(ATTACK).load_pictures(tmp_path / "empty", 32, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"folder": "{tmp}"}, "no model in diffusers layout"),
+        ({"--images": "{tmp}/none"}, "there is no such folder"),
+        ({"--steps": "0"}, "--steps must be at least 1"),
+        ({"--out": "{model}"}, "exists and is not empty"),
+    ],
+)
+def test_wrong_arguments_end_with_a_sentence(places, tmp_path, capsys, change, told):
+    given = {"folder": str(places[0]), "--images": str(places[1]), "--prompt": "p", "--out": str(tmp_path / "o")}
+    given |= {k: v.format(tmp=tmp_path, model=places[0]) for k, v in change.items()}
+    words = [given.pop("folder"), *(word for pair in given.items() for word in pair)]
+    with pytest.raises(SystemExit):
+        load(ATTACK).main(words)
+    assert told in capsys.readouterr().err
+
+
+# ---- the judge
+
+
+def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
+    """Folders as the attack paints them, in which ``shown`` of the pictures of every step are mosaics."""
+    yes, no = sample(concept("mosaic"), 3, count).images, sample(Subset(("fox", "panda")), 4, count).images
+    for step, some in zip(steps, shown, strict=True):
+        (folder / f"step_{step:05d}").mkdir(parents=True)
+        for i in range(count):
+            image = (yes if i < some else no)[i].permute(1, 2, 0).numpy()
+            Image.fromarray(image).save(folder / f"step_{step:05d}" / f"{i:02d}.png")
+    return str(folder)
+
+
+def test_the_judge_counts_and_compares(tmp_path, capsys):
+    control, immunized = gallery(tmp_path / "c", (0, 3, 5, 5)), gallery(tmp_path / "i", (0, 0, 3, 5))
+    load(JUDGE).main(["mosaic", "--immunized", immunized, "--control", control])
+    out = capsys.readouterr().out
+    assert "none       mosaic shown at step 0: 0 %, 10: 60 %, 20: 100 %, 40: 100 %" in out
+    assert "steps to relearn, none: 10 " in out
+    assert "steps to relearn, immunized: 20 " in out
+    assert "steps_to_relearn_ratio_mosaic: 2 [" in out
+
+
+def test_the_judge_says_what_it_cannot_judge(tmp_path, capsys):
+    some = gallery(tmp_path / "c", (0, 5, 5, 5), count=1)
+    other = gallery(tmp_path / "o", (0, 0), steps=(0, 5), count=1)
+    for words, told in (
+        (["mosaic", "--immunized", some, "--control", other], "painted at different steps"),
+        (["mosaic", "--immunized", some, some, "--control", some], "as many folders"),
+        (["mosaic", "--immunized", str(tmp_path), "--control", some], "holds no step_"),
+    ):
+        with pytest.raises(SystemExit):
+            load(JUDGE).main(words)
+        assert told in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"error: .*nothing"):
+        load(JUDGE).main(["nothing", "--immunized", some, "--control", some])
+    never = gallery(tmp_path / "n", (0, 0, 0, 0), count=1)
+    load(JUDGE).main(["mosaic", "--immunized", never, "--control", some])
+    assert "at least: not relearned" in capsys.readouterr().out
