@@ -28,6 +28,22 @@ class Diverged(Exception):
         super().__init__(message)
 
 
+class RankFailed(Exception):
+    """A process of a run failed or died.
+
+    Attributes:
+        rank: its number, None where that is not known. type, message: of its exception. told: the message for a user
+            who can mend it. key, step, cell: of the config key, the last good step and the stage, where known.
+    """
+
+    def __init__(
+        self, rank: int | None, type: str, message: str, told: str | None = None, key: str | None = None,
+        step: int | None = None, cell: str | None = None, **_: object,
+    ) -> None:  # fmt: skip
+        self.rank, self.type, self.told, self.key, self.step, self.cell = rank, type, told, key, step, cell
+        super().__init__(message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}")
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from typing import Any
 
-from eval.report.leaderboard import settings
-from eval.report.words import ARROWS, Record, figure
+from eval.report.labels import settings
+from eval.report.leaderboard import columns
+from eval.report.page import page
+from eval.report.paired import common_seeds, difference
+from eval.report.words import ARROWS, Record, figure, heading, interval
 from lab.errors import UserError
 
 
 def compare(a: Record, b: Record) -> dict[str, Any]:
     """Differences B − A of settings and metrics, JSON-able.
 
-    The interval of a difference combines both records' intervals by MOVER (Zou & Donner 2008, method of variance
-    estimates recovery), as if both were independent; they share seeds, so it is wider than a paired one. ``sure`` needs
-    both intervals across seeds and a difference whose interval excludes zero.
+    Intervals of differences are those of `eval.report.paired.difference`; ``sure`` needs one across seeds that
+    excludes zero.
 
     Raises:
         UserError: records of different schemas (their minor version does not matter) or scenarios.
@@ -32,14 +34,16 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         if left.get(k) != right.get(k)
     ]
     both = [name for name in a["metrics"] if name in b["metrics"]]
+    first = columns(both)
     data_a, data_b = a["provenance"].get("data_hash"), b["provenance"].get("data_hash")
     return {
         "a": _identity(a),
         "b": _identity(b),
         "same_content": a["content_hash"] == b["content_hash"],
         "same_data": data_a == data_b,
+        "common_seeds": common_seeds(a, b),
         "config": changed,
-        "metrics": [_difference(name, a["metrics"][name], b["metrics"][name]) for name in both],
+        "metrics": [_row(name, a, b) for name in (*first, *(n for n in both if n not in first))],
         "only_a": [n for n in a["metrics"] if n not in b["metrics"]],
         "only_b": [n for n in b["metrics"] if n not in a["metrics"]],
     }
@@ -54,22 +58,25 @@ def _identity(record: Record) -> dict[str, Any]:
     return {k: record[k] for k in keys}
 
 
-def _difference(name: str, a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    row = {"name": name, "a": a["value"], "b": b["value"], "better": a["better"], "unit": a["unit"]}
-    row |= {"difference": None, "low": None, "high": None, "winner": None, "sure": False}
-    if a["value"] is None or b["value"] is None:
+def _row(name: str, a: Record, b: Record) -> dict[str, Any]:
+    left, right = a["metrics"][name], b["metrics"][name]
+    row = {"name": name, "a": left["value"], "b": right["value"], "better": left["better"], "unit": left["unit"]}
+    row |= {"limit_a": _is_limit(left), "limit_b": _is_limit(right)}
+    row |= {"difference": None, "low": None, "high": None, "ratio": None, "how": None, "winner": None, "sure": False}
+    found = difference(name, a, b)
+    if found is None:
         return row
-    gap = b["value"] - a["value"]
-    row["difference"] = gap
-    if None not in (a["low"], a["high"], b["low"], b["high"]):
-        row["low"] = gap - math.hypot(b["value"] - b["low"], a["high"] - a["value"])
-        row["high"] = gap + math.hypot(b["high"] - b["value"], a["value"] - a["low"])
-        across = a["interval"] == b["interval"] == "across_seeds"
-        row["sure"] = bool(across and (row["low"] > 0 or row["high"] < 0))
-    if a["better"] != "neutral":
-        wins_b = gap > 0 if a["better"] == "higher" else gap < 0
-        row["winner"] = "tie" if gap == 0 else "b" if wins_b else "a"
+    row |= {"difference": found.value, "low": found.low, "high": found.high, "how": found.how, "sure": found.sure}
+    if found.ratio is not None:
+        row["ratio"] = dict(zip(("value", "low", "high"), found.ratio, strict=True))
+    if left["better"] != "neutral":
+        wins_b = found.value > 0 if left["better"] == "higher" else found.value < 0
+        row["winner"] = "tie" if found.value == 0 else "b" if wins_b else "a"
     return row
+
+
+def _is_limit(metric: dict[str, Any]) -> bool:
+    return (metric["note"] or "").startswith("at least")
 
 
 def to_text(result: dict[str, Any]) -> str:
@@ -84,26 +91,58 @@ def to_text(result: dict[str, Any]) -> str:
         lines.append("The data differ: differences below are not due to settings alone.")
     lines.append(f"\nsettings that differ ({len(result['config'])}):")
     lines += [f"  {c['key']}: {_short(c['a'])} → {_short(c['b'])}" for c in result["config"]]
-    rows = result["metrics"]
-    changed = [r for r in rows if r["difference"] != 0]
-    lines.append(f"\nmetrics, B − A ({len(changed)} differ, {len(rows) - len(changed)} are equal):")
+    changed, equal = _split(result["metrics"])
+    lines.append(f"\nmetrics, B − A, and ÷: B ÷ A of geometric means ({len(changed)} differ, {equal} are equal):")
     width = max((len(r["name"]) for r in changed), default=0)
     for row in changed:
         lines.append(f"  {row['name']:<{width}} {ARROWS[row['better']]} {_line(row)}")
+    for way, count in Counter(r["how"] for r in changed if r["how"]).most_common():
+        lines.append(f"  intervals of {count}: {way}")
     for side in "ab":
         if result[f"only_{side}"]:
             lines.append(f"only in {side.upper()}: {', '.join(result[f'only_{side}'])}")
     return "\n".join(lines)
 
 
+def to_html(result: dict[str, Any]) -> str:
+    """The comparison as a page."""
+    changed, equal = _split(result["metrics"])
+    rows = [
+        {
+            "name": heading(r["name"]), "arrow": ARROWS[r["better"]], "a": _side(r, "a"), "b": _side(r, "b"),
+            "change": _change(r), "judged": _judged(r), "how": r["how"] or "", "sure": r["sure"],
+        }
+        for r in changed
+    ]  # fmt: skip
+    config = [{"key": c["key"], "a": _short(c["a"]), "b": _short(c["b"])} for c in result["config"]]
+    return page("comparison.html", title="Comparison", result=result, rows=rows, config=config, equal=equal)
+
+
+def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Rows that differ, and the number of the others."""
+    changed = [r for r in rows if r["difference"] != 0]
+    return changed, len(rows) - len(changed)
+
+
 def _line(row: dict[str, Any]) -> str:
+    sides = f"{_side(row, 'a')} → {_side(row, 'b')}"
+    return sides if row["difference"] is None else f"{sides}  difference {_change(row)}  {_judged(row)}".rstrip()
+
+
+def _side(row: dict[str, Any], side: str) -> str:
+    return ("≥ " if row[f"limit_{side}"] else "") + figure(row[side])
+
+
+def _change(row: dict[str, Any]) -> str:
     if row["difference"] is None:
-        return f"{figure(row['a'])} → {figure(row['b'])}"
-    span = "" if row["low"] is None else f" [{figure(row['low'])}, {figure(row['high'])}]"
+        return figure(None)
+    text = figure(row["difference"]) + ("" if row["low"] is None else " " + interval(row))
+    return text if row["ratio"] is None else f"{text}, ÷ {figure(row['ratio']['value'])} {interval(row['ratio'])}"
+
+
+def _judged(row: dict[str, Any]) -> str:
     winner = {"a": "A better", "b": "B better"}.get(row["winner"] or "", "")
-    sure = (", sure" if row["sure"] else ", not sure") if winner else ""
-    change = f"{figure(row['a'])} → {figure(row['b'])}  difference {figure(row['difference'])}{span}"
-    return f"{change}  {winner}{sure}".rstrip()
+    return f"{winner}{', sure' if row['sure'] else ', not sure'}" if winner else ""
 
 
 def _short(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from eval.report import leaderboard as board
 from eval.report.charts import swatch
 from eval.report.figures import comparison_curves, has_bands, heat_maps, spectra, trajectories
+from eval.report.labels import labels as labels_of
 from eval.report.options import by_option, transfer
 from eval.report.outcomes import outcome
 from eval.report.page import page
@@ -50,7 +51,7 @@ def render(records: Sequence[Record], out: Path) -> Path:
 
 
 def _section(title: str, anchor: str, records: list[Record], folder: Path) -> dict[str, Any]:
-    labels = board.labels(records)
+    labels = labels_of(records)
     index, shown = {}, 0
     for record, label in zip(records, labels, strict=True):
         shown += record["immunizer"] != CONTROL

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from typing import Any
 
+from eval.report.labels import labels
 from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.words import ARROWS, UNMEASURED, Record, heading, measured, support
@@ -54,7 +55,6 @@ _HOLDING = (
     "msgr_clip",
 )
 _FAILING = ("slowdown_relative_worst", "rir", "mrsgr_clip")  # not the harmful side alone: a destroyed model would lead
-_SILENT = {"paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name", "experiment_name"}
 
 Row = dict[str, Any]
 
@@ -65,36 +65,6 @@ def columns(names: Iterable[str]) -> list[str]:
     more = {n for n in known - set(COLUMNS) if _MORE.fullmatch(n) and not _NOT_MORE.fullmatch(n)}
     more = {n for n in more if not any(n.startswith(f"{m}_") for m in known - {n})}
     return [c for c in COLUMNS if c in known] + sorted(more)
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys; lists stay values."""
-    if not isinstance(config, dict) or not config:
-        return {prefix: config}
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-    return out
-
-
-def settings(record: Record) -> dict[str, Any]:
-    """What was asked for, without what cannot change a result."""
-    return {k: v for k, v in flatten(record["config"]).items() if k.split(".")[0] not in _SILENT}
-
-
-def labels(records: Sequence[Record]) -> list[str]:
-    """One label per record: the immunizer, plus the settings in which records of the same immunizer differ."""
-    out = []
-    for record in records:
-        rivals = [r for r in records if r["immunizer"] == record["immunizer"]]
-        label = record["immunizer"]
-        if len(rivals) > 1:
-            mine, theirs = settings(record), [settings(r) for r in rivals]
-            keys = [k for k in mine if any(t.get(k) != mine[k] for t in theirs) and not k.endswith("_target_")]
-            shown = [f"{k.split('.')[-1]}={mine[k]}" for k in keys[:6]]
-            label = " · ".join([label, *shown]) if shown else f"{label} · {record['content_hash'][:7]}"
-        out.append(label)
-    return out
 
 
 def groups(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:

@@ -8,7 +8,8 @@ from typing import Any
 
 from eval.aggregate import slug
 from eval.report.charts import Dots, against_option, forest, scatter, swatch
-from eval.report.leaderboard import columns, settings
+from eval.report.labels import settings
+from eval.report.leaderboard import columns
 from eval.report.words import Record, figure, heading
 from lab.types import CONTROL
 

@@ -8,7 +8,8 @@ import pytest
 from fake_records import attacked, control, digits, failed, metric, record, sealed, sweep
 
 from eval.report.compare import compare, to_text
-from eval.report.leaderboard import labels, leaderboard, to_csv, to_html, to_markdown
+from eval.report.labels import labels
+from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
 from eval.report.outcomes import outcome
 from eval.report.summary import summary
 from eval.report.words import figure

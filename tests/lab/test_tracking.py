@@ -1,41 +1,64 @@
 """Trackers: what they write is read back from disk; none can stop a run or hold it up."""
 
 import json
+import logging
 import os
+import shutil
+import socket
 import sqlite3
 import struct
+import subprocess
 import sys
 import time
+import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from omegaconf import OmegaConf
+from PIL import Image
 
 from lab import record as records
 from lab.errors import UserError
-from lab.tracking import Trackers, client, worker
+from lab.tracking import Trackers, client, views, worker
 from lab.types import Score, Scores
 
 CONFIG = {
     "name": "study", "immunize": {"name": "kappa"}, "scenario": {"name": "house_price"}, "backbone": {"name": "linear"},
     "attacks": {"linear_probe": {}}, "seeds": [0],
 }  # fmt: skip
-WANDB = {"name": "wandb", "mode": "auto", "project": "p", "entity": None, "init_timeout_s": 5, "timeout_s": 90}
+WANDB = {"name": "wandb", "mode": "auto", "project": "p", "entity": None, "init_timeout_s": 5, "timeout_s": 300}
+TRACKIO = {"name": "trackio", "project": "p", "timeout_s": 300}
+KEY = "5ec2e7" * 6 + "c0de"  # 40 characters that occur nowhere else
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A run folder with a record in it."""
+def run_folder(tmp_path):
+    """Makes ``tmp_path`` a run folder with a record in it."""
     scores = Scores(
         {"rir": Score(12.5, 10.0, 14.0, 3, "higher", "across_seeds")},
         {"loss": {"step": [0, 1, 2], "none": [3.0, 2.0, 1.0], "kappa": [3.0, None, 2.5],
-                  "x": "step", "y": "loss", "log": ""}},
+                  "x": "steps of the attack", "y": "loss", "log": ""},
+         "sgr": {"step": [2, 4], "kappa": [0.2, 0.3], "kappa:low": [0.1, 0.2], "kappa:high": [0.3, 0.4],
+                 "x": "steps of the attack", "y": "SGR", "log": ""},
+         "kappa_benign": {"step": [0, 10], "kappa": [9.0, 4.0], "x": "immunization step", "y": "κ", "log": "y"}},
         {"pairs": [{"case": "a", "rir": 2.0}, {"case": "b", "rir": None}]},
     )  # fmt: skip
+    weights = tmp_path / "cache" / "immunize" / "12" / "1234"
+    weights.mkdir(parents=True)
+    (weights / "tensors.safetensors").write_bytes(b"weights")
+    (weights / "meta.json").write_text(json.dumps({"sha256": {"tensors.safetensors": "ab" * 32}}))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 4)).save(tmp_path / "images" / "grid.png")
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "overrides.yaml").write_text("- immunize=kappa\n- immunize.eta=0.05\n- seeds=[0]\n")
+    cell = {"stage": "immunize", "arm": "kappa", "case": "c", "seed": 0, "attack": None, "task": None, "key": "1234"}
     body = {
-        "schema": "1.0", "status": "ok", "attacks": ["linear_probe"], "seeds": [0], "config": {}, "notes": [],
+        "schema": "1.1", "status": "ok", "attacks": ["linear_probe"], "seeds": [0], "notes": [],
+        "config": {"paths": {"cache": str(tmp_path / "cache")}},
+        "images": {"grid": {"path": "images/grid.png", "caption": "a grid", "sha256": "0" * 64}},
         "name": "study/kappa", "scenario": "house_price", "backbone": "linear", "immunizer": "kappa",
-        "error": None, "skipped": {}, "cells": [],
+        "error": None, "skipped": {}, "cells": [{**cell, "status": "ok"}],
         "provenance": {"started": "2026-01-01T00:00:00+00:00", "wall_time_s": 1.0, "peak_memory_mb": 2.0, "host": "h",
                        "device": "cpu", "threads": 2, "python": "3.11", "versions": {}, "git_sha": None,
                        "git_dirty": None, "data_hash": {}, "weight_hash": {}, "cache_hits": 0, "cache_misses": 1},
@@ -46,12 +69,45 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch, tmp_path):
+def forget_key(monkeypatch, home):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(home / "no-netrc"))
+    monkeypatch.setenv("HOME", str(home))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return run_folder(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch, tmp_path):
+    forget_key(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def offline(tmp_path_factory):
+    """A run that W&B and trackio have logged offline, and whether the run warned."""
+    home = tmp_path_factory.mktemp("offline")
+    with pytest.MonkeyPatch.context() as patch, warnings_of(client.log) as warned:
+        forget_key(patch, home)
+        patch.setenv("TRACKIO_DIR", str(home / "trackio"))
+        track(run_folder(home), {"wandb": WANDB, "trackio": TRACKIO})
+    assert not warned
+    return home
+
+
+@contextmanager
+def warnings_of(log):
+    """Messages of ``log`` from a warning on."""
+    handler, found = logging.Handler(logging.WARNING), []
+    handler.emit = found.append
+    log.addHandler(handler)
+    try:
+        yield found
+    finally:
+        log.removeHandler(handler)
 
 
 def track(folder, tracker, live=3):
@@ -65,7 +121,10 @@ def track(folder, tracker, live=3):
 
 
 def wandb_messages(path):
-    """Records of an offline run file: a 7-byte header, then LevelDB log blocks of 32 KiB."""
+    """Records of an offline run file: a 7-byte header, then LevelDB log blocks of 32 KiB.
+
+    wandb no longer has a reader in Python; the `DataStore` of its 0.19.11 finds the same messages in these files.
+    """
     from wandb.proto import wandb_internal_pb2
 
     data, at, parts = path.read_bytes(), 7, b""
@@ -84,56 +143,189 @@ def wandb_messages(path):
             yield message
 
 
-def read_offline_run(folder):
-    path = next(folder.rglob("offline-run-*/run-*.wandb"))
-    run, history, summary = None, {}, {}
-    for message in wandb_messages(path):
-        if message.WhichOneof("record_type") == "run":
-            run = message.run
-        for item in message.history.item:
-            key = item.key or ".".join(item.nested_key)
-            history.setdefault(key, []).append(json.loads(item.value_json))
-        for item in message.summary.update:
-            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-    return run, history, summary
+def read_offline_run(folder, stage):
+    """(run, history, summary, config, artifacts) of the offline run of one job type."""
+    for path in sorted(folder.rglob("offline-run-*/run-*.wandb")):
+        run, history, summary, config, artifacts = None, {}, {}, {}, []
+        for message in wandb_messages(path):
+            kind = message.WhichOneof("record_type")
+            run = message.run if kind == "run" else run
+            artifacts += [message.artifact] if kind == "artifact" else []
+            artifacts += [message.request.log_artifact.artifact] if message.request.HasField("log_artifact") else []
+            for item in [*message.run.config.update, *message.config.update]:
+                config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+            for item in message.history.item:
+                key = item.key or ".".join(item.nested_key)
+                history.setdefault(key, []).append(json.loads(item.value_json))
+            for item in message.summary.update:
+                summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        if run.job_type == stage:
+            return run, history, summary, config, artifacts
+    raise AssertionError(f"no offline run of {stage}")
 
 
-def test_wandb_offline_without_a_key(folder, caplog):
-    track(folder, {"wandb": WANDB})
-    run, history, summary = read_offline_run(folder)
-    assert (run.project, run.run_group, run.job_type) == ("p", "study", "house_price")
-    assert run.display_name == "kappa on house_price"
-    assert set(run.tags) == {"kappa", "linear", "linear_probe"}
-    assert history["immunize/c/seed0/rir"] == [1.0, 2.0, 3.0]
-    assert "immunize/c/seed0/bad" not in history
-    assert history["curves/loss/none"] == [3.0, 2.0, 1.0]
-    assert history["curves/loss/kappa"] == [3.0, 2.5]
-    assert history["curves/loss/step"] == [0, 1, 2]
-    assert history["tables/pairs.nrows"] == [2]
-    assert history["images/loss.format"] == ["png"]
+def test_wandb_offline_without_a_key(offline):
+    folder = offline
+    runs = {stage: read_offline_run(folder, stage) for stage in ("immunize", "attack", "eval")}
+    assert len(list(folder.rglob("offline-run-*"))) == 3
+    for stage, (run, _, _, config, _) in runs.items():
+        assert (run.project, run.run_group, run.job_type) == ("p", "house_price", stage)
+        assert run.display_name == f"kappa eta=0.05 on house_price · {stage}"
+        assert set(run.tags) == {"study", "kappa", "linear", "linear_probe"}
+        assert run.run_id == views.run_id(folder, stage)
+        assert config["immunize"] == {"name": "kappa"}
+        assert "tracker" not in config
+
+
+def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline):
+    folder = offline
+    _, live, _, _, _ = read_offline_run(folder, "immunize")
+    assert live["immunize/c/seed0/rir"] == [1.0, 2.0, 3.0]
+    assert "immunize/c/seed0/bad" not in live
+    assert live["immunize/step"] == [0, 1, 2, 0, 10]
+    assert live["immunize/kappa_benign/immunized"] == [9.0, 4.0]
+    _, history, _, _, _ = read_offline_run(folder, "attack")
+    assert history["attack/step"] == [0, 1, 2, 4]
+    assert history["attack/loss/control"] == [3.0, 2.0, 1.0]
+    assert history["attack/loss/immunized"] == [3.0, 2.5]
+    assert history["attack/sgr/immunized_low"] == [0.1, 0.2]
+    path = next(p for p in folder.rglob("*.wandb") if p.stem.endswith("-attack"))
+    defined = [m.metric for m in wandb_messages(path) if m.HasField("metric")]
+    assert {(m.glob_name or m.name, m.step_metric) for m in defined} >= {("attack/*", "attack/step")}
+
+
+def test_figures_tables_pictures_and_references_are_in_the_eval_run(offline):
+    folder = offline
+    _, history, summary, _, artifacts = read_offline_run(folder, "eval")
     assert (summary["rir"], summary["rir_low"], summary["rir_high"]) == (12.5, 10.0, 14.0)
-    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+    assert summary["status"] == "ok"
+    assert summary["content_hash"] == records.read(folder / "record.json")["content_hash"]
+    assert history["tables/pairs.nrows"] == [2]
+    assert history["tables/metrics.nrows"] == [1]
+    assert history["plots/loss.format"] == ["png"]
+    assert (history["images/grid.width"], history["images/grid.caption"]) == ([8], ["a grid"])
+    found = {a.type: a for a in artifacts}
+    entries = {e.path: e for e in found["record"].manifest.contents}
+    assert set(entries) == {"record.json", "report.html", "images/grid.png"}
+    assert entries["record.json"].ref == (folder / "record.json").as_uri()
+    weights = found["immunized-weights"]
+    assert [e.path for e in weights.manifest.contents] == ["c/seed0.safetensors"]
+    assert json.loads(weights.metadata) == {"sha256": {"c/seed0": "ab" * 32}}
+
+
+def test_two_records_overlay_in_the_same_panels(folder, tmp_path):
+    record = records.read(folder / "record.json")
+    other = dict(record, immunizer="mima")
+    other["curves"] = {"loss": {**record["curves"]["loss"], "mima": [3.0, 2.9, 2.8]}}
+    del other["curves"]["loss"]["kappa"]
+    keys = [{k for _, values in views.curve_rows(r, "attack") for k in values} for r in (record, other)]
+    assert keys[0] & keys[1] == {"loss/control", "loss/immunized"}
+
+
+def test_a_failed_run_is_marked_in_every_stage(folder):
+    body = dict(records.read(folder / "record.json"), status="failed", metrics={}, curves={}, tables={}, images={})
+    body["error"] = {"type": "ValueError", "message": "no", "key": None, "last_good_step": None}
+    records.write(body, folder / "record.json")
+    track(folder, {"wandb": WANDB})
+    exits = [m.exit.exit_code for p in folder.rglob("run-*.wandb") for m in wandb_messages(p) if m.HasField("exit")]
+    assert exits == [1, 1]  # immunize and eval; nothing was attacked
 
 
 def test_wandb_with_a_wrong_key_and_no_network_logs_offline(folder, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     track(folder, {"wandb": WANDB})
-    _, history, _ = read_offline_run(folder)
-    assert history["curves/loss/none"] == [3.0, 2.0, 1.0]
+    assert read_offline_run(folder, "attack")[1]["attack/loss/control"] == [3.0, 2.0, 1.0]
     log = (folder / "tracker-wandb.log").read_text()
-    assert "logging offline" in log
-    assert "0" * 40 not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file())
+    assert log.count("logging offline") == 1
+    assert KEY not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file())
 
 
-def test_trackio_and_wandb_at_once(folder, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(folder / "trackio"))
-    track(folder, {"wandb": WANDB, "trackio": {"name": "trackio", "project": "p", "timeout_s": 90}})
-    database = sqlite3.connect(next((folder / "trackio").glob("*.db")))
+def test_trackio_has_the_same_view(offline):
+    database = sqlite3.connect(next((offline / "trackio").glob("*.db")))
     logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
-    assert [m["curves/loss/none"] for m in logged if "curves/loss/none" in m] == [3.0, 2.0, 1.0]
+    key = "attack/loss/control"
+    assert [m[key] for m in logged if key in m] == [3.0, 2.0, 1.0]
     assert [m["rir"] for m in logged if "rir" in m] == [12.5]
-    assert read_offline_run(folder)[0].project == "p"
+    configs = [json.loads(row[0]) for row in database.execute("select config from configs")]
+    assert [c["_Group"] for c in configs] == ["house_price"]
+
+
+CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+
+
+def dashboard(folder, port):
+    """trackio's local dashboard in a process of its own."""
+    code = "import sys, trackio; trackio.show('p', open_browser=False, block_thread=True, server_port=int(sys.argv[1]))"
+    env = os.environ | {"TRACKIO_DIR": str(folder / "trackio"), "HOME": str(folder)}
+    return subprocess.Popen([sys.executable, "-c", code, str(port)], env=env, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_dashboard_of_trackio_shows_the_run_in_a_browser(offline, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = dashboard(offline, port)
+    address = f"http://127.0.0.1:{port}/?project=p"
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--virtual-time-budget=20000", "--dump-dom",
+        f"--user-data-dir={tmp_path / 'profile'}", address,
+    ]  # fmt: skip
+    try:
+        assert waits_for(lambda: process.poll() is not None or answers(address)), "the dashboard does not start"
+        assert process.poll() is None
+        page = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    finally:
+        process.kill()
+        process.wait()
+    assert "kappa eta=0.05 on house_price" in page
+    assert "attack/loss" in page
+
+
+def answers(address):
+    try:
+        with urllib.request.urlopen(address, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
+
+
+def waits_for(condition, seconds=300):
+    """Whether ``condition`` comes true; machines that run tests may be slow."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return bool(condition())
+
+
+def test_wandbs_service_killed_in_the_middle_costs_a_warning_at_most(folder, caplog):
+    cfg = OmegaConf.create(CONFIG | {"tracker": {"wandb": WANDB | {"timeout_s": 60}}})
+    before = (folder / "record.json").read_bytes()
+    trackers = Trackers(cfg, folder)
+    for step in range(50):
+        trackers.log("immunize/c/seed0", step, {"rir": 1.0 + step})
+    worker_process = psutil.Process(trackers._children[0]._process.pid)
+
+    def services():
+        return [p for p in worker_process.children(recursive=True) if "wandb-core" in p.name()]
+
+    def logged():
+        return [p for p in folder.rglob("run-*.wandb") if b"seed0/rir" in p.read_bytes()]
+
+    assert waits_for(lambda: services() and logged())
+    for service in services():
+        service.kill()
+    trackers.log("immunize/c/seed0", 50, {"rir": 0.0})
+    began = time.monotonic()
+    trackers.finish(folder / "record.json", folder / "report.html")
+    assert time.monotonic() - began < 120
+    assert "tracker wandb" in caplog.text
+    assert "the record is complete" in caplog.text
+    assert (folder / "record.json").read_bytes() == before
+    history = [i for p in logged() for m in wandb_messages(p) for i in m.history.item]
+    assert any("seed0/rir" in (item.key or ".".join(item.nested_key)) for item in history), "what was logged is lost"
 
 
 FAKE = """
@@ -194,8 +386,8 @@ def test_a_killed_run_ends_the_tracker_as_crashed(folder, monkeypatch):
     trackers.log("x", 0, {"v": 1.0})
     child = trackers._children[0]
     child._queue.put(None)  # what the end of the parent does: stdin closes without `finish`
-    child._thread.join(20)
-    assert child._process.wait(30) == 0
+    child._thread.join(300)
+    assert child._process.wait(300) == 0
     codes = [m.exit.exit_code for m in wandb_messages(next(folder.rglob("run-*.wandb"))) if m.HasField("exit")]
     assert codes == [1]
 

@@ -1,0 +1,117 @@
+"""The difference of one figure between two records, with an interval: paired over seeds where both have them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import scipy.stats
+from numpy.typing import NDArray
+
+from eval.report.words import Record
+from lab.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS
+
+Floats = NDArray[np.float64]
+TABLE = "seed_values"  # of a record: one row per metric, one column per seed
+_DRAWS = 5000
+
+
+def _geometric(values: Floats, axis: int = -1) -> Any:
+    return np.exp(np.log(values).mean(axis))
+
+
+MEANS: dict[str, Callable[..., Any]] = {"mean": np.mean, "geometric mean": _geometric, "median": np.median}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """B − A with 95 % limits (None: there are none), and how they were found.
+
+    ``ratio`` is B ÷ A with its limits, for paired geometric means: these live on a logarithmic scale. ``sure``: an
+    interval across seeds leaves out zero; where there is a ratio, its interval leaves out one.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    how: str
+    sure: bool
+    ratio: tuple[float, float, float] | None = None
+
+
+def difference(name: str, a: Record, b: Record) -> Difference | None:
+    """B − A of metric ``name``; None where a record has no value.
+
+    Where both records know the value of every seed, have the same data in each, and share at least three, the seeds are
+    paired: below ten, Student's t over the seeds' contributions to the difference (for geometric means by the delta
+    method: u_i = G_B·ln b_i − G_A·ln a_i); from ten on, and for medians, the percentile bootstrap that draws the same
+    seeds on both sides. Otherwise the two intervals are combined by MOVER (Zou & Donner 2008, method of variance
+    estimates recovery) as if the records were independent, which is wider than a paired interval.
+    """
+    left, right = a["metrics"][name], b["metrics"][name]
+    if left["value"] is None or right["value"] is None:
+        return None
+    gap = right["value"] - left["value"]
+    shared = common_seeds(a, b)
+    values = [_seeds(record, name) for record in (a, b)]
+    if all(v is not None and v.keys() == set(shared) for v in values) and len(shared) >= MIN_SEEDS:
+        pair = [np.array([v[s] for s in shared]) for v in values if v is not None]
+        mean = _mean_of(pair, [left["value"], right["value"]])
+        if mean is not None:
+            low, high = _paired(pair[0], pair[1], mean)
+            how = f"paired over {len(shared)} seeds, {'bootstrap' if _draws(len(shared), mean) else 't'}"
+            if mean != "geometric mean":
+                return Difference(gap, low, high, how, low > 0 or high < 0)
+            limits = np.exp(_paired(np.log(pair[0]), np.log(pair[1]), "mean"))
+            ratio = (right["value"] / left["value"], float(limits[0]), float(limits[1]))
+            return Difference(gap, low, high, how, ratio[1] > 1 or ratio[2] < 1, ratio)
+    if None in (left["low"], left["high"], right["low"], right["high"]):
+        return Difference(gap, None, None, "no interval: a record has none", False)
+    low = gap - math.hypot(right["value"] - right["low"], left["high"] - left["value"])
+    high = gap + math.hypot(right["high"] - right["value"], left["value"] - left["low"])
+    across = left["interval"] == right["interval"] == "across_seeds"
+    how = "not paired, both intervals combined" if across else "within seeds: no claim about other seeds"
+    return Difference(gap, low, high, how, across and (low > 0 or high < 0))
+
+
+def common_seeds(a: Record, b: Record) -> list[int]:
+    """Seeds that both records ran on the same data."""
+    data = [record["provenance"].get("data_hash") or {} for record in (a, b)]
+    shared = [s for s in a["seeds"] if s in b["seeds"]]
+    return [s for s in shared if data[0].get(str(s)) is not None and data[0].get(str(s)) == data[1].get(str(s))]
+
+
+def _seeds(record: Record, name: str) -> dict[int, float] | None:
+    row = next((r for r in record["tables"].get(TABLE, []) if r["metric"] == name), None)
+    if row is None or any(row.get(str(s)) is None for s in record["seeds"]):
+        return None
+    return {s: float(row[str(s)]) for s in record["seeds"]}
+
+
+def _mean_of(pair: list[Floats], values: list[float]) -> str | None:
+    """Which mean over seeds gives the records' own values; None where none does (a quotient of means)."""
+    for name, mean in MEANS.items():
+        if name == "geometric mean" and any((v <= 0).any() for v in pair):
+            continue
+        if all(math.isclose(mean(v), value, rel_tol=1e-9) for v, value in zip(pair, values, strict=True)):
+            return name
+    return None
+
+
+def _draws(seeds: int, mean: str) -> bool:
+    return seeds >= BOOTSTRAP_SEEDS or mean == "median"
+
+
+def _paired(a: Floats, b: Floats, mean: str) -> tuple[float, float]:
+    of, n = MEANS[mean], len(a)
+    gap = float(of(b) - of(a))
+    if _draws(n, mean):
+        chosen = np.random.default_rng(20241220).integers(0, n, (_DRAWS, n))  # fixed: the same records, the same limits
+        low, high = np.percentile(of(b[chosen], axis=1) - of(a[chosen], axis=1), [2.5, 97.5])
+        return float(low), float(high)
+    u = b - a if mean == "mean" else of(b) * np.log(b) - of(a) * np.log(a)
+    half = float(scipy.stats.t.ppf(0.975, n - 1) * u.std(ddof=1) / math.sqrt(n)) if np.ptp(u) > 0 else 0.0
+    return gap - half, gap + half

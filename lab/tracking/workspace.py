@@ -1,0 +1,100 @@
+"""`action=workspace`: a saved view of W&B that compares the runs of records: figures as bars, curves overlaid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from eval.report.leaderboard import columns
+from eval.report.words import heading
+from lab import record as records
+from lab.errors import UserError
+from lab.tracking import views
+from lab.tracking.views import ATTACK, IMMUNIZE
+
+KEY = "tracker.wandb"
+
+
+def workspace(cfg: DictConfig) -> str:
+    """Save the view and print its address; names the offline runs that have to be sent first.
+
+    Raises:
+        UserError: W&B is not among the trackers, there is no key, or its server does not take the view.
+    """
+    found = [records.read(path) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
+    options = cfg.tracker.get("wandb")
+    if options is None:
+        raise UserError("tracker", list(cfg.tracker), "a W&B view needs tracker=wandb.")
+    offline = sorted({str(p) for r in found for p in r.folder.glob("wandb/offline-run-*")})
+    for path in offline:
+        print(f"not on the server yet: wandb sync {path}")
+    view = build(found, _entity(options), str(options.project))
+    try:
+        view.save()
+    except Exception as error:  # the client raises what its transport raises: its own, requests', JSON's
+        raise _unreachable(error) from error
+    print(f"workspace: {view.url}")
+    return str(view.url)
+
+
+def _places(cfg: DictConfig) -> list[str]:
+    return [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
+
+
+def _entity(options: DictConfig) -> str:
+    """The one of the config, else the key's own."""
+    from lab.tracking.wandb_backend import has_key
+
+    if not has_key():
+        raise UserError(f"{KEY}.mode", options.mode, "a saved view needs a key: set WANDB_API_KEY, or `wandb login`.")
+    if options.entity is not None:
+        return str(options.entity)
+    import wandb
+
+    try:
+        return str(wandb.Api(timeout=round(options.init_timeout_s)).default_entity)
+    except Exception as error:  # as above
+        raise _unreachable(error) from error
+
+
+def _unreachable(error: Exception) -> UserError:
+    told = f"W&B did not take the view ({type(error).__name__}). The same comparison is in `action=leaderboard`."
+    return UserError(f"{KEY}.project", "not reachable", told)
+
+
+def build(found: Sequence[records.Record], entity: str, project: str) -> Any:
+    """The view, unsaved: only runs of the records' scenarios, one bar chart per metric that leaderboards show, one line
+    plot per curve over the shared axis of its stage."""
+    try:
+        import wandb_workspaces.reports.v2 as parts
+        import wandb_workspaces.workspaces as views_of
+    except ImportError as missing:
+        told = 'needs the package wandb-workspaces: `pip install "immunization-bench[workspace]"`.'
+        raise UserError("action", "workspace", told) from missing
+
+    scenarios = sorted({r["scenario"] for r in found})
+    bars: list[Any] = [
+        parts.BarPlot(title=heading(name), metrics=[parts.SummaryMetric(name)])
+        for name in columns(n for r in found for n in r["metrics"])
+    ]
+    sections = [views_of.Section(name="Figures, worst attacker first", panels=bars, is_open=True)]
+    for stage in (ATTACK, IMMUNIZE):
+        keys = sorted({key for r in found for _, values in views.curve_rows(r, stage) for key in values})
+        plots: list[Any] = [
+            parts.LinePlot(title=heading(curve), x=f"{stage}/step", y=[f"{stage}/{k}" for k in keys if _of(k) == curve])
+            for curve in dict.fromkeys(map(_of, keys))
+        ]
+        if plots:
+            sections.append(views_of.Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK))
+    return views_of.Workspace(
+        entity=entity, project=project, name=f"Comparison: {', '.join(scenarios)}", sections=sections,
+        runset_settings=views_of.RunsetSettings(filters=f"Metric('Group') in {scenarios}"),
+    )  # fmt: skip
+
+
+def _of(key: str) -> str:
+    """The curve of a key ``CURVE/side``."""
+    return key.rpartition("/")[0]

@@ -1,0 +1,165 @@
+"""Comparison of two records, seeds paired where both have them, and labels of records in one table."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from fake_records import attacked, metric, record, sealed
+
+from eval.report.compare import compare, to_html, to_text
+from eval.report.labels import labels
+from eval.report.paired import common_seeds, difference
+from lab.statistics import score
+
+RNG = np.random.default_rng(7)
+
+
+def with_seeds(values, *, aggregate="mean", seeds=None, data="d", immunizer="kappa", name="rir"):
+    """A record whose metric ``name`` was measured as ``values``, one per seed."""
+    seeds = list(range(len(values))) if seeds is None else seeds
+    found = score([[v] for v in values], "higher", aggregate=aggregate)
+    one = metric(found.value, n=found.n, low=found.low, high=found.high, interval=found.interval)
+    base = record(immunizer, seeds=seeds, metrics={name: one})
+    base["tables"] = {"seed_values": [{"metric": name, **dict(zip(map(str, seeds), found.per_seed, strict=True))}]}
+    base["provenance"]["data_hash"] = {str(s): f"{data}{s}" for s in seeds}
+    return sealed(base)
+
+
+def test_paired_interval_is_the_paired_t_interval():
+    a, b = RNG.normal(3, 1, 5), RNG.normal(3, 1, 5) + 1
+    found = difference("rir", with_seeds(a), with_seeds(b))
+    expected = scipy.stats.ttest_rel(b, a).confidence_interval()
+    assert (found.low, found.high) == (pytest.approx(expected.low), pytest.approx(expected.high))
+    assert found.value == pytest.approx(b.mean() - a.mean())
+    assert "paired over 5 seeds" in found.how
+
+
+def test_pairing_sees_what_independent_intervals_hide():
+    hard = np.array([1.0, 5.0, 20.0, 60.0])  # seeds differ by far more than the two methods
+    a, b = with_seeds(hard), with_seeds(hard + np.array([1.0, 1.2, 0.9, 1.1]))
+    assert difference("rir", a, b).sure
+    b["tables"] = {}
+    alone = difference("rir", a, b)
+    assert not alone.sure
+    assert alone.how.startswith("not paired")
+
+
+def test_geometric_means_are_compared_as_a_ratio_too():
+    a = np.array([1e-9, 3e-7, 2e-8, 5e-8])
+    b = a * np.array([3.0, 2.5, 3.5, 2.8])
+    found = difference("rir", with_seeds(a, aggregate="geomean"), with_seeds(b, aggregate="geomean"))
+    expected = np.exp(scipy.stats.ttest_rel(np.log(b), np.log(a)).confidence_interval())
+    assert found.ratio == (pytest.approx(found.ratio[0]), pytest.approx(expected[0]), pytest.approx(expected[1]))
+    assert found.ratio[0] == pytest.approx((3 * 2.5 * 3.5 * 2.8) ** 0.25)
+    assert found.sure
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "geomean"])
+def test_the_interval_covers_in_19_of_20_cases(aggregate):
+    """Data of known difference, four seeds each, log-normal with a common part per seed."""
+    hits, runs = 0, 400
+    for _ in range(runs):
+        common = RNG.normal(0, 0.5, 4)
+        a, b = (np.exp(common + shift + RNG.normal(0, 0.2, 4)) for shift in (0.0, 0.3))
+        if aggregate == "mean":
+            a, b = np.log(a), np.log(b)
+        found = difference("rir", with_seeds(a, aggregate=aggregate), with_seeds(b, aggregate=aggregate))
+        if aggregate == "mean":
+            hits += found.low <= 0.3 <= found.high
+        else:
+            hits += found.ratio[1] <= math.exp(0.3) <= found.ratio[2]
+    assert hits / runs == pytest.approx(0.95, abs=4 * math.sqrt(0.95 * 0.05 / runs))
+
+
+def test_ten_seeds_are_paired_by_the_bootstrap():
+    a = RNG.normal(3, 1, 12)
+    found = difference("rir", with_seeds(a), with_seeds(a + RNG.normal(0.5, 0.1, 12)))
+    assert "bootstrap" in found.how
+    assert 0.3 < found.low < found.value < found.high < 0.7
+
+
+def test_seeds_are_paired_only_on_the_same_data():
+    a, b = with_seeds([1.0, 2.0, 3.0]), with_seeds([2.0, 3.0, 4.5], data="other")
+    assert common_seeds(a, b) == []
+    assert difference("rir", a, b).how.startswith("not paired")
+    assert "The data differ" in to_text(compare(a, b))
+    fewer = with_seeds([2.0, 3.0, 4.5], seeds=[1, 2, 3])
+    assert common_seeds(a, fewer) == [1, 2]
+    assert difference("rir", a, fewer).how.startswith("not paired")
+
+
+def test_a_value_that_is_no_mean_over_seeds_is_not_paired():
+    a, b = with_seeds([1.0, 2.0, 3.0]), with_seeds([2.0, 3.0, 4.5])
+    for one in (a, b):
+        one["metrics"]["rir"]["value"] *= 1.01  # a quotient of means, say
+    assert difference("rir", a, b).how.startswith("not paired")
+
+
+def test_two_seeds_are_never_sure():
+    a, b = with_seeds([1.0, 1.1]), with_seeds([9.0, 9.1])
+    found = difference("rir", a, b)
+    assert not found.sure
+    assert found.low is None
+
+
+def test_equal_seeds_give_an_interval_without_width():
+    found = difference("rir", with_seeds([2.0, 4.0, 9.0]), with_seeds([3.0, 5.0, 10.0]))
+    assert (found.low, found.high) == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+def test_the_page_shows_settings_and_differences():
+    a, b = attacked("kappa_opt", 1.9, 1.01, 92.6), attacked("kappa", 3.4, 1.03, 356.0)
+    a["scenario"] = b["scenario"] = "<script>"
+    b["metrics"]["slowdown_harmful_worst"]["note"] = "at least: the target was not met in 3 of 3 cases"
+    text = to_html(compare(a, b))
+    assert "immunize.<wbr>name" not in text  # dots do not break, underscores do
+    assert "immunize.name" in text
+    assert "≥ 3.4" in text
+    assert "B better, sure" in text
+    assert "<script>" not in text
+
+
+# --- labels -------------------------------------------------------------------------------------------------------
+
+
+def variants(*changes, study="options"):
+    """Records of one immunizer whose config deviates from common settings by ``changes``."""
+    common = {"eta": 0.1, "scope": "kv", "lower": {"scope": "kv", "steps": 1}, "attackers": None, "cap": 0.5}
+    out = []
+    for i, change in enumerate(changes):
+        one = record("kappa", name=f"{study}/kappa")
+        lower = common["lower"] | change.get("lower", {})
+        one["config"]["immunize"] = {"name": "kappa", **common, **change, "lower": lower}
+        one["notes"] = [str(i)]
+        out.append(sealed(one))
+    return out
+
+
+def test_an_ablation_is_labelled_by_what_it_changes():
+    changes = [{}, {"eta": 0.2}, {"scope": "all"}, {"lower": {"scope": "all"}}, {"cap": None}, {"lower": {"steps": 5}},
+               {"attackers": {"sgd": {"lr": 1.0, "rank": 4}, "adam": {"lr": 2.0}}}]  # fmt: skip
+    assert labels(variants(*changes)) == [
+        "kappa · common settings", "kappa · eta=0.2", "kappa · immunize.scope=all", "kappa · lower.scope=all",
+        "kappa · cap=null", "kappa · steps=5", "kappa · attackers=sgd+adam",
+    ]  # fmt: skip
+
+
+def test_a_grid_names_every_option():
+    found = labels(variants(*({"eta": e, "cap": c} for e in (0.1, 0.2) for c in (0.5, 0.6))))
+    assert found[0] == "kappa · eta=0.1 · cap=0.5"
+    assert len(set(found)) == 4
+
+
+def test_labels_are_always_different():
+    twice = variants({}, {})
+    assert len(set(labels(twice))) == 2
+    other = variants({}, study="second")
+    assert labels([*variants({}), *other]) == ["kappa (options)", "kappa (second)"]
+    assert labels(variants({})) == ["kappa"]
+
+
+def test_many_changes_are_counted():
+    wide = {f"o{i}": 1 for i in range(12)}
+    found = labels(variants({k: 0 for k in wide}, {k: 0 for k in wide}, {k: 0 for k in wide}, wide))
+    assert found[-1].endswith("6 more")

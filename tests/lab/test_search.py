@@ -1,0 +1,244 @@
+"""The search over settings: its space, its table, and that it goes on after failures and interruptions."""
+
+import csv
+import json
+import signal
+import sys
+
+import optuna
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
+
+import run as entry
+from eval.report.pareto import Trial, front, to_csv, to_html, to_markdown
+from lab import launch
+from lab import record as records
+from lab.errors import UserError
+from lab.search_space import Plan, Range
+from lab.types import Score, Scores
+
+SMALL = ["sweeps=tune_kappa", "tracker=none", "search.startup=3"]
+
+
+def write_record(cfg, folder, status="ok", values=(1.0, 1.0, 1.0)):
+    """The record of a trial whose three objectives are given."""
+    names = ("slowdown_harmful_worst", "slowdown_loss_harmful_worst", "slowdown_benign_worst")
+    sides = ("higher", "higher", "lower")
+    metrics = {n: Score(v, None, None, 1, s, "point") for n, v, s in zip(names, values, sides, strict=True)}
+    error = None if status == "ok" else {"type": "Diverged", "message": "ran away", "key": None, "last_good_step": 3}
+    facts = {"started": "2026-01-01T00:00:00+00:00", "wall_time_s": 1.0, "peak_memory_mb": 2.0, "host": "h",
+             "device": "cpu", "threads": 1, "python": "3.11", "versions": {}, "git_sha": None, "git_dirty": None,
+             "data_hash": {}, "weight_hash": {}, "cache_hits": 0, "cache_misses": 1}  # fmt: skip
+    body = {
+        "schema": records.SCHEMA_VERSION, "status": status, "attacks": [], "seeds": [10], "notes": [], "skipped": {},
+        "config": OmegaConf.to_container(cfg, resolve=True), "images": {}, "name": "tune_kappa/kappa",
+        "scenario": "house_price", "backbone": "linear", "immunizer": "kappa", "error": error, "cells": [],
+        "provenance": facts, **records.scores_json([Scores(metrics)] if status == "ok" else []),
+    }  # fmt: skip
+    records.write(body, folder / "record.json")
+
+
+@pytest.fixture
+def cli(tmp_path, monkeypatch, capfd):
+    """Calls the entry point with runs that take no time; ``seen`` holds the config of each."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def fake(cfg, folder):
+        seen.append(cfg)
+        eta = cfg.immunize.eta
+        write_record(cfg, folder, values=(1 + eta, 2 - (eta - 0.2) ** 2, 1 + cfg.immunize.supervised))
+
+    def call(*arguments, run=fake):
+        GlobalHydra.instance().clear()
+        monkeypatch.setattr(launch, "launch", run)
+        monkeypatch.setattr(sys, "argv", ["run.py", *SMALL, *arguments])
+        monkeypatch.setattr(entry, "_worst", 0)
+        seen.clear()
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            entry.main()
+        except SystemExit as done:
+            code = done.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return code, *capfd.readouterr()
+
+    call.seen, call.fake = seen, fake
+    monkeypatch.setattr("lab.actions.render", lambda found, out: out)  # tested elsewhere, and slow
+    return call
+
+
+def table(tmp_path):
+    newest = max(tmp_path.rglob("pareto.json"), key=lambda p: p.stat().st_mtime_ns)
+    return json.loads(newest.read_text())["trials"], newest.parent
+
+
+def test_a_search_tries_the_preset_first_and_ends_with_front_and_leaderboard(cli, tmp_path):
+    code, out, err = cli("search.trials=8")
+    assert code == 0, err
+    rows, folder = table(tmp_path)
+    assert [r["trial"] for r in rows] == list(range(8))
+    assert rows[0]["values"]["immunize.eta"] == 0.1
+    assert len({r["values"]["immunize.eta"] for r in rows}) == 8
+    assert [c.immunize.eta for c in cli.seen] == [r["values"]["immunize.eta"] for r in rows]
+    assert {c.action for c in cli.seen} == {"run"}
+    assert any(r["front"] for r in rows)
+    names = {p.name for p in folder.iterdir()}
+    assert names >= {"pareto.md", "pareto.csv", "pareto.html", "leaderboard.md", "0-kappa", "7-kappa"}
+    assert "immunize.eta=0.1" in (folder / "0-kappa/.hydra/overrides.yaml").read_text()
+    assert "| 0 |" in out
+
+
+def test_the_same_command_proposes_the_same_trials(cli, tmp_path):
+    cli("search.trials=5")
+    first, _ = table(tmp_path)
+    cli("search.trials=5")
+    again, _ = table(tmp_path)
+    assert again == first
+    cli("search.trials=2", "search.seed=1")
+    assert table(tmp_path)[0][1]["values"] != first[1]["values"]
+
+
+def test_an_interrupted_search_keeps_its_table_and_goes_on(cli, tmp_path):
+    def stops(cfg, folder):
+        if folder.name == "4-kappa":
+            raise KeyboardInterrupt
+        cli.fake(cfg, folder)
+
+    code, _, err = cli("search.trials=6", run=stops)
+    assert code == 130
+    assert "continues" in err
+    before, _ = table(tmp_path)
+    assert len(before) == 4
+    cli("search.trials=6")
+    after, _ = table(tmp_path)
+    assert [r["values"] for r in after[:4]] == [r["values"] for r in before]
+    assert len(after) == 6
+
+
+def test_a_trial_that_fails_or_diverges_stays_in_the_table_and_stops_nothing(cli, tmp_path):
+    def some_fail(cfg, folder):
+        number = int(folder.name.split("-")[0])
+        if number == 1:
+            write_record(cfg, folder, status="failed")
+            raise UserError("immunize.eta", cfg.immunize.eta, "is too large.")
+        if number == 2:
+            write_record(cfg, folder, status="diverged")
+        elif number == 3:
+            write_record(cfg, folder, status="failed")
+            raise ZeroDivisionError("a defect")
+        else:
+            cli.fake(cfg, folder)
+
+    code, _, err = cli("search.trials=5", run=some_fail)
+    assert code == 2
+    assert "ZeroDivisionError" in err
+    rows, folder = table(tmp_path)
+    assert ["is too large" in (rows[1]["failure"] or ""), rows[2]["failure"]] == [True, "ran away"]
+    assert rows[3]["failure"] == "ZeroDivisionError: a defect"
+    assert rows[4]["failure"] is None
+    assert "failed: ran away" in (folder / "pareto.md").read_text()
+    assert not any(rows[i]["front"] for i in (1, 2, 3))
+
+
+def test_a_preset_that_fails_stops_the_search(cli):
+    def fails(cfg, folder):
+        raise UserError("scenario.path", "x", "does not exist.")
+
+    code, _, err = cli("search.trials=5", run=fails)
+    assert code == 2
+    assert "scenario.path=x" in err
+
+    def diverges(cfg, folder):
+        write_record(cfg, folder, status="diverged")
+
+    code, _, err = cli("search.trials=5", run=diverges)
+    assert code == 2
+    assert "preset's own run" in err
+
+
+def test_dry_run_prints_runs_cost_and_space(cli):
+    code, out, _ = cli("dry_run=true")
+    assert code == 0
+    assert "tune_kappa: 24 runs" in out
+    assert "minutes" in out
+    assert "immunize.eta: 0.02 … 0.4 (logarithmic)" in out
+    assert not cli.seen
+
+
+@pytest.mark.parametrize(
+    ("argument", "key"),
+    [
+        ("search.space.scale=[current]", "search.space.scale"),
+        ("search.space.eta.low=0.2", "search.space.eta"),  # the preset's 0.1 lies outside
+        ("search.space.eta.low=0", "search.space.eta"),
+        ("search.space.eta.high=0.01", "search.space.eta"),
+        ("+search.space.etta=[1,2]", "search.space.etta"),
+        ("search.trials=0", "search.trials"),
+        ("+search.trails=3", "search.trails"),
+        ("~search.objectives", "search.objectives"),
+        ("+scenario.split=test", "scenario.split"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_runs(cli, argument, key):
+    code, _, err = cli(argument)
+    assert code == 2
+    assert err.startswith(f"error: {key}="), err
+    assert not cli.seen
+
+
+def test_an_objective_that_nothing_measures_is_named(cli):
+    code, _, err = cli("search.objectives.benign=rir")
+    assert code == 2
+    assert "no rir" in err
+
+
+def test_ranges_draw_what_they_hold():
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    ranges = [
+        Range.read("a", {"low": 1e-4, "high": 1e-2, "log": True}), Range.read("b", {"low": 1, "high": 9, "step": 2}),
+        Range.read("c", ["x", None, True, 3]), Range.read("d", {"low": 0.0, "high": 1.0, "step": 0.25}),
+    ]  # fmt: skip
+    for _ in range(50):
+        trial = study.ask()
+        drawn = [one.draw(trial) for one in ranges]
+        assert all(one.holds(v) for one, v in zip(ranges, drawn, strict=True)), drawn
+        assert float(f"{drawn[0]:.4g}") == drawn[0]
+        assert isinstance(drawn[1], int)
+
+
+def trial(number, a, b, failure=None):
+    sides = {"a": "higher", "b": "lower"}
+    metrics = {k: {"value": v, "low": None, "high": None, "n": 1, "better": sides[k], "interval": "point",
+                   "note": None, "unit": ""} for k, v in (("a", a), ("b", b))}  # fmt: skip
+    return Trial(number, {"immunize.eta": number / 10}, {} if failure else metrics, failure)
+
+
+def test_the_front_is_what_optuna_calls_the_best_trials():
+    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=1))
+    trials = []
+    for i in range(40):
+        asked = study.ask()
+        a, b = round(asked.suggest_float("a", 0, 1), 1), round(asked.suggest_float("b", 0, 1), 1)  # ties occur
+        study.tell(asked, [a, b])
+        trials.append(trial(i, a, b))
+    assert [t.number for t in front(["a", "b"], trials)] == sorted(t.number for t in study.best_trials)
+
+
+def test_the_table_is_escaped_and_complete():
+    objectives = {"a": "rir", "b": "slowdown_benign_worst"}
+    trials = [trial(0, 1.0, 2.0), trial(1, 2.0, 1.0), trial(2, 0, 0, failure="<script> | broke")]
+    page = to_html(objectives, trials)
+    assert "<script> | broke" not in page
+    assert "&lt;script&gt;" in page
+    assert "<svg" in page
+    assert "\\| broke" in to_markdown(objectives, trials)
+    rows = list(csv.DictReader(to_csv(objectives, trials).splitlines()))
+    assert [(r["trial"], r["front"], r["rir"]) for r in rows] == [("0", "0", "1.0"), ("1", "1", "2.0"), ("2", "0", "")]
+
+
+def test_the_plan_needs_a_group_of_its_own():
+    with pytest.raises(UserError, match="action=search"):
+        Plan.read(OmegaConf.create({"scenario": {"name": "x"}}))
