@@ -1,4 +1,4 @@
-"""The best linear immunizers in closed form (METHODS §2.1, own result): one decomposition each."""
+"""The best linear immunizers in closed form (docs/methods.md §2.1, own result): one decomposition each."""
 
 from __future__ import annotations
 

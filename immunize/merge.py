@@ -173,8 +173,8 @@ class Running:
         for name, value in adapted.items():
             change = value - self.base[name]
             factors = self.merge.factors_of(name, change)
-            thin = factors is not None
-            found[name] = change.flatten(1) @ factors.rights[n] if thin else self.merge._part(name, change, n)
+            thin = None if factors is None else change.flatten(1) @ factors.rights[n]
+            found[name] = self.merge._part(name, change, n) if thin is None else thin
         return found
 
     def put(self, n: int, part: Params) -> None:

@@ -91,7 +91,7 @@ def learn(
     rate: float = 1e-2,
     sparsity: float = 0.0,
 ) -> list[float]:
-    """Proximal Adam (zero state at each call) on Σ_n losses[n](θ̂), by the learned weights of ``merge``, in place.
+    """Proximal Adam (zero state at each call) on ``Σ_n losses[n](θ̂)``, by the learned weights of ``merge``, in place.
 
     Args:
         base, adapted: θ and θ'_n, as `Merge` takes them.
@@ -136,7 +136,7 @@ def _slope(
     adapted: Sequence[Params],
     losses: Sequence[Callable[[Params], Tensor]],
 ) -> tuple[float, Params]:
-    """Σ_n losses[n](θ̂) and its gradient by the learned weights."""
+    """``Σ_n losses[n](θ̂)`` and its gradient by the learned weights."""
     fixed = learned.parameters
     with torch.enable_grad():
         learned.parameters = {key: x.detach().requires_grad_(True) for key, x in fixed.items()}

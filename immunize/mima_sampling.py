@@ -136,8 +136,8 @@ def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtyp
 
 def pooled(parts: Sequence[Halves]) -> Halves:
     """Several concepts taken as one (baseline ``joint``); each keeps its own split."""
-    levels = [[part.lower for part in parts], [part.upper for part in parts]]
-    return Halves("+".join(part.name for part in parts), *(Pool.cat(pools) for pools in levels), concepts=len(parts))
+    lower, upper = Pool.cat([part.lower for part in parts]), Pool.cat([part.upper for part in parts])
+    return Halves("+".join(part.name for part in parts), lower, upper, concepts=len(parts))
 
 
 def prior_pictures(case: ConceptCase, source: str) -> Pictures:

@@ -79,7 +79,7 @@ class Trainer:
     # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────
 
     def _kappa(self, task: int) -> float:
-        """κ of all training rows, ``rank`` definition; for deep models the mean over groups (METHODS §2).
+        """κ of all training rows, ``rank`` definition; for deep models the mean over groups (docs/methods.md §2).
 
         Raises:
             FloatingPointError: a numerical rank below that of θ_0. An invertible θ keeps the rank, so κ has left

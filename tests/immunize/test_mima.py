@@ -27,8 +27,8 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     assert moved(after, model()) == {f"unet.{k}" for k, _ in model().unet.named_parameters() if ".attn2." in k}
     assert [step for step, _ in rows] == list(range(4 if name == "compose" else 2))
     for _, values in rows:
-        logged = {"upper_loss", "prior_loss", "lower_drop", "gradient_norm"}
-        logged |= {"benign_loss", "distill_loss"} if name == "mima_deep" else {"cosine"}
+        logged = {"upper_loss", "prior_loss", "gradient_norm"}
+        logged |= {"benign_loss", "distill_loss", "lower_steps"} if name == "mima_deep" else {"cosine", "lower_drop"}
         assert logged <= set(values)
         assert all(isinstance(v, float) for v in values.values())
     if name != "mima_deep":
