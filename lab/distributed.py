@@ -29,7 +29,7 @@ class OutOfStep(Exception):
 
 
 def broadcast_json(value: Any, source: int, group: Any) -> Any:
-    """``value`` of the rank ``source`` (its number in the whole run) on every rank of ``group``; nan and inf allowed."""
+    """``value`` of rank ``source``, counted in the whole run, on every rank of ``group``; nan and inf allowed."""
     here = dist.get_rank() == source
     data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8) if here else torch.empty(0)
     size = torch.tensor([data.numel()])
@@ -57,7 +57,7 @@ class Team:
     # ── one value from one rank ──────────────────────────────────────────────────────────────────────────────
 
     def share(self, tensors: Params, source: int = 0, values: Any = None) -> tuple[Params, Any]:
-        """What the ``source``-th member gives, on all of them; ``values`` are JSON-able. Others' arguments are unread."""
+        """What the ``source``-th member gives, on all; ``values`` are JSON-able. Others' arguments are unread."""
         if self.size == 1:
             return tensors, values
         sender = self.members[source]

@@ -15,13 +15,14 @@ from eval.report.html import render
 from eval.report.summary import summary
 from lab import record as records
 from lab.assemble import assemble, check_cases
-from lab.errors import UserError
+from lab.errors import RankFailed, UserError
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
 from lab.provenance import provenance
+from lab.spread import Alone
 from lab.store import Store
 from lab.tracking import Trackers
-from lab.types import Scores
+from lab.types import CONTROL, Scores
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,10 @@ log = logging.getLogger(__name__)
 class Run:
     """The state of one run, from which a record can be made at any moment, after a failure too."""
 
-    def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        self.cfg, self.folder = cfg, folder
+    def __init__(self, cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> None:
+        self.cfg, self.folder, self.ranks = cfg, folder, ranks or Alone()
+        self.computed: set[str] = set()  # keys of stages that this run's other processes may have computed
+        self.waiting: list[Cell] = []
         self.started, self._clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
@@ -54,7 +57,7 @@ class Run:
             if not isinstance(cfg.threads, int) or cfg.threads < 1:
                 raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
             torch.set_num_threads(cfg.threads)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports the whole compiler, seconds
         parts = assemble(cfg)
         store = Store(cfg.paths.cache, force=cfg.force)
         self._pipeline = Pipeline(parts, store, trackers.log if trackers else None)
@@ -64,15 +67,38 @@ class Run:
 
     def execute(self) -> None:
         pipeline = self.pipeline
-        for cell in progress(list(pipeline.immunize_cells()), "immunize"):
-            self._do(cell)
+        self._stages(list(pipeline.immunize_cells()), "immunize")
+        diverged = self.ranks.same([[*place, error] for place, error in pipeline.diverged.items()])
+        pipeline.diverged = {(case, seed): error for case, seed, error in diverged}
         if not pipeline.seeds:
             return  # every case diverged: nothing is left to attack or to evaluate, and the record says so
-        for cell in progress(list(pipeline.attack_cells()), "attack"):
-            self._do(cell)
-        for name in self.applicable():
+        self._stages(list(pipeline.attack_cells()), "attack")
+        names = self.applicable()
+        self._spread([pipeline.eval_cell(name) for name in names], "eval")
+        for name in names if self.ranks.main else []:
             self._do(pipeline.eval_cell(name))
             self.scores.append(pipeline.scores(name))
+
+    def _stages(self, cells: list[Cell], label: str) -> None:
+        self._spread(cells, label)
+        for cell in progress(cells, label) if self.ranks.main else []:
+            self._do(cell)
+
+    def _spread(self, cells: list[Cell], label: str) -> None:
+        """Let all processes compute what is missing, so that the main one finds it in the cache."""
+        self.waiting = cells
+        self.computed |= self.ranks.compute(self.pipeline.store, cells, self._parts, label)
+        self.waiting = []
+
+    def _parts(self, cell: Cell) -> int:
+        """Into how many parts a stage can be split; the control arm's immunization costs nothing."""
+        if cell.stage != "immunize":
+            return 1
+        if cell.label["arm"] == CONTROL:
+            return 0
+        hook = getattr(self.pipeline.parts.arms[cell.label["arm"]].obj, "shards", None)
+        cases = self.pipeline.data(cell.label["seed"]).cases
+        return 1 if hook is None else int(hook(next(case for case in cases if case.name == cell.label["case"])))
 
     def applicable(self) -> list[str]:
         """Metric families that this run can compute; the others are noted in ``skipped``."""
@@ -87,13 +113,15 @@ class Run:
         return chosen
 
     def _do(self, cell: Cell) -> None:
-        labels = {"arm": None, "case": None, "seed": None, "attack": None, "task": None} | cell.label
+        labels = _labels(cell)
         entry = {"stage": cell.stage, "key": cell.key, "status": "failed", **labels}
         self.cells.append(entry)
         log.info("stage %s", cell.title)
         artifact, hit = self.pipeline.store.get(cell.stage, cell.key, cell.compute)
+        hit = hit and cell.key not in self.computed
+        log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
         self.hits, self.misses = self.hits + hit, self.misses + (not hit)
-        entry["status"] = "ok"
+        entry |= {"status": "ok", "seconds": artifact.seconds}
         if cell.stage == "immunize" and artifact.values["error"] is not None:
             entry["status"] = "diverged"
             self._diverged(labels, artifact.values["error"])
@@ -121,15 +149,22 @@ class Run:
         message = (
             "interrupted; the same command continues where it stopped" if self.status == "preempted" else str(error)
         )
-        key = error.key if isinstance(error, UserError) else None
+        key = error.key if isinstance(error, UserError | RankFailed) else None
         step = getattr(error, "step", None)
-        self.error = {"type": type(error).__name__, "message": message, "key": key, "last_good_step": step}
+        kind = error.type if isinstance(error, RankFailed) else type(error).__name__
+        self.error = {"type": kind, "message": message, "key": key, "last_good_step": step}
+        failed = error.cell if isinstance(error, RankFailed) else getattr(self.ranks.now, "key", None)
+        for cell in self.waiting:  # the processes were at these
+            status = "ok" if self.pipeline.store.has(cell.stage, cell.key) else "pending"
+            if cell.key == failed:
+                status = "pending" if self.status == "preempted" else "failed"
+            self.cells.append({"stage": cell.stage, "key": cell.key, "status": status, **_labels(cell)})
 
     def record(self) -> records.Record:
         config = OmegaConf.to_container(self.cfg, resolve=True)
         pipeline = self._pipeline
         facts = provenance(self.started, time.monotonic() - self._clock)
-        facts |= {"cache_hits": self.hits, "cache_misses": self.misses}
+        facts |= {"cache_hits": self.hits, "cache_misses": self.misses, **self.ranks.facts()}
         facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
         facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
         body = {
@@ -148,7 +183,10 @@ class Run:
             "skipped": self.skipped,
             "provenance": facts,
         }
-        return body | records.scores_json(self.scores)
+        found = records.scores_json(self.scores)
+        if rows := records.seed_values(self.scores, body["seeds"]):
+            found["tables"]["seed_values"] = rows
+        return body | found
 
     def _seeds(self) -> list[int]:
         if self._pipeline is not None:
@@ -168,6 +206,10 @@ class Run:
         print(f"report: {relative(report)}")
         print(f"record: {relative(path)}", flush=True)
         return path
+
+
+def _labels(cell: Cell) -> dict[str, Any]:
+    return {"arm": None, "case": None, "seed": None, "attack": None, "task": None} | cell.label
 
 
 def relative(path: Path) -> Path:
@@ -191,14 +233,20 @@ def plan(run: Run) -> None:
     print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")
 
 
-def run_once(cfg: DictConfig, folder: Path) -> Path | None:
+def run_once(cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> Path | None:
     """Run what ``cfg`` selects, into ``folder``. Returns the record's path (None for ``dry_run``).
+
+    Where ``ranks`` are several processes, all of them call this; the main one alone records and speaks.
 
     A failure is a record too: it is written, then the exception goes on to the caller.
     """
-    run = Run(cfg, folder)
+    run = Run(cfg, folder, ranks)
     if cfg.dry_run:
         plan(run)
+        return None
+    if not run.ranks.main:
+        run.prepare()
+        run.execute()
         return None
     folder.mkdir(parents=True, exist_ok=True)
     trackers = Trackers(cfg, folder)
@@ -206,7 +254,7 @@ def run_once(cfg: DictConfig, folder: Path) -> Path | None:
         run.prepare(trackers)
         run.execute()
     except (Exception, KeyboardInterrupt) as error:
-        run.fail(error)
+        run.fail(run.ranks.cause(error))
         try:
             run.finish(trackers)
         except OSError as unwritable:

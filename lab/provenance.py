@@ -32,7 +32,8 @@ def _git(*args: str) -> str | None:
 
 @cache
 def _checkout() -> tuple[str | None, bool | None]:
-    sha = _git("rev-parse", "HEAD")
+    ours = _git("rev-parse", "--show-toplevel") == str(ROOT)  # an environment inside somebody's repository is not
+    sha = _git("rev-parse", "HEAD") if ours else None
     status = _git("status", "--porcelain") if sha else None
     return sha, None if status is None else bool(status)
 

@@ -69,6 +69,13 @@ class VisionBackbone:
             self._built = {key: self._load(seed)}
         return copy.deepcopy(self._built[key])
 
+    def timm_names(self) -> dict[str, str]:
+        """Every name of a built model's ``state_dict`` → the name of the same tensor in the timm network."""
+        with torch.random.fork_rng(devices=[]):
+            network = self._network()
+        theirs = {id(t): name for name, t in network.state_dict(keep_vars=True).items()}  # the chain shares them
+        return {name: theirs[id(t)] for name, t in self._wrap(network).state_dict(keep_vars=True).items()}
+
     def _load(self, seed: int) -> VisionModel:
         if self.weights == "timm":
             return self._wrap(self._from_hub())

@@ -1,0 +1,109 @@
+"""What processes of `ranks_together.together` compute; importable by name, as their server needs it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from mima_examples import Snapshots, case, model, preset, run, with_targets
+from ranks_together import Found
+from tiny_diffusion import tiny_concept
+
+import run as _entry  # noqa: F401  (names the resolvers that configs use)
+from lab.distributed import Team, working
+from lab.errors import Diverged
+
+
+@cache
+def three_concepts() -> Any:
+    return with_targets((*case().targets, tiny_concept("sunset", "harmful", "style")))
+
+
+def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = False) -> Found:
+    """Weights that moved and the rows of the log.
+
+    Args:
+        halves: go on from the middle, with the checkpoint of a run in one process.
+    """
+    rows: list[list[Any]] = []
+    immunizer = preset(name, **changes)
+
+    def log(step: int, **values: float) -> None:
+        rows.append([step, values])
+
+    checkpoint = None
+    if halves:
+        alone = Snapshots()
+        run(immunizer, on=three_concepts(), checkpoint=alone)
+        checkpoint = alone.at(0)
+    with working(team):
+        result = run(immunizer, on=three_concepts(), checkpoint=checkpoint, log=log)
+    old = model().state_dict()
+    moved = {key: value for key, value in result.state_dict().items() if not torch.equal(value, old[key])}
+    return moved, {"rows": rows}
+
+
+def immunized_with_a_fault(team: Team, name: str, changes: dict[str, Any], step: int) -> Found:
+    """The last process alters a weight by its last bit after the gradient of ``step``."""
+    from immunize.mima_trainer import Trainer
+
+    plain = Trainer._step
+
+    def faulty(self: Trainer, now: int) -> None:
+        if now == step and team.rank == team.size - 1:
+            weight = self.theta[self.objective.upper_names[0]].data.view(-1)
+            weight[0] = torch.nextafter(weight[0], weight.new_tensor(torch.inf))
+        plain(self, now)
+
+    Trainer._step = faulty  # type: ignore[method-assign]
+    return immunized(team, name, changes)
+
+
+def shared(team: Team) -> Found:
+    """One tensor of each dtype, of zero and of more dimensions, from the last process; and JSON with nan and inf."""
+    own = {
+        "half": torch.full((2, 3), float(team.rank), dtype=torch.bfloat16),
+        "scalar": torch.tensor(team.rank + 0.5, dtype=torch.float64),
+        "bytes": torch.arange(5, dtype=torch.uint8) + team.rank,
+        "turned": (torch.arange(6.0).view(2, 3) + team.rank).t(),
+        "empty": torch.empty(0, 4),
+    }
+    if team.rank != team.size - 1:
+        own = {"unread": torch.zeros(1)}
+    values = {"rank": team.rank, "wide": [float("inf"), "ä"]}
+    found, told = team.share(own, team.size - 1, values)
+    return found, told | {"gathered": sorted(team.gather({10 + team.rank: team.rank}).items())}
+
+
+def summed(team: Team, count: int) -> Found:
+    """A sum whose bits depend on the order of its terms; who computed which."""
+    own: list[int] = []
+    order: list[int] = []
+    total = torch.zeros(3)
+
+    def compute(n: int) -> dict[str, torch.Tensor]:
+        own.append(n)
+        return {"x": torch.tensor([10.0 ** (7 - 3 * n), 1 / (n + 3), (-1) ** n * 1e8 + n])}
+
+    def add(n: int, term: dict[str, torch.Tensor]) -> None:
+        order.append(n)
+        total.add_(term["x"])
+
+    team.ordered(count, compute, add)
+    return {"total": total}, {"own": own, "order": order}
+
+
+def failing(team: Team, kind: str) -> Found:
+    """The term of concept 1 cannot be computed."""
+
+    def compute(n: int) -> dict[str, torch.Tensor]:
+        if n == 1:
+            raise Diverged("no number", 7) if kind == "Diverged" else FloatingPointError("no number")
+        return {"x": torch.ones(1)}
+
+    try:
+        team.ordered(3, compute, lambda n, term: None)
+    except Diverged as error:
+        return {}, {"raised": "Diverged", "message": str(error), "step": error.step}
+    return {}, {}

@@ -1,0 +1,127 @@
+"""Processes that share one immunization: what they exchange, equal weights for any number of them, faults that show."""
+
+import math
+
+import pytest
+import torch
+from mima_examples import model
+from ranks_together import together
+from team_cases import failing, immunized, immunized_with_a_fault, shared, summed
+
+from lab.distributed import ALONE, Team, team, working
+
+SIZES = (1, 2, 3)
+
+
+def relative(a, b):
+    """Largest distance of two sets of tensors, relative to each tensor's norm."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in b)
+
+
+def test_a_process_alone_needs_no_group():
+    assert team() is ALONE
+    assert ALONE.share({"x": torch.ones(1)}, 0, 3) == ({"x": torch.ones(1)}, 3)
+    assert ALONE.gather({2: "b"}) == {2: "b"}
+    ALONE.agree(lambda: pytest.fail("nothing to compare with"), "ever")
+    with working(inner := Team()):
+        assert team() is inner
+    assert team() is ALONE
+
+
+@pytest.mark.slow
+def test_tensors_of_any_kind_and_values_reach_everyone(tmp_path):
+    first, *others = together(3, shared, folder=tmp_path)
+    tensors, values = first
+    assert tensors["half"].dtype == torch.bfloat16
+    assert torch.equal(tensors["half"], torch.full((2, 3), 2.0, dtype=torch.bfloat16))
+    assert tensors["scalar"].shape == ()
+    assert float(tensors["scalar"]) == 2.5
+    assert tensors["bytes"].tolist() == [2, 3, 4, 5, 6]
+    assert torch.equal(tensors["turned"], (torch.arange(6.0).view(2, 3) + 2).t())
+    assert tensors["empty"].shape == (0, 4)
+    assert values == {"rank": 2, "wide": [math.inf, "ä"], "gathered": [[10, 0], [11, 1], [12, 2]]}
+    for theirs, told in others:
+        assert told == values
+        assert theirs.keys() == tensors.keys()
+        assert all(torch.equal(theirs[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 5])
+def test_terms_are_added_in_their_order_wherever_they_were_computed(tmp_path, count):
+    """Also with fewer terms than processes, and with a number that does not divide."""
+    plain = together(1, summed, count, folder=tmp_path)[0]
+    for size in (2, 3):
+        found = together(size, summed, count, folder=tmp_path)
+        assert sorted(n for _, values in found for n in values["own"]) == list(range(count))
+        for tensors, values in found:
+            assert values["order"] == list(range(count))
+            assert torch.equal(tensors["total"], plain[0]["total"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Diverged", "FloatingPointError"])
+def test_a_term_without_a_number_ends_all_processes_alike(tmp_path, kind):
+    found = [values for _, values in together(2, failing, kind, folder=tmp_path)]
+    assert found[0] == found[1]
+    assert found[0]["raised"] == kind
+    assert found[0]["message"] == "no number"
+    assert found[0].get("step") == (7 if kind == "Diverged" else None)
+
+
+@pytest.mark.slow
+def test_1_2_and_3_processes_agree_after_20_steps(tmp_path):
+    """float32; the weights have left the original by a thousand times the bound."""
+    changes = {"steps": 20, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
+    alone, *found = (together(size, immunized, "mima", changes, folder=tmp_path) for size in SIZES)
+    weights, log = alone[0]
+    original = model().state_dict()
+    assert relative(weights, {name: original[name] for name in weights}) > 1e-2
+    assert [step for step, _ in log["rows"]] == list(range(20))
+    for processes in found:
+        for theirs, told in processes:
+            assert relative(theirs, weights) <= 1e-5
+            assert relative(theirs, processes[0][0]) == 0
+            for (_, one), (_, other) in zip(told["rows"], log["rows"], strict=True):
+                assert one == pytest.approx(other, rel=1e-4, nan_ok=True)
+
+
+VARIANTS = [
+    ("mima_first_order", {}),
+    ("mima_released", {}),
+    ("mima", {"hypergradient": {"method": "implicit", "iterations": 2}}),
+    ("mima", {"merge": {"rule": "gated"}}),
+    ("mima", {"lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2}, "optimizer": "sgd", "clip": 0.1}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=["plain", "alternating", "implicit", "learned", "lora"])
+def test_every_way_through_the_lower_level_agrees(tmp_path, name, changes):
+    small = {"batch_size": 1, "prior_batch_size": 1, **changes}
+    alone, (first, second) = (together(size, immunized, name, small, folder=tmp_path) for size in (1, 2))
+    assert relative(first[0], alone[0][0]) <= 1e-5
+    assert relative(second[0], first[0]) == 0
+    assert first[1] == second[1]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path):
+    changes = {"steps": 2, "checkpoint_every": 1, "batch_size": 1}
+    whole = together(1, immunized, "mima", changes, folder=tmp_path)[0]
+    for tensors, values in together(2, immunized, "mima", changes, True, folder=tmp_path):
+        assert relative(tensors, whole[0]) <= 1e-5
+        assert len(values["rows"]) == 2
+
+
+@pytest.mark.slow
+def test_a_last_bit_that_differs_is_noticed_at_the_next_comparison(tmp_path):
+    """Hashes are compared every two steps here, and the fault comes in step 2."""
+    for _, values in together(
+        2, immunized_with_a_fault, "mima_first_order", {"steps": 4, "batch_size": 1}, 2, folder=tmp_path
+    ):
+        assert values["raised"] == "OutOfStep"
+        assert "after step 3" in values["message"]
+        assert "process 0" in values["message"]
+        assert "process 1" in values["message"]
