@@ -114,7 +114,7 @@ def walk(run: RunView) -> Iterator[tuple[int, int, Case]]:
 
 
 def samples(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
-    """``value(seed, case)`` as samples[seed][case]; None is left out, and a seed with nothing left too."""
+    """``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with nothing left too."""
     groups: Samples = [[] for _ in run.seeds]
     for position, seed, case in walk(run):
         v = value(seed, case)

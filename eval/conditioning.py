@@ -1,4 +1,4 @@
-"""Condition numbers of both Hessians, RIR, and how close it comes to its limit (METHODS §2, arXiv 2505.23760)."""
+"""Condition numbers of both Hessians, RIR, how close it comes to its limit (arXiv 2505.23760; docs/methods.md §2)."""
 
 from __future__ import annotations
 

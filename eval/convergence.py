@@ -1,4 +1,4 @@
-"""How fast every attacker learns, on the harmful and on the benign task, immunized against control (METHODS §4)."""
+"""How fast every attacker learns, on harmful and on benign tasks, immunized against control (docs/methods.md §4.1)."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def each_worst(
     value: Callable[[str, Case, int], float | Reading | None],
     reason: str,
 ) -> Worst:
-    """samples[seed][case] of the attack that counts there, which one that was most often, and what is left out."""
+    """``samples[seed][case]`` of the attack that counts there, which one that was most often, and what is left out."""
     winners: Counter[str] = Counter()
     censored = 0
     pick = min if role == "harmful" else max

@@ -1,4 +1,4 @@
-"""How the two tasks lie to each other: principal angles and the spectrum of the pencil (K_H, K_P) (METHODS §2.1)."""
+"""How the two tasks lie to each other: principal angles, spectrum of the pencil (K_H, K_P) (docs/methods.md §2.1)."""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+"""An attacker: a linear probe by accelerated gradient descent (Nesterov 1983) with the step 1/L."""
+
+import torch
+
+from lab.activations import features
+from lab.types import Trajectory
+
+
+class AcceleratedProbe:
+    """Fits w on features Y = model(x) by squared loss 1/(2n)‖Yw − T‖², from w = 0.
+
+    Args:
+        name: key under ``attacks``.
+    """
+
+    accepts = frozenset({"linear", "deep"})
+
+    def __init__(self, name: str = "accelerated_probe") -> None:
+        self.name = name
+
+    def __call__(self, model, task, *, seed, budget, checkpoint):
+        """The trajectory at ``budget.snapshots()``; harmful and benign tasks alike."""
+        train, test = ((features(model, s.x).double(), targets(s, task)) for s in (task.train, task.test))
+        y, t = train
+        step = len(y) / torch.linalg.matrix_norm(y, 2) ** 2  # 1/L
+        optimum = torch.linalg.lstsq(y, t, driver="gelsd").solution
+        w = before = torch.zeros(y.shape[1], t.shape[1], dtype=torch.float64)
+        found = Trajectory([], {}, info={"attack": self.name, "lr": float(step)})
+        for k in range(budget.steps + 1):
+            if k in budget.snapshots():
+                values = {"train_loss": loss(*train, w), "test_loss": loss(*test, w)}
+                values["norm_ratio"] = float((w - optimum).square().sum() / optimum.square().sum())
+                for kind, (a, _), split in (("train", train, task.train), ("test", test, task.test)):
+                    if task.kind == "classification":
+                        values[f"{kind}_accuracy"] = float(((a @ w).argmax(1) == split.y).double().mean())
+                found.steps.append(k)
+                for key, value in values.items():
+                    found.values.setdefault(key, []).append(value)
+            ahead = w + k / (k + 3) * (w - before)
+            before, w = w, ahead - step * (y.T @ (y @ ahead - t)) / len(y)
+        found.weights = {"head": before}
+        return found
+
+
+def targets(split, task):
+    """[n, c] float64, one-hot for classification."""
+    if task.kind == "classification":
+        return torch.nn.functional.one_hot(split.y, task.classes).double()
+    return split.y.double()[:, None]
+
+
+def loss(y, t, w):
+    return float((y @ w - t).square().sum() / (2 * len(y)))

@@ -1,0 +1,42 @@
+"""An immunizer: whiten the benign task by a chosen amount."""
+
+import copy
+
+import torch
+
+from lab.condition import condition_number, range_basis
+from lab.errors import UserError
+from lab.options import number
+
+
+class PartialWhitening:
+    """θ = W diag(s^-power) Wᵀ for X_P = U diag(s) Wᵀ, so that κ(H_P) = κ(K_P)^(1 − power).
+
+    ``power`` 0 leaves the model as it is, 1 is `immunize.closed_form.KappaClosedForm`.
+
+    Args:
+        name: what the arm is called.
+        power: in (0, 1].
+    """
+
+    accepts = frozenset({"linear"})
+
+    def __init__(self, name: str = "partial_whitening", power: float = 0.5) -> None:
+        self.name, self.power = name, number("immunize.power", power, above=0, high=1)
+
+    def __call__(self, model, case, *, seed, checkpoint, log):
+        """New weights; ``model`` is left alone.
+
+        Raises:
+            UserError: a benign task without full rank.
+        """
+        x = model.inputs(case.benign.train.x)
+        basis, s = range_basis(x)
+        if len(s) < x.shape[1]:
+            raise UserError("scenario", case.name, f"has rank {len(s)} of {x.shape[1]}; drop columns first.")
+        result = copy.deepcopy(model)
+        with torch.no_grad():
+            result.theta.copy_((basis * s**-self.power) @ basis.T @ model.theta)
+            for step, one in enumerate((model, result)):
+                log(step, kappa_benign=condition_number(one(case.benign.train.x)))
+        return result

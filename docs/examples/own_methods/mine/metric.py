@@ -1,0 +1,43 @@
+"""A metric family: how many directions the features of each task fill."""
+
+import torch
+
+from lab.activations import features
+from lab.condition import singular_values
+from lab.statistics import score
+from lab.types import CONTROL, Scores
+
+
+class EffectiveRank:
+    """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the immunized arm.
+
+    ``…_control`` is the same for the control arm. Over several harmful tasks the mean counts. Range [1, d].
+    """
+
+    accepts = frozenset({"linear", "deep"})
+    needs_arms = 1  # 2: the family compares with the control and is skipped for immunize=none
+    needs_attack = False
+
+    def __init__(self, name: str = "effective_rank") -> None:
+        self.name = name
+
+    def __call__(self, run):
+        out = Scores()
+        for role, direction in (("harmful", "lower"), ("benign", "higher")):
+            for arm in run.arms:
+                values = [[self.of(run.model(arm, c, seed), c, role) for c in run.cases(seed)] for seed in run.seeds]
+                end, better = ("_control", "neutral") if arm == CONTROL else ("", direction)
+                out.metrics[f"effective_rank_{role}{end}"] = score(values, better, unit="directions")
+        return out
+
+    @staticmethod
+    def of(model, case, role):
+        tasks = [task for task in case.tasks if task.role == role]
+        return sum(effective_rank(features(model, task.train.x)) for task in tasks) / len(tasks)
+
+
+def effective_rank(y):
+    """Of features [n, d]."""
+    share = singular_values(y).square()
+    share = share[share > 0] / share.sum()
+    return float(torch.exp(-(share * share.log()).sum()))

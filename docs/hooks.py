@@ -1,0 +1,60 @@
+"""What the site adds to docs/: files of the repository that pages link to, so that every link works on the site too."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parent.parent
+# files outside docs/ that are pages of the site: path in the repository → path in docs/
+PAGES = {"eval/metrics.md": "metrics.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".sh": "bash"}
+LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
+
+
+def outside(page: str, link: str) -> str | None:
+    """Path in the repository of a relative ``link`` on ``page`` (a path in docs/) that leads out of docs/, or None."""
+    path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
+    return None if path.startswith("docs/") else path
+
+
+def target_of(path: str) -> str:
+    """Where the repository's file ``path`` stands in docs/: a page of its own that shows it."""
+    return PAGES.get(path, f"source/{path}" if path.endswith(".png") else f"source/{path}.md")
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pages of `PAGES`, and a page for every other file outside docs/ that a page links to."""
+    for path, target in PAGES.items():
+        files.append(File.generated(config, target, content=(ROOT / path).read_text(encoding="utf-8")))
+    wanted = set()
+    for file in list(files.documentation_pages()):
+        links = (match["path"] for match in LINK.finditer(file.content_string))
+        wanted |= {path for link in links if (path := outside(file.src_uri, link)) and path not in PAGES}
+    for path in sorted(wanted):
+        source = ROOT / path
+        if not source.is_file():
+            continue  # the link stays as it is, and the strict build names it
+        if path.endswith(".png"):
+            files.append(File.generated(config, target_of(path), abs_src_path=str(source)))
+            continue
+        fence = f"````{LANGUAGES.get(source.suffix, 'text')}\n{source.read_text(encoding='utf-8')}\n````\n"
+        files.append(File.generated(config, target_of(path), content=f"# {path}\n\n{fence}"))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
+    """Turn links out of docs/ into links to the pages that `on_files` made."""
+    here = page.file.src_uri
+
+    def inside(match: re.Match[str]) -> str:
+        path = outside(here, match["path"])
+        if path is None or files.get_file_from_path(target_of(path)) is None:
+            return match[0]
+        return posixpath.relpath(target_of(path), posixpath.dirname(here) or ".") + (match["anchor"] or "")
+
+    return LINK.sub(inside, markdown)
