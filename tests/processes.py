@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = ["tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
+FAST = ["experiment=house_price", "tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
 
 
 def start(folder, *arguments, env=None):

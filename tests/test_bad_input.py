@@ -22,7 +22,7 @@ from tiny import image_case, linear_case, linear_classes
 def parts(*overrides):
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return assemble(compose("config", overrides=list(overrides)))
+        return assemble(compose("config", overrides=["experiment=house_price", *overrides]))
 
 
 # ── the shared checks ────────────────────────────────────────────────────────────────────────────────────────────
@@ -95,7 +95,8 @@ def cli(tmp_path, monkeypatch, capfd):
 
     def call(*arguments):
         GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["run.py", "tracker=none", "dry_run=true", *arguments])
+        fixed = ["experiment=house_price", "tracker=none", "dry_run=true"]
+        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *arguments])
         monkeypatch.setattr(entry, "_worst", 0)
         handler = signal.getsignal(signal.SIGTERM)
         try:

@@ -14,7 +14,15 @@ from attacks.linear_probe import LinearProbe
 from lab import record as records
 from lab import store
 
-FAST = ["seeds=[0]", "immunize.epochs=2", "tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
+FAST = [
+    "experiment=house_price",
+    "seeds=[0]",
+    "immunize.epochs=2",
+    "tracker=none",
+    "budget.horizon=5",
+    "budget.multiple=2",
+    "budget.points=5",
+]
 
 
 @pytest.fixture
@@ -127,7 +135,9 @@ def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix
 
 
 def test_parts_that_do_not_fit_are_refused_before_anything_runs(cli, tmp_path):
-    code, _, err = cli("tracker=none", "immunize=kappa_closed_form", "backbone=efficientnet_lite0")
+    code, _, err = cli(
+        "experiment=house_price", "tracker=none", "immunize=kappa_closed_form", "backbone=efficientnet_lite0"
+    )
     assert code == 2
     assert "backbone=efficientnet_lite0" in err
     assert not list(tmp_path.rglob("*.safetensors"))

@@ -24,7 +24,7 @@ BUDGET = Budget(horizon=4, multiple=2, points=5)
 
 def build(group, name, **changes):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=[f"{group}={name}"])
+        cfg = compose("config", overrides=["experiment=house_price", f"{group}={name}"])
     node = cfg[group] if group == "immunize" else cfg[group][name]
     OmegaConf.set_struct(node, False)
     return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None}))

@@ -102,8 +102,9 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
     monkeypatch.chdir(tmp_path)
     own_modules(tmp_path)
     code, told = call([
-        "--config-dir", "conf", "scenario=colleges", "immunize=partial_whitening", "eval=[conditioning,effective_rank]",
-        "attacks=[linear_probe,accelerated_probe]", "debug=smoke", "tracker=none", "budget.horizon=5",
+        "--config-dir", "conf", "experiment=house_price", "scenario=colleges", "immunize=partial_whitening",
+        "eval=[conditioning,effective_rank]", "attacks=[linear_probe,accelerated_probe]",
+        "debug=smoke", "tracker=none", "budget.horizon=5",
     ])  # fmt: skip
     assert code == 0, told
     record = records.read(next(tmp_path.rglob("record.json")))

@@ -163,7 +163,15 @@ def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
 
 
 def test_a_linear_extractor_is_one_matrix(tmp_path):
-    shared = ["seeds=[0]", "immunize.epochs=2", "tracker=none", "budget.horizon=3", "budget.multiple=2", "threads=1"]
+    shared = [
+        "experiment=house_price",
+        "seeds=[0]",
+        "immunize.epochs=2",
+        "tracker=none",
+        "budget.horizon=3",
+        "budget.multiple=2",
+        "threads=1",
+    ]
     shared += ["budget.points=4", f"paths.outputs={tmp_path}"]
     path = run_once(composed(*shared), tmp_path / "run")
     case = records.read(path)["cells"][0]["case"]

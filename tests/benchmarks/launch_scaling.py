@@ -33,7 +33,16 @@ PARTS = {1: ["launch=none"], 2: ["launch=cpu", "launch.num_processes=2"]}
 def table(folder: Path, launch: list[str], seeds: int) -> dict[str, float]:
     """Seconds of one part: ``command``, ``runs``, ``processor``."""
     choices = [f"immunize={','.join(IMMUNIZERS)}", f"attacks=[{','.join(ATTACKS)}]", f"seeds={list(range(seeds))}"]
-    command = [sys.executable, str(ROOT / "run.py"), "-m", *choices, "tracker=none", "threads=1", *launch]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "-m",
+        "experiment=house_price",
+        *choices,
+        "tracker=none",
+        "threads=1",
+        *launch,
+    ]
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=folder, check=True, env=env, stdout=subprocess.DEVNULL)

@@ -32,7 +32,14 @@ LIMIT = 0.6  # the promise of the project's issue on scale-out
 def timed(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
     """CPU and wall seconds of one command."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    command = [sys.executable, str(ROOT / "run.py"), *arguments, "tracker=none", f"paths.outputs={folder}"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "experiment=house_price",
+        *arguments,
+        "tracker=none",
+        f"paths.outputs={folder}",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
     after, wall = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic() - began

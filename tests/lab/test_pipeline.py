@@ -25,7 +25,8 @@ class TinyScenario:
 def pipeline(tmp_path):
     def make(*overrides, scenario=None):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides=["immunize.epochs=1", "seeds=[0]", "tracker=none", *overrides])
+            fixed = ["experiment=house_price", "immunize.epochs=1", "seeds=[0]", "tracker=none"]
+            cfg = compose("config", overrides=[*fixed, *overrides])
         parts = assemble(cfg)
         object.__setattr__(parts, "scenario", scenario or TinyScenario())
         return Pipeline(parts, Store(tmp_path))

@@ -13,7 +13,14 @@ from processes import ROOT, ended, found_records, until
 
 from lab import record as records
 
-RUN = ["seeds=[0]", "budget.horizon=5", "budget.multiple=2", "budget.points=5", "immunize.epochs=2"]
+RUN = [
+    "experiment=house_price",
+    "seeds=[0]",
+    "budget.horizon=5",
+    "budget.multiple=2",
+    "budget.points=5",
+    "immunize.epochs=2",
+]
 TWO = ["launch=cpu", "launch.num_processes=2"]
 SECRET = "5ec2e7" + "0123456789abcdef" * 2 + "01"  # forty characters, as W&B's keys have
 
