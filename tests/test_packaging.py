@@ -129,7 +129,7 @@ def test_extras_are_named_as_the_messages_name_them():
 def sh(*command, cwd, **env):
     done = subprocess.run(
         [str(word) for word in command], cwd=cwd, env=clean_environment() | env, capture_output=True, text=True,
-        timeout=1200, check=False,
+        timeout=3600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
@@ -240,7 +240,7 @@ def test_a_clean_install_from_the_index_runs(archives, tmp_path):
     *_, wheel = archives
     venv.create(tmp_path / ".venv", with_pip=True)
     python = tmp_path / ".venv/bin/python"
-    sh(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
+    sh(python, "-m", "pip", "install", "--quiet", "--no-compile", wheel, cwd=tmp_path)
     installed = {p["name"].lower() for p in json.loads(sh(python, "-m", "pip", "list", "--format=json", cwd=tmp_path))}
     assert installed.isdisjoint({"pytest", "mkdocs", "mlxtend", "scikit-learn", "trackio", "nudenet", "submitit"})
     record = elsewhere(python, tmp_path)
