@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -57,7 +58,7 @@ def _shipped(record: Record) -> bool:
 def _base(record: Record) -> str | None:
     """The hub name of the original, or None for a folder: names of folders stay private."""
     path = record["config"]["backbone"].get("path")
-    return path if isinstance(path, str) and _HUB_NAME.fullmatch(path) else None
+    return path if isinstance(path, str) and _HUB_NAME.fullmatch(path) and not Path(path).is_dir() else None
 
 
 def _front(record: Record, kind: str) -> str:

@@ -25,7 +25,12 @@ def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        device = parameter.device if value.dim() else value.device  # step counters stay where they are
+        # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside the parameter
+        beside = value.dim() > 0 or any(
+            (group.get("fused") or group.get("capturable")) and any(p is parameter for p in group["params"])
+            for group in optimizer.param_groups
+        )
+        device = parameter.device if beside else value.device
         optimizer.state[parameter][name] = value.to(device, copy=True)
 
 

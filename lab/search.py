@@ -60,7 +60,8 @@ def search(cfg: DictConfig) -> None:
         trials.append(found)
         _write(folder, plan, trials)
     write_atomically(folder / "pareto.html", pareto.to_html(plan.objectives, trials).encode())
-    publish([records.read(path) for path in (_place(cfg, folder, t.number) / "record.json" for t in trials)], folder)
+    paths = [_place(cfg, folder, t.number) / "record.json" for t in trials]
+    publish([records.read(path) for path in paths if path.is_file()], folder)
     print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
 
@@ -146,6 +147,8 @@ def outcome_of(path: Path, number: int, values: dict[str, Any], plan: Plan, fail
     Raises:
         UserError: the preset's own run lacks one, or an objective is a metric without a better side.
     """
+    if failure is not None and number > 0 and not path.is_file():
+        return Trial(number, values, {}, failure)
     record = records.read(path)
     found = {name: record["metrics"].get(metric) for name, metric in plan.objectives.items()}
     if failure is None and record["status"] != "ok":

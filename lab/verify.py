@@ -107,6 +107,8 @@ def _papers(report: Report) -> tuple[dict[str, Any], records.Record]:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("kind") not in _KINDS:
             report.fail("record", FACTS, f"does not say format={FORMAT} and what kind of model this is")
+        elif missing := [key for key in (*_FACTS, *_FACTS_OF[facts["kind"]]) if key not in facts]:
+            report.fail("record", FACTS, f"lacks {', '.join(missing)}")
     except (OSError, ValueError) as error:
         report.fail("record", FACTS, f"cannot be read as JSON ({error})")
     try:
@@ -248,3 +250,5 @@ def _timm(report: Report, tensors: dict[str, Tensor], config: dict[str, Any]) ->
 
 
 _KINDS = ("diffusion", "deep", "linear")
+_FACTS = ("arm", "case", "seed", "stage_key", "content_hash")
+_FACTS_OF = {"diffusion": ("pipeline", "unet", "base_unet"), "deep": ("weights",), "linear": ("weights",)}

@@ -69,7 +69,8 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     second = record_of(out, tmp_path)
     assert second["provenance"]["cache_misses"] == 0
     assert second["content_hash"] == first["content_hash"]
-    assert all(c["seconds"] > 0 for c in first["cells"])
+    assert all(c["seconds"] >= 0 for c in first["cells"])  # the control's immunization may take less than a millisecond
+    assert any(c["seconds"] > 0 for c in first["cells"])
     assert [c["seconds"] for c in second["cells"]] == [c["seconds"] for c in first["cells"]]
 
 
@@ -257,7 +258,8 @@ def test_help_explains_the_choices_and_its_five_commands_compose(cli):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_preempted_record_and_a_checkpoint(tmp_path, number):
-    process = start(tmp_path, "tracker=none", "threads=1", "seeds=[0,1,2,3,4,5,6,7]", "immunize.epochs=2000")
+    options = ["experiment=house_price", "tracker=none", "threads=1", "seeds=[0,1,2,3,4,5,6,7]", "immunize.epochs=2000"]
+    process = start(tmp_path, *options)
     deadline = time.monotonic() + 90
     while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < deadline:
         time.sleep(0.1)

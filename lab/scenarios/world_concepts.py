@@ -80,8 +80,8 @@ class WorldConcepts:
     share them. Parts (``own``, ``train``, ``reference``) come from streams of their own and are disjoint.
 
     Args:
-        test, validation: lists of cases {targets, others, rehearsal}. What a test case reports appears nowhere in
-            the validation cases, so that nothing is tuned on it.
+        test, validation: lists of cases {targets, others, rehearsal}. What a test case reports has no role in
+            a validation case, so that no protection is tuned on it; it may be among what such a case keeps.
         split: ``test`` or ``validation``.
         cases: how many cases of the list, or ``all``.
         own, train, reference: pictures per concept for the immunizer, the attacker and the comparison.
