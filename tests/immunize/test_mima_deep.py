@@ -18,6 +18,12 @@ from lab.errors import Diverged
 NONE = {"kv": None, "full": None}
 
 
+def deep(**changes):
+    """The preset, offline with two marks unless told otherwise: one gradient then sees a whole attack."""
+    rest = {"online": False, "at": [0.5, 1.0], "benign": "regret"}
+    return preset("mima_deep", **{**rest, **changes})
+
+
 def objective(method, of=None, on=None, seed=0):
     here, problem = of or model(), on or case()
     setup = Setup.build(here, problem, seed, method.precision, method.prior)
@@ -32,13 +38,13 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
     exact = tiny_diffusion(dtype=torch.float64)
     mima, theta = objective(preset("mima_first_order", lower={"alpha": 0.5}), exact)
     attackers = {"sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"}, "lora": None, **NONE}
-    plain = preset(
-        "mima_deep", attackers=attackers, k_min=1, k_max=1, templates=["captions"], evaluate=["merged"], w_benign=0.0,
+    plain = deep(
+        attackers=attackers, k_min=1, k_max=1, at=[1.0], templates=["captions"], evaluate=["merged"], w_benign=0.0,
         w_distill=0.0, w_prior=3.0, prior_at="adapted", curriculum=0.0,
     )  # fmt: skip
-    deep, other = objective(plain, exact)
+    made, other = objective(plain, exact)
     expected, _ = mima.gradient(theta, 4)
-    found, _ = deep.gradient(other, 4)
+    found, _ = made.gradient(other, 4)
     assert expected.keys() == found.keys()
     size = max(float(g.abs().max()) for g in expected.values())
     assert size > 0
@@ -53,7 +59,7 @@ def test_terms_add_up():
     alone = with_targets(case().targets[:1])
 
     def gradient(**changes):
-        made, theta = objective(preset("mima_deep", **{**base, "prior_ramp": 1.0, **changes}), on=alone)
+        made, theta = objective(deep(**{**base, "prior_ramp": 1.0, **changes}), on=alone)
         with torch.no_grad():  # away from θ_0, where distillation has no gradient
             for name in made.upper_names:
                 theta[name].mul_(1.05)
@@ -71,7 +77,7 @@ def test_terms_add_up():
 def _moved(factor: float, **changes):
     """Gradient and figures of an objective with nothing but a target and a benign concept, at factor · θ_0."""
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "curriculum": 0.0, "cap": None}
-    made, theta = objective(preset("mima_deep", **{**base, **changes}), on=with_targets(case().targets[:1]))
+    made, theta = objective(deep(**{**base, **changes}), on=with_targets(case().targets[:1]))
     with torch.no_grad():
         for name in made.upper_names:
             theta[name].mul_(factor)
@@ -96,10 +102,10 @@ def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(on
 def test_the_cap_stops_the_concept_and_raises_the_prior():
     options = {"evaluate": ["own"], "w_distill": 0.0, "w_benign": 0.0, "w_prior": 1.0, "curriculum": 0.0}
     alone = with_targets(case().targets[:1])
-    made, theta = objective(preset("mima_deep", cap=1e-3, prior_ramp=3.0, **options), on=alone)
+    made, theta = objective(deep(cap=1e-3, prior_ramp=3.0, **options), on=alone)
     gradient, values = made.gradient(theta, 0)
-    only, here = objective(preset("mima_deep", cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 3.0}), on=alone)
-    without, there = objective(preset("mima_deep", cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone)
+    only, here = objective(deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 3.0}), on=alone)
+    without, there = objective(deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone)
     a, b = only.gradient(here, 0)[0], without.gradient(there, 0)[0]
     assert values["prior_factor"] == 3.0
     for name, value in gradient.items():  # the prior's gradient alone, three times
@@ -110,8 +116,8 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
 def test_checkpointing_changes_no_gradient():
     alone = with_targets(case().targets[:1])
     options = {"evaluate": ["own"], "w_benign": 0.0, "k_max": 2, "curriculum": 0.0}
-    plain, theta = objective(preset("mima_deep", **options), on=alone)
-    saving, other = objective(preset("mima_deep", gradient_checkpointing=True, **options), on=alone)
+    plain, theta = objective(deep(**options), on=alone)
+    saving, other = objective(deep(gradient_checkpointing=True, **options), on=alone)
     a, b = plain.gradient(theta, 1)[0], saving.gradient(other, 1)[0]
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-6)
@@ -124,8 +130,8 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
         "k_min": 4, "k_max": 4, "at": [0.5, 1.0],
     }  # fmt: skip
     alone = with_targets(case().targets[:1])
-    whole, theta = objective(preset("mima_deep", **options), on=alone)
-    online, other = objective(preset("mima_deep", online=True, **options), on=alone)
+    whole, theta = objective(deep(**options), on=alone)
+    online, other = objective(deep(online=True, **options), on=alone)
     for made in (whole, online):  # the upper level's batches are numbered by step and mark: take one for all
         first = made.targets[0].upper.batch(8, 0, "one")
         made._upper = lambda *_, first=first: first
