@@ -138,8 +138,7 @@ class DeepObjective:
         o, (round_, turn) = self.options, self._round(step)
         key = f"original:{concept.name}" if original else concept.name
         if turn == 0 or key not in self.running:
-            progress = step / o.steps if turn == 0 else round_ * len(o.at) / o.steps
-            attack = self.attackers.draw(progress, self.seed, concept.name, round_)
+            attack = self.attackers.draw((step - turn) / o.steps, self.seed, concept.name, round_)
             self.running[key] = self._begin(theta, concept, attack, round_, original)
             if turn > 0:
                 head = f"{key}/"
