@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.export_card import card
 from lab.export_source import Choice, Models, backbone_of, choose, rebuild
+from lab.provenance import versions
 from lab.record import Record
 from lab.store import write_atomically
 from lab.types import Model
@@ -95,7 +95,7 @@ def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
         kept = _write_record(record, partial)
         facts |= {
             "format": FORMAT, "arm": chosen.arm, "case": chosen.case, "seed": chosen.seed, "stage_key": chosen.key,
-            "content_hash": kept["content_hash"], "versions": _versions(),
+            "content_hash": kept["content_hash"], "versions": versions(_PACKAGES),
         }  # fmt: skip
         _json(partial / FACTS, facts)
         write_atomically(partial / CARD, card(kept, chosen, models, facts).encode())
@@ -109,16 +109,6 @@ def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
 
 def _json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue  # not installed, so it had no part in this
-    return found
 
 
 # ---- weights

@@ -6,6 +6,7 @@ import os
 import platform
 import resource
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from functools import cache
 from importlib import metadata
@@ -38,13 +39,14 @@ def _checkout() -> tuple[str | None, bool | None]:
     return sha, None if status is None else bool(status)
 
 
-def _versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
+    """Installed versions by distribution name; one that is not installed had no part in it and is absent."""
     found = {}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            continue  # optional packages are simply absent from the record
+            continue
     return found
 
 
@@ -65,7 +67,7 @@ def provenance(started: float, wall: float) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu × {os.cpu_count()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "versions": _versions(),
+        "versions": versions(),
         "git_sha": sha,
         "git_dirty": dirty,
     }

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import re
-import signal
-import sys
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from entry_point import call_entry
 from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-import run as entry
 from attacks.concept_curriculum import Curriculum
 from attacks.concept_lora import ConceptLora
 from lab import record as records
@@ -39,15 +36,7 @@ def call(monkeypatch, capfd):
     """The entry point in this process: (exit code, stdout, stderr)."""
 
     def call(*arguments):
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        monkeypatch.setattr(entry, "_worst", 0)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        with pytest.raises(SystemExit) as done:
-            entry.main()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        return done.value.code, *capfd.readouterr()
+        return call_entry(monkeypatch, capfd, *arguments)
 
     return call
 

@@ -2,15 +2,13 @@
 
 import errno
 import os
-import signal
-import sys
 from dataclasses import replace
 
 import pytest
+from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import run as entry
 from lab import options
 from lab.assemble import assemble, check_cases
 from lab.errors import UserError
@@ -94,17 +92,9 @@ def cli(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        GlobalHydra.instance().clear()
         fixed = ["experiment=house_price", "tracker=none", "dry_run=true"]
-        monkeypatch.setattr(sys, "argv", ["run.py", *fixed, *arguments])
-        monkeypatch.setattr(entry, "_worst", 0)
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as done:
-                entry.main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return done.value.code, capfd.readouterr().err
+        code, _, err = call_entry(monkeypatch, capfd, *fixed, *arguments)
+        return code, err
 
     return call
 

@@ -2,14 +2,12 @@
 
 import os
 import signal
-import sys
 import time
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from entry_point import call_entry
 from processes import start
 
-import run as entry
 from attacks.linear_probe import LinearProbe
 from lab import record as records
 from lab import store
@@ -31,18 +29,7 @@ def cli(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        monkeypatch.setattr(entry, "_worst", 0)
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            entry.main()
-        except SystemExit as done:
-            code = done.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        out, err = capfd.readouterr()
-        return code, out, err
+        return call_entry(monkeypatch, capfd, *arguments)
 
     return call
 

@@ -5,7 +5,6 @@ import importlib.util
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,11 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from doc_blocks import PAGES, ROOT, blocks
+from entry_point import call_entry
 from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-
-import run as entry
 
 DOCS = ROOT / "docs"
 RUNNABLE = [page for page in PAGES if any(block.kind in ("run", "python") for block in blocks(page))]
@@ -33,19 +30,8 @@ def call(monkeypatch, capfd):
     """The entry point in this process, in the current folder; returns (exit code, stdout and stderr)."""
 
     def call(arguments):
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        monkeypatch.setattr(entry, "_worst", 0)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-        code = 0
-        try:
-            entry.main()
-        except SystemExit as done:
-            code = done.code or 0
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return code, "\n".join(capfd.readouterr())
+        code, out, err = call_entry(monkeypatch, capfd, *arguments)
+        return code or 0, f"{out}\n{err}"
 
     return call
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from entry_point import call_entry
 from release_examples import composed, finished, move, options, tiny_folder
 
-import run as entry
 from lab import export_push
 from lab.checksums import differences, write_sums
 from lab.errors import UserError
@@ -39,18 +37,8 @@ def copied(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "copy")
 
 
-def call(monkeypatch, capfd, *arguments):
-    GlobalHydra.instance().clear()
-    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    monkeypatch.setattr(entry, "_worst", 0)
-    with pytest.raises(SystemExit) as done:
-        entry.main()
-    out, err = capfd.readouterr()
-    return done.value.code, out, err
-
-
 def test_verify_says_what_it_checked(exported, monkeypatch, capfd):
-    code, out, _ = call(monkeypatch, capfd, "action=verify", f"path={exported}")
+    code, out, _ = call_entry(monkeypatch, capfd, "action=verify", f"path={exported}")
     assert code == 0
     assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")] == [
         ["ok", what] for what in ("hashes", "record", "layout", "weights", "delta")
@@ -84,7 +72,7 @@ def link(path):
 )
 def test_a_file_that_is_not_as_exported_ends_with_code_2(copied, name, change, told, monkeypatch, capfd):
     change(copied / name)
-    code, _, err = call(monkeypatch, capfd, "action=verify", f"path={copied}")
+    code, _, err = call_entry(monkeypatch, capfd, "action=verify", f"path={copied}")
     assert code == 2
     assert name in err
     assert told in err

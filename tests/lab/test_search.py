@@ -2,15 +2,12 @@
 
 import csv
 import json
-import signal
-import sys
 
 import optuna
 import pytest
-from hydra.core.global_hydra import GlobalHydra
+from entry_point import call_entry
 from omegaconf import OmegaConf
 
-import run as entry
 from eval.report.pareto import Trial, front, to_csv, to_html, to_markdown
 from lab import launch
 from lab import record as records
@@ -51,19 +48,9 @@ def cli(tmp_path, monkeypatch, capfd):
         write_record(cfg, folder, values=(1 + eta, 2 - (eta - 0.2) ** 2, 1 + cfg.immunize.supervised))
 
     def call(*arguments, run=fake):
-        GlobalHydra.instance().clear()
         monkeypatch.setattr(launch, "launch", run)
-        monkeypatch.setattr(sys, "argv", ["run.py", *SMALL, *arguments])
-        monkeypatch.setattr(entry, "_worst", 0)
         seen.clear()
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            entry.main()
-        except SystemExit as done:
-            code = done.code
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return code, *capfd.readouterr()
+        return call_entry(monkeypatch, capfd, *SMALL, *arguments)
 
     call.seen, call.fake = seen, fake
     monkeypatch.setattr("lab.actions.render", lambda found, out: out)  # tested elsewhere, and slow

@@ -3,7 +3,6 @@ message, and the run that follows gives the same content as one that was never d
 
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -11,10 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+from entry_point import call_entry
 from filelock import FileLock, Timeout
-from hydra.core.global_hydra import GlobalHydra
 
-import run as entry
 from lab import record as records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,20 +27,12 @@ def cli(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
-        GlobalHydra.instance().clear()
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        monkeypatch.setattr(entry, "_worst", 0)
-        handler = signal.getsignal(signal.SIGTERM)
         try:
-            entry.main()
-        except SystemExit as done:
-            code = done.code
+            return call_entry(monkeypatch, capfd, *arguments)
         finally:
-            signal.signal(signal.SIGTERM, handler)
             for log in logging.getLogger().handlers:
                 if isinstance(log, logging.FileHandler):
                     log.close()  # as the end of the process would: a disk with open files cannot become read-only
-        return code, *capfd.readouterr()
 
     return call
 

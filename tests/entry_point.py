@@ -1,0 +1,25 @@
+"""`run.py` as a user calls it, in this process."""
+
+import signal
+import sys
+
+from hydra.core.global_hydra import GlobalHydra
+
+import run as entry
+
+
+def call_entry(monkeypatch, capfd, *arguments):
+    """(exit code or None, stdout, stderr); the handlers of signals are as before afterwards."""
+    GlobalHydra.instance().clear()
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    monkeypatch.setattr(entry, "_worst", 0)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    code = None
+    try:
+        entry.main()
+    except SystemExit as done:
+        code = done.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return code, *capfd.readouterr()
