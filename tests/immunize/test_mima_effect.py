@@ -38,7 +38,7 @@ def unrelated(some):
 @pytest.mark.parametrize("name", ["mima", "mima_deep"])
 def test_the_loss_after_an_attack_rises(name):
     alone = with_targets(case().targets[:1])
-    method = preset(name, steps=10, beta=3e-2, clip=None, w_prior=0.0, **FAST[name])
+    method = preset(name, steps=16, beta=5e-2, clip=None, w_prior=0.0, **FAST[name])
     assert after_attack(run(method, on=alone)) > 1.03 * after_attack(model())
 
 

@@ -146,8 +146,11 @@ class Cluster:
         return dict(line.split(None, 1) for line in lines if line.strip())
 
     def begin(self, job: str) -> None:
-        """Let a job that was put back in the queue begin at once: Slurm makes it wait for two minutes."""
-        self.call("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        """Let a job that was put back in the queue begin soon: Slurm makes it wait for two minutes.
+
+        Not at once: a credential issued in the second in which the last one was revoked counts as revoked, too.
+        """
+        self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3", check=False)
 
     def restarts(self, job: str) -> int:
         """How often Slurm has put a job back in the queue."""

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "threads=1", "seeds=[0]", *FAST]
 KILLS = int(os.environ.get("KILLS", "1"))
-LONG = ["immunize.epochs=60", "immunize.checkpoint_every=20"]  # tens of seconds, so that there is time to strike
+LONG = ["immunize.epochs=300", "immunize.checkpoint_every=20"]  # ten seconds on a free core: time enough to strike
 
 
 @pytest.fixture
@@ -105,11 +105,11 @@ def test_a_failed_job_and_a_killed_one(submit, cluster, tmp_path):
     until(lambda: list(tmp_path.rglob("*.ckpt")), "a checkpoint")
     for _ in range(KILLS):
         process = until(lambda: cluster.process(good), cluster.logs)
-        time.sleep(random.SystemRandom().uniform(0, 3))
+        time.sleep(random.SystemRandom().uniform(0, 2))
         os.kill(process, signal.SIGKILL)
         until(lambda: [cluster.queue()[job] for job in (good, bad)] == ["FAILED", "FAILED"], cluster.logs)
         lines = {state: line for state, _, line in (one.partition(" ") for one in told().splitlines())}
-        assert folder.name in lines["killed"]
+        assert folder.name in lines.get("killed", ""), told()
         assert "immunize.lambda_p" in lines["failed"]
         assert "1 failed, 1 killed" in told()
         cluster.call("scontrol", "requeue", good)
@@ -141,7 +141,8 @@ def test_the_script_of_the_docs_goes_on_after_a_signal(cluster, tmp_path, told):
     assert records.read(folder / "record.json")["status"] == "preempted"
     assert next(line for line in told().splitlines() if folder.name in line).startswith("queued")
     cluster.begin(job)
-    until(lambda: set(cluster.queue().values()) == {"COMPLETED"}, cluster.logs)
+    both = {job, f"{number}_1"}
+    until(lambda: [cluster.queue()[one] for one in both] == ["COMPLETED"] * 2, cluster.logs)
     assert cluster.restarts(job) == 1
     assert told().splitlines()[-1] == "2 done (2 ok)"
     assert Counter(computed(tmp_path)).most_common(1)[0][1] == 1
