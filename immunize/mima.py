@@ -265,6 +265,12 @@ class MimaDeep(ConceptImmunizer):
     def needs_prior(self) -> bool:
         return self.w_prior > 0 or self.w_distill > 0
 
+    def shards(self, case: ConceptCase) -> int:
+        """As `Mima.shards`; a merged model needs all attacked copies in one place."""
+        if self.concepts != "merged" or self.evaluate != ("own",):
+            return 1
+        return len(case.targets) + (1 if self.w_benign and case.rehearsal else 0)
+
     def objective(self, setup: Setup, concepts: Sequence[Halves], merge: Merge) -> Objective:
         options = DeepOptions(
             steps=self.steps, batch_size=self.batch_size, lower_batch_size=self.lower_batch_size,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -34,6 +34,7 @@ from immunize.mima_losses import Denoiser, Params, Weights, accumulate, capped, 
 from immunize.mima_lower import Attack, Attackers, Mark, Running, marks
 from immunize.mima_sampling import Batch, Halves, Pool
 from immunize.mima_scopes import scope_names
+from lab.distributed import team
 from lab.seeding import derive
 
 EVALUATIONS = ("merged", "own")
@@ -69,12 +70,30 @@ class Level:
     found: list[Mark]
 
 
-def _progress(levels: Sequence[Level]) -> dict[str, float]:
-    """Steps of the attacks so far and, where they are over, by which share they lowered their first batch's loss."""
-    last = [level.found[-1] for level in levels]
-    values = {"lower_steps": sum(mark.step for mark in last) / len(last)}
-    drops = [1 - mark.now / mark.first for mark in last if not math.isnan(mark.now)]
-    return values | ({"lower_drop": sum(drops) / len(drops)} if drops else {})
+def _progress(level: Level) -> dict[str, float]:
+    """Steps of the attack so far and, where it is over, by which share it lowered its first batch's loss."""
+    last = level.found[-1]
+    drop = {} if math.isnan(last.now) else {"lower_drop": 1 - last.now / last.first}
+    return {"lower_steps": float(last.step)} | drop
+
+
+@dataclass
+class _Here:
+    """What one upper step finds: attacks and figures by the concept's number, the preservation terms' gradient."""
+
+    levels: dict[int, Level] = field(default_factory=dict)
+    facts: dict[int, dict[str, float]] = field(default_factory=dict)
+    kept: Params = field(default_factory=dict)
+
+    def values(self, targets: int) -> dict[str, float]:
+        """For the log: means over the targets, then what the benign and the preservation terms have found."""
+        own = [self.facts[n] for n in range(targets)]
+        values = {key: sum(fact[key] for fact in own) / targets for key in own[0] if key != "lower_drop"}
+        if drops := [fact["lower_drop"] for fact in own if "lower_drop" in fact]:
+            values["lower_drop"] = sum(drops) / len(drops)
+        for n in sorted(self.facts):
+            values |= self.facts[n] if n >= targets else {}
+        return values
 
 
 class DeepObjective:
@@ -92,15 +111,21 @@ class DeepObjective:
             if options.w_distill or self._regrets
             else {}
         )
-        self.running: dict[str, Running] = {}  # attacks that go on at the next upper step, by concept
+        self.places = options.evaluate if merge is not None else ("own",)
+        self.running: dict[str, Running] = {}  # this process's attacks that go on at the next upper step, by concept
         self.saved: Params = {}
+        self.team = team()
 
     @property
     def _regrets(self) -> bool:
         return bool(self.options.w_benign and self.rehearsal) and self.options.benign == "regret"
 
     def state(self) -> Params:
-        return {f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()}
+        own = {f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()}
+        found: Params = {}
+        for member in range(self.team.size):
+            found |= self.team.share(own, member)[0]
+        return found
 
     def load(self, state: Params) -> None:
         self.saved = dict(state)
@@ -113,19 +138,43 @@ class DeepObjective:
             return self._gradient(theta, step)
 
     def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        concepts, here = self._concepts(step), _Here()
+        count = self._marks(step)
         total: Params = {}
-        concepts = list(self.targets)
-        if self.options.w_benign and self.rehearsal:
-            round_ = self._round(step)[0]
-            concepts.append(self.rehearsal[derive(self.seed, "mima", "rehearsal", round_) % len(self.rehearsal)])
-        levels = [self._attack(theta, concept, step) for concept in concepts]
-        targets, others = levels[: len(self.targets)], levels[len(self.targets) :]
-        values = self._targets(theta, targets, step, total)
-        values |= _progress(targets)
-        for concept, level in zip(concepts[len(targets) :], others, strict=True):
-            values |= self._benign(theta, concept, level, step, total)
-        values |= self._preserve(theta, step, values["upper_loss"], total)
+
+        def one(n: int) -> Params:
+            if n == len(concepts):
+                return self._preserve(theta, n, step, here)
+            level = self._attack(theta, concepts[n], step)
+            if n >= len(self.targets):
+                return self._benign(theta, n, concepts[n], level, step, here)
+            if "merged" in self.places:
+                here.levels[n] = level
+            return self._own(theta, n, level, step, count, here)
+
+        def add(n: int, gradient: Params) -> None:
+            if n == len(concepts):
+                here.kept = gradient
+            else:
+                accumulate(total, gradient, 1.0)
+
+        self.team.ordered(len(concepts) + 1, one, add)
+        if "merged" in self.places:  # never with several processes, see `immunize.mima.MimaDeep.shards`
+            self._together(theta, [here.levels[n] for n in range(len(self.targets))], step, count, here, total)
+        here.facts = self.team.gather(here.facts)
+        values = here.values(len(self.targets))
+        if here.kept:
+            near = 0.0 if self.options.cap is None else min(max(values["upper_loss"], 0.0) / self.options.cap, 1.0)
+            values["prior_factor"] = 1 + (self.options.prior_ramp - 1) * near**2
+            accumulate(total, here.kept, values["prior_factor"])
         return {name: total[name] for name in self.upper_names}, values
+
+    def _concepts(self, step: int) -> list[Halves]:
+        """The targets, and one concept to practise with where a benign term is asked for."""
+        if not (self.options.w_benign and self.rehearsal):
+            return list(self.targets)
+        turn = derive(self.seed, "mima", "rehearsal", self._round(step)[0]) % len(self.rehearsal)
+        return [*self.targets, self.rehearsal[turn]]
 
     # ── the attacks ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -133,13 +182,16 @@ class DeepObjective:
         """Number of the attacks that upper step ``step`` belongs to, and which of their marks it looks at."""
         return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
 
+    def _drawn(self, concept: Halves, step: int) -> Attack:
+        round_, turn = self._round(step)
+        return self.attackers.draw((step - turn) / self.options.steps, self.seed, concept.name, round_)
+
     def _attack(self, theta: Params, concept: Halves, step: int, original: bool = False) -> Level:
         """``original``: the same attack, batch by batch, on the model before immunization."""
         o, (round_, turn) = self.options, self._round(step)
         key = f"original:{concept.name}" if original else concept.name
         if turn == 0 or key not in self.running:
-            attack = self.attackers.draw((step - turn) / o.steps, self.seed, concept.name, round_)
-            self.running[key] = self._begin(theta, concept, attack, round_, original)
+            self.running[key] = self._begin(theta, concept, self._drawn(concept, step), round_, original)
             if turn > 0:
                 head = f"{key}/"
                 saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
@@ -174,27 +226,37 @@ class DeepObjective:
 
     # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
 
-    def _targets(self, theta: Params, levels: list[Level], step: int, total: Params) -> dict[str, float]:
-        """Adds −min(L, cap), and the prior where it is asked for there, at every mark and place; logs the last mark."""
-        places = self.options.evaluate if self.merge is not None else ("own",)
-        count = max(len(level.found) for level in levels)
-        share = 1 / (count * len(places) * len(levels))
-        rows: list[tuple[float, float]] = []
+    def _marks(self, step: int) -> int:
+        """Marks of the attack that has most; in the others the last one stands for those that are missing."""
+        if self.options.online:
+            return 1
+        drawn = [self._drawn(concept, step) for concept in self.targets]
+        return max(len(marks(attack.steps, self.options.at)) for attack in drawn)
+
+    def _own(self, theta: Params, n: int, level: Level, step: int, count: int, here: _Here) -> Params:
+        """A target's −min(L, cap), and the prior where it is asked for there, at its own attacked weights."""
+        v: Params = {}
+        here.facts[n] = _progress(level)
+        if "own" not in self.places:
+            return v
         for i in range(count):
-            # an attacker of very few steps has fewer marks than another; its last one stands for the missing
-            here = [level.found[min(i, len(level.found) - 1)].weights for level in levels]
-            rows = []
-            for place in places:
-                v: Params = {}
-                point = self._merged(theta, here) if place == "merged" else {}
-                for n, concept in enumerate(self.targets):
-                    at = point if place == "merged" else here[n]
-                    rows.append(self._one(theta, at, concept, step, i, v))
-                self._back(v, place, share, total)
-        values = {"upper_loss": sum(row[0] for row in rows) / len(rows)}
-        if self.options.w_prior and self.options.prior_at == "adapted":
-            values["prior_loss"] = sum(row[1] for row in rows) / len(rows)
-        return values
+            weights = level.found[min(i, len(level.found) - 1)].weights
+            self._one(theta, weights, n, step, i, v, here)
+        share = 1 / (count * len(self.places) * len(self.targets))
+        return {name: g * share for name, g in v.items()}
+
+    def _together(self, theta: Params, levels: list[Level], step: int, count: int, here: _Here, total: Params) -> None:
+        """The same at the merged weights, first order through the merge."""
+        assert self.merge is not None
+        share = 1 / (count * len(self.places) * len(self.targets))
+        for i in range(count):
+            v: Params = {}
+            point = self._merged(theta, [level.found[min(i, len(level.found) - 1)].weights for level in levels])
+            for n in range(len(self.targets)):
+                self._one(theta, point, n, step, i, v, here)
+            direct, parts = self.merge.adjoint(v)
+            for part in (direct, *parts):
+                accumulate(total, part, share)
 
     def _merged(self, theta: Params, here: list[Params]) -> Params:
         assert self.merge is not None
@@ -202,38 +264,29 @@ class DeepObjective:
         with torch.no_grad():
             return self.merge({name: theta[name] for name in moved}, here)
 
-    def _one(self, theta: Params, at: Weights, concept: Halves, step: int, mark: int, v: Params) -> tuple[float, float]:
-        """One concept's terms at one point, added to ``v``: (upper loss, prior loss)."""
-        o, seen = self.options, [math.nan, math.nan]
+    def _one(self, theta: Params, at: Weights, n: int, step: int, mark: int, v: Params, here: _Here) -> None:
+        """One concept's terms at one point, added to ``v``; the last mark's figures stay in ``here``."""
+        o, concept, seen = self.options, self.targets[n], {}
         batch = self._upper(concept, step, mark)
 
         def terms(weights: Weights) -> Tensor:
             upper = self.denoiser.loss(batch, weights)
-            seen[0] = float(upper.detach())
+            seen["upper_loss"] = float(upper.detach())
             value = -capped(upper, o.cap)
             if o.w_prior and o.prior_at == "adapted":
                 prior = self.denoiser.loss(self._prior(concept.name, step, mark), weights)
-                seen[1] = float(prior.detach())
+                seen["prior_loss"] = float(prior.detach())
                 value = value + o.w_prior * prior
             return value
 
-        _, gradient = gradient_at(terms, theta, at, self.upper_names)
-        accumulate(v, gradient, 1.0)
-        return seen[0], seen[1]
-
-    def _back(self, v: Params, place: str, share: float, total: Params) -> None:
-        """∂/∂θ of a gradient at the merged (or the concept's own) weights: first order."""
-        if place == "own" or self.merge is None:
-            accumulate(total, v, share)
-            return
-        direct, parts = self.merge.adjoint(v)
-        for part in (direct, *parts):
-            accumulate(total, part, share)
+        accumulate(v, gradient_at(terms, theta, at, self.upper_names)[1], 1.0)
+        here.facts[n] |= seen
 
     # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _benign(self, theta: Params, concept: Halves, level: Level, step: int, total: Params) -> dict[str, float]:
+    def _benign(self, theta: Params, n: int, concept: Halves, level: Level, step: int, here: _Here) -> Params:
         before = self._attack(theta, concept, step, original=True).found if self._regrets else None
+        total: Params = {}
         loss, regret = math.nan, math.nan
         for i, mark in enumerate(level.found):
             batch = self._upper(concept, step, i)
@@ -243,14 +296,15 @@ class DeepObjective:
                     regret = loss - float(self._original_loss(batch, before[i].weights))
             if not regret <= 0:  # nan where losses are minimised themselves
                 accumulate(total, gradient, self.options.w_benign / len(level.found))
-        return {"benign_loss": loss} | ({} if before is None else {"benign_regret": regret})
+        here.facts[n] = {"benign_loss": loss} | ({} if before is None else {"benign_regret": regret})
+        return total
 
     def _prior(self, label: str, step: int, mark: int) -> Batch:
         assert self.prior is not None
         return self.prior.batch(self.options.prior_batch_size, self.seed, label, step, "prior", mark)
 
-    def _preserve(self, theta: Params, step: int, upper: float, total: Params) -> dict[str, float]:
-        """Adds prior and distillation at θ, in one forward and backward pass."""
+    def _preserve(self, theta: Params, n: int, step: int, here: _Here) -> Params:
+        """Prior and distillation at θ, in one forward and backward pass, before the ramp's factor."""
         o = self.options
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
         if self.prior is None or not (w_prior or o.w_distill):
@@ -272,8 +326,6 @@ class DeepObjective:
                 value = value + o.w_distill * distance
             return value
 
-        _, gradient = gradient_at(terms, theta, {}, self.upper_names)
-        near = 0.0 if o.cap is None else min(max(upper, 0.0) / o.cap, 1.0)
-        factor = 1 + (o.prior_ramp - 1) * near**2
-        accumulate(total, gradient, factor)
-        return {**seen, "prior_factor": factor}
+        gradient = gradient_at(terms, theta, {}, self.upper_names)[1]
+        here.facts[n] = seen
+        return gradient

@@ -87,17 +87,21 @@ def test_1_2_and_3_processes_agree_after_20_steps(tmp_path):
                 assert one == pytest.approx(other, rel=1e-4, nan_ok=True)
 
 
+NAMES = ["plain", "alternating", "implicit", "learned", "lora", "deep"]
 VARIANTS = [
     ("mima_first_order", {}),
     ("mima_released", {}),
     ("mima", {"hypergradient": {"method": "implicit", "iterations": 2}}),
     ("mima", {"merge": {"rule": "gated"}}),
     ("mima", {"lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2}, "optimizer": "sgd", "clip": 0.1}),
+    ("mima_deep", {"steps": 12, "k_max": 4}),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=["plain", "alternating", "implicit", "learned", "lora"])
+@pytest.mark.parametrize(
+    ("name", "changes"), VARIANTS, ids=["plain", "alternating", "implicit", "learned", "lora", "deep"]
+)
 def test_every_way_through_the_lower_level_agrees(tmp_path, name, changes):
     small = {"batch_size": 1, "prior_batch_size": 1, **changes}
     alone, (first, second) = (together(size, immunized, name, small, folder=tmp_path) for size in (1, 2))
@@ -107,12 +111,14 @@ def test_every_way_through_the_lower_level_agrees(tmp_path, name, changes):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path):
-    changes = {"steps": 2, "checkpoint_every": 1, "batch_size": 1}
-    whole = together(1, immunized, "mima", changes, folder=tmp_path)[0]
-    for tensors, values in together(2, immunized, "mima", changes, True, folder=tmp_path):
+@pytest.mark.parametrize(("name", "steps"), [("mima", 2), ("mima_deep", 4)])
+def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path, name, steps):
+    """The first checkpoint: of ``mima_deep`` in the middle of an attack."""
+    changes = {"steps": steps, "checkpoint_every": steps // 2, "batch_size": 1}
+    whole = together(1, immunized, name, changes, folder=tmp_path)[0]
+    for tensors, values in together(2, immunized, name, changes, True, folder=tmp_path):
         assert relative(tensors, whole[0]) <= 1e-5
-        assert len(values["rows"]) == 2
+        assert len(values["rows"]) == steps
 
 
 @pytest.mark.slow
