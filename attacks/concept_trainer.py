@@ -47,7 +47,8 @@ class Learner:
         for parameter in self.parameters:
             parameter.requires_grad_(True)
             if parameter.dtype in (torch.float16, torch.bfloat16):
-                raise UserError("backbone", parameter.dtype, "attackers train in float32; load the model in float32.")
+                told = "attackers that move the model's own weights train in float32; take fp32, or attack by lora."
+                raise UserError("backbone.dtype", parameter.dtype, told)
         self.optimizer = self._optimizer()
         train = _first(task.train, attack.pictures)
         self.train = self._material(train, variants(train.images, attack.augmentation, seed, task.name))
