@@ -11,7 +11,7 @@ from eval.intervals import Floats, Unit
 from lab.types import CONTROL, Budget, Concept, Role
 
 FAMILY = "name"  # the prompts that headline figures are about
-BETWEEN, CLIP_T, DETECTED = "between", "clip_t", "detected"
+BETWEEN, CLIP_T, DETECTED, USABLE = "between", "clip_t", "detected", "usable"
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Reading:
 
     Attributes:
         values: quantity → [points, pictures] on the snapshots of the budget: a similarity of `eval.judging`, ``clip_t``
-            (cosine to the prompt), ``detected`` (0 or 1), ``between`` (CLIP cosine to the other arm's picture made
-            from the same latents). What stands beyond the end of an attack that diverged: `eval.reading`.
+            (cosine to the prompt), ``detected`` (0 or 1), ``usable`` (0 or 1, see `eval.usable`), ``between`` (CLIP
+            cosine to the other arm's picture made from the same latents). What stands beyond the end of an attack that
+            diverged: `eval.reading`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
     """

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from eval.aggregate import arm_names, diverged_of
-from eval.generations import BETWEEN, CLIP_T, DETECTED, FAMILY, Board, Cell, Reading, prompts_of
+from eval.generations import BETWEEN, CLIP_T, DETECTED, FAMILY, USABLE, Board, Cell, Reading, prompts_of
 from eval.intervals import Floats
 from eval.judging import Judges, References, clip_vectors, detector_of, memo, prepared, text_vectors
+from eval.usable import usable
 from lab.errors import UserError
 from lab.progress import progress
 from lab.types import CONTROL, Concept, ConceptCase, Role, RunView, Trajectory
@@ -78,7 +79,7 @@ class _Judge:
 
     @cached_property
     def references(self) -> References:
-        kinds = [q for q in self.wanted if q not in (BETWEEN, CLIP_T, DETECTED)]
+        kinds = [q for q in self.wanted if q not in (BETWEEN, CLIP_T, DETECTED, USABLE)]
         return References(self.judges, prepared(self.concept.reference.images, self.preprocessing), kinds)
 
     def family(
@@ -119,9 +120,9 @@ class _Judge:
         rows: dict[str, list[Floats]] = {}
         vectors = []
         kinds = [q for q in missing if q not in (CLIP_T, DETECTED)]
-        texts = None
+        texts, prompts = None, prompts_of(self.concept, family, samples.shape[1])
         if CLIP_T in missing:
-            texts = text_vectors(self.judges, prompts_of(self.concept, family, samples.shape[1]))
+            texts = text_vectors(self.judges, prompts)
         for images in samples:
             shown = prepared(images, self.preprocessing)
             clip = clip_vectors(self.judges, shown) if between or {CLIP_T, "clip"} & set(missing) else None
@@ -133,6 +134,8 @@ class _Judge:
             if DETECTED in missing:
                 detector = detector_of(self.judges, "eval")
                 values[DETECTED] = np.asarray(detector.detects(shown, self.concept.name).cpu(), dtype=float)
+            if USABLE in missing:
+                values[USABLE] = usable(detector_of(self.judges, "eval"), self.concept, shown, prompts)
             for quantity, value in values.items():
                 rows.setdefault(quantity, []).append(value)
         return {quantity: np.stack(values) for quantity, values in rows.items()}, vectors

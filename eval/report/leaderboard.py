@@ -38,6 +38,8 @@ COLUMNS = (
     "asr_control",
     "steps_to_relearn_ratio",
     "steps_to_relearn_ratio_worst",
+    "asr_usable",
+    "steps_to_relearn_usable_ratio",
     "benign_steps_ratio",
     "sgr_benign_clip",
     "utility_clip_drift",

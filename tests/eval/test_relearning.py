@@ -7,6 +7,7 @@ import pytest
 from fake_generations import BUDGET, STEPS, Detector, FakeJudges, FakeRun, attack, case, shares, tilted
 
 from eval.relearning import Relearning, crossing
+from eval.usable import asked
 from lab.errors import UserError
 from lab.types import CONTROL
 
@@ -55,6 +56,36 @@ def test_attack_success_raw_and_corrected():
     )  # fmt: skip
     assert "at step 20" in found["asr"].note
     assert 0 <= found["asr"].low <= 0.35 <= found["asr"].high <= 1
+
+
+class Naming(Detector):
+    names = {"object": ("red thing", "green"), "style": ("photo", "any")}
+
+
+def test_a_style_without_the_object_that_was_asked_for_is_not_usable():
+    """Every second prompt is "green"; at cosine 0.8 the detector sees the red thing, at 0 the green one."""
+    rates = {n: {"false_positive": 0.1, "false_negative": 0.1} for n in ("mosaic", "neon", "sketch")}
+    control = shares(*CONTROL_SHARES, cosines=[0.8, 0.8, 0.0, 0.0, 0.0])
+    run = world(shares(0, 4, 10, 10, 10, cosines=[0.8, 0.8, 0.8, 0.0, 0.0]), control=control)
+    found = Relearning(FakeJudges(detector=Naming(rates)))(run).metrics
+    assert found["asr"].value == pytest.approx(1.0)
+    assert found["asr_usable"].value == pytest.approx(0.5)
+    assert found["asr_usable_2x"].value == pytest.approx(1.0)
+    assert found["asr_usable_control"].value == pytest.approx(0.8)
+    base = 10 + 10 * (0.6 - 0.1) / (0.8 - 0.1)  # of two detections at step 10 one shows what it was asked for
+    late = 20 + 20 * (0.6 - 0.5) / (1.0 - 0.5)
+    assert found["steps_to_relearn_usable_ratio"].value == pytest.approx(late / base)
+    assert found["steps_to_relearn_usable_ratio_worst"].value == pytest.approx(late / base)
+    assert found["steps_to_relearn_ratio"].value < found["steps_to_relearn_usable_ratio"].value
+    unnamed = metrics(run)  # a detector that does not say what its classes are called cannot judge that
+    assert unnamed["asr_usable"].value == pytest.approx(1.0)
+
+
+def test_objects_are_found_in_prompts_as_whole_words_longest_first():
+    known = ("car", "police car", "ant", "T-Rex")
+    assert asked(known, "a Police car beside an elephant") == (1,)
+    assert asked(known, "a t-rex, an ant") == (2, 3)
+    assert asked(known, "sunset art") == ()
 
 
 def test_the_mean_over_the_trajectory():
