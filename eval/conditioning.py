@@ -27,7 +27,6 @@ from eval.aggregate import (
 )
 from eval.history import history_curves
 from eval.pairs import Kappa, Pair
-from eval.quantities import ConditionNumber, RelativeImmunizationRatio
 from lab.activations import digest, features
 from lab.condition import (
     DEFINITIONS,
@@ -148,6 +147,8 @@ class Conditioning:
     def _kappa(self, x: Tensor, model: FeatureModel, seed: int, measured: _Measured) -> Kappa:
         key = f"kappa:{model.kind}:{seed}:{digest(x)}"  # 90 pairs share 10 control matrices
         if key not in measured.memo:
+            from eval.quantities import ConditionNumber  # here: torchmetrics takes seconds to import
+
             metric = ConditionNumber(self.definition, self.ridge)
             rows = [slice(None)] if model.kind == "linear" else row_groups(len(x), self.groups, self.size, seed)
             values = [float(metric(x[r])) for r in rows]
@@ -234,6 +235,8 @@ def _rank(x: Tensor) -> int:
 
 
 def _rir(pair: Pair) -> float:
+    from eval.quantities import RelativeImmunizationRatio
+
     metric = RelativeImmunizationRatio()
     arm = next(a for a in pair.kappa_benign if a != CONTROL)
     h, b = pair.kappa_harmful, pair.kappa_benign

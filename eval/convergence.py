@@ -26,8 +26,7 @@ from eval.aggregate import (
     walk,
     worst,
 )
-from eval.quantities import RATIO_FLOOR, RFD
-from eval.trajectories import LOSS, NORM_RATIO, pair, performance, primary, worst_slowdown
+from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, pair, performance, primary, worst_slowdown
 from lab.errors import UserError
 from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores, Trajectory
 
@@ -123,6 +122,8 @@ class Convergence:
         for task in tasks_of(case, role):
             curves = performance(*pair(run, attack, case, task, seed))
             if curves is not None and bool((curves[0] >= self.rfd_smallest).any()):
+                from eval.quantities import RFD  # here: torchmetrics takes seconds to import
+
                 metric = RFD(signed, self.rfd_smallest)
                 metric.update(*curves)
                 found.append(float(metric.compute()))

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, slug, tasks_of, walk, worst
 from eval.convergence import ROLES, direction, each_worst, horizons, slowdown_score
-from eval.quantities import SGRC
 from eval.trajectories import ACCURACY, pair
 from lab.errors import UserError
 from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores
@@ -90,6 +89,8 @@ def sgrc(run: RunView, role: Role, step: int, attack: str, case: Case, seed: int
     for task in tasks_of(case, role):
         control, immunized = (t.at(ACCURACY, step) for t in pair(run, attack, case, task, seed))
         if control > 0:
+            from eval.quantities import SGRC  # here: torchmetrics takes seconds to import
+
             metric = SGRC()
             metric.update(control, immunized)
             found.append(float(metric.compute()))

@@ -11,8 +11,6 @@ from torchmetrics import Metric
 
 from lab.condition import DEFINITIONS, Definition, condition_number, relative_immunization_ratio
 
-RATIO_FLOOR = 1e-12  # squared relative distances below this are rounding: 1e-12 is a relative error of 1e-6
-
 
 class _Mean(Metric):
     """Mean of the values that ``update`` adds; float64; a mean over nothing is an error."""

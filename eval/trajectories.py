@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from eval.aggregate import tasks_of
-from eval.quantities import RATIO_FLOOR
 from lab.types import CONTROL, Budget, Case, Role, RunView, Task, Trajectory
 
+RATIO_FLOOR = 1e-12  # squared relative distances below this are rounding: 1e-12 is a relative error of 1e-6
 NORM_RATIO, LOSS, ACCURACY = "norm_ratio", "train_loss", "test_accuracy"
 EXCESS_FLOOR = 1e-9  # share of the loss that can be removed; what is left below it is rounding
 LOSS_TOLERANCE = 1e-6  # the same, of the loss removed, where no optimum is known (fine-tuning)

@@ -21,6 +21,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
+from lab.errors import UserError
+
 log = logging.getLogger(__name__)
 
 # SIGTERM: a job is cancelled or preempted. SIGUSR1, SIGUSR2: what submitit and hand-written scripts ask Slurm to
@@ -28,6 +30,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_INTERRUPTED = 130
 LOCK, PROCESS = "run.lock", "process.yaml"
+PATIENCE = 60.0  # seconds; a job that Slurm starts again may meet its predecessor writing its record
 LASTING = ("run", "train", "audit", "search")  # actions that take minutes to days
 
 
@@ -93,6 +96,9 @@ def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
     """Hold ``folder``'s lock and write who we are, for `lab.status`. The kernel frees the lock when the process dies.
 
     Does nothing for what is over at once, and on ranks other than the first, which answers for all of a run.
+
+    Raises:
+        UserError: another process holds the folder and does not end within `PATIENCE`; two would write one record.
     """
     if action not in LASTING or dry_run or os.environ.get("RANK", "0") != "0":
         yield
@@ -102,9 +108,12 @@ def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
     try:
         lock.acquire(timeout=2)  # `action=status` may look at it just now
     except Timeout:
-        log.warning("another process is at work in %s", folder)
-        yield
-        return
+        log.warning("another process is at work in %s; waiting for its end, %g s at most", folder, PATIENCE)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout as error:
+            told = "another process is at work in it: wait for its end, or choose another folder."
+            raise UserError("hydra.run.dir", folder, told) from error
     try:
         (folder / PROCESS).write_text(OmegaConf.to_yaml(OmegaConf.create(_identity())))
         yield

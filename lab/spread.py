@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torchmetrics.metric
 from torch import Tensor
 
 from lab.batch import SIGNALS
@@ -115,6 +114,8 @@ class Ranks(Alone):
             backend, store=self.counter, rank=self.rank, world_size=self.size, timeout=self.timeout
         )  # fmt: skip
         self.everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        import torchmetrics.metric  # here: it takes seconds
+
         # a metric is computed whole by one process: torchmetrics would wait for the others to gather with
         torchmetrics.metric.jit_distributed_available = lambda: False
         self.main = self.rank == 0

@@ -166,7 +166,7 @@ def test_status_without_slurm(told, runs, monkeypatch):
         told("records=[nowhere]")
 
 
-def test_a_folder_is_claimed_until_its_process_dies(tmp_path):
+def test_a_folder_is_claimed_until_its_process_dies(tmp_path, monkeypatch):
     code = """
 import sys, time
 from pathlib import Path
@@ -180,6 +180,12 @@ with claimed(Path("here"), "run", dry_run=False):
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "claimed\n"
     assert batch.is_claimed(tmp_path / "here")
+    monkeypatch.setattr(batch, "PATIENCE", 0.1)
+    with (
+        pytest.raises(UserError, match=r"hydra\.run\.dir=.*here: another process is at work"),
+        batch.claimed(tmp_path / "here", "run", dry_run=False),
+    ):
+        pytest.fail("two processes at work in one folder")
     process.kill()
     process.communicate()
     assert not batch.is_claimed(tmp_path / "here")
