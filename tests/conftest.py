@@ -12,3 +12,9 @@ torch.set_num_threads(1)
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 OmegaConf.register_new_resolver("project_root", lambda: str(HERE.parent), replace=True)
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests first: files are dealt out in this order, and the last to end decides how long all take."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
