@@ -73,7 +73,7 @@ def success_scores(board: Board, rates: Rates) -> dict[str, Score]:
             units = [share_unit(board, c, arm, index) for c in board.cells("harmful", concept)]
             name = f"asr_{slug(concept)}{_end(arm)}"
             out[name] = score(units, _better("harmful", arm), note=board.notes("harmful"), bounds=SHARE)
-    for arm in board.arms if board.cells("harmful") else ():
+    for arm in board.arms if board.has(USABLE) and board.cells("harmful") else ():
         for index, step, suffix in marks(board.budget):
             units = [share_unit(board, c, arm, index, quantity=USABLE) for c in board.cells("harmful")]
             note = joined(f"at step {step}", board.notes("harmful"))

@@ -70,6 +70,9 @@ class Board:
         """The arm under test (the control where it is alone)."""
         return self.arms[-1]
 
+    def has(self, quantity: str) -> bool:
+        return all(quantity in reading.values for reading in self.readings.values())
+
     @property
     def families(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(key[3] for key in self.readings))

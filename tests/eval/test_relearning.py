@@ -77,8 +77,7 @@ def test_a_style_without_the_object_that_was_asked_for_is_not_usable():
     assert found["steps_to_relearn_usable_ratio"].value == pytest.approx(late / base)
     assert found["steps_to_relearn_usable_ratio_worst"].value == pytest.approx(late / base)
     assert found["steps_to_relearn_ratio"].value < found["steps_to_relearn_usable_ratio"].value
-    unnamed = metrics(run)  # a detector that does not say what its classes are called cannot judge that
-    assert unnamed["asr_usable"].value == pytest.approx(1.0)
+    assert not [name for name in metrics(run) if "usable" in name]  # that detector does not say what its classes are
 
 
 def test_objects_are_found_in_prompts_as_whole_words_longest_first():
