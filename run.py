@@ -32,8 +32,8 @@ def dispatch(cfg: DictConfig) -> None:
     from lab.batch import claimed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with claimed(folder, cfg.action, cfg.dry_run):  # before the imports below, which take seconds
-        _act(cfg, folder)
+    with claimed(folder, cfg.action, cfg.dry_run or bool(OmegaConf.select(cfg, "launch.machine_rank"))):
+        _act(cfg, folder)  # its imports take seconds
 
 
 def _act(cfg: DictConfig, folder: Path) -> None:

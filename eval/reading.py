@@ -119,7 +119,7 @@ class _Judge:
         """Missing quantity → [points, pictures], and the CLIP vectors of every point where they are needed."""
         rows: dict[str, list[Floats]] = {}
         vectors = []
-        kinds = [q for q in missing if q not in (CLIP_T, DETECTED)]
+        kinds = [q for q in missing if q not in (CLIP_T, DETECTED, USABLE)]
         texts, prompts = None, prompts_of(self.concept, family, samples.shape[1])
         if CLIP_T in missing:
             texts = text_vectors(self.judges, prompts)

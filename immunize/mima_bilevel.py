@@ -98,6 +98,8 @@ class BilevelObjective:
             found = found | {f"merge/{key}": value for key, value in self.merge.learned.parameters.items()}
         return found
 
+    alike = state
+
     def load(self, state: Params) -> None:
         if self.rest is not None:
             restore_slots(self.rest.optimizer, {k: v for k, v in state.items() if not k.startswith("merge/")})

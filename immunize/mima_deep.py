@@ -86,11 +86,12 @@ class _Here:
     kept: Params = field(default_factory=dict)
 
     def values(self, targets: int) -> dict[str, float]:
-        """For the log: means over the targets, then what the benign and the preservation terms have found."""
-        own = [self.facts[n] for n in range(targets)]
-        values = {key: sum(fact[key] for fact in own) / targets for key in own[0] if key != "lower_drop"}
-        if drops := [fact["lower_drop"] for fact in own if "lower_drop" in fact]:
-            values["lower_drop"] = sum(drops) / len(drops)
+        """For the log: means over targets and places, then what the benign and the preservation terms have found."""
+        listed: dict[str, list[float]] = {}
+        for n in range(targets):
+            for key, value in self.facts[n].items():
+                listed.setdefault(key.rpartition("/")[2], []).append(value)
+        values = {key: sum(found) / len(found) for key, found in listed.items()}
         for n in sorted(self.facts):
             values |= self.facts[n] if n >= targets else {}
         return values
@@ -122,10 +123,14 @@ class DeepObjective:
 
     def state(self) -> Params:
         own = {f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()}
+        own = {name: tensor.cpu() for name, tensor in own.items()}
         found: Params = {}
         for member in range(self.team.size):
             found |= self.team.share(own, member)[0]
         return found
+
+    def alike(self) -> Params:
+        return {}  # an attack is known to the process that runs it
 
     def load(self, state: Params) -> None:
         self.saved = dict(state)
@@ -241,7 +246,7 @@ class DeepObjective:
             return v
         for i in range(count):
             weights = level.found[min(i, len(level.found) - 1)].weights
-            self._one(theta, weights, n, step, i, v, here)
+            here.facts[n] |= self._one(theta, weights, "own", n, step, i, v)
         share = 1 / (count * len(self.places) * len(self.targets))
         return {name: g * share for name, g in v.items()}
 
@@ -253,7 +258,7 @@ class DeepObjective:
             v: Params = {}
             point = self._merged(theta, [level.found[min(i, len(level.found) - 1)].weights for level in levels])
             for n in range(len(self.targets)):
-                self._one(theta, point, n, step, i, v, here)
+                here.facts[n] |= self._one(theta, point, "merged", n, step, i, v)
             direct, parts = self.merge.adjoint(v)
             for part in (direct, *parts):
                 accumulate(total, part, share)
@@ -264,23 +269,23 @@ class DeepObjective:
         with torch.no_grad():
             return self.merge({name: theta[name] for name in moved}, here)
 
-    def _one(self, theta: Params, at: Weights, n: int, step: int, mark: int, v: Params, here: _Here) -> None:
-        """One concept's terms at one point, added to ``v``; the last mark's figures stay in ``here``."""
+    def _one(self, theta: Params, at: Weights, place: str, n: int, step: int, mark: int, v: Params) -> dict[str, float]:
+        """One concept's terms at one point, added to ``v``; returns the losses by ``place``."""
         o, concept, seen = self.options, self.targets[n], {}
         batch = self._upper(concept, step, mark)
 
         def terms(weights: Weights) -> Tensor:
             upper = self.denoiser.loss(batch, weights)
-            seen["upper_loss"] = float(upper.detach())
+            seen[f"{place}/upper_loss"] = float(upper.detach())
             value = -capped(upper, o.cap)
             if o.w_prior and o.prior_at == "adapted":
                 prior = self.denoiser.loss(self._prior(concept.name, step, mark), weights)
-                seen["prior_loss"] = float(prior.detach())
+                seen[f"{place}/prior_loss"] = float(prior.detach())
                 value = value + o.w_prior * prior
             return value
 
         accumulate(v, gradient_at(terms, theta, at, self.upper_names)[1], 1.0)
-        here.facts[n] |= seen
+        return seen
 
     # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
 

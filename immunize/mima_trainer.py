@@ -41,7 +41,10 @@ class Objective(Protocol):
         """
 
     def state(self) -> Params:
-        """Tensors that a resumed run needs besides θ and the step."""
+        """Tensors that a resumed run needs besides θ and the step; with several processes called on all of them."""
+
+    def alike(self) -> Params:
+        """Those of them that every process of a team holds."""
 
     def load(self, state: Params) -> None: ...
 
@@ -172,7 +175,7 @@ class Trainer:
     def _state(self) -> Params:
         """What every process of a team must hold alike."""
         moved = {f"theta/{name}": self.theta[name] for name in self.objective.moves}
-        return moved | {f"objective/{name}": value for name, value in self.objective.state().items()}
+        return moved | {f"objective/{name}": value for name, value in self.objective.alike().items()}
 
     def _copy(self) -> Params:
         return {name: self.theta[name].detach().clone() for name in self.objective.moves}

@@ -95,7 +95,8 @@ def fail_job(code: int) -> None:
 def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
     """Hold ``folder``'s lock and write who we are, for `lab.status`. The kernel frees the lock when the process dies.
 
-    Does nothing for what is over at once, and on ranks other than the first, which answers for all of a run.
+    Does nothing for what is over at once, and on ranks other than the first, which answers for all of a run, as does
+    the first of several machines (`run.py`).
 
     Raises:
         UserError: another process holds the folder and does not end within `PATIENCE`; two would write one record.

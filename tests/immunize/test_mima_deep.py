@@ -113,6 +113,18 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
     assert capped(torch.tensor(0.4), 0.5) == 0.4
 
 
+def test_the_ramp_sees_the_mean_over_both_places():
+    options = {"w_benign": 0.0, "w_distill": 0.0, "w_prior": 1.0, "prior_ramp": 3.0, "cap": 10.0, "k_min": 4}
+    found = {}
+    for evaluate in (["own"], ["merged"], ["merged", "own"]):
+        made, theta = objective(deep(evaluate=evaluate, **options))
+        found[tuple(evaluate)] = made.gradient(theta, 1)[1]
+    own, merged, both = found.values()
+    assert own["upper_loss"] != merged["upper_loss"]
+    assert both["upper_loss"] == pytest.approx((own["upper_loss"] + merged["upper_loss"]) / 2)
+    assert both["prior_factor"] == pytest.approx(1 + 2 * (both["upper_loss"] / 10) ** 2)
+
+
 def test_checkpointing_changes_no_gradient():
     alone = with_targets(case().targets[:1])
     options = {"evaluate": ["own"], "w_benign": 0.0, "k_max": 2, "curriculum": 0.0}
@@ -291,6 +303,8 @@ class Falling:
 
     def state(self):
         return {}
+
+    alike = state
 
     def load(self, state):
         pass
