@@ -209,7 +209,7 @@ class Mima(ConceptImmunizer):
 
 @_options
 class MimaDeep(ConceptImmunizer):
-    """Immunization against attackers that train for tens of steps, see `immunize.mima_deep`.
+    """Immunization against attackers that train for many steps, see `immunize.mima_deep`.
 
     Args:
         attackers, k_min, k_max, templates, curriculum: see `immunize.mima_lower.Attackers`.

@@ -1,4 +1,4 @@
-"""The objective of ``mima_deep``: survive attackers that train for tens of steps (own extension of arXiv 2412.15320).
+"""The objective of ``mima_deep``: survive attackers that train for many steps (own extension of arXiv 2412.15320).
 
 Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps (`immunize.mima_lower`). With
 Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all concepts merged, and sg the stopped gradient,
