@@ -32,6 +32,8 @@ class _Child:
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE)
         self._output = folder / f"tracker-{self.name}.log"
         env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        # a W&B service that this process has started knows the ids of other runs, and dies with it
+        env.pop("WANDB_SERVICE", None)
         with open(self._output, "wb") as handle:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lab.tracking.worker", json.dumps(config)],

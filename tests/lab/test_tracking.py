@@ -234,6 +234,7 @@ def test_a_failed_run_is_marked_in_every_stage(folder):
 def test_wandb_with_a_wrong_key_and_no_network_logs_offline(folder, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")  # of a W&B in this very process: not the tracker's
     track(folder, {"wandb": WANDB})
     assert read_offline_run(folder, "attack")[1]["attack/loss/control"] == [3.0, 2.0, 1.0]
     log = (folder / "tracker-wandb.log").read_text()
