@@ -18,6 +18,8 @@ from lab.errors import UserError
 from lab.progress import progress
 from lab.types import CONTROL, Concept, ConceptCase, Role, RunView, Trajectory
 
+_WITHOUT_REFERENCES = (BETWEEN, CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture
+
 
 def each_case(run: RunView, label: str) -> Iterator[tuple[int, ConceptCase]]:
     """(seed, case) with a progress bar."""
@@ -79,7 +81,7 @@ class _Judge:
 
     @cached_property
     def references(self) -> References:
-        kinds = [q for q in self.wanted if q not in (BETWEEN, CLIP_T, DETECTED, USABLE)]
+        kinds = [q for q in self.wanted if q not in _WITHOUT_REFERENCES]
         return References(self.judges, prepared(self.concept.reference.images, self.preprocessing), kinds)
 
     def family(
@@ -119,7 +121,7 @@ class _Judge:
         """Missing quantity → [points, pictures], and the CLIP vectors of every point where they are needed."""
         rows: dict[str, list[Floats]] = {}
         vectors = []
-        kinds = [q for q in missing if q not in (CLIP_T, DETECTED, USABLE)]
+        kinds = [q for q in missing if q not in _WITHOUT_REFERENCES]
         texts, prompts = None, prompts_of(self.concept, family, samples.shape[1])
         if CLIP_T in missing:
             texts = text_vectors(self.judges, prompts)
@@ -131,11 +133,13 @@ class _Judge:
                 vectors.append(clip)
             if texts is not None and clip is not None:
                 values[CLIP_T] = np.asarray((clip * texts).sum(1), dtype=float)
-            if DETECTED in missing:
+            if {DETECTED, USABLE} & set(missing):
                 detector = detector_of(self.judges, "eval")
-                values[DETECTED] = np.asarray(detector.detects(shown, self.concept.name).cpu(), dtype=float)
-            if USABLE in missing:
-                values[USABLE] = usable(detector_of(self.judges, "eval"), self.concept, shown, prompts)
+                seen = np.asarray(detector.detects(shown, self.concept.name).cpu(), dtype=float)
+                found = {DETECTED: seen}
+                if USABLE in missing:
+                    found[USABLE] = usable(detector, self.concept, shown, prompts, seen)
+                values |= {q: value for q, value in found.items() if q in missing}
             for quantity, value in values.items():
                 rows.setdefault(quantity, []).append(value)
         return {quantity: np.stack(values) for quantity, values in rows.items()}, vectors

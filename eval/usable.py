@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from eval.intervals import Floats
@@ -38,15 +37,14 @@ def asked(objects: Sequence[str], prompt: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def usable(detector: Detector, concept: Concept, images: Tensor, prompts: Sequence[str]) -> Floats:
-    """0 or 1 per picture of uint8 ``images`` [n, 3, s, s], made by ``prompts`` [n].
+def usable(detector: Detector, concept: Concept, images: Tensor, prompts: Sequence[str], seen: Floats) -> Floats:
+    """0 or 1 per picture of uint8 ``images`` [n, 3, s, s], made by ``prompts`` [n]; ``seen`` [n]: its detections.
 
     1 where the concept is detected and, for a style, the likeliest object is one that the prompt names. A concept that
     is an object, and a prompt that names no object which the detector knows, ask for nothing more.
     """
-    seen = detector.detects(images, concept.name).cpu()
-    if concept.kind == "style" and isinstance(detector, Namer):
-        likeliest = detector.probabilities(images)["object"].argmax(1).tolist()
-        wanted = [asked(detector.names["object"], prompt) for prompt in prompts]
-        seen = seen & torch.tensor([not w or best in w for w, best in zip(wanted, likeliest, strict=True)])
-    return np.asarray(seen, dtype=float)
+    if concept.kind != "style" or not isinstance(detector, Namer):
+        return seen
+    likeliest = detector.probabilities(images)["object"].argmax(1).tolist()
+    wanted = [asked(detector.names["object"], prompt) for prompt in prompts]
+    return seen * np.array([not w or best in w for w, best in zip(wanted, likeliest, strict=True)])
