@@ -1,0 +1,96 @@
+"""What `erase=uce` takes out and what it leaves: ``python tests/benchmarks/erasure.py``.
+
+For every test case of `relearn_styles` and `relearn_objects`, pictures before and after all of the case's concepts are
+erased at once, from the same latents: the share in which the shipped detector's likeliest class is the one asked for,
+of every erased concept, and of everything else (other objects as photos; other styles). Prints the share after and
+the loss in points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from lab.assemble import assemble
+from lab.judges.quality import detected
+from lab.minisd.publish import SHIPPED, judges_of
+from lab.minisd.quality import Asked, asked, generate
+from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
+from lab.types import Sampling
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def suites(count: dict[str, int]) -> dict[str, Asked]:
+    """``count[name]`` prompts for a style (over objects that MiniSD saw in it) or for an object in photos."""
+    found = {}
+    for name, each in count.items():
+        seen = [(o, name) for o in OBJECTS if (o, name) not in HELD_OUT_PAIRS]
+        pairs = [seen[5 * i % len(seen)] for i in range(each)]  # 5 shares no factor with their number
+        found[name] = asked(pairs, 1) if name in STYLE_NAMES else asked([(name, PHOTO)], each)
+    return found
+
+
+def shares(model: Any, detector: Any, count: dict[str, int], seed: int) -> dict[str, float]:
+    found = {}
+    for name, wanted in suites(count).items():
+        images = generate(model, wanted.prompts, seed, name, Sampling(steps=20))
+        if name in STYLE_NAMES:
+            found[name] = detected(detector, images, styles=wanted.styles)["style"]
+        else:
+            found[name] = detected(detector, images, objects=wanted.objects)["object"]
+    return found
+
+
+def told(before: dict[str, float], after: dict[str, float], gone: list[str], count: dict[str, int]) -> None:
+    for name in gone:
+        print(f"  erased {name} ({count[name]} pictures): {before[name]:.0%} → {after[name]:.0%}")
+    for kind, names in (("styles", STYLE_NAMES), ("objects", OBJECTS)):
+        kept = [n for n in names if n not in gone]
+        was, now = (sum(part[n] for n in kept) / len(kept) for part in (before, after))
+        worst = max(kept, key=lambda n: before[n] - after[n])
+        print(
+            f"  {len(kept)} kept {kind}: {was:.1%} → {now:.1%} on average, "
+            f"most lost: {worst} ({count[worst]} pictures) {before[worst]:.0%} → {after[worst]:.0%}",
+            flush=True,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--erased", type=int, default=32, help="pictures per concept that some case erases")
+    parser.add_argument("--kept", type=int, default=8, help="pictures per other concept")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    detector = judges_of(SHIPPED / "judges").detector
+    before: dict[str, float] = {}
+    for scenario in ("relearn_styles", "relearn_objects"):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", ["experiment=relearn", f"scenario={scenario}", "scenario.cases=all"])
+        parts = assemble(cfg)
+        cases = parts.scenario.load(given.seed).cases
+        model = parts.backbone.build(None, given.seed)
+        names = {e.name for case in cases for e in case.erased}
+        count = {n: given.erased if n in names else given.kept for n in (*STYLE_NAMES, *OBJECTS)}
+        before = shares(model, detector, count, given.seed)
+        for case in cases:
+            print(f"\n{scenario}, {case.name}")
+            after = shares(parts.eraser.obj(model, case, seed=given.seed), detector, count, given.seed)
+            told(before, after, list(dict.fromkeys(e.name for e in case.erased)), count)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

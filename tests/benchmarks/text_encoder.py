@@ -1,0 +1,188 @@
+"""MiniSD's text encoder, trained with the U-Net or contrastively: ``python tests/benchmarks/text_encoder.py``.
+
+``joint`` is the recipe: U-Net and text encoder minimise the diffusion loss together. ``contrastive`` is Stable
+Diffusion's way: the text encoder learns as the text tower of a CLIP (`lab.minisd.judges.train_clip`, on MiniSD's own
+objects and styles) and stays fixed while the U-Net learns. Autoencoder (the shipped one), pictures, captions, seed,
+steps and schedule of the U-Net are the same for both. Prints what share of pictures shows what was asked for, by the
+shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
+
+The cache continues a killed run. About 75 minutes of one core with the defaults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from lab.backbones.diffusion import DiffusionBackbone
+from lab.judges.networks import ClipWidths, clip_config, clip_network
+from lab.minisd import build, judge_data, judges
+from lab.minisd.publish import SHIPPED, judges_of, save
+from lab.minisd.quality import measure
+from lab.minisd.recipe import Recipe, Training
+from lab.minisd.training import Denoiser, encode, train_denoiser
+from lab.minisd.world import TRAINING, sample
+from lab.store import Artifact, Store, stage_key
+
+ROOT = Path(__file__).resolve().parents[2]
+KINDS = ("joint", "contrastive")
+
+
+def recipe(steps: int, seed: int) -> Recipe:
+    """The shipped recipe with ``steps`` of the U-Net."""
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", ["experiment=train_minisd", f"train.denoiser.steps={steps}", f"train.seed={seed}"])
+    found: Recipe = instantiate(cfg.train, _convert_="all")
+    return dataclasses.replace(found, workers=1)
+
+
+def as_transformers(clip: Any) -> dict[str, Tensor]:
+    """Weights of open_clip's text tower under the names of transformers' `CLIPTextModel`."""
+    own = clip.state_dict()
+    out = {
+        "text_model.embeddings.token_embedding.weight": own["token_embedding.weight"],
+        "text_model.embeddings.position_embedding.weight": own["positional_embedding"],
+    }
+    out |= {f"text_model.final_layer_norm.{kind}": own[f"ln_final.{kind}"] for kind in ("weight", "bias")}
+    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    names["attn.out_proj"] = "self_attn.out_proj"
+    for i in range(len(clip.transformer.resblocks)):
+        there, here = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
+        for kind in ("weight", "bias"):
+            out |= {f"{there}.{new}.{kind}": own[f"{here}.{old}.{kind}"] for old, new in names.items()}
+            parts = own[f"{here}.attn.in_proj_{kind}"].chunk(3)
+            out |= {f"{there}.self_attn.{n}_proj.{kind}": v for n, v in zip("qkv", parts, strict=True)}
+    return out
+
+
+def contrastive(training: Training, tokenizer: Any, store: Store) -> Any:
+    """A `CLIPTextModel` with the text tower of a CLIP that saw MiniSD's training objects and styles only."""
+    r = training.recipe
+    shown = sample(dataclasses.replace(TRAINING, two_share=0.0), r.seed, r.judges.pictures)  # two have no label
+    held_out = judge_data.labelled(sample(dataclasses.replace(TRAINING, two_share=0.0), r.seed, 512, start=20_000))
+    widths = dataclasses.replace(r.judges.clip_widths, text=r.widths.text, layers=r.widths.layers)
+    model = clip_of(widths, len(tokenizer), r.seed)
+    schedule = r.judges.clip
+
+    def compute(checkpoint: Any) -> Artifact:
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            said = judge_data.texts(shown, r.captions)
+            data = judges.clip_data(judge_data.labelled(shown), said, held_out, Path(folder))
+            note = partial(told, "clip")
+            judges.train_clip(model, data, Path(folder), schedule, seed=r.seed, checkpoint=checkpoint, log=note)
+        return Artifact({}, dict(model.state_dict()))
+
+    key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.judges), seed=r.seed)
+    model.load_state_dict(store.get("train", key, compute)[0].tensors)
+    text = build.text_encoder(r.widths, len(tokenizer), r.seed)
+    found = {n: v for n, v in as_transformers(model).items() if n in text.state_dict()}
+    if not found:  # transformers 5 names them without the prefix
+        found = {n.removeprefix("text_model."): v for n, v in as_transformers(model).items()}
+    missing = text.load_state_dict(found, strict=False).missing_keys
+    assert not [n for n in missing if "position_ids" not in n], missing
+    ids = build.tokenize(tokenizer, ["a photo of a fox", "a rocket by mosaic"])
+    with torch.no_grad():
+        difference = (text(ids).pooler_output @ model.text_projection - model.encode_text(ids)).abs().max().item()
+    assert difference < 1e-4, difference
+    return text.requires_grad_(False).eval()
+
+
+def clip_of(widths: ClipWidths, vocabulary: int, seed: int) -> Any:
+    config = clip_config(widths, vocabulary)
+    config["model_cfg"]["quick_gelu"] = True  # what CLIPTextModel computes
+    return clip_network(config, seed)
+
+
+def told(name: str, step: int, **values: float) -> None:
+    logging.info("%s step %d %s", name, step, " ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+
+def denoiser(kind: str, training: Training, vae: Any, tokenizer: Any, text: Any, store: Store) -> tuple[Denoiser, Any]:
+    """The U-Net of ``kind`` with its text encoder, and its last validation losses."""
+    r = training.recipe
+    unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
+    model = Denoiser(unet, text)
+
+    def compute(checkpoint: Any) -> Artifact:
+        last: dict[str, float] = {}
+
+        def note(step: int, **values: float) -> None:
+            told(kind, step, **values)
+            last.update(values)
+
+        held_out = training.pictures("held_out")
+        train_denoiser(
+            model, tokenizer, build.scheduler(), encode(vae, training.pictures("train").images), training.texts(),
+            (encode(vae, held_out.images), held_out.texts), r.denoiser,
+            gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
+        )  # fmt: skip
+        return Artifact(last, dict(model.state_dict()))
+
+    key = stage_key(benchmark="text_encoder", kind=kind, recipe=r.identity("denoiser"))
+    artifact, _ = store.get("train", key, compute)
+    model.load_state_dict(artifact.tensors)
+    return model.eval(), artifact.values
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=3000, help="of the U-Net; the recipe has 9,000")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scale", type=int, default=8, help="pictures, see lab.minisd.quality.suites; the card has 32")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "benchmarks" / "text_encoder")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(given.threads)
+    store = Store(given.outputs / "cache")
+    training = Training(recipe(given.steps, given.seed), store, lambda *_: None)
+    shipped = DiffusionBackbone(path=str(SHIPPED / "model")).build(None, 0)
+    vae, tokenizer = shipped.vae, shipped.tokenizers[0]
+    found: dict[str, Any] = {"steps": given.steps, "seed": given.seed}
+    for kind in KINDS:
+        text = build.text_encoder(training.recipe.widths, len(tokenizer), given.seed)
+        if kind == "contrastive":
+            text = contrastive(training, tokenizer, store)
+        model, losses = denoiser(kind, training, vae, tokenizer, text, store)
+        vae.register_to_config(scaling_factor=float(model.scale))
+        folder = save(
+            build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler()), given.outputs / kind
+        )
+        found[kind] = {"losses": losses} | measure(
+            DiffusionBackbone(path=str(folder)).build(None, 0), judges_of(SHIPPED / "judges"), seed=1, scale=given.scale
+        )
+        vae.float()
+    (given.outputs / "text_encoder.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{'share of pictures':24}{'joint':>20}{'contrastive':>20}   (detector / CLIP)")
+    for suite, judged in found["joint"]["shares"].items():
+        for what in judged["detector"]:
+            cells = [
+                "{:.1%} / {:.1%}".format(*(found[k]["shares"][suite][j][what] for j in ("detector", "clip")))
+                for k in KINDS
+            ]
+            print(f"{suite + ', ' + what:24}{cells[0]:>20}{cells[1]:>20}")
+    for key in found["joint"]["losses"]:
+        print(f"{key:24}" + "".join(f"{found[k]['losses'][key]:>20.4f}" for k in KINDS))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
