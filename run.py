@@ -37,13 +37,14 @@ def dispatch(cfg: DictConfig) -> None:
 
 
 def _act(cfg: DictConfig, folder: Path) -> None:
+    if cfg.action == "run":
+        from lab.launch import launch
+
+        return launch(cfg, folder)
     from lab.actions import ACTIONS
     from lab.errors import UserError, nearest
-    from lab.launch import launch
 
-    if cfg.action == "run":
-        launch(cfg, folder)
-    elif cfg.action in ACTIONS:
+    if cfg.action in ACTIONS:
         ACTIONS[cfg.action](cfg)
     else:
         raise UserError("action", cfg.action, nearest(str(cfg.action), ["run", *ACTIONS]))

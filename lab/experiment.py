@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from eval.report.html import render
-from eval.report.summary import summary
 from lab import record as records
 from lab.assemble import assemble, check_cases
 from lab.errors import RankFailed, UserError
@@ -196,6 +194,9 @@ class Run:
 
     def finish(self, trackers: Trackers) -> Path:
         """Write the record, render the report, hand both to the trackers, print the summary."""
+        from eval.report.html import render  # here: plots and tests take seconds to import
+        from eval.report.summary import summary
+
         body = self.record()
         body["images"] = records.write_images(self.folder, records.images_of(self.scores))
         path = self.folder / "record.json"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import scipy.stats
+from scipy.special import stdtrit
 from numpy.typing import NDArray
 
 from lab.types import Score
@@ -82,7 +82,7 @@ def _student(means: Floats) -> Floats:
     n = len(means)
     half = 0.0
     if np.ptp(means) > 0:
-        half = float(scipy.stats.t.ppf(0.975, n - 1) * means.std(ddof=1) / math.sqrt(n))
+        half = float(stdtrit(n - 1, 0.975) * means.std(ddof=1) / math.sqrt(n))
     return means.mean() + half * np.array([-1.0, 1.0])
 
 

@@ -178,9 +178,14 @@ def test_links_lead_somewhere(page):
 
 
 def test_snippets_name_files():
+    """Every inclusion mark is written as the site's extension reads it: anything else would be shown as it stands."""
     for page in PAGES:
-        for name in re.findall(r'--8<-- "([^"]+)"', page.read_text(encoding="utf-8")):
-            assert (DOCS / name).is_file(), f"{short(page)}: {name}"
+        text = page.read_text(encoding="utf-8")
+        names = re.findall(r'^--8<-- "([^"]+)"$', text, flags=re.MULTILINE)
+        assert len(names) == len(re.findall(r"--\s*8", text)), short(page)
+        assert all((DOCS / name).is_file() for name in names), f"{short(page)}: {names}"
+    for page in sorted((DOCS / "own").glob("*.md")):
+        assert page.read_text(encoding="utf-8").count("--8<--") >= 2, f"{short(page)} shows a class and its YAML"
 
 
 def test_cited_sections_of_methods_exist():
