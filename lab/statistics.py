@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from scipy.special import stdtrit
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from lab.types import Score
 

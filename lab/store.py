@@ -63,12 +63,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         temp.unlink(missing_ok=True)
 
 
-def _pack(artifact: Artifact) -> dict[str, bytes]:
-    tensors = {name: t.detach().contiguous() for name, t in artifact.tensors.items()}
-    return {
-        "values.json": json.dumps(artifact.values, sort_keys=True).encode(),
-        "tensors.safetensors": save_tensors(tensors),
-    }
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    return save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
 
 
 class StageCheckpoint:
@@ -98,8 +94,7 @@ class StageCheckpoint:
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         head = json.dumps(values | {_SPENT: self.seconds}).encode()
-        packed = save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
-        body = len(head).to_bytes(8, "little") + head + packed
+        body = len(head).to_bytes(8, "little") + head + _packed(tensors)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, hashlib.sha256(body).hexdigest().encode() + body)
 
@@ -184,7 +179,8 @@ class Store:
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir()
         try:
-            files = _pack(artifact)
+            values = json.dumps(artifact.values, sort_keys=True).encode()
+            files = {"values.json": values, "tensors.safetensors": _packed(artifact.tensors)}
             for name, data in files.items():
                 write_atomically(temp / name, data)
             sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+TOKENS = {"WANDB_API_KEY": "5ec2e7" * 6 + "c0de", "HF_TOKEN": "hf_" + "S3cretHubT0ken" * 2}
 FAST = ["experiment=house_price", "tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
 
 
@@ -64,3 +65,10 @@ def computed(folder):
     """Keys of the stages that the run logs below ``folder`` say were computed, once per time."""
     lines = [line for path in folder.rglob("run.log") for line in path.read_text().splitlines()]
     return [line.rpartition(" ")[2] for line in lines if "lab.experiment: computed " in line]
+
+
+def telling(folder, *texts):
+    """Files below ``folder`` and ``texts`` that hold one of `TOKENS`."""
+    files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    held = {**files, **{text[:40]: text.encode() for text in texts}}
+    return [name for name, body in held.items() if any(token.encode() in body for token in TOKENS.values())]

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from processes import FAST, ROOT, computed, ended, found_records, start
+from processes import FAST, ROOT, TOKENS, computed, ended, found_records, start, telling
 
 from lab import batch
 from lab.errors import UserError
@@ -38,8 +38,9 @@ def told(tmp_path, monkeypatch, capsys):
 def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(launcher, tmp_path, told):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="needs the extra slurm")
     grid = ["immunize=kappa,kappa_opt", "immunize.lambda_p=1,-1"]
-    sweep = start(tmp_path, "-m", f"hydra/launcher={launcher}", *QUICK, *grid)
+    sweep = start(tmp_path, "-m", f"hydra/launcher={launcher}", *QUICK, *grid, env=os.environ | TOKENS)
     out, err = ended(sweep, code=2)
+    assert telling(tmp_path, out, err) == []
     assert "Traceback" not in err
     assert "action=status" in err
     assert "leaderboard: " in out

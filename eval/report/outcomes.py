@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eval.report.published import published
 from eval.report.words import Metric, Record, certainty, figure, measured, percent, sentence
 from lab.types import CONTROL
 
@@ -26,7 +27,12 @@ def _value(metrics: dict[str, Metric], name: str) -> float | None:
 
 
 def outcome(record: Record) -> Outcome:
-    """The verdict on one record, in words."""
+    """The verdict on one record, in words, and what a paper reports for the same settings where one does."""
+    found, paper = _outcome(record), published(record)
+    return found if paper is None else Outcome(found.tone, found.label, found.headline, [*found.details, paper])
+
+
+def _outcome(record: Record) -> Outcome:
     name, metrics = record["immunizer"], record["metrics"]
     if record["status"] in ("failed", "preempted") or (record["error"] and not metrics):
         return _ended(record)

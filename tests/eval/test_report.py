@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from pathlib import Path
 
 import pytest
 from fake_records import attacked, control, digits, failed, metric, record, sealed, sweep
@@ -11,9 +12,12 @@ from eval.report.compare import compare, to_text
 from eval.report.labels import labels
 from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
 from eval.report.outcomes import outcome
+from eval.report.published import PUBLISHED
 from eval.report.summary import summary
 from eval.report.words import figure
 from lab.errors import UserError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @pytest.mark.parametrize(
@@ -206,3 +210,19 @@ def test_compare_refuses_what_is_not_comparable(key: str, other: str) -> None:
     a = attacked("kappa", 3.4, 1.03, 356.0)
     with pytest.raises(UserError, match=f"different {key}s"):
         compare(a, a | {key: other})
+
+
+def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
+    for name in PUBLISHED:
+        assert (CONF / "immunize" / f"{name}.yaml").is_file()
+    name = "kappa_paper_house_price"
+    error = {"type": "Diverged", "message": "loss is nan", "last_good_step": 1, "key": None}
+    ended = outcome(record(name, status="diverged", error=error))
+    assert ended.label == "diverged"
+    assert "356.2" in ended.details[-1]
+    assert "diverge" in ended.details[-1]
+    reached = outcome(record(name, attacks=[], metrics={"rir": metric(1.2)}))
+    assert "356.2" in reached.details[-1]
+    assert "here it is 1.2" in reached.details[-1]
+    assert not any("356.2" in line for line in outcome(record(name, scenario="csv")).details)
+    assert not any("356.2" in line for line in outcome(record("kappa", metrics={"rir": metric(1.2)})).details)

@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from entry_point import call_entry
 from filelock import FileLock, Timeout
+from processes import TOKENS
 
 from lab import record as records
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["experiment=house_price", "seeds=[0]", "immunize.epochs=2", "tracker=none", "threads=1",
         "budget.horizon=5", "budget.multiple=2", "budget.points=5"]  # fmt: skip
-TOKENS = {"WANDB_API_KEY": "5ec2e7" * 6 + "c0de", "HF_TOKEN": "hf_" + "S3cretHubT0ken" * 2}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
-from processes import FAST, ROOT, computed, ended, found_records, kill, start, until
+from processes import FAST, ROOT, TOKENS, computed, ended, found_records, kill, start, telling, until
 
 from lab import record as records
 from lab.status import status
@@ -48,7 +48,7 @@ def submit(cluster, tmp_path, told):
 
     def submitted(jobs, *arguments):
         before = set(cluster.queue())
-        process = start(tmp_path, *SLURM, *arguments, env=cluster.environment)
+        process = start(tmp_path, *SLURM, *arguments, env=cluster.environment | TOKENS)
         started.append(process)
         found = until(
             lambda: len(set(cluster.queue()) - before) == jobs and set(cluster.queue()) - before, cluster.logs
@@ -115,8 +115,9 @@ def test_a_failed_job_and_a_killed_one(submit, cluster, tmp_path):
         cluster.call("scontrol", "requeue", good)
         cluster.begin(good)
 
-    _, err = ended(sweep, code=2)
+    out, err = ended(sweep, code=2)
     assert "Traceback" not in err
+    assert telling(tmp_path, out, err) == [], "a file of the jobs holds a secret of the environment"
     assert records.read(folder / "record.json")["status"] == "ok"
     assert cluster.restarts(good) == KILLS
     (tmp_path / "whole").mkdir()
