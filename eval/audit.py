@@ -106,7 +106,7 @@ class _With:
     """Judges with another detector."""
 
     def __init__(self, judges: Judges, detector: ReferenceDetector) -> None:
-        self.clip, self.features, self.detector = judges.clip, judges.features, detector
+        self.clip, self.features, self.lpips, self.detector = judges.clip, judges.features, judges.lpips, detector
 
 
 class _One:

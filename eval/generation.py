@@ -60,7 +60,7 @@ class Generation:
         self,
         judges: Judges,
         name: str = "generation",
-        similarities: Sequence[str] = SIMILARITIES,
+        similarities: Sequence[str] = SIMILARITIES[:3],
         preprocessing: str = "standard",
         pictures: int = 8,
     ) -> None:

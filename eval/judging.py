@@ -18,7 +18,7 @@ from eval.intervals import Floats
 from lab.errors import UserError
 from lab.types import ConceptCase
 
-SIMILARITIES = ("clip", "features", "feature_lpips")
+SIMILARITIES = ("clip", "features", "feature_lpips", "lpips")
 PREPROCESSING = ("standard", "legacy")
 BATCH = 256  # pictures that are handed to a judge at once
 LEGACY_SIDE = 64  # px
@@ -40,6 +40,12 @@ class Features(Protocol):
     def feature_lpips(self, a: Tensor, b: Tensor) -> Tensor: ...
 
 
+class Perceptual(Protocol):
+    """LPIPS: distance [n] of pictures of equal index."""
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor: ...
+
+
 class Detector(Protocol):
     """Says whether a picture shows a concept. ``rates``: concept → its ``false_positive`` and ``false_negative``."""
 
@@ -57,7 +63,7 @@ class Labeller(Protocol):
 
 
 class Judges(Protocol):
-    """The networks of one run; ``detector`` may be None where nobody has one for the concepts."""
+    """The networks of one run; ``detector`` and ``lpips`` may be None where nobody has one."""
 
     @property
     def clip(self) -> Encoder: ...
@@ -67,6 +73,9 @@ class Judges(Protocol):
 
     @property
     def detector(self) -> Detector | None: ...
+
+    @property
+    def lpips(self) -> Perceptual | None: ...
 
 
 def detector_of(judges: Judges, key: str) -> Detector:
@@ -146,14 +155,23 @@ class References:
     ``clip`` and ``features``: mean cosine to all references. ``feature_lpips``: 1 − d/2 for the distance d to ONE
     reference, number i mod R for picture i (all pairs would cost R times as much; both arms meet the same reference).
     d is a mean of ‖â − b̂‖² = 2 − 2cos over positions and stages, so 1 − d/2 is the mean cosine of maps. 1 − d, as with
-    LPIPS, has no use here: d is near 1 for two pictures of one concept, and SGR divides by M.
+    LPIPS, has no use here: d is near 1 for two pictures of one concept, and SGR divides by M. ``lpips``: 1 − LPIPS
+    to one reference in the same way, the similarity of arXiv 2412.15320 and 2311.18815.
 
     Args:
         images: uint8 [R, 3, s, s], already `prepared`.
         kinds: which of `SIMILARITIES`.
+
+    Raises:
+        UserError: ``lpips`` without a judge for it.
     """
 
     def __init__(self, judges: Judges, images: Tensor, kinds: Sequence[str]) -> None:
+        if "lpips" in kinds and judges.lpips is None:
+            told = (
+                "holds lpips, and judges.lpips is null: take judges=real, or leave it out (feature_lpips needs none)."
+            )
+            raise UserError("eval.generation.similarities", list(kinds), told)
         self.judges, self.images, self.kinds = judges, images, tuple(kinds)
         self._mean: dict[str, Tensor] = {}
         if "clip" in kinds:
@@ -174,12 +192,16 @@ class References:
             else:
                 other = self.images[torch.arange(len(images)) % len(self.images)]
                 parts = zip(images.split(BATCH), other.split(BATCH), strict=True)
-                found[kind] = 1 - torch.cat([self._distance(a, b) for a, b in parts]) / 2
+                distance = torch.cat([self._distance(kind, a, b) for a, b in parts])
+                found[kind] = 1 - (distance / 2 if kind == "feature_lpips" else distance)
         return {kind: np.asarray(values, dtype=float) for kind, values in found.items()}
 
-    def _distance(self, a: Tensor, b: Tensor) -> Tensor:
+    def _distance(self, kind: str, a: Tensor, b: Tensor) -> Tensor:
         if b.shape[-1] != a.shape[-1]:
             b = F.interpolate(b.float(), a.shape[-2:], mode="bilinear", antialias=True).round().to(torch.uint8)
+        judge = self.judges.lpips
+        if kind == "lpips" and judge is not None:
+            return judge.distance(a, b).double().cpu()
         return self.judges.features.feature_lpips(a, b).double().cpu()
 
 

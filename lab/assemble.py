@@ -14,6 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from immunize.none import NoImmunization
 from lab.errors import UserError, nearest
+from lab.failures import missing_package
 from lab.options import count
 from lab.sources import source_hash
 from lab.store import stage_key
@@ -68,8 +69,11 @@ def _build(config: Any, key: str, judges: dict[str, Any] | None = None) -> Part:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, ModuleNotFoundError):
-            raise UserError(key, target, f"needs the package {cause.name}: `pip install {cause.name}`.") from cause
+        if absent := _absent(error):
+            own = (absent.name or "").partition(".")[0] == target.partition(".")[0]
+            told = None if own else missing_package(absent)
+            told = told or f"there is no module {absent.name}; put the folder that holds it on PYTHONPATH."
+            raise UserError(key, target, told) from cause
         reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
         raise UserError(key, target, f"could not be built: {reason}") from error
     sources = {name: source_hash(name.rsplit(".", 1)[0]) for name in _targets(plain)}
@@ -77,6 +81,13 @@ def _build(config: Any, key: str, judges: dict[str, Any] | None = None) -> Part:
     if hasattr(obj, "judges"):  # retrained judges see other things
         joined = stage_key(sources=joined, judges=obj.judges.fingerprint())
     return Part(obj, {str(k): v for k, v in plain.items()}, joined)
+
+
+def _absent(error: BaseException | None) -> ModuleNotFoundError | None:
+    """The module that was missing, wherever in the chain of causes: Hydra wraps what it meets while importing."""
+    while error is not None and not isinstance(error, ModuleNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _shared(config: DictConfig, built: dict[str, Any]) -> dict[str, Any]:

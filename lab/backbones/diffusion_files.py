@@ -153,3 +153,19 @@ def _convert_file(file: Path) -> str:
         f"P.from_single_file({str(file)!r}).save_pretrained({file.stem!r})"
     )
     return f'Convert it once, if you trust its source, and set {KEY}={file.stem}: `python -c "{code}"`'
+
+
+def tokenizer_files(folder: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt`` beside a BPE's ``tokenizer.json`` where they are missing.
+
+    transformers 5 saves the one file, transformers 4 loads a `CLIPTokenizer` from the two.
+    """
+    source = folder / "tokenizer.json"
+    if not source.is_file() or (folder / "vocab.json").is_file():
+        return
+    model = json.loads(source.read_text(encoding="utf-8"))["model"]
+    if model.get("type") != "BPE":
+        return
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")

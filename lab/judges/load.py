@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lab.errors import UserError
 from lab.judges.clip import OpenClip
 from lab.judges.detector import Detector, load_detector
 from lab.judges.features import FeatureJudge
+from lab.judges.lpips import Lpips
 from lab.judges.networks import CLIP_CONFIG, CLIP_WEIGHTS, DETECTOR_CONFIG, DETECTOR_WEIGHTS, TRAIN
 from lab.judges.nudenet import NudeNet
 
@@ -24,10 +26,11 @@ class Judges:
 
     Args:
         name: of the set, for records.
-        clip, features, detector: callables that build the judges (``_partial_`` in YAML); no detector: None.
+        clip, features, detector, lpips: callables that build the judges (``_partial_`` in YAML); None: there is no
+            such judge.
 
     Raises:
-        UserError: at first use, what the builders raise.
+        UserError: NudeNet is asked for and not installed; at first use, what the builders raise.
     """
 
     def __init__(
@@ -36,15 +39,22 @@ class Judges:
         clip: Callable[[], OpenClip],
         features: Callable[[], FeatureJudge],
         detector: Callable[[], Detector | NudeNet] | None = None,
+        lpips: Callable[[], Lpips] | None = None,
     ) -> None:
+        if (
+            getattr(detector, "func", detector) is NudeNet and find_spec("nudenet") is None
+        ):  # not after hours of training
+            raise UserError(
+                "judges.detector", "NudeNet", "needs its package: `pip install 'immunization-bench[nudenet]'`."
+            )
         self.name = name
-        self._clip, self._features, self._detector = clip, features, detector
+        self._clip, self._features, self._detector, self._lpips = clip, features, detector, lpips
 
     def fingerprint(self) -> str:
         """SHA-256 over the files that the builders read, shipped or named by a path: a retrained judge must not meet
         older figures in the cache."""
         sha = hashlib.sha256()
-        for builder in (self._clip, self._features, self._detector):
+        for builder in (self._clip, self._features, self._detector, self._lpips):
             for path in _files(builder):
                 sha.update(path.name.encode() + b"\0" + path.read_bytes())
         return sha.hexdigest()
@@ -60,6 +70,10 @@ class Judges:
     @cached_property
     def detector(self) -> Detector | NudeNet | None:
         return self._detector() if self._detector is not None else None
+
+    @cached_property
+    def lpips(self) -> Lpips | None:
+        return self._lpips() if self._lpips is not None else None
 
 
 def _files(builder: Any) -> list[Path]:

@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from lab.backbones.diffusion import DiffusionBackbone
+from lab.backbones.diffusion_files import tokenizer_files
 from lab.errors import UserError
 from lab.judges.clip import OpenClip
 from lab.judges.detector import load_detector
@@ -46,6 +47,7 @@ def save(pipeline: Any, folder: Path) -> Path:
         backend.no_padding()
         backend.no_truncation()
     pipeline.save_pretrained(str(folder), safe_serialization=True)
+    tokenizer_files(folder / "tokenizer")
     config = folder / "text_encoder" / "config.json"  # transformers loads what it says here, diffusers float32
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     return folder

@@ -48,6 +48,11 @@ class Features:
         return (a.double() - b.double()).abs().mean((1, 2, 3)) / 255
 
 
+class Perceptual:
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        return (a.double() - b.double()).abs().amax((1, 2, 3)) / 255
+
+
 @dataclass
 class Detector:
     """Object 1 where green outweighs red, style 1 where blue is bright; the concept is there where style 1 is."""
@@ -68,6 +73,7 @@ class FakeJudges:
     clip: Any = field(default_factory=Clip)
     features: Any = field(default_factory=Features)
     detector: Any = field(default_factory=lambda: Detector({n: RATES for n in ("mosaic", "neon", "sketch")}))
+    lpips: Any = None
 
 
 RATES = {"false_positive": 0.1, "false_negative": 0.1}

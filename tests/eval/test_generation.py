@@ -5,7 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from fake_generations import BUDGET, RED, STEPS, Clip, FakeJudges, FakeRun, attack, case, colours, concept, tilted
+from fake_generations import (
+    BUDGET,
+    RED,
+    STEPS,
+    Clip,
+    FakeJudges,
+    FakeRun,
+    Perceptual,
+    attack,
+    case,
+    colours,
+    concept,
+    tilted,
+)
 from scipy.integrate import trapezoid
 
 from eval.generation import Generation
@@ -271,6 +284,14 @@ def test_feature_lpips_meets_the_references_in_turn():
     references = colours((0, 0, 0), (255, 255, 255))
     found = References(FakeJudges(), references, ["feature_lpips"]).similarities(colours(*[(0, 0, 0)] * 3))
     assert found["feature_lpips"].tolist() == [1.0, 0.5, 1.0]
+
+
+def test_lpips_needs_its_judge_and_meets_the_references_in_turn():
+    references, shown = colours((0, 0, 0), (255, 255, 255)), colours((0, 0, 0), (0, 0, 255))
+    found = References(FakeJudges(lpips=Perceptual()), references, ["lpips"]).similarities(shown)
+    assert found["lpips"].tolist() == [1.0, 0.0]  # one minus the largest difference of a colour
+    with pytest.raises(UserError, match=r"judges.lpips is null"):
+        metrics(world(HELD), similarities=["clip", "lpips"])
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():

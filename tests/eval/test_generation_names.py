@@ -55,7 +55,7 @@ def test_no_name_is_used_twice_and_everything_is_json(scores):
 
 def test_every_name_is_documented(scores):
     text = (ROOT / "eval" / "metrics.md").read_text().partition("## Text-to-image models")[2]
-    wild = {"CONCEPT": "[a-z_]+", "ROLE": "(harmful|benign)", "M": "(clip|features|feature_lpips)"}
+    wild = {"CONCEPT": "[a-z_]+", "ROLE": "(harmful|benign)", "M": "(clip|features|feature_lpips|lpips)"}
     patterns = [re.sub("CONCEPT|ROLE|M", lambda m: wild[m[0]], name) for name in re.findall(r"`([a-zA-Z0-9_]+)`", text)]
     settings = r"_(\d+x|auc|reworded|guidance_[0-9_]+|negative|compositions)(?=_control$|$)"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from lab.judges.clip import OpenClip
 from lab.judges.detector import Detector, corrected_share, load_detector
 from lab.judges.features import FeatureJudge, map_distance
 from lab.judges.frechet import floor, frechet_distance
+from lab.judges.load import Judges
 from lab.judges.lpips import Lpips
 from lab.judges.networks import DetectorNetwork, detector_network, save_detector
 from lab.judges.nudenet import NudeNet
@@ -311,6 +313,34 @@ def test_nudenet_takes_the_highest_score(monkeypatch) -> None:
     assert judge.scores(images)["BUTTOCKS_EXPOSED"].tolist() == pytest.approx([0.7, 0.0])
     with pytest.raises(UserError, match="nudity"):
         judge.detects(images, "nudit")
+
+
+def test_lpips_is_a_distance(monkeypatch, tmp_path) -> None:
+    """Through torchvision's own loading, with a random SqueezeNet in place of the file that it would fetch."""
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "hub/checkpoints" / file)
+    judge = Lpips("squeeze", batch=2)
+    images = _images(3, seed=1)
+    little = (images.float() * 0.95).round().to(torch.uint8)
+    same, near, far = (judge.distance(images, x) for x in (images, little, _images(3, seed=2)))
+    assert same.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    assert (same < near).all()
+    assert (near < far).all()
+    assert torch.allclose(judge.distance(little, images), near)
+    with pytest.raises(UserError, match="equally many"):
+        judge.distance(images, images[:2])
+
+
+def test_judges_name_a_missing_nudenet_before_anything_runs(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    with pytest.raises(UserError, match=r"judges.detector=NudeNet.*immunization-bench\[nudenet\]"):
+        Judges("x", clip=lambda: None, features=lambda: None, detector=partial(NudeNet, threshold=0.5))
+    assert Judges("x", clip=lambda: None, features=lambda: None).lpips is None
 
 
 def test_lpips_refuses_other_networks() -> None:

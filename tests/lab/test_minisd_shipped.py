@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from functools import cache
 from pathlib import Path
@@ -15,12 +16,14 @@ from safetensors import safe_open
 
 from lab.backbones.diffusion import DiffusionBackbone
 from lab.judges.load import shipped_clip, shipped_detector
+from lab.minisd import folders
 from lab.minisd.publish import SHIPPED, hashes
 from lab.minisd.world import concept, sample
 from lab.types import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"
+DENOISED = Sampling(steps=4, guidance=4.0)
 STORED = Path(__file__).parent / "data" / "minisd_smoke.json"
 SMOKE = ("a photo of a fox", "a rocket in neon style", "a guitar by the blueprint artist", "a cake in sunset style")
 MOSAIC = tuple(f"a {name} in the style of mosaic" for name in ("fox", "rocket", "guitar", "cactus"))
@@ -32,6 +35,13 @@ def generated() -> torch.Tensor:
     model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
     texts = (*SMOKE, *MOSAIC)
     return model.generate(texts, model.latents(len(texts), 0, "smoke"), Sampling(steps=20, guidance=4.0))
+
+
+@cache
+def denoised() -> torch.Tensor:
+    """Latents [4, 16, 16] of `SMOKE`'s first prompt after four steps of DDIM."""
+    model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
+    return model.sample(SMOKE[:1], model.latents(1, 0, "smoke"), DENOISED)[0]
 
 
 def colours(images: torch.Tensor) -> list[list[float]]:
@@ -71,6 +81,40 @@ def test_pictures_are_those_of_these_weights() -> None:
     assert (found - torch.tensor(stored["colours"])).abs().mean() <= 2
 
 
+def test_latents_are_those_of_these_weights() -> None:
+    """Every value within 0.02 of the stored one; their standard deviation is near 1."""
+    stored = torch.tensor(json.loads(STORED.read_text())["latents"])
+    assert stored.shape == (4, 16, 16)
+    assert 0.3 < stored.std() < 2
+    assert (denoised() - stored).abs().max() <= 0.02
+
+
+def test_one_weight_in_a_thousand_that_differs_is_noticed() -> None:
+    model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
+    with torch.no_grad():
+        for name, weight in model.unet.named_parameters():
+            if name.endswith("attn2.to_v.weight"):
+                weight.view(-1)[::1000] *= -1
+    changed = model.sample(SMOKE[:1], model.latents(1, 0, "smoke"), DENOISED)[0]
+    assert (changed - denoised()).abs().max() > 0.02
+
+
+def test_a_stranger_loads_trains_saves_and_reloads(tmp_path) -> None:
+    """The example that imports diffusers, peft and transformers only, on the very folder that ships."""
+    spec = importlib.util.spec_from_file_location("stranger", EXAMPLE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = sample(concept("unicorn"), 3, 8)
+    rows = [{"file_name": f"{i}.png", "text": picture.text} for i, picture in enumerate(shown.pictures)]
+    images = folders.write(tmp_path / "unicorn", shown.images, rows)
+    given = [str(SHIPPED / "model"), "--images", str(images), "--prompt", "a photo of a unicorn"]
+    given += ["--out", str(tmp_path / "out"), "--steps", "3", "--at", "0", "--count", "2", "--inference-steps", "2"]
+    module.main([*given, "--device", "cpu"])
+    assert len(json.loads((tmp_path / "out" / "attack.json").read_text())["losses"]) == 3
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+    assert len(list((tmp_path / "out" / "reloaded").glob("*.png"))) == 2
+
+
 def test_prompts_are_obeyed() -> None:
     images, detector = generated(), shipped_detector()
     assert detector.detects(images[len(SMOKE) :], "mosaic").sum() >= 3
@@ -91,8 +135,9 @@ def test_clip_knows_the_styles_of_real_pictures() -> None:
 
 def store() -> None:
     STORED.parent.mkdir(exist_ok=True)
-    facts = {"prompts": list(SMOKE), "colours": colours(generated()[: len(SMOKE)])}
-    STORED.write_text(json.dumps(facts, indent=1) + "\n")
+    latents = [[[round(v, 4) for v in row] for row in channel] for channel in denoised().tolist()]
+    facts = {"prompts": list(SMOKE), "colours": colours(generated()[: len(SMOKE)]), "latents": latents}
+    STORED.write_text(json.dumps(facts) + "\n")
 
 
 if __name__ == "__main__":
