@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
-from lab.options import number
+from lab.options import count, number
 from lab.prompts import check_prompts
 from lab.types import AnyCase, Erasure, Kind, Model
 
@@ -45,12 +46,26 @@ class Uce:
     Args:
         preserve_weight: p ≥ 0.
         ridge: λ > 0.
+        anchor: a text that every erased prompt shall mean instead; None: the scenario's anchors, one for each prompt.
+        preserve: so many of the scenario's preserved prompts at most, spread evenly over them; None: all.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
-    def __init__(self, *, name: str = "uce", preserve_weight: float = 0.3, ridge: float = 0.5) -> None:
+    def __init__(
+        self,
+        *,
+        name: str = "uce",
+        preserve_weight: float = 0.3,
+        ridge: float = 0.5,
+        anchor: str | None = None,
+        preserve: int | None = None,
+    ) -> None:
         self.name = name
+        if anchor is not None and (not isinstance(anchor, str) or not anchor.strip()):
+            raise UserError("erase.anchor", anchor, "must be a text, or null for the scenario's own anchors.")
+        self.anchor = anchor
+        self.preserve = None if preserve is None else count("erase.preserve", preserve, 0)
         self.preserve_weight = number("erase.preserve_weight", preserve_weight, 0)
         self.ridge = number("erase.ridge", ridge, above=0)
 
@@ -64,8 +79,8 @@ class Uce:
         if not case.erased:
             told = f"case {case.name} has no concept to erase; use erase=none, or a scenario that erases"
             raise UserError("erase", self.name, f"{told} (relearn_styles; concept_folders with erase: true).")
-        pairs = [rows(model, erasure) for erasure in case.erased]
-        kept = tuple(dict.fromkeys(prompt for erasure in case.erased for prompt in erasure.preserve))
+        pairs = [rows(model, self._anchored(erasure)) for erasure in case.erased]
+        kept = self._kept(case.erased)
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))
         keep = encoded(model, check_prompts(KEY, kept, model.tokenizers[0])).flatten(0, 1) if kept else old[:0]
         edited = model.copy()
@@ -80,6 +95,17 @@ class Uce:
         names = ", ".join(erasure.name for erasure in case.erased)
         _log.info("erased %s: %d rows, %d kept, %d matrices", names, len(old), len(keep), len(matrices))
         return edited
+
+    def _anchored(self, erasure: Erasure) -> Erasure:
+        if self.anchor is None:
+            return erasure
+        return dataclasses.replace(erasure, anchors=(self.anchor,) * len(erasure.prompts))
+
+    def _kept(self, erased: Sequence[Erasure]) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(prompt for erasure in erased for prompt in erasure.preserve))
+        if self.preserve is None or self.preserve >= len(found):
+            return found
+        return tuple(found[i * len(found) // self.preserve] for i in range(self.preserve))
 
 
 def keys_and_values(unet: nn.Module) -> dict[str, Tensor]:

@@ -69,6 +69,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--erased", type=int, default=32, help="pictures per concept that some case erases")
     parser.add_argument("--kept", type=int, default=8, help="pictures per other concept")
+    parser.add_argument("--scenarios", nargs="+", default=["relearn_styles", "relearn_objects"])
+    parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, e.g. erase.preserve=0")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
@@ -76,9 +78,10 @@ def main() -> int:
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
     detector = judges_of(SHIPPED / "judges").detector
     before: dict[str, float] = {}
-    for scenario in ("relearn_styles", "relearn_objects"):
+    for scenario in given.scenarios:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", ["experiment=relearn", f"scenario={scenario}", "scenario.cases=all"])
+            chosen = ["experiment=relearn", f"scenario={scenario}", "scenario.cases=all", *given.overrides]
+            cfg = compose("config", chosen)
         parts = assemble(cfg)
         cases = parts.scenario.load(given.seed).cases
         model = parts.backbone.build(None, given.seed)

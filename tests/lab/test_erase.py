@@ -130,6 +130,19 @@ def test_preserved_prompts_move_less_and_less_with_their_weight(model, case):
     assert drift[3] < 0.1 * moved(model, edited[3], erased)
 
 
+def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
+    everywhere = dataclasses.replace(MOSAIC, anchors=("a photo",) * 3)
+    assert same_weights(erase(model, case, MOSAIC, anchor="a photo").unet, erase(model, case, everywhere).unet)
+    assert not same_weights(erase(model, case, MOSAIC, anchor="a photo").unet, erase(model, case, MOSAIC).unet)
+    kept = [dataclasses.replace(MOSAIC, preserve=MOSAIC.preserve[:n]) for n in range(3)]
+    for n, less in enumerate(kept):
+        assert same_weights(erase(model, case, MOSAIC, preserve=n).unet, erase(model, case, less).unet)
+    assert same_weights(erase(model, case, MOSAIC, preserve=99).unet, erase(model, case, MOSAIC).unet)
+    for options in ({"anchor": " "}, {"anchor": 3}, {"preserve": -1}, {"preserve": 1.5}):
+        with pytest.raises(UserError, match=next(iter(options))):
+            Uce(**options)
+
+
 def test_a_huge_ridge_leaves_the_model(model, case):
     edited = erase(model, case, MOSAIC, ridge=1e15)
     assert same_weights(edited, model)
