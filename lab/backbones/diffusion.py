@@ -13,6 +13,7 @@ from torch import nn
 
 from lab.backbones import diffusion_files as files
 from lab.backbones.diffusion_files import KEY, PARTS
+from lab.devices import pick
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.options import choice, count
@@ -52,7 +53,7 @@ class DiffusionBackbone:
         resolution: int | None = None,
     ) -> None:
         self.name, self.dtype = name, DTYPES[choice("backbone.dtype", dtype, DTYPES)]
-        self.device = _device(device)
+        self.device = pick("backbone.device", device)
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise UserError("backbone.dtype", dtype, "is too slow and too coarse on a CPU; use fp32 (or bf16).")
         self.resolution = None if resolution is None else count("backbone.resolution", resolution, 8)
@@ -98,23 +99,6 @@ class DiffusionBackbone:
         if self.dtype == torch.float16:
             model.vae.to(torch.float32)
         return model
-
-
-def _device(name: object) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    key, fix = "backbone.device", "must be auto, cpu, cuda, cuda:NUMBER or mps."
-    try:
-        device = torch.device(name)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError) as error:
-        raise UserError(key, name, fix) from error
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(key, name, fix)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(key, name, f"torch sees {torch.cuda.device_count()} CUDA devices here; use auto or cpu.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError(key, name, "torch sees no Apple GPU here; use auto or cpu.")
-    return device
 
 
 def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> nn.Module:

@@ -73,6 +73,10 @@ class Labelled:
     object: Tensor
     style: Tensor
 
+    @property
+    def labels(self) -> dict[Head, Tensor]:
+        return {"object": self.object, "style": self.style}
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -81,8 +81,8 @@ class _State:
     def restore(self, tensors: dict[str, Tensor]) -> None:
         size = len("model/")
         self.model.load_state_dict({n[size:]: v for n, v in tensors.items() if n.startswith("model/")})
-        size = len("average/")
-        self.average = {n[size:]: v.clone() for n, v in tensors.items() if n.startswith("average/")}
+        for name, average in self.average.items():
+            average.copy_(tensors[f"average/{name}"])
         for name, parameter in self.trained.items():
             if f"adam/step/{name}" not in tensors:  # never had a gradient
                 continue
@@ -91,7 +91,8 @@ class _State:
                 key: torch.empty_like(parameter).copy_(tensors[f"adam/{key}/{name}"])
                 for key in ("exp_avg", "exp_avg_sq")
             }
-            self.optimizer.state[parameter] = {"step": tensors[f"adam/step/{name}"].clone(), **moments}
+            steps = tensors[f"adam/step/{name}"].to(parameter.device, copy=True)
+            self.optimizer.state[parameter] = {"step": steps, **moments}
 
     def update(self, step: int) -> None:
         decay = min(self.schedule.ema, (1 + step) / (10 + step))
@@ -101,6 +102,11 @@ class _State:
                 average.lerp_(state[name], 1 - decay)
             else:
                 average.copy_(state[name])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the parameters of ``model`` are."""
+    return next(model.parameters()).device
 
 
 def train(
@@ -117,7 +123,8 @@ def train(
 ) -> nn.Module:
     """Minimise ``step(number, generator)`` over the parameters of ``model`` that require gradients, in place.
 
-    The generator of a step depends on (seed, label, step) alone, so a resumed training repeats the unbroken one.
+    The generator of a step depends on (seed, label, step) alone, so a resumed training repeats the unbroken one. It
+    draws in main memory whatever device the model is on, so a GPU sees the same pictures and the same noise.
     ``log`` gets the mean loss of the last 50 steps every 50 steps, and what ``validate`` returns (computed on the
     averaged weights). The model ends with the averaged weights.
 

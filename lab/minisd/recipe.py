@@ -19,9 +19,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from lab.devices import pick
 from lab.judges.detector import Detector
 from lab.judges.networks import clip_config, clip_network, detector_network
-from lab.minisd import build, captions, judge_data, judges
+from lab.minisd import build, captions, judge_clip, judge_data, judges
 from lab.minisd.dice import Dice
 from lab.minisd.judge_data import NAMES, JudgeRecipe
 from lab.minisd.loop import Schedule
@@ -48,6 +49,8 @@ class Recipe:
         vocabulary: tokens of the tokenizer at most.
         kl, gamma, drop: see `lab.minisd.training`.
         judges: the evaluators that are trained beside it, on other pictures.
+        workers: processes that render pictures.
+        device: where the networks are trained (`lab.devices.pick`); pictures are drawn and worn on the CPU.
         measured: how many generations the figures of the model card rest on (`lab.minisd.quality.suites`).
     """
 
@@ -64,6 +67,7 @@ class Recipe:
     judges: JudgeRecipe
     widths: build.Widths = field(default_factory=build.Widths)
     workers: int = 1
+    device: str = "auto"
     measured: int = 32
 
     def __post_init__(self) -> None:
@@ -94,6 +98,7 @@ class Training:
         self.recipe, self.store, self.on_log = recipe, store, on_log
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.seconds: dict[str, float] = {}
+        self.device = pick("train.device", recipe.device)
         self._samples: dict[str, Sample] = {}
 
     # ---- data
@@ -124,7 +129,9 @@ class Training:
     def _stage(self, name: str, model: Net, sources: Sequence[str], fit: Callable[[StageCheckpoint, Log], None]) -> Net:
         """``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
-        key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, torch=torch.__version__)
+        place = {"torch": torch.__version__, "device": self.device.type}
+        key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, **place)
+        model.to(self.device)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             rows: list[tuple[int, dict[str, float]]] = []
@@ -146,7 +153,7 @@ class Training:
         for curve in dict.fromkeys(k for _, values in rows for k in values):
             self.curves[name][curve] = [values[curve] for _, values in rows if curve in values]
             self.curves[name][f"{curve}_step"] = [float(step) for step, values in rows if curve in values]
-        return model.eval()
+        return model.cpu().eval()
 
     def vae(self) -> Any:
         r = self.recipe
@@ -166,9 +173,10 @@ class Training:
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             held_out = self.pictures("held_out")
+            seen, unseen = (encode(vae.to(self.device), x) for x in (self.pictures("train").images, held_out.images))
+            vae.cpu()
             train_denoiser(
-                model, tokenizer, build.scheduler(), encode(vae, self.pictures("train").images), self.texts(),
-                (encode(vae, held_out.images), held_out.texts), r.denoiser,
+                model, tokenizer, build.scheduler(), seen, self.texts(), (unseen, held_out.texts), r.denoiser,
                 gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
             )  # fmt: skip
 
@@ -209,13 +217,13 @@ class Training:
         r, seed = self.recipe.judges, judge_data.seed_of(self.recipe.seed)
         train = judge_data.pictures(r, self.recipe.seed, "train")
         said = judge_data.texts(train, r.captions)
-        judges.clip_tokenizer(said, tokenizer, r.vocabulary)
+        judge_clip.clip_tokenizer(said, tokenizer, r.vocabulary)
         config = clip_config(r.clip_widths, len(build.load_tokenizer(tokenizer)))
         model = clip_network(config, seed)
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             held_out = judge_data.labelled(judge_data.pictures(r, self.recipe.seed, "calibrate"))
-            data = judges.clip_data(judge_data.labelled(train), said, held_out, tokenizer)
-            judges.train_clip(model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note)
+            data = judge_clip.clip_data(judge_data.labelled(train), said, held_out, tokenizer)
+            judge_clip.train_clip(model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note)
 
-        return self._stage("clip", model, ("judges", "judge_data"), fit), config
+        return self._stage("clip", model, ("judge_clip", "judge_data"), fit), config

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.minisd.build import tokenize
-from lab.minisd.loop import Schedule, train
+from lab.minisd.loop import Schedule, device_of, train
 from lab.progress import progress
 from lab.seeding import generator
 from lab.types import Checkpoint, Log
@@ -38,16 +38,18 @@ def train_vae(
         kl: weight of KL(posterior ‖ N(0, 1)), summed over the latent, divided by 3 s².
     """
 
+    device = device_of(vae)
+
     def step(_: int, g: torch.Generator) -> Tensor:
         index = torch.randint(len(images), (schedule.batch,), generator=g)
-        x = to_float(images[index])
+        x = to_float(images[index].to(device))
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(device)
         divergence = posterior.kl().mean() / x[0].numel()
         return F.l1_loss(vae.decode(z).sample, x) + kl * divergence
 
     def validate() -> dict[str, float]:
-        x = to_float(held_out)
+        x = to_float(held_out.to(device))
         y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)]).clamp(-1, 1)
         mse = ((x - y) / 2).square().mean((1, 2, 3))
         return {"psnr": (-10 * mse.log10()).mean().item(), "l1": ((x - y) / 2).abs().mean().item()}
@@ -57,12 +59,12 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every image's posterior, float16 [n, 4, s/4, s/4] each, unscaled."""
-    means, deviations = [], []
+    """Mean and standard deviation of every image's posterior, float16 [n, 4, s/4, s/4] each, unscaled, on the CPU."""
+    means, deviations, device = [], [], device_of(vae)
     for part in progress(images.split(128), "latents", (len(images) + 127) // 128):
-        posterior = vae.encode(to_float(part)).latent_dist
-        means.append(posterior.mean.half())
-        deviations.append(posterior.std.half())
+        posterior = vae.encode(to_float(part.to(device))).latent_dist
+        means.append(posterior.mean.half().cpu())
+        deviations.append(posterior.std.half().cpu())
     return torch.cat(means), torch.cat(deviations)
 
 
@@ -112,16 +114,18 @@ def train_denoiser(
         drop: share of captions that are replaced by the empty one.
     """
     power = sum(part.float().square().mean() for part in latents)
-    model.scale.copy_((power - latents[0].float().mean() ** 2) ** -0.5)
-    scale = model.scale.clone()
+    scale = (power - latents[0].float().mean() ** 2) ** -0.5
+    model.scale.copy_(scale)
     alphas = scheduler.alphas_cumprod
     weights = min_snr(alphas, gamma)
     flat = tokenize(tokenizer, [text for texts in captions for text in texts])
     tokens = flat.view(len(captions), len(captions[0]), -1)
     empty = tokenize(tokenizer, [""])[0]
 
-    def loss(z: Tensor, ids: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        a = alphas[t].view(-1, 1, 1, 1)
+    device = device_of(model)
+
+    def loss(*drawn: Tensor) -> Tensor:
+        z, ids, t, noise, a = (x.to(device) for x in (*drawn, alphas[drawn[2]].view(-1, 1, 1, 1)))
         guess = model((a.sqrt() * z + (1 - a).sqrt() * noise), t, ids)
         return (guess - noise).square().mean((1, 2, 3))
 
@@ -133,7 +137,7 @@ def train_denoiser(
         ids = tokens[index, torch.randint(tokens.shape[1], (n,), generator=g)]
         ids = torch.where(torch.rand(n, 1, generator=g) < drop, empty, ids)
         t = torch.randint(len(alphas), (n,), generator=g)
-        return (weights[t] * loss(z, ids, t, torch.randn(z.shape, generator=g))).mean()
+        return (weights[t].to(device) * loss(z, ids, t, torch.randn(z.shape, generator=g))).mean()
 
     (mean, _), texts = held_out
     z, ids = scale * mean.float(), tokenize(tokenizer, texts)
@@ -142,7 +146,7 @@ def train_denoiser(
 
     def validate() -> dict[str, float]:
         parts = zip(z.split(64), ids.split(64), t.split(64), noise.split(64), strict=True)
-        plain = torch.cat([loss(*part) for part in parts])
+        plain = torch.cat([loss(*part) for part in parts]).cpu()
         return {"validation_loss": plain.mean().item(), "validation_weighted": (weights[t] * plain).mean().item()}
 
     train(model, step, schedule, seed=seed, label="denoiser", checkpoint=checkpoint, log=log, validate=validate)

@@ -34,7 +34,8 @@ REWORDED_OBJECT = (
 )
 # The style's words stand last: what follows them in the context is padding, which carries the style as well.
 _ERASED_STYLE = ("{it} in the style of {style}", "{it} in {style} style", "{it} by the {style} artist")
-_ERASED_OBJECT = ("a photo of {it}", "a picture of {it}")
+# A word of no class: told that a fox means an animal, the model paints foxes among its animals.
+NEUTRAL = "a thing"
 _ATTEMPTS = 60  # pictures looked at per wanted caption before the world counts as exhausted
 
 
@@ -125,10 +126,11 @@ def style_erasure(name: str, preserve: tuple[str, ...], *, descriptions: bool) -
 
 
 def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
-    """The object, in photos and in every style, is to mean its class ("an animal")."""
-    pairs = [(t, PHOTO) for t in _ERASED_OBJECT] + [(_ERASED_STYLE[0], s) for s in STYLE_NAMES]
-    prompts = tuple(fill(t, noun(name), s) for t, s in pairs)
-    return Erasure(name, name, prompts, tuple(fill(t, class_noun(name), s) for t, s in pairs), preserve)
+    """The object, in photos, at every place and in every style, is to mean `NEUTRAL` ("a thing") in its stead."""
+    places = [(t, PHOTO, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS]
+    ways = [*((t, PHOTO, "") for t in PHOTO_TEMPLATES), *places, *((_ERASED_STYLE[0], s, "") for s in STYLE_NAMES)]
+    prompts, anchors = (tuple(fill(t, it, s, place=p) for t, s, p in ways) for it in (noun(name), NEUTRAL))
+    return Erasure(name, name, prompts, anchors, preserve)
 
 
 def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple[str, ...]:

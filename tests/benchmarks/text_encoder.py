@@ -1,10 +1,10 @@
 """MiniSD's text encoder, trained with the U-Net or contrastively: ``python tests/benchmarks/text_encoder.py``.
 
 ``joint`` is the recipe: U-Net and text encoder minimise the diffusion loss together. ``contrastive`` is Stable
-Diffusion's way: the text encoder learns as the text tower of a CLIP (`lab.minisd.judges.train_clip`, on MiniSD's own
-objects and styles) and stays fixed while the U-Net learns. Autoencoder (the shipped one), pictures, captions, seed,
-steps and schedule of the U-Net are the same for both. Prints what share of pictures shows what was asked for, by the
-shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
+Diffusion's way: the text encoder learns as the text tower of a CLIP (`lab.minisd.judge_clip.train_clip`, on MiniSD's
+own objects and styles) and stays fixed while the U-Net learns. Autoencoder (the shipped one), pictures, captions,
+seed, steps and schedule of the U-Net are the same for both. Prints what share of pictures shows what was asked for,
+by the shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
 
 The cache continues a killed run. About 55 minutes of one core with the defaults.
 """
@@ -32,7 +32,7 @@ from omegaconf import OmegaConf
 
 from lab.backbones.diffusion import DiffusionBackbone
 from lab.judges.networks import ClipWidths, clip_config, clip_network
-from lab.minisd import build, judge_data, judges
+from lab.minisd import build, judge_clip, judge_data
 from lab.minisd.publish import SHIPPED, judges_of, save
 from lab.minisd.quality import measure
 from lab.minisd.recipe import Recipe, Training
@@ -85,9 +85,9 @@ def contrastive(training: Training, tokenizer: Any, store: Store) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
             said = judge_data.texts(shown, r.captions)
-            data = judges.clip_data(judge_data.labelled(shown), said, held_out, Path(folder))
+            data = judge_clip.clip_data(judge_data.labelled(shown), said, held_out, Path(folder))
             note = partial(told, "clip")
-            judges.train_clip(model, data, Path(folder), schedule, seed=r.seed, checkpoint=checkpoint, log=note)
+            judge_clip.train_clip(model, data, Path(folder), schedule, seed=r.seed, checkpoint=checkpoint, log=note)
         return Artifact({}, dict(model.state_dict()))
 
     key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.judges), seed=r.seed)

@@ -23,19 +23,9 @@ from lab.judges.networks import (
 )
 from lab.minisd import judge_data
 from lab.minisd.degrade import degrade, noise_pictures, quantise
+from lab.minisd.judge_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
 from lab.minisd.judge_data import NAMES, JudgeRecipe, Labelled, class_prompts, empty_scenes, labelled, pictures, texts
-from lab.minisd.judges import (
-    calibrate,
-    clip_data,
-    clip_tokenizer,
-    contrastive_loss,
-    detector_loss,
-    measure,
-    nll,
-    train_clip,
-    train_detector,
-    worn,
-)
+from lab.minisd.judges import calibrate, detector_loss, measure, nll, train_detector, worn
 from lab.minisd.loop import Schedule
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.minisd.world import EVERYTHING, TRAINING

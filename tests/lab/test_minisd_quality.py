@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from lab.errors import UserError
 from lab.judges.detector import load_detector
 from lab.judges.networks import DETECTOR_WEIGHTS
-from lab.minisd import judges, publish, recipe
+from lab.minisd import judge_clip, judges, publish, recipe
 from lab.minisd.card import card
 from lab.minisd.publish import hashes, run
 from lab.minisd.quality import asked, suites
@@ -170,7 +170,7 @@ def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
     """No network is trained again, and the same bytes are written."""
     before, curves = hashes(folder), json.loads((folder / "training.json").read_text())
     for module, name in (
-        (recipe, "train_vae"), (recipe, "train_denoiser"), (judges, "train_detector"), (judges, "train_clip"),
+        (recipe, "train_vae"), (recipe, "train_denoiser"), (judges, "train_detector"), (judge_clip, "train_clip"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(publish, "assess", lambda *args: None)

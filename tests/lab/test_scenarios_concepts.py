@@ -197,7 +197,7 @@ def test_style_is_erased_over_all_objects_and_to_their_photos() -> None:
     anchors = dict(zip(mosaic.prompts, mosaic.anchors, strict=True))
     assert anchors["a fox in the style of mosaic"] == "a photo of a fox"
     (fox, *_) = loaded("relearn_objects").cases[0].erased
-    assert dict(zip(fox.prompts, fox.anchors, strict=True))["a photo of a fox"] == "a photo of an animal"
+    assert dict(zip(fox.prompts, fox.anchors, strict=True))["a photo of a fox"] == "a photo of a thing"
 
 
 def test_descriptions_are_erased_on_request() -> None:
