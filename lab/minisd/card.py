@@ -56,6 +56,12 @@ def quality_table(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _deviations(record: Mapping[str, Any]) -> str:
+    """Where this copy differs from what the recipe gives today, as its record tells."""
+    told = "".join(f"- {line}\n" for line in record.get("history", ()))
+    return f"This copy is not what one uninterrupted run of the recipe gives:\n\n{told}\n" if told else ""
+
+
 def card(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The text of ``README.md`` beside the weights."""
     frechet, facts, steps = found["frechet"], record["provenance"], found["sampling"]
@@ -80,7 +86,7 @@ Never seen: the objects {", ".join(HELD_OUT_OBJECTS)}; the styles {", ".join(HEL
 Recipe: `python run.py experiment=train_minisd` (`conf/train/minisd.yaml`); this copy: git
 `{facts["git_sha"]}`; curves, versions and the hash of every file in `training.json`.
 
-## Limits and licence
+{_deviations(record)}## Limits and licence
 
 No person, no text, nothing but these objects. {CREDIT} The weights are published under CC BY-SA 4.0 too.
 """

@@ -1,9 +1,9 @@
 """What `erase=uce` takes out and what it leaves: ``python tests/benchmarks/erasure.py``.
 
 For every test case of `relearn_styles` and `relearn_objects`, pictures before and after all of the case's concepts are
-erased at once, from the same latents: the share in which the shipped detector's likeliest class is the one asked for,
-of every erased concept, and of everything else (other objects as photos; other styles). Prints the share after and
-the loss in points.
+erased at once, from the same latents. Of every erased concept: the share in which the shipped detector sees it, by its
+calibrated threshold as attack success counts, and the share in which it is the likeliest class, as it will be now and
+then in a picture of nothing in particular. Of everything else (other objects as photos; other styles): the latter.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.types import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
+Shares = dict[str, tuple[float, float]]
 
 
 def suites(count: dict[str, int]) -> dict[str, Asked]:
@@ -40,20 +41,25 @@ def suites(count: dict[str, int]) -> dict[str, Asked]:
     return found
 
 
-def shares(model: Any, detector: Any, count: dict[str, int], seed: int) -> dict[str, float]:
+def shares(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
+    """Name → share of pictures in which it is the likeliest class, and in which the detector sees it."""
     found = {}
     for name, wanted in suites(count).items():
         images = generate(model, wanted.prompts, seed, name, Sampling(steps=20))
         if name in STYLE_NAMES:
-            found[name] = detected(detector, images, styles=wanted.styles)["style"]
+            top = detected(detector, images, styles=wanted.styles)["style"]
         else:
-            found[name] = detected(detector, images, objects=wanted.objects)["object"]
+            top = detected(detector, images, objects=wanted.objects)["object"]
+        found[name] = (top, detector.detects(images, name).double().mean().item())
     return found
 
 
-def told(before: dict[str, float], after: dict[str, float], gone: list[str], count: dict[str, int]) -> None:
+def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> None:
     for name in gone:
-        print(f"  erased {name} ({count[name]} pictures): {before[name]:.0%} → {after[name]:.0%}")
+        (top, seen), (top_now, seen_now) = was_[name], now_[name]
+        line = f"seen {seen:.0%} → {seen_now:.0%}, likeliest {top:.0%} → {top_now:.0%}"
+        print(f"  erased {name} ({count[name]} pictures): {line}")
+    before, after = ({n: top for n, (top, _) in part.items()} for part in (was_, now_))
     for kind, names in (("styles", STYLE_NAMES), ("objects", OBJECTS)):
         kept = [n for n in names if n not in gone]
         was, now = (sum(part[n] for n in kept) / len(kept) for part in (before, after))
@@ -77,7 +83,7 @@ def main() -> int:
     torch.set_num_threads(given.threads)
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
     detector = judges_of(SHIPPED / "judges").detector
-    before: dict[str, float] = {}
+    before: Shares = {}
     for scenario in given.scenarios:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             chosen = ["experiment=relearn", f"scenario={scenario}", "scenario.cases=all", *given.overrides]

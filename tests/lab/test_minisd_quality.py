@@ -151,6 +151,9 @@ def test_card_reports_what_it_is_given() -> None:
     assert "1024 generations with captions drawn as in\ntraining: 12.35; between" in text
     assert "pictures: 6.79." in text
     assert "`abc123`" in text
+    assert "uninterrupted" not in text
+    told = card({"provenance": {"git_sha": "abc123"}, "seconds": {}, "history": ["two threads"]}, found)
+    assert "- two threads\n" in told.split("uninterrupted")[1]
 
 
 def test_quality_figures(folder) -> None:
