@@ -1,6 +1,7 @@
 """One contract suite over every immunizer × every model kind and every attacker × every model kind."""
 
 import dataclasses
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,17 @@ KINDS = ("linear", "deep")
 BUDGET = Budget(horizon=4, multiple=2, points=5)
 
 
-def build(group, name, **changes):
+@cache
+def node_of(group, name):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["experiment=house_price", f"{group}={name}"])
     node = cfg[group] if group == "immunize" else cfg[group][name]
     OmegaConf.set_struct(node, False)
+    return node
+
+
+def build(group, name, **changes):
+    node = node_of(group, name)
     return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None}))
 
 

@@ -1,5 +1,6 @@
 """The contract suite's other half: every immunizer, attacker and eraser of text-to-image models on a tiny one."""
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,20 @@ def names(group):
     return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
 
 
-def build(group, name, **changes):
+@cache
+def node_of(group, name):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["experiment=relearn", f"{group}={name}"])
     node = cfg.attacks.get(name) if group == "attacks" else cfg[group]
+    if node is not None:
+        OmegaConf.set_struct(node, False)
+    return node
+
+
+def build(group, name, **changes):
+    node = node_of(group, name)
     if node is None:
         return None
-    OmegaConf.set_struct(node, False)
     return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if k in node}))
 
 
