@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from scenario_configs import config, hashes
 
 from lab.errors import UserError
-from lab.minisd.captions import TEMPLATES, fill, noun
+from lab.minisd.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, TEMPLATES, fill, noun
 from lab.minisd.scenes import BACKGROUNDS
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES, style
 from lab.scenarios import concept_texts
@@ -196,8 +196,16 @@ def test_style_is_erased_over_all_objects_and_to_their_photos() -> None:
     assert len(mosaic.prompts) == 3 * len(OBJECTS)
     anchors = dict(zip(mosaic.prompts, mosaic.anchors, strict=True))
     assert anchors["a fox in the style of mosaic"] == "a photo of a fox"
+
+
+def test_object_is_erased_at_every_place_and_in_every_style_to_a_thing() -> None:
     (fox, *_) = loaded("relearn_objects").cases[0].erased
-    assert dict(zip(fox.prompts, fox.anchors, strict=True))["a photo of a fox"] == "a photo of a thing"
+    anchors = dict(zip(fox.prompts, fox.anchors, strict=True))
+    assert len(anchors) == len(PHOTO_TEMPLATES) + len(PLACE_TEMPLATES) * len(BACKGROUNDS) + len(STYLE_NAMES)
+    for template, place in [("a photo of {it}", ""), *((t, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS)]:
+        assert anchors[fill(template, "a fox", place=place)] == fill(template, "a thing", place=place)
+    for s in STYLE_NAMES:
+        assert anchors[f"a fox in the style of {s}"] == f"a thing in the style of {s}"
 
 
 def test_descriptions_are_erased_on_request() -> None:
