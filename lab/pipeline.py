@@ -12,6 +12,7 @@ from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import beside_weights, fingerprint
 from lab.errors import Diverged, UserError
+from lab.provenance import computing
 from lab.statistics import SeedScore
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory, clone
@@ -89,7 +90,7 @@ class Pipeline:
     def immunize_cell(self, arm: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.arms[arm]
         upstream = {"case": self.identity(case, seed), "backbone": self.parts.backbone_identity}
-        key = stage_key(part=part.identity, seed=seed, **upstream)
+        key = stage_key(part=part.identity, seed=seed, computing=computing(), **upstream)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             rows: list[tuple[int, dict[str, float]]] = []

@@ -51,6 +51,14 @@ def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
     return found
 
 
+@cache
+def computing() -> dict[str, str]:
+    """What else decides the digits of a stage, besides sources, options and data: the packages that compute, and
+    whether a GPU does. Part of every stage's key; attacks and metrics have it from their immunizer's."""
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    return versions(("torch", "numpy", "scipy", "timm", "diffusers", "transformers", "peft")) | {"device": place}
+
+
 def peak_memory_mb() -> float:
     """Peak resident memory of this process in MiB (a sweep in one process shares its peak)."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

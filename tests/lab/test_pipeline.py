@@ -7,6 +7,7 @@ import tiny
 from lab.assemble import assemble
 from lab.errors import Diverged, UserError
 from lab.pipeline import Pipeline
+from lab.provenance import computing
 from lab.sources import ROOT
 from lab.store import Store
 from lab.types import ScenarioData
@@ -54,6 +55,20 @@ def test_the_backbone_itself_is_part_of_every_key(pipeline):
     one, other = pipeline(), pipeline()
     other.parts.backbone_identity["sources"] = "a mended bug"
     assert not set(keys(one)) & set(keys(other))
+
+
+@pytest.mark.parametrize(("part", "name"), [("metadata", "version"), ("torch.cuda", "is_available")])
+def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name):
+    """Digits depend on both; a cache that outlives an upgrade must not serve the old ones."""
+    before = keys(pipeline())
+    answer = {"version": lambda package: "9.9", "is_available": lambda: True}[name]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"lab.provenance.{part}.{name}", answer)
+        computing.cache_clear()
+        other = keys(pipeline())
+    computing.cache_clear()
+    assert not set(before) & set(other)
+    assert keys(pipeline()) == before
 
 
 def test_the_control_arm_is_shared_between_immunizers(pipeline):
