@@ -170,6 +170,9 @@ def assemble(cfg: DictConfig) -> Parts:
     return parts
 
 
+_CURVE = ("step", "x", "y", "log")  # what a curve holds beside the arms (`lab.types.Scores`)
+
+
 def check_fit(parts: Parts) -> None:
     """Every part must take the backbone's kind.
 
@@ -182,6 +185,9 @@ def check_fit(parts: Parts) -> None:
         raise UserError(
             "backbone", parts.backbone.name, f"is {kind}, scenario={parts.scenario.name} needs one that is {fits}."
         )
+    if getattr(parts.immunizer.obj, "name", "") in _CURVE:
+        told = f"is a word of every curve ({', '.join(_CURVE)}): choose another name."
+        raise UserError("immunize.name", parts.immunizer.obj.name, told)
     contracts: list[tuple[str, Any, Any]] = [("erase", parts.eraser.obj, Eraser)]
     contracts += [("immunize", parts.immunizer.obj, Immunizer)]
     contracts += [("attacks", part.obj, Attacker) for part in parts.attacks.values()]

@@ -72,6 +72,7 @@ def test_choice_flag_and_names():
         (["attacks=[probe_sgd]", "attacks.probe_sgd.lr=abc"], "attacks.probe_sgd.lr=abc: must be auto or a number"),
         (["attacks=[probe_sgd]", "attacks.probe_sgd.lr_trials=1.5"], "attacks.probe_sgd.lr_trials=1.5"),
         (["attacks.linear_probe.standardize=1"], "attacks.linear_probe.standardize=1: must be true or false"),
+        (["immunize.name=step"], "immunize.name=step: is a word of every curve"),
         (["backbone.init=5"], "backbone.init=5: choose one of identity, random"),
         (["+budget.horizn=1"], "budget.horizn=1: there is no such key; did you mean budget.horizon"),
         (["budget.horizon=true"], "budget.horizon=True: must be a whole number"),
