@@ -14,7 +14,8 @@ from torch import Tensor
 
 from immunize.merge import Merge
 from immunize.mima_bilevel import BilevelObjective, BilevelOptions, Rest
-from immunize.mima_deep import BENIGN, EVALUATIONS, DeepObjective, DeepOptions
+from immunize.mima_deep import DeepObjective
+from immunize.mima_deep_step import BENIGN, EVALUATIONS, DeepOptions
 from immunize.mima_losses import PRECISIONS
 from immunize.mima_lower import Attackers
 from immunize.mima_options import GradientOptions, LowerOptions, MergeGroup

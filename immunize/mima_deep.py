@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -30,71 +29,13 @@ from torch import Tensor
 
 from immunize.hypergradient_products import checkpointed
 from immunize.merge import Merge
+from immunize.mima_deep_step import DeepOptions, Here, Level, reached
 from immunize.mima_losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
-from immunize.mima_lower import Attack, Attackers, Mark, Running, marks
+from immunize.mima_lower import Attack, Attackers, Running, marks
 from immunize.mima_sampling import Batch, Halves, Pool
 from immunize.mima_scopes import scope_names
 from lab.distributed import team
 from lab.seeding import derive
-
-EVALUATIONS = ("merged", "own")
-BENIGN = ("regret", "loss")
-
-
-@dataclass(frozen=True)
-class DeepOptions:
-    """See `immunize.mima.MimaDeep`."""
-
-    steps: int
-    batch_size: int
-    lower_batch_size: int
-    prior_batch_size: int
-    at: tuple[float, ...]
-    evaluate: tuple[str, ...]
-    cap: float | None
-    w_prior: float
-    prior_at: str
-    prior_ramp: float
-    w_distill: float
-    w_benign: float
-    benign: str = "regret"
-    online: bool = False
-    checkpointing: bool = False
-
-
-@dataclass(frozen=True)
-class Level:
-    """One concept's lower level, finished: its marks, of which every list has equally many."""
-
-    attack: Attack
-    found: list[Mark]
-
-
-def _progress(level: Level) -> dict[str, float]:
-    """Steps of the attack so far and, where it is over, by which share it lowered its first batch's loss."""
-    last = level.found[-1]
-    drop = {} if math.isnan(last.now) else {"lower_drop": 1 - last.now / last.first}
-    return {"lower_steps": float(last.step)} | drop
-
-
-@dataclass
-class _Here:
-    """What one upper step finds: attacks and figures by the concept's number, the preservation terms' gradient."""
-
-    levels: dict[int, Level] = field(default_factory=dict)
-    facts: dict[int, dict[str, float]] = field(default_factory=dict)
-    kept: Params = field(default_factory=dict)
-
-    def values(self, targets: int) -> dict[str, float]:
-        """For the log: means over targets and places, then what the benign and the preservation terms have found."""
-        listed: dict[str, list[float]] = {}
-        for n in range(targets):
-            for key, value in self.facts[n].items():
-                listed.setdefault(key.rpartition("/")[2], []).append(value)
-        values = {key: sum(found) / len(found) for key, found in listed.items()}
-        for n in sorted(self.facts):
-            values |= self.facts[n] if n >= targets else {}
-        return values
 
 
 class DeepObjective:
@@ -143,7 +84,7 @@ class DeepObjective:
             return self._gradient(theta, step)
 
     def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        concepts, here = self._concepts(step), _Here()
+        concepts, here = self._concepts(step), Here()
         count = self._marks(step)
         total: Params = {}
 
@@ -238,10 +179,10 @@ class DeepObjective:
         drawn = [self._drawn(concept, step) for concept in self.targets]
         return max(len(marks(attack.steps, self.options.at)) for attack in drawn)
 
-    def _own(self, theta: Params, n: int, level: Level, step: int, count: int, here: _Here) -> Params:
+    def _own(self, theta: Params, n: int, level: Level, step: int, count: int, here: Here) -> Params:
         """A target's −min(L, cap), and the prior where it is asked for there, at its own attacked weights."""
         v: Params = {}
-        here.facts[n] = _progress(level)
+        here.facts[n] = reached(level)
         if "own" not in self.places:
             return v
         for i in range(count):
@@ -250,7 +191,7 @@ class DeepObjective:
         share = 1 / (count * len(self.places) * len(self.targets))
         return {name: g * share for name, g in v.items()}
 
-    def _together(self, theta: Params, levels: list[Level], step: int, count: int, here: _Here, total: Params) -> None:
+    def _together(self, theta: Params, levels: list[Level], step: int, count: int, here: Here, total: Params) -> None:
         """The same at the merged weights, first order through the merge."""
         assert self.merge is not None
         share = 1 / (count * len(self.places) * len(self.targets))
@@ -289,7 +230,7 @@ class DeepObjective:
 
     # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _benign(self, theta: Params, n: int, concept: Halves, level: Level, step: int, here: _Here) -> Params:
+    def _benign(self, theta: Params, n: int, concept: Halves, level: Level, step: int, here: Here) -> Params:
         before = self._attack(theta, concept, step, original=True).found if self._regrets else None
         total: Params = {}
         loss, regret = math.nan, math.nan
@@ -308,7 +249,7 @@ class DeepObjective:
         assert self.prior is not None
         return self.prior.batch(self.options.prior_batch_size, self.seed, label, step, "prior", mark)
 
-    def _preserve(self, theta: Params, n: int, step: int, here: _Here) -> Params:
+    def _preserve(self, theta: Params, n: int, step: int, here: Here) -> Params:
         """Prior and distillation at θ, in one forward and backward pass, before the ramp's factor."""
         o = self.options
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
