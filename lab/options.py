@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 
 from lab.errors import UserError, nearest
 
@@ -74,6 +75,18 @@ def flag(key: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise UserError(key, value, "must be true or false.")
     return value
+
+
+def local(key: str, value: object) -> Path:
+    """``value`` as a path, ``~`` and ``~user`` replaced by the home folder.
+
+    Raises:
+        UserError: a user that this machine does not have.
+    """
+    try:
+        return Path(str(value)).expanduser()
+    except RuntimeError as error:
+        raise UserError(key, value, "starts with ~ and a name, and this machine has no such user.") from error
 
 
 def names(key: str, value: object) -> tuple[str, ...]:

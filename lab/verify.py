@@ -22,6 +22,7 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.export import CARD, CONFIG, DELTA, FACTS, FORMAT, RECORD, WEIGHTS
 from lab.export_source import backbone_of
+from lab.options import local
 from lab.types import same_weights
 
 _PASSED, _FAILED, _OPEN = "ok", "FAILED", "not checked"
@@ -65,7 +66,7 @@ def verify(cfg: DictConfig) -> None:
     """
     if cfg.path is None:
         raise UserError("path", None, "name the exported folder: `python run.py action=verify path=DIR`.")
-    report = check(Path(str(cfg.path)).expanduser(), base=cfg.export.base)
+    report = check(local("path", cfg.path), base=cfg.export.base)
     print(f"verify: {report.folder}\n{report.text()}")
     report.require()
     print("verified" + (", as far as it could be checked here" if any(s == _OPEN for s, *_ in report.lines) else ""))

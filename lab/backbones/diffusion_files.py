@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from lab.diffusion import PIPELINES
 from lab.errors import UserError, nearest
+from lab.options import local
 
 KEY = "backbone.path"
 MINISD = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "model"
@@ -40,15 +41,16 @@ def locate(path: object) -> Path | str:
                 KEY, path, "its weights are not there yet; make them: `python run.py experiment=train_minisd`."
             )
         return MINISD
-    local = Path(path).expanduser()
-    if local.is_dir():
-        return local
-    if local.is_file():
-        raise UserError(KEY, path, f"is a file; a folder in diffusers layout is needed. {_convert_file(local)}")
-    if _HUB_NAME.fullmatch(path) and not local.parent.is_dir():
+    place = local(KEY, path)
+    if place.is_dir():
+        return place
+    if place.is_file():
+        raise UserError(KEY, path, f"is a file; a folder in diffusers layout is needed. {_convert_file(place)}")
+    if _HUB_NAME.fullmatch(path) and not place.parent.is_dir():
         return path
-    beside = [p.name for p in local.parent.iterdir() if p.is_dir()] if local.parent.is_dir() else []
-    hint = f" Beside it: {nearest(local.name, beside)}" if beside else ""
+    beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
+    beside = [name for name in beside if not name.startswith((".", "__"))] + ["minisd"] * (path == place.name)
+    hint = f" Known here: {nearest(place.name, beside)}" if beside else ""
     raise UserError(KEY, path, f"there is no such folder.{hint}")
 
 

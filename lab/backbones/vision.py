@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any, ClassVar
 
 import timm
@@ -13,7 +12,7 @@ from torch import nn
 from lab.backbones import weights as loading
 from lab.backbones.chains import VisionModel, chain
 from lab.errors import UserError, nearest
-from lab.options import count
+from lab.options import count, local
 from lab.seeding import derive
 from lab.types import Case, FeatureModel, Kind
 
@@ -87,7 +86,7 @@ class VisionBackbone:
         if self.weights == "imagenet_package":
             state, source = loading.imagenet_package(), "imagenet_package"
         else:
-            state, source = loading.read(Path(self.weights).expanduser()), self.weights
+            state, source = loading.read(local(loading.KEY, self.weights)), self.weights
         own = self._wrap(copy.deepcopy(network))
         if state.keys() == own.state_dict().keys():
             loading.fill(own, state, source)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lab.errors import UserError, nearest
 from lab.judges.images import check
-from lab.judges.networks import CLIP_CONFIG, CLIP_WEIGHTS, TRAIN, clip_network, fill, read_folder
-from lab.options import count
+from lab.judges.networks import CLIP_CONFIG, CLIP_WEIGHTS, TRAIN, clip_network, fill, read_folder, refuse_pickle
+from lab.options import count, local
 
 KEY = "judges.clip.name"
 WEIGHTS_KEY = "judges.clip.weights"
@@ -25,19 +25,20 @@ class OpenClip:
     Args:
         name: a model of open_clip (``ViT-B-32``), ``hf-hub:OWNER/MODEL``, or an open_clip folder
             (``open_clip_config.json``, ``open_clip_model.safetensors`` and tokenizer files), as MiniSD's.
-        weights: a tag of open_clip (``laion2b_s34b_b79k``) or the path of a .safetensors or .pt file; None where
+        weights: a tag of open_clip (``laion2b_s34b_b79k``) or the path of a .safetensors file; None where
             ``name`` brings its weights along.
         device: where it runs.
         batch: pictures or texts per forward pass.
 
     Raises:
-        UserError: unknown model, weights that cannot be found or reached, a damaged folder.
+        UserError: unknown model, weights that cannot be found or reached, that are no safetensors or another
+            model's; a damaged folder.
     """
 
     def __init__(self, name: str, weights: str | None = None, *, device: str = "cpu", batch: int = 128) -> None:
         self.name, self.batch, self.device = name, count("judges.clip.batch", batch), torch.device(device)
-        local = _folder(name)
-        model, self._tokenizer = _from_folder(local) if local is not None else _from_library(name, weights)
+        folder = _folder(name)
+        model, self._tokenizer = _from_folder(folder) if folder is not None else _from_library(name, weights)
         self.model = model.to(self.device).eval().requires_grad_(False)
         size = model.visual.image_size
         self.side = int(size[0] if isinstance(size, tuple | list) else size)
@@ -77,7 +78,7 @@ def _folder(name: str) -> Path | None:
     """The folder that ``name`` means, if it means one."""
     if not isinstance(name, str) or not name:
         raise UserError(KEY, name, "must be a model of open_clip, hf-hub:OWNER/MODEL, or a folder.")
-    path = Path(name.removeprefix("local-dir:")).expanduser()
+    path = local(KEY, name.removeprefix("local-dir:"))
     looks = name.startswith(("local-dir:", ".", "/", "~")) or (not name.startswith("hf-hub:") and path.is_dir())
     return path if looks else None
 
@@ -109,13 +110,16 @@ def _from_library(name: str, weights: str | None) -> tuple[Any, Any]:
     if not hub and weights is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(WEIGHTS_KEY, weights, f"{name} needs weights: the path of a file, or a tag ({tags}).")
+    if weights is not None:
+        refuse_pickle(Path(weights), WEIGHTS_KEY)
+        weights = str(local(WEIGHTS_KEY, weights))
     try:
         model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
         return model, open_clip.get_tokenizer(name)
     except Exception as error:  # the hub client, urllib, torch and open_clip raise errors of their own
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = " ".join(str(error).split())[:300]  # torch names missing and surplus keys in its later lines
         fix = (
             f"open_clip could not load it for {name} ({type(error).__name__}: {reason}). Give the path of a local "
-            ".safetensors or .pt file, or point HF_HOME to a filled cache."
+            ".safetensors file of this model, or point HF_HOME to a filled cache."
         )
         raise UserError(WEIGHTS_KEY, weights or name, fix) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from lab.errors import UserError, nearest
 from lab.judges.images import check, resized
 from lab.judges.networks import DETECTOR_CONFIG, DETECTOR_WEIGHTS, DetectorNetwork, fill, read_folder
-from lab.options import number
+from lab.options import count, local, names, number
 
 KEY = "judges.detector.folder"
 Rates = dict[str, dict[str, float]]
@@ -128,13 +128,22 @@ def load_detector(folder: str | Path, *, device: str = "cpu", batch: int = 256) 
     Raises:
         UserError: a missing or damaged file, or the weights of another network.
     """
-    path = Path(folder).expanduser()
+    path = local(KEY, folder)
     facts, tensors = read_folder(path, DETECTOR_CONFIG, DETECTOR_WEIGHTS, KEY)
     try:
-        objects, styles = tuple(facts["objects"]), tuple(facts["styles"])
-        network = DetectorNetwork(len(objects), len(styles), int(facts["width"]))
-        options = {key: facts[key] for key in ("temperature", "rates", "threshold")}
+        objects, styles = (names(KEY, [*facts[head]]) for head in ("objects", "styles"))
+        network = DetectorNetwork(len(objects), len(styles), count(KEY, facts["width"]))
+        temperature = {head: number(KEY, facts["temperature"][head], above=0) for head in ("object", "style")}
+        sides = ("false_positive", "false_negative")
+        rates = {
+            name: {side: number(KEY, facts["rates"][name][side], 0, 1) for side in sides} for name in facts["rates"]
+        }
+        threshold = facts["threshold"]
     except KeyError as error:
         raise UserError(KEY, path / DETECTOR_CONFIG, f"lacks {error}; restore the file.") from error
+    except (TypeError, UserError) as error:
+        raise UserError(KEY, path / DETECTOR_CONFIG, f"is damaged ({error}); restore the file.") from error
     fill(network, tensors, path, KEY)
-    return Detector(network.to(device), objects, styles, batch=batch, **options)
+    return Detector(
+        network.to(device), objects, styles, temperature=temperature, rates=rates, threshold=threshold, batch=batch
+    )

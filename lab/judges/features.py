@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from lab.backbones import weights as loading
 from lab.backbones.chains import VisionModel, chain
 from lab.errors import UserError, nearest
 from lab.judges.images import check
-from lab.options import count, names
+from lab.options import count, local, names
 
 KEY = "judges.features.model"
 WEIGHTS_KEY = "judges.features.weights"
@@ -123,7 +122,7 @@ def _network(model: str, weights: str, image_size: int | None) -> VisionModel:
             state = (
                 loading.imagenet_package()
                 if weights == "imagenet_package"
-                else loading.read(Path(weights).expanduser())
+                else loading.read(local(WEIGHTS_KEY, weights))
             )
             loading.fill(network, state, weights, tuple(f"{head}." for head in heads))
         except UserError as error:

@@ -16,6 +16,7 @@ from lab.judges.features import FeatureJudge
 from lab.judges.lpips import Lpips
 from lab.judges.networks import CLIP_CONFIG, CLIP_WEIGHTS, DETECTOR_CONFIG, DETECTOR_WEIGHTS, TRAIN
 from lab.judges.nudenet import NudeNet
+from lab.options import local
 
 SHIPPED = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "judges"
 """Where the judges of MiniSD lie in the repository: ``clip`` and ``detector``."""
@@ -80,7 +81,7 @@ def _files(builder: Any) -> list[Path]:
     """Files that a builder of a config (a partial) reads, as far as they are on this machine."""
     part = {shipped_clip: "clip", shipped_detector: "detector"}.get(getattr(builder, "func", builder))
     named = [value for value in getattr(builder, "keywords", {}).values() if isinstance(value, str) and value]
-    given = [Path(value.removeprefix("local-dir:")).expanduser() for value in named]
+    given = [local("judges", value.removeprefix("local-dir:")) for value in named]
     found = [SHIPPED / part] if part is not None else [path for path in given if path.exists()]
     inside = [p for path in found for p in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     return [p for p in inside if p.is_file()]

@@ -23,6 +23,7 @@ from lab.seeding import derive
 
 TRAIN = "train and install it with `python run.py experiment=train_minisd`"
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 DETECTOR_CONFIG, DETECTOR_WEIGHTS = "detector.json", "detector.safetensors"
 
 
@@ -160,6 +161,23 @@ def save_detector(model: DetectorNetwork, card: dict[str, Any], folder: Path) ->
     return folder
 
 
+def refuse_pickle(path: Path, key: str) -> None:
+    """Weights of another kind than safetensors can run code when they are read.
+
+    Raises:
+        UserError: ``path`` is such a file; with the command that converts it.
+    """
+    if path.suffix.lower() in PICKLED:
+        to = path.with_suffix(".safetensors").name
+        code = (
+            "import torch; from safetensors.torch import save_file as s; "
+            f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+            f"s({{k: v.contiguous().clone() for k, v in d.items()}}, {to!r})"
+        )
+        told = f'is no safetensors file; others can run code. Convert it once and name {to}: `python -c "{code}"`'
+        raise UserError(key, path, told)
+
+
 def read_folder(folder: Path, config: str, weights: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and float32 tensors of a folder.
 
@@ -168,6 +186,9 @@ def read_folder(folder: Path, config: str, weights: str, key: str) -> tuple[dict
     """
     for path in (folder, folder / config, folder / weights):
         if not path.exists():
+            if path.name == weights:
+                for other in sorted(folder.iterdir()):
+                    refuse_pickle(other, key)
             raise UserError(key, path, f"does not exist; {TRAIN}, or give the folder of a judge of your own.")
     try:
         facts = json.loads((folder / config).read_text())
@@ -180,11 +201,13 @@ def read_folder(folder: Path, config: str, weights: str, key: str) -> tuple[dict
 def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path, key: str) -> None:
     """Load ``tensors``; raises `lab.errors.UserError` where names or shapes are those of another network."""
     own = model.state_dict()
-    wrong = [k for k in own if k not in tensors or tensors[k].shape != own[k].shape] + [
-        k for k in tensors if k not in own
-    ]
-    if wrong:
-        fix = f"holds another network ({len(wrong)} missing, surplus or misshapen tensors, first {wrong[0]}); {TRAIN}."
-        raise UserError(key, folder, fix)
+    wrong = {
+        "missing": [k for k in own if k not in tensors],
+        "surplus": [k for k in tensors if k not in own],
+        "misshapen": [k for k in own if k in tensors and tensors[k].shape != own[k].shape],
+    }
+    told = "; ".join(f"{len(found)} {kind}, first {found[0]}" for kind, found in wrong.items() if found)
+    if told:
+        raise UserError(key, folder, f"holds another network (tensors: {told}); {TRAIN}.")
     model.load_state_dict(tensors)
     model.eval().requires_grad_(False)

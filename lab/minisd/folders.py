@@ -20,6 +20,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lab.errors import UserError, nearest
+from lab.image_files import DAMAGED, to_rgb
+from lab.options import count, local
 
 METADATA = "metadata.csv"
 MAX_PIXELS = 64_000_000  # per image; more is refused before it is decoded (a small file can unpack to gigabytes)
@@ -91,8 +93,8 @@ def read(
         UserError: no such folder, no image in it, a path that leaves it, an image that cannot be read or is too
             large, broken metadata, an unknown ``select`` (with the nearest values), a size that no model takes.
     """
-    folder = Path(folder).expanduser()
-    if size < 8 or size % 8:
+    folder = local(key, folder)
+    if count("resolution", size, 8) % 8:
         raise UserError("resolution", size, "must be a multiple of 8, as latents are 8 (or 4) times smaller")
     if not folder.is_dir():
         raise UserError(key, folder, "no such folder; give a folder with images and a metadata.csv")
@@ -115,27 +117,14 @@ def load(path: Path, size: int, *, key: str = "concept.path") -> Tensor:
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise UserError(key, path, f"{image.width} × {image.height} pixels; scale it below 64 megapixels")
-                upright = ImageOps.exif_transpose(image)
-                square = ImageOps.fit(_rgb(upright), (size, size), Image.Resampling.BICUBIC)
+                square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
     except Image.DecompressionBombError as error:
         raise UserError(key, path, "unpacks to too many pixels; scale it below 64 megapixels") from error
     except FileNotFoundError as error:
         raise UserError(key, path, f"is listed in {METADATA} and does not exist") from error
-    except (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError) as error:
+    except (*DAMAGED, MemoryError) as error:
         raise UserError(key, path, "cannot be read as an image; replace it with a PNG, JPEG or WebP file") from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode: 16-bit greys are scaled, transparency is laid on white."""
-    if image.mode.startswith("I"):
-        grey = np.asarray(image, np.float64)
-        image = Image.fromarray(np.clip(grey / (257 if grey.max() > 255 else 1), 0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
 
 
 def _inside(folder: Path, name: str, key: str) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.errors import UserError
-from lab.options import choice, flag
+from lab.options import choice, flag, local
 from lab.scenarios import concepts
 from lab.types import Erasure
 
@@ -56,7 +56,7 @@ def folder(key: str, value: object, root: Path) -> Path:
     """A folder of the config; a relative path starts at ``root``."""
     if not isinstance(value, str | Path) or not str(value):
         raise UserError(key, value, "must be a folder with images (and, best, a metadata.csv).")
-    return root / Path(value).expanduser()
+    return root / local(key, value)
 
 
 def _families(key: str, given: dict[str, Any], words: str) -> dict[str, tuple[str, ...]]:

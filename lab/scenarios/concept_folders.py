@@ -13,7 +13,7 @@ from lab.activations import digest
 from lab.errors import UserError
 from lab.minisd import folders
 from lab.minisd.openmoji import CREDIT
-from lab.options import choice, count, number
+from lab.options import choice, count, local, number
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
 from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, shows, speaks_of
@@ -67,7 +67,7 @@ class ConceptFolders:
         resolution: int = 512,
         name: str = "concept_folders",
     ) -> None:
-        self.name, self.root = name, Path(root or ".").expanduser()
+        self.name, self.root = name, local("scenario.root", root or ".")
         self.entries = _entries(concepts, self.root)
         self.shares = _shares(shares)
         self.pools = {
@@ -283,7 +283,7 @@ def _captions(given: object, root: Path) -> tuple[str, ...]:
     key = "scenario.captions"
     if not isinstance(given, str):
         return shared.texts(key, given)
-    path = root / Path(given).expanduser()
+    path = root / local(key, given)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

@@ -9,7 +9,7 @@ import torch
 
 from lab.activations import digest
 from lab.errors import UserError
-from lab.options import count, number
+from lab.options import count, local, number
 from lab.progress import progress
 from lab.scenarios import images
 from lab.seeding import generator
@@ -81,7 +81,7 @@ class ImageFolders:
         number("scenario.test_share", test_share, above=0, below=1)
         if benign_name == harmful_name:
             raise UserError("scenario.harmful_name", harmful_name, "must differ from scenario.benign_name.")
-        self.paths = (Path(str(benign_path)).expanduser(), Path(str(harmful_path)).expanduser())
+        self.paths = (local("scenario.benign_path", benign_path), local("scenario.harmful_path", harmful_path))
         self.names = (str(benign_name), str(harmful_name))
         self.name, self.size, self.rows, self.test_share = name, size, (train_rows, test_rows), test_share
 

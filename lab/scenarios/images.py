@@ -12,23 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lab.errors import UserError
+from lab.image_files import DAMAGED, to_rgb
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger picture is taken for a decompression bomb
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright (EXIF orientation applied), transparency over white, 16-bit grey scaled to 8 bits."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I") else max(float(grey.max(initial=0.0)), 1.0)
-        image = Image.fromarray(np.clip(grey / top * 255.0, 0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
 
 
 def crop(image: Image.Image, size: int) -> Image.Image:
@@ -53,7 +40,7 @@ def read(path: Path, size: int, key: str) -> NDArray[np.uint8]:
                 return np.asarray(crop(to_rgb(image), size))
     except Image.DecompressionBombError as error:
         raise UserError(key, path, f"has more than {MAX_PIXELS:,} pixels: scale it down first.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
+    except DAMAGED as error:
         raise UserError(key, path, f"is no readable image ({error}); repair or remove the file.") from error
 
 

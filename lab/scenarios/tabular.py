@@ -13,7 +13,7 @@ import torch
 
 from lab.activations import digest
 from lab.errors import UserError, nearest
-from lab.options import names, number
+from lab.options import local, names, number
 from lab.scenarios import preprocess
 from lab.seeding import generator
 from lab.types import Case, Kind, Role, ScenarioData, Split, Task
@@ -119,7 +119,7 @@ class Tabular:
             if value is None or value == "":
                 raise UserError(f"scenario.{key}", value, "name the column that this task predicts.")
         self.name = name
-        self.path = None if path is None else Path(str(path)).expanduser()
+        self.path = None if path is None else local("scenario.path", path)
         self.files = (str(benign_file), str(harmful_file))
         self.targets = (str(benign_target), str(harmful_target))
         self.split_column = None if split_column is None else str(split_column)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import subprocess
 import sys
 from functools import partial
 
@@ -12,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 
 from lab.errors import UserError
@@ -106,8 +109,34 @@ def test_detector_folder(tmp_path) -> None:
     assert load_detector(folder).card() == detector.card()
     facts = json.loads((folder / "detector.json").read_text())
     (folder / "detector.json").write_text(json.dumps({**facts, "width": 8}))
-    with pytest.raises(UserError, match="another network"):
+    with pytest.raises(UserError, match=r"another network \(tensors: \d+ misshapen, first trunk"):
         load_detector(folder)
+    for damage in (
+        {"temperature": 5}, {"temperature": {"object": 0, "style": 1}}, {"objects": 5}, {"width": "4"},
+        {"rates": {"fox": {"false_positive": 2, "false_negative": 0}}}, {"rates": 3},
+    ):  # fmt: skip
+        (folder / "detector.json").write_text(json.dumps({**facts, **damage}))
+        with pytest.raises(UserError, match=r"detector\.json: is damaged"):
+            load_detector(folder)
+    (folder / "detector.json").write_text(json.dumps(facts))
+    whole = load_file(folder / "detector.safetensors")
+    for kind, tensors in (
+        ("1 missing, first object.bias", {k: v for k, v in whole.items() if k != "object.bias"}),
+        ("1 surplus, first more", {**whole, "more": torch.zeros(1)}),
+    ):
+        save_file(tensors, folder / "detector.safetensors")
+        with pytest.raises(UserError, match=kind):
+            load_detector(folder)
+    save_file(whole, folder / "other.safetensors")
+    (folder / "detector.safetensors").unlink()
+    torch.save(whole, folder / "detector.pt")
+    with pytest.raises(UserError, match=r"Convert it once and name detector\.safetensors") as refused:
+        load_detector(folder)
+    told = str(refused.value)
+    command = shlex.split(told[told.index("`") + 1 : told.rindex("`")])
+    assert command[:2] == ["python", "-c"]
+    subprocess.run([sys.executable, *command[1:]], cwd=folder, check=True, timeout=120)
+    assert load_detector(folder).card() == detector.card()
     (folder / "detector.json").write_text(json.dumps({"width": 4}))
     with pytest.raises(UserError, match="lacks"):
         load_detector(folder)
@@ -279,6 +308,11 @@ def test_clip_refuses(tmp_path) -> None:
         OpenClip("ViT-B-32")
     with pytest.raises(UserError, match=r"judges.clip.weights=no-such-tag.*HF_HOME"):
         OpenClip("ViT-B-32", "no-such-tag")
+    with pytest.raises(UserError, match=r"judges.clip.weights=x/evil.pt: is no safetensors file.*weights_only=True"):
+        OpenClip("ViT-B-32", "x/evil.pt")
+    save_file({"logit_scale": torch.ones(()), "more": torch.ones(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"(?s)Missing key\(s\).*positional_embedding"):
+        OpenClip("ViT-B-32", str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="experiment=train_minisd"):
         OpenClip(f"local-dir:{tmp_path / 'none'}")
 

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from lab.errors import UserError
 from lab.minisd.folders import MAX_PIXELS, load, read, write
@@ -71,11 +71,13 @@ def test_write_refuses_to_mix(tmp_path) -> None:
         ("RGBA", (0, 0, 255, 255), (0, 0, 255)),
         ("LA", (0, 0), (255, 255, 255)),
         ("I;16", 0x8000, (127, 127, 127)),
+        ("I;16", 200, (1, 1, 1)),  # dark, not a picture of 8 bits
+        ("F", 0.5, (127, 127, 127)),
         ("CMYK", (0, 255, 255, 0), (254, 0, 0)),
     ],
 )
 def test_modes(tmp_path, mode: str, colour, expected) -> None:
-    path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16") else "x.png")
+    path = tmp_path / ("x.tif" if mode in ("CMYK", "I;16", "F") else "x.png")
     Image.new(mode, (16, 16), colour).save(path)
     image = load(path, 8)
     assert (image[:, 4, 4].int() - torch.tensor(expected).int()).abs().max() <= 1
@@ -104,6 +106,29 @@ def test_exif_rotation_and_centre_crop(tmp_path) -> None:
     wide[:, 16:32] = 200
     Image.fromarray(wide).save(tmp_path / "w.png")
     assert (load(tmp_path / "w.png", 16) == 200).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*EXIF", "ignore:Truncated", "ignore:Metadata")
+def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path) -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # orientation, resolution
+    exif.get_ifd(0x8769)[0x829A] = 0.5
+    path = tmp_path / "r.jpg"
+    Image.new("RGB", (8, 8), "red").save(path, exif=exif)
+    whole = path.read_bytes()
+    start = whole.index(b"Exif\0\0") + 6
+    length = struct.unpack(">H", whole[start - 8 : start - 6])[0] - 8
+    refused_by_pillow = 0
+    for i in range(start, start + length):
+        for value in (0, 255):
+            path.write_bytes(whole[:i] + bytes([value]) + whole[i + 1 :])
+            assert load(path, 8)[0].float().mean() > 240
+            try:
+                with Image.open(path) as image:
+                    ImageOps.exif_transpose(image)
+            except struct.error:
+                refused_by_pillow += 1
+    assert refused_by_pillow, "no damage that Pillow's own function cannot bear: the test shows nothing"
 
 
 def test_decompression_bomb_is_refused_before_decoding(tmp_path) -> None:
@@ -189,3 +214,8 @@ def test_empty_missing_and_wrong_resolution(tmp_path) -> None:
         read(tmp_path / "nowhere", 8)
     with pytest.raises(UserError, match="multiple of 8"):
         read(tmp_path / "empty", 60)
+    for size in ("64", 64.0, 0):
+        with pytest.raises(UserError, match=r"resolution=.*whole number"):
+            read(tmp_path / "empty", size)
+    with pytest.raises(UserError, match=r"concept\.path=~nobody-of-this-name/x: .*no such user"):
+        read("~nobody-of-this-name/x", 8)
