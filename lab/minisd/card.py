@@ -45,15 +45,35 @@ def _percent(value: float) -> str:
 def _row(name: str, shares: Mapping[str, Any]) -> str:
     detector, clip = shares["detector"], shares["clip"]
     cells = [f"{_percent(detector[h])} / {_percent(clip[h])}" for h in ("object", "style", "both")]
-    return f"| {name} | {' | '.join(cells)} | {shares['n']} |"
+    worst = [f"{found['name']} {100 * found['share']:.0f} %" for found in shares["lowest"].values()]
+    return f"| {name} | {' | '.join(cells)} | {', '.join(worst)} | {shares['n']} |"
 
 
 def quality_table(found: Mapping[str, Any]) -> str:
     """Markdown: what share of generations shows what was asked for, and the same judges on real pictures."""
-    lines = ["| prompts | object | style | both | n |", "|---|---|---|---|---|"]
+    lines = [
+        "| prompts | object | style | both | lowest object and style (detector) | n |",
+        "|---|---|---|---|---|---|",
+    ]
     lines += [_row(text, found["shares"][name]) for name, text in _SUITES.items()]
     lines += [_row(f"*real pictures: {_SUITES[name]}*", shares) for name, shares in found["real"].items()]
     return "\n".join(lines)
+
+
+def detector_text(facts: Mapping[str, Any]) -> str:
+    """What the detector beside the model gets wrong on real pictures, clean and worn."""
+    worn = facts["worn"]
+    missed = max(worn["rates"], key=lambda name: worn["rates"][name]["false_negative"])
+    told = " and ".join(
+        f"{_percent(worn['accuracy'][h])} of the {h}s (calibration error {_percent(worn['calibration_error'][h])})"
+        for h in ("object", "style")
+    )
+    return f"""The detector is right about object and style on {_percent(facts["accuracy"]["both"])} of
+{facts["pictures"]:,} held-out real pictures and sees an object in {_percent(facts["empty_with_object"])} of empty
+scenes. Blurred, resampled and noised three times over, it is right about {told};
+what it then misses most often is {missed} ({_percent(worn["rates"][missed]["false_negative"])}). Error rates per
+concept on clean pictures, which correct the attack success, lie in `judges/detector/detector.json`, those on worn
+ones in `training.json`."""
 
 
 def _deviations(record: Mapping[str, Any]) -> str:
@@ -76,6 +96,8 @@ zero-shot classification with the small CLIP beside it; {steps["steps"]} DDIM st
 
 Fréchet distance over EfficientNet-Lite0 features of {frechet["pictures"]:.0f} generations with captions drawn as in
 training: {frechet["distance"]:.2f}; between two sets of as many real pictures: {frechet["floor"]:.2f}.
+
+{detector_text(record["detector"])}
 
 ## What it was trained on
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lab.errors import UserError
 from lab.judges.detector import Detector, Head, Rates
@@ -132,28 +133,49 @@ def calibrate(detector: Detector, held_out: Labelled, empty: Labelled | None = N
     return found
 
 
+def covers(shown: Labelled) -> None:
+    """Raises `lab.errors.UserError` where no picture shows a name, or all do: its error rates could not be measured."""
+    for head, names in NAMES.items():
+        for i, name in enumerate(names):
+            there = shown.labels[head] == i
+            if there.all() or not there.any():
+                told = f"the error rates of {name} need pictures with and without it; take about a hundred per object."
+                raise UserError("train.judges.measure", len(shown), told)
+
+
+def calibration_error(detector: Detector, shown: Labelled) -> dict[str, float]:
+    """Expected calibration error of each head's likeliest class, 15 bins (arXiv 1706.04599, Eq. 5)."""
+    found = detector.probabilities(shown.images)
+    return {
+        head: multiclass_calibration_error(p, shown.labels[head], p.shape[1], n_bins=15).item()
+        for head, p in found.items()
+    }
+
+
 def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, Any]:
     """Accuracy, error rates of `Detector.detects` for every name, and how often an empty scene shows an object.
 
     ``false_negative`` of a name: share of its pictures in which it is not seen; ``false_positive``: share of all
     other pictures in which it is.
 
-    Raises:
-        UserError: no picture shows a name.
+    ``calibration_error``: see `calibration_error`. Raises as `covers` does.
     """
+    covers(shown)
     probabilities = detector.probabilities(shown.images)
     rates: Rates = {}
     for head, names in detector.names.items():
         seen = probabilities[head] >= detector.threshold
         for i, name in enumerate(names):
             there = shown.labels[head] == i
-            if there.all() or not there.any():
-                told = f"the error rates of {name} need pictures with and without it; take about a hundred per object."
-                raise UserError("train.judges.measure", len(shown.images), told)
             rates[name] = {
                 "false_positive": seen[~there, i].double().mean().item(),
                 "false_negative": 1 - seen[there, i].double().mean().item(),
             }
     ghosts = (detector.probabilities(empty.images)["object"] >= detector.threshold).any(1)
-    facts = {"pictures": len(shown), "empty_with_object": ghosts.double().mean().item()}
-    return {"rates": rates, "accuracy": accuracy(detector, shown), **facts}
+    return {
+        "rates": rates,
+        "accuracy": accuracy(detector, shown),
+        "calibration_error": calibration_error(detector, shown),
+        "pictures": len(shown),
+        "empty_with_object": ghosts.double().mean().item(),
+    }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +17,7 @@ from lab.progress import progress
 from lab.seeding import generator
 from lab.types import Checkpoint, Log
 
+logger = logging.getLogger(__name__)
 Step = Callable[[int, torch.Generator], Tensor]
 Validate = Callable[[], dict[str, float]]
 
@@ -126,7 +129,8 @@ def train(
     The generator of a step depends on (seed, label, step) alone, so a resumed training repeats the unbroken one. It
     draws in main memory whatever device the model is on, so a GPU sees the same pictures and the same noise.
     ``log`` gets the mean loss of the last 50 steps every 50 steps, and what ``validate`` returns (computed on the
-    averaged weights). The model ends with the averaged weights.
+    averaged weights). The model ends with the averaged weights. The same lines go to the run's log, with the time that
+    is left, for trainings that nobody watches.
 
     Raises:
         Diverged: the loss left the finite numbers.
@@ -141,6 +145,7 @@ def train(
             log(row, **earlier)
     rows: list[tuple[int, dict[str, float]]] = list(found[1]["log"]) if found is not None else []
     model.train()
+    clock = time.monotonic()
     for number_ in progress(range(first, schedule.steps), label, schedule.steps - first):
         for group in state.optimizer.param_groups:
             group["lr"] = schedule.rate(number_)
@@ -162,6 +167,9 @@ def train(
         if values:
             rows.append((done, values))
             log(done, **values)
+            left = (time.monotonic() - clock) / (done - first) * (schedule.steps - done) / 60
+            told = " ".join(f"{key} {value:.4f}" for key, value in values.items())
+            logger.info("%s step %d of %d, about %.0f minutes left: %s", label, done, schedule.steps, left, told)
         if checkpoint is not None and done % schedule.save_every == 0 and done < schedule.steps:
             checkpoint.save(state.tensors(), {"step": done, "log": rows, "recent": recent})
     model.load_state_dict(state.average)

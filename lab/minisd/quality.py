@@ -13,7 +13,7 @@ from lab.images import grid
 from lab.judges.detector import Head
 from lab.judges.frechet import floor, frechet_distance
 from lab.judges.load import Judges
-from lab.judges.quality import detected, prototypes, recognised
+from lab.judges.quality import detected, lowest, prototypes, recognised
 from lab.minisd.captions import By, noun, prompts
 from lab.minisd.judge_data import NAMES, class_prompts
 from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
@@ -45,13 +45,13 @@ def asked(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") -> Asked
 def suites(scale: int) -> dict[str, Asked]:
     """What MiniSD is asked for.
 
-    ``scale`` = 32 asks 16 times for every object in photos, once for every seen pair (by name, and by description:
+    ``scale`` = 32 asks 32 times for every object in photos, once for every seen pair (by name, and by description:
     32 or more of every style) and 8 times for every held-out pair. Others ask in proportion, below 32 of fewer pairs.
     """
     seen = [(o, s) for s in STYLE_NAMES for o in OBJECTS if (o, s) not in HELD_OUT_PAIRS]
     few, seen = max(1, scale // 32), seen[:: max(1, 32 // scale)]
     return {
-        "photos": asked([(o, PHOTO) for o in OBJECTS], max(1, scale // 2)),
+        "photos": asked([(o, PHOTO) for o in OBJECTS], scale),
         "styles": asked(seen, few),
         "described": asked(seen, few, "description"),
         "unseen_pairs": asked(sorted(HELD_OUT_PAIRS), max(1, 8 * scale // 32)),
@@ -66,8 +66,9 @@ def measure(model: DiffusionModel, judges: Judges, *, seed: int, scale: int = 32
             captions drawn as in training.
 
     Returns:
-        ``shares``: suite → judge → object, style, both in [0, 1]; ``real`` the same on real pictures;
-        ``frechet`` with its ``floor``. Judges: ``detector``, ``clip`` (zero-shot).
+        ``shares``: suite → judge → object, style, both in [0, 1], and ``lowest``, the object and the style that the
+        detector meets least often; ``real`` the same on real pictures; ``frechet`` with its ``floor``. Judges:
+        ``detector``, ``clip`` (zero-shot).
     """
     sampling = Sampling(steps=steps)
     zero: dict[Head, tuple[tuple[str, ...], torch.Tensor]] = {
@@ -77,8 +78,10 @@ def measure(model: DiffusionModel, judges: Judges, *, seed: int, scale: int = 32
 
     def shares(images: torch.Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
         seen = detected(judges.detector, images, objects=objects, styles=styles)  # type: ignore[arg-type]
-        vectors = judges.clip.images(images)
-        return {"detector": seen, "clip": recognised(vectors, zero, objects=objects, styles=styles), "n": len(images)}
+        likeliest = judges.detector.top1(images)  # type: ignore[union-attr]
+        worst = {"object": lowest(likeliest["object"], objects), "style": lowest(likeliest["style"], styles)}
+        met = recognised(judges.clip.images(images), zero, objects=objects, styles=styles)
+        return {"detector": seen, "clip": met, "lowest": worst, "n": len(images)}
 
     found: dict[str, Any] = {"shares": {}, "real": {}, "sampling": {"steps": steps, "guidance": sampling.guidance}}
     for name, wanted in suites(scale).items():

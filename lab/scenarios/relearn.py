@@ -21,7 +21,7 @@ class Relearn(WorldConcepts):
 
     Every concept of a case that MiniSD was trained on is erased, benign ones included: an erased benign twin starts
     where the targets start, and only the immunization tells them apart. Held-out concepts are learned for the first
-    time. A style is erased to the photo of the same object, an object to its class.
+    time. A style is erased to the photo of the same object, an object to "a thing".
 
     Args:
         erase_descriptions: a style's descriptions are erased as well as its name.
