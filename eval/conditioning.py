@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -38,7 +38,8 @@ from lab.condition import (
     row_groups,
     singular_values,
 )
-from lab.errors import UserError, nearest
+from lab.errors import UserError
+from lab.options import choice, count, number
 from lab.types import CONTROL, Case, FeatureModel, Kind, RunView, Score, Scores, Task
 
 POSITIVE = (0.0, math.inf)
@@ -92,16 +93,13 @@ class Conditioning:
         groups: int = 20,
         size: int = 100,
     ) -> None:
-        if definition not in DEFINITIONS:
-            raise UserError(f"eval.{name}.definition", definition, nearest(definition, DEFINITIONS))
-        if definition == "ridge" and not ridge > 0:
-            raise UserError(f"eval.{name}.ridge", ridge, "must be > 0 with definition=ridge.")
-        for key, value in (("groups", groups), ("size", size)):
-            if value < 1:
-                raise UserError(f"eval.{name}.{key}", value, "must be ≥ 1.")
         self.name = name
-        self.definition: Definition = next(d for d in DEFINITIONS if d == definition)
-        self.ridge, self.groups, self.size = ridge, groups, size
+        self.definition: Definition = cast(Definition, choice(f"eval.{name}.definition", definition, DEFINITIONS))
+        self.ridge = number(f"eval.{name}.ridge", ridge, 0)
+        if definition == "ridge" and not self.ridge:
+            raise UserError(f"eval.{name}.ridge", ridge, "must be > 0 with definition=ridge.")
+        self.groups = count(f"eval.{name}.groups", groups)
+        self.size = count(f"eval.{name}.size", size, 2)
         self.suffix = "" if definition == "rank" else f"_{definition}"
 
     def __call__(self, run: RunView) -> Scores:

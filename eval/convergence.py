@@ -27,7 +27,7 @@ from eval.aggregate import (
     worst,
 )
 from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, pair, performance, primary, worst_slowdown
-from lab.errors import UserError
+from lab.options import number
 from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores, Trajectory
 
 NO_PROGRESS = "the control made no progress up to its 1× horizon"
@@ -61,9 +61,8 @@ class Convergence:
     needs_attack: ClassVar[bool] = True
 
     def __init__(self, name: str = "convergence", rfd_smallest: float = 0.05) -> None:
-        if not 0 < rfd_smallest < 1:
-            raise UserError(f"eval.{name}.rfd_smallest", rfd_smallest, "must lie between 0 and 1.")
-        self.name, self.rfd_smallest = name, rfd_smallest
+        self.name = name
+        self.rfd_smallest = number(f"eval.{name}.rfd_smallest", rfd_smallest, above=0, below=1)
 
     def __call__(self, run: RunView) -> Scores:
         run = Cached(run, trajectories=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from eval.aggregate import Cached, arm_names, samples, score_or_reason, thin
 from lab.activations import features
 from lab.condition import principal_angles, rir_bound
-from lab.errors import UserError
+from lab.options import count, number
 from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
 
 Found = dict[str, dict[tuple[int, str], float | None]]  # quantity → (seed, case) → value
@@ -38,11 +38,8 @@ class Geometry:
     needs_attack: ClassVar[bool] = False
 
     def __init__(self, name: str = "geometry", energy: float = 0.9, dim: int | None = None) -> None:
-        if not 0 < energy <= 1:
-            raise UserError(f"eval.{name}.energy", energy, "must lie in (0, 1].")
-        if dim is not None and dim < 1:
-            raise UserError(f"eval.{name}.dim", dim, "must be ≥ 1, or null for the share of energy.")
-        self.name, self.energy, self.dim = name, energy, dim
+        self.name, self.energy = name, number(f"eval.{name}.energy", energy, above=0, high=1)
+        self.dim = None if dim is None else count(f"eval.{name}.dim", dim)
 
     def __call__(self, run: RunView) -> Scores:
         out = Scores(tables={"principal_angles": [], "pencil": []})

@@ -10,6 +10,7 @@ from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_
 from eval.convergence import ROLES, direction, each_worst, horizons, slowdown_score
 from eval.trajectories import ACCURACY, pair
 from lab.errors import UserError
+from lab.options import number
 from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores
 
 
@@ -28,9 +29,7 @@ class ProbeAccuracy:
     needs_attack: ClassVar[bool] = True
 
     def __init__(self, name: str = "probe_accuracy", target_share: float = 0.9) -> None:
-        if not 0 < target_share <= 1:
-            raise UserError(f"eval.{name}.target_share", target_share, "must lie in (0, 1].")
-        self.name, self.target_share = name, target_share
+        self.name, self.target_share = name, number(f"eval.{name}.target_share", target_share, above=0, high=1)
 
     def __call__(self, run: RunView) -> Scores:
         run = Cached(run, trajectories=True)

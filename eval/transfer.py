@@ -17,6 +17,7 @@ from eval.trajectories import primary, worst_slowdown
 from lab.activations import features
 from lab.condition import principal_angles
 from lab.errors import UserError
+from lab.options import count
 from lab.statistics import MIN_SEEDS
 from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
 
@@ -59,9 +60,7 @@ class Transfer:
     needs_attack: ClassVar[bool] = True
 
     def __init__(self, name: str = "transfer", draws: int = 1000) -> None:
-        if draws < 100:
-            raise UserError(f"eval.{name}.draws", draws, "must be ≥ 100.")
-        self.name, self.draws = name, draws
+        self.name, self.draws = name, count(f"eval.{name}.draws", draws, 100)
 
     def __call__(self, run: RunView) -> Scores:
         measured: dict[tuple[int, str], _Case] = {}

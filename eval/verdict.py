@@ -11,7 +11,7 @@ from eval.aggregate import Cached, diverged_of, joined, samples, score_or_reason
 from eval.convergence import each_worst, slowdown_score
 from eval.probe_accuracy import sgrc as sgrc_of
 from eval.trajectories import LOSS, NORM_RATIO, pair, performance, primary, worst_slowdown
-from lab.errors import UserError
+from lab.options import number
 from lab.types import Case, Kind, Role, RunView, Score, Scores
 
 
@@ -83,8 +83,7 @@ class Verdict:
             ("max_benign_slowdown", max_benign_slowdown, 1.0),
             ("max_benign_loss", max_benign_loss, 0.0),
         ):
-            if not value >= low:
-                raise UserError(f"eval.{name}.{key}", value, f"must be ≥ {low:g}.")
+            number(f"eval.{name}.{key}", value, low)
         self.name = name
         self.min_slowdown, self.min_sgrc = min_slowdown, min_sgrc
         self.max_benign_slowdown, self.max_benign_loss = max_benign_slowdown, max_benign_loss

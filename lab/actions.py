@@ -14,6 +14,7 @@ from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
 from lab import record as records
 from lab.errors import UserError
 from lab.experiment import relative
+from lab.options import names
 from lab.status import status
 from lab.store import write_atomically
 
@@ -30,7 +31,7 @@ def publish(found: Sequence[records.Record], folder: Path) -> None:
 
 
 def _places(cfg: DictConfig) -> list[str]:
-    return [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
+    return [*names("records", cfg.records)]
 
 
 def _load(cfg: DictConfig) -> list[tuple[Path, records.Record]]:

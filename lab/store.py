@@ -24,7 +24,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from lab.errors import UserError
+from lab.options import choice, names
 
 log = logging.getLogger(__name__)
 
@@ -105,13 +105,10 @@ class StageCheckpoint:
 class Store:
     """The stage cache below ``root``. ``force`` names stages that are computed anew, once per process."""
 
-    def __init__(self, root: Path | str, force: Iterable[str] = ()) -> None:
+    def __init__(self, root: Path | str, force: str | Iterable[str] = ()) -> None:
         self.root = Path(root)
-        self.force = frozenset(force)
+        self.force = frozenset(choice("force", stage, STAGES) for stage in names("force", force))
         self._fresh: set[str] = set()
-        unknown = self.force - set(STAGES)
-        if unknown:
-            raise UserError("force", sorted(unknown), f"stages are {', '.join(STAGES)}.")
 
     def folder(self, stage: str, key: str) -> Path:
         return self.root / stage / key[:2] / key

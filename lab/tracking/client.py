@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lab.errors import UserError
+from lab.options import number
 from lab.sources import ROOT
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,7 @@ class Trackers:
         assert isinstance(plain, dict)
         configs = {str(name): sub for name, sub in (plain.get("tracker") or {}).items()}
         for name, config in configs.items():
-            if config.get("timeout_s", 0) <= 0:
-                raise UserError(f"tracker.{name}.timeout_s", config.get("timeout_s"), "must be > 0 seconds.")
+            number(f"tracker.{name}.timeout_s", config.get("timeout_s"), above=0)
             try:
                 child = _Child({"folder": str(folder), **config}, folder)
             except OSError as error:
