@@ -26,12 +26,13 @@ from eval.aggregate import (
     walk,
     worst,
 )
-from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, pair, performance, primary, worst_slowdown
+from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, mean_over, pair, performance, primary, worst_slowdown
 from lab.options import number
 from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores, Trajectory
 
 NO_PROGRESS = "the control made no progress up to its 1× horizon"
 POSITIVE = (0.0, math.inf)
+Read = Callable[[Trajectory], float]
 ROLES: tuple[Role, ...] = ("harmful", "benign")
 CURVES = {
     "norm_ratio": ("‖w − w*‖² ÷ ‖w₀ − w*‖²", "y"),
@@ -44,6 +45,7 @@ CURVES = {
 class Convergence:
     """Norm ratio, slowdown and RFD per attack × role, the worst over attackers, and all trajectories.
 
+    The norm ratio is read at 1×, at the long horizon and as a mean over all steps (`eval.trajectories.mean_over`).
     ``slowdown`` is the number of steps that the immunized arm needs to reach what the control reached at the 1×
     horizon, over the control's own number (linear between snapshots): by norm ratio where the attack has a unique
     optimum, else by training loss; ``slowdown_loss`` is always by training loss (an offset such as the loss at the
@@ -84,12 +86,11 @@ class Convergence:
         if primary(run, attack, role) != NORM_RATIO:
             return {}
         out = {}
-        for step, end in horizons(run):
+        for end, read in readings(run, NORM_RATIO):
             for arm in arm_names(run):
 
-                def value(seed: int, case: Case, arm: str = arm, step: int = step) -> float:
-                    found = [run.trajectory(arm, attack, case, t, seed) for t in tasks_of(case, role)]
-                    return worst(role, [t.at(NORM_RATIO, step) for t in found])
+                def value(seed: int, case: Case, arm: str = arm, read: Read = read) -> float:
+                    return worst(role, [read(run.trajectory(arm, attack, case, t, seed)) for t in tasks_of(case, role)])
 
                 better: Better = "neutral" if arm == CONTROL else direction(role)
                 name = f"norm_ratio_{role}_{slug(attack)}{end}{'_control' if arm == CONTROL else ''}"
@@ -138,6 +139,14 @@ def horizons(run: RunView) -> list[tuple[int, str]]:
     """(step, suffix) of 1× and of the long horizon."""
     out = [(run.budget.horizon, "")]
     return [*out, (run.budget.steps, f"_{run.budget.multiple}x")] if run.budget.multiple > 1 else out
+
+
+def readings(run: RunView, quantity: str) -> list[tuple[str, Read]]:
+    """(suffix, figure of a trajectory): its value at 1× and at the long horizon, and its mean over all steps."""
+    ends: list[tuple[str, Read]] = [
+        (end, partial(Trajectory.at, name=quantity, step=step)) for step, end in horizons(run)
+    ]
+    return [*ends, ("_mean", partial(mean_over, quantity=quantity))]
 
 
 def _quotient(run: RunView, role: Role, step: int, attack: str, case: Case, seed: int) -> float:

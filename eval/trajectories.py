@@ -56,6 +56,13 @@ def first_crossing(
     return Crossing(float(steps[-1] if end is None else end), True)
 
 
+def mean_over(trajectory: Trajectory, quantity: str) -> float:
+    """Mean of a quantity over all steps, linear between snapshots: the area under the trajectory ÷ its steps."""
+    steps, values = trajectory.steps, trajectory.values[quantity]
+    x, y = (torch.tensor(v, dtype=torch.float64) for v in (steps, values))
+    return float(torch.trapezoid(y, x)) / (steps[-1] - steps[0]) if len(steps) > 1 else values[0]
+
+
 def target_of(control: Trajectory, quantity: str, horizon: int, share: float = 1.0) -> float:
     """What the control reached at 1×, never below rounding.
 

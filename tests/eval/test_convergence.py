@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from fake_run import (
     STEPS,
@@ -34,6 +36,9 @@ def test_norm_ratio_and_slowdown_by_hand() -> None:
     assert metrics["norm_ratio_harmful_probe"].value == pytest.approx(0.8**10)
     assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(0.8**-10)
     assert metrics["norm_ratio_harmful_probe_5x"].value == pytest.approx(0.8**50)
+    area = sum((b - a) * (0.8**a + 0.8**b) / 2 for a, b in itertools.pairwise(STEPS))
+    assert metrics["norm_ratio_harmful_probe_mean_control"].value == pytest.approx(area / 100)
+    assert metrics["norm_ratio_harmful_probe_mean"].value > area / 100
     slow = metrics["slowdown_harmful_probe"]
     assert slow.value == pytest.approx(2, rel=0.05)  # linear between snapshots: close to the true factor of two
     assert (slow.low, slow.high) == (pytest.approx(slow.value), pytest.approx(slow.value))
@@ -153,6 +158,16 @@ def test_accuracies_and_sgrc_by_hand() -> None:
     metrics = ProbeAccuracy()(run).metrics
     assert metrics["accuracy_harmful_probe_5x_control"].value == pytest.approx(0.8, abs=1e-6)
     assert metrics["accuracy_harmful_probe_5x"].value == pytest.approx(0.6, abs=1e-6)
+    area = sum((b - a) * 0.8 * (2 - 0.8**a - 0.8**b) / 2 for a, b in itertools.pairwise(STEPS))
+    assert metrics["accuracy_harmful_probe_mean_control"].value == pytest.approx(area / 100)
+    steps = metrics["steps_to_accuracy_harmful_probe_control"]
+    assert 9 < steps.value < 12  # 0.9 of the accuracy after 20 steps: 1 − 0.8**s = 0.9 (1 − 0.8**20), s = 9.9
+    assert (steps.better, steps.note) == ("neutral", None)
+    assert metrics["steps_to_accuracy_benign_probe"].value == pytest.approx(steps.value)
+    assert metrics["steps_to_accuracy_benign_probe"].better == "lower"
+    unmet = metrics["steps_to_accuracy_harmful_probe"]
+    assert (unmet.value, unmet.better) == (100, "higher")
+    assert str(unmet.note).startswith("at least: the target was not met in 3 of 3 cases")
     assert metrics["sgrc_harmful_probe_5x"].value == pytest.approx(0.25, abs=1e-6)
     assert metrics["sgrc_benign_worst"].value == pytest.approx(0)
     assert metrics["slowdown_accuracy_benign_probe"].value == pytest.approx(1)
