@@ -76,7 +76,9 @@ class _Saver:
             self.last = time.monotonic()
 
 
-def _tune(learner: Learner, rate: Rate, budget: Budget, saved: dict[str, Any], saver: _Saver) -> tuple[float, list]:
+def _tune(
+    learner: Learner, rate: Rate, budget: Budget, saved: dict[str, Any], saver: _Saver, label: str | None
+) -> tuple[float, list]:
     """The learning rate and its table of trials [exponent, loss or None where the trial diverged]."""
     if rate.lr is not None or not learner.uses_rate:
         return rate.lr or 0.0, []
@@ -88,7 +90,8 @@ def _tune(learner: Learner, rate: Rate, budget: Budget, saved: dict[str, Any], s
     def trial(lr: float) -> float:
         learner.reset()
         early = math.inf
-        for step in range(budget.steps):
+        steps = range(budget.steps)
+        for step in steps if label is None else progress(steps, f"{label}, trial of rate {lr:.3g}", budget.steps):
             learner.advance(step, lr * rate.factor(step, budget.steps))
             if step + 1 == budget.horizon:
                 early = learner.loss()
@@ -124,7 +127,7 @@ def run(
 
     A search for the learning rate comes first: each trial is the whole run (same batches, same schedule) and is
     judged by the mean of the training loss at the horizon and at the end. Judged at the horizon alone, the best rate
-    is often one that collapses later, and a collapsed attack looks like protection. ``label`` shows a progress bar.
+    is often one that collapses later, and a collapsed attack looks like protection. ``label`` shows progress bars.
 
     Returns:
         the trajectory. Where numbers blow up it ends there with status ``diverged`` and without weights.
@@ -134,7 +137,7 @@ def run(
     """
     tensors, saved = (checkpoint.load() if checkpoint else None) or ({}, {})
     saver = _Saver(checkpoint)
-    lr, trials = _tune(learner, rate, budget, saved, saver)
+    lr, trials = _tune(learner, rate, budget, saved, saver, label)
     table = [{"lr": learner.centre * 10**e, "loss": loss} for e, loss in trials]
     if learner.uses_rate:
         info = {**info, "lr": lr, "lr_trials": table, "schedule": rate.schedule}

@@ -102,7 +102,8 @@ class Kappa(GradientImmunizer):
             at the size of a batch; ``current``: σ_1 of the step's own H, held constant under the derivative.
         preconditioned: the K⁻¹ of Alg. 1.
         ridge_benign, ridge_harmful: ρ in (K + ρI)⁻¹, in units of ``scale``; 0 is the pseudo-inverse.
-        solve_side: ``left`` as written, ``right`` as released (needs both ridges > 0).
+        solve_side: ``left`` as written, ``right`` as released (needs both ridges > 0); of linear extractors, as a
+            layer of a network has its Gram matrix on its input side.
         rank_rule: p and k are numerical ranks (``rank``) or the number of features (``dimension``, released).
         rank_tolerance: relative to σ_max of the feature matrix; None for max(n, d)·ε.
         cluster_tolerance: relative width of the cluster of extremal eigenvalues that is averaged.

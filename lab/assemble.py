@@ -73,6 +73,8 @@ def _build(config: Any, key: str, judges: dict[str, Any] | None = None) -> Part:
             own = (absent.name or "").partition(".")[0] == target.partition(".")[0]
             told = None if own else missing_package(absent)
             told = told or f"there is no module {absent.name}; put the folder that holds it on PYTHONPATH."
+            if absent.name == target:  # Hydra tries it as a module last
+                told = "module {} has no {}; name a class of it.".format(*target.rsplit(".", 1))
             raise UserError(key, target, told) from cause
         reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
         raise UserError(key, target, f"could not be built: {reason}") from error

@@ -110,7 +110,7 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
         (["immunize.name.x=1"], "immunize.name", ""),
         (["action=compare"], "records", "run.py"),
         (["action=compare", "records=[/nowhere.json]"], "records=/nowhere.json", "does not exist"),
-        (["immunize._target_=immunize.kappa.Nothing"], "immunize", "could not be built"),
+        (["immunize._target_=immunize.kappa.Nothing"], "immunize", "module immunize.kappa has no Nothing"),
     ],
 )
 def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix):

@@ -25,7 +25,7 @@ def test_sweeps_are_listed():
 
 def test_groups_that_are_explained_exist():
     named = re.findall(r"^  ([a-z]+) {2,}\S", HELP, flags=re.M)
-    assert len(named) == 11
+    assert len(named) == 12
     for group in named:
         assert (ROOT / "conf" / group).is_dir() or (ROOT / group).is_dir(), group
 

@@ -209,3 +209,18 @@ def test_imma_makes_its_own_attacker_worse():
     case = linear_case(n=200)
     logs = [immunize(KappaImma(eta=eta, steps=200), case)[2] for eta in (1e-9, 1e-2)]
     assert last(logs[1], "harmful_loss") > 2 * last(logs[0], "harmful_loss")
+
+
+def test_ten_steps_are_those_of_the_loop_written_from_the_formulas():
+    """Autograd through H and ``eigvalsh``, then a solve with K + ρI at every step (tests/benchmarks/kappa_step.py)."""
+    from benchmarks.kappa_step import compare
+
+    def task(name, role, seed):
+        x = randn(80, 60, seed=seed) @ torch.diag(torch.logspace(0, -1, 60, dtype=torch.float64))
+        x = x / torch.linalg.matrix_norm(x, 2) * (80 / 64) ** 0.5
+        split = Split(x, torch.ones(80, dtype=torch.float64))
+        return Task(name, role, "regression", split, split)
+
+    _, _, difference, moved = compare(Case("guard", task("good", "benign", 1), (task("bad", "harmful", 2),)), 10)
+    assert moved > 1e-3
+    assert difference < 1e-8
