@@ -10,6 +10,8 @@ from team_cases import failing, immunized, immunized_with_a_fault, shared, summe
 
 from lab.distributed import ALONE, Team, team, working
 
+pytestmark = pytest.mark.slow
+
 SIZES = (1, 2, 3)
 
 
@@ -29,7 +31,6 @@ def test_a_process_alone_needs_no_group():
     assert team() is ALONE
 
 
-@pytest.mark.slow
 def test_tensors_of_any_kind_and_values_reach_everyone(tmp_path):
     first, *others = together(3, shared, folder=tmp_path)
     tensors, values = first
@@ -47,7 +48,6 @@ def test_tensors_of_any_kind_and_values_reach_everyone(tmp_path):
         assert all(torch.equal(theirs[name], tensors[name]) for name in tensors)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 5])
 def test_terms_are_added_in_their_order_wherever_they_were_computed(tmp_path, count):
     """Also with fewer terms than processes, and with a number that does not divide."""
@@ -60,7 +60,6 @@ def test_terms_are_added_in_their_order_wherever_they_were_computed(tmp_path, co
             assert torch.equal(tensors["total"], plain[0]["total"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Diverged", "FloatingPointError"])
 def test_a_term_without_a_number_ends_all_processes_alike(tmp_path, kind):
     found = [values for _, values in together(2, failing, kind, folder=tmp_path)]
@@ -70,7 +69,6 @@ def test_a_term_without_a_number_ends_all_processes_alike(tmp_path, kind):
     assert found[0].get("step") == (7 if kind == "Diverged" else None)
 
 
-@pytest.mark.slow
 def test_1_2_and_3_processes_agree_after_20_steps(tmp_path):
     """float32; the weights have left the original by a thousand times the bound."""
     changes = {"steps": 20, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
@@ -98,7 +96,6 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"), VARIANTS, ids=["plain", "alternating", "implicit", "learned", "lora", "deep"]
 )
@@ -110,7 +107,6 @@ def test_every_way_through_the_lower_level_agrees(tmp_path, name, changes):
     assert first[1] == second[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "steps"), [("mima", 2), ("mima_deep", 4)])
 def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path, name, steps):
     """The first checkpoint: of ``mima_deep`` in the middle of an attack."""
@@ -121,7 +117,6 @@ def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path, name, steps):
         assert len(values["rows"]) == steps
 
 
-@pytest.mark.slow
 def test_a_last_bit_that_differs_is_noticed_at_the_next_comparison(tmp_path):
     """Hashes are compared every two steps here, and the fault comes in step 2."""
     for _, values in together(

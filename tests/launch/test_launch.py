@@ -13,6 +13,8 @@ from processes import ROOT, ended, found_records, until
 
 from lab import record as records
 
+pytestmark = pytest.mark.slow
+
 RUN = [
     "experiment=house_price",
     "seeds=[0]",
@@ -60,7 +62,6 @@ def alone(tmp_path_factory):
     return found_records(folder)[0]
 
 
-@pytest.mark.slow
 def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_path, alone):
     """A port that is in use is told and replaced; no file below the run's folder holds a secret."""
     env = os.environ | {"WANDB_API_KEY": SECRET, "HF_TOKEN": f"hf_{SECRET}", "WANDB_MODE": "offline"}
@@ -90,7 +91,6 @@ def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_pa
     assert SECRET not in out + err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "kind"), [(1, "killed"), (0, "killed"), (1, "raises")])
 def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path, rank, kind):
     """The other one waits at that moment, or is in a stage of its own; here nothing may wait for a time limit."""
@@ -113,7 +113,6 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
         assert {cell["stage"] for cell in record["cells"]} == {"immunize", "attack"}
 
 
-@pytest.mark.slow
 def test_a_stopped_run_is_continued_by_two_processes_to_the_same_record(tmp_path, alone):
     longer = [*RUN, "immunize.epochs=2000", "tracker=none"]
     process = start(tmp_path, *longer, *TWO)
@@ -127,7 +126,6 @@ def test_a_stopped_run_is_continued_by_two_processes_to_the_same_record(tmp_path
     assert found_records(tmp_path)[-1]["content_hash"] == alone["content_hash"]
 
 
-@pytest.mark.slow
 def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
     """Two parents, as on two machines with one file system; the second one writes no record and no report."""
     with socket.socket() as probe:
@@ -144,7 +142,6 @@ def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
     assert (record["provenance"]["processes"], record["provenance"]["machines"]) == (2, 2)
 
 
-@pytest.mark.slow
 def test_a_wrong_option_that_the_processes_find_is_told_once(tmp_path):
     _, err = ended(start(tmp_path, *RUN, "tracker=none", *TWO, "attacks.linear_probe.loss=cubic"), code=2)
     assert err.count("attacks.linear_probe.loss") >= 1

@@ -10,6 +10,8 @@ from spread_cases import cells, spread
 from lab.spread import Alone, plan
 from lab.store import StageCheckpoint, Store
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("parts", "size", "queue", "teams"),
@@ -51,7 +53,6 @@ def computed_by(folder, name):
     return sorted(int(path.suffix[1:]) for path in folder.glob(f"{name}.*"))
 
 
-@pytest.mark.slow
 def test_three_processes_compute_every_stage_once_and_share_the_last(tmp_path):
     names = ["light-1", "one-1", "metric-1", "two-1", "metric-2"]
     whole = together(1, spread, str(tmp_path / "alone"), names, folder=_made(tmp_path, "alone"), bare=True)
@@ -71,7 +72,6 @@ def test_three_processes_compute_every_stage_once_and_share_the_last(tmp_path):
     assert [values["computed"] for _, values in again] == [0, 0, 0]
 
 
-@pytest.mark.slow
 def test_a_team_continues_from_its_leaders_checkpoint(tmp_path):
     (cell,) = cells(tmp_path, ["three-1"])
     path = Store(tmp_path / "cache").folder(cell.stage, cell.key).with_suffix(".ckpt")
@@ -81,7 +81,6 @@ def test_a_team_continues_from_its_leaders_checkpoint(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["bad-1", "diverges-1"])
 def test_a_failure_is_told_by_its_own_process_and_echoed_by_the_others(tmp_path, name):
     found = [values for _, values in together(2, spread, str(tmp_path), [name], folder=tmp_path, bare=True)]

@@ -16,6 +16,7 @@ from processes import TOKENS
 
 from lab import record as records
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 FAST = ["experiment=house_price", "seeds=[0]", "immunize.epochs=2", "tracker=none", "threads=1",
         "budget.horizon=5", "budget.multiple=2", "budget.points=5"]  # fmt: skip
@@ -185,7 +186,6 @@ def test_the_lock_of_a_living_process_is_told_and_waited_for(cli, tmp_path, undi
     assert newest(tmp_path)["content_hash"] == undisturbed
 
 
-@pytest.mark.slow
 def test_keys_of_the_environment_are_written_nowhere(cli, tmp_path, monkeypatch):
     """Both trackers, a run and a failed one; W&B has a key that no server accepts."""
     for name, value in TOKENS.items():
