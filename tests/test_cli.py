@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from entry_point import call_entry
@@ -38,6 +39,24 @@ def record_of(out, folder):
     last = out.strip().splitlines()[-1]
     assert last.startswith("record: ")
     return records.read(folder / last.removeprefix("record: "))
+
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/house_price"
+THERE = pytest.mark.skipif(
+    not PUBLISHED.is_dir(), reason="the published CSVs lie in ../shared/data/house_price, absent here"
+)
+
+
+@pytest.mark.parametrize(
+    "place", [[], pytest.param([f"scenario.path={PUBLISHED}"], marks=THERE)], ids=["ames", "published"]
+)
+def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path, place):
+    code, out, err = cli(*FAST[:2], *FAST[3:], "immunize=kappa_closed_form", *place)
+    assert code == 0, err
+    metrics = record_of(out, tmp_path)["metrics"]
+    assert metrics["rir_bound_ratio"]["value"] == pytest.approx(1, abs=1e-6)
+    assert metrics["rir"]["value"] == pytest.approx(metrics["rir_bound"]["value"], rel=1e-6)
+    assert metrics["rir"]["value"] > 10
 
 
 def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_path):

@@ -3,11 +3,14 @@
 import itertools
 import math
 
+import pytest
 import torch
-from small_cases import randn
+from small_cases import immunize, randn
 
 from immunize import spectral
+from immunize.kappa import Kappa
 from lab.condition import condition_number
+from lab.types import Case, Split, Task
 
 STEPS = 1000
 
@@ -58,6 +61,28 @@ def test_r_ill_never_lowers_kappa():
     values = kappas(data(), spectral.ill, lambda s: min(0.9, 0.02 * float(s[-1] / s[0])) * ill_limit(s))
     assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(values))
     assert values[-1] > 2 * values[0]
+
+
+@pytest.mark.parametrize("lambda_p", [1.0, 0.0], ids=["well", "ill"])
+def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
+    """`Kappa` as a user runs it: full batch, 1,000 plain steps at an η below the limit of the first step."""
+    x = data()
+    sigma = spectral.thin_factor(x).sigma
+    ratio = float(sigma[-1] / sigma[0])
+    eta = min(0.9 * well_limit(sigma), 0.02 / float(sigma[0])) if lambda_p else 0.02 * ratio * ill_limit(sigma)
+    split = Split(x, torch.zeros(len(x), dtype=torch.float64))
+    benign, harmful = (Task(role, role, "regression", split, split) for role in ("benign", "harmful"))
+    kappa = Kappa(
+        lambda_p=lambda_p, lambda_h=1 - lambda_p, scale="none", supervised=0.0, eta=eta, eta_schedule="constant",
+        steps=STEPS, batch_size=len(x), log_points=300,
+    )  # fmt: skip
+    _, _, log = immunize(kappa, Case("theorem", benign, (harmful,)), None, 0)
+    values = log.column("kappa_benign" if lambda_p else "kappa_harmful")
+    assert len(values) > 150
+    assert log.steps[-1] == STEPS
+    moved = [after / before for before, after in itertools.pairwise(values)]
+    assert all(m < 1 for m in moved) if lambda_p else all(m > 1 for m in moved)
+    assert not 0.5 < values[-1] / values[0] < 2
 
 
 def test_above_the_step_size_r_well_can_raise_kappa():
