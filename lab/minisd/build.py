@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lab.errors import UserError
+from lab.options import count
 from lab.seeding import derive
 
 CONTEXT = 32  # tokens; the longest caption of the world has 24
@@ -38,6 +40,20 @@ class Widths:
     text: int = 128
     layers: int = 3
     groups: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "groups"):
+            count(f"train.widths.{key}", getattr(self, key))
+        if count("train.widths.text", self.text, 32) % 32:
+            raise UserError("train.widths.text", self.text, "must be a multiple of 32, the width of an attention head.")
+        for key in ("vae", "unet"):
+            found = tuple(getattr(self, key))
+            if len(found) != 3:
+                raise UserError(f"train.widths.{key}", list(found), "needs three numbers of channels.")
+            for channels in found:
+                if count(f"train.widths.{key}", channels) % self.groups:
+                    told = f"needs multiples of train.widths.groups={self.groups}."
+                    raise UserError(f"train.widths.{key}", list(found), told)
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:

@@ -288,11 +288,24 @@ def test_nothing_to_train() -> None:
      ("drop", 1.0), ("workers", 0), ("measured", 0)],
 )  # fmt: skip
 def test_recipe_refuses(root, key, value) -> None:
+    _refused(root, key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("text", 33), ("layers", 0), ("unet", [8, 16]), ("vae", [8, 8, 9]), ("groups", 3)]
+)
+def test_widths_that_no_network_has_are_refused(root, key, value) -> None:
+    _refused(root, f"widths.{key}", value)
+
+
+def _refused(root, key, value) -> None:
+    group, _, option = key.rpartition(".")
+    changes = {group: {option: value}} if group else {key: value}
     with pytest.raises(InstantiationException) as caught:
-        instantiate(config(root, **{key: value}).train, _convert_="all")
+        instantiate(config(root, **changes).train, _convert_="all")
     error = caught.value.__cause__
     assert isinstance(error, UserError)
-    assert error.key == f"train.{key}"
+    assert error.key.startswith("train.widths." if group else f"train.{key}")
 
 
 # ------------------------------------------------------------------------------------------------ what is asked
