@@ -58,6 +58,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
     if launched := _launcher(error):
         return launched
+    if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
+        return "a sweep over a group (GROUP=a,b) cannot choose null: make that run a command of its own."
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     if isinstance(error, OSError):  # after MissingConfigException, which is one

@@ -218,6 +218,7 @@ def test_our_launcher_configs_keep_the_plugins_other_options():
             ValueError("Could not find plugin hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"),
             "immunization-bench[slurm]",
         ),
+        (ValueError("Config group override must be a string or a list. Got NoneType"), "cannot choose null"),
         (type("TerminatedWorkerError", (Exception,), {})("a worker process …"), "want of memory"),
     ],
 )
