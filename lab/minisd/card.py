@@ -64,16 +64,17 @@ def detector_text(facts: Mapping[str, Any]) -> str:
     """What the detector beside the model gets wrong on real pictures, clean and worn."""
     worn = facts["worn"]
     missed = max(worn["rates"], key=lambda name: worn["rates"][name]["false_negative"])
-    told = " and ".join(
+    told = " and\n".join(
         f"{_percent(worn['accuracy'][h])} of the {h}s (calibration error {_percent(worn['calibration_error'][h])})"
         for h in ("object", "style")
     )
-    return f"""The detector is right about object and style on {_percent(facts["accuracy"]["both"])} of
-{facts["pictures"]:,} held-out real pictures and sees an object in {_percent(facts["empty_with_object"])} of empty
-scenes. Blurred, resampled and noised three times over, it is right about {told};
+    right = f"{100 * facts['accuracy']['both']:.2f} % of {facts['pictures']:,}"
+    return f"""The detector is right about object and style on {right}
+held-out real pictures and sees an object in {_percent(facts["empty_with_object"])} of empty scenes. Blurred, resampled
+and noised three times over, it is right about {told};
 what it then misses most often is {missed} ({_percent(worn["rates"][missed]["false_negative"])}). Error rates per
-concept on clean pictures, which correct the attack success, lie in `judges/detector/detector.json`, those on worn
-ones in `training.json`."""
+concept on clean pictures, which correct the attack success, lie in `judges/detector/detector.json`, those on worn ones in
+`training.json`."""
 
 
 def _deviations(record: Mapping[str, Any]) -> str:

@@ -159,8 +159,8 @@ def test_card_reports_what_it_is_given() -> None:
     )
     assert "1024 generations with captions drawn as in\ntraining: 12.35; between" in text
     assert "pictures: 6.79." in text
-    assert "right about object and style on 50.0 % of\n6,000 held-out" in text
-    assert "75.0 % of the objects (calibration error 3.1 %) and 87.5 % of the styles" in text
+    assert "right about object and style on 50.00 % of 6,000\nheld-out" in text
+    assert "75.0 % of the objects (calibration error 3.1 %) and\n87.5 % of the styles" in text
     assert "misses most often is fox (12.5 %)" in text
     assert "`abc123`" in text
     assert "uninterrupted" not in text

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from lab.backbones.diffusion import DiffusionBackbone
 from lab.judges.load import shipped_clip, shipped_detector
 from lab.minisd import folders
+from lab.minisd.card import card, quality_table
 from lab.minisd.publish import SHIPPED, hashes
 from lab.minisd.world import concept, sample
 from lab.types import Sampling
@@ -60,6 +61,25 @@ def test_weights_are_those_of_the_training_record() -> None:
     record = json.loads((SHIPPED / "training.json").read_text())
     found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "judges/"))}
     assert record["sha256"] == found
+
+
+def test_quality_is_what_the_project_asks_of_its_model_and_the_readmes_show_it() -> None:
+    """Top-1 of at least 32 generations a class without rejection; CLIP confirms the detector within ten points."""
+    found = json.loads((SHIPPED / "quality.json").read_text())
+    shares = found["shares"]
+    seen = {name: part["detector"] for name, part in shares.items()}
+    assert seen["photos"]["object"] >= 0.85
+    assert seen["styles"]["style"] >= 0.85
+    assert seen["styles"]["both"] >= 0.70
+    assert seen["described"]["style"] >= 0.60
+    assert seen["unseen_pairs"]["both"] >= 0.7 * seen["styles"]["both"]
+    for suite, head in (("photos", "object"), ("styles", "style"), ("styles", "both")):
+        assert abs(seen[suite][head] - shares[suite]["clip"][head]) <= 0.10
+    assert shares["photos"]["lowest"]["object"]["n"] >= 32
+    assert shares["styles"]["lowest"]["style"]["n"] >= 32
+    card_ = (SHIPPED / "README.md").read_text()
+    assert card_ == card(json.loads((SHIPPED / "training.json").read_text()), found)
+    assert quality_table(found) in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda p: p.parent.name)
