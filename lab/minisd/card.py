@@ -73,8 +73,8 @@ def detector_text(facts: Mapping[str, Any]) -> str:
 held-out real pictures and sees an object in {_percent(facts["empty_with_object"])} of empty scenes. Blurred, resampled
 and noised three times over, it is right about {told};
 what it then misses most often is {missed} ({_percent(worn["rates"][missed]["false_negative"])}). Error rates per
-concept on clean pictures, which correct the attack success, lie in `judges/detector/detector.json`, those on worn ones in
-`training.json`."""
+concept on clean pictures, which correct the attack success, lie in `judges/detector/detector.json`, those on worn
+ones in `training.json`."""
 
 
 def _deviations(record: Mapping[str, Any]) -> str:
