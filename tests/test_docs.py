@@ -131,6 +131,13 @@ def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
+def test_no_figure_is_missing(page):
+    """While figures are measured, a word in capitals holds their place: alone on its line, or in a table's cell."""
+    held = re.findall(r"^(?:.*\| )?([A-Z][A-Z_0-9]{3,})(?: \|)?$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert not held
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
 def test_commands_compose(page):
     """Every ``python run.py`` line names groups and keys that exist; of a sweep's choices the first is taken."""
     for arguments in (
