@@ -55,6 +55,7 @@ def test_the_view_overlays_runs_of_one_scenario(cfg, monkeypatch, capsys):
     assert set(curve.metrics) == {f"{name}/control", f"{name}/immunized"}
 
 
+@pytest.mark.slow
 def test_no_server_no_key_and_no_tracker_are_told(cfg, monkeypatch):
     with pytest.raises(UserError, match=r"did not take the view.*action=leaderboard"):
         workspace(cfg)

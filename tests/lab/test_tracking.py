@@ -231,6 +231,7 @@ def test_a_failed_run_is_marked_in_every_stage(folder):
     assert exits == [1, 1]  # immunize and eval; nothing was attacked
 
 
+@pytest.mark.slow
 def test_wandb_with_a_wrong_key_and_no_network_logs_offline(folder, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
@@ -301,6 +302,7 @@ def waits_for(condition, seconds=300):
     return bool(condition())
 
 
+@pytest.mark.slow
 def test_wandbs_service_killed_in_the_middle_costs_a_warning_at_most(folder, caplog):
     cfg = OmegaConf.create(CONFIG | {"tracker": {"wandb": WANDB | {"timeout_s": 60}}})
     before = (folder / "record.json").read_bytes()
@@ -381,6 +383,7 @@ def test_logging_never_waits_for_a_slow_tracker(folder, tmp_path, monkeypatch):
     trackers.finish(folder / "record.json", folder / "report.html")
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_the_tracker_as_crashed(folder, monkeypatch):
     cfg = OmegaConf.create(CONFIG | {"tracker": {"wandb": WANDB}})
     trackers = Trackers(cfg, folder)
