@@ -172,8 +172,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
     Raises:
         UserError: wrong options, also those that the processes find. RankFailed: one of them failed or died.
     """
-    flag("dry_run", cfg.dry_run)
-    if cfg.dry_run or (isinstance(cfg.launch, DictConfig) and cfg.launch.get("name") == "none"):
+    if flag("dry_run", cfg.dry_run) or (isinstance(cfg.launch, DictConfig) and cfg.launch.get("name") == "none"):
         Launch.read(cfg.launch)
         run_once(cfg, folder)
         return
