@@ -32,7 +32,7 @@ def dispatch(cfg: DictConfig) -> None:
     from lab.batch import claimed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with claimed(folder, cfg.action, cfg.dry_run or bool(OmegaConf.select(cfg, "launch.machine_rank"))):
+    with claimed(folder, cfg.action, bool(OmegaConf.select(cfg, "launch.machine_rank")) or cfg.dry_run):
         _act(cfg, folder)  # its imports take seconds
 
 

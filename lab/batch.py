@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
 from lab.errors import UserError
+from lab.options import flag
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +101,9 @@ def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
 
     Raises:
         UserError: another process holds the folder and does not end within `PATIENCE`; two would write one record.
+            ``dry_run`` is neither true nor false.
     """
+    flag("dry_run", dry_run)
     if action not in LASTING or dry_run or os.environ.get("RANK", "0") != "0":
         yield
         return

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lab.errors import RankFailed, UserError
 from lab.experiment import Run, run_once
-from lab.options import choice, count, flag, number
+from lab.options import choice, count, number
 from lab.sources import ROOT
 from lab.store import write_atomically
 from lab.tracking import Trackers
@@ -172,7 +172,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
     Raises:
         UserError: wrong options, also those that the processes find. RankFailed: one of them failed or died.
     """
-    if flag("dry_run", cfg.dry_run) or (isinstance(cfg.launch, DictConfig) and cfg.launch.get("name") == "none"):
+    if cfg.dry_run or (isinstance(cfg.launch, DictConfig) and cfg.launch.get("name") == "none"):
         Launch.read(cfg.launch)
         run_once(cfg, folder)
         return

@@ -25,7 +25,6 @@ from lab.callbacks import sweep_codes
 from lab.errors import UserError
 from lab.experiment import relative
 from lab.failures import explain
-from lab.options import flag
 from lab.search_space import KEY, Plan
 from lab.store import write_atomically
 
@@ -46,7 +45,7 @@ def search(cfg: DictConfig) -> None:
     from lab.actions import publish
 
     plan, folder = Plan.read(cfg), Path(HydraConfig.get().runtime.output_dir)
-    if flag("dry_run", cfg.dry_run):
+    if cfg.dry_run:
         print(f"{cfg.name}: {cfg.sweep.runs} runs, one after another; cost: {cfg.sweep.cost}")
         print("\n".join(f"  {one}" for one in plan.space))
         print("  objectives: " + ", ".join(f"{name} = {metric}" for name, metric in plan.objectives.items()))
