@@ -20,7 +20,7 @@ GROUPS = (
 )  # fmt: skip
 COUNTS = {
     "scenario": 17, "backbone": 8, "erase": 2, "immunize": 26, "attacks": 22, "eval": 14, "judges": 2, "tracker": 3,
-    "launch": 3, "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 1, "sweeps": 27,
+    "launch": 3, "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 2, "sweeps": 29,
 }  # fmt: skip
 
 
