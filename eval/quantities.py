@@ -74,22 +74,6 @@ class RelativeImmunizationRatio(_Mean):
         self._add(relative_immunization_ratio(*values))
 
 
-class NormRatio(_Mean):
-    """‖w_t − w*‖² / ‖w_0 − w*‖², averaged. Range [0, ∞); 1 at the start, 0 at the optimum."""
-
-    higher_is_better = None  # higher is better on a harmful task, lower on a benign one
-
-    def update(self, weights: Tensor, initial: Tensor, optimum: Tensor) -> None:
-        """Three tensors of one shape."""
-        if not weights.shape == initial.shape == optimum.shape:
-            raise ValueError(f"shapes differ: {weights.shape}, {initial.shape}, {optimum.shape}")
-        w, w0, best = (t.detach().to(torch.float64) for t in (weights, initial, optimum))
-        start = float((w0 - best).square().sum())
-        if start == 0:
-            raise ValueError("the attack starts at its optimum: there is no distance to compare with")
-        self._add(float((w - best).square().sum()) / start)
-
-
 class SGRC(_Mean):
     """Accuracy gap ratio (Acc_0 − Acc_I) / Acc_0, averaged. Range (−∞, 1]; 0 = no change.
 

@@ -34,6 +34,14 @@ def _pick(kind: type[T], source: object, **given: object) -> T:
     return kind(**given, **{name: getattr(source, name) for name in rest})
 
 
+_READ_BY: tuple[tuple[tuple[str, ...], str, object], ...] = (  # options of `Kappa`, and what makes it read them
+    (("ridge_benign", "ridge_harmful"), "preconditioned", True),
+    (("corridor_rate", "corridor_benign", "corridor_harmful"), "lambda_schedule", "corridor"),
+    (("worst_case_temperature",), "worst_case", True),
+    (("running_decay", "running_window"), "spectrum", "running"),
+)
+
+
 # keyword options of an immunizer are fields, each written once; two immunizers stay different objects
 _options = dataclass(kw_only=True, eq=False)
 
@@ -162,6 +170,23 @@ class Kappa(GradientImmunizer):
             raise UserError("immunize.lambda_h", 0, "λ_P and λ_H are both 0; choose immunize=none for no immunization")
         if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
             raise UserError("immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0")
+        self._check_unread()
+
+    def _check_unread(self) -> None:
+        """An option that nothing reads would be a claim in the record."""
+        default = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
+        for options, key, needed in _READ_BY:
+            for option in options:
+                value = getattr(self, option)
+                if value != default[option] and getattr(self, key) != needed:
+                    told = f"is read with immunize.{key}={str(needed).lower()} only; set that, or leave it out."
+                    raise UserError(f"immunize.{option}", value, told)
+
+    def check(self, cases: Sequence[Case]) -> None:
+        """Hook of `lab.assemble.check_cases`."""
+        if self.worst_case and all(len(case.harmful) == 1 for case in cases):
+            told = "weighs several harmful tasks; this scenario has one in every case. Take scenario=mnist_harm_set."
+            raise UserError("immunize.worst_case", True, told)
 
     @property
     def schedule(self) -> Schedule:
@@ -183,6 +208,12 @@ class Kappa(GradientImmunizer):
 
 class KappaOpt(Kappa):
     """The baseline Opt κ: descends λ_P log κ(H_P) + λ_H/log κ(H_H) (§5.1 of arXiv 2505.23760, the release)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank_rule != "rank":
+            told = "belongs to R_well and R_ill; log κ has no p and k. Leave it out."
+            raise UserError("immunize.rank_rule", self.rank_rule, told)
 
     @staticmethod
     def terms() -> tuple[spectral.Objective, spectral.Objective]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -76,6 +77,8 @@ def _build(config: Any, key: str, judges: dict[str, Any] | None = None) -> Part:
             if absent.name == target:  # Hydra tries it as a module last
                 told = "module {} has no {}; name a class of it.".format(*target.rsplit(".", 1))
             raise UserError(key, target, told) from cause
+        if isinstance(cause, TypeError) and (unknown := re.search(r"unexpected keyword argument '(\w+)'", str(cause))):
+            raise _unknown(key, unknown[1], plain) from None
         reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
         raise UserError(key, target, f"could not be built: {reason}") from error
     sources = {name: source_hash(name.rsplit(".", 1)[0]) for name in _targets(plain)}
@@ -83,6 +86,11 @@ def _build(config: Any, key: str, judges: dict[str, Any] | None = None) -> Part:
     if hasattr(obj, "judges"):  # retrained judges see other things
         joined = stage_key(sources=joined, judges=obj.judges.fingerprint())
     return Part(obj, {str(k): v for k, v in plain.items()}, joined)
+
+
+def _unknown(key: str, name: str, given: dict[Any, Any]) -> UserError:
+    known = [f"{key}.{option}" for option in given if option not in (name, "_target_", "name")]
+    return UserError(f"{key}.{name}", given.get(name), f"there is no such key; {nearest(f'{key}.{name}', known)}")
 
 
 def _absent(error: BaseException | None) -> ModuleNotFoundError | None:
@@ -144,6 +152,13 @@ def _budget(config: Any) -> Budget:
     ):
         raise UserError("budget.at", given["at"], told)
     return dataclasses.replace(budget, at=tuple(given["at"]))
+
+
+def check_groups(cfg: DictConfig) -> None:
+    """Raises `UserError` where a list of choices is empty, which leaves no trace of its group in the config."""
+    for key, instead in (("attacks", "attacks=none"), ("eval", "eval=[conditioning]")):
+        if key not in cfg:
+            raise UserError(key, "[]", f"names no choice; take {instead}, or other names.")
 
 
 def assemble(cfg: DictConfig) -> Parts:

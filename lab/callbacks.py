@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 sweep_codes: list[int] = []  # exit codes of failed jobs, also of those that ran in other processes
 _CODES = {"failed": 1, "preempted": 130}
@@ -22,7 +24,7 @@ class SweepLeaderboard(Callback):
 
         if (stated := config.get("sweep")) is not None:
             out = sys.stdout if config.dry_run else sys.stderr
-            print(f"{config.name}: {stated.runs} runs; cost: {stated.cost}", file=out, flush=True)
+            print(f"{config.name}: {_told(_jobs(config), stated)}", file=out, flush=True)
         if str(config.hydra.launcher._target_).startswith("hydra._internal"):
             return  # jobs run here, one after another
         if (ROOT / "pyproject.toml").is_file():  # jobs run the code of this checkout, whatever is installed
@@ -32,14 +34,58 @@ class SweepLeaderboard(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from lab.actions import publish
+        from lab.errors import UserError
         from lab.record import read
 
         folder = Path(config.hydra.sweep.dir)
-        paths = sorted(folder.rglob("record.json"), key=lambda p: int(p.parent.name.split("-")[0]))
-        found = [read(path) for path in paths]
-        for record in found:
+        paths = sorted(folder.rglob("record.json"), key=_order)
+        found = []
+        for path in paths:
+            try:
+                record = read(path)
+            except UserError as error:  # an exception would end this function, and with it the codes of the others
+                print(f"error: {error}", file=sys.stderr)
+                sweep_codes.append(1)
+                continue
+            found.append(record)
             if record["status"] in _CODES:
                 mended = record["status"] == "failed" and record["error"]["key"] is not None
                 sweep_codes.append(2 if mended else _CODES[record["status"]])
         if found:  # a dry run has none
             publish(found, folder)
+        jobs = _jobs(config) or 0
+        others = config.dry_run or config.action != "run" or OmegaConf.select(config, "launch.machine_rank")
+        if jobs > len(paths) and not others:
+            sweep_codes.append(1)
+            told = f"of {jobs} jobs {jobs - len(paths)} left no record and are missing above"
+            print(f"{told}: killed, or see their messages; `python run.py action=status 'records=[{folder}]'`")
+
+
+def _order(path: Path) -> tuple[float, str]:
+    """By the job's number, with which a folder of `hydra.sweep.subdir` begins unless the user chose another one."""
+    number = path.parent.name.split("-")[0]
+    return int(number) if number.isdecimal() else math.inf, str(path)
+
+
+def _jobs(config: DictConfig) -> int | None:
+    """How many jobs the sweep has by YAML and command line; None where Hydra alone can tell, as with ``glob(*)``."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if not str(config.hydra.sweeper._target_).endswith(f".{BasicSweeper.__name__}"):
+        return None
+    params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    try:
+        overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+        return len(BasicSweeper.split_arguments(overrides, None)[0])
+    except HydraException:
+        return None
+
+
+def _told(jobs: int | None, stated: DictConfig) -> str:
+    """The cost of a sweep is that of all its runs as the YAML has them."""
+    if jobs is None or jobs == stated.runs:
+        return f"{stated.runs} runs; cost: {stated.cost}"
+    if jobs < stated.runs:
+        return f"{jobs} of {stated.runs} runs; the whole costs {stated.cost}"
+    return f"{jobs} runs, in place of {stated.runs} which cost {stated.cost}"

@@ -12,7 +12,7 @@ import torch
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lab import record as records
-from lab.assemble import assemble, check_cases
+from lab.assemble import assemble, check_cases, check_groups
 from lab.errors import RankFailed, UserError
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
@@ -29,6 +29,7 @@ class Run:
     """The state of one run, from which a record can be made at any moment, after a failure too."""
 
     def __init__(self, cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> None:
+        check_groups(cfg)
         self.cfg, self.folder, self.ranks = cfg, folder, ranks or Alone()
         self.computed: set[str] = set()  # keys of stages that this run's other processes may have computed
         self.waiting: list[Cell] = []
@@ -115,7 +116,11 @@ class Run:
         entry = {"stage": cell.stage, "key": cell.key, "status": "failed", **labels}
         self.cells.append(entry)
         log.info("stage %s", cell.title)
-        artifact, hit = self.pipeline.store.get(cell.stage, cell.key, cell.compute)
+        try:
+            artifact, hit = self.pipeline.store.get(cell.stage, cell.key, cell.compute)
+        except KeyboardInterrupt:
+            entry["status"] = "pending"
+            raise
         hit = hit and cell.key not in self.computed
         log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
         self.hits, self.misses = self.hits + hit, self.misses + (not hit)
@@ -149,6 +154,8 @@ class Run:
         )
         key = error.key if isinstance(error, UserError | RankFailed) else None
         step = getattr(error, "step", None)
+        if self.status == "preempted" and self.cells and self.cells[-1]["status"] == "pending":
+            step = self.pipeline.store.checkpointed(self.cells[-1]["stage"], self.cells[-1]["key"])
         kind = error.type if isinstance(error, RankFailed) else type(error).__name__
         self.error = {"type": kind, "message": message, "key": key, "last_good_step": step}
         failed = error.cell if isinstance(error, RankFailed) else getattr(self.ranks.now, "key", None)
@@ -192,7 +199,7 @@ class Run:
         given = self.cfg.seeds if isinstance(self.cfg.seeds, ListConfig) else [self.cfg.seeds]
         return [seed for seed in given if isinstance(seed, int) and not isinstance(seed, bool)]
 
-    def finish(self, trackers: Trackers) -> Path:
+    def finish(self, trackers: Trackers | None) -> Path:
         """Write the record, render the report, hand both to the trackers, print the summary."""
         from eval.report.html import render  # here: plots and tests take seconds to import
         from eval.report.summary import summary
@@ -202,7 +209,8 @@ class Run:
         path = self.folder / "record.json"
         records.write(body, path)
         report = render([records.read(path)], self.folder / "report.html")
-        trackers.finish(path, report)
+        if trackers is not None:
+            trackers.finish(path, report)
         print(summary(body))
         print(f"report: {relative(report)}")
         print(f"record: {relative(path)}", flush=True)
@@ -250,8 +258,9 @@ def run_once(cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> Path 
         run.execute()
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    trackers = Trackers(cfg, folder)
+    trackers = None
     try:
+        trackers = Trackers(cfg, folder)
         run.prepare(trackers)
         run.execute()
     except (Exception, KeyboardInterrupt) as error:

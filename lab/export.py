@@ -22,7 +22,7 @@ from torch import Tensor
 from lab import record as records
 from lab.backbones.linear import LinearExtractor
 from lab.backbones.vision import VisionBackbone
-from lab.checksums import sha256, write_sums
+from lab.checksums import SUMS, sha256, write_sums
 from lab.delta import save_delta, state_hash
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
@@ -82,7 +82,8 @@ def _name(record: Record, chosen: Choice) -> str:
 
 
 def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
-    """All files of an export; ``folder`` appears complete or not at all."""
+    """All files of an export; ``folder`` appears complete or not at all, unless it is the working directory."""
+    folder = folder.resolve()  # `.` has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -100,6 +101,10 @@ def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
         _json(partial / FACTS, facts)
         write_atomically(partial / CARD, card(kept, chosen, models, facts).encode())
         write_sums(partial)
+        if folder == Path.cwd():  # it has to stay, others may be in it; without the sums it verifies as nothing
+            for path in sorted(partial.iterdir(), key=lambda p: p.name == SUMS):
+                os.rename(path, folder / path.name)
+            return
         if folder.is_dir():
             folder.rmdir()  # it is empty
         os.rename(partial, folder)

@@ -69,7 +69,9 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         key = _unknown_key(error)
         if key is not None:
-            return f"{key}: there is no such key; {nearest(key, _keys(arguments))}"
+            group = key.rpartition(".")[0]
+            known = [k for k in _keys(arguments) if not k.endswith("_target_") and k != group]
+            return f"{key}: there is no such key; {nearest(key, known)}"
         return _first_line(error)
     return None
 

@@ -27,7 +27,6 @@ from lab.experiment import Run, run_once
 from lab.options import choice, count, number
 from lab.sources import ROOT
 from lab.store import write_atomically
-from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
 CONFIG, RANKS = "launch.yaml", "ranks"
@@ -178,12 +177,12 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     record = folder / "record.json"
-    first = True
+    first = not OmegaConf.select(cfg, "launch.machine_rank")
+    options = None
     try:
-        options = Launch.read(cfg.launch)
-        first = options.machine_rank == 0
         if first:
             record.unlink(missing_ok=True)  # of an earlier run in this folder: what is there afterwards is of this one
+        options = Launch.read(cfg.launch)
         threads = options.threads(cfg.threads)
         config = folder / (CONFIG if first else f"launch-{options.machine_rank}.yaml")
         plain = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
@@ -193,7 +192,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         if failure is not None or code != 0 or (first and not record.is_file()):
             raise _as_error(failure, folder, options.ranks, code) from None
     except (Exception, KeyboardInterrupt) as error:
-        if first and not record.is_file():
+        if (first or options is None) and not record.is_file():
             _record(cfg, folder, error)
         raise
 
@@ -292,9 +291,7 @@ def _record(cfg: DictConfig, folder: Path, error: BaseException) -> None:
     """The record of a run whose main process could not write one."""
     run = Run(cfg, folder)
     run.fail(error)
-    quiet = OmegaConf.merge(cfg, {})
-    quiet.tracker = {}
     try:
-        run.finish(Trackers(quiet, folder))  # type: ignore[arg-type]
+        run.finish(None)
     except OSError as unwritable:
         print(f"no record could be written to {folder}: {unwritable}", file=sys.stderr)

@@ -52,6 +52,7 @@ def search(cfg: DictConfig) -> None:
         return
     optuna = _optuna()
     trials = [_run(cfg, plan, folder, 0, {one.key: OmegaConf.select(cfg, one.key) for one in plan.space})]
+    _write(folder, plan, trials)
     study = _study(optuna, plan, trials[0])
     while len(trials) < plan.trials:
         asked = study.ask()

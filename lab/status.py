@@ -15,14 +15,15 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lab import record as records
-from lab.batch import PROCESS, QueueEntry, is_claimed, squeue
+from lab.batch import LASTING, PROCESS, QueueEntry, is_claimed, squeue
 from lab.errors import UserError
 from lab.experiment import relative
 
 DONE = ("ok", "diverged")  # a diverged immunization is a result
-ORDER = ("queued", "running", *DONE, "failed", "preempted", "killed", "unknown")
+ORDER = ("queued", "running", *DONE, "failed", "preempted", "killed", "unknown", "unreadable")
 CONTINUE, NO_SLURM = "the same command continues it", "no Slurm answers here"
-MARKS = ("record.json", "run.log", PROCESS, "config.yaml")  # the last one lies in .hydra from the first second on
+HYDRA = ".hydra"
+MARKS = ("record.json", "run.log", PROCESS, f"{HYDRA}/config.yaml")  # the last one is there from the first second on
 
 Queue = dict[str, QueueEntry]
 
@@ -45,7 +46,7 @@ def status(cfg: DictConfig) -> None:
     """Print one line per run or job below ``records`` (default: ``paths.runs``) and their numbers.
 
     Raises:
-        UserError: a place that does not exist, or a record that is none.
+        UserError: a place that does not exist.
     """
     given = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
     places = [Path(place) for place in given] or [Path(cfg.paths.runs)]
@@ -86,16 +87,33 @@ def _run_folders(places: list[Path], key: str) -> list[Path]:
         if not place.is_dir():
             raise UserError(key, place, "does not exist: nothing was run there yet.")
     found = {path for place in places for name in MARKS for path in place.rglob(name)}
-    return sorted(filter(_is_run, {p.parent.parent if p.parent.name == ".hydra" else p.parent for p in found}))
+    return sorted(filter(_is_run, {p.parent.parent if p.parent.name == HYDRA else p.parent for p in found}))
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether ``folder`` is that of a run; every other call of the program leaves a folder with its config, too."""
-    config = folder / ".hydra" / "config.yaml"
+    """Whether ``folder`` is that of a run, or of another lasting action that has not ended; those of the others do not
+    count: every call of the program leaves a folder with its config."""
+    config = folder / HYDRA / "config.yaml"
     if (folder / "record.json").is_file() or is_claimed(folder) or not config.is_file():
         return True
     cfg = OmegaConf.load(config)
-    return isinstance(cfg, DictConfig) and cfg.get("action", "run") == "run" and not cfg.get("dry_run", False)
+    if not isinstance(cfg, DictConfig) or cfg.get("dry_run", False):
+        return False
+    action = cfg.get("action", "run")
+    return action in LASTING and not (action in _RESULT and _RESULT[action](folder, cfg))
+
+
+def _searched(folder: Path, cfg: DictConfig) -> bool:
+    return (folder / "pareto.html").is_file()  # its trials have records of their own
+
+
+def _trained(folder: Path, cfg: DictConfig) -> bool:
+    """What a training leaves lies elsewhere, and may be that of an earlier one."""
+    made = Path(str(OmegaConf.select(cfg, "paths.outputs"))) / "minisd" / "training.json"
+    return made.is_file() and made.stat().st_mtime >= float(_process(folder).get("started", 0))
+
+
+_RESULT = {"search": _searched, "train": _trained}  # of actions that write no record: whether they have ended
 
 
 def _process(folder: Path) -> dict[str, Any]:
@@ -132,7 +150,10 @@ def _run(folder: Path, process: dict[str, Any], queue: Queue | None) -> Line:
         return Line("running", folder, since, running)
     if entry is not None and entry.waits:
         return Line("queued", folder, None, f"{_waiting(str(name), entry)}; it will continue")
-    record = records.read(folder / "record.json") if (folder / "record.json").is_file() else None
+    try:
+        record = records.read(folder / "record.json") if (folder / "record.json").is_file() else None
+    except UserError as error:
+        return Line("unreadable", folder, None, f"record.json: {error.fix}")
     if entry is not None and entry.runs and (record is None or record["status"] == "preempted"):
         return Line("running", folder, None, f"{at} begins")
     if record is not None:

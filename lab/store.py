@@ -119,6 +119,12 @@ class Store:
             return False
         return (self.folder(stage, key) / "meta.json").is_file()
 
+    def checkpointed(self, stage: str, key: str) -> int | None:
+        """The step from which an unfinished stage will go on; None where nothing of it was kept."""
+        saved = StageCheckpoint(self.folder(stage, key).with_suffix(".ckpt")).load()
+        step = saved[1].get("step") if saved is not None else None
+        return step if isinstance(step, int) else None
+
     def trust(self, keys: Iterable[str]) -> None:
         """Artefacts of a forced stage that other processes of this run have computed are new here, too."""
         self._fresh.update(keys)

@@ -116,17 +116,44 @@ def _papers(report: Report) -> tuple[dict[str, Any], records.Record]:
         record = records.read(folder / RECORD)
     except UserError as error:
         report.fail("record", RECORD, error.fix)
-    if not (folder / CARD).is_file():
+    text = ""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except FileNotFoundError:
         report.fail("record", CARD, "is missing")
+    except (OSError, UnicodeDecodeError) as error:
+        report.fail("record", CARD, f"cannot be read ({error})")
     if report.failed:
         return facts, record
-    keys = {c["key"] for c in record["cells"] if c["stage"] == "immunize" and c["arm"] == facts["arm"]}
-    if facts.get("content_hash") != record["content_hash"] or facts.get("stage_key") not in keys:
-        report.fail("record", FACTS, f"speaks of another run than {RECORD}")
-    else:
+    if record["content_hash"] not in text:
+        report.fail("record", CARD, f"does not name the content hash of {RECORD}")
+    _chosen(report, facts, record)
+    _pictures(report, record)
+    if not report.failed:
         told = f"{record['name']}, {facts['arm']}, case {facts['case']}, seed {facts['seed']}: {record['status']}"
         report.passed("record", told)
     return facts, record
+
+
+def _chosen(report: Report, facts: dict[str, Any], record: records.Record) -> None:
+    """The facts are about one immunization of the record, which has weights."""
+    cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["key"] == facts["stage_key"]]
+    mine = [c for c in cells if all(c[name] == facts[name] for name in ("arm", "case", "seed"))]
+    if facts["content_hash"] != record["content_hash"] or not cells:
+        report.fail("record", FACTS, f"speaks of another run than {RECORD}")
+    elif not mine:
+        report.fail("record", FACTS, f"names another arm, case or seed than {RECORD} has for its stage_key")
+    elif mine[0]["status"] != "ok":
+        report.fail("record", FACTS, f"names an immunization that {RECORD} calls {mine[0]['status']}")
+
+
+def _pictures(report: Report, record: records.Record) -> None:
+    for name, image in record.get("images", {}).items():
+        path = report.folder / image["path"]
+        if not path.is_file():
+            report.open("record", f"picture {name} is not here")
+        elif sha256(path) != image["sha256"]:
+            report.fail("record", image["path"], f"is not the picture that {RECORD} names")
 
 
 def _finite(report: Report, name: str, module: nn.Module) -> None:
@@ -222,6 +249,9 @@ def _features(report: Report, facts: dict[str, Any]) -> None:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
         report.fail("layout", f"{WEIGHTS}, {CONFIG}", f"cannot be read ({error})")
+        return
+    if not isinstance(config, dict):
+        report.fail("layout", CONFIG, "holds no settings by name")
         return
     if facts["kind"] == "linear":
         fine = list(tensors) == ["theta"] and list(tensors["theta"].shape) == config.get("theta")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -34,8 +35,22 @@ class Rank:
     def write(self, state: str, failure: dict[str, Any] | None = None) -> None:
         from lab.store import write_atomically
 
-        body = {"state": state, "pid": os.getpid(), "failure": failure}
-        write_atomically(self.path, (json.dumps(body) + "\n").encode())
+        body: dict[str, Any] = {"state": state, "pid": os.getpid(), "failure": failure}
+        try:
+            write_atomically(self.path, (json.dumps(body) + "\n").encode())
+        except OSError as unwritable:
+            if not self.path.is_file():
+                raise
+            told = failure and (failure["told"] or failure["traceback"])
+            print(f"process {self.number} {state}, and {self.path}: {unwritable}. {told or ''}", file=sys.stderr)
+            body["failure"] = failure and {**failure, "traceback": ""}
+            self._write_over(json.dumps(body) + "\n")
+
+    def _write_over(self, text: str) -> None:
+        """A full disk has no room for a second file, but the block of the one that is there can be written over."""
+        with contextlib.suppress(OSError), open(self.path, "r+", encoding="utf-8") as file:
+            file.write(text)
+            file.truncate()
 
     def watch(self) -> None:
         """End in order when stdin closes: the parent closed it, or is no more."""
@@ -99,6 +114,15 @@ def _device(cfg: Any) -> None:
             raise UserError(key, value, f"{torch.cuda.get_device_name()} has no bfloat16; use float32.")
 
 
+def _unfit(cfg: Any) -> Exception | None:
+    """What `_device` raises."""
+    try:
+        _device(cfg)
+    except Exception as error:
+        return error
+    return None
+
+
 def _failure(error: BaseException, ranks: Any, number: int, echo: bool) -> dict[str, Any]:
     from lab.errors import UserError
     from lab.failures import explain
@@ -124,26 +148,36 @@ def work(config: Path, rank: Rank) -> int:
 
     folder = config.parent
     ranks: Alone = Alone()
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         with interruptible():
             cfg = OmegaConf.load(config)
             assert isinstance(cfg, DictConfig)
-            _device(cfg)
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-                ranks = Ranks(cfg.launch.timeout_s, cfg.launch.check_every)
-                ranks.stopped = rank.stopped.is_set
+            unfit = _unfit(cfg)
+            if several:  # also to tell the others of a device that does not do: they wait here
+                try:
+                    ranks = Ranks(cfg.launch.timeout_s, cfg.launch.check_every)
+                    ranks.stopped = rank.stopped.is_set
+                except Exception:
+                    if unfit is None:
+                        raise
+            if unfit is not None:
+                raise unfit
+            if isinstance(ranks, Ranks):
                 ranks.check(_common(cfg, folder))
             run_once(cfg, folder, ranks)
     except (Exception, KeyboardInterrupt) as error:
         echo = isinstance(ranks.cause(error), RankFailed)  # waits a little: a batch system signals children first
+        alone = several and not isinstance(ranks, Ranks)  # the others do not know of it, and may wait for this process
+        echo = echo or (alone and isinstance(error, KeyboardInterrupt))  # torchrun's, as another process has failed
         if rank.stopped.is_set():
             rank.write("stopped")
             return 0
         failure = _failure(error, ranks, rank.number, echo)
         order = ranks.report(failure) if isinstance(ranks, Ranks) and not echo else 1
         rank.write("failed", failure | {"order": order})
-        # every process finds a wrong option at the same place: no need to alarm accelerate, which prints a traceback
-        return 0 if failure["told"] and not ranks.started else 1
+        # what is told to all ends them without accelerate, which prints a traceback; of what is not they have to die
+        return 0 if failure["told"] and not ranks.started and not alone else 1
     rank.write("done")
     if isinstance(ranks, Ranks):
         ranks.close()

@@ -10,7 +10,9 @@ import pytest
 from entry_point import call_entry
 from processes import ROOT, start
 
+import immunize.kappa
 from attacks.linear_probe import LinearProbe
+from immunize.objectives import SpectralObjective
 from lab import record as records
 from lab import store
 
@@ -118,6 +120,8 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
         (["immunize.lambda_pp=1"], "immunize.lambda_pp", "did you mean immunize.lambda_p"),
         (["sedes=[1]"], "sedes", "did you mean seeds"),
         (["attacks=[linear_prob]"], "attacks=linear_prob", "did you mean"),
+        (["attacks=[]"], "attacks=[]", "attacks=none"),
+        (["+attacks.linear_probe.los=x"], "attacks.linear_probe.los=x", "did you mean attacks.linear_probe.loss"),
         (["action=raport"], "action=raport", "did you mean report"),
         (["immunize.lambda_h=-1"], "immunize.lambda_h=-1", "≥ 0"),
         (["seeds=[0,0]"], "seeds", "different"),
@@ -197,10 +201,29 @@ def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkey
         code, out, err = cli(*FAST)
     assert code == 130
     assert "continues" in err
-    assert record_of(out, tmp_path)["status"] == "preempted"
+    stopped = record_of(out, tmp_path)
+    assert stopped["status"] == "preempted"
+    assert [c["status"] for c in stopped["cells"]] == ["ok", "ok", "pending"]
     code, out, err = cli(*FAST)
     assert code == 0, err
     assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 2  # both immunize stages
+
+
+def test_ctrl_c_in_the_middle_of_a_stage_says_from_where_it_goes_on(cli, tmp_path, monkeypatch):
+    class Interrupted(SpectralObjective):
+        def step(self, step):
+            if step == 9:
+                raise KeyboardInterrupt
+            return super().step(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(immunize.kappa, "SpectralObjective", Interrupted)
+        code, out, _ = cli(*FAST, "immunize.checkpoint_every=4")
+    assert code == 130
+    stopped = record_of(out, tmp_path)
+    assert stopped["error"]["last_good_step"] == 8
+    assert [c["status"] for c in stopped["cells"]] == ["ok", "pending"]
+    assert cli(*FAST, "immunize.checkpoint_every=4")[0] == 0
 
 
 def test_a_diverged_case_is_counted_and_said(cli, tmp_path):

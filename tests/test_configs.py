@@ -20,7 +20,7 @@ GROUPS = (
 )  # fmt: skip
 COUNTS = {
     "scenario": 17, "backbone": 8, "erase": 2, "immunize": 26, "attacks": 22, "eval": 14, "judges": 2, "tracker": 3,
-    "launch": 3, "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 2, "sweeps": 29,
+    "launch": 3, "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 2, "sweeps": 32,
 }  # fmt: skip
 
 
@@ -117,17 +117,19 @@ def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
         check_targets(composed(f"sweeps={name}", *job))
 
 
-@pytest.mark.parametrize("name", ["merge_ablation", "mima_options", "lower_level_ablation", "kappa_options"])
+ON_HOUSES = ["kappa_options", "kappa_estimates", "imma_options", "probe_options"]
+
+
+@pytest.mark.parametrize("name", ["merge_ablation", "mima_options", "lower_level_ablation", *ON_HOUSES])
 def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
     """`sweep.variant` repeats the presets' values; without a change they must be the presets'."""
     ablation = composed(f"sweeps={name}")
     changes = OmegaConf.to_container(ablation.sweep.variant)
-    where = (
-        ["experiment=relearn", "scenario.split=validation"] if name != "kappa_options" else ["experiment=house_price"]
-    )
-    preset = composed(*where, f"immunize={ablation.immunize.name}")
+    where = ["experiment=house_price"] if name in ON_HOUSES else ["experiment=relearn", "scenario.split=validation"]
+    attacks = [f"attacks=[{','.join(ablation.attacks)}]"] if name in ON_HOUSES else []
+    preset = composed(*where, f"immunize={ablation.immunize.name}", *attacks)
     assert changes
-    for group in ("immunize", "scenario"):
+    for group in ("immunize", "scenario", *(["attacks"] if attacks else [])):
         found, expected = (OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset))
         if name == "lower_level_ablation" and group == "immunize":
             assert (found.pop("steps"), expected.pop("steps")) == (240, 480)  # half of the preset's

@@ -13,6 +13,7 @@ from lab.types import Budget
 
 FEATURES = list(features.cases(features.IMMUNIZERS, features.immunizer))
 CONCEPTS = concepts.takes_diffusion("immunize", concepts.immunizer)
+CONCEPT_ATTACKERS = concepts.takes_diffusion("attacks", concepts.attacker)
 
 
 def check(attack, model, task, budget):
@@ -46,8 +47,23 @@ def test_features(name, kind):
 def test_concepts(name):
     case, model = tiny_case(), tiny_diffusion()
     after = concepts.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    fits = concepts.takes_diffusion("attacks", concepts.attacker)
-    assert len(fits) == 6
-    for attacker in fits:
+    assert len(CONCEPT_ATTACKERS) == 6
+    for attacker in CONCEPT_ATTACKERS:
         found = check(concepts.attacker(attacker), after, case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2)))
         assert found.steps == [0, 2], attacker
+
+
+@pytest.mark.parametrize("name", CONCEPT_ATTACKERS)
+def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(name, tmp_path):
+    case, model, copied = tiny_case(), tiny_diffusion(), tiny_diffusion()
+    given = tiny_diffusion()
+    given.copy = lambda: copied  # the attack trains this one
+    task, budget = case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2))
+    found = concepts.attacker(name)(given, task, seed=0, budget=budget, checkpoint=None)
+    changed = features.moved(model, copied)
+    adapters = {k for k in changed if ".lora_" in k}
+    own = changed - adapters
+    assert own <= {k for k in found.weights if k.startswith("unet.")}
+    assert {k.replace(".default.", ".") for k in adapters} <= found.weights.keys() or name == "curriculum"
+    assert bool(own) == (name not in ("lora", "textual_inversion"))
+    features.check_round_trip(found, name, model, case, task, tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +14,11 @@ from safetensors.torch import load, save
 
 import tiny
 from lab import sources
+from lab.assemble import Part, Parts
 from lab.backbones.linear import LinearBackbone
-from lab.types import Attacker, Budget, Immunizer, RunMetric, same_weights
+from lab.pipeline import Pipeline
+from lab.store import Store
+from lab.types import Attacker, Budget, Immunizer, RunMetric, ScenarioData, clone, same_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 IMMUNIZERS = sorted(p.stem for p in (ROOT / "conf/immunize").glob("*.yaml"))
@@ -108,21 +112,64 @@ def test_only_declared_parameters_move(name):
     assert moved == {"2"}
 
 
+def attacked_problem(name, kind):
+    model, case = problem(kind)
+    return model, tiny.linear_classes() if (name, kind) == ("probe_logistic", "linear") else case
+
+
+def run_attack(name, kind, role="harmful", seed=0):
+    """(attack, trajectory, the copies that it trained)."""
+    model, case = attacked_problem(name, kind)
+    task = case.benign if role == "benign" else case.harmful[0]
+    attack = build("attacks", name, lr_trials=5, batch_size=16)
+    copies = []
+    if (opens := getattr(attack, "open", None)) is not None:  # a probe trains no copy: its features stay
+        attack.open = lambda net, seed: (copies.append(net), opens(net, seed))[1]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    found = attack(model, task, seed=seed, budget=BUDGET, checkpoint=None)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
+    return attack, found, copies
+
+
+attacked = cache(run_attack)  # what tests only read
+
+
+def moved(model, copied):
+    """Names in ``copied`` that are new or hold other values than in ``model``; adapters wrap layers."""
+    old, new = model.state_dict(), {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
+    assert old.keys() <= new.keys()
+    # a new word makes one table longer; a linear extractor is trained in double precision
+    same = {k for k, v in old.items() if torch.equal(new[k][: len(v)] if v.dim() else new[k], v.to(new[k].dtype))}
+    return new.keys() - same
+
+
+def check_round_trip(found, name, model, case, task, folder):
+    """A trajectory that one pipeline stores is the same, bit for bit, in another one that reads it."""
+
+    def pipeline(attack):
+        none = Part(build("immunize", "none"), {}, "")
+        parts = Parts(
+            scenario=SimpleNamespace(name="tiny", load=lambda seed: ScenarioData((case,), (), "tiny")),
+            backbone=SimpleNamespace(build=lambda case, seed: clone(model)), backbone_identity={},
+            eraser=Part(lambda built, case, seed: built, {}, ""), immunizer=none, control=none,
+            attacks={name: Part(attack, {}, "")}, metrics={}, budget=BUDGET, seeds=(0,),
+        )  # fmt: skip
+        return Pipeline(parts, Store(folder))
+
+    where = ("none", name, case, task, 0)
+    pipeline(lambda *_, **__: found).trajectory(*where)
+    loaded = pipeline(lambda *_, **__: pytest.fail("the attack was not stored")).trajectory(*where)
+    facts = ("steps", "values", "status", "info")
+    assert [getattr(loaded, fact) for fact in facts] == [getattr(found, fact) for fact in facts]
+    for ours, theirs in ((loaded.weights, found.weights), (loaded.samples, found.samples)):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[k].dtype == v.dtype and torch.equal(ours[k], v) for k, v in theirs.items())
+
+
 @pytest.mark.parametrize(("name", "kind"), list(cases(ATTACKERS, lambda n: build("attacks", n))))
 class TestAttacker:
-    def run(self, name, kind, role="harmful", seed=0):
-        model, case = problem(kind)
-        if name == "probe_logistic" and kind == "linear":
-            case = tiny.linear_classes()
-        task = case.benign if role == "benign" else case.harmful[0]
-        attack = build("attacks", name, lr_trials=5, batch_size=16)
-        before = {k: v.clone() for k, v in model.state_dict().items()}
-        found = attack(model, task, seed=seed, budget=BUDGET, checkpoint=None)
-        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
-        return attack, found
-
     def test_meets_the_contract(self, name, kind):
-        attack, found = self.run(name, kind)
+        attack, found, _ = attacked(name, kind)
         assert isinstance(attack, Attacker)
         assert attack.name == name
         assert found.steps[0] == 0
@@ -136,17 +183,36 @@ class TestAttacker:
         assert found.weights
 
     def test_learns_the_training_task(self, name, kind):
-        _, found = self.run(name, kind)
+        _, found, _ = attacked(name, kind)
         assert found.values["train_loss"][-1] < found.values["train_loss"][0]
 
     def test_benign_and_harmful_alike(self, name, kind):
-        _, found = self.run(name, kind, role="benign")
+        _, found, _ = run_attack(name, kind, role="benign")
         assert found.values["train_loss"][-1] < found.values["train_loss"][0]
 
     def test_same_seed_same_bits(self, name, kind):
-        (_, a), (_, b) = (self.run(name, kind, seed=5) for _ in range(2))
+        (_, a, _), (_, b, _) = (run_attack(name, kind, seed=5) for _ in range(2))
         assert a.values == b.values
         assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
+
+    def test_only_declared_parameters_move(self, name, kind):
+        _, found, copies = attacked(name, kind)
+        model, _ = attacked_problem(name, kind)
+        heads = {"head", "mean", "deviation"} if name == "probe_standardized" else {"head"}
+        assert heads <= found.weights.keys()
+        parameters = dict(model.named_parameters())
+        declared = {
+            "last_block_finetune": {k for k in parameters if k.startswith("blocks.2.")},
+            "extractor_full_finetune": set(parameters),
+            "extractor_lora": {k for k in found.weights if ".lora_" in k},
+        }.get(name, set())
+        assert found.weights.keys() - heads == declared
+        assert len(copies) == bool(declared)
+        assert all(moved(model, copied) == declared for copied in copies)
+
+    def test_the_store_gives_back_what_the_attack_gave(self, name, kind, tmp_path):
+        model, case = attacked_problem(name, kind)
+        check_round_trip(attacked(name, kind)[1], name, model, case, case.harmful[0], tmp_path)
 
 
 @pytest.mark.parametrize("name", METRICS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -101,6 +102,16 @@ def test_the_control_arm_can_be_exported_for_comparison(run_folder):
 def test_two_exports_are_equal_byte_by_byte(run_folder, exported, tmp_path):
     again = export(options(run_folder, f"path={tmp_path / 'again'}"))
     assert (again / "SHA256SUMS").read_bytes() == (exported / "SHA256SUMS").read_bytes()
+
+
+def test_the_working_directory_can_be_the_place(run_folder, exported, tmp_path, monkeypatch):
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    export(options(run_folder, "path=."))
+    assert Path.cwd() == place, "it is still there"
+    assert (place / "SHA256SUMS").read_bytes() == (exported / "SHA256SUMS").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
 
 
 # ---- other layouts

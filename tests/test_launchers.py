@@ -167,6 +167,40 @@ def test_status_without_slurm(told, runs, monkeypatch):
         told("records=[nowhere]")
 
 
+def test_status_tells_of_killed_actions_and_not_of_finished_ones(told, tmp_path):
+    runs = tmp_path / "outputs/runs"
+    begun = {"host": "node", "pid": 1, "started": 0.0, "job": None}
+    for action in batch.LASTING:
+        folder(runs / f"{action}-killed", begun, action)
+    (folder(runs / "search-done", begun, "search") / "pareto.html").touch()
+    folder(runs / "export", action="export")
+    wandb = runs / "run-killed/wandb/run-1/files"
+    wandb.mkdir(parents=True)
+    (wandb / "config.yaml").write_text("action: {value: run}\n")
+    lines = told()
+    assert [line.split("  ")[-2].split("/")[-1] for line in lines[:-1]] == [
+        f"{action}-killed" for action in sorted(batch.LASTING)
+    ]
+    assert lines[-1] == "4 killed"
+    (tmp_path / "outputs/minisd").mkdir()
+    with (runs / "train-killed/.hydra/config.yaml").open("a") as config:
+        config.write("paths: {outputs: outputs}\n")
+    assert told()[-1] == "4 killed"
+    (tmp_path / "outputs/minisd/training.json").touch()
+    assert told()[-1] == "3 killed"
+
+
+def test_one_unreadable_record_is_a_line_of_its_own(told, tmp_path):
+    for name, text in (("damaged", '{"schema": '), ("newer", '{"schema": "9.0"}')):
+        place = folder(tmp_path / "outputs/runs" / name)
+        (place / "record.json").write_text(text)
+    damaged, newer, numbers = told()
+    assert damaged.split()[0] == newer.split()[0] == "unreadable"
+    assert "cannot be read as JSON" in damaged
+    assert "has schema '9.0'" in newer
+    assert numbers == "2 unreadable"
+
+
 def test_a_folder_is_claimed_until_its_process_dies(tmp_path, monkeypatch):
     code = """
 import sys, time

@@ -7,14 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from entry_point import call_entry
 from release_examples import composed, finished, move, options, tiny_folder
+from safetensors.torch import save_file
 
 from lab import export_push
+from lab import record as records
 from lab.checksums import differences, write_sums
 from lab.errors import UserError
 from lab.export import export
-from lab.verify import check, verify
+from lab.types import ImageGrid
+from lab.verify import Report, _features, check, verify
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -50,6 +54,10 @@ def alter(path):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
+
+
+def forge(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def link(path):
@@ -99,6 +107,11 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
         ("export.json", lambda p: p.write_text(p.read_text().replace('"arm": "mima"', '"arm": "none"')), "record", ""),
         ("record.json", lambda p: p.write_text(p.read_text().replace('"seeds": [', '"seeds": [7,', 1)), "record", ""),
         ("README.md", Path.unlink, "record", "README.md is missing"),
+        ("README.md", lambda p: p.write_bytes(b"\xff"), "record", "README.md cannot be read"),
+        ("README.md", lambda p: p.write_text("# Of another run\n"), "record", "README.md does not name"),
+        ("export.json", lambda p: forge(p, seed=1), "record", "names another arm, case or seed"),
+        ("export.json", lambda p: forge(p, case="forged"), "record", "names another arm, case or seed"),
+        ("export.json", lambda p: forge(p, stage_key="0" * 64), "record", "another run"),
     ],
 )
 def test_a_forged_folder_whose_hashes_fit_is_still_found(copied, name, change, step, told):
@@ -109,6 +122,47 @@ def test_a_forged_folder_whose_hashes_fit_is_still_found(copied, name, change, s
     assert any(state == "FAILED" and what == step and told in text for state, what, text in report.lines), report.lines
     with pytest.raises(UserError, match="is not what was exported"):
         report.require()
+
+
+def written(folder, record):
+    """Write another record to an export, with facts, card and hashes that fit it."""
+    before = record["content_hash"]
+    records.write(record, folder / "record.json")
+    for name in ("export.json", "README.md"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace(before, record["content_hash"]))
+    write_sums(folder)
+
+
+def test_an_immunization_that_the_record_calls_diverged_has_no_weights(copied):
+    record = records.read(copied / "record.json")
+    next(c for c in record["cells"] if c["stage"] == "immunize" and c["arm"] == "mima")["status"] = "diverged"
+    written(copied, record)
+    assert check(copied).failed == [("export.json", "names an immunization that record.json calls diverged")]
+
+
+def test_pictures_are_those_of_the_record(copied):
+    record = records.read(copied / "record.json")
+    grid = ImageGrid(torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), ("a",), ("b",))
+    record["images"] = records.write_images(copied, {"grid": grid})
+    written(copied, record)
+    assert not check(copied).failed
+    alter(copied / "images/grid.png")
+    write_sums(copied)
+    assert check(copied).failed == [("images/grid.png", "is not the picture that record.json names")]
+    (copied / "images/grid.png").unlink()
+    write_sums(copied)
+    report = check(copied)
+    assert not report.failed
+    assert ("not checked", "record", "picture grid is not here") in report.lines
+
+
+def test_the_settings_of_features_are_a_mapping(tmp_path):
+    save_file({"theta": torch.eye(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("[]")
+    report = Report(tmp_path)
+    _features(report, {"kind": "linear", "weights": ""})
+    assert report.failed == [("config.json", "holds no settings by name")]
 
 
 def test_without_the_original_the_delta_is_left_open_and_base_names_it(copied, run_folder, tmp_path, capsys):

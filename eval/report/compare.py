@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import Any
 
@@ -9,15 +10,22 @@ from eval.report.labels import settings
 from eval.report.leaderboard import columns
 from eval.report.page import page
 from eval.report.paired import common_seeds, difference
+from eval.report.trials import trial
 from eval.report.words import ARROWS, Record, figure, heading, interval
 from lab.errors import UserError
+
+OTHER_TRIAL = (
+    "Attackers, budget or data differ: figures over attackers (the worst case, the verdict) do not answer one question."
+)
+
+_OVER_ATTACKERS = re.compile(r".*_worst(_|$)|verdict|asr|steps_to_relearn|benign_steps")
 
 
 def compare(a: Record, b: Record) -> dict[str, Any]:
     """Differences B − A of settings and metrics, JSON-able.
 
     Intervals of differences are those of `eval.report.paired.difference`; ``sure`` needs one across seeds that
-    excludes zero.
+    excludes zero, and for figures over attackers the same attackers and budget.
 
     Raises:
         UserError: records of different schemas (their minor version does not matter) or scenarios.
@@ -41,6 +49,7 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         "b": _identity(b),
         "same_content": a["content_hash"] == b["content_hash"],
         "same_data": data_a == data_b,
+        "same_trial": trial(a) == trial(b),
         "common_seeds": common_seeds(a, b),
         "config": changed,
         "metrics": [_row(name, a, b) for name in (*first, *(n for n in both if n not in first))],
@@ -66,7 +75,8 @@ def _row(name: str, a: Record, b: Record) -> dict[str, Any]:
     found = difference(name, a, b)
     if found is None:
         return row
-    row |= {"difference": found.value, "low": found.low, "high": found.high, "how": found.how, "sure": found.sure}
+    sure = found.sure and (trial(a) == trial(b) or not _OVER_ATTACKERS.match(name))
+    row |= {"difference": found.value, "low": found.low, "high": found.high, "how": found.how, "sure": sure}
     if found.ratio is not None:
         row["ratio"] = dict(zip(("value", "low", "high"), found.ratio, strict=True))
     if left["better"] != "neutral":
@@ -89,6 +99,8 @@ def to_text(result: dict[str, Any]) -> str:
         return "\n".join([*lines, "Both records have the same content: every figure is equal."])
     if not result["same_data"]:
         lines.append("The data differ: differences below are not due to settings alone.")
+    if not result["same_trial"]:
+        lines.append(OTHER_TRIAL)
     lines.append(f"\nsettings that differ ({len(result['config'])}):")
     lines += [f"  {c['key']}: {_short(c['a'])} → {_short(c['b'])}" for c in result["config"]]
     changed, equal = _split(result["metrics"])
@@ -115,7 +127,15 @@ def to_html(result: dict[str, Any]) -> str:
         for r in changed
     ]  # fmt: skip
     config = [{"key": c["key"], "a": _short(c["a"]), "b": _short(c["b"])} for c in result["config"]]
-    return page("comparison.html", title="Comparison", result=result, rows=rows, config=config, equal=equal)
+    return page(
+        "comparison.html",
+        title="Comparison",
+        result=result,
+        rows=rows,
+        config=config,
+        equal=equal,
+        other_trial=OTHER_TRIAL,
+    )
 
 
 def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:

@@ -198,14 +198,16 @@ def spectra(records: Sequence[Record], labels: Sequence[str], index: dict[str, i
     out.append({"title": title, "svg": svg, "note": _first(records, "principal_angles")})
     lines = _table_lines("pencil", "value", records, labels, index)
     title = "Eigenvalues of the pencil (K harmful, K benign)"
-    note = "The wider they spread, the more a linear map can immunize."
+    note = f"The wider they spread, the more a linear map can immunize. {_first(records, 'pencil')}".rstrip()
     out.append({"title": title, "svg": lines_plot(lines, title=title, x="index", y="λ", log="y"), "note": note})
     return [shown for shown in out if shown["svg"]]
 
 
 def _first(records: Sequence[Record], table: str) -> str:
-    row = next((r["tables"][table][0] for r in records if r["tables"].get(table)), None)
-    return f"Case {row.get('case')}, seed {row.get('seed')}." if row else ""
+    """Which case and seed a figure of ``table`` shows, as these tables hold the first ones only."""
+    rows = [row for record in records for row in record["tables"].get(table, [])]
+    shown = dict.fromkeys(f"{row.get('case')}, seed {row.get('seed')}" for row in rows)
+    return f"First case and seed only: {'; '.join(shown)}." if shown else ""
 
 
 def _table_lines(

@@ -17,6 +17,7 @@ from eval.report.options import by_option, transfer
 from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.pictures import pictures
+from eval.report.trials import groups
 from eval.report.words import Record
 from lab.store import write_atomically
 from lab.types import CONTROL
@@ -29,18 +30,16 @@ def render(records: Sequence[Record], out: Path) -> Path:
     """Write the report of ``records`` to ``out`` and return its path.
 
     Args:
-        records: one or more; they are grouped by scenario and backbone, since only those are comparable. Pictures of a
-            record that `lab.record.read` gave are looked for beside it, those of any other beside ``out``.
+        records: one or more; grouped by scenario, backbone and trial, since only those are comparable. Pictures of
+            a record that `lab.record.read` gave are looked for beside it, those of any other beside ``out``.
 
     Raises:
         ValueError: there are no records.
     """
     if not records:
         raise ValueError("a report needs at least one record")
-    groups = board.groups(records)
     sections = [
-        _section(f"{scenario} on {backbone}", f"s{i}", found, out.parent)
-        for i, ((scenario, backbone), found) in enumerate(groups.items())
+        _section(place.title, f"s{i}", found, out.parent) for i, (place, found) in enumerate(groups(records).items())
     ]
     names = list(dict.fromkeys(r["name"].split("/")[0] for r in records))
     title = f"Model immunization: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"

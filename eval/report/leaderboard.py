@@ -12,6 +12,7 @@ from typing import Any
 from eval.report.labels import labels
 from eval.report.outcomes import outcome
 from eval.report.page import page
+from eval.report.trials import groups, trial
 from eval.report.words import ARROWS, UNMEASURED, Record, heading, measured, support
 from lab.types import CONTROL
 
@@ -69,29 +70,22 @@ def columns(names: Iterable[str]) -> list[str]:
     return [c for c in COLUMNS if c in known] + sorted(more)
 
 
-def groups(records: Sequence[Record]) -> dict[tuple[str, str], list[Record]]:
-    """Records by (scenario, backbone), in order of appearance: only these are comparable."""
-    out: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        out.setdefault((record["scenario"], record["backbone"]), []).append(record)
-    return out
-
-
 def leaderboard(records: Sequence[Record]) -> list[Row]:
-    """Rows ordered by scenario and backbone, then best first; the control and failed runs come last, unranked.
+    """Rows ordered by scenario, backbone and trial, then best first; the control and failed runs come last, unranked.
 
     Order: complete runs before those that diverged in part; verdict; among those that hold (or have none) harmful
     slowdown and SGRC against the worst attacker, then RIR; among those that fail the harmful slowdown relative to the
     benign one, then RIR.
     """
     rows: list[Row] = []
-    for (scenario, backbone), found in groups(records).items():
+    for place, found in groups(records).items():
         group = []
         for record, label in zip(found, labels(found), strict=True):
             metrics = {k: record["metrics"][k] for k in columns(record["metrics"])}
             group.append(
                 {
-                    "scenario": scenario, "backbone": backbone, "label": label, "immunizer": record["immunizer"],
+                    "scenario": place.scenario, "backbone": place.backbone, "title": place.title, "label": label,
+                    "immunizer": record["immunizer"], "trial": trial(record),
                     "status": record["status"], "outcome": outcome(record).label, "seeds": len(record["seeds"]),
                     "attacks": list(record["attacks"]), "metrics": metrics, "rank": None, "best": [],
                 }
@@ -134,10 +128,10 @@ def _mark_best(group: list[Row]) -> None:
 
 
 def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[Row]]]:
-    """(title, columns that somebody has, rows) per scenario and backbone."""
+    """(title, columns that somebody has, rows) per scenario, backbone and trial."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(f"{row['scenario']} on {row['backbone']}", []).append(row)
+        found.setdefault(row["title"], []).append(row)
     for title, group in found.items():
         yield title, columns(n for r in group for n in r["metrics"]), group
 
@@ -171,7 +165,7 @@ LEGEND = (
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
-    """One Markdown table per scenario and backbone."""
+    """One Markdown table per scenario, backbone and trial."""
     parts = []
     for title, shown, group in sections(rows):
         head = ["#", "immunizer", "outcome", *(f"{heading(c)} {direction(c, group)}" for c in shown), "seeds"]
@@ -199,7 +193,7 @@ def _md(text: str) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """One line per row, full precision, with low, high, n and kind of interval for every figure."""
     shown = columns(n for r in rows for n in r["metrics"])
-    head = ["rank", "scenario", "backbone", "immunizer", "label", "status", "outcome", "seeds"]
+    head = ["rank", "scenario", "backbone", "trial", "immunizer", "label", "status", "outcome", "seeds"]
     parts = ("value", "low", "high", "n", "interval")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -249,7 +243,7 @@ def _value(row: Row, name: str) -> float | None:
 
 
 def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the templates need: per scenario and backbone a title, headings and rows of (text, is best)."""
+    """What the templates need: per scenario, backbone and trial a title, headings and rows of (text, is best)."""
     out = []
     for title, shown, group in sections(rows):
         lines = [

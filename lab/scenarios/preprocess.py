@@ -163,10 +163,15 @@ def drop_combinations(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tupl
     """Makes both Gram matrices full rank where the rows suffice.
 
     A group with fewer rows than columns cannot have a full-rank Gram matrix; only columns that are combinations
-    in the stacked rows are dropped then, and the note of `rank_note` says what remains.
+    in the stacked rows are dropped then, and the note of `rank_note` says what remains. Where even these are no more
+    than the columns, any column is a combination of the others by count alone: none is dropped, since which ones would
+    be an accident of the split.
     """
     enough = all(rows.sum() >= len(data.names) for _, rows in groups)
     stacked: Mask = np.logical_or.reduce([rows for _, rows in groups])
+    if not enough and stacked.sum() <= len(data.names):
+        told = f"{int(stacked.sum())} training rows in all cannot tell which of {len(data.names)} columns are"
+        return data, [f"{told} linear combinations of others: none was dropped for that."]
     todo = list(groups) if enough else [("stacked", stacked)]
     notes = []
     for label, rows in todo:

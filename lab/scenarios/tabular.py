@@ -65,6 +65,11 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise UserError("scenario.path", path, f"cannot be read ({error}).") from error
     if frame.empty:
         raise UserError("scenario.path", path, "holds no rows; give a CSV with a header and data.")
+    header = str(frame.columns[0])
+    if frame.shape[1] == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header), None)):
+        raise UserError(
+            "scenario.path", path, f"has one column only, named {header!r}: separate by commas, not {other!r}."
+        )
     return frame
 
 

@@ -16,8 +16,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lab.options import number
+from lab.options import choice, number
 from lab.sources import ROOT
+from lab.tracking.wandb_backend import MODES, NOTICE
 
 log = logging.getLogger(__name__)
 _QUEUE = 10_000  # messages; a tracker that falls further behind loses live points, never the record
@@ -72,32 +73,53 @@ class _Child:
             self.lost += 1  # the child does not read: `finish` ends it
 
     def finish(self) -> None:
-        """Wait for the child, ``timeout`` seconds after ``close`` at most."""
+        """Wait for the child, ``timeout`` seconds after ``close`` at most; one warning at most."""
+        told = []
         try:
             self._thread.join(max(self.deadline - time.monotonic(), 0.0))
             code = self._process.wait(max(self.deadline - time.monotonic(), 0.0))
+            if code != 0 or self.lost:
+                told.append(f"failed (exit code {code}, {self.lost} messages lost)")
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            log.warning("tracker %s took over %.0f s and was ended; the record is complete", self.name, self.timeout)
-            return
-        if code != 0 or self.lost:
-            log.warning(
-                "tracker %s failed (exit code %s, %d messages lost); the record is complete, see %s",
-                self.name, code, self.lost, self._output,
-            )  # fmt: skip
+            told.append(f"took over {self.timeout:.0f} s and was ended; raise tracker.{self.name}.timeout_s")
+        told += self._notices()
+        if told:
+            log.warning("tracker %s: %s; the record is complete, see %s", self.name, "; ".join(told), self._output)
+
+    def _notices(self) -> list[str]:
+        """What the child wants the user to know; its log is all that is left of one that was killed."""
+        try:
+            lines = self._output.read_text(errors="replace").splitlines()
+        except OSError:
+            return []
+        return [line.removeprefix(NOTICE) for line in lines if line.startswith(NOTICE)]
+
+
+def _check(key: str, config: dict[str, Any]) -> None:
+    """Raises `UserError` for a value that would end in a tracker that fails."""
+    number(f"{key}.timeout_s", config.get("timeout_s"), above=0)
+    if config.get("name") == "wandb":
+        choice(f"{key}.mode", config.get("mode"), MODES)
+        number(f"{key}.init_timeout_s", config.get("init_timeout_s"), above=0)
 
 
 class Trackers:
-    """All trackers of one run. Methods never raise and never wait, but for ``finish`` (bounded)."""
+    """All trackers of one run. Methods never raise and never wait, but for ``finish`` (bounded).
+
+    Raises:
+        UserError: an option that a tracker cannot work with; before any of them starts.
+    """
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         self._children: list[_Child] = []
         plain = OmegaConf.to_container(cfg, resolve=True)
         assert isinstance(plain, dict)
         configs = {str(name): sub for name, sub in (plain.get("tracker") or {}).items()}
+        for name, config in configs.items():  # all of them before the first one starts
+            _check(f"tracker.{name}", config)
         for name, config in configs.items():
-            number(f"tracker.{name}.timeout_s", config.get("timeout_s"), above=0)
             try:
                 child = _Child({"folder": str(folder), **config}, folder)
             except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 from lab import record as records
 from lab.tracking import views
 from lab.tracking.views import ATTACK, EVAL, IMMUNIZE
+
+MODES = ("auto", "online", "offline")
+NOTICE = "notice: "  # starts a line of the tracker's log that the run's own process tells the user
 
 
 def has_key() -> bool:
@@ -62,7 +66,7 @@ class WandbBackend:
         except (wandb.Error, OSError, TimeoutError) as error:
             if mode == "offline":
                 raise
-            print(f"W&B is not reachable with this key ({type(error).__name__}); logging offline", file=sys.stderr)
+            print(f"{NOTICE}{self._fell_back(error)}", file=sys.stderr, flush=True)
             self.options["mode"] = "offline"  # for the stages that follow too
             wandb.teardown()  # the service that could not connect still holds the run's id
             run = wandb.init(mode="offline", **common)
@@ -70,6 +74,16 @@ class WandbBackend:
             run.define_metric(f"{stage}/step", hidden=True)
             run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
         return run
+
+    def _fell_back(self, error: Exception) -> str:
+        """Cause and fix; of the error only its type, as a message may hold what the server was sent."""
+        cause = "cannot be reached or refuses the key" if has_key() else "needs a key to be online"
+        runs = Path(self.options["folder"]).resolve() / "wandb"
+        return (
+            f"W&B {cause} ({type(error).__name__}), so the run is logged offline. Set a valid WANDB_API_KEY and check "
+            "the network, or set tracker.wandb.mode=offline. "
+            f"`wandb sync {shlex.quote(str(runs))}/offline-run-*` sends what was logged"
+        )
 
     def _point(self, stage: str, step: float, values: dict[str, float]) -> None:
         self.run.log({f"{stage}/step": step} | {f"{stage}/{k}": v for k, v in values.items()})

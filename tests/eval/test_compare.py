@@ -89,6 +89,17 @@ def test_seeds_are_paired_only_on_the_same_data():
     assert difference("rir", a, fewer).how.startswith("not paired")
 
 
+def test_the_worst_case_over_other_attackers_is_never_sure():
+    a, b = attacked("kappa", 1.0, 1.0, 5.0), attacked("kappa", 9.0, 1.0, 500.0)
+    assert {r["name"]: r["sure"] for r in compare(a, b)["metrics"]}["slowdown_harmful_worst"]
+    b = sealed(b | {"attacks": ["linear_probe"]})
+    result = compare(a, b)
+    sure = {r["name"]: r["sure"] for r in result["metrics"]}
+    assert not sure["slowdown_harmful_worst"]
+    assert sure["rir"]
+    assert "Attackers, budget or data differ" in to_text(result)
+
+
 def test_a_value_that_is_no_mean_over_seeds_is_not_paired():
     a, b = with_seeds([1.0, 2.0, 3.0]), with_seeds([2.0, 3.0, 4.5])
     for one in (a, b):

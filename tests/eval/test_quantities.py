@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from fake_run import linear
 
-from eval.quantities import RFD, SGRC, ConditionNumber, NormRatio, RelativeImmunizationRatio
+from attacks.linear_probe import LinearProbe
+from eval.quantities import RFD, SGRC, ConditionNumber, RelativeImmunizationRatio
+from lab.types import Budget, Split, Task
 
 
 def tensor(*values: float) -> torch.Tensor:
@@ -28,13 +31,13 @@ def test_rir_by_hand_and_refuses_impossible_values() -> None:
 
 
 def test_norm_ratio_by_hand() -> None:
-    metric = NormRatio()
-    metric.update(tensor(1, 0), tensor(2, 0), tensor(0, 0))
-    assert float(metric.compute()) == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="starts at its optimum"):
-        metric.update(tensor(1), tensor(0), tensor(0))
-    with pytest.raises(ValueError, match="shapes differ"):
-        metric.update(tensor(1), tensor(0), tensor(0, 1))
+    rows = Split(torch.eye(2, dtype=torch.float64), tensor(2, 4))  # w* = (2, 4), and a step halves the way to it
+    probe = LinearProbe(optimizer="sgd", lr=1.0)
+    found = probe(linear(rows.x), Task("good", "benign", "regression", rows, rows), seed=0, budget=Budget(2, 1, 3),
+                  checkpoint=None)  # fmt: skip
+    assert found.steps == [0, 1, 2]
+    assert found.values["norm_ratio"] == pytest.approx([1, 1 / 4, 1 / 16])
+    torch.testing.assert_close(found.weights["head"], tensor(1.5, 3)[:, None])
 
 
 def test_sgrc_by_hand() -> None:
@@ -58,7 +61,7 @@ def test_rfd_and_its_signed_twin() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
-@pytest.mark.parametrize("metric", [ConditionNumber(), RelativeImmunizationRatio(), NormRatio(), SGRC(), RFD()])
+@pytest.mark.parametrize("metric", [ConditionNumber(), RelativeImmunizationRatio(), SGRC(), RFD()])
 def test_an_empty_set_is_an_error(metric) -> None:
     with pytest.raises(ValueError, match="empty set"):
         metric.compute()

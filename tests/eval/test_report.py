@@ -226,3 +226,20 @@ def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
     assert "here it is 1.2" in reached.details[-1]
     assert not any("356.2" in line for line in outcome(record(name, scenario="csv")).details)
     assert not any("356.2" in line for line in outcome(record("kappa", metrics={"rir": metric(1.2)})).details)
+
+
+def test_records_that_met_other_attackers_or_budgets_are_not_ranked_together():
+    hard = attacked("hard", 1.4, 1.0, 5.0)
+    easy = attacked("easy", 9.0, 1.0, 5.0)
+    easy = sealed(easy | {"attacks": ["linear_probe"]})
+    long = attacked("long", 8.0, 1.0, 5.0)
+    long = sealed(long | {"config": long["config"] | {"budget": {"horizon": 200, "multiple": 5, "points": 20}}})
+    rows = leaderboard([hard, easy, long, failed()])
+    assert [(r["immunizer"], r["rank"]) for r in rows if r["rank"]] == [("hard", 1), ("easy", 1), ("long", 1)]
+    text = to_markdown(rows)
+    assert "linear_probe, linear_probe_adam · 20 steps (1×) of 100" in text
+    assert text.count("### house_price on linear · ") == 3
+    assert "comes first" not in text
+    assert "linear_probe · 20 steps (1×) of 100" in to_csv(rows)
+    alike = to_markdown(leaderboard([hard, attacked("second", 1.3, 1.0, 5.0), failed()]))
+    assert "### house_price on linear\n" in alike

@@ -9,7 +9,7 @@ import pytest
 from fake_generated import generated
 from fake_records import attacked, failed, sealed, sweep
 
-from eval.report.figures import _shared_limits
+from eval.report.figures import _shared_limits, spectra
 from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_html, to_markdown
 from eval.report.plots import Line, curve_png, lines_plot
@@ -78,6 +78,17 @@ def test_report_shows_what_it_must(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert part in text or part.replace("_", "_<wbr>") in text, part
     assert text.count("<svg role") >= 13
+
+
+def test_figures_of_the_first_case_and_seed_say_so() -> None:
+    run, other = attacked("kappa", 1.8, 1.0, 40.0), attacked("imma", 1.3, 1.0, 5.0)
+    notes = {shown["title"]: shown["note"] for shown in spectra([run], ["kappa"], {"kappa": 1})}
+    assert len(notes) == 4
+    assert all("First case and seed only: house, seed 0." in note for note in notes.values())
+    for row in [row for table in ("spectrum", "principal_angles", "pencil") for row in other["tables"][table]]:
+        row["seed"] = 3
+    both = spectra([run, other], ["kappa", "imma"], {"kappa": 1, "imma": 2})
+    assert all("house, seed 0; house, seed 3." in shown["note"] for shown in both)
 
 
 def test_a_report_of_nothing_is_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from fake_run import (
     STEPS,
+    FakeRun,
     classes,
     decay,
     fake,
@@ -74,6 +75,30 @@ def test_a_benign_user_stops_at_the_best_point() -> None:
         return found
 
     assert Verdict()(fake(trajectories=spoilt)).metrics["verdict"].value == 0
+
+
+@pytest.mark.parametrize(
+    ("threshold", "passes", "fails", "check", "run"),
+    [
+        ("min_slowdown", 2.0, 2.2, "steps to", fake(trajectories=rates(0.9, 0.8))),  # ln 0.8 / ln 0.9 = 2.1
+        ("min_sgrc", 0.4, 0.6, "(SGRC)", fake(cases=classes(), trajectories=rates(0.8, 0.8, harmful_accuracy=0.4))),
+        ("max_benign_slowdown", 1.5, 1.2, "steps to", fake(trajectories=rates(0.95, 0.85))),  # 1.4
+        ("max_benign_loss", 0.2, 0.1, "best performance",
+         fake(cases=classes(), trajectories=rates(0.95, 0.8, benign_accuracy=0.7))),  # (0.8 - 0.7) / 0.8
+    ],
+)  # fmt: skip
+def test_each_threshold_alone_flips_the_verdict(
+    threshold: str, passes: float, fails: float, check: str, run: FakeRun
+) -> None:
+    kept, lost = (Verdict(**{threshold: value})(run) for value in (passes, fails))
+    assert [s.metrics[name].value for s in (kept, lost) for name in ("verdict", "verdict_share")] == [1, 1, 0, 0]
+    flipped = {
+        before["check"]
+        for before, after in zip(kept.tables["verdict"], lost.tables["verdict"], strict=True)
+        if before["passed"] != after["passed"]
+    }
+    assert flipped
+    assert all(check in what for what in flipped)
 
 
 def test_sgrc_alone_can_carry_the_harmful_side() -> None:

@@ -100,7 +100,8 @@ def test_spectra_reduce_variance():
     x = case.benign.train.x
     errors = {}
     for spectrum in ("batch", "running", "full"):
-        schedule = kappa(spectrum=spectrum, running_window=5).schedule
+        more = {"running_window": 5} if spectrum == "running" else {}
+        schedule = kappa(spectrum=spectrum, **more).schedule
         sampler = Trainer(schedule, LinearBackbone().build(case, 0), case, 0, lambda step, **v: None).samplers[0]
         grams = []
         for step in range(10, 60):

@@ -1,10 +1,12 @@
 """Options of KAPPA whose direction the other tests do not show: what a larger value does."""
 
+import pytest
 import torch
 from small_cases import immunize, linear_case, randn
 
-from immunize.kappa import Kappa
+from immunize.kappa import Kappa, KappaOpt
 from immunize.sampling import RowSampler
+from lab.errors import UserError
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
 
@@ -54,3 +56,24 @@ def test_corridor_rate_sets_how_fast_the_weights_move():
         pulls.append(run(linear_case(), lambda_p=0.05, steps=20, **options)[1].column("lambda_p")[-1])
     assert pulls[0] == 0.05
     assert pulls[2] > 2 * pulls[1] > 2.5 * pulls[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "key"),
+    [
+        (Kappa, {"preconditioned": False, "ridge_benign": 5.0}, "immunize.ridge_benign"),
+        (Kappa, {"corridor_benign": 9.0}, "immunize.corridor_benign"),
+        (Kappa, {"worst_case_temperature": 7.0}, "immunize.worst_case_temperature"),
+        (Kappa, {"running_window": 9}, "immunize.running_window"),
+        (KappaOpt, {"rank_rule": "dimension"}, "immunize.rank_rule"),
+    ],
+)
+def test_an_option_that_nothing_reads_is_refused(kind, options, key):
+    with pytest.raises(UserError) as told:
+        kind(**(BASE | options))
+    assert told.value.key == key
+
+
+def test_worst_case_weights_need_several_harmful_tasks():
+    with pytest.raises(UserError, match="mnist_harm_set"):
+        Kappa(**BASE, worst_case=True).check((linear_case(),))

@@ -13,7 +13,7 @@ import torch
 
 from lab.errors import UserError
 from lab.scenarios import preprocess
-from lab.scenarios.tabular import Tabular, ames
+from lab.scenarios.tabular import Tabular, ames, read_csv
 from lab.types import Scenario
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "house_price"
@@ -170,6 +170,16 @@ def test_fewer_rows_than_features(tmp_path: Path) -> None:
     )
 
 
+def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> None:
+    """Which columns pivoted QR would name is an accident of the split; seeds must see the same features."""
+    rng = np.random.default_rng(0)
+    names = [*(f"f{i}" for i in range(40)), "area", "price"]
+    tables = [pd.DataFrame(rng.normal(size=(15, 42)), columns=names) for _ in range(2)]
+    loaded = [scenario(folder(tmp_path, *tables)).load(seed) for seed in (0, 1)]
+    assert [one.cases[0].benign.train.x.shape[1] for one in loaded] == [40, 40]
+    assert "24 training rows in all cannot tell which of 40 columns are" in " ".join(loaded[0].notes)
+
+
 def test_ordinal_codes() -> None:
     frame = pd.DataFrame({"q": ["b", None, "a", "c"], "flag": [True, False, True, True], "n": [1, 2, 3, 4]})
     data, _ = preprocess.encode(frame, np.ones(4, dtype=bool))
@@ -285,6 +295,13 @@ def test_files_that_are_no_csv(tmp_path: Path) -> None:
         (tmp_path / "D1.csv").write_bytes(content)
         with pytest.raises(UserError, match=r"scenario\.path=.*D1\.csv"):
             scenario(path).load(0)
+
+
+def test_another_separator_is_named(tmp_path: Path) -> None:
+    place = tmp_path / "houses.csv"
+    place.write_text("zone;area;price\nA;1;2\nB;3;4\n")
+    with pytest.raises(UserError, match="separate by commas, not ';'"):
+        read_csv(place)
 
 
 def test_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,6 +78,15 @@ def test_a_search_tries_the_preset_first_and_ends_with_front_and_leaderboard(cli
     assert "| 0 |" in out
 
 
+def test_a_search_of_the_preset_alone_has_its_table(cli, tmp_path):
+    code, out, err = cli("search.trials=1")
+    assert code == 0, err
+    rows, folder = table(tmp_path)
+    assert [r["trial"] for r in rows] == [0]
+    assert {p.suffix for p in folder.glob("pareto.*")} == {".md", ".csv", ".html", ".json"}
+    assert f"{folder.name}/pareto.md" in out
+
+
 def test_the_same_command_proposes_the_same_trials(cli, tmp_path):
     cli("search.trials=5")
     first, _ = table(tmp_path)

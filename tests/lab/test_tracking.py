@@ -22,6 +22,7 @@ from PIL import Image
 from lab import record as records
 from lab.errors import UserError
 from lab.tracking import Trackers, client, views, worker
+from lab.tracking.wandb_backend import NOTICE, WandbBackend
 from lab.types import Score, Scores
 
 CONFIG = {
@@ -232,14 +233,19 @@ def test_a_failed_run_is_marked_in_every_stage(folder):
 
 
 @pytest.mark.slow
-def test_wandb_with_a_wrong_key_and_no_network_logs_offline(folder, monkeypatch):
+def test_wandb_with_a_wrong_key_and_no_network_logs_offline_and_says_so(folder, monkeypatch, caplog):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")  # of a W&B in this very process: not the tracker's
     track(folder, {"wandb": WANDB})
     assert read_offline_run(folder, "attack")[1]["attack/loss/control"] == [3.0, 2.0, 1.0]
-    log = (folder / "tracker-wandb.log").read_text()
-    assert log.count("logging offline") == 1
+    log = folder / "tracker-wandb.log"
+    assert log.read_text().count("logged offline") == 1
+    (told,) = [r.getMessage() for r in caplog.records if r.name == client.log.name]
+    for part in ("cannot be reached or refuses the key (CommError)", "WANDB_API_KEY", "tracker.wandb.mode=offline",
+                 f"`wandb sync {folder}/wandb/offline-run-*`", str(log)):  # fmt: skip
+        assert part in told
+    assert KEY not in caplog.text
     assert KEY not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file())
 
 
@@ -333,6 +339,8 @@ def test_wandbs_service_killed_in_the_middle_costs_a_warning_at_most(folder, cap
 
 FAKE = """
 import sys, time
+if {fallback}:
+    print("a line of W&B's own", "{notice}logged offline", "another one", sep="\\n", file=sys.stderr, flush=True)
 if {crash}:
     sys.exit("the service crashed")
 for line in sys.stdin:
@@ -341,9 +349,9 @@ time.sleep({sleep})
 """
 
 
-def fake_worker(tmp_path, monkeypatch, *, crash=False, sleep=0):
+def fake_worker(tmp_path, monkeypatch, *, crash=False, sleep=0, fallback=False):
     script = tmp_path / "fake.py"
-    script.write_text(FAKE.format(crash=crash, sleep=sleep))
+    script.write_text(FAKE.format(crash=crash, sleep=sleep, fallback=fallback, notice=NOTICE))
     real = client.subprocess.Popen
     monkeypatch.setattr(client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw))
 
@@ -351,7 +359,7 @@ def fake_worker(tmp_path, monkeypatch, *, crash=False, sleep=0):
 def test_a_tracker_that_crashes_costs_a_warning(folder, tmp_path, monkeypatch, caplog):
     fake_worker(tmp_path, monkeypatch, crash=True)
     track(folder, {"wandb": WANDB}, live=3000)
-    assert "tracker wandb failed" in caplog.text
+    assert "tracker wandb: failed" in caplog.text
     assert records.read(folder / "record.json")["status"] == "ok"
 
 
@@ -360,6 +368,32 @@ def test_a_tracker_that_hangs_is_ended_after_its_timeout(folder, tmp_path, monke
     waited = track(folder, {"wandb": WANDB | {"timeout_s": 1}})
     assert waited < 20
     assert "was ended" in caplog.text
+    assert "tracker.wandb.timeout_s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [({}, "logged offline"), ({"crash": True}, "failed (exit code 1"), ({"sleep": 60}, "was ended")],
+)
+def test_a_tracker_that_fell_back_says_so_once_however_it_ends(how, told, folder, tmp_path, monkeypatch, caplog):
+    fake_worker(tmp_path, monkeypatch, fallback=True, **how)
+    track(folder, {"wandb": WANDB | {"timeout_s": 5 if "sleep" in how else 60}})
+    (message,) = [r.getMessage() for r in caplog.records if r.name == client.log.name]
+    assert told in message
+    assert message.count("logged offline") == 1
+    assert message.endswith(f"see {folder / 'tracker-wandb.log'}")
+    assert "W&B's own" not in message
+
+
+def test_why_wandb_fell_back_names_no_secret(folder, monkeypatch):
+    backend = WandbBackend({**WANDB, "folder": str(folder)})
+    error = ConnectionError(f"Authorization: {KEY}")
+    assert "needs a key to be online (ConnectionError)" in backend._fell_back(error)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    told = backend._fell_back(error)
+    assert "cannot be reached or refuses the key (ConnectionError)" in told
+    assert KEY not in told
+    assert "\n" not in told
 
 
 def test_a_tracker_that_cannot_start_costs_a_warning(folder, monkeypatch, caplog):
@@ -396,9 +430,21 @@ def test_a_killed_run_ends_the_tracker_as_crashed(folder, monkeypatch):
     assert codes == [1]
 
 
-def test_timeout_must_be_positive(folder):
-    with pytest.raises(UserError, match=r"tracker\.wandb\.timeout_s"):
-        track(folder, {"wandb": WANDB | {"timeout_s": 0}})
+@pytest.mark.parametrize(
+    ("option", "value", "fix"),
+    [
+        ("timeout_s", 0, "must be a number > 0"),
+        ("mode", "onlin", "did you mean online"),
+        ("mode", False, "choose one of auto, offline, online"),  # what YAML makes of `off`
+        ("init_timeout_s", 0, "must be a number > 0"),
+        ("init_timeout_s", "20 s", "must be a number > 0"),
+    ],
+)
+def test_a_bad_value_is_named_before_any_tracker_starts(option, value, fix, folder, monkeypatch):
+    monkeypatch.setattr(client, "_Child", lambda *_: pytest.fail("a tracker was started"))
+    with pytest.raises(UserError, match=fix) as found:
+        track(folder, {"trackio": TRACKIO, "wandb": WANDB | {option: value}})
+    assert (found.value.key, found.value.value) == (f"tracker.wandb.{option}", value)
 
 
 def test_the_worker_module_knows_both_backends():

@@ -28,8 +28,9 @@ SECRET = "5ec2e7" + "0123456789abcdef" * 2 + "01"  # forty characters, as W&B's 
 
 
 def start(folder, *arguments, env=None):
-    """A run whose working directory is ``folder``, and which can import `launch_faults`."""
-    paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/launch")]), "OMP_NUM_THREADS": "1"}
+    """A run whose working directory is ``folder``, and which can import `launch_faults` and what lies in ``folder``."""
+    places = [str(ROOT), str(ROOT / "tests/launch"), str(folder)]
+    paths = {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=folder,
@@ -147,3 +148,29 @@ def test_a_wrong_option_that_the_processes_find_is_told_once(tmp_path):
     assert err.count("attacks.linear_probe.loss") >= 1
     assert "Traceback" not in err
     assert found_records(tmp_path)[0]["error"]["key"] is not None
+
+
+NO_DEVICE = """
+import os
+if os.environ.get("RANK") == "1":
+    import torch
+    from lab.errors import UserError
+
+    def taken(index):
+        if {meets}:
+            torch.cuda.is_available = lambda: False
+        raise UserError("backbone.device", "cuda", "is taken.")
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.set_device = taken
+"""
+
+
+@pytest.mark.parametrize("meets", [True, False])
+def test_a_device_that_does_not_do_for_one_process_ends_all(tmp_path, meets):
+    """The others wait where all meet. If it comes there they end at once, else accelerate ends them within 30 s."""
+    (tmp_path / "sitecustomize.py").write_text(NO_DEVICE.format(meets=meets))
+    _, err = ended(start(tmp_path, *RUN, "tracker=none", *TWO), code=2, seconds=60 if meets else 120)
+    assert "error: backbone.device=cuda: is taken." in err
+    (record,) = found_records(tmp_path)
+    assert (record["status"], record["error"]["key"]) == ("failed", "backbone.device")

@@ -1,0 +1,52 @@
+"""What records must share to be ranked: the same attackers with the same budget, on the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from eval.report.words import Record
+
+
+class Place(NamedTuple):
+    """Where records are comparable. ``trial`` is empty where all records of scenario and backbone share one."""
+
+    scenario: str
+    backbone: str
+    trial: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.scenario} on {self.backbone}" + (f" · {self.trial}" if self.trial else "")
+
+
+def trial(record: Record) -> str:
+    """Attackers, budget and place of the data, in words. Options of the attackers are a row's settings."""
+    budget: dict[str, Any] = record["config"].get("budget") or {}
+    horizon, multiple = budget.get("horizon"), budget.get("multiple")
+    parts = [", ".join(sorted(record["attacks"])) or "not attacked"]
+    if record["attacks"] and horizon is not None and multiple is not None:
+        parts.append(f"{horizon} steps (1×) of {horizon * multiple}")
+    scenario = record["config"].get("scenario")
+    if isinstance(scenario, dict) and scenario.get("path") is not None:
+        parts.append(f"data: {scenario['path']}")
+    return " · ".join(parts)
+
+
+def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
+    """Records by scenario, backbone and trial, in order of appearance: fewer attackers make a better worst case.
+
+    A run that failed was judged by nobody and stands with the first others of its scenario and backbone.
+    """
+    trials: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        known = trials.setdefault((record["scenario"], record["backbone"]), [])
+        if record["metrics"] and trial(record) not in known:
+            known.append(trial(record))
+    out: dict[Place, list[Record]] = {}
+    for record in records:
+        scenario, backbone = record["scenario"], record["backbone"]
+        known = trials[scenario, backbone]
+        own = trial(record) if record["metrics"] or trial(record) in known else known[0] if known else ""
+        out.setdefault(Place(scenario, backbone, own if len(known) > 1 else ""), []).append(record)
+    return out
