@@ -94,7 +94,9 @@ def fail_job(code: int) -> None:
 
 @contextmanager
 def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
-    """Hold ``folder``'s lock and write who we are, for `lab.status`. The kernel frees the lock when the process dies.
+    """Hold ``folder``'s lock and write who we are and how it ended, for `lab.status`.
+
+    The kernel frees the lock when the process dies.
 
     Does nothing for what is over at once, and on ranks other than the first, which answers for all of a run, as does
     the first of several machines (`run.py`).
@@ -119,14 +121,24 @@ def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
             told = "another process is at work in it: wait for its end, or choose another folder."
             raise UserError("hydra.run.dir", folder, told) from error
     try:
-        (folder / PROCESS).write_text(OmegaConf.to_yaml(OmegaConf.create(_identity())))
-        yield
+        identity = {"host": platform.node(), "pid": os.getpid(), "started": time.time(), "job": job_id()}
+        _write(folder, identity)
+        try:
+            yield
+        except BaseException as error:
+            ended = "failed" if isinstance(error, Exception) else "preempted"
+            _write(folder, identity | {"ended": ended, "told": " ".join(str(error).split())[:200]})
+            raise
+        _write(folder, identity | {"ended": "ok"})
     finally:
         lock.release()
 
 
-def _identity() -> dict[str, Any]:
-    return {"host": platform.node(), "pid": os.getpid(), "started": time.time(), "job": job_id()}
+def _write(folder: Path, process: dict[str, Any]) -> None:
+    try:
+        (folder / PROCESS).write_text(OmegaConf.to_yaml(OmegaConf.create(process)))
+    except OSError as error:  # a full disk: the run's own message matters more
+        log.warning("%s: %s", folder / PROCESS, error)
 
 
 def job_id() -> str | None:

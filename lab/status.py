@@ -91,29 +91,14 @@ def _run_folders(places: list[Path], key: str) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether ``folder`` is that of a run, or of another lasting action that has not ended; those of the others do not
-    count: every call of the program leaves a folder with its config."""
+    """Whether ``folder`` is that of a lasting action; every other call leaves a folder with its config, too."""
     config = folder / HYDRA / "config.yaml"
     if (folder / "record.json").is_file() or is_claimed(folder) or not config.is_file():
         return True
     cfg = OmegaConf.load(config)
     if not isinstance(cfg, DictConfig) or cfg.get("dry_run", False):
         return False
-    action = cfg.get("action", "run")
-    return action in LASTING and not (action in _RESULT and _RESULT[action](folder, cfg))
-
-
-def _searched(folder: Path, cfg: DictConfig) -> bool:
-    return (folder / "pareto.html").is_file()  # its trials have records of their own
-
-
-def _trained(folder: Path, cfg: DictConfig) -> bool:
-    """What a training leaves lies elsewhere, and may be that of an earlier one."""
-    made = Path(str(OmegaConf.select(cfg, "paths.outputs"))) / "minisd" / "training.json"
-    return made.is_file() and made.stat().st_mtime >= float(_process(folder).get("started", 0))
-
-
-_RESULT = {"search": _searched, "train": _trained}  # of actions that write no record: whether they have ended
+    return cfg.get("action", "run") in LASTING
 
 
 def _process(folder: Path) -> dict[str, Any]:
@@ -159,6 +144,8 @@ def _run(folder: Path, process: dict[str, Any], queue: Queue | None) -> Line:
     if record is not None:
         seconds, message = record["provenance"]["wall_time_s"], (record["error"] or {}).get("message", "")
         return Line(record["status"], folder, seconds, message)
+    if process.get("ended"):  # a search, a training; or what failed before it could have a record
+        return Line(str(process["ended"]), folder, None, str(process.get("told") or ""))
     if name and queue is None:
         return Line("unknown", folder, None, f"Slurm job {name} has left no record, and {NO_SLURM}")
     return Line("killed", folder, None, f"no record and no living process: {CONTINUE}")

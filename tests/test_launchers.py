@@ -167,12 +167,11 @@ def test_status_without_slurm(told, runs, monkeypatch):
         told("records=[nowhere]")
 
 
-def test_status_tells_of_killed_actions_and_not_of_finished_ones(told, tmp_path):
+def test_status_tells_how_actions_without_a_record_ended(told, tmp_path):
     runs = tmp_path / "outputs/runs"
     begun = {"host": "node", "pid": 1, "started": 0.0, "job": None}
     for action in batch.LASTING:
         folder(runs / f"{action}-killed", begun, action)
-    (folder(runs / "search-done", begun, "search") / "pareto.html").touch()
     folder(runs / "export", action="export")
     wandb = runs / "run-killed/wandb/run-1/files"
     wandb.mkdir(parents=True)
@@ -182,12 +181,15 @@ def test_status_tells_of_killed_actions_and_not_of_finished_ones(told, tmp_path)
         f"{action}-killed" for action in sorted(batch.LASTING)
     ]
     assert lines[-1] == "4 killed"
-    (tmp_path / "outputs/minisd").mkdir()
-    with (runs / "train-killed/.hydra/config.yaml").open("a") as config:
-        config.write("paths: {outputs: outputs}\n")
-    assert told()[-1] == "4 killed"
-    (tmp_path / "outputs/minisd/training.json").touch()
-    assert told()[-1] == "3 killed"
+    with batch.claimed(runs / "search-killed", "search", dry_run=False):
+        pass
+    with pytest.raises(UserError), batch.claimed(runs / "train-killed", "train", dry_run=False):
+        raise UserError("train.steps", 0, "must be at least 1.")
+    with pytest.raises(KeyboardInterrupt), batch.claimed(runs / "audit-killed", "audit", dry_run=False):
+        raise KeyboardInterrupt
+    lines = told()
+    assert lines[-1] == "1 done (1 ok), 1 failed, 1 preempted, 1 killed"
+    assert any("train.steps=0: must be at least 1." in line for line in lines)
 
 
 def test_one_unreadable_record_is_a_line_of_its_own(told, tmp_path):
