@@ -35,8 +35,8 @@ def timed(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
     command = [
         sys.executable,
         str(ROOT / "run.py"),
+        *arguments,  # a flag has to come before all overrides
         "experiment=house_price",
-        *arguments,
         "tracker=none",
         f"paths.outputs={folder}",
     ]
