@@ -41,22 +41,33 @@ class Preconditioner:
 
 
 class Engine(Protocol):
+    """What moves: its parameters, features of rows, and gradients that come in with respect to features."""
+
     parameters: list[Tensor]
 
-    def view(self, task: int, rows: Tensor, gradient: bool = True) -> View: ...
+    def view(self, task: int, rows: Tensor, gradient: bool = True) -> View:
+        """Features of ``rows`` of task number ``task``; with ``gradient`` they can be given to `add`."""
+
     def add(self, view: View, gradient: Tensor) -> None:
         """Ordinary chain rule for ∂f/∂Y [n, d]."""
 
     def add_regularizer(self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None) -> None:
         """Gradient with respect to ``scale``·Y (``scale`` [n, 1]), preconditioned unless ``solve`` is None."""
 
-    def finish(self) -> None: ...
+    def finish(self) -> None:
+        """Leave the sum of what was added in ``.grad`` of the parameters, and forget it."""
+
     def features(self, task: int) -> Tensor:
         """Features [n, d] of all training rows, without gradient."""
 
-    def state(self) -> dict[str, Tensor]: ...
-    def load(self, tensors: dict[str, Tensor]) -> None: ...
-    def export(self) -> FeatureModel: ...
+    def state(self) -> dict[str, Tensor]:
+        """The parameters by name, for a checkpoint."""
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take back what `state` gave."""
+
+    def export(self) -> FeatureModel:
+        """An independent model with the parameters as they are now."""
 
 
 class LinearEngine:

@@ -34,10 +34,19 @@ class Setup:
 
 
 class StepObjective(Protocol):
-    def start(self, setup: Setup) -> None: ...
-    def step(self, step: int) -> dict[str, float]: ...
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
-    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+    """What the loop of `immunize.trainer` descends."""
+
+    def start(self, setup: Setup) -> None:
+        """Called once, before the first step or a resume."""
+
+    def step(self, step: int) -> dict[str, float]:
+        """Leave the gradient of ``step`` in the engine; returns what is logged. Raises FloatingPointError."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON-able values that a checkpoint keeps."""
+
+    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
 
 
 @dataclass

@@ -37,6 +37,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
+    """Everything that a run is made of; ``control`` is the arm without immunization."""
+
     scenario: Scenario
     backbone: Backbone
     backbone_identity: dict[str, Any]  # weights alone do not say what a network does with its inputs

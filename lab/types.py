@@ -181,7 +181,8 @@ class Scenario(Protocol):
     name: str
     provides: ClassVar[frozenset[Kind]]  # the backbone kinds that its inputs suit
 
-    def load(self, seed: int) -> ScenarioData: ...
+    def load(self, seed: int) -> ScenarioData:
+        """All cases of ``seed``. Raises `UserError` for data that are missing or cannot be used."""
 
 
 class FeatureModel(nn.Module):
@@ -202,6 +203,7 @@ class FeatureModel(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FeatureModel:
+        """Stays in evaluation mode whatever ``mode`` is."""
         return super().train(False)
 
     def inputs(self, x: Tensor) -> Tensor:
@@ -232,7 +234,8 @@ class Backbone(Protocol):
     name: str
     kind: Kind
 
-    def build(self, case: AnyCase, seed: int) -> Model: ...
+    def build(self, case: AnyCase, seed: int) -> Model:
+        """θ_0. Raises `UserError` for weights that are missing or of another model."""
 
 
 @runtime_checkable
@@ -242,7 +245,8 @@ class Eraser(Protocol):
     name: str
     accepts: ClassVar[frozenset[Kind]]
 
-    def __call__(self, model: Model, case: AnyCase, *, seed: int) -> Model: ...
+    def __call__(self, model: Model, case: AnyCase, *, seed: int) -> Model:
+        """A new model without ``case.erased``."""
 
 
 class Checkpoint(Protocol):
@@ -251,7 +255,8 @@ class Checkpoint(Protocol):
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The state saved last (tensors and JSON-able values), or None."""
 
-    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None: ...
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Keep this state in place of the last one; ``values["step"]`` is told where a run was interrupted."""
 
 
 class Log(Protocol):
@@ -395,7 +400,8 @@ class RunView(Protocol):
     seeds: tuple[int, ...]
     budget: Budget
 
-    def cases(self, seed: int) -> tuple[AnyCase, ...]: ...
+    def cases(self, seed: int) -> tuple[AnyCase, ...]:
+        """Cases of ``seed`` whose immunization did not diverge."""
 
     def model(self, arm: str, case: AnyCase, seed: int) -> Model:
         """θ_I for the immunizer's arm, θ_0 for the control arm."""
@@ -403,7 +409,8 @@ class RunView(Protocol):
     def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
         """What the immunizer logged: ``step`` and one equally long list per quantity."""
 
-    def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory: ...
+    def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory:
+        """What ``attack`` did to the model of ``arm`` on ``task``, at the snapshots of the budget."""
 
 
 @runtime_checkable
@@ -418,7 +425,8 @@ class RunMetric(Protocol):
     needs_arms: ClassVar[int]
     needs_attack: ClassVar[bool]
 
-    def __call__(self, run: RunView) -> Scores: ...
+    def __call__(self, run: RunView) -> Scores:
+        """The family's figures, curves and tables."""
 
 
 def clone(model: Model) -> Model:

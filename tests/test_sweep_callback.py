@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import run  # noqa: F401 - registers a resolver of the config
-from lab.callbacks import SweepLeaderboard, _jobs, sweep_codes
+from lab.callbacks import SweepLeaderboard, _jobs, _told, sweep_codes
 from lab.errors import UserError
 from lab.sources import ROOT
 
@@ -21,23 +21,28 @@ def cli(tmp_path, monkeypatch, capfd):
     return lambda *arguments: call_entry(monkeypatch, capfd, *arguments)
 
 
+def test_the_cost_is_told_before_the_jobs(cli):
+    code, out, err = cli("sweeps=corridor_figure", "dry_run=true", "immunize.lambda_h=1e-3", "seeds=[0]")
+    assert code == 0, err
+    assert out.startswith("corridor_figure: 2 of 4 runs; the whole costs 1 minute on two cores\n")
+    assert "left no record" not in out
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("overrides", "told"),
     [
-        ([], "corridor_figure: 4 runs; cost: 1 minute on two cores"),
-        (["immunize.lambda_h=1e-3"], "corridor_figure: 2 of 4 runs; the whole costs 1 minute on two cores"),
-        (["seeds=[0],[1]"], "corridor_figure: 8 runs, in place of 4 which cost 1 minute on two cores"),
-        (
-            ["immunize=kappa,kappa_opt", "immunize.lambda_h=1e-3"],
-            "corridor_figure: 4 runs; cost: 1 minute on two cores",
-        ),
+        ([], "4 runs; cost: 1 minute on two cores"),
+        (["immunize.lambda_h=1e-3"], "2 of 4 runs; the whole costs 1 minute on two cores"),
+        (["seeds=[0],[1]"], "8 runs, in place of 4 which cost 1 minute on two cores"),
+        (["immunize=kappa,kappa_opt", "immunize.lambda_h=1e-3"], "4 runs; cost: 1 minute on two cores"),
     ],
 )
-def test_the_cost_is_that_of_the_runs_as_the_yaml_has_them(cli, arguments, told):
-    code, out, err = cli("sweeps=corridor_figure", "dry_run=true", *arguments)
-    assert code == 0, err
-    assert out.startswith(f"{told}\n")
-    assert "left no record" not in out
+def test_the_cost_is_that_of_the_runs_as_the_yaml_has_them(overrides, told):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["sweeps=corridor_figure"], return_hydra_config=True)
+    cfg.hydra.overrides.task = overrides
+    assert _told(_jobs(cfg), cfg.sweep) == told
 
 
 def config(folder, *overrides):

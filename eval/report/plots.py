@@ -42,6 +42,8 @@ MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Palette:
+    """Colours of one figure: text and axes, grid lines, the control arm and then the immunizers."""
+
     ink: str
     grid: str
     series: tuple[str, ...]
