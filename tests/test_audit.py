@@ -44,6 +44,7 @@ def call(monkeypatch, capfd):
 # ---- the whole of it
 
 
+@pytest.mark.slow
 def test_one_command_ends_in_one_page(tmp_path, call):
     folder = tiny_folder(tmp_path / "a model, released")  # a comma and blanks are no list
     code, out, err = call(*of_folder(tmp_path, folder), f"backbone={folder}")

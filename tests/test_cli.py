@@ -236,6 +236,7 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     assert [c["status"] for c in record["cells"] if c["arm"] == "kappa_paper_house_price"] == ["diverged"]
 
 
+@pytest.mark.slow
 def test_actions_on_two_records(cli, tmp_path):
     cli(*FAST)
     cli(*FAST, "immunize=kappa_well_only")
@@ -304,6 +305,7 @@ def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
     assert record["config"]["tracker"] == {}
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, tmp_path):
     code, _, err = cli("-m", *FAST, "immunize=kappa,kappa_well_only", "immunize.lambda_p=1,-1")
     assert code == 2

@@ -138,6 +138,7 @@ def browse(tmp_path: Path, *arguments: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_no_page_wide_scrolling_in_a_browser(tmp_path: Path, width: int) -> None:
@@ -158,6 +159,7 @@ def test_no_page_wide_scrolling_in_a_browser(tmp_path: Path, width: int) -> None
     assert int(found[3]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_dark_and_light_screens_differ(tmp_path: Path) -> None:
     from PIL import Image

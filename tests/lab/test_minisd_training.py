@@ -206,6 +206,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
     assert rows[-1][1]["psnr"] == pytest.approx(psnr, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_vae_learns_and_encode_gives_its_posterior(shown) -> None:
     model, rows = build.vae(TINY, 0), _Rows()
     schedule = Schedule(steps=60, batch=4, lr=1e-2, warmup=5)
@@ -299,6 +300,7 @@ def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     assert drawn.max() > 979
 
 
+@pytest.mark.slow
 def test_denoiser_learns_and_repeats(tokenizer) -> None:
     """U-Net and text encoder both move; the same seed gives the same weights."""
 

@@ -165,6 +165,7 @@ def read_offline_run(folder, stage):
     raise AssertionError(f"no offline run of {stage}")
 
 
+@pytest.mark.slow
 def test_wandb_offline_without_a_key(offline):
     folder = offline
     runs = {stage: read_offline_run(folder, stage) for stage in ("immunize", "attack", "eval")}
@@ -178,6 +179,7 @@ def test_wandb_offline_without_a_key(offline):
         assert "tracker" not in config
 
 
+@pytest.mark.slow
 def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline):
     folder = offline
     _, live, _, _, _ = read_offline_run(folder, "immunize")
@@ -195,6 +197,7 @@ def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline)
     assert {(m.glob_name or m.name, m.step_metric) for m in defined} >= {("attack/*", "attack/step")}
 
 
+@pytest.mark.slow
 def test_figures_tables_pictures_and_references_are_in_the_eval_run(offline):
     folder = offline
     _, history, summary, _, artifacts = read_offline_run(folder, "eval")
@@ -214,6 +217,7 @@ def test_figures_tables_pictures_and_references_are_in_the_eval_run(offline):
     assert json.loads(weights.metadata) == {"sha256": {"c/seed0": "ab" * 32}}
 
 
+@pytest.mark.slow
 def test_two_records_overlay_in_the_same_panels(folder, tmp_path):
     record = records.read(folder / "record.json")
     other = dict(record, immunizer="mima")
@@ -223,6 +227,7 @@ def test_two_records_overlay_in_the_same_panels(folder, tmp_path):
     assert keys[0] & keys[1] == {"loss/control", "loss/immunized"}
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_marked_in_every_stage(folder):
     body = dict(records.read(folder / "record.json"), status="failed", metrics={}, curves={}, tables={}, images={})
     body["error"] = {"type": "ValueError", "message": "no", "key": None, "last_good_step": None}
@@ -249,6 +254,7 @@ def test_wandb_with_a_wrong_key_and_no_network_logs_offline_and_says_so(folder, 
     assert KEY not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file())
 
 
+@pytest.mark.slow
 def test_trackio_has_the_same_view(offline):
     database = sqlite3.connect(next((offline / "trackio").glob("*.db")))
     logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
@@ -269,6 +275,7 @@ def dashboard(folder, port):
     return subprocess.Popen([sys.executable, "-c", code, str(port)], env=env, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 def test_the_dashboard_of_trackio_shows_the_run_in_a_browser(offline, tmp_path):
     with socket.socket() as free:
