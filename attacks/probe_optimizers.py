@@ -57,7 +57,7 @@ class Optimizer:
 
     def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         """Where the line search goes."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each line-search method below has its own
 
 
 class GradientDescent(Optimizer):

@@ -90,23 +90,23 @@ class Problem:
     @staticmethod
     def data_loss(z: Tensor, y: Tensor, w: Tensor) -> float:
         """The data term alone on other rows ``z``, ``y``."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each loss below has its own
 
     def gradient(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
         """∇L(w) [d, c]; the data term over ``rows`` only where given."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each loss below has its own
 
     def hessian_product(self, w: Tensor, p: Tensor) -> Tensor:
         """∇²L(w) p [d, c]."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each loss below has its own
 
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
         """t ≥ 0 that minimises L(w + t p); ``g`` = ∇L(w)."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each loss below has its own
 
     def output_factor(self, w: Tensor) -> Tensor:
         """S [c, c]: second moment of output gradients under the model's own distribution (Fisher)."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each loss below has its own
 
     def largest(self) -> float:
         """λ_max(ZᵀZ/n); 0 for features that are all zero."""
@@ -114,7 +114,7 @@ class Problem:
 
     def smoothness(self) -> float:
         """An upper bound on the largest eigenvalue of ∇²L."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each loss below has its own
 
 
 class Squared(Problem):

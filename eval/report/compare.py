@@ -43,16 +43,17 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     ]
     both = [name for name in a["metrics"] if name in b["metrics"]]
     first = columns(both)
+    same_trial = trial(a) == trial(b)
     data_a, data_b = a["provenance"].get("data_hash"), b["provenance"].get("data_hash")
     return {
         "a": _identity(a),
         "b": _identity(b),
         "same_content": a["content_hash"] == b["content_hash"],
         "same_data": data_a == data_b,
-        "same_trial": trial(a) == trial(b),
+        "same_trial": same_trial,
         "common_seeds": common_seeds(a, b),
         "config": changed,
-        "metrics": [_row(name, a, b) for name in (*first, *(n for n in both if n not in first))],
+        "metrics": [_row(name, a, b, same_trial) for name in (*first, *(n for n in both if n not in first))],
         "only_a": [n for n in a["metrics"] if n not in b["metrics"]],
         "only_b": [n for n in b["metrics"] if n not in a["metrics"]],
     }
@@ -67,7 +68,7 @@ def _identity(record: Record) -> dict[str, Any]:
     return {k: record[k] for k in keys}
 
 
-def _row(name: str, a: Record, b: Record) -> dict[str, Any]:
+def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     left, right = a["metrics"][name], b["metrics"][name]
     row = {"name": name, "a": left["value"], "b": right["value"], "better": left["better"], "unit": left["unit"]}
     row |= {"limit_a": _is_limit(left), "limit_b": _is_limit(right)}
@@ -75,7 +76,7 @@ def _row(name: str, a: Record, b: Record) -> dict[str, Any]:
     found = difference(name, a, b)
     if found is None:
         return row
-    sure = found.sure and (trial(a) == trial(b) or not _OVER_ATTACKERS.match(name))
+    sure = found.sure and (same_trial or not _OVER_ATTACKERS.match(name))
     row |= {"difference": found.value, "low": found.low, "high": found.high, "how": found.how, "sure": sure}
     if found.ratio is not None:
         row["ratio"] = dict(zip(("value", "low", "high"), found.ratio, strict=True))
