@@ -15,7 +15,7 @@ from attacks.tuning import SCHEDULES, Rate
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, names, number
-from lab.types import Budget, Checkpoint, Concept, ConceptCase, Kind, Sampling, Trajectory
+from lab.types import PRECISIONS, Budget, Checkpoint, Concept, ConceptCase, Kind, Sampling, Trajectory
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -50,7 +50,7 @@ def parse_sampling(key: str, given: object) -> Sampling:
     if isinstance(given, Sampling):
         return given
     if given is not None and not isinstance(given, Mapping):
-        raise UserError(key, given, "must be a group of options: steps, guidance, count, negative.")
+        raise UserError(key, given, "must be a group of options: steps, guidance, count, negative, precision.")
     options, known = {str(k): v for k, v in (given or {}).items()}, [f.name for f in fields(Sampling)]
     for name in options:
         if name not in known:
@@ -59,6 +59,7 @@ def parse_sampling(key: str, given: object) -> Sampling:
     count(f"{key}.steps", found.steps)
     count(f"{key}.count", found.count)
     number(f"{key}.guidance", found.guidance, 0)
+    choice(f"{key}.precision", found.precision, PRECISIONS)
     if not isinstance(found.negative, str):
         raise UserError(f"{key}.negative", found.negative, "must be a text.")
     return found

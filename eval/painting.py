@@ -40,7 +40,7 @@ def paint(
     blocks = []
     for number, start in enumerate(range(0, count, BLOCK)):
         asked = [prompts[i % len(prompts)] for i in range(start, min(start + BLOCK, count))]
-        settings = (sampling.steps, sampling.guidance, sampling.negative)
+        settings = (sampling.steps, sampling.guidance, sampling.negative, sampling.precision)
         name = stage_key(model=store[key], case=case.name, seed=seed, number=number, prompts=asked, sampling=settings)
         if name not in _painted:
             latents = built().latents(BLOCK, seed, "utility", case.name, number)[: len(asked)]

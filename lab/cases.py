@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lab.activations import digest
 from lab.store import stage_key
-from lab.types import AnyCase, Model
+from lab.types import AnyCase, ConceptCase, Model, Sampling
 
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:
@@ -33,6 +33,12 @@ def fingerprint(case: AnyCase) -> str:
     tensors: list[Tensor] = []
     plain = _plain(case, tensors)
     return stage_key(case=plain, tensors=digest(*tensors))
+
+
+def unpainted(case: AnyCase) -> AnyCase:
+    """What erasers and immunizers see: how pictures are generated is the attacks' and the metrics' business, so that
+    other sampling steps do not immunize again."""
+    return dataclasses.replace(case, sampling=Sampling()) if isinstance(case, ConceptCase) else case
 
 
 _TOKENIZER = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")  # padding changes with use

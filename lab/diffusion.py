@@ -230,8 +230,11 @@ class DiffusionModel(nn.Module):
         ddim.set_timesteps(sampling.steps)
         text, guided, x = self.text(prompts), sampling.guidance != 1, latents
         both = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text]) if guided else text
+        low = torch.autocast(x.device.type, torch.bfloat16, enabled=sampling.precision == "bfloat16")
         for t in ddim.timesteps:
-            guess = self.predict(torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both)
+            with low:
+                guess = self.predict(torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both)
+            guess = guess.to(x.dtype)
             if guided:
                 free, asked = guess.chunk(2)
                 guess = free + sampling.guidance * (asked - free)

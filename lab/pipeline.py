@@ -10,12 +10,24 @@ from typing import Any
 
 from lab.activations import digest
 from lab.assemble import Parts
-from lab.cases import beside_weights, fingerprint
+from lab.cases import beside_weights, fingerprint, unpainted
 from lab.errors import Diverged, UserError
 from lab.provenance import computing
 from lab.statistics import SeedScore
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
-from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, ScenarioData, Score, Scores, Trajectory, clone
+from lab.types import (
+    CONTROL,
+    AnyCase,
+    AnyTask,
+    ConceptCase,
+    ImageGrid,
+    Model,
+    ScenarioData,
+    Score,
+    Scores,
+    Trajectory,
+    clone,
+)
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 
@@ -67,14 +79,14 @@ class Pipeline:
         """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last one is kept."""
         if self._last is None or self._last[0] != (seed, case.name):
             built = self.parts.backbone.build(case, seed)
-            self._last = ((seed, case.name), self.parts.eraser.obj(built, case, seed=seed))
+            self._last = ((seed, case.name), self.parts.eraser.obj(built, unpainted(case), seed=seed))
         return clone(self._last[1])
 
     def identity(self, case: AnyCase, seed: int) -> dict[str, str]:
         """Hashes of the case's data and of θ_0."""
         if (seed, case.name) not in self._identity:
             model = self.original(case, seed)
-            found = {"data": fingerprint(case), "weights": digest(*model.state_dict().values())}
+            found = {"data": fingerprint(unpainted(case)), "weights": digest(*model.state_dict().values())}
             self._identity[seed, case.name] = found | beside_weights(model)
         return self._identity[seed, case.name]
 
@@ -104,7 +116,7 @@ class Pipeline:
             error: dict[str, Any] | None = None
             tensors = {}
             try:
-                after = part.obj(before, case, seed=seed, checkpoint=checkpoint, log=log)
+                after = part.obj(before, unpainted(case), seed=seed, checkpoint=checkpoint, log=log)
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
@@ -142,6 +154,9 @@ class Pipeline:
         upstream = [cell.key for cell in self.immunize_cells()]
         if part.obj.needs_attack:
             upstream += [cell.key for cell in self.attack_cells()]
+        cases = [case for seed in self.seeds for case in self.cases(seed)]
+        drawn = {dataclasses.astuple(case.sampling) for case in cases if isinstance(case, ConceptCase)}
+        beside = {"sampling": sorted(drawn)} if drawn else {}
 
         def compute(_: StageCheckpoint) -> Artifact:
             scores = part.obj(self)
@@ -152,7 +167,7 @@ class Pipeline:
             values = dataclasses.asdict(dataclasses.replace(scores, images={})) | {"images": grids}
             return Artifact(values, {name: grid.images for name, grid in scores.images.items()})
 
-        return Cell("eval", stage_key(part=part.identity, upstream=upstream), {"attack": metric}, compute)
+        return Cell("eval", stage_key(part=part.identity, upstream=upstream, **beside), {"attack": metric}, compute)
 
     def immunize_cells(self) -> Iterator[Cell]:
         for seed in self.parts.seeds:

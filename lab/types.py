@@ -100,14 +100,21 @@ class Concept:
     prompts: dict[str, tuple[str, ...]]
 
 
+PRECISIONS = ("weights", "bfloat16")  # of `Sampling`
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are generated, equally for every arm: DDIM ``steps``, ``guidance`` scale, ``count`` per point."""
+    """How pictures are generated, equally for every arm: DDIM ``steps``, ``guidance`` scale, ``count`` per point.
+
+    ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is torch's autocast.
+    """
 
     steps: int = 20
     guidance: float = 4.0
     count: int = 32
     negative: str = ""
+    precision: str = PRECISIONS[0]
 
 
 @dataclass(frozen=True)

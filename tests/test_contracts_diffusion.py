@@ -107,4 +107,4 @@ def test_eraser(name, case):
 
 
 def test_the_sampling_of_the_scenario_reaches_the_attackers():
-    assert build("attacks", "lora").sampling == Sampling(steps=12)
+    assert build("attacks", "lora").sampling == Sampling(steps=8)

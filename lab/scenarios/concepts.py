@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lab.cases import fingerprint
 from lab.errors import UserError, nearest
-from lab.options import count, number
+from lab.options import choice, count, number
 from lab.store import stage_key
-from lab.types import ConceptCase, Pictures, Sampling, ScenarioData
+from lab.types import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
 
 # every family that a scenario may give a concept; `lab.types.Concept.prompts`
 FAMILIES = ("name", "description", "reworded", "unseen_pairs")
@@ -53,6 +53,8 @@ def sampling(given: object, key: str = "scenario.sampling") -> Sampling:
             count(f"{key}.{name}", found[name], 1)
     if "guidance" in found:
         found["guidance"] = number(f"{key}.guidance", found["guidance"], 0)
+    if "precision" in found:
+        choice(f"{key}.precision", found["precision"], PRECISIONS)
     if "negative" in found and found["negative"] != "":
         text(f"{key}.negative", found["negative"])
     return Sampling(**found)
