@@ -103,6 +103,10 @@ class ConceptImmunizer:
     def needs_prior(self) -> bool:
         return self.w_prior > 0
 
+    def needs_decoys(self) -> int:
+        """Pictures per target, see `immunize.mima_sampling.Halves`."""
+        return 0
+
     def __call__(
         self, model: DiffusionModel, case: ConceptCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
     ) -> DiffusionModel:
@@ -112,7 +116,8 @@ class ConceptImmunizer:
             UserError: options or pictures that cannot work. Diverged: not even the first step was finite.
         """
         setup = Setup.build(model, case, seed, self.precision, self.prior if self.needs_prior() else None)
-        chosen = concept_halves(model, selected(case, self.concepts, self.target), seed, setup.dtype)
+        targets = selected(case, self.concepts, self.target)
+        chosen = concept_halves(model, targets, seed, setup.dtype, self.needs_decoys())
         runs, merges, last = setup.arrange(chosen, self.concepts, self.merging, self.batch_size)
         section = Section(checkpoint)
         for i, (concepts, merge) in enumerate(zip(runs, merges, strict=True)):
@@ -222,6 +227,8 @@ class MimaDeep(ConceptImmunizer):
         w_distill: weight of the distance to the original model's predictions on the prior's pictures, at θ.
         w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal concepts leaves
             it out. benign: its ``loss``, or its ``regret``, the loss beyond that of the original after the same attack.
+        w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints for the concept's
+            captions: an attack that learns the concept has to unlearn these. decoys: such pictures per target.
         online: an upper step at every mark of an attack, which then goes on, in place of one per attack.
     """
 
@@ -239,6 +246,8 @@ class MimaDeep(ConceptImmunizer):
     w_distill: float = 0.0
     w_benign: float = 0.0
     benign: str = "regret"
+    w_decoy: float = 0.0
+    decoys: int = 40
     online: bool = False
 
     def __post_init__(self) -> None:
@@ -258,6 +267,8 @@ class MimaDeep(ConceptImmunizer):
         number("immunize.w_distill", self.w_distill, 0)
         number("immunize.w_benign", self.w_benign, 0)
         choice("immunize.benign", self.benign, BENIGN)
+        number("immunize.w_decoy", self.w_decoy, 0)
+        count("immunize.decoys", self.decoys)
         flag("immunize.online", self.online)
         rule = self.merging.options.rule
         if rule in ("masked", "gated"):
@@ -265,6 +276,9 @@ class MimaDeep(ConceptImmunizer):
 
     def needs_prior(self) -> bool:
         return self.w_prior > 0 or self.w_distill > 0
+
+    def needs_decoys(self) -> int:
+        return self.decoys if self.w_decoy else 0
 
     def shards(self, case: ConceptCase) -> int:
         """As `Mima.shards`; a merged model needs all attacked copies in one place."""
@@ -277,7 +291,8 @@ class MimaDeep(ConceptImmunizer):
             steps=self.steps, batch_size=self.batch_size, lower_batch_size=self.lower_batch_size,
             prior_batch_size=self.prior_batch_size, at=self.at, evaluate=self.evaluate, cap=self.cap,
             w_prior=self.w_prior, prior_at=self.prior_at, prior_ramp=self.prior_ramp, w_distill=self.w_distill,
-            w_benign=self.w_benign, benign=self.benign, online=self.online, checkpointing=self.gradient_checkpointing,
+            w_benign=self.w_benign, benign=self.benign, w_decoy=self.w_decoy, online=self.online,
+            checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
         names_u = scope_names(setup.denoiser.model.unet, self.scope)
         rehearsal = setup.rehearsal() if self.w_benign else ()

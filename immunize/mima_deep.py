@@ -3,7 +3,7 @@
 Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps (`immunize.mima_lower`). With
 Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all concepts merged, and sg the stopped gradient,
 
-    J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) ]
+    J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) + w_decoy · L(x^decoy_n; Θ̂) ]
            + w_benign · mean_marks max(L(x^u_b; Θ_b) − L(x^u_b; Θ⁰_b), 0)
            + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
 
@@ -11,7 +11,8 @@ With ``online`` an upper step looks at one mark only: θ moves there, and the at
 to the moved θ, until their K steps are over; then new ones are drawn. The expensive part, the attackers' steps, is
 then shared by as many updates as there are marks (as adversarial training "for free" does, arXiv 1904.12843).
 
-where Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient is first order, ∂Θ/∂θ = I, taken
+where x^decoy are pictures that the original paints for the concept's captions (after an erasure: without the concept),
+Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient is first order, ∂Θ/∂θ = I, taken
 at the effective weights and brought back to θ through the merge's adjoint. b is a benign concept of the rehearsal
 set, attacked like a target, that has to stay learnable: Θ⁰_b is the original model after the same steps on the same
 batches, and the term is what fine-tuning towards b has lost against it. With ``benign="loss"`` L(x^u_b; Θ_b) itself is
@@ -170,6 +171,12 @@ class DeepObjective:
             self.options.batch_size * concept.concepts, self.seed, concept.name, step, "upper", mark
         )
 
+    def _decoys(self, concept: Halves, step: int, mark: int) -> Batch | None:
+        if concept.decoys is None:
+            return None
+        size = self.options.batch_size * concept.concepts
+        return concept.decoys.batch(size, self.seed, concept.name, step, "decoys", mark)
+
     # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
 
     def _marks(self, step: int) -> int:
@@ -213,7 +220,7 @@ class DeepObjective:
     def _one(self, theta: Params, at: Weights, place: str, n: int, step: int, mark: int, v: Params) -> dict[str, float]:
         """One concept's terms at one point, added to ``v``; returns the losses by ``place``."""
         o, concept, seen = self.options, self.targets[n], {}
-        batch = self._upper(concept, step, mark)
+        batch, decoys = self._upper(concept, step, mark), self._decoys(concept, step, mark)
 
         def terms(weights: Weights) -> Tensor:
             upper = self.denoiser.loss(batch, weights)
@@ -223,6 +230,10 @@ class DeepObjective:
                 prior = self.denoiser.loss(self._prior(concept.name, step, mark), weights)
                 seen[f"{place}/prior_loss"] = float(prior.detach())
                 value = value + o.w_prior * prior
+            if decoys is not None:
+                decoy = self.denoiser.loss(decoys, weights)
+                seen[f"{place}/decoy_loss"] = float(decoy.detach())
+                value = value + o.w_decoy * decoy
             return value
 
         accumulate(v, gradient_at(terms, theta, at, self.upper_names)[1], 1.0)

@@ -29,6 +29,7 @@ class DeepOptions:
     w_distill: float
     w_benign: float
     benign: str = "regret"
+    w_decoy: float = 0.0
     online: bool = False
     checkpointing: bool = False
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import UserError
 from lab.seeding import generator
-from lab.types import Concept, ConceptCase, Pictures
+from lab.types import Concept, ConceptCase, Pictures, Sampling
 
 TEMPLATES = ("captions", "name", "description")
 PRIORS = ("keep", "class", "both")
@@ -110,16 +110,18 @@ class Halves:
     """One concept's own pictures, split so that no level sees what the other has.
 
     ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees as many pictures.
+    ``decoys``: what the model paints for the concept's captions before immunization, where that is asked for.
     """
 
     name: str
     lower: Pool
     upper: Pool
     concepts: int = 1
+    decoys: Pool | None = None
 
 
-def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype) -> Halves:
-    """Own pictures, split by a seeded permutation; the lower level gets the odd one.
+def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype, decoys: int = 0) -> Halves:
+    """Own pictures, split by a seeded permutation; the lower level gets the odd one. ``decoys``: how many to paint.
 
     Raises:
         UserError: fewer than two pictures.
@@ -131,13 +133,22 @@ def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtyp
     pool = Pool.encode(model, concept.own, [concept.words], dtype)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
-    return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]))
+    painted = _decoys(model, concept, seed, dtype, decoys) if decoys else None
+    return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
+
+
+def _decoys(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype, number: int) -> Pool:
+    prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(number))
+    latents = model.latents(number, seed, "mima", "decoys", concept.name)
+    return Pool.encode(model, Pictures(model.generate(prompts, latents, Sampling()), prompts), (), dtype)
 
 
 def pooled(parts: Sequence[Halves]) -> Halves:
     """Several concepts taken as one (baseline ``joint``); each keeps its own split."""
     lower, upper = Pool.cat([part.lower for part in parts]), Pool.cat([part.upper for part in parts])
-    return Halves("+".join(part.name for part in parts), lower, upper, concepts=len(parts))
+    painted = [part.decoys for part in parts if part.decoys is not None]
+    decoys = Pool.cat(painted) if painted else None
+    return Halves("+".join(part.name for part in parts), lower, upper, len(parts), decoys)
 
 
 def prior_pictures(case: ConceptCase, source: str) -> Pictures:

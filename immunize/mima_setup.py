@@ -43,8 +43,10 @@ def selected(case: ConceptCase, arrangement: str, target: int) -> tuple[Concept,
     return found
 
 
-def concept_halves(model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype) -> list[Halves]:
-    return [halves(model, concept, seed, dtype) for concept in concepts]
+def concept_halves(
+    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: int = 0
+) -> list[Halves]:
+    return [halves(model, concept, seed, dtype, decoys) for concept in concepts]
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:

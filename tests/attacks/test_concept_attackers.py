@@ -215,6 +215,7 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
     ("lora", {"augmentation": "rotate"}, "augmentation"),
     ("lora", {"sampling": {"step": 3}}, "sampling.step"),
     ("lora", {"sampling": {"steps": 0}}, "sampling.steps"),
+    ("lora", {"sampling": {"precision": "float16"}}, "sampling.precision"),
     ("textual_inversion", {"template": "name"}, "template"),
     ("textual_inversion", {"vectors": 0}, "vectors"),
     ("dreambooth", {"class_word": 3}, "class_word"),

@@ -65,6 +65,15 @@ def test_pictures_equal_the_pipeline(model):
     assert (got.float() / 255 - want).abs().max() <= 0.5 / 255 + 1e-4  # nothing but the rounding to 8 bits
 
 
+def test_sampling_in_bfloat16_is_torchs_autocast_and_stays_close(model):
+    z = model.latents(2, 1)
+    want, low = (model.sample(PROMPTS, z, Sampling(2, 4.0, precision=p)) for p in ("weights", "bfloat16"))
+    assert low.dtype == z.dtype
+    assert 0 < (low - want).abs().mean() < 0.05 * want.abs().mean()
+    assert torch.equal(low, model.sample(PROMPTS, z, Sampling(2, 4.0, precision="bfloat16")))
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_text_equals_encode_prompt(model):
     pipe = model.pipeline()
     for prompts in (PROMPTS, [""], ["a fox " * 40]):

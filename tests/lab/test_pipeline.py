@@ -1,7 +1,10 @@
 """What determines a stage is in its key; what compares nothing is refused."""
 
+from dataclasses import replace
+
 import pytest
 from hydra import compose, initialize_config_dir
+from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
 from lab.assemble import assemble
@@ -10,7 +13,9 @@ from lab.pipeline import Pipeline
 from lab.provenance import computing
 from lab.sources import ROOT
 from lab.store import Store
-from lab.types import ScenarioData
+from lab.types import CONTROL, Sampling, ScenarioData
+
+HOUSES = ["experiment=house_price", "immunize.epochs=1"]
 
 
 class TinyScenario:
@@ -26,10 +31,12 @@ class TinyScenario:
 def pipeline(tmp_path):
     def make(*overrides, scenario=None):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            fixed = ["experiment=house_price", "immunize.epochs=1", "seeds=[0]", "tracker=none"]
-            cfg = compose("config", overrides=[*fixed, *overrides])
+            first = [] if overrides and overrides[0] == "experiment=relearn" else HOUSES
+            cfg = compose("config", overrides=[*first, "seeds=[0]", "tracker=none", *overrides])
         parts = assemble(cfg)
         object.__setattr__(parts, "scenario", scenario or TinyScenario())
+        if isinstance(scenario, TinyConcepts):
+            object.__setattr__(parts, "backbone", TinyBackbone())
         return Pipeline(parts, Store(tmp_path))
 
     return make
@@ -37,6 +44,45 @@ def pipeline(tmp_path):
 
 def keys(found):
     return [cell.key for cell in (*found.immunize_cells(), *found.attack_cells(), found.eval_cell("conditioning"))]
+
+
+class TinyBackbone:
+    def build(self, case, seed):
+        return tiny_diffusion()
+
+
+class TinyConcepts:
+    name = "tiny_concepts"
+    provides = frozenset({"diffusion"})
+
+    def __init__(self, **sampling):
+        self.case = replace(tiny_case(), sampling=Sampling(**sampling))
+
+    def load(self, seed):
+        return ScenarioData((self.case,), (), str(seed))
+
+
+@pytest.mark.parametrize("override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}])
+def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(pipeline, override):
+    """Attacks have it among their own options."""
+    base = {"steps": 2, "guidance": 4.0, "count": 4}
+    fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
+    one, other = (pipeline(*fixed, scenario=TinyConcepts(**{**base, **o})) for o in ({}, override))
+    assert [c.key for c in one.immunize_cells()] == [c.key for c in other.immunize_cells()]
+    assert one.eval_cell("utility").key != other.eval_cell("utility").key
+
+
+def test_immunizers_do_not_see_how_pictures_are_generated(pipeline):
+    found = pipeline("experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=3))
+    seen = []
+
+    def immunizer(model, case, **_):
+        seen.append(case)
+        return model
+
+    object.__setattr__(found.parts.arms[CONTROL], "obj", immunizer)
+    next(found.immunize_cells()).compute(None)
+    assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
 
 
 def test_same_inputs_same_keys(pipeline):

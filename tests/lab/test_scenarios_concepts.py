@@ -242,6 +242,7 @@ BAD = [
     ({"families": ["reworded"]}, "must hold name"),
     ({"sampling": {"steps": 0}}, "scenario.sampling.steps"),
     ({"sampling": {"guidance": -1}}, "scenario.sampling.guidance"),
+    ({"sampling": {"precision": "half"}}, "scenario.sampling.precision"),
     ({"sampling": {"negative": "a\nb"}}, "control character"),
     ({"sampling": {"step": 3}}, r"sampling.step\b.*steps"),
     ({"sampling": 3}, "scenario.sampling"),

@@ -1,0 +1,65 @@
+"""What fewer and cheaper sampling steps cost in quality: ``python tests/benchmarks/sampling.py --threads 1``.
+
+The shipped MiniSD paints the same prompts from the same latents by DDIM with the steps and the precision of every row.
+Printed: seconds, their ratio to the first row's, the share in which the shipped detector's likeliest class is the
+object, the style or both that were asked for, and the mean distance to the first row's pictures in grey levels of 255.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lab.backbones.diffusion import DiffusionBackbone
+from lab.judges.quality import detected
+from lab.minisd.publish import SHIPPED, judges_of
+from lab.minisd.quality import asked, generate
+from lab.minisd.vocabulary import OBJECTS, STYLE_NAMES
+from lab.types import Sampling
+
+ROWS = [
+    (20, "weights"),
+    (12, "weights"),
+    (8, "weights"),
+    (20, "bfloat16"),
+    (8, "bfloat16"),
+    (6, "bfloat16"),
+    (4, "bfloat16"),
+]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--objects", type=int, default=16, help="objects, each in all eight styles")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    model = DiffusionBackbone(path=str(SHIPPED / "model"), device="cpu").build(None, given.seed)
+    detector = judges_of(SHIPPED).detector
+    wanted = asked([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
+    first, spent = torch.empty(0), 0.0
+    print(f"{len(wanted.prompts)} pictures, {given.threads} thread(s)")
+    for steps, precision in ROWS:
+        started = time.perf_counter()
+        images = generate(model, wanted.prompts, given.seed, "sampling", Sampling(steps=steps, precision=precision))
+        wall = time.perf_counter() - started
+        if not spent:
+            first, spent = images, wall
+        found = detected(detector, images, objects=wanted.objects, styles=wanted.styles)
+        told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+        apart = (images.float() - first.float()).abs().mean().item()
+        print(
+            f"{steps:3} steps, {precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; {apart:.1f} apart", flush=True
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
