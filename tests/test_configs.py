@@ -132,7 +132,8 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
     """`sweep.variant` repeats the presets' values; without a change they must be the presets'."""
     ablation = composed(f"sweeps={name}")
     changes = OmegaConf.to_container(ablation.sweep.variant)
-    where = ["experiment=house_price"] if name in ON_HOUSES else ["experiment=relearn", "scenario.split=validation"]
+    concepts = ["experiment=relearn", "scenario.split=validation", "scenario.sampling.precision=bfloat16"]
+    where = ["experiment=house_price"] if name in ON_HOUSES else concepts
     attacks = [f"attacks=[{','.join(ablation.attacks)}]"] if name in ON_HOUSES else []
     preset = composed(*where, f"immunize={ablation.immunize.name}", *attacks)
     assert changes
