@@ -15,6 +15,7 @@ from attacks.tuning import SCHEDULES, Rate
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, names, number
+from lab.prompts import text
 from lab.types import PRECISIONS, Budget, Checkpoint, Concept, ConceptCase, Kind, Sampling, Trajectory
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -55,13 +56,12 @@ def parse_sampling(key: str, given: object) -> Sampling:
     for name in options:
         if name not in known:
             raise UserError(f"{key}.{name}", options[name], f"there is no such key; {nearest(name, known)}")
+    options["negative"] = text(f"{key}.negative", options.get("negative", ""), empty=True)
     found = Sampling(**options)
     count(f"{key}.steps", found.steps)
     count(f"{key}.count", found.count)
     number(f"{key}.guidance", found.guidance, 0)
     choice(f"{key}.precision", found.precision, PRECISIONS)
-    if not isinstance(found.negative, str):
-        raise UserError(f"{key}.negative", found.negative, "must be a text.")
     return found
 
 
@@ -129,6 +129,10 @@ class ConceptBase(ABC):
     @abstractmethod
     def check_task(self, task: Concept) -> None:
         """Raises `UserError` where ``task`` lacks what the options ask for (`attacks.concept_data.check_data`)."""
+
+    def texts(self) -> dict[str, str]:
+        """Config key → what becomes a part of prompts; hook of `lab.assemble.check_cases`."""
+        return {f"{self.key}.sampling.negative": self.sampling.negative}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Before anything runs: `check_task` for every concept."""
@@ -207,8 +211,7 @@ class ConceptAttack(ConceptBase):
         count(f"{key}.batch_size", self.batch_size)
         self.clip = None if self.clip is None else number(f"{key}.clip", self.clip, above=0)
         choice(f"{key}.template", self.template, self.templates)
-        if not isinstance(self.token, str) or not self.token.strip():
-            raise UserError(f"{key}.token", self.token, "must be a text, e.g. sks.")
+        self.token = text(f"{key}.token", self.token)
         if self.pictures is not None:
             count(f"{key}.pictures", self.pictures)
         choice(f"{key}.augmentation", self.augmentation, AUGMENTATIONS)
@@ -222,6 +225,9 @@ class ConceptAttack(ConceptBase):
                 key = f"{self.key}.search.space.{option}"
                 raise UserError(key, setting[option], f"no option to search; {nearest(option, known)}")
         return replace(self, **setting, search=None)
+
+    def texts(self) -> dict[str, str]:
+        return {**super().texts(), f"{self.key}.token": self.token}
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of update ``step`` (0 … ``total`` - 1)."""

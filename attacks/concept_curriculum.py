@@ -89,6 +89,12 @@ class Curriculum(ConceptBase):
             self._data(stage, task)
             replace(stage.attack, families=self.families).check_task(task)
 
+    def texts(self) -> dict[str, str]:
+        found = super().texts()
+        for stage in self.stages.values():
+            found |= stage.attack.texts()
+        return found
+
     def _data(self, stage: Stage, task: Concept) -> Concept:
         if stage.data == "target":
             return task

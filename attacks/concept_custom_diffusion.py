@@ -9,7 +9,7 @@ from attacks.concept_data import class_words
 from attacks.concept_textual_inversion import initial_text
 from attacks.concept_tokens import LearnedToken
 from lab.diffusion import DiffusionModel
-from lab.errors import UserError
+from lab.prompts import text
 from lab.types import Concept
 
 
@@ -35,8 +35,7 @@ class CustomDiffusion(ConceptAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.initializer, str) or not self.initializer.strip():
-            raise UserError(f"{self.key}.initializer", self.initializer, "must be auto, words or a text.")
+        self.initializer = text(f"{self.key}.initializer", self.initializer)
 
     def expression(self, task: Concept) -> str:
         return f"{self.token} {class_words(task)}".strip()

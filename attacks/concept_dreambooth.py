@@ -8,7 +8,7 @@ from attacks.concept_attack import ConceptAttack, Moving
 from attacks.concept_data import class_words
 from attacks.concept_full_finetune import open_unet
 from lab.diffusion import DiffusionModel
-from lab.errors import UserError
+from lab.prompts import text
 from lab.types import Concept
 
 
@@ -20,7 +20,7 @@ class DreamBooth(ConceptAttack):
     every arm preserves the same thing.
 
     Args:
-        class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text.
+        class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text; "" for none.
 
     Raises:
         UserError: see `ConceptAttack`; a class word that is no text.
@@ -33,8 +33,10 @@ class DreamBooth(ConceptAttack):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.class_word, str):
-            raise UserError(f"{self.key}.class_word", self.class_word, "must be auto or a text; '' for none.")
+        self.class_word = text(f"{self.key}.class_word", self.class_word, empty=True)
+
+    def texts(self) -> dict[str, str]:
+        return {**super().texts(), f"{self.key}.class_word": self.class_word}
 
     def expression(self, task: Concept) -> str:
         noun = class_words(task) if self.class_word == "auto" else self.class_word

@@ -9,8 +9,8 @@ from attacks.concept_attack import ConceptAttack, Moving
 from attacks.concept_data import class_words
 from attacks.concept_tokens import LearnedToken, expression
 from lab.diffusion import DiffusionModel
-from lab.errors import UserError
 from lab.options import count
+from lab.prompts import text
 from lab.types import Concept
 
 
@@ -45,8 +45,7 @@ class TextualInversion(ConceptAttack):
     def __post_init__(self) -> None:
         super().__post_init__()
         count(f"{self.key}.vectors", self.vectors)
-        if not isinstance(self.initializer, str) or not self.initializer.strip():
-            raise UserError(f"{self.key}.initializer", self.initializer, "must be auto, words or a text.")
+        self.initializer = text(f"{self.key}.initializer", self.initializer)
 
     def expression(self, task: Concept) -> str:
         return expression(self.token, self.vectors)

@@ -39,8 +39,8 @@ class Generation:
     Of several attackers each arm's own best counts: the one with the highest M, anew for every seed, concept and point.
     An attacker that fails in both arms so changes nothing, and a weak one cannot stand for a strong one. RSGR takes the
     lower figure of the attackers that are best in one of the arms.
-    Suffixes: 1× has none, ``_2x`` and the long horizon where the budget has these snapshots; ``_auc`` is SGR of the
-    areas under M over the trajectory, linear in steps; a prompt family other than ``name`` is a suffix too.
+    Suffixes: 1× has none, ``_2x``, ``_5x`` and the long horizon where the budget has such snapshots; ``_auc`` is SGR of
+    the areas under M over the trajectory, linear in steps; a prompt family other than ``name`` is a suffix too.
 
     An attack that diverged is held at its last pictures; one on a target that diverged on the immunized model counts
     beyond them as on the control, as a failure proves no protection (`eval.reading`). Intervals: `eval.intervals`.

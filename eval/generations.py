@@ -171,10 +171,10 @@ class Board:
 
 
 def marks(budget: Budget) -> list[tuple[int, int, str]]:
-    """(index into the snapshots, step, suffix) of 1×, 2× and the long horizon, where there are such snapshots."""
+    """(index into the snapshots, step, suffix) of 1×, 2×, 5× and the long horizon, where there are such snapshots."""
     plan = budget.snapshots()
     out = {budget.horizon: ""}
-    for times in (2, budget.multiple):
+    for times in (2, 5, budget.multiple):
         if times * budget.horizon in plan:
             out.setdefault(times * budget.horizon, f"_{times}x")
     return [(plan.index(step), step, suffix) for step, suffix in out.items()]

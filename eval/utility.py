@@ -20,6 +20,7 @@ from lab.errors import UserError
 from lab.judges.frechet import frechet_distance
 from lab.options import count as whole
 from lab.options import flag, number
+from lab.prompts import text, texts
 from lab.types import CONTROL, ConceptCase, Kind, RunView, Sampling, Score, Scores
 
 HEADS = ("object", "style")
@@ -68,9 +69,14 @@ class Utility:
         self.judges, self.name, self.features = judges, name, flag(f"{key}.features", features)
         self.count = whole(f"{key}.count", count, 2)
         self.guidances = tuple(number(f"{key}.guidances", g, low=0) for g in guidances)
-        if not isinstance(negative, str) or any(not isinstance(p, str) for p in compositions):
-            raise UserError(key, [negative, *compositions], "negative and compositions must be texts.")
-        self.negative, self.compositions = negative, tuple(compositions)
+        self.negative = text(f"{key}.negative", negative, empty=True)
+        self.compositions = texts(f"{key}.compositions", compositions, least=0, repeats=True)
+
+    def texts(self) -> dict[str, str]:
+        """Hook of `lab.assemble.check_cases`."""
+        key = f"eval.{self.name}"
+        listed = {f"{key}.compositions[{i}]": prompt for i, prompt in enumerate(self.compositions)}
+        return {f"{key}.negative": self.negative, **listed}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Before anything runs: there are unrelated prompts, and the judges work. Raises as `eval.judging.try_out`."""

@@ -7,7 +7,7 @@ Three sweeps over the concepts: lower level, ∇J at θ̂, transpose of the lowe
 linear in N; memory is that of one concept (plus N thin traces where K > 1 and ``recompute`` is off).
 
 Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters in float32 or
-float64; ``compute`` casts them on the way into the losses.
+float64; a loss that computes in another dtype casts them itself (`immunize.mima_losses.Denoiser`).
 """
 
 from __future__ import annotations
@@ -72,7 +72,6 @@ def hypergradient(
     product: Product = "reverse",
     recompute: bool = False,
     measure: bool = True,
-    compute: torch.dtype | None = None,
     team: Team = ALONE,
 ) -> Hypergradient:
     """∇J at θ.
@@ -91,7 +90,6 @@ def hypergradient(
         product: how Hessian-vector products are taken, see `immunize.hypergradient_products.product`.
         recompute: run the lower level again for the transpose in place of keeping N traces.
         measure: evaluate each concept's loss after its lower level (a third of a forward-backward each).
-        compute: dtype that the losses see, e.g. bfloat16; None for that of θ.
         team: processes that share the concepts; all of them call this with equal arguments and get equal results.
 
     Raises:
@@ -101,7 +99,7 @@ def hypergradient(
     choice("immunize.hypergradient.method", method, METHODS)
     count("immunize.hypergradient.last", last)
     choice("immunize.hypergradient.product", product, ("forward", "reverse"))
-    run = _Run(theta, lower, upper, merge, settings, upper_names, lower_names, compute, team)
+    run = _Run(theta, lower, upper, merge, settings, upper_names, lower_names, team)
     solver = implicit or Implicit() if method == "implicit" else None
     levels = run.levels(solver)
     keep = method in ("exact", "truncated") and not recompute
@@ -154,34 +152,27 @@ class _Run:
         settings: Lower | Sequence[Lower],
         upper_names: Sequence[str],
         lower_names: Sequence[str],
-        compute: torch.dtype | None,
         team: Team,
     ) -> None:
         self.theta = {name: x.detach() for name, x in theta.items()}
-        self.count, self.merge, self.compute, self.upper = len(lower), merge, compute, upper
-        self.team = team
+        self.count, self.merge, self.upper, self.team = len(lower), merge, upper, team
         self.settings = [settings] * self.count if isinstance(settings, Lower) else list(settings)
         if not (self.count == merge.count == len(self.settings)):
             raise ValueError(f"{self.count} losses, {len(self.settings)} attackers, a merge of {merge.count} concepts")
-        for key, names in (("immunize.upper", upper_names), ("immunize.lower", lower_names)):
+        for key, names in (("immunize.scope", upper_names), ("immunize.lower.scope", lower_names)):
             missing = [x for x in names if x not in theta]
             if missing or not names:
                 raise UserError(key, missing, "the set is empty or names parameters that theta does not hold.")
         self.upper_names, self.lower_names = list(upper_names), list(lower_names)
-        self.losses = [self._cast(loss) for loss in lower]
+        self.losses = list(lower)
         self.before: list[float] = []
         self.drop: list[float] = []
         self.merged: Params = {}
 
-    def _cast(self, loss: Callable[[Params, int], Tensor]) -> Callable[[Params, int], Tensor]:
-        dtype = self.compute
-        if dtype is None:
-            return loss
-        return lambda params, k: loss({x: y.to(dtype) for x, y in params.items()}, k).float()
-
     def levels(self, solver: Implicit | None) -> list[LowerLevel]:
-        if solver is not None and any(s.adapter is not None for s in self.settings):
-            raise UserError("immunize.lower.adapter", "lora", "implicit needs a lower level that moves weights.")
+        adapters = [s.adapter for s in self.settings if s.adapter is not None]
+        if solver is not None and adapters:
+            raise UserError("immunize.lower.rank", adapters[0].rank, "implicit needs a lower level that moves weights.")
         rho = solver.rho if solver is not None else 0.0
         some = zip(self.settings, self.losses, strict=True)
         return [LowerLevel(s, self.theta, self.lower_names, loss, n, rho) for n, (s, loss) in enumerate(some)]
@@ -212,10 +203,9 @@ class _Run:
         """Second sweep: v = ∇J at θ̂, one backward pass per concept, and J."""
         v: Params = {}
         values: dict[int, float] = {}
-        loss = self._cast(self.upper)
 
         def one(n: int) -> Params:
-            value, gradient = gradients(partial(_at, loss, n), self.merged)
+            value, gradient = gradients(partial(_at, self.upper, n), self.merged)
             if not finite([value, *gradient.values()]):
                 raise Diverged(f"the upper loss of concept {n} is not finite", 0)
             values[n] = float(value) / self.count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from lab.errors import UserError
 from lab.options import choice, count, number
 from lab.seeding import generator
 
+logger = logging.getLogger(__name__)
 Scope = Literal["kv", "qkv", "attention", "down", "up", "all"]
 Rule = Literal["closed_form", "mean", "masked", "gated"]
 SCOPES: tuple[Scope, ...] = ("kv", "qkv", "attention", "down", "up", "all")
@@ -172,9 +174,15 @@ def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tenso
                 "which makes C A Cᵀ singular; a value above 0 replaces the constraint X Cᵀ = V by (1/μ)‖X Cᵀ − V‖², "
                 "which averages them; or name the concepts by different words.",
             )
+        if all(shared):
+            told = "concept %d shares all its tokens (%s) with others: immunize.merge.mu=%g averages what they ask for"
+            logger.warning(told, n + 1, ", ".join(dict.fromkeys(tokens)), mu)
         keep = [i for i, known in enumerate(shared) if all(shared) or not known]
         found.append(concept.rows[keep])
         dropped += tokens if not all(shared) else []
+    if dropped:
+        told = "the merge leaves out the rows of %s, which several concepts share: they say nothing about either"
+        logger.warning(told, ", ".join(dict.fromkeys(dropped)))
     return found, list(dict.fromkeys(dropped))
 
 

@@ -6,8 +6,10 @@ presets in ``conf/immunize`` differ in options only. `MimaDeep` has another grad
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -18,7 +20,7 @@ from immunize.mima_deep import DeepObjective
 from immunize.mima_deep_step import BENIGN, EVALUATIONS, DeepOptions
 from immunize.mima_losses import PRECISIONS
 from immunize.mima_lower import Attackers
-from immunize.mima_options import GradientOptions, LowerOptions, MergeGroup
+from immunize.mima_options import GradientOptions, LowerOptions, MergeGroup, check_families
 from immunize.mima_sampling import PRIORS, Halves
 from immunize.mima_scopes import SCOPES, scope_names
 from immunize.mima_setup import ARRANGEMENTS, Setup, concept_halves, selected
@@ -27,6 +29,8 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.options import choice, count, flag, names, number
 from lab.types import Checkpoint, ConceptCase, Kind, Log
+
+logger = logging.getLogger(__name__)
 
 # keyword options are fields, each written once; two immunizers stay different objects
 _options = dataclass(kw_only=True, eq=False)
@@ -103,6 +107,9 @@ class ConceptImmunizer:
     def needs_prior(self) -> bool:
         return self.w_prior > 0
 
+    def needs_merge(self) -> bool:
+        return True
+
     def needs_decoys(self) -> int:
         """Pictures per target, see `immunize.mima_sampling.Halves`."""
         return 0
@@ -118,8 +125,9 @@ class ConceptImmunizer:
         setup = Setup.build(model, case, seed, self.precision, self.prior if self.needs_prior() else None)
         targets = selected(case, self.concepts, self.target)
         chosen = concept_halves(model, targets, seed, setup.dtype, self.needs_decoys())
-        runs, merges, last = setup.arrange(chosen, self.concepts, self.merging, self.batch_size)
-        section = Section(checkpoint)
+        merging = self.merging if self.needs_merge() else None
+        runs, merges, last = setup.arrange(chosen, self.concepts, merging, self.batch_size)
+        section, log = Section(checkpoint), _with_report(log, last)
         for i, (concepts, merge) in enumerate(zip(runs, merges, strict=True)):
             here = _numbered(log, i, len(runs), self.schedule.steps)
             if i < len(section.done):
@@ -127,10 +135,18 @@ class ConceptImmunizer:
                 continue
             theta = setup.restart()
             objective = self.objective(setup, concepts, merge)
-            trainer = Trainer(self.schedule, theta, objective, here, self.name)
+            trainer = Trainer(self.schedule, theta, objective, here, self.name, partial(setup.sound, concepts))
             section.finish(trainer.run(section), trainer.rows)
         found = section.done[0] if len(runs) == 1 else last(setup.part(section.done[0]), section.done)
         return _result(model, found)
+
+
+def _with_report(log: Log, merge: Merge) -> Log:
+    """The first row says of the merge how well it is conditioned, see `immunize.merge_factors.Factors`."""
+    report = {f"merge_{key}": value for key, value in merge.report.items() if key != "constraint_residual"}
+    if report:
+        logger.info("merge: %s", ", ".join(f"{key} {value:.3g}" for key, value in report.items()))
+    return lambda step, **values: log(step, **({**values, **report} if step == 0 else values))
 
 
 def _numbered(log: Log, i: int, count: int, steps: int) -> Log:
@@ -186,10 +202,10 @@ class Mima(ConceptImmunizer):
         self.drawn: Attackers | None = None
         if self.attackers is not None:
             self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.templates, self.curriculum)
-            for family in self.drawn.families:
-                if family.scopes != (self.level.scope,):
-                    told = f"must be [{self.level.scope}], the scope of the lower level (immunize.lower.scope)."
-                    raise UserError("immunize.attackers.*.scopes", list(family.scopes), told)
+            check_families(self.attackers, self.level, self.through)
+        elif self.through.method == "implicit" and self.level.rank is not None:
+            told = "must be null with immunize.hypergradient.method=implicit, whose lower level moves weights."
+            raise UserError("immunize.lower.rank", self.level.rank, told)
 
     def shards(self, case: ConceptCase) -> int:
         """Into how many parts, run by processes of their own, one immunization of ``case`` can be split."""
@@ -276,6 +292,17 @@ class MimaDeep(ConceptImmunizer):
 
     def needs_prior(self) -> bool:
         return self.w_prior > 0 or self.w_distill > 0
+
+    def check(self, cases: Sequence[ConceptCase]) -> None:
+        super().check(cases)
+        for case in cases if self.w_benign else ():
+            for concept in case.rehearsal:
+                if len(concept.own) < 2:
+                    told = f"rehearsal concept {concept.name} has {len(concept.own)} picture(s) for the immunizer; it"
+                    raise UserError("scenario", case.name, f"{told} needs at least 2, or set immunize.w_benign=0.")
+
+    def needs_merge(self) -> bool:
+        return "merged" in self.evaluate or self.concepts == "composed"
 
     def needs_decoys(self) -> int:
         return self.decoys if self.w_decoy else 0

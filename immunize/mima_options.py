@@ -11,6 +11,7 @@ from immunize.hypergradient_implicit import Implicit
 from immunize.hypergradient_products import Product
 from immunize.lower import Adapter, Lower
 from immunize.merge_rows import MergeOptions
+from immunize.mima_lower import family
 from immunize.mima_scopes import SCOPES
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, number
@@ -97,6 +98,25 @@ class GradientOptions:
     @staticmethod
     def read(given: Any) -> GradientOptions:
         return GradientOptions(**group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)]))
+
+
+def check_families(given: Mapping[str, Any], lower: LowerOptions, gradient: GradientOptions) -> None:
+    """Whether attackers can be drawn in place of ``lower``.
+
+    Raises:
+        UserError: one that moves what ``lower`` does not, or LoRA factors under ``implicit``.
+    """
+    for name, options in given.items():
+        key = f"immunize.attackers.{name}"
+        found = None if options is None else family(key, options)
+        if found is None or found.share == 0:
+            continue
+        if found.scopes != (lower.scope,):
+            told = f"must be [{lower.scope}], the scope of the lower level (immunize.lower.scope)."
+            raise UserError(f"{key}.scopes", list(found.scopes), told)
+        if gradient.method == "implicit" and found.kind == "lora":
+            told = "immunize.hypergradient.method=implicit needs attackers that move weights: kind=weights."
+            raise UserError(key, dict(options), told)
 
 
 _LEARNED = ("learn_steps", "learn_rate", "sparsity")

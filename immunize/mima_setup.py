@@ -105,6 +105,13 @@ class Setup:
         self.denoiser.sync(tuple(theta))
         return theta
 
+    def sound(self, concepts: Sequence[Halves]) -> bool:
+        """Whether θ has a finite loss on every concept."""
+        with torch.no_grad():
+            batches = [half.upper.batch(4, self.seed, half.name, "sound") for half in concepts]
+            losses = [self.denoiser.loss(batch, self.denoiser.theta) for batch in batches]
+        return all(bool(torch.isfinite(loss)) for loss in losses)
+
     def part(self, like: Params) -> Params:
         """θ_0 of the names of ``like``."""
         return {name: self.start[name] for name in like}
@@ -113,13 +120,14 @@ class Setup:
         return concept_halves(self.model, self.case.rehearsal, self.seed, self.dtype)
 
     def arrange(
-        self, chosen: list[Halves], arrangement: str, options: MergeGroup, size: int
+        self, chosen: list[Halves], arrangement: str, options: MergeGroup | None, size: int
     ) -> tuple[list[list[Halves]], list[Merge], Merge]:
-        """Trainings as lists of concepts, the merge inside each, and the merge of their results."""
+        """Trainings as lists of concepts, the merge inside each, and the merge of their results; without ``options``
+        nothing is merged."""
         none = Merge(1)
         if arrangement == "joint":
             return [[pooled(chosen)]], [none], none
-        if len(chosen) == 1:
+        if len(chosen) == 1 or options is None:
             return [chosen], [none], none
         merge = self._merge(chosen, options, size)
         if arrangement == "composed":

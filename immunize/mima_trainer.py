@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -133,11 +133,15 @@ class Trainer:
     Args:
         theta: all parameters by name, float32 or float64.
         label: for the progress bar and messages.
+        sound: whether the losses at θ are finite; asked after the last step, whose weights no gradient has seen.
     """
 
-    def __init__(self, schedule: Schedule, theta: Params, objective: Objective, log: Log, label: str) -> None:
+    def __init__(
+        self, schedule: Schedule, theta: Params, objective: Objective, log: Log, label: str,
+        sound: Callable[[], bool] = lambda: True,
+    ) -> None:  # fmt: skip
         self.schedule, self.theta, self.objective = schedule, theta, objective
-        self._log, self.label, self.team = log, label, team()
+        self._log, self.label, self.team, self.sound = log, label, team(), sound
         moving = [theta[name] for name in objective.upper_names]
         if schedule.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(moving, lr=schedule.beta)
@@ -167,7 +171,7 @@ class Trainer:
                 break
             if checkpoint is not None and (step + 1) % self.schedule.checkpoint_every == 0:
                 self._save(checkpoint, step + 1)
-        if not all(bool(torch.isfinite(w).all()) for w in self._copy().values()):
+        if not all(bool(torch.isfinite(w).all()) for w in self._copy().values()) or not self.sound():
             self._restore(self.schedule.steps)
         self.team.agree(self._state, "at the end")
         return self._copy()

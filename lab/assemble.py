@@ -17,9 +17,10 @@ from immunize.none import NoImmunization
 from lab.errors import UserError, nearest
 from lab.failures import missing_package
 from lab.options import count
+from lab.prompts import check_case, refuse_special
 from lab.sources import source_hash
 from lab.store import stage_key
-from lab.types import CONTROL, AnyCase, Attacker, Backbone, Budget, Eraser, Immunizer, RunMetric, Scenario
+from lab.types import CONTROL, AnyCase, Attacker, Backbone, Budget, ConceptCase, Eraser, Immunizer, RunMetric, Scenario
 
 
 @dataclass(frozen=True)
@@ -222,14 +223,26 @@ def check_fit(parts: Parts) -> None:
 
 
 def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
-    """Calls the optional hook ``check(cases)`` of the immunizer, the attackers and the metrics that will run.
+    """Calls the optional hook ``check(cases)`` of the immunizer, the attackers and the metrics that will run. Where
+    the backbone has ``tokenizers()``, no text of the cases and none that the optional hook ``texts()`` of these parts
+    or of the eraser gives (config key → text) may hold a special token of theirs.
 
     Raises:
-        UserError: from a part that cannot work on these data.
+        UserError: from a part that cannot work on these data, or a text with a special token.
     """
     metrics = [part.obj for part in parts.metrics.values()]
     used = [m for m in metrics if m.needs_arms <= len(parts.arms) and (parts.attacks or not m.needs_attack)]
-    for obj in [parts.immunizer.obj, *(part.obj for part in parts.attacks.values()), *used]:
+    working = [parts.immunizer.obj, *(part.obj for part in parts.attacks.values()), *used]
+    for obj in working:
         hook = getattr(obj, "check", None)
         if hook is not None:
             hook(cases)
+    if not hasattr(parts.backbone, "tokenizers"):
+        return
+    tokenizers = parts.backbone.tokenizers()  # loads the model, which the keys of all stages need next
+    for case in cases:
+        if isinstance(case, ConceptCase):
+            check_case(case, tokenizers)
+    for obj in [parts.eraser.obj, *working]:
+        for key, text in getattr(obj, "texts", dict)().items():
+            refuse_special(key, [text], tokenizers)

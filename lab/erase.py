@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import count, number
-from lab.prompts import check_prompts
+from lab.prompts import check_prompts, text
 from lab.types import AnyCase, Erasure, Kind, Model
 
 KEY = "scenario"  # what is erased comes with its cases
@@ -62,12 +62,13 @@ class Uce:
         preserve: int | None = None,
     ) -> None:
         self.name = name
-        if anchor is not None and (not isinstance(anchor, str) or not anchor.strip()):
-            raise UserError("erase.anchor", anchor, "must be a text, or null for the scenario's own anchors.")
-        self.anchor = anchor
+        self.anchor = None if anchor is None else text("erase.anchor", anchor)
         self.preserve = None if preserve is None else count("erase.preserve", preserve, 0)
         self.preserve_weight = number("erase.preserve_weight", preserve_weight, 0)
         self.ridge = number("erase.ridge", ridge, above=0)
+
+    def texts(self) -> dict[str, str]:
+        return {} if self.anchor is None else {"erase.anchor": self.anchor}
 
     @torch.no_grad()
     def __call__(self, model: DiffusionModel, case: AnyCase, *, seed: int) -> DiffusionModel:

@@ -62,6 +62,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return "a sweep over a group (GROUP=a,b) cannot choose null: make that run a command of its own."
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
+    if memory := _memory(error):
+        return memory
     if isinstance(error, OSError):  # after MissingConfigException, which is one
         return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingMandatoryValue | InterpolationKeyError):
@@ -84,6 +86,20 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     extra, name = _EXTRAS.get(module), _DISTRIBUTIONS.get(module, module)
     what = f'"immunization-bench[{extra}]"' if extra else name
     return f"needs the package {name}: `pip install {what}`."
+
+
+def _memory(error: BaseException) -> str | None:
+    """Memory of the machine or of its GPU ran out: Python's, torch's and its CPU allocator's ways to say so."""
+    text = str(error)
+    torchs = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    if not (torchs or isinstance(error, MemoryError)):
+        return None
+    fix = (
+        "lower immunize.batch_size, immunize.lower_batch_size or attacks.NAME.batch_size, scenario.sampling.count or "
+        "scenario.resolution; take immunize.gradient_checkpointing=true, immunize.hypergradient.recompute=true, "
+        "immunize.precision=bfloat16 or backbone.dtype=bf16 (what the parts you chose have). Finished stages are kept"
+    )
+    return f"memory ran out: {fix}. {_first_line(error)}".rstrip()
 
 
 def _launcher(error: BaseException) -> str | None:

@@ -141,7 +141,12 @@ class Pipeline:
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             model = self.model(arm, case, seed)
-            found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
+            try:
+                found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
+            except Diverged as error:
+                where = f"case {case.name}, {attack} on {task.name}"
+                told = f"its model cannot be attacked ({where}): {error}; lower the step size of what made it."
+                raise UserError("backbone" if arm == CONTROL else "immunize", arm, told) from error
             values = {"steps": found.steps, "values": found.values, "status": found.status, "info": found.info}
             samples = {f"samples/{family}": pictures for family, pictures in found.samples.items()}
             return Artifact(values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples})

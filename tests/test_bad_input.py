@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -160,6 +161,21 @@ def test_a_missing_file_is_a_defect_unless_it_lies_in_outputs(tmp_path, monkeypa
         FileNotFoundError(errno.ENOENT, "No such file", "/proc/x"), ["paths.runs=/proc/x"]
     )
     assert explain(OSError("no number"), []) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_exhausted_memory_names_the_options_that_lower_it(error):
+    told = explain(error)
+    for key in ("immunize.batch_size", "attacks.NAME.batch_size", "gradient_checkpointing", "sampling.count"):
+        assert key in told
+    assert explain(RuntimeError("shape mismatch")) is None
 
 
 # ── parts that do not fit the data ───────────────────────────────────────────────────────────────────────────────

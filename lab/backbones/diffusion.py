@@ -69,11 +69,19 @@ class DiffusionBackbone:
         Raises:
             UserError: weights that do not fit together or cannot be had; pictures of another size than the model's.
         """
+        model = self._loaded()
+        if isinstance(case, ConceptCase):
+            _check_pictures(case, model.image_size)
+        return model.copy().to(self.device)  # the cache stays in main memory
+
+    def tokenizers(self) -> list[Any]:
+        """Those of the model, which stays loaded for `build`. Raises as `build` does."""
+        return self._loaded().tokenizers
+
+    def _loaded(self) -> DiffusionModel:
         if self._model is None:
             self._model = self._load()
-        if isinstance(case, ConceptCase):
-            _check_pictures(case, self._model.image_size)
-        return self._model.copy().to(self.device)  # the cache stays in main memory
+        return self._model
 
     def _load(self) -> DiffusionModel:
         folder = self.source

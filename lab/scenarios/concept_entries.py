@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lab.errors import UserError
 from lab.options import choice, flag, local
+from lab.prompts import text, texts
 from lab.scenarios import concepts
 from lab.types import Erasure
 
@@ -60,10 +61,10 @@ def folder(key: str, value: object, root: Path) -> Path:
 
 
 def _families(key: str, given: dict[str, Any], words: str) -> dict[str, tuple[str, ...]]:
-    found = {"name": concepts.texts(f"{key}.prompts", given.get("prompts"))}
+    found = {"name": texts(f"{key}.prompts", given.get("prompts"))}
     for family, option in (("description", "descriptions"), ("reworded", "reworded")):
         if given.get(option):
-            found[family] = concepts.texts(f"{key}.{option}", given[option])
+            found[family] = texts(f"{key}.{option}", given[option])
     for family, option, wanted in (
         ("name", "prompts", True),
         ("reworded", "reworded", True),
@@ -87,14 +88,14 @@ def parse(key: str, given: object, root: Path) -> Entry:
         UserError: an unknown or missing key, prompts that do not name the concept, descriptions that do.
     """
     entry = concepts.entries(key, given, _KEYS)
-    name = concepts.text(f"{key}.name", entry.get("name"))
+    name = text(f"{key}.name", entry.get("name"))
     if not _NAME.fullmatch(name):
         raise UserError(f"{key}.name", name, "may hold letters, digits, spaces and . ' - only.")
-    words = concepts.text(f"{key}.words", entry.get("words") or name)
+    words = text(f"{key}.words", entry.get("words") or name)
     erase = flag(f"{key}.erase", entry.get("erase", False))
     anchor = entry.get("anchor")
     if erase:
-        anchor = concepts.text(f"{key}.anchor", anchor)
+        anchor = text(f"{key}.anchor", anchor)
         if speaks_of(words, anchor):
             raise UserError(f"{key}.anchor", anchor, f"holds '{words}'; an erased concept needs another meaning.")
     elif anchor is not None:

@@ -14,6 +14,7 @@ from lab.errors import UserError
 from lab.minisd import folders
 from lab.minisd.openmoji import CREDIT
 from lab.options import choice, count, local, number
+from lab.prompts import text, texts
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
 from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, shows, speaks_of
@@ -127,7 +128,8 @@ class ConceptFolders:
         if len(kept) < len(found.images):
             notes.append(f"{entry.name}: {len(found.images) - len(kept)} images were copies of others and left out.")
         if len(kept) < len(_PARTS):
-            fix = f"holds {len(kept)} different images; three is the least: one each to immunize, attack and compare."
+            told = f"holds {len(kept)} different images; three is the least, one each to immunize, attack and compare"
+            fix = f"{told}, and four where an immunizer trains on the concept, as it needs two."
             raise UserError(key, entry.path, fix)
         captions = [found.rows[i].get("prompt") or found.rows[i]["text"] for i in kept]
         silent = [i for i, line in enumerate(captions) if not speaks_of(entry.words, line)]
@@ -137,7 +139,7 @@ class ConceptFolders:
         if silent:
             notes.append(f"{entry.name}: {len(silent)} captions do not name it; its prompts stand in for them.")
         for line in captions:
-            shared.text(f"{entry.key}.path", line)
+            text(f"{entry.key}.path", line)
         return Pictures(found.images[kept], tuple(captions))
 
     def _concept(self, entry: Entry, found: Pictures, seed: int, owners: dict[str, str], notes: list[str]) -> Concept:
@@ -206,8 +208,13 @@ class ConceptFolders:
         return keep, captions, _pick(pools["unrelated"], fine[: self.sizes["unrelated"]])
 
     def _pool(self, key: str, path: Path, owners: dict[str, str], notes: list[str]) -> Pictures:
-        """The folder at ``key`` without pictures that ``owners`` knows and without captions that name a concept."""
-        found = _pictures(folders.read(path, self.resolution, key=key))
+        """The folder at ``key`` without pictures that ``owners`` knows and without captions that name a concept.
+
+        Raises:
+            UserError: nothing is left, or a caption that is no prompt.
+        """
+        read = folders.read(path, self.resolution, key=key)
+        found = Pictures(read.images, tuple(read.texts))
         hashes = [digest(image) for image in found.images]
         fine = [i for i, value in enumerate(hashes) if owners.setdefault(value, f"{key} {i}") == f"{key} {i}"]
         named = [i for i in fine if any(shows(e.words, found.prompts[i]) for e in self.entries)]
@@ -216,6 +223,8 @@ class ConceptFolders:
             notes.append(f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name one: left out.")
         if not fine:
             raise UserError(key, path, "holds no picture that is unrelated to the concepts.")
+        for i in fine:
+            text(key, found.prompts[i])
         return _pick(found, fine)
 
     def _regularizers(self, rest: Any, seed: int, notes: list[str]) -> tuple[str, ...]:
@@ -259,8 +268,8 @@ def _shares(given: object) -> tuple[float, float, float]:
 
 
 def _sizes(total: int, shares: tuple[float, float, float]) -> tuple[int, int, int]:
-    """How many of ``total`` ≥ 3 images each part gets, at least one each."""
-    own = min(max(round(total * shares[0]), 1), total - 2)
+    """How many of ``total`` ≥ 3 images each part gets, at least one each, and own two as soon as there are four."""
+    own = min(max(round(total * shares[0]), 2), total - 2)
     train = min(max(round(total * shares[1]), 1), total - own - 1)
     return own, train, total - own - train
 
@@ -274,15 +283,11 @@ def _pick(found: Pictures, index: list[int]) -> Pictures:
     return Pictures(images, tuple(found.prompts[i] for i in index))
 
 
-def _pictures(found: folders.ConceptFolder) -> Pictures:
-    return Pictures(found.images, tuple(found.texts))
-
-
 def _captions(given: object, root: Path) -> tuple[str, ...]:
     """C_reg from a text file, one caption per line, or from a list."""
     key = "scenario.captions"
     if not isinstance(given, str):
-        return shared.texts(key, given)
+        return texts(key, shared.plain(given))
     path = root / local(key, given)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -290,4 +295,4 @@ def _captions(given: object, root: Path) -> tuple[str, ...]:
         raise UserError(key, path, f"cannot be read as a text file in UTF-8 ({error}).") from error
     if not lines:
         raise UserError(key, path, "holds no caption.")
-    return shared.texts(key, lines)
+    return texts(key, lines)

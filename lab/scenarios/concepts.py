@@ -1,8 +1,7 @@
-"""What scenarios of text-to-image concepts share: checked options, sizes, prompts, the hash of what was loaded."""
+"""What scenarios of text-to-image concepts share: checked options, sizes, the hash of what was loaded."""
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -14,12 +13,12 @@ from torch import Tensor
 from lab.cases import fingerprint
 from lab.errors import UserError, nearest
 from lab.options import choice, count, number
+from lab.prompts import text
 from lab.store import stage_key
 from lab.types import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
 
 # every family that a scenario may give a concept; `lab.types.Concept.prompts`
 FAMILIES = ("name", "description", "reworded", "unseen_pairs")
-_REORDERING = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")  # change what a reader sees
 
 
 def plain(value: Any) -> Any:
@@ -55,33 +54,9 @@ def sampling(given: object, key: str = "scenario.sampling") -> Sampling:
         found["guidance"] = number(f"{key}.guidance", found["guidance"], 0)
     if "precision" in found:
         choice(f"{key}.precision", found["precision"], PRECISIONS)
-    if "negative" in found and found["negative"] != "":
-        text(f"{key}.negative", found["negative"])
+    if "negative" in found:
+        found["negative"] = text(f"{key}.negative", found["negative"], empty=True)
     return Sampling(**found)
-
-
-def text(key: str, value: object) -> str:
-    """``value`` when it can be a prompt.
-
-    Raises:
-        UserError: no text, an empty one, or one with control characters.
-    """
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(key, value, "must be a text with at least one word.")
-    for letter in value.strip():
-        if unicodedata.category(letter) in ("Cc", "Cs") or unicodedata.bidirectional(letter) in _REORDERING:
-            fix = f"holds the control character U+{ord(letter):04X}; a prompt is one line of plain text."
-            raise UserError(key, repr(value), fix)
-    return value.strip()
-
-
-def texts(key: str, value: object, least: int = 1) -> tuple[str, ...]:
-    """A list of prompts without repeats; a single text counts as a list of one. Raises as `text` does."""
-    value = plain(value)
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, Sequence) or len(items) < least:
-        raise UserError(key, value, f"must be a list of at least {least} prompts.")
-    return tuple(dict.fromkeys(text(f"{key}[{i}]", item) for i, item in enumerate(items)))
 
 
 def resolution(value: object, key: str = "scenario.resolution") -> int:

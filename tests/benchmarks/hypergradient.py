@@ -5,6 +5,9 @@ forward-backwards of the same batch, dtype, parameters and attention (math); CPU
 repeats, so that a busy machine hits both alike. Peak memory is that of a fresh process per N above the loaded model.
 Exits with code 1 if the exact step takes more than 5.5 units, if time is not linear in N (15 %), or if memory at the
 largest N exceeds that at N = 1 by a factor above 1.2.
+
+``--methods`` prints instead what an upper step costs by each method (`sweeps/hypergradient_ablation.yaml`), for each of
+``--steps`` lower steps and the smallest N: interleaved on one batch, the lower level's drop measured as in a run.
 """
 
 from __future__ import annotations
@@ -17,20 +20,23 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.hypergradient import hypergradient
+from immunize.hypergradient import METHODS, Hypergradient, hypergradient
+from immunize.hypergradient_implicit import Implicit
 from immunize.hypergradient_products import gradients, math_attention
 from immunize.lower import Lower
 from immunize.merge import Merge, Params
 from immunize.merge_factors import Inputs, factorize
 from immunize.merge_rows import scope_names
 from lab.minisd import build
+
+SOLVERS: tuple[Literal["cg", "neumann"], ...] = ("cg", "neumann")
 
 
 def resident(key: str) -> float:
@@ -77,13 +83,13 @@ class Case:
             for n in range(self.count):
                 gradients(partial(self.loss, n, 0), self.theta)
 
-    def step(self, **options: Any) -> None:
-        hypergradient(
+    def step(self, steps: int = 1, **options: Any) -> Hypergradient:
+        return hypergradient(
             self.theta,
             self.lower,
             lambda p, n: -self.loss(n, 1, p),
             self.merge,
-            settings=Lower(0.1),
+            settings=Lower(0.1, steps),
             upper_names=self.names,
             lower_names=self.names,
             **options,
@@ -113,6 +119,36 @@ def memory(count: int, batch: int) -> float:
     return resident("VmHWM") - before
 
 
+def methods(iterations: int) -> dict[str, dict[str, Any]]:
+    """Those of the ablation. A tolerance that is never reached: the solvers take all their iterations."""
+    found: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS if name != "implicit"}
+    for solver in SOLVERS:
+        options = Implicit(rho=1.0, solver=solver, iterations=iterations, tolerance=1e-30)
+        found[f"implicit, {solver}"] = {"method": "implicit", "implicit": options}
+    return found
+
+
+def method_table(options: argparse.Namespace) -> None:
+    """Prints a row per method; of the solvers also the fewest iterations of any run (negative curvature ends cg)."""
+    case = Case(min(options.counts), options.batch)
+    known = methods(options.iterations)
+    taken: dict[str, int] = {}
+    runs: dict[str, Any] = {"unit": case.units}
+
+    def one(name: str, k: int) -> None:
+        for n in case.step(k, **known[name]).info.get("iterations", ()):
+            taken[name] = min(n, taken.get(name, n))
+
+    for name in known:
+        runs |= {f"{name}/{k}": partial(one, name, k) for k in options.steps}
+    found = timed(runs, options.repeats)
+    print(f"one upper step, N = {case.count}, in units of N forward-backwards ({found['unit']:.2f} CPU seconds)")
+    print(f"{'method':20s}" + "".join(f"{f'K = {k}':>9s}" for k in options.steps))
+    for name in known:
+        row = "".join(f"{found[f'{name}/{k}'] / found['unit']:9.2f}" for k in options.steps)
+        print(f"{name:20s}{row}" + (f"   {taken[name]} iterations" if name in taken else ""))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 5, 10])
@@ -120,10 +156,16 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory", type=int, help="print MiB of one step with so many concepts and stop")
+    parser.add_argument("--methods", action="store_true", help="print the cost of every method and stop")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 5], help="K of --methods")
+    parser.add_argument("--iterations", type=int, default=5, help="of implicit in --methods; those of the ablation")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
         print(memory(options.memory, options.batch))
+        return 0
+    if options.methods:
+        method_table(options)
         return 0
     print(f"MiniSD's U-Net, batch {options.batch}, float32; one unit = N forward-backwards")
     ratios, seconds = [], []

@@ -59,6 +59,7 @@ def test_the_snapshots_that_are_reported():
     assert STEPS == (0, 10, 20, 40, 80)
     assert marks(BUDGET) == [(2, 20, ""), (3, 40, "_2x"), (4, 80, "_4x")]
     assert marks(Budget(20, 5, at=(0, 20, 100))) == [(1, 20, ""), (2, 100, "_5x")]
+    assert [suffix for _, _, suffix in marks(Budget(20, 8, at=(0, 20, 100, 160)))] == ["", "_5x", "_8x"]
     assert marks(Budget(20, 1, at=(0, 20))) == [(1, 20, "")]
 
 

@@ -140,20 +140,22 @@ def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
     return {x: placed[x] for x in level.names}
 
 
-def naive(p: Problem, settings: Lower, rho: float = 0.0) -> Params:
-    """∇J on the upper set by autograd through unroll, masks and merge."""
+def naive(p: Problem, settings: Lower | Sequence[Lower], rho: float = 0.0) -> Params:
+    """∇J on the upper set by autograd through unroll, masks and merge; ``settings``: one, or one per concept."""
     from immunize.hypergradient_products import math_attention
 
+    each = [settings] * p.count if isinstance(settings, Lower) else settings
     with math_attention():
         theta = {x: y.clone().requires_grad_(True) for x, y in p.theta.items()}
-        levels = [LowerLevel(settings, theta, p.lower_names, loss, n) for n, loss in enumerate(p.lower())]
+        some = zip(each, p.lower(), strict=True)
+        levels = [LowerLevel(s, theta, p.lower_names, loss, n) for n, (s, loss) in enumerate(some)]
         merged = p.merge(theta, [unrolled(level, theta, rho) for level in levels])
         total = sum(p.upper(merged, n) for n in range(p.count)) / p.count
         found = torch.autograd.grad(total, [theta[x] for x in p.upper_names], materialize_grads=True)
     return dict(zip(p.upper_names, found, strict=True))
 
 
-def evaluate(p: Problem, settings: Lower, **options: object) -> Hypergradient:
+def evaluate(p: Problem, settings: Lower | Sequence[Lower], **options: object) -> Hypergradient:
     return hypergradient(
         p.theta,
         p.lower(),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
+from immunize.mima_setup import Setup, concept_halves
 from tiny import no_log
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -29,6 +31,29 @@ def preset(name, **changes):
     if name == "mima_deep":
         small |= {"k_min": 1, "k_max": 4, "lower_batch_size": 2}
     return instantiate(OmegaConf.merge(node, {**small, **changes}))
+
+
+def objective(method, of=None, on=None, seed=0):
+    """What one upper step of ``method`` descends, and θ."""
+    here, problem = of or model(), on or case()
+    setup = Setup.build(here, problem, seed, method.precision, method.prior)
+    chosen = concept_halves(here, problem.targets, seed, setup.dtype)
+    runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
+    theta = setup.restart()
+    return method.objective(setup, runs[0], merges[0]), theta
+
+
+@contextmanager
+def kept():
+    """Sizes of the activations that graphs made inside keep for their backward pass."""
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
 
 
 def run(immunizer, *, of=None, on=None, seed=0, checkpoint=None, log=no_log):

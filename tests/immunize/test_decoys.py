@@ -44,7 +44,7 @@ def test_pooled_concepts_pool_their_decoys():
 def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
     """By hand: the difference to the gradient without it, at the weights that the same attack has reached."""
     whole, theta = objective(w_decoy=2.0, decoys=3)
-    without, other = objective()
+    without, other = objective(w_decoy=0.0)
     found, seen = whole.gradient(theta, 2)
     none, _ = without.gradient(other, 2)
     target = whole.targets[0]

@@ -32,3 +32,14 @@ def test_exact_equals_naive_autograd(scope, attacker, steps):
     found = evaluate(p, settings, measure=False)
     assert distance(found.gradient, naive(p, settings)) < 1e-8
     assert found.cosine < 0.9999  # the Hessian matters here: the oracle is no formality
+
+
+def test_every_concept_has_its_own_attacker():
+    """Other weights, other optimizer, other K: each concept's transpose has to take its own settings."""
+    p = problem("kv")
+    settings = [ATTACKERS["sgd"], replace(ATTACKERS["lora_adamw"], steps=2)]
+    expected = naive(p, settings)
+    assert distance(evaluate(p, settings, measure=False).gradient, expected) < 1e-8
+    assert distance(evaluate(p, settings, measure=False, recompute=True).gradient, expected) < 1e-8
+    for other in (settings[::-1], settings[:1] * 2, settings[1:] * 2):
+        assert distance(evaluate(p, other, measure=False).gradient, expected) > 1e-3

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from bilevel_cases import Problem, distance, evaluate, naive, problem
+from mima_examples import kept
 from tiny_diffusion import tiny_diffusion
 from torch.nn import functional as F
 
@@ -18,6 +19,8 @@ from immunize.hypergradient_products import checkpointed, gradients, math_attent
 from immunize.lower import Adapter, Lower, LowerLevel
 from immunize.merge import Merge
 from immunize.merge_rows import MergeOptions
+from immunize.mima_losses import Denoiser
+from immunize.mima_sampling import Batch
 from lab.errors import Diverged, UserError
 from lab.seeding import generator
 
@@ -212,35 +215,33 @@ def test_checkpointing_gives_the_same_gradient():
     """At weights other than the module's own, where diffusers' checkpointing differentiates at the wrong ones."""
     p = problem("kv")
     moved = replace(p, theta={x: 1.1 * y for x, y in p.theta.items()})
-    plain = evaluate(moved, Lower(0.5, steps=2))
-    with checkpointed(p.model.unet):
+    with kept() as whole:
+        plain = evaluate(moved, Lower(0.5, steps=2))
+    with checkpointed(p.model.unet), kept() as less:
         found = evaluate(moved, Lower(0.5, steps=2))
     assert distance(found.gradient, plain.gradient) < 1e-12
+    assert 0 < sum(less) < 0.8 * sum(whole)
     assert not any(getattr(m, "gradient_checkpointing", False) for m in p.model.unet.modules())
 
 
 def test_low_precision_forward_with_float32_masters():
-    model = tiny_diffusion()
-    names = [x for x, _ in model.unet.named_parameters() if "attn2" in x]
-    theta = {x: y.detach().clone() for x, y in model.unet.named_parameters() if x in names}
+    exact = tiny_diffusion()
+    theta = {x: y.detach().clone() for x, y in exact.unet.named_parameters()}
+    names = [x for x in theta if "attn2" in x]
     g = generator(0, "low")
     z, noise = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(2))
-    t, text = torch.tensor([100, 700]), model.text(["a fox", "a panda"])
+    batch = Batch(z, exact.text(["a fox", "a panda"]), noise, torch.tensor([100, 700]))
 
-    def run(compute):
-        dtype = compute or torch.float32
-        model.to(dtype)
-        words = type(text)(text.hidden.to(dtype))
+    def run(dtype):
+        denoiser = Denoiser(tiny_diffusion(dtype=dtype), theta)
+        masters = {x: theta[x] for x in names}
+        options = {"settings": Lower(1.0), "upper_names": names, "lower_names": names}
+        loss = denoiser.loss
+        return hypergradient(masters, [lambda q, _: loss(batch, q)], lambda q, n: -loss(batch, q), Merge(1), **options)
 
-        def loss(q, _):
-            return model.loss(z.to(dtype), words, noise.to(dtype), t, weights=q).mean()
-
-        options = {"settings": Lower(1.0), "upper_names": names, "lower_names": names, "compute": compute}
-        return hypergradient(theta, [loss], lambda q, n: -loss(q, n), Merge(1), **options)
-
-    high, low = run(None), run(torch.bfloat16)
+    high, low = run(torch.float32), run(torch.bfloat16)
     assert all(x.dtype == torch.float32 for x in low.gradient.values())
-    assert distance(low.gradient, high.gradient) < 0.05  # bfloat16 has 8 bits
+    assert 1e-5 < distance(low.gradient, high.gradient) < 0.05  # bfloat16 has 8 bits
 
 
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -273,11 +274,13 @@ def test_nan_in_a_lower_step_is_divergence():
 
 def test_unusable_combinations_are_user_errors():
     p = regression()
-    with pytest.raises(UserError, match="adapter"):
-        evaluate(p, Lower(0.1, adapter=Adapter()), method="implicit")
+    with pytest.raises(UserError, match=r"immunize\.lower\.rank=2: implicit"):
+        evaluate(p, Lower(0.1, adapter=Adapter(2)), method="implicit")
     with pytest.raises(UserError, match="method"):
         evaluate(p, Lower(0.1), method="exakt")
-    with pytest.raises(UserError, match=r"immunize\.lower"):
-        evaluate(replace(p, lower_names=[]), Lower(0.1))
+    for level, key in (("lower", r"immunize\.lower\.scope="), ("upper", r"immunize\.scope=")):
+        for names in ([], ["e"]):
+            with pytest.raises(UserError, match=key):
+                evaluate(replace(p, **{f"{level}_names": names}), Lower(0.1))
     with pytest.raises(UserError, match="scope"):
         MergeOptions(scope="kv", rule="masked")

@@ -186,16 +186,19 @@ def test_concept_rows_are_those_of_the_words():
     assert regularizer_rows(model, CAPTIONS).shape == (len(CAPTIONS) * 32, 32)
 
 
-def test_shared_rows_go_and_a_concept_of_shared_rows_needs_mu():
+def test_shared_rows_go_and_a_concept_of_shared_rows_needs_mu(caplog):
     one, both = Rows(DRAW(3, D), ("big", "red", "fox")), DRAW(1, D)
     first = Rows(torch.cat([one.rows, both]), (*one.tokens, "style"))
     second = Rows(torch.cat([both, DRAW(1, D)]), ("style", "cat"))
     found, dropped = distinct_rows([first, second])
     assert [len(x) for x in found] == [3, 1]
     assert dropped == ["style"]
+    assert "leaves out the rows of style" in caplog.text
     with pytest.raises(UserError, match=r"merge\.mu.*style.*singular.*averages"):
         distinct_rows([first, Rows(both, ("style",))])
     soft, _ = distinct_rows([first, Rows(both, ("style",))], mu=0.1)
+    assert "concept 2 shares all its tokens (style)" in caplog.text
+    assert "mu=0.1 averages" in caplog.text
     assert [len(x) for x in soft] == [3, 1]
 
 

@@ -4,14 +4,33 @@ import dataclasses
 
 import pytest
 import torch
-from mima_examples import LORA, PRESETS, Snapshots, case, model, moved, preset, rows_of, run, with_targets
+from mima_examples import (
+    LORA,
+    PRESETS,
+    Snapshots,
+    case,
+    kept,
+    model,
+    moved,
+    objective,
+    preset,
+    rows_of,
+    run,
+    with_targets,
+)  # fmt: skip
 from tiny_diffusion import tiny_diffusion
 
+from immunize.hypergradient import hypergradient
+from immunize.lower import Adapter, Lower
 from immunize.merge_rows import MergeOptions, build_merge
 from immunize.mima_setup import naming_prompts
 from lab.errors import Diverged, UserError
 from lab.seeding import derive
 from lab.types import Immunizer, Pictures, same_weights
+
+FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
+IMPLICIT = {"method": "implicit"}
+SEED = 1  # of draws whose kind, K and captions differ from concept to concept
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -89,6 +108,15 @@ def test_the_merge_reads_captions_of_own_pictures_before_prompts_of_the_evaluati
         assert naming_prompts(model(), silent, 2) == list(concept.prompts["name"][:2])
 
 
+@pytest.mark.parametrize(("name", "merges"), [("mima", True), ("compose", True), ("imma", False), ("mima_deep", False)])
+def test_the_first_row_says_how_the_merge_is_conditioned(name, merges):
+    """mima_deep looks at each concept's own attacked copy by default, and builds no merge."""
+    _, rows = rows_of(preset(name))
+    keys = {"merge_cond_regularizer", "merge_cond_constraint", "merge_effective_rank", "merge_dropped_tokens"}
+    assert (keys <= rows[0][1].keys()) is merges
+    assert not any(key.startswith("merge_") for _, row in rows[1:] for key in row)
+
+
 def test_joint_sees_the_pictures_of_all_targets():
     joint = preset("joint", steps=1, batch_size=4, hypergradient={"method": "first_order"})
     first = run(joint)
@@ -128,10 +156,43 @@ def test_bfloat16_runs_the_exact_gradient_with_float32_masters():
     assert rows[0][1]["gradient_norm"] == pytest.approx(full[0][1]["gradient_norm"], rel=0.2)
 
 
-def test_sampled_lower_levels_in_mima():
-    changes = {"attackers": {"lora": {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}}, "k_max": 2}
-    _, rows = rows_of(preset("mima", steps=1, **changes))
-    assert rows[0][1]["lower_drop_mosaic"] != rows[0][1]["lower_drop_neon"]
+def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
+    """Every concept's own draw: kind, rate, rank, K, optimizer and captions, in the curriculum and after it."""
+    lora = {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}
+    changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3, "curriculum": 0.5, "templates": ["name"]}
+    method = preset("mima", steps=4, lower={"scale": 2.0}, **changes)
+    made, theta = objective(method, seed=SEED)
+    seen = []
+
+    def spy(*given, **options):
+        seen.append((given[1], options["settings"]))
+        return hypergradient(*given, **options)
+
+    monkeypatch.setattr("immunize.mima_bilevel.hypergradient", spy)
+    for step in (1, 3):
+        made.gradient(theta, step)
+        losses, settings = seen.pop()
+        for concept, loss, found in zip(made.concepts, losses, settings, strict=True):
+            drawn = method.drawn.draw(step / 4, SEED, concept.name, step)
+            factors = derive(SEED, "mima", "factors", concept.name, step)
+            adapter = Adapter(drawn.rank, 2.0, factors) if drawn.kind == "lora" else None
+            assert found == Lower(drawn.lr, drawn.steps, drawn.optimizer, adapter, weight_decay=0.0)
+            pool = concept.lower.template(drawn.template)
+            batch = pool.batch(2, SEED, concept.name, step, "lower", drawn.steps - 1)
+            assert loss(theta, drawn.steps - 1) == made.denoiser.loss(batch, theta)
+
+
+def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
+    exact, alone = tiny_diffusion(dtype=torch.float64), with_targets(case().targets[:1])
+    found, sizes = [], []
+    for saving in (False, True):
+        made, theta = objective(preset("mima", gradient_checkpointing=saving), exact, alone)
+        with kept() as some:
+            found.append(made.gradient(theta, 1)[0])
+        sizes.append(sum(some))
+    assert 0 < sizes[1] < 0.8 * sizes[0]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)
 
 
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,7 +212,9 @@ def test_sampled_lower_levels_in_mima():
         ("mima", {"hypergradient": {"method": "implicit", "rho": 0.2}}, "immunize.hypergradient.rho"),
         ("mima", {"merge": {"mu": -1.0}}, "immunize.merge.mu"),
         ("mima", {"merge": {"prompts": 0}}, "immunize.merge.prompts"),
-        ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.*.scopes"),
+        ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.lora.scopes"),
+        ("mima", {"hypergradient": IMPLICIT, "lower": {"rank": 4}}, "immunize.lower.rank"),
+        ("mima", {"hypergradient": IMPLICIT, "attackers": {"full": FULL, "low": LORA}}, "immunize.attackers.low"),
         ("mima", {"beta": -1e-4}, "immunize.beta"),
         ("mima", {"cap": 0.0}, "immunize.cap"),
         ("mima", {"steps": 0}, "immunize.steps"),
@@ -172,7 +235,14 @@ def test_options_that_cannot_work_name_their_key(name, changes, key):
         preset(name, **changes)
     error = found.value if isinstance(found.value, UserError) else found.value.__cause__
     assert isinstance(error, UserError)
-    assert key in error.key
+    assert error.key.endswith(key)
+
+
+def test_implicit_takes_attackers_that_move_weights():
+    """Only what can be drawn counts, and ``lower.rank`` is not used where attackers are drawn."""
+    families = {"full": FULL, "lora": {**LORA, "share": 0.0}, "none": None}
+    method = preset("mima", hypergradient=IMPLICIT, attackers=families, lower={"rank": 4})
+    assert [f.kind for f in method.drawn.families] == ["weights"]
 
 
 def test_cases_that_cannot_be_immunized():

@@ -4,16 +4,14 @@ import dataclasses
 
 import pytest
 import torch
-from mima_examples import case, model, preset, with_targets
+from mima_examples import case, kept, model, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
 from immunize.mima_losses import Denoiser, capped, gradient_at
 from immunize.mima_lower import Attack, Attackers, Running, marks
 from immunize.mima_sampling import Batch, Pool, halves, pooled
-from immunize.mima_setup import Setup, concept_halves
-from immunize.mima_trainer import Schedule, Trainer
+from immunize.mima_setup import Setup
 from lab.diffusion import Text
-from lab.errors import Diverged
 
 NONE = {"kv": None, "full": None}
 
@@ -22,15 +20,6 @@ def deep(**changes):
     """The preset, offline with two marks unless told otherwise: one gradient then sees a whole attack."""
     rest = {"online": False, "at": [0.5, 1.0], "benign": "regret"}
     return preset("mima_deep", **{**rest, **changes})
-
-
-def objective(method, of=None, on=None, seed=0):
-    here, problem = of or model(), on or case()
-    setup = Setup.build(here, problem, seed, method.precision, method.prior)
-    chosen = concept_halves(here, problem.targets, seed, setup.dtype)
-    runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
-    theta = setup.restart()
-    return method.objective(setup, runs[0], merges[0]), theta
 
 
 def test_one_sgd_step_without_extras_is_mima_first_order():
@@ -125,12 +114,16 @@ def test_the_ramp_sees_the_mean_over_both_places():
     assert both["prior_factor"] == pytest.approx(1 + 2 * (both["upper_loss"] / 10) ** 2)
 
 
-def test_checkpointing_changes_no_gradient():
+def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
     alone = with_targets(case().targets[:1])
     options = {"evaluate": ["own"], "w_benign": 0.0, "k_max": 2, "curriculum": 0.0}
     plain, theta = objective(deep(**options), on=alone)
     saving, other = objective(deep(gradient_checkpointing=True, **options), on=alone)
-    a, b = plain.gradient(theta, 1)[0], saving.gradient(other, 1)[0]
+    with kept() as whole:
+        a = plain.gradient(theta, 1)[0]
+    with kept() as less:
+        b = saving.gradient(other, 1)[0]
+    assert 0 < sum(less) < 0.5 * sum(whole)
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-6)
 
@@ -286,48 +279,7 @@ def test_halves_are_disjoint_and_templates_choose_captions():
     assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
 
 
-# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-class Falling:
-    upper_names = moves = ("w",)
-
-    def __init__(self, bad, how):
-        self.bad, self.how = bad, how
-
-    def gradient(self, theta, step):
-        if step == self.bad and self.how == "raise":
-            raise FloatingPointError("lower level")
-        value = float("nan") if step == self.bad else 1.0
-        return {"w": torch.full_like(theta["w"], value if self.how == "gradient" else 1.0)}, {"upper_loss": value}
-
-    def state(self):
-        return {}
-
-    alike = state
-
-    def load(self, state):
-        pass
-
-
-@pytest.mark.parametrize("how", ["raise", "gradient", "loss"])
-def test_divergence_keeps_the_last_good_weights(how):
-    rows = []
-    theta = {"w": torch.zeros(3)}
-    schedule = Schedule(steps=10, beta=1.0, optimizer="sgd")
-    trainer = Trainer(schedule, theta, Falling(4, how), lambda step, **values: rows.append((step, values)), "test")
-    found = trainer.run(None)
-    assert torch.equal(found["w"], torch.full((3,), -3.0))  # at step 4 θ is −4: seen, and bad; −3 was good
-    assert rows[-1] == (4, {"diverged": 1.0})
-    with pytest.raises(Diverged, match="first step"):
-        Trainer(schedule, {"w": torch.zeros(3)}, Falling(0, how), lambda step, **values: None, "test").run(None)
-
-
-def test_clipping_bounds_the_gradient():
-    theta = {"w": torch.zeros(4)}
-    schedule = Schedule(steps=1, beta=1.0, optimizer="sgd", clip=0.5)
-    found = Trainer(schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test").run(None)
-    assert float(found["w"].norm()) == pytest.approx(0.5)
+# ── what the loop stands on ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_first_order_gradient_is_taken_at_the_point():

@@ -14,7 +14,14 @@ ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}
 FAST = {
     "mima": {"lower": {"alpha": 3.0}},
     "mima_first_order": {"lower": {"alpha": 3.0}},
-    "mima_deep": {"attackers": ALONE, "evaluate": ["own"], "w_benign": 0.0, "curriculum": 0.0, "w_distill": 0.0},
+    "mima_deep": {
+        "attackers": ALONE,
+        "evaluate": ["own"],
+        "w_benign": 0.0,
+        "curriculum": 0.0,
+        "w_distill": 0.0,
+        "w_decoy": 0.0,
+    },
 }
 
 

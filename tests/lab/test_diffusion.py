@@ -235,8 +235,8 @@ def test_prompts_are_cleaned():
     [
         ([], "at least one"),
         ("a fox", "must be a list"),
-        (["a fox", "  "], "is no prompt"),
-        ([3], "is no prompt"),
+        (["a fox", "  "], "at least one word"),
+        ([3], "at least one word"),
         (["a\x00fox"], r"U\+0000"),
         (["a fox\nand a lion"], r"U\+000A"),
         (["a \x1b[31mfox"], r"U\+001B"),

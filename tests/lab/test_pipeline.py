@@ -157,3 +157,19 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
     assert {c.label["case"] for c in found.attack_cells()} == {"second"}
     found.diverged["second", 0] = artifact.values["error"]
     assert found.seeds == ()
+
+
+def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline):
+    found = pipeline("experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=2))
+
+    def attack(*_, **__):
+        raise Diverged("the loss is not finite before the first update", 0)
+
+    object.__setattr__(found.parts.attacks["lora"], "obj", attack)
+    cells = list(found.attack_cells())
+    for arm, key in (("mima_deep", "immunize"), (CONTROL, "backbone")):
+        cell = next(c for c in cells if c.label["arm"] == arm)
+        found.model = lambda *_: None
+        with pytest.raises(UserError, match=rf"^{key}={arm}: .*not finite") as error:
+            cell.compute(None)
+        assert error.value.key == key

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scenario_configs import CONF, config, hashes
 
+import run  # noqa: F401 - registers a resolver of the config
+from immunize.mima import Mima, MimaDeep
+from lab.assemble import assemble
 from lab.errors import UserError
 from lab.minisd import folders
 from lab.scenarios.concept_folders import ConceptFolders, _sizes
@@ -118,6 +124,38 @@ def test_too_few_images(root, count) -> None:
     with pytest.raises(UserError, match=r"concepts\[3\].path.*holds 1|holds 2") as caught:
         folder_scenario(root, [*listed(), entry("few", "target")]).load(0)
     assert "three is the least" in caught.value.fix
+    assert "four where an immunizer trains" in caught.value.fix
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, count) -> None:
+    folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
+    (case,) = folder_scenario(root, [*listed(), entry("few", "other")]).load(0).cases
+    assert all(len(part) for part in (case.task("few").own, case.task("few").train, case.task("few").reference))
+    (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
+    (practised,) = folder_scenario(root, [*listed()[:2], entry("few", "rehearsal")]).load(0).cases
+    preset = {"attackers": {"full": {"kind": "weights", "scopes": ["all"], "lr": 1e-3, "optimizer": "adamw"}}}
+    methods = (Mima(), MimaDeep(**preset, k_min=1, k_max=1, w_benign=1.0))
+    if count == 4:
+        for method in methods:
+            method.check((case, practised))
+        return
+    for method in methods:
+        with pytest.raises(UserError, match="concept few has 1 picture"):
+            method.check((case,))
+    methods[0].check((practised,))  # it does not practise
+    with pytest.raises(UserError, match=r"scenario=rex: rehearsal concept few has 1 picture.*w_benign=0"):
+        methods[1].check((practised,))
+    replace(methods[1], w_benign=0.0).check((practised,))
+
+
+@pytest.mark.parametrize("pool", ["keep", "unrelated"])
+@pytest.mark.parametrize("caption", ["a \x07 tree", "a tree\nand a house", "a \u202e tree"])
+def test_captions_of_the_surroundings_are_prompts_too(root, pool, caption) -> None:
+    rows = [{"text": text} for text in ("a tree", caption, "a house", "a hill")]
+    folders.write(root / "odd", noise(4, 60), rows)
+    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*control character"):
+        folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(0)
 
 
 def test_empty_folder_missing_folder_and_shared_images(root) -> None:
@@ -205,6 +243,7 @@ def test_every_part_gets_an_image(total, shares) -> None:
     sizes = _sizes(total, shares)
     assert sum(sizes) == total
     assert min(sizes) >= 1
+    assert sizes[0] >= (2 if total > 3 else 1)  # an immunizer needs two
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -217,3 +256,12 @@ def test_paper_presets_hold_the_published_settings(name) -> None:
     assert len(erased) == (0 if name == "personalize" else len(scenario.entries))
     assert preset.immunize.lower.alpha == 5e-6
     assert preset.immunize.beta == (2e-5 if name == "personalize" else 3e-5)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_presets_report_lpips_where_their_judges_have_it(name) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", overrides=[f"experiment=paper/{name}"])
+    (generation,) = (part.obj for key, part in assemble(cfg).metrics.items() if key == "generation")
+    assert cfg.judges.lpips is not None
+    assert generation.similarities == ("clip", "features", "lpips")  # as MIMA and IMMA report

@@ -1,0 +1,56 @@
+"""What must stay as it is: where its pictures come from, and its place in the released lower level."""
+
+import dataclasses
+
+import pytest
+import torch
+from mima_examples import case, objective, preset, rows_of, run, with_targets
+from tiny_diffusion import tiny_diffusion
+
+from immunize.mima_losses import gradient_at
+from immunize.mima_scopes import scope_names
+from lab.errors import UserError
+from lab.types import Pictures
+
+
+def joined(parts):
+    return Pictures(torch.cat([part.images for part in parts]), tuple(p for part in parts for p in part.prompts))
+
+
+@pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
+def test_the_prior_has_the_pictures_asked_for(changes):
+    """A case whose unrelated pictures are exactly these gives the same run; the preset asks for both."""
+    classes = [target.prior for target in case().targets]
+    parts = classes if changes else [case().keep, *classes]
+    _, rows = rows_of(preset("mima_released", steps=1, **changes))
+    same = dataclasses.replace(case(), keep=joined(parts))
+    assert rows_of(preset("mima_released", steps=1, prior="keep"), on=same)[1] == rows
+    assert rows_of(preset("mima_released", steps=1, prior="keep"))[1] != rows
+
+
+def test_a_case_without_such_pictures_is_refused():
+    none = Pictures(case().keep.images[:0], ())
+    bare = [dataclasses.replace(target, prior=none) for target in case().targets]
+    with pytest.raises(UserError, match=r"immunize\.prior=class"):
+        run(preset("mima_released", prior="class"), on=with_targets(bare))
+
+
+@pytest.mark.parametrize("changes", [{}, {"prior": False}])
+def test_the_released_lower_level_descends_the_prior_too(changes):
+    """One SGD step on L(x^l) + w_prior · L(x^prior), or on L(x^l) alone, by hand; one concept needs no merge."""
+    exact, alone = tiny_diffusion(dtype=torch.float64), with_targets(case().targets[:1])
+    method = preset("mima_released", w_prior=2.0, lower={"alpha": 0.5, **changes})
+    made, theta = objective(method, exact, alone)
+    start = {name: value.clone() for name, value in theta.items()}
+    concept = made.concepts[0]
+    own = concept.lower.batch(2, 0, concept.name, 1, "lower", 0)
+    prior = made.prior.batch(2, 0, concept.name, 1, "prior", 0)
+
+    def loss(weights):
+        value = made.denoiser.loss(own, weights)
+        return value if changes else value + 2.0 * made.denoiser.loss(prior, weights)
+
+    _, gradient = gradient_at(loss, start, {}, scope_names(exact.unet, "kv"))
+    made.gradient(theta, 1)
+    for name, g in gradient.items():
+        torch.testing.assert_close(theta[name], start[name] - 0.5 * g, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,147 @@
+"""Texts from outside, wherever they come from: one line of plain text, and no special token of the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from release_examples import composed, tiny_folder, world
+from tiny_diffusion import tiny_case
+from tiny_sd import bang_tokenizer
+
+from attacks.concept_curriculum import Curriculum
+from attacks.concept_custom_diffusion import CustomDiffusion
+from attacks.concept_dreambooth import DreamBooth
+from attacks.concept_lora import ConceptLora
+from attacks.concept_textual_inversion import TextualInversion
+from eval.utility import Utility
+from lab.assemble import assemble, check_cases
+from lab.erase import Uce
+from lab.errors import UserError
+from lab.prompts import check_case, texts
+from lab.scenarios import concepts
+from lab.types import Pictures
+
+END = "<|endoftext|>"
+BAD = ("a\x00fox", "a fox\x07", "one\ntwo", "a \u202efox", "  ", 3, None)
+
+OPTIONS = {
+    "scenario.sampling.negative": lambda given: concepts.sampling({"negative": given}),
+    "attacks.lora.sampling.negative": lambda given: ConceptLora(name="lora", sampling={"negative": given}),
+    "attacks.lora.token": lambda given: ConceptLora(name="lora", token=given),
+    "attacks.dreambooth.class_word": lambda given: DreamBooth(name="dreambooth", class_word=given),
+    "attacks.custom_diffusion.initializer": lambda given: CustomDiffusion(name="custom_diffusion", initializer=given),
+    "attacks.textual_inversion.initializer": lambda given: TextualInversion(
+        name="textual_inversion", initializer=given
+    ),
+    "eval.utility.negative": lambda given: Utility(None, negative=given),
+    "eval.utility.compositions[1]": lambda given: Utility(None, compositions=["a fox", given]),
+    "erase.anchor": lambda given: Uce(anchor=given),
+}
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+@pytest.mark.parametrize("given", BAD, ids=repr)
+def test_an_option_that_is_no_prompt_is_refused_when_the_part_is_built(key, given) -> None:
+    if key == "erase.anchor" and given is None:
+        given = ""  # null takes the scenario's anchors
+    with pytest.raises(UserError, match=r"control character|at least one word") as caught:
+        OPTIONS[key](given)
+    assert caught.value.key == key
+
+
+def test_what_stands_for_none_and_repeats_stay() -> None:
+    assert ConceptLora(name="lora", sampling={"negative": ""}).sampling.negative == ""
+    assert DreamBooth(name="dreambooth", class_word="").expression(tiny_case().targets[0]) == "sks"
+    used = Utility(None, negative="", compositions=["red", "red"])
+    assert (used.negative, used.compositions) == ("", ("red", "red"))
+    assert Utility(None, compositions="a fox").compositions == ("a fox",)
+    assert texts("k", ["a fox ", "a fox"]) == ("a fox",)
+    for given in ([""], 3):
+        with pytest.raises(UserError, match=r"eval\.utility\.compositions"):
+            Utility(None, compositions=given)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    root = tmp_path_factory.mktemp("prompts")
+    base = tiny_folder(root / "base")
+
+    def parts(*overrides, metrics=False):
+        found = assemble(composed(*world(root, base), *overrides))
+        return found if metrics else replace(found, metrics={})
+
+    return parts
+
+
+@pytest.fixture(scope="module")
+def plain(built):
+    found = built()
+    return found, found.scenario.load(0).cases[0]
+
+
+def said(pictures: Pictures) -> Pictures:
+    return replace(pictures, prompts=(*pictures.prompts[:-1], f"{END} a photo of rex"))
+
+
+def with_concept(case, role, **changes):
+    first, *rest = getattr(case, role)
+    return replace(case, **{role: (replace(first, **changes), *rest)})
+
+
+CASES = {
+    "name prompts of concept mosaic": lambda c: with_concept(c, "targets", prompts={"name": (f"a fox {END}",)}),
+    "reworded prompts of concept neon": lambda c: with_concept(
+        c, "others", prompts={"name": ("neon",), "reworded": ("<|EndOfText|> neon",)}
+    ),
+    "own pictures of concept mosaic": lambda c: with_concept(c, "targets", own=said(c.targets[0].own)),
+    "train pictures of concept neon": lambda c: with_concept(c, "others", train=said(c.others[0].train)),
+    "prior pictures of concept unicorn": lambda c: replace(
+        c, rehearsal=(replace(tiny_case().rehearsal[0], prior=said(c.keep)),)
+    ),
+    "captions of keep": lambda c: replace(c, keep=said(c.keep)),
+    "captions of unrelated": lambda c: replace(c, unrelated=said(c.unrelated)),
+    "captions of C_reg": lambda c: replace(c, regularizers=(*c.regularizers, f"a {END} b")),
+    "sampling.negative": lambda c: replace(c, sampling=replace(c.sampling, negative="a <|startoftext|> b")),
+}
+
+
+@pytest.mark.parametrize("where", CASES)
+def test_no_text_of_a_case_may_hold_a_special_token(plain, where) -> None:
+    parts, case = plain
+    check_cases(parts, (case,))
+    with pytest.raises(UserError, match=r"a special token of the tokenizer, in .*; take it out") as caught:
+        check_cases(parts, (CASES[where](case),))
+    assert caught.value.key == "scenario"
+    assert f"{where}, case mosaic" in caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        (f"attacks.lora.token='{END}'", "attacks.lora.token"),
+        (f"attacks.lora.sampling={{negative: '{END} a'}}", "attacks.lora.sampling.negative"),
+        (f"erase.anchor='a {END}'", "erase.anchor"),
+    ],
+)
+def test_no_option_may_hold_a_special_token(built, override, key) -> None:
+    parts = built(override)
+    with pytest.raises(UserError, match="special token") as caught:
+        check_cases(parts, parts.scenario.load(0).cases)
+    assert caught.value.key == key
+
+
+def test_texts_of_every_part_are_named_by_their_key() -> None:
+    lora = ConceptLora(name="curriculum.stages.one.attack", token="ohwx")
+    told = Curriculum(name="curriculum", stages={"one": {"attack": lora}}, sampling={"negative": "a b"}).texts()
+    assert told["attacks.curriculum.sampling.negative"] == "a b"
+    assert told["attacks.curriculum.stages.one.attack.token"] == "ohwx"
+    assert DreamBooth(name="d", class_word="dog").texts()["attacks.d.class_word"] == "dog"
+    found = Utility(None, name="u", negative="grey", compositions=["a fox"]).texts()
+    assert found == {"eval.u.negative": "grey", "eval.u.compositions[0]": "a fox"}
+    assert (Uce().texts(), Uce(anchor="a photo").texts()) == ({}, {"erase.anchor": "a photo"})
+
+
+def test_prompts_that_end_in_what_sd_2_pads_with_are_text() -> None:
+    shouted = replace(tiny_case(), regularizers=("a fox!",))
+    check_case(shouted, [bang_tokenizer()])
