@@ -16,7 +16,8 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, names, number
 from lab.prompts import text
-from lab.types import PRECISIONS, Budget, Checkpoint, Concept, ConceptCase, Kind, Sampling, Trajectory
+from lab.scenarios.concepts import sampling
+from lab.types import Budget, Checkpoint, Concept, ConceptCase, Kind, Trajectory
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -40,29 +41,6 @@ class Moving:
     close: Callable[[], None] = lambda: None
     text: bool = False
     info: dict[str, Any] = field(default_factory=dict)
-
-
-def parse_sampling(key: str, given: object) -> Sampling:
-    """`Sampling` from itself, a mapping of its fields, or None for its defaults.
-
-    Raises:
-        UserError: an unknown field or a value that cannot work.
-    """
-    if isinstance(given, Sampling):
-        return given
-    if given is not None and not isinstance(given, Mapping):
-        raise UserError(key, given, "must be a group of options: steps, guidance, count, negative, precision.")
-    options, known = {str(k): v for k, v in (given or {}).items()}, [f.name for f in fields(Sampling)]
-    for name in options:
-        if name not in known:
-            raise UserError(f"{key}.{name}", options[name], f"there is no such key; {nearest(name, known)}")
-    options["negative"] = text(f"{key}.negative", options.get("negative", ""), empty=True)
-    found = Sampling(**options)
-    count(f"{key}.steps", found.steps)
-    count(f"{key}.count", found.count)
-    number(f"{key}.guidance", found.guidance, 0)
-    choice(f"{key}.precision", found.precision, PRECISIONS)
-    return found
 
 
 @dataclass(eq=False)
@@ -94,7 +72,7 @@ class ConceptBase(ABC):
     def __post_init__(self) -> None:
         self.explosion = number(f"{self.key}.explosion", self.explosion, above=1)
         self.families = names(f"{self.key}.families", self.families)
-        self.sampling = parse_sampling(f"{self.key}.sampling", self.sampling)
+        self.sampling = sampling(self.sampling, f"{self.key}.sampling")
         flag(f"{self.key}.keep_weights", self.keep_weights)
         self.search = self._parsed_search()
 

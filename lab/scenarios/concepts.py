@@ -42,11 +42,11 @@ def entries(key: str, given: object, known: Iterable[str]) -> dict[str, Any]:
 
 
 def sampling(given: object, key: str = "scenario.sampling") -> Sampling:
-    """How pictures are generated, from the config node of that name; what it leaves out is `Sampling`'s default."""
+    """How pictures are generated, from the config node ``key``; what it leaves out is `Sampling`'s default."""
     if isinstance(given, Sampling):
         found = {field.name: getattr(given, field.name) for field in fields(Sampling)}
     else:
-        found = entries(key, given or {}, [field.name for field in fields(Sampling)])
+        found = entries(key, {} if given is None else given, [field.name for field in fields(Sampling)])
     for name in ("steps", "count"):
         if name in found:
             count(f"{key}.{name}", found[name], 1)
