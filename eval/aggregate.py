@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from lab.progress import progress
 from lab.statistics import score
@@ -40,7 +41,7 @@ class Cached:
     ) -> None:
         self.scenario, self.immunizer, self.arms = run.scenario, run.immunizer, run.arms
         self.attacks, self.seeds, self.budget = run.attacks, run.seeds, run.budget
-        self.model, self.history = run.model, run.history
+        self._run, self.model, self.history = run, run.model, run.history
         self.diverged = dict(diverged_of(run))
         self._cases: dict[int, tuple[Case, ...]] = {}
         self._trajectories: dict[tuple[str, str, str, str, int], Trajectory] = {}
@@ -66,6 +67,9 @@ class Cached:
 
     def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
         return self._trajectories[arm, attack, case.name, task.name, seed]
+
+    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        return self._run.kept(key, compute)
 
 
 def diverged_of(run: RunView) -> dict[tuple[str, int], Any]:

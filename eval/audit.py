@@ -17,8 +17,11 @@ from eval.judging import Judges, detector_of, try_out
 from eval.reading import read
 from eval.reference_detector import ReferenceDetector
 from eval.relearning import crossing
+from lab.cases import fingerprint
 from lab.errors import UserError
 from lab.options import choice, number
+from lab.sources import source_hash
+from lab.store import stage_key
 from lab.types import ConceptCase, Kind, Role, RunView, Score, Scores, Trajectory
 
 DETECTORS = ("auto", "judges", "reference")
@@ -99,14 +102,19 @@ class Audit:
                 return self.judges, "judges"
         try_out(self.judges, (case,), ())
         names = [concept.name for concept in case.tasks]
-        return _With(self.judges, ReferenceDetector(self.judges, case, names, self.key)), "reference"
+        return _With(self.judges, ReferenceDetector(self.judges, case, names, self.key), case), "reference"
 
 
 class _With:
-    """Judges with another detector."""
+    """Judges with another detector, which was calibrated on ``case``."""
 
-    def __init__(self, judges: Judges, detector: ReferenceDetector) -> None:
+    def __init__(self, judges: Judges, detector: ReferenceDetector, case: ConceptCase) -> None:
         self.clip, self.features, self.lpips, self.detector = judges.clip, judges.features, judges.lpips, detector
+        sources = source_hash(ReferenceDetector.__module__)
+        self._key = stage_key(judges=judges.fingerprint(), calibrated=fingerprint(case), sources=sources)
+
+    def fingerprint(self) -> str:
+        return self._key
 
 
 class _One:
@@ -116,7 +124,7 @@ class _One:
         self.scenario, self.immunizer, self.arms = run.scenario, run.immunizer, run.arms
         self.attacks, self.budget, self._case = run.attacks, run.budget, case
         self.seeds: tuple[int, ...] = (seed,)
-        self.model, self.history, self.trajectory = run.model, run.history, run.trajectory
+        self.model, self.history, self.trajectory, self.kept = run.model, run.history, run.trajectory, run.kept
 
     def cases(self, seed: int) -> tuple[ConceptCase, ...]:
         return (self._case,)

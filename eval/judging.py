@@ -33,11 +33,12 @@ class Encoder(Protocol):
 
 
 class Features(Protocol):
-    """A feature network: pooled features [n, d], and a perceptual distance [n] in [0, 4] of pictures of equal index."""
+    """A feature network: pooled features [n, d]; with them, a perceptual distance [n] in [0, 4] of picture i to
+    reference i mod R."""
 
     def features(self, images: Tensor) -> Tensor: ...
 
-    def feature_lpips(self, a: Tensor, b: Tensor) -> Tensor: ...
+    def compared(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class Perceptual(Protocol):
@@ -64,6 +65,8 @@ class Labeller(Protocol):
 
 class Judges(Protocol):
     """The networks of one run; ``detector`` and ``lpips`` may be None where nobody has one."""
+
+    def fingerprint(self) -> str: ...
 
     @property
     def clip(self) -> Encoder: ...
@@ -183,26 +186,28 @@ class References:
         self, images: Tensor, clip: Tensor | None = None, kinds: Sequence[str] | None = None
     ) -> dict[str, Floats]:
         """Per kind (of ``kinds``, else all), M of every picture [n]. ``clip``: their unit vectors, where known."""
+        asked = self.kinds if kinds is None else tuple(kinds)
         found: dict[str, Tensor] = {}
-        for kind in self.kinds if kinds is None else kinds:
-            if kind == "clip":
-                found[kind] = (clip_vectors(self.judges, images) if clip is None else clip) @ self._mean[kind]
-            elif kind == "features":
-                found[kind] = F.normalize(feature_vectors(self.judges, images), dim=1) @ self._mean[kind]
-            else:
-                other = self.images[torch.arange(len(images)) % len(self.images)]
-                parts = zip(images.split(BATCH), other.split(BATCH), strict=True)
-                distance = torch.cat([self._distance(kind, a, b) for a, b in parts])
-                found[kind] = 1 - (distance / 2 if kind == "feature_lpips" else distance)
-        return {kind: np.asarray(values, dtype=float) for kind, values in found.items()}
+        if "clip" in asked:
+            found["clip"] = (clip_vectors(self.judges, images) if clip is None else clip) @ self._mean["clip"]
+        pooled = None
+        if "feature_lpips" in asked:
+            pooled, distance = self.judges.features.compared(images, self._sized(images))
+            found["feature_lpips"] = 1 - distance.double().cpu() / 2
+        if "features" in asked:
+            vectors = feature_vectors(self.judges, images) if pooled is None else pooled.double().cpu()
+            found["features"] = F.normalize(vectors, dim=1) @ self._mean["features"]
+        if "lpips" in asked and self.judges.lpips is not None:
+            other = self._sized(images)[torch.arange(len(images)) % len(self.images)]
+            found["lpips"] = 1 - self.judges.lpips.distance(images, other).double().cpu()
+        return {kind: np.asarray(found[kind], dtype=float) for kind in asked}
 
-    def _distance(self, kind: str, a: Tensor, b: Tensor) -> Tensor:
-        if b.shape[-1] != a.shape[-1]:
-            b = F.interpolate(b.float(), a.shape[-2:], mode="bilinear", antialias=True).round().to(torch.uint8)
-        judge = self.judges.lpips
-        if kind == "lpips" and judge is not None:
-            return judge.distance(a, b).double().cpu()
-        return self.judges.features.feature_lpips(a, b).double().cpu()
+    def _sized(self, images: Tensor) -> Tensor:
+        """The references in the size of ``images``."""
+        if self.images.shape[-1] == images.shape[-1]:
+            return self.images
+        resized = F.interpolate(self.images.float(), images.shape[-2:], mode="bilinear", antialias=True)
+        return resized.round().to(torch.uint8)
 
 
 _LAST: list[tuple[weakref.ref[Any], dict[Any, Any]]] = []

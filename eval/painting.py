@@ -1,9 +1,10 @@
-"""Pictures of unattacked models, painted once per process however many metrics, counts and runs ask for them."""
+"""Pictures of unattacked models, painted once however many metrics, counts and runs ask for them."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from eval.judging import memo
 from lab.activations import digest
 from lab.cases import beside_weights
+from lab.sources import source_hash
 from lab.store import stage_key
 from lab.types import ConceptCase, Model, RunView, Sampling
 
@@ -25,7 +27,7 @@ def paint(
     """uint8 [count, 3, s, s] by the model of one arm; prompts start again where they run out.
 
     Latents depend on seed, case and number alone: arms and settings share them. The control's pictures are those of
-    any earlier run in this process that had the same weights.
+    any earlier run that had the same weights: in this process, or in the stage cache.
     """
     model: list[Model] = []
 
@@ -36,15 +38,21 @@ def paint(
 
     key, store = ("weights", case.name, seed, arm), memo(run)
     if key not in store:
-        store[key] = stage_key(weights=digest(*built().state_dict().values()), beside=beside_weights(built()))
+        sources = [source_hash(__name__), source_hash(type(built()).__module__)]
+        weights = digest(*built().state_dict().values())
+        store[key] = stage_key(weights=weights, beside=beside_weights(built()), sources=sources)
+
+    def block(asked: list[str], number: int) -> dict[str, Tensor]:
+        latents = built().latents(BLOCK, seed, "utility", case.name, number)[: len(asked)]
+        return {"images": built().generate(asked, latents, sampling)}
+
     blocks = []
     for number, start in enumerate(range(0, count, BLOCK)):
         asked = [prompts[i % len(prompts)] for i in range(start, min(start + BLOCK, count))]
         settings = (sampling.steps, sampling.guidance, sampling.negative, sampling.precision)
         name = stage_key(model=store[key], case=case.name, seed=seed, number=number, prompts=asked, sampling=settings)
         if name not in _painted:
-            latents = built().latents(BLOCK, seed, "utility", case.name, number)[: len(asked)]
-            _painted[name] = built().generate(asked, latents, sampling)
+            _painted[name] = run.kept(name, partial(block, asked, number))["images"]
         _painted.move_to_end(name)
         blocks.append(_painted[name])
     while len(_painted) > 1 and sum(t.nbytes for t in _painted.values()) > _MEMORY_LIMIT:

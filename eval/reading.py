@@ -14,10 +14,15 @@ from eval.generations import BETWEEN, CLIP_T, DETECTED, FAMILY, USABLE, Board, C
 from eval.intervals import Floats
 from eval.judging import Judges, References, clip_vectors, detector_of, memo, prepared, text_vectors
 from eval.usable import usable
+from lab.activations import digest
+from lab.cases import fingerprint
 from lab.errors import UserError
 from lab.progress import progress
+from lab.sources import source_hash
+from lab.store import stage_key
 from lab.types import CONTROL, Concept, ConceptCase, Role, RunView, Trajectory
 
+VECTORS = "vectors"
 _WITHOUT_REFERENCES = (BETWEEN, CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture
 
 
@@ -47,7 +52,7 @@ def read(
         for concept in case.tasks:
             cell = Cell(seed, case.name, concept.name)
             board.roles[cell] = concept.role
-            judge = _Judge(judges, concept, wanted, preprocessing)
+            judge = _Judge(run, judges, concept, wanted, preprocessing)
             for attack in run.attacks:
                 found = {arm: run.trajectory(arm, attack, case, concept, seed) for arm in board.arms}
                 for family in _families(found, concept, attack):
@@ -75,8 +80,11 @@ def _families(found: dict[str, Trajectory], concept: Concept, attack: str) -> li
 class _Judge:
     """Judges the trajectories of one concept."""
 
-    def __init__(self, judges: Judges, concept: Concept, wanted: Sequence[str], preprocessing: str) -> None:
-        self.judges, self.concept, self.wanted, self.preprocessing = judges, concept, wanted, preprocessing
+    def __init__(
+        self, run: RunView, judges: Judges, concept: Concept, wanted: Sequence[str], preprocessing: str
+    ) -> None:
+        self.run, self.judges, self.concept = run, judges, concept
+        self.wanted, self.preprocessing = wanted, preprocessing
         prepared(concept.reference.images, preprocessing)
 
     @cached_property
@@ -96,16 +104,18 @@ class _Judge:
         own = [q for q in self.wanted if q != BETWEEN]
         between = BETWEEN in self.wanted and len(found) == 2
         lacking = between and (CONTROL, BETWEEN) not in seen
-        vectors: dict[str, list[Tensor]] = {}
+        vectors: dict[str, Tensor] = {}
         for arm, trajectory in found.items():
             missing = [q for q in own if (arm, q) not in seen]
             if missing or lacking:
-                points, vectors[arm] = self._points(trajectory.samples[family], family, missing, lacking)
-                seen |= {(arm, q): values for q, values in points.items()}
+                points = self._kept(trajectory.samples[family], family, missing, lacking)
+                if lacking:
+                    vectors[arm] = points[VECTORS]
+                seen |= {(arm, q): np.asarray(points[q]) for q in missing}
         held = {arm: _held(t.steps, plan) for arm, t in found.items()}
         if lacking:
-            pairs = zip(*([vectors[arm][i] for i in held[arm]] for arm in found), strict=True)
-            seen[CONTROL, BETWEEN] = np.stack([np.asarray((a * b).sum(1), dtype=float) for a, b in pairs])
+            a, b = (vectors[arm][held[arm]] for arm in found)
+            seen[CONTROL, BETWEEN] = np.asarray((a * b).sum(2), dtype=float)
         out = {}
         for arm, t in found.items():
             end = sum(step <= t.steps[-1] for step in plan)
@@ -115,12 +125,19 @@ class _Judge:
         _beyond(out, self.concept.role)
         return out
 
-    def _points(
-        self, samples: Tensor, family: str, missing: Sequence[str], between: bool
-    ) -> tuple[dict[str, Floats], list[Tensor]]:
-        """Missing quantity → [points, pictures], and the CLIP vectors of every point where they are needed."""
-        rows: dict[str, list[Floats]] = {}
-        vectors = []
+    def _kept(self, samples: Tensor, family: str, missing: Sequence[str], between: bool) -> dict[str, Tensor]:
+        """`_points`, from the cache where any run has judged these pictures: every immunizer of a sweep meets the same
+        control."""
+        key = stage_key(
+            sources=source_hash(__name__), judges=self.judges.fingerprint(), preprocessing=self.preprocessing,
+            concept=fingerprint(self.concept), pictures=digest(samples), family=family, missing=missing,
+            between=between,
+        )  # fmt: skip
+        return self.run.kept(key, lambda: self._points(samples, family, missing, between))
+
+    def _points(self, samples: Tensor, family: str, missing: Sequence[str], between: bool) -> dict[str, Tensor]:
+        """Missing quantity → float64 [points, pictures], and where they are needed `VECTORS` of CLIP [.., .., d]."""
+        rows: dict[str, list[Tensor]] = {}
         kinds = [q for q in missing if q not in _WITHOUT_REFERENCES]
         texts, prompts = None, prompts_of(self.concept, family, samples.shape[1])
         if CLIP_T in missing:
@@ -129,8 +146,8 @@ class _Judge:
             shown = prepared(images, self.preprocessing)
             clip = clip_vectors(self.judges, shown) if between or {CLIP_T, "clip"} & set(missing) else None
             values = self.references.similarities(shown, clip, kinds) if kinds else {}
-            if clip is not None:
-                vectors.append(clip)
+            if between and clip is not None:
+                rows.setdefault(VECTORS, []).append(clip)
             if texts is not None and clip is not None:
                 values[CLIP_T] = np.asarray((clip * texts).sum(1), dtype=float)
             if {DETECTED, USABLE} & set(missing):
@@ -141,8 +158,8 @@ class _Judge:
                     found[USABLE] = usable(detector, self.concept, shown, prompts, seen)
                 values |= {q: value for q, value in found.items() if q in missing}
             for quantity, value in values.items():
-                rows.setdefault(quantity, []).append(value)
-        return {quantity: np.stack(values) for quantity, values in rows.items()}, vectors
+                rows.setdefault(quantity, []).append(torch.from_numpy(value))
+        return {quantity: torch.stack(values) for quantity, values in rows.items()}
 
 
 def _beyond(found: dict[str, Reading], role: Role) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import beside_weights, fingerprint, unpainted
@@ -219,6 +221,11 @@ class Pipeline:
             part, _, rest = name.partition("/")
             parts[part][rest] = tensor
         return Trajectory(**parts, **found.values)
+
+    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        joined = stage_key(kept=key, computing=computing())
+        artifact, _ = self.store.get("eval", joined, lambda _: Artifact(tensors=compute()))
+        return artifact.tensors
 
     def scores(self, metric: str) -> Scores:
         artifact = self._read(self.eval_cell(metric))

@@ -7,7 +7,7 @@ functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never anot
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -418,6 +418,9 @@ class RunView(Protocol):
 
     def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory:
         """What ``attack`` did to the model of ``arm`` on ``task``, at the snapshots of the budget."""
+
+    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors of a metric that other runs share, from the stage cache: ``key`` names all that determines them."""
 
 
 @runtime_checkable

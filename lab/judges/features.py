@@ -26,14 +26,14 @@ def map_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class FeatureJudge:
-    """A timm network as an observer: pooled features, and `feature_lpips` over the maps of several stages.
+    """A timm network as an observer: pooled features, and a distance over the maps of several stages.
 
     Args:
         model: a timm architecture: ``tf_efficientnet_lite0``, ``vit_small_patch14_dinov2``, …
         weights: ``imagenet_package`` (EfficientNet-Lite0 from the package index), ``timm`` (hub or its cache), or the
             path of a .safetensors or .pth state dict.
         image_size: side to which pictures are resized; None: the network's own. MiniSD's 64 px are enlarged.
-        stages: names of the blocks whose maps `feature_lpips` compares; None: all that give maps.
+        stages: names of the blocks whose maps `compared` compares; None: all that give maps.
         device, batch: where it runs and pictures per forward pass.
 
     Raises:
@@ -61,6 +61,7 @@ class FeatureJudge:
             if stage not in known:
                 raise UserError("judges.features.stages", stage, nearest(stage, known))
         self.stages = tuple(stages) if stages else known
+        self._known: tuple[Tensor, list[Tensor]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -72,36 +73,53 @@ class FeatureJudge:
         return torch.cat([self.network(x.to(self.device)).float().cpu() for x in check(images).split(self.batch)])
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """The maps [n, c, h, w] of the chosen stages, for one batch; blocks that give no maps are left out."""
+    def maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pooled features [n, d] and the maps [n, c, h, w] of the chosen stages, for one batch; blocks that give no
+        maps are left out."""
         x = self.network.inputs(check(images).to(self.device))
         found = []
         for i, name in enumerate(self.network.block_names):
             x = self.network.run(x, i, i + 1)
             if name in self.stages and x.ndim == 4 and x.shape[-1] > 1:
                 found.append(x.float())
-        return found
+        return x.float(), found
 
-    def feature_lpips(self, a: Tensor, b: Tensor) -> Tensor:
-        """Distance float32 [n] ≥ 0 between pictures of equal index, uint8 [n, 3, h, w].
+    def compared(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled features float32 [n, d], and the distance float32 [n] ≥ 0 of picture i to reference i mod R; one pass
+        for both.
 
-        Built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and without its networks: `map_distance`
-        averaged over stages. Not comparable with LPIPS.
+        The distance is built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and without its networks:
+        `map_distance` averaged over stages. Not comparable with LPIPS.
+
+        Args:
+            images: uint8 [n, 3, h, w].
+            references: uint8 [R, 3, h, w].
 
         Raises:
-            UserError: different numbers or sizes of pictures, or a network without maps (transformers).
+            UserError: pictures of other sizes than the references, or a network without maps (transformers).
         """
-        if check(a).shape != check(b).shape:
-            raise UserError("images", f"{list(a.shape)}, {list(b.shape)}", "compare equally many pictures of one size.")
-        parts = []
-        for x, y in zip(a.split(self.batch), b.split(self.batch), strict=True):
-            pairs = list(zip(self.maps(x), self.maps(y), strict=True))
-            if not pairs:
-                raise UserError(
-                    KEY, self.name, "has no feature maps to compare; use tf_efficientnet_lite0 or a ResNet."
-                )
-            parts.append(torch.stack([map_distance(p, q) for p, q in pairs]).mean(0).cpu())
-        return torch.cat(parts)
+        if check(images).shape[1:] != check(references).shape[1:]:
+            sizes = f"{list(images.shape)}, {list(references.shape)}"
+            raise UserError("images", sizes, "compare pictures of one size.")
+        known = self._reference_maps(references)
+        pooled, distances = [], []
+        for at in torch.arange(len(images)).split(self.batch):
+            features, found = self.maps(images[at])
+            index = (at % len(references)).to(self.device)
+            pairs = zip(found, known, strict=True)
+            distances.append(torch.stack([map_distance(p, q[index]) for p, q in pairs]).mean(0).cpu())
+            pooled.append(features.cpu())
+        return torch.cat(pooled), torch.cat(distances)
+
+    def _reference_maps(self, references: Tensor) -> list[Tensor]:
+        """Per stage, the maps of all references; those of the last call are kept."""
+        if self._known is None or not torch.equal(self._known[0], references):
+            parts = [self.maps(x)[1] for x in references.split(self.batch)]
+            if not parts[0]:
+                fix = "has no feature maps to compare; use tf_efficientnet_lite0 or a ResNet."
+                raise UserError(KEY, self.name, fix)
+            self._known = references.clone(), [torch.cat(stage) for stage in zip(*parts, strict=True)]
+        return self._known[1]
 
 
 def _network(model: str, weights: str, image_size: int | None) -> VisionModel:

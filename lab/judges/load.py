@@ -17,6 +17,7 @@ from lab.judges.lpips import Lpips
 from lab.judges.networks import CLIP_CONFIG, CLIP_WEIGHTS, DETECTOR_CONFIG, DETECTOR_WEIGHTS, TRAIN
 from lab.judges.nudenet import NudeNet
 from lab.options import local
+from lab.sources import source_hash
 
 SHIPPED = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "judges"
 """Where the judges of MiniSD lie in the repository: ``clip`` and ``detector``."""
@@ -52,10 +53,14 @@ class Judges:
         self._clip, self._features, self._detector, self._lpips = clip, features, detector, lpips
 
     def fingerprint(self) -> str:
-        """SHA-256 over the files that the builders read, shipped or named by a path: a retrained judge must not meet
-        older figures in the cache."""
+        """SHA-256 over the builders, their options and sources, and the files that they read, shipped or named by a
+        path: a retrained judge must not meet older figures in the cache."""
         sha = hashlib.sha256()
         for builder in (self._clip, self._features, self._detector, self._lpips):
+            made = getattr(builder, "func", builder)
+            options = sorted(getattr(builder, "keywords", {}).items())
+            sha.update(f"{getattr(made, '__qualname__', made)} {options}".encode())
+            sha.update(source_hash(made.__module__).encode() if made is not None else b"")
             for path in _files(builder):
                 sha.update(path.name.encode() + b"\0" + path.read_bytes())
         return sha.hexdigest()

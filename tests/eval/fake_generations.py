@@ -44,8 +44,9 @@ class Features:
     def features(self, images: Tensor) -> Tensor:
         return images.double().mean((2, 3))
 
-    def feature_lpips(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a.double() - b.double()).abs().mean((1, 2, 3)) / 255
+    def compared(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
+        other = references[torch.arange(len(images)) % len(references)]
+        return self.features(images), (images.double() - other.double()).abs().mean((1, 2, 3)) / 255
 
 
 class Perceptual:
@@ -74,6 +75,9 @@ class FakeJudges:
     features: Any = field(default_factory=Features)
     detector: Any = field(default_factory=lambda: Detector({n: RATES for n in ("mosaic", "neon", "sketch")}))
     lpips: Any = None
+
+    def fingerprint(self) -> str:
+        return str(id(self))
 
 
 RATES = {"false_positive": 0.1, "false_negative": 0.1}
@@ -146,6 +150,7 @@ class FakeRun:
     attacks: tuple[str, ...] = ("lora",)
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = BUDGET
+    store: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -162,3 +167,8 @@ class FakeRun:
 
     def trajectory(self, arm: str, attack: str, case: ConceptCase, task: Concept, seed: int) -> Trajectory:
         return self.trajectories(arm, attack, task.name, seed)
+
+    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        if key not in self.store:
+            self.store[key] = compute()
+        return self.store[key]

@@ -295,6 +295,29 @@ def test_lpips_needs_its_judge_and_meets_the_references_in_turn():
         metrics(world(HELD), similarities=["clip", "lpips"])
 
 
+def test_runs_that_share_a_cache_judge_the_same_pictures_once():
+    class Counting(Clip):
+        seen = 0
+
+        def images(self, images):
+            Counting.seen += len(images)
+            return super().images(images)
+
+    def judged(judges, store, trajectories=HELD, **options):
+        before = Counting.seen
+        metrics = Generation(judges, **{"similarities": ["clip"]} | options)(world(trajectories, store=store)).metrics
+        return Counting.seen - before, {name: score.value for name, score in metrics.items()}
+
+    store, judges = {}, FakeJudges(clip=Counting())
+    first, values = judged(judges, store)
+    assert judged(judges, store) == (0, values)
+    for other in ({"preprocessing": "legacy"}, {"similarities": ["clip", "features"]}):
+        assert judged(judges, store, **other)[0] == first
+    assert judged(FakeJudges(clip=Counting()), store)[0] == first
+    held_up = HELD | {"neon": flat(0.0, 0.0, 0.8, 1.0, 1.0)}
+    assert judged(judges, store, held_up)[0] == 5 * 4 + 2  # one concept and its two references; all seeds look alike
+
+
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
     scores = Generation(FakeJudges(), similarities=["clip"])(world(HELD))
     curve = scores.curves["similarity_clip_neon"]

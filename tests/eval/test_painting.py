@@ -60,5 +60,9 @@ def test_the_oldest_pictures_make_room(monkeypatch):
     old = pictures(run, 4)
     pictures(run, 4, arm="mima")
     assert len(painting._painted) == 1
+    assert torch.equal(pictures(run, 4), old)  # from the stage cache
+    assert len(run.models[CONTROL].calls) == 1
+    run.store.clear()
+    pictures(run, 4, arm="mima")
     assert torch.equal(pictures(run, 4), old)
     assert len(run.models[CONTROL].calls) == 2

@@ -252,25 +252,30 @@ def test_feature_lpips_orders_changes(features) -> None:
     images = sample(concept("fox"), 3, 4).images
     noise = torch.randn(images.shape, generator=generator(0))
     little, much = ((images + s * noise).clamp(0, 255).round().to(torch.uint8) for s in (5, 50))
-    same, near, far = (features.feature_lpips(images, x) for x in (images, little, much))
+    same, near, far = (features.compared(images, x)[1] for x in (images, little, much))
     assert same.abs().max() < 1e-6
     assert (near > 0).all()
     assert (far > near).all()
-    assert torch.allclose(features.feature_lpips(much, images), far)
+    pooled, back = features.compared(much, images)
+    assert torch.allclose(back, far)
+    assert torch.allclose(pooled, features.features(much), atol=1e-4)
     vectors = features.features(images)
     assert vectors.shape == (4, 1280)
     assert torch.allclose(features.features(images[2:]), vectors[2:], atol=1e-4)  # whatever the batch
+    few = FeatureJudge(image_size=64, batch=3)  # picture i meets reference i mod R, whatever the batch
+    turns = torch.cat([features.compared(much[i : i + 1], images[i % 2 : i % 2 + 1])[1] for i in range(4)])
+    assert torch.allclose(few.compared(much, images[:2])[1], turns, atol=1e-5)
     with pytest.raises(UserError, match="one size"):
-        features.feature_lpips(images, images[:2])
+        features.compared(images, images[..., :32])
 
 
 def test_stages_can_be_chosen(features) -> None:
     images = _images(1)
     few = FeatureJudge(image_size=64, stages=["stage2", "stage4"])
-    maps = few.maps(images)
+    _, maps = few.maps(images)
     assert len(maps) == 2
     chosen = [features.stages.index(s) for s in few.stages]
-    every = features.maps(images)
+    _, every = features.maps(images)
     assert all(torch.equal(maps[i], every[k]) for i, k in enumerate(chosen))
     with pytest.raises(UserError, match=r"judges.features.stages=stage99"):
         FeatureJudge(image_size=64, stages=["stage99"])
@@ -295,7 +300,7 @@ def test_transformer_has_features_but_no_maps(tmp_path) -> None:
     judge = FeatureJudge(name, str(tmp_path / "vit.safetensors"))
     assert judge.features(_images(2)).shape[0] == 2
     with pytest.raises(UserError, match="no feature maps"):
-        judge.feature_lpips(_images(2), _images(2))
+        judge.compared(_images(2), _images(2))
 
 
 # ---- CLIP, LPIPS, NudeNet and the bundle: what a missing piece says
@@ -409,8 +414,8 @@ def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> Non
     shipped, mine = tmp_path / "shipped" / "clip" / "w", tmp_path / "mine.safetensors"
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
 
-    def found(name: str = "any name") -> str:
-        features = partial(load.FeatureJudge, weights=str(mine))
+    def found(name: str = "any name", **options) -> str:
+        features = partial(load.FeatureJudge, weights=str(mine), **options)
         return load.Judges(name, partial(load.shipped_clip, device="cpu"), features).fingerprint()
 
     seen = {found()}
@@ -420,3 +425,4 @@ def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> Non
             seen.add(found())
     assert len(seen) == 5
     assert found("minisd") == found("of mine")
+    assert found(image_size=64) not in seen

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from tiny_diffusion import tiny_case, tiny_diffusion
 
@@ -173,3 +174,17 @@ def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline
         with pytest.raises(UserError, match=rf"^{key}={arm}: .*not finite") as error:
             cell.compute(None)
         assert error.value.key == key
+
+
+def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(pipeline, tmp_path):
+    made = []
+
+    def compute():
+        made.append(len(made))
+        return {"x": torch.tensor([made[-1]])}
+
+    one, other = pipeline(), pipeline("immunize.eta=0.05")
+    assert [run.kept("a", compute)["x"].item() for run in (one, other, one)] == [0, 0, 0]
+    assert one.kept("b", compute)["x"].item() == 1
+    one.store = Store(tmp_path, force="eval")
+    assert one.kept("a", compute)["x"].item() == 2
