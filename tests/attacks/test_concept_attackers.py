@@ -140,6 +140,17 @@ def test_absurd_rate_ends_as_diverged_with_the_finite_points(options: dict[str, 
     assert not found.weights
 
 
+def test_a_loss_that_exploded_ends_the_attack_and_the_option_says_from_where() -> None:
+    """Loss 1.1, 1.0, 1.3, 10, 25: finite, but beyond five times the first one from step 3 on."""
+    options = {"optimizer": "sgd", "lr": 1.0, "families": ()}
+    plan = Budget(1, 4, at=(0, 1, 2, 3, 4))
+    strict, lax = (launch(attack("full_finetune", explosion=e, **options), budget=plan) for e in (5, 1e30))
+    first, *_, before, exploded, _ = lax.values["test_loss"]
+    assert before < 5 * first < exploded
+    assert (lax.status, lax.steps) == ("ok", [0, 1, 2, 3, 4])
+    assert (strict.status, strict.steps) == ("diverged", [0, 1, 2])
+
+
 def test_a_model_that_is_broken_before_the_attack_says_so() -> None:
     net = tiny_diffusion()
     with torch.no_grad():
