@@ -5,27 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from immunize.merge import Merge
 from immunize.merge_factors import Factors, Inputs, factorize
+from immunize.merge_inputs import TEXT, Batch, group_of, layer_inputs, suffixes
 from immunize.merge_learned import Learned, Mask
-from lab.diffusion import DiffusionModel, Text
+from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.options import choice, count, number
-from lab.seeding import generator
 
 logger = logging.getLogger(__name__)
 Scope = Literal["kv", "qkv", "attention", "down", "up", "all"]
 Rule = Literal["closed_form", "mean", "masked", "gated"]
 SCOPES: tuple[Scope, ...] = ("kv", "qkv", "attention", "down", "up", "all")
 RULES: tuple[Rule, ...] = ("closed_form", "mean", "masked", "gated")
-TEXT = "text"  # the group of the matrices that read the text encoder
 TIMED = ("time_emb", "add_embedding")  # layers that see the timestep only, the same for all concepts: averaged
-Batch = tuple[Tensor, Text, Tensor, Tensor]  # latents, text, noise, timesteps, as `DiffusionModel.loss` takes them
 
 
 @dataclass(frozen=True)
@@ -77,10 +75,6 @@ class Rows:
     tokens: tuple[str, ...]
 
 
-def _suffixes(attention: str, kinds: str) -> tuple[str, ...]:
-    return tuple(f"{attention}.to_{kind}.weight" for kind in kinds)
-
-
 def scope_names(unet: nn.Module, scope: Scope) -> list[str]:
     """Names of the U-Net's matrices and kernels in ``scope``, in the order of the U-Net."""
     choice("immunize.merge.scope", scope, SCOPES)
@@ -89,21 +83,12 @@ def scope_names(unet: nn.Module, scope: Scope) -> list[str]:
         return [name for name in names if name.startswith(f"{scope}_blocks.")]
     if scope == "all":
         return names
-    ends = _suffixes("attn2", "kv")
+    ends = suffixes("attn2", "kv")
     if scope != "kv":
-        ends += _suffixes("attn2", "q")
+        ends += suffixes("attn2", "q")
     if scope == "attention":
-        ends += (*_suffixes("attn1", "qkv"), "attn1.to_out.0.weight", "attn2.to_out.0.weight")
+        ends += (*suffixes("attn1", "qkv"), "attn1.to_out.0.weight", "attn2.to_out.0.weight")
     return [name for name in names if name.endswith(ends)]
-
-
-def group_of(name: str) -> str:
-    """Matrices of one group read the same input: the text, or a self-attention's, or the layer's own."""
-    if name.endswith(_suffixes("attn2", "kv")):
-        return TEXT
-    if name.endswith(_suffixes("attn1", "qkv")):
-        return name.rsplit(".", 2)[0]
-    return name.rsplit(".", 1)[0]
 
 
 # ── text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -197,53 +182,6 @@ def regularizer_rows(model: DiffusionModel, captions: Sequence[str], batch: int 
         raise UserError("scenario.regularizers", 0, "the merge needs captions of unrelated things.")
     parts = [model.text(captions[i : i + batch]).hidden for i in range(0, len(captions), batch)]
     return torch.cat(parts).flatten(0, 1)
-
-
-# ── inputs of other layers ────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _matrix_rows(module: nn.Module, x: Tensor) -> Tensor:
-    """What the module's weight, seen as a matrix, multiplies: [rows, d]."""
-    if isinstance(module, nn.Conv2d):
-        kernel: Any = module.kernel_size
-        padding: Any = module.padding
-        patches = nn.functional.unfold(x, kernel, dilation=module.dilation, padding=padding, stride=module.stride)
-        return patches.transpose(1, 2).flatten(0, 1)
-    return x.flatten(0, -2)
-
-
-@torch.no_grad()
-def layer_inputs(
-    model: DiffusionModel, names: Sequence[str], batches: Sequence[Batch], rows: int, seed: int, *labels: object
-) -> dict[str, Tensor]:
-    """Inputs of the layers of ``names`` on ``batches``, group → at most ``rows`` rows [·, d], float64 on the CPU.
-
-    An equal share of each batch is chosen at random (stream ``labels`` of ``seed``).
-    """
-    modules = dict(model.unet.named_modules())
-    owners = {group_of(name): name.rsplit(".", 1)[0] for name in names}
-    found: dict[str, list[Tensor]] = {group: [] for group in owners}
-    share = -(-rows // max(len(batches), 1))
-
-    def hook(group: str, g: torch.Generator) -> Any:
-        def record(module: nn.Module, arguments: tuple[Any, ...]) -> None:
-            every = _matrix_rows(module, arguments[0])
-            chosen = torch.randperm(len(every), generator=g)[:share]
-            found[group].append(every[chosen.to(every.device)].double().cpu())
-
-        return record
-
-    handles = [
-        modules[owner].register_forward_pre_hook(hook(group, generator(seed, "merge", *labels, group)))
-        for group, owner in owners.items()
-    ]
-    try:
-        for z, text, noise, t in batches:
-            model.predict(model.noised(z, noise, t)[0], t, text)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {group: torch.cat(parts)[:rows] for group, parts in found.items()}
 
 
 # ── the whole ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -99,6 +99,8 @@ class Attackers:
             first scope, smallest rank, learning rates up to the geometric mean, own captions, K in the upper half.
     """
 
+    families: dict[str, Family]  # config key → family, those with a share
+
     def __init__(
         self, families: Any, k_min: int, k_max: int, templates: Any = ("captions",), curriculum: float = 0.0
     ) -> None:
@@ -106,8 +108,8 @@ class Attackers:
             raise UserError("immunize.attackers", families, "must be a group of attackers.")
         # null takes a family out of a preset
         given = {str(name): options for name, options in families.items() if options is not None}
-        found = [family(f"immunize.attackers.{name}", options) for name, options in given.items()]
-        self.families = [f for f in found if f.share > 0]
+        found = {(key := f"immunize.attackers.{name}"): family(key, options) for name, options in given.items()}
+        self.families = {key: f for key, f in found.items() if f.share > 0}
         if not self.families:
             raise UserError("immunize.attackers", list(given), "needs at least one attacker with share > 0.")
         self.k_min, self.k_max = count("immunize.k_min", k_min), count("immunize.k_max", k_max)
@@ -126,7 +128,7 @@ class Attackers:
         u = torch.rand(6, generator=g, dtype=torch.float64).tolist()
         k_min = self.k_min
         if progress < self.curriculum:
-            f = self.families[0]
+            f = next(iter(self.families.values()))
             f = Family(
                 f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, (f.lr[0], math.sqrt(f.lr[0] * f.lr[1])), f.optimizer
             )
@@ -146,12 +148,12 @@ class Attackers:
         )
 
     def _family(self, u: float) -> Family:
-        left = u * sum(f.share for f in self.families)
-        for f in self.families:
+        left = u * sum(f.share for f in self.families.values())
+        for f in self.families.values():
             if left < f.share:
                 return f
             left -= f.share
-        return self.families[-1]
+        return f
 
 
 class _Adapted:

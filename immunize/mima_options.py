@@ -11,7 +11,7 @@ from immunize.hypergradient_implicit import Implicit
 from immunize.hypergradient_products import Product
 from immunize.lower import Adapter, Lower
 from immunize.merge_rows import MergeOptions
-from immunize.mima_lower import family
+from immunize.mima_lower import Attackers
 from immunize.mima_scopes import SCOPES
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, number
@@ -100,23 +100,31 @@ class GradientOptions:
         return GradientOptions(**group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)]))
 
 
-def check_families(given: Mapping[str, Any], lower: LowerOptions, gradient: GradientOptions) -> None:
-    """Whether attackers can be drawn in place of ``lower``.
+def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers | None) -> None:
+    """Whether the gradient can pass this lower level, or the attackers that are ``drawn`` in its place.
 
     Raises:
-        UserError: one that moves what ``lower`` does not, or LoRA factors under ``implicit``.
+        UserError: what cannot work, by its config key.
     """
-    for name, options in given.items():
-        key = f"immunize.attackers.{name}"
-        found = None if options is None else family(key, options)
-        if found is None or found.share == 0:
-            continue
+    implicit = gradient.method == "implicit"
+    if drawn is None:
+        if implicit and lower.rank is not None:
+            told = "must be null with immunize.hypergradient.method=implicit, whose lower level moves weights."
+            raise UserError("immunize.lower.rank", lower.rank, told)
+        if implicit and lower.optimizer == "sgd" and lower.alpha * gradient.rho >= 2:
+            told = f"gradient steps of size immunize.lower.alpha={lower.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
+            raise UserError("immunize.hypergradient.rho", gradient.rho, told)
+        return
+    for key, found in drawn.families.items():
         if found.scopes != (lower.scope,):
             told = f"must be [{lower.scope}], the scope of the lower level (immunize.lower.scope)."
             raise UserError(f"{key}.scopes", list(found.scopes), told)
-        if gradient.method == "implicit" and found.kind == "lora":
+        if implicit and found.kind == "lora":
             told = "immunize.hypergradient.method=implicit needs attackers that move weights: kind=weights."
-            raise UserError(key, dict(options), told)
+            raise UserError(f"{key}.kind", found.kind, told)
+        if implicit and found.optimizer == "sgd" and found.lr[1] * gradient.rho >= 2:
+            told = f"gradient steps of up to {found.lr[1]} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2 ÷ {key}.lr."
+            raise UserError("immunize.hypergradient.rho", gradient.rho, told)
 
 
 _LEARNED = ("learn_steps", "learn_rate", "sparsity")

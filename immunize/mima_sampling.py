@@ -120,16 +120,21 @@ class Halves:
     decoys: Pool | None = None
 
 
+def enough(concept: Concept, what: str = "concept", else_: str = "") -> None:
+    """Raises `lab.errors.UserError` for fewer than two pictures, one for each level."""
+    if len(concept.own) < 2:
+        told = f"{what} {concept.name} has {len(concept.own)} picture(s) for the immunizer; it needs at least 2"
+        raise UserError("scenario", concept.name, f"{told}, one for each level{else_}.")
+
+
 def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype, decoys: int = 0) -> Halves:
     """Own pictures, split by a seeded permutation; the lower level gets the odd one. ``decoys``: how many to paint.
 
     Raises:
         UserError: fewer than two pictures.
     """
+    enough(concept)
     name, count = concept.name, len(concept.own)
-    if count < 2:
-        told = f"concept {name} has {count} picture(s) for the immunizer; it needs at least 2, one for each level."
-        raise UserError("scenario", name, told)
     pool = Pool.encode(model, concept.own, [concept.words], dtype)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from immunize.merge import Merge
-from immunize.merge_rows import Batch as Recorded
+from immunize.merge_inputs import Batch as Recorded
 from immunize.merge_rows import build_merge, word_positions
 from immunize.mima_losses import Denoiser, Params
 from immunize.mima_options import MergeGroup
-from immunize.mima_sampling import Halves, Pool, halves, pooled, prior_pictures
+from immunize.mima_sampling import Halves, Pool, enough, halves, pooled, prior_pictures
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.seeding import derive
@@ -37,9 +37,7 @@ def selected(case: ConceptCase, arrangement: str, target: int) -> tuple[Concept,
             raise UserError("immunize.target", target, told)
         found = (case.targets[target],)
     for concept in found:
-        if len(concept.own) < 2:
-            told = f"concept {concept.name} has {len(concept.own)} picture(s) for the immunizer; it needs at least 2."
-            raise UserError("scenario", case.name, told)
+        enough(concept)
     return found
 
 

@@ -10,6 +10,7 @@ from bilevel_cases import CAPTIONS, batches, micro_model, problem
 
 from immunize.merge import Merge
 from immunize.merge_factors import Inputs, factorize
+from immunize.merge_inputs import group_of, layer_inputs
 from immunize.merge_learned import Learned, learn
 from immunize.merge_rows import (
     SCOPES,
@@ -18,8 +19,6 @@ from immunize.merge_rows import (
     build_merge,
     concept_rows,
     distinct_rows,
-    group_of,
-    layer_inputs,
     regularizer_rows,
     scope_names,
     word_positions,

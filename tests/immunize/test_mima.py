@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from mima_examples import (
     LORA,
     PRESETS,
@@ -214,7 +215,7 @@ def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
         ("mima", {"merge": {"prompts": 0}}, "immunize.merge.prompts"),
         ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.lora.scopes"),
         ("mima", {"hypergradient": IMPLICIT, "lower": {"rank": 4}}, "immunize.lower.rank"),
-        ("mima", {"hypergradient": IMPLICIT, "attackers": {"full": FULL, "low": LORA}}, "immunize.attackers.low"),
+        ("mima", {"hypergradient": IMPLICIT, "attackers": {"full": FULL, "low": LORA}}, "immunize.attackers.low.kind"),
         ("mima", {"beta": -1e-4}, "immunize.beta"),
         ("mima", {"cap": 0.0}, "immunize.cap"),
         ("mima", {"steps": 0}, "immunize.steps"),
@@ -242,7 +243,11 @@ def test_implicit_takes_attackers_that_move_weights():
     """Only what can be drawn counts, and ``lower.rank`` is not used where attackers are drawn."""
     families = {"full": FULL, "lora": {**LORA, "share": 0.0}, "none": None}
     method = preset("mima", hypergradient=IMPLICIT, attackers=families, lower={"rank": 4})
-    assert [f.kind for f in method.drawn.families] == ["weights"]
+    assert {key: f.kind for key, f in method.drawn.families.items()} == {"immunize.attackers.full": "weights"}
+    steep = {"sgd": {"kind": "weights", "scopes": ["attn2"], "lr": [1.0, 30.0], "optimizer": "sgd"}}
+    with pytest.raises(InstantiationException, match=r"hypergradient.rho=0.1: .*immunize.attackers.sgd.lr"):
+        preset("mima", hypergradient={**IMPLICIT, "rho": 0.1}, attackers=steep)
+    preset("mima", hypergradient={**IMPLICIT, "rho": 0.05}, attackers=steep, lower={"alpha": 100.0})  # α is not used
 
 
 def test_cases_that_cannot_be_immunized():

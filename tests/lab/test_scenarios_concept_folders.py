@@ -144,7 +144,7 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
         with pytest.raises(UserError, match="concept few has 1 picture"):
             method.check((case,))
     methods[0].check((practised,))  # it does not practise
-    with pytest.raises(UserError, match=r"scenario=rex: rehearsal concept few has 1 picture.*w_benign=0"):
+    with pytest.raises(UserError, match=r"scenario=few: rehearsal concept few has 1 picture.*w_benign=0"):
         methods[1].check((practised,))
     replace(methods[1], w_benign=0.0).check((practised,))
 
