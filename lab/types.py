@@ -236,7 +236,10 @@ AnyTask: TypeAlias = Any
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Builds the original model θ_0 for a case. Called again, it returns an equal, independent model."""
+    """Builds the original model θ_0 for a case. Called again, it returns an equal, independent model.
+
+    Optional: ``tokenizers()``, a list of those that read the texts; all texts are then checked, see `Attacker`.
+    """
 
     name: str
     kind: Kind
@@ -343,7 +346,9 @@ class Attacker(Protocol):
     """Fine-tunes a copy of ``model`` for ``task``. Input untouched; harmful and benign tasks alike.
 
     Optional: a method ``check(cases: tuple[Case, ...]) -> None``. Where present it is called once per seed before
-    anything runs and raises `lab.errors.UserError` for data that the attacker cannot work on.
+    anything runs and raises `lab.errors.UserError` for data that the attacker cannot work on. A method
+    ``texts() -> dict[str, str]``: config key → text that a text-to-image model will read, refused before anything
+    runs where it holds a special token of the model's tokenizer.
     """
 
     name: str
@@ -427,7 +432,7 @@ class RunView(Protocol):
 class RunMetric(Protocol):
     """A family of figures over a run. ``needs_arms`` = 2 compares with the control arm.
 
-    Optional: a method ``check(cases: tuple[Case, ...]) -> None``, as in `Attacker`.
+    Optional: the methods ``check`` and ``texts``, as in `Attacker`.
     """
 
     name: str

@@ -1,5 +1,7 @@
 """`launch=cpu` with a text-to-image immunizer: within one immunization the concepts are spread over the processes."""
 
+import re
+
 import pytest
 import torch
 from processes import ended, found_records, start
@@ -20,11 +22,14 @@ def immunized(folder):
     return {key: tensors for key, tensors in found.items() if tensors}
 
 
-def test_two_processes_share_the_concepts_and_give_the_weights_of_one(tmp_path):
+@pytest.mark.parametrize(("precision", "processes"), [("float32", 2), ("bfloat16", 2), ("float32", 3)])
+def test_processes_share_the_concepts_and_give_the_weights_of_one(tmp_path, precision, processes):
+    """Of three processes, two have a concept each; the third takes part in what all compute."""
+    run = [*RUN, f"immunize.precision={precision}"]
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    ended(start(tmp_path / "one", *RUN))
-    ended(start(tmp_path / "two", *RUN, "launch=cpu", "launch.num_processes=2"))
+    ended(start(tmp_path / "one", *run))
+    ended(start(tmp_path / "two", *run, "launch=cpu", f"launch.num_processes={processes}"))
     one, two = immunized(tmp_path / "one"), immunized(tmp_path / "two")
     assert one.keys() == two.keys()
     assert len(one) == 1
@@ -34,10 +39,11 @@ def test_two_processes_share_the_concepts_and_give_the_weights_of_one(tmp_path):
     assert change <= 1e-5 * sum(v.double().square().sum() for v in alone.values()) ** 0.5
     assert all(torch.isfinite(v).all() for v in shared.values())
     records = [found_records(tmp_path / name)[0] for name in ("one", "two")]
-    assert [r["provenance"].get("processes", 1) for r in records] == [1, 2]
+    assert [r["provenance"].get("processes", 1) for r in records] == [1, processes]
     for name, score in records[0]["metrics"].items():
         other = records[1]["metrics"][name]["value"]
         assert other == score["value"] or score["low"] <= other <= score["high"], name
-    log = (next((tmp_path / "two").rglob("ranks")) / "1.log").read_text()
-    assert "stage immunize mima mosaic_neon 0, with processes [0, 1]" in log
-    assert "Traceback" not in log
+    logs = [path.read_text() for path in (tmp_path / "two").rglob("ranks/*.log")]
+    assert len(logs) == processes - 1
+    assert any(re.search(r"stage immunize mima mosaic_neon 0, with processes \[[012], [012]\]", log) for log in logs)
+    assert not any("Traceback" in log for log in logs)
