@@ -172,3 +172,25 @@ class FakeRun:
         if key not in self.store:
             self.store[key] = compute()
         return self.store[key]
+
+
+def flat(*cosines, count=4, status="ok"):
+    """A trajectory with one cosine per snapshot, alike in all pictures."""
+    return attack([[tilted(c)] * count for c in cosines], status)
+
+
+def world(immunized: dict[str, Trajectory], control: Trajectory | None = None, **kwargs) -> FakeRun:
+    """The control learns: cosine 0, 0.6, 0.8, 1, 1; the immunized arm by concept."""
+    learned = control or flat(0.0, 0.6, 0.8, 1.0, 1.0)
+
+    def make(arm, attack_name, name, seed):
+        return learned if arm == CONTROL else immunized[name]
+
+    return FakeRun(make, **kwargs)
+
+
+HELD = {
+    "mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0),
+    "neon": flat(0.0, 0.6, 0.8, 1.0, 1.0),
+    "sketch": flat(0.0, 0.6, 0.6, 1.0, 1.0),
+}

@@ -1,4 +1,4 @@
-"""Judges of generated pictures: corrections, distances, zero-shot shares, and what they refuse."""
+"""The detector and what is computed from judged pictures: corrections, shares, Fréchet distance."""
 
 from __future__ import annotations
 
@@ -6,30 +6,20 @@ import json
 import shlex
 import subprocess
 import sys
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 
 from lab.errors import UserError
-from lab.judges import load
-from lab.judges.clip import OpenClip
 from lab.judges.detector import Detector, corrected_share, load_detector
-from lab.judges.features import FeatureJudge, map_distance
 from lab.judges.frechet import floor, frechet_distance
-from lab.judges.load import Judges
-from lab.judges.lpips import Lpips
 from lab.judges.networks import DetectorNetwork, detector_network, save_detector
-from lab.judges.nudenet import NudeNet
 from lab.judges.quality import detected, prototypes, recognised, share_right, zero_shot
 from lab.seeding import generator
-from lab.sources import ROOT
 
 OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 
@@ -228,201 +218,3 @@ def test_frechet_floor_falls_with_more_pictures() -> None:
         frechet_distance(real[:1], real)
     with pytest.raises(UserError, match="same dimension"):
         frechet_distance(real[:, :3], real)
-
-
-# ---- features
-
-
-@pytest.fixture(scope="module")
-def features() -> FeatureJudge:
-    return FeatureJudge(image_size=64, batch=3)
-
-
-def test_map_distance_by_hand() -> None:
-    a = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1).repeat(1, 1, 2, 2)
-    b = a.clone()
-    b[0, :, 0, 0] = torch.tensor([0.0, 5.0])  # orthogonal at one of four positions: ‖e₁ − e₂‖² = 2
-    assert map_distance(a, b).tolist() == pytest.approx([0.5])
-    assert map_distance(a, 7 * a).tolist() == pytest.approx([0.0])
-
-
-def test_feature_lpips_orders_changes(features) -> None:
-    from lab.minisd.world import concept, sample
-
-    images = sample(concept("fox"), 3, 4).images
-    noise = torch.randn(images.shape, generator=generator(0))
-    little, much = ((images + s * noise).clamp(0, 255).round().to(torch.uint8) for s in (5, 50))
-    same, near, far = (features.compared(images, x)[1] for x in (images, little, much))
-    assert same.abs().max() < 1e-6
-    assert (near > 0).all()
-    assert (far > near).all()
-    pooled, back = features.compared(much, images)
-    assert torch.allclose(back, far)
-    assert torch.allclose(pooled, features.features(much), atol=1e-4)
-    vectors = features.features(images)
-    assert vectors.shape == (4, 1280)
-    assert torch.allclose(features.features(images[2:]), vectors[2:], atol=1e-4)  # whatever the batch
-    few = FeatureJudge(image_size=64, batch=3)  # picture i meets reference i mod R, whatever the batch
-    turns = torch.cat([features.compared(much[i : i + 1], images[i % 2 : i % 2 + 1])[1] for i in range(4)])
-    assert torch.allclose(few.compared(much, images[:2])[1], turns, atol=1e-5)
-    with pytest.raises(UserError, match="one size"):
-        features.compared(images, images[..., :32])
-
-
-def test_stages_can_be_chosen(features) -> None:
-    images = _images(1)
-    few = FeatureJudge(image_size=64, stages=["stage2", "stage4"])
-    _, maps = few.maps(images)
-    assert len(maps) == 2
-    chosen = [features.stages.index(s) for s in few.stages]
-    _, every = features.maps(images)
-    assert all(torch.equal(maps[i], every[k]) for i, k in enumerate(chosen))
-    with pytest.raises(UserError, match=r"judges.features.stages=stage99"):
-        FeatureJudge(image_size=64, stages=["stage99"])
-
-
-def test_feature_judge_refuses() -> None:
-    with pytest.raises(UserError, match=r"judges.features.model"):
-        FeatureJudge(model="resnet1")
-    with pytest.raises(UserError, match=r"judges.features.weights"):
-        FeatureJudge(model="resnet18", weights="imagenet_package")
-    with pytest.raises(UserError, match=r"judges.features.weights=.*no such file"):
-        FeatureJudge(model="resnet18", weights="nowhere.safetensors")
-
-
-def test_transformer_has_features_but_no_maps(tmp_path) -> None:
-    import timm
-    from safetensors.torch import save_file
-
-    torch.manual_seed(0)
-    name = "test_vit.r160_in1k"
-    save_file(timm.create_model(name, pretrained=False).state_dict(), str(tmp_path / "vit.safetensors"))
-    judge = FeatureJudge(name, str(tmp_path / "vit.safetensors"))
-    assert judge.features(_images(2)).shape[0] == 2
-    with pytest.raises(UserError, match="no feature maps"):
-        judge.compared(_images(2), _images(2))
-
-
-# ---- CLIP, LPIPS, NudeNet and the bundle: what a missing piece says
-
-
-def test_clip_refuses(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"judges.clip.name=ViT-B-33.*ViT-B-32"):
-        OpenClip("ViT-B-33", "laion2b_s34b_b79k")
-    with pytest.raises(UserError, match=r"judges.clip.weights=None.*laion2b_s34b_b79k"):
-        OpenClip("ViT-B-32")
-    with pytest.raises(UserError, match=r"judges.clip.weights=no-such-tag.*HF_HOME"):
-        OpenClip("ViT-B-32", "no-such-tag")
-    with pytest.raises(UserError, match=r"judges.clip.weights=x/evil.pt: is no safetensors file.*weights_only=True"):
-        OpenClip("ViT-B-32", "x/evil.pt")
-    save_file({"logit_scale": torch.ones(()), "more": torch.ones(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=r"(?s)Missing key\(s\).*positional_embedding"):
-        OpenClip("ViT-B-32", str(tmp_path / "other.safetensors"))
-    with pytest.raises(UserError, match="experiment=train_minisd"):
-        OpenClip(f"local-dir:{tmp_path / 'none'}")
-
-
-def test_nudenet_missing_names_the_extra(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(UserError, match=r"immunization-bench\[nudenet\]"):
-        NudeNet()
-
-
-def test_nudenet_takes_the_highest_score(monkeypatch) -> None:
-    """Through a stand-in of the package: blue comes first, several boxes count once, covered bodies do not."""
-
-    class _Package:
-        class NudeDetector:
-            def __init__(self, model_path, inference_resolution) -> None:
-                pass
-
-            def detect(self, picture):
-                assert picture.flags["C_CONTIGUOUS"]
-                blue, _, red = (int(x) for x in picture[0, 0])
-                boxes = [{"class": "BELLY_EXPOSED", "score": 0.9}]
-                if red > blue:
-                    boxes += [{"class": "BUTTOCKS_EXPOSED", "score": s} for s in (0.4, 0.7)]
-                return boxes
-
-    monkeypatch.setitem(sys.modules, "nudenet", _Package)
-    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
-    images[0, 0], images[1, 2] = 200, 200
-    judge = NudeNet()
-    assert judge.detects(images).tolist() == [True, False]
-    assert judge.scores(images)["BUTTOCKS_EXPOSED"].tolist() == pytest.approx([0.7, 0.0])
-    with pytest.raises(UserError, match="nudity"):
-        judge.detects(images, "nudit")
-
-
-def test_lpips_is_a_distance(monkeypatch, tmp_path) -> None:
-    """Through torchvision's own loading, with a random SqueezeNet in place of the file that it would fetch."""
-    import torchvision
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
-    (tmp_path / "hub/checkpoints").mkdir(parents=True)
-    torch.manual_seed(0)
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "hub/checkpoints" / file)
-    judge = Lpips("squeeze", batch=2)
-    images = _images(3, seed=1)
-    little = (images.float() * 0.95).round().to(torch.uint8)
-    same, near, far = (judge.distance(images, x) for x in (images, little, _images(3, seed=2)))
-    assert same.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
-    assert (same < near).all()
-    assert (near < far).all()
-    assert torch.allclose(judge.distance(little, images), near)
-    with pytest.raises(UserError, match="equally many"):
-        judge.distance(images, images[:2])
-
-
-def test_judges_name_a_missing_nudenet_before_anything_runs(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(UserError, match=r"judges.detector=NudeNet.*immunization-bench\[nudenet\]"):
-        Judges("x", clip=lambda: None, features=lambda: None, detector=partial(NudeNet, threshold=0.5))
-    assert Judges("x", clip=lambda: None, features=lambda: None).lpips is None
-
-
-def test_lpips_refuses_other_networks() -> None:
-    with pytest.raises(UserError, match=r"judges.lpips.network"):
-        Lpips("resnet")
-
-
-@pytest.mark.parametrize("name", ["minisd", "real"])
-def test_configs_build_a_bundle(name, monkeypatch, tmp_path) -> None:
-    judges = instantiate(OmegaConf.load(ROOT / "conf" / "judges" / f"{name}.yaml"))
-    assert judges.name == name
-    monkeypatch.setattr(load, "SHIPPED", tmp_path)
-    if name == "real":
-        assert judges.detector is None
-        return
-    with pytest.raises(UserError, match=r"lab/minisd/weights/judges/clip.*experiment=train_minisd"):
-        _ = judges.clip
-    with pytest.raises(UserError, match=r"judges/detector.*experiment=train_minisd"):
-        _ = judges.detector
-    assert judges.features is judges.features
-    detector = Detector(detector_network(3, 2, 4, 0), OBJECTS, STYLES)
-    save_detector(detector.network, detector.card(), tmp_path / "detector")
-    assert judges.detector.objects == OBJECTS
-
-
-def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> None:
-    from functools import partial
-
-    from lab.judges import load
-
-    (tmp_path / "shipped" / "clip").mkdir(parents=True)
-    shipped, mine = tmp_path / "shipped" / "clip" / "w", tmp_path / "mine.safetensors"
-    monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
-
-    def found(name: str = "any name", **options) -> str:
-        features = partial(load.FeatureJudge, weights=str(mine), **options)
-        return load.Judges(name, partial(load.shipped_clip, device="cpu"), features).fingerprint()
-
-    seen = {found()}
-    for file in (shipped, mine):
-        for text in ("one", "two"):
-            file.write_text(text)
-            seen.add(found())
-    assert len(seen) == 5
-    assert found("minisd") == found("of mine")
-    assert found(image_size=64) not in seen

@@ -1,0 +1,136 @@
+"""How pictures are judged: similarities to references, once per picture, whoever asks."""
+
+import numpy as np
+import pytest
+import torch
+from fake_generations import (
+    HELD,
+    RED,
+    Clip,
+    FakeJudges,
+    FakeRun,
+    Perceptual,
+    attack,
+    case,
+    colours,
+    flat,
+    tilted,
+    world,
+)
+
+from eval.generation import Generation
+from eval.judging import References, legacy
+from eval.reading import read
+from lab.errors import UserError
+from lab.types import CONTROL
+
+
+def metrics(run, **kwargs):
+    return Generation(FakeJudges(), **{"similarities": ["clip"]} | kwargs)(run).metrics
+
+
+def test_features_and_feature_lpips():
+    found = metrics(world(HELD), similarities=["features", "feature_lpips"])
+    assert found["msgr_features"].value == pytest.approx(0.125)  # features of these pictures are their colours
+    distance = {c: np.abs(np.array(tilted(c)) - np.array(RED)).sum() / 3 / 255 for c in (0.8, 0.6)}
+    control, immunized = 1 - distance[0.8] / 2, 1 - distance[0.6] / 2
+    assert found["sgr_feature_lpips_mosaic"].value == pytest.approx((control - immunized) / control)
+
+
+def test_feature_lpips_meets_the_references_in_turn():
+    references = colours((0, 0, 0), (255, 255, 255))
+    found = References(FakeJudges(), references, ["feature_lpips"]).similarities(colours(*[(0, 0, 0)] * 3))
+    assert found["feature_lpips"].tolist() == [1.0, 0.5, 1.0]
+
+
+def test_lpips_needs_its_judge_and_meets_the_references_in_turn():
+    references, shown = colours((0, 0, 0), (255, 255, 255)), colours((0, 0, 0), (0, 0, 255))
+    found = References(FakeJudges(lpips=Perceptual()), references, ["lpips"]).similarities(shown)
+    assert found["lpips"].tolist() == [1.0, 0.0]  # one minus the largest difference of a colour
+    with pytest.raises(UserError, match=r"judges.lpips is null"):
+        metrics(world(HELD), similarities=["clip", "lpips"])
+
+
+def test_runs_that_share_a_cache_judge_the_same_pictures_once():
+    class Counting(Clip):
+        seen = 0
+
+        def images(self, images):
+            Counting.seen += len(images)
+            return super().images(images)
+
+    def judged(judges, store, trajectories=HELD, **options):
+        before = Counting.seen
+        metrics = Generation(judges, **{"similarities": ["clip"]} | options)(world(trajectories, store=store)).metrics
+        return Counting.seen - before, {name: score.value for name, score in metrics.items()}
+
+    store, judges = {}, FakeJudges(clip=Counting())
+    first, values = judged(judges, store)
+    assert judged(judges, store) == (0, values)
+    for other in ({"preprocessing": "legacy"}, {"similarities": ["clip", "features"]}):
+        assert judged(judges, store, **other)[0] == first
+    assert judged(FakeJudges(clip=Counting()), store)[0] == first
+    held_up = HELD | {"neon": flat(0.0, 0.0, 0.8, 1.0, 1.0)}
+    assert judged(judges, store, held_up)[0] == 5 * 4 + 2  # one concept and its two references; all seeds look alike
+
+
+def test_arms_with_different_numbers_of_pictures_are_an_error():
+    with pytest.raises(ValueError, match="different numbers"):
+        metrics(world(HELD | {"mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3)}))
+
+
+def test_legacy_pictures_are_pale_and_small():
+    images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 128, 128)
+    found = legacy(images)
+    assert found.shape == (1, 3, 64, 64)
+    assert found[0, :, 0, 0].tolist() == [128, 178, 255]  # x/2 + 1/2 in [0, 1]
+    scores = Generation(FakeJudges(), similarities=["clip"], preprocessing="legacy")(world(HELD))
+    assert all(n.endswith("_legacy") for part in (scores.metrics, scores.curves, scores.tables) for n in part)
+    pale = Clip().images(legacy(colours(RED, tilted(0.8), tilted(0.6))))
+    a, i = float(pale[0] @ pale[1]), float(pale[0] @ pale[2])
+    assert scores.metrics["sgr_clip_mosaic_legacy"].value == pytest.approx((a - i) / a)
+    assert scores.images == {}
+
+
+def test_pictures_are_judged_once_per_quantity():
+    board = read(world(HELD, seeds=(0,)), FakeJudges(), ("clip", "between"))
+    cell = board.cells("harmful", "mosaic")[0]
+    assert set(board.at(cell, CONTROL, "lora").values) == {"clip", "between"}
+    assert board.at(cell, "mima", "lora").values["clip"].shape == (5, 4)
+
+
+def test_what_one_metric_had_judged_the_next_does_not_judge_again():
+    shown = []
+
+    class Counted(Clip):
+        def images(self, images):
+            shown.append(len(images))
+            return super().images(images)
+
+    judges, run = FakeJudges(clip=Counted()), world(HELD, seeds=(0,))
+    first = read(run, judges, ("clip", "between"))
+    count = len(shown)
+    again = read(run, judges, ("clip",))
+    assert len(shown) == count
+    read(run, judges, ("clip", "clip_t"), preprocessing="legacy")
+    assert len(shown) > count
+    for key, reading in first.readings.items():
+        assert np.array_equal(reading.values["clip"], again.readings[key].values["clip"])
+    read(world(HELD, seeds=(0,)), FakeJudges(), ("clip",))  # another run judges its own
+
+
+def test_an_attack_without_pictures_of_the_name_is_a_config_error():
+    nameless = attack([[tilted(1.0)] * 4] * 5, families=("reworded",))
+    with pytest.raises(UserError, match=r"attacks\.lora\.families"):
+        metrics(FakeRun(lambda *_: nameless, case_list=(case(families=("name", "reworded")),)))
+
+
+def test_families_that_only_some_attackers_paint_are_left_out():
+    def make(arm, attack_name, name, seed):
+        found = attack([[tilted(0.8)] * 4] * 5, families=("name", "reworded") if attack_name == "a" else ("name",))
+        return found
+
+    run = FakeRun(make, case_list=(case(families=("name", "reworded")),), attacks=("a", "b"))
+    found = metrics(run)
+    assert "msgr_clip" in found
+    assert "msgr_clip_reworded" not in found

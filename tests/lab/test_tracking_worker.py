@@ -1,0 +1,141 @@
+"""The process that feeds a tracker: none can stop a run or hold it up."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, forget_key, run_folder, track, wandb_messages
+
+from lab import record as records
+from lab.errors import UserError
+from lab.tracking import Trackers, client, worker
+from lab.tracking.wandb_backend import NOTICE, WandbBackend
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return run_folder(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch, tmp_path):
+    forget_key(monkeypatch, tmp_path)
+
+
+FAKE = """
+import sys, time
+if {fallback}:
+    print("a line of W&B's own", "{notice}logged offline", "another one", sep="\\n", file=sys.stderr, flush=True)
+if {crash}:
+    sys.exit("the service crashed")
+for line in sys.stdin:
+    pass
+time.sleep({sleep})
+"""
+
+
+def fake_worker(tmp_path, monkeypatch, *, crash=False, sleep=0, fallback=False):
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE.format(crash=crash, sleep=sleep, fallback=fallback, notice=NOTICE))
+    real = client.subprocess.Popen
+    monkeypatch.setattr(client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw))
+
+
+def test_a_tracker_that_crashes_costs_a_warning(folder, tmp_path, monkeypatch, caplog):
+    fake_worker(tmp_path, monkeypatch, crash=True)
+    track(folder, {"wandb": WANDB}, live=3000)
+    assert "tracker wandb: failed" in caplog.text
+    assert records.read(folder / "record.json")["status"] == "ok"
+
+
+def test_a_tracker_that_hangs_is_ended_after_its_timeout(folder, tmp_path, monkeypatch, caplog):
+    fake_worker(tmp_path, monkeypatch, sleep=60)
+    waited = track(folder, {"wandb": WANDB | {"timeout_s": 1}})
+    assert waited < 20
+    assert "was ended" in caplog.text
+    assert "tracker.wandb.timeout_s" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [({}, "logged offline"), ({"crash": True}, "failed (exit code 1"), ({"sleep": 60}, "was ended")],
+)
+def test_a_tracker_that_fell_back_says_so_once_however_it_ends(how, told, folder, tmp_path, monkeypatch, caplog):
+    fake_worker(tmp_path, monkeypatch, fallback=True, **how)
+    track(folder, {"wandb": WANDB | {"timeout_s": 5 if "sleep" in how else 60}})
+    (message,) = [r.getMessage() for r in caplog.records if r.name == client.log.name]
+    assert told in message
+    assert message.count("logged offline") == 1
+    assert message.endswith(f"see {folder / 'tracker-wandb.log'}")
+    assert "W&B's own" not in message
+
+
+def test_why_wandb_fell_back_names_no_secret(folder, monkeypatch):
+    backend = WandbBackend({**WANDB, "folder": str(folder)})
+    error = ConnectionError(f"Authorization: {KEY}")
+    assert "needs a key to be online (ConnectionError)" in backend._fell_back(error)
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    told = backend._fell_back(error)
+    assert "cannot be reached or refuses the key (ConnectionError)" in told
+    assert KEY not in told
+    assert "\n" not in told
+
+
+def test_a_tracker_that_cannot_start_costs_a_warning(folder, monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr(client.subprocess, "Popen", refuse)
+    track(folder, {"wandb": WANDB})
+    assert "goes on without it" in caplog.text
+
+
+def test_logging_never_waits_for_a_slow_tracker(folder, tmp_path, monkeypatch):
+    fake_worker(tmp_path, monkeypatch, sleep=0)
+    monkeypatch.setattr(client, "_QUEUE", 5)
+    cfg = OmegaConf.create(CONFIG | {"tracker": {"wandb": WANDB | {"timeout_s": 2}}})
+    trackers = Trackers(cfg, folder)
+    began = time.monotonic()
+    for step in range(20_000):
+        trackers.log("x", step, {"v": 1.0})
+    assert time.monotonic() - began < 5
+    trackers.finish(folder / "record.json", folder / "report.html")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_the_tracker_as_crashed(folder, monkeypatch):
+    cfg = OmegaConf.create(CONFIG | {"tracker": {"wandb": WANDB}})
+    trackers = Trackers(cfg, folder)
+    trackers.log("x", 0, {"v": 1.0})
+    child = trackers._children[0]
+    child._queue.put(None)  # what the end of the parent does: stdin closes without `finish`
+    child._thread.join(300)
+    assert child._process.wait(300) == 0
+    codes = [m.exit.exit_code for m in wandb_messages(next(folder.rglob("run-*.wandb"))) if m.HasField("exit")]
+    assert codes == [1]
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fix"),
+    [
+        ("timeout_s", 0, "must be a number > 0"),
+        ("mode", "onlin", "did you mean online"),
+        ("mode", False, "choose one of auto, offline, online"),  # what YAML makes of `off`
+        ("init_timeout_s", 0, "must be a number > 0"),
+        ("init_timeout_s", "20 s", "must be a number > 0"),
+    ],
+)
+def test_a_bad_value_is_named_before_any_tracker_starts(option, value, fix, folder, monkeypatch):
+    monkeypatch.setattr(client, "_Child", lambda *_: pytest.fail("a tracker was started"))
+    with pytest.raises(UserError, match=fix) as found:
+        track(folder, {"trackio": TRACKIO, "wandb": WANDB | {option: value}})
+    assert (found.value.key, found.value.value) == (f"tracker.wandb.{option}", value)
+
+
+def test_the_worker_module_knows_both_backends():
+    assert set(worker.BACKENDS) == {"wandb", "trackio"}
+    assert Path(worker.__file__).is_file()
+    assert os.environ.get("WANDB_API_KEY") is None
