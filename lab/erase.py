@@ -79,7 +79,7 @@ class Uce:
         """
         if not case.erased:
             told = f"case {case.name} has no concept to erase; use erase=none, or a scenario that erases"
-            raise UserError("erase", self.name, f"{told} (relearn_styles; concept_folders with erase: true).")
+            raise UserError("erase", self.name, f"{told} (relearn_styles; folder with erase: true).")
         pairs = [rows(model, self._anchored(erasure)) for erasure in case.erased]
         kept = self._kept(case.erased)
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))

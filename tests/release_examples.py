@@ -43,7 +43,7 @@ def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
             f"prompts: [a fox in the style of {name}], erase: true, anchor: photo}}"
         )
     return [
-        "experiment=relearn", "backbone=minisd", f"backbone.path={backbone}", "scenario=concept_folders",
+        "experiment=relearn", "backbone=minisd", f"backbone.path={backbone}", "scenario=folder",
         f"scenario.root={root}", f"scenario.concepts=[{', '.join(rows)}]", "scenario.resolution=32",
         "scenario.sampling={steps: 2, guidance: 2.0, count: 4, negative: ''}", "scenario.keep_pictures=4",
         "scenario.unrelated_pictures=4", "scenario.regularizers=8", "immunize=mima", "immunize.steps=2",

@@ -34,7 +34,7 @@ class ConceptFolders:
 
     Args:
         concepts: list of {path, name, role: target | other | rehearsal, kind: object | style, words, prompts,
-            descriptions, reworded, prior, select, erase, anchor}; conf/scenario/concept_folders.yaml explains each.
+            descriptions, reworded, prior, select, erase, anchor}; conf/scenario/folder.yaml explains each.
         root: where relative paths start; None is the working directory.
         shares: of each concept's images for own, train and reference.
         keep, unrelated: folders. With only one of them it is cut in halves; with none the embedded world stands in.
@@ -66,7 +66,7 @@ class ConceptFolders:
         regularizer_templates: str = "all",
         sampling: Any = None,
         resolution: int = 512,
-        name: str = "concept_folders",
+        name: str = "folder",
     ) -> None:
         self.name, self.root = name, local("scenario.root", root or ".")
         self.entries = _entries(concepts, self.root)
@@ -244,7 +244,7 @@ class ConceptFolders:
 def _entries(given: object, root: Path) -> tuple[Entry, ...]:
     key, given = "scenario.concepts", shared.plain(given)
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        fix = "must be a list of {path, name, role, kind, prompts}; see conf/scenario/concept_folders.yaml."
+        fix = "must be a list of {path, name, role, kind, prompts}; see conf/scenario/folder.yaml."
         raise UserError(key, given, fix)
     found = tuple(parse(f"{key}[{i}]", entry, root) for i, entry in enumerate(given))
     for i, entry in enumerate(found):

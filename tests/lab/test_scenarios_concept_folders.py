@@ -45,7 +45,7 @@ def listed(**more):
 
 def folder_scenario(root, concepts=None, **options):
     options = {"resolution": 16, "sampling": {"count": 3}, "unrelated": "rest", "regularizers": 10} | options
-    return instantiate(OmegaConf.merge(config("concept_folders"), {"root": str(root), "concepts": concepts}, options))
+    return instantiate(OmegaConf.merge(config("folder"), {"root": str(root), "concepts": concepts}, options))
 
 
 def test_folders_make_a_case(root) -> None:
@@ -249,7 +249,7 @@ def test_every_part_gets_an_image(total, shares) -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_presets_hold_the_published_settings(name) -> None:
     preset = OmegaConf.load(CONF / "experiment" / "paper" / f"{name}.yaml")
-    scenario = instantiate(OmegaConf.merge(config("concept_folders"), preset.scenario))
+    scenario = instantiate(OmegaConf.merge(config("folder"), preset.scenario))
     assert [e.role for e in scenario.entries].count("target") == 2
     assert (scenario.resolution, scenario.sizes["regularizers"]) == (512, 200)
     erased = [e.name for e in scenario.entries if e.anchor is not None]
