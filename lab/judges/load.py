@@ -53,6 +53,11 @@ class Judges:
         self._clip, self._features, self._detector, self._lpips = clip, features, detector, lpips
 
     def fingerprint(self) -> str:
+        """What decides what these judges see, as `_fingerprint`; files are read once."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         """SHA-256 over the builders, their options and sources, and the files that they read, shipped or named by a
         path: a retrained judge must not meet older figures in the cache."""
         sha = hashlib.sha256()
