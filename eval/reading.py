@@ -88,6 +88,12 @@ class _Judge:
         prepared(concept.reference.images, preprocessing)
 
     @cached_property
+    def key(self) -> str:
+        """Of all that decides a judgement besides the pictures."""
+        found = {"judges": self.judges.fingerprint(), "concept": fingerprint(self.concept)}
+        return stage_key(sources=source_hash(__name__), preprocessing=self.preprocessing, **found)
+
+    @cached_property
     def references(self) -> References:
         kinds = [q for q in self.wanted if q not in _WITHOUT_REFERENCES]
         return References(self.judges, prepared(self.concept.reference.images, self.preprocessing), kinds)
@@ -128,11 +134,7 @@ class _Judge:
     def _kept(self, samples: Tensor, family: str, missing: Sequence[str], between: bool) -> dict[str, Tensor]:
         """`_points`, from the cache where any run has judged these pictures: every immunizer of a sweep meets the same
         control."""
-        key = stage_key(
-            sources=source_hash(__name__), judges=self.judges.fingerprint(), preprocessing=self.preprocessing,
-            concept=fingerprint(self.concept), pictures=digest(samples), family=family, missing=missing,
-            between=between,
-        )  # fmt: skip
+        key = stage_key(judge=self.key, pictures=digest(samples), family=family, missing=missing, between=between)
         return self.run.kept(key, lambda: self._points(samples, family, missing, between))
 
     def _points(self, samples: Tensor, family: str, missing: Sequence[str], between: bool) -> dict[str, Tensor]:

@@ -20,15 +20,7 @@ from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, forget_key, read_offline_
 from lab import record as records
 from lab.tracking import Trackers, client, views
 
-
-@pytest.fixture
-def folder(tmp_path):
-    return run_folder(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch, tmp_path):
-    forget_key(monkeypatch, tmp_path)
+pytestmark = pytest.mark.usefixtures("no_key")
 
 
 @pytest.fixture(scope="module")

@@ -7,22 +7,14 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, forget_key, run_folder, track, wandb_messages
+from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, track, wandb_messages
 
 from lab import record as records
 from lab.errors import UserError
 from lab.tracking import Trackers, client, worker
 from lab.tracking.wandb_backend import NOTICE, WandbBackend
 
-
-@pytest.fixture
-def folder(tmp_path):
-    return run_folder(tmp_path)
-
-
-@pytest.fixture(autouse=True)
-def no_key(monkeypatch, tmp_path):
-    forget_key(monkeypatch, tmp_path)
+pytestmark = pytest.mark.usefixtures("no_key")
 
 
 FAKE = """
