@@ -37,8 +37,9 @@ class Search:
         trials: how many; None with ``grid`` = all combinations.
         steps: updates of a trial.
         space: option → values to try.
-        score: None = loss on the held-out pictures, or a function of the trial's generations uint8 [n, 3, s, s] by
-            ``name`` prompts and the held-out pictures whose value is the better the higher.
+        score: None = loss on the held-out pictures; ``likeness`` in a config = `attacks.likeness`; or a function of the
+            trial's generations uint8 [n, 3, s, s] by ``name`` prompts and the held-out pictures whose value is the
+            better the higher.
     """
 
     mode: str
@@ -80,10 +81,11 @@ class Search:
             told = f"a grid takes all {size} combinations; leave it null, or set mode=random."
             raise UserError(f"{key}.trials", trials, told)
         score = given.get("score")
-        if score is not None and not callable(score):
-            raise UserError(
-                f"{key}.score", score, "must be null or a function of pictures (_target_, _partial_: true)."
-            )
+        if score == "likeness":
+            from attacks.likeness import likeness as score
+        elif score is not None and not callable(score):
+            told = "must be null (held-out loss), likeness, or a function of pictures (_target_, _partial_: true)."
+            raise UserError(f"{key}.score", score, told)
         return cls(mode, trials, steps, space, score, key)
 
     def settings(self, seed: int, task: Concept) -> list[dict[str, Any]]:
@@ -130,7 +132,8 @@ class Search:
         beside = None if checkpoint is None else _Beside(checkpoint, scores)
         found = run(attack.varied(best), model, task, seed=seed, budget=budget, checkpoint=beside)
         rows = [{"setting": s, "score": score} for s, score in zip(settings, scores, strict=True)]
-        judged = "held_out_loss" if self.score is None else "minus the given score"
+        named = getattr(self.score, "__name__", "the given score")
+        judged = "held_out_loss" if self.score is None else f"minus {named}"
         found.info["search"] = {"mode": self.mode, "steps": self.steps, "score": judged, "trials": rows, "best": best}
         return found
 

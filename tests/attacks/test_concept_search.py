@@ -12,7 +12,9 @@ from concept_examples import assert_equal, attack, curriculum, launch, model, ta
 from tiny_diffusion import tiny_diffusion
 
 from attacks.concept_search import held_out
+from attacks.likeness import likeness
 from lab.errors import UserError
+from lab.minisd import world
 from lab.types import Pictures
 
 SPACE = {"lr": [1e-4, 0.05], "rank": [1, 2]}
@@ -78,6 +80,17 @@ def test_trials_that_diverge_lose_and_where_all_do_the_options_stay() -> None:
     none = launch(searched(space={"lr": [1e12, 1e13]}))
     assert none.info["search"]["best"] == {}
     assert none.status == "ok"
+
+
+def test_likeness_tells_a_style_from_others_and_chooses_a_trial() -> None:
+    wanted = world.sample(world.concept("mosaic"), 7, 6).images
+    pictures = Pictures(wanted, ("",) * 6)
+    found = {n: likeness(world.sample(world.concept(n), 0, 6).images, pictures) for n in ("neon", "mosaic", "halftone")}
+    assert max(found, key=found.__getitem__) == "mosaic"
+    assert likeness(wanted[:1], Pictures(wanted[:1], ("",))) == pytest.approx(1, abs=1e-5)
+    told = launch(searched(score="likeness", space={"lr": [1e-4, 0.2]})).info["search"]
+    assert told["score"] == "minus likeness"
+    assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
 
 
 def test_a_score_of_the_generations_decides_instead_of_the_loss() -> None:
