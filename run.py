@@ -70,12 +70,12 @@ def job(cfg: DictConfig) -> None:
 def main() -> None:
     """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach us instead of Hydra's printer
-    from lab.arguments import with_paths
+    from lab.arguments import rewritten
     from lab.batch import EXIT_INTERRUPTED, interruptible
     from lab.callbacks import sweep_codes
     from lab.failures import explain
 
-    sys.argv[1:] = with_paths(sys.argv[1:])
+    sys.argv[1:] = rewritten(sys.argv[1:])
     try:
         with interruptible():  # a batch system's SIGTERM leaves a record, like Ctrl-C
             job()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -38,14 +39,36 @@ def _load(cfg: DictConfig) -> list[tuple[Path, records.Record]]:
     return [(path, records.read(path)) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
 
 
+def _summed_up(cfg: DictConfig, write: Callable[[list[records.Record]], None]) -> None:
+    """``write`` over all records that can be read.
+
+    Raises:
+        UserError: of the first one that cannot, after the others were written; the further ones are told.
+    """
+    found: list[records.Record] = []
+    broken: list[UserError] = []
+    for path in records.find(_places(cfg), Path(cfg.paths.runs)):
+        try:
+            found.append(records.read(path))
+        except UserError as error:
+            broken.append(error)
+    if found:
+        write(found)
+    for further in broken[1:]:
+        print(f"error: {further}", file=sys.stderr)
+    if broken:
+        raise broken[0]
+
+
 def report(cfg: DictConfig) -> None:
     """One HTML file over any set of records."""
-    found = [record for _, record in _load(cfg)]
-    print(f"report: {relative(render(found, Path(cfg.paths.outputs) / 'report.html'))}")
+    out = Path(cfg.paths.outputs) / "report.html"
+    _summed_up(cfg, lambda found: print(f"report: {relative(render(found, out))}"))
 
 
 def leaderboards(cfg: DictConfig) -> None:
-    publish([record for _, record in _load(cfg)], Path(cfg.paths.outputs))
+    """Markdown, CSV and HTML over any set of records."""
+    _summed_up(cfg, lambda found: publish(found, Path(cfg.paths.outputs)))
 
 
 def comparison(cfg: DictConfig) -> None:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from lab.batch import LASTING
 from lab.sources import ROOT
 
 _BACKBONE = "backbone="
 _PATHS = ("/", "./", "../", "~/")
+_LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
+_NO_FOLDER = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra.job_logging.root.handlers=[console]")
 
 
-def with_paths(words: Iterable[str]) -> list[str]:
-    """``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group.
+def rewritten(words: Sequence[str]) -> list[str]:
+    """What Hydra is given in place of ``words``.
 
-    DIR is a path that says so by how it begins, or a folder that is there and has not the name of a choice.
+    - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR is a path that says
+      so by how it begins, or a folder that is there and has not the name of a choice.
+    - ``dry_run=true`` plans here: a launcher would hand in jobs, and the plan would end in their logs.
+    - What only looks (``action=status``, ``leaderboard``, ``verify`` …) leaves no run folder behind.
     """
-    return [_as_path(word) for word in words]
+    found = [_as_path(word) for word in words]
+    dry = any(re.fullmatch(r"\+{0,2}dry_run=(true|yes|on|1)", word, re.IGNORECASE) for word in found)
+    if dry and any(word.startswith(_LAUNCHER) for word in found):
+        found = [word for word in found if not word.startswith(_LAUNCHER)]
+        print("dry_run: planned here, without the launcher", file=sys.stderr)
+    chosen = [word.removeprefix("action=") for word in found if word.startswith("action=")]
+    if (dry or (chosen and chosen[-1] not in LASTING)) and not any(word.startswith("hydra.run.dir=") for word in found):
+        found += _NO_FOLDER
+    return found
 
 
 def _as_path(word: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shlex
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lab.assemble import assemble
 from lab.audit_cost import seconds_per_update
 from lab.audit_page import build, ordered
 from lab.errors import UserError, nearest
+from lab.export import FACTS
 from lab.pipeline import Pipeline
 from lab.sources import ROOT
 from lab.store import Store, write_atomically
@@ -71,6 +73,9 @@ def _fits(cfg: DictConfig) -> None:
     if cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None:  # the count is the audit's
         told = "has no pictures to generate: an audit is of a text-to-image model, e.g. scenario=relearn_styles."
         raise UserError("scenario", cfg.scenario.get("name"), told)
+    exported = Path(str(cfg.backbone.get("path") or "")) / FACTS
+    if exported.is_file() and (kind := json.loads(exported.read_text()).get("kind")) != "diffusion":
+        raise UserError("backbone.path", exported.parent, f"holds a {kind} model; audits are of text-to-image models.")
     if cfg.launch.name != "none":
         raise UserError("launch", cfg.launch.name, "an audit times its attacks in one process: launch=none.")
     if cfg.backbone.name != "minisd" and cfg.judges.name == "minisd":

@@ -73,6 +73,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         if key is not None:
             group = key.rpartition(".")[0]
             known = [k for k in _keys(arguments) if not k.endswith("_target_") and k != group]
+            if key in known:  # of other choices than the one that failed
+                return f"{key}: a choice of this sweep has no such key: sweep choices that share it, or leave it out."
             return f"{key}: there is no such key; {nearest(key, known)}"
         return _first_line(error)
     return None
@@ -95,9 +97,10 @@ def _memory(error: BaseException) -> str | None:
     if not (torchs or isinstance(error, MemoryError)):
         return None
     fix = (
-        "lower immunize.batch_size, immunize.lower_batch_size or attacks.NAME.batch_size, scenario.sampling.count or "
-        "scenario.resolution; take immunize.gradient_checkpointing=true, immunize.hypergradient.recompute=true, "
-        "immunize.precision=bfloat16 or backbone.dtype=bf16 (what the parts you chose have). Finished stages are kept"
+        "lower immunize.batch_size, immunize.prior_batch_size, immunize.lower_batch_size or attacks.NAME.batch_size, "
+        "scenario.sampling.count, eval.utility.count or scenario.resolution; take immunize.gradient_checkpointing=true, "
+        "immunize.hypergradient.recompute=true, immunize.precision=bfloat16 or backbone.dtype=bf16 "
+        "(what the parts you chose have). Finished stages are kept"
     )
     return f"memory ran out: {fix}. {_first_line(error)}".rstrip()
 

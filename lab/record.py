@@ -180,12 +180,15 @@ def read(path: Path) -> Stored:
 
 
 def find(places: Iterable[str], default: Path) -> list[Path]:
-    """Record files named by ``places`` (files or folders), or below ``default`` when there are none."""
+    """Record files named by ``places`` (files or folders), or below ``default`` when there are none.
+
+    In folders these are called ``record.json``; below a folder ``records`` any name will do.
+    """
     chosen = [Path(p) for p in places] or [default]
     paths: list[Path] = []
     for place in chosen:
         if place.is_dir():
-            paths.extend(sorted(p for p in place.rglob("*.json") if p.name == "record.json" or "records" in p.parts))
+            paths.extend(sorted(p for p in place.rglob("*.json") if p.name == "record.json" or _is_kept(p)))
         elif place.is_file():
             paths.append(place)
         else:
@@ -193,3 +196,14 @@ def find(places: Iterable[str], default: Path) -> list[Path]:
     if not paths:
         raise UserError("records", " ".join(map(str, chosen)), "holds no record.json: run `python run.py` first.")
     return list(dict.fromkeys(paths))
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether ``path`` lies below a folder ``records`` and holds a record, in whatever state."""
+    if "records" not in path.parts:
+        return False
+    try:
+        content = json.loads(path.read_text())
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"schema", "content_hash"} <= content.keys()

@@ -49,7 +49,8 @@ def status(cfg: DictConfig) -> None:
         UserError: a place that does not exist.
     """
     given = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
-    places = [Path(place) for place in given] or [Path(cfg.paths.runs)]
+    named = [Path(place) for place in given]  # a record stands for its run folder
+    places = [place.parent if place.is_file() else place for place in named] or [Path(cfg.paths.runs)]
     runs = _run_folders(places, "records" if given else "paths.runs")
     processes = {folder: _process(folder) for folder in runs}
     jobs = _jobs(places)

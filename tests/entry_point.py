@@ -6,6 +6,17 @@ import sys
 from hydra.core.global_hydra import GlobalHydra
 
 import run as entry
+from lab import record as records
+
+FAST = [
+    "experiment=house_price",
+    "seeds=[0]",
+    "immunize.epochs=2",
+    "tracker=none",
+    "budget.horizon=5",
+    "budget.multiple=2",
+    "budget.points=5",
+]
 
 
 def call_entry(monkeypatch, capfd, *arguments):
@@ -23,3 +34,10 @@ def call_entry(monkeypatch, capfd, *arguments):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code, *capfd.readouterr()
+
+
+def record_of(out, folder):
+    """The record that the last line of ``out`` names."""
+    last = out.strip().splitlines()[-1]
+    assert last.startswith("record: ")
+    return records.read(folder / last.removeprefix("record: "))

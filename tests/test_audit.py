@@ -13,7 +13,6 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 from attacks.concept_curriculum import Curriculum
 from attacks.concept_lora import ConceptLora
 from lab import record as records
-from lab.arguments import with_paths
 from lab.audit import audit, prepare
 from lab.audit_cost import timed
 from lab.errors import UserError
@@ -91,6 +90,12 @@ def test_what_cannot_be_audited(overrides, told):
         audit(composed(*overrides))
 
 
+def test_an_exported_extractor_is_told_as_what_it_is(tmp_path):
+    (tmp_path / "export.json").write_text('{"kind": "linear"}')
+    with pytest.raises(UserError, match=r"backbone\.path=.*: holds a linear model; audits are of text-to-image"):
+        audit(composed("experiment=audit", f"backbone.path={tmp_path}"))
+
+
 def test_a_folder_that_is_not_there_names_the_key(tmp_path, call):
     code, _, err = call(
         "experiment=audit", f"backbone={tmp_path / 'none'}", f"paths.outputs={tmp_path}", "tracker=none"
@@ -106,18 +111,6 @@ def test_a_search_of_the_attackers_own_is_kept():
     assert found.attacks.lora.search.steps == 7
     assert found.attacks.full_finetune.search is None
     assert found.attacks.textual_inversion.search.space.lr == [5e-3, 2e-2]
-
-
-def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("released", "minisd", "it's"):
-        (tmp_path / name).mkdir()
-    words = ["backbone=released", "backbone=minisd", "backbone=/no/such", "backbone=it's", "backbone=sd", "seeds=[0]"]
-    assert with_paths(words) == [
-        "backbone.path=released", "backbone=minisd", "backbone.path=/no/such", r"backbone.path='it\'s'",
-        "backbone=sd", "seeds=[0]",
-    ]  # fmt: skip
-    assert composed("experiment=audit", *with_paths(["backbone=it's"])).backbone.path == "it's"
 
 
 # ---- what an update costs

@@ -1,48 +1,18 @@
 """`python run.py` as a user calls it: results, errors with exit code 2, actions, sweeps."""
 
 import os
-import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
-from entry_point import call_entry
-from processes import ROOT, start
+from entry_point import FAST, record_of
+from processes import start
 
 import immunize.kappa
 from attacks.linear_probe import LinearProbe
 from immunize.objectives import SpectralObjective
-from lab import record as records
 from lab import store
-
-FAST = [
-    "experiment=house_price",
-    "seeds=[0]",
-    "immunize.epochs=2",
-    "tracker=none",
-    "budget.horizon=5",
-    "budget.multiple=2",
-    "budget.points=5",
-]
-
-
-@pytest.fixture
-def cli(tmp_path, monkeypatch, capfd):
-    """Calls the entry point in this process, in a folder of its own; returns (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*arguments):
-        return call_entry(monkeypatch, capfd, *arguments)
-
-    return call
-
-
-def record_of(out, folder):
-    last = out.strip().splitlines()[-1]
-    assert last.startswith("record: ")
-    return records.read(folder / last.removeprefix("record: "))
-
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/house_price"
 THERE = pytest.mark.skipif(
@@ -236,66 +206,6 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     assert [c["status"] for c in record["cells"] if c["arm"] == "kappa_paper_house_price"] == ["diverged"]
 
 
-@pytest.mark.slow
-def test_actions_on_two_records(cli, tmp_path):
-    cli(*FAST)
-    cli(*FAST, "immunize=kappa_well_only")
-    code, out, err = cli("action=leaderboard", "tracker=none")
-    assert code == 0, err
-    assert "kappa_well_only" in out
-    assert (tmp_path / "outputs/leaderboard.csv").read_text().count("\n") >= 3
-    code, out, _ = cli("action=report")
-    assert code == 0
-    assert (tmp_path / "outputs/report.html").is_file()
-    paths = [str(p) for p in sorted(tmp_path.rglob("record.json"))]
-    code, out, err = cli("action=compare", f"records=[{paths[0]},{paths[1]}]")
-    assert code == 0, err
-    assert "rir" in out
-    code, out, _ = cli("action=status")
-    assert code == 0
-    assert "2 ok" in out
-    cli(*FAST, "scenario.path=/nowhere")
-    code, out, _ = cli("action=status", "records=[outputs/runs]")
-    assert "2 ok" in out
-    assert "1 failed" in out
-    code, _, err = cli("action=status", "records=[outputs/runs,nowhere]")
-    assert code == 2
-    assert "records=nowhere" in err
-
-
-EVERY_GROUP = {
-    "scenario": ["scenario=house_price,mnist_harm_set"],
-    "backbone": ["backbone=linear,linear_release"],
-    "erase": ["experiment=first_run", "erase=none,uce"],
-    "immunize": ["immunize=none,kappa"],
-    "attacks": ["attacks=[linear_probe],[probe_adam,probe_newton]"],
-    "eval": ["eval=[conditioning],[geometry]"],
-    "tracker": ["tracker=[none],[trackio]"],
-    "launch": ["launch=none,cpu"],
-    "experiment": ["experiment=house_price,first_run"],
-    "debug": ["debug=smoke,wiring"],
-}
-
-
-@pytest.mark.parametrize(
-    "group",
-    [pytest.param(g, marks=pytest.mark.slow if "first_run" in str(w) else ()) for g, w in EVERY_GROUP.items()],
-)
-def test_every_group_can_be_swept(cli, tmp_path, group):
-    words = EVERY_GROUP[group]
-    study = [] if any(w.startswith("experiment=") for w in words) else ["experiment=house_price"]
-    code, out, err = cli("-m", *study, *words, "dry_run=true")
-    assert code == 0, err
-    assert len(re.findall(r"^\d+ stages", out, flags=re.M)) == 2, out
-    assert not list(tmp_path.rglob("record.json"))
-
-
-def test_every_group_is_swept_here():
-    left = {"hydra", "train", "judges"}  # judges=real needs weights from a hub
-    groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir()} - left
-    assert set(EVERY_GROUP) == {g for g in groups if len(list((ROOT / "conf" / g).glob("*.yaml"))) > 1}
-
-
 def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
     code, out, err = cli("experiment=house_price", "debug=wiring", "immunize.epochs=1")
     assert code == 0, err
@@ -303,16 +213,6 @@ def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
     assert {c["stage"] for c in record["cells"]} == {"immunize", "attack", "eval"}
     assert record["seeds"] == [0]
     assert record["config"]["tracker"] == {}
-
-
-@pytest.mark.slow
-def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, tmp_path):
-    code, _, err = cli("-m", *FAST, "immunize=kappa,kappa_well_only", "immunize.lambda_p=1,-1")
-    assert code == 2
-    board = next(tmp_path.rglob("leaderboard.md")).read_text()
-    found = [records.read(p)["status"] for p in tmp_path.rglob("record.json")]
-    assert sorted(found) == ["failed", "failed", "ok", "ok"], err
-    assert "failed" in board
 
 
 def test_help_explains_the_choices_and_its_five_commands_compose(cli):

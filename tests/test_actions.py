@@ -1,0 +1,82 @@
+"""`python run.py action=…` over records, and what such a call leaves behind."""
+
+import shutil
+
+import pytest
+from entry_point import FAST
+
+from lab import record as records
+from lab.errors import UserError
+
+
+@pytest.mark.slow
+def test_actions_on_two_records(cli, tmp_path):
+    cli(*FAST)
+    cli(*FAST, "immunize=kappa_well_only")
+    code, out, err = cli("action=leaderboard", "tracker=none")
+    assert code == 0, err
+    assert "kappa_well_only" in out
+    assert (tmp_path / "outputs/leaderboard.csv").read_text().count("\n") >= 3
+    code, out, _ = cli("action=report")
+    assert code == 0
+    assert (tmp_path / "outputs/report.html").is_file()
+    paths = [str(p) for p in sorted(tmp_path.rglob("record.json"))]
+    code, out, err = cli("action=compare", f"records=[{paths[0]},{paths[1]}]")
+    assert code == 0, err
+    assert "rir" in out
+    code, out, _ = cli("action=status")
+    assert code == 0
+    assert "2 ok" in out
+    cli(*FAST, "scenario.path=/nowhere")
+    code, out, _ = cli("action=status", "records=[outputs/runs]")
+    assert "2 ok" in out
+    assert "1 failed" in out
+    code, _, err = cli("action=status", "records=[outputs/runs,nowhere]")
+    assert code == 2
+    assert "records=nowhere" in err
+
+
+def test_a_record_that_cannot_be_read_is_told_and_the_others_are_summed_up(cli, tmp_path):
+    assert cli(*FAST)[0] in (0, None)
+    run = next(tmp_path.rglob("record.json")).parent
+    broken = run.parent / "broken" / "record.json"
+    broken.parent.mkdir()
+    broken.write_text("{")
+    for action, file in (("leaderboard", "leaderboard.md"), ("report", "report.html")):
+        code, _, err = cli(f"action={action}")
+        assert code == 2
+        assert str(broken.relative_to(tmp_path)) in err
+        assert (tmp_path / "outputs" / file).is_file()
+    (tmp_path / "outputs/report.html").unlink()
+    assert cli("action=report", f"records=[{broken}]")[0] == 2
+    assert not (tmp_path / "outputs/report.html").exists()
+
+
+def test_status_of_a_record_is_that_of_its_run(cli, tmp_path):
+    cli(*FAST)
+    path = next(tmp_path.rglob("record.json"))
+    code, out, err = cli("action=status", f"records=[{path}]")
+    assert code == 0, err
+    assert "1 done (1 ok)" in out
+
+
+@pytest.mark.parametrize(
+    "words", [["action=status"], ["action=leaderboard"], ["action=nonsense"], [*FAST, "dry_run=true"]]
+)
+def test_what_only_looks_leaves_nothing_behind(cli, tmp_path, words):
+    (tmp_path / "outputs" / "runs").mkdir(parents=True)
+    cli(*words)
+    assert [p for p in tmp_path.rglob("*") if p.name not in ("outputs", "runs")] == []
+
+
+def test_files_below_a_folder_called_records_count_where_they_are_records(cli, tmp_path):
+    cli(*FAST)
+    source = next(tmp_path.rglob("record.json"))
+    place = tmp_path / "records" / "mine"
+    place.mkdir(parents=True)
+    shutil.copy(source, place / "kappa.json")
+    (place / "ranks.json").write_text('{"rank": 0}')
+    assert records.find([str(place)], tmp_path) == [place / "kappa.json"]
+    (place / "kappa.json").unlink()
+    with pytest.raises(UserError, match="holds no record"):
+        records.find([str(place)], tmp_path)
