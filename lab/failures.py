@@ -98,9 +98,9 @@ def _memory(error: BaseException) -> str | None:
         return None
     fix = (
         "lower immunize.batch_size, immunize.prior_batch_size, immunize.lower_batch_size or attacks.NAME.batch_size, "
-        "scenario.sampling.count, eval.utility.count or scenario.resolution; take immunize.gradient_checkpointing=true, "
-        "immunize.hypergradient.recompute=true, immunize.precision=bfloat16 or backbone.dtype=bf16 "
-        "(what the parts you chose have). Finished stages are kept"
+        "scenario.sampling.count, eval.utility.count or scenario.resolution; take "
+        "immunize.gradient_checkpointing=true, immunize.hypergradient.recompute=true, immunize.precision=bfloat16 or "
+        "backbone.dtype=bf16 (what the parts you chose have). Finished stages are kept"
     )
     return f"memory ran out: {fix}. {_first_line(error)}".rstrip()
 

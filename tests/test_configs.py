@@ -89,7 +89,8 @@ RUN = [n for n in names("experiment") if n != "train_minisd"]  # which has no ar
 def test_the_parts_of_every_experiment_fit(name):
     """What an experiment leaves at the table of contents' default must take its backbone too; nothing is loaded."""
     try:
-        parts = assemble(composed(f"experiment={name}"))
+        given = ["scenario.captions=[a street]"] if name.startswith("paper/") else []
+        parts = assemble(composed(f"experiment={name}", *given))
     except UserError as error:
         if error.key != "backbone.path":
             raise

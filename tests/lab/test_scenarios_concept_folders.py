@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scenario_configs import CONF, config, hashes
@@ -247,21 +248,27 @@ def test_every_part_gets_an_image(total, shares) -> None:
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_presets_hold_the_published_settings(name) -> None:
+def test_paper_presets_hold_the_published_settings(name, tmp_path) -> None:
     preset = OmegaConf.load(CONF / "experiment" / "paper" / f"{name}.yaml")
-    scenario = instantiate(OmegaConf.merge(config("folder"), preset.scenario))
+    with pytest.raises(InstantiationException, match=r"scenario\.captions=.*captions\.txt: cannot be read"):
+        instantiate(OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}))
+    (tmp_path / "captions.txt").write_text("a quiet street\n")
+    scenario = instantiate(OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}))
+    assert scenario.captions == ("a quiet street",)
+    assert scenario.pools == {"keep": tmp_path / "keep", "unrelated": None}
     assert [e.role for e in scenario.entries].count("target") == 2
     assert (scenario.resolution, scenario.sizes["regularizers"]) == (512, 200)
     erased = [e.name for e in scenario.entries if e.anchor is not None]
     assert len(erased) == (0 if name == "personalize" else len(scenario.entries))
     assert preset.immunize.lower.alpha == 5e-6
+    assert dict(preset.immunize.merge) == {"lam": 0.0, "mu": 0.0}
     assert preset.immunize.beta == (2e-5 if name == "personalize" else 3e-5)
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_presets_report_lpips_where_their_judges_have_it(name) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[f"experiment=paper/{name}"])
+        cfg = compose("config", overrides=[f"experiment=paper/{name}", "scenario.captions=[a street]"])
     (generation,) = (part.obj for key, part in assemble(cfg).metrics.items() if key == "generation")
     assert cfg.judges.lpips is not None
     assert generation.similarities == ("clip", "features", "lpips")  # as MIMA and IMMA report
