@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attacks.concept_data import AUGMENTATIONS, TEMPLATES, check_data
+from attacks.concept_data import AUGMENTATIONS, check_data
 from attacks.options import check_budget
 from attacks.tuning import SCHEDULES, Rate
+from lab.captions import TEMPLATES
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, names, number
@@ -150,7 +151,7 @@ class ConceptAttack(ConceptBase):
         batch_size: pictures per step; as many prior pictures come on top.
         clip: largest norm of the gradient; None = no limit.
         template: captions of the training pictures: ``name`` | ``token`` | ``description``
-            (`attacks.concept_data.captions`). With ``token`` the prompts of every family speak of the token too.
+            (`lab.captions.captions`). With ``token`` the prompts of every family speak of the token too.
         token: what stands for the concept with ``template=token``.
         pictures: how many of the training pictures are used; None = all.
         augmentation: ``none`` | ``flip`` | ``crop``.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attacks.concept_attack import ConceptAttack, Moving
-from attacks.concept_data import class_words
 from attacks.concept_textual_inversion import initial_text
 from attacks.concept_tokens import LearnedToken
+from lab.captions import class_words
 from lab.diffusion import DiffusionModel
 from lab.prompts import text
 from lab.types import Concept

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from attacks.concept_attack import ConceptAttack, Moving
-from attacks.concept_data import class_words
 from attacks.concept_full_finetune import open_unet
+from lab.captions import class_words
 from lab.diffusion import DiffusionModel
 from lab.prompts import text
 from lab.types import Concept

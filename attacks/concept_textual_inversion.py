@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from attacks.concept_attack import ConceptAttack, Moving
-from attacks.concept_data import class_words
 from attacks.concept_tokens import LearnedToken, expression
+from lab.captions import class_words
 from lab.diffusion import DiffusionModel
 from lab.options import count
 from lab.prompts import text

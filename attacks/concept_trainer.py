@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from attacks.concept_attack import ConceptAttack, ConceptBase
-from attacks.concept_data import Draw, Material, captions, prompts, variants
+from attacks.concept_data import Draw, Material, prompts, variants
+from lab.captions import captions
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import Diverged, UserError
 from lab.optimizer_state import restore_state, state_tensors

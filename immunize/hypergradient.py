@@ -45,7 +45,7 @@ class Hypergradient:
         lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
         cosine: between this gradient and that of ``first_order``; nan if either is 0.
         info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``, ``residual`` and
-            ``negative_curvature``, one per concept.
+            ``negative_curvature``, and the lower level's ``stationarity``, one per concept.
     """
 
     gradient: Params

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-from immunize.hypergradient_products import Product, product
+from immunize.hypergradient_products import Product, gradients, product
 from immunize.lower import LowerLevel
 from immunize.merge import Params
 from lab.options import choice, count, number
@@ -95,7 +95,11 @@ def neumann(
 def solve(
     level: LowerLevel, phi: Params, v: Params, names: Sequence[str], options: Implicit, how: Product
 ) -> tuple[Params, dict[str, Any]]:
-    """The transpose of the proximal lower level at its solution ``phi``, restricted to ``names``, and the facts."""
+    """The transpose of the proximal lower level at its solution ``phi``, restricted to ``names``, and the facts.
+
+    ``stationarity``, ‖∇L + ρ(φ − θ)‖ ÷ ‖∇L‖, says how far ``phi`` is from a solution: the formula holds at 0 only,
+    however small the linear system's ``residual`` is.
+    """
     outer, inner = level.enter(v, phi)
     theta = {x: level.theta[x] for x in names if x in outer}
 
@@ -107,6 +111,9 @@ def solve(
 
     method = conjugate_gradients if options.solver == "cg" else neumann
     a, facts = method(apply, inner, options.iterations, options.tolerance)
+    _, slope = gradients(partial(level.objective, 0, {}), phi)
+    left = _axpy(options.rho, {x: phi[x] - level.theta[x] for x in phi}, slope)
+    facts["stationarity"] = (_dot(left, left) / max(_dot(slope, slope), 1e-300)) ** 0.5
     if theta:
         by_theta, _ = hessian(a, theta)
         outer = {x: outer[x] - by_theta[x] / options.rho if x in by_theta else outer[x] for x in outer}

@@ -40,7 +40,7 @@ class Mima(ConceptImmunizer):
     lower: Any = None
     hypergradient: Any = None
     attackers: Any = None
-    templates: Any = ("captions",)
+    templates: Any = ("name",)
     curriculum: float = 0.0
     k_min: int = 1
     k_max: int = 1
@@ -56,6 +56,9 @@ class Mima(ConceptImmunizer):
         if self.attackers is not None:
             self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.templates, self.curriculum)
         check_lower(self.level, self.through, self.drawn)
+
+    def needs_templates(self) -> tuple[str, ...]:
+        return self.drawn.templates if self.drawn is not None else ()
 
     def shards(self, case: ConceptCase) -> int:
         """Into how many parts, run by processes of their own, one immunization of ``case`` can be split."""
@@ -102,7 +105,7 @@ class MimaDeep(ConceptImmunizer):
     attackers: Any
     k_min: int
     k_max: int
-    templates: Any = ("captions",)
+    templates: Any = ("name",)
     curriculum: float = 0.0
     lower_batch_size: int = 8
     at: Any = (0.5, 1.0)
@@ -155,6 +158,9 @@ class MimaDeep(ConceptImmunizer):
     def needs_decoys(self) -> int:
         return self.decoys if self.w_decoy else 0
 
+    def needs_templates(self) -> tuple[str, ...]:
+        return self.drawn.templates
+
     def shards(self, case: ConceptCase) -> int:
         """As `Mima.shards`; a merged model needs all attacked copies in one place."""
         if self.concepts != "merged" or self.evaluate != ("own",):
@@ -170,7 +176,7 @@ class MimaDeep(ConceptImmunizer):
             checkpointing=self.gradient_checkpointing,
         )  # fmt: skip
         names_u = scope_names(setup.denoiser.model.unet, self.scope)
-        rehearsal = setup.rehearsal() if self.w_benign else ()
+        rehearsal = setup.rehearsal(self.drawn.templates) if self.w_benign else ()
         return DeepObjective(
             options, self.drawn, setup.denoiser, names_u, concepts, rehearsal, setup.prior, merge, setup.seed
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ immunizer_options = dataclass(kw_only=True, eq=False)
 
 
 @immunizer_options
-class ConceptImmunizer:
+class ConceptImmunizer(ABC):
     """What every concept immunizer shares.
 
     Args:
@@ -92,8 +93,9 @@ class ConceptImmunizer:
         for case in cases:
             selected(case, self.concepts, self.target)
 
+    @abstractmethod
     def objective(self, setup: Setup, concepts: Sequence[Halves], merge: Merge) -> Objective:
-        raise NotImplementedError
+        """What the upper level descends."""
 
     def needs_prior(self) -> bool:
         return self.w_prior > 0
@@ -105,6 +107,10 @@ class ConceptImmunizer:
         """Pictures per target, see `immunize.mima_sampling.Halves`."""
         return 0
 
+    def needs_templates(self) -> tuple[str, ...]:
+        """Of captions that attackers of the lower level may write, see `lab.captions`."""
+        return ()
+
     def __call__(
         self, model: DiffusionModel, case: ConceptCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
     ) -> DiffusionModel:
@@ -115,7 +121,7 @@ class ConceptImmunizer:
         """
         setup = Setup.build(model, case, seed, self.precision, self.prior if self.needs_prior() else None)
         targets = selected(case, self.concepts, self.target)
-        chosen = concept_halves(model, targets, seed, setup.dtype, self.needs_decoys())
+        chosen = concept_halves(model, targets, seed, setup.dtype, self.needs_decoys(), self.needs_templates())
         merging = self.merging if self.needs_merge() else None
         runs, merges, last = setup.arrange(chosen, self.concepts, merging, self.batch_size)
         section, log = Section(checkpoint), _with_report(log, last)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize.mima_sampling import TEMPLATES, Batch, Pool
+from immunize.mima_sampling import Batch, Pool
 from immunize.mima_scopes import SCOPES, matrices
+from lab.captions import TEMPLATES
 from lab.errors import UserError
 from lab.optimizer_state import restore_state, state_tensors
 from lab.options import choice, count, names, number
@@ -94,7 +95,7 @@ class Attackers:
     Args:
         families: name → options, see `family`; the first one is what the curriculum begins with.
         k_min, k_max: K is uniform between them.
-        templates: of `immunize.mima_sampling.TEMPLATES`, equally often.
+        templates: of `lab.captions.TEMPLATES`, equally often.
         curriculum: share of the upper steps, from the first, that see only the narrow end: the first family, its
             first scope, smallest rank, learning rates up to the geometric mean, own captions, K in the upper half.
     """
@@ -102,7 +103,7 @@ class Attackers:
     families: dict[str, Family]  # config key → family, those with a share
 
     def __init__(
-        self, families: Any, k_min: int, k_max: int, templates: Any = ("captions",), curriculum: float = 0.0
+        self, families: Any, k_min: int, k_max: int, templates: Any = ("name",), curriculum: float = 0.0
     ) -> None:
         if not isinstance(families, Mapping):
             raise UserError("immunize.attackers", families, "must be a group of attackers.")
@@ -132,7 +133,7 @@ class Attackers:
             f = Family(
                 f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, (f.lr[0], math.sqrt(f.lr[0] * f.lr[1])), f.optimizer
             )
-            templates: tuple[str, ...] = ("captions",)
+            templates: tuple[str, ...] = ("name",)
             k_min = max(k_min, self.k_max // 2)
         else:
             f, templates = self._family(u[0]), self.templates

@@ -111,6 +111,9 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
         if implicit and lower.rank is not None:
             told = "must be null with immunize.hypergradient.method=implicit, whose lower level moves weights."
             raise UserError("immunize.lower.rank", lower.rank, told)
+        if implicit and lower.optimizer == "adamw" and lower.weight_decay:
+            told = "must be 0 with immunize.hypergradient.method=implicit: the proximal term is its decay, towards θ."
+            raise UserError("immunize.lower.weight_decay", lower.weight_decay, told)
         if implicit and lower.optimizer == "sgd" and lower.alpha * gradient.rho >= 2:
             told = f"gradient steps of size immunize.lower.alpha={lower.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)

@@ -6,18 +6,19 @@ deviation is far below that of the latents), captions are encoded without gradie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lab.captions import captions, class_words
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import UserError
 from lab.seeding import generator
 from lab.types import Concept, ConceptCase, Pictures, Sampling
 
-TEMPLATES = ("captions", "name", "description")
+TOKEN = "zwx"  # a rare word; another one than the attackers' own
 PRIORS = ("keep", "class", "both")
 
 
@@ -39,19 +40,22 @@ def cast(text: Text, dtype: torch.dtype) -> Text:
 class Pool:
     """Encoded pictures: latents [n, c, s, s], ``text`` of the different captions, and which picture has which.
 
-    ``named`` says for each picture whether its caption speaks of the concept by name.
+    ``others``: template → which picture has which caption by it (`lab.captions`).
     """
 
     z: Tensor
     text: Text
     caption: Tensor
-    named: tuple[bool, ...]
     timesteps: int
+    others: Mapping[str, Tensor] = field(default_factory=dict)
 
     @staticmethod
-    def encode(model: DiffusionModel, pictures: Pictures, words: Sequence[str], dtype: torch.dtype) -> Pool:
-        """``words``: by which a caption names the concept, one of them is enough."""
-        prompts = sorted(set(pictures.prompts))
+    def encode(
+        model: DiffusionModel, pictures: Pictures, dtype: torch.dtype, others: Mapping[str, Sequence[str]] | None = None
+    ) -> Pool:
+        """``others``: template → one further caption per picture."""
+        others = others or {}
+        prompts = sorted(set(pictures.prompts).union(*others.values()))
         with torch.no_grad():
             parts = [model.text(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         row = {prompt: i for i, prompt in enumerate(prompts)}
@@ -59,8 +63,8 @@ class Pool:
             model.to_latents(pictures.images).to(dtype),
             cast(Text.cat(parts), dtype),
             torch.tensor([row[p] for p in pictures.prompts]),
-            tuple(any(word.lower() in p.lower() for word in words) for p in pictures.prompts),
             model.timesteps,
+            {template: torch.tensor([row[p] for p in given]) for template, given in others.items()},
         )
 
     def to(self, dtype: torch.dtype) -> Pool:
@@ -72,25 +76,27 @@ class Pool:
     @staticmethod
     def cat(pools: Sequence[Pool]) -> Pool:
         starts = [sum(len(pool.text) for pool in pools[:i]) for i in range(len(pools))]
+
+        def joined(template: str | None) -> Tensor:
+            rows = [pool.others.get(template or "", pool.caption) for pool in pools]
+            return torch.cat([row + start for row, start in zip(rows, starts, strict=True)])
+
         return Pool(
             torch.cat([pool.z for pool in pools]),
             Text.cat([pool.text for pool in pools]),
-            torch.cat([pool.caption + start for pool, start in zip(pools, starts, strict=True)]),
-            tuple(named for pool in pools for named in pool.named),
+            joined(None),
             pools[0].timesteps,
+            {template: joined(template) for template in dict.fromkeys(t for pool in pools for t in pool.others)},
         )
 
     def rows(self, rows: Sequence[int] | Tensor) -> Pool:
         chosen = torch.as_tensor(rows)
-        named = tuple(self.named[int(i)] for i in chosen)
-        return replace(self, z=self.z[chosen], caption=self.caption[chosen], named=named)
+        others = {template: caption[chosen] for template, caption in self.others.items()}
+        return replace(self, z=self.z[chosen], caption=self.caption[chosen], others=others)
 
     def template(self, template: str) -> Pool:
-        """Pictures whose caption has the concept's ``name``, or a ``description`` without it; all where none has."""
-        if template == "captions":
-            return self
-        rows = [i for i, named in enumerate(self.named) if named == (template == "name")]
-        return self.rows(rows) if rows else self
+        """The same pictures with their captions by ``template``; their own where none were encoded for it."""
+        return replace(self, caption=self.others.get(template, self.caption))
 
     def batch(self, size: int, seed: int, *labels: object) -> Batch:
         """``size`` pictures without repetition as long as there are enough, and one timestep of each of ``size``
@@ -127,15 +133,29 @@ def enough(concept: Concept, what: str = "concept", else_: str = "") -> None:
         raise UserError("scenario", concept.name, f"{told}, one for each level{else_}.")
 
 
-def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype, decoys: int = 0) -> Halves:
-    """Own pictures, split by a seeded permutation; the lower level gets the odd one. ``decoys``: how many to paint.
+def halves(
+    model: DiffusionModel,
+    concept: Concept,
+    seed: int,
+    dtype: torch.dtype,
+    decoys: int = 0,
+    templates: Sequence[str] = (),
+) -> Halves:
+    """Own pictures, split by a seeded permutation; the lower level gets the odd one.
+
+    Args:
+        decoys: how many to paint.
+        templates: by which the pictures get further captions; a concept without description prompts gets none by
+            ``description``.
 
     Raises:
         UserError: fewer than two pictures.
     """
     enough(concept)
     name, count = concept.name, len(concept.own)
-    pool = Pool.encode(model, concept.own, [concept.words], dtype)
+    expression = f"{TOKEN} {class_words(concept)}".strip()
+    chosen = [t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or concept.prompts.get(t))]
+    pool = Pool.encode(model, concept.own, dtype, {t: captions(concept, concept.own, t, expression) for t in chosen})
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
     painted = _decoys(model, concept, seed, dtype, decoys) if decoys else None
@@ -145,7 +165,7 @@ def halves(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtyp
 def _decoys(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype, number: int) -> Pool:
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(number))
     latents = model.latents(number, seed, "mima", "decoys", concept.name)
-    return Pool.encode(model, Pictures(model.generate(prompts, latents, Sampling()), prompts), (), dtype)
+    return Pool.encode(model, Pictures(model.generate(prompts, latents, Sampling()), prompts), dtype)
 
 
 def pooled(parts: Sequence[Halves]) -> Halves:

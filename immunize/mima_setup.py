@@ -42,9 +42,10 @@ def selected(case: ConceptCase, arrangement: str, target: int) -> tuple[Concept,
 
 
 def concept_halves(
-    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: int = 0
-) -> list[Halves]:
-    return [halves(model, concept, seed, dtype, decoys) for concept in concepts]
+    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: int = 0,
+    templates: Sequence[str] = (),
+) -> list[Halves]:  # fmt: skip
+    return [halves(model, concept, seed, dtype, decoys, templates) for concept in concepts]
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:
@@ -86,7 +87,7 @@ class Setup:
         if compute != dtype:
             theta = {name: w.detach().to(dtype, copy=True) for name, w in model.unet.named_parameters()}
         start = {name: w.detach().clone() for name, w in theta.items()}
-        pool = None if prior is None else Pool.encode(model, prior_pictures(case, prior), (), dtype)
+        pool = None if prior is None else Pool.encode(model, prior_pictures(case, prior), dtype)
         return Setup(model, case, seed, Denoiser(work, theta), start, pool)
 
     @property
@@ -114,8 +115,8 @@ class Setup:
         """θ_0 of the names of ``like``."""
         return {name: self.start[name] for name in like}
 
-    def rehearsal(self) -> list[Halves]:
-        return concept_halves(self.model, self.case.rehearsal, self.seed, self.dtype)
+    def rehearsal(self, templates: Sequence[str]) -> list[Halves]:
+        return concept_halves(self.model, self.case.rehearsal, self.seed, self.dtype, templates=templates)
 
     def arrange(
         self, chosen: list[Halves], arrangement: str, options: MergeGroup | None, size: int
@@ -139,7 +140,7 @@ class Setup:
         batches: list[list[Recorded]] = []
         regular: list[Recorded] = []
         if group.options.scope != "kv":
-            keep = Pool.encode(self.model, prior_pictures(self.case, "keep"), (), self.dtype)
+            keep = Pool.encode(self.model, prior_pictures(self.case, "keep"), self.dtype)
             batches = [self._recorded(half.lower, size, half.name) for half in chosen]
             regular = self._recorded(keep, size, "regular")
         seeded = replace(group.options, seed=derive(self.seed, "mima", "merge"))

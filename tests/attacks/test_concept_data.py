@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from concept_examples import model, task
 
-from attacks.concept_data import Material, captions, class_words, posterior, prompts, renamed, variants
+from attacks.concept_data import Material, posterior, prompts, variants
+from lab.captions import captions, class_words, renamed
 from lab.seeding import generator
 from lab.types import Pictures
 

@@ -29,7 +29,7 @@ def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     found = halves(model(), concept, 3, torch.float32, decoys=3).decoys
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(3))
     images = model().generate(prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling())
-    want = Pool.encode(model(), Pictures(images, prompts), (), torch.float32)
+    want = Pool.encode(model(), Pictures(images, prompts), torch.float32)
     assert torch.equal(found.z, want.z)
     assert torch.equal(found.text[found.caption].hidden, model().text(list(prompts)).hidden)
     assert halves(model(), concept, 3, torch.float32).decoys is None

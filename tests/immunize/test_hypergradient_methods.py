@@ -162,6 +162,11 @@ def test_implicit_is_its_fixed_point(solver):
     assert distance(found.gradient, {x: unflat(total)[x] for x in p.upper_names}) < 1e-8
     assert found.info["negative_curvature"] == [False, False]
     assert max(found.info["residual"]) < 1e-12
+    assert max(found.info["stationarity"]) < 1e-9
+    early = evaluate(p, Lower(0.2, steps=1), method="implicit", implicit=options)  # solved well, at no solution
+    assert max(early.info["residual"]) < 1e-12
+    assert min(early.info["stationarity"]) > 0.1
+    assert distance(early.gradient, found.gradient) > 0.01
 
 
 def test_cg_stops_on_negative_curvature_and_says_so():

@@ -199,6 +199,9 @@ def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
 # ── what goes wrong ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "key"),
     [
@@ -211,6 +214,14 @@ def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
         ("mima", {"hypergradient": {"method": "exakt"}}, "immunize.hypergradient.method"),
         ("mima", {"hypergradient": {"rho": 0.0}}, "immunize.hypergradient.rho"),
         ("mima", {"hypergradient": {"method": "implicit", "rho": 0.2}}, "immunize.hypergradient.rho"),
+        (
+            "mima",
+            {
+                "hypergradient": {"method": "implicit"},
+                "lower": {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1},
+            },
+            "immunize.lower.weight_decay",
+        ),
         ("mima", {"merge": {"mu": -1.0}}, "immunize.merge.mu"),
         ("mima", {"merge": {"prompts": 0}}, "immunize.merge.prompts"),
         ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.lora.scopes"),

@@ -1,7 +1,5 @@
 """The deep lower level: reduction to MIMA, oracles for its parts, what is drawn, what is kept."""
 
-import dataclasses
-
 import pytest
 import torch
 from mima_examples import case, kept, model, objective, preset, with_targets
@@ -9,7 +7,7 @@ from tiny_diffusion import tiny_diffusion
 
 from immunize.mima_losses import Denoiser, capped, gradient_at
 from immunize.mima_lower import Attack, Attackers, Running, marks
-from immunize.mima_sampling import Batch, Pool, halves, pooled
+from immunize.mima_sampling import Pool
 from immunize.mima_setup import Setup
 from lab.diffusion import Text
 
@@ -17,19 +15,22 @@ NONE = {"kv": None, "full": None}
 
 
 def deep(**changes):
-    """The preset, offline with two marks unless told otherwise: one gradient then sees a whole attack."""
-    rest = {"online": False, "at": [0.5, 1.0], "benign": "regret"}
+    """The preset without decoys, offline with two marks unless told otherwise: a gradient then sees a whole attack."""
+    rest = {"online": False, "at": [0.5, 1.0], "benign": "regret", "w_decoy": 0.0}
     return preset("mima_deep", **{**rest, **changes})
 
 
 def test_one_sgd_step_without_extras_is_mima_first_order():
-    """K = 1, SGD on Π_l, no cap, no benign term, no distillation, the prior at θ̂: the same gradient."""
+    """K = 1, SGD on Π_l, no cap, no benign term, no distillation, no decoys, the prior at θ̂: the same gradient.
+
+    First order only: the deep lower level never differentiates through its steps.
+    """
     exact = tiny_diffusion(dtype=torch.float64)
     mima, theta = objective(preset("mima_first_order", lower={"alpha": 0.5}), exact)
     attackers = {"sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"}, "lora": None, **NONE}
     plain = deep(
-        attackers=attackers, k_min=1, k_max=1, at=[1.0], templates=["captions"], evaluate=["merged"], w_benign=0.0,
-        w_distill=0.0, w_prior=3.0, prior_at="adapted", curriculum=0.0,
+        attackers=attackers, k_min=1, k_max=1, at=[1.0], templates=["name"], evaluate=["merged"], w_benign=0.0,
+        w_distill=0.0, w_decoy=0.0, w_prior=3.0, prior_at="adapted", curriculum=0.0,
     )  # fmt: skip
     made, other = objective(plain, exact)
     expected, _ = mima.gradient(theta, 4)
@@ -152,7 +153,7 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
 
 
 def pool_of(n):
-    return Pool(torch.randn(n, 2), Text(torch.zeros(1, 1, 1)), torch.zeros(n, dtype=torch.long), (True,) * n, 10)
+    return Pool(torch.randn(n, 2), Text(torch.zeros(1, 1, 1)), torch.zeros(n, dtype=torch.long), 10)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -164,7 +165,7 @@ def test_one_lora_step_by_hand(optimizer):
     def loss(batch, weights):
         return (weights["w"] * g).sum()
 
-    attack = Attack("lora", "all", 2, 0.1, optimizer, "captions", 1)
+    attack = Attack("lora", "all", 2, 0.1, optimizer, "name", 1)
     mark = Running(loss, w, ("w", "b"), attack, pool_of(4), 2, 0, "x").advance(1)
     assert list(mark.weights) == ["w"]
     change = mark.weights["w"] - w["w"]
@@ -183,7 +184,7 @@ def test_adamw_attackers_follow_torch():
     def loss(batch, weights):
         return (weights["w"] - goal).square().sum()
 
-    attack = Attack("weights", "all", 0, 0.05, "adamw", "captions", 5)
+    attack = Attack("weights", "all", 0, 0.05, "adamw", "name", 5)
     running = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
     found = [running.advance(until) for until in (2, 5)]
     leaf = w["w"].clone().requires_grad_()
@@ -206,7 +207,7 @@ def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
     def loss(batch, weights):
         return (weights["w"] - goal).square().sum()
 
-    attack = Attack(kind, "all", 2, 0.05, "adamw", "captions", 3)
+    attack = Attack(kind, "all", 2, 0.05, "adamw", "name", 3)
     running = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
     before = w["w"].clone()
     added = running.advance(2).weights["w"] - before
@@ -224,7 +225,7 @@ def test_attackers_are_drawn_from_their_ranges():
         "full": {"kind": "weights", "share": 0.5, "scopes": ["all"], "lr": [1e-4, 4e-4]},
         "never": {"kind": "weights", "share": 0.0, "scopes": ["kv"], "lr": 1.0},
     }
-    drawn = Attackers(families, 2, 40, ["captions", "name"], curriculum=0.5)
+    drawn = Attackers(families, 2, 40, ["name", "token"], curriculum=0.5)
     late = [drawn.draw(0.9, 0, i) for i in range(400)]
     assert late == [drawn.draw(0.9, 0, i) for i in range(400)]
     lora = [a for a in late if a.kind == "lora"]
@@ -232,12 +233,12 @@ def test_attackers_are_drawn_from_their_ranges():
     assert {a.rank for a in lora} == set(range(4, 17))
     assert {a.scope for a in lora} == {"attn2", "all"}
     assert {a.steps for a in late} == set(range(2, 41))
-    assert {a.template for a in late} == {"captions", "name"}
+    assert {a.template for a in late} == {"name", "token"}
     rates = torch.tensor([a.lr for a in lora]).log()
     assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3
     assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)
     early = [drawn.draw(0.4, 0, i) for i in range(100)]
-    assert {(a.kind, a.scope, a.rank, a.template) for a in early} == {("lora", "attn2", 4, "captions")}
+    assert {(a.kind, a.scope, a.rank, a.template) for a in early} == {("lora", "attn2", 4, "name")}
     assert min(a.steps for a in early) == 20
     assert max(a.lr for a in early) <= (5e-4 * 4e-3) ** 0.5
 
@@ -246,37 +247,6 @@ def test_marks():
     assert marks(1, (0.5, 1.0)) == (1,)
     assert marks(9, (0.5, 1.0)) == (4, 9)
     assert marks(2, (0.1, 1.0)) == (1, 2)
-
-
-# ── pictures ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_batches_are_reproducible_and_cover_all_timesteps():
-    pool = Pool.encode(model(), case().keep, (), torch.float32)
-    first, again, other = (pool.batch(8, 0, label) for label in ("a", "a", "b"))
-    assert all(torch.equal(getattr(first, f.name), getattr(again, f.name)) for f in dataclasses.fields(Batch)[2:])
-    assert not torch.equal(first.noise, other.noise)
-    assert sorted((first.t * 8 // 1000).tolist()) == list(range(8))
-    assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
-
-
-def test_halves_are_disjoint_and_templates_choose_captions():
-    target = case().targets[0]
-    half = halves(model(), target, 0, torch.float32)
-    assert len(half.lower) + len(half.upper) == len(target.own)
-    everything = {z.numpy().tobytes() for part in (half.lower, half.upper) for z in part.z}
-    assert len(everything) == len(target.own)
-    whole = Pool.encode(model(), target.own, [target.words], torch.float32)
-    named = [target.words in prompt for prompt in target.own.prompts]
-    assert 0 < sum(named) < len(named)
-    assert len(whole.template("name")) == sum(named)
-    assert len(whole.template("description")) == len(named) - sum(named)
-    assert len(whole.template("name").template("description")) == sum(named)  # none left: all
-    both = pooled([half, halves(model(), case().targets[1], 0, torch.float32)])
-    expected = model().text(case().targets[1].own.prompts).hidden
-    assert (half.concepts, both.concepts) == (1, 2)
-    hidden = both.lower.text[both.lower.caption].hidden[len(half.lower) :]
-    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
 
 
 # ── what the loop stands on ──────────────────────────────────────────────────────────────────────────────────────────

@@ -9,7 +9,7 @@ from immunize.mima_lower import Attack, Running
 from immunize.mima_sampling import Pool, halves
 from immunize.mima_scopes import scope_names
 
-ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "captions", 4)
+ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "name", 4)
 ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}
 FAST = {
     "mima": {"lower": {"alpha": 3.0}},
@@ -37,7 +37,7 @@ def after_attack(some):
 
 
 def unrelated(some):
-    pool = Pool.encode(some, case().keep, (), torch.float32)
+    pool = Pool.encode(some, case().keep, torch.float32)
     with torch.no_grad():
         return float(Denoiser(some, dict(some.unet.named_parameters())).loss(pool.batch(32, 1, "test"), {}))
 

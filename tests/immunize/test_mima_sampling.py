@@ -1,0 +1,72 @@
+"""What a step of an immunizer sees: batches, halves, captions by template."""
+
+import dataclasses
+
+import torch
+from mima_examples import case, model
+
+from immunize.mima_lower import Attack, Running
+from immunize.mima_sampling import TOKEN, Batch, Pool, halves, pooled
+from lab.captions import captions, class_words
+
+
+def test_batches_are_reproducible_and_cover_all_timesteps():
+    pool = Pool.encode(model(), case().keep, torch.float32)
+    first, again, other = (pool.batch(8, 0, label) for label in ("a", "a", "b"))
+    assert all(torch.equal(getattr(first, f.name), getattr(again, f.name)) for f in dataclasses.fields(Batch)[2:])
+    assert not torch.equal(first.noise, other.noise)
+    assert sorted((first.t * 8 // 1000).tolist()) == list(range(8))
+    assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
+
+
+def test_halves_are_disjoint():
+    target = case().targets[0]
+    half = halves(model(), target, 0, torch.float32)
+    assert len(half.lower) + len(half.upper) == len(target.own)
+    everything = {z.numpy().tobytes() for part in (half.lower, half.upper) for z in part.z}
+    assert len(everything) == len(target.own)
+    both = pooled([half, halves(model(), case().targets[1], 0, torch.float32)])
+    expected = model().text(case().targets[1].own.prompts).hidden
+    assert (half.concepts, both.concepts) == (1, 2)
+    hidden = both.lower.text[both.lower.caption].hidden[len(half.lower) :]
+    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
+
+
+def hidden(pool: Pool) -> torch.Tensor:
+    return pool.text[pool.caption].hidden
+
+
+def test_templates_give_the_same_pictures_other_captions():
+    target = dataclasses.replace(case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)})
+    half = halves(model(), target, 0, torch.float32, templates=["name", "token", "description"])
+    for pool in (half.lower, half.upper):
+        assert torch.equal(pool.template("token").z, pool.z)
+        assert torch.equal(hidden(pool.template("name")), hidden(pool))
+        assert torch.allclose(hidden(pool.template("description")), model().text(["a panda"]).hidden, atol=1e-5)
+    asked = captions(target, target.own, "token", f"{TOKEN} {class_words(target)}".strip())
+    assert all(target.words not in caption for caption in asked)
+    expected = model().text(asked).hidden
+    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden(half.lower.template("token")))
+    without = halves(model(), case().targets[0], 0, torch.float32, templates=["description"]).lower
+    assert torch.equal(hidden(without.template("description")), hidden(without))  # no description prompts: its own
+    joined = pooled([half, halves(model(), case().targets[1], 0, torch.float32, templates=["token"])]).lower
+    count = len(half.lower)
+    assert torch.equal(hidden(joined.template("token"))[:count], hidden(half.lower.template("token")))
+    assert torch.equal(hidden(joined.template("description"))[count:], hidden(joined)[count:])
+
+
+def test_an_attack_trains_on_the_captions_of_its_template():
+    target = dataclasses.replace(case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)})
+    half = halves(model(), target, 0, torch.float32, templates=["description"])
+    seen = []
+
+    def loss(batch, weights):
+        seen.append(batch.text.hidden)
+        return sum(w.square().sum() for w in weights.values())
+
+    theta = {"w": torch.ones(2, 2)}
+    for template in ("name", "description"):
+        attack = Attack("weights", "all", 0, 1e-3, "sgd", template, 1)
+        Running(loss, theta, ["w"], attack, half.lower, 2, 0, "x").advance(1)
+    assert seen[0].shape == seen[-1].shape
+    assert not torch.equal(seen[0], seen[-1])
