@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from eval.intervals import Floats, Unit, columns, score
 from eval.judging import Judges, Labeller, clip_vectors, feature_vectors, text_vectors, try_out
 from eval.painting import paint
 from eval.reading import each_case
+from eval.usable import Namer, asked
 from lab.errors import UserError
 from lab.judges.frechet import frechet_distance
 from lab.options import count as whole
@@ -40,7 +41,8 @@ class Utility:
     upwards by few pictures, alike in both arms, so no interval is given: compare the two).
 
     Further settings add suffixes to drift, CLIP-T, detection and agreement: ``_guidance_S`` for another guidance scale,
-    ``_negative`` for a negative prompt, ``_compositions`` for prompts without reference pictures (no detection there).
+    ``_negative`` for a negative prompt, ``_compositions`` for prompts without reference pictures. There the object and
+    the style must be ones that the prompt names; detection is left out where a prompt names neither.
 
     Args:
         judges: without a detector that names objects and styles the detection figures are left out.
@@ -141,7 +143,7 @@ class Utility:
         references = None
         if setting.images is not None:
             references = setting.images[torch.arange(self.count) % len(setting.images)]
-        rows |= self._detections(painted, references)
+        rows |= self._detections(painted, references, setting.asked(self.count))
         frechet = {}
         if self.features and setting.suffix == "":
             features = {arm: feature_vectors(self.judges, images) for arm, images in painted.items()}
@@ -152,7 +154,9 @@ class Utility:
             frechet = {arm: frechet_distance(v, whole) for arm, v in features.items()}
         return Judged(seed, case, tuple(setting.asked(self.count)), rows, frechet)
 
-    def _detections(self, painted: dict[str, Tensor], references: Tensor | None) -> dict[str, Floats]:
+    def _detections(
+        self, painted: dict[str, Tensor], references: Tensor | None, prompts: Sequence[str]
+    ) -> dict[str, Floats]:
         detector = self.judges.detector
         if not isinstance(detector, Labeller):
             return {}
@@ -161,11 +165,13 @@ class Utility:
         rows = {"agreement": _array((control == immunized).all(0))}
         if references is not None:
             true = _labels(detector, references)
-            for arm, labels in seen.items():
-                right = labels == true
-                for head, one in zip(HEADS, right, strict=True):
-                    rows[f"{head}{_end(arm)}"] = _array(one)
-                rows[f"detection{_end(arm)}"] = _array(right.all(0))
+            right = {arm: labels == true for arm, labels in seen.items()}
+        else:
+            right = _named(detector, prompts, seen)
+        for arm, found in right.items():
+            for head, one in zip(HEADS, found, strict=True):
+                rows[f"{head}{_end(arm)}"] = _array(one)
+            rows[f"detection{_end(arm)}"] = _array(found.all(0))
         return rows
 
 
@@ -231,6 +237,23 @@ def _labels(detector: Labeller, images: Tensor) -> Tensor:
     """The likeliest object and style of every picture: int64 [2, n]."""
     found = detector.probabilities(images)
     return torch.stack([found["object"].argmax(1), found["style"].argmax(1)]).cpu()
+
+
+def _named(detector: Labeller, prompts: Sequence[str], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Arm → bool [2, n]: whether the likeliest object and style are among those that the prompt names, true where it
+    names none of that kind. Empty where a prompt names neither, or the detector's classes have no names.
+    """
+    if not isinstance(detector, Namer):
+        return {}
+    wanted = [[asked(detector.names[head], prompt) for prompt in prompts] for head in HEADS]
+    if not all(objects or styles for objects, styles in zip(*wanted, strict=True)):
+        return {}
+
+    def right(names: list[tuple[int, ...]], likeliest: list[int]) -> list[bool]:
+        return [not w or best in w for w, best in zip(names, likeliest, strict=True)]
+
+    pairs = {arm: zip(wanted, labels.tolist(), strict=True) for arm, labels in seen.items()}
+    return {arm: torch.tensor([right(*pair) for pair in found]) for arm, found in pairs.items()}
 
 
 def _difference(means: Floats) -> Floats:

@@ -1,10 +1,11 @@
 """Utility on unrelated prompts: figures by hand."""
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 import torch
-from fake_generations import FakeJudges, FakeRun, Painter, case, colours, faithful, tilted
+from fake_generations import Detector, FakeJudges, FakeRun, Painter, case, colours, faithful, tilted
 
 from eval.utility import Utility
 from lab.errors import UserError
@@ -102,6 +103,23 @@ def test_further_settings_are_suffixes():
     used = run.models["mima"].calls
     assert [s.guidance for s in used] == [4.0, 1.0, 7.5, 4.0, 4.0]
     assert [s.negative for s in used] == ["", "", "", "blurry", ""]
+
+
+class Named(Detector):
+    names: ClassVar = {"object": ("red thing", "green thing"), "style": ("plain", "bright")}
+
+
+def test_compositions_must_show_what_their_prompt_names():
+    run = world(drifted, seeds=(0,))  # "red" is green in pictures 0 and 4, "green" always right
+    found = metrics(run, FakeJudges(detector=Named()), compositions=["a plain red thing", "one green thing"])
+    assert found["utility_detection_compositions_control"].value == 1.0
+    assert found["utility_object_drop_compositions"].value == pytest.approx(2 / 8)
+    assert found["utility_style_compositions"].value == 1.0
+    assert found["utility_detection_drop_compositions"].value == pytest.approx(2 / 8)
+    found = metrics(run, FakeJudges(detector=Named()), compositions=["a bright red thing"])
+    assert found["utility_detection_compositions_control"].value == 0.0  # the object alone is not enough
+    found = metrics(run, FakeJudges(detector=Named()), compositions=["a red thing", "something else"])
+    assert "utility_detection_compositions" not in found
 
 
 def test_pictures_are_made_once_per_run():
