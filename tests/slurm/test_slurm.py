@@ -63,7 +63,7 @@ def submit(cluster, tmp_path, told):
 
 def folder_of(job):
     """The run folder of a job of the array, once it has begun to work."""
-    number = job.partition("_")[2]
+    number = job.partition("_")[2] or "0"  # a single job is no array
     return until(
         lambda: next(Path.cwd().glob(f"outputs/runs/*/*/{number}-*/run.log"), None), f"job {job} begins"
     ).parent
@@ -147,3 +147,27 @@ def test_the_script_of_the_docs_goes_on_after_a_signal(cluster, tmp_path, told):
     assert cluster.restarts(job) == 1
     assert told().splitlines()[-1] == "2 done (2 ok)"
     assert Counter(computed(tmp_path)).most_common(1)[0][1] == 1
+
+
+@pytest.mark.skipif("TIMEOUT" not in os.environ, reason="waits for a limit of two minutes: TIMEOUT=1 pytest -m slow")
+def test_a_job_that_runs_out_of_time_goes_on(submit, cluster, tmp_path):
+    long = ["immunize=kappa", "immunize.epochs=3000", "immunize.eta=1e-5", "immunize.checkpoint_every=200"]
+    limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"]
+    sweep, (job,), told = submit(1, *long, *limit)
+    folder = folder_of(job)
+
+    def over():
+        if cluster.queue()[job] == "PENDING" and cluster.restarts(job):
+            assert records.read(folder / "record.json")["status"] == "preempted"
+            assert next(line for line in told().splitlines() if folder.name in line).startswith("queued")
+            cluster.begin(job)
+        return cluster.queue()[job] == "COMPLETED"
+
+    until(over, cluster.logs, 900)
+    ended(sweep)
+    print(f"the limit stopped the job {cluster.restarts(job)} times")
+    assert cluster.restarts(job) >= 1
+    assert records.read(folder / "record.json")["status"] == "ok"
+    (tmp_path / "whole").mkdir()
+    ended(start(tmp_path / "whole", "threads=1", "seeds=[0]", *FAST, *long))
+    assert records.read(folder / "record.json")["content_hash"] == found_records(tmp_path / "whole")[0]["content_hash"]
