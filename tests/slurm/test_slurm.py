@@ -154,13 +154,16 @@ def test_a_job_that_runs_out_of_time_goes_on(submit, cluster, tmp_path):
     long = ["immunize=kappa", "immunize.epochs=3000", "immunize.eta=1e-5", "immunize.checkpoint_every=200"]
     limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"]
     sweep, (job,), told = submit(1, *long, *limit)
-    folder = folder_of(job)
+    folder, begun = folder_of(job), 0
 
     def over():
-        if cluster.queue()[job] == "PENDING" and cluster.restarts(job):
+        nonlocal begun
+        if cluster.queue()[job] == "PENDING" and cluster.restarts(job) > begun:
+            begun = cluster.restarts(job)
             assert records.read(folder / "record.json")["status"] == "preempted"
             assert next(line for line in told().splitlines() if folder.name in line).startswith("queued")
             cluster.begin(job)
+        time.sleep(1)
         return cluster.queue()[job] == "COMPLETED"
 
     until(over, cluster.logs, 900)
