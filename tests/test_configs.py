@@ -20,7 +20,7 @@ GROUPS = (
     "experiment", "experiment/paper", "debug",
 )  # fmt: skip
 COUNTS = {
-    "scenario": 17, "backbone": 8, "erase": 2, "immunize": 27, "attacks": 23, "eval": 14, "judges": 2, "tracker": 3,
+    "scenario": 17, "backbone": 8, "erase": 2, "immunize": 28, "attacks": 23, "eval": 14, "judges": 2, "tracker": 3,
     "launch": 3, "paths": 1, "experiment": 9, "experiment/paper": 3, "debug": 2, "sweeps": 34,
 }  # fmt: skip
 
@@ -142,6 +142,9 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
         found, expected = (OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset))
         if name == "lower_level_ablation" and group == "immunize":
             assert (found.pop("steps"), expected.pop("steps")) == (240, 480)  # half of the preset's
+        if name not in ON_HOUSES and group == "scenario":
+            (case,), (usual,) = found.pop("validation"), expected.pop("validation")
+            assert case == {**usual, "others": ["halftone"]}  # without owl
         assert found == expected
 
 
