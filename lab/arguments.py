@@ -25,7 +25,8 @@ def rewritten(words: Sequence[str]) -> list[str]:
     - What only looks (``action=status``, ``leaderboard``, ``verify`` …) leaves no run folder behind.
     """
     found = [_as_path(word) for word in words]
-    dry = any(re.fullmatch(r"\+{0,2}dry_run=(true|yes|on|1)", word, re.IGNORECASE) for word in found)
+    asked = [word.lower().partition("dry_run=")[2] for word in found if re.match(r"\+{0,2}dry_run=", word)]
+    dry = bool(asked) and asked[-1] in ("true", "yes", "on", "1")  # the last word of a key is the one that holds
     if dry and any(word.startswith(_LAUNCHER) for word in found):
         found = [word for word in found if not word.startswith(_LAUNCHER)]
         print("dry_run: planned here, without the launcher", file=sys.stderr)

@@ -184,14 +184,15 @@ def find(places: Iterable[str], default: Path) -> list[Path]:
 
     In folders these are called ``record.json``; below a folder ``records`` any name will do.
     """
-    chosen = [Path(p) for p in places] or [default]
+    given = [Path(p) for p in places]
+    chosen = given or [default]
     paths: list[Path] = []
     for place in chosen:
         if place.is_dir():
             paths.extend(sorted(p for p in place.rglob("*.json") if p.name == "record.json" or _is_kept(p)))
         elif place.is_file():
             paths.append(place)
-        else:
+        elif given:
             raise UserError("records", place, "does not exist: give record.json files or folders that hold them.")
     if not paths:
         raise UserError("records", " ".join(map(str, chosen)), "holds no record.json: run `python run.py` first.")

@@ -23,7 +23,7 @@ def test_a_dry_run_goes_without_its_launcher(word, capsys):
     words = ["-m", "seeds=[0]", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", word]
     assert [w for w in rewritten(words) if "launcher" in w] == []
     assert "planned here" in capsys.readouterr().err
-    kept = ["-m", "hydra/launcher=joblib", "dry_run=false"]
+    kept = ["-m", "hydra/launcher=joblib", "dry_run=true", "dry_run=false"]
     assert rewritten(kept) == kept
 
 
