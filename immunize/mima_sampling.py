@@ -77,16 +77,18 @@ class Pool:
     def cat(pools: Sequence[Pool]) -> Pool:
         starts = [sum(len(pool.text) for pool in pools[:i]) for i in range(len(pools))]
 
-        def joined(template: str | None) -> Tensor:
-            rows = [pool.others.get(template or "", pool.caption) for pool in pools]
-            return torch.cat([row + start for row, start in zip(rows, starts, strict=True)])
+        def joined(parts: Sequence[Pool]) -> Tensor:
+            return torch.cat([part.caption + start for part, start in zip(parts, starts, strict=True)])
 
         return Pool(
             torch.cat([pool.z for pool in pools]),
             Text.cat([pool.text for pool in pools]),
-            joined(None),
+            joined(pools),
             pools[0].timesteps,
-            {template: joined(template) for template in dict.fromkeys(t for pool in pools for t in pool.others)},
+            {
+                t: joined([pool.template(t) for pool in pools])
+                for t in dict.fromkeys(t for p in pools for t in p.others)
+            },
         )
 
     def rows(self, rows: Sequence[int] | Tensor) -> Pool:

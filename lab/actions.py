@@ -39,19 +39,13 @@ def _load(cfg: DictConfig) -> list[tuple[Path, records.Record]]:
     return [(path, records.read(path)) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
 
 
-def _summed_up(cfg: DictConfig, write: Callable[[list[records.Record]], None]) -> None:
+def _summed_up(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None]) -> None:
     """``write`` over all records that can be read.
 
     Raises:
         UserError: of the first one that cannot, after the others were written; the further ones are told.
     """
-    found: list[records.Record] = []
-    broken: list[UserError] = []
-    for path in records.find(_places(cfg), Path(cfg.paths.runs)):
-        try:
-            found.append(records.read(path))
-        except UserError as error:
-            broken.append(error)
+    found, broken = records.readable(records.find(_places(cfg), Path(cfg.paths.runs)))
     if found:
         write(found)
     for further in broken[1:]:

@@ -17,6 +17,7 @@ from lab.audit_cost import seconds_per_update
 from lab.audit_page import build, ordered
 from lab.errors import UserError, nearest
 from lab.export import FACTS
+from lab.options import local
 from lab.pipeline import Pipeline
 from lab.sources import ROOT
 from lab.store import Store, write_atomically
@@ -73,7 +74,7 @@ def _fits(cfg: DictConfig) -> None:
     if cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None:  # the count is the audit's
         told = "has no pictures to generate: an audit is of a text-to-image model, e.g. scenario=relearn_styles."
         raise UserError("scenario", cfg.scenario.get("name"), told)
-    exported = Path(str(cfg.backbone.get("path") or "")) / FACTS
+    exported = local("backbone.path", cfg.backbone.get("path") or ".") / FACTS
     if exported.is_file() and (kind := json.loads(exported.read_text()).get("kind")) != "diffusion":
         raise UserError("backbone.path", exported.parent, f"holds a {kind} model; audits are of text-to-image models.")
     if cfg.launch.name != "none":

@@ -34,20 +34,15 @@ class SweepLeaderboard(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from lab.actions import publish
-        from lab.errors import UserError
-        from lab.record import read
+        from lab.record import readable
 
         folder = Path(config.hydra.sweep.dir)
         paths = sorted(folder.rglob("record.json"), key=_order)
-        found = []
-        for path in paths:
-            try:
-                record = read(path)
-            except UserError as error:  # an exception would end this function, and with it the codes of the others
-                print(f"error: {error}", file=sys.stderr)
-                sweep_codes.append(1)
-                continue
-            found.append(record)
+        found, broken = readable(paths)
+        for error in broken:  # an exception would end this function, and with it the codes of the others
+            print(f"error: {error}", file=sys.stderr)
+            sweep_codes.append(1)
+        for record in found:
             if record["status"] in _CODES:
                 mended = record["status"] == "failed" and record["error"]["key"] is not None
                 sweep_codes.append(2 if mended else _CODES[record["status"]])

@@ -179,6 +179,18 @@ def read(path: Path) -> Stored:
     return Stored(record, path.parent)
 
 
+def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
+    """The records among ``paths`` that can be read, and what is wrong with the others."""
+    found: list[Stored] = []
+    broken: list[UserError] = []
+    for path in paths:
+        try:
+            found.append(read(path))
+        except UserError as error:
+            broken.append(error)
+    return found, broken
+
+
 def find(places: Iterable[str], default: Path) -> list[Path]:
     """Record files named by ``places`` (files or folders), or below ``default`` when there are none.
 
