@@ -90,7 +90,7 @@ class GradientImmunizer:
         return _pick(Schedule, self, spectrum="batch", running_decay=0.9, running_window=4)
 
     def objective(self) -> StepObjective:
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: each immunizer below has its own
 
     def __call__(
         self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log

@@ -80,15 +80,13 @@ class Pool:
         def joined(parts: Sequence[Pool]) -> Tensor:
             return torch.cat([part.caption + start for part, start in zip(parts, starts, strict=True)])
 
+        templates = dict.fromkeys(template for pool in pools for template in pool.others)
         return Pool(
             torch.cat([pool.z for pool in pools]),
             Text.cat([pool.text for pool in pools]),
             joined(pools),
             pools[0].timesteps,
-            {
-                t: joined([pool.template(t) for pool in pools])
-                for t in dict.fromkeys(t for p in pools for t in p.others)
-            },
+            {template: joined([pool.template(template) for pool in pools]) for template in templates},
         )
 
     def rows(self, rows: Sequence[int] | Tensor) -> Pool:

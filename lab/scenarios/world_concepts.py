@@ -166,7 +166,7 @@ class WorldConcepts:
 
     def fits(self, key: str, role: str, name: str) -> None:
         """Raises `lab.errors.UserError` for a concept that cannot have this role in this scenario."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: `relearn` and `personalize` have their own
 
     def _check_splits(self) -> None:
         reported = {name for roles in self._roles["test"] for name in roles.reported}
@@ -216,7 +216,7 @@ class WorldConcepts:
 
     def erasures(self, roles: Roles) -> Iterator[Erasure]:
         """What is erased before the case starts."""
-        raise NotImplementedError
+        raise NotImplementedError  # abstract: `relearn` and `personalize` have their own
 
     def _concept(self, name: str, role: Role, roles: Roles, studio: Studio) -> Concept:
         painted = name in _STYLES
