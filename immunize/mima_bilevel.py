@@ -21,7 +21,7 @@ from immunize.lower import Adapter, Lower, LowerLevel, LowerLoss
 from immunize.merge import Merge
 from immunize.merge_learned import Learned, learn
 from immunize.mima_losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
-from immunize.mima_lower import Attackers
+from immunize.mima_lower import Attack, Attackers
 from immunize.mima_options import GradientOptions, LowerOptions, MergeGroup
 from immunize.mima_sampling import Batch, Halves, Pool
 from lab.distributed import Team, team
@@ -162,16 +162,14 @@ class BilevelObjective:
         if self.attackers is None:
             adapter = None if o.lower.rank is None else Adapter(o.lower.rank, o.lower.scale, seed)
             return replace(o.lower.settings(), adapter=adapter)
-        drawn = self.attackers.draw(step / o.steps, self.seed, concept.name, step)
+        drawn = self._drawn(concept, step)
         adapter = Adapter(drawn.rank, o.lower.scale, seed) if drawn.kind == "lora" else None
         optimizer = "sgd" if drawn.optimizer == "sgd" else "adamw"
         return Lower(drawn.lr, drawn.steps, optimizer, adapter, weight_decay=0.0)  # type: ignore[arg-type]
 
     def _lower(self, concept: Halves, step: int) -> LowerLoss:
         o = self.options
-        pool = concept.lower
-        if self.attackers is not None:
-            pool = pool.template(self.attackers.draw(step / o.steps, self.seed, concept.name, step).template)
+        pool = self._captioned(concept.lower, concept, step)
         batches: dict[int, Batch] = {}
 
         def loss(weights: Params, k: int) -> Tensor:
@@ -183,6 +181,14 @@ class BilevelObjective:
             return value
 
         return loss
+
+    def _drawn(self, concept: Halves, step: int) -> Attack:
+        assert self.attackers is not None
+        return self.attackers.draw(step / self.options.steps, self.seed, concept.name, step)
+
+    def _captioned(self, pool: Pool, concept: Halves, step: int) -> Pool:
+        """``pool`` with the captions that this step's attacker teaches, and asks by."""
+        return pool if self.attackers is None else pool.template(self._drawn(concept, step).template)
 
     def _prior(self, concept: Halves, step: int) -> Batch:
         assert self.prior is not None
@@ -196,7 +202,8 @@ class BilevelObjective:
         def upper(weights: Params, n: int) -> Tensor:
             concept = self.concepts[n]
             moved = {name: w + shift[name] if name in shift else w for name, w in weights.items()}
-            batch = concept.upper.batch(o.batch_size * concept.concepts, self.seed, concept.name, step, "upper", 0)
+            pool = self._captioned(concept.upper, concept, step)
+            batch = pool.batch(o.batch_size * concept.concepts, self.seed, concept.name, step, "upper", 0)
             loss, kept = self.denoiser.loss(batch, moved), math.nan
             value = -capped(loss, o.cap)
             if o.w_prior and self.prior is not None:

@@ -166,16 +166,16 @@ class DeepObjective:
     def _original_loss(self, batch: Batch, weights: Weights) -> Tensor:
         return self.denoiser.loss(batch, {**self.original, **weights})
 
-    def _upper(self, concept: Halves, step: int, mark: int) -> Batch:
-        return concept.upper.batch(
-            self.options.batch_size * concept.concepts, self.seed, concept.name, step, "upper", mark
-        )
+    def _upper(self, concept: Halves, template: str, step: int, mark: int) -> Batch:
+        """Held-out pictures with the captions that the attacker taught, since it will ask by them."""
+        size = self.options.batch_size * concept.concepts
+        return concept.upper.template(template).batch(size, self.seed, concept.name, step, "upper", mark)
 
-    def _decoys(self, concept: Halves, step: int, mark: int) -> Batch | None:
+    def _decoys(self, concept: Halves, template: str, step: int, mark: int) -> Batch | None:
         if concept.decoys is None:
             return None
         size = self.options.batch_size * concept.concepts
-        return concept.decoys.batch(size, self.seed, concept.name, step, "decoys", mark)
+        return concept.decoys.template(template).batch(size, self.seed, concept.name, step, "decoys", mark)
 
     # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
 
@@ -194,7 +194,7 @@ class DeepObjective:
             return v
         for i in range(count):
             weights = level.found[min(i, len(level.found) - 1)].weights
-            here.facts[n] |= self._one(theta, weights, "own", n, step, i, v)
+            here.facts[n] |= self._one(theta, weights, "own", n, level.attack.template, step, i, v)
         share = 1 / (count * len(self.places) * len(self.targets))
         return {name: g * share for name, g in v.items()}
 
@@ -206,7 +206,7 @@ class DeepObjective:
             v: Params = {}
             point = self._merged(theta, [level.found[min(i, len(level.found) - 1)].weights for level in levels])
             for n in range(len(self.targets)):
-                here.facts[n] |= self._one(theta, point, "merged", n, step, i, v)
+                here.facts[n] |= self._one(theta, point, "merged", n, levels[n].attack.template, step, i, v)
             direct, parts = self.merge.adjoint(v)
             for part in (direct, *parts):
                 accumulate(total, part, share)
@@ -217,10 +217,12 @@ class DeepObjective:
         with torch.no_grad():
             return self.merge({name: theta[name] for name in moved}, here)
 
-    def _one(self, theta: Params, at: Weights, place: str, n: int, step: int, mark: int, v: Params) -> dict[str, float]:
+    def _one(
+        self, theta: Params, at: Weights, place: str, n: int, template: str, step: int, mark: int, v: Params
+    ) -> dict[str, float]:
         """One concept's terms at one point, added to ``v``; returns the losses by ``place``."""
         o, concept, seen = self.options, self.targets[n], {}
-        batch, decoys = self._upper(concept, step, mark), self._decoys(concept, step, mark)
+        batch, decoys = self._upper(concept, template, step, mark), self._decoys(concept, template, step, mark)
 
         def terms(weights: Weights) -> Tensor:
             upper = self.denoiser.loss(batch, weights)
@@ -246,7 +248,7 @@ class DeepObjective:
         total: Params = {}
         loss, regret = math.nan, math.nan
         for i, mark in enumerate(level.found):
-            batch = self._upper(concept, step, i)
+            batch = self._upper(concept, level.attack.template, step, i)
             loss, gradient = gradient_at(partial(self.denoiser.loss, batch), theta, mark.weights, self.upper_names)
             if before is not None:
                 with torch.no_grad():

@@ -155,17 +155,21 @@ def halves(
     name, count = concept.name, len(concept.own)
     expression = f"{TOKEN} {class_words(concept)}".strip()
     chosen = [t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or concept.prompts.get(t))]
-    pool = Pool.encode(model, concept.own, dtype, {t: captions(concept, concept.own, t, expression) for t in chosen})
+
+    def encoded(pictures: Pictures) -> Pool:
+        return Pool.encode(model, pictures, dtype, {t: captions(concept, pictures, t, expression) for t in chosen})
+
+    pool = encoded(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
-    painted = _decoys(model, concept, seed, dtype, decoys) if decoys else None
+    painted = encoded(_decoys(model, concept, seed, decoys)) if decoys else None
     return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
 
 
-def _decoys(model: DiffusionModel, concept: Concept, seed: int, dtype: torch.dtype, number: int) -> Pool:
+def _decoys(model: DiffusionModel, concept: Concept, seed: int, number: int) -> Pictures:
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(number))
     latents = model.latents(number, seed, "mima", "decoys", concept.name)
-    return Pool.encode(model, Pictures(model.generate(prompts, latents, Sampling()), prompts), dtype)
+    return Pictures(model.generate(prompts, latents, Sampling()), prompts)
 
 
 def pooled(parts: Sequence[Halves]) -> Halves:

@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import pytest
 import torch
-from mima_examples import case, model
+from mima_examples import case, model, objective, preset
 
+from immunize.mima_losses import Denoiser
 from immunize.mima_lower import Attack, Running
 from immunize.mima_sampling import TOKEN, Batch, Pool, halves, pooled
 from lab.captions import captions, class_words
@@ -70,3 +72,30 @@ def test_an_attack_trains_on_the_captions_of_its_template():
         Running(loss, theta, ["w"], attack, half.lower, 2, 0, "x").advance(1)
     assert seen[0].shape == seen[-1].shape
     assert not torch.equal(seen[0], seen[-1])
+
+
+@pytest.mark.parametrize("preset_name", ["mima", "mima_deep"])
+def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
+    """Held-out pictures, decoys and practice concepts get the captions of the attack that they follow."""
+    attackers = {"full": {"kind": "weights", "scopes": ["attn2"], "lr": 1e-3}, "lora": None, "kv": None}
+    deep = {"w_benign": 1.0, "w_decoy": 1.0, "decoys": 4, "online": False, "at": [1.0], "evaluate": ["own"]}
+    more = deep if preset_name == "mima_deep" else {}
+    method = preset(preset_name, attackers=attackers, templates=["token"], k_min=1, k_max=1, w_prior=0.0, **more)
+    made, theta = objective(method)
+    if preset_name == "mima_deep":
+        made.options = dataclasses.replace(made.options, w_distill=0.0)
+    seen = []
+    loss = Denoiser.loss
+
+    def spy(self, batch, weights):
+        seen.append(batch.text.hidden)
+        return loss(self, batch, weights)
+
+    monkeypatch.setattr(Denoiser, "loss", spy)
+    made.gradient(theta, 0)
+    concepts = [*case().targets, *(case().rehearsal if more else ())]
+    asked = [captions(c, c.own, "token", f"{TOKEN} {class_words(c)}".strip()) for c in concepts]
+    taught = model().text(sorted({caption for some in asked for caption in some})).hidden
+    rows = torch.cat(seen)
+    assert len(rows) > 2 * len(concepts)
+    assert all(any(torch.allclose(row, known, atol=1e-5) for known in taught) for row in rows)
