@@ -18,7 +18,8 @@ from lab.activations import prefix
 from lab.errors import UserError
 from lab.optimizer_state import restore_state, state_tensors
 from lab.options import choice, count
-from lab.types import Budget, Case, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
+from lab.problems import Case, Kind, Split, Task
+from lab.types import Budget, Checkpoint, FeatureModel, Trajectory
 
 _EVALUATION_ROWS = 256
 _CENTRES = {"adam": 1e-3, "sgd": 1e-2}  # where the search for a rate starts: common defaults of the two

@@ -16,9 +16,10 @@ from lab.captions import TEMPLATES
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, count, flag, names, number
+from lab.problems import Concept, ConceptCase, Kind
 from lab.prompts import text
 from lab.scenarios.concepts import sampling
-from lab.types import Budget, Checkpoint, Concept, ConceptCase, Kind, Trajectory
+from lab.types import Budget, Checkpoint, Trajectory
 
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -52,7 +53,7 @@ class ConceptBase(ABC):
         name: key under ``attacks``.
         explosion: an attack whose loss exceeds this multiple of its first value has diverged.
         families: prompt families that pictures are generated for at every snapshot; empty = none.
-        sampling: how they are generated; None = the defaults of `lab.types.Sampling`.
+        sampling: how they are generated; None = the defaults of `lab.problems.Sampling`.
         keep_weights: whether the trajectory holds the final weights.
         search: None, or a budgeted search for the best options (`attacks.concept_search`).
 

@@ -10,7 +10,8 @@ from typing import Any
 from attacks.concept_attack import ConceptAttack, ConceptBase
 from lab.errors import UserError, nearest
 from lab.options import choice, number
-from lab.types import Budget, Concept
+from lab.problems import Concept
+from lab.types import Budget
 
 DATA = ("target", "prior")
 _KEYS = ("data", "share", "attack")

@@ -9,8 +9,8 @@ from attacks.concept_textual_inversion import initial_text
 from attacks.concept_tokens import LearnedToken
 from lab.captions import class_words
 from lab.diffusion import DiffusionModel
+from lab.problems import Concept
 from lab.prompts import text
-from lab.types import Concept
 
 
 @dataclass(eq=False)

@@ -12,8 +12,8 @@ from torch import Tensor
 from lab.captions import renamed
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
+from lab.problems import Concept
 from lab.seeding import generator
-from lab.types import Concept
 
 AUGMENTATIONS = ("none", "flip", "crop")
 EVALUATIONS = 32  # loss terms of one evaluation, timesteps spread evenly over the schedule

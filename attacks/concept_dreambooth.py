@@ -8,8 +8,8 @@ from attacks.concept_attack import ConceptAttack, Moving
 from attacks.concept_full_finetune import open_unet
 from lab.captions import class_words
 from lab.diffusion import DiffusionModel
+from lab.problems import Concept
 from lab.prompts import text
-from lab.types import Concept
 
 
 @dataclass(eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from attacks.concept_attack import ConceptAttack, Moving
 from lab.diffusion import DiffusionModel
-from lab.types import Concept
+from lab.problems import Concept
 
 
 def open_unet(model: DiffusionModel) -> Moving:

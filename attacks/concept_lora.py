@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from attacks.concept_attack import ConceptAttack, Moving
 from lab.diffusion import DiffusionModel
 from lab.options import choice, count, flag, number
+from lab.problems import Concept
 from lab.seeding import generator
-from lab.types import Concept
 
 TARGETS = ("attn2", "attn", "all")
 _PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")

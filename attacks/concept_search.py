@@ -16,8 +16,9 @@ from attacks.concept_trainer import run
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, count
+from lab.problems import Concept, Pictures
 from lab.seeding import generator
-from lab.types import Budget, Checkpoint, Concept, Pictures, Trajectory
+from lab.types import Budget, Checkpoint, Trajectory
 
 MODES = ("grid", "random")
 HELD_OUT = 0.25  # share of the training pictures that trials are judged by

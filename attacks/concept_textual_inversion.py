@@ -10,8 +10,8 @@ from attacks.concept_tokens import LearnedToken, expression
 from lab.captions import class_words
 from lab.diffusion import DiffusionModel
 from lab.options import count
+from lab.problems import Concept
 from lab.prompts import text
-from lab.types import Concept
 
 
 def initial_text(initializer: str, task: Concept) -> str:

@@ -19,9 +19,10 @@ from lab.captions import captions
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import Diverged, UserError
 from lab.optimizer_state import restore_state, state_tensors
+from lab.problems import Concept, Pictures, Sampling
 from lab.progress import progress
 from lab.seeding import generator
-from lab.types import Budget, Checkpoint, Concept, Pictures, Sampling, Trajectory
+from lab.types import Budget, Checkpoint, Trajectory
 
 SAVE_STEPS = 50  # updates between two saves; snapshots are saved as well. What is saved never changes the result
 WINDOW = 10  # batches whose mean loss is held against the first one: a single loss depends too much on its timestep

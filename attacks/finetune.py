@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from attacks.adaptation import Adaptation, Moving, moving_blocks
 from lab.options import count
-from lab.types import FeatureModel, Kind
+from lab.problems import Kind
+from lab.types import FeatureModel
 
 
 def _open(net: FeatureModel, indices: list[int]) -> Moving:

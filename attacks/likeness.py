@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.judges.features import FeatureJudge
-from lab.types import Pictures
+from lab.problems import Pictures
 
 
 @cache

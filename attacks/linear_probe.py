@@ -16,7 +16,8 @@ from attacks.tuning import Rate
 from lab.activations import features
 from lab.errors import Diverged, UserError
 from lab.options import choice, count, flag, number
-from lab.types import Budget, Case, Checkpoint, FeatureModel, Kind, Split, Task, Trajectory
+from lab.problems import Case, Kind, Split, Task
+from lab.types import Budget, Checkpoint, FeatureModel, Trajectory
 
 _REFERENCE_STEPS = 40  # Newton steps towards the optimum of cross entropy
 

@@ -8,7 +8,8 @@ import torch
 
 from lab.errors import UserError
 from lab.options import count
-from lab.types import Budget, Case, Task
+from lab.problems import Case, Task
+from lab.types import Budget
 
 Loss = Literal["squared", "cross_entropy"]
 LOSSES = ("auto", "squared", "cross_entropy")

@@ -11,9 +11,10 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from lab.problems import Case, Role, Split, Task
 from lab.progress import progress
 from lab.statistics import score
-from lab.types import CONTROL, Case, Role, RunView, Score, Split, Task, Trajectory
+from lab.types import CONTROL, RunView, Score, Trajectory
 
 Better = Literal["higher", "lower", "neutral"]
 Samples = list[list[float]]

@@ -12,7 +12,8 @@ from eval.aggregate import Better, joined, slug
 from eval.generations import DETECTED, FAMILY, USABLE, Board, Cell, area, line_unit, marks
 from eval.intervals import Floats, Unit, band, relative_gap, score
 from lab.judges.detector import corrected_share
-from lab.types import CONTROL, Role, Score
+from lab.problems import Role
+from lab.types import CONTROL, Score
 
 SHARE = (0.0, 1.0)
 ROLES: tuple[Role, ...] = ("harmful", "benign")

@@ -20,9 +20,10 @@ from eval.relearning import crossing
 from lab.cases import fingerprint
 from lab.errors import UserError
 from lab.options import choice, number
+from lab.problems import ConceptCase, Kind, Role
 from lab.sources import source_hash
 from lab.store import stage_key
-from lab.types import ConceptCase, Kind, Role, RunView, Score, Scores, Trajectory
+from lab.types import RunView, Score, Scores, Trajectory
 
 DETECTORS = ("auto", "judges", "reference")
 PRESENT, BROKEN, HELD, DIVERGED = "present", "broken", "held", "diverged"

@@ -22,7 +22,8 @@ from eval.relearning import Ratio, ratio_score, ratios_of, worst_ratio
 from eval.utility import Judged, Utility
 from eval.utility import scores as utility_scores
 from lab.options import number
-from lab.types import CONTROL, ConceptCase, Kind, Role, RunView, Score, Scores
+from lab.problems import ConceptCase, Kind, Role
+from lab.types import CONTROL, RunView, Score, Scores
 
 CLIP = "clip"
 NO_OTHERS = "the scenario has no other concepts: whether they stay learnable was not measured"

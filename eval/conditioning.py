@@ -40,7 +40,8 @@ from lab.condition import (
 )
 from lab.errors import UserError
 from lab.options import choice, count, number
-from lab.types import CONTROL, Case, FeatureModel, Kind, RunView, Score, Scores, Task
+from lab.problems import Case, Kind, Task
+from lab.types import CONTROL, FeatureModel, RunView, Score, Scores
 
 POSITIVE = (0.0, math.inf)
 

@@ -28,7 +28,8 @@ from eval.aggregate import (
 )
 from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, mean_over, pair, performance, primary, worst_slowdown
 from lab.options import number
-from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores, Trajectory
+from lab.problems import Case, Kind, Role
+from lab.types import CONTROL, RunView, Score, Scores, Trajectory
 
 NO_PROGRESS = "the control made no progress up to its 1× horizon"
 POSITIVE = (0.0, math.inf)

@@ -17,7 +17,8 @@ from eval.judging import PREPROCESSING, SIMILARITIES, Judges, try_out
 from eval.reading import read
 from lab.errors import UserError
 from lab.options import choice, names
-from lab.types import CONTROL, ConceptCase, Kind, Role, RunView, Score, Scores
+from lab.problems import ConceptCase, Kind, Role
+from lab.types import CONTROL, RunView, Score, Scores
 
 At = int | Literal["area", "curve"]  # a snapshot's index, the mean over the trajectory, or every snapshot reached
 ROLES: tuple[Role, ...] = ("harmful", "benign")

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from eval.intervals import Floats, Unit
-from lab.types import CONTROL, Budget, Concept, Role
+from lab.problems import Concept, Role
+from lab.types import CONTROL, Budget
 
 FAMILY = "name"  # the prompts that headline figures are about
 BETWEEN, CLIP_T, DETECTED, USABLE = "between", "clip_t", "detected", "usable"

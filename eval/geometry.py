@@ -11,7 +11,8 @@ from eval.aggregate import Cached, arm_names, samples, score_or_reason, thin
 from lab.activations import features
 from lab.condition import principal_angles, rir_bound
 from lab.options import count, number
-from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
+from lab.problems import Case, Kind
+from lab.types import CONTROL, RunView, Score, Scores
 
 Found = dict[str, dict[tuple[int, str], float | None]]  # quantity → (seed, case) → value
 NAMES = (

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from eval.aggregate import slug
 from eval.generations import FAMILY, Board, Cell, marks
-from lab.types import ConceptCase, ImageGrid, RunView
+from lab.problems import ConceptCase
+from lab.types import ImageGrid, RunView
 
 
 def grids(run: RunView, board: Board, columns: int, similarity: str) -> dict[str, ImageGrid]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.intervals import Floats
 from lab.errors import UserError
-from lab.types import ConceptCase
+from lab.problems import ConceptCase
 
 SIMILARITIES = ("clip", "features", "feature_lpips", "lpips")
 PREPROCESSING = ("standard", "legacy")

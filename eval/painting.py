@@ -12,9 +12,10 @@ from torch import Tensor
 from eval.judging import memo
 from lab.activations import digest
 from lab.cases import beside_weights
+from lab.problems import ConceptCase, Sampling
 from lab.sources import source_hash
 from lab.store import stage_key
-from lab.types import ConceptCase, Model, RunView, Sampling
+from lab.types import Model, RunView
 
 BLOCK = 32  # pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
 _MEMORY_LIMIT = 2**28  # bytes of pictures kept in process; the oldest block goes first

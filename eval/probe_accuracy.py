@@ -11,7 +11,8 @@ from eval.convergence import POSITIVE, ROLES, Read, direction, each_worst, horiz
 from eval.trajectories import ACCURACY, first_crossing, pair, target_of
 from lab.errors import UserError
 from lab.options import number
-from lab.types import CONTROL, Case, Kind, Role, RunView, Score, Scores
+from lab.problems import Case, Kind, Role
+from lab.types import CONTROL, RunView, Score, Scores
 
 
 class ProbeAccuracy:

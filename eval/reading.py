@@ -17,10 +17,11 @@ from eval.usable import usable
 from lab.activations import digest
 from lab.cases import fingerprint
 from lab.errors import UserError
+from lab.problems import Concept, ConceptCase, Role
 from lab.progress import progress
 from lab.sources import source_hash
 from lab.store import stage_key
-from lab.types import CONTROL, Concept, ConceptCase, Role, RunView, Trajectory
+from lab.types import CONTROL, RunView, Trajectory
 
 VECTORS = "vectors"
 _WITHOUT_REFERENCES = (BETWEEN, CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture

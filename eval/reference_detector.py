@@ -13,7 +13,7 @@ from torch import Tensor
 from eval.intervals import Floats
 from eval.judging import References, prepared
 from lab.errors import UserError
-from lab.types import Concept, ConceptCase
+from lab.problems import Concept, ConceptCase
 
 KINDS = ("features", "clip")  # at equal errors the first one counts
 

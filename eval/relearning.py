@@ -17,7 +17,8 @@ from eval.judging import Judges, detector_of, try_out
 from eval.reading import read
 from eval.usable import Namer
 from lab.options import number
-from lab.types import CONTROL, ConceptCase, Kind, Role, RunView, Score, Scores
+from lab.problems import ConceptCase, Kind, Role
+from lab.types import CONTROL, RunView, Score, Scores
 
 
 class Relearning:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from eval.aggregate import tasks_of
-from lab.types import CONTROL, Budget, Case, Role, RunView, Task, Trajectory
+from lab.problems import Case, Role, Task
+from lab.types import CONTROL, Budget, RunView, Trajectory
 
 RATIO_FLOOR = 1e-12  # squared relative distances below this are rounding: 1e-12 is a relative error of 1e-6
 NORM_RATIO, LOSS, ACCURACY = "norm_ratio", "train_loss", "test_accuracy"

@@ -18,8 +18,9 @@ from lab.activations import features
 from lab.condition import principal_angles
 from lab.errors import UserError
 from lab.options import count
+from lab.problems import Case, Kind
 from lab.statistics import MIN_SEEDS
-from lab.types import CONTROL, Case, Kind, RunView, Score, Scores
+from lab.types import CONTROL, RunView, Score, Scores
 
 MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as its range
 

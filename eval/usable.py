@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eval.intervals import Floats
 from eval.judging import Detector, Labeller
-from lab.types import Concept
+from lab.problems import Concept
 
 
 @runtime_checkable

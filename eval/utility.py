@@ -21,8 +21,9 @@ from lab.errors import UserError
 from lab.judges.frechet import frechet_distance
 from lab.options import count as whole
 from lab.options import flag, number
+from lab.problems import ConceptCase, Kind, Sampling
 from lab.prompts import text, texts
-from lab.types import CONTROL, ConceptCase, Kind, RunView, Sampling, Score, Scores
+from lab.types import CONTROL, RunView, Score, Scores
 
 HEADS = ("object", "style")
 

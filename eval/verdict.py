@@ -12,7 +12,8 @@ from eval.convergence import each_worst, slowdown_score
 from eval.probe_accuracy import sgrc as sgrc_of
 from eval.trajectories import LOSS, NORM_RATIO, pair, performance, primary, worst_slowdown
 from lab.options import number
-from lab.types import Case, Kind, Role, RunView, Score, Scores
+from lab.problems import Case, Kind, Role
+from lab.types import RunView, Score, Scores
 
 
 @dataclass(frozen=True)

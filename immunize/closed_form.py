@@ -18,7 +18,8 @@ from lab.condition import (
 )
 from lab.errors import UserError
 from lab.options import number
-from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
+from lab.problems import Case, Kind
+from lab.types import Checkpoint, FeatureModel, Log
 
 
 class KappaClosedForm:

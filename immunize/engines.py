@@ -17,7 +17,8 @@ from torch import Tensor
 from immunize.spectral import Side, preconditioned_step, right_solve
 from lab.activations import prefix
 from lab.errors import UserError, nearest
-from lab.types import Case, FeatureModel
+from lab.problems import Case
+from lab.types import FeatureModel
 
 CHUNK = 64  # rows per forward pass of a deep model where no gradient is needed
 

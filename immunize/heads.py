@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.types import Task
+from lab.problems import Task
 
 FIT_STEPS = 50  # L-BFGS iterations of the first fit; the head goes on moving afterwards
 FIT_RIDGE = 1e-3  # relative to σ_1 of the Gram matrix: keeps the first head small along noise directions

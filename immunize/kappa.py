@@ -17,7 +17,8 @@ from immunize.sampling import SPECTRA, Spectrum
 from immunize.trainer import Schedule, Trainer
 from lab.errors import UserError
 from lab.options import choice, count, flag, names, number
-from lab.types import Case, Checkpoint, FeatureModel, Kind, Log
+from lab.problems import Case, Kind
+from lab.types import Checkpoint, FeatureModel, Log
 
 T = TypeVar("T")
 

@@ -22,7 +22,7 @@ from immunize.mima_setup import Setup
 from immunize.mima_trainer import Objective
 from lab.errors import UserError
 from lab.options import choice, count, flag, names, number
-from lab.types import ConceptCase
+from lab.problems import ConceptCase
 
 
 @immunizer_options

@@ -20,7 +20,8 @@ from immunize.mima_setup import ARRANGEMENTS, Setup, concept_halves, selected
 from immunize.mima_trainer import Objective, Schedule, Section, Trainer, repeat
 from lab.diffusion import DiffusionModel
 from lab.options import choice, count, flag, number
-from lab.types import Checkpoint, ConceptCase, Kind, Log
+from lab.problems import ConceptCase, Kind
+from lab.types import Checkpoint, Log
 
 logger = logging.getLogger(__name__)
 

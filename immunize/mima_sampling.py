@@ -15,8 +15,8 @@ from torch import Tensor
 from lab.captions import captions, class_words
 from lab.diffusion import DiffusionModel, Text
 from lab.errors import UserError
+from lab.problems import Concept, ConceptCase, Pictures, Sampling
 from lab.seeding import generator
-from lab.types import Concept, ConceptCase, Pictures, Sampling
 
 TOKEN = "zwx"  # a rare word; another one than the attackers' own
 PRIORS = ("keep", "class", "both")

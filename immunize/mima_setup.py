@@ -16,8 +16,8 @@ from immunize.mima_options import MergeGroup
 from immunize.mima_sampling import Halves, Pool, enough, halves, pooled, prior_pictures
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
+from lab.problems import Concept, ConceptCase
 from lab.seeding import derive
-from lab.types import Concept, ConceptCase
 
 ARRANGEMENTS = ("merged", "joint", "composed", "single")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lab.types import CONTROL, AnyCase, Checkpoint, Kind, Log, Model, clone
+from lab.problems import Kind
+from lab.types import CONTROL, AnyCase, Checkpoint, Log, Model, clone
 
 
 class NoImmunization:

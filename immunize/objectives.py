@@ -18,7 +18,7 @@ from immunize.heads import Head
 from immunize.sampling import RowSampler
 from immunize.spectral import Factor, Objective, Side, diagonal_preconditioner, feature_gradient, thin_factor
 from lab.condition import singular_values
-from lab.types import Case
+from lab.problems import Case
 
 TINY = 1e-300
 HEAD_STEP = 0.5  # heads move by this share of their stable step 1/L, so that they cannot diverge

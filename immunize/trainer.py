@@ -22,9 +22,10 @@ from lab.condition import (
 )
 from lab.errors import Diverged
 from lab.optimizer_state import restore_slots, slots
+from lab.problems import Case
 from lab.progress import progress
 from lab.seeding import derive
-from lab.types import Case, Checkpoint, FeatureModel, Log
+from lab.types import Checkpoint, FeatureModel, Log
 
 
 @dataclass(frozen=True)

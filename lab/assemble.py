@@ -17,10 +17,11 @@ from immunize.none import NoImmunization
 from lab.errors import UserError, nearest
 from lab.failures import missing_package
 from lab.options import count
+from lab.problems import ConceptCase
 from lab.prompts import check_case, refuse_special
 from lab.sources import source_hash
 from lab.store import stage_key
-from lab.types import CONTROL, AnyCase, Attacker, Backbone, Budget, ConceptCase, Eraser, Immunizer, RunMetric, Scenario
+from lab.types import CONTROL, AnyCase, Attacker, Backbone, Budget, Eraser, Immunizer, RunMetric, Scenario
 
 
 @dataclass(frozen=True)

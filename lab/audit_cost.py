@@ -17,8 +17,9 @@ from attacks.concept_attack import ConceptAttack, ConceptBase
 from attacks.concept_trainer import Learner
 from lab.diffusion import DiffusionModel
 from lab.pipeline import Pipeline
+from lab.problems import Concept
 from lab.progress import progress
-from lab.types import Budget, Concept
+from lab.types import Budget
 
 UPDATES = 3  # timed, after one that warms up
 Row = dict[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from lab.types import Concept, Pictures
+from lab.problems import Concept, Pictures
 
 TEMPLATES = ("name", "token", "description")
 _FILLER = frozenset(re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good"))

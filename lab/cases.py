@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from lab.activations import digest
+from lab.problems import ConceptCase, Sampling
 from lab.store import stage_key
-from lab.types import AnyCase, ConceptCase, Model, Sampling
+from lab.types import AnyCase, Model
 
 
 def _plain(value: Any, tensors: list[Tensor]) -> Any:

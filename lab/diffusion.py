@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lab.errors import UserError
+from lab.problems import Kind, Sampling
 from lab.prompts import check_prompts, warn_cut
 from lab.seeding import generator
-from lab.types import Kind, Sampling
 
 __all__ = ["PIPELINES", "DiffusionModel", "Text", "check_prompts"]
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")

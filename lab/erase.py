@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import count, number
+from lab.problems import Erasure, Kind
 from lab.prompts import check_prompts, text
-from lab.types import AnyCase, Erasure, Kind, Model
+from lab.types import AnyCase, Model
 
 KEY = "scenario"  # what is erased comes with its cases
 _log = logging.getLogger(__name__)

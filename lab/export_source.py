@@ -18,10 +18,11 @@ from lab.assemble import Parts, assemble
 from lab.errors import UserError, nearest
 from lab.options import choice
 from lab.pipeline import Pipeline
+from lab.problems import ScenarioData
 from lab.record import Record
 from lab.sources import PACKAGES
 from lab.store import Store
-from lab.types import CONTROL, AnyCase, Backbone, Model, ScenarioData, clone
+from lab.types import CONTROL, AnyCase, Backbone, Model, clone
 
 _ENDED_EARLY = ("failed", "preempted")  # such a record may not hold the hashes of everything
 

@@ -14,22 +14,11 @@ from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import beside_weights, fingerprint, unpainted
 from lab.errors import Diverged, UserError
+from lab.problems import ConceptCase, ScenarioData
 from lab.provenance import computing
 from lab.statistics import SeedScore
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
-from lab.types import (
-    CONTROL,
-    AnyCase,
-    AnyTask,
-    ConceptCase,
-    ImageGrid,
-    Model,
-    ScenarioData,
-    Score,
-    Scores,
-    Trajectory,
-    clone,
-)
+from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores, Trajectory, clone
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from lab.errors import UserError
-from lab.types import ConceptCase
+from lab.problems import ConceptCase
 
 _BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what a reader sees
 _log = logging.getLogger(__name__)

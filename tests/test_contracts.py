@@ -17,8 +17,9 @@ from lab import sources
 from lab.assemble import Part, Parts
 from lab.backbones.linear import LinearBackbone
 from lab.pipeline import Pipeline
+from lab.problems import ScenarioData
 from lab.store import Store
-from lab.types import Attacker, Budget, Immunizer, RunMetric, ScenarioData, clone, same_weights
+from lab.types import Attacker, Budget, Immunizer, RunMetric, clone, same_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 IMMUNIZERS = sorted(p.stem for p in (ROOT / "conf/immunize").glob("*.yaml"))

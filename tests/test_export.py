@@ -21,8 +21,8 @@ from lab.errors import UserError
 from lab.experiment import run_once
 from lab.export import export, write
 from lab.export_source import Models, choose, parts_of, rebuild, trusted
+from lab.problems import ScenarioData
 from lab.store import Store
-from lab.types import ScenarioData
 from lab.verify import check
 from tiny import image_case
 

@@ -5,8 +5,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lab.problems import Case, Split, Task
 from lab.seeding import generator
-from lab.types import Case, FeatureModel, Split, Task
+from lab.types import FeatureModel
 
 ROWS, COLUMNS, CLASSES = 60, 6, 3
 

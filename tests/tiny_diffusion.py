@@ -13,7 +13,7 @@ from lab.diffusion import DiffusionModel
 from lab.minisd import build
 from lab.minisd.captions import prompts
 from lab.minisd.world import Subset, concept, sample
-from lab.types import Concept, ConceptCase, Pictures, Role, Sampling
+from lab.problems import Concept, ConceptCase, Pictures, Role, Sampling
 
 TINY = build.Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4)
 

@@ -17,7 +17,7 @@ from lab.devices import pick
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.options import choice, count
-from lab.types import ConceptCase, Kind
+from lab.problems import ConceptCase, Kind
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from lab.errors import UserError
 from lab.options import choice
+from lab.problems import Case, Kind
 from lab.seeding import generator
-from lab.types import Case, FeatureModel, Kind
+from lab.types import FeatureModel
 
 INITS = ("identity", "random")
 

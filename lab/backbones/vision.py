@@ -13,8 +13,9 @@ from lab.backbones import weights as loading
 from lab.backbones.chains import VisionModel, chain
 from lab.errors import UserError, nearest
 from lab.options import count, local
+from lab.problems import Case, Kind
 from lab.seeding import derive
-from lab.types import Case, FeatureModel, Kind
+from lab.types import FeatureModel
 
 
 class VisionBackbone:

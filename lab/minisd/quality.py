@@ -18,9 +18,9 @@ from lab.minisd.captions import By, noun, prompts
 from lab.minisd.judge_data import NAMES, class_prompts
 from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.minisd.world import TRAINING, UNSEEN_PAIRS, Subset, sample
+from lab.problems import Sampling
 from lab.progress import progress
 from lab.seeding import derive
-from lab.types import Sampling
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from lab.errors import UserError
 from lab.options import choice, flag, local
+from lab.problems import Erasure
 from lab.prompts import text, texts
 from lab.scenarios import concepts
-from lab.types import Erasure
 
 _TEXTS = ("words", "prompts", "descriptions", "reworded", "anchor")
 _KEYS = ("path", "select", "name", "role", "kind", "prior", "erase", *_TEXTS)

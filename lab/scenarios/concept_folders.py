@@ -14,13 +14,13 @@ from lab.errors import UserError
 from lab.minisd import folders
 from lab.minisd.openmoji import CREDIT
 from lab.options import choice, count, local, number
+from lab.problems import Concept, ConceptCase, Kind, Pictures, ScenarioData
 from lab.prompts import text, texts
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
 from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, shows, speaks_of
 from lab.scenarios.world_concepts import Roles, Studio
 from lab.seeding import derive, generator
-from lab.types import Concept, ConceptCase, Kind, Pictures, ScenarioData
 
 _PARTS = ("own", "train", "reference")
 _PRESERVED = 200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
@@ -42,7 +42,7 @@ class ConceptFolders:
         captions: C_reg, a text file with one caption per line or a list; None draws them from the embedded world.
         regularizers: at most this many captions are used.
         regularizer_templates: of captions from the embedded world, ``all`` or ``one``.
-        sampling: `lab.types.Sampling`.
+        sampling: `lab.problems.Sampling`.
         resolution: side of all pictures in pixels.
 
     Raises:

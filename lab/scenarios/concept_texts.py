@@ -12,10 +12,9 @@ from lab.minisd.dice import Dice
 from lab.minisd.scenes import BACKGROUNDS
 from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, style
 from lab.minisd.world import Picture, Subset, picture
+from lab.problems import Erasure
 from lab.seeding import generator
-from lab.types import Erasure
 
-# Reserved for evaluation: MiniSD's captions use none of them, and no immunizer or attacker may.
 REWORDED_STYLE = (
     "{style}, {it}",
     "an image of {it} in {style} style",

@@ -13,11 +13,10 @@ from torch import Tensor
 from lab.cases import fingerprint
 from lab.errors import UserError, nearest
 from lab.options import choice, count, number
+from lab.problems import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
 from lab.prompts import text
 from lab.store import stage_key
-from lab.types import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
 
-# every family that a scenario may give a concept; `lab.types.Concept.prompts`
 FAMILIES = ("name", "description", "reworded", "unseen_pairs")
 
 

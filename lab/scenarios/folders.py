@@ -10,10 +10,10 @@ import torch
 from lab.activations import digest
 from lab.errors import UserError
 from lab.options import count, local, number
+from lab.problems import Case, Kind, Role, ScenarioData, Split, Task
 from lab.progress import progress
 from lab.scenarios import images
 from lab.seeding import generator
-from lab.types import Case, Kind, Role, ScenarioData, Split, Task
 
 _WANTED_ROWS = 2000  # 20 groups × 100 samples (KAPPA, arXiv 2505.23760 §5.2)
 Files = dict[str, list[Path]]

@@ -14,8 +14,8 @@ from torch import Tensor
 from lab.activations import digest
 from lab.errors import UserError
 from lab.options import choice, number
+from lab.problems import Case, Kind, Role, ScenarioData, Split, Task
 from lab.seeding import generator
-from lab.types import Case, Kind, Role, ScenarioData, Split, Task
 
 Pairs = Literal["all"] | Sequence[Sequence[int]]
 Indices = NDArray[np.int64]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from lab.errors import UserError, nearest
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
+from lab.problems import Erasure
 from lab.scenarios.world_concepts import Roles, WorldConcepts
-from lab.types import Erasure
 
 _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
 

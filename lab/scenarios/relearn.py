@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from lab.errors import UserError
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES, STYLE_NAMES
 from lab.options import flag
+from lab.problems import Erasure
 from lab.scenarios import concept_texts as words
 from lab.scenarios.world_concepts import Roles, WorldConcepts
-from lab.types import Erasure
 
 _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
 

@@ -14,9 +14,9 @@ import torch
 from lab.activations import digest
 from lab.errors import UserError, nearest
 from lab.options import local, names, number
+from lab.problems import Case, Kind, Role, ScenarioData, Split, Task
 from lab.scenarios import preprocess
 from lab.seeding import generator
-from lab.types import Case, Kind, Role, ScenarioData, Split, Task
 
 _ROLES: tuple[Role, Role] = ("benign", "harmful")
 

@@ -14,11 +14,11 @@ from lab.activations import digest
 from lab.errors import UserError
 from lab.minisd.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.options import count
+from lab.problems import Case, Kind, ScenarioData, Split, Task
 from lab.progress import progress
 from lab.scenarios import images
 from lab.scenarios.mnist import digits
 from lab.seeding import generator
-from lab.types import Case, Kind, ScenarioData, Split, Task
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 

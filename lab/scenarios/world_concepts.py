@@ -14,10 +14,10 @@ from lab.minisd import world
 from lab.minisd.vocabulary import OBJECTS, PHOTO, STYLE_NAMES, STYLES, members, thing
 from lab.minisd.world import Picture, Subset
 from lab.options import choice, count, names
+from lab.problems import Concept, ConceptCase, Erasure, Kind, Pictures, Role, Sampling, ScenarioData
 from lab.scenarios import concept_texts as words
 from lab.scenarios import concepts
 from lab.seeding import derive
-from lab.types import Concept, ConceptCase, Erasure, Kind, Pictures, Role, Sampling, ScenarioData
 
 Caption = Callable[[Picture], str]
 _STYLES = frozenset(s.name for s in STYLES)
@@ -89,7 +89,7 @@ class WorldConcepts:
         regularizer_templates: ``all`` or ``one``, the diversity of C_reg.
         captions: of own, train and reference; ``name`` names the concept in each, ``world`` also describes it.
         families: of prompts (`lab.scenarios.concepts.FAMILIES`), as far as a concept has them.
-        sampling: `lab.types.Sampling`.
+        sampling: `lab.problems.Sampling`.
         resolution: side in pixels; the world has 64, other sizes are scaled.
 
     Raises:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.problems import Split, Task
 from lab.seeding import generator
-from lab.types import FeatureModel, Split, Task
+from lab.types import FeatureModel
 
 
 class Interrupted(Exception):

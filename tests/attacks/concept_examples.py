@@ -19,7 +19,8 @@ from attacks.concept_full_finetune import ConceptFullFinetune
 from attacks.concept_lora import ConceptLora
 from attacks.concept_textual_inversion import TextualInversion
 from lab.diffusion import DiffusionModel
-from lab.types import Budget, Checkpoint, Concept, Sampling, Trajectory
+from lab.problems import Concept, Sampling
+from lab.types import Budget, Checkpoint, Trajectory
 
 SAMPLING = Sampling(steps=2, guidance=2.0, count=2)
 BUDGET = Budget(horizon=3, multiple=2, at=())  # snapshots 0, 3, 6

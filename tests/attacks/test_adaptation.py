@@ -28,7 +28,8 @@ from attacks.finetune import FullFinetune, LastBlockFinetune
 from attacks.lora import Lora
 from lab.activations import features
 from lab.errors import UserError
-from lab.types import Attacker, Budget, FeatureModel, Split, Task, Trajectory, same_weights
+from lab.problems import Split, Task
+from lab.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
 
 BUDGET = Budget(horizon=6, multiple=3, points=6)
 ATTACKS: list[Callable[..., Adaptation]] = [LastBlockFinetune, FullFinetune, Lora]

@@ -9,8 +9,8 @@ from concept_examples import model, task
 
 from attacks.concept_data import Material, posterior, prompts, variants
 from lab.captions import captions, class_words, renamed
+from lab.problems import Pictures
 from lab.seeding import generator
-from lab.types import Pictures
 
 
 def test_words_are_replaced_whole_in_any_case_and_in_the_plural() -> None:

@@ -16,7 +16,7 @@ from tiny_sd import tiny_pipeline
 
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
-from lab.types import Concept, Pictures
+from lab.problems import Concept, Pictures
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "immunize"))
 from mima_examples import moved, preset, rows_of

@@ -15,7 +15,7 @@ from attacks.concept_search import held_out
 from attacks.likeness import likeness
 from lab.errors import UserError
 from lab.minisd import world
-from lab.types import Pictures
+from lab.problems import Pictures
 
 SPACE = {"lr": [1e-4, 0.05], "rank": [1, 2]}
 GRID: dict[str, Any] = {"mode": "grid", "steps": 3, "space": SPACE}

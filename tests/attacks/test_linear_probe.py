@@ -25,7 +25,8 @@ from attacks import trajectory
 from attacks.linear_probe import LinearProbe
 from attacks.probe_optimizers import OPTIMIZERS
 from lab.errors import Diverged, UserError
-from lab.types import Attacker, Budget, Case, FeatureModel, Split, Task, Trajectory, same_weights
+from lab.problems import Case, Split, Task
+from lab.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
 
 BUDGET = Budget(horizon=8, multiple=3, points=8)
 RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]

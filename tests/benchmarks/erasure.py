@@ -25,7 +25,7 @@ from lab.judges.quality import detected
 from lab.minisd.publish import SHIPPED, judges_of
 from lab.minisd.quality import Asked, asked, generate
 from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
-from lab.types import Sampling
+from lab.problems import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 Shares = dict[str, tuple[float, float]]

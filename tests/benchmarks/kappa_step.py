@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from immunize.kappa import Kappa
 from immunize.trainer import Trainer
 from lab.backbones.linear import LinearBackbone, LinearExtractor
-from lab.types import Case, Role, Split, Task
+from lab.problems import Case, Role, Split, Task
 
 ETA, LAMBDA_P, LAMBDA_H, RIDGE = 0.05, 1.0, 1e-4, 1e-3
 RANK_TOLERANCE = 1e-12  # of eigenvalues; the smallest positive one of a batch is near 1e-4 of the largest

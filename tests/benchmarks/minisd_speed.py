@@ -23,7 +23,7 @@ from lab.backbones.diffusion import DiffusionBackbone
 from lab.minisd.publish import SHIPPED
 from lab.minisd.quality import generate
 from lab.minisd.world import TRAINING, sample
-from lab.types import Sampling
+from lab.problems import Sampling
 
 BARS = {"load, diffusers": 2.0, "load, this bench": 2.0, "32 pictures": 25.0, "20,000 training pictures": 60.0}
 

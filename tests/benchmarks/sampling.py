@@ -21,7 +21,7 @@ from lab.judges.quality import detected
 from lab.minisd.publish import SHIPPED, judges_of
 from lab.minisd.quality import asked, generate
 from lab.minisd.vocabulary import OBJECTS, STYLE_NAMES
-from lab.types import Sampling
+from lab.problems import Sampling
 
 ROWS = [
     (20, "weights"),

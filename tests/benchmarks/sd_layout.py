@@ -126,7 +126,7 @@ def lora(folder: Path) -> None:
 
 
 def sample(folder: Path) -> None:
-    from lab.types import Sampling
+    from lab.problems import Sampling
 
     model = load(folder)
     start = time.perf_counter()

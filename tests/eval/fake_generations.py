@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.types import CONTROL, Budget, Concept, ConceptCase, Pictures, Role, Sampling, Trajectory
+from lab.problems import Concept, ConceptCase, Pictures, Role, Sampling
+from lab.types import CONTROL, Budget, Trajectory
 
 BUDGET = Budget(20, 4, at=(0, 10, 20, 40, 80))
 STEPS = BUDGET.snapshots()

@@ -15,9 +15,10 @@ from eval.audit import Audit
 from eval.reference_detector import ReferenceDetector, best_threshold
 from lab.audit_page import build, duration
 from lab.errors import UserError
+from lab.problems import Pictures
 from lab.record import scores_json
 from lab.sources import ROOT
-from lab.types import CONTROL, Pictures
+from lab.types import CONTROL
 
 FAST, SLOW, NEVER = shares(0, 2, 8, 10, 10), shares(0, 0, 0, 6, 10), shares(0, 0, 1, 2, 3)
 AT = 10 + 10 * 4 / 6  # FAST reaches 60 % between 20 % at step 10 and 80 % at step 20

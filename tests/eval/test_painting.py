@@ -5,7 +5,8 @@ from fake_generations import FakeRun, Painter, case
 
 from eval import painting
 from eval.painting import BLOCK, paint
-from lab.types import CONTROL, Sampling
+from lab.problems import Sampling
+from lab.types import CONTROL
 
 SAMPLING = Sampling(2, 4.0, 4)
 

@@ -6,7 +6,8 @@ from fake_run import linear
 
 from attacks.linear_probe import LinearProbe
 from eval.quantities import RFD, SGRC, ConditionNumber, RelativeImmunizationRatio
-from lab.types import Budget, Split, Task
+from lab.problems import Split, Task
+from lab.types import Budget
 
 
 def tensor(*values: float) -> torch.Tensor:

@@ -9,7 +9,8 @@ from fake_run import decay, linear, task
 
 from eval.transfer import Transfer
 from lab.errors import UserError
-from lab.types import CONTROL, Budget, Case
+from lab.problems import Case
+from lab.types import CONTROL, Budget
 
 BUDGET = Budget(20, 5, 20)
 STEPS = BUDGET.snapshots()

@@ -9,7 +9,8 @@ from fake_generations import Detector, FakeJudges, FakeRun, Painter, case, colou
 
 from eval.utility import Utility
 from lab.errors import UserError
-from lab.types import CONTROL, Pictures
+from lab.problems import Pictures
+from lab.types import CONTROL
 
 
 def world(paint, **kwargs) -> FakeRun:

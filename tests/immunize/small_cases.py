@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 from lab.backbones.linear import LinearBackbone
-from lab.types import Case, FeatureModel, Split, Task
+from lab.problems import Case, Split, Task
+from lab.types import FeatureModel
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -9,7 +9,8 @@ from immunize.none import NoImmunization
 from lab.backbones.linear import LinearBackbone, LinearExtractor
 from lab.condition import condition_number, outside_energy, range_basis, rir_bound
 from lab.errors import UserError
-from lab.types import Case, Immunizer, Split, Task, same_weights
+from lab.problems import Case, Split, Task
+from lab.types import Immunizer, same_weights
 
 
 def test_control_arm_is_an_equal_independent_copy():

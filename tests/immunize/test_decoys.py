@@ -10,7 +10,7 @@ from mima_examples import case, model, preset, with_targets
 from immunize.mima_losses import gradient_at
 from immunize.mima_sampling import Pool, halves, pooled
 from immunize.mima_setup import Setup, concept_halves
-from lab.types import Pictures, Sampling
+from lab.problems import Pictures, Sampling
 
 ALONE = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "cap": None, "at": [1.0]}
 

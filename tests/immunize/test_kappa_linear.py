@@ -8,7 +8,8 @@ from immunize.kappa import Kappa, KappaImma, KappaOpt
 from immunize.trainer import Trainer, log_steps
 from lab.backbones.linear import LinearBackbone, LinearExtractor
 from lab.condition import condition_number
-from lab.types import Case, Split, Task, same_weights
+from lab.problems import Case, Split, Task
+from lab.types import same_weights
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
 

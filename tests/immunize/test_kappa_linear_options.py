@@ -12,7 +12,8 @@ from immunize.trainer import Trainer
 from lab.backbones.linear import LinearBackbone
 from lab.condition import condition_number
 from lab.errors import Diverged, UserError
-from lab.types import Case, Split, Task, same_weights
+from lab.problems import Case, Split, Task
+from lab.types import same_weights
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
 

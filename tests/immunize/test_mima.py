@@ -26,8 +26,9 @@ from immunize.lower import Adapter, Lower
 from immunize.merge_rows import MergeOptions, build_merge
 from immunize.mima_setup import naming_prompts
 from lab.errors import Diverged, UserError
+from lab.problems import Pictures
 from lab.seeding import derive
-from lab.types import Immunizer, Pictures, same_weights
+from lab.types import Immunizer, same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
 IMPLICIT = {"method": "implicit"}

@@ -10,7 +10,7 @@ from tiny_diffusion import tiny_diffusion
 from immunize.mima_losses import gradient_at
 from immunize.mima_scopes import scope_names
 from lab.errors import UserError
-from lab.types import Pictures
+from lab.problems import Pictures
 
 
 def joined(parts):

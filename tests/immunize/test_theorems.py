@@ -10,7 +10,7 @@ from small_cases import immunize, randn
 from immunize import spectral
 from immunize.kappa import Kappa
 from lab.condition import condition_number
-from lab.types import Case, Split, Task
+from lab.problems import Case, Split, Task
 
 STEPS = 1000
 

@@ -20,8 +20,9 @@ from lab.backbones import weights as loading
 from lab.backbones.chains import VisionModel, chain
 from lab.backbones.vision import VisionBackbone
 from lab.errors import UserError
+from lab.problems import Case, Split, Task
 from lab.scenarios import images
-from lab.types import Case, Split, Task, same_weights
+from lab.types import same_weights
 
 TRANSFORMER = ("embed", *(f"block{i}" for i in range(12)), "norm")
 

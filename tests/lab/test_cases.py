@@ -12,7 +12,7 @@ from tiny_diffusion import tiny_diffusion
 
 import tiny
 from lab.cases import beside_weights, fingerprint
-from lab.types import Case, Concept, ConceptCase, Erasure, Pictures, Sampling, Split, Task
+from lab.problems import Case, Concept, ConceptCase, Erasure, Pictures, Sampling, Split, Task
 
 
 def shown(start: int, count: int = 2) -> Pictures:

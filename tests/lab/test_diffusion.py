@@ -10,9 +10,10 @@ from tiny_sd import tiny_pipeline
 
 from lab.diffusion import DiffusionModel, check_prompts
 from lab.errors import UserError
+from lab.problems import Sampling
 from lab.prompts import warn_cut
 from lab.seeding import generator
-from lab.types import Sampling, same_weights
+from lab.types import same_weights
 
 LAYOUTS = ("sd1", "sd2", "xl")
 PROMPTS = ["a fox in the style of mosaic", "neon art of a fox!"]

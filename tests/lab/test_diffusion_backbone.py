@@ -15,7 +15,8 @@ from lab.backbones import diffusion_files
 from lab.backbones.diffusion import DiffusionBackbone
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
-from lab.types import Backbone, Sampling, same_weights
+from lab.problems import Sampling
+from lab.types import Backbone, same_weights
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

@@ -10,8 +10,9 @@ from tiny_sd import tiny_pipeline
 from lab.diffusion import DiffusionModel
 from lab.erase import NoErasure, Uce, aligned, encoded, keys_and_values, position, right_factor, rows
 from lab.errors import UserError
+from lab.problems import Erasure
 from lab.seeding import generator
-from lab.types import Eraser, Erasure, same_weights
+from lab.types import Eraser, same_weights
 
 MOSAIC = Erasure(
     "mosaic",

@@ -5,7 +5,8 @@ import torch
 
 from lab.backbones.linear import LinearBackbone, LinearExtractor
 from lab.errors import UserError
-from lab.types import Backbone, Case, Split, Task, same_weights
+from lab.problems import Case, Split, Task
+from lab.types import Backbone, same_weights
 
 
 def case(x):

@@ -20,7 +20,7 @@ from lab.minisd import folders
 from lab.minisd.card import card, quality_table
 from lab.minisd.publish import SHIPPED, hashes
 from lab.minisd.world import concept, sample
-from lab.types import Sampling
+from lab.problems import Sampling
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"

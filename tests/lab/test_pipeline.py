@@ -11,10 +11,11 @@ import tiny
 from lab.assemble import assemble
 from lab.errors import Diverged, UserError
 from lab.pipeline import Pipeline
+from lab.problems import Sampling, ScenarioData
 from lab.provenance import computing
 from lab.sources import ROOT
 from lab.store import Store
-from lab.types import CONTROL, Sampling, ScenarioData
+from lab.types import CONTROL
 
 HOUSES = ["experiment=house_price", "immunize.epochs=1"]
 

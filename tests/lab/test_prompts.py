@@ -18,9 +18,9 @@ from eval.utility import Utility
 from lab.assemble import assemble, check_cases
 from lab.erase import Uce
 from lab.errors import UserError
+from lab.problems import Pictures
 from lab.prompts import check_case, texts
 from lab.scenarios import concepts
-from lab.types import Pictures
 
 END = "<|endoftext|>"
 BAD = ("a\x00fox", "a fox\x07", "one\ntwo", "a \u202efox", "  ", 3, None)

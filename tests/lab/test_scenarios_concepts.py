@@ -14,10 +14,11 @@ from lab.errors import UserError
 from lab.minisd.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, TEMPLATES, fill, noun
 from lab.minisd.scenes import BACKGROUNDS
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES, style
+from lab.problems import ConceptCase, Sampling
 from lab.scenarios import concept_texts
 from lab.scenarios.personalize import Personalize
 from lab.scenarios.relearn import Relearn
-from lab.types import ConceptCase, Sampling, Scenario
+from lab.types import Scenario
 
 WORLD = ("relearn_styles", "relearn_styles_3", "relearn_objects", "relearn_objects_3", "personalize", "personalize_3")
 HELD_OUT = {*HELD_OUT_OBJECTS, *HELD_OUT_STYLES}

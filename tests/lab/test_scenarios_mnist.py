@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from lab.errors import UserError
+from lab.problems import ScenarioData
 from lab.scenarios import mnist
 from lab.scenarios.mnist import MnistPairs, digits
-from lab.types import Scenario, ScenarioData
+from lab.types import Scenario
 
 
 def full(x: torch.Tensor, y: torch.Tensor) -> set[bytes]:

@@ -5,8 +5,8 @@ import torch
 
 from lab.activations import digest
 from lab.options import number
+from lab.problems import Case, ScenarioData, Split, Task
 from lab.seeding import generator
-from lab.types import Case, ScenarioData, Split, Task
 
 TARGETS = ("Grad.Rate", "Outstate")  # graduation rate; tuition of students from other states
 
