@@ -32,7 +32,7 @@ class Mima(ConceptImmunizer):
     Args:
         lower: see `immunize.mima_options.LowerOptions`.
         hypergradient: see `immunize.mima_options.GradientOptions`.
-        attackers, templates, curriculum, k_min, k_max: draw the lower optimizer anew per step and concept in place
+        attackers, curriculum, k_min, k_max: draw the lower optimizer anew per step and concept in place
             of ``lower``, see `immunize.mima_lower.Attackers`; their scopes must be ``lower.scope``.
     """
 
@@ -40,7 +40,6 @@ class Mima(ConceptImmunizer):
     lower: Any = None
     hypergradient: Any = None
     attackers: Any = None
-    templates: Any = ("name",)
     curriculum: float = 0.0
     k_min: int = 1
     k_max: int = 1
@@ -54,7 +53,7 @@ class Mima(ConceptImmunizer):
             raise UserError("immunize.lower.rest", self.level.rest, told)
         self.drawn: Attackers | None = None
         if self.attackers is not None:
-            self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.templates, self.curriculum)
+            self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.curriculum)
         check_lower(self.level, self.through, self.drawn)
 
     def needs_templates(self) -> tuple[str, ...]:
@@ -87,7 +86,7 @@ class MimaDeep(ConceptImmunizer):
     """Immunization against attackers that train for many steps, see `immunize.mima_deep`.
 
     Args:
-        attackers, k_min, k_max, templates, curriculum: see `immunize.mima_lower.Attackers`.
+        attackers, k_min, k_max, curriculum: see `immunize.mima_lower.Attackers`.
         lower_batch_size: pictures per step of an attacker.
         at: marks, fractions of K at which the attacked weights are looked at.
         evaluate: where: ``merged`` weights of all concepts, each concept's ``own`` attacked copy, or both.
@@ -105,7 +104,6 @@ class MimaDeep(ConceptImmunizer):
     attackers: Any
     k_min: int
     k_max: int
-    templates: Any = ("name",)
     curriculum: float = 0.0
     lower_batch_size: int = 8
     at: Any = (0.5, 1.0)
@@ -121,7 +119,7 @@ class MimaDeep(ConceptImmunizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.templates, self.curriculum)
+        self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.curriculum)
         count("immunize.lower_batch_size", self.lower_batch_size)
         fractions = list(self.at) if isinstance(self.at, Sequence) and not isinstance(self.at, str) else [self.at]
         self.at = tuple(sorted(number("immunize.at", f, above=0, high=1) for f in fractions))

@@ -23,7 +23,7 @@ from lab.options import choice, count, names, number
 from lab.seeding import generator
 
 Loss = Callable[[Batch, Mapping[str, Tensor]], Tensor]
-_FIELDS = ("kind", "share", "scopes", "ranks", "lr", "optimizer")
+_FIELDS = ("kind", "share", "scopes", "ranks", "lr", "optimizer", "templates")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Attack:
 @dataclass(frozen=True)
 class Family:
     """Attackers of one kind. ``share``: how often, relative to the others; ``ranks`` and ``lr``: smallest and
-    largest, drawn uniformly and log-uniformly."""
+    largest, drawn uniformly and log-uniformly; ``scopes`` and ``templates`` (of `lab.captions.TEMPLATES`, the captions
+    that the attacker writes) are equally likely, one that stands twice twice as often."""
 
     kind: str
     share: float
@@ -56,6 +57,7 @@ class Family:
     ranks: tuple[int, int]
     lr: tuple[float, float]
     optimizer: str
+    templates: tuple[str, ...] = ("name",)
 
 
 def _range(key: str, value: Any) -> list[Any]:
@@ -69,7 +71,8 @@ def family(key: str, given: Any) -> Family:
     """A family from its options; ``key`` is its config key.
 
     Raises:
-        UserError: unknown options, learning rates ≤ 0, ranks < 1, a range that is the wrong way round.
+        UserError: unknown options, scopes or templates, learning rates ≤ 0, ranks < 1, a range that is the wrong way
+            round.
     """
     if not isinstance(given, Mapping):
         raise UserError(key, given, f"must be a group with {', '.join(_FIELDS)}.")
@@ -84,9 +87,13 @@ def family(key: str, given: Any) -> Family:
             raise UserError(f"{key}.{name}", pair, "must be [smallest, largest].")
     if not scopes:
         raise UserError(f"{key}.scopes", scopes, f"needs at least one of {', '.join(SCOPES)}.")
+    asked = names(f"{key}.templates", given.get("templates", "name"))
+    templates = tuple(choice(f"{key}.templates", t, TEMPLATES) for t in asked)
+    if not templates:
+        raise UserError(f"{key}.templates", templates, f"needs at least one of {', '.join(TEMPLATES)}.")
     optimizer = choice(f"{key}.optimizer", given.get("optimizer", "adamw"), ("adamw", "sgd"))
     share = number(f"{key}.share", given.get("share", 1.0), 0)
-    return Family(kind, share, scopes, (ranks[0], ranks[1]), (lr[0], lr[1]), optimizer)
+    return Family(kind, share, scopes, (ranks[0], ranks[1]), (lr[0], lr[1]), optimizer, templates)
 
 
 class Attackers:
@@ -95,16 +102,13 @@ class Attackers:
     Args:
         families: name → options, see `family`; the first one is what the curriculum begins with.
         k_min, k_max: K is uniform between them.
-        templates: of `lab.captions.TEMPLATES`, equally often.
         curriculum: share of the upper steps, from the first, that see only the narrow end: the first family, its
-            first scope, smallest rank, learning rates up to the geometric mean, own captions, K in the upper half.
+            first scope and template, smallest rank, learning rates up to the geometric mean, K in the upper half.
     """
 
     families: dict[str, Family]  # config key → family, those with a share
 
-    def __init__(
-        self, families: Any, k_min: int, k_max: int, templates: Any = ("name",), curriculum: float = 0.0
-    ) -> None:
+    def __init__(self, families: Any, k_min: int, k_max: int, curriculum: float = 0.0) -> None:
         if not isinstance(families, Mapping):
             raise UserError("immunize.attackers", families, "must be a group of attackers.")
         # null takes a family out of a preset
@@ -116,12 +120,12 @@ class Attackers:
         self.k_min, self.k_max = count("immunize.k_min", k_min), count("immunize.k_max", k_max)
         if k_min > k_max:
             raise UserError("immunize.k_min", k_min, f"must be at most immunize.k_max={k_max}.")
-        self.templates = tuple(
-            choice("immunize.templates", t, TEMPLATES) for t in names("immunize.templates", templates)
-        )
-        if not self.templates:
-            raise UserError("immunize.templates", templates, f"needs at least one of {', '.join(TEMPLATES)}.")
         self.curriculum = number("immunize.curriculum", curriculum, 0, 1)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All that any family writes."""
+        return tuple(dict.fromkeys(template for f in self.families.values() for template in f.templates))
 
     def draw(self, progress: float, seed: int, *labels: object) -> Attack:
         """The attacker of the stream ``labels``. ``progress``: 0 at the first upper step, 1 after the last."""
@@ -130,13 +134,11 @@ class Attackers:
         k_min = self.k_min
         if progress < self.curriculum:
             f = next(iter(self.families.values()))
-            f = Family(
-                f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, (f.lr[0], math.sqrt(f.lr[0] * f.lr[1])), f.optimizer
-            )
-            templates: tuple[str, ...] = ("name",)
+            low = (f.lr[0], math.sqrt(f.lr[0] * f.lr[1]))
+            f = Family(f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, low, f.optimizer, f.templates[:1])
             k_min = max(k_min, self.k_max // 2)
         else:
-            f, templates = self._family(u[0]), self.templates
+            f = self._family(u[0])
         rank = f.ranks[0] + int(u[2] * (f.ranks[1] - f.ranks[0] + 1))
         return Attack(
             f.kind,
@@ -144,7 +146,7 @@ class Attackers:
             rank if f.kind == "lora" else 0,
             f.lr[0] * (f.lr[1] / f.lr[0]) ** u[3],
             f.optimizer,
-            templates[int(u[4] * len(templates))],
+            f.templates[int(u[4] * len(f.templates))],
             k_min + int(u[5] * (self.k_max - k_min + 1)),
         )
 

@@ -161,7 +161,7 @@ def test_bfloat16_runs_the_exact_gradient_with_float32_masters():
 def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
     """Every concept's own draw: kind, rate, rank, K, optimizer and captions, in the curriculum and after it."""
     lora = {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}
-    changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3, "curriculum": 0.5, "templates": ["name"]}
+    changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3, "curriculum": 0.5}
     method = preset("mima", steps=4, lower={"scale": 2.0}, **changes)
     made, theta = objective(method, seed=SEED)
     seen = []

@@ -29,7 +29,7 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
     mima, theta = objective(preset("mima_first_order", lower={"alpha": 0.5}), exact)
     attackers = {"sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"}, "lora": None, **NONE}
     plain = deep(
-        attackers=attackers, k_min=1, k_max=1, at=[1.0], templates=["name"], evaluate=["merged"], w_benign=0.0,
+        attackers=attackers, k_min=1, k_max=1, at=[1.0], evaluate=["merged"], w_benign=0.0,
         w_distill=0.0, w_decoy=0.0, w_prior=3.0, prior_at="adapted", curriculum=0.0,
     )  # fmt: skip
     made, other = objective(plain, exact)
@@ -222,10 +222,11 @@ def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
 def test_attackers_are_drawn_from_their_ranges():
     families = {
         "lora": {"kind": "lora", "share": 0.5, "scopes": ["attn2", "all"], "ranks": [4, 16], "lr": [5e-4, 4e-3]},
-        "full": {"kind": "weights", "share": 0.5, "scopes": ["all"], "lr": [1e-4, 4e-4]},
+        "full": {"kind": "weights", "share": 0.5, "scopes": ["all"], "lr": [1e-4, 4e-4], "templates": "description"},
         "never": {"kind": "weights", "share": 0.0, "scopes": ["kv"], "lr": 1.0},
     }
-    drawn = Attackers(families, 2, 40, ["name", "token"], curriculum=0.5)
+    families["lora"]["templates"] = ["name", "token"]
+    drawn = Attackers(families, 2, 40, curriculum=0.5)
     late = [drawn.draw(0.9, 0, i) for i in range(400)]
     assert late == [drawn.draw(0.9, 0, i) for i in range(400)]
     lora = [a for a in late if a.kind == "lora"]
@@ -233,7 +234,9 @@ def test_attackers_are_drawn_from_their_ranges():
     assert {a.rank for a in lora} == set(range(4, 17))
     assert {a.scope for a in lora} == {"attn2", "all"}
     assert {a.steps for a in late} == set(range(2, 41))
-    assert {a.template for a in late} == {"name", "token"}
+    assert {a.template for a in lora} == {"name", "token"}
+    assert {a.template for a in late if a.kind == "weights"} == {"description"}
+    assert set(drawn.templates) == {"name", "token", "description"}
     rates = torch.tensor([a.lr for a in lora]).log()
     assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3
     assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)

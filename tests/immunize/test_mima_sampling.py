@@ -77,10 +77,14 @@ def test_an_attack_trains_on_the_captions_of_its_template():
 @pytest.mark.parametrize("preset_name", ["mima", "mima_deep"])
 def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     """Held-out pictures, decoys and practice concepts get the captions of the attack that they follow."""
-    attackers = {"full": {"kind": "weights", "scopes": ["attn2"], "lr": 1e-3}, "lora": None, "kv": None}
+    attackers = {
+        "full": {"kind": "weights", "scopes": ["attn2"], "lr": 1e-3, "templates": ["token"]},
+        "lora": None,
+        "kv": None,
+    }
     deep = {"w_benign": 1.0, "w_decoy": 1.0, "decoys": 4, "online": False, "at": [1.0], "evaluate": ["own"]}
     more = deep if preset_name == "mima_deep" else {}
-    method = preset(preset_name, attackers=attackers, templates=["token"], k_min=1, k_max=1, w_prior=0.0, **more)
+    method = preset(preset_name, attackers=attackers, k_min=1, k_max=1, w_prior=0.0, **more)
     made, theta = objective(method)
     if preset_name == "mima_deep":
         made.options = dataclasses.replace(made.options, w_distill=0.0)
