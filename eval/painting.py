@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 
@@ -18,8 +17,6 @@ from lab.store import stage_key
 from lab.types import Model, RunView
 
 BLOCK = 32  # pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
-_MEMORY_LIMIT = 2**28  # bytes of pictures kept in process; the oldest block goes first
-_painted: OrderedDict[str, Tensor] = OrderedDict()
 
 
 def paint(
@@ -27,8 +24,8 @@ def paint(
 ) -> Tensor:
     """uint8 [count, 3, s, s] by the model of one arm; prompts start again where they run out.
 
-    Latents depend on seed, case and number alone: arms and settings share them. The control's pictures are those of
-    any earlier run that had the same weights: in this process, or in the stage cache.
+    Latents depend on seed, case and number alone: arms and settings share them. Pictures are those of any earlier run
+    that had the same weights, from the stage cache.
     """
     model: list[Model] = []
 
@@ -52,10 +49,5 @@ def paint(
         asked = [prompts[i % len(prompts)] for i in range(start, min(start + BLOCK, count))]
         settings = (sampling.steps, sampling.guidance, sampling.negative, sampling.precision)
         name = stage_key(model=store[key], case=case.name, seed=seed, number=number, prompts=asked, sampling=settings)
-        if name not in _painted:
-            _painted[name] = run.kept(name, partial(block, asked, number))["images"]
-        _painted.move_to_end(name)
-        blocks.append(_painted[name])
-    while len(_painted) > 1 and sum(t.nbytes for t in _painted.values()) > _MEMORY_LIMIT:
-        _painted.popitem(last=False)
+        blocks.append(run.kept(name, partial(block, asked, number))["images"])
     return torch.cat(blocks)

@@ -3,7 +3,6 @@
 import torch
 from fake_generations import FakeRun, Painter, case
 
-from eval import painting
 from eval.painting import BLOCK, paint
 from lab.problems import Sampling
 from lab.types import CONTROL
@@ -43,7 +42,8 @@ def test_arms_share_latents_and_not_pictures():
 
 def test_equal_weights_paint_once_in_all_runs_and_other_settings_paint_anew():
     model = numbered()
-    first, second = (FakeRun(models={CONTROL: model, "mima": numbered()}) for _ in range(2))
+    kept: dict = {}
+    first, second = (FakeRun(models={CONTROL: model, "mima": numbered()}, store=kept) for _ in range(2))
     pictures(first, 4)
     pictures(second, 4)
     assert len(model.calls) == 1
@@ -51,19 +51,5 @@ def test_equal_weights_paint_once_in_all_runs_and_other_settings_paint_anew():
     pictures(second, 4, prompts=("c",))
     assert len(model.calls) == 3
     model.weights += 10_000
-    pictures(FakeRun(models={CONTROL: model, "mima": numbered()}), 4)
+    pictures(FakeRun(models={CONTROL: model, "mima": numbered()}, store=kept), 4)
     assert len(model.calls) == 4
-
-
-def test_the_oldest_pictures_make_room(monkeypatch):
-    run = FakeRun(models={CONTROL: numbered(), "mima": numbered()})
-    monkeypatch.setattr(painting, "_MEMORY_LIMIT", 4 * 3 * 4 * 4)  # four pictures
-    old = pictures(run, 4)
-    pictures(run, 4, arm="mima")
-    assert len(painting._painted) == 1
-    assert torch.equal(pictures(run, 4), old)  # from the stage cache
-    assert len(run.models[CONTROL].calls) == 1
-    run.store.clear()
-    pictures(run, 4, arm="mima")
-    assert torch.equal(pictures(run, 4), old)
-    assert len(run.models[CONTROL].calls) == 2
