@@ -182,25 +182,37 @@ class References:
         if "features" in kinds:
             self._mean["features"] = F.normalize(feature_vectors(judges, images), dim=1).mean(0)
 
-    def similarities(
-        self, images: Tensor, clip: Tensor | None = None, kinds: Sequence[str] | None = None
-    ) -> dict[str, Floats]:
-        """Per kind (of ``kinds``, else all), M of every picture [n]. ``clip``: their unit vectors, where known."""
-        asked = self.kinds if kinds is None else tuple(kinds)
-        found: dict[str, Tensor] = {}
+    def similarities(self, images: Tensor) -> dict[str, Floats]:
+        """Per kind, M of every picture [n]."""
+        return self.judged(images, self.kinds)[0]
+
+    def judged(
+        self, images: Tensor, kinds: Sequence[str], clip: Tensor | None = None, features: bool = False
+    ) -> tuple[dict[str, Floats], Tensor | None]:
+        """Per kind of ``kinds``, M of every picture [n]; unit vectors of the feature network [n, d],
+        where it was asked.
+
+        Args:
+            clip: the pictures' unit vectors, where they are known.
+            features: whether the feature network's vectors are wanted whatever the kinds.
+        """
+        asked, found = tuple(kinds), dict[str, Tensor]()
         if "clip" in asked:
             found["clip"] = (clip_vectors(self.judges, images) if clip is None else clip) @ self._mean["clip"]
         pooled = None
         if "feature_lpips" in asked:
             pooled, distance = self.judges.features.compared(images, self._sized(images))
             found["feature_lpips"] = 1 - distance.double().cpu() / 2
-        if "features" in asked:
+        vectors = None
+        if features or "features" in asked:
             vectors = feature_vectors(self.judges, images) if pooled is None else pooled.double().cpu()
-            found["features"] = F.normalize(vectors, dim=1) @ self._mean["features"]
+            vectors = F.normalize(vectors, dim=1)
+        if "features" in asked and vectors is not None:
+            found["features"] = vectors @ self._mean["features"]
         if "lpips" in asked and self.judges.lpips is not None:
             other = self._sized(images)[torch.arange(len(images)) % len(self.images)]
             found["lpips"] = 1 - self.judges.lpips.distance(images, other).double().cpu()
-        return {kind: np.asarray(found[kind], dtype=float) for kind in asked}
+        return {kind: np.asarray(found[kind], dtype=float) for kind in asked}, vectors
 
     def _sized(self, images: Tensor) -> Tensor:
         """The references in the size of ``images``."""

@@ -23,8 +23,8 @@ from lab.sources import source_hash
 from lab.store import stage_key
 from lab.types import CONTROL, RunView, Trajectory
 
-VECTORS = "vectors"
-_WITHOUT_REFERENCES = (BETWEEN, CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture
+_VECTORS = {kind: f"vectors of {kind}" for kind in BETWEEN}
+_WITHOUT_REFERENCES = (*BETWEEN.values(), CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture
 
 
 def each_case(run: RunView, label: str) -> Iterator[tuple[int, ConceptCase]]:
@@ -108,38 +108,40 @@ class _Judge:
         """
         if len({t.samples[family].shape[1] for t in found.values()}) > 1:
             raise ValueError(f"arms have different numbers of pictures of {self.concept.name}")
-        own = [q for q in self.wanted if q != BETWEEN]
-        between = BETWEEN in self.wanted and len(found) == 2
-        lacking = between and (CONTROL, BETWEEN) not in seen
-        vectors: dict[str, Tensor] = {}
+        own = [q for q in self.wanted if q not in BETWEEN.values()]
+        paired = [kind for kind, q in BETWEEN.items() if q in self.wanted and len(found) == 2]
+        lacking = [kind for kind in paired if (CONTROL, BETWEEN[kind]) not in seen]
+        vectors: dict[str, dict[str, Tensor]] = {}
         for arm, trajectory in found.items():
             missing = [q for q in own if (arm, q) not in seen]
             if missing or lacking:
                 points = self._kept(trajectory.samples[family], family, missing, lacking)
-                if lacking:
-                    vectors[arm] = points[VECTORS]
+                vectors[arm] = {kind: points[_VECTORS[kind]] for kind in lacking}
                 seen |= {(arm, q): np.asarray(points[q]) for q in missing}
         held = {arm: _held(t.steps, plan) for arm, t in found.items()}
-        if lacking:
-            a, b = (vectors[arm][held[arm]] for arm in found)
-            seen[CONTROL, BETWEEN] = np.asarray((a * b).sum(2), dtype=float)
+        for kind in lacking:
+            a, b = (vectors[arm][kind][held[arm]] for arm in found)
+            seen[CONTROL, BETWEEN[kind]] = np.asarray((a * b).sum(2), dtype=float)
         out = {}
         for arm, t in found.items():
             end = sum(step <= t.steps[-1] for step in plan)
             out[arm] = Reading({q: seen[arm, q][held[arm]] for q in own}, end, t.status)
-        if between:
-            out[CONTROL].values[BETWEEN] = seen[CONTROL, BETWEEN].copy()
+        for kind in paired:
+            out[CONTROL].values[BETWEEN[kind]] = seen[CONTROL, BETWEEN[kind]].copy()
         _beyond(out, self.concept.role)
         return out
 
-    def _kept(self, samples: Tensor, family: str, missing: Sequence[str], between: bool) -> dict[str, Tensor]:
+    def _kept(self, samples: Tensor, family: str, missing: Sequence[str], between: Sequence[str]) -> dict[str, Tensor]:
         """`_points`, from the cache where any run has judged these pictures: every immunizer of a sweep meets the same
         control."""
         key = stage_key(judge=self.key, pictures=digest(samples), family=family, missing=missing, between=between)
         return self.run.kept(key, lambda: self._points(samples, family, missing, between))
 
-    def _points(self, samples: Tensor, family: str, missing: Sequence[str], between: bool) -> dict[str, Tensor]:
-        """Missing quantity → float64 [points, pictures], and where they are needed `VECTORS` of CLIP [.., .., d]."""
+    def _points(
+        self, samples: Tensor, family: str, missing: Sequence[str], between: Sequence[str]
+    ) -> dict[str, Tensor]:
+        """Missing quantity → float64 [points, pictures], and the unit vectors [.., .., d] of every network in
+        ``between``."""
         rows: dict[str, list[Tensor]] = {}
         kinds = [q for q in missing if q not in _WITHOUT_REFERENCES]
         texts, prompts = None, prompts_of(self.concept, family, samples.shape[1])
@@ -147,10 +149,11 @@ class _Judge:
             texts = text_vectors(self.judges, prompts)
         for images in samples:
             shown = prepared(images, self.preprocessing)
-            clip = clip_vectors(self.judges, shown) if between or {CLIP_T, "clip"} & set(missing) else None
-            values = self.references.similarities(shown, clip, kinds) if kinds else {}
-            if between and clip is not None:
-                rows.setdefault(VECTORS, []).append(clip)
+            clip = clip_vectors(self.judges, shown) if {CLIP_T, "clip"} & {*missing, *between} else None
+            values, features = self.references.judged(shown, kinds, clip, "features" in between)
+            for kind, vectors in (("clip", clip), ("features", features)):
+                if kind in between and vectors is not None:
+                    rows.setdefault(_VECTORS[kind], []).append(vectors)
             if texts is not None and clip is not None:
                 values[CLIP_T] = np.asarray((clip * texts).sum(1), dtype=float)
             if {DETECTED, USABLE} & set(missing):
@@ -184,8 +187,9 @@ def _beyond(found: dict[str, Reading], role: Role) -> None:
             for point in range(reading.end, len(values)):
                 if control.values[quantity][point].mean() > values[point].mean():
                     values[point] = control.values[quantity][point]
-        if BETWEEN in control.values:
-            control.values[BETWEEN][reading.end :] = 1.0
+        for quantity in BETWEEN.values():
+            if quantity in control.values:
+                control.values[quantity][reading.end :] = 1.0
 
 
 def _held(steps: Sequence[int], plan: Sequence[int]) -> list[int]:

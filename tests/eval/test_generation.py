@@ -148,6 +148,22 @@ def test_rsgr_pairs_pictures_by_their_number():
     assert found["msgr_clip"].value == pytest.approx(0.0)
 
 
+def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
+    """Blue is nothing to this CLIP: (200, 0, 0) and (200, 0, 255) have cosine 1 to it, 200 ÷ 324 to the features."""
+    plain, blue = attack([[tilted(1.0)] * 4] * 5), attack([[tilted(1.0, seen=True)] * 4] * 5)
+
+    def make(arm, attack_name, name, seed):
+        return blue if arm != CONTROL and name == "mosaic" else plain
+
+    for similarities in (["clip", "features"], ["clip", "feature_lpips", "features"]):
+        found = metrics(FakeRun(make), similarities=similarities)
+        assert found["rsgr_clip_mosaic"].value == pytest.approx(0.0)
+        assert found["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
+        assert found["mrsgr_features"].value == pytest.approx(found["rsgr_features_mosaic"].value / 2)
+    assert "mrsgr_features" not in metrics(FakeRun(make))
+    assert "mrsgr_feature_lpips" not in found
+
+
 def test_without_other_concepts_rsgr_says_so():
     found = metrics(world(HELD, case_list=(case(others=()),)))
     assert found["mrsgr_clip"].value is None

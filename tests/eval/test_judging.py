@@ -93,9 +93,9 @@ def test_legacy_pictures_are_pale_and_small():
 
 
 def test_pictures_are_judged_once_per_quantity():
-    board = read(world(HELD, seeds=(0,)), FakeJudges(), ("clip", "between"))
+    board = read(world(HELD, seeds=(0,)), FakeJudges(), ("clip", "between_clip"))
     cell = board.cells("harmful", "mosaic")[0]
-    assert set(board.at(cell, CONTROL, "lora").values) == {"clip", "between"}
+    assert set(board.at(cell, CONTROL, "lora").values) == {"clip", "between_clip"}
     assert board.at(cell, "mima", "lora").values["clip"].shape == (5, 4)
 
 
@@ -108,7 +108,7 @@ def test_what_one_metric_had_judged_the_next_does_not_judge_again():
             return super().images(images)
 
     judges, run = FakeJudges(clip=Counted()), world(HELD, seeds=(0,))
-    first = read(run, judges, ("clip", "between"))
+    first = read(run, judges, ("clip", "between_clip"))
     count = len(shown)
     again = read(run, judges, ("clip",))
     assert len(shown) == count
