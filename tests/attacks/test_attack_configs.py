@@ -34,8 +34,8 @@ def options(target: str) -> set[str]:
     )
 
 
-def test_there_are_twenty_three() -> None:
-    assert len(NAMES) == 23
+def test_there_are_twenty_four() -> None:
+    assert len(NAMES) == 24
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -49,7 +49,7 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
     none, _ = without.gradient(other, 2)
     target = whole.targets[0]
     point = whole._attack(theta, target, 2).found[-1].weights
-    batch = whole._decoys(target, 2, 0)
+    batch = whole._decoys(target, "name", 2, 0)
 
     def loss(weights):
         return whole.denoiser.loss(batch, weights)
