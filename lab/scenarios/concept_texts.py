@@ -15,6 +15,7 @@ from lab.minisd.world import Picture, Subset, picture
 from lab.problems import Erasure
 from lab.seeding import generator
 
+# Reserved for evaluation: MiniSD's captions use none of them, and no immunizer or attacker may.
 REWORDED_STYLE = (
     "{style}, {it}",
     "an image of {it} in {style} style",

@@ -17,6 +17,7 @@ from lab.problems import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioDa
 from lab.prompts import text
 from lab.store import stage_key
 
+# every family that a scenario may give a concept; `lab.problems.Concept.prompts`
 FAMILIES = ("name", "description", "reworded", "unseen_pairs")
 
 

@@ -18,6 +18,8 @@ from eval.geometry import Geometry
 from lab.condition import condition_number, row_groups
 from lab.types import CONTROL
 
+# --- conditioning -----------------------------------------------------------------------------------------------------
+
 
 def test_identical_arms_have_rir_one() -> None:
     scores = Conditioning()(fake()).metrics

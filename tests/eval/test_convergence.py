@@ -17,6 +17,8 @@ from eval.trajectories import target_of
 from lab.errors import UserError
 from lab.types import CONTROL, Trajectory
 
+# --- convergence ------------------------------------------------------------------------------------------------------
+
 
 def test_identical_arms_have_slowdown_one_and_no_deviation() -> None:
     metrics = Convergence()(fake(trajectories=rates(0.8, 0.8))).metrics

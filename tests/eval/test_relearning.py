@@ -11,6 +11,7 @@ from eval.usable import asked
 from lab.errors import UserError
 from lab.types import CONTROL
 
+# detections of ten pictures at steps 0, 10, 20, 40, 80; the control reaches 60 % at step 10 + 4/6·10
 CONTROL_SHARES = (0, 2, 8, 10, 10)
 HORIZON = 10 + 10 * 4 / 6
 

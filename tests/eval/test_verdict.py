@@ -13,6 +13,8 @@ from fake_run import (
 from eval.verdict import Verdict
 from lab.types import CONTROL, Trajectory
 
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
 
 def test_protection_that_keeps_the_benign_task_passes() -> None:
     scores = Verdict()(fake(trajectories=rates(0.95, 0.8)))
