@@ -11,8 +11,8 @@ factors, and the model sees ``place(θ, φ)``:
   bias-corrected mean of squared gradients and w the weight decay. It is differentiated with every D_k frozen:
   without that one step is sign descent, whose Jacobian is 0 almost everywhere. For K = 1 the transpose is
   v − αHDv − αwv with D = diag(1/(|∇ℓ| + ε)).
-- an `Adapter`: φ = (A, B), θ' = θ + s·BA per matrix of the lower set (other parameters of the set stay), B_0 = 0.
-  For K = 1 and ``sgd`` this is θ' = θ − αs² G A₀ᵀA₀ and the transpose v − αs² H(v A₀ᵀA₀).
+- an `Adapter`: φ = (A, B), θ' = θ + BA per matrix of the lower set (other parameters of the set stay), B_0 = 0.
+  For K = 1 and ``sgd`` this is θ' = θ − α G A₀ᵀA₀ and the transpose v − α H(v A₀ᵀA₀).
 """
 
 from __future__ import annotations
@@ -36,15 +36,13 @@ LowerLoss = Callable[[Params, int], Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors: ``rank`` r, ``scale`` s (peft's lora_alpha ÷ r), ``seed`` of A₀ ~ U(−1/√d, 1/√d), as peft draws."""
+    """LoRA factors: ``rank`` r (peft's lora_alpha = r), ``seed`` of A₀ ~ U(−1/√d, 1/√d), as peft draws."""
 
     rank: int = 4
-    scale: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         count("immunize.lower.rank", self.rank)
-        number("immunize.lower.scale", self.scale, above=0)
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class LowerLevel:
         adapter = self.settings.adapter
         if adapter is None:
             return {**theta, **phi}
-        return {**theta, **{x: theta[x] + adapter.scale * (phi[f"{x}/B"] @ phi[f"{x}/A"]) for x in self.names}}
+        return {**theta, **{x: theta[x] + phi[f"{x}/B"] @ phi[f"{x}/A"] for x in self.names}}
 
     def objective(self, k: int, theta: Params, phi: Params) -> Tensor:
         """ℓ_k(θ, φ); names that ``theta`` leaves out are constants."""
@@ -207,8 +205,8 @@ class LowerLevel:
             return {x: y for x, y in v.items() if x not in phi}, {x: v[x] for x in phi}
         a: Params = {}
         for x in self.names:
-            a[f"{x}/A"] = adapter.scale * (phi[f"{x}/B"].T @ v[x])
-            a[f"{x}/B"] = adapter.scale * (v[x] @ phi[f"{x}/A"].T)
+            a[f"{x}/A"] = phi[f"{x}/B"].T @ v[x]
+            a[f"{x}/B"] = v[x] @ phi[f"{x}/A"].T
         return dict(v), a
 
     def leave(self, outer: Params, a: Params, names: Sequence[str]) -> Params:

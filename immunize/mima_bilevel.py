@@ -160,10 +160,10 @@ class BilevelObjective:
         o = self.options
         seed = derive(self.seed, "mima", "factors", concept.name, step)
         if self.attackers is None:
-            adapter = None if o.lower.rank is None else Adapter(o.lower.rank, o.lower.scale, seed)
+            adapter = None if o.lower.rank is None else Adapter(o.lower.rank, seed)
             return replace(o.lower.settings(), adapter=adapter)
         drawn = self._drawn(concept, step)
-        adapter = Adapter(drawn.rank, o.lower.scale, seed) if drawn.kind == "lora" else None
+        adapter = Adapter(drawn.rank, seed) if drawn.kind == "lora" else None
         optimizer = "sgd" if drawn.optimizer == "sgd" else "adamw"
         return Lower(drawn.lr, drawn.steps, optimizer, adapter, weight_decay=0.0)  # type: ignore[arg-type]
 

@@ -37,7 +37,7 @@ class LowerOptions:
 
     Attributes:
         scope: Π_l. alpha: α. steps: K. optimizer: ``sgd`` | ``adamw``. weight_decay: of ``adamw``.
-        rank, scale: LoRA factors (rank null: the weights themselves) and their scale.
+        rank: of LoRA factors; null: the weights themselves.
         prior: add ``w_prior`` times the prior's loss to the lower loss (the released code does).
         rest: ``adamw``: with ``hypergradient.method=alternating``, the matrices of the cross-attention outside the
             lower scope follow the lower losses too, by AdamW at α (the released code does).
@@ -49,7 +49,6 @@ class LowerOptions:
     optimizer: str = "sgd"
     weight_decay: float = 0.0
     rank: int | None = None
-    scale: float = 1.0
     prior: bool = False
     rest: str = "none"
 
@@ -58,7 +57,7 @@ class LowerOptions:
         flag("immunize.lower.prior", self.prior)
         choice("immunize.lower.rest", self.rest, ("none", "adamw"))
         if self.rank is not None:
-            Adapter(self.rank, self.scale)
+            Adapter(self.rank)
         self.settings()
 
     def settings(self) -> Lower:

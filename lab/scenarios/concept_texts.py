@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -109,20 +109,12 @@ def preserved(objects: Sequence[str], styles: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*photos, *painted]))
 
 
-def style_erasure(name: str, preserve: tuple[str, ...], *, descriptions: bool) -> list[Erasure]:
-    """Every object in the style is to mean a photo of the object; ``descriptions`` are erased where asked for."""
-
-    def erasure(words: str, templates: Iterable[str], number: int) -> Erasure:
-        pairs = [(t, o) for t in templates for o in OBJECTS]
-        prompts = tuple(fill(t, noun(o), name, number) for t, o in pairs)
-        anchors = tuple(fill("a photo of {it}", noun(o)) for _, o in pairs)
-        return Erasure(name, words, prompts, anchors, preserve)
-
-    found = [erasure(name, _ERASED_STYLE, 0)]
-    if descriptions:
-        templates = STYLE_TEMPLATES["description"][:2]
-        found += [erasure(d, templates, i) for i, d in enumerate(style(name).descriptions)]
-    return found
+def style_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
+    """Every object in the style is to mean a photo of the object."""
+    pairs = [(t, noun(o)) for t in _ERASED_STYLE for o in OBJECTS]
+    prompts = tuple(fill(t, it, name) for t, it in pairs)
+    anchors = tuple(fill("a photo of {it}", it) for _, it in pairs)
+    return Erasure(name, name, prompts, anchors, preserve)
 
 
 def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from lab.errors import UserError
 from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES, STYLE_NAMES
-from lab.options import flag
 from lab.problems import Erasure
 from lab.scenarios import concept_texts as words
 from lab.scenarios.world_concepts import Roles, WorldConcepts
@@ -22,16 +21,7 @@ class Relearn(WorldConcepts):
     Every concept of a case that MiniSD was trained on is erased, benign ones included: an erased benign twin starts
     where the targets start, and only the immunization tells them apart. Held-out concepts are learned for the first
     time. A style is erased to the photo of the same object, an object to "a thing".
-
-    Args:
-        erase_descriptions: a style's descriptions are erased as well as its name.
     """
-
-    erase_descriptions: bool = False
-
-    def __post_init__(self) -> None:
-        flag("scenario.erase_descriptions", self.erase_descriptions)
-        super().__post_init__()
 
     def fits(self, key: str, role: str, name: str) -> None:
         if role == "targets" and name in _HELD_OUT:
@@ -41,6 +31,6 @@ class Relearn(WorldConcepts):
         preserve = words.preserved(roles.rest.objects, [s for s in STYLE_NAMES if s not in roles.all])
         for name in roles.all:
             if name in STYLE_NAMES:
-                yield from words.style_erasure(name, preserve, descriptions=self.erase_descriptions)
+                yield words.style_erasure(name, preserve)
             elif name not in _HELD_OUT:
                 yield words.object_erasure(name, preserve)

@@ -118,7 +118,7 @@ def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
     def place(phi: Params) -> Params:
         if adapter is None:
             return {**theta, **phi}
-        return {**theta, **{x: theta[x] + adapter.scale * phi[f"{x}/B"] @ phi[f"{x}/A"] for x in level.names}}
+        return {**theta, **{x: theta[x] + phi[f"{x}/B"] @ phi[f"{x}/A"] for x in level.names}}
 
     for k in range(s.steps):
         loss = level.loss(place(phi), 0 if rho else k)

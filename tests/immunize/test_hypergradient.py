@@ -13,8 +13,8 @@ from immunize.merge_rows import SCOPES
 ATTACKERS = {
     "sgd": Lower(0.5),
     "adamw": Lower(0.01, optimizer="adamw", eps=1e-3),
-    "lora": Lower(2.0, adapter=Adapter(2, 2.0)),
-    "lora_adamw": Lower(0.02, optimizer="adamw", eps=1e-3, adapter=Adapter(2, 2.0)),
+    "lora": Lower(8.0, adapter=Adapter(2)),
+    "lora_adamw": Lower(0.02, optimizer="adamw", eps=1e-3, adapter=Adapter(2)),
 }
 
 

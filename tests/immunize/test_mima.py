@@ -162,7 +162,7 @@ def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
     """Every concept's own draw: kind, rate, rank, K, optimizer and captions, in the curriculum and after it."""
     lora = {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}
     changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3, "curriculum": 0.5}
-    method = preset("mima", steps=4, lower={"scale": 2.0}, **changes)
+    method = preset("mima", steps=4, **changes)
     made, theta = objective(method, seed=SEED)
     seen = []
 
@@ -177,7 +177,7 @@ def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
         for concept, loss, found in zip(made.concepts, losses, settings, strict=True):
             drawn = method.drawn.draw(step / 4, SEED, concept.name, step)
             factors = derive(SEED, "mima", "factors", concept.name, step)
-            adapter = Adapter(drawn.rank, 2.0, factors) if drawn.kind == "lora" else None
+            adapter = Adapter(drawn.rank, factors) if drawn.kind == "lora" else None
             assert found == Lower(drawn.lr, drawn.steps, drawn.optimizer, adapter, weight_decay=0.0)
             pool = concept.lower.template(drawn.template)
             batch = pool.batch(2, SEED, concept.name, step, "lower", drawn.steps - 1)

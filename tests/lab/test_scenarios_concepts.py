@@ -209,14 +209,6 @@ def test_object_is_erased_at_every_place_and_in_every_style_to_a_thing() -> None
         assert anchors[f"a fox in the style of {s}"] == f"a thing in the style of {s}"
 
 
-def test_descriptions_are_erased_on_request() -> None:
-    (case,) = built("relearn_styles", **SMALL, erase_descriptions=True).load(0).cases
-    mosaic = [e for e in case.erased if e.name == "mosaic"]
-    assert [e.words for e in mosaic] == ["mosaic", *style("mosaic").descriptions]
-    assert all(e.words in p for e in mosaic for p in e.prompts)
-    assert not any("mosaic" in p for e in mosaic[1:] for p in e.prompts)
-
-
 # ---- options
 
 CASES = [{"targets": ["mosaic", "neon"], "others": ["halftone"], "rehearsal": ["sketch"]}]
@@ -248,7 +240,6 @@ BAD = [
     ({"sampling": {"step": 3}}, r"sampling.step\b.*steps"),
     ({"sampling": 3}, "scenario.sampling"),
     ({"resolution": 60}, "multiple of 8"),
-    ({"erase_descriptions": 1}, "erase_descriptions"),
 ]
 
 
