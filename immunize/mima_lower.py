@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from immunize.mima_sampling import Batch, Pool
+from immunize.mima_sampling import WORDS, Batch, Pool, worded
 from immunize.mima_scopes import SCOPES, matrices
 from lab.captions import TEMPLATES
 from lab.errors import UserError
@@ -23,7 +23,7 @@ from lab.options import choice, count, names, number
 from lab.seeding import generator
 
 Loss = Callable[[Batch, Mapping[str, Tensor]], Tensor]
-_FIELDS = ("kind", "share", "scopes", "ranks", "lr", "optimizer", "templates")
+_FIELDS = ("kind", "share", "scopes", "ranks", "lr", "optimizer", "templates", "words")
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Attack:
 
     Attributes:
         kind: ``lora`` or ``weights``. scope: what it moves. rank: of LoRA, 0 otherwise. lr: its learning rate.
-        optimizer: ``adamw`` (no weight decay) or ``sgd``. template: which captions it trains on.
+        optimizer: ``adamw`` (no weight decay) or ``sgd``. template: which captions it trains on, with the number of the
+            rare word (`immunize.mima_sampling.worded`).
         steps: K.
     """
 
@@ -49,7 +50,8 @@ class Attack:
 class Family:
     """Attackers of one kind. ``share``: how often, relative to the others; ``ranks`` and ``lr``: smallest and
     largest, drawn uniformly and log-uniformly; ``scopes`` and ``templates`` (of `lab.captions.TEMPLATES`, the captions
-    that the attacker writes) are equally likely, one that stands twice twice as often."""
+    that the attacker writes) are equally likely, one that stands twice twice as often; by ``token`` it writes one of
+    ``words`` rare words, equally likely too."""
 
     kind: str
     share: float
@@ -58,6 +60,13 @@ class Family:
     lr: tuple[float, float]
     optimizer: str
     templates: tuple[str, ...] = ("name",)
+    words: int = 1
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """The templates, ``token`` once for each of its words."""
+        words = {template: range(self.words if template == "token" else 1) for template in self.templates}
+        return tuple(worded(template, word) for template, numbers in words.items() for word in numbers)
 
 
 def _range(key: str, value: Any) -> list[Any]:
@@ -72,7 +81,7 @@ def family(key: str, given: Any) -> Family:
 
     Raises:
         UserError: unknown options, scopes or templates, learning rates ≤ 0, ranks < 1, a range that is the wrong way
-            round.
+            round, more words than there are.
     """
     if not isinstance(given, Mapping):
         raise UserError(key, given, f"must be a group with {', '.join(_FIELDS)}.")
@@ -93,7 +102,10 @@ def family(key: str, given: Any) -> Family:
         raise UserError(f"{key}.templates", templates, f"needs at least one of {', '.join(TEMPLATES)}.")
     optimizer = choice(f"{key}.optimizer", given.get("optimizer", "adamw"), ("adamw", "sgd"))
     share = number(f"{key}.share", given.get("share", 1.0), 0)
-    return Family(kind, share, scopes, (ranks[0], ranks[1]), (lr[0], lr[1]), optimizer, templates)
+    words = count(f"{key}.words", given.get("words", 1))
+    if words > len(WORDS):
+        raise UserError(f"{key}.words", words, f"there are {len(WORDS)} rare words.")
+    return Family(kind, share, scopes, (ranks[0], ranks[1]), (lr[0], lr[1]), optimizer, templates, words)
 
 
 class Attackers:
@@ -125,17 +137,17 @@ class Attackers:
     @property
     def templates(self) -> tuple[str, ...]:
         """All that any family writes."""
-        return tuple(dict.fromkeys(template for f in self.families.values() for template in f.templates))
+        return tuple(dict.fromkeys(template for f in self.families.values() for template in f.written))
 
     def draw(self, progress: float, seed: int, *labels: object) -> Attack:
         """The attacker of the stream ``labels``. ``progress``: 0 at the first upper step, 1 after the last."""
         g = generator(seed, "mima", "attacker", *labels)
-        u = torch.rand(6, generator=g, dtype=torch.float64).tolist()
+        u = torch.rand(7, generator=g, dtype=torch.float64).tolist()
         k_min = self.k_min
         if progress < self.curriculum:
             f = next(iter(self.families.values()))
             low = (f.lr[0], math.sqrt(f.lr[0] * f.lr[1]))
-            f = Family(f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, low, f.optimizer, f.templates[:1])
+            f = Family(f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, low, f.optimizer, f.templates[:1], f.words)
             k_min = max(k_min, self.k_max // 2)
         else:
             f = self._family(u[0])
@@ -146,7 +158,7 @@ class Attackers:
             rank if f.kind == "lora" else 0,
             f.lr[0] * (f.lr[1] / f.lr[0]) ** u[3],
             f.optimizer,
-            f.templates[int(u[4] * len(f.templates))],
+            worded(f.templates[int(u[4] * len(f.templates))], int(u[6] * f.words)),
             k_min + int(u[5] * (self.k_max - k_min + 1)),
         )
 

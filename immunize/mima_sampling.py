@@ -18,8 +18,14 @@ from lab.errors import UserError
 from lab.problems import Concept, ConceptCase, Pictures, Sampling
 from lab.seeding import generator
 
-TOKEN = "zwx"  # a rare word; another one than the attackers' own
+# rare words, none of them an attacker's own (sks, ktn, <new1>); of several lengths, since the tokenizer spells them
+WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
 PRIORS = ("keep", "class", "both")
+
+
+def worded(template: str, word: int) -> str:
+    """``token`` with the number of its rare word in `WORDS`; other templates as they are."""
+    return f"{template} {word}" if template == "token" else template
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,7 @@ def cast(text: Text, dtype: torch.dtype) -> Text:
 class Pool:
     """Encoded pictures: latents [n, c, s, s], ``text`` of the different captions, and which picture has which.
 
-    ``others``: template → which picture has which caption by it (`lab.captions`).
+    ``others``: template (`worded`) → which picture has which caption by it (`lab.captions`).
     """
 
     z: Tensor
@@ -145,25 +151,30 @@ def halves(
 
     Args:
         decoys: how many to paint.
-        templates: by which the pictures get further captions; a concept without description prompts gets none by
-            ``description``.
+        templates: by which the pictures get further captions (`worded`); a concept without description prompts gets
+            none by ``description``.
 
     Raises:
         UserError: fewer than two pictures.
     """
     enough(concept)
     name, count = concept.name, len(concept.own)
-    expression = f"{TOKEN} {class_words(concept)}".strip()
     chosen = [t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or concept.prompts.get(t))]
 
     def encoded(pictures: Pictures) -> Pool:
-        return Pool.encode(model, pictures, dtype, {t: captions(concept, pictures, t, expression) for t in chosen})
+        return Pool.encode(model, pictures, dtype, {t: _captions(concept, pictures, t) for t in chosen})
 
     pool = encoded(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
     painted = encoded(_decoys(model, concept, seed, decoys)) if decoys else None
     return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
+
+
+def _captions(concept: Concept, pictures: Pictures, template: str) -> tuple[str, ...]:
+    kind, _, word = template.partition(" ")
+    expression = f"{WORDS[int(word)]} {class_words(concept)}".strip() if word else ""
+    return captions(concept, pictures, kind, expression)
 
 
 def _decoys(model: DiffusionModel, concept: Concept, seed: int, number: int) -> Pictures:

@@ -225,7 +225,7 @@ def test_attackers_are_drawn_from_their_ranges():
         "full": {"kind": "weights", "share": 0.5, "scopes": ["all"], "lr": [1e-4, 4e-4], "templates": "description"},
         "never": {"kind": "weights", "share": 0.0, "scopes": ["kv"], "lr": 1.0},
     }
-    families["lora"]["templates"] = ["name", "token"]
+    families["lora"] |= {"templates": ["name", "token"], "words": 3}
     drawn = Attackers(families, 2, 40, curriculum=0.5)
     late = [drawn.draw(0.9, 0, i) for i in range(400)]
     assert late == [drawn.draw(0.9, 0, i) for i in range(400)]
@@ -234,9 +234,11 @@ def test_attackers_are_drawn_from_their_ranges():
     assert {a.rank for a in lora} == set(range(4, 17))
     assert {a.scope for a in lora} == {"attn2", "all"}
     assert {a.steps for a in late} == set(range(2, 41))
-    assert {a.template for a in lora} == {"name", "token"}
+    words = ("token 0", "token 1", "token 2")
+    assert {a.template for a in lora} == {"name", *words}
+    assert sum(a.template == "name" for a in lora) == pytest.approx(len(lora) / 2, rel=0.25)  # not one in four
     assert {a.template for a in late if a.kind == "weights"} == {"description"}
-    assert set(drawn.templates) == {"name", "token", "description"}
+    assert set(drawn.templates) == {"name", *words, "description"}
     rates = torch.tensor([a.lr for a in lora]).log()
     assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3
     assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)
