@@ -8,7 +8,7 @@ from mima_examples import case, model, objective, preset
 
 from immunize.mima_losses import Denoiser
 from immunize.mima_lower import Attack, Running
-from immunize.mima_sampling import TOKEN, Batch, Pool, halves, pooled
+from immunize.mima_sampling import WORDS, Batch, Pool, halves, pooled
 from lab.captions import captions, class_words
 
 
@@ -40,20 +40,20 @@ def hidden(pool: Pool) -> torch.Tensor:
 
 def test_templates_give_the_same_pictures_other_captions():
     target = dataclasses.replace(case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)})
-    half = halves(model(), target, 0, torch.float32, templates=["name", "token", "description"])
+    half = halves(model(), target, 0, torch.float32, templates=["name", "token 1", "description"])
     for pool in (half.lower, half.upper):
-        assert torch.equal(pool.template("token").z, pool.z)
+        assert torch.equal(pool.template("token 1").z, pool.z)
         assert torch.equal(hidden(pool.template("name")), hidden(pool))
         assert torch.allclose(hidden(pool.template("description")), model().text(["a panda"]).hidden, atol=1e-5)
-    asked = captions(target, target.own, "token", f"{TOKEN} {class_words(target)}".strip())
+    asked = captions(target, target.own, "token", f"{WORDS[1]} {class_words(target)}".strip())
     assert all(target.words not in caption for caption in asked)
     expected = model().text(asked).hidden
-    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden(half.lower.template("token")))
+    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden(half.lower.template("token 1")))
     without = halves(model(), case().targets[0], 0, torch.float32, templates=["description"]).lower
     assert torch.equal(hidden(without.template("description")), hidden(without))  # no description prompts: its own
-    joined = pooled([half, halves(model(), case().targets[1], 0, torch.float32, templates=["token"])]).lower
+    joined = pooled([half, halves(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]).lower
     count = len(half.lower)
-    assert torch.equal(hidden(joined.template("token"))[:count], hidden(half.lower.template("token")))
+    assert torch.equal(hidden(joined.template("token 1"))[:count], hidden(half.lower.template("token 1")))
     assert torch.equal(hidden(joined.template("description"))[count:], hidden(joined)[count:])
 
 
@@ -78,7 +78,7 @@ def test_an_attack_trains_on_the_captions_of_its_template():
 def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     """Held-out pictures, decoys and practice concepts get the captions of the attack that they follow."""
     attackers = {
-        "full": {"kind": "weights", "scopes": ["attn2"], "lr": 1e-3, "templates": ["token"]},
+        "full": {"kind": "weights", "scopes": ["attn2"], "lr": 1e-3, "templates": ["token"], "words": 3},
         "lora": None,
         "kv": None,
     }
@@ -98,7 +98,10 @@ def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     monkeypatch.setattr(Denoiser, "loss", spy)
     made.gradient(theta, 0)
     concepts = [*case().targets, *(case().rehearsal if more else ())]
-    asked = [captions(c, c.own, "token", f"{TOKEN} {class_words(c)}".strip()) for c in concepts]
+    asked = []
+    for c in concepts:
+        word = WORDS[int(method.drawn.draw(0.0, 0, c.name, 0).template.removeprefix("token "))]
+        asked.append(captions(c, c.own, "token", f"{word} {class_words(c)}".strip()))
     taught = model().text(sorted({caption for some in asked for caption in some})).hidden
     rows = torch.cat(seen)
     assert len(rows) > 2 * len(concepts)
