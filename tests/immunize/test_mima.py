@@ -237,6 +237,7 @@ DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
         ("mima_deep", {"k_min": 5, "k_max": 4}, "immunize.k_min"),
         ("mima_deep", {"attackers": {"lora": {**LORA, "lr": [0.0, 1e-3]}, "kv": None, "full": None}}, ".lora.lr"),
         ("mima_deep", {"attackers": {"lora": None, "kv": None, "full": None}}, "immunize.attackers"),
+        ("mima_deep", {"attackers": {"lora": {"words": 9}}}, "immunize.attackers.lora.words"),
         ("mima_deep", {"at": [0.0]}, "immunize.at"),
         ("mima_deep", {"evaluate": ["mine"]}, "immunize.evaluate"),
         ("mima_deep", {"prior_ramp": 0.5}, "immunize.prior_ramp"),
