@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 
 from lab.errors import UserError
+
+_log = logging.getLogger(__name__)
 
 
 def pick(key: str, name: object) -> torch.device:
@@ -27,3 +32,15 @@ def pick(key: str, name: object) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(key, name, "torch sees no Apple GPU here; use auto or cpu.")
     return device
+
+
+def computes_bfloat16(kind: str) -> bool:
+    """Whether a device of this type has bfloat16 instructions. Processors before AVX-512 emulate them."""
+    return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@cache
+def tell_of_emulation(kind: str, key: str, instead: str) -> None:
+    """Says once in a process that bfloat16, asked for by the config key, costs time here in place of saving it."""
+    if not computes_bfloat16(kind):
+        _log.warning("this processor emulates bfloat16, slower than float32; %s=%s saves the time", key, instead)

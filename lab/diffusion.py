@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lab.devices import tell_of_emulation
 from lab.errors import UserError
 from lab.problems import Kind, Sampling
 from lab.prompts import check_prompts, warn_cut
@@ -231,6 +232,8 @@ class DiffusionModel(nn.Module):
         text, guided, x = self.text(prompts), sampling.guidance != 1, latents
         both = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text]) if guided else text
         low = torch.autocast(x.device.type, torch.bfloat16, enabled=sampling.precision == "bfloat16")
+        if sampling.precision == "bfloat16":
+            tell_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
         for t in ddim.timesteps:
             with low:
                 guess = self.predict(torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both)

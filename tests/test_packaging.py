@@ -212,21 +212,24 @@ def elsewhere(python, folder):
 
 
 @pytest.mark.slow
-def test_the_wheel_runs_from_another_folder(archives, tmp_path):
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_an_archive_runs_from_another_folder(archives, kind, tmp_path):
     """Installed alone; the packages that it needs are those of this environment. The folder is a repository."""
-    *_, wheel = archives
+    _, sdist, wheel = archives
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     venv.create(tmp_path / ".venv", with_pip=False)
     python = tmp_path / ".venv/bin/python"
     site = Path(sh(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
-    sh(
-        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", wheel,
-        cwd=tmp_path,
-    )  # fmt: skip
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "needs.pth").write_text("\n".join(sorted(paths)) + "\n")
+    # an editable install of this checkout may lie in those folders: pip would call the requirement satisfied
+    sh(
+        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index",
+        "--no-build-isolation", "--ignore-installed", wheel if kind == "wheel" else sdist,
+        cwd=tmp_path,
+    )  # fmt: skip
     elsewhere(python, tmp_path)
 
 

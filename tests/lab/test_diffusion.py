@@ -8,6 +8,7 @@ import torch
 from tiny_diffusion import tiny_diffusion
 from tiny_sd import tiny_pipeline
 
+from lab import devices
 from lab.diffusion import DiffusionModel, check_prompts
 from lab.errors import UserError
 from lab.problems import Sampling
@@ -73,6 +74,17 @@ def test_sampling_in_bfloat16_is_torchs_autocast_and_stays_close(model):
     assert 0 < (low - want).abs().mean() < 0.05 * want.abs().mean()
     assert torch.equal(low, model.sample(PROMPTS, z, Sampling(2, 4.0, precision="bfloat16")))
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_processor_that_emulates_bfloat16_is_told_of_once(monkeypatch, caplog):
+    model = DiffusionModel.from_pipeline(tiny_pipeline("sd1"))
+    for native, told in ((True, 0), (False, 1)):
+        monkeypatch.setattr(devices, "computes_bfloat16", lambda kind, native=native: native)
+        devices.tell_of_emulation.cache_clear()
+        for _ in range(2):
+            model.sample(PROMPTS[:1], model.latents(1, 0), Sampling(1, precision="bfloat16"))
+        assert caplog.text.count("scenario.sampling.precision=weights saves the time") == told
+    devices.tell_of_emulation.cache_clear()
 
 
 def test_text_equals_encode_prompt(model):
