@@ -13,7 +13,6 @@ from torch import Tensor
 
 from immunize.merge import Merge, Params
 from lab.errors import Diverged
-from lab.options import count, number
 from lab.seeding import generator
 
 Mask = Literal["sparse", "low_rank"]
@@ -107,9 +106,6 @@ def learn(
     learned = merge.learned
     if not isinstance(learned, Learned):
         raise ValueError("the merge has no learned weights: rule must be masked or gated")
-    count("immunize.merge.learn_steps", steps)
-    number("immunize.merge.learn_rate", rate, above=0)
-    number("immunize.merge.sparsity", sparsity, 0)
     history: list[float] = []
     m = {key: torch.zeros_like(x) for key, x in learned.parameters.items()}
     square = {key: torch.zeros_like(x) for key, x in learned.parameters.items()}

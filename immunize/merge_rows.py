@@ -41,7 +41,7 @@ class MergeOptions:
         rows: input rows per concept of a layer whose input is not text; a kernel's rows are its patches. At most
             d/2N are taken, so that N concepts never pin down a whole matrix of input width d.
         regular_rows: rows of C_reg of such a layer; λ must be positive where they are fewer than its input is wide.
-        mask: ``sparse`` | ``low_rank``, of rank ``mask_rank``.
+        mask: ``sparse`` | ``low_rank``, of rank 4.
         seed: of the choice of rows and of the masks.
     """
 
@@ -52,7 +52,6 @@ class MergeOptions:
     rows: int = 16
     regular_rows: int = 1024
     mask: Mask = "sparse"
-    mask_rank: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,7 +60,7 @@ class MergeOptions:
         choice("immunize.merge.mask", self.mask, ("sparse", "low_rank"))
         number("immunize.merge.lam", self.lam, 0)
         number("immunize.merge.mu", self.mu, 0)
-        for key in ("rows", "regular_rows", "mask_rank"):
+        for key in ("rows", "regular_rows"):
             count(f"immunize.merge.{key}", getattr(self, key))
         if self.rule == "masked" and self.scope == "kv":
             raise UserError("immunize.merge.scope", "kv", "rule=masked learns masks beyond kv; take a larger scope.")
@@ -237,7 +236,7 @@ def build_merge(
     if rule in ("masked", "gated"):
         like = dict(model.unet.named_parameters())
         shapes = {name: like[name] for name in scope if name not in members}
-        learned = Learned(shapes, n, "gate" if rule == "gated" else options.mask, options.mask_rank, options.seed)
+        learned = Learned(shapes, n, "gate" if rule == "gated" else options.mask, seed=options.seed)
     merge = Merge(n, factors, members, learned)
     merge.report["dropped_tokens"] = float(len(dropped))
     return merge

@@ -216,14 +216,13 @@ class BilevelObjective:
         return upper
 
     def _learn(self, theta: Params, lower: Sequence[LowerLoss], settings: Sequence[Lower]) -> None:
-        """A few steps of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they are constants."""
-        o = self.options.merging
+        """A step of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they are constants."""
         adapted = []
         for n, (loss, setting) in enumerate(zip(lower, settings, strict=True)):
             level = LowerLevel(setting, theta, self.lower_names, loss, n)
             adapted.append(level.adapted(level.run(keep=False).final))
         losses = [lambda weights, loss=loss: loss(weights, 0) for loss in lower]
-        learn(self.merge, theta, adapted, losses, steps=o.learn_steps, rate=o.learn_rate, sparsity=o.sparsity)
+        learn(self.merge, theta, adapted, losses, sparsity=self.options.merging.sparsity)
         assert isinstance(self.merge.learned, Learned)
         self.merge.learned.parameters = self.team.same(self.merge.learned.parameters)
 

@@ -129,31 +129,24 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)
 
 
-_LEARNED = ("learn_steps", "learn_rate", "sparsity")
-
-
 @dataclass(frozen=True)
 class MergeGroup:
     """How concepts are merged: `immunize.merge_rows.MergeOptions`, and
 
     Attributes:
         prompts: at most so many prompts that name the concept give the rows of C_n.
-        learn_steps, learn_rate, sparsity: of learned weights, per upper step (`immunize.merge_learned.learn`).
+        sparsity: of learned weights (`immunize.merge_learned.learn`).
     """
 
     options: MergeOptions
     prompts: int = 4
-    learn_steps: int = 1
-    learn_rate: float = 1e-2
     sparsity: float = 0.0
 
     @staticmethod
     def read(given: Any) -> MergeGroup:
         known = [f.name for f in fields(MergeOptions) if f.name != "seed"]
-        found = group("immunize.merge", given, [*known, "prompts", *_LEARNED])
+        found = group("immunize.merge", given, [*known, "prompts", "sparsity"])
         count("immunize.merge.prompts", found.get("prompts", 4))
-        count("immunize.merge.learn_steps", found.get("learn_steps", 1))
-        number("immunize.merge.learn_rate", found.get("learn_rate", 1e-2), above=0)
         number("immunize.merge.sparsity", found.get("sparsity", 0.0), 0)
-        own = {name: found.pop(name) for name in ("prompts", *_LEARNED) if name in found}
+        own = {name: found.pop(name) for name in ("prompts", "sparsity") if name in found}
         return MergeGroup(MergeOptions(**found), **own)
