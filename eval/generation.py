@@ -34,8 +34,8 @@ class Generation:
     latents; M is the mean over pictures of one similarity of `eval.judging.References`. ``msgr_M`` is the mean SGR of
     the targets, ``sgr_benign_M`` that of the others, ``sgr_M_CONCEPT`` one concept's, ``sgr_M_worst`` the least
     protected target's, ``sgr_benign_M_worst`` the other concept's that lost most. RSGR of a target t =
-    (M(x_A^o, x_I^o) − M(x_A^t, x_I^t)) / M(x_A^o, x_I^o), where M is the cosine (by ``clip``, by ``features``) of the
-    pictures of both arms made from the same latents under the same attack, and its mean over all other concepts o.
+    (M(x_A^o, x_I^o) − M(x_A^t, x_I^t)) / M(x_A^o, x_I^o), where M compares the pictures of both arms made from the
+    same latents under the same attack, and its mean over all other concepts o.
 
     Of several attackers each arm's own best counts: the one with the highest M, anew for every seed, concept and point.
     An attacker that fails in both arms so changes nothing, and a weak one cannot stand for a strong one. RSGR takes the
@@ -78,8 +78,7 @@ class Generation:
         try_out(self.judges, cases, (*self.similarities, "clip"))
 
     def __call__(self, run: RunView) -> Scores:
-        pairs = {kind: BETWEEN[kind] for kind in self.similarities if kind in BETWEEN}
-        wanted = (*self.similarities, CLIP_T, *pairs.values())
+        wanted = (*self.similarities, CLIP_T, *(BETWEEN[kind] for kind in self.similarities))
         board = read(run, self.judges, wanted, preprocessing=self.preprocessing, label="similarities")
         out = Scores(tables={"generation": []})
         for similarity in self.similarities:
@@ -89,7 +88,7 @@ class Generation:
         for family in board.families:
             if family != FAMILY:
                 out.metrics |= sgr_means(board, first, marks(board.budget)[0][0], f"_{slug(family)}", family)
-        for kind in pairs:
+        for kind in self.similarities:
             out.metrics |= rsgr_scores(board, first, kind)
         out.metrics |= clip_t_scores(board, first)
         out.curves |= curves(board, first)

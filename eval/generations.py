@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from eval.intervals import Floats, Unit
+from eval.judging import SIMILARITIES
 from lab.problems import Concept, Role
 from lab.types import CONTROL, Budget
 
 FAMILY = "name"  # the prompts that headline figures are about
 CLIP_T, DETECTED, USABLE = "clip_t", "detected", "usable"
-BETWEEN = {"clip": "between_clip", "features": "between_features"}  # by the network whose cosine it is
+BETWEEN = {kind: f"between_{kind}" for kind in SIMILARITIES}  # M of both arms' pictures made from the same latents
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Reading:
 
     Attributes:
         values: quantity → [points, pictures] on the snapshots of the budget: a similarity of `eval.judging`, ``clip_t``
-            (cosine to the prompt), ``detected`` (0 or 1), ``usable`` (0 or 1, see `eval.usable`), ``between_clip``
-            and ``between_features`` (cosine to the other arm's picture made from the same latents). What stands beyond
-            the end of an attack that diverged: `eval.reading`.
+            (cosine to the prompt), ``detected`` (0 or 1), ``usable`` (0 or 1, see `eval.usable`), ``between_M`` (M of
+            the picture and the other arm's, made from the same latents). What stands beyond the end of an attack that
+            diverged: `eval.reading`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
     """

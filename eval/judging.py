@@ -21,6 +21,7 @@ from lab.problems import ConceptCase
 SIMILARITIES = ("clip", "features", "feature_lpips", "lpips")
 PREPROCESSING = ("standard", "legacy")
 BATCH = 256  # pictures that are handed to a judge at once
+PAIRS = 32  # pairs that are compared at once: the maps of one side are all kept
 LEGACY_SIDE = 64  # px
 
 
@@ -220,6 +221,17 @@ class References:
             return self.images
         resized = F.interpolate(self.images.float(), images.shape[-2:], mode="bilinear", antialias=True)
         return resized.round().to(torch.uint8)
+
+
+def alike(judges: Judges, kind: str, a: Tensor, b: Tensor) -> Floats:
+    """M by ``feature_lpips`` or ``lpips``, as in `References`, of pictures of equal index [n]."""
+    found = []
+    for x, y in zip(a.split(PAIRS), b.split(PAIRS), strict=True):
+        if kind == "feature_lpips":
+            found.append(1 - judges.features.compared(x, y)[1].double().cpu() / 2)
+        elif judges.lpips is not None:
+            found.append(1 - judges.lpips.distance(x, y).double().cpu())
+    return np.asarray(torch.cat(found), dtype=float)
 
 
 _LAST: list[tuple[weakref.ref[Any], dict[Any, Any]]] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from eval.aggregate import arm_names, diverged_of
 from eval.generations import BETWEEN, CLIP_T, DETECTED, FAMILY, USABLE, Board, Cell, Reading, prompts_of
 from eval.intervals import Floats
-from eval.judging import Judges, References, clip_vectors, detector_of, memo, prepared, text_vectors
+from eval.judging import Judges, References, alike, clip_vectors, detector_of, memo, prepared, text_vectors
 from eval.usable import usable
 from lab.activations import digest
 from lab.cases import fingerprint
@@ -23,7 +23,7 @@ from lab.sources import source_hash
 from lab.store import stage_key
 from lab.types import CONTROL, RunView, Trajectory
 
-_VECTORS = {kind: f"vectors of {kind}" for kind in BETWEEN}
+_VECTORS = {kind: f"vectors of {kind}" for kind in ("clip", "features")}  # whose cosine it is
 _WITHOUT_REFERENCES = (*BETWEEN.values(), CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture
 
 
@@ -111,17 +111,22 @@ class _Judge:
         own = [q for q in self.wanted if q not in BETWEEN.values()]
         paired = [kind for kind, q in BETWEEN.items() if q in self.wanted and len(found) == 2]
         lacking = [kind for kind in paired if (CONTROL, BETWEEN[kind]) not in seen]
+        cosines = [kind for kind in lacking if kind in _VECTORS]
         vectors: dict[str, dict[str, Tensor]] = {}
         for arm, trajectory in found.items():
             missing = [q for q in own if (arm, q) not in seen]
-            if missing or lacking:
-                points = self._kept(trajectory.samples[family], family, missing, lacking)
-                vectors[arm] = {kind: points[_VECTORS[kind]] for kind in lacking}
+            if missing or cosines:
+                points = self._kept(trajectory.samples[family], family, missing, cosines)
+                vectors[arm] = {kind: points[_VECTORS[kind]] for kind in cosines}
                 seen |= {(arm, q): np.asarray(points[q]) for q in missing}
         held = {arm: _held(t.steps, plan) for arm, t in found.items()}
         for kind in lacking:
-            a, b = (vectors[arm][kind][held[arm]] for arm in found)
-            seen[CONTROL, BETWEEN[kind]] = np.asarray((a * b).sum(2), dtype=float)
+            if kind in cosines:
+                a, b = (vectors[arm][kind][held[arm]] for arm in found)
+                seen[CONTROL, BETWEEN[kind]] = np.asarray((a * b).sum(2), dtype=float)
+            else:
+                a, b = (t.samples[family][held[arm]] for arm, t in found.items())
+                seen[CONTROL, BETWEEN[kind]] = self._alike(kind, a, b)
         out = {}
         for arm, t in found.items():
             end = sum(step <= t.steps[-1] for step in plan)
@@ -136,6 +141,16 @@ class _Judge:
         control."""
         key = stage_key(judge=self.key, pictures=digest(samples), family=family, missing=missing, between=between)
         return self.run.kept(key, lambda: self._points(samples, family, missing, between))
+
+    def _alike(self, kind: str, a: Tensor, b: Tensor) -> Floats:
+        """M [points, pictures] of both arms' pictures of equal index, from the cache where that has them."""
+        key = stage_key(judge=self.key, pictures=digest(a), others=digest(b), between=kind)
+
+        def compare() -> dict[str, Tensor]:
+            shown = ([prepared(x, self.preprocessing) for x in pair] for pair in zip(a, b, strict=True))
+            return {kind: torch.stack([torch.from_numpy(alike(self.judges, kind, *pair)) for pair in shown])}
+
+        return np.asarray(self.run.kept(key, compare)[kind], dtype=float)
 
     def _points(
         self, samples: Tensor, family: str, missing: Sequence[str], between: Sequence[str]

@@ -12,6 +12,7 @@ from fake_generations import (
     STEPS,
     FakeJudges,
     FakeRun,
+    Perceptual,
     attack,
     case,
     colours,
@@ -24,6 +25,7 @@ from scipy.integrate import trapezoid
 
 from eval.generation import Generation
 from eval.generations import area, marks, prompts_of
+from eval.judging import PAIRS, alike
 from lab.errors import UserError
 from lab.types import CONTROL, Budget, Trajectory
 
@@ -161,7 +163,22 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
         assert found["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
         assert found["mrsgr_features"].value == pytest.approx(found["rsgr_features_mosaic"].value / 2)
     assert "mrsgr_features" not in metrics(FakeRun(make))
-    assert "mrsgr_feature_lpips" not in found
+    assert found["rsgr_feature_lpips_mosaic"].value == pytest.approx(1 / 6)  # one channel of three, and M = 1 - d/2
+    assert found["rsgr_feature_lpips_neon"].value == pytest.approx(0.0)
+    lpips = Generation(FakeJudges(lpips=Perceptual()), similarities=["lpips"])(FakeRun(make)).metrics
+    assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(1.0)  # M = 1 - d, of the channel that differs most
+
+
+@pytest.mark.parametrize("count", [3, 40])  # pictures, on both sides of what is compared at once
+def test_pictures_are_compared_by_their_number(count):
+    class Numbers:
+        def compared(self, images, references):
+            assert len(images) == len(references) <= PAIRS
+            return images, (images.double() - references.double()).abs().mean((1, 2, 3))
+
+    a = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
+    found = alike(FakeJudges(features=Numbers()), "feature_lpips", a, torch.zeros_like(a))
+    assert found == pytest.approx(1 - np.arange(count) / 2)
 
 
 def test_without_other_concepts_rsgr_says_so():
