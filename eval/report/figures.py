@@ -30,6 +30,9 @@ _QUANTITIES = {
     "train_loss": "training loss",
 }
 
+GAPS = (-1.0, 1.2)  # between twice the control's similarity and none at all, with some room
+CUT = "Cut off where the control shows next to nothing of the concept: the ratio to it says nothing there."
+
 Shown = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
 
 
@@ -123,14 +126,15 @@ def trajectories(
             _lines(name, records, labels, index),
             _rank(name) < len(_GENERATED),
         )
+        limits = _gap_limits(lines) if "sgr_" in name and "y" not in curve.get("log", "") else None
         svg = lines_plot(
             lines, title=heading(name), x=str(curve.get("x", "step")), y=str(curve.get("y", name)),
-            log=curve.get("log", ""), legend=_legend(lines, labels),
+            log=curve.get("log", ""), legend=_legend(lines, labels), limits=limits,
             mark=_horizon(records) if _attack_steps(curve) else None,
             reference=0.0 if "sgr_" in name and "y" not in curve.get("log", "") else None,
         )  # fmt: skip
         if svg:
-            (main if generated else more).append({"title": heading(name), "svg": svg, "note": ""})
+            (main if generated else more).append({"title": heading(name), "svg": svg, "note": CUT if limits else ""})
     return main, more
 
 
@@ -161,6 +165,16 @@ def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, fl
         return math.log(limits[1] / limits[0]) if "y" in log else limits[1] - limits[0]
 
     return together if min(map(height, ranges)) >= 0.4 * height(together) else None
+
+
+def _gap_limits(lines: Sequence[Line]) -> tuple[float, float] | None:
+    """The y axis of a relative gap that leaves `GAPS`: it ends there. Before an attack the control shows next to
+    nothing of the concept, and a ratio to next to nothing would squash all that follows."""
+    found = _limits(lines, "")
+    if found is None or (GAPS[0] <= found[0] and found[1] <= GAPS[1]):
+        return None
+    low, high = max(found[0], GAPS[0]), min(found[1], GAPS[1])
+    return (low, high) if low < high else None  # nothing of it would be seen
 
 
 def _limits(lines: Sequence[Line], log: str) -> tuple[float, float] | None:

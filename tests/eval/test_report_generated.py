@@ -12,7 +12,7 @@ from fake_records import attacked, metric, sealed, sweep
 
 from eval.report import pictures as embedding
 from eval.report.compare import compare
-from eval.report.figures import _legend, _lines, _shared_limits, trajectories
+from eval.report.figures import CUT, GAPS, _gap_limits, _legend, _lines, _shared_limits, trajectories
 from eval.report.html import render
 from eval.report.leaderboard import COLUMNS, columns, labels, leaderboard, to_csv, to_markdown
 from eval.report.outcomes import outcome
@@ -149,6 +149,20 @@ def test_a_band_is_drawn_and_widens_the_axis() -> None:
     assert high > 4.0
     log = lines_plot([Line("a", 1, [0, 1], [1.0, 2.0], [-1.0, 1.0], [1.5, 4.0])], title="t", x="x", y="y", log="y")
     assert log  # an end below zero is left out, not drawn at a wrong place
+
+
+def test_a_relative_gap_to_next_to_nothing_does_not_squash_the_rest() -> None:
+    tame, wild, high = (Line("a", 1, [0, 1, 2], y) for y in ([0.9, 0.3, -0.2], [12.0, 0.3, -4.0], [7.0, 0.3, 0.1]))
+    assert _gap_limits([tame]) is None
+    assert _gap_limits([Line("a", 1, [0, 1], [-9.0, -3.0])]) is None
+    assert _gap_limits([tame, wild]) == GAPS
+    low, top = _gap_limits([high]) or (0, 0)
+    assert -1 < low < 0.1
+    assert top == GAPS[1]
+    one = generated()
+    one["curves"]["msgr_clip"]["mima_deep"][0] = 12.0
+    notes = {m["title"]: m["note"] for m in trajectories([one], ["mima_deep"], {"mima_deep": 1})[0]}
+    assert [title for title, note in notes.items() if note == CUT] == ["MSGR (CLIP)"]
 
 
 def test_few_steps_on_a_logarithmic_axis_are_its_ticks() -> None:
