@@ -141,7 +141,7 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
     for group in ("immunize", "scenario", *(["attacks"] if attacks else [])):
         found, expected = (OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset))
         if name == "lower_level_ablation" and group == "immunize":
-            assert (found.pop("steps"), expected.pop("steps")) == (240, 480)  # half of the preset's
+            assert (found.pop("steps"), expected.pop("steps")) == (120, 480)  # a quarter of the preset's
         assert found == expected
 
 
