@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from eval.aggregate import Better, joined, slug
-from eval.generations import BETWEEN, CLIP_T, FAMILY, Board, Cell, area, line_unit, marks
+from eval.generations import BETWEEN, CLIP_T, COSINES, FAMILY, Board, Cell, area, line_unit, marks
 from eval.grids import grids
 from eval.intervals import Floats, Unit, band, columns, relative_gap, score, worst_score
 from eval.judging import PREPROCESSING, SIMILARITIES, Judges, try_out
@@ -208,7 +208,8 @@ def rsgr_scores(board: Board, similarity: str, kind: str) -> dict[str, Score]:
         return {f"mrsgr_{kind}": Score(None, better="higher", note=told)}
     at: list[tuple[int | None, str]] = [(index, suffix) for index, _, suffix in marks(board.budget)]
     chosen: list[tuple[str, list[Cell], int | None]] = [
-        (f"mrsgr_{kind}{suffix}", board.cells("harmful"), index) for index, suffix in [*at, (None, "_auc")]
+        (f"mrsgr_{kind}{suffix}", board.cells("harmful"), index)
+        for index, suffix in ([*at, (None, "_auc")] if kind in COSINES else at)
     ]
     chosen += [(f"rsgr_{kind}_{slug(c)}", board.cells("harmful", c), at[0][0]) for c in board.concepts("harmful")]
     for name, of, index in chosen:

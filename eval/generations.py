@@ -15,6 +15,7 @@ from lab.types import CONTROL, Budget
 FAMILY = "name"  # the prompts that headline figures are about
 CLIP_T, DETECTED, USABLE = "clip_t", "detected", "usable"
 BETWEEN = {kind: f"between_{kind}" for kind in SIMILARITIES}  # M of both arms' pictures made from the same latents
+COSINES = ("clip", "features")  # of them those that vectors of single pictures give; the others look at every pair
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Reading:
     Attributes:
         values: quantity → [points, pictures] on the snapshots of the budget: a similarity of `eval.judging`, ``clip_t``
             (cosine to the prompt), ``detected`` (0 or 1), ``usable`` (0 or 1, see `eval.usable`), ``between_M`` (M of
-            the picture and the other arm's, made from the same latents). What stands beyond the end of an attack that
-            diverged: `eval.reading`.
+            the picture and the other arm's, made from the same latents; unless it is a cosine, nan between the marks of
+            the budget). What stands beyond the end of an attack that diverged: `eval.reading`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
     """

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eval.aggregate import arm_names, diverged_of
-from eval.generations import BETWEEN, CLIP_T, DETECTED, FAMILY, USABLE, Board, Cell, Reading, prompts_of
+from eval.generations import BETWEEN, CLIP_T, COSINES, DETECTED, FAMILY, USABLE, Board, Cell, Reading, marks, prompts_of
 from eval.intervals import Floats
 from eval.judging import Judges, References, alike, clip_vectors, detector_of, memo, prepared, text_vectors
 from eval.usable import usable
@@ -23,7 +23,7 @@ from lab.sources import source_hash
 from lab.store import stage_key
 from lab.types import CONTROL, RunView, Trajectory
 
-_VECTORS = {kind: f"vectors of {kind}" for kind in ("clip", "features")}  # whose cosine it is
+_VECTORS = {kind: f"vectors of {kind}" for kind in COSINES}
 _WITHOUT_REFERENCES = (*BETWEEN.values(), CLIP_T, DETECTED, USABLE)  # quantities that compare with no reference picture
 
 
@@ -143,14 +143,19 @@ class _Judge:
         return self.run.kept(key, lambda: self._points(samples, family, missing, between))
 
     def _alike(self, kind: str, a: Tensor, b: Tensor) -> Floats:
-        """M [points, pictures] of both arms' pictures of equal index, from the cache where that has them."""
+        """M [points, pictures] of both arms' pictures of equal index, from the cache where that has them; nan between
+        the marks of the budget, since a pass of the network for every pair takes long."""
+        at = [index for index, *_ in marks(self.run.budget)]
+        points, a, b = len(a), a[at], b[at]
         key = stage_key(judge=self.key, pictures=digest(a), others=digest(b), between=kind)
 
         def compare() -> dict[str, Tensor]:
             shown = ([prepared(x, self.preprocessing) for x in pair] for pair in zip(a, b, strict=True))
             return {kind: torch.stack([torch.from_numpy(alike(self.judges, kind, *pair)) for pair in shown])}
 
-        return np.asarray(self.run.kept(key, compare)[kind], dtype=float)
+        found = np.full((points, a.shape[1]), np.nan)
+        found[at] = self.run.kept(key, compare)[kind]
+        return found
 
     def _points(
         self, samples: Tensor, family: str, missing: Sequence[str], between: Sequence[str]

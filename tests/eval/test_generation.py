@@ -165,6 +165,9 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     assert "mrsgr_features" not in metrics(FakeRun(make))
     assert found["rsgr_feature_lpips_mosaic"].value == pytest.approx(1 / 6)  # one channel of three, and M = 1 - d/2
     assert found["rsgr_feature_lpips_neon"].value == pytest.approx(0.0)
+    assert {"mrsgr_features_auc", "mrsgr_feature_lpips", "mrsgr_feature_lpips_2x"} <= set(found)
+    assert "mrsgr_feature_lpips_auc" not in found  # not every snapshot is compared
+    assert not any(score.value != score.value for score in found.values())
     lpips = Generation(FakeJudges(lpips=Perceptual()), similarities=["lpips"])(FakeRun(make)).metrics
     assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(1.0)  # M = 1 - d, of the channel that differs most
 
