@@ -16,7 +16,7 @@ from immunize.merge_inputs import TEXT, Batch, group_of, layer_inputs, suffixes
 from immunize.merge_learned import Learned, Mask
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
-from lab.options import choice, count, number
+from lab.options import choice, number
 
 logger = logging.getLogger(__name__)
 Scope = Literal["kv", "qkv", "attention", "down", "up", "all"]
@@ -60,8 +60,6 @@ class MergeOptions:
         choice("immunize.merge.mask", self.mask, ("sparse", "low_rank"))
         number("immunize.merge.lam", self.lam, 0)
         number("immunize.merge.mu", self.mu, 0)
-        for key in ("rows", "regular_rows"):
-            count(f"immunize.merge.{key}", getattr(self, key))
         if self.rule == "masked" and self.scope == "kv":
             raise UserError("immunize.merge.scope", "kv", "rule=masked learns masks beyond kv; take a larger scope.")
 

@@ -131,7 +131,7 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
 
 @dataclass(frozen=True)
 class MergeGroup:
-    """How concepts are merged: `immunize.merge_rows.MergeOptions`, and
+    """How concepts are merged: `immunize.merge_rows.MergeOptions`, its numbers of rows excepted, and
 
     Attributes:
         prompts: at most so many prompts that name the concept give the rows of C_n.
@@ -144,7 +144,7 @@ class MergeGroup:
 
     @staticmethod
     def read(given: Any) -> MergeGroup:
-        known = [f.name for f in fields(MergeOptions) if f.name != "seed"]
+        known = [f.name for f in fields(MergeOptions) if f.name not in ("seed", "rows", "regular_rows")]
         found = group("immunize.merge", given, [*known, "prompts", "sparsity"])
         count("immunize.merge.prompts", found.get("prompts", 4))
         number("immunize.merge.sparsity", found.get("sparsity", 0.0), 0)
