@@ -12,7 +12,17 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent
+
+
+def _quick_precision(device: str) -> str:
+    """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it takes far longer."""
+    from lab.devices import computes_bfloat16, pick
+
+    return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
+
+
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges but warns about
 warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
 

@@ -35,12 +35,16 @@ def pick(key: str, name: object) -> torch.device:
 
 
 def computes_bfloat16(kind: str) -> bool:
-    """Whether a device of this type has bfloat16 instructions. Processors before AVX-512 emulate them."""
+    """Whether the device of this type has bfloat16 instructions. Processors before AVX-512 and GPUs before Ampere
+    emulate them."""
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache
 def tell_of_emulation(kind: str, key: str, instead: str) -> None:
-    """Says once in a process that bfloat16, asked for by the config key, costs time here in place of saving it."""
+    """Says once in a process that bfloat16, asked for by the config key, costs time here in place of saving it:
+    MiniSD paints 25 times as long on a processor with AVX2 alone."""
     if not computes_bfloat16(kind):
-        _log.warning("this processor emulates bfloat16, slower than float32; %s=%s saves the time", key, instead)
+        _log.warning("this device emulates bfloat16, far slower than float32; %s=%s saves the time", key, instead)

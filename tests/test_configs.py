@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+import run  # noqa: F401 - registers the resolvers of the config
 from lab.assemble import assemble
 from lab.errors import UserError
 from lab.search_space import Plan
@@ -143,6 +144,14 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
         if name == "lower_level_ablation" and group == "immunize":
             assert (found.pop("steps"), expected.pop("steps")) == (120, 480)  # a quarter of the preset's
         assert found == expected
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "weights")])
+def test_tables_sample_in_bfloat16_where_the_device_computes_it(monkeypatch, native, precision):
+    monkeypatch.setattr("lab.devices.computes_bfloat16", lambda kind: native)
+    for name in ("relearn_table", "template_shift", "tune_mima_deep"):
+        cfg = composed(f"sweeps={name}")
+        assert {cfg.scenario.sampling.precision} == {a.sampling.precision for a in cfg.attacks.values()} == {precision}
 
 
 def test_every_default_says_where_it_comes_from():
