@@ -39,7 +39,9 @@ def computes_bfloat16(kind: str) -> bool:
     emulate them."""
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return kind != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if kind == "cpu":
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
 
 
 @cache
