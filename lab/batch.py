@@ -59,6 +59,16 @@ def interruptible(job: bool = False) -> Iterator[None]:
             received.append(number)
             raise KeyboardInterrupt(signal.Signals(number).name)
 
+    def swallowed(event: Any) -> None:
+        """Python drops what is raised in a callback of the garbage collector; the signal comes again, then."""
+        if not isinstance(event.exc_value, KeyboardInterrupt):
+            return hook(event)
+        number = received.pop() if received else signal.SIGINT
+        again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, swallowed
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
@@ -72,6 +82,7 @@ def interruptible(job: bool = False) -> Iterator[None]:
                     requeue(received[0], None)  # does not return: SystemExit, or an error that says why not
         sys.exit(EXIT_INTERRUPTED)
     finally:
+        sys.unraisablehook = hook
         if not received:  # else the process is about to end, and a repeated signal must not end it otherwise
             for number, handler in before.items():
                 signal.signal(number, handler)
