@@ -134,10 +134,9 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
     """`sweep.variant` repeats the presets' values; without a change they must be the presets'."""
     ablation = composed(f"sweeps={name}")
     changes = OmegaConf.to_container(ablation.sweep.variant)
-    concepts = ["experiment=ablation"]
-    where = ["experiment=house_price"] if name in ON_HOUSES else concepts
+    where = "experiment=house_price" if name in ON_HOUSES else "experiment=ablation"
     attacks = [f"attacks=[{','.join(ablation.attacks)}]"] if name in ON_HOUSES else []
-    preset = composed(*where, f"immunize={ablation.immunize.name}", *attacks)
+    preset = composed(where, f"immunize={ablation.immunize.name}", *attacks)
     assert changes
     for group in ("immunize", "scenario", *(["attacks"] if attacks else [])):
         found, expected = (OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset))
