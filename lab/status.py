@@ -166,12 +166,18 @@ def _job(name: str, folder: Path, queue: Queue | None) -> Line:
 
 
 def _last_stage(folder: Path) -> str:
-    """The stage that the run log names last."""
+    """The stage that the run log names last, and how far it is where that was told."""
     path = folder / "run.log"
     if not path.is_file():
         return "begins"
     with open(path, "rb") as handle:
         handle.seek(max(0, path.stat().st_size - 20_000))
         lines = handle.read().decode(errors="replace").splitlines()
-    stages = [line.partition("lab.experiment: ")[2] for line in lines if "lab.experiment: stage " in line]
-    return stages[-1] if stages else "begins"
+    stage = told = ""
+    for line in lines:
+        if "lab.experiment: stage " in line:
+            told = line.partition("lab.experiment: ")[2]
+            stage = told
+        elif told and "lab.progress: " in line:
+            told = f"{stage}; {line.partition('lab.progress: ')[2]}"
+    return told or "begins"

@@ -1,0 +1,63 @@
+"""Progress off a terminal: a line a minute in the log, none for short work."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from lab import progress as module
+from lab.status import _last_stage
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: False, raising=False)
+    return now
+
+
+def walked(clock, items, seconds, total=None):
+    seen = []
+    for item in module.progress(items, "train", total):
+        seen.append(item)
+        clock[0] += seconds
+    return seen
+
+
+def test_long_work_tells_the_log_once_a_minute_how_far_it_is_and_what_is_left(clock, caplog):
+    caplog.set_level(logging.INFO)
+    assert walked(clock, range(8), 25.0) == list(range(8))
+    assert [r.getMessage() for r in caplog.records] == [
+        "train: 3 of 8 in 01:15, about 02:05 left",
+        "train: 6 of 8 in 02:30, about 00:50 left",
+    ]
+
+
+def test_work_of_unknown_length_tells_what_is_done(clock, caplog):
+    caplog.set_level(logging.INFO)
+    walked(clock, iter("abc"), 40.0)
+    assert [r.getMessage() for r in caplog.records] == ["train: 2 in 01:20"]
+
+
+def test_a_given_total_counts_for_work_without_a_length(clock, caplog):
+    caplog.set_level(logging.INFO)
+    walked(clock, iter("abc"), 70.0, total=4)
+    assert caplog.records[0].getMessage() == "train: 1 of 4 in 01:10, about 03:30 left"
+
+
+def test_short_work_is_silent(clock, caplog):
+    caplog.set_level(logging.INFO)
+    walked(clock, range(5), 10.0)
+    assert not caplog.records
+
+
+def test_status_reads_the_stage_and_how_far_it_is_from_the_log(tmp_path):
+    stamp = "2026-01-01 00:00:00,000 INFO "
+    told = ["lab.experiment: stage attack none", "lab.progress: lora on neon: 9 of 35 in 01:01, about 02:56 left"]
+    path = tmp_path / "run.log"
+    path.write_text("".join(f"{stamp}{line}\n" for line in told))
+    assert _last_stage(tmp_path) == "stage attack none; lora on neon: 9 of 35 in 01:01, about 02:56 left"
+    path.write_text(path.read_text() + f"{stamp}lab.experiment: stage eval generation\n")
+    assert _last_stage(tmp_path) == "stage eval generation"
