@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from lab.sources import ROOT
 from lab.store import Store, write_atomically
 
 KEY = "audit"
+log = logging.getLogger(__name__)
 
 
 def audit(cfg: DictConfig) -> Path | None:
@@ -39,10 +42,13 @@ def audit(cfg: DictConfig) -> Path | None:
     from lab.experiment import relative, run_once
 
     prepared = prepare(cfg)
+    if astray := off_target(prepared):
+        log.warning("backbone.path: %s", astray)
     path = run_once(prepared, Path(HydraConfig.get().runtime.output_dir))
     if path is None:
         return None
-    page = write(prepared, path, shlex.join(["python", "run.py", *HydraConfig.get().overrides.task]))
+    command = shlex.join(["python", "run.py", *HydraConfig.get().overrides.task])
+    page = write(prepared, path, command, [astray] if astray else [])
     print(f"audit: {relative(page)} (also .html)")
     return page
 
@@ -74,9 +80,9 @@ def _fits(cfg: DictConfig) -> None:
     if cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None:  # the count is the audit's
         told = "has no pictures to generate: an audit is of a text-to-image model, e.g. scenario=relearn_styles."
         raise UserError("scenario", cfg.scenario.get("name"), told)
-    exported = local("backbone.path", cfg.backbone.get("path") or ".") / FACTS
-    if exported.is_file() and (kind := json.loads(exported.read_text()).get("kind")) != "diffusion":
-        raise UserError("backbone.path", exported.parent, f"holds a {kind} model; audits are of text-to-image models.")
+    if (facts := _exported(cfg)) is not None and facts.get("kind") != "diffusion":
+        told = f"holds a {facts.get('kind')} model; audits are of text-to-image models."
+        raise UserError("backbone.path", cfg.backbone.path, told)
     if cfg.launch.name != "none":
         raise UserError("launch", cfg.launch.name, "an audit times its attacks in one process: launch=none.")
     if cfg.backbone.name != "minisd" and cfg.judges.name == "minisd":
@@ -85,8 +91,35 @@ def _fits(cfg: DictConfig) -> None:
         )
 
 
-def write(cfg: DictConfig, path: Path, command: str) -> Path:
-    """The page of the record at ``path``, with costs measured now."""
+def _exported(cfg: DictConfig) -> dict[str, Any] | None:
+    """``export.json`` of the checkpoint; None where it is not an export of ours."""
+    path = local("backbone.path", cfg.backbone.get("path") or ".") / FACTS
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError("backbone.path", path, f"cannot be read ({error}); `action=verify` says more.") from error
+    if not isinstance(found, dict):
+        raise UserError("backbone.path", path, "is not the facts of an export; `action=verify` says more.")
+    return found
+
+
+def off_target(cfg: DictConfig) -> str | None:
+    """What to tell where the audit attacks other targets than those of an exported checkpoint: no attack on these says
+    anything about its immunization. None where they agree, or where the checkpoint is no export."""
+    facts = _exported(cfg)
+    if facts is None:
+        return None
+    names = [case.name for case in assemble(cfg).scenario.load(int(cfg.seeds[0])).cases]
+    if facts.get("case") in names:
+        return None
+    told = f"the checkpoint was exported for case {facts.get('case')}, and this audit attacks {', '.join(names)}"
+    return f"{told}: name the scenario of its record.json, or scenario.cases=all."
+
+
+def write(cfg: DictConfig, path: Path, command: str, told: Sequence[str] = ()) -> Path:
+    """The page of the record at ``path``, with costs measured now; ``told`` leads its limits."""
     record = records.read(path)
     if record["status"] != "ok" or not record["tables"].get(KEY):
         raise UserError("records", path, f"ended as {record['status']} without an audit; see the record's error.")
@@ -94,6 +127,7 @@ def write(cfg: DictConfig, path: Path, command: str) -> Path:
     costs = seconds_per_update(pipeline, ordered(record["tables"][KEY]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     found = build(record, costs, f"{device}, {torch.get_num_threads()} threads", command)
+    found.limits[:0] = told
     page = path.parent / "audit.md"
     write_atomically(page, found.markdown().encode())
     write_atomically(page.with_suffix(".html"), found.html().encode())

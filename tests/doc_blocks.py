@@ -1,6 +1,6 @@
 """Fenced blocks of Markdown files, with marks (HTML comments on the line before) that say what a test does with them.
 
-``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` are run one after the other in a temporary folder;
+``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are run one after the other in a temporary folder;
 ``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of ``docs/DIR``;
 ``in the repository``: commands read the repository and write to ``$OUT``.
 ``<!-- python -->``: a ``python`` block that is executed, ``in DIR`` as above.
@@ -41,14 +41,15 @@ class Block:
         return int(found[1]) if found else 0
 
     def commands(self):
-        """Arguments of every ``python run.py`` line, after variables and without comments."""
+        """Arguments of every ``python run.py`` or ``immunization-bench`` line, after variables and without comments."""
         found = []
         for line in self.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)
             while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
                 words = words[1:]
-            if words[:2] == ["python", "run.py"]:
-                found.append(words[2:])
+            for command in (["python", "run.py"], ["immunization-bench"]):
+                if words[: len(command)] == command:
+                    found.append(words[len(command) :])
         return found
 
 

@@ -13,7 +13,7 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 from attacks.concept_curriculum import Curriculum
 from attacks.concept_lora import ConceptLora
 from lab import record as records
-from lab.audit import audit, prepare
+from lab.audit import audit, off_target, prepare
 from lab.audit_cost import timed
 from lab.errors import UserError
 from lab.types import Budget
@@ -94,6 +94,27 @@ def test_an_exported_extractor_is_told_as_what_it_is(tmp_path):
     (tmp_path / "export.json").write_text('{"kind": "linear"}')
     with pytest.raises(UserError, match=r"backbone\.path=.*: holds a linear model; audits are of text-to-image"):
         audit(composed("experiment=audit", f"backbone.path={tmp_path}"))
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", ""])
+def test_damaged_facts_of_an_export_are_told_with_the_key(tmp_path, text):
+    (tmp_path / "export.json").write_text(text)
+    with pytest.raises(UserError, match=r"backbone\.path=.*export\.json: .*action=verify"):
+        audit(composed("experiment=audit", f"backbone.path={tmp_path}"))
+
+
+def test_an_export_that_was_immunized_against_other_targets_is_told(tmp_path):
+    folder = tiny_folder(tmp_path / "released")
+    facts = folder / "export.json"
+    asked = composed("experiment=audit", f"backbone.path={folder}")
+    assert off_target(asked) is None  # no export: nothing is known about its targets
+    facts.write_text('{"kind": "diffusion", "case": "mosaic_neon"}')
+    assert off_target(asked) is None
+    facts.write_text('{"kind": "diffusion", "case": "watercolor_stained-glass"}')
+    told = off_target(asked)
+    assert told is not None
+    assert "exported for case watercolor_stained-glass, and this audit attacks mosaic_neon" in told
+    assert off_target(composed("experiment=audit", f"backbone.path={folder}", "scenario.cases=all")) is None
 
 
 def test_a_folder_that_is_not_there_names_the_key(tmp_path, call):
