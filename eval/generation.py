@@ -12,6 +12,7 @@ import numpy as np
 from eval.aggregate import Better, joined, slug
 from eval.generations import BETWEEN, CLIP_T, COSINES, FAMILY, Board, Cell, area, line_unit, marks
 from eval.grids import grids
+from eval.history import training_curves
 from eval.intervals import Floats, Unit, band, columns, relative_gap, score, worst_score
 from eval.judging import PREPROCESSING, SIMILARITIES, Judges, try_out
 from eval.reading import read
@@ -92,6 +93,8 @@ class Generation:
             out.metrics |= rsgr_scores(board, first, kind)
         out.metrics |= clip_t_scores(board, first)
         out.curves |= curves(board, first)
+        if self.preprocessing == "standard":
+            out.curves |= training_curves(run)
         if self.pictures and self.preprocessing == "standard":
             out.images = grids(run, board, self.pictures, first)
         return _suffixed(out, "_legacy") if self.preprocessing == "legacy" else out

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
-from eval.aggregate import Line, mean_curve, walk
+from eval.aggregate import Line, arm_curve, mean_curve, thin, walk
 from eval.pairs import Pair
 from lab.types import CONTROL, RunView
 
@@ -15,6 +16,35 @@ LABELS = {
     "rir": "RIR",
     "rir_bound_ratio": "RIR ÷ its bound",
 }
+
+TRAINING = {  # of concept immunizers, in the order of the report
+    "upper_loss": "what the upper level raises: loss after the attack",
+    "lower_drop": "share of the loss that the lower level removes",
+    "cosine": "cosine to the first-order gradient",
+    "prior_loss": "loss on unrelated pictures",
+    "benign_loss": "loss on benign concepts after the attack",
+    "constraint_residual": "relative residual of the merge's constraints",
+    "implicit_residual": "relative residual of the implicit solve",
+    "implicit_stationarity": "gradient at the lower solution ÷ at its start",
+    "gradient_norm": "norm of the upper gradient",
+}
+
+
+def training_curves(run: RunView) -> dict[str, dict[str, Any]]:
+    """``immunize_NAME``: what a concept immunizer logged, at most 60 steps of it, mean over cases and seeds."""
+    lines: dict[str, list[Line]] = {}
+    for _, seed, case in walk(run):
+        history = run.history(case, seed)
+        for name in TRAINING:
+            pairs = zip(history.get("step", []), history.get(name, []), strict=False)
+            found = [(step, value) for step, value in pairs if math.isfinite(value)]
+            if len(found) > 1:
+                kept = [found[i] for i, _ in thin([step for step, _ in found])]
+                lines.setdefault(f"immunize_{name}", []).append(([s for s, _ in kept], [v for _, v in kept]))
+    return {
+        name: arm_curve({run.immunizer: runs}, "immunization step", TRAINING[name.removeprefix("immunize_")])
+        for name, runs in lines.items()
+    }
 
 
 def _logged_rir(series: dict[str, list[float]], pair: Pair, has_start: bool) -> list[float]:

@@ -106,7 +106,7 @@ def hypergradient(
     traces = run.adapt(levels, keep=keep, final=solver is not None, measure=measure)
     v, value = run.upper_gradient()
     first = {x: v[x] for x in run.upper_names}
-    info: dict[str, Any] = {k: x for k, x in merge.report.items() if k == "constraint_residual"}
+    info: dict[str, Any] = merge.residual()
     if method in ("first_order", "alternating"):
         gradient = first
     else:

@@ -67,6 +67,10 @@ class Merge:
                 worst = min if key == "effective_rank" else max
                 self.report[key] = worst(self.report.get(key, value), value)
 
+    def residual(self) -> dict[str, float]:
+        """``constraint_residual`` of the last merge, as something to log; empty without a closed form."""
+        return {key: value for key, value in self.report.items() if key == "constraint_residual"}
+
     def factors_of(self, name: str, like: Tensor) -> Factors | None:
         """The factors that merge ``name``, in the dtype and on the device of ``like``; None outside the closed form."""
         group = self.members.get(name)

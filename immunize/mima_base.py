@@ -19,6 +19,7 @@ from immunize.mima_scopes import SCOPES
 from immunize.mima_setup import ARRANGEMENTS, Setup, concept_halves, selected
 from immunize.mima_trainer import Objective, Schedule, Section, Trainer, repeat
 from lab.diffusion import DiffusionModel
+from lab.errors import UserError
 from lab.options import choice, count, flag, number
 from lab.problems import ConceptCase, Kind
 from lab.types import Checkpoint, Log
@@ -86,6 +87,9 @@ class ConceptImmunizer(ABC):
         number("immunize.w_prior", self.w_prior, 0)
         choice("immunize.prior", self.prior, PRIORS)
         self.merging = MergeGroup.read({} if self.merge is None else self.merge)
+        if self.concepts == "composed" and (rule := self.merging.options.rule) in ("masked", "gated"):
+            told = "is learned while concepts are trained together; concepts=composed merges by closed_form or mean."
+            raise UserError("immunize.merge.rule", rule, told)
         choice("immunize.precision", self.precision, PRECISIONS)
         flag("immunize.gradient_checkpointing", self.gradient_checkpointing)
 
@@ -135,7 +139,11 @@ class ConceptImmunizer(ABC):
             objective = self.objective(setup, concepts, merge)
             trainer = Trainer(self.schedule, theta, objective, here, self.name, partial(setup.sound, concepts))
             section.finish(trainer.run(section), trainer.rows)
-        found = section.done[0] if len(runs) == 1 else last(setup.part(section.done[0]), section.done)
+        if len(runs) == 1:
+            return _result(model, section.done[0])
+        found = last(setup.part(section.done[0]), section.done)
+        if residual := last.residual():
+            log(len(runs) * self.schedule.steps, **residual)
         return _result(model, found)
 
 

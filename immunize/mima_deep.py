@@ -109,7 +109,7 @@ class DeepObjective:
         if "merged" in self.places:  # never with several processes, see `immunize.mima.MimaDeep.shards`
             self._together(theta, [here.levels[n] for n in range(len(self.targets))], step, count, here, total)
         here.facts = self.team.gather(here.facts)
-        values = here.values(len(self.targets))
+        values = here.values(len(self.targets)) | (self.merge.residual() if self.merge is not None else {})
         if here.kept:
             near = 0.0 if self.options.cap is None else min(max(values["upper_loss"], 0.0) / self.options.cap, 1.0)
             values["prior_factor"] = 1 + (self.options.prior_ramp - 1) * near**2

@@ -128,6 +128,8 @@ class Run:
         if cell.stage == "immunize" and artifact.values["error"] is not None:
             entry["status"] = "diverged"
             self._diverged(labels, artifact.values["error"])
+        elif cell.stage == "immunize":
+            self._cut_short(labels, artifact.values["history"])
         elif cell.stage == "attack" and artifact.values["status"] == "diverged":
             entry["status"] = "diverged"
 
@@ -143,6 +145,15 @@ class Run:
                 "key": "immunize",
                 "last_good_step": error["last_good_step"],
             }
+
+    def _cut_short(self, labels: dict[str, Any], history: dict[str, list[float]]) -> None:
+        """Tell of an immunizer that went back to its last good weights: it logs ``diverged`` = 1."""
+        ends = [step for step, ended in zip(history["step"], history.get("diverged", []), strict=False) if ended == 1]
+        if ends:
+            where = f"{labels['arm']} on case {labels['case']}, seed {labels['seed']}"
+            told = f"{where} left the finite numbers at step {ends[0]:g}; its last good weights were attacked."
+            log.warning(told)
+            self.pipeline.notes[told] = None
 
     # ---- record
 

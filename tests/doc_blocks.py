@@ -1,6 +1,7 @@
 """Fenced blocks of Markdown files, with marks (HTML comments on the line before) that say what a test does with them.
 
-``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are run one after the other in a temporary folder;
+``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are run one after the
+other in a temporary folder;
 ``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of ``docs/DIR``;
 ``in the repository``: commands read the repository and write to ``$OUT``.
 ``<!-- python -->``: a ``python`` block that is executed, ``in DIR`` as above.

@@ -43,8 +43,9 @@ def _wrap(text: str, indent: str) -> list[str]:
 
 
 def _data_notes(notes: list[str]) -> list[str]:
-    """What was dropped or imputed and the rank that remains; the first note where none says so."""
-    return [n for n in notes if any(word in n.lower() for word in ("remain", "dropped", "replaced"))] or notes[:1]
+    """What was dropped or imputed, the rank that remains, an immunization cut short; without these the first note."""
+    words = ("remain", "dropped", "replaced", "left the finite")
+    return [n for n in notes if any(word in n.lower() for word in words)] or notes[:1]
 
 
 def _remarks(record: Record) -> list[str]:

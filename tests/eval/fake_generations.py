@@ -152,6 +152,7 @@ class FakeRun:
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = BUDGET
     store: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    logged: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -164,7 +165,7 @@ class FakeRun:
         return self.models[arm]
 
     def history(self, case: ConceptCase, seed: int) -> dict[str, list[float]]:
-        return {}
+        return self.logged.get(seed, {})
 
     def trajectory(self, arm: str, attack: str, case: ConceptCase, task: Concept, seed: int) -> Trajectory:
         return self.trajectories(arm, attack, task.name, seed)

@@ -46,6 +46,10 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     assert all(torch.equal(v, before[k]) for k, v in model().state_dict().items())
     assert all(torch.equal(t.own.images, x) for t, x in zip(case().targets, pixels, strict=True))
     assert moved(after, model()) == {f"unet.{k}" for k, _ in model().unet.named_parameters() if ".attn2." in k}
+    if name == "compose":  # two trainings, and the merge of their results
+        last, values = rows.pop()
+        assert last == 4
+        assert 0 <= values["constraint_residual"] < 1
     assert [step for step, _ in rows] == list(range(4 if name == "compose" else 2))
     for _, values in rows:
         logged = {"upper_loss", "prior_loss", "gradient_norm"}
@@ -117,6 +121,11 @@ def test_the_first_row_says_how_the_merge_is_conditioned(name, merges):
     keys = {"merge_cond_regularizer", "merge_cond_constraint", "merge_effective_rank", "merge_dropped_tokens"}
     assert (keys <= rows[0][1].keys()) is merges
     assert not any(key.startswith("merge_") for _, row in rows[1:] for key in row)
+
+
+def test_a_deep_run_that_looks_at_the_merge_tells_its_residual():
+    _, rows = rows_of(preset("mima_deep", evaluate=["merged"]))
+    assert all(0 < values["constraint_residual"] < 1 for _, values in rows)
 
 
 def test_joint_sees_the_pictures_of_all_targets():
@@ -242,6 +251,7 @@ DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
         ("mima_deep", {"evaluate": ["mine"]}, "immunize.evaluate"),
         ("mima_deep", {"prior_ramp": 0.5}, "immunize.prior_ramp"),
         ("mima_deep", {"merge": {"rule": "gated"}}, "immunize.merge.rule"),
+        ("compose", {"merge": {"rule": "gated"}}, "immunize.merge.rule"),  # nothing trains what would be learned
     ],
 )
 def test_options_that_cannot_work_name_their_key(name, changes, key):

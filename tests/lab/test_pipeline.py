@@ -5,17 +5,19 @@ from dataclasses import replace
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
 from lab.assemble import assemble
 from lab.errors import Diverged, UserError
+from lab.experiment import Run
 from lab.pipeline import Pipeline
 from lab.problems import Sampling, ScenarioData
 from lab.provenance import computing
 from lab.sources import ROOT
 from lab.store import Store
-from lab.types import CONTROL
+from lab.types import CONTROL, clone
 
 HOUSES = ["experiment=house_price", "immunize.epochs=1"]
 
@@ -159,6 +161,31 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
     assert {c.label["case"] for c in found.attack_cells()} == {"second"}
     found.diverged["second", 0] = artifact.values["error"]
     assert found.seeds == ()
+
+
+def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_the_record(pipeline, tmp_path, caplog):
+    found = pipeline()
+
+    class CutShort:
+        name = "kappa"
+
+        def __call__(self, model, case, *, log, **kwargs):
+            log(0, loss=1.0)
+            log(1, diverged=1.0)
+            moved = clone(model)
+            with torch.no_grad():
+                next(moved.parameters()).mul_(2)
+            return moved
+
+    object.__setattr__(found.parts.immunizer, "obj", CutShort())
+    run = Run(OmegaConf.create({"eval": {}, "attacks": {}}), tmp_path)
+    run._pipeline = found
+    for cell in found.immunize_cells():
+        run._do(cell)
+    told = [f"kappa on case {case}, seed 0 left the finite numbers at step 1" for case in ("tiny", "second")]
+    assert [note.partition(";")[0] for note in found.notes] == told
+    assert all(text in caplog.text for text in told)
+    assert {cell["status"] for cell in run.cells} == {"ok"}
 
 
 def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline):
