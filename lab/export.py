@@ -26,6 +26,7 @@ from lab.checksums import SUMS, sha256, write_sums
 from lab.delta import save_delta, state_hash
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
+from lab.export_attack import export_attack
 from lab.export_card import card
 from lab.export_source import Choice, Models, backbone_of, choose, rebuild
 from lab.provenance import versions
@@ -41,7 +42,7 @@ _PACKAGES = ("immunization-bench", "torch", "diffusers", "transformers", "timm",
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write the model that ``records`` and ``export`` choose to ``path``, check it, and push it where that is asked.
+    """Write what ``records`` and ``export`` choose to ``path``, a model or an attack; check a model, push it if asked.
 
     Raises:
         UserError: not exactly one record, a choice that does not exist, weights or originals that are not there, a
@@ -51,7 +52,8 @@ def export(cfg: DictConfig) -> Path:
     from lab.export_push import ready
     from lab.verify import check
 
-    push = None if cfg.push_to is None else ready(str(cfg.push_to))  # a missing token shows before any work
+    attack = cfg.export.attack is not None or cfg.export.task is not None
+    push = None if cfg.push_to is None or attack else ready(str(cfg.push_to))  # a missing token shows before any work
     places = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
     if not places:
         raise UserError(
@@ -61,6 +63,10 @@ def export(cfg: DictConfig) -> Path:
     if len(found) != 1:
         raise UserError("records", f"{len(found)} records", "export needs exactly one: records=RUN/record.json.")
     record = records.read(found[0])
+    if attack:
+        folder = export_attack(record, cfg)
+        print(f"export: {relative(folder)}")
+        return folder
     chosen = choose(record, cfg.export)
     folder = Path(cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / _name(record, chosen)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
