@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +36,10 @@ def rewritten(words: Sequence[str]) -> list[str]:
     chosen = [word.removeprefix("action=") for word in found if word.startswith("action=")]
     if (dry or (chosen and chosen[-1] not in LASTING)) and not any(word.startswith("hydra.run.dir=") for word in found):
         found += _NO_FOLDER
+        if dry and not any(word.startswith("hydra.sweep.dir=") for word in found):
+            place = Path(tempfile.mkdtemp(prefix="dry-run-"))  # Hydra writes one in any case
+            atexit.register(shutil.rmtree, place, ignore_errors=True)
+            found.append(f"hydra.sweep.dir={place}")
     return found
 
 

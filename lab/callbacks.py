@@ -24,7 +24,7 @@ class SweepLeaderboard(Callback):
 
         if (stated := config.get("sweep")) is not None:
             out = sys.stdout if config.dry_run else sys.stderr
-            print(f"{config.name}: {_told(_jobs(config), stated)}", file=out, flush=True)
+            print(f"{config.name}: {told_cost(_jobs(config), stated)}", file=out, flush=True)
         if str(config.hydra.launcher._target_).startswith("hydra._internal"):
             return  # jobs run here, one after another
         if (ROOT / "pyproject.toml").is_file():  # jobs run the code of this checkout, whatever is installed
@@ -77,7 +77,7 @@ def _jobs(config: DictConfig) -> int | None:
         return None
 
 
-def _told(jobs: int | None, stated: DictConfig) -> str:
+def told_cost(jobs: int | None, stated: DictConfig) -> str:
     """The cost of a sweep is that of all its runs as the YAML has them."""
     if jobs is None or jobs == stated.runs:
         return f"{stated.runs} runs; cost: {stated.cost}"

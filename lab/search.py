@@ -43,10 +43,11 @@ def search(cfg: DictConfig) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from lab.actions import publish
+    from lab.callbacks import told_cost
 
     plan, folder = Plan.read(cfg), Path(HydraConfig.get().runtime.output_dir)
     if cfg.dry_run:
-        print(f"{cfg.name}: {cfg.sweep.runs} runs, one after another; cost: {cfg.sweep.cost}")
+        print(f"{cfg.name}, one after another: {told_cost(plan.trials, cfg.sweep)}")
         print("\n".join(f"  {one}" for one in plan.space))
         print("  objectives: " + ", ".join(f"{name} = {metric}" for name, metric in plan.objectives.items()))
         return

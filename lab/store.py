@@ -168,6 +168,8 @@ class Store:
             checkpoint = StageCheckpoint(folder.with_suffix(".ckpt"))
             if stage in self.force:
                 checkpoint.clear()
+            elif checkpoint.path.is_file():
+                log.info("%s %s goes on from its checkpoint", stage, key)
             artifact = compute(checkpoint)
             artifact.seconds = round(checkpoint.seconds, 3)
             self._commit(folder, artifact)

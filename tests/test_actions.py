@@ -61,7 +61,14 @@ def test_status_of_a_record_is_that_of_its_run(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words", [["action=status"], ["action=leaderboard"], ["action=nonsense"], [*FAST, "dry_run=true"]]
+    "words",
+    [
+        ["action=status"],
+        ["action=leaderboard"],
+        ["action=nonsense"],
+        [*FAST, "dry_run=true"],
+        ["-m", *FAST, "immunize=kappa,kappa_opt", "dry_run=true"],
+    ],
 )
 def test_what_only_looks_leaves_nothing_behind(cli, tmp_path, words):
     (tmp_path / "outputs" / "runs").mkdir(parents=True)

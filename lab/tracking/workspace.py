@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig
 
@@ -28,10 +28,11 @@ def workspace(cfg: DictConfig) -> str:
     options = cfg.tracker.get("wandb")
     if options is None:
         raise UserError("tracker", list(cfg.tracker), "a W&B view needs tracker=wandb.")
-    offline = sorted({str(p) for r in found for p in r.folder.glob("wandb/offline-run-*")})
-    for path in offline:
-        print(f"not on the server yet: wandb sync {path}")
-    view = build(found, _entity(options), str(options.project))
+    for path in sorted({path for r in found for path in r.folder.glob("wandb/offline-run-*")}):
+        if not any(path.glob("*.wandb.synced")):  # the mark that `wandb sync` leaves
+            print(f"not on the server yet: wandb sync {path}")
+    place = _logged_to(found, options)
+    view = build(found, place.entity or _entity(options), place.project)
     try:
         view.save()
     except Exception as error:  # the client raises what its transport raises: its own, requests', JSON's
@@ -42,6 +43,27 @@ def workspace(cfg: DictConfig) -> str:
 
 def _places(cfg: DictConfig) -> list[str]:
     return [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
+
+
+class Place(NamedTuple):
+    project: str
+    entity: str | None
+
+
+def _logged_to(found: Sequence[records.Record], options: DictConfig) -> Place:
+    """Where the runs are: a view elsewhere would be empty. The config's project where no record names one.
+
+    Raises:
+        UserError: the records were logged to several projects.
+    """
+    logged = [r["config"].get("tracker", {}).get("wandb") for r in found]
+    places = sorted({(str(one["project"]), one.get("entity")) for one in logged if one}, key=str)
+    if len(places) > 1:
+        told = ", ".join(project if entity is None else f"{entity}/{project}" for project, entity in places)
+        raise UserError(
+            "records", f"{len(found)} records", f"were logged to several projects ({told}); name those of one."
+        )
+    return Place(*places[0]) if places else Place(str(options.project), None)
 
 
 def _entity(options: DictConfig) -> str:

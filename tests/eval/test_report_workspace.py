@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from lab import record as records
 from lab.errors import UserError
-from lab.tracking.workspace import build, workspace
+from lab.tracking.workspace import _logged_to, build, workspace
 
 interface = pytest.importorskip("wandb_workspaces.workspaces.interface", reason="wandb-workspaces is not installed")
 
@@ -27,7 +27,7 @@ def cfg(tmp_path, monkeypatch):
     return OmegaConf.create({"records": [], "paths": {"runs": str(tmp_path / "runs")}, "tracker": {"wandb": wandb}})
 
 
-def test_the_view_overlays_runs_of_one_scenario(cfg, monkeypatch, capsys):
+def test_the_view_overlays_runs_of_one_scenario(cfg, tmp_path, monkeypatch, capsys):
     sent = []
 
     def upsert(view):
@@ -37,6 +37,12 @@ def test_the_view_overlays_runs_of_one_scenario(cfg, monkeypatch, capsys):
     monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
     monkeypatch.setattr(interface.wandb, "Api", lambda **_: None)  # only asked for the server's address
     monkeypatch.setattr(interface, "get_app_url", lambda _: "http://127.0.0.1:9")
+    marked = tmp_path / "runs/kappa/wandb/offline-run-1-kappa/run-1.wandb.synced"
+    marked.touch()
+    workspace(cfg)
+    assert capsys.readouterr().out.count("wandb sync ") == 1
+    marked.unlink()
+    sent.clear()
     workspace(cfg)
     out = capsys.readouterr().out
     assert out.count("wandb sync ") == 2
@@ -65,6 +71,22 @@ def test_no_server_no_key_and_no_tracker_are_told(cfg, monkeypatch):
     cfg.tracker = {}
     with pytest.raises(UserError, match="tracker=wandb"):
         workspace(cfg)
+
+
+def logged_to(project, entity=None):
+    record = attacked("kappa", 3.4, 1.03, 356.0)
+    tracker = {"wandb": {"project": project, "entity": entity}}
+    return record | {"config": {**record["config"], "tracker": tracker}}
+
+
+def test_the_view_lies_where_the_runs_were_logged(cfg):
+    options = cfg.tracker.wandb
+    untracked = attacked("kappa", 3.4, 1.03, 356.0)
+    assert _logged_to([untracked], options) == ("p", None)
+    assert _logged_to([logged_to("mine"), logged_to("mine"), untracked], options) == ("mine", None)
+    assert _logged_to([logged_to("mine", "team")], options) == ("mine", "team")
+    with pytest.raises(UserError, match=r"records=2 records: .*several projects \(team/mine, mine\)"):
+        _logged_to([logged_to("mine"), logged_to("mine", "team")], options)
 
 
 def test_records_of_two_scenarios_are_both_in_the_filter():

@@ -21,7 +21,9 @@ def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):
 @pytest.mark.parametrize("word", ["dry_run=true", "dry_run=True", "+dry_run=1"])
 def test_a_dry_run_goes_without_its_launcher(word, capsys):
     words = ["-m", "seeds=[0]", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", word]
-    assert [w for w in rewritten(words) if "launcher" in w] == []
+    found = rewritten(words)
+    assert [w for w in found if "launcher" in w] == []
+    assert [w for w in found if w.startswith("hydra.sweep.dir=")] != []
     assert "planned here" in capsys.readouterr().err
     kept = ["-m", "hydra/launcher=joblib", "dry_run=true", "dry_run=false"]
     assert rewritten(kept) == kept

@@ -158,7 +158,7 @@ def test_a_preset_that_fails_stops_the_search(cli):
 def test_dry_run_prints_runs_cost_and_space(cli):
     code, out, _ = cli("dry_run=true")
     assert code == 0
-    assert "tune_kappa: 24 runs" in out
+    assert "tune_kappa, one after another: 24 runs; cost: " in out
     assert "minutes" in out
     assert "immunize.eta: 0.02 … 0.4 (logarithmic)" in out
     assert not cli.seen
