@@ -20,10 +20,13 @@ from lab.status import status
 from lab.store import write_atomically
 
 
-def publish(found: Sequence[records.Record], folder: Path) -> None:
-    """Write leaderboard (Markdown, CSV, HTML) and report of ``found`` to ``folder`` and say where."""
+def publish(found: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()) -> None:
+    """Write leaderboard (Markdown, CSV, HTML) and report of ``found`` to ``folder`` and say where.
+
+    ``lost`` have a row in the leaderboard, see `lab.lost`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = leaderboard(found)
+    rows = leaderboard([*found, *lost])
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
     print(to_markdown(rows))
@@ -62,7 +65,10 @@ def report(cfg: DictConfig) -> None:
 
 def leaderboards(cfg: DictConfig) -> None:
     """Markdown, CSV and HTML over any set of records."""
-    _summed_up(cfg, lambda found: publish(found, Path(cfg.paths.outputs)))
+    from lab.lost import lost_runs
+
+    places = [Path(place) for place in _places(cfg)] or [Path(cfg.paths.runs)]
+    _summed_up(cfg, lambda found: publish(found, Path(cfg.paths.outputs), lost_runs(places)))
 
 
 def comparison(cfg: DictConfig) -> None:

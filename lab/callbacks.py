@@ -34,6 +34,7 @@ class SweepLeaderboard(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from lab.actions import publish
+        from lab.lost import lost_runs
         from lab.record import readable
 
         folder = Path(config.hydra.sweep.dir)
@@ -47,12 +48,12 @@ class SweepLeaderboard(Callback):
                 mended = record["status"] == "failed" and record["error"]["key"] is not None
                 sweep_codes.append(2 if mended else _CODES[record["status"]])
         if found:  # a dry run has none
-            publish(found, folder)
+            publish(found, folder, lost_runs([folder]))
         jobs = _jobs(config) or 0
         others = config.dry_run or config.action != "run" or OmegaConf.select(config, "launch.machine_rank")
         if jobs > len(paths) and not others:
             sweep_codes.append(1)
-            told = f"of {jobs} jobs {jobs - len(paths)} left no record and are missing above"
+            told = f"of {jobs} jobs {jobs - len(paths)} left no record"
             print(f"{told}: killed, or see their messages; `python run.py action=status 'records=[{folder}]'`")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,13 @@ def status(cfg: DictConfig) -> None:
     given = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
     named = [Path(place) for place in given]  # a record stands for its run folder
     places = [place.parent if place.is_file() else place for place in named] or [Path(cfg.paths.runs)]
-    runs = _run_folders(places, "records" if given else "paths.runs")
+    for place in places:
+        if not place.is_dir():
+            raise UserError("records" if given else "paths.runs", place, "does not exist: nothing was run there yet.")
+    runs = run_folders(places)
     processes = {folder: _process(folder) for folder in runs}
     jobs = _jobs(places)
-    queue = squeue([*jobs, *(str(p["job"]) for p in processes.values() if p.get("job"))])
+    queue = _queue(processes.values(), jobs)
     lines = [_run(folder, processes[folder], queue) for folder in runs]
     begun = {str(process.get("job")) for process in processes.values()}
     lines += [_job(name, jobs[name], queue) for name in sorted(jobs) if name not in begun]
@@ -83,10 +87,19 @@ def summary(lines: list[Line]) -> str:
     return ", ".join(parts) or "no runs"
 
 
-def _run_folders(places: list[Path], key: str) -> list[Path]:
-    for place in places:
-        if not place.is_dir():
-            raise UserError(key, place, "does not exist: nothing was run there yet.")
+def lines_of(folders: Sequence[Path]) -> list[Line]:
+    """The state of each run folder."""
+    processes = [_process(folder) for folder in folders]
+    queue = _queue(processes)
+    return [_run(folder, process, queue) for folder, process in zip(folders, processes, strict=True)]
+
+
+def _queue(processes: Iterable[dict[str, Any]], jobs: Iterable[str] = ()) -> Queue | None:
+    return squeue([*jobs, *(str(p["job"]) for p in processes if p.get("job"))])
+
+
+def run_folders(places: Sequence[Path]) -> list[Path]:
+    """Folders of runs below ``places``, begun or done."""
     found = {path for place in places for name in MARKS for path in place.rglob(name)}
     return sorted(filter(_is_run, {p.parent.parent if p.parent.name == HYDRA else p.parent for p in found}))
 

@@ -1,12 +1,15 @@
 """`python run.py action=…` over records, and what such a call leaves behind."""
 
+import csv
 import shutil
 
 import pytest
 from entry_point import FAST
 
 from lab import record as records
+from lab.batch import PROCESS
 from lab.errors import UserError
+from lab.lost import lost_runs
 
 
 @pytest.mark.slow
@@ -74,6 +77,24 @@ def test_what_only_looks_leaves_nothing_behind(cli, tmp_path, words):
     (tmp_path / "outputs" / "runs").mkdir(parents=True)
     cli(*words)
     assert [p for p in tmp_path.rglob("*") if p.name not in ("outputs", "runs")] == []
+
+
+def test_a_run_that_was_killed_keeps_its_row_in_the_table(cli, tmp_path):
+    cli("-m", *FAST, "immunize=kappa,kappa_opt")
+    (folder,) = {p.parent for p in tmp_path.rglob("record.json") if p.parent.name.endswith("-kappa_opt")}
+    (folder / "record.json").unlink()
+    (folder / PROCESS).unlink()  # this process lives and ended its run
+    assert [(r["immunizer"], r["error"]["type"]) for r in lost_runs([tmp_path])] == [("kappa_opt", "Killed")]
+    code, out, err = cli("action=leaderboard")
+    assert code == 0, err
+    (row,) = [line for line in out.splitlines() if "kappa_opt" in line]
+    assert "failed" in row
+    (shown,) = [
+        r for r in csv.DictReader((tmp_path / "outputs/leaderboard.csv").open()) if r["immunizer"] == "kappa_opt"
+    ]
+    assert (shown["rank"], shown["status"]) == ("", "failed")
+    shutil.rmtree(folder / ".hydra")
+    assert lost_runs([tmp_path]) == []  # what it was to do is not known
 
 
 def test_files_below_a_folder_called_records_count_where_they_are_records(cli, tmp_path):

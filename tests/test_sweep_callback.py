@@ -10,7 +10,7 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import run  # noqa: F401 - registers a resolver of the config
-from lab.callbacks import SweepLeaderboard, _jobs, _told, sweep_codes
+from lab.callbacks import SweepLeaderboard, _jobs, sweep_codes, told_cost
 from lab.errors import UserError
 from lab.sources import ROOT
 
@@ -42,7 +42,7 @@ def test_the_cost_is_that_of_the_runs_as_the_yaml_has_them(overrides, told):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["sweeps=corridor_figure"], return_hydra_config=True)
     cfg.hydra.overrides.task = overrides
-    assert _told(_jobs(cfg), cfg.sweep) == told
+    assert told_cost(_jobs(cfg), cfg.sweep) == told
 
 
 def config(folder, *overrides):
@@ -68,7 +68,7 @@ def test_a_sweep_that_hydra_alone_can_count_is_not_counted(tmp_path):
 def ended(tmp_path, monkeypatch, capsys):
     """(folders of the published records in their order, exit codes, output, errors) of a sweep of four jobs."""
     published = []
-    monkeypatch.setattr("lab.actions.publish", lambda found, folder: published.extend(found))
+    monkeypatch.setattr("lab.actions.publish", lambda found, folder, lost: published.extend(found))
     monkeypatch.setattr("lab.record.read", read)
 
     def call(*folders):
