@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from attacks.concept_data import AUGMENTATIONS, check_data
@@ -120,6 +121,14 @@ class ConceptBase(ABC):
             for task in case.tasks:
                 self.check_task(task)
 
+    @abstractmethod
+    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+        """Before anything runs: what moves can be set up in a copy of ``model``; hook of `lab.assemble.check_cases`.
+
+        Raises:
+            UserError: a model whose layers, precision or tokenizer the options do not suit.
+        """
+
     def __call__(
         self, model: DiffusionModel, task: Concept, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
     ) -> Trajectory:
@@ -223,8 +232,24 @@ class ConceptAttack(ConceptBase):
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         """Choose, or add, what moves in ``model``, a copy whose parameters are all frozen."""
 
+    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+        check_precision(self.open(model.copy(), task, 0))
+
     def check_task(self, task: Concept) -> None:
         check_data(self.key, task, self.template, self.families, self.prior_weight > 0)
 
     def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
         return [(self, task, budget.steps)]
+
+
+def check_precision(moving: Moving) -> list[nn.Parameter]:
+    """What moves, which has to be of full precision.
+
+    Raises:
+        UserError: half precision, in which small updates are lost.
+    """
+    for parameter in moving.parameters.values():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            told = "attackers that move the model's own weights train in float32; take fp32, or attack by lora."
+            raise UserError("backbone.dtype", parameter.dtype, told)
+    return list(moving.parameters.values())

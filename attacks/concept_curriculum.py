@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from attacks.concept_attack import ConceptAttack, ConceptBase
+from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, number
 from lab.problems import Concept
@@ -89,6 +90,10 @@ class Curriculum(ConceptBase):
         for stage in self.stages.values():
             self._data(stage, task)
             replace(stage.attack, families=self.families).check_task(task)
+
+    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+        for stage in self.stages.values():
+            stage.attack.try_out(model, task)
 
     def texts(self) -> dict[str, str]:
         found = super().texts()

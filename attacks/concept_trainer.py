@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.concept_attack import ConceptAttack, ConceptBase
+from attacks.concept_attack import ConceptAttack, ConceptBase, check_precision
 from attacks.concept_data import Draw, Material, prompts, variants
 from lab.captions import captions
 from lab.diffusion import DiffusionModel, Text
-from lab.errors import Diverged, UserError
+from lab.errors import Diverged
 from lab.optimizer_state import restore_state, state_tensors
 from lab.problems import Concept, Pictures, Sampling
 from lab.progress import progress
@@ -44,13 +44,10 @@ class Learner:
     def __init__(self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int) -> None:
         self.attack, self.model, self.task, self.steps, self.seed = attack, model, task, steps, seed
         self.moving = attack.open(model, task, seed)
-        self.parameters = list(self.moving.parameters.values())
+        self.parameters = check_precision(self.moving)
         self.template, self.token = attack.template, attack.expression(task)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-            if parameter.dtype in (torch.float16, torch.bfloat16):
-                told = "attackers that move the model's own weights train in float32; take fp32, or attack by lora."
-                raise UserError("backbone.dtype", parameter.dtype, told)
         self.optimizer = self._optimizer()
         train = _first(task.train, attack.pictures)
         self.train = self._material(train, variants(train.images, attack.augmentation, seed, task.name))

@@ -226,7 +226,8 @@ def check_fit(parts: Parts) -> None:
 def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
     """Calls the optional hook ``check(cases)`` of the immunizer, the attackers and the metrics that will run. Where
     the backbone has ``tokenizers()``, no text of the cases and none that the optional hook ``texts()`` of these parts
-    or of the eraser gives (config key → text) may hold a special token of theirs.
+    or of the eraser gives (config key → text) may hold a special token of theirs. Attackers with a hook
+    ``try_out(model, task)`` are given the model and one task.
 
     Raises:
         UserError: from a part that cannot work on these data, or a text with a special token.
@@ -247,3 +248,7 @@ def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
     for obj in [parts.eraser.obj, *working]:
         for key, text in getattr(obj, "texts", dict)().items():
             refuse_special(key, [text], tokenizers)
+    hooks = [part.obj.try_out for part in parts.attacks.values() if hasattr(part.obj, "try_out")]
+    model = parts.backbone.build(cases[0], parts.seeds[0]) if hooks else None
+    for hook in hooks:
+        hook(model, cases[0].tasks[0])

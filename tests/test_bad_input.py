@@ -202,6 +202,12 @@ def test_a_deep_attacker_checks_its_loss_too():
     check_cases(chosen, (image_case(),))
 
 
+def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(cli):
+    code, err = cli("experiment=relearn", "attacks=[lora,full_finetune]", "backbone.dtype=bf16")
+    assert code == 2
+    assert "backbone.dtype=torch.bfloat16: attackers that move the model's own weights train in float32" in err
+
+
 def test_accuracies_need_classification_and_transfer_needs_eight_cases():
     chosen = parts("eval=[probe_accuracy]")
     with pytest.raises(UserError, match="eval=probe_accuracy: needs classification"):

@@ -19,7 +19,7 @@ from concept_examples import (
     task,
     unbroken,
 )
-from tiny_diffusion import tiny_diffusion
+from tiny_diffusion import tiny_case, tiny_diffusion
 
 from attacks.concept_data import Material
 from attacks.concept_lora import ConceptLora, absorb, inject, unet_layers
@@ -160,8 +160,12 @@ def test_a_model_that_is_broken_before_the_attack_says_so() -> None:
 
 
 def test_half_precision_is_refused_where_it_would_be_trained() -> None:
+    half, target = tiny_diffusion(dtype=torch.bfloat16), tiny_case().targets[0]
     with pytest.raises(UserError, match="train in float32"):
-        launch(attack("full_finetune", families=()), tiny_diffusion(dtype=torch.bfloat16))
+        launch(attack("full_finetune", families=()), half)
+    with pytest.raises(UserError, match="train in float32"):  # before anything runs, too
+        attack("full_finetune").try_out(half, target)
+    attack("lora").try_out(half, target)
 
 
 def test_absorbed_adapters_predict_what_they_predicted() -> None:

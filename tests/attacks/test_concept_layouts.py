@@ -59,7 +59,10 @@ def test_every_attacker_learns_on_every_layout(name, layout):
     if layout == "xl" and name in LEARN_TOKENS:
         with pytest.raises(UserError, match="one text encoder"):
             launch(attack(name), net, what=target)
+        with pytest.raises(UserError, match="one text encoder"):
+            attack(name).try_out(net, target)
         return
+    attack(name).try_out(net, target)
     before = {k: v.clone() for k, v in net.unet.state_dict().items()}
     found = launch(attack(name), net, what=target)
     assert found.status == "ok"
