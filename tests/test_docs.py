@@ -17,6 +17,8 @@ from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from lab.scenarios.concept_folders import _entries
+
 DOCS = ROOT / "docs"
 RUNNABLE = [page for page in PAGES if any(block.kind in ("run", "python") for block in blocks(page))]
 
@@ -154,7 +156,9 @@ def test_commands_compose(page):
         if "--config-dir" in arguments or any(w.partition("=")[2] == "mine" for w in words if "experiment" in w):
             continue  # files of the reader's
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            compose("config", overrides=chosen)
+            cfg = compose("config", overrides=chosen)
+        if cfg.scenario.get("concepts"):  # composing alone does not see a list without a needed role
+            _entries(cfg.scenario.concepts, Path("."))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
