@@ -18,14 +18,14 @@ LABELS = {
 }
 
 TRAINING = {  # of concept immunizers, in the order of the report
-    "upper_loss": "what the upper level raises: loss after the attack",
-    "lower_drop": "share of the loss that the lower level removes",
+    "upper_loss": "loss after the attack, to be raised",
+    "lower_drop": "share of the loss removed below",
     "cosine": "cosine to the first-order gradient",
     "prior_loss": "loss on unrelated pictures",
-    "benign_loss": "loss on benign concepts after the attack",
-    "constraint_residual": "relative residual of the merge's constraints",
-    "implicit_residual": "relative residual of the implicit solve",
-    "implicit_stationarity": "gradient at the lower solution ÷ at its start",
+    "benign_loss": "loss on benign concepts, attacked",
+    "constraint_residual": "relative residual of the merge",
+    "implicit_residual": "relative residual of the solve",
+    "implicit_stationarity": "lower gradient, end ÷ start",
     "gradient_norm": "norm of the upper gradient",
 }
 

@@ -75,20 +75,26 @@ def _names(records: Sequence[Record]) -> list[str]:
     return list(dict.fromkeys(name for r in records for name in r["curves"]))
 
 
+def _while_immunizing(name: str) -> bool:
+    return name in _CONDITION or name.startswith("immunize_")
+
+
 def comparison_curves(records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Shown]:
-    """κ, RIR and its share of the bound against immunization steps."""
+    """κ, RIR and its share of the bound, or what a concept immunizer logged, against immunization steps."""
     out = []
-    for name in [n for n in _CONDITION if n in _names(records)]:
-        curve = _curve(name, records)
+    for name in dict.fromkeys(
+        n for n in (*_CONDITION, *_names(records)) if _while_immunizing(n) and n in _names(records)
+    ):
+        curve, title = _curve(name, records), _CONDITION.get(name, heading(name))
         reference = 1.0 if name in ("rir", "rir_bound_ratio") else None
         svg = lines_plot(
-            _lines(name, records, labels, index), title=_CONDITION[name], x=str(curve.get("x", "step")),
+            _lines(name, records, labels, index), title=title, x=str(curve.get("x", "step")),
             y=str(curve.get("y", name)), log=curve.get("log", ""), reference=reference,
         )  # fmt: skip
         note = {"rir_bound_ratio": "1 is the most that any linear immunizer can reach.", "rir": "1: no effect."}.get(
             name, ""
         )
-        out.append({"title": _CONDITION[name], "svg": svg, "note": note})
+        out.append({"title": title, "svg": svg, "note": note})
     return [shown for shown in out if shown["svg"]]
 
 
@@ -101,7 +107,7 @@ def trajectories(
     """
     main: list[Shown] = []
     more: list[Shown] = []
-    names = [n for n in _names(records) if n not in _CONDITION]
+    names = [n for n in _names(records) if not _while_immunizing(n)]
     for attack in list(dict.fromkeys(a for r in records for a in r["attacks"])):
         found = [q for q in _QUANTITIES if any(f"{q}_{role}_{slug(attack)}" in names for role in ("harmful", "benign"))]
         for quantity in found:

@@ -49,6 +49,7 @@ _FAMILIES = {
     "rsgr_": "RSGR",
     "similarity_": "similarity",
     "utility_": "utility",
+    "immunize_": "immunization",
 }
 _JUDGES = {"clip": "CLIP", "dino": "DINO", "lpips": "LPIPS", "features": "features", "feature_lpips": "feature LPIPS"}
 
