@@ -79,6 +79,7 @@ def test_what_only_looks_leaves_nothing_behind(cli, tmp_path, words):
     assert [p for p in tmp_path.rglob("*") if p.name not in ("outputs", "runs")] == []
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_keeps_its_row_in_the_table(cli, tmp_path):
     cli("-m", *FAST, "immunize=kappa,kappa_opt")
     (folder,) = {p.parent for p in tmp_path.rglob("record.json") if p.parent.name.endswith("-kappa_opt")}

@@ -103,6 +103,7 @@ def test_damaged_facts_of_an_export_are_told_with_the_key(tmp_path, text):
         audit(composed("experiment=audit", f"backbone.path={tmp_path}"))
 
 
+@pytest.mark.slow
 def test_an_export_that_was_immunized_against_other_targets_is_told(tmp_path):
     folder = tiny_folder(tmp_path / "released")
     facts = folder / "export.json"
