@@ -24,6 +24,7 @@ TRAINING = {  # of concept immunizers, in the order of the report
     "prior_loss": "loss on unrelated pictures",
     "benign_loss": "loss on benign concepts, attacked",
     "constraint_residual": "relative residual of the merge",
+    "mask_density": "share of mask entries that are not 0",
     "implicit_residual": "relative residual of the solve",
     "implicit_stationarity": "lower gradient, end ÷ start",
     "gradient_norm": "norm of the upper gradient",

@@ -152,6 +152,8 @@ class BilevelObjective:
                 values[f"implicit_{key}"] = float(max(value))
             elif isinstance(value, int | float):
                 values[key] = float(value)
+        if isinstance(self.merge.learned, Learned) and self.merge.learned.kind == "sparse":
+            values["mask_density"] = self.merge.learned.density()
         return values
 
     # ── the two levels ───────────────────────────────────────────────────────────────────────────────────────
