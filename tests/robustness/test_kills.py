@@ -47,12 +47,14 @@ def strikes(tmp_path):
         ended(process)
         length = time.monotonic() - since
         done = 0
-        for _ in range(KILLS):
+        for number in range(KILLS):
             process = start(broken, *command)
             earlier = set(broken.rglob("run.log"))
             until(
                 lambda p=process, e=earlier: p.poll() is not None or set(broken.rglob("run.log")) - e, "no run begins"
             )
+            if number == KILLS - 1:  # the last one finds something to resume, whenever it comes
+                until(lambda p=process: p.poll() is not None or next(broken.rglob("meta.json"), None), "no stage ends")
             time.sleep(random.SystemRandom().uniform(0, 2 * length / (KILLS + 1)))
             if process.poll() is None:
                 victim(process, broken)
