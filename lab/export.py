@@ -28,7 +28,7 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.export_attack import export_attack
 from lab.export_card import card
-from lab.export_source import Choice, Models, backbone_of, choose, rebuild
+from lab.export_source import Choice, Models, backbone_of, choose, rebuild, target
 from lab.provenance import versions
 from lab.record import Record
 from lab.store import write_atomically
@@ -68,9 +68,7 @@ def export(cfg: DictConfig) -> Path:
         print(f"export: {relative(folder)}")
         return folder
     chosen = choose(record, cfg.export)
-    folder = Path(cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / _name(record, chosen)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("path", folder, "exists and is not empty; choose another folder, or remove it.")
+    folder = target(cfg, _name(record, chosen))
     write(record, chosen, rebuild(record, chosen, cfg), folder)
     report = check(folder, base=cfg.export.base)
     report.require()

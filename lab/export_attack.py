@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from attacks.concept_export import export as write
 from lab.errors import UserError, nearest
+from lab.export_source import command_of, target
 from lab.options import choice
 from lab.record import Record
 from lab.store import Store
@@ -30,13 +31,9 @@ def export_attack(record: Record, cfg: DictConfig) -> Path:
     cell = choose_attack(record, cfg.export)
     where = " ".join(str(cell[key]) for key in ("attack", "task", "arm", "case", "seed"))
     plain = re.sub(r"[^\w.-]+", "-", f"{record['name'].split('/')[0]} {where} {record['content_hash'][:8]}")
-    folder = Path(cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / plain
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("path", folder, "exists and is not empty; choose another folder, or remove it.")
+    folder = target(cfg, plain)
     found = Store(cfg.paths.cache).read("attack", cell["key"])
     if found is None:
-        from lab.export_source import command_of
-
         told = f"holds no whole weights of {where} (stage attack {cell['key'][:12]}…). Set paths.cache to the cache of "
         raise UserError("paths.cache", cfg.paths.cache, f"{told}that run, or compute them again: {command_of(record)}")
     weights = {name.removeprefix("weights/"): t for name, t in found.tensors.items() if name.startswith("weights/")}

@@ -52,6 +52,14 @@ class Models:
     data: ScenarioData
 
 
+def target(cfg: DictConfig, name: str) -> Path:
+    """Where an export goes: ``path``, or ``name`` below the outputs. Raises `UserError` where something is there."""
+    folder = Path(cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("path", folder, "exists and is not empty; choose another folder, or remove it.")
+    return folder
+
+
 def choose(record: Record, options: Any) -> Choice:
     """The model that ``options`` (``arm``, ``case``, ``seed``; None where there is one only) select.
 

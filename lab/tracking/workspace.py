@@ -32,7 +32,7 @@ def workspace(cfg: DictConfig) -> str:
         if not any(path.glob("*.wandb.synced")):  # the mark that `wandb sync` leaves
             print(f"not on the server yet: wandb sync {path}")
     place = _logged_to(found, options)
-    view = build(found, place.entity or _entity(options), place.project)
+    view = build(found, _entity(options, place.entity), place.project)
     try:
         view.save()
     except Exception as error:  # the client raises what its transport raises: its own, requests', JSON's
@@ -66,14 +66,14 @@ def _logged_to(found: Sequence[records.Record], options: DictConfig) -> Place:
     return Place(*places[0]) if places else Place(str(options.project), None)
 
 
-def _entity(options: DictConfig) -> str:
-    """The one of the config, else the key's own."""
+def _entity(options: DictConfig, logged: str | None) -> str:
+    """The one that was logged to, else that of the config, else the key's own."""
     from lab.tracking.wandb_backend import has_key
 
     if not has_key():
         raise UserError(f"{KEY}.mode", options.mode, "a saved view needs a key: set WANDB_API_KEY, or `wandb login`.")
-    if options.entity is not None:
-        return str(options.entity)
+    if (known := logged or options.entity) is not None:
+        return str(known)
     import wandb
 
     try:
