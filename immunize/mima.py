@@ -16,7 +16,7 @@ from immunize.mima_deep import DeepObjective
 from immunize.mima_deep_step import BENIGN, EVALUATIONS, DeepOptions
 from immunize.mima_lower import Attackers
 from immunize.mima_options import GradientOptions, LowerOptions, check_lower
-from immunize.mima_sampling import Halves, enough
+from immunize.mima_sampling import Decoys, Halves, enough
 from immunize.mima_scopes import scope_names
 from immunize.mima_setup import Setup
 from immunize.mima_trainer import Objective
@@ -96,7 +96,8 @@ class MimaDeep(ConceptImmunizer):
         w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal concepts leaves
             it out. benign: its ``loss``, or its ``regret``, the loss beyond that of the original after the same attack.
         w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints for the concept's
-            captions: an attack that learns the concept has to unlearn these. decoys: such pictures per target.
+            captions: an attack that learns the concept has to unlearn these. decoys: such pictures per target, painted
+            in decoy_steps of DDIM.
         online: an upper step at every mark of an attack, which then goes on, in place of one per attack.
     """
 
@@ -115,6 +116,7 @@ class MimaDeep(ConceptImmunizer):
     benign: str = "regret"
     w_decoy: float = 0.0
     decoys: int = 40
+    decoy_steps: int = 20
     online: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +138,7 @@ class MimaDeep(ConceptImmunizer):
         choice("immunize.benign", self.benign, BENIGN)
         number("immunize.w_decoy", self.w_decoy, 0)
         count("immunize.decoys", self.decoys)
+        count("immunize.decoy_steps", self.decoy_steps)
         flag("immunize.online", self.online)
         rule = self.merging.options.rule
         if rule in ("masked", "gated"):
@@ -153,8 +156,8 @@ class MimaDeep(ConceptImmunizer):
     def needs_merge(self) -> bool:
         return "merged" in self.evaluate or self.concepts == "composed"
 
-    def needs_decoys(self) -> int:
-        return self.decoys if self.w_decoy else 0
+    def needs_decoys(self) -> Decoys:
+        return Decoys(self.decoys, self.decoy_steps) if self.w_decoy else Decoys()
 
     def needs_templates(self) -> tuple[str, ...]:
         return self.drawn.templates

@@ -14,7 +14,7 @@ from torch import Tensor
 from immunize.merge import Merge
 from immunize.mima_losses import PRECISIONS
 from immunize.mima_options import MergeGroup
-from immunize.mima_sampling import PRIORS, Halves
+from immunize.mima_sampling import PRIORS, Decoys, Halves
 from immunize.mima_scopes import SCOPES
 from immunize.mima_setup import ARRANGEMENTS, Setup, concept_halves, selected
 from immunize.mima_trainer import Objective, Schedule, Section, Trainer, repeat
@@ -108,9 +108,9 @@ class ConceptImmunizer(ABC):
     def needs_merge(self) -> bool:
         return True
 
-    def needs_decoys(self) -> int:
-        """Pictures per target, see `immunize.mima_sampling.Halves`."""
-        return 0
+    def needs_decoys(self) -> Decoys:
+        """For every target, see `immunize.mima_sampling.Halves`."""
+        return Decoys()
 
     def needs_templates(self) -> tuple[str, ...]:
         """Of captions that attackers of the lower level may write, see `lab.captions`."""

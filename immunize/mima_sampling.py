@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ from lab.seeding import generator
 # rare words, none of them an attacker's own (sks, ktn, <new1>); of several lengths, since the tokenizer spells them
 WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
 PRIORS = ("keep", "class", "both")
+
+
+class Decoys(NamedTuple):
+    """How many pictures to paint per concept, in how many DDIM steps."""
+
+    count: int = 0
+    steps: int = Sampling.steps
 
 
 def worded(template: str, word: int) -> str:
@@ -144,13 +152,13 @@ def halves(
     concept: Concept,
     seed: int,
     dtype: torch.dtype,
-    decoys: int = 0,
+    decoys: Decoys = Decoys(),
     templates: Sequence[str] = (),
 ) -> Halves:
     """Own pictures, split by a seeded permutation; the lower level gets the odd one.
 
     Args:
-        decoys: how many to paint.
+        decoys: see `Decoys`.
         templates: by which the pictures get further captions (`worded`); a concept without description prompts gets
             none by ``description``.
 
@@ -167,7 +175,7 @@ def halves(
     pool = encoded(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
-    painted = encoded(_decoys(model, concept, seed, decoys)) if decoys else None
+    painted = encoded(_decoys(model, concept, seed, decoys)) if decoys.count else None
     return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
 
 
@@ -177,10 +185,10 @@ def _captions(concept: Concept, pictures: Pictures, template: str) -> tuple[str,
     return captions(concept, pictures, kind, expression)
 
 
-def _decoys(model: DiffusionModel, concept: Concept, seed: int, number: int) -> Pictures:
-    prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(number))
-    latents = model.latents(number, seed, "mima", "decoys", concept.name)
-    return Pictures(model.generate(prompts, latents, Sampling()), prompts)
+def _decoys(model: DiffusionModel, concept: Concept, seed: int, asked: Decoys) -> Pictures:
+    prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(asked.count))
+    latents = model.latents(asked.count, seed, "mima", "decoys", concept.name)
+    return Pictures(model.generate(prompts, latents, Sampling(steps=asked.steps)), prompts)
 
 
 def pooled(parts: Sequence[Halves]) -> Halves:

@@ -13,7 +13,7 @@ from immunize.merge_inputs import Batch as Recorded
 from immunize.merge_rows import build_merge, word_positions
 from immunize.mima_losses import Denoiser, Params
 from immunize.mima_options import MergeGroup
-from immunize.mima_sampling import Halves, Pool, enough, halves, pooled, prior_pictures
+from immunize.mima_sampling import Decoys, Halves, Pool, enough, halves, pooled, prior_pictures
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.problems import Concept, ConceptCase
@@ -42,7 +42,7 @@ def selected(case: ConceptCase, arrangement: str, target: int) -> tuple[Concept,
 
 
 def concept_halves(
-    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: int = 0,
+    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: Decoys = Decoys(),
     templates: Sequence[str] = (),
 ) -> list[Halves]:  # fmt: skip
     return [halves(model, concept, seed, dtype, decoys, templates) for concept in concepts]

@@ -8,7 +8,7 @@ from hydra.errors import InstantiationException
 from mima_examples import case, model, preset, with_targets
 
 from immunize.mima_losses import gradient_at
-from immunize.mima_sampling import Pool, halves, pooled
+from immunize.mima_sampling import Decoys, Pool, halves, pooled
 from immunize.mima_setup import Setup, concept_halves
 from lab.problems import Pictures, Sampling
 
@@ -26,9 +26,9 @@ def objective(**changes):
 
 def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     concept = case().targets[0]
-    found = halves(model(), concept, 3, torch.float32, decoys=3).decoys
+    found = halves(model(), concept, 3, torch.float32, Decoys(3, 5)).decoys
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(3))
-    images = model().generate(prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling())
+    images = model().generate(prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling(steps=5))
     want = Pool.encode(model(), Pictures(images, prompts), torch.float32)
     assert torch.equal(found.z, want.z)
     assert torch.equal(found.text[found.caption].hidden, model().text(list(prompts)).hidden)
@@ -36,7 +36,7 @@ def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
 
 
 def test_pooled_concepts_pool_their_decoys():
-    parts = [halves(model(), concept, 0, torch.float32, decoys=2) for concept in case().targets[:2]]
+    parts = [halves(model(), concept, 0, torch.float32, decoys=Decoys(2)) for concept in case().targets[:2]]
     assert len(pooled(parts).decoys) == 4
     assert pooled([dataclasses.replace(part, decoys=None) for part in parts]).decoys is None
 
@@ -61,7 +61,7 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
         torch.testing.assert_close(found[name] - none[name], 2.0 * g, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "key"), [({"w_decoy": -1.0}, "w_decoy"), ({"decoys": 0}, "decoys")])
+@pytest.mark.parametrize(("options", "key"), [({"w_decoy": -1.0}, "w_decoy"), ({"decoys": 0}, "decoys"), ({"decoy_steps": 0}, "decoy_steps")])
 def test_values_that_cannot_work_are_refused(options, key):
     with pytest.raises(InstantiationException, match=rf"immunize\.{key}"):
         preset("mima_deep", **options)
