@@ -156,8 +156,8 @@ class MimaDeep(ConceptImmunizer):
     def needs_merge(self) -> bool:
         return "merged" in self.evaluate or self.concepts == "composed"
 
-    def needs_decoys(self) -> Decoys:
-        return Decoys(self.decoys, self.decoy_steps) if self.w_decoy else Decoys()
+    def needs_decoys(self) -> Decoys | None:
+        return Decoys(self.decoys, self.decoy_steps) if self.w_decoy else None
 
     def needs_templates(self) -> tuple[str, ...]:
         return self.drawn.templates

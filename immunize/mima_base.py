@@ -108,9 +108,9 @@ class ConceptImmunizer(ABC):
     def needs_merge(self) -> bool:
         return True
 
-    def needs_decoys(self) -> Decoys:
+    def needs_decoys(self) -> Decoys | None:
         """For every target, see `immunize.mima_sampling.Halves`."""
-        return Decoys()
+        return None
 
     def needs_templates(self) -> tuple[str, ...]:
         """Of captions that attackers of the lower level may write, see `lab.captions`."""

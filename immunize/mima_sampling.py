@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +23,11 @@ WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
 PRIORS = ("keep", "class", "both")
 
 
-class Decoys(NamedTuple):
+@dataclass(frozen=True)
+class Decoys:
     """How many pictures to paint per concept, in how many DDIM steps."""
 
-    count: int = 0
+    count: int
     steps: int = Sampling.steps
 
 
@@ -152,13 +152,13 @@ def halves(
     concept: Concept,
     seed: int,
     dtype: torch.dtype,
-    decoys: Decoys = Decoys(),
+    decoys: Decoys | None = None,
     templates: Sequence[str] = (),
 ) -> Halves:
     """Own pictures, split by a seeded permutation; the lower level gets the odd one.
 
     Args:
-        decoys: see `Decoys`.
+        decoys: what to paint besides.
         templates: by which the pictures get further captions (`worded`); a concept without description prompts gets
             none by ``description``.
 
@@ -175,7 +175,7 @@ def halves(
     pool = encoded(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
-    painted = encoded(_decoys(model, concept, seed, decoys)) if decoys.count else None
+    painted = encoded(_decoys(model, concept, seed, decoys)) if decoys is not None else None
     return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
 
 

@@ -42,7 +42,7 @@ def selected(case: ConceptCase, arrangement: str, target: int) -> tuple[Concept,
 
 
 def concept_halves(
-    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: Decoys = Decoys(),
+    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: Decoys | None = None,
     templates: Sequence[str] = (),
 ) -> list[Halves]:  # fmt: skip
     return [halves(model, concept, seed, dtype, decoys, templates) for concept in concepts]

@@ -61,7 +61,9 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
         torch.testing.assert_close(found[name] - none[name], 2.0 * g, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(("options", "key"), [({"w_decoy": -1.0}, "w_decoy"), ({"decoys": 0}, "decoys"), ({"decoy_steps": 0}, "decoy_steps")])
+@pytest.mark.parametrize(
+    ("options", "key"), [({"w_decoy": -1.0}, "w_decoy"), ({"decoys": 0}, "decoys"), ({"decoy_steps": 0}, "decoy_steps")]
+)
 def test_values_that_cannot_work_are_refused(options, key):
     with pytest.raises(InstantiationException, match=rf"immunize\.{key}"):
         preset("mima_deep", **options)
