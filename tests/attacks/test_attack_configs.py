@@ -34,8 +34,8 @@ def options(target: str) -> set[str]:
     )
 
 
-def test_there_are_twenty_four() -> None:
-    assert len(NAMES) == 24
+def test_there_are_twenty_five() -> None:
+    assert len(NAMES) == 25
 
 
 @pytest.mark.parametrize("name", REAL)
