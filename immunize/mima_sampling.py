@@ -28,7 +28,7 @@ class Decoys:
     """How many pictures to paint per concept, in how many DDIM steps."""
 
     count: int
-    steps: int = Sampling.steps
+    steps: int
 
 
 def worded(template: str, word: int) -> str:

@@ -36,7 +36,7 @@ def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
 
 
 def test_pooled_concepts_pool_their_decoys():
-    parts = [halves(model(), concept, 0, torch.float32, decoys=Decoys(2)) for concept in case().targets[:2]]
+    parts = [halves(model(), concept, 0, torch.float32, decoys=Decoys(2, 5)) for concept in case().targets[:2]]
     assert len(pooled(parts).decoys) == 4
     assert pooled([dataclasses.replace(part, decoys=None) for part in parts]).decoys is None
 
