@@ -32,8 +32,10 @@ from lab.condition import (
     DEFINITIONS,
     Bound,
     Definition,
+    condition_number,
     numerical_rank,
     rank_tolerance,
+    relative_immunization_ratio,
     rir_bound,
     row_groups,
     singular_values,
@@ -146,14 +148,13 @@ class Conditioning:
     def _kappa(self, x: Tensor, model: FeatureModel, seed: int, measured: _Measured) -> Kappa:
         key = f"kappa:{model.kind}:{seed}:{digest(x)}"  # 90 pairs share 10 control matrices
         if key not in measured.memo:
-            from eval.quantities import ConditionNumber  # here: torchmetrics takes seconds to import
-
-            metric = ConditionNumber(self.definition, self.ridge)
             rows = [slice(None)] if model.kind == "linear" else row_groups(len(x), self.groups, self.size, seed)
-            values = [float(metric(x[r])) for r in rows]
+            values = [condition_number(x[r], self.definition, ridge=self.ridge) for r in rows]
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"κ ({self.definition}) is not finite: {values}")
             spread = statistics.stdev(values) / statistics.fmean(values) if len(values) > 1 else 0.0
             rank = min(_rank(x[r]) for r in rows)
-            measured.memo[key] = Kappa(float(metric.compute()), spread, rank)
+            measured.memo[key] = Kappa(statistics.fmean(values), spread, rank)
         return measured.memo[key]
 
     def _kappas(self, run: RunView, measured: _Measured) -> dict[str, Score]:
@@ -234,13 +235,9 @@ def _rank(x: Tensor) -> int:
 
 
 def _rir(pair: Pair) -> float:
-    from eval.quantities import RelativeImmunizationRatio
-
-    metric = RelativeImmunizationRatio()
     arm = next(a for a in pair.kappa_benign if a != CONTROL)
     h, b = pair.kappa_harmful, pair.kappa_benign
-    metric.update(h[arm].value, h[CONTROL].value, b[arm].value, b[CONTROL].value)
-    return float(metric.compute())
+    return relative_immunization_ratio(h[arm].value, h[CONTROL].value, b[arm].value, b[CONTROL].value)
 
 
 def _bound(control: FeatureModel, benign: Task, harmful: Task) -> Bound:

@@ -26,6 +26,7 @@ from eval.aggregate import (
     walk,
     worst,
 )
+from eval.formulas import rfd
 from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, mean_over, pair, performance, primary, worst_slowdown
 from lab.options import number
 from lab.problems import Case, Kind, Role
@@ -123,11 +124,7 @@ class Convergence:
         for task in tasks_of(case, role):
             curves = performance(*pair(run, attack, case, task, seed))
             if curves is not None and bool((curves[0] >= self.rfd_smallest).any()):
-                from eval.quantities import RFD  # here: torchmetrics takes seconds to import
-
-                metric = RFD(signed, self.rfd_smallest)
-                metric.update(*curves)
-                found.append(float(metric.compute()))
+                found.append(rfd(*curves, signed, self.rfd_smallest))
         return worst(role, found) if found else None
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import scipy.stats
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from eval.aggregate import joined
 from lab.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS, SeedScore
@@ -101,7 +101,7 @@ def estimate(
     low[missing] = high[missing] = math.nan
     if MIN_SEEDS <= n < BOOTSTRAP_SEEDS:
         error = _standard_error(value, np.stack([after(np.delete(means, s, 0).mean(0)) for s in range(n)]))
-        below, above = (scipy.stats.t.ppf(1 - tail, n - 1) * error for tail in tails)
+        below, above = (stdtrit(n - 1, 1 - tail) * error for tail in tails)
         low, high = np.fmin(low, value - below), np.fmax(high, value + above)  # a nan never wins
         low[np.isnan(error)] = high[np.isnan(error)] = math.nan
     return Estimate(value, low, high, per_seed)

@@ -6,6 +6,7 @@ import math
 from functools import partial
 from typing import ClassVar
 
+from eval import formulas
 from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, slug, tasks_of, walk, worst
 from eval.convergence import POSITIVE, ROLES, Read, direction, each_worst, horizons, readings, slowdown_score
 from eval.trajectories import ACCURACY, first_crossing, pair, target_of
@@ -115,9 +116,5 @@ def sgrc(run: RunView, role: Role, step: int, attack: str, case: Case, seed: int
     for task in tasks_of(case, role):
         control, immunized = (t.at(ACCURACY, step) for t in pair(run, attack, case, task, seed))
         if control > 0:
-            from eval.quantities import SGRC  # here: torchmetrics takes seconds to import
-
-            metric = SGRC()
-            metric.update(control, immunized)
-            found.append(float(metric.compute()))
+            found.append(formulas.sgrc(control, immunized))
     return worst(role, found) if found else None

@@ -12,9 +12,14 @@ import json
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -82,6 +87,32 @@ def _echo(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))
 
 
+class _MetricsAlone(MetaPathFinder):
+    """A metric is computed whole by one process, while torchmetrics would wait for the others to gather with.
+
+    Said to it when somebody imports it: the import takes seconds, and most runs never need it.
+    """
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if name != "torchmetrics.metric":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def alone(module: ModuleType) -> None:
+                execute(module)
+                _alone(module)
+
+            spec.loader.exec_module = alone  # type: ignore[method-assign]
+        return spec
+
+
+def _alone(module: Any) -> None:
+    module.jit_distributed_available = lambda: False
+
+
 class _SharedCheckpoint:
     """The leader's checkpoint for a whole team: read on one, known to all, written by one."""
 
@@ -114,10 +145,10 @@ class Ranks(Alone):
             backend, store=self.counter, rank=self.rank, world_size=self.size, timeout=self.timeout
         )  # fmt: skip
         self.everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        import torchmetrics.metric  # here: it takes seconds
-
-        # a metric is computed whole by one process: torchmetrics would wait for the others to gather with
-        torchmetrics.metric.jit_distributed_available = lambda: False
+        if "torchmetrics.metric" in sys.modules:
+            _alone(sys.modules["torchmetrics.metric"])
+        else:
+            sys.meta_path.insert(0, _MetricsAlone())
         self.main = self.rank == 0
         self.phase = 0
         self.stopped: Callable[[], bool] = lambda: False  # whether the user asked for the end

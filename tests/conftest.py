@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; processes of tests inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 OmegaConf.register_new_resolver("project_root", lambda: str(HERE.parent), replace=True)

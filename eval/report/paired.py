@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import scipy.stats
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from eval.report.words import Record
 from lab.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS
@@ -113,5 +113,5 @@ def _paired(a: Floats, b: Floats, mean: str) -> tuple[float, float]:
         low, high = np.percentile(of(b[chosen], axis=1) - of(a[chosen], axis=1), [2.5, 97.5])
         return float(low), float(high)
     u = b - a if mean == "mean" else of(b) * np.log(b) - of(a) * np.log(a)
-    half = float(scipy.stats.t.ppf(0.975, n - 1) * u.std(ddof=1) / math.sqrt(n)) if np.ptp(u) > 0 else 0.0
+    half = float(stdtrit(n - 1, 0.975) * u.std(ddof=1) / math.sqrt(n)) if np.ptp(u) > 0 else 0.0
     return gap - half, gap + half

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lab.errors import UserError
 from lab.judges.detector import Detector, Head, Rates
@@ -145,6 +144,8 @@ def covers(shown: Labelled) -> None:
 
 def calibration_error(detector: Detector, shown: Labelled) -> dict[str, float]:
     """Expected calibration error of each head's likeliest class, 15 bins (arXiv 1706.04599, Eq. 5)."""
+    from torchmetrics.functional.classification import multiclass_calibration_error  # here: it takes seconds
+
     found = detector.probabilities(shown.images)
     return {
         head: multiclass_calibration_error(p, shown.labels[head], p.shape[1], n_bins=15).item()

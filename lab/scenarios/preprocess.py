@@ -186,11 +186,11 @@ def drop_combinations(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tupl
     return data, notes
 
 
-def rank_note(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> str:
+def rank_note(data: Encoded, groups: Sequence[tuple[str, Mask]], ranks: Sequence[int]) -> str:
+    """How many features and rows remain, and whether they give full rank; ``ranks`` are those of the ``groups``."""
     width = len(data.names)
     parts, short = [], []
-    for label, rows in groups:
-        rank = int(np.linalg.matrix_rank(data.x[rows])) if width else 0
+    for (label, rows), rank in zip(groups, ranks, strict=True):
         parts.append(f"{label}: {int(rows.sum())} training rows, rank {rank}")
         if rank < width:
             short.append(label)

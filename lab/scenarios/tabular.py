@@ -236,15 +236,15 @@ class Tabular:
         if data.names:
             data, told = preprocess.drop_combinations(data, groups)
             notes += told
-        for label, own in groups:
-            rank = int(np.linalg.matrix_rank(data.x[own])) if data.names else 0
+        ranks = [int(np.linalg.matrix_rank(data.x[own])) if data.names else 0 for _, own in groups]
+        for (label, _), rank in zip(groups, ranks, strict=True):
             if rank < 2:
                 fix = (
                     f"the training rows of the {label} task have rank {rank} in the {len(data.names)} features that "
                     "vary in both tasks; a condition number needs at least 2: give more columns or rows."
                 )
                 raise UserError("scenario.path", self.path, fix)
-        return data, [*notes, preprocess.rank_note(data, groups)]
+        return data, [*notes, preprocess.rank_note(data, groups, ranks)]
 
     def _tasks(
         self, x: np.ndarray, train: list[np.ndarray], targets: list[tuple[str, np.ndarray]]

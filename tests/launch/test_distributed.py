@@ -85,9 +85,10 @@ def test_1_2_and_3_processes_agree_after_20_steps(tmp_path):
                 assert one == pytest.approx(other, rel=1e-4, nan_ok=True)
 
 
-NAMES = ["plain", "alternating", "implicit", "learned", "lora", "deep"]
+NAMES = ["plain", "bfloat16", "alternating", "implicit", "learned", "lora", "deep"]
 VARIANTS = [
     ("mima_first_order", {}),
+    ("mima", {"precision": "bfloat16"}),
     ("mima_released", {}),
     ("mima", {"hypergradient": {"method": "implicit", "iterations": 2}}),
     ("mima", {"merge": {"rule": "gated"}}),
@@ -96,9 +97,7 @@ VARIANTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"), VARIANTS, ids=["plain", "alternating", "implicit", "learned", "lora", "deep"]
-)
+@pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=NAMES)
 def test_every_way_through_the_lower_level_agrees(tmp_path, name, changes):
     small = {"batch_size": 1, "prior_batch_size": 1, **changes}
     alone, (first, second) = (together(size, immunized, name, small, folder=tmp_path) for size in (1, 2))
