@@ -10,7 +10,8 @@ from markupsafe import Markup
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from eval.report.plots import DASHES, MARKERS, PLACEHOLDERS, SERIES, new_axes, plain, scale, to_svg, usable
+from eval.report.plots import DASHES, MARKERS, PLACEHOLDERS, SERIES, new_axes, plain, to_svg, usable
+from eval.report.scales import scale
 from eval.report.words import figure as number
 
 WIDE = 8.0  # positive values that span more than this factor get a logarithmic axis

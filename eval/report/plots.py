@@ -17,11 +17,12 @@ from typing import Any
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from eval.report.scales import scale
 from eval.report.words import figure as number
 from lab.types import CONTROL
 
@@ -131,16 +132,35 @@ def lines_plot(
     if not drawn:
         return Markup("")
     fig, axes = new_axes(4.4, 2.75, PLACEHOLDERS)
-    _draw(axes, drawn, x, y, log, limits, PLACEHOLDERS)
-    if reference is not None:
+    if reference is not None:  # first, so that ticks are chosen for it too
         axes.axhline(reference, color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.6)
+    _draw(axes, drawn, x, y, log, limits, PLACEHOLDERS)
     if mark is not None:
         axes.axvline(mark[0], color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2)))
         axes.annotate(mark[1], (mark[0], 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0),
                       textcoords="offset points", va="top", color=PLACEHOLDERS.ink, fontsize=8)  # fmt: skip
     if legend:
         axes.legend(frameon=False, labelcolor=PLACEHOLDERS.ink, fontsize=8)
+    _place(fig, axes)
     return to_svg(fig, f"{title}: {y} against {x}")
+
+
+def _place(fig: Figure, axes: Axes) -> None:
+    """Room for labels by their number of characters: the page's font decides their width, and to measure them in
+    another one takes as long as all the rest of the drawing.
+    """
+    size = _SETTINGS["font.size"]
+
+    def longest(axis: Axis) -> int:
+        low, high = sorted(axis.get_view_interval())
+        return max((len(number(v)) for v in axis.get_majorticklocs() if low <= v <= high), default=1)
+
+    line, character = 1.25 * size, 0.58 * size
+    left, bottom = 1.6 * line + longest(axes.yaxis) * character + 7, 2.6 * line + 7
+    right, top = max(0.5 * longest(axes.xaxis) * character, 6), 0.7 * line
+    width, height = (72 * inches for inches in fig.get_size_inches())
+    fig.set_layout_engine("none")
+    axes.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
 
 
 def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
@@ -194,54 +214,6 @@ def _draw(
 def plain(text: str) -> str:
     """A dollar sign would start a formula, and a broken one would stop the report."""
     return text.replace("$", r"\$")
-
-
-def scale(
-    axes: Axes, log: str, limits: tuple[float, float] | None, values: Sequence[float], steps: Sequence[float]
-) -> None:
-    """Axes that suit ``values`` (y) and ``steps`` (x), with readable numbers."""
-    if "y" in log:
-        axes.set_yscale("log")
-        low, high = min(values), max(values)
-        if high / low < 1.05:  # a constant: no room for a decade
-            axes.set_ylim(low / 2, high * 2)
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        bottom, top = axes.get_ylim()
-        decades = math.log10(top / bottom)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=6))
-        if decades <= 0.9:
-            axes.yaxis.set_major_locator(MaxNLocator(5))
-    if "x" in log:
-        _log_steps(axes, sorted(set(steps)))
-    elif max(steps) >= 1000:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-    if limits is not None:
-        axes.set_ylim(*limits)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda v, _: number(v)))
-
-
-def _log_steps(axes: Axes, steps: Sequence[float]) -> None:
-    """Logarithmic from the first positive step on, linear between 0 and it; few steps are the ticks themselves."""
-    positive = [x for x in steps if x > 0]
-    if not positive:
-        return
-    zero = min(steps) <= 0
-    first, last = min(positive), max(positive)
-    if zero:
-        # half a decade for the way from 0 to the first step: it holds one point
-        axes.set_xscale("symlog", linthresh=first, linscale=0.5)
-    else:
-        axes.set_xscale("log")
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    if len(steps) <= 7:
-        axes.set_xticks(list(steps))
-    else:
-        decades = range(math.ceil(math.log10(first)), math.floor(math.log10(last)) + 1)
-        ticks = [10.0**d for d in decades]
-        axes.set_xticks([0.0, *ticks] if zero else ticks or [first, last])
 
 
 def new_axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:

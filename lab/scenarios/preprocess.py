@@ -141,7 +141,7 @@ def _combinations(x: Matrix, imputed: Mask, invented: Mask) -> list[int]:
         rows = np.ones(len(x), dtype=bool)
     centred = x[rows] - x[rows].mean(0)
     norms = np.linalg.norm(centred, axis=0)
-    _, r, order = scipy.linalg.qr(centred / np.where(norms > 0, norms, 1.0), mode="economic", pivoting=True)
+    r, order = scipy.linalg.qr(centred / np.where(norms > 0, norms, 1.0), mode="r", pivoting=True)
     rank = int((np.abs(np.diag(r)) > _EXACT).sum())
     base, found, constant = order[:rank], [], False
     for column in order[rank:]:

@@ -286,3 +286,11 @@ def test_records_of_two_minor_versions_can_be_compared() -> None:
     old, new = attacked("kappa", 3.4, 1.03, 356.0), attacked("kappa_opt", 1.9, 1.01, 92.6)
     assert (old["schema"], labels([old])) == ("1.0", ["kappa"])
     assert compare(old, sealed(new | {"schema": "1.1"}))["metrics"]
+
+
+def test_a_reference_far_from_the_values_has_a_tick_of_its_own() -> None:
+    """Ticks were chosen for the values alone once, and crowded where the line was drawn."""
+    svg = str(lines_plot([Line("mima", 1, [0, 1], [0.003, 0.004])], title="t", x="x", y="y", log="y", reference=1.0))
+    ticks = [text for text in re.findall(r">([^<>]+)</text>", svg) if text not in ("x", "y")]
+    assert {"1", "0.1", "0.01"} <= set(ticks)
+    assert "0.9" not in ticks
