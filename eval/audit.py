@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from eval.aggregate import joined, slug
+from eval.crossings import LEAST, crossing
 from eval.generations import DETECTED, Board, Cell, marks
-from eval.intervals import Floats, Unit, band, columns, score
+from eval.intervals import Floats, Unit, band, columns, score, worst_score
 from eval.judging import Judges, detector_of, try_out
 from eval.reading import read
 from eval.reference_detector import ReferenceDetector
-from eval.relearning import crossing
 from lab.cases import fingerprint
 from lab.errors import UserError
 from lab.options import choice, number
@@ -161,9 +161,10 @@ class Attacked:
         return self.status in (PRESENT, BROKEN)
 
     @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Smaller is better for the attacker: soonest, else the one that got furthest."""
-        return (not self.met, self.steps if self.met else 0.0, -float(self.shares[-1].mean()))
+    def rank(self) -> tuple[bool, bool, float, float]:
+        """Smaller is better for the attacker: soonest, else the one that got furthest; one that diverged last."""
+        failed = self.status == DIVERGED
+        return (not self.met, failed, self.steps if self.met else 0.0, -float(self.shares[-1].mean()))
 
     def row(self, board: Board) -> dict[str, Any]:
         known = score([self.unit], "higher", geometric=True) if self.status == BROKEN else None
@@ -183,7 +184,7 @@ class Attacked:
 def _log_steps(plan: Sequence[int], points: int, threshold: float, means: Floats) -> Floats:
     found = crossing(plan, means, threshold)
     steps = np.where(np.isnan(found), float(plan[points - 1]), found)
-    return np.asarray(np.log(np.maximum(steps, 1.0 / max(plan[-1], 1))))[..., None]
+    return np.asarray(np.log(np.maximum(steps, LEAST)))[..., None]
 
 
 def facts(trajectory: Trajectory) -> dict[str, Any]:
@@ -231,18 +232,25 @@ def _metrics(board: Board, found: Found) -> dict[str, Score]:
         "audit_start": shown(0),
         "audit_end": shown(-1),
     }
-    worst = min(
-        dict.fromkeys(c.concept for c in cells), key=lambda n: min(best[c][1].rank for c in cells if c.concept == n)
-    )
-    mine = {c: best[c] for c in cells if c.concept == worst}
-    censored = sum(not one.met for _, one in mine.values())
+    return out | {"audit_steps_worst": _soonest(best, note)}
+
+
+def _soonest(best: dict[Cell, tuple[str, Attacked]], note: str | None) -> Score:
+    """Steps of the target that falls first by its geometric mean over seeds and cases."""
+    each: dict[str, list[tuple[str, Attacked]]] = {}
+    for cell, found in best.items():
+        each.setdefault(cell.concept, []).append(found)
+    units = {concept: [one.unit for _, one in mine] for concept, mine in each.items()}
+    means = {c: score(u, "higher", geometric=True, unit="steps", bounds=(0.0, math.inf)) for c, u in units.items()}
+    worst = min(means, key=lambda c: means[c].value or math.inf)
+    mine = each[worst]
+    censored = sum(not one.met for _, one in mine)
     told = f"at least: not broken in {censored} of {len(mine)} cases" if censored else None
-    who = f"concept: {worst}, attack: {', '.join(dict.fromkeys(a for a, _ in mine.values()))}"
-    units = [one.unit for _, one in mine.values()]
-    out["audit_steps_worst"] = score(
-        units, "higher", geometric=True, unit="steps", note=joined(told, who, note), bounds=(0.0, math.inf)
-    )
-    return out
+    before = sum(one.status == PRESENT for _, one in mine)
+    early = f"shown before any attack, counted as step 1, in {before} of {len(mine)} cases" if before else None
+    who = f"concept: {worst}, attack: {', '.join(dict.fromkeys(a for a, _ in mine))}"
+    wide = worst_score(means[worst], list(units.values()), "lowest", geometric=True)
+    return replace(wide, note=joined(told, early, wide.note, who, note))
 
 
 def _curves(board: Board, arm: str) -> dict[str, dict[str, Any]]:

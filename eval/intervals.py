@@ -83,8 +83,9 @@ def estimate(
 
     From three to nine seeds the limits are never narrower than Student's t over the seeds (over the jackknife's
     pseudo-values, which for a mean are the seeds' own): resampling three seeds alone covers too rarely
-    (`lab.statistics.score`). Where a figure is undefined without one of the seeds, no limits are given. With fewer than
-    three seeds these stay as they are, and concepts and pictures are resampled within them.
+    (`lab.statistics.score`); where the figure is undefined in more than 5 % of resamples they are Student's alone, and
+    where it is undefined without one of the seeds there are none. With fewer than three seeds the limits stay as they
+    are, and concepts and pictures are resampled within them.
 
     Raises:
         ValueError: no unit, or a unit without pictures.

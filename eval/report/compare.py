@@ -11,14 +11,16 @@ from eval.report.leaderboard import columns
 from eval.report.page import page
 from eval.report.paired import common_seeds, difference
 from eval.report.trials import trial
-from eval.report.words import ARROWS, Record, figure, heading, interval
+from eval.report.words import ARROWS, Record, figure, heading, interval, limit
 from lab.errors import UserError
 
 OTHER_TRIAL = (
     "Attackers, budget or data differ: figures over attackers (the worst case, the verdict) do not answer one question."
 )
 
-_OVER_ATTACKERS = re.compile(r".*_worst(_|$)|verdict|asr|steps_to_relearn|benign_steps")
+_OVER_ATTACKERS = re.compile(
+    r".*_worst(_|$)|verdict|asr|steps_to_relearn|benign_steps|control_horizon|m?r?sgr_|clip_t_|similarity_|audit_"
+)
 
 
 def compare(a: Record, b: Record) -> dict[str, Any]:
@@ -71,7 +73,7 @@ def _identity(record: Record) -> dict[str, Any]:
 def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     left, right = a["metrics"][name], b["metrics"][name]
     row = {"name": name, "a": left["value"], "b": right["value"], "better": left["better"], "unit": left["unit"]}
-    row |= {"limit_a": _is_limit(left), "limit_b": _is_limit(right)}
+    row |= {"limit_a": limit(left), "limit_b": limit(right)}
     row |= {"difference": None, "low": None, "high": None, "ratio": None, "how": None, "winner": None, "sure": False}
     found = difference(name, a, b)
     if found is None:
@@ -81,13 +83,13 @@ def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     if found.ratio is not None:
         row["ratio"] = dict(zip(("value", "low", "high"), found.ratio, strict=True))
     if left["better"] != "neutral":
-        wins_b = found.value > 0 if left["better"] == "higher" else found.value < 0
-        row["winner"] = "tie" if found.value == 0 else "b" if wins_b else "a"
+        higher = left["better"] == "higher"
+        wins_b = found.value > 0 if higher else found.value < 0
+        winner, loser = ("b", "a") if wins_b else ("a", "b")
+        if row[f"limit_{loser if higher else winner}"]:  # what is a lower limit may be any higher figure
+            return row | {"winner": "open", "sure": False}
+        row["winner"] = "tie" if found.value == 0 else winner
     return row
-
-
-def _is_limit(metric: dict[str, Any]) -> bool:
-    return (metric["note"] or "").startswith("at least")
 
 
 def to_text(result: dict[str, Any]) -> str:
@@ -141,7 +143,7 @@ def to_html(result: dict[str, Any]) -> str:
 
 def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     """Rows that differ, and the number of the others."""
-    changed = [r for r in rows if r["difference"] != 0]
+    changed = [r for r in rows if r["difference"] != 0 and not (r["a"] is None and r["b"] is None)]
     return changed, len(rows) - len(changed)
 
 
@@ -162,6 +164,8 @@ def _change(row: dict[str, Any]) -> str:
 
 
 def _judged(row: dict[str, Any]) -> str:
+    if row["winner"] == "open":
+        return "open, as a lower limit may be any higher figure"
     winner = {"a": "A better", "b": "B better"}.get(row["winner"] or "", "")
     return f"{winner}{', sure' if row['sure'] else ', not sure'}" if winner else ""
 

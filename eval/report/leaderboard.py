@@ -13,7 +13,7 @@ from eval.report.labels import labels
 from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.trials import groups, trial
-from eval.report.words import ARROWS, UNMEASURED, Record, heading, measured, support
+from eval.report.words import ARROWS, UNMEASURED, Record, heading, limit, measured, support
 from lab.types import CONTROL
 
 # in this order; the worst case over attackers comes first, the benign side after the harmful one
@@ -129,8 +129,10 @@ def _mark_best(group: list[Row]) -> None:
         cells = [(r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"]
         cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
         if len(cells) > 1:
-            pick = max if cells[0][1]["better"] == "higher" else min
-            top = pick(m["value"] for _, m in cells)
+            higher = cells[0][1]["better"] == "higher"
+            top = (max if higher else min)(m["value"] for _, m in cells)
+            if any(limit(m) and (not higher or m["value"] < top) for _, m in cells):
+                continue  # it may be any higher figure, so nobody is known to be best
             for row, metric in cells:
                 if metric["value"] == top:
                     row["best"].append(name)
@@ -161,7 +163,8 @@ def cell(row: Row, column: str) -> str:
 
 def sound(row: Row) -> str:
     """How many seeds the row's intervals stand on."""
-    metric = next((m for n, m in row["metrics"].items() if n != "verdict"), None)
+    found = [m for n, m in row["metrics"].items() if n != "verdict"]
+    metric = next((m for m in found if m["value"] is not None), next(iter(found), None))
     return support(metric) if metric is not None else UNMEASURED
 
 
@@ -242,6 +245,10 @@ def headline(group: Sequence[Row]) -> str:
         return f"{text}, which does not hold."
     if not a["interval"] == b["interval"] == "across_seeds":
         return f"{text}; too few seeds to say how sure that order is."
+    if limit(b):
+        return f"{text}; that is a lower limit, so the order is open."
+    if any(m[end] is None for m in (a, b) for end in ("low", "high")):
+        return f"{text}; one of them has no interval, so how sure that order is cannot be said."
     apart = a["low"] > b["high"] or a["high"] < b["low"]
     return f"{text}; their intervals {'do not overlap' if apart else 'overlap, so the order may be chance'}."
 

@@ -33,7 +33,8 @@ def summary(record: Record) -> str:
             value = measured(metric) if metric["value"] is not None else f"no value: {metric['note']}"
             text = f"  {heading(name):<{width}} {ARROWS[metric['better']]} {value}"
             lines.append(text if len(text) <= WIDTH else text[: WIDTH - 2] + " …")
-        lines.append(f"  {'':<{width}}   ({support(record['metrics'][shown[0]])})")
+        known = next((n for n in shown if record["metrics"][n]["value"] is not None), shown[0])
+        lines.append(f"  {'':<{width}}   ({support(record['metrics'][known])})")
     lines += _remarks(record)
     return "\n".join(lines)
 

@@ -98,11 +98,16 @@ def interval(metric: Metric) -> str:
     return f"[{figure(metric['low'])}, {figure(metric['high'])}]"
 
 
+def limit(metric: Metric) -> bool:
+    """Whether the value is a lower limit: it may be any higher figure."""
+    return (metric["note"] or "").startswith("at least")
+
+
 def measured(metric: Metric | None) -> str:
     """Value with unit and interval."""
     if metric is None or metric["value"] is None:
         return UNMEASURED
-    lead = "≥ " if (metric["note"] or "").startswith("at least") else ""
+    lead = "≥ " if limit(metric) else ""
     unit = metric["unit"] if metric["unit"] in ("", "×", "°") else f" {metric['unit']}"
     return f"{lead}{figure(metric['value'])}{unit} {interval(metric)}".strip()
 
@@ -125,6 +130,8 @@ def certainty(metric: Metric, reference: float) -> tuple[bool, str]:
             return True, f"The 95 % interval over {n} seeds lies {side} {figure(reference)}."
         return False, f"The 95 % interval over {n} seeds includes {figure(reference)}: the difference may be chance."
     n = metric["n"]
+    if metric["interval"] == "across_seeds":
+        return False, f"No interval could be given over {n} seeds, so how sure this is cannot be said."
     seeds = f"{n} seed{'s' if n != 1 else ''}"
     return False, f"Measured on {seeds}: this supports no claim about other seeds (three are the least)."
 

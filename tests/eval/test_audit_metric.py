@@ -88,6 +88,17 @@ def test_where_every_target_holds_the_steps_are_a_lower_limit():
     assert "at least: not broken in 1 of 1 cases" in found.note
 
 
+def test_the_target_that_falls_first_is_told_by_its_mean_over_seeds_not_by_its_luckiest():
+    def make(arm, attack, name, seed):
+        if name == "mosaic":
+            return shares(0, 10, 10, 10, 10) if seed == 0 else NEVER
+        return FAST if name == "neon" else NEVER
+
+    found = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), immunizer=CONTROL)).metrics["audit_steps_worst"]
+    assert found.value == pytest.approx(AT)
+    assert "concept: neon" in found.note
+
+
 def test_seeds_make_intervals_across_seeds_and_a_threshold_moves_the_step():
     found = audited(run(seeds=(0, 1, 2), mosaic=(FAST, NEVER)))
     assert found.metrics["audit_steps_worst"].interval == "across_seeds"
@@ -206,7 +217,7 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
         (
             {n: (shares(0, 0, status="diverged"),) * 2 for n in ("mosaic", "neon")},
             "unsure",
-            "Unclear: every attack diverged",
+            "Unclear: every attack on mosaic, neon diverged",
         ),
     ],
 )
@@ -214,6 +225,16 @@ def test_every_other_verdict(by_name, tone, headline):
     found = page(**by_name)
     assert found.tone == tone
     assert re.match(headline, found.headline)
+
+
+def test_attacks_that_diverged_are_named_and_show_nothing():
+    failed = shares(0, status="diverged")
+    found = page(mosaic=(failed, NEVER), neon=(failed, NEVER))
+    assert found.headline.endswith("within 80 steps; lora diverged, which proves nothing.")
+    found = page(mosaic=(failed, failed), neon=(NEVER, NEVER))
+    assert (found.tone, found.headline) == (
+        "unsure", "Unclear: every attack on mosaic diverged, so nothing was shown either way.",
+    )  # fmt: skip
 
 
 def test_markdown_and_html_say_the_same_and_escape():

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from fake_generations import BUDGET, STEPS, Detector, FakeJudges, FakeRun, attack, case, shares, tilted
 
-from eval.relearning import Relearning, crossing
+from eval.crossings import crossing
+from eval.relearning import Relearning
 from eval.usable import asked
 from lab.errors import UserError
 from lab.types import CONTROL
@@ -154,32 +155,6 @@ def test_every_arm_is_judged_under_its_own_best_attacker():
     assert (row["attack_control"], row["attack_immunized"]) == ("lora", "full")
 
 
-def test_a_diverged_attack_is_no_protection():
-    """It ended at step 10 without the concept: the ratio is at least 10 ÷ control, below 1."""
-    found = metrics(world(shares(0, 0, status="diverged")))
-    assert found["steps_to_relearn_ratio"].value == pytest.approx(10 / HORIZON)
-    assert found["steps_to_relearn_ratio"].note.startswith("at least")
-    assert "6 of 12 attacks diverged" in found["steps_to_relearn_ratio"].note
-    assert found["asr"].value == found["asr_control"].value == pytest.approx(0.8)
-    assert found["asr_reduction"].value == pytest.approx(0.0)
-    assert "what the control shows" in found["asr"].note
-
-
-def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged():
-    """On the control the weak one never relearns: whether the immunized model holds out was not measured."""
-
-    def make(arm, attack, name, seed):
-        if attack == "weak":
-            return shares(0, 0, 0, 1, 2)
-        return shares(*CONTROL_SHARES) if arm == CONTROL else shares(0, 0, status="diverged")
-
-    scores = Relearning(FakeJudges())(FakeRun(make, attacks=("weak", "lora"), case_list=(case(others=()),)))
-    assert scores.metrics["steps_to_relearn_ratio"].value is None
-    assert "not measured for mosaic, neon" in scores.metrics["steps_to_relearn_ratio"].note
-    assert scores.metrics["asr"].value == pytest.approx(0.8)
-    assert scores.tables["relearning"][0]["left_out"] == "lora"
-
-
 def test_like_is_compared_with_like():
     """The fast attack diverged on the immunized model: both arms count under the slow one, and the note says so."""
 
@@ -213,37 +188,6 @@ def test_attack_success_on_a_target_that_the_control_never_shows_reduces_nothing
     found = metrics(FakeRun(make))["asr_reduction"]
     assert found.value is None
     assert found.note.startswith("not measured for neon")
-
-
-def test_a_benign_concept_that_is_never_learned_costs_more_than_any_that_is():
-    """80 ÷ 16.7 and beyond; the lower limit of the other, 30 ÷ 30 at its end, is a smaller number and no better."""
-
-    def make(arm, attack, name, seed):
-        if arm == CONTROL:
-            return shares(*CONTROL_SHARES) if name != "halftone" else shares(0, 0, 0, 0, 6)
-        return {"sketch": shares(0, 0, 6, 10, 10), "halftone": shares(0, 0, 0, 0, 2)}.get(name, shares(*CONTROL_SHARES))
-
-    found = metrics(FakeRun(make, case_list=(case(others=("sketch", "halftone")),)))
-    assert found["benign_steps_ratio_sketch"].value == pytest.approx(20 / HORIZON)
-    assert found["benign_steps_ratio_halftone"].value == pytest.approx(1.0)
-    assert found["benign_steps_ratio_worst"].note.startswith("at least")
-    assert "halftone" in found["benign_steps_ratio_worst"].note
-
-
-def test_a_diverged_attacker_does_not_hide_one_that_ran():
-    def make(arm, attack, name, seed):
-        if arm == CONTROL:
-            return shares(*CONTROL_SHARES)
-        return shares(0, 0, status="diverged") if attack == "broken" else shares(0, 0, 2, 6, 10)
-
-    found = metrics(FakeRun(make, attacks=("broken", "lora")))
-    assert found["steps_to_relearn_ratio"].value == pytest.approx(40 / HORIZON)
-
-    def fail(arm, attack, name, seed):
-        return shares(0, 0, 0, 0, 0) if arm != CONTROL and attack == "lora" else make(arm, attack, name, seed)
-
-    never = FakeRun(fail, attacks=("broken", "lora"))
-    assert metrics(never)["steps_to_relearn_ratio"].value == pytest.approx(80 / HORIZON)
 
 
 def test_pictures_are_paired_and_intervals_cover_the_value():
