@@ -47,12 +47,15 @@ def dispatch(cfg: DictConfig) -> None:
 
 
 def _act(cfg: DictConfig, folder: Path) -> None:
+    from lab.errors import UserError, nearest
+
+    if cfg.push_to is not None and cfg.action != "export":
+        raise UserError("push_to", cfg.push_to, "belongs to action=export, which writes and checks what it pushes.")
     if cfg.action == "run":
         from lab.launch import launch
 
         return launch(cfg, folder)
     from lab.actions import ACTIONS
-    from lab.errors import UserError, nearest
 
     if cfg.action not in ACTIONS:
         raise UserError("action", cfg.action, nearest(str(cfg.action), ["run", *ACTIONS]))

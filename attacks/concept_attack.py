@@ -116,10 +116,13 @@ class ConceptBase(ABC):
         return {f"{self.key}.sampling.negative": self.sampling.negative}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
-        """Before anything runs: `check_task` for every concept."""
+        """Before anything runs: `check_task` for every concept, with every setting that a search will try."""
+        search = getattr(self, "search", None)
         for case in cases:
             for task in case.tasks:
                 self.check_task(task)
+                if search is not None:
+                    search.check(self, task)
 
     @abstractmethod
     def try_out(self, model: DiffusionModel, task: Concept) -> None:

@@ -46,8 +46,8 @@ def check_data(key: str, task: Concept, template: str, families: Sequence[str], 
         told = f"concept {task.name} has no description prompts; use name or token."
         raise UserError(f"{key}.template", template, told)
     if prior and not len(task.prior):
-        told = f"concept {task.name} has no prior pictures; set it to 0 or give the scenario some."
-        raise UserError(f"{key}.prior_weight", "> 0", told)
+        told = f"concept {task.name} has no prior pictures; set {key}.prior_weight=0 or give it some (prior: FOLDER)."
+        raise UserError(f"{key}.prior_weight", "above 0", told)
 
 
 @torch.no_grad()

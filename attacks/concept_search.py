@@ -97,6 +97,16 @@ class Search:
         order = torch.randperm(len(every), generator=generator(seed, "attack search", task.name)).tolist()
         return [every[i] for i in order[: self.trials]]
 
+    def check(self, attack: ConceptBase, task: Concept) -> None:
+        """Before anything runs: the concept has what every setting asks for, and pictures to hold out.
+
+        Raises:
+            UserError: see `attacks.concept_data.check_data` and `held_out`.
+        """
+        held_out(task, 0, self.key)
+        for setting in self.settings(0, task):
+            attack.varied(setting).check_task(task)
+
     def _judge(self, attack: ConceptBase, model: DiffusionModel, task: Concept, seed: int) -> float | None:
         """A figure that is the better the lower, or None where the trial diverged."""
         families = () if self.score is None else ("name",)

@@ -49,6 +49,6 @@ def _as_path(word: str) -> str:
         return word
     if not value.startswith(_PATHS) and not Path(value).is_dir():
         return word
-    if not re.fullmatch(r"[\w./~-]+", value):
+    if not re.fullmatch(r"[\w./-]+", value, flags=re.ASCII):  # what Hydra's grammar takes without quotes
         value = "'{}'".format(value.replace("'", "\\'"))
     return f"backbone.path={value}"

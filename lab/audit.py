@@ -61,6 +61,8 @@ def prepare(cfg: DictConfig) -> DictConfig:
     """
     _fits(cfg)
     found = copy.deepcopy(cfg)
+    if cfg[KEY].search is not None and not OmegaConf.is_dict(cfg[KEY].search):
+        raise UserError(f"{KEY}.search", cfg[KEY].search, "must be null or a group: ATTACK: {mode, steps, space}.")
     searches: dict[str, Any] = OmegaConf.to_container(cfg[KEY].search or OmegaConf.create({}))  # type: ignore[assignment]
     known = {path.stem for path in (ROOT / "conf" / "attacks").glob("*.yaml")} | {str(name) for name in cfg.attacks}
     for name, search in searches.items():
@@ -75,6 +77,8 @@ def prepare(cfg: DictConfig) -> DictConfig:
 def _fits(cfg: DictConfig) -> None:
     if cfg.get(KEY) is None or "audit" not in cfg.eval:
         raise UserError("action", "audit", "comes with its attacks and metrics: `python run.py experiment=audit …`.")
+    if cfg.path is not None:
+        raise UserError("path", cfg.path, "is where an export goes; an audit takes backbone.path=DIR.")
     if not cfg.attacks:
         raise UserError("attacks", "none", "an audit needs at least one attack, e.g. attacks=[lora].")
     if cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None:  # the count is the audit's
@@ -111,7 +115,8 @@ def off_target(cfg: DictConfig) -> str | None:
     facts = _exported(cfg)
     if facts is None:
         return None
-    names = [case.name for case in assemble(cfg).scenario.load(int(cfg.seeds[0])).cases]
+    parts = assemble(cfg)
+    names = [case.name for case in parts.scenario.load(parts.seeds[0]).cases]
     if facts.get("case") in names:
         return None
     told = f"the checkpoint was exported for case {facts.get('case')}, and this audit attacks {', '.join(names)}"

@@ -29,9 +29,11 @@ def seconds_per_update(pipeline: Pipeline, rows: list[Row]) -> dict[tuple[str, s
     """(attack, concept, case, seed) → seconds of one update with the options that the search chose.
 
     Only the row of each attack that counts for the page is timed: attacks differ, concepts do not. Other rows of the
-    same attack get the same figure.
+    same attack get the same figure. An attacker of another class than the bench's has none.
     """
     by_attack: dict[str, float] = {}
+    own = {name for name, part in pipeline.parts.attacks.items() if not isinstance(part.obj, ConceptBase)}
+    rows = [row for row in rows if row["attack"] not in own]  # whose updates cannot be timed one by one
     for row in progress(rows, "measure cost"):
         if row["attack"] not in by_attack:
             by_attack[row["attack"]] = _measure(pipeline, row)

@@ -210,10 +210,12 @@ def _sentence(row: Row, costs: Costs) -> str:
         asked = f"asked as {row['attack']} asks, with template={row['template']}"
         return f"{what}: in {100 * row['start']:.0f} % of the pictures before any attack, {asked}."
     if row["status"] == BROKEN:
-        price = [f"{row['pictures']} pictures", f"{row['parameters']:,} trainable parameters"]
         spent = seconds(row, costs)
-        price = [duration(spent), *price] if spent is not None else price
-        return f"{what}: {row['attack']} after {_steps(row)} steps, at the price of {', '.join(price)}."
+        price = [duration(spent)] if spent is not None else []
+        price += [f"{row['pictures']} pictures"] if row["pictures"] is not None else []
+        price += [f"{row['parameters']:,} trainable parameters"] if row["parameters"] is not None else []
+        told = f"{what}: {row['attack']} after {_steps(row)} steps"
+        return f"{told}, at the price of {', '.join(price)}." if price else f"{told}."
     why = "" if row["status"] == HELD else ", where it diverged"
     return f"{what}: not back after {figure(row['steps'])} steps{why}; {row['attack']} came nearest."
 

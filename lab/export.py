@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from lab.errors import UserError
 from lab.export_attack import export_attack
 from lab.export_card import card
 from lab.export_source import Choice, Models, backbone_of, choose, rebuild, target
+from lab.options import names
 from lab.provenance import versions
 from lab.record import Record
 from lab.store import write_atomically
@@ -52,9 +53,11 @@ def export(cfg: DictConfig) -> Path:
     from lab.export_push import ready
     from lab.verify import check
 
+    if not OmegaConf.is_dict(cfg.export):
+        raise UserError("export", cfg.export, "is a group: export.arm, export.case, export.seed, export.attack ….")
     attack = cfg.export.attack is not None or cfg.export.task is not None
     push = None if cfg.push_to is None or attack else ready(str(cfg.push_to))  # a missing token shows before any work
-    places = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
+    places = [*names("records", cfg.records)]
     if not places:
         raise UserError(
             "records", "[]", "name the record of the run to export, e.g. records=outputs/runs/…/record.json."

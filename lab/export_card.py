@@ -124,7 +124,7 @@ def _bullets(lines: Iterable[str]) -> str:
 def _options(node: dict[str, Any], skipped: tuple[str, ...] = _SKIPPED) -> str:
     """Settings as KEY=VALUE, code; without what only the bench needs."""
     plain = {k: v for k, v in flatten({k: v for k, v in node.items() if k not in skipped}).items()}
-    return ", ".join(f"`{k}={_plain(v)}`" for k, v in plain.items() if not k.endswith("_target_"))
+    return ", ".join(f"`{k}={_plain(v)}`" for k, v in plain.items() if k and not k.endswith("_target_"))
 
 
 def _plain(value: Any) -> str:
@@ -188,13 +188,18 @@ def _verdict(record: Record, chosen: Choice) -> str:
     return text + "\nAll figures, curves and tables are in `record.json`.\n"
 
 
+def _yaml(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
 def _untried(record: Record) -> list[str]:
     """Attackers of the bench for this kind of model that the record does not have."""
     prefix = "attacks.concept_" if "sampling" in record["config"]["scenario"] else "attacks."
-    names = []
-    for path in sorted((ROOT / "conf" / "attacks").glob("*.yaml")):
-        text = path.read_text(encoding="utf-8")
-        concept = "attacks.concept_" in text
+    names, folder = [], ROOT / "conf" / "attacks"
+    for path in sorted(folder.glob("*.yaml")):
+        text = _yaml(path)
+        bases = re.findall(r"^\s*- (base/\w+)@", text, flags=re.M)  # which may have the target
+        concept = "attacks.concept_" in "".join([text, *(_yaml(folder / f"{base}.yaml") for base in bases)])
         if path.stem not in record["attacks"] and path.stem != "none" and concept == (prefix == "attacks.concept_"):
             names.append(path.stem)
     return names

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lab.assemble import Parts, assemble
 from lab.errors import UserError, nearest
-from lab.options import choice
+from lab.options import choice, local
 from lab.pipeline import Pipeline
 from lab.problems import ScenarioData
 from lab.record import Record
@@ -54,7 +54,7 @@ class Models:
 
 def target(cfg: DictConfig, name: str) -> Path:
     """Where an export goes: ``path``, or ``name`` below the outputs. Raises `UserError` where something is there."""
-    folder = Path(cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / name
+    folder = local("path", cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("path", folder, "exists and is not empty; choose another folder, or remove it.")
     return folder

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
@@ -68,6 +68,11 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return _system(error, arguments or sys.argv[1:])
     if isinstance(error, MissingMandatoryValue | InterpolationKeyError):
         return f"{error.full_key}: needs a value: {_first_line(error)}"
+    if isinstance(error, OverrideParseException):
+        word = str(error.override)
+        name, _, value = word.partition("=")
+        told = "cannot be read; a value with ~, <, >, brackets or letters beyond a-z needs quotes inside of quotes"
+        return f"{word}: {told}, e.g. '{name}=\"{value}\"'."
     if isinstance(error, HydraException | OmegaConfBaseException):
         key = _unknown_key(error)
         if key is not None:

@@ -16,6 +16,7 @@ from lab.cases import beside_weights, fingerprint, unpainted
 from lab.errors import Diverged, UserError
 from lab.problems import ConceptCase, ScenarioData
 from lab.provenance import computing
+from lab.returned import check_trajectory
 from lab.statistics import SeedScore
 from lab.store import Artifact, StageCheckpoint, Store, stage_key
 from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores, Trajectory, clone
@@ -138,6 +139,7 @@ class Pipeline:
                 where = f"case {case.name}, {attack} on {task.name}"
                 told = f"its model cannot be attacked ({where}): {error}; lower the step size of what made it."
                 raise UserError("backbone" if arm == CONTROL else "immunize", arm, told) from error
+            check_trajectory(found, attack)
             values = {"steps": found.steps, "values": found.values, "status": found.status, "info": found.info}
             samples = {f"samples/{family}": pictures for family, pictures in found.samples.items()}
             return Artifact(values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples})

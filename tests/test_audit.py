@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 from entry_point import call_entry
@@ -14,7 +15,7 @@ from attacks.concept_curriculum import Curriculum
 from attacks.concept_lora import ConceptLora
 from lab import record as records
 from lab.audit import audit, off_target, prepare
-from lab.audit_cost import timed
+from lab.audit_cost import seconds_per_update, timed
 from lab.errors import UserError
 from lab.types import Budget
 
@@ -83,6 +84,8 @@ def test_one_command_ends_in_one_page(tmp_path, call):
         (["experiment=audit", "backbone=sd"], r"judges=minisd: .*judges=real"),
         (["experiment=audit", "scenario=house_price"], r"scenario=house_price: .*text-to-image"),
         (["experiment=audit", "launch=cpu"], r"launch=cpu: .*launch=none"),
+        (["experiment=audit", "path=release"], r"path=release: .*backbone\.path=DIR"),
+        (["experiment=audit", "audit.search=5"], r"audit\.search=5: must be null or a group"),
     ],
 )
 def test_what_cannot_be_audited(overrides, told):
@@ -154,6 +157,11 @@ def test_seconds_of_an_update_are_a_median_after_a_warm_up():
     model, task = tiny_diffusion(), tiny_case().targets[0]
     clock = ticking(1.0, 9.0, 2.0)
     assert timed(lora(), model, task, Budget(4), 0, clock) == pytest.approx(2.0)
+
+
+def test_an_attacker_of_another_class_is_left_out_of_the_costs():
+    own = SimpleNamespace(parts=SimpleNamespace(attacks={"mine": SimpleNamespace(obj=object())}))
+    assert seconds_per_update(own, [{"attack": "mine", "concept": "a", "case": "b", "seed": 0}]) == {}
 
 
 def test_a_curriculum_costs_the_mean_over_its_steps():

@@ -125,6 +125,9 @@ def cli(tmp_path, monkeypatch, capfd):
         ("immunize.epochs=1.5", "immunize.epochs=1.5"),
         ("force=evel", "force=evel: did you mean eval"),
         ("dry_run=yess", "dry_run=yess: must be true or false"),
+        ("scenario.path=/data/Müller", "inside of quotes, e.g. 'scenario.path=\"/data/Müller\"'"),
+        ("scenario.path=~/houses", "scenario.path=~/houses: cannot be read"),
+        ("push_to=me/model", "push_to=me/model: belongs to action=export"),
         ("paths.outputs=" + "x" * 300, "the name is too long for the file system: set paths.outputs=DIR"),
     ],
 )

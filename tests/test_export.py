@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,10 @@ def test_the_folder_holds_what_a_release_needs(exported, run_folder):
         "1 seed(s)",
     ):
         assert said in card, said
+    untried = next(line for line in card.splitlines() if "that were not run" in line)
+    assert {"lora_fast", "custom_diffusion", "dreambooth"} <= set(re.findall(r"\w+", untried))
+    assert not {"lora", "linear_probe", "none"} & set(re.findall(r"\w+", untried))
+    assert "={}" not in card
     original, kept = records.read(run_folder[1]), records.read(exported / "record.json")
     assert kept["content_hash"] == original["content_hash"]
     assert kept["provenance"]["host"] == kept["config"]["paths"] == "removed"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
+from eval.aggregate import slug
 from lab.activations import digest
 from lab.errors import UserError
 from lab.minisd import folders
@@ -248,9 +248,12 @@ def _entries(given: object, root: Path) -> tuple[Entry, ...]:
         raise UserError(key, given, fix)
     found = tuple(parse(f"{key}[{i}]", entry, root) for i, entry in enumerate(given))
     for i, entry in enumerate(found):
+        if not slug(entry.name):
+            raise UserError(f"{entry.key}.name", entry.name, "needs letters a-z or digits; words may be in any script.")
         for earlier in found[:i]:
-            if entry.name == earlier.name:
-                raise UserError(f"{entry.key}.name", entry.name, "is taken by an earlier concept; names are unique.")
+            if slug(entry.name) == slug(earlier.name):
+                fix = f"is taken by the earlier {earlier.name}: names differ in letters a-z or digits."
+                raise UserError(f"{entry.key}.name", entry.name, fix)
             if entry.words.lower() == earlier.words.lower():
                 raise UserError(f"{entry.key}.words", entry.words, f"are the words of {earlier.name} too.")
     for role, what in (("target", "to protect against"), ("other", "that must stay learnable")):
@@ -262,8 +265,8 @@ def _entries(given: object, root: Path) -> tuple[Entry, ...]:
 def _shares(given: object) -> tuple[float, float, float]:
     found = {"own": 0.3, "train": 0.3, "reference": 0.4} | shared.entries("scenario.shares", given or {}, _PARTS)
     own, train, reference = (number(f"scenario.shares.{part}", found[part], above=0, below=1) for part in _PARTS)
-    if abs(own + train + reference - 1) > 1e-6:
-        raise UserError("scenario.shares", found, f"own + train + reference = {own + train + reference:g}, not 1.")
+    if abs((total := own + train + reference) - 1) > 1e-6:
+        raise UserError("scenario.shares", found, f"own + train + reference = {total:g}, not 1.")
     return own, train, reference
 
 
@@ -279,8 +282,7 @@ def _cut(order: list[int], sizes: Sequence[int]) -> list[list[int]]:
 
 
 def _pick(found: Pictures, index: list[int]) -> Pictures:
-    images: Tensor = found.images[index]
-    return Pictures(images, tuple(found.prompts[i] for i in index))
+    return Pictures(found.images[index], tuple(found.prompts[i] for i in index))
 
 
 def _captions(given: object, root: Path) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,6 +135,19 @@ def test_searches_that_cannot_work_name_their_key(search: Any, key: str) -> None
     with pytest.raises(UserError) as error:
         attack("lora", search=search)
     assert error.value.key == f"attacks.lora.{key}"
+
+
+def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
+    nothing = Pictures(task().train.images[:0], ())
+    poor = replace(task(), prior=nothing, prompts={"name": task().prompts["name"]})
+    for space, key in (({"prior_weight": [0, 1]}, "prior_weight"), ({"template": ["name", "description"]}, "template")):
+        wide = attack("lora", families=("name",), search={**GRID, "space": space})
+        with pytest.raises(UserError) as error:
+            wide.check((SimpleNamespace(tasks=(poor,)),))
+        assert error.value.key == f"attacks.lora.{key}"
+    single = replace(task(), train=Pictures(task().train.images[:1], task().train.prompts[:1]))
+    with pytest.raises(UserError, match="a search needs"):
+        searched().check((SimpleNamespace(tasks=(single,)),))
 
 
 def test_the_model_is_left_alone() -> None:

@@ -196,6 +196,8 @@ BAD_ENTRIES = [
     ({"name": None}, r"concepts\[0\].name"),
     ({"name": "../rex"}, r"concepts\[0\].name"),
     ({"name": "mug", "words": "rex"}, r"concepts\[1\].name.*earlier"),
+    ({"name": "MUG", "words": "rex"}, r"concepts\[1\].name=mug.*earlier MUG"),
+    ({"name": "猫", "words": "rex"}, r"concepts\[0\].name=猫: needs letters"),
     ({"words": "mug", "prompts": ["mug"]}, r"concepts\[1\].words"),
     ({"path": None}, r"concepts\[0\].path"),
     ({"prompt": ["rex"]}, r"concepts\[0\].prompt\b.*prompts"),
