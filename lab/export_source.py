@@ -93,7 +93,7 @@ def trusted(config: Any, where: str) -> None:
     if isinstance(config, dict):
         target = config.get("_target_")
         if target is not None and not _ours(target):
-            told = "is no class of this project, and a record must not run other code; export where it was made."
+            told = "is no class of this project, and a record must not run other code: such a run cannot be exported."
             raise UserError(f"records: {where}._target_", target, told)
         for key, value in config.items():
             trusted(value, f"{where}.{key}")
