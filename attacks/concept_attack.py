@@ -117,12 +117,11 @@ class ConceptBase(ABC):
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Before anything runs: `check_task` for every concept, with every setting that a search will try."""
-        search = getattr(self, "search", None)
         for case in cases:
             for task in case.tasks:
                 self.check_task(task)
-                if search is not None:
-                    search.check(self, task)
+                if self.search is not None:
+                    self.search.check(self, task)
 
     @abstractmethod
     def try_out(self, model: DiffusionModel, task: Concept) -> None:

@@ -91,11 +91,14 @@ class Search:
 
     def settings(self, seed: int, task: Concept) -> list[dict[str, Any]]:
         """What is tried, in order."""
-        every = [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
+        every = self._every()
         if self.mode == "grid":
             return every
         order = torch.randperm(len(every), generator=generator(seed, "attack search", task.name)).tolist()
         return [every[i] for i in order[: self.trials]]
+
+    def _every(self) -> list[dict[str, Any]]:
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
 
     def check(self, attack: ConceptBase, task: Concept) -> None:
         """Before anything runs: the concept has what every setting asks for, and pictures to hold out.
@@ -104,7 +107,7 @@ class Search:
             UserError: see `attacks.concept_data.check_data` and `held_out`.
         """
         held_out(task, 0, self.key)
-        for setting in self.settings(0, task):
+        for setting in self._every():  # of which a random search draws others for each seed
             attack.varied(setting).check_task(task)
 
     def _judge(self, attack: ConceptBase, model: DiffusionModel, task: Concept, seed: int) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from eval.aggregate import joined, slug
-from eval.crossings import LEAST, crossing
+from eval.crossings import LEAST, crossing, shown_before
 from eval.generations import DETECTED, Board, Cell, marks
 from eval.intervals import Floats, Unit, band, columns, score, worst_score
 from eval.judging import Judges, detector_of, try_out
@@ -246,8 +246,7 @@ def _soonest(best: dict[Cell, tuple[str, Attacked]], note: str | None) -> Score:
     mine = each[worst]
     censored = sum(not one.met for _, one in mine)
     told = f"at least: not broken in {censored} of {len(mine)} cases" if censored else None
-    before = sum(one.status == PRESENT for _, one in mine)
-    early = f"shown before any attack, counted as step 1, in {before} of {len(mine)} cases" if before else None
+    early = shown_before(sum(one.status == PRESENT for _, one in mine), len(mine))
     who = f"concept: {worst}, attack: {', '.join(dict.fromkeys(a for a, _ in mine))}"
     wide = worst_score(means[worst], list(units.values()), "lowest", geometric=True)
     return replace(wide, note=joined(told, early, wide.note, who, note))

@@ -45,11 +45,15 @@ class Check:
         return value < self.threshold if self.rule == "<" else value <= self.threshold
 
     @property
+    def limit(self) -> bool:
+        """Whether the figure is a lower limit."""
+        return (self.figure.note or "").startswith("at least")
+
+    @property
     def passed(self) -> bool:
         """A lower limit ("at least") can pass a ≥, never a ≤."""
         value = self.figure.low if self.rule == "low >" else self.figure.value
-        limit = (self.figure.note or "").startswith("at least")
-        return value is not None and self._holds(value) and not (limit and self.rule in ("≤", "<"))
+        return value is not None and self._holds(value) and not (self.limit and self.rule in ("≤", "<"))
 
     @property
     def sure(self) -> bool:
@@ -57,7 +61,7 @@ class Check:
         f = self.figure
         if f.interval != "across_seeds" or f.low is None or f.high is None:
             return False
-        if (f.note or "").startswith("at least"):  # the figure itself may lie anywhere above
+        if self.limit:  # the figure itself may lie anywhere above
             return self._holds(f.low) == (self.rule not in ("≤", "<"))
         return self._holds(f.low) == self._holds(f.high)
 
@@ -74,9 +78,8 @@ class Check:
             return f"{self.what}: {self.figure.note}"
         f = self.figure
         span = f" [{f.low:.3g}, {f.high:.3g}]" if f.low is not None and f.high is not None else ""
-        lead, more = ("≥ ", "") if (f.note or "").startswith("at least") else ("", "")
-        if lead and not self.passed:
-            more = "; a lower limit, more steps (budget.multiple) would tell"
+        lead = "≥ " if self.limit else ""
+        more = "; a lower limit, more steps (budget.multiple) would tell" if self.limit and not self.passed else ""
         return f"{self.what} {lead}{f.value:.3g}{span} (required: {self.row()['required']}{more})"
 
 

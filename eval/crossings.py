@@ -26,6 +26,11 @@ def crossing(steps: Sequence[int], shares: Floats, threshold: float) -> Floats:
     return np.where(met.any(-1), found, np.nan)
 
 
+def shown_before(count: int, cases: int) -> str | None:
+    """Note on a concept that was there before the attack in ``count`` of ``cases``, where it counts as `LEAST`."""
+    return f"shown before the attack, counted as step 1, in {count} of {cases} cases" if count else None
+
+
 @dataclass(frozen=True)
 class Relearned:
     """When one arm shows a concept again, under its best attacker. ``censored``: not up to ``steps``."""

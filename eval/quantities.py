@@ -70,10 +70,7 @@ class RelativeImmunizationRatio(_Mean):
 
     def update(self, harmful_after: float, harmful_before: float, benign_after: float, benign_before: float) -> None:
         """Four condition numbers, each ≥ 1."""
-        values = (harmful_after, harmful_before, benign_after, benign_before)
-        if any(v < 1 - 1e-9 for v in values):
-            raise ValueError(f"condition numbers are at least 1, got {values}")
-        self._add(relative_immunization_ratio(*values))
+        self._add(relative_immunization_ratio(harmful_after, harmful_before, benign_after, benign_before))
 
 
 class SGRC(_Mean):

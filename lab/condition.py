@@ -124,7 +124,14 @@ def grouped_condition_number(
 def relative_immunization_ratio(
     harmful_after: float, harmful_before: float, benign_after: float, benign_before: float
 ) -> float:
-    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got relatively harder."""
+    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got relatively harder.
+
+    Raises:
+        ValueError: a condition number below 1.
+    """
+    values = (harmful_after, harmful_before, benign_after, benign_before)
+    if any(v < 1 - 1e-9 for v in values):
+        raise ValueError(f"condition numbers are at least 1, got {values}")
     return (harmful_after / harmful_before) / (benign_after / benign_before)
 
 
