@@ -60,7 +60,7 @@ class WandbBackend:
         }  # fmt: skip
         mode = self.options["mode"]
         if mode == "auto":
-            mode = "online" if has_key() else "offline"
+            mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         try:
             run = wandb.init(mode=mode, **common)
         except (wandb.Error, OSError, TimeoutError) as error:

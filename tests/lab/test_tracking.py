@@ -137,6 +137,17 @@ def test_wandb_with_a_wrong_key_and_no_network_logs_offline_and_says_so(folder, 
 
 
 @pytest.mark.slow
+def test_auto_follows_the_mode_of_the_environment_whatever_the_key(folder, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with warnings_of(client.log) as warned:
+        track(folder, {"wandb": WANDB})
+    assert not warned, "no server was asked"
+    assert read_offline_run(folder, "immunize")[0].job_type == "immunize"
+
+
+@pytest.mark.slow
 def test_trackio_has_the_same_view(offline):
     database = sqlite3.connect(next((offline / "trackio").glob("*.db")))
     logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
