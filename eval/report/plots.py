@@ -238,7 +238,8 @@ def new_axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axe
 def to_svg(fig: Figure, title: str) -> Markup:
     out = io.StringIO()
     with rc_context(_SETTINGS):
-        fig.savefig(out, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        # not by savefig, which draws all twice: the first time for layouts that are not used here
+        FigureCanvasSVG(fig).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
