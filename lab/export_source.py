@@ -24,6 +24,7 @@ from lab.sources import PACKAGES
 from lab.store import Store
 from lab.types import CONTROL, AnyCase, Backbone, Model, clone
 
+_GROUPS = ("scenario", "backbone", "erase")  # what the original model is made of
 _ENDED_EARLY = ("failed", "preempted")  # such a record may not hold the hashes of everything
 
 
@@ -84,22 +85,39 @@ def choose(record: Record, options: Any) -> Choice:
     return fine[0]
 
 
-def trusted(config: Any, where: str) -> None:
-    """A record is data: it may build classes of this project, and nothing else.
+def own_classes(cfg: DictConfig) -> frozenset[str]:
+    """Classes that the user's command names by its choice of scenario, backbone and eraser: theirs, so a record may."""
+
+    def found(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(node.get("_target_"), str):
+                yield node["_target_"]
+            node = list(node.values())
+        if isinstance(node, list):
+            for value in node:
+                yield from found(value)
+
+    groups = (OmegaConf.to_container(cfg[g]) for g in _GROUPS if OmegaConf.is_config(cfg.get(g)))
+    return frozenset(target for group in groups for target in found(group))
+
+
+def trusted(config: Any, where: str, also: frozenset[str] = frozenset()) -> None:
+    """A record is data: it may build classes of this project and those in ``also``, and nothing else.
 
     Raises:
-        UserError: a ``_target_`` that is no class of the project, or a text that would be interpolated.
+        UserError: a ``_target_`` that is neither, or a text that would be interpolated.
     """
     if isinstance(config, dict):
         target = config.get("_target_")
-        if target is not None and not _ours(target):
-            told = "is no class of this project, and a record must not run other code: such a run cannot be exported."
+        if target is not None and target not in also and not _ours(target):
+            told = "is no class of this project, and a record must not run other code. If it is your own, choose it on "
+            told += f"the command line as the run did: {where.partition('.')[0]}=NAME, with its --config-dir."
             raise UserError(f"records: {where}._target_", target, told)
         for key, value in config.items():
-            trusted(value, f"{where}.{key}")
+            trusted(value, f"{where}.{key}", also)
     elif isinstance(config, list):
         for i, value in enumerate(config):
-            trusted(value, f"{where}[{i}]")
+            trusted(value, f"{where}[{i}]", also)
     elif isinstance(config, str) and "${" in config:
         raise UserError(f"records: {where}", config, "a record holds resolved values only.")
 
@@ -114,16 +132,18 @@ def _ours(target: object) -> bool:
     return isinstance(found, type) and found.__module__.split(".")[0] in PACKAGES
 
 
-def parts_of(record: Record) -> Parts:
+def parts_of(record: Record, also: frozenset[str] = frozenset()) -> Parts:
     """Scenario, backbone and eraser of a record, built anew; no immunizer, attacker or metric.
+
+    ``also``: see `own_classes`.
 
     Raises:
         UserError: see `trusted` and `lab.assemble.assemble`.
     """
     config = {**record["config"], "attacks": {}, "eval": {}, "judges": {}}
     config["immunize"] = {"_target_": "immunize.none.NoImmunization", "name": CONTROL}
-    for group in ("scenario", "backbone", "erase"):
-        trusted(config.get(group), group)
+    for group in _GROUPS:
+        trusted(config.get(group), group, also)
     return assemble(OmegaConf.create(config))
 
 
@@ -165,7 +185,7 @@ def rebuild(record: Record, chosen: Choice, cfg: DictConfig) -> Models:
     store = Store(cfg.paths.cache)
     tensors = _tensors(record, chosen, store)
     with threads(int(record["provenance"]["threads"])):
-        parts = parts_of(record)
+        parts = parts_of(record, own_classes(cfg))
         pipeline = Pipeline(parts, store)
         data = pipeline.data(chosen.seed)
         known = record["provenance"]["data_hash"].get(str(chosen.seed))

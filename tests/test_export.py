@@ -21,7 +21,7 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.experiment import run_once
 from lab.export import export, write
-from lab.export_source import Models, choose, parts_of, rebuild, trusted
+from lab.export_source import Models, choose, own_classes, parts_of, rebuild, trusted
 from lab.problems import ScenarioData
 from lab.store import Store
 from lab.verify import check
@@ -270,6 +270,22 @@ def test_a_record_runs_no_code_of_others(run_folder, target):
         parts_of(record)
     with pytest.raises(UserError, match=r"erase\.deep\[0\]\._target_"):
         trusted({"deep": [{"_target_": target}]}, "erase")
+
+
+def test_an_own_scenario_is_exported_where_the_command_names_it(run_folder, tmp_path, monkeypatch):
+    """The record alone does not do: what the user chose for this command does."""
+    record = records.read(run_folder[1])
+    given = record["config"]["scenario"]["_target_"]
+    module, _, name = given.rpartition(".")
+    (tmp_path / "my_concepts.py").write_text(f"from {module} import {name}\n\n\nclass Mine({name}):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    record["config"]["scenario"]["_target_"] = "my_concepts.Mine"
+    with pytest.raises(UserError, match="--config-dir"):
+        rebuild(record, choose(record, composed().export), options(run_folder))
+    cfg = options(run_folder)
+    cfg.scenario._target_ = "my_concepts.Mine"
+    assert "my_concepts.Mine" in own_classes(cfg)
+    assert type(parts_of(record, own_classes(cfg)).scenario).__name__ == "Mine"
 
 
 def test_a_record_interpolates_nothing(run_folder):
