@@ -45,7 +45,7 @@ def read(
 
     Raises:
         ValueError: no case, no attack, or arms with different numbers of pictures.
-        UserError: an attack without pictures of the prompts that name the concept.
+        UserError: an attack without pictures of the prompts that name the concept, or with another number of them.
     """
     wanted = tuple(dict.fromkeys(quantities))
     board = Board(arm_names(run), run.attacks, run.budget, lost=len(diverged_of(run)))
@@ -56,6 +56,7 @@ def read(
             judge = _Judge(run, judges, concept, wanted, preprocessing)
             for attack in run.attacks:
                 found = {arm: run.trajectory(arm, attack, case, concept, seed) for arm in board.arms}
+                _same_count(board, cell, found, attack)
                 for family in _families(found, concept, attack):
                     seen = memo(run).setdefault((judges, cell, attack, family, preprocessing), {})
                     for arm, reading in judge.family(found, family, board.plan, seen).items():
@@ -76,6 +77,21 @@ def _families(found: dict[str, Trajectory], concept: Concept, attack: str) -> li
         told = f"must contain {FAMILY}: the figures are about prompts that name the concept."
         raise UserError(f"attacks.{attack}.families", common, told)
     return common
+
+
+def _same_count(board: Board, cell: Cell, found: dict[str, Trajectory], attack: str) -> None:
+    """Figures under each arm's best attacker resample the pictures of all attackers together.
+
+    Raises:
+        UserError: this attack made another number of pictures than the ones before it.
+    """
+    for (other, arm, earlier, family), reading in board.readings.items():
+        if other == cell and family in found[arm].samples:
+            count = found[arm].samples[family].shape[1]
+            before = {values.shape[-1] for values in reading.values.values()}
+            if before - {count}:
+                told = f"pictures a step by {family}, not {before.pop()} as attacks.{earlier}; give all attackers the "
+                raise UserError(f"attacks.{attack}", count, told + "same number, scenario.sampling.count.")
 
 
 class _Judge:

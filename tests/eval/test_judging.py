@@ -79,6 +79,14 @@ def test_arms_with_different_numbers_of_pictures_are_an_error():
         metrics(world(HELD | {"mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3)}))
 
 
+def test_attackers_with_different_numbers_of_pictures_are_told_which():
+    def make(arm, attack, concept, seed):
+        return flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3 if attack == "own" else 4)
+
+    with pytest.raises(UserError, match=r"attacks\.own=3: pictures a step by name, not 4 as attacks\.lora"):
+        metrics(FakeRun(make, attacks=("lora", "own")))
+
+
 def test_legacy_pictures_are_pale_and_small():
     images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 128, 128)
     found = legacy(images)
