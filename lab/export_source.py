@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,10 +56,21 @@ class Models:
 
 
 def target(cfg: DictConfig, name: str) -> Path:
-    """Where an export goes: ``path``, or ``name`` below the outputs. Raises `UserError` where something is there."""
+    """Where an export goes: ``path``, or ``name`` below the outputs.
+
+    Raises:
+        UserError: something is there, or nothing can be written there; told before any work.
+    """
     folder = local("path", cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("path", folder, "exists and is not empty; choose another folder, or remove it.")
+    parent = folder.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError("path", folder, f"cannot be written ({error.strerror}); choose another folder.") from error
     return folder
 
 

@@ -79,7 +79,9 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
             group = key.rpartition(".")[0]
             known = [k for k in _keys(arguments) if not k.endswith("_target_") and k != group]
             if key in known:  # of other choices than the one that failed
-                return f"{key}: a choice of this sweep has no such key: sweep choices that share it, or leave it out."
+                sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") or a[:7] == "sweeps=" for a in arguments)
+                where = "a choice of this sweep" if sweep else "what this command makes of its choices"
+                return f"{key}: {where} has no such key: {'sweep choices that share it, or ' * sweep}leave it out."
             return f"{key}: there is no such key; {nearest(key, known)}"
         return _first_line(error)
     return None

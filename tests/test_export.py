@@ -21,7 +21,7 @@ from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.experiment import run_once
 from lab.export import export, write
-from lab.export_source import Models, choose, own_classes, parts_of, rebuild, trusted
+from lab.export_source import Models, choose, own_classes, parts_of, rebuild, target, trusted
 from lab.problems import ScenarioData
 from lab.store import Store
 from lab.verify import check
@@ -270,6 +270,13 @@ def test_a_record_runs_no_code_of_others(run_folder, target):
         parts_of(record)
     with pytest.raises(UserError, match=r"erase\.deep\[0\]\._target_"):
         trusted({"deep": [{"_target_": target}]}, "erase")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_work(run_folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("/proc/none/release", tmp_path / "file" / "release"):
+        with pytest.raises(UserError, match=r"path=.*cannot be written"):
+            target(options(run_folder, f"path={place}"), "release")
 
 
 def test_an_own_scenario_is_exported_where_the_command_names_it(run_folder, tmp_path, monkeypatch):
