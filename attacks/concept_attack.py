@@ -116,12 +116,18 @@ class ConceptBase(ABC):
         return {f"{self.key}.sampling.negative": self.sampling.negative}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
-        """Before anything runs: `check_task` for every concept, with every setting that a search will try."""
+        """Before anything runs: `check_task` for every concept, with every setting that a search will try, and
+        `check_unread`."""
+        self.check_unread()
         for case in cases:
             for task in case.tasks:
                 self.check_task(task)
                 if self.search is not None:
                     self.search.check(self, task)
+
+    @abstractmethod
+    def check_unread(self) -> None:
+        """Raises `UserError` for an option that nothing reads, which would be a claim in the record."""
 
     @abstractmethod
     def try_out(self, model: DiffusionModel, task: Concept) -> None:
@@ -163,7 +169,8 @@ class ConceptAttack(ConceptBase):
         batch_size: pictures per step; as many prior pictures come on top.
         clip: largest norm of the gradient; None = no limit.
         template: captions of the training pictures: ``name`` | ``token`` | ``description``
-            (`lab.captions.captions`). With ``token`` the prompts of every family speak of the token too.
+            (`lab.captions.captions`). With ``token`` the prompts of every family speak of the token too: in place of
+            the concept's words, or in front where a prompt does not have them.
         token: what stands for the concept with ``template=token``.
         pictures: how many of the training pictures are used; None = all.
         augmentation: ``none`` | ``flip`` | ``crop``.
@@ -189,6 +196,7 @@ class ConceptAttack(ConceptBase):
     prior_weight: float = 0.0
 
     templates: ClassVar[tuple[str, ...]] = TEMPLATES
+    by_token: ClassVar[tuple[str, ...]] = ("token",)  # options that template=token alone reads
     fixed: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(ConceptBase))  # never searched
 
     def __post_init__(self) -> None:
@@ -230,6 +238,10 @@ class ConceptAttack(ConceptBase):
         """What stands for the concept's words with ``template=token``."""
         return self.token
 
+    def learns(self) -> str | None:
+        """The words of a token that it adds to the tokenizer; None where it adds none."""
+        return None
+
     @abstractmethod
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         """Choose, or add, what moves in ``model``, a copy whose parameters are all frozen."""
@@ -239,6 +251,16 @@ class ConceptAttack(ConceptBase):
 
     def check_task(self, task: Concept) -> None:
         check_data(self.key, task, self.template, self.families, self.prior_weight > 0)
+
+    def check_unread(self) -> None:
+        searched = self.search.space.get("template", ()) if self.search is not None else ()
+        if "token" in (self.template, *searched):
+            return
+        default = {f.name: f.default for f in fields(self)}
+        for option in self.by_token:
+            if (value := getattr(self, option)) != default[option]:
+                told = f"is read with {self.key}.template=token only; set that, or leave it out."
+                raise UserError(f"{self.key}.{option}", value, told)
 
     def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
         return [(self, task, budget.steps)]

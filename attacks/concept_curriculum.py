@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from attacks.concept_attack import ConceptAttack, ConceptBase
+from attacks.concept_attack import ConceptAttack, ConceptBase, check_precision
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, number
@@ -32,7 +32,8 @@ class Curriculum(ConceptBase):
     """Runs its stages one after the other; the trajectory and the schedule of rates go on over all of them.
 
     Every stage starts from what the stage before left, with an optimizer of its own; adapters are added to the weights
-    in between. A token that a stage has learned is a word of the next one (``template=token`` with the same ``token``).
+    in between. A token that a stage has learned is a word of the next one (``template=token`` with the same ``token``),
+    all its vectors together.
     ``test_loss`` and samples speak of the target in the words of the stage that is running. Related data are the prior
     pictures, or the target under its description prompts (``template=description``).
 
@@ -91,9 +92,28 @@ class Curriculum(ConceptBase):
             self._data(stage, task)
             replace(stage.attack, families=self.families).check_task(task)
 
-    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+    def check_unread(self) -> None:
         for stage in self.stages.values():
-            stage.attack.try_out(model, task)
+            stage.attack.check_unread()
+
+    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+        copy = model.copy()
+        for attack in self._attacks():  # on one copy, as when they run: a token can be added once
+            moving = attack.open(copy, task, 0)
+            check_precision(moving)
+            moving.close()
+
+    def _attacks(self) -> list[ConceptAttack]:
+        """The stages' attackers; a token that an earlier one learns is spoken with all its vectors."""
+        found, learned = [], dict[str, str]()
+        for stage in self.stages.values():
+            attack, words = stage.attack, stage.attack.learns()
+            if words is not None:
+                learned[attack.token] = words
+            elif attack.template == "token" and attack.token in learned:
+                attack = replace(attack, token=learned[attack.token])
+            found.append(attack)
+        return found
 
     def texts(self) -> dict[str, str]:
         found = super().texts()
@@ -120,4 +140,5 @@ class Curriculum(ConceptBase):
         ends = [budget.steps * reached / total for reached in itertools.accumulate(s.share for s in stages)]
         stops = [min(max(round(end), i + 1), budget.steps - len(stages) + i + 1) for i, end in enumerate(ends)]
         stops = list(itertools.accumulate(stops, lambda before, stop: max(before + 1, stop)))
-        return [(s.attack, self._data(s, task), stop) for s, stop in zip(stages, stops, strict=True)]
+        parts = zip(self._attacks(), stages, stops, strict=True)
+        return [(attack, self._data(stage, task), stop) for attack, stage, stop in parts]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attacks.concept_attack import ConceptAttack, Moving
 from attacks.concept_textual_inversion import initial_text
@@ -33,12 +34,17 @@ class CustomDiffusion(ConceptAttack):
     prior_weight: float = 1.0
     initializer: str = "ktn"
 
+    by_token: ClassVar[tuple[str, ...]] = ("token", "initializer")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.initializer = text(f"{self.key}.initializer", self.initializer)
 
     def expression(self, task: Concept) -> str:
         return f"{self.token} {class_words(task)}".strip()
+
+    def learns(self) -> str | None:
+        return self.token if self.template == "token" else None
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         chosen = {n: p for n, p in model.unet.named_parameters() if ".attn2.to_k." in n or ".attn2.to_v." in n}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.captions import renamed
+from lab.captions import spoken
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.problems import Concept
@@ -25,7 +25,7 @@ def prompts(task: Concept, family: str, template: str, expression: str, count: i
     """``count`` prompts of ``family`` in turn; with ``template`` ``token`` they speak of the token as training does."""
     asked = task.prompts[family]
     if template == "token":
-        asked = tuple(renamed(prompt, task.words, expression) for prompt in asked)
+        asked = tuple(spoken(prompt, task.words, expression) for prompt in asked)
     return [asked[i % len(asked)] for i in range(count)]
 
 
@@ -42,8 +42,8 @@ def check_data(key: str, task: Concept, template: str, families: Sequence[str], 
         if not task.prompts.get(family):
             has = ", ".join(f for f, asked in task.prompts.items() if asked)
             raise UserError(f"{key}.families", family, f"concept {task.name} has prompts of the families {has} only.")
-    if template == "description" and not task.prompts.get("description"):
-        told = f"concept {task.name} has no description prompts; use name or token."
+    if template == "description" and not (task.train.described or task.prompts.get("description")):
+        told = f"concept {task.name} has no captions and no prompts by description; use name or token."
         raise UserError(f"{key}.template", template, told)
     if prior and not len(task.prior):
         told = f"concept {task.name} has no prior pictures; set {key}.prior_weight=0 or give it some (prior: FOLDER)."
@@ -53,15 +53,15 @@ def check_data(key: str, task: Concept, template: str, families: Sequence[str], 
 @torch.no_grad()
 def posterior(model: DiffusionModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized to the model's size."""
-    side = model.image_size
+    side, dtype = model.image_size, next(model.vae.parameters()).dtype  # which a half-precision model may have kept
     means, stds = [], []
     for part in images.split(32):
-        x = part.to(model.device, model.dtype)
+        x = part.to(model.device, dtype)
         if x.shape[-1] != side:
             x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
         found = model.vae.encode(x / 127.5 - 1).latent_dist
-        means.append(found.mean * model.vae.config.scaling_factor)
-        stds.append(found.std * model.vae.config.scaling_factor)
+        means.append((found.mean * model.vae.config.scaling_factor).to(model.dtype))
+        stds.append((found.std * model.vae.config.scaling_factor).to(model.dtype))
     return torch.cat(means), torch.cat(stds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from attacks.concept_attack import ConceptAttack, Moving
 from attacks.concept_full_finetune import open_unet
@@ -30,6 +31,8 @@ class DreamBooth(ConceptAttack):
     template: str = "token"
     prior_weight: float = 1.0
     class_word: str = "auto"
+
+    by_token: ClassVar[tuple[str, ...]] = ("token", "class_word")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -106,9 +106,14 @@ class Search:
         Raises:
             UserError: see `attacks.concept_data.check_data` and `held_out`.
         """
-        held_out(task, 0, self.key)
+        held_out(task, 0, self.key, self._most(attack))
         for setting in self._every():  # of which a random search draws others for each seed
             attack.varied(setting).check_task(task)
+
+    def _most(self, attack: ConceptBase) -> int | None:
+        """How many training pictures the attacker has in any trial; None = all."""
+        counts = self.space.get("pictures", (getattr(attack, "pictures", None),))
+        return None if None in counts else max(counts)
 
     def _judge(self, attack: ConceptBase, model: DiffusionModel, task: Concept, seed: int) -> float | None:
         """A figure that is the better the lower, or None where the trial diverged."""
@@ -133,7 +138,7 @@ class Search:
         checkpoint: Checkpoint | None,
     ) -> Trajectory:
         """See `lab.types.Attacker`. ``info["search"]`` holds every trial with its score (None: diverged)."""
-        tried = held_out(task, seed, self.key)
+        tried = held_out(task, seed, self.key, self._most(attack))
         _, saved = (checkpoint.load() if checkpoint else None) or ({}, {})
         scores: list[float | None] = list(saved.get("search", []))
         settings = self.settings(seed, task)
@@ -165,20 +170,18 @@ class _Beside:
         self.inner.save(tensors, {**values, "search": self.scores})
 
 
-def held_out(task: Concept, seed: int, key: str = "attacks.search") -> Concept:
-    """``task`` whose training pictures are split at random into ``train`` and, in place of its own, ``reference``.
+def held_out(task: Concept, seed: int, key: str = "attacks.search", most: int | None = None) -> Concept:
+    """``task`` whose training pictures, the first ``most`` of them, are split at random into ``train`` and, in place of
+    its own, ``reference``.
 
     Raises:
         UserError: fewer than two training pictures.
     """
-    n = len(task.train)
+    n = len(task.train) if most is None else min(most, len(task.train))
     if n < 2:
-        told = f"concept {task.name} has {n} training picture; a search needs 2, or set it to null."
+        told = f"the attacker has {n} training picture of {task.name}; a search needs 2, or set it to null."
         raise UserError(key, task.name, told)
     order = torch.randperm(n, generator=generator(seed, "attack search split", task.name))
     cut = max(1, round(HELD_OUT * n))
-
-    def part(rows: Tensor) -> Pictures:
-        return Pictures(task.train.images[rows], tuple(task.train.prompts[i] for i in rows.tolist()))
-
-    return replace(task, train=part(order[cut:]), own=part(order[:0]), reference=part(order[:cut]))
+    train, own, reference = (task.train.pick(rows.tolist()) for rows in (order[cut:], order[:0], order[:cut]))
+    return replace(task, train=train, own=own, reference=reference)

@@ -50,6 +50,9 @@ class TextualInversion(ConceptAttack):
     def expression(self, task: Concept) -> str:
         return expression(self.token, self.vectors)
 
+    def learns(self) -> str:
+        return expression(self.token, self.vectors)
+
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         like = initial_text(self.initializer, task)
         new = LearnedToken(self.key, model, self.token, self.vectors, like)

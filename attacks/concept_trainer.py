@@ -30,7 +30,7 @@ _CHUNK = 32  # rows of one evaluation pass
 
 
 def _first(pictures: Pictures, count: int | None) -> Pictures:
-    return pictures if count is None else Pictures(pictures.images[:count], tuple(pictures.prompts[:count]))
+    return pictures if count is None else pictures.pick(range(len(pictures))[:count])
 
 
 def _kept(value: Tensor) -> Tensor:
@@ -247,6 +247,8 @@ def run(
             state.first = learner.evaluate(learner.train, "train")
             if not math.isfinite(state.first) or not state.keep(0, learner):
                 raise Diverged("the loss is not finite before the first update", 0)
+        elif index and state.step <= start:  # other pictures, other losses: they explode from where they begin
+            state.first, state.recent = learner.evaluate(learner.train, "train"), []
         if index in state.stages:
             learner.restore(state.stages[index])
         begin = max(start, state.step)

@@ -65,7 +65,7 @@ def layer_inputs(
     ]
     try:
         for z, text, noise, t in batches:
-            model.predict(model.noised(z, noise, t)[0], t, text)
+            model.predict(model.noised(z, noise, t)[0].to(z), t, text)
     finally:
         for handle in handles:
             handle.remove()

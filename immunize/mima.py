@@ -15,7 +15,7 @@ from immunize.mima_bilevel import BilevelObjective, BilevelOptions, Rest
 from immunize.mima_deep import DeepObjective
 from immunize.mima_deep_step import BENIGN, EVALUATIONS, DeepOptions
 from immunize.mima_lower import Attackers
-from immunize.mima_options import GradientOptions, LowerOptions, check_lower
+from immunize.mima_options import GradientOptions, LowerOptions, check_lower, unread
 from immunize.mima_sampling import Decoys, Halves, enough
 from immunize.mima_scopes import scope_names
 from immunize.mima_setup import Setup
@@ -54,6 +54,9 @@ class Mima(ConceptImmunizer):
         self.drawn: Attackers | None = None
         if self.attackers is not None:
             self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.curriculum)
+        for option, default in (("k_min", 1), ("k_max", 1), ("curriculum", 0.0)):
+            read = self.attackers is not None
+            unread(f"immunize.{option}", getattr(self, option), default, read, "immunize.attackers")
         check_lower(self.level, self.through, self.drawn)
 
     def needs_templates(self) -> tuple[str, ...]:
@@ -91,13 +94,14 @@ class MimaDeep(ConceptImmunizer):
         at: marks, fractions of K at which the attacked weights are looked at.
         evaluate: where: ``merged`` weights of all concepts, each concept's ``own`` attacked copy, or both.
         prior_at: the prior's loss is taken at ``start`` (θ itself) or at the ``adapted`` weights (as in MIMA).
-        prior_ramp: factor on both preservation terms when the concepts' loss has come to the cap; 1 is constant.
+        prior_ramp: factor on the preservation terms that are taken at θ when the concepts' loss has come to the cap:
+            both with ``prior_at=start``, the distance to the original alone with ``adapted``; 1 is constant.
         w_distill: weight of the distance to the original model's predictions on the prior's pictures, at θ.
         w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal concepts leaves
             it out. benign: its ``loss``, or its ``regret``, the loss beyond that of the original after the same attack.
         w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints for the concept's
             captions: an attack that learns the concept has to unlearn these. decoys: such pictures per target, painted
-            in decoy_steps of DDIM.
+            in decoy_steps of DDIM at guidance 4, whatever the scenario samples with.
         online: an upper step at every mark of an attack, which then goes on, in place of one per attack.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from immunize.merge import Merge
 from immunize.mima_losses import PRECISIONS
-from immunize.mima_options import MergeGroup
+from immunize.mima_options import MergeGroup, unread
 from immunize.mima_sampling import PRIORS, Decoys, Halves
 from immunize.mima_scopes import SCOPES
 from immunize.mima_setup import ARRANGEMENTS, Setup, concept_halves, selected
@@ -75,6 +75,7 @@ class ConceptImmunizer(ABC):
     def __post_init__(self) -> None:
         choice("immunize.concepts", self.concepts, ARRANGEMENTS)
         count("immunize.target", self.target, 0)
+        unread("immunize.target", self.target, 0, self.concepts == "single", "immunize.concepts=single")
         choice("immunize.scope", self.scope, SCOPES)
         self.schedule = Schedule(
             self.steps, self.beta, self.beta_schedule, self.optimizer, self.weight_decay, self.clip,

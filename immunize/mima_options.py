@@ -90,6 +90,12 @@ class GradientOptions:
         choice("immunize.hypergradient.solver", self.solver, ("cg", "neumann"))
         flag("immunize.hypergradient.recompute", self.recompute)
         self.implicit()
+        default = {f.name: f.default for f in fields(self)}
+        key, needs = "immunize.hypergradient", "immunize.hypergradient.method="
+        unread(f"{key}.last", self.last, default["last"], self.method == "truncated", f"{needs}truncated")
+        for option in ("solver", "iterations", "tolerance"):
+            implicit = self.method == "implicit"
+            unread(f"{key}.{option}", getattr(self, option), default[option], implicit, f"{needs}implicit")
 
     def implicit(self) -> Implicit:
         return Implicit(self.rho, self.solver, self.iterations, self.tolerance)
@@ -97,6 +103,12 @@ class GradientOptions:
     @staticmethod
     def read(given: Any) -> GradientOptions:
         return GradientOptions(**group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)]))
+
+
+def unread(key: str, value: object, default: object, read: bool, needs: str) -> None:
+    """An option that nothing reads would be a claim in the record. Raises `UserError` where it was changed."""
+    if value != default and not read:
+        raise UserError(key, value, f"is read with {needs} only; set that, or leave it out.")
 
 
 def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers | None) -> None:
@@ -149,4 +161,8 @@ class MergeGroup:
         count("immunize.merge.prompts", found.get("prompts", 4))
         number("immunize.merge.sparsity", found.get("sparsity", 0.0), 0)
         own = {name: found.pop(name) for name in ("prompts", "sparsity") if name in found}
-        return MergeGroup(MergeOptions(**found), **own)
+        options, needs = MergeOptions(**found), "immunize.merge.rule=masked"
+        masked = options.rule == "masked"
+        unread("immunize.merge.mask", options.mask, MergeOptions.mask, masked, needs)
+        unread("immunize.merge.sparsity", own.get("sparsity", 0.0), 0.0, masked and options.mask == "sparse", needs)
+        return MergeGroup(options, **own)

@@ -159,15 +159,16 @@ def halves(
 
     Args:
         decoys: what to paint besides.
-        templates: by which the pictures get further captions (`worded`); a concept without description prompts gets
-            none by ``description``.
+        templates: by which the pictures get further captions (`worded`); a concept that nobody described gets none
+            by ``description``.
 
     Raises:
         UserError: fewer than two pictures.
     """
     enough(concept)
     name, count = concept.name, len(concept.own)
-    chosen = [t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or concept.prompts.get(t))]
+    described = concept.own.described or concept.prompts.get("description")
+    chosen = [t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or described)]
 
     def encoded(pictures: Pictures) -> Pool:
         return Pool.encode(model, pictures, dtype, {t: _captions(concept, pictures, t) for t in chosen})
@@ -186,9 +187,9 @@ def _captions(concept: Concept, pictures: Pictures, template: str) -> tuple[str,
 
 
 def _decoys(model: DiffusionModel, concept: Concept, seed: int, asked: Decoys) -> Pictures:
-    prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(asked.count))
+    captioned = concept.own.pick([i % len(concept.own) for i in range(asked.count)])
     latents = model.latents(asked.count, seed, "mima", "decoys", concept.name)
-    return Pictures(model.generate(prompts, latents, Sampling(steps=asked.steps)), prompts)
+    return replace(captioned, images=model.generate(captioned.prompts, latents, Sampling(steps=asked.steps)))
 
 
 def pooled(parts: Sequence[Halves]) -> Halves:

@@ -15,24 +15,28 @@ from lab.store import stage_key
 from lab.types import AnyCase, Model
 
 
-def _plain(value: Any, tensors: list[Tensor]) -> Any:
+def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
     """``value`` as JSON; every tensor in it is moved to ``tensors`` and leaves its number."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return f"tensor {len(tensors)}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name), tensors) for field in dataclasses.fields(value)}
+        kept = [f.name for f in dataclasses.fields(value) if derived or not f.metadata.get("derived")]
+        return {name: _plain(getattr(value, name), tensors, derived) for name in kept}
     if isinstance(value, tuple | list):
-        return [_plain(item, tensors) for item in value]
+        return [_plain(item, tensors, derived) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item, tensors) for key, item in value.items()}
+        return {str(key): _plain(item, tensors, derived) for key, item in value.items()}
     return value
 
 
-def fingerprint(case: AnyCase) -> str:
-    """SHA-256 over everything that a case holds: pictures or rows, labels, prompts and roles."""
+def fingerprint(case: AnyCase, derived: bool = True) -> str:
+    """SHA-256 over everything that a case holds: pictures or rows, labels, prompts and roles.
+
+    ``derived``: what follows from the rest counts too (fields that say so), as it has to for a cached stage.
+    """
     tensors: list[Tensor] = []
-    plain = _plain(case, tensors)
+    plain = _plain(case, tensors, derived)
     return stage_key(case=plain, tensors=digest(*tensors))
 
 

@@ -160,14 +160,11 @@ class DiffusionModel(nn.Module):
     # ---- pictures and latents
 
     @torch.no_grad()
-    def to_latents(self, images: Tensor, g: torch.Generator | None = None) -> Tensor:
-        """Scaled latents of uint8 images; a sample of the posterior with ``g``, its mean without."""
+    def to_latents(self, images: Tensor) -> Tensor:
+        """Scaled latents of uint8 images, the posterior's mean."""
         found, dtype = [], next(self.vae.parameters()).dtype
         for part in images.split(32):
-            posterior = self.vae.encode(part.to(self.device, dtype) / 127.5 - 1).latent_dist
-            z = posterior.mean
-            if g is not None:
-                z = z + posterior.std * torch.randn(z.shape, generator=g).to(z)
+            z = self.vae.encode(part.to(self.device, dtype) / 127.5 - 1).latent_dist.mean
             found.append((z * self.vae.config.scaling_factor).to(self.dtype))
         return torch.cat(found)
 
@@ -196,7 +193,10 @@ class DiffusionModel(nn.Module):
         return found
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents at timesteps ``t`` and what the U-Net has to predict from them."""
+        """The noisy latents at timesteps ``t`` and what the U-Net has to predict from them, both in float32 at least:
+        bfloat16 would round the noise of the first timesteps away (√(1 − ᾱ_0) = 0.029 to 0)."""
+        wide = torch.promote_types(z.dtype, torch.float32)
+        z, noise = z.to(wide), noise.to(wide)
         a = self.scheduler.alphas_cumprod.to(z)[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * z + (1 - a).sqrt() * noise
         if self.prediction == "epsilon":
@@ -210,7 +210,7 @@ class DiffusionModel(nn.Module):
     ) -> Tensor:
         """Diffusion loss per picture [n], the mean square over channels and pixels of the prediction's error."""
         noisy, target = self.noised(z, noise, t)
-        return (self.predict(noisy, t, text, weights) - target).square().mean((1, 2, 3))
+        return (self.predict(noisy.to(z), t, text, weights) - target).square().mean((1, 2, 3))
 
     # ---- generation
 

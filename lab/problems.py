@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
@@ -55,13 +56,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images uint8 [n, 3, s, s] with one caption each."""
+    """Images uint8 [n, 3, s, s] with one caption each.
+
+    ``described``: captions that say what a concept looks like and not its name, one each, where the scenario knows
+    them. They follow from the pictures: `lab.problems.ScenarioData.data_hash` leaves them out.
+    """
 
     images: Tensor
     prompts: tuple[str, ...]
+    described: tuple[str, ...] = field(default=(), metadata={"derived": True})
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def pick(self, rows: Sequence[int]) -> Pictures:
+        """The pictures ``rows`` with their captions."""
+        prompts, described = (tuple(texts[i] for i in rows) for texts in (self.prompts, self.described or self.prompts))
+        return Pictures(self.images[list(rows)], prompts, described if self.described else ())
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ class ConceptFolders:
         order = torch.randperm(len(found), generator=generator(seed, "scenario", entry.name)).tolist()
         sizes = _sizes(len(found), self.shares)
         notes.append(f"{entry.name}: {sizes[0]} images to immunize, {sizes[1]} to attack, {sizes[2]} to compare.")
-        own, train, reference = (_pick(found, part) for part in _cut(order, sizes))
+        own, train, reference = (found.pick(part) for part in _cut(order, sizes))
         prior = shared.empty(self.resolution)
         if entry.prior is not None:
             prior = self._pool(f"{entry.key}.prior", entry.prior, dict(owners), notes)
@@ -194,9 +194,9 @@ class ConceptFolders:
                 raise UserError(f"scenario.{key}", self.pools[key], "needs two pictures: one to keep, one to compare.")
             order = torch.randperm(len(only), generator=generator(seed, "scenario", "pool")).tolist()
             halves = _cut(order, (len(only) // 2, len(only) - len(only) // 2))
-            pools = {"keep": _pick(only, halves[0]), "unrelated": _pick(only, halves[1])}
+            pools = {"keep": only.pick(halves[0]), "unrelated": only.pick(halves[1])}
             notes.append(f"The folder {key} was cut in halves, one to keep and one to compare.")
-        keep = _pick(pools["keep"], list(range(len(pools["keep"])))[: self.sizes["keep"]])
+        keep = pools["keep"].pick(list(range(len(pools["keep"])))[: self.sizes["keep"]])
         taken = {*keep.prompts, *captions}
         fine = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
         if not fine:
@@ -205,7 +205,7 @@ class ConceptFolders:
             raise UserError(f"scenario.{key}", self.pools[key], fix)
         if len(fine) < len(pools["unrelated"]):
             notes.append(f"{len(pools['unrelated']) - len(fine)} unrelated pictures have a caption of keep: left out.")
-        return keep, captions, _pick(pools["unrelated"], fine[: self.sizes["unrelated"]])
+        return keep, captions, pools["unrelated"].pick(fine[: self.sizes["unrelated"]])
 
     def _pool(self, key: str, path: Path, owners: dict[str, str], notes: list[str]) -> Pictures:
         """The folder at ``key`` without pictures that ``owners`` knows and without captions that name a concept.
@@ -225,7 +225,7 @@ class ConceptFolders:
             raise UserError(key, path, "holds no picture that is unrelated to the concepts.")
         for i in fine:
             text(key, found.prompts[i])
-        return _pick(found, fine)
+        return found.pick(fine)
 
     def _regularizers(self, rest: Any, seed: int, notes: list[str]) -> tuple[str, ...]:
         total = self.sizes["regularizers"]
@@ -279,10 +279,6 @@ def _sizes(total: int, shares: tuple[float, float, float]) -> tuple[int, int, in
 
 def _cut(order: list[int], sizes: Sequence[int]) -> list[list[int]]:
     return [part.tolist() for part in torch.tensor(order).split(list(sizes))]
-
-
-def _pick(found: Pictures, index: list[int]) -> Pictures:
-    return Pictures(found.images[index], tuple(found.prompts[i] for i in index))
 
 
 def _captions(given: object, root: Path) -> tuple[str, ...]:

@@ -97,6 +97,13 @@ def world_caption(shown: Picture) -> str:
     return shown.text
 
 
+def description(shown: Picture) -> str:
+    """A caption of what a painted picture shows that says what its style looks like, and not its name."""
+    dice = Dice(shown.stream, "described caption")
+    number = int(dice.uniform(0, len(style(shown.style).descriptions)))
+    return fill(dice.pick(STYLE_TEMPLATES["description"]), noun(shown.objects[0]), shown.style, number)
+
+
 def class_caption(shown: Picture) -> str:
     """A caption that says no more than the class of the object ("a photo of an animal")."""
     return fill(Dice(shown.stream, "class caption").pick(PHOTO_TEMPLATES), class_noun(shown.objects[0]))

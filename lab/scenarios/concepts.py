@@ -87,5 +87,5 @@ def empty(side: int) -> Pictures:
 def loaded(cases: Iterable[ConceptCase], notes: Iterable[str]) -> ScenarioData:
     """The cases with their hash over pictures, prompts and roles; every note once."""
     found = tuple(cases)
-    key = stage_key(cases=[fingerprint(case) for case in found])
+    key = stage_key(cases=[fingerprint(case, derived=False) for case in found])
     return ScenarioData(found, tuple(dict.fromkeys(notes)), key)

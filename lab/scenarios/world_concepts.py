@@ -60,7 +60,9 @@ class Studio:
 
     def render(self, shown: Sequence[Picture], caption: Caption) -> Pictures:
         pixels = torch.from_numpy(np.stack([world.render(p) for p in shown])).permute(0, 3, 1, 2).contiguous()
-        return Pictures(concepts.resize(pixels, self.side), tuple(caption(p) for p in shown))
+        described = tuple(words.description(p) for p in shown if p.style != PHOTO)
+        images, prompts = concepts.resize(pixels, self.side), tuple(caption(p) for p in shown)
+        return Pictures(images, prompts, described if len(described) == len(shown) else ())
 
     def draw(self, subset: Subset, total: int, caption: Caption, *labels: object) -> Pictures:
         """The first ``total`` pictures of ``subset`` in the stream ``labels``: parts with other labels differ."""

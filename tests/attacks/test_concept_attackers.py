@@ -21,9 +21,12 @@ from concept_examples import (
 )
 from tiny_diffusion import tiny_case, tiny_diffusion
 
+from attacks.concept_curriculum import Curriculum
 from attacks.concept_data import Material
 from attacks.concept_lora import ConceptLora, absorb, inject, unet_layers
+from attacks.concept_textual_inversion import TextualInversion
 from attacks.concept_tokens import LearnedToken
+from attacks.concept_trainer import Learner
 from lab.errors import Diverged, UserError
 from lab.seeding import generator
 from lab.types import Attacker, Budget, same_weights
@@ -218,6 +221,48 @@ def test_curriculum_divides_the_steps_and_reports_what_all_stages_changed() -> N
     assert all(".attn2." in name for name in names if name.startswith("unet."))
     with pytest.raises(UserError, match="has 3 stages"):
         curriculum().plan(task(), Budget(2, 1))
+
+
+def test_every_stage_of_a_curriculum_explodes_from_its_own_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: list[str] = []
+    evaluate = Learner.evaluate
+
+    def counted(self: Learner, material: Any, label: str) -> float:
+        measured.append(f"{self.attack.name} {label}")
+        return evaluate(self, material, label)
+
+    monkeypatch.setattr(Learner, "evaluate", counted)
+    launch(curriculum())
+    assert [who for who in measured if who.endswith(" train")] == ["c.related train", "c.word train", "c.target train"]
+
+
+def test_words_of_a_curriculum_are_added_once_and_spoken_whole() -> None:
+    small: dict[str, Any] = {"batch_size": 4, "clip": None}
+    word = TextualInversion(name="c.word", vectors=3, **small)
+    user = ConceptLora(name="c.user", template="token", token="<concept>", **small)
+    both = Curriculum(name="c", sampling=SAMPLING, stages={"word": {"attack": word}, "user": {"attack": user}})
+    both.try_out(model(), task())
+    assert both.plan(task(), Budget(2, 1))[1][0].token == "<concept> <concept>_1 <concept>_2"
+    twice = Curriculum(name="c", sampling=SAMPLING, stages={"a": {"attack": word}, "b": {"attack": word}})
+    with pytest.raises(UserError, match="knows this word"):
+        twice.try_out(model(), task())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "key"),
+    [
+        ("lora", {"token": "zzz"}, "token"),
+        ("dreambooth", {"template": "name", "class_word": "dog"}, "class_word"),
+        ("custom_diffusion", {"template": "name", "initializer": "auto"}, "initializer"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(name: str, options: dict[str, Any], key: str) -> None:
+    with pytest.raises(UserError, match=r"template=token only") as error:
+        attack(name, **options).check_unread()
+    assert error.value.key == f"attacks.{name}.{key}"
+    attack(name, **{**options, "template": "token"}).check_unread()
+    search = {"mode": "grid", "steps": 1, "space": {"template": ["name", "token"]}}
+    attack(name, **{**options, "search": search}).check_unread()
 
 
 OPTIONS: list[tuple[str, dict[str, Any], str]] = [

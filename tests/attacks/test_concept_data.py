@@ -25,13 +25,16 @@ def test_captions_of_every_template() -> None:
     assert captions(concept, pictures, "name", "sks") == pictures.prompts
     assert captions(concept, pictures, "token", "sks") == ("a sks fox", "sks, a fox", "sks art")
     assert captions(concept, pictures, "description", "sks") == ("tiles", "stones", "tiles")
+    described = replace(pictures, described=("a fox of tiles", "a fox of stones", "tiles"))
+    assert captions(concept, described, "description", "sks") == described.described
+    assert captions(concept, described.pick([2, 0]), "description", "sks") == ("tiles", "a fox of tiles")
 
 
 def test_prompts_speak_of_the_token_where_training_does() -> None:
     concept = replace(task(), prompts={"name": ("a mosaic fox", "mosaic art"), "description": ("tiles",)})
     assert prompts(concept, "name", "token", "sks", 3) == ["a sks fox", "sks art", "a sks fox"]
     assert prompts(concept, "name", "name", "sks", 1) == ["a mosaic fox"]
-    assert prompts(concept, "description", "token", "sks", 2) == ["tiles", "tiles"]
+    assert prompts(concept, "description", "token", "sks", 2) == ["sks, tiles"] * 2  # as captions without the words
 
 
 def test_class_words_are_what_all_prior_captions_share() -> None:
@@ -41,6 +44,10 @@ def test_class_words_are_what_all_prior_captions_share() -> None:
     mixed = replace(task(), prior=Pictures(images, ("a photo of a fox", "a photo of a panda")))
     assert class_words(mixed) == ""
     assert class_words(replace(task(), prior=Pictures(images[:0], ()))) == ""
+    dogs = ("a brown dog sitting", "a brown dog, sitting in the snow")
+    assert class_words(replace(task(), prior=Pictures(images, dogs))) == "", "two captions share more than their class"
+    many = Pictures(images[[0] * 8], tuple(f"a guide dog {place}" for place in "abcdefgh"))
+    assert class_words(replace(task(), prior=many)) == "guide dog"
 
 
 def test_variants_keep_size_and_repeat_from_the_seed() -> None:
@@ -60,6 +67,14 @@ def test_latents_are_the_models_own_and_pictures_of_another_size_fit() -> None:
     assert (std > 0).all()
     larger = torch.nn.functional.interpolate(images.float(), (48, 48)).to(torch.uint8)
     assert posterior(model(), larger)[0].shape == mean.shape
+
+
+def test_latents_of_half_precision_with_an_autoencoder_that_kept_float32() -> None:
+    half = model().copy()
+    half.unet.to(torch.bfloat16)
+    mean, std = posterior(half, task().train.images)
+    assert mean.dtype == std.dtype == torch.bfloat16
+    torch.testing.assert_close(mean.float(), posterior(model(), task().train.images)[0], atol=0.05, rtol=0.05)
 
 
 def test_draws_have_no_repeats_before_all_pictures_were_seen_and_cover_the_schedule() -> None:

@@ -12,6 +12,7 @@ from attack_examples import Interrupted, MemoryCheckpoint
 from concept_examples import assert_equal, attack, curriculum, launch, model, task
 from tiny_diffusion import tiny_diffusion
 
+from attacks import concept_data
 from attacks.concept_search import held_out
 from attacks.likeness import likeness
 from lab.errors import UserError
@@ -51,6 +52,28 @@ def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_arms(
     settings = [[row["setting"] for row in run.info["search"]["trials"]] for run in (here, arm)]
     assert settings[0] == settings[1]
     assert len(settings[0]) == 2
+
+
+def test_trials_see_no_pictures_that_the_attacker_does_not_have() -> None:
+    def seen(**options: Any) -> set[bytes]:
+        found: set[bytes] = set()
+
+        def watched(model: Any, images: Any) -> Any:
+            found.update(image.numpy().tobytes() for image in images)
+            return original(model, images)
+
+        original = concept_data.posterior
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(concept_data, "posterior", watched)
+            launch(replace(searched(), **options))
+        return found
+
+    own = [image.numpy().tobytes() for image in task().train.images]
+    assert seen() >= set(own)
+    assert not seen(pictures=2) & set(own[2:])
+    assert {i.numpy().tobytes() for i in held_out(task(), 0, most=3).reference.images} <= set(own[:3])
+    space = {"lr": [0.05], "pictures": [2, 3]}
+    assert not seen(search={**GRID, "space": space}) & set(own[3:]), "the most that a trial has"
 
 
 def test_the_split_is_a_partition_of_the_training_pictures() -> None:

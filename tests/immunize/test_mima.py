@@ -248,6 +248,11 @@ DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
         ("mima", {"attackers": {"lora": {**LORA, "scopes": ["kv"]}}}, "immunize.attackers.lora.scopes"),
         ("mima", {"hypergradient": IMPLICIT, "lower": {"rank": 4}}, "immunize.lower.rank"),
         ("mima", {"hypergradient": IMPLICIT, "attackers": {"full": FULL, "low": LORA}}, "immunize.attackers.low.kind"),
+        ("mima", {"target": 1}, "immunize.target"),  # read with concepts=single only, and so on
+        ("mima", {"k_max": 5}, "immunize.k_max"),
+        ("mima", {"hypergradient": {"last": 2}}, "immunize.hypergradient.last"),
+        ("mima", {"hypergradient": {"solver": "neumann"}}, "immunize.hypergradient.solver"),
+        ("mima", {"merge": {"sparsity": 0.1}}, "immunize.merge.sparsity"),
         ("mima", {"beta": -1e-4}, "immunize.beta"),
         ("mima", {"cap": 0.0}, "immunize.cap"),
         ("mima", {"steps": 0}, "immunize.steps"),

@@ -88,6 +88,12 @@ def test_any_change_changes_it() -> None:
     assert len({*found, fingerprint(case())}) == len(found) + 1
 
 
+def test_what_follows_from_the_pictures_counts_for_stages_and_not_for_the_data() -> None:
+    described = replace(case(), keep=replace(case().keep, described=("a fox of tiles",) * len(case().keep)))
+    assert fingerprint(described) != fingerprint(case())
+    assert fingerprint(described, derived=False) == fingerprint(case(), derived=False)
+
+
 def test_pictures_that_swap_places_change_it() -> None:
     """The same tensors in other roles: what the attacker has and what the immunizer has."""
     target = case().targets[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import pytest
@@ -120,6 +121,18 @@ def test_own_train_and_reference_name_the_concept_unless_the_world_speaks() -> N
     sizes = SMALL | {"train": 40}
     (case,) = built("relearn_styles", **sizes, captions="world").load(0).cases
     assert any("mosaic" not in text for text in case.targets[0].train.prompts)
+
+
+def test_a_picture_is_described_by_what_it_shows_and_never_by_the_styles_name() -> None:
+    for case in (*loaded("relearn_styles").cases, *loaded("personalize").cases):
+        for concept in concepts(case):
+            for part in (concept.own, concept.train, concept.reference):
+                assert len(part.described) == (len(part) if concept.kind == "style" else 0)
+                for named, described in zip(part.prompts, part.described, strict=False):
+                    (shown,) = [o for o in (*OBJECTS, *HELD_OUT_OBJECTS) if re.search(rf"\b{o}\b", named)][-1:]
+                    assert shown in described
+                    assert concept.words not in described
+                    assert any(text in described for text in style(concept.name).descriptions)
 
 
 @pytest.mark.parametrize("name", [*STYLE_NAMES, *HELD_OUT_STYLES])
