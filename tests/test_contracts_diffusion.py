@@ -37,7 +37,10 @@ def build(group, name, **changes):
     node = node_of(group, name)
     if node is None:
         return None
-    return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if k in node}))
+    drawn = node.get("attackers") is not None  # k_min and k_max are theirs
+    return instantiate(
+        OmegaConf.merge(node, {k: v for k, v in changes.items() if k in node and (drawn or k[:2] != "k_")})
+    )
 
 
 def immunizer(name):

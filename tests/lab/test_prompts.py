@@ -117,15 +117,15 @@ def test_no_text_of_a_case_may_hold_a_special_token(plain, where) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "key"),
+    ("overrides", "key"),
     [
-        (f"attacks.lora.token='{END}'", "attacks.lora.token"),
-        (f"attacks.lora.sampling={{negative: '{END} a'}}", "attacks.lora.sampling.negative"),
-        (f"erase.anchor='a {END}'", "erase.anchor"),
+        ([f"attacks.lora.token='{END}'", "attacks.lora.template=token"], "attacks.lora.token"),
+        ([f"attacks.lora.sampling={{negative: '{END} a'}}"], "attacks.lora.sampling.negative"),
+        ([f"erase.anchor='a {END}'"], "erase.anchor"),
     ],
 )
-def test_no_option_may_hold_a_special_token(built, override, key) -> None:
-    parts = built(override)
+def test_no_option_may_hold_a_special_token(built, overrides, key) -> None:
+    parts = built(*overrides)
     with pytest.raises(UserError, match="special token") as caught:
         check_cases(parts, parts.scenario.load(0).cases)
     assert caught.value.key == key
