@@ -51,6 +51,7 @@ class Audit:
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_arms: ClassVar[int] = 1
     needs_attack: ClassVar[bool] = True
+    released: ClassVar[bool] = True
 
     def __init__(self, judges: Judges, name: str = "audit", threshold: float = 0.6, detector: str = "auto") -> None:
         self.judges, self.name = judges, name

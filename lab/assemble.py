@@ -210,9 +210,10 @@ def check_fit(parts: Parts) -> None:
     if getattr(parts.immunizer.obj, "name", "") in _CURVE:
         told = f"is a word of every curve ({', '.join(_CURVE)}): choose another name."
         raise UserError("immunize.name", parts.immunizer.obj.name, told)
-    asked = [e.key for e in getattr(parts.scenario, "entries", ()) if getattr(e, "anchor", None) is not None]
-    if asked and isinstance(parts.eraser.obj, NoErasure) and "audit" not in parts.metrics:  # of what is erased already
-        raise UserError("erase", "none", f"takes nothing out, but {asked[0]} has erase: true; set erase=uce.")
+    asked = getattr(parts.scenario, "asks_erasure", lambda: None)()
+    released = any(getattr(metric.obj, "released", False) for metric in parts.metrics.values())
+    if asked is not None and isinstance(parts.eraser.obj, NoErasure) and not released:
+        raise UserError("erase", "none", f"takes nothing out, but {asked} has erase: true; set erase=uce.")
     contracts: list[tuple[str, Any, Any]] = [("erase", parts.eraser.obj, Eraser)]
     contracts += [("immunize", parts.immunizer.obj, Immunizer)]
     contracts += [("attacks", part.obj, Attacker) for part in parts.attacks.values()]

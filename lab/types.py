@@ -21,7 +21,11 @@ CONTROL = "none"
 
 @runtime_checkable
 class Scenario(Protocol):
-    """Loads real data. Same seed, same bytes."""
+    """Loads real data. Same seed, same bytes.
+
+    Optional: a method ``asks_erasure() -> str | None``, the config key of what asks for something to be erased before a
+    case starts. `lab.assemble.assemble` then refuses ``erase=none``, unless a metric is of ``released`` weights.
+    """
 
     name: str
     provides: ClassVar[frozenset[Kind]]  # the backbone kinds that its inputs suit
@@ -270,7 +274,8 @@ class RunView(Protocol):
 class RunMetric(Protocol):
     """A family of figures over a run. ``needs_arms`` = 2 compares with the control arm.
 
-    Optional: the methods ``check`` and ``texts``, as in `Attacker`.
+    Optional: the methods ``check`` and ``texts``, as in `Attacker`; ``released = True`` where the backbone is what
+    somebody released, so that nothing is erased any more.
     """
 
     name: str

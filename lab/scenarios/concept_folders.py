@@ -111,6 +111,10 @@ class ConceptFolders:
         )
         return shared.loaded([case], notes)
 
+    def asks_erasure(self) -> str | None:
+        """Hook of `lab.assemble`: the first concept that is to be erased."""
+        return next((entry.key for entry in self.entries if entry.anchor is not None), None)
+
     # ---- concepts
 
     def _images(self, entry: Entry, owners: dict[str, str], notes: list[str]) -> Pictures:

@@ -131,6 +131,12 @@ def test_no_option_may_hold_a_special_token(built, overrides, key) -> None:
     assert caught.value.key == key
 
 
+def test_what_a_folder_wants_erased_needs_an_eraser_unless_it_is_released_already(built) -> None:
+    with pytest.raises(UserError, match=r"scenario\.concepts\[\d\] has erase: true; set erase=uce"):
+        built("erase=none")
+    assert built("erase=none", "eval=[audit]", metrics=True).metrics
+
+
 def test_texts_of_every_part_are_named_by_their_key() -> None:
     lora = ConceptLora(name="curriculum.stages.one.attack", token="ohwx")
     told = Curriculum(name="curriculum", stages={"one": {"attack": lora}}, sampling={"negative": "a b"}).texts()
