@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -91,11 +90,6 @@ def _without_rows(case: Case) -> Case:
         return replace(task, train=train, test=test)
 
     return Case(case.name, empty(case.benign), tuple(empty(t) for t in case.harmful))
-
-
-def slug(name: str) -> str:
-    """``name`` as a part of a metric name: lower case, digits and underscores."""
-    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
 def arm_names(run: RunView) -> tuple[str, ...]:

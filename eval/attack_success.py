@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from eval.aggregate import Better, joined, slug
+from eval.aggregate import Better, joined
 from eval.generations import DETECTED, FAMILY, USABLE, Board, Cell, area, line_unit, marks
 from eval.intervals import Floats, Unit, band, relative_gap, score
 from lab.judges.detector import corrected_share
 from lab.problems import Role
+from lab.slugs import slug
 from lab.types import CONTROL, Score
 
 SHARE = (0.0, 1.0)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from eval.aggregate import joined, slug
+from eval.aggregate import joined
 from eval.crossings import LEAST, crossing, shown_before
 from eval.generations import DETECTED, Board, Cell, marks
 from eval.intervals import Floats, Unit, band, columns, score, worst_score
@@ -21,6 +21,7 @@ from lab.cases import fingerprint
 from lab.errors import UserError
 from lab.options import choice, number
 from lab.problems import ConceptCase, Kind, Role
+from lab.slugs import slug
 from lab.sources import source_hash
 from lab.store import stage_key
 from lab.types import RunView, Score, Scores, Trajectory

@@ -21,7 +21,6 @@ from eval.aggregate import (
     left_out,
     samples,
     score_or_reason,
-    slug,
     tasks_of,
     walk,
     worst,
@@ -30,6 +29,7 @@ from eval.formulas import rfd
 from eval.trajectories import LOSS, NORM_RATIO, RATIO_FLOOR, mean_over, pair, performance, primary, worst_slowdown
 from lab.options import number
 from lab.problems import Case, Kind, Role
+from lab.slugs import slug
 from lab.types import CONTROL, RunView, Score, Scores, Trajectory
 
 NO_PROGRESS = "the control made no progress up to its 1× horizon"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from eval.aggregate import Better, joined, slug
+from eval.aggregate import Better, joined
 from eval.generations import BETWEEN, CLIP_T, COSINES, FAMILY, Board, Cell, area, line_unit, marks
 from eval.grids import grids
 from eval.history import training_curves
@@ -19,6 +19,7 @@ from eval.reading import read
 from lab.errors import UserError
 from lab.options import choice, names
 from lab.problems import ConceptCase, Kind, Role
+from lab.slugs import slug
 from lab.types import CONTROL, RunView, Score, Scores
 
 At = int | Literal["area", "curve"]  # a snapshot's index, the mean over the trajectory, or every snapshot reached

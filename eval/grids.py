@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.aggregate import slug
 from eval.generations import FAMILY, Board, Cell, marks
 from lab.problems import ConceptCase
+from lab.slugs import slug
 from lab.types import ImageGrid, RunView
 
 

@@ -7,12 +7,13 @@ from functools import partial
 from typing import ClassVar
 
 from eval import formulas
-from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, slug, tasks_of, walk, worst
+from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, tasks_of, walk, worst
 from eval.convergence import POSITIVE, ROLES, Read, direction, each_worst, horizons, readings, slowdown_score
 from eval.trajectories import ACCURACY, first_crossing, pair, target_of
 from lab.errors import UserError
 from lab.options import number
 from lab.problems import Case, Kind, Role
+from lab.slugs import slug
 from lab.types import CONTROL, RunView, Score, Scores
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from eval.aggregate import Better, joined, slug
+from eval.aggregate import Better, joined
 from eval.attack_success import Rates, corrected, curves, share_unit, success_scores
 from eval.crossings import LEAST, Relearned, first_steps, relearned, shown_before
 from eval.generations import DETECTED, USABLE, Board, Cell, Reading, marks
@@ -19,6 +19,7 @@ from eval.reading import read
 from eval.usable import Namer
 from lab.options import number
 from lab.problems import ConceptCase, Kind, Role
+from lab.slugs import slug
 from lab.types import CONTROL, RunView, Score, Scores
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from eval.aggregate import Cached, diverged_of, joined, left_out, slug, walk
+from eval.aggregate import Cached, diverged_of, joined, left_out, walk
 from eval.pairs import kappa_of
 from eval.trajectories import primary, worst_slowdown
 from lab.activations import features
@@ -19,6 +19,7 @@ from lab.condition import principal_angles
 from lab.errors import UserError
 from lab.options import count
 from lab.problems import Case, Kind
+from lab.slugs import slug
 from lab.statistics import MIN_SEEDS
 from lab.types import CONTROL, RunView, Score, Scores
 

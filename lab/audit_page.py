@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.aggregate import slug
 from eval.audit import BROKEN, DIVERGED, HELD, PRESENT
 from eval.report.page import page
 from eval.report.plots import line_of, lines_plot, series_of
 from eval.report.words import figure
 from lab.record import Record
+from lab.slugs import slug
 
 Row = dict[str, Any]
 Costs = dict[tuple[str, str, str, int], float]

@@ -9,10 +9,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from eval.aggregate import slug
 from eval.report.charts import heat_map
 from eval.report.plots import Line, line_of, lines_plot, series_of, usable
 from eval.report.words import Record, figure, heading
+from lab.slugs import slug
 from lab.types import CONTROL
 
 # curves of text-to-image runs: those that decide, in this order

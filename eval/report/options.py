@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eval.aggregate import slug
 from eval.report.charts import Dots, against_option, forest, scatter, swatch
 from eval.report.labels import settings
 from eval.report.leaderboard import columns
 from eval.report.words import Record, figure, heading
+from lab.slugs import slug
 from lab.types import CONTROL
 
 _METRICS = 4  # per sweep

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from eval.aggregate import slug
 from lab.activations import digest
 from lab.errors import UserError
 from lab.minisd import folders
@@ -21,6 +20,7 @@ from lab.scenarios import concepts as shared
 from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, shows, speaks_of
 from lab.scenarios.world_concepts import Roles, Studio
 from lab.seeding import derive, generator
+from lab.slugs import slug
 
 _PARTS = ("own", "train", "reference")
 _PRESERVED = 200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
