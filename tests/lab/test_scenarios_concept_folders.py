@@ -259,7 +259,7 @@ def test_paper_presets_hold_the_published_settings(name, tmp_path) -> None:
     assert scenario.captions == ("a quiet street",)
     assert scenario.pools == {"keep": tmp_path / "keep", "unrelated": None}
     assert [e.role for e in scenario.entries].count("target") == 2
-    assert (scenario.resolution, scenario.sizes["regularizers"], scenario.sizes["keep"]) == (512, 200, 400)
+    assert (scenario.resolution, scenario.sizes["regularizers"], scenario.sizes["keep"]) == (512, 200, 200)
     assert {preset.budget.horizon * times for times in (1, 2, 5)} <= set(preset.budget.at)
     assert len(preset.budget.at) >= 8
     erased = [e.name for e in scenario.entries if e.anchor is not None]
