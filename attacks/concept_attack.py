@@ -16,7 +16,7 @@ from attacks.tuning import SCHEDULES, Rate
 from lab.captions import TEMPLATES
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
-from lab.options import choice, count, flag, names, number
+from lab.options import choice, count, flag, names, number, unread
 from lab.problems import Concept, ConceptCase, Kind
 from lab.prompts import text
 from lab.scenarios.concepts import sampling
@@ -254,13 +254,9 @@ class ConceptAttack(ConceptBase):
 
     def check_unread(self) -> None:
         searched = self.search.space.get("template", ()) if self.search is not None else ()
-        if "token" in (self.template, *searched):
-            return
-        default = {f.name: f.default for f in fields(self)}
+        read, default = "token" in (self.template, *searched), {f.name: f.default for f in fields(self)}
         for option in self.by_token:
-            if (value := getattr(self, option)) != default[option]:
-                told = f"is read with {self.key}.template=token only; set that, or leave it out."
-                raise UserError(f"{self.key}.{option}", value, told)
+            unread(f"{self.key}.{option}", getattr(self, option), default[option], read, f"{self.key}.template=token")
 
     def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
         return [(self, task, budget.steps)]

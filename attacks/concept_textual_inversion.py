@@ -48,7 +48,7 @@ class TextualInversion(ConceptAttack):
         self.initializer = text(f"{self.key}.initializer", self.initializer)
 
     def expression(self, task: Concept) -> str:
-        return expression(self.token, self.vectors)
+        return self.learns()
 
     def learns(self) -> str:
         return expression(self.token, self.vectors)

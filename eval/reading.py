@@ -54,9 +54,10 @@ def read(
             cell = Cell(seed, case.name, concept.name)
             board.roles[cell] = concept.role
             judge = _Judge(run, judges, concept, wanted, preprocessing)
+            shown: dict[str, tuple[str, int]] = {}
             for attack in run.attacks:
                 found = {arm: run.trajectory(arm, attack, case, concept, seed) for arm in board.arms}
-                _same_count(board, cell, found, attack)
+                _same_count(shown, found, attack)
                 for family in _families(found, concept, attack):
                     seen = memo(run).setdefault((judges, cell, attack, family, preprocessing), {})
                     for arm, reading in judge.family(found, family, board.plan, seen).items():
@@ -79,18 +80,20 @@ def _families(found: dict[str, Trajectory], concept: Concept, attack: str) -> li
     return common
 
 
-def _same_count(board: Board, cell: Cell, found: dict[str, Trajectory], attack: str) -> None:
+def _same_count(shown: dict[str, tuple[str, int]], found: dict[str, Trajectory], attack: str) -> None:
     """Figures under each arm's best attacker resample the pictures of all attackers together.
 
+    ``shown``: family → the concept's first attack with such pictures, and how many; completed here.
+
     Raises:
-        UserError: this attack made another number of pictures than the ones before it.
+        UserError: this attack made another number of pictures than that.
     """
-    for (other, arm, earlier, family), reading in board.readings.items():
-        if other == cell and family in found[arm].samples:
-            count = found[arm].samples[family].shape[1]
-            before = {values.shape[-1] for values in reading.values.values()}
-            if before - {count}:
-                told = f"pictures a step by {family}, not {before.pop()} as attacks.{earlier}; give all attackers the "
+    for trajectory in found.values():
+        for family, pictures in trajectory.samples.items():
+            count = pictures.shape[1]
+            earlier, before = shown.setdefault(family, (attack, count))
+            if earlier != attack and count != before:
+                told = f"pictures a step by {family}, not {before} as attacks.{earlier}; give all attackers the "
                 raise UserError(f"attacks.{attack}", count, told + "same number, scenario.sampling.count.")
 
 

@@ -16,7 +16,7 @@ from immunize.objectives import BilevelObjective, SpectralObjective, SpectralOpt
 from immunize.sampling import SPECTRA, Spectrum
 from immunize.trainer import Schedule, Trainer
 from lab.errors import UserError
-from lab.options import choice, count, flag, names, number
+from lab.options import choice, count, flag, names, number, unread
 from lab.problems import Case, Kind
 from lab.types import Checkpoint, FeatureModel, Log
 
@@ -174,14 +174,13 @@ class Kappa(GradientImmunizer):
         self._check_unread()
 
     def _check_unread(self) -> None:
-        """An option that nothing reads would be a claim in the record."""
         default = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
         for options, key, needed in _READ_BY:
             for option in options:
-                value = getattr(self, option)
-                if value != default[option] and getattr(self, key) != needed:
-                    told = f"is read with immunize.{key}={str(needed).lower()} only; set that, or leave it out."
-                    raise UserError(f"immunize.{option}", value, told)
+                needs = f"immunize.{key}={str(needed).lower()}"
+                unread(
+                    f"immunize.{option}", getattr(self, option), default[option], getattr(self, key) == needed, needs
+                )
 
     def check(self, cases: Sequence[Case]) -> None:
         """Hook of `lab.assemble.check_cases`."""

@@ -15,13 +15,13 @@ from immunize.mima_bilevel import BilevelObjective, BilevelOptions, Rest
 from immunize.mima_deep import DeepObjective
 from immunize.mima_deep_step import BENIGN, EVALUATIONS, DeepOptions
 from immunize.mima_lower import Attackers
-from immunize.mima_options import GradientOptions, LowerOptions, check_lower, unread
+from immunize.mima_options import GradientOptions, LowerOptions, check_lower
 from immunize.mima_sampling import Decoys, Halves, enough
 from immunize.mima_scopes import scope_names
 from immunize.mima_setup import Setup
 from immunize.mima_trainer import Objective
 from lab.errors import UserError
-from lab.options import choice, count, flag, names, number
+from lab.options import choice, count, flag, names, number, unread
 from lab.problems import ConceptCase
 
 
@@ -55,8 +55,7 @@ class Mima(ConceptImmunizer):
         if self.attackers is not None:
             self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.curriculum)
         for option, default in (("k_min", 1), ("k_max", 1), ("curriculum", 0.0)):
-            read = self.attackers is not None
-            unread(f"immunize.{option}", getattr(self, option), default, read, "immunize.attackers")
+            unread(f"immunize.{option}", getattr(self, option), default, self.drawn is not None, "immunize.attackers")
         check_lower(self.level, self.through, self.drawn)
 
     def needs_templates(self) -> tuple[str, ...]:

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from immunize.merge import Merge
 from immunize.mima_losses import PRECISIONS
-from immunize.mima_options import MergeGroup, unread
+from immunize.mima_options import MergeGroup
 from immunize.mima_sampling import PRIORS, Decoys, Halves
 from immunize.mima_scopes import SCOPES
 from immunize.mima_setup import ARRANGEMENTS, Setup, concept_halves, selected
 from immunize.mima_trainer import Objective, Schedule, Section, Trainer, repeat
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError
-from lab.options import choice, count, flag, number
+from lab.options import choice, count, flag, number, unread
 from lab.problems import ConceptCase, Kind
 from lab.types import Checkpoint, Log
 

@@ -14,7 +14,7 @@ from immunize.merge_rows import MergeOptions
 from immunize.mima_lower import Attackers
 from immunize.mima_scopes import SCOPES
 from lab.errors import UserError, nearest
-from lab.options import choice, count, flag, number
+from lab.options import choice, count, flag, number, unread
 
 
 def group(key: str, given: Any, known: Sequence[str]) -> dict[str, Any]:
@@ -91,11 +91,11 @@ class GradientOptions:
         flag("immunize.hypergradient.recompute", self.recompute)
         self.implicit()
         default = {f.name: f.default for f in fields(self)}
-        key, needs = "immunize.hypergradient", "immunize.hypergradient.method="
-        unread(f"{key}.last", self.last, default["last"], self.method == "truncated", f"{needs}truncated")
-        for option in ("solver", "iterations", "tolerance"):
-            implicit = self.method == "implicit"
-            unread(f"{key}.{option}", getattr(self, option), default[option], implicit, f"{needs}implicit")
+        for option, method in (
+            ("last", "truncated"), ("solver", "implicit"), ("iterations", "implicit"), ("tolerance", "implicit"),
+        ):  # fmt: skip
+            key, needs = f"immunize.hypergradient.{option}", f"immunize.hypergradient.method={method}"
+            unread(key, getattr(self, option), default[option], self.method == method, needs)
 
     def implicit(self) -> Implicit:
         return Implicit(self.rho, self.solver, self.iterations, self.tolerance)
@@ -103,12 +103,6 @@ class GradientOptions:
     @staticmethod
     def read(given: Any) -> GradientOptions:
         return GradientOptions(**group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)]))
-
-
-def unread(key: str, value: object, default: object, read: bool, needs: str) -> None:
-    """An option that nothing reads would be a claim in the record. Raises `UserError` where it was changed."""
-    if value != default and not read:
-        raise UserError(key, value, f"is read with {needs} only; set that, or leave it out.")
 
 
 def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers | None) -> None:

@@ -77,6 +77,16 @@ def flag(key: str, value: object) -> bool:
     return value
 
 
+def unread(key: str, value: object, default: object, read: bool, needs: str) -> None:
+    """An option that nothing reads would be a claim in the record.
+
+    Raises:
+        UserError: ``value`` is not the ``default`` and is not ``read``; ``needs`` says what would read it.
+    """
+    if value != default and not read:
+        raise UserError(key, value, f"is read with {needs} only; set that, or leave it out.")
+
+
 def local(key: str, value: object) -> Path:
     """``value`` as a path, ``~`` and ``~user`` replaced by the home folder.
 

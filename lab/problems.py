@@ -71,8 +71,8 @@ class Pictures:
 
     def pick(self, rows: Sequence[int]) -> Pictures:
         """The pictures ``rows`` with their captions."""
-        prompts, described = (tuple(texts[i] for i in rows) for texts in (self.prompts, self.described or self.prompts))
-        return Pictures(self.images[list(rows)], prompts, described if self.described else ())
+        described = tuple(self.described[i] for i in rows) if self.described else ()
+        return Pictures(self.images[list(rows)], tuple(self.prompts[i] for i in rows), described)
 
 
 @dataclass(frozen=True)
