@@ -43,7 +43,7 @@ class Hypergradient:
         upper_loss: J(θ̂).
         lower_losses: ℓ_0 of each concept at θ.
         lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
-        cosine: between this gradient and that of ``first_order``; nan if either is 0.
+        cosine: between this gradient and that of ``first_order``; nan if either is 0 or they are one (``alternating``, too).
         info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``, ``residual`` and
             ``negative_curvature``, and the lower level's ``stationarity``, one per concept.
     """
@@ -124,7 +124,8 @@ def hypergradient(
                 info.setdefault(key, []).append(fact)
     if not finite(gradient.values()):
         raise Diverged("the hypergradient is not finite", 0)
-    return Hypergradient(gradient, run.merged, value, run.before, run.drop, cosine(gradient, first), info)
+    alike = float("nan") if gradient is first else cosine(gradient, first)
+    return Hypergradient(gradient, run.merged, value, run.before, run.drop, alike, info)
 
 
 def cosine(left: Params, right: Params) -> float:

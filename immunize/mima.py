@@ -57,6 +57,8 @@ class Mima(ConceptImmunizer):
         for option, default in (("k_min", 1), ("k_max", 1), ("curriculum", 0.0)):
             unread(f"immunize.{option}", getattr(self, option), default, self.drawn is not None, "immunize.attackers")
         check_lower(self.level, self.through, self.drawn)
+        unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
+        self._check_merge()
 
     def needs_templates(self) -> tuple[str, ...]:
         return self.drawn.templates if self.drawn is not None else ()
@@ -116,7 +118,7 @@ class MimaDeep(ConceptImmunizer):
     prior_ramp: float = 1.0
     w_distill: float = 0.0
     w_benign: float = 0.0
-    benign: str = "regret"
+    benign: str = "loss"
     w_decoy: float = 0.0
     decoys: int = 40
     decoy_steps: int = 20
@@ -146,6 +148,9 @@ class MimaDeep(ConceptImmunizer):
         rule = self.merging.options.rule
         if rule in ("masked", "gated"):
             raise UserError("immunize.merge.rule", rule, "mima_deep merges by closed_form or mean.")
+        unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
+        unread("immunize.benign", self.benign, "loss", self.w_benign > 0, "immunize.w_benign > 0")
+        self._check_merge()
 
     def needs_prior(self) -> bool:
         return self.w_prior > 0 or self.w_distill > 0

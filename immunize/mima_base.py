@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from immunize.merge import Merge
+from immunize.merge_rows import MergeOptions
 from immunize.mima_losses import PRECISIONS
 from immunize.mima_options import MergeGroup
 from immunize.mima_sampling import PRIORS, Decoys, Halves
@@ -93,6 +94,13 @@ class ConceptImmunizer(ABC):
             raise UserError("immunize.merge.rule", rule, told)
         choice("immunize.precision", self.precision, PRECISIONS)
         flag("immunize.gradient_checkpointing", self.gradient_checkpointing)
+
+    def _check_merge(self) -> None:
+        """Whether what ``merge`` asks for is done; its numbers may stand, experiments set them for all methods."""
+        read = self.needs_merge() and self.concepts in ("merged", "composed")
+        for option in ("rule", "scope"):
+            default, needs = getattr(MergeOptions, option), "concepts that are merged (immunize.concepts)"
+            unread(f"immunize.merge.{option}", getattr(self.merging.options, option), default, read, needs)
 
     def check(self, cases: Sequence[ConceptCase]) -> None:
         """Raises `lab.errors.UserError` for cases that cannot be immunized."""

@@ -144,7 +144,8 @@ class BilevelObjective:
         values = {"upper_loss": sum(row[0] for row in seen) / len(seen), "lower_drop": sum(drop) / len(drop)}
         if len(drop) > 1:
             values |= {f"lower_drop_{c.name}": value for c, value in zip(self.concepts, drop, strict=True)}
-        values["cosine"] = cosine
+        if not math.isnan(cosine):  # the first-order gradient is not compared with itself
+            values["cosine"] = cosine
         if not math.isnan(seen[0][1]):
             values["prior_loss"] = sum(row[1] for row in seen) / len(seen)
         for key, value in info.items():

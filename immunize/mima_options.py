@@ -44,7 +44,7 @@ class LowerOptions:
     """
 
     scope: str = "attn2"
-    alpha: float = 1.0
+    alpha: float = 10.0
     steps: int = 1
     optimizer: str = "sgd"
     weight_decay: float = 0.0
@@ -58,6 +58,8 @@ class LowerOptions:
         choice("immunize.lower.rest", self.rest, ("none", "adamw"))
         if self.rank is not None:
             Adapter(self.rank)
+        decays, needs = "adamw" in (self.optimizer, self.rest), "immunize.lower.optimizer=adamw"
+        unread("immunize.lower.weight_decay", self.weight_decay, 0.0, decays, needs)
         self.settings()
 
     def settings(self) -> Lower:
@@ -70,6 +72,12 @@ class LowerOptions:
         return LowerOptions(**group("immunize.lower", given, [f.name for f in fields(LowerOptions)]))
 
 
+_READERS: dict[str, tuple[Method, ...]] = {  # methods that read an option
+    "last": ("truncated",), "product": ("exact", "truncated", "implicit"), "recompute": ("exact", "truncated"),
+    "rho": ("implicit",), "solver": ("implicit",), "iterations": ("implicit",), "tolerance": ("implicit",),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class GradientOptions:
     """How the gradient passes the lower level: see `immunize.hypergradient.hypergradient`."""
@@ -78,7 +86,7 @@ class GradientOptions:
     last: int = 1
     product: Product = "reverse"
     recompute: bool = False
-    rho: float = 1.0
+    rho: float = 0.05
     solver: Any = "cg"
     iterations: int = 10
     tolerance: float = 1e-6
@@ -91,11 +99,9 @@ class GradientOptions:
         flag("immunize.hypergradient.recompute", self.recompute)
         self.implicit()
         default = {f.name: f.default for f in fields(self)}
-        for option, method in (
-            ("last", "truncated"), ("solver", "implicit"), ("iterations", "implicit"), ("tolerance", "implicit"),
-        ):  # fmt: skip
-            key, needs = f"immunize.hypergradient.{option}", f"immunize.hypergradient.method={method}"
-            unread(key, getattr(self, option), default[option], self.method == method, needs)
+        for option, methods in _READERS.items():
+            key, needs = f"immunize.hypergradient.{option}", f"immunize.hypergradient.method={' or '.join(methods)}"
+            unread(key, getattr(self, option), default[option], self.method in methods, needs)
 
     def implicit(self) -> Implicit:
         return Implicit(self.rho, self.solver, self.iterations, self.tolerance)
@@ -123,6 +129,9 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
             told = f"gradient steps of size immunize.lower.alpha={lower.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)
         return
+    for f in fields(lower):
+        if f.name in ("alpha", "steps", "optimizer", "weight_decay", "rank"):
+            unread(f"immunize.lower.{f.name}", getattr(lower, f.name), f.default, False, "immunize.attackers=null")
     for key, found in drawn.families.items():
         if found.scopes != (lower.scope,):
             told = f"must be [{lower.scope}], the scope of the lower level (immunize.lower.scope)."

@@ -49,8 +49,11 @@ def _summed_up(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None
         UserError: of the first one that cannot, after the others were written; the further ones are told.
     """
     found, broken = records.readable(records.find(_places(cfg), Path(cfg.paths.runs)))
-    if found:
-        write(found)
+    once = records.distinct(found)
+    if len(once) < len(found):
+        print(f"{len(found) - len(once)} of {len(found)} records repeat another one's content and are left out.")
+    if once:
+        write(once)
     for further in broken[1:]:
         print(f"error: {further}", file=sys.stderr)
     if broken:

@@ -184,7 +184,7 @@ def verdict(
         price = _price(row, costs)
         text = f"Broken: {row['attack']} brings {row['concept']} back after {figure(row['steps'])} steps"
         text += f" ({', '.join(price)})" if price else ""
-        return "bad", f"{text}; {len(broken)} of {len(best)} targets fall.", details
+        return "bad", f"{text}; {_fallen(best, broken)}.", details
     last = min(r["steps"] for r in lasted)
     if lost := [r for r in lasted if r["status"] == DIVERGED]:
         text = f"Unclear: every attack on {_names(lost)} diverged, so nothing was shown either way."
@@ -197,6 +197,14 @@ def verdict(
     failed = list(dict.fromkeys(r["attack"] for r in targets if r["status"] == DIVERGED))
     text = f"Held: none of {len(record['attacks'])} attacks brought a target back within {figure(last)} steps"
     return "good", f"{text}; {', '.join(failed)} diverged, which proves nothing." if failed else f"{text}.", details
+
+
+def _fallen(best: list[Row], broken: list[Row]) -> str:
+    """How many targets fall; a run of several seeds attacks each of them once per seed."""
+    fallen, targets = ({(r["case"], r["concept"]) for r in rows} for rows in (broken, best))
+    seeds = len({r["seed"] for r in best})
+    told = f"{len(fallen)} of {len(targets)} targets fall"
+    return told if seeds == 1 else f"{told} in at least one of {seeds} seeds"
 
 
 def _price(row: Row, costs: Costs) -> list[str]:

@@ -271,6 +271,8 @@ def run_once(cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> Path 
     folder.mkdir(parents=True, exist_ok=True)
     trackers = None
     try:
+        # of an earlier run in this folder: should this one be killed, nothing may be read as its result
+        (folder / "record.json").unlink(missing_ok=True)
         trackers = Trackers(cfg, folder)
         run.prepare(trackers)
         run.execute()

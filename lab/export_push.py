@@ -44,6 +44,7 @@ class Push:
             self.api.upload_folder(
                 folder_path=str(folder),
                 repo_id=self.name,
+                delete_patterns="*",  # of an earlier push: `action=verify` would find it surplus
                 commit_message="Immunized model with card, record and hashes",
             )
         except UserError:

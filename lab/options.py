@@ -84,7 +84,7 @@ def unread(key: str, value: object, default: object, read: bool, needs: str) -> 
         UserError: ``value`` is not the ``default`` and is not ``read``; ``needs`` says what would read it.
     """
     if value != default and not read:
-        raise UserError(key, value, f"is read with {needs} only; set that, or leave it out.")
+        raise UserError(key, value, f"is read with {needs} only; set that, or leave it at {default}.")
 
 
 def local(key: str, value: object) -> Path:

@@ -191,6 +191,16 @@ def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
     return found, broken
 
 
+def distinct(found: Iterable[Stored]) -> list[Stored]:
+    """Of records with one content hash, a command that was repeated, the one that began last, where the first stood."""
+    newest: dict[str, Stored] = {}
+    for record in found:
+        other = newest.get(record["content_hash"])
+        if other is None or record["provenance"]["started"] > other["provenance"]["started"]:
+            newest[record["content_hash"]] = record
+    return list(newest.values())
+
+
 def find(places: Iterable[str], default: Path) -> list[Path]:
     """Record files named by ``places`` (files or folders), or below ``default`` when there are none.
 

@@ -29,6 +29,7 @@ from lab.options import choice, names
 log = logging.getLogger(__name__)
 
 STAGES = ("immunize", "attack", "eval", "train")
+_FILES = ("values.json", "tensors.safetensors")
 _SPENT = "_seconds_spent"  # in a checkpoint's values: what the sittings before it took
 
 
@@ -136,17 +137,16 @@ class Store:
         folder = self.folder(stage, key)
         try:
             meta = json.loads((folder / "meta.json").read_text())
-            sums = meta["sha256"]
-            files = {name: (folder / name).read_bytes() for name in sums}
-        except (OSError, ValueError, KeyError) as error:
+            sums, files = meta["sha256"], {name: (folder / name).read_bytes() for name in _FILES}
+            wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != sums[name]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
             return None
-        for name, data in files.items():
-            if hashlib.sha256(data).hexdigest() != sums[name]:
-                log.warning("%s %s: %s does not match its checksum; it is computed again", stage, key[:12], name)
-                return None
-        tensors = load_tensors(files["tensors.safetensors"])
-        return Artifact(json.loads(files["values.json"]), tensors, meta.get("seconds"))
+        if wrong:
+            log.warning("%s %s: %s does not match its checksum; it is computed again", stage, key[:12], wrong[0])
+            return None
+        values, tensors = (files[name] for name in _FILES)
+        return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
 
     def get(self, stage: str, key: str, compute: Callable[[StageCheckpoint], Artifact]) -> tuple[Artifact, bool]:
         """The artefact and whether it was there; computes it under a lock otherwise."""
@@ -185,7 +185,7 @@ class Store:
         temp.mkdir()
         try:
             values = json.dumps(artifact.values, sort_keys=True).encode()
-            files = {"values.json": values, "tensors.safetensors": _packed(artifact.tensors)}
+            files = dict(zip(_FILES, (values, _packed(artifact.tensors)), strict=True))
             for name, data in files.items():
                 write_atomically(temp / name, data)
             sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}

@@ -1,6 +1,7 @@
 """`python run.py action=…` over records, and what such a call leaves behind."""
 
 import csv
+import json
 import shutil
 
 import pytest
@@ -9,6 +10,7 @@ from entry_point import FAST
 from lab import record as records
 from lab.batch import PROCESS
 from lab.errors import UserError
+from lab.experiment import Run
 from lab.lost import lost_runs
 
 
@@ -53,6 +55,39 @@ def test_a_record_that_cannot_be_read_is_told_and_the_others_are_summed_up(cli, 
     (tmp_path / "outputs/report.html").unlink()
     assert cli("action=report", f"records=[{broken}]")[0] == 2
     assert not (tmp_path / "outputs/report.html").exists()
+
+
+def test_a_command_that_was_repeated_has_one_row(cli, tmp_path):
+    cli(*FAST)
+    run = next(tmp_path.rglob("record.json")).parent
+    again = json.loads((run / "record.json").read_text())
+    again["provenance"]["started"] = "2100-01-01T00:00:00+00:00"
+    shutil.copytree(run, run.parent / "again")
+    records.write(again, run.parent / "again" / "record.json")
+    code, out, err = cli("action=leaderboard")
+    assert code == 0, err
+    assert "1 of 2 records repeat another one's content" in out
+    (row,) = csv.DictReader((tmp_path / "outputs/leaderboard.csv").open())
+    assert (row["label"], row["rank"]) == ("kappa", "1")
+    found, _ = records.readable(sorted(run.parent.rglob("record.json")))
+    (kept,) = records.distinct(found)
+    assert kept.folder.name == "again"
+
+
+def test_a_run_killed_in_the_folder_of_an_earlier_one_does_not_pass_for_it(cli, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Leaves as little behind as `kill -9`."""
+
+    def killed(run):
+        raise Killed
+
+    place = f"hydra.run.dir={tmp_path / 'run'}"
+    assert cli(*FAST, place)[0] in (0, None)
+    assert (tmp_path / "run/record.json").is_file()
+    monkeypatch.setattr(Run, "execute", killed)
+    with pytest.raises(Killed):
+        cli(*FAST, "immunize=kappa_opt", place)
+    assert not (tmp_path / "run/record.json").exists()
 
 
 def test_status_of_a_record_is_that_of_its_run(cli, tmp_path):

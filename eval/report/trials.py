@@ -1,11 +1,15 @@
-"""What records must share to be ranked: the same attackers with the same budget, on the same data."""
+"""What records must share to be ranked: the same attackers with the same budget, on the same cases."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from eval.report.words import Record
+
+
+_LISTED = 4  # cases that a title names
 
 
 class Place(NamedTuple):
@@ -21,16 +25,27 @@ class Place(NamedTuple):
 
 
 def trial(record: Record) -> str:
-    """Attackers, budget and place of the data, in words. Options of the attackers are a row's settings."""
+    """Attackers, budget, cases and place of the data, in words. Options of the attackers are a row's settings."""
     budget: dict[str, Any] = record["config"].get("budget") or {}
     horizon, multiple = budget.get("horizon"), budget.get("multiple")
     parts = [", ".join(sorted(record["attacks"])) or "not attacked"]
     if record["attacks"] and horizon is not None and multiple is not None:
         parts.append(f"{horizon} steps (1×) of {horizon * multiple}")
+    if cases := sorted({str(cell["case"]) for cell in record["cells"] if cell["case"] is not None}):
+        if cases != [record["scenario"]]:
+            parts.append(_listed(cases))
     scenario = record["config"].get("scenario")
     if isinstance(scenario, dict) and scenario.get("path") is not None:
         parts.append(f"data: {scenario['path']}")
     return " · ".join(parts)
+
+
+def _listed(cases: Sequence[str]) -> str:
+    """The cases by name; many of them by number, ends and a hash over all."""
+    if len(cases) <= _LISTED:
+        return f"case{'s' if len(cases) > 1 else ''} {', '.join(cases)}"
+    digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
+    return f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})"
 
 
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -64,13 +65,22 @@ class _Child:
         except queue.Full:
             self.lost += 1
 
-    def close(self) -> None:
-        """No more messages; from now on the deadline runs, for all trackers at once."""
+    def close(self, last: dict[str, Any]) -> None:
+        """The last message, for which live points give way; the deadline runs from now on, for all trackers at once."""
         self.deadline = time.monotonic() + self.timeout
-        try:
-            self._queue.put(None, timeout=1.0)
-        except queue.Full:
-            self.lost += 1  # the child does not read: `finish` ends it
+        for line in (json.dumps(last), None):
+            while True:
+                try:
+                    self._queue.put_nowait(line)
+                    break
+                except queue.Full:
+                    self._forget()
+
+    def _forget(self) -> None:
+        """Drop the message that waits longest."""
+        with contextlib.suppress(queue.Empty):  # the child has just read it
+            self._queue.get_nowait()
+            self.lost += 1
 
     def finish(self) -> None:
         """Wait for the child, ``timeout`` seconds after ``close`` at most; one warning at most."""
@@ -137,8 +147,7 @@ class Trackers:
     def finish(self, record: Path, report: Path) -> None:
         """Hand over the record and wait, at most the tracker's ``timeout_s``."""
         for child in self._children:
-            child.send({"event": "finish", "record": str(record), "report": str(report)})
-            child.close()
+            child.close({"event": "finish", "record": str(record), "report": str(report)})
         for child in self._children:
             child.finish()
         self._children = []

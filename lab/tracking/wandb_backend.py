@@ -20,11 +20,13 @@ NOTICE = "notice: "  # starts a line of the tracker's log that the run's own pro
 def has_key() -> bool:
     """Whether the environment or the netrc file holds a W&B key; the key itself is never read here."""
     import netrc
+    from urllib.parse import urlsplit
 
+    own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname  # of a server of one's own, whatever its name
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        return any("wandb" in host for host in netrc.netrc(os.environ.get("NETRC")).hosts)
+        return any("wandb" in host or host == own for host in netrc.netrc(os.environ.get("NETRC")).hosts)
     except (OSError, netrc.NetrcParseError):
         return False  # no readable netrc: only the environment can hold a key
 

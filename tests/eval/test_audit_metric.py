@@ -203,6 +203,7 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     assert {r[2] for r in found.others} == {"learned"}
     assert any("neon" in d and "not back after 80 steps" in d for d in found.details)
     assert any("sketch, which must stay learnable: learned after 16.7 steps" in d for d in found.details)
+    assert "2 of 2 targets fall in at least one of 3 seeds." in page(run(seeds=(0, 1, 2))).headline
     untimed = page(costs={}, mosaic=(SLOW, FAST))
     assert "(20 pictures)" in untimed.headline
     assert ("seconds", "not measured") in untimed.facts

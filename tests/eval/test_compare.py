@@ -97,7 +97,7 @@ def test_the_worst_case_over_other_attackers_is_never_sure():
     sure = {r["name"]: r["sure"] for r in result["metrics"]}
     assert not sure["slowdown_harmful_worst"]
     assert sure["rir"]
-    assert "Attackers, budget or data differ" in to_text(result)
+    assert "Attackers, budget, cases or data differ" in to_text(result)
 
 
 def test_a_value_that_is_no_mean_over_seeds_is_not_paired():

@@ -228,6 +228,22 @@ def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
     assert not any("356.2" in line for line in outcome(record("kappa", metrics={"rir": metric(1.2)})).details)
 
 
+def test_records_of_other_cases_are_not_ranked_together():
+    def of(name, *cases):
+        common = {"stage": "immunize", "key": "k", "status": "ok", "arm": name, "seed": 0, "attack": None, "task": None}
+        cells = [{**common, "case": case} for case in cases]
+        return sealed(attacked(name, 1.4, 1.0, 5.0) | {"cells": cells})
+
+    many = [f"case{i}" for i in range(9)]
+    found = [of("a", "one", "two"), of("b", "two", "one"), of("c", "one"), of("d", *many), of("e", *many[:-2], "x", "y")]
+    rows = leaderboard(found)
+    assert [(r["immunizer"], r["rank"]) for r in rows] == [("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 1)]
+    titles = [line for line in to_markdown(rows).splitlines() if line.startswith("###")]
+    assert titles[0].endswith("· cases one, two")
+    assert titles[1].endswith("· case one")
+    assert "9 cases case0 … case8 (" in titles[2]
+
+
 def test_records_that_met_other_attackers_or_budgets_are_not_ranked_together():
     hard = attacked("hard", 1.4, 1.0, 5.0)
     easy = attacked("easy", 9.0, 1.0, 5.0)

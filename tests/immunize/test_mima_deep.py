@@ -16,7 +16,8 @@ NONE = {"kv": None, "full": None}
 
 def deep(**changes):
     """The preset without decoys, offline with two marks unless told otherwise: a gradient then sees a whole attack."""
-    rest = {"online": False, "at": [0.5, 1.0], "benign": "regret", "w_decoy": 0.0}
+    rest = {"online": False, "at": [0.5, 1.0], "w_decoy": 0.0}
+    rest["benign"] = "regret" if changes.get("w_benign", 1.0) else "loss"
     return preset("mima_deep", **{**rest, **changes})
 
 
@@ -45,7 +46,7 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
 def test_terms_add_up():
     """The whole gradient is the sum of those with one term each, since every term draws the same batches."""
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "curriculum": 0.0, "cap": None}
-    base["benign"] = "loss"
+    base["benign"] = "loss"  # with and without the term
     alone = with_targets(case().targets[:1])
 
     def gradient(**changes):

@@ -46,6 +46,16 @@ def test_a_flipped_byte_is_noticed_and_rebuilt(tmp_path, caplog, name):
     assert store.get("attack", "k", never)[1]
 
 
+@pytest.mark.parametrize("text", ["null", "[]", "{}", '{"sha256": {}}', '{"sha256": null}', '{"sha256": ["a"]}'])
+def test_facts_that_are_none_are_noticed_and_rebuilt(tmp_path, caplog, text):
+    store = Store(tmp_path)
+    store.get("attack", "k", make(1.0))
+    (store.folder("attack", "k") / "meta.json").write_text(text)
+    assert not store.get("attack", "k", make(5.0))[1]
+    assert "computed again" in caplog.text
+    assert store.get("attack", "k", never)[0].values["value"] == 5.0
+
+
 def test_a_truncated_artefact_is_rebuilt(tmp_path, caplog):
     store = Store(tmp_path)
     store.get("eval", "k", make())

@@ -1,5 +1,6 @@
 """The process that feeds a tracker: none can stop a run or hold it up."""
 
+import json
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, track, wandb_messages
 from lab import record as records
 from lab.errors import UserError
 from lab.tracking import Trackers, client, worker
-from lab.tracking.wandb_backend import NOTICE, WandbBackend
+from lab.tracking.wandb_backend import NOTICE, WandbBackend, has_key
 
 pytestmark = pytest.mark.usefixtures("no_key")
 
@@ -95,6 +96,37 @@ def test_logging_never_waits_for_a_slow_tracker(folder, tmp_path, monkeypatch):
         trackers.log("x", step, {"v": 1.0})
     assert time.monotonic() - began < 5
     trackers.finish(folder / "record.json", folder / "report.html")
+
+
+def test_the_end_reaches_a_tracker_that_is_far_behind(folder, tmp_path, monkeypatch, caplog):
+    script, heard = tmp_path / "late.py", tmp_path / "heard"
+    script.write_text(f"import sys, time\ntime.sleep(2)\nopen({str(heard)!r}, 'w').write(sys.stdin.read())")
+    real = client.subprocess.Popen
+    monkeypatch.setattr(client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw))
+    monkeypatch.setattr(client, "_QUEUE", 50)
+    track(folder, {"wandb": WANDB}, live=3000)
+    events = [json.loads(line)["event"] for line in heard.read_text().splitlines()]
+    assert events[0] == "start"
+    assert events[-1] == "finish"
+    assert len(events) < 3000
+    assert "messages lost" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "found"),
+    [
+        ("", "api.wandb.ai", True),
+        ("", "localhost", False),
+        ("http://localhost:8080", "localhost", True),
+        ("http://localhost:8080", "other.example", False),
+    ],
+)
+def test_a_key_in_the_netrc_file_is_found(tmp_path, monkeypatch, url, host, found):
+    (tmp_path / "netrc").write_text(f"machine {host}\n  login user\n  password {KEY}\n")
+    (tmp_path / "netrc").chmod(0o600)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    assert has_key() is found
 
 
 @pytest.mark.slow
