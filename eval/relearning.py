@@ -11,6 +11,7 @@ import numpy as np
 
 from eval.aggregate import Better, joined
 from eval.attack_success import Rates, corrected, curves, share_unit, success_scores
+from eval.attacked import attack_rows
 from eval.crossings import LEAST, Relearned, first_steps, relearned, shown_before
 from eval.generations import DETECTED, USABLE, Board, Cell, Reading, marks
 from eval.intervals import Floats, Unit, score, worst_score
@@ -43,6 +44,7 @@ class Relearning:
     pictures that also show what their prompt asks for, see `eval.usable`; only where styles are among the concepts and
     the detector names what it sees.
     A concept that an arm shows before the attack counts as relearned at step 1, and the note says in how many cases.
+    Table ``attacks``: every attack by itself, see `eval.attacked`.
     ``control_horizon``: the steps of the control, the 1× of a fair comparison (needs no immunized arm).
 
     Args:
@@ -70,7 +72,7 @@ class Relearning:
         rates = {c: (detector.rates[c]["false_positive"], detector.rates[c]["false_negative"]) for c in known}
         out = Scores(success_scores(board, rates) | steps_scores(board, self.threshold))
         out.curves = curves(board)
-        out.tables = {"relearning": rows(board, rates, self.threshold)}
+        out.tables = {"relearning": rows(board, rates, self.threshold), "attacks": attack_rows(run, board)}
         return out
 
 

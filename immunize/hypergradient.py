@@ -43,7 +43,7 @@ class Hypergradient:
         upper_loss: J(θ̂).
         lower_losses: ℓ_0 of each concept at θ.
         lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
-        cosine: between this gradient and that of ``first_order``; nan if either is 0 or they are one (``alternating``, too).
+        cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they are one.
         info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``, ``residual`` and
             ``negative_curvature``, and the lower level's ``stationarity``, one per concept.
     """

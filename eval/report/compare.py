@@ -15,7 +15,7 @@ from eval.report.words import ARROWS, Record, figure, heading, interval, limit
 from lab.errors import UserError
 
 OTHER_TRIAL = (
-    "Attackers, budget, cases or data differ: figures over attackers (the worst case, the verdict) do not answer one question."
+    "Attackers, budget, cases or data differ: figures over attackers (worst case, verdict) do not answer one question."
 )
 
 _OVER_ATTACKERS = re.compile(

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from eval.report.words import Record
 
-
 _LISTED = 4  # cases that a title names
 
 
@@ -31,9 +30,9 @@ def trial(record: Record) -> str:
     parts = [", ".join(sorted(record["attacks"])) or "not attacked"]
     if record["attacks"] and horizon is not None and multiple is not None:
         parts.append(f"{horizon} steps (1×) of {horizon * multiple}")
-    if cases := sorted({str(cell["case"]) for cell in record["cells"] if cell["case"] is not None}):
-        if cases != [record["scenario"]]:
-            parts.append(_listed(cases))
+    cases = sorted({str(cell["case"]) for cell in record["cells"] if cell["case"] is not None})
+    if cases and cases != [record["scenario"]]:
+        parts.append(_listed(cases))
     scenario = record["config"].get("scenario")
     if isinstance(scenario, dict) and scenario.get("path") is not None:
         parts.append(f"data: {scenario['path']}")

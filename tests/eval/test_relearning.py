@@ -155,6 +155,31 @@ def test_every_arm_is_judged_under_its_own_best_attacker():
     assert (row["attack_control"], row["attack_immunized"]) == ("lora", "full")
 
 
+def test_every_attack_is_told_by_itself_with_what_its_search_chose():
+    def make(arm, attack, name, seed):
+        found = shares(0, 2, 8, 10, 10) if attack == "fast" else shares(0, 3, status="diverged")
+        if attack == "fast":
+            trials = [{"setting": {"lr": lr, "rank": 4}, "score": lr} for lr in (1e-3, 4e-3)]
+            chosen = trials[arm == CONTROL]["setting"] if name != "neon" else {}
+            found.info["search"] = {
+                "mode": "grid", "steps": 14, "score": "held_out_loss", "trials": trials, "best": chosen
+            }  # fmt: skip
+        return found
+
+    rows = Relearning(FakeJudges())(FakeRun(make, attacks=("fast", "slow"), seeds=(0,))).tables["attacks"]
+    assert len(rows) == 3 * 2 * 2
+    by = {(r["concept"], r["attack"], r["arm"]): r for r in rows}
+    mosaic = by["mosaic", "fast", CONTROL]
+    assert (mosaic["search"], mosaic["trials"]) == ("grid of 14 steps by held_out_loss", 2)
+    assert mosaic["chosen"] == "lr=0.004, rank=4"
+    assert by["mosaic", "fast", "immunized"]["chosen"] == "lr=0.001, rank=4"
+    assert by["neon", "fast", CONTROL]["chosen"] == "nothing: every trial diverged"
+    assert [mosaic[f"at_{step}"] for step in BUDGET.snapshots()] == [0, 0.2, 0.8, 1, 1]
+    lost = by["sketch", "slow", "immunized"]
+    assert (lost["role"], lost["status"], lost["chosen"]) == ("benign", "diverged", None)
+    assert [lost[f"at_{step}"] for step in BUDGET.snapshots()] == [0, 0.3, None, None, None]
+
+
 def test_like_is_compared_with_like():
     """The fast attack diverged on the immunized model: both arms count under the slow one, and the note says so."""
 

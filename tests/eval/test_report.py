@@ -235,7 +235,8 @@ def test_records_of_other_cases_are_not_ranked_together():
         return sealed(attacked(name, 1.4, 1.0, 5.0) | {"cells": cells})
 
     many = [f"case{i}" for i in range(9)]
-    found = [of("a", "one", "two"), of("b", "two", "one"), of("c", "one"), of("d", *many), of("e", *many[:-2], "x", "y")]
+    other = [*many[:-2], "x", "y"]
+    found = [of("a", "one", "two"), of("b", "two", "one"), of("c", "one"), of("d", *many), of("e", *other)]
     rows = leaderboard(found)
     assert [(r["immunizer"], r["rank"]) for r in rows] == [("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 1)]
     titles = [line for line in to_markdown(rows).splitlines() if line.startswith("###")]
