@@ -58,6 +58,7 @@ class Mima(ConceptImmunizer):
             unread(f"immunize.{option}", getattr(self, option), default, self.drawn is not None, "immunize.attackers")
         check_lower(self.level, self.through, self.drawn)
         unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
+        unread("immunize.lower.prior", self.level.prior, False, self.needs_prior(), "immunize.w_prior > 0")
         self._check_merge()
 
     def needs_templates(self) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)
         return
     for f in fields(lower):
-        if f.name in ("alpha", "steps", "optimizer", "weight_decay", "rank"):
+        if f.name in ("steps", "optimizer", "rank", *(() if lower.rest == "adamw" else ("alpha", "weight_decay"))):
             unread(f"immunize.lower.{f.name}", getattr(lower, f.name), f.default, False, "immunize.attackers=null")
     for key, found in drawn.families.items():
         if found.scopes != (lower.scope,):

@@ -272,7 +272,8 @@ def run_once(cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> Path 
     trackers = None
     try:
         # of an earlier run in this folder: should this one be killed, nothing may be read as its result
-        (folder / "record.json").unlink(missing_ok=True)
+        for name in ("record.json", "report.html"):
+            (folder / name).unlink(missing_ok=True)
         trackers = Trackers(cfg, folder)
         run.prepare(trackers)
         run.execute()

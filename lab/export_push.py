@@ -11,6 +11,7 @@ from typing import Any
 from lab.errors import UserError
 
 KEY, TOKEN = "push_to", "HF_TOKEN"
+_FACTS = "export.json"  # in every export, see `lab.export`
 _NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
 
@@ -33,14 +34,20 @@ class Push:
     def upload(self, folder: Path) -> str:
         """Create the repository, private, where it does not exist, and upload ``folder``; returns its address.
 
+        An earlier export in it is replaced: files that the new one lacks go.
+
         Raises:
-            UserError: the hub refuses, is not reachable, or the repository is public already.
+            UserError: the hub refuses, is not reachable, or the repository is public or holds something else.
         """
         try:
             made = self.api.create_repo(self.name, private=True, exist_ok=True)
             if self.api.repo_info(self.name).private is not True:
                 told = "exists and is public; upload the folder yourself if that is what you want, or name another."
                 raise UserError(KEY, self.name, told)
+            there = set(self.api.list_repo_files(self.name)) - {".gitattributes"}
+            if there and _FACTS not in there:
+                told = f"holds {len(there)} file(s) and no {_FACTS}: it is no earlier export, which a push replaces."
+                raise UserError(KEY, self.name, f"{told} Name another repository.")
             self.api.upload_folder(
                 folder_path=str(folder),
                 repo_id=self.name,

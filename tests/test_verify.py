@@ -197,7 +197,7 @@ class Hub:
     """Takes the place of the hub's client."""
 
     def __init__(self, private=True, error=None):
-        self.private, self.error, self.sent = private, error, []
+        self.private, self.error, self.sent, self.files = private, error, [], [".gitattributes"]
 
     def create_repo(self, name, private, exist_ok):
         assert private
@@ -206,6 +206,9 @@ class Hub:
 
     def repo_info(self, name):
         return type("Info", (), {"private": self.private})()
+
+    def list_repo_files(self, name):
+        return self.files
 
     def upload_folder(self, folder_path, repo_id, commit_message, delete_patterns):
         assert delete_patterns == "*", "what an earlier push left would be surplus"
@@ -233,6 +236,7 @@ def test_nothing_is_pushed_unless_asked(run_folder, hub, tmp_path):
 def test_push_uploads_the_checked_folder_and_shows_no_token(run_folder, hub, tmp_path, capsys):
     folder = export(options(run_folder, f"path={tmp_path / 'x'}", "push_to=me/model"))
     assert hub.sent == [("me/model", sorted(p.name for p in folder.iterdir()))]
+    assert export_push._FACTS in hub.sent[0][1]
     said = capsys.readouterr()
     assert "pushed: https://hub/me/model" in said.out
     written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
@@ -249,6 +253,16 @@ def test_a_push_that_cannot_work_is_refused_before_anything_is_written(run_folde
     with pytest.raises(UserError, match="HF_TOKEN"):
         export(options(run_folder, f"path={tmp_path / 'x'}", "push_to=me/model"))
     assert not (tmp_path / "x").exists()
+
+
+def test_a_push_replaces_an_earlier_export_and_nothing_else(hub, tmp_path):
+    hub.files = [".gitattributes", "README.md", "thesis.safetensors"]
+    with pytest.raises(UserError, match=r"holds 2 file\(s\) and no export.json"):
+        export_push.ready("me/model").upload(tmp_path)
+    assert hub.sent == []
+    hub.files.append(export_push._FACTS)
+    export_push.ready("me/model").upload(tmp_path)
+    assert len(hub.sent) == 1
 
 
 def test_a_public_repository_and_a_refusal_of_the_hub(hub, tmp_path):

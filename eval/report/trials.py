@@ -24,15 +24,18 @@ class Place(NamedTuple):
 
 
 def trial(record: Record) -> str:
-    """Attackers, budget, cases and place of the data, in words. Options of the attackers are a row's settings."""
+    """Attackers, budget, place of the data and cases, in words. Options of the attackers are a row's settings."""
+    cases = sorted({str(cell["case"]) for cell in record.get("cells", []) if cell["case"] is not None})
+    return " · ".join([_asked(record), *([_listed(cases)] if cases and cases != [record["scenario"]] else [])])
+
+
+def _asked(record: Record) -> str:
+    """The part of `trial` that a run which ended early has, too."""
     budget: dict[str, Any] = record["config"].get("budget") or {}
     horizon, multiple = budget.get("horizon"), budget.get("multiple")
     parts = [", ".join(sorted(record["attacks"])) or "not attacked"]
     if record["attacks"] and horizon is not None and multiple is not None:
         parts.append(f"{horizon} steps (1×) of {horizon * multiple}")
-    cases = sorted({str(cell["case"]) for cell in record["cells"] if cell["case"] is not None})
-    if cases and cases != [record["scenario"]]:
-        parts.append(_listed(cases))
     scenario = record["config"].get("scenario")
     if isinstance(scenario, dict) and scenario.get("path") is not None:
         parts.append(f"data: {scenario['path']}")
@@ -50,17 +53,19 @@ def _listed(cases: Sequence[str]) -> str:
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
     """Records by scenario, backbone and trial, in order of appearance: fewer attackers make a better worst case.
 
-    A run that failed was judged by nobody and stands with the first others of its scenario and backbone.
+    A run that failed was judged by nobody and may not have come to its cases: it stands with the first others that were
+    asked for the same, else with the first ones of its scenario and backbone.
     """
-    trials: dict[tuple[str, str], list[str]] = {}
+    trials: dict[tuple[str, str], dict[str, str]] = {}  # trial → what was asked for
     for record in records:
-        known = trials.setdefault((record["scenario"], record["backbone"]), [])
-        if record["metrics"] and trial(record) not in known:
-            known.append(trial(record))
+        known = trials.setdefault((record["scenario"], record["backbone"]), {})
+        if record["metrics"]:
+            known[trial(record)] = _asked(record)
     out: dict[Place, list[Record]] = {}
     for record in records:
         scenario, backbone = record["scenario"], record["backbone"]
         known = trials[scenario, backbone]
-        own = trial(record) if record["metrics"] or trial(record) in known else known[0] if known else ""
+        alike = [name for name, asked in known.items() if asked == _asked(record)]
+        own = trial(record) if record["metrics"] else next(iter([*alike, *known]), "")
         out.setdefault(Place(scenario, backbone, own if len(known) > 1 else ""), []).append(record)
     return out

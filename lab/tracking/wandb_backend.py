@@ -22,13 +22,13 @@ def has_key() -> bool:
     import netrc
     from urllib.parse import urlsplit
 
-    own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).hostname  # of a server of one's own, whatever its name
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
+        own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # of a server of one's own, with its port
         return any("wandb" in host or host == own for host in netrc.netrc(os.environ.get("NETRC")).hosts)
-    except (OSError, netrc.NetrcParseError):
-        return False  # no readable netrc: only the environment can hold a key
+    except (OSError, ValueError, netrc.NetrcParseError):
+        return False  # no readable netrc or address: only the environment can hold a key
 
 
 class WandbBackend:

@@ -239,10 +239,22 @@ def test_records_of_other_cases_are_not_ranked_together():
     found = [of("a", "one", "two"), of("b", "two", "one"), of("c", "one"), of("d", *many), of("e", *other)]
     rows = leaderboard(found)
     assert [(r["immunizer"], r["rank"]) for r in rows] == [("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 1)]
+    assert [r["title"] for r in leaderboard([*found, failed()])].count(rows[0]["title"]) == 3
     titles = [line for line in to_markdown(rows).splitlines() if line.startswith("###")]
     assert titles[0].endswith("· cases one, two")
     assert titles[1].endswith("· case one")
     assert "9 cases case0 … case8 (" in titles[2]
+
+
+def test_a_run_that_ended_before_its_cases_stands_where_it_was_asked_to():
+    """With what was asked for alike; one that was killed has no cells at all, see `lab.lost`."""
+    first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
+    second = sealed(second | {"attacks": ["linear_probe"]})
+    early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})
+    killed = {k: v for k, v in early.items() if k != "cells"} | {"immunizer": "killed"}
+    rows = leaderboard([first, second, early, killed])
+    assert len({r["title"] for r in rows}) == 2
+    assert [r["immunizer"] for r in rows if r["title"] == rows[0]["title"]] == ["first"]
 
 
 def test_records_that_met_other_attackers_or_budgets_are_not_ranked_together():

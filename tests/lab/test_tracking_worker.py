@@ -117,8 +117,9 @@ def test_the_end_reaches_a_tracker_that_is_far_behind(folder, tmp_path, monkeypa
     [
         ("", "api.wandb.ai", True),
         ("", "localhost", False),
-        ("http://localhost:8080", "localhost", True),
-        ("http://localhost:8080", "other.example", False),
+        ("http://localhost:8080", "localhost:8080", True),  # what `wandb login` writes
+        ("http://localhost:8080", "localhost", False),  # wandb finds no key there
+        ("http://[::1", "localhost", False),
     ],
 )
 def test_a_key_in_the_netrc_file_is_found(tmp_path, monkeypatch, url, host, found):
