@@ -15,6 +15,7 @@ def attack_rows(run: RunView, board: Board) -> list[dict[str, Any]]:
     pictures asked for by name in which the detector sees the concept, null beyond the end of an attack that diverged.
     """
     tasks = {(seed, case.name, t.name): (case, t) for seed in run.seeds for case in run.cases(seed) for t in case.tasks}
+    width = len(str(board.plan[-1]))  # columns stand in the order of their names
     out = []
     for cell, role in board.roles.items():
         case, task = tasks[cell.seed, cell.case, cell.concept]
@@ -25,9 +26,8 @@ def attack_rows(run: RunView, board: Board) -> list[dict[str, Any]]:
                 shares = reading.values[DETECTED].mean(1)
                 row = {**common, "attack": attack, "arm": arm if arm == CONTROL else "immunized"}
                 row |= {"status": reading.status, **searched(run.trajectory(arm, attack, case, task, cell.seed))}
-                row |= {
-                    f"at_{step}": float(shares[i]) if i < reading.end else None for i, step in enumerate(board.plan)
-                }
+                seen = [float(share) if i < reading.end else None for i, share in enumerate(shares)]
+                row |= {f"at_{step:0{width}d}": share for step, share in zip(board.plan, seen, strict=True)}
                 out.append(row)
     return out
 

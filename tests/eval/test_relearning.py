@@ -174,10 +174,10 @@ def test_every_attack_is_told_by_itself_with_what_its_search_chose():
     assert mosaic["chosen"] == "lr=0.004, rank=4"
     assert by["mosaic", "fast", "immunized"]["chosen"] == "lr=0.001, rank=4"
     assert by["neon", "fast", CONTROL]["chosen"] == "nothing: every trial diverged"
-    assert [mosaic[f"at_{step}"] for step in BUDGET.snapshots()] == [0, 0.2, 0.8, 1, 1]
+    assert [mosaic[f"at_{step:02d}"] for step in BUDGET.snapshots()] == [0, 0.2, 0.8, 1, 1]
     lost = by["sketch", "slow", "immunized"]
     assert (lost["role"], lost["status"], lost["chosen"]) == ("benign", "diverged", None)
-    assert [lost[f"at_{step}"] for step in BUDGET.snapshots()] == [0, 0.3, None, None, None]
+    assert [lost[f"at_{step:02d}"] for step in BUDGET.snapshots()] == [0, 0.3, None, None, None]
 
 
 def test_like_is_compared_with_like():
