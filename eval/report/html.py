@@ -22,6 +22,7 @@ from eval.report.words import Record
 from lab.store import write_atomically
 from lab.types import CONTROL
 
+_ABOUT = ("concept", "case", "task", "attack", "arm")  # first columns of a table
 _PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")  # tables that are shown elsewhere
 _ROWS = 200  # of a table in the page; the record holds all
 
@@ -100,7 +101,9 @@ def _run(record: Record, label: str, anchor: str) -> dict[str, Any]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for row in rows for key in row))
+    """What a row is about, in words, before its figures: stages keep their columns in the order of the alphabet."""
+    names = dict.fromkeys(key for row in rows for key in row)
+    return sorted(names, key=lambda name: (name not in _ABOUT, not any(isinstance(row.get(name), str) for row in rows)))
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[list[Any]]:

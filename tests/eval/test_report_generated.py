@@ -64,6 +64,14 @@ def test_without_a_verdict_nothing_is_said_to_be_protected() -> None:
     assert outcome(sealed(one)).tone == "bad"
 
 
+def test_a_table_begins_with_what_its_rows_are_about(tmp_path) -> None:
+    one = generated()
+    one["tables"]["attacks"] = [{"arm": "none", "at_07": 0.5, "attack": "lora", "concept": "neon", "seed": 0}]
+    page = render([sealed(one)], tmp_path / "report.html").read_text()
+    head = page.partition("Table: attacks")[2].partition("</thead>")[0]
+    assert re.findall(r'<th scope="col">(\w+)', head) == ["arm", "attack", "concept", "at_07", "seed"]
+
+
 def test_targets_are_counted_from_the_tables_where_they_are() -> None:
     rows = [{"concept": c, "role": r, "seed": s} for c, r in (("a", "harmful"), ("b", "benign")) for s in (0, 1)]
     one = generated()
