@@ -57,9 +57,8 @@ class Mima(ConceptImmunizer):
         for option, default in (("k_min", 1), ("k_max", 1), ("curriculum", 0.0)):
             unread(f"immunize.{option}", getattr(self, option), default, self.drawn is not None, "immunize.attackers")
         check_lower(self.level, self.through, self.drawn)
-        unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
         unread("immunize.lower.prior", self.level.prior, False, self.needs_prior(), "immunize.w_prior > 0")
-        self._check_merge()
+        self._check_read()
 
     def needs_templates(self) -> tuple[str, ...]:
         return self.drawn.templates if self.drawn is not None else ()
@@ -149,9 +148,8 @@ class MimaDeep(ConceptImmunizer):
         rule = self.merging.options.rule
         if rule in ("masked", "gated"):
             raise UserError("immunize.merge.rule", rule, "mima_deep merges by closed_form or mean.")
-        unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
         unread("immunize.benign", self.benign, "loss", self.w_benign > 0, "immunize.w_benign > 0")
-        self._check_merge()
+        self._check_read()
 
     def needs_prior(self) -> bool:
         return self.w_prior > 0 or self.w_distill > 0

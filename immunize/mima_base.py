@@ -95,8 +95,10 @@ class ConceptImmunizer(ABC):
         choice("immunize.precision", self.precision, PRECISIONS)
         flag("immunize.gradient_checkpointing", self.gradient_checkpointing)
 
-    def _check_merge(self) -> None:
-        """Whether what ``merge`` asks for is done; its numbers may stand, experiments set them for all methods."""
+    def _check_read(self) -> None:
+        """Whether something reads the shared options, when all are known; the merge's numbers may stand unread, as
+        experiments set them for all methods."""
+        unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
         read = self.needs_merge() and self.concepts in ("merged", "composed")
         for option in ("rule", "scope"):
             default, needs = getattr(MergeOptions, option), "concepts that are merged (immunize.concepts)"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import UserError
+from lab.export import FACTS
 
 KEY, TOKEN = "push_to", "HF_TOKEN"
-_FACTS = "export.json"  # in every export, see `lab.export`
 _NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
 
 
@@ -45,8 +45,8 @@ class Push:
                 told = "exists and is public; upload the folder yourself if that is what you want, or name another."
                 raise UserError(KEY, self.name, told)
             there = set(self.api.list_repo_files(self.name)) - {".gitattributes"}
-            if there and _FACTS not in there:
-                told = f"holds {len(there)} file(s) and no {_FACTS}: it is no earlier export, which a push replaces."
+            if there and FACTS not in there:
+                told = f"holds {len(there)} file(s) and no {FACTS}: it is no earlier export, which a push replaces."
                 raise UserError(KEY, self.name, f"{told} Name another repository.")
             self.api.upload_folder(
                 folder_path=str(folder),

@@ -236,7 +236,7 @@ def test_nothing_is_pushed_unless_asked(run_folder, hub, tmp_path):
 def test_push_uploads_the_checked_folder_and_shows_no_token(run_folder, hub, tmp_path, capsys):
     folder = export(options(run_folder, f"path={tmp_path / 'x'}", "push_to=me/model"))
     assert hub.sent == [("me/model", sorted(p.name for p in folder.iterdir()))]
-    assert export_push._FACTS in hub.sent[0][1]
+    assert export_push.FACTS in hub.sent[0][1]
     said = capsys.readouterr()
     assert "pushed: https://hub/me/model" in said.out
     written = b"".join(p.read_bytes() for p in folder.rglob("*") if p.is_file())
@@ -260,7 +260,7 @@ def test_a_push_replaces_an_earlier_export_and_nothing_else(hub, tmp_path):
     with pytest.raises(UserError, match=r"holds 2 file\(s\) and no export.json"):
         export_push.ready("me/model").upload(tmp_path)
     assert hub.sent == []
-    hub.files.append(export_push._FACTS)
+    hub.files.append(export_push.FACTS)
     export_push.ready("me/model").upload(tmp_path)
     assert len(hub.sent) == 1
 
