@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lab.activations import digest
 from lab.errors import Diverged
+from lab.store import StageCheckpoint
 
 Params = dict[str, Tensor]
 _PASSED_ON = {"Diverged": Diverged, "FloatingPointError": FloatingPointError}  # part of a normal run: all ranks raise
@@ -138,6 +139,22 @@ class Team:
         if len(set(found.values())) > 1:
             told = ", ".join(f"process {self.members[rank]}: {value[:12]}" for rank, value in sorted(found.items()))
             raise OutOfStep(f"the processes' parameters differ {when} ({told})")
+
+
+class SharedCheckpoint:
+    """The leader's checkpoint for a whole team: read on one, known to all, written by one."""
+
+    def __init__(self, own: StageCheckpoint | None, team: Team) -> None:
+        self.own, self.team = own, team
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        tensors, values = (self.own.load() if self.own else None) or ({}, None)
+        tensors, values = self.team.share(tensors, 0, values)
+        return None if values is None else (tensors, values)
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        if self.own is not None:
+            self.own.save(tensors, values)
 
 
 ALONE = Team()

@@ -33,14 +33,16 @@ class RankFailed(Exception):
 
     Attributes:
         rank: its number, None where that is not known. type, message: of its exception. told: the message for a user
-            who can mend it. key, step, cell: of the config key, the last good step and the stage, where known.
+            who can mend it. key, step, cell, traceback: of the config key, the last good step, the stage and the
+            exception, where known.
     """
 
     def __init__(
         self, rank: int | None, type: str, message: str, told: str | None = None, key: str | None = None,
-        step: int | None = None, cell: str | None = None, **_: object,
+        step: int | None = None, cell: str | None = None, traceback: str | None = None, **_: object,
     ) -> None:  # fmt: skip
         self.rank, self.type, self.told, self.key, self.step, self.cell = rank, type, told, key, step, cell
+        self.message, self.traceback = message, traceback
         super().__init__(message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}")
 
 

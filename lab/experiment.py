@@ -13,7 +13,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lab import record as records
 from lab.assemble import assemble, check_cases, check_groups
+from lab.dry_run import plan
 from lab.errors import RankFailed, UserError
+from lab.losses import Losses, bearable
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
 from lab.provenance import provenance
@@ -40,6 +42,7 @@ class Run:
         self.hits = self.misses = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
+        self.losses = Losses()
         self._pipeline: Pipeline | None = None
 
     @property
@@ -72,11 +75,22 @@ class Run:
         if not pipeline.seeds:
             return  # every case diverged: nothing is left to attack or to evaluate, and the record says so
         self._stages(list(pipeline.attack_cells()), "attack")
-        names = self.applicable()
-        self._spread([pipeline.eval_cell(name) for name in names], "eval")
-        for name in names if self.ranks.main else []:
-            self._do(pipeline.eval_cell(name))
-            self.scores.append(pipeline.scores(name))
+        if self._attacks_remain():
+            names = self.applicable()
+            self._spread([pipeline.eval_cell(name) for name in names], "eval")
+            for name in names if self.ranks.main else []:
+                if self._do(pipeline.eval_cell(name)):
+                    self.scores.append(pipeline.scores(name))
+        if self.losses.first is not None:
+            raise self.losses.first
+
+    def _attacks_remain(self) -> bool:
+        """Go on without the attacks that failed; False where that leaves none of those that were asked for."""
+        lost = self.ranks.same(self.losses.attacks)
+        for name, told in lost.items():
+            self.pipeline.notes[f"attack {name} failed and is left out: {told}"] = None
+        self.pipeline.attacks = tuple(name for name in self.pipeline.attacks if name not in lost)
+        return bool(self.pipeline.attacks) or not lost
 
     def _stages(self, cells: list[Cell], label: str) -> None:
         self._spread(cells, label)
@@ -88,6 +102,9 @@ class Run:
         self.waiting = cells
         self.computed |= self.ranks.compute(self.pipeline.store, cells, self._parts, label)
         self.waiting = []
+        for cell in cells if self.ranks.main else []:
+            if cell.key in self.ranks.failed:
+                self.losses.add(cell, RankFailed(**self.ranks.failed[cell.key]))
 
     def _parts(self, cell: Cell) -> int:
         """Into how many parts a stage can be split; the control arm's immunization costs nothing."""
@@ -111,16 +128,27 @@ class Run:
                 chosen.append(name)
         return chosen
 
-    def _do(self, cell: Cell) -> None:
+    def _do(self, cell: Cell) -> bool:
+        """Compute or read a stage; whether it is there."""
         labels = _labels(cell)
         entry = {"stage": cell.stage, "key": cell.key, "status": "failed", **labels}
         self.cells.append(entry)
+        if cell.key in self.ranks.failed:
+            return False
+        if self.losses.has(cell) and not self.pipeline.store.has(cell.stage, cell.key):
+            entry["status"] = "pending"
+            return False
         log.info("stage %s", cell.title)
         try:
             artifact, hit = self.pipeline.store.get(cell.stage, cell.key, cell.compute)
         except KeyboardInterrupt:
             entry["status"] = "pending"
             raise
+        except Exception as error:
+            if not bearable(cell, error):
+                raise
+            self.losses.add(cell, error)
+            return False
         hit = hit and cell.key not in self.computed
         log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
         self.hits, self.misses = self.hits + hit, self.misses + (not hit)
@@ -132,6 +160,7 @@ class Run:
             self._cut_short(labels, artifact.values["history"])
         elif cell.stage == "attack" and artifact.values["status"] == "diverged":
             entry["status"] = "diverged"
+        return True
 
     def _diverged(self, labels: dict[str, Any], error: dict[str, Any]) -> None:
         self.pipeline.diverged[labels["case"], labels["seed"]] = error
@@ -196,10 +225,11 @@ class Run:
             "notes": list(pipeline.notes) if pipeline else [],
             "cells": self.cells,
             "error": self.error,
-            "skipped": self.skipped,
+            "skipped": self.skipped | self.losses.metrics,
             "provenance": facts,
         }
         found = records.scores_json(self.scores)
+        self.losses.blank(found["metrics"])
         if rows := records.seed_values(self.scores, body["seeds"]):
             found["tables"]["seed_values"] = rows
         return body | found
@@ -237,20 +267,6 @@ def relative(path: Path) -> Path:
     here = Path.cwd()
     path = path.resolve()
     return path.relative_to(here) if path.is_relative_to(here) else path
-
-
-def plan(run: Run) -> None:
-    """Print the stages of a run with hits and misses; computes nothing."""
-    pipeline = run.prepare()
-    cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
-    cells += [pipeline.eval_cell(name) for name in run.applicable()]
-    hits = 0
-    print(f"plan of {run.cfg.name}/{run.cfg.immunize.name}: arms {', '.join(pipeline.arms)}")
-    for cell in cells:
-        hit = pipeline.store.has(cell.stage, cell.key)
-        hits += hit
-        print(f"  {'hit ' if hit else 'miss'}  {cell.key[:12]}  {cell.title}")
-    print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")
 
 
 def run_once(cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> Path | None:

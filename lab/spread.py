@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lab.batch import SIGNALS
-from lab.distributed import Team, broadcast_json, working
+from lab.distributed import SharedCheckpoint, Team, broadcast_json, working
 from lab.errors import RankFailed, UserError
+from lab.losses import bearable, facts
 from lab.pipeline import Cell
 from lab.progress import progress
 from lab.store import Artifact, StageCheckpoint, Store
@@ -43,6 +43,9 @@ class Alone:
     main, size = True, 1
     started = False  # whether processes wait for each other from here on
     now: Cell | None = None  # what this process computes for all
+
+    def __init__(self) -> None:
+        self.failed: dict[str, dict[str, Any]] = {}  # of stages without which the run goes on, see `lab.losses`
 
     def compute(self, store: Store, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str) -> set[str]:
         """Compute the ``cells`` that are missing, on all processes; returns the keys of those that were.
@@ -113,20 +116,8 @@ def _alone(module: Any) -> None:
     module.jit_distributed_available = lambda: False
 
 
-class _SharedCheckpoint:
-    """The leader's checkpoint for a whole team: read on one, known to all, written by one."""
-
-    def __init__(self, own: StageCheckpoint | None, team: Team) -> None:
-        self.own, self.team = own, team
-
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        tensors, values = (self.own.load() if self.own else None) or ({}, None)
-        tensors, values = self.team.share(tensors, 0, values)
-        return None if values is None else (tensors, values)
-
-    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        if self.own is not None:
-            self.own.save(tensors, values)
+def _mark(cell: Cell) -> str:
+    return f"lab/lost/{cell.stage}/{cell.label['attack']}"
 
 
 class Ranks(Alone):
@@ -138,6 +129,7 @@ class Ranks(Alone):
     """
 
     def __init__(self, timeout_s: float, check_every: int) -> None:
+        super().__init__()
         self.counter, self.rank, self.size = next(iter(dist.rendezvous("env://")))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         self.timeout, self.check_every = timedelta(seconds=timeout_s), check_every
@@ -187,12 +179,14 @@ class Ranks(Alone):
         self._tell(label, len(todo), queue, teams)
         for cell in progress(self._take([todo[i] for i in queue]), label, -(-len(queue) // self.size) or None):
             self._own(store, cell)
-        dist.barrier(group=self.everyone)
+        for rank in range(self.size):  # all wait for all here
+            self.failed |= broadcast_json(self.failed if rank == self.rank else None, rank, self.everyone)
         if teams:
             self._share(store, [(todo[i], ranks) for i, ranks in teams])
             dist.barrier(group=self.everyone)
-        store.trust(cell.key for cell in todo)
-        return {cell.key for cell in todo}
+        done = [cell for cell in todo if not self._lost(cell)]
+        store.trust(cell.key for cell in done)
+        return {cell.key for cell in done}
 
     def _tell(self, label: str, count: int, queue: list[int], teams: list[tuple[int, range]]) -> None:
         log.info("%s: %d stages are missing, %d are taken in turn, teams %s", label, count, len(queue), teams)
@@ -210,10 +204,23 @@ class Ranks(Alone):
             yield cells[i]
 
     def _own(self, store: Store, cell: Cell) -> None:
+        if self._lost(cell):
+            return
         log.info("stage %s", cell.title)
         self.now = cell
-        store.get(cell.stage, cell.key, cell.compute)
+        try:
+            store.get(cell.stage, cell.key, cell.compute)
+        except Exception as error:
+            if not bearable(cell, error):
+                raise
+            log.exception("%s failed, the others go on", cell.title)
+            self.failed[cell.key] = facts(error, self.rank) | {"cell": cell.key}
+            self.counter.set(_mark(cell), "1")
         self.now = None
+
+    def _lost(self, cell: Cell) -> bool:
+        """Whether a stage of the same attack, or of the same metric, failed in some process."""
+        return cell.stage != "immunize" and bool(self.counter.check([_mark(cell)]))
 
     def _share(self, store: Store, shares: Sequence[tuple[Cell, range]]) -> None:
         """Each cell on its ranks. Every process makes every group, in this order."""
@@ -234,7 +241,7 @@ class Ranks(Alone):
             self._lead(store, cell, team, patient)
         elif broadcast_json(None, leader, patient):
             with working(team):
-                cell.compute(_SharedCheckpoint(None, team))  # type: ignore[arg-type]
+                cell.compute(SharedCheckpoint(None, team))  # type: ignore[arg-type]
         self.now = None
 
     def _lead(self, store: Store, cell: Cell, team: Team, patient: Any) -> None:
@@ -245,7 +252,7 @@ class Ranks(Alone):
             begun = True
             broadcast_json(True, team.members[0], patient)
             with working(team):
-                return cell.compute(_SharedCheckpoint(checkpoint, team))  # type: ignore[arg-type]
+                return cell.compute(SharedCheckpoint(checkpoint, team))  # type: ignore[arg-type]
 
         store.get(cell.stage, cell.key, compute)
         if not begun:  # another run had it in the meantime

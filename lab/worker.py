@@ -124,9 +124,12 @@ def _unfit(cfg: Any) -> Exception | None:
 
 
 def _failure(error: BaseException, ranks: Any, number: int, echo: bool) -> dict[str, Any]:
-    from lab.errors import UserError
+    from lab.errors import RankFailed, UserError
     from lab.failures import explain
 
+    if isinstance(error, RankFailed) and not echo:  # another process's stage, without which the run went on to its end
+        kept = ("rank", "type", "message", "told", "key", "step", "cell", "traceback")
+        return {name: getattr(error, name) for name in kept} | {"echo": False}
     user = error if isinstance(error, UserError) else None
     cell = getattr(ranks, "now", None)
     return {
@@ -167,7 +170,8 @@ def work(config: Path, rank: Rank) -> int:
                 ranks.check(_common(cfg, folder))
             run_once(cfg, folder, ranks)
     except (Exception, KeyboardInterrupt) as error:
-        echo = isinstance(ranks.cause(error), RankFailed)  # waits a little: a batch system signals children first
+        cause = ranks.cause(error)  # waits a little: a batch system signals children first
+        echo = isinstance(cause, RankFailed) and cause is not error
         alone = several and not isinstance(ranks, Ranks)  # the others do not know of it, and may wait for this process
         echo = echo or (alone and isinstance(error, KeyboardInterrupt))  # torchrun's, as another process has failed
         if rank.stopped.is_set():
@@ -177,7 +181,8 @@ def work(config: Path, rank: Rank) -> int:
         order = ranks.report(failure) if isinstance(ranks, Ranks) and not echo else 1
         rank.write("failed", failure | {"order": order})
         # what is told to all ends them without accelerate, which prints a traceback; of what is not they have to die
-        return 0 if failure["told"] and not ranks.started and not alone else 1
+        whole = isinstance(error, RankFailed) and not echo  # all are at their end
+        return 0 if whole or (failure["told"] and not ranks.started and not alone) else 1
     rank.write("done")
     if isinstance(ranks, Ranks):
         ranks.close()

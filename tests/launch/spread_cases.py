@@ -28,7 +28,7 @@ def cells(folder: Path, names: list[str]) -> list[Cell]:
     def make(name: str) -> Cell:
         def compute(checkpoint: Any) -> Artifact:
             _note(folder, name)
-            if name.startswith("bad"):
+            if name.startswith(("bad", "lost")):
                 raise ValueError("a defect")
             if name.startswith("metric"):  # would gather over all processes, which are elsewhere
                 from torchmetrics import MeanMetric  # here: in a process that has not imported it yet
@@ -38,7 +38,8 @@ def cells(folder: Path, names: list[str]) -> list[Cell]:
                 return Artifact({"mean": float(metric.compute())})
             return _sum(checkpoint, diverges=name.startswith("diverges"))
 
-        return Cell("attack", stage_key(name=name), {"attack": name}, compute)
+        stage = "immunize" if name.startswith(("bad", "diverges")) else "attack"  # without which no run goes on
+        return Cell(stage, stage_key(name=name), {"attack": name}, compute)
 
     return [make(name) for name in names]
 
@@ -82,4 +83,4 @@ def spread(root: str, names: list[str]) -> Found:
         return {}, {"cause": str(cause), "echo": isinstance(cause, RankFailed), "now": ranks.now and ranks.now.title}
     found = [store.read(cell.stage, cell.key) for cell in mine]
     values = [None if a is None else a.values | {k: float(t) for k, t in a.tensors.items()} for a in found]
-    return {}, {"computed": len(computed), "values": values, "facts": ranks.facts()}
+    return {}, {"computed": len(computed), "values": values, "failed": ranks.failed, "facts": ranks.facts()}

@@ -46,13 +46,20 @@ def rank_states(folder):
     return {int(p.stem): json.loads(p.read_text()) for p in next(folder.rglob("ranks")).glob("*.json")}
 
 
-def faulty(folder, rank, kind):
-    """Arguments of a run with `launch_faults.Fault` as its attacker."""
+def faulty(folder, rank, kind, others=()):
+    """Arguments of a run with `launch_faults.Fault` as its attacker, beside ``others``."""
     place = folder / "conf/attacks"
     place.mkdir(parents=True)
     options = {"_target_": "launch_faults.Fault", "rank": rank, "kind": kind, "folder": str(folder)}
     (place / "fault.yaml").write_text(yaml.safe_dump({"fault": options}))
-    return ["--config-dir", str(folder / "conf"), *RUN, "attacks=[fault]", "tracker=none", *TWO]
+    return [
+        "--config-dir",
+        str(folder / "conf"),
+        *RUN,
+        f"attacks=[{','.join(['fault', *others])}]",
+        "tracker=none",
+        *TWO,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +116,25 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
         assert "in __call__" in err, "the traceback of the process that failed"
         assert "nothing to divide by" in err
         assert [cell["status"] for cell in record["cells"]].count("failed") == 1
-    assert rank_states(tmp_path)[rank]["state"] == ("running" if kind == "killed" else "failed")
+    states = {number: state["state"] for number, state in rank_states(tmp_path).items()}
+    if kind == "killed":
+        assert states[rank] == "running"
+    else:  # process 0 tells of the stage that another one lost
+        assert states == {0: "failed", 1: "done"}
     if rank != 0:  # process 0 tells itself, and knows the stages; otherwise the parent writes what it knows
         assert "record: " in out
         assert {cell["stage"] for cell in record["cells"]} == {"immunize", "attack"}
+
+
+def test_an_attacker_that_fails_in_one_process_does_not_stop_the_others(tmp_path, alone):
+    _, err = ended(start(tmp_path, *faulty(tmp_path, 1, "raises", ["linear_probe"])), code=1, seconds=240)
+    (record,) = found_records(tmp_path)
+    assert (record["status"], record["error"]["type"]) == ("failed", "ZeroDivisionError")
+    assert "traceback of process 1" in err
+    assert "in __call__" in err
+    assert {name for name, m in record["metrics"].items() if m["value"] is None} == {"verdict", "verdict_share"}
+    for name, metric in record["metrics"].items():
+        assert metric["value"] is None or metric["value"] == alone["metrics"][name]["value"], name
 
 
 def test_a_stopped_run_is_continued_by_two_processes_to_the_same_record(tmp_path):

@@ -81,6 +81,18 @@ def test_a_team_continues_from_its_leaders_checkpoint(tmp_path):
     assert not path.exists()
 
 
+def test_all_processes_know_of_a_stage_that_failed_and_the_others_are_computed(tmp_path):
+    names = ["lost-1", "one-1", "one-2", "one-3"]
+    found = [values for _, values in together(2, spread, str(tmp_path), names, folder=tmp_path, bare=True)]
+    assert found[0] == found[1]
+    assert found[0]["computed"] == 3
+    assert [v and v["total"] for v in found[0]["values"]] == [None, 15.0, 15.0, 15.0]
+    (failure,) = found[0]["failed"].values()
+    assert (failure["type"], failure["message"]) == ("ValueError", "a defect")
+    assert "spread_cases.py" in failure["traceback"]
+    assert len(computed_by(tmp_path, "lost-1")) == 1, "nobody tries again"
+
+
 @pytest.mark.parametrize("name", ["bad-1", "diverges-1"])
 def test_a_failure_is_told_by_its_own_process_and_echoed_by_the_others(tmp_path, name):
     found = [values for _, values in together(2, spread, str(tmp_path), [name], folder=tmp_path, bare=True)]
@@ -88,7 +100,7 @@ def test_a_failure_is_told_by_its_own_process_and_echoed_by_the_others(tmp_path,
     assert len(own) == 1
     told = "a defect" if name == "bad-1" else "no number"
     assert told in own[0]["cause"]
-    assert own[0]["now"] == f"attack {name}"
+    assert own[0]["now"] == f"immunize {name}"
     (other,) = [values for values in found if values["echo"]]
     assert told in other["cause"], json.dumps(found)
     assert other["cause"].startswith("process ")
