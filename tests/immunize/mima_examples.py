@@ -29,7 +29,7 @@ def preset(name, **changes):
     OmegaConf.set_struct(node, False)
     small = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None}
     if name == "mima_deep":
-        small |= {"k_min": 1, "k_max": 4, "lower_batch_size": 2}
+        small |= {"k_min": 1, "k_max": 4, "lower_batch_size": 2, "decoys": 4, "decoy_steps": 2}
     return instantiate(OmegaConf.merge(node, {**small, **changes}))
 
 

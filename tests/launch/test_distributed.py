@@ -69,14 +69,14 @@ def test_a_term_without_a_number_ends_all_processes_alike(tmp_path, kind):
     assert found[0].get("step") == (7 if kind == "Diverged" else None)
 
 
-def test_1_2_and_3_processes_agree_after_20_steps(tmp_path):
-    """float32; the weights have left the original by a thousand times the bound."""
-    changes = {"steps": 20, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
+def test_1_2_and_3_processes_agree(tmp_path):
+    """float32; the weights have left the original by a hundred times the bound. 20 steps: test_launch_concepts.py."""
+    changes = {"steps": 4, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
     alone, *found = (together(size, immunized, "mima", changes, folder=tmp_path) for size in SIZES)
     weights, log = alone[0]
     original = model().state_dict()
-    assert relative(weights, {name: original[name] for name in weights}) > 1e-2
-    assert [step for step, _ in log["rows"]] == list(range(20))
+    assert relative(weights, {name: original[name] for name in weights}) > 1e-3
+    assert [step for step, _ in log["rows"]] == list(range(4))
     for processes in found:
         for theirs, told in processes:
             assert relative(theirs, weights) <= 1e-5
@@ -93,7 +93,7 @@ VARIANTS = [
     ("mima", {"hypergradient": {"method": "implicit", "iterations": 2}}),
     ("mima", {"merge": {"rule": "gated"}}),
     ("mima", {"lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2}, "optimizer": "sgd", "clip": 0.1}),
-    ("mima_deep", {"steps": 12, "k_max": 4}),
+    ("mima_deep", {"steps": 8, "k_max": 3}),
 ]
 
 
