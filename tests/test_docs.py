@@ -78,7 +78,8 @@ def test_examples_run(page, tmp_path, monkeypatch, call, own_modules, stages):
                 if "in the repository" in block.mark:
                     patch.chdir(ROOT)
                 for arguments in commands:
-                    code, told = call([word.replace("$OUT", str(tmp_path / "out")) for word in arguments])
+                    more = [] if any(word.startswith("action=") for word in arguments) else block.more
+                    code, told = call([word.replace("$OUT", str(tmp_path / "out")) for word in [*arguments, *more]])
                     assert code == block.code, f"python run.py {' '.join(arguments)}\n{told}"
 
 

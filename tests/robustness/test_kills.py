@@ -16,7 +16,7 @@ from processes import FAST, ROOT, ended, found_records, hashes, kill, start, unt
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("KILLS", "2"))
+KILLS = int(os.environ.get("KILLS", "1"))
 WORK = [*FAST, "threads=1", "immunize.epochs=20", "immunize.checkpoint_every=20"]
 
 
