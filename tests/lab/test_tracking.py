@@ -1,5 +1,6 @@
 """Trackers: what they write is read back from disk; none can stop a run or hold it up."""
 
+import hashlib
 import json
 import logging
 import os
@@ -10,12 +11,24 @@ import subprocess
 import sys
 import time
 import urllib.request
+import venv
 from contextlib import contextmanager
 
 import psutil
 import pytest
 from omegaconf import OmegaConf
-from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, forget_key, read_offline_run, run_folder, track, wandb_messages
+from tracking_runs import (
+    CONFIG,
+    KEY,
+    TRACKIO,
+    WANDB,
+    forget_key,
+    read_offline_run,
+    run_folder,
+    track,
+    wandb_chunks,
+    wandb_messages,
+)  # fmt: skip
 
 from lab import record as records
 from lab.tracking import Trackers, client, views
@@ -59,6 +72,39 @@ def test_wandb_offline_without_a_key(offline):
         assert run.run_id == views.run_id(folder, stage)
         assert config["immunize"] == {"name": "kappa"}
         assert "tracker" not in config
+
+
+OWN_READER = """
+import hashlib, json, sys
+from wandb.proto import wandb_internal_pb2 as messages
+from wandb.sdk.internal.datastore import DataStore
+store, found = DataStore(), []
+store.open_for_scan(sys.argv[1])
+while (data := store.scan_data()) is not None:
+    messages.Record().ParseFromString(data)
+    found.append(hashlib.sha256(data).hexdigest())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.network
+@pytest.mark.skipif(
+    not os.environ.get("CLEAN_INSTALL"),
+    reason="installs wandb 0.19.11 from the package index: CLEAN_INSTALL=1 pytest -m network",
+)
+def test_wandbs_own_reader_finds_the_messages_that_these_tests_read(offline, tmp_path):
+    """0.19.11 is the last one that has the reader in Python; it checks the checksum of every chunk, too."""
+    venv.create(tmp_path / ".venv", with_pip=True)
+    python = tmp_path / ".venv/bin/python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", "wandb==0.19.11"], check=True)
+    files = sorted(offline.rglob("offline-run-*/run-*.wandb"))
+    assert len(files) == 3
+    for file in files:
+        out = subprocess.run([python, "-c", OWN_READER, str(file)], capture_output=True, text=True, check=True).stdout
+        ours = [hashlib.sha256(data).hexdigest() for data in wandb_chunks(file)]
+        assert json.loads(out) == ours
+        assert len(ours) > 5
 
 
 @pytest.mark.slow

@@ -73,13 +73,11 @@ def track(folder, tracker, live=3):
     return time.monotonic() - began
 
 
-def wandb_messages(path):
-    """Records of an offline run file: a 7-byte header, then LevelDB log blocks of 32 KiB.
+def wandb_chunks(path):
+    """Serialized records of an offline run file: a 7-byte header, then LevelDB log blocks of 32 KiB.
 
-    wandb no longer has a reader in Python; the `DataStore` of its 0.19.11 finds the same messages in these files.
+    wandb no longer has a reader in Python; the `DataStore` of its 0.19.11 finds the same (test_tracking.py).
     """
-    from wandb.proto import wandb_internal_pb2
-
     data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         left = 32768 - at % 32768
@@ -90,10 +88,17 @@ def wandb_messages(path):
         parts += data[at + 7 : at + 7 + size]
         at += 7 + size
         if kind in (1, 4):  # full, last
-            message = wandb_internal_pb2.Record()
-            message.ParseFromString(parts)
+            yield parts
             parts = b""
-            yield message
+
+
+def wandb_messages(path):
+    from wandb.proto import wandb_internal_pb2
+
+    for data in wandb_chunks(path):
+        message = wandb_internal_pb2.Record()
+        message.ParseFromString(data)
+        yield message
 
 
 def read_offline_run(folder, stage):
