@@ -1,7 +1,10 @@
 """Fixtures of several modules here."""
 
 import pytest
+from minisd_words import world_prompts
 from tracking_runs import forget_key, run_folder
+
+from lab.minisd import build
 
 
 @pytest.fixture
@@ -12,3 +15,13 @@ def folder(tmp_path):
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
     forget_key(monkeypatch, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    return build.train_tokenizer(world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return build.load_tokenizer(tokenizer_folder)

@@ -1,8 +1,7 @@
-"""MiniSD's parts, tokenizer and losses: contracts and hand values; two tiny trainings that learn."""
+"""MiniSD's parts and losses: contracts and hand values; two tiny trainings that learn."""
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -10,134 +9,19 @@ import torch
 from tiny_diffusion import TINY
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from lab.minisd import build, captions
+from lab.minisd import build
 from lab.minisd.loop import Schedule
-from lab.minisd.scenes import BACKGROUNDS
 from lab.minisd.training import Denoiser, encode, min_snr, to_float, train_denoiser, train_vae
-from lab.minisd.vocabulary import PHOTO, STYLES, THINGS
 from lab.minisd.world import TRAINING, sample
 from lab.seeding import generator
 from lab.types import same_weights
-
-FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def world_prompts() -> list[str]:
-    """Every single-object caption of the world: all things, all styles (photo included), all ways to ask."""
-    styles = (PHOTO, *(s.name for s in STYLES))
-    return [
-        text
-        for thing in THINGS
-        for style in styles
-        for by in ("name", "description", "both")
-        for text in captions.prompts(captions.noun(thing.name), style, by)
-    ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return build.train_tokenizer(world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return build.load_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")
 def shown():
     return sample(TRAINING, 0, 24)
-
-
-# ---------------------------------------------------------------------------------------------------- tokenizer
-
-
-def test_same_texts_same_files(tmp_path) -> None:
-    """Order and repetitions do not matter, any other text does."""
-    texts = world_prompts()[:200]
-    first = build.train_tokenizer(texts, tmp_path / "a", 560)
-    again = build.train_tokenizer([*reversed(texts), texts[0]], tmp_path / "b", 560)
-    other = build.train_tokenizer([*texts, "zebra zebra", "zebra crossing"], tmp_path / "c", 560)
-    assert [(first / n).read_bytes() for n in FILES] == [(again / n).read_bytes() for n in FILES]
-    assert (first / "vocab.json").read_bytes() != (other / "vocab.json").read_bytes()
-
-
-def test_format_is_clips(folder, tokenizer) -> None:
-    """The ids lie as in CLIP: 256 bytes, 256 bytes that end a word, one id per merge, start, end."""
-    vocab = json.loads((folder / "vocab.json").read_text())
-    merges = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-    assert isinstance(tokenizer, CLIPTokenizer)
-    assert sorted(vocab.values()) == list(range(len(vocab)))
-    assert len(vocab) == len(tokenizer) == 512 + len(merges[1:]) + 2
-    by_id = {i: token for token, i in vocab.items()}
-    assert all(len(by_id[i]) == 1 and by_id[256 + i] == f"{by_id[i]}</w>" for i in range(256))
-    assert [by_id[512 + i] for i in range(len(merges) - 1)] == [m.replace(" ", "") for m in merges[1:]]
-    assert (by_id[len(vocab) - 2], by_id[len(vocab) - 1]) == (build.SOS, build.EOS)
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(vocab) - 2, len(vocab) - 1)
-    assert tokenizer.pad_token_id == tokenizer.unk_token_id == tokenizer.eos_token_id
-    assert tokenizer.model_max_length == build.CONTEXT == 32
-
-
-def test_known_words_are_few_tokens_and_unknown_ones_fall_into_pieces(tokenizer) -> None:
-    known = tokenizer.tokenize("a fox in the style of mosaic")
-    assert known == ["a</w>", "fox</w>", "in</w>", "the</w>", "style</w>", "of</w>", "mosaic</w>"]
-    assert tokenizer.tokenize("A  FOX") == ["a</w>", "fox</w>"]
-    pieces = tokenizer.tokenize("xylophone")
-    assert len(pieces) > 1
-    assert "".join(pieces) == "xylophone</w>"
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "zyzzyva quokka",
-        "žluťoučký kůň",
-        "狐狸 和 熊",
-        "лиса",
-        "🦊 and 🦄🏽",
-        "ثعلب",
-        "x=3.14%!?",
-        "it's 1,000 foxes",
-        "\x01 \x7f",
-    ],
-)
-def test_any_text_round_trips(tokenizer, text) -> None:
-    """Nothing is unknown: the pieces of any text are bytes that give it back."""
-    ids = tokenizer(text).input_ids
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.eos_token_id not in ids[1:-1]  # the end token doubles as "unknown"
-    squeezed = "".join(text.split())
-    back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    assert "".join(back.split()) == squeezed
-
-
-def test_tokenize_pads_with_the_end_and_cuts_as_stable_diffusion_does(tokenizer) -> None:
-    ids = build.tokenize(tokenizer, ["", "a fox", "fox " * 60])
-    sos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    a, fox = tokenizer.convert_tokens_to_ids(["a</w>", "fox</w>"])
-    assert ids[0].tolist() == [sos] + [eos] * 31
-    assert ids[1].tolist() == [sos, a, fox] + [eos] * 29
-    assert ids[2].tolist() == [sos] + [fox] * 30 + [eos]
-
-
-def test_the_longest_caption_of_the_world_fits(tokenizer) -> None:
-    """Every template with every style, every place, and the longest objects, one, two alike or two different ones."""
-    nouns = [captions.noun(t.name, count) for t in THINGS for count in (1, 2)]
-    long = sorted(nouns, key=lambda it: len(tokenizer.tokenize(it)))[-1]
-    pair = sorted((captions.noun(t.name) for t in THINGS), key=lambda it: len(tokenizer.tokenize(it)))[-2:]
-    lengths = {}
-    for template in captions.TEMPLATES:
-        photo = template in captions.PHOTO_TEMPLATES + captions.PLACE_TEMPLATES
-        for it in (long, " and ".join(pair)):
-            for style in [PHOTO] if photo else [s.name for s in STYLES]:
-                for variant in BACKGROUNDS if photo else range(2):
-                    words = {"place": variant} if photo else {"description": variant}
-                    text = captions.fill(template, it, style, **words)
-                    lengths[text] = len(tokenizer(text).input_ids)
-    assert len(lengths) > 300
-    assert max(lengths.values()) <= build.CONTEXT, max(lengths, key=lengths.get)
 
 
 # -------------------------------------------------------------------------------------------------------- parts
