@@ -50,21 +50,6 @@ def check_data(key: str, task: Concept, template: str, families: Sequence[str], 
         raise UserError(f"{key}.prior_weight", "above 0", told)
 
 
-@torch.no_grad()
-def posterior(model: DiffusionModel, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized to the model's size."""
-    side, dtype = model.image_size, next(model.vae.parameters()).dtype  # which a half-precision model may have kept
-    means, stds = [], []
-    for part in images.split(32):
-        x = part.to(model.device, dtype)
-        if x.shape[-1] != side:
-            x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-        found = model.vae.encode(x / 127.5 - 1).latent_dist
-        means.append((found.mean * model.vae.config.scaling_factor).to(model.dtype))
-        stds.append((found.std * model.vae.config.scaling_factor).to(model.dtype))
-    return torch.cat(means), torch.cat(stds)
-
-
 def variants(images: Tensor, augmentation: str, seed: int, *labels: object) -> list[Tensor]:
     """The pictures themselves, then their mirror images (``flip``) or `_CROPS` seeded crops of each (``crop``)."""
     if augmentation == "none":
@@ -95,7 +80,7 @@ class Material:
     @staticmethod
     def of(model: DiffusionModel, images: Sequence[Tensor], texts: Sequence[str]) -> Material:
         """``images``: one tensor [n, 3, s, s] per variant."""
-        parts = [posterior(model, one) for one in images]
+        parts = [model.posterior(one) for one in images]
         return Material(torch.stack([m for m, _ in parts], 1), torch.stack([s for _, s in parts], 1), tuple(texts))
 
     def __len__(self) -> int:

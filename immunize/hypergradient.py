@@ -41,7 +41,6 @@ class Hypergradient:
         gradient: ∇J on the upper set; an optimizer *descends* it.
         merged: θ̂ (all names of θ). ``alternating`` continues from it: θ ← θ̂ first, then the step.
         upper_loss: J(θ̂).
-        lower_losses: ℓ_0 of each concept at θ.
         lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
         cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they are one.
         info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``, ``residual`` and
@@ -51,7 +50,6 @@ class Hypergradient:
     gradient: Params
     merged: Params
     upper_loss: float
-    lower_losses: list[float]
     lower_drop: list[float]
     cosine: float
     info: dict[str, Any] = field(default_factory=dict)
@@ -125,7 +123,7 @@ def hypergradient(
     if not finite(gradient.values()):
         raise Diverged("the hypergradient is not finite", 0)
     alike = float("nan") if gradient is first else cosine(gradient, first)
-    return Hypergradient(gradient, run.merged, value, run.before, run.drop, alike, info)
+    return Hypergradient(gradient, run.merged, value, run.drop, alike, info)
 
 
 def cosine(left: Params, right: Params) -> float:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -160,13 +161,22 @@ class DiffusionModel(nn.Module):
     # ---- pictures and latents
 
     @torch.no_grad()
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized to its own size."""
+        side, dtype = self.image_size, next(self.vae.parameters()).dtype  # which a half-precision model may have kept
+        means, stds = [], []
+        for part in images.split(32):
+            x = part.to(self.device, dtype)
+            if x.shape[-1] != side:
+                x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
+            found = self.vae.encode(x / 127.5 - 1).latent_dist
+            means.append((found.mean * self.vae.config.scaling_factor).to(self.dtype))
+            stds.append((found.std * self.vae.config.scaling_factor).to(self.dtype))
+        return torch.cat(means), torch.cat(stds)
+
     def to_latents(self, images: Tensor) -> Tensor:
         """Scaled latents of uint8 images, the posterior's mean."""
-        found, dtype = [], next(self.vae.parameters()).dtype
-        for part in images.split(32):
-            z = self.vae.encode(part.to(self.device, dtype) / 127.5 - 1).latent_dist.mean
-            found.append((z * self.vae.config.scaling_factor).to(self.dtype))
-        return torch.cat(found)
+        return self.posterior(images)[0]
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:

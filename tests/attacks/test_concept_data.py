@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from concept_examples import model, task
 
-from attacks.concept_data import Material, posterior, prompts, variants
+from attacks.concept_data import Material, prompts, variants
 from lab.captions import captions, class_words, renamed
 from lab.problems import Pictures
 from lab.seeding import generator
@@ -62,19 +62,19 @@ def test_variants_keep_size_and_repeat_from_the_seed() -> None:
 
 def test_latents_are_the_models_own_and_pictures_of_another_size_fit() -> None:
     images = task().train.images
-    mean, std = posterior(model(), images)
+    mean, std = model().posterior(images)
     torch.testing.assert_close(mean, model().to_latents(images))
     assert (std > 0).all()
     larger = torch.nn.functional.interpolate(images.float(), (48, 48)).to(torch.uint8)
-    assert posterior(model(), larger)[0].shape == mean.shape
+    assert model().posterior(larger)[0].shape == mean.shape
 
 
 def test_latents_of_half_precision_with_an_autoencoder_that_kept_float32() -> None:
     half = model().copy()
     half.unet.to(torch.bfloat16)
-    mean, std = posterior(half, task().train.images)
+    mean, std = half.posterior(task().train.images)
     assert mean.dtype == std.dtype == torch.bfloat16
-    torch.testing.assert_close(mean.float(), posterior(model(), task().train.images)[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(mean.float(), model().posterior(task().train.images)[0], atol=0.05, rtol=0.05)
 
 
 def test_draws_have_no_repeats_before_all_pictures_were_seen_and_cover_the_schedule() -> None:
