@@ -66,6 +66,7 @@ def _act(cfg: DictConfig, folder: Path) -> None:
 def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its other jobs."""
     from lab.batch import fail_job, interruptible
+    from lab.errors import RankFailed
     from lab.failures import explain
 
     try:
@@ -73,7 +74,7 @@ def job(cfg: DictConfig) -> None:
             dispatch(cfg)
     except Exception as error:
         told = explain(error)
-        if told is None:
+        if told is None and not isinstance(error, RankFailed):  # the process's own traceback was shown
             traceback.print_exc()
         print(f"error: {told or error}", file=sys.stderr)
         _failed(code := EXIT_USER if told else EXIT_BUG)

@@ -15,7 +15,7 @@ from lab import record as records
 from lab.assemble import assemble, check_cases, check_groups
 from lab.dry_run import plan
 from lab.errors import RankFailed, UserError
-from lab.losses import Losses, bearable
+from lab.losses import Losses, bearable, facts
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
 from lab.provenance import provenance
@@ -75,22 +75,23 @@ class Run:
         if not pipeline.seeds:
             return  # every case diverged: nothing is left to attack or to evaluate, and the record says so
         self._stages(list(pipeline.attack_cells()), "attack")
-        if self._attacks_remain():
-            names = self.applicable()
-            self._spread([pipeline.eval_cell(name) for name in names], "eval")
-            for name in names if self.ranks.main else []:
-                if self._do(pipeline.eval_cell(name)):
-                    self.scores.append(pipeline.scores(name))
-        if self.losses.first is not None:
-            raise self.losses.first
+        self._leave_out()
+        names = self.applicable()
+        self._spread([pipeline.eval_cell(name) for name in names], "eval")
+        for name in names if self.ranks.main else []:
+            if self._do(pipeline.eval_cell(name)):
+                self.scores.append(pipeline.scores(name))
+        first = self.losses.first
+        told = self.ranks.same(None if first is None else facts(first))
+        if told is not None:
+            raise first or RankFailed(**told)
 
-    def _attacks_remain(self) -> bool:
-        """Go on without the attacks that failed; False where that leaves none of those that were asked for."""
+    def _leave_out(self) -> None:
+        """Go on without the attacks that failed."""
         lost = self.ranks.same(self.losses.attacks)
         for name, told in lost.items():
             self.pipeline.notes[f"attack {name} failed and is left out: {told}"] = None
         self.pipeline.attacks = tuple(name for name in self.pipeline.attacks if name not in lost)
-        return bool(self.pipeline.attacks) or not lost
 
     def _stages(self, cells: list[Cell], label: str) -> None:
         self._spread(cells, label)
@@ -102,9 +103,6 @@ class Run:
         self.waiting = cells
         self.computed |= self.ranks.compute(self.pipeline.store, cells, self._parts, label)
         self.waiting = []
-        for cell in cells if self.ranks.main else []:
-            if cell.key in self.ranks.failed:
-                self.losses.add(cell, RankFailed(**self.ranks.failed[cell.key]))
 
     def _parts(self, cell: Cell) -> int:
         """Into how many parts a stage can be split; the control arm's immunization costs nothing."""
@@ -123,7 +121,8 @@ class Run:
             if part.obj.needs_arms > len(self.pipeline.arms):
                 self.skipped[name] = "compares with the control arm, and immunize=none is the control arm"
             elif part.obj.needs_attack and not self.pipeline.attacks:
-                self.skipped[name] = "needs an attack, and attacks=none"
+                asked = self.losses.attacks
+                self.skipped[name] = f"needs an attack, and {'none is left' if asked else 'attacks=none'}"
             else:
                 chosen.append(name)
         return chosen
@@ -133,10 +132,11 @@ class Run:
         labels = _labels(cell)
         entry = {"stage": cell.stage, "key": cell.key, "status": "failed", **labels}
         self.cells.append(entry)
-        if cell.key in self.ranks.failed:
-            return False
-        if self.losses.has(cell) and not self.pipeline.store.has(cell.stage, cell.key):
+        if self.losses.has(cell):
             entry["status"] = "pending"
+            return False
+        if cell.key in self.ranks.failed:
+            self.losses.add(cell, RankFailed(**self.ranks.failed[cell.key]))
             return False
         log.info("stage %s", cell.title)
         try:
@@ -192,6 +192,8 @@ class Run:
         message = (
             "interrupted; the same command continues where it stopped" if self.status == "preempted" else str(error)
         )
+        if isinstance(error, RankFailed) and error is self.losses.first:
+            message = error.message  # as from one process
         key = error.key if isinstance(error, UserError | RankFailed) else None
         step = getattr(error, "step", None)
         if self.status == "preempted" and self.cells and self.cells[-1]["status"] == "pending":
@@ -229,9 +231,9 @@ class Run:
             "provenance": facts,
         }
         found = records.scores_json(self.scores)
-        self.losses.blank(found["metrics"])
         if rows := records.seed_values(self.scores, body["seeds"]):
             found["tables"]["seed_values"] = rows
+        self.losses.blank(found)
         return body | found
 
     def _seeds(self) -> list[int]:

@@ -151,7 +151,7 @@ def _attacks(record: Record) -> str:
     rows = []
     for name in record["attacks"]:
         node = record["config"]["attacks"][name]
-        mine = [c for c in cells if c["attack"] == name]
+        mine = [c for c in cells if c["attack"] == name and c["status"] in ("ok", "diverged")]
         diverged = sum(c["status"] == "diverged" for c in mine)
         search = node.get("search") if isinstance(node, dict) else None
         searched = (
@@ -212,6 +212,8 @@ def _limits(record: Record, chosen: Choice, kind: str) -> list[str]:
     out.append("Nothing is claimed against an attacker that was not run. Bring your own before you rely on this.")
     if untried := _untried(record):
         out.append(f"Attackers of the bench that were not run: {', '.join(untried)}.")
+    if lost := sorted({c["attack"] for c in record["cells"] if c["stage"] == "attack" and c["status"] == "failed"}):
+        out.append(f"Attackers that failed and are in no figure: {', '.join(lost)}.")
     unsearched = [n for n in record["attacks"] if not (record["config"]["attacks"][n] or {}).get("search")]
     if unsearched and kind == "diffusion":
         out.append(f"Attackers at their default options, not searched: {', '.join(unsearched)}.")

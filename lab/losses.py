@@ -20,17 +20,27 @@ def bearable(cell: Cell, error: Exception) -> bool:
     """Whether a run goes on without this stage.
 
     Not without an immunization, nor after what a user mends first (a wrong option) or what befalls every stage (the
-    disk, the connection to another process).
+    disk, the connection to another process, a device whose state is lost; that its memory ran out is no such thing).
     """
-    return cell.stage != "immunize" and not isinstance(error, UserError | OSError | DistError)
+    lost = isinstance(error, UserError | OSError | DistError) or "CUDA error" in str(error)
+    return cell.stage != "immunize" and not lost
 
 
 def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
     """Arguments of `RankFailed`: what one process tells the others of ``error``."""
+    if isinstance(error, RankFailed):
+        return {name: getattr(error, name) for name in ("rank", "type", "message", "told", "cell", "traceback")}
     told = "".join(traceback.format_exception(error))
     return {
         "rank": rank, "type": type(error).__name__, "message": str(error), "told": explain(error), "traceback": told
     }  # fmt: skip
+
+
+def _forget(error: BaseException | None) -> None:
+    """The frames of a traceback hold the models and gradients of what failed, and the run needs their memory."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Losses:
@@ -47,21 +57,31 @@ class Losses:
         self.metrics: dict[str, str] = {}
 
     def add(self, cell: Cell, error: Exception) -> None:
-        name = cell.label["attack"]
-        kind = error.type if isinstance(error, RankFailed) else type(error).__name__
-        (self.attacks if cell.stage == "attack" else self.metrics)[name] = f"{kind}: {error}"
-        log.warning("%s failed, the others go on: %s: %s", cell.title, kind, error)
-        log.info("traceback of %s", cell.title, exc_info=error)
+        known = facts(error)
+        why = f"{known['type']}: {known['message']}"
+        (self.attacks if cell.stage == "attack" else self.metrics)[cell.label["attack"]] = why
+        log.warning("%s failed, the others go on: %s", cell.title, why)
+        log.info("%s", known["traceback"])
+        _forget(error)
         self.first = self.first or error
 
     def has(self, cell: Cell) -> bool:
         """Whether nothing is left to do for ``cell``, since another stage of the same attack failed."""
         return cell.stage == "attack" and cell.label["attack"] in self.attacks
 
-    def blank(self, metrics: dict[str, dict[str, Any]]) -> None:
-        """No verdict without an attack that was asked for: it may be the one that breaks the model."""
-        if self.attacks:
-            told = f"{', '.join(self.attacks)} failed: a verdict needs every attack that was asked for"
-            for name in VERDICTS:
-                if name in metrics:
-                    metrics[name] |= {"value": None, "low": None, "high": None, "note": told}
+    def blank(self, found: dict[str, Any]) -> None:
+        """No verdict without an attack that was asked for: it may be the one that breaks the model.
+
+        Args:
+            found: ``metrics``, ``curves`` and ``tables`` of a record.
+        """
+        if not self.attacks:
+            return
+        told = f"{', '.join(self.attacks)} failed: a verdict needs every attack that was asked for"
+        for name in VERDICTS:
+            if name in found["metrics"]:
+                found["metrics"][name] |= {"value": None, "low": None, "high": None, "note": told}
+        tables = found["tables"]
+        tables.pop("verdict", None)
+        if "seed_values" in tables:
+            tables["seed_values"] = [row for row in tables["seed_values"] if row["metric"] not in VERDICTS]

@@ -142,6 +142,7 @@ class Ranks(Alone):
         else:
             sys.meta_path.insert(0, _MetricsAlone())
         self.main = self.rank == 0
+        self.done: list[str] = []  # keys of what this process computed of the stages in hand
         self.phase = 0
         self.stopped: Callable[[], bool] = lambda: False  # whether the user asked for the end
 
@@ -174,19 +175,22 @@ class Ranks(Alone):
             raise RuntimeError(
                 f"process {self.rank} would compute other stages than the first one: do code, data and packages differ?"
             )
-        todo = [cells[i] for i in missing]
+        todo, self.done = [cells[i] for i in missing], []
         queue, teams = plan([parts(cell) for cell in todo], self.size)
         self._tell(label, len(todo), queue, teams)
         for cell in progress(self._take([todo[i] for i in queue]), label, -(-len(queue) // self.size) or None):
             self._own(store, cell)
+        done: set[str] = set()
         for rank in range(self.size):  # all wait for all here
-            self.failed |= broadcast_json(self.failed if rank == self.rank else None, rank, self.everyone)
+            known = broadcast_json([self.failed, self.done] if rank == self.rank else None, rank, self.everyone)
+            self.failed |= known[0]
+            done.update(known[1])
         if teams:
             self._share(store, [(todo[i], ranks) for i, ranks in teams])
             dist.barrier(group=self.everyone)
-        done = [cell for cell in todo if not self._lost(cell)]
-        store.trust(cell.key for cell in done)
-        return {cell.key for cell in done}
+            done.update(todo[i].key for i, _ in teams)
+        store.trust(done)
+        return done
 
     def _tell(self, label: str, count: int, queue: list[int], teams: list[tuple[int, range]]) -> None:
         log.info("%s: %d stages are missing, %d are taken in turn, teams %s", label, count, len(queue), teams)
@@ -213,9 +217,11 @@ class Ranks(Alone):
         except Exception as error:
             if not bearable(cell, error):
                 raise
-            log.exception("%s failed, the others go on", cell.title)
+            log.info("%s failed, the others go on", cell.title, exc_info=True)
             self.failed[cell.key] = facts(error, self.rank) | {"cell": cell.key}
             self.counter.set(_mark(cell), "1")
+        else:
+            self.done.append(cell.key)
         self.now = None
 
     def _lost(self, cell: Cell) -> bool:

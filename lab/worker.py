@@ -126,10 +126,10 @@ def _unfit(cfg: Any) -> Exception | None:
 def _failure(error: BaseException, ranks: Any, number: int, echo: bool) -> dict[str, Any]:
     from lab.errors import RankFailed, UserError
     from lab.failures import explain
+    from lab.losses import facts
 
     if isinstance(error, RankFailed) and not echo:  # another process's stage, without which the run went on to its end
-        kept = ("rank", "type", "message", "told", "key", "step", "cell", "traceback")
-        return {name: getattr(error, name) for name in kept} | {"echo": False}
+        return facts(error) | {"key": None, "value": None, "fix": None, "step": None, "echo": False}
     user = error if isinstance(error, UserError) else None
     cell = getattr(ranks, "now", None)
     return {

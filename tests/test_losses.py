@@ -1,14 +1,25 @@
 """An attacker or a metric with a defect: the others of its run go on, and nothing is claimed without it."""
 
+import gc
 import json
+import weakref
 
 import pytest
+import torch
 import yaml
 from entry_point import FAST, record_of
 
 from attacks.linear_probe import LinearProbe
-from eval.report.leaderboard import leaderboard
+from eval.report.compare import compare
+from eval.report.leaderboard import leaderboard, to_markdown
+from eval.report.summary import summary
 from lab.errors import UserError
+from lab.export_card import _attacks, _limits
+from lab.export_source import Choice
+from lab.losses import Losses, bearable
+from lab.pipeline import Cell
+
+CHOICE = Choice("kappa", "house_price", 0, "key")
 
 
 class Broken(LinearProbe):
@@ -40,7 +51,7 @@ class BrokenMetric:
 def broken(cli, tmp_path):
     def call(*arguments, group="attacks", **options):
         place = tmp_path / "conf" / group
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
         target = "Broken" if group == "attacks" else "BrokenMetric"
         (place / "broken.yaml").write_text(yaml.safe_dump({"broken": {"_target_": f"{__name__}.{target}", **options}}))
         return cli("--config-dir", str(tmp_path / "conf"), *FAST, *arguments)
@@ -69,8 +80,23 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
             assert "broken failed" in record["metrics"][name]["note"]
         else:
             assert record["metrics"][name] == metric
-    rows = leaderboard([record | {"attacks": whole["attacks"]}, whole])
-    assert [row["status"] for row in rows] == ["ok", "failed"]
+    assert "verdict" not in record["tables"]
+    assert "left out" in summary(record)
+
+
+def test_a_record_that_lacks_an_attack_is_neither_ranked_nor_surely_better(broken, tmp_path):
+    found = []
+    for name in ("kappa", "kappa_ill_only"):
+        _, out, _ = broken("attacks=[broken,linear_probe]", f"immunize={name}")
+        found.append(record_of(out, tmp_path))
+    rows = leaderboard(found)
+    assert [(row["rank"], row["best"], row["status"]) for row in rows] == [(None, [], "failed")] * 2
+    text = to_markdown(rows)
+    assert "holds" not in text.split("↑")[0]
+    assert "fails" not in text
+    assert not any(row["sure"] for row in compare(*found)["metrics"] if "worst" in row["name"])
+    assert "Attackers that failed and are in no figure: broken" in "\n".join(_limits(found[0], CHOICE, "linear"))
+    assert "| broken | 0 |" in _attacks(found[0])
 
 
 def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
@@ -82,12 +108,43 @@ def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
     assert "broken" not in json.dumps([record["metrics"]["slowdown_harmful_worst"], record["tables"], record["curves"]])
 
 
-def test_a_run_whose_only_attacker_failed_has_no_figures(broken, tmp_path):
+def test_a_run_whose_only_attacker_failed_has_the_figures_that_need_none(broken, tmp_path):
     code, out, _ = broken("attacks=[broken]")
     assert code == 1
     record = record_of(out, tmp_path)
     assert record["status"] == "failed"
-    assert record["metrics"] == {}
+    assert "rir" in record["metrics"]
+    assert "verdict" not in record["metrics"]
+    assert record["skipped"]["verdict"] == "needs an attack, and none is left"
+
+
+def test_several_seeds_hold_no_verdict_by_the_back_door(broken, tmp_path):
+    _, out, _ = broken("attacks=[broken,linear_probe]", "seeds=[0,1]")
+    named = {row["metric"] for row in record_of(out, tmp_path)["tables"]["seed_values"]}
+    assert "rir" in named
+    assert not named & {"verdict", "verdict_share"}
+
+
+def test_what_failed_frees_its_memory_while_the_others_go_on():
+    def fail(tensor):
+        raise RuntimeError(f"out of memory beside {tensor.shape}")
+
+    tensor, losses = torch.zeros(3), Losses()
+    held = weakref.ref(tensor)
+    try:
+        fail(tensor)
+    except RuntimeError as error:
+        losses.add(Cell("attack", "k", {"attack": "broken"}, lambda _: None), error)
+    del tensor
+    gc.collect()
+    assert held() is None
+    assert isinstance(losses.first, RuntimeError)
+
+
+def test_a_device_whose_state_is_lost_ends_the_run():
+    cell = Cell("attack", "k", {"attack": "broken"}, lambda _: None)
+    assert not bearable(cell, RuntimeError("CUDA error: device-side assert triggered"))
+    assert bearable(cell, RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
 
 
 @pytest.mark.parametrize(("error", "code"), [("mended", 2), ("disk", 2)])

@@ -45,7 +45,7 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     ]
     both = [name for name in a["metrics"] if name in b["metrics"]]
     first = columns(both)
-    same_trial = trial(a) == trial(b)
+    same_trial = trial(a) == trial(b) and "failed" not in (a["status"], b["status"])  # which may lack an attack
     data_a, data_b = a["provenance"].get("data_hash"), b["provenance"].get("data_hash")
     return {
         "a": _identity(a),

@@ -99,7 +99,8 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
 
 def _ranked(row: Row) -> bool:
-    return bool(row["immunizer"] != CONTROL and row["metrics"])
+    """Also a failed run has figures where an attack of several failed: of fewer attackers than it was asked for."""
+    return bool(row["immunizer"] != CONTROL and row["metrics"] and row["status"] not in ("failed", "preempted"))
 
 
 def _partly(row: Row) -> bool:
@@ -124,7 +125,8 @@ def relative(row: Row) -> float | None:
 
 def _mark_best(group: list[Row]) -> None:
     """Best figure of each column among complete runs; where verdicts were passed, only among those that hold."""
-    group = [r for r in group if _value(r, "verdict") != 0 and not _partly(r)]
+    complete = [r for r in group if r["status"] == "ok"]
+    group = [r for r in complete if _value(r, "verdict") != 0]
     for name in columns(n for r in group for n in r["metrics"]):
         cells = [(r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"]
         cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
@@ -156,7 +158,7 @@ def direction(column: str, rows: Sequence[Row]) -> str:
 def cell(row: Row, column: str) -> str:
     """One figure of one row as text."""
     metric = row["metrics"].get(column)
-    if column == "verdict" and metric is not None:
+    if column == "verdict" and metric is not None and metric["value"] is not None:
         return "✓ holds" if metric["value"] else "✗ fails"
     return measured(metric)
 
@@ -230,7 +232,7 @@ def headline(group: Sequence[Row]) -> str:
         return ""
     first, second = ranked[:2]
     verdicts = [r["metrics"].get("verdict") for r in ranked]
-    if all(v is not None and not v["value"] for v in verdicts):
+    if all(v is not None and v["value"] == 0 for v in verdicts):
         text = f"The control wins: none of {len(ranked)} immunizers holds."
         return f"{text} {_closest(first)}".rstrip()
     name = next((n for n in _HOLDING if all(_value(r, n) is not None for r in (first, second))), None)

@@ -48,7 +48,7 @@ def by_option(records: Sequence[Record]) -> list[dict[str, Any]]:
     """
     out = []
     for name in dict.fromkeys(r["immunizer"] for r in records if r["immunizer"] != CONTROL):
-        mine = [r for r in records if r["immunizer"] == name and r["metrics"]]
+        mine = [r for r in records if r["immunizer"] == name and r["metrics"] and r["status"] != "failed"]
         options = _options(mine) if len(mine) >= 3 else []
         if len(options) not in (1, 2):
             continue

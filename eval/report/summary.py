@@ -45,7 +45,7 @@ def _wrap(text: str, indent: str) -> list[str]:
 
 def _data_notes(notes: list[str]) -> list[str]:
     """What was dropped or imputed, the rank that remains, an immunization cut short; without these the first note."""
-    words = ("remain", "dropped", "replaced", "left the finite")
+    words = ("remain", "dropped", "replaced", "left the finite", "is left out")
     return [n for n in notes if any(word in n.lower() for word in words)] or notes[:1]
 
 

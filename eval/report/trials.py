@@ -53,8 +53,8 @@ def _listed(cases: Sequence[str]) -> str:
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
     """Records by scenario, backbone and trial, in order of appearance: fewer attackers make a better worst case.
 
-    A run that failed was judged by nobody and may not have come to its cases: it stands with the first others that were
-    asked for the same, else with the first ones of its scenario and backbone.
+    A run that has no figures may not have come to its cases: it stands with the first others that were asked for the
+    same, else with the first ones of its scenario and backbone.
     """
     trials: dict[tuple[str, str], dict[str, str]] = {}  # trial → what was asked for
     for record in records:

@@ -16,7 +16,7 @@ class Fault(LinearProbe):
     """
     Args:
         rank: of the process that it befalls.
-        kind: ``killed`` | ``raises`` | ``out_of_memory``.
+        kind: ``killed`` | ``raises``, or ``defect``, which raises in every process.
         folder: where this process says that it is about to end; the others wait for that, so that they do not take
             its stage.
     """
@@ -26,6 +26,8 @@ class Fault(LinearProbe):
         self.rank, self.kind, self.mark = rank, kind, Path(folder) / "about_to_end"
 
     def __call__(self, *args, **kwargs):
+        if self.kind == "defect":
+            raise ZeroDivisionError("nothing to divide by")
         if os.environ.get("RANK") != str(self.rank):
             deadline = time.monotonic() + PATIENCE_S
             while not self.mark.exists():
