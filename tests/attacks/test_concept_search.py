@@ -12,9 +12,9 @@ from attack_examples import Interrupted, MemoryCheckpoint
 from concept_examples import assert_equal, attack, curriculum, launch, model, task
 from tiny_diffusion import tiny_diffusion
 
-from attacks import concept_data
 from attacks.concept_search import held_out
 from attacks.likeness import likeness
+from lab.diffusion import DiffusionModel
 from lab.errors import UserError
 from lab.minisd import world
 from lab.problems import Pictures
@@ -62,9 +62,9 @@ def test_trials_see_no_pictures_that_the_attacker_does_not_have() -> None:
             found.update(image.numpy().tobytes() for image in images)
             return original(model, images)
 
-        original = concept_data.posterior
+        original = DiffusionModel.posterior
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(concept_data, "posterior", watched)
+            patch.setattr(DiffusionModel, "posterior", watched)
             launch(replace(searched(), **options))
         return found
 
