@@ -12,6 +12,7 @@ from entry_point import FAST, record_of
 from attacks.linear_probe import LinearProbe
 from eval.report.compare import compare
 from eval.report.leaderboard import leaderboard, to_markdown
+from eval.report.outcomes import outcome
 from eval.report.summary import summary
 from lab.errors import UserError
 from lab.export_card import _attacks, _limits
@@ -82,6 +83,7 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
             assert record["metrics"][name] == metric
     assert "verdict" not in record["tables"]
     assert "left out" in summary(record)
+    assert outcome(record).details[0].endswith("nothing to divide by. Figures are of the others.")
 
 
 def test_a_record_that_lacks_an_attack_is_neither_ranked_nor_surely_better(broken, tmp_path):

@@ -79,6 +79,7 @@ def _ended(record: Record) -> Outcome:
     details = []
     if error.get("last_good_step") is not None:
         details.append(f"Last good step: {error['last_good_step']}.")
+    details += [f"{sentence(n)} Figures are of the others." for n in record["notes"] if "failed and is left out" in n]
     label = {"preempted": "interrupted", "diverged": "diverged"}.get(record["status"], "failed")
     return Outcome("error", label, f"{record['immunizer']} {label}: {error['type']}: {error['message']}", details)
 
