@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from eval.report.words import ENDED_EARLY
 from lab.assemble import Parts, assemble
 from lab.errors import UserError, nearest
 from lab.options import choice, local
@@ -27,7 +28,6 @@ from lab.store import Store
 from lab.types import CONTROL, AnyCase, Backbone, Model, clone
 
 _GROUPS = ("scenario", "backbone", "erase")  # what the original model is made of
-_ENDED_EARLY = ("failed", "preempted")  # such a record may not hold the hashes of everything
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _same_original(record: Record, seed: int, pipeline: Pipeline, data: Scenario
         if case.name in used:
             pipeline.identity(case, seed)
     known = record["provenance"]["weight_hash"].get(str(seed))
-    if known is None and record["status"] in _ENDED_EARLY:
+    if known is None and record["status"] in ENDED_EARLY:
         raise UserError("records", record["name"], "ended before its original weights were known; run it again.")
     if known != pipeline.weight_hash()[str(seed)]:
         told = (

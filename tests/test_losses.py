@@ -24,7 +24,7 @@ CHOICE = Choice("kappa", "house_price", 0, "key")
 
 
 class Broken(LinearProbe):
-    """Fails on the immunized arm only, or wherever it runs."""
+    """Fails wherever it runs, or on all tasks but the first."""
 
     def __init__(self, *, error="defect", name="broken"):
         super().__init__(name=name)

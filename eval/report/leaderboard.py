@@ -13,7 +13,7 @@ from eval.report.labels import labels
 from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.trials import groups, trial
-from eval.report.words import ARROWS, UNMEASURED, Record, heading, limit, measured, support
+from eval.report.words import ARROWS, ENDED_EARLY, UNMEASURED, Record, heading, limit, measured, support
 from lab.types import CONTROL
 
 # in this order; the worst case over attackers comes first, the benign side after the harmful one
@@ -100,7 +100,7 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
 def _ranked(row: Row) -> bool:
     """Also a failed run has figures where an attack of several failed: of fewer attackers than it was asked for."""
-    return bool(row["immunizer"] != CONTROL and row["metrics"] and row["status"] not in ("failed", "preempted"))
+    return bool(row["immunizer"] != CONTROL and row["metrics"] and row["status"] not in ENDED_EARLY)
 
 
 def _partly(row: Row) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from eval.report.published import published
-from eval.report.words import Metric, Record, certainty, figure, heading, measured, percent, sentence
+from eval.report.words import ENDED_EARLY, Metric, Record, certainty, figure, heading, measured, percent, sentence
 from lab.types import CONTROL
 
 Tone = Literal["good", "bad", "unsure", "neutral", "error"]
@@ -34,7 +34,7 @@ def outcome(record: Record) -> Outcome:
 
 def _outcome(record: Record) -> Outcome:
     name, metrics = record["immunizer"], record["metrics"]
-    if record["status"] in ("failed", "preempted") or (record["error"] and not metrics):
+    if record["status"] in ENDED_EARLY or (record["error"] and not metrics):
         return _ended(record)
     if name == CONTROL:
         found = Outcome(

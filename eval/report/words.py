@@ -11,6 +11,7 @@ Metric = dict[str, Any]
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 ARROWS = {"higher": "↑", "lower": "↓", "neutral": "·"}
 UNMEASURED = "–"
+ENDED_EARLY = ("failed", "preempted")  # states of records that may lack hashes, attacks or figures
 # heading of a table's column or of a curve; the diffusion metrics by family below
 NAMES = {
     "verdict": "verdict",
