@@ -36,6 +36,6 @@ def _stand_in(folder: Path) -> Record | None:
         "name": f"{cfg.name}/{immunizer}", "status": "failed", "scenario": str(cfg.scenario.name),
         "backbone": str(cfg.backbone.name), "immunizer": immunizer, "attacks": list(cfg.attacks),
         "seeds": list(cfg.seeds) if OmegaConf.is_list(cfg.seeds) else [cfg.seeds],
-        "config": records.clean(config), "metrics": {}, "content_hash": folder.name,
+        "config": records.clean(config), "metrics": {}, "notes": [], "content_hash": folder.name,
         "error": {"type": "Killed", "message": f"left no record; {CONTINUE}", "key": None, "last_good_step": None},
     }  # fmt: skip
