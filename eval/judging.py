@@ -94,7 +94,8 @@ def detector_of(judges: Judges, key: str) -> Detector:
 
 
 def try_out(judges: Judges, cases: Iterable[ConceptCase], kinds: Sequence[str], detect: str | None = None) -> None:
-    """Judge one reference picture of every concept, so that what a judge lacks shows before hours of attacks.
+    """Judge a reference picture, so that what a judge lacks shows before hours of attacks: one of every concept by the
+    detector, and one by the networks, which know no concepts.
 
     Args:
         kinds: similarities that will be asked for.
@@ -105,13 +106,15 @@ def try_out(judges: Judges, cases: Iterable[ConceptCase], kinds: Sequence[str], 
             detector does not know, a feature network without maps).
     """
     detector = detector_of(judges, detect) if detect else None
-    for concept in (concept for case in cases for concept in case.tasks):
+    concepts = [concept for case in cases for concept in case.tasks]
+    for concept in concepts:
         if not len(concept.reference):
             raise UserError("scenario", concept.name, "needs reference pictures that generations are compared with.")
-        image = concept.reference.images[:1]
-        References(judges, image, kinds).similarities(image)
         if detector is not None:
-            detector.detects(image, concept.name)
+            detector.detects(concept.reference.images[:1], concept.name)
+    if concepts:
+        image = concepts[0].reference.images[:1]
+        References(judges, image, kinds).similarities(image)
 
 
 def legacy(images: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -81,7 +82,8 @@ class Uce:
         if not case.erased:
             told = f"case {case.name} has no concept to erase; use erase=none, or a scenario that erases"
             raise UserError("erase", self.name, f"{told} (relearn_styles; folder with erase: true).")
-        pairs = [rows(model, self._anchored(erasure)) for erasure in case.erased]
+        encode = cache(lambda prompts: encoded(model, prompts))  # styles share their anchors
+        pairs = [rows(model, self._anchored(erasure), encode) for erasure in case.erased]
         kept = self._kept(case.erased)
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))
         keep = encoded(model, check_prompts(KEY, kept, model.tokenizers[0])).flatten(0, 1) if kept else old[:0]
@@ -133,8 +135,13 @@ def right_factor(old: Tensor, new: Tensor, keep: Tensor, preserve_weight: float,
     return eye + torch.cholesky_solve(move.T, torch.linalg.cholesky(gram)).T
 
 
-def rows(model: DiffusionModel, erasure: Erasure) -> tuple[Tensor, Tensor]:
+def rows(
+    model: DiffusionModel, erasure: Erasure, encode: Callable[[tuple[str, ...]], Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """The rows c and c* [n, d] of one concept: every prompt from the concept's first word to the end of the context.
+
+    Args:
+        encode: rows of prompts, if not by `encoded`.
 
     Raises:
         UserError: no prompts, another number of anchors, words that are not in a prompt or beyond its context.
@@ -146,7 +153,7 @@ def rows(model: DiffusionModel, erasure: Erasure) -> tuple[Tensor, Tensor]:
         fix = f"has {len(prompts)} prompts and {len(anchors)} anchors; each prompt needs the anchor it shall mean."
         raise UserError(KEY, f"erasure of {erasure.name}", fix)
     ids = [model.tokens(texts).tolist() for texts in (prompts, anchors)]
-    hidden = [encoded(model, texts) for texts in (prompts, anchors)]
+    hidden = [encode(texts) if encode else encoded(model, texts) for texts in (prompts, anchors)]
     old, new = [], []
     for i, prompt in enumerate(prompts):
         start = position(prompt, erasure.words, ids[0][i], tokenizer)

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from doc_blocks import blocks
 from hydra import compose, initialize_config_dir
 from processes import FAST, ROOT, TOKENS, computed, ended, found_records, kill, start, telling, until
 
@@ -18,6 +19,7 @@ from lab.status import status
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
+PAGE = ROOT / "docs/cluster.md"
 SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "threads=1", "seeds=[0]", *FAST]
 KILLS = int(os.environ.get("KILLS", "1"))
 LONG = ["immunize.epochs=300", "immunize.checkpoint_every=20"]  # ten seconds on a free core: time enough to strike
@@ -70,7 +72,8 @@ def folder_of(job):
 
 
 def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, cluster, tmp_path):
-    sweep, jobs, told = submit(4, *LONG, "attacks=[linear_probe],[probe_adam]", "immunize=kappa,kappa_opt")
+    words = next(block for block in blocks(PAGE) if "submitit_slurm" in block.text).commands()[0]
+    sweep, jobs, told = submit(4, *LONG, *(word for word in words if word not in SLURM))  # what the page tells to run
     assert sum(one.startswith("queued") for one in told().splitlines()) >= 2  # of four jobs two fit on the node
     signalled = jobs[0]
     first = folder_of(signalled)
@@ -128,8 +131,7 @@ def test_a_failed_job_and_a_killed_one(submit, cluster, tmp_path):
 
 
 def test_the_script_of_the_docs_goes_on_after_a_signal(cluster, tmp_path, told):
-    page = (ROOT / "docs/cluster.md").read_text()
-    script = next(block for block in page.split("```") if "#SBATCH" in block).removeprefix("bash\n")
+    script = next(block.text for block in blocks(PAGE) if "#SBATCH" in block.text)
     ours = shlex.join([sys.executable, str(ROOT / "run.py"), "threads=1", "seeds=[0]", *FAST, *LONG])
     assert script.count("python run.py") == 1
     (tmp_path / "runs.sh").write_text(script.replace("python run.py", ours))
