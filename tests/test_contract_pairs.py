@@ -47,7 +47,7 @@ def test_features(name, kind):
 def test_concepts(name):
     case, model = tiny_case(), tiny_diffusion()
     after = concepts.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    assert len(CONCEPT_ATTACKERS) == 9
+    assert len(CONCEPT_ATTACKERS) == 11
     for attacker in CONCEPT_ATTACKERS:
         found = check(concepts.attacker(attacker), after, case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2)))
         assert found.steps == [0, 2], attacker
@@ -64,6 +64,7 @@ def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(nam
     adapters = {k for k in changed if ".lora_" in k}
     own = changed - adapters
     assert own <= {k for k in found.weights if k.startswith("unet.")}
-    assert {k.replace(".default.", ".") for k in adapters} <= found.weights.keys() or name == "curriculum"
-    assert bool(own) == (name not in ("lora", "lora_fast", "textual_inversion"))
+    saved = {k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters}
+    assert saved <= found.weights.keys() or name == "curriculum"
+    assert bool(own) == (name not in ("lora", "lora_fast", "lora_text_encoder", "textual_inversion"))
     features.check_round_trip(found, name, model, case, task, tmp_path)

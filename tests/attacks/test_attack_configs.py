@@ -34,8 +34,8 @@ def options(target: str) -> set[str]:
     )
 
 
-def test_there_are_twenty_five() -> None:
-    assert len(NAMES) == 25
+def test_there_are_twenty_seven() -> None:
+    assert len(NAMES) == 27
 
 
 @pytest.mark.parametrize("name", REAL)

@@ -12,8 +12,9 @@ pytestmark = pytest.mark.slow
 RUN = [
     "experiment=relearn", "scenario=relearn_styles_quick", "immunize=mima", "immunize.steps=20",
     "immunize.batch_size=1", "immunize.prior_batch_size=1", "attacks=none", "eval=[utility]", "eval.utility.count=4",
-    "eval.utility.features=false", "tracker=none", "threads=1", "scenario.own=8", "scenario.train=4", "scenario.prior=8",
-    "scenario.reference=4", "scenario.keep=16", "scenario.unrelated=8", "scenario.regularizers=20", "erase.preserve=20",
+    "eval.utility.features=false", "tracker=none", "threads=1", "scenario.own=8", "scenario.train=4",
+    "scenario.prior=8", "scenario.reference=4", "scenario.keep=16", "scenario.unrelated=8", "scenario.regularizers=20",
+    "erase.preserve=20",
 ]  # fmt: skip
 
 
