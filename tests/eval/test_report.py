@@ -39,7 +39,7 @@ def test_outcome_says_who_won_and_how_sure() -> None:
     assert any("over 3 seeds lies above 1" in d for d in good.details)
     broken = outcome(attacked("kappa", 4.9, 3.7, 1.2))
     assert broken.tone == "bad"
-    assert "The control wins" in broken.headline
+    assert broken.headline == "The control wins: kappa fails on the benign side, though it holds back the harmful task."
     assert outcome(control()).tone == "neutral"
     assert "UserError" in outcome(failed()).headline
     assert outcome(digits()).tone == "unsure"

@@ -43,6 +43,17 @@ def test_a_verdict_that_fails_says_why() -> None:
     assert any("includes 0" in d for d in found.details)
 
 
+def test_what_is_held_back_is_not_called_unprotected_where_the_benign_side_fails() -> None:
+    one = generated("mima", holds=False)
+    one["tables"]["verdict"] = [{"side": "harmful", "passed": True}, {"side": "benign", "passed": False}]
+    found = outcome(sealed(one))
+    assert (found.tone, found.label) == ("bad", "fails on the benign side")
+    told = "The control wins: mima fails on the benign side, though it holds back 2 targets: attack success 86 %"
+    assert found.headline.startswith(told)
+    one["tables"]["verdict"][0]["passed"] = False
+    assert outcome(sealed(one)).label == "does not protect"
+
+
 def test_one_seed_is_never_called_sure() -> None:
     one = generated()
     for entry in one["metrics"].values():
