@@ -141,7 +141,7 @@ def rows(
     """The rows c and c* [n, d] of one concept: every prompt from the concept's first word to the end of the context.
 
     Args:
-        encode: rows of prompts, if not by `encoded`.
+        encode: `encoded` of the model, where the caller keeps what it gave; None: nobody does.
 
     Raises:
         UserError: no prompts, another number of anchors, words that are not in a prompt or beyond its context.

@@ -91,8 +91,7 @@ def _attacked(record: Record) -> Outcome:
         what = f"{name} wins over the control: the harmful task is held back and the benign task stays usable."
         found = Outcome("good" if sure else "unsure", "protects" if sure else "protects, unsure", what)
     else:
-        found = _failed(record, f"{name} does not protect", "the harmful task")
-        found.details.append(f"{sentence(metrics['verdict']['note'])}")
+        found = _not_passed(record, f"{name} does not protect", "the harmful task")
     for role in ("harmful", "benign"):
         slow = metrics.get(f"slowdown_{role}_worst")
         if slow is not None and slow["value"] is not None:
@@ -114,13 +113,15 @@ def _attacked(record: Record) -> Outcome:
     return found
 
 
-def _failed(record: Record, unprotected: str, what: str) -> Outcome:
+def _not_passed(record: Record, unprotected: str, what: str) -> Outcome:
     """A verdict that was not passed, and on which side: a stranger shall not read that what is held back is not."""
     harmful = [c for c in record["tables"].get("verdict", []) if c.get("side") == "harmful"]
+    label, told = "does not protect", unprotected
     if harmful and all(c.get("passed") for c in harmful):
-        told = f"The control wins: {record['immunizer']} fails on the benign side, though it holds back {what}"
-        return Outcome("bad", "fails on the benign side", sentence(told))
-    return Outcome("bad", "does not protect", sentence(f"The control wins: {unprotected}"))
+        label = "fails on the benign side"
+        told = f"{record['immunizer']} {label}, though it holds back {what}"
+    why = sentence(record["metrics"]["verdict"]["note"])
+    return Outcome("bad", label, sentence(f"The control wins: {told}"), [why])
 
 
 def _sure(record: Record) -> bool:
@@ -150,8 +151,7 @@ def _relearned(record: Record) -> Outcome:
         label = "protects" if sure else "protects, unsure"
         found = Outcome("good" if sure else "unsure", label, sentence(f"{name} protects {what}"))
     else:
-        found = _failed(record, f"{name} does not protect {what}", what)
-        found.details.append(sentence(metrics["verdict"]["note"]))
+        found = _not_passed(record, f"{name} does not protect {what}", what)
     if msgr is not None:
         less = "less like the target than the control's" if msgr[1]["value"] > 0 else "no less like the target"
         found.details.append(f"Generations of the attacked model are {less}: {heading(msgr[0])} {measured(msgr[1])}.")
