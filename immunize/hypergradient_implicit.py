@@ -38,7 +38,6 @@ class Implicit:
         number("immunize.hypergradient.rho", self.rho, above=0)
         choice("immunize.hypergradient.solver", self.solver, ("cg", "neumann"))
         count("immunize.hypergradient.iterations", self.iterations)
-        number("immunize.hypergradient.tolerance", self.tolerance, above=0)
 
 
 def _dot(left: Params, right: Params) -> float:

@@ -74,7 +74,7 @@ class LowerOptions:
 
 _READERS: dict[str, tuple[Method, ...]] = {  # methods that read an option
     "last": ("truncated",), "product": ("exact", "truncated", "implicit"), "recompute": ("exact", "truncated"),
-    "rho": ("implicit",), "solver": ("implicit",), "iterations": ("implicit",), "tolerance": ("implicit",),
+    "rho": ("implicit",), "solver": ("implicit",), "iterations": ("implicit",),
 }  # fmt: skip
 
 
@@ -89,7 +89,6 @@ class GradientOptions:
     rho: float = 0.05
     solver: Any = "cg"
     iterations: int = 10
-    tolerance: float = 1e-6
 
     def __post_init__(self) -> None:
         choice("immunize.hypergradient.method", self.method, METHODS)
@@ -104,7 +103,7 @@ class GradientOptions:
             unread(key, getattr(self, option), default[option], self.method in methods, needs)
 
     def implicit(self) -> Implicit:
-        return Implicit(self.rho, self.solver, self.iterations, self.tolerance)
+        return Implicit(self.rho, self.solver, self.iterations)
 
     @staticmethod
     def read(given: Any) -> GradientOptions:

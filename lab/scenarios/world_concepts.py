@@ -89,7 +89,6 @@ class WorldConcepts:
         own, train, reference: pictures per concept for the immunizer, the attacker and the comparison.
         prior, keep, unrelated, regularizers: sizes, see `lab.types`.
         regularizer_templates: ``all`` or ``one``, the diversity of C_reg.
-        captions: of own, train and reference; ``name`` names the concept in each, ``world`` also describes it.
         families: of prompts (`lab.scenarios.concepts.FAMILIES`), as far as a concept has them.
         sampling: `lab.problems.Sampling`.
         resolution: side in pixels; the world has 64, other sizes are scaled.
@@ -113,7 +112,6 @@ class WorldConcepts:
     unrelated: int = 32
     regularizers: int = 200
     regularizer_templates: str = "all"
-    captions: str = "name"
     families: Any = ("name", "description", "reworded")
     sampling: Any = field(default_factory=Sampling)
     resolution: int = 64
@@ -124,7 +122,6 @@ class WorldConcepts:
             count(f"scenario.{key}", getattr(self, key), 1)
         count("scenario.prior", self.prior, 0)
         choice("scenario.regularizer_templates", self.regularizer_templates, ("all", "one"))
-        choice("scenario.captions", self.captions, ("name", "world"))
         self.families = names("scenario.families", concepts.plain(self.families))
         for family in self.families:
             choice("scenario.families", family, concepts.FAMILIES)
@@ -222,9 +219,8 @@ class WorldConcepts:
 
     def _concept(self, name: str, role: Role, roles: Roles, studio: Studio) -> Concept:
         painted = name in _STYLES
-        caption = words.caption if self.captions == "name" else words.world_caption
         own, train, reference = (
-            studio.draw(world.concept(name), getattr(self, part), caption, name, part)
+            studio.draw(world.concept(name), getattr(self, part), words.caption, name, part)
             for part in ("own", "train", "reference")
         )
         make = words.style_prompts if painted else words.object_prompts

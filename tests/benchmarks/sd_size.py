@@ -1,13 +1,15 @@
 """One exact step at the size of SD v1-4: ``python tests/benchmarks/sd_size.py``.
 
 Random weights in the full layout (U-Net 860 M, CLIP ViT-L/14 text encoder), two concepts, attn2 on both levels,
-K = 1, 16 × 16 latents, batch 1, float32; prints time and peak memory. Needs about 10 GB.
+K = 1, 16 × 16 latents, batch 1, float32; prints time and peak memory. Needs about 10 GB. ``--savings`` prints
+instead, a fresh process per row, what the options that save memory save and cost, for one and three lower steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import resource
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -47,6 +49,18 @@ TEXT: dict[str, Any] = {  # openai/clip-vit-large-patch14, text_config
 }
 
 
+def savings(threads: int) -> int:
+    """Prints a row per way to save memory."""
+    for steps in (1, 3):
+        for way in ([], ["--checkpoint"], ["--recompute"], ["--checkpoint", "--recompute"]):
+            words = ["--steps", str(steps), *way]
+            command = [sys.executable, __file__, "--threads", str(threads), *words]
+            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            told = [line for line in lines if line.startswith(("one exact step", "peak memory"))]
+            print(f"{' '.join(words):40s} {'; '.join(told)}", flush=True)
+    return 0
+
+
 def main() -> int:
     from diffusers import DDPMScheduler, UNet2DConditionModel
     from torch.func import functional_call
@@ -56,9 +70,14 @@ def main() -> int:
     parser.add_argument("--concepts", type=int, default=2)
     parser.add_argument("--latent", type=int, default=16)
     parser.add_argument("--captions", type=int, default=20, help="of C_reg; the paper has 200")
+    parser.add_argument("--steps", type=int, default=1, help="K, lower steps")
     parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--recompute", action="store_true", help="immunize.hypergradient.recompute")
+    parser.add_argument("--savings", action="store_true", help="print a table of the two above and stop")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if options.savings:
+        return savings(options.threads)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     text = CLIPTextModel(CLIPTextConfig(**TEXT)).requires_grad_(False).eval()
@@ -92,7 +111,8 @@ def main() -> int:
             [lambda p, k, n=n: loss(p, n, 0) for n in range(options.concepts)],
             lambda p, n: -loss(p, n, 1),
             merge,
-            settings=Lower(1e-2),
+            settings=Lower(1e-2, options.steps),
+            recompute=options.recompute,
             upper_names=list(theta),
             lower_names=list(theta),
         )
@@ -102,7 +122,7 @@ def main() -> int:
         f"one exact step, N = {options.concepts}: {time.perf_counter() - start:.0f} s, "
         f"{time.process_time() - cpu:.0f} s CPU"
     )
-    print(f"peak memory {peak:.1f} GiB, {loaded:.1f} GiB before the step")
+    print(f"peak memory {peak:.2f} GiB, {loaded:.2f} GiB before the step")
     print(f"lower drop {found.lower_drop}, cosine with first order {found.cosine:.4f}, merge {found.info}")
     return 0
 

@@ -108,7 +108,7 @@ def test_a_failed_job_and_a_killed_one(submit, cluster, tmp_path):
     until(lambda: list(tmp_path.rglob("*.ckpt")), "a checkpoint")
     for _ in range(KILLS):
         process = until(lambda: cluster.process(good), cluster.logs)
-        time.sleep(random.SystemRandom().uniform(0, 2))
+        time.sleep(random.SystemRandom().uniform(0, 1))
         os.kill(process, signal.SIGKILL)
         until(lambda: [cluster.queue()[job] for job in (good, bad)] == ["FAILED", "FAILED"], cluster.logs)
         lines = {state: line for state, _, line in (one.partition(" ") for one in told().splitlines())}
