@@ -32,15 +32,14 @@ class Mima(ConceptImmunizer):
     Args:
         lower: see `immunize.mima_options.LowerOptions`.
         hypergradient: see `immunize.mima_options.GradientOptions`.
-        attackers, curriculum, k_min, k_max: draw the lower optimizer anew per step and concept in place
-            of ``lower``, see `immunize.mima_lower.Attackers`; their scopes must be ``lower.scope``.
+        attackers, k_min, k_max: draw the lower optimizer anew per step and concept in place of ``lower``, see
+            `immunize.mima_lower.Attackers`; their scopes must be ``lower.scope``.
     """
 
     name: str = "mima"
     lower: Any = None
     hypergradient: Any = None
     attackers: Any = None
-    curriculum: float = 0.0
     k_min: int = 1
     k_max: int = 1
 
@@ -53,8 +52,8 @@ class Mima(ConceptImmunizer):
             raise UserError("immunize.lower.rest", self.level.rest, told)
         self.drawn: Attackers | None = None
         if self.attackers is not None:
-            self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.curriculum)
-        for option, default in (("k_min", 1), ("k_max", 1), ("curriculum", 0.0)):
+            self.drawn = Attackers(self.attackers, self.k_min, self.k_max)
+        for option, default in (("k_min", 1), ("k_max", 1)):
             unread(f"immunize.{option}", getattr(self, option), default, self.drawn is not None, "immunize.attackers")
         check_lower(self.level, self.through, self.drawn)
         unread("immunize.lower.prior", self.level.prior, False, self.needs_prior(), "immunize.w_prior > 0")
@@ -90,7 +89,7 @@ class MimaDeep(ConceptImmunizer):
     """Immunization against attackers that train for many steps, see `immunize.mima_deep`.
 
     Args:
-        attackers, k_min, k_max, curriculum: see `immunize.mima_lower.Attackers`.
+        attackers, k_min, k_max: see `immunize.mima_lower.Attackers`.
         lower_batch_size: pictures per step of an attacker.
         at: marks, fractions of K at which the attacked weights are looked at.
         evaluate: where: ``merged`` weights of all concepts, each concept's ``own`` attacked copy, or both.
@@ -110,7 +109,6 @@ class MimaDeep(ConceptImmunizer):
     attackers: Any
     k_min: int
     k_max: int
-    curriculum: float = 0.0
     lower_batch_size: int = 8
     at: Any = (0.5, 1.0)
     evaluate: Any = EVALUATIONS
@@ -126,7 +124,7 @@ class MimaDeep(ConceptImmunizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.drawn = Attackers(self.attackers, self.k_min, self.k_max, self.curriculum)
+        self.drawn = Attackers(self.attackers, self.k_min, self.k_max)
         count("immunize.lower_batch_size", self.lower_batch_size)
         fractions = list(self.at) if isinstance(self.at, Sequence) and not isinstance(self.at, str) else [self.at]
         self.at = tuple(sorted(number("immunize.at", f, above=0, high=1) for f in fractions))

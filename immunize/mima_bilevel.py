@@ -187,7 +187,7 @@ class BilevelObjective:
 
     def _drawn(self, concept: Halves, step: int) -> Attack:
         assert self.attackers is not None
-        return self.attackers.draw(step / self.options.steps, self.seed, concept.name, step)
+        return self.attackers.draw(self.seed, concept.name, step)
 
     def _captioned(self, pool: Pool, concept: Halves, step: int) -> Pool:
         """``pool`` with the captions that this step's attacker teaches, and asks by."""

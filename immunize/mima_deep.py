@@ -130,8 +130,7 @@ class DeepObjective:
         return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
 
     def _drawn(self, concept: Halves, step: int) -> Attack:
-        round_, turn = self._round(step)
-        return self.attackers.draw((step - turn) / self.options.steps, self.seed, concept.name, round_)
+        return self.attackers.draw(self.seed, concept.name, self._round(step)[0])
 
     def _attack(self, theta: Params, concept: Halves, step: int, original: bool = False) -> Level:
         """``original``: the same attack, batch by batch, on the model before immunization."""

@@ -112,15 +112,13 @@ class Attackers:
     """Draws attackers.
 
     Args:
-        families: name → options, see `family`; the first one is what the curriculum begins with.
+        families: name → options, see `family`.
         k_min, k_max: K is uniform between them.
-        curriculum: share of the upper steps, from the first, that see only the narrow end: the first family, its
-            first scope and template, smallest rank, learning rates up to the geometric mean, K in the upper half.
     """
 
     families: dict[str, Family]  # config key → family, those with a share
 
-    def __init__(self, families: Any, k_min: int, k_max: int, curriculum: float = 0.0) -> None:
+    def __init__(self, families: Any, k_min: int, k_max: int) -> None:
         if not isinstance(families, Mapping):
             raise UserError("immunize.attackers", families, "must be a group of attackers.")
         # null takes a family out of a preset
@@ -132,25 +130,17 @@ class Attackers:
         self.k_min, self.k_max = count("immunize.k_min", k_min), count("immunize.k_max", k_max)
         if k_min > k_max:
             raise UserError("immunize.k_min", k_min, f"must be at most immunize.k_max={k_max}.")
-        self.curriculum = number("immunize.curriculum", curriculum, 0, 1)
 
     @property
     def templates(self) -> tuple[str, ...]:
         """All that any family writes."""
         return tuple(dict.fromkeys(template for f in self.families.values() for template in f.written))
 
-    def draw(self, progress: float, seed: int, *labels: object) -> Attack:
-        """The attacker of the stream ``labels``. ``progress``: 0 at the first upper step, 1 after the last."""
+    def draw(self, seed: int, *labels: object) -> Attack:
+        """The attacker of the stream ``labels``."""
         g = generator(seed, "mima", "attacker", *labels)
         u = torch.rand(7, generator=g, dtype=torch.float64).tolist()
-        k_min = self.k_min
-        if progress < self.curriculum:
-            f = next(iter(self.families.values()))
-            low = (f.lr[0], math.sqrt(f.lr[0] * f.lr[1]))
-            f = Family(f.kind, 1.0, f.scopes[:1], (f.ranks[0],) * 2, low, f.optimizer, f.templates[:1], f.words)
-            k_min = max(k_min, self.k_max // 2)
-        else:
-            f = self._family(u[0])
+        f = self._family(u[0])
         rank = f.ranks[0] + int(u[2] * (f.ranks[1] - f.ranks[0] + 1))
         return Attack(
             f.kind,
@@ -159,7 +149,7 @@ class Attackers:
             f.lr[0] * (f.lr[1] / f.lr[0]) ** u[3],
             f.optimizer,
             worded(f.templates[int(u[4] * len(f.templates))], int(u[6] * f.words)),
-            k_min + int(u[5] * (self.k_max - k_min + 1)),
+            self.k_min + int(u[5] * (self.k_max - self.k_min + 1)),
         )
 
     def _family(self, u: float) -> Family:

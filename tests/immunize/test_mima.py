@@ -177,9 +177,9 @@ def test_bfloat16_runs_the_exact_gradient_with_float32_masters():
 
 
 def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
-    """Every concept's own draw: kind, rate, rank, K, optimizer and captions, in the curriculum and after it."""
+    """Every concept's own draw: kind, rate, rank, K, optimizer and captions."""
     lora = {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}
-    changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3, "curriculum": 0.5}
+    changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3}
     method = preset("mima", steps=4, **changes)
     made, theta = objective(method, seed=SEED)
     seen = []
@@ -193,7 +193,7 @@ def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
         made.gradient(theta, step)
         losses, settings = seen.pop()
         for concept, loss, found in zip(made.concepts, losses, settings, strict=True):
-            drawn = method.drawn.draw(step / 4, SEED, concept.name, step)
+            drawn = method.drawn.draw(SEED, concept.name, step)
             factors = derive(SEED, "mima", "factors", concept.name, step)
             adapter = Adapter(drawn.rank, factors) if drawn.kind == "lora" else None
             assert found == Lower(drawn.lr, drawn.steps, drawn.optimizer, adapter, weight_decay=0.0)

@@ -18,7 +18,6 @@ FAST = {
         "attackers": ALONE,
         "evaluate": ["own"],
         "w_benign": 0.0,
-        "curriculum": 0.0,
         "w_distill": 0.0,
         "w_decoy": 0.0,
     },

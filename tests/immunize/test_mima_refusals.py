@@ -116,4 +116,4 @@ def test_cases_that_cannot_be_immunized():
 )
 def test_nan_in_the_first_lower_step_is_a_divergence(name, changes):
     with pytest.raises(Diverged, match="first step"):
-        run(preset(name, curriculum=0.0, **changes))
+        run(preset(name, **changes))

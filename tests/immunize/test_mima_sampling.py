@@ -100,7 +100,7 @@ def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     concepts = [*case().targets, *(case().rehearsal if more else ())]
     asked = []
     for c in concepts:
-        word = WORDS[int(method.drawn.draw(0.0, 0, c.name, 0).template.removeprefix("token "))]
+        word = WORDS[int(method.drawn.draw(0, c.name, 0).template.removeprefix("token "))]
         asked.append(captions(c, c.own, "token", f"{word} {class_words(c)}".strip()))
     taught = model().text(sorted({caption for some in asked for caption in some})).hidden
     rows = torch.cat(seen)
