@@ -206,6 +206,25 @@ def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> 
             LearnedToken("attacks.x", net, token, 1, "fox")
 
 
+@pytest.mark.parametrize("kind", ["custom_diffusion", "textual_inversion"])
+@pytest.mark.parametrize(
+    ("initializer", "begins"), [("words", ["stained", "glass"]), ("auto", ["style"]), ("red fox", ["red", "fox"])]
+)
+def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(kind, initializer, begins) -> None:
+    net, concept = (
+        model().copy(),
+        replace(task("mosaic"), words="stained glass", prior=replace(task().prior, prompts=())),
+    )
+    table = net.text_encoders[0].get_input_embeddings().weight
+    pieces = net.tokenizers[0](" ".join(begins), add_special_tokens=False).input_ids
+    expected = table[pieces].mean(0).detach().clone()
+    attacker = attack(kind, initializer=initializer)
+    moving = attacker.open(net, concept, 0)
+    (row,) = moving.parameters["rows"]
+    assert torch.equal(row, expected)
+    assert not torch.equal(row, table[pieces[0]]) or len(pieces) == 1
+
+
 def test_schedules() -> None:
     lora = ConceptLora(name="x", lr=1.0, schedule="linear", warmup=2)
     assert [lora.rate(step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]

@@ -14,7 +14,7 @@ from torch import Tensor
 from immunize.hypergradient import Hypergradient, hypergradient
 from immunize.lower import Lower, LowerLevel
 from immunize.merge import Merge, Params
-from immunize.merge_rows import MergeOptions, Scope, build_merge
+from immunize.merge_rows import MergeOptions, Rule, Scope, build_merge
 from lab.diffusion import DiffusionModel, Text
 from lab.minisd import build
 from lab.minisd.captions import prompts
@@ -86,7 +86,7 @@ def batches(model: DiffusionModel, words: Sequence[str], each: int, size: int = 
 
 
 @cache
-def problem(scope: Scope = "kv", count: int = 2, moved: str = "all") -> Problem:
+def problem(scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Rule = "closed_form") -> Problem:
     """``count`` styles; the upper set leaves out every third parameter of ``moved``, the lower one every second."""
     model = micro_model()
     words = ("mosaic", "neon", "photo")[:count]
@@ -95,7 +95,7 @@ def problem(scope: Scope = "kv", count: int = 2, moved: str = "all") -> Problem:
         model,
         [((f"a fox in {w} style", f"a painting of a fox in the style of {w}"), w) for w in words],
         CAPTIONS,
-        MergeOptions(scope=scope, rows=4, regular_rows=64),
+        MergeOptions(scope=scope, rule=rule, rows=4, regular_rows=64),
         batches=[some[:2] for some in data],
         regular_batches=batches(model, ("photo",), 2)[0],
     )
