@@ -134,5 +134,6 @@ def curves(board: Board) -> dict[str, dict[str, Any]]:
             lines: dict[str, Sequence[Unit]] = {
                 arm: [line_unit(board, c, arm, DETECTED) for c in cells] for arm in board.arms
             }
-            out[name] = band(lines, board.plan, "steps of the attack", f"pictures that show {concept or 'the concept'}")
+            told = f"pictures that show {concept or 'the concept'}"
+            out[name] = band(lines, board.plan, "steps of the attack", told, bounds=(0, 1))
     return out

@@ -263,7 +263,8 @@ def _curves(board: Board, arm: str) -> dict[str, dict[str, Any]]:
         lines: dict[str, Sequence[Unit]] = {
             a: [Unit(c.seed, _reached(board, c, arm, a).T, columns) for c in cells] for a in board.attacks
         }
-        out[f"audit_{slug(concept)}"] = band(lines, board.plan, "steps of the attack", f"pictures that show {concept}")
+        told = f"pictures that show {concept}"
+        out[f"audit_{slug(concept)}"] = band(lines, board.plan, "steps of the attack", told, bounds=(0, 1))
     return out
 
 

@@ -204,18 +204,26 @@ def score(
     return SeedScore(value, low, high, found.seeds, better, kind, note, unit, seeds)
 
 
-def band(lines: dict[str, Sequence[Unit]], steps: Sequence[int], x: str, y: str, log: str = "") -> dict[str, Any]:
+def band(
+    lines: dict[str, Sequence[Unit]],
+    steps: Sequence[int],
+    x: str,
+    y: str,
+    log: str = "",
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> dict[str, Any]:
     """A record curve with a 95 % band: series ``arm``, ``arm:low`` and ``arm:high`` for every arm of ``lines``.
 
     A unit's figures are values at its first steps; the mean ends where the shortest unit ends (an attack that
-    diverged), so that no mean over survivors is shown.
+    diverged), so that no mean over survivors is shown. ``bounds``: as of `score`.
     """
     out: dict[str, Any] = {"step": [float(s) for s in steps], "x": x, "y": y, "log": log}
     for arm, units in lines.items():
         end = min(u.value.shape[-1] for u in units)
         short = [Unit(u.seed, u.rows, _first(u.figure, end)) for u in units]
         found = estimate(short, DRAWS // 4)
-        for suffix, values in (("", found.value), (":low", found.low), (":high", found.high)):
+        limits = {":low": np.clip(found.low, *bounds), ":high": np.clip(found.high, *bounds)}
+        for suffix, values in {"": found.value, **limits}.items():
             some = [float(v) if math.isfinite(v) else None for v in values]
             out[arm + suffix] = some + [None] * (len(steps) - end)
     return out
