@@ -25,7 +25,6 @@ from attacks.concept_curriculum import Curriculum
 from attacks.concept_data import Material
 from attacks.concept_lora import ConceptLora, absorb, inject, unet_layers
 from attacks.concept_textual_inversion import TextualInversion
-from attacks.concept_tokens import LearnedToken
 from attacks.concept_trainer import Learner
 from lab.errors import Diverged, UserError
 from lab.seeding import generator
@@ -186,43 +185,11 @@ def test_absorbed_adapters_predict_what_they_predicted() -> None:
     assert net.unet.state_dict().keys() == model().unet.state_dict().keys()
 
 
-def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> None:
-    net = model().copy()
-    word = LearnedToken("attacks.x", net, "<new1>", 2, "mosaic")
-    table = net.text_encoders[0].get_input_embeddings()
-    old = len(model().text_encoders[0].get_input_embeddings().weight)
-    assert word.expression == "<new1> <new1>_1"
-    with torch.no_grad():
-        word.rows.fill_(7.0)
-    ids = net.tokens([f"a {word.expression} fox"])
-    assert (table(ids)[0, 2:4] == 7).all()
-    word.close()
-    assert (table.weight[word.ids] == 7).all()
-    assert torch.equal(table.weight[:old], model().text_encoders[0].get_input_embeddings().weight)
-    plain = ["a fox in the style of mosaic"]
-    assert torch.equal(net.text(plain).hidden, model().text(plain).hidden)
-    for token in ("<new1>", "fox", "fox</w>"):
-        with pytest.raises(UserError, match=r"attacks\.x\.token"):
-            LearnedToken("attacks.x", net, token, 1, "fox")
-
-
-@pytest.mark.parametrize("kind", ["custom_diffusion", "textual_inversion"])
-@pytest.mark.parametrize(
-    ("initializer", "begins"), [("words", ["stained", "glass"]), ("auto", ["style"]), ("red fox", ["red", "fox"])]
-)
-def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(kind, initializer, begins) -> None:
-    net, concept = (
-        model().copy(),
-        replace(task("mosaic"), words="stained glass", prior=replace(task().prior, prompts=())),
-    )
-    table = net.text_encoders[0].get_input_embeddings().weight
-    pieces = net.tokenizers[0](" ".join(begins), add_special_tokens=False).input_ids
-    expected = table[pieces].mean(0).detach().clone()
-    attacker = attack(kind, initializer=initializer)
-    moving = attacker.open(net, concept, 0)
-    (row,) = moving.parameters["rows"]
-    assert torch.equal(row, expected)
-    assert not torch.equal(row, table[pieces[0]]) or len(pieces) == 1
+def test_without_weights_the_trajectory_is_the_same() -> None:
+    found, kept = launch(attack("lora", keep_weights=False)), unbroken("lora")
+    assert not found.weights
+    assert kept.weights
+    assert (found.steps, found.values) == (kept.steps, kept.values)
 
 
 def test_schedules() -> None:
