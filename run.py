@@ -46,8 +46,26 @@ def dispatch(cfg: DictConfig) -> None:
         _act(cfg, folder)  # its imports take seconds
 
 
+_LISTS = ("attacks", "eval", "tracker")  # groups of several choices at once; see conf/config.yaml
+
+
+def _check_choices() -> None:
+    """Hydra merges a list of choices of any group into one mixture, named after the last."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lab.errors import UserError
+
+    for word in HydraConfig.get().overrides.task:
+        group, _, chosen = word.lstrip("+").partition("=")
+        if chosen.startswith("[") and group not in _LISTS and (ROOT / "conf" / group).is_dir():
+            told = f"takes one choice; for a run of each: -m {group}={chosen.strip('[]')}."
+            raise UserError(group, chosen, told)
+
+
 def _act(cfg: DictConfig, folder: Path) -> None:
     from lab.errors import UserError, nearest
+
+    _check_choices()
 
     if cfg.push_to is not None and cfg.action != "export":
         raise UserError("push_to", cfg.push_to, "belongs to action=export, which writes and checks what it pushes.")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attacks.concept_data import AUGMENTATIONS, check_data
+from attacks.concept_export import check_form
 from attacks.options import check_budget
 from attacks.tuning import SCHEDULES, Rate
 from lab.captions import TEMPLATES
@@ -247,7 +248,7 @@ class ConceptAttack(ConceptBase):
         """Choose, or add, what moves in ``model``, a copy whose parameters are all frozen."""
 
     def try_out(self, model: DiffusionModel, task: Concept) -> None:
-        check_precision(self.open(model.copy(), task, 0))
+        check_moving(self.key, self.open(model.copy(), task, 0))
 
     def check_task(self, task: Concept) -> None:
         check_data(self.key, task, self.template, self.families, self.prior_weight > 0)
@@ -262,12 +263,15 @@ class ConceptAttack(ConceptBase):
         return [(self, task, budget.steps)]
 
 
-def check_precision(moving: Moving) -> list[nn.Parameter]:
-    """What moves, which has to be of full precision.
+def check_moving(key: str, moving: Moving) -> list[nn.Parameter]:
+    """What moves, which has to be of full precision and in a form that can be written.
 
     Raises:
-        UserError: half precision, in which small updates are lost.
+        UserError: nothing moves; half precision, in which small updates are lost; see `check_form`.
     """
+    if not moving.parameters:
+        raise UserError(key, "no parameters", "`open` names nothing to train in `Moving.parameters`.")
+    check_form(key, moving.form, moving.weights(), moving.info)
     for parameter in moving.parameters.values():
         if parameter.dtype in (torch.float16, torch.bfloat16):
             told = "attackers that move the model's own weights train in float32; take fp32, or attack by lora."

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from attacks.concept_attack import ConceptAttack, ConceptBase, check_precision
+from attacks.concept_attack import ConceptAttack, ConceptBase, check_moving
 from lab.diffusion import DiffusionModel
 from lab.errors import UserError, nearest
 from lab.options import choice, number
@@ -100,7 +100,7 @@ class Curriculum(ConceptBase):
         copy = model.copy()
         for attack in self._attacks():  # on one copy, as when they run: a token can be added once
             moving = attack.open(copy, task, 0)
-            check_precision(moving)
+            check_moving(attack.key, moving)
             moving.close()
 
     def _attacks(self) -> list[ConceptAttack]:

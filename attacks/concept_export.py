@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from lab.errors import UserError
 from lab.types import Trajectory
 
+FORMS = ("lora", "unet", "delta")
 LORA, WORDS = "pytorch_lora_weights.safetensors", "learned_embeds*.safetensors"
+_PARTS = ("unet", "text_encoder", "text_encoder_2", "embedding")
 _FULL, _DELTA = "diffusion_pytorch_model.safetensors", "{part}_delta.safetensors"
 
 
@@ -29,12 +32,14 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
         the files.
 
     Raises:
-        UserError: a trajectory without weights (it diverged, or ``keep_weights`` is false).
+        UserError: a trajectory without weights (it diverged, or ``keep_weights`` is false); a form that does not
+            exist, or weights whose names do not fit it.
     """
     weights, info = trajectory.weights, trajectory.info
     if not weights:
         name = info.get("attack", "?")
         raise UserError(f"attacks.{name}.keep_weights", trajectory.status, "the attack kept no weights to export.")
+    check_form(f"attacks.{info.get('attack', '?')}", info["form"], weights, info)
     folder.mkdir(parents=True, exist_ok=True)
     if info["form"] == "lora":
         return [_save(weights, folder / LORA)]
@@ -50,6 +55,21 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
     for i, (token, rows) in enumerate(_part(weights, "embedding").items()):
         written.append(_save({token: rows}, folder / f"learned_embeds{f'_{i}' if i else ''}.safetensors"))
     return written
+
+
+def check_form(key: str, form: str, names: Iterable[str], info: Mapping[str, Any]) -> None:
+    """Whether weights of these names can be written.
+
+    Raises:
+        UserError: an unknown form, names that do not fit it, or a U-Net without its config; by ``key``.
+    """
+    if form not in FORMS:
+        raise UserError(key, form, f"`Moving.form` must be one of {', '.join(FORMS)}.")
+    if form == "unet" and "unet_config" not in info:
+        raise UserError(key, form, "form=unet needs `Moving.info['unet_config']`, the U-Net's config.")
+    astray = [name for name in names if form != "lora" and name.partition(".")[0] not in _PARTS]
+    if astray:
+        raise UserError(key, astray[0], f"with form={form} names in `Moving.weights` begin with {'., '.join(_PARTS)}.")
 
 
 def load(pipeline: Any, folder: Path) -> Any:

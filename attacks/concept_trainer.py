@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attacks.concept_attack import ConceptAttack, ConceptBase, check_precision
+from attacks.concept_attack import ConceptAttack, ConceptBase, check_moving
 from attacks.concept_data import Draw, Material, prompts, variants
 from lab.captions import captions
 from lab.diffusion import DiffusionModel, Text
-from lab.errors import Diverged
+from lab.errors import Diverged, UserError
 from lab.optimizer_state import restore_state, state_tensors
 from lab.problems import Concept, Pictures, Sampling
 from lab.progress import progress
@@ -44,7 +44,7 @@ class Learner:
     def __init__(self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int) -> None:
         self.attack, self.model, self.task, self.steps, self.seed = attack, model, task, steps, seed
         self.moving = attack.open(model, task, seed)
-        self.parameters = check_precision(self.moving)
+        self.parameters = check_moving(attack.key, self.moving)
         self.template, self.token = attack.template, attack.expression(task)
         for parameter in self.parameters:
             parameter.requires_grad_(True)
@@ -97,6 +97,9 @@ class Learner:
         loss = concept
         if self.prior is not None:
             loss = concept + attack.prior_weight * losses[attack.batch_size :].mean()
+        if not loss.requires_grad:
+            told = "moves parameters that the model's loss does not depend on; `open` must put them into the model."
+            raise UserError(attack.key, list(self.moving.parameters), told)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if attack.clip is not None:

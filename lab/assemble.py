@@ -135,6 +135,11 @@ def _group(config: Any, key: str) -> dict[str, Any]:
     """The entries of the group ``key``, which may have been replaced by a value on the command line."""
     if not isinstance(config, DictConfig):
         raise UserError(key, config, f"must be a group of options; set {key}.OPTION=VALUE.")
+    if key in ("attacks", "eval") and "_target_" in config:
+        told = (
+            "stands without a name; a file of this group holds its options under one: NAME: {_target_: …, name: NAME}."
+        )
+        raise UserError(f"{key}._target_", config["_target_"], told)
     return {str(name): value for name, value in config.items()}
 
 
@@ -216,13 +221,17 @@ def check_fit(parts: Parts) -> None:
         raise UserError("erase", "none", f"takes nothing out, but {asked} has erase: true; set erase=uce.")
     contracts: list[tuple[str, Any, Any]] = [("erase", parts.eraser.obj, Eraser)]
     contracts += [("immunize", parts.immunizer.obj, Immunizer)]
-    contracts += [("attacks", part.obj, Attacker) for part in parts.attacks.values()]
-    contracts += [("eval", part.obj, RunMetric) for part in parts.metrics.values()]
+    contracts += [(f"attacks.{name}", part.obj, Attacker) for name, part in parts.attacks.items()]
+    contracts += [(f"eval.{name}", part.obj, RunMetric) for name, part in parts.metrics.items()]
     for key, obj, contract in contracts:
         if not isinstance(obj, contract):
-            told = f"does not meet the contract {contract.__name__} of lab/types.py."
+            missing = [m for m in (*contract.__annotations__, "__call__") if not hasattr(obj, m)]
+            told = f"does not meet the contract {contract.__name__} of lab/types.py: it has no {', '.join(missing)}."
             raise UserError(key, type(obj).__name__, told)
         obj = typing.cast(Any, obj)
+        if key.startswith("attacks.") and obj.name != key.partition(".")[2]:
+            told = "is not the key that its options stand under; give both the same name."
+            raise UserError(f"{key}.name", obj.name, told)
         if kind not in obj.accepts:
             fits = " or ".join(sorted(obj.accepts))
             raise UserError(key, obj.name, f"takes {fits} models, backbone={parts.backbone.name} is {kind}.")

@@ -17,6 +17,7 @@ from lab import record as records
 from lab.assemble import assemble
 from lab.audit_cost import seconds_per_update
 from lab.audit_page import build, ordered
+from lab.delta import state_hash
 from lab.errors import UserError, nearest
 from lab.export import FACTS
 from lab.options import local
@@ -77,6 +78,10 @@ def prepare(cfg: DictConfig) -> DictConfig:
 def _fits(cfg: DictConfig) -> None:
     if cfg.get(KEY) is None or "audit" not in cfg.eval:
         raise UserError("action", "audit", "comes with its attacks and metrics: `python run.py experiment=audit …`.")
+    for group in ("immunize", "erase"):
+        if cfg[group].name != "none":
+            told = f"an audit attacks the checkpoint as it is: {group}=none. What changes it is a run to export."
+            raise UserError(group, cfg[group].name, told)
     if cfg.path is not None:
         raise UserError("path", cfg.path, "is where an export goes; an audit takes backbone.path=DIR.")
     if not cfg.attacks:
@@ -131,7 +136,9 @@ def write(cfg: DictConfig, path: Path, command: str, told: Sequence[str] = ()) -
     pipeline = Pipeline(assemble(cfg), Store(cfg.paths.cache))
     costs = seconds_per_update(pipeline, ordered(record["tables"][KEY]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found = build(record, costs, f"{device}, {torch.get_num_threads()} threads", command)
+    first = pipeline.seeds[0]
+    unet = pipeline.original(pipeline.data(first).cases[0], first).unet.state_dict()
+    found = build(record, costs, f"{device}, threads: {torch.get_num_threads()}", command, state_hash(unet))
     found.limits[:0] = told
     page = path.parent / "audit.md"
     write_atomically(page, found.markdown().encode())

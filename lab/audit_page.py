@@ -68,12 +68,13 @@ def _table(heads: tuple[str, ...], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def build(record: Record, costs: Costs, machine: str, command: str) -> Page:
+def build(record: Record, costs: Costs, machine: str, command: str, unet: str) -> Page:
     """The page of a record that has the table ``audit``.
 
     Args:
         costs: `lab.audit_cost.seconds_per_update`; empty where nothing was timed.
         machine: where they were timed.
+        unet: `lab.delta.state_hash` of what was attacked, as ``export.json`` and ``action=verify`` have it.
     """
     rows: list[Row] = record["tables"]["audit"]
     targets, others = ([r for r in rows if r["role"] == role] for role in ("harmful", "benign"))
@@ -83,7 +84,7 @@ def build(record: Record, costs: Costs, machine: str, command: str) -> Page:
     p = record["provenance"]
     facts = [
         ("checkpoint", f"{record['backbone']}, {name}"),
-        ("weights (SHA-256 per seed)", ", ".join(f"{s}: {h[:16]}" for s, h in p["weight_hash"].items())),
+        ("U-Net (SHA-256)", unet[:16]),
         ("scenario", f"{record['scenario']}, erase={record['config']['erase']['name']}, arm {targets[0]['arm']}"),
         ("seconds", f"updates of the attack alone, measured on {machine}" if costs else "not measured"),
         ("the audit took", f"{p['wall_time_s']:.0f} s on {p['device']}"),

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from lab import record as records
 from lab.errors import RankFailed, UserError
 from lab.experiment import Run, run_once
 from lab.options import choice, count, number
@@ -169,8 +170,11 @@ def launch(cfg: DictConfig, folder: Path) -> None:
     """Run what ``cfg`` selects, into ``folder``, in as many processes as ``cfg.launch`` says.
 
     Raises:
-        UserError: wrong options, also those that the processes find. RankFailed: one of them failed or died.
+        UserError: wrong options, also those that the processes find; another run's record in ``folder``.
+        RankFailed: one of them failed or died.
     """
+    if not cfg.dry_run:
+        records.refuse_other(folder / "record.json", OmegaConf.to_container(cfg, resolve=True))
     if cfg.dry_run or (isinstance(cfg.launch, DictConfig) and cfg.launch.get("name") == "none"):
         Launch.read(cfg.launch)
         run_once(cfg, folder)

@@ -155,6 +155,24 @@ def write(record: Record, path: Path) -> None:
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
+def refuse_other(path: Path, config: Any) -> None:
+    """A finished record stays where it is unless the same configuration is run again.
+
+    Raises:
+        UserError: ``path`` holds the record of another configuration, which a run there would replace.
+    """
+    if not path.is_file():
+        return
+    try:
+        other = read(path)
+    except UserError:  # of another version, or cut off: nothing that somebody could still use
+        return
+    mine, theirs = ({k: v for k, v in c.items() if k not in _VOLATILE_CONFIG} for c in (clean(config), other["config"]))
+    if other["status"] in ("ok", "diverged") and mine != theirs:
+        told = f"holds the record of another run ({other['name']}, {other['content_hash'][:8]}); choose another folder."
+        raise UserError("hydra.run.dir", path.parent, told)
+
+
 class Stored(dict[str, Any]):
     """A record that was read, with the ``folder`` that its pictures lie below."""
 

@@ -213,10 +213,14 @@ def _delta(
     try:
         original = _original(facts, record, base, next(iter(unet.values())).dtype)
     except UserError as error:
+        if base is not None:
+            raise UserError("export.base", base, f"is no model that can be loaded: {error}") from error
         told = f"{len(changed)} tensors are those of unet; the original is not here, name it: export.base=DIR ({error})"
         report.open("delta", told)
         return
     if state_hash(original.unet.state_dict()) != of:
+        if base is not None:
+            raise UserError("export.base", base, "has other weights than the original of this export.")
         report.open("delta", "what was found as the original has other weights; name the right one: export.base=DIR")
         return
     made = load_delta(original, report.folder / DELTA).unet.state_dict()

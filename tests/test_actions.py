@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import pytest
@@ -86,8 +87,21 @@ def test_a_run_killed_in_the_folder_of_an_earlier_one_does_not_pass_for_it(cli, 
     assert (tmp_path / "run/record.json").is_file()
     monkeypatch.setattr(Run, "execute", killed)
     with pytest.raises(Killed):
-        cli(*FAST, "immunize=kappa_opt", place)
+        cli(*FAST, place)
     assert not (tmp_path / "run/record.json").exists()
+
+
+def test_a_finished_record_is_not_replaced_by_another_run(cli, tmp_path):
+    place = f"hydra.run.dir={tmp_path / 'run'}"
+    cli(*FAST, place)
+    first = (tmp_path / "run/record.json").read_bytes()
+    code, _, err = cli(*FAST, "immunize=kappa_opt", place)
+    assert code == 2
+    assert re.search(r"hydra\.run\.dir=.*run: holds the record of another run \(.*/kappa, ", err)
+    assert (tmp_path / "run/record.json").read_bytes() == first
+    code, out, _ = cli(*FAST, place)
+    assert code in (0, None)
+    assert "kappa" in out
 
 
 def test_status_of_a_record_is_that_of_its_run(cli, tmp_path):

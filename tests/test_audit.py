@@ -85,6 +85,8 @@ def test_one_command_ends_in_one_page(tmp_path, call):
         (["experiment=audit", "scenario=house_price"], r"scenario=house_price: .*text-to-image"),
         (["experiment=audit", "launch=cpu"], r"launch=cpu: .*launch=none"),
         (["experiment=audit", "path=release"], r"path=release: .*backbone\.path=DIR"),
+        (["experiment=audit", "immunize=mima"], r"immunize=mima: .*as it is: immunize=none"),
+        (["experiment=audit", "erase=uce"], r"erase=uce: .*as it is: erase=none"),
         (["experiment=audit", "audit.search=5"], r"audit\.search=5: must be null or a group"),
     ],
 )

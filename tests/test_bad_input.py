@@ -252,3 +252,45 @@ def test_a_package_that_a_part_needs_or_a_module_that_is_not_there(tmp_path, mon
         _build(OmegaConf.create({"_target_": "mine_needs.Thing"}), "immunize")
     with pytest.raises(UserError, match="PYTHONPATH"):
         _build(OmegaConf.create({"_target_": "mine_gone.Thing"}), "immunize")
+
+
+# ── groups of one choice, and parts of somebody else's ───────────────────────────────────────────────────────────────
+
+
+def test_a_list_for_a_group_of_one_choice_is_refused(monkeypatch, capfd, tmp_path):
+    """Hydra would merge the two files and name the mixture after the last."""
+    monkeypatch.chdir(tmp_path)
+    for words in (["immunize=[kappa_pencil,kappa_closed_form]"], ["backbone=[linear]"]):
+        code, _, err = call_entry(monkeypatch, capfd, "experiment=house_price", "dry_run=true", *words)
+        group, _, value = words[0].partition("=")
+        assert code == 2
+        assert f"error: {group}=" in err
+        assert f"takes one choice; for a run of each: -m {group}={value[1:-1]}." in err
+
+
+def test_an_attacker_that_misses_a_part_of_the_contract_is_told_which(monkeypatch):
+    class Half:
+        name = "linear_probe"
+
+        def __call__(self, model, task, **kwargs):
+            raise NotImplementedError
+
+    import lab.assemble as module
+
+    built = module._build
+    swapped = lambda config, key, *more: (  # noqa: E731
+        replace(built(config, key, *more), obj=Half()) if key == "attacks.linear_probe" else built(config, key, *more)
+    )
+    monkeypatch.setattr(module, "_build", swapped)
+    with pytest.raises(UserError, match=r"attacks\.linear_probe=Half: .*it has no accepts"):
+        parts()
+
+
+def test_an_attacker_goes_by_the_name_that_it_stands_under():
+    with pytest.raises(UserError, match=r"attacks\.linear_probe\.name=other: is not the key"):
+        parts("attacks.linear_probe.name=other")
+
+
+def test_options_of_an_attacker_without_its_name_are_told():
+    with pytest.raises(UserError, match=r"attacks\._target_=.*stands without a name"):
+        parts("+attacks._target_=attacks.linear_probe.LinearProbe")

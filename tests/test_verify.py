@@ -177,8 +177,9 @@ def test_without_the_original_the_delta_is_left_open_and_base_names_it(copied, r
         assert "as far as it could be checked here" in capsys.readouterr().out
         report = check(copied, base=str(moved))
         assert report.lines[-1][:2] == ("ok", "delta")
-        other = check(copied, base=str(tiny_folder(tmp_path / "other", seed=1)))
-        assert other.lines[-1][:2] == ("not checked", "delta")
+        for wrong, told in ((tiny_folder(tmp_path / "other", seed=1), "other weights"), (tmp_path / "no", "no model")):
+            with pytest.raises(UserError, match=rf"export\.base=.*{told}"):
+                check(copied, base=str(wrong))
     finally:
         shutil.move(moved, base)
 

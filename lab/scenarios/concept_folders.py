@@ -259,7 +259,12 @@ def _entries(given: object, root: Path) -> tuple[Entry, ...]:
                 fix = f"is taken by the earlier {earlier.name}: names differ in letters a-z or digits."
                 raise UserError(f"{entry.key}.name", entry.name, fix)
             if entry.words.lower() == earlier.words.lower():
-                raise UserError(f"{entry.key}.words", entry.words, f"are the words of {earlier.name} too.")
+                fix = f"are the words of {earlier.name} too: prompts could not tell the two apart."
+                raise UserError(f"{entry.key}.words", entry.words, fix)
+            for inner, outer in ((entry, earlier), (earlier, entry)):
+                if shows(inner.words, outer.words):
+                    fix = f"are part of {outer.words}, the words of {outer.name}: its prompts would name both."
+                    raise UserError(f"{inner.key}.words", inner.words, fix)
     for role, what in (("target", "to protect against"), ("other", "that must stay learnable")):
         if not any(entry.role == role for entry in found):
             raise UserError(key, [e.name for e in found], f"has no role: {role}, a concept {what}.")

@@ -21,6 +21,7 @@ from concept_examples import (
 )
 from tiny_diffusion import tiny_case, tiny_diffusion
 
+from attacks.concept_attack import Moving
 from attacks.concept_curriculum import Curriculum
 from attacks.concept_data import Material
 from attacks.concept_lora import ConceptLora, absorb, inject, unet_layers
@@ -290,3 +291,29 @@ def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
         with pytest.raises(UserError) as error:
             launch(attack("dreambooth", **options), what=what)
         assert error.value.key == key
+
+
+class Mine(ConceptLora):
+    """An attacker of somebody else's: what `moves` gives."""
+
+    moves: Any = None
+
+    def open(self, model: Any, task: Any, seed: int) -> Moving:
+        return self.moves(model)
+
+
+@pytest.mark.parametrize(
+    ("moves", "told"),
+    [
+        (lambda _: Moving({}, "delta", dict), "no parameters: `open` names nothing"),
+        (lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "diff", dict), "diff: .*must be one of"),
+        (
+            lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "delta", dict),
+            r"\['x'\]: moves .* not depend on",
+        ),
+    ],
+)
+def test_what_somebody_elses_attacker_moves_is_checked(moves: Any, told: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(Mine, "moves", staticmethod(moves))
+    with pytest.raises(UserError, match=rf"attacks\.mine={told}"):
+        launch(Mine(name="mine", sampling=SAMPLING))

@@ -190,7 +190,7 @@ def page(one=None, costs=None, **by_name):
     for row in found.tables["audit"]:
         row |= {"pictures": 20, "parameters": 1234, "template": "name"}
     every = {(r["attack"], r["concept"], r["case"], r["seed"]): 0.5 for r in found.tables["audit"]}
-    return build(record(found), every if costs is None else costs, "a machine", "python run.py")
+    return build(record(found), every if costs is None else costs, "a machine", "python run.py", "u" * 64)
 
 
 def test_broken_says_which_attack_after_how_many_steps_at_what_cost():

@@ -96,6 +96,23 @@ def test_without_msgr_the_steps_and_the_success_decide_what_is_said() -> None:
     assert failed.headline.startswith("mima is not shown to hold back")
 
 
+def test_a_judge_that_says_the_opposite_is_told_and_nothing_is_held_back() -> None:
+    known = {"msgr_clip": narrow(0.3), "asr_reduction": narrow(0.6), "steps_to_relearn_ratio": narrow(3.0)}
+    against = outcome(with_metrics("mima", NO_MSGR, **known, msgr_feature_lpips=metric(-0.1, low=-0.2, high=-0.01)))
+    assert against.label == "not held back"
+    assert any("Another judge says the opposite: MSGR (feature LPIPS)" in line for line in against.details)
+    unsure = outcome(with_metrics("mima", NO_MSGR, **known, msgr_feature_lpips=metric(-0.1, low=-0.2, high=0.01)))
+    assert unsure.label == "held back, no verdict"
+    assert not any("opposite" in line for line in unsure.details)
+
+
+def test_a_target_that_no_attack_brings_back_anywhere_was_not_put_to_the_test() -> None:
+    zero, none = metric(0.0, low=0.0, high=0.0), metric(None, note="not reached")
+    one = outcome(with_metrics("mima", asr_control=zero, control_horizon=none, verdict=metric(0.0, note="not held")))
+    assert (one.tone, one.label) == ("bad", "not put to the test")
+    assert "in the control either" in one.headline
+
+
 def test_a_hair_above_zero_is_no_protection() -> None:
     one = with_metrics("mima", ("verdict",), msgr_clip=metric(0.001, spread=20.0))
     assert outcome(one).tone == "bad"
