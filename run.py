@@ -107,6 +107,9 @@ def main() -> None:
     from lab.callbacks import sweep_codes
     from lab.failures import explain
 
+    warnings.formatwarning = lambda message, *_, **__: (
+        f"warning: {message}\n"
+    )  # to a user, not to whoever reads the code
     sys.argv[1:] = rewritten(sys.argv[1:])
     try:
         with interruptible():  # a batch system's SIGTERM leaves a record, like Ctrl-C

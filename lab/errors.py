@@ -46,10 +46,14 @@ class RankFailed(Exception):
         super().__init__(message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}")
 
 
+_SHOWN = 60
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    return f"choose one of {', '.join(options)}."
+    more = f" … ({len(options)} in all)" if len(options) > _SHOWN else ""
+    return f"choose one of {', '.join(options[:_SHOWN])}{more}."

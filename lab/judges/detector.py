@@ -100,7 +100,8 @@ class Detector:
         for head, known in self.names.items():
             if name in known:
                 return head
-        fix = f"the detector does not know it; {nearest(name, self.objects + self.styles)}"
+        told = "concepts of your own need an eval without relearning and concept_verdict, or judges=real"
+        fix = f"the detector does not know it ({told}); {nearest(name, self.objects + self.styles)}"
         raise UserError("judges.detector", name, fix)
 
     def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
