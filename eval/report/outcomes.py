@@ -150,7 +150,7 @@ def _relearned(record: Record) -> Outcome:
         sure = _sure(record)
         label = "protects" if sure else "protects, unsure"
         found = Outcome("good" if sure else "unsure", label, sentence(f"{name} protects {what}"))
-    elif _value(metrics, "asr_control") == 0 and _value(metrics, "control_horizon") is None:
+    elif _value(metrics, "asr_control") == 0 and _value(metrics, "steps_to_relearn_ratio") is None:
         told = f"{name} was not put to the test: no attack brings the targets back in the control either"
         found = Outcome("bad", "not put to the test", sentence(told), [sentence(metrics["verdict"]["note"])])
     else:

@@ -108,7 +108,8 @@ def test_a_judge_that_says_the_opposite_is_told_and_nothing_is_held_back() -> No
 
 def test_a_target_that_no_attack_brings_back_anywhere_was_not_put_to_the_test() -> None:
     zero, none = metric(0.0, low=0.0, high=0.0), metric(None, note="not reached")
-    one = outcome(with_metrics("mima", asr_control=zero, control_horizon=none, verdict=metric(0.0, note="not held")))
+    told = {"asr_control": zero, "steps_to_relearn_ratio": none, "verdict": metric(0.0, note="not held")}
+    one = outcome(with_metrics("mima", **told))
     assert (one.tone, one.label) == ("bad", "not put to the test")
     assert "in the control either" in one.headline
 
