@@ -129,20 +129,27 @@ def _launcher(error: BaseException) -> str | None:
 
 
 def _system(error: OSError, arguments: Sequence[str]) -> str | None:
-    ours = error.filename is None or _is_output(str(error.filename), arguments)
+    key = _output_key(str(error.filename), arguments) if error.filename else None
+    ours = error.filename is None or key is not None
     told = _SYSTEM.get(error.errno or 0) or (_OUTPUT_ONLY.get(error.errno or 0) if ours else None)
     if told is None:
         return None
-    fix = "set paths.outputs=DIR to a folder that can be written" if ours else "check this path"
+    fix = f"set {key or 'paths.outputs'}=DIR to a folder that can be written" if ours else "check this path"
     return f"{error.filename or 'output'}: {told}: {fix}."
 
 
-def _is_output(name: str, arguments: Sequence[str]) -> bool:
-    """Whether ``name`` lies in, or above, a folder that results go to."""
-    given = [a.partition("=")[2].strip("'\"") for a in arguments if re.match(r"\+*paths\.\w+=", a)]
+def _output_key(name: str, arguments: Sequence[str]) -> str | None:
+    """The config key of the folder for results that ``name`` lies in, or above; None where it lies elsewhere."""
+    pattern = r"\+*(paths\.\w+|hydra\.(?:run|sweep)\.dir|path)=(.*)"
+    given = {m[1]: m[2].strip("'\"") for a in arguments if (m := re.fullmatch(pattern, a))}
     path = Path(name).absolute()
-    folders = [Path(folder).absolute() for folder in [*given, "outputs"]]
-    return any(path.is_relative_to(folder) or folder.is_relative_to(path) for folder in folders)
+    for key, folder in {**given, "paths.outputs": given.get("paths.outputs", "outputs")}.items():
+        place = Path(folder).absolute()
+        if path.is_relative_to(place) or place.is_relative_to(path):
+            return key
+        if key == "path" and path.parent == place.parent:  # an export is made beside where it goes
+            return key
+    return None
 
 
 def _choices(group: str) -> list[str]:

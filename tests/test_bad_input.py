@@ -156,7 +156,9 @@ def test_advice_about_outputs_is_given_for_outputs_only(number, tmp_path, monkey
 
     assert "paths.outputs=DIR" in told("outputs/cache/a")
     assert "paths.outputs=DIR" in told("/there/cache/a", "paths.outputs=/there")
-    assert "paths.outputs=DIR" in told("/c/a", "paths.cache='/c'")
+    assert "set paths.cache=DIR" in told("/c/a", "paths.cache='/c'")
+    assert "set hydra.run.dir=DIR" in told("here/x", "hydra.run.dir=here")
+    assert "set path=DIR" in told("/there/.e.partial-1", "path=/there/e")
     assert "paths.outputs" not in told("/data/D1.csv", "paths.outputs=/there")
     assert "/data/D1.csv" in told("/data/D1.csv")
 
@@ -165,7 +167,7 @@ def test_a_missing_file_is_a_defect_unless_it_lies_in_outputs(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     missing = FileNotFoundError(errno.ENOENT, "No such file", str(ROOT / "lab/minisd/glyphs.bin"))
     assert explain(missing, ["seeds=[0]"]) is None
-    assert "paths.outputs=DIR" in explain(
+    assert "paths.runs=DIR" in explain(
         FileNotFoundError(errno.ENOENT, "No such file", "/proc/x"), ["paths.runs=/proc/x"]
     )
     assert explain(OSError("no number"), []) is None
