@@ -16,7 +16,8 @@ from lab.types import Trajectory
 
 FORMS = ("lora", "unet", "delta")
 LORA, WORDS = "pytorch_lora_weights.safetensors", "learned_embeds*.safetensors"
-_PARTS = ("unet", "text_encoder", "text_encoder_2", "embedding")
+_MODULES = ("unet", "text_encoder", "text_encoder_2")
+_PARTS = (*_MODULES, "embedding")
 _FULL, _DELTA = "diffusion_pytorch_model.safetensors", "{part}_delta.safetensors"
 
 
@@ -36,10 +37,10 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
             exist, or weights whose names do not fit it.
     """
     weights, info = trajectory.weights, trajectory.info
+    key = f"attacks.{info.get('attack', '?')}"
     if not weights:
-        name = info.get("attack", "?")
-        raise UserError(f"attacks.{name}.keep_weights", trajectory.status, "the attack kept no weights to export.")
-    check_form(f"attacks.{info.get('attack', '?')}", info["form"], weights, info)
+        raise UserError(f"{key}.keep_weights", trajectory.status, "the attack kept no weights to export.")
+    check_form(key, info["form"], weights, info)
     folder.mkdir(parents=True, exist_ok=True)
     if info["form"] == "lora":
         return [_save(weights, folder / LORA)]
@@ -49,7 +50,7 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
         (target / "config.json").write_text(json.dumps(info["unet_config"], indent=2))
         return [_save(_part(weights, "unet"), target / _FULL), target / "config.json"]
     written = []
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    for part in _MODULES:
         if found := _part(weights, part):
             written.append(_save(found, folder / _DELTA.format(part=part)))
     for i, (token, rows) in enumerate(_part(weights, "embedding").items()):
@@ -83,7 +84,7 @@ def load(pipeline: Any, folder: Path) -> Any:
         pipeline.load_lora_weights(str(folder), weight_name=LORA)
     if f"unet/{_FULL}" in found:
         pipeline.unet.load_state_dict(load_file(folder / "unet" / _FULL))
-    for part in ("unet", "text_encoder", "text_encoder_2"):
+    for part in _MODULES:
         if _DELTA.format(part=part) in found:
             changed = load_file(folder / _DELTA.format(part=part))
             unknown = getattr(pipeline, part).load_state_dict(changed, strict=False).unexpected_keys

@@ -147,7 +147,9 @@ def _output_key(name: str, arguments: Sequence[str]) -> str | None:
         place = Path(folder).absolute()
         if path.is_relative_to(place) or place.is_relative_to(path):
             return key
-        if key == "path" and path.parent == place.parent:  # an export is made beside where it goes
+        if (
+            key == "path" and path.parent == place.parent and path.name.startswith(f".{place.name}.")
+        ):  # an export in the making
             return key
     return None
 

@@ -174,7 +174,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         RankFailed: one of them failed or died.
     """
     if not cfg.dry_run:
-        records.refuse_other(folder / "record.json", OmegaConf.to_container(cfg, resolve=True))
+        records.refuse_other(folder / "record.json", cfg)
     if cfg.dry_run or (isinstance(cfg.launch, DictConfig) and cfg.launch.get("name") == "none"):
         Launch.read(cfg.launch)
         run_once(cfg, folder)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+from omegaconf import DictConfig, OmegaConf
 
 from lab.errors import UserError
 from lab.images import png
@@ -133,9 +134,14 @@ def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[s
     return out
 
 
+def _lasting(config: Any) -> dict[str, Any]:
+    """What of a configuration says which run it is."""
+    return {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG}
+
+
 def content_hash(record: Record) -> str:
     """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
-    config = {k: v for k, v in record["config"].items() if k not in _VOLATILE_CONFIG}
+    config = _lasting(record["config"])
     cells = [{k: v for k, v in cell.items() if k not in ("key", "seconds")} for cell in record["cells"]]
     kept = ("schema", "status", "scenario", "backbone", "immunizer", "attacks", "seeds", "metrics", "curves", "tables")
     body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {"config": config, "cells": cells}
@@ -155,7 +161,7 @@ def write(record: Record, path: Path) -> None:
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
 
 
-def refuse_other(path: Path, config: Any) -> None:
+def refuse_other(path: Path, cfg: DictConfig) -> None:
     """A finished record stays where it is unless the same configuration is run again.
 
     Raises:
@@ -167,8 +173,8 @@ def refuse_other(path: Path, config: Any) -> None:
         other = read(path)
     except UserError:  # of another version, or cut off: nothing that somebody could still use
         return
-    mine, theirs = ({k: v for k, v in c.items() if k not in _VOLATILE_CONFIG} for c in (clean(config), other["config"]))
-    if other["status"] in ("ok", "diverged") and mine != theirs:
+    mine = clean(OmegaConf.to_container(cfg, resolve=True))
+    if other["status"] in ("ok", "diverged") and _lasting(mine) != _lasting(other["config"]):
         told = f"holds the record of another run ({other['name']}, {other['content_hash'][:8]}); choose another folder."
         raise UserError("hydra.run.dir", path.parent, told)
 

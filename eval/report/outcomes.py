@@ -165,10 +165,14 @@ def _relearned(record: Record) -> Outcome:
     return found
 
 
-def _msgr(metrics: dict[str, Metric]) -> tuple[str, Metric] | None:
-    """MSGR at 1× by CLIP, else by the first judge that has it."""
+def _msgrs(metrics: dict[str, Metric]) -> dict[str, Metric]:
+    """MSGR at 1× of every judge that has it, CLIP's first."""
     names = ("msgr_clip", *(n for n in metrics if n.startswith("msgr_") and n.count("_") == 1), "msgr_feature_lpips")
-    return next(((n, metrics[n]) for n in names if _value(metrics, n) is not None), None)
+    return {n: metrics[n] for n in names if _value(metrics, n) is not None}
+
+
+def _msgr(metrics: dict[str, Metric]) -> tuple[str, Metric] | None:
+    return next(iter(_msgrs(metrics).items()), None)
 
 
 def _held(metrics: dict[str, Metric]) -> bool:
@@ -187,11 +191,8 @@ def _held(metrics: dict[str, Metric]) -> bool:
 
 
 def _against(metrics: dict[str, Metric]) -> list[str]:
-    """MSGR at 1× that lie with their whole interval below 0, after the first: judges that disagree with it."""
-    first = _msgr(metrics)
-    known = ("msgr_clip", "msgr_feature_lpips", *(n for n in metrics if n.startswith("msgr_") and n.count("_") == 1))
-    others = [n for n in dict.fromkeys(known) if n in metrics and first is not None and n != first[0]]
-    return [n for n in others if (high := metrics[n]["high"]) is not None and high < 0]
+    """The other judges whose MSGR lies with its whole interval below 0."""
+    return [name for name, m in list(_msgrs(metrics).items())[1:] if m["high"] is not None and m["high"] < 0]
 
 
 def _targets(record: Record) -> str:

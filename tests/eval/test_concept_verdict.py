@@ -93,7 +93,7 @@ def test_each_threshold_alone_flips_the_verdict(threshold, passes, fails, check)
 
 
 def test_the_threshold_of_detection_moves_the_steps():
-    """At 30 % the control and the slow arm are both done two steps in; at 60 % they are not."""
+    """Of both arms, and not by the same factor."""
     rows = [{row["check"]: row["value"] for row in scores(world(), threshold=t).tables["verdict"]} for t in (0.3, 0.6)]
     low, high = ({k: v for k, v in row.items() if "mean over targets" in k and "steps to" in k} for row in rows)
     assert list(low) == ["steps to 30% detection, immunized ÷ control, mean over targets"]
