@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from immunize.merge import Merge
@@ -49,6 +50,8 @@ class ConceptImmunizer(ABC):
         merge: see `immunize.mima_options.MergeGroup`.
         precision: ``float32``, or ``bfloat16`` with float32 masters of the weights.
         gradient_checkpointing: recompute activations; slower, for real sizes.
+        interpolation: s in θ0 + s (θ − θ0), the weights that are returned, between the given model (0) and the trained
+            one (1); WiSE-FT, arXiv 2109.01903, eq. 1.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -72,6 +75,7 @@ class ConceptImmunizer(ABC):
     merge: Any = None
     precision: str = "float32"
     gradient_checkpointing: bool = False
+    interpolation: float = 1.0
 
     def __post_init__(self) -> None:
         choice("immunize.concepts", self.concepts, ARRANGEMENTS)
@@ -94,6 +98,7 @@ class ConceptImmunizer(ABC):
             raise UserError("immunize.merge.rule", rule, told)
         choice("immunize.precision", self.precision, PRECISIONS)
         flag("immunize.gradient_checkpointing", self.gradient_checkpointing)
+        number("immunize.interpolation", self.interpolation, above=0, high=1)
 
     def _check_read(self) -> None:
         """Whether something reads the shared options, when all are known; the merge's numbers may stand unread, as
@@ -151,11 +156,11 @@ class ConceptImmunizer(ABC):
             trainer = Trainer(self.schedule, theta, objective, here, self.name, partial(setup.sound, concepts))
             section.finish(trainer.run(section), trainer.rows)
         if len(runs) == 1:
-            return _result(model, section.done[0])
+            return _result(model, section.done[0], self.interpolation)
         found = last(setup.part(section.done[0]), section.done)
         if residual := last.residual():
             log(len(runs) * self.schedule.steps, **residual)
-        return _result(model, found)
+        return _result(model, found, self.interpolation)
 
 
 def _with_report(log: Log, merge: Merge) -> Log:
@@ -173,8 +178,11 @@ def _numbered(log: Log, i: int, count: int, steps: int) -> Log:
     return lambda step, **values: log(step + i * steps, concept=float(i), **values)
 
 
-def _result(model: DiffusionModel, found: Mapping[str, Tensor]) -> DiffusionModel:
+def _result(model: DiffusionModel, found: Mapping[str, Tensor], interpolation: float) -> DiffusionModel:
     result = model.copy()
     state = result.unet.state_dict()
-    result.unet.load_state_dict({**state, **{name: w.detach().to(state[name]) for name, w in found.items()}})
+    for name, weight in found.items():
+        trained = weight.detach().to(state[name])
+        state[name] = trained if interpolation == 1 else torch.lerp(state[name], trained, interpolation)
+    result.unet.load_state_dict(state)
     return result

@@ -85,6 +85,14 @@ def test_another_seed_gives_other_weights():
     assert not same_weights(run(method, seed=1), run(method, seed=2))
 
 
+@pytest.mark.parametrize("name", ["mima_first_order", "compose"])
+def test_interpolated_weights_lie_between_the_given_model_and_the_trained_one(name):
+    trained, third = run(preset(name, steps=1)), run(preset(name, steps=1, interpolation=1 / 3))
+    for key, start in model().state_dict().items():
+        torch.testing.assert_close(third.state_dict()[key], start + (trained.state_dict()[key] - start) / 3)
+    assert moved(third, model()) == moved(trained, model())
+
+
 def test_mima_with_one_concept_is_imma():
     both, alone = case(), with_targets(case().targets[1:])
     assert same_weights(run(preset("mima"), on=alone), run(preset("imma", target=1), on=both))

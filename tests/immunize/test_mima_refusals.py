@@ -57,6 +57,8 @@ DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
         ("mima", {"beta": -1e-4}, "immunize.beta"),
         ("mima", {"cap": 0.0}, "immunize.cap"),
         ("mima", {"steps": 0}, "immunize.steps"),
+        ("mima", {"interpolation": 0.0}, "immunize.interpolation"),
+        ("mima_deep", {"interpolation": 1.1}, "immunize.interpolation"),
         ("mima", {"scope": "attn3"}, "immunize.scope"),
         ("mima", {"concepts": "merge"}, "immunize.concepts"),
         ("mima_deep", {"k_min": 0}, "immunize.k_min"),
