@@ -66,8 +66,13 @@ def _major(record: Record) -> str:
 
 
 def _identity(record: Record) -> dict[str, Any]:
-    keys = ("name", "scenario", "backbone", "immunizer", "status", "seeds", "content_hash")
+    keys = ("name", "scenario", "backbone", "immunizer", "attacks", "status", "seeds", "content_hash")
     return {k: record[k] for k in keys}
+
+
+def _whose(side: dict[str, Any]) -> str:
+    attackers = ", ".join(side["attacks"]) or "nobody"
+    return f"{side['name']} ({side['immunizer']} against {attackers})"
 
 
 def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
@@ -94,10 +99,7 @@ def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
 
 def to_text(result: dict[str, Any]) -> str:
     """The comparison for a terminal."""
-    lines = [
-        f"{side.upper()}: {result[side]['name']} ({result[side]['immunizer']}, {result[side]['status']})"
-        for side in "ab"
-    ]
+    lines = [f"{side.upper()}: {_whose(result[side])}, {result[side]['status']}" for side in "ab"]
     if result["same_content"]:
         return "\n".join([*lines, "Both records have the same content: every figure is equal."])
     if not result["same_data"]:

@@ -156,8 +156,9 @@ def _relearned(record: Record) -> Outcome:
     else:
         found = _not_passed(record, f"{name} does not protect {what}", what)
     if msgr is not None:
-        less = "less like the target than the control's" if msgr[1]["value"] > 0 else "no less like the target"
-        found.details.append(f"Generations of the attacked model are {less}: {heading(msgr[0])} {measured(msgr[1])}.")
+        likeness = _likeness(msgr[1])
+        text = f"Generations of the attacked model are {likeness}: {heading(msgr[0])} {measured(msgr[1])}."
+        found.details.append(text)
         found.details.append(certainty(msgr[1], 0.0)[1].replace("interval", "interval of MSGR", 1))
     for other in _against(metrics):
         found.details.append(f"Another judge says the opposite: {heading(other)} {measured(metrics[other])}.")
@@ -173,6 +174,14 @@ def _msgrs(metrics: dict[str, Metric]) -> dict[str, Metric]:
 
 def _msgr(metrics: dict[str, Metric]) -> tuple[str, Metric] | None:
     return next(iter(_msgrs(metrics).items()), None)
+
+
+def _likeness(msgr: Metric) -> str:
+    """What an MSGR says; nothing where its interval, within a seed or over seeds, includes 0."""
+    low, high = ((msgr["value"] if msgr[end] is None else msgr[end]) for end in ("low", "high"))
+    if low > 0:
+        return "less like the target than the control's"
+    return "no less like the target than the control's" if high <= 0 else "not surely less like the target"
 
 
 def _held(metrics: dict[str, Metric]) -> bool:

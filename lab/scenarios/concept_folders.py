@@ -256,7 +256,7 @@ def _entries(given: object, root: Path) -> tuple[Entry, ...]:
             raise UserError(f"{entry.key}.name", entry.name, "needs letters a-z or digits; words may be in any script.")
         for earlier in found[:i]:
             if slug(entry.name) == slug(earlier.name):
-                fix = f"is taken by the earlier {earlier.name}: names differ in letters a-z or digits."
+                fix = f"is taken by the earlier {earlier.name}: names differ in letters a-z or digits, accents left aside."
                 raise UserError(f"{entry.key}.name", entry.name, fix)
             if entry.words.lower() == earlier.words.lower():
                 fix = f"are the words of {earlier.name} too: prompts could not tell the two apart."

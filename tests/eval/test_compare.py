@@ -98,6 +98,9 @@ def test_the_worst_case_over_other_attackers_is_never_sure():
     assert not sure["slowdown_harmful_worst"]
     assert sure["rir"]
     assert "Attackers, budget, cases or data differ" in to_text(result)
+    assert "against linear_probe, linear_probe_adam), ok" in to_text(result).splitlines()[0]
+    assert "against linear_probe), ok" in to_text(result).splitlines()[1]
+    assert "against linear_probe, ok" in to_html(result)
 
 
 def test_a_value_that_is_no_mean_over_seeds_is_not_paired():

@@ -75,6 +75,17 @@ def test_without_a_verdict_nothing_is_said_to_be_protected() -> None:
     assert outcome(sealed(one)).tone == "bad"
 
 
+@pytest.mark.parametrize(
+    ("value", "spread", "says"),
+    [(0.2, 0.1, "less like the target than the control's"), (0.2, 3.0, "not surely less like the target"),
+     (-0.2, 0.1, "no less like the target than the control's"), (-0.2, -3.0, "not surely less like the target")],
+)  # fmt: skip
+def test_an_msgr_is_read_with_its_interval(value, spread, says) -> None:
+    one = generated()
+    one["metrics"]["msgr_clip"] = metric(value, spread=spread, n=1, interval="within_seed")
+    assert any(f"model are {says}: " in d for d in outcome(sealed(one)).details)
+
+
 def test_a_table_begins_with_what_its_rows_are_about(tmp_path) -> None:
     one = generated()
     one["tables"]["attacks"] = [{"arm": "none", "at_07": 0.5, "attack": "lora", "concept": "neon", "seed": 0}]

@@ -1,0 +1,13 @@
+"""Names of concepts become parts of metric names."""
+
+import pytest
+
+from lab.slugs import slug
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("stained glass", "stained_glass"), ("Café au lait", "cafe_au_lait"), ("ﬁg 3", "fig_3"), ("+ – !", ""), ("日本", "")],
+)  # fmt: skip
+def test_slugs(name, expected):
+    assert slug(name) == expected
