@@ -1,8 +1,9 @@
-"""One concept of a user's list, checked before any picture is read."""
+"""The concepts of a user's list, checked before any picture is read."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from lab.options import choice, flag, local
 from lab.problems import Erasure
 from lab.prompts import text, texts
 from lab.scenarios import concepts
+from lab.slugs import slug
 
 _TEXTS = ("words", "prompts", "descriptions", "reworded", "anchor")
 _KEYS = ("path", "select", "name", "role", "kind", "prior", "erase", *_TEXTS)
@@ -114,3 +116,30 @@ def parse(key: str, given: object, root: Path) -> Entry:
         _families(key, entry, words),
         anchor,
     )
+
+
+def checked(given: object, root: Path) -> tuple[Entry, ...]:
+    """All entries of a list, which no name, word or caption may mix up."""
+    key, given = "scenario.concepts", concepts.plain(given)
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        fix = "must be a list of {path, name, role, kind, prompts}; see conf/scenario/folder.yaml."
+        raise UserError(key, given, fix)
+    found = tuple(parse(f"{key}[{i}]", entry, root) for i, entry in enumerate(given))
+    for i, entry in enumerate(found):
+        if not slug(entry.name):
+            raise UserError(f"{entry.key}.name", entry.name, "needs letters a-z or digits; words may be in any script.")
+        for earlier in found[:i]:
+            if slug(entry.name) == slug(earlier.name):
+                fix = f"is taken by the earlier {earlier.name}: names differ in a-z and digits, without accents."
+                raise UserError(f"{entry.key}.name", entry.name, fix)
+            if entry.words.lower() == earlier.words.lower():
+                fix = f"are the words of {earlier.name} too: prompts could not tell the two apart."
+                raise UserError(f"{entry.key}.words", entry.words, fix)
+            for inner, outer in ((entry, earlier), (earlier, entry)):
+                if shows(inner.words, outer.words):
+                    fix = f"are part of {outer.words}, the words of {outer.name}: its prompts would name both."
+                    raise UserError(f"{inner.key}.words", inner.words, fix)
+    for role, what in (("target", "to protect against"), ("other", "that must stay learnable")):
+        if not any(entry.role == role for entry in found):
+            raise UserError(key, [e.name for e in found], f"has no role: {role}, a concept {what}.")
+    return found

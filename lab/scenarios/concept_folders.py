@@ -17,10 +17,9 @@ from lab.problems import Concept, ConceptCase, Kind, Pictures, ScenarioData
 from lab.prompts import text, texts
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
-from lab.scenarios.concept_entries import ROLES, Entry, folder, parse, shows, speaks_of
+from lab.scenarios.concept_entries import ROLES, Entry, checked, folder, shows, speaks_of
 from lab.scenarios.world_concepts import Roles, Studio
 from lab.seeding import derive, generator
-from lab.slugs import slug
 
 _PARTS = ("own", "train", "reference")
 _PRESERVED = 200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
@@ -69,7 +68,7 @@ class ConceptFolders:
         name: str = "folder",
     ) -> None:
         self.name, self.root = name, local("scenario.root", root or ".")
-        self.entries = _entries(concepts, self.root)
+        self.entries = checked(concepts, self.root)
         self.shares = _shares(shares)
         self.pools = {
             key: None if path is None else folder(f"scenario.{key}", path, self.root)
@@ -243,32 +242,6 @@ class ConceptFolders:
         if len(fine) < total:
             notes.append(f"C_reg has {len(fine)} captions, fewer than the {total} asked for.")
         return tuple(fine[:total])
-
-
-def _entries(given: object, root: Path) -> tuple[Entry, ...]:
-    key, given = "scenario.concepts", shared.plain(given)
-    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        fix = "must be a list of {path, name, role, kind, prompts}; see conf/scenario/folder.yaml."
-        raise UserError(key, given, fix)
-    found = tuple(parse(f"{key}[{i}]", entry, root) for i, entry in enumerate(given))
-    for i, entry in enumerate(found):
-        if not slug(entry.name):
-            raise UserError(f"{entry.key}.name", entry.name, "needs letters a-z or digits; words may be in any script.")
-        for earlier in found[:i]:
-            if slug(entry.name) == slug(earlier.name):
-                fix = f"is taken by the earlier {earlier.name}: names differ in letters a-z or digits, accents left aside."
-                raise UserError(f"{entry.key}.name", entry.name, fix)
-            if entry.words.lower() == earlier.words.lower():
-                fix = f"are the words of {earlier.name} too: prompts could not tell the two apart."
-                raise UserError(f"{entry.key}.words", entry.words, fix)
-            for inner, outer in ((entry, earlier), (earlier, entry)):
-                if shows(inner.words, outer.words):
-                    fix = f"are part of {outer.words}, the words of {outer.name}: its prompts would name both."
-                    raise UserError(f"{inner.key}.words", inner.words, fix)
-    for role, what in (("target", "to protect against"), ("other", "that must stay learnable")):
-        if not any(entry.role == role for entry in found):
-            raise UserError(key, [e.name for e in found], f"has no role: {role}, a concept {what}.")
-    return found
 
 
 def _shares(given: object) -> tuple[float, float, float]:
