@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -230,11 +230,19 @@ def _metrics(board: Board, found: Found) -> dict[str, Score]:
 
     out = {
         "audit_present": share({c: one.status == PRESENT for c, (_, one) in best.items()}),
-        "audit_broken": share({c: one.met for c, (_, one) in best.items()}),
+        "audit_broken": _broken(best, share),
         "audit_start": shown(0),
         "audit_end": shown(-1),
     }
     return out | {"audit_steps_worst": _soonest(best, note)}
+
+
+def _broken(best: dict[Cell, tuple[str, Attacked]], share: Callable[[dict[Cell, bool]], Score]) -> Score:
+    lost = sum(one.status == DIVERGED for _, one in best.values())
+    if lost:
+        told = f"every attack on {lost} of {len(best)} targets diverged, so whether those can be broken is not known"
+        return Score(None, better="lower", note=told)
+    return share({c: one.met for c, (_, one) in best.items()})
 
 
 def _soonest(best: dict[Cell, tuple[str, Attacked]], note: str | None) -> Score:
@@ -247,7 +255,9 @@ def _soonest(best: dict[Cell, tuple[str, Attacked]], note: str | None) -> Score:
     worst = min(means, key=lambda c: means[c].value or math.inf)
     mine = each[worst]
     censored = sum(not one.met for _, one in mine)
-    told = f"at least: not broken in {censored} of {len(mine)} cases" if censored else None
+    lost = sum(one.status == DIVERGED for _, one in mine)
+    broke = f", in {lost} of them as every attack diverged" if lost else ""
+    told = f"at least: not broken in {censored} of {len(mine)} cases{broke}" if censored else None
     early = shown_before(sum(one.status == PRESENT for _, one in mine), len(mine))
     who = f"concept: {worst}, attack: {', '.join(dict.fromkeys(a for a, _ in mine))}"
     wide = worst_score(means[worst], list(units.values()), "lowest", geometric=True)

@@ -173,6 +173,7 @@ class Worst:
     note: str | None
     censored: int  # cells where the figure that counts is a limit
     cells: int  # cells with a figure
+    missing: int  # cells without one
 
     def score(self, better: Better, *notes: str | None, **kwargs: Any) -> Score:
         """The `Score`; ``notes`` come first."""
@@ -207,11 +208,16 @@ def each_worst(
     cells, total = winners.total(), sum(1 for _ in walk(run))
     named = f"worst attacker: {winners.most_common(1)[0][0]}" if len(attacks) > 1 and winners else None
     dropped = f"{total - cells} of {total} left out: {reason}" if cells < total else None
-    return Worst(groups, reason, joined(named, dropped, left_out(run)), censored, cells)
+    return Worst(groups, reason, joined(named, dropped, left_out(run)), censored, cells, total - cells)
 
 
 def slowdown_score(run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0) -> Score:
-    """Slowdown (geometric mean), the worst of ``attacks`` in every cell, with a note on censoring.
+    """The geometric mean of `slowdowns`."""
+    return slowdowns(run, attacks, role, quantity, share).score(direction(role), aggregate="geomean", unit="×")
+
+
+def slowdowns(run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0) -> Worst:
+    """Slowdown, the worst of ``attacks`` in every cell, with a note on censoring.
 
     Args:
         quantity: a trajectory value, or ``auto``: norm ratio where there is one, else training loss.
@@ -225,8 +231,10 @@ def slowdown_score(run: RunView, attacks: Sequence[str], role: Role, quantity: s
         return Reading(max(found.ratio, 1 / run.budget.steps), found.censored)  # met at step 0: as if within one of all
 
     found = each_worst(run, attacks, role, value, NO_PROGRESS)
-    told = f"at least: the target was not met in {found.censored} of {found.cells} cases" if found.censored else None
-    return found.score(direction(role), told, aggregate="geomean", unit="×")
+    if found.censored:
+        told = f"at least: the target was not met in {found.censored} of {found.cells} cases"
+        found.note = joined(told, found.note)
+    return found
 
 
 def relative_score(run: RunView, attacks: Sequence[str]) -> Score:

@@ -181,6 +181,9 @@ class Kappa(GradientImmunizer):
                 unread(
                     f"immunize.{option}", getattr(self, option), default[option], getattr(self, key) == needed, needs
                 )
+        for option, weight in (("corridor_benign", "lambda_p"), ("corridor_harmful", "lambda_h")):  # what it scales
+            given, read = getattr(self, option), getattr(self, weight) > 0
+            unread(f"immunize.{option}", given, default[option], read, f"immunize.{weight} > 0")
 
     def check(self, cases: Sequence[Case]) -> None:
         """Hook of `lab.assemble.check_cases`."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from lab.distributed import team
 from lab.errors import Diverged
 from lab.optimizer_state import restore_slots, slots
-from lab.options import choice, count, number
+from lab.options import choice, count, number, unread
 from lab.progress import progress
 from lab.types import Checkpoint, Log
 
@@ -73,6 +73,7 @@ class Schedule:
         choice("immunize.beta_schedule", self.beta_schedule, ("constant", "cosine"))
         choice("immunize.optimizer", self.optimizer, ("adamw", "sgd"))
         number("immunize.weight_decay", self.weight_decay, 0)
+        unread("immunize.weight_decay", self.weight_decay, 0.0, self.optimizer == "adamw", "immunize.optimizer=adamw")
         if self.clip is not None:
             number("immunize.clip", self.clip, above=0)
         count("immunize.checkpoint_every", self.checkpoint_every)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lab import record as records
 from lab.assemble import assemble, check_cases, check_groups
+from lab.delta import state_hash
 from lab.dry_run import plan
 from lab.errors import RankFailed, UserError
 from lab.losses import Losses, bearable, facts
@@ -157,6 +158,7 @@ class Run:
             entry["status"] = "diverged"
             self._diverged(labels, artifact.values["error"])
         elif cell.stage == "immunize":
+            entry["weights"] = state_hash(artifact.tensors)
             self._cut_short(labels, artifact.values["history"])
         elif cell.stage == "attack" and artifact.values["status"] == "diverged":
             entry["status"] = "diverged"

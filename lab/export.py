@@ -200,6 +200,8 @@ def _timm(record: Record, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]
             "mean": model.mean.flatten().tolist(),
             "std": model.std.flatten().tolist(),
             "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",  # as measured: resized without a crop
             "num_classes": 0,
         },
     }

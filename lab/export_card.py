@@ -106,8 +106,13 @@ def _load(record: Record, kind: str) -> str:
         after = "`delta.safetensors` holds the changed tensors of the U-Net alone, for those who have the original.\n"
         after += "A safety checker of the original is not part of this folder.\n"
     elif kind == "deep":
-        code = 'import timm\n\nnetwork = timm.create_model("local-dir:DIR", pretrained=True)  # features, no classifier'
-        after = ""
+        code = (
+            'import timm\n\nnetwork = timm.create_model("local-dir:DIR", pretrained=True)  # features, no classifier\n'
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))"
+        )
+        size = record["config"]["backbone"].get("image_size")
+        native = "as they come (a transformer: resized to its own size), in [0, 1]; `transform` would resize them"
+        after = f"It was measured on pictures {native if size is None else 'that `transform` prepares'}.\n"
     else:
         code = 'from safetensors.torch import load_file\n\nfeatures = x @ load_file("DIR/model.safetensors")["theta"]'
         after = "`x` [n, d] float64, prepared as in the notes below.\n" + _bullets(record["notes"])

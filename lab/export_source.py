@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.report.words import ENDED_EARLY
 from lab.assemble import Parts, assemble
+from lab.delta import state_hash
 from lab.errors import UserError, nearest
 from lab.options import choice, local
 from lab.pipeline import Pipeline
@@ -32,12 +33,13 @@ _GROUPS = ("scenario", "backbone", "erase")  # what the original model is made o
 
 @dataclass(frozen=True)
 class Choice:
-    """One immunized model of a record: its arm, case and seed, and the key of its stage."""
+    """One immunized model of a record: its arm, case and seed, the key of its stage and the hash of what that made."""
 
     arm: str
     case: str
     seed: int
     key: str
+    weights: str | None = None  # None before 1.3
 
     @property
     def title(self) -> str:
@@ -83,7 +85,7 @@ def choose(record: Record, options: Any) -> Choice:
     arm = record["immunizer"] if options.arm is None else str(options.arm)
     choice("export.arm", arm, dict.fromkeys((record["immunizer"], CONTROL)))
     cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["arm"] == arm]
-    fine = [Choice(arm, c["case"], c["seed"], c["key"]) for c in cells if c["status"] == "ok"]
+    fine = [Choice(arm, c["case"], c["seed"], c["key"], c.get("weights")) for c in cells if c["status"] == "ok"]
     if not fine:
         states = ", ".join(f"case {c['case']} seed {c['seed']} {c['status']}" for c in cells) or "no such stage"
         raise UserError("records", record["name"], f"holds no weights of {arm} to export: {states}.")
@@ -243,6 +245,12 @@ def _tensors(record: Record, chosen: Choice, store: Store) -> dict[str, torch.Te
         raise UserError("paths.cache", store.root, told)
     if found.values["error"] is not None:
         raise UserError("records", record["name"], f"{chosen.title} diverged: {found.values['error']['message']}")
+    if chosen.weights not in (None, state_hash(found.tensors)):
+        told = (
+            f"holds other weights of this record's {chosen.title} than were measured: they were computed again since, "
+        )
+        told += f"elsewhere or with another number of threads. Measure those: {command_of(record)}"
+        raise UserError("paths.cache", store.root, told)
     return found.tensors
 
 

@@ -21,8 +21,8 @@ from lab.statistics import SeedScore
 from lab.store import write_atomically
 from lab.types import ImageGrid, Score, Scores
 
-SCHEMA_VERSION = "1.2"  # 1.1 has ``images``, 1.2 has ``seconds`` in its cells
-READABLE = ("1.0", "1.1", "1.2")
+SCHEMA_VERSION = "1.3"  # 1.1 has ``images``, 1.2 ``seconds`` in its cells, 1.3 ``weights`` in those of immunizers
+READABLE = ("1.0", "1.1", "1.2", "1.3")
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 _VOLATILE_CONFIG = (
@@ -142,7 +142,7 @@ def _lasting(config: Any) -> dict[str, Any]:
 def content_hash(record: Record) -> str:
     """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
     config = _lasting(record["config"])
-    cells = [{k: v for k, v in cell.items() if k not in ("key", "seconds")} for cell in record["cells"]]
+    cells = [{k: v for k, v in cell.items() if k not in ("key", "seconds", "weights")} for cell in record["cells"]]
     kept = ("schema", "status", "scenario", "backbone", "immunizer", "attacks", "seeds", "metrics", "curves", "tables")
     body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {"config": config, "cells": cells}
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}

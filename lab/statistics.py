@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ def score(
     samples: Sequence[Sequence[float]],
     better: Literal["higher", "lower", "neutral"],
     *,
-    aggregate: Literal["mean", "geomean", "median"] = "mean",
+    aggregate: Literal["mean", "geomean"] = "mean",
     draws: int = 2000,
     unit: str = "",
     note: str | None = None,
@@ -40,8 +40,8 @@ def score(
 
     Three to nine seeds: Student's t over the seed means with n − 1 degrees of freedom (of the logarithms for
     ``geomean``), not the bootstrap, since resampling three seeds covers the true mean in three of four cases only,
-    where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds or more, and every ``median``: two-stage percentile
-    bootstrap, seeds with replacement, then units within each seed. One seed with one unit gives a ``point``; fewer
+    where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds or more: two-stage percentile bootstrap, seeds
+    with replacement, then units within each seed. One seed with one unit gives a ``point``; fewer
     than three seeds give ``within_seed`` (units resampled within the seeds that there are). Seed means that are all
     equal leave an interval without width.
 
@@ -58,20 +58,16 @@ def score(
         raise ValueError("an interval needs finite values")
     if aggregate == "geomean":
         groups = [np.log(g) for g in groups]
-    centre = np.median if aggregate == "median" else np.mean
     back = np.exp if aggregate == "geomean" else (lambda v: v)
-    value = float(back(centre([centre(g) for g in groups])))
-    per_seed = tuple(float(back(centre(g))) for g in groups)
+    means = np.array([g.mean() for g in groups])
+    value, per_seed = float(back(means.mean())), tuple(float(back(mean)) for mean in means)
     n = len(groups)
     if n < 2 and groups[0].size < 2:
         return SeedScore(value, None, None, n, better, "point", note, unit, per_seed)
     across = n >= MIN_SEEDS
     if not across and all(g.size < 2 for g in groups):
         return SeedScore(value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit, per_seed)
-    if across and n < BOOTSTRAP_SEEDS and aggregate != "median":
-        limits = _student(np.array([g.mean() for g in groups]))
-    else:
-        limits = _bootstrap(groups, centre, draws, across)
+    limits = _student(means) if across and n < BOOTSTRAP_SEEDS else _bootstrap(groups, draws, across)
     low, high = (min(max(float(v), bounds[0]), bounds[1]) for v in back(limits))
     kind: Literal["across_seeds", "within_seed"] = "across_seeds" if across else "within_seed"
     return SeedScore(value, low, high, n, better, kind, note, unit, per_seed)
@@ -86,14 +82,13 @@ def _student(means: Floats) -> Floats:
     return means.mean() + half * np.array([-1.0, 1.0])
 
 
-def _bootstrap(groups: list[Floats], centre: Callable[..., Any], draws: int, across: bool) -> Floats:
-    """Percentile interval [low, high] of ``centre`` over seeds of ``centre`` within them."""
+def _bootstrap(groups: list[Floats], draws: int, across: bool) -> Floats:
+    """Percentile interval [low, high] of the mean over seeds of the means within them."""
     rng = np.random.default_rng(20241220)  # fixed: the interval of the same samples never changes
     n = len(groups)
     chosen = rng.integers(0, n, (draws, n)) if across else np.tile(np.arange(n), (draws, 1))
     centres = np.empty((draws, n))
     for i, group in enumerate(groups):  # every time that seed i was drawn, its units are resampled anew
         drawn = chosen == i
-        centres[drawn] = centre(group[rng.integers(0, group.size, (int(drawn.sum()), group.size))], axis=1)
-    stats = centre(centres, axis=1)
-    return np.percentile(stats, [2.5, 97.5])
+        centres[drawn] = group[rng.integers(0, group.size, (int(drawn.sum()), group.size))].mean(axis=1)
+    return np.percentile(centres.mean(axis=1), [2.5, 97.5])

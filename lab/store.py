@@ -29,6 +29,7 @@ from lab.options import choice, names
 log = logging.getLogger(__name__)
 
 STAGES = ("immunize", "attack", "eval", "train")
+_BELOW = {"immunize": ("attack", "eval"), "attack": ("eval",)}  # what was made from the result of a stage
 _FILES = ("values.json", "tensors.safetensors")
 _SPENT = "_seconds_spent"  # in a checkpoint's values: what the sittings before it took
 
@@ -104,11 +105,15 @@ class StageCheckpoint:
 
 
 class Store:
-    """The stage cache below ``root``. ``force`` names stages that are computed anew, once per process."""
+    """The stage cache below ``root``.
+
+    ``force`` names stages that are computed anew, once per process, and with each all that was made from its results.
+    """
 
     def __init__(self, root: Path | str, force: str | Iterable[str] = ()) -> None:
         self.root = Path(root)
-        self.force = frozenset(choice("force", stage, STAGES) for stage in names("force", force))
+        asked = [choice("force", stage, STAGES) for stage in names("force", force)]
+        self.force = frozenset(asked).union(*(_BELOW.get(stage, ()) for stage in asked))
         self._fresh: set[str] = set()
 
     def folder(self, stage: str, key: str) -> Path:

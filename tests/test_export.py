@@ -7,9 +7,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from release_examples import composed, finished, move, options, tiny_folder
 from safetensors.torch import load_file
 from tiny_sd import tiny_pipeline
@@ -23,7 +25,7 @@ from lab.experiment import run_once
 from lab.export import export, write
 from lab.export_source import Models, choose, own_classes, parts_of, rebuild, target, trusted
 from lab.problems import ScenarioData
-from lab.store import Store
+from lab.store import Artifact, Store
 from lab.verify import check
 from tiny import image_case
 
@@ -172,6 +174,11 @@ def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
     with torch.no_grad():
         found = network.forward_head(network.forward_features(built.inputs(x)), pre_logits=True)
         assert torch.allclose(found, built(x), atol=1e-5)
+    noise = np.random.default_rng(0).integers(0, 256, (50, 90, 3)).astype(np.uint8)
+    picture = Image.fromarray(noise).resize((180, 100))
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))
+    measured = built.inputs(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])
+    assert torch.allclose(transform(picture)[None], measured, atol=0.05)  # a step of 8 bits is 0.02
     assert not check(folder).failed
     move(folder / "model.safetensors")
     write_sums(folder)
@@ -250,6 +257,20 @@ def test_a_damaged_stage_is_not_exported(run_folder, tmp_path):
     file = Store(cache).folder("immunize", chosen.key) / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="no whole weights"):
+        export(options(run_folder, f"paths.cache={cache}", f"path={tmp_path / 'x'}"))
+
+
+def test_weights_that_nobody_measured_are_refused(run_folder, tmp_path):
+    """The same recipe, computed again on another machine, lies in the cache under the same key."""
+    cache = shutil.copytree(run_folder[0] / "outputs" / "cache", tmp_path / "cache")
+    chosen = choose(records.read(run_folder[1]), composed().export)
+    place = Store(cache).folder("immunize", chosen.key)
+    measured = Store(cache).read("immunize", chosen.key)
+    shutil.rmtree(place)
+    name, tensor = next(iter(measured.tensors.items()))
+    other = Artifact(measured.values, {**measured.tensors, name: tensor * (1 + 1e-6)})
+    Store(cache).get("immunize", chosen.key, lambda _: other)
+    with pytest.raises(UserError, match=r"paths\.cache=.*holds other weights .* than were measured"):
         export(options(run_folder, f"paths.cache={cache}", f"path={tmp_path / 'x'}"))
 
 

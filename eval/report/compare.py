@@ -10,12 +10,13 @@ from eval.report.labels import settings
 from eval.report.leaderboard import columns
 from eval.report.page import page
 from eval.report.paired import common_seeds, difference
-from eval.report.trials import trial
+from eval.report.trials import terms, trial
 from eval.report.words import ARROWS, Record, figure, heading, interval, limit
 from lab.errors import UserError
 
 OTHER_TRIAL = (
-    "Attackers, budget, cases or data differ: figures over attackers (worst case, verdict) do not answer one question."
+    "Attackers, their options, budget, cases or data differ: "
+    "figures over attackers (worst case, verdict) do not answer one question."
 )
 
 _OVER_ATTACKERS = re.compile(
@@ -45,7 +46,8 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     ]
     both = [name for name in a["metrics"] if name in b["metrics"]]
     first = columns(both)
-    same_trial = trial(a) == trial(b) and "failed" not in (a["status"], b["status"])  # which may lack an attack
+    asked = trial(a) == trial(b) and terms(a) == terms(b)
+    same_trial = asked and "failed" not in (a["status"], b["status"])  # which may lack an attack
     data_a, data_b = a["provenance"].get("data_hash"), b["provenance"].get("data_hash")
     return {
         "a": _identity(a),

@@ -23,7 +23,7 @@ def _geometric(values: Floats, axis: int = -1) -> Any:
     return np.exp(np.log(values).mean(axis))
 
 
-MEANS: dict[str, Callable[..., Any]] = {"mean": np.mean, "geometric mean": _geometric, "median": np.median}
+MEANS: dict[str, Callable[..., Any]] = {"mean": np.mean, "geometric mean": _geometric}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
 
     Where both records know the value of every seed, have the same data in each, and share at least three, the seeds are
     paired: below ten, Student's t over the seeds' contributions to the difference (for geometric means by the delta
-    method: u_i = G_B·ln b_i − G_A·ln a_i); from ten on, and for medians, the percentile bootstrap that draws the same
+    method: u_i = G_B·ln b_i − G_A·ln a_i); from ten on the percentile bootstrap that draws the same
     seeds on both sides. Otherwise the two intervals are combined by MOVER (Zou & Donner 2008, method of variance
     estimates recovery) as if the records were independent, which is wider than a paired interval.
     """
@@ -62,7 +62,7 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
         mean = _mean_of(pair, [left["value"], right["value"]])
         if mean is not None:
             low, high = _paired(pair[0], pair[1], mean)
-            how = f"paired over {len(shared)} seeds, {'bootstrap' if _draws(len(shared), mean) else 't'}"
+            how = f"paired over {len(shared)} seeds, {'bootstrap' if len(shared) >= BOOTSTRAP_SEEDS else 't'}"
             if mean != "geometric mean":
                 return Difference(gap, low, high, how, low > 0 or high < 0)
             limits = np.exp(_paired(np.log(pair[0]), np.log(pair[1]), "mean"))
@@ -101,14 +101,10 @@ def _mean_of(pair: list[Floats], values: list[float]) -> str | None:
     return None
 
 
-def _draws(seeds: int, mean: str) -> bool:
-    return seeds >= BOOTSTRAP_SEEDS or mean == "median"
-
-
 def _paired(a: Floats, b: Floats, mean: str) -> tuple[float, float]:
     of, n = MEANS[mean], len(a)
     gap = float(of(b) - of(a))
-    if _draws(n, mean):
+    if n >= BOOTSTRAP_SEEDS:
         chosen = np.random.default_rng(20241220).integers(0, n, (_DRAWS, n))  # fixed: the same records, the same limits
         low, high = np.percentile(of(b[chosen], axis=1) - of(a[chosen], axis=1), [2.5, 97.5])
         return float(low), float(high)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from eval.report.words import Record
 
 _LISTED = 4  # cases that a title names
+_SILENT = ("keep_weights", "families", "_target_")
 
 
 class Place(NamedTuple):
@@ -27,6 +28,17 @@ def trial(record: Record) -> str:
     """Attackers, budget, place of the data and cases, in words. Options of the attackers are a row's settings."""
     cases = sorted({str(cell["case"]) for cell in record.get("cells", []) if cell["case"] is not None})
     return " · ".join([_asked(record), *([_listed(cases)] if cases and cases != [record["scenario"]] else [])])
+
+
+def terms(record: Record) -> dict[str, Any]:
+    """Every option of the attackers and of the budget, but those that leave an attack as it is."""
+    given = record["config"].get("attacks")
+    attacks = given if isinstance(given, dict) else {}
+    kept = {
+        name: {k: v for k, v in options.items() if k not in _SILENT} if isinstance(options, dict) else options
+        for name, options in attacks.items()
+    }
+    return {"attacks": kept, "budget": record["config"].get("budget")}
 
 
 def _asked(record: Record) -> str:

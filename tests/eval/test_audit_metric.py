@@ -82,6 +82,15 @@ def test_an_attack_that_diverged_ends_where_it_ended():
     assert rows(audited(run(mosaic=(early, NEVER))))["mosaic", "lora"]["steps"] == pytest.approx(AT)
 
 
+def test_attacks_that_all_diverged_are_no_good_news():
+    short = shares(0, 0, 3, status="diverged")
+    found = audited(run(mosaic=(short, short), neon=(NEVER, NEVER))).metrics
+    assert found["audit_broken"].value is None
+    assert "every attack on 1 of 2 targets diverged" in found["audit_broken"].note
+    both = audited(run(mosaic=(short, short), neon=(short, short))).metrics["audit_steps_worst"]
+    assert "at least: not broken in 1 of 1 cases, in 1 of them as every attack diverged" in both.note
+
+
 def test_where_every_target_holds_the_steps_are_a_lower_limit():
     found = audited(run(mosaic=(NEVER, NEVER), neon=(NEVER, NEVER))).metrics["audit_steps_worst"]
     assert found.value == pytest.approx(80)

@@ -97,10 +97,23 @@ def test_the_worst_case_over_other_attackers_is_never_sure():
     sure = {r["name"]: r["sure"] for r in result["metrics"]}
     assert not sure["slowdown_harmful_worst"]
     assert sure["rir"]
-    assert "Attackers, budget, cases or data differ" in to_text(result)
+    assert "their options, budget, cases or data differ" in to_text(result)
     assert "against linear_probe, linear_probe_adam), ok" in to_text(result).splitlines()[0]
     assert "against linear_probe), ok" in to_text(result).splitlines()[1]
     assert "against linear_probe, ok" in to_html(result)
+
+
+@pytest.mark.parametrize("where", ["attacks", "budget"])
+def test_the_same_attackers_with_other_options_are_another_trial(where):
+    """A learning rate of 1e-7 makes an attacker of the same name harmless."""
+    a, b = attacked("kappa", 1.0, 1.0, 5.0), attacked("kappa", 9.0, 1.0, 500.0)
+    a["config"] = {**a["config"], "attacks": {"linear_probe": {"lr": 0.1}}, "budget": {"horizon": 20, "points": 3}}
+    changed = {"attacks": {"linear_probe": {"lr": 1e-7}}, "budget": {"horizon": 20, "points": 30}}[where]
+    result = compare(sealed(a), sealed(b | {"config": {**a["config"], where: changed}}))
+    assert not result["same_trial"]
+    assert not {r["name"]: r["sure"] for r in result["metrics"]}["slowdown_harmful_worst"]
+    kept = {"linear_probe": {"lr": 0.1, "keep_weights": True}}
+    assert compare(a, sealed(b | {"config": {**a["config"], "attacks": kept}}))["same_trial"]
 
 
 def test_a_value_that_is_no_mean_over_seeds_is_not_paired():

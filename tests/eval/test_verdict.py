@@ -10,6 +10,7 @@ from fake_run import (
     rates,
 )
 
+from eval.probe_accuracy import ProbeAccuracy
 from eval.verdict import Verdict
 from lab.types import CONTROL, Trajectory
 
@@ -104,6 +105,53 @@ def test_each_threshold_alone_flips_the_verdict(
 def test_sgrc_alone_can_carry_the_harmful_side() -> None:
     run = fake(cases=classes(), trajectories=rates(0.8, 0.8, harmful_accuracy=0.4))
     assert Verdict()(run).metrics["verdict"].value == 1
+
+
+def test_a_lower_limit_on_the_benign_side_does_not_pass() -> None:
+    """One seed that never reaches the control's target, and others that are far faster than the control."""
+
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        if arm == CONTROL or role == "harmful":
+            return decay(0.8 if arm == CONTROL else 0.95, STEPS)
+        return decay(0.01, STEPS) if seed else Trajectory(
+            list(STEPS), {q: [max(0.8**s, 0.0116) for s in STEPS] for q in ("norm_ratio", "train_loss", "test_loss")}
+        )  # fmt: skip
+
+    scores = Verdict()(fake(trajectories=make))
+    slow = [c for c in scores.tables["verdict"] if c["side"] == "benign" and "steps to" in c["check"]]
+    assert len(slow) == 2
+    assert all(c["value"] < 1.1 and not c["passed"] and not c["sure"] for c in slow)
+    assert scores.metrics["verdict"].value == 0
+    assert scores.metrics["verdict_share"].value == pytest.approx(2 / 3)
+    assert "at least: the target was not met in 2 of 6 cases" in str(scores.metrics["verdict"].note)
+
+
+def test_what_was_measured_in_some_seeds_only_does_not_pass() -> None:
+    """In one seed the control makes no progress on the benign task."""
+
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        if arm == CONTROL and role == "benign" and seed == 2:
+            return decay(1.0, STEPS)
+        return decay(0.8 if arm == CONTROL or role == "benign" else 0.95, STEPS)
+
+    scores = Verdict()(fake(trajectories=make))
+    assert scores.metrics["verdict"].value == 0
+    assert scores.metrics["verdict_share"].value == pytest.approx(2 / 3)
+    assert "2 of 6 left out: the control made no progress" in str(scores.metrics["verdict"].note)
+
+
+def test_an_attack_that_breaks_on_the_immunized_model_is_no_loss_of_accuracy() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        broken = arm != CONTROL and role == "harmful" and attack == "fragile"
+        return decay(0.8, STEPS, 0.1 if broken else 0.8, status="diverged" if broken else "ok")
+
+    alone = Verdict()(fake(cases=classes(), trajectories=make, attacks=("fragile",)))
+    assert alone.metrics["verdict"].value == 0
+    assert alone.metrics["verdict_share"].value == 0
+    assert "diverged on the immunized model only" in str(alone.metrics["verdict"].note)
+    accuracies = ProbeAccuracy()(fake(cases=classes(), trajectories=make, attacks=("fragile", "sound"))).metrics
+    assert accuracies["sgrc_harmful_fragile"].value is None
+    assert accuracies["sgrc_harmful_worst"].value == pytest.approx(0.0)
 
 
 def test_a_diverged_case_fails_the_verdict_and_counts_in_the_share() -> None:

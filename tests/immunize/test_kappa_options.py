@@ -63,6 +63,7 @@ def test_corridor_rate_sets_how_fast_the_weights_move():
     [
         (Kappa, {"preconditioned": False, "ridge_benign": 5.0}, "immunize.ridge_benign"),
         (Kappa, {"corridor_benign": 9.0}, "immunize.corridor_benign"),
+        (Kappa, {"lambda_schedule": "corridor", "lambda_p": 0.0, "corridor_benign": 9.0}, "immunize.corridor_benign"),
         (Kappa, {"worst_case_temperature": 7.0}, "immunize.worst_case_temperature"),
         (Kappa, {"running_window": 9}, "immunize.running_window"),
         (KappaOpt, {"rank_rule": "dimension"}, "immunize.rank_rule"),

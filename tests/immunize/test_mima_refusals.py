@@ -58,6 +58,7 @@ DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
         ("mima", {"cap": 0.0}, "immunize.cap"),
         ("mima", {"steps": 0}, "immunize.steps"),
         ("mima", {"interpolation": 0.0}, "immunize.interpolation"),
+        ("mima", {"optimizer": "sgd", "weight_decay": 0.5}, "immunize.weight_decay"),
         ("mima_deep", {"interpolation": 1.1}, "immunize.interpolation"),
         ("mima", {"scope": "attn3"}, "immunize.scope"),
         ("mima", {"concepts": "merge"}, "immunize.concepts"),

@@ -77,6 +77,17 @@ def test_force_computes_once_per_process(tmp_path):
         Store(tmp_path, force=["atack"])
 
 
+@pytest.mark.parametrize(
+    ("stage", "anew"),
+    [("immunize", {"immunize", "attack", "eval"}), ("attack", {"attack", "eval"}), ("eval", {"eval"})],
+)
+def test_force_reaches_what_was_made_from_a_stage(tmp_path, stage, anew):
+    for name in ("immunize", "attack", "eval"):
+        Store(tmp_path).get(name, "k", make())
+    store = Store(tmp_path, force=[stage])
+    assert {name for name in ("immunize", "attack", "eval") if not store.has(name, "k")} == anew
+
+
 def test_an_exception_leaves_no_artefact_but_the_checkpoint(tmp_path):
     store = Store(tmp_path)
 
