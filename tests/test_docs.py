@@ -17,7 +17,7 @@ from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lab.scenarios.concept_folders import _entries
+from lab.scenarios.concept_entries import checked
 
 DOCS = ROOT / "docs"
 RUNNABLE = [page for page in PAGES if any(block.kind in ("run", "python") for block in blocks(page))]
@@ -159,7 +159,7 @@ def test_commands_compose(page):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", overrides=chosen)
         if cfg.scenario.get("concepts"):  # composing alone does not see a list without a needed role
-            _entries(cfg.scenario.concepts, Path("."))
+            checked(cfg.scenario.concepts, Path("."))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
