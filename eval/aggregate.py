@@ -135,6 +135,11 @@ def shares(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
     return [g for g in groups.values() if g]
 
 
+def lower_limit(figure: Score) -> bool:
+    """Whether the figure may be any higher one; its note says so."""
+    return (figure.note or "").startswith("at least")
+
+
 def joined(*notes: str | None) -> str | None:
     """Notes in one line; None when there is nothing to say."""
     return "; ".join(n for n in notes if n) or None

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from eval.aggregate import Better, diverged_of, joined, score_or_reason
+from eval.aggregate import Better, diverged_of, joined, lower_limit, score_or_reason
 from eval.attack_success import reduction_score
 from eval.generation import sgr_each, sgr_means, sgr_worst
 from eval.generations import DETECTED, Board, marks
@@ -47,7 +47,7 @@ class Check:
     @property
     def limit(self) -> bool:
         """Whether the figure is a lower limit."""
-        return (self.figure.note or "").startswith("at least")
+        return lower_limit(self.figure)
 
     @property
     def passed(self) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from eval import formulas
 from eval.aggregate import Better, Cached, arm_names, both_arms, samples, score_or_reason, tasks_of, walk, worst
 from eval.convergence import POSITIVE, ROLES, Read, direction, each_worst, horizons, readings, slowdown_score
-from eval.trajectories import ACCURACY, first_crossing, pair, target_of
+from eval.trajectories import ACCURACY, broke_alone, first_crossing, pair, target_of
 from lab.errors import UserError
 from lab.options import number
 from lab.problems import Case, Kind, Role
@@ -119,7 +119,7 @@ def sgrc(run: RunView, role: Role, step: int, attack: str, case: Case, seed: int
     found = []
     for task in tasks_of(case, role):
         control, immunized = pair(run, attack, case, task, seed)
-        if role == "harmful" and immunized.status == "diverged" != control.status:
+        if role == "harmful" and broke_alone(control, immunized):
             return None
         if control.at(ACCURACY, step) > 0:
             found.append(formulas.sgrc(control.at(ACCURACY, step), immunized.at(ACCURACY, step)))

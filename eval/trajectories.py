@@ -131,6 +131,11 @@ def pair(run: RunView, attack: str, case: Case, task: Task, seed: int) -> tuple[
     )
 
 
+def broke_alone(control: Trajectory, immunized: Trajectory) -> bool:
+    """Whether the attack diverged on the immunized model only."""
+    return immunized.status == "diverged" != control.status
+
+
 def performance(control: Trajectory, immunized: Trajectory, points: int = 200) -> tuple[Tensor, Tensor] | None:
     """Two curves where higher is better, on one uniform grid of steps [≤ points], step 0 left out.
 

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from eval.aggregate import Cached, diverged_of, joined, samples, score_or_reason, shares, tasks_of, walk, worst
+from eval.aggregate import (
+    Cached,
+    diverged_of,
+    joined,
+    lower_limit,
+    samples,
+    score_or_reason,
+    shares,
+    tasks_of,
+    walk,
+    worst,
+)
 from eval.convergence import direction, each_worst, slowdowns
 from eval.probe_accuracy import NO_SGRC
 from eval.probe_accuracy import sgrc as sgrc_of
-from eval.trajectories import LOSS, NORM_RATIO, pair, performance, primary, worst_slowdown
+from eval.trajectories import LOSS, NORM_RATIO, broke_alone, pair, performance, primary, worst_slowdown
 from lab.options import number
 from lab.problems import Case, Kind, Role
 from lab.types import RunView, Score, Scores
@@ -31,7 +42,7 @@ class Check:
     @property
     def limit(self) -> bool:
         """Whether the figure is a lower limit."""
-        return (self.figure.note or "").startswith("at least")
+        return lower_limit(self.figure)
 
     @property
     def passed(self) -> bool:
@@ -216,4 +227,4 @@ def _best_gap(run: RunView, attack: str, case: Case, seed: int) -> float | None:
 
 def _diverged(run: RunView, seed: int, case: Case) -> bool:
     pairs = [pair(run, a, case, case.benign, seed) for a in run.attacks]
-    return any(i.status == "diverged" and c.status != "diverged" for c, i in pairs)
+    return any(broke_alone(*both) for both in pairs)

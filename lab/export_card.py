@@ -115,10 +115,8 @@ def _load(record: Record, kind: str) -> str:
         after = f"It was measured on pictures {native if size is None else 'that `transform` prepares'}.\n"
     else:
         code = 'from safetensors.torch import load_file\n\nfeatures = x @ load_file("DIR/model.safetensors")["theta"]'
-        after = (
-            "`x` [n, d] float64, prepared by the record's scenario from its data, which this folder does not hold: one "
-        )
-        after += "encoding, median, mean and scale for both tasks (`lab.scenarios.preprocess`). What it dropped:\n"
+        after = "`x` [n, d] float64, prepared by the record's scenario from its data, which this folder does not hold: "
+        after += "one encoding, median, mean and scale for both tasks (`lab.scenarios.preprocess`). What it dropped:\n"
         after += _bullets(record["notes"])
     return f"```python\n{code}\n```\n\n{after}"
 

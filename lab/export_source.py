@@ -246,10 +246,8 @@ def _tensors(record: Record, chosen: Choice, store: Store) -> dict[str, torch.Te
     if found.values["error"] is not None:
         raise UserError("records", record["name"], f"{chosen.title} diverged: {found.values['error']['message']}")
     if chosen.weights not in (None, state_hash(found.tensors)):
-        told = (
-            f"holds other weights of this record's {chosen.title} than were measured: they were computed again since, "
-        )
-        told += f"elsewhere or with another number of threads. Measure those: {command_of(record)}"
+        told = f"holds other weights of this record's {chosen.title} than were measured: they were computed again "
+        told += f"since, elsewhere or with another number of threads. Measure those: {command_of(record)}"
         raise UserError("paths.cache", store.root, told)
     return found.tensors
 

@@ -138,6 +138,13 @@ def test_same_weights_and_digest_see_one_bit():
     assert digest(torch.tensor(3)) != digest(torch.tensor(4))
 
 
+def fresh(module):
+    """Its hash as another process would find it."""
+    sources.source_hash.cache_clear()
+    sources._imports.cache_clear()
+    return sources.source_hash(module)
+
+
 def test_source_hash_follows_imports(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
     package = tmp_path / "lab"
@@ -147,16 +154,11 @@ def test_source_hash_follows_imports(tmp_path, monkeypatch):
     (package / "b.py").write_text("X = 1\n")
     (package / "c.py").write_text("X = 1\n")
 
-    def fresh():
-        sources.source_hash.cache_clear()
-        sources._imports.cache_clear()
-        return sources.source_hash("lab.a")
-
-    before = fresh()
+    before = fresh("lab.a")
     (package / "c.py").write_text("X = 2\n")  # not imported
-    assert fresh() == before
+    assert fresh("lab.a") == before
     (package / "b.py").write_text("X = 2\n")
-    assert fresh() != before
+    assert fresh("lab.a") != before
     sources.source_hash.cache_clear()
     sources._imports.cache_clear()
 
@@ -173,11 +175,6 @@ def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_pa
     (package / "more.py").write_text("X = 1\n")
     assert sources._imports("own_attack_x") == {"own_helper_x", "lab", "lab.slugs"}
     assert sources._imports("own_package_x.attack") >= {"own_package_x.part", "own_package_x.more"}
-
-    def fresh(module):
-        sources.source_hash.cache_clear()
-        sources._imports.cache_clear()
-        return sources.source_hash(module)
 
     for module, part in (("own_attack_x", tmp_path / "own_helper_x.py"), ("own_package_x.attack", package / "more.py")):
         before = fresh(module)
