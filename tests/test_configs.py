@@ -22,7 +22,7 @@ GROUPS = (
 )  # fmt: skip
 COUNTS = {
     "scenario": 17, "backbone": 8, "erase": 2, "immunize": 27, "attacks": 27, "eval": 14, "judges": 2, "tracker": 3,
-    "launch": 3, "paths": 1, "experiment": 10, "experiment/paper": 3, "debug": 2, "sweeps": 37,
+    "launch": 3, "paths": 1, "experiment": 10, "experiment/paper": 3, "debug": 2, "sweeps": 39,
 }  # fmt: skip
 
 
