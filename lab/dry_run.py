@@ -16,7 +16,7 @@ def plan(run: Run) -> None:
     hits = 0
     print(f"plan of {run.cfg.name}/{run.cfg.immunize.name}: arms {', '.join(pipeline.arms)}")
     for cell in cells:
-        hit = pipeline.store.has(cell.stage, cell.key)
+        hit = pipeline.store.has(*cell.place, cell.parents)
         hits += hit
         print(f"  {'hit ' if hit else 'miss'}  {cell.key[:12]}  {cell.title}")
     print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")

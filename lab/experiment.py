@@ -141,7 +141,7 @@ class Run:
             return False
         log.info("stage %s", cell.title)
         try:
-            artifact, hit = self.pipeline.store.get(cell.stage, cell.key, cell.compute)
+            artifact, hit = self.pipeline.store.get(*cell.place, cell.compute, cell.parents)
         except KeyboardInterrupt:
             entry["status"] = "pending"
             raise
@@ -204,7 +204,7 @@ class Run:
         self.error = {"type": kind, "message": message, "key": key, "last_good_step": step}
         failed = error.cell if isinstance(error, RankFailed) else getattr(self.ranks.now, "key", None)
         for cell in self.waiting:  # the processes were at these
-            status = "ok" if self.pipeline.store.has(cell.stage, cell.key) else "pending"
+            status = "ok" if self.pipeline.store.has(*cell.place, cell.parents) else "pending"
             if cell.key == failed:
                 status = "pending" if self.status == "preempted" else "failed"
             self.cells.append({"stage": cell.stage, "key": cell.key, "status": status, **_labels(cell)})

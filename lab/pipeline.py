@@ -18,7 +18,7 @@ from lab.problems import ConceptCase, ScenarioData
 from lab.provenance import computing
 from lab.returned import check_trajectory
 from lab.statistics import SeedScore
-from lab.store import Artifact, StageCheckpoint, Store, stage_key
+from lab.store import Artifact, Place, StageCheckpoint, Store, stage_key
 from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores, Trajectory, clone
 
 LogHook = Callable[[str, int, dict[str, float]], None]
@@ -32,6 +32,11 @@ class Cell:
     key: str
     label: dict[str, Any]
     compute: Callable[[StageCheckpoint], Artifact]
+    parents: tuple[Place, ...] = ()  # the artefacts that it is computed from
+
+    @property
+    def place(self) -> Place:
+        return self.stage, self.key
 
     @property
     def title(self) -> str:
@@ -126,9 +131,9 @@ class Pipeline:
 
     def attack_cell(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Cell:
         part = self.parts.attacks[attack]
-        upstream = self.immunize_cell(arm, case, seed).key
+        source = self.immunize_cell(arm, case, seed)
         key = stage_key(
-            part=part.identity, upstream=upstream, task=task.name, seed=seed, budget=dataclasses.asdict(self.budget)
+            part=part.identity, upstream=source.key, task=task.name, seed=seed, budget=dataclasses.asdict(self.budget)
         )
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
@@ -145,13 +150,11 @@ class Pipeline:
             return Artifact(values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples})
 
         label = {"arm": arm, "case": case.name, "seed": seed, "attack": attack, "task": task.name}
-        return Cell("attack", key, label, compute)
+        return Cell("attack", key, label, compute, (source.place,))
 
     def eval_cell(self, metric: str) -> Cell:
         part = self.parts.metrics[metric]
-        upstream = [cell.key for cell in self.immunize_cells()]
-        if part.obj.needs_attack:
-            upstream += [cell.key for cell in self.attack_cells()]
+        upstream = [*self.immunize_cells(), *(self.attack_cells() if part.obj.needs_attack else ())]
         cases = [case for seed in self.seeds for case in self.cases(seed)]
         drawn = {dataclasses.astuple(case.sampling) for case in cases if isinstance(case, ConceptCase)}
         beside = {"sampling": sorted(drawn)} if drawn else {}
@@ -165,7 +168,8 @@ class Pipeline:
             values = dataclasses.asdict(dataclasses.replace(scores, images={})) | {"images": grids}
             return Artifact(values, {name: grid.images for name, grid in scores.images.items()})
 
-        return Cell("eval", stage_key(part=part.identity, upstream=upstream, **beside), {"attack": metric}, compute)
+        key = stage_key(part=part.identity, upstream=[cell.key for cell in upstream], **beside)
+        return Cell("eval", key, {"attack": metric}, compute, tuple(cell.place for cell in upstream))
 
     def immunize_cells(self) -> Iterator[Cell]:
         for seed in self.parts.seeds:
@@ -193,7 +197,7 @@ class Pipeline:
         return tuple(c for c in self.data(seed).cases if (c.name, seed) not in self.diverged)
 
     def _read(self, cell: Cell) -> Artifact:
-        artifact, _ = self.store.get(cell.stage, cell.key, cell.compute)
+        artifact, _ = self.store.get(*cell.place, cell.compute, cell.parents)
         return artifact
 
     def model(self, arm: str, case: AnyCase, seed: int) -> Model:

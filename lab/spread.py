@@ -169,7 +169,7 @@ class Ranks(Alone):
         self.started = True
         self.phase += 1
         keys = hashlib.sha256(json.dumps([cell.key for cell in cells]).encode()).hexdigest()
-        missing = [i for i, cell in enumerate(cells) if not store.has(cell.stage, cell.key)]
+        missing = [i for i, cell in enumerate(cells) if not store.has(*cell.place, cell.parents)]
         first, missing = self.same([keys, missing])
         if first != keys:
             raise RuntimeError(
@@ -213,7 +213,7 @@ class Ranks(Alone):
         log.info("stage %s", cell.title)
         self.now = cell
         try:
-            store.get(cell.stage, cell.key, cell.compute)
+            store.get(*cell.place, cell.compute, cell.parents)
         except Exception as error:
             if not bearable(cell, error):
                 raise
@@ -260,7 +260,7 @@ class Ranks(Alone):
             with working(team):
                 return cell.compute(SharedCheckpoint(checkpoint, team))  # type: ignore[arg-type]
 
-        store.get(cell.stage, cell.key, compute)
+        store.get(*cell.place, compute, cell.parents)
         if not begun:  # another run had it in the meantime
             broadcast_json(False, team.members[0], patient)
 

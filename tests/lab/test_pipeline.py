@@ -16,7 +16,7 @@ from lab.pipeline import Pipeline
 from lab.problems import Sampling, ScenarioData
 from lab.provenance import computing
 from lab.sources import ROOT
-from lab.store import Store
+from lab.store import StageCheckpoint, Store
 from lab.types import CONTROL, clone
 
 HOUSES = ["experiment=house_price", "immunize.epochs=1"]
@@ -216,3 +216,19 @@ def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluat
     assert one.kept("b", compute)["x"].item() == 1
     one.store = Store(tmp_path, force="eval")
     assert one.kept("a", compute)["x"].item() == 2
+
+
+def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from(pipeline):
+    run = pipeline()
+    cells = [*run.immunize_cells(), *run.attack_cells(), run.eval_cell("conditioning")]
+    for cell in cells:
+        run.store.get(*cell.place, cell.compute, cell.parents)
+    assert all(run.store.has(*cell.place, cell.parents) for cell in cells)
+    root = next(c for c in cells if c.stage == "immunize" and c.label["arm"] != CONTROL)
+    moved = root.compute(StageCheckpoint(run.store.folder("immunize", "other")))
+    moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
+    Store(run.store.root, force="immunize").get(*root.place, lambda _: moved)
+    stale = [c for c in cells if not run.store.has(*c.place, c.parents)]
+    attacked = {(c.label["arm"], c.label["case"]) for c in stale if c.stage == "attack"}
+    assert attacked == {(root.label["arm"], root.label["case"])}
+    assert {c.stage for c in stale} == {"attack", "eval"}

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import time
 
 import pytest
@@ -77,15 +78,68 @@ def test_force_computes_once_per_process(tmp_path):
         Store(tmp_path, force=["atack"])
 
 
-@pytest.mark.parametrize(
-    ("stage", "anew"),
-    [("immunize", {"immunize", "attack", "eval"}), ("attack", {"attack", "eval"}), ("eval", {"eval"})],
-)
-def test_force_reaches_what_was_made_from_a_stage(tmp_path, stage, anew):
-    for name in ("immunize", "attack", "eval"):
-        Store(tmp_path).get(name, "k", make())
-    store = Store(tmp_path, force=[stage])
-    assert {name for name in ("immunize", "attack", "eval") if not store.has(name, "k")} == anew
+ROOT = [("immunize", "k")]
+
+
+def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise(tmp_path, caplog):
+    store = Store(tmp_path)
+    store.get("immunize", "k", make(1.0))
+    store.get("attack", "k", make(2.0), ROOT)
+    store.get("eval", "k", make(3.0), [*ROOT, ("attack", "k")])
+    forced = Store(tmp_path, force="immunize")
+    forced.get("immunize", "k", make(1.0))
+    assert forced.has("attack", "k", ROOT)
+    assert forced.get("eval", "k", never, [*ROOT, ("attack", "k")])[1]
+    assert not caplog.text
+    shutil.rmtree(store.folder("immunize", "k"))
+    assert store.has("attack", "k", ROOT)  # nothing contradicts it
+    store.get("immunize", "k", make(1.5))
+    assert not store.has("attack", "k", ROOT)
+    assert not store.get("attack", "k", make(2.0), ROOT)[1]
+    assert "not made from the result that there is now" in caplog.text
+    assert not store.has("eval", "k", [*ROOT, ("attack", "k")])
+    assert store.has("eval", "k", [("attack", "k")])  # the attack's own result is as it was
+
+
+def test_an_artefact_that_names_no_origin_counts_for_none(tmp_path):
+    store = Store(tmp_path)
+    store.get("immunize", "k", make(1.0))
+    store.get("attack", "k", make(2.0))
+    assert store.has("attack", "k")
+    assert not store.has("attack", "k", ROOT)
+    assert not store.get("attack", "k", make(2.0), ROOT)[1]
+    assert store.get("attack", "k", never, ROOT)[1]
+
+
+def test_a_stage_that_computes_what_it_is_made_from_knows_it_afterwards(tmp_path):
+    store = Store(tmp_path)
+
+    def compute(checkpoint):
+        store.get("immunize", "k", make(1.0))
+        return Artifact({"value": 2.0})
+
+    store.get("attack", "k", compute, ROOT)
+    assert store.get("attack", "k", never, ROOT)[1]
+
+
+@pytest.mark.parametrize(("value", "step"), [(1.0, 4), (1.5, None)])
+def test_a_checkpoint_goes_on_only_from_what_it_began_at(tmp_path, caplog, value, step):
+    def dies(checkpoint):
+        checkpoint.save({"w": torch.ones(2)}, {"step": 4})
+        raise RuntimeError("killed")
+
+    def resumes(checkpoint):
+        found = checkpoint.load()
+        return Artifact({"from": found and found[1]["step"]})
+
+    store = Store(tmp_path)
+    store.get("immunize", "k", make(1.0))
+    with pytest.raises(RuntimeError):
+        store.get("attack", "k", dies, ROOT)
+    assert store.checkpointed("attack", "k") == 4
+    Store(tmp_path, force="immunize").get("immunize", "k", make(value))
+    assert store.get("attack", "k", resumes, ROOT)[0].values["from"] == step
+    assert ("did not begin at the result" in caplog.text) == (step is None)
 
 
 def test_an_exception_leaves_no_artefact_but_the_checkpoint(tmp_path):
