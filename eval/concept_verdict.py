@@ -6,13 +6,13 @@ A broken model scores high on SGR: it paints nothing that looks like the concept
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
-from eval.aggregate import Better, diverged_of, joined, lower_limit, score_or_reason
+from eval.aggregate import Better, diverged_of, joined, score_or_reason
 from eval.attack_success import reduction_score
+from eval.checks import Check
 from eval.generation import sgr_each, sgr_means, sgr_worst
 from eval.generations import DETECTED, Board, marks
 from eval.intervals import Unit, columns, score
@@ -27,60 +27,6 @@ from lab.types import CONTROL, RunView, Score, Scores
 
 CLIP = "clip"
 NO_OTHERS = "the scenario has no other concepts: whether they stay learnable was not measured"
-
-
-@dataclass(frozen=True)
-class Check:
-    """One condition of the verdict. ``rule``: ``low >`` asks that the whole interval lies above the threshold."""
-
-    side: Role
-    what: str
-    figure: Score
-    rule: str
-    threshold: float
-
-    def _holds(self, value: float) -> bool:
-        if self.rule in ("≥", "low >"):
-            return value > self.threshold if self.rule == "low >" else value >= self.threshold
-        return value < self.threshold if self.rule == "<" else value <= self.threshold
-
-    @property
-    def limit(self) -> bool:
-        """Whether the figure is a lower limit."""
-        return lower_limit(self.figure)
-
-    @property
-    def passed(self) -> bool:
-        """A lower limit ("at least") can pass a ≥, never a ≤."""
-        value = self.figure.low if self.rule == "low >" else self.figure.value
-        return value is not None and self._holds(value) and not (self.limit and self.rule in ("≤", "<"))
-
-    @property
-    def sure(self) -> bool:
-        """The whole interval across seeds lies on the side where the value is."""
-        f = self.figure
-        if f.interval != "across_seeds" or f.low is None or f.high is None:
-            return False
-        if self.limit:  # the figure itself may lie anywhere above
-            return self._holds(f.low) == (self.rule not in ("≤", "<"))
-        return self._holds(f.low) == self._holds(f.high)
-
-    def row(self) -> dict[str, Any]:
-        f = self.figure
-        required = f"interval above {self.threshold:g}" if self.rule == "low >" else f"{self.rule} {self.threshold:g}"
-        return {
-            "side": self.side, "check": self.what, "value": f.value, "low": f.low, "high": f.high, "n": f.n,
-            "required": required, "passed": self.passed, "sure": self.sure, "note": f.note or "",
-        }  # fmt: skip
-
-    def phrase(self) -> str:
-        if self.figure.value is None:
-            return f"{self.what}: {self.figure.note}"
-        f = self.figure
-        span = f" [{f.low:.3g}, {f.high:.3g}]" if f.low is not None and f.high is not None else ""
-        lead = "≥ " if self.limit else ""
-        more = "; a lower limit, more steps (budget.multiple) would tell" if self.limit and not self.passed else ""
-        return f"{self.what} {lead}{f.value:.3g}{span} (required: {self.row()['required']}{more})"
 
 
 class ConceptVerdict:
@@ -220,6 +166,16 @@ def _broken(board: Board) -> Score | None:
     return score(units, "lower", bounds=(0.0, 1.0)) if units else None
 
 
+def _phrase(check: Check) -> str:
+    if check.figure.value is None:
+        return f"{check.what}: {check.figure.note}"
+    f = check.figure
+    span = f" [{f.low:.3g}, {f.high:.3g}]" if f.low is not None and f.high is not None else ""
+    lead = "≥ " if check.limit else ""
+    more = "; a lower limit, more steps (budget.multiple) would tell" if check.limit and not check.passed else ""
+    return f"{check.what} {lead}{f.value:.3g}{span} (required: {check.required}{more})"
+
+
 def _reason(checks: Sequence[Check]) -> str:
     """Why, in one sentence: what failed, or what carried it."""
     parts = []
@@ -232,9 +188,9 @@ def _reason(checks: Sequence[Check]) -> str:
         missed = [c for c in mine if not c.passed and c.figure.value is not None]
         unknown = [c for c in mine if c.figure.value is None]
         if missed:
-            parts.append(f"{lost}: " + "; ".join(c.phrase() for c in missed))
+            parts.append(f"{lost}: " + "; ".join(_phrase(c) for c in missed))
         if unknown:
-            parts.append(f"not measured, so not passed ({side}): " + "; ".join(c.phrase() for c in unknown))
+            parts.append(f"not measured, so not passed ({side}): " + "; ".join(_phrase(c) for c in unknown))
         if not missed and not unknown:
-            parts.append(f"{kept}: " + "; ".join(c.phrase() for c in mine) if side == "harmful" else kept)
+            parts.append(f"{kept}: " + "; ".join(_phrase(c) for c in mine) if side == "harmful" else kept)
     return ". ".join(parts)

@@ -3,10 +3,9 @@
 import pytest
 from fake_generations import Detector, FakeJudges, FakeRun, Painter, case, faithful, shares
 
-from eval.concept_verdict import Check, ConceptVerdict
-from eval.verdict import Check as LinearCheck
+from eval.concept_verdict import ConceptVerdict
 from lab.errors import UserError
-from lab.types import CONTROL, Score
+from lab.types import CONTROL
 
 UP = (0.6, 0.6, 0.8, 0.8, 1.0)  # cosines to the references
 CONTROL_RUN = shares(0, 2, 8, 10, 10, cosines=UP)
@@ -189,39 +188,12 @@ def test_what_was_not_measured_does_not_pass():
     assert failed(blind) == ["detections lost on unrelated prompts"]
 
 
-def test_a_lower_limit_never_passes_an_upper_bound():
-    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", "at least: not relearned in 1 of 3 cases")
-    assert not Check("benign", "x", limit, "≤", 1.25).passed
-    assert Check("harmful", "x", limit, "≥", 1.0).passed
-
-
-def test_msgr_needs_its_whole_interval():
-    touching = Score(0.2, -0.01, 0.4, 3, "higher", "across_seeds")
-    assert not Check("harmful", "x", touching, "low >", 0.0).passed
-    clear = Score(0.2, 0.01, 0.4, 3, "higher", "across_seeds")
-    assert Check("harmful", "x", clear, "low >", 0.0).passed
-    assert Check("harmful", "x", clear, "low >", 0.0).sure
-    within = Score(0.2, 0.01, 0.4, 1, "higher", "within_seed")
-    assert not Check("harmful", "x", within, "low >", 0.0).sure
-
-
-def test_a_drop_of_exactly_the_limit_fails():
-    assert not Check("benign", "x", Score(0.03), "<", 0.03).passed
-
-
 def test_a_diverged_immunization_is_a_failure():
     run = world(case_list=(case("a"), case("b")), diverged={("b", 1): {}})
     found = scores(run)
     assert found.metrics["verdict"].value == 0.0
     assert found.metrics["verdict"].note.startswith("1 of 6 cases diverged and count as failures")
     assert found.metrics["verdict_share"].value == pytest.approx((1 + 0.5 + 1) / 3)
-
-
-def test_the_rows_are_those_of_the_other_verdict():
-    ours = Check("benign", "x", Score(0.1), "≤", 1.0).row()
-    theirs = LinearCheck("benign", "x", Score(0.1), 1.0).row()
-    assert ours.keys() == theirs.keys()
-    assert ours["required"] == theirs["required"]
 
 
 def test_seeds_label_the_verdict():

@@ -8,7 +8,8 @@ import pytest
 from fake_generated import generated
 from fake_records import Record, metric, sealed
 
-from eval.concept_verdict import Check, _reason
+from eval.checks import Check
+from eval.concept_verdict import _reason
 from eval.report.compare import compare, to_text
 from eval.report.leaderboard import leaderboard, sound, to_markdown
 from eval.report.outcomes import outcome

@@ -1,0 +1,59 @@
+"""When a condition of a verdict passes, and when that is sure."""
+
+import pytest
+
+from eval.checks import Check
+from lab.types import Score
+
+
+def test_a_lower_limit_never_passes_an_upper_bound():
+    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", "at least: not relearned in 1 of 3 cases")
+    assert not Check("benign", "x", limit, "≤", 1.25).passed
+    assert Check("harmful", "x", limit, "≥", 1.0).passed
+
+
+def test_msgr_needs_its_whole_interval():
+    touching = Score(0.2, -0.01, 0.4, 3, "higher", "across_seeds")
+    assert not Check("harmful", "x", touching, "low >", 0.0).passed
+    clear = Score(0.2, 0.01, 0.4, 3, "higher", "across_seeds")
+    assert Check("harmful", "x", clear, "low >", 0.0).passed
+    assert Check("harmful", "x", clear, "low >", 0.0).sure
+    within = Score(0.2, 0.01, 0.4, 1, "higher", "within_seed")
+    assert not Check("harmful", "x", within, "low >", 0.0).sure
+
+
+def test_a_drop_of_exactly_the_limit_fails():
+    assert not Check("benign", "x", Score(0.03), "<", 0.03).passed
+
+
+def test_what_was_not_measured_everywhere_does_not_pass():
+    assert Check("harmful", "x", Score(3.0), "≥", 2.0).passed
+    assert not Check("harmful", "x", Score(3.0), "≥", 2.0, missing=1).passed
+    assert not Check("harmful", "x", Score(None), "≥", 2.0).passed
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "high", "sure"),
+    [
+        ("≥", 1.2, 3.0, True), ("≥", 1.0, 1.1, True), ("≥", 1.0, 3.0, False),
+        ("≤", 1.0, 1.2, True), ("≤", 1.3, 3.0, True), ("≤", 1.0, 3.0, False),
+        ("<", 1.0, 1.2, False), ("<", 1.0, 1.1, True),
+    ],
+)  # fmt: skip
+def test_an_interval_that_lies_on_one_side_is_sure(rule, low, high, sure):
+    figure = Score((low + high) / 2, low, high, 3, "higher", "across_seeds")
+    assert Check("harmful", "x", figure, rule, 1.2).sure == sure
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "sure"), [("≥", 1.3, True), ("≥", 1.0, False), ("≤", 1.3, True), ("≤", 1.0, False)]
+)
+def test_of_a_lower_limit_only_what_lies_above_is_sure(rule, low, sure):
+    figure = Score(1.4, low, 1.5, 3, "higher", "across_seeds", "at least: not reached")
+    assert Check("benign", "x", figure, rule, 1.2).sure == sure
+
+
+def test_a_row_says_what_was_required():
+    row = Check("harmful", "x", Score(0.1), "low >", 0.0).row()
+    assert row["required"] == "interval above 0"
+    assert Check("benign", "x", Score(0.1), "≤", 1.0).row()["required"] == "≤ 1"
