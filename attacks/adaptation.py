@@ -22,6 +22,7 @@ from lab.problems import Case, Kind, Split, Task
 from lab.types import Budget, Checkpoint, FeatureModel, Trajectory
 
 _EVALUATION_ROWS = 256
+TRIALS = 5  # as conf/attacks/base
 _CENTRES = {"adam": 1e-3, "sgd": 1e-2}  # where the search for a rate starts: common defaults of the two
 
 
@@ -65,14 +66,14 @@ class Adaptation(ABC):
         optimizer: str = "adam",
         loss: str = "auto",
         lr: float | str = "auto",
-        lr_trials: int = 5,
+        lr_trials: int = TRIALS,
         schedule: str = "constant",
         batch_size: int | None = 64,
     ) -> None:
         self.name, self.key = name, f"attacks.{name}"
         self.optimizer = choice(f"{self.key}.optimizer", optimizer, _CENTRES)
         self.loss = choice(f"{self.key}.loss", loss, LOSSES)
-        self.rate = Rate.parse(name, lr, lr_trials, schedule)
+        self.rate = Rate.parse(name, lr, lr_trials, schedule, TRIALS)
         self.batch_size = None if batch_size is None else count(f"{self.key}.batch_size", batch_size)
 
     def check(self, cases: tuple[Case, ...]) -> None:

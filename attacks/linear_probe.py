@@ -19,6 +19,7 @@ from lab.options import choice, count, flag, number
 from lab.problems import Case, Kind, Split, Task
 from lab.types import Budget, Checkpoint, FeatureModel, Trajectory
 
+TRIALS = 7  # as conf/attacks/base/linear_probe.yaml
 _REFERENCE_STEPS = 40  # Newton steps towards the optimum of cross entropy
 
 
@@ -59,7 +60,7 @@ class LinearProbe:
         optimizer: str = "gd_exact_line_search",
         loss: str = "auto",
         lr: float | str = "auto",
-        lr_trials: int = 7,
+        lr_trials: int = TRIALS,
         schedule: str = "constant",
         batch_size: int | None = None,
         ridge: float = 0.0,
@@ -71,7 +72,7 @@ class LinearProbe:
         self.name, self.key = name, key
         self.optimizer = choice(f"{key}.optimizer", optimizer, OPTIMIZERS)
         self.loss = choice(f"{key}.loss", loss, LOSSES)
-        self.rate = Rate.parse(name, lr, lr_trials, schedule)
+        self.rate = Rate.parse(name, lr, lr_trials, schedule, TRIALS)
         self.batch_size = None if batch_size is None else count(f"{key}.batch_size", batch_size)
         self.ridge = number(f"{key}.ridge", ridge, 0)
         self.standardize = flag(f"{key}.standardize", standardize)
@@ -84,6 +85,8 @@ class LinearProbe:
         """A `UserError` for an option that the optimizer would ignore."""
         kind = OPTIMIZERS[self.optimizer]
         rates = {"lr": self.rate.lr, "batch_size": self.batch_size, "schedule": schedule}
+        if self.rate.trials != TRIALS:
+            rates["lr_trials"] = self.rate.trials
         for option, value in rates.items():
             if not kind.uses_rate and value not in (None, "constant"):
                 fix = f"{self.optimizer} takes a line search over all rows and reads no {option}; leave it out."

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lab.errors import UserError
-from lab.options import choice, count, number
+from lab.options import choice, count, number, unread
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -27,11 +27,12 @@ class Rate:
     schedule: str
 
     @classmethod
-    def parse(cls, name: str, lr: object, trials: object, schedule: object) -> Rate:
-        """From the options of attack ``name``.
+    def parse(cls, name: str, lr: object, trials: object, schedule: object, usual: int) -> Rate:
+        """From the options of attack ``name``, whose ``trials`` are the ``usual`` ones where nobody says otherwise.
 
         Raises:
-            UserError: ``lr`` neither ``auto`` nor a number > 0, fewer than one trial, or an unknown schedule.
+            UserError: ``lr`` neither ``auto`` nor a number > 0, fewer than one trial, trials of no search, or an
+                unknown schedule.
         """
         key = f"attacks.{name}"
         fixed: float | None = None
@@ -39,7 +40,9 @@ class Rate:
             if isinstance(lr, str):
                 raise UserError(f"{key}.lr", lr, "must be auto or a number > 0.")
             fixed = number(f"{key}.lr", lr, above=0)
-        return cls(fixed, count(f"{key}.lr_trials", trials), choice(f"{key}.schedule", schedule, SCHEDULES))
+        trials = count(f"{key}.lr_trials", trials)
+        unread(f"{key}.lr_trials", trials, usual, fixed is None, f"{key}.lr=auto")
+        return cls(fixed, trials, choice(f"{key}.schedule", schedule, SCHEDULES))
 
     def factor(self, step: int, total: int) -> float:
         """What multiplies the rate at update ``step`` (0 … ``total`` - 1): 1 at the first, towards 0 at the end."""

@@ -141,13 +141,13 @@ class Store:
     def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
         """What the artefact says of itself; None where there is none, or it cannot be read."""
         path = self.folder(stage, key) / "meta.json"
+        if not path.is_file():
+            return None
         try:
             found = json.loads(path.read_text())
             if not isinstance(found["sha256"], dict):
                 raise TypeError(f"sha256 is {found['sha256']}")
             return found
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
             return None

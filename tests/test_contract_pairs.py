@@ -35,7 +35,7 @@ def test_features(name, kind):
     assert len(fits) >= 13
     for attacker in fits:
         task = tiny.linear_classes().harmful[0] if (attacker, kind) == ("probe_logistic", "linear") else case.harmful[0]
-        attack = features.build("attacks", attacker, lr_trials=3, batch_size=16)
+        attack = features.attacker(attacker, lr_trials=3)
         found, control = (check(attack, m, task, Budget(horizon=2, multiple=1, points=3)) for m in (after, model))
         if name == "none":
             assert found.values == control.values, attacker

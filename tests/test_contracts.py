@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load, save
 
 import tiny
+from attacks.probe_optimizers import OPTIMIZERS
 from lab import sources
 from lab.assemble import Part, Parts
 from lab.backbones.linear import LinearBackbone
@@ -48,6 +49,12 @@ def problem(kind, harmful=1):
         case = tiny.linear_case(harmful=harmful)
         return LinearBackbone("linear").build(case, 0), case
     return tiny.tiny_net(), tiny.image_case(harmful=harmful)
+
+
+def attacker(name, lr_trials):
+    kind = OPTIMIZERS.get(node_of("attacks", name).optimizer)
+    searches = {"lr_trials": lr_trials} if kind is None or kind.uses_rate else {}
+    return build("attacks", name, batch_size=16, **searches)
 
 
 def immunizer(name):
@@ -122,7 +129,7 @@ def run_attack(name, kind, role="harmful", seed=0):
     """(attack, trajectory, the copies that it trained)."""
     model, case = attacked_problem(name, kind)
     task = case.benign if role == "benign" else case.harmful[0]
-    attack = build("attacks", name, lr_trials=5, batch_size=16)
+    attack = attacker(name, lr_trials=5)
     copies = []
     if (opens := getattr(attack, "open", None)) is not None:  # a probe trains no copy: its features stay
         attack.open = lambda net, seed: (copies.append(net), opens(net, seed))[1]

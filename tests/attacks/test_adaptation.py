@@ -211,6 +211,7 @@ def test_too_large_a_rate_diverges_without_an_exception() -> None:
         (FullFinetune, {"loss": "cross"}, "loss"),
         (FullFinetune, {"lr": -1}, "lr"),
         (FullFinetune, {"lr_trials": 0}, "lr_trials"),
+        (FullFinetune, {"lr": 1e-3, "lr_trials": 2}, "lr_trials"),
         (FullFinetune, {"schedule": "step"}, "schedule"),
         (FullFinetune, {"batch_size": 0}, "batch_size"),
     ],

@@ -55,20 +55,23 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("options", "key"),
     [
-        (("lr", 0), "lr"),
-        (("lr", -1.0), "lr"),
-        (("lr", "fast"), "lr"),
-        (("lr", math.inf), "lr"),
-        (("lr", math.nan), "lr"),
-        (("trials", 0), "lr_trials"),
-        (("trials", 2.5), "lr_trials"),
-        (("schedule", "cosin"), "schedule"),
+        ({"lr": 0}, "lr"),
+        ({"lr": -1.0}, "lr"),
+        ({"lr": "fast"}, "lr"),
+        ({"lr": math.inf}, "lr"),
+        ({"lr": math.nan}, "lr"),
+        ({"trials": 0}, "lr_trials"),
+        ({"trials": 2.5}, "lr_trials"),
+        ({"lr": 0.1, "trials": 3}, "lr_trials"),  # a fixed rate is not searched for
+        ({"schedule": "cosin"}, "schedule"),
     ],
 )
-def test_bad_rates_name_the_key(options: tuple[str, object], key: str) -> None:
-    given = {"lr": "auto", "trials": 7, "schedule": "constant"} | dict([options])
+def test_bad_rates_name_the_key(options: dict[str, object], key: str) -> None:
+    given = {"lr": "auto", "trials": 7, "schedule": "constant"} | dict(
+        options if isinstance(options, dict) else [options]
+    )
     with pytest.raises(UserError) as error:
-        Rate.parse("probe", given["lr"], given["trials"], given["schedule"])
+        Rate.parse("probe", given["lr"], given["trials"], given["schedule"], usual=7)
     assert error.value.key == f"attacks.probe.{key}"
     assert key != "schedule" or "cosine" in error.value.fix
 

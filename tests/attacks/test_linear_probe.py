@@ -208,6 +208,8 @@ def test_resume_equals_an_uninterrupted_attack(optimizer: str, fail_at: int, mon
         ({"ridge": -0.1}, "ridge", "≥ 0"),
         ({"ridge": "much"}, "ridge", "≥ 0"),
         ({"lr": 0.1}, "lr", "leave it out"),
+        ({"lr_trials": 3}, "lr_trials", "leave it out"),
+        ({"optimizer": "sgd", "lr": 0.1, "lr_trials": 3}, "lr_trials", "lr=auto"),
         ({"batch_size": 8}, "batch_size", "leave it out"),
         ({"schedule": "cosine"}, "schedule", "leave it out"),
         ({"damping": 0.1}, "damping", "kfac"),
