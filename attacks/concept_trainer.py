@@ -97,11 +97,12 @@ class Learner:
         loss = concept
         if self.prior is not None:
             loss = concept + attack.prior_weight * losses[attack.batch_size :].mean()
-        if not loss.requires_grad:
+        self.optimizer.zero_grad(set_to_none=True)
+        if loss.requires_grad:
+            loss.backward()
+        if all(parameter.grad is None for parameter in self.parameters):
             told = "moves parameters that the model's loss does not depend on; `open` must put them into the model."
             raise UserError(attack.key, list(self.moving.parameters), told)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         if attack.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, attack.clip)
         for group in self.optimizer.param_groups:

@@ -80,8 +80,9 @@ class Run:
         names = self.applicable()
         self._spread([pipeline.eval_cell(name) for name in names], "eval")
         for name in names if self.ranks.main else []:
-            if self._do(pipeline.eval_cell(name)):
-                self.scores.append(pipeline.scores(name))
+            cell = pipeline.eval_cell(name)
+            if self._do(cell):
+                self._take(cell, pipeline.scores(name))
         first = self.losses.first
         told = self.ranks.same(None if first is None else facts(first))
         if told is not None:
@@ -163,6 +164,17 @@ class Run:
         elif cell.stage == "attack" and artifact.values["status"] == "diverged":
             entry["status"] = "diverged"
         return True
+
+    def _take(self, cell: Cell, scores: Scores) -> None:
+        """Keep the figures of a metric family; one that would write over another's is lost."""
+        for part in ("metrics", "curves", "tables", "images"):
+            taken = {name for other in self.scores for name in getattr(other, part)} & {*getattr(scores, part)}
+            if taken:
+                told = f"{cell.label['attack']} writes {part}.{min(taken)}, which another family does, too"
+                self.losses.add(cell, ValueError(f"eval.{told}; give it another name"))
+                self.cells[-1]["status"] = "failed"
+                return
+        self.scores.append(scores)
 
     def _diverged(self, labels: dict[str, Any], error: dict[str, Any]) -> None:
         self.pipeline.diverged[labels["case"], labels["seed"]] = error

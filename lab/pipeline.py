@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lab.activations import digest
@@ -16,7 +17,7 @@ from lab.cases import beside_weights, fingerprint, unpainted
 from lab.errors import Diverged, UserError
 from lab.problems import ConceptCase, ScenarioData
 from lab.provenance import computing
-from lab.returned import check_trajectory
+from lab.returned import check_immunized, check_scores, check_trajectory
 from lab.statistics import SeedScore
 from lab.store import Artifact, Place, StageCheckpoint, Store, stage_key
 from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores, Trajectory, clone
@@ -118,7 +119,10 @@ class Pipeline:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
                 old = before.state_dict()
-                tensors = {k: v for k, v in after.state_dict().items() if not v.equal(old[k])}
+                if digest(*old.values()) != self.identity(case, seed)["weights"]:
+                    told = "changed the model that it was given; let it copy that first (lab.types.clone)."
+                    raise UserError("immunize", arm, told)
+                tensors = {k: v for k, v in check_immunized(after, old, arm).items() if not v.equal(old[k])}
                 if not tensors and arm != CONTROL:
                     told = f"{arm} left every weight of case {case.name} as it was; nothing would be compared."
                     raise UserError("immunize", arm, told)
@@ -142,9 +146,11 @@ class Pipeline:
                 found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
             except Diverged as error:
                 where = f"case {case.name}, {attack} on {task.name}"
-                told = f"its model cannot be attacked ({where}): {error}; lower the step size of what made it."
+                told = f"its model cannot be attacked ({where}): {error}; lower the step size of what made it"
+                finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+                told += f", or look at attacks.{attack}: the weights themselves are finite." if finite else "."
                 raise UserError("backbone" if arm == CONTROL else "immunize", arm, told) from error
-            check_trajectory(found, attack)
+            check_trajectory(found, attack, self.budget, getattr(model, "image_size", None))
             values = {"steps": found.steps, "values": found.values, "status": found.status, "info": found.info}
             samples = {f"samples/{family}": pictures for family, pictures in found.samples.items()}
             return Artifact(values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples})
@@ -161,6 +167,7 @@ class Pipeline:
 
         def compute(_: StageCheckpoint) -> Artifact:
             scores = part.obj(self)
+            check_scores(scores, metric)
             grids = {
                 name: {"rows": grid.rows, "columns": grid.columns, "caption": grid.caption}
                 for name, grid in scores.images.items()

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from eval.report.outcomes import outcome
 from lab import record as records
 from lab.backbones import diffusion_files
 from lab.backbones.diffusion import DiffusionBackbone
@@ -127,6 +128,8 @@ def _papers(report: Report) -> tuple[dict[str, Any], records.Record]:
         return facts, record
     if record["content_hash"] not in text:
         report.fail("record", CARD, f"does not name the content hash of {RECORD}")
+    if f"**{outcome(record).headline}**" not in text:
+        report.open("record", f"{CARD} does not tell {RECORD}'s verdict as this version does; go by the record")
     _chosen(report, facts, record)
     _pictures(report, record)
     if not report.failed:
@@ -187,6 +190,16 @@ def _beside(model: DiffusionModel) -> list[tuple[str, nn.Module]]:
     return [("vae", model.vae), *texts]
 
 
+def _settings(model: DiffusionModel) -> tuple[list[Any], dict[str, Any]]:
+    """What tokenizers make of texts, and what the scheduler is set to."""
+    words = []
+    for tokenizer in model.tokenizers:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        known = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
+        words.append({k: v for k, v in known.items() if k not in ("padding", "truncation")})  # of the last call
+    return words, {k: v for k, v in model.scheduler.config.items() if not k.startswith("_")}
+
+
 def _delta(
     report: Report,
     facts: dict[str, Any],
@@ -229,11 +242,12 @@ def _delta(
     for (name, mine), theirs in zip(_beside(model), _beside(original), strict=True):
         if not same_weights(mine, theirs[1].float()):
             report.fail("delta", name, "differs from the original's")
+    for part, here, there in zip(("tokenizers", "scheduler"), _settings(model), _settings(original), strict=True):
+        if here != there:
+            report.fail("delta", part, "differs from the original's")
     if not report.failed:
-        told = (
-            f"original + {len(changed)} of {len(unet)} tensors = unet, bit for bit; all other parts are the original's"
-        )
-        report.passed("delta", told)
+        told = f"original + {len(changed)} of {len(unet)} tensors = unet, bit for bit"
+        report.passed("delta", f"{told}; autoencoder, text encoders, tokenizers and scheduler are the original's")
 
 
 def _original(facts: dict[str, Any], record: records.Record, base: str | None, dtype: torch.dtype) -> DiffusionModel:

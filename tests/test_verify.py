@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -56,6 +57,14 @@ def alter(path):
     path.write_bytes(bytes(data))
 
 
+def swap_words(path):
+    known = json.loads(path.read_text())
+    vocabulary = known["model"]["vocab"]
+    first, second = list(vocabulary)[-2:]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    path.write_text(json.dumps(known))
+
+
 def forge(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -101,6 +110,8 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
         ("delta.safetensors", move, "delta", "delta.safetensors holds another"),
         ("vae/diffusion_pytorch_model.safetensors", move, "delta", "vae differs from the original"),
         ("text_encoder/model.safetensors", move, "delta", "text_encoder differs from the original"),
+        ("tokenizer/tokenizer.json", swap_words, "delta", "tokenizers differs from the original"),
+        ("scheduler/scheduler_config.json", lambda p: forge(p, beta_end=0.2), "delta", "scheduler differs from the"),
         (UNET, lambda p: p.write_bytes(p.read_bytes()[:1000]), "layout", "cannot be read"),
         ("unet/config.json", lambda p: p.write_text("{}"), "layout", "unet"),
         ("export.json", lambda p: p.write_text('{"format": 1}'), "record", "export.json"),
@@ -122,6 +133,15 @@ def test_a_forged_folder_whose_hashes_fit_is_still_found(copied, name, change, s
     assert any(state == "FAILED" and what == step and told in text for state, what, text in report.lines), report.lines
     with pytest.raises(UserError, match="is not what was exported"):
         report.require()
+
+
+def test_a_card_that_tells_another_verdict_is_not_vouched_for(copied):
+    card = copied / "README.md"
+    card.write_text(re.sub(r"^\*\*.*\*\*$", "**mima holds everybody back.**", card.read_text(), flags=re.MULTILINE))
+    write_sums(copied)
+    report = check(copied)
+    assert not report.failed
+    assert ("not checked", "record") in {(state, what) for state, what, _ in report.lines}
 
 
 def written(folder, record):

@@ -11,7 +11,7 @@ from eval.report.leaderboard import columns
 from eval.report.page import page
 from eval.report.paired import common_seeds, difference
 from eval.report.trials import terms, trial
-from eval.report.words import ARROWS, Record, figure, heading, interval, limit
+from eval.report.words import ARROWS, Record, bound, figure, heading, interval
 from lab.errors import UserError
 
 OTHER_TRIAL = (
@@ -80,7 +80,7 @@ def _whose(side: dict[str, Any]) -> str:
 def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     left, right = a["metrics"][name], b["metrics"][name]
     row = {"name": name, "a": left["value"], "b": right["value"], "better": left["better"], "unit": left["unit"]}
-    row |= {"limit_a": limit(left), "limit_b": limit(right)}
+    row |= {"bound_a": bound(left), "bound_b": bound(right)}
     row |= {"difference": None, "low": None, "high": None, "ratio": None, "how": None, "winner": None, "sure": False}
     found = difference(name, a, b)
     if found is None:
@@ -93,7 +93,8 @@ def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
         higher = left["better"] == "higher"
         wins_b = found.value > 0 if higher else found.value < 0
         winner, loser = ("b", "a") if wins_b else ("a", "b")
-        if row[f"limit_{loser if higher else winner}"]:  # what is a lower limit may be any higher figure
+        larger, smaller = (winner, loser) if higher else (loser, winner)
+        if row[f"bound_{larger}"] == "≤" or row[f"bound_{smaller}"] == "≥":  # the order may be the other one
             return row | {"winner": "open", "sure": False}
         row["winner"] = "tie" if found.value == 0 else winner
     return row
@@ -157,7 +158,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _side(row: dict[str, Any], side: str) -> str:
-    return ("≥ " if row[f"limit_{side}"] else "") + figure(row[side])
+    return f"{row[f'bound_{side}']} {figure(row[side])}".lstrip()
 
 
 def _change(row: dict[str, Any]) -> str:
@@ -169,7 +170,7 @@ def _change(row: dict[str, Any]) -> str:
 
 def _judged(row: dict[str, Any]) -> str:
     if row["winner"] == "open":
-        return "open, as a lower limit may be any higher figure"
+        return "open, as the figure behind a limit is not known"
     winner = {"a": "A better", "b": "B better"}.get(row["winner"] or "", "")
     return f"{winner}{', sure' if row['sure'] else ', not sure'}" if winner else ""
 

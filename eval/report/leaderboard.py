@@ -13,7 +13,7 @@ from eval.report.labels import labels
 from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.trials import groups, trial
-from eval.report.words import ARROWS, ENDED_EARLY, UNMEASURED, Record, heading, limit, measured, support
+from eval.report.words import ARROWS, ENDED_EARLY, UNMEASURED, Record, bound, heading, measured, support
 from lab.types import CONTROL
 
 # in this order; the worst case over attackers comes first, the benign side after the harmful one
@@ -133,8 +133,9 @@ def _mark_best(group: list[Row]) -> None:
         if len(cells) > 1:
             higher = cells[0][1]["better"] == "higher"
             top = (max if higher else min)(m["value"] for _, m in cells)
-            if any(limit(m) and (not higher or m["value"] < top) for _, m in cells):
-                continue  # it may be any higher figure, so nobody is known to be best
+            best, others = ("≤", "≥") if higher else ("≥", "≤")  # limits that leave it open who is best
+            if any(bound(m) == (best if m["value"] == top else others) for _, m in cells):
+                continue
             for row, metric in cells:
                 if metric["value"] == top:
                     row["best"].append(name)
@@ -173,8 +174,8 @@ def sound(row: Row) -> str:
 LEGEND = (
     "↑ higher is better, ↓ lower. [low, high]: 95 % interval: Student's t over seed means below ten seeds, two-stage"
     " bootstrap from ten on; fewer than three seeds support no claim about other seeds. Bold: best of the column among"
-    " complete runs that hold; ≥: the target was not reached, a lower limit. Partly diverged: immunization failed on"
-    " some cases, which count as failures; such runs come after complete ones."
+    " complete runs that hold; ≥: the target was not reached, a lower limit, ≤: an upper one. Partly diverged:"
+    " immunization failed on some cases, which count as failures; such runs come after complete ones."
 )
 
 
@@ -247,8 +248,8 @@ def headline(group: Sequence[Row]) -> str:
         return f"{text}, which does not hold."
     if not a["interval"] == b["interval"] == "across_seeds":
         return f"{text}; too few seeds to say how sure that order is."
-    if limit(b):
-        return f"{text}; that is a lower limit, so the order is open."
+    if bound(b) == "≥" or bound(a) == "≤":
+        return f"{text}; that is a limit, so the order is open."
     if any(m[end] is None for m in (a, b) for end in ("low", "high")):
         return f"{text}; one of them has no interval, so how sure that order is cannot be said."
     apart = a["low"] > b["high"] or a["high"] < b["low"]

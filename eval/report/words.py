@@ -104,11 +104,17 @@ def limit(metric: Metric) -> bool:
     return (metric["note"] or "").startswith("at least")
 
 
+def bound(metric: Metric) -> str:
+    """``≥`` before a lower limit, ``≤`` before an upper one, else nothing."""
+    upper = (metric["note"] or "").startswith("at most")
+    return "≥" if limit(metric) else "≤" if upper else ""
+
+
 def measured(metric: Metric | None) -> str:
     """Value with unit and interval."""
     if metric is None or metric["value"] is None:
         return UNMEASURED
-    lead = "≥ " if limit(metric) else ""
+    lead = f"{bound(metric)} ".lstrip()
     unit = metric["unit"] if metric["unit"] in ("", "×", "°") else f" {metric['unit']}"
     return f"{lead}{figure(metric['value'])}{unit} {interval(metric)}".strip()
 

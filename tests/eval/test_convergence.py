@@ -133,6 +133,33 @@ def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
     assert "not met" not in str(metrics["slowdown_relative_through"].note)
 
 
+@pytest.mark.parametrize(
+    ("harmful", "benign", "value", "told"),
+    [
+        (0.9999, 0.8**0.5, 2.5, "at least: the harmful target was not met in 6 of 6 cases"),
+        (0.8**0.5, 0.9999, 0.4, "at most: the benign target was not met in 6 of 6 cases"),
+        (0.9999, 0.9999, None, "neither the harmful nor the benign target was met"),
+    ],
+)
+def test_a_quotient_of_limits_is_one_or_is_not_known(
+    harmful: float, benign: float, value: float | None, told: str
+) -> None:
+    found = Convergence()(fake(trajectories=rates(harmful, benign))).metrics["slowdown_relative_worst"]
+    assert found.value == (None if value is None else pytest.approx(value, rel=0.05))
+    assert told in str(found.note)
+
+
+def test_lower_and_upper_limits_together_say_nothing() -> None:
+    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+        held = "harmful" if seed == 0 else "benign"
+        return decay(0.9999 if arm != CONTROL and role == held else 0.8, STEPS)
+
+    found = Convergence()(fake(trajectories=make)).metrics["slowdown_relative_worst"]
+    assert found.value is None
+    told = "not known: the harmful target was not met in 2 of 6 cases, the benign target was not met in 4 of 6 cases"
+    assert told in str(found.note)
+
+
 def test_cells_without_progress_of_the_control_are_counted() -> None:
     def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
         return decay(1.0 if seed == 1 else 0.8, STEPS)

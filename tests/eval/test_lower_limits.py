@@ -38,7 +38,7 @@ def test_a_limit_that_may_be_any_higher_figure_neither_wins_nor_loses(name: str,
     b = with_metrics("b", **{name: narrow(1.7, better)})
     row = next(r for r in compare(a, b)["metrics"] if r["name"] == name)
     assert (row["winner"], row["sure"]) == ("open", False)
-    assert "open, as a lower limit may be any higher figure" in to_text(compare(a, b))
+    assert "open, as the figure behind a limit is not known" in to_text(compare(a, b))
     assert all(name not in r["best"] for r in leaderboard([a, b]))
     known = next(
         r for r in compare(b, with_metrics("c", **{name: narrow(1.5, better)}))["metrics"] if r["name"] == name
@@ -51,10 +51,28 @@ def test_a_limit_above_all_others_is_best_where_higher_is_better() -> None:
     assert [WORST in r["best"] for r in rows] == [True, False]
 
 
+AT_MOST = "at most: the benign target was not met in 1 of 3 cases"
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_an_upper_limit_leaves_open_what_lies_below_it(better: str) -> None:
+    large, small = 1.7, 1.5
+    for limited in ("large", "small"):
+        notes = {limited: AT_MOST}
+        a = with_metrics("a", **{WORST: narrow(small, better, note=notes.get("small"))})
+        b = with_metrics("b", **{WORST: narrow(large, better, note=notes.get("large"))})
+        row = next(r for r in compare(a, b)["metrics"] if r["name"] == WORST)
+        winner = "b" if better == "higher" else "a"
+        assert row["winner"] == ("open" if limited == "large" else winner)
+        best = [WORST in r["best"] for r in sorted(leaderboard([a, b]), key=lambda r: r["label"])]
+        assert best == ([False, False] if limited == "large" else [winner == "a", winner == "b"])
+        assert ("≤ 1.7" if limited == "large" else "≤ 1.5") in to_text(compare(a, b))
+
+
 def test_the_headline_says_where_the_order_is_open_or_has_no_interval() -> None:
     first = with_metrics("first", **{WORST: narrow(3.0)})
     limited = with_metrics("limited", **{WORST: narrow(2.0, note=NEVER)})
-    assert "a lower limit, so the order is open" in to_markdown(leaderboard([first, limited]))
+    assert "a limit, so the order is open" in to_markdown(leaderboard([first, limited]))
     bare = with_metrics("bare", **{WORST: metric(1.08, low=None, high=None, unit="×")})
     assert "one of them has no interval" in to_markdown(leaderboard([first, bare]))
     assert "No interval of MSGR could be given over 3 seeds" in " ".join(

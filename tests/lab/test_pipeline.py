@@ -198,10 +198,15 @@ def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline
     cells = list(found.attack_cells())
     for arm, key in (("mima_deep", "immunize"), (CONTROL, "backbone")):
         cell = next(c for c in cells if c.label["arm"] == arm)
-        found.model = lambda *_: None
-        with pytest.raises(UserError, match=rf"^{key}={arm}: .*not finite") as error:
-            cell.compute(None)
-        assert error.value.key == key
+        for broken, told in ((False, "attacks.lora: the weights themselves are finite"), (True, "of what made it.")):
+            model = tiny_diffusion()
+            if broken:
+                next(iter(model.unet.parameters())).data.fill_(float("nan"))
+            found.model = lambda *_, model=model: model
+            with pytest.raises(UserError, match=rf"^{key}={arm}: .*not finite") as error:
+                cell.compute(None)
+            assert error.value.key == key
+            assert told in str(error.value)
 
 
 def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(pipeline, tmp_path):
@@ -232,3 +237,21 @@ def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from
     attacked = {(c.label["arm"], c.label["case"]) for c in stale if c.stage == "attack"}
     assert attacked == {(root.label["arm"], root.label["case"])}
     assert {c.stage for c in stale} == {"attack", "eval"}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeline, kept):
+    run = pipeline()
+
+    def leaky(model, case, **_):
+        after = clone(model)
+        next(iter(after.parameters())).data.mul_(0.5)
+        next(iter(model.parameters())).data.zero_()
+        return after if kept else model
+
+    arm = run.immunizer
+    leaky.name = arm
+    object.__setattr__(run.parts.arms[arm], "obj", leaky)
+    cell = next(c for c in run.immunize_cells() if c.label["arm"] == arm)
+    with pytest.raises(UserError, match=f"immunize={arm}: changed the model that it was given"):
+        cell.compute(None)
