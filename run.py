@@ -7,6 +7,7 @@ import sys
 import traceback
 import warnings
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -62,10 +63,26 @@ def _check_choices() -> None:
             raise UserError(group, chosen, told)
 
 
+def _check_added() -> None:
+    """A key that the command line adds with ``+`` and nothing reads would stand in the record as if it did."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from lab.errors import UserError
+
+    known = HydraConfig.get()
+    words: Any = OmegaConf.to_container(known.overrides.task, resolve=False)
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        group = key in known.runtime.choices or "." in key or "/" in key or "@" in key
+        if word.startswith("+") and not group and not any(f"${{{key}" in other for other in words):
+            raise UserError(key, value, "is no key of this project, and nothing reads it: leave it out.")
+
+
 def _act(cfg: DictConfig, folder: Path) -> None:
     from lab.errors import UserError, nearest
 
     _check_choices()
+    _check_added()
 
     if cfg.push_to is not None and cfg.action != "export":
         raise UserError("push_to", cfg.push_to, "belongs to action=export, which writes and checks what it pushes.")

@@ -231,6 +231,9 @@ class ConceptAttack(ConceptBase):
 
     def rate(self, step: int, total: int) -> float:
         """Learning rate of update ``step`` (0 … ``total`` - 1)."""
+        if self.warmup >= total:
+            told = f"the attack has {total} steps and would never reach its rate: take fewer."
+            raise UserError(f"{self.key}.warmup", self.warmup, told)
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         return self.lr * Rate(self.lr, 1, self.schedule).factor(step - self.warmup, max(total - self.warmup, 1))

@@ -17,7 +17,7 @@ from immunize.none import NoImmunization
 from lab.erase import NoErasure
 from lab.errors import UserError, nearest
 from lab.failures import missing_package
-from lab.options import count
+from lab.options import count, unread
 from lab.problems import ConceptCase
 from lab.prompts import check_case, refuse_special
 from lab.sources import source_hash
@@ -156,6 +156,7 @@ def _budget(config: Any) -> Budget:
     budget = Budget(**{**given, "at": None})
     if given.get("at") is None:
         return budget
+    unread("budget.points", budget.points, Budget.points, False, "budget.at=null")
     told = f"must be a list of steps from 0 to horizon × multiple = {budget.steps}, e.g. [0,20,40]."
     if not isinstance(given["at"], ListConfig) or any(
         type(s) is not int or not 0 <= s <= budget.steps for s in given["at"]
@@ -165,7 +166,13 @@ def _budget(config: Any) -> Budget:
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Raises `UserError` where a list of choices is empty, which leaves no trace of its group in the config."""
+    """Raises `UserError` where a list of choices is empty, which leaves no trace of its group in the config, and for a
+    name that no folder can have."""
+    for key in ("name", "immunize.name"):
+        value = OmegaConf.select(cfg, key)
+        if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+-]*", value):
+            told = "names a folder of its results: letters, digits and . + - _, a letter or digit first."
+            raise UserError(key, value, told)
     for key, instead in (("attacks", "attacks=none"), ("eval", "eval=[conditioning]")):
         if key not in cfg:
             raise UserError(key, "[]", f"names no choice; take {instead}, or other names.")
@@ -215,6 +222,8 @@ def check_fit(parts: Parts) -> None:
     if getattr(parts.immunizer.obj, "name", "") in _CURVE:
         told = f"is a word of every curve ({', '.join(_CURVE)}): choose another name."
         raise UserError("immunize.name", parts.immunizer.obj.name, told)
+    if getattr(parts.immunizer.obj, "name", "") == CONTROL and not isinstance(parts.immunizer.obj, NoImmunization):
+        raise UserError("immunize.name", CONTROL, "is the name of the control arm: choose another one.")
     asked = getattr(parts.scenario, "asks_erasure", lambda: None)()
     released = any(getattr(metric.obj, "released", False) for metric in parts.metrics.values())
     if asked is not None and isinstance(parts.eraser.obj, NoErasure) and not released:
@@ -229,7 +238,7 @@ def check_fit(parts: Parts) -> None:
             told = f"does not meet the contract {contract.__name__} of lab/types.py: it has no {', '.join(missing)}."
             raise UserError(key, type(obj).__name__, told)
         obj = typing.cast(Any, obj)
-        if key.startswith("attacks.") and obj.name != key.partition(".")[2]:
+        if key.startswith(("attacks.", "eval.")) and obj.name != key.partition(".")[2]:
             told = "is not the key that its options stand under; give both the same name."
             raise UserError(f"{key}.name", obj.name, told)
         if kind not in obj.accepts:

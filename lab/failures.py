@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -55,7 +56,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
         return error.told
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        return f"{group or 'config'}={name}: there is no such choice; {nearest(name, _choices(group))}"
+        known = _choices(group, arguments or sys.argv[1:])
+        return f"{group or 'config'}={name}: there is no such choice; {nearest(name, known)}"
     if launched := _launcher(error):
         return launched
     if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
@@ -154,9 +156,21 @@ def _output_key(name: str, arguments: Sequence[str]) -> str | None:
     return None
 
 
-def _choices(group: str) -> list[str]:
-    folder = ROOT / group if group == "sweeps" else ROOT / "conf" / group
-    return [path.stem for path in folder.glob("*.yaml")] or [path.name for path in (ROOT / "conf").iterdir()]
+def _own_folder(arguments: Sequence[str]) -> Path | None:
+    """The user's own folder of configs, ``--config-dir``."""
+    for word, after in itertools.pairwise([*arguments, ""]):
+        if word.startswith("--config-dir"):
+            return Path(word.partition("=")[2] or after).absolute()
+    return None
+
+
+def _choices(group: str, arguments: Sequence[str]) -> list[str]:
+    folders = [ROOT / group if group == "sweeps" else ROOT / "conf" / group]
+    if own := _own_folder(arguments):
+        folders.append(own / group)
+    return [path.stem for folder in folders for path in sorted(folder.glob("*.yaml"))] or [
+        path.name for path in (ROOT / "conf").iterdir()
+    ]
 
 
 def _first_line(error: BaseException) -> str:
@@ -175,9 +189,11 @@ def _unknown_key(error: BaseException) -> str | None:
 def _keys(arguments: Sequence[str]) -> list[str]:
     """Every dotted key of the config that the group choices of the command line select."""
     choices = [a for a in arguments if re.fullmatch(r"[a-z_/]+=[^,]+|[a-z_/]+=\[.*\]", a)]
+    if own := _own_folder(arguments):
+        choices.append(f"hydra.searchpath=['file://{ROOT}','file://{own}']")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for overrides in (choices, []):
+        for overrides in (choices, choices[-1:] if own else []):
             try:
                 return list(_walk(compose("config", overrides=overrides)))
             except (HydraException, OmegaConfBaseException):

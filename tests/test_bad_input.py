@@ -89,6 +89,9 @@ def test_choice_flag_and_names():
         (["eval=[transfer]", "eval.transfer.draws=many"], "eval.transfer.draws=many: must be a whole number ≥ 100"),
         (["eval.verdict.min_slowdown=x"], "eval.verdict.min_slowdown=x: must be a number ≥ 1"),
         (["immunize.name=step"], "immunize.name=step: is a word of every curve"),
+        (["immunize.name=none"], "immunize.name=none: is the name of the control arm"),
+        (["eval.conditioning.name=norms"], "eval.conditioning.name=norms: is not the key"),
+        (["budget.points=7", "budget.at=[0,5]"], "budget.points=7: is read with budget.at=null only"),
         (["backbone.init=5"], "backbone.init=5: choose one of identity, random"),
         (["+budget.horizn=1"], "budget.horizn=1: there is no such key; did you mean budget.horizon"),
         (["budget.horizon=true"], "budget.horizon=True: must be a whole number"),
@@ -110,9 +113,9 @@ def test_values_that_cannot_work_are_refused_when_the_run_is_put_together(argume
 def cli(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
 
-    def call(*arguments):
+    def call(*arguments, first=()):
         fixed = ["experiment=house_price", "tracker=none", "dry_run=true"]
-        code, _, err = call_entry(monkeypatch, capfd, *fixed, *arguments)
+        code, _, err = call_entry(monkeypatch, capfd, *first, *fixed, *arguments)
         return code, err
 
     return call
@@ -124,6 +127,9 @@ def cli(tmp_path, monkeypatch, capfd):
         ("+budget.foo=1", "budget.foo=1: there is no such key; "),
         ("immunize.epochs=1.5", "immunize.epochs=1.5"),
         ("force=evel", "force=evel: did you mean eval"),
+        ("+foo=3", "foo=3: is no key of this project"),
+        ("name=../elsewhere", "name=../elsewhere: names a folder"),
+        ("immunize.name=3", "immunize.name=3: names a folder"),
         ("dry_run=yess", "dry_run=yess: must be true or false"),
         ("scenario.path=/data/Müller", "inside of quotes, e.g. 'scenario.path=\"/data/Müller\"'"),
         ("scenario.path=~/houses", "scenario.path=~/houses: cannot be read"),
@@ -136,6 +142,28 @@ def test_the_command_says_so_in_one_line_and_exits_with_2(cli, argument, told):
     assert code == 2, err
     assert told in err
     assert "Traceback" not in err
+
+
+def test_a_key_of_ones_own_may_be_added_where_something_reads_it(cli):
+    assert cli("+foo=3", "immunize.epochs=${foo}")[0] == 0
+
+
+OWN = ROOT / "docs" / "examples" / "own_methods"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["immunize=partial_whitening", "immunize.pwoer=0.3"], "did you mean immunize.power"),
+        (["immunize=partial_whitenin"], "did you mean partial_whitening"),
+        (["attacks=[accelerated_prob]"], "did you mean accelerated_probe"),
+        (["attacks=[accelerated_probe]", "attacks.accelerated_probe.setps=3"], "attacks.accelerated_probe."),
+    ],
+)
+def test_hints_know_the_configs_of_ones_own(cli, arguments, told):
+    code, err = cli(*arguments, first=("--config-dir", str(OWN / "conf")))
+    assert code != 0
+    assert told in err
 
 
 def test_a_place_that_cannot_be_written_is_told(cli):

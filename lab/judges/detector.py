@@ -100,7 +100,7 @@ class Detector:
         for head, known in self.names.items():
             if name in known:
                 return head
-        told = "concepts of your own need an eval without relearning and concept_verdict, or judges=real"
+        told = "concepts of your own need an eval without relearning and concept_verdict, which ask what it sees"
         fix = f"the detector does not know it ({told}); {nearest(name, self.objects + self.styles)}"
         raise UserError("judges.detector", name, fix)
 
