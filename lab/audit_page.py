@@ -18,7 +18,7 @@ Row = dict[str, Any]
 Costs = dict[tuple[str, str, str, int], float]
 _WORDS = {PRESENT: "shown before any attack", BROKEN: "broken", HELD: "held", DIVERGED: "the attack diverged"}
 _TAUGHT = {PRESENT: "known before any attack", BROKEN: "learned", HELD: "not learned", DIVERGED: "the attack diverged"}
-_POOR = 0.2  # error rates of the detector, added, above which the page says so
+_POOR = 0.2  # error rates of a trained detector, added, above which the page says so
 HEADS = (
     "target",
     "attack",
@@ -258,14 +258,15 @@ def limits(record: Record, rows: list[Row]) -> list[str]:
     budget = record["config"]["budget"]
     last = budget["horizon"] * budget["multiple"]
     out.append(f"Trajectories end at {last} steps; more steps, pictures and search may break it.")
-    poor = {
+    told = {
         r["concept"]: (r["false_positive"], r["false_negative"])
         for r in rows
-        if r["false_positive"] is not None and r["false_positive"] + (r["false_negative"] or 0) > _POOR
+        if r["false_positive"] is not None
+        and (r["detector"] == "reference" or r["false_positive"] + (r["false_negative"] or 0) > _POOR)
     }
     out += [
         f"The detector errs on {name}: {100 * fp:.0f} % false alarms, {100 * (fn or 0):.0f} % missed."
-        for name, (fp, fn) in poor.items()
+        for name, (fp, fn) in told.items()
     ]
     if any(r["detector"] == "reference" for r in rows):
         out.append(

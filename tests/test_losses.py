@@ -19,6 +19,7 @@ from lab.export_card import _attacks, _limits
 from lab.export_source import Choice
 from lab.losses import Losses, bearable
 from lab.pipeline import Cell
+from lab.types import Score, Scores
 
 CHOICE = Choice("kappa", "house_price", 0, "key")
 
@@ -42,10 +43,16 @@ class Broken(LinearProbe):
 
 class BrokenMetric:
     accepts = frozenset({"linear"})
-    needs_arms, needs_attack, name = 1, True, "broken_metric"
+    needs_arms, needs_attack, name = 1, True, "broken"
+
+    def __init__(self, *, returns=None):
+        self.returns = returns
 
     def __call__(self, run):
-        raise ZeroDivisionError("nothing to divide by")
+        if self.returns is None:
+            raise ZeroDivisionError("nothing to divide by")
+        name, value = self.returns
+        return Scores({name: Score(value)})
 
 
 @pytest.fixture
@@ -164,3 +171,20 @@ def test_a_metric_that_fails_does_not_stop_the_others(broken, cli, tmp_path):
     assert record["skipped"] == {"broken": "ZeroDivisionError: nothing to divide by"}
     assert record["status"] == "failed"
     assert record["metrics"]["verdict"]["value"] is not None, "every attack was run, and this metric is whole"
+
+
+@pytest.mark.parametrize(
+    ("returns", "told"),
+    [
+        (["mine", None], "eval.broken gives mine no value and no note with the reason"),
+        (["Mine", 1.0], "eval.broken names a metric 'Mine': snake case"),
+        (["verdict", 1.0], "eval.verdict writes metrics.verdict, which another family does, too"),
+    ],
+)
+def test_a_metric_whose_figures_no_record_can_hold_is_left_out_by_name(broken, tmp_path, returns, told):
+    code, out, _ = broken("eval=[broken,verdict]", group="eval", returns=returns)
+    assert code == 1
+    record = record_of(out, tmp_path)
+    assert record["status"] == "failed"
+    assert any(told in why for why in record["skipped"].values()), record["skipped"]
+    assert told in record["error"]["message"]
