@@ -80,20 +80,21 @@ def _check_added() -> None:
 
 def _act(cfg: DictConfig, folder: Path) -> None:
     from lab.errors import UserError, nearest
+    from lab.requested import check_read
 
     _check_choices()
     _check_added()
 
-    if cfg.push_to is not None and cfg.action != "export":
-        raise UserError("push_to", cfg.push_to, "belongs to action=export, which writes and checks what it pushes.")
     if cfg.action == "run":
         from lab.launch import launch
 
+        check_read(cfg)
         return launch(cfg, folder)
     from lab.actions import ACTIONS
 
     if cfg.action not in ACTIONS:
         raise UserError("action", cfg.action, nearest(str(cfg.action), ["run", *ACTIONS]))
+    check_read(cfg)
     ACTIONS[cfg.action](cfg)
 
 

@@ -133,7 +133,10 @@ def cli(tmp_path, monkeypatch, capfd):
         ("dry_run=yess", "dry_run=yess: must be true or false"),
         ("scenario.path=/data/Müller", "inside of quotes, e.g. 'scenario.path=\"/data/Müller\"'"),
         ("scenario.path=~/houses", "scenario.path=~/houses: cannot be read"),
-        ("push_to=me/model", "push_to=me/model: belongs to action=export"),
+        ("push_to=me/model", "push_to=me/model: is read by action=export, and this is action=run"),
+        ("records=[x]", "records=['x']: is read by action=report"),
+        ("export.arm=none", "export.arm=none: is read by action=export, and this is action=run"),
+        ("action=leaderboard", "dry_run=True: is read by action=run | search | audit"),
         ("paths.outputs=" + "x" * 300, "the name is too long for the file system: set paths.outputs=DIR"),
     ],
 )
