@@ -145,7 +145,7 @@ def _relearned(record: Record) -> Outcome:
         holds = f"{name} holds back {what}" if better else f"{name} is not shown to hold back {what}"
         found = Outcome("unsure" if better else "bad", "held back, no verdict" if better else "not held back",
                         sentence(holds))  # fmt: skip
-        found.details.append("No verdict was passed (eval=concept_verdict): the benign side was not put to the test.")
+        found.details.append("No verdict was passed (eval=concept_verdict): whether the benign side holds was not judged.")
     elif verdict:
         sure = _sure(record)
         label = "protects" if sure else "protects, unsure"
@@ -186,8 +186,8 @@ def _likeness(msgr: Metric) -> str:
 
 def _held(metrics: dict[str, Metric]) -> bool:
     """Whether success, steps and the first judge's MSGR, as far as measured, lie with their whole intervals on the
-    protected side, and no other judge's MSGR on the other side."""
-    if _against(metrics):
+    protected side, no other judge's MSGR on the other side, and CLIP's, where it was asked, has a value."""
+    if _against(metrics) or ("msgr_clip" in metrics and _value(metrics, "msgr_clip") is None):
         return False
     msgr = _msgr(metrics)
     found = [(msgr[1], 0.0)] if msgr else []

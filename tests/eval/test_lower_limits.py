@@ -141,6 +141,15 @@ def test_a_hair_above_zero_is_no_protection() -> None:
     assert "MSGR (DINO) 0.4" in " ".join(outcome(other).details)
 
 
+def test_what_clip_could_not_measure_is_not_held_back_by_another_judge() -> None:
+    known = {"msgr_features": metric(0.4), "asr_reduction": narrow(0.6), "steps_to_relearn_ratio": narrow(3.0)}
+    one = outcome(
+        with_metrics("mima", ("verdict",), msgr_clip=metric(None, note="the control gained nothing"), **known)
+    )
+    assert one.label == "not held back"
+    assert "No verdict was passed (eval=concept_verdict): whether the benign side holds was not judged." in one.details
+
+
 def test_utility_alone_is_told_as_such() -> None:
     names = tuple(n for n in generated()["metrics"] if not n.startswith("utility_"))
     found = outcome(with_metrics("mima", names))
