@@ -145,7 +145,8 @@ def _relearned(record: Record) -> Outcome:
         holds = f"{name} holds back {what}" if better else f"{name} is not shown to hold back {what}"
         found = Outcome("unsure" if better else "bad", "held back, no verdict" if better else "not held back",
                         sentence(holds))  # fmt: skip
-        found.details.append("No verdict was passed (eval=concept_verdict): whether the benign side holds was not judged.")
+        told = "No verdict was passed (eval=concept_verdict): whether the benign side holds was not judged."
+        found.details.append(told)
     elif verdict:
         sure = _sure(record)
         label = "protects" if sure else "protects, unsure"
