@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from eval.report.words import ARROWS, figure, interval, measured, support
+from eval.report.words import ARROWS, bound, figure, interval, measured, support
 
 _FOLDER = Path(__file__).parent / "templates"
 
@@ -29,7 +29,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"figure": figure, "interval": interval, "measured": measured, "support": support}
-    environment.filters["breakable"] = _breakable
+    environment.filters |= {"breakable": _breakable, "bound": bound}
     environment.globals["arrows"] = ARROWS
     environment.globals["style"] = Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))
     return environment

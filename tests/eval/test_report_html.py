@@ -177,3 +177,24 @@ def test_dark_and_light_screens_differ(tmp_path: Path) -> None:
         assert len(set(image.getdata())) > 10  # something is drawn
     assert brightness["dark"] < 80
     assert brightness["light"] > 200
+
+
+def test_a_report_explains_its_words(tmp_path: Path) -> None:
+    features, generations = (
+        render(found, tmp_path / name).read_text(encoding="utf-8")
+        for found, name in (([attacked("kappa", 3.4, 1.03, 356.0)], "a.html"), ([generated("mima")], "b.html"))
+    )
+    assert "<dt>RIR</dt>" in features
+    assert "<dt>steps to relearn</dt>" not in features
+    assert "<dt>steps to relearn</dt>" in generations
+    assert "<dt>RIR</dt>" not in generations
+
+
+def test_a_check_behind_the_verdict_shows_that_it_is_a_limit(tmp_path: Path) -> None:
+    one = attacked("kappa", 3.4, 1.03, 356.0)
+    row = {
+        "side": "benign", "check": "steps", "value": 0.4, "low": 0.2, "high": 0.8, "n": 10, "required": "≤ 1.1",
+        "passed": False, "sure": False, "note": "at least: the target was not met in 1 of 10 cases",
+    }  # fmt: skip
+    one["tables"]["verdict"] = [row]
+    assert ">≥ 0.4 [0.2, 0.8]<" in render([sealed(one)], tmp_path / "a.html").read_text(encoding="utf-8")
