@@ -67,4 +67,4 @@ def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(nam
     saved = {k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters}
     assert saved <= found.weights.keys() or name == "curriculum"
     assert bool(own) == (name not in ("lora", "lora_fast", "lora_text_encoder", "textual_inversion"))
-    features.check_round_trip(found, name, model, case, task, tmp_path)
+    features.check_round_trip(found, name, model, case, task, tmp_path, budget)

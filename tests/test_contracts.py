@@ -151,7 +151,7 @@ def moved(model, copied):
     return new.keys() - same
 
 
-def check_round_trip(found, name, model, case, task, folder):
+def check_round_trip(found, name, model, case, task, folder, budget=BUDGET):
     """A trajectory that one pipeline stores is the same, bit for bit, in another one that reads it."""
 
     def pipeline(attack):
@@ -160,7 +160,7 @@ def check_round_trip(found, name, model, case, task, folder):
             scenario=SimpleNamespace(name="tiny", load=lambda seed: ScenarioData((case,), (), "tiny")),
             backbone=SimpleNamespace(build=lambda case, seed: clone(model)), backbone_identity={},
             eraser=Part(lambda built, case, seed: built, {}, ""), immunizer=none, control=none,
-            attacks={name: Part(attack, {}, "")}, metrics={}, budget=BUDGET, seeds=(0,),
+            attacks={name: Part(attack, {}, "")}, metrics={}, budget=budget, seeds=(0,),
         )  # fmt: skip
         return Pipeline(parts, Store(folder))
 

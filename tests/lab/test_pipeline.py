@@ -178,7 +178,7 @@ def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_th
             return moved
 
     object.__setattr__(found.parts.immunizer, "obj", CutShort())
-    run = Run(OmegaConf.create({"eval": {}, "attacks": {}}), tmp_path)
+    run = Run(OmegaConf.create({"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}), tmp_path)
     run._pipeline = found
     for cell in found.immunize_cells():
         run._do(cell)
