@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -77,10 +76,12 @@ class _Child:
                     self._forget()
 
     def _forget(self) -> None:
-        """Drop the message that waits longest."""
-        with contextlib.suppress(queue.Empty):  # the child has just read it
-            self._queue.get_nowait()
-            self.lost += 1
+        """Drop the message that waits longest but one: the first may be the start, which the child needs."""
+        with self._queue.mutex:
+            waiting = self._queue.queue
+            if len(waiting) > 1:  # else the child has just read one
+                del waiting[1]
+                self.lost += 1
 
     def finish(self) -> None:
         """Wait for the child, ``timeout`` seconds after ``close`` at most; one warning at most."""

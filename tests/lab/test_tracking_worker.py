@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import sys
 import time
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_logging_never_waits_for_a_slow_tracker(folder, tmp_path, monkeypatch):
         trackers.log("x", step, {"v": 1.0})
     assert time.monotonic() - began < 5
     trackers.finish(folder / "record.json", folder / "report.html")
+
+
+def test_live_points_give_way_to_the_end_and_the_start_does_not():
+    child = object.__new__(client._Child)
+    child.timeout, child.lost, child._queue = 1.0, 0, queue.Queue(3)
+    for event in ("start", "log", "log"):
+        child.send({"event": event})
+    child.close({"event": "finish"})
+    left = [child._queue.get_nowait() for _ in range(3)]
+    assert [line and json.loads(line)["event"] for line in left] == ["start", "finish", None]
+    assert child.lost == 2
 
 
 def test_the_end_reaches_a_tracker_that_is_far_behind(folder, tmp_path, monkeypatch, caplog):
