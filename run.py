@@ -74,7 +74,8 @@ def _check_added() -> None:
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
         group = key in known.runtime.choices or "." in key or "/" in key or "@" in key
-        if word.startswith("+") and not group and not any(f"${{{key}" in other for other in words):
+        added = word.startswith("+") and not word.startswith("++")  # ++ sets what may be there already
+        if added and not group and not any(f"${{{key}" in other for other in words):
             raise UserError(key, value, "is no key of this project, and nothing reads it: leave it out.")
 
 

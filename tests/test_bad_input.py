@@ -151,6 +151,10 @@ def test_a_key_of_ones_own_may_be_added_where_something_reads_it(cli):
     assert cli("+foo=3", "immunize.epochs=${foo}")[0] == 0
 
 
+def test_a_key_that_is_there_may_be_set_with_two_signs(cli):
+    assert cli("++seeds=[0]")[0] == 0
+
+
 OWN = ROOT / "docs" / "examples" / "own_methods"
 
 

@@ -99,15 +99,10 @@ def interval(metric: Metric) -> str:
     return f"[{figure(metric['low'])}, {figure(metric['high'])}]"
 
 
-def limit(metric: Metric) -> bool:
-    """Whether the value is a lower limit: it may be any higher figure."""
-    return (metric["note"] or "").startswith("at least")
-
-
 def bound(metric: Metric) -> str:
-    """``≥`` before a lower limit, ``≤`` before an upper one, else nothing."""
-    upper = (metric["note"] or "").startswith("at most")
-    return "≥" if limit(metric) else "≤" if upper else ""
+    """``≥`` before a lower limit (it may be any higher figure), ``≤`` before an upper one, else nothing."""
+    note = metric["note"] or ""
+    return "≥" if note.startswith("at least") else "≤" if note.startswith("at most") else ""
 
 
 def measured(metric: Metric | None) -> str:
