@@ -17,7 +17,7 @@ from eval.generations import DETECTED, USABLE, Board, Cell, Reading, marks
 from eval.intervals import Floats, Unit, score, worst_score
 from eval.judging import Judges, detector_of, try_out
 from eval.reading import read
-from eval.usable import Namer
+from eval.usable import told_apart
 from lab.options import number
 from lab.problems import ConceptCase, Kind, Role
 from lab.slugs import slug
@@ -65,8 +65,7 @@ class Relearning:
 
     def __call__(self, run: RunView) -> Scores:
         detector = detector_of(self.judges, f"eval.{self.name}")
-        styles = any(task.kind == "style" for seed in run.seeds for case in run.cases(seed) for task in case.tasks)
-        more = (USABLE,) if styles and isinstance(detector, Namer) else ()
+        more = (USABLE,) if told_apart(run, detector) else ()
         board = read(run, self.judges, (DETECTED, *more), label="detections")
         known = {c.concept for c in board.roles} & set(detector.rates)
         rates = {c: (detector.rates[c]["false_positive"], detector.rates[c]["false_negative"]) for c in known}

@@ -17,6 +17,7 @@ from torch import Tensor
 from eval.intervals import Floats
 from eval.judging import Detector, Labeller
 from lab.problems import Concept
+from lab.types import RunView
 
 
 @runtime_checkable
@@ -25,6 +26,12 @@ class Namer(Labeller, Protocol):
 
     @property
     def names(self) -> Mapping[str, Sequence[str]]: ...
+
+
+def told_apart(run: RunView, detector: Detector) -> bool:
+    """Whether usable pictures are other pictures than detections: styles among the concepts, objects that are named."""
+    tasks = (task for seed in run.seeds for case in run.cases(seed) for task in case.tasks)
+    return isinstance(detector, Namer) and any(task.kind == "style" for task in tasks)
 
 
 def asked(objects: Sequence[str], prompt: str) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ GROUPS = (
     "experiment", "experiment/paper", "debug",
 )  # fmt: skip
 COUNTS = {
-    "scenario": 17, "backbone": 8, "erase": 2, "immunize": 27, "attacks": 27, "eval": 14, "judges": 2, "tracker": 3,
+    "scenario": 17, "backbone": 8, "erase": 2, "immunize": 27, "attacks": 29, "eval": 14, "judges": 2, "tracker": 3,
     "launch": 3, "paths": 1, "experiment": 10, "experiment/paper": 3, "debug": 2, "sweeps": 39,
 }  # fmt: skip
 

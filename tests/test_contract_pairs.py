@@ -47,7 +47,7 @@ def test_features(name, kind):
 def test_concepts(name):
     case, model = tiny_case(), tiny_diffusion()
     after = concepts.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    assert len(CONCEPT_ATTACKERS) == 11
+    assert len(CONCEPT_ATTACKERS) == 13
     for attacker in CONCEPT_ATTACKERS:
         found = check(concepts.attacker(attacker), after, case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2)))
         assert found.steps == [0, 2], attacker

@@ -215,3 +215,24 @@ def test_wrong_options_name_their_key():
             ConceptVerdict(FakeJudges(), **wrong)
     with pytest.raises(UserError, match="needs a detector"):
         scores(world(), FakeJudges(detector=None))
+
+
+class Naming(Detector):
+    names = {"object": ("red thing", "green"), "style": ("photo", "any")}
+
+
+def test_the_note_tells_torn_pictures_apart_and_requires_nothing_of_them():
+    """Every second prompt is "green"; at cosine 0.8 the object that is seen is the red thing, at 0.6 the green one."""
+    control = shares(0, 2, 8, 10, 10, cosines=(0.6,) * 5)
+    torn = shares(0, 2, 8, 10, 10, cosines=(0.8, 0.8, 0.8, 0.8, 0.6))
+    everywhere = {"mosaic": torn, "neon": torn, "sketch": control}
+    rates = {name: {"false_positive": 0.1, "false_negative": 0.1} for name in everywhere}
+    run = each(dict.fromkeys(everywhere, control), everywhere)
+    plain, apart = (scores(run, FakeJudges(detector=detector(rates))) for detector in (Detector, Naming))
+    assert plain.tables["verdict"] == apart.tables["verdict"]
+    assert "not required" not in plain.metrics["verdict"].note
+    told = apart.metrics["verdict"].note.partition("not required: ")[2]
+    ratio = (40 + 40 * (0.6 - 0.5) / 0.5) / (10 + 10 * (0.6 - 0.2) / 0.6)  # half of 4 of 10 pictures, then all 10
+    assert f"steps {ratio:.3g} [" in told
+    assert f"worst target {ratio:.3g} [" in told
+    assert told.endswith("success at 1× 40% (control 80%)")
