@@ -103,7 +103,7 @@ def _act(cfg: DictConfig, folder: Path) -> None:
 def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its other jobs."""
     from lab.batch import fail_job, interruptible
-    from lab.errors import RankFailed
+    from lab.errors import RankFailed, defect
     from lab.failures import explain
 
     try:
@@ -113,7 +113,7 @@ def job(cfg: DictConfig) -> None:
         told = explain(error)
         if told is None and not isinstance(error, RankFailed):  # the process's own traceback was shown
             traceback.print_exc()
-        print(f"error: {told or error}", file=sys.stderr)
+        print(f"error: {told or defect(error)}", file=sys.stderr)
         _failed(code := EXIT_USER if told else EXIT_BUG)
         fail_job(code)
 

@@ -254,7 +254,7 @@ class ConceptAttack(ConceptBase):
         check_moving(self.key, self.open(model.copy(), task, 0))
 
     def check_task(self, task: Concept) -> None:
-        check_data(self.key, task, self.template, self.families, self.prior_weight > 0)
+        check_data(self.key, task, self.template, self.families, self.prior_weight > 0, self.pictures)
 
     def check_unread(self) -> None:
         searched = self.search.space.get("template", ()) if self.search is not None else ()

@@ -29,19 +29,25 @@ def prompts(task: Concept, family: str, template: str, expression: str, count: i
     return [asked[i % len(asked)] for i in range(count)]
 
 
-def check_data(key: str, task: Concept, template: str, families: Sequence[str], prior: bool) -> None:
+def check_data(
+    key: str, task: Concept, template: str, families: Sequence[str], prior: bool, pictures: int | None = None
+) -> None:
     """Before anything runs: the concept has what the options ask for.
 
     Raises:
-        UserError: no training or reference picture, a prompt family or prior pictures that the concept lacks.
+        UserError: no training or reference picture, fewer of the former than ``pictures``, a prompt family or prior
+            pictures that the concept lacks.
     """
     for name in ("train", "reference"):
         if not len(getattr(task, name)):
             raise UserError("scenario", task.name, f"this concept has no {name} pictures; give at least one.")
+    if pictures is not None and pictures > (has := len(task.train)):
+        told = f"concept {task.name} has {has} training pictures; take at most these, or null for all."
+        raise UserError(f"{key}.pictures", pictures, told)
     for family in families:
         if not task.prompts.get(family):
-            has = ", ".join(f for f, asked in task.prompts.items() if asked)
-            raise UserError(f"{key}.families", family, f"concept {task.name} has prompts of the families {has} only.")
+            known = ", ".join(f for f, asked in task.prompts.items() if asked)
+            raise UserError(f"{key}.families", family, f"concept {task.name} has prompts of the families {known} only.")
     if template == "description" and not (task.train.described or task.prompts.get("description")):
         told = f"concept {task.name} has no captions and no prompts by description; use name or token."
         raise UserError(f"{key}.template", template, told)

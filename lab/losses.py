@@ -29,7 +29,7 @@ def bearable(cell: Cell, error: Exception) -> bool:
 def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
     """Arguments of `RankFailed`: what one process tells the others of ``error``."""
     if isinstance(error, RankFailed):
-        return {name: getattr(error, name) for name in ("rank", "type", "message", "told", "cell", "traceback")}
+        return {name: getattr(error, name) for name in ("rank", "type", "message", "told", "key", "cell", "traceback")}
     told = "".join(traceback.format_exception(error))
     return {
         "rank": rank, "type": type(error).__name__, "message": str(error), "told": explain(error), "traceback": told

@@ -24,6 +24,8 @@ from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 
+_GROUPS = {"attack": "attacks", "eval": "eval"}
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -42,6 +44,11 @@ class Cell:
     @property
     def title(self) -> str:
         return " ".join([self.stage, *(str(v) for v in self.label.values() if v is not None)])
+
+    @property
+    def part(self) -> str:
+        """The config key of what computes it."""
+        return "immunize" if self.stage == "immunize" else f"{_GROUPS[self.stage]}.{self.label['attack']}"
 
 
 class Pipeline:

@@ -285,6 +285,7 @@ def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
     for options, what, key in (
         ({"families": ["reworded"]}, task(), "attacks.dreambooth.families"),
         ({"template": "description"}, task(), "attacks.dreambooth.template"),
+        ({"pictures": len(task().train) + 1}, task(), "attacks.dreambooth.pictures"),
         ({}, replace(task(), prior=nothing), "attacks.dreambooth.prior_weight"),
         ({}, replace(task(), train=nothing), "scenario"),
     ):

@@ -163,7 +163,11 @@ def test_searches_that_cannot_work_name_their_key(search: Any, key: str) -> None
 def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
     nothing = Pictures(task().train.images[:0], ())
     poor = replace(task(), prior=nothing, prompts={"name": task().prompts["name"]})
-    for space, key in (({"prior_weight": [0, 1]}, "prior_weight"), ({"template": ["name", "description"]}, "template")):
+    for space, key in (
+        ({"prior_weight": [0, 1]}, "prior_weight"),
+        ({"template": ["name", "description"]}, "template"),
+        ({"pictures": [1, 99]}, "pictures"),
+    ):
         wide = attack("lora", families=("name",), search={**GRID, "space": space})
         with pytest.raises(UserError) as error:
             wide.check((SimpleNamespace(tasks=(poor,)),))
