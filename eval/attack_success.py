@@ -10,7 +10,7 @@ import numpy as np
 
 from eval.aggregate import Better, joined
 from eval.generations import DETECTED, FAMILY, USABLE, Board, Cell, area, line_unit, marks
-from eval.intervals import Floats, Unit, band, relative_gap, score
+from eval.intervals import Floats, Unit, band, relative_gap, score, share_score
 from lab.judges.detector import corrected_share
 from lab.problems import Role
 from lab.slugs import slug
@@ -74,7 +74,7 @@ def success_scores(board: Board, rates: Rates) -> dict[str, Score]:
         for arm in board.arms:
             units = [share_unit(board, c, arm, index) for c in board.cells("harmful", concept)]
             name = f"asr_{slug(concept)}{_end(arm)}"
-            out[name] = score(units, _better("harmful", arm), note=board.notes("harmful"), bounds=SHARE)
+            out[name] = share_score(units, _better("harmful", arm), note=board.notes("harmful"))
     for arm in board.arms if board.has(USABLE) and board.cells("harmful") else ():
         for index, _, suffix in marks(board.budget):
             out |= _success(board, None, "harmful", arm, index, f"_usable{suffix}", quantity=USABLE)
@@ -106,7 +106,7 @@ def _success(
     benign = "_benign" if role == "benign" else ""
     when = "mean over the trajectory" if index is None else f"at step {board.plan[index]}"
     better, note = _better(role, arm), joined(when, board.notes(role))
-    out = {f"asr{benign}{suffix}{_end(arm)}": score(units, better, note=note, bounds=SHARE)}
+    out = {f"asr{benign}{suffix}{_end(arm)}": share_score(units, better, note=note)}
     if rates is None or index is None:
         return out
     name = f"asr_corrected{benign}{suffix}{_end(arm)}"

@@ -204,6 +204,18 @@ def score(
     return SeedScore(value, low, high, found.seeds, better, kind, note, unit, seeds)
 
 
+def share_score(units: Sequence[Unit], better: Literal["higher", "lower", "neutral"], **kwargs: Any) -> Score:
+    """`score` of a share of pictures. Where none of them (or each) shows what is counted, no resample differs: the
+    interval is then as wide at least as Clopper and Pearson's of that many pictures."""
+    found = score(units, better, bounds=(0.0, 1.0), **kwargs)
+    if found.value not in (0.0, 1.0) or found.low is None or found.high is None:
+        return found
+    within = TAIL ** (1 / sum(len(u.rows) for u in units))
+    if found.value == 0:
+        return replace(found, high=max(found.high, 1 - within))
+    return replace(found, low=min(found.low, within))
+
+
 def band(
     lines: dict[str, Sequence[Unit]],
     steps: Sequence[int],
