@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lab import record as records
 from lab.assemble import assemble, check_cases, check_groups
@@ -19,7 +19,7 @@ from lab.errors import RankFailed, UserError, blame, blamed
 from lab.losses import Losses, bearable, facts
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
-from lab.provenance import provenance
+from lab.run_record import record_of
 from lab.spread import Alone
 from lab.store import Store
 from lab.tracking import Trackers
@@ -36,7 +36,7 @@ class Run:
         self.cfg, self.folder, self.ranks = cfg, folder, ranks or Alone()
         self.computed: set[str] = set()  # keys of stages that this run's other processes may have computed
         self.waiting: list[Cell] = []
-        self.started, self._clock = time.time(), time.monotonic()
+        self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
         self.cells: list[dict[str, Any]] = []
@@ -44,13 +44,13 @@ class Run:
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
         self.losses = Losses()
-        self._pipeline: Pipeline | None = None
+        self.made: Pipeline | None = None  # by `prepare`
 
     @property
     def pipeline(self) -> Pipeline:
-        if self._pipeline is None:
+        if self.made is None:
             raise RuntimeError("prepare() comes first")
-        return self._pipeline
+        return self.made
 
     # ---- execution
 
@@ -63,10 +63,10 @@ class Run:
         torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports the whole compiler, seconds
         parts = assemble(cfg)
         store = Store(cfg.paths.cache, force=cfg.force)
-        self._pipeline = Pipeline(parts, store, trackers.log if trackers else None)
+        self.made = Pipeline(parts, store, trackers.log if trackers else None)
         for seed in parts.seeds:
-            check_cases(parts, self._pipeline.data(seed).cases)
-        return self._pipeline
+            check_cases(parts, self.made.data(seed).cases)
+        return self.made
 
     def execute(self) -> None:
         pipeline = self.pipeline
@@ -199,7 +199,7 @@ class Run:
             log.warning(told)
             self.pipeline.notes[told] = None
 
-    # ---- record
+    # ---- end
 
     def fail(self, error: BaseException) -> None:
         """Remember why the run ended; called once, from the outermost handler."""
@@ -222,47 +222,12 @@ class Run:
                 status = "pending" if self.status == "preempted" else "failed"
             self.cells.append({"stage": cell.stage, "key": cell.key, "status": status, **_labels(cell)})
 
-    def record(self) -> records.Record:
-        config = OmegaConf.to_container(self.cfg, resolve=True)
-        pipeline = self._pipeline
-        facts = provenance(self.started, time.monotonic() - self._clock)
-        facts |= {"cache_hits": self.hits, "cache_misses": self.misses, **self.ranks.facts()}
-        facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
-        facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
-        body = {
-            "schema": records.SCHEMA_VERSION,
-            "name": f"{self.cfg.name}/{self.cfg.immunize.name}",
-            "status": self.status,
-            "scenario": str(self.cfg.scenario.name),
-            "backbone": str(self.cfg.backbone.name),
-            "immunizer": str(self.cfg.immunize.name),
-            "attacks": list(self.cfg.attacks),
-            "seeds": self._seeds(),
-            "config": records.clean(config),
-            "notes": list(pipeline.notes) if pipeline else [],
-            "cells": self.cells,
-            "error": self.error,
-            "skipped": self.skipped | self.losses.metrics,
-            "provenance": facts,
-        }
-        found = records.scores_json(self.scores)
-        if rows := records.seed_values(self.scores, body["seeds"]):
-            found["tables"]["seed_values"] = rows
-        self.losses.blank(found)
-        return body | found
-
-    def _seeds(self) -> list[int]:
-        if self._pipeline is not None:
-            return list(self._pipeline.parts.seeds)
-        given = self.cfg.seeds if isinstance(self.cfg.seeds, ListConfig) else [self.cfg.seeds]
-        return [seed for seed in given if isinstance(seed, int) and not isinstance(seed, bool)]
-
     def finish(self, trackers: Trackers | None) -> Path:
         """Write the record, render the report, hand both to the trackers, print the summary."""
         from eval.report.html import render  # here: plots and tests take seconds to import
         from eval.report.summary import summary
 
-        body = self.record()
+        body = record_of(self)
         body["images"] = records.write_images(self.folder, records.images_of(self.scores))
         path = self.folder / "record.json"
         records.write(body, path)

@@ -179,7 +179,7 @@ def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_th
 
     object.__setattr__(found.parts.immunizer, "obj", CutShort())
     run = Run(OmegaConf.create({"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}), tmp_path)
-    run._pipeline = found
+    run.made = found
     for cell in found.immunize_cells():
         run._do(cell)
     told = [f"kappa on case {case}, seed 0 left the finite numbers at step 1" for case in ("tiny", "second")]
