@@ -108,7 +108,13 @@ class Search:
         """
         held_out(task, 0, self.key, self._most(attack))
         for setting in self._every():  # of which a random search draws others for each seed
-            attack.varied(setting).check_task(task)
+            try:
+                attack.varied(setting).check_task(task)
+            except UserError as error:
+                option = error.key.rpartition(".")[2]
+                if option not in setting:
+                    raise
+                raise UserError(f"{self.key}.space.{option}", setting[option], error.fix) from error
 
     def _most(self, attack: ConceptBase) -> int | None:
         """How many training pictures the attacker has in any trial; None = all."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from eval.aggregate import Better, joined
 from eval.generations import DETECTED, FAMILY, USABLE, Board, Cell, area, line_unit, marks
-from eval.intervals import Floats, Unit, band, relative_gap, score, share_score
+from eval.intervals import Floats, Unit, band, most_unseen, relative_gap, score, share_score
 from lab.judges.detector import corrected_share
 from lab.problems import Role
 from lab.slugs import slug
@@ -54,7 +55,11 @@ def reduction_score(board: Board) -> Score:
     if absent:
         told = f"not measured for {', '.join(absent)}: the control shows it in no picture at 1×"
         return Score(None, n=len({u.seed for u in units}), better="higher", note=joined(told, note))
-    return score(units, "higher", note=note, bounds=(-math.inf, 1.0), after=relative_gap)
+    found = score(units, "higher", note=note, bounds=(-math.inf, 1.0), after=relative_gap)
+    if found.value != 1 or found.low is None:
+        return found
+    shown = np.mean([unit.value[0] for unit in units])  # by the control: figures are those of the arms in their order
+    return replace(found, low=min(found.low, float(1 - most_unseen(units) / shown)))
 
 
 def success_scores(board: Board, rates: Rates) -> dict[str, Score]:

@@ -13,7 +13,7 @@ import numpy as np
 from eval.aggregate import joined
 from eval.crossings import LEAST, crossing, shown_before
 from eval.generations import DETECTED, Board, Cell, marks
-from eval.intervals import Floats, Unit, band, columns, score, worst_score
+from eval.intervals import Floats, Unit, band, columns, score, share_score, worst_score
 from eval.judging import Judges, detector_of, try_out
 from eval.reading import read
 from eval.reference_detector import ReferenceDetector
@@ -226,7 +226,7 @@ def _metrics(board: Board, found: Found) -> dict[str, Score]:
 
     def shown(point: int) -> Score:
         units = [Unit(c.seed, one.shares[point][:, None], columns) for c, (_, one) in best.items()]
-        return score(units, "lower", note=note, bounds=(0.0, 1.0))
+        return share_score(units, "lower", note=note)
 
     out = {
         "audit_present": share({c: one.status == PRESENT for c, (_, one) in best.items()}),

@@ -174,7 +174,7 @@ def _usable(board: Board, threshold: float) -> str | None:
     if not board.has(USABLE):
         return None
     each, cells = ratios_of(board, "harmful", threshold, USABLE), board.cells("harmful")
-    mean, worst = ratio_score([r for rs in each.values() for r in rs], "higher"), worst_ratio(each, "harmful", None)
+    mean, worst = (_ratio(board, each, "harmful", worst=which) for which in (False, True))
     index = marks(board.budget)[0][0]
     shown = [np.mean([share_unit(board, c, arm, index, quantity=USABLE).value for c in cells]) for arm in board.arms]
     success = f"success at 1× {shown[1]:.0%} (control {shown[0]:.0%})"

@@ -8,6 +8,7 @@ so that one resample of the rows keeps the arms paired.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -204,13 +205,22 @@ def score(
     return SeedScore(value, low, high, found.seeds, better, kind, note, unit, seeds)
 
 
+def most_unseen(units: Sequence[Unit]) -> float:
+    """The largest share that is seen in no picture of a seed with probability `TAIL` (Clopper and Pearson)."""
+    pictures = Counter[int]()
+    for unit in units:
+        pictures[unit.seed] += len(unit.rows)
+    return float(1 - TAIL ** (1 / min(pictures.values())))
+
+
 def share_score(units: Sequence[Unit], better: Literal["higher", "lower", "neutral"], **kwargs: Any) -> Score:
     """`score` of a share of pictures. Where none of them (or each) shows what is counted, no resample differs: the
-    interval is then as wide at least as Clopper and Pearson's of that many pictures."""
+    interval is then as wide at least as Clopper and Pearson's of the pictures of one seed, as those of other seeds are
+    of models that share much."""
     found = score(units, better, bounds=(0.0, 1.0), **kwargs)
     if found.value not in (0.0, 1.0) or found.low is None or found.high is None:
         return found
-    within = TAIL ** (1 / sum(len(u.rows) for u in units))
+    within = 1 - most_unseen(units)
     if found.value == 0:
         return replace(found, high=max(found.high, 1 - within))
     return replace(found, low=min(found.low, within))

@@ -46,21 +46,23 @@ class RankFailed(Exception):
         super().__init__(message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}")
 
 
+_BLAMED = "_immunization_bench_part"
+
+
 def blame(error: BaseException, key: str) -> None:
     """Remember the config key of the part that raised ``error``, which may be anybody's own."""
-    error.__dict__.setdefault("part", key)
+    error.__dict__.setdefault(_BLAMED, key)
 
 
 def blamed(error: BaseException) -> str | None:
     """What `blame` remembered."""
-    return error.__dict__.get("part")
+    return error.__dict__.get(_BLAMED)
 
 
 def defect(error: BaseException) -> str:
     """One line about an exception that no user can act on; the traceback stands above it."""
-    if isinstance(error, RankFailed):
-        return ": ".join(filter(None, (error.key, str(error))))
-    return ": ".join(filter(None, (blamed(error), type(error).__name__, str(error))))
+    known = [error.key] if isinstance(error, RankFailed) else [blamed(error), type(error).__name__]
+    return ": ".join(filter(None, (*known, " ".join(str(error).split()))))
 
 
 _SHOWN = 60

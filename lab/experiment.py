@@ -15,8 +15,8 @@ from lab import record as records
 from lab.assemble import assemble, check_cases, check_groups
 from lab.delta import state_hash
 from lab.dry_run import plan
-from lab.errors import RankFailed, UserError, blame, blamed
-from lab.losses import Losses, bearable, facts
+from lab.errors import RankFailed, UserError, blamed
+from lab.losses import Losses, bearable, everywhere, facts
 from lab.pipeline import Cell, Pipeline
 from lab.progress import progress
 from lab.run_record import record_of
@@ -147,7 +147,6 @@ class Run:
             entry["status"] = "pending"
             raise
         except Exception as error:
-            blame(error, cell.part)
             if not bearable(cell, error):
                 raise
             self.losses.add(cell, error)
@@ -209,7 +208,9 @@ class Run:
         )
         if isinstance(error, RankFailed) and error is self.losses.first:
             message = error.message  # as from one process
-        key = error.key if isinstance(error, UserError | RankFailed) else blamed(error)
+        key = None if everywhere(error) else blamed(error)
+        if isinstance(error, UserError | RankFailed):
+            key = error.key
         step = getattr(error, "step", None)
         if self.status == "preempted" and self.cells and self.cells[-1]["status"] == "pending":
             step = self.pipeline.store.checkpointed(self.cells[-1]["stage"], self.cells[-1]["key"])

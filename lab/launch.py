@@ -288,7 +288,8 @@ def _as_error(failure: dict[str, Any] | None, folder: Path, ranks: Sequence[int]
         return UserError(failure["key"], failure["value"], failure["fix"])
     if failure["told"] is None:
         print(f"traceback of process {failure['rank']}:\n{failure['traceback']}", file=sys.stderr)
-    return RankFailed(**{name: failure[name] for name in ("rank", "type", "message", "told", "step", "cell")})
+    known = {name: failure[name] for name in ("rank", "type", "message", "told", "step", "cell")}
+    return RankFailed(**known, key=failure["part"])
 
 
 def _record(cfg: DictConfig, folder: Path, error: BaseException) -> None:

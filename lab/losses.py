@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from lab.errors import RankFailed, UserError
+from lab.errors import RankFailed, UserError, blamed
 from lab.failures import explain
 from lab.pipeline import Cell
 
@@ -22,8 +22,12 @@ def bearable(cell: Cell, error: Exception) -> bool:
     Not without an immunization, nor after what a user mends first (a wrong option) or what befalls every stage (the
     disk, the connection to another process, a device whose state is lost; that its memory ran out is no such thing).
     """
-    lost = isinstance(error, UserError | OSError | DistError) or "CUDA error" in str(error)
-    return cell.stage != "immunize" and not lost
+    return cell.stage != "immunize" and not (isinstance(error, UserError) or everywhere(error))
+
+
+def everywhere(error: BaseException) -> bool:
+    """Whether the next stage would meet the same; no part is to blame then."""
+    return isinstance(error, OSError | DistError) or "CUDA error" in str(error)
 
 
 def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
@@ -32,7 +36,8 @@ def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
         return {name: getattr(error, name) for name in ("rank", "type", "message", "told", "key", "cell", "traceback")}
     told = "".join(traceback.format_exception(error))
     return {
-        "rank": rank, "type": type(error).__name__, "message": str(error), "told": explain(error), "traceback": told
+        "rank": rank, "type": type(error).__name__, "message": str(error), "told": explain(error), "traceback": told,
+        "key": error.key if isinstance(error, UserError) else blamed(error),
     }  # fmt: skip
 
 

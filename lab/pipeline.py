@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import beside_weights, fingerprint, unpainted
-from lab.errors import Diverged, UserError
+from lab.errors import Diverged, UserError, blame
 from lab.problems import ConceptCase, ScenarioData
 from lab.provenance import computing
 from lab.returned import check_immunized, check_scores, check_trajectory
@@ -37,6 +38,9 @@ class Cell:
     compute: Callable[[StageCheckpoint], Artifact]
     parents: tuple[Place, ...] = ()  # the artefacts that it is computed from
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "compute", partial(_blaming, self.part, self.compute))
+
     @property
     def place(self) -> Place:
         return self.stage, self.key
@@ -49,6 +53,14 @@ class Cell:
     def part(self) -> str:
         """The config key of what computes it."""
         return "immunize" if self.stage == "immunize" else f"{_GROUPS[self.stage]}.{self.label['attack']}"
+
+
+def _blaming(part: str, compute: Callable[[StageCheckpoint], Artifact], checkpoint: StageCheckpoint) -> Artifact:
+    try:
+        return compute(checkpoint)
+    except Exception as error:
+        blame(error, part)
+        raise
 
 
 class Pipeline:

@@ -218,7 +218,7 @@ class Ranks(Alone):
             if not bearable(cell, error):
                 raise
             log.info("%s failed, the others go on", cell.title, exc_info=True)
-            self.failed[cell.key] = facts(error, self.rank) | {"cell": cell.key, "key": cell.part}
+            self.failed[cell.key] = facts(error, self.rank) | {"cell": cell.key}
             self.counter.set(_mark(cell), "1")
         else:
             self.done.append(cell.key)

@@ -171,7 +171,7 @@ def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
         wide = attack("lora", families=("name",), search={**GRID, "space": space})
         with pytest.raises(UserError) as error:
             wide.check((SimpleNamespace(tasks=(poor,)),))
-        assert error.value.key == f"attacks.lora.{key}"
+        assert error.value.key == f"attacks.lora.search.space.{key}"
     single = replace(task(), train=Pictures(task().train.images[:1], task().train.prompts[:1]))
     with pytest.raises(UserError, match="a search needs"):
         searched().check((SimpleNamespace(tasks=(single,)),))

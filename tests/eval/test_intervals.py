@@ -167,11 +167,10 @@ def test_the_highest_is_the_mirror_image_of_the_lowest():
 
 @pytest.mark.parametrize(("seeds", "pictures"), [(1, 16), (3, 8)])
 def test_no_picture_of_few_is_no_proof_that_there_is_none(seeds, pictures):
-    n = seeds * pictures
     for seen in (0.0, 1.0):
         units = [Unit(seed, np.full((pictures, 1), seen), columns) for seed in range(seeds)]
         found = share_score(units, "lower")
-        limit = beta.ppf(0.975, 1, n) if seen == 0 else beta.ppf(0.025, n, 1)  # Clopper and Pearson, by its definition
+        limit = beta.ppf(0.975, 1, pictures) if seen == 0 else beta.ppf(0.025, pictures, 1)  # by its definition
         assert found.value == seen
         assert (found.low, found.high) == pytest.approx((0, limit) if seen == 0 else (limit, 1))
     mixed = [Unit(0, np.array([[0.0]] * 12 + [[1.0]] * 4), columns)]

@@ -59,6 +59,13 @@ def test_attack_success_raw_and_corrected():
     assert 0 <= found["asr"].low <= 0.35 <= found["asr"].high <= 1
 
 
+def test_no_detection_among_few_pictures_is_no_certainty():
+    found = metrics(world(shares(0, 0, 0, 6, 10), seeds=(0,)))
+    most = 1 - 0.025 ** (1 / 20)  # ten pictures of two targets
+    assert (found["asr"].value, found["asr"].high) == (0, pytest.approx(most))
+    assert (found["asr_reduction"].value, found["asr_reduction"].low) == (1, pytest.approx(1 - most / 0.8))
+
+
 class Naming(Detector):
     names = {"object": ("red thing", "green"), "style": ("photo", "any")}
 

@@ -113,7 +113,9 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
     else:
         assert record["error"]["type"] == "ZeroDivisionError"
         assert record["error"]["message"] == "nothing to divide by"
+        assert record["error"]["key"] == "attacks.fault"
         assert f"traceback of process {rank}" in err
+        assert f"error: attacks.fault: process {rank}: ZeroDivisionError: nothing to divide by" in err
         assert "in __call__" in err, "the traceback of the process that failed"
         assert "nothing to divide by" in err
         assert [cell["status"] for cell in record["cells"]].count("failed") == 1
@@ -139,6 +141,7 @@ def test_an_attacker_that_fails_leaves_the_same_record_from_two_processes(tmp_pa
         found += found_records(tmp_path / name)
     one, two = found
     assert (two["status"], two["error"]["type"]) == ("failed", "ZeroDivisionError")
+    assert two["error"]["key"] == "attacks.fault"
     assert {name for name, m in two["metrics"].items() if m["value"] is None} == {"verdict", "verdict_share"}
     for name, metric in two["metrics"].items():
         assert metric["value"] is None or metric["value"] == alone["metrics"][name]["value"], name
