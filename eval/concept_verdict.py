@@ -171,8 +171,9 @@ def _broken(board: Board) -> Score | None:
 
 def _usable(board: Board, threshold: float) -> str | None:
     """What the targets' steps and success are where a picture must also show the object of its prompt."""
-    if not board.has(USABLE):
-        return None
+    seen = [reading.values for (cell, *_), reading in board.readings.items() if board.roles[cell] == "harmful"]
+    if not board.has(USABLE) or all(np.array_equal(v[USABLE], v[DETECTED]) for v in seen):
+        return None  # of objects, for one
     each, cells = ratios_of(board, "harmful", threshold, USABLE), board.cells("harmful")
     mean, worst = (_ratio(board, each, "harmful", worst=which) for which in (False, True))
     index = marks(board.budget)[0][0]
