@@ -236,3 +236,7 @@ def test_the_note_tells_torn_pictures_apart_and_requires_nothing_of_them():
     assert f"steps {ratio:.3g} [" in told
     assert f"worst target {ratio:.3g} [" in told
     assert told.endswith("success at 1× 40% (control 80%)")
+    alike = scores(
+        each(dict.fromkeys(everywhere, control), dict.fromkeys(everywhere, control)), FakeJudges(detector=Naming(rates))
+    )
+    assert "not required" not in alike.metrics["verdict"].note, "each picture shows what it was asked for"
