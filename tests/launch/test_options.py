@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lab import launch
-from lab.errors import RankFailed, UserError
+from lab.errors import RankFailed, UserError, defect
 from lab.launch import Launch
 from lab.worker import _device
 
@@ -157,6 +157,7 @@ def test_only_echoes_and_silence_become_the_dead_process(tmp_path, capsys):
             "key": None,
             "value": None,
             "fix": None,
+            "part": "attacks.mine",
         }
         facts = {"step": None, "cell": None, "traceback": "Traceback of it", "order": order, "echo": echo}
         return {"state": "failed", "failure": plain | facts | more}
@@ -166,7 +167,7 @@ def test_only_echoes_and_silence_become_the_dead_process(tmp_path, capsys):
     assert isinstance(error, RankFailed)
     assert (error.rank, error.type) == (1, "Killed")
     error = told(failed(order=2, rank=0), failed(order=1, message="first"))
-    assert "process 1: ValueError: first" in str(error)
+    assert defect(error) == "attacks.mine: process 1: ValueError: first"
     assert "Traceback of it" in capsys.readouterr().err
     error = told(failed(told="seeds: wrong", key="seeds", value="x", fix="wrong"), running)
     assert isinstance(error, UserError)
