@@ -25,8 +25,6 @@ from lab.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores
 
 LogHook = Callable[[str, int, dict[str, float]], None]
 
-_GROUPS = {"attack": "attacks", "eval": "eval"}
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -52,7 +50,9 @@ class Cell:
     @property
     def part(self) -> str:
         """The config key of what computes it."""
-        return "immunize" if self.stage == "immunize" else f"{_GROUPS[self.stage]}.{self.label['attack']}"
+        if self.stage == "immunize":
+            return "immunize"
+        return f"{'attacks' if self.stage == 'attack' else self.stage}.{self.label['attack']}"
 
 
 def _blaming(part: str, compute: Callable[[StageCheckpoint], Artifact], checkpoint: StageCheckpoint) -> Artifact:
