@@ -220,10 +220,10 @@ def share_score(units: Sequence[Unit], better: Literal["higher", "lower", "neutr
     found = score(units, better, bounds=(0.0, 1.0), **kwargs)
     if found.value not in (0.0, 1.0) or found.low is None or found.high is None:
         return found
-    within = 1 - most_unseen(units)
+    unseen = most_unseen(units)
     if found.value == 0:
-        return replace(found, high=max(found.high, 1 - within))
-    return replace(found, low=min(found.low, within))
+        return replace(found, high=max(found.high, unseen))
+    return replace(found, low=min(found.low, 1 - unseen))
 
 
 def band(
