@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -49,13 +50,21 @@ class RankFailed(Exception):
 _BLAMED = "_immunization_bench_part"
 
 
-def blame(error: BaseException, key: str) -> None:
-    """Remember the config key of the part that raised ``error``, which may be anybody's own."""
-    error.__dict__.setdefault(_BLAMED, key)
+@contextmanager
+def blaming(key: str) -> Iterator[None]:
+    """Whatever is raised within remembers the config key of the part that runs here, which may be anybody's own.
+
+    The innermost one counts: an attacker that asks for a case meets a broken scenario, not a broken attacker.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.__dict__.setdefault(_BLAMED, key)
+        raise
 
 
 def blamed(error: BaseException) -> str | None:
-    """What `blame` remembered."""
+    """What `blaming` remembered."""
     return error.__dict__.get(_BLAMED)
 
 

@@ -31,9 +31,14 @@ def everywhere(error: BaseException) -> bool:
 
 
 def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
-    """Arguments of `RankFailed`: what one process tells the others of ``error``."""
+    """Arguments of `RankFailed`: what one process tells the others of ``error``, which may be what another told it."""
     if isinstance(error, RankFailed):
         return {name: getattr(error, name) for name in ("rank", "type", "message", "told", "key", "cell", "traceback")}
+    return own_facts(error, rank)
+
+
+def own_facts(error: BaseException, rank: int | None) -> dict[str, Any]:
+    """The same of an exception as this process met it."""
     told = "".join(traceback.format_exception(error))
     return {
         "rank": rank, "type": type(error).__name__, "message": str(error), "told": explain(error), "traceback": told,

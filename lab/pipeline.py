@@ -15,7 +15,7 @@ from torch import Tensor
 from lab.activations import digest
 from lab.assemble import Parts
 from lab.cases import beside_weights, fingerprint, unpainted
-from lab.errors import Diverged, UserError, blame
+from lab.errors import Diverged, UserError, blaming
 from lab.problems import ConceptCase, ScenarioData
 from lab.provenance import computing
 from lab.returned import check_immunized, check_scores, check_trajectory
@@ -56,11 +56,8 @@ class Cell:
 
 
 def _blaming(part: str, compute: Callable[[StageCheckpoint], Artifact], checkpoint: StageCheckpoint) -> Artifact:
-    try:
+    with blaming(part):
         return compute(checkpoint)
-    except Exception as error:
-        blame(error, part)
-        raise
 
 
 class Pipeline:
@@ -84,7 +81,8 @@ class Pipeline:
 
     def data(self, seed: int) -> ScenarioData:
         if seed not in self._data:
-            loaded = self.parts.scenario.load(seed)
+            with blaming("scenario"):
+                loaded = self.parts.scenario.load(seed)
             if not loaded.cases:
                 raise UserError("scenario", self.scenario, "has no cases.")
             self._data[seed] = loaded
@@ -95,8 +93,11 @@ class Pipeline:
     def original(self, case: AnyCase, seed: int) -> Model:
         """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last one is kept."""
         if self._last is None or self._last[0] != (seed, case.name):
-            built = self.parts.backbone.build(case, seed)
-            self._last = ((seed, case.name), self.parts.eraser.obj(built, unpainted(case), seed=seed))
+            with blaming("backbone"):
+                built = self.parts.backbone.build(case, seed)
+            with blaming("erase"):
+                built = self.parts.eraser.obj(built, unpainted(case), seed=seed)
+            self._last = ((seed, case.name), built)
         return clone(self._last[1])
 
     def identity(self, case: AnyCase, seed: int) -> dict[str, str]:

@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -125,18 +124,15 @@ def _unfit(cfg: Any) -> Exception | None:
 
 def _failure(error: BaseException, ranks: Any, number: int, echo: bool) -> dict[str, Any]:
     from lab.errors import RankFailed, UserError, blamed
-    from lab.failures import explain
-    from lab.losses import facts
+    from lab.losses import facts, own_facts
 
     if isinstance(error, RankFailed) and not echo:  # another process's stage, without which the run went on to its end
         return facts(error) | {"part": error.key, "key": None, "value": None, "fix": None, "step": None, "echo": False}
     user = error if isinstance(error, UserError) else None
     cell = getattr(ranks, "now", None)
-    return {
-        "rank": number, "type": type(error).__name__, "message": str(error), "told": explain(error),
-        "key": user and user.key, "value": user and str(user.value), "fix": user and user.fix,
-        "step": getattr(error, "step", None), "cell": cell and cell.key, "part": blamed(error), "echo": echo,
-        "traceback": "".join(traceback.format_exception(error)),
+    return own_facts(error, number) | {
+        "part": blamed(error), "key": user and user.key, "value": user and str(user.value), "fix": user and user.fix,
+        "step": getattr(error, "step", None), "cell": cell and cell.key, "echo": echo,
     }  # fmt: skip
 
 

@@ -95,6 +95,25 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
     assert outcome(record).details[0].endswith("nothing to divide by. Figures are of the others.")
 
 
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        ("scenario", "lab.scenarios.tabular.Tabular.load"),
+        ("backbone", "lab.backbones.linear.LinearBackbone.build"),
+        ("erase", "lab.erase.NoErasure.__call__"),
+    ],
+)
+def test_a_defect_of_what_all_stages_start_from_is_named_by_its_own_key(part, place, monkeypatch, cli, tmp_path):
+    def broken(*_, **__):
+        raise ZeroDivisionError("nothing to divide by")
+
+    monkeypatch.setattr(place, broken)
+    code, out, err = cli(*FAST)
+    assert code == 1
+    assert err.rstrip().endswith(f"error: {part}: ZeroDivisionError: nothing to divide by")
+    assert record_of(out, tmp_path)["error"]["key"] == part
+
+
 def test_a_record_that_lacks_an_attack_is_neither_ranked_nor_surely_better(broken, tmp_path):
     found = []
     for name in ("kappa", "kappa_ill_only"):
