@@ -24,6 +24,7 @@ from lab.types import Score
 Floats = NDArray[np.float64]
 DRAWS = 2000
 TAIL = 0.025  # probability beyond each limit of a 95 % interval
+SHARE = (0.0, 1.0)  # bounds of a share of pictures
 UNDEFINED = 0.05  # share of resamples without a value above which an interval says nothing
 
 
@@ -213,17 +214,31 @@ def most_unseen(units: Sequence[Unit]) -> float:
     return float(1 - TAIL ** (1 / min(pictures.values())))
 
 
-def share_score(units: Sequence[Unit], better: Literal["higher", "lower", "neutral"], **kwargs: Any) -> Score:
+def share_score(
+    units: Sequence[Unit],
+    better: Literal["higher", "lower", "neutral"],
+    *,
+    limits: tuple[float, float] | None = None,
+    **kwargs: Any,
+) -> Score:
     """`score` of a share of pictures. Where none of them (or each) shows what is counted, no resample differs: the
     interval is then as wide at least as Clopper and Pearson's of the pictures of one seed, as those of other seeds are
-    of models that share much."""
-    found = score(units, better, bounds=(0.0, 1.0), **kwargs)
-    if found.value not in (0.0, 1.0) or found.low is None or found.high is None:
+    of models that share much.
+
+    Args:
+        limits: the lowest share that may be there though each picture shows it, and the highest though none does;
+            None: by `most_unseen`.
+    """
+    found = score(units, better, bounds=SHARE, **kwargs)
+    if found.value is None or found.low is None or found.high is None:
         return found
     unseen = most_unseen(units)
-    if found.value == 0:
-        return replace(found, high=max(found.high, unseen))
-    return replace(found, low=min(found.low, 1 - unseen))
+    low, high = _widened(found.value, found.low, found.high, *(limits or (1 - unseen, unseen)))
+    return replace(found, low=low, high=high)
+
+
+def _widened(value: float, low: float, high: float, least: float, most: float) -> tuple[float, float]:
+    return (low if value != 1 else min(low, least)), (high if value != 0 else max(high, most))
 
 
 def band(
@@ -237,14 +252,19 @@ def band(
     """A record curve with a 95 % band: series ``arm``, ``arm:low`` and ``arm:high`` for every arm of ``lines``.
 
     A unit's figures are values at its first steps; the mean ends where the shortest unit ends (an attack that
-    diverged), so that no mean over survivors is shown. ``bounds``: as of `score`.
+    diverged), so that no mean over survivors is shown. ``bounds``: as of `score`; those of a share, 0 and 1, also
+    widen the band where no picture (or each) shows what is counted, as `share_score` does.
     """
     out: dict[str, Any] = {"step": [float(s) for s in steps], "x": x, "y": y, "log": log}
     for arm, units in lines.items():
         end = min(u.value.shape[-1] for u in units)
         short = [Unit(u.seed, u.rows, _first(u.figure, end)) for u in units]
         found = estimate(short, DRAWS // 4)
-        limits = {":low": np.clip(found.low, *bounds), ":high": np.clip(found.high, *bounds)}
+        low, high = np.clip(found.low, *bounds), np.clip(found.high, *bounds)
+        if bounds == SHARE:
+            unseen = most_unseen(short)
+            low, high = np.vectorize(_widened)(found.value, low, high, 1 - unseen, unseen)
+        limits = {":low": low, ":high": high}
         for suffix, values in {"": found.value, **limits}.items():
             some = [float(v) if math.isfinite(v) else None for v in values]
             out[arm + suffix] = some + [None] * (len(steps) - end)

@@ -175,3 +175,10 @@ def test_no_picture_of_few_is_no_proof_that_there_is_none(seeds, pictures):
         assert (found.low, found.high) == pytest.approx((0, limit) if seen == 0 else (limit, 1))
     mixed = [Unit(0, np.array([[0.0]] * 12 + [[1.0]] * 4), columns)]
     assert share_score(mixed, "lower") == score(mixed, "lower", bounds=(0.0, 1.0))
+
+
+def test_the_band_of_a_curve_knows_it_too():
+    lines = {"none": [constant(0, 0.0, 16)], "mima": [constant(0, 1.0, 16)]}
+    shown = band(lines, [0], "x", "y", bounds=(0, 1))
+    assert (shown["none:low"], shown["none:high"]) == ([0.0], pytest.approx([beta.ppf(0.975, 1, 16)]))
+    assert (shown["mima:low"], shown["mima:high"]) == (pytest.approx([beta.ppf(0.025, 16, 1)]), [1.0])

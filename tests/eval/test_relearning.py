@@ -59,6 +59,15 @@ def test_attack_success_raw_and_corrected():
     assert 0 <= found["asr"].low <= 0.35 <= found["asr"].high <= 1
 
 
+def test_no_detection_is_no_proof_after_the_correction_either():
+    """No picture of ten, or each: Clopper and Pearson's limits of one seed, corrected by 0.1 and 0.1."""
+    found = metrics(world(shares(0, 0, 0, 0, 0), neon=shares(0, 0, 0, 0, 0)))["asr_corrected"]
+    pictures = 20
+    unseen = 1 - 0.025 ** (1 / pictures)
+    assert (found.value, found.low) == (0, 0)
+    assert found.high == pytest.approx((unseen - 0.1) / 0.8)
+
+
 def test_no_detection_among_few_pictures_is_no_certainty():
     found = metrics(world(shares(0, 0, 0, 6, 10), seeds=(0,)))
     most = 1 - 0.025 ** (1 / 20)  # ten pictures of two targets
