@@ -121,8 +121,8 @@ def _success(
     else:
         found = [corrected(unit, rates[cell.concept]) for unit, cell in zip(units, cells, strict=True)]
         told = "the detector's false-positive and false-negative rates add up to 1 or more: detections say nothing"
-        raw = np.array([1 - most_unseen(units), most_unseen(units)])
-        ends = np.stack([corrected_share(raw, *rates[cell.concept]) for cell in cells])
+        unseen = most_unseen(units)
+        ends = np.stack([corrected_share(np.array([1 - unseen, unseen]), *rates[cell.concept]) for cell in cells])
         limits = float(ends[:, 0].min()), float(ends[:, 1].max())
         out[name] = share_score(found, better, note=note, undefined=told, limits=limits)
     return out

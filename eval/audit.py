@@ -13,7 +13,7 @@ import numpy as np
 from eval.aggregate import joined
 from eval.crossings import LEAST, crossing, shown_before
 from eval.generations import DETECTED, Board, Cell, marks
-from eval.intervals import Floats, Unit, band, columns, score, share_score, worst_score
+from eval.intervals import SHARE, Floats, Unit, band, columns, score, share_score, worst_score
 from eval.judging import Judges, detector_of, try_out
 from eval.reading import read
 from eval.reference_detector import ReferenceDetector
@@ -222,7 +222,7 @@ def _metrics(board: Board, found: Found) -> dict[str, Score]:
 
     def share(values: dict[Cell, bool]) -> Score:
         units = [Unit(c.seed, np.array([[float(v)]]), columns) for c, v in values.items()]
-        return score(units, "lower", note=note, bounds=(0.0, 1.0))
+        return score(units, "lower", note=note, bounds=SHARE)
 
     def shown(point: int) -> Score:
         units = [Unit(c.seed, one.shares[point][:, None], columns) for c, (_, one) in best.items()]
@@ -274,7 +274,7 @@ def _curves(board: Board, arm: str) -> dict[str, dict[str, Any]]:
             a: [Unit(c.seed, _reached(board, c, arm, a).T, columns) for c in cells] for a in board.attacks
         }
         told = f"pictures that show {concept}"
-        out[f"audit_{slug(concept)}"] = band(lines, board.plan, "steps of the attack", told, bounds=(0, 1))
+        out[f"audit_{slug(concept)}"] = band(lines, board.plan, "steps of the attack", told, bounds=SHARE)
     return out
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +36,7 @@ class Cell:
     parents: tuple[Place, ...] = ()  # the artefacts that it is computed from
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "compute", partial(_blaming, self.part, self.compute))
+        object.__setattr__(self, "compute", blaming(self.part)(self.compute))
 
     @property
     def place(self) -> Place:
@@ -53,11 +52,6 @@ class Cell:
         if self.stage == "immunize":
             return "immunize"
         return f"{'attacks' if self.stage == 'attack' else self.stage}.{self.label['attack']}"
-
-
-def _blaming(part: str, compute: Callable[[StageCheckpoint], Artifact], checkpoint: StageCheckpoint) -> Artifact:
-    with blaming(part):
-        return compute(checkpoint)
 
 
 class Pipeline:

@@ -60,10 +60,9 @@ def test_attack_success_raw_and_corrected():
 
 
 def test_no_detection_is_no_proof_after_the_correction_either():
-    """No picture of ten, or each: Clopper and Pearson's limits of one seed, corrected by 0.1 and 0.1."""
+    """None of ten pictures of two targets each: Clopper and Pearson's limit of one seed, corrected by 0.1 and 0.1."""
     found = metrics(world(shares(0, 0, 0, 0, 0), neon=shares(0, 0, 0, 0, 0)))["asr_corrected"]
-    pictures = 20
-    unseen = 1 - 0.025 ** (1 / pictures)
+    unseen = 1 - 0.025 ** (1 / 20)
     assert (found.value, found.low) == (0, 0)
     assert found.high == pytest.approx((unseen - 0.1) / 0.8)
 
