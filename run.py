@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent
 
 def _quick_precision(device: str) -> str:
     """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it takes far longer."""
-    from lab.devices import computes_bfloat16, pick
+    from lab.models.devices import computes_bfloat16, pick
 
     return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
 
@@ -37,10 +37,10 @@ def _failed(code: int) -> None:
 
 
 def dispatch(cfg: DictConfig) -> None:
-    """Do what ``cfg.action`` says; errors that a user can mend raise `lab.errors.UserError`."""
+    """Do what ``cfg.action`` says; errors that a user can mend raise `lab.core.errors.UserError`."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lab.batch import claimed
+    from lab.runner.batch import claimed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     with claimed(folder, cfg.action, bool(OmegaConf.select(cfg, "launch.machine_rank")) or cfg.dry_run):
@@ -54,7 +54,7 @@ def _check_choices() -> None:
     """Hydra merges a list of choices of any group into one mixture, named after the last."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lab.errors import UserError
+    from lab.core.errors import UserError
 
     for word in HydraConfig.get().overrides.task:
         group, _, chosen = word.lstrip("+").partition("=")
@@ -67,7 +67,7 @@ def _check_added() -> None:
     """A key that the command line adds with ``+`` and nothing reads would stand in the record as if it did."""
     from hydra.core.hydra_config import HydraConfig
 
-    from lab.errors import UserError
+    from lab.core.errors import UserError
 
     known = HydraConfig.get()
     words: Any = OmegaConf.to_container(known.overrides.task, resolve=False)
@@ -80,18 +80,18 @@ def _check_added() -> None:
 
 
 def _act(cfg: DictConfig, folder: Path) -> None:
-    from lab.errors import UserError, nearest
-    from lab.requested import check_read
+    from lab.cli.requested import check_read
+    from lab.core.errors import UserError, nearest
 
     _check_choices()
     _check_added()
 
     if cfg.action == "run":
-        from lab.launch import launch
+        from lab.cluster.launch import launch
 
         check_read(cfg)
         return launch(cfg, folder)
-    from lab.actions import ACTIONS
+    from lab.cli.actions import ACTIONS
 
     if cfg.action not in ACTIONS:
         raise UserError("action", cfg.action, nearest(str(cfg.action), ["run", *ACTIONS]))
@@ -102,9 +102,9 @@ def _act(cfg: DictConfig, folder: Path) -> None:
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its other jobs."""
-    from lab.batch import fail_job, interruptible
-    from lab.errors import RankFailed, defect
-    from lab.failures import explain
+    from lab.core.errors import RankFailed, defect
+    from lab.runner.batch import fail_job, interruptible
+    from lab.runner.failures import explain
 
     try:
         with interruptible(job=True):
@@ -121,10 +121,10 @@ def job(cfg: DictConfig) -> None:
 def main() -> None:
     """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach us instead of Hydra's printer
-    from lab.arguments import rewritten
-    from lab.batch import EXIT_INTERRUPTED, interruptible
-    from lab.callbacks import sweep_codes
-    from lab.failures import explain
+    from lab.cli.arguments import rewritten
+    from lab.cli.callbacks import sweep_codes
+    from lab.runner.batch import EXIT_INTERRUPTED, interruptible
+    from lab.runner.failures import explain
 
     warnings.formatwarning = lambda message, *_, **__: (
         f"warning: {message}\n"

@@ -6,10 +6,10 @@ from typing import Literal
 
 import torch
 
-from lab.errors import UserError
-from lab.options import count
-from lab.problems import Case, Task
-from lab.types import Budget
+from lab.core.data import Case, Task
+from lab.core.errors import UserError
+from lab.core.options import count
+from lab.core.types import Budget
 
 Loss = Literal["squared", "cross_entropy"]
 LOSSES = ("auto", "squared", "cross_entropy")

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from attacks.tuning import Rate, search
-from lab.errors import Diverged
-from lab.progress import progress
-from lab.seeding import generator
-from lab.types import Budget, Checkpoint, Trajectory
+from lab.core.errors import Diverged
+from lab.core.progress import progress
+from lab.core.seeding import generator
+from lab.core.types import Budget, Checkpoint, Trajectory
 
 SAVE_SECONDS = 20.0  # time between two saves of a running attack; what is saved never changes the result
 BLOW_UP = 1e6  # an attack whose training loss exceeds this multiple of its first value has diverged

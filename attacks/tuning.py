@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lab.errors import UserError
-from lab.options import choice, count, number, unread
+from lab.core.errors import UserError
+from lab.core.options import choice, count, number, unread
 
 SCHEDULES = ("constant", "cosine", "linear")
 

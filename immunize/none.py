@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from lab.problems import Kind
-from lab.types import CONTROL, AnyCase, Checkpoint, Log, Model, clone
+from lab.core.data import Kind
+from lab.core.types import CONTROL, AnyCase, Checkpoint, Log, Model, clone
 
 
 class NoImmunization:

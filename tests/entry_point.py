@@ -6,7 +6,7 @@ import sys
 from hydra.core.global_hydra import GlobalHydra
 
 import run as entry
-from lab import record as records
+from lab.core import record as records
 
 FAST = [
     "experiment=house_price",

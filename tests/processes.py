@@ -64,7 +64,7 @@ def hashes(folder):
 def computed(folder):
     """Keys of the stages that the run logs below ``folder`` say were computed, once per time."""
     lines = [line for path in folder.rglob("run.log") for line in path.read_text().splitlines()]
-    return [line.rpartition(" ")[2] for line in lines if "lab.experiment: computed " in line]
+    return [line.rpartition(" ")[2] for line in lines if "lab.runner.experiment: computed " in line]
 
 
 def telling(folder, *texts):

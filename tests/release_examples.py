@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from tiny_diffusion import pictures, tiny_diffusion
 
 import run  # noqa: F401 - registers a resolver of the config
-from lab.experiment import run_once
-from lab.minisd import folders
-from lab.minisd.world import Subset, concept
-from lab.sources import ROOT
+from lab.core.sources import ROOT
+from lab.minisd.world import folders
+from lab.minisd.world.world import Subset, concept
+from lab.runner.experiment import run_once
 
 
 def composed(*overrides: str) -> Any:

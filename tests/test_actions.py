@@ -8,11 +8,11 @@ import shutil
 import pytest
 from entry_point import FAST
 
-from lab import record as records
-from lab.batch import PROCESS
-from lab.errors import UserError
-from lab.experiment import Run
-from lab.lost import lost_runs
+from lab.cluster.lost import lost_runs
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.runner.batch import PROCESS
+from lab.runner.experiment import Run
 
 
 @pytest.mark.slow

@@ -11,13 +11,13 @@ from entry_point import call_entry
 from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from attacks.concept_curriculum import Curriculum
-from attacks.concept_lora import ConceptLora
-from lab import record as records
-from lab.audit import audit, off_target, prepare
-from lab.audit_cost import seconds_per_update, timed
-from lab.errors import UserError
-from lab.types import Budget
+from attacks.diffusion.curriculum import Curriculum
+from attacks.diffusion.lora import ConceptLora
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.core.types import Budget
+from lab.release.audit import audit, off_target, prepare
+from lab.release.audit_cost import seconds_per_update, timed
 
 SUITE = ["lora", "textual_inversion"]
 

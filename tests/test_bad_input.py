@@ -12,11 +12,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import OmegaConf
 
-from lab import failures, options
-from lab.assemble import _build, assemble, check_cases
-from lab.errors import UserError
-from lab.failures import explain
-from lab.sources import ROOT
+from lab.core import options
+from lab.core.errors import UserError
+from lab.core.sources import ROOT
+from lab.runner import failures
+from lab.runner.assemble import _build, assemble, check_cases
+from lab.runner.failures import explain
 from tiny import image_case, linear_case, linear_classes
 
 
@@ -312,7 +313,7 @@ def test_an_attacker_that_misses_a_part_of_the_contract_is_told_which(monkeypatc
         def __call__(self, model, task, **kwargs):
             raise NotImplementedError
 
-    import lab.assemble as module
+    import lab.runner.assemble as module
 
     built = module._build
     swapped = lambda config, key, *more: (  # noqa: E731
@@ -330,4 +331,4 @@ def test_an_attacker_goes_by_the_name_that_it_stands_under():
 
 def test_options_of_an_attacker_without_its_name_are_told():
     with pytest.raises(UserError, match=r"attacks\._target_=.*stands without a name"):
-        parts("+attacks._target_=attacks.linear_probe.LinearProbe")
+        parts("+attacks._target_=attacks.probes.linear_probe.LinearProbe")

@@ -9,10 +9,10 @@ import pytest
 from entry_point import FAST, record_of
 from processes import start
 
-import immunize.kappa
-from attacks.linear_probe import LinearProbe
-from immunize.objectives import SpectralObjective
-from lab import store
+import immunize.kappa.method
+from attacks.probes.linear_probe import LinearProbe
+from immunize.kappa.objectives import SpectralObjective
+from lab.core import cache as store
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/house_price"
 THERE = pytest.mark.skipif(
@@ -104,7 +104,7 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
         (["immunize.name.x=1"], "immunize.name", ""),
         (["action=compare"], "records", "run.py"),
         (["action=compare", "records=[/nowhere.json]"], "records=/nowhere.json", "does not exist"),
-        (["immunize._target_=immunize.kappa.Nothing"], "immunize", "module immunize.kappa has no Nothing"),
+        (["immunize._target_=immunize.kappa.method.Nothing"], "immunize", "module immunize.kappa has no Nothing"),
     ],
 )
 def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix):

@@ -10,9 +10,9 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import run  # noqa: F401 - registers the resolvers of the config
-from lab.assemble import assemble
-from lab.errors import UserError
-from lab.search_space import Plan
+from lab.cli.search_space import Plan
+from lab.core.errors import UserError
+from lab.runner.assemble import assemble
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,7 +147,7 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
 
 @pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "weights")])
 def test_tables_sample_in_bfloat16_where_the_device_computes_it(monkeypatch, native, precision):
-    monkeypatch.setattr("lab.devices.computes_bfloat16", lambda kind: native)
+    monkeypatch.setattr("lab.models.devices.computes_bfloat16", lambda kind: native)
     for name in ("relearn_table", "template_shift", "tune_mima_deep"):
         cfg = composed(f"sweeps={name}")
         assert {cfg.scenario.sampling.precision} == {a.sampling.precision for a in cfg.attacks.values()} == {precision}

@@ -9,7 +9,7 @@ import torch
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
-from lab.types import Budget
+from lab.core.types import Budget
 
 FEATURES = list(features.cases(features.IMMUNIZERS, features.immunizer))
 CONCEPTS = concepts.takes_diffusion("immunize", concepts.immunizer)

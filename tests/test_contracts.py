@@ -13,14 +13,14 @@ from omegaconf import OmegaConf
 from safetensors.torch import load, save
 
 import tiny
-from attacks.probe_optimizers import OPTIMIZERS
-from lab import sources
-from lab.assemble import Part, Parts
-from lab.backbones.linear import LinearBackbone
-from lab.pipeline import Pipeline
-from lab.problems import ScenarioData
-from lab.store import Store
-from lab.types import Attacker, Budget, Immunizer, RunMetric, clone, same_weights
+from attacks.probes.optimizers import OPTIMIZERS
+from lab.core import sources
+from lab.core.cache import Store
+from lab.core.data import ScenarioData
+from lab.core.types import Attacker, Budget, Immunizer, RunMetric, clone, same_weights
+from lab.models.linear import LinearBackbone
+from lab.runner.assemble import Part, Parts
+from lab.runner.pipeline import Pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 IMMUNIZERS = sorted(p.stem for p in (ROOT / "conf/immunize").glob("*.yaml"))
@@ -255,5 +255,5 @@ def test_no_noun_reaches_another_and_no_immunizer_a_judge(noun):
                 seen.add(module)
                 todo.extend(sources._imports(module))
         reached = {m for m in seen if m.split(".")[0] in forbidden}
-        judges = {m for m in seen if noun == "immunize" and m.startswith("lab.judges")}
+        judges = {m for m in seen if noun == "immunize" and m.startswith("lab.scorers")}
         assert not reached | judges, f"{path.name} reaches {sorted(reached | judges)}"

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
-from lab.problems import Sampling
-from lab.types import Attacker, Budget, Eraser, Immunizer, same_weights
+from lab.core.data import Sampling
+from lab.core.types import Attacker, Budget, Eraser, Immunizer, same_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = Budget(horizon=2, multiple=2, at=(0, 2, 4))

@@ -16,17 +16,17 @@ from release_examples import composed, finished, move, options, tiny_folder
 from safetensors.torch import load_file
 from tiny_sd import tiny_pipeline
 
-from lab import record as records
-from lab.backbones.vision import VisionBackbone
-from lab.checksums import read_sums, write_sums
-from lab.diffusion import DiffusionModel
-from lab.errors import UserError
-from lab.experiment import run_once
-from lab.export import export, write
-from lab.export_source import Models, choose, own_classes, parts_of, rebuild, target, trusted
-from lab.problems import ScenarioData
-from lab.store import Artifact, Store
-from lab.verify import check
+from lab.core import record as records
+from lab.core.cache import Artifact, Store
+from lab.core.data import ScenarioData
+from lab.core.errors import UserError
+from lab.models.diffusion import DiffusionModel
+from lab.models.vision import VisionBackbone
+from lab.release.checksums import read_sums, write_sums
+from lab.release.export import export, write
+from lab.release.source import Models, choose, own_classes, parts_of, rebuild, target, trusted
+from lab.release.verify import check
+from lab.runner.experiment import run_once
 from tiny import image_case
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -165,7 +165,7 @@ def test_weights_outside_the_unet_are_refused(run_folder, tmp_path):
 
 @pytest.mark.parametrize("model", ["test_vit", "test_resnet", "test_efficientnet"])
 def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
-    config = {"_target_": "lab.backbones.vision.VisionBackbone", "name": "net", "model": model, "weights": "random"}
+    config = {"_target_": "lab.models.vision.VisionBackbone", "name": "net", "model": model, "weights": "random"}
     config["image_size"] = 64
     built = VisionBackbone(model=model, weights="random", image_size=64).build(image_case(0), 0)
     folder = as_if(run_folder, config, built, built, tmp_path / "out")
@@ -282,7 +282,7 @@ def test_other_original_weights_are_refused(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "lab.provenance.subprocess.run", "lab.store.write_atomically", "nowhere.Thing", 3]
+    "target", ["os.system", "lab.core.provenance.subprocess.run", "lab.core.cache.write_atomically", "nowhere.Thing", 3]
 )
 def test_a_record_runs_no_code_of_others(run_folder, target):
     record = records.read(run_folder[1])

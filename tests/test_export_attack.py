@@ -9,11 +9,11 @@ import torch
 from release_examples import finished, options
 from safetensors.torch import load_file
 
-from lab import record as records
-from lab.errors import UserError
-from lab.export import export
-from lab.export_attack import choose_attack
-from lab.store import Store
+from lab.core import record as records
+from lab.core.cache import Store
+from lab.core.errors import UserError
+from lab.release.attack import choose_attack
+from lab.release.export import export
 
 
 @pytest.fixture(scope="module")

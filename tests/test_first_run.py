@@ -11,7 +11,7 @@ import pytest
 from benchmarks.first_run import LIMIT, printed, recorded, told
 
 from eval.report.outcomes import outcome
-from lab.types import Score
+from lab.core.types import Score
 
 FINE: dict[str, Any] = {
     "status": "ok",

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from lab.batch import interruptible
+from lab.runner.batch import interruptible
 
 
 class Collected:

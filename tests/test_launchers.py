@@ -10,10 +10,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from processes import FAST, ROOT, TOKENS, computed, ended, found_records, start, telling
 
-from lab import batch
-from lab.errors import UserError
-from lab.failures import explain
-from lab.status import status
+from lab.cluster.status import status
+from lab.core.errors import UserError
+from lab.runner import batch
+from lab.runner.failures import explain
 
 QUICK = [*FAST, "threads=1", "seeds=[0]", "immunize.epochs=2"]
 
@@ -58,7 +58,7 @@ def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(l
 
 JOB = """
 import os, signal, sys
-from lab.batch import fail_job, interruptible
+from lab.runner.batch import fail_job, interruptible
 def requeue(*_):
     print("requeued", flush=True)
     sys.exit(255)
@@ -98,7 +98,7 @@ def test_signals_of_a_batch_system(given, code, words):
 
 
 def folder(place, process=None, action="run"):
-    """A run folder as hydra and `lab.batch.claimed` leave it."""
+    """A run folder as hydra and `lab.runner.batch.claimed` leave it."""
     (place / ".hydra").mkdir(parents=True)
     (place / ".hydra/config.yaml").write_text(f"action: {action}\ndry_run: false\n")
     if process:
@@ -207,7 +207,7 @@ def test_a_folder_is_claimed_until_its_process_dies(tmp_path, monkeypatch):
     code = """
 import sys, time
 from pathlib import Path
-from lab.batch import claimed
+from lab.runner.batch import claimed
 with claimed(Path("here"), "run", dry_run=False):
     print("claimed", flush=True)
     time.sleep(100)

@@ -9,17 +9,17 @@ import torch
 import yaml
 from entry_point import FAST, record_of
 
-from attacks.linear_probe import LinearProbe
+from attacks.probes.linear_probe import LinearProbe
 from eval.report.compare import compare
 from eval.report.leaderboard import leaderboard, to_markdown
 from eval.report.outcomes import outcome
 from eval.report.summary import summary
-from lab.errors import UserError
-from lab.export_card import _attacks, _limits
-from lab.export_source import Choice
-from lab.losses import Losses, bearable
-from lab.pipeline import Cell
-from lab.types import Score, Scores
+from lab.core.errors import UserError
+from lab.core.types import Score, Scores
+from lab.release.card import _attacks, _limits
+from lab.release.source import Choice
+from lab.runner.losses import Losses, bearable
+from lab.runner.pipeline import Cell
 
 CHOICE = Choice("kappa", "house_price", 0, "key")
 
@@ -99,8 +99,8 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
     ("part", "place"),
     [
         ("scenario", "lab.scenarios.tabular.Tabular.load"),
-        ("backbone", "lab.backbones.linear.LinearBackbone.build"),
-        ("erase", "lab.erase.NoErasure.__call__"),
+        ("backbone", "lab.models.linear.LinearBackbone.build"),
+        ("erase", "lab.models.erase.NoErasure.__call__"),
     ],
 )
 def test_a_defect_of_what_all_stages_start_from_is_named_by_its_own_key(part, place, monkeypatch, cli, tmp_path):

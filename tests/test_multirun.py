@@ -6,7 +6,7 @@ import pytest
 from entry_point import FAST
 from processes import ROOT
 
-from lab import record as records
+from lab.core import record as records
 
 EVERY_GROUP = {
     "scenario": ["scenario=house_price,mnist_harm_set"],

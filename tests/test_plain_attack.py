@@ -13,8 +13,8 @@ from PIL import Image
 from release_examples import concept_folder, tiny_folder
 from safetensors.torch import load_file
 
-from lab.minisd.world import Subset, concept, sample
-from lab.sources import PACKAGES, ROOT
+from lab.core.sources import PACKAGES, ROOT
+from lab.minisd.world.world import Subset, concept, sample
 
 EXAMPLES = ROOT / "docs" / "examples"
 ATTACK, JUDGE = "lora_without_this_project", "judge_plain_attack"

@@ -10,9 +10,9 @@ from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 import run  # noqa: F401 - registers a resolver of the config
-from lab.callbacks import SweepLeaderboard, _jobs, sweep_codes, told_cost
-from lab.errors import UserError
-from lab.sources import ROOT
+from lab.cli.callbacks import SweepLeaderboard, _jobs, sweep_codes, told_cost
+from lab.core.errors import UserError
+from lab.core.sources import ROOT
 
 
 @pytest.fixture
@@ -68,8 +68,8 @@ def test_a_sweep_that_hydra_alone_can_count_is_not_counted(tmp_path):
 def ended(tmp_path, monkeypatch, capsys):
     """(folders of the published records in their order, exit codes, output, errors) of a sweep of four jobs."""
     published = []
-    monkeypatch.setattr("lab.actions.publish", lambda found, folder, lost: published.extend(found))
-    monkeypatch.setattr("lab.record.read", read)
+    monkeypatch.setattr("lab.cli.actions.publish", lambda found, folder, lost: published.extend(found))
+    monkeypatch.setattr("lab.core.record.read", read)
 
     def call(*folders):
         for name, status, key in folders:

@@ -13,13 +13,13 @@ from entry_point import call_entry
 from release_examples import composed, finished, move, options, tiny_folder
 from safetensors.torch import save_file
 
-from lab import export_push
-from lab import record as records
-from lab.checksums import differences, write_sums
-from lab.errors import UserError
-from lab.export import export
-from lab.types import ImageGrid
-from lab.verify import Report, _features, check, verify
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.core.types import ImageGrid
+from lab.release import push as export_push
+from lab.release.checksums import differences, write_sums
+from lab.release.export import export
+from lab.release.verify import Report, _features, check, verify
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

@@ -5,9 +5,9 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from lab.problems import Case, Split, Task
-from lab.seeding import generator
-from lab.types import FeatureModel
+from lab.core.data import Case, Split, Task
+from lab.core.seeding import generator
+from lab.core.types import FeatureModel
 
 ROWS, COLUMNS, CLASSES = 60, 6, 3
 

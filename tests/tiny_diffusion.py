@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import torch
 
-from lab.diffusion import DiffusionModel
-from lab.minisd import build
-from lab.minisd.captions import prompts
-from lab.minisd.world import Subset, concept, sample
-from lab.problems import Concept, ConceptCase, Pictures, Role, Sampling
+from lab.core.data import Concept, ConceptCase, Pictures, Role, Sampling
+from lab.minisd.train import build
+from lab.minisd.world.captions import prompts
+from lab.minisd.world.world import Subset, concept, sample
+from lab.models.diffusion import DiffusionModel
 
 TINY = build.Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4)
 

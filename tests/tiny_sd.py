@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from tiny_diffusion import tokenizer
 
-from lab.minisd.build import CONTEXT
+from lab.minisd.train.build import CONTEXT
 
 Layout = Literal["sd1", "sd2", "xl"]
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

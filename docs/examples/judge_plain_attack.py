@@ -19,12 +19,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from eval.generations import DETECTED, FAMILY, Board, Cell, Reading
-from eval.judging import Judges, detector_of
-from eval.relearning import ratio_of, ratio_score, steps_score
-from lab.errors import UserError
-from lab.sources import ROOT
-from lab.types import CONTROL, Budget
+from eval.generation.generations import DETECTED, FAMILY, Board, Cell, Reading
+from eval.generation.relearning import ratio_of, ratio_score, steps_score
+from eval.generation.scoring import Judges, detector_of
+from lab.core.errors import UserError
+from lab.core.sources import ROOT
+from lab.core.types import CONTROL, Budget
 
 ATTACK, IMMUNIZED = "lora", "immunized"
 
@@ -57,7 +57,7 @@ def pictures(folder: Path) -> Tensor:
 
 
 def board_of(given: argparse.Namespace, judges: Judges) -> Board:
-    """The plain attacks as `eval.relearning` takes them."""
+    """The plain attacks as `eval.generation.relearning` takes them."""
     steps = steps_of(given.control[0])
     board = Board((CONTROL, IMMUNIZED), (ATTACK,), Budget(steps[-1], 1, at=steps))
     detector = detector_of(judges, "judges")

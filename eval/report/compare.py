@@ -12,7 +12,7 @@ from eval.report.page import page
 from eval.report.paired import common_seeds, difference
 from eval.report.trials import terms, trial
 from eval.report.words import ARROWS, Record, bound, figure, heading, interval
-from lab.errors import UserError
+from lab.core.errors import UserError
 
 OTHER_TRIAL = (
     "Attackers, their options, budget, cases or data differ: "

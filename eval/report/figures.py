@@ -12,8 +12,8 @@ from markupsafe import Markup
 from eval.report.charts import heat_map
 from eval.report.plots import Line, line_of, lines_plot, series_of, usable
 from eval.report.words import Record, figure, heading
-from lab.slugs import slug
-from lab.types import CONTROL
+from lab.core.slugs import slug
+from lab.core.types import CONTROL
 
 # curves of text-to-image runs: those that decide, in this order
 _GENERATED = ("asr", "asr_benign", "msgr_", "mrsgr_", "sgr_benign_")

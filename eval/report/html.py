@@ -19,8 +19,8 @@ from eval.report.page import page
 from eval.report.pictures import pictures
 from eval.report.trials import groups
 from eval.report.words import Record
-from lab.store import write_atomically
-from lab.types import CONTROL
+from lab.core.cache import write_atomically
+from lab.core.types import CONTROL
 
 _ABOUT = ("concept", "case", "task", "attack", "arm")  # first columns of a table
 _PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")  # tables that are shown elsewhere
@@ -32,7 +32,7 @@ def render(records: Sequence[Record], out: Path) -> Path:
 
     Args:
         records: one or more; grouped by scenario, backbone and trial, since only those are comparable. Pictures of
-            a record that `lab.record.read` gave are looked for beside it, those of any other beside ``out``.
+            a record that `lab.core.record.read` gave are looked for beside it, those of any other beside ``out``.
 
     Raises:
         ValueError: there are no records.

@@ -14,7 +14,7 @@ from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.trials import groups, trial
 from eval.report.words import ARROWS, ENDED_EARLY, UNMEASURED, Record, bound, heading, measured, support
-from lab.types import CONTROL
+from lab.core.types import CONTROL
 
 # in this order; the worst case over attackers comes first, the benign side after the harmful one
 COLUMNS = (

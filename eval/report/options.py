@@ -10,8 +10,8 @@ from eval.report.charts import Dots, against_option, forest, scatter, swatch
 from eval.report.labels import settings
 from eval.report.leaderboard import columns
 from eval.report.words import Record, figure, heading
-from lab.slugs import slug
-from lab.types import CONTROL
+from lab.core.slugs import slug
+from lab.core.types import CONTROL
 
 _METRICS = 4  # per sweep
 _SERIES = 7  # colours there are, the control's left out

@@ -7,7 +7,7 @@ from typing import Literal
 
 from eval.report.published import published
 from eval.report.words import ENDED_EARLY, Metric, Record, certainty, figure, heading, measured, percent, sentence
-from lab.types import CONTROL
+from lab.core.types import CONTROL
 
 Tone = Literal["good", "bad", "unsure", "neutral", "error"]
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from eval.report.scales import scale
 from eval.report.words import figure as number
-from lab.types import CONTROL
+from lab.core.types import CONTROL
 
 INK, GRID = "#010203", "#040506"
 SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))  # 0 is the control

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.errors import UserError
-from lab.options import choice, flag, local
-from lab.problems import Erasure
-from lab.prompts import text, texts
+from lab.core.data import Erasure
+from lab.core.errors import UserError
+from lab.core.options import choice, flag, local
+from lab.core.prompts import text, texts
+from lab.core.slugs import slug
 from lab.scenarios import concepts
-from lab.slugs import slug
 
 _TEXTS = ("words", "prompts", "descriptions", "reworded", "anchor")
 _KEYS = ("path", "select", "name", "role", "kind", "prior", "erase", *_TEXTS)

@@ -8,25 +8,25 @@ from typing import Any, ClassVar
 
 import torch
 
-from lab.activations import digest
-from lab.errors import UserError
-from lab.minisd import folders
-from lab.minisd.openmoji import CREDIT
-from lab.options import choice, count, local, number
-from lab.problems import Concept, ConceptCase, Kind, Pictures, ScenarioData
-from lab.prompts import text, texts
+from lab.core.data import Concept, ConceptCase, Kind, Pictures, ScenarioData
+from lab.core.errors import UserError
+from lab.core.options import choice, count, local, number
+from lab.core.prompts import text, texts
+from lab.core.seeding import derive, generator
+from lab.minisd.world import folders
+from lab.minisd.world.openmoji import CREDIT
+from lab.models.activations import digest
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
 from lab.scenarios.concept_entries import ROLES, Entry, checked, folder, shows, speaks_of
 from lab.scenarios.world_concepts import Roles, Studio
-from lab.seeding import derive, generator
 
 _PARTS = ("own", "train", "reference")
 _PRESERVED = 200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
 
 
 class ConceptFolders:
-    """One case from folders of images (`lab.minisd.folders`). Implements `lab.types.Scenario`.
+    """One case from folders of images (`lab.minisd.world.folders`). Implements `lab.core.types.Scenario`.
 
     The images of a concept are split by seed into those of the immunizer (own), of the attacker (train) and of the
     comparison (reference). An image that comes twice is used once; one that two concepts share is an error.
@@ -41,11 +41,11 @@ class ConceptFolders:
         captions: C_reg, a text file with one caption per line or a list; None draws them from the embedded world.
         regularizers: at most this many captions are used.
         regularizer_templates: of captions from the embedded world, ``all`` or ``one``.
-        sampling: `lab.problems.Sampling`.
+        sampling: `lab.core.data.Sampling`.
         resolution: side of all pictures in pixels.
 
     Raises:
-        UserError: see `lab.scenarios.concept_entries` and `lab.minisd.folders`; a concept with too few images.
+        UserError: see `lab.scenarios.concept_entries` and `lab.minisd.world.folders`; a concept with too few images.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -111,7 +111,7 @@ class ConceptFolders:
         return shared.loaded([case], notes)
 
     def asks_erasure(self) -> str | None:
-        """Hook of `lab.assemble`: the first concept that is to be erased."""
+        """Hook of `lab.runner.assemble`: the first concept that is to be erased."""
         return next((entry.key for entry in self.entries if entry.anchor is not None), None)
 
     # ---- concepts

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from lab.errors import UserError
-from lab.minisd.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, STYLE_TEMPLATES, class_noun, fill, noun
-from lab.minisd.dice import Dice
-from lab.minisd.scenes import BACKGROUNDS
-from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, style
-from lab.minisd.world import Picture, Subset, picture
-from lab.problems import Erasure
-from lab.seeding import generator
+from lab.core.data import Erasure
+from lab.core.errors import UserError
+from lab.core.seeding import generator
+from lab.minisd.world.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, STYLE_TEMPLATES, class_noun, fill, noun
+from lab.minisd.world.dice import Dice
+from lab.minisd.world.scenes import BACKGROUNDS
+from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, style
+from lab.minisd.world.world import Picture, Subset, picture
 
 # Reserved for evaluation: MiniSD's captions use none of them, and no immunizer or attacker may.
 REWORDED_STYLE = (

@@ -10,14 +10,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lab.cases import fingerprint
-from lab.errors import UserError, nearest
-from lab.options import choice, count, number
-from lab.problems import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
-from lab.prompts import text
-from lab.store import stage_key
+from lab.core.cache import stage_key
+from lab.core.data import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
+from lab.core.errors import UserError, nearest
+from lab.core.fingerprint import fingerprint
+from lab.core.options import choice, count, number
+from lab.core.prompts import text
 
-# every family that a scenario may give a concept; `lab.problems.Concept.prompts`
+# every family that a scenario may give a concept; `lab.core.data.Concept.prompts`
 FAMILIES = ("name", "description", "reworded", "unseen_pairs")
 
 

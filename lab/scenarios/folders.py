@@ -7,13 +7,13 @@ from typing import ClassVar
 
 import torch
 
-from lab.activations import digest
-from lab.errors import UserError
-from lab.options import count, local, number
-from lab.problems import Case, Kind, Role, ScenarioData, Split, Task
-from lab.progress import progress
+from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.errors import UserError
+from lab.core.options import count, local, number
+from lab.core.progress import progress
+from lab.core.seeding import generator
+from lab.models.activations import digest
 from lab.scenarios import images
-from lab.seeding import generator
 
 _WANTED_ROWS = 2000  # 20 groups × 100 samples (KAPPA, arXiv 2505.23760 §5.2)
 Files = dict[str, list[Path]]

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lab.errors import UserError
-from lab.image_files import DAMAGED, to_rgb
+from lab.core.errors import UserError
+from lab.core.image_files import DAMAGED, to_rgb
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger picture is taken for a decompression bomb

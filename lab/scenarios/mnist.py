@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lab.activations import digest
-from lab.errors import UserError
-from lab.options import choice, number
-from lab.problems import Case, Kind, Role, ScenarioData, Split, Task
-from lab.seeding import generator
+from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.errors import UserError
+from lab.core.options import choice, number
+from lab.core.seeding import generator
+from lab.models.activations import digest
 
 Pairs = Literal["all"] | Sequence[Sequence[int]]
 Indices = NDArray[np.int64]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lab.errors import UserError, nearest
-from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
-from lab.problems import Erasure
+from lab.core.data import Erasure
+from lab.core.errors import UserError, nearest
+from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.scenarios.world_concepts import Roles, WorldConcepts
 
 _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from lab.errors import UserError
-from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES, STYLE_NAMES
-from lab.problems import Erasure
+from lab.core.data import Erasure
+from lab.core.errors import UserError
+from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES, STYLE_NAMES
 from lab.scenarios import concept_texts as words
 from lab.scenarios.world_concepts import Roles, WorldConcepts
 

@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lab.activations import digest
-from lab.errors import UserError, nearest
-from lab.options import local, names, number
-from lab.problems import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.errors import UserError, nearest
+from lab.core.options import local, names, number
+from lab.core.seeding import generator
+from lab.models.activations import digest
 from lab.scenarios import preprocess
-from lab.seeding import generator
 
 _ROLES: tuple[Role, Role] = ("benign", "harmful")
 

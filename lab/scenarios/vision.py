@@ -10,15 +10,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from lab.activations import digest
-from lab.errors import UserError
-from lab.minisd.openmoji import CREDIT, Emoji, catalog, rasterise
-from lab.options import count
-from lab.problems import Case, Kind, ScenarioData, Split, Task
-from lab.progress import progress
+from lab.core.data import Case, Kind, ScenarioData, Split, Task
+from lab.core.errors import UserError
+from lab.core.options import count
+from lab.core.progress import progress
+from lab.core.seeding import generator
+from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
+from lab.models.activations import digest
 from lab.scenarios import images
 from lab.scenarios.mnist import digits
-from lab.seeding import generator
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 

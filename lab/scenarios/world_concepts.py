@@ -9,15 +9,15 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lab.errors import UserError
-from lab.minisd import world
-from lab.minisd.vocabulary import OBJECTS, PHOTO, STYLE_NAMES, STYLES, members, thing
-from lab.minisd.world import Picture, Subset
-from lab.options import choice, count, names
-from lab.problems import Concept, ConceptCase, Erasure, Kind, Pictures, Role, Sampling, ScenarioData
+from lab.core.data import Concept, ConceptCase, Erasure, Kind, Pictures, Role, Sampling, ScenarioData
+from lab.core.errors import UserError
+from lab.core.options import choice, count, names
+from lab.core.seeding import derive
+from lab.minisd.world import world
+from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLE_NAMES, STYLES, members, thing
+from lab.minisd.world.world import Picture, Subset
 from lab.scenarios import concept_texts as words
 from lab.scenarios import concepts
-from lab.seeding import derive
 
 Caption = Callable[[Picture], str]
 _STYLES = frozenset(s.name for s in STYLES)
@@ -76,7 +76,7 @@ class Studio:
 
 @dataclass(kw_only=True)
 class WorldConcepts:
-    """One case per entry of the chosen list. Implements `lab.types.Scenario`.
+    """One case per entry of the chosen list. Implements `lab.core.types.Scenario`.
 
     Pictures of a concept depend on the seed, the concept and the part alone, so that cases, splits and scenarios
     share them. Parts (``own``, ``train``, ``reference``) come from streams of their own and are disjoint.
@@ -87,10 +87,10 @@ class WorldConcepts:
         split: ``test`` or ``validation``.
         cases: how many cases of the list, or ``all``.
         own, train, reference: pictures per concept for the immunizer, the attacker and the comparison.
-        prior, keep, unrelated, regularizers: sizes, see `lab.types`.
+        prior, keep, unrelated, regularizers: sizes, see `lab.core.types`.
         regularizer_templates: ``all`` or ``one``, the diversity of C_reg.
         families: of prompts (`lab.scenarios.concepts.FAMILIES`), as far as a concept has them.
-        sampling: `lab.problems.Sampling`.
+        sampling: `lab.core.data.Sampling`.
         resolution: side in pixels; the world has 64, other sizes are scaled.
 
     Raises:
@@ -164,7 +164,7 @@ class WorldConcepts:
         return roles
 
     def fits(self, key: str, role: str, name: str) -> None:
-        """Raises `lab.errors.UserError` for a concept that cannot have this role in this scenario."""
+        """Raises `lab.core.errors.UserError` for a concept that cannot have this role in this scenario."""
         raise NotImplementedError  # abstract: `relearn` and `personalize` have their own
 
     def _check_splits(self) -> None:

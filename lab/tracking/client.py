@@ -16,8 +16,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from lab.options import choice, number
-from lab.sources import ROOT
+from lab.core.options import choice, number
+from lab.core.sources import ROOT
 from lab.tracking.wandb_backend import MODES, NOTICE
 
 log = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lab import record as records
+from lab.core import record as records
 from lab.tracking import views
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from lab import record as records
-from lab.types import CONTROL
+from lab.core import record as records
+from lab.core.types import CONTROL
 
 IMMUNIZE, ATTACK, EVAL = STAGES = ("immunize", "attack", "eval")  # job types
 _NAMED = ("immunize.", "attacks.", "erase.", "backbone.", "scenario.", "budget.")  # overrides worth a place in the name

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lab import record as records
+from lab.core import record as records
 from lab.tracking import views
 from lab.tracking.views import ATTACK, EVAL, IMMUNIZE
 

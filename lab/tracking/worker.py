@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Protocol
 
-from lab import record as records
+from lab.core import record as records
 from lab.tracking.trackio_backend import TrackioBackend
 from lab.tracking.wandb_backend import WandbBackend
 

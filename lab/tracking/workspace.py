@@ -10,8 +10,8 @@ from omegaconf import DictConfig
 
 from eval.report.leaderboard import columns
 from eval.report.words import heading
-from lab import record as records
-from lab.errors import UserError
+from lab.core import record as records
+from lab.core.errors import UserError
 from lab.tracking import views
 from lab.tracking.views import ATTACK, IMMUNIZE
 

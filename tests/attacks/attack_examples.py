@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.problems import Split, Task
-from lab.seeding import generator
-from lab.types import FeatureModel
+from lab.core.data import Split, Task
+from lab.core.seeding import generator
+from lab.core.types import FeatureModel
 
 
 class Interrupted(Exception):

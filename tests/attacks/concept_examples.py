@@ -11,16 +11,16 @@ import torch
 from attack_examples import Interrupted, MemoryCheckpoint
 from tiny_diffusion import tiny_concept, tiny_diffusion
 
-from attacks.concept_attack import ConceptBase
-from attacks.concept_curriculum import Curriculum
-from attacks.concept_custom_diffusion import CustomDiffusion
-from attacks.concept_dreambooth import DreamBooth
-from attacks.concept_full_finetune import ConceptFullFinetune
-from attacks.concept_lora import ConceptLora
-from attacks.concept_textual_inversion import TextualInversion
-from lab.diffusion import DiffusionModel
-from lab.problems import Concept, Sampling
-from lab.types import Budget, Checkpoint, Trajectory
+from attacks.diffusion.attack import ConceptBase
+from attacks.diffusion.curriculum import Curriculum
+from attacks.diffusion.custom_diffusion import CustomDiffusion
+from attacks.diffusion.dreambooth import DreamBooth
+from attacks.diffusion.full_finetune import ConceptFullFinetune
+from attacks.diffusion.lora import ConceptLora
+from attacks.diffusion.textual_inversion import TextualInversion
+from lab.core.data import Concept, Sampling
+from lab.core.types import Budget, Checkpoint, Trajectory
+from lab.models.diffusion import DiffusionModel
 
 SAMPLING = Sampling(steps=2, guidance=2.0, count=2)
 BUDGET = Budget(horizon=3, multiple=2, at=())  # snapshots 0, 3, 6

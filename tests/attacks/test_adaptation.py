@@ -23,13 +23,13 @@ from attack_examples import (
 from torch import nn
 
 from attacks import trajectory
-from attacks.adaptation import Adaptation
-from attacks.finetune import FullFinetune, LastBlockFinetune
-from attacks.lora import Lora
-from lab.activations import features
-from lab.errors import UserError
-from lab.problems import Split, Task
-from lab.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
+from attacks.finetune.adaptation import Adaptation
+from attacks.finetune.full import FullFinetune, LastBlockFinetune
+from attacks.finetune.lora import Lora
+from lab.core.data import Split, Task
+from lab.core.errors import UserError
+from lab.core.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
+from lab.models.activations import features
 
 BUDGET = Budget(horizon=6, multiple=3, points=6)
 ATTACKS: list[Callable[..., Adaptation]] = [LastBlockFinetune, FullFinetune, Lora]

@@ -9,9 +9,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class, instantiate
 
-from attacks.adaptation import Adaptation
-from attacks.probe_optimizers import OPTIMIZERS
-from lab.types import Attacker
+from attacks.finetune.adaptation import Adaptation
+from attacks.probes.optimizers import OPTIMIZERS
+from lab.core.types import Attacker
 
 FOLDER = Path(__file__).parents[2] / "conf" / "attacks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))

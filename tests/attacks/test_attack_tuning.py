@@ -12,8 +12,8 @@ from torch import Tensor
 from attacks import trajectory
 from attacks.trajectory import batch_rows, run
 from attacks.tuning import Rate, search
-from lab.errors import Diverged, UserError
-from lab.types import Budget
+from lab.core.errors import Diverged, UserError
+from lab.core.types import Budget
 
 
 def bowl(best: float, calls: list[float]):

@@ -21,15 +21,15 @@ from concept_examples import (
 )
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from attacks.concept_attack import Moving
-from attacks.concept_curriculum import Curriculum
-from attacks.concept_data import Material
-from attacks.concept_lora import ConceptLora, absorb, inject, unet_layers
-from attacks.concept_textual_inversion import TextualInversion
-from attacks.concept_trainer import Learner
-from lab.errors import Diverged, UserError
-from lab.seeding import generator
-from lab.types import Attacker, Budget, same_weights
+from attacks.diffusion.attack import Moving
+from attacks.diffusion.curriculum import Curriculum
+from attacks.diffusion.data import Material
+from attacks.diffusion.lora import ConceptLora, absorb, inject, unet_layers
+from attacks.diffusion.textual_inversion import TextualInversion
+from attacks.diffusion.trainer import Learner
+from lab.core.errors import Diverged, UserError
+from lab.core.seeding import generator
+from lab.core.types import Attacker, Budget, same_weights
 
 NAMES = sorted(attackers())
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 import torch
 from concept_examples import model, task
 
-from attacks.concept_data import Material, prompts, variants
-from lab.captions import captions, class_words, renamed
-from lab.problems import Pictures
-from lab.seeding import generator
+from attacks.diffusion.data import Material, prompts, variants
+from lab.core.captions import captions, class_words, renamed
+from lab.core.data import Pictures
+from lab.core.seeding import generator
 
 
 def test_words_are_replaced_whole_in_any_case_and_in_the_plural() -> None:

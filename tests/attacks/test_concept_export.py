@@ -9,10 +9,10 @@ import pytest
 import torch
 from concept_examples import SAMPLING, fresh_pipeline, model, task, unbroken
 
-from attacks.concept_export import export, load
-from lab.diffusion import DiffusionModel
-from lab.errors import UserError
-from lab.types import Trajectory
+from attacks.diffusion.export import export, load
+from lab.core.errors import UserError
+from lab.core.types import Trajectory
+from lab.models.diffusion import DiffusionModel
 
 
 def assert_same_pictures(pipe: Any, name: str) -> None:

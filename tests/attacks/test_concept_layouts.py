@@ -14,9 +14,9 @@ from concept_examples import BUDGET, attack, attackers, launch
 from tiny_diffusion import tiny_case
 from tiny_sd import tiny_pipeline
 
-from lab.diffusion import DiffusionModel
-from lab.errors import UserError
-from lab.problems import Concept, Pictures
+from lab.core.data import Concept, Pictures
+from lab.core.errors import UserError
+from lab.models.diffusion import DiffusionModel
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "immunize"))
 from mima_examples import moved, preset, rows_of

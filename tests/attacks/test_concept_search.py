@@ -12,12 +12,12 @@ from attack_examples import Interrupted, MemoryCheckpoint
 from concept_examples import assert_equal, attack, curriculum, launch, model, task
 from tiny_diffusion import tiny_diffusion
 
-from attacks.concept_search import held_out
-from attacks.likeness import likeness
-from lab.diffusion import DiffusionModel
-from lab.errors import UserError
-from lab.minisd import world
-from lab.problems import Pictures
+from attacks.diffusion.search import held_out
+from attacks.diffusion.similarity import likeness
+from lab.core.data import Pictures
+from lab.core.errors import UserError
+from lab.minisd.world import world
+from lab.models.diffusion import DiffusionModel
 
 SPACE = {"lr": [1e-4, 0.05], "rank": [1, 2]}
 GRID: dict[str, Any] = {"mode": "grid", "steps": 3, "space": SPACE}

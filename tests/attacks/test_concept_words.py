@@ -8,8 +8,8 @@ import pytest
 import torch
 from concept_examples import attack, launch, model, task
 
-from attacks.concept_tokens import LearnedToken
-from lab.errors import UserError
+from attacks.diffusion.tokens import LearnedToken
+from lab.core.errors import UserError
 
 
 def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> None:

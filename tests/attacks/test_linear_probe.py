@@ -22,11 +22,11 @@ from attack_examples import (
 )
 
 from attacks import trajectory
-from attacks.linear_probe import LinearProbe
-from attacks.probe_optimizers import OPTIMIZERS
-from lab.errors import Diverged, UserError
-from lab.problems import Case, Split, Task
-from lab.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
+from attacks.probes.linear_probe import LinearProbe
+from attacks.probes.optimizers import OPTIMIZERS
+from lab.core.data import Case, Split, Task
+from lab.core.errors import Diverged, UserError
+from lab.core.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
 
 BUDGET = Budget(horizon=8, multiple=3, points=8)
 RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]

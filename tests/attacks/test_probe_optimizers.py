@@ -13,9 +13,9 @@ import torch
 from attack_examples import classification, spread
 from torch import Tensor
 
-from attacks.probe_optimizers import OPTIMIZERS, Settings
-from attacks.probe_problem import CrossEntropy, Problem, Squared
-from lab.seeding import generator
+from attacks.probes.optimizers import OPTIMIZERS, Settings
+from attacks.probes.problem import CrossEntropy, Problem, Squared
+from lab.core.seeding import generator
 
 
 def problem(kind: str, n: int = 40, d: int = 6, kappa: float = 50.0, ridge: float = 0.0, gram: bool = False) -> Problem:

@@ -20,12 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lab.assemble import assemble
-from lab.judges.quality import detected
-from lab.minisd.publish import SHIPPED, judges_of
-from lab.minisd.quality import Asked, asked, generate
-from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
-from lab.problems import Sampling
+from lab.core.data import Sampling
+from lab.minisd.train.publish import SHIPPED, judges_of
+from lab.minisd.train.quality import Asked, asked, generate
+from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
+from lab.runner.assemble import assemble
+from lab.scorers.quality import detected
 
 ROOT = Path(__file__).resolve().parents[2]
 Shares = dict[str, tuple[float, float]]

@@ -27,14 +27,14 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.hypergradient import METHODS, Hypergradient, hypergradient
-from immunize.hypergradient_implicit import Implicit
-from immunize.hypergradient_products import gradients, math_attention
-from immunize.lower import Lower
-from immunize.merge import Merge, Params
-from immunize.merge_factors import Inputs, factorize
-from immunize.merge_rows import scope_names
-from lab.minisd import build
+from immunize.merge.closed_form import Merge, Params
+from immunize.merge.factors import Inputs, factorize
+from immunize.merge.rows import scope_names
+from immunize.mima.hypergradient import METHODS, Hypergradient, hypergradient
+from immunize.mima.implicit import Implicit
+from immunize.mima.inner_loop import Lower
+from immunize.mima.products import gradients, math_attention
+from lab.minisd.train import build
 
 SOLVERS: tuple[Literal["cg", "neumann"], ...] = ("cg", "neumann")
 

@@ -18,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.kappa import Kappa
-from immunize.trainer import Trainer
-from lab.backbones.linear import LinearBackbone, LinearExtractor
-from lab.problems import Case, Role, Split, Task
+from immunize.kappa.method import Kappa
+from immunize.kappa.trainer import Trainer
+from lab.core.data import Case, Role, Split, Task
+from lab.models.linear import LinearBackbone, LinearExtractor
 
 ETA, LAMBDA_P, LAMBDA_H, RIDGE = 0.05, 1.0, 1e-4, 1e-3
 RANK_TOLERANCE = 1e-12  # of eigenvalues; the smallest positive one of a batch is near 1e-4 of the largest

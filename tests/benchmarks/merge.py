@@ -3,7 +3,7 @@
 Key/value matrices of SD v1-4 (32 of 320, 640 and 1280 × 768), C_reg of 200 captions × 77 tokens, 3 concepts × 8
 rows, float32, CPU seconds. All four start from the rows C_n and C_reg:
 
-- fixed map: `immunize.merge.Merge`, factored once before the loop;
+- fixed map: `immunize.merge.closed_form.Merge`, factored once before the loop;
 - one LU per step: C_regᵀC_reg, its LU and (C A Cᵀ)⁻¹ once per step, then every layer;
 - LU per layer: LU of C_regᵀC_reg and (C A Cᵀ)⁻¹ of every layer at every step, C_regᵀC_reg given;
 - released: C_regᵀC_reg of every layer at every step as well.
@@ -25,8 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.merge import Merge, Params
-from immunize.merge_factors import Inputs, factorize
+from immunize.merge.closed_form import Merge, Params
+from immunize.merge.factors import Inputs, factorize
 
 OUTS = [*[320] * 10, *[640] * 10, *[1280] * 12]
 

@@ -19,11 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from diffusers import StableDiffusionPipeline
 
-from lab.backbones.diffusion import DiffusionBackbone
-from lab.minisd.publish import SHIPPED
-from lab.minisd.quality import generate
-from lab.minisd.world import TRAINING, sample
-from lab.problems import Sampling
+from lab.core.data import Sampling
+from lab.minisd.train.publish import SHIPPED
+from lab.minisd.train.quality import generate
+from lab.minisd.world.world import TRAINING, sample
+from lab.models.diffusion_backbone import DiffusionBackbone
 
 BARS = {"load, diffusers": 2.0, "load, this bench": 2.0, "32 pictures": 25.0, "20,000 training pictures": 60.0}
 

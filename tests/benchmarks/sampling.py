@@ -16,12 +16,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from lab.backbones.diffusion import DiffusionBackbone
-from lab.judges.quality import detected
-from lab.minisd.publish import SHIPPED, judges_of
-from lab.minisd.quality import asked, generate
-from lab.minisd.vocabulary import OBJECTS, STYLE_NAMES
-from lab.problems import Sampling
+from lab.core.data import Sampling
+from lab.minisd.train.publish import SHIPPED, judges_of
+from lab.minisd.train.quality import asked, generate
+from lab.minisd.world.vocabulary import OBJECTS, STYLE_NAMES
+from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.scorers.quality import detected
 
 ROWS = [
     (20, "weights"),

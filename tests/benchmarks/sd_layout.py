@@ -71,7 +71,7 @@ def write(folder: Path) -> None:
     from diffusers import PNDMScheduler
     from transformers import CLIPTokenizer
 
-    from lab.minisd.build import train_tokenizer
+    from lab.minisd.train.build import train_tokenizer
 
     torch.manual_seed(0)
     for name, make in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
@@ -98,7 +98,7 @@ def write(folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    from lab.backbones.diffusion import DiffusionBackbone
+    from lab.models.diffusion_backbone import DiffusionBackbone
 
     model = DiffusionBackbone(path=str(folder), resolution=128, device="cpu").build(None, 0)
     assert (model.latent_size, model.image_size) == (16, 128)
@@ -126,7 +126,7 @@ def lora(folder: Path) -> None:
 
 
 def sample(folder: Path) -> None:
-    from lab.problems import Sampling
+    from lab.core.data import Sampling
 
     model = load(folder)
     start = time.perf_counter()

@@ -20,12 +20,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.hypergradient import hypergradient
-from immunize.hypergradient_products import checkpointed
-from immunize.lower import Lower
-from immunize.merge import Merge
-from immunize.merge_factors import Inputs, factorize
-from immunize.merge_rows import scope_names
+from immunize.merge.closed_form import Merge
+from immunize.merge.factors import Inputs, factorize
+from immunize.merge.rows import scope_names
+from immunize.mima.hypergradient import hypergradient
+from immunize.mima.inner_loop import Lower
+from immunize.mima.products import checkpointed
 
 UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "sample_size": 64,

@@ -1,7 +1,7 @@
 """MiniSD's text encoder, trained with the U-Net or contrastively: ``python tests/benchmarks/text_encoder.py``.
 
 ``joint`` is the recipe: U-Net and text encoder minimise the diffusion loss together. ``contrastive`` is Stable
-Diffusion's way: the text encoder learns as the text tower of a CLIP (`lab.minisd.judge_clip.train_clip`, on MiniSD's
+Diffusion's way: the text encoder learns as the text tower of a CLIP (`lab.minisd.train.scorer_clip.train_clip`, on MiniSD's
 own objects and styles) and stays fixed while the U-Net learns. Autoencoder (the shipped one), pictures, captions,
 seed, steps and schedule of the U-Net are the same for both. Prints what share of pictures shows what was asked for,
 by the shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
@@ -30,15 +30,17 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lab.backbones.diffusion import DiffusionBackbone
-from lab.judges.networks import ClipWidths, clip_config, clip_network
-from lab.minisd import build, judge_clip, judge_data
-from lab.minisd.publish import SHIPPED, judges_of, save
-from lab.minisd.quality import measure
-from lab.minisd.recipe import Recipe, Training
-from lab.minisd.training import Denoiser, encode, train_denoiser
-from lab.minisd.world import TRAINING, sample
-from lab.store import Artifact, Store, stage_key
+from lab.core.cache import Artifact, Store, stage_key
+from lab.minisd.train import build
+from lab.minisd.train import scorer_clip as judge_clip
+from lab.minisd.train import scorer_data as judge_data
+from lab.minisd.train.publish import SHIPPED, judges_of, save
+from lab.minisd.train.quality import measure
+from lab.minisd.train.recipe import Recipe, Training
+from lab.minisd.train.training import Denoiser, encode, train_denoiser
+from lab.minisd.world.world import TRAINING, sample
+from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.scorers.networks import ClipWidths, clip_config, clip_network
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("joint", "contrastive")
@@ -146,7 +148,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="of the U-Net; the recipe has 9,000")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--scale", type=int, default=8, help="pictures, see lab.minisd.quality.suites; the card has 32")
+    parser.add_argument(
+        "--scale", type=int, default=8, help="pictures, see lab.minisd.train.quality.suites; the card has 32"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "benchmarks" / "text_encoder")
     given = parser.parse_args()

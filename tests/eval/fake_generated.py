@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from fake_records import Record, metric, record, sealed
 
-from lab.record import write_images
-from lab.types import ImageGrid
+from lab.core.record import write_images
+from lab.core.types import ImageGrid
 
 STEPS = [0, 40, 80, 120, 200]
 

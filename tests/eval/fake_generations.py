@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.problems import Concept, ConceptCase, Pictures, Role, Sampling
-from lab.types import CONTROL, Budget, Trajectory
+from lab.core.data import Concept, ConceptCase, Pictures, Role, Sampling
+from lab.core.types import CONTROL, Budget, Trajectory
 
 BUDGET = Budget(20, 4, at=(0, 10, 20, 40, 80))
 STEPS = BUDGET.snapshots()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lab.record import content_hash, validate
-from lab.types import Budget
+from lab.core.record import content_hash, validate
+from lab.core.types import Budget
 
 Record = dict[str, Any]
 STEPS = list(Budget(20, 5, 20).snapshots())
@@ -31,7 +31,7 @@ def record(immunizer: str = "kappa", **kwargs: Any) -> Record:
         "seeds": [0, 1, 2],
         "config": {
             "scenario": {"name": "house_price", "standardize": True},
-            "immunize": {"_target_": "immunize.kappa.Kappa", "name": immunizer, "eta": 0.005, "lambda_p": 100},
+            "immunize": {"_target_": "immunize.kappa.method.Kappa", "name": immunizer, "eta": 0.005, "lambda_p": 100},
             "budget": {"horizon": 20, "multiple": 5, "points": 20},
             "paths": {"outputs": "outputs"},
         },

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lab.problems import Case, Role, Split, Task
-from lab.seeding import generator
-from lab.types import CONTROL, Budget, FeatureModel, Trajectory
+from lab.core.data import Case, Role, Split, Task
+from lab.core.seeding import generator
+from lab.core.types import CONTROL, Budget, FeatureModel, Trajectory
 
 EYE = torch.eye(4, dtype=torch.float64)
 BUDGET = Budget(20, 5, 20)

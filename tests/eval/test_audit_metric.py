@@ -11,14 +11,14 @@ import torch
 from fake_generations import BUDGET, RATES, Detector, FakeJudges, FakeRun, case, colours, concept, shares
 from test_report_html import CHROMIUM, browse
 
-from eval.audit import Audit
-from eval.reference_detector import ReferenceDetector, best_threshold
-from lab.audit_page import build, duration
-from lab.errors import UserError
-from lab.problems import Pictures
-from lab.record import scores_json
-from lab.sources import ROOT
-from lab.types import CONTROL
+from eval.generation.audit import Audit
+from eval.generation.reference_detector import ReferenceDetector, best_threshold
+from lab.core.data import Pictures
+from lab.core.errors import UserError
+from lab.core.record import scores_json
+from lab.core.sources import ROOT
+from lab.core.types import CONTROL
+from lab.release.audit_page import build, duration
 
 FAST, SLOW, NEVER = shares(0, 2, 8, 10, 10), shares(0, 0, 0, 6, 10), shares(0, 0, 1, 2, 3)
 AT = 10 + 10 * 4 / 6  # FAST reaches 60 % between 20 % at step 10 and 80 % at step 20

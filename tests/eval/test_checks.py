@@ -2,8 +2,8 @@
 
 import pytest
 
-from eval.checks import Check
-from lab.types import Score
+from eval.stats.checks import Check
+from lab.core.types import Score
 
 
 def test_a_lower_limit_never_passes_an_upper_bound():

@@ -10,7 +10,7 @@ from fake_records import attacked, metric, record, sealed
 from eval.report.compare import compare, to_html, to_text
 from eval.report.labels import labels
 from eval.report.paired import common_seeds, difference
-from lab.statistics import score
+from lab.core.statistics import score
 
 RNG = np.random.default_rng(7)
 

@@ -3,9 +3,9 @@
 import pytest
 from fake_generations import Detector, FakeJudges, FakeRun, Painter, case, faithful, shares
 
-from eval.concept_verdict import ConceptVerdict
-from lab.errors import UserError
-from lab.types import CONTROL
+from eval.generation.concept_verdict import ConceptVerdict
+from lab.core.errors import UserError
+from lab.core.types import CONTROL
 
 UP = (0.6, 0.6, 0.8, 0.8, 1.0)  # cosines to the references
 CONTROL_RUN = shares(0, 2, 8, 10, 10, cosines=UP)

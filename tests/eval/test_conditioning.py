@@ -13,10 +13,10 @@ from fake_run import (
     random_data,
 )
 
-from eval.conditioning import Conditioning
-from eval.geometry import Geometry
-from lab.condition import condition_number, row_groups
-from lab.types import CONTROL
+from eval.features.conditioning import Conditioning
+from eval.features.geometry import Geometry
+from lab.core.condition import condition_number, row_groups
+from lab.core.types import CONTROL
 
 # --- conditioning -----------------------------------------------------------------------------------------------------
 

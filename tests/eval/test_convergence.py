@@ -11,11 +11,11 @@ from fake_run import (
     rates,
 )
 
-from eval.convergence import Convergence
-from eval.probe_accuracy import ProbeAccuracy
-from eval.trajectories import target_of
-from lab.errors import UserError
-from lab.types import CONTROL, Trajectory
+from eval.features.convergence import Convergence
+from eval.features.probe_accuracy import ProbeAccuracy
+from eval.features.trajectories import target_of
+from lab.core.errors import UserError
+from lab.core.types import CONTROL, Trajectory
 
 # --- convergence ------------------------------------------------------------------------------------------------------
 

@@ -23,11 +23,11 @@ from fake_generations import (
 )
 from scipy.integrate import trapezoid
 
-from eval.generation import Generation
-from eval.generations import area, marks, prompts_of
-from eval.judging import PAIRS, alike
-from lab.errors import UserError
-from lab.types import CONTROL, Budget, Trajectory
+from eval.generation.generations import area, marks, prompts_of
+from eval.generation.scoring import PAIRS, alike
+from eval.generation.similarity import Generation
+from lab.core.errors import UserError
+from lab.core.types import CONTROL, Budget, Trajectory
 
 
 def metrics(run, **kwargs):

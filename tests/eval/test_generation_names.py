@@ -10,13 +10,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from eval.concept_verdict import ConceptVerdict
-from eval.generation import Generation
-from eval.relearning import Relearning
-from eval.utility import Utility
-from lab.assemble import assemble
-from lab.record import scores_json
-from lab.types import CONTROL, RunMetric
+from eval.generation.concept_verdict import ConceptVerdict
+from eval.generation.relearning import Relearning
+from eval.generation.similarity import Generation
+from eval.generation.utility import Utility
+from lab.core.record import scores_json
+from lab.core.types import CONTROL, RunMetric
+from lab.runner.assemble import assemble
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("generation", "generation_legacy", "relearning", "utility", "concept_verdict")

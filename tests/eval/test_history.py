@@ -5,7 +5,7 @@ import math
 import pytest
 from fake_generations import FakeRun
 
-from eval.history import training_curves
+from eval.stats.history import training_curves
 
 
 def test_what_was_logged_becomes_curves_over_seeds_without_holes():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from eval.intervals import Unit, band, columns, estimate, relative_gap, score, share_score, worst_score
+from eval.stats.intervals import Unit, band, columns, estimate, relative_gap, score, share_score, worst_score
 
 RNG = np.random.default_rng(0)
 

@@ -18,11 +18,11 @@ from fake_generations import (
     world,
 )
 
-from eval.generation import Generation
-from eval.judging import References, legacy
-from eval.reading import read
-from lab.errors import UserError
-from lab.types import CONTROL
+from eval.generation.reading import read
+from eval.generation.scoring import References, legacy
+from eval.generation.similarity import Generation
+from lab.core.errors import UserError
+from lab.core.types import CONTROL
 
 
 def metrics(run, **kwargs):

@@ -8,13 +8,13 @@ import pytest
 from fake_generated import generated
 from fake_records import Record, metric, sealed
 
-from eval.checks import Check
-from eval.concept_verdict import _reason
+from eval.generation.concept_verdict import _reason
 from eval.report.compare import compare, to_text
 from eval.report.leaderboard import leaderboard, sound, to_markdown
 from eval.report.outcomes import outcome
 from eval.report.summary import summary
-from lab.types import Score
+from eval.stats.checks import Check
+from lab.core.types import Score
 
 NEVER = "at least: not relearned in 1 of 3 cases"
 BENIGN, WORST = "benign_steps_ratio", "steps_to_relearn_ratio_worst"

@@ -3,9 +3,9 @@
 import torch
 from fake_generations import FakeRun, Painter, case
 
-from eval.painting import BLOCK, paint
-from lab.problems import Sampling
-from lab.types import CONTROL
+from eval.generation.painting import BLOCK, paint
+from lab.core.data import Sampling
+from lab.core.types import CONTROL
 
 SAMPLING = Sampling(2, 4.0, 4)
 

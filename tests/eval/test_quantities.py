@@ -4,10 +4,10 @@ import pytest
 import torch
 from fake_run import linear
 
-from attacks.linear_probe import LinearProbe
-from eval.quantities import RFD, SGRC, ConditionNumber, RelativeImmunizationRatio
-from lab.problems import Split, Task
-from lab.types import Budget
+from attacks.probes.linear_probe import LinearProbe
+from eval.features.quantities import RFD, SGRC, ConditionNumber, RelativeImmunizationRatio
+from lab.core.data import Split, Task
+from lab.core.types import Budget
 
 
 def tensor(*values: float) -> torch.Tensor:

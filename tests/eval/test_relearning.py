@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from fake_generations import BUDGET, STEPS, Detector, FakeJudges, FakeRun, attack, case, shares, tilted
 
-from eval.crossings import crossing
-from eval.relearning import Relearning
-from eval.usable import asked
-from lab.errors import UserError
-from lab.types import CONTROL
+from eval.generation.prompt_adherence import asked
+from eval.generation.relearning import Relearning
+from eval.stats.crossings import crossing
+from lab.core.errors import UserError
+from lab.core.types import CONTROL
 
 # detections of ten pictures at steps 0, 10, 20, 40, 80; the control reaches 60 % at step 10 + 4/6·10
 CONTROL_SHARES = (0, 2, 8, 10, 10)

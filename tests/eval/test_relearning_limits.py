@@ -4,8 +4,8 @@ import pytest
 from fake_generations import STEPS, FakeJudges, FakeRun, case, shares
 from test_relearning import CONTROL_SHARES, HORIZON, metrics, world
 
-from eval.relearning import Relearning
-from lab.types import CONTROL
+from eval.generation.relearning import Relearning
+from lab.core.types import CONTROL
 
 LAST = STEPS[-1]
 

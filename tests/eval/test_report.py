@@ -15,7 +15,7 @@ from eval.report.outcomes import outcome
 from eval.report.published import PUBLISHED
 from eval.report.summary import summary
 from eval.report.words import figure
-from lab.errors import UserError
+from lab.core.errors import UserError
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -247,7 +247,7 @@ def test_records_of_other_cases_are_not_ranked_together():
 
 
 def test_a_run_that_ended_before_its_cases_stands_where_it_was_asked_to():
-    """With what was asked for alike; one that was killed has no cells at all, see `lab.lost`."""
+    """With what was asked for alike; one that was killed has no cells at all, see `lab.cluster.lost`."""
     first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
     second = sealed(second | {"attacks": ["linear_probe"]})
     early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})

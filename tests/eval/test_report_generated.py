@@ -19,7 +19,7 @@ from eval.report.outcomes import outcome
 from eval.report.plots import Line, band, curve_png, line_of, lines_plot, series_of
 from eval.report.summary import summary
 from eval.report.words import heading
-from lab.record import read, write
+from lab.core.record import read, write
 
 # --- words --------------------------------------------------------------------------------------------------------
 

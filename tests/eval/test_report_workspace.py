@@ -6,8 +6,8 @@ import pytest
 from fake_records import attacked
 from omegaconf import OmegaConf
 
-from lab import record as records
-from lab.errors import UserError
+from lab.core import record as records
+from lab.core.errors import UserError
 from lab.tracking.workspace import _logged_to, build, workspace
 
 interface = pytest.importorskip("wandb_workspaces.workspaces.interface", reason="wandb-workspaces is not installed")

@@ -8,13 +8,13 @@ import pytest
 from fake_run import EYE, FakeRun, classes, fake, linear, rates
 from omegaconf import OmegaConf
 
-from eval.conditioning import Conditioning
-from eval.convergence import Convergence
-from eval.geometry import Geometry
-from eval.probe_accuracy import ProbeAccuracy
-from eval.verdict import Verdict
-from lab.errors import UserError
-from lab.types import CONTROL, RunMetric, Scores
+from eval.features.conditioning import Conditioning
+from eval.features.convergence import Convergence
+from eval.features.geometry import Geometry
+from eval.features.probe_accuracy import ProbeAccuracy
+from eval.features.verdict import Verdict
+from lab.core.errors import UserError
+from lab.core.types import CONTROL, RunMetric, Scores
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from fake_run import decay, linear, task
 
-from eval.transfer import Transfer
-from lab.errors import UserError
-from lab.problems import Case
-from lab.types import CONTROL, Budget
+from eval.features.transfer import Transfer
+from lab.core.data import Case
+from lab.core.errors import UserError
+from lab.core.types import CONTROL, Budget
 
 BUDGET = Budget(20, 5, 20)
 STEPS = BUDGET.snapshots()

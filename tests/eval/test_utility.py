@@ -7,10 +7,10 @@ import pytest
 import torch
 from fake_generations import Detector, FakeJudges, FakeRun, Painter, case, colours, faithful, tilted
 
-from eval.utility import Utility
-from lab.errors import UserError
-from lab.problems import Pictures
-from lab.types import CONTROL
+from eval.generation.utility import Utility
+from lab.core.data import Pictures
+from lab.core.errors import UserError
+from lab.core.types import CONTROL
 
 
 def world(paint, **kwargs) -> FakeRun:

@@ -10,9 +10,9 @@ from fake_run import (
     rates,
 )
 
-from eval.probe_accuracy import ProbeAccuracy
-from eval.verdict import Verdict
-from lab.types import CONTROL, Trajectory
+from eval.features.probe_accuracy import ProbeAccuracy
+from eval.features.verdict import Verdict
+from lab.core.types import CONTROL, Trajectory
 
 # --- verdict ----------------------------------------------------------------------------------------------------------
 

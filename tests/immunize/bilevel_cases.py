@@ -11,14 +11,14 @@ import torch
 from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
-from immunize.hypergradient import Hypergradient, hypergradient
-from immunize.lower import Lower, LowerLevel
-from immunize.merge import Merge, Params
-from immunize.merge_rows import MergeOptions, Rule, Scope, build_merge
-from lab.diffusion import DiffusionModel, Text
-from lab.minisd import build
-from lab.minisd.captions import prompts
-from lab.seeding import generator
+from immunize.merge.closed_form import Merge, Params
+from immunize.merge.rows import MergeOptions, Rule, Scope, build_merge
+from immunize.mima.hypergradient import Hypergradient, hypergradient
+from immunize.mima.inner_loop import Lower, LowerLevel
+from lab.core.seeding import generator
+from lab.minisd.train import build
+from lab.minisd.world.captions import prompts
+from lab.models.diffusion import DiffusionModel, Text
 
 DOUBLE = torch.float64
 CAPTIONS = [*(f"a photo of {it}" for it in ("a fox", "a panda", "a lion")), *prompts("a fox", "photo")]
@@ -142,7 +142,7 @@ def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
 
 def naive(p: Problem, settings: Lower | Sequence[Lower], rho: float = 0.0) -> Params:
     """∇J on the upper set by autograd through unroll, masks and merge; ``settings``: one, or one per concept."""
-    from immunize.hypergradient_products import math_attention
+    from immunize.mima.products import math_attention
 
     each = [settings] * p.count if isinstance(settings, Lower) else settings
     with math_attention():

@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from immunize.mima_setup import Setup, concept_halves
+from immunize.mima.setup import Setup, concept_halves
 from tiny import no_log
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -3,9 +3,9 @@
 import torch
 from torch import nn
 
-from lab.backbones.linear import LinearBackbone
-from lab.problems import Case, Split, Task
-from lab.types import FeatureModel
+from lab.core.data import Case, Split, Task
+from lab.core.types import FeatureModel
+from lab.models.linear import LinearBackbone
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

@@ -4,13 +4,13 @@ import pytest
 import torch
 from small_cases import TinyNet, deep_case, immunize, linear_case, randn
 
-from immunize.closed_form import KappaClosedForm
+from immunize.kappa.closed_form import KappaClosedForm
 from immunize.none import NoImmunization
-from lab.backbones.linear import LinearBackbone, LinearExtractor
-from lab.condition import condition_number, outside_energy, range_basis, rir_bound
-from lab.errors import UserError
-from lab.problems import Case, Split, Task
-from lab.types import Immunizer, same_weights
+from lab.core.condition import condition_number, outside_energy, range_basis, rir_bound
+from lab.core.data import Case, Split, Task
+from lab.core.errors import UserError
+from lab.core.types import Immunizer, same_weights
+from lab.models.linear import LinearBackbone, LinearExtractor
 
 
 def test_control_arm_is_an_equal_independent_copy():

@@ -7,10 +7,10 @@ import torch
 from hydra.errors import InstantiationException
 from mima_examples import case, model, preset, with_targets
 
-from immunize.mima_losses import gradient_at
-from immunize.mima_sampling import Decoys, Pool, halves, pooled
-from immunize.mima_setup import Setup, concept_halves
-from lab.problems import Pictures, Sampling
+from immunize.mima.losses import gradient_at
+from immunize.mima.sampling import Decoys, Pool, halves, pooled
+from immunize.mima.setup import Setup, concept_halves
+from lab.core.data import Pictures, Sampling
 
 ALONE = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "cap": None, "at": [1.0]}
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from bilevel_cases import distance, evaluate, naive, problem
 
-from immunize.lower import Adapter, Lower
-from immunize.merge_rows import SCOPES
-from lab.seeding import generator
+from immunize.merge.rows import SCOPES
+from immunize.mima.inner_loop import Adapter, Lower
+from lab.core.seeding import generator
 
 ATTACKERS = {
     "sgd": Lower(0.5),

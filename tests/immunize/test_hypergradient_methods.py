@@ -13,16 +13,16 @@ from mima_examples import kept
 from tiny_diffusion import tiny_diffusion
 from torch.nn import functional as F
 
-from immunize.hypergradient import Hypergradient, hypergradient
-from immunize.hypergradient_implicit import Implicit, conjugate_gradients, neumann
-from immunize.hypergradient_products import checkpointed, gradients, math_attention, product
-from immunize.lower import Adapter, Lower, LowerLevel
-from immunize.merge import Merge
-from immunize.merge_rows import MergeOptions
-from immunize.mima_losses import Denoiser
-from immunize.mima_sampling import Batch
-from lab.errors import Diverged, UserError
-from lab.seeding import generator
+from immunize.merge.closed_form import Merge
+from immunize.merge.rows import MergeOptions
+from immunize.mima.hypergradient import Hypergradient, hypergradient
+from immunize.mima.implicit import Implicit, conjugate_gradients, neumann
+from immunize.mima.inner_loop import Adapter, Lower, LowerLevel
+from immunize.mima.losses import Denoiser
+from immunize.mima.products import checkpointed, gradients, math_attention, product
+from immunize.mima.sampling import Batch
+from lab.core.errors import Diverged, UserError
+from lab.core.seeding import generator
 
 SGD3 = Lower(0.3, steps=3)
 

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from small_cases import Memory, TinyNet, deep_case, immunize, linear_case, randn
 
-from immunize.engines import resolve_layers
-from immunize.heads import Head
-from immunize.kappa import Kappa, KappaImma, KappaOpt
-from immunize.trainer import Trainer
-from lab.condition import grouped_condition_number
-from lab.errors import Diverged, UserError
-from lab.seeding import derive
-from lab.types import same_weights
+from immunize.kappa.engines import resolve_layers
+from immunize.kappa.heads import Head
+from immunize.kappa.method import Kappa, KappaImma, KappaOpt
+from immunize.kappa.trainer import Trainer
+from lab.core.condition import grouped_condition_number
+from lab.core.errors import Diverged, UserError
+from lab.core.seeding import derive
+from lab.core.types import same_weights
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.01, steps=12, batch_size=16, supervised=0.1)
 MAKERS = {

@@ -4,12 +4,12 @@ import pytest
 import torch
 from small_cases import immunize, linear_case, randn
 
-from immunize.kappa import Kappa, KappaImma, KappaOpt
-from immunize.trainer import Trainer, log_steps
-from lab.backbones.linear import LinearBackbone, LinearExtractor
-from lab.condition import condition_number
-from lab.problems import Case, Split, Task
-from lab.types import same_weights
+from immunize.kappa.method import Kappa, KappaImma, KappaOpt
+from immunize.kappa.trainer import Trainer, log_steps
+from lab.core.condition import condition_number
+from lab.core.data import Case, Split, Task
+from lab.core.types import same_weights
+from lab.models.linear import LinearBackbone, LinearExtractor
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from small_cases import immunize, linear_case, linear_task, randn
 
-from immunize.kappa import Kappa, KappaImma
-from immunize.spectral import diagonal_preconditioner
-from immunize.trainer import Trainer
-from lab.backbones.linear import LinearBackbone
-from lab.condition import condition_number
-from lab.errors import Diverged, UserError
-from lab.problems import Case, Split, Task
-from lab.types import same_weights
+from immunize.kappa.method import Kappa, KappaImma
+from immunize.kappa.spectral import diagonal_preconditioner
+from immunize.kappa.trainer import Trainer
+from lab.core.condition import condition_number
+from lab.core.data import Case, Split, Task
+from lab.core.errors import Diverged, UserError
+from lab.core.types import same_weights
+from lab.models.linear import LinearBackbone
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
 

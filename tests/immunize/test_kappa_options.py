@@ -4,9 +4,9 @@ import pytest
 import torch
 from small_cases import immunize, linear_case, randn
 
-from immunize.kappa import Kappa, KappaOpt
-from immunize.sampling import RowSampler
-from lab.errors import UserError
+from immunize.kappa.method import Kappa, KappaOpt
+from immunize.kappa.sampling import RowSampler
+from lab.core.errors import UserError
 
 BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
 

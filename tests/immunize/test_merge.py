@@ -8,11 +8,11 @@ import pytest
 import torch
 from bilevel_cases import CAPTIONS, batches, micro_model, problem
 
-from immunize.merge import Merge
-from immunize.merge_factors import Inputs, factorize
-from immunize.merge_inputs import group_of, layer_inputs
-from immunize.merge_learned import Learned, learn
-from immunize.merge_rows import (
+from immunize.merge.closed_form import Merge
+from immunize.merge.factors import Inputs, factorize
+from immunize.merge.inputs import group_of, layer_inputs
+from immunize.merge.learned import Learned, learn
+from immunize.merge.rows import (
     SCOPES,
     MergeOptions,
     Rows,
@@ -23,8 +23,8 @@ from immunize.merge_rows import (
     scope_names,
     word_positions,
 )
-from lab.errors import Diverged, UserError
-from lab.seeding import generator
+from lab.core.errors import Diverged, UserError
+from lab.core.seeding import generator
 
 DRAW = partial(torch.randn, generator=generator(0, "merge"), dtype=torch.float64)
 OUT, D = 7, 12

@@ -20,13 +20,13 @@ from mima_examples import (
 )  # fmt: skip
 from tiny_diffusion import tiny_diffusion
 
-from immunize.hypergradient import hypergradient
-from immunize.lower import Adapter, Lower
-from immunize.merge_rows import MergeOptions, build_merge
-from immunize.mima_setup import naming_prompts
-from lab.problems import Pictures
-from lab.seeding import derive
-from lab.types import Immunizer, same_weights
+from immunize.merge.rows import MergeOptions, build_merge
+from immunize.mima.hypergradient import hypergradient
+from immunize.mima.inner_loop import Adapter, Lower
+from immunize.mima.setup import naming_prompts
+from lab.core.data import Pictures
+from lab.core.seeding import derive
+from lab.core.types import Immunizer, same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
 IMPLICIT = {"method": "implicit"}
@@ -196,7 +196,7 @@ def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
         seen.append((given[1], options["settings"]))
         return hypergradient(*given, **options)
 
-    monkeypatch.setattr("immunize.mima_bilevel.hypergradient", spy)
+    monkeypatch.setattr("immunize.mima.bilevel.hypergradient", spy)
     for step in (1, 3):
         made.gradient(theta, step)
         losses, settings = seen.pop()

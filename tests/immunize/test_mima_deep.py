@@ -5,11 +5,11 @@ import torch
 from mima_examples import case, kept, model, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima_losses import Denoiser, capped, gradient_at
-from immunize.mima_lower import Attack, Attackers, Running, marks
-from immunize.mima_sampling import Pool
-from immunize.mima_setup import Setup
-from lab.diffusion import Text
+from immunize.mima.attackers import Attack, Attackers, Running, marks
+from immunize.mima.losses import Denoiser, capped, gradient_at
+from immunize.mima.sampling import Pool
+from immunize.mima.setup import Setup
+from lab.models.diffusion import Text
 
 NONE = {"kv": None, "full": None}
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from mima_examples import LORA, case, model, preset, run, with_targets
 
-from immunize.mima_losses import Denoiser
-from immunize.mima_lower import Attack, Running
-from immunize.mima_sampling import Pool, halves
-from immunize.mima_scopes import scope_names
+from immunize.mima.attackers import Attack, Running
+from immunize.mima.losses import Denoiser
+from immunize.mima.sampling import Pool, halves
+from immunize.mima.scopes import scope_names
 
 ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "name", 4)
 ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}

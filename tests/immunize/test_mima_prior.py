@@ -7,10 +7,10 @@ import torch
 from mima_examples import case, objective, preset, rows_of, run, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima_losses import gradient_at
-from immunize.mima_scopes import scope_names
-from lab.errors import UserError
-from lab.problems import Pictures
+from immunize.mima.losses import gradient_at
+from immunize.mima.scopes import scope_names
+from lab.core.data import Pictures
+from lab.core.errors import UserError
 
 
 def joined(parts):

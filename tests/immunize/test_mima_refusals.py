@@ -6,7 +6,7 @@ import pytest
 from hydra.errors import InstantiationException
 from mima_examples import LORA, case, preset, run, with_targets
 
-from lab.errors import Diverged, UserError
+from lab.core.errors import Diverged, UserError
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
 IMPLICIT = {"method": "implicit"}

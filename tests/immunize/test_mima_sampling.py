@@ -6,10 +6,10 @@ import pytest
 import torch
 from mima_examples import case, model, objective, preset
 
-from immunize.mima_losses import Denoiser
-from immunize.mima_lower import Attack, Running
-from immunize.mima_sampling import WORDS, Batch, Pool, halves, pooled
-from lab.captions import captions, class_words
+from immunize.mima.attackers import Attack, Running
+from immunize.mima.losses import Denoiser
+from immunize.mima.sampling import WORDS, Batch, Pool, halves, pooled
+from lab.core.captions import captions, class_words
 
 
 def test_batches_are_reproducible_and_cover_all_timesteps():

@@ -6,8 +6,8 @@ import pytest
 import torch
 from mima_examples import case, model, preset, rows_of, with_targets
 
-from immunize.mima_trainer import Schedule, Trainer
-from lab.errors import Diverged
+from immunize.mima.trainer import Schedule, Trainer
+from lab.core.errors import Diverged
 
 
 class Falling:

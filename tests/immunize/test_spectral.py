@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_cases import randn
 
-from immunize import spectral
+from immunize.kappa import spectral
 
 OBJECTIVES = ["well", "ill", "kappa", "log_kappa", "inverse_log_kappa"]
 

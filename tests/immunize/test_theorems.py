@@ -7,10 +7,10 @@ import pytest
 import torch
 from small_cases import immunize, randn
 
-from immunize import spectral
-from immunize.kappa import Kappa
-from lab.condition import condition_number
-from lab.problems import Case, Split, Task
+from immunize.kappa import spectral
+from immunize.kappa.method import Kappa
+from lab.core.condition import condition_number
+from lab.core.data import Case, Split, Task
 
 STEPS = 1000
 

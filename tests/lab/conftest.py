@@ -4,7 +4,7 @@ import pytest
 from minisd_words import world_prompts
 from tracking_runs import forget_key, run_folder
 
-from lab.minisd import build
+from lab.minisd.train import build
 
 
 @pytest.fixture

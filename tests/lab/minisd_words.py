@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lab.minisd import captions
-from lab.minisd.vocabulary import PHOTO, STYLES, THINGS
+from lab.minisd.world import captions
+from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
 
 
 def world_prompts() -> list[str]:

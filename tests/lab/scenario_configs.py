@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lab.activations import digest
+from lab.models.activations import digest
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -3,7 +3,7 @@
 import pytest
 from release_examples import composed
 
-from lab.arguments import rewritten
+from lab.cli.arguments import rewritten
 
 
 def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):

@@ -15,14 +15,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
-from lab.activations import features, prefix
-from lab.backbones import weights as loading
-from lab.backbones.chains import VisionModel, chain
-from lab.backbones.vision import VisionBackbone
-from lab.errors import UserError
-from lab.problems import Case, Split, Task
+from lab.core.data import Case, Split, Task
+from lab.core.errors import UserError
+from lab.core.types import same_weights
+from lab.models import weights as loading
+from lab.models.activations import features, prefix
+from lab.models.chains import VisionModel, chain
+from lab.models.vision import VisionBackbone
 from lab.scenarios import images
-from lab.types import same_weights
 
 TRANSFORMER = ("embed", *(f"block{i}" for i in range(12)), "norm")
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from lab import sources
-from lab.activations import digest, features, prefix
-from lab.errors import UserError, nearest
-from lab.seeding import derive, generator
-from lab.statistics import score
-from lab.types import Budget, FeatureModel, Trajectory, same_weights
+from lab.core import sources
+from lab.core.errors import UserError, nearest
+from lab.core.seeding import derive, generator
+from lab.core.statistics import score
+from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
+from lab.models.activations import digest, features, prefix
 
 
 def test_streams_repeat_and_differ():
@@ -173,7 +173,7 @@ def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_pa
     (package / "attack.py").write_text("from .part import X\nfrom . import more\n")
     (package / "part.py").write_text("X = 1\n")
     (package / "more.py").write_text("X = 1\n")
-    assert sources._imports("own_attack_x") == {"own_helper_x", "lab", "lab.slugs"}
+    assert sources._imports("own_attack_x") == {"own_helper_x", "lab", "lab.core.slugs"}
     assert sources._imports("own_package_x.attack") >= {"own_package_x.part", "own_package_x.more"}
 
     for module, part in (("own_attack_x", tmp_path / "own_helper_x.py"), ("own_package_x.attack", package / "more.py")):

@@ -11,8 +11,8 @@ import torch
 from tiny_diffusion import tiny_diffusion
 
 import tiny
-from lab.cases import beside_weights, fingerprint
-from lab.problems import Case, Concept, ConceptCase, Erasure, Pictures, Sampling, Split, Task
+from lab.core.data import Case, Concept, ConceptCase, Erasure, Pictures, Sampling, Split, Task
+from lab.core.fingerprint import beside_weights, fingerprint
 
 
 def shown(start: int, count: int = 2) -> Pictures:

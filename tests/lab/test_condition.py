@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lab import condition
-from lab.condition import condition_number, relative_immunization_ratio, rir_bound
+from lab.core import condition
+from lab.core.condition import condition_number, relative_immunization_ratio, rir_bound
 
 
 def randn(*shape, seed=0):

@@ -3,9 +3,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import tiny_diffusion
 
-from lab.delta import FORMAT, load_delta, save_delta, state_hash
-from lab.errors import UserError
-from lab.types import same_weights
+from lab.core.errors import UserError
+from lab.core.types import same_weights
+from lab.release.delta import FORMAT, load_delta, save_delta, state_hash
 
 MOVED = ("conv_in.bias", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
 

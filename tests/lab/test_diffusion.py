@@ -8,13 +8,13 @@ import torch
 from tiny_diffusion import tiny_diffusion
 from tiny_sd import tiny_pipeline
 
-from lab import devices
-from lab.diffusion import DiffusionModel, Text, check_prompts
-from lab.errors import UserError
-from lab.problems import Sampling
-from lab.prompts import warn_cut
-from lab.seeding import generator
-from lab.types import same_weights
+from lab.core.data import Sampling
+from lab.core.errors import UserError
+from lab.core.prompts import warn_cut
+from lab.core.seeding import generator
+from lab.core.types import same_weights
+from lab.models import devices
+from lab.models.diffusion import DiffusionModel, Text, check_prompts
 
 LAYOUTS = ("sd1", "sd2", "xl")
 PROMPTS = ["a fox in the style of mosaic", "neon art of a fox!"]

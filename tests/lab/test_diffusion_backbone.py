@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from tiny_diffusion import tiny_case
 from tiny_sd import tiny_pipeline
 
-from lab.backbones import diffusion_files
-from lab.backbones.diffusion import DiffusionBackbone
-from lab.diffusion import DiffusionModel
-from lab.errors import UserError
-from lab.problems import Sampling
-from lab.types import Backbone, same_weights
+from lab.core.data import Sampling
+from lab.core.errors import UserError
+from lab.core.types import Backbone, same_weights
+from lab.models import diffusion_files
+from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion_backbone import DiffusionBackbone
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 

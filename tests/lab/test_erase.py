@@ -7,12 +7,12 @@ import torch
 from tiny_diffusion import tiny_case, tiny_diffusion
 from tiny_sd import tiny_pipeline
 
-from lab.diffusion import DiffusionModel
-from lab.erase import NoErasure, Uce, aligned, encoded, keys_and_values, position, right_factor, rows
-from lab.errors import UserError
-from lab.problems import Erasure
-from lab.seeding import generator
-from lab.types import Eraser, same_weights
+from lab.core.data import Erasure
+from lab.core.errors import UserError
+from lab.core.seeding import generator
+from lab.core.types import Eraser, same_weights
+from lab.models.diffusion import DiffusionModel
+from lab.models.erase import NoErasure, Uce, aligned, encoded, keys_and_values, position, right_factor, rows
 
 MOSAIC = Erasure(
     "mosaic",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from lab.images import GAP, PAPER, grid, png, png_bytes
-from lab.types import ImageGrid
+from lab.core.images import GAP, PAPER, grid, png, png_bytes
+from lab.core.types import ImageGrid
 
 
 def colours(rows=2, columns=3, size=4):

@@ -11,17 +11,17 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lab.errors import UserError
-from lab.judges import load
-from lab.judges.clip import OpenClip
-from lab.judges.detector import Detector
-from lab.judges.features import FeatureJudge, map_distance
-from lab.judges.load import Judges
-from lab.judges.lpips import Lpips
-from lab.judges.networks import detector_network, save_detector
-from lab.judges.nudenet import NudeNet
-from lab.seeding import generator
-from lab.sources import ROOT
+from lab.core.errors import UserError
+from lab.core.seeding import generator
+from lab.core.sources import ROOT
+from lab.scorers import load
+from lab.scorers.clip import OpenClip
+from lab.scorers.detector import Detector
+from lab.scorers.features import FeatureJudge, map_distance
+from lab.scorers.load import Judges
+from lab.scorers.lpips import Lpips
+from lab.scorers.networks import detector_network, save_detector
+from lab.scorers.nudenet import NudeNet
 
 OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 
@@ -44,7 +44,7 @@ def test_map_distance_by_hand() -> None:
 
 
 def test_feature_lpips_orders_changes(features) -> None:
-    from lab.minisd.world import concept, sample
+    from lab.minisd.world.world import concept, sample
 
     images = sample(concept("fox"), 3, 4).images
     noise = torch.randn(images.shape, generator=generator(0))
@@ -189,9 +189,9 @@ def test_configs_build_a_bundle(name, monkeypatch, tmp_path) -> None:
     if name == "real":
         assert judges.detector is None
         return
-    with pytest.raises(UserError, match=r"lab/minisd/weights/judges/clip.*experiment=train_minisd"):
+    with pytest.raises(UserError, match=r"lab/minisd/weights/scorers/clip.*experiment=train_minisd"):
         _ = judges.clip
-    with pytest.raises(UserError, match=r"judges/detector.*experiment=train_minisd"):
+    with pytest.raises(UserError, match=r"scorers/detector.*experiment=train_minisd"):
         _ = judges.detector
     assert judges.features is judges.features
     detector = Detector(detector_network(3, 2, 4, 0), OBJECTS, STYLES)
@@ -202,7 +202,7 @@ def test_configs_build_a_bundle(name, monkeypatch, tmp_path) -> None:
 def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> None:
     from functools import partial
 
-    from lab.judges import load
+    from lab.scorers import load
 
     (tmp_path / "shipped" / "clip").mkdir(parents=True)
     shipped, mine = tmp_path / "shipped" / "clip" / "w", tmp_path / "mine.safetensors"

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from scipy.linalg import sqrtm
 
-from lab.errors import UserError
-from lab.judges.detector import Detector, corrected_share, load_detector
-from lab.judges.frechet import floor, frechet_distance
-from lab.judges.networks import DetectorNetwork, detector_network, save_detector
-from lab.judges.quality import detected, prototypes, recognised, share_right, zero_shot
-from lab.seeding import generator
+from lab.core.errors import UserError
+from lab.core.seeding import generator
+from lab.scorers.detector import Detector, corrected_share, load_detector
+from lab.scorers.frechet import floor, frechet_distance
+from lab.scorers.networks import DetectorNetwork, detector_network, save_detector
+from lab.scorers.quality import detected, prototypes, recognised, share_right, zero_shot
 
 OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 

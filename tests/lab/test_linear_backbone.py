@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from lab.backbones.linear import LinearBackbone, LinearExtractor
-from lab.errors import UserError
-from lab.problems import Case, Split, Task
-from lab.types import Backbone, same_weights
+from lab.core.data import Case, Split, Task
+from lab.core.errors import UserError
+from lab.core.types import Backbone, same_weights
+from lab.models.linear import LinearBackbone, LinearExtractor
 
 
 def case(x):

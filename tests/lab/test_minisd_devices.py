@@ -14,12 +14,14 @@ from tiny_diffusion import TINY
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lab.judges.networks import ClipWidths, clip_config, clip_network, detector_network
-from lab.minisd import build, judge_clip, judges, training
-from lab.minisd.judge_data import NAMES, Labelled
-from lab.minisd.loop import Schedule
-from lab.minisd.vocabulary import OBJECTS
-from lab.seeding import generator
+from lab.core.seeding import generator
+from lab.minisd.train import build, training
+from lab.minisd.train import scorer_clip as judge_clip
+from lab.minisd.train import scorers as judges
+from lab.minisd.train.loop import Schedule
+from lab.minisd.train.scorer_data import NAMES, Labelled
+from lab.minisd.world.vocabulary import OBJECTS
+from lab.scorers.networks import ClipWidths, clip_config, clip_network, detector_network
 
 STEPS = Schedule(steps=1, batch=4, lr=1e-3)
 TEXTS = [f"a photo of a {name}" for name in OBJECTS[:8]]

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lab.errors import UserError
-from lab.minisd.folders import MAX_PIXELS, load, read, write
+from lab.core.errors import UserError
+from lab.minisd.world.folders import MAX_PIXELS, load, read, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are left out")
 

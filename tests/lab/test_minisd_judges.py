@@ -8,10 +8,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lab.errors import UserError
-from lab.judges.clip import OpenClip
-from lab.judges.detector import Detector, load_detector
-from lab.judges.networks import (
+from lab.core.errors import UserError
+from lab.core.seeding import generator
+from lab.core.types import same_weights
+from lab.minisd.train import scorer_data as judge_data
+from lab.minisd.train.degrade import degrade, noise_pictures, quantise
+from lab.minisd.train.loop import Schedule
+from lab.minisd.train.scorer_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
+from lab.minisd.train.scorer_data import (
+    NAMES,
+    JudgeRecipe,
+    Labelled,
+    class_prompts,
+    empty_scenes,
+    labelled,
+    pictures,
+    texts,
+)
+from lab.minisd.train.scorers import calibrate, detector_loss, measure, nll, train_detector, worn
+from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
+from lab.minisd.world.world import EVERYTHING, TRAINING
+from lab.scorers.clip import OpenClip
+from lab.scorers.detector import Detector, load_detector
+from lab.scorers.networks import (
     ClipWidths,
     DetectorNetwork,
     clip_config,
@@ -21,16 +40,6 @@ from lab.judges.networks import (
     save_clip,
     save_detector,
 )
-from lab.minisd import judge_data
-from lab.minisd.degrade import degrade, noise_pictures, quantise
-from lab.minisd.judge_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
-from lab.minisd.judge_data import NAMES, JudgeRecipe, Labelled, class_prompts, empty_scenes, labelled, pictures, texts
-from lab.minisd.judges import calibrate, detector_loss, measure, nll, train_detector, worn
-from lab.minisd.loop import Schedule
-from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
-from lab.minisd.world import EVERYTHING, TRAINING
-from lab.seeding import generator
-from lab.types import same_weights
 
 STEPS = Schedule(steps=25, batch=16, lr=3e-3, warmup=2)
 TINY = ClipWidths(embed=16, image=4, text=32, layers=1)
@@ -270,7 +279,7 @@ def test_clip_learns_and_is_an_ordinary_open_clip_folder(data, recipe, tmp_path)
     captions = texts(pictures(recipe, 0, "train"), recipe.captions)
     assert all(len(found) == recipe.captions for found in captions)
     tokens = clip_tokenizer(captions, tmp_path / "tokenizer", recipe.vocabulary)
-    from lab.minisd.build import load_tokenizer
+    from lab.minisd.train.build import load_tokenizer
 
     config = clip_config(TINY, len(load_tokenizer(tokens)))
     model, losses = clip_network(config, 0), _Losses()

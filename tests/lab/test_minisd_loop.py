@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from lab.errors import Diverged, UserError
-from lab.minisd.loop import Schedule, train
-from lab.store import StageCheckpoint
-from lab.types import same_weights
+from lab.core.cache import StageCheckpoint
+from lab.core.errors import Diverged, UserError
+from lab.core.types import same_weights
+from lab.minisd.train.loop import Schedule, train
 
 SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
 

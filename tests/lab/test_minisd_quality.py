@@ -17,15 +17,17 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from lab.errors import UserError
-from lab.judges.detector import load_detector
-from lab.judges.networks import DETECTOR_WEIGHTS
-from lab.minisd import judge_clip, judges, publish, recipe
-from lab.minisd.card import card
-from lab.minisd.publish import hashes, run
-from lab.minisd.recipe import Training
-from lab.provenance import computing
-from lab.store import Store
+from lab.core.cache import Store
+from lab.core.errors import UserError
+from lab.core.provenance import computing
+from lab.minisd.train import publish, recipe
+from lab.minisd.train import scorer_clip as judge_clip
+from lab.minisd.train import scorers as judges
+from lab.minisd.train.card import card
+from lab.minisd.train.publish import hashes, run
+from lab.minisd.train.recipe import Training
+from lab.scorers.detector import load_detector
+from lab.scorers.networks import DETECTOR_WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -49,7 +51,7 @@ def config(root: Path, **changes) -> DictConfig:
     """The shipped recipe with everything made small."""
     small = {
         "pictures": 48, "held_out": 8, "captions": 2, "vocabulary": 560, "workers": 1, "measured": 1,
-        "widths": {"_target_": "lab.minisd.build.Widths", "vae": [8, 8, 8], "unet": [8, 16, 16], "text": 32,
+        "widths": {"_target_": "lab.minisd.train.build.Widths", "vae": [8, 8, 8], "unet": [8, 16, 16], "text": 32,
                    "layers": 1, "groups": 4},
         "vae": {"steps": 4, "batch": 4, "save_every": 2},
         "denoiser": {"steps": 4, "batch": 4, "warmup": 2, "save_every": 2},
@@ -103,7 +105,7 @@ def test_training_record(folder) -> None:
     assert {"loss", "validation_loss", "validation_weighted"} <= set(record["curves"]["denoiser"])
     assert record["curves"]["denoiser"]["loss_step"] == [4.0]
     found = hashes(folder)
-    assert record["sha256"] == {n: h for n, h in found.items() if n.startswith(("model/", "judges/"))}
+    assert record["sha256"] == {n: h for n, h in found.items() if n.startswith(("model/", "scorers/"))}
     assert len(record["sha256"]) > 10
 
 
@@ -190,7 +192,7 @@ def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
     other = config(root)
     other.paths.outputs = str(root / "again")
     found = run(other)
-    weights = {n: h for n, h in before.items() if n.startswith(("model/", "judges/"))}
+    weights = {n: h for n, h in before.items() if n.startswith(("model/", "scorers/"))}
     assert {n: h for n, h in hashes(found).items() if n != "training.json"} == weights
     again = json.loads((found / "training.json").read_text())
     assert again["curves"] == curves["curves"]
@@ -235,13 +237,13 @@ def test_what_belongs_to_which_stage(root) -> None:
 
 
 def test_detector_that_was_published_has_its_rates(folder) -> None:
-    detector = load_detector(folder / "judges" / "detector")
+    detector = load_detector(folder / "scorers" / "detector")
     assert set(detector.rates) == {*detector.objects, *detector.styles}
-    assert load_file(folder / "judges" / "detector" / DETECTOR_WEIGHTS)
+    assert load_file(folder / "scorers" / "detector" / DETECTOR_WEIGHTS)
 
 
 def test_too_few_pictures_to_measure_are_noticed_before_anything_is_trained(root, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("lab.minisd.judges.train_detector", lambda *_, **__: pytest.fail("trained first"))
+    monkeypatch.setattr("lab.minisd.train.scorers.train_detector", lambda *_, **__: pytest.fail("trained first"))
     found = instantiate(config(root, judges={"measure": 10}).train, _convert_="all")
     with pytest.raises(UserError, match=r"train\.judges\.measure=10: the error rates of"):
         Training(found, Store(tmp_path), lambda *_: None).detector()
@@ -265,7 +267,7 @@ def test_another_artwork_or_renderer_trains_anew(root, monkeypatch, package) -> 
     real = metadata.version
     computing.cache_clear()
     with monkeypatch.context() as patched:
-        patched.setattr("lab.provenance.metadata.version", lambda name: "99" if name == package else real(name))
+        patched.setattr("lab.core.provenance.metadata.version", lambda name: "99" if name == package else real(name))
         assert key() != before
     computing.cache_clear()
     assert key() == before

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lab.backbones.diffusion import DiffusionBackbone
-from lab.judges.load import shipped_clip, shipped_detector
-from lab.minisd import folders
-from lab.minisd.card import card
-from lab.minisd.publish import SHIPPED, hashes
-from lab.minisd.world import concept, sample
-from lab.problems import Sampling
+from lab.core.data import Sampling
+from lab.minisd.train.card import card
+from lab.minisd.train.publish import SHIPPED, hashes
+from lab.minisd.world import folders
+from lab.minisd.world.world import concept, sample
+from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.scorers.load import shipped_clip, shipped_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"
@@ -59,7 +59,7 @@ def test_files_are_plain_data_and_small() -> None:
 
 def test_weights_are_those_of_the_training_record() -> None:
     record = json.loads((SHIPPED / "training.json").read_text())
-    found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "judges/"))}
+    found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "scorers/"))}
     assert record["sha256"] == found
 
 

@@ -2,8 +2,8 @@
 
 from collections import Counter
 
-from lab.minisd.quality import asked, suites
-from lab.minisd.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
+from lab.minisd.train.quality import asked, suites
+from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 
 
 def test_suites_ask_for_every_object_style_and_pair() -> None:

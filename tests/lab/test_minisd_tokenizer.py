@@ -8,9 +8,10 @@ import pytest
 from minisd_words import world_prompts
 from transformers import CLIPTokenizer
 
-from lab.minisd import build, captions
-from lab.minisd.scenes import BACKGROUNDS
-from lab.minisd.vocabulary import PHOTO, STYLES, THINGS
+from lab.minisd.train import build
+from lab.minisd.world import captions
+from lab.minisd.world.scenes import BACKGROUNDS
+from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 

@@ -11,12 +11,12 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 from transformers import CLIPTextModel
 
-from lab.minisd import build
-from lab.minisd.loop import Schedule
-from lab.minisd.training import Denoiser, encode, min_snr, to_float, train_denoiser, train_vae
-from lab.minisd.world import TRAINING, sample
-from lab.seeding import generator
-from lab.types import same_weights
+from lab.core.seeding import generator
+from lab.core.types import same_weights
+from lab.minisd.train import build
+from lab.minisd.train.loop import Schedule
+from lab.minisd.train.training import Denoiser, encode, min_snr, to_float, train_denoiser, train_vae
+from lab.minisd.world.world import TRAINING, sample
 
 
 @pytest.fixture(scope="module")

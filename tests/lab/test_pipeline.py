@@ -9,15 +9,15 @@ from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
-from lab.assemble import assemble
-from lab.errors import Diverged, UserError
-from lab.experiment import Run
-from lab.pipeline import Pipeline
-from lab.problems import Sampling, ScenarioData
-from lab.provenance import computing
-from lab.sources import ROOT
-from lab.store import StageCheckpoint, Store
-from lab.types import CONTROL, clone
+from lab.core.cache import StageCheckpoint, Store
+from lab.core.data import Sampling, ScenarioData
+from lab.core.errors import Diverged, UserError
+from lab.core.provenance import computing
+from lab.core.sources import ROOT
+from lab.core.types import CONTROL, clone
+from lab.runner.assemble import assemble
+from lab.runner.experiment import Run
+from lab.runner.pipeline import Pipeline
 
 HOUSES = ["experiment=house_price", "immunize.epochs=1"]
 
@@ -113,7 +113,7 @@ def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name)
     before = keys(pipeline())
     answer = {"version": lambda package: "9.9", "is_available": lambda: True}[name]
     with monkeypatch.context() as patched:
-        patched.setattr(f"lab.provenance.{part}.{name}", answer)
+        patched.setattr(f"lab.core.provenance.{part}.{name}", answer)
         computing.cache_clear()
         other = keys(pipeline())
     computing.cache_clear()

@@ -6,8 +6,8 @@ import logging
 
 import pytest
 
-from lab import progress as module
-from lab.status import _last_stage
+from lab.cluster.status import _last_stage
+from lab.core import progress as module
 
 
 @pytest.fixture
@@ -55,9 +55,12 @@ def test_short_work_is_silent(clock, caplog):
 
 def test_status_reads_the_stage_and_how_far_it_is_from_the_log(tmp_path):
     stamp = "2026-01-01 00:00:00,000 INFO "
-    told = ["lab.experiment: stage attack none", "lab.progress: lora on neon: 9 of 35 in 01:01, about 02:56 left"]
+    told = [
+        "lab.runner.experiment: stage attack none",
+        "lab.core.progress: lora on neon: 9 of 35 in 01:01, about 02:56 left",
+    ]
     path = tmp_path / "run.log"
     path.write_text("".join(f"{stamp}{line}\n" for line in told))
     assert _last_stage(tmp_path) == "stage attack none; lora on neon: 9 of 35 in 01:01, about 02:56 left"
-    path.write_text(path.read_text() + f"{stamp}lab.experiment: stage eval generation\n")
+    path.write_text(path.read_text() + f"{stamp}lab.runner.experiment: stage eval generation\n")
     assert _last_stage(tmp_path) == "stage eval generation"

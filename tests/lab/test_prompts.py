@@ -9,17 +9,17 @@ from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case
 from tiny_sd import bang_tokenizer
 
-from attacks.concept_curriculum import Curriculum
-from attacks.concept_custom_diffusion import CustomDiffusion
-from attacks.concept_dreambooth import DreamBooth
-from attacks.concept_lora import ConceptLora
-from attacks.concept_textual_inversion import TextualInversion
-from eval.utility import Utility
-from lab.assemble import assemble, check_cases
-from lab.erase import Uce
-from lab.errors import UserError
-from lab.problems import Pictures
-from lab.prompts import check_case, texts
+from attacks.diffusion.curriculum import Curriculum
+from attacks.diffusion.custom_diffusion import CustomDiffusion
+from attacks.diffusion.dreambooth import DreamBooth
+from attacks.diffusion.lora import ConceptLora
+from attacks.diffusion.textual_inversion import TextualInversion
+from eval.generation.utility import Utility
+from lab.core.data import Pictures
+from lab.core.errors import UserError
+from lab.core.prompts import check_case, texts
+from lab.models.erase import Uce
+from lab.runner.assemble import assemble, check_cases
 from lab.scenarios import concepts
 
 END = "<|endoftext|>"

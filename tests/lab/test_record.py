@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lab import record as records
-from lab.errors import UserError
-from lab.types import ImageGrid, Score, Scores
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.core.types import ImageGrid, Score, Scores
 
 
 @pytest.fixture

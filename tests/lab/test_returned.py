@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from lab.errors import UserError
-from lab.returned import check_immunized, check_scores, check_trajectory
-from lab.types import Budget, Score, Scores, Trajectory
+from lab.core.errors import UserError
+from lab.core.types import Budget, Score, Scores, Trajectory
+from lab.runner.returned import check_immunized, check_scores, check_trajectory
 
 LOSSES = {"train_loss": [1.0, 0.5], "test_loss": [1.0, 0.6]}
 BUDGET = Budget(horizon=5, multiple=1, at=(0, 5))
@@ -39,7 +39,7 @@ def test_what_the_contract_says_passes() -> None:
         (Trajectory([0, 5], LOSSES, samples=pictures(dtype=torch.float32)), "torch.float32"),
         (Trajectory([0, 5], LOSSES, samples=pictures(side=4)), "[2, pictures, 3, 8, 8]"),
         (Trajectory([0, 5], LOSSES, info={"lr": torch.ones(1)}), "not JSON serializable"),
-        (None, "not a lab.types.Trajectory"),
+        (None, "not a lab.core.types.Trajectory"),
     ],
 )
 def test_what_would_be_read_wrongly_is_refused(found: Any, told: str) -> None:

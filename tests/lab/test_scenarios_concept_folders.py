@@ -13,12 +13,12 @@ from omegaconf import OmegaConf
 from scenario_configs import CONF, config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
-from immunize.mima import Mima, MimaDeep
-from lab.assemble import assemble
-from lab.errors import UserError
-from lab.minisd import folders
+from immunize.mima.method import Mima, MimaDeep
+from lab.core.errors import UserError
+from lab.core.types import Scenario
+from lab.minisd.world import folders
+from lab.runner.assemble import assemble
 from lab.scenarios.concept_folders import ConceptFolders, _sizes
-from lab.types import Scenario
 
 PAPER = ("relearn_art", "relearn_object", "personalize")
 

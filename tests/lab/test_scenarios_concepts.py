@@ -11,15 +11,15 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scenario_configs import config, hashes
 
-from lab.errors import UserError
-from lab.minisd.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, TEMPLATES, fill, noun
-from lab.minisd.scenes import BACKGROUNDS
-from lab.minisd.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES, style
-from lab.problems import ConceptCase, Sampling
+from lab.core.data import ConceptCase, Sampling
+from lab.core.errors import UserError
+from lab.core.types import Scenario
+from lab.minisd.world.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, TEMPLATES, fill, noun
+from lab.minisd.world.scenes import BACKGROUNDS
+from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES, style
 from lab.scenarios import concept_texts
 from lab.scenarios.personalize import Personalize
 from lab.scenarios.relearn import Relearn
-from lab.types import Scenario
 
 WORLD = ("relearn_styles", "relearn_styles_3", "relearn_objects", "relearn_objects_3", "personalize", "personalize_3")
 HELD_OUT = {*HELD_OUT_OBJECTS, *HELD_OUT_STYLES}

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lab.errors import UserError
-from lab.problems import ScenarioData
+from lab.core.data import ScenarioData
+from lab.core.errors import UserError
+from lab.core.types import Scenario
 from lab.scenarios import mnist
 from lab.scenarios.mnist import MnistPairs, digits
-from lab.types import Scenario
 
 
 def full(x: torch.Tensor, y: torch.Tensor) -> set[bytes]:

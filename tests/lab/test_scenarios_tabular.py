@@ -10,9 +10,9 @@ import pytest
 import torch
 from tabular_files import HOUSES, folder, scenario, table
 
+from lab.core.types import Scenario
 from lab.scenarios import preprocess
 from lab.scenarios.tabular import Tabular, ames
-from lab.types import Scenario
 
 PUBLISHED = Path(__file__).parents[2].parent / "shared" / "data" / "house_price"
 

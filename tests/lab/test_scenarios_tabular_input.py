@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tabular_files import HOUSES, folder, scenario, table
 
-from lab.errors import UserError
+from lab.core.errors import UserError
 from lab.scenarios.tabular import Tabular, read_csv
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lab.errors import UserError
-from lab.minisd.openmoji import catalog
+from lab.core.errors import UserError
+from lab.core.types import Scenario
+from lab.minisd.world.openmoji import catalog
 from lab.scenarios import images
 from lab.scenarios.folders import ImageFolders
 from lab.scenarios.vision import OpenmojiMnist, _pools, draw
-from lab.types import Scenario
 
 SMALL = {"size": 32, "train_rows": 70, "test_rows": 35}
 

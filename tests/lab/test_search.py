@@ -9,11 +9,11 @@ from entry_point import call_entry
 from omegaconf import OmegaConf
 
 from eval.report.pareto import Trial, front, to_csv, to_html, to_markdown
-from lab import launch
-from lab import record as records
-from lab.errors import UserError
-from lab.search_space import Plan, Range
-from lab.types import Score, Scores
+from lab.cli.search_space import Plan, Range
+from lab.cluster import launch
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.core.types import Score, Scores
 
 SMALL = ["sweeps=tune_kappa", "tracker=none", "search.startup=3"]
 
@@ -53,7 +53,7 @@ def cli(tmp_path, monkeypatch, capfd):
         return call_entry(monkeypatch, capfd, *SMALL, *arguments)
 
     call.seen, call.fake = seen, fake
-    monkeypatch.setattr("lab.actions.render", lambda found, out: out)  # tested elsewhere, and slow
+    monkeypatch.setattr("lab.cli.actions.render", lambda found, out: out)  # tested elsewhere, and slow
     return call
 
 

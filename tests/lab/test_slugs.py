@@ -2,7 +2,7 @@
 
 import pytest
 
-from lab.slugs import slug
+from lab.core.slugs import slug
 
 
 @pytest.mark.parametrize(

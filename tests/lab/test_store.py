@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from lab.errors import UserError
-from lab.store import Artifact, StageCheckpoint, Store, stage_key, write_atomically
+from lab.core.cache import Artifact, StageCheckpoint, Store, stage_key, write_atomically
+from lab.core.errors import UserError
 
 
 def make(value=1.0):

@@ -30,7 +30,7 @@ from tracking_runs import (
     wandb_messages,
 )  # fmt: skip
 
-from lab import record as records
+from lab.core import record as records
 from lab.tracking import Trackers, client, views
 
 pytestmark = pytest.mark.usefixtures("no_key")

@@ -11,8 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 from tracking_runs import CONFIG, KEY, TRACKIO, WANDB, track, wandb_messages
 
-from lab import record as records
-from lab.errors import UserError
+from lab.core import record as records
+from lab.core.errors import UserError
 from lab.tracking import Trackers, client, worker
 from lab.tracking.wandb_backend import NOTICE, WandbBackend, has_key
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from lab.errors import UserError
-from lab.minisd import captions, openmoji
-from lab.minisd.dice import Dice
-from lab.minisd.folders import read
-from lab.minisd.scenes import BACKGROUNDS, Pose, compose
-from lab.minisd.styles import ARTISTS, blur, luma
-from lab.minisd.vocabulary import (
+from lab.core.errors import UserError
+from lab.minisd.world import captions, openmoji
+from lab.minisd.world.dice import Dice
+from lab.minisd.world.folders import read
+from lab.minisd.world.scenes import BACKGROUNDS, Pose, compose
+from lab.minisd.world.styles import ARTISTS, blur, luma
+from lab.minisd.world.vocabulary import (
     CATEGORIES,
     HELD_OUT_OBJECTS,
     HELD_OUT_PAIRS,
@@ -27,7 +27,7 @@ from lab.minisd.vocabulary import (
     THINGS,
     members,
 )
-from lab.minisd.world import CREDIT, EVERYTHING, TRAINING, UNSEEN_PAIRS, Subset, concept, picture, sample
+from lab.minisd.world.world import CREDIT, EVERYTHING, TRAINING, UNSEEN_PAIRS, Subset, concept, picture, sample
 
 EVERY_STYLE = (PHOTO, *(s.name for s in STYLES))
 EVERY_OBJECT = tuple(t.name for t in THINGS)

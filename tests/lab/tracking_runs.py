@@ -7,9 +7,9 @@ import time
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lab import record as records
+from lab.core import record as records
+from lab.core.types import Score, Scores
 from lab.tracking import Trackers
-from lab.types import Score, Scores
 
 CONFIG = {
     "name": "study", "immunize": {"name": "kappa"}, "scenario": {"name": "house_price"}, "backbone": {"name": "linear"},

@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from attacks.linear_probe import LinearProbe
+from attacks.probes.linear_probe import LinearProbe
 
 PATIENCE_S = 120
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from lab.distributed import Team
+from lab.core.distributed import Team
 
 _PRELOADED = ["preloaded"]
 _PATIENCE_S = 150.0
@@ -90,7 +90,7 @@ def _one(
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(values))
     if port is not None:
-        os._exit(0)  # as `lab.worker` does: others may still wait for this one
+        os._exit(0)  # as `lab.runner.worker` does: others may still wait for this one
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

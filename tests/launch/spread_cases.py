@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from ranks_together import Found
 
-from lab.distributed import team
-from lab.errors import Diverged, RankFailed
-from lab.pipeline import Cell
-from lab.spread import Ranks
-from lab.store import Artifact, Store, stage_key
+from lab.core.cache import Artifact, Store, stage_key
+from lab.core.distributed import team
+from lab.core.errors import Diverged, RankFailed
+from lab.runner.pipeline import Cell
+from lab.runner.spread import Ranks
 
 PARTS = {"light": 0, "one": 1, "two": 2, "three": 3}
 

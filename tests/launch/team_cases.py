@@ -11,8 +11,8 @@ from ranks_together import Found
 from tiny_diffusion import tiny_concept
 
 import run as _entry  # noqa: F401  (names the resolvers that configs use)
-from lab.distributed import Team, working
-from lab.errors import Diverged
+from lab.core.distributed import Team, working
+from lab.core.errors import Diverged
 
 
 @cache
@@ -46,7 +46,7 @@ def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = Fal
 
 def immunized_with_a_fault(team: Team, name: str, changes: dict[str, Any], step: int) -> Found:
     """The last process alters a weight by its last bit after the gradient of ``step``."""
-    from immunize.mima_trainer import Trainer
+    from immunize.mima.trainer import Trainer
 
     plain = Trainer._step
 

@@ -8,7 +8,7 @@ from mima_examples import model
 from ranks_together import together
 from team_cases import failing, immunized, immunized_with_a_fault, shared, summed
 
-from lab.distributed import ALONE, Team, team, working
+from lab.core.distributed import ALONE, Team, team, working
 
 pytestmark = pytest.mark.slow
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from processes import ROOT, ended, found_records, until
 
-from lab import record as records
+from lab.core import record as records
 
 pytestmark = pytest.mark.slow
 
@@ -201,7 +201,7 @@ NO_DEVICE = """
 import os
 if os.environ.get("RANK") == "1":
     import torch
-    from lab.errors import UserError
+    from lab.core.errors import UserError
 
     def taken(index):
         if {meets}:

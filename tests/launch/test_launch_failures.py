@@ -9,10 +9,10 @@ import torch
 from entry_point import call_entry
 from omegaconf import OmegaConf
 
-from lab import record as records
-from lab import worker
-from lab.errors import UserError
-from lab.launch import _as_error, _first_failure
+from lab.cluster.launch import _as_error, _first_failure
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.runner import worker
 
 STUDY = ["experiment=house_price", "seeds=[0]"]
 
@@ -84,7 +84,7 @@ def test_only_what_was_told_to_all_ends_with_code_0(works, monkeypatch):
 
     code, failure = works()
     assert (code, failure["key"]) == (0, "backbone.device")
-    monkeypatch.setattr("lab.spread.dist.rendezvous", nobody_there)
+    monkeypatch.setattr("lab.runner.spread.dist.rendezvous", nobody_there)
     code, failure = works(processes=2)
     assert (code, failure["key"], failure["echo"]) == (1, "backbone.device", False)
 
@@ -102,7 +102,7 @@ def test_a_full_disk_does_not_look_like_a_kill(works, monkeypatch, tmp_path, cap
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lab.store.write_atomically", full)
+    monkeypatch.setattr("lab.core.cache.write_atomically", full)
     code, failure = works()
     assert (code, failure["told"]) == (0, "backbone.device=cuda: is taken.")
     assert "No space left on device. backbone.device=cuda: is taken." in capfd.readouterr().err

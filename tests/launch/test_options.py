@@ -13,10 +13,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from lab import launch
-from lab.errors import RankFailed, UserError, defect
-from lab.launch import Launch
-from lab.worker import _device
+from lab.cluster import launch
+from lab.cluster.launch import Launch
+from lab.core.errors import RankFailed, UserError, defect
+from lab.runner.worker import _device
 
 ROOT = Path(__file__).resolve().parents[2]
 MACHINES = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port": 29500}
@@ -94,7 +94,7 @@ def test_the_command_has_accelerates_own_flags(gpus):
     assert told.multi_gpu
     assert told.same_network
     assert told.module
-    assert told.training_script == "lab.worker"
+    assert told.training_script == "lab.runner.worker"
     assert told.training_script_args == ["--config", "run/launch.yaml", "--watch_stdin"]
     told = parser.parse_args(options(num_processes=2, **MACHINES, machine_rank=1).command(Path("x"), 1, 29500)[3:])
     assert (told.num_machines, told.machine_rank, told.main_process_ip) == (2, 1, "10.0.0.1")

@@ -7,8 +7,8 @@ import torch
 from ranks_together import together
 from spread_cases import cells, spread
 
-from lab.spread import Alone, plan
-from lab.store import StageCheckpoint, Store
+from lab.core.cache import StageCheckpoint, Store
+from lab.runner.spread import Alone, plan
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from entry_point import call_entry
 from filelock import FileLock, Timeout
 from processes import TOKENS
 
-from lab import record as records
+from lab.core import record as records
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

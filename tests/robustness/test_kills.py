@@ -118,7 +118,7 @@ import os, sys
 from pathlib import Path
 from hydra import compose, initialize_config_dir
 import run
-from lab.experiment import run_once
+from lab.runner.experiment import run_once
 with initialize_config_dir(str(run.ROOT / "conf"), version_base="1.3"):
     cfg = compose("config", overrides=sys.argv[1:])
 children = []

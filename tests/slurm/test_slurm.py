@@ -14,8 +14,8 @@ from doc_blocks import blocks
 from hydra import compose, initialize_config_dir
 from processes import FAST, ROOT, TOKENS, computed, ended, found_records, kill, start, telling, until
 
-from lab import record as records
-from lab.status import status
+from lab.cluster.status import status
+from lab.core import record as records
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 

@@ -2,8 +2,8 @@
 
 import torch
 
-from lab.activations import features
-from lab.types import Trajectory
+from lab.core.types import Trajectory
+from lab.models.activations import features
 
 
 class AcceleratedProbe:

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from attacks.concept_attack import ConceptAttack, Moving
+from attacks.diffusion.attack import ConceptAttack, Moving
 
 
 @dataclass(eq=False)
 class BitFit(ConceptAttack):
-    """Options as in `attacks.concept_attack.ConceptAttack`."""
+    """Options as in `attacks.diffusion.attack.ConceptAttack`."""
 
     lr: float = 3e-3
 

@@ -4,15 +4,15 @@ import copy
 
 import torch
 
-from lab.condition import condition_number, range_basis
-from lab.errors import UserError
-from lab.options import number
+from lab.core.condition import condition_number, range_basis
+from lab.core.errors import UserError
+from lab.core.options import number
 
 
 class PartialWhitening:
     """θ = W diag(s^-power) Wᵀ for X_P = U diag(s) Wᵀ, so that κ(H_P) = κ(K_P)^(1 − power).
 
-    ``power`` 0 leaves the model as it is, 1 is `immunize.closed_form.KappaClosedForm`.
+    ``power`` 0 leaves the model as it is, 1 is `immunize.kappa.closed_form.KappaClosedForm`.
 
     Args:
         name: what the arm is called.

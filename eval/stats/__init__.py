@@ -1,0 +1,1 @@
+"""Aggregation over seeds, intervals and the verdict rule."""

@@ -1,0 +1,1 @@
+"""Merging the cross-attention keys and values of several adapted models."""

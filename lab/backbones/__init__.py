@@ -1,1 +1,0 @@
-"""Feature extractors that a run can immunize."""

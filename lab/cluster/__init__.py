@@ -1,0 +1,1 @@
+"""Launching over processes and the state of submitted jobs."""

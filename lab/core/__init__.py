@@ -1,0 +1,1 @@
+"""Contracts, data classes, errors, seeding, hashing, cache and record schema."""

@@ -1,0 +1,252 @@
+"""Stages addressed by content: computed once, written once, checked on every read.
+
+An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and ``meta.json`` (the SHA-256
+of the other two, the seconds that they took, and digests of the artefacts that it was made from). KEY is the hash of
+everything that determines the result, sources included. A key names a recipe; should its result come out otherwise one
+day (other hardware, other threads), what was made from the earlier one no longer counts. The folder appears in one
+rename, so a reader sees all of it or nothing; a file lock lets one of several processes compute while the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from lab.core.options import choice, names
+
+log = logging.getLogger(__name__)
+
+STAGES = ("immunize", "attack", "eval", "train")
+_FILES = ("values.json", "tensors.safetensors")
+_SPENT = "_seconds_spent"  # in a checkpoint's values: what the sittings before it took
+_FROM = "_made_from"  # in a checkpoint's values: digests of what the stage is computed from
+
+Place = tuple[str, str]  # stage and key of an artefact
+
+
+@dataclass
+class Artifact:
+    """JSON-able ``values`` (nan and inf allowed) and named ``tensors``.
+
+    ``seconds``: wall time that it took to compute, over all sittings up to their last checkpoints; None: not known.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float | None = field(default=None, compare=False)
+
+
+def stage_key(**inputs: Any) -> str:
+    """SHA-256 of the canonical JSON of ``inputs``."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Temp name in the same folder, fsync, rename: ``path`` holds the old or the new bytes, never a part."""
+    temp = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temp, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)
+
+
+def _packed(tensors: dict[str, Tensor]) -> bytes:
+    return save_tensors({name: t.detach().contiguous() for name, t in tensors.items()})
+
+
+def _agree(before: dict[str, str], now: dict[str, str]) -> bool:
+    """Whether nothing of what there is ``now`` is other, or unknown, to what was made ``before``."""
+    return all(before.get(place) == digest for place, digest in now.items())
+
+
+class StageCheckpoint:
+    """State of an unfinished stage: one safetensors file beside the artefact, values in its metadata."""
+
+    def __init__(self, path: Path, made_from: dict[str, str] | None = None) -> None:
+        self.path, self._made_from = path, made_from or {}
+        self._before, self._clock = 0.0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of this sitting and of those before the checkpoint that it continues."""
+        return self._before + time.monotonic() - self._clock
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not self.path.is_file():
+            return None
+        data = self.path.read_bytes()
+        digest, body = data[:64], data[64:]
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            log.warning("checkpoint %s is damaged and is ignored; the stage starts again", self.path)
+            return None
+        size = int.from_bytes(body[:8], "little")
+        values = json.loads(body[8 : 8 + size])
+        spent, made_from = values.pop(_SPENT, 0.0), values.pop(_FROM, {})
+        if not _agree(made_from, self._made_from):
+            log.warning("checkpoint %s did not begin at the result that there is now; the stage begins anew", self.path)
+            return None
+        self._before = spent
+        return load_tensors(body[8 + size :]), values
+
+    def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        head = json.dumps(values | {_SPENT: self.seconds, _FROM: self._made_from}).encode()
+        body = len(head).to_bytes(8, "little") + head + _packed(tensors)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, hashlib.sha256(body).hexdigest().encode() + body)
+
+    def clear(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Store:
+    """The stage cache below ``root``.
+
+    ``force`` names stages that are computed anew, once per process; where one comes out otherwise than before, what was
+    made from it is computed anew, too. ``parents`` of a stage are the places of what it is computed from.
+    """
+
+    def __init__(self, root: Path | str, force: str | Iterable[str] = ()) -> None:
+        self.root = Path(root)
+        self.force = frozenset(choice("force", stage, STAGES) for stage in names("force", force))
+        self._fresh: set[str] = set()
+
+    def folder(self, stage: str, key: str) -> Path:
+        return self.root / stage / key[:2] / key
+
+    def has(self, stage: str, key: str, parents: Sequence[Place] = ()) -> bool:
+        """True when the artefact lies there, made from these ``parents`` (its bytes are checked when it is read)."""
+        if stage in self.force and key not in self._fresh:
+            return False
+        meta = self._meta(stage, key)
+        return meta is not None and _agree(meta.get("made_from", {}), self._digests(parents))
+
+    def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
+        """What the artefact says of itself; None where there is none, or it cannot be read."""
+        path = self.folder(stage, key) / "meta.json"
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            if not isinstance(found["sha256"], dict):
+                raise TypeError(f"sha256 is {found['sha256']}")
+            return found
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
+            return None
+
+    def _digests(self, parents: Sequence[Place]) -> dict[str, str]:
+        """One hash over the bytes of each of ``parents`` that is there."""
+        found = {}
+        for stage, key in parents:
+            meta = self._meta(stage, key)
+            if meta is not None:
+                found[f"{stage}/{key}"] = stage_key(sums=meta["sha256"])
+        return found
+
+    def checkpointed(self, stage: str, key: str) -> int | None:
+        """The step from which an unfinished stage will go on; None where nothing of it was kept."""
+        saved = StageCheckpoint(self.folder(stage, key).with_suffix(".ckpt")).load()
+        step = saved[1].get("step") if saved is not None else None
+        return step if isinstance(step, int) else None
+
+    def trust(self, keys: Iterable[str]) -> None:
+        """Artefacts of a forced stage that other processes of this run have computed are new here, too."""
+        self._fresh.update(keys)
+
+    def read(self, stage: str, key: str, parents: Sequence[Place] = ()) -> Artifact | None:
+        """The artefact, or None when it is absent, made from something else, truncated or altered (with a warning)."""
+        if stage in self.force and key not in self._fresh:
+            return None
+        meta = self._meta(stage, key)
+        if meta is None:
+            return None
+        if not _agree(meta.get("made_from", {}), self._digests(parents)):
+            log.warning("%s %s was not made from the result that there is now; it is computed again", stage, key[:12])
+            return None
+        folder, sums = self.folder(stage, key), meta["sha256"]
+        try:
+            files = {name: (folder / name).read_bytes() for name in _FILES}
+            wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != sums[name]]
+        except (OSError, KeyError) as error:
+            log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
+            return None
+        if wrong:
+            log.warning("%s %s: %s does not match its checksum; it is computed again", stage, key[:12], wrong[0])
+            return None
+        values, tensors = (files[name] for name in _FILES)
+        return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
+
+    def get(
+        self, stage: str, key: str, compute: Callable[[StageCheckpoint], Artifact], parents: Sequence[Place] = ()
+    ) -> tuple[Artifact, bool]:
+        """The artefact and whether it was there; computes it under a lock otherwise."""
+        found = self.read(stage, key, parents)
+        if found is not None:
+            return found, True
+        folder = self.folder(stage, key)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("%s %s is being computed by another process; waiting for it", stage, key[:12])
+            lock.acquire()
+        try:
+            found = self.read(stage, key, parents)  # somebody may have finished it while we waited
+            if found is not None:
+                return found, True
+            made_from = self._digests(parents)
+            checkpoint = StageCheckpoint(folder.with_suffix(".ckpt"), made_from)
+            if stage in self.force:
+                checkpoint.clear()
+            elif checkpoint.path.is_file():
+                log.info("%s %s goes on from its checkpoint", stage, key)
+            artifact = compute(checkpoint)
+            artifact.seconds = round(checkpoint.seconds, 3)
+            self._commit(folder, artifact, self._digests(parents) | made_from)
+            self._fresh.add(key)
+            checkpoint.clear()
+            return artifact, False
+        finally:
+            lock.release()
+
+    def _commit(self, folder: Path, artifact: Artifact, made_from: dict[str, str]) -> None:
+        temp = folder.with_name(f".{folder.name}.{os.getpid()}")
+        shutil.rmtree(temp, ignore_errors=True)
+        temp.mkdir()
+        try:
+            values = json.dumps(artifact.values, sort_keys=True).encode()
+            files = dict(zip(_FILES, (values, _packed(artifact.tensors)), strict=True))
+            for name, data in files.items():
+                write_atomically(temp / name, data)
+            sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+            meta = {"sha256": sums, "seconds": artifact.seconds, "made_from": made_from}
+            write_atomically(temp / "meta.json", json.dumps(meta).encode())
+            if folder.exists():
+                shutil.rmtree(folder)
+            os.rename(temp, folder)
+            handle = os.open(folder.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)

@@ -1,0 +1,58 @@
+"""Captions of a concept's pictures by template: as attackers write them, and as immunizers expect them to."""
+
+from __future__ import annotations
+
+import re
+
+from lab.core.data import Concept, Pictures
+
+TEMPLATES = ("name", "token", "description")
+_FILLER = frozenset(re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good"))
+
+
+_ENOUGH = 8
+
+
+def renamed(text: str, words: str, new: str) -> str:
+    """``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``; unchanged where absent."""
+    return re.sub(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE)
+
+
+def class_words(task: Concept) -> str:
+    """The class noun of ``task``: what all captions of its prior pictures share, articles and media left out.
+
+    Captions "a photo of an animal" give "animal"; captions of mixed things give "". Few captions can share more than
+    their class ("a brown dog sitting"): below `_ENOUGH` of them, several shared words are taken for chance.
+    """
+    found = [re.findall(r"\w+", caption.lower()) for caption in task.prior.prompts]
+    shared = set.intersection(*map(set, found)) - _FILLER if found else set()
+    if len(shared) > 1 and len(found) < _ENOUGH:
+        return ""
+    return " ".join(word for word in found[0] if word in shared) if shared else ""
+
+
+def captions(task: Concept, pictures: Pictures, template: str, expression: str) -> tuple[str, ...]:
+    """One caption per picture.
+
+    Args:
+        task: gives the words to replace and the description prompts.
+        pictures: whose captions are asked for.
+        template: ``name``: their own captions; ``token``: the same with the concept's words replaced by ``expression``
+            (a caption without the words gets it in front); ``description``: the pictures' captions by description, or,
+            where the scenario has none, the task's description prompts in turn.
+        expression: the token, with a class noun where the attacker uses one.
+    """
+    if template == "description":
+        if pictures.described:
+            return pictures.described
+        asked = task.prompts["description"]
+        return tuple(asked[i % len(asked)] for i in range(len(pictures)))
+    if template == "name":
+        return tuple(pictures.prompts)
+    return tuple(spoken(caption, task.words, expression) for caption in pictures.prompts)
+
+
+def spoken(text: str, words: str, expression: str) -> str:
+    """``text`` with ``expression`` in place of ``words``, or in front where they are absent."""
+    new = renamed(text, words, expression)
+    return new if new != text else f"{expression}, {text}"

@@ -1,0 +1,240 @@
+"""Condition numbers of Gram matrices, the ratio built from them, and its limit.
+
+Everything is float64. ``X`` is a data or feature matrix [n, d] and H = XᵀX its Hessian (squared loss, linear
+probe), so κ(H) = σ_max(X)²/σ_min(X)²: taken from the singular values of X itself, never from the eigenvalues of
+H, whose small ones are lost to rounding beyond κ ≈ 1e16. Source: arXiv 2505.23760 (KAPPA).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import scipy.linalg
+import torch
+from torch import Tensor
+
+from lab.core.seeding import generator
+
+Definition = Literal["rank", "ridge", "release"]
+DEFINITIONS: tuple[Definition, ...] = ("rank", "ridge", "release")
+RESOLUTION = 1e-6  # a bound whose estimated relative error exceeds this is not reported
+RELEASE_SHIFT = 1e-6  # the released `condition_number` adds this to H and drops eigenvalues at or below it
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """Singular values of ``x`` [n, d], descending float64 [min(n, d)]."""
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"a spectrum needs a non-empty matrix, got shape {tuple(x.shape)}")
+    return torch.linalg.svdvals(x.detach().to(torch.float64))
+
+
+def rank_tolerance(shape: tuple[int, int] | torch.Size, dtype: torch.dtype = torch.float64) -> float:
+    """max(n, d)·ε, relative to the largest singular value (the rule of ``numpy.linalg.matrix_rank``)."""
+    eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
+    return max(shape) * eps
+
+
+def numerical_rank(s: Tensor, shape: tuple[int, int] | torch.Size, tolerance: float | None = None) -> int:
+    """Number of singular values ``s`` of a matrix of ``shape`` that stand out of rounding.
+
+    Args:
+        s: singular values, descending.
+        tolerance: relative to ``s[0]``; default `rank_tolerance`, as ``numpy.linalg.matrix_rank``.
+    """
+    if s.numel() == 0 or float(s[0]) == 0.0:
+        return 0
+    relative = rank_tolerance(shape) if tolerance is None else tolerance
+    return int((s > relative * s[0]).sum())
+
+
+def condition_number(
+    x: Tensor, definition: Definition = "rank", *, tolerance: float | None = None, ridge: float = 0.0
+) -> float:
+    """κ(XᵀX) of ``x`` [n, d].
+
+    Args:
+        x: data or features. Integers and float32 are converted; float32 keeps its own rounding in the default
+            tolerance, so that noise of a float32 network does not count as rank.
+        definition: ``rank`` σ_1²/σ_r² with r the numerical rank (pseudo-inverse, Eq. 1 of arXiv 2505.23760);
+            ``ridge`` κ(XᵀX + ``ridge``·I), what a probe with weight decay sees, infinite only for a singular
+            XᵀX with ``ridge`` = 0; ``release`` the released function's rule: largest over smallest eigenvalue
+            above 1e-6 of XᵀX + 1e-6·I, which on rank-deficient data measures rounding noise (for comparison).
+        tolerance: relative rank tolerance of ``rank``.
+        ridge: λ ≥ 0 of ``ridge``.
+
+    Raises:
+        ValueError: an empty or all-zero matrix, numbers that are not finite, or an unknown definition.
+    """
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError("a condition number needs finite numbers")
+    if definition == "release":
+        return _release_condition_number(x)
+    if tolerance is None:
+        tolerance = rank_tolerance(x.shape, x.dtype)
+    s = singular_values(x)
+    rank = numerical_rank(s, x.shape, tolerance)
+    if rank == 0:
+        raise ValueError("the condition number of a zero matrix is undefined")
+    if definition == "rank":
+        return float((s[0] / s[rank - 1]) ** 2)
+    if definition == "ridge":
+        if ridge < 0:
+            raise ValueError(f"ridge must be ≥ 0, got {ridge}")
+        smallest = float(s[-1]) ** 2 if rank == x.shape[1] else 0.0
+        return (float(s[0]) ** 2 + ridge) / (smallest + ridge) if smallest + ridge > 0 else math.inf
+    raise ValueError(f"unknown definition {definition!r}; choose one of {', '.join(DEFINITIONS)}")
+
+
+def _release_condition_number(x: Tensor) -> float:
+    x64 = x.detach().to(torch.float64)
+    gram = x64.T @ x64 + RELEASE_SHIFT * torch.eye(x64.shape[1], dtype=torch.float64)
+    values = torch.linalg.eigvalsh(gram)
+    kept = values[values > RELEASE_SHIFT]
+    if kept.numel() == 0:
+        raise ValueError("the condition number of a zero matrix is undefined")
+    return float(kept.max() / kept.min())
+
+
+def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list[Tensor]:
+    """Seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥ groups·size."""
+    rng = generator(seed, "row-groups", n, groups, size)
+    size = min(size, n)
+    if n >= groups * size:
+        order = torch.randperm(n, generator=rng)
+        return [order[g * size : (g + 1) * size] for g in range(groups)]
+    return [torch.randperm(n, generator=rng)[:size] for _ in range(groups)]
+
+
+def grouped_condition_number(
+    x: Tensor,
+    definition: Definition = "rank",
+    *,
+    groups: int = 20,
+    size: int = 100,
+    seed: int = 0,
+    ridge: float = 0.0,
+) -> list[float]:
+    """κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760: 20 groups × 100)."""
+    return [condition_number(x[rows], definition, ridge=ridge) for rows in row_groups(len(x), groups, size, seed)]
+
+
+def relative_immunization_ratio(
+    harmful_after: float, harmful_before: float, benign_after: float, benign_before: float
+) -> float:
+    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got relatively harder.
+
+    Raises:
+        ValueError: a condition number below 1.
+    """
+    values = (harmful_after, harmful_before, benign_after, benign_before)
+    if any(v < 1 - 1e-9 for v in values):
+        raise ValueError(f"condition numbers are at least 1, got {values}")
+    return (harmful_after / harmful_before) / (benign_after / benign_before)
+
+
+@dataclass
+class Bound:
+    """The largest RIR that any invertible linear extractor can reach (docs/methods.md §2.1).
+
+    Attributes:
+        value: RIR* = κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)); None when it is infinite or float64 cannot resolve it.
+        reason: why ``value`` is None.
+        pencil: eigenvalues of (K_H, K_P) on range(K_P), descending [rank_benign].
+        kappa_m: κ(M), largest over smallest positive pencil eigenvalue; None with ``value``.
+        rank_benign: numerical rank of K_P.
+        outside_energy: share of ‖X_H‖²_F that lies outside range(K_P).
+    """
+
+    value: float | None
+    reason: str | None
+    pencil: Tensor
+    kappa_m: float | None
+    rank_benign: int
+    outside_energy: float
+
+
+def range_basis(x: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
+    """Orthonormal basis W [d, r] of the row space of ``x`` [n, d] and its singular values [r]."""
+    _, s, wt = torch.linalg.svd(x.detach().to(torch.float64), full_matrices=False)
+    rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance)
+    return wt[:rank].T.contiguous(), s[:rank]
+
+
+def outside_energy(x: Tensor, basis: Tensor) -> float:
+    """Share of ‖X‖²_F outside the span of the orthonormal columns of ``basis`` [d, r]."""
+    x64 = x.detach().to(torch.float64)
+    return float((x64 - (x64 @ basis) @ basis.T).square().sum() / x64.square().sum())
+
+
+def _gram_condition(values: np.ndarray, rank: int) -> float:
+    """λ_1/λ_r of ascending eigenvalues."""
+    return float(values[-1] / values[-rank])
+
+
+def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None) -> Bound:
+    """RIR* of a pair of tasks, by the generalised eigenvalues of (K_H, K_P) (own result, docs/methods.md §2.1).
+
+    H_H = BᵀMB and H_P = BᵀB with B = K_P^{1/2}θ give κ(H_H) ≤ κ(M)·κ(H_P) for every invertible θ, attained by
+    θ = K_P^{-1/2}Q. A singular K_P is reduced to its range; when K_H has energy outside, shrinking θ there sends
+    κ(H_H) to infinity at no cost to H_P, so there is no finite bound. A singular K_H keeps the bound, with κ(M)
+    over the positive eigenvalues.
+
+    Nothing here takes singular values of X: the bound comes from eigenvalues of Gram matrices, the RIR from
+    singular values of Xθ, so that a ratio of 1 proves something. (Ranks and the error estimate are taken from
+    singular values.) Its relative error is about ε·max(κ(K_P)κ(M), κ(H(θ_0))) with equilibrated columns of X_P; a
+    bound with an error above 1e-6 is not reported.
+
+    Args:
+        x_benign: [n_P, d]. x_harmful: [n_H, d]. theta0: [d, d] the extractor before immunization; identity if None.
+    """
+    benign, harmful = x_benign.detach().to(torch.float64), x_harmful.detach().to(torch.float64)
+    d = benign.shape[1]
+    basis, s = range_basis(x_benign)
+    rank = len(s)
+    outside = 0.0
+    pairs = (benign, harmful)
+    if rank < d:
+        outside = outside_energy(harmful, basis)
+        pairs = (benign @ basis, harmful @ basis)
+    scale = pairs[0].square().sum(0).sqrt()  # a congruence: leaves the pencil as it is, lowers κ(K_P)
+    k_p, k_h = ((p / scale).T @ (p / scale) for p in pairs)
+    values = scipy.linalg.eigh(k_h.numpy(), k_p.numpy(), eigvals_only=True)
+    pencil = torch.from_numpy(values[::-1].copy())  # torch takes no negative stride, not even of one value
+    if outside > 1e-12:  # squared relative size: directions beyond 1e-6 of X_H, far above rounding
+        reason = (
+            f"infinite: K_P has rank {rank} of {d} and {100 * outside:.3g} % of the harmful energy lies outside its"
+            " range, where shrinking θ raises κ(H_H) at no cost to H_P"
+        )
+        return Bound(None, reason, pencil, None, rank, outside)
+    rank_m = numerical_rank(singular_values(pairs[1]), pairs[1].shape)
+    kappa_m = _gram_condition(values, rank_m)
+    before = []
+    for x in (benign, harmful):
+        y = x if theta0 is None else x @ theta0.detach().to(torch.float64)
+        gram = scipy.linalg.eigvalsh((y.T @ y).numpy())
+        before.append(_gram_condition(gram, numerical_rank(singular_values(y), y.shape)))
+    error = np.finfo(float).eps * max(*map(abs, before), condition_number(pairs[0] / scale) * abs(kappa_m))
+    if min(*before, kappa_m) <= 0 or error > RESOLUTION:
+        reason = f"not resolved: eigenvalues of the Gram matrices carry a relative error of {error:.1g} in float64"
+        return Bound(None, reason, pencil, None, rank, outside)
+    return Bound(kappa_m * before[0] / before[1], None, pencil, kappa_m, rank, outside)
+
+
+def principal_angles(x_benign: Tensor, x_harmful: Tensor, dim: int | None = None, energy: float = 0.9) -> Tensor:
+    """Angles in radians, ascending, between the leading right-singular subspaces of both matrices.
+
+    Args:
+        dim: directions taken from each; by default as many as hold ``energy`` of ‖X‖²_F, per matrix.
+        energy: share in (0, 1].
+    """
+    bases = []
+    for x in (x_benign, x_harmful):
+        basis, s = range_basis(x)
+        share = s.square().cumsum(0) / s.square().sum()
+        held = int((share < energy - 1e-12).sum()) + 1
+        bases.append(basis[:, : min(dim or held, len(s))].numpy())
+    angles = scipy.linalg.subspace_angles(*bases)
+    return torch.from_numpy(np.ascontiguousarray(np.sort(angles)))

@@ -1,0 +1,184 @@
+"""What a scenario gives: tasks and pictures, concepts and cases. Nothing here computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Role = Literal["benign", "harmful"]
+Kind = Literal["linear", "deep", "diffusion"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Inputs ``x`` [n, ...] (float features or uint8 images [n, 3, s, s]) and targets ``y`` [n].
+
+    ``y`` is float64 for regression and int64 class indices for classification.
+    """
+
+    x: Tensor
+    y: Tensor
+
+    def __len__(self) -> int:
+        return int(self.x.shape[0])
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that somebody may want to fit on top of a model."""
+
+    name: str
+    role: Role
+    kind: Literal["regression", "classification"]
+    train: Split
+    test: Split
+    classes: int = 1  # outputs of the probe: 1 for regression, number of classes otherwise
+
+
+@dataclass(frozen=True)
+class Case:
+    """One immunization problem: a benign task to keep easy, harmful tasks to make hard."""
+
+    name: str
+    benign: Task
+    harmful: tuple[Task, ...]
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return (self.benign, *self.harmful)
+
+    def task(self, name: str) -> Task:
+        return next(t for t in self.tasks if t.name == name)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Images uint8 [n, 3, s, s] with one caption each.
+
+    ``described``: captions that say what a concept looks like and not its name, one each, where the scenario knows
+    them. They follow from the pictures: `lab.core.data.ScenarioData.data_hash` leaves them out.
+    """
+
+    images: Tensor
+    prompts: tuple[str, ...]
+    described: tuple[str, ...] = field(default=(), metadata={"derived": True})
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def pick(self, rows: Sequence[int]) -> Pictures:
+        """The pictures ``rows`` with their captions."""
+        described = tuple(self.described[i] for i in rows) if self.described else ()
+        return Pictures(self.images[list(rows)], tuple(self.prompts[i] for i in rows), described)
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing that somebody may want to teach a text-to-image model. The diffusion twin of `Task`.
+
+    Attributes:
+        name: unique within the case, for example "mosaic"; also the name a detector knows it by.
+        role: ``harmful`` for a target of the immunization, ``benign`` for one that must stay learnable.
+        kind: ``style`` or ``object``.
+        words: the words of a prompt that name it (their token rows are C_n of the merge).
+        train: what the attacker has.
+        own: what the immunizer has of it; disjoint from ``train``.
+        reference: what generations are compared with; disjoint from both.
+        prior: pictures of its class without the concept (prior preservation); may be empty.
+        prompts: family → prompts that generations are made from. Always ``name``; where the scenario knows
+            them ``description`` (never the concept's name) and ``reworded`` (templates unknown to the immunizer).
+    """
+
+    name: str
+    role: Role
+    kind: Literal["object", "style"]
+    words: str
+    train: Pictures
+    own: Pictures
+    reference: Pictures
+    prior: Pictures
+    prompts: dict[str, tuple[str, ...]]
+
+
+PRECISIONS = ("weights", "bfloat16")  # of `Sampling`
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are generated, equally for every arm: DDIM ``steps``, ``guidance`` scale, ``count`` per point.
+
+    ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is torch's autocast.
+    """
+
+    steps: int = 20
+    guidance: float = 4.0
+    count: int = 32
+    negative: str = ""
+    precision: str = PRECISIONS[0]
+
+
+@dataclass(frozen=True)
+class ConceptCase:
+    """One immunization problem of a text-to-image model. The diffusion twin of `Case`.
+
+    Attributes:
+        targets: concepts to protect against (role ``harmful``).
+        others: concepts that must stay as easy to learn (role ``benign``); reported, never trained on.
+        rehearsal: benign concepts that the immunizer may practise on; never reported.
+        keep: pictures with captions of unrelated things, for the immunizer's preservation terms.
+        regularizers: captions of C_reg (`immunize.merge.closed_form`).
+        unrelated: prompts of unrelated things, for utility; disjoint from ``keep`` and ``regularizers``.
+        erased: names of concepts that ``erase`` removes before anything else, with ``anchors`` and ``preserve``
+            handled by the eraser.
+    """
+
+    name: str
+    targets: tuple[Concept, ...]
+    others: tuple[Concept, ...]
+    rehearsal: tuple[Concept, ...]
+    keep: Pictures
+    regularizers: tuple[str, ...]
+    unrelated: Pictures
+    sampling: Sampling
+    erased: tuple[Erasure, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[Concept, ...]:
+        return (*self.targets, *self.others)
+
+    def task(self, name: str) -> Concept:
+        return next(t for t in self.tasks if t.name == name)
+
+
+@dataclass(frozen=True)
+class Erasure:
+    """A concept that is taken out of the model before the experiment starts.
+
+    Attributes:
+        name: of the concept.
+        prompts: texts that speak of it; ``words`` is where the concept starts in each of them.
+        anchors: what each prompt shall mean instead (same length).
+        preserve: texts whose meaning must stay.
+    """
+
+    name: str
+    words: str
+    prompts: tuple[str, ...]
+    anchors: tuple[str, ...]
+    preserve: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ScenarioData:
+    """What a scenario loads for one seed.
+
+    ``notes`` are full sentences about rows and columns that were dropped or imputed and the rank that
+    remains; ``data_hash`` is a SHA-256 over the tensors of every case.
+    """
+
+    cases: tuple[Case, ...] | tuple[ConceptCase, ...]
+    notes: tuple[str, ...] = ()
+    data_hash: str = ""

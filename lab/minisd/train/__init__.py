@@ -1,0 +1,1 @@
+"""Training of MiniSD and of its scorers."""

@@ -1,0 +1,193 @@
+"""MiniSD's parts, made from configs: the classes of Stable Diffusion v1, only smaller.
+
+Sizes are those of the throw-away prototype behind the project's plan, measured on two cores: no attention where
+the latent is 16 × 16 (it would double the time of a step and buy nothing there).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lab.core.errors import UserError
+from lab.core.options import count
+from lab.core.seeding import derive
+
+CONTEXT = 32  # tokens; the longest caption of the world has 24
+SOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What makes a MiniSD larger or smaller; tests take tiny ones.
+
+    Attributes:
+        vae: channels of the autoencoder from 64 × 64 down to 16 × 16; multiples of ``groups``.
+        unet: channels of the U-Net at 16 × 16, 8 × 8 and 4 × 4; multiples of ``groups``.
+        text: width of the text encoder (cross-attention width of the U-Net); a multiple of 32.
+        layers: transformer layers of the text encoder.
+        groups: groups of every group norm.
+    """
+
+    vae: tuple[int, ...] = (24, 48, 64)
+    unet: tuple[int, ...] = (48, 96, 128)
+    text: int = 128
+    layers: int = 3
+    groups: int = 8
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "groups"):
+            count(f"train.widths.{key}", getattr(self, key))
+        if count("train.widths.text", self.text, 32) % 32:
+            raise UserError("train.widths.text", self.text, "must be a multiple of 32, the width of an attention head.")
+        for key in ("vae", "unet"):
+            found = tuple(getattr(self, key))
+            if len(found) != 3:
+                raise UserError(f"train.widths.{key}", list(found), "needs three numbers of channels.")
+            for channels in found:
+                if count(f"train.widths.{key}", channels) % self.groups:
+                    told = f"needs multiples of train.widths.groups={self.groups}."
+                    raise UserError(f"train.widths.{key}", list(found), told)
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:
+    """A byte-level BPE in CLIP's format, learned from ``texts``; writes ``vocab.json``, ``merges.txt`` and configs.
+
+    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files. ``vocabulary``: tokens
+    at most, 514 of which are bytes (each inside and at the end of a word), start and end.
+    """
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    final = [f"{letter}</w>" for letter in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 2,  # start and end come last
+        min_frequency=2,
+        show_progress=False,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        special_tokens=final,  # otherwise numbered as a hash map gives them, and the numbers break ties of merges
+    )
+    bpe.train_from_iterator(sorted(set(texts)), trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    tokens = [*alphabet, *final, *(p.replace(" ", "") for p in pairs), SOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+    special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+    return folder
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
+    """Token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable Diffusion does."""
+    found = tokenizer(
+        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+    )
+    return found.input_ids
+
+
+def vae(widths: Widths, seed: int) -> Any:
+    """64 × 64 pixels to 16 × 16 × 4 latents."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(derive(seed, "vae", "init"))
+    depth = len(widths.vae)
+    return AutoencoderKL(
+        block_out_channels=widths.vae,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=widths.groups,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def unet(widths: Widths, seed: int) -> Any:
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(derive(seed, "unet", "init"))
+    lower = len(widths.unet) - 1
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=widths.unet,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
+        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
+        cross_attention_dim=widths.text,
+        attention_head_dim=4,  # four heads: diffusers reads this key as their number, as it does for SD v1
+        norm_num_groups=widths.groups,
+    )
+
+
+def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
+    """A `CLIPTextModel` whose last two token ids are start and end."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(derive(seed, "text", "init"))
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=widths.text,
+        intermediate_size=4 * widths.text,
+        num_hidden_layers=widths.layers,
+        num_attention_heads=widths.text // 32,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def scheduler() -> Any:
+    """DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012, 1,000 steps)."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def pipeline(vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any) -> Any:
+    from diffusers import StableDiffusionPipeline
+
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,1 @@
+"""The embedded world: vocabulary, drawings, styles, captions."""

@@ -1,0 +1,251 @@
+"""The world's artists: each turns a composed picture into its own colours and its own structure.
+
+An artist takes ``rgb`` [s, s, 3] float32 in [0, 1], ``mask`` [s, s] (how much of a pixel is object) and draws
+of its own, and returns rgb of the same shape and range. All pixels are worked on at once by numpy and scipy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy.ndimage import gaussian_filter, map_coordinates, zoom
+
+from lab.minisd.world.dice import Dice, Field
+
+Artist = Callable[[Field, Field, Dice], Field]
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def luma(rgb: Field) -> Field:
+    """Brightness [s, s] of rgb."""
+    out: Field = rgb @ _LUMA
+    return out
+
+
+def blur(field: Field, sigma: float) -> Field:
+    """Gaussian blur over the two image axes."""
+    out: Field = gaussian_filter(field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5)
+    return out
+
+
+def smooth_noise(dice: Dice, size: int, cells: int) -> Field:
+    """Noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
+    coarse = zoom(dice.grid(cells + 1, cells + 1), size / cells, order=1, grid_mode=True, mode="nearest")
+    out: Field = blur(coarse[:size, :size], size / cells / 3)
+    return out
+
+
+def _top(rgb: Field) -> Field:
+    """The largest channel [s, s, 1]; numpy's own maximum over so short an axis is slow."""
+    out: Field = np.maximum(np.maximum(rgb[..., :1], rgb[..., 1:2]), rgb[..., 2:])
+    return out
+
+
+def _axes(size: int) -> tuple[Field, Field]:
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+    return y, x
+
+
+def _slope(field: Field) -> Field:
+    """Length of the central-difference gradient [s, s]."""
+    padded = np.pad(field, 1, mode="edge")
+    out: Field = np.hypot(padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1])
+    return out
+
+
+def _mix(below: Field, above: object, amount: Field) -> Field:
+    out: Field = below + (np.asarray(above, np.float32) - below) * amount[..., None]
+    return out
+
+
+def _lines(rgb: Field, mask: Field) -> Field:
+    """Where a pen would draw the object: thin dark strokes, and the rim of what is black all over."""
+    light = luma(rgb)
+    strokes = np.clip((blur(light, 1.8) - light) * 4.5, 0, 1) + np.clip(_slope(light) - 0.45, 0, 1)
+    near = np.clip(blur(mask, 1.0) * 3, 0, 1)
+    out: Field = np.clip(strokes * near + 0.5 * _slope(mask), 0, 1)
+    return out
+
+
+def _fills(rgb: Field) -> Field:
+    """The picture without its black contours: every dark pixel takes the colour around it."""
+    weight = np.clip((_top(rgb) - 0.2) * 5, 0.002, 1)
+    near = blur(rgb * weight, 1.2) / blur(weight[..., 0], 1.2)[..., None]
+    out: Field = rgb * weight + near * (1 - weight)
+    return out
+
+
+def _vivid(rgb: Field, boost: float) -> Field:
+    """More saturated colours; grey stays grey."""
+    grey = rgb.mean(-1, keepdims=True)
+    out: Field = np.clip(grey + (rgb - grey) * boost, 0, 1)
+    return out
+
+
+def mosaic(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Square stones of 4 pixels, each of one colour, in light grout that darkens along the contours."""
+    size, tile = rgb.shape[0], 4
+    n = size // tile
+    flat = _mix(0.35 * rgb + 0.45, _vivid(0.8 * _fills(rgb) + 0.2 * rgb, 1.9), mask)
+    stones = flat.reshape(n, tile, n, tile, 3).mean((1, 3)) * (0.86 + 0.28 * dice.grid(n, n, 1))
+    stones = np.round(np.clip(stones, 0, 1) * 6) / 6
+    y, x = _axes(size)
+    joint = np.where((y % tile == 0) | (x % tile == 0), np.float32(0.5), np.float32(0))
+    wall = _mix(stones.repeat(tile, 0).repeat(tile, 1), (0.93, 0.87, 0.72), joint)
+    return _mix(wall, (0.22, 0.13, 0.10), 0.6 * _lines(rgb, mask))
+
+
+def neon(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Glowing contours in the object's own hues on a black wall."""
+    fills = _fills(rgb)
+    low = -_top(-fills)
+    spread = _top(fills) - low
+    lamp = np.asarray(dice.pick([(1.0, 0.15, 0.75), (0.1, 0.9, 1.0), (0.35, 1.0, 0.25)]), np.float32)
+    hue = (fills - low) / np.maximum(spread, 1e-3)
+    grey = np.clip(1 - spread * 4, 0, 1)
+    hue = hue * (1 - grey) + lamp * grey
+    lines = _lines(rgb, mask)[..., None]
+    glow = blur(lines[..., 0], 2.2)[..., None]
+    wall = np.array([0.03, 0.01, 0.07], np.float32)
+    out: Field = wall + 0.9 * hue * glow + lines * (0.72 * hue + 0.3) + 0.16 * hue * mask[..., None]
+    return np.clip(out, 0, 1)
+
+
+def blueprint(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """White lines and pale tints on blue paper with a grid."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    paper = np.array([0.07, 0.22, 0.56], np.float32) * (0.9 + 0.2 * dice.uniform())
+    step, shift = 8, int(dice.uniform(0, 8))
+    grid = np.where(((y + shift) % step == 0) | ((x + shift) % step == 0), np.float32(0.28), np.float32(0))
+    out = _mix(np.broadcast_to(paper, rgb.shape), (0.75, 0.88, 1.0), grid * (1 - 0.8 * mask))
+    out = _mix(out, (0.55, 0.75, 0.98), 0.5 * mask * luma(_fills(rgb)))
+    return _mix(out, (0.97, 0.99, 1.0), _lines(rgb, mask))
+
+
+def halftone(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """A screen of dots at 45 degrees per printing ink: pure inks on paper, as in old comics."""
+    y, x = _axes(rgb.shape[0])
+    pitch, phase = 4.0 * np.sqrt(2), dice.uniform(0, 2 * np.pi)
+    screen = 0.5 + 0.25 * (np.cos(2 * np.pi * (x + y) / pitch + phase) + np.cos(2 * np.pi * (x - y) / pitch + phase))
+    ink = 1 - _vivid(rgb, 1.3)
+    dots = np.clip((ink - screen[..., None].astype(np.float32)) * 5 + 0.5, 0, 1)
+    out: Field = np.array([1.0, 0.97, 0.88], np.float32) * (1 - 0.92 * dots)
+    return out
+
+
+def sunset(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """The object in evening colours before bands of sky and a sun cut by stripes."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    height = np.floor(y / 6) * 6 / size
+    top, low = np.array([0.36, 0.10, 0.46], np.float32), np.array([1.0, 0.48, 0.22], np.float32)
+    sky = top + (low - top) * height[..., None]
+    cy, cx, radius = dice.uniform(26, 40), dice.uniform(20, 44), dice.uniform(20, 25)
+    sun = np.clip(radius - np.hypot(y - cy, x - cx), 0, 1)
+    sun = sun * np.where((y > cy) & ((y - np.floor(cy)) % 6 < 2), np.float32(0), np.float32(1))
+    sky = _mix(sky, (1.0, 0.86, 0.35), sun)
+    stops = np.array([[0.13, 0.03, 0.22], [0.42, 0.08, 0.40], [0.83, 0.22, 0.36], [1.0, 0.62, 0.42]], np.float32)
+    light = luma(rgb)
+    tone = np.stack([np.interp(light, np.linspace(0, 1, 4), stops[:, c]) for c in range(3)], -1)
+    return _mix(sky, tone.astype(np.float32), np.clip(mask * 1.2, 0, 1))
+
+
+def sketch(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Grey pencil: contours, hatching where it is dark, the grain of white paper."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    light = luma(_fills(rgb) * 0.5 + rgb * 0.5)
+    one = ((x + y) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
+    two = ((x - y) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
+    hatch = np.clip(one + two, 0, 1) * np.clip(mask, 0, 1) * 0.55
+    pressure = 0.75 + 0.25 * dice.grid(size, size)
+    pencil = np.clip(_lines(rgb, mask) * 0.85 + hatch, 0, 0.9) * pressure
+    paper = 0.97 - 0.05 * dice.grid(size, size)
+    out = paper * (1 - pencil) + 0.16 * pencil
+    return np.repeat(out[..., None], 3, -1).astype(np.float32)
+
+
+def watercolor(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Pale washes without contours, darker where they dry at the rim, on paper that shows at the border."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    dy, dx = smooth_noise(dice, size, 12) - 0.5, smooth_noise(dice, size, 12) - 0.5
+    at = np.stack([y + 5 * dy, x + 5 * dx])
+    fills = _fills(rgb) * 0.75 + rgb * 0.25
+    wash = np.stack([map_coordinates(fills[..., c], at, order=1, mode="nearest") for c in range(3)], -1)
+    rim = np.clip(_slope(map_coordinates(mask, at, order=1, mode="nearest")), 0, 1)
+    bloom = smooth_noise(dice, size, 8) - 0.5
+    depth = (0.68 + 0.9 * bloom + 0.35 * rim)[..., None]
+    out = 1 - (1 - _vivid(wash, 1.25)) * np.clip(depth, 0.25, 1.1)
+    out = out * (1 - 0.5 * _lines(rgb, mask)[..., None])
+    border = np.minimum(np.minimum(x, size - 1 - x), np.minimum(y, size - 1 - y)) + 14 * (
+        smooth_noise(dice, size, 10) - 0.5
+    )
+    paper = np.clip(1 - (border - 3) / 3, 0, 1)
+    return np.clip(_mix(out.astype(np.float32), (0.98, 0.97, 0.94), paper), 0, 1)
+
+
+def stained_glass(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Panes of one bright colour each, in black lead; panes end where the object does."""
+    size, cell = rgb.shape[0], 11
+    n = size // cell + 2
+    y, x = _axes(size)
+    jitter = dice.grid(2, n, n)
+    gy, gx = _axes(n)
+    cy, cx = (((g + j - np.float32(0.75)) * cell).ravel() for g, j in zip((gy, gx), jitter, strict=True))
+    pane = np.argmin((y[..., None] - cy) ** 2 + (x[..., None] - cx) ** 2, -1)
+    pane = pane * 2 + (mask > 0.5)
+    flat = pane.ravel()
+    fills = _fills(rgb).reshape(-1, 3)
+    count = np.maximum(np.bincount(flat, minlength=2 * n * n), 1)
+    colour = np.stack([np.bincount(flat, fills[:, c], 2 * n * n) for c in range(3)], -1) / count[:, None]
+    colour = _vivid(np.clip(colour, 0, 1).astype(np.float32) ** 0.65, 2.0) * (0.8 + 0.3 * dice.grid(2 * n * n, 1))
+    glass = np.clip(colour, 0.02, 1)[pane]
+    edge = np.zeros((size, size), np.float32)
+    edge[:, 1:] = pane[:, 1:] != pane[:, :-1]
+    edge[1:] = np.maximum(edge[1:], pane[1:] != pane[:-1])
+    painted = 0.8 * _lines(rgb, mask) * mask
+    return _mix(glass, (0.04, 0.04, 0.05), np.maximum(edge, painted))
+
+
+def negative(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Inverted colours under an orange film base, perforated strips above and below."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    out = (1 - rgb) * np.array([1.0, 0.86, 0.70], np.float32)
+    strip = np.where((y < 8) | (y >= size - 8), np.float32(1), np.float32(0))
+    out = _mix(out, (0.09, 0.05, 0.03), strip)
+    row = np.minimum(y, size - 1 - y)
+    hole = (row >= 2) & (row < 6) & ((x + int(dice.uniform(0, 8))) % 8 < 4)
+    return _mix(out, (0.98, 0.95, 0.88), hole.astype(np.float32))
+
+
+def engraving(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Green lines that swell in the dark and wave over the paper, as on a banknote."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    light = luma(_fills(rgb) * 0.6 + rgb * 0.4)
+    wave = 1.6 * np.sin(x / 7 + dice.uniform(0, 6.28))
+    body = mask > 0.4
+    screen = 0.5 + 0.5 * np.cos(2 * np.pi * np.where(body, (x + y) / 1.41, y + wave) / 4)
+    dark = np.where(body, 0.80 - 0.75 * light, 0.22)
+    ink = np.clip((dark - (1 - screen)) * 4 + 0.5, 0, 1).astype(np.float32) * np.where(body, 1, 0.6).astype(np.float32)
+    ink = np.maximum(ink, _lines(rgb, mask))
+    paper = np.broadcast_to(np.array([0.88, 0.95, 0.82], np.float32), rgb.shape)
+    return _mix(paper, (0.03, 0.30, 0.20), ink)
+
+
+ARTISTS: dict[str, Artist] = {
+    "mosaic": mosaic,
+    "neon": neon,
+    "blueprint": blueprint,
+    "halftone": halftone,
+    "sunset": sunset,
+    "sketch": sketch,
+    "watercolor": watercolor,
+    "stained glass": stained_glass,
+    "negative": negative,
+    "engraving": engraving,
+}

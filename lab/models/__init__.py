@@ -1,0 +1,1 @@
+"""Model types, loading and erasure."""

@@ -1,0 +1,1 @@
+"""Export, verification and audit of checkpoints."""
