@@ -25,7 +25,9 @@ def _quick_precision(device: str) -> str:
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges but warns about
-warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema")
+warnings.filterwarnings(
+    "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
+)
 
 EXIT_USER, EXIT_BUG = 2, 1
 _worst = 0  # exit code of the process: a failed job of a sweep must not stop the others
@@ -43,7 +45,9 @@ def dispatch(cfg: DictConfig) -> None:
     from lab.runner.batch import claimed
 
     folder = Path(HydraConfig.get().runtime.output_dir)
-    with claimed(folder, cfg.action, bool(OmegaConf.select(cfg, "launch.machine_rank")) or cfg.dry_run):
+    with claimed(
+        folder, cfg.action, bool(OmegaConf.select(cfg, "launch.machine_rank")) or cfg.dry_run
+    ):
         _act(cfg, folder)  # its imports take seconds
 
 
@@ -74,9 +78,13 @@ def _check_added() -> None:
     for word in words:
         key, _, value = word.lstrip("+").partition("=")
         group = key in known.runtime.choices or "." in key or "/" in key or "@" in key
-        added = word.startswith("+") and not word.startswith("++")  # ++ sets what may be there already
+        added = word.startswith("+") and not word.startswith(
+            "++"
+        )  # ++ sets what may be there already
         if added and not group and not any(f"${{{key}" in other for other in words):
-            raise UserError(key, value, "is no key of this project, and nothing reads it: leave it out.")
+            raise UserError(
+                key, value, "is no key of this project, and nothing reads it: leave it out."
+            )
 
 
 def _act(cfg: DictConfig, folder: Path) -> None:
@@ -111,7 +119,9 @@ def job(cfg: DictConfig) -> None:
             dispatch(cfg)
     except Exception as error:
         told = explain(error)
-        if told is None and not isinstance(error, RankFailed):  # the process's own traceback was shown
+        if told is None and not isinstance(
+            error, RankFailed
+        ):  # the process's own traceback was shown
             traceback.print_exc()
         print(f"error: {told or defect(error)}", file=sys.stderr)
         _failed(code := EXIT_USER if told else EXIT_BUG)
@@ -120,7 +130,9 @@ def job(cfg: DictConfig) -> None:
 
 def main() -> None:
     """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach us instead of Hydra's printer
+    os.environ.setdefault(
+        "HYDRA_FULL_ERROR", "1"
+    )  # composition errors reach us instead of Hydra's printer
     from lab.cli.arguments import rewritten
     from lab.cli.callbacks import sweep_codes
     from lab.runner.batch import EXIT_INTERRUPTED, interruptible
@@ -148,6 +160,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from run import main as by_name  # launchers hand `job` to other processes by the name of its module
+    from run import (
+        main as by_name,
+    )  # launchers hand `job` to other processes by the name of its module
 
     by_name()

@@ -17,7 +17,9 @@ from lab.core.progress import progress
 from lab.core.seeding import generator
 from lab.core.types import Budget, Checkpoint, Trajectory
 
-SAVE_SECONDS = 20.0  # time between two saves of a running attack; what is saved never changes the result
+SAVE_SECONDS = (
+    20.0  # time between two saves of a running attack; what is saved never changes the result
+)
 BLOW_UP = 1e6  # an attack whose training loss exceeds this multiple of its first value has diverged
 
 
@@ -53,7 +55,9 @@ def _order(rows: int, seed: int, label: str, epoch: int) -> Tensor:
     return torch.randperm(rows, generator=generator(seed, "attack", label, epoch))
 
 
-def batch_rows(step: int, rows: int, batch_size: int | None, seed: int, label: str) -> Tensor | None:
+def batch_rows(
+    step: int, rows: int, batch_size: int | None, seed: int, label: str
+) -> Tensor | None:
     """Row indices of mini-batch ``step``, a function of the seed alone; None when the batch is the whole set.
 
     Epochs are permutations cut into full batches; rows left over wait for the next epoch.
@@ -72,17 +76,26 @@ class _Saver:
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         if self.checkpoint is not None and time.monotonic() - self.last >= SAVE_SECONDS:
-            self.checkpoint.save({k: v.detach().clone().contiguous() for k, v in tensors.items()}, values)
+            self.checkpoint.save(
+                {k: v.detach().clone().contiguous() for k, v in tensors.items()}, values
+            )
             self.last = time.monotonic()
 
 
 def _tune(
-    learner: Learner, rate: Rate, budget: Budget, saved: dict[str, Any], saver: _Saver, label: str | None
+    learner: Learner,
+    rate: Rate,
+    budget: Budget,
+    saved: dict[str, Any],
+    saver: _Saver,
+    label: str | None,
 ) -> tuple[float, list]:
     """The learning rate and its table of trials [exponent, loss or None where the trial diverged]."""
     if rate.lr is not None or not learner.uses_rate:
         return rate.lr or 0.0, []
-    table = {float(e): math.inf if loss is None else float(loss) for e, loss in saved.get("trials", [])}
+    table = {
+        float(e): math.inf if loss is None else float(loss) for e, loss in saved.get("trials", [])
+    }
 
     def rows() -> list[list[float | None]]:
         return [[e, loss if math.isfinite(loss) else None] for e, loss in table.items()]
@@ -91,7 +104,11 @@ def _tune(
         learner.reset()
         early = math.inf
         steps = range(budget.steps)
-        for step in steps if label is None else progress(steps, f"{label}, trial of rate {lr:.3g}", budget.steps):
+        for step in (
+            steps
+            if label is None
+            else progress(steps, f"{label}, trial of rate {lr:.3g}", budget.steps)
+        ):
             learner.advance(step, lr * rate.factor(step, budget.steps))
             if step + 1 == budget.horizon:
                 early = learner.loss()
@@ -99,7 +116,9 @@ def _tune(
                     return math.inf
         return (early + learner.loss()) / 2
 
-    lr = search(trial, learner.centre, rate.trials, table, lambda: saver.save({}, {"trials": rows()}))
+    lr = search(
+        trial, learner.centre, rate.trials, table, lambda: saver.save({}, {"trials": rows()})
+    )
     return lr, rows()
 
 
@@ -126,7 +145,7 @@ def run(
     """Train along ``budget`` and measure at its snapshots.
 
     A search for the learning rate comes first: each trial is the whole run (same batches, same schedule) and is
-    judged by the mean of the training loss at the horizon and at the end. Judged at the horizon alone, the best rate
+    scored by the mean of the training loss at the horizon and at the end. Scorerd at the horizon alone, the best rate
     is often one that collapses later, and a collapsed attack looks like protection. ``label`` shows progress bars.
 
     Returns:
@@ -142,7 +161,9 @@ def run(
     if learner.uses_rate:
         info = {**info, "lr": lr, "lr_trials": table, "schedule": rate.schedule}
     start = int(saved.get("step", 0))
-    trajectory = Trajectory(list(saved.get("steps", [])), {k: list(v) for k, v in saved.get("values", {}).items()})
+    trajectory = Trajectory(
+        list(saved.get("steps", [])), {k: list(v) for k, v in saved.get("values", {}).items()}
+    )
     trajectory.info = info
     learner.reset()
     if start:
@@ -156,7 +177,12 @@ def run(
         if step + 1 in marks and not _keep(trajectory, step + 1, learner.measure()):
             trajectory.status = "diverged"
             return trajectory
-        values = {"trials": trials, "step": step + 1, "steps": trajectory.steps, "values": trajectory.values}
+        values = {
+            "trials": trials,
+            "step": step + 1,
+            "steps": trajectory.steps,
+            "values": trajectory.values,
+        }
         saver.save(learner.tensors(), values)
     trajectory.weights = {k: v.detach().clone().contiguous() for k, v in learner.weights().items()}
     return trajectory

@@ -1,4 +1,4 @@
-"""Learning rates: tuned by a search with the same number of trials in every arm, and their schedules."""
+"""Learning rates: tuned by a search with the same number of trials in every model, and their schedules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rate:
 
     Attributes:
         lr: a fixed rate, or None for the search.
-        trials: runs that the search may spend; equal in every arm.
+        trials: runs that the search may spend; equal in every model.
         schedule: factor on the rate over the whole trajectory.
     """
 
@@ -65,7 +65,7 @@ def search(
     depend on the scale of the features, which an immunizer is free to change.
 
     Args:
-        trial: loss that a run at a rate is judged by; inf where it diverged.
+        trial: loss that a run at a rate is scored by; inf where it diverged.
         centre: rate at exponent 0.
         trials: evaluations, those already in ``table`` included.
         table: exponent → loss; filled here (a resumed attack passes what it had).

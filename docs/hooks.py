@@ -11,7 +11,11 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parent.parent
 # files outside docs/ that are pages of the site: path in the repository → path in docs/
-PAGES = {"eval/metrics.md": "metrics.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+PAGES = {
+    "eval/metrics.md": "metrics.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".sh": "bash"}
 LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
@@ -30,11 +34,15 @@ def target_of(path: str) -> str:
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages of `PAGES`, and a page for every other file outside docs/ that a page links to."""
     for path, target in PAGES.items():
-        files.append(File.generated(config, target, content=(ROOT / path).read_text(encoding="utf-8")))
+        files.append(
+            File.generated(config, target, content=(ROOT / path).read_text(encoding="utf-8"))
+        )
     wanted = set()
     for file in list(files.documentation_pages()):
         links = (match["path"] for match in LINK.finditer(file.content_string))
-        wanted |= {path for link in links if (path := outside(file.src_uri, link)) and path not in PAGES}
+        wanted |= {
+            path for link in links if (path := outside(file.src_uri, link)) and path not in PAGES
+        }
     for path in sorted(wanted):
         source = ROOT / path
         if not source.is_file():
@@ -55,6 +63,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
         path = outside(here, match["path"])
         if path is None or files.get_file_from_path(target_of(path)) is None:
             return match[0]
-        return posixpath.relpath(target_of(path), posixpath.dirname(here) or ".") + (match["anchor"] or "")
+        return posixpath.relpath(target_of(path), posixpath.dirname(here) or ".") + (
+            match["anchor"] or ""
+        )
 
     return LINK.sub(inside, markdown)

@@ -1,20 +1,22 @@
-"""The control arm: no immunization."""
+"""The baseline model: no immunization."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from lab.core.data import Kind
-from lab.core.types import CONTROL, AnyCase, Checkpoint, Log, Model, clone
+from lab.core.types import BASELINE, AnyCase, Checkpoint, Log, Model, clone
 
 
 class NoImmunization:
-    """Returns an equal copy of the model, so that the control arm is an immunizer like any other."""
+    """Returns an equal copy of the model, so that the baseline model is an immunizer like any other."""
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})
 
-    def __init__(self, name: str = CONTROL) -> None:
+    def __init__(self, name: str = BASELINE) -> None:
         self.name = name
 
-    def __call__(self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log) -> Model:
+    def __call__(
+        self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> Model:
         return clone(model)

@@ -11,7 +11,9 @@ import torch
 from omegaconf import OmegaConf
 
 torch.set_num_threads(1)
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job; processes of tests inherit it
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # as in a shell's background job; processes of tests inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))

@@ -63,6 +63,10 @@ class Block:
 
 def blocks(path):
     text = path.read_text(encoding="utf-8")
-    found = [Block(m["language"], m["text"], m["kind"], m["mark"] or "") for m in _FENCE.finditer(text)]
-    assert len([b for b in found if b.kind]) == len(_MARK.findall(text)), f"{path}: a mark without a block below it"
+    found = [
+        Block(m["language"], m["text"], m["kind"], m["mark"] or "") for m in _FENCE.finditer(text)
+    ]
+    assert len([b for b in found if b.kind]) == len(_MARK.findall(text)), (
+        f"{path}: a mark without a block below it"
+    )
     return found

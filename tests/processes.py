@@ -11,7 +11,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENS = {"WANDB_API_KEY": "5ec2e7" * 6 + "c0de", "HF_TOKEN": "hf_" + "S3cretHubT0ken" * 2}
-FAST = ["experiment=house_price", "tracker=none", "budget.horizon=5", "budget.multiple=2", "budget.points=5"]
+FAST = [
+    "experiment=house_price",
+    "tracker=none",
+    "budget.horizon=5",
+    "budget.multiple=2",
+    "budget.points=5",
+]
 
 
 def start(folder, *arguments, env=None):
@@ -45,7 +51,9 @@ def until(ready, told, seconds=300):
     """Wait for ``ready()`` to be true, at most ``seconds``; returns what it returned."""
     deadline = time.monotonic() + seconds
     while not (found := ready()):
-        assert time.monotonic() < deadline, f"{told() if callable(told) else told}: not within {seconds} s"
+        assert time.monotonic() < deadline, (
+            f"{told() if callable(told) else told}: not within {seconds} s"
+        )
         time.sleep(0.1)
     return found
 
@@ -71,4 +79,8 @@ def telling(folder, *texts):
     """Files below ``folder`` and ``texts`` that hold one of `TOKENS`."""
     files = {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     held = {**files, **{text[:40]: text.encode() for text in texts}}
-    return [name for name, body in held.items() if any(token.encode() in body for token in TOKENS.values())]
+    return [
+        name
+        for name, body in held.items()
+        if any(token.encode() in body for token in TOKENS.values())
+    ]

@@ -28,7 +28,9 @@ def composed(*overrides: str) -> Any:
 def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
     found = pictures(concept(name), 1, count)
     return folders.write(
-        folder, found.images, [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(found.prompts)]
+        folder,
+        found.images,
+        [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(found.prompts)],
     )
 
 
@@ -43,14 +45,32 @@ def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
             f"prompts: [a fox in the style of {name}], erase: true, anchor: photo}}"
         )
     return [
-        "experiment=relearn", "backbone=minisd", f"backbone.path={backbone}", "scenario=folder",
-        f"scenario.root={root}", f"scenario.concepts=[{', '.join(rows)}]", "scenario.resolution=32",
-        "scenario.sampling={steps: 2, guidance: 2.0, count: 4, negative: ''}", "scenario.keep_pictures=4",
-        "scenario.unrelated_pictures=4", "scenario.regularizers=8", "immunize=mima", "immunize.steps=2",
-        "immunize.batch_size=2", "immunize.prior_batch_size=2", "attacks=[lora]",
-        "attacks.lora.batch_size=2", "eval=[relearning]", "budget.horizon=2", "budget.multiple=2", "budget.at=[0,2,4]",
-        "tracker=none", f"paths.outputs={root / 'outputs'}", "threads=1", *overrides,
-    ]  # fmt: skip
+        "experiment=relearn",
+        "backbone=minisd",
+        f"backbone.path={backbone}",
+        "scenario=folder",
+        f"scenario.root={root}",
+        f"scenario.concepts=[{', '.join(rows)}]",
+        "scenario.resolution=32",
+        "scenario.sampling={steps: 2, guidance: 2.0, count: 4, negative: ''}",
+        "scenario.keep_pictures=4",
+        "scenario.unrelated_pictures=4",
+        "scenario.regularizers=8",
+        "immunize=mima",
+        "immunize.steps=2",
+        "immunize.batch_size=2",
+        "immunize.prior_batch_size=2",
+        "attacks=[lora]",
+        "attacks.lora.batch_size=2",
+        "eval=[relearning]",
+        "budget.horizon=2",
+        "budget.multiple=2",
+        "budget.at=[0,2,4]",
+        "tracker=none",
+        f"paths.outputs={root / 'outputs'}",
+        "threads=1",
+        *overrides,
+    ]
 
 
 def tiny_folder(folder: Path, seed: int = 0) -> Path:

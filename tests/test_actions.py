@@ -75,7 +75,9 @@ def test_a_command_that_was_repeated_has_one_row(cli, tmp_path):
     assert kept.folder.name == "again"
 
 
-def test_a_run_killed_in_the_folder_of_an_earlier_one_does_not_pass_for_it(cli, tmp_path, monkeypatch):
+def test_a_run_killed_in_the_folder_of_an_earlier_one_does_not_pass_for_it(
+    cli, tmp_path, monkeypatch
+):
     class Killed(BaseException):
         """Leaves as little behind as `kill -9`."""
 
@@ -131,16 +133,22 @@ def test_what_only_looks_leaves_nothing_behind(cli, tmp_path, words):
 @pytest.mark.slow
 def test_a_run_that_was_killed_keeps_its_row_in_the_table(cli, tmp_path):
     cli("-m", *FAST, "immunize=kappa,kappa_opt")
-    (folder,) = {p.parent for p in tmp_path.rglob("record.json") if p.parent.name.endswith("-kappa_opt")}
+    (folder,) = {
+        p.parent for p in tmp_path.rglob("record.json") if p.parent.name.endswith("-kappa_opt")
+    }
     (folder / "record.json").unlink()
     (folder / PROCESS).unlink()  # this process lives and ended its run
-    assert [(r["immunizer"], r["error"]["type"]) for r in lost_runs([tmp_path])] == [("kappa_opt", "Killed")]
+    assert [(r["immunizer"], r["error"]["type"]) for r in lost_runs([tmp_path])] == [
+        ("kappa_opt", "Killed")
+    ]
     code, out, err = cli("action=leaderboard")
     assert code == 0, err
     (row,) = [line for line in out.splitlines() if "kappa_opt" in line]
     assert "failed" in row
     (shown,) = [
-        r for r in csv.DictReader((tmp_path / "outputs/leaderboard.csv").open()) if r["immunizer"] == "kappa_opt"
+        r
+        for r in csv.DictReader((tmp_path / "outputs/leaderboard.csv").open())
+        if r["immunizer"] == "kappa_opt"
     ]
     assert (shown["rank"], shown["status"]) == ("", "failed")
     shutil.rmtree(folder / ".hydra")

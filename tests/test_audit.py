@@ -27,7 +27,11 @@ def of_folder(root, backbone, *more):
     skipped = ("experiment=", "immunize", "attacks", "eval=", "backbone", "budget.at")
     shared = [word for word in world(root, backbone) if not word.startswith(skipped)]
     small = [f"audit.search.{name}.steps=1" for name in ("lora", "textual_inversion")]
-    small += ["attacks.lora.batch_size=2", "attacks.textual_inversion.batch_size=2", "budget.at=[0,2,4]"]
+    small += [
+        "attacks.lora.batch_size=2",
+        "attacks.textual_inversion.batch_size=2",
+        "budget.at=[0,2,4]",
+    ]
     return ["experiment=audit", f"attacks=[{','.join(SUITE)}]", *shared, *small, *more]
 
 
@@ -80,8 +84,11 @@ def test_one_command_ends_in_one_page(tmp_path, call):
     [
         (["action=audit"], r"action=audit: .*experiment=audit"),
         (["experiment=audit", "attacks=none"], r"attacks=none: .*at least one attack"),
-        (["experiment=audit", "+audit.search.lorra={mode: grid}"], r"audit\.search\.lorra=.*did you mean lora"),
-        (["experiment=audit", "backbone=sd"], r"judges=minisd: .*judges=real"),
+        (
+            ["experiment=audit", "+audit.search.lorra={mode: grid}"],
+            r"audit\.search\.lorra=.*did you mean lora",
+        ),
+        (["experiment=audit", "backbone=sd"], r"scorers=minisd: .*scorers=real"),
         (["experiment=audit", "scenario=house_price"], r"scenario=house_price: .*text-to-image"),
         (["experiment=audit", "launch=cpu"], r"launch=cpu: .*launch=none"),
         (["experiment=audit", "path=release"], r"path=release: .*backbone\.path=DIR"),
@@ -97,7 +104,9 @@ def test_what_cannot_be_audited(overrides, told):
 
 def test_an_exported_extractor_is_told_as_what_it_is(tmp_path):
     (tmp_path / "export.json").write_text('{"kind": "linear"}')
-    with pytest.raises(UserError, match=r"backbone\.path=.*: holds a linear model; audits are of text-to-image"):
+    with pytest.raises(
+        UserError, match=r"backbone\.path=.*: holds a linear model; audits are of text-to-image"
+    ):
         audit(composed("experiment=audit", f"backbone.path={tmp_path}"))
 
 
@@ -120,12 +129,18 @@ def test_an_export_that_was_immunized_against_other_targets_is_told(tmp_path):
     told = off_target(asked)
     assert told is not None
     assert "exported for case watercolor_stained-glass, and this audit attacks mosaic_neon" in told
-    assert off_target(composed("experiment=audit", f"backbone.path={folder}", "scenario.cases=all")) is None
+    assert (
+        off_target(composed("experiment=audit", f"backbone.path={folder}", "scenario.cases=all"))
+        is None
+    )
 
 
 def test_a_folder_that_is_not_there_names_the_key(tmp_path, call):
     code, _, err = call(
-        "experiment=audit", f"backbone={tmp_path / 'none'}", f"paths.outputs={tmp_path}", "tracker=none"
+        "experiment=audit",
+        f"backbone={tmp_path / 'none'}",
+        f"paths.outputs={tmp_path}",
+        "tracker=none",
     )
     assert code == 2
     assert "backbone.path=" in err
@@ -163,7 +178,9 @@ def test_seconds_of_an_update_are_a_median_after_a_warm_up():
 
 def test_an_attacker_of_another_class_is_left_out_of_the_costs():
     own = SimpleNamespace(parts=SimpleNamespace(attacks={"mine": SimpleNamespace(obj=object())}))
-    assert seconds_per_update(own, [{"attack": "mine", "concept": "a", "case": "b", "seed": 0}]) == {}
+    assert (
+        seconds_per_update(own, [{"attack": "mine", "concept": "a", "case": "b", "seed": 0}]) == {}
+    )
 
 
 def test_a_curriculum_costs_the_mean_over_its_steps():
@@ -173,4 +190,6 @@ def test_a_curriculum_costs_the_mean_over_its_steps():
     }
     attack = Curriculum(name="curriculum", stages=stages, families=())
     clock = ticking(1.0, 1.0, 1.0, 3.0, 3.0, 3.0)
-    assert timed(attack, tiny_diffusion(), tiny_case().targets[0], Budget(4, 2), 0, clock) == pytest.approx(2.5)
+    assert timed(
+        attack, tiny_diffusion(), tiny_case().targets[0], Budget(4, 2), 0, clock
+    ) == pytest.approx(2.5)

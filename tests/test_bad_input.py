@@ -30,7 +30,9 @@ def parts(*overrides):
 # ── the shared checks ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("value", ["abc", "1", True, None, [1], float("nan"), float("inf"), -1, 0, 2.5])
+@pytest.mark.parametrize(
+    "value", ["abc", "1", True, None, [1], float("nan"), float("inf"), -1, 0, 2.5]
+)
 def test_number_takes_finite_numbers_in_the_range_only(value):
     with pytest.raises(UserError, match=r"k=.*: must be a number > 0 and ≤ 2\."):
         options.number("k", value, above=0, high=2)
@@ -69,11 +71,23 @@ def test_choice_flag_and_names():
         (["immunize.batch_size=2.5"], "immunize.batch_size=2.5: must be a whole number ≥ 2"),
         (["immunize.lambda_h=abc"], "immunize.lambda_h=abc: must be a number ≥ 0"),
         (["immunize.preconditioned=3"], "immunize.preconditioned=3: must be true or false"),
-        (["immunize=kappa_imma", "immunize.w_prior=abc"], "immunize.w_prior=abc: must be a number ≥ 0"),
+        (
+            ["immunize=kappa_imma", "immunize.w_prior=abc"],
+            "immunize.w_prior=abc: must be a number ≥ 0",
+        ),
         (["scenario.test_share=abc"], "scenario.test_share=abc: must be a number > 0 and < 1"),
-        (["attacks=[probe_sgd]", "attacks.probe_sgd.lr=abc"], "attacks.probe_sgd.lr=abc: must be auto or a number"),
-        (["attacks=[probe_sgd]", "attacks.probe_sgd.lr_trials=1.5"], "attacks.probe_sgd.lr_trials=1.5"),
-        (["attacks.linear_probe.standardize=1"], "attacks.linear_probe.standardize=1: must be true or false"),
+        (
+            ["attacks=[probe_sgd]", "attacks.probe_sgd.lr=abc"],
+            "attacks.probe_sgd.lr=abc: must be auto or a number",
+        ),
+        (
+            ["attacks=[probe_sgd]", "attacks.probe_sgd.lr_trials=1.5"],
+            "attacks.probe_sgd.lr_trials=1.5",
+        ),
+        (
+            ["attacks.linear_probe.standardize=1"],
+            "attacks.linear_probe.standardize=1: must be true or false",
+        ),
         (["eval.conditioning.groups=0"], "eval.conditioning.groups=0: must be a whole number"),
         (["eval.conditioning.size=1"], "eval.conditioning.size=1: must be a whole number ≥ 2"),
         (
@@ -86,15 +100,27 @@ def test_choice_flag_and_names():
         ),
         (["eval.geometry.energy=abc"], "eval.geometry.energy=abc: must be a number > 0 and ≤ 1"),
         (["eval.geometry.dim=2.5"], "eval.geometry.dim=2.5: must be a whole number"),
-        (["eval.convergence.rfd_smallest=null"], "eval.convergence.rfd_smallest=None: must be a number"),
-        (["eval=[transfer]", "eval.transfer.draws=many"], "eval.transfer.draws=many: must be a whole number ≥ 100"),
+        (
+            ["eval.convergence.rfd_smallest=null"],
+            "eval.convergence.rfd_smallest=None: must be a number",
+        ),
+        (
+            ["eval=[transfer]", "eval.transfer.draws=many"],
+            "eval.transfer.draws=many: must be a whole number ≥ 100",
+        ),
         (["eval.verdict.min_slowdown=x"], "eval.verdict.min_slowdown=x: must be a number ≥ 1"),
         (["immunize.name=step"], "immunize.name=step: is a word of every curve"),
-        (["immunize.name=none"], "immunize.name=none: is the name of the control arm"),
+        (["immunize.name=none"], "immunize.name=none: is the name of the baseline model"),
         (["eval.conditioning.name=norms"], "eval.conditioning.name=norms: is not the key"),
-        (["budget.points=7", "budget.at=[0,5]"], "budget.points=7: is read with budget.at=null only"),
+        (
+            ["budget.points=7", "budget.at=[0,5]"],
+            "budget.points=7: is read with budget.at=null only",
+        ),
         (["backbone.init=5"], "backbone.init=5: choose one of identity, random"),
-        (["+budget.horizn=1"], "budget.horizn=1: there is no such key; did you mean budget.horizon"),
+        (
+            ["+budget.horizn=1"],
+            "budget.horizn=1: there is no such key; did you mean budget.horizon",
+        ),
         (["budget.horizon=true"], "budget.horizon=True: must be a whole number"),
         (["budget.points=1"], "budget.points=1: must be a whole number ≥ 2"),
         (["~budget.horizon"], "budget.horizon=None: needs a value"),
@@ -136,9 +162,15 @@ def cli(tmp_path, monkeypatch, capfd):
         ("scenario.path=~/houses", "scenario.path=~/houses: cannot be read"),
         ("push_to=me/model", "push_to=me/model: is read by action=export, and this is action=run"),
         ("records=[x]", "records=['x']: is read by action=report"),
-        ("export.arm=none", "export.arm=none: is read by action=export, and this is action=run"),
+        (
+            "export.model=none",
+            "export.model=none: is read by action=export, and this is action=run",
+        ),
         ("action=leaderboard", "dry_run=True: is read by action=run | search | audit"),
-        ("paths.outputs=" + "x" * 300, "the name is too long for the file system: set paths.outputs=DIR"),
+        (
+            "paths.outputs=" + "x" * 300,
+            "the name is too long for the file system: set paths.outputs=DIR",
+        ),
     ],
 )
 def test_the_command_says_so_in_one_line_and_exits_with_2(cli, argument, told):
@@ -165,7 +197,10 @@ OWN = ROOT / "docs" / "examples" / "own_methods"
         (["immunize=partial_whitening", "immunize.pwoer=0.3"], "did you mean immunize.power"),
         (["immunize=partial_whitenin"], "did you mean partial_whitening"),
         (["attacks=[accelerated_prob]"], "did you mean accelerated_probe"),
-        (["attacks=[accelerated_probe]", "attacks.accelerated_probe.setps=3"], "attacks.accelerated_probe."),
+        (
+            ["attacks=[accelerated_probe]", "attacks.accelerated_probe.setps=3"],
+            "attacks.accelerated_probe.",
+        ),
     ],
 )
 def test_hints_know_the_configs_of_ones_own(cli, arguments, told):
@@ -183,7 +218,9 @@ def test_a_place_that_cannot_be_written_is_told(cli):
 # ── errors of the operating system ───────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize(
+    "number", [errno.EPERM, errno.EIO, errno.ENAMETOOLONG, errno.EACCES, errno.ENOSPC]
+)
 def test_advice_about_outputs_is_given_for_outputs_only(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
@@ -214,12 +251,19 @@ def test_a_missing_file_is_a_defect_unless_it_lies_in_outputs(tmp_path, monkeypa
     [
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."
+        ),
     ],
 )
 def test_exhausted_memory_names_the_options_that_lower_it(error):
     told = explain(error)
-    for key in ("immunize.batch_size", "attacks.NAME.batch_size", "gradient_checkpointing", "sampling.count"):
+    for key in (
+        "immunize.batch_size",
+        "attacks.NAME.batch_size",
+        "gradient_checkpointing",
+        "sampling.count",
+    ):
         assert key in told
     assert explain(RuntimeError("shape mismatch")) is None
 
@@ -229,14 +273,18 @@ def test_exhausted_memory_names_the_options_that_lower_it(error):
 
 def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
     chosen = parts("attacks=[linear_probe,probe_logistic]", "eval=[conditioning]")
-    with pytest.raises(UserError, match=r"attacks\.probe_logistic\.loss=cross_entropy: task good is a regression"):
+    with pytest.raises(
+        UserError, match=r"attacks\.probe_logistic\.loss=cross_entropy: task good is a regression"
+    ):
         check_cases(chosen, (linear_case(),))
     check_cases(chosen, (linear_classes(),))
 
 
 def test_a_deep_attacker_checks_its_loss_too():
     chosen = parts(
-        "attacks=[extractor_full_finetune]", "attacks.extractor_full_finetune.loss=cross_entropy", "eval=[conditioning]"
+        "attacks=[extractor_full_finetune]",
+        "attacks.extractor_full_finetune.loss=cross_entropy",
+        "eval=[conditioning]",
     )
     with pytest.raises(UserError, match=r"attacks\.extractor_full_finetune\.loss=cross_entropy"):
         check_cases(chosen, (linear_case(),))
@@ -246,7 +294,10 @@ def test_a_deep_attacker_checks_its_loss_too():
 def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(cli):
     code, err = cli("experiment=relearn", "attacks=[lora,full_finetune]", "backbone.dtype=bf16")
     assert code == 2
-    assert "backbone.dtype=torch.bfloat16: attackers that move the model's own weights train in float32" in err
+    assert (
+        "backbone.dtype=torch.bfloat16: attackers that move the model's own weights train in float32"
+        in err
+    )
 
 
 def test_accuracies_need_classification_and_transfer_needs_eight_cases():
@@ -268,12 +319,18 @@ def test_metrics_that_the_run_leaves_out_are_not_asked():
 
 @pytest.mark.parametrize(
     ("module", "command"),
-    [("open_clip", "pip install open_clip_torch"), ("nudenet", 'pip install "immunization-bench[nudenet]"'),
-     ("optuna.samplers", 'pip install "immunization-bench[search]"'), ("lpips", "pip install lpips")],
-)  # fmt: skip
+    [
+        ("open_clip", "pip install open_clip_torch"),
+        ("nudenet", 'pip install "immunization-bench[nudenet]"'),
+        ("optuna.samplers", 'pip install "immunization-bench[search]"'),
+        ("lpips", "pip install lpips"),
+    ],
+)
 def test_a_missing_package_is_told_with_what_to_install(module, command):
     assert command in explain(ModuleNotFoundError("gone", name=module))
-    assert explain(ModuleNotFoundError("gone", name="lab.gone")) is None, "a module of ours is a defect"
+    assert explain(ModuleNotFoundError("gone", name="lab.gone")) is None, (
+        "a module of ours is a defect"
+    )
 
 
 def test_extras_and_packages_that_messages_name_exist():
@@ -299,7 +356,9 @@ def test_a_list_for_a_group_of_one_choice_is_refused(monkeypatch, capfd, tmp_pat
     """Hydra would merge the two files and name the mixture after the last."""
     monkeypatch.chdir(tmp_path)
     for words in (["immunize=[kappa_pencil,kappa_closed_form]"], ["backbone=[linear]"]):
-        code, _, err = call_entry(monkeypatch, capfd, "experiment=house_price", "dry_run=true", *words)
+        code, _, err = call_entry(
+            monkeypatch, capfd, "experiment=house_price", "dry_run=true", *words
+        )
         group, _, value = words[0].partition("=")
         assert code == 2
         assert f"error: {group}=" in err
@@ -317,7 +376,9 @@ def test_an_attacker_that_misses_a_part_of_the_contract_is_told_which(monkeypatc
 
     built = module._build
     swapped = lambda config, key, *more: (  # noqa: E731
-        replace(built(config, key, *more), obj=Half()) if key == "attacks.linear_probe" else built(config, key, *more)
+        replace(built(config, key, *more), obj=Half())
+        if key == "attacks.linear_probe"
+        else built(config, key, *more)
     )
     monkeypatch.setattr(module, "_build", swapped)
     with pytest.raises(UserError, match=r"attacks\.linear_probe=Half: .*it has no accepts"):

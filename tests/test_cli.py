@@ -16,12 +16,15 @@ from lab.core import cache as store
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared/data/house_price"
 THERE = pytest.mark.skipif(
-    not PUBLISHED.is_dir(), reason="the published CSVs lie in ../shared/data/house_price, absent here"
+    not PUBLISHED.is_dir(),
+    reason="the published CSVs lie in ../shared/data/house_price, absent here",
 )
 
 
 @pytest.mark.parametrize(
-    "place", [[], pytest.param([f"scenario.path={PUBLISHED}"], marks=THERE)], ids=["ames", "published"]
+    "place",
+    [[], pytest.param([f"scenario.path={PUBLISHED}"], marks=THERE)],
+    ids=["ames", "published"],
 )
 def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path, place):
     code, out, err = cli(*FAST[:2], *FAST[3:], "immunize=kappa_closed_form", *place)
@@ -40,7 +43,7 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     assert first["immunizer"] == "kappa"
     assert first["metrics"]["rir"]["n"] == 1
     assert first["provenance"]["cache_hits"] == 0
-    assert {c["arm"] for c in first["cells"]} == {"none", "kappa", None}
+    assert {c["model"] for c in first["cells"]} == {"none", "kappa", None}
     assert (tmp_path / "outputs/runs").is_dir()
     html = next((tmp_path / "outputs").rglob("report.html")).read_text()
     assert "kappa" in html
@@ -48,17 +51,19 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     second = record_of(out, tmp_path)
     assert second["provenance"]["cache_misses"] == 0
     assert second["content_hash"] == first["content_hash"]
-    assert all(c["seconds"] >= 0 for c in first["cells"])  # the control's immunization may take less than a millisecond
+    assert all(
+        c["seconds"] >= 0 for c in first["cells"]
+    )  # the baseline's immunization may take less than a millisecond
     assert any(c["seconds"] > 0 for c in first["cells"])
     assert [c["seconds"] for c in second["cells"]] == [c["seconds"] for c in first["cells"]]
 
 
-def test_the_control_arm_alone(cli, tmp_path):
+def test_the_baseline_model_name_alone(cli, tmp_path):
     code, out, err = cli(*[a for a in FAST if "epochs" not in a], "immunize=none")
     assert code == 0, err
     record = record_of(out, tmp_path)
     assert "rir" not in record["metrics"]
-    assert "control arm" in record["skipped"]["verdict"]
+    assert "baseline model" in record["skipped"]["verdict"]
 
 
 def test_attacks_none_needs_no_attack_metrics(cli, tmp_path):
@@ -91,7 +96,11 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
         (["sedes=[1]"], "sedes", "did you mean seeds"),
         (["attacks=[linear_prob]"], "attacks=linear_prob", "did you mean"),
         (["attacks=[]"], "attacks=[]", "attacks=none"),
-        (["+attacks.linear_probe.los=x"], "attacks.linear_probe.los=x", "did you mean attacks.linear_probe.loss"),
+        (
+            ["+attacks.linear_probe.los=x"],
+            "attacks.linear_probe.los=x",
+            "did you mean attacks.linear_probe.loss",
+        ),
         (["action=raport"], "action=raport", "did you mean report"),
         (["immunize.lambda_h=-1"], "immunize.lambda_h=-1", "≥ 0"),
         (["seeds=[0,0]"], "seeds", "different"),
@@ -104,7 +113,11 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
         (["immunize.name.x=1"], "immunize.name", ""),
         (["action=compare"], "records", "run.py"),
         (["action=compare", "records=[/nowhere.json]"], "records=/nowhere.json", "does not exist"),
-        (["immunize._target_=immunize.kappa.method.Nothing"], "immunize", "module immunize.kappa has no Nothing"),
+        (
+            ["immunize._target_=immunize.kappa.method.Nothing"],
+            "immunize",
+            "module immunize.kappa has no Nothing",
+        ),
     ],
 )
 def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix):
@@ -118,7 +131,10 @@ def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix
 
 def test_parts_that_do_not_fit_are_refused_before_anything_runs(cli, tmp_path):
     code, _, err = cli(
-        "experiment=house_price", "tracker=none", "immunize=kappa_closed_form", "backbone=efficientnet_lite0"
+        "experiment=house_price",
+        "tracker=none",
+        "immunize=kappa_closed_form",
+        "backbone=efficientnet_lite0",
     )
     assert code == 2
     assert "backbone=efficientnet_lite0" in err
@@ -141,8 +157,12 @@ def test_unwritable_output_says_so(cli, tmp_path):
     assert "paths.outputs" in err
 
 
-@pytest.mark.parametrize(("number", "words"), [(28, "disk is full"), (30, "read-only"), (13, "permission denied")])
-def test_a_full_or_read_only_disk_says_so_and_keeps_what_is_finished(cli, tmp_path, monkeypatch, number, words):
+@pytest.mark.parametrize(
+    ("number", "words"), [(28, "disk is full"), (30, "read-only"), (13, "permission denied")]
+)
+def test_a_full_or_read_only_disk_says_so_and_keeps_what_is_finished(
+    cli, tmp_path, monkeypatch, number, words
+):
     real, calls = store.os.fsync, []
 
     def fails_later(handle):
@@ -203,7 +223,9 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     assert record["status"] == "diverged"
     assert record["metrics"] == {}
     assert record["error"]["last_good_step"] >= 0
-    assert [c["status"] for c in record["cells"] if c["arm"] == "kappa_paper_house_price"] == ["diverged"]
+    assert [c["status"] for c in record["cells"] if c["model"] == "kappa_paper_house_price"] == [
+        "diverged"
+    ]
 
 
 def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
@@ -218,7 +240,9 @@ def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
 def test_help_explains_the_choices_and_its_five_commands_compose(cli):
     code, out, _ = cli("--help")
     assert code in (0, None)
-    commands = [line.strip() for line in out.splitlines() if line.strip().startswith("python run.py")]
+    commands = [
+        line.strip() for line in out.splitlines() if line.strip().startswith("python run.py")
+    ]
     assert len(commands) >= 5
     for command in commands[:5]:
         words = command.split("   ")[0].split()[2:]
@@ -232,7 +256,13 @@ def test_help_explains_the_choices_and_its_five_commands_compose(cli):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_leaves_a_preempted_record_and_a_checkpoint(tmp_path, number):
-    options = ["experiment=house_price", "tracker=none", "threads=1", "seeds=[0,1,2,3,4,5,6,7]", "immunize.epochs=2000"]
+    options = [
+        "experiment=house_price",
+        "tracker=none",
+        "threads=1",
+        "seeds=[0,1,2,3,4,5,6,7]",
+        "immunize.epochs=2000",
+    ]
     process = start(tmp_path, *options)
     deadline = time.monotonic() + 90
     while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < deadline:

@@ -17,13 +17,36 @@ from lab.runner.assemble import assemble
 ROOT = Path(__file__).resolve().parent.parent
 
 GROUPS = (
-    "scenario", "backbone", "erase", "immunize", "attacks", "eval", "judges", "tracker", "launch", "paths",
-    "experiment", "experiment/paper", "debug",
-)  # fmt: skip
+    "scenario",
+    "backbone",
+    "erase",
+    "immunize",
+    "attacks",
+    "eval",
+    "scorers",
+    "tracker",
+    "launch",
+    "paths",
+    "experiment",
+    "experiment/paper",
+    "debug",
+)
 COUNTS = {
-    "scenario": 17, "backbone": 8, "erase": 2, "immunize": 27, "attacks": 29, "eval": 14, "judges": 2, "tracker": 3,
-    "launch": 3, "paths": 1, "experiment": 10, "experiment/paper": 3, "debug": 2, "sweeps": 39,
-}  # fmt: skip
+    "scenario": 17,
+    "backbone": 8,
+    "erase": 2,
+    "immunize": 27,
+    "attacks": 29,
+    "eval": 14,
+    "scorers": 2,
+    "tracker": 3,
+    "launch": 3,
+    "paths": 1,
+    "experiment": 10,
+    "experiment/paper": 3,
+    "debug": 2,
+    "sweeps": 39,
+}
 
 
 def names(group):
@@ -53,7 +76,7 @@ def check_targets(cfg):
         options = {k: v for k, v in node.items() if not k.startswith("_")}
         signature = inspect.signature(get_object(node["_target_"]))
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**options)
-        inside = path.split(".")[0] in ("judges", "train") or ".judges." in path
+        inside = path.split(".")[0] in ("scorers", "train") or ".scorers." in path
         assert inside or options.get("name") or node.get("_partial_"), f"{path} has no name"
     return found
 
@@ -66,7 +89,9 @@ def test_number_of_choices(group):
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in GROUPS for n in names(g)])
 def test_every_choice_composes_and_binds(group, name):
     chosen = (
-        f"experiment={group.removeprefix('experiment/')}/{name}" if group == "experiment/paper" else f"{group}={name}"
+        f"experiment={group.removeprefix('experiment/')}/{name}"
+        if group == "experiment/paper"
+        else f"{group}={name}"
     )
     found = check_targets(composed(chosen))
     assert len(found) >= 4
@@ -83,7 +108,7 @@ def test_names_equal_file_names(group):
             assert node.name == name, f"conf/{group}/{name}.yaml calls itself {node.name}"
 
 
-RUN = [n for n in names("experiment") if n != "train_minisd"]  # which has no arms
+RUN = [n for n in names("experiment") if n != "train_minisd"]  # which has no models
 
 
 @pytest.mark.parametrize("name", [*RUN, *(f"paper/{n}" for n in names("experiment/paper"))])
@@ -96,9 +121,11 @@ def test_the_parts_of_every_experiment_fit(name):
         if error.key != "backbone.path":
             raise
         pytest.skip("MiniSD's weights are not there")
-    judges = [m.obj.judges for m in parts.metrics.values() if hasattr(m.obj, "judges")]
-    assert all((j.name == "minisd") == (parts.backbone.name == "minisd") for j in judges), "judges of another world"
-    assert judges or parts.backbone.kind != "diffusion"
+    scorers = [m.obj.scorers for m in parts.metrics.values() if hasattr(m.obj, "scorers")]
+    assert all((j.name == "minisd") == (parts.backbone.name == "minisd") for j in scorers), (
+        "scorers of another world"
+    )
+    assert scorers or parts.backbone.kind != "diffusion"
 
 
 @pytest.mark.parametrize("name", names("sweeps"))
@@ -129,7 +156,9 @@ def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
 ON_HOUSES = ["kappa_options", "kappa_estimates", "imma_options", "probe_options"]
 
 
-@pytest.mark.parametrize("name", ["merge_ablation", "mima_options", "lower_level_ablation", *ON_HOUSES])
+@pytest.mark.parametrize(
+    "name", ["merge_ablation", "mima_options", "lower_level_ablation", *ON_HOUSES]
+)
 def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
     """`sweep.variant` repeats the presets' values; without a change they must be the presets'."""
     ablation = composed(f"sweeps={name}")
@@ -139,9 +168,14 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
     preset = composed(where, f"immunize={ablation.immunize.name}", *attacks)
     assert changes
     for group in ("immunize", "scenario", *(["attacks"] if attacks else [])):
-        found, expected = (OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset))
+        found, expected = (
+            OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset)
+        )
         if name == "lower_level_ablation" and group == "immunize":
-            assert (found.pop("steps"), expected.pop("steps")) == (120, 480)  # a quarter of the preset's
+            assert (found.pop("steps"), expected.pop("steps")) == (
+                120,
+                480,
+            )  # a quarter of the preset's
         assert found == expected
 
 
@@ -150,7 +184,11 @@ def test_tables_sample_in_bfloat16_where_the_device_computes_it(monkeypatch, nat
     monkeypatch.setattr("lab.models.devices.computes_bfloat16", lambda kind: native)
     for name in ("relearn_table", "template_shift", "tune_mima_deep"):
         cfg = composed(f"sweeps={name}")
-        assert {cfg.scenario.sampling.precision} == {a.sampling.precision for a in cfg.attacks.values()} == {precision}
+        assert (
+            {cfg.scenario.sampling.precision}
+            == {a.sampling.precision for a in cfg.attacks.values()}
+            == {precision}
+        )
 
 
 def test_every_default_says_where_it_comes_from():

@@ -31,16 +31,29 @@ def check(attack, model, task, budget):
 def test_features(name, kind):
     model, case = features.problem(kind)
     after = features.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    fits = [n for n, of in features.cases(features.ATTACKERS, lambda n: features.build("attacks", n)) if of == kind]
+    fits = [
+        n
+        for n, of in features.cases(features.ATTACKERS, lambda n: features.build("attacks", n))
+        if of == kind
+    ]
     assert len(fits) >= 13
     for attacker in fits:
-        task = tiny.linear_classes().harmful[0] if (attacker, kind) == ("probe_logistic", "linear") else case.harmful[0]
+        task = (
+            tiny.linear_classes().harmful[0]
+            if (attacker, kind) == ("probe_logistic", "linear")
+            else case.harmful[0]
+        )
         attack = features.attacker(attacker, lr_trials=3)
-        found, control = (check(attack, m, task, Budget(horizon=2, multiple=1, points=3)) for m in (after, model))
+        found, baseline = (
+            check(attack, m, task, Budget(horizon=2, multiple=1, points=3)) for m in (after, model)
+        )
         if name == "none":
-            assert found.values == control.values, attacker
+            assert found.values == baseline.values, attacker
         else:  # whitening and Newton's step end alike, but their loss is of the immunized features
-            assert found.values != control.values or attacker in ("probe_newton", "probe_whitening"), attacker
+            assert found.values != baseline.values or attacker in (
+                "probe_newton",
+                "probe_whitening",
+            ), attacker
 
 
 @pytest.mark.parametrize("name", CONCEPTS)
@@ -49,7 +62,12 @@ def test_concepts(name):
     after = concepts.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
     assert len(CONCEPT_ATTACKERS) == 13
     for attacker in CONCEPT_ATTACKERS:
-        found = check(concepts.attacker(attacker), after, case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2)))
+        found = check(
+            concepts.attacker(attacker),
+            after,
+            case.targets[0],
+            Budget(horizon=2, multiple=1, at=(0, 2)),
+        )
         assert found.steps == [0, 2], attacker
 
 
@@ -64,7 +82,11 @@ def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(nam
     adapters = {k for k in changed if ".lora_" in k}
     own = changed - adapters
     assert own <= {k for k in found.weights if k.startswith("unet.")}
-    saved = {k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters}
+    saved = {
+        k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters
+    }
     assert saved <= found.weights.keys() or name == "curriculum"
-    assert bool(own) == (name not in ("lora", "lora_fast", "lora_text_encoder", "textual_inversion"))
+    assert bool(own) == (
+        name not in ("lora", "lora_fast", "lora_text_encoder", "textual_inversion")
+    )
     features.check_round_trip(found, name, model, case, task, tmp_path, budget)

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 import tiny
 from attacks.probes.optimizers import OPTIMIZERS
 from lab.core import sources
-from lab.core.cache import Store
+from lab.core.cache import StageCache
 from lab.core.data import ScenarioData
 from lab.core.types import Attacker, Budget, Immunizer, RunMetric, clone, same_weights
 from lab.models.linear import LinearBackbone
@@ -41,7 +41,9 @@ def node_of(group, name):
 
 def build(group, name, **changes):
     node = node_of(group, name)
-    return instantiate(OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None}))
+    return instantiate(
+        OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None})
+    )
 
 
 def problem(kind, harmful=1):
@@ -58,7 +60,9 @@ def attacker(name, lr_trials):
 
 
 def immunizer(name):
-    eta = 1e-9 if "paper" in name else 1e-4  # the paper's own settings diverge on data that are not theirs
+    eta = (
+        1e-9 if "paper" in name else 1e-4
+    )  # the paper's own settings diverge on data that are not theirs
     return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3, eta=eta)
 
 
@@ -66,7 +70,9 @@ def cases(names, make):
     for name in names:
         obj = make(name)
         for kind in KINDS:
-            if kind in obj.accepts and not (kind == "linear" and name.endswith("_deep")):  # presets that name blocks
+            if kind in obj.accepts and not (
+                kind == "linear" and name.endswith("_deep")
+            ):  # presets that name blocks
                 yield name, kind
 
 
@@ -100,7 +106,9 @@ class TestImmunizer:
         model, case = problem(kind)
         after = immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
         fresh, _ = problem(kind)
-        fresh.load_state_dict(load(save({k: v.contiguous() for k, v in after.state_dict().items()})))
+        fresh.load_state_dict(
+            load(save({k: v.contiguous() for k, v in after.state_dict().items()}))
+        )
         assert same_weights(fresh, after)
         assert torch.equal(fresh(case.benign.test.x), after(case.benign.test.x))
 
@@ -110,13 +118,19 @@ class TestImmunizer:
         assert all(torch.isfinite(v.double()).all() for v in after.state_dict().values())
 
 
-@pytest.mark.parametrize("name", [n for n, kind in cases(IMMUNIZERS, immunizer) if kind == "deep" and n != "none"])
+@pytest.mark.parametrize(
+    "name", [n for n, kind in cases(IMMUNIZERS, immunizer) if kind == "deep" and n != "none"]
+)
 def test_only_declared_parameters_move(name):
     method = build("immunize", name, epochs=1, steps=2, batch_size=16)
     method = dataclasses.replace(method, layers=1)
     model, case = problem("deep")
     after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    moved = {k.split(".")[1] for k, v in after.state_dict().items() if not torch.equal(v, model.state_dict()[k])}
+    moved = {
+        k.split(".")[1]
+        for k, v in after.state_dict().items()
+        if not torch.equal(v, model.state_dict()[k])
+    }
     assert moved == {"2"}
 
 
@@ -131,11 +145,15 @@ def run_attack(name, kind, role="harmful", seed=0):
     task = case.benign if role == "benign" else case.harmful[0]
     attack = attacker(name, lr_trials=5)
     copies = []
-    if (opens := getattr(attack, "open", None)) is not None:  # a probe trains no copy: its features stay
+    if (
+        opens := getattr(attack, "open", None)
+    ) is not None:  # a probe trains no copy: its features stay
         attack.open = lambda net, seed: (copies.append(net), opens(net, seed))[1]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = attack(model, task, seed=seed, budget=BUDGET, checkpoint=None)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
+        "the input model was changed"
+    )
     return attack, found, copies
 
 
@@ -144,10 +162,17 @@ attacked = cache(run_attack)  # what tests only read
 
 def moved(model, copied):
     """Names in ``copied`` that are new or hold other values than in ``model``; adapters wrap layers."""
-    old, new = model.state_dict(), {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
+    old, new = (
+        model.state_dict(),
+        {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()},
+    )
     assert old.keys() <= new.keys()
     # a new word makes one table longer; a linear extractor is trained in double precision
-    same = {k for k, v in old.items() if torch.equal(new[k][: len(v)] if v.dim() else new[k], v.to(new[k].dtype))}
+    same = {
+        k
+        for k, v in old.items()
+        if torch.equal(new[k][: len(v)] if v.dim() else new[k], v.to(new[k].dtype))
+    }
     return new.keys() - same
 
 
@@ -157,12 +182,20 @@ def check_round_trip(found, name, model, case, task, folder, budget=BUDGET):
     def pipeline(attack):
         none = Part(build("immunize", "none"), {}, "")
         parts = Parts(
-            scenario=SimpleNamespace(name="tiny", load=lambda seed: ScenarioData((case,), (), "tiny")),
-            backbone=SimpleNamespace(build=lambda case, seed: clone(model)), backbone_identity={},
-            eraser=Part(lambda built, case, seed: built, {}, ""), immunizer=none, control=none,
-            attacks={name: Part(attack, {}, "")}, metrics={}, budget=budget, seeds=(0,),
-        )  # fmt: skip
-        return Pipeline(parts, Store(folder))
+            scenario=SimpleNamespace(
+                name="tiny", load=lambda seed: ScenarioData((case,), (), "tiny")
+            ),
+            backbone=SimpleNamespace(build=lambda case, seed: clone(model)),
+            backbone_identity={},
+            eraser=Part(lambda built, case, seed: built, {}, ""),
+            immunizer=none,
+            baseline=none,
+            attacks={name: Part(attack, {}, "")},
+            metrics={},
+            budget=budget,
+            seeds=(0,),
+        )
+        return Pipeline(parts, StageCache(folder))
 
     where = ("none", name, case, task, 0)
     pipeline(lambda *_, **__: found).trajectory(*where)
@@ -244,7 +277,7 @@ NOUNS = ("immunize", "attacks", "eval")
 
 
 @pytest.mark.parametrize("noun", NOUNS)
-def test_no_noun_reaches_another_and_no_immunizer_a_judge(noun):
+def test_no_noun_reaches_another_and_no_immunizer_a_scorer(noun):
     """Through any chain of imports: what decides about a model must not be what the model was trained against."""
     forbidden = {other for other in (*NOUNS, "run") if other != noun}
     for path in (ROOT / noun).rglob("*.py"):
@@ -255,5 +288,5 @@ def test_no_noun_reaches_another_and_no_immunizer_a_judge(noun):
                 seen.add(module)
                 todo.extend(sources._imports(module))
         reached = {m for m in seen if m.split(".")[0] in forbidden}
-        judges = {m for m in seen if noun == "immunize" and m.startswith("lab.scorers")}
-        assert not reached | judges, f"{path.name} reaches {sorted(reached | judges)}"
+        scorers = {m for m in seen if noun == "immunize" and m.startswith("lab.scorers")}
+        assert not reached | scorers, f"{path.name} reaches {sorted(reached | scorers)}"

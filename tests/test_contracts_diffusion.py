@@ -16,7 +16,14 @@ from lab.core.types import Attacker, Budget, Eraser, Immunizer, same_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGET = Budget(horizon=2, multiple=2, at=(0, 2, 4))
-SMALL = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "lower_batch_size": 2, "k_min": 1, "k_max": 2}
+SMALL = {
+    "steps": 2,
+    "batch_size": 2,
+    "prior_batch_size": 2,
+    "lower_batch_size": 2,
+    "k_min": 1,
+    "k_max": 2,
+}
 
 
 def names(group):
@@ -39,7 +46,9 @@ def build(group, name, **changes):
         return None
     drawn = node.get("attackers") is not None  # k_min and k_max are theirs
     return instantiate(
-        OmegaConf.merge(node, {k: v for k, v in changes.items() if k in node and (drawn or k[:2] != "k_")})
+        OmegaConf.merge(
+            node, {k: v for k, v in changes.items() if k in node and (drawn or k[:2] != "k_")}
+        )
     )
 
 
@@ -50,7 +59,12 @@ def immunizer(name):
 def attacker(name):
     if name == "none" or "diffusion" not in build("attacks", name).accepts:
         return None
-    return build("attacks", name, batch_size=2, sampling={"steps": 1, "guidance": 2.0, "count": 2, "negative": ""})
+    return build(
+        "attacks",
+        name,
+        batch_size=2,
+        sampling={"steps": 1, "guidance": 2.0, "count": 2, "negative": ""},
+    )
 
 
 def takes_diffusion(group, make):
@@ -71,7 +85,9 @@ def test_immunizer(name, case):
     before = {k: v.clone() for k, v in model.state_dict().items()}
     first = method(model, case, seed=3, checkpoint=None, log=tiny.no_log)
     again = method(model, case, seed=3, checkpoint=None, log=tiny.no_log)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
+        "the input model was changed"
+    )
     assert same_weights(first, again)
     moved = {k for k, v in first.state_dict().items() if not torch.equal(v, before[k])}
     assert all(k.startswith("unet.") for k in moved)
@@ -87,7 +103,9 @@ def test_attacker(name, role, case):
     task = case.targets[0] if role == "harmful" else case.others[0]
     before = {k: v.clone() for k, v in model.state_dict().items()}
     found = attack(model, task, seed=5, budget=BUDGET, checkpoint=None)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "the input model was changed"
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
+        "the input model was changed"
+    )
     assert found.status == "ok"
     assert found.steps == [0, 2, 4]
     assert {"train_loss", "test_loss"} <= set(found.values)

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny_sd import tiny_pipeline
 
 from lab.core import record as records
-from lab.core.cache import Artifact, Store
+from lab.core.cache import Artifact, StageCache
 from lab.core.data import ScenarioData
 from lab.core.errors import UserError
 from lab.models.diffusion import DiffusionModel
@@ -73,7 +73,9 @@ def test_the_folder_holds_what_a_release_needs(exported, run_folder):
         "1 seed(s)",
     ):
         assert said in card, said
-    assert re.search(r"\| attack success.*\| 0 \| \[0, 0\.602\]", card), "none of four pictures is no certainty"
+    assert re.search(r"\| attack success.*\| 0 \| \[0, 0\.602\]", card), (
+        "none of four pictures is no certainty"
+    )
     untried = next(line for line in card.splitlines() if "that were not run" in line)
     assert {"lora_fast", "custom_diffusion", "dreambooth"} <= set(re.findall(r"\w+", untried))
     assert not {"lora", "linear_probe", "none"} & set(re.findall(r"\w+", untried))
@@ -81,7 +83,13 @@ def test_the_folder_holds_what_a_release_needs(exported, run_folder):
     original, kept = records.read(run_folder[1]), records.read(exported / "record.json")
     assert kept["content_hash"] == original["content_hash"]
     assert kept["provenance"]["host"] == kept["config"]["paths"] == "removed"
-    assert set(read_sums(exported)) >= {"README.md", "record.json", "export.json", "delta.safetensors", UNET}
+    assert set(read_sums(exported)) >= {
+        "README.md",
+        "record.json",
+        "export.json",
+        "delta.safetensors",
+        UNET,
+    }
     place = str(run_folder[0])
     assert not [
         p
@@ -97,8 +105,8 @@ def test_the_folder_holds_what_a_release_needs(exported, run_folder):
     assert all(torch.equal(v, whole[k]) for k, v in changed.items())
 
 
-def test_the_control_arm_can_be_exported_for_comparison(run_folder):
-    folder = export(options(run_folder, "export.arm=none"))
+def test_the_baseline_model_name_can_be_exported_for_comparison(run_folder):
+    folder = export(options(run_folder, "export.model=none"))
     assert "NOT immunized" in (folder / "README.md").read_text()
     facts = json.loads((folder / "export.json").read_text())
     assert facts["changed"]["by_the_immunizer"] == 0
@@ -144,7 +152,11 @@ def test_other_stable_diffusions(run_folder, tmp_path, layout):
     for name, p in released.unet.named_parameters():
         if ".attn2.to_k" in name:
             p.data += 0.1
-    backbone = {**records.read(run_folder[1])["config"]["backbone"], "name": "sd", "path": str(tmp_path / "base")}
+    backbone = {
+        **records.read(run_folder[1])["config"]["backbone"],
+        "name": "sd",
+        "path": str(tmp_path / "base"),
+    }
     folder = as_if(run_folder, backbone, published, released, tmp_path / "out")
     report = check(folder)
     assert [line[:2] for line in report.lines][-1] == ("ok", "delta"), report.lines
@@ -165,7 +177,12 @@ def test_weights_outside_the_unet_are_refused(run_folder, tmp_path):
 
 @pytest.mark.parametrize("model", ["test_vit", "test_resnet", "test_efficientnet"])
 def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
-    config = {"_target_": "lab.models.vision.VisionBackbone", "name": "net", "model": model, "weights": "random"}
+    config = {
+        "_target_": "lab.models.vision.VisionBackbone",
+        "name": "net",
+        "model": model,
+        "weights": "random",
+    }
     config["image_size"] = 64
     built = VisionBackbone(model=model, weights="random", image_size=64).build(image_case(0), 0)
     folder = as_if(run_folder, config, built, built, tmp_path / "out")
@@ -182,7 +199,9 @@ def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
     assert not check(folder).failed
     move(folder / "model.safetensors")
     write_sums(folder)
-    assert ("model.safetensors", "does not hold the weights that export.json names") in check(folder).failed
+    assert ("model.safetensors", "does not hold the weights that export.json names") in check(
+        folder
+    ).failed
 
 
 def test_a_linear_extractor_is_one_matrix(tmp_path):
@@ -217,8 +236,8 @@ def test_choices_and_places_that_do_not_work(run_folder, exported, tmp_path):
         export(options(run_folder, f"path={exported}"))
     with pytest.raises(UserError, match=r"export\.case=nothing"):
         export(options(run_folder, "export.case=nothing"))
-    with pytest.raises(UserError, match=r"export\.arm=imma.*did you mean mima"):
-        export(options(run_folder, "export.arm=imma"))
+    with pytest.raises(UserError, match=r"export\.model=imma.*did you mean mima"):
+        export(options(run_folder, "export.model=imma"))
     with pytest.raises(UserError, match="name the record"):
         export(composed("action=export"))
     (tmp_path / "a").mkdir()
@@ -231,7 +250,7 @@ def test_choices_and_places_that_do_not_work(run_folder, exported, tmp_path):
 
 def test_several_models_ask_for_a_choice(run_folder):
     record = records.read(run_folder[1])
-    cell = next(c for c in record["cells"] if c["arm"] == "mima" and c["stage"] == "immunize")
+    cell = next(c for c in record["cells"] if c["model"] == "mima" and c["stage"] == "immunize")
     record["cells"].append({**cell, "seed": 1})
     with pytest.raises(UserError, match=r"export.seed=0; .*export.seed=1"):
         choose(record, composed().export)
@@ -246,7 +265,9 @@ def test_weights_that_left_the_cache_name_the_command(run_folder, tmp_path):
     notes = run_folder[1].parent / ".hydra"
     notes.mkdir(exist_ok=True)
     (notes / "overrides.yaml").write_text("- experiment=relearn\n- immunize=mima\n")
-    with pytest.raises(UserError, match=r"paths\.cache=.*run\.py experiment=relearn immunize=mima`"):
+    with pytest.raises(
+        UserError, match=r"paths\.cache=.*run\.py experiment=relearn immunize=mima`"
+    ):
         export(options(run_folder, f"paths.cache={tmp_path}", f"path={tmp_path / 'x'}"))
 
 
@@ -254,7 +275,7 @@ def test_a_damaged_stage_is_not_exported(run_folder, tmp_path):
     cache = shutil.copytree(run_folder[0] / "outputs" / "cache", tmp_path / "cache")
     record = records.read(run_folder[1])
     chosen = choose(record, composed().export)
-    file = Store(cache).folder("immunize", chosen.key) / "tensors.safetensors"
+    file = StageCache(cache).folder("immunize", chosen.key) / "tensors.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match="no whole weights"):
         export(options(run_folder, f"paths.cache={cache}", f"path={tmp_path / 'x'}"))
@@ -264,13 +285,15 @@ def test_weights_that_nobody_measured_are_refused(run_folder, tmp_path):
     """The same recipe, computed again on another machine, lies in the cache under the same key."""
     cache = shutil.copytree(run_folder[0] / "outputs" / "cache", tmp_path / "cache")
     chosen = choose(records.read(run_folder[1]), composed().export)
-    place = Store(cache).folder("immunize", chosen.key)
-    measured = Store(cache).read("immunize", chosen.key)
+    place = StageCache(cache).folder("immunize", chosen.key)
+    measured = StageCache(cache).read("immunize", chosen.key)
     shutil.rmtree(place)
     name, tensor = next(iter(measured.tensors.items()))
     other = Artifact(measured.values, {**measured.tensors, name: tensor * (1 + 1e-6)})
-    Store(cache).get("immunize", chosen.key, lambda _: other)
-    with pytest.raises(UserError, match=r"paths\.cache=.*holds other weights .* than were measured"):
+    StageCache(cache).get("immunize", chosen.key, lambda _: other)
+    with pytest.raises(
+        UserError, match=r"paths\.cache=.*holds other weights .* than were measured"
+    ):
         export(options(run_folder, f"paths.cache={cache}", f"path={tmp_path / 'x'}"))
 
 
@@ -282,7 +305,14 @@ def test_other_original_weights_are_refused(run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "target", ["os.system", "lab.core.provenance.subprocess.run", "lab.core.cache.write_atomically", "nowhere.Thing", 3]
+    "target",
+    [
+        "os.system",
+        "lab.core.provenance.subprocess.run",
+        "lab.core.cache.write_atomically",
+        "nowhere.Thing",
+        3,
+    ],
 )
 def test_a_record_runs_no_code_of_others(run_folder, target):
     record = records.read(run_folder[1])
@@ -305,7 +335,9 @@ def test_an_own_scenario_is_exported_where_the_command_names_it(run_folder, tmp_
     record = records.read(run_folder[1])
     given = record["config"]["scenario"]["_target_"]
     module, _, name = given.rpartition(".")
-    (tmp_path / "my_concepts.py").write_text(f"from {module} import {name}\n\n\nclass Mine({name}):\n    pass\n")
+    (tmp_path / "my_concepts.py").write_text(
+        f"from {module} import {name}\n\n\nclass Mine({name}):\n    pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     record["config"]["scenario"]["_target_"] = "my_concepts.Mine"
     with pytest.raises(UserError, match="--config-dir"):

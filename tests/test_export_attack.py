@@ -10,7 +10,7 @@ from release_examples import finished, options
 from safetensors.torch import load_file
 
 from lab.core import record as records
-from lab.core.cache import Store
+from lab.core.cache import StageCache
 from lab.core.errors import UserError
 from lab.release.attack import choose_attack
 from lab.release.export import export
@@ -23,17 +23,25 @@ def run_folder(tmp_path_factory):
     return root, path
 
 
-def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_folder, tmp_path, capsys):
+def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(
+    run_folder, tmp_path, capsys
+):
     from diffusers import StableDiffusionPipeline
 
-    asked = options(run_folder, "export.attack=lora", "export.task=mosaic", f"path={tmp_path / 'adapter'}")
+    asked = options(
+        run_folder, "export.attack=lora", "export.task=mosaic", f"path={tmp_path / 'adapter'}"
+    )
     folder = export(asked)
     assert f"export: {folder}" in capsys.readouterr().out
     (file,) = folder.iterdir()
     cell = choose_attack(records.read(run_folder[1]), asked.export)
-    assert (cell["attack"], cell["task"], cell["arm"]) == ("lora", "mosaic", "mima")
-    cached = Store(asked.paths.cache).read("attack", cell["key"]).tensors
-    kept = {name.removeprefix("weights/"): t for name, t in cached.items() if name.startswith("weights/")}
+    assert (cell["attack"], cell["task"], cell["model"]) == ("lora", "mosaic", "mima")
+    cached = StageCache(asked.paths.cache).read("attack", cell["key"]).tensors
+    kept = {
+        name.removeprefix("weights/"): t
+        for name, t in cached.items()
+        if name.startswith("weights/")
+    }
     written = load_file(file)
     assert written.keys() == kept.keys()
     assert all(torch.equal(written[name], kept[name]) for name in kept)
@@ -42,9 +50,9 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
     assert pipe.get_active_adapters()
 
 
-def test_the_control_arm_and_a_folder_of_its_own(run_folder):
+def test_the_baseline_model_name_and_a_folder_of_its_own(run_folder):
     made = [
-        export(options(run_folder, "export.attack=lora", "export.task=neon", f"export.arm={a}"))
+        export(options(run_folder, "export.attack=lora", "export.task=neon", f"export.model={a}"))
         for a in ("none", "mima")
     ]
     assert made[0] != made[1]
@@ -60,8 +68,11 @@ def test_the_control_arm_and_a_folder_of_its_own(run_folder):
         (["export.attack=lora"], r"export=2 attacks: choose one by export\.task: mosaic, neon"),
         (["export.attack=lorra", "export.task=neon"], r"export\.attack=lorra: .*did you mean lora"),
         (["export.task=fox"], r"export\.task=fox"),
-        (["export.attack=lora", "export.arm=imma"], r"export\.arm=imma"),
-        (["export.attack=lora", "export.task=neon", "push_to=me/adapter"], r"push_to=me/adapter: .*stays here"),
+        (["export.attack=lora", "export.model=imma"], r"export\.model=imma"),
+        (
+            ["export.attack=lora", "export.task=neon", "push_to=me/adapter"],
+            r"push_to=me/adapter: .*stays here",
+        ),
         (
             ["export.attack=lora", "export.task=neon", "paths.cache=elsewhere"],
             r"paths\.cache=elsewhere: .*compute them",

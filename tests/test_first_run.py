@@ -30,14 +30,20 @@ FINE: dict[str, Any] = {
 def write(folder, *, body=FINE, grid=b"pixels", **changes):
     (folder / "grid.png").write_bytes(grid)
     (folder / "report.html").write_text("<html>")
-    images = {"g": {"path": "grid.png", "sha256": hashlib.sha256(b"pixels").hexdigest(), "caption": ""}}
+    images = {
+        "g": {"path": "grid.png", "sha256": hashlib.sha256(b"pixels").hexdigest(), "caption": ""}
+    }
     record = {**body, "images": images, **changes}
     (folder / "record.json").write_text(json.dumps(record))
     return record
 
 
 def failed(folder):
-    return [name.partition(" (")[0] for name, fine in recorded(folder / "record.json").items() if not fine]
+    return [
+        name.partition(" (")[0]
+        for name, fine in recorded(folder / "record.json").items()
+        if not fine
+    ]
 
 
 def test_a_run_that_meets_the_bar(tmp_path, capsys) -> None:
@@ -45,7 +51,9 @@ def test_a_run_that_meets_the_bar(tmp_path, capsys) -> None:
     assert failed(tmp_path) == []
     assert told(LIMIT - 1, recorded(tmp_path / "record.json")) == 0
     assert told(LIMIT + 1, recorded(tmp_path / "record.json")) == 1
-    assert "301.0 s, 1.00 of 300 s\nFAILED  under 300 s\nok      status ok" in capsys.readouterr().out
+    assert (
+        "301.0 s, 1.00 of 300 s\nFAILED  under 300 s\nok      status ok" in capsys.readouterr().out
+    )
     out = f"✗ {outcome(record).headline}\nreport: report.html\nrecord: record.json\n"
     assert set(printed(out, tmp_path).values()) == {True}
     assert not printed(out + "more\n", tmp_path)["last line names the record"]

@@ -10,9 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).parents[1]
-HELP = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "hydra" / "help" / "bench.yaml"), resolve=False)[
-    "template"
-]
+HELP = OmegaConf.to_container(
+    OmegaConf.load(ROOT / "conf" / "hydra" / "help" / "bench.yaml"), resolve=False
+)["template"]
 COMMANDS = re.findall(r"^ +(python run\.py (?!action).*?)(?:  .*)?$", HELP, flags=re.M)
 
 
@@ -41,9 +41,19 @@ def test_commands_compose(command, tmp_path):
         assert (ROOT / "sweeps" / f"{arguments[0].partition('=')[2]}.yaml").is_file()
         return
     done = subprocess.run(
-        [sys.executable, "run.py", *(a.split(",")[0] if "[" not in a else a for a in arguments), "--cfg", "job"],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "run.py",
+            *(a.split(",")[0] if "[" not in a else a for a in arguments),
+            "--cfg",
+            "job",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
 
 

@@ -35,10 +35,16 @@ def told(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["submitit_local", "joblib"])
-def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(launcher, tmp_path, told):
-    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="needs the extra slurm")
+def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(
+    launcher, tmp_path, told
+):
+    pytest.importorskip(
+        f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher", reason="needs the extra slurm"
+    )
     grid = ["immunize=kappa,kappa_opt", "immunize.lambda_p=1,-1"]
-    sweep = start(tmp_path, "-m", f"hydra/launcher={launcher}", *QUICK, *grid, env=os.environ | TOKENS)
+    sweep = start(
+        tmp_path, "-m", f"hydra/launcher={launcher}", *QUICK, *grid, env=os.environ | TOKENS
+    )
     out, err = ended(sweep, code=2)
     assert telling(tmp_path, out, err) == []
     assert "Traceback" not in err
@@ -48,7 +54,7 @@ def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(l
     assert Counter(record["status"] for record in found) == {"ok": 2, "failed": 2}
     wanted = Counter(cell["key"] for record in found for cell in record["cells"])
     assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
-    assert max(wanted.values()) == 2, "the control arm is shared"
+    assert max(wanted.values()) == 2, "the baseline model is shared"
     lines = told()
     assert lines[-1] == "2 done (2 ok), 2 failed"
     assert sum("immunize.lambda_p" in line for line in lines) == 2
@@ -76,10 +82,14 @@ fail_job(7)
 
 
 def job_ends(first, job=True, executor="slurm"):
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("SUBMITIT", "SLURM"))} | {"PYTHONPATH": str(ROOT)}
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("SUBMITIT", "SLURM"))} | {
+        "PYTHONPATH": str(ROOT)
+    }
     env |= {"SUBMITIT_EXECUTOR": executor} if executor else {}
     code = JOB.format(first=first, job=job)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False
+    )
     return done.returncode, done.stdout.splitlines(), done.stderr
 
 
@@ -90,7 +100,11 @@ def job_ends(first, job=True, executor="slurm"):
         ({"first": "SIGUSR2", "executor": "local"}, 255, ["requeued"]),
         ({"first": "SIGTERM"}, 130, []),  # cancelled or preempted: Slurm knows which
         ({"first": "SIGTERM", "executor": None}, 0, ["record of SIGTERM", "in order"]),
-        ({"first": "SIGUSR1", "job": False}, 7, ["record of SIGUSR1", "in order"]),  # a process that a job has started
+        (
+            {"first": "SIGUSR1", "job": False},
+            7,
+            ["record of SIGUSR1", "in order"],
+        ),  # a process that a job has started
     ],
 )
 def test_signals_of_a_batch_system(given, code, words):
@@ -145,7 +159,10 @@ def test_status_tells_queued_running_and_killed_apart(told, runs, tmp_path, monk
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     with batch.claimed(runs / "here", "run", dry_run=False):
         lines = told()
-        assert [line.split()[0] for line in told("records=[outputs/runs/study/here]")] == ["running", "1"]
+        assert [line.split()[0] for line in told("records=[outputs/runs/study/here]")] == [
+            "running",
+            "1",
+        ]
     begins = [(line.split()[0], line.split("  ")[-1]) for line in lines[:-1]]
     assert begins == [
         ("queued", "Slurm job 9 by_hand waits: Priority"),
@@ -153,7 +170,10 @@ def test_status_tells_queued_running_and_killed_apart(told, runs, tmp_path, monk
         ("killed", "no record and no living process: the same command continues it"),
         ("queued", "Slurm job 7_2 study waits: Resources"),
         ("running", "Slurm job 7_3 begins"),
-        ("killed", "Slurm job 7_4 ended before it began: see outputs/runs/study/multirun/.submitit/7_4"),
+        (
+            "killed",
+            "Slurm job 7_4 ended before it began: see outputs/runs/study/multirun/.submitit/7_4",
+        ),
         ("queued", "Slurm job 7_0 study waits: BeginTime; it will continue"),
         ("running", "Slurm job 7_1 begins"),
     ]
@@ -185,7 +205,10 @@ def test_status_tells_how_actions_without_a_record_ended(told, tmp_path):
         pass
     with pytest.raises(UserError), batch.claimed(runs / "train-killed", "train", dry_run=False):
         raise UserError("train.steps", 0, "must be at least 1.")
-    with pytest.raises(KeyboardInterrupt), batch.claimed(runs / "audit-killed", "audit", dry_run=False):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        batch.claimed(runs / "audit-killed", "audit", dry_run=False),
+    ):
         raise KeyboardInterrupt
     lines = told()
     assert lines[-1] == "1 done (1 ok), 1 failed, 1 preempted, 1 killed"
@@ -227,7 +250,10 @@ with claimed(Path("here"), "run", dry_run=False):
     process.communicate()
     assert not batch.is_claimed(tmp_path / "here")
     assert OmegaConf.load(tmp_path / "here" / batch.PROCESS).pid == process.pid
-    with batch.claimed(tmp_path / "dry", "run", dry_run=True), batch.claimed(tmp_path / "look", "status", False):
+    with (
+        batch.claimed(tmp_path / "dry", "run", dry_run=True),
+        batch.claimed(tmp_path / "look", "status", False),
+    ):
         assert not list(tmp_path.glob("dry")) + list(tmp_path.glob("look"))
 
 
@@ -249,12 +275,20 @@ def test_our_launcher_configs_keep_the_plugins_other_options():
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'), "no Slurm on this machine"),
         (
-            ValueError("Could not find plugin hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"),
+            RuntimeError('Could not detect "srun", are you indeed on a slurm cluster?'),
+            "no Slurm on this machine",
+        ),
+        (
+            ValueError(
+                "Could not find plugin hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+            ),
             "immunization-bench[slurm]",
         ),
-        (ValueError("Config group override must be a string or a list. Got NoneType"), "cannot choose null"),
+        (
+            ValueError("Config group override must be a string or a list. Got NoneType"),
+            "cannot choose null",
+        ),
         (type("TerminatedWorkerError", (Exception,), {})("a worker process …"), "want of memory"),
     ],
 )

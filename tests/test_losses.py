@@ -18,7 +18,7 @@ from lab.core.errors import UserError
 from lab.core.types import Score, Scores
 from lab.release.card import _attacks, _limits
 from lab.release.source import Choice
-from lab.runner.losses import Losses, bearable
+from lab.runner.losses import FailedStages, is_recoverable
 from lab.runner.pipeline import Cell
 
 CHOICE = Choice("kappa", "house_price", 0, "key")
@@ -43,7 +43,7 @@ class Broken(LinearProbe):
 
 class BrokenMetric:
     accepts = frozenset({"linear"})
-    needs_arms, needs_attack, name = 1, True, "broken"
+    needs_model_names, needs_attack, name = 1, True, "broken"
 
     def __init__(self, *, returns=None):
         self.returns = returns
@@ -61,13 +61,17 @@ def broken(cli, tmp_path):
         place = tmp_path / "conf" / group
         place.mkdir(parents=True, exist_ok=True)
         target = "Broken" if group == "attacks" else "BrokenMetric"
-        (place / "broken.yaml").write_text(yaml.safe_dump({"broken": {"_target_": f"{__name__}.{target}", **options}}))
+        (place / "broken.yaml").write_text(
+            yaml.safe_dump({"broken": {"_target_": f"{__name__}.{target}", **options}})
+        )
         return cli("--config-dir", str(tmp_path / "conf"), *FAST, *arguments)
 
     return call
 
 
-def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_no_verdict(broken, cli, tmp_path):
+def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_no_verdict(
+    broken, cli, tmp_path
+):
     code, out, err = broken("attacks=[broken,linear_probe]")
     assert code == 1
     assert "broken LotArea failed, the others go on: ZeroDivisionError: nothing to divide by" in err
@@ -77,7 +81,9 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
     assert (record["status"], record["error"]["type"]) == ("failed", "ZeroDivisionError")
     assert record["error"]["key"] == "attacks.broken"
     mine = [cell["status"] for cell in record["cells"] if cell["attack"] == "broken"]
-    assert mine == ["failed", *["pending"] * (len(mine) - 1)], "an attack that failed is not tried again"
+    assert mine == ["failed", *["pending"] * (len(mine) - 1)], (
+        "an attack that failed is not tried again"
+    )
     assert {c["status"] for c in record["cells"] if c["attack"] != "broken"} == {"ok"}
     assert any("attack broken failed" in note for note in record["notes"])
     code, out, err = cli(*FAST)
@@ -103,7 +109,9 @@ def test_the_other_attackers_figures_are_those_of_a_run_without_it_and_there_is_
         ("erase", "lab.models.erase.NoErasure.__call__"),
     ],
 )
-def test_a_defect_of_what_all_stages_start_from_is_named_by_its_own_key(part, place, monkeypatch, cli, tmp_path):
+def test_a_defect_of_what_all_stages_start_from_is_named_by_its_own_key(
+    part, place, monkeypatch, cli, tmp_path
+):
     def broken(*_, **__):
         raise ZeroDivisionError("nothing to divide by")
 
@@ -125,7 +133,9 @@ def test_a_record_that_lacks_an_attack_is_neither_ranked_nor_surely_better(broke
     assert "holds" not in text.split("↑")[0]
     assert "fails" not in text
     assert not any(row["sure"] for row in compare(*found)["metrics"] if "worst" in row["name"])
-    assert "Attackers that failed and are in no figure: broken" in "\n".join(_limits(found[0], CHOICE, "linear"))
+    assert "Attackers that failed and are in no figure: broken" in "\n".join(
+        _limits(found[0], CHOICE, "linear")
+    )
     assert "| broken | 0 |" in _attacks(found[0])
 
 
@@ -135,7 +145,9 @@ def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
     record = record_of(out, tmp_path)
     states = [cell["status"] for cell in record["cells"] if cell["attack"] == "broken"]
     assert states == ["ok", "ok", "failed", "pending"]
-    assert "broken" not in json.dumps([record["metrics"]["slowdown_harmful_worst"], record["tables"], record["curves"]])
+    assert "broken" not in json.dumps(
+        [record["metrics"]["slowdown_harmful_worst"], record["tables"], record["curves"]]
+    )
 
 
 def test_a_run_whose_only_attacker_failed_has_the_figures_that_need_none(broken, tmp_path):
@@ -159,7 +171,7 @@ def test_what_failed_frees_its_memory_while_the_others_go_on():
     def fail(tensor):
         raise RuntimeError(f"out of memory beside {tensor.shape}")
 
-    tensor, losses = torch.zeros(3), Losses()
+    tensor, losses = torch.zeros(3), FailedStages()
     held = weakref.ref(tensor)
     try:
         fail(tensor)
@@ -173,8 +185,8 @@ def test_what_failed_frees_its_memory_while_the_others_go_on():
 
 def test_a_device_whose_state_is_lost_ends_the_run():
     cell = Cell("attack", "k", {"attack": "broken"}, lambda _: None)
-    assert not bearable(cell, RuntimeError("CUDA error: device-side assert triggered"))
-    assert bearable(cell, RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
+    assert not is_recoverable(cell, RuntimeError("CUDA error: device-side assert triggered"))
+    assert is_recoverable(cell, RuntimeError("CUDA out of memory. Tried to allocate 20.00 MiB"))
 
 
 @pytest.mark.parametrize(("error", "code"), [("mended", 2), ("disk", 2)])
@@ -191,7 +203,9 @@ def test_a_metric_that_fails_does_not_stop_the_others(broken, cli, tmp_path):
     record = record_of(out, tmp_path)
     assert record["skipped"] == {"broken": "ZeroDivisionError: nothing to divide by"}
     assert record["status"] == "failed"
-    assert record["metrics"]["verdict"]["value"] is not None, "every attack was run, and this metric is whole"
+    assert record["metrics"]["verdict"]["value"] is not None, (
+        "every attack was run, and this metric is whole"
+    )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +216,9 @@ def test_a_metric_that_fails_does_not_stop_the_others(broken, cli, tmp_path):
         (["verdict", 1.0], "eval.verdict writes metrics.verdict, which another family does, too"),
     ],
 )
-def test_a_metric_whose_figures_no_record_can_hold_is_left_out_by_name(broken, tmp_path, returns, told):
+def test_a_metric_whose_figures_no_record_can_hold_is_left_out_by_name(
+    broken, tmp_path, returns, told
+):
     code, out, _ = broken("eval=[broken,verdict]", group="eval", returns=returns)
     assert code == 1
     record = record_of(out, tmp_path)

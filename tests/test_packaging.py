@@ -25,7 +25,10 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CODE = [ROOT / "run.py", *(f for p in ("lab", "immunize", "attacks", "eval") for f in (ROOT / p).rglob("*.py"))]
+CODE = [
+    ROOT / "run.py",
+    *(f for p in ("lab", "immunize", "attacks", "eval") for f in (ROOT / p).rglob("*.py")),
+]
 INSTALLED = ("lab", "immunize", "attacks", "eval", "conf", "sweeps")
 # loads MiniSD from where the package lies, and paints
 MINISD = """
@@ -63,7 +66,9 @@ def imported(file):
             continue
         for name in names:
             top = name.partition(".")[0]
-            found[top] = found.get(top, False) or (node in tree.body and id(node) not in typing_only)
+            found[top] = found.get(top, False) or (
+                node in tree.body and id(node) not in typing_only
+            )
     return found
 
 
@@ -79,7 +84,9 @@ def test_every_import_is_declared():
             if top in own or top in sys.stdlib_module_names:
                 continue
             names = {re.sub(r"[-_.]+", "-", d).lower() for d in distributions.get(top, [top])}
-            assert names & (core if at_import else anywhere), f"{file.relative_to(ROOT)} imports {top}, in no list"
+            assert names & (core if at_import else anywhere), (
+                f"{file.relative_to(ROOT)} imports {top}, in no list"
+            )
 
 
 def closure(names):
@@ -104,23 +111,48 @@ def closure(names):
 def test_without_extras_an_install_is_light():
     core = {name_of(r) for r in PROJECT["dependencies"]}
     assert core.isdisjoint({"mlxtend", "trackio", "nudenet"})
-    heavy = {"pytest", "mypy", "ruff", "mkdocs", "mkdocs-material", "hydra-submitit-launcher", "hydra-joblib-launcher"}
-    heavy |= {"scikit-learn", "gradio", "onnxruntime", "opencv-python", "opencv-python-headless", "ipython", "jupyter"}
+    heavy = {
+        "pytest",
+        "mypy",
+        "ruff",
+        "mkdocs",
+        "mkdocs-material",
+        "hydra-submitit-launcher",
+        "hydra-joblib-launcher",
+    }
+    heavy |= {
+        "scikit-learn",
+        "gradio",
+        "onnxruntime",
+        "opencv-python",
+        "opencv-python-headless",
+        "ipython",
+        "jupyter",
+    }
     assert not closure(core) & heavy
 
 
 def test_extras_are_named_as_the_messages_name_them():
     assert {"dev", "docs", "slurm", "report", "mnist", "trackio", "nudenet"} <= set(EXTRAS)
-    places = [*CODE, *(ROOT / "conf").rglob("*.yaml"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    places = [
+        *CODE,
+        *(ROOT / "conf").rglob("*.yaml"),
+        *(ROOT / "docs").rglob("*.md"),
+        ROOT / "README.md",
+    ]
     named = {
         extra
         for place in places
-        for group in re.findall(r"(?:immunization-bench|-e \"?\.)\[([\w,]+)\]", place.read_text(encoding="utf-8"))
+        for group in re.findall(
+            r"(?:immunization-bench|-e \"?\.)\[([\w,]+)\]", place.read_text(encoding="utf-8")
+        )
         for extra in group.split(",")
     }
     assert {"slurm", "trackio", "nudenet"} <= named <= set(EXTRAS)
     core = {name_of(r) for r in PROJECT["dependencies"]}
-    assert {name_of(r) for r in EXTRAS["report"]} <= core, "docs/first_run.md says that a plain install makes reports"
+    assert {name_of(r) for r in EXTRAS["report"]} <= core, (
+        "docs/first_run.md says that a plain install makes reports"
+    )
 
 
 # ---- building and installing
@@ -128,15 +160,22 @@ def test_extras_are_named_as_the_messages_name_them():
 
 def sh(*command, cwd, **env):
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=clean_environment() | env, capture_output=True, text=True,
-        timeout=3600, check=False,
-    )  # fmt: skip
+        [str(word) for word in command],
+        cwd=cwd,
+        env=clean_environment() | env,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+        check=False,
+    )
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
 def clean_environment():
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")}
+    kept = {
+        k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
+    }
     return kept | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -153,11 +192,16 @@ def archives(tmp_path_factory):
     """A source archive of the checkout, and the wheel that is built from this archive alone."""
     work = tmp_path_factory.mktemp("build")
     files = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True,
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     if files.returncode != 0:
-        pytest.skip("not a git checkout: what belongs to the project cannot be told from what lies beside it")
+        pytest.skip(
+            "not a git checkout: what belongs to the project cannot be told from what lies beside it"
+        )
     tracked = [f for f in files.stdout.splitlines() if (ROOT / f).is_file()]
     for file in tracked:
         target = work / "source" / file
@@ -175,7 +219,9 @@ def test_archives_hold_everything_that_runs(archives):
     tracked, sdist, wheel = archives
     with tarfile.open(sdist) as archive:
         inside = {name.partition("/")[2] for name in archive.getnames()}
-    missing = {f for f in tracked if f not in inside and not f.startswith((".gitignore", "outputs/"))}
+    missing = {
+        f for f in tracked if f not in inside and not f.startswith((".gitignore", "outputs/"))
+    }
     assert not missing, f"not in the source archive: {sorted(missing)[:10]}"
     names = set(zipfile.ZipFile(wheel).namelist())
     wanted = {f for f in tracked if f.split("/")[0] in INSTALLED} | {"run.py"}
@@ -187,21 +233,37 @@ def test_archives_hold_everything_that_runs(archives):
 
 def elsewhere(python, folder):
     """Run the installed command in ``folder`` and look at what it wrote, and where; returns the record."""
-    site = Path(sh(python, "-c", "import lab; print(lab.__file__)", cwd=folder).strip()).parent.parent
+    site = Path(
+        sh(python, "-c", "import lab; print(lab.__file__)", cwd=folder).strip()
+    ).parent.parent
     assert site != ROOT
 
     def files():
         packages = [site / name for name in INSTALLED]
-        return {f for p in packages for f in p.rglob("*") if f.suffix != ".pyc" and f.name != "__pycache__"}
+        return {
+            f
+            for p in packages
+            for f in p.rglob("*")
+            if f.suffix != ".pyc" and f.name != "__pycache__"
+        }
 
     before = files()
     command = python.parent / "immunization-bench"
-    told = sh(command, "experiment=house_price", "debug=smoke", "tracker=none", "budget.horizon=3", cwd=folder)
+    told = sh(
+        command,
+        "experiment=house_price",
+        "debug=smoke",
+        "tracker=none",
+        "budget.horizon=3",
+        cwd=folder,
+    )
     record = json.loads((folder / re.search(r"record: (\S+)", told)[1]).read_text())
     assert record["status"] == "ok"
     assert (folder / "outputs/cache").is_dir()
     assert next(folder.rglob("report.html"))
-    assert record["provenance"]["git_sha"] is None, "the commit of the folder around the environment"
+    assert record["provenance"]["git_sha"] is None, (
+        "the commit of the folder around the environment"
+    )
     listed = sh(command, "sweeps=house_price_release", "dry_run=true", cwd=folder)
     assert "house_price_release" in listed
     found = json.loads(sh(python, "-c", MINISD, cwd=folder))
@@ -218,18 +280,35 @@ def test_an_archive_runs_from_another_folder(archives, kind, tmp_path):
     _, sdist, wheel = archives
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    subprocess.run(["git", "-C", tmp_path, *identity, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    subprocess.run(
+        ["git", "-C", tmp_path, *identity, "commit", "-q", "--allow-empty", "-m", "theirs"],
+        check=True,
+    )
     venv.create(tmp_path / ".venv", with_pip=False)
     python = tmp_path / ".venv/bin/python"
-    site = Path(sh(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    site = Path(
+        sh(
+            python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path
+        ).strip()
+    )
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "needs.pth").write_text("\n".join(sorted(paths)) + "\n")
     # an editable install of this checkout may lie in those folders: pip would call the requirement satisfied
     sh(
-        sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index",
-        "--no-build-isolation", "--ignore-installed", wheel if kind == "wheel" else sdist,
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--no-build-isolation",
+        "--ignore-installed",
+        wheel if kind == "wheel" else sdist,
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     elsewhere(python, tmp_path)
 
 
@@ -244,7 +323,12 @@ def test_a_clean_install_from_the_index_runs(archives, tmp_path):
     venv.create(tmp_path / ".venv", with_pip=True)
     python = tmp_path / ".venv/bin/python"
     sh(python, "-m", "pip", "install", "--quiet", "--no-compile", wheel, cwd=tmp_path)
-    installed = {p["name"].lower() for p in json.loads(sh(python, "-m", "pip", "list", "--format=json", cwd=tmp_path))}
-    assert installed.isdisjoint({"pytest", "mkdocs", "mlxtend", "scikit-learn", "trackio", "nudenet", "submitit"})
+    installed = {
+        p["name"].lower()
+        for p in json.loads(sh(python, "-m", "pip", "list", "--format=json", cwd=tmp_path))
+    }
+    assert installed.isdisjoint(
+        {"pytest", "mkdocs", "mlxtend", "scikit-learn", "trackio", "nudenet", "submitit"}
+    )
     record = elsewhere(python, tmp_path)
     assert record["provenance"]["versions"]["immunization-bench"] == PROJECT["version"]

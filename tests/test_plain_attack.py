@@ -1,4 +1,4 @@
-"""The released folder against an attack that knows nothing of this project, and the judge of its pictures."""
+"""The released folder against an attack that knows nothing of this project, and the scorer of its pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lab.core.sources import PACKAGES, ROOT
 from lab.minisd.world.world import Subset, concept, sample
 
 EXAMPLES = ROOT / "docs" / "examples"
-ATTACK, JUDGE = "lora_without_this_project", "judge_plain_attack"
+ATTACK, SCORER = "lora_without_this_project", "score_plain_attack"
 
 
 def load(name):
@@ -38,10 +38,27 @@ def attack(places, out, *more):
     model, images = places
     load(ATTACK).main(
         [
-            str(model), "--images", str(images), "--prompt", "a fox in the style of mosaic", "--out", str(out),
-            "--batch-size", "2", "--count", "3", "--inference-steps", "2", "--at", "0", "2", "--device", "cpu", *more,
+            str(model),
+            "--images",
+            str(images),
+            "--prompt",
+            "a fox in the style of mosaic",
+            "--out",
+            str(out),
+            "--batch-size",
+            "2",
+            "--count",
+            "3",
+            "--inference-steps",
+            "2",
+            "--at",
+            "0",
+            "2",
+            "--device",
+            "cpu",
+            *more,
         ]
-    )  # fmt: skip
+    )
     return json.loads((out / "attack.json").read_text())
 
 
@@ -63,12 +80,20 @@ def test_the_attack_imports_nothing_of_this_project():
 
 def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
     losses = attack(places, tmp_path / "out", "--steps", "30", "--lr", "0.01")["losses"]
-    still = attack(places, tmp_path / "still", "--steps", "30", "--lr", "1e-12")["losses"]  # the same draws
+    still = attack(places, tmp_path / "still", "--steps", "30", "--lr", "1e-12")[
+        "losses"
+    ]  # the same draws
     assert len(losses) == 30
     assert losses[0] == still[0]
     assert np.mean(losses[-10:]) < np.mean(still[-10:])
-    assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == ["step_00000", "step_00002", "step_00030"]
-    first, last, again = (painted(tmp_path / "out" / name) for name in ("step_00000", "step_00030", "reloaded"))
+    assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == [
+        "step_00000",
+        "step_00002",
+        "step_00030",
+    ]
+    first, last, again = (
+        painted(tmp_path / "out" / name) for name in ("step_00000", "step_00030", "reloaded")
+    )
     assert first.shape == (3, 32, 32, 3)
     assert not torch.equal(first, last)
     assert (last.int() - again.int()).abs().max() <= 1  # what was trained is what the file holds
@@ -78,7 +103,10 @@ def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
 
 def test_it_repeats_and_another_seed_differs(places, tmp_path):
     options = ("--steps", "2", "--rank", "2")
-    losses = [attack(places, tmp_path / str(i), *options, "--seed", str(s))["losses"] for i, s in enumerate((0, 0, 1))]
+    losses = [
+        attack(places, tmp_path / str(i), *options, "--seed", str(s))["losses"]
+        for i, s in enumerate((0, 0, 1))
+    ]
     assert losses[0] == losses[1] != losses[2]
 
 
@@ -106,7 +134,12 @@ def test_pictures_without_captions_take_the_prompt(places, tmp_path):
     ],
 )
 def test_wrong_arguments_end_with_a_sentence(places, tmp_path, capsys, change, told):
-    given = {"folder": str(places[0]), "--images": str(places[1]), "--prompt": "p", "--out": str(tmp_path / "o")}
+    given = {
+        "folder": str(places[0]),
+        "--images": str(places[1]),
+        "--prompt": "p",
+        "--out": str(tmp_path / "o"),
+    }
     given |= {k: v.format(tmp=tmp_path, model=places[0]) for k, v in change.items()}
     words = [given.pop("folder"), *(word for pair in given.items() for word in pair)]
     with pytest.raises(SystemExit):
@@ -114,12 +147,15 @@ def test_wrong_arguments_end_with_a_sentence(places, tmp_path, capsys, change, t
     assert told in capsys.readouterr().err
 
 
-# ---- the judge
+# ---- the scorer
 
 
 def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
     """Folders as the attack paints them, in which ``shown`` of the pictures of every step are mosaics."""
-    yes, no = sample(concept("mosaic"), 3, count).images, sample(Subset(("fox", "panda")), 4, count).images
+    yes, no = (
+        sample(concept("mosaic"), 3, count).images,
+        sample(Subset(("fox", "panda")), 4, count).images,
+    )
     for step, some in zip(steps, shown, strict=True):
         (folder / f"step_{step:05d}").mkdir(parents=True)
         for i in range(count):
@@ -128,9 +164,12 @@ def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
     return str(folder)
 
 
-def test_the_judge_counts_and_compares(tmp_path, capsys):
-    control, immunized = gallery(tmp_path / "c", (0, 3, 5, 5)), gallery(tmp_path / "i", (0, 0, 3, 5))
-    load(JUDGE).main(["mosaic", "--immunized", immunized, "--control", control])
+def test_the_scorer_counts_and_compares(tmp_path, capsys):
+    baseline, immunized = (
+        gallery(tmp_path / "c", (0, 3, 5, 5)),
+        gallery(tmp_path / "i", (0, 0, 3, 5)),
+    )
+    load(SCORER).main(["mosaic", "--immunized", immunized, "--baseline", baseline])
     out = capsys.readouterr().out
     assert "none       mosaic shown at step 0: 0 %, 10: 60 %, 20: 100 %, 40: 100 %" in out
     assert "steps to relearn, none: 10 " in out
@@ -138,19 +177,19 @@ def test_the_judge_counts_and_compares(tmp_path, capsys):
     assert "steps_to_relearn_ratio_mosaic: 2 [" in out
 
 
-def test_the_judge_says_what_it_cannot_judge(tmp_path, capsys):
+def test_the_scorer_says_what_it_cannot_scorer(tmp_path, capsys):
     some = gallery(tmp_path / "c", (0, 5, 5, 5), count=1)
     other = gallery(tmp_path / "o", (0, 0), steps=(0, 5), count=1)
     for words, told in (
-        (["mosaic", "--immunized", some, "--control", other], "painted at different steps"),
-        (["mosaic", "--immunized", some, some, "--control", some], "as many folders"),
-        (["mosaic", "--immunized", str(tmp_path), "--control", some], "holds no step_"),
+        (["mosaic", "--immunized", some, "--baseline", other], "painted at different steps"),
+        (["mosaic", "--immunized", some, some, "--baseline", some], "as many folders"),
+        (["mosaic", "--immunized", str(tmp_path), "--baseline", some], "holds no step_"),
     ):
         with pytest.raises(SystemExit):
-            load(JUDGE).main(words)
+            load(SCORER).main(words)
         assert told in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"error: .*nothing"):
-        load(JUDGE).main(["nothing", "--immunized", some, "--control", some])
+        load(SCORER).main(["nothing", "--immunized", some, "--baseline", some])
     never = gallery(tmp_path / "n", (0, 0, 0, 0), count=1)
-    load(JUDGE).main(["mosaic", "--immunized", never, "--control", some])
+    load(SCORER).main(["mosaic", "--immunized", never, "--baseline", some])
     assert "at least: not relearned" in capsys.readouterr().out

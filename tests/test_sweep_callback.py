@@ -22,7 +22,9 @@ def cli(tmp_path, monkeypatch, capfd):
 
 
 def test_the_cost_is_told_before_the_jobs(cli):
-    code, out, err = cli("sweeps=corridor_figure", "dry_run=true", "immunize.lambda_h=1e-3", "seeds=[0]")
+    code, out, err = cli(
+        "sweeps=corridor_figure", "dry_run=true", "immunize.lambda_h=1e-3", "seeds=[0]"
+    )
     assert code == 0, err
     assert out.startswith("corridor_figure: 2 of 4 runs; the whole costs 1 minute on two cores\n")
     assert "left no record" not in out
@@ -34,7 +36,10 @@ def test_the_cost_is_told_before_the_jobs(cli):
         ([], "4 runs; cost: 1 minute on two cores"),
         (["immunize.lambda_h=1e-3"], "2 of 4 runs; the whole costs 1 minute on two cores"),
         (["seeds=[0],[1]"], "8 runs, in place of 4 which cost 1 minute on two cores"),
-        (["immunize=kappa,kappa_opt", "immunize.lambda_h=1e-3"], "4 runs; cost: 1 minute on two cores"),
+        (
+            ["immunize=kappa,kappa_opt", "immunize.lambda_h=1e-3"],
+            "4 runs; cost: 1 minute on two cores",
+        ),
     ],
 )
 def test_the_cost_is_that_of_the_runs_as_the_yaml_has_them(overrides, told):
@@ -68,7 +73,9 @@ def test_a_sweep_that_hydra_alone_can_count_is_not_counted(tmp_path):
 def ended(tmp_path, monkeypatch, capsys):
     """(folders of the published records in their order, exit codes, output, errors) of a sweep of four jobs."""
     published = []
-    monkeypatch.setattr("lab.cli.actions.publish", lambda found, folder, lost: published.extend(found))
+    monkeypatch.setattr(
+        "lab.cli.actions.publish", lambda found, folder, lost: published.extend(found)
+    )
     monkeypatch.setattr("lab.core.record.read", read)
 
     def call(*folders):
@@ -93,7 +100,12 @@ def read(path):
 
 
 def test_folders_of_the_users_own_naming_keep_leaderboard_and_codes(ended):
-    folders = [("eta=1", "failed", None), ("10-b", "ok", None), ("9-a", "failed", "seeds"), ("eta=0/x", "ok", None)]
+    folders = [
+        ("eta=1", "failed", None),
+        ("10-b", "ok", None),
+        ("9-a", "failed", "seeds"),
+        ("eta=0/x", "ok", None),
+    ]
     names, codes, out, _ = ended(*folders)
     assert names == ["9-a", "10-b", "eta=0/x", "eta=1"]
     assert codes == [1, 2]

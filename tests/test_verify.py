@@ -87,7 +87,9 @@ def link(path):
         ("SHA256SUMS", lambda p: p.write_text(f"{'0' * 64}  ../README.md\n"), "line 1"),
     ],
 )
-def test_a_file_that_is_not_as_exported_ends_with_code_2(copied, name, change, told, monkeypatch, capfd):
+def test_a_file_that_is_not_as_exported_ends_with_code_2(
+    copied, name, change, told, monkeypatch, capfd
+):
     change(copied / name)
     code, _, err = call_entry(monkeypatch, capfd, "action=verify", f"path={copied}")
     assert code == 2
@@ -111,17 +113,42 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
         ("vae/diffusion_pytorch_model.safetensors", move, "delta", "vae differs from the original"),
         ("text_encoder/model.safetensors", move, "delta", "text_encoder differs from the original"),
         ("tokenizer/tokenizer.json", swap_words, "delta", "tokenizers differs from the original"),
-        ("scheduler/scheduler_config.json", lambda p: forge(p, beta_end=0.2), "delta", "scheduler differs from the"),
+        (
+            "scheduler/scheduler_config.json",
+            lambda p: forge(p, beta_end=0.2),
+            "delta",
+            "scheduler differs from the",
+        ),
         (UNET, lambda p: p.write_bytes(p.read_bytes()[:1000]), "layout", "cannot be read"),
         ("unet/config.json", lambda p: p.write_text("{}"), "layout", "unet"),
         ("export.json", lambda p: p.write_text('{"format": 1}'), "record", "export.json"),
-        ("export.json", lambda p: p.write_text(p.read_text().replace('"arm": "mima"', '"arm": "none"')), "record", ""),
-        ("record.json", lambda p: p.write_text(p.read_text().replace('"seeds": [', '"seeds": [7,', 1)), "record", ""),
+        (
+            "export.json",
+            lambda p: p.write_text(p.read_text().replace('"model": "mima"', '"model": "none"')),
+            "record",
+            "",
+        ),
+        (
+            "record.json",
+            lambda p: p.write_text(p.read_text().replace('"seeds": [', '"seeds": [7,', 1)),
+            "record",
+            "",
+        ),
         ("README.md", Path.unlink, "record", "README.md is missing"),
         ("README.md", lambda p: p.write_bytes(b"\xff"), "record", "README.md cannot be read"),
-        ("README.md", lambda p: p.write_text("# Of another run\n"), "record", "README.md does not name"),
-        ("export.json", lambda p: forge(p, seed=1), "record", "names another arm, case or seed"),
-        ("export.json", lambda p: forge(p, case="forged"), "record", "names another arm, case or seed"),
+        (
+            "README.md",
+            lambda p: p.write_text("# Of another run\n"),
+            "record",
+            "README.md does not name",
+        ),
+        ("export.json", lambda p: forge(p, seed=1), "record", "names another model, case or seed"),
+        (
+            "export.json",
+            lambda p: forge(p, case="forged"),
+            "record",
+            "names another model, case or seed",
+        ),
         ("export.json", lambda p: forge(p, stage_key="0" * 64), "record", "another run"),
     ],
 )
@@ -130,14 +157,20 @@ def test_a_forged_folder_whose_hashes_fit_is_still_found(copied, name, change, s
     write_sums(copied)
     report = check(copied)
     assert report.failed
-    assert any(state == "FAILED" and what == step and told in text for state, what, text in report.lines), report.lines
+    assert any(
+        state == "FAILED" and what == step and told in text for state, what, text in report.lines
+    ), report.lines
     with pytest.raises(UserError, match="is not what was exported"):
         report.require()
 
 
 def test_a_card_that_tells_another_verdict_is_not_vouched_for(copied):
     card = copied / "README.md"
-    card.write_text(re.sub(r"^\*\*.*\*\*$", "**mima holds everybody back.**", card.read_text(), flags=re.MULTILINE))
+    card.write_text(
+        re.sub(
+            r"^\*\*.*\*\*$", "**mima holds everybody back.**", card.read_text(), flags=re.MULTILINE
+        )
+    )
     write_sums(copied)
     report = check(copied)
     assert not report.failed
@@ -156,9 +189,13 @@ def written(folder, record):
 
 def test_an_immunization_that_the_record_calls_diverged_has_no_weights(copied):
     record = records.read(copied / "record.json")
-    next(c for c in record["cells"] if c["stage"] == "immunize" and c["arm"] == "mima")["status"] = "diverged"
+    next(c for c in record["cells"] if c["stage"] == "immunize" and c["model"] == "mima")[
+        "status"
+    ] = "diverged"
     written(copied, record)
-    assert check(copied).failed == [("export.json", "names an immunization that record.json calls diverged")]
+    assert check(copied).failed == [
+        ("export.json", "names an immunization that record.json calls diverged")
+    ]
 
 
 def test_pictures_are_those_of_the_record(copied):
@@ -169,7 +206,9 @@ def test_pictures_are_those_of_the_record(copied):
     assert not check(copied).failed
     alter(copied / "images/grid.png")
     write_sums(copied)
-    assert check(copied).failed == [("images/grid.png", "is not the picture that record.json names")]
+    assert check(copied).failed == [
+        ("images/grid.png", "is not the picture that record.json names")
+    ]
     (copied / "images/grid.png").unlink()
     write_sums(copied)
     report = check(copied)
@@ -185,7 +224,9 @@ def test_the_settings_of_features_are_a_mapping(tmp_path):
     assert report.failed == [("config.json", "holds no settings by name")]
 
 
-def test_without_the_original_the_delta_is_left_open_and_base_names_it(copied, run_folder, tmp_path, capsys):
+def test_without_the_original_the_delta_is_left_open_and_base_names_it(
+    copied, run_folder, tmp_path, capsys
+):
     record = json.loads((copied / "record.json").read_text())
     base = record["config"]["backbone"]["path"]
     moved = shutil.move(base, tmp_path / "moved")
@@ -197,7 +238,10 @@ def test_without_the_original_the_delta_is_left_open_and_base_names_it(copied, r
         assert "as far as it could be checked here" in capsys.readouterr().out
         report = check(copied, base=str(moved))
         assert report.lines[-1][:2] == ("ok", "delta")
-        for wrong, told in ((tiny_folder(tmp_path / "other", seed=1), "other weights"), (tmp_path / "no", "no model")):
+        for wrong, told in (
+            (tiny_folder(tmp_path / "other", seed=1), "other weights"),
+            (tmp_path / "no", "no model"),
+        ):
             with pytest.raises(UserError, match=rf"export\.base=.*{told}"):
                 check(copied, base=str(wrong))
     finally:
@@ -266,7 +310,9 @@ def test_push_uploads_the_checked_folder_and_shows_no_token(run_folder, hub, tmp
     assert SECRET not in repr(export_push.ready("me/model"))
 
 
-def test_a_push_that_cannot_work_is_refused_before_anything_is_written(run_folder, hub, tmp_path, monkeypatch):
+def test_a_push_that_cannot_work_is_refused_before_anything_is_written(
+    run_folder, hub, tmp_path, monkeypatch
+):
     for name, told in (("model", "OWNER/NAME"), ("a/b/c", "OWNER/NAME")):
         with pytest.raises(UserError, match=told):
             export(options(run_folder, f"path={tmp_path / 'x'}", f"push_to={name}"))

@@ -20,7 +20,9 @@ def regression(name, role, seed, columns=COLUMNS, spread=3.0):
 
     def split(n):
         x = torch.randn(n, columns, generator=rng, dtype=torch.float64) * scale @ mix
-        y = x @ torch.ones(columns, dtype=torch.float64) + 0.1 * torch.randn(n, generator=rng, dtype=torch.float64)
+        y = x @ torch.ones(columns, dtype=torch.float64) + 0.1 * torch.randn(
+            n, generator=rng, dtype=torch.float64
+        )
         return Split(x, y)
 
     return Task(name, role, "regression", split(ROWS), split(30), 1)
@@ -56,7 +58,9 @@ def linear_classes(seed=0):
         def split(s):
             return Split(s.x, (s.y > s.y.median()).long())
 
-        return replace(task, kind="classification", train=split(task.train), test=split(task.test), classes=2)
+        return replace(
+            task, kind="classification", train=split(task.train), test=split(task.test), classes=2
+        )
 
     case = linear_case(seed)
     return Case(case.name, labelled(case.benign), tuple(labelled(t) for t in case.harmful))
@@ -74,7 +78,10 @@ def tiny_net(seed=0):
         torch.manual_seed(seed)
         return TinyNet(
             [
-                ("stem", nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())),
+                (
+                    "stem",
+                    nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()),
+                ),
                 ("block1", nn.Sequential(nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU())),
                 ("block2", nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))),
             ],

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from lab.core.data import Concept, ConceptCase, Pictures, Role, Sampling
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Role, Sampling
 from lab.minisd.train import build
 from lab.minisd.world.captions import prompts
 from lab.minisd.world.world import Subset, concept, sample
@@ -25,7 +25,9 @@ def tokenizer() -> Any:
         return build.load_tokenizer(build.train_tokenizer(texts, Path(folder), 560))
 
 
-def tiny_diffusion(seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch.float32) -> DiffusionModel:
+def tiny_diffusion(
+    seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch.float32
+) -> DiffusionModel:
     """Random weights; latents 4 × ``latent`` × ``latent``, so pictures of 4 × ``latent`` pixels."""
     scheduler = build.scheduler()
     unet, text = build.unet(TINY, seed), build.text_encoder(TINY, len(tokenizer()), seed)
@@ -33,13 +35,15 @@ def tiny_diffusion(seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch
     return DiffusionModel(unet, build.vae(TINY, seed), [text], [tokenizer()], scheduler).to(dtype)
 
 
-def pictures(subset: Subset, seed: int, count: int, side: int = 32) -> Pictures:
+def pictures(subset: Subset, seed: int, count: int, side: int = 32) -> CaptionedImages:
     found = sample(subset, seed, count)
     small = torch.nn.functional.interpolate(found.images.float(), (side, side), mode="area")
-    return Pictures(small.round().to(torch.uint8), tuple(found.texts))
+    return CaptionedImages(small.round().to(torch.uint8), tuple(found.texts))
 
 
-def tiny_concept(name: str, role: Role, kind: Literal["object", "style"], count: int = 4) -> Concept:
+def tiny_concept(
+    name: str, role: Role, kind: Literal["object", "style"], count: int = 4
+) -> Concept:
     here = concept(name)
     asked = prompts("a fox", name) if kind == "style" else prompts(f"a {name}")
     parts = [pictures(here, seed, count) for seed in (1, 2, 3)]
@@ -49,10 +53,16 @@ def tiny_concept(name: str, role: Role, kind: Literal["object", "style"], count:
 
 def tiny_case() -> ConceptCase:
     """Two styles to protect against, one that must stay learnable, one object to practise on."""
-    keep, unrelated = pictures(Subset(("fox", "panda")), 5, 6), pictures(Subset(("lion", "frog")), 6, 4)
+    keep, unrelated = (
+        pictures(Subset(("fox", "panda")), 5, 6),
+        pictures(Subset(("lion", "frog")), 6, 4),
+    )
     return ConceptCase(
         "tiny",
-        targets=(tiny_concept("mosaic", "harmful", "style"), tiny_concept("neon", "harmful", "style")),
+        targets=(
+            tiny_concept("mosaic", "harmful", "style"),
+            tiny_concept("neon", "harmful", "style"),
+        ),
         others=(tiny_concept("halftone", "benign", "style"),),
         rehearsal=(tiny_concept("unicorn", "benign", "object"),),
         keep=keep,

@@ -12,7 +12,12 @@ from tiny_diffusion import tokenizer
 from lab.minisd.train.build import CONTEXT
 
 Layout = Literal["sd1", "sd2", "xl"]
-NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+NOISE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 DOWN, UP = "CrossAttnDownBlock2D", "CrossAttnUpBlock2D"
 
 
@@ -32,11 +37,18 @@ def text_config(width: int, **options: Any) -> Any:
     size = len(tokenizer())
     return CLIPTextConfig(
         **{
-            "vocab_size": size, "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "max_position_embeddings": CONTEXT, "bos_token_id": size - 2,
-            "eos_token_id": size - 1, "pad_token_id": size - 1, **options,
+            "vocab_size": size,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": CONTEXT,
+            "bos_token_id": size - 2,
+            "eos_token_id": size - 1,
+            "pad_token_id": size - 1,
+            **options,
         }
-    )  # fmt: skip
+    )
 
 
 def unet(layout: Layout) -> Any:
@@ -101,9 +113,15 @@ def tiny_pipeline(layout: Layout, seed: int = 0) -> Any:
                 add_watermarker=False,
                 **parts,
             )
-        config = text_config(16) if layout == "sd1" else text_config(16, hidden_act="gelu", projection_dim=12)
+        config = (
+            text_config(16)
+            if layout == "sd1"
+            else text_config(16, hidden_act="gelu", projection_dim=12)
+        )
         plain = diffusers.PNDMScheduler(**NOISE, skip_prk_steps=True)
-        v = diffusers.DDIMScheduler(**NOISE, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample=False)
+        v = diffusers.DDIMScheduler(
+            **NOISE, prediction_type="v_prediction", set_alpha_to_one=False, clip_sample=False
+        )
         return diffusers.StableDiffusionPipeline(
             text_encoder=CLIPTextModel(config),
             tokenizer=tokenizer() if layout == "sd1" else bang_tokenizer(),

@@ -131,7 +131,7 @@ class ConceptBase(ABC):
         """Raises `UserError` for an option that nothing reads, which would be a claim in the record."""
 
     @abstractmethod
-    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+    def dry_open(self, model: DiffusionModel, task: Concept) -> None:
         """Before anything runs: what moves can be set up in a copy of ``model``; hook of `lab.runner.assemble.check_cases`.
 
         Raises:
@@ -139,7 +139,13 @@ class ConceptBase(ABC):
         """
 
     def __call__(
-        self, model: DiffusionModel, task: Concept, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+        self,
+        model: DiffusionModel,
+        task: Concept,
+        *,
+        seed: int,
+        budget: Budget,
+        checkpoint: Checkpoint | None,
     ) -> Trajectory:
         """See `lab.core.types.Attacker`; ``samples`` holds the generations of every snapshot.
 
@@ -152,7 +158,9 @@ class ConceptBase(ABC):
         check_budget(budget)
         self.check_task(task)
         if self.search is not None:
-            found: Trajectory = self.search(self, model, task, seed=seed, budget=budget, checkpoint=checkpoint)
+            found: Trajectory = self.search(
+                self, model, task, seed=seed, budget=budget, checkpoint=checkpoint
+            )
             return found
         return run(self, model, task, seed=seed, budget=budget, checkpoint=checkpoint)
 
@@ -198,7 +206,9 @@ class ConceptAttack(ConceptBase):
 
     templates: ClassVar[tuple[str, ...]] = TEMPLATES
     by_token: ClassVar[tuple[str, ...]] = ("token",)  # options that template=token alone reads
-    fixed: ClassVar[frozenset[str]] = frozenset(f.name for f in fields(ConceptBase))  # never searched
+    fixed: ClassVar[frozenset[str]] = frozenset(
+        f.name for f in fields(ConceptBase)
+    )  # never searched
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -223,7 +233,9 @@ class ConceptAttack(ConceptBase):
         for option in setting:
             if option not in known:
                 key = f"{self.key}.search.space.{option}"
-                raise UserError(key, setting[option], f"no option to search; {nearest(option, known)}")
+                raise UserError(
+                    key, setting[option], f"no option to search; {nearest(option, known)}"
+                )
         return replace(self, **setting, search=None)
 
     def texts(self) -> dict[str, str]:
@@ -236,7 +248,9 @@ class ConceptAttack(ConceptBase):
             raise UserError(f"{self.key}.warmup", self.warmup, told)
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        return self.lr * Rate(self.lr, 1, self.schedule).factor(step - self.warmup, max(total - self.warmup, 1))
+        return self.lr * Rate(self.lr, 1, self.schedule).factor(
+            step - self.warmup, max(total - self.warmup, 1)
+        )
 
     def expression(self, task: Concept) -> str:
         """What stands for the concept's words with ``template=token``."""
@@ -250,17 +264,28 @@ class ConceptAttack(ConceptBase):
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         """Choose, or add, what moves in ``model``, a copy whose parameters are all frozen."""
 
-    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+    def dry_open(self, model: DiffusionModel, task: Concept) -> None:
         check_moving(self.key, self.open(model.copy(), task, 0))
 
     def check_task(self, task: Concept) -> None:
-        check_data(self.key, task, self.template, self.families, self.prior_weight > 0, self.pictures)
+        check_data(
+            self.key, task, self.template, self.families, self.prior_weight > 0, self.pictures
+        )
 
     def check_unread(self) -> None:
         searched = self.search.space.get("template", ()) if self.search is not None else ()
-        read, default = "token" in (self.template, *searched), {f.name: f.default for f in fields(self)}
+        read, default = (
+            "token" in (self.template, *searched),
+            {f.name: f.default for f in fields(self)},
+        )
         for option in self.by_token:
-            unread(f"{self.key}.{option}", getattr(self, option), default[option], read, f"{self.key}.template=token")
+            unread(
+                f"{self.key}.{option}",
+                getattr(self, option),
+                default[option],
+                read,
+                f"{self.key}.template=token",
+            )
 
     def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
         return [(self, task, budget.steps)]
@@ -273,7 +298,9 @@ def check_moving(key: str, moving: Moving) -> list[nn.Parameter]:
         UserError: nothing moves; half precision, in which small updates are lost; see `check_form`.
     """
     if not moving.parameters:
-        raise UserError(key, "no parameters", "`open` names nothing to train in `Moving.parameters`.")
+        raise UserError(
+            key, "no parameters", "`open` names nothing to train in `Moving.parameters`."
+        )
     check_form(key, moving.form, moving.weights(), moving.info)
     for parameter in moving.parameters.values():
         if parameter.dtype in (torch.float16, torch.bfloat16):

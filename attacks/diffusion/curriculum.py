@@ -51,8 +51,12 @@ class Curriculum(ConceptBase):
         super().__post_init__()
         key = f"{self.key}.stages"
         if not isinstance(self.stages, Mapping) or not self.stages:
-            raise UserError(key, self.stages, "must name at least one stage with data, share and attack.")
-        self.stages = {str(name): self._stage(f"{key}.{name}", given) for name, given in self.stages.items()}
+            raise UserError(
+                key, self.stages, "must name at least one stage with data, share and attack."
+            )
+        self.stages = {
+            str(name): self._stage(f"{key}.{name}", given) for name, given in self.stages.items()
+        }
         self._check_search()
 
     @staticmethod
@@ -63,7 +67,11 @@ class Curriculum(ConceptBase):
             raise UserError(key, given, "must be a group of data, share and attack.")
         for name in given:
             if name not in _KEYS:
-                raise UserError(f"{key}.{name}", given[name], f"there is no such key; {nearest(str(name), _KEYS)}")
+                raise UserError(
+                    f"{key}.{name}",
+                    given[name],
+                    f"there is no such key; {nearest(str(name), _KEYS)}",
+                )
         attack = given.get("attack")
         if not isinstance(attack, ConceptAttack) or attack.search is not None:
             told = "must be an attacker on text-to-image models other than a curriculum, without a search of its own."
@@ -77,14 +85,18 @@ class Curriculum(ConceptBase):
             name, _, rest = option.partition(".")
             key = f"{self.key}.search.space.{option}"
             if name not in stages:
-                raise UserError(key, value, f"no option to search; a stage comes first: {nearest(name, stages)}")
+                raise UserError(
+                    key, value, f"no option to search; a stage comes first: {nearest(name, stages)}"
+                )
             if rest == "share":
                 stages[name] = replace(stages[name], share=number(key, value, above=0))
             elif rest.startswith("attack."):
                 changed = stages[name].attack.varied({rest.removeprefix("attack."): value})
                 stages[name] = replace(stages[name], attack=changed)
             else:
-                raise UserError(key, value, f"no option to search; use {name}.share or {name}.attack.OPTION.")
+                raise UserError(
+                    key, value, f"no option to search; use {name}.share or {name}.attack.OPTION."
+                )
         return replace(self, stages=stages, search=None)
 
     def check_task(self, task: Concept) -> None:
@@ -96,7 +108,7 @@ class Curriculum(ConceptBase):
         for stage in self.stages.values():
             stage.attack.check_unread()
 
-    def try_out(self, model: DiffusionModel, task: Concept) -> None:
+    def dry_open(self, model: DiffusionModel, task: Concept) -> None:
         copy = model.copy()
         for attack in self._attacks():  # on one copy, as when they run: a token can be added once
             moving = attack.open(copy, task, 0)
@@ -125,7 +137,9 @@ class Curriculum(ConceptBase):
         if stage.data == "target":
             return task
         if not len(task.prior):
-            told = f"concept {task.name} has no prior pictures; use target or give the scenario some."
+            told = (
+                f"concept {task.name} has no prior pictures; use target or give the scenario some."
+            )
             raise UserError(f"{self.key}.stages", "prior", told)
         return replace(task, train=task.prior)
 
@@ -134,11 +148,19 @@ class Curriculum(ConceptBase):
         stages = list(self.stages.values())
         if len(stages) > budget.steps:
             raise UserError(
-                "budget.horizon", budget.horizon, f"{self.key} has {len(stages)} stages; give it more steps."
+                "budget.horizon",
+                budget.horizon,
+                f"{self.key} has {len(stages)} stages; give it more steps.",
             )
         total = sum(stage.share for stage in stages)
-        ends = [budget.steps * reached / total for reached in itertools.accumulate(s.share for s in stages)]
-        stops = [min(max(round(end), i + 1), budget.steps - len(stages) + i + 1) for i, end in enumerate(ends)]
+        ends = [
+            budget.steps * reached / total
+            for reached in itertools.accumulate(s.share for s in stages)
+        ]
+        stops = [
+            min(max(round(end), i + 1), budget.steps - len(stages) + i + 1)
+            for i, end in enumerate(ends)
+        ]
         stops = list(itertools.accumulate(stops, lambda before, stop: max(before + 1, stop)))
         parts = zip(self._attacks(), stages, stops, strict=True)
         return [(attack, self._data(stage, task), stop) for attack, stage, stop in parts]

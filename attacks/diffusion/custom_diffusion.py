@@ -47,7 +47,11 @@ class CustomDiffusion(ConceptAttack):
         return self.token if self.template == "token" else None
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
-        chosen = {n: p for n, p in model.unet.named_parameters() if ".attn2.to_k." in n or ".attn2.to_v." in n}
+        chosen = {
+            n: p
+            for n, p in model.unet.named_parameters()
+            if ".attn2.to_k." in n or ".attn2.to_v." in n
+        }
         parameters = {f"unet.{name}": parameter for name, parameter in chosen.items()}
         if self.template != "token":
             return Moving(parameters, "delta", lambda: dict(parameters))

@@ -30,7 +30,12 @@ def prompts(task: Concept, family: str, template: str, expression: str, count: i
 
 
 def check_data(
-    key: str, task: Concept, template: str, families: Sequence[str], prior: bool, pictures: int | None = None
+    key: str,
+    task: Concept,
+    template: str,
+    families: Sequence[str],
+    prior: bool,
+    pictures: int | None = None,
 ) -> None:
     """Before anything runs: the concept has what the options ask for.
 
@@ -40,16 +45,26 @@ def check_data(
     """
     for name in ("train", "reference"):
         if not len(getattr(task, name)):
-            raise UserError("scenario", task.name, f"this concept has no {name} pictures; give at least one.")
+            raise UserError(
+                "scenario", task.name, f"this concept has no {name} pictures; give at least one."
+            )
     if pictures is not None and pictures > (has := len(task.train)):
-        told = f"concept {task.name} has {has} training pictures; take at most these, or null for all."
+        told = (
+            f"concept {task.name} has {has} training pictures; take at most these, or null for all."
+        )
         raise UserError(f"{key}.pictures", pictures, told)
     for family in families:
         if not task.prompts.get(family):
             known = ", ".join(f for f, asked in task.prompts.items() if asked)
-            raise UserError(f"{key}.families", family, f"concept {task.name} has prompts of the families {known} only.")
+            raise UserError(
+                f"{key}.families",
+                family,
+                f"concept {task.name} has prompts of the families {known} only.",
+            )
     if template == "description" and not (task.train.described or task.prompts.get("description")):
-        told = f"concept {task.name} has no captions and no prompts by description; use name or token."
+        told = (
+            f"concept {task.name} has no captions and no prompts by description; use name or token."
+        )
         raise UserError(f"{key}.template", template, told)
     if prior and not len(task.prior):
         told = f"concept {task.name} has no prior pictures; set {key}.prior_weight=0 or give it some (prior: FOLDER)."
@@ -87,7 +102,11 @@ class Material:
     def of(model: DiffusionModel, images: Sequence[Tensor], texts: Sequence[str]) -> Material:
         """``images``: one tensor [n, 3, s, s] per variant."""
         parts = [model.posterior(one) for one in images]
-        return Material(torch.stack([m for m, _ in parts], 1), torch.stack([s for _, s in parts], 1), tuple(texts))
+        return Material(
+            torch.stack([m for m, _ in parts], 1),
+            torch.stack([s for _, s in parts], 1),
+            tuple(texts),
+        )
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -95,7 +114,11 @@ class Material:
     def draw(self, batch: int, timesteps: int, g: torch.Generator) -> Draw:
         """A random batch: other pictures first, repeated only where there are fewer than ``batch``."""
         n, shape = len(self), (batch, *self.mean.shape[2:])
-        rows = torch.randperm(n, generator=g)[:batch] if batch <= n else torch.randint(n, (batch,), generator=g)
+        rows = (
+            torch.randperm(n, generator=g)[:batch]
+            if batch <= n
+            else torch.randint(n, (batch,), generator=g)
+        )
         which = torch.randint(self.mean.shape[1], (batch,), generator=g)
         t = torch.randint(timesteps, (batch,), generator=g)
         spread, noise = (torch.randn(shape, generator=g).to(self.mean) for _ in range(2))

@@ -18,7 +18,7 @@ class DreamBooth(ConceptAttack):
     """Trains every parameter of the U-Net; with ``template=token`` the concept is called "``token`` ``class_word``".
 
     Deviates from the paper: prior pictures are the scenario's real ones instead of the model's own generations, so that
-    every arm preserves the same thing.
+    every model preserves the same thing.
 
     Args:
         class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text; "" for none.

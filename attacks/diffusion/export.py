@@ -39,7 +39,9 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
     weights, info = trajectory.weights, trajectory.info
     key = f"attacks.{info.get('attack', '?')}"
     if not weights:
-        raise UserError(f"{key}.keep_weights", trajectory.status, "the attack kept no weights to export.")
+        raise UserError(
+            f"{key}.keep_weights", trajectory.status, "the attack kept no weights to export."
+        )
     check_form(key, info["form"], weights, info)
     folder.mkdir(parents=True, exist_ok=True)
     if info["form"] == "lora":
@@ -54,7 +56,9 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
         if found := _part(weights, part):
             written.append(_save(found, folder / _DELTA.format(part=part)))
     for i, (token, rows) in enumerate(_part(weights, "embedding").items()):
-        written.append(_save({token: rows}, folder / f"learned_embeds{f'_{i}' if i else ''}.safetensors"))
+        written.append(
+            _save({token: rows}, folder / f"learned_embeds{f'_{i}' if i else ''}.safetensors")
+        )
     return written
 
 
@@ -67,10 +71,16 @@ def check_form(key: str, form: str, names: Iterable[str], info: Mapping[str, Any
     if form not in FORMS:
         raise UserError(key, form, f"`Moving.form` must be one of {', '.join(FORMS)}.")
     if form == "unet" and "unet_config" not in info:
-        raise UserError(key, form, "form=unet needs `Moving.info['unet_config']`, the U-Net's config.")
+        raise UserError(
+            key, form, "form=unet needs `Moving.info['unet_config']`, the U-Net's config."
+        )
     astray = [name for name in names if form != "lora" and name.partition(".")[0] not in _PARTS]
     if astray:
-        raise UserError(key, astray[0], f"with form={form} names in `Moving.weights` begin with {'., '.join(_PARTS)}.")
+        raise UserError(
+            key,
+            astray[0],
+            f"with form={form} names in `Moving.weights` begin with {'., '.join(_PARTS)}.",
+        )
 
 
 def load(pipeline: Any, folder: Path) -> Any:
@@ -89,7 +99,9 @@ def load(pipeline: Any, folder: Path) -> Any:
             changed = load_file(folder / _DELTA.format(part=part))
             unknown = getattr(pipeline, part).load_state_dict(changed, strict=False).unexpected_keys
             if unknown:
-                raise UserError("folder", folder, f"{unknown[0]} is no parameter of this pipeline's {part}.")
+                raise UserError(
+                    "folder", folder, f"{unknown[0]} is no parameter of this pipeline's {part}."
+                )
     for path in sorted(folder.glob(WORDS)):
         pipeline.load_textual_inversion(load_file(path))
     if not found:
@@ -98,7 +110,9 @@ def load(pipeline: Any, folder: Path) -> Any:
 
 
 def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(f"{prefix}."): v for k, v in weights.items() if k.startswith(f"{prefix}.")}
+    return {
+        k.removeprefix(f"{prefix}."): v for k, v in weights.items() if k.startswith(f"{prefix}.")
+    }
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> Path:

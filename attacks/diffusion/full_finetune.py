@@ -14,8 +14,12 @@ def open_unet(model: DiffusionModel) -> Moving:
     """All of the U-Net moves. Weights: ``unet.NAME``, complete; ``info`` carries the config they load with."""
     parameters = {f"unet.{name}": parameter for name, parameter in model.unet.named_parameters()}
     config = json.loads(model.unet.to_json_string())
-    return Moving(parameters, "unet", lambda: {f"unet.{k}": v for k, v in model.unet.state_dict().items()},
-                  info={"unet_config": config})  # fmt: skip
+    return Moving(
+        parameters,
+        "unet",
+        lambda: {f"unet.{k}": v for k, v in model.unet.state_dict().items()},
+        info={"unet_config": config},
+    )
 
 
 @dataclass(eq=False)

@@ -56,7 +56,11 @@ class ConceptLora(ConceptAttack):
         parts: dict[str, Any] = {"unet": (model.unet, unet_layers(model.unet, self.targets))}
         if self.text_encoder:
             for i, encoder in enumerate(model.text_encoders):
-                layers = [n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and n.endswith(_TEXT)]
+                layers = [
+                    n
+                    for n, m in encoder.named_modules()
+                    if isinstance(m, nn.Linear) and n.endswith(_TEXT)
+                ]
                 parts[f"text_encoder_{i + 1}" if i else "text_encoder"] = (encoder, layers)
         alpha = self.rank if self.alpha is None else self.alpha
         parameters: dict[str, nn.Parameter] = {}
@@ -65,14 +69,23 @@ class ConceptLora(ConceptAttack):
             parameters |= {f"{prefix}.{name}": parameter for name, parameter in found.items()}
 
         def weights() -> dict[str, Tensor]:
-            scaled = {n: p * (alpha / self.rank) if ".lora_B." in n else p for n, p in parameters.items()}
-            return {name.replace(".default.weight", ".weight"): value for name, value in scaled.items()}
+            scaled = {
+                n: p * (alpha / self.rank) if ".lora_B." in n else p for n, p in parameters.items()
+            }
+            return {
+                name.replace(".default.weight", ".weight"): value for name, value in scaled.items()
+            }
 
         def close() -> None:
             for net, _ in parts.values():
                 absorb(net)
 
-        info = {"rank": self.rank, "alpha": alpha, "targets": self.targets, "text_encoder": self.text_encoder}
+        info = {
+            "rank": self.rank,
+            "alpha": alpha,
+            "targets": self.targets,
+            "text_encoder": self.text_encoder,
+        }
         return Moving(parameters, "lora", weights, close, text=self.text_encoder, info=info)
 
 
@@ -91,12 +104,17 @@ def unet_layers(unet: nn.Module, targets: str) -> list[str]:
     return found
 
 
-def inject(net: nn.Module, layers: list[str], rank: int, alpha: float, g: torch.Generator) -> dict[str, nn.Parameter]:
+def inject(
+    net: nn.Module, layers: list[str], rank: int, alpha: float, g: torch.Generator
+) -> dict[str, nn.Parameter]:
     """peft adapters on ``layers``; returns their parameters by name."""
     from peft import LoraConfig, inject_adapter_in_model
 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, bias="none")  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A from the global stream
+    with (
+        torch.random.fork_rng(devices=[]),
+        warnings.catch_warnings(),
+    ):  # peft draws A from the global stream
         warnings.filterwarnings("ignore", message=".*groups > 1")
         inject_adapter_in_model(config, net)
     found = {name: p for name, p in net.named_parameters() if ".lora_" in name}
@@ -114,7 +132,9 @@ def absorb(net: nn.Module) -> None:
     """Add every adapter of ``net`` to the weights below it and take it out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    layers = [(name, module) for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)]
+    layers = [
+        (name, module) for name, module in net.named_modules() if isinstance(module, BaseTunerLayer)
+    ]
     for name, module in layers:
         module.merge()
         parent, _, child = name.rpartition(".")

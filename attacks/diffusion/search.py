@@ -1,4 +1,4 @@
-"""The attacker's search for its best options, on each arm by itself and with equal trials in every arm."""
+"""The attacker's search for its best options, on each model by itself and with equal trials in every model."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attacks.diffusion.attack import ConceptBase
 from attacks.diffusion.trainer import run
-from lab.core.data import Concept, Pictures
+from lab.core.data import CaptionedImages, Concept
 from lab.core.errors import UserError, nearest
 from lab.core.options import choice, count
 from lab.core.seeding import generator
@@ -21,16 +21,16 @@ from lab.core.types import Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel
 
 MODES = ("grid", "random")
-HELD_OUT = 0.25  # share of the training pictures that trials are judged by
-Score = Callable[[Tensor, Pictures], float]
+HELD_OUT = 0.25  # share of the training pictures that trials are scored by
+Score = Callable[[Tensor, CaptionedImages], float]
 
 
 @dataclass(frozen=True)
 class Search:
     """Trials of ``steps`` updates each, then the whole trajectory with the best setting.
 
-    A trial trains on three quarters of the attacker's own pictures and is judged on the rest; ``task.reference`` and
-    ``task.own`` are never read. Settings are a function of the options and the seed alone, so every arm tries the same.
+    A trial trains on three quarters of the attacker's own pictures and is scored on the rest; ``task.reference`` and
+    ``task.own`` are never read. Settings are a function of the options and the seed alone, so every model tries the same.
     Ties go to the earlier trial. Where every trial diverges the attacker keeps the options it has.
 
     Attributes:
@@ -61,23 +61,35 @@ class Search:
             return given
         key = f"{owner}.search"
         if not isinstance(given, Mapping):
-            raise UserError(key, given, "must be null or a group: mode, trials, steps, space, score.")
+            raise UserError(
+                key, given, "must be null or a group: mode, trials, steps, space, score."
+            )
         known = [f.name for f in fields(cls) if f.name != "key"]
         for name in given:
             if name not in known:
-                raise UserError(f"{key}.{name}", given[name], f"there is no such key; {nearest(str(name), known)}")
+                raise UserError(
+                    f"{key}.{name}",
+                    given[name],
+                    f"there is no such key; {nearest(str(name), known)}",
+                )
         mode = choice(f"{key}.mode", given.get("mode", "grid"), MODES)
         steps = count(f"{key}.steps", given.get("steps"))
         listed = given.get("space")
         if not isinstance(listed, Mapping) or not listed:
-            raise UserError(f"{key}.space", listed, "must name options and values to try, e.g. {lr: [1e-3, 4e-3]}.")
+            raise UserError(
+                f"{key}.space",
+                listed,
+                "must name options and values to try, e.g. {lr: [1e-3, 4e-3]}.",
+            )
         space: dict[str, tuple[Any, ...]] = {}
         for option, values in listed.items():
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise UserError(f"{key}.space.{option}", values, "must be a list of values to try.")
             space[str(option)] = tuple(values)
         size, trials = math.prod(map(len, space.values())), given.get("trials")
-        trials = size if trials is None and mode == "grid" else count(f"{key}.trials", trials, 1, size)
+        trials = (
+            size if trials is None and mode == "grid" else count(f"{key}.trials", trials, 1, size)
+        )
         if mode == "grid" and trials != size:
             told = f"a grid takes all {size} combinations; leave it null, or set mode=random."
             raise UserError(f"{key}.trials", trials, told)
@@ -94,11 +106,16 @@ class Search:
         every = self._every()
         if self.mode == "grid":
             return every
-        order = torch.randperm(len(every), generator=generator(seed, "attack search", task.name)).tolist()
+        order = torch.randperm(
+            len(every), generator=generator(seed, "attack search", task.name)
+        ).tolist()
         return [every[i] for i in order[: self.trials]]
 
     def _every(self) -> list[dict[str, Any]]:
-        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*self.space.values())]
+        return [
+            dict(zip(self.space, values, strict=True))
+            for values in itertools.product(*self.space.values())
+        ]
 
     def check(self, attack: ConceptBase, task: Concept) -> None:
         """Before anything runs: the concept has what every setting asks for, and pictures to hold out.
@@ -121,11 +138,15 @@ class Search:
         counts = self.space.get("pictures", (getattr(attack, "pictures", None),))
         return None if None in counts else max(counts)
 
-    def _judge(self, attack: ConceptBase, model: DiffusionModel, task: Concept, seed: int) -> float | None:
+    def _scorer(
+        self, attack: ConceptBase, model: DiffusionModel, task: Concept, seed: int
+    ) -> float | None:
         """A figure that is the better the lower, or None where the trial diverged."""
         families = () if self.score is None else ("name",)
         quiet = replace(attack, families=families, keep_weights=False)
-        trial = run(quiet, model, task, seed=seed, budget=Budget(self.steps, 1, at=()), checkpoint=None)
+        trial = run(
+            quiet, model, task, seed=seed, budget=Budget(self.steps, 1, at=()), checkpoint=None
+        )
         if trial.status != "ok":
             return None
         if self.score is None:
@@ -149,7 +170,7 @@ class Search:
         scores: list[float | None] = list(saved.get("search", []))
         settings = self.settings(seed, task)
         for setting in settings[len(scores) :]:
-            scores.append(self._judge(attack.varied(setting), model, tried, seed))
+            scores.append(self._scorer(attack.varied(setting), model, tried, seed))
             if checkpoint is not None:
                 checkpoint.save({}, {"search": scores})
         good = [i for i, score in enumerate(scores) if score is not None]
@@ -158,8 +179,14 @@ class Search:
         found = run(attack.varied(best), model, task, seed=seed, budget=budget, checkpoint=beside)
         rows = [{"setting": s, "score": score} for s, score in zip(settings, scores, strict=True)]
         named = getattr(self.score, "__name__", "the given score")
-        judged = "held_out_loss" if self.score is None else f"minus {named}"
-        found.info["search"] = {"mode": self.mode, "steps": self.steps, "score": judged, "trials": rows, "best": best}
+        scored = "held_out_loss" if self.score is None else f"minus {named}"
+        found.info["search"] = {
+            "mode": self.mode,
+            "steps": self.steps,
+            "score": scored,
+            "trials": rows,
+            "best": best,
+        }
         return found
 
 
@@ -176,7 +203,9 @@ class _Beside:
         self.inner.save(tensors, {**values, "search": self.scores})
 
 
-def held_out(task: Concept, seed: int, key: str = "attacks.search", most: int | None = None) -> Concept:
+def held_out(
+    task: Concept, seed: int, key: str = "attacks.search", most: int | None = None
+) -> Concept:
     """``task`` whose training pictures, the first ``most`` of them, are split at random into ``train`` and, in place of
     its own, ``reference``.
 
@@ -189,5 +218,7 @@ def held_out(task: Concept, seed: int, key: str = "attacks.search", most: int | 
         raise UserError(key, task.name, told)
     order = torch.randperm(n, generator=generator(seed, "attack search split", task.name))
     cut = max(1, round(HELD_OUT * n))
-    train, own, reference = (task.train.pick(rows.tolist()) for rows in (order[cut:], order[:0], order[:cut]))
+    train, own, reference = (
+        task.train.pick(rows.tolist()) for rows in (order[cut:], order[:0], order[:cut])
+    )
     return replace(task, train=train, own=own, reference=reference)

@@ -1,4 +1,4 @@
-"""How alike generations and an attacker's own pictures are, as the attacker would judge them."""
+"""How alike generations and an attacker's own pictures are, as the attacker would scorer them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from functools import cache
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.core.data import Pictures
-from lab.scorers.features import FeatureJudge
+from lab.core.data import CaptionedImages
+from lab.scorers.features import FeatureScorer
 
 
 @cache
-def _network() -> FeatureJudge:
-    return FeatureJudge(image_size=128)
+def _network() -> FeatureScorer:
+    return FeatureScorer(image_size=128)
 
 
-def likeness(images: Tensor, pictures: Pictures) -> float:
+def likeness(images: Tensor, pictures: CaptionedImages) -> float:
     """Mean cosine similarity of the features of every generation with those of every picture, in [-1, 1].
 
     The network is EfficientNet-Lite0 from ImageNet, which has seen neither MiniSD's world nor any metric's answer.

@@ -29,9 +29,15 @@ class LearnedToken:
         UserError: a model with two text encoders, or a token that is known already or is split by the tokenizer.
     """
 
-    def __init__(self, key: str, model: DiffusionModel, token: str, vectors: int, like: str) -> None:
+    def __init__(
+        self, key: str, model: DiffusionModel, token: str, vectors: int, like: str
+    ) -> None:
         if model.xl:
-            raise UserError("backbone", model.pipeline_class, f"{key} learns tokens of models with one text encoder.")
+            raise UserError(
+                "backbone",
+                model.pipeline_class,
+                f"{key} learns tokens of models with one text encoder.",
+            )
         encoder: Any = model.text_encoders[0]
         tokenizer = copy.deepcopy(model.tokenizers[0])
         self.token = token
@@ -42,15 +48,23 @@ class LearnedToken:
         known = any(len(ids) == 1 and ids != [tokenizer.unk_token_id] for ids in whole)
         size, added = len(tokenizer), 0 if known else tokenizer.add_tokens(self.names)
         self.ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in self.names]
-        if added != vectors or min(self.ids) < size:  # add_tokens takes a piece such as "fox</w>" for a new word
-            raise UserError(f"{key}.token", token, "the tokenizer knows this word; choose another, e.g. <new1>.")
+        if (
+            added != vectors or min(self.ids) < size
+        ):  # add_tokens takes a piece such as "fox</w>" for a new word
+            raise UserError(
+                f"{key}.token", token, "the tokenizer knows this word; choose another, e.g. <new1>."
+            )
         if tokenizer(self.expression, add_special_tokens=False).input_ids != self.ids:
             raise UserError(
-                f"{key}.token", token, "the tokenizer splits this word; use small letters in <>, e.g. <new1>."
+                f"{key}.token",
+                token,
+                "the tokenizer splits this word; use small letters in <>, e.g. <new1>.",
             )
         model.tokenizers[0] = tokenizer
         rows = old[like_ids].mean(0).repeat(vectors, 1).clone()
-        with torch.random.fork_rng(devices=[]):  # transformers draws the new rows from the global stream
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # transformers draws the new rows from the global stream
             encoder.resize_token_embeddings(max(len(tokenizer), len(old)), mean_resizing=False)
         self.layer: nn.Embedding = encoder.get_input_embeddings().requires_grad_(False)
         self.rows = nn.Parameter(rows)

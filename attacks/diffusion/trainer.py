@@ -1,6 +1,6 @@
 """The training loop of every attacker on a text-to-image model: stages, snapshots, divergence, resume.
 
-Random draws depend on (seed, concept, step) alone. So every arm and every attacker sees the same pictures, noise and
+Random draws depend on (seed, concept, step) alone. So every model and every attacker sees the same pictures, noise and
 timesteps, and a resumed attack continues bit for bit.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from attacks.diffusion.attack import ConceptAttack, ConceptBase, check_moving
 from attacks.diffusion.data import Draw, Material, prompts, variants
 from lab.core.captions import captions
-from lab.core.data import Concept, Pictures, Sampling
+from lab.core.data import CaptionedImages, Concept, Sampling
 from lab.core.errors import Diverged, UserError
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.progress import progress
@@ -29,7 +29,7 @@ WINDOW = 10  # batches whose mean loss is held against the first one: a single l
 _CHUNK = 32  # rows of one evaluation pass
 
 
-def _first(pictures: Pictures, count: int | None) -> Pictures:
+def _first(pictures: CaptionedImages, count: int | None) -> CaptionedImages:
     return pictures if count is None else pictures.pick(range(len(pictures))[:count])
 
 
@@ -41,7 +41,9 @@ def _kept(value: Tensor) -> Tensor:
 class Learner:
     """One stage: what moves, its material and its optimizer. ``model`` is a copy that the stage may change."""
 
-    def __init__(self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int) -> None:
+    def __init__(
+        self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int
+    ) -> None:
         self.attack, self.model, self.task, self.steps, self.seed = attack, model, task, steps, seed
         self.moving = attack.open(model, task, seed)
         self.parameters = check_moving(attack.key, self.moving)
@@ -50,14 +52,18 @@ class Learner:
             parameter.requires_grad_(True)
         self.optimizer = self._optimizer()
         train = _first(task.train, attack.pictures)
-        self.train = self._material(train, variants(train.images, attack.augmentation, seed, task.name))
+        self.train = self._material(
+            train, variants(train.images, attack.augmentation, seed, task.name)
+        )
         self.test = self._material(task.reference, [task.reference.images])
         prior = [task.prior.images]
         self.prior = Material.of(model, prior, task.prior.prompts) if attack.prior_weight else None
         self.cached: dict[str, Text] = {}
 
-    def _material(self, pictures: Pictures, images: list[Tensor]) -> Material:
-        return Material.of(self.model, images, captions(self.task, pictures, self.template, self.token))
+    def _material(self, pictures: CaptionedImages, images: list[Tensor]) -> Material:
+        return Material.of(
+            self.model, images, captions(self.task, pictures, self.template, self.token)
+        )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"lr": self.attack.lr, "weight_decay": self.attack.weight_decay}
@@ -112,18 +118,27 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, material: Material, label: str) -> float:
-        """Mean loss over `Material.evenly`, equal in every arm."""
-        every = material.evenly(self.model.timesteps, generator(self.seed, f"attack {label}", self.task.name))
+        """Mean loss over `Material.evenly`, equal in every model."""
+        every = material.evenly(
+            self.model.timesteps, generator(self.seed, f"attack {label}", self.task.name)
+        )
         found = []
         for start in range(0, len(every.rows), _CHUNK):
             part = slice(start, start + _CHUNK)
             some = Draw(every.z[part], every.noise[part], every.t[part], every.rows[part])
-            found.append(self.model.loss(some.z, self._text(material, some.rows), some.noise, some.t).double())
+            found.append(
+                self.model.loss(
+                    some.z, self._text(material, some.rows), some.noise, some.t
+                ).double()
+            )
         return float(torch.cat(found).mean())
 
     def prompts(self, families: Sequence[str], count: int) -> dict[str, list[str]]:
         """Family → what pictures are asked for by."""
-        return {family: prompts(self.task, family, self.template, self.token, count) for family in families}
+        return {
+            family: prompts(self.task, family, self.template, self.token, count)
+            for family in families
+        }
 
     def generations(self, families: Sequence[str], sampling: Sampling) -> dict[str, Tensor]:
         """Family → uint8 [count, 3, s, s] from latents that depend on (seed, concept, family) only."""
@@ -151,9 +166,15 @@ class _Run:
             list(saved.get("steps", [])), {k: list(v) for k, v in saved.get("values", {}).items()}
         )
         self.first = float(saved.get("first", 0.0))
-        self.recent = [float(v) for v in saved.get("recent", [])]  # losses of the last WINDOW batches
-        self.since = [float(v) for v in saved.get("since", [])]  # sum and number of the losses since the last snapshot
-        self.samples = {k.removeprefix("samples."): v for k, v in tensors.items() if k.startswith("samples.")}
+        self.recent = [
+            float(v) for v in saved.get("recent", [])
+        ]  # losses of the last WINDOW batches
+        self.since = [
+            float(v) for v in saved.get("since", [])
+        ]  # sum and number of the losses since the last snapshot
+        self.samples = {
+            k.removeprefix("samples."): v for k, v in tensors.items() if k.startswith("samples.")
+        }
         self.stages: dict[int, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             if name.startswith("stage."):
@@ -166,7 +187,10 @@ class _Run:
             return False
         self.recent = [*self.recent, loss][-WINDOW:]
         self.since = [self.since[0] + loss, self.since[1] + 1] if self.since else [loss, 1.0]
-        return len(self.recent) < WINDOW or sum(self.recent) / WINDOW <= self.attack.explosion * self.first
+        return (
+            len(self.recent) < WINDOW
+            or sum(self.recent) / WINDOW <= self.attack.explosion * self.first
+        )
 
     def keep(self, step: int, learner: Learner) -> bool:
         """Append a snapshot; False, and nothing kept, when it has left the finite range or exploded."""
@@ -178,9 +202,13 @@ class _Run:
         self.trajectory.steps.append(step)
         for name, value in values.items():
             self.trajectory.values.setdefault(name, []).append(value)
-        for family, images in learner.generations(self.attack.families, self.attack.sampling).items():
+        for family, images in learner.generations(
+            self.attack.families, self.attack.sampling
+        ).items():
             before = self.samples.get(family)
-            self.samples[family] = images[None] if before is None else torch.cat([before, images[None]])
+            self.samples[family] = (
+                images[None] if before is None else torch.cat([before, images[None]])
+            )
         self.since = []
         return True
 
@@ -191,22 +219,39 @@ class _Run:
         tensors = {f"stage.{i}.{k}": v for i, part in self.stages.items() for k, v in part.items()}
         tensors |= {f"samples.{family}": images for family, images in self.samples.items()}
         values = {"step": step, "steps": self.trajectory.steps, "values": self.trajectory.values}
-        self.checkpoint.save(tensors, {**values, "first": self.first, "recent": self.recent, "since": self.since})
+        self.checkpoint.save(
+            tensors, {**values, "first": self.first, "recent": self.recent, "since": self.since}
+        )
 
 
 def _facts(attack: ConceptBase, learner: Learner) -> dict[str, Any]:
     """What the record says of the attack; of the last stage where there are several."""
     who = learner.attack
-    facts = {"attack": attack.name, "optimizer": who.optimizer, "lr": who.lr, "schedule": who.schedule}
-    facts |= {"batch_size": who.batch_size, "pictures": len(learner.train), "augmentation": who.augmentation}
+    facts = {
+        "attack": attack.name,
+        "optimizer": who.optimizer,
+        "lr": who.lr,
+        "schedule": who.schedule,
+    }
+    facts |= {
+        "batch_size": who.batch_size,
+        "pictures": len(learner.train),
+        "augmentation": who.augmentation,
+    }
     facts |= {"template": who.template, "prior_weight": who.prior_weight}
     if who.template == "token":
         facts["expression"] = learner.token
     facts |= {"parameters": sum(p.numel() for p in learner.parameters), "form": learner.moving.form}
-    return {**facts, "prompts": learner.prompts(attack.families, attack.sampling.count), **learner.moving.info}
+    return {
+        **facts,
+        "prompts": learner.prompts(attack.families, attack.sampling.count),
+        **learner.moving.info,
+    }
 
 
-def _total(model: DiffusionModel, copy: DiffusionModel, words: dict[str, Tensor]) -> dict[str, Tensor]:
+def _total(
+    model: DiffusionModel, copy: DiffusionModel, words: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """What several stages changed together: parameters under their own names, and learned words."""
     found = dict(words)
     parts = {"unet": (model.unet, copy.unet)}
@@ -215,7 +260,9 @@ def _total(model: DiffusionModel, copy: DiffusionModel, words: dict[str, Tensor]
     for prefix, (before, after) in parts.items():
         old = before.state_dict()
         for name, value in after.state_dict().items():
-            if value.shape == old[name].shape and not torch.equal(value, old[name]):  # words have enlarged one table
+            if value.shape == old[name].shape and not torch.equal(
+                value, old[name]
+            ):  # words have enlarged one table
                 found[f"{prefix}.{name}"] = value
     return found
 
@@ -251,12 +298,16 @@ def run(
             state.first = learner.evaluate(learner.train, "train")
             if not math.isfinite(state.first) or not state.keep(0, learner):
                 raise Diverged("the loss is not finite before the first update", 0)
-        elif index and state.step <= start:  # other pictures, other losses: they explode from where they begin
+        elif (
+            index and state.step <= start
+        ):  # other pictures, other losses: they explode from where they begin
             state.first, state.recent = learner.evaluate(learner.train, "train"), []
         if index in state.stages:
             learner.restore(state.stages[index])
         begin = max(start, state.step)
-        for step in progress(range(begin, stop), f"{who.name} on {task.name}", max(stop - begin, 0)):
+        for step in progress(
+            range(begin, stop), f"{who.name} on {task.name}", max(stop - begin, 0)
+        ):
             fine = state.fine(learner.advance(step))
             if not fine or (step + 1 in marks and not state.keep(step + 1, learner)):
                 trajectory.status, trajectory.samples = "diverged", state.samples
@@ -266,8 +317,14 @@ def run(
         start = stop
         if len(plan) > 1:
             final_state = learner.tensors().items()
-            state.stages[index] = {k: _kept(v) for k, v in final_state if k.startswith("parameter.")}
-            words |= {k: v.clone() for k, v in learner.moving.weights().items() if k.startswith("embedding.")}
+            state.stages[index] = {
+                k: _kept(v) for k, v in final_state if k.startswith("parameter.")
+            }
+            words |= {
+                k: v.clone()
+                for k, v in learner.moving.weights().items()
+                if k.startswith("embedding.")
+            }
             learner.moving.close()
     trajectory.samples = state.samples
     if len(plan) > 1:

@@ -23,7 +23,10 @@ from lab.models.activations import prefix
 
 _EVALUATION_ROWS = 256
 TRIALS = 5  # as conf/attacks/base
-_CENTRES = {"adam": 1e-3, "sgd": 1e-2}  # where the search for a rate starts: common defaults of the two
+_CENTRES = {
+    "adam": 1e-3,
+    "sgd": 1e-2,
+}  # where the search for a rate starts: common defaults of the two
 
 
 @dataclass
@@ -74,7 +77,9 @@ class Adaptation(ABC):
         self.optimizer = choice(f"{self.key}.optimizer", optimizer, _CENTRES)
         self.loss = choice(f"{self.key}.loss", loss, LOSSES)
         self.rate = Rate.parse(name, lr, lr_trials, schedule, TRIALS)
-        self.batch_size = None if batch_size is None else count(f"{self.key}.batch_size", batch_size)
+        self.batch_size = (
+            None if batch_size is None else count(f"{self.key}.batch_size", batch_size)
+        )
 
     def check(self, cases: tuple[Case, ...]) -> None:
         """Before anything runs: every task can be trained on with ``loss``.
@@ -89,7 +94,13 @@ class Adaptation(ABC):
         """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
 
     def __call__(
-        self, model: FeatureModel, task: Task, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+        self,
+        model: FeatureModel,
+        task: Task,
+        *,
+        seed: int,
+        budget: Budget,
+        checkpoint: Checkpoint | None,
     ) -> Trajectory:
         """Train on ``task.train``; see `lab.core.types.Attacker`.
 
@@ -125,7 +136,11 @@ def moving_blocks(net: FeatureModel, blocks: int | None, key: str) -> list[int]:
     """
     have = [i for i, block in enumerate(net.blocks) if any(True for _ in block.parameters())]
     if not have or (blocks or 0) > len(have):
-        raise UserError(key, blocks, f"the model has {len(have)} blocks with parameters; choose 1 … {len(have)}.")
+        raise UserError(
+            key,
+            blocks,
+            f"the model has {len(have)} blocks with parameters; choose 1 … {len(have)}.",
+        )
     return have if blocks is None else have[-blocks:]
 
 
@@ -161,7 +176,9 @@ class _Network:
             parameter.grad = None
         adam = self.optimizer_name == "adam"
         self.optimizer: torch.optim.Optimizer = (
-            torch.optim.Adam(self.parameters) if adam else torch.optim.SGD(self.parameters, momentum=0.9)
+            torch.optim.Adam(self.parameters)
+            if adam
+            else torch.optim.SGD(self.parameters, momentum=0.9)
         )
 
     def _scores(self, x: Tensor) -> Tensor:
@@ -174,7 +191,9 @@ class _Network:
             return F.cross_entropy(scores, y.long())
         if self.task.kind == "classification":
             y = F.one_hot(y.long(), self.task.classes)
-        return (scores - y.to(self.dtype).reshape(len(scores), -1)).square().sum() / (2 * len(scores))
+        return (scores - y.to(self.dtype).reshape(len(scores), -1)).square().sum() / (
+            2 * len(scores)
+        )
 
     def advance(self, step: int, rate: float) -> None:
         x, y = self.train_x, self.task.train.y
@@ -190,9 +209,15 @@ class _Network:
     @torch.no_grad()
     def _evaluate(self, x: Tensor, split: Split) -> tuple[float, float]:
         """Loss and accuracy (0 for regression) over all rows."""
-        parts = [self._scores(x[i : i + _EVALUATION_ROWS]) for i in range(0, len(x), _EVALUATION_ROWS)]
+        parts = [
+            self._scores(x[i : i + _EVALUATION_ROWS]) for i in range(0, len(x), _EVALUATION_ROWS)
+        ]
         scores = torch.cat(parts).to(torch.float64)
-        hits = (scores.argmax(1) == split.y).double().mean() if self.task.kind == "classification" else 0.0
+        hits = (
+            (scores.argmax(1) == split.y).double().mean()
+            if self.task.kind == "classification"
+            else 0.0
+        )
         return float(self._objective(scores, split.y)), float(hits)
 
     def loss(self) -> float:

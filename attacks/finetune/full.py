@@ -13,7 +13,9 @@ from lab.core.types import FeatureModel
 def _open(net: FeatureModel, indices: list[int]) -> Moving:
     """All parameters of the blocks ``indices`` move."""
     parameters = {
-        f"blocks.{i}.{name}": parameter for i in indices for name, parameter in net.blocks[i].named_parameters()
+        f"blocks.{i}.{name}": parameter
+        for i in indices
+        for name, parameter in net.blocks[i].named_parameters()
     }
     return Moving(net, indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})
 
@@ -28,7 +30,9 @@ class LastBlockFinetune(Adaptation):
         UserError: ``blocks`` < 1; when called, more blocks than the model has.
     """
 
-    def __init__(self, *, name: str = "last_block_finetune", blocks: int = 1, **options: Any) -> None:
+    def __init__(
+        self, *, name: str = "last_block_finetune", blocks: int = 1, **options: Any
+    ) -> None:
         super().__init__(name=name, **options)
         self.blocks = count(f"{self.key}.blocks", blocks)
 

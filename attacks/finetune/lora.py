@@ -36,7 +36,13 @@ class Lora(Adaptation):
     """
 
     def __init__(
-        self, *, name: str = "extractor_lora", rank: int = 8, alpha: int = 16, blocks: int | None = None, **options: Any
+        self,
+        *,
+        name: str = "extractor_lora",
+        rank: int = 8,
+        alpha: int = 16,
+        blocks: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(name=name, **options)
         self.rank = count(f"{self.key}.rank", rank)
@@ -46,13 +52,22 @@ class Lora(Adaptation):
     def open(self, net: FeatureModel, seed: int) -> Moving:
         key = f"{self.key}.blocks"
         targets = {
-            i: [f"blocks.{i}.{name}" if name else f"blocks.{i}" for name in _layers(net.blocks[i], self.rank)]
+            i: [
+                f"blocks.{i}.{name}" if name else f"blocks.{i}"
+                for name in _layers(net.blocks[i], self.rank)
+            ]
             for i in moving_blocks(net, self.blocks, key)
         }
         names = [name for layers in targets.values() for name in layers]
         if not names:
-            raise UserError(key, self.blocks, "these blocks hold no Linear or Conv2d layer that fits; choose more.")
-        pattern = "|".join(map(re.escape, names))  # a list would match ends of names, so nested blocks as well
+            raise UserError(
+                key,
+                self.blocks,
+                "these blocks hold no Linear or Conv2d layer that fits; choose more.",
+            )
+        pattern = "|".join(
+            map(re.escape, names)
+        )  # a list would match ends of names, so nested blocks as well
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pattern, bias="none")
         # peft draws A from the global stream; ours replaces it below. It warns that grouped layers cannot be merged.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():

@@ -29,7 +29,7 @@ class LinearProbe:
     Squared loss 1/(2n) ‖Zw − Y‖²_F (one-hot Y for classification), so that the Hessian is ZᵀZ/n, or softmax cross
     entropy. Snapshots hold ``train_loss`` (the objective, ridge term included), ``test_loss`` (data term only),
     ``excess_loss`` (above the optimum), accuracies for classification, and for squared loss ``norm_ratio`` =
-    ‖w_t − w*‖² / ‖w_0 − w*‖² with w* the ridge or minimum-norm solution on the same arm's features. For cross
+    ‖w_t − w*‖² / ‖w_0 − w*‖² with w* the ridge or minimum-norm solution on the same model's features. For cross
     entropy the optimum is what 40 Newton steps reach, and an excess below it counts as zero.
 
     Args:
@@ -77,7 +77,9 @@ class LinearProbe:
         self.ridge = number(f"{key}.ridge", ridge, 0)
         self.standardize = flag(f"{key}.standardize", standardize)
         self._check_unread(schedule, damping, tolerance)
-        damping = Settings.damping if damping is None else number(f"{key}.damping", damping, above=0)
+        damping = (
+            Settings.damping if damping is None else number(f"{key}.damping", damping, above=0)
+        )
         tolerance = None if tolerance is None else number(f"{key}.tolerance", tolerance, 0, below=1)
         self.settings = Settings(damping, tolerance)
 
@@ -93,7 +95,9 @@ class LinearProbe:
                 raise UserError(f"{self.key}.{option}", value, fix)
         for option, value in {"damping": damping, "tolerance": tolerance}.items():
             if value is not None and option not in kind.uses:
-                readers = " or ".join(name for name, other in OPTIMIZERS.items() if option in other.uses)
+                readers = " or ".join(
+                    name for name, other in OPTIMIZERS.items() if option in other.uses
+                )
                 fix = f"only {readers} reads it; leave it out for {self.optimizer}."
                 raise UserError(f"{self.key}.{option}", value, fix)
 
@@ -106,7 +110,13 @@ class LinearProbe:
         check_losses(f"{self.key}.loss", self.loss, cases)
 
     def __call__(
-        self, model: FeatureModel, task: Task, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+        self,
+        model: FeatureModel,
+        task: Task,
+        *,
+        seed: int,
+        budget: Budget,
+        checkpoint: Checkpoint | None,
     ) -> Trajectory:
         """Train on ``task.train``; see `lab.core.types.Attacker`.
 
@@ -123,12 +133,16 @@ class LinearProbe:
         scaling: dict[str, Tensor] = {}
         if self.standardize:
             mean, deviation = z_train.mean(0), z_train.std(0, unbiased=False)
-            deviation[deviation <= torch.finfo(dtype).eps * mean.abs()] = 1.0  # constant column: only rounding is left
+            deviation[deviation <= torch.finfo(dtype).eps * mean.abs()] = (
+                1.0  # constant column: only rounding is left
+            )
             z_train, z_test = (z_train - mean) / deviation, (z_test - mean) / deviation
             scaling = {"mean": mean, "deviation": deviation}
         kind = OPTIMIZERS[self.optimizer]
         build = Squared if loss == "squared" else CrossEntropy
-        problem = build(z_train, _targets(task.train, task), ridge=self.ridge, gram=kind.gram, dtype=dtype)
+        problem = build(
+            z_train, _targets(task.train, task), ridge=self.ridge, gram=kind.gram, dtype=dtype
+        )
         learner = _Head(self, problem, kind(problem, self.settings), task, z_test, seed, scaling)
         return run(learner, self.rate, budget, checkpoint, self._info(loss, problem, learner))
 
@@ -204,7 +218,10 @@ class _Head:
 
     def measure(self) -> dict[str, float]:
         problem, w = self.problem, self.w
-        values = {"train_loss": self.loss(), "test_loss": problem.data_loss(self.z_test, self.y_test, w)}
+        values = {
+            "train_loss": self.loss(),
+            "test_loss": problem.data_loss(self.z_test, self.y_test, w),
+        }
         if isinstance(problem, Squared):
             values["excess_loss"] = problem.excess(w, self.optimum)
             distance = float(self.optimum.square().sum())
@@ -224,7 +241,11 @@ class _Head:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         self.w = tensors["w"].clone()
-        self.state = {k.removeprefix("state."): v.clone() for k, v in tensors.items() if k.startswith("state.")}
+        self.state = {
+            k.removeprefix("state."): v.clone()
+            for k, v in tensors.items()
+            if k.startswith("state.")
+        }
 
     def weights(self) -> dict[str, Tensor]:
         return {"head": self.w, **self.scaling}

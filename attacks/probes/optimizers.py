@@ -47,7 +47,9 @@ class Optimizer:
         """State before the first step."""
         return {}
 
-    def step(self, w: Tensor, state: State, rate: float, rows: Tensor | None) -> tuple[Tensor, State]:
+    def step(
+        self, w: Tensor, state: State, rate: float, rows: Tensor | None
+    ) -> tuple[Tensor, State]:
         """One update of ``w`` [d, c]: new weights and new state."""
         g = self.problem.gradient(w)
         if float(g.norm()) <= _ROUNDING * self.first:
@@ -72,7 +74,9 @@ class SGD(Optimizer):
 
     uses_rate = True
 
-    def step(self, w: Tensor, state: State, rate: float, rows: Tensor | None) -> tuple[Tensor, State]:
+    def step(
+        self, w: Tensor, state: State, rate: float, rows: Tensor | None
+    ) -> tuple[Tensor, State]:
         return w - rate * self.problem.gradient(w, rows), state
 
 
@@ -84,7 +88,9 @@ class Momentum(Optimizer):
     def init(self, w: Tensor) -> State:
         return {"velocity": torch.zeros_like(w)}
 
-    def step(self, w: Tensor, state: State, rate: float, rows: Tensor | None) -> tuple[Tensor, State]:
+    def step(
+        self, w: Tensor, state: State, rate: float, rows: Tensor | None
+    ) -> tuple[Tensor, State]:
         velocity = _MOMENTUM * state["velocity"] + self.problem.gradient(w, rows)
         return w - rate * velocity, {"velocity": velocity}
 
@@ -98,7 +104,9 @@ class Adam(Optimizer):
         zero = torch.zeros_like(w)
         return {"first": zero, "second": zero.clone(), "count": torch.zeros(1, dtype=torch.float64)}
 
-    def step(self, w: Tensor, state: State, rate: float, rows: Tensor | None) -> tuple[Tensor, State]:
+    def step(
+        self, w: Tensor, state: State, rate: float, rows: Tensor | None
+    ) -> tuple[Tensor, State]:
         g, (a, b) = self.problem.gradient(w, rows), _BETAS
         first = a * state["first"] + (1 - a) * g
         second = b * state["second"] + (1 - b) * g.square()
@@ -117,7 +125,9 @@ class Adagrad(Optimizer):
     def init(self, w: Tensor) -> State:
         return {"sum": torch.zeros_like(w)}
 
-    def step(self, w: Tensor, state: State, rate: float, rows: Tensor | None) -> tuple[Tensor, State]:
+    def step(
+        self, w: Tensor, state: State, rate: float, rows: Tensor | None
+    ) -> tuple[Tensor, State]:
         g = self.problem.gradient(w, rows)
         total = state["sum"] + g.square()
         return w - rate * g / (total.sqrt() + 1e-10), {"sum": total}
@@ -128,7 +138,12 @@ class LBFGS(Optimizer):
 
     def init(self, w: Tensor) -> State:
         empty = w.new_zeros((0, *w.shape))
-        return {"s": empty, "y": empty.clone(), "w": w.new_zeros((0, *w.shape)), "g": w.new_zeros((0, *w.shape))}
+        return {
+            "s": empty,
+            "y": empty.clone(),
+            "w": w.new_zeros((0, *w.shape)),
+            "g": w.new_zeros((0, *w.shape)),
+        }
 
     def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
         s, y = state["s"], state["y"]
@@ -199,17 +214,25 @@ class Newton(Optimizer):
         b = -(self.map.T @ g)
         if self.white is None:
             return self.map @ b, state
-        white, n, penalty = self.white, self.problem.n, self.problem.ridge * self.scale.square()[:, None]
+        white, n, penalty = (
+            self.white,
+            self.problem.n,
+            self.problem.ridge * self.scale.square()[:, None],
+        )
         prob = torch.softmax(self.problem.z @ w, 1)
 
         def product(q: Tensor) -> Tensor:
             return white.T @ softmax_curvature(prob, white @ q) / n + penalty * q
 
         start = max(float(state["first"]), torch.finfo(torch.float64).tiny)
-        return self.map @ _conjugate_gradients(product, b, min(0.1, math.sqrt(float(b.norm()) / start))), state
+        return self.map @ _conjugate_gradients(
+            product, b, min(0.1, math.sqrt(float(b.norm()) / start))
+        ), state
 
 
-def _conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, tolerance: float) -> Tensor:
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], b: Tensor, tolerance: float
+) -> Tensor:
     """Solves product(x) = b to a relative residual of ``tolerance``, or as far as 20 steps lead."""
     x, r = torch.zeros_like(b), b.clone()
     p, square = r.clone(), float(r.square().sum())

@@ -14,7 +14,9 @@ from torch import Tensor
 from lab.core.condition import numerical_rank, rank_tolerance
 from lab.models.activations import digest
 
-_BRACKET_STEPS = 60  # doublings of a line search before it takes what it has: 2^60 times the first guess
+_BRACKET_STEPS = (
+    60  # doublings of a line search before it takes what it has: 2^60 times the first guess
+)
 _SEARCH_STEPS = 100
 _SEARCH_TOLERANCE = 1e-10  # of the first directional derivative
 
@@ -49,7 +51,9 @@ def spectrum(z: Tensor, relative: float) -> Spectrum:
     if key not in _memo:
         u, s, vh = torch.linalg.svd(z, full_matrices=False)
         rank = numerical_rank(s, z.shape, relative)
-        _memo[key] = Spectrum(u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].T.contiguous())
+        _memo[key] = Spectrum(
+            u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].T.contiguous()
+        )
         while len(_memo) > 3:
             _memo.popitem(last=False)
     _memo.move_to_end(key)
@@ -70,7 +74,13 @@ class Problem:
     """
 
     def __init__(
-        self, z: Tensor, y: Tensor, *, ridge: float = 0.0, gram: bool = False, dtype: torch.dtype = torch.float64
+        self,
+        z: Tensor,
+        y: Tensor,
+        *,
+        ridge: float = 0.0,
+        gram: bool = False,
+        dtype: torch.dtype = torch.float64,
     ) -> None:
         self.z, self.y = z, y
         self.n, self.d, self.c = z.shape[0], z.shape[1], y.shape[1]
@@ -157,7 +167,9 @@ class Squared(Problem):
     def excess(self, w: Tensor, optimum: Tensor) -> float:
         """L(w) − L(w*), as ½⟨w − w*, ∇²L (w − w*)⟩: exact down to zero, where a difference of losses is not."""
         gap = w - optimum
-        return float((self.z @ gap).square().sum()) / (2 * self.n) + 0.5 * self.ridge * float(gap.square().sum())
+        return float((self.z @ gap).square().sum()) / (2 * self.n) + 0.5 * self.ridge * float(
+            gap.square().sum()
+        )
 
 
 class CrossEntropy(Problem):
@@ -193,7 +205,11 @@ class CrossEntropy(Problem):
         first, second = derivatives(0.0)
         if not first < 0:
             return 0.0
-        small, low, high = _SEARCH_TOLERANCE * abs(first), 0.0, -first / second if second > 0 else 1.0
+        small, low, high = (
+            _SEARCH_TOLERANCE * abs(first),
+            0.0,
+            -first / second if second > 0 else 1.0,
+        )
         for _ in range(_BRACKET_STEPS):
             first, second = derivatives(high)
             if first >= -small:

@@ -47,7 +47,13 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, default=Path("attack"), help="folder for what comes out, new or empty")
     add("--steps", type=int, default=160, help="updates")
-    add("--at", type=int, nargs="+", default=[0, 10, 20, 40, 80, 160, 320], help="steps at which pictures are painted")
+    add(
+        "--at",
+        type=int,
+        nargs="+",
+        default=[0, 10, 20, 40, 80, 160, 320],
+        help="steps at which pictures are painted",
+    )
     add("--rank", type=int, default=4, help="of the LoRA; alpha is the same")
     add("--lr", type=float, default=1e-3, help="of AdamW; Stable Diffusion takes 1e-4")
     add("--batch-size", type=int, default=8, help="pictures per update")
@@ -61,7 +67,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         if getattr(given, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if not (given.folder / "model_index.json").is_file():
-        parser.error(f"{given.folder} holds no model_index.json: it is no model in diffusers layout")
+        parser.error(
+            f"{given.folder} holds no model_index.json: it is no model in diffusers layout"
+        )
     if not given.images.is_dir():
         parser.error(f"--images {given.images}: there is no such folder")
     if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
@@ -75,15 +83,21 @@ def load_pictures(folder: Path, size: int, caption: str) -> tuple[torch.Tensor, 
         with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
             found = [(folder / row["file_name"], row["text"]) for row in csv.DictReader(file)]
     else:
-        found = [(path, caption) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES]
+        found = [
+            (path, caption) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES
+        ]
     if not found:
         sys.exit(f"error: --images {folder} holds no pictures ({', '.join(SUFFIXES)})")
     images = [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path, _ in found]
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, [text for _, text in found]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, [
+        text for _, text in found
+    ]
 
 
 def load(given: argparse.Namespace) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(given.folder, safety_checker=None, requires_safety_checker=False)
+    pipe = StableDiffusionPipeline.from_pretrained(
+        given.folder, safety_checker=None, requires_safety_checker=False
+    )
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(given.device)
@@ -111,15 +125,22 @@ def attack(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> list[flo
     """Train adapters in place; the loss of every update."""
     unet, device = pipe.unet, given.device
     draw = torch.Generator().manual_seed(given.seed)
-    images, captions = load_pictures(given.images, unet.config.sample_size * pipe.vae_scale_factor, given.prompt[0])
+    images, captions = load_pictures(
+        given.images, unet.config.sample_size * pipe.vae_scale_factor, given.prompt[0]
+    )
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
-        latents = torch.cat([pipe.vae.encode(i.to(device)).latent_dist.mean for i in images.split(8)])
+        latents = torch.cat(
+            [pipe.vae.encode(i.to(device)).latent_dist.mean for i in images.split(8)]
+        )
         latents = latents * pipe.vae.config.scaling_factor
         tokens = pipe.tokenizer(
-            captions, padding="max_length", max_length=pipe.tokenizer.model_max_length, truncation=True,
+            captions,
+            padding="max_length",
+            max_length=pipe.tokenizer.model_max_length,
+            truncation=True,
             return_tensors="pt",
-        )  # fmt: skip
+        )
         text = pipe.text_encoder(tokens.input_ids.to(device))[0]
     unet.requires_grad_(False)
     torch.manual_seed(given.seed)  # peft draws the adapters from the global stream
@@ -134,7 +155,9 @@ def attack(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> list[flo
             return losses
         index = torch.randint(len(latents), (given.batch_size,), generator=draw).to(device)
         noise = torch.randn(latents[index].shape, generator=draw).to(device)
-        t = torch.randint(schedule.config.num_train_timesteps, (given.batch_size,), generator=draw).to(device)
+        t = torch.randint(
+            schedule.config.num_train_timesteps, (given.batch_size,), generator=draw
+        ).to(device)
         noisy = schedule.add_noise(latents[index], noise, t)
         v = schedule.config.prediction_type == "v_prediction"
         aim = schedule.get_velocity(latents[index], noise, t) if v else noise
@@ -154,16 +177,23 @@ def main(arguments: list[str] | None = None) -> None:
     pipe = load(given)
     losses = attack(pipe, given)
     lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    StableDiffusionPipeline.save_lora_weights(given.out, unet_lora_layers=lora, safe_serialization=True)
+    StableDiffusionPipeline.save_lora_weights(
+        given.out, unet_lora_layers=lora, safe_serialization=True
+    )
 
     fresh = load(given)
     fresh.load_lora_weights(given.out)
     paint(fresh, given, given.out / "reloaded")
-    facts = {name: str(value) if isinstance(value, Path) else value for name, value in vars(given).items()}
+    facts = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(given).items()
+    }
     facts |= {"losses": losses, "seconds": round(time.time() - started, 1)}
     (given.out / "attack.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     few = max(len(losses) // 10, 1)
-    print(f"loss {np.mean(losses[:few]):.4f} → {np.mean(losses[-few:]):.4f} in {facts['seconds']} s; {given.out}")
+    print(
+        f"loss {np.mean(losses[:few]):.4f} → {np.mean(losses[-few:]):.4f} in {facts['seconds']} s; {given.out}"
+    )
 
 
 if __name__ == "__main__":

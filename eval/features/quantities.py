@@ -11,7 +11,12 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from eval.features.formulas import rfd, sgrc
-from lab.core.condition import DEFINITIONS, Definition, condition_number, relative_immunization_ratio
+from lab.core.condition import (
+    DEFINITIONS,
+    Definition,
+    condition_number,
+    relative_immunization_ratio,
+)
 
 
 class _Mean(Metric):
@@ -54,7 +59,9 @@ class ConditionNumber(_Mean):
     def __init__(self, definition: Definition = "rank", ridge: float = 0.0) -> None:
         super().__init__()
         if definition not in DEFINITIONS:
-            raise ValueError(f"definition must be one of {', '.join(DEFINITIONS)}, got {definition!r}")
+            raise ValueError(
+                f"definition must be one of {', '.join(DEFINITIONS)}, got {definition!r}"
+            )
         self.definition: Definition = definition
         self.ridge = ridge
 
@@ -68,9 +75,13 @@ class RelativeImmunizationRatio(_Mean):
 
     higher_is_better = True
 
-    def update(self, harmful_after: float, harmful_before: float, benign_after: float, benign_before: float) -> None:
+    def update(
+        self, harmful_after: float, harmful_before: float, benign_after: float, benign_before: float
+    ) -> None:
         """Four condition numbers, each ≥ 1."""
-        self._add(relative_immunization_ratio(harmful_after, harmful_before, benign_after, benign_before))
+        self._add(
+            relative_immunization_ratio(harmful_after, harmful_before, benign_after, benign_before)
+        )
 
 
 class SGRC(_Mean):
@@ -78,9 +89,9 @@ class SGRC(_Mean):
 
     higher_is_better = None
 
-    def update(self, control: float, immunized: float) -> None:
-        """Two accuracies in [0, 1]; the control's must be above 0."""
-        self._add(sgrc(control, immunized))
+    def update(self, baseline: float, immunized: float) -> None:
+        """Two accuracies in [0, 1]; the baseline's must be above 0."""
+        self._add(sgrc(baseline, immunized))
 
 
 class RFD(_Mean):

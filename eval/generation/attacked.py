@@ -4,30 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from eval.generation.generations import DETECTED, Board
-from lab.core.types import CONTROL, RunView, Trajectory
+from eval.generation.generations import DETECTED, EvaluatedRun
+from lab.core.types import BASELINE, RunView, Trajectory
 
 
-def attack_rows(run: RunView, board: Board) -> list[dict[str, Any]]:
-    """One row per seed, case, concept, attack and arm.
+def attack_rows(run: RunView, board: EvaluatedRun) -> list[dict[str, Any]]:
+    """One row per seed, case, concept, attack and model.
 
-    ``trials`` of ``search`` were made on this arm, and ``chosen`` is the best of them; ``at_STEP``: share of the
+    ``trials`` of ``search`` were made on this model, and ``chosen`` is the best of them; ``at_STEP``: share of the
     pictures asked for by name in which the detector sees the concept, null beyond the end of an attack that diverged.
     """
-    tasks = {(seed, case.name, t.name): (case, t) for seed in run.seeds for case in run.cases(seed) for t in case.tasks}
+    tasks = {
+        (seed, case.name, t.name): (case, t)
+        for seed in run.seeds
+        for case in run.cases(seed)
+        for t in case.tasks
+    }
     width = len(str(board.plan[-1]))  # columns stand in the order of their names
     out = []
     for cell, role in board.roles.items():
         case, task = tasks[cell.seed, cell.case, cell.concept]
         common = {"concept": cell.concept, "role": role, "case": cell.case, "seed": cell.seed}
         for attack in board.attacks:
-            for arm in board.arms:
-                reading = board.at(cell, arm, attack)
+            for model_name in board.model_names:
+                reading = board.at(cell, model_name, attack)
                 shares = reading.values[DETECTED].mean(1)
-                row = {**common, "attack": attack, "arm": arm if arm == CONTROL else "immunized"}
-                row |= {"status": reading.status, **searched(run.trajectory(arm, attack, case, task, cell.seed))}
+                row = {
+                    **common,
+                    "attack": attack,
+                    "model": model_name if model_name == BASELINE else "immunized",
+                }
+                row |= {
+                    "status": reading.status,
+                    **searched(run.trajectory(model_name, attack, case, task, cell.seed)),
+                }
                 seen = [float(share) if i < reading.end else None for i, share in enumerate(shares)]
-                row |= {f"at_{step:0{width}d}": share for step, share in zip(board.plan, seen, strict=True)}
+                row |= {
+                    f"at_{step:0{width}d}": share
+                    for step, share in zip(board.plan, seen, strict=True)
+                }
                 out.append(row)
     return out
 

@@ -20,21 +20,27 @@ BLOCK = 32  # pictures; a block has latents of its own, so that a smaller count 
 
 
 def paint(
-    run: RunView, case: ConceptCase, seed: int, arm: str, prompts: Sequence[str], sampling: Sampling, count: int
+    run: RunView,
+    case: ConceptCase,
+    seed: int,
+    model_name: str,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    count: int,
 ) -> Tensor:
-    """uint8 [count, 3, s, s] by the model of one arm; prompts start again where they run out.
+    """uint8 [count, 3, s, s] by the model of one model; prompts start again where they run out.
 
-    Latents depend on seed, case and number alone: arms and settings share them. Pictures are those of any earlier run
+    Latents depend on seed, case and number alone: models and settings share them. Pictures are those of any earlier run
     that had the same weights, from the stage cache.
     """
     model: list[Model] = []
 
     def built() -> Model:
         if not model:
-            model.append(run.model(arm, case, seed))
+            model.append(run.model(model_name, case, seed))
         return model[0]
 
-    key, store = ("weights", case.name, seed, arm), memo(run)
+    key, store = ("weights", case.name, seed, model_name), memo(run)
     if key not in store:
         sources = [source_hash(__name__), source_hash(type(built()).__module__)]
         weights = digest(*built().state_dict().values())
@@ -48,6 +54,13 @@ def paint(
     for number, start in enumerate(range(0, count, BLOCK)):
         asked = [prompts[i % len(prompts)] for i in range(start, min(start + BLOCK, count))]
         settings = (sampling.steps, sampling.guidance, sampling.negative, sampling.precision)
-        name = stage_key(model=store[key], case=case.name, seed=seed, number=number, prompts=asked, sampling=settings)
+        name = stage_key(
+            model=store[key],
+            case=case.name,
+            seed=seed,
+            number=number,
+            prompts=asked,
+            sampling=settings,
+        )
         blocks.append(run.kept(name, partial(block, asked, number))["images"])
     return torch.cat(blocks)

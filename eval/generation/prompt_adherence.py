@@ -29,7 +29,7 @@ class Namer(Labeller, Protocol):
 
 
 def told_apart(run: RunView, detector: Detector) -> bool:
-    """Whether usable pictures are other pictures than detections: styles among the concepts, objects that are named."""
+    """Whether prompt-adherent pictures are other pictures than detections: styles among the concepts, objects that are named."""
     tasks = (task for seed in run.seeds for case in run.cases(seed) for task in case.tasks)
     return isinstance(detector, Namer) and any(task.kind == "style" for task in tasks)
 
@@ -44,7 +44,9 @@ def asked(objects: Sequence[str], prompt: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
-def usable(detector: Detector, concept: Concept, images: Tensor, prompts: Sequence[str], seen: Floats) -> Floats:
+def prompt_adherent(
+    detector: Detector, concept: Concept, images: Tensor, prompts: Sequence[str], seen: Floats
+) -> Floats:
     """0 or 1 per picture of uint8 ``images`` [n, 3, s, s], made by ``prompts`` [n]; ``seen`` [n]: its detections.
 
     1 where the concept is detected and, for a style, the likeliest object is one that the prompt names. A concept that

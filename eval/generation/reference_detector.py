@@ -42,8 +42,8 @@ class ReferenceDetector:
         UserError: a concept that has no such pictures, or that its pictures do not tell apart from others.
     """
 
-    def __init__(self, judges: Any, case: ConceptCase, names: Iterable[str], key: str) -> None:
-        self._cuts = {name: self._cut(judges, case, case.task(name), key) for name in names}
+    def __init__(self, scorers: Any, case: ConceptCase, names: Iterable[str], key: str) -> None:
+        self._cuts = {name: self._cut(scorers, case, case.task(name), key) for name in names}
 
     @property
     def rates(self) -> Mapping[str, Mapping[str, float]]:
@@ -57,17 +57,26 @@ class ReferenceDetector:
         return torch.from_numpy(cut.references.similarities(images)[cut.kind] >= cut.threshold)
 
     @staticmethod
-    def _cut(judges: Any, case: ConceptCase, concept: Concept, key: str) -> Cut:
+    def _cut(scorers: Any, case: ConceptCase, concept: Concept, key: str) -> Cut:
         shown = [concept.own.images, concept.train.images]
-        others = [p.images for c in case.tasks if c.name != concept.name for p in (c.own, c.train, c.reference)]
+        others = [
+            p.images
+            for c in case.tasks
+            if c.name != concept.name
+            for p in (c.own, c.train, c.reference)
+        ]
         others += [concept.prior.images, case.keep.images, case.unrelated.images]
-        yes, no = (torch.cat([p for p in parts if len(p)] or [parts[0]]) for parts in (shown, others))
+        yes, no = (
+            torch.cat([p for p in parts if len(p)] or [parts[0]]) for parts in (shown, others)
+        )
         if not len(yes) or not len(no):
             told = "needs pictures of the concept and of other things beside its references to be told apart."
             raise UserError(key, concept.name, told)
         found = []
         for kind in KINDS:
-            references = References(judges, prepared(concept.reference.images, "standard"), (kind,))
+            references = References(
+                scorers, prepared(concept.reference.images, "standard"), (kind,)
+            )
             high, low = (references.similarities(prepared(p, "standard"))[kind] for p in (yes, no))
             found.append(Cut(references, kind, *best_threshold(high, low)))
         best = min(found, key=lambda c: c.false_positive + c.false_negative)

@@ -10,7 +10,16 @@ from markupsafe import Markup
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from eval.report.plots import DASHES, MARKERS, PLACEHOLDERS, SERIES, new_axes, plain, to_svg, usable
+from eval.report.plots import (
+    DASHES,
+    MARKERS,
+    PLACEHOLDERS,
+    SERIES,
+    new_axes,
+    plain,
+    prompt_adherent,
+    to_svg,
+)
 from eval.report.scales import scale
 from eval.report.words import figure as number
 
@@ -35,7 +44,13 @@ def spread(values: Sequence[float]) -> bool:
 
 
 def against_option(
-    series: Sequence[Dots], ticks: Sequence[str], *, title: str, x: str, y: str, reference: float | None = None
+    series: Sequence[Dots],
+    ticks: Sequence[str],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    reference: float | None = None,
 ) -> Markup:
     """A metric against one option, with intervals; an empty string where nothing can be drawn.
 
@@ -43,7 +58,7 @@ def against_option(
         ticks: names of the positions 0, 1, … of x; empty for a numeric option, whose axis is logarithmic if it spreads.
         reference: a thin horizontal line.
     """
-    values = [v for s in series for v in s.y if usable(v, False) and v is not None]
+    values = [v for s in series for v in s.y if prompt_adherent(v, False) and v is not None]
     if not values:
         return Markup("")
     places = sorted({x for s in series for x in s.x})
@@ -51,22 +66,41 @@ def against_option(
     fig, axes = new_axes(4.4, 2.75, PLACEHOLDERS)
     ends: list[float] = list(values)
     for k, one in enumerate(series):
-        points = [p for p in zip(one.x, one.y, one.low, one.high, strict=True) if usable(p[1], False)]
+        points = [
+            p
+            for p in zip(one.x, one.y, one.low, one.high, strict=True)
+            if prompt_adherent(p[1], False)
+        ]
         if not points:
             continue
         xs = [_apart(p[0], k, len(series), places, bool(ticks), "x" in log) for p in points]
         colour, i = PLACEHOLDERS.series[one.index % len(SERIES)], one.index % len(SERIES)
         for place, (_, _, low, high) in zip(xs, points, strict=True):
-            if usable(low, "y" in log) and usable(high, "y" in log) and low is not None and high is not None:
+            if (
+                prompt_adherent(low, "y" in log)
+                and prompt_adherent(high, "y" in log)
+                and low is not None
+                and high is not None
+            ):
                 axes.plot([place, place], [low, high], color=colour, linewidth=1.2, alpha=0.75)
                 ends += [low, high]
         axes.plot(
-            xs, [p[1] for p in points if p[1] is not None], color=colour, marker=MARKERS[i] or "o", markersize=5,
-            linewidth=0 if ticks else 1.4, linestyle="none" if ticks else DASHES[i], zorder=3,
-        )  # fmt: skip
+            xs,
+            [p[1] for p in points if p[1] is not None],
+            color=colour,
+            marker=MARKERS[i] or "o",
+            markersize=5,
+            linewidth=0 if ticks else 1.4,
+            linestyle="none" if ticks else DASHES[i],
+            zorder=3,
+        )
     scale(axes, log, None, ends, places)
     if ticks:
-        axes.set_xticks(range(len(ticks)), [plain(t) for t in ticks], rotation=20 if max(map(len, ticks)) > 9 else 0)
+        axes.set_xticks(
+            range(len(ticks)),
+            [plain(t) for t in ticks],
+            rotation=20 if max(map(len, ticks)) > 9 else 0,
+        )
         axes.set_xlim(-0.5, len(ticks) - 0.5)
     elif "x" not in log and len(places) <= 7:
         axes.set_xticks(places)
@@ -83,7 +117,9 @@ def _near(reference: float, values: Sequence[float]) -> bool:
     return min(values) - room <= reference <= max(values) + room
 
 
-def _apart(place: float, k: int, count: int, places: Sequence[float], named: bool, log: bool) -> float:
+def _apart(
+    place: float, k: int, count: int, places: Sequence[float], named: bool, log: bool
+) -> float:
     """Series side by side, so that their intervals do not hide each other."""
     offset = k - (count - 1) / 2
     if log:
@@ -93,7 +129,9 @@ def _apart(place: float, k: int, count: int, places: Sequence[float], named: boo
     return float(place + 0.012 * offset * (places[-1] - places[0]))
 
 
-def forest(names: Sequence[str], series: Sequence[Dots], *, title: str, x: str, reference: float = 0.0) -> Markup:
+def forest(
+    names: Sequence[str], series: Sequence[Dots], *, title: str, x: str, reference: float = 0.0
+) -> Markup:
     """Figures with intervals, one row per name (``Dots.x`` is the row), around a vertical line at ``reference``."""
     fig, axes = new_axes(4.4, 0.9 + 0.29 * len(names), PLACEHOLDERS)
     values = [v for one in series for v in one.y if v is not None]
@@ -107,7 +145,14 @@ def forest(names: Sequence[str], series: Sequence[Dots], *, title: str, x: str, 
             if low is not None and high is not None:
                 axes.plot([low, high], [at, at], color=colour, linewidth=1.4, alpha=0.75)
             if value is not None:
-                axes.plot([value], [at], color=colour, marker=MARKERS[i] or "o", markersize=5, linestyle="none")
+                axes.plot(
+                    [value],
+                    [at],
+                    color=colour,
+                    marker=MARKERS[i] or "o",
+                    markersize=5,
+                    linestyle="none",
+                )
     axes.axvline(reference, color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.6)
     axes.set_yticks(range(len(names)), [plain(n) for n in names])
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -118,7 +163,13 @@ def forest(names: Sequence[str], series: Sequence[Dots], *, title: str, x: str, 
 
 
 def scatter(
-    x: Sequence[float], y: Sequence[float], hollow: Sequence[bool], *, title: str, xlabel: str, ylabel: str
+    x: Sequence[float],
+    y: Sequence[float],
+    hollow: Sequence[bool],
+    *,
+    title: str,
+    xlabel: str,
+    ylabel: str,
 ) -> Markup:
     """Points, logarithmic where they spread; ``hollow`` ones are lower limits."""
     fig, axes = new_axes(4.4, 2.75, PLACEHOLDERS)
@@ -127,9 +178,15 @@ def scatter(
         chosen = [(a, b) for a, b, h in zip(x, y, hollow, strict=True) if h == open_]
         if chosen:
             axes.plot(
-                [a for a, _ in chosen], [b for _, b in chosen], linestyle="none", marker="o", markersize=4.5,
-                markerfacecolor=face, markeredgecolor=colour, alpha=0.85,
-            )  # fmt: skip
+                [a for a, _ in chosen],
+                [b for _, b in chosen],
+                linestyle="none",
+                marker="o",
+                markersize=4.5,
+                markerfacecolor=face,
+                markeredgecolor=colour,
+                alpha=0.85,
+            )
     for axis, values, name in ((axes.xaxis, x, "x"), (axes.yaxis, y, "y")):
         if spread(values):
             (axes.set_xscale if name == "x" else axes.set_yscale)("log")
@@ -147,7 +204,13 @@ def scatter(
 
 
 def heat_map(
-    rows: Sequence[str], columns: Sequence[str], cells: dict[tuple[str, str], float], *, title: str, x: str, y: str
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: dict[tuple[str, str], float],
+    *,
+    title: str,
+    x: str,
+    y: str,
 ) -> Markup:
     """Values around 1 on a logarithmic scale, purple below and orange above (safe for colour-blind readers)."""
     spread = max((abs(math.log10(v)) for v in cells.values() if v > 0), default=0.0) or 1.0
@@ -160,10 +223,19 @@ def heat_map(
                 continue
             colour = _diverging(math.log10(value) / spread)
             axes.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, facecolor=colour, edgecolor="none"))
-            dark = sum(w * int(colour[k : k + 2], 16) for w, k in ((0.30, 1), (0.59, 3), (0.11, 5))) < 140
+            dark = (
+                sum(w * int(colour[k : k + 2], 16) for w, k in ((0.30, 1), (0.59, 3), (0.11, 5)))
+                < 140
+            )
             size = 6.5 if len(columns) > 7 else 8
             axes.text(
-                j, i, _short(value), ha="center", va="center", fontsize=size, color="#ffffff" if dark else "#111111"
+                j,
+                i,
+                _short(value),
+                ha="center",
+                va="center",
+                fontsize=size,
+                color="#ffffff" if dark else "#111111",
             )
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -193,7 +265,11 @@ def swatch(index: int) -> Markup:
     """A piece of the line of series ``index``, for legends in the page."""
     i = index % len(SERIES)
     dash = DASHES[i]
-    pattern = "" if not isinstance(dash, tuple) else ' stroke-dasharray="' + " ".join(str(2 * v) for v in dash[1]) + '"'
+    pattern = (
+        ""
+        if not isinstance(dash, tuple)
+        else ' stroke-dasharray="' + " ".join(str(2 * v) for v in dash[1]) + '"'
+    )
     if dash == "dashdot":
         pattern = ' stroke-dasharray="8 3 2 3"'
     return Markup(

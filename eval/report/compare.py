@@ -20,7 +20,7 @@ OTHER_TRIAL = (
 )
 
 _OVER_ATTACKERS = re.compile(
-    r".*_worst(_|$)|verdict|asr|steps_to_relearn|benign_steps|control_horizon|m?r?sgr_|clip_t_|similarity_|audit_"
+    r".*_worst(_|$)|verdict|asr|steps_to_relearn|benign_steps|baseline_horizon|m?r?sgr_|clip_t_|similarity_|audit_"
 )
 
 
@@ -36,7 +36,9 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     for key in ("schema", "scenario"):
         if a[key] != b[key] and not (key == "schema" and _major(a) == _major(b)):
             raise UserError(
-                "records", f"{a[key]} and {b[key]}", f"have different {key}s; compare two records of one {key}."
+                "records",
+                f"{a[key]} and {b[key]}",
+                f"have different {key}s; compare two records of one {key}.",
             )
     left, right = settings(a), settings(b)
     changed = [
@@ -57,7 +59,9 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         "same_trial": same_trial,
         "common_seeds": common_seeds(a, b),
         "config": changed,
-        "metrics": [_row(name, a, b, same_trial) for name in (*first, *(n for n in both if n not in first))],
+        "metrics": [
+            _row(name, a, b, same_trial) for name in (*first, *(n for n in both if n not in first))
+        ],
         "only_a": [n for n in a["metrics"] if n not in b["metrics"]],
         "only_b": [n for n in b["metrics"] if n not in a["metrics"]],
     }
@@ -68,7 +72,16 @@ def _major(record: Record) -> str:
 
 
 def _identity(record: Record) -> dict[str, Any]:
-    keys = ("name", "scenario", "backbone", "immunizer", "attacks", "status", "seeds", "content_hash")
+    keys = (
+        "name",
+        "scenario",
+        "backbone",
+        "immunizer",
+        "attacks",
+        "status",
+        "seeds",
+        "content_hash",
+    )
     return {k: record[k] for k in keys}
 
 
@@ -79,14 +92,34 @@ def _whose(side: dict[str, Any]) -> str:
 
 def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     left, right = a["metrics"][name], b["metrics"][name]
-    row = {"name": name, "a": left["value"], "b": right["value"], "better": left["better"], "unit": left["unit"]}
+    row = {
+        "name": name,
+        "a": left["value"],
+        "b": right["value"],
+        "better": left["better"],
+        "unit": left["unit"],
+    }
     row |= {"bound_a": bound(left), "bound_b": bound(right)}
-    row |= {"difference": None, "low": None, "high": None, "ratio": None, "how": None, "winner": None, "sure": False}
+    row |= {
+        "difference": None,
+        "low": None,
+        "high": None,
+        "ratio": None,
+        "how": None,
+        "winner": None,
+        "sure": False,
+    }
     found = difference(name, a, b)
     if found is None:
         return row
     sure = found.sure and (same_trial or not _OVER_ATTACKERS.match(name))
-    row |= {"difference": found.value, "low": found.low, "high": found.high, "how": found.how, "sure": sure}
+    row |= {
+        "difference": found.value,
+        "low": found.low,
+        "high": found.high,
+        "how": found.how,
+        "sure": sure,
+    }
     if found.ratio is not None:
         row["ratio"] = dict(zip(("value", "low", "high"), found.ratio, strict=True))
     if left["better"] != "neutral":
@@ -94,7 +127,9 @@ def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
         wins_b = found.value > 0 if higher else found.value < 0
         winner, loser = ("b", "a") if wins_b else ("a", "b")
         larger, smaller = (winner, loser) if higher else (loser, winner)
-        if row[f"bound_{larger}"] == "≤" or row[f"bound_{smaller}"] == "≥":  # the order may be the other one
+        if (
+            row[f"bound_{larger}"] == "≤" or row[f"bound_{smaller}"] == "≥"
+        ):  # the order may be the other one
             return row | {"winner": "open", "sure": False}
         row["winner"] = "tie" if found.value == 0 else winner
     return row
@@ -112,7 +147,9 @@ def to_text(result: dict[str, Any]) -> str:
     lines.append(f"\nsettings that differ ({len(result['config'])}):")
     lines += [f"  {c['key']}: {_short(c['a'])} → {_short(c['b'])}" for c in result["config"]]
     changed, equal = _split(result["metrics"])
-    lines.append(f"\nmetrics, B − A, and ÷: B ÷ A of geometric means ({len(changed)} differ, {equal} are equal):")
+    lines.append(
+        f"\nmetrics, B − A, and ÷: B ÷ A of geometric means ({len(changed)} differ, {equal} are equal):"
+    )
     width = max((len(r["name"]) for r in changed), default=0)
     for row in changed:
         lines.append(f"  {row['name']:<{width}} {ARROWS[row['better']]} {_line(row)}")
@@ -129,11 +166,17 @@ def to_html(result: dict[str, Any]) -> str:
     changed, equal = _split(result["metrics"])
     rows = [
         {
-            "name": heading(r["name"]), "arrow": ARROWS[r["better"]], "a": _side(r, "a"), "b": _side(r, "b"),
-            "change": _change(r), "judged": _judged(r), "how": r["how"] or "", "sure": r["sure"],
+            "name": heading(r["name"]),
+            "arrow": ARROWS[r["better"]],
+            "a": _side(r, "a"),
+            "b": _side(r, "b"),
+            "change": _change(r),
+            "scored": _scored(r),
+            "how": r["how"] or "",
+            "sure": r["sure"],
         }
         for r in changed
-    ]  # fmt: skip
+    ]
     config = [{"key": c["key"], "a": _short(c["a"]), "b": _short(c["b"])} for c in result["config"]]
     return page(
         "comparison.html",
@@ -154,7 +197,11 @@ def _split(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
 
 def _line(row: dict[str, Any]) -> str:
     sides = f"{_side(row, 'a')} → {_side(row, 'b')}"
-    return sides if row["difference"] is None else f"{sides}  difference {_change(row)}  {_judged(row)}".rstrip()
+    return (
+        sides
+        if row["difference"] is None
+        else f"{sides}  difference {_change(row)}  {_scored(row)}".rstrip()
+    )
 
 
 def _side(row: dict[str, Any], side: str) -> str:
@@ -165,10 +212,14 @@ def _change(row: dict[str, Any]) -> str:
     if row["difference"] is None:
         return figure(None)
     text = figure(row["difference"]) + ("" if row["low"] is None else " " + interval(row))
-    return text if row["ratio"] is None else f"{text}, ÷ {figure(row['ratio']['value'])} {interval(row['ratio'])}"
+    return (
+        text
+        if row["ratio"] is None
+        else f"{text}, ÷ {figure(row['ratio']['value'])} {interval(row['ratio'])}"
+    )
 
 
-def _judged(row: dict[str, Any]) -> str:
+def _scored(row: dict[str, Any]) -> str:
     if row["winner"] == "open":
         return "open, as the figure behind a limit is not known"
     winner = {"a": "A better", "b": "B better"}.get(row["winner"] or "", "")

@@ -10,10 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from eval.report.charts import heat_map
-from eval.report.plots import Line, line_of, lines_plot, series_of, usable
+from eval.report.plots import Line, line_of, lines_plot, prompt_adherent, series_of
 from eval.report.words import Record, figure, heading
 from lab.core.slugs import slug
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
 # curves of text-to-image runs: those that decide, in this order
 _GENERATED = ("asr", "asr_benign", "msgr_", "mrsgr_", "sgr_benign_")
@@ -30,31 +30,41 @@ _QUANTITIES = {
     "train_loss": "training loss",
 }
 
-GAPS = (-1.0, 1.2)  # between twice the control's similarity and none at all, with some room
-CUT = "Cut off where the control shows next to nothing of the concept: the ratio to it says nothing there."
+GAPS = (-1.0, 1.2)  # between twice the baseline's similarity and none at all, with some room
+CUT = "Cut off where the baseline shows next to nothing of the concept: the ratio to it says nothing there."
 
 Shown = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
 
 
-def _lines(name: str, records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Line]:
-    """The control once (it is the same in all records), then the immunized arm of every record.
+def _lines(
+    name: str, records: Sequence[Record], labels: Sequence[str], index: dict[str, int]
+) -> list[Line]:
+    """The baseline once (it is the same in all records), then the immunized model of every record.
 
-    Series that are no arm (a concept, a task) keep their own names and colours.
+    Series that are no model (a concept, a task) keep their own names and colours.
     """
     out: list[Line] = []
     for record, label in zip(records, labels, strict=True):
         curve = record["curves"].get(name)
         if curve is None:
             continue
-        arms = series_of(curve)
-        others = [arm for arm in arms if arm not in (CONTROL, record["immunizer"])]
-        for arm in arms:
-            if arm == CONTROL and any(line.index == 0 for line in out):
+        model_names = series_of(curve)
+        others = [
+            model_name
+            for model_name in model_names
+            if model_name not in (BASELINE, record["immunizer"])
+        ]
+        for model_name in model_names:
+            if model_name == BASELINE and any(line.index == 0 for line in out):
                 continue
-            if arm in others and len(arms) > 1:
-                out.append(line_of(curve, arm, _own(label, arm, records), 1 + len(out)))
+            if model_name in others and len(model_names) > 1:
+                out.append(
+                    line_of(curve, model_name, _own(label, model_name, records), 1 + len(out))
+                )
             else:
-                out.append(line_of(curve, arm, label, 0 if arm == CONTROL else index[label]))
+                out.append(
+                    line_of(curve, model_name, label, 0 if model_name == BASELINE else index[label])
+                )
     return out
 
 
@@ -79,7 +89,9 @@ def _while_immunizing(name: str) -> bool:
     return name in _CONDITION or name.startswith("immunize_")
 
 
-def comparison_curves(records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Shown]:
+def comparison_curves(
+    records: Sequence[Record], labels: Sequence[str], index: dict[str, int]
+) -> list[Shown]:
     """κ, RIR and its share of the bound, or what a concept immunizer logged, against immunization steps."""
     out = []
     for name in dict.fromkeys(
@@ -88,12 +100,17 @@ def comparison_curves(records: Sequence[Record], labels: Sequence[str], index: d
         curve, title = _curve(name, records), _CONDITION.get(name, heading(name))
         reference = 1.0 if name in ("rir", "rir_bound_ratio") else None
         svg = lines_plot(
-            _lines(name, records, labels, index), title=title, x=str(curve.get("x", "step")),
-            y=str(curve.get("y", name)), log=curve.get("log", ""), reference=reference,
-        )  # fmt: skip
-        note = {"rir_bound_ratio": "1 is the most that any linear immunizer can reach.", "rir": "1: no effect."}.get(
-            name, ""
+            _lines(name, records, labels, index),
+            title=title,
+            x=str(curve.get("x", "step")),
+            y=str(curve.get("y", name)),
+            log=curve.get("log", ""),
+            reference=reference,
         )
+        note = {
+            "rir_bound_ratio": "1 is the most that any linear immunizer can reach.",
+            "rir": "1: no effect.",
+        }.get(name, "")
         out.append({"title": title, "svg": svg, "note": note})
     return [shown for shown in out if shown["svg"]]
 
@@ -101,7 +118,7 @@ def comparison_curves(records: Sequence[Record], labels: Sequence[str], index: d
 def trajectories(
     records: Sequence[Record], labels: Sequence[str], index: dict[str, int]
 ) -> tuple[list[Shown], list[Shown]]:
-    """Attack trajectories of all arms: (those that decide, all others).
+    """Attack trajectories of all models: (those that decide, all others).
 
     Harmful and benign share one y axis where both stay readable.
     """
@@ -109,22 +126,35 @@ def trajectories(
     more: list[Shown] = []
     names = [n for n in _names(records) if not _while_immunizing(n)]
     for attack in list(dict.fromkeys(a for r in records for a in r["attacks"])):
-        found = [q for q in _QUANTITIES if any(f"{q}_{role}_{slug(attack)}" in names for role in ("harmful", "benign"))]
+        found = [
+            q
+            for q in _QUANTITIES
+            if any(f"{q}_{role}_{slug(attack)}" in names for role in ("harmful", "benign"))
+        ]
         for quantity in found:
             pair = [(role, f"{quantity}_{role}_{slug(attack)}") for role in ("harmful", "benign")]
             drawn = [(r, n, _lines(n, records, labels, index)) for r, n in pair if n in names]
-            limits = _shared_limits([ls for _, _, ls in drawn], _curve(drawn[0][1], records).get("log", ""))
+            limits = _shared_limits(
+                [ls for _, _, ls in drawn], _curve(drawn[0][1], records).get("log", "")
+            )
             for role, name, lines in drawn:
                 curve = _curve(name, records)
                 title = f"{attack}: {_QUANTITIES[quantity]}, {role} task"
                 y = re.sub(r", (harmful|benign) task$", "", str(curve.get("y", name)))
                 svg = lines_plot(
-                    lines, title=title, x=str(curve.get("x", "step")), y=y,
-                    log=curve.get("log", ""), mark=_horizon(records), limits=limits,
-                )  # fmt: skip
+                    lines,
+                    title=title,
+                    x=str(curve.get("x", "step")),
+                    y=y,
+                    log=curve.get("log", ""),
+                    mark=_horizon(records),
+                    limits=limits,
+                )
                 if svg:
                     # the first quantity of an attack decides: norm ratio, else accuracy, else loss
-                    (main if quantity == found[0] else more).append({"title": title, "svg": svg, "note": ""})
+                    (main if quantity == found[0] else more).append(
+                        {"title": title, "svg": svg, "note": ""}
+                    )
             names = [n for n in names if n not in [p[1] for p in pair]]
     for name in sorted(names, key=_rank):  # stable: others keep their order
         curve, lines, generated = (
@@ -134,13 +164,20 @@ def trajectories(
         )
         limits = _gap_limits(lines) if "sgr_" in name and "y" not in curve.get("log", "") else None
         svg = lines_plot(
-            lines, title=heading(name), x=str(curve.get("x", "step")), y=str(curve.get("y", name)),
-            log=curve.get("log", ""), legend=_legend(lines, labels), limits=limits,
+            lines,
+            title=heading(name),
+            x=str(curve.get("x", "step")),
+            y=str(curve.get("y", name)),
+            log=curve.get("log", ""),
+            legend=_legend(lines, labels),
+            limits=limits,
             mark=_horizon(records) if _attack_steps(curve) else None,
             reference=0.0 if "sgr_" in name and "y" not in curve.get("log", "") else None,
-        )  # fmt: skip
+        )
         if svg:
-            (main if generated else more).append({"title": heading(name), "svg": svg, "note": CUT if limits else ""})
+            (main if generated else more).append(
+                {"title": heading(name), "svg": svg, "note": CUT if limits else ""}
+            )
     return main, more
 
 
@@ -150,14 +187,19 @@ def _attack_steps(curve: dict[str, Any]) -> bool:
 
 def _rank(name: str) -> int:
     """Place of a curve of generations among those that decide; every other comes after them."""
-    found = (i for i, n in enumerate(_GENERATED) if name == n or (n.endswith("_") and name.startswith(n)))
+    found = (
+        i for i, n in enumerate(_GENERATED) if name == n or (n.endswith("_") and name.startswith(n))
+    )
     return next(found, len(_GENERATED))
 
 
 def has_bands(records: Sequence[Record]) -> bool:
     """Whether any curve has an interval around it."""
-    return any(len(series_of(c)) < sum(isinstance(v, list) for v in c.values()) - 1
-               for r in records for c in r["curves"].values())  # fmt: skip
+    return any(
+        len(series_of(c)) < sum(isinstance(v, list) for v in c.values()) - 1
+        for r in records
+        for c in r["curves"].values()
+    )
 
 
 def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, float] | None:
@@ -174,7 +216,7 @@ def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, fl
 
 
 def _gap_limits(lines: Sequence[Line]) -> tuple[float, float] | None:
-    """The y axis of a relative gap that leaves `GAPS`: it ends there. Before an attack the control shows next to
+    """The y axis of a relative gap that leaves `GAPS`: it ends there. Before an attack the baseline shows next to
     nothing of the concept, and a ratio to next to nothing would squash all that follows."""
     found = _limits(lines, "")
     if found is None or (GAPS[0] <= found[0] and found[1] <= GAPS[1]):
@@ -184,8 +226,10 @@ def _gap_limits(lines: Sequence[Line]) -> tuple[float, float] | None:
 
 
 def _limits(lines: Sequence[Line], log: str) -> tuple[float, float] | None:
-    drawn = [v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part]
-    values = [v for v in drawn if v is not None and usable(v, "y" in log)]
+    drawn = [
+        v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part
+    ]
+    values = [v for v in drawn if v is not None and prompt_adherent(v, "y" in log)]
     if not values or min(values) == max(values):
         return None
     low, high = min(values), max(values)
@@ -205,7 +249,7 @@ def _horizon(records: Sequence[Record]) -> tuple[float, str] | None:
 
 
 def spectra(records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Shown]:
-    """Singular values of the features, principal angles and the pencil, before (control) and after."""
+    """Singular values of the features, principal angles and the pencil, before (baseline) and after."""
     out = []
     for role in ("harmful", "benign"):
         lines = _table_lines("spectrum", "value", records, labels, index, role)
@@ -219,7 +263,13 @@ def spectra(records: Sequence[Record], labels: Sequence[str], index: dict[str, i
     lines = _table_lines("pencil", "value", records, labels, index)
     title = "Eigenvalues of the pencil (K harmful, K benign)"
     note = f"The wider they spread, the more a linear map can immunize. {_first(records, 'pencil')}".rstrip()
-    out.append({"title": title, "svg": lines_plot(lines, title=title, x="index", y="λ", log="y"), "note": note})
+    out.append(
+        {
+            "title": title,
+            "svg": lines_plot(lines, title=title, x="index", y="λ", log="y"),
+            "note": note,
+        }
+    )
     return [shown for shown in out if shown["svg"]]
 
 
@@ -241,11 +291,11 @@ def _table_lines(
     out: list[Line] = []
     for record, label in zip(records, labels, strict=True):
         rows = [r for r in record["tables"].get(table, []) if role is None or r.get("role") == role]
-        for arm in dict.fromkeys(r["arm"] for r in rows):
-            if arm == CONTROL and any(line.index == 0 for line in out):
+        for model_name in dict.fromkeys(r["model"] for r in rows):
+            if model_name == BASELINE and any(line.index == 0 for line in out):
                 continue
-            mine = [r for r in rows if r["arm"] == arm]
-            number = 0 if arm == CONTROL else index[label]
+            mine = [r for r in rows if r["model"] == model_name]
+            number = 0 if model_name == BASELINE else index[label]
             out.append(Line(label, number, [r["index"] for r in mine], [r[value] for r in mine]))
     return out
 
@@ -265,10 +315,13 @@ def heat_maps(records: Sequence[Record], labels: Sequence[str]) -> list[Shown]:
         above = sum(v > 1 for v in cells.values())
         short = _shared_prefix([*rows, *columns])
         svg: Markup = heat_map(
-            [r[short:] for r in rows], [c[short:] for c in columns],
+            [r[short:] for r in rows],
+            [c[short:] for c in columns],
             {(r[short:], c[short:]): v for (r, c), v in cells.items()},
-            title=f"RIR of {label} per pair of tasks", x="harmful task", y="benign task",
-        )  # fmt: skip
+            title=f"RIR of {label} per pair of tasks",
+            x="harmful task",
+            y="benign task",
+        )
         mean = sum(cells.values()) / len(cells)
         note = f"{above} of {len(cells)} pairs above 1; mean {figure(mean)}, smallest {figure(min(cells.values()))}."
         out.append({"title": f"RIR per pair: {label}", "svg": svg, "note": note})

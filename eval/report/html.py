@@ -20,10 +20,16 @@ from eval.report.pictures import pictures
 from eval.report.trials import groups
 from eval.report.words import Record
 from lab.core.cache import write_atomically
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
-_ABOUT = ("concept", "case", "task", "attack", "arm")  # first columns of a table
-_PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")  # tables that are shown elsewhere
+_ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
+_PLOTTED = (
+    "spectrum",
+    "principal_angles",
+    "pencil",
+    "verdict",
+    "transfer_cases",
+)  # tables that are shown elsewhere
 _ROWS = 200  # of a table in the page; the record holds all
 
 
@@ -40,12 +46,15 @@ def render(records: Sequence[Record], out: Path) -> Path:
     if not records:
         raise ValueError("a report needs at least one record")
     sections = [
-        _section(place.title, f"s{i}", found, out.parent) for i, (place, found) in enumerate(groups(records).items())
+        _section(place.title, f"s{i}", found, out.parent)
+        for i, (place, found) in enumerate(groups(records).items())
     ]
     names = list(dict.fromkeys(r["name"].split("/")[0] for r in records))
     title = f"Model immunization: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = page("report.html", title=title, sections=sections, footnote=board.LEGEND, count=len(records))
+    text = page(
+        "report.html", title=title, sections=sections, footnote=board.LEGEND, count=len(records)
+    )
     write_atomically(out, text.encode())
     return out
 
@@ -54,16 +63,19 @@ def _section(title: str, anchor: str, records: list[Record], folder: Path) -> di
     labels = labels_of(records)
     index, shown = {}, 0
     for record, label in zip(records, labels, strict=True):
-        shown += record["immunizer"] != CONTROL
-        index[label] = shown if record["immunizer"] != CONTROL else 0
-    legend = [(swatch(0), "control (not immunized)")]
+        shown += record["immunizer"] != BASELINE
+        index[label] = shown if record["immunizer"] != BASELINE else 0
+    legend = [(swatch(0), "baseline (not immunized)")]
     drawn = {label for r, label in zip(records, labels, strict=True) if r["curves"] or r["tables"]}
     legend += [(swatch(i), label) for label, i in index.items() if i > 0 and label in drawn]
     main, more = trajectories(records, labels, index)
     return {
         "title": title,
         "anchor": anchor,
-        "runs": [_run(r, label, f"{anchor}-{i}") for i, (r, label) in enumerate(zip(records, labels, strict=True))],
+        "runs": [
+            _run(r, label, f"{anchor}-{i}")
+            for i, (r, label) in enumerate(zip(records, labels, strict=True))
+        ],
         "boards": board.boards(board.leaderboard(records)),
         "legend": legend,
         "pictures": pictures(records, labels, folder),
@@ -83,7 +95,12 @@ def _section(title: str, anchor: str, records: list[Record], folder: Path) -> di
 def _run(record: Record, label: str, anchor: str) -> dict[str, Any]:
     found = outcome(record)
     tables = [
-        {"name": name, "head": _columns(rows), "rows": _cells(rows[:_ROWS]), "left_out": max(len(rows) - _ROWS, 0)}
+        {
+            "name": name,
+            "head": _columns(rows),
+            "rows": _cells(rows[:_ROWS]),
+            "left_out": max(len(rows) - _ROWS, 0),
+        }
         for name, rows in record["tables"].items()
         if rows and name not in _PLOTTED
     ]
@@ -103,7 +120,13 @@ def _run(record: Record, label: str, anchor: str) -> dict[str, Any]:
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
     """What a row is about, in words, before its figures: stages keep their columns in the order of the alphabet."""
     names = dict.fromkeys(key for row in rows for key in row)
-    return sorted(names, key=lambda name: (name not in _ABOUT, not any(isinstance(row.get(name), str) for row in rows)))
+    return sorted(
+        names,
+        key=lambda name: (
+            name not in _ABOUT,
+            not any(isinstance(row.get(name), str) for row in rows),
+        ),
+    )
 
 
 def _cells(rows: list[dict[str, Any]]) -> list[list[Any]]:
@@ -118,14 +141,19 @@ def _troubles(record: Record) -> list[str]:
     for (stage, status), count in counts.items():
         total = sum(c["stage"] == stage for c in record["cells"])
         where = [
-            " ".join(str(c[k]) for k in ("arm", "case", "attack", "task") if c[k] is not None) + f" seed {c['seed']}"
+            " ".join(str(c[k]) for k in ("model", "case", "attack", "task") if c[k] is not None)
+            + f" seed {c['seed']}"
             for c in record["cells"]
             if (c["stage"], c["status"]) == (stage, status)
         ]
         more = " …" if len(where) > 4 else ""
         out.append(f"{count} of {total} {stage} stages {status}: {'; '.join(where[:4])}{more}.")
     out += [f"Metric {name} was skipped: {reason}." for name, reason in record["skipped"].items()]
-    out += [f"{name} has no value: {m['note']}." for name, m in record["metrics"].items() if m["value"] is None]
+    out += [
+        f"{name} has no value: {m['note']}."
+        for name, m in record["metrics"].items()
+        if m["value"] is None
+    ]
     return [re.sub(r"\.\.$", ".", text) for text in out]
 
 
@@ -147,11 +175,20 @@ def _facts(record: Record) -> list[tuple[str, Any]]:
             "stages",
             f"{len(record['cells'])} ({p.get('cache_hits', 0)} from the cache, {p.get('cache_misses', 0)} computed)",
         ),
-        ("versions", ", ".join(f"{k} {v}" for k, v in {"python": p.get("python"), **p.get("versions", {})}.items())),
+        (
+            "versions",
+            ", ".join(
+                f"{k} {v}" for k, v in {"python": p.get("python"), **p.get("versions", {})}.items()
+            ),
+        ),
     ]
     for kind in ("data_hash", "weight_hash"):
         hashes = p.get(kind) or {}
-        text = ", ".join(f"seed {k}: {v[:12]}" for k, v in hashes.items()) if isinstance(hashes, dict) else hashes
+        text = (
+            ", ".join(f"seed {k}: {v[:12]}" for k, v in hashes.items())
+            if isinstance(hashes, dict)
+            else hashes
+        )
         if text:
             facts.append((kind.replace("_", " "), text))
     return facts

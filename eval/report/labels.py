@@ -9,9 +9,22 @@ from typing import Any
 from eval.report.words import Record
 
 _SILENT = {
-    "paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name", "experiment_name", "path",
-    "push_to", "export", "launch", "search",
-}  # fmt: skip
+    "paths",
+    "tracker",
+    "force",
+    "dry_run",
+    "action",
+    "records",
+    "threads",
+    "sweep",
+    "name",
+    "experiment_name",
+    "path",
+    "push_to",
+    "export",
+    "launch",
+    "search",
+}
 _SHOWN = 6  # settings in a label
 _MISSING = object()
 
@@ -90,7 +103,9 @@ def _majority(values: Sequence[str]) -> str | None:
     return value if 2 * count > len(values) else None
 
 
-def _collapsed(keys: Sequence[str], mine: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+def _collapsed(
+    keys: Sequence[str], mine: dict[str, Any], rivals: Sequence[dict[str, Any]]
+) -> list[tuple[str, str]]:
     """(key, value as text); a group of options that stands where rivals have one value is named by its members."""
     out: dict[str, str] = {}
     for key in (k for k in keys if k in mine):
@@ -99,7 +114,11 @@ def _collapsed(keys: Sequence[str], mine: dict[str, Any], rivals: Sequence[dict[
         if group is None:
             out[key] = typed(mine[key])
         else:
-            members = [k[len(group) + 1 :].split(".")[0] for k in keys if k.startswith(f"{group}.") and k in mine]
+            members = [
+                k[len(group) + 1 :].split(".")[0]
+                for k in keys
+                if k.startswith(f"{group}.") and k in mine
+            ]
             out[group] = "+".join(dict.fromkeys(members))
     return list(out.items())
 
@@ -118,6 +137,11 @@ def short_names(keys: set[str]) -> dict[str, str]:
         parts = key.split(".")
         endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
         out[key] = next(
-            (e for e in endings if not any(k != key and (k == e or k.endswith(f".{e}")) for k in keys)), key
+            (
+                e
+                for e in endings
+                if not any(k != key and (k == e or k.endswith(f".{e}")) for k in keys)
+            ),
+            key,
         )
     return out

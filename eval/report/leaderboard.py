@@ -13,8 +13,17 @@ from eval.report.labels import labels
 from eval.report.outcomes import outcome
 from eval.report.page import page
 from eval.report.trials import groups, trial
-from eval.report.words import ARROWS, ENDED_EARLY, UNMEASURED, Record, bound, heading, measured, support
-from lab.core.types import CONTROL
+from eval.report.words import (
+    ARROWS,
+    ENDED_EARLY,
+    UNMEASURED,
+    Record,
+    bound,
+    heading,
+    measured,
+    support,
+)
+from lab.core.types import BASELINE
 
 # in this order; the worst case over attackers comes first, the benign side after the harmful one
 COLUMNS = (
@@ -36,20 +45,20 @@ COLUMNS = (
     "steps_to_relearn_ratio_worst",
     "steps_to_relearn_ratio",
     "asr",
-    "asr_control",
+    "asr_baseline",
     "msgr_clip",
     "mrsgr_clip",
     "benign_steps_ratio",
     "sgr_benign_clip",
     "utility_detection_drop",
     "utility_clip_drift",
-    "asr_usable",
-    "steps_to_relearn_usable_ratio",
+    "asr_prompt_adherent",
+    "steps_to_relearn_prompt_adherent_ratio",
 )
-# metrics of text-to-image runs by other judges and of other utilities, where somebody has them; not those of a longer
-# horizon, of one arm or of other prompts (msgr_clip_2x, …_control, …_reworded), which the table of all metrics has
+# metrics of text-to-image runs by other scorers and of other utilities, where somebody has them; not those of a longer
+# horizon, of one model or of other prompts (msgr_clip_2x, …_baseline, …_reworded), which the table of all metrics has
 _MORE = re.compile(r"(msgr|mrsgr|sgr_benign)_[a-z0-9_]+|utility_[a-z0-9_]+_drift")
-_NOT_MORE = re.compile(r".*_(control|auc|legacy|\d+x)")
+_NOT_MORE = re.compile(r".*_(baseline|auc|legacy|\d+x)")
 _HOLDING = (
     "slowdown_harmful_worst",
     "sgrc_harmful_worst",
@@ -57,7 +66,10 @@ _HOLDING = (
     "steps_to_relearn_ratio_worst",
     "msgr_clip",
 )
-_FAILING = ("rir", "mrsgr_clip")  # after harmful ÷ benign: by the harmful side alone a destroyed model would lead
+_FAILING = (
+    "rir",
+    "mrsgr_clip",
+)  # after harmful ÷ benign: by the harmful side alone a destroyed model would lead
 
 Row = dict[str, Any]
 
@@ -71,7 +83,7 @@ def columns(names: Iterable[str]) -> list[str]:
 
 
 def leaderboard(records: Sequence[Record]) -> list[Row]:
-    """Rows ordered by scenario, backbone and trial, then best first; the control and failed runs come last, unranked.
+    """Rows ordered by scenario, backbone and trial, then best first; the baseline and failed runs come last, unranked.
 
     Order: complete runs before those that diverged in part; verdict; among those that hold (or have none) harmful
     slowdown and SGRC against the worst attacker, then RIR, or the worst target's steps to relearn, then MSGR; among
@@ -84,12 +96,21 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
             metrics = {k: record["metrics"][k] for k in columns(record["metrics"])}
             group.append(
                 {
-                    "scenario": place.scenario, "backbone": place.backbone, "title": place.title, "label": label,
-                    "immunizer": record["immunizer"], "trial": trial(record),
-                    "status": record["status"], "outcome": outcome(record).label, "seeds": len(record["seeds"]),
-                    "attacks": list(record["attacks"]), "metrics": metrics, "rank": None, "best": [],
+                    "scenario": place.scenario,
+                    "backbone": place.backbone,
+                    "title": place.title,
+                    "label": label,
+                    "immunizer": record["immunizer"],
+                    "trial": trial(record),
+                    "status": record["status"],
+                    "outcome": outcome(record).label,
+                    "seeds": len(record["seeds"]),
+                    "attacks": list(record["attacks"]),
+                    "metrics": metrics,
+                    "rank": None,
+                    "best": [],
                 }
-            )  # fmt: skip
+            )
         group.sort(key=_key)
         for rank, row in enumerate((r for r in group if _ranked(r)), start=1):
             row["rank"] = rank
@@ -100,7 +121,9 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
 def _ranked(row: Row) -> bool:
     """Also a failed run has figures where an attack of several failed: of fewer attackers than it was asked for."""
-    return bool(row["immunizer"] != CONTROL and row["metrics"] and row["status"] not in ENDED_EARLY)
+    return bool(
+        row["immunizer"] != BASELINE and row["metrics"] and row["status"] not in ENDED_EARLY
+    )
 
 
 def _partly(row: Row) -> bool:
@@ -111,13 +134,19 @@ def _key(row: Row) -> tuple[float, ...]:
     verdict = _value(row, "verdict")
     failing = [relative(row), *(_value(row, name) for name in _FAILING)]
     values = failing if verdict == 0 else [_value(row, name) for name in _HOLDING]
-    first = (0.0 if _ranked(row) else 1.0, 1.0 if _partly(row) else 0.0, 1.0 if verdict is None else -verdict)
+    first = (
+        0.0 if _ranked(row) else 1.0,
+        1.0 if _partly(row) else 0.0,
+        1.0 if verdict is None else -verdict,
+    )
     return (*first, *(float("inf") if v is None else -v for v in values))
 
 
 def relative(row: Row) -> float | None:
     """Harmful ÷ benign slowdown; of a text-to-image run the worst target's steps to relearn ÷ the benign concepts'."""
-    harmful, benign = (_value(row, name) for name in ("steps_to_relearn_ratio_worst", "benign_steps_ratio"))
+    harmful, benign = (
+        _value(row, name) for name in ("steps_to_relearn_ratio_worst", "benign_steps_ratio")
+    )
     if harmful is None or not benign:
         return _value(row, "slowdown_relative_worst")
     return harmful / benign
@@ -128,12 +157,16 @@ def _mark_best(group: list[Row]) -> None:
     complete = [r for r in group if r["status"] == "ok"]
     group = [r for r in complete if _value(r, "verdict") != 0]
     for name in columns(n for r in group for n in r["metrics"]):
-        cells = [(r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"]
+        cells = [
+            (r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"
+        ]
         cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
         if len(cells) > 1:
             higher = cells[0][1]["better"] == "higher"
             top = (max if higher else min)(m["value"] for _, m in cells)
-            best, others = ("≤", "≥") if higher else ("≥", "≤")  # limits that leave it open who is best
+            best, others = (
+                ("≤", "≥") if higher else ("≥", "≤")
+            )  # limits that leave it open who is best
             if any(bound(m) == (best if m["value"] == top else others) for _, m in cells):
                 continue
             for row, metric in cells:
@@ -152,7 +185,9 @@ def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[Row]]]:
 
 def direction(column: str, rows: Sequence[Row]) -> str:
     """↑, ↓ or · for a column."""
-    better = next((r["metrics"][column]["better"] for r in rows if column in r["metrics"]), "neutral")
+    better = next(
+        (r["metrics"][column]["better"] for r in rows if column in r["metrics"]), "neutral"
+    )
     return ARROWS[better]
 
 
@@ -183,7 +218,13 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """One Markdown table per scenario, backbone and trial."""
     parts = []
     for title, shown, group in sections(rows):
-        head = ["#", "immunizer", "outcome", *(f"{heading(c)} {direction(c, group)}" for c in shown), "seeds"]
+        head = [
+            "#",
+            "immunizer",
+            "outcome",
+            *(f"{heading(c)} {direction(c, group)}" for c in shown),
+            "seeds",
+        ]
         first = headline(group)
         lines = [
             f"### {_md(title)}",
@@ -194,9 +235,13 @@ def to_markdown(rows: Sequence[Row]) -> str:
         ]
         for row in group:
             cells = [_md(cell(row, c)) for c in shown]
-            cells = [f"**{t}**" if c in row["best"] else t for c, t in zip(shown, cells, strict=True)]
+            cells = [
+                f"**{t}**" if c in row["best"] else t for c, t in zip(shown, cells, strict=True)
+            ]
             rank = str(row["rank"] or "–")
-            lines.append(f"| {' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} |")
+            lines.append(
+                f"| {' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, LEGEND]) + "\n"
 
@@ -208,7 +253,17 @@ def _md(text: str) -> str:
 def to_csv(rows: Sequence[Row]) -> str:
     """One line per row, full precision, with low, high, n and kind of interval for every figure."""
     shown = columns(n for r in rows for n in r["metrics"])
-    head = ["rank", "scenario", "backbone", "trial", "immunizer", "label", "status", "outcome", "seeds"]
+    head = [
+        "rank",
+        "scenario",
+        "backbone",
+        "trial",
+        "immunizer",
+        "label",
+        "status",
+        "outcome",
+        "seeds",
+    ]
     parts = ("value", "low", "high", "n", "interval")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -234,9 +289,11 @@ def headline(group: Sequence[Row]) -> str:
     first, second = ranked[:2]
     verdicts = [r["metrics"].get("verdict") for r in ranked]
     if all(v is not None and v["value"] == 0 for v in verdicts):
-        text = f"The control wins: none of {len(ranked)} immunizers holds."
+        text = f"The baseline wins: none of {len(ranked)} immunizers holds."
         return f"{text} {_closest(first)}".rstrip()
-    name = next((n for n in _HOLDING if all(_value(r, n) is not None for r in (first, second))), None)
+    name = next(
+        (n for n in _HOLDING if all(_value(r, n) is not None for r in (first, second))), None
+    )
     if name is None:
         return f"{first['label']} comes first of {len(ranked)} immunizers."
     a, b = first["metrics"][name], second["metrics"][name]
@@ -262,8 +319,10 @@ def _closest(row: Row) -> str:
         return f"Closest: {row['label']}, {measured(metrics['slowdown_relative_worst'])} harmful ÷ benign."
     if relative(row) is None:
         return ""
-    harmful, benign = (measured(metrics[n]) for n in ("steps_to_relearn_ratio_worst", "benign_steps_ratio"))
-    return f"Closest: {row['label']}, whose worst target takes {harmful} the control's steps, benign concepts {benign}."
+    harmful, benign = (
+        measured(metrics[n]) for n in ("steps_to_relearn_ratio_worst", "benign_steps_ratio")
+    )
+    return f"Closest: {row['label']}, whose worst target takes {harmful} the baseline's steps, benign concepts {benign}."
 
 
 def _value(row: Row, name: str) -> float | None:
@@ -276,11 +335,16 @@ def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
     for title, shown, group in sections(rows):
         lines = [
             {
-                "rank": row["rank"] or "–", "label": row["label"], "outcome": row["outcome"], "status": row["status"],
-                "cells": [(cell(row, c), c in row["best"]) for c in shown], "seeds": sound(row),
-                "control": row["immunizer"] == CONTROL,
-            } for row in group
-        ]  # fmt: skip
+                "rank": row["rank"] or "–",
+                "label": row["label"],
+                "outcome": row["outcome"],
+                "status": row["status"],
+                "cells": [(cell(row, c), c in row["best"]) for c in shown],
+                "seeds": sound(row),
+                "baseline": row["immunizer"] == BASELINE,
+            }
+            for row in group
+        ]
         heads = [(heading(c), direction(c, group)) for c in shown]
         out.append({"title": title, "heads": heads, "rows": lines, "headline": headline(group)})
     return out

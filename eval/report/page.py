@@ -28,7 +28,12 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figure": figure, "interval": interval, "measured": measured, "support": support}
+    environment.filters |= {
+        "figure": figure,
+        "interval": interval,
+        "measured": measured,
+        "support": support,
+    }
     environment.filters |= {"breakable": _breakable, "bound": bound}
     environment.globals["arrows"] = ARROWS
     environment.globals["style"] = Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))

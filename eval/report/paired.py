@@ -73,7 +73,11 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
     low = gap - math.hypot(right["value"] - right["low"], left["high"] - left["value"])
     high = gap + math.hypot(right["high"] - right["value"], left["value"] - left["low"])
     across = left["interval"] == right["interval"] == "across_seeds"
-    how = "not paired, both intervals combined" if across else "within seeds: no claim about other seeds"
+    how = (
+        "not paired, both intervals combined"
+        if across
+        else "within seeds: no claim about other seeds"
+    )
     return Difference(gap, low, high, how, across and (low > 0 or high < 0))
 
 
@@ -81,7 +85,11 @@ def common_seeds(a: Record, b: Record) -> list[int]:
     """Seeds that both records ran on the same data."""
     data = [record["provenance"].get("data_hash") or {} for record in (a, b)]
     shared = [s for s in a["seeds"] if s in b["seeds"]]
-    return [s for s in shared if data[0].get(str(s)) is not None and data[0].get(str(s)) == data[1].get(str(s))]
+    return [
+        s
+        for s in shared
+        if data[0].get(str(s)) is not None and data[0].get(str(s)) == data[1].get(str(s))
+    ]
 
 
 def _seeds(record: Record, name: str) -> dict[int, float] | None:
@@ -96,7 +104,10 @@ def _mean_of(pair: list[Floats], values: list[float]) -> str | None:
     for name, mean in MEANS.items():
         if name == "geometric mean" and any((v <= 0).any() for v in pair):
             continue
-        if all(math.isclose(mean(v), value, rel_tol=1e-9) for v, value in zip(pair, values, strict=True)):
+        if all(
+            math.isclose(mean(v), value, rel_tol=1e-9)
+            for v, value in zip(pair, values, strict=True)
+        ):
             return name
     return None
 
@@ -105,7 +116,9 @@ def _paired(a: Floats, b: Floats, mean: str) -> tuple[float, float]:
     of, n = MEANS[mean], len(a)
     gap = float(of(b) - of(a))
     if n >= BOOTSTRAP_SEEDS:
-        chosen = np.random.default_rng(20241220).integers(0, n, (_DRAWS, n))  # fixed: the same records, the same limits
+        chosen = np.random.default_rng(20241220).integers(
+            0, n, (_DRAWS, n)
+        )  # fixed: the same records, the same limits
         low, high = np.percentile(of(b[chosen], axis=1) - of(a[chosen], axis=1), [2.5, 97.5])
         return float(low), float(high)
     u = b - a if mean == "mean" else of(b) * np.log(b) - of(a) * np.log(a)

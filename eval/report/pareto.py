@@ -35,7 +35,10 @@ def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
     done = [t for t in trials if t.failure is None]
 
     def losses(trial: Trial) -> list[float]:
-        return [t["value"] * (-1 if t["better"] == "higher" else 1) for t in map(trial.metrics.__getitem__, objectives)]
+        return [
+            t["value"] * (-1 if t["better"] == "higher" else 1)
+            for t in map(trial.metrics.__getitem__, objectives)
+        ]
 
     def beats(a: list[float], b: list[float]) -> bool:
         return a != b and all(x <= y for x, y in zip(a, b, strict=True))
@@ -54,7 +57,9 @@ def _ordered(objectives: Sequence[str], trials: Sequence[Trial]) -> list[tuple[T
         return metric["value"] * (-1 if metric["better"] == "higher" else 1)
 
     others = [t for t in trials if t.failure is None and t not in best]
-    out = [(t, "front") for t in sorted(best, key=worth)] + [(t, "") for t in sorted(others, key=worth)]
+    out = [(t, "front") for t in sorted(best, key=worth)] + [
+        (t, "") for t in sorted(others, key=worth)
+    ]
     return out + [(t, f"failed: {t.failure}") for t in trials if t.failure is not None]
 
 
@@ -69,11 +74,13 @@ def _heads(objectives: dict[str, str], trials: Sequence[Trial]) -> list[str]:
 def _rows(objectives: dict[str, str], trials: Sequence[Trial]) -> list[list[str]]:
     return [
         [
-            str(trial.number), place, *(measured(trial.metrics.get(name)) for name in objectives),
+            str(trial.number),
+            place,
+            *(measured(trial.metrics.get(name)) for name in objectives),
             *(typed(value) for value in trial.values.values()),
         ]
         for trial, place in _ordered(list(objectives), trials)
-    ]  # fmt: skip
+    ]
 
 
 def _columns(objectives: dict[str, str], trials: Sequence[Trial]) -> list[str]:
@@ -102,15 +109,28 @@ def to_csv(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
     for t in trials:
         figures = [(t.metrics.get(name) or {}).get(p) for name in objectives for p in parts]
         failure = " ".join((t.failure or "").split())
-        writer.writerow([t.number, int(t in best), failure, *("" if f is None else f for f in figures),
-                         *map(typed, t.values.values())])  # fmt: skip
+        writer.writerow(
+            [
+                t.number,
+                int(t in best),
+                failure,
+                *("" if f is None else f for f in figures),
+                *map(typed, t.values.values()),
+            ]
+        )
     return out.getvalue()
 
 
 def to_json(objectives: dict[str, str], trials: Sequence[Trial]) -> dict[str, Any]:
     best = {t.number for t in front(list(objectives), trials)}
     rows = [
-        {"trial": t.number, "front": t.number in best, "values": t.values, "metrics": t.metrics, "failure": t.failure}
+        {
+            "trial": t.number,
+            "front": t.number in best,
+            "values": t.values,
+            "metrics": t.metrics,
+            "failure": t.failure,
+        }
         for t in trials
     ]
     return {"objectives": objectives, "trials": rows}
@@ -122,12 +142,19 @@ def to_html(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
     plots = []
     for a, b in combinations(objectives, 2):
         svg = scatter(
-            [t.metrics[a]["value"] for t in done], [t.metrics[b]["value"] for t in done], [t not in best for t in done],
-            title=f"{a} and {b}", xlabel=heading(objectives[a]), ylabel=heading(objectives[b]),
-        )  # fmt: skip
+            [t.metrics[a]["value"] for t in done],
+            [t.metrics[b]["value"] for t in done],
+            [t not in best for t in done],
+            title=f"{a} and {b}",
+            xlabel=heading(objectives[a]),
+            ylabel=heading(objectives[b]),
+        )
         plots.append({"title": f"{a} and {b}", "note": "filled: on the front", "svg": svg})
     rows = [
-        {"cells": [cell or UNMEASURED if i != 1 else cell for i, cell in enumerate(row)], "front": row[1] == "front"}
+        {
+            "cells": [cell or UNMEASURED if i != 1 else cell for i, cell in enumerate(row)],
+            "front": row[1] == "front",
+        }
         for row in _rows(objectives, trials)
     ]
     head = _columns(objectives, trials)

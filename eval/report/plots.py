@@ -24,10 +24,10 @@ from matplotlib.figure import Figure
 
 from eval.report.scales import scale
 from eval.report.words import figure as number
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
 INK, GRID = "#010203", "#040506"
-SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))  # 0 is the control
+SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))  # 0 is the baseline
 DASHES: tuple[object, ...] = (
     (0, (4, 2)),
     "solid",
@@ -43,7 +43,7 @@ MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of one figure: text and axes, grid lines, the control arm and then the immunizers."""
+    """Colours of one figure: text and axes, grid lines, the baseline model and then the immunizers."""
 
     ink: str
     grid: str
@@ -53,7 +53,9 @@ class Palette:
 PLACEHOLDERS = Palette(INK, GRID, SERIES)
 # the light colours of style.css (Okabe and Ito's palette, darkened for contrast on white)
 PAPER = Palette(
-    "#1b1f24", "#e6e9ed", ("#5b626a", "#0072b2", "#d55e00", "#00805c", "#b04a86", "#9a6a00", "#6a4fb3", "#1b1f24")
+    "#1b1f24",
+    "#e6e9ed",
+    ("#5b626a", "#0072b2", "#d55e00", "#00805c", "#b04a86", "#9a6a00", "#6a4fb3", "#1b1f24"),
 )
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -65,7 +67,7 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass
 class Line:
-    """One series: ``index`` chooses colour, dash and marker (0 = control); ``low`` and ``high`` bound a band."""
+    """One series: ``index`` chooses colour, dash and marker (0 = baseline); ``low`` and ``high`` bound a band."""
 
     label: str
     index: int
@@ -75,13 +77,17 @@ class Line:
     high: Sequence[float | None] | None = None
 
 
-def usable(value: float | None, log: bool) -> bool:
+def prompt_adherent(value: float | None, log: bool) -> bool:
     """Whether a value can be drawn, on a logarithmic axis if ``log``."""
     return value is not None and math.isfinite(value) and (value > 0 or not log)
 
 
 def _finite(line: Line, log: bool) -> tuple[list[float], list[float]]:
-    pairs = [(x, y) for x, y in zip(line.x, line.y, strict=True) if x is not None and usable(y, log)]
+    pairs = [
+        (x, y)
+        for x, y in zip(line.x, line.y, strict=True)
+        if x is not None and prompt_adherent(y, log)
+    ]
     return [p[0] for p in pairs], [p[1] for p in pairs if p[1] is not None]
 
 
@@ -92,15 +98,21 @@ def band(line: Line, log: bool) -> tuple[list[float], list[float], list[float]]:
     rows = [
         (x, low, high)
         for x, low, high in zip(line.x, line.low, line.high, strict=True)
-        if x is not None and usable(low, log) and usable(high, log)
+        if x is not None and prompt_adherent(low, log) and prompt_adherent(high, log)
     ]
-    return [r[0] for r in rows], [r[1] for r in rows if r[1] is not None], [r[2] for r in rows if r[2] is not None]
+    return (
+        [r[0] for r in rows],
+        [r[1] for r in rows if r[1] is not None],
+        [r[2] for r in rows if r[2] is not None],
+    )
 
 
 def series_of(curve: dict[str, Any]) -> list[str]:
     """Names of a curve's series; ``NAME:low`` and ``NAME:high`` are the band of NAME, no series of their own."""
     names = [k for k, v in curve.items() if isinstance(v, list) and k != "step"]
-    return [n for n in names if not (n.endswith((":low", ":high")) and n.rpartition(":")[0] in names)]
+    return [
+        n for n in names if not (n.endswith((":low", ":high")) and n.rpartition(":")[0] in names)
+    ]
 
 
 def line_of(curve: dict[str, Any], name: str, label: str, index: int) -> Line:
@@ -136,9 +148,19 @@ def lines_plot(
         axes.axhline(reference, color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.6)
     _draw(axes, drawn, x, y, log, limits, PLACEHOLDERS)
     if mark is not None:
-        axes.axvline(mark[0], color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2)))
-        axes.annotate(mark[1], (mark[0], 0.98), xycoords=("data", "axes fraction"), xytext=(3, 0),
-                      textcoords="offset points", va="top", color=PLACEHOLDERS.ink, fontsize=8)  # fmt: skip
+        axes.axvline(
+            mark[0], color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2))
+        )
+        axes.annotate(
+            mark[1],
+            (mark[0], 0.98),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 0),
+            textcoords="offset points",
+            va="top",
+            color=PLACEHOLDERS.ink,
+            fontsize=8,
+        )
     if legend:
         axes.legend(frameon=False, labelcolor=PLACEHOLDERS.ink, fontsize=8)
     _place(fig, axes)
@@ -153,25 +175,37 @@ def _place(fig: Figure, axes: Axes) -> None:
 
     def longest(axis: Axis) -> int:
         low, high = sorted(axis.get_view_interval())
-        return max((len(number(v)) for v in axis.get_majorticklocs() if low <= v <= high), default=1)
+        return max(
+            (len(number(v)) for v in axis.get_majorticklocs() if low <= v <= high), default=1
+        )
 
     line, character = 1.25 * size, 0.58 * size
     left, bottom = 1.6 * line + longest(axes.yaxis) * character + 7, 2.6 * line + 7
     right, top = max(0.5 * longest(axes.xaxis) * character, 6), 0.7 * line
     width, height = (72 * inches for inches in fig.get_size_inches())
     fig.set_layout_engine("none")
-    axes.set_position((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+    axes.set_position(
+        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
+    )
 
 
 def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
     """One curve of a record as a picture with a legend, on white, for dashboards; returns ``path``."""
-    arms = series_of(curve)
-    numbers = {arm: 0 if arm == CONTROL else i for i, arm in enumerate((a for a in arms if a != CONTROL), start=1)}
-    lines = [line_of(curve, arm, arm, numbers.get(arm, 0)) for arm in arms]
+    model_names = series_of(curve)
+    numbers = {
+        model_name: 0 if model_name == BASELINE else i
+        for i, model_name in enumerate((a for a in model_names if a != BASELINE), start=1)
+    }
+    lines = [
+        line_of(curve, model_name, model_name, numbers.get(model_name, 0))
+        for model_name in model_names
+    ]
     log = curve.get("log", "")
     fig, axes = new_axes(6.4, 4.0, PAPER)
     fig.patch.set(facecolor="white", alpha=1)
-    _draw(axes, _drawable(lines, log), curve.get("x", "step"), curve.get("y", name), log, None, PAPER)
+    _draw(
+        axes, _drawable(lines, log), curve.get("x", "step"), curve.get("y", name), log, None, PAPER
+    )
     if axes.lines:
         axes.legend(frameon=False)
     axes.set_title(plain(name))
@@ -199,12 +233,22 @@ def _draw(
         i = line.index % len(palette.series)
         where, low, high = band(line, "y" in log)
         if where:
-            axes.fill_between(where, low, high, color=palette.series[i], alpha=0.16, linewidth=0, zorder=1)
+            axes.fill_between(
+                where, low, high, color=palette.series[i], alpha=0.16, linewidth=0, zorder=1
+            )
         values += [*ys, *low, *high]
         axes.plot(
-            xs, ys, color=palette.series[i], linestyle=DASHES[i], marker=MARKERS[i], markersize=3.5, linewidth=1.7,
-            markevery=max(len(xs) // 8, 1), zorder=2 + i, label=plain(line.label),
-        )  # fmt: skip
+            xs,
+            ys,
+            color=palette.series[i],
+            linestyle=DASHES[i],
+            marker=MARKERS[i],
+            markersize=3.5,
+            linewidth=1.7,
+            markevery=max(len(xs) // 8, 1),
+            zorder=2 + i,
+            label=plain(line.label),
+        )
     if drawn:
         scale(axes, log, limits, values, [x for _, xs, _ in drawn for x in xs])
     axes.set_xlabel(plain(x))
@@ -239,7 +283,9 @@ def to_svg(fig: Figure, title: str) -> Markup:
     out = io.StringIO()
     with rc_context(_SETTINGS):
         # not by savefig, which draws all twice: the first time for layouts that are not used here
-        FigureCanvasSVG(fig).print_svg(out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        FigureCanvasSVG(fig).print_svg(
+            out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
@@ -250,7 +296,9 @@ def to_svg(fig: Figure, title: str) -> Markup:
     text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
     for i, colour in enumerate(SERIES):
         text = text.replace(colour, f"var(--s{i})")
-    return Markup(_unique(text).replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))
+    return Markup(
+        _unique(text).replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
+    )
 
 
 def _unique(text: str) -> str:

@@ -19,7 +19,9 @@ class Published:
 
 PUBLISHED = {
     "kappa_paper_house_price": Published("house_price", 356.20, "RIR", "arXiv 2505.23760 §5.1"),
-    "kappa_paper_mnist": Published("mnist_pairs", 70.04, "mean RIR of 90 pairs", "arXiv 2505.23760 §5.1"),
+    "kappa_paper_mnist": Published(
+        "mnist_pairs", 70.04, "mean RIR of 90 pairs", "arXiv 2505.23760 §5.1"
+    ),
 }
 
 

@@ -12,7 +12,11 @@ from eval.report.words import figure as number
 
 
 def scale(
-    axes: Axes, log: str, limits: tuple[float, float] | None, values: Sequence[float], steps: Sequence[float]
+    axes: Axes,
+    log: str,
+    limits: tuple[float, float] | None,
+    values: Sequence[float],
+    steps: Sequence[float],
 ) -> None:
     """Axes that suit ``values`` (y) and ``steps`` (x), with readable numbers."""
     if "y" in log:
@@ -24,7 +28,9 @@ def scale(
         axes.yaxis.set_minor_formatter(NullFormatter())
         bottom, top = axes.get_ylim()
         decades = math.log10(top / bottom)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=6))
+        axes.yaxis.set_major_locator(
+            LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=6)
+        )
         if decades <= 0.9:
             axes.yaxis.set_major_locator(MaxNLocator(5))
     if "x" in log:

@@ -19,7 +19,7 @@ def summary(record: Record) -> str:
     found = outcome(record)
     attacks = ", ".join(record["attacks"]) or "no attack"
     lines = [
-        f"── {record['immunizer']} against the control · {record['scenario']} on {record['backbone']} · {attacks}",
+        f"── {record['immunizer']} against the baseline · {record['scenario']} on {record['backbone']} · {attacks}",
         *_wrap(f"{_MARKS[found.tone]} {found.headline}", "  "),
     ]
     for detail in found.details:
@@ -30,7 +30,9 @@ def summary(record: Record) -> str:
         lines.append("")
         for name in shown:
             metric = record["metrics"][name]
-            value = measured(metric) if metric["value"] is not None else f"no value: {metric['note']}"
+            value = (
+                measured(metric) if metric["value"] is not None else f"no value: {metric['note']}"
+            )
             text = f"  {heading(name):<{width}} {ARROWS[metric['better']]} {value}"
             lines.append(text if len(text) <= WIDTH else text[: WIDTH - 2] + " …")
         known = next((n for n in shown if record["metrics"][n]["value"] is not None), shown[0])
@@ -51,7 +53,9 @@ def _data_notes(notes: list[str]) -> list[str]:
 
 def _remarks(record: Record) -> list[str]:
     out = []
-    for status, count in Counter(c["status"] for c in record["cells"] if c["status"] != "ok").items():
+    for status, count in Counter(
+        c["status"] for c in record["cells"] if c["status"] != "ok"
+    ).items():
         out.append(f"  {count} of {len(record['cells'])} stages {status}")
     out += [f"  skipped {name}: {reason}" for name, reason in record["skipped"].items()]
     shown = _data_notes(record["notes"])

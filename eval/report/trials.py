@@ -26,8 +26,12 @@ class Place(NamedTuple):
 
 def trial(record: Record) -> str:
     """Attackers, budget, place of the data and cases, in words. Options of the attackers are a row's settings."""
-    cases = sorted({str(cell["case"]) for cell in record.get("cells", []) if cell["case"] is not None})
-    return " · ".join([_asked(record), *([_listed(cases)] if cases and cases != [record["scenario"]] else [])])
+    cases = sorted(
+        {str(cell["case"]) for cell in record.get("cells", []) if cell["case"] is not None}
+    )
+    return " · ".join(
+        [_asked(record), *([_listed(cases)] if cases and cases != [record["scenario"]] else [])]
+    )
 
 
 def terms(record: Record) -> dict[str, Any]:
@@ -35,7 +39,9 @@ def terms(record: Record) -> dict[str, Any]:
     given = record["config"].get("attacks")
     attacks = given if isinstance(given, dict) else {}
     kept = {
-        name: {k: v for k, v in options.items() if k not in _SILENT} if isinstance(options, dict) else options
+        name: {k: v for k, v in options.items() if k not in _SILENT}
+        if isinstance(options, dict)
+        else options
         for name, options in attacks.items()
     }
     return {"attacks": kept, "budget": record["config"].get("budget")}

@@ -30,15 +30,15 @@ NAMES = {
     "rir_ridge": "RIR (ridge κ)",
     "rir_release": "RIR (released κ)",
     "asr": "attack success",
-    "asr_control": "attack success on the control",
+    "asr_baseline": "attack success on the baseline",
     "asr_benign": "benign concepts learnt",
-    "steps_to_relearn_ratio": "steps to relearn ÷ control",
-    "steps_to_relearn_ratio_worst": "steps to relearn ÷ control, worst target",
-    "asr_usable": "attack success, usable pictures",
-    "steps_to_relearn_usable_ratio": "steps to relearn usable pictures ÷ control",
-    "benign_steps_usable_ratio": "steps on benign concepts, usable pictures ÷ control",
-    "benign_steps_ratio": "steps on benign concepts ÷ control",
-    "benign_steps_ratio_worst": "steps on benign concepts ÷ control, worst",
+    "steps_to_relearn_ratio": "steps to relearn ÷ baseline",
+    "steps_to_relearn_ratio_worst": "steps to relearn ÷ baseline, worst target",
+    "asr_prompt_adherent": "attack success, prompt-adherent pictures",
+    "steps_to_relearn_prompt_adherent_ratio": "steps to relearn prompt-adherent pictures ÷ baseline",
+    "benign_steps_prompt_adherent_ratio": "steps on benign concepts, prompt-adherent pictures ÷ baseline",
+    "benign_steps_ratio": "steps on benign concepts ÷ baseline",
+    "benign_steps_ratio_worst": "steps on benign concepts ÷ baseline, worst",
     "utility_clip_drift": "drift of unrelated prompts (CLIP)",
     "utility_detection_drop": "unrelated detection lost",
 }
@@ -52,7 +52,13 @@ _FAMILIES = {
     "utility_": "utility",
     "immunize_": "immunization",
 }
-_JUDGES = {"clip": "CLIP", "dino": "DINO", "lpips": "LPIPS", "features": "features", "feature_lpips": "feature LPIPS"}
+_SCORERS = {
+    "clip": "CLIP",
+    "dino": "DINO",
+    "lpips": "LPIPS",
+    "features": "features",
+    "feature_lpips": "feature LPIPS",
+}
 
 
 def heading(name: str) -> str:
@@ -66,11 +72,13 @@ def heading(name: str) -> str:
     if family is None:
         return name
     rest = name[len(family) :]
-    judge = max((j for j in _JUDGES if rest == j or rest.startswith(f"{j}_")), key=len, default=None)
-    if judge is None:
+    scorer = max(
+        (j for j in _SCORERS if rest == j or rest.startswith(f"{j}_")), key=len, default=None
+    )
+    if scorer is None:
         return f"{_FAMILIES[family]} ({rest.replace('_', ' ')})"
-    more = rest[len(judge) + 1 :].replace("_", " ")
-    return f"{_FAMILIES[family]} ({_JUDGES[judge]}){', ' + more if more else ''}"
+    more = rest[len(scorer) + 1 :].replace("_", " ")
+    return f"{_FAMILIES[family]} ({_SCORERS[scorer]}){', ' + more if more else ''}"
 
 
 def figure(value: float | None) -> str:
@@ -118,9 +126,11 @@ def support(metric: Metric) -> str:
     """What the interval stands on, short."""
     n = metric["n"]
     seeds = f"{n} seed{'s' if n != 1 else ''}"
-    return {"across_seeds": seeds, "within_seed": f"{seeds}, within seed", "point": f"{seeds}, no interval"}[
-        metric["interval"]
-    ]
+    return {
+        "across_seeds": seeds,
+        "within_seed": f"{seeds}, within seed",
+        "point": f"{seeds}, no interval",
+    }[metric["interval"]]
 
 
 def certainty(metric: Metric, reference: float) -> tuple[bool, str]:
@@ -130,12 +140,21 @@ def certainty(metric: Metric, reference: float) -> tuple[bool, str]:
         if low > reference or high < reference:
             side = "above" if low > reference else "below"
             return True, f"The 95 % interval over {n} seeds lies {side} {figure(reference)}."
-        return False, f"The 95 % interval over {n} seeds includes {figure(reference)}: the difference may be chance."
+        return (
+            False,
+            f"The 95 % interval over {n} seeds includes {figure(reference)}: the difference may be chance.",
+        )
     n = metric["n"]
     if metric["interval"] == "across_seeds":
-        return False, f"No interval could be given over {n} seeds, so how sure this is cannot be said."
+        return (
+            False,
+            f"No interval could be given over {n} seeds, so how sure this is cannot be said.",
+        )
     seeds = f"{n} seed{'s' if n != 1 else ''}"
-    return False, f"Measured on {seeds}: this supports no claim about other seeds (three are the least)."
+    return (
+        False,
+        f"Measured on {seeds}: this supports no claim about other seeds (three are the least).",
+    )
 
 
 def percent(metric: Metric) -> str:

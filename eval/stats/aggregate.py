@@ -13,7 +13,7 @@ from torch import Tensor
 from lab.core.data import Case, Role, Split, Task
 from lab.core.progress import progress
 from lab.core.statistics import score
-from lab.core.types import CONTROL, RunView, Score, Trajectory
+from lab.core.types import BASELINE, RunView, Score, Trajectory
 
 Better = Literal["higher", "lower", "neutral"]
 Samples = list[list[float]]
@@ -39,7 +39,11 @@ class Cached:
         trajectories: bool = False,
         label: str = "read trajectories",
     ) -> None:
-        self.scenario, self.immunizer, self.arms = run.scenario, run.immunizer, run.arms
+        self.scenario, self.immunizer, self.model_names = (
+            run.scenario,
+            run.immunizer,
+            run.model_names,
+        )
         self.attacks, self.seeds, self.budget = run.attacks, run.seeds, run.budget
         self._run, self.model, self.history = run, run.model, run.history
         self.diverged = dict(diverged_of(run))
@@ -55,18 +59,22 @@ class Cached:
                     self._read(run, case, seed)
 
     def _read(self, run: RunView, case: Case, seed: int) -> None:
-        for arm in self.arms:
+        for model_name in self.model_names:
             for attack in self.attacks:
                 for task in case.tasks:
-                    full = run.trajectory(arm, attack, case, task, seed)
-                    key = (arm, attack, case.name, task.name, seed)
-                    self._trajectories[key] = Trajectory(full.steps, full.values, full.status, full.info)
+                    full = run.trajectory(model_name, attack, case, task, seed)
+                    key = (model_name, attack, case.name, task.name, seed)
+                    self._trajectories[key] = Trajectory(
+                        full.steps, full.values, full.status, full.info
+                    )
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         return self._cases[seed]
 
-    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
-        return self._trajectories[arm, attack, case.name, task.name, seed]
+    def trajectory(
+        self, model_name: str, attack: str, case: Case, task: Task, seed: int
+    ) -> Trajectory:
+        return self._trajectories[model_name, attack, case.name, task.name, seed]
 
     def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         return self._run.kept(key, compute)
@@ -81,7 +89,11 @@ def diverged_of(run: RunView) -> dict[tuple[str, int], Any]:
 def left_out(run: RunView) -> str | None:
     """A note on the cases whose immunization diverged, counted over seeds; None when there are none."""
     lost = len(diverged_of(run))
-    return f"{lost} of {lost + sum(1 for _ in walk(run))} cases diverged and are left out" if lost else None
+    return (
+        f"{lost} of {lost + sum(1 for _ in walk(run))} cases diverged and are left out"
+        if lost
+        else None
+    )
 
 
 def _without_rows(case: Case) -> Case:
@@ -92,13 +104,13 @@ def _without_rows(case: Case) -> Case:
     return Case(case.name, empty(case.benign), tuple(empty(t) for t in case.harmful))
 
 
-def arm_names(run: RunView) -> tuple[str, ...]:
-    """(control,) or (control, immunizer); the control always comes first."""
-    return (CONTROL, *(a for a in run.arms if a != CONTROL))
+def model_name_names(run: RunView) -> tuple[str, ...]:
+    """(baseline,) or (baseline, immunizer); the baseline always comes first."""
+    return (BASELINE, *(a for a in run.model_names if a != BASELINE))
 
 
-def both_arms(run: RunView) -> bool:
-    return len(arm_names(run)) == 2
+def both_model_names(run: RunView) -> bool:
+    return len(model_name_names(run)) == 2
 
 
 def tasks_of(case: Case, role: Role) -> tuple[Task, ...]:
@@ -146,7 +158,12 @@ def joined(*notes: str | None) -> str | None:
 
 
 def score_or_reason(
-    groups: Samples, better: Better, reason: str, *, aggregate: Literal["mean", "geomean"] = "mean", **kwargs: Any
+    groups: Samples,
+    better: Better,
+    reason: str,
+    *,
+    aggregate: Literal["mean", "geomean"] = "mean",
+    **kwargs: Any,
 ) -> Score:
     """`lab.core.statistics.score`, or a score without value and with ``reason`` when nothing could be measured."""
     if not groups:
@@ -169,20 +186,24 @@ def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
         raise ValueError("a curve over an empty set")
     end = min(steps[-1] for steps, _ in lines)
     grid = [s for s in lines[0][0] if s <= end] or [lines[0][0][0]]
-    stack = np.stack([np.interp(grid, steps, np.asarray(values, dtype=float)) for steps, values in lines])
+    stack = np.stack(
+        [np.interp(grid, steps, np.asarray(values, dtype=float)) for steps, values in lines]
+    )
     with np.errstate(invalid="ignore"):
         means = stack.mean(axis=0)
     return [float(s) for s in grid], [float(v) if math.isfinite(v) else None for v in means]
 
 
-def arm_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
-    """A record curve from lines per arm; arms that end early are filled with None up to the common steps."""
-    means = {arm: mean_curve(arm_lines) for arm, arm_lines in lines.items()}
+def model_name_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
+    """A record curve from lines per model; models that end early are filled with None up to the common steps."""
+    means = {
+        model_name: mean_curve(model_name_lines) for model_name, model_name_lines in lines.items()
+    }
     steps = max((m[0] for m in means.values()), key=len)
     out: dict[str, Any] = {"step": steps, "x": x, "y": y, "log": log}
-    for arm, (grid, values) in means.items():
+    for model_name, (grid, values) in means.items():
         lookup = dict(zip(grid, values, strict=True))
-        out[arm] = [lookup.get(s) for s in steps]
+        out[model_name] = [lookup.get(s) for s in steps]
     return out
 
 

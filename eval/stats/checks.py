@@ -59,11 +59,23 @@ class Check:
 
     @property
     def required(self) -> str:
-        return f"interval above {self.threshold:g}" if self.rule == "low >" else f"{self.rule} {self.threshold:g}"
+        return (
+            f"interval above {self.threshold:g}"
+            if self.rule == "low >"
+            else f"{self.rule} {self.threshold:g}"
+        )
 
     def row(self) -> dict[str, Any]:
         f = self.figure
         return {
-            "side": self.side, "check": self.what, "value": f.value, "low": f.low, "high": f.high, "n": f.n,
-            "required": self.required, "passed": self.passed, "sure": self.sure, "note": f.note or "",
-        }  # fmt: skip
+            "side": self.side,
+            "check": self.what,
+            "value": f.value,
+            "low": f.low,
+            "high": f.high,
+            "n": f.n,
+            "required": self.required,
+            "passed": self.passed,
+            "sure": self.sure,
+            "note": f.note or "",
+        }

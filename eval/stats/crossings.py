@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.generation.generations import DETECTED, Board, Cell
+from eval.generation.generations import DETECTED, Cell, EvaluatedRun
 from eval.stats.intervals import Floats
 
 LEAST = 1.0  # an attack takes a step at least; also what a concept counts that is shown before the attack
@@ -28,12 +28,16 @@ def crossing(steps: Sequence[int], shares: Floats, threshold: float) -> Floats:
 
 def shown_before(count: int, cases: int) -> str | None:
     """Note on a concept that was there before the attack in ``count`` of ``cases``, where it counts as `LEAST`."""
-    return f"shown before the attack, counted as step 1, in {count} of {cases} cases" if count else None
+    return (
+        f"shown before the attack, counted as step 1, in {count} of {cases} cases"
+        if count
+        else None
+    )
 
 
 @dataclass(frozen=True)
 class Relearned:
-    """When one arm shows a concept again, under its best attacker. ``censored``: not up to ``steps``."""
+    """When one model shows a concept again, under its best attacker. ``censored``: not up to ``steps``."""
 
     steps: float
     censored: bool
@@ -41,16 +45,27 @@ class Relearned:
 
 
 def relearned(
-    board: Board, cell: Cell, arm: str, threshold: float, attacks: Sequence[str] | None = None, of: str = DETECTED
+    board: EvaluatedRun,
+    cell: Cell,
+    model_name: str,
+    threshold: float,
+    attacks: Sequence[str] | None = None,
+    of: str = DETECTED,
 ) -> Relearned:
     """The one of ``attacks`` (all) that reaches the threshold first; if none does, the one that ran on longest."""
     met, ran = [], []
     for attack in attacks or board.attacks:
-        reading = board.at(cell, arm, attack)
+        reading = board.at(cell, model_name, attack)
         shares = reading.values[of][: reading.end].mean(1)
         step = float(crossing(board.plan, shares, threshold))
         if math.isnan(step):
-            ran.append((board.plan[reading.end - 1], shares[-1], Relearned(board.plan[reading.end - 1], True, attack)))
+            ran.append(
+                (
+                    board.plan[reading.end - 1],
+                    shares[-1],
+                    Relearned(board.plan[reading.end - 1], True, attack),
+                )
+            )
         else:
             met.append(Relearned(step, False, attack))
     if met:
@@ -59,7 +74,12 @@ def relearned(
 
 
 def first_steps(
-    board: Board, cell: Cell, arm: str, threshold: float, attacks: Sequence[str] | None = None, of: str = DETECTED
+    board: EvaluatedRun,
+    cell: Cell,
+    model_name: str,
+    threshold: float,
+    attacks: Sequence[str] | None = None,
+    of: str = DETECTED,
 ) -> tuple[Floats, Callable[[Floats], Floats], float]:
     """What `relearned` becomes in a resample, where the attackers are compared anew.
 
@@ -67,7 +87,7 @@ def first_steps(
         detections [pictures, columns]; their means [..., columns] → first step of the attacker that is first [...],
         nan where none reaches the threshold; the last step that an attacker ran to.
     """
-    chosen = [board.at(cell, arm, attack) for attack in attacks or board.attacks]
+    chosen = [board.at(cell, model_name, attack) for attack in attacks or board.attacks]
     parts = [reading.values[of][: reading.end] for reading in chosen]
     ends = np.cumsum([len(part) for part in parts])[:-1]
 
@@ -75,4 +95,8 @@ def first_steps(
         steps = [crossing(board.plan, part, threshold) for part in np.split(means, ends, axis=-1)]
         return np.asarray(np.fmin.reduce(steps))  # a nan never wins
 
-    return np.concatenate(parts).T, first, float(board.plan[max(reading.end for reading in chosen) - 1])
+    return (
+        np.concatenate(parts).T,
+        first,
+        float(board.plan[max(reading.end for reading in chosen) - 1]),
+    )

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from eval.features.pairs import Pair
-from eval.stats.aggregate import Line, arm_curve, mean_curve, thin, walk
-from lab.core.types import CONTROL, RunView
+from eval.stats.aggregate import Line, mean_curve, model_name_curve, thin, walk
+from lab.core.types import BASELINE, RunView
 
 LABELS = {
     "kappa_benign": "κ of the benign Hessian",
@@ -41,27 +41,33 @@ def training_curves(run: RunView) -> dict[str, dict[str, Any]]:
             found = [(step, value) for step, value in pairs if math.isfinite(value)]
             if len(found) > 1:
                 kept = [found[i] for i, _ in thin([step for step, _ in found])]
-                lines.setdefault(f"immunize_{name}", []).append(([s for s, _ in kept], [v for _, v in kept]))
+                lines.setdefault(f"immunize_{name}", []).append(
+                    ([s for s, _ in kept], [v for _, v in kept])
+                )
     return {
-        name: arm_curve({run.immunizer: runs}, "immunization step", TRAINING[name.removeprefix("immunize_")])
+        name: model_name_curve(
+            {run.immunizer: runs}, "immunization step", TRAINING[name.removeprefix("immunize_")]
+        )
         for name, runs in lines.items()
     }
 
 
 def _logged_rir(series: dict[str, list[float]], pair: Pair, has_start: bool) -> list[float]:
     harmful, benign = series["kappa_harmful"], series["kappa_benign"]
-    base_h = harmful[0] if has_start else pair.kappa_harmful[CONTROL].value
-    base_b = benign[0] if has_start else pair.kappa_benign[CONTROL].value
+    base_h = harmful[0] if has_start else pair.kappa_harmful[BASELINE].value
+    base_b = benign[0] if has_start else pair.kappa_benign[BASELINE].value
     return [(h / base_h) / (b / base_b) for h, b in zip(harmful, benign, strict=True)]
 
 
 def history_curves(
-    run: RunView, histories: dict[tuple[int, str], dict[str, list[float]]], worst: Callable[[int, str], Pair]
+    run: RunView,
+    histories: dict[tuple[int, str], dict[str, list[float]]],
+    worst: Callable[[int, str], Pair],
 ) -> dict[str, dict[str, Any]]:
     """κ of both Hessians, RIR and its share of the bound against immunization steps, as the immunizer logged them.
 
     ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to the log's own entry at
-    step 0, or to the control's κ where there is none. A pair without RIR, as its rank moved, has no RIR curve either.
+    step 0, or to the baseline's κ where there is none. A pair without RIR, as its rank moved, has no RIR curve either.
     """
     lines: dict[str, list[Line]] = {}
     for _, seed, case in walk(run):
@@ -72,14 +78,26 @@ def history_curves(
             continue
         if "rir" not in series:
             series["rir"] = _logged_rir(series, pair, has_start=steps[0] == 0)
-        if "rir_bound_ratio" not in series and pair.bound is not None and pair.bound.value is not None:
+        if (
+            "rir_bound_ratio" not in series
+            and pair.bound is not None
+            and pair.bound.value is not None
+        ):
             series["rir_bound_ratio"] = [r / pair.bound.value for r in series["rir"]]
-        if pair.reason is not None:  # the rank moved: κ at the end and at the start are over different directions
+        if (
+            pair.reason is not None
+        ):  # the rank moved: κ at the end and at the start are over different directions
             series = {k: v for k, v in series.items() if not k.startswith("rir")}
         for name, values in series.items():
             lines.setdefault(name, []).append((steps, values))
     curves = {}
     for name, runs in lines.items():
         grid, means = mean_curve(runs)
-        curves[name] = {"step": grid, run.immunizer: means, "x": "immunization step", "y": LABELS[name], "log": "y"}
+        curves[name] = {
+            "step": grid,
+            run.immunizer: means,
+            "x": "immunization step",
+            "y": LABELS[name],
+            "log": "y",
+        }
     return curves

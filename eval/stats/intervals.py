@@ -1,8 +1,8 @@
 """Intervals of figures over generated pictures: resample seeds, then concepts, then pictures (docs/methods.md §4.4).
 
 A figure of one concept in one seed is a function of column means over its pictures: similarity to the references in
-both arms, detections along a trajectory. The rows of a `Unit` are pictures made from the same latents in every column,
-so that one resample of the rows keeps the arms paired.
+both models, detections along a trajectory. The rows of a `Unit` are pictures made from the same latents in every column,
+so that one resample of the rows keeps the models paired.
 """
 
 from __future__ import annotations
@@ -94,16 +94,24 @@ def estimate(
     """
     if not units or any(len(u.rows) == 0 for u in units):
         raise ValueError("a metric over an empty set")
-    by_seed = [[u for u in units if u.seed == seed] for seed in dict.fromkeys(u.seed for u in units)]
-    means = np.stack([np.mean([u.value for u in group], axis=0) for group in by_seed])  # [seeds, figures]
+    by_seed = [
+        [u for u in units if u.seed == seed] for seed in dict.fromkeys(u.seed for u in units)
+    ]
+    means = np.stack(
+        [np.mean([u.value for u in group], axis=0) for group in by_seed]
+    )  # [seeds, figures]
     n = len(by_seed)
     value, per_seed = after(means.mean(0)), after(means)
     stats = after(_resample(by_seed, draws, means.shape[1]))
     missing = np.isnan(stats).mean(0) > UNDEFINED
-    low, high = np.nanpercentile(np.where(missing, 0.0, stats), [100 * tails[0], 100 - 100 * tails[1]], axis=0)
+    low, high = np.nanpercentile(
+        np.where(missing, 0.0, stats), [100 * tails[0], 100 - 100 * tails[1]], axis=0
+    )
     low[missing] = high[missing] = math.nan
     if MIN_SEEDS <= n < BOOTSTRAP_SEEDS:
-        error = _standard_error(value, np.stack([after(np.delete(means, s, 0).mean(0)) for s in range(n)]))
+        error = _standard_error(
+            value, np.stack([after(np.delete(means, s, 0).mean(0)) for s in range(n)])
+        )
         below, above = (stdtrit(n - 1, 1 - tail) * error for tail in tails)
         low, high = np.fmin(low, value - below), np.fmax(high, value + above)  # a nan never wins
         low[np.isnan(error)] = high[np.isnan(error)] = math.nan
@@ -139,7 +147,11 @@ def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
 
 
 def worst_score(
-    found: Score, concepts: Sequence[Sequence[Unit]], which: Literal["lowest", "highest"], *, geometric: bool = False
+    found: Score,
+    concepts: Sequence[Sequence[Unit]],
+    which: Literal["lowest", "highest"],
+    *,
+    geometric: bool = False,
 ) -> Score:
     """The score of the lowest or highest of k concepts, with an interval that knows that it was picked after looking.
 
@@ -196,12 +208,20 @@ def score(
         value, low, high = math.exp(value), math.exp(low), math.exp(high)
         per_seed = np.exp(per_seed)
     seeds = tuple(map(float, per_seed)) if np.isfinite(per_seed).all() else ()
-    if found.seeds < MIN_SEEDS and all(len(u.rows) == 1 for u in units) and len(units) == found.seeds:
+    if (
+        found.seeds < MIN_SEEDS
+        and all(len(u.rows) == 1 for u in units)
+        and len(units) == found.seeds
+    ):
         return SeedScore(value, None, None, found.seeds, better, "point", note, unit, seeds)
-    kind: Literal["across_seeds", "within_seed"] = "across_seeds" if found.seeds >= MIN_SEEDS else "within_seed"
+    kind: Literal["across_seeds", "within_seed"] = (
+        "across_seeds" if found.seeds >= MIN_SEEDS else "within_seed"
+    )
     if not (math.isfinite(low) and math.isfinite(high)):
         told = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
-        return SeedScore(value, None, None, found.seeds, better, kind, joined(note, told), unit, seeds)
+        return SeedScore(
+            value, None, None, found.seeds, better, kind, joined(note, told), unit, seeds
+        )
     low, high = (min(max(v, bounds[0]), bounds[1]) for v in (low, high))
     return SeedScore(value, low, high, found.seeds, better, kind, note, unit, seeds)
 
@@ -237,7 +257,9 @@ def share_score(
     return replace(found, low=low, high=high)
 
 
-def _widened(value: float, low: float, high: float, least: float, most: float) -> tuple[float, float]:
+def _widened(
+    value: float, low: float, high: float, least: float, most: float
+) -> tuple[float, float]:
     return (low if value != 1 else min(low, least)), (high if value != 0 else max(high, most))
 
 
@@ -249,14 +271,14 @@ def band(
     log: str = "",
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Any]:
-    """A record curve with a 95 % band: series ``arm``, ``arm:low`` and ``arm:high`` for every arm of ``lines``.
+    """A record curve with a 95 % band: series ``model_name``, ``model:low`` and ``model:high`` for every model of ``lines``.
 
     A unit's figures are values at its first steps; the mean ends where the shortest unit ends (an attack that
     diverged), so that no mean over survivors is shown. ``bounds``: as of `score`; those of a share, 0 and 1, also
     widen the band where no picture (or each) shows what is counted, as `share_score` does.
     """
     out: dict[str, Any] = {"step": [float(s) for s in steps], "x": x, "y": y, "log": log}
-    for arm, units in lines.items():
+    for model_name, units in lines.items():
         end = min(u.value.shape[-1] for u in units)
         short = [Unit(u.seed, u.rows, _first(u.figure, end)) for u in units]
         found = estimate(short, DRAWS // 4)
@@ -267,7 +289,7 @@ def band(
         limits = {":low": low, ":high": high}
         for suffix, values in {"": found.value, **limits}.items():
             some = [float(v) if math.isfinite(v) else None for v in values]
-            out[arm + suffix] = some + [None] * (len(steps) - end)
+            out[model_name + suffix] = some + [None] * (len(steps) - end)
     return out
 
 

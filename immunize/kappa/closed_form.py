@@ -57,7 +57,11 @@ class KappaClosedForm:
             number("immunize.benign_condition", benign_condition, above=0)
         if rank_tolerance is not None:
             number("immunize.rank_tolerance", rank_tolerance, above=0, below=1)
-        self.name, self.benign_condition, self.rank_tolerance = name, benign_condition, rank_tolerance
+        self.name, self.benign_condition, self.rank_tolerance = (
+            name,
+            benign_condition,
+            rank_tolerance,
+        )
 
     def __call__(
         self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
@@ -68,7 +72,9 @@ class KappaClosedForm:
         theta0 = weight.detach().clone()
         basis, s = range_basis(benign, self.rank_tolerance)
         if len(s) < 2:
-            raise UserError("scenario", case.name, f"the benign data have rank {len(s)}; κ needs at least 2")
+            raise UserError(
+                "scenario", case.name, f"the benign data have rank {len(s)}; κ needs at least 2"
+            )
         theta = (basis / s) @ self._tilt(basis / s, benign @ theta0, harmful) @ basis.T
         theta *= (benign @ theta0).norm() / (benign @ theta).norm()
         outside = max(outside_energy(x, basis) for x in harmful)
@@ -82,7 +88,9 @@ class KappaClosedForm:
             weight.copy_(theta)
         return result
 
-    def _tilt(self, whitener: torch.Tensor, before: torch.Tensor, harmful: list[torch.Tensor]) -> torch.Tensor:
+    def _tilt(
+        self, whitener: torch.Tensor, before: torch.Tensor, harmful: list[torch.Tensor]
+    ) -> torch.Tensor:
         """M^{s/2} [r, r] in whitened coordinates, from the singular values of the whitened harmful data."""
         if self.benign_condition is None:
             return torch.eye(whitener.shape[1], dtype=whitener.dtype)
@@ -94,7 +102,9 @@ class KappaClosedForm:
         spread = 2 * math.log(float(values[0] / values[-1]))
         target = math.log(max(self.benign_condition * condition_number(before), 1.0))
         if spread < 1e-9:
-            raise UserError("scenario", "κ(M)", "is 1: no linear map can tell the two tasks apart (RIR* = 1).")
+            raise UserError(
+                "scenario", "κ(M)", "is 1: no linear map can tell the two tasks apart (RIR* = 1)."
+            )
         return (vt.T * (values / values[0]) ** (target / spread)) @ vt
 
 

@@ -52,7 +52,9 @@ class Engine(Protocol):
     def add(self, view: View, gradient: Tensor) -> None:
         """Ordinary chain rule for ∂f/∂Y [n, d]."""
 
-    def add_regularizer(self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None) -> None:
+    def add_regularizer(
+        self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
+    ) -> None:
         """Gradient with respect to ``scale``·Y (``scale`` [n, 1]), preconditioned unless ``solve`` is None."""
 
     def finish(self) -> None:
@@ -104,13 +106,17 @@ class LinearEngine:
     def add(self, view: View, gradient: Tensor) -> None:
         self._accumulate(view.source.T @ gradient)
 
-    def add_regularizer(self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None) -> None:
+    def add_regularizer(
+        self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
+    ) -> None:
         x = view.source * scale
         if solve is None:
             self._accumulate(x.T @ gradient)
         elif solve.side == "right" and x.shape[1] < gradient.shape[1]:
             wide = x.new_zeros(len(x), len(self._active))
-            wide[:, self._active] = x  # this side acts on the index of features, zero columns included
+            wide[:, self._active] = (
+                x  # this side acts on the index of features, zero columns included
+            )
             self._accumulate(x.T @ right_solve(wide, gradient, solve.ridge))
         else:
             self._accumulate(preconditioned_step(x, gradient, solve.ridge, solve.side))
@@ -156,9 +162,13 @@ class DeepEngine:
         self._start = chosen[0]
         self._model.requires_grad_(False)
         names = {f"blocks.{i}." for i in chosen}
-        self._named = {n: p for n, p in self._model.named_parameters() if any(n.startswith(k) for k in names)}
+        self._named = {
+            n: p for n, p in self._model.named_parameters() if any(n.startswith(k) for k in names)
+        }
         if not self._named:
-            raise UserError("immunize.layers", layers, "these blocks have no parameters; choose others")
+            raise UserError(
+                "immunize.layers", layers, "these blocks have no parameters; choose others"
+            )
         for parameter in self._named.values():
             parameter.requires_grad_(True)
         self.parameters: list[Tensor] = list(self._named.values())
@@ -178,7 +188,9 @@ class DeepEngine:
         earlier = self._pending.get(key)
         self._pending[key] = (view.source, gradient if earlier is None else earlier[1] + gradient)
 
-    def add_regularizer(self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None) -> None:
+    def add_regularizer(
+        self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
+    ) -> None:
         if solve is not None:
             gradient = right_solve(view.y * scale, gradient, solve.ridge)
         self.add(view, gradient * scale)
@@ -223,7 +235,11 @@ def resolve_layers(model: FeatureModel, layers: Sequence[str] | int | None) -> l
         return list(range(len(names)))
     if isinstance(layers, int):
         if not 1 <= layers <= len(names):
-            raise UserError("immunize.layers", layers, f"the model has {len(names)} blocks; count from 1 to that")
+            raise UserError(
+                "immunize.layers",
+                layers,
+                f"the model has {len(names)} blocks; count from 1 to that",
+            )
         return list(range(len(names) - layers, len(names)))
     for name in layers:
         if name not in names:
@@ -233,7 +249,9 @@ def resolve_layers(model: FeatureModel, layers: Sequence[str] | int | None) -> l
     return sorted(names.index(name) for name in layers)
 
 
-def build_engine(model: FeatureModel, case: Case, layers: Sequence[str] | int | None) -> LinearEngine | DeepEngine:
+def build_engine(
+    model: FeatureModel, case: Case, layers: Sequence[str] | int | None
+) -> LinearEngine | DeepEngine:
     """The engine for the kind of ``model``."""
     if model.kind == "linear":
         resolve_layers(model, layers)

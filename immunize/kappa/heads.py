@@ -9,7 +9,9 @@ from torch import Tensor
 from lab.core.data import Task
 
 FIT_STEPS = 50  # L-BFGS iterations of the first fit; the head goes on moving afterwards
-FIT_RIDGE = 1e-3  # relative to σ_1 of the Gram matrix: keeps the first head small along noise directions
+FIT_RIDGE = (
+    1e-3  # relative to σ_1 of the Gram matrix: keeps the first head small along noise directions
+)
 
 
 class Head:
@@ -55,7 +57,9 @@ class Head:
                 gram = y @ y.T + ridge * torch.eye(n, dtype=torch.float64)
                 self.w = y.T @ torch.linalg.solve(gram, target)
             else:
-                self.w = torch.linalg.solve(y.T @ y + ridge * torch.eye(d, dtype=torch.float64), y.T @ target)
+                self.w = torch.linalg.solve(
+                    y.T @ y + ridge * torch.eye(d, dtype=torch.float64), y.T @ target
+                )
             return
         w = self.w.clone().requires_grad_(True)
         optimizer = torch.optim.LBFGS([w], max_iter=FIT_STEPS, line_search_fn="strong_wolfe")

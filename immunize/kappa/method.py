@@ -12,7 +12,12 @@ from functools import partial
 from typing import ClassVar, Literal, TypeVar
 
 from immunize.kappa import spectral
-from immunize.kappa.objectives import BilevelObjective, SpectralObjective, SpectralOptions, StepObjective
+from immunize.kappa.objectives import (
+    BilevelObjective,
+    SpectralObjective,
+    SpectralOptions,
+    StepObjective,
+)
 from immunize.kappa.sampling import SPECTRA, Spectrum
 from immunize.kappa.trainer import Schedule, Trainer
 from lab.core.data import Case, Kind
@@ -35,7 +40,9 @@ def _pick(kind: type[T], source: object, **given: object) -> T:
     return kind(**given, **{name: getattr(source, name) for name in rest})
 
 
-_READ_BY: tuple[tuple[tuple[str, ...], str, object], ...] = (  # options of `Kappa`, and what makes it read them
+_READ_BY: tuple[
+    tuple[tuple[str, ...], str, object], ...
+] = (  # options of `Kappa`, and what makes it read them
     (("ridge_benign", "ridge_harmful"), "preconditioned", True),
     (("corridor_rate", "corridor_benign", "corridor_harmful"), "lambda_schedule", "corridor"),
     (("worst_case_temperature",), "worst_case", True),
@@ -74,15 +81,19 @@ class GradientImmunizer:
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        number("immunize.eta", self.eta, above=0)
+        number("immunize.lr", self.eta, above=0)
         _each(count, 1, epochs=self.epochs, checkpoint_every=self.checkpoint_every)
         _each(count, 2, batch_size=self.batch_size, log_points=self.log_points)
         if self.steps is not None:
             count("immunize.steps", self.steps)
         choice("immunize.optimizer", self.optimizer, ("plain", "adam"))
-        choice("immunize.eta_schedule", self.eta_schedule, ("constant", "cosine"))
+        choice("immunize.lr_schedule", self.eta_schedule, ("constant", "cosine"))
         if isinstance(self.layers, bool | float):
-            raise UserError("immunize.layers", self.layers, "must be null, a count from the end, or names of blocks.")
+            raise UserError(
+                "immunize.layers",
+                self.layers,
+                "must be null, a count from the end, or names of blocks.",
+            )
         if self.layers is not None and not isinstance(self.layers, int):
             self.layers = names("immunize.layers", self.layers)
 
@@ -96,7 +107,9 @@ class GradientImmunizer:
     def __call__(
         self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
     ) -> FeatureModel:
-        return Trainer(self.schedule, model, case, seed, log).run(self.objective(), checkpoint, self.name)
+        return Trainer(self.schedule, model, case, seed, log).run(
+            self.objective(), checkpoint, self.name
+        )
 
 
 @_options
@@ -168,9 +181,15 @@ class Kappa(GradientImmunizer):
         choice("immunize.optimizer_aware", self.optimizer_aware, ("none", "diagonal"))
         choice("immunize.lambda_schedule", self.lambda_schedule, ("fixed", "corridor"))
         if self.lambda_p == self.lambda_h == 0:
-            raise UserError("immunize.lambda_h", 0, "λ_P and λ_H are both 0; choose immunize=none for no immunization")
+            raise UserError(
+                "immunize.lambda_h",
+                0,
+                "λ_P and λ_H are both 0; choose immunize=none for no immunization",
+            )
         if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
-            raise UserError("immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0")
+            raise UserError(
+                "immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0"
+            )
         self._check_unread()
 
     def _check_unread(self) -> None:
@@ -179,9 +198,16 @@ class Kappa(GradientImmunizer):
             for option in options:
                 needs = f"immunize.{key}={str(needed).lower()}"
                 unread(
-                    f"immunize.{option}", getattr(self, option), default[option], getattr(self, key) == needed, needs
+                    f"immunize.{option}",
+                    getattr(self, option),
+                    default[option],
+                    getattr(self, key) == needed,
+                    needs,
                 )
-        for option, weight in (("corridor_benign", "lambda_p"), ("corridor_harmful", "lambda_h")):  # what it scales
+        for option, weight in (
+            ("corridor_benign", "lambda_p"),
+            ("corridor_harmful", "lambda_h"),
+        ):  # what it scales
             given, read = getattr(self, option), getattr(self, weight) > 0
             unread(f"immunize.{option}", given, default[option], read, f"immunize.{weight} > 0")
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from immunize.kappa.engines import Engine, Preconditioner, View
 from immunize.kappa.heads import Head
 from immunize.kappa.sampling import RowSampler
-from immunize.kappa.spectral import Factor, Objective, Side, diagonal_preconditioner, feature_gradient, thin_factor
+from immunize.kappa.spectral import (
+    Factor,
+    Objective,
+    Side,
+    diagonal_preconditioner,
+    feature_gradient,
+    thin_factor,
+)
 from lab.core.condition import singular_values
 from lab.core.data import Case
 
@@ -119,7 +126,9 @@ class SpectralObjective:
             share = (sampler.batch / sampler.n) ** 0.5
             self.units.append(1.0 if o.scale == "none" else float(singular_values(y)[0]) * share)
             aware = o.optimizer_aware == "diagonal" and o.scale != "none"
-            self.aware_units.append(float(singular_values(diagonal_preconditioner(y)[0])[0]) if aware else 1.0)
+            self.aware_units.append(
+                float(singular_values(diagonal_preconditioner(y)[0])[0]) if aware else 1.0
+            )
         self.head: Head | None = None
         if o.supervised > 0:
             y = setup.engine.features(0)
@@ -129,7 +138,9 @@ class SpectralObjective:
     def _measure(self, task: int, step: int) -> Measured:
         o = self.o
         rows, roots = self.setup.samplers[task].rows(step)
-        moves = (o.lambda_p if task == 0 else o.lambda_h) > 0 or (task == 0 and self.head is not None)
+        moves = (o.lambda_p if task == 0 else o.lambda_h) > 0 or (
+            task == 0 and self.head is not None
+        )
         view = self.setup.engine.view(task, rows, gradient=moves)
         if not bool(torch.isfinite(view.y).all()):
             raise FloatingPointError("features are not finite")
@@ -138,7 +149,9 @@ class SpectralObjective:
             matrix, pull = diagonal_preconditioner(matrix)
         factor = thin_factor(matrix, o.rank_tolerance)
         if len(factor.s) < 2:
-            raise FloatingPointError("the features of a batch have rank below 2, so their κ cannot move")
+            raise FloatingPointError(
+                "the features of a batch have rank below 2, so their κ cannot move"
+            )
         log_kappa = 2 * math.log(float(factor.s[0] / factor.s[-1]))
         unit, data_unit = self.units[task], self.units[task]
         if o.scale == "current":
@@ -177,7 +190,9 @@ class SpectralObjective:
         growth = [m.log_kappa - first for m, first in zip(seen, self.first, strict=True)]
         weights = self._weights(growth[1:])
         if o.lambda_schedule == "corridor":
-            self._dual_ascent([growth[0], sum(q * g for q, g in zip(weights, growth[1:], strict=True))])
+            self._dual_ascent(
+                [growth[0], sum(q * g for q, g in zip(weights, growth[1:], strict=True))]
+            )
         lambda_p, lambda_h = self.lambdas
         values = {"lambda_p": lambda_p, "lambda_h": lambda_h}
         if lambda_p > 0:
@@ -188,7 +203,9 @@ class SpectralObjective:
             if len(weights) > 1:
                 values[f"weight_{i}"] = q
         if self.head is not None:
-            values["benign_loss"] = supervise(self.head, seen[0].view, self.setup.engine, o.supervised)
+            values["benign_loss"] = supervise(
+                self.head, seen[0].view, self.setup.engine, o.supervised
+            )
         return values
 
     def _weights(self, growth: list[float]) -> list[float]:

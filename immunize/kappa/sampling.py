@@ -25,7 +25,16 @@ class RowSampler:
         n: rows of the task. decay: β. window: m.
     """
 
-    def __init__(self, n: int, batch: int, spectrum: Spectrum, decay: float, window: int, seed: int, label: str):
+    def __init__(
+        self,
+        n: int,
+        batch: int,
+        spectrum: Spectrum,
+        decay: float,
+        window: int,
+        seed: int,
+        label: str,
+    ):
         self.n, self.batch, self.spectrum = n, min(batch, n), spectrum
         self.decay, self.window, self.seed, self.label = decay, window, seed, label
         self.per_epoch = max(1, n // self.batch)

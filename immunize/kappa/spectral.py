@@ -139,7 +139,9 @@ def _solve_left(x: Tensor, gradient: Tensor, ridge: float) -> Tensor:
                 return x.T @ torch.cholesky_solve(gradient, low)
             return torch.cholesky_solve(x.T @ gradient, low)
         factor = thin_factor(x)  # a ridge below the rounding of XᵀX: take the spectrum of X itself
-        return factor.vt.T @ ((factor.u.T @ gradient) * (factor.s / (factor.s.square() + ridge))[:, None])
+        return factor.vt.T @ (
+            (factor.u.T @ gradient) * (factor.s / (factor.s.square() + ridge))[:, None]
+        )
     q, r = torch.linalg.qr(x.T if n < d else x)
     diagonal = r.diagonal().abs()
     if float(diagonal.min()) <= 1e-10 * float(diagonal.max()):
@@ -149,7 +151,9 @@ def _solve_left(x: Tensor, gradient: Tensor, ridge: float) -> Tensor:
     return torch.linalg.solve_triangular(r, q.T @ gradient, upper=True)
 
 
-def preconditioned_step(x: Tensor, gradient: Tensor, ridge: float = 0.0, side: Side = "left") -> Tensor:
+def preconditioned_step(
+    x: Tensor, gradient: Tensor, ridge: float = 0.0, side: Side = "left"
+) -> Tensor:
     """(K + ρI)⁻¹ Xᵀ G for K = XᵀX, with the pseudo-inverse for ρ = 0; [d, e] for ``gradient`` G [n, e].
 
     Three cases for a spectral gradient G = 2Y V diag(f′) Vᵀ, Y = Xθ:

@@ -57,12 +57,22 @@ def log_steps(steps: int, points: int) -> frozenset[int]:
 class Trainer:
     """Runs an objective on a copy of ``model`` and logs condition numbers of the whole training data."""
 
-    def __init__(self, schedule: Schedule, model: FeatureModel, case: Case, seed: int, log: Log) -> None:
+    def __init__(
+        self, schedule: Schedule, model: FeatureModel, case: Case, seed: int, log: Log
+    ) -> None:
         self.schedule, self.seed, self._log = schedule, seed, log
         self.engine: LinearEngine | DeepEngine = build_engine(model, case, schedule.layers)
         s = schedule
         self.samplers = [
-            RowSampler(len(t.train), s.batch_size, s.spectrum, s.running_decay, s.running_window, seed, f"{i}/{t.name}")
+            RowSampler(
+                len(t.train),
+                s.batch_size,
+                s.spectrum,
+                s.running_decay,
+                s.running_window,
+                seed,
+                f"{i}/{t.name}",
+            )
             for i, t in enumerate(case.tasks)
         ]
         self.steps = s.steps if s.steps is not None else s.epochs * self.samplers[0].per_epoch
@@ -98,7 +108,9 @@ class Trainer:
         rank = numerical_rank(s, y.shape)
         first = self.ranks.setdefault(task, rank)
         if rank < first:
-            raise FloatingPointError(f"κ of task {task} is beyond float64: numerical rank {rank}, {first} at the start")
+            raise FloatingPointError(
+                f"κ of task {task} is beyond float64: numerical rank {rank}, {first} at the start"
+            )
         return float((s[0] / s[rank - 1]) ** 2)
 
     def _prepare_metrics(self) -> None:
@@ -158,7 +170,9 @@ class Trainer:
 
     # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def run(self, objective: StepObjective, checkpoint: Checkpoint | None, label: str) -> FeatureModel:
+    def run(
+        self, objective: StepObjective, checkpoint: Checkpoint | None, label: str
+    ) -> FeatureModel:
         """Descend ``objective``.
 
         Raises:
@@ -179,7 +193,9 @@ class Trainer:
                 self.optimizer.param_groups[0]["lr"] = self._eta(step)
                 self.optimizer.step()
             except (FloatingPointError, torch.linalg.LinAlgError) as error:
-                raise Diverged(f"{label} left the finite numbers at step {step}: {error}", max(step - 1, 0)) from error
+                raise Diverged(
+                    f"{label} left the finite numbers at step {step}: {error}", max(step - 1, 0)
+                ) from error
             if checkpoint is not None and (step + 1) % self.schedule.checkpoint_every == 0:
                 self._save(checkpoint, objective, step + 1)
         return self.engine.export()

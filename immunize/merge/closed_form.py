@@ -121,7 +121,9 @@ class Merge:
             return ((x.flatten(1) @ factors.lefts[n].T) @ factors.rights[n].T).view_as(x)
         if self.learned is not None and name in self.learned:
             weight = self.learned.weight(name, n).to(x)
-            return weight * x if weight.dim() == 0 else (weight.flatten(1) * x.flatten(1)).view_as(x)
+            return (
+                weight * x if weight.dim() == 0 else (weight.flatten(1) * x.flatten(1)).view_as(x)
+            )
         return x / self.count
 
     # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,13 +153,18 @@ class Merge:
                     weight = self.learned.weight(name, n)
                     if weight.numel() > 1:
                         raise UserError(
-                            "immunize.merge.rule", "masked", "adapters merge by closed_form, mean or gated."
+                            "immunize.merge.rule",
+                            "masked",
+                            "adapters merge by closed_form, mean or gated.",
                         )
                     down = down * weight.to(down).reshape(())
                 else:
                     down = down / self.count
                 merged.setdefault(name, []).append((scale * down, up))
-        return {k: (torch.cat([d for d, _ in p]), torch.cat([u for _, u in p], 1)) for k, p in merged.items()}
+        return {
+            k: (torch.cat([d for d, _ in p]), torch.cat([u for _, u in p], 1))
+            for k, p in merged.items()
+        }
 
 
 class Running:
@@ -204,12 +211,16 @@ class Running:
                     for n, r in enumerate(factors.rights)
                 ]
                 u = torch.cat(parts, 1)
-                merged[name] = torch.addmm(base.flatten(1), u, torch.cat(factors.lefts)).view_as(base)
+                merged[name] = torch.addmm(base.flatten(1), u, torch.cat(factors.lefts)).view_as(
+                    base
+                )
                 gap = u.detach() @ factors.error
                 missed = missed + gap.double().square().sum().cpu()
                 moved = moved + u.detach().double().square().sum().cpu()
             else:
                 merged[name] = base + self.sums[name] if name in self.sums else base
         if self.thin:
-            self.merge.report["constraint_residual"] = float((missed / moved.clamp_min(1e-300)).sqrt())
+            self.merge.report["constraint_residual"] = float(
+                (missed / moved.clamp_min(1e-300)).sqrt()
+            )
         return merged

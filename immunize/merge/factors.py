@@ -54,7 +54,9 @@ def _solve_regularizer(regularizer: Tensor, rows: Tensor, lam: float) -> tuple[T
         )
     gram = regularizer @ regularizer.T if wide else regularizer.T @ regularizer
     spectrum = torch.linalg.eigvalsh(gram)
-    condition = float("inf") if wide or float(spectrum[0]) <= 0 else float(spectrum[-1] / spectrum[0])
+    condition = (
+        float("inf") if wide or float(spectrum[0]) <= 0 else float(spectrum[-1] / spectrum[0])
+    )
     gram.diagonal().add_(lam)
     low, failed = torch.linalg.cholesky_ex(gram)
     if int(failed) or (lam == 0 and condition > 1e15):
@@ -65,7 +67,9 @@ def _solve_regularizer(regularizer: Tensor, rows: Tensor, lam: float) -> tuple[T
         )
     if not wide:
         return torch.cholesky_solve(rows.T, low), condition
-    return (rows.T - regularizer.T @ torch.cholesky_solve(regularizer @ rows.T, low)) / lam, condition
+    return (
+        rows.T - regularizer.T @ torch.cholesky_solve(regularizer @ rows.T, low)
+    ) / lam, condition
 
 
 def factorize(inputs: Inputs, *, lam: float = 0.0, mu: float = 0.0) -> Factors:

@@ -12,7 +12,9 @@ from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel, Text
 
 TEXT = "text"  # the group of the matrices that read the text encoder
-Batch = tuple[Tensor, Text, Tensor, Tensor]  # latents, text, noise, timesteps, as `DiffusionModel.loss` takes them
+Batch = tuple[
+    Tensor, Text, Tensor, Tensor
+]  # latents, text, noise, timesteps, as `DiffusionModel.loss` takes them
 
 
 def suffixes(attention: str, kinds: str) -> tuple[str, ...]:
@@ -33,14 +35,21 @@ def _matrix_rows(module: nn.Module, x: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         kernel: Any = module.kernel_size
         padding: Any = module.padding
-        patches = nn.functional.unfold(x, kernel, dilation=module.dilation, padding=padding, stride=module.stride)
+        patches = nn.functional.unfold(
+            x, kernel, dilation=module.dilation, padding=padding, stride=module.stride
+        )
         return patches.transpose(1, 2).flatten(0, 1)
     return x.flatten(0, -2)
 
 
 @torch.no_grad()
 def layer_inputs(
-    model: DiffusionModel, names: Sequence[str], batches: Sequence[Batch], rows: int, seed: int, *labels: object
+    model: DiffusionModel,
+    names: Sequence[str],
+    batches: Sequence[Batch],
+    rows: int,
+    seed: int,
+    *labels: object,
 ) -> dict[str, Tensor]:
     """Inputs of the layers of ``names`` on ``batches``, group → at most ``rows`` rows [·, d], float64 on the CPU.
 
@@ -60,7 +69,9 @@ def layer_inputs(
         return record
 
     handles = [
-        modules[owner].register_forward_pre_hook(hook(group, generator(seed, "merge", *labels, group)))
+        modules[owner].register_forward_pre_hook(
+            hook(group, generator(seed, "merge", *labels, group))
+        )
         for group, owner in owners.items()
     ]
     try:

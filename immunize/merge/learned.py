@@ -39,7 +39,12 @@ class Learned:
     """
 
     def __init__(
-        self, shapes: Mapping[str, Tensor], concepts: int, kind: Kind = "gate", rank: int = 4, seed: int = 0
+        self,
+        shapes: Mapping[str, Tensor],
+        concepts: int,
+        kind: Kind = "gate",
+        rank: int = 4,
+        seed: int = 0,
     ) -> None:
         self.kind, self.names = kind, frozenset(shapes)
         self.parameters: dict[str, Tensor] = {}
@@ -77,7 +82,9 @@ class Learned:
     def shrink(self, threshold: float) -> None:
         """The proximal step of ``threshold``·‖M‖₁ within [0, 1]; of ``sparse`` only."""
         if self.kind == "sparse":
-            self.parameters = {key: (x - threshold).clamp(0, 1) for key, x in self.parameters.items()}
+            self.parameters = {
+                key: (x - threshold).clamp(0, 1) for key, x in self.parameters.items()
+            }
 
 
 def learn(
@@ -120,7 +127,9 @@ def learn(
             m[key] = 0.9 * m[key] + 0.1 * g
             square[key] = 0.999 * square[key] + 0.001 * g.square()
             root = (square[key] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            learned.parameters[key] = learned.parameters[key] - rate * m[key] / (1 - 0.9 ** (step + 1)) / root
+            learned.parameters[key] = (
+                learned.parameters[key] - rate * m[key] / (1 - 0.9 ** (step + 1)) / root
+            )
         learned.shrink(rate * sparsity)
     return history
 
@@ -143,13 +152,20 @@ def _slope(
             names = [name for name in merged if merged[name].requires_grad]
             total, v = 0.0, {name: torch.zeros_like(merged[name]) for name in names}
             for loss in losses:
-                leaf = {**merged, **{name: merged[name].detach().requires_grad_(True) for name in names}}
+                leaf = {
+                    **merged,
+                    **{name: merged[name].detach().requires_grad_(True) for name in names},
+                }
                 value = loss(leaf)
-                found = torch.autograd.grad(value, [leaf[x] for x in names], allow_unused=True, materialize_grads=True)
+                found = torch.autograd.grad(
+                    value, [leaf[x] for x in names], allow_unused=True, materialize_grads=True
+                )
                 total += float(value.detach())
                 v = {x: v[x] + g for x, g in zip(names, found, strict=True)}
             pairing = torch.stack([(merged[x] * v[x]).sum() for x in names]).sum()
-            slope = torch.autograd.grad(pairing, list(leaves.values()), allow_unused=True, materialize_grads=True)
+            slope = torch.autograd.grad(
+                pairing, list(leaves.values()), allow_unused=True, materialize_grads=True
+            )
         finally:
             learned.parameters = fixed
     return total, dict(zip(leaves, slope, strict=True))

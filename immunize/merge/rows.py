@@ -23,7 +23,10 @@ Scope = Literal["kv", "qkv", "attention", "down", "up", "all"]
 Rule = Literal["closed_form", "mean", "masked", "gated"]
 SCOPES: tuple[Scope, ...] = ("kv", "qkv", "attention", "down", "up", "all")
 RULES: tuple[Rule, ...] = ("closed_form", "mean", "masked", "gated")
-TIMED = ("time_emb", "add_embedding")  # layers that see the timestep only, the same for all concepts: averaged
+TIMED = (
+    "time_emb",
+    "add_embedding",
+)  # layers that see the timestep only, the same for all concepts: averaged
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,11 @@ class MergeOptions:
         number("immunize.merge.lam", self.lam, 0)
         number("immunize.merge.mu", self.mu, 0)
         if self.rule == "masked" and self.scope == "kv":
-            raise UserError("immunize.merge.scope", "kv", "rule=masked learns masks beyond kv; take a larger scope.")
+            raise UserError(
+                "immunize.merge.scope",
+                "kv",
+                "rule=masked learns masks beyond kv; take a larger scope.",
+            )
 
 
 @dataclass(frozen=True)
@@ -118,9 +125,15 @@ def concept_rows(model: DiffusionModel, prompts: Sequence[str], words: str) -> R
         places = word_positions(model, prompt, words)
         if not places:
             context = model.tokenizers[0].model_max_length
-            raise UserError("scenario", words, f"the words must occur in the first {context} tokens of {prompt!r}.")
+            raise UserError(
+                "scenario",
+                words,
+                f"the words must occur in the first {context} tokens of {prompt!r}.",
+            )
         hidden = model.text([prompt]).hidden[0]
-        names = model.tokenizers[0].convert_ids_to_tokens(model.tokens([prompt])[0, places].tolist())
+        names = model.tokenizers[0].convert_ids_to_tokens(
+            model.tokens([prompt])[0, places].tolist()
+        )
         for i, name in zip(places, names, strict=True):
             if not _known(hidden[i], rows):
                 rows.append(hidden[i])
@@ -208,7 +221,11 @@ def build_merge(
     if rule == "mean" or n == 0:
         return Merge(n)
     scope = scope_names(model.unet, options.scope)
-    closed = [x for x in scope if group_of(x) == TEXT or (rule == "closed_form" and not any(t in x for t in TIMED))]
+    closed = [
+        x
+        for x in scope
+        if group_of(x) == TEXT or (rule == "closed_form" and not any(t in x for t in TIMED))
+    ]
     if rule == "gated":
         closed = []
     members = {name: group_of(name) for name in closed}
@@ -222,10 +239,17 @@ def build_merge(
     if rest:
         if len(batches) != n or not all(batches) or not regular_batches:
             raise UserError(
-                "immunize.merge.scope", options.scope, "needs pictures of every concept and of other things."
+                "immunize.merge.scope",
+                options.scope,
+                "needs pictures of every concept and of other things.",
             )
-        seen = [layer_inputs(model, rest, some, options.rows, options.seed, i) for i, some in enumerate(batches)]
-        regular = layer_inputs(model, rest, regular_batches, options.regular_rows, options.seed, "regular")
+        seen = [
+            layer_inputs(model, rest, some, options.rows, options.seed, i)
+            for i, some in enumerate(batches)
+        ]
+        regular = layer_inputs(
+            model, rest, regular_batches, options.regular_rows, options.seed, "regular"
+        )
         for group, c in regular.items():
             most = max(c.shape[1] // (2 * n), 1)
             inputs = Inputs(tuple(some[group][:most] for some in seen), c)

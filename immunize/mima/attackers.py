@@ -65,12 +65,20 @@ class Family:
     @property
     def written(self) -> tuple[str, ...]:
         """The templates, ``token`` once for each of its words."""
-        words = {template: range(self.words if template == "token" else 1) for template in self.templates}
-        return tuple(worded(template, word) for template, numbers in words.items() for word in numbers)
+        words = {
+            template: range(self.words if template == "token" else 1) for template in self.templates
+        }
+        return tuple(
+            worded(template, word) for template, numbers in words.items() for word in numbers
+        )
 
 
 def _range(key: str, value: Any) -> list[Any]:
-    pair = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value, value]
+    pair = (
+        list(value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else [value, value]
+    )
     if len(pair) != 2:
         raise UserError(key, value, "must be one number or [smallest, largest].")
     return pair
@@ -88,7 +96,10 @@ def family(key: str, given: Any) -> Family:
     for name in given:
         choice(f"{key}.{name}", name, _FIELDS)
     kind = choice(f"{key}.kind", given.get("kind", "lora"), ("lora", "weights"))
-    scopes = tuple(choice(f"{key}.scopes", s, SCOPES) for s in names(f"{key}.scopes", given.get("scopes", "attn2")))
+    scopes = tuple(
+        choice(f"{key}.scopes", s, SCOPES)
+        for s in names(f"{key}.scopes", given.get("scopes", "attn2"))
+    )
     ranks = [count(f"{key}.ranks", r) for r in _range(f"{key}.ranks", given.get("ranks", 4))]
     lr = [number(f"{key}.lr", r, above=0) for r in _range(f"{key}.lr", given.get("lr"))]
     for name, pair in (("ranks", ranks), ("lr", lr)):
@@ -99,13 +110,17 @@ def family(key: str, given: Any) -> Family:
     asked = names(f"{key}.templates", given.get("templates", "name"))
     templates = tuple(choice(f"{key}.templates", t, TEMPLATES) for t in asked)
     if not templates:
-        raise UserError(f"{key}.templates", templates, f"needs at least one of {', '.join(TEMPLATES)}.")
+        raise UserError(
+            f"{key}.templates", templates, f"needs at least one of {', '.join(TEMPLATES)}."
+        )
     optimizer = choice(f"{key}.optimizer", given.get("optimizer", "adamw"), ("adamw", "sgd"))
     share = number(f"{key}.share", given.get("share", 1.0), 0)
     words = count(f"{key}.words", given.get("words", 1))
     if words > len(WORDS):
         raise UserError(f"{key}.words", words, f"there are {len(WORDS)} rare words.")
-    return Family(kind, share, scopes, (ranks[0], ranks[1]), (lr[0], lr[1]), optimizer, templates, words)
+    return Family(
+        kind, share, scopes, (ranks[0], ranks[1]), (lr[0], lr[1]), optimizer, templates, words
+    )
 
 
 class Attackers:
@@ -123,10 +138,15 @@ class Attackers:
             raise UserError("immunize.attackers", families, "must be a group of attackers.")
         # null takes a family out of a preset
         given = {str(name): options for name, options in families.items() if options is not None}
-        found = {(key := f"immunize.attackers.{name}"): family(key, options) for name, options in given.items()}
+        found = {
+            (key := f"immunize.attackers.{name}"): family(key, options)
+            for name, options in given.items()
+        }
         self.families = {key: f for key, f in found.items() if f.share > 0}
         if not self.families:
-            raise UserError("immunize.attackers", list(given), "needs at least one attacker with share > 0.")
+            raise UserError(
+                "immunize.attackers", list(given), "needs at least one attacker with share > 0."
+            )
         self.k_min, self.k_max = count("immunize.k_min", k_min), count("immunize.k_max", k_max)
         if k_min > k_max:
             raise UserError("immunize.k_min", k_min, f"must be at most immunize.k_max={k_max}.")
@@ -134,7 +154,9 @@ class Attackers:
     @property
     def templates(self) -> tuple[str, ...]:
         """All that any family writes."""
-        return tuple(dict.fromkeys(template for f in self.families.values() for template in f.written))
+        return tuple(
+            dict.fromkeys(template for f in self.families.values() for template in f.written)
+        )
 
     def draw(self, seed: int, *labels: object) -> Attack:
         """The attacker of the stream ``labels``."""
@@ -164,7 +186,9 @@ class Attackers:
 class _Adapted:
     """Trainable leaves and the effective weights that they make. θ may move in between, see `follow`."""
 
-    def __init__(self, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, g: torch.Generator) -> None:
+    def __init__(
+        self, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, g: torch.Generator
+    ) -> None:
         self.lora = attack.kind == "lora"
         self.base = {n: theta[n].detach() for n in (matrices(theta, moves) if self.lora else moves)}
         self.leaves: list[Tensor] = []
@@ -190,7 +214,10 @@ class _Adapted:
         if not self.lora:
             return dict(zip(self.base, self.leaves, strict=True))
         pairs = zip(self.leaves[::2], self.leaves[1::2], strict=True)
-        return {n: w + (b @ a).view_as(w) for (n, w), (a, b) in zip(self.base.items(), pairs, strict=True)}
+        return {
+            n: w + (b @ a).view_as(w)
+            for (n, w), (a, b) in zip(self.base.items(), pairs, strict=True)
+        }
 
 
 def marks(steps: int, fractions: Sequence[float]) -> tuple[int, ...]:
@@ -199,7 +226,7 @@ def marks(steps: int, fractions: Sequence[float]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Mark:
+class Snapshot:
     """After ``step`` steps: the weights that the attacker moved, and the loss of its first batch before and now
     (now: only after its last step, NaN before)."""
 
@@ -220,9 +247,16 @@ class Running:
     """
 
     def __init__(
-        self, loss: Loss, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, pool: Pool, size: int,
-        seed: int, *labels: object,
-    ) -> None:  # fmt: skip
+        self,
+        loss: Loss,
+        theta: Mapping[str, Tensor],
+        moves: Sequence[str],
+        attack: Attack,
+        pool: Pool,
+        size: int,
+        seed: int,
+        *labels: object,
+    ) -> None:
         self.loss, self.attack, self.size, self.seed, self.labels = loss, attack, size, seed, labels
         self.pool = pool.template(attack.template)
         self.adapted = _Adapted(theta, moves, attack, generator(seed, "mima", "factors", *labels))
@@ -231,13 +265,15 @@ class Running:
             self.optimizer = torch.optim.SGD(self.adapted.leaves, lr=attack.lr)
         else:
             # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, a third of a step
-            self.optimizer = torch.optim.AdamW(self.adapted.leaves, lr=attack.lr, weight_decay=0.0, fused=True)
+            self.optimizer = torch.optim.AdamW(
+                self.adapted.leaves, lr=attack.lr, weight_decay=0.0, fused=True
+            )
         self.step, self.first = 0, math.nan
 
     def _batch(self, step: int) -> Batch:
         return self.pool.batch(self.size, self.seed, *self.labels, "lower", step)
 
-    def advance(self, until: int) -> Mark:
+    def advance(self, until: int) -> Snapshot:
         """Steps up to number ``until``.
 
         Raises:
@@ -250,7 +286,9 @@ class Running:
             here = float(value.detach())
             self.step += 1
             if not math.isfinite(here):
-                raise FloatingPointError(f"loss {here} in lower step {self.step} under {self.attack}")
+                raise FloatingPointError(
+                    f"loss {here} in lower step {self.step} under {self.attack}"
+                )
             self.first = here if self.step == 1 else self.first
             for leaf, grad in zip(self.adapted.leaves, given, strict=True):
                 leaf.grad = grad
@@ -259,7 +297,7 @@ class Running:
             weights = {n: w.detach().clone() for n, w in self.adapted.weights().items()}
             last = self.step == self.attack.steps
             now = float(self.loss(self._batch(0), weights)) if last else math.nan
-        return Mark(self.step, weights, self.first, now)
+        return Snapshot(self.step, weights, self.first, now)
 
     def state(self) -> dict[str, Tensor]:
         """All that a resumed attack needs besides θ, the attack and its labels."""

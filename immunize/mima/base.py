@@ -16,7 +16,7 @@ from immunize.merge.closed_form import Merge
 from immunize.merge.rows import MergeOptions
 from immunize.mima.losses import PRECISIONS
 from immunize.mima.options import MergeGroup
-from immunize.mima.sampling import PRIORS, Decoys, Halves
+from immunize.mima.sampling import PRIORS, ConceptSplit, Decoys
 from immunize.mima.scopes import SCOPES
 from immunize.mima.setup import ARRANGEMENTS, Setup, concept_halves, selected
 from immunize.mima.trainer import Objective, Schedule, Section, Trainer, repeat
@@ -80,12 +80,19 @@ class ConceptImmunizer(ABC):
     def __post_init__(self) -> None:
         choice("immunize.concepts", self.concepts, ARRANGEMENTS)
         count("immunize.target", self.target, 0)
-        unread("immunize.target", self.target, 0, self.concepts == "single", "immunize.concepts=single")
+        unread(
+            "immunize.target", self.target, 0, self.concepts == "single", "immunize.concepts=single"
+        )
         choice("immunize.scope", self.scope, SCOPES)
         self.schedule = Schedule(
-            self.steps, self.beta, self.beta_schedule, self.optimizer, self.weight_decay, self.clip,
+            self.steps,
+            self.beta,
+            self.beta_schedule,
+            self.optimizer,
+            self.weight_decay,
+            self.clip,
             self.checkpoint_every,
-        )  # fmt: skip
+        )
         count("immunize.batch_size", self.batch_size)
         count("immunize.prior_batch_size", self.prior_batch_size)
         if self.cap is not None:
@@ -93,7 +100,10 @@ class ConceptImmunizer(ABC):
         number("immunize.w_prior", self.w_prior, 0)
         choice("immunize.prior", self.prior, PRIORS)
         self.merging = MergeGroup.read({} if self.merge is None else self.merge)
-        if self.concepts == "composed" and (rule := self.merging.options.rule) in ("masked", "gated"):
+        if self.concepts == "composed" and (rule := self.merging.options.rule) in (
+            "masked",
+            "gated",
+        ):
             told = "is learned while concepts are trained together; concepts=composed merges by closed_form or mean."
             raise UserError("immunize.merge.rule", rule, told)
         choice("immunize.precision", self.precision, PRECISIONS)
@@ -106,8 +116,17 @@ class ConceptImmunizer(ABC):
         unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
         read = self.needs_merge() and self.concepts in ("merged", "composed")
         for option in ("rule", "scope"):
-            default, needs = getattr(MergeOptions, option), "concepts that are merged (immunize.concepts)"
-            unread(f"immunize.merge.{option}", getattr(self.merging.options, option), default, read, needs)
+            default, needs = (
+                getattr(MergeOptions, option),
+                "concepts that are merged (immunize.concepts)",
+            )
+            unread(
+                f"immunize.merge.{option}",
+                getattr(self.merging.options, option),
+                default,
+                read,
+                needs,
+            )
 
     def check(self, cases: Sequence[ConceptCase]) -> None:
         """Raises `lab.core.errors.UserError` for cases that cannot be immunized."""
@@ -115,7 +134,7 @@ class ConceptImmunizer(ABC):
             selected(case, self.concepts, self.target)
 
     @abstractmethod
-    def objective(self, setup: Setup, concepts: Sequence[Halves], merge: Merge) -> Objective:
+    def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
         """What the upper level descends."""
 
     def needs_prior(self) -> bool:
@@ -125,7 +144,7 @@ class ConceptImmunizer(ABC):
         return True
 
     def needs_decoys(self) -> Decoys | None:
-        """For every target, see `immunize.mima.sampling.Halves`."""
+        """For every target, see `immunize.mima.sampling.ConceptSplit`."""
         return None
 
     def needs_templates(self) -> tuple[str, ...]:
@@ -133,16 +152,26 @@ class ConceptImmunizer(ABC):
         return ()
 
     def __call__(
-        self, model: DiffusionModel, case: ConceptCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
+        self,
+        model: DiffusionModel,
+        case: ConceptCase,
+        *,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        log: Log,
     ) -> DiffusionModel:
         """See `lab.core.types.Immunizer`; an early end by divergence returns the last good weights and is logged.
 
         Raises:
             UserError: options or pictures that cannot work. Diverged: not even the first step was finite.
         """
-        setup = Setup.build(model, case, seed, self.precision, self.prior if self.needs_prior() else None)
+        setup = Setup.build(
+            model, case, seed, self.precision, self.prior if self.needs_prior() else None
+        )
         targets = selected(case, self.concepts, self.target)
-        chosen = concept_halves(model, targets, seed, setup.dtype, self.needs_decoys(), self.needs_templates())
+        chosen = concept_halves(
+            model, targets, seed, setup.dtype, self.needs_decoys(), self.needs_templates()
+        )
         merging = self.merging if self.needs_merge() else None
         runs, merges, last = setup.arrange(chosen, self.concepts, merging, self.batch_size)
         section, log = Section(checkpoint), _with_report(log, last)
@@ -153,7 +182,9 @@ class ConceptImmunizer(ABC):
                 continue
             theta = setup.restart()
             objective = self.objective(setup, concepts, merge)
-            trainer = Trainer(self.schedule, theta, objective, here, self.name, partial(setup.sound, concepts))
+            trainer = Trainer(
+                self.schedule, theta, objective, here, self.name, partial(setup.sound, concepts)
+            )
             section.finish(trainer.run(section), trainer.rows)
         if len(runs) == 1:
             return _result(model, section.done[0], self.interpolation)
@@ -165,7 +196,9 @@ class ConceptImmunizer(ABC):
 
 def _with_report(log: Log, merge: Merge) -> Log:
     """The first row says of the merge how well it is conditioned, see `immunize.merge.factors.Factors`."""
-    report = {f"merge_{key}": value for key, value in merge.report.items() if key != "constraint_residual"}
+    report = {
+        f"merge_{key}": value for key, value in merge.report.items() if key != "constraint_residual"
+    }
     if report:
         logger.info("merge: %s", ", ".join(f"{key} {value:.3g}" for key, value in report.items()))
     return lambda step, **values: log(step, **({**values, **report} if step == 0 else values))
@@ -178,11 +211,15 @@ def _numbered(log: Log, i: int, count: int, steps: int) -> Log:
     return lambda step, **values: log(step + i * steps, concept=float(i), **values)
 
 
-def _result(model: DiffusionModel, found: Mapping[str, Tensor], interpolation: float) -> DiffusionModel:
+def _result(
+    model: DiffusionModel, found: Mapping[str, Tensor], interpolation: float
+) -> DiffusionModel:
     result = model.copy()
     state = result.unet.state_dict()
     for name, weight in found.items():
         trained = weight.detach().to(state[name])
-        state[name] = trained if interpolation == 1 else torch.lerp(state[name], trained, interpolation)
+        state[name] = (
+            trained if interpolation == 1 else torch.lerp(state[name], trained, interpolation)
+        )
     result.unet.load_state_dict(state)
     return result

@@ -23,7 +23,7 @@ from immunize.mima.inner_loop import Adapter, Lower, LowerLevel, LowerLoss
 from immunize.mima.losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
 from immunize.mima.options import GradientOptions, LowerOptions, MergeGroup
 from immunize.mima.products import checkpointed
-from immunize.mima.sampling import Batch, Halves, Pool
+from immunize.mima.sampling import Batch, ConceptSplit, Pool
 from lab.core.distributed import Team, team
 from lab.core.optimizer_state import restore_slots, slots
 from lab.core.seeding import derive
@@ -45,7 +45,7 @@ class BilevelOptions:
 
 
 @dataclass
-class Rest:
+class SecondaryOptimizer:
     """The released lower level's second half: AdamW at the lower rate on the cross-attention's other matrices.
 
     Its moments live as long as the run.
@@ -56,10 +56,12 @@ class Rest:
     leaves: Params = field(default_factory=dict)
 
     @staticmethod
-    def build(theta: Params, names: Sequence[str], alpha: float, weight_decay: float) -> Rest:
+    def build(
+        theta: Params, names: Sequence[str], alpha: float, weight_decay: float
+    ) -> SecondaryOptimizer:
         leaves = {name: theta[name].detach().clone() for name in names}
         optimizer = torch.optim.AdamW(list(leaves.values()), lr=alpha, weight_decay=weight_decay)
-        return Rest(tuple(names), optimizer, leaves)
+        return SecondaryOptimizer(tuple(names), optimizer, leaves)
 
     def step(self, theta: Params, gradient: Params) -> Params:
         """What one step from θ adds to each of ``names``."""
@@ -81,10 +83,19 @@ class BilevelObjective:
     """
 
     def __init__(
-        self, options: BilevelOptions, denoiser: Denoiser, upper_names: Sequence[str], lower_names: Sequence[str],
-        concepts: Sequence[Halves], prior: Pool | None, merge: Merge, seed: int,
-        attackers: Attackers | None = None, rest: Rest | None = None, together: Team | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        options: BilevelOptions,
+        denoiser: Denoiser,
+        upper_names: Sequence[str],
+        lower_names: Sequence[str],
+        concepts: Sequence[ConceptSplit],
+        prior: Pool | None,
+        merge: Merge,
+        seed: int,
+        attackers: Attackers | None = None,
+        rest: SecondaryOptimizer | None = None,
+        together: Team | None = None,
+    ) -> None:
         self.options, self.denoiser, self.concepts, self.prior = options, denoiser, concepts, prior
         self.upper_names, self.lower_names = tuple(upper_names), tuple(lower_names)
         self.merge, self.seed, self.attackers, self.rest = merge, seed, attackers, rest
@@ -95,14 +106,18 @@ class BilevelObjective:
     def state(self) -> Params:
         found = slots(self.rest.optimizer) if self.rest is not None else {}
         if isinstance(self.merge.learned, Learned):
-            found = found | {f"merge/{key}": value for key, value in self.merge.learned.parameters.items()}
+            found = found | {
+                f"merge/{key}": value for key, value in self.merge.learned.parameters.items()
+            }
         return found
 
     alike = state
 
     def load(self, state: Params) -> None:
         if self.rest is not None:
-            restore_slots(self.rest.optimizer, {k: v for k, v in state.items() if not k.startswith("merge/")})
+            restore_slots(
+                self.rest.optimizer, {k: v for k, v in state.items() if not k.startswith("merge/")}
+            )
         if isinstance(self.merge.learned, Learned):
             old = self.merge.learned.parameters
             self.merge.learned.parameters = {key: state[f"merge/{key}"].to(old[key]) for key in old}
@@ -119,16 +134,28 @@ class BilevelObjective:
             if isinstance(self.merge.learned, Learned):
                 self._learn(here, lower, settings)
             found = hypergradient(
-                here, lower, self._upper(step, seen, shift), self.merge, settings=settings,
-                upper_names=self.upper_names, lower_names=self.lower_names, method=g.method, last=g.last,
-                implicit=g.implicit(), product=g.product, recompute=g.recompute, team=self.team,
-            )  # fmt: skip
+                here,
+                lower,
+                self._upper(step, seen, shift),
+                self.merge,
+                settings=settings,
+                upper_names=self.upper_names,
+                lower_names=self.lower_names,
+                method=g.method,
+                last=g.last,
+                implicit=g.implicit(),
+                product=g.product,
+                recompute=g.recompute,
+                team=self.team,
+            )
         if g.method == "alternating":
             with torch.no_grad():
                 for name, value in self.team.same(found.merged).items():
                     theta[name].copy_(value + shift[name] if name in shift else value)
         rows = [row for _, row in sorted(self.team.gather(seen).items())]
-        return self.team.same(found.gradient), self._values(rows, found.lower_drop, found.cosine, found.info)
+        return self.team.same(found.gradient), self._values(
+            rows, found.lower_drop, found.cosine, found.info
+        )
 
     @contextmanager
     def _context(self) -> Iterator[None]:
@@ -139,11 +166,20 @@ class BilevelObjective:
             yield
 
     def _values(
-        self, seen: list[tuple[float, float]], drop: list[float], cosine: float, info: dict[str, object]
+        self,
+        seen: list[tuple[float, float]],
+        drop: list[float],
+        cosine: float,
+        info: dict[str, object],
     ) -> dict[str, float]:
-        values = {"upper_loss": sum(row[0] for row in seen) / len(seen), "lower_drop": sum(drop) / len(drop)}
+        values = {
+            "upper_loss": sum(row[0] for row in seen) / len(seen),
+            "lower_drop": sum(drop) / len(drop),
+        }
         if len(drop) > 1:
-            values |= {f"lower_drop_{c.name}": value for c, value in zip(self.concepts, drop, strict=True)}
+            values |= {
+                f"lower_drop_{c.name}": value for c, value in zip(self.concepts, drop, strict=True)
+            }
         if not math.isnan(cosine):  # the first-order gradient is not compared with itself
             values["cosine"] = cosine
         if not math.isnan(seen[0][1]):
@@ -159,7 +195,7 @@ class BilevelObjective:
 
     # ── the two levels ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _settings(self, concept: Halves, step: int) -> Lower:
+    def _settings(self, concept: ConceptSplit, step: int) -> Lower:
         o = self.options
         seed = derive(self.seed, "mima", "factors", concept.name, step)
         if self.attackers is None:
@@ -170,14 +206,16 @@ class BilevelObjective:
         optimizer = "sgd" if drawn.optimizer == "sgd" else "adamw"
         return Lower(drawn.lr, drawn.steps, optimizer, adapter, weight_decay=0.0)  # type: ignore[arg-type]
 
-    def _lower(self, concept: Halves, step: int) -> LowerLoss:
+    def _lower(self, concept: ConceptSplit, step: int) -> LowerLoss:
         o = self.options
         pool = self._captioned(concept.lower, concept, step)
         batches: dict[int, Batch] = {}
 
         def loss(weights: Params, k: int) -> Tensor:
             if k not in batches:
-                batches[k] = pool.batch(o.batch_size * concept.concepts, self.seed, concept.name, step, "lower", k)
+                batches[k] = pool.batch(
+                    o.batch_size * concept.concepts, self.seed, concept.name, step, "lower", k
+                )
             value = self.denoiser.loss(batches[k], weights)
             if o.lower.prior and self.prior is not None:
                 value = value + o.w_prior * self.denoiser.loss(self._prior(concept, step), weights)
@@ -185,20 +223,24 @@ class BilevelObjective:
 
         return loss
 
-    def _drawn(self, concept: Halves, step: int) -> Attack:
+    def _drawn(self, concept: ConceptSplit, step: int) -> Attack:
         assert self.attackers is not None
         return self.attackers.draw(self.seed, concept.name, step)
 
-    def _captioned(self, pool: Pool, concept: Halves, step: int) -> Pool:
+    def _captioned(self, pool: Pool, concept: ConceptSplit, step: int) -> Pool:
         """``pool`` with the captions that this step's attacker teaches, and asks by."""
-        return pool if self.attackers is None else pool.template(self._drawn(concept, step).template)
+        return (
+            pool if self.attackers is None else pool.template(self._drawn(concept, step).template)
+        )
 
-    def _prior(self, concept: Halves, step: int) -> Batch:
+    def _prior(self, concept: ConceptSplit, step: int) -> Batch:
         assert self.prior is not None
         size = self.options.prior_batch_size * concept.concepts
         return self.prior.batch(size, self.seed, concept.name, step, "prior", 0)
 
-    def _upper(self, step: int, seen: dict[int, tuple[float, float]], shift: Params) -> Callable[[Params, int], Tensor]:
+    def _upper(
+        self, step: int, seen: dict[int, tuple[float, float]], shift: Params
+    ) -> Callable[[Params, int], Tensor]:
         """The n-th term of J; puts the uncapped loss and the prior's into ``seen``. ``shift`` is added to θ̂."""
         o = self.options
 
@@ -206,7 +248,9 @@ class BilevelObjective:
             concept = self.concepts[n]
             moved = {name: w + shift[name] if name in shift else w for name, w in weights.items()}
             pool = self._captioned(concept.upper, concept, step)
-            batch = pool.batch(o.batch_size * concept.concepts, self.seed, concept.name, step, "upper", 0)
+            batch = pool.batch(
+                o.batch_size * concept.concepts, self.seed, concept.name, step, "upper", 0
+            )
             loss, kept = self.denoiser.loss(batch, moved), math.nan
             value = -capped(loss, o.cap)
             if o.w_prior and self.prior is not None:
@@ -240,5 +284,7 @@ class BilevelObjective:
 
             return gradient_at(first, theta, {}, names)[1]
 
-        self.team.ordered(len(lower), one, lambda _, gradient: accumulate(total, gradient, 1 / len(lower)))
+        self.team.ordered(
+            len(lower), one, lambda _, gradient: accumulate(total, gradient, 1 / len(lower))
+        )
         return self.rest.step(theta, total)

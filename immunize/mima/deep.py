@@ -30,10 +30,10 @@ from torch import Tensor
 
 from immunize.merge.closed_form import Merge
 from immunize.mima.attackers import Attack, Attackers, Running, marks
-from immunize.mima.deep_step import DeepOptions, Here, Level, reached
+from immunize.mima.deep_step import DeepOptions, Level, StepResult, reached
 from immunize.mima.losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
 from immunize.mima.products import checkpointed
-from immunize.mima.sampling import Batch, Halves, Pool
+from immunize.mima.sampling import Batch, ConceptSplit, Pool
 from immunize.mima.scopes import scope_names
 from lab.core.distributed import team
 from lab.core.seeding import derive
@@ -43,19 +43,35 @@ class DeepObjective:
     """Gradient of J for Π_u; see the module."""
 
     def __init__(
-        self, options: DeepOptions, attackers: Attackers, denoiser: Denoiser, names: Sequence[str],
-        targets: Sequence[Halves], rehearsal: Sequence[Halves], prior: Pool | None, merge: Merge | None, seed: int,
-    ) -> None:  # fmt: skip
+        self,
+        options: DeepOptions,
+        attackers: Attackers,
+        denoiser: Denoiser,
+        names: Sequence[str],
+        targets: Sequence[ConceptSplit],
+        rehearsal: Sequence[ConceptSplit],
+        prior: Pool | None,
+        merge: Merge | None,
+        seed: int,
+    ) -> None:
         self.options, self.attackers, self.denoiser = options, attackers, denoiser
         self.upper_names = self.moves = tuple(names)
-        self.targets, self.rehearsal, self.prior, self.merge, self.seed = targets, rehearsal, prior, merge, seed
+        self.targets, self.rehearsal, self.prior, self.merge, self.seed = (
+            targets,
+            rehearsal,
+            prior,
+            merge,
+            seed,
+        )
         self.original = (
             {name: denoiser.theta[name].detach().clone() for name in self.upper_names}
             if options.w_distill or self._regrets
             else {}
         )
         self.places = options.evaluate if merge is not None else ("own",)
-        self.running: dict[str, Running] = {}  # this process's attacks that go on at the next upper step, by concept
+        self.running: dict[
+            str, Running
+        ] = {}  # this process's attacks that go on at the next upper step, by concept
         self.saved: Params = {}
         self.team = team()
 
@@ -64,7 +80,9 @@ class DeepObjective:
         return bool(self.options.w_benign and self.rehearsal) and self.options.benign == "regret"
 
     def state(self) -> Params:
-        own = {f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()}
+        own = {
+            f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()
+        }
         own = {name: tensor.cpu() for name, tensor in own.items()}
         found: Params = {}
         for member in range(self.team.size):
@@ -85,7 +103,7 @@ class DeepObjective:
             return self._gradient(theta, step)
 
     def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        concepts, here = self._concepts(step), Here()
+        concepts, here = self._concepts(step), StepResult()
         count = self._marks(step)
         total: Params = {}
 
@@ -106,17 +124,27 @@ class DeepObjective:
                 accumulate(total, gradient, 1.0)
 
         self.team.ordered(len(concepts) + 1, one, add)
-        if "merged" in self.places:  # never with several processes, see `immunize.mima.method.MimaDeep.shards`
-            self._together(theta, [here.levels[n] for n in range(len(self.targets))], step, count, here, total)
+        if (
+            "merged" in self.places
+        ):  # never with several processes, see `immunize.mima.method.MimaDeep.shards`
+            self._together(
+                theta, [here.levels[n] for n in range(len(self.targets))], step, count, here, total
+            )
         here.facts = self.team.gather(here.facts)
-        values = here.values(len(self.targets)) | (self.merge.residual() if self.merge is not None else {})
+        values = here.values(len(self.targets)) | (
+            self.merge.residual() if self.merge is not None else {}
+        )
         if here.kept:
-            near = 0.0 if self.options.cap is None else min(max(values["upper_loss"], 0.0) / self.options.cap, 1.0)
+            near = (
+                0.0
+                if self.options.cap is None
+                else min(max(values["upper_loss"], 0.0) / self.options.cap, 1.0)
+            )
             values["prior_factor"] = 1 + (self.options.prior_ramp - 1) * near**2
             accumulate(total, here.kept, values["prior_factor"])
         return {name: total[name] for name in self.upper_names}, values
 
-    def _concepts(self, step: int) -> list[Halves]:
+    def _concepts(self, step: int) -> list[ConceptSplit]:
         """The targets, and one concept to practise with where a benign term is asked for."""
         if not (self.options.w_benign and self.rehearsal):
             return list(self.targets)
@@ -129,15 +157,19 @@ class DeepObjective:
         """Number of the attacks that upper step ``step`` belongs to, and which of their marks it looks at."""
         return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
 
-    def _drawn(self, concept: Halves, step: int) -> Attack:
+    def _drawn(self, concept: ConceptSplit, step: int) -> Attack:
         return self.attackers.draw(self.seed, concept.name, self._round(step)[0])
 
-    def _attack(self, theta: Params, concept: Halves, step: int, original: bool = False) -> Level:
+    def _attack(
+        self, theta: Params, concept: ConceptSplit, step: int, original: bool = False
+    ) -> Level:
         """``original``: the same attack, batch by batch, on the model before immunization."""
         o, (round_, turn) = self.options, self._round(step)
         key = f"original:{concept.name}" if original else concept.name
         if turn == 0 or key not in self.running:
-            self.running[key] = self._begin(theta, concept, self._drawn(concept, step), round_, original)
+            self.running[key] = self._begin(
+                theta, concept, self._drawn(concept, step), round_, original
+            )
             if turn > 0:
                 head = f"{key}/"
                 saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
@@ -154,27 +186,40 @@ class DeepObjective:
             if not o.online or turn == len(o.at) - 1:
                 del self.running[key]
 
-    def _begin(self, theta: Params, concept: Halves, attack: Attack, round_: int, original: bool) -> Running:
+    def _begin(
+        self, theta: Params, concept: ConceptSplit, attack: Attack, round_: int, original: bool
+    ) -> Running:
         moves = scope_names(self.denoiser.model.unet, attack.scope)
         loss = self._original_loss if original else self.denoiser.loss
         return Running(
-            loss, {**theta, **self.original} if original else theta, moves, attack, concept.lower,
-            self.options.lower_batch_size * concept.concepts, self.seed, concept.name, round_,
-        )  # fmt: skip
+            loss,
+            {**theta, **self.original} if original else theta,
+            moves,
+            attack,
+            concept.lower,
+            self.options.lower_batch_size * concept.concepts,
+            self.seed,
+            concept.name,
+            round_,
+        )
 
     def _original_loss(self, batch: Batch, weights: Weights) -> Tensor:
         return self.denoiser.loss(batch, {**self.original, **weights})
 
-    def _upper(self, concept: Halves, template: str, step: int, mark: int) -> Batch:
+    def _upper(self, concept: ConceptSplit, template: str, step: int, mark: int) -> Batch:
         """Held-out pictures with the captions that the attacker taught, since it will ask by them."""
         size = self.options.batch_size * concept.concepts
-        return concept.upper.template(template).batch(size, self.seed, concept.name, step, "upper", mark)
+        return concept.upper.template(template).batch(
+            size, self.seed, concept.name, step, "upper", mark
+        )
 
-    def _decoys(self, concept: Halves, template: str, step: int, mark: int) -> Batch | None:
+    def _decoys(self, concept: ConceptSplit, template: str, step: int, mark: int) -> Batch | None:
         if concept.decoys is None:
             return None
         size = self.options.batch_size * concept.concepts
-        return concept.decoys.template(template).batch(size, self.seed, concept.name, step, "decoys", mark)
+        return concept.decoys.template(template).batch(
+            size, self.seed, concept.name, step, "decoys", mark
+        )
 
     # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
 
@@ -185,7 +230,9 @@ class DeepObjective:
         drawn = [self._drawn(concept, step) for concept in self.targets]
         return max(len(marks(attack.steps, self.options.at)) for attack in drawn)
 
-    def _own(self, theta: Params, n: int, level: Level, step: int, count: int, here: Here) -> Params:
+    def _own(
+        self, theta: Params, n: int, level: Level, step: int, count: int, here: StepResult
+    ) -> Params:
         """A target's −min(L, cap), and the prior where it is asked for there, at its own attacked weights."""
         v: Params = {}
         here.facts[n] = reached(level)
@@ -197,15 +244,27 @@ class DeepObjective:
         share = 1 / (count * len(self.places) * len(self.targets))
         return {name: g * share for name, g in v.items()}
 
-    def _together(self, theta: Params, levels: list[Level], step: int, count: int, here: Here, total: Params) -> None:
+    def _together(
+        self,
+        theta: Params,
+        levels: list[Level],
+        step: int,
+        count: int,
+        here: StepResult,
+        total: Params,
+    ) -> None:
         """The same at the merged weights, first order through the merge."""
         assert self.merge is not None
         share = 1 / (count * len(self.places) * len(self.targets))
         for i in range(count):
             v: Params = {}
-            point = self._merged(theta, [level.found[min(i, len(level.found) - 1)].weights for level in levels])
+            point = self._merged(
+                theta, [level.found[min(i, len(level.found) - 1)].weights for level in levels]
+            )
             for n in range(len(self.targets)):
-                here.facts[n] |= self._one(theta, point, "merged", n, levels[n].attack.template, step, i, v)
+                here.facts[n] |= self._one(
+                    theta, point, "merged", n, levels[n].attack.template, step, i, v
+                )
             direct, parts = self.merge.adjoint(v)
             for part in (direct, *parts):
                 accumulate(total, part, share)
@@ -217,11 +276,22 @@ class DeepObjective:
             return self.merge({name: theta[name] for name in moved}, here)
 
     def _one(
-        self, theta: Params, at: Weights, place: str, n: int, template: str, step: int, mark: int, v: Params
+        self,
+        theta: Params,
+        at: Weights,
+        place: str,
+        n: int,
+        template: str,
+        step: int,
+        mark: int,
+        v: Params,
     ) -> dict[str, float]:
         """One concept's terms at one point, added to ``v``; returns the losses by ``place``."""
         o, concept, seen = self.options, self.targets[n], {}
-        batch, decoys = self._upper(concept, template, step, mark), self._decoys(concept, template, step, mark)
+        batch, decoys = (
+            self._upper(concept, template, step, mark),
+            self._decoys(concept, template, step, mark),
+        )
 
         def terms(weights: Weights) -> Tensor:
             upper = self.denoiser.loss(batch, weights)
@@ -242,26 +312,40 @@ class DeepObjective:
 
     # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
 
-    def _benign(self, theta: Params, n: int, concept: Halves, level: Level, step: int, here: Here) -> Params:
+    def _benign(
+        self,
+        theta: Params,
+        n: int,
+        concept: ConceptSplit,
+        level: Level,
+        step: int,
+        here: StepResult,
+    ) -> Params:
         before = self._attack(theta, concept, step, original=True).found if self._regrets else None
         total: Params = {}
         loss, regret = math.nan, math.nan
         for i, mark in enumerate(level.found):
             batch = self._upper(concept, level.attack.template, step, i)
-            loss, gradient = gradient_at(partial(self.denoiser.loss, batch), theta, mark.weights, self.upper_names)
+            loss, gradient = gradient_at(
+                partial(self.denoiser.loss, batch), theta, mark.weights, self.upper_names
+            )
             if before is not None:
                 with torch.no_grad():
                     regret = loss - float(self._original_loss(batch, before[i].weights))
             if not regret <= 0:  # nan where losses are minimised themselves
                 accumulate(total, gradient, self.options.w_benign / len(level.found))
-        here.facts[n] = {"benign_loss": loss} | ({} if before is None else {"benign_regret": regret})
+        here.facts[n] = {"benign_loss": loss} | (
+            {} if before is None else {"benign_regret": regret}
+        )
         return total
 
     def _prior(self, label: str, step: int, mark: int) -> Batch:
         assert self.prior is not None
-        return self.prior.batch(self.options.prior_batch_size, self.seed, label, step, "prior", mark)
+        return self.prior.batch(
+            self.options.prior_batch_size, self.seed, label, step, "prior", mark
+        )
 
-    def _preserve(self, theta: Params, n: int, step: int, here: Here) -> Params:
+    def _preserve(self, theta: Params, n: int, step: int, here: StepResult) -> Params:
         """Prior and distillation at θ, in one forward and backward pass, before the ramp's factor."""
         o = self.options
         w_prior = o.w_prior if o.prior_at == "start" else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from immunize.mima.attackers import Attack, Mark
+from immunize.mima.attackers import Attack, Snapshot
 from immunize.mima.losses import Params
 
 EVALUATIONS = ("merged", "own")
@@ -39,7 +39,7 @@ class Level:
     """One concept's lower level, finished: its marks, of which every list has equally many."""
 
     attack: Attack
-    found: list[Mark]
+    found: list[Snapshot]
 
 
 def reached(level: Level) -> dict[str, float]:
@@ -50,7 +50,7 @@ def reached(level: Level) -> dict[str, float]:
 
 
 @dataclass
-class Here:
+class StepResult:
     """What one upper step finds: attacks and figures by the concept's number, the preservation terms' gradient."""
 
     levels: dict[int, Level] = field(default_factory=dict)

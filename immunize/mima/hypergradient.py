@@ -157,11 +157,18 @@ class _Run:
         self.count, self.merge, self.upper, self.team = len(lower), merge, upper, team
         self.settings = [settings] * self.count if isinstance(settings, Lower) else list(settings)
         if not (self.count == merge.count == len(self.settings)):
-            raise ValueError(f"{self.count} losses, {len(self.settings)} attackers, a merge of {merge.count} concepts")
-        for key, names in (("immunize.scope", upper_names), ("immunize.lower.scope", lower_names)):
+            raise ValueError(
+                f"{self.count} losses, {len(self.settings)} attackers, a merge of {merge.count} concepts"
+            )
+        for key, names in (
+            ("immunize.scope", upper_names),
+            ("immunize.inner_loop.scope", lower_names),
+        ):
             missing = [x for x in names if x not in theta]
             if missing or not names:
-                raise UserError(key, missing, "the set is empty or names parameters that theta does not hold.")
+                raise UserError(
+                    key, missing, "the set is empty or names parameters that theta does not hold."
+                )
         self.upper_names, self.lower_names = list(upper_names), list(lower_names)
         self.losses = list(lower)
         self.before: list[float] = []
@@ -171,12 +178,21 @@ class _Run:
     def levels(self, solver: Implicit | None) -> list[LowerLevel]:
         adapters = [s.adapter for s in self.settings if s.adapter is not None]
         if solver is not None and adapters:
-            raise UserError("immunize.lower.rank", adapters[0].rank, "implicit needs a lower level that moves weights.")
+            raise UserError(
+                "immunize.inner_loop.rank",
+                adapters[0].rank,
+                "implicit needs a lower level that moves weights.",
+            )
         rho = solver.rho if solver is not None else 0.0
         some = zip(self.settings, self.losses, strict=True)
-        return [LowerLevel(s, self.theta, self.lower_names, loss, n, rho) for n, (s, loss) in enumerate(some)]
+        return [
+            LowerLevel(s, self.theta, self.lower_names, loss, n, rho)
+            for n, (s, loss) in enumerate(some)
+        ]
 
-    def adapt(self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool) -> dict[int, Trace]:
+    def adapt(
+        self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool
+    ) -> dict[int, Trace]:
         """First sweep: every lower level, merged as it ends; only what the transpose needs is kept, where it is."""
         traces: dict[int, Trace] = {}
         losses: dict[int, tuple[float, float]] = {}
@@ -188,7 +204,9 @@ class _Run:
             found = running.part(n, level.adapted(trace.final))
             losses[n] = trace.loss, level.loss_at(trace.final) if measure else float("nan")
             if not final and level.settings.adapter is None:
-                trace.final = dict.fromkeys(trace.final, torch.empty(0))  # the transpose needs its names only
+                trace.final = dict.fromkeys(
+                    trace.final, torch.empty(0)
+                )  # the transpose needs its names only
             return found
 
         self.team.ordered(self.count, one, running.put)

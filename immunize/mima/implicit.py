@@ -115,5 +115,7 @@ def solve(
     facts["stationarity"] = (_dot(left, left) / max(_dot(slope, slope), 1e-300)) ** 0.5
     if theta:
         by_theta, _ = hessian(a, theta)
-        outer = {x: outer[x] - by_theta[x] / options.rho if x in by_theta else outer[x] for x in outer}
+        outer = {
+            x: outer[x] - by_theta[x] / options.rho if x in by_theta else outer[x] for x in outer
+        }
     return level.leave(outer, a, names), facts

@@ -42,7 +42,7 @@ class Adapter:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        count("immunize.lower.rank", self.rank)
+        count("immunize.inner_loop.rank", self.rank)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Lower:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        number("immunize.lower.alpha", self.alpha, above=0)
-        count("immunize.lower.steps", self.steps)
-        choice("immunize.lower.optimizer", self.optimizer, ("sgd", "adamw"))
+        number("immunize.inner_loop.lr", self.alpha, above=0)
+        count("immunize.inner_loop.steps", self.steps)
+        choice("immunize.inner_loop.optimizer", self.optimizer, ("sgd", "adamw"))
         for beta in self.betas:
-            number("immunize.lower.betas", beta, 0, below=1)
-        number("immunize.lower.eps", self.eps, above=0)
-        number("immunize.lower.weight_decay", self.weight_decay, 0)
+            number("immunize.inner_loop.betas", beta, 0, below=1)
+        number("immunize.inner_loop.eps", self.eps, above=0)
+        number("immunize.inner_loop.weight_decay", self.weight_decay, 0)
 
     @property
     def momentum(self) -> float:
@@ -109,13 +109,23 @@ class LowerLevel:
     """
 
     def __init__(
-        self, settings: Lower, theta: Params, names: Sequence[str], loss: LowerLoss, n: int, rho: float = 0.0
+        self,
+        settings: Lower,
+        theta: Params,
+        names: Sequence[str],
+        loss: LowerLoss,
+        n: int,
+        rho: float = 0.0,
     ) -> None:
         self.settings, self.theta, self.loss, self.n, self.rho = settings, theta, loss, n, rho
         adapter = settings.adapter
         self.names = [x for x in names if adapter is None or theta[x].dim() == 2]
         if not self.names:
-            raise UserError("immunize.lower", list(names), "the lower set is empty; LoRA factors need a matrix in it.")
+            raise UserError(
+                "immunize.inner_loop",
+                list(names),
+                "the lower set is empty; LoRA factors need a matrix in it.",
+            )
 
     # ── φ ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -166,7 +176,9 @@ class LowerLevel:
             batch = 0 if self.rho else k
             loss, gradient = gradients(partial(self.objective, batch, self.theta), phi)
             if not finite([loss, *gradient.values()]):
-                raise Diverged(f"the lower level of concept {self.n} is not finite at step {k}", max(k - 1, 0))
+                raise Diverged(
+                    f"the lower level of concept {self.n} is not finite at step {k}", max(k - 1, 0)
+                )
             if k == 0:
                 trace.loss = float(loss)
             if self.rho:
@@ -181,7 +193,11 @@ class LowerLevel:
             if keep:
                 trace.states.append(phi)
                 trace.preconditioners.append(d)
-            m = {x: s.momentum * m[x] + (1 - s.momentum) * g for x, g in gradient.items()} if m else gradient
+            m = (
+                {x: s.momentum * m[x] + (1 - s.momentum) * g for x, g in gradient.items()}
+                if m
+                else gradient
+            )
             phi = {x: self._step(phi[x], m[x], d.get(x)) for x in phi}
         trace.final = phi
         return trace
@@ -214,7 +230,9 @@ class LowerLevel:
         both = {**outer, **a} if self.settings.adapter is None else outer
         return {x: both[x] for x in names}
 
-    def pull(self, trace: Trace, v: Params, names: Sequence[str], *, last: int, how: Product) -> Params:
+    def pull(
+        self, trace: Trace, v: Params, names: Sequence[str], *, last: int, how: Product
+    ) -> Params:
         """J_nᵀ v restricted to ``names``, by the recursion run backwards over the ``last`` steps.
 
         Steps before them count as a constant displacement (truncated backpropagation, arXiv 1810.10667).
@@ -245,6 +263,9 @@ class LowerLevel:
             for x, h in by_theta.items():
                 outer[x] = outer[x] + gain * h
             keep = 1 - s.alpha * s.decay
-            a = {x: (keep * y if s.decay else y) + (gain * by_phi[x] if x in by_phi else 0) for x, y in a.items()}
+            a = {
+                x: (keep * y if s.decay else y) + (gain * by_phi[x] if x in by_phi else 0)
+                for x, y in a.items()
+            }
             b = {x: s.momentum * y for x, y in b.items()} if s.momentum else b
         return self.leave(outer, a, names)

@@ -41,7 +41,9 @@ class Denoiser:
         noisy, target = self.model.noised(batch.z, batch.noise, batch.t)
         dtype = self.model.dtype
         here = {name: w.to(dtype) for name, w in weights.items()}
-        return self.model.predict(noisy.to(dtype), batch.t, cast(batch.text, dtype), here).to(noisy.dtype), target
+        return self.model.predict(noisy.to(dtype), batch.t, cast(batch.text, dtype), here).to(
+            noisy.dtype
+        ), target
 
     def loss(self, batch: Batch, weights: Weights) -> Tensor:
         """Mean diffusion loss L(x, c; weights), a scalar."""
@@ -62,11 +64,15 @@ def gradient_at(
 ) -> tuple[float, Params]:
     """Value and first-order gradient for ``names`` at θ with ``point``'s entries in its place."""
     weights = {name: value.detach() for name, value in point.items()}
-    leaves = {name: weights.get(name, theta[name]).detach().clone().requires_grad_() for name in names}
+    leaves = {
+        name: weights.get(name, theta[name]).detach().clone().requires_grad_() for name in names
+    }
     value = function({**weights, **leaves})
     found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
     pairs = zip(leaves.items(), found, strict=True)
-    return float(value.detach()), {n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs}
+    return float(value.detach()), {
+        n: torch.zeros_like(w) if g is None else g for (n, w), g in pairs
+    }
 
 
 def accumulate(total: Params, gradient: Weights, factor: float) -> None:

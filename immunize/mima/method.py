@@ -12,11 +12,11 @@ from typing import Any
 from immunize.merge.closed_form import Merge
 from immunize.mima.attackers import Attackers
 from immunize.mima.base import ConceptImmunizer, immunizer_options
-from immunize.mima.bilevel import BilevelObjective, BilevelOptions, Rest
+from immunize.mima.bilevel import BilevelObjective, BilevelOptions, SecondaryOptimizer
 from immunize.mima.deep import DeepObjective
 from immunize.mima.deep_step import BENIGN, EVALUATIONS, DeepOptions
 from immunize.mima.options import GradientOptions, LowerOptions, check_lower
-from immunize.mima.sampling import Decoys, Halves, enough
+from immunize.mima.sampling import ConceptSplit, Decoys, enough
 from immunize.mima.scopes import scope_names
 from immunize.mima.setup import Setup
 from immunize.mima.trainer import Objective
@@ -46,17 +46,31 @@ class Mima(ConceptImmunizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.level = LowerOptions.read({} if self.lower is None else self.lower)
-        self.through = GradientOptions.read({} if self.hypergradient is None else self.hypergradient)
+        self.through = GradientOptions.read(
+            {} if self.hypergradient is None else self.hypergradient
+        )
         if self.level.rest == "adamw" and self.through.method != "alternating":
             told = "belongs to hypergradient.method=alternating; the other methods have one lower optimizer."
-            raise UserError("immunize.lower.rest", self.level.rest, told)
+            raise UserError("immunize.inner_loop.rest", self.level.rest, told)
         self.drawn: Attackers | None = None
         if self.attackers is not None:
             self.drawn = Attackers(self.attackers, self.k_min, self.k_max)
         for option, default in (("k_min", 1), ("k_max", 1)):
-            unread(f"immunize.{option}", getattr(self, option), default, self.drawn is not None, "immunize.attackers")
+            unread(
+                f"immunize.{option}",
+                getattr(self, option),
+                default,
+                self.drawn is not None,
+                "immunize.attackers",
+            )
         check_lower(self.level, self.through, self.drawn)
-        unread("immunize.lower.prior", self.level.prior, False, self.needs_prior(), "immunize.w_prior > 0")
+        unread(
+            "immunize.inner_loop.prior",
+            self.level.prior,
+            False,
+            self.needs_prior(),
+            "immunize.w_prior > 0",
+        )
         self._check_read()
 
     def needs_templates(self) -> tuple[str, ...]:
@@ -66,21 +80,40 @@ class Mima(ConceptImmunizer):
         """Into how many parts, run by processes of their own, one immunization of ``case`` can be split."""
         return len(case.targets) if self.concepts == "merged" else 1
 
-    def objective(self, setup: Setup, concepts: Sequence[Halves], merge: Merge) -> Objective:
+    def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
         unet = setup.denoiser.model.unet
         options = BilevelOptions(
-            steps=self.steps, batch_size=self.batch_size, prior_batch_size=self.prior_batch_size, cap=self.cap,
-            w_prior=self.w_prior, lower=self.level, gradient=self.through, merging=self.merging,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            prior_batch_size=self.prior_batch_size,
+            cap=self.cap,
+            w_prior=self.w_prior,
+            lower=self.level,
+            gradient=self.through,
+            merging=self.merging,
             checkpointing=self.gradient_checkpointing,
-        )  # fmt: skip
-        names_l = scope_names(unet, self.level.scope, "immunize.lower.scope")
+        )
+        names_l = scope_names(unet, self.level.scope, "immunize.inner_loop.scope")
         rest = None
         if self.level.rest == "adamw":
-            others = [n for n in scope_names(unet, "attn2") if n.endswith(".weight") and n not in names_l]
-            rest = Rest.build(setup.denoiser.theta, others, self.level.alpha, self.level.weight_decay)
+            others = [
+                n for n in scope_names(unet, "attn2") if n.endswith(".weight") and n not in names_l
+            ]
+            rest = SecondaryOptimizer.build(
+                setup.denoiser.theta, others, self.level.alpha, self.level.weight_decay
+            )
         names_u = scope_names(unet, self.scope)
         return BilevelObjective(
-            options, setup.denoiser, names_u, names_l, concepts, setup.prior, merge, setup.seed, self.drawn, rest
+            options,
+            setup.denoiser,
+            names_u,
+            names_l,
+            concepts,
+            setup.prior,
+            merge,
+            setup.seed,
+            self.drawn,
+            rest,
         )
 
 
@@ -125,15 +158,25 @@ class MimaDeep(ConceptImmunizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.drawn = Attackers(self.attackers, self.k_min, self.k_max)
-        count("immunize.lower_batch_size", self.lower_batch_size)
-        fractions = list(self.at) if isinstance(self.at, Sequence) and not isinstance(self.at, str) else [self.at]
+        count("immunize.inner_batch_size", self.lower_batch_size)
+        fractions = (
+            list(self.at)
+            if isinstance(self.at, Sequence) and not isinstance(self.at, str)
+            else [self.at]
+        )
         self.at = tuple(sorted(number("immunize.at", f, above=0, high=1) for f in fractions))
         if not self.at:
-            raise UserError("immunize.at", fractions, "needs at least one fraction of the lower steps, e.g. [0.5,1].")
+            raise UserError(
+                "immunize.at",
+                fractions,
+                "needs at least one fraction of the lower steps, e.g. [0.5,1].",
+            )
         given = names("immunize.evaluate", self.evaluate)
         self.evaluate = tuple(choice("immunize.evaluate", place, EVALUATIONS) for place in given)
         if not self.evaluate:
-            raise UserError("immunize.evaluate", given, f"needs at least one of {', '.join(EVALUATIONS)}.")
+            raise UserError(
+                "immunize.evaluate", given, f"needs at least one of {', '.join(EVALUATIONS)}."
+            )
         choice("immunize.prior_at", self.prior_at, ("start", "adapted"))
         number("immunize.prior_ramp", self.prior_ramp, 1)
         number("immunize.w_distill", self.w_distill, 0)
@@ -173,16 +216,35 @@ class MimaDeep(ConceptImmunizer):
             return 1
         return len(case.targets) + (1 if self.w_benign and case.rehearsal else 0)
 
-    def objective(self, setup: Setup, concepts: Sequence[Halves], merge: Merge) -> Objective:
+    def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
         options = DeepOptions(
-            steps=self.steps, batch_size=self.batch_size, lower_batch_size=self.lower_batch_size,
-            prior_batch_size=self.prior_batch_size, at=self.at, evaluate=self.evaluate, cap=self.cap,
-            w_prior=self.w_prior, prior_at=self.prior_at, prior_ramp=self.prior_ramp, w_distill=self.w_distill,
-            w_benign=self.w_benign, benign=self.benign, w_decoy=self.w_decoy, online=self.online,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            lower_batch_size=self.lower_batch_size,
+            prior_batch_size=self.prior_batch_size,
+            at=self.at,
+            evaluate=self.evaluate,
+            cap=self.cap,
+            w_prior=self.w_prior,
+            prior_at=self.prior_at,
+            prior_ramp=self.prior_ramp,
+            w_distill=self.w_distill,
+            w_benign=self.w_benign,
+            benign=self.benign,
+            w_decoy=self.w_decoy,
+            online=self.online,
             checkpointing=self.gradient_checkpointing,
-        )  # fmt: skip
+        )
         names_u = scope_names(setup.denoiser.model.unet, self.scope)
         rehearsal = setup.rehearsal(self.drawn.templates) if self.w_benign else ()
         return DeepObjective(
-            options, self.drawn, setup.denoiser, names_u, concepts, rehearsal, setup.prior, merge, setup.seed
+            options,
+            self.drawn,
+            setup.denoiser,
+            names_u,
+            concepts,
+            rehearsal,
+            setup.prior,
+            merge,
+            setup.seed,
         )

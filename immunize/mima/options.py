@@ -27,7 +27,9 @@ def group(key: str, given: Any, known: Sequence[str]) -> dict[str, Any]:
         raise UserError(key, given, f"must be a group of options; set {key}.OPTION=VALUE.")
     for name, value in given.items():
         if name not in known:
-            raise UserError(f"{key}.{name}", value, f"there is no such option; {nearest(str(name), known)}")
+            raise UserError(
+                f"{key}.{name}", value, f"there is no such option; {nearest(str(name), known)}"
+            )
     return {str(name): value for name, value in given.items()}
 
 
@@ -53,13 +55,16 @@ class LowerOptions:
     rest: str = "none"
 
     def __post_init__(self) -> None:
-        choice("immunize.lower.scope", self.scope, SCOPES)
-        flag("immunize.lower.prior", self.prior)
-        choice("immunize.lower.rest", self.rest, ("none", "adamw"))
+        choice("immunize.inner_loop.scope", self.scope, SCOPES)
+        flag("immunize.inner_loop.prior", self.prior)
+        choice("immunize.inner_loop.rest", self.rest, ("none", "adamw"))
         if self.rank is not None:
             Adapter(self.rank)
-        decays, needs = "adamw" in (self.optimizer, self.rest), "immunize.lower.optimizer=adamw"
-        unread("immunize.lower.weight_decay", self.weight_decay, 0.0, decays, needs)
+        decays, needs = (
+            "adamw" in (self.optimizer, self.rest),
+            "immunize.inner_loop.optimizer=adamw",
+        )
+        unread("immunize.inner_loop.weight_decay", self.weight_decay, 0.0, decays, needs)
         self.settings()
 
     def settings(self) -> Lower:
@@ -69,13 +74,19 @@ class LowerOptions:
 
     @staticmethod
     def read(given: Any) -> LowerOptions:
-        return LowerOptions(**group("immunize.lower", given, [f.name for f in fields(LowerOptions)]))
+        return LowerOptions(
+            **group("immunize.inner_loop", given, [f.name for f in fields(LowerOptions)])
+        )
 
 
 _READERS: dict[str, tuple[Method, ...]] = {  # methods that read an option
-    "last": ("truncated",), "product": ("exact", "truncated", "implicit"), "recompute": ("exact", "truncated"),
-    "rho": ("implicit",), "solver": ("implicit",), "iterations": ("implicit",),
-}  # fmt: skip
+    "last": ("truncated",),
+    "product": ("exact", "truncated", "implicit"),
+    "recompute": ("exact", "truncated"),
+    "rho": ("implicit",),
+    "solver": ("implicit",),
+    "iterations": ("implicit",),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +110,10 @@ class GradientOptions:
         self.implicit()
         default = {f.name: f.default for f in fields(self)}
         for option, methods in _READERS.items():
-            key, needs = f"immunize.hypergradient.{option}", f"immunize.hypergradient.method={' or '.join(methods)}"
+            key, needs = (
+                f"immunize.hypergradient.{option}",
+                f"immunize.hypergradient.method={' or '.join(methods)}",
+            )
             unread(key, getattr(self, option), default[option], self.method in methods, needs)
 
     def implicit(self) -> Implicit:
@@ -107,7 +121,9 @@ class GradientOptions:
 
     @staticmethod
     def read(given: Any) -> GradientOptions:
-        return GradientOptions(**group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)]))
+        return GradientOptions(
+            **group("immunize.hypergradient", given, [f.name for f in fields(GradientOptions)])
+        )
 
 
 def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers | None) -> None:
@@ -120,20 +136,31 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
     if drawn is None:
         if implicit and lower.rank is not None:
             told = "must be null with immunize.hypergradient.method=implicit, whose lower level moves weights."
-            raise UserError("immunize.lower.rank", lower.rank, told)
+            raise UserError("immunize.inner_loop.rank", lower.rank, told)
         if implicit and lower.optimizer == "adamw" and lower.weight_decay:
             told = "must be 0 with immunize.hypergradient.method=implicit: the proximal term is its decay, towards θ."
-            raise UserError("immunize.lower.weight_decay", lower.weight_decay, told)
+            raise UserError("immunize.inner_loop.weight_decay", lower.weight_decay, told)
         if implicit and lower.optimizer == "sgd" and lower.alpha * gradient.rho >= 2:
-            told = f"gradient steps of size immunize.lower.alpha={lower.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
+            told = f"gradient steps of size immunize.inner_loop.lr={lower.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)
         return
     for f in fields(lower):
-        if f.name in ("steps", "optimizer", "rank", *(() if lower.rest == "adamw" else ("alpha", "weight_decay"))):
-            unread(f"immunize.lower.{f.name}", getattr(lower, f.name), f.default, False, "immunize.attackers=null")
+        if f.name in (
+            "steps",
+            "optimizer",
+            "rank",
+            *(() if lower.rest == "adamw" else ("alpha", "weight_decay")),
+        ):
+            unread(
+                f"immunize.inner_loop.{f.name}",
+                getattr(lower, f.name),
+                f.default,
+                False,
+                "immunize.attackers=null",
+            )
     for key, found in drawn.families.items():
         if found.scopes != (lower.scope,):
-            told = f"must be [{lower.scope}], the scope of the lower level (immunize.lower.scope)."
+            told = f"must be [{lower.scope}], the scope of the lower level (immunize.inner_loop.scope)."
             raise UserError(f"{key}.scopes", list(found.scopes), told)
         if implicit and found.kind == "lora":
             told = "immunize.hypergradient.method=implicit needs attackers that move weights: kind=weights."
@@ -158,7 +185,9 @@ class MergeGroup:
 
     @staticmethod
     def read(given: Any) -> MergeGroup:
-        known = [f.name for f in fields(MergeOptions) if f.name not in ("seed", "rows", "regular_rows")]
+        known = [
+            f.name for f in fields(MergeOptions) if f.name not in ("seed", "rows", "regular_rows")
+        ]
         found = group("immunize.merge", given, [*known, "prompts", "sparsity"])
         count("immunize.merge.prompts", found.get("prompts", 4))
         number("immunize.merge.sparsity", found.get("sparsity", 0.0), 0)
@@ -166,5 +195,11 @@ class MergeGroup:
         options, needs = MergeOptions(**found), "immunize.merge.rule=masked"
         masked = options.rule == "masked"
         unread("immunize.merge.mask", options.mask, MergeOptions.mask, masked, needs)
-        unread("immunize.merge.sparsity", own.get("sparsity", 0.0), 0.0, masked and options.mask == "sparse", needs)
+        unread(
+            "immunize.merge.sparsity",
+            own.get("sparsity", 0.0),
+            0.0,
+            masked and options.mask == "sparse",
+            needs,
+        )
         return MergeGroup(options, **own)

@@ -40,7 +40,9 @@ def gradients(loss: Callable[[Params], Tensor], params: Params) -> tuple[Tensor,
     with torch.enable_grad():
         leaves = _leaves(params)
         value = loss(leaves)
-        found = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(
+            value, list(leaves.values()), allow_unused=True, materialize_grads=True
+        )
     return value.detach(), dict(zip(leaves, found, strict=True))
 
 
@@ -70,20 +72,32 @@ def product(
             found = _forward(loss, outer, inner, direction, want)
         else:
             slope = torch.autograd.grad(
-                loss(outer, inner), list(inner.values()), create_graph=True, allow_unused=True, materialize_grads=True
+                loss(outer, inner),
+                list(inner.values()),
+                create_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-            pairing = torch.stack([(g * direction[x]).sum() for x, g in zip(inner, slope, strict=True)]).sum()
+            pairing = torch.stack(
+                [(g * direction[x]).sum() for x, g in zip(inner, slope, strict=True)]
+            ).sum()
             leaves = [*outer.values(), *(inner[x] for x in want)]
             if not pairing.requires_grad or not leaves:  # a loss linear in φ
                 found = [torch.zeros_like(x) for x in leaves]
             else:
-                found = list(torch.autograd.grad(pairing, leaves, allow_unused=True, materialize_grads=True))
+                found = list(
+                    torch.autograd.grad(pairing, leaves, allow_unused=True, materialize_grads=True)
+                )
     found = [x.detach() for x in found]
     return dict(zip(theta, found, strict=False)), dict(zip(want, found[len(theta) :], strict=True))
 
 
 def _forward(
-    loss: Callable[[Params, Params], Tensor], outer: Params, inner: Params, direction: Params, want: Sequence[str]
+    loss: Callable[[Params, Params], Tensor],
+    outer: Params,
+    inner: Params,
+    direction: Params,
+    want: Sequence[str],
 ) -> list[Tensor]:
     with forward_ad.dual_level():
         dual = {x: forward_ad.make_dual(y, direction[x].to(y)) for x, y in inner.items()}
@@ -95,7 +109,10 @@ def _forward(
             loss(outer, dual), leaves, create_graph=True, allow_unused=True, materialize_grads=True
         )
         tangents = [forward_ad.unpack_dual(g).tangent for g in slope]
-        return [torch.zeros_like(x) if t is None else t.detach().clone() for x, t in zip(leaves, tangents, strict=True)]
+        return [
+            torch.zeros_like(x) if t is None else t.detach().clone()
+            for x, t in zip(leaves, tangents, strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -111,7 +128,9 @@ def checkpointed(unet: Any) -> Iterator[None]:
     def block(module: Any, *arguments: Any) -> Any:
         owner = getattr(module, "__self__", module)
         held = {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
-        return checkpoint(lambda *a: functional_call(owner, held, a), *arguments, use_reentrant=False)
+        return checkpoint(
+            lambda *a: functional_call(owner, held, a), *arguments, use_reentrant=False
+        )
 
     unet.enable_gradient_checkpointing(block)
     training = unet.training

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lab.core.captions import captions, class_words
-from lab.core.data import Concept, ConceptCase, Pictures, Sampling
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Sampling
 from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel, Text
@@ -65,7 +65,10 @@ class Pool:
 
     @staticmethod
     def encode(
-        model: DiffusionModel, pictures: Pictures, dtype: torch.dtype, others: Mapping[str, Sequence[str]] | None = None
+        model: DiffusionModel,
+        pictures: CaptionedImages,
+        dtype: torch.dtype,
+        others: Mapping[str, Sequence[str]] | None = None,
     ) -> Pool:
         """``others``: template → one further caption per picture."""
         others = others or {}
@@ -92,7 +95,9 @@ class Pool:
         starts = [sum(len(pool.text) for pool in pools[:i]) for i in range(len(pools))]
 
         def joined(parts: Sequence[Pool]) -> Tensor:
-            return torch.cat([part.caption + start for part, start in zip(parts, starts, strict=True)])
+            return torch.cat(
+                [part.caption + start for part, start in zip(parts, starts, strict=True)]
+            )
 
         templates = dict.fromkeys(template for pool in pools for template in pool.others)
         return Pool(
@@ -100,7 +105,10 @@ class Pool:
             Text.cat([pool.text for pool in pools]),
             joined(pools),
             pools[0].timesteps,
-            {template: joined([pool.template(template) for pool in pools]) for template in templates},
+            {
+                template: joined([pool.template(template) for pool in pools])
+                for template in templates
+            },
         )
 
     def rows(self, rows: Sequence[int] | Tensor) -> Pool:
@@ -118,7 +126,9 @@ class Pool:
         g = generator(seed, "mima", *labels)
         rounds = -(-size // len(self))
         rows = torch.cat([torch.randperm(len(self), generator=g) for _ in range(rounds)])[:size]
-        strata = torch.randperm(size, generator=g) + torch.rand(size, generator=g, dtype=torch.float64)
+        strata = torch.randperm(size, generator=g) + torch.rand(
+            size, generator=g, dtype=torch.float64
+        )
         t = (strata / size * self.timesteps).long().clamp(max=self.timesteps - 1)
         z = self.z[rows]
         noise = torch.randn(z.shape, generator=g, dtype=torch.float64).to(z)
@@ -126,7 +136,7 @@ class Pool:
 
 
 @dataclass(frozen=True)
-class Halves:
+class ConceptSplit:
     """One concept's own pictures, split so that no level sees what the other has.
 
     ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees as many pictures.
@@ -154,7 +164,7 @@ def halves(
     dtype: torch.dtype,
     decoys: Decoys | None = None,
     templates: Sequence[str] = (),
-) -> Halves:
+) -> ConceptSplit:
     """Own pictures, split by a seeded permutation; the lower level gets the odd one.
 
     Args:
@@ -168,39 +178,48 @@ def halves(
     enough(concept)
     name, count = concept.name, len(concept.own)
     described = concept.own.described or concept.prompts.get("description")
-    chosen = [t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or described)]
+    chosen = [
+        t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or described)
+    ]
 
-    def encoded(pictures: Pictures) -> Pool:
-        return Pool.encode(model, pictures, dtype, {t: _captions(concept, pictures, t) for t in chosen})
+    def encoded(pictures: CaptionedImages) -> Pool:
+        return Pool.encode(
+            model, pictures, dtype, {t: _captions(concept, pictures, t) for t in chosen}
+        )
 
     pool = encoded(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
     painted = encoded(_decoys(model, concept, seed, decoys)) if decoys is not None else None
-    return Halves(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
+    return ConceptSplit(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
 
 
-def _captions(concept: Concept, pictures: Pictures, template: str) -> tuple[str, ...]:
+def _captions(concept: Concept, pictures: CaptionedImages, template: str) -> tuple[str, ...]:
     kind, _, word = template.partition(" ")
     expression = f"{WORDS[int(word)]} {class_words(concept)}".strip() if word else ""
     return captions(concept, pictures, kind, expression)
 
 
-def _decoys(model: DiffusionModel, concept: Concept, seed: int, asked: Decoys) -> Pictures:
+def _decoys(model: DiffusionModel, concept: Concept, seed: int, asked: Decoys) -> CaptionedImages:
     captioned = concept.own.pick([i % len(concept.own) for i in range(asked.count)])
     latents = model.latents(asked.count, seed, "mima", "decoys", concept.name)
-    return replace(captioned, images=model.generate(captioned.prompts, latents, Sampling(steps=asked.steps)))
+    return replace(
+        captioned, images=model.generate(captioned.prompts, latents, Sampling(steps=asked.steps))
+    )
 
 
-def pooled(parts: Sequence[Halves]) -> Halves:
+def pooled(parts: Sequence[ConceptSplit]) -> ConceptSplit:
     """Several concepts taken as one (baseline ``joint``); each keeps its own split."""
-    lower, upper = Pool.cat([part.lower for part in parts]), Pool.cat([part.upper for part in parts])
+    lower, upper = (
+        Pool.cat([part.lower for part in parts]),
+        Pool.cat([part.upper for part in parts]),
+    )
     painted = [part.decoys for part in parts if part.decoys is not None]
     decoys = Pool.cat(painted) if painted else None
-    return Halves("+".join(part.name for part in parts), lower, upper, len(parts), decoys)
+    return ConceptSplit("+".join(part.name for part in parts), lower, upper, len(parts), decoys)
 
 
-def prior_pictures(case: ConceptCase, source: str) -> Pictures:
+def prior_pictures(case: ConceptCase, source: str) -> CaptionedImages:
     """What must stay as it is: unrelated pictures (``keep``), the targets' classes without them (``class``), ``both``.
 
     Raises:
@@ -214,4 +233,4 @@ def prior_pictures(case: ConceptCase, source: str) -> Pictures:
         told = f"case {case.name} has no such pictures; choose another of {', '.join(PRIORS)} or set w_prior=0."
         raise UserError("immunize.prior", source, told)
     prompts = tuple(prompt for part in parts for prompt in part.prompts)
-    return Pictures(torch.cat([part.images for part in parts]), prompts)
+    return CaptionedImages(torch.cat([part.images for part in parts]), prompts)

@@ -32,7 +32,11 @@ def scope_names(unet: nn.Module, scope: str, key: str = "immunize.scope") -> tup
     """
     found = tuple(name for name, _ in unet.named_parameters() if _inside(name, scope))
     if not found:
-        raise UserError(key, scope, "selects no parameter of this U-Net; choose all or a U-Net with cross-attention.")
+        raise UserError(
+            key,
+            scope,
+            "selects no parameter of this U-Net; choose all or a U-Net with cross-attention.",
+        )
     return found
 
 

@@ -13,7 +13,15 @@ from immunize.merge.inputs import Batch as Recorded
 from immunize.merge.rows import build_merge, word_positions
 from immunize.mima.losses import Denoiser, Params
 from immunize.mima.options import MergeGroup
-from immunize.mima.sampling import Decoys, Halves, Pool, enough, halves, pooled, prior_pictures
+from immunize.mima.sampling import (
+    ConceptSplit,
+    Decoys,
+    Pool,
+    enough,
+    halves,
+    pooled,
+    prior_pictures,
+)
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
 from lab.core.seeding import derive
@@ -42,9 +50,13 @@ def selected(case: ConceptCase, arrangement: str, target: int) -> tuple[Concept,
 
 
 def concept_halves(
-    model: DiffusionModel, concepts: Sequence[Concept], seed: int, dtype: torch.dtype, decoys: Decoys | None = None,
+    model: DiffusionModel,
+    concepts: Sequence[Concept],
+    seed: int,
+    dtype: torch.dtype,
+    decoys: Decoys | None = None,
     templates: Sequence[str] = (),
-) -> list[Halves]:  # fmt: skip
+) -> list[ConceptSplit]:
     return [halves(model, concept, seed, dtype, decoys, templates) for concept in concepts]
 
 
@@ -54,10 +66,14 @@ def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[
     Raises:
         UserError: there is none.
     """
-    given = dict.fromkeys((*concept.own.prompts, *concept.prompts.get("name", ())))  # evaluation's prompts last
+    given = dict.fromkeys(
+        (*concept.own.prompts, *concept.prompts.get("name", ()))
+    )  # evaluation's prompts last
     found = [prompt for prompt in given if word_positions(model, prompt, concept.words)][:limit]
     if not found:
-        told = f"no prompt and no caption of concept {concept.name} has its words {concept.words!r}."
+        told = (
+            f"no prompt and no caption of concept {concept.name} has its words {concept.words!r}."
+        )
         raise UserError("scenario", concept.name, told)
     return found
 
@@ -77,7 +93,9 @@ class Setup:
     prior: Pool | None
 
     @staticmethod
-    def build(model: DiffusionModel, case: ConceptCase, seed: int, precision: str, prior: str | None) -> Setup:
+    def build(
+        model: DiffusionModel, case: ConceptCase, seed: int, precision: str, prior: str | None
+    ) -> Setup:
         dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
         work = model.copy()
         compute = torch.bfloat16 if precision == "bfloat16" else dtype
@@ -85,7 +103,9 @@ class Setup:
         work.requires_grad_(False)
         theta: Params = dict(work.unet.named_parameters())
         if compute != dtype:
-            theta = {name: w.detach().to(dtype, copy=True) for name, w in model.unet.named_parameters()}
+            theta = {
+                name: w.detach().to(dtype, copy=True) for name, w in model.unet.named_parameters()
+            }
         start = {name: w.detach().clone() for name, w in theta.items()}
         pool = None if prior is None else Pool.encode(model, prior_pictures(case, prior), dtype)
         return Setup(model, case, seed, Denoiser(work, theta), start, pool)
@@ -104,7 +124,7 @@ class Setup:
         self.denoiser.sync(tuple(theta))
         return theta
 
-    def sound(self, concepts: Sequence[Halves]) -> bool:
+    def sound(self, concepts: Sequence[ConceptSplit]) -> bool:
         """Whether θ has a finite loss on every concept."""
         with torch.no_grad():
             batches = [half.upper.batch(4, self.seed, half.name, "sound") for half in concepts]
@@ -115,12 +135,14 @@ class Setup:
         """θ_0 of the names of ``like``."""
         return {name: self.start[name] for name in like}
 
-    def rehearsal(self, templates: Sequence[str]) -> list[Halves]:
-        return concept_halves(self.model, self.case.rehearsal, self.seed, self.dtype, templates=templates)
+    def rehearsal(self, templates: Sequence[str]) -> list[ConceptSplit]:
+        return concept_halves(
+            self.model, self.case.rehearsal, self.seed, self.dtype, templates=templates
+        )
 
     def arrange(
-        self, chosen: list[Halves], arrangement: str, options: MergeGroup | None, size: int
-    ) -> tuple[list[list[Halves]], list[Merge], Merge]:
+        self, chosen: list[ConceptSplit], arrangement: str, options: MergeGroup | None, size: int
+    ) -> tuple[list[list[ConceptSplit]], list[Merge], Merge]:
         """Trainings as lists of concepts, the merge inside each, and the merge of their results; without ``options``
         nothing is merged."""
         none = Merge(1)
@@ -133,10 +155,13 @@ class Setup:
             return [[one] for one in chosen], [none] * len(chosen), merge
         return [chosen], [merge], merge
 
-    def _merge(self, chosen: list[Halves], group: MergeGroup, size: int) -> Merge:
+    def _merge(self, chosen: list[ConceptSplit], group: MergeGroup, size: int) -> Merge:
         """The merge at θ_0; layers without text input are recorded on the lower halves and the unrelated pictures."""
         concepts = {c.name: c for c in self.case.targets}
-        named = [(naming_prompts(self.model, concepts[h.name], group.prompts), concepts[h.name].words) for h in chosen]
+        named = [
+            (naming_prompts(self.model, concepts[h.name], group.prompts), concepts[h.name].words)
+            for h in chosen
+        ]
         batches: list[list[Recorded]] = []
         regular: list[Recorded] = []
         if group.options.scope != "kv":
@@ -144,7 +169,14 @@ class Setup:
             batches = [self._recorded(half.lower, size, half.name) for half in chosen]
             regular = self._recorded(keep, size, "regular")
         seeded = replace(group.options, seed=derive(self.seed, "mima", "merge"))
-        return build_merge(self.model, named, self.case.regularizers, seeded, batches=batches, regular_batches=regular)
+        return build_merge(
+            self.model,
+            named,
+            self.case.regularizers,
+            seeded,
+            batches=batches,
+            regular_batches=regular,
+        )
 
     def _recorded(self, pool: Pool, size: int, label: str) -> list[Recorded]:
         own = pool.to(self.model.dtype)

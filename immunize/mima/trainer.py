@@ -69,11 +69,17 @@ class Schedule:
 
     def __post_init__(self) -> None:
         count("immunize.steps", self.steps)
-        number("immunize.beta", self.beta, above=0)
-        choice("immunize.beta_schedule", self.beta_schedule, ("constant", "cosine"))
+        number("immunize.lr", self.beta, above=0)
+        choice("immunize.lr_schedule", self.beta_schedule, ("constant", "cosine"))
         choice("immunize.optimizer", self.optimizer, ("adamw", "sgd"))
         number("immunize.weight_decay", self.weight_decay, 0)
-        unread("immunize.weight_decay", self.weight_decay, 0.0, self.optimizer == "adamw", "immunize.optimizer=adamw")
+        unread(
+            "immunize.weight_decay",
+            self.weight_decay,
+            0.0,
+            self.optimizer == "adamw",
+            "immunize.optimizer=adamw",
+        )
         if self.clip is not None:
             number("immunize.clip", self.clip, above=0)
         count("immunize.checkpoint_every", self.checkpoint_every)
@@ -138,16 +144,23 @@ class Trainer:
     """
 
     def __init__(
-        self, schedule: Schedule, theta: Params, objective: Objective, log: Log, label: str,
+        self,
+        schedule: Schedule,
+        theta: Params,
+        objective: Objective,
+        log: Log,
+        label: str,
         sound: Callable[[], bool] = lambda: True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.schedule, self.theta, self.objective = schedule, theta, objective
         self._log, self.label, self.team, self.sound = log, label, team(), sound
         moving = [theta[name] for name in objective.upper_names]
         if schedule.optimizer == "sgd":
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(moving, lr=schedule.beta)
         else:
-            self.optimizer = torch.optim.AdamW(moving, lr=schedule.beta, weight_decay=schedule.weight_decay)
+            self.optimizer = torch.optim.AdamW(
+                moving, lr=schedule.beta, weight_decay=schedule.weight_decay
+            )
         self.good: Params = {}
         self.rows: list[dict[str, float]] = []
 
@@ -161,18 +174,30 @@ class Trainer:
             Diverged: not even the first step was finite.
         """
         start = self._load(checkpoint)
-        for step in progress(range(start, self.schedule.steps), self.label, self.schedule.steps - start):
+        for step in progress(
+            range(start, self.schedule.steps), self.label, self.schedule.steps - start
+        ):
             try:
                 self._step(step)
             except (FloatingPointError, Diverged) as error:
                 if not self.good:
-                    raise Diverged(f"{self.label} left the finite numbers at its first step: {error}", 0) from error
-                logger.warning("%s stops at step %d, the last good weights are kept: %s", self.label, step, error)
+                    raise Diverged(
+                        f"{self.label} left the finite numbers at its first step: {error}", 0
+                    ) from error
+                logger.warning(
+                    "%s stops at step %d, the last good weights are kept: %s",
+                    self.label,
+                    step,
+                    error,
+                )
                 self._restore(step)
                 break
             if checkpoint is not None and (step + 1) % self.schedule.checkpoint_every == 0:
                 self._save(checkpoint, step + 1)
-        if not all(bool(torch.isfinite(w).all()) for w in self._copy().values()) or not self.sound():
+        if (
+            not all(bool(torch.isfinite(w).all()) for w in self._copy().values())
+            or not self.sound()
+        ):
             self._restore(self.schedule.steps)
         self.team.agree(self._state, "at the end")
         return self._copy()
@@ -180,7 +205,9 @@ class Trainer:
     def _state(self) -> Params:
         """What every process of a team must hold alike."""
         moved = {f"theta/{name}": self.theta[name] for name in self.objective.moves}
-        return moved | {f"objective/{name}": value for name, value in self.objective.alike().items()}
+        return moved | {
+            f"objective/{name}": value for name, value in self.objective.alike().items()
+        }
 
     def _copy(self) -> Params:
         return {name: self.theta[name].detach().clone() for name in self.objective.moves}
@@ -192,10 +219,14 @@ class Trainer:
             # one device synchronisation for all tensors
             norm = float(torch.stack([g.double().norm() for g in gradient.values()]).norm())
             wrong = {
-                k: v for k, v in {"gradient norm": norm, **values}.items() if k in _FINITE and not math.isfinite(v)
+                k: v
+                for k, v in {"gradient norm": norm, **values}.items()
+                if k in _FINITE and not math.isfinite(v)
             }
             if wrong:
-                raise FloatingPointError(", ".join(f"{key} is {value}" for key, value in wrong.items()))
+                raise FloatingPointError(
+                    ", ".join(f"{key} is {value}" for key, value in wrong.items())
+                )
         except (FloatingPointError, Diverged):
             if not self.good:  # there is nothing to go back to but where the run began
                 self._put(before)
@@ -247,7 +278,9 @@ class Trainer:
             kind, name = key.split("/", 1)
             parts[kind][name] = tensor
         self._put(parts["theta"])
-        self.good = {name: tensor.to(self.theta[name].device) for name, tensor in parts["good"].items()}
+        self.good = {
+            name: tensor.to(self.theta[name].device) for name, tensor in parts["good"].items()
+        }
         self.objective.load(parts["objective"])
         restore_slots(self.optimizer, parts["optimizer"])
         repeat(values["rows"], self._log)

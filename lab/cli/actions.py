@@ -20,7 +20,9 @@ from lab.core.options import names
 from lab.runner.experiment import relative
 
 
-def publish(found: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()) -> None:
+def publish(
+    found: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
+) -> None:
     """Write leaderboard (Markdown, CSV, HTML) and report of ``found`` to ``folder`` and say where.
 
     ``lost`` have a row in the leaderboard, see `lab.cluster.lost`.
@@ -51,7 +53,9 @@ def _summed_up(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None
     found, broken = records.readable(records.find(_places(cfg), Path(cfg.paths.runs)))
     once = records.distinct(found)
     if len(once) < len(found):
-        print(f"{len(found) - len(once)} of {len(found)} records repeat another one's content and are left out.")
+        print(
+            f"{len(found) - len(once)} of {len(found)} records repeat another one's content and are left out."
+        )
     if once:
         write(once)
     for further in broken[1:]:
@@ -78,7 +82,11 @@ def comparison(cfg: DictConfig) -> None:
     """Config and metric differences of exactly two records."""
     found = _load(cfg)
     if len(found) != 2:
-        raise UserError("records", f"{len(found)} records", "compare needs exactly two: records=[A.json,B.json].")
+        raise UserError(
+            "records",
+            f"{len(found)} records",
+            "compare needs exactly two: records=[A.json,B.json].",
+        )
     (path_a, a), (path_b, b) = found
     result = comparing.compare(a, b)
     out = Path(cfg.paths.outputs) / "comparison.json"

@@ -27,10 +27,18 @@ class SweepLeaderboard(Callback):
             print(f"{config.name}: {told_cost(_jobs(config), stated)}", file=out, flush=True)
         if str(config.hydra.launcher._target_).startswith("hydra._internal"):
             return  # jobs run here, one after another
-        if (ROOT / "pyproject.toml").is_file():  # jobs run the code of this checkout, whatever is installed
-            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        if (
+            ROOT / "pyproject.toml"
+        ).is_file():  # jobs run the code of this checkout, whatever is installed
+            os.environ["PYTHONPATH"] = os.pathsep.join(
+                filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+            )
         place = Path(config.hydra.sweep.dir)
-        print(f"sweep: {place}\nprogress: python run.py action=status 'records=[{place}]'", file=sys.stderr, flush=True)
+        print(
+            f"sweep: {place}\nprogress: python run.py action=status 'records=[{place}]'",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from lab.cli.actions import publish
@@ -40,7 +48,9 @@ class SweepLeaderboard(Callback):
         folder = Path(config.hydra.sweep.dir)
         paths = sorted(folder.rglob("record.json"), key=_order)
         found, broken = readable(paths)
-        for error in broken:  # an exception would end this function, and with it the codes of the others
+        for (
+            error
+        ) in broken:  # an exception would end this function, and with it the codes of the others
             print(f"error: {error}", file=sys.stderr)
             sweep_codes.append(1)
         for record in found:
@@ -50,11 +60,17 @@ class SweepLeaderboard(Callback):
         if found:  # a dry run has none
             publish(found, folder, lost_runs([folder]))
         jobs = _jobs(config) or 0
-        others = config.dry_run or config.action != "run" or OmegaConf.select(config, "launch.machine_rank")
+        others = (
+            config.dry_run
+            or config.action != "run"
+            or OmegaConf.select(config, "launch.machine_rank")
+        )
         if jobs > len(paths) and not others:
             sweep_codes.append(1)
             told = f"of {jobs} jobs {jobs - len(paths)} left no record"
-            print(f"{told}: killed, or see their messages; `python run.py action=status 'records=[{folder}]'`")
+            print(
+                f"{told}: killed, or see their messages; `python run.py action=status 'records=[{folder}]'`"
+            )
 
 
 def _order(path: Path) -> tuple[float, str]:
@@ -72,7 +88,9 @@ def _jobs(config: DictConfig) -> int | None:
         return None
     params = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
     try:
-        overrides = OverridesParser.create().parse_overrides([*params, *config.hydra.overrides.task])
+        overrides = OverridesParser.create().parse_overrides(
+            [*params, *config.hydra.overrides.task]
+        )
         return len(BasicSweeper.split_arguments(overrides, None)[0])
     except HydraException:
         return None

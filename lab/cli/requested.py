@@ -13,7 +13,7 @@ _READ_BY = {
     "export.base": ("export", "verify"),
     "dry_run": ("run", "search", "audit"),
     "force": ("run", "train", "search", "audit"),
-    **{f"export.{name}": ("export",) for name in ("arm", "case", "seed", "attack", "task")},
+    **{f"export.{name}": ("export",) for name in ("model", "case", "seed", "attack", "task")},
 }
 
 

@@ -49,15 +49,22 @@ def search(cfg: DictConfig) -> None:
     if cfg.dry_run:
         print(f"{cfg.name}, one after another: {told_cost(plan.trials, cfg.sweep)}")
         print("\n".join(f"  {one}" for one in plan.space))
-        print("  objectives: " + ", ".join(f"{name} = {metric}" for name, metric in plan.objectives.items()))
+        print(
+            "  objectives: "
+            + ", ".join(f"{name} = {metric}" for name, metric in plan.objectives.items())
+        )
         return
     optuna = _optuna()
-    trials = [_run(cfg, plan, folder, 0, {one.key: OmegaConf.select(cfg, one.key) for one in plan.space})]
+    trials = [
+        _run(cfg, plan, folder, 0, {one.key: OmegaConf.select(cfg, one.key) for one in plan.space})
+    ]
     _write(folder, plan, trials)
     study = _study(optuna, plan, trials[0])
     while len(trials) < plan.trials:
         asked = study.ask()
-        found = _run(cfg, plan, folder, len(trials), {one.key: one.draw(asked) for one in plan.space})
+        found = _run(
+            cfg, plan, folder, len(trials), {one.key: one.draw(asked) for one in plan.space}
+        )
         _tell(optuna, study, asked, found)
         trials.append(found)
         _write(folder, plan, trials)
@@ -80,7 +87,10 @@ def _optuna() -> Any:
 
 def _study(optuna: Any, plan: Plan, preset: Trial) -> Any:
     """Optuna's study; directions are those of the metrics, and the preset's run is its first trial."""
-    sides = ["maximize" if preset.metrics[name]["better"] == "higher" else "minimize" for name in plan.objectives]
+    sides = [
+        "maximize" if preset.metrics[name]["better"] == "higher" else "minimize"
+        for name in plan.objectives
+    ]
     sampler = optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=plan.startup)
     study = optuna.create_study(directions=sides, sampler=sampler)
     study.enqueue_trial(dict(preset.values))
@@ -140,10 +150,14 @@ def _write_overrides(place: Path, changes: list[str]) -> None:
 
     (place / ".hydra").mkdir(parents=True, exist_ok=True)
     given = [*HydraConfig.get().overrides.task, *changes]
-    write_atomically(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(given)).encode())
+    write_atomically(
+        place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(given)).encode()
+    )
 
 
-def outcome_of(path: Path, number: int, values: dict[str, Any], plan: Plan, failure: str | None) -> Trial:
+def outcome_of(
+    path: Path, number: int, values: dict[str, Any], plan: Plan, failure: str | None
+) -> Trial:
     """The objectives of a trial by its record; one that lacks an objective has failed.
 
     Raises:
@@ -158,12 +172,20 @@ def outcome_of(path: Path, number: int, values: dict[str, Any], plan: Plan, fail
     for name, metric in plan.objectives.items():
         one = found[name]
         if failure is None and (one is None or one["value"] is None):
-            failure = f"no {metric}: {one['note'] if one else 'no evaluator of this run measures it'}"
+            failure = (
+                f"no {metric}: {one['note'] if one else 'no evaluator of this run measures it'}"
+            )
         if one is not None and one["better"] == "neutral":
-            raise UserError(f"{KEY}.objectives.{name}", metric, "has no better side; choose a metric that has one.")
+            raise UserError(
+                f"{KEY}.objectives.{name}",
+                metric,
+                "has no better side; choose a metric that has one.",
+            )
     if failure is not None and number == 0:
         raise UserError(KEY, "the preset's own run", f"has no result to start from: {failure}")
-    return Trial(number, values, {name: one for name, one in found.items() if one is not None}, failure)
+    return Trial(
+        number, values, {name: one for name, one in found.items() if one is not None}, failure
+    )
 
 
 def _write(folder: Path, plan: Plan, trials: list[Trial]) -> None:
@@ -171,6 +193,9 @@ def _write(folder: Path, plan: Plan, trials: list[Trial]) -> None:
     for name, text in (
         ("md", pareto.to_markdown(plan.objectives, trials)),
         ("csv", pareto.to_csv(plan.objectives, trials)),
-        ("json", json.dumps(records.clean(pareto.to_json(plan.objectives, trials)), indent=1) + "\n"),
+        (
+            "json",
+            json.dumps(records.clean(pareto.to_json(plan.objectives, trials)), indent=1) + "\n",
+        ),
     ):
         write_atomically(folder / f"pareto.{name}", text.encode())

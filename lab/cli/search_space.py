@@ -37,13 +37,29 @@ class Range:
         key, name = f"immunize.{option}", f"{KEY}.space.{option}"
         if isinstance(given, list):
             if len(given) < 2 or not all(isinstance(v, _SCALARS) for v in given):
-                raise UserError(name, given, "a list needs two choices or more, each a number, a word, true or null.")
+                raise UserError(
+                    name,
+                    given,
+                    "a list needs two choices or more, each a number, a word, true or null.",
+                )
             return Range(key, choices=tuple(given))
-        if not isinstance(given, dict) or not {"low", "high"} <= set(given) <= {"low", "high", "log", "step"}:
-            raise UserError(name, given, "must be a list of choices or {low: A, high: B}, with log: true or step: S.")
+        if not isinstance(given, dict) or not {"low", "high"} <= set(given) <= {
+            "low",
+            "high",
+            "log",
+            "step",
+        }:
+            raise UserError(
+                name,
+                given,
+                "must be a list of choices or {low: A, high: B}, with log: true or step: S.",
+            )
         found = Range(key, **given)
         numbers = [found.low, found.high, *([] if found.step is None else [found.step])]
-        if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers) or found.low >= found.high:
+        if (
+            any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers)
+            or found.low >= found.high
+        ):
             raise UserError(name, given, "low and high must be numbers, low below high.")
         if found.log and (found.low <= 0 or found.step is not None):
             raise UserError(name, given, "a logarithmic range has low > 0 and no step.")
@@ -53,12 +69,18 @@ class Range:
 
     @property
     def whole(self) -> bool:
-        return all(isinstance(v, int) for v in (self.low, self.high, 1 if self.step is None else self.step))
+        return all(
+            isinstance(v, int) for v in (self.low, self.high, 1 if self.step is None else self.step)
+        )
 
     def holds(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        if isinstance(value, bool) or not isinstance(value, int | float) or not self.low <= value <= self.high:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not self.low <= value <= self.high
+        ):
             return False
         steps = 0.0 if self.step is None else (value - self.low) / self.step
         return abs(steps - round(steps)) < 1e-9
@@ -69,13 +91,23 @@ class Range:
             return trial.suggest_categorical(self.key, self.choices)
         if self.whole:
             step = 1 if self.step is None else int(self.step)
-            return trial.suggest_int(self.key, int(self.low), int(self.high), step=step, log=self.log)
-        return float(f"{trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log):.4g}")
+            return trial.suggest_int(
+                self.key, int(self.low), int(self.high), step=step, log=self.log
+            )
+        return float(
+            f"{trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log):.4g}"
+        )
 
     def __str__(self) -> str:
         if self.choices:
             return f"{self.key}: {', '.join(map(typed, self.choices))}"
-        how = " (logarithmic)" if self.log else "" if self.step is None else f" in steps of {self.step:g}"
+        how = (
+            " (logarithmic)"
+            if self.log
+            else ""
+            if self.step is None
+            else f" in steps of {self.step:g}"
+        )
         return f"{self.key}: {self.low:g} … {self.high:g}{how}"
 
 
@@ -102,22 +134,35 @@ class Plan:
             UserError: a key that is missing or cannot work, or a scenario whose test concepts would be used.
         """
         if not isinstance(cfg.get(KEY), DictConfig):
-            raise UserError("action", KEY, "comes with its space and objectives: `python run.py sweeps=tune_kappa`.")
+            raise UserError(
+                "action",
+                KEY,
+                "comes with its space and objectives: `python run.py sweeps=tune_kappa`.",
+            )
         given: dict[str, Any] = OmegaConf.to_container(cfg[KEY], resolve=True)  # type: ignore[assignment]
         for name in given:
             if name not in _FIELDS:
-                raise UserError(f"{KEY}.{name}", given[name], f"there is no such key; {nearest(name, _FIELDS)}")
+                raise UserError(
+                    f"{KEY}.{name}", given[name], f"there is no such key; {nearest(name, _FIELDS)}"
+                )
         split = cfg.scenario.get("split")
         if split not in (None, "validation"):
             told = "settings are chosen on validation concepts, never on those that tables report: validation."
             raise UserError("scenario.split", split, told)
         objectives = {str(k): str(v) for k, v in (given.get("objectives") or {}).items()}
         if len(objectives) < 2:
-            raise UserError(f"{KEY}.objectives", objectives, "needs two metrics or more, e.g. {protection: asr_auc}.")
+            raise UserError(
+                f"{KEY}.objectives",
+                objectives,
+                "needs two metrics or more, e.g. {protection: asr_auc}.",
+            )
         return Plan(
-            count(f"{KEY}.trials", given.get("trials")), count(f"{KEY}.startup", given.get("startup"), 0),
-            count(f"{KEY}.seed", given.get("seed"), 0), _space(cfg, given.get("space") or {}), objectives,
-        )  # fmt: skip
+            count(f"{KEY}.trials", given.get("trials")),
+            count(f"{KEY}.startup", given.get("startup"), 0),
+            count(f"{KEY}.seed", given.get("seed"), 0),
+            _space(cfg, given.get("space") or {}),
+            objectives,
+        )
 
 
 def _space(cfg: DictConfig, given: dict[str, Any]) -> tuple[Range, ...]:
@@ -130,6 +175,10 @@ def _space(cfg: DictConfig, given: dict[str, Any]) -> tuple[Range, ...]:
         if preset is _ABSENT:
             raise UserError(name, value, f"{cfg.immunize.name} has no option {one.key}.")
         if not one.holds(preset):
-            raise UserError(name, value, f"must hold the preset's own value, {typed(preset)}, which is tried first.")
+            raise UserError(
+                name,
+                value,
+                f"must hold the preset's own value, {typed(preset)}, which is tried first.",
+            )
         found.append(one)
     return tuple(found)

@@ -65,7 +65,9 @@ class Launch:
         """
         if not isinstance(config, DictConfig):
             raise UserError("launch", config, "must be none, cpu or multi_gpu.")
-        given: dict[str, Any] = {str(key): value for key, value in OmegaConf.to_container(config).items()}  # type: ignore[union-attr]
+        given: dict[str, Any] = {
+            str(key): value for key, value in OmegaConf.to_container(config).items()
+        }  # type: ignore[union-attr]
         name = choice("launch.name", given.get("name"), ("none", "cpu", "multi_gpu"))
         if name == "none":
             return Launch("none")
@@ -74,7 +76,9 @@ class Launch:
             raise UserError("launch", name, told)
         machines = count("launch.num_machines", given["num_machines"])
         if given["num_processes"] is None:
-            given["num_processes"] = machines * (torch.cuda.device_count() if name == "multi_gpu" else 1)
+            given["num_processes"] = machines * (
+                torch.cuda.device_count() if name == "multi_gpu" else 1
+            )
         count("launch.num_processes", given["num_processes"])
         count("launch.machine_rank", given["machine_rank"], 0, machines - 1)
         number("launch.timeout_s", given["timeout_s"], above=0)
@@ -112,10 +116,17 @@ class Launch:
         """CPU threads of each process: as told, else the cores that this process may use, divided."""
         if given is not None:
             return given
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = (
+            len(os.sched_getaffinity(0))
+            if hasattr(os, "sched_getaffinity")
+            else os.cpu_count() or 1
+        )
         if self.local > cores:
             log.warning(
-                "launch.num_processes=%d: there are %d cores for %d processes", self.num_processes, cores, self.local
+                "launch.num_processes=%d: there are %d cores for %d processes",
+                self.num_processes,
+                cores,
+                self.local,
             )
         return max(cores // self.local, 1)
 
@@ -129,7 +140,9 @@ class Launch:
         if self.num_machines > 1:
             assert port is not None
             if self.machine_rank == 0 and not _free(port):
-                told = "is in use by another process: choose another one, the same on every machine."
+                told = (
+                    "is in use by another process: choose another one, the same on every machine."
+                )
                 raise UserError("launch.main_process_port", port, told)
             return port
         if port is not None:
@@ -143,14 +156,24 @@ class Launch:
     def command(self, config: Path, threads: int, port: int) -> list[str]:
         """``accelerate launch … -m lab.runner.worker --config FILE``."""
         flags: dict[str, Any] = {
-            "num_processes": self.num_processes, "num_machines": self.num_machines, "machine_rank": self.machine_rank,
-            "main_process_port": port, "mixed_precision": "no", "dynamo_backend": "no",
+            "num_processes": self.num_processes,
+            "num_machines": self.num_machines,
+            "machine_rank": self.machine_rank,
+            "main_process_port": port,
+            "mixed_precision": "no",
+            "dynamo_backend": "no",
             "num_cpu_threads_per_process": threads,
-        }  # fmt: skip
+        }
         if self.main_process_ip is not None:
             flags["main_process_ip"] = self.main_process_ip
         # --multi_gpu is accelerate's name for several processes; --cpu starts one, whatever their number
-        mode = "--multi_gpu" if self.num_processes > 1 else "--cpu" if self.name == "cpu" else "--num_processes=1"
+        mode = (
+            "--multi_gpu"
+            if self.num_processes > 1
+            else "--cpu"
+            if self.name == "cpu"
+            else "--num_processes=1"
+        )
         plain = [f"--{key}={value}" for key, value in flags.items()]
         command = [sys.executable, "-m", "accelerate.commands.launch", mode, *plain, *self.args]
         return [*command, "-m", "lab.runner.worker", "--config", str(config), "--watch_stdin"]
@@ -185,7 +208,9 @@ def launch(cfg: DictConfig, folder: Path) -> None:
     options = None
     try:
         if first:
-            record.unlink(missing_ok=True)  # of an earlier run in this folder: what is there afterwards is of this one
+            record.unlink(
+                missing_ok=True
+            )  # of an earlier run in this folder: what is there afterwards is of this one
         options = Launch.read(cfg.launch)
         threads = options.threads(cfg.threads)
         config = folder / (CONFIG if first else f"launch-{options.machine_rank}.yaml")
@@ -213,12 +238,16 @@ def _attempts(options: Launch, config: Path, threads: int) -> int:
         begun = any((folder / f"{rank}.json").is_file() for rank in options.ranks)
         if code == 0 or begun or options.num_machines > 1 or _free(port):
             break
-        log.warning("port %d was taken at the last moment (attempt %d of %d)", port, attempt + 1, _ATTEMPTS)
+        log.warning(
+            "port %d was taken at the last moment (attempt %d of %d)", port, attempt + 1, _ATTEMPTS
+        )
     return code
 
 
 def _environment(options: Launch, threads: int) -> dict[str, str]:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
     env["OMP_NUM_THREADS"] = str(threads)
     if options.name == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
@@ -228,8 +257,12 @@ def _environment(options: Launch, threads: int) -> dict[str, str]:
 def _wait(command: Sequence[str], env: dict[str, str]) -> int:
     log.info("start %s", " ".join(command))
     process = subprocess.Popen(
-        command, env=env, stdin=subprocess.PIPE, start_new_session=True, preexec_fn=_deaf_to_batch_signals
-    )  # fmt: skip
+        command,
+        env=env,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=_deaf_to_batch_signals,
+    )
     assert process.stdin is not None
     try:
         return process.wait()
@@ -272,14 +305,18 @@ def _first_failure(folder: Path, ranks: Sequence[int]) -> dict[str, Any] | None:
     return min(failed, key=lambda failure: (failure["echo"], failure["order"])) if failed else None
 
 
-def _as_error(failure: dict[str, Any] | None, folder: Path, ranks: Sequence[int], code: int) -> Exception:
+def _as_error(
+    failure: dict[str, Any] | None, folder: Path, ranks: Sequence[int], code: int
+) -> Exception:
     states = _states(folder, ranks)
     silent = sorted(rank for rank, state in states.items() if state["state"] == "running")
     if silent and (failure is None or failure["echo"]):
-        which = f"process {silent[0]}" if len(silent) == 1 else "processes " + ", ".join(map(str, silent))
-        told = (
-            f"{which} ended without a word: killed from outside, for want of memory perhaps (see the messages above)."
+        which = (
+            f"process {silent[0]}"
+            if len(silent) == 1
+            else "processes " + ", ".join(map(str, silent))
         )
+        told = f"{which} ended without a word: killed from outside, for want of memory perhaps (see the messages above)."
         return RankFailed(rank=silent[0], type="Killed", message=told)
     if failure is None:
         told = f"accelerate ended with code {code} before the processes had begun; see its messages above."

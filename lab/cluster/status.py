@@ -24,7 +24,12 @@ DONE = ("ok", "diverged")  # a diverged immunization is a result
 ORDER = ("queued", "running", *DONE, "failed", "preempted", "killed", "unknown", "unreadable")
 CONTINUE, NO_SLURM = "the same command continues it", "no Slurm answers here"
 HYDRA = ".hydra"
-MARKS = ("record.json", "run.log", PROCESS, f"{HYDRA}/config.yaml")  # the last one is there from the first second on
+MARKS = (
+    "record.json",
+    "run.log",
+    PROCESS,
+    f"{HYDRA}/config.yaml",
+)  # the last one is there from the first second on
 
 Queue = dict[str, QueueEntry]
 
@@ -51,10 +56,16 @@ def status(cfg: DictConfig) -> None:
     """
     given = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
     named = [Path(place) for place in given]  # a record stands for its run folder
-    places = [place.parent if place.is_file() else place for place in named] or [Path(cfg.paths.runs)]
+    places = [place.parent if place.is_file() else place for place in named] or [
+        Path(cfg.paths.runs)
+    ]
     for place in places:
         if not place.is_dir():
-            raise UserError("records" if given else "paths.runs", place, "does not exist: nothing was run there yet.")
+            raise UserError(
+                "records" if given else "paths.runs",
+                place,
+                "does not exist: nothing was run there yet.",
+            )
     runs = run_folders(places)
     processes = {folder: _process(folder) for folder in runs}
     jobs = _jobs(places)
@@ -64,7 +75,11 @@ def status(cfg: DictConfig) -> None:
     lines += [_job(name, jobs[name], queue) for name in sorted(jobs) if name not in begun]
     if not given:  # jobs of hand-written scripts that wait: Slurm alone knows of them
         here = Path.cwd()
-        rest = {k: e for k, e in (queue or {}).items() if e.waits and e.place == here and k not in begun | set(jobs)}
+        rest = {
+            k: e
+            for k, e in (queue or {}).items()
+            if e.waits and e.place == here and k not in begun | set(jobs)
+        }
         lines += [Line("queued", here, None, _waiting(k, e)) for k, e in sorted(rest.items())]
     for line in sorted(lines, key=lambda one: (str(one.where), one.told)):
         print(line)
@@ -91,7 +106,9 @@ def lines_of(folders: Sequence[Path]) -> list[Line]:
     """The state of each run folder."""
     processes = [_process(folder) for folder in folders]
     queue = _queue(processes)
-    return [_run(folder, process, queue) for folder, process in zip(folders, processes, strict=True)]
+    return [
+        _run(folder, process, queue) for folder, process in zip(folders, processes, strict=True)
+    ]
 
 
 def _queue(processes: Iterable[dict[str, Any]], jobs: Iterable[str] = ()) -> Queue | None:
@@ -101,7 +118,9 @@ def _queue(processes: Iterable[dict[str, Any]], jobs: Iterable[str] = ()) -> Que
 def run_folders(places: Sequence[Path]) -> list[Path]:
     """Folders of runs below ``places``, begun or done."""
     found = {path for place in places for name in MARKS for path in place.rglob(name)}
-    return sorted(filter(_is_run, {p.parent.parent if p.parent.name == HYDRA else p.parent for p in found}))
+    return sorted(
+        filter(_is_run, {p.parent.parent if p.parent.name == HYDRA else p.parent for p in found})
+    )
 
 
 def _is_run(folder: Path) -> bool:
@@ -150,13 +169,18 @@ def _run(folder: Path, process: dict[str, Any], queue: Queue | None) -> Line:
     if entry is not None and entry.waits:
         return Line("queued", folder, None, f"{_waiting(str(name), entry)}; it will continue")
     try:
-        record = records.read(folder / "record.json") if (folder / "record.json").is_file() else None
+        record = (
+            records.read(folder / "record.json") if (folder / "record.json").is_file() else None
+        )
     except UserError as error:
         return Line("unreadable", folder, None, f"record.json: {error.fix}")
     if entry is not None and entry.runs and (record is None or record["status"] == "preempted"):
         return Line("running", folder, None, f"{at} begins")
     if record is not None:
-        seconds, message = record["provenance"]["wall_time_s"], (record["error"] or {}).get("message", "")
+        seconds, message = (
+            record["provenance"]["wall_time_s"],
+            (record["error"] or {}).get("message", ""),
+        )
         return Line(record["status"], folder, seconds, message)
     if process.get("ended"):  # a search, a training; or what failed before it could have a record
         return Line(str(process["ended"]), folder, None, str(process.get("told") or ""))
@@ -172,7 +196,9 @@ def _job(name: str, folder: Path, queue: Queue | None) -> Line:
         return Line("unknown", sweep, None, f"Slurm job {name} has not worked yet, and {NO_SLURM}")
     entry = queue.get(name)
     if entry is None:
-        return Line("killed", sweep, None, f"Slurm job {name} ended before it began: see {relative(folder)}")
+        return Line(
+            "killed", sweep, None, f"Slurm job {name} ended before it began: see {relative(folder)}"
+        )
     if entry.waits:
         return Line("queued", sweep, None, _waiting(name, entry))
     return Line("running", sweep, None, f"Slurm job {name} begins")

@@ -95,13 +95,18 @@ class StageCheckpoint:
         data = self.path.read_bytes()
         digest, body = data[:64], data[64:]
         if hashlib.sha256(body).hexdigest().encode() != digest:
-            log.warning("checkpoint %s is damaged and is ignored; the stage starts again", self.path)
+            log.warning(
+                "checkpoint %s is damaged and is ignored; the stage starts again", self.path
+            )
             return None
         size = int.from_bytes(body[:8], "little")
         values = json.loads(body[8 : 8 + size])
         spent, made_from = values.pop(_SPENT, 0.0), values.pop(_FROM, {})
         if not _agree(made_from, self._made_from):
-            log.warning("checkpoint %s did not begin at the result that there is now; the stage begins anew", self.path)
+            log.warning(
+                "checkpoint %s did not begin at the result that there is now; the stage begins anew",
+                self.path,
+            )
             return None
         self._before = spent
         return load_tensors(body[8 + size :]), values
@@ -116,7 +121,7 @@ class StageCheckpoint:
         self.path.unlink(missing_ok=True)
 
 
-class Store:
+class StageCache:
     """The stage cache below ``root``.
 
     ``force`` names stages that are computed anew, once per process; where one comes out otherwise than before, what was
@@ -179,23 +184,40 @@ class Store:
         if meta is None:
             return None
         if not _agree(meta.get("made_from", {}), self._digests(parents)):
-            log.warning("%s %s was not made from the result that there is now; it is computed again", stage, key[:12])
+            log.warning(
+                "%s %s was not made from the result that there is now; it is computed again",
+                stage,
+                key[:12],
+            )
             return None
         folder, sums = self.folder(stage, key), meta["sha256"]
         try:
             files = {name: (folder / name).read_bytes() for name in _FILES}
-            wrong = [name for name, data in files.items() if hashlib.sha256(data).hexdigest() != sums[name]]
+            wrong = [
+                name
+                for name, data in files.items()
+                if hashlib.sha256(data).hexdigest() != sums[name]
+            ]
         except (OSError, KeyError) as error:
             log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
             return None
         if wrong:
-            log.warning("%s %s: %s does not match its checksum; it is computed again", stage, key[:12], wrong[0])
+            log.warning(
+                "%s %s: %s does not match its checksum; it is computed again",
+                stage,
+                key[:12],
+                wrong[0],
+            )
             return None
         values, tensors = (files[name] for name in _FILES)
         return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
 
     def get(
-        self, stage: str, key: str, compute: Callable[[StageCheckpoint], Artifact], parents: Sequence[Place] = ()
+        self,
+        stage: str,
+        key: str,
+        compute: Callable[[StageCheckpoint], Artifact],
+        parents: Sequence[Place] = (),
     ) -> tuple[Artifact, bool]:
         """The artefact and whether it was there; computes it under a lock otherwise."""
         found = self.read(stage, key, parents)
@@ -207,7 +229,9 @@ class Store:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            log.warning("%s %s is being computed by another process; waiting for it", stage, key[:12])
+            log.warning(
+                "%s %s is being computed by another process; waiting for it", stage, key[:12]
+            )
             lock.acquire()
         try:
             found = self.read(stage, key, parents)  # somebody may have finished it while we waited

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from lab.core.data import Concept, Pictures
+from lab.core.data import CaptionedImages, Concept
 
 TEMPLATES = ("name", "token", "description")
-_FILLER = frozenset(re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good"))
+_FILLER = frozenset(
+    re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good")
+)
 
 
 _ENOUGH = 8
@@ -15,7 +17,9 @@ _ENOUGH = 8
 
 def renamed(text: str, words: str, new: str) -> str:
     """``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``; unchanged where absent."""
-    return re.sub(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE)
+    return re.sub(
+        rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE
+    )
 
 
 def class_words(task: Concept) -> str:
@@ -31,7 +35,9 @@ def class_words(task: Concept) -> str:
     return " ".join(word for word in found[0] if word in shared) if shared else ""
 
 
-def captions(task: Concept, pictures: Pictures, template: str, expression: str) -> tuple[str, ...]:
+def captions(
+    task: Concept, pictures: CaptionedImages, template: str, expression: str
+) -> tuple[str, ...]:
     """One caption per picture.
 
     Args:

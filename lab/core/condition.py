@@ -21,7 +21,9 @@ from lab.core.seeding import generator
 Definition = Literal["rank", "ridge", "release"]
 DEFINITIONS: tuple[Definition, ...] = ("rank", "ridge", "release")
 RESOLUTION = 1e-6  # a bound whose estimated relative error exceeds this is not reported
-RELEASE_SHIFT = 1e-6  # the released `condition_number` adds this to H and drops eigenvalues at or below it
+RELEASE_SHIFT = (
+    1e-6  # the released `condition_number` adds this to H and drops eigenvalues at or below it
+)
 
 
 def singular_values(x: Tensor) -> Tensor:
@@ -31,13 +33,17 @@ def singular_values(x: Tensor) -> Tensor:
     return torch.linalg.svdvals(x.detach().to(torch.float64))
 
 
-def rank_tolerance(shape: tuple[int, int] | torch.Size, dtype: torch.dtype = torch.float64) -> float:
+def rank_tolerance(
+    shape: tuple[int, int] | torch.Size, dtype: torch.dtype = torch.float64
+) -> float:
     """max(n, d)·ε, relative to the largest singular value (the rule of ``numpy.linalg.matrix_rank``)."""
     eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
     return max(shape) * eps
 
 
-def numerical_rank(s: Tensor, shape: tuple[int, int] | torch.Size, tolerance: float | None = None) -> int:
+def numerical_rank(
+    s: Tensor, shape: tuple[int, int] | torch.Size, tolerance: float | None = None
+) -> int:
     """Number of singular values ``s`` of a matrix of ``shape`` that stand out of rounding.
 
     Args:
@@ -51,7 +57,11 @@ def numerical_rank(s: Tensor, shape: tuple[int, int] | torch.Size, tolerance: fl
 
 
 def condition_number(
-    x: Tensor, definition: Definition = "rank", *, tolerance: float | None = None, ridge: float = 0.0
+    x: Tensor,
+    definition: Definition = "rank",
+    *,
+    tolerance: float | None = None,
+    ridge: float = 0.0,
 ) -> float:
     """κ(XᵀX) of ``x`` [n, d].
 
@@ -118,7 +128,10 @@ def grouped_condition_number(
     ridge: float = 0.0,
 ) -> list[float]:
     """κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760: 20 groups × 100)."""
-    return [condition_number(x[rows], definition, ridge=ridge) for rows in row_groups(len(x), groups, size, seed)]
+    return [
+        condition_number(x[rows], definition, ridge=ridge)
+        for rows in row_groups(len(x), groups, size, seed)
+    ]
 
 
 def relative_immunization_ratio(
@@ -159,7 +172,9 @@ class Bound:
 def range_basis(x: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
     """Orthonormal basis W [d, r] of the row space of ``x`` [n, d] and its singular values [r]."""
     _, s, wt = torch.linalg.svd(x.detach().to(torch.float64), full_matrices=False)
-    rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance)
+    rank = numerical_rank(
+        s, x.shape, rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance
+    )
     return wt[:rank].T.contiguous(), s[:rank]
 
 
@@ -199,10 +214,14 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
     if rank < d:
         outside = outside_energy(harmful, basis)
         pairs = (benign @ basis, harmful @ basis)
-    scale = pairs[0].square().sum(0).sqrt()  # a congruence: leaves the pencil as it is, lowers κ(K_P)
+    scale = (
+        pairs[0].square().sum(0).sqrt()
+    )  # a congruence: leaves the pencil as it is, lowers κ(K_P)
     k_p, k_h = ((p / scale).T @ (p / scale) for p in pairs)
     values = scipy.linalg.eigh(k_h.numpy(), k_p.numpy(), eigvals_only=True)
-    pencil = torch.from_numpy(values[::-1].copy())  # torch takes no negative stride, not even of one value
+    pencil = torch.from_numpy(
+        values[::-1].copy()
+    )  # torch takes no negative stride, not even of one value
     if outside > 1e-12:  # squared relative size: directions beyond 1e-6 of X_H, far above rounding
         reason = (
             f"infinite: K_P has rank {rank} of {d} and {100 * outside:.3g} % of the harmful energy lies outside its"
@@ -216,14 +235,18 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
         y = x if theta0 is None else x @ theta0.detach().to(torch.float64)
         gram = scipy.linalg.eigvalsh((y.T @ y).numpy())
         before.append(_gram_condition(gram, numerical_rank(singular_values(y), y.shape)))
-    error = np.finfo(float).eps * max(*map(abs, before), condition_number(pairs[0] / scale) * abs(kappa_m))
+    error = np.finfo(float).eps * max(
+        *map(abs, before), condition_number(pairs[0] / scale) * abs(kappa_m)
+    )
     if min(*before, kappa_m) <= 0 or error > RESOLUTION:
         reason = f"not resolved: eigenvalues of the Gram matrices carry a relative error of {error:.1g} in float64"
         return Bound(None, reason, pencil, None, rank, outside)
     return Bound(kappa_m * before[0] / before[1], None, pencil, kappa_m, rank, outside)
 
 
-def principal_angles(x_benign: Tensor, x_harmful: Tensor, dim: int | None = None, energy: float = 0.9) -> Tensor:
+def principal_angles(
+    x_benign: Tensor, x_harmful: Tensor, dim: int | None = None, energy: float = 0.9
+) -> Tensor:
     """Angles in radians, ascending, between the leading right-singular subspaces of both matrices.
 
     Args:

@@ -55,7 +55,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class CaptionedImages:
     """Images uint8 [n, 3, s, s] with one caption each.
 
     ``described``: captions that say what a concept looks like and not its name, one each, where the scenario knows
@@ -69,10 +69,12 @@ class Pictures:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def pick(self, rows: Sequence[int]) -> Pictures:
+    def pick(self, rows: Sequence[int]) -> CaptionedImages:
         """The pictures ``rows`` with their captions."""
         described = tuple(self.described[i] for i in rows) if self.described else ()
-        return Pictures(self.images[list(rows)], tuple(self.prompts[i] for i in rows), described)
+        return CaptionedImages(
+            self.images[list(rows)], tuple(self.prompts[i] for i in rows), described
+        )
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,10 @@ class Concept:
     role: Role
     kind: Literal["object", "style"]
     words: str
-    train: Pictures
-    own: Pictures
-    reference: Pictures
-    prior: Pictures
+    train: CaptionedImages
+    own: CaptionedImages
+    reference: CaptionedImages
+    prior: CaptionedImages
     prompts: dict[str, tuple[str, ...]]
 
 
@@ -108,7 +110,7 @@ PRECISIONS = ("weights", "bfloat16")  # of `Sampling`
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are generated, equally for every arm: DDIM ``steps``, ``guidance`` scale, ``count`` per point.
+    """How pictures are generated, equally for every model: DDIM ``steps``, ``guidance`` scale, ``count`` per point.
 
     ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is torch's autocast.
     """
@@ -139,9 +141,9 @@ class ConceptCase:
     targets: tuple[Concept, ...]
     others: tuple[Concept, ...]
     rehearsal: tuple[Concept, ...]
-    keep: Pictures
+    keep: CaptionedImages
     regularizers: tuple[str, ...]
-    unrelated: Pictures
+    unrelated: CaptionedImages
     sampling: Sampling
     erased: tuple[Erasure, ...] = ()
 

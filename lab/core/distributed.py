@@ -22,7 +22,10 @@ from lab.core.errors import Diverged
 from lab.models.activations import digest
 
 Params = dict[str, Tensor]
-_PASSED_ON = {"Diverged": Diverged, "FloatingPointError": FloatingPointError}  # part of a normal run: all ranks raise
+_PASSED_ON = {
+    "Diverged": Diverged,
+    "FloatingPointError": FloatingPointError,
+}  # part of a normal run: all ranks raise
 
 
 class OutOfStep(Exception):
@@ -32,7 +35,11 @@ class OutOfStep(Exception):
 def broadcast_json(value: Any, source: int, group: Any) -> Any:
     """``value`` of rank ``source``, counted in the whole run, on every rank of ``group``; nan and inf allowed."""
     here = dist.get_rank() == source
-    data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8) if here else torch.empty(0)
+    data = (
+        torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        if here
+        else torch.empty(0)
+    )
     size = torch.tensor([data.numel()])
     dist.broadcast(size, source, group=group)
     if not here:
@@ -50,7 +57,9 @@ class Team:
         check_every: steps between two comparisons of the parameters' hashes.
     """
 
-    def __init__(self, members: tuple[int, ...] = (), group: Any = None, check_every: int = 10) -> None:
+    def __init__(
+        self, members: tuple[int, ...] = (), group: Any = None, check_every: int = 10
+    ) -> None:
         self.members, self.group, self.check_every = members, group, check_every
         self.size = max(len(members), 1)
         self.rank = members.index(dist.get_rank()) if members else 0
@@ -66,7 +75,8 @@ class Team:
         if self.rank == source:
             tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
             shapes = [
-                [k, list(x.shape), str(x.dtype).removeprefix("torch."), x.device.type] for k, x in tensors.items()
+                [k, list(x.shape), str(x.dtype).removeprefix("torch."), x.device.type]
+                for k, x in tensors.items()
             ]
             header = {"tensors": shapes, "values": values}
         header = broadcast_json(header, sender, self.group)
@@ -89,12 +99,17 @@ class Team:
             return dict(values)
         found: dict[int, Any] = {}
         for member in self.members:
-            found |= {int(n): value for n, value in broadcast_json(list(values.items()), member, self.group)}
+            found |= {
+                int(n): value
+                for n, value in broadcast_json(list(values.items()), member, self.group)
+            }
         return found
 
     # ── a sum over concepts ──────────────────────────────────────────────────────────────────────────────────
 
-    def ordered(self, count: int, compute: Callable[[int], Params], add: Callable[[int, Params], None]) -> None:
+    def ordered(
+        self, count: int, compute: Callable[[int], Params], add: Callable[[int, Params], None]
+    ) -> None:
         """``add(n, compute(n))`` for n < ``count`` in this order on every rank; each ``compute`` runs on one only.
 
         As many concepts as there are ranks are computed at a time, then shared one by one: no rank holds more than
@@ -113,10 +128,16 @@ class Team:
             for n in range(start, min(start + self.size, count)):
                 add(n, self._term(n - start, found, failed))
 
-    def _term(self, source: int, found: Params, failed: Diverged | FloatingPointError | None) -> Params:
+    def _term(
+        self, source: int, found: Params, failed: Diverged | FloatingPointError | None
+    ) -> Params:
         told = None
         if failed is not None:
-            told = [type(failed).__name__, str(failed), *([failed.step] if isinstance(failed, Diverged) else [])]
+            told = [
+                type(failed).__name__,
+                str(failed),
+                *([failed.step] if isinstance(failed, Diverged) else []),
+            ]
         tensors, told = self.share({} if told else found, source, told)
         if told:
             if failed is not None and self.rank == source:
@@ -137,7 +158,10 @@ class Team:
         known = tensors()
         found = self.gather({self.rank: digest(*(known[name] for name in sorted(known)))})
         if len(set(found.values())) > 1:
-            told = ", ".join(f"process {self.members[rank]}: {value[:12]}" for rank, value in sorted(found.items()))
+            told = ", ".join(
+                f"process {self.members[rank]}: {value[:12]}"
+                for rank, value in sorted(found.items())
+            )
             raise OutOfStep(f"the processes' parameters differ {when} ({told})")
 
 

@@ -39,19 +39,36 @@ class RankFailed(Exception):
     """
 
     def __init__(
-        self, rank: int | None, type: str, message: str, told: str | None = None, key: str | None = None,
-        step: int | None = None, cell: str | None = None, traceback: str | None = None, **_: object,
-    ) -> None:  # fmt: skip
-        self.rank, self.type, self.told, self.key, self.step, self.cell = rank, type, told, key, step, cell
+        self,
+        rank: int | None,
+        type: str,
+        message: str,
+        told: str | None = None,
+        key: str | None = None,
+        step: int | None = None,
+        cell: str | None = None,
+        traceback: str | None = None,
+        **_: object,
+    ) -> None:
+        self.rank, self.type, self.told, self.key, self.step, self.cell = (
+            rank,
+            type,
+            told,
+            key,
+            step,
+            cell,
+        )
         self.message, self.traceback = message, traceback
-        super().__init__(message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}")
+        super().__init__(
+            message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}"
+        )
 
 
 _BLAMED = "_immunization_bench_part"
 
 
 @contextmanager
-def blaming(key: str) -> Iterator[None]:
+def with_config_key(key: str) -> Iterator[None]:
     """Whatever is raised within remembers the config key of the part that runs here, which may be anybody's own.
 
     The innermost one counts: an attacker that asks for a case meets a broken scenario, not a broken attacker.
@@ -63,14 +80,18 @@ def blaming(key: str) -> Iterator[None]:
         raise
 
 
-def blamed(error: BaseException) -> str | None:
-    """What `blaming` remembered."""
+def config_key_of(error: BaseException) -> str | None:
+    """What `with_config_key` remembered."""
     return error.__dict__.get(_BLAMED)
 
 
 def defect(error: BaseException) -> str:
     """One line about an exception that no user can act on; the traceback stands above it."""
-    known = [error.key] if isinstance(error, RankFailed) else [blamed(error), type(error).__name__]
+    known = (
+        [error.key]
+        if isinstance(error, RankFailed)
+        else [config_key_of(error), type(error).__name__]
+    )
     return ": ".join(filter(None, (*known, " ".join(str(error).split()))))
 
 

@@ -21,7 +21,9 @@ def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
         tensors.append(value)
         return f"tensor {len(tensors)}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kept = [f.name for f in dataclasses.fields(value) if derived or not f.metadata.get("derived")]
+        kept = [
+            f.name for f in dataclasses.fields(value) if derived or not f.metadata.get("derived")
+        ]
         return {name: _plain(getattr(value, name), tensors, derived) for name in kept}
     if isinstance(value, tuple | list):
         return [_plain(item, tensors, derived) for item in value]
@@ -46,8 +48,19 @@ def unpainted(case: AnyCase) -> AnyCase:
     return dataclasses.replace(case, sampling=Sampling()) if isinstance(case, ConceptCase) else case
 
 
-_TOKENIZER = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")  # padding changes with use
-_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")  # of a file, not of what it computes
+_TOKENIZER = (
+    "model",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "added_tokens",
+)  # padding changes with use
+_ORIGIN = (
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "architectures",
+)  # of a file, not of what it computes
 
 
 def beside_weights(model: Model) -> dict[str, str]:
@@ -57,7 +70,9 @@ def beside_weights(model: Model) -> dict[str, str]:
         return {}
     encoders = [encoder.config.to_dict() for encoder in model.text_encoders]
     configs = [model.unet.config, model.vae.config, model.scheduler.config, *encoders]
-    told = [{k: v for k, v in c.items() if not k.startswith("_") and k not in _ORIGIN} for c in configs]
+    told = [
+        {k: v for k, v in c.items() if not k.startswith("_") and k not in _ORIGIN} for c in configs
+    ]
     facts = {"configs": told, "tokenizers": [_tokenizer(t) for t in model.tokenizers]}
     facts |= {"pipeline": model.pipeline_class, "zero_negative": model.zero_negative}
     return {"settings": stage_key(facts=json.dumps(facts, sort_keys=True, default=str))}
@@ -65,5 +80,7 @@ def beside_weights(model: Model) -> dict[str, str]:
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole: Mapping[str, Any] = json.loads(backend.to_str()) if backend is not None else {"model": tokenizer.get_vocab()}
+    whole: Mapping[str, Any] = (
+        json.loads(backend.to_str()) if backend is not None else {"model": tokenizer.get_vocab()}
+    )
     return {"context": tokenizer.model_max_length, **{key: whole.get(key) for key in _TOKENIZER}}

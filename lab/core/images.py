@@ -13,7 +13,9 @@ from lab.core.types import ImageGrid
 
 GAP = 2  # pixels between cells
 PAD = 6  # pixels around everything
-ROW_LABEL_WIDTH = 96  # pixels, at most; longer labels are broken into lines, so that eight columns fit a screen
+ROW_LABEL_WIDTH = (
+    96  # pixels, at most; longer labels are broken into lines, so that eight columns fit a screen
+)
 FONT_SIZE = 14
 INK, PAPER = (27, 31, 36), (255, 255, 255)
 
@@ -31,13 +33,25 @@ def png(picture: ImageGrid, scale: int | None = None) -> bytes:
 
 def _check(images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
     shape = tuple(images.shape)
-    if images.dim() != 5 or shape[2] != 3 or shape[3] != shape[4] or 0 in shape or str(images.dtype) != "torch.uint8":
-        raise ValueError(f"images must be uint8 [rows, columns, 3, s, s], not {images.dtype} {list(shape)}")
+    if (
+        images.dim() != 5
+        or shape[2] != 3
+        or shape[3] != shape[4]
+        or 0 in shape
+        or str(images.dtype) != "torch.uint8"
+    ):
+        raise ValueError(
+            f"images must be uint8 [rows, columns, 3, s, s], not {images.dtype} {list(shape)}"
+        )
     if (len(rows), len(columns)) != shape[:2]:
-        raise ValueError(f"{len(rows)} row and {len(columns)} column labels for {shape[0]} × {shape[1]} images")
+        raise ValueError(
+            f"{len(rows)} row and {len(columns)} column labels for {shape[0]} × {shape[1]} images"
+        )
 
 
-def grid(images: Tensor, rows: Sequence[str], columns: Sequence[str], scale: int | None = None) -> Image.Image:
+def grid(
+    images: Tensor, rows: Sequence[str], columns: Sequence[str], scale: int | None = None
+) -> Image.Image:
     """Rows of enlarged pictures with labels at the left and above, on white.
 
     Args:
@@ -89,7 +103,9 @@ def _font() -> _Font:
     """DejaVu Sans, which matplotlib ships: Pillow's own font has neither × nor Greek letters."""
     import matplotlib
 
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE)
+    return ImageFont.truetype(
+        Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE
+    )
 
 
 def _extent(draw: ImageDraw.ImageDraw, text: str, font: _Font) -> tuple[int, int]:
@@ -112,7 +128,11 @@ def _broken(text: str, width: int, font: _Font) -> str:
         if line:
             lines.append(line)
         while font.getlength(word) > width and len(word) > 1:
-            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            fits = next(
+                n
+                for n in range(len(word) - 1, 0, -1)
+                if n == 1 or font.getlength(word[:n]) <= width
+            )
             lines.append(word[:fits])
             word = word[fits:]
         line = word

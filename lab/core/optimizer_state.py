@@ -15,7 +15,12 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimizer's tensors, by number of the parameter and name; none for a parameter that was never updated."""
     found = enumerate(optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
-    return {f"{i}.{name}": value for i, state in found for name, value in state.items() if isinstance(value, Tensor)}
+    return {
+        f"{i}.{name}": value
+        for i, state in found
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
 
 
 @torch.no_grad()
@@ -27,14 +32,17 @@ def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
         parameter = parameters[int(index)]
         # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside the parameter
         beside = value.dim() > 0 or any(
-            (group.get("fused") or group.get("capturable")) and any(p is parameter for p in group["params"])
+            (group.get("fused") or group.get("capturable"))
+            and any(p is parameter for p in group["params"])
             for group in optimizer.param_groups
         )
         device = parameter.device if beside else value.device
         optimizer.state[parameter][name] = value.to(device, copy=True)
 
 
-def state_tensors(parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def state_tensors(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
     """``parameters``, which are the optimizer's, and its `slots`."""
     state = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
     return state | {f"optimizer.{key}": value for key, value in slots(optimizer).items()}
@@ -47,4 +55,6 @@ def restore_state(
     """The inverse of `state_tensors`, in place."""
     for i, parameter in enumerate(parameters):
         parameter.copy_(tensors[f"parameter.{i}"])
-    restore_slots(optimizer, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith("optimizer.")})
+    restore_slots(
+        optimizer, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith("optimizer.")}
+    )

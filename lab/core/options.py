@@ -36,7 +36,9 @@ def number(
         fine = (low is None or given >= low) and (above is None or given > above)
         fine = fine and (high is None or given <= high) and (below is None or given < below)
     if not fine:
-        limits = " and ".join(f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None)
+        limits = " and ".join(
+            f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None
+        )
         raise UserError(key, value, f"must be a number {limits}".rstrip() + ".")
     return given
 
@@ -84,7 +86,9 @@ def unread(key: str, value: object, default: object, read: bool, needs: str) -> 
         UserError: ``value`` is not the ``default`` and is not ``read``; ``needs`` says what would read it.
     """
     if value != default and not read:
-        raise UserError(key, value, f"is read with {needs} only; set that, or leave it at {default}.")
+        raise UserError(
+            key, value, f"is read with {needs} only; set that, or leave it at {default}."
+        )
 
 
 def local(key: str, value: object) -> Path:
@@ -96,7 +100,9 @@ def local(key: str, value: object) -> Path:
     try:
         return Path(str(value)).expanduser()
     except RuntimeError as error:
-        raise UserError(key, value, "starts with ~ and a name, and this machine has no such user.") from error
+        raise UserError(
+            key, value, "starts with ~ and a name, and this machine has no such user."
+        ) from error
 
 
 def names(key: str, value: object) -> tuple[str, ...]:

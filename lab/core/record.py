@@ -26,9 +26,21 @@ READABLE = ("1.0", "1.1", "1.2", "1.3")
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 _VOLATILE_CONFIG = (
-    "paths", "tracker", "force", "dry_run", "action", "records", "threads", "sweep", "name", "path", "push_to",
-    "export", "launch", "search",
-)  # fmt: skip
+    "paths",
+    "tracker",
+    "force",
+    "dry_run",
+    "action",
+    "records",
+    "threads",
+    "sweep",
+    "name",
+    "path",
+    "push_to",
+    "export",
+    "launch",
+    "search",
+)
 
 Record = dict[str, Any]
 
@@ -92,7 +104,12 @@ def seed_values(scores: Iterable[Scores], seeds: Sequence[int]) -> list[dict[str
     """One row per metric that has a value in every seed: ``metric`` and a column per seed; none for a single seed."""
     if len(seeds) < 2:
         return []
-    found = {name: item for family in scores for name, item in family.metrics.items() if isinstance(item, SeedScore)}
+    found = {
+        name: item
+        for family in scores
+        for name, item in family.metrics.items()
+        if isinstance(item, SeedScore)
+    }
     return [
         {"metric": name, **{str(s): v for s, v in zip(seeds, item.per_seed, strict=True)}}
         for name, item in found.items()
@@ -129,8 +146,10 @@ def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[s
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / path, data)
         out[name] = {
-            "path": path.as_posix(), "caption": picture.caption, "sha256": hashlib.sha256(data).hexdigest()
-        }  # fmt: skip
+            "path": path.as_posix(),
+            "caption": picture.caption,
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
     return out
 
 
@@ -142,13 +161,31 @@ def _lasting(config: Any) -> dict[str, Any]:
 def content_hash(record: Record) -> str:
     """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
     config = _lasting(record["config"])
-    cells = [{k: v for k, v in cell.items() if k not in ("key", "seconds", "weights")} for cell in record["cells"]]
-    kept = ("schema", "status", "scenario", "backbone", "immunizer", "attacks", "seeds", "metrics", "curves", "tables")
-    body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {"config": config, "cells": cells}
+    cells = [
+        {k: v for k, v in cell.items() if k not in ("key", "seconds", "weights")}
+        for cell in record["cells"]
+    ]
+    kept = (
+        "schema",
+        "status",
+        "scenario",
+        "backbone",
+        "immunizer",
+        "attacks",
+        "seeds",
+        "metrics",
+        "curves",
+        "tables",
+    )
+    body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {
+        "config": config,
+        "cells": cells,
+    }
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
     if "images" in record:  # absent in 1.0, whose hashes stay as they are
         body["images"] = {
-            name: {k: v for k, v in image.items() if k != "path"} for name, image in record["images"].items()
+            name: {k: v for k, v in image.items() if k != "path"}
+            for name, image in record["images"].items()
         }
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -199,7 +236,9 @@ def read(path: Path) -> Stored:
         raise UserError("records", path, f"cannot be read as JSON ({error}).") from error
     validate(record, str(path))
     if content_hash(record) != record["content_hash"]:
-        raise UserError("records", path, "was altered after it was written (content_hash does not match).")
+        raise UserError(
+            "records", path, "was altered after it was written (content_hash does not match)."
+        )
     return Stored(record, path.parent)
 
 
@@ -235,13 +274,23 @@ def find(places: Iterable[str], default: Path) -> list[Path]:
     paths: list[Path] = []
     for place in chosen:
         if place.is_dir():
-            paths.extend(sorted(p for p in place.rglob("*.json") if p.name == "record.json" or _is_kept(p)))
+            paths.extend(
+                sorted(p for p in place.rglob("*.json") if p.name == "record.json" or _is_kept(p))
+            )
         elif place.is_file():
             paths.append(place)
         elif given:
-            raise UserError("records", place, "does not exist: give record.json files or folders that hold them.")
+            raise UserError(
+                "records",
+                place,
+                "does not exist: give record.json files or folders that hold them.",
+            )
     if not paths:
-        raise UserError("records", " ".join(map(str, chosen)), "holds no record.json: run `python run.py` first.")
+        raise UserError(
+            "records",
+            " ".join(map(str, chosen)),
+            "holds no record.json: run `python run.py` first.",
+        )
     return list(dict.fromkeys(paths))
 
 

@@ -6,5 +6,7 @@ import unicodedata
 
 def slug(name: str) -> str:
     """``name`` as a part of a metric name: lower case a-z without accents, digits, underscores; what W&B takes."""
-    plain = "".join(c for c in unicodedata.normalize("NFKD", name.lower()) if not unicodedata.combining(c))
+    plain = "".join(
+        c for c in unicodedata.normalize("NFKD", name.lower()) if not unicodedata.combining(c)
+    )
     return re.sub(r"[^a-z0-9]+", "_", plain).strip("_")

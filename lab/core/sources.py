@@ -56,7 +56,10 @@ def _imports(module: str) -> frozenset[str]:
         return frozenset()
     top = module.split(".")[0]
     home = _home(top)
-    installed = home is not None and home.name in ("site-packages", "dist-packages")  # where everybody's packages lie
+    installed = home is not None and home.name in (
+        "site-packages",
+        "dist-packages",
+    )  # where everybody's packages lie
 
     def counts(name: str) -> bool:
         other = name.split(".")[0]

@@ -66,8 +66,12 @@ def score(
         return SeedScore(value, None, None, n, better, "point", note, unit, per_seed)
     across = n >= MIN_SEEDS
     if not across and all(g.size < 2 for g in groups):
-        return SeedScore(value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit, per_seed)
-    limits = _student(means) if across and n < BOOTSTRAP_SEEDS else _bootstrap(groups, draws, across)
+        return SeedScore(
+            value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit, per_seed
+        )
+    limits = (
+        _student(means) if across and n < BOOTSTRAP_SEEDS else _bootstrap(groups, draws, across)
+    )
     low, high = (min(max(float(v), bounds[0]), bounds[1]) for v in back(limits))
     kind: Literal["across_seeds", "within_seed"] = "across_seeds" if across else "within_seed"
     return SeedScore(value, low, high, n, better, kind, note, unit, per_seed)
@@ -88,7 +92,11 @@ def _bootstrap(groups: list[Floats], draws: int, across: bool) -> Floats:
     n = len(groups)
     chosen = rng.integers(0, n, (draws, n)) if across else np.tile(np.arange(n), (draws, 1))
     centres = np.empty((draws, n))
-    for i, group in enumerate(groups):  # every time that seed i was drawn, its units are resampled anew
+    for i, group in enumerate(
+        groups
+    ):  # every time that seed i was drawn, its units are resampled anew
         drawn = chosen == i
-        centres[drawn] = group[rng.integers(0, group.size, (int(drawn.sum()), group.size))].mean(axis=1)
+        centres[drawn] = group[rng.integers(0, group.size, (int(drawn.sum()), group.size))].mean(
+            axis=1
+        )
     return np.percentile(centres.mean(axis=1), [2.5, 97.5])

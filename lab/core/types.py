@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lab.core.data import Kind, ScenarioData
 
-CONTROL = "none"
+BASELINE = "none"
 
 
 @runtime_checkable
@@ -128,12 +128,14 @@ class Immunizer(Protocol):
     name: str
     accepts: ClassVar[frozenset[Kind]]
 
-    def __call__(self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log) -> Model: ...
+    def __call__(
+        self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> Model: ...
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attacker may spend, equal in every arm. A trajectory runs to ``horizon * multiple`` steps."""
+    """What an attacker may spend, equal in every model. A trajectory runs to ``horizon * multiple`` steps."""
 
     horizon: int
     multiple: int = 5
@@ -197,7 +199,13 @@ class Attacker(Protocol):
     accepts: ClassVar[frozenset[Kind]]
 
     def __call__(
-        self, model: Model, task: AnyTask, *, seed: int, budget: Budget, checkpoint: Checkpoint | None
+        self,
+        model: Model,
+        task: AnyTask,
+        *,
+        seed: int,
+        budget: Budget,
+        checkpoint: Checkpoint | None,
     ) -> Trajectory: ...
 
 
@@ -234,7 +242,7 @@ class ImageGrid:
 class Scores:
     """What a metric returns.
 
-    ``curves``: name → {"step": [...], arm: [...], "x": label, "y": label, "log": "x" | "y" | "xy" | ""};
+    ``curves``: name → {"step": [...], model: [...], "x": label, "y": label, "log": "x" | "y" | "xy" | ""};
     ``tables``: name → list of flat rows (JSON-able); ``images``: name → a grid of pictures.
     """
 
@@ -248,8 +256,8 @@ class RunView(Protocol):
     """Read access to everything that a run produced; loads lazily from the stage cache."""
 
     scenario: str
-    immunizer: str  # the arm under test; equals CONTROL when only the control arm was run
-    arms: tuple[str, ...]  # (CONTROL,) or (CONTROL, immunizer)
+    immunizer: str  # the model under test; equals BASELINE when only the baseline model was run
+    model_names: tuple[str, ...]  # (BASELINE,) or (BASELINE, immunizer)
     attacks: tuple[str, ...]
     seeds: tuple[int, ...]
     budget: Budget
@@ -257,14 +265,16 @@ class RunView(Protocol):
     def cases(self, seed: int) -> tuple[AnyCase, ...]:
         """Cases of ``seed`` whose immunization did not diverge."""
 
-    def model(self, arm: str, case: AnyCase, seed: int) -> Model:
-        """θ_I for the immunizer's arm, θ_0 for the control arm."""
+    def model(self, model_name: str, case: AnyCase, seed: int) -> Model:
+        """θ_I for the immunizer's model, θ_0 for the baseline model."""
 
     def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
         """What the immunizer logged: ``step`` and one equally long list per quantity."""
 
-    def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory:
-        """What ``attack`` did to the model of ``arm`` on ``task``, at the snapshots of the budget."""
+    def trajectory(
+        self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
+    ) -> Trajectory:
+        """What ``attack`` did to the model of ``model_name`` on ``task``, at the snapshots of the budget."""
 
     def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of a metric that other runs share, from the stage cache: ``key`` names all that determines them."""
@@ -272,7 +282,7 @@ class RunView(Protocol):
 
 @runtime_checkable
 class RunMetric(Protocol):
-    """A family of figures over a run. ``needs_arms`` = 2 compares with the control arm.
+    """A family of figures over a run. ``needs_model_names`` = 2 compares with the baseline model.
 
     Optional: the methods ``check`` and ``texts``, as in `Attacker`; ``released = True`` where the backbone is what
     somebody released, so that nothing is erased any more.
@@ -280,7 +290,7 @@ class RunMetric(Protocol):
 
     name: str
     accepts: ClassVar[frozenset[Kind]]
-    needs_arms: ClassVar[int]
+    needs_model_names: ClassVar[int]
     needs_attack: ClassVar[bool]
 
     def __call__(self, run: RunView) -> Scores:

@@ -41,7 +41,10 @@ def prefix(model: FeatureModel, x: Tensor, stop: int, batch: int = 64) -> Tensor
     key = f"{stop}:{form}:{digest(x)}:{digest(*weights)}"
     if key not in _memo:
         starts = range(0, len(x), batch)
-        parts = [model.run(model.inputs(x[i : i + batch]), 0, stop) for i in progress(starts, "frozen blocks")]
+        parts = [
+            model.run(model.inputs(x[i : i + batch]), 0, stop)
+            for i in progress(starts, "frozen blocks")
+        ]
         _memo[key] = torch.cat(parts)
         while sum(t.nbytes for t in _memo.values()) > _MEMORY_LIMIT and len(_memo) > 1:
             _memo.popitem(last=False)

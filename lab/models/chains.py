@@ -71,7 +71,12 @@ def _vision_transformer(model: Any) -> Blocks:
     blocks: Blocks = [(f"block{i}", block) for i, block in enumerate(model.blocks)]
     pool = _Pool(model.global_pool, model.num_prefix_tokens)
     head = nn.Sequential(model.norm, pool, model.fc_norm)
-    model.blocks, model.norm, model.fc_norm, model.head = nn.Sequential(), nn.Identity(), nn.Identity(), nn.Identity()
+    model.blocks, model.norm, model.fc_norm, model.head = (
+        nn.Sequential(),
+        nn.Identity(),
+        nn.Identity(),
+        nn.Identity(),
+    )
     return [("embed", _Embed(model)), *blocks, ("norm", head)]
 
 
@@ -85,7 +90,11 @@ def chain(model: Any) -> Blocks:
         return _efficientnet(model)
     if type(model) is ResNet:
         return _resnet(model)
-    plain = type(model) is VisionTransformer and model.attn_pool is None and model.global_pool in ("token", "avg")
+    plain = (
+        type(model) is VisionTransformer
+        and model.attn_pool is None
+        and model.global_pool in ("token", "avg")
+    )
     if plain and not getattr(model, "pool_include_prefix", False):
         return _vision_transformer(model)
     return [("body", _Whole(model))]
@@ -105,7 +114,12 @@ class VisionModel(FeatureModel):
     std: Tensor
 
     def __init__(
-        self, blocks: Blocks, feature_dim: int, mean: Sequence[float], std: Sequence[float], size: int | None
+        self,
+        blocks: Blocks,
+        feature_dim: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        size: int | None,
     ) -> None:
         super().__init__(blocks, feature_dim)
         self.size = size
@@ -115,5 +129,7 @@ class VisionModel(FeatureModel):
     def inputs(self, x: Tensor) -> Tensor:
         x = x.to(self.mean.dtype) / 255.0 if x.dtype == torch.uint8 else x.to(self.mean.dtype)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
-            x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True).clamp(0.0, 1.0)
+            x = F.interpolate(
+                x, size=(self.size, self.size), mode="bilinear", antialias=True
+            ).clamp(0.0, 1.0)
         return (x - self.mean) / self.std

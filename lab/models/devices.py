@@ -28,7 +28,9 @@ def pick(key: str, name: object) -> torch.device:
     if device.type not in ("cpu", "cuda", "mps"):
         raise UserError(key, name, fix)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(key, name, f"torch sees {torch.cuda.device_count()} CUDA devices here; use auto or cpu.")
+        raise UserError(
+            key, name, f"torch sees {torch.cuda.device_count()} CUDA devices here; use auto or cpu."
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError(key, name, "torch sees no Apple GPU here; use auto or cpu.")
     return device
@@ -40,7 +42,9 @@ def computes_bfloat16(kind: str) -> bool:
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
-        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return torch.backends.mkldnn.is_available() and bool(
+            torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        )
     return True
 
 
@@ -49,4 +53,8 @@ def tell_of_emulation(kind: str, key: str, instead: str) -> None:
     """Says once in a process that bfloat16, asked for by the config key, costs time here in place of saving it:
     MiniSD paints 25 times as long on a processor with AVX2 alone."""
     if not computes_bfloat16(kind):
-        _log.warning("this device emulates bfloat16, far slower than float32; %s=%s saves the time", key, instead)
+        _log.warning(
+            "this device emulates bfloat16, far slower than float32; %s=%s saves the time",
+            key,
+            instead,
+        )

@@ -84,10 +84,16 @@ class DiffusionModel(nn.Module):
     @classmethod
     def from_pipeline(cls, pipe: Any) -> DiffusionModel:
         """The parts of a diffusers pipeline; they are shared, not copied."""
-        encoders = [m for m in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if m is not None]
-        tokenizers = [t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None]
+        encoders = [
+            m for m in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if m is not None
+        ]
+        tokenizers = [
+            t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None
+        ]
         zero = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
-        return cls(pipe.unet, pipe.vae, encoders, tokenizers, pipe.scheduler, type(pipe).__name__, zero)
+        return cls(
+            pipe.unet, pipe.vae, encoders, tokenizers, pipe.scheduler, type(pipe).__name__, zero
+        )
 
     # ---- facts
 
@@ -126,7 +132,13 @@ class DiffusionModel(nn.Module):
         unet, texts = copy.deepcopy(self.unet), copy.deepcopy(list(self.text_encoders))
         tokenizers = copy.deepcopy(self.tokenizers)
         return DiffusionModel(
-            unet, self.vae, texts, tokenizers, self.scheduler, self.pipeline_class, self.zero_negative
+            unet,
+            self.vae,
+            texts,
+            tokenizers,
+            self.scheduler,
+            self.pipeline_class,
+            self.zero_negative,
         )
 
     # ---- text
@@ -145,7 +157,9 @@ class DiffusionModel(nn.Module):
         )
         ids: Tensor = found.input_ids
         for i in found.attention_mask.all(1).nonzero().flatten().tolist():
-            lost = len(tokenizer(prompts[i], truncation=False, verbose=False).input_ids) - ids.shape[1]
+            lost = (
+                len(tokenizer(prompts[i], truncation=False, verbose=False).input_ids) - ids.shape[1]
+            )
             if lost > 0:
                 warn_cut(prompts[i], ids.shape[1], lost)
         return ids.to(self.device)
@@ -154,7 +168,10 @@ class DiffusionModel(nn.Module):
         """Encoded prompts; gradients flow where the text encoder's parameters ask for them."""
         if not self.xl:
             return Text(self.text_encoders[0](self.tokens(prompts))[0])
-        outputs = [m(self.tokens(prompts, i), output_hidden_states=True) for i, m in enumerate(self.text_encoders)]
+        outputs = [
+            m(self.tokens(prompts, i), output_hidden_states=True)
+            for i, m in enumerate(self.text_encoders)
+        ]
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return Text(hidden, outputs[1][0])
 
@@ -163,7 +180,10 @@ class DiffusionModel(nn.Module):
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized to its own size."""
-        side, dtype = self.image_size, next(self.vae.parameters()).dtype  # which a half-precision model may have kept
+        side, dtype = (
+            self.image_size,
+            next(self.vae.parameters()).dtype,
+        )  # which a half-precision model may have kept
         means, stds = [], []
         for part in images.split(32):
             x = part.to(self.device, dtype)
@@ -189,13 +209,20 @@ class DiffusionModel(nn.Module):
 
     # ---- the denoiser
 
-    def predict(self, noisy: Tensor, t: Tensor, text: Text, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def predict(
+        self, noisy: Tensor, t: Tensor, text: Text, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         """The U-Net's output. ``weights`` replaces named parameters of the U-Net (`torch.func.functional_call`)."""
         extra: dict[str, Any] = {}
         if text.pooled is not None:
             side = float(self.image_size)
-            ids = torch.tensor([[side, side, 0, 0, side, side]], device=noisy.device, dtype=noisy.dtype)
-            extra["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": ids.repeat(len(noisy), 1)}
+            ids = torch.tensor(
+                [[side, side, 0, 0, side, side]], device=noisy.device, dtype=noisy.dtype
+            )
+            extra["added_cond_kwargs"] = {
+                "text_embeds": text.pooled,
+                "time_ids": ids.repeat(len(noisy), 1),
+            }
         if weights is None:
             found: Tensor = self.unet(noisy, t, text.hidden, **extra).sample
             return found
@@ -213,10 +240,17 @@ class DiffusionModel(nn.Module):
             return noisy, noise
         if self.prediction == "v_prediction":
             return noisy, a.sqrt() * noise - (1 - a).sqrt() * z
-        raise UserError("backbone", self.prediction, "the scheduler must predict epsilon or v_prediction.")
+        raise UserError(
+            "backbone", self.prediction, "the scheduler must predict epsilon or v_prediction."
+        )
 
     def loss(
-        self, z: Tensor, text: Text, noise: Tensor, t: Tensor, weights: Mapping[str, Tensor] | None = None
+        self,
+        z: Tensor,
+        text: Text,
+        noise: Tensor,
+        t: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
         """Diffusion loss per picture [n], the mean square over channels and pixels of the prediction's error."""
         noisy, target = self.noised(z, noise, t)
@@ -227,7 +261,9 @@ class DiffusionModel(nn.Module):
     def latents(self, count: int, seed: int, *labels: object) -> Tensor:
         """Start latents [count, c, s, s] from the stream ``labels`` of ``seed``, the same on every device."""
         shape = (count, self.unet.config.in_channels, self.latent_size, self.latent_size)
-        return torch.randn(shape, generator=generator(seed, "latents", *labels)).to(self.device, self.dtype)
+        return torch.randn(shape, generator=generator(seed, "latents", *labels)).to(
+            self.device, self.dtype
+        )
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling) -> Tensor:
@@ -240,13 +276,19 @@ class DiffusionModel(nn.Module):
         ddim = DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
         ddim.set_timesteps(sampling.steps)
         text, guided, x = self.text(prompts), sampling.guidance != 1, latents
-        both = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text]) if guided else text
-        low = torch.autocast(x.device.type, torch.bfloat16, enabled=sampling.precision == "bfloat16")
+        both = (
+            Text.cat([self._negative(sampling.negative)[[0] * len(text)], text]) if guided else text
+        )
+        low = torch.autocast(
+            x.device.type, torch.bfloat16, enabled=sampling.precision == "bfloat16"
+        )
         if sampling.precision == "bfloat16":
             tell_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
         for t in ddim.timesteps:
             with low:
-                guess = self.predict(torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both)
+                guess = self.predict(
+                    torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both
+                )
             guess = guess.to(x.dtype)
             if guided:
                 free, asked = guess.chunk(2)
@@ -261,7 +303,9 @@ class DiffusionModel(nn.Module):
         return Text(torch.zeros_like(text.hidden), torch.zeros_like(text.pooled))
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32) -> Tensor:
+    def generate(
+        self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32
+    ) -> Tensor:
         """uint8 pictures [n, 3, s, s] of `sample`, ``batch`` at a time, on the CPU."""
         found = []
         for start in range(0, len(prompts), batch):
@@ -275,14 +319,24 @@ class DiffusionModel(nn.Module):
         """The same weights (shared) as a diffusers pipeline with a scheduler of its own."""
         import diffusers
 
-        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "scheduler": copy.deepcopy(self.scheduler)}
-        for i, (encoder, tokenizer) in enumerate(zip(self.text_encoders, self.tokenizers, strict=True)):
+        parts: dict[str, Any] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "scheduler": copy.deepcopy(self.scheduler),
+        }
+        for i, (encoder, tokenizer) in enumerate(
+            zip(self.text_encoders, self.tokenizers, strict=True)
+        ):
             suffix = "" if i == 0 else f"_{i + 1}"
             parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
         if self.xl:
             parts |= {"force_zeros_for_empty_prompt": self.zero_negative, "add_watermarker": False}
         else:
-            parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+            parts |= {
+                "safety_checker": None,
+                "feature_extractor": None,
+                "requires_safety_checker": False,
+            }
         return getattr(diffusers, self.pipeline_class)(**parts)
 
     def save(self, folder: Path) -> Path:

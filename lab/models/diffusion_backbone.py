@@ -55,8 +55,12 @@ class DiffusionBackbone:
         self.name, self.dtype = name, DTYPES[choice("backbone.dtype", dtype, DTYPES)]
         self.device = pick("backbone.device", device)
         if self.dtype == torch.float16 and self.device.type == "cpu":
-            raise UserError("backbone.dtype", dtype, "is too slow and too coarse on a CPU; use fp32 (or bf16).")
-        self.resolution = None if resolution is None else count("backbone.resolution", resolution, 8)
+            raise UserError(
+                "backbone.dtype", dtype, "is too slow and too coarse on a CPU; use fp32 (or bf16)."
+            )
+        self.resolution = (
+            None if resolution is None else count("backbone.resolution", resolution, 8)
+        )
         self.revision, self.variant = revision, variant
         self.source = files.locate(path)
         if isinstance(self.source, Path):
@@ -91,15 +95,27 @@ class DiffusionBackbone:
         from diffusers import DiffusionPipeline
 
         with _quiet():
-            given: dict[str, Any] = {part: _part(folder, part, self.variant, self.dtype) for part in parts}
+            given: dict[str, Any] = {
+                part: _part(folder, part, self.variant, self.dtype) for part in parts
+            }
             if class_name == "StableDiffusionXLPipeline":
-                given |= {"image_encoder": None, "feature_extractor": None, "add_watermarker": False}
+                given |= {
+                    "image_encoder": None,
+                    "feature_extractor": None,
+                    "add_watermarker": False,
+                }
             else:
-                given |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+                given |= {
+                    "safety_checker": None,
+                    "feature_extractor": None,
+                    "requires_safety_checker": False,
+                }
             try:
                 pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **given)
             except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(KEY, folder, f"its tokenizer or scheduler cannot be loaded: {_line(error)}") from error
+                raise UserError(
+                    KEY, folder, f"its tokenizer or scheduler cannot be loaded: {_line(error)}"
+                ) from error
         model = DiffusionModel.from_pipeline(pipe)
         _check_parts(folder, model)
         if self.resolution is not None:
@@ -112,7 +128,12 @@ class DiffusionBackbone:
 def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> nn.Module:
     """One network with all of its weights, neither more nor fewer (the loaders themselves only warn)."""
     library, name = PARTS[part]
-    options: dict[str, Any] = {"subfolder": part, "variant": variant, "use_safetensors": True, "local_files_only": True}
+    options: dict[str, Any] = {
+        "subfolder": part,
+        "variant": variant,
+        "use_safetensors": True,
+        "local_files_only": True,
+    }
     if library == "diffusers":
         options["torch_dtype"] = dtype
     kind = getattr(importlib.import_module(library), name)
@@ -123,7 +144,9 @@ def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> n
     wrong = {
         "missing": sorted(map(str, info["missing_keys"])),
         "surplus": sorted(map(str, info["unexpected_keys"])),
-        "of another shape": sorted(str(k if isinstance(k, str) else k[0]) for k in info["mismatched_keys"]),
+        "of another shape": sorted(
+            str(k if isinstance(k, str) else k[0]) for k in info["mismatched_keys"]
+        ),
     }
     if any(wrong.values()):
         told = "; ".join(
@@ -131,7 +154,11 @@ def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> n
             for label, keys in wrong.items()
             if keys
         )
-        raise UserError(KEY, f"{folder}/{part}", f"is a checkpoint of another model than its config.json says: {told}.")
+        raise UserError(
+            KEY,
+            f"{folder}/{part}",
+            f"is a checkpoint of another model than its config.json says: {told}.",
+        )
     return model.to(dtype)
 
 
@@ -141,7 +168,10 @@ def _check_parts(folder: Path, model: DiffusionModel) -> None:
     encoders: list[Any] = list(model.text_encoders)
     width = sum(int(encoder.config.hidden_size) for encoder in encoders)
     fits: list[tuple[bool, str]] = [
-        (unet.in_channels == model.vae.config.latent_channels, "the U-Net takes other latents (an inpainting model?)"),
+        (
+            unet.in_channels == model.vae.config.latent_channels,
+            "the U-Net takes other latents (an inpainting model?)",
+        ),
         (
             unet.cross_attention_dim == width,
             f"the U-Net takes text of {unet.cross_attention_dim}, not {width}, channels",
@@ -158,7 +188,12 @@ def _check_parts(folder: Path, model: DiffusionModel) -> None:
     ]
     for encoder, tokenizer in zip(encoders, model.tokenizers, strict=True):
         rows, positions = encoder.config.vocab_size, encoder.config.max_position_embeddings
-        fits.append((len(tokenizer) <= rows, f"the tokenizer has {len(tokenizer)} tokens, its text encoder {rows}"))
+        fits.append(
+            (
+                len(tokenizer) <= rows,
+                f"the tokenizer has {len(tokenizer)} tokens, its text encoder {rows}",
+            )
+        )
         told = f"the tokenizer's model_max_length is {tokenizer.model_max_length}, its text encoder takes {positions}"
         fits.append((tokenizer.model_max_length <= positions, told))
     wrong = next((told for fine, told in fits if not fine), None)
@@ -185,12 +220,18 @@ def _resize(model: DiffusionModel, side: int) -> None:
 
 
 def _check_pictures(case: ConceptCase, side: int) -> None:
-    sets = [part for concept in case.tasks for part in (concept.train, concept.own, concept.reference, concept.prior)]
+    sets = [
+        part
+        for concept in case.tasks
+        for part in (concept.train, concept.own, concept.reference, concept.prior)
+    ]
     for pictures in (*sets, case.keep, case.unrelated):
         if len(pictures) and tuple(pictures.images.shape[-2:]) != (side, side):
             height, width = pictures.images.shape[-2:]
             fix = f"the model makes {side} × {side} pixels, the pictures of case {case.name} have {height} × {width}"
-            raise UserError("backbone.resolution", side, f"{fix}; set the scenario's size or the resolution.")
+            raise UserError(
+                "backbone.resolution", side, f"{fix}; set the scenario's size or the resolution."
+            )
 
 
 @contextmanager
@@ -200,7 +241,8 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging as others
 
     before = [
-        (log, log.get_verbosity(), getattr(log, "is_progress_bar_enabled", lambda: True)()) for log in (theirs, others)
+        (log, log.get_verbosity(), getattr(log, "is_progress_bar_enabled", lambda: True)())
+        for log in (theirs, others)
     ]
     for log, _, _ in before:
         log.set_verbosity_error()

@@ -23,7 +23,9 @@ PARTS = {
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }
 _PICKLED = (".bin", ".ckpt", ".pt", ".pth")
-_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors")
+_WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_model|model)(?:\.(?P<variant>\w+))?(?:-\d+-of-\d+)?\.safetensors"
+)
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -34,22 +36,30 @@ def locate(path: object) -> Path | str:
         UserError: neither; a file; MiniSD's weights that are not there yet.
     """
     if not isinstance(path, str) or not path.strip():
-        raise UserError(KEY, path, "must be the path of a diffusers folder, a hub name OWNER/MODEL, or minisd.")
+        raise UserError(
+            KEY, path, "must be the path of a diffusers folder, a hub name OWNER/MODEL, or minisd."
+        )
     if path == "minisd":
         if not (MINISD / "model_index.json").is_file():
             raise UserError(
-                KEY, path, "its weights are not there yet; make them: `python run.py experiment=train_minisd`."
+                KEY,
+                path,
+                "its weights are not there yet; make them: `python run.py experiment=train_minisd`.",
             )
         return MINISD
     place = local(KEY, path)
     if place.is_dir():
         return place
     if place.is_file():
-        raise UserError(KEY, path, f"is a file; a folder in diffusers layout is needed. {_convert_file(place)}")
+        raise UserError(
+            KEY, path, f"is a file; a folder in diffusers layout is needed. {_convert_file(place)}"
+        )
     if _HUB_NAME.fullmatch(path) and not place.parent.is_dir():
         return path
     beside = [p.name for p in place.parent.iterdir() if p.is_dir()] if place.parent.is_dir() else []
-    beside = [name for name in beside if not name.startswith((".", "__"))] + ["minisd"] * (path == place.name)
+    beside = [name for name in beside if not name.startswith((".", "__"))] + ["minisd"] * (
+        path == place.name
+    )
     hint = f" Known here: {nearest(place.name, beside)}" if beside else ""
     raise UserError(KEY, path, f"there is no such folder.{hint}")
 
@@ -64,7 +74,9 @@ def fetch(name: str, revision: str | None, variant: str | None) -> Path:
 
     skip = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     try:
-        found = DiffusionPipeline.download(name, revision=revision, variant=variant, use_safetensors=True, **skip)
+        found = DiffusionPipeline.download(
+            name, revision=revision, variant=variant, use_safetensors=True, **skip
+        )
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if "safetensors" in str(error):
@@ -126,21 +138,29 @@ def _check_weights(folder: Path, part: str, variant: str | None) -> None:
     if not known:
         pickled = [p.name for p in files if p.suffix in _PICKLED]
         if not pickled:
-            raise UserError(KEY, folder, f"its {part} has no weights (*.safetensors); the folder is not complete.")
+            raise UserError(
+                KEY,
+                folder,
+                f"its {part} has no weights (*.safetensors); the folder is not complete.",
+            )
         fix = f"{part}/{pickled[0]} is no safetensors file and is not loaded, since that could run code."
         raise UserError(KEY, folder, f"{fix} {_convert_folder(str(folder))}")
     mine = [p for p, found in known.items() if found == variant]
     if not mine:
         others = ", ".join(sorted({found or "null" for found in known.values()}))
         raise UserError(
-            "backbone.variant", variant, f"{folder}/{part} has weights of variant {others} only; set it so."
+            "backbone.variant",
+            variant,
+            f"{folder}/{part} has weights of variant {others} only; set it so.",
         )
     for path in mine:
         try:
             with safe_open(path, "pt"):
                 pass
         except (OSError, SafetensorError) as error:
-            raise UserError(KEY, path, f"cannot be read as safetensors ({error}); the file may be damaged.") from error
+            raise UserError(
+                KEY, path, f"cannot be read as safetensors ({error}); the file may be damaged."
+            ) from error
 
 
 def _convert_folder(name: str) -> str:
@@ -154,7 +174,9 @@ def _convert_file(file: Path) -> str:
         "from diffusers import StableDiffusionPipeline as P; "
         f"P.from_single_file({str(file)!r}).save_pretrained({file.stem!r})"
     )
-    return f'Convert it once, if you trust its source, and set {KEY}={file.stem}: `python -c "{code}"`'
+    return (
+        f'Convert it once, if you trust its source, and set {KEY}={file.stem}: `python -c "{code}"`'
+    )
 
 
 def tokenizer_files(folder: Path) -> None:
@@ -169,5 +191,9 @@ def tokenizer_files(folder: Path) -> None:
     if model.get("type") != "BPE":
         return
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8"
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8"
+    )

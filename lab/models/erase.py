@@ -81,23 +81,35 @@ class Uce:
         """
         if not case.erased:
             told = f"case {case.name} has no concept to erase; use erase=none, or a scenario that erases"
-            raise UserError("erase", self.name, f"{told} (relearn_styles; folder with erase: true).")
+            raise UserError(
+                "erase", self.name, f"{told} (relearn_styles; folder with erase: true)."
+            )
         encode = cache(lambda prompts: encoded(model, prompts))  # styles share their anchors
         pairs = [rows(model, self._anchored(erasure), encode) for erasure in case.erased]
         kept = self._kept(case.erased)
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))
-        keep = encoded(model, check_prompts(KEY, kept, model.tokenizers[0])).flatten(0, 1) if kept else old[:0]
+        keep = (
+            encoded(model, check_prompts(KEY, kept, model.tokenizers[0])).flatten(0, 1)
+            if kept
+            else old[:0]
+        )
         edited = model.copy()
         matrices = keys_and_values(edited.unet)
-        where = "cpu" if model.device.type == "mps" else model.device  # Apple's GPUs have no float64
-        right = right_factor(old.to(where), new.to(where), keep.to(where), self.preserve_weight, self.ridge)
+        where = (
+            "cpu" if model.device.type == "mps" else model.device
+        )  # Apple's GPUs have no float64
+        right = right_factor(
+            old.to(where), new.to(where), keep.to(where), self.preserve_weight, self.ridge
+        )
         for name, matrix in matrices.items():
             if matrix.shape[1] != len(right):
                 fix = f"{name} takes rows of {matrix.shape[1]} channels, the text encoders give {len(right)}."
                 raise UserError("backbone", type(model.unet).__name__, fix)
             matrix.copy_((matrix.to(where).double() @ right).to(matrix.dtype))
         names = ", ".join(erasure.name for erasure in case.erased)
-        _log.info("erased %s: %d rows, %d kept, %d matrices", names, len(old), len(keep), len(matrices))
+        _log.info(
+            "erased %s: %d rows, %d kept, %d matrices", names, len(old), len(keep), len(matrices)
+        )
         return edited
 
     def _anchored(self, erasure: Erasure) -> Erasure:
@@ -115,11 +127,15 @@ class Uce:
 def keys_and_values(unet: nn.Module) -> dict[str, Tensor]:
     """Path → weight [out, d] of every key and value matrix of cross-attention (``…attn2.to_k``, ``…attn2.to_v``)."""
     ends = ("attn2.to_k", "attn2.to_v")
-    found: dict[str, Any] = {name: module.weight for name, module in unet.named_modules() if name.endswith(ends)}
+    found: dict[str, Any] = {
+        name: module.weight for name, module in unet.named_modules() if name.endswith(ends)
+    }
     return found
 
 
-def right_factor(old: Tensor, new: Tensor, keep: Tensor, preserve_weight: float, ridge: float) -> Tensor:
+def right_factor(
+    old: Tensor, new: Tensor, keep: Tensor, preserve_weight: float, ridge: float
+) -> Tensor:
     """R [d, d] float64 with W' = W R, the same for every W (arXiv 2308.14761 eq. 7); one Cholesky solve.
 
     With G = Σ c cᵀ + p Σ c_k c_kᵀ + λI the formula reads W' = W (G + Σ (c* − c) cᵀ) G⁻¹, so R = I + Σ (c* − c) cᵀ G⁻¹.
@@ -136,7 +152,9 @@ def right_factor(old: Tensor, new: Tensor, keep: Tensor, preserve_weight: float,
 
 
 def rows(
-    model: DiffusionModel, erasure: Erasure, encode: Callable[[tuple[str, ...]], Tensor] | None = None
+    model: DiffusionModel,
+    erasure: Erasure,
+    encode: Callable[[tuple[str, ...]], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The rows c and c* [n, d] of one concept: every prompt from the concept's first word to the end of the context.
 
@@ -189,7 +207,9 @@ def position(prompt: str, words: str, ids: Sequence[int], tokenizer: Any) -> int
         return found
     if wanted and _find(wanted, tokenizer(prompt, verbose=False).input_ids) is not None:
         raise UserError(
-            KEY, words, f"stands beyond the context of {len(ids)} tokens in the prompt {prompt!r}; shorten it."
+            KEY,
+            words,
+            f"stands beyond the context of {len(ids)} tokens in the prompt {prompt!r}; shorten it.",
         )
     told = nearest(words.lower(), prompt.lower().replace(",", " ").split())
     raise UserError(KEY, words, f"is not in the prompt {prompt!r}; {told}")

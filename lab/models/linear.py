@@ -33,7 +33,9 @@ class LinearExtractor(FeatureModel):
     kind: ClassVar[Kind] = "linear"
 
     def __init__(self, weight: Tensor) -> None:
-        super().__init__([("theta", LinearMap(weight.to(torch.float64)))], feature_dim=int(weight.shape[1]))
+        super().__init__(
+            [("theta", LinearMap(weight.to(torch.float64)))], feature_dim=int(weight.shape[1])
+        )
 
     def inputs(self, x: Tensor) -> Tensor:
         return x.to(torch.float64).flatten(1)
@@ -55,15 +57,23 @@ class LinearBackbone:
 
     kind: ClassVar[Kind] = "linear"
 
-    def __init__(self, name: str = "linear", init: Literal["identity", "random"] = "identity") -> None:
+    def __init__(
+        self, name: str = "linear", init: Literal["identity", "random"] = "identity"
+    ) -> None:
         self.name, self.init = name, choice("backbone.init", init, INITS)
 
     def build(self, case: Case, seed: int) -> LinearExtractor:
         x = case.benign.train.x
         if x.is_floating_point() is False and x.ndim > 2:
-            raise UserError("backbone", self.name, f"needs rows of numbers, the scenario gives images {tuple(x.shape)}")
+            raise UserError(
+                "backbone",
+                self.name,
+                f"needs rows of numbers, the scenario gives images {tuple(x.shape)}",
+            )
         d = x[0].numel()
         if self.init == "identity":
             return LinearExtractor(torch.eye(d, dtype=torch.float64))
         rng = generator(seed, "linear-init", case.name)
-        return LinearExtractor((2 * torch.rand(d, d, dtype=torch.float64, generator=rng) - 1) / d**0.5)
+        return LinearExtractor(
+            (2 * torch.rand(d, d, dtype=torch.float64, generator=rng) - 1) / d**0.5
+        )

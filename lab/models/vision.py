@@ -37,14 +37,23 @@ class VisionBackbone:
     kind: ClassVar[Kind] = "deep"
 
     def __init__(
-        self, *, model: str, weights: str = "timm", image_size: int | None = None, name: str = "vision"
+        self,
+        *,
+        model: str,
+        weights: str = "timm",
+        image_size: int | None = None,
+        name: str = "vision",
     ) -> None:
         if not isinstance(model, str) or not timm.is_model(model.split(".")[0]):
             raise UserError("backbone.model", model, nearest(str(model), timm.list_models()))
         if image_size is not None:
             count("backbone.image_size", image_size, 32)
         if not isinstance(weights, str):
-            raise UserError(loading.KEY, weights, "must be imagenet_package, timm, random, or the path of a file.")
+            raise UserError(
+                loading.KEY,
+                weights,
+                "must be imagenet_package, timm, random, or the path of a file.",
+            )
         if weights == "imagenet_package" and model != loading.PACKAGE_MODEL:
             fix = f"holds the weights of {loading.PACKAGE_MODEL} only; use timm, random or a path for {model}."
             raise UserError(loading.KEY, weights, fix)
@@ -56,7 +65,9 @@ class VisionBackbone:
         self.image_size = image_size or (int(config.input_size[-1]) if self._fixed else None)
         self._built: dict[int | None, VisionModel] = {}
         if self.weights not in ("timm", "random"):
-            self._built[None] = self._load(0)  # a damaged file or another model's shows before any data is loaded
+            self._built[None] = self._load(
+                0
+            )  # a damaged file or another model's shows before any data is loaded
 
     def build(self, case: Case, seed: int) -> FeatureModel:
         """θ_0: the same weights on every call with the same seed, in a model of its own."""
@@ -73,14 +84,21 @@ class VisionBackbone:
         """Every name of a built model's ``state_dict`` → the name of the same tensor in the timm network."""
         with torch.random.fork_rng(devices=[]):
             network = self._network()
-        theirs = {id(t): name for name, t in network.state_dict(keep_vars=True).items()}  # the chain shares them
-        return {name: theirs[id(t)] for name, t in self._wrap(network).state_dict(keep_vars=True).items()}
+        theirs = {
+            id(t): name for name, t in network.state_dict(keep_vars=True).items()
+        }  # the chain shares them
+        return {
+            name: theirs[id(t)]
+            for name, t in self._wrap(network).state_dict(keep_vars=True).items()
+        }
 
     def _load(self, seed: int) -> VisionModel:
         if self.weights == "timm":
             return self._wrap(self._from_hub())
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive(seed, "backbone", self.model))  # timm initialises from the global stream
+            torch.manual_seed(
+                derive(seed, "backbone", self.model)
+            )  # timm initialises from the global stream
             network = self._network()
         if self.weights == "random":
             return self._wrap(network)
@@ -92,7 +110,11 @@ class VisionBackbone:
         if state.keys() == own.state_dict().keys():
             loading.fill(own, state, source)
             return own
-        heads = (self._classifier,) if isinstance(self._classifier, str) else tuple(self._classifier or ())
+        heads = (
+            (self._classifier,)
+            if isinstance(self._classifier, str)
+            else tuple(self._classifier or ())
+        )
         loading.fill(network, state, source, tuple(f"{head}." for head in heads))
         return self._wrap(network)
 

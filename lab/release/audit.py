@@ -14,7 +14,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lab.core import record as records
-from lab.core.cache import Store, write_atomically
+from lab.core.cache import StageCache, write_atomically
 from lab.core.errors import UserError, nearest
 from lab.core.options import local
 from lab.core.sources import ROOT
@@ -36,7 +36,7 @@ def audit(cfg: DictConfig) -> Path | None:
         the Markdown page; None for ``dry_run``.
 
     Raises:
-        UserError: ``action=audit`` without ``experiment=audit``; an attack, judge or scenario that cannot work.
+        UserError: ``action=audit`` without ``experiment=audit``; an attack, scorer or scenario that cannot work.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -63,13 +63,23 @@ def prepare(cfg: DictConfig) -> DictConfig:
     _fits(cfg)
     found = copy.deepcopy(cfg)
     if cfg[KEY].search is not None and not OmegaConf.is_dict(cfg[KEY].search):
-        raise UserError(f"{KEY}.search", cfg[KEY].search, "must be null or a group: ATTACK: {mode, steps, space}.")
+        raise UserError(
+            f"{KEY}.search",
+            cfg[KEY].search,
+            "must be null or a group: ATTACK: {mode, steps, space}.",
+        )
     searches: dict[str, Any] = OmegaConf.to_container(cfg[KEY].search or OmegaConf.create({}))  # type: ignore[assignment]
-    known = {path.stem for path in (ROOT / "conf" / "attacks").glob("*.yaml")} | {str(name) for name in cfg.attacks}
+    known = {path.stem for path in (ROOT / "conf" / "attacks").glob("*.yaml")} | {
+        str(name) for name in cfg.attacks
+    }
     for name, search in searches.items():
         if name not in known:
             raise UserError(f"{KEY}.search.{name}", search, nearest(str(name), known))
-        if search is not None and name in found.attacks and found.attacks[name].get("search") is None:
+        if (
+            search is not None
+            and name in found.attacks
+            and found.attacks[name].get("search") is None
+        ):
             with open_dict(found):
                 found.attacks[name].search = search
     return found
@@ -77,26 +87,40 @@ def prepare(cfg: DictConfig) -> DictConfig:
 
 def _fits(cfg: DictConfig) -> None:
     if cfg.get(KEY) is None or "audit" not in cfg.eval:
-        raise UserError("action", "audit", "comes with its attacks and metrics: `python run.py experiment=audit …`.")
+        raise UserError(
+            "action",
+            "audit",
+            "comes with its attacks and metrics: `python run.py experiment=audit …`.",
+        )
     for group in ("immunize", "erase"):
         if cfg[group].name != "none":
             told = f"an audit attacks the checkpoint as it is: {group}=none. What changes it is a run to export."
             raise UserError(group, cfg[group].name, told)
     if cfg.path is not None:
-        raise UserError("path", cfg.path, "is where an export goes; an audit takes backbone.path=DIR.")
+        raise UserError(
+            "path", cfg.path, "is where an export goes; an audit takes backbone.path=DIR."
+        )
     if not cfg.attacks:
-        raise UserError("attacks", "none", "an audit needs at least one attack, e.g. attacks=[lora].")
-    if cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None:  # the count is the audit's
+        raise UserError(
+            "attacks", "none", "an audit needs at least one attack, e.g. attacks=[lora]."
+        )
+    if (
+        cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None
+    ):  # the count is the audit's
         told = "has no pictures to generate: an audit is of a text-to-image model, e.g. scenario=relearn_styles."
         raise UserError("scenario", cfg.scenario.get("name"), told)
     if (facts := _exported(cfg)) is not None and facts.get("kind") != "diffusion":
         told = f"holds a {facts.get('kind')} model; audits are of text-to-image models."
         raise UserError("backbone.path", cfg.backbone.path, told)
     if cfg.launch.name != "none":
-        raise UserError("launch", cfg.launch.name, "an audit times its attacks in one process: launch=none.")
-    if cfg.backbone.name != "minisd" and cfg.judges.name == "minisd":
         raise UserError(
-            "judges", "minisd", f"they only know MiniSD's world, not what {cfg.backbone.name} draws: judges=real."
+            "launch", cfg.launch.name, "an audit times its attacks in one process: launch=none."
+        )
+    if cfg.backbone.name != "minisd" and cfg.scorers.name == "minisd":
+        raise UserError(
+            "scorers",
+            "minisd",
+            f"they only know MiniSD's world, not what {cfg.backbone.name} draws: scorers=real.",
         )
 
 
@@ -108,9 +132,13 @@ def _exported(cfg: DictConfig) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError("backbone.path", path, f"cannot be read ({error}); `action=verify` says more.") from error
+        raise UserError(
+            "backbone.path", path, f"cannot be read ({error}); `action=verify` says more."
+        ) from error
     if not isinstance(found, dict):
-        raise UserError("backbone.path", path, "is not the facts of an export; `action=verify` says more.")
+        raise UserError(
+            "backbone.path", path, "is not the facts of an export; `action=verify` says more."
+        )
     return found
 
 
@@ -132,13 +160,19 @@ def write(cfg: DictConfig, path: Path, command: str, told: Sequence[str] = ()) -
     """The page of the record at ``path``, with costs measured now; ``told`` leads its limits."""
     record = records.read(path)
     if record["status"] != "ok" or not record["tables"].get(KEY):
-        raise UserError("records", path, f"ended as {record['status']} without an audit; see the record's error.")
-    pipeline = Pipeline(assemble(cfg), Store(cfg.paths.cache))
+        raise UserError(
+            "records",
+            path,
+            f"ended as {record['status']} without an audit; see the record's error.",
+        )
+    pipeline = Pipeline(assemble(cfg), StageCache(cfg.paths.cache))
     costs = seconds_per_update(pipeline, ordered(record["tables"][KEY]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     first = pipeline.seeds[0]
     unet = pipeline.original(pipeline.data(first).cases[0], first).unet.state_dict()
-    found = build(record, costs, f"{device}, threads: {torch.get_num_threads()}", command, state_hash(unet))
+    found = build(
+        record, costs, f"{device}, threads: {torch.get_num_threads()}", command, state_hash(unet)
+    )
     found.limits[:0] = told
     page = path.parent / "audit.md"
     write_atomically(page, found.markdown().encode())

@@ -25,15 +25,23 @@ UPDATES = 3  # timed, after one that warms up
 Row = dict[str, Any]
 
 
-def seconds_per_update(pipeline: Pipeline, rows: list[Row]) -> dict[tuple[str, str, str, int], float]:
+def seconds_per_update(
+    pipeline: Pipeline, rows: list[Row]
+) -> dict[tuple[str, str, str, int], float]:
     """(attack, concept, case, seed) → seconds of one update with the options that the search chose.
 
     Only the row of each attack that counts for the page is timed: attacks differ, concepts do not. Other rows of the
     same attack get the same figure. An attacker of another class than the bench's has none.
     """
     by_attack: dict[str, float] = {}
-    own = {name for name, part in pipeline.parts.attacks.items() if not isinstance(part.obj, ConceptBase)}
-    rows = [row for row in rows if row["attack"] not in own]  # whose updates cannot be timed one by one
+    own = {
+        name
+        for name, part in pipeline.parts.attacks.items()
+        if not isinstance(part.obj, ConceptBase)
+    }
+    rows = [
+        row for row in rows if row["attack"] not in own
+    ]  # whose updates cannot be timed one by one
     for row in progress(rows, "measure cost"):
         if row["attack"] not in by_attack:
             by_attack[row["attack"]] = _measure(pipeline, row)
@@ -42,7 +50,7 @@ def seconds_per_update(pipeline: Pipeline, rows: list[Row]) -> dict[tuple[str, s
 
 def _measure(pipeline: Pipeline, row: Row) -> float:
     case = next(c for c in pipeline.cases(row["seed"]) if c.name == row["case"])
-    task, model = case.task(row["concept"]), pipeline.model(row["arm"], case, row["seed"])
+    task, model = case.task(row["concept"]), pipeline.model(row["model"], case, row["seed"])
     attack = pipeline.parts.attacks[row["attack"]].obj
     return timed(attack.varied(row["best"]), model, task, pipeline.budget, row["seed"])
 
@@ -64,7 +72,12 @@ def timed(
 
 
 def _stage(
-    who: ConceptAttack, model: DiffusionModel, what: Concept, steps: int, seed: int, clock: Callable[[], float]
+    who: ConceptAttack,
+    model: DiffusionModel,
+    what: Concept,
+    steps: int,
+    seed: int,
+    clock: Callable[[], float],
 ) -> float:
     learner = Learner(_silent(who), model.copy(), what, steps, seed)
     learner.advance(0)
@@ -75,7 +88,9 @@ def _silent(who: ConceptAttack) -> ConceptAttack:
     return replace(who, families=(), keep_weights=False)
 
 
-def _durations(learner: Learner, device: torch.device, clock: Callable[[], float]) -> Iterator[float]:
+def _durations(
+    learner: Learner, device: torch.device, clock: Callable[[], float]
+) -> Iterator[float]:
     for step in range(1, UPDATES + 1):
         begin = clock()
         learner.advance(step)

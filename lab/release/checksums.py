@@ -25,7 +25,11 @@ def sha256(path: Path) -> str:
 
 
 def _inside(folder: Path) -> dict[str, Path]:
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*")) if p.is_symlink() or p.is_file()}
+    found = {
+        p.relative_to(folder).as_posix(): p
+        for p in sorted(folder.rglob("*"))
+        if p.is_symlink() or p.is_file()
+    }
     return {name: p for name, p in found.items() if name != SUMS and not name.startswith(_FOREIGN)}
 
 
@@ -46,13 +50,17 @@ def read_sums(folder: Path) -> dict[str, str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("path", path, f"cannot be read ({error}); is {folder} an exported folder?") from error
+        raise UserError(
+            "path", path, f"cannot be read ({error}); is {folder} an exported folder?"
+        ) from error
     found: dict[str, str] = {}
     for number, line in enumerate(lines, 1):
         match = _LINE.fullmatch(line)
         name = PurePosixPath(match[2]) if match else PurePosixPath("/")
         if match is None or name.is_absolute() or ".." in name.parts or match[2] in found:
-            raise UserError("path", path, f"line {number} is not HASH, two spaces and a path inside the folder.")
+            raise UserError(
+                "path", path, f"line {number} is not HASH, two spaces and a path inside the folder."
+            )
         found[match[2]] = match[1]
     return found
 

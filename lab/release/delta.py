@@ -45,8 +45,16 @@ def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str
         k for k in old if old[k].shape != new[k].shape or old[k].dtype != new[k].dtype
     ]
     if differ:
-        raise UserError("delta", differ[0], "is not the same kind of tensor in both U-Nets; give the model's own base.")
-    changed = {k: v.detach().cpu().contiguous() for k, v in new.items() if not torch.equal(v.to(old[k].device), old[k])}
+        raise UserError(
+            "delta",
+            differ[0],
+            "is not the same kind of tensor in both U-Nets; give the model's own base.",
+        )
+    changed = {
+        k: v.detach().cpu().contiguous()
+        for k, v in new.items()
+        if not torch.equal(v.to(old[k].device), old[k])
+    }
     path = Path(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"format": FORMAT, "base": state_hash(old), "tensors": json.dumps(sorted(changed))}
@@ -57,7 +65,9 @@ def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str
 def _ordered(data: bytes) -> bytes:
     """The same safetensors file with its header sorted: the library writes the metadata in another order every time."""
     size = int.from_bytes(data[:8], "little")
-    head = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    head = json.dumps(
+        json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")
+    ).encode()
     head += b" " * (-len(head) % 8)  # as the library pads it
     return len(head).to_bytes(8, "little") + head + data[8 + size :]
 
@@ -76,14 +86,20 @@ def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
     except (OSError, SafetensorError) as error:
         raise UserError("delta", path, f"cannot be read as safetensors ({error}).") from error
     if metadata.get("format") != FORMAT:
-        raise UserError("delta", path, f"is no immunization delta; its metadata must say format={FORMAT}.")
+        raise UserError(
+            "delta", path, f"is no immunization delta; its metadata must say format={FORMAT}."
+        )
     if metadata.get("tensors") != json.dumps(sorted(tensors)):
-        raise UserError("delta", path, "does not hold the tensors that its metadata lists; export it again.")
+        raise UserError(
+            "delta", path, "does not hold the tensors that its metadata lists; export it again."
+        )
     state = model.unet.state_dict()
     found = state_hash(state)
     if found != metadata.get("base"):
         of = str(metadata.get("base"))[:12]
-        told = f"belongs to the base with SHA-256 {of}…, this U-Net has {found[:12]}…; load that base."
+        told = (
+            f"belongs to the base with SHA-256 {of}…, this U-Net has {found[:12]}…; load that base."
+        )
         raise UserError("delta", path, told)
     result = model.copy()
     result.unet.load_state_dict({**state, **{k: v.to(state[k].device) for k, v in tensors.items()}})

@@ -54,17 +54,27 @@ def export(cfg: DictConfig) -> Path:
     from lab.runner.experiment import relative
 
     if not OmegaConf.is_dict(cfg.export):
-        raise UserError("export", cfg.export, "is a group: export.arm, export.case, export.seed, export.attack ….")
+        raise UserError(
+            "export",
+            cfg.export,
+            "is a group: export.model, export.case, export.seed, export.attack ….",
+        )
     attack = cfg.export.attack is not None or cfg.export.task is not None
-    push = None if cfg.push_to is None or attack else ready(str(cfg.push_to))  # a missing token shows before any work
+    push = (
+        None if cfg.push_to is None or attack else ready(str(cfg.push_to))
+    )  # a missing token shows before any work
     places = [*names("records", cfg.records)]
     if not places:
         raise UserError(
-            "records", "[]", "name the record of the run to export, e.g. records=outputs/runs/…/record.json."
+            "records",
+            "[]",
+            "name the record of the run to export, e.g. records=outputs/runs/…/record.json.",
         )
     found = records.find(places, Path(cfg.paths.runs))
     if len(found) != 1:
-        raise UserError("records", f"{len(found)} records", "export needs exactly one: records=RUN/record.json.")
+        raise UserError(
+            "records", f"{len(found)} records", "export needs exactly one: records=RUN/record.json."
+        )
     record = records.read(found[0])
     if attack:
         folder = export_attack(record, cfg)
@@ -84,7 +94,11 @@ def export(cfg: DictConfig) -> Path:
 
 def _name(record: Record, chosen: Choice) -> str:
     """A folder name that tells models of one record, and equal choices of two records, apart."""
-    plain = re.sub(r"[^\w.-]+", "-", f"{record['name'].split('/')[0]}-{chosen.arm}-{chosen.case}-seed{chosen.seed}")
+    plain = re.sub(
+        r"[^\w.-]+",
+        "-",
+        f"{record['name'].split('/')[0]}-{chosen.model_name}-{chosen.case}-seed{chosen.seed}",
+    )
     return f"{plain}-{record['content_hash'][:8]}"
 
 
@@ -102,13 +116,20 @@ def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
             facts = _write_features(record, models.released, partial)
         kept = _write_record(record, partial)
         facts |= {
-            "format": FORMAT, "arm": chosen.arm, "case": chosen.case, "seed": chosen.seed, "stage_key": chosen.key,
-            "content_hash": kept["content_hash"], "versions": versions(_PACKAGES),
-        }  # fmt: skip
+            "format": FORMAT,
+            "model": chosen.model_name,
+            "case": chosen.case,
+            "seed": chosen.seed,
+            "stage_key": chosen.key,
+            "content_hash": kept["content_hash"],
+            "versions": versions(_PACKAGES),
+        }
         _json(partial / FACTS, facts)
         write_atomically(partial / CARD, card(kept, chosen, models, facts).encode())
         write_sums(partial)
-        if folder == Path.cwd():  # it has to stay, others may be in it; without the sums it verifies as nothing
+        if (
+            folder == Path.cwd()
+        ):  # it has to stay, others may be in it; without the sums it verifies as nothing
             for path in sorted(partial.iterdir(), key=lambda p: p.name == SUMS):
                 os.rename(path, folder / path.name)
             return
@@ -129,7 +150,11 @@ def _json(path: Path, value: Any) -> None:
 def _write_diffusion(models: Models, folder: Path) -> dict[str, Any]:
     released, published = models.released, models.published
     old = published.state_dict()
-    beside = [k for k, v in released.state_dict().items() if not k.startswith("unet.") and not torch.equal(v, old[k])]
+    beside = [
+        k
+        for k, v in released.state_dict().items()
+        if not k.startswith("unet.") and not torch.equal(v, old[k])
+    ]
     if beside:
         told = f"changed {beside[0]}, which lies outside the U-Net: the delta does not cover that."
         raise UserError("immunize", "export", told)
@@ -171,21 +196,30 @@ def _changed(before: torch.nn.Module, after: torch.nn.Module) -> int:
 def _write_features(record: Record, model: Model, folder: Path) -> dict[str, Any]:
     if isinstance(model, LinearExtractor):
         tensors = {"theta": model.theta}
-        config: dict[str, Any] = {"kind": "linear", "dtype": "float64", "theta": list(model.theta.shape)}
+        config: dict[str, Any] = {
+            "kind": "linear",
+            "dtype": "float64",
+            "theta": list(model.theta.shape),
+        }
         config["features"] = "x @ theta, x [n, d] prepared as README.md says"
     else:
         tensors, config = _timm(record, model)
     plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     write_atomically(folder / WEIGHTS, save(plain, {"format": "pt"}))
     _json(folder / CONFIG, config)
-    return {"kind": "linear" if isinstance(model, LinearExtractor) else "deep", "weights": state_hash(plain)}
+    return {
+        "kind": "linear" if isinstance(model, LinearExtractor) else "deep",
+        "weights": state_hash(plain),
+    }
 
 
 def _timm(record: Record, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Weights under timm's names and the config by which ``timm.create_model("local-dir:DIR")`` finds them."""
     backbone = backbone_of(record)
     if not isinstance(backbone, VisionBackbone):
-        told = "is no linear extractor and no timm network; there is no open layout to export it to."
+        told = (
+            "is no linear extractor and no timm network; there is no open layout to export it to."
+        )
         raise UserError("backbone", record["backbone"], told)
     names, state = backbone.timm_names(), model.state_dict()
     size = model.size or 224
@@ -219,7 +253,11 @@ def _write_record(record: Record, folder: Path) -> Record:
     for name, image in kept.get("images", {}).items():
         source = Path(getattr(record, "folder", ".")) / image["path"]
         if not source.is_file() or sha256(source) != image["sha256"]:
-            raise UserError("records", source, f"picture {name} of the record is missing or altered; run it again.")
+            raise UserError(
+                "records",
+                source,
+                f"picture {name} of the record is missing or altered; run it again.",
+            )
         (folder / image["path"]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, folder / image["path"])
     records.write(kept, folder / RECORD)

@@ -57,7 +57,9 @@ class Push:
         except UserError:
             raise
         except Exception as error:  # the client raises its own, httpx's and OS errors
-            raise UserError(KEY, self.name, f"the hub did not take it: {_said(error)}") from None  # a chain may hold it
+            raise UserError(
+                KEY, self.name, f"the hub did not take it: {_said(error)}"
+            ) from None  # a chain may hold it
         return str(getattr(made, "url", None) or made)
 
 

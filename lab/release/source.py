@@ -17,13 +17,13 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from eval.report.words import ENDED_EARLY
-from lab.core.cache import Store
+from lab.core.cache import StageCache
 from lab.core.data import ScenarioData
 from lab.core.errors import UserError, nearest
 from lab.core.options import choice, local
 from lab.core.record import Record
 from lab.core.sources import PACKAGES
-from lab.core.types import CONTROL, AnyCase, Backbone, Model, clone
+from lab.core.types import BASELINE, AnyCase, Backbone, Model, clone
 from lab.release.delta import state_hash
 from lab.runner.assemble import Parts, assemble
 from lab.runner.pipeline import Pipeline
@@ -33,9 +33,9 @@ _GROUPS = ("scenario", "backbone", "erase")  # what the original model is made o
 
 @dataclass(frozen=True)
 class Choice:
-    """One immunized model of a record: its arm, case and seed, the key of its stage and the hash of what that made."""
+    """One immunized model of a record: its model, case and seed, the key of its stage and the hash of what that made."""
 
-    arm: str
+    model_name: str
     case: str
     seed: int
     key: str
@@ -43,12 +43,12 @@ class Choice:
 
     @property
     def title(self) -> str:
-        return f"{self.arm}, case {self.case}, seed {self.seed}"
+        return f"{self.model_name}, case {self.case}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
 class Models:
-    """``published``: what the backbone loads; ``original``: the same after ``erase``; ``released``: the arm's."""
+    """``published``: what the backbone loads; ``original``: the same after ``erase``; ``released``: the model's."""
 
     published: Model
     original: Model
@@ -63,39 +63,59 @@ def target(cfg: DictConfig, name: str) -> Path:
     Raises:
         UserError: something is there, or nothing can be written there; told before any work.
     """
-    folder = local("path", cfg.path) if cfg.path is not None else Path(cfg.paths.outputs) / "export" / name
+    folder = (
+        local("path", cfg.path)
+        if cfg.path is not None
+        else Path(cfg.paths.outputs) / "export" / name
+    )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("path", folder, "exists and is not empty; choose another folder, or remove it.")
+        raise UserError(
+            "path", folder, "exists and is not empty; choose another folder, or remove it."
+        )
     parent = folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if not os.access(parent, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise UserError("path", folder, f"cannot be written ({error.strerror}); choose another folder.") from error
+        raise UserError(
+            "path", folder, f"cannot be written ({error.strerror}); choose another folder."
+        ) from error
     return folder
 
 
 def choose(record: Record, options: Any) -> Choice:
-    """The model that ``options`` (``arm``, ``case``, ``seed``; None where there is one only) select.
+    """The model that ``options`` (``model_name``, ``case``, ``seed``; None where there is one only) select.
 
     Raises:
         UserError: nothing that can be exported, or several and no choice; lists them.
     """
-    arm = record["immunizer"] if options.arm is None else str(options.arm)
-    choice("export.arm", arm, dict.fromkeys((record["immunizer"], CONTROL)))
-    cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["arm"] == arm]
-    fine = [Choice(arm, c["case"], c["seed"], c["key"], c.get("weights")) for c in cells if c["status"] == "ok"]
+    model_name = record["immunizer"] if options.model_name is None else str(options.model_name)
+    choice("export.model", model_name, dict.fromkeys((record["immunizer"], BASELINE)))
+    cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["model"] == model_name]
+    fine = [
+        Choice(model_name, c["case"], c["seed"], c["key"], c.get("weights"))
+        for c in cells
+        if c["status"] == "ok"
+    ]
     if not fine:
-        states = ", ".join(f"case {c['case']} seed {c['seed']} {c['status']}" for c in cells) or "no such stage"
-        raise UserError("records", record["name"], f"holds no weights of {arm} to export: {states}.")
+        states = (
+            ", ".join(f"case {c['case']} seed {c['seed']} {c['status']}" for c in cells)
+            or "no such stage"
+        )
+        raise UserError(
+            "records", record["name"], f"holds no weights of {model_name} to export: {states}."
+        )
     for option, known in (("case", {c.case for c in fine}), ("seed", {c.seed for c in fine})):
         given = options[option]
         if given is not None and given not in known:
             raise UserError(f"export.{option}", given, nearest(str(given), map(str, known)))
         fine = [c for c in fine if given is None or getattr(c, option) == given]
     if len(fine) != 1:
-        told = "; ".join(f"export.case='{c.case}' export.seed={c.seed}" for c in fine) or "none with both"
+        told = (
+            "; ".join(f"export.case='{c.case}' export.seed={c.seed}" for c in fine)
+            or "none with both"
+        )
         raise UserError("export", f"{len(fine)} models", f"choose one: {told}.")
     return fine[0]
 
@@ -155,8 +175,8 @@ def parts_of(record: Record, also: frozenset[str] = frozenset()) -> Parts:
     Raises:
         UserError: see `trusted` and `lab.runner.assemble.assemble`.
     """
-    config = {**record["config"], "attacks": {}, "eval": {}, "judges": {}}
-    config["immunize"] = {"_target_": "immunize.none.NoImmunization", "name": CONTROL}
+    config = {**record["config"], "attacks": {}, "eval": {}, "scorers": {}}
+    config["immunize"] = {"_target_": "immunize.none.NoImmunization", "name": BASELINE}
     for group in _GROUPS:
         trusted(config.get(group), group, also)
     return assemble(OmegaConf.create(config))
@@ -197,7 +217,7 @@ def rebuild(record: Record, chosen: Choice, cfg: DictConfig) -> Models:
     Raises:
         UserError: other data or original weights than the run had; weights that are not in the cache.
     """
-    store = Store(cfg.paths.cache)
+    store = StageCache(cfg.paths.cache)
     tensors = _tensors(record, chosen, store)
     with threads(int(record["provenance"]["threads"])):
         parts = parts_of(record, own_classes(cfg))
@@ -225,7 +245,9 @@ def _same_original(record: Record, seed: int, pipeline: Pipeline, data: Scenario
             pipeline.identity(case, seed)
     known = record["provenance"]["weight_hash"].get(str(seed))
     if known is None and record["status"] in ENDED_EARLY:
-        raise UserError("records", record["name"], "ended before its original weights were known; run it again.")
+        raise UserError(
+            "records", record["name"], "ended before its original weights were known; run it again."
+        )
     if known != pipeline.weight_hash()[str(seed)]:
         told = (
             "the original weights computed here are not those of the record: other weights at backbone.path, another "
@@ -234,17 +256,23 @@ def _same_original(record: Record, seed: int, pipeline: Pipeline, data: Scenario
         raise UserError("backbone", record["backbone"], told)
 
 
-def _tensors(record: Record, chosen: Choice, store: Store) -> dict[str, torch.Tensor]:
-    """What the immunizer changed (nothing in the control arm)."""
-    if chosen.arm == CONTROL:
+def _tensors(record: Record, chosen: Choice, store: StageCache) -> dict[str, torch.Tensor]:
+    """What the immunizer changed (nothing in the baseline model)."""
+    if chosen.model_name == BASELINE:
         return {}
     found = store.read("immunize", chosen.key)
     if found is None:
         told = f"holds no whole weights of this record's {chosen.title} (stage immunize {chosen.key[:12]}…). "
-        told += f"Set paths.cache to the cache of that run, or compute them again: {command_of(record)}"
+        told += (
+            f"Set paths.cache to the cache of that run, or compute them again: {command_of(record)}"
+        )
         raise UserError("paths.cache", store.root, told)
     if found.values["error"] is not None:
-        raise UserError("records", record["name"], f"{chosen.title} diverged: {found.values['error']['message']}")
+        raise UserError(
+            "records",
+            record["name"],
+            f"{chosen.title} diverged: {found.values['error']['message']}",
+        )
     if chosen.weights not in (None, state_hash(found.tensors)):
         told = f"holds other weights of this record's {chosen.title} than were measured: they were computed again "
         told += f"since, elsewhere or with another number of threads. Measure those: {command_of(record)}"

@@ -66,11 +66,20 @@ def verify(cfg: DictConfig) -> None:
         UserError: no such folder, or one that is not what was exported; names every file at fault.
     """
     if cfg.path is None:
-        raise UserError("path", None, "name the exported folder: `python run.py action=verify path=DIR`.")
+        raise UserError(
+            "path", None, "name the exported folder: `python run.py action=verify path=DIR`."
+        )
     report = check(local("path", cfg.path), base=cfg.export.base)
     print(f"verify: {report.folder}\n{report.text()}")
     report.require()
-    print("verified" + (", as far as it could be checked here" if any(s == _OPEN for s, *_ in report.lines) else ""))
+    print(
+        "verified"
+        + (
+            ", as far as it could be checked here"
+            if any(s == _OPEN for s, *_ in report.lines)
+            else ""
+        )
+    )
 
 
 def check(folder: Path, base: str | None = None) -> Report:
@@ -89,7 +98,10 @@ def check(folder: Path, base: str | None = None) -> Report:
         report.fail("hashes", name, told)
     if report.failed:
         return report
-    report.passed("hashes", f"{len(read_sums(folder))} files; fingerprint of {SUMS}: {sha256(folder / SUMS)[:16]}")
+    report.passed(
+        "hashes",
+        f"{len(read_sums(folder))} files; fingerprint of {SUMS}: {sha256(folder / SUMS)[:16]}",
+    )
     facts, record = _papers(report)
     if report.failed:
         return report
@@ -107,8 +119,14 @@ def _papers(report: Report) -> tuple[dict[str, Any], records.Record]:
     record: records.Record = {}
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        if not isinstance(facts, dict) or facts.get("format") != FORMAT or facts.get("kind") not in _KINDS:
-            report.fail("record", FACTS, f"does not say format={FORMAT} and what kind of model this is")
+        if (
+            not isinstance(facts, dict)
+            or facts.get("format") != FORMAT
+            or facts.get("kind") not in _KINDS
+        ):
+            report.fail(
+                "record", FACTS, f"does not say format={FORMAT} and what kind of model this is"
+            )
         elif missing := [key for key in (*_FACTS, *_FACTS_OF[facts["kind"]]) if key not in facts]:
             report.fail("record", FACTS, f"lacks {', '.join(missing)}")
     except (OSError, ValueError) as error:
@@ -129,25 +147,36 @@ def _papers(report: Report) -> tuple[dict[str, Any], records.Record]:
     if record["content_hash"] not in text:
         report.fail("record", CARD, f"does not name the content hash of {RECORD}")
     if f"**{outcome(record).headline}**" not in text:
-        report.open("record", f"{CARD} does not tell {RECORD}'s verdict as this version does; go by the record")
+        report.open(
+            "record",
+            f"{CARD} does not tell {RECORD}'s verdict as this version does; go by the record",
+        )
     _chosen(report, facts, record)
     _pictures(report, record)
     if not report.failed:
-        told = f"{record['name']}, {facts['arm']}, case {facts['case']}, seed {facts['seed']}: {record['status']}"
+        told = f"{record['name']}, {facts['model']}, case {facts['case']}, seed {facts['seed']}: {record['status']}"
         report.passed("record", told)
     return facts, record
 
 
 def _chosen(report: Report, facts: dict[str, Any], record: records.Record) -> None:
     """The facts are about one immunization of the record, which has weights."""
-    cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["key"] == facts["stage_key"]]
-    mine = [c for c in cells if all(c[name] == facts[name] for name in ("arm", "case", "seed"))]
+    cells = [
+        c for c in record["cells"] if c["stage"] == "immunize" and c["key"] == facts["stage_key"]
+    ]
+    mine = [c for c in cells if all(c[name] == facts[name] for name in ("model", "case", "seed"))]
     if facts["content_hash"] != record["content_hash"] or not cells:
         report.fail("record", FACTS, f"speaks of another run than {RECORD}")
     elif not mine:
-        report.fail("record", FACTS, f"names another arm, case or seed than {RECORD} has for its stage_key")
+        report.fail(
+            "record",
+            FACTS,
+            f"names another model, case or seed than {RECORD} has for its stage_key",
+        )
     elif mine[0]["status"] != "ok":
-        report.fail("record", FACTS, f"names an immunization that {RECORD} calls {mine[0]['status']}")
+        report.fail(
+            "record", FACTS, f"names an immunization that {RECORD} calls {mine[0]['status']}"
+        )
 
 
 def _pictures(report: Report, record: records.Record) -> None:
@@ -160,12 +189,18 @@ def _pictures(report: Report, record: records.Record) -> None:
 
 
 def _finite(report: Report, name: str, module: nn.Module) -> None:
-    bad = [k for k, v in module.state_dict().items() if v.is_floating_point() and not bool(torch.isfinite(v).all())]
+    bad = [
+        k
+        for k, v in module.state_dict().items()
+        if v.is_floating_point() and not bool(torch.isfinite(v).all())
+    ]
     if bad:
         report.fail("weights", name, f"holds nan or inf in {bad[0]} ({len(bad)} tensors)")
 
 
-def _diffusion(report: Report, facts: dict[str, Any], record: records.Record, base: str | None) -> None:
+def _diffusion(
+    report: Report, facts: dict[str, Any], record: records.Record, base: str | None
+) -> None:
     folder = report.folder
     try:
         _, parts = diffusion_files.check(folder, None)
@@ -176,7 +211,11 @@ def _diffusion(report: Report, facts: dict[str, Any], record: records.Record, ba
     report.passed("layout", f"diffusers loads it as {facts['pipeline']}: {', '.join(parts)}")
     for name, module in (("unet", model.unet), *_beside(model)):
         _finite(report, name, module)
-    unet = {k: v for file in sorted((folder / "unet").glob("*.safetensors")) for k, v in load_file(file).items()}
+    unet = {
+        k: v
+        for file in sorted((folder / "unet").glob("*.safetensors"))
+        for k, v in load_file(file).items()
+    }
     if state_hash(unet) != facts["unet"]:  # of the file: loading has made float32 of it
         report.fail("weights", "unet", f"does not hold the weights that {FACTS} names")
     if not report.failed:
@@ -186,7 +225,10 @@ def _diffusion(report: Report, facts: dict[str, Any], record: records.Record, ba
 
 def _beside(model: DiffusionModel) -> list[tuple[str, nn.Module]]:
     """The parts other than the U-Net, by their folders."""
-    texts = [(f"text_encoder{'' if i == 0 else f'_{i + 1}'}", m) for i, m in enumerate(model.text_encoders)]
+    texts = [
+        (f"text_encoder{'' if i == 0 else f'_{i + 1}'}", m)
+        for i, m in enumerate(model.text_encoders)
+    ]
     return [("vae", model.vae), *texts]
 
 
@@ -195,8 +237,14 @@ def _settings(model: DiffusionModel) -> tuple[list[Any], dict[str, Any]]:
     words = []
     for tokenizer in model.tokenizers:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        known = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
-        words.append({k: v for k, v in known.items() if k not in ("padding", "truncation")})  # of the last call
+        known = (
+            json.loads(backend.to_str())
+            if backend is not None
+            else {"vocabulary": tokenizer.get_vocab()}
+        )
+        words.append(
+            {k: v for k, v in known.items() if k not in ("padding", "truncation")}
+        )  # of the last call
     return words, {k: v for k, v in model.scheduler.config.items() if not k.startswith("_")}
 
 
@@ -216,10 +264,14 @@ def _delta(
     except (OSError, SafetensorError) as error:
         report.fail("delta", DELTA, f"cannot be read as safetensors ({error})")
         return
-    wrong = next((k for k, v in changed.items() if k not in unet or not torch.equal(v, unet[k])), None)
+    wrong = next(
+        (k for k, v in changed.items() if k not in unet or not torch.equal(v, unet[k])), None
+    )
     if wrong is not None or of != facts["base_unet"]:
         told = (
-            f"belongs to another original than {FACTS} names" if wrong is None else f"holds another {wrong} than unet"
+            f"belongs to another original than {FACTS} names"
+            if wrong is None
+            else f"holds another {wrong} than unet"
         )
         report.fail("delta", DELTA, told)
         return
@@ -227,14 +279,21 @@ def _delta(
         original = _original(facts, record, base, next(iter(unet.values())).dtype)
     except UserError as error:
         if base is not None:
-            raise UserError("export.base", base, f"is no model that can be loaded: {error}") from error
+            raise UserError(
+                "export.base", base, f"is no model that can be loaded: {error}"
+            ) from error
         told = f"{len(changed)} tensors are those of unet; the original is not here, name it: export.base=DIR ({error})"
         report.open("delta", told)
         return
     if state_hash(original.unet.state_dict()) != of:
         if base is not None:
-            raise UserError("export.base", base, "has other weights than the original of this export.")
-        report.open("delta", "what was found as the original has other weights; name the right one: export.base=DIR")
+            raise UserError(
+                "export.base", base, "has other weights than the original of this export."
+            )
+        report.open(
+            "delta",
+            "what was found as the original has other weights; name the right one: export.base=DIR",
+        )
         return
     made = load_delta(original, report.folder / DELTA).unet.state_dict()
     if made.keys() != unet.keys() or not all(torch.equal(made[k], unet[k]) for k in unet):
@@ -242,18 +301,27 @@ def _delta(
     for (name, mine), theirs in zip(_beside(model), _beside(original), strict=True):
         if not same_weights(mine, theirs[1].float()):
             report.fail("delta", name, "differs from the original's")
-    for part, here, there in zip(("tokenizers", "scheduler"), _settings(model), _settings(original), strict=True):
+    for part, here, there in zip(
+        ("tokenizers", "scheduler"), _settings(model), _settings(original), strict=True
+    ):
         if here != there:
             report.fail("delta", part, "differs from the original's")
     if not report.failed:
         told = f"original + {len(changed)} of {len(unet)} tensors = unet, bit for bit"
-        report.passed("delta", f"{told}; autoencoder, text encoders, tokenizers and scheduler are the original's")
+        report.passed(
+            "delta",
+            f"{told}; autoencoder, text encoders, tokenizers and scheduler are the original's",
+        )
 
 
-def _original(facts: dict[str, Any], record: records.Record, base: str | None, dtype: torch.dtype) -> DiffusionModel:
+def _original(
+    facts: dict[str, Any], record: records.Record, base: str | None, dtype: torch.dtype
+) -> DiffusionModel:
     """What the run loaded, in the type it was loaded in."""
     path = {} if base is None else {"path": base}
-    original: DiffusionModel = backbone_of(record, device="cpu", dtype="fp32", **path).build(None, facts["seed"])
+    original: DiffusionModel = backbone_of(record, device="cpu", dtype="fp32", **path).build(
+        None, facts["seed"]
+    )
     original = original.to(dtype)
     if dtype == torch.float16:
         original.vae.float()  # as `lab.models.diffusion_backbone` does
@@ -274,7 +342,9 @@ def _features(report: Report, facts: dict[str, Any]) -> None:
     if facts["kind"] == "linear":
         fine = list(tensors) == ["theta"] and list(tensors["theta"].shape) == config.get("theta")
         if not fine:
-            report.fail("layout", WEIGHTS, f"does not hold the one matrix theta of the shape in {CONFIG}")
+            report.fail(
+                "layout", WEIGHTS, f"does not hold the one matrix theta of the shape in {CONFIG}"
+            )
     else:
         _timm(report, tensors, config)
     if any(not bool(torch.isfinite(t).all()) for t in tensors.values() if t.is_floating_point()):
@@ -295,9 +365,17 @@ def _timm(report: Report, tensors: dict[str, Tensor], config: dict[str, Any]) ->
         )
         network.load_state_dict(tensors)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
-        report.fail("layout", WEIGHTS, f"does not load into timm's {config.get('architecture')}: {error}"[:300])
+        report.fail(
+            "layout",
+            WEIGHTS,
+            f"does not load into timm's {config.get('architecture')}: {error}"[:300],
+        )
 
 
 _KINDS = ("diffusion", "deep", "linear")
-_FACTS = ("arm", "case", "seed", "stage_key", "content_hash")
-_FACTS_OF = {"diffusion": ("pipeline", "unet", "base_unet"), "deep": ("weights",), "linear": ("weights",)}
+_FACTS = ("model", "case", "seed", "stage_key", "content_hash")
+_FACTS_OF = {
+    "diffusion": ("pipeline", "unet", "base_unet"),
+    "deep": ("weights",),
+    "linear": ("weights",),
+}

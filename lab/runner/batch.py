@@ -31,7 +31,9 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_INTERRUPTED = 130
 LOCK, PROCESS = "run.lock", "process.yaml"
-PATIENCE = 60.0  # seconds; a job that Slurm starts again may meet its predecessor writing its record
+PATIENCE = (
+    60.0  # seconds; a job that Slurm starts again may meet its predecessor writing its record
+)
 LASTING = ("run", "train", "audit", "search")  # actions that take minutes to days
 
 
@@ -76,14 +78,21 @@ def interruptible(job: bool = False) -> Iterator[None]:
         if not job or executor() is None:
             raise
         if received and received[0] != signal.SIGTERM:
-            for number in (signal.SIGUSR2, signal.SIGUSR1):  # submitit listens to one of them, USR2 by default
+            for number in (
+                signal.SIGUSR2,
+                signal.SIGUSR1,
+            ):  # submitit listens to one of them, USR2 by default
                 requeue = before[number]
                 if callable(requeue):
-                    requeue(received[0], None)  # does not return: SystemExit, or an error that says why not
+                    requeue(
+                        received[0], None
+                    )  # does not return: SystemExit, or an error that says why not
         sys.exit(EXIT_INTERRUPTED)
     finally:
         sys.unraisablehook = hook
-        if not received:  # else the process is about to end, and a repeated signal must not end it otherwise
+        if (
+            not received
+        ):  # else the process is about to end, and a repeated signal must not end it otherwise
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -125,14 +134,21 @@ def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
     try:
         lock.acquire(timeout=2)  # `action=status` may look at it just now
     except Timeout:
-        log.warning("another process is at work in %s; waiting for its end, %g s at most", folder, PATIENCE)
+        log.warning(
+            "another process is at work in %s; waiting for its end, %g s at most", folder, PATIENCE
+        )
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout as error:
             told = "another process is at work in it: wait for its end, or choose another folder."
             raise UserError("hydra.run.dir", folder, told) from error
     try:
-        identity = {"host": platform.node(), "pid": os.getpid(), "started": time.time(), "job": job_id()}
+        identity = {
+            "host": platform.node(),
+            "pid": os.getpid(),
+            "started": time.time(),
+            "job": job_id(),
+        }
         _write(folder, identity)
         try:
             yield
@@ -168,7 +184,9 @@ def is_claimed(folder: Path) -> bool:
         lock.acquire(timeout=0)
     except Timeout:
         return True
-    except OSError:  # someone else's folder: the lock cannot be opened, so neither can we have an answer
+    except (
+        OSError
+    ):  # someone else's folder: the lock cannot be opened, so neither can we have an answer
         return False
     lock.release()
     return False
@@ -185,7 +203,14 @@ class QueueEntry:
 
     @property
     def waits(self) -> bool:
-        return self.state in ("PENDING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT", "SUSPENDED")
+        return self.state in (
+            "PENDING",
+            "REQUEUED",
+            "REQUEUE_FED",
+            "REQUEUE_HOLD",
+            "SPECIAL_EXIT",
+            "SUSPENDED",
+        )
 
     @property
     def runs(self) -> bool:
@@ -199,17 +224,25 @@ def squeue(ids: Iterable[str] = ()) -> dict[str, QueueEntry] | None:
     base = sorted({one.partition("_")[0] for one in ids})
     found: dict[str, QueueEntry] = {}
     answered = False
-    for choice in ([f"--user={os.getuid()}"], [f"--jobs={','.join(base)}"]) if base else ([f"--user={os.getuid()}"],):
+    for choice in (
+        ([f"--user={os.getuid()}"], [f"--jobs={','.join(base)}"])
+        if base
+        else ([f"--user={os.getuid()}"],)
+    ):
         command = ["squeue", "--noheader", "--array", "--format=%i|%T|%r|%Z|%j", *choice]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
         except (OSError, subprocess.SubprocessError) as error:
-            log.info("squeue: %s", error)  # `--jobs` of jobs that Slurm has forgotten is an error, too
+            log.info(
+                "squeue: %s", error
+            )  # `--jobs` of jobs that Slurm has forgotten is an error, too
             continue
         answered = True
         for line in done.stdout.splitlines():
             parts = [part.strip() for part in line.split("|", 4)]
             if len(parts) == 5:
                 number, state, reason, place, name = parts
-                found[number] = QueueEntry(state, "" if reason == "None" else reason, Path(place), name)
+                found[number] = QueueEntry(
+                    state, "" if reason == "None" else reason, Path(place), name
+                )
     return found if answered else None

@@ -14,7 +14,9 @@ def plan(run: Run) -> None:
     cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
     cells += [pipeline.eval_cell(name) for name in run.applicable()]
     hits = 0
-    print(f"plan of {run.cfg.name}/{run.cfg.immunize.name}: arms {', '.join(pipeline.arms)}")
+    print(
+        f"plan of {run.cfg.name}/{run.cfg.immunize.name}: models {', '.join(pipeline.model_names)}"
+    )
     for cell in cells:
         hit = pipeline.store.has(*cell.place, cell.parents)
         hits += hit

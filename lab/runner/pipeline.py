@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.core.cache import Artifact, Place, StageCheckpoint, Store, stage_key
+from lab.core.cache import Artifact, Place, StageCache, StageCheckpoint, stage_key
 from lab.core.data import ConceptCase, ScenarioData
-from lab.core.errors import Diverged, UserError, blaming
+from lab.core.errors import Diverged, UserError, with_config_key
 from lab.core.fingerprint import beside_weights, fingerprint, unpainted
 from lab.core.provenance import computing
 from lab.core.statistics import SeedScore
-from lab.core.types import CONTROL, AnyCase, AnyTask, ImageGrid, Model, Score, Scores, Trajectory, clone
+from lab.core.types import (
+    BASELINE,
+    AnyCase,
+    AnyTask,
+    ImageGrid,
+    Model,
+    Score,
+    Scores,
+    Trajectory,
+    clone,
+)
 from lab.models.activations import digest
 from lab.runner.assemble import Parts
 from lab.runner.returned import check_immunized, check_scores, check_trajectory
@@ -36,7 +46,7 @@ class Cell:
     parents: tuple[Place, ...] = ()  # the artefacts that it is computed from
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "compute", blaming(self.part)(self.compute))
+        object.__setattr__(self, "compute", with_config_key(self.part)(self.compute))
 
     @property
     def place(self) -> Place:
@@ -55,13 +65,13 @@ class Cell:
 
 
 class Pipeline:
-    """Stages of one run over its arms, cases, seeds, attacks and metrics. Implements `lab.core.types.RunView`."""
+    """Stages of one run over its models, cases, seeds, attacks and metrics. Implements `lab.core.types.RunView`."""
 
-    def __init__(self, parts: Parts, store: Store, on_log: LogHook | None = None) -> None:
+    def __init__(self, parts: Parts, store: StageCache, on_log: LogHook | None = None) -> None:
         self.parts, self.store, self.on_log = parts, store, on_log
         self.scenario = parts.scenario.name
         self.immunizer = parts.immunizer.obj.name
-        self.arms = tuple(parts.arms)
+        self.model_names = tuple(parts.model_names)
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
@@ -75,7 +85,7 @@ class Pipeline:
 
     def data(self, seed: int) -> ScenarioData:
         if seed not in self._data:
-            with blaming("scenario"):
+            with with_config_key("scenario"):
                 loaded = self.parts.scenario.load(seed)
             if not loaded.cases:
                 raise UserError("scenario", self.scenario, "has no cases.")
@@ -87,9 +97,9 @@ class Pipeline:
     def original(self, case: AnyCase, seed: int) -> Model:
         """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last one is kept."""
         if self._last is None or self._last[0] != (seed, case.name):
-            with blaming("backbone"):
+            with with_config_key("backbone"):
                 built = self.parts.backbone.build(case, seed)
-            with blaming("erase"):
+            with with_config_key("erase"):
                 built = self.parts.eraser.obj(built, unpainted(case), seed=seed)
             self._last = ((seed, case.name), built)
         return clone(self._last[1])
@@ -98,7 +108,10 @@ class Pipeline:
         """Hashes of the case's data and of θ_0."""
         if (seed, case.name) not in self._identity:
             model = self.original(case, seed)
-            found = {"data": fingerprint(unpainted(case)), "weights": digest(*model.state_dict().values())}
+            found = {
+                "data": fingerprint(unpainted(case)),
+                "weights": digest(*model.state_dict().values()),
+            }
             self._identity[seed, case.name] = found | beside_weights(model)
         return self._identity[seed, case.name]
 
@@ -111,8 +124,8 @@ class Pipeline:
 
     # ---- stages
 
-    def immunize_cell(self, arm: str, case: AnyCase, seed: int) -> Cell:
-        part = self.parts.arms[arm]
+    def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
+        part = self.parts.model_names[model_name]
         upstream = {"case": self.identity(case, seed), "backbone": self.parts.backbone_identity}
         key = stage_key(part=part.identity, seed=seed, computing=computing(), **upstream)
 
@@ -135,48 +148,83 @@ class Pipeline:
                 old = before.state_dict()
                 if digest(*old.values()) != self.identity(case, seed)["weights"]:
                     told = "changed the model that it was given; let it copy that first (lab.core.types.clone)."
-                    raise UserError("immunize", arm, told)
-                tensors = {k: v for k, v in check_immunized(after, old, arm).items() if not v.equal(old[k])}
-                if not tensors and arm != CONTROL:
-                    told = f"{arm} left every weight of case {case.name} as it was; nothing would be compared."
-                    raise UserError("immunize", arm, told)
+                    raise UserError("immunize", model_name, told)
+                tensors = {
+                    k: v
+                    for k, v in check_immunized(after, old, model_name).items()
+                    if not v.equal(old[k])
+                }
+                if not tensors and model_name != BASELINE:
+                    told = f"{model_name} left every weight of case {case.name} as it was; nothing would be compared."
+                    raise UserError("immunize", model_name, told)
             names = dict.fromkeys(name for _, values in rows for name in values)
             history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
             return Artifact({"history": history, "error": error}, tensors)
 
-        return Cell("immunize", key, {"arm": arm, "case": case.name, "seed": seed}, compute)
+        return Cell(
+            "immunize", key, {"model": model_name, "case": case.name, "seed": seed}, compute
+        )
 
-    def attack_cell(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Cell:
+    def attack_cell(
+        self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
+    ) -> Cell:
         part = self.parts.attacks[attack]
-        source = self.immunize_cell(arm, case, seed)
+        source = self.immunize_cell(model_name, case, seed)
         key = stage_key(
-            part=part.identity, upstream=source.key, task=task.name, seed=seed, budget=dataclasses.asdict(self.budget)
+            part=part.identity,
+            upstream=source.key,
+            task=task.name,
+            seed=seed,
+            budget=dataclasses.asdict(self.budget),
         )
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
-            model = self.model(arm, case, seed)
+            model = self.model(model_name, case, seed)
             try:
                 found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
             except Diverged as error:
                 where = f"case {case.name}, {attack} on {task.name}"
                 told = f"its model cannot be attacked ({where}): {error}; lower the step size of what made it"
-                finite = all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
-                told += f", or look at attacks.{attack}: the weights themselves are finite." if finite else "."
-                raise UserError("backbone" if arm == CONTROL else "immunize", arm, told) from error
+                finite = all(
+                    bool(torch.isfinite(value).all()) for value in model.state_dict().values()
+                )
+                told += (
+                    f", or look at attacks.{attack}: the weights themselves are finite."
+                    if finite
+                    else "."
+                )
+                raise UserError(
+                    "backbone" if model_name == BASELINE else "immunize", model_name, told
+                ) from error
             check_trajectory(found, attack, self.budget, getattr(model, "image_size", None))
-            values = {"steps": found.steps, "values": found.values, "status": found.status, "info": found.info}
+            values = {
+                "steps": found.steps,
+                "values": found.values,
+                "status": found.status,
+                "info": found.info,
+            }
             samples = {f"samples/{family}": pictures for family, pictures in found.samples.items()}
-            return Artifact(values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples})
+            return Artifact(
+                values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples}
+            )
 
-        label = {"arm": arm, "case": case.name, "seed": seed, "attack": attack, "task": task.name}
+        label = {
+            "model": model_name,
+            "case": case.name,
+            "seed": seed,
+            "attack": attack,
+            "task": task.name,
+        }
         return Cell("attack", key, label, compute, (source.place,))
 
     def eval_cell(self, metric: str) -> Cell:
         part = self.parts.metrics[metric]
         upstream = [*self.immunize_cells(), *(self.attack_cells() if part.obj.needs_attack else ())]
         cases = [case for seed in self.seeds for case in self.cases(seed)]
-        drawn = {dataclasses.astuple(case.sampling) for case in cases if isinstance(case, ConceptCase)}
+        drawn = {
+            dataclasses.astuple(case.sampling) for case in cases if isinstance(case, ConceptCase)
+        }
         beside = {"sampling": sorted(drawn)} if drawn else {}
 
         def compute(_: StageCheckpoint) -> Artifact:
@@ -190,22 +238,24 @@ class Pipeline:
             return Artifact(values, {name: grid.images for name, grid in scores.images.items()})
 
         key = stage_key(part=part.identity, upstream=[cell.key for cell in upstream], **beside)
-        return Cell("eval", key, {"attack": metric}, compute, tuple(cell.place for cell in upstream))
+        return Cell(
+            "eval", key, {"attack": metric}, compute, tuple(cell.place for cell in upstream)
+        )
 
     def immunize_cells(self) -> Iterator[Cell]:
         for seed in self.parts.seeds:
             for case in self.data(seed).cases:
-                for arm in self.arms:
-                    yield self.immunize_cell(arm, case, seed)
+                for model_name in self.model_names:
+                    yield self.immunize_cell(model_name, case, seed)
 
     def attack_cells(self) -> Iterator[Cell]:
         """Attacks on every case that did not diverge."""
         for seed in self.seeds:
             for case in self.cases(seed):
                 for task in case.tasks:
-                    for arm in self.arms:
+                    for model_name in self.model_names:
                         for attack in self.attacks:
-                            yield self.attack_cell(arm, attack, case, task, seed)
+                            yield self.attack_cell(model_name, attack, case, task, seed)
 
     # ---- RunView
 
@@ -221,17 +271,19 @@ class Pipeline:
         artifact, _ = self.store.get(*cell.place, cell.compute, cell.parents)
         return artifact
 
-    def model(self, arm: str, case: AnyCase, seed: int) -> Model:
+    def model(self, model_name: str, case: AnyCase, seed: int) -> Model:
         model = self.original(case, seed)
-        tensors = self._read(self.immunize_cell(arm, case, seed)).tensors
+        tensors = self._read(self.immunize_cell(model_name, case, seed)).tensors
         model.load_state_dict({**model.state_dict(), **tensors})
         return model
 
     def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
         return self._read(self.immunize_cell(self.immunizer, case, seed)).values["history"]
 
-    def trajectory(self, arm: str, attack: str, case: AnyCase, task: AnyTask, seed: int) -> Trajectory:
-        found = self._read(self.attack_cell(arm, attack, case, task, seed))
+    def trajectory(
+        self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
+    ) -> Trajectory:
+        found = self._read(self.attack_cell(model_name, attack, case, task, seed))
         parts: dict[str, Any] = {"weights": {}, "samples": {}}
         for name, tensor in found.tensors.items():
             part, _, rest = name.partition("/")
@@ -247,11 +299,16 @@ class Pipeline:
         artifact = self._read(self.eval_cell(metric))
         found = artifact.values
         return Scores(
-            {name: (SeedScore if "per_seed" in item else Score)(**item) for name, item in found["metrics"].items()},
+            {
+                name: (SeedScore if "per_seed" in item else Score)(**item)
+                for name, item in found["metrics"].items()
+            },
             found["curves"],
             found["tables"],
             {
-                name: ImageGrid(artifact.tensors[name], tuple(g["rows"]), tuple(g["columns"]), g["caption"])
+                name: ImageGrid(
+                    artifact.tensors[name], tuple(g["rows"]), tuple(g["columns"]), g["caption"]
+                )
                 for name, g in found["images"].items()
             },
         )

@@ -14,22 +14,31 @@ from torch import Tensor
 from lab.core.errors import UserError
 from lab.core.types import Budget, Score, Scores, Trajectory
 
-_SAID = {"better": ("higher", "lower", "neutral"), "interval": ("across_seeds", "within_seed", "point")}
+_SAID = {
+    "better": ("higher", "lower", "neutral"),
+    "interval": ("across_seeds", "within_seed", "point"),
+}
 
 
-def check_immunized(after: Any, before: Mapping[str, Tensor], arm: str) -> dict[str, Tensor]:
+def check_immunized(after: Any, before: Mapping[str, Tensor], model_name: str) -> dict[str, Tensor]:
     """The state of the model that an immunizer returned.
 
     Raises:
         UserError: no model, or one of other parameters than the model ``before``.
     """
     if not callable(getattr(after, "state_dict", None)):
-        raise UserError("immunize", arm, f"returned {type(after).__name__}, not a model (lab.core.types.Immunizer).")
+        raise UserError(
+            "immunize",
+            model_name,
+            f"returned {type(after).__name__}, not a model (lab.core.types.Immunizer).",
+        )
     state = after.state_dict()
-    other = {*state} ^ {*before} or {name for name, tensor in state.items() if tensor.shape != before[name].shape}
+    other = {*state} ^ {*before} or {
+        name for name, tensor in state.items() if tensor.shape != before[name].shape
+    }
     if other:
         told = f"returned a model whose {', '.join(sorted(other)[:3])} is not as in the model that it was given."
-        raise UserError("immunize", arm, told)
+        raise UserError("immunize", model_name, told)
     return state
 
 
@@ -46,21 +55,37 @@ def check_trajectory(found: Any, attack: str, budget: Budget, side: int | None =
     """
     key = f"attacks.{attack}"
     if not isinstance(found, Trajectory):
-        raise UserError(key, type(found).__name__, "is what it returned, not a lab.core.types.Trajectory.")
+        raise UserError(
+            key, type(found).__name__, "is what it returned, not a lab.core.types.Trajectory."
+        )
     if found.status not in ("ok", "diverged"):
-        raise UserError(key, found.status, "is the status of its trajectory: must be ok or diverged.")
+        raise UserError(
+            key, found.status, "is the status of its trajectory: must be ok or diverged."
+        )
     asked, points = list(budget.snapshots()), len(found.steps)
-    if not points or found.steps != asked[:points] or (found.status == "ok" and points < len(asked)):
+    if (
+        not points
+        or found.steps != asked[:points]
+        or (found.status == "ok" and points < len(asked))
+    ):
         told = f"these steps of its trajectory must be the snapshots of the budget, {asked}"
-        raise UserError(key, found.steps, f"{told}; only one that diverged may end before (lab.core.types.Trajectory).")
+        raise UserError(
+            key,
+            found.steps,
+            f"{told}; only one that diverged may end before (lab.core.types.Trajectory).",
+        )
     for name in ("train_loss", "test_loss"):
         if name not in found.values:
             raise UserError(
-                key, sorted(found.values), f"values of its trajectory lack {name} (lab.core.types.Trajectory)."
+                key,
+                sorted(found.values),
+                f"values of its trajectory lack {name} (lab.core.types.Trajectory).",
             )
     for name, values in found.values.items():
         if len(values) != points:
-            raise UserError(key, name, f"has {len(values)} values at {points} steps of its trajectory.")
+            raise UserError(
+                key, name, f"has {len(values)} values at {points} steps of its trajectory."
+            )
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
             told = "has a value that is no finite number; a trajectory ends before it, with the status diverged."
             raise UserError(key, name, told)
@@ -89,20 +114,38 @@ def check_scores(found: Any, metric: str) -> None:
 
     need(isinstance(found, Scores), f"returned {type(found).__name__}, not Scores")
     for name, score in found.metrics.items():
-        need(isinstance(name, str) and bool(re.fullmatch("[a-z0-9_]+", name)), f"names a metric {name!r}: snake case")
+        need(
+            isinstance(name, str) and bool(re.fullmatch("[a-z0-9_]+", name)),
+            f"names a metric {name!r}: snake case",
+        )
         need(isinstance(score, Score), f"gives {name} as {type(score).__name__}, not as a Score")
         for option, words in _SAID.items():
-            need(getattr(score, option) in words, f"gives {name} {option}={getattr(score, option)!r}, none of {words}")
-        need(score.value is not None or bool(score.note), f"gives {name} no value and no note with the reason")
+            need(
+                getattr(score, option) in words,
+                f"gives {name} {option}={getattr(score, option)!r}, none of {words}",
+            )
+        need(
+            score.value is not None or bool(score.note),
+            f"gives {name} no value and no note with the reason",
+        )
         for end in ("value", "low", "high"):
             number = getattr(score, end)
-            real = isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+            real = (
+                isinstance(number, int | float)
+                and not isinstance(number, bool)
+                and math.isfinite(number)
+            )
             need(number is None or real, f"gives {name} the {end} {number!r}, no finite number")
     for name, curve in found.curves.items():
         lines = {key: line for key, line in curve.items() if key not in ("x", "y", "log")}
         need("step" in lines, f"gives the curve {name} no step")
         for key, line in lines.items():
-            told = f"gives the curve {name} {len(line)} values of {key} at {len(lines['step'])} steps"
+            told = (
+                f"gives the curve {name} {len(line)} values of {key} at {len(lines['step'])} steps"
+            )
             need(len(line) == len(lines["step"]), told)
     for name, rows in found.tables.items():
-        need(all(isinstance(row, Mapping) for row in rows), f"gives the table {name} a row that is no mapping")
+        need(
+            all(isinstance(row, Mapping) for row in rows),
+            f"gives the table {name} a row that is no mapping",
+        )

@@ -25,19 +25,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lab.core.cache import Artifact, StageCheckpoint, Store
+from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.distributed import SharedCheckpoint, Team, broadcast_json, working
 from lab.core.errors import RankFailed, UserError
 from lab.core.progress import progress
 from lab.runner.batch import SIGNALS
-from lab.runner.losses import bearable, facts
+from lab.runner.losses import facts, is_recoverable
 from lab.runner.pipeline import Cell
 
 log = logging.getLogger(__name__)
-_PATIENCE = timedelta(days=30)  # for another stage to end; a process that dies is noticed at once, not by a clock
+_PATIENCE = timedelta(
+    days=30
+)  # for another stage to end; a process that dies is noticed at once, not by a clock
 
 
-class Alone:
+class SerialExecutor:
     """The process of a run that has one: nothing is spread."""
 
     main, size = True, 1
@@ -45,9 +47,13 @@ class Alone:
     now: Cell | None = None  # what this process computes for all
 
     def __init__(self) -> None:
-        self.failed: dict[str, dict[str, Any]] = {}  # of stages without which the run goes on, see `lab.runner.losses`
+        self.failed: dict[
+            str, dict[str, Any]
+        ] = {}  # of stages without which the run goes on, see `lab.runner.losses`
 
-    def compute(self, store: Store, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str) -> set[str]:
+    def compute(
+        self, store: StageCache, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str
+    ) -> set[str]:
         """Compute the ``cells`` that are missing, on all processes; returns the keys of those that were.
 
         Args:
@@ -72,22 +78,28 @@ def plan(parts: Sequence[int], size: int) -> tuple[list[int], list[tuple[int, ra
     """Stages that whoever is free takes one after the other, and stages that a team computes, with its ranks.
 
     Args:
-        parts: of each stage, see `Alone.compute`. size: number of processes.
+        parts: of each stage, see `SerialExecutor.compute`. size: number of processes.
     """
-    heavy = sorted((i for i, n in enumerate(parts) if n), key=lambda i: parts[i])  # those that can be split come last
+    heavy = sorted(
+        (i for i, n in enumerate(parts) if n), key=lambda i: parts[i]
+    )  # those that can be split come last
     light = [i for i, n in enumerate(parts) if not n]
     whole = len(heavy) // size * size
     rest = heavy[whole:]
     if all(parts[i] == 1 for i in rest):
         return heavy + light, []
     shares = [range(j * size // len(rest), (j + 1) * size // len(rest)) for j in range(len(rest))]
-    return heavy[:whole] + light, [(i, share[: parts[i]]) for i, share in zip(rest, shares, strict=True)]
+    return heavy[:whole] + light, [
+        (i, share[: parts[i]]) for i, share in zip(rest, shares, strict=True)
+    ]
 
 
 def _echo(error: BaseException) -> bool:
     if isinstance(error, KeyboardInterrupt | dist.DistError):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl", "peer"))
+    return isinstance(error, RuntimeError) and any(
+        word in str(error).lower() for word in ("gloo", "nccl", "peer")
+    )
 
 
 class _MetricsAlone(MetaPathFinder):
@@ -120,7 +132,7 @@ def _mark(cell: Cell) -> str:
     return f"lab/lost/{cell.stage}/{cell.label['attack']}"
 
 
-class Ranks(Alone):
+class DistributedExecutor(SerialExecutor):
     """All processes of a run that was started by `lab.cluster.launch`; `torch.distributed` is set up here.
 
     Args:
@@ -135,7 +147,7 @@ class Ranks(Alone):
         self.timeout, self.check_every = timedelta(seconds=timeout_s), check_every
         dist.init_process_group(
             backend, store=self.counter, rank=self.rank, world_size=self.size, timeout=self.timeout
-        )  # fmt: skip
+        )
         self.everyone = dist.new_group(backend="gloo", timeout=_PATIENCE)
         if "torchmetrics.metric" in sys.modules:
             _alone(sys.modules["torchmetrics.metric"])
@@ -165,7 +177,9 @@ class Ranks(Alone):
 
     # ── who computes what ────────────────────────────────────────────────────────────────────────────────────
 
-    def compute(self, store: Store, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str) -> set[str]:
+    def compute(
+        self, store: StageCache, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str
+    ) -> set[str]:
         self.started = True
         self.phase += 1
         keys = hashlib.sha256(json.dumps([cell.key for cell in cells]).encode()).hexdigest()
@@ -178,11 +192,15 @@ class Ranks(Alone):
         todo, self.done = [cells[i] for i in missing], []
         queue, teams = plan([parts(cell) for cell in todo], self.size)
         self._tell(label, len(todo), queue, teams)
-        for cell in progress(self._take([todo[i] for i in queue]), label, -(-len(queue) // self.size) or None):
+        for cell in progress(
+            self._take([todo[i] for i in queue]), label, -(-len(queue) // self.size) or None
+        ):
             self._own(store, cell)
         done: set[str] = set()
         for rank in range(self.size):  # all wait for all here
-            known = broadcast_json([self.failed, self.done] if rank == self.rank else None, rank, self.everyone)
+            known = broadcast_json(
+                [self.failed, self.done] if rank == self.rank else None, rank, self.everyone
+            )
             self.failed |= known[0]
             done.update(known[1])
         if teams:
@@ -192,22 +210,36 @@ class Ranks(Alone):
         store.trust(done)
         return done
 
-    def _tell(self, label: str, count: int, queue: list[int], teams: list[tuple[int, range]]) -> None:
-        log.info("%s: %d stages are missing, %d are taken in turn, teams %s", label, count, len(queue), teams)
+    def _tell(
+        self, label: str, count: int, queue: list[int], teams: list[tuple[int, range]]
+    ) -> None:
+        log.info(
+            "%s: %d stages are missing, %d are taken in turn, teams %s",
+            label,
+            count,
+            len(queue),
+            teams,
+        )
         busy = max(min(len(queue), self.size), sum(len(ranks) for _, ranks in teams))
         if self.main and count and busy < self.size and label != "eval":
             log.warning(
                 "%s: %d of %d processes have nothing to do: %d stage%s missing, and no more than %d processes can "
                 "share that (launch.num_processes=%d is enough for this part)",
-                label, self.size - busy, self.size, count, " is" if count == 1 else "s are", busy, busy,
-            )  # fmt: skip
+                label,
+                self.size - busy,
+                self.size,
+                count,
+                " is" if count == 1 else "s are",
+                busy,
+                busy,
+            )
 
     def _take(self, cells: Sequence[Cell]) -> Iterator[Cell]:
         """Cells that no other process has taken yet, one at a time."""
         while (i := self.counter.add(f"lab/{self.phase}", 1) - 1) < len(cells):
             yield cells[i]
 
-    def _own(self, store: Store, cell: Cell) -> None:
+    def _own(self, store: StageCache, cell: Cell) -> None:
         if self._lost(cell):
             return
         log.info("stage %s", cell.title)
@@ -215,7 +247,7 @@ class Ranks(Alone):
         try:
             store.get(*cell.place, cell.compute, cell.parents)
         except Exception as error:
-            if not bearable(cell, error):
+            if not is_recoverable(cell, error):
                 raise
             log.info("%s failed, the others go on", cell.title, exc_info=True)
             self.failed[cell.key] = facts(error, self.rank) | {"cell": cell.key}
@@ -228,7 +260,7 @@ class Ranks(Alone):
         """Whether a stage of the same attack, or of the same metric, failed in some process."""
         return cell.stage != "immunize" and bool(self.counter.check([_mark(cell)]))
 
-    def _share(self, store: Store, shares: Sequence[tuple[Cell, range]]) -> None:
+    def _share(self, store: StageCache, shares: Sequence[tuple[Cell, range]]) -> None:
         """Each cell on its ranks. Every process makes every group, in this order."""
         mine: tuple[Cell, Team, Any] | None = None
         for cell, ranks in shares:
@@ -250,7 +282,7 @@ class Ranks(Alone):
                 cell.compute(SharedCheckpoint(None, team))  # type: ignore[arg-type]
         self.now = None
 
-    def _lead(self, store: Store, cell: Cell, team: Team, patient: Any) -> None:
+    def _lead(self, store: StageCache, cell: Cell, team: Team, patient: Any) -> None:
         begun = False
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
@@ -297,9 +329,14 @@ class Ranks(Alone):
         try:
             if self.counter.check(["lab/failure/1"]):
                 return json.loads(self.counter.get("lab/failure/1"))
-        except RuntimeError as error:  # the place where failures are told went down with the other process
+        except (
+            RuntimeError
+        ) as error:  # the place where failures are told went down with the other process
             log.info("%s", error)
         return None
 
     def facts(self) -> dict[str, Any]:
-        return {"processes": self.size, "machines": self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))}
+        return {
+            "processes": self.size,
+            "machines": self.size // int(os.environ.get("LOCAL_WORLD_SIZE", self.size)),
+        }

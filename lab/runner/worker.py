@@ -41,7 +41,10 @@ class Rank:
             if not self.path.is_file():
                 raise
             told = failure and (failure["told"] or failure["traceback"])
-            print(f"process {self.number} {state}, and {self.path}: {unwritable}. {told or ''}", file=sys.stderr)
+            print(
+                f"process {self.number} {state}, and {self.path}: {unwritable}. {told or ''}",
+                file=sys.stderr,
+            )
             body["failure"] = failure and {**failure, "traceback": ""}
             self._write_over(json.dumps(body) + "\n")
 
@@ -77,7 +80,10 @@ def _quiet(folder: Path, number: int) -> None:
 
 def _logging(folder: Path, number: int) -> None:
     """As conf/hydra/job_logging/quiet.yaml has it for a run in one process."""
-    stderr, stamped = logging.StreamHandler(), logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    stderr, stamped = (
+        logging.StreamHandler(),
+        logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"),
+    )
     stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s") if number == 0 else stamped)
     stderr.setLevel(logging.WARNING if number == 0 else logging.INFO)
     handlers: list[logging.Handler] = [stderr]
@@ -110,7 +116,9 @@ def _device(cfg: Any) -> None:
         ("immunize.precision", cfg.immunize.get("precision")),
     ):
         if value in ("bf16", "bfloat16") and torch.cuda.get_device_capability() < (8, 0):
-            raise UserError(key, value, f"{torch.cuda.get_device_name()} has no bfloat16; use float32.")
+            raise UserError(
+                key, value, f"{torch.cuda.get_device_name()} has no bfloat16; use float32."
+            )
 
 
 def _unfit(cfg: Any) -> Exception | None:
@@ -123,17 +131,31 @@ def _unfit(cfg: Any) -> Exception | None:
 
 
 def _failure(error: BaseException, ranks: Any, number: int, echo: bool) -> dict[str, Any]:
-    from lab.core.errors import RankFailed, UserError, blamed
+    from lab.core.errors import RankFailed, UserError, config_key_of
     from lab.runner.losses import facts, own_facts
 
-    if isinstance(error, RankFailed) and not echo:  # another process's stage, without which the run went on to its end
-        return facts(error) | {"part": error.key, "key": None, "value": None, "fix": None, "step": None, "echo": False}
+    if (
+        isinstance(error, RankFailed) and not echo
+    ):  # another process's stage, without which the run went on to its end
+        return facts(error) | {
+            "part": error.key,
+            "key": None,
+            "value": None,
+            "fix": None,
+            "step": None,
+            "echo": False,
+        }
     user = error if isinstance(error, UserError) else None
     cell = getattr(ranks, "now", None)
     return own_facts(error, number) | {
-        "part": blamed(error), "key": user and user.key, "value": user and str(user.value), "fix": user and user.fix,
-        "step": getattr(error, "step", None), "cell": cell and cell.key, "echo": echo,
-    }  # fmt: skip
+        "part": config_key_of(error),
+        "key": user and user.key,
+        "value": user and str(user.value),
+        "fix": user and user.fix,
+        "step": getattr(error, "step", None),
+        "cell": cell and cell.key,
+        "echo": echo,
+    }
 
 
 def work(config: Path, rank: Rank) -> int:
@@ -143,10 +165,10 @@ def work(config: Path, rank: Rank) -> int:
     from lab.core.errors import RankFailed
     from lab.runner.batch import interruptible
     from lab.runner.experiment import run_once
-    from lab.runner.spread import Alone, Ranks
+    from lab.runner.spread import DistributedExecutor, SerialExecutor
 
     folder = config.parent
-    ranks: Alone = Alone()
+    ranks: SerialExecutor = SerialExecutor()
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         with interruptible():
@@ -155,32 +177,36 @@ def work(config: Path, rank: Rank) -> int:
             unfit = _unfit(cfg)
             if several:  # also to tell the others of a device that does not do: they wait here
                 try:
-                    ranks = Ranks(cfg.launch.timeout_s, cfg.launch.check_every)
+                    ranks = DistributedExecutor(cfg.launch.timeout_s, cfg.launch.check_every)
                     ranks.stopped = rank.stopped.is_set
                 except Exception:
                     if unfit is None:
                         raise
             if unfit is not None:
                 raise unfit
-            if isinstance(ranks, Ranks):
+            if isinstance(ranks, DistributedExecutor):
                 ranks.check(_common(cfg, folder))
             run_once(cfg, folder, ranks)
     except (Exception, KeyboardInterrupt) as error:
         cause = ranks.cause(error)  # waits a little: a batch system signals children first
         echo = isinstance(cause, RankFailed) and cause is not error
-        alone = several and not isinstance(ranks, Ranks)  # the others do not know of it, and may wait for this process
-        echo = echo or (alone and isinstance(error, KeyboardInterrupt))  # torchrun's, as another process has failed
+        alone = several and not isinstance(
+            ranks, DistributedExecutor
+        )  # the others do not know of it, and may wait for this process
+        echo = echo or (
+            alone and isinstance(error, KeyboardInterrupt)
+        )  # torchrun's, as another process has failed
         if rank.stopped.is_set():
             rank.write("stopped")
             return 0
         failure = _failure(error, ranks, rank.number, echo)
-        order = ranks.report(failure) if isinstance(ranks, Ranks) and not echo else 1
+        order = ranks.report(failure) if isinstance(ranks, DistributedExecutor) and not echo else 1
         rank.write("failed", failure | {"order": order})
         # what is told to all ends them without accelerate, which prints a traceback; of what is not they have to die
         whole = isinstance(error, RankFailed) and not echo  # all are at their end
         return 0 if whole or (failure["told"] and not ranks.started and not alone) else 1
     rank.write("done")
-    if isinstance(ranks, Ranks):
+    if isinstance(ranks, DistributedExecutor):
         ranks.close()
     return 0
 
@@ -192,12 +218,17 @@ def _common(cfg: Any, folder: Path) -> dict[str, str]:
 
     plain: Any = OmegaConf.to_container(cfg)
     own = {**plain["launch"], "machine_rank": None}
-    return {"config": stage_key(config={**plain, "launch": own}), "hydra.run.dir": str(folder.resolve())}
+    return {
+        "config": stage_key(config={**plain, "launch": own}),
+        "hydra.run.dir": str(folder.resolve()),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="a resolved config, in the run's folder")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="a resolved config, in the run's folder"
+    )
     parser.add_argument("--watch_stdin", action="store_true", help="end when stdin closes")
     options = parser.parse_args(arguments)
     folder = options.config.parent

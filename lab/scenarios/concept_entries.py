@@ -28,7 +28,9 @@ def speaks_of(words: str, prompt: str) -> bool:
 
 def shows(words: str, caption: str) -> bool:
     """Whether ``caption`` is about ``words``: as `speaks_of`, the plural in s or es too ("two foxes")."""
-    return re.search(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", caption, re.IGNORECASE) is not None
+    return (
+        re.search(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", caption, re.IGNORECASE) is not None
+    )
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,11 @@ class Entry:
         pattern = re.compile(rf"(?<!\w){re.escape(self.words)}(?!\w)", re.IGNORECASE)
         prompts, anchor = self.families["name"], str(self.anchor)
         return Erasure(
-            self.name, self.words, prompts, tuple(pattern.sub(lambda _: anchor, p) for p in prompts), preserve
+            self.name,
+            self.words,
+            prompts,
+            tuple(pattern.sub(lambda _: anchor, p) for p in prompts),
+            preserve,
         )
 
 
@@ -74,12 +80,22 @@ def _families(key: str, given: dict[str, Any], words: str) -> dict[str, tuple[st
     ):
         for prompt in found.get(family, ()):
             if (speaks_of if wanted else shows)(words, prompt) is not wanted:
-                told = f"lacks the words '{words}' that name the concept" if wanted else f"names '{words}'"
-                fix = "; rewrite it or set words" if wanted else "; a description does without the name"
+                told = (
+                    f"lacks the words '{words}' that name the concept"
+                    if wanted
+                    else f"names '{words}'"
+                )
+                fix = (
+                    "; rewrite it or set words"
+                    if wanted
+                    else "; a description does without the name"
+                )
                 raise UserError(f"{key}.{option}", prompt, f"{told}{fix}.")
     twice = next((p for p in found.get("reworded", ()) if p in found["name"]), None)
     if twice is not None:
-        raise UserError(f"{key}.reworded", twice, "stands in prompts too; re-worded prompts must be new.")
+        raise UserError(
+            f"{key}.reworded", twice, "stands in prompts too; re-worded prompts must be new."
+        )
     return found
 
 
@@ -99,10 +115,18 @@ def parse(key: str, given: object, root: Path) -> Entry:
     if erase:
         anchor = text(f"{key}.anchor", anchor)
         if speaks_of(words, anchor):
-            raise UserError(f"{key}.anchor", anchor, f"holds '{words}'; an erased concept needs another meaning.")
+            raise UserError(
+                f"{key}.anchor",
+                anchor,
+                f"holds '{words}'; an erased concept needs another meaning.",
+            )
     elif anchor is not None:
         raise UserError(f"{key}.anchor", anchor, "is used with erase: true only.")
-    select = concepts.entries(f"{key}.select", entry["select"], entry["select"]) if entry.get("select") else {}
+    select = (
+        concepts.entries(f"{key}.select", entry["select"], entry["select"])
+        if entry.get("select")
+        else {}
+    )
     kind = choice(f"{key}.kind", entry.get("kind"), ("object", "style"))
     return Entry(
         key,
@@ -127,7 +151,11 @@ def checked(given: object, root: Path) -> tuple[Entry, ...]:
     found = tuple(parse(f"{key}[{i}]", entry, root) for i, entry in enumerate(given))
     for i, entry in enumerate(found):
         if not slug(entry.name):
-            raise UserError(f"{entry.key}.name", entry.name, "needs letters a-z or digits; words may be in any script.")
+            raise UserError(
+                f"{entry.key}.name",
+                entry.name,
+                "needs letters a-z or digits; words may be in any script.",
+            )
         for earlier in found[:i]:
             if slug(entry.name) == slug(earlier.name):
                 fix = f"is taken by the earlier {earlier.name}: names differ in a-z and digits, without accents."

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from lab.core.data import Concept, ConceptCase, Kind, Pictures, ScenarioData
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Kind, ScenarioData
 from lab.core.errors import UserError
 from lab.core.options import choice, count, local, number
 from lab.core.prompts import text, texts
@@ -22,7 +22,9 @@ from lab.scenarios.concept_entries import ROLES, Entry, checked, folder, shows, 
 from lab.scenarios.world_concepts import Roles, Studio
 
 _PARTS = ("own", "train", "reference")
-_PRESERVED = 200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
+_PRESERVED = (
+    200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
+)
 
 
 class ConceptFolders:
@@ -80,7 +82,9 @@ class ConceptFolders:
             "regularizers": count("scenario.regularizers", regularizers, 1),
         }
         self.captions = None if captions is None else _captions(captions, self.root)
-        self.templates = choice("scenario.regularizer_templates", regularizer_templates, ("all", "one"))
+        self.templates = choice(
+            "scenario.regularizer_templates", regularizer_templates, ("all", "one")
+        )
         self.sampling = shared.sampling(sampling)
         self.resolution = shared.resolution(resolution)
 
@@ -106,7 +110,9 @@ class ConceptFolders:
             regularizers=regularizers,
             unrelated=unrelated,
             sampling=self.sampling,
-            erased=tuple(e.erasure(self._preserved(keep)) for e in self.entries if e.anchor is not None),
+            erased=tuple(
+                e.erasure(self._preserved(keep)) for e in self.entries if e.anchor is not None
+            ),
         )
         return shared.loaded([case], notes)
 
@@ -116,7 +122,7 @@ class ConceptFolders:
 
     # ---- concepts
 
-    def _images(self, entry: Entry, owners: dict[str, str], notes: list[str]) -> Pictures:
+    def _images(self, entry: Entry, owners: dict[str, str], notes: list[str]) -> CaptionedImages:
         """The different images of a concept. ``owners``: hash of an image → the concept that has it."""
         key = f"{entry.key}.path"
         found = folders.read(entry.path, self.resolution, select=entry.select or None, key=key)
@@ -129,7 +135,9 @@ class ConceptFolders:
             if not any(torch.equal(image, found.images[j]) for j in kept):
                 kept.append(i)
         if len(kept) < len(found.images):
-            notes.append(f"{entry.name}: {len(found.images) - len(kept)} images were copies of others and left out.")
+            notes.append(
+                f"{entry.name}: {len(found.images) - len(kept)} images were copies of others and left out."
+            )
         if len(kept) < len(_PARTS):
             told = f"holds {len(kept)} different images; three is the least, one each to immunize, attack and compare"
             fix = f"{told}, and four where an immunizer trains on the concept, as it needs two."
@@ -140,15 +148,28 @@ class ConceptFolders:
         for position, i in enumerate(silent):
             captions[i] = prompts[position % len(prompts)]
         if silent:
-            notes.append(f"{entry.name}: {len(silent)} captions do not name it; its prompts stand in for them.")
+            notes.append(
+                f"{entry.name}: {len(silent)} captions do not name it; its prompts stand in for them."
+            )
         for line in captions:
             text(f"{entry.key}.path", line)
-        return Pictures(found.images[kept], tuple(captions))
+        return CaptionedImages(found.images[kept], tuple(captions))
 
-    def _concept(self, entry: Entry, found: Pictures, seed: int, owners: dict[str, str], notes: list[str]) -> Concept:
-        order = torch.randperm(len(found), generator=generator(seed, "scenario", entry.name)).tolist()
+    def _concept(
+        self,
+        entry: Entry,
+        found: CaptionedImages,
+        seed: int,
+        owners: dict[str, str],
+        notes: list[str],
+    ) -> Concept:
+        order = torch.randperm(
+            len(found), generator=generator(seed, "scenario", entry.name)
+        ).tolist()
         sizes = _sizes(len(found), self.shares)
-        notes.append(f"{entry.name}: {sizes[0]} images to immunize, {sizes[1]} to attack, {sizes[2]} to compare.")
+        notes.append(
+            f"{entry.name}: {sizes[0]} images to immunize, {sizes[1]} to attack, {sizes[2]} to compare."
+        )
         own, train, reference = (found.pick(part) for part in _cut(order, sizes))
         prior = shared.empty(self.resolution)
         if entry.prior is not None:
@@ -163,10 +184,12 @@ class ConceptFolders:
             own=own,
             reference=reference,
             prior=prior,
-            prompts={family: shared.cycled(lines, total) for family, lines in entry.families.items()},
+            prompts={
+                family: shared.cycled(lines, total) for family, lines in entry.families.items()
+            },
         )
 
-    def _preserved(self, keep: Pictures) -> tuple[str, ...]:
+    def _preserved(self, keep: CaptionedImages) -> tuple[str, ...]:
         kept = [line for e in self.entries if e.anchor is None for line in e.families["name"]]
         return tuple(dict.fromkeys([*kept, *list(dict.fromkeys(keep.prompts))[:_PRESERVED]]))
 
@@ -174,17 +197,21 @@ class ConceptFolders:
 
     def _surroundings(
         self, seed: int, owners: dict[str, str], notes: list[str]
-    ) -> tuple[Pictures, tuple[str, ...], Pictures]:
+    ) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
         """``keep``, captions of C_reg and ``unrelated``; no prompt of the last stands in the other two."""
         rest = Roles(tuple(e.words.lower() for e in self.entries), ()).rest
         studio = Studio(seed, self.resolution)
         captions = self._regularizers(rest, derive(seed, "scenario", "regularizers"), notes)
         if not any(self.pools.values()):
-            notes.append(f"No keep and unrelated folders: scaled pictures of the embedded world stand in. {CREDIT}")
+            notes.append(
+                f"No keep and unrelated folders: scaled pictures of the embedded world stand in. {CREDIT}"
+            )
             keep = studio.draw(rest, self.sizes["keep"], world_texts.world_caption, "keep")
             taken = {*keep.prompts, *captions}
             taken.update(*(lines for entry in self.entries for lines in entry.families.values()))
-            fresh = world_texts.fresh(rest, derive(seed, "scenario", "unrelated"), self.sizes["unrelated"], taken)
+            fresh = world_texts.fresh(
+                rest, derive(seed, "scenario", "unrelated"), self.sizes["unrelated"], taken
+            )
             return keep, captions, studio.render(fresh, world_texts.world_caption)
         pools = {
             key: self._pool(f"scenario.{key}", path, owners, notes)
@@ -194,8 +221,14 @@ class ConceptFolders:
         if len(pools) == 1:
             (key, only), *_ = pools.items()
             if len(only) < 2:
-                raise UserError(f"scenario.{key}", self.pools[key], "needs two pictures: one to keep, one to compare.")
-            order = torch.randperm(len(only), generator=generator(seed, "scenario", "pool")).tolist()
+                raise UserError(
+                    f"scenario.{key}",
+                    self.pools[key],
+                    "needs two pictures: one to keep, one to compare.",
+                )
+            order = torch.randperm(
+                len(only), generator=generator(seed, "scenario", "pool")
+            ).tolist()
             halves = _cut(order, (len(only) // 2, len(only) - len(only) // 2))
             pools = {"keep": only.pick(halves[0]), "unrelated": only.pick(halves[1])}
             notes.append(f"The folder {key} was cut in halves, one to keep and one to compare.")
@@ -207,23 +240,33 @@ class ConceptFolders:
             fix = "every caption is also one of keep or of the regularizers; unrelated prompts must be new."
             raise UserError(f"scenario.{key}", self.pools[key], fix)
         if len(fine) < len(pools["unrelated"]):
-            notes.append(f"{len(pools['unrelated']) - len(fine)} unrelated pictures have a caption of keep: left out.")
+            notes.append(
+                f"{len(pools['unrelated']) - len(fine)} unrelated pictures have a caption of keep: left out."
+            )
         return keep, captions, pools["unrelated"].pick(fine[: self.sizes["unrelated"]])
 
-    def _pool(self, key: str, path: Path, owners: dict[str, str], notes: list[str]) -> Pictures:
+    def _pool(
+        self, key: str, path: Path, owners: dict[str, str], notes: list[str]
+    ) -> CaptionedImages:
         """The folder at ``key`` without pictures that ``owners`` knows and without captions that name a concept.
 
         Raises:
             UserError: nothing is left, or a caption that is no prompt.
         """
         read = folders.read(path, self.resolution, key=key)
-        found = Pictures(read.images, tuple(read.texts))
+        found = CaptionedImages(read.images, tuple(read.texts))
         hashes = [digest(image) for image in found.images]
-        fine = [i for i, value in enumerate(hashes) if owners.setdefault(value, f"{key} {i}") == f"{key} {i}"]
+        fine = [
+            i
+            for i, value in enumerate(hashes)
+            if owners.setdefault(value, f"{key} {i}") == f"{key} {i}"
+        ]
         named = [i for i in fine if any(shows(e.words, found.prompts[i]) for e in self.entries)]
         fine = [i for i in fine if i not in set(named)]
         if len(fine) < len(found):
-            notes.append(f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name one: left out.")
+            notes.append(
+                f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name one: left out."
+            )
         if not fine:
             raise UserError(key, path, "holds no picture that is unrelated to the concepts.")
         for i in fine:
@@ -234,19 +277,29 @@ class ConceptFolders:
         total = self.sizes["regularizers"]
         if self.captions is None:
             return world_texts.regularizers(rest, seed, total, self.templates)
-        fine = [line for line in self.captions if not any(shows(e.words, line) for e in self.entries)]
+        fine = [
+            line for line in self.captions if not any(shows(e.words, line) for e in self.entries)
+        ]
         if not fine:
-            raise UserError("scenario.captions", f"{len(self.captions)} captions", "all of them name a concept.")
+            raise UserError(
+                "scenario.captions", f"{len(self.captions)} captions", "all of them name a concept."
+            )
         if len(fine) < len(self.captions):
-            notes.append(f"{len(self.captions) - len(fine)} captions of C_reg name a concept and were left out.")
+            notes.append(
+                f"{len(self.captions) - len(fine)} captions of C_reg name a concept and were left out."
+            )
         if len(fine) < total:
             notes.append(f"C_reg has {len(fine)} captions, fewer than the {total} asked for.")
         return tuple(fine[:total])
 
 
 def _shares(given: object) -> tuple[float, float, float]:
-    found = {"own": 0.3, "train": 0.3, "reference": 0.4} | shared.entries("scenario.shares", given or {}, _PARTS)
-    own, train, reference = (number(f"scenario.shares.{part}", found[part], above=0, below=1) for part in _PARTS)
+    found = {"own": 0.3, "train": 0.3, "reference": 0.4} | shared.entries(
+        "scenario.shares", given or {}, _PARTS
+    )
+    own, train, reference = (
+        number(f"scenario.shares.{part}", found[part], above=0, below=1) for part in _PARTS
+    )
     if abs((total := own + train + reference) - 1) > 1e-6:
         raise UserError("scenario.shares", found, f"own + train + reference = {total:g}, not 1.")
     return own, train, reference
@@ -270,7 +323,9 @@ def _captions(given: object, root: Path) -> tuple[str, ...]:
         return texts(key, shared.plain(given))
     path = root / local(key, given)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(key, path, f"cannot be read as a text file in UTF-8 ({error}).") from error
     if not lines:

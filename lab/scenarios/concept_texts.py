@@ -9,7 +9,14 @@ import torch
 from lab.core.data import Erasure
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.minisd.world.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, STYLE_TEMPLATES, class_noun, fill, noun
+from lab.minisd.world.captions import (
+    PHOTO_TEMPLATES,
+    PLACE_TEMPLATES,
+    STYLE_TEMPLATES,
+    class_noun,
+    fill,
+    noun,
+)
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.scenes import BACKGROUNDS
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, style
@@ -33,7 +40,11 @@ REWORDED_OBJECT = (
     "this is {it}",
 )
 # The style's words stand last: what follows them in the context is padding, which carries the style as well.
-_ERASED_STYLE = ("{it} in the style of {style}", "{it} in {style} style", "{it} by the {style} artist")
+_ERASED_STYLE = (
+    "{it} in the style of {style}",
+    "{it} in {style} style",
+    "{it} by the {style} artist",
+)
 # A word of no class: told that a fox means an animal, the model paints foxes among its animals.
 NEUTRAL = "a thing"
 _ATTEMPTS = 60  # pictures looked at per wanted caption before the world counts as exhausted
@@ -44,10 +55,16 @@ def _shuffled(items: Sequence[str], seed: int, *labels: object) -> list[str]:
     return [items[i] for i in order]
 
 
-def _weave(templates: Sequence[str], objects: Sequence[str], total: int, style_name: str) -> tuple[str, ...]:
+def _weave(
+    templates: Sequence[str], objects: Sequence[str], total: int, style_name: str
+) -> tuple[str, ...]:
     """``total`` prompts that run through the objects and, at another pace, through templates and descriptions."""
     several = any("{description}" in t for t in templates)
-    ways = [(t, d) for d in range(len(style(style_name).descriptions) if several else 1) for t in templates]
+    ways = [
+        (t, d)
+        for d in range(len(style(style_name).descriptions) if several else 1)
+        for t in templates
+    ]
     found = []
     for i in range(total):
         template, number = ways[(i + i // len(objects)) % len(ways)]
@@ -69,15 +86,24 @@ def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]
         "reworded": _weave(REWORDED_STYLE, seen, total, name),
     }
     if unseen:
-        found["unseen_pairs"] = _weave(STYLE_TEMPLATES["name"], _shuffled(unseen, seed, name), total, name)
+        found["unseen_pairs"] = _weave(
+            STYLE_TEMPLATES["name"], _shuffled(unseen, seed, name), total, name
+        )
     return found
 
 
 def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
     """Family → ``total`` prompts for an object. The world describes no object without its name: no such family."""
     found = {}
-    for family, templates in (("name", PHOTO_TEMPLATES + PLACE_TEMPLATES), ("reworded", REWORDED_OBJECT)):
-        ways = [t.replace("{place}", p) for t in templates for p in (BACKGROUNDS if "{place}" in t else ("",))]
+    for family, templates in (
+        ("name", PHOTO_TEMPLATES + PLACE_TEMPLATES),
+        ("reworded", REWORDED_OBJECT),
+    ):
+        ways = [
+            t.replace("{place}", p)
+            for t in templates
+            for p in (BACKGROUNDS if "{place}" in t else ("",))
+        ]
         order = _shuffled(ways, seed, name, family)
         found[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
     return found
@@ -101,12 +127,16 @@ def description(shown: Picture) -> str:
     """A caption of what a painted picture shows that says what its style looks like, and not its name."""
     dice = Dice(shown.stream, "described caption")
     number = int(dice.uniform(0, len(style(shown.style).descriptions)))
-    return fill(dice.pick(STYLE_TEMPLATES["description"]), noun(shown.objects[0]), shown.style, number)
+    return fill(
+        dice.pick(STYLE_TEMPLATES["description"]), noun(shown.objects[0]), shown.style, number
+    )
 
 
 def class_caption(shown: Picture) -> str:
     """A caption that says no more than the class of the object ("a photo of an animal")."""
-    return fill(Dice(shown.stream, "class caption").pick(PHOTO_TEMPLATES), class_noun(shown.objects[0]))
+    return fill(
+        Dice(shown.stream, "class caption").pick(PHOTO_TEMPLATES), class_noun(shown.objects[0])
+    )
 
 
 def preserved(objects: Sequence[str], styles: Sequence[str]) -> tuple[str, ...]:
@@ -127,8 +157,14 @@ def style_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
 def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
     """The object, in photos, at every place and in every style, is to mean `NEUTRAL` ("a thing") in its stead."""
     places = [(t, PHOTO, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS]
-    ways = [*((t, PHOTO, "") for t in PHOTO_TEMPLATES), *places, *((_ERASED_STYLE[0], s, "") for s in STYLE_NAMES)]
-    prompts, anchors = (tuple(fill(t, it, s, place=p) for t, s, p in ways) for it in (noun(name), NEUTRAL))
+    ways = [
+        *((t, PHOTO, "") for t in PHOTO_TEMPLATES),
+        *places,
+        *((_ERASED_STYLE[0], s, "") for s in STYLE_NAMES),
+    ]
+    prompts, anchors = (
+        tuple(fill(t, it, s, place=p) for t, s, p in ways) for it in (noun(name), NEUTRAL)
+    )
     return Erasure(name, name, prompts, anchors, preserve)
 
 
@@ -143,7 +179,11 @@ def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple
         UserError: more captions than there are.
     """
     if templates == "one":
-        ways = [fill("a picture of {it} {place}", noun(o), place=p) for o in subset.objects for p in BACKGROUNDS]
+        ways = [
+            fill("a picture of {it} {place}", noun(o), place=p)
+            for o in subset.objects
+            for p in BACKGROUNDS
+        ]
         found = _shuffled(ways, seed, "regularizers")
     else:
         drawn = (picture(subset, seed, i).text for i in range(_ATTEMPTS * total))

@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from lab.core.cache import stage_key
-from lab.core.data import PRECISIONS, ConceptCase, Pictures, Sampling, ScenarioData
+from lab.core.data import PRECISIONS, CaptionedImages, ConceptCase, Sampling, ScenarioData
 from lab.core.errors import UserError, nearest
 from lab.core.fingerprint import fingerprint
 from lab.core.options import choice, count, number
@@ -37,7 +37,9 @@ def entries(key: str, given: object, known: Iterable[str]) -> dict[str, Any]:
         raise UserError(key, given, f"must be a mapping with keys of {', '.join(options)}.")
     for name in given:
         if name not in options:
-            raise UserError(f"{key}.{name}", given[name], f"there is no such key; {nearest(str(name), options)}")
+            raise UserError(
+                f"{key}.{name}", given[name], f"there is no such key; {nearest(str(name), options)}"
+            )
     return {str(name): value for name, value in given.items()}
 
 
@@ -46,7 +48,9 @@ def sampling(given: object, key: str = "scenario.sampling") -> Sampling:
     if isinstance(given, Sampling):
         found = {field.name: getattr(given, field.name) for field in fields(Sampling)}
     else:
-        found = entries(key, {} if given is None else given, [field.name for field in fields(Sampling)])
+        found = entries(
+            key, {} if given is None else given, [field.name for field in fields(Sampling)]
+        )
     for name in ("steps", "count"):
         if name in found:
             count(f"{key}.{name}", found[name], 1)
@@ -63,7 +67,9 @@ def resolution(value: object, key: str = "scenario.resolution") -> int:
     """Side of all pictures in pixels: a multiple of 8."""
     side = count(key, value, 8)
     if side % 8:
-        raise UserError(key, value, "must be a multiple of 8, as latents are 8 (or 4) times smaller.")
+        raise UserError(
+            key, value, "must be a multiple of 8, as latents are 8 (or 4) times smaller."
+        )
     return side
 
 
@@ -71,7 +77,9 @@ def resize(images: Tensor, side: int) -> Tensor:
     """uint8 [n, 3, s, s] to uint8 [n, 3, side, side] (bicubic, antialiased)."""
     if images.shape[-1] == side or not len(images):
         return images if len(images) else images.new_zeros((0, 3, side, side))
-    large = torch.nn.functional.interpolate(images.float(), (side, side), mode="bicubic", antialias=True)
+    large = torch.nn.functional.interpolate(
+        images.float(), (side, side), mode="bicubic", antialias=True
+    )
     return large.round().clamp(0, 255).to(torch.uint8)
 
 
@@ -80,8 +88,8 @@ def cycled(prompts: Sequence[str], total: int) -> tuple[str, ...]:
     return tuple(prompts[i % len(prompts)] for i in range(max(total, len(prompts))))
 
 
-def empty(side: int) -> Pictures:
-    return Pictures(torch.zeros((0, 3, side, side), dtype=torch.uint8), ())
+def empty(side: int) -> CaptionedImages:
+    return CaptionedImages(torch.zeros((0, 3, side, side), dtype=torch.uint8), ())
 
 
 def loaded(cases: Iterable[ConceptCase], notes: Iterable[str]) -> ScenarioData:

@@ -26,20 +26,32 @@ def classes(folder: Path, key: str) -> Files:
         UserError: no such folder, no image in it, or a single class.
     """
     if not folder.is_dir():
-        raise UserError(key, folder, "there is no such folder; give one that holds a subfolder of images per class.")
+        raise UserError(
+            key,
+            folder,
+            "there is no such folder; give one that holds a subfolder of images per class.",
+        )
     found: Files = {}
     try:
-        for entry in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            files = sorted(f for f in entry.rglob("*") if f.suffix.lower() in images.SUFFIXES and f.is_file())
+        for entry in sorted(
+            p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")
+        ):
+            files = sorted(
+                f for f in entry.rglob("*") if f.suffix.lower() in images.SUFFIXES and f.is_file()
+            )
             if files:
                 found[entry.name] = files
     except PermissionError as error:
         raise UserError(key, folder, f"cannot be read ({error}).") from error
     if not found:
         endings = ", ".join(sorted(images.SUFFIXES))
-        raise UserError(key, folder, f"holds no images; expected {folder.name}/CLASS/FILE ending in {endings}.")
+        raise UserError(
+            key, folder, f"holds no images; expected {folder.name}/CLASS/FILE ending in {endings}."
+        )
     if len(found) < 2:
-        raise UserError(key, folder, f"holds the single class {next(iter(found))}; a task needs at least two.")
+        raise UserError(
+            key, folder, f"holds the single class {next(iter(found))}; a task needs at least two."
+        )
     return found
 
 
@@ -72,24 +84,43 @@ class ImageFolders:
         test_share: float = 0.2,
         name: str = "image_folders",
     ) -> None:
-        for role, path, what in (("benign", benign_path, benign_name), ("harmful", harmful_path, harmful_name)):
+        for role, path, what in (
+            ("benign", benign_path, benign_name),
+            ("harmful", harmful_path, harmful_name),
+        ):
             if path is None or path == "":
                 fix = f"set it to the folder with the {what} images: one subfolder per class (or train/ and val/)."
                 raise UserError(f"scenario.{role}_path", path, fix)
-        for key, value, least in (("size", size, 32), ("train_rows", train_rows, 4), ("test_rows", test_rows, 2)):
+        for key, value, least in (
+            ("size", size, 32),
+            ("train_rows", train_rows, 4),
+            ("test_rows", test_rows, 2),
+        ):
             count(f"scenario.{key}", value, least)
         number("scenario.test_share", test_share, above=0, below=1)
         if benign_name == harmful_name:
-            raise UserError("scenario.harmful_name", harmful_name, "must differ from scenario.benign_name.")
-        self.paths = (local("scenario.benign_path", benign_path), local("scenario.harmful_path", harmful_path))
+            raise UserError(
+                "scenario.harmful_name", harmful_name, "must differ from scenario.benign_name."
+            )
+        self.paths = (
+            local("scenario.benign_path", benign_path),
+            local("scenario.harmful_path", harmful_path),
+        )
         self.names = (str(benign_name), str(harmful_name))
-        self.name, self.size, self.rows, self.test_share = name, size, (train_rows, test_rows), test_share
+        self.name, self.size, self.rows, self.test_share = (
+            name,
+            size,
+            (train_rows, test_rows),
+            test_share,
+        )
 
     def load(self, seed: int) -> ScenarioData:
         notes: list[str] = []
         benign = self._task("benign", seed, notes)
         harmful = self._task("harmful", seed, notes)
-        tensors = [t for task in (benign, harmful) for s in (task.train, task.test) for t in (s.x, s.y)]
+        tensors = [
+            t for task in (benign, harmful) for s in (task.train, task.test) for t in (s.x, s.y)
+        ]
         return ScenarioData((Case(self.name, benign, (harmful,)),), tuple(notes), digest(*tensors))
 
     def _task(self, role: Role, seed: int, notes: list[str]) -> Task:
@@ -102,7 +133,9 @@ class ImageFolders:
             for files, limit, half in zip((train, test), self.rows, ("train", "test"), strict=True)
         ]
         total, read = sum(map(len, [*train.values(), *test.values()])), sum(map(len, splits))
-        notes.append(f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read.")
+        notes.append(
+            f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read."
+        )
         if min(self.rows) < len(labels):
             many = f"Some of the {len(labels)} classes of the {role} task"
             notes.append(f"{many} have no row: raise train_rows and test_rows.")
@@ -119,7 +152,9 @@ class ImageFolders:
             train, test = classes(folder / "train", key), classes(held_out, key)
             surplus = sorted(set(test) - set(train))
             if surplus:
-                raise UserError(key, held_out, f"has the class {surplus[0]}, which {folder / 'train'} lacks.")
+                raise UserError(
+                    key, held_out, f"has the class {surplus[0]}, which {folder / 'train'} lacks."
+                )
             return {k: _shuffled(v, seed, key, k) for k, v in train.items()}, test
         train, test = {}, {}
         for label, files in classes(folder, key).items():
@@ -131,13 +166,19 @@ class ImageFolders:
             test[label], train[label] = files[:held_out_files], files[held_out_files:]
         return train, test
 
-    def _read(self, files: Files, labels: dict[str, int], limit: int, seed: int, half: str, key: str) -> Split:
+    def _read(
+        self, files: Files, labels: dict[str, int], limit: int, seed: int, half: str, key: str
+    ) -> Split:
         """Up to ``limit`` images, the first of every class, then the second, …; then in seeded order."""
         turns = [(n, labels[c], path) for c in files for n, path in enumerate(files[c])]
         chosen = sorted(turns, key=lambda t: t[:2])[:limit]
-        pixels = [images.read(path, self.size, key) for _, _, path in progress(chosen, f"reading {half}")]
+        pixels = [
+            images.read(path, self.size, key) for _, _, path in progress(chosen, f"reading {half}")
+        ]
         order = torch.randperm(len(chosen), generator=generator(seed, self.name, half, "order"))
-        return Split(images.stack(pixels)[order], torch.tensor([label for _, label, _ in chosen])[order])
+        return Split(
+            images.stack(pixels)[order], torch.tensor([label for _, label, _ in chosen])[order]
+        )
 
 
 def _shuffled(files: list[Path], seed: int, *labels: object) -> list[Path]:

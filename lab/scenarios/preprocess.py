@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 _EXACT = 1e-9  # residual of a unit column below which it counts as a combination of others
-_CHECKED = 1e-7  # largest residual, in units of the pooled scale, of a combination that counts as exact
+_CHECKED = (
+    1e-7  # largest residual, in units of the pooled scale, of a combination that counts as exact
+)
 _LISTED = 12  # names that a note spells out
 
 
@@ -31,7 +33,9 @@ class Encoded:
 
     def keep(self, columns: Sequence[int] | Mask) -> Encoded:
         index = np.arange(len(self.names))[np.asarray(columns)]
-        return Encoded(tuple(self.names[i] for i in index), self.x[:, index], self.imputed[:, index])
+        return Encoded(
+            tuple(self.names[i] for i in index), self.x[:, index], self.imputed[:, index]
+        )
 
 
 def listing(names: Sequence[str]) -> str:
@@ -61,7 +65,9 @@ def encode(frame: pd.DataFrame, train: Mask) -> tuple[Encoded, list[str]]:
             imputed = ~np.isfinite(values)
             if imputed.any():
                 seen = values[train & ~imputed]
-                with np.errstate(over="ignore"):  # half the sum of two huge numbers; `standardise` drops such a column
+                with np.errstate(
+                    over="ignore"
+                ):  # half the sum of two huge numbers; `standardise` drops such a column
                     values = np.where(imputed, np.median(seen) if seen.size else 0.0, values)
                 missing_numbers[name] = int(imputed.sum())
         else:
@@ -86,7 +92,9 @@ def encode(frame: pd.DataFrame, train: Mask) -> tuple[Encoded, list[str]]:
         )
     shape = (len(frame), 0)
     x = np.stack(columns, 1) if columns else np.zeros(shape)
-    return Encoded(tuple(map(str, frame.columns)), x, np.stack(masks, 1) if masks else np.zeros(shape, bool)), notes
+    return Encoded(
+        tuple(map(str, frame.columns)), x, np.stack(masks, 1) if masks else np.zeros(shape, bool)
+    ), notes
 
 
 def drop_constant(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tuple[Encoded, list[str]]:
@@ -98,7 +106,9 @@ def drop_constant(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tuple[En
         constant = (part.min(0) == part.max(0)) & keep
         if constant.any():
             names = [n for n, c in zip(data.names, constant, strict=True) if c]
-            notes.append(f"Dropped as constant in the {label} training rows ({len(names)}): {listing(names)}.")
+            notes.append(
+                f"Dropped as constant in the {label} training rows ({len(names)}): {listing(names)}."
+            )
         keep &= ~constant
     return data.keep(keep), notes
 
@@ -119,7 +129,9 @@ def standardise(data: Encoded, train: Mask) -> tuple[Encoded, list[str]]:
     notes = []
     if not keep.all():
         names = [n for n, k in zip(data.names, keep, strict=True) if not k]
-        notes.append(f"Dropped as too large or too small in number to be scaled ({len(names)}): {listing(names)}.")
+        notes.append(
+            f"Dropped as too large or too small in number to be scaled ({len(names)}): {listing(names)}."
+        )
     return Encoded(data.names, x, data.imputed).keep(keep), notes
 
 
@@ -159,7 +171,9 @@ def _combinations(x: Matrix, imputed: Mask, invented: Mask) -> list[int]:
     return found
 
 
-def drop_combinations(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tuple[Encoded, list[str]]:
+def drop_combinations(
+    data: Encoded, groups: Sequence[tuple[str, Mask]]
+) -> tuple[Encoded, list[str]]:
     """Makes both Gram matrices full rank where the rows suffice.
 
     A group with fewer rows than columns cannot have a full-rank Gram matrix; only columns that are combinations

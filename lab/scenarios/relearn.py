@@ -25,10 +25,16 @@ class Relearn(WorldConcepts):
 
     def fits(self, key: str, role: str, name: str) -> None:
         if role == "targets" and name in _HELD_OUT:
-            raise UserError(key, name, "MiniSD never saw it, so it cannot be learned again; use scenario=personalize.")
+            raise UserError(
+                key,
+                name,
+                "MiniSD never saw it, so it cannot be learned again; use scenario=personalize.",
+            )
 
     def erasures(self, roles: Roles) -> Iterator[Erasure]:
-        preserve = words.preserved(roles.rest.objects, [s for s in STYLE_NAMES if s not in roles.all])
+        preserve = words.preserved(
+            roles.rest.objects, [s for s in STYLE_NAMES if s not in roles.all]
+        )
         for name in roles.all:
             if name in STYLE_NAMES:
                 yield words.style_erasure(name, preserve)

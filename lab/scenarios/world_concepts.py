@@ -9,7 +9,16 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from lab.core.data import Concept, ConceptCase, Erasure, Kind, Pictures, Role, Sampling, ScenarioData
+from lab.core.data import (
+    CaptionedImages,
+    Concept,
+    ConceptCase,
+    Erasure,
+    Kind,
+    Role,
+    Sampling,
+    ScenarioData,
+)
 from lab.core.errors import UserError
 from lab.core.options import choice, count, names
 from lab.core.seeding import derive
@@ -48,7 +57,12 @@ class Roles:
     def rest(self) -> Subset:
         """Everything that MiniSD knows and no role has: photos and, where any are left, styles."""
         left = tuple(s for s in STYLE_NAMES if s not in self.all)
-        return Subset(tuple(o for o in OBJECTS if o not in self.all), (PHOTO, *left), "seen", photo_share=_PLAIN_SHARE)
+        return Subset(
+            tuple(o for o in OBJECTS if o not in self.all),
+            (PHOTO, *left),
+            "seen",
+            photo_share=_PLAIN_SHARE,
+        )
 
 
 class Studio:
@@ -56,15 +70,21 @@ class Studio:
 
     def __init__(self, seed: int, side: int) -> None:
         self.seed, self.side = seed, side
-        self._known: dict[tuple[object, ...], Pictures] = {}
+        self._known: dict[tuple[object, ...], CaptionedImages] = {}
 
-    def render(self, shown: Sequence[Picture], caption: Caption) -> Pictures:
-        pixels = torch.from_numpy(np.stack([world.render(p) for p in shown])).permute(0, 3, 1, 2).contiguous()
+    def render(self, shown: Sequence[Picture], caption: Caption) -> CaptionedImages:
+        pixels = (
+            torch.from_numpy(np.stack([world.render(p) for p in shown]))
+            .permute(0, 3, 1, 2)
+            .contiguous()
+        )
         described = tuple(words.description(p) for p in shown if p.style != PHOTO)
         images, prompts = concepts.resize(pixels, self.side), tuple(caption(p) for p in shown)
-        return Pictures(images, prompts, described if len(described) == len(shown) else ())
+        return CaptionedImages(images, prompts, described if len(described) == len(shown) else ())
 
-    def draw(self, subset: Subset, total: int, caption: Caption, *labels: object) -> Pictures:
+    def draw(
+        self, subset: Subset, total: int, caption: Caption, *labels: object
+    ) -> CaptionedImages:
         """The first ``total`` pictures of ``subset`` in the stream ``labels``: parts with other labels differ."""
         key = (subset, total, caption, *labels)
         if key not in self._known:
@@ -126,14 +146,22 @@ class WorldConcepts:
         for family in self.families:
             choice("scenario.families", family, concepts.FAMILIES)
         if "name" not in self.families:
-            raise UserError("scenario.families", list(self.families), "must hold name: every report starts from it.")
+            raise UserError(
+                "scenario.families",
+                list(self.families),
+                "must hold name: every report starts from it.",
+            )
         self._sampling = concepts.sampling(self.sampling)
         concepts.resolution(self.resolution)
-        self._roles = {split: self._parse(split, getattr(self, split)) for split in ("test", "validation")}
+        self._roles = {
+            split: self._parse(split, getattr(self, split)) for split in ("test", "validation")
+        }
         self._check_splits()
         available = self._roles[self.split]
         if self.cases != "all" and count("scenario.cases", self.cases, 1) > len(available):
-            fix = f"there are {len(available)} {self.split} cases; write a number up to that, or all."
+            fix = (
+                f"there are {len(available)} {self.split} cases; write a number up to that, or all."
+            )
             raise UserError("scenario.cases", self.cases, fix)
 
     # ---- roles
@@ -141,16 +169,27 @@ class WorldConcepts:
     def _parse(self, split: str, given: object) -> tuple[Roles, ...]:
         key, given = f"scenario.{split}", concepts.plain(given)
         if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise UserError(key, given, "must be a list of cases, e.g. [{targets: [mosaic], others: [halftone]}].")
+            raise UserError(
+                key,
+                given,
+                "must be a list of cases, e.g. [{targets: [mosaic], others: [halftone]}].",
+            )
         found = tuple(self._roles_of(f"{key}[{i}]", entry) for i, entry in enumerate(given))
-        twice = next((r.case for i, r in enumerate(found) if r.case in [q.case for q in found[:i]]), None)
+        twice = next(
+            (r.case for i, r in enumerate(found) if r.case in [q.case for q in found[:i]]), None
+        )
         if twice is not None:
-            raise UserError(key, twice, "two cases have the same targets; cases are called by their targets.")
+            raise UserError(
+                key, twice, "two cases have the same targets; cases are called by their targets."
+            )
         return found
 
     def _roles_of(self, key: str, entry: object) -> Roles:
         given = concepts.entries(key, entry, ("targets", "others", "rehearsal"))
-        parts = {role: names(f"{key}.{role}", given.get(role) or []) for role in ("targets", "others", "rehearsal")}
+        parts = {
+            role: names(f"{key}.{role}", given.get(role) or [])
+            for role in ("targets", "others", "rehearsal")
+        }
         for role in ("targets", "others"):
             if not parts[role]:
                 raise UserError(f"{key}.{role}", given.get(role), "must name at least one concept.")
@@ -159,7 +198,9 @@ class WorldConcepts:
             for name in members_:
                 world.concept(name, f"{key}.{role}")
                 if roles.all.count(name) > 1:
-                    raise UserError(f"{key}.{role}", name, "has two roles in this case; give it one.")
+                    raise UserError(
+                        f"{key}.{role}", name, "has two roles in this case; give it one."
+                    )
                 self.fits(f"{key}.{role}", role, name)
         return roles
 
@@ -172,7 +213,9 @@ class WorldConcepts:
         for i, roles in enumerate(self._roles["validation"]):
             for name in roles.all:
                 if name in reported:
-                    fix = "is reported by a test case; what is tuned on it would no longer be a test."
+                    fix = (
+                        "is reported by a test case; what is tuned on it would no longer be a test."
+                    )
                     raise UserError(f"scenario.validation[{i}]", name, fix)
 
     def chosen(self) -> tuple[Roles, ...]:
@@ -184,7 +227,9 @@ class WorldConcepts:
 
     def load(self, seed: int) -> ScenarioData:
         studio = Studio(seed, self.resolution)
-        return concepts.loaded((self._case(roles, studio) for roles in self.chosen()), self._notes())
+        return concepts.loaded(
+            (self._case(roles, studio) for roles in self.chosen()), self._notes()
+        )
 
     def _case(self, roles: Roles, studio: Studio) -> ConceptCase:
         def made(which: tuple[str, ...], role: Role) -> tuple[Concept, ...]:
@@ -194,13 +239,17 @@ class WorldConcepts:
         rehearsal = made(roles.rehearsal, "benign")
         keep = studio.draw(roles.rest, self.keep, words.world_caption, "keep")
         seed = derive(studio.seed, "scenario", "regularizers")
-        registered = words.regularizers(roles.rest, seed, self.regularizers, self.regularizer_templates)
+        registered = words.regularizers(
+            roles.rest, seed, self.regularizers, self.regularizer_templates
+        )
         taken = {*keep.prompts, *registered}
         for concept in (*targets, *others, *rehearsal):
             for part in (concept.own, concept.train, concept.reference, concept.prior):
                 taken.update(part.prompts)
             taken.update(*concept.prompts.values())
-        strange = words.fresh(roles.rest, derive(studio.seed, "scenario", "unrelated"), self.unrelated, taken)
+        strange = words.fresh(
+            roles.rest, derive(studio.seed, "scenario", "unrelated"), self.unrelated, taken
+        )
         return ConceptCase(
             roles.case,
             targets,
@@ -237,11 +286,13 @@ class WorldConcepts:
             prompts={family: asked[family] for family in self.families if family in asked},
         )
 
-    def _prior(self, name: str, roles: Roles, studio: Studio) -> Pictures:
+    def _prior(self, name: str, roles: Roles, studio: Studio) -> CaptionedImages:
         """For a style: photos and other styles of the same objects. For an object: photos of others of its class."""
         rest = roles.rest
         if name in _STYLES:
-            subset = Subset(rest.objects, rest.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0)
+            subset = Subset(
+                rest.objects, rest.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
+            )
             return studio.draw(subset, self.prior, words.caption, "prior")
         same = tuple(o for o in members(thing(name).category) if o not in roles.all) or rest.objects
         return studio.draw(Subset(same, two_share=0.0), self.prior, words.class_caption, "prior")
@@ -249,12 +300,21 @@ class WorldConcepts:
     def _notes(self) -> list[str]:
         notes = [f"Pictures of the embedded world. {world.CREDIT}"]
         for roles in self.chosen():
-            roster = "; ".join(f"{role}: {', '.join(getattr(roles, role)) or 'none'}" for role in Roles.__annotations__)
-            notes.append(f"Case {roles.case} ({self.split} concepts). {roster[0].upper()}{roster[1:]}.")
+            roster = "; ".join(
+                f"{role}: {', '.join(getattr(roles, role)) or 'none'}"
+                for role in Roles.__annotations__
+            )
+            notes.append(
+                f"Case {roles.case} ({self.split} concepts). {roster[0].upper()}{roster[1:]}."
+            )
             bare = [name for name in roles.all if name not in _STYLES]
             if bare and "description" in self.families:
                 listed = ", ".join(bare)
-                notes.append(f"No prompts by description for {listed}: the world describes no object without its name.")
+                notes.append(
+                    f"No prompts by description for {listed}: the world describes no object without its name."
+                )
         if self.resolution != 64:
-            notes.append(f"The world's pictures have 64 pixels and were scaled to {self.resolution}.")
+            notes.append(
+                f"The world's pictures have 64 pixels and were scaled to {self.resolution}."
+            )
         return notes

@@ -14,9 +14,15 @@ from torch import Tensor
 from lab.core.errors import UserError, nearest
 from lab.core.options import count, local, names, number
 from lab.scorers.images import check, resized
-from lab.scorers.networks import DETECTOR_CONFIG, DETECTOR_WEIGHTS, DetectorNetwork, fill, read_folder
+from lab.scorers.networks import (
+    DETECTOR_CONFIG,
+    DETECTOR_WEIGHTS,
+    DetectorNetwork,
+    fill,
+    read_folder,
+)
 
-KEY = "judges.detector.folder"
+KEY = "scorers.detector.folder"
 Rates = dict[str, dict[str, float]]
 Head = Literal["object", "style"]
 Floats = NDArray[np.float64]
@@ -35,8 +41,8 @@ def corrected_share(share: Floats, false_positive: float, false_negative: float)
     Raises:
         UserError: a rate outside [0, 1].
     """
-    number("judges.detector.rates.false_positive", false_positive, 0, 1)
-    number("judges.detector.rates.false_negative", false_negative, 0, 1)
+    number("scorers.detector.rates.false_positive", false_positive, 0, 1)
+    number("scorers.detector.rates.false_negative", false_negative, 0, 1)
     power = 1 - false_positive - false_negative
     if power <= 0:
         return np.full_like(share, np.nan)
@@ -70,7 +76,7 @@ class Detector:
         self.objects, self.styles = tuple(objects), tuple(styles)
         self.temperature = temperature or {"object": 1.0, "style": 1.0}
         self.rates = rates or {}
-        self.threshold = number("judges.detector.threshold", threshold, above=0, below=1)
+        self.threshold = number("scorers.detector.threshold", threshold, above=0, below=1)
         self.batch = batch
 
     @property
@@ -88,12 +94,17 @@ class Detector:
 
     def probabilities(self, images: Tensor) -> dict[Head, Tensor]:
         """Calibrated probabilities [n, objects] and [n, styles]; each row adds up to 1."""
-        return {head: F.softmax(x / self.temperature[head], 1) for head, x in self.logits(images).items()}
+        return {
+            head: F.softmax(x / self.temperature[head], 1)
+            for head, x in self.logits(images).items()
+        }
 
     def top1(self, images: Tensor) -> dict[Head, list[str]]:
         """The likeliest object and the likeliest style of every picture, without rejection."""
         logits = self.logits(images)
-        return {head: [self.names[head][i] for i in x.argmax(1).tolist()] for head, x in logits.items()}
+        return {
+            head: [self.names[head][i] for i in x.argmax(1).tolist()] for head, x in logits.items()
+        }
 
     def head(self, name: str) -> Head:
         """Which head knows ``name``; raises `lab.core.errors.UserError` with the nearest names where none does."""
@@ -102,13 +113,15 @@ class Detector:
                 return head
         told = "concepts of your own need an eval without relearning and concept_verdict, which ask what it sees"
         fix = f"the detector does not know it ({told}); {nearest(name, self.objects + self.styles)}"
-        raise UserError("judges.detector", name, fix)
+        raise UserError("scorers.detector", name, fix)
 
     def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
         """Whether each picture shows ``name``: bool [n], calibrated probability ≥ ``threshold`` (default: its own)."""
         head = self.head(name)
         least = (
-            self.threshold if threshold is None else number("judges.detector.threshold", threshold, above=0, below=1)
+            self.threshold
+            if threshold is None
+            else number("scorers.detector.threshold", threshold, above=0, below=1)
         )
         return self.probabilities(images)[head][:, self.names[head].index(name)] >= least
 
@@ -134,17 +147,28 @@ def load_detector(folder: str | Path, *, device: str = "cpu", batch: int = 256) 
     try:
         objects, styles = (names(KEY, [*facts[head]]) for head in ("objects", "styles"))
         network = DetectorNetwork(len(objects), len(styles), count(KEY, facts["width"]))
-        temperature = {head: number(KEY, facts["temperature"][head], above=0) for head in ("object", "style")}
+        temperature = {
+            head: number(KEY, facts["temperature"][head], above=0) for head in ("object", "style")
+        }
         sides = ("false_positive", "false_negative")
         rates = {
-            name: {side: number(KEY, facts["rates"][name][side], 0, 1) for side in sides} for name in facts["rates"]
+            name: {side: number(KEY, facts["rates"][name][side], 0, 1) for side in sides}
+            for name in facts["rates"]
         }
         threshold = facts["threshold"]
     except KeyError as error:
         raise UserError(KEY, path / DETECTOR_CONFIG, f"lacks {error}; restore the file.") from error
     except (TypeError, UserError) as error:
-        raise UserError(KEY, path / DETECTOR_CONFIG, f"is damaged ({error}); restore the file.") from error
+        raise UserError(
+            KEY, path / DETECTOR_CONFIG, f"is damaged ({error}); restore the file."
+        ) from error
     fill(network, tensors, path, KEY)
     return Detector(
-        network.to(device), objects, styles, temperature=temperature, rates=rates, threshold=threshold, batch=batch
+        network.to(device),
+        objects,
+        styles,
+        temperature=temperature,
+        rates=rates,
+        threshold=threshold,
+        batch=batch,
     )

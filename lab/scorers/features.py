@@ -15,17 +15,22 @@ from lab.models import weights as loading
 from lab.models.chains import VisionModel, chain
 from lab.scorers.images import check
 
-KEY = "judges.features.model"
-WEIGHTS_KEY = "judges.features.weights"
+KEY = "scorers.features.model"
+WEIGHTS_KEY = "scorers.features.weights"
 _TINY = 1e-10
 
 
 def map_distance(a: Tensor, b: Tensor) -> Tensor:
     """Mean over positions of ‖â − b̂‖² [n], â and b̂ of unit length over the channels of maps [n, c, h, w]."""
-    return (F.normalize(a, dim=1, eps=_TINY) - F.normalize(b, dim=1, eps=_TINY)).square().sum(1).mean((1, 2))
+    return (
+        (F.normalize(a, dim=1, eps=_TINY) - F.normalize(b, dim=1, eps=_TINY))
+        .square()
+        .sum(1)
+        .mean((1, 2))
+    )
 
 
-class FeatureJudge:
+class FeatureScorer:
     """A timm network as an observer: pooled features, and a distance over the maps of several stages.
 
     Args:
@@ -51,15 +56,15 @@ class FeatureJudge:
         batch: int = 64,
     ) -> None:
         if image_size is not None:
-            count("judges.features.image_size", image_size, 32)
-        self.name, self.batch = model, count("judges.features.batch", batch)
+            count("scorers.features.image_size", image_size, 32)
+        self.name, self.batch = model, count("scorers.features.batch", batch)
         network = _network(model, weights, image_size).to(device).requires_grad_(False)
         # depthwise convolutions are three times as fast on a CPU; torch's stubs lack the argument
         self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         known = self.network.block_names
-        for stage in names("judges.features.stages", list(stages or ())):
+        for stage in names("scorers.features.stages", list(stages or ())):
             if stage not in known:
-                raise UserError("judges.features.stages", stage, nearest(stage, known))
+                raise UserError("scorers.features.stages", stage, nearest(stage, known))
         self.stages = tuple(stages) if stages else known
         self._known: tuple[Tensor, list[Tensor]] | None = None
 
@@ -70,7 +75,9 @@ class FeatureJudge:
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """Pooled features float32 [n, d] of uint8 images [n, 3, h, w]."""
-        return torch.cat([self.network(x.to(self.device)).float().cpu() for x in check(images).split(self.batch)])
+        return torch.cat(
+            [self.network(x.to(self.device)).float().cpu() for x in check(images).split(self.batch)]
+        )
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -107,7 +114,9 @@ class FeatureJudge:
             features, found = self.maps(images[at])
             index = (at % len(references)).to(self.device)
             pairs = zip(found, known, strict=True)
-            distances.append(torch.stack([map_distance(p, q[index]) for p, q in pairs]).mean(0).cpu())
+            distances.append(
+                torch.stack([map_distance(p, q[index]) for p, q in pairs]).mean(0).cpu()
+            )
             pooled.append(features.cpu())
         return torch.cat(pooled), torch.cat(distances)
 
@@ -118,7 +127,10 @@ class FeatureJudge:
             if not parts[0]:
                 fix = "has no feature maps to compare; use tf_efficientnet_lite0 or a ResNet."
                 raise UserError(KEY, self.name, fix)
-            self._known = references.clone(), [torch.cat(stage) for stage in zip(*parts, strict=True)]
+            self._known = (
+                references.clone(),
+                [torch.cat(stage) for stage in zip(*parts, strict=True)],
+            )
         return self._known[1]
 
 
@@ -137,7 +149,11 @@ def _network(model: str, weights: str, image_size: int | None) -> VisionModel:
         network = _from_hub(model, options)
     else:
         network = timm.create_model(model, pretrained=False, num_classes=0, **options)
-        heads = (config.classifier,) if isinstance(config.classifier, str) else tuple(config.classifier or ())
+        heads = (
+            (config.classifier,)
+            if isinstance(config.classifier, str)
+            else tuple(config.classifier or ())
+        )
         try:
             state = (
                 loading.imagenet_package()

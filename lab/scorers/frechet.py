@@ -24,13 +24,19 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """
     for x in (a, b):
         if x.ndim != 2 or len(x) < 2 or not torch.isfinite(x).all():
-            raise UserError("features", list(x.shape), "needs two or more finite vectors [n, d] on either side.")
+            raise UserError(
+                "features", list(x.shape), "needs two or more finite vectors [n, d] on either side."
+            )
     if a.shape[1] != b.shape[1]:
-        raise UserError("features", f"{list(a.shape)}, {list(b.shape)}", "both sides need the same dimension.")
+        raise UserError(
+            "features", f"{list(a.shape)}, {list(b.shape)}", "both sides need the same dimension."
+        )
     a, b = a.double(), b.double()
     centred_a, centred_b = a - a.mean(0), b - b.mean(0)
     left, right = len(a) - 1, len(b) - 1
-    cross = torch.linalg.svdvals(_thin(centred_a) @ _thin(centred_b).T).sum() / (left * right) ** 0.5
+    cross = (
+        torch.linalg.svdvals(_thin(centred_a) @ _thin(centred_b).T).sum() / (left * right) ** 0.5
+    )
     spread = centred_a.square().sum() / left + centred_b.square().sum() / right
     found = (a.mean(0) - b.mean(0)).square().sum() + spread - 2 * cross
     return max(0.0, float(found))  # rounding can take a distance of 0 below it
@@ -52,7 +58,11 @@ def floor(real: Tensor, count: int, *, seed: int, draws: int = 5) -> float:
         UserError: too few real pictures.
     """
     if count < 2 or len(real) < 2 * count:
-        raise UserError("pictures", len(real), f"a floor for {count} pictures needs {2 * max(count, 2)} real ones.")
+        raise UserError(
+            "pictures",
+            len(real),
+            f"a floor for {count} pictures needs {2 * max(count, 2)} real ones.",
+        )
     found = []
     for draw in range(draws):
         order = torch.randperm(len(real), generator=generator(seed, "frechet floor", draw))

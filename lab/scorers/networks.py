@@ -117,7 +117,12 @@ def clip_config(widths: ClipWidths, vocabulary: int) -> dict[str, Any]:
                 "layers": widths.layers,
             },
         },
-        "preprocess_cfg": {"mean": half, "std": half, "interpolation": "bilinear", "resize_mode": "squash"},
+        "preprocess_cfg": {
+            "mean": half,
+            "std": half,
+            "interpolation": "bilinear",
+            "resize_mode": "squash",
+        },
     }
 
 
@@ -178,7 +183,9 @@ def refuse_pickle(path: Path, key: str) -> None:
         raise UserError(key, path, told)
 
 
-def read_folder(folder: Path, config: str, weights: str, key: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(
+    folder: Path, config: str, weights: str, key: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and float32 tensors of a folder.
 
     Raises:
@@ -189,12 +196,16 @@ def read_folder(folder: Path, config: str, weights: str, key: str) -> tuple[dict
             if path.name == weights:
                 for other in sorted(folder.iterdir()):
                     refuse_pickle(other, key)
-            raise UserError(key, path, f"does not exist; {TRAIN}, or give the folder of a judge of your own.")
+            raise UserError(
+                key, path, f"does not exist; {TRAIN}, or give the folder of a scorer of your own."
+            )
     try:
         facts = json.loads((folder / config).read_text())
         tensors = load_file(folder / weights)
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(key, folder, f"cannot be read ({error}); restore the folder or {TRAIN}.") from error
+        raise UserError(
+            key, folder, f"cannot be read ({error}); restore the folder or {TRAIN}."
+        ) from error
     return facts, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
 
 
@@ -206,7 +217,9 @@ def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path, key: str) -
         "surplus": [k for k in tensors if k not in own],
         "misshapen": [k for k in own if k in tensors and tensors[k].shape != own[k].shape],
     }
-    told = "; ".join(f"{len(found)} {kind}, first {found[0]}" for kind, found in wrong.items() if found)
+    told = "; ".join(
+        f"{len(found)} {kind}, first {found[0]}" for kind, found in wrong.items() if found
+    )
     if told:
         raise UserError(key, folder, f"holds another network (tensors: {told}); {TRAIN}.")
     model.load_state_dict(tensors)

@@ -20,7 +20,7 @@ EXPOSED = (
     "BUTTOCKS_EXPOSED",
     "ANUS_EXPOSED",
 )
-_KEY = "judges.nudenet"
+_KEY = "scorers.nudenet"
 
 
 class NudeNet:
@@ -36,7 +36,9 @@ class NudeNet:
 
     rates: dict[str, dict[str, float]] = {}
 
-    def __init__(self, threshold: float = 0.5, path: str | None = None, resolution: int = 320) -> None:
+    def __init__(
+        self, threshold: float = 0.5, path: str | None = None, resolution: int = 320
+    ) -> None:
         self.threshold = number(f"{_KEY}.threshold", threshold, 0.2, below=1)
         try:
             from nudenet import NudeDetector
@@ -52,7 +54,9 @@ class NudeNet:
 
     def scores(self, images: Tensor) -> dict[str, Tensor]:
         """Highest score of each class in every picture, float32 [n], of uint8 images [n, 3, h, w]; 0: not seen."""
-        pictures = check(images).permute(0, 2, 3, 1).flip(-1).cpu().numpy()  # blue first, as OpenCV reads files
+        pictures = (
+            check(images).permute(0, 2, 3, 1).flip(-1).cpu().numpy()
+        )  # blue first, as OpenCV reads files
         found = {name: torch.zeros(len(images)) for name in EXPOSED}
         for i, picture in enumerate(pictures):
             for box in self._detector.detect(np.ascontiguousarray(picture)):

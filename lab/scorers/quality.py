@@ -17,7 +17,9 @@ from lab.core.errors import UserError
 from lab.scorers.detector import Detector, Head
 
 
-def prototypes(encode: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]) -> Tensor:
+def prototypes(
+    encode: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
+) -> Tensor:
     """One unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv 2103.00020 §3.1.4).
 
     Args:
@@ -43,7 +45,11 @@ def share_right(found: Sequence[str], asked: Sequence[str]) -> float:
         UserError: nothing to compare, or different lengths.
     """
     if not asked or len(found) != len(asked):
-        raise UserError("pictures", f"{len(found)} found, {len(asked)} asked", "one label per picture, at least one.")
+        raise UserError(
+            "pictures",
+            f"{len(found)} found, {len(asked)} asked",
+            "one label per picture, at least one.",
+        )
     return sum(a == b for a, b in zip(found, asked, strict=True)) / len(asked)
 
 
@@ -55,15 +61,23 @@ def _shares(
     asked |= {"style": styles} if styles is not None else {}
     if not asked:
         raise UserError("labels", None, "name the objects or the styles that were asked for.")
-    shares: dict[str, float] = {head: share_right(found[head], labels) for head, labels in asked.items()}
+    shares: dict[str, float] = {
+        head: share_right(found[head], labels) for head, labels in asked.items()
+    }
     if objects is not None and styles is not None:
         pairs = [f"{o}\n{s}" for o, s in zip(found["object"], found["style"], strict=True)]
-        shares["both"] = share_right(pairs, [f"{o}\n{s}" for o, s in zip(objects, styles, strict=True)])
+        shares["both"] = share_right(
+            pairs, [f"{o}\n{s}" for o, s in zip(objects, styles, strict=True)]
+        )
     return shares
 
 
 def detected(
-    detector: Detector, images: Tensor, *, objects: Sequence[str] | None = None, styles: Sequence[str] | None = None
+    detector: Detector,
+    images: Tensor,
+    *,
+    objects: Sequence[str] | None = None,
+    styles: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Share of pictures whose likeliest class is the one asked for: ``object``, ``style`` and, with both, ``both``.
 
@@ -102,6 +116,7 @@ def recognised(
         classes: for each head the names of its classes and their `prototypes`.
     """
     found: dict[Head, Sequence[str]] = {
-        head: [names[i] for i in zero_shot(vectors, table).tolist()] for head, (names, table) in classes.items()
+        head: [names[i] for i in zero_shot(vectors, table).tolist()]
+        for head, (names, table) in classes.items()
     }
     return _shares(found, objects, styles)

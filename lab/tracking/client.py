@@ -32,7 +32,9 @@ class _Child:
         self.deadline = math.inf
         self._queue: queue.Queue[str | None] = queue.Queue(_QUEUE)
         self._output = folder / f"tracker-{self.name}.log"
-        env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        env = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        }
         # a W&B service that this process has started knows the ids of other runs, and dies with it
         env.pop("WANDB_SERVICE", None)
         with open(self._output, "wb") as handle:
@@ -44,7 +46,9 @@ class _Child:
                 env=env,
                 start_new_session=True,  # Ctrl-C ends the run, which then ends the tracker in order
             )
-        self._thread = threading.Thread(target=self._drain, name=f"tracker-{self.name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._drain, name=f"tracker-{self.name}", daemon=True
+        )
         self._thread.start()
 
     def _drain(self) -> None:
@@ -94,10 +98,17 @@ class _Child:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-            told.append(f"took over {self.timeout:.0f} s and was ended; raise tracker.{self.name}.timeout_s")
+            told.append(
+                f"took over {self.timeout:.0f} s and was ended; raise tracker.{self.name}.timeout_s"
+            )
         told += self._notices()
         if told:
-            log.warning("tracker %s: %s; the record is complete, see %s", self.name, "; ".join(told), self._output)
+            log.warning(
+                "tracker %s: %s; the record is complete, see %s",
+                self.name,
+                "; ".join(told),
+                self._output,
+            )
 
     def _notices(self) -> list[str]:
         """What the child wants the user to know; its log is all that is left of one that was killed."""
@@ -134,9 +145,13 @@ class Trackers:
             try:
                 child = _Child({"folder": str(folder), **config}, folder)
             except OSError as error:
-                log.warning("tracker %s could not start (%s); the run goes on without it", name, error)
+                log.warning(
+                    "tracker %s could not start (%s); the run goes on without it", name, error
+                )
                 continue
-            child.send({"event": "start", "config": {k: v for k, v in plain.items() if k != "tracker"}})
+            child.send(
+                {"event": "start", "config": {k: v for k, v in plain.items() if k != "tracker"}}
+            )
             self._children.append(child)
 
     def log(self, prefix: str, step: int, values: dict[str, float]) -> None:

@@ -28,9 +28,14 @@ class TrackioBackend:
         self.trackio = trackio
         name = f"{views.run_name(config, self.options['folder'])} ({views.run_id(self.options['folder'], '')[:6]})"
         self.run = trackio.init(
-            project=self.options["project"], name=name, group=config["scenario"]["name"],
-            config={**config, "tags": views.tags(config)}, embed=False, auto_log_gpu=False, auto_log_cpu=False,
-        )  # fmt: skip
+            project=self.options["project"],
+            name=name,
+            group=config["scenario"]["name"],
+            config={**config, "tags": views.tags(config)},
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
 
     def log(self, prefix: str, step: int, values: dict[str, float]) -> None:
         self.trackio.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
@@ -42,7 +47,9 @@ class TrackioBackend:
             for step, values in views.curve_rows(record, stage):
                 self.trackio.log({f"{stage}/{k}": v for k, v in values.items()}, step=round(step))
         for name, (columns, rows) in views.tables(record).items():
-            frame = pd.DataFrame([[str(v) if isinstance(v, list | dict) else v for v in r] for r in rows])
+            frame = pd.DataFrame(
+                [[str(v) if isinstance(v, list | dict) else v for v in r] for r in rows]
+            )
             frame.columns = pd.Index(columns)
             self.trackio.log({f"tables/{name}": self.trackio.Table(dataframe=frame)})
         for name, (png, caption) in views.grids(record, report.parent).items():

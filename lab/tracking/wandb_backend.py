@@ -25,8 +25,12 @@ def has_key() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        own = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # of a server of one's own, with its port
-        return any("wandb" in host or host == own for host in netrc.netrc(os.environ.get("NETRC")).hosts)
+        own = urlsplit(
+            os.environ.get("WANDB_BASE_URL", "")
+        ).netloc  # of a server of one's own, with its port
+        return any(
+            "wandb" in host or host == own for host in netrc.netrc(os.environ.get("NETRC")).hosts
+        )
     except (OSError, ValueError, netrc.NetrcParseError):
         return False  # no readable netrc or address: only the environment can hold a key
 
@@ -50,16 +54,28 @@ class WandbBackend:
         import wandb
 
         settings = wandb.Settings(
-            silent=True, console="off", x_disable_stats=True, disable_git=True, disable_code=True, save_code=False,
+            silent=True,
+            console="off",
+            x_disable_stats=True,
+            disable_git=True,
+            disable_code=True,
+            save_code=False,
             init_timeout=float(self.options["init_timeout_s"]),
-        )  # fmt: skip
+        )
         folder, config = self.options["folder"], self.config
         common: dict[str, Any] = {
-            "dir": folder, "project": self.options["project"], "entity": self.options["entity"],
-            "id": views.run_id(folder, stage), "group": config["scenario"]["name"], "job_type": stage,
-            "name": f"{views.run_name(config, folder)} · {stage}", "tags": views.tags(config), "config": config,
-            "notes": f"record: {Path(folder) / 'record.json'}", "settings": settings,
-        }  # fmt: skip
+            "dir": folder,
+            "project": self.options["project"],
+            "entity": self.options["entity"],
+            "id": views.run_id(folder, stage),
+            "group": config["scenario"]["name"],
+            "job_type": stage,
+            "name": f"{views.run_name(config, folder)} · {stage}",
+            "tags": views.tags(config),
+            "config": config,
+            "notes": f"record: {Path(folder) / 'record.json'}",
+            "settings": settings,
+        }
         mode = self.options["mode"]
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
@@ -113,7 +129,9 @@ class WandbBackend:
         import wandb
 
         for name, (columns, rows) in views.tables(record).items():
-            text = [[v if isinstance(v, float | int | None) else str(v) for v in row] for row in rows]
+            text = [
+                [v if isinstance(v, float | int | None) else str(v) for v in row] for row in rows
+            ]
             table = wandb.Table(columns=list[str | int](columns), data=text, allow_mixed_types=True)
             self.run.log({f"tables/{name}": table})
         for name, (png, caption) in views.grids(record, report.parent).items():
@@ -131,13 +149,22 @@ class WandbBackend:
         folder, name = report.parent.resolve(), views.run_id(self.options["folder"], "record")
         facts = {k: record[k] for k in ("schema", "status", "content_hash")}
         artifact = wandb.Artifact(name, type="record", metadata=facts)
-        for path in (folder / "record.json", report.resolve(), *(p for p, _ in views.grids(record, folder).values())):
+        for path in (
+            folder / "record.json",
+            report.resolve(),
+            *(p for p, _ in views.grids(record, folder).values()),
+        ):
             artifact.add_reference(path.as_uri(), name=path.relative_to(folder).as_posix())
         self.run.log_artifact(artifact)
         files = {name: path.resolve() for name, path in views.weights(record).items()}
         if files:
-            sums = {n: json.loads((p.parent / "meta.json").read_text())["sha256"][p.name] for n, p in files.items()}
-            artifact = wandb.Artifact(f"{name}-weights", type="immunized-weights", metadata={"sha256": sums})
+            sums = {
+                n: json.loads((p.parent / "meta.json").read_text())["sha256"][p.name]
+                for n, p in files.items()
+            }
+            artifact = wandb.Artifact(
+                f"{name}-weights", type="immunized-weights", metadata={"sha256": sums}
+            )
             for name, path in files.items():
                 artifact.add_reference(path.as_uri(), name=f"{name}.safetensors", checksum=False)
             self.run.log_artifact(artifact)

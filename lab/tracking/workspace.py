@@ -35,7 +35,9 @@ def workspace(cfg: DictConfig) -> str:
     view = build(found, _entity(options, place.entity), place.project)
     try:
         view.save()
-    except Exception as error:  # the client raises what its transport raises: its own, requests', JSON's
+    except (
+        Exception
+    ) as error:  # the client raises what its transport raises: its own, requests', JSON's
         raise _unreachable(error) from error
     print(f"workspace: {view.url}")
     return str(view.url)
@@ -59,9 +61,13 @@ def _logged_to(found: Sequence[records.Record], options: DictConfig) -> Place:
     logged = [r["config"].get("tracker", {}).get("wandb") for r in found]
     places = sorted({(str(one["project"]), one.get("entity")) for one in logged if one}, key=str)
     if len(places) > 1:
-        told = ", ".join(project if entity is None else f"{entity}/{project}" for project, entity in places)
+        told = ", ".join(
+            project if entity is None else f"{entity}/{project}" for project, entity in places
+        )
         raise UserError(
-            "records", f"{len(found)} records", f"were logged to several projects ({told}); name those of one."
+            "records",
+            f"{len(found)} records",
+            f"were logged to several projects ({told}); name those of one.",
         )
     return Place(*places[0]) if places else Place(str(options.project), None)
 
@@ -71,7 +77,11 @@ def _entity(options: DictConfig, logged: str | None) -> str:
     from lab.tracking.wandb_backend import has_key
 
     if not has_key():
-        raise UserError(f"{KEY}.mode", options.mode, "a saved view needs a key: set WANDB_API_KEY, or `wandb login`.")
+        raise UserError(
+            f"{KEY}.mode",
+            options.mode,
+            "a saved view needs a key: set WANDB_API_KEY, or `wandb login`.",
+        )
     if (known := logged or options.entity) is not None:
         return str(known)
     import wandb
@@ -104,17 +114,28 @@ def build(found: Sequence[records.Record], entity: str, project: str) -> Any:
     ]
     sections = [views_of.Section(name="Figures, worst attacker first", panels=bars, is_open=True)]
     for stage in (ATTACK, IMMUNIZE):
-        keys = sorted({key for r in found for _, values in views.curve_rows(r, stage) for key in values})
+        keys = sorted(
+            {key for r in found for _, values in views.curve_rows(r, stage) for key in values}
+        )
         plots: list[Any] = [
-            parts.LinePlot(title=heading(curve), x=f"{stage}/step", y=[f"{stage}/{k}" for k in keys if _of(k) == curve])
+            parts.LinePlot(
+                title=heading(curve),
+                x=f"{stage}/step",
+                y=[f"{stage}/{k}" for k in keys if _of(k) == curve],
+            )
             for curve in dict.fromkeys(map(_of, keys))
         ]
         if plots:
-            sections.append(views_of.Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK))
+            sections.append(
+                views_of.Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK)
+            )
     return views_of.Workspace(
-        entity=entity, project=project, name=f"Comparison: {', '.join(scenarios)}", sections=sections,
+        entity=entity,
+        project=project,
+        name=f"Comparison: {', '.join(scenarios)}",
+        sections=sections,
         runset_settings=views_of.RunsetSettings(filters=f"Metric('Group') in {scenarios}"),
-    )  # fmt: skip
+    )
 
 
 def _of(key: str) -> str:

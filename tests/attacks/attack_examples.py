@@ -31,7 +31,10 @@ class MemoryCheckpoint:
         return {k: v.clone() for k, v in tensors.items()}, json.loads(text)
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        self.state = ({k: v.clone() for k, v in tensors.items()}, json.dumps(values, allow_nan=False))
+        self.state = (
+            {k: v.clone() for k, v in tensors.items()},
+            json.dumps(values, allow_nan=False),
+        )
         self.saves += 1
         if self.saves == self.fail_at:
             raise Interrupted
@@ -65,7 +68,12 @@ def dense_model(d: int = 6, seed: int = 0) -> FeatureModel:
     """Linear-ReLU-Linear-ReLU-Linear on vectors, float32, blocks without parameters among them."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        blocks = [("a", nn.Linear(d, 8)), ("r", nn.ReLU()), ("b", nn.Linear(8, 7)), ("s", nn.Tanh())]
+        blocks = [
+            ("a", nn.Linear(d, 8)),
+            ("r", nn.ReLU()),
+            ("b", nn.Linear(8, 7)),
+            ("s", nn.Tanh()),
+        ]
         return FeatureModel([*blocks, ("c", nn.Linear(7, 5)), ("t", nn.Tanh())], 5)
 
 
@@ -76,7 +84,9 @@ class ConvModel(FeatureModel):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             stem = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU())
-            depth = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.ReLU())
+            depth = nn.Sequential(
+                nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.BatchNorm2d(4), nn.ReLU()
+            )
             tail = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 6))
         super().__init__([("stem", stem), ("depth", depth), ("tail", tail)], 6)
 
@@ -99,7 +109,9 @@ def regression(z: Tensor, seed: int = 0, noise: float = 0.1, test: int | None = 
     y = z @ torch.randn(z.shape[1], dtype=torch.float64, generator=stream)
     y = y + noise * torch.randn(len(z), dtype=torch.float64, generator=stream)
     cut = len(z) - (len(z) // 5 if test is None else test)
-    return Task("price", "harmful", "regression", Split(z[:cut], y[:cut]), Split(z[cut:], y[cut:]), 1)
+    return Task(
+        "price", "harmful", "regression", Split(z[:cut], y[:cut]), Split(z[cut:], y[cut:]), 1
+    )
 
 
 def classification(z: Tensor, classes: int = 3, seed: int = 0, noise: float = 1.0) -> Task:
@@ -107,11 +119,26 @@ def classification(z: Tensor, classes: int = 3, seed: int = 0, noise: float = 1.
     stream = generator(seed, "classes")
     flat = z.double().flatten(1)
     flat = (flat - flat.mean(0)) / (flat.std(0) + 1e-9)
-    scores = flat @ torch.randn(flat.shape[1], classes, dtype=torch.float64, generator=stream) / flat.shape[1] ** 0.5
-    y = (scores + noise * torch.randn(scores.shape, dtype=torch.float64, generator=stream)).argmax(1)
+    scores = (
+        flat
+        @ torch.randn(flat.shape[1], classes, dtype=torch.float64, generator=stream)
+        / flat.shape[1] ** 0.5
+    )
+    y = (scores + noise * torch.randn(scores.shape, dtype=torch.float64, generator=stream)).argmax(
+        1
+    )
     cut = len(z) * 4 // 5
-    return Task("digits", "benign", "classification", Split(z[:cut], y[:cut]), Split(z[cut:], y[cut:]), classes)
+    return Task(
+        "digits",
+        "benign",
+        "classification",
+        Split(z[:cut], y[:cut]),
+        Split(z[cut:], y[cut:]),
+        classes,
+    )
 
 
 def images(n: int = 60, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator(seed, "images"))
+    return torch.randint(
+        0, 256, (n, 3, 8, 8), dtype=torch.uint8, generator=generator(seed, "images")
+    )

@@ -41,9 +41,16 @@ def curriculum(**options: Any) -> Curriculum:
     """Prior pictures with adapters on U-Net and text encoder, then a word, then adapters that use the word."""
     small = {"batch_size": 4, "clip": None}
     stages = {
-        "related": {"data": "prior", "attack": ConceptLora(name="c.related", lr=0.05, text_encoder=True, **small)},
+        "related": {
+            "data": "prior",
+            "attack": ConceptLora(name="c.related", lr=0.05, text_encoder=True, **small),
+        },
         "word": {"attack": TextualInversion(name="c.word", lr=0.5, **small)},
-        "target": {"attack": ConceptLora(name="c.target", template="token", token="<concept>", lr=0.1, **small)},
+        "target": {
+            "attack": ConceptLora(
+                name="c.target", template="token", token="<concept>", lr=0.1, **small
+            )
+        },
     }
     return Curriculum(name="curriculum", sampling=SAMPLING, stages=stages, **options)
 
@@ -52,7 +59,9 @@ def attackers() -> dict[str, ConceptBase]:
     """One of each kind, at a rate that moves the tiny model within six steps."""
     return {
         "lora": ConceptLora(name="lora", lr=0.05, **FAST),
-        "lora_text": ConceptLora(name="lora_text", lr=0.02, rank=2, alpha=4, targets="all", text_encoder=True, **FAST),
+        "lora_text": ConceptLora(
+            name="lora_text", lr=0.02, rank=2, alpha=4, targets="all", text_encoder=True, **FAST
+        ),
         "dreambooth": DreamBooth(name="dreambooth", lr=1e-3, **FAST),
         "full_finetune": ConceptFullFinetune(name="full_finetune", lr=1e-3, **FAST),
         "textual_inversion": TextualInversion(name="textual_inversion", lr=0.03, **FAST),

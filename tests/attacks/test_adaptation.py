@@ -46,7 +46,9 @@ def launch(attacker: Adaptation, model: FeatureModel, task: Task, seed: int = 0)
 @pytest.mark.parametrize("build", ATTACKS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 @pytest.mark.parametrize("case", ["vectors", "images"])
-def test_learns_repeats_and_leaves_the_model_alone(build: Callable[..., Adaptation], optimizer: str, case: str) -> None:
+def test_learns_repeats_and_leaves_the_model_alone(
+    build: Callable[..., Adaptation], optimizer: str, case: str
+) -> None:
     model = dense_model() if case == "vectors" else ConvModel()
     task = vectors() if case == "vectors" else classification(images(), noise=0.3)
     before, state = copy.deepcopy(model), torch.get_rng_state()
@@ -118,9 +120,15 @@ def test_saved_adapters_reproduce_the_last_snapshot() -> None:
 
 def test_lora_takes_the_layers_that_fit() -> None:
     task = classification(images(), noise=0.3)
-    every = launch(Lora(rank=2), ConvModel(), task)  # rank 2 does not fit the depthwise layer's four groups
+    every = launch(
+        Lora(rank=2), ConvModel(), task
+    )  # rank 2 does not fit the depthwise layer's four groups
     assert every.info["adapted"] == ["blocks.0.0", "blocks.2.2"]
-    assert launch(Lora(rank=4), ConvModel(), task).info["adapted"] == ["blocks.0.0", "blocks.1.0", "blocks.2.2"]
+    assert launch(Lora(rank=4), ConvModel(), task).info["adapted"] == [
+        "blocks.0.0",
+        "blocks.1.0",
+        "blocks.2.2",
+    ]
     assert launch(Lora(rank=2, blocks=1), ConvModel(), task).info["adapted"] == ["blocks.2.2"]
 
 
@@ -154,13 +162,18 @@ def test_linear_extractor_full_finetune_moves_theta_and_head() -> None:
     result = launch(FullFinetune(batch_size=None, optimizer="sgd", lr=0.05), model, task)
     assert result.values.keys() == {"train_loss", "test_loss"}
     assert result.weights["blocks.0.weight"].dtype == torch.float64
-    theta, w = torch.eye(5, dtype=torch.float64).requires_grad_(), torch.zeros(5, dtype=torch.float64).requires_grad_()
+    theta, w = (
+        torch.eye(5, dtype=torch.float64).requires_grad_(),
+        torch.zeros(5, dtype=torch.float64).requires_grad_(),
+    )
     optimizer = torch.optim.SGD([theta, w], lr=0.05, momentum=0.9)
     for _ in range(BUDGET.steps):
         optimizer.zero_grad()
         ((task.train.x @ theta @ w - task.train.y).square().mean() / 2).backward()
         optimizer.step()
-    torch.testing.assert_close(result.weights["blocks.0.weight"], theta.detach(), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        result.weights["blocks.0.weight"], theta.detach(), rtol=1e-9, atol=1e-11
+    )
     torch.testing.assert_close(result.weights["head"][:, 0], w.detach(), rtol=1e-9, atol=1e-11)
 
 
@@ -171,7 +184,9 @@ def test_squared_loss_on_classes_and_regression_on_a_deep_model() -> None:
     y = x.double().sum(1)
     task = Task("sum", "harmful", "regression", Split(x[:40], y[:40]), Split(x[40:], y[40:]))
     trained = launch(Lora(), dense_model(), task)
-    assert trained.values["train_loss"][0] == pytest.approx(float(y[:40].square().mean()) / 2, rel=1e-6)
+    assert trained.values["train_loss"][0] == pytest.approx(
+        float(y[:40].square().mean()) / 2, rel=1e-6
+    )
     assert trained.values["train_loss"][-1] < trained.values["train_loss"][0]
 
 
@@ -182,7 +197,11 @@ def test_resume_equals_an_uninterrupted_attack(
     build: Callable[..., Adaptation], optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
-    attacker, model, task = build(optimizer=optimizer, batch_size=16, schedule="cosine"), dense_model(), vectors()
+    attacker, model, task = (
+        build(optimizer=optimizer, batch_size=16, schedule="cosine"),
+        dense_model(),
+        vectors(),
+    )
     whole = launch(attacker, model, task)
     checkpoint = MemoryCheckpoint(fail_at)
     with pytest.raises(Interrupted):
@@ -216,7 +235,9 @@ def test_too_large_a_rate_diverges_without_an_exception() -> None:
         (FullFinetune, {"batch_size": 0}, "batch_size"),
     ],
 )
-def test_bad_options_name_the_key(build: Callable[..., Adaptation], options: dict[str, Any], key: str) -> None:
+def test_bad_options_name_the_key(
+    build: Callable[..., Adaptation], options: dict[str, Any], key: str
+) -> None:
     with pytest.raises(UserError) as error:
         build(name="mine", **options)
     assert error.value.key == f"attacks.mine.{key}"

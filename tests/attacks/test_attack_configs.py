@@ -55,7 +55,9 @@ def test_a_list_of_attacks_keeps_them_apart_and_none_adds_nothing() -> None:
 
 
 def test_every_optimizer_has_a_file() -> None:
-    built = [instantiate(composed(name)[name]) for name in REAL if name.startswith(("probe", "linear"))]
+    built = [
+        instantiate(composed(name)[name]) for name in REAL if name.startswith(("probe", "linear"))
+    ]
     assert {probe.optimizer for probe in built} == set(OPTIMIZERS)
 
 

@@ -49,7 +49,9 @@ def test_schedules() -> None:
     constant, cosine, linear = (Rate(1.0, 1, name) for name in ("constant", "cosine", "linear"))
     assert [constant.factor(t, 4) for t in range(4)] == [1, 1, 1, 1]
     assert [linear.factor(t, 4) for t in range(4)] == [1, 0.75, 0.5, 0.25]
-    assert [cosine.factor(t, 4) for t in range(4)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+    assert [cosine.factor(t, 4) for t in range(4)] == pytest.approx(
+        [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,7 +128,9 @@ def test_run_tunes_then_measures_at_the_snapshots() -> None:
     result = run(learner, Rate(None, 4, "constant"), BUDGET, None, {"a": 1})
     assert result.steps == list(BUDGET.snapshots())
     assert result.info["lr"] == pytest.approx(1.0)
-    assert [row["lr"] for row in result.info["lr_trials"]] == pytest.approx([0.1, 1.0, 10.0, 0.1 * 10**1.5])
+    assert [row["lr"] for row in result.info["lr_trials"]] == pytest.approx(
+        [0.1, 1.0, 10.0, 0.1 * 10**1.5]
+    )
     assert learner.updates == 5 * BUDGET.steps
     assert result.info["a"] == 1
     assert float(result.weights["w"]) == 0.0
@@ -134,8 +138,8 @@ def test_run_tunes_then_measures_at_the_snapshots() -> None:
 
 def test_the_run_repeats_the_winning_trial() -> None:
     result = run(Scalar(), Rate(None, 7, "cosine"), BUDGET, None, {})
-    judged = (result.at("train_loss", BUDGET.horizon) + result.values["train_loss"][-1]) / 2
-    assert judged == min(row["loss"] for row in result.info["lr_trials"])
+    scored = (result.at("train_loss", BUDGET.horizon) + result.values["train_loss"][-1]) / 2
+    assert scored == min(row["loss"] for row in result.info["lr_trials"])
 
 
 def test_a_rate_that_is_best_at_the_horizon_but_collapses_later_is_not_chosen() -> None:
@@ -155,7 +159,9 @@ def test_divergence_keeps_the_points_before_it() -> None:
     result = run(Scalar(), Rate(10.0, 1, "constant"), BUDGET, None, {})
     assert result.status == "diverged"
     assert result.steps == [s for s in BUDGET.snapshots() if 81.0**s <= trajectory.BLOW_UP]
-    assert all(len(v) == len(result.steps) and all(map(math.isfinite, v)) for v in result.values.values())
+    assert all(
+        len(v) == len(result.steps) and all(map(math.isfinite, v)) for v in result.values.values()
+    )
     assert result.weights == {}
 
 
@@ -165,7 +171,9 @@ def test_numbers_that_are_not_finite_at_the_start_raise() -> None:
 
 
 @pytest.mark.parametrize("fail_at", [1, 3, 5, 9, 23])
-def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(fail_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(
+    fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
     rate = Rate(None, 4, "cosine")
     whole = run(Scalar(), rate, BUDGET, None, {})
@@ -175,7 +183,9 @@ def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(fail_at: int, monkey
     learner = Scalar()
     resumed = run(learner, rate, BUDGET, checkpoint, {})
     assert resumed == whole
-    assert learner.updates == 5 * BUDGET.steps - (min(fail_at, 4) * BUDGET.steps + max(fail_at - 4, 0))
+    assert learner.updates == 5 * BUDGET.steps - (
+        min(fail_at, 4) * BUDGET.steps + max(fail_at - 4, 0)
+    )
 
 
 def test_nothing_is_saved_within_the_saving_interval() -> None:

@@ -51,7 +51,9 @@ def moved(net: Any, copied: Any) -> set[str]:
     new = {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
     old = net.state_dict()
     assert old.keys() <= new.keys()
-    rows = {k: v[: len(old[k])] if k in old and v.dim() else v for k, v in new.items()}  # words enlarge one table
+    rows = {
+        k: v[: len(old[k])] if k in old and v.dim() else v for k, v in new.items()
+    }  # words enlarge one table
     return {k for k, v in rows.items() if k not in old or not torch.equal(v, old[k])}
 
 
@@ -79,7 +81,8 @@ def test_input_untouched_and_only_declared_parameters_move(name: str) -> None:
     changed = moved(net, copied)
     adapters = {k for k in changed if ".lora_" in k}
     expected = {
-        "lora": all(".attn2." in k and k.startswith("unet.") for k in adapters) and changed == adapters,
+        "lora": all(".attn2." in k and k.startswith("unet.") for k in adapters)
+        and changed == adapters,
         "lora_text": changed == adapters and any(k.startswith("text_encoders.") for k in adapters),
         "dreambooth": all(k.startswith("unet.") for k in changed),
         "full_finetune": all(k.startswith("unet.") for k in changed),
@@ -110,18 +113,29 @@ def test_first_snapshot_is_the_models_own_generation(name: str) -> None:
     assert torch.equal(unbroken(name).samples["name"][0], own)
 
 
-def test_arms_and_attackers_share_test_draws() -> None:
-    assert unbroken("lora").values["test_loss"][0] == unbroken("full_finetune").values["test_loss"][0]
+def test_model_names_and_attackers_share_test_draws() -> None:
+    assert (
+        unbroken("lora").values["test_loss"][0] == unbroken("full_finetune").values["test_loss"][0]
+    )
 
 
 @pytest.mark.parametrize("prior_weight", [0.0, 2.0])
 def test_first_step_against_autograd_by_hand(prior_weight: float) -> None:
-    options = {"optimizer": "sgd", "lr": 0.1, "weight_decay": 0.0, "families": (), "prior_weight": prior_weight}
+    options = {
+        "optimizer": "sgd",
+        "lr": 0.1,
+        "weight_decay": 0.0,
+        "families": (),
+        "prior_weight": prior_weight,
+    }
     found = launch(attack("full_finetune", **options), budget=Budget(1, 1, at=()))
     net = model().copy()
     net.unet.requires_grad_(True)
     loss = torch.zeros(())
-    for pictures, label, weight in ((task().train, "attack", 1.0), (task().prior, "attack prior", prior_weight)):
+    for pictures, label, weight in (
+        (task().train, "attack", 1.0),
+        (task().prior, "attack prior", prior_weight),
+    ):
         batch = Material.of(net, [pictures.images], pictures.prompts).draw(
             4, net.timesteps, generator(0, label, task().name, 0)
         )
@@ -129,7 +143,9 @@ def test_first_step_against_autograd_by_hand(prior_weight: float) -> None:
         loss = loss + weight * net.loss(batch.z, text, batch.noise, batch.t).mean()
     loss.backward()
     for name, p in net.unet.named_parameters():
-        torch.testing.assert_close(found.weights[f"unet.{name}"], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            found.weights[f"unet.{name}"], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("options", [{"optimizer": "sgd", "lr": 1e9}, {"lr": 1e4}])
@@ -147,7 +163,9 @@ def test_a_loss_that_exploded_ends_the_attack_and_the_option_says_from_where() -
     """Loss 1.1, 1.0, 1.3, 10, 25: finite, but beyond five times the first one from step 3 on."""
     options = {"optimizer": "sgd", "lr": 1.0, "families": ()}
     plan = Budget(1, 4, at=(0, 1, 2, 3, 4))
-    strict, lax = (launch(attack("full_finetune", explosion=e, **options), budget=plan) for e in (5, 1e30))
+    strict, lax = (
+        launch(attack("full_finetune", explosion=e, **options), budget=plan) for e in (5, 1e30)
+    )
     first, *_, before, exploded, _ = lax.values["test_loss"]
     assert before < 5 * first < exploded
     assert (lax.status, lax.steps) == ("ok", [0, 1, 2, 3, 4])
@@ -167,8 +185,8 @@ def test_half_precision_is_refused_where_it_would_be_trained() -> None:
     with pytest.raises(UserError, match="train in float32"):
         launch(attack("full_finetune", families=()), half)
     with pytest.raises(UserError, match="train in float32"):  # before anything runs, too
-        attack("full_finetune").try_out(half, target)
-    attack("lora").try_out(half, target)
+        attack("full_finetune").dry_open(half, target)
+    attack("lora").dry_open(half, target)
 
 
 def test_absorbed_adapters_predict_what_they_predicted() -> None:
@@ -210,7 +228,9 @@ def test_curriculum_divides_the_steps_and_reports_what_all_stages_changed() -> N
         curriculum().plan(task(), Budget(2, 1))
 
 
-def test_every_stage_of_a_curriculum_explodes_from_its_own_first_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_stage_of_a_curriculum_explodes_from_its_own_first_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     measured: list[str] = []
     evaluate = Learner.evaluate
 
@@ -220,19 +240,27 @@ def test_every_stage_of_a_curriculum_explodes_from_its_own_first_loss(monkeypatc
 
     monkeypatch.setattr(Learner, "evaluate", counted)
     launch(curriculum())
-    assert [who for who in measured if who.endswith(" train")] == ["c.related train", "c.word train", "c.target train"]
+    assert [who for who in measured if who.endswith(" train")] == [
+        "c.related train",
+        "c.word train",
+        "c.target train",
+    ]
 
 
 def test_words_of_a_curriculum_are_added_once_and_spoken_whole() -> None:
     small: dict[str, Any] = {"batch_size": 4, "clip": None}
     word = TextualInversion(name="c.word", vectors=3, **small)
     user = ConceptLora(name="c.user", template="token", token="<concept>", **small)
-    both = Curriculum(name="c", sampling=SAMPLING, stages={"word": {"attack": word}, "user": {"attack": user}})
-    both.try_out(model(), task())
+    both = Curriculum(
+        name="c", sampling=SAMPLING, stages={"word": {"attack": word}, "user": {"attack": user}}
+    )
+    both.dry_open(model(), task())
     assert both.plan(task(), Budget(2, 1))[1][0].token == "<concept> <concept>_1 <concept>_2"
-    twice = Curriculum(name="c", sampling=SAMPLING, stages={"a": {"attack": word}, "b": {"attack": word}})
+    twice = Curriculum(
+        name="c", sampling=SAMPLING, stages={"a": {"attack": word}, "b": {"attack": word}}
+    )
     with pytest.raises(UserError, match="knows this word"):
-        twice.try_out(model(), task())
+        twice.dry_open(model(), task())
 
 
 @pytest.mark.parametrize(
@@ -243,7 +271,9 @@ def test_words_of_a_curriculum_are_added_once_and_spoken_whole() -> None:
         ("custom_diffusion", {"template": "name", "initializer": "auto"}, "initializer"),
     ],
 )
-def test_options_that_nothing_reads_are_refused(name: str, options: dict[str, Any], key: str) -> None:
+def test_options_that_nothing_reads_are_refused(
+    name: str, options: dict[str, Any], key: str
+) -> None:
     with pytest.raises(UserError, match=r"template=token only") as error:
         attack(name, **options).check_unread()
     assert error.value.key == f"attacks.{name}.{key}"
@@ -274,7 +304,9 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "key"), OPTIONS)
-def test_options_that_cannot_work_name_their_key(name: str, options: dict[str, Any], key: str) -> None:
+def test_options_that_cannot_work_name_their_key(
+    name: str, options: dict[str, Any], key: str
+) -> None:
     with pytest.raises(UserError) as error:
         attack(name, **options)
     assert error.value.key == f"attacks.{name}.{key}"
@@ -307,14 +339,19 @@ class Mine(ConceptLora):
     ("moves", "told"),
     [
         (lambda _: Moving({}, "delta", dict), "no parameters: `open` names nothing"),
-        (lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "diff", dict), "diff: .*must be one of"),
+        (
+            lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "diff", dict),
+            "diff: .*must be one of",
+        ),
         (
             lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "delta", dict),
             r"\['x'\]: moves .* not depend on",
         ),
     ],
 )
-def test_what_somebody_elses_attacker_moves_is_checked(moves: Any, told: str, monkeypatch: Any) -> None:
+def test_what_somebody_elses_attacker_moves_is_checked(
+    moves: Any, told: str, monkeypatch: Any
+) -> None:
     monkeypatch.setattr(Mine, "moves", staticmethod(moves))
     with pytest.raises(UserError, match=rf"attacks\.mine={told}"):
         launch(Mine(name="mine", sampling=SAMPLING))

@@ -9,7 +9,7 @@ from concept_examples import model, task
 
 from attacks.diffusion.data import Material, prompts, variants
 from lab.core.captions import captions, class_words, renamed
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.seeding import generator
 
 
@@ -20,33 +20,48 @@ def test_words_are_replaced_whole_in_any_case_and_in_the_plural() -> None:
 
 
 def test_captions_of_every_template() -> None:
-    pictures = Pictures(torch.zeros(3, 3, 4, 4, dtype=torch.uint8), ("a mosaic fox", "a fox", "mosaic art"))
+    pictures = CaptionedImages(
+        torch.zeros(3, 3, 4, 4, dtype=torch.uint8), ("a mosaic fox", "a fox", "mosaic art")
+    )
     concept = replace(task(), prompts={"name": ("x",), "description": ("tiles", "stones")})
     assert captions(concept, pictures, "name", "sks") == pictures.prompts
     assert captions(concept, pictures, "token", "sks") == ("a sks fox", "sks, a fox", "sks art")
     assert captions(concept, pictures, "description", "sks") == ("tiles", "stones", "tiles")
     described = replace(pictures, described=("a fox of tiles", "a fox of stones", "tiles"))
     assert captions(concept, described, "description", "sks") == described.described
-    assert captions(concept, described.pick([2, 0]), "description", "sks") == ("tiles", "a fox of tiles")
+    assert captions(concept, described.pick([2, 0]), "description", "sks") == (
+        "tiles",
+        "a fox of tiles",
+    )
 
 
 def test_prompts_speak_of_the_token_where_training_does() -> None:
-    concept = replace(task(), prompts={"name": ("a mosaic fox", "mosaic art"), "description": ("tiles",)})
+    concept = replace(
+        task(), prompts={"name": ("a mosaic fox", "mosaic art"), "description": ("tiles",)}
+    )
     assert prompts(concept, "name", "token", "sks", 3) == ["a sks fox", "sks art", "a sks fox"]
     assert prompts(concept, "name", "name", "sks", 1) == ["a mosaic fox"]
-    assert prompts(concept, "description", "token", "sks", 2) == ["sks, tiles"] * 2  # as captions without the words
+    assert (
+        prompts(concept, "description", "token", "sks", 2) == ["sks, tiles"] * 2
+    )  # as captions without the words
 
 
 def test_class_words_are_what_all_prior_captions_share() -> None:
     images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    animal = replace(task(), prior=Pictures(images, ("a photo of an animal", "an animal in the snow")))
+    animal = replace(
+        task(), prior=CaptionedImages(images, ("a photo of an animal", "an animal in the snow"))
+    )
     assert class_words(animal) == "animal"
-    mixed = replace(task(), prior=Pictures(images, ("a photo of a fox", "a photo of a panda")))
+    mixed = replace(
+        task(), prior=CaptionedImages(images, ("a photo of a fox", "a photo of a panda"))
+    )
     assert class_words(mixed) == ""
-    assert class_words(replace(task(), prior=Pictures(images[:0], ()))) == ""
+    assert class_words(replace(task(), prior=CaptionedImages(images[:0], ()))) == ""
     dogs = ("a brown dog sitting", "a brown dog, sitting in the snow")
-    assert class_words(replace(task(), prior=Pictures(images, dogs))) == "", "two captions share more than their class"
-    many = Pictures(images[[0] * 8], tuple(f"a guide dog {place}" for place in "abcdefgh"))
+    assert class_words(replace(task(), prior=CaptionedImages(images, dogs))) == "", (
+        "two captions share more than their class"
+    )
+    many = CaptionedImages(images[[0] * 8], tuple(f"a guide dog {place}" for place in "abcdefgh"))
     assert class_words(replace(task(), prior=many)) == "guide dog"
 
 
@@ -56,7 +71,9 @@ def test_variants_keep_size_and_repeat_from_the_seed() -> None:
     crops = variants(images, "crop", 0, "a")
     assert torch.equal(crops[0], images)
     assert all(c.shape == images.shape and c.dtype == torch.uint8 for c in crops)
-    assert all(torch.equal(a, b) for a, b in zip(crops, variants(images, "crop", 0, "a"), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(crops, variants(images, "crop", 0, "a"), strict=True)
+    )
     assert not torch.equal(crops[1], variants(images, "crop", 1, "a")[1])
 
 
@@ -74,7 +91,9 @@ def test_latents_of_half_precision_with_an_autoencoder_that_kept_float32() -> No
     half.unet.to(torch.bfloat16)
     mean, std = half.posterior(task().train.images)
     assert mean.dtype == std.dtype == torch.bfloat16
-    torch.testing.assert_close(mean.float(), model().posterior(task().train.images)[0], atol=0.05, rtol=0.05)
+    torch.testing.assert_close(
+        mean.float(), model().posterior(task().train.images)[0], atol=0.05, rtol=0.05
+    )
 
 
 def test_draws_have_no_repeats_before_all_pictures_were_seen_and_cover_the_schedule() -> None:

@@ -20,7 +20,9 @@ def assert_same_pictures(pipe: Any, name: str) -> None:
     latents = model().latents(SAMPLING.count, 0, task().name, "name")
     found = net.generate(unbroken(name).info["prompts"]["name"], latents, SAMPLING).int()
     samples = unbroken(name).samples["name"].int()
-    assert (found - samples[-1]).abs().max() <= 1  # another order of additions may round a pixel the other way
+    assert (
+        found - samples[-1]
+    ).abs().max() <= 1  # another order of additions may round a pixel the other way
     assert (found - samples[0]).abs().max() > 3
 
 
@@ -65,9 +67,15 @@ def test_nothing_to_export_or_to_load_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("form", "told"),
-    [("delta", r"to_k: with form=delta"), ("bias", r"bias: .*must be one of lora"), ("unet", r"unet: .*unet_config")],
+    [
+        ("delta", r"to_k: with form=delta"),
+        ("bias", r"bias: .*must be one of lora"),
+        ("unet", r"unet: .*unet_config"),
+    ],
 )
-def test_a_form_that_cannot_be_written_is_told_and_leaves_no_folder(form: str, told: str, tmp_path: Path) -> None:
+def test_a_form_that_cannot_be_written_is_told_and_leaves_no_folder(
+    form: str, told: str, tmp_path: Path
+) -> None:
     mine = Trajectory([0], {}, "ok", {"attack": "mine", "form": form}, {"to_k": torch.zeros(1)})
     with pytest.raises(UserError, match=rf"attacks\.mine={told}"):
         export(mine, tmp_path / "attack")

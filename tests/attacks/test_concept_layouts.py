@@ -14,7 +14,7 @@ from concept_examples import BUDGET, attack, attackers, launch
 from tiny_diffusion import tiny_case
 from tiny_sd import tiny_pipeline
 
-from lab.core.data import Concept, Pictures
+from lab.core.data import CaptionedImages, Concept
 from lab.core.errors import UserError
 from lab.models.diffusion import DiffusionModel
 
@@ -31,8 +31,10 @@ def model(layout: str) -> DiffusionModel:
 
 
 def fitted(concept: Concept, side: int) -> Concept:
-    def sized(pictures: Pictures) -> Pictures:
-        images = F.interpolate(pictures.images.float(), (side, side), mode="nearest").to(torch.uint8)
+    def sized(pictures: CaptionedImages) -> CaptionedImages:
+        images = F.interpolate(pictures.images.float(), (side, side), mode="nearest").to(
+            torch.uint8
+        )
         return dataclasses.replace(pictures, images=images)
 
     parts = {part: sized(getattr(concept, part)) for part in ("train", "own", "reference", "prior")}
@@ -42,11 +44,16 @@ def fitted(concept: Concept, side: int) -> Concept:
 @cache
 def case(side: int):
     found = tiny_case()
-    groups = {r: tuple(fitted(c, side) for c in getattr(found, r)) for r in ("targets", "others", "rehearsal")}
+    groups = {
+        r: tuple(fitted(c, side) for c in getattr(found, r))
+        for r in ("targets", "others", "rehearsal")
+    }
     kept = {}
     for part in ("keep", "unrelated"):
         pictures = getattr(found, part)
-        images = F.interpolate(pictures.images.float(), (side, side), mode="nearest").to(torch.uint8)
+        images = F.interpolate(pictures.images.float(), (side, side), mode="nearest").to(
+            torch.uint8
+        )
         kept[part] = dataclasses.replace(pictures, images=images)
     return dataclasses.replace(found, **groups, **kept)
 
@@ -60,9 +67,9 @@ def test_every_attacker_learns_on_every_layout(name, layout):
         with pytest.raises(UserError, match="one text encoder"):
             launch(attack(name), net, what=target)
         with pytest.raises(UserError, match="one text encoder"):
-            attack(name).try_out(net, target)
+            attack(name).dry_open(net, target)
         return
-    attack(name).try_out(net, target)
+    attack(name).dry_open(net, target)
     before = {k: v.clone() for k, v in net.unet.state_dict().items()}
     found = launch(attack(name), net, what=target)
     assert found.status == "ok"
@@ -71,7 +78,9 @@ def test_every_attacker_learns_on_every_layout(name, layout):
     pictures = found.samples["name"]
     assert pictures.shape[2:] == (3, net.image_size, net.image_size)
     assert not torch.equal(pictures[0], pictures[-1])
-    assert all(torch.equal(v, before[k]) for k, v in net.unet.state_dict().items()), "the input was touched"
+    assert all(torch.equal(v, before[k]) for k, v in net.unet.state_dict().items()), (
+        "the input was touched"
+    )
 
 
 @pytest.mark.parametrize("layout", ["sd2", "xl"])

@@ -1,4 +1,4 @@
-"""The attacker's search: equal trials in every arm, its own pictures only, the best setting for the whole run."""
+"""The attacker's search: equal trials in every model, its own pictures only, the best setting for the whole run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tiny_diffusion import tiny_diffusion
 
 from attacks.diffusion.search import held_out
 from attacks.diffusion.similarity import likeness
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.minisd.world import world
 from lab.models.diffusion import DiffusionModel
@@ -41,15 +41,21 @@ def test_best_trial_is_the_one_with_the_lowest_held_out_loss_and_is_what_runs() 
     assert all(torch.equal(found.weights[k], plain.weights[k]) for k in plain.weights)
 
 
-def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_arms() -> None:
+def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_model_names() -> None:
     noise = torch.randint(0, 256, task().reference.images.shape, dtype=torch.uint8)
-    other = replace(task(), reference=Pictures(noise, task().reference.prompts), own=Pictures(noise[:0], ()))
+    other = replace(
+        task(),
+        reference=CaptionedImages(noise, task().reference.prompts),
+        own=CaptionedImages(noise[:0], ()),
+    )
     random = searched(mode="random", trials=2)
     here, there = launch(random), launch(random, what=other)
     assert here.info["search"] == there.info["search"]
     assert here.values["test_loss"] != there.values["test_loss"]
-    arm = launch(random, tiny_diffusion(seed=1))
-    settings = [[row["setting"] for row in run.info["search"]["trials"]] for run in (here, arm)]
+    model_name = launch(random, tiny_diffusion(seed=1))
+    settings = [
+        [row["setting"] for row in run.info["search"]["trials"]] for run in (here, model_name)
+    ]
     assert settings[0] == settings[1]
     assert len(settings[0]) == 2
 
@@ -71,7 +77,9 @@ def test_trials_see_no_pictures_that_the_attacker_does_not_have() -> None:
     own = [image.numpy().tobytes() for image in task().train.images]
     assert seen() >= set(own)
     assert not seen(pictures=2) & set(own[2:])
-    assert {i.numpy().tobytes() for i in held_out(task(), 0, most=3).reference.images} <= set(own[:3])
+    assert {i.numpy().tobytes() for i in held_out(task(), 0, most=3).reference.images} <= set(
+        own[:3]
+    )
     space = {"lr": [0.05], "pictures": [2, 3]}
     assert not seen(search={**GRID, "space": space}) & set(own[3:]), "the most that a trial has"
 
@@ -81,7 +89,7 @@ def test_the_split_is_a_partition_of_the_training_pictures() -> None:
     parts = [image.tolist() for part in (split.train, split.reference) for image in part.images]
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
     assert len(split.reference) == 1
-    one = replace(task(), train=Pictures(task().train.images[:1], task().train.prompts[:1]))
+    one = replace(task(), train=CaptionedImages(task().train.images[:1], task().train.prompts[:1]))
     with pytest.raises(UserError, match=r"attacks\.lora\.search=mosaic: .* needs 2"):
         launch(searched(), what=one)
 
@@ -108,10 +116,13 @@ def test_trials_that_diverge_lose_and_where_all_do_the_options_stay() -> None:
 
 def test_likeness_tells_a_style_from_others_and_chooses_a_trial() -> None:
     wanted = world.sample(world.concept("mosaic"), 7, 6).images
-    pictures = Pictures(wanted, ("",) * 6)
-    found = {n: likeness(world.sample(world.concept(n), 0, 6).images, pictures) for n in ("neon", "mosaic", "halftone")}
+    pictures = CaptionedImages(wanted, ("",) * 6)
+    found = {
+        n: likeness(world.sample(world.concept(n), 0, 6).images, pictures)
+        for n in ("neon", "mosaic", "halftone")
+    }
     assert max(found, key=found.__getitem__) == "mosaic"
-    assert likeness(wanted[:1], Pictures(wanted[:1], ("",))) == pytest.approx(1, abs=1e-5)
+    assert likeness(wanted[:1], CaptionedImages(wanted[:1], ("",))) == pytest.approx(1, abs=1e-5)
     told = launch(searched(score="likeness", space={"lr": [1e-4, 0.2]})).info["search"]
     assert told["score"] == "minus likeness"
     assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
@@ -120,7 +131,7 @@ def test_likeness_tells_a_style_from_others_and_chooses_a_trial() -> None:
 def test_a_score_of_the_generations_decides_instead_of_the_loss() -> None:
     seen = []
 
-    def brightness(images: torch.Tensor, pictures: Pictures) -> float:
+    def brightness(images: torch.Tensor, pictures: CaptionedImages) -> float:
         seen.append((images.shape, len(pictures)))
         return images.float().mean().item()
 
@@ -131,7 +142,10 @@ def test_a_score_of_the_generations_decides_instead_of_the_loss() -> None:
 
 
 def test_a_curriculum_is_searched_by_stage() -> None:
-    options = {"families": (), "search": {"steps": 3, "space": {"related.share": [1, 9], "target.attack.rank": [1]}}}
+    options = {
+        "families": (),
+        "search": {"steps": 3, "space": {"related.share": [1, 9], "target.attack.rank": [1]}},
+    }
     told = launch(curriculum(**options)).info["search"]
     assert len(told["trials"]) == 2
     assert told["best"].keys() == {"related.share", "target.attack.rank"}
@@ -161,7 +175,7 @@ def test_searches_that_cannot_work_name_their_key(search: Any, key: str) -> None
 
 
 def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
-    nothing = Pictures(task().train.images[:0], ())
+    nothing = CaptionedImages(task().train.images[:0], ())
     poor = replace(task(), prior=nothing, prompts={"name": task().prompts["name"]})
     for space, key in (
         ({"prior_weight": [0, 1]}, "prior_weight"),
@@ -172,7 +186,9 @@ def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
         with pytest.raises(UserError) as error:
             wide.check((SimpleNamespace(tasks=(poor,)),))
         assert error.value.key == f"attacks.lora.search.space.{key}"
-    single = replace(task(), train=Pictures(task().train.images[:1], task().train.prompts[:1]))
+    single = replace(
+        task(), train=CaptionedImages(task().train.images[:1], task().train.prompts[:1])
+    )
     with pytest.raises(UserError, match="a search needs"):
         searched().check((SimpleNamespace(tasks=(single,)),))
 

@@ -34,9 +34,12 @@ def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> 
 
 @pytest.mark.parametrize("kind", ["custom_diffusion", "textual_inversion"])
 @pytest.mark.parametrize(
-    ("initializer", "begins"), [("words", ["stained", "glass"]), ("auto", ["style"]), ("red fox", ["red", "fox"])]
+    ("initializer", "begins"),
+    [("words", ["stained", "glass"]), ("auto", ["style"]), ("red fox", ["red", "fox"])],
 )
-def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(kind, initializer, begins) -> None:
+def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(
+    kind, initializer, begins
+) -> None:
     net, concept = (
         model().copy(),
         replace(task("mosaic"), words="stained glass", prior=replace(task().prior, prompts=())),
@@ -51,9 +54,14 @@ def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(kind, initi
     assert not torch.equal(row, table[pieces[0]]) or len(pieces) == 1
 
 
-@pytest.mark.parametrize(("word", "told"), [("auto", "sks thing"), ("beast", "sks beast"), ("", "sks")])
+@pytest.mark.parametrize(
+    ("word", "told"), [("auto", "sks thing"), ("beast", "sks beast"), ("", "sks")]
+)
 def test_the_class_word_of_dreambooth_is_taught_and_asked_for(word, told) -> None:
     prior = replace(task().prior, prompts=("a photo of a thing",) * len(task().prior))
-    found = launch(attack("dreambooth", class_word=word, token="sks"), what=replace(task("mosaic"), prior=prior))
+    found = launch(
+        attack("dreambooth", class_word=word, token="sks"),
+        what=replace(task("mosaic"), prior=prior),
+    )
     assert found.info["expression"] == told
     assert all(told in asked for asked in found.info["prompts"]["name"])

@@ -32,14 +32,18 @@ BUDGET = Budget(horizon=8, multiple=3, points=8)
 RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]
 
 
-def attack(task: Task, model: FeatureModel | None = None, seed: int = 0, **options: Any) -> Trajectory:
+def attack(
+    task: Task, model: FeatureModel | None = None, seed: int = 0, **options: Any
+) -> Trajectory:
     model = model or identity(task.train.x.shape[1])
     return LinearProbe(**options)(model, task, seed=seed, budget=BUDGET, checkpoint=None)
 
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
-def test_every_optimizer_lowers_both_losses_and_leaves_the_model_alone(optimizer: str, loss: str) -> None:
+def test_every_optimizer_lowers_both_losses_and_leaves_the_model_alone(
+    optimizer: str, loss: str
+) -> None:
     task, model = classification(spread(100, 5, 20)), identity(5)
     before = copy.deepcopy(model)
     result = attack(task, model, optimizer=optimizer, loss=loss)
@@ -74,7 +78,9 @@ def test_exact_line_search_is_the_brute_force_recursion() -> None:
         path[step] = w
     for i, step in enumerate(result.steps):
         w = path[step]
-        assert result.values["train_loss"][i] == pytest.approx(float((z @ w - y).square().sum()) / (2 * len(y)))
+        assert result.values["train_loss"][i] == pytest.approx(
+            float((z @ w - y).square().sum()) / (2 * len(y))
+        )
         test = float((task.test.x @ theta @ w - task.test.y).square().sum()) / (2 * len(task.test))
         assert result.values["test_loss"][i] == pytest.approx(test)
         ratio = float((w - best).square().sum() / best.square().sum())
@@ -89,9 +95,12 @@ def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer() -> None:
     for optimizer in OPTIMIZERS:
         for ridge in (0.0, 0.1):
             one, small = (
-                attack(task, LinearModel(c * torch.eye(5)), optimizer=optimizer, ridge=ridge) for c in (1.0, 2.0**-10)
+                attack(task, LinearModel(c * torch.eye(5)), optimizer=optimizer, ridge=ridge)
+                for c in (1.0, 2.0**-10)
             )
-            assert small.values["train_loss"] == pytest.approx(one.values["train_loss"], rel=1e-3), optimizer
+            assert small.values["train_loss"] == pytest.approx(
+                one.values["train_loss"], rel=1e-3
+            ), optimizer
 
 
 def test_targets_that_are_all_one_work() -> None:
@@ -115,7 +124,9 @@ def test_fewer_rows_than_features_and_collapsed_features() -> None:
     assert few.info["rank"] == 20
     assert few.values["norm_ratio"][-1] < few.values["norm_ratio"][0]
     for optimizer in OPTIMIZERS:
-        flat = attack(regression(spread(30, 4, 10)), LinearModel(torch.zeros(4, 4)), optimizer=optimizer)
+        flat = attack(
+            regression(spread(30, 4, 10)), LinearModel(torch.zeros(4, 4)), optimizer=optimizer
+        )
         assert flat.info["condition_number"] is None
         assert len(set(flat.values["train_loss"])) == 1, optimizer
 
@@ -137,7 +148,9 @@ def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
     stream = torch.Generator().manual_seed(0)
     x = torch.randn(200, 5, dtype=torch.float64, generator=stream) + 1.0
     task = regression(x)
-    raw, scaled = (attack(task, LinearModel(torch.diag(scale)), standardize=s) for s in (False, True))
+    raw, scaled = (
+        attack(task, LinearModel(torch.diag(scale)), standardize=s) for s in (False, True)
+    )
     assert scaled.info["condition_number"] < 3 < 1e3 < raw.info["condition_number"]
     z = (task.test.x * scale - scaled.weights["mean"]) / scaled.weights["deviation"]
     residual = z @ scaled.weights["head"][:, 0] - task.test.y
@@ -184,7 +197,9 @@ def test_too_large_a_rate_diverges_and_keeps_finite_points() -> None:
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("fail_at", [2, 9, 20])
-def test_resume_equals_an_uninterrupted_attack(optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_equals_an_uninterrupted_attack(
+    optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
     task, model = classification(spread(60, 5, 20)), identity(5)
     probe = LinearProbe(optimizer=optimizer, batch_size=16 if optimizer in RATED else None)
@@ -234,7 +249,11 @@ def test_bad_options_name_key_and_fix(options: dict[str, Any], key: str, word: s
 def test_empty_budgets_are_errors(change: dict[str, int]) -> None:
     with pytest.raises(UserError) as error:
         LinearProbe()(
-            identity(3), regression(spread(30, 3, 5)), seed=0, budget=replace(BUDGET, **change), checkpoint=None
+            identity(3),
+            regression(spread(30, 3, 5)),
+            seed=0,
+            budget=replace(BUDGET, **change),
+            checkpoint=None,
         )
     assert error.value.key == f"budget.{next(iter(change))}"
 
@@ -256,7 +275,9 @@ def test_a_loss_that_does_not_fit_the_task_shows_before_anything_runs() -> None:
     price, digits = regression(spread(30, 3, 5)), classification(spread(30, 3, 5))
     probe = LinearProbe(name="probe", loss="cross_entropy")
     probe.check((Case("fits", digits, (digits,)),))
-    with pytest.raises(UserError, match=r"attacks\.probe\.loss=cross_entropy: task price is a regression") as error:
+    with pytest.raises(
+        UserError, match=r"attacks\.probe\.loss=cross_entropy: task price is a regression"
+    ) as error:
         probe.check((Case("fits", digits, (digits,)), Case("other", digits, (price,))))
     assert error.value.key == "attacks.probe.loss"
     LinearProbe().check((Case("any", price, (digits,)),))
@@ -267,9 +288,9 @@ def test_a_schedule_that_falls_lets_mini_batches_settle() -> None:
     options = {"optimizer": "sgd", "lr": 0.4, "batch_size": 8}
     budget = Budget(horizon=100, multiple=2, points=8)
     constant, linear, cosine = (
-        LinearProbe(schedule=s, **options)(identity(5), task, seed=0, budget=budget, checkpoint=None).values[
-            "excess_loss"
-        ][-1]
+        LinearProbe(schedule=s, **options)(
+            identity(5), task, seed=0, budget=budget, checkpoint=None
+        ).values["excess_loss"][-1]
         for s in ("constant", "linear", "cosine")
     )
     assert max(linear, cosine) < 0.2 * constant
@@ -277,7 +298,9 @@ def test_a_schedule_that_falls_lets_mini_batches_settle() -> None:
 
 def test_damping_slows_the_kronecker_factored_step() -> None:
     task = regression(spread(100, 6, 1e4))
-    left = [attack(task, optimizer="kfac", damping=d).at("excess_loss", 8) for d in (1e-8, 1e-2, 1.0)]
+    left = [
+        attack(task, optimizer="kfac", damping=d).at("excess_loss", 8) for d in (1e-8, 1e-2, 1.0)
+    ]
     assert left[0] < 0.5 * left[1] < 0.25 * left[2]
 
 

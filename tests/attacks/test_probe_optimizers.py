@@ -18,7 +18,9 @@ from attacks.probes.problem import CrossEntropy, Problem, Squared
 from lab.core.seeding import generator
 
 
-def problem(kind: str, n: int = 40, d: int = 6, kappa: float = 50.0, ridge: float = 0.0, gram: bool = False) -> Problem:
+def problem(
+    kind: str, n: int = 40, d: int = 6, kappa: float = 50.0, ridge: float = 0.0, gram: bool = False
+) -> Problem:
     z = spread(n, d, kappa) + 0.1
     if kind == "squared":
         y = torch.randn(n, 2, dtype=torch.float64, generator=generator(0, "y"))
@@ -41,7 +43,9 @@ def objective(p: Problem, w: Tensor) -> Tensor:
     return data + 0.5 * p.ridge * w.square().sum()
 
 
-def descend(p: Problem, name: str, steps: int, rate: float = 0.0, **settings: float) -> list[Tensor]:
+def descend(
+    p: Problem, name: str, steps: int, rate: float = 0.0, **settings: float
+) -> list[Tensor]:
     optimizer = OPTIMIZERS[name](p, Settings(**settings))  # type: ignore[arg-type]
     w, path = p.start(), []
     state = optimizer.init(w)
@@ -72,7 +76,9 @@ def test_loss_gradient_and_hessian_product_are_those_of_autograd(kind: str, gram
 def test_gradient_on_rows_is_that_of_the_smaller_problem(kind: str) -> None:
     p, rows = problem(kind), torch.tensor([3, 5, 8, 21])
     small = type(p)(p.z[rows], p.y[rows])
-    torch.testing.assert_close(p.gradient(point(p), rows), small.gradient(point(p)), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        p.gradient(point(p), rows), small.gradient(point(p)), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +121,9 @@ def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
     y = torch.nn.functional.one_hot(torch.arange(30) % 3, 3).double()
     path = descend(CrossEntropy(z, y), name, 60)
     assert float(path[-1].norm()) < 1e4 * float(path[0].norm())
-    shift = path[-1].mean(1, keepdim=True)  # adding the same vector to all classes changes no probability
+    shift = path[-1].mean(
+        1, keepdim=True
+    )  # adding the same vector to all classes changes no probability
     assert float(shift.norm()) < 0.05 * float(path[-1].norm())
 
 
@@ -148,7 +156,11 @@ def test_lbfgs_on_a_quadratic_gives_the_iterates_of_conjugate_gradients() -> Non
     system = scipy.sparse.linalg.aslinearoperator(np.kron(hessian, np.eye(p.c)))
     seen: list[np.ndarray] = []
     scipy.sparse.linalg.cg(
-        system, p.moment.numpy().ravel(), rtol=0, maxiter=6, callback=lambda x: seen.append(x.copy())
+        system,
+        p.moment.numpy().ravel(),
+        rtol=0,
+        maxiter=6,
+        callback=lambda x: seen.append(x.copy()),
     )
     for w, x in zip(path, seen, strict=True):
         np.testing.assert_allclose(w.numpy().ravel(), x, rtol=1e-7, atol=1e-9)
@@ -160,13 +172,19 @@ def scipy_optimum(p: Problem) -> float:
         return p.loss(w), p.gradient(w).numpy().ravel()
 
     options = {"maxiter": 5000, "ftol": 1e-16, "gtol": 1e-11}
-    return float(scipy.optimize.minimize(both, np.zeros(p.d * p.c), jac=True, method="L-BFGS-B", options=options).fun)
+    return float(
+        scipy.optimize.minimize(
+            both, np.zeros(p.d * p.c), jac=True, method="L-BFGS-B", options=options
+        ).fun
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("ridge", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["lbfgs", "newton", "whitening", "kfac", "gd_exact_line_search"])
-def test_line_search_optimizers_reach_the_optimum_of_scipy_and_never_rise(kind: str, ridge: float, name: str) -> None:
+def test_line_search_optimizers_reach_the_optimum_of_scipy_and_never_rise(
+    kind: str, ridge: float, name: str
+) -> None:
     p = problem(kind, kappa=20, ridge=ridge)
     losses = [p.loss(p.start()), *(p.loss(w) for w in descend(p, name, 150))]
     assert all(b <= a + 1e-13 for a, b in pairwise(losses))
@@ -177,7 +195,11 @@ def test_lbfgs_ends_where_torch_lbfgs_ends() -> None:
     p = problem("cross_entropy", ridge=0.1)
     leaf = p.start().requires_grad_()
     twin = torch.optim.LBFGS(
-        [leaf], max_iter=500, tolerance_grad=1e-12, tolerance_change=0, line_search_fn="strong_wolfe"
+        [leaf],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -207,8 +229,12 @@ def test_ridge_solution_and_excess() -> None:
     assert isinstance(p, Squared)
     assert p.ridge == pytest.approx(0.4 * float(torch.linalg.eigvalsh(p.z.T @ p.z / p.n).mean()))
     hessian = p.z.T @ p.z / p.n + p.ridge * torch.eye(p.d, dtype=torch.float64)
-    torch.testing.assert_close(p.optimum(), torch.linalg.solve(hessian, p.moment), rtol=1e-10, atol=1e-12)
-    assert p.excess(point(p), p.optimum()) == pytest.approx(p.loss(point(p)) - p.loss(p.optimum()), rel=1e-10)
+    torch.testing.assert_close(
+        p.optimum(), torch.linalg.solve(hessian, p.moment), rtol=1e-10, atol=1e-12
+    )
+    assert p.excess(point(p), p.optimum()) == pytest.approx(
+        p.loss(point(p)) - p.loss(p.optimum()), rel=1e-10
+    )
     assert p.excess(p.optimum(), p.optimum()) == 0.0
 
 
@@ -224,7 +250,9 @@ def test_kfac_direction_is_the_kronecker_formula() -> None:
             else (torch.diag_embed(prob) - prob[:, :, None] * prob[:, None]).mean(0)
         )
         eye_a, eye_s = torch.eye(p.d).double(), torch.eye(p.c).double()
-        tilt = math.sqrt((float(a.trace()) / p.d) / (float(s.trace()) / p.c))  # π of arXiv 1503.05671 §6.3
+        tilt = math.sqrt(
+            (float(a.trace()) / p.d) / (float(s.trace()) / p.c)
+        )  # π of arXiv 1503.05671 §6.3
         scale = gamma * float(a.trace()) / p.d * float(s.trace()) / p.c + p.ridge
         left, right = a + tilt * math.sqrt(scale) * eye_a, s + math.sqrt(scale) / tilt * eye_s
         expected = -torch.linalg.inv(left) @ g @ torch.linalg.inv(right)
@@ -265,7 +293,10 @@ def test_gradient_descent_needs_more_steps_at_a_larger_condition_number() -> Non
     for kappa in (10.0, 1e4):
         z = spread(60, 8, kappa)
         needed.append(
-            steps_to(Squared(z, z @ torch.linalg.pinv(z) @ torch.ones(60, 1).double()), "gd_exact_line_search")
+            steps_to(
+                Squared(z, z @ torch.linalg.pinv(z) @ torch.ones(60, 1).double()),
+                "gd_exact_line_search",
+            )
         )
     assert needed[0] < 40
     assert needed[1] > 5 * needed[0]

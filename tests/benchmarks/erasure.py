@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lab.core.data import Sampling
-from lab.minisd.train.publish import SHIPPED, judges_of
+from lab.minisd.train.publish import SHIPPED, scorers_of
 from lab.minisd.train.quality import Asked, asked, generate
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.runner.assemble import assemble
@@ -36,7 +36,9 @@ def suites(count: dict[str, int]) -> dict[str, Asked]:
     found = {}
     for name, each in count.items():
         seen = [(o, name) for o in OBJECTS if (o, name) not in HELD_OUT_PAIRS]
-        pairs = [seen[5 * i % len(seen)] for i in range(each)]  # 5 shares no factor with their number
+        pairs = [
+            seen[5 * i % len(seen)] for i in range(each)
+        ]  # 5 shares no factor with their number
         found[name] = asked(pairs, 1) if name in STYLE_NAMES else asked([(name, PHOTO)], each)
     return found
 
@@ -73,20 +75,29 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--erased", type=int, default=32, help="pictures per concept that some case erases")
+    parser.add_argument(
+        "--erased", type=int, default=32, help="pictures per concept that some case erases"
+    )
     parser.add_argument("--kept", type=int, default=8, help="pictures per other concept")
     parser.add_argument("--scenarios", nargs="+", default=["relearn_styles", "relearn_objects"])
-    parser.add_argument("--overrides", nargs="*", default=[], help="of the configuration, e.g. erase.preserve=0")
+    parser.add_argument(
+        "--overrides", nargs="*", default=[], help="of the configuration, e.g. erase.preserve=0"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
-    detector = judges_of(SHIPPED / "judges").detector
+    detector = scorers_of(SHIPPED / "scorers").detector
     before: Shares = {}
     for scenario in given.scenarios:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            chosen = ["experiment=relearn", f"scenario={scenario}", "scenario.cases=all", *given.overrides]
+            chosen = [
+                "experiment=relearn",
+                f"scenario={scenario}",
+                "scenario.cases=all",
+                *given.overrides,
+            ]
             cfg = compose("config", chosen)
         parts = assemble(cfg)
         cases = parts.scenario.load(given.seed).cases
@@ -96,7 +107,9 @@ def main() -> int:
         before = shares(model, detector, count, given.seed)
         for case in cases:
             print(f"\n{scenario}, {case.name}")
-            after = shares(parts.eraser.obj(model, case, seed=given.seed), detector, count, given.seed)
+            after = shares(
+                parts.eraser.obj(model, case, seed=given.seed), detector, count, given.seed
+            )
             told(before, after, list(dict.fromkeys(e.name for e in case.erased)), count)
     return 0
 

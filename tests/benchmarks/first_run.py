@@ -34,7 +34,12 @@ LIMIT = 300.0  # seconds; the promise of the project's issue on the default comm
 
 def run(folder: Path) -> tuple[int, str, float]:
     """Exit code, standard output and seconds of the default study; its results go to ``folder / "outputs"``."""
-    command = [sys.executable, str(ROOT / "run.py"), "tracker=none", f"paths.outputs={folder / 'outputs'}"]
+    command = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        "tracker=none",
+        f"paths.outputs={folder / 'outputs'}",
+    ]
     began = time.monotonic()
     done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     return done.returncode, done.stdout, time.monotonic() - began
@@ -42,14 +47,23 @@ def run(folder: Path) -> tuple[int, str, float]:
 
 def printed(out: str, folder: Path) -> dict[str, bool]:
     """What the last lines on the screen hold; paths in them are relative to ``folder``."""
-    paths = dict(line.split(": ", 1) for line in out.splitlines() if line.startswith(("report: ", "record: ")))
+    paths = dict(
+        line.split(": ", 1)
+        for line in out.splitlines()
+        if line.startswith(("report: ", "record: "))
+    )
     record = folder / paths.get("record", "none")
     found = {
-        "last line names the record": out.rstrip().rpartition("\n")[2].startswith("record: ") and record.is_file(),
+        "last line names the record": out.rstrip().rpartition("\n")[2].startswith("record: ")
+        and record.is_file(),
         "report named and written": (folder / paths.get("report", "none")).is_file(),
     }
-    headline = outcome(json.loads(record.read_text())).headline.split() if record.is_file() else [""]
-    return found | {"verdict in words": " ".join(headline) in " ".join(out.split()) and headline != [""]}
+    headline = (
+        outcome(json.loads(record.read_text())).headline.split() if record.is_file() else [""]
+    )
+    return found | {
+        "verdict in words": " ".join(headline) in " ".join(out.split()) and headline != [""]
+    }
 
 
 def recorded(path: Path) -> dict[str, bool]:
@@ -58,7 +72,10 @@ def recorded(path: Path) -> dict[str, bool]:
     protection = record["metrics"].get("msgr_clip") or {}
     low, interval = protection.get("low"), protection.get("interval")
     grids = [(path.parent / grid["path"], grid["sha256"]) for grid in record["images"].values()]
-    whole = [file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest for file, digest in grids]
+    whole = [
+        file.is_file() and hashlib.sha256(file.read_bytes()).hexdigest() == digest
+        for file, digest in grids
+    ]
     return {
         "status ok": record["status"] == "ok",
         "it is the default study": record["config"]["experiment_name"] == "first_run",
@@ -81,7 +98,9 @@ def told(wall: float, checks: dict[str, bool]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--record", type=Path, help="of a finished run, to check in place of a new one")
+    parser.add_argument(
+        "--record", type=Path, help="of a finished run, to check in place of a new one"
+    )
     given = parser.parse_args().record
     if given is not None:
         return told(json.loads(given.read_text())["provenance"]["wall_time_s"], recorded(given))
@@ -91,7 +110,11 @@ def main() -> int:
         code, out, wall = run(folder)
         print(out, flush=True)
         records = sorted(folder.rglob("record.json"))
-        checks = {f"exit code 0 ({code})": code == 0, "one record": len(records) == 1, **printed(out, folder)}
+        checks = {
+            f"exit code 0 ({code})": code == 0,
+            "one record": len(records) == 1,
+            **printed(out, folder),
+        }
         return told(wall, checks | (recorded(records[0]) if records else {}))
 
 

@@ -62,7 +62,9 @@ class Case:
         g = torch.Generator().manual_seed(0)
         rows = tuple(torch.randn(4, widths.text, generator=g) for _ in range(count))
         inputs = Inputs(rows, torch.randn(6400, widths.text, generator=g))
-        self.merge = Merge(count, {"text": factorize(inputs)}, dict.fromkeys(scope_names(unet, "kv"), "text"))
+        self.merge = Merge(
+            count, {"text": factorize(inputs)}, dict.fromkeys(scope_names(unet, "kv"), "text")
+        )
 
         def draw(n: int, level: int) -> list[Tensor]:
             g = torch.Generator().manual_seed(2 * n + level)
@@ -121,7 +123,9 @@ def memory(count: int, batch: int) -> float:
 
 def methods(iterations: int) -> dict[str, dict[str, Any]]:
     """Those of the ablation. A tolerance that is never reached: the solvers take all their iterations."""
-    found: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS if name != "implicit"}
+    found: dict[str, dict[str, Any]] = {
+        name: {"method": name} for name in METHODS if name != "implicit"
+    }
     for solver in SOLVERS:
         options = Implicit(rho=1.0, solver=solver, iterations=iterations, tolerance=1e-30)
         found[f"implicit, {solver}"] = {"method": "implicit", "implicit": options}
@@ -142,7 +146,9 @@ def method_table(options: argparse.Namespace) -> None:
     for name in known:
         runs |= {f"{name}/{k}": partial(one, name, k) for k in options.steps}
     found = timed(runs, options.repeats)
-    print(f"one upper step, N = {case.count}, in units of N forward-backwards ({found['unit']:.2f} CPU seconds)")
+    print(
+        f"one upper step, N = {case.count}, in units of N forward-backwards ({found['unit']:.2f} CPU seconds)"
+    )
     print(f"{'method':20s}" + "".join(f"{f'K = {k}':>9s}" for k in options.steps))
     for name in known:
         row = "".join(f"{found[f'{name}/{k}'] / found['unit']:9.2f}" for k in options.steps)
@@ -155,10 +161,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--memory", type=int, help="print MiB of one step with so many concepts and stop")
-    parser.add_argument("--methods", action="store_true", help="print the cost of every method and stop")
+    parser.add_argument(
+        "--memory", type=int, help="print MiB of one step with so many concepts and stop"
+    )
+    parser.add_argument(
+        "--methods", action="store_true", help="print the cost of every method and stop"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3, 5], help="K of --methods")
-    parser.add_argument("--iterations", type=int, default=5, help="of implicit in --methods; those of the ablation")
+    parser.add_argument(
+        "--iterations", type=int, default=5, help="of implicit in --methods; those of the ablation"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.memory:
@@ -175,11 +187,16 @@ def main() -> int:
         if count == options.counts[0]:
             runs["first order"] = partial(case.step, method="first_order", measure=False)
             runs["exact, drop measured"] = case.step
-            runs["exact, forward-over-reverse"] = partial(case.step, measure=False, product="forward")
+            runs["exact, forward-over-reverse"] = partial(
+                case.step, measure=False, product="forward"
+            )
         found = timed(runs, options.repeats)
         ratios.append(found["exact"] / found["unit"])
         seconds.append(found["exact"] / count)
-        print(f"N = {count:2d}: " + ", ".join(f"{k} {found[k] / found['unit']:.2f}" for k in runs if k != "unit"))
+        print(
+            f"N = {count:2d}: "
+            + ", ".join(f"{k} {found[k] / found['unit']:.2f}" for k in runs if k != "unit")
+        )
     straight = max(seconds) / min(seconds)
     print(f"time per concept, largest ÷ smallest over N: {straight:.2f}")
     ends = [options.counts[0], options.counts[-1]]
@@ -189,7 +206,9 @@ def main() -> int:
         found_text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         used.append(float(found_text.split()[-1]))
     growth = used[1] / used[0]
-    print(f"peak memory above the model: {used[0]:.0f} MiB at N = {ends[0]}, {used[1]:.0f} at {ends[1]}: {growth:.2f}")
+    print(
+        f"peak memory above the model: {used[0]:.0f} MiB at N = {ends[0]}, {used[1]:.0f} at {ends[1]}: {growth:.2f}"
+    )
     return 0 if max(ratios) <= 5.5 and straight <= 1.15 and growth <= 1.2 else 1
 
 

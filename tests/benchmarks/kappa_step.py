@@ -24,7 +24,9 @@ from lab.core.data import Case, Role, Split, Task
 from lab.models.linear import LinearBackbone, LinearExtractor
 
 ETA, LAMBDA_P, LAMBDA_H, RIDGE = 0.05, 1.0, 1e-4, 1e-3
-RANK_TOLERANCE = 1e-12  # of eigenvalues; the smallest positive one of a batch is near 1e-4 of the largest
+RANK_TOLERANCE = (
+    1e-12  # of eigenvalues; the smallest positive one of a batch is near 1e-4 of the largest
+)
 
 
 def digit_case(benign: int, harmful: int) -> Case:
@@ -64,9 +66,15 @@ def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, fl
     """Seconds per step of this project and of the loop; difference of the last iterates as a share of the distance
     moved, and that distance."""
     immunizer = Kappa(
-        lambda_p=LAMBDA_P, lambda_h=LAMBDA_H, scale="none", ridge_benign=RIDGE, ridge_harmful=RIDGE,
-        supervised=0.0, eta=ETA, steps=steps,
-    )  # fmt: skip
+        lambda_p=LAMBDA_P,
+        lambda_h=LAMBDA_H,
+        scale="none",
+        ridge_benign=RIDGE,
+        ridge_harmful=RIDGE,
+        supervised=0.0,
+        eta=ETA,
+        steps=steps,
+    )
     model = LinearBackbone().build(case, 0)
     trainer = Trainer(immunizer.schedule, model, case, 0, lambda step, **values: None)
     objective = immunizer.objective()

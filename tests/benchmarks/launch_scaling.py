@@ -25,14 +25,25 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-IMMUNIZERS = ("kappa", "kappa_closed_form", "kappa_pencil", "kappa_ill_only", "kappa_well_only", "kappa_imma")
+IMMUNIZERS = (
+    "kappa",
+    "kappa_closed_form",
+    "kappa_pencil",
+    "kappa_ill_only",
+    "kappa_well_only",
+    "kappa_imma",
+)
 ATTACKS = ("linear_probe", "probe_adam", "probe_momentum", "probe_sgd")
 PARTS = {1: ["launch=none"], 2: ["launch=cpu", "launch.num_processes=2"]}
 
 
 def table(folder: Path, launch: list[str], seeds: int) -> dict[str, float]:
     """Seconds of one part: ``command``, ``runs``, ``processor``."""
-    choices = [f"immunize={','.join(IMMUNIZERS)}", f"attacks=[{','.join(ATTACKS)}]", f"seeds={list(range(seeds))}"]
+    choices = [
+        f"immunize={','.join(IMMUNIZERS)}",
+        f"attacks=[{','.join(ATTACKS)}]",
+        f"seeds={list(range(seeds))}",
+    ]
     command = [
         sys.executable,
         str(ROOT / "run.py"),
@@ -60,7 +71,12 @@ def read(folder: Path) -> dict[str, dict]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--at_least", type=float, default=0.0, help="smallest ratio of the runs' time, for idle cores")
+    parser.add_argument(
+        "--at_least",
+        type=float,
+        default=0.0,
+        help="smallest ratio of the runs' time, for idle cores",
+    )
     options = parser.parse_args()
     found, times = {}, {}
     for size, launch in PARTS.items():
@@ -70,9 +86,15 @@ def main() -> int:
             times[size] = table(folder, launch, options.seeds)
             found[size] = {name: record["content_hash"] for name, record in read(folder).items()}
         told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times[size].items())
-        print(f"{size} process{'es' if size > 1 else ''}: {told} (load before: {load:.1f})", flush=True)
+        print(
+            f"{size} process{'es' if size > 1 else ''}: {told} (load before: {load:.1f})",
+            flush=True,
+        )
     ratios = {name: times[1][name] / times[2][name] for name in times[1]}
-    print("1 process / 2 processes: " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items()))
+    print(
+        "1 process / 2 processes: "
+        + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
+    )
     same = found[1] == found[2] and set(found[1]) == set(IMMUNIZERS)
     print(f"content hashes of {len(found[1])} records: {'equal' if same else 'DIFFERENT'}")
     return 0 if same and ratios["runs"] >= options.at_least else 1

@@ -38,7 +38,9 @@ def algebra(c: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
     return solved, torch.linalg.inv(solved @ c.T)
 
 
-def updated(w: Tensor, adapted: list[Tensor], rows: list[Tensor], c: Tensor, solved: Tensor, inner: Tensor) -> Tensor:
+def updated(
+    w: Tensor, adapted: list[Tensor], rows: list[Tensor], c: Tensor, solved: Tensor, inner: Tensor
+) -> Tensor:
     v = torch.cat([x @ r.T for x, r in zip(adapted, rows, strict=True)], 1)
     return w + (v - w @ c.T) @ inner @ solved
 
@@ -59,7 +61,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--concepts", type=int, default=3)
     parser.add_argument("--rows", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5, help="of the two fast ways; the slow ones run once")
+    parser.add_argument(
+        "--repeats", type=int, default=5, help="of the two fast ways; the slow ones run once"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -68,34 +72,52 @@ def main() -> int:
     rows = [torch.randn(options.rows, d, generator=g) for _ in range(options.concepts)]
     regular = torch.randn(options.captions * options.context, d, generator=g)
     base: Params = {str(i): torch.randn(out, d, generator=g) / d**0.5 for i, out in enumerate(OUTS)}
-    adapted = [{k: w + 0.01 * torch.randn(w.shape, generator=g) for k, w in base.items()} for _ in rows]
+    adapted = [
+        {k: w + 0.01 * torch.randn(w.shape, generator=g) for k, w in base.items()} for _ in rows
+    ]
     c, gram = torch.cat(rows), regular.T @ regular
 
     start = time.process_time()
-    merge = Merge(len(rows), {"text": factorize(Inputs(tuple(rows), regular))}, dict.fromkeys(base, "text"))
+    merge = Merge(
+        len(rows), {"text": factorize(Inputs(tuple(rows), regular))}, dict.fromkeys(base, "text")
+    )
     merge(base, adapted)
     once = time.process_time() - start
 
     def one_lu() -> Params:
         solved, inner = algebra(c, regular.T @ regular)
-        return {k: updated(w, [a[k] for a in adapted], rows, c, solved, inner) for k, w in base.items()}
+        return {
+            k: updated(w, [a[k] for a in adapted], rows, c, solved, inner) for k, w in base.items()
+        }
 
     def per_layer(given: bool) -> Params:
         return {
-            k: updated(w, [a[k] for a in adapted], rows, c, *algebra(c, gram if given else regular.T @ regular))
+            k: updated(
+                w,
+                [a[k] for a in adapted],
+                rows,
+                c,
+                *algebra(c, gram if given else regular.T @ regular),
+            )
             for k, w in base.items()
         }
 
     fast, expected = merge(base, adapted), one_lu()
-    error = max(float((fast[k] - expected[k]).norm() / (expected[k] - base[k]).norm()) for k in base)
+    error = max(
+        float((fast[k] - expected[k]).norm() / (expected[k] - base[k]).norm()) for k in base
+    )
     mine = median(lambda: merge(base, adapted), options.repeats)
     ways = {
         "one LU per step": median(one_lu, options.repeats),
         "LU per layer": median(lambda: per_layer(True), 1),
         "released": median(lambda: per_layer(False), 1),
     }
-    print(f"{len(OUTS)} matrices, C_reg {tuple(regular.shape)}, {len(c)} rows, float32, {options.threads} thread(s)")
-    print(f"fixed map        {mine:8.3f} s per step, factored once in {once:.2f} s; relative difference {error:.1e}")
+    print(
+        f"{len(OUTS)} matrices, C_reg {tuple(regular.shape)}, {len(c)} rows, float32, {options.threads} thread(s)"
+    )
+    print(
+        f"fixed map        {mine:8.3f} s per step, factored once in {once:.2f} s; relative difference {error:.1e}"
+    )
     for name, seconds in ways.items():
         print(f"{name:16s} {seconds:8.3f} s per step, {seconds / mine:6.1f} × the fixed map")
     return 0 if ways["released"] >= 20 * mine and error < 1e-3 else 1

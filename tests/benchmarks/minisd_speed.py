@@ -25,7 +25,12 @@ from lab.minisd.train.quality import generate
 from lab.minisd.world.world import TRAINING, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
 
-BARS = {"load, diffusers": 2.0, "load, this bench": 2.0, "32 pictures": 25.0, "20,000 training pictures": 60.0}
+BARS = {
+    "load, diffusers": 2.0,
+    "load, this bench": 2.0,
+    "32 pictures": 25.0,
+    "20,000 training pictures": 60.0,
+}
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -36,7 +41,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=2, help="of torch, and processes that render")
+    parser.add_argument(
+        "--threads", type=int, default=2, help="of torch, and processes that render"
+    )
     parser.add_argument("--pictures", type=int, default=20_000, help="to render")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
@@ -54,10 +61,14 @@ def main() -> int:
         seconds(lambda: generate(model, prompts, 0, "speed", Sampling(steps=20))) for _ in range(3)
     )
     found["20,000 training pictures"] = (
-        seconds(lambda: sample(TRAINING, 0, given.pictures, workers=given.threads)) * 20_000 / given.pictures
+        seconds(lambda: sample(TRAINING, 0, given.pictures, workers=given.threads))
+        * 20_000
+        / given.pictures
     )
     for name, value in found.items():
-        print(f"{name:28}{value:8.2f} s, {value / BARS[name]:.2f} of the {BARS[name]:g} s asked for")
+        print(
+            f"{name:28}{value:8.2f} s, {value / BARS[name]:.2f} of the {BARS[name]:g} s asked for"
+        )
     return 0
 
 

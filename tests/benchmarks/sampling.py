@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lab.core.data import Sampling
-from lab.minisd.train.publish import SHIPPED, judges_of
+from lab.minisd.train.publish import SHIPPED, scorers_of
 from lab.minisd.train.quality import asked, generate
 from lab.minisd.world.vocabulary import OBJECTS, STYLE_NAMES
 from lab.models.diffusion_backbone import DiffusionBackbone
@@ -42,13 +42,19 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = DiffusionBackbone(path=str(SHIPPED / "model"), device="cpu").build(None, given.seed)
-    detector = judges_of(SHIPPED).detector
+    detector = scorers_of(SHIPPED).detector
     wanted = asked([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
     first, spent = torch.empty(0), 0.0
     print(f"{len(wanted.prompts)} pictures, {given.threads} thread(s)")
     for steps, precision in ROWS:
         started = time.perf_counter()
-        images = generate(model, wanted.prompts, given.seed, "sampling", Sampling(steps=steps, precision=precision))
+        images = generate(
+            model,
+            wanted.prompts,
+            given.seed,
+            "sampling",
+            Sampling(steps=steps, precision=precision),
+        )
         wall = time.perf_counter() - started
         if not spent:
             first, spent = images, wall
@@ -56,7 +62,8 @@ def main() -> int:
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(
-            f"{steps:3} steps, {precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; {apart:.1f} apart", flush=True
+            f"{steps:3} steps, {precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; {apart:.1f} apart",
+            flush=True,
         )
     return 0
 

@@ -19,7 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-PARAMETERS = {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480}  # of the published weights
+PARAMETERS = {
+    "unet": 859_520_964,
+    "vae": 83_653_863,
+    "text_encoder": 123_060_480,
+}  # of the published weights
 PROMPT = "a fox in the style of mosaic"
 
 
@@ -77,12 +81,21 @@ def write(folder: Path) -> None:
     for name, make in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
         part = make()
         count = sum(p.numel() for p in part.parameters())
-        assert count == PARAMETERS[name], f"{name} has {count} parameters, Stable Diffusion v1-4 {PARAMETERS[name]}"
+        assert count == PARAMETERS[name], (
+            f"{name} has {count} parameters, Stable Diffusion v1-4 {PARAMETERS[name]}"
+        )
         part.save_pretrained(folder / name)
         del part
     vocabulary = train_tokenizer([PROMPT, "a photo of a fox"], folder / "tokenizer", 560)
-    CLIPTokenizer.from_pretrained(str(vocabulary), model_max_length=77).save_pretrained(str(folder / "tokenizer"))
-    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    CLIPTokenizer.from_pretrained(str(vocabulary), model_max_length=77).save_pretrained(
+        str(folder / "tokenizer")
+    )
+    noise = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+    }
     PNDMScheduler(**noise, skip_prk_steps=True).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "StableDiffusionPipeline",
@@ -113,7 +126,9 @@ def lora(folder: Path) -> None:
     with torch.no_grad():
         z = model.to_latents(torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8))
         text = model.text([PROMPT])
-    model.unet.add_adapter(LoraConfig(r=4, target_modules=["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]))
+    model.unet.add_adapter(
+        LoraConfig(r=4, target_modules=["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"])
+    )
     factors = [p for p in model.unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(factors, lr=1e-4)
     loss = model.loss(z, text, model.latents(1, 0), torch.tensor([500])).mean()
@@ -121,7 +136,9 @@ def lora(folder: Path) -> None:
     loss.backward()
     optimizer.step()
     moved = sum(p.numel() for p in factors if p.grad is not None and p.grad.abs().sum() > 0)
-    print(f"  loss {loss.item():.4f}; {sum(p.numel() for p in factors):,} trainable numbers, {moved:,} with a gradient")
+    print(
+        f"  loss {loss.item():.4f}; {sum(p.numel() for p in factors):,} trainable numbers, {moved:,} with a gradient"
+    )
     print(f"  backward and update {time.perf_counter() - start:.1f} s")
 
 
@@ -131,12 +148,18 @@ def sample(folder: Path) -> None:
     model = load(folder)
     start = time.perf_counter()
     pictures = model.generate([PROMPT], model.latents(1, 0), Sampling(steps=1, guidance=7.5))
-    print(f"  picture {tuple(pictures.shape)} {pictures.dtype} in {time.perf_counter() - start:.1f} s")
+    print(
+        f"  picture {tuple(pictures.shape)} {pictures.dtype} in {time.perf_counter() - start:.1f} s"
+    )
 
 
 def memory() -> str:
     """Peak resident memory of this process and what of the present one is mapped from files (Linux)."""
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    lines = dict(
+        line.split(":", 1)
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if ":" in line
+    )
     peak, mapped = (int(lines[name].split()[0]) / 2**20 for name in ("VmHWM", "RssFile"))
     return f"peak memory {peak:.2f} GiB (at the end {mapped:.2f} GiB of it mapped from files)"
 
@@ -145,9 +168,13 @@ PHASES = {"write": write, "load": load, "lora": lora, "sample": sample}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--phase", choices=PHASES, help="run this one here instead of all in processes of their own")
+    parser.add_argument(
+        "--phase", choices=PHASES, help="run this one here instead of all in processes of their own"
+    )
     given = parser.parse_args()
     if given.phase:
         start = time.perf_counter()

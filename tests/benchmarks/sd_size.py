@@ -31,8 +31,18 @@ UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "sample_size": 64,
     "in_channels": 4,
     "out_channels": 4,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "down_block_types": (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ),
+    "up_block_types": (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    ),
     "block_out_channels": (320, 640, 1280, 1280),
     "layers_per_block": 2,
     "cross_attention_dim": 768,
@@ -55,7 +65,9 @@ def savings(threads: int) -> int:
         for way in ([], ["--checkpoint"], ["--recompute"], ["--checkpoint", "--recompute"]):
             words = ["--steps", str(steps), *way]
             command = [sys.executable, __file__, "--threads", str(threads), *words]
-            lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+            lines = subprocess.run(
+                command, check=True, capture_output=True, text=True
+            ).stdout.splitlines()
             told = [line for line in lines if line.startswith(("one exact step", "peak memory"))]
             print(f"{' '.join(words):40s} {'; '.join(told)}", flush=True)
     return 0
@@ -73,7 +85,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=1, help="K, lower steps")
     parser.add_argument("--checkpoint", action="store_true", help="gradient checkpointing")
     parser.add_argument("--recompute", action="store_true", help="immunize.hypergradient.recompute")
-    parser.add_argument("--savings", action="store_true", help="print a table of the two above and stop")
+    parser.add_argument(
+        "--savings", action="store_true", help="print a table of the two above and stop"
+    )
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     if options.savings:
@@ -90,9 +104,13 @@ def main() -> int:
     words, regular = hidden[: options.concepts], hidden[options.concepts :].flatten(0, 1)
     rows = tuple(w[5:9] for w in words)
     merge = Merge(
-        len(rows), {"text": factorize(Inputs(rows, regular), lam=0.01)}, {x: "text" for x in scope_names(unet, "kv")}
+        len(rows),
+        {"text": factorize(Inputs(rows, regular), lam=0.01)},
+        {x: "text" for x in scope_names(unet, "kv")},
     )
-    alphas = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").alphas_cumprod
+    alphas = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    ).alphas_cumprod
     side = options.latent
     z, noise = (torch.randn(options.concepts, 2, 1, 4, side, side) for _ in range(2))
     t = torch.randint(0, 1000, (options.concepts, 2, 1))
@@ -117,13 +135,17 @@ def main() -> int:
             lower_names=list(theta),
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"U-Net {millions:.0f} M parameters, {sum(x.numel() for x in theta.values()) / 1e6:.0f} M of them in attn2")
+    print(
+        f"U-Net {millions:.0f} M parameters, {sum(x.numel() for x in theta.values()) / 1e6:.0f} M of them in attn2"
+    )
     print(
         f"one exact step, N = {options.concepts}: {time.perf_counter() - start:.0f} s, "
         f"{time.process_time() - cpu:.0f} s CPU"
     )
     print(f"peak memory {peak:.2f} GiB, {loaded:.2f} GiB before the step")
-    print(f"lower drop {found.lower_drop}, cosine with first order {found.cosine:.4f}, merge {found.info}")
+    print(
+        f"lower drop {found.lower_drop}, cosine with first order {found.cosine:.4f}, merge {found.info}"
+    )
     return 0
 
 

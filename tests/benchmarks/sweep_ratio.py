@@ -24,7 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-IMMUNIZERS = ("kappa", "kappa_well_only", "kappa_opt", "kappa_imma", "kappa_closed_form", "kappa_pencil")
+IMMUNIZERS = (
+    "kappa",
+    "kappa_well_only",
+    "kappa_opt",
+    "kappa_imma",
+    "kappa_closed_form",
+    "kappa_pencil",
+)
 ATTACKERS = ("linear_probe", "probe_momentum", "probe_adam", "probe_ridge")
 LIMIT = 0.6  # the promise of the project's issue on scale-out
 
@@ -49,10 +56,14 @@ def timed(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
 def stages(folder: Path) -> tuple[set[str], set[str], int]:
     """Keys of immunizations and attacks below ``folder``, those of evaluations, and how many stages were computed."""
     records = [json.loads(path.read_text()) for path in folder.rglob("record.json")]
-    assert all(record["status"] == "ok" for record in records), [record["error"] for record in records]
+    assert all(record["status"] == "ok" for record in records), [
+        record["error"] for record in records
+    ]
     cells = [cell for record in records for cell in record["cells"]]
-    trained, judged = ({c["key"] for c in cells if (c["stage"] == "eval") is last} for last in (False, True))
-    return trained, judged, sum(record["provenance"]["cache_misses"] for record in records)
+    trained, scored = (
+        {c["key"] for c in cells if (c["stage"] == "eval") is last} for last in (False, True)
+    )
+    return trained, scored, sum(record["provenance"]["cache_misses"] for record in records)
 
 
 def main() -> int:
@@ -66,19 +77,33 @@ def main() -> int:
         together.mkdir()
         for i, (immunizer, attacker) in enumerate(pairs):
             if i == len(pairs) // 2:
-                chosen = [f"immunize={','.join(IMMUNIZERS)}", f"attacks=[{','.join(ATTACKERS)}]", seeds]
+                chosen = [
+                    f"immunize={','.join(IMMUNIZERS)}",
+                    f"attacks=[{','.join(ATTACKERS)}]",
+                    seeds,
+                ]
                 spent["sweep"].append(timed(["-m", *chosen], together))
             alone = Path(root, "separate", f"{immunizer}-{attacker}")
             alone.mkdir(parents=True)
-            spent["separate"].append(timed([f"immunize={immunizer}", f"attacks=[{attacker}]", seeds], alone))
-            print(f"{i + 1} of {len(pairs)}: {spent['separate'][-1][0]:.1f} s CPU", file=sys.stderr, flush=True)
-        trained, judged, computed = stages(together)
+            spent["separate"].append(
+                timed([f"immunize={immunizer}", f"attacks=[{attacker}]", seeds], alone)
+            )
+            print(
+                f"{i + 1} of {len(pairs)}: {spent['separate'][-1][0]:.1f} s CPU",
+                file=sys.stderr,
+                flush=True,
+            )
+        trained, scored, computed = stages(together)
         separately, _, separate_computed = stages(Path(root, "separate"))
     cpu, wall = ({name: sum(t[k] for t in times) for name, times in spent.items()} for k in (0, 1))
     ratio = cpu["sweep"] / cpu["separate"]
-    sound = computed == len(trained) + len(judged) and trained == separately
-    print(f"sweep: {cpu['sweep']:.0f} s CPU, {wall['sweep']:.0f} s wall, {computed} stages computed")
-    print(f"separate: {cpu['separate']:.0f} s CPU, {wall['separate']:.0f} s wall, {separate_computed} stages computed")
+    sound = computed == len(trained) + len(scored) and trained == separately
+    print(
+        f"sweep: {cpu['sweep']:.0f} s CPU, {wall['sweep']:.0f} s wall, {computed} stages computed"
+    )
+    print(
+        f"separate: {cpu['separate']:.0f} s CPU, {wall['separate']:.0f} s wall, {separate_computed} stages computed"
+    )
     print(f"ratio: {ratio:.2f} CPU, {wall['sweep'] / wall['separate']:.2f} wall; at most {LIMIT}")
     if not sound:
         print("the sweep computed a stage twice, or others than the separate runs", file=sys.stderr)

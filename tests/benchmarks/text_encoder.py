@@ -30,11 +30,11 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lab.core.cache import Artifact, Store, stage_key
+from lab.core.cache import Artifact, StageCache, stage_key
 from lab.minisd.train import build
-from lab.minisd.train import scorer_clip as judge_clip
-from lab.minisd.train import scorer_data as judge_data
-from lab.minisd.train.publish import SHIPPED, judges_of, save
+from lab.minisd.train import scorer_clip as scorer_clip
+from lab.minisd.train import scorer_data as scorer_data
+from lab.minisd.train.publish import SHIPPED, save, scorers_of
 from lab.minisd.train.quality import measure
 from lab.minisd.train.recipe import Recipe, Training
 from lab.minisd.train.training import Denoiser, encode, train_denoiser
@@ -50,7 +50,10 @@ def recipe(steps: int, seed: int) -> Recipe:
     """The shipped recipe with ``steps`` of the U-Net."""
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", ["experiment=train_minisd", f"train.denoiser.steps={steps}", f"train.seed={seed}"])
+        cfg = compose(
+            "config",
+            ["experiment=train_minisd", f"train.denoiser.steps={steps}", f"train.seed={seed}"],
+        )
     found: Recipe = instantiate(cfg.train, _convert_="all")
     return dataclasses.replace(found, workers=1)
 
@@ -62,37 +65,55 @@ def as_transformers(clip: Any) -> dict[str, Tensor]:
         "text_model.embeddings.token_embedding.weight": own["token_embedding.weight"],
         "text_model.embeddings.position_embedding.weight": own["positional_embedding"],
     }
-    out |= {f"text_model.final_layer_norm.{kind}": own[f"ln_final.{kind}"] for kind in ("weight", "bias")}
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
+    out |= {
+        f"text_model.final_layer_norm.{kind}": own[f"ln_final.{kind}"]
+        for kind in ("weight", "bias")
+    }
+    names = {
+        "ln_1": "layer_norm1",
+        "ln_2": "layer_norm2",
+        "mlp.c_fc": "mlp.fc1",
+        "mlp.c_proj": "mlp.fc2",
+    }
     names["attn.out_proj"] = "self_attn.out_proj"
     for i in range(len(clip.transformer.resblocks)):
         there, here = f"text_model.encoder.layers.{i}", f"transformer.resblocks.{i}"
         for kind in ("weight", "bias"):
-            out |= {f"{there}.{new}.{kind}": own[f"{here}.{old}.{kind}"] for old, new in names.items()}
+            out |= {
+                f"{there}.{new}.{kind}": own[f"{here}.{old}.{kind}"] for old, new in names.items()
+            }
             parts = own[f"{here}.attn.in_proj_{kind}"].chunk(3)
-            out |= {f"{there}.self_attn.{n}_proj.{kind}": v for n, v in zip("qkv", parts, strict=True)}
+            out |= {
+                f"{there}.self_attn.{n}_proj.{kind}": v for n, v in zip("qkv", parts, strict=True)
+            }
     return out
 
 
-def contrastive(training: Training, tokenizer: Any, store: Store) -> Any:
+def contrastive(training: Training, tokenizer: Any, store: StageCache) -> Any:
     """A `CLIPTextModel` with the text tower of a CLIP that saw MiniSD's training objects and styles only."""
     r = training.recipe
-    shown = sample(dataclasses.replace(TRAINING, two_share=0.0), r.seed, r.judges.pictures)  # two have no label
-    held_out = judge_data.labelled(sample(dataclasses.replace(TRAINING, two_share=0.0), r.seed, 512, start=20_000))
-    widths = dataclasses.replace(r.judges.clip_widths, text=r.widths.text, layers=r.widths.layers)
+    shown = sample(
+        dataclasses.replace(TRAINING, two_share=0.0), r.seed, r.scorers.pictures
+    )  # two have no label
+    held_out = scorer_data.labelled(
+        sample(dataclasses.replace(TRAINING, two_share=0.0), r.seed, 512, start=20_000)
+    )
+    widths = dataclasses.replace(r.scorers.clip_widths, text=r.widths.text, layers=r.widths.layers)
     model = clip_of(widths, len(tokenizer), r.seed)
-    schedule = r.judges.clip
+    schedule = r.scorers.clip
 
     def compute(checkpoint: Any) -> Artifact:
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save_pretrained(folder)
-            said = judge_data.texts(shown, r.captions)
-            data = judge_clip.clip_data(judge_data.labelled(shown), said, held_out, Path(folder))
+            said = scorer_data.texts(shown, r.captions)
+            data = scorer_clip.clip_data(scorer_data.labelled(shown), said, held_out, Path(folder))
             note = partial(told, "clip")
-            judge_clip.train_clip(model, data, Path(folder), schedule, seed=r.seed, checkpoint=checkpoint, log=note)
+            scorer_clip.train_clip(
+                model, data, Path(folder), schedule, seed=r.seed, checkpoint=checkpoint, log=note
+            )
         return Artifact({}, dict(model.state_dict()))
 
-    key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.judges), seed=r.seed)
+    key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.scorers), seed=r.seed)
     model.load_state_dict(store.get("train", key, compute)[0].tensors)
     text = build.text_encoder(r.widths, len(tokenizer), r.seed)
     found = {n: v for n, v in as_transformers(model).items() if n in text.state_dict()}
@@ -102,7 +123,12 @@ def contrastive(training: Training, tokenizer: Any, store: Store) -> Any:
     assert not [n for n in missing if "position_ids" not in n], missing
     ids = build.tokenize(tokenizer, ["a photo of a fox", "a rocket by mosaic"])
     with torch.no_grad():
-        difference = (text(ids).pooler_output @ model.text_projection - model.encode_text(ids)).abs().max().item()
+        difference = (
+            (text(ids).pooler_output @ model.text_projection - model.encode_text(ids))
+            .abs()
+            .max()
+            .item()
+        )
     assert difference < 1e-4, difference
     return text.requires_grad_(False).eval()
 
@@ -117,7 +143,9 @@ def told(name: str, step: int, **values: float) -> None:
     logging.info("%s step %d %s", name, step, " ".join(f"{k} {v:.4f}" for k, v in values.items()))
 
 
-def denoiser(kind: str, training: Training, vae: Any, tokenizer: Any, text: Any, store: Store) -> tuple[Denoiser, Any]:
+def denoiser(
+    kind: str, training: Training, vae: Any, tokenizer: Any, text: Any, store: StageCache
+) -> tuple[Denoiser, Any]:
     """The U-Net of ``kind`` with its text encoder, and its last validation losses."""
     r = training.recipe
     unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
@@ -132,10 +160,19 @@ def denoiser(kind: str, training: Training, vae: Any, tokenizer: Any, text: Any,
 
         held_out = training.pictures("held_out")
         train_denoiser(
-            model, tokenizer, build.scheduler(), encode(vae, training.pictures("train").images), training.texts(),
-            (encode(vae, held_out.images), held_out.texts), r.denoiser,
-            gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            build.scheduler(),
+            encode(vae, training.pictures("train").images),
+            training.texts(),
+            (encode(vae, held_out.images), held_out.texts),
+            r.denoiser,
+            gamma=r.gamma,
+            drop=r.drop,
+            seed=r.seed,
+            checkpoint=checkpoint,
+            log=note,
+        )
         return Artifact(last, dict(model.state_dict()))
 
     key = stage_key(benchmark="text_encoder", kind=kind, recipe=r.identity("denoiser"))
@@ -146,17 +183,24 @@ def denoiser(kind: str, training: Training, vae: Any, tokenizer: Any, text: Any,
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=2000, help="of the U-Net; the recipe has 9,000")
+    parser.add_argument(
+        "--steps", type=int, default=2000, help="of the U-Net; the recipe has 9,000"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--scale", type=int, default=8, help="pictures, see lab.minisd.train.quality.suites; the card has 32"
+        "--scale",
+        type=int,
+        default=8,
+        help="pictures, see lab.minisd.train.quality.suites; the card has 32",
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--outputs", type=Path, default=ROOT / "outputs" / "benchmarks" / "text_encoder")
+    parser.add_argument(
+        "--outputs", type=Path, default=ROOT / "outputs" / "benchmarks" / "text_encoder"
+    )
     given = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(given.threads)
-    store = Store(given.outputs / "cache")
+    store = StageCache(given.outputs / "cache")
     training = Training(recipe(given.steps, given.seed), store, lambda *_: None)
     shipped = DiffusionBackbone(path=str(SHIPPED / "model")).build(None, 0)
     vae, tokenizer = shipped.vae, shipped.tokenizers[0]
@@ -168,18 +212,24 @@ def main() -> int:
         model, losses = denoiser(kind, training, vae, tokenizer, text, store)
         vae.register_to_config(scaling_factor=float(model.scale))
         folder = save(
-            build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler()), given.outputs / kind
+            build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler()),
+            given.outputs / kind,
         )
         found[kind] = {"losses": losses} | measure(
-            DiffusionBackbone(path=str(folder)).build(None, 0), judges_of(SHIPPED / "judges"), seed=1, scale=given.scale
+            DiffusionBackbone(path=str(folder)).build(None, 0),
+            scorers_of(SHIPPED / "scorers"),
+            seed=1,
+            scale=given.scale,
         )
         vae.float()
     (given.outputs / "text_encoder.json").write_text(json.dumps(found, indent=1) + "\n")
     print(f"{'share of pictures':24}{'joint':>20}{'contrastive':>20}   (detector / CLIP)")
-    for suite, judged in found["joint"]["shares"].items():
-        for what in judged["detector"]:
+    for suite, scored in found["joint"]["shares"].items():
+        for what in scored["detector"]:
             cells = [
-                "{:.1%} / {:.1%}".format(*(found[k]["shares"][suite][j][what] for j in ("detector", "clip")))
+                "{:.1%} / {:.1%}".format(
+                    *(found[k]["shares"][suite][j][what] for j in ("detector", "clip"))
+                )
                 for k in KINDS
             ]
             print(f"{suite + ', ' + what:24}{cells[0]:>20}{cells[1]:>20}")

@@ -1,4 +1,4 @@
-"""Pictures, judges and a RunView made by hand, for tests of the diffusion metrics.
+"""Pictures, scorers and a RunView made by hand, for tests of the diffusion metrics.
 
 A picture is one colour: red and green set its CLIP vector, blue says whether the detector sees the concept.
 """
@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.core.data import Concept, ConceptCase, Pictures, Role, Sampling
-from lab.core.types import CONTROL, Budget, Trajectory
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Role, Sampling
+from lab.core.types import BASELINE, Budget, Trajectory
 
 BUDGET = Budget(20, 4, at=(0, 10, 20, 40, 80))
 STEPS = BUDGET.snapshots()
@@ -25,7 +25,9 @@ RED = (200, 0, 0)
 
 def colours(*values: tuple[int, int, int]) -> Tensor:
     """uint8 [n, 3, 4, 4]."""
-    return torch.tensor(values, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+    return (
+        torch.tensor(values, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 4, 4).contiguous()
+    )
 
 
 def tilted(cosine: float, seen: bool = False) -> tuple[int, int, int]:
@@ -64,17 +66,22 @@ class Detector:
     def probabilities(self, images: Tensor) -> dict[str, Tensor]:
         red, green, blue = images.double().mean((2, 3)).T
         objects, styles = (green > red).double(), (blue > 127).double()
-        return {"object": torch.stack([1 - objects, objects], 1), "style": torch.stack([1 - styles, styles], 1)}
+        return {
+            "object": torch.stack([1 - objects, objects], 1),
+            "style": torch.stack([1 - styles, styles], 1),
+        }
 
     def detects(self, images: Tensor, name: str) -> Tensor:
         return self.probabilities(images)["style"][:, 1] > 0.5
 
 
 @dataclass(eq=False)
-class FakeJudges:
+class FakeScorers:
     clip: Any = field(default_factory=Clip)
     features: Any = field(default_factory=Features)
-    detector: Any = field(default_factory=lambda: Detector({n: RATES for n in ("mosaic", "neon", "sketch")}))
+    detector: Any = field(
+        default_factory=lambda: Detector({n: RATES for n in ("mosaic", "neon", "sketch")})
+    )
     lpips: Any = None
 
     def fingerprint(self) -> str:
@@ -85,33 +92,65 @@ RATES = {"false_positive": 0.1, "false_negative": 0.1}
 
 
 def concept(name: str, role: Role, families: Sequence[str] = ("name",)) -> Concept:
-    none, known = Pictures(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ()), Pictures(colours(RED, RED), ("a", "b"))
-    return Concept(name, role, "style", name, none, none, known, none, {f: (f"a {name}", "green") for f in families})
+    none, known = (
+        CaptionedImages(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ()),
+        CaptionedImages(colours(RED, RED), ("a", "b")),
+    )
+    return Concept(
+        name,
+        role,
+        "style",
+        name,
+        none,
+        none,
+        known,
+        none,
+        {f: (f"a {name}", "green") for f in families},
+    )
 
 
 def case(
-    name: str = "case", targets: Sequence[str] = ("mosaic", "neon"), others: Sequence[str] = ("sketch",), **kwargs
+    name: str = "case",
+    targets: Sequence[str] = ("mosaic", "neon"),
+    others: Sequence[str] = ("sketch",),
+    **kwargs,
 ):
-    unrelated = Pictures(colours((200, 0, 0), (0, 200, 0)), ("a red thing", "a green thing"))
+    unrelated = CaptionedImages(colours((200, 0, 0), (0, 200, 0)), ("a red thing", "a green thing"))
     return ConceptCase(
         name,
         tuple(concept(t, "harmful", **kwargs) for t in targets),
         tuple(concept(o, "benign", **kwargs) for o in others),
-        (), unrelated, (), unrelated, Sampling(2, 4.0, 4),
-    )  # fmt: skip
+        (),
+        unrelated,
+        (),
+        unrelated,
+        Sampling(2, 4.0, 4),
+    )
 
 
-def attack(points: Sequence[Sequence[tuple[int, int, int]]], status: str = "ok", families=("name",)) -> Trajectory:
+def attack(
+    points: Sequence[Sequence[tuple[int, int, int]]], status: str = "ok", families=("name",)
+) -> Trajectory:
     """A trajectory from the colours of every point; it ends early where there are fewer points than snapshots."""
     samples = torch.stack([colours(*point) for point in points])
     steps = list(STEPS[: len(points)])
-    return Trajectory(steps, {"train_loss": [1.0] * len(steps)}, status, samples={f: samples for f in families})  # type: ignore[arg-type]
+    return Trajectory(
+        steps, {"train_loss": [1.0] * len(steps)}, status, samples={f: samples for f in families}
+    )  # type: ignore[arg-type]
 
 
-def shares(*counts: int, of: int = 10, cosines: Sequence[float] | None = None, status: str = "ok") -> Trajectory:
+def shares(
+    *counts: int, of: int = 10, cosines: Sequence[float] | None = None, status: str = "ok"
+) -> Trajectory:
     """A trajectory whose detector sees ``counts`` of ``of`` pictures per point; cosine 1 − … per point on request."""
     cosines = cosines or [0.8] * len(counts)
-    return attack([[tilted(c, i < count) for i in range(of)] for c, count in zip(cosines, counts, strict=True)], status)
+    return attack(
+        [
+            [tilted(c, i < count) for i in range(of)]
+            for c, count in zip(cosines, counts, strict=True)
+        ],
+        status,
+    )
 
 
 @dataclass
@@ -129,7 +168,9 @@ class Painter:
     def latents(self, total: int, seed: int, *labels: object) -> Tensor:
         return torch.arange(total)
 
-    def generate(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32) -> Tensor:
+    def generate(
+        self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32
+    ) -> Tensor:
         self.calls.append(sampling)
         return colours(*(self.paint(p, int(z)) for p, z in zip(prompts, latents, strict=True)))
 
@@ -140,11 +181,13 @@ def faithful(prompt: str, number: int) -> tuple[int, int, int]:
 
 @dataclass
 class FakeRun:
-    """Trajectories by a function of arm, attack, concept and seed; models by arm."""
+    """Trajectories by a function of model, attack, concept and seed; models by model."""
 
     trajectories: Callable[[str, str, str, int], Trajectory] = lambda *_: shares(0, 0, 0, 0, 0)
     case_list: tuple[ConceptCase, ...] = field(default_factory=lambda: (case(),))
-    models: dict[str, Painter] = field(default_factory=lambda: {a: Painter(faithful) for a in (CONTROL, "mima")})
+    models: dict[str, Painter] = field(
+        default_factory=lambda: {a: Painter(faithful) for a in (BASELINE, "mima")}
+    )
     diverged: dict[tuple[str, int], Any] = field(default_factory=dict)
     scenario: str = "fake"
     immunizer: str = "mima"
@@ -155,20 +198,22 @@ class FakeRun:
     logged: dict[int, dict[str, list[float]]] = field(default_factory=dict)
 
     @property
-    def arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((CONTROL, self.immunizer)))
+    def model_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((BASELINE, self.immunizer)))
 
     def cases(self, seed: int) -> tuple[ConceptCase, ...]:
         return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
 
-    def model(self, arm: str, case: ConceptCase, seed: int) -> Painter:
-        return self.models[arm]
+    def model(self, model_name: str, case: ConceptCase, seed: int) -> Painter:
+        return self.models[model_name]
 
     def history(self, case: ConceptCase, seed: int) -> dict[str, list[float]]:
         return self.logged.get(seed, {})
 
-    def trajectory(self, arm: str, attack: str, case: ConceptCase, task: Concept, seed: int) -> Trajectory:
-        return self.trajectories(arm, attack, task.name, seed)
+    def trajectory(
+        self, model_name: str, attack: str, case: ConceptCase, task: Concept, seed: int
+    ) -> Trajectory:
+        return self.trajectories(model_name, attack, task.name, seed)
 
     def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if key not in self.store:
@@ -181,12 +226,14 @@ def flat(*cosines, count=4, status="ok"):
     return attack([[tilted(c)] * count for c in cosines], status)
 
 
-def world(immunized: dict[str, Trajectory], control: Trajectory | None = None, **kwargs) -> FakeRun:
-    """The control learns: cosine 0, 0.6, 0.8, 1, 1; the immunized arm by concept."""
-    learned = control or flat(0.0, 0.6, 0.8, 1.0, 1.0)
+def world(
+    immunized: dict[str, Trajectory], baseline: Trajectory | None = None, **kwargs
+) -> FakeRun:
+    """The baseline learns: cosine 0, 0.6, 0.8, 1, 1; the immunized model by concept."""
+    learned = baseline or flat(0.0, 0.6, 0.8, 1.0, 1.0)
 
-    def make(arm, attack_name, name, seed):
-        return learned if arm == CONTROL else immunized[name]
+    def make(model_name, attack_name, name, seed):
+        return learned if model_name == BASELINE else immunized[name]
 
     return FakeRun(make, **kwargs)
 

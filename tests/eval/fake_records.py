@@ -12,9 +12,18 @@ Record = dict[str, Any]
 STEPS = list(Budget(20, 5, 20).snapshots())
 
 
-def metric(value: float | None, better: str = "higher", spread: float = 0.08, **kwargs: Any) -> dict[str, Any]:
+def metric(
+    value: float | None, better: str = "higher", spread: float = 0.08, **kwargs: Any
+) -> dict[str, Any]:
     low, high = (None, None) if value is None else (value * (1 - spread), value * (1 + spread))
-    base = {"value": value, "low": low, "high": high, "n": 3, "better": better, "interval": "across_seeds"}
+    base = {
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": 3,
+        "better": better,
+        "interval": "across_seeds",
+    }
     return base | {"note": None, "unit": ""} | kwargs
 
 
@@ -31,28 +40,53 @@ def record(immunizer: str = "kappa", **kwargs: Any) -> Record:
         "seeds": [0, 1, 2],
         "config": {
             "scenario": {"name": "house_price", "standardize": True},
-            "immunize": {"_target_": "immunize.kappa.method.Kappa", "name": immunizer, "eta": 0.005, "lambda_p": 100},
+            "immunize": {
+                "_target_": "immunize.kappa.method.Kappa",
+                "name": immunizer,
+                "eta": 0.005,
+                "lambda_p": 100,
+            },
             "budget": {"horizon": 20, "multiple": 5, "points": 20},
             "paths": {"outputs": "outputs"},
         },
         "metrics": {},
         "curves": {},
         "tables": {},
-        "notes": ["Dropped 6 of 79 columns that are constant in one task (Utilities …); rank 61 of 61 remains."],
+        "notes": [
+            "Dropped 6 of 79 columns that are constant in one task (Utilities …); rank 61 of 61 remains."
+        ],
         "cells": [
-            {"stage": "immunize", "arm": immunizer, "case": "house", "seed": s, "attack": None, "task": None,
-             "key": f"{s}" * 12, "status": "ok"} for s in range(3)
+            {
+                "stage": "immunize",
+                "model": immunizer,
+                "case": "house",
+                "seed": s,
+                "attack": None,
+                "task": None,
+                "key": f"{s}" * 12,
+                "status": "ok",
+            }
+            for s in range(3)
         ],
         "error": None,
         "skipped": {},
         "provenance": {
-            "started": "2026-11-20T10:00:00+00:00", "wall_time_s": 21.4, "peak_memory_mb": 812.0, "host": "box",
-            "device": "cpu × 2", "threads": 2, "python": "3.11.9", "versions": {"torch": "2.13.0", "numpy": "2.3.1"},
-            "git_sha": "d370ca7d0c0ffee0d370ca7d0c0ffee0d370ca7d", "git_dirty": True,
-            "data_hash": {"0": "ab" * 32, "1": "cd" * 32, "2": "ef" * 32}, "weight_hash": {"0": "12" * 32},
-            "cache_hits": 12, "cache_misses": 30,
+            "started": "2026-11-20T10:00:00+00:00",
+            "wall_time_s": 21.4,
+            "peak_memory_mb": 812.0,
+            "host": "box",
+            "device": "cpu × 2",
+            "threads": 2,
+            "python": "3.11.9",
+            "versions": {"torch": "2.13.0", "numpy": "2.3.1"},
+            "git_sha": "d370ca7d0c0ffee0d370ca7d0c0ffee0d370ca7d",
+            "git_dirty": True,
+            "data_hash": {"0": "ab" * 32, "1": "cd" * 32, "2": "ef" * 32},
+            "weight_hash": {"0": "12" * 32},
+            "cache_hits": 12,
+            "cache_misses": 30,
         },
-    }  # fmt: skip
+    }
     return sealed(base | kwargs)
 
 
@@ -62,25 +96,37 @@ def sealed(base: Record) -> Record:
     return base
 
 
-def attacked(immunizer: str, harmful: float, benign: float, rir: float, share: float | None = None) -> Record:
+def attacked(
+    immunizer: str, harmful: float, benign: float, rir: float, share: float | None = None
+) -> Record:
     """A run whose harmful and benign slowdowns are given."""
     holds = harmful >= 1.25 and benign <= 1.1
     metrics = {
-        "verdict": metric(float(holds), low=None, high=None, interval="point",
-                          note="harmful task held back. benign task kept" if holds else
-                          f"benign task damaged: steps to the control's norm ratio {benign:.3g} (required ≤ 1.1)"),
+        "verdict": metric(
+            float(holds),
+            low=None,
+            high=None,
+            interval="point",
+            note="harmful task held back. benign task kept"
+            if holds
+            else f"benign task damaged: steps to the baseline's norm ratio {benign:.3g} (required ≤ 1.1)",
+        ),
         "verdict_share": metric(float(holds), spread=0.0),
-        "slowdown_harmful_worst": metric(harmful, unit="×", note="worst attacker: linear_probe_adam"),
+        "slowdown_harmful_worst": metric(
+            harmful, unit="×", note="worst attacker: linear_probe_adam"
+        ),
         "slowdown_benign_worst": metric(benign, "lower", 0.02, unit="×"),
         "slowdown_relative_worst": metric(harmful / benign, unit="×"),
         "slowdown_loss_harmful_worst": metric(1 + (harmful - 1) / 3, unit="×"),
         "rir": metric(rir),
         "rir_bound": metric(5210.0, "neutral"),
-        "rir_bound_ratio": metric(rir / 5210) if share is None else metric(None, note="infinite: K_P is singular"),
+        "rir_bound_ratio": metric(rir / 5210)
+        if share is None
+        else metric(None, note="infinite: K_P is singular"),
         "kappa_harmful_ratio": metric(rir * 0.05),
         "kappa_benign_ratio": metric(0.05, "lower"),
         "norm_ratio_harmful_linear_probe": metric(0.71),
-    }  # fmt: skip
+    }
     curves: dict[str, Any] = {}
     for attack, pace in (("linear_probe", 0.05), ("linear_probe_adam", 0.09)):
         for role, slow in (("harmful", harmful), ("benign", benign)):
@@ -88,7 +134,12 @@ def attacked(immunizer: str, harmful: float, benign: float, rir: float, share: f
                 ("norm_ratio", "‖w − w*‖² ÷ ‖w₀ − w*‖²", 1e-4),
                 ("test_loss", "test loss", 0.11),
             ):
-                curve = {"step": STEPS, "x": f"steps of {attack}", "y": f"{label}, {role} task", "log": "y"}
+                curve = {
+                    "step": STEPS,
+                    "x": f"steps of {attack}",
+                    "y": f"{label}, {role} task",
+                    "log": "y",
+                }
                 curve["none"] = [floor + math.exp(-pace * s) for s in STEPS]
                 curve[immunizer] = [floor + math.exp(-pace * s / slow) for s in STEPS]
                 curves[f"{quantity}_{role}_{attack}"] = curve
@@ -99,63 +150,156 @@ def attacked(immunizer: str, harmful: float, benign: float, rir: float, share: f
         ("kappa_harmful", "κ of the harmful Hessian", 4e5),
         ("kappa_benign", "κ of the benign Hessian", 90.0),
     ):
-        start = {"rir": 1.0, "rir_bound_ratio": 1 / 5210, "kappa_harmful": 9e4, "kappa_benign": 3e3}[name]
+        start = {
+            "rir": 1.0,
+            "rir_bound_ratio": 1 / 5210,
+            "kappa_harmful": 9e4,
+            "kappa_benign": 3e3,
+        }[name]
         values = [start * (last / start) ** (1 - math.exp(-e / 25)) for e in epochs]
-        curves[name] = {"step": epochs, immunizer: values, "x": "immunization step", "y": label, "log": "y"}
+        curves[name] = {
+            "step": epochs,
+            immunizer: values,
+            "x": "immunization step",
+            "y": label,
+            "log": "y",
+        }
     tables = {
         "spectrum": [
-            {"arm": arm, "role": role, "task": role, "case": "house", "seed": 0, "index": i,
-             "value": math.exp(-i * rate)}
-            for arm, rates in (("none", (0.09, 0.09)), (immunizer, (0.12, 0.02)))
-            for role, rate in zip(("harmful", "benign"), rates, strict=True) for i in range(1, 62)
+            {
+                "model": model_name,
+                "role": role,
+                "task": role,
+                "case": "house",
+                "seed": 0,
+                "index": i,
+                "value": math.exp(-i * rate),
+            }
+            for model_name, rates in (("none", (0.09, 0.09)), (immunizer, (0.12, 0.02)))
+            for role, rate in zip(("harmful", "benign"), rates, strict=True)
+            for i in range(1, 62)
         ],
         "principal_angles": [
-            {"arm": arm, "case": "house", "seed": 0, "task": "SalePrice", "index": i, "degrees": 4.0 * i * k}
-            for arm, k in (("none", 1.0), (immunizer, 1.2)) for i in range(1, 18)
+            {
+                "model": model_name,
+                "case": "house",
+                "seed": 0,
+                "task": "SalePrice",
+                "index": i,
+                "degrees": 4.0 * i * k,
+            }
+            for model_name, k in (("none", 1.0), (immunizer, 1.2))
+            for i in range(1, 18)
         ],
-        "pencil": [{"arm": "none", "case": "house", "seed": 0, "task": "SalePrice", "index": i,
-                    "value": 40 * math.exp(-i / 8)} for i in range(1, 62)],
+        "pencil": [
+            {
+                "model": "none",
+                "case": "house",
+                "seed": 0,
+                "task": "SalePrice",
+                "index": i,
+                "value": 40 * math.exp(-i / 8),
+            }
+            for i in range(1, 62)
+        ],
         "verdict": [
-            {"side": "harmful", "check": "steps to the control's norm ratio, immunized ÷ control", "value": harmful,
-             "low": harmful * 0.92, "high": harmful * 1.08, "n": 3, "required": "≥ 1.25", "passed": harmful >= 1.25,
-             "sure": True, "note": "worst attacker: linear_probe_adam"},
-            {"side": "benign", "check": "steps to the control's norm ratio, immunized ÷ control", "value": benign,
-             "low": benign * 0.98, "high": benign * 1.02, "n": 3, "required": "≤ 1.1", "passed": benign <= 1.1,
-             "sure": True, "note": ""},
+            {
+                "side": "harmful",
+                "check": "steps to the baseline's norm ratio, immunized ÷ baseline",
+                "value": harmful,
+                "low": harmful * 0.92,
+                "high": harmful * 1.08,
+                "n": 3,
+                "required": "≥ 1.25",
+                "passed": harmful >= 1.25,
+                "sure": True,
+                "note": "worst attacker: linear_probe_adam",
+            },
+            {
+                "side": "benign",
+                "check": "steps to the baseline's norm ratio, immunized ÷ baseline",
+                "value": benign,
+                "low": benign * 0.98,
+                "high": benign * 1.02,
+                "n": 3,
+                "required": "≤ 1.1",
+                "passed": benign <= 1.1,
+                "sure": True,
+                "note": "",
+            },
         ],
-        "pairs": [{"case": "house", "seed": s, "benign": "LotArea", "task": "SalePrice", "rir": rir}
-                  for s in range(3)],
-    }  # fmt: skip
+        "pairs": [
+            {"case": "house", "seed": s, "benign": "LotArea", "task": "SalePrice", "rir": rir}
+            for s in range(3)
+        ],
+    }
     return record(immunizer, metrics=metrics, curves=curves, tables=tables)
 
 
 def digits() -> Record:
     """90 ordered pairs of MNIST digits, one seed, no attack."""
     pairs = [
-        {"case": f"{i}-{j}", "seed": 0, "benign": f"digit{i}", "task": f"digit{j}",
-         "rir": math.exp(3.2 * math.sin(1.7 * i + 0.6 * j) + 1.9)} for i in range(10) for j in range(10) if i != j
-    ]  # fmt: skip
+        {
+            "case": f"{i}-{j}",
+            "seed": 0,
+            "benign": f"digit{i}",
+            "task": f"digit{j}",
+            "rir": math.exp(3.2 * math.sin(1.7 * i + 0.6 * j) + 1.9),
+        }
+        for i in range(10)
+        for j in range(10)
+        if i != j
+    ]
     one = {"n": 1, "interval": "within_seed"}
     metrics = {
         "rir": metric(69.7, spread=0.2, **one),
         "rir_above_one": metric(0.78, spread=0.1, **one),
-        "rir_bound_ratio": metric(None, n=1, interval="point", note="infinite: K_P has rank 441 of 560"),
+        "rir_bound_ratio": metric(
+            None, n=1, interval="point", note="infinite: K_P has rank 441 of 560"
+        ),
     }
     skipped = {"verdict": "needs an attack, and attacks=none"}
-    return record("kappa", name="mnist_pairs/kappa", scenario="mnist_pairs", attacks=[], seeds=[0], metrics=metrics,
-                  tables={"pairs": pairs}, skipped=skipped)  # fmt: skip
+    return record(
+        "kappa",
+        name="mnist_pairs/kappa",
+        scenario="mnist_pairs",
+        attacks=[],
+        seeds=[0],
+        metrics=metrics,
+        tables={"pairs": pairs},
+        skipped=skipped,
+    )
 
 
 def failed(message: str = "immunize.lambda_p=-1: must be ≥ 0.") -> Record:
-    error = {"type": "UserError", "message": message, "key": "immunize.lambda_p", "last_good_step": None}
-    cells = [{"stage": "immunize", "arm": "kappa_imma", "case": "house", "seed": 1, "attack": None, "task": None,
-              "key": "f" * 12, "status": "failed"}]  # fmt: skip
+    error = {
+        "type": "UserError",
+        "message": message,
+        "key": "immunize.lambda_p",
+        "last_good_step": None,
+    }
+    cells = [
+        {
+            "stage": "immunize",
+            "model": "kappa_imma",
+            "case": "house",
+            "seed": 1,
+            "attack": None,
+            "task": None,
+            "key": "f" * 12,
+            "status": "failed",
+        }
+    ]
     return record("kappa_imma", status="failed", error=error, cells=cells, notes=[])
 
 
-def control() -> Record:
+def baseline() -> Record:
     return record(
-        "none", metrics={"rir_bound": metric(5210.0, "neutral"), "kappa_benign_control": metric(3e3, "neutral")}
+        "none",
+        metrics={
+            "rir_bound": metric(5210.0, "neutral"),
+            "kappa_benign_baseline": metric(3e3, "neutral"),
+        },
     )
 
 
@@ -168,6 +312,6 @@ def sweep() -> list[Record]:
         attacked("kappa_opt", 1.9, 1.01, 92.6),
         attacked("kappa_well_only", 1.1, 0.7, 61.0),
         failed(),
-        control(),
+        baseline(),
         digits(),
     ]

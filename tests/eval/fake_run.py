@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lab.core.data import Case, Role, Split, Task
 from lab.core.seeding import generator
-from lab.core.types import CONTROL, Budget, FeatureModel, Trajectory
+from lab.core.types import BASELINE, Budget, FeatureModel, Trajectory
 
 EYE = torch.eye(4, dtype=torch.float64)
 BUDGET = Budget(20, 5, 20)
@@ -42,7 +42,9 @@ def linear(theta: Tensor) -> FeatureModel:
 
 def task(x: Tensor, name: str, role: Role, kind: str = "regression") -> Task:
     y = torch.zeros(len(x), dtype=torch.float64 if kind == "regression" else torch.int64)
-    return Task(name, role, kind, Split(x, y), Split(x[:2], y[:2]), 1 if kind == "regression" else 2)  # type: ignore[arg-type]
+    return Task(
+        name, role, kind, Split(x, y), Split(x[:2], y[:2]), 1 if kind == "regression" else 2
+    )  # type: ignore[arg-type]
 
 
 def case(benign: Tensor, *harmful: Tensor, name: str = "a", kind: str = "regression") -> Case:
@@ -55,17 +57,21 @@ def random_data(seed: int, rows: int = 30, d: int = 4) -> Tensor:
     return torch.randn(rows, d, generator=generator(seed, "data"), dtype=torch.float64) * scale
 
 
-def decay(rate: float, steps: tuple[int, ...], accuracy: float | None = None, status: str = "ok") -> Trajectory:
+def decay(
+    rate: float, steps: tuple[int, ...], accuracy: float | None = None, status: str = "ok"
+) -> Trajectory:
     """Norm ratio and losses rate**t; accuracy rises to ``accuracy`` as 1 − rate**t does."""
     values = {q: [rate**s for s in steps] for q in ("norm_ratio", "train_loss", "test_loss")}
     if accuracy is not None:
-        values["test_accuracy"] = values["train_accuracy"] = [accuracy * (1 - rate**s) for s in steps]
+        values["test_accuracy"] = values["train_accuracy"] = [
+            accuracy * (1 - rate**s) for s in steps
+        ]
     return Trajectory(list(steps), values, status)  # type: ignore[arg-type]
 
 
 @dataclass
 class FakeRun:
-    """Everything given by functions of arm, role and seed."""
+    """Everything given by functions of model, role and seed."""
 
     case_list: tuple[Case, ...]
     models: dict[str, FeatureModel]
@@ -79,37 +85,50 @@ class FakeRun:
     budget: Budget = field(default_factory=lambda: Budget(20, 5, 20))
 
     @property
-    def arms(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((CONTROL, self.immunizer)))
+    def model_names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((BASELINE, self.immunizer)))
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
 
-    def model(self, arm: str, case: Case, seed: int) -> FeatureModel:
-        return self.models[arm]
+    def model(self, model_name: str, case: Case, seed: int) -> FeatureModel:
+        return self.models[model_name]
 
     def history(self, case: Case, seed: int) -> dict[str, list[float]]:
         return self.logs
 
-    def trajectory(self, arm: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+    def trajectory(
+        self, model_name: str, attack: str, case: Case, task: Task, seed: int
+    ) -> Trajectory:
         assert self.trajectories is not None
-        return self.trajectories(arm, attack, task.role, seed)
+        return self.trajectories(model_name, attack, task.role, seed)
 
 
-def rates(harmful: float, benign: float, *, harmful_accuracy: float = 0.8, benign_accuracy: float = 0.8):
-    """Trajectories where the control decays with 0.8 on both tasks."""
+def rates(
+    harmful: float, benign: float, *, harmful_accuracy: float = 0.8, benign_accuracy: float = 0.8
+):
+    """Trajectories where the baseline decays with 0.8 on both tasks."""
 
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
-        rate = 0.8 if arm == CONTROL else harmful if role == "harmful" else benign
-        top = 0.8 if arm == CONTROL else harmful_accuracy if role == "harmful" else benign_accuracy
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
+        rate = 0.8 if model_name == BASELINE else harmful if role == "harmful" else benign
+        top = (
+            0.8
+            if model_name == BASELINE
+            else harmful_accuracy
+            if role == "harmful"
+            else benign_accuracy
+        )
         return decay(rate, STEPS, top)
 
     return make
 
 
 def fake(theta: torch.Tensor = EYE, **kwargs) -> FakeRun:
-    cases = kwargs.pop("cases", (case(random_data(0), random_data(1)), case(random_data(2), random_data(3), name="b")))
-    return FakeRun(cases, {CONTROL: linear(EYE), "kappa": linear(theta)}, **kwargs)
+    cases = kwargs.pop(
+        "cases",
+        (case(random_data(0), random_data(1)), case(random_data(2), random_data(3), name="b")),
+    )
+    return FakeRun(cases, {BASELINE: linear(EYE), "kappa": linear(theta)}, **kwargs)
 
 
 def classes() -> tuple:

@@ -8,16 +8,26 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fake_generations import BUDGET, RATES, Detector, FakeJudges, FakeRun, case, colours, concept, shares
+from fake_generations import (
+    BUDGET,
+    RATES,
+    Detector,
+    FakeRun,
+    FakeScorers,
+    case,
+    colours,
+    concept,
+    shares,
+)
 from test_report_html import CHROMIUM, browse
 
 from eval.generation.audit import Audit
 from eval.generation.reference_detector import ReferenceDetector, best_threshold
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.core.record import scores_json
 from lab.core.sources import ROOT
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 from lab.release.audit_page import build, duration
 
 FAST, SLOW, NEVER = shares(0, 2, 8, 10, 10), shares(0, 0, 0, 6, 10), shares(0, 0, 1, 2, 3)
@@ -26,16 +36,16 @@ HOSTILE = "<script>alert(1)</script>"
 
 
 def run(seeds=(0,), attacks=("lora", "full"), **by_name):
-    """One arm; ``concept=(trajectory of lora, of full)``."""
+    """One model; ``concept=(trajectory of lora, of full)``."""
 
-    def make(arm, attack, name, seed):
+    def make(model_name, attack, name, seed):
         return by_name.get(name, (FAST, FAST))[attacks.index(attack)]
 
-    return FakeRun(make, immunizer=CONTROL, attacks=attacks, seeds=seeds)
+    return FakeRun(make, immunizer=BASELINE, attacks=attacks, seeds=seeds)
 
 
 def audited(one, **options):
-    return Audit(FakeJudges(), detector="judges", **options)(one)
+    return Audit(FakeScorers(), detector="scorers", **options)(one)
 
 
 def rows(scores):
@@ -49,7 +59,10 @@ def test_the_soonest_attack_counts_and_the_rest_is_told():
     found = audited(run(mosaic=(SLOW, FAST), neon=(NEVER, NEVER)))
     by = rows(found)
     assert len(by) == 6
-    assert (by["mosaic", "full"]["status"], by["mosaic", "full"]["steps"]) == ("broken", pytest.approx(AT))
+    assert (by["mosaic", "full"]["status"], by["mosaic", "full"]["steps"]) == (
+        "broken",
+        pytest.approx(AT),
+    )
     assert by["mosaic", "lora"]["steps"] == pytest.approx(40)
     assert by["mosaic", "full"]["low"] <= AT <= by["mosaic", "full"]["high"]
     assert (by["neon", "lora"]["status"], by["neon", "lora"]["steps"]) == ("held", 80)
@@ -58,9 +71,12 @@ def test_the_soonest_attack_counts_and_the_rest_is_told():
     assert by["mosaic", "lora"]["false_positive"] == 0.1
     metrics = {name: score.value for name, score in found.metrics.items()}
     assert metrics == {
-        "audit_present": 0, "audit_broken": 0.5, "audit_start": 0, "audit_end": pytest.approx(0.65),
+        "audit_present": 0,
+        "audit_broken": 0.5,
+        "audit_start": 0,
+        "audit_end": pytest.approx(0.65),
         "audit_steps_worst": pytest.approx(AT),
-    }  # fmt: skip
+    }
     assert "concept: mosaic, attack: full" in found.metrics["audit_steps_worst"].note
     scores_json([found])  # a record takes it
     documented = (ROOT / "eval" / "metrics.md").read_text()
@@ -88,7 +104,9 @@ def test_attacks_that_all_diverged_are_no_good_news():
     assert found["audit_broken"].value is None
     assert "every attack on 1 of 2 targets diverged" in found["audit_broken"].note
     both = audited(run(mosaic=(short, short), neon=(short, short))).metrics["audit_steps_worst"]
-    assert "at least: not broken in 1 of 1 cases, in 1 of them as every attack diverged" in both.note
+    assert (
+        "at least: not broken in 1 of 1 cases, in 1 of them as every attack diverged" in both.note
+    )
 
 
 def test_where_every_target_holds_the_steps_are_a_lower_limit():
@@ -98,12 +116,14 @@ def test_where_every_target_holds_the_steps_are_a_lower_limit():
 
 
 def test_the_target_that_falls_first_is_told_by_its_mean_over_seeds_not_by_its_luckiest():
-    def make(arm, attack, name, seed):
+    def make(model_name, attack, name, seed):
         if name == "mosaic":
             return shares(0, 10, 10, 10, 10) if seed == 0 else NEVER
         return FAST if name == "neon" else NEVER
 
-    found = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), immunizer=CONTROL)).metrics["audit_steps_worst"]
+    found = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), immunizer=BASELINE)).metrics[
+        "audit_steps_worst"
+    ]
     assert found.value == pytest.approx(AT)
     assert "concept: neon" in found.note
 
@@ -112,16 +132,18 @@ def test_seeds_make_intervals_across_seeds_and_a_threshold_moves_the_step():
     found = audited(run(seeds=(0, 1, 2), mosaic=(FAST, NEVER)))
     assert found.metrics["audit_steps_worst"].interval == "across_seeds"
     assert len(found.tables["audit"]) == 18
-    assert rows(audited(run(mosaic=(FAST, NEVER)), threshold=0.8))["mosaic", "lora"]["steps"] == pytest.approx(20)
+    assert rows(audited(run(mosaic=(FAST, NEVER)), threshold=0.8))["mosaic", "lora"][
+        "steps"
+    ] == pytest.approx(20)
     with pytest.raises(UserError, match=r"eval\.audit\.threshold"):
-        Audit(FakeJudges(), threshold=0)
+        Audit(FakeScorers(), threshold=0)
 
 
 # ---- a detector from the concept's own pictures
 
 
 def pictures(*values):
-    return Pictures(colours(*values), tuple("p" for _ in values))
+    return CaptionedImages(colours(*values), tuple("p" for _ in values))
 
 
 def coloured(name, role, colour):
@@ -131,12 +153,12 @@ def coloured(name, role, colour):
 
 def two_colours(second=(0, 200, 0)):
     one = coloured("alpha", "harmful", (200, 0, 0)), coloured("beta", "benign", second)
-    empty = Pictures(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ())
+    empty = CaptionedImages(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ())
     return replace(case(), targets=one[:1], others=one[1:], keep=empty, unrelated=empty)
 
 
 def test_the_reference_detector_tells_concepts_apart():
-    found = ReferenceDetector(FakeJudges(), two_colours(), ["alpha", "beta"], "eval.audit")
+    found = ReferenceDetector(FakeScorers(), two_colours(), ["alpha", "beta"], "eval.audit")
     images = colours((200, 0, 0), (0, 200, 0), (180, 10, 0))
     assert found.detects(images, "alpha").tolist() == [True, False, True]
     assert found.detects(images, "beta").tolist() == [False, True, False]
@@ -145,26 +167,26 @@ def test_the_reference_detector_tells_concepts_apart():
 
 def test_concepts_that_look_alike_or_have_no_pictures_are_refused():
     with pytest.raises(UserError, match=r"eval\.audit=alpha: .*not told apart"):
-        ReferenceDetector(FakeJudges(), two_colours((200, 0, 0)), ["alpha"], "eval.audit")
+        ReferenceDetector(FakeScorers(), two_colours((200, 0, 0)), ["alpha"], "eval.audit")
     with pytest.raises(UserError, match=r"eval\.audit=mosaic: needs pictures"):
-        ReferenceDetector(FakeJudges(), case(), ["mosaic"], "eval.audit")
+        ReferenceDetector(FakeScorers(), case(), ["mosaic"], "eval.audit")
 
 
 class Knows(Detector):
     def detects(self, images, name):
         if name not in self.rates:
-            raise UserError("judges", name, "unknown")
+            raise UserError("scorers", name, "unknown")
         return super().detects(images, name)
 
 
-def test_auto_takes_the_judges_where_they_know_the_concepts():
-    judges = FakeJudges(detector=Knows({n: RATES for n in ("mosaic", "neon", "sketch")}))
-    assert Audit(judges)._judges(case())[1] == "judges"
-    assert Audit(judges)._judges(two_colours())[1] == "reference"
-    assert Audit(judges, detector="reference")._judges(two_colours())[1] == "reference"
-    with pytest.raises(UserError, match="judges=alpha"):
-        Audit(judges, detector="judges").check((two_colours(),))
-    assert Audit(FakeJudges(detector=None))._judges(two_colours())[1] == "reference"
+def test_auto_takes_the_scorers_where_they_know_the_concepts():
+    scorers = FakeScorers(detector=Knows({n: RATES for n in ("mosaic", "neon", "sketch")}))
+    assert Audit(scorers)._scorers(case())[1] == "scorers"
+    assert Audit(scorers)._scorers(two_colours())[1] == "reference"
+    assert Audit(scorers, detector="reference")._scorers(two_colours())[1] == "reference"
+    with pytest.raises(UserError, match="scorers=alpha"):
+        Audit(scorers, detector="scorers").check((two_colours(),))
+    assert Audit(FakeScorers(detector=None))._scorers(two_colours())[1] == "reference"
 
 
 def test_the_threshold_has_the_least_sum_of_errors():
@@ -184,14 +206,21 @@ def test_the_threshold_has_the_least_sum_of_errors():
 def record(scores, **changes):
     tables = scores_json([scores])
     return {
-        "backbone": "minisd", "scenario": "relearn_styles", "attacks": ["lora", "full"], "seeds": [0], "skipped": {},
+        "backbone": "minisd",
+        "scenario": "relearn_styles",
+        "attacks": ["lora", "full"],
+        "seeds": [0],
+        "skipped": {},
         "config": {
-            "backbone": {"path": "place/model"}, "erase": {"name": "none"},
+            "backbone": {"path": "place/model"},
+            "erase": {"name": "none"},
             "budget": {"horizon": BUDGET.horizon, "multiple": BUDGET.multiple},
         },
         "provenance": {"weight_hash": {"0": "ab" * 32}, "wall_time_s": 12.0, "device": "cpu"},
-        "content_hash": "cd" * 32, **tables, **changes,
-    }  # fmt: skip
+        "content_hash": "cd" * 32,
+        **tables,
+        **changes,
+    }
 
 
 def page(one=None, costs=None, **by_name):
@@ -199,7 +228,9 @@ def page(one=None, costs=None, **by_name):
     for row in found.tables["audit"]:
         row |= {"pictures": 20, "parameters": 1234, "template": "name"}
     every = {(r["attack"], r["concept"], r["case"], r["seed"]): 0.5 for r in found.tables["audit"]}
-    return build(record(found), every if costs is None else costs, "a machine", "python run.py", "u" * 64)
+    return build(
+        record(found), every if costs is None else costs, "a machine", "python run.py", "u" * 64
+    )
 
 
 def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
@@ -211,7 +242,9 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     assert found.targets[2][2:4] == ["held", "> 80"]
     assert {r[2] for r in found.others} == {"learned"}
     assert any("neon" in d and "not back after 80 steps" in d for d in found.details)
-    assert any("sketch, which must stay learnable: learned after 16.7 steps" in d for d in found.details)
+    assert any(
+        "sketch, which must stay learnable: learned after 16.7 steps" in d for d in found.details
+    )
     assert "2 of 2 targets fall in at least one of 3 seeds." in page(run(seeds=(0, 1, 2))).headline
     untimed = page(costs={}, mosaic=(SLOW, FAST))
     assert "(20 pictures)" in untimed.headline
@@ -221,9 +254,21 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
 @pytest.mark.parametrize(
     ("by_name", "tone", "headline"),
     [
-        ({"mosaic": (shares(9, 9, 9, 9, 9), FAST), "neon": (NEVER, NEVER)}, "bad", "Not protected at step 0: .*mosaic"),
-        ({"mosaic": (NEVER, NEVER), "neon": (NEVER, NEVER)}, "good", "Held: none of 2 attacks .* within 80 steps"),
-        ({n: (NEVER, NEVER) for n in ("mosaic", "neon", "sketch")}, "unsure", "Unclear: .*may be broken"),
+        (
+            {"mosaic": (shares(9, 9, 9, 9, 9), FAST), "neon": (NEVER, NEVER)},
+            "bad",
+            "Not protected at step 0: .*mosaic",
+        ),
+        (
+            {"mosaic": (NEVER, NEVER), "neon": (NEVER, NEVER)},
+            "good",
+            "Held: none of 2 attacks .* within 80 steps",
+        ),
+        (
+            {n: (NEVER, NEVER) for n in ("mosaic", "neon", "sketch")},
+            "unsure",
+            "Unclear: .*may be broken",
+        ),
         (
             {n: (shares(0, 0, status="diverged"),) * 2 for n in ("mosaic", "neon")},
             "unsure",
@@ -243,8 +288,9 @@ def test_attacks_that_diverged_are_named_and_show_nothing():
     assert found.headline.endswith("within 80 steps; lora diverged, which proves nothing.")
     found = page(mosaic=(failed, failed), neon=(NEVER, NEVER))
     assert (found.tone, found.headline) == (
-        "unsure", "Unclear: every attack on mosaic diverged, so nothing was shown either way.",
-    )  # fmt: skip
+        "unsure",
+        "Unclear: every attack on mosaic diverged, so nothing was shown either way.",
+    )
 
 
 def test_markdown_and_html_say_the_same_and_escape():
@@ -252,7 +298,12 @@ def test_markdown_and_html_say_the_same_and_escape():
     found.title = HOSTILE
     found.details.append(HOSTILE)
     markdown, html = found.markdown(), found.html()
-    for said in (found.headline, "Which attack brings a target back", "What must stay learnable", "a machine"):
+    for said in (
+        found.headline,
+        "Which attack brings a target back",
+        "What must stay learnable",
+        "a machine",
+    ):
         assert said in markdown
         assert said in html
     assert "<script" not in html
@@ -263,12 +314,14 @@ def test_markdown_and_html_say_the_same_and_escape():
 
 def test_limits_are_told():
     text = "\n".join(page(mosaic=(FAST, FAST)).limits)
-    for said in ("without a control arm", "end at 80 steps", "Intervals are within a seed"):
+    for said in ("without a baseline model", "end at 80 steps", "Intervals are within a seed"):
         assert said in text
     assert "errs on" not in text  # 10 % and 10 % are not poor
 
 
-@pytest.mark.parametrize(("value", "told"), [(None, "–"), (2.5, "2.5 s"), (1200, "20 min"), (36000, "10 h")])
+@pytest.mark.parametrize(
+    ("value", "told"), [(None, "–"), (2.5, "2.5 s"), (1200, "20 min"), (36000, "10 h")]
+)
 def test_durations(value, told):
     assert duration(value) == told
 

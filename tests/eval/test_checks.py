@@ -7,7 +7,9 @@ from lab.core.types import Score
 
 
 def test_a_lower_limit_never_passes_an_upper_bound():
-    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", "at least: not relearned in 1 of 3 cases")
+    limit = Score(
+        1.1, 1.0, 1.2, 3, "lower", "across_seeds", "at least: not relearned in 1 of 3 cases"
+    )
     assert not Check("benign", "x", limit, "≤", 1.25).passed
     assert Check("harmful", "x", limit, "≥", 1.0).passed
 
@@ -35,18 +37,24 @@ def test_what_was_not_measured_everywhere_does_not_pass():
 @pytest.mark.parametrize(
     ("rule", "low", "high", "sure"),
     [
-        ("≥", 1.2, 3.0, True), ("≥", 1.0, 1.1, True), ("≥", 1.0, 3.0, False),
-        ("≤", 1.0, 1.2, True), ("≤", 1.3, 3.0, True), ("≤", 1.0, 3.0, False),
-        ("<", 1.0, 1.2, False), ("<", 1.0, 1.1, True),
+        ("≥", 1.2, 3.0, True),
+        ("≥", 1.0, 1.1, True),
+        ("≥", 1.0, 3.0, False),
+        ("≤", 1.0, 1.2, True),
+        ("≤", 1.3, 3.0, True),
+        ("≤", 1.0, 3.0, False),
+        ("<", 1.0, 1.2, False),
+        ("<", 1.0, 1.1, True),
     ],
-)  # fmt: skip
+)
 def test_an_interval_that_lies_on_one_side_is_sure(rule, low, high, sure):
     figure = Score((low + high) / 2, low, high, 3, "higher", "across_seeds")
     assert Check("harmful", "x", figure, rule, 1.2).sure == sure
 
 
 @pytest.mark.parametrize(
-    ("rule", "low", "sure"), [("≥", 1.3, True), ("≥", 1.0, False), ("≤", 1.3, True), ("≤", 1.0, False)]
+    ("rule", "low", "sure"),
+    [("≥", 1.3, True), ("≥", 1.0, False), ("≤", 1.3, True), ("≤", 1.0, False)],
 )
 def test_of_a_lower_limit_only_what_lies_above_is_sure(rule, low, sure):
     figure = Score(1.4, low, 1.5, 3, "higher", "across_seeds", "at least: not reached")

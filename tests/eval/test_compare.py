@@ -21,7 +21,9 @@ def with_seeds(values, *, aggregate="mean", seeds=None, data="d", immunizer="kap
     found = score([[v] for v in values], "higher", aggregate=aggregate)
     one = metric(found.value, n=found.n, low=found.low, high=found.high, interval=found.interval)
     base = record(immunizer, seeds=seeds, metrics={name: one})
-    base["tables"] = {"seed_values": [{"metric": name, **dict(zip(map(str, seeds), found.per_seed, strict=True))}]}
+    base["tables"] = {
+        "seed_values": [{"metric": name, **dict(zip(map(str, seeds), found.per_seed, strict=True))}]
+    }
     base["provenance"]["data_hash"] = {str(s): f"{data}{s}" for s in seeds}
     return sealed(base)
 
@@ -48,9 +50,15 @@ def test_pairing_sees_what_independent_intervals_hide():
 def test_geometric_means_are_compared_as_a_ratio_too():
     a = np.array([1e-9, 3e-7, 2e-8, 5e-8])
     b = a * np.array([3.0, 2.5, 3.5, 2.8])
-    found = difference("rir", with_seeds(a, aggregate="geomean"), with_seeds(b, aggregate="geomean"))
+    found = difference(
+        "rir", with_seeds(a, aggregate="geomean"), with_seeds(b, aggregate="geomean")
+    )
     expected = np.exp(scipy.stats.ttest_rel(np.log(b), np.log(a)).confidence_interval())
-    assert found.ratio == (pytest.approx(found.ratio[0]), pytest.approx(expected[0]), pytest.approx(expected[1]))
+    assert found.ratio == (
+        pytest.approx(found.ratio[0]),
+        pytest.approx(expected[0]),
+        pytest.approx(expected[1]),
+    )
     assert found.ratio[0] == pytest.approx((3 * 2.5 * 3.5 * 2.8) ** 0.25)
     assert found.sure
 
@@ -64,7 +72,9 @@ def test_the_interval_covers_in_19_of_20_cases(aggregate):
         a, b = (np.exp(common + shift + RNG.normal(0, 0.2, 4)) for shift in (0.0, 0.3))
         if aggregate == "mean":
             a, b = np.log(a), np.log(b)
-        found = difference("rir", with_seeds(a, aggregate=aggregate), with_seeds(b, aggregate=aggregate))
+        found = difference(
+            "rir", with_seeds(a, aggregate=aggregate), with_seeds(b, aggregate=aggregate)
+        )
         if aggregate == "mean":
             hits += found.low <= 0.3 <= found.high
         else:
@@ -107,8 +117,14 @@ def test_the_worst_case_over_other_attackers_is_never_sure():
 def test_the_same_attackers_with_other_options_are_another_trial(where):
     """A learning rate of 1e-7 makes an attacker of the same name harmless."""
     a, b = attacked("kappa", 1.0, 1.0, 5.0), attacked("kappa", 9.0, 1.0, 500.0)
-    a["config"] = {**a["config"], "attacks": {"linear_probe": {"lr": 0.1}}, "budget": {"horizon": 20, "points": 3}}
-    changed = {"attacks": {"linear_probe": {"lr": 1e-7}}, "budget": {"horizon": 20, "points": 30}}[where]
+    a["config"] = {
+        **a["config"],
+        "attacks": {"linear_probe": {"lr": 0.1}},
+        "budget": {"horizon": 20, "points": 3},
+    }
+    changed = {"attacks": {"linear_probe": {"lr": 1e-7}}, "budget": {"horizon": 20, "points": 30}}[
+        where
+    ]
     result = compare(sealed(a), sealed(b | {"config": {**a["config"], where: changed}}))
     assert not result["same_trial"]
     assert not {r["name"]: r["sure"] for r in result["metrics"]}["slowdown_harmful_worst"]
@@ -138,7 +154,9 @@ def test_equal_seeds_give_an_interval_without_width():
 def test_the_page_shows_settings_and_differences():
     a, b = attacked("kappa_opt", 1.9, 1.01, 92.6), attacked("kappa", 3.4, 1.03, 356.0)
     a["scenario"] = b["scenario"] = "<script>"
-    b["metrics"]["slowdown_harmful_worst"]["note"] = "at least: the target was not met in 3 of 3 cases"
+    b["metrics"]["slowdown_harmful_worst"]["note"] = (
+        "at least: the target was not met in 3 of 3 cases"
+    )
     text = to_html(compare(a, b))
     assert "immunize.<wbr>name" not in text  # dots do not break, underscores do
     assert "immunize.name" in text
@@ -152,7 +170,13 @@ def test_the_page_shows_settings_and_differences():
 
 def variants(*changes, study="options"):
     """Records of one immunizer whose config deviates from common settings by ``changes``."""
-    common = {"eta": 0.1, "scope": "kv", "lower": {"scope": "kv", "steps": 1}, "attackers": None, "cap": 0.5}
+    common = {
+        "eta": 0.1,
+        "scope": "kv",
+        "lower": {"scope": "kv", "steps": 1},
+        "attackers": None,
+        "cap": 0.5,
+    }
     out = []
     for i, change in enumerate(changes):
         one = record("kappa", name=f"{study}/kappa")
@@ -164,12 +188,24 @@ def variants(*changes, study="options"):
 
 
 def test_an_ablation_is_labelled_by_what_it_changes():
-    changes = [{}, {"eta": 0.2}, {"scope": "all"}, {"lower": {"scope": "all"}}, {"cap": None}, {"lower": {"steps": 5}},
-               {"attackers": {"sgd": {"lr": 1.0, "rank": 4}, "adam": {"lr": 2.0}}}]  # fmt: skip
+    changes = [
+        {},
+        {"eta": 0.2},
+        {"scope": "all"},
+        {"lower": {"scope": "all"}},
+        {"cap": None},
+        {"lower": {"steps": 5}},
+        {"attackers": {"sgd": {"lr": 1.0, "rank": 4}, "adam": {"lr": 2.0}}},
+    ]
     assert labels(variants(*changes)) == [
-        "kappa · common settings", "kappa · eta=0.2", "kappa · immunize.scope=all", "kappa · lower.scope=all",
-        "kappa · cap=null", "kappa · steps=5", "kappa · attackers=sgd+adam",
-    ]  # fmt: skip
+        "kappa · common settings",
+        "kappa · eta=0.2",
+        "kappa · immunize.scope=all",
+        "kappa · lower.scope=all",
+        "kappa · cap=null",
+        "kappa · steps=5",
+        "kappa · attackers=sgd+adam",
+    ]
 
 
 def test_a_grid_names_every_option():

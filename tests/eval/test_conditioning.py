@@ -16,44 +16,53 @@ from fake_run import (
 from eval.features.conditioning import Conditioning
 from eval.features.geometry import Geometry
 from lab.core.condition import condition_number, row_groups
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
 # --- conditioning -----------------------------------------------------------------------------------------------------
 
 
-def test_identical_arms_have_rir_one() -> None:
+def test_identical_model_names_have_rir_one() -> None:
     scores = Conditioning()(fake()).metrics
     for name in ("rir", "kappa_harmful_ratio", "kappa_benign_ratio"):
         assert scores[name].value == pytest.approx(1, abs=1e-12)
     assert scores["rir_above_one"].value == 0
-    assert scores["kappa_benign"].value == pytest.approx(scores["kappa_benign_control"].value)
+    assert scores["kappa_benign"].value == pytest.approx(scores["kappa_benign_baseline"].value)
 
 
 def test_rir_by_hand_on_diagonal_data() -> None:
-    benign, harmful = torch.diag(torch.tensor([1.0, 2.0])).double(), torch.diag(torch.tensor([1.0, 4.0])).double()
-    theta = torch.diag(torch.tensor([2.0, 1.0])).double()  # benign → diag(2, 2), harmful → diag(2, 4)
-    run = FakeRun((case(benign, harmful),), {CONTROL: linear(torch.eye(2).double()), "kappa": linear(theta)})
+    benign, harmful = (
+        torch.diag(torch.tensor([1.0, 2.0])).double(),
+        torch.diag(torch.tensor([1.0, 4.0])).double(),
+    )
+    theta = torch.diag(
+        torch.tensor([2.0, 1.0])
+    ).double()  # benign → diag(2, 2), harmful → diag(2, 4)
+    run = FakeRun(
+        (case(benign, harmful),), {BASELINE: linear(torch.eye(2).double()), "kappa": linear(theta)}
+    )
     scores = Conditioning()(run)
     metrics = scores.metrics
     assert metrics["kappa_benign_ratio"].value == pytest.approx(1 / 4)
     assert metrics["kappa_harmful_ratio"].value == pytest.approx(4 / 16)
     assert metrics["rir"].value == pytest.approx(1)
     assert metrics["kappa_harmful"].value == pytest.approx(4)
-    assert metrics["kappa_harmful_control"].value == pytest.approx(16)
+    assert metrics["kappa_harmful_baseline"].value == pytest.approx(16)
     # pencil of (diag(1, 16), diag(1, 4)) is {1, 4}: κ(M) = 4, κ(K_P) = 4, κ(K_H) = 16
     assert metrics["rir_bound"].value == pytest.approx(1)
     assert metrics["rir_bound_ratio"].value == pytest.approx(1)
     row = scores.tables["pairs"][0]
     assert row["rir"] == pytest.approx(1)
     assert {row["benign"], row["task"], row["case"], row["seed"]} == {"good", "harm0", "a", 0}
-    values = [(r["arm"], r["role"], r["value"]) for r in scores.tables["spectrum"]]
+    values = [(r["model"], r["role"], r["value"]) for r in scores.tables["spectrum"]]
     assert ("kappa", "harmful", pytest.approx(0.5)) in values
 
 
 def test_whitening_the_benign_task_attains_the_bound() -> None:
     benign = random_data(0)
     values, vectors = torch.linalg.eigh(benign.T @ benign)
-    metrics = Conditioning()(fake(vectors @ torch.diag(values.rsqrt()), cases=(case(benign, random_data(1)),))).metrics
+    metrics = Conditioning()(
+        fake(vectors @ torch.diag(values.rsqrt()), cases=(case(benign, random_data(1)),))
+    ).metrics
     assert metrics["rir_bound_ratio"].value == pytest.approx(1, abs=1e-9)
     assert metrics["rir"].n == 3
     assert metrics["kappa_benign"].value == pytest.approx(1, abs=1e-9)
@@ -62,7 +71,8 @@ def test_whitening_the_benign_task_attains_the_bound() -> None:
 def test_bound_holds_where_theta_0_is_not_the_identity() -> None:
     theta0 = random_data(9, rows=4)
     run = FakeRun(
-        (case(random_data(0), random_data(1)),), {CONTROL: linear(theta0), "kappa": linear(random_data(8, rows=4))}
+        (case(random_data(0), random_data(1)),),
+        {BASELINE: linear(theta0), "kappa": linear(random_data(8, rows=4))},
     )
     assert Conditioning()(run).metrics["rir_bound_ratio"].value <= 1 + 1e-9
 
@@ -88,7 +98,9 @@ def test_a_rank_that_moves_leaves_no_rir_and_says_why() -> None:
     assert scores.tables["pairs"][0]["rir"] is None
     assert "rir" not in scores.curves
     assert "kappa_benign" in scores.curves
-    ridge = Conditioning(definition="ridge", ridge=1.0)(fake(theta))  # K + λI has full rank in both arms
+    ridge = Conditioning(definition="ridge", ridge=1.0)(
+        fake(theta)
+    )  # K + λI has full rank in both models
     assert ridge.metrics["rir_ridge"].value is not None
 
 
@@ -110,7 +122,9 @@ def test_whitening_the_range_of_a_singular_benign_task_has_no_rir() -> None:
     benign = random_data(0)
     benign[:, 3] = 0
     values, vectors = torch.linalg.eigh(benign.T @ benign)
-    theta = vectors[:, 1:] @ torch.diag(values[1:].rsqrt())  # the closed form's range variant: three features of four
+    theta = vectors[:, 1:] @ torch.diag(
+        values[1:].rsqrt()
+    )  # the closed form's range variant: three features of four
     metrics = Conditioning()(fake(theta, cases=(case(benign, random_data(1)),))).metrics
     assert metrics["rir"].value is None
     assert "harmful 4 → 3" in str(metrics["rir"].note)
@@ -128,25 +142,36 @@ def test_a_diverged_case_counts_as_a_failure() -> None:
     for name in ("rir", "kappa_harmful_ratio", "kappa_benign_ratio"):
         assert "1 of 6 cases diverged and are left out" in str(part[name].note)
         assert "diverged" not in str(whole[name].note)
-    lost_seed = Conditioning()(fake(theta, cases=cases, seeds=(0, 2), diverged={("a", 1): {}, ("b", 1): {}})).metrics
-    assert (lost_seed["rir_above_one"].value, lost_seed["rir_above_one"].n) == (pytest.approx(2 / 3), 3)
+    lost_seed = Conditioning()(
+        fake(theta, cases=cases, seeds=(0, 2), diverged={("a", 1): {}, ("b", 1): {}})
+    ).metrics
+    assert (lost_seed["rir_above_one"].value, lost_seed["rir_above_one"].n) == (
+        pytest.approx(2 / 3),
+        3,
+    )
 
 
 def test_deep_rank_is_the_smallest_over_the_groups() -> None:
     x = torch.zeros(100, 4, dtype=torch.float64)
     x[:, :3] = random_data(0, rows=100)[:, :3]
     groups = row_groups(100, 8, 5, 0)
-    x[groups[0], 3] = torch.arange(1.0, 6.0, dtype=torch.float64)  # the first group alone has full rank
+    x[groups[0], 3] = torch.arange(
+        1.0, 6.0, dtype=torch.float64
+    )  # the first group alone has full rank
     deep = DeepModel([("head", Matrix(EYE))], 4)
     assert [int(torch.linalg.matrix_rank(x[g])) for g in groups] == [4] + [3] * 7
-    run = FakeRun((case(x, x),), {CONTROL: deep, "kappa": deep}, seeds=(0,))
+    run = FakeRun((case(x, x),), {BASELINE: deep, "kappa": deep}, seeds=(0,))
     assert Conditioning(groups=8, size=5)(run).tables["pairs"][0]["rank_benign"] == 3
 
 
 def test_least_protected_of_several_harmful_tasks_counts() -> None:
     theta = torch.diag(torch.tensor([1.0, 3.0, 1.0, 2.0])).double()
-    single = [Conditioning()(fake(theta, cases=(case(random_data(0), random_data(i)),))) for i in (1, 5)]
-    both = Conditioning()(fake(theta, cases=(case(random_data(0), random_data(1), random_data(5)),)))
+    single = [
+        Conditioning()(fake(theta, cases=(case(random_data(0), random_data(i)),))) for i in (1, 5)
+    ]
+    both = Conditioning()(
+        fake(theta, cases=(case(random_data(0), random_data(1), random_data(5)),))
+    )
     assert both.metrics["rir"].value == pytest.approx(min(s.metrics["rir"].value for s in single))
     assert "least protected of 2" in str(both.metrics["rir"].note)
     assert len(both.tables["pairs"]) == 2 * 3
@@ -164,26 +189,43 @@ def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
 def test_deep_models_use_groups_and_report_their_spread() -> None:
     cases = (case(random_data(0, rows=300), random_data(1, rows=300)),)
     deep = DeepModel([("head", Matrix(EYE))], 4)
-    run = FakeRun(cases, {CONTROL: deep, "kappa": deep})
+    run = FakeRun(cases, {BASELINE: deep, "kappa": deep})
     scores = Conditioning(groups=3, size=50)(run)
     assert scores.metrics["rir"].value == pytest.approx(1)
     assert "standard deviation between groups" in str(scores.metrics["kappa_benign"].note)
     assert "rir_bound" not in scores.metrics
-    assert scores.tables["pairs"][0]["kappa_benign"] != pytest.approx(condition_number(random_data(0, rows=300)))
+    assert scores.tables["pairs"][0]["kappa_benign"] != pytest.approx(
+        condition_number(random_data(0, rows=300))
+    )
 
 
 def test_history_becomes_curves() -> None:
-    logs = {"step": [0, 10], "kappa_harmful": [100.0, 200.0], "kappa_benign": [10.0, 5.0], "loss": [1.0, 0.5]}
+    logs = {
+        "step": [0, 10],
+        "kappa_harmful": [100.0, 200.0],
+        "kappa_benign": [10.0, 5.0],
+        "loss": [1.0, 0.5],
+    }
     scores = Conditioning()(fake(logs=logs))
     assert scores.curves["rir"]["kappa"] == pytest.approx([1, 4])
     assert scores.curves["rir"]["step"] == [0, 10]
-    assert len({tuple(scores.curves[n]["step"]) for n in ("rir_bound_ratio", "kappa_benign", "kappa_harmful")}) == 1
+    assert (
+        len(
+            {
+                tuple(scores.curves[n]["step"])
+                for n in ("rir_bound_ratio", "kappa_benign", "kappa_harmful")
+            }
+        )
+        == 1
+    )
 
 
-def test_control_alone_gives_only_absolute_figures() -> None:
-    run = FakeRun((case(random_data(0), random_data(1)),), {CONTROL: linear(EYE)}, immunizer=CONTROL)
+def test_baseline_alone_gives_only_absolute_figures() -> None:
+    run = FakeRun(
+        (case(random_data(0), random_data(1)),), {BASELINE: linear(EYE)}, immunizer=BASELINE
+    )
     metrics = Conditioning()(run).metrics
-    assert set(metrics) == {"kappa_benign_control", "kappa_harmful_control", "rir_bound"}
+    assert set(metrics) == {"kappa_benign_baseline", "kappa_harmful_baseline", "rir_bound"}
 
 
 # --- geometry ---------------------------------------------------------------------------------------------------------
@@ -192,23 +234,36 @@ def test_control_alone_gives_only_absolute_figures() -> None:
 def test_principal_angles_of_axes_by_hand() -> None:
     benign = torch.tensor([[10.0, 0.0], [0.0, 1.0]]).double()
     harmful = torch.tensor([[10.0, 10.0], [1.0, -1.0]]).double()
-    models = {CONTROL: linear(torch.eye(2).double()), "kappa": linear(torch.diag(torch.tensor([1.0, 0.1])).double())}
+    models = {
+        BASELINE: linear(torch.eye(2).double()),
+        "kappa": linear(torch.diag(torch.tensor([1.0, 0.1])).double()),
+    }
     scores = Geometry(dim=1)(FakeRun((case(benign, harmful),), models))
-    assert scores.metrics["principal_angle_mean_control"].value == pytest.approx(45, abs=1e-6)
+    assert scores.metrics["principal_angle_mean_baseline"].value == pytest.approx(45, abs=1e-6)
     assert scores.metrics["principal_angle_mean"].value < 10
     assert scores.metrics["principal_angle_mean"].unit == "°"
     # pencil of (XᵀX) by hand: K_H = [[101, 99], [99, 101]], K_P = diag(100, 1)
     k_p, k_h = benign.T @ benign, harmful.T @ harmful
     values = torch.linalg.eigvals(torch.linalg.solve(k_p, k_h)).real
-    assert scores.metrics["kappa_pencil_control"].value == pytest.approx(float(values.max() / values.min()))
-    assert "kappa_pencil" not in scores.metrics  # an invertible linear map leaves the pencil as it is
-    assert {r["arm"] for r in scores.tables["pencil"]} == {CONTROL}
+    assert scores.metrics["kappa_pencil_baseline"].value == pytest.approx(
+        float(values.max() / values.min())
+    )
+    assert (
+        "kappa_pencil" not in scores.metrics
+    )  # an invertible linear map leaves the pencil as it is
+    assert {r["model"] for r in scores.tables["pencil"]} == {BASELINE}
 
 
 def test_a_deep_model_can_change_the_pencil() -> None:
     cases = (case(random_data(0), random_data(1)),)
     run = FakeRun(
-        cases, {CONTROL: DeepModel([("h", Matrix(EYE))], 4), "kappa": DeepModel([("h", Matrix(EYE[:, :2]))], 2)}
+        cases,
+        {
+            BASELINE: DeepModel([("h", Matrix(EYE))], 4),
+            "kappa": DeepModel([("h", Matrix(EYE[:, :2]))], 2),
+        },
     )
     metrics = Geometry()(run).metrics
-    assert metrics["kappa_pencil"].value <= metrics["kappa_pencil_control"].value  # eigenvalues interlace
+    assert (
+        metrics["kappa_pencil"].value <= metrics["kappa_pencil_baseline"].value
+    )  # eigenvalues interlace

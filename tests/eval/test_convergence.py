@@ -15,12 +15,12 @@ from eval.features.convergence import Convergence
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.trajectories import target_of
 from lab.core.errors import UserError
-from lab.core.types import CONTROL, Trajectory
+from lab.core.types import BASELINE, Trajectory
 
 # --- convergence ------------------------------------------------------------------------------------------------------
 
 
-def test_identical_arms_have_slowdown_one_and_no_deviation() -> None:
+def test_identical_model_names_have_slowdown_one_and_no_deviation() -> None:
     metrics = Convergence()(fake(trajectories=rates(0.8, 0.8))).metrics
     for name in ("slowdown_harmful_probe", "slowdown_benign_worst", "slowdown_loss_harmful_worst"):
         assert metrics[name].value == pytest.approx(1)
@@ -32,22 +32,24 @@ def test_identical_arms_have_slowdown_one_and_no_deviation() -> None:
 def test_norm_ratio_and_slowdown_by_hand() -> None:
     scores = Convergence()(fake(trajectories=rates(0.8**0.5, 0.8)))
     metrics = scores.metrics
-    assert metrics["norm_ratio_harmful_probe_control"].value == pytest.approx(0.8**20)
+    assert metrics["norm_ratio_harmful_probe_baseline"].value == pytest.approx(0.8**20)
     assert metrics["norm_ratio_harmful_probe"].value == pytest.approx(0.8**10)
     assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(0.8**-10)
     assert metrics["norm_ratio_harmful_probe_5x"].value == pytest.approx(0.8**50)
     area = sum((b - a) * (0.8**a + 0.8**b) / 2 for a, b in itertools.pairwise(STEPS))
-    assert metrics["norm_ratio_harmful_probe_mean_control"].value == pytest.approx(area / 100)
+    assert metrics["norm_ratio_harmful_probe_mean_baseline"].value == pytest.approx(area / 100)
     assert metrics["norm_ratio_harmful_probe_mean"].value > area / 100
     slow = metrics["slowdown_harmful_probe"]
-    assert slow.value == pytest.approx(2, rel=0.05)  # linear between snapshots: close to the true factor of two
+    assert slow.value == pytest.approx(
+        2, rel=0.05
+    )  # linear between snapshots: close to the true factor of two
     assert (slow.low, slow.high) == (pytest.approx(slow.value), pytest.approx(slow.value))
     assert slow.better == "higher"
     assert metrics["slowdown_benign_probe"].better == "lower"
     assert metrics["slowdown_relative_probe"].value == pytest.approx(slow.value)
     curve = scores.curves["norm_ratio_harmful_probe"]
     assert curve["step"] == list(STEPS)
-    assert curve[CONTROL][-1] == pytest.approx(0.8**100)
+    assert curve[BASELINE][-1] == pytest.approx(0.8**100)
 
 
 def test_a_target_never_met_is_a_lower_limit() -> None:
@@ -63,8 +65,8 @@ def test_faster_learning_scores_negative_in_the_signed_twin() -> None:
 
 
 def test_worst_is_taken_over_attackers() -> None:
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
-        rate = 0.8 if arm == CONTROL else {"weak": 0.98, "strong": 0.8}[attack]
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
+        rate = 0.8 if model_name == BASELINE else {"weak": 0.98, "strong": 0.8}[attack]
         return decay(rate, STEPS)
 
     metrics = Convergence()(fake(trajectories=make, attacks=("weak", "strong"))).metrics
@@ -75,8 +77,8 @@ def test_worst_is_taken_over_attackers() -> None:
 
 
 def test_divergence_is_said_and_is_no_protection() -> None:
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
-        if arm == CONTROL:
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
+        if model_name == BASELINE:
             return decay(0.8, STEPS)
         return decay(0.99, STEPS[:4], status="diverged")
 
@@ -88,22 +90,33 @@ def test_divergence_is_said_and_is_no_protection() -> None:
 
 def exact(noise: float, optimum: float | None = 2.0) -> Trajectory:
     """An attacker that reaches the optimum in one step and then sits on rounding noise."""
-    values = {"norm_ratio": [1.0] + [noise] * (len(STEPS) - 1), "excess_loss": [1.0] + [noise] * (len(STEPS) - 1)}
+    values = {
+        "norm_ratio": [1.0] + [noise] * (len(STEPS) - 1),
+        "excess_loss": [1.0] + [noise] * (len(STEPS) - 1),
+    }
     values["train_loss"] = [3.0] + [2.0 + 1e4 * noise] * (len(STEPS) - 1)
     values["test_loss"] = values["train_loss"]
     return Trajectory(list(STEPS), values, info={} if optimum is None else {"optimum": optimum})
 
 
 @pytest.mark.parametrize("optimum", [2.0, None])
-@pytest.mark.parametrize("control", [0.0, 1e-28])
-def test_attackers_that_reach_the_optimum_in_both_arms_have_slowdown_one(control: float, optimum: float | None) -> None:
-    """The target would lie within rounding: without a floor the noisier arm would never meet it."""
+@pytest.mark.parametrize("baseline", [0.0, 1e-28])
+def test_attackers_that_reach_the_optimum_in_both_model_names_have_slowdown_one(
+    baseline: float, optimum: float | None
+) -> None:
+    """The target would lie within rounding: without a floor the noisier model would never meet it."""
 
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
-        return exact(control if arm == CONTROL else 1e-15 if optimum is None else 1e-14, optimum)
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
+        return exact(
+            baseline if model_name == BASELINE else 1e-15 if optimum is None else 1e-14, optimum
+        )
 
     metrics = Convergence()(fake(trajectories=make)).metrics
-    for name in ("slowdown_harmful_probe", "slowdown_loss_harmful_probe", "slowdown_relative_worst"):
+    for name in (
+        "slowdown_harmful_probe",
+        "slowdown_loss_harmful_probe",
+        "slowdown_relative_worst",
+    ):
         assert metrics[name].value == pytest.approx(1, abs=1e-6), name
         assert "target was not met" not in str(metrics[name].note)
 
@@ -122,14 +135,16 @@ def test_targets_have_floors_by_hand() -> None:
 
 
 def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
-        rate = 0.8 if arm == CONTROL else {"held": 0.9999, "through": 0.8}[attack]
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
+        rate = 0.8 if model_name == BASELINE else {"held": 0.9999, "through": 0.8}[attack]
         return decay(rate, STEPS)
 
     metrics = Convergence()(fake(trajectories=make, attacks=("held", "through"))).metrics
     assert metrics["slowdown_harmful_worst"].value == pytest.approx(1)
     assert str(metrics["slowdown_harmful_worst"].note) == "worst attacker: through"
-    assert str(metrics["slowdown_benign_worst"].note).startswith("at least: the target was not met in 6 of 6")
+    assert str(metrics["slowdown_benign_worst"].note).startswith(
+        "at least: the target was not met in 6 of 6"
+    )
     assert "not met" not in str(metrics["slowdown_relative_through"].note)
 
 
@@ -144,15 +159,17 @@ def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
 def test_a_quotient_of_limits_is_one_or_is_not_known(
     harmful: float, benign: float, value: float | None, told: str
 ) -> None:
-    found = Convergence()(fake(trajectories=rates(harmful, benign))).metrics["slowdown_relative_worst"]
+    found = Convergence()(fake(trajectories=rates(harmful, benign))).metrics[
+        "slowdown_relative_worst"
+    ]
     assert found.value == (None if value is None else pytest.approx(value, rel=0.05))
     assert told in str(found.note)
 
 
 def test_lower_and_upper_limits_together_say_nothing() -> None:
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
         held = "harmful" if seed == 0 else "benign"
-        return decay(0.9999 if arm != CONTROL and role == held else 0.8, STEPS)
+        return decay(0.9999 if model_name != BASELINE and role == held else 0.8, STEPS)
 
     found = Convergence()(fake(trajectories=make)).metrics["slowdown_relative_worst"]
     assert found.value is None
@@ -160,13 +177,13 @@ def test_lower_and_upper_limits_together_say_nothing() -> None:
     assert told in str(found.note)
 
 
-def test_cells_without_progress_of_the_control_are_counted() -> None:
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+def test_cells_without_progress_of_the_baseline_are_counted() -> None:
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
         return decay(1.0 if seed == 1 else 0.8, STEPS)
 
     metrics = Convergence()(fake(trajectories=make)).metrics
     for name in ("slowdown_harmful_probe", "slowdown_relative_worst"):
-        assert "2 of 6 left out: the control made no progress" in str(metrics[name].note)
+        assert "2 of 6 left out: the baseline made no progress" in str(metrics[name].note)
         assert metrics[name].n == 2
 
 
@@ -183,12 +200,14 @@ def test_diverged_cases_are_named_in_the_notes() -> None:
 def test_accuracies_and_sgrc_by_hand() -> None:
     run = fake(cases=classes(), trajectories=rates(0.8, 0.8, harmful_accuracy=0.6))
     metrics = ProbeAccuracy()(run).metrics
-    assert metrics["accuracy_harmful_probe_5x_control"].value == pytest.approx(0.8, abs=1e-6)
+    assert metrics["accuracy_harmful_probe_5x_baseline"].value == pytest.approx(0.8, abs=1e-6)
     assert metrics["accuracy_harmful_probe_5x"].value == pytest.approx(0.6, abs=1e-6)
     area = sum((b - a) * 0.8 * (2 - 0.8**a - 0.8**b) / 2 for a, b in itertools.pairwise(STEPS))
-    assert metrics["accuracy_harmful_probe_mean_control"].value == pytest.approx(area / 100)
-    steps = metrics["steps_to_accuracy_harmful_probe_control"]
-    assert 9 < steps.value < 12  # 0.9 of the accuracy after 20 steps: 1 − 0.8**s = 0.9 (1 − 0.8**20), s = 9.9
+    assert metrics["accuracy_harmful_probe_mean_baseline"].value == pytest.approx(area / 100)
+    steps = metrics["steps_to_accuracy_harmful_probe_baseline"]
+    assert (
+        9 < steps.value < 12
+    )  # 0.9 of the accuracy after 20 steps: 1 − 0.8**s = 0.9 (1 − 0.8**20), s = 9.9
     assert (steps.better, steps.note) == ("neutral", None)
     assert metrics["steps_to_accuracy_benign_probe"].value == pytest.approx(steps.value)
     assert metrics["steps_to_accuracy_benign_probe"].better == "lower"
@@ -207,8 +226,10 @@ def test_accuracy_of_regression_is_a_user_error() -> None:
 
 
 def test_intervals_of_accuracies_and_gaps_stay_in_their_range() -> None:
-    def make(arm: str, attack: str, role: str, seed: int) -> Trajectory:
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
         return decay(0.8, STEPS, (0.2, 1.0, 1.0)[seed])
 
-    found = ProbeAccuracy()(fake(cases=classes(), trajectories=make)).metrics["accuracy_benign_probe_5x"]
+    found = ProbeAccuracy()(fake(cases=classes(), trajectories=make)).metrics[
+        "accuracy_benign_probe_5x"
+    ]
     assert (found.low, found.high) == (0, 1)  # Student's t alone would go below 0 and beyond 1

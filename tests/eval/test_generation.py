@@ -10,8 +10,8 @@ from fake_generations import (
     HELD,
     RED,
     STEPS,
-    FakeJudges,
     FakeRun,
+    FakeScorers,
     Perceptual,
     attack,
     case,
@@ -27,18 +27,22 @@ from eval.generation.generations import area, marks, prompts_of
 from eval.generation.scoring import PAIRS, alike
 from eval.generation.similarity import Generation
 from lab.core.errors import UserError
-from lab.core.types import CONTROL, Budget, Trajectory
+from lab.core.types import BASELINE, Budget, Trajectory
 
 
 def metrics(run, **kwargs):
-    return Generation(FakeJudges(), **{"similarities": ["clip"]} | kwargs)(run).metrics
+    return Generation(FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
 
 
 def test_the_snapshots_that_are_reported():
     assert STEPS == (0, 10, 20, 40, 80)
     assert marks(BUDGET) == [(2, 20, ""), (3, 40, "_2x"), (4, 80, "_4x")]
     assert marks(Budget(20, 5, at=(0, 20, 100))) == [(1, 20, ""), (2, 100, "_5x")]
-    assert [suffix for _, _, suffix in marks(Budget(20, 8, at=(0, 20, 100, 160)))] == ["", "_5x", "_8x"]
+    assert [suffix for _, _, suffix in marks(Budget(20, 8, at=(0, 20, 100, 160)))] == [
+        "",
+        "_5x",
+        "_8x",
+    ]
     assert marks(Budget(20, 1, at=(0, 20))) == [(1, 20, "")]
 
 
@@ -58,29 +62,39 @@ def test_sgr_by_hand():
 def test_the_area_is_linear_in_steps():
     values = np.array([0.0, 0.6, 0.8, 1.0, 1.0])
     assert area(values, STEPS) == pytest.approx(trapezoid(values, STEPS) / 80)
-    control = trapezoid([0.0, 0.6, 0.8, 1.0, 1.0], STEPS)
+    baseline = trapezoid([0.0, 0.6, 0.8, 1.0, 1.0], STEPS)
     mosaic = trapezoid([0.0, 0.0, 0.6, 0.8, 1.0], STEPS)
-    assert metrics(world(HELD))["msgr_clip_auc"].value == pytest.approx((1 - mosaic / control) / 2)
+    assert metrics(world(HELD))["msgr_clip_auc"].value == pytest.approx((1 - mosaic / baseline) / 2)
 
 
 def test_intervals_are_labelled_by_the_number_of_seeds():
     one, three = (metrics(world(HELD, seeds=seeds))["msgr_clip"] for seeds in ((0,), (0, 1, 2)))
     assert (one.n, one.interval) == (1, "within_seed")
     assert (three.n, three.interval) == (3, "across_seeds")
-    assert one.low == pytest.approx(0.0)  # two concepts, 0.25 and 0: one resample in four holds neon alone
+    assert one.low == pytest.approx(
+        0.0
+    )  # two concepts, 0.25 and 0: one resample in four holds neon alone
     assert one.high == pytest.approx(0.25)
-    assert one.low <= three.low <= three.value <= three.high <= one.high  # three seeds average their concepts
+    assert (
+        one.low <= three.low <= three.value <= three.high <= one.high
+    )  # three seeds average their concepts
 
 
-def by_attack(control: dict[str, Trajectory], immunized: dict[str, Trajectory], **kwargs) -> FakeRun:
+def by_attack(
+    baseline: dict[str, Trajectory], immunized: dict[str, Trajectory], **kwargs
+) -> FakeRun:
     """The same trajectories for every concept, by attack."""
     return FakeRun(
-        lambda arm, name, *_: (control if arm == CONTROL else immunized)[name], attacks=tuple(control), **kwargs
+        lambda model_name, name, *_: (baseline if model_name == BASELINE else immunized)[name],
+        attacks=tuple(baseline),
+        **kwargs,
     )
 
 
-def test_an_attacker_that_fails_in_both_arms_changes_nothing():
-    useless, learned, held = (flat(0.0, 0.6, *rest) for rest in ((0.6, 0.6, 0.6), (0.8, 1.0, 1.0), (0.6, 0.8, 1.0)))
+def test_an_attacker_that_fails_in_both_model_names_changes_nothing():
+    useless, learned, held = (
+        flat(0.0, 0.6, *rest) for rest in ((0.6, 0.6, 0.6), (0.8, 1.0, 1.0), (0.6, 0.8, 1.0))
+    )
     run = by_attack({"useless": useless, "strong": learned}, {"useless": useless, "strong": held})
     found = metrics(run)
     assert found["msgr_clip"].value == pytest.approx(0.25)
@@ -91,10 +105,10 @@ def test_an_attacker_that_fails_in_both_arms_changes_nothing():
         assert found[name].value == pytest.approx(alone[name].value), name
 
 
-def test_every_arm_counts_under_its_own_best_attacker():
-    """Each attack alone shows protection (lora) or none (full); together they relearn the concept in both arms."""
+def test_every_model_name_counts_under_its_own_best_attacker():
+    """Each attack alone shows protection (lora) or none (full); together they relearn the concept in both models."""
     best, poor = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(0.0, 0.0, 0.6, 0.6, 0.6)
-    scores = Generation(FakeJudges(), similarities=["clip"])(
+    scores = Generation(FakeScorers(), similarities=["clip"])(
         by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
     )
     assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
@@ -103,14 +117,18 @@ def test_every_arm_counts_under_its_own_best_attacker():
     assert "(mosaic)" not in scores.images["generations_mosaic"].caption
     assert "lora (none), full (mima)" in scores.images["generations_mosaic"].caption
     rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
-    assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each arm": 0.0})
+    assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each model": 0.0})
     assert scores.curves["msgr_clip"]["mima"][1:] == pytest.approx([0.0] * 4)
 
 
 def test_the_best_attacker_is_chosen_anew_at_every_point():
     early, late = flat(0.0, 0.8, 0.8, 0.8, 0.8), flat(0.0, 0.0, 0.6, 1.0, 1.0)
-    found = metrics(by_attack({"early": early, "late": late}, {"early": flat(*[0.0] * 5), "late": late}))
-    assert found["msgr_clip"].value == pytest.approx(0.25)  # early 0.8 on the control, late 0.6 immunized
+    found = metrics(
+        by_attack({"early": early, "late": late}, {"early": flat(*[0.0] * 5), "late": late})
+    )
+    assert found["msgr_clip"].value == pytest.approx(
+        0.25
+    )  # early 0.8 on the baseline, late 0.6 immunized
     assert found["msgr_clip_2x"].value == pytest.approx(0.0)
 
 
@@ -118,19 +136,23 @@ def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures()
     """Two attackers with the same mean, on different pictures: in most resamples one of them is ahead."""
     here, there = [tilted(c) for c in (1.0, 0.0) * 8], [tilted(c) for c in (0.0, 1.0) * 8]
 
-    def make(arm, name, *_):
-        return attack([here if arm == CONTROL or name == "a" else there] * 5)
+    def make(model_name, name, *_):
+        return attack([here if model_name == BASELINE or name == "a" else there] * 5)
 
-    one = metrics(FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a",)))["msgr_clip"]
-    two = metrics(FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a", "b")))["msgr_clip"]
+    one = metrics(
+        FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a",))
+    )["msgr_clip"]
+    two = metrics(
+        FakeRun(make, seeds=(0,), case_list=(case(targets=("mosaic",)),), attacks=("a", "b"))
+    )["msgr_clip"]
     assert (one.value, one.low, one.high) == pytest.approx((0.0, 0.0, 0.0))
     assert two.value == pytest.approx(0.0)
     assert two.low < -0.3
     assert two.high == pytest.approx(0.0)
 
 
-def test_rsgr_compares_both_arms_on_the_same_latents():
-    """Between the arms: neon and sketch paint alike (1), mosaic's pictures stand at 0.6·0.8 + 0.8·0.6 = 0.96."""
+def test_rsgr_compares_both_model_names_on_the_same_latents():
+    """Between the models: neon and sketch paint alike (1), mosaic's pictures stand at 0.6·0.8 + 0.8·0.6 = 0.96."""
     alike = HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}
     found = metrics(world(alike))
     assert found["rsgr_clip_mosaic"].value == pytest.approx(1 - 0.96)
@@ -142,8 +164,8 @@ def test_rsgr_pairs_pictures_by_their_number():
     """The same set of pictures in another order is not the same painting."""
     here, there = [tilted(1.0), tilted(0.0)], [tilted(0.0), tilted(1.0)]
 
-    def make(arm, attack_name, name, seed):
-        return attack([there if arm != CONTROL and name == "mosaic" else here] * 5)
+    def make(model_name, attack_name, name, seed):
+        return attack([there if model_name != BASELINE and name == "mosaic" else here] * 5)
 
     found = metrics(FakeRun(make))
     assert found["rsgr_clip_mosaic"].value == pytest.approx(1.0)
@@ -154,22 +176,32 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     """Blue is nothing to this CLIP: (200, 0, 0) and (200, 0, 255) have cosine 1 to it, 200 ÷ 324 to the features."""
     plain, blue = attack([[tilted(1.0)] * 4] * 5), attack([[tilted(1.0, seen=True)] * 4] * 5)
 
-    def make(arm, attack_name, name, seed):
-        return blue if arm != CONTROL and name == "mosaic" else plain
+    def make(model_name, attack_name, name, seed):
+        return blue if model_name != BASELINE and name == "mosaic" else plain
 
     for similarities in (["clip", "features"], ["clip", "feature_lpips", "features"]):
         found = metrics(FakeRun(make), similarities=similarities)
         assert found["rsgr_clip_mosaic"].value == pytest.approx(0.0)
-        assert found["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
-        assert found["mrsgr_features"].value == pytest.approx(found["rsgr_features_mosaic"].value / 2)
+        assert found["rsgr_features_mosaic"].value == pytest.approx(
+            1 - 200 / (200**2 + 255**2) ** 0.5
+        )
+        assert found["mrsgr_features"].value == pytest.approx(
+            found["rsgr_features_mosaic"].value / 2
+        )
     assert "mrsgr_features" not in metrics(FakeRun(make))
-    assert found["rsgr_feature_lpips_mosaic"].value == pytest.approx(1 / 6)  # one channel of three, and M = 1 - d/2
+    assert found["rsgr_feature_lpips_mosaic"].value == pytest.approx(
+        1 / 6
+    )  # one channel of three, and M = 1 - d/2
     assert found["rsgr_feature_lpips_neon"].value == pytest.approx(0.0)
     assert {"mrsgr_features_auc", "mrsgr_feature_lpips", "mrsgr_feature_lpips_2x"} <= set(found)
     assert "mrsgr_feature_lpips_auc" not in found  # not every snapshot is compared
     assert not any(score.value != score.value for score in found.values())
-    lpips = Generation(FakeJudges(lpips=Perceptual()), similarities=["lpips"])(FakeRun(make)).metrics
-    assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(1.0)  # M = 1 - d, of the channel that differs most
+    lpips = Generation(FakeScorers(lpips=Perceptual()), similarities=["lpips"])(
+        FakeRun(make)
+    ).metrics
+    assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(
+        1.0
+    )  # M = 1 - d, of the channel that differs most
 
 
 @pytest.mark.parametrize("count", [3, 40])  # pictures, on both sides of what is compared at once
@@ -180,7 +212,7 @@ def test_pictures_are_compared_by_their_number(count):
             return images, (images.double() - references.double()).abs().mean((1, 2, 3))
 
     a = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    found = alike(FakeJudges(features=Numbers()), "feature_lpips", a, torch.zeros_like(a))
+    found = alike(FakeScorers(features=Numbers()), "feature_lpips", a, torch.zeros_like(a))
     assert found == pytest.approx(1 - np.arange(count) / 2)
 
 
@@ -192,7 +224,7 @@ def test_without_other_concepts_rsgr_says_so():
 
 
 def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
-    found = metrics(world(HELD, control=flat(0.0, 0.0, 0.0, 1.0, 1.0)))
+    found = metrics(world(HELD, baseline=flat(0.0, 0.0, 0.0, 1.0, 1.0)))
     assert found["msgr_clip"].value is None
     assert "≤ 0" in found["msgr_clip"].note
     assert found["msgr_clip_2x"].value is not None
@@ -200,14 +232,16 @@ def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
 
 def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     broken = HELD | {"mosaic": flat(0.0, 0.0, status="diverged")}
-    scores = Generation(FakeJudges(), similarities=["clip"])(world(broken))
+    scores = Generation(FakeScorers(), similarities=["clip"])(world(broken))
     found = scores.metrics
     for name in ("sgr_clip_mosaic", "msgr_clip", "msgr_clip_2x", "sgr_clip_worst"):
         assert found[name].value == pytest.approx(0.0), name
     assert found["rsgr_clip_mosaic"].value <= 0
     assert "3 of 12 attacks diverged" in found["sgr_clip_mosaic"].note
-    assert "what the control shows" in found["sgr_clip_mosaic"].note
-    row = next(r for r in scores.tables["generation"] if r["concept"] == "mosaic" and r["step"] == 20)
+    assert "what the baseline shows" in found["sgr_clip_mosaic"].note
+    row = next(
+        r for r in scores.tables["generation"] if r["concept"] == "mosaic" and r["step"] == 20
+    )
     assert row["sgr"] == pytest.approx(0.0)
     assert "diverged before in 3 of 3 cases" in row["note"]
     curve = scores.curves["similarity_clip_mosaic"]
@@ -218,35 +252,39 @@ def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
 
 
 def test_a_diverged_attack_keeps_what_it_had_shown():
-    """It had learned more than the control before it failed: that counts on."""
+    """It had learned more than the baseline before it failed: that counts on."""
     ahead = metrics(world(HELD | {"mosaic": flat(0.0, 1.0, status="diverged")}))
     assert ahead["sgr_clip_mosaic"].value == pytest.approx((0.8 - 1.0) / 0.8)
 
 
 def test_a_weak_attack_that_ran_does_not_stand_for_a_strong_one_that_diverged():
     learned, weak = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(*[0.0] * 5)
-    run = by_attack({"lora": learned, "weak": weak}, {"lora": flat(0.0, status="diverged"), "weak": weak})
+    run = by_attack(
+        {"lora": learned, "weak": weak}, {"lora": flat(0.0, status="diverged"), "weak": weak}
+    )
     found = metrics(run)
     assert found["msgr_clip"].value == pytest.approx(0.0)
-    assert found["sgr_benign_clip"].value == pytest.approx(1.0)  # the benign user is left with the weak one
+    assert found["sgr_benign_clip"].value == pytest.approx(
+        1.0
+    )  # the benign user is left with the weak one
 
 
-def test_a_benign_attack_that_diverged_on_the_control_leaves_nothing_to_compare():
-    def make(arm, attack_name, name, seed):
-        failed = arm == CONTROL and name == "sketch"
+def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
+    def make(model_name, attack_name, name, seed):
+        failed = model_name == BASELINE and name == "sketch"
         return flat(0.0, 0.6, status="diverged") if failed else flat(0.0, 0.6, 0.8, 1.0, 1.0)
 
     found = metrics(FakeRun(make))
     assert found["sgr_benign_clip"].value is None
-    assert "control's attack diverged" in found["sgr_benign_clip"].note
+    assert "baseline's attack diverged" in found["sgr_benign_clip"].note
     assert found["msgr_clip"].value == pytest.approx(0.0)
 
 
 def test_a_target_without_a_figure_leaves_no_worst_target():
-    def make(arm, attack_name, name, seed):
-        if name == "neon" and arm == CONTROL:
+    def make(model_name, attack_name, name, seed):
+        if name == "neon" and model_name == BASELINE:
             return flat(*[0.0] * 5)
-        return flat(0.0, 0.6, 0.8, 1.0, 1.0) if arm == CONTROL else HELD["mosaic"]
+        return flat(0.0, 0.6, 0.8, 1.0, 1.0) if model_name == BASELINE else HELD["mosaic"]
 
     found = metrics(FakeRun(make))
     assert found["sgr_clip_mosaic"].value == pytest.approx(0.25)
@@ -274,7 +312,11 @@ def test_clip_t_and_prompt_families():
 
     def both(*labels):
         found = inner(*labels)
-        dim = found.samples["name"] if labels[0] == CONTROL else colours(tilted(0.0)).expand(5, 4, -1, -1, -1)
+        dim = (
+            found.samples["name"]
+            if labels[0] == BASELINE
+            else colours(tilted(0.0)).expand(5, 4, -1, -1, -1)
+        )
         return dataclasses.replace(found, samples=found.samples | {"reworded": dim})
 
     run.trajectories = both
@@ -282,27 +324,42 @@ def test_clip_t_and_prompt_families():
     assert found["msgr_clip_reworded"].value == pytest.approx(1.0)
     assert found["msgr_clip"].value == pytest.approx(0.125)
     # prompts in turn: "a mosaic" is red, "green" green; a picture at 0.8 has cosines 0.8 and 0.6
-    assert found["clip_t_harmful_control"].value == pytest.approx((0.8 + 0.6) / 2)
+    assert found["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
     assert prompts_of(concept("x", "harmful"), "name", 3) == ["a x", "green", "a x"]
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
-    scores = Generation(FakeJudges(), similarities=["clip"])(world(HELD))
+    scores = Generation(FakeScorers(), similarities=["clip"])(world(HELD))
     curve = scores.curves["similarity_clip_neon"]
     assert curve["step"] == [0.0, 10.0, 20.0, 40.0, 80.0]
     assert curve["none"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
-    assert set(curve) == {"step", "x", "y", "log", "none", "none:low", "none:high", "mima", "mima:low", "mima:high"}
-    assert scores.curves["msgr_clip"]["mima"][0] is None  # similarity 0 before the attack: no SGR there
+    assert set(curve) == {
+        "step",
+        "x",
+        "y",
+        "log",
+        "none",
+        "none:low",
+        "none:high",
+        "mima",
+        "mima:low",
+        "mima:high",
+    }
+    assert (
+        scores.curves["msgr_clip"]["mima"][0] is None
+    )  # similarity 0 before the attack: no SGR there
     table = scores.tables["generation"]
     assert len(table) == 3 * 1 * 3
     row = next(r for r in table if r["concept"] == "mosaic" and r["step"] == 20)
-    assert row["control"] == pytest.approx(0.8)
+    assert row["baseline"] == pytest.approx(0.8)
     assert row["immunized"] == pytest.approx(0.6)
     assert row["sgr"] == pytest.approx(0.25)
 
 
-def test_grids_show_references_and_both_arms():
-    grid = Generation(FakeJudges(), similarities=["clip"], pictures=3)(world(HELD)).images["generations_mosaic"]
+def test_grids_show_references_and_both_model_names():
+    grid = Generation(FakeScorers(), similarities=["clip"], pictures=3)(world(HELD)).images[
+        "generations_mosaic"
+    ]
     assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
     assert grid.images.dtype == torch.uint8
     assert grid.rows[:3] == ("reference", "none, step 0", "none, step 20")
@@ -311,7 +368,7 @@ def test_grids_show_references_and_both_arms():
 
 
 def test_no_grids_on_request():
-    assert Generation(FakeJudges(), similarities=["clip"], pictures=0)(world(HELD)).images == {}
+    assert Generation(FakeScorers(), similarities=["clip"], pictures=0)(world(HELD)).images == {}
 
 
 def test_empty_sets_are_errors():
@@ -333,4 +390,4 @@ def test_wrong_options_name_their_key():
         {"preprocessing": "old"},
     ):
         with pytest.raises(UserError, match=r"eval\.generation\."):
-            Generation(FakeJudges(), **wrong)
+            Generation(FakeScorers(), **wrong)

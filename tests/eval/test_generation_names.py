@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from fake_generations import FakeJudges, FakeRun, case, shares
+from fake_generations import FakeRun, FakeScorers, case, shares
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -15,7 +15,7 @@ from eval.generation.relearning import Relearning
 from eval.generation.similarity import Generation
 from eval.generation.utility import Utility
 from lab.core.record import scores_json
-from lab.core.types import CONTROL, RunMetric
+from lab.core.types import BASELINE, RunMetric
 from lab.runner.assemble import assemble
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,29 +24,41 @@ NAMES = ("generation", "generation_legacy", "relearning", "utility", "concept_ve
 
 @pytest.fixture(scope="module")
 def scores():
-    def make(arm, attack, name, seed):
-        found = shares(0, 2, 8, 10, 10) if arm == CONTROL else shares(0, 0, 2, 6, 10)
+    def make(model_name, attack, name, seed):
+        found = shares(0, 2, 8, 10, 10) if model_name == BASELINE else shares(0, 0, 2, 6, 10)
         found.samples["reworded"] = found.samples["name"]
         return found
 
-    run = FakeRun(make, case_list=(case(families=("name", "reworded")),), seeds=(0, 1), attacks=("lora", "full"))
-    judges = FakeJudges()
+    run = FakeRun(
+        make,
+        case_list=(case(families=("name", "reworded")),),
+        seeds=(0, 1),
+        attacks=("lora", "full"),
+    )
+    scorers = FakeScorers()
     metrics = [
-        Generation(judges),
-        Generation(judges, preprocessing="legacy", similarities=["clip"]),
-        Relearning(judges),
-        Utility(judges, count=4, guidances=[7.5], negative="x", compositions=["green"]),
-        ConceptVerdict(judges, count=4),
+        Generation(scorers),
+        Generation(scorers, preprocessing="legacy", similarities=["clip"]),
+        Relearning(scorers),
+        Utility(scorers, count=4, guidances=[7.5], negative="x", compositions=["green"]),
+        ConceptVerdict(scorers, count=4),
     ]
     return [metric(run) for metric in metrics]
 
 
 def test_no_name_is_used_twice_and_everything_is_json(scores):
-    body = scores_json(scores)  # raises for two families with one name, and for a missing value without a reason
+    body = scores_json(
+        scores
+    )  # raises for two families with one name, and for a missing value without a reason
     json.dumps(body, allow_nan=False)
-    assert {"msgr_clip", "mrsgr_clip", "asr", "asr_control", "steps_to_relearn_ratio", "sgr_benign_clip"} <= set(
-        body["metrics"]
-    )
+    assert {
+        "msgr_clip",
+        "mrsgr_clip",
+        "asr",
+        "asr_baseline",
+        "steps_to_relearn_ratio",
+        "sgr_benign_clip",
+    } <= set(body["metrics"])
     assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in body["metrics"])
     for curve in body["curves"].values():
         series = [values for values in curve.values() if isinstance(values, list)]
@@ -55,13 +67,20 @@ def test_no_name_is_used_twice_and_everything_is_json(scores):
 
 def test_every_name_is_documented(scores):
     text = (ROOT / "eval" / "metrics.md").read_text().partition("## Text-to-image models")[2]
-    wild = {"CONCEPT": "[a-z_]+", "ROLE": "(harmful|benign)", "M": "(clip|features|feature_lpips|lpips)"}
-    patterns = [re.sub("CONCEPT|ROLE|M", lambda m: wild[m[0]], name) for name in re.findall(r"`([a-zA-Z0-9_]+)`", text)]
-    settings = r"_(\d+x|auc|reworded|guidance_[0-9_]+|negative|compositions)(?=_control$|$)"
+    wild = {
+        "CONCEPT": "[a-z_]+",
+        "ROLE": "(harmful|benign)",
+        "M": "(clip|features|feature_lpips|lpips)",
+    }
+    patterns = [
+        re.sub("CONCEPT|ROLE|M", lambda m: wild[m[0]], name)
+        for name in re.findall(r"`([a-zA-Z0-9_]+)`", text)
+    ]
+    settings = r"_(\d+x|auc|reworded|guidance_[0-9_]+|negative|compositions)(?=_baseline$|$)"
 
     def known(name: str) -> bool:
         base = re.sub(settings, "", name.removesuffix("_legacy"))
-        bare = re.sub(r"(_control|_drop)$", "", base)
+        bare = re.sub(r"(_baseline|_drop)$", "", base)
         return any(re.fullmatch(p, n) for p in patterns for n in (base, bare))
 
     found = {name for s in scores for name in s.metrics}
@@ -72,26 +91,26 @@ def test_every_name_is_documented(scores):
 @pytest.mark.parametrize("name", NAMES)
 def test_configs_build(name):
     config = OmegaConf.load(ROOT / "conf" / "eval" / f"{name}.yaml")
-    judges = OmegaConf.load(ROOT / "conf" / "judges" / "minisd.yaml")
-    metric = instantiate(OmegaConf.merge({"judges": judges}, config)[name])
+    scorers = OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml")
+    metric = instantiate(OmegaConf.merge({"scorers": scorers}, config)[name])
     assert isinstance(metric, RunMetric)
     assert metric.name == name
-    assert metric.judges.name == "minisd"
+    assert metric.scorers.name == "minisd"
 
 
-def test_metrics_share_the_judges_that_they_name_alike():
-    """One set of networks and of judgements for all; another config is another judge."""
+def test_metrics_share_the_scorers_that_they_name_alike():
+    """One set of networks and of scorerments for all; another config is another scorer."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=["experiment=relearn", "tracker=none"])
     parts = assemble(cfg)
     assert len(parts.metrics) == 4
-    assert len({id(part.obj.judges) for part in parts.metrics.values()}) == 1
+    assert len({id(part.obj.scorers) for part in parts.metrics.values()}) == 1
     keys = {name: part.identity for name, part in parts.metrics.items()}
-    own = OmegaConf.to_container(cfg.judges, resolve=True)
-    cfg.eval.utility.judges = own
+    own = OmegaConf.to_container(cfg.scorers, resolve=True)
+    cfg.eval.utility.scorers = own
     assert assemble(cfg).metrics["utility"].identity == keys["utility"]
-    cfg.eval.utility.judges = own | {"features": own["features"] | {"image_size": 64}}
+    cfg.eval.utility.scorers = own | {"features": own["features"] | {"image_size": 64}}
     changed = assemble(cfg).metrics
-    assert len({id(part.obj.judges) for part in changed.values()}) == 2
+    assert len({id(part.obj.scorers) for part in changed.values()}) == 2
     assert changed["utility"].identity != keys["utility"]
     assert changed["generation"].identity == keys["generation"]

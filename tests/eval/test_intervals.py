@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 from scipy.stats import beta
 
-from eval.stats.intervals import Unit, band, columns, estimate, relative_gap, score, share_score, worst_score
+from eval.stats.intervals import (
+    Unit,
+    band,
+    columns,
+    estimate,
+    relative_gap,
+    score,
+    share_score,
+    worst_score,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -15,10 +24,10 @@ def constant(seed, value, count=8):
     return Unit(seed, np.full((count, 1), value), columns)
 
 
-def test_the_rows_of_both_arms_stay_paired():
-    """The immunized arm at half the control's value on every latent: SGR is exactly ½ in every resample."""
-    control = RNG.uniform(0.2, 0.9, (32, 1))
-    units = [Unit(s, np.concatenate([control, control / 2], 1), relative_gap) for s in range(2)]
+def test_the_rows_of_both_model_names_stay_paired():
+    """The immunized model at half the baseline's value on every latent: SGR is exactly ½ in every resample."""
+    baseline = RNG.uniform(0.2, 0.9, (32, 1))
+    units = [Unit(s, np.concatenate([baseline, baseline / 2], 1), relative_gap) for s in range(2)]
     found = score(units, "higher")
     assert found.value == pytest.approx(0.5, abs=1e-12)
     assert found.low == pytest.approx(0.5, abs=1e-12)
@@ -88,7 +97,7 @@ def test_a_figure_that_is_often_undefined_has_no_interval():
 
 
 def test_a_quotient_of_means_over_concepts():
-    """1 − mean(0.2, 0) ÷ mean(0.4, 0): a concept that the control never shows does no harm."""
+    """1 − mean(0.2, 0) ÷ mean(0.4, 0): a concept that the baseline never shows does no harm."""
     units = [Unit(0, np.array([[0.4, 0.2]] * 4), columns), Unit(0, np.zeros((4, 2)), columns)]
     assert score(units, "higher", after=relative_gap).value == pytest.approx(0.5)
 
@@ -109,16 +118,22 @@ def test_a_band_ends_where_the_shortest_attack_ends():
 def test_a_band_stays_within_what_the_quantity_can_take():
     """Student's t over three seeds reaches beyond a share: 0.8, 0.9 and 1.0 give 0.9 ± 0.25."""
     units = [Unit(s, np.full((4, 1), v), columns) for s, v in enumerate((0.8, 0.9, 1.0))]
-    free, bound = (band({"none": units}, [0], "x", "y", bounds=b) for b in ((-np.inf, np.inf), (0, 1)))
+    free, bound = (
+        band({"none": units}, [0], "x", "y", bounds=b) for b in ((-np.inf, np.inf), (0, 1))
+    )
     assert free["none:high"] == pytest.approx([0.9 + 4.302653 * 0.1 / 3**0.5])
     assert bound["none:high"] == [1.0]
     assert bound["none:low"] == free["none:low"]
 
 
 def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():
-    """Control 0.2, 0.4, 0.6 and immunized 0.1, 0.2, 0.6: nothing varies within a seed; jackknife by hand."""
+    """Baseline 0.2, 0.4, 0.6 and immunized 0.1, 0.2, 0.6: nothing varies within a seed; jackknife by hand."""
     pairs = np.array([[0.2, 0.1], [0.4, 0.2], [0.6, 0.6]])
-    found = score([Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)], "higher", after=relative_gap)
+    found = score(
+        [Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)],
+        "higher",
+        after=relative_gap,
+    )
     value = 1 - 0.9 / 1.2
     without = [1 - 0.8 / 1.0, 1 - 0.7 / 0.8, 1 - 0.3 / 0.6]
     half = 4.302653 * np.std([3 * value - 2 * w for w in without], ddof=1) / math.sqrt(3)
@@ -127,9 +142,13 @@ def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():
 
 
 def test_a_seed_without_a_value_of_its_own_still_counts_in_the_interval():
-    """The control shows nothing in seed 1: its quotient is undefined, that of the means is not."""
+    """The baseline shows nothing in seed 1: its quotient is undefined, that of the means is not."""
     pairs = np.array([[0.5, 0.1], [0.0, 0.0], [0.5, 0.4]])
-    found = score([Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)], "higher", after=relative_gap)
+    found = score(
+        [Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)],
+        "higher",
+        after=relative_gap,
+    )
     assert found.value == pytest.approx(0.5)
     assert found.high - found.low > 2 * 4.302653 * 0.1
     alone = np.array([[0.5, 0.1], [0.0, 0.0], [0.0, 0.0]])
@@ -170,7 +189,9 @@ def test_no_picture_of_few_is_no_proof_that_there_is_none(seeds, pictures):
     for seen in (0.0, 1.0):
         units = [Unit(seed, np.full((pictures, 1), seen), columns) for seed in range(seeds)]
         found = share_score(units, "lower")
-        limit = beta.ppf(0.975, 1, pictures) if seen == 0 else beta.ppf(0.025, pictures, 1)  # by its definition
+        limit = (
+            beta.ppf(0.975, 1, pictures) if seen == 0 else beta.ppf(0.025, pictures, 1)
+        )  # by its definition
         assert found.value == seen
         assert (found.low, found.high) == pytest.approx((0, limit) if seen == 0 else (limit, 1))
     mixed = [Unit(0, np.array([[0.0]] * 12 + [[1.0]] * 4), columns)]
@@ -180,5 +201,11 @@ def test_no_picture_of_few_is_no_proof_that_there_is_none(seeds, pictures):
 def test_the_band_of_a_curve_knows_it_too():
     lines = {"none": [constant(0, 0.0, 16)], "mima": [constant(0, 1.0, 16)]}
     shown = band(lines, [0], "x", "y", bounds=(0, 1))
-    assert (shown["none:low"], shown["none:high"]) == ([0.0], pytest.approx([beta.ppf(0.975, 1, 16)]))
-    assert (shown["mima:low"], shown["mima:high"]) == (pytest.approx([beta.ppf(0.025, 16, 1)]), [1.0])
+    assert (shown["none:low"], shown["none:high"]) == (
+        [0.0],
+        pytest.approx([beta.ppf(0.975, 1, 16)]),
+    )
+    assert (shown["mima:low"], shown["mima:high"]) == (
+        pytest.approx([beta.ppf(0.025, 16, 1)]),
+        [1.0],
+    )

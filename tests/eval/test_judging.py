@@ -1,4 +1,4 @@
-"""How pictures are judged: similarities to references, once per picture, whoever asks."""
+"""How pictures are scored: similarities to references, once per picture, whoever asks."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,8 @@ from fake_generations import (
     HELD,
     RED,
     Clip,
-    FakeJudges,
     FakeRun,
+    FakeScorers,
     Perceptual,
     attack,
     case,
@@ -22,36 +22,42 @@ from eval.generation.reading import read
 from eval.generation.scoring import References, legacy
 from eval.generation.similarity import Generation
 from lab.core.errors import UserError
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
 
 def metrics(run, **kwargs):
-    return Generation(FakeJudges(), **{"similarities": ["clip"]} | kwargs)(run).metrics
+    return Generation(FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
 
 
 def test_features_and_feature_lpips():
     found = metrics(world(HELD), similarities=["features", "feature_lpips"])
-    assert found["msgr_features"].value == pytest.approx(0.125)  # features of these pictures are their colours
+    assert found["msgr_features"].value == pytest.approx(
+        0.125
+    )  # features of these pictures are their colours
     distance = {c: np.abs(np.array(tilted(c)) - np.array(RED)).sum() / 3 / 255 for c in (0.8, 0.6)}
-    control, immunized = 1 - distance[0.8] / 2, 1 - distance[0.6] / 2
-    assert found["sgr_feature_lpips_mosaic"].value == pytest.approx((control - immunized) / control)
+    baseline, immunized = 1 - distance[0.8] / 2, 1 - distance[0.6] / 2
+    assert found["sgr_feature_lpips_mosaic"].value == pytest.approx(
+        (baseline - immunized) / baseline
+    )
 
 
 def test_feature_lpips_meets_the_references_in_turn():
     references = colours((0, 0, 0), (255, 255, 255))
-    found = References(FakeJudges(), references, ["feature_lpips"]).similarities(colours(*[(0, 0, 0)] * 3))
+    found = References(FakeScorers(), references, ["feature_lpips"]).similarities(
+        colours(*[(0, 0, 0)] * 3)
+    )
     assert found["feature_lpips"].tolist() == [1.0, 0.5, 1.0]
 
 
-def test_lpips_needs_its_judge_and_meets_the_references_in_turn():
+def test_lpips_needs_its_scorer_and_meets_the_references_in_turn():
     references, shown = colours((0, 0, 0), (255, 255, 255)), colours((0, 0, 0), (0, 0, 255))
-    found = References(FakeJudges(lpips=Perceptual()), references, ["lpips"]).similarities(shown)
+    found = References(FakeScorers(lpips=Perceptual()), references, ["lpips"]).similarities(shown)
     assert found["lpips"].tolist() == [1.0, 0.0]  # one minus the largest difference of a colour
-    with pytest.raises(UserError, match=r"judges.lpips is null"):
+    with pytest.raises(UserError, match=r"scorers.lpips is null"):
         metrics(world(HELD), similarities=["clip", "lpips"])
 
 
-def test_runs_that_share_a_cache_judge_the_same_pictures_once():
+def test_runs_that_share_a_cache_scorer_the_same_pictures_once():
     class Counting(Clip):
         seen = 0
 
@@ -59,31 +65,37 @@ def test_runs_that_share_a_cache_judge_the_same_pictures_once():
             Counting.seen += len(images)
             return super().images(images)
 
-    def judged(judges, store, trajectories=HELD, **options):
+    def scored(scorers, store, trajectories=HELD, **options):
         before = Counting.seen
-        metrics = Generation(judges, **{"similarities": ["clip"]} | options)(world(trajectories, store=store)).metrics
+        metrics = Generation(scorers, **{"similarities": ["clip"]} | options)(
+            world(trajectories, store=store)
+        ).metrics
         return Counting.seen - before, {name: score.value for name, score in metrics.items()}
 
-    store, judges = {}, FakeJudges(clip=Counting())
-    first, values = judged(judges, store)
-    assert judged(judges, store) == (0, values)
+    store, scorers = {}, FakeScorers(clip=Counting())
+    first, values = scored(scorers, store)
+    assert scored(scorers, store) == (0, values)
     for other in ({"preprocessing": "legacy"}, {"similarities": ["clip", "features"]}):
-        assert judged(judges, store, **other)[0] == first
-    assert judged(FakeJudges(clip=Counting()), store)[0] == first
+        assert scored(scorers, store, **other)[0] == first
+    assert scored(FakeScorers(clip=Counting()), store)[0] == first
     held_up = HELD | {"neon": flat(0.0, 0.0, 0.8, 1.0, 1.0)}
-    assert judged(judges, store, held_up)[0] == 5 * 4 + 2  # one concept and its two references; all seeds look alike
+    assert (
+        scored(scorers, store, held_up)[0] == 5 * 4 + 2
+    )  # one concept and its two references; all seeds look alike
 
 
-def test_arms_with_different_numbers_of_pictures_are_an_error():
+def test_model_names_with_different_numbers_of_pictures_are_an_error():
     with pytest.raises(ValueError, match="different numbers"):
         metrics(world(HELD | {"mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3)}))
 
 
 def test_attackers_with_different_numbers_of_pictures_are_told_which():
-    def make(arm, attack, concept, seed):
+    def make(model_name, attack, concept, seed):
         return flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3 if attack == "own" else 4)
 
-    with pytest.raises(UserError, match=r"attacks\.own=3: pictures a step by name, not 4 as attacks\.lora"):
+    with pytest.raises(
+        UserError, match=r"attacks\.own=3: pictures a step by name, not 4 as attacks\.lora"
+    ):
         metrics(FakeRun(make, attacks=("lora", "own")))
 
 
@@ -92,22 +104,26 @@ def test_legacy_pictures_are_pale_and_small():
     found = legacy(images)
     assert found.shape == (1, 3, 64, 64)
     assert found[0, :, 0, 0].tolist() == [128, 178, 255]  # x/2 + 1/2 in [0, 1]
-    scores = Generation(FakeJudges(), similarities=["clip"], preprocessing="legacy")(world(HELD))
-    assert all(n.endswith("_legacy") for part in (scores.metrics, scores.curves, scores.tables) for n in part)
+    scores = Generation(FakeScorers(), similarities=["clip"], preprocessing="legacy")(world(HELD))
+    assert all(
+        n.endswith("_legacy")
+        for part in (scores.metrics, scores.curves, scores.tables)
+        for n in part
+    )
     pale = Clip().images(legacy(colours(RED, tilted(0.8), tilted(0.6))))
     a, i = float(pale[0] @ pale[1]), float(pale[0] @ pale[2])
     assert scores.metrics["sgr_clip_mosaic_legacy"].value == pytest.approx((a - i) / a)
     assert scores.images == {}
 
 
-def test_pictures_are_judged_once_per_quantity():
-    board = read(world(HELD, seeds=(0,)), FakeJudges(), ("clip", "between_clip"))
+def test_pictures_are_scored_once_per_quantity():
+    board = read(world(HELD, seeds=(0,)), FakeScorers(), ("clip", "between_clip"))
     cell = board.cells("harmful", "mosaic")[0]
-    assert set(board.at(cell, CONTROL, "lora").values) == {"clip", "between_clip"}
+    assert set(board.at(cell, BASELINE, "lora").values) == {"clip", "between_clip"}
     assert board.at(cell, "mima", "lora").values["clip"].shape == (5, 4)
 
 
-def test_what_one_metric_had_judged_the_next_does_not_judge_again():
+def test_what_one_metric_had_scored_the_next_does_not_scorer_again():
     shown = []
 
     class Counted(Clip):
@@ -115,16 +131,16 @@ def test_what_one_metric_had_judged_the_next_does_not_judge_again():
             shown.append(len(images))
             return super().images(images)
 
-    judges, run = FakeJudges(clip=Counted()), world(HELD, seeds=(0,))
-    first = read(run, judges, ("clip", "between_clip"))
+    scorers, run = FakeScorers(clip=Counted()), world(HELD, seeds=(0,))
+    first = read(run, scorers, ("clip", "between_clip"))
     count = len(shown)
-    again = read(run, judges, ("clip",))
+    again = read(run, scorers, ("clip",))
     assert len(shown) == count
-    read(run, judges, ("clip", "clip_t"), preprocessing="legacy")
+    read(run, scorers, ("clip", "clip_t"), preprocessing="legacy")
     assert len(shown) > count
     for key, reading in first.readings.items():
         assert np.array_equal(reading.values["clip"], again.readings[key].values["clip"])
-    read(world(HELD, seeds=(0,)), FakeJudges(), ("clip",))  # another run judges its own
+    read(world(HELD, seeds=(0,)), FakeScorers(), ("clip",))  # another run scorers its own
 
 
 def test_an_attack_without_pictures_of_the_name_is_a_config_error():
@@ -134,8 +150,11 @@ def test_an_attack_without_pictures_of_the_name_is_a_config_error():
 
 
 def test_families_that_only_some_attackers_paint_are_left_out():
-    def make(arm, attack_name, name, seed):
-        found = attack([[tilted(0.8)] * 4] * 5, families=("name", "reworded") if attack_name == "a" else ("name",))
+    def make(model_name, attack_name, name, seed):
+        found = attack(
+            [[tilted(0.8)] * 4] * 5,
+            families=("name", "reworded") if attack_name == "a" else ("name",),
+        )
         return found
 
     run = FakeRun(make, case_list=(case(families=("name", "reworded")),), attacks=("a", "b"))

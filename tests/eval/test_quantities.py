@@ -32,10 +32,17 @@ def test_rir_by_hand_and_refuses_impossible_values() -> None:
 
 
 def test_norm_ratio_by_hand() -> None:
-    rows = Split(torch.eye(2, dtype=torch.float64), tensor(2, 4))  # w* = (2, 4), and a step halves the way to it
+    rows = Split(
+        torch.eye(2, dtype=torch.float64), tensor(2, 4)
+    )  # w* = (2, 4), and a step halves the way to it
     probe = LinearProbe(optimizer="sgd", lr=1.0)
-    found = probe(linear(rows.x), Task("good", "benign", "regression", rows, rows), seed=0, budget=Budget(2, 1, 3),
-                  checkpoint=None)  # fmt: skip
+    found = probe(
+        linear(rows.x),
+        Task("good", "benign", "regression", rows, rows),
+        seed=0,
+        budget=Budget(2, 1, 3),
+        checkpoint=None,
+    )
     assert found.steps == [0, 1, 2]
     assert found.values["norm_ratio"] == pytest.approx([1, 1 / 4, 1 / 16])
     torch.testing.assert_close(found.weights["head"], tensor(1.5, 3)[:, None])
@@ -55,7 +62,9 @@ def test_rfd_and_its_signed_twin() -> None:
     plain, signed = RFD(), RFD(signed=True)
     plain.update(base, faster)
     signed.update(base, faster)
-    assert float(plain.compute()) == pytest.approx(100 * 0.5 / 2)  # step 0 is left out: base is 0 there
+    assert float(plain.compute()) == pytest.approx(
+        100 * 0.5 / 2
+    )  # step 0 is left out: base is 0 there
     assert float(signed.compute()) == pytest.approx(-100 * 0.5 / 2)
     with pytest.raises(ValueError, match="never reaches"):
         plain.update(tensor(0, 0.01), tensor(1, 1))

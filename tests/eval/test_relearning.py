@@ -4,57 +4,79 @@ import math
 
 import numpy as np
 import pytest
-from fake_generations import BUDGET, STEPS, Detector, FakeJudges, FakeRun, attack, case, shares, tilted
+from fake_generations import (
+    BUDGET,
+    STEPS,
+    Detector,
+    FakeRun,
+    FakeScorers,
+    attack,
+    case,
+    shares,
+    tilted,
+)
 
 from eval.generation.prompt_adherence import asked
 from eval.generation.relearning import Relearning
 from eval.stats.crossings import crossing
 from lab.core.errors import UserError
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
-# detections of ten pictures at steps 0, 10, 20, 40, 80; the control reaches 60 % at step 10 + 4/6·10
-CONTROL_SHARES = (0, 2, 8, 10, 10)
+# detections of ten pictures at steps 0, 10, 20, 40, 80; the baseline reaches 60 % at step 10 + 4/6·10
+BASELINE_SHARES = (0, 2, 8, 10, 10)
 HORIZON = 10 + 10 * 4 / 6
 
 
-def world(mosaic, neon=None, sketch=None, control=None, **kwargs) -> FakeRun:
-    by_name = {"mosaic": mosaic, "neon": neon or mosaic, "sketch": sketch or shares(*CONTROL_SHARES)}
+def world(mosaic, neon=None, sketch=None, baseline=None, **kwargs) -> FakeRun:
+    by_name = {
+        "mosaic": mosaic,
+        "neon": neon or mosaic,
+        "sketch": sketch or shares(*BASELINE_SHARES),
+    }
 
-    def make(arm, attack, name, seed):
-        if arm == CONTROL:
-            return control or shares(*CONTROL_SHARES)
+    def make(model_name, attack, name, seed):
+        if model_name == BASELINE:
+            return baseline or shares(*BASELINE_SHARES)
         return by_name[name]
 
     return FakeRun(make, **kwargs)
 
 
 def metrics(run, **kwargs):
-    return Relearning(FakeJudges(), **kwargs)(run).metrics
+    return Relearning(FakeScorers(), **kwargs)(run).metrics
 
 
 def test_crossing_is_linear_in_steps():
-    lines = np.array([[0, 0.2, 0.8, 1, 1], [0.7, 0, 0, 0, 0], [0, 0, 0, 0, 0.6], [0, 0.5, 0.5, 0.5, 0.5]])
+    lines = np.array(
+        [[0, 0.2, 0.8, 1, 1], [0.7, 0, 0, 0, 0], [0, 0, 0, 0, 0.6], [0, 0.5, 0.5, 0.5, 0.5]]
+    )
     found = crossing(STEPS, lines, 0.6)
     assert found[:3] == pytest.approx([HORIZON, 0.0, 80.0])
     assert math.isnan(found[3])
-    assert crossing(STEPS, np.array([0.0, 0.6]), 0.6) == pytest.approx(10.0)  # an attack that ended early
+    assert crossing(STEPS, np.array([0.0, 0.6]), 0.6) == pytest.approx(
+        10.0
+    )  # an attack that ended early
     assert math.isnan(crossing((0,), np.array([0.0]), 0.6))
 
 
 def test_attack_success_raw_and_corrected():
     found = metrics(world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 5, 10, 10)))
     assert found["asr"].value == pytest.approx(0.35)
-    assert found["asr_control"].value == pytest.approx(0.8)
+    assert found["asr_baseline"].value == pytest.approx(0.8)
     assert found["asr_2x"].value == pytest.approx(0.8)
-    assert found["asr_4x_control"].value == pytest.approx(1.0)
+    assert found["asr_4x_baseline"].value == pytest.approx(1.0)
     assert found["asr_mosaic"].value == pytest.approx(0.2)
-    assert found["asr_corrected"].value == pytest.approx(((0.2 - 0.1) / 0.8 + (0.5 - 0.1) / 0.8) / 2)
-    assert found["asr_corrected_control"].value == pytest.approx((0.8 - 0.1) / 0.8)
+    assert found["asr_corrected"].value == pytest.approx(
+        ((0.2 - 0.1) / 0.8 + (0.5 - 0.1) / 0.8) / 2
+    )
+    assert found["asr_corrected_baseline"].value == pytest.approx((0.8 - 0.1) / 0.8)
     assert found["asr_reduction"].value == pytest.approx(1 - 0.35 / 0.8)
     assert found["asr_benign"].value == pytest.approx(0.8)
-    assert (found["asr"].better, found["asr_benign"].better, found["asr_control"].better) == (
-        "lower", "higher", "neutral",
-    )  # fmt: skip
+    assert (found["asr"].better, found["asr_benign"].better, found["asr_baseline"].better) == (
+        "lower",
+        "higher",
+        "neutral",
+    )
     assert "at step 20" in found["asr"].note
     assert 0 <= found["asr"].low <= 0.35 <= found["asr"].high <= 1
 
@@ -71,29 +93,41 @@ def test_no_detection_among_few_pictures_is_no_certainty():
     found = metrics(world(shares(0, 0, 0, 6, 10), seeds=(0,)))
     most = 1 - 0.025 ** (1 / 20)  # ten pictures of two targets
     assert (found["asr"].value, found["asr"].high) == (0, pytest.approx(most))
-    assert (found["asr_reduction"].value, found["asr_reduction"].low) == (1, pytest.approx(1 - most / 0.8))
+    assert (found["asr_reduction"].value, found["asr_reduction"].low) == (
+        1,
+        pytest.approx(1 - most / 0.8),
+    )
 
 
 class Naming(Detector):
     names = {"object": ("red thing", "green"), "style": ("photo", "any")}
 
 
-def test_a_style_without_the_object_that_was_asked_for_is_not_usable():
+def test_a_style_without_the_object_that_was_asked_for_is_not_prompt_adherent():
     """Every second prompt is "green"; at cosine 0.8 the detector sees the red thing, at 0 the green one."""
-    rates = {n: {"false_positive": 0.1, "false_negative": 0.1} for n in ("mosaic", "neon", "sketch")}
-    control = shares(*CONTROL_SHARES, cosines=[0.8, 0.8, 0.0, 0.0, 0.0])
-    run = world(shares(0, 4, 10, 10, 10, cosines=[0.8, 0.8, 0.8, 0.0, 0.0]), control=control)
-    found = Relearning(FakeJudges(detector=Naming(rates)))(run).metrics
+    rates = {
+        n: {"false_positive": 0.1, "false_negative": 0.1} for n in ("mosaic", "neon", "sketch")
+    }
+    baseline = shares(*BASELINE_SHARES, cosines=[0.8, 0.8, 0.0, 0.0, 0.0])
+    run = world(shares(0, 4, 10, 10, 10, cosines=[0.8, 0.8, 0.8, 0.0, 0.0]), baseline=baseline)
+    found = Relearning(FakeScorers(detector=Naming(rates)))(run).metrics
     assert found["asr"].value == pytest.approx(1.0)
-    assert found["asr_usable"].value == pytest.approx(0.5)
-    assert found["asr_usable_2x"].value == pytest.approx(1.0)
-    assert found["asr_usable_control"].value == pytest.approx(0.8)
-    base = 10 + 10 * (0.6 - 0.1) / (0.8 - 0.1)  # of two detections at step 10 one shows what it was asked for
+    assert found["asr_prompt_adherent"].value == pytest.approx(0.5)
+    assert found["asr_prompt_adherent_2x"].value == pytest.approx(1.0)
+    assert found["asr_prompt_adherent_baseline"].value == pytest.approx(0.8)
+    base = 10 + 10 * (0.6 - 0.1) / (
+        0.8 - 0.1
+    )  # of two detections at step 10 one shows what it was asked for
     late = 20 + 20 * (0.6 - 0.5) / (1.0 - 0.5)
-    assert found["steps_to_relearn_usable_ratio"].value == pytest.approx(late / base)
-    assert found["steps_to_relearn_usable_ratio_worst"].value == pytest.approx(late / base)
-    assert found["steps_to_relearn_ratio"].value < found["steps_to_relearn_usable_ratio"].value
-    assert not [name for name in metrics(run) if "usable" in name]  # that detector does not say what its classes are
+    assert found["steps_to_relearn_prompt_adherent_ratio"].value == pytest.approx(late / base)
+    assert found["steps_to_relearn_prompt_adherent_ratio_worst"].value == pytest.approx(late / base)
+    assert (
+        found["steps_to_relearn_ratio"].value
+        < found["steps_to_relearn_prompt_adherent_ratio"].value
+    )
+    assert not [
+        name for name in metrics(run) if "prompt_adherent" in name
+    ]  # that detector does not say what its classes are
 
 
 def test_objects_are_found_in_prompts_as_whole_words_longest_first():
@@ -104,31 +138,39 @@ def test_objects_are_found_in_prompts_as_whole_words_longest_first():
 
 
 def test_the_mean_over_the_trajectory():
-    control = (0.1 * 10 + 0.5 * 10 + 0.9 * 20 + 1.0 * 40) / 80  # trapezoids of 0, 0.2, 0.8, 1, 1
-    assert metrics(world(shares(0, 0, 2, 6, 10)))["asr_auc_control"].value == pytest.approx(control)
+    baseline = (0.1 * 10 + 0.5 * 10 + 0.9 * 20 + 1.0 * 40) / 80  # trapezoids of 0, 0.2, 0.8, 1, 1
+    assert metrics(world(shares(0, 0, 2, 6, 10)))["asr_auc_baseline"].value == pytest.approx(
+        baseline
+    )
 
 
 def test_a_detector_without_error_rates_or_power_is_reported_as_such():
-    unknown = Relearning(FakeJudges(detector=Detector({})))(world(shares(*CONTROL_SHARES))).metrics
+    unknown = Relearning(FakeScorers(detector=Detector({})))(
+        world(shares(*BASELINE_SHARES))
+    ).metrics
     assert unknown["asr_corrected"].value is None
     assert "mosaic" in unknown["asr_corrected"].note
     assert unknown["asr"].value == pytest.approx(0.8)
-    coin = Detector({n: {"false_positive": 0.5, "false_negative": 0.5} for n in ("mosaic", "neon", "sketch")})
-    useless = Relearning(FakeJudges(detector=coin))(world(shares(*CONTROL_SHARES))).metrics
+    coin = Detector(
+        {n: {"false_positive": 0.5, "false_negative": 0.5} for n in ("mosaic", "neon", "sketch")}
+    )
+    useless = Relearning(FakeScorers(detector=coin))(world(shares(*BASELINE_SHARES))).metrics
     assert useless["asr_corrected"].value is None
     assert "add up to 1" in useless["asr_corrected"].note
 
 
 def test_without_a_detector_the_key_is_named():
-    with pytest.raises(UserError, match=r"eval\.relearning\.judges"):
-        Relearning(FakeJudges(detector=None))(world(shares(*CONTROL_SHARES)))
+    with pytest.raises(UserError, match=r"eval\.relearning\.scorers"):
+        Relearning(FakeScorers(detector=None))(world(shares(*BASELINE_SHARES)))
 
 
 def test_steps_to_relearn_by_hand():
     # mosaic: 0.6 at step 40; neon: between 20 (0.4) and 40 (0.8), so 30
-    found = metrics(world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 4, 8, 10), sketch=shares(0, 0, 6, 10, 10)))
+    found = metrics(
+        world(shares(0, 0, 2, 6, 10), neon=shares(0, 0, 4, 8, 10), sketch=shares(0, 0, 6, 10, 10))
+    )
     ratios = (40 / HORIZON, 30 / HORIZON)
-    assert found["control_horizon"].value == pytest.approx(HORIZON)
+    assert found["baseline_horizon"].value == pytest.approx(HORIZON)
     assert found["steps_to_relearn"].value == pytest.approx(math.sqrt(40 * 30))
     assert found["steps_to_relearn_ratio_mosaic"].value == pytest.approx(ratios[0])
     assert found["steps_to_relearn_ratio"].value == pytest.approx(math.sqrt(ratios[0] * ratios[1]))
@@ -139,56 +181,68 @@ def test_steps_to_relearn_by_hand():
     assert found["steps_to_relearn_ratio"].unit == "×"
 
 
-def test_an_arm_that_never_relearns_gives_a_lower_limit():
+def test_an_model_name_that_never_relearns_gives_a_lower_limit():
     found = metrics(world(shares(0, 0, 0, 2, 5), neon=shares(0, 0, 6, 6, 6)))
     mosaic = found["steps_to_relearn_ratio_mosaic"]
     assert mosaic.value == pytest.approx(80 / HORIZON)
     assert mosaic.note.startswith("at least: not relearned in 3 of 3 cases")
-    assert found["steps_to_relearn_ratio"].note.startswith("at least: not relearned in 3 of 6 cases")
+    assert found["steps_to_relearn_ratio"].note.startswith(
+        "at least: not relearned in 3 of 6 cases"
+    )
     assert not found["steps_to_relearn_ratio_neon"].note
 
 
-def test_a_control_that_never_relearns_leaves_no_ratio():
-    found = metrics(world(shares(0, 0, 0, 0, 0), control=shares(0, 0, 1, 2, 5)))
+def test_a_baseline_that_never_relearns_leaves_no_ratio():
+    found = metrics(world(shares(0, 0, 0, 0, 0), baseline=shares(0, 0, 1, 2, 5)))
     assert found["steps_to_relearn_ratio"].value is None
     assert "never relearned" in found["steps_to_relearn_ratio"].note
-    assert found["control_horizon"].note.startswith("at least")
-    start = metrics(world(shares(0, 0, 0, 0, 0), control=shares(9, 9, 9, 9, 9)))
+    assert found["baseline_horizon"].note.startswith("at least")
+    start = metrics(world(shares(0, 0, 0, 0, 0), baseline=shares(9, 9, 9, 9, 9)))
     assert start["steps_to_relearn_ratio"].value is None
 
 
-def test_every_arm_is_judged_under_its_own_best_attacker():
+def test_every_model_name_is_scored_under_its_own_best_attacker():
     slow, fast = shares(0, 0, 0, 6, 10), shares(0, 6, 10, 10, 10)
 
-    def make(arm, attack, name, seed):
-        return {"lora": fast, "full": slow}[attack] if arm == CONTROL else {"lora": slow, "full": fast}[attack]
+    def make(model_name, attack, name, seed):
+        return (
+            {"lora": fast, "full": slow}[attack]
+            if model_name == BASELINE
+            else {"lora": slow, "full": fast}[attack]
+        )
 
-    scores = Relearning(FakeJudges())(FakeRun(make, attacks=("lora", "full")))
+    scores = Relearning(FakeScorers())(FakeRun(make, attacks=("lora", "full")))
     assert scores.metrics["steps_to_relearn_ratio"].value == pytest.approx(1.0)
     assert scores.metrics["asr"].value == pytest.approx(1.0)
     row = scores.tables["relearning"][0]
-    assert (row["attack_control"], row["attack_immunized"]) == ("lora", "full")
+    assert (row["attack_baseline"], row["attack_immunized"]) == ("lora", "full")
 
 
 def test_every_attack_is_told_by_itself_with_what_its_search_chose():
-    def make(arm, attack, name, seed):
+    def make(model_name, attack, name, seed):
         found = shares(0, 2, 8, 10, 10) if attack == "fast" else shares(0, 3, status="diverged")
         if attack == "fast":
             trials = [{"setting": {"lr": lr, "rank": 4}, "score": lr} for lr in (1e-3, 4e-3)]
-            chosen = trials[arm == CONTROL]["setting"] if name != "neon" else {}
+            chosen = trials[model_name == BASELINE]["setting"] if name != "neon" else {}
             found.info["search"] = {
-                "mode": "grid", "steps": 14, "score": "held_out_loss", "trials": trials, "best": chosen
-            }  # fmt: skip
+                "mode": "grid",
+                "steps": 14,
+                "score": "held_out_loss",
+                "trials": trials,
+                "best": chosen,
+            }
         return found
 
-    rows = Relearning(FakeJudges())(FakeRun(make, attacks=("fast", "slow"), seeds=(0,))).tables["attacks"]
+    rows = Relearning(FakeScorers())(FakeRun(make, attacks=("fast", "slow"), seeds=(0,))).tables[
+        "attacks"
+    ]
     assert len(rows) == 3 * 2 * 2
-    by = {(r["concept"], r["attack"], r["arm"]): r for r in rows}
-    mosaic = by["mosaic", "fast", CONTROL]
+    by = {(r["concept"], r["attack"], r["model"]): r for r in rows}
+    mosaic = by["mosaic", "fast", BASELINE]
     assert (mosaic["search"], mosaic["trials"]) == ("grid of 14 steps by held_out_loss", 2)
     assert mosaic["chosen"] == "lr=0.004, rank=4"
     assert by["mosaic", "fast", "immunized"]["chosen"] == "lr=0.001, rank=4"
-    assert by["neon", "fast", CONTROL]["chosen"] == "nothing: every trial diverged"
+    assert by["neon", "fast", BASELINE]["chosen"] == "nothing: every trial diverged"
     assert [mosaic[f"at_{step:02d}"] for step in BUDGET.snapshots()] == [0, 0.2, 0.8, 1, 1]
     lost = by["sketch", "slow", "immunized"]
     assert (lost["role"], lost["status"], lost["chosen"]) == ("benign", "diverged", None)
@@ -196,23 +250,29 @@ def test_every_attack_is_told_by_itself_with_what_its_search_chose():
 
 
 def test_like_is_compared_with_like():
-    """The fast attack diverged on the immunized model: both arms count under the slow one, and the note says so."""
+    """The fast attack diverged on the immunized model: both models count under the slow one, and the note says so."""
 
-    def make(arm, attack, name, seed):
+    def make(model_name, attack, name, seed):
         if attack == "fast":
-            return shares(0, 10, 10, 10, 10) if arm == CONTROL else shares(0, status="diverged")
-        return shares(*CONTROL_SHARES) if arm == CONTROL else shares(0, 0, 2, 6, 10)
+            return (
+                shares(0, 10, 10, 10, 10)
+                if model_name == BASELINE
+                else shares(0, status="diverged")
+            )
+        return shares(*BASELINE_SHARES) if model_name == BASELINE else shares(0, 0, 2, 6, 10)
 
-    found = metrics(FakeRun(make, attacks=("fast", "slow"), case_list=(case(others=()),)))["steps_to_relearn_ratio"]
+    found = metrics(FakeRun(make, attacks=("fast", "slow"), case_list=(case(others=()),)))[
+        "steps_to_relearn_ratio"
+    ]
     assert found.value == pytest.approx(40 / HORIZON)
-    assert "left out of both arms there: fast" in found.note
+    assert "left out of both models there: fast" in found.note
 
 
 def test_a_target_without_a_ratio_is_named_and_leaves_no_worst():
-    def make(arm, attack, name, seed):
-        if arm != CONTROL:
+    def make(model_name, attack, name, seed):
+        if model_name != BASELINE:
             return shares(0, 0, 2, 6, 10)
-        return shares(0, 0, 1, 2, 5) if name == "neon" else shares(*CONTROL_SHARES)
+        return shares(0, 0, 1, 2, 5) if name == "neon" else shares(*BASELINE_SHARES)
 
     found = metrics(FakeRun(make))
     assert found["steps_to_relearn_ratio"].value == pytest.approx(40 / HORIZON)
@@ -221,9 +281,13 @@ def test_a_target_without_a_ratio_is_named_and_leaves_no_worst():
     assert "not measured for neon" in found["steps_to_relearn_ratio_worst"].note
 
 
-def test_attack_success_on_a_target_that_the_control_never_shows_reduces_nothing():
-    def make(arm, attack, name, seed):
-        return shares(0, 0, 0, 5, 10) if name == "neon" or arm != CONTROL else shares(*CONTROL_SHARES)
+def test_attack_success_on_a_target_that_the_baseline_never_shows_reduces_nothing():
+    def make(model_name, attack, name, seed):
+        return (
+            shares(0, 0, 0, 5, 10)
+            if name == "neon" or model_name != BASELINE
+            else shares(*BASELINE_SHARES)
+        )
 
     found = metrics(FakeRun(make))["asr_reduction"]
     assert found.value is None
@@ -234,12 +298,14 @@ def test_pictures_are_paired_and_intervals_cover_the_value():
     found = metrics(world(shares(0, 0, 2, 6, 10), seeds=(0,)))["steps_to_relearn_ratio"]
     assert (found.n, found.interval) == (1, "within_seed")
     assert found.low < found.value < found.high
-    same = metrics(world(shares(*CONTROL_SHARES), seeds=(0,)))["steps_to_relearn_ratio"]
-    assert (same.value, same.low, same.high) == pytest.approx((1.0, 1.0, 1.0))  # equal pictures in both arms
+    same = metrics(world(shares(*BASELINE_SHARES), seeds=(0,)))["steps_to_relearn_ratio"]
+    assert (same.value, same.low, same.high) == pytest.approx(
+        (1.0, 1.0, 1.0)
+    )  # equal pictures in both models
 
 
 def test_an_interval_knows_that_the_first_attacker_was_chosen_on_these_pictures():
-    """Two attackers that cross the threshold together on the control, on different pictures."""
+    """Two attackers that cross the threshold together on the baseline, on different pictures."""
 
     def line(order):
         seen = [[i in order[:n] for i in range(10)] for n in (0, 2, 8, 10, 10)]
@@ -248,11 +314,13 @@ def test_an_interval_knows_that_the_first_attacker_was_chosen_on_these_pictures(
     first, second = line(list(range(10))), line(list(range(9, -1, -1)))
     one_target = (case(targets=("mosaic",), others=()),)
 
-    def make(arm, name, *_):
-        return second if arm == CONTROL and name == "b" else first
+    def make(model_name, name, *_):
+        return second if model_name == BASELINE and name == "b" else first
 
     one, two = (
-        metrics(FakeRun(make, seeds=(0,), case_list=one_target, attacks=attacks))["steps_to_relearn_ratio"]
+        metrics(FakeRun(make, seeds=(0,), case_list=one_target, attacks=attacks))[
+            "steps_to_relearn_ratio"
+        ]
         for attacks in (("a",), ("a", "b"))
     )
     assert (one.value, one.low, one.high) == pytest.approx((1.0, 1.0, 1.0))
@@ -260,37 +328,42 @@ def test_an_interval_knows_that_the_first_attacker_was_chosen_on_these_pictures(
     assert two.high > 1.1
 
 
-def test_a_control_that_barely_relearns_leaves_no_interval_within_one_seed():
+def test_a_baseline_that_barely_relearns_leaves_no_interval_within_one_seed():
     """Six of ten at its last step: in many resamples it never would, and what the ratio were there is not known."""
     barely = shares(0, 0, 0, 2, 6)
-    one = metrics(world(shares(0, 0, 0, 1, 6), control=barely, seeds=(0,)))["steps_to_relearn_ratio"]
+    one = metrics(world(shares(0, 0, 0, 1, 6), baseline=barely, seeds=(0,)))[
+        "steps_to_relearn_ratio"
+    ]
     assert one.value == pytest.approx(1.0)
     assert (one.low, one.high) == (None, None)
     assert "no interval" in one.note
 
 
-def test_the_control_alone_sets_the_horizon():
-    run = world(shares(*CONTROL_SHARES), immunizer=CONTROL)
-    scores = Relearning(FakeJudges())(run)
-    assert scores.metrics["control_horizon"].value == pytest.approx(HORIZON)
-    assert scores.metrics["asr_control"].value == pytest.approx(0.8)
+def test_the_baseline_alone_sets_the_horizon():
+    run = world(shares(*BASELINE_SHARES), immunizer=BASELINE)
+    scores = Relearning(FakeScorers())(run)
+    assert scores.metrics["baseline_horizon"].value == pytest.approx(HORIZON)
+    assert scores.metrics["asr_baseline"].value == pytest.approx(0.8)
     assert "asr" not in scores.metrics
     assert "steps_to_relearn_ratio" not in scores.metrics
     assert "ratio" not in scores.tables["relearning"][0]
 
 
 def test_curves_and_table():
-    scores = Relearning(FakeJudges())(world(shares(0, 0, 2, 6, 10), case_list=(case(targets=("mosaic",)),)))
+    scores = Relearning(FakeScorers())(
+        world(shares(0, 0, 2, 6, 10), case_list=(case(targets=("mosaic",)),))
+    )
     curve = scores.curves["asr_mosaic"]
     assert curve["step"] == [float(s) for s in BUDGET.snapshots()]
     assert curve["none"] == pytest.approx([0, 0.2, 0.8, 1, 1])
     assert curve["mima"] == pytest.approx([0, 0, 0.2, 0.6, 1])
     assert all(
-        low <= v <= high for low, v, high in zip(curve["mima:low"], curve["mima"], curve["mima:high"], strict=True)
+        low <= v <= high
+        for low, v, high in zip(curve["mima:low"], curve["mima"], curve["mima:high"], strict=True)
     )
     assert {"asr", "asr_benign", "asr_sketch"} <= set(scores.curves)
     row = scores.tables["relearning"][0]
-    assert row["steps_control"] == pytest.approx(HORIZON)
+    assert row["steps_baseline"] == pytest.approx(HORIZON)
     assert (row["steps_immunized"], row["censored_immunized"]) == (40.0, False)
     assert row["ratio"] == pytest.approx(40 / HORIZON)
     assert row["asr_immunized_at_20"] == pytest.approx(0.2)
@@ -298,24 +371,26 @@ def test_curves_and_table():
 
 
 def test_the_threshold_is_an_option():
-    assert metrics(world(shares(*CONTROL_SHARES)), threshold=0.2)["control_horizon"].value == pytest.approx(10.0)
+    assert metrics(world(shares(*BASELINE_SHARES)), threshold=0.2)[
+        "baseline_horizon"
+    ].value == pytest.approx(10.0)
     for wrong in (0, 1.5, "high"):
         with pytest.raises(UserError, match=r"eval\.relearning\.threshold"):
-            Relearning(FakeJudges(), threshold=wrong)
+            Relearning(FakeScorers(), threshold=wrong)
 
 
 def test_empty_sets_are_errors():
     with pytest.raises(ValueError, match="empty set"):
-        metrics(world(shares(*CONTROL_SHARES), attacks=()))
+        metrics(world(shares(*BASELINE_SHARES), attacks=()))
 
 
 def test_what_a_detector_cannot_do_shows_before_anything_runs():
     class Blind(Detector):
         def detects(self, images, name):
-            raise UserError("judges.detector", name, "does not know it.")
+            raise UserError("scorers.detector", name, "does not know it.")
 
-    Relearning(FakeJudges()).check((case(),))
+    Relearning(FakeScorers()).check((case(),))
     with pytest.raises(UserError, match="does not know"):
-        Relearning(FakeJudges(detector=Blind())).check((case(),))
+        Relearning(FakeScorers(detector=Blind())).check((case(),))
     with pytest.raises(UserError, match="needs a detector"):
-        Relearning(FakeJudges(detector=None)).check((case(),))
+        Relearning(FakeScorers(detector=None)).check((case(),))

@@ -1,35 +1,39 @@
 """Steps to relearn where an attack diverged, never got there, or had nothing left to do."""
 
 import pytest
-from fake_generations import STEPS, FakeJudges, FakeRun, case, shares
-from test_relearning import CONTROL_SHARES, HORIZON, metrics, world
+from fake_generations import STEPS, FakeRun, FakeScorers, case, shares
+from test_relearning import BASELINE_SHARES, HORIZON, metrics, world
 
 from eval.generation.relearning import Relearning
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
 LAST = STEPS[-1]
 
 
 def test_a_diverged_attack_is_no_protection():
-    """It ended at step 10 without the concept: the ratio is at least 10 ÷ control, below 1."""
+    """It ended at step 10 without the concept: the ratio is at least 10 ÷ baseline, below 1."""
     found = metrics(world(shares(0, 0, status="diverged")))
     assert found["steps_to_relearn_ratio"].value == pytest.approx(10 / HORIZON)
     assert found["steps_to_relearn_ratio"].note.startswith("at least")
     assert "6 of 12 attacks diverged" in found["steps_to_relearn_ratio"].note
-    assert found["asr"].value == found["asr_control"].value == pytest.approx(0.8)
+    assert found["asr"].value == found["asr_baseline"].value == pytest.approx(0.8)
     assert found["asr_reduction"].value == pytest.approx(0.0)
-    assert "what the control shows" in found["asr"].note
+    assert "what the baseline shows" in found["asr"].note
 
 
 def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged():
-    """On the control the weak one never relearns: whether the immunized model holds out was not measured."""
+    """On the baseline the weak one never relearns: whether the immunized model holds out was not measured."""
 
-    def make(arm, attack, name, seed):
+    def make(model_name, attack, name, seed):
         if attack == "weak":
             return shares(0, 0, 0, 1, 2)
-        return shares(*CONTROL_SHARES) if arm == CONTROL else shares(0, 0, status="diverged")
+        return (
+            shares(*BASELINE_SHARES) if model_name == BASELINE else shares(0, 0, status="diverged")
+        )
 
-    scores = Relearning(FakeJudges())(FakeRun(make, attacks=("weak", "lora"), case_list=(case(others=()),)))
+    scores = Relearning(FakeScorers())(
+        FakeRun(make, attacks=("weak", "lora"), case_list=(case(others=()),))
+    )
     assert scores.metrics["steps_to_relearn_ratio"].value is None
     assert "not measured for mosaic, neon" in scores.metrics["steps_to_relearn_ratio"].note
     assert scores.metrics["asr"].value == pytest.approx(0.8)
@@ -39,10 +43,12 @@ def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged(
 def test_a_benign_concept_that_is_never_learned_costs_more_than_any_that_is():
     """80 ÷ 16.7 and beyond; the lower limit of the other, 30 ÷ 30 at its end, is a smaller number and no better."""
 
-    def make(arm, attack, name, seed):
-        if arm == CONTROL:
-            return shares(*CONTROL_SHARES) if name != "halftone" else shares(0, 0, 0, 0, 6)
-        return {"sketch": shares(0, 0, 6, 10, 10), "halftone": shares(0, 0, 0, 0, 2)}.get(name, shares(*CONTROL_SHARES))
+    def make(model_name, attack, name, seed):
+        if model_name == BASELINE:
+            return shares(*BASELINE_SHARES) if name != "halftone" else shares(0, 0, 0, 0, 6)
+        return {"sketch": shares(0, 0, 6, 10, 10), "halftone": shares(0, 0, 0, 0, 2)}.get(
+            name, shares(*BASELINE_SHARES)
+        )
 
     found = metrics(FakeRun(make, case_list=(case(others=("sketch", "halftone")),)))
     assert found["benign_steps_ratio_sketch"].value == pytest.approx(20 / HORIZON)
@@ -52,16 +58,20 @@ def test_a_benign_concept_that_is_never_learned_costs_more_than_any_that_is():
 
 
 def test_a_diverged_attacker_does_not_hide_one_that_ran():
-    def make(arm, attack, name, seed):
-        if arm == CONTROL:
-            return shares(*CONTROL_SHARES)
+    def make(model_name, attack, name, seed):
+        if model_name == BASELINE:
+            return shares(*BASELINE_SHARES)
         return shares(0, 0, status="diverged") if attack == "broken" else shares(0, 0, 2, 6, 10)
 
     found = metrics(FakeRun(make, attacks=("broken", "lora")))
     assert found["steps_to_relearn_ratio"].value == pytest.approx(40 / HORIZON)
 
-    def fail(arm, attack, name, seed):
-        return shares(0, 0, 0, 0, 0) if arm != CONTROL and attack == "lora" else make(arm, attack, name, seed)
+    def fail(model_name, attack, name, seed):
+        return (
+            shares(0, 0, 0, 0, 0)
+            if model_name != BASELINE and attack == "lora"
+            else make(model_name, attack, name, seed)
+        )
 
     never = FakeRun(fail, attacks=("broken", "lora"))
     assert metrics(never)["steps_to_relearn_ratio"].value == pytest.approx(80 / HORIZON)
@@ -70,9 +80,9 @@ def test_a_diverged_attacker_does_not_hide_one_that_ran():
 def test_a_benign_attack_that_diverged_cost_the_whole_budget():
     """Censored where it broke off it would look cheaper than one that learned, and a broken model would lead."""
 
-    def make(arm, attack, name, seed):
-        broken = arm != CONTROL and name == "sketch"
-        return shares(0, 2, status="diverged") if broken else shares(*CONTROL_SHARES)
+    def make(model_name, attack, name, seed):
+        broken = model_name != BASELINE and name == "sketch"
+        return shares(0, 2, status="diverged") if broken else shares(*BASELINE_SHARES)
 
     found = metrics(FakeRun(make))["benign_steps_ratio"]
     assert found.value == pytest.approx(LAST / HORIZON)
@@ -88,17 +98,23 @@ def test_a_concept_that_is_there_before_the_attack_counts_as_step_one_whatever_t
 
 
 def test_the_worst_benign_figure_is_the_largest_and_a_limit_where_another_may_be_larger():
-    def make(arm, attack, name, seed):
-        if arm == CONTROL:
-            return shares(*CONTROL_SHARES) if name != "halftone" else shares(0, 0, 0, 0, 6)
-        return {"sketch": shares(0, 0, 0, 6, 10), "halftone": shares(0, 0, 0, 0, 2)}.get(name, shares(*CONTROL_SHARES))
+    def make(model_name, attack, name, seed):
+        if model_name == BASELINE:
+            return shares(*BASELINE_SHARES) if name != "halftone" else shares(0, 0, 0, 0, 6)
+        return {"sketch": shares(0, 0, 0, 6, 10), "halftone": shares(0, 0, 0, 0, 2)}.get(
+            name, shares(*BASELINE_SHARES)
+        )
 
-    found = metrics(FakeRun(make, case_list=(case(others=("sketch", "halftone")),)))["benign_steps_ratio_worst"]
+    found = metrics(FakeRun(make, case_list=(case(others=("sketch", "halftone")),)))[
+        "benign_steps_ratio_worst"
+    ]
     assert found.value == pytest.approx(40 / HORIZON)
     assert found.note.startswith("at least: halftone may cost more")
     assert found.value >= metrics(FakeRun(make))["benign_steps_ratio"].value
 
 
 def test_a_ratio_that_nobody_has_still_says_how_many_seeds_were_asked():
-    found = metrics(world(shares(*CONTROL_SHARES), control=shares(0, 0, 0, 0, 1), seeds=(0, 1, 2)))
+    found = metrics(
+        world(shares(*BASELINE_SHARES), baseline=shares(0, 0, 0, 0, 1), seeds=(0, 1, 2))
+    )
     assert (found["steps_to_relearn_ratio"].value, found["steps_to_relearn_ratio"].n) == (None, 3)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from fake_records import attacked, control, digits, failed, metric, record, sealed, sweep
+from fake_records import attacked, baseline, digits, failed, metric, record, sealed, sweep
 
 from eval.report.compare import compare, to_text
 from eval.report.labels import labels
@@ -22,9 +22,18 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0, "0"), (0.01234, "0.0123"), (4.561, "4.56"), (12345.0, "12,345"), (2.5e9, "2.5·10⁹"), (1e-7, "10⁻⁷"),
-     (9.999e6, "10⁷"), (None, "–"), (-3.0, "-3")],
-)  # fmt: skip
+    [
+        (0, "0"),
+        (0.01234, "0.0123"),
+        (4.561, "4.56"),
+        (12345.0, "12,345"),
+        (2.5e9, "2.5·10⁹"),
+        (1e-7, "10⁻⁷"),
+        (9.999e6, "10⁷"),
+        (None, "–"),
+        (-3.0, "-3"),
+    ],
+)
 def test_figures_are_readable(value: float | None, text: str) -> None:
     assert figure(value) == text
 
@@ -35,12 +44,15 @@ def test_figures_are_readable(value: float | None, text: str) -> None:
 def test_outcome_says_who_won_and_how_sure() -> None:
     good = outcome(attacked("kappa", 3.4, 1.03, 356.0))
     assert good.tone == "good"
-    assert "kappa wins over the control" in good.headline
+    assert "kappa wins over the baseline" in good.headline
     assert any("over 3 seeds lies above 1" in d for d in good.details)
     broken = outcome(attacked("kappa", 4.9, 3.7, 1.2))
     assert broken.tone == "bad"
-    assert broken.headline == "The control wins: kappa fails on the benign side, though it holds back the harmful task."
-    assert outcome(control()).tone == "neutral"
+    assert (
+        broken.headline
+        == "The baseline wins: kappa fails on the benign side, though it holds back the harmful task."
+    )
+    assert outcome(baseline()).tone == "neutral"
     assert "UserError" in outcome(failed()).headline
     assert outcome(digits()).tone == "unsure"
     assert any("supports no claim about other seeds" in d for d in outcome(digits()).details)
@@ -59,7 +71,7 @@ def test_summary_fits_a_screen() -> None:
         assert len(lines) <= 32
         assert all(len(line) <= 110 for line in lines)
     text = summary(attacked("kappa", 3.4, 1.03, 356.0))
-    assert "kappa wins over the control" in text
+    assert "kappa wins over the baseline" in text
     assert "with uncommitted changes" in text
     assert "1 of 1 stages failed" in summary(failed())
     assert "skipped verdict" in summary(digits())
@@ -67,7 +79,9 @@ def test_summary_fits_a_screen() -> None:
 
 def test_a_lower_limit_is_marked() -> None:
     one = attacked("kappa", 5.0, 1.0, 2.0)
-    one["metrics"]["slowdown_harmful_worst"]["note"] = "at least: the target was not met in 3 of 3 trajectories"
+    one["metrics"]["slowdown_harmful_worst"]["note"] = (
+        "at least: the target was not met in 3 of 3 trajectories"
+    )
     assert "≥ 5×" in summary(sealed(one))
 
 
@@ -76,7 +90,15 @@ def test_a_lower_limit_is_marked() -> None:
 
 def test_order_puts_holding_verdicts_first_then_the_worst_case() -> None:
     rows = [r for r in leaderboard(sweep()) if r["scenario"] == "house_price"]
-    names = ["kappa_closed_form", "kappa", "kappa_opt", "kappa_well_only", "kappa_ill_only", "kappa_imma", "none"]
+    names = [
+        "kappa_closed_form",
+        "kappa",
+        "kappa_opt",
+        "kappa_well_only",
+        "kappa_ill_only",
+        "kappa_imma",
+        "none",
+    ]
     assert [r["immunizer"] for r in rows] == names
     assert [r["rank"] for r in rows] == [1, 2, 3, 4, 5, None, None]
 
@@ -119,7 +141,7 @@ def test_overlapping_intervals_are_said() -> None:
     text = to_markdown(leaderboard([attacked("a", 3.4, 1.0, 9.0), attacked("b", 3.3, 1.0, 9.0)]))
     assert "overlap, so the order may be chance" in text
     nobody = to_markdown(leaderboard([attacked("a", 3.4, 2.0, 9.0), attacked("b", 3.3, 2.0, 9.0)]))
-    assert "The control wins" in nobody
+    assert "The baseline wins" in nobody
 
 
 def test_records_of_one_immunizer_are_told_apart_by_their_settings() -> None:
@@ -130,14 +152,19 @@ def test_records_of_one_immunizer_are_told_apart_by_their_settings() -> None:
 
 def diverged(one: dict) -> dict:
     one["status"] = "diverged"
-    one["error"] = {"type": "Diverged", "message": "κ left the finite range", "key": None, "last_good_step": 3}
+    one["error"] = {
+        "type": "Diverged",
+        "message": "κ left the finite range",
+        "key": None,
+        "last_good_step": 3,
+    }
     return sealed(one)
 
 
 def test_a_run_that_diverged_in_part_is_never_good() -> None:
     found = outcome(diverged(attacked("kappa", 3.4, 1.03, 356.0)))
     assert (found.tone, found.label) == ("bad", "partly diverged")
-    assert "wins over the control" not in found.headline
+    assert "wins over the baseline" not in found.headline
     assert "κ left the finite range" in found.details[0]
     predicted = outcome(diverged(record("kappa", attacks=[], metrics={"rir": metric(356.0)})))
     assert (predicted.tone, predicted.label) == ("unsure", "partly diverged")
@@ -147,9 +174,16 @@ def test_a_run_that_diverged_in_part_is_never_good() -> None:
 
 
 def test_a_run_that_diverged_in_part_ranks_below_complete_ones() -> None:
-    best, failing = diverged(attacked("kappa_opt", 9.0, 1.0, 5000.0)), attacked("kappa", 1.0, 3.0, 0.5)
+    best, failing = (
+        diverged(attacked("kappa_opt", 9.0, 1.0, 5000.0)),
+        attacked("kappa", 1.0, 3.0, 0.5),
+    )
     rows = leaderboard([best, failing, failed()])
-    assert [(r["immunizer"], r["rank"]) for r in rows] == [("kappa", 1), ("kappa_opt", 2), ("kappa_imma", None)]
+    assert [(r["immunizer"], r["rank"]) for r in rows] == [
+        ("kappa", 1),
+        ("kappa_opt", 2),
+        ("kappa_imma", None),
+    ]
     assert rows[1]["best"] == []
     text = to_markdown(rows)
     assert "| kappa_opt | partly diverged |" in text
@@ -163,7 +197,8 @@ def test_a_run_that_diverged_in_part_ranks_below_complete_ones() -> None:
 def test_summary_shows_what_was_dropped_imputed_and_what_remains() -> None:
     notes = [
         "Rows were split by seed.",
-        "Dropped as constant in the benign training rows (6): Utilities, Street, " + "and a long list of columns " * 9,
+        "Dropped as constant in the benign training rows (6): Utilities, Street, "
+        + "and a long list of columns " * 9,
         "Missing numbers were replaced by the median of both tasks' training rows, by column (3): LotFrontage 259.",
         "61 features remain (rank 61 of 61).",
     ]
@@ -225,20 +260,42 @@ def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
     assert "356.2" in reached.details[-1]
     assert "here it is 1.2" in reached.details[-1]
     assert not any("356.2" in line for line in outcome(record(name, scenario="csv")).details)
-    assert not any("356.2" in line for line in outcome(record("kappa", metrics={"rir": metric(1.2)})).details)
+    assert not any(
+        "356.2" in line for line in outcome(record("kappa", metrics={"rir": metric(1.2)})).details
+    )
 
 
 def test_records_of_other_cases_are_not_ranked_together():
     def of(name, *cases):
-        common = {"stage": "immunize", "key": "k", "status": "ok", "arm": name, "seed": 0, "attack": None, "task": None}
+        common = {
+            "stage": "immunize",
+            "key": "k",
+            "status": "ok",
+            "model": name,
+            "seed": 0,
+            "attack": None,
+            "task": None,
+        }
         cells = [{**common, "case": case} for case in cases]
         return sealed(attacked(name, 1.4, 1.0, 5.0) | {"cells": cells})
 
     many = [f"case{i}" for i in range(9)]
     other = [*many[:-2], "x", "y"]
-    found = [of("a", "one", "two"), of("b", "two", "one"), of("c", "one"), of("d", *many), of("e", *other)]
+    found = [
+        of("a", "one", "two"),
+        of("b", "two", "one"),
+        of("c", "one"),
+        of("d", *many),
+        of("e", *other),
+    ]
     rows = leaderboard(found)
-    assert [(r["immunizer"], r["rank"]) for r in rows] == [("a", 1), ("b", 2), ("c", 1), ("d", 1), ("e", 1)]
+    assert [(r["immunizer"], r["rank"]) for r in rows] == [
+        ("a", 1),
+        ("b", 2),
+        ("c", 1),
+        ("d", 1),
+        ("e", 1),
+    ]
     assert [r["title"] for r in leaderboard([*found, failed()])].count(rows[0]["title"]) == 3
     titles = [line for line in to_markdown(rows).splitlines() if line.startswith("###")]
     assert titles[0].endswith("· cases one, two")
@@ -262,9 +319,16 @@ def test_records_that_met_other_attackers_or_budgets_are_not_ranked_together():
     easy = attacked("easy", 9.0, 1.0, 5.0)
     easy = sealed(easy | {"attacks": ["linear_probe"]})
     long = attacked("long", 8.0, 1.0, 5.0)
-    long = sealed(long | {"config": long["config"] | {"budget": {"horizon": 200, "multiple": 5, "points": 20}}})
+    long = sealed(
+        long
+        | {"config": long["config"] | {"budget": {"horizon": 200, "multiple": 5, "points": 20}}}
+    )
     rows = leaderboard([hard, easy, long, failed()])
-    assert [(r["immunizer"], r["rank"]) for r in rows if r["rank"]] == [("hard", 1), ("easy", 1), ("long", 1)]
+    assert [(r["immunizer"], r["rank"]) for r in rows if r["rank"]] == [
+        ("hard", 1),
+        ("easy", 1),
+        ("long", 1),
+    ]
     text = to_markdown(rows)
     assert "linear_probe, linear_probe_adam · 20 steps (1×) of 100" in text
     assert text.count("### house_price on linear · ") == 3

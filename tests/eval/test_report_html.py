@@ -14,7 +14,9 @@ from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_html, to_markdown
 from eval.report.plots import Line, curve_png, lines_plot
 
-CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
+)
 
 
 HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>"\'{{ 7*7 }}'
@@ -22,7 +24,13 @@ HOSTILE = '<script>alert("x")</script><img src=x onerror=alert(1)>"\'{{ 7*7 }}'
 
 def hostile() -> dict:
     one = attacked("kappa", 3.4, 1.03, 356.0)
-    one |= {"name": HOSTILE, "scenario": HOSTILE, "backbone": HOSTILE, "immunizer": HOSTILE, "notes": [HOSTILE]}
+    one |= {
+        "name": HOSTILE,
+        "scenario": HOSTILE,
+        "backbone": HOSTILE,
+        "immunizer": HOSTILE,
+        "notes": [HOSTILE],
+    }
     one["attacks"] = [HOSTILE]
     one["error"] = {"type": HOSTILE, "message": HOSTILE, "key": HOSTILE, "last_good_step": 3}
     one["skipped"] = {HOSTILE: HOSTILE}
@@ -32,7 +40,7 @@ def hostile() -> dict:
     one["tables"]["pairs"][0][HOSTILE] = HOSTILE
     one["tables"][HOSTILE] = [{HOSTILE: HOSTILE}]
     one["tables"]["verdict"][0]["note"] = HOSTILE
-    one["cells"][0] |= {"arm": HOSTILE, "case": HOSTILE, "status": "failed"}
+    one["cells"][0] |= {"model": HOSTILE, "case": HOSTILE, "status": "failed"}
     curve = one["curves"].pop("norm_ratio_harmful_linear_probe")
     one["curves"][HOSTILE] = curve | {"x": HOSTILE, "y": HOSTILE, HOSTILE: curve["none"]}
     return sealed(one)
@@ -71,11 +79,22 @@ def test_report_is_self_contained_and_repeats_bit_for_bit(tmp_path: Path) -> Non
 def test_report_shows_what_it_must(tmp_path: Path) -> None:
     text = render(sweep(), tmp_path / "r.html").read_text()
     for part in (
-        "kappa wins over the control", "The control wins", "kappa_imma failed: UserError", "RIR per pair: kappa",
-        "RIR as a share of its bound", "Singular values of the features, harmful task", "Notes on the data",
-        "Dropped 6 of 79 columns", "with uncommitted changes", "peak memory", "torch 2.13.0", "harmful slowdown",
-        "63 of 90 pairs above 1", "1 of 1 immunize stages failed", "needs an attack, and attacks=none",
-    ):  # fmt: skip
+        "kappa wins over the baseline",
+        "The baseline wins",
+        "kappa_imma failed: UserError",
+        "RIR per pair: kappa",
+        "RIR as a share of its bound",
+        "Singular values of the features, harmful task",
+        "Notes on the data",
+        "Dropped 6 of 79 columns",
+        "with uncommitted changes",
+        "peak memory",
+        "torch 2.13.0",
+        "harmful slowdown",
+        "63 of 90 pairs above 1",
+        "1 of 1 immunize stages failed",
+        "needs an attack, and attacks=none",
+    ):
         assert part in text or part.replace("_", "_<wbr>") in text, part
     assert text.count("<svg role") >= 13
 
@@ -85,7 +104,11 @@ def test_figures_of_the_first_case_and_seed_say_so() -> None:
     notes = {shown["title"]: shown["note"] for shown in spectra([run], ["kappa"], {"kappa": 1})}
     assert len(notes) == 4
     assert all("First case and seed only: house, seed 0." in note for note in notes.values())
-    for row in [row for table in ("spectrum", "principal_angles", "pencil") for row in other["tables"][table]]:
+    for row in [
+        row
+        for table in ("spectrum", "principal_angles", "pencil")
+        for row in other["tables"][table]
+    ]:
         row["seed"] = 3
     both = spectra([run, other], ["kappa", "imma"], {"kappa": 1, "imma": 2})
     assert all("house, seed 0; house, seed 3." in shown["note"] for shown in both)
@@ -102,7 +125,7 @@ def test_a_curve_becomes_a_picture(tmp_path: Path) -> None:
     curve = attacked("kappa", 3.4, 1.03, 356.0)["curves"]["norm_ratio_harmful_linear_probe"]
     path = curve_png("a_$_curve", curve, tmp_path / "c.png")
     colours = Image.open(path).convert("RGB").getcolors(1_000_000)
-    assert (0, 0x72, 0xB2) in [c for _, c in colours]  # the immunized arm
+    assert (0, 0x72, 0xB2) in [c for _, c in colours]  # the immunized model
     assert curve_png("empty", {"step": [0], "kappa": [None]}, tmp_path / "e.png").stat().st_size > 0
 
 
@@ -119,7 +142,9 @@ def test_plots_survive_missing_and_constant_values() -> None:
 
 
 @pytest.mark.parametrize(("last", "shared"), [(0.001, True), (1e-25, False)])
-def test_harmful_and_benign_share_an_axis_unless_one_would_be_squashed(last: float, shared: bool) -> None:
+def test_harmful_and_benign_share_an_axis_unless_one_would_be_squashed(
+    last: float, shared: bool
+) -> None:
     lines = [[Line("a", 1, [0, 1], [1.0, 0.01])], [Line("a", 1, [0, 1], [1.0, last])]]
     assert (_shared_limits(lines, "y") is not None) is shared
 
@@ -131,10 +156,19 @@ def browse(tmp_path: Path, *arguments: str) -> str:
     """Output of one headless run."""
     assert CHROMIUM is not None
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--allow-file-access-from-files", "--virtual-time-budget=3000",
-        f"--user-data-dir={tmp_path / 'profile'}", *arguments,
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--allow-file-access-from-files",
+        "--virtual-time-budget=3000",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
 
 
@@ -144,7 +178,9 @@ def browse(tmp_path: Path, *arguments: str) -> str:
 def test_no_page_wide_scrolling_in_a_browser(tmp_path: Path, width: int) -> None:
     page = render([*sweep(), generated(folder=tmp_path)], tmp_path / "r.html")
     page.write_text(page.read_text().replace("<details", "<details open"))
-    frame = tmp_path / "frame.html"  # a frame, since a headless window cannot be narrower than 500 px
+    frame = (
+        tmp_path / "frame.html"
+    )  # a frame, since a headless window cannot be narrower than 500 px
     frame.write_text(
         f'<iframe id="f" src="r.html" style="width:{width}px;height:800px;border:0"></iframe><p id="out"></p><script>'
         'window.onload = () => { const d = document.getElementById("f").contentDocument; const e = d.documentElement;'
@@ -152,7 +188,9 @@ def test_no_page_wide_scrolling_in_a_browser(tmp_path: Path, width: int) -> None
         'document.getElementById("out").textContent = `width=${e.scrollWidth} plots=${plots.length} '
         "pictures=${[...d.images].filter(i => i.naturalWidth > 300).length}`; };</script>"
     )
-    found = re.search(r"width=(\d+) plots=(\d+) pictures=(\d+)", browse(tmp_path, "--dump-dom", frame.as_uri()))
+    found = re.search(
+        r"width=(\d+) plots=(\d+) pictures=(\d+)", browse(tmp_path, "--dump-dom", frame.as_uri())
+    )
     assert found is not None
     assert int(found[1]) <= width
     assert int(found[2]) >= 13
@@ -169,9 +207,12 @@ def test_dark_and_light_screens_differ(tmp_path: Path) -> None:
     for name, scheme in (("dark", 0), ("light", 1)):
         shot = tmp_path / f"{name}.png"
         browse(
-            tmp_path, f"--blink-settings=preferredColorScheme={scheme}", f"--screenshot={shot}",
-            "--window-size=1280,1600", page.as_uri(),
-        )  # fmt: skip
+            tmp_path,
+            f"--blink-settings=preferredColorScheme={scheme}",
+            f"--screenshot={shot}",
+            "--window-size=1280,1600",
+            page.as_uri(),
+        )
         image = Image.open(shot).convert("L").resize((64, 80))
         brightness[name] = sum(image.getdata()) / (64 * 80)
         assert len(set(image.getdata())) > 10  # something is drawn
@@ -182,7 +223,10 @@ def test_dark_and_light_screens_differ(tmp_path: Path) -> None:
 def test_a_report_explains_its_words(tmp_path: Path) -> None:
     features, generations = (
         render(found, tmp_path / name).read_text(encoding="utf-8")
-        for found, name in (([attacked("kappa", 3.4, 1.03, 356.0)], "a.html"), ([generated("mima")], "b.html"))
+        for found, name in (
+            ([attacked("kappa", 3.4, 1.03, 356.0)], "a.html"),
+            ([generated("mima")], "b.html"),
+        )
     )
     assert "<dt>RIR</dt>" in features
     assert "<dt>steps to relearn</dt>" not in features
@@ -193,8 +237,18 @@ def test_a_report_explains_its_words(tmp_path: Path) -> None:
 def test_a_check_behind_the_verdict_shows_that_it_is_a_limit(tmp_path: Path) -> None:
     one = attacked("kappa", 3.4, 1.03, 356.0)
     row = {
-        "side": "benign", "check": "steps", "value": 0.4, "low": 0.2, "high": 0.8, "n": 10, "required": "≤ 1.1",
-        "passed": False, "sure": False, "note": "at least: the target was not met in 1 of 10 cases",
-    }  # fmt: skip
+        "side": "benign",
+        "check": "steps",
+        "value": 0.4,
+        "low": 0.2,
+        "high": 0.8,
+        "n": 10,
+        "required": "≤ 1.1",
+        "passed": False,
+        "sure": False,
+        "note": "at least: the target was not met in 1 of 10 cases",
+    }
     one["tables"]["verdict"] = [row]
-    assert ">≥ 0.4 [0.2, 0.8]<" in render([sealed(one)], tmp_path / "a.html").read_text(encoding="utf-8")
+    assert ">≥ 0.4 [0.2, 0.8]<" in render([sealed(one)], tmp_path / "a.html").read_text(
+        encoding="utf-8"
+    )

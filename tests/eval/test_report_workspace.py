@@ -10,7 +10,9 @@ from lab.core import record as records
 from lab.core.errors import UserError
 from lab.tracking.workspace import _logged_to, build, workspace
 
-interface = pytest.importorskip("wandb_workspaces.workspaces.interface", reason="wandb-workspaces is not installed")
+interface = pytest.importorskip(
+    "wandb_workspaces.workspaces.interface", reason="wandb-workspaces is not installed"
+)
 
 
 @pytest.fixture
@@ -23,8 +25,17 @@ def cfg(tmp_path, monkeypatch):
     for name, slow in (("kappa", 3.4), ("kappa_opt", 1.9)):
         records.write(attacked(name, slow, 1.03, 300.0), tmp_path / "runs" / name / "record.json")
         (tmp_path / "runs" / name / "wandb" / f"offline-run-1-{name}").mkdir(parents=True)
-    wandb = {"name": "wandb", "mode": "auto", "project": "p", "entity": "me", "init_timeout_s": 5, "timeout_s": 5}
-    return OmegaConf.create({"records": [], "paths": {"runs": str(tmp_path / "runs")}, "tracker": {"wandb": wandb}})
+    wandb = {
+        "name": "wandb",
+        "mode": "auto",
+        "project": "p",
+        "entity": "me",
+        "init_timeout_s": 5,
+        "timeout_s": 5,
+    }
+    return OmegaConf.create(
+        {"records": [], "paths": {"runs": str(tmp_path / "runs")}, "tracker": {"wandb": wandb}}
+    )
 
 
 def test_the_view_overlays_runs_of_one_scenario(cfg, tmp_path, monkeypatch, capsys):
@@ -35,7 +46,9 @@ def test_the_view_overlays_runs_of_one_scenario(cfg, tmp_path, monkeypatch, caps
         return {"upsertView": {"view": {"name": "nw-abc-v", "id": "1"}}}
 
     monkeypatch.setattr(interface.internal, "upsert_view2", upsert)
-    monkeypatch.setattr(interface.wandb, "Api", lambda **_: None)  # only asked for the server's address
+    monkeypatch.setattr(
+        interface.wandb, "Api", lambda **_: None
+    )  # only asked for the server's address
     monkeypatch.setattr(interface, "get_app_url", lambda _: "http://127.0.0.1:9")
     marked = tmp_path / "runs/kappa/wandb/offline-run-1-kappa/run-1.wandb.synced"
     marked.touch()
@@ -51,14 +64,20 @@ def test_the_view_overlays_runs_of_one_scenario(cfg, tmp_path, monkeypatch, caps
     assert (view.entity, view.project, view.display_name) == ("me", "p", "Comparison: house_price")
     (condition,) = view.spec.section.run_sets[0].filters["filters"]
     assert (condition["key"]["name"], condition["value"]) == ("group", ["house_price"])
-    sections = {s.name: [p.config for p in s.panels] for s in view.spec.section.panel_bank_config.sections}
+    sections = {
+        s.name: [p.config for p in s.panels] for s in view.spec.section.panel_bank_config.sections
+    }
     assert list(sections) == ["Figures, worst attacker first", "Curves: attack", "Curves: immunize"]
     shown = [bar.metrics for bar in sections["Figures, worst attacker first"]]
     assert shown[:2] == [["summary_metrics.verdict"], ["summary_metrics.slowdown_harmful_worst"]]
-    curve = next(p for p in sections["Curves: attack"] if "norm_ratio_harmful_linear_probe" in json.dumps(p.metrics))
+    curve = next(
+        p
+        for p in sections["Curves: attack"]
+        if "norm_ratio_harmful_linear_probe" in json.dumps(p.metrics)
+    )
     assert curve.x_axis == "attack/step"
     name = "attack/norm_ratio_harmful_linear_probe"
-    assert set(curve.metrics) == {f"{name}/control", f"{name}/immunized"}
+    assert set(curve.metrics) == {f"{name}/baseline", f"{name}/immunized"}
 
 
 @pytest.mark.slow
@@ -85,11 +104,16 @@ def test_the_view_lies_where_the_runs_were_logged(cfg):
     assert _logged_to([untracked], options) == ("p", None)
     assert _logged_to([logged_to("mine"), logged_to("mine"), untracked], options) == ("mine", None)
     assert _logged_to([logged_to("mine", "team")], options) == ("mine", "team")
-    with pytest.raises(UserError, match=r"records=2 records: .*several projects \(team/mine, mine\)"):
+    with pytest.raises(
+        UserError, match=r"records=2 records: .*several projects \(team/mine, mine\)"
+    ):
         _logged_to([logged_to("mine"), logged_to("mine", "team")], options)
 
 
 def test_records_of_two_scenarios_are_both_in_the_filter():
     other = attacked("kappa", 3.4, 1.03, 356.0) | {"scenario": "mnist_pairs"}
     view = build([attacked("kappa", 3.4, 1.03, 356.0), other], "me", "p")._to_model()
-    assert view.spec.section.run_sets[0].filters["filters"][0]["value"] == ["house_price", "mnist_pairs"]
+    assert view.spec.section.run_sets[0].filters["filters"][0]["value"] == [
+        "house_price",
+        "mnist_pairs",
+    ]

@@ -14,7 +14,7 @@ from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
 from lab.core.errors import UserError
-from lab.core.types import CONTROL, RunMetric, Scores
+from lab.core.types import BASELINE, RunMetric, Scores
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,11 +30,11 @@ def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
             self.loads.append(seed)
             return super().cases(seed)
 
-        def trajectory(self, arm, attack, case, task, seed):
-            self.reads.append((arm, attack, case.name, task.name, seed))
-            return super().trajectory(arm, attack, case, task, seed)
+        def trajectory(self, model_name, attack, case, task, seed):
+            self.reads.append((model_name, attack, case.name, task.name, seed))
+            return super().trajectory(model_name, attack, case, task, seed)
 
-    models = {CONTROL: linear(EYE), "kappa": linear(EYE)}
+    models = {BASELINE: linear(EYE), "kappa": linear(EYE)}
     for metric in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict()):
         run = Counting(classes(), models, rates(0.9, 0.8))
         run.loads, run.reads = [], []
@@ -52,8 +52,8 @@ CONFIGS = sorted((ROOT / "conf" / "eval").glob("*.yaml"))
 def test_every_config_builds_a_metric(path: Path) -> None:
     config = OmegaConf.load(path)
     assert list(config) == [path.stem]
-    judges = OmegaConf.load(ROOT / "conf" / "judges" / "minisd.yaml")
-    metric = hydra.utils.instantiate(OmegaConf.merge({"judges": judges}, config)[path.stem])
+    scorers = OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml")
+    metric = hydra.utils.instantiate(OmegaConf.merge({"scorers": scorers}, config)[path.stem])
     assert isinstance(metric, RunMetric)
     assert metric.name == path.stem
 
@@ -81,9 +81,13 @@ def test_every_metric_name_is_documented() -> None:
     text = (ROOT / "eval" / "metrics.md").read_text()
     wild = {"ROLE": "(harmful|benign)", "ATTACK": "[a-z0-9_]+", "K": r"\d+"}
     documented = re.findall(r"`([a-zA-Z0-9_]+)`", text)
-    patterns = [re.compile(re.sub("ROLE|ATTACK|K", lambda m: wild[m[0]], name)) for name in documented]
+    patterns = [
+        re.compile(re.sub("ROLE|ATTACK|K", lambda m: wild[m[0]], name)) for name in documented
+    ]
     run = fake(cases=classes(), trajectories=rates(0.9, 0.8))
-    scores = [m(run) for m in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict())]
+    scores = [
+        m(run) for m in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict())
+    ]
     scores.append(Conditioning(definition="ridge", ridge=1.0)(run))
     names = {n for s in scores for n in s.metrics}
     assert len(names) > 60

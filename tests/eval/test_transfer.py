@@ -10,7 +10,7 @@ from fake_run import decay, linear, task
 from eval.features.transfer import Transfer
 from lab.core.data import Case
 from lab.core.errors import UserError
-from lab.core.types import CONTROL, Budget
+from lab.core.types import BASELINE, Budget
 
 BUDGET = Budget(20, 5, 20)
 STEPS = BUDGET.snapshots()
@@ -24,7 +24,7 @@ class Run:
     factor: float = 1.0  # sign and strength of the effect of RIR on the attacker's rate
     scales: list[float] = field(default_factory=lambda: list(SCALES))
     immunizer = "kappa"
-    arms = (CONTROL, "kappa")
+    model_names = (BASELINE, "kappa")
     attacks = ("probe",)
     seeds = (0, 1, 2)
     scenario = "fake"
@@ -32,21 +32,24 @@ class Run:
 
     def cases(self, seed):
         eye = torch.eye(2, dtype=torch.float64)
-        benign, harmful = torch.cat([eye, -eye]), torch.cat([eye, -eye]) * torch.tensor([1.0, 2.0]).double()
+        benign, harmful = (
+            torch.cat([eye, -eye]),
+            torch.cat([eye, -eye]) * torch.tensor([1.0, 2.0]).double(),
+        )
         return tuple(
             Case(str(i), task(benign, "good", "benign"), (task(harmful, "harm", "harmful"),))
             for i in range(len(self.scales))
         )
 
-    def model(self, arm, case, seed):
-        scale = 1.0 if arm == CONTROL else self.scales[int(case.name)]
+    def model(self, model_name, case, seed):
+        scale = 1.0 if model_name == BASELINE else self.scales[int(case.name)]
         return linear(torch.diag(torch.tensor([1.0, 1 / scale], dtype=torch.float64)))
 
     def history(self, case, seed):
         return {"step": []}
 
-    def trajectory(self, arm, attack, case, task, seed):
-        if arm == CONTROL or task.role == "benign":
+    def trajectory(self, model_name, attack, case, task, seed):
+        if model_name == BASELINE or task.role == "benign":
             return decay(0.8, STEPS)
         rir = self.scales[int(case.name)] ** -4
         return decay(0.8 ** (1 - self.factor * 0.5 * rir), STEPS)
@@ -80,7 +83,9 @@ def test_bad_input():
         Transfer(draws=10)
 
 
-ANGLES = [0.1 + 0.1 * i for i in range(10)]  # radians between the tasks' leading directions before immunization
+ANGLES = [
+    0.1 + 0.1 * i for i in range(10)
+]  # radians between the tasks' leading directions before immunization
 
 
 @dataclass
@@ -102,18 +107,26 @@ class Turned(Run):
     def stretch(self, i):
         return 1.0 + 0.5 * ((i * 3) % 10) / 10
 
-    def model(self, arm, case, seed):
-        return linear(torch.diag(torch.tensor([1.0, 1 if arm == CONTROL else self.stretch(int(case.name))]).double()))
+    def model(self, model_name, case, seed):
+        return linear(
+            torch.diag(
+                torch.tensor(
+                    [1.0, 1 if model_name == BASELINE else self.stretch(int(case.name))]
+                ).double()
+            )
+        )
 
-    def trajectory(self, arm, attack, case, task, seed):
-        if arm == CONTROL or task.role == "benign":
+    def trajectory(self, model_name, attack, case, task, seed):
+        if model_name == BASELINE or task.role == "benign":
             return decay(0.8, STEPS)
         angle, s = ANGLES[int(case.name)], self.stretch(int(case.name))
         felt = angle if self.follows == "angle" else math.atan(s * math.tan(angle)) - angle
         return decay(0.8 ** (1 - 0.5 * felt), STEPS)
 
 
-@pytest.mark.parametrize(("follows", "other"), [("angle", "angle_change"), ("angle_change", "angle")])
+@pytest.mark.parametrize(
+    ("follows", "other"), [("angle", "angle_change"), ("angle_change", "angle")]
+)
 def test_a_slowdown_that_follows_the_angle_or_its_change_has_rho_one(follows, other):
     scores = Transfer()(Turned(follows=follows))
     found = scores.metrics[f"{follows}_predicts_slowdown_probe"]
@@ -127,16 +140,19 @@ def test_a_slowdown_that_follows_the_angle_or_its_change_has_rho_one(follows, ot
 class Cut(Run):
     """In the first two cases immunization removes a direction."""
 
-    def model(self, arm, case, seed):
-        if arm != CONTROL and case.name in ("0", "1"):
+    def model(self, model_name, case, seed):
+        if model_name != BASELINE and case.name in ("0", "1"):
             return linear(torch.diag(torch.tensor([1.0, 0.0], dtype=torch.float64)))
-        return super().model(arm, case, seed)
+        return super().model(model_name, case, seed)
 
 
 def test_cases_whose_rank_moved_are_left_out_of_kappa_and_counted():
     metrics = Transfer()(Cut()).metrics
     for name in ("transfer_probe", "transfer_harmful_probe"):
-        assert "24 of 30 cases; censored in 0; 6 of 30 cases left out: the numerical rank moved" in metrics[name].note
+        assert (
+            "24 of 30 cases; censored in 0; 6 of 30 cases left out: the numerical rank moved"
+            in metrics[name].note
+        )
     assert metrics["transfer_probe"].value == pytest.approx(1)
     assert "6 of 30 cases left out" in metrics["angle_predicts_rir"].note
     assert "left out" not in metrics["angle_predicts_slowdown_probe"].note

@@ -5,20 +5,29 @@ from typing import ClassVar
 
 import pytest
 import torch
-from fake_generations import Detector, FakeJudges, FakeRun, Painter, case, colours, faithful, tilted
+from fake_generations import (
+    Detector,
+    FakeRun,
+    FakeScorers,
+    Painter,
+    case,
+    colours,
+    faithful,
+    tilted,
+)
 
 from eval.generation.utility import Utility
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
-from lab.core.types import CONTROL
+from lab.core.types import BASELINE
 
 
 def world(paint, **kwargs) -> FakeRun:
-    return FakeRun(models={CONTROL: Painter(faithful), "mima": Painter(paint)}, **kwargs)
+    return FakeRun(models={BASELINE: Painter(faithful), "mima": Painter(paint)}, **kwargs)
 
 
-def metrics(run, judges=None, **kwargs):
-    return Utility(judges or FakeJudges(), **{"count": 8} | kwargs)(run).metrics
+def metrics(run, scorers=None, **kwargs):
+    return Utility(scorers or FakeScorers(), **{"count": 8} | kwargs)(run).metrics
 
 
 def drifted(prompt, number):
@@ -29,31 +38,39 @@ def drifted(prompt, number):
 def test_nothing_changes_without_immunization():
     found = metrics(world(faithful))
     assert found["utility_clip_drift"].value == pytest.approx(0.0)
-    assert found["utility_detection"].value == found["utility_detection_control"].value == 1.0
+    assert found["utility_detection"].value == found["utility_detection_baseline"].value == 1.0
     assert found["utility_detection_drop"].value == 0.0
     assert found["utility_agreement"].value == 1.0
     assert found["utility_feature_drift"].value == pytest.approx(0.0)
-    assert found["utility_frechet"].value == pytest.approx(found["utility_frechet_control"].value)
+    assert found["utility_frechet"].value == pytest.approx(found["utility_frechet_baseline"].value)
 
 
 def test_damage_by_hand():
     found = metrics(world(drifted))
-    assert found["utility_clip_drift"].value == pytest.approx(2 / 8)  # two of eight pictures at a right angle
-    assert found["utility_clip_t_control"].value == pytest.approx(1.0)
+    assert found["utility_clip_drift"].value == pytest.approx(
+        2 / 8
+    )  # two of eight pictures at a right angle
+    assert found["utility_clip_t_baseline"].value == pytest.approx(1.0)
     assert found["utility_clip_t"].value == pytest.approx(6 / 8)
     assert found["utility_clip_t_drop"].value == pytest.approx(2 / 8)
     assert found["utility_detection_drop"].value == pytest.approx(2 / 8)
     assert found["utility_object_drop"].value == pytest.approx(2 / 8)
     assert found["utility_style_drop"].value == 0.0
     assert found["utility_agreement"].value == pytest.approx(6 / 8)
-    assert found["utility_frechet"].value > found["utility_frechet_control"].value
+    assert found["utility_frechet"].value > found["utility_frechet_baseline"].value
     assert found["utility_detection_drop"].better == "lower"
     assert found["utility_detection_drop"].low <= 2 / 8 <= found["utility_detection_drop"].high
 
 
 def test_object_and_style_both_have_to_stay():
     def paint(prompt, number):
-        return (0, 200, 0) if number == 0 else (200, 0, 255) if number == 2 else faithful(prompt, number)
+        return (
+            (0, 200, 0)
+            if number == 0
+            else (200, 0, 255)
+            if number == 2
+            else faithful(prompt, number)
+        )
 
     found = metrics(world(paint))
     assert found["utility_object_drop"].value == pytest.approx(1 / 8)
@@ -68,19 +85,21 @@ def test_many_pictures_of_one_prompt_are_no_evidence_on_others():
     assert found.value == pytest.approx(0.5)
     assert (found.low, found.high) == (0.0, 1.0)
     few = metrics(run, count=3)["utility_object_drop"]
-    assert few.value == pytest.approx(0.5)  # two pictures of red and one of green: a prompt counts once
+    assert few.value == pytest.approx(
+        0.5
+    )  # two pictures of red and one of green: a prompt counts once
 
 
 def test_the_drop_is_paired_on_latents():
-    """Both arms miss the same half of the pictures: each share is uncertain, the drop is not."""
+    """Both models miss the same half of the pictures: each share is uncertain, the drop is not."""
     prompts = tuple(f"a red thing, number {i}" for i in range(40))
-    pictures = Pictures(colours(*[(200, 0, 0)] * 40), prompts)
+    pictures = CaptionedImages(colours(*[(200, 0, 0)] * 40), prompts)
     many = dataclasses.replace(case(), unrelated=pictures)
 
     def half(prompt, number):
         return (0, 200, 0) if number % 2 else (200, 0, 0)
 
-    models = {arm: Painter(half) for arm in (CONTROL, "mima")}
+    models = {model_name: Painter(half) for model_name in (BASELINE, "mima")}
     found = metrics(FakeRun(models=models, case_list=(many,), seeds=(0,)), count=40)
     assert found["utility_detection"].high - found["utility_detection"].low > 0.2
     drop = found["utility_detection_drop"]
@@ -95,8 +114,14 @@ def test_seeds_label_the_interval():
 
 def test_further_settings_are_suffixes():
     run = world(drifted, seeds=(0,))
-    found = metrics(run, guidances=[1, 4, 7.5], negative="blurry", compositions=["a green thing", "red", "red"])
-    names = ("utility_clip_drift_guidance_1", "utility_clip_drift_guidance_7_5", "utility_clip_drift_negative")
+    found = metrics(
+        run, guidances=[1, 4, 7.5], negative="blurry", compositions=["a green thing", "red", "red"]
+    )
+    names = (
+        "utility_clip_drift_guidance_1",
+        "utility_clip_drift_guidance_7_5",
+        "utility_clip_drift_negative",
+    )
     assert all(found[n].value == pytest.approx(2 / 8) for n in names)
     assert "utility_clip_drift_guidance_4" not in found  # the scenario's own scale
     assert found["utility_agreement_compositions"].value is not None
@@ -112,14 +137,20 @@ class Named(Detector):
 
 def test_compositions_must_show_what_their_prompt_names():
     run = world(drifted, seeds=(0,))  # "red" is green in pictures 0 and 4, "green" always right
-    found = metrics(run, FakeJudges(detector=Named()), compositions=["a plain red thing", "one green thing"])
-    assert found["utility_detection_compositions_control"].value == 1.0
+    found = metrics(
+        run, FakeScorers(detector=Named()), compositions=["a plain red thing", "one green thing"]
+    )
+    assert found["utility_detection_compositions_baseline"].value == 1.0
     assert found["utility_object_drop_compositions"].value == pytest.approx(2 / 8)
     assert found["utility_style_compositions"].value == 1.0
     assert found["utility_detection_drop_compositions"].value == pytest.approx(2 / 8)
-    found = metrics(run, FakeJudges(detector=Named()), compositions=["a bright red thing"])
-    assert found["utility_detection_compositions_control"].value == 0.0  # the object alone is not enough
-    found = metrics(run, FakeJudges(detector=Named()), compositions=["a red thing", "something else"])
+    found = metrics(run, FakeScorers(detector=Named()), compositions=["a bright red thing"])
+    assert (
+        found["utility_detection_compositions_baseline"].value == 0.0
+    )  # the object alone is not enough
+    found = metrics(
+        run, FakeScorers(detector=Named()), compositions=["a red thing", "something else"]
+    )
     assert "utility_detection_compositions" not in found
 
 
@@ -127,7 +158,7 @@ def test_pictures_are_made_once_per_run():
     run = world(drifted, seeds=(0,))
     metrics(run)
     metrics(run)
-    assert len(run.models["mima"].calls) == len(run.models[CONTROL].calls) == 1
+    assert len(run.models["mima"].calls) == len(run.models[BASELINE].calls) == 1
     metrics(run, count=4)
     assert len(run.models["mima"].calls) == 2
     other = world(drifted, seeds=(0,))
@@ -136,21 +167,26 @@ def test_pictures_are_made_once_per_run():
 
 
 def test_without_a_detector_or_features_the_rest_remains():
-    found = metrics(world(drifted), FakeJudges(detector=None), features=False)
+    found = metrics(world(drifted), FakeScorers(detector=None), features=False)
     assert set(found) == {
-        "utility_clip_drift", "utility_clip_t", "utility_clip_t_control", "utility_clip_t_drop"
-    }  # fmt: skip
+        "utility_clip_drift",
+        "utility_clip_t",
+        "utility_clip_t_baseline",
+        "utility_clip_t_drop",
+    }
 
 
 def test_empty_sets_and_wrong_options():
-    bare = dataclasses.replace(case(), unrelated=Pictures(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ()))
+    bare = dataclasses.replace(
+        case(), unrelated=CaptionedImages(torch.empty(0, 3, 4, 4, dtype=torch.uint8), ())
+    )
     with pytest.raises(UserError, match="no unrelated prompts"):
         metrics(world(faithful, case_list=(bare,)))
     with pytest.raises(ValueError, match="empty set"):
         metrics(world(faithful, seeds=()))
     for wrong in ({"count": 1}, {"guidances": [-1]}, {"features": 1}, {"compositions": [3]}):
         with pytest.raises(UserError, match=r"eval\.utility"):
-            Utility(FakeJudges(), **wrong)
+            Utility(FakeScorers(), **wrong)
 
 
 def test_cases_that_diverged_are_counted():
@@ -162,12 +198,16 @@ def test_tilted_is_a_unit_cosine():
     assert (tilted(0.8)[0] ** 2 + tilted(0.8)[1] ** 2) == 200**2
 
 
-def test_a_real_model_paints_for_both_arms_from_the_same_latents():
+def test_a_real_model_paints_for_both_model_names_from_the_same_latents():
     from tiny_diffusion import tiny_case, tiny_diffusion
 
     same, other = tiny_diffusion(0), tiny_diffusion(1)
     for models, drift in (((same, same), False), ((same, other), True)):
-        run = FakeRun(models=dict(zip((CONTROL, "mima"), models, strict=True)), case_list=(tiny_case(),), seeds=(0,))
+        run = FakeRun(
+            models=dict(zip((BASELINE, "mima"), models, strict=True)),
+            case_list=(tiny_case(),),
+            seeds=(0,),
+        )
         found = metrics(run, count=3)
         assert (found["utility_clip_drift"].value > 1e-6) == drift
         assert found["utility_clip_drift"].interval == "within_seed"

@@ -21,7 +21,10 @@ from lab.minisd.world.captions import prompts
 from lab.models.diffusion import DiffusionModel, Text
 
 DOUBLE = torch.float64
-CAPTIONS = [*(f"a photo of {it}" for it in ("a fox", "a panda", "a lion")), *prompts("a fox", "photo")]
+CAPTIONS = [
+    *(f"a photo of {it}" for it in ("a fox", "a panda", "a lion")),
+    *prompts("a fox", "photo"),
+]
 
 
 @cache
@@ -53,7 +56,9 @@ class Problem:
     lower_names: list[str]
     merge: Merge
     count: int
-    batches: list[list[tuple[Tensor, Text, Tensor, Tensor]]]  # per concept, per inner step, the last for the upper
+    batches: list[
+        list[tuple[Tensor, Text, Tensor, Tensor]]
+    ]  # per concept, per inner step, the last for the upper
 
     def lower(self) -> list[Any]:
         def loss(n: int) -> Any:
@@ -65,7 +70,9 @@ class Problem:
         return -self.model.loss(*self.batches[n][-1], weights=params).mean()
 
 
-def batches(model: DiffusionModel, words: Sequence[str], each: int, size: int = 2) -> list[list[Any]]:
+def batches(
+    model: DiffusionModel, words: Sequence[str], each: int, size: int = 2
+) -> list[list[Any]]:
     found = []
     for word in words:
         g = generator(0, "batches", word)
@@ -86,7 +93,9 @@ def batches(model: DiffusionModel, words: Sequence[str], each: int, size: int = 
 
 
 @cache
-def problem(scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Rule = "closed_form") -> Problem:
+def problem(
+    scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Rule = "closed_form"
+) -> Problem:
     """``count`` styles; the upper set leaves out every third parameter of ``moved``, the lower one every second."""
     model = micro_model()
     words = ("mosaic", "neon", "photo")[:count]
@@ -99,7 +108,9 @@ def problem(scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Rule 
         batches=[some[:2] for some in data],
         regular_batches=batches(model, ("photo",), 2)[0],
     )
-    parameters = {k: p.detach() for k, p in model.unet.named_parameters() if moved == "all" or moved in k}
+    parameters = {
+        k: p.detach() for k, p in model.unet.named_parameters() if moved == "all" or moved in k
+    }
     names = list(parameters)
     upper = [x for i, x in enumerate(names) if i % 3 != 1]
     lower = [x for i, x in enumerate(names) if i % 2 == 0 or "attn2.to_k" in x]
@@ -124,7 +135,9 @@ def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
         loss = level.loss(place(phi), 0 if rho else k)
         if rho:
             loss = loss + rho / 2 * sum((phi[x] - theta[x]).square().sum() for x in phi)
-        slope = torch.autograd.grad(loss, list(phi.values()), create_graph=True, materialize_grads=True)
+        slope = torch.autograd.grad(
+            loss, list(phi.values()), create_graph=True, materialize_grads=True
+        )
         step: Params = {}
         for (x, y), g in zip(phi.items(), slope, strict=True):
             if s.optimizer == "sgd":
@@ -151,7 +164,9 @@ def naive(p: Problem, settings: Lower | Sequence[Lower], rho: float = 0.0) -> Pa
         levels = [LowerLevel(s, theta, p.lower_names, loss, n) for n, (s, loss) in enumerate(some)]
         merged = p.merge(theta, [unrolled(level, theta, rho) for level in levels])
         total = sum(p.upper(merged, n) for n in range(p.count)) / p.count
-        found = torch.autograd.grad(total, [theta[x] for x in p.upper_names], materialize_grads=True)
+        found = torch.autograd.grad(
+            total, [theta[x] for x in p.upper_names], materialize_grads=True
+        )
     return dict(zip(p.upper_names, found, strict=True))
 
 

@@ -37,7 +37,9 @@ def objective(method, of=None, on=None, seed=0):
     """What one upper step of ``method`` descends, and θ."""
     here, problem = of or model(), on or case()
     setup = Setup.build(here, problem, seed, method.precision, method.prior)
-    chosen = concept_halves(here, problem.targets, seed, setup.dtype, method.needs_decoys(), method.needs_templates())
+    chosen = concept_halves(
+        here, problem.targets, seed, setup.dtype, method.needs_decoys(), method.needs_templates()
+    )
     runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
     theta = setup.restart()
     return method.objective(setup, runs[0], merges[0]), theta

@@ -22,7 +22,10 @@ def linear_task(name, role, n, d, seed, spread=1.0):
 
 
 def linear_case(n=48, d=6, harmful=1, seed=0, spread=1.0):
-    tasks = [linear_task(f"h{i}", "harmful", n - 8, d, seed + 100 * (i + 1), spread) for i in range(harmful)]
+    tasks = [
+        linear_task(f"h{i}", "harmful", n - 8, d, seed + 100 * (i + 1), spread)
+        for i in range(harmful)
+    ]
     return Case("small", linear_task("b", "benign", n, d, seed, spread), tuple(tasks))
 
 
@@ -39,7 +42,9 @@ class TinyNet(FeatureModel):
         rng = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=rng) / parameter.shape[-1] ** 0.5)
+                parameter.copy_(
+                    torch.randn(parameter.shape, generator=rng) / parameter.shape[-1] ** 0.5
+                )
 
 
 def deep_case(n=64):

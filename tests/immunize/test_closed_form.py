@@ -1,4 +1,4 @@
-"""The control arm and the closed form."""
+"""The baseline model and the closed form."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from lab.core.types import Immunizer, same_weights
 from lab.models.linear import LinearBackbone, LinearExtractor
 
 
-def test_control_arm_is_an_equal_independent_copy():
+def test_baseline_model_name_is_an_equal_independent_copy():
     assert isinstance(NoImmunization(), Immunizer)
     for model, case in ((TinyNet(), deep_case()), (None, linear_case())):
         before, after, log = immunize(NoImmunization(), case, model)
@@ -36,7 +36,9 @@ def test_attains_the_bound(init):
     ratio = condition_number(after(x_h).detach()) / condition_number(start(x_h).detach())
     ratio /= condition_number(after(x_p).detach()) / condition_number(start(x_p).detach())
     assert ratio == pytest.approx(rir_bound(x_p, x_h, start.theta).value, rel=1e-6)
-    assert float(after(x_p).detach().square().mean()) == pytest.approx(float(start(x_p).detach().square().mean()))
+    assert float(after(x_p).detach().square().mean()) == pytest.approx(
+        float(start(x_p).detach().square().mean())
+    )
 
 
 @pytest.mark.parametrize("allowance", [0.3, 1.0, 4.0])
@@ -45,7 +47,9 @@ def test_the_pencil_variant_attains_the_same_bound_at_any_benign_condition(allow
     start, after, log = immunize(KappaClosedForm(benign_condition=allowance), case)
     x_p, x_h = (task.train.x for task in case.tasks)
     before = condition_number(start(x_p).detach())
-    assert condition_number(after(x_p).detach()) == pytest.approx(max(allowance * before, 1.0), rel=1e-6)
+    assert condition_number(after(x_p).detach()) == pytest.approx(
+        max(allowance * before, 1.0), rel=1e-6
+    )
     assert log.column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
     harmful = condition_number(after(x_h).detach()) / condition_number(start(x_h).detach())
     assert harmful == pytest.approx(allowance * rir_bound(x_p, x_h, start.theta).value, rel=1e-6)
@@ -53,7 +57,11 @@ def test_the_pencil_variant_attains_the_same_bound_at_any_benign_condition(allow
 
 def test_two_tasks_that_are_alike_cannot_be_told_apart():
     case = linear_case(d=5)
-    same = Case(case.name, case.benign, (Task("h", "harmful", "regression", case.benign.train, case.benign.test),))
+    same = Case(
+        case.name,
+        case.benign,
+        (Task("h", "harmful", "regression", case.benign.train, case.benign.test),),
+    )
     with pytest.raises(UserError, match="no linear map"):
         immunize(KappaClosedForm(benign_condition=1.0), same)
     with pytest.raises(UserError, match="benign_condition"):
@@ -81,7 +89,9 @@ def test_singular_benign_data_use_the_range_variant():
     null = torch.eye(6, dtype=torch.float64) - basis @ basis.T
     assert float((null @ after.theta).norm()) < 1e-12
     model = LinearExtractor(randn(6, 6, seed=4))
-    assert immunize(KappaClosedForm(), case, model)[2].column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
+    assert immunize(KappaClosedForm(), case, model)[2].column("rir_bound_ratio")[
+        -1
+    ] == pytest.approx(1.0, rel=1e-6)
 
 
 def test_rank_tolerance_chooses_the_range():
@@ -95,14 +105,21 @@ def test_rank_tolerance_chooses_the_range():
 def test_several_harmful_tasks_log_the_least_immunized():
     case = linear_case(harmful=3)
     log = immunize(KappaClosedForm(), case)[2]
-    alone = [immunize(KappaClosedForm(), Case("one", case.benign, (h,)))[2].column("rir")[-1] for h in case.harmful]
+    alone = [
+        immunize(KappaClosedForm(), Case("one", case.benign, (h,)))[2].column("rir")[-1]
+        for h in case.harmful
+    ]
     assert log.column("rir")[-1] == pytest.approx(min(alone))
 
 
 def test_errors():
     with pytest.raises(UserError, match=r"immunize\.rank_tolerance"):
         KappaClosedForm(rank_tolerance=0.0)
-    for key, value in (("rank_tolerance", "abc"), ("benign_condition", "abc"), ("benign_condition", True)):
+    for key, value in (
+        ("rank_tolerance", "abc"),
+        ("benign_condition", "abc"),
+        ("benign_condition", True),
+    ):
         with pytest.raises(UserError, match=rf"immunize\.{key}={value}: must be a number > 0"):
             KappaClosedForm(**{key: value})
     flat = Split(torch.ones(9, 3, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))

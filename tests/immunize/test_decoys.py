@@ -10,13 +10,23 @@ from mima_examples import case, model, preset, with_targets
 from immunize.mima.losses import gradient_at
 from immunize.mima.sampling import Decoys, Pool, halves, pooled
 from immunize.mima.setup import Setup, concept_halves
-from lab.core.data import Pictures, Sampling
+from lab.core.data import CaptionedImages, Sampling
 
-ALONE = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "cap": None, "at": [1.0]}
+ALONE = {
+    "evaluate": ["own"],
+    "w_prior": 0.0,
+    "w_distill": 0.0,
+    "w_benign": 0.0,
+    "cap": None,
+    "at": [1.0],
+}
 
 
 def objective(**changes):
-    method, problem = preset("mima_deep", **{**ALONE, "online": False, **changes}), with_targets(case().targets[:1])
+    method, problem = (
+        preset("mima_deep", **{**ALONE, "online": False, **changes}),
+        with_targets(case().targets[:1]),
+    )
     setup = Setup.build(model(), problem, 0, method.precision, None)
     chosen = concept_halves(model(), problem.targets, 0, setup.dtype, method.needs_decoys())
     runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
@@ -28,15 +38,20 @@ def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     concept = case().targets[0]
     found = halves(model(), concept, 3, torch.float32, Decoys(3, 5)).decoys
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(3))
-    images = model().generate(prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling(steps=5))
-    want = Pool.encode(model(), Pictures(images, prompts), torch.float32)
+    images = model().generate(
+        prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling(steps=5)
+    )
+    want = Pool.encode(model(), CaptionedImages(images, prompts), torch.float32)
     assert torch.equal(found.z, want.z)
     assert torch.equal(found.text[found.caption].hidden, model().text(list(prompts)).hidden)
     assert halves(model(), concept, 3, torch.float32).decoys is None
 
 
 def test_pooled_concepts_pool_their_decoys():
-    parts = [halves(model(), concept, 0, torch.float32, decoys=Decoys(2, 5)) for concept in case().targets[:2]]
+    parts = [
+        halves(model(), concept, 0, torch.float32, decoys=Decoys(2, 5))
+        for concept in case().targets[:2]
+    ]
     assert len(pooled(parts).decoys) == 4
     assert pooled([dataclasses.replace(part, decoys=None) for part in parts]).decoys is None
 
@@ -62,7 +77,12 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
 
 
 @pytest.mark.parametrize(
-    ("options", "key"), [({"w_decoy": -1.0}, "w_decoy"), ({"decoys": 0}, "decoys"), ({"decoy_steps": 0}, "decoy_steps")]
+    ("options", "key"),
+    [
+        ({"w_decoy": -1.0}, "w_decoy"),
+        ({"decoys": 0}, "decoys"),
+        ({"decoy_steps": 0}, "decoy_steps"),
+    ],
 )
 def test_values_that_cannot_work_are_refused(options, key):
     with pytest.raises(InstantiationException, match=rf"immunize\.{key}"):

@@ -67,12 +67,17 @@ def test_lora_closed_form():
     for x in ("b", "c"):
         expected = p.theta[x] - alpha * g[x] @ a[x].T @ a[x]
         torch.testing.assert_close(level.adapted(trace.final)[x], expected, rtol=1e-12, atol=1e-14)
-    v = {x: torch.randn(y.shape, generator=generator(1, x), dtype=y.dtype) for x, y in p.theta.items()}
+    v = {
+        x: torch.randn(y.shape, generator=generator(1, x), dtype=y.dtype)
+        for x, y in p.theta.items()
+    }
     pulled = level.pull(trace, v, list(p.theta), last=1, how="reverse")
     through = {x: v[x] @ a[x].T @ a[x] for x in a}
     inner = {x: p.theta[x] for x in a}
     rest = {x: p.theta[x] for x in p.theta if x not in a}
-    by_rest, by_a = product(lambda t, q: p.lower()[0]({**t, **q}, 0), rest, inner, through, list(inner))
+    by_rest, by_a = product(
+        lambda t, q: p.lower()[0]({**t, **q}, 0), rest, inner, through, list(inner)
+    )
     for x, h_x in {**by_rest, **by_a}.items():
         torch.testing.assert_close(pulled[x], v[x] - alpha * h_x, rtol=1e-12, atol=1e-14)
 
@@ -89,7 +94,9 @@ def test_adamw_with_frozen_preconditioner_is_one_scaled_product():
     d = {x: 1 / (y.abs() + 1e-2) for x, y in g.items()}
     _, hd = product(lambda _, q: p.lower()[0](q, 0), {}, p.theta, d, names)
     for x in names:
-        torch.testing.assert_close(pulled[x], (1 - 0.05 * 0.1) * v[x] - 0.05 * hd[x], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            pulled[x], (1 - 0.05 * 0.1) * v[x] - 0.05 * hd[x], rtol=1e-12, atol=1e-14
+        )
 
 
 def test_lower_steps_are_pytorchs_optimizers():
@@ -113,7 +120,10 @@ def test_truncated_becomes_exact_as_it_takes_in_all_steps():
     p = problem("kv")
     settings = replace(SGD3, alpha=0.03)
     exact = evaluate(p, settings, measure=False).gradient
-    gaps = [distance(evaluate(p, settings, method="truncated", last=t).gradient, exact) for t in (1, 2, 3)]
+    gaps = [
+        distance(evaluate(p, settings, method="truncated", last=t).gradient, exact)
+        for t in (1, 2, 3)
+    ]
     assert gaps[0] > gaps[1] > gaps[2] == 0
 
 
@@ -143,7 +153,9 @@ def test_implicit_is_its_fixed_point(solver):
     assert distance(found.gradient, naive(p, settings, rho)) < 1e-8
     sizes = [p.theta[x].numel() for x in p.theta]
     names = list(p.theta)
-    inside = torch.cat([torch.full((k,), x in p.lower_names) for x, k in zip(names, sizes, strict=True)])
+    inside = torch.cat(
+        [torch.full((k,), x in p.lower_names) for x, k in zip(names, sizes, strict=True)]
+    )
 
     def unflat(vector):
         return {x: y.view_as(p.theta[x]) for x, y in zip(names, vector.split(sizes), strict=True)}
@@ -156,14 +168,18 @@ def test_implicit_is_its_fixed_point(solver):
         flat = torch.cat([at[x].flatten() for x in names])
         h = torch.autograd.functional.hessian(lambda y, loss=loss: loss(unflat(y), 0), flat)
         v_n = torch.cat([v[x].flatten() for x in names]) / 2
-        a = torch.linalg.solve(torch.eye(int(inside.sum())) + h[inside][:, inside] / rho, v_n[inside])
+        a = torch.linalg.solve(
+            torch.eye(int(inside.sum())) + h[inside][:, inside] / rho, v_n[inside]
+        )
         total[inside] += a
         total[~inside] += v_n[~inside] - h[~inside][:, inside] @ a / rho
     assert distance(found.gradient, {x: unflat(total)[x] for x in p.upper_names}) < 1e-8
     assert found.info["negative_curvature"] == [False, False]
     assert max(found.info["residual"]) < 1e-12
     assert max(found.info["stationarity"]) < 1e-9
-    early = evaluate(p, Lower(0.2, steps=1), method="implicit", implicit=options)  # solved well, at no solution
+    early = evaluate(
+        p, Lower(0.2, steps=1), method="implicit", implicit=options
+    )  # solved well, at no solution
     assert max(early.info["residual"]) < 1e-12
     assert min(early.info["stationarity"]) > 0.1
     assert distance(early.gradient, found.gradient) > 0.01
@@ -186,7 +202,10 @@ def test_gradient_agrees_with_finite_differences_of_the_run_itself():
     d = {x: torch.randn(p.theta[x].shape, generator=g, dtype=torch.float64) for x in p.upper_names}
     h = 1e-5
     ends = [
-        evaluate(replace(p, theta={x: y + s * h * d[x] if x in d else y for x, y in p.theta.items()}), settings)
+        evaluate(
+            replace(p, theta={x: y + s * h * d[x] if x in d else y for x, y in p.theta.items()}),
+            settings,
+        )
         for s in (1, -1)
     ]
     slope = (ends[0].upper_loss - ends[1].upper_loss) / (2 * h)
@@ -242,7 +261,13 @@ def test_low_precision_forward_with_float32_masters():
         masters = {x: theta[x] for x in names}
         options = {"settings": Lower(1.0), "upper_names": names, "lower_names": names}
         loss = denoiser.loss
-        return hypergradient(masters, [lambda q, _: loss(batch, q)], lambda q, n: -loss(batch, q), Merge(1), **options)
+        return hypergradient(
+            masters,
+            [lambda q, _: loss(batch, q)],
+            lambda q, n: -loss(batch, q),
+            Merge(1),
+            **options,
+        )
 
     high, low = run(torch.float32), run(torch.bfloat16)
     assert all(x.dtype == torch.float32 for x in low.gradient.values())
@@ -252,9 +277,11 @@ def test_low_precision_forward_with_float32_masters():
 # ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("wrong", [{"alpha": 0}, {"alpha": -1.0}, {"steps": 0}, {"optimizer": "adam"}])
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 0}, {"alpha": -1.0}, {"steps": 0}, {"optimizer": "adam"}]
+)
 def test_wrong_options_name_their_key(wrong):
-    with pytest.raises(UserError, match=f"immunize.lower.{next(iter(wrong))}"):
+    with pytest.raises(UserError, match=f"immunize.inner_loop.{next(iter(wrong))}"):
         Lower(**{"alpha": 0.1, **wrong})
 
 

@@ -14,7 +14,9 @@ from lab.core.errors import Diverged, UserError
 from lab.core.seeding import derive
 from lab.core.types import same_weights
 
-BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.01, steps=12, batch_size=16, supervised=0.1)
+BASE = dict(
+    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.01, steps=12, batch_size=16, supervised=0.1
+)
 MAKERS = {
     "kappa": lambda **o: Kappa(**(BASE | o)),
     "opt": lambda **o: KappaOpt(**(BASE | {"preconditioned": False, "lambda_h": 1.0} | o)),
@@ -23,7 +25,9 @@ MAKERS = {
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize(("layers", "moving"), [(None, {0, 1, 2}), (1, {2}), (2, {1, 2}), (["middle"], {1})])
+@pytest.mark.parametrize(
+    ("layers", "moving"), [(None, {0, 1, 2}), (1, {2}), (2, {1, 2}), (["middle"], {1})]
+)
 def test_only_declared_blocks_move(name, layers, moving):
     model = TinyNet()
     before, after, log = immunize(MAKERS[name](layers=layers), deep_case(), model)
@@ -36,7 +40,9 @@ def test_only_declared_blocks_move(name, layers, moving):
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_same_seed_same_bits(name):
-    first, again, other = (immunize(MAKERS[name](), deep_case(), TinyNet(), seed)[1] for seed in (0, 0, 1))
+    first, again, other = (
+        immunize(MAKERS[name](), deep_case(), TinyNet(), seed)[1] for seed in (0, 0, 1)
+    )
     assert same_weights(first, again)
     assert not same_weights(first, other)
 
@@ -51,7 +57,9 @@ def dense_gradient(model, case, rows, preconditioned):
     objective = values[-1] ** 2 / 2 - h.square().sum() / (2 * p)
     (by_feature,) = torch.autograd.grad(objective, y, retain_graph=True)
     if preconditioned:
-        by_feature = by_feature @ torch.linalg.inv(h.detach() + 0.1 * torch.eye(8, dtype=torch.float64))
+        by_feature = by_feature @ torch.linalg.inv(
+            h.detach() + 0.1 * torch.eye(8, dtype=torch.float64)
+        )
     y.backward(by_feature)
     return [parameter.grad for parameter in model.parameters()]
 
@@ -69,7 +77,9 @@ def test_step_against_autograd(preconditioned):
     trainer.engine.finish()
     expected = dense_gradient(TinyNet(), case, trainer.samplers[0].rows(0)[0], preconditioned)
     for parameter, reference in zip(trainer.engine.parameters, expected, strict=True):
-        assert torch.allclose(parameter.grad.double(), reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max()))
+        assert torch.allclose(
+            parameter.grad.double(), reference, rtol=1e-3, atol=1e-4 * float(reference.abs().max())
+        )
 
 
 def test_kappa_moves_both_condition_numbers_and_keeps_the_benign_loss():
@@ -82,14 +92,19 @@ def test_kappa_moves_both_condition_numbers_and_keeps_the_benign_loss():
 
 def test_supervised_keeps_the_benign_loss_low():
     options = dict(steps=150, lambda_h=3e-2)
-    low, high = (immunize(MAKERS["kappa"](supervised=s, **options), deep_case(), TinyNet())[2] for s in (5.0, 1e-9))
+    low, high = (
+        immunize(MAKERS["kappa"](supervised=s, **options), deep_case(), TinyNet())[2]
+        for s in (5.0, 1e-9)
+    )
     assert low.rows[-1]["benign_loss"] < 0.9 * high.rows[-1]["benign_loss"]
 
 
 def test_logged_kappa_is_the_grouped_mean():
     case = deep_case(n=250)
     model, _, log = immunize(MAKERS["kappa"](), case, TinyNet())
-    values = grouped_condition_number(model(case.benign.train.x).detach(), seed=derive(0, "groups", 0))
+    values = grouped_condition_number(
+        model(case.benign.train.x).detach(), seed=derive(0, "groups", 0)
+    )
     assert len(values) == 20
     assert log.rows[0]["kappa_benign"] == pytest.approx(sum(values) / 20, rel=1e-5)
 
@@ -114,7 +129,9 @@ def test_layers_are_checked():
 VARIANTS = {
     "kappa": lambda: MAKERS["kappa"](checkpoint_every=5),
     "adam": lambda: MAKERS["kappa"](checkpoint_every=5, optimizer="adam", eta=1e-3),
-    "corridor": lambda: MAKERS["kappa"](checkpoint_every=5, lambda_schedule="corridor", eta_schedule="cosine"),
+    "corridor": lambda: MAKERS["kappa"](
+        checkpoint_every=5, lambda_schedule="corridor", eta_schedule="cosine"
+    ),
     "running": lambda: MAKERS["kappa"](checkpoint_every=5, spectrum="running"),
     "imma": lambda: MAKERS["imma"](checkpoint_every=5),
 }
@@ -158,7 +175,9 @@ def test_head_gradients_against_autograd(case):
     assert torch.allclose(ours_w, by_w)
 
 
-@pytest.mark.parametrize("case", [linear_case(), linear_case(d=60), deep_case()], ids=["tall", "wide", "classes"])
+@pytest.mark.parametrize(
+    "case", [linear_case(), linear_case(d=60), deep_case()], ids=["tall", "wide", "classes"]
+)
 def test_fitted_head_starts_near_its_optimum(case):
     x = case.benign.train.x.double()
     head = Head(case.benign, x.shape[1])

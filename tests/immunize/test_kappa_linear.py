@@ -11,7 +11,9 @@ from lab.core.data import Case, Split, Task
 from lab.core.types import same_weights
 from lab.models.linear import LinearBackbone, LinearExtractor
 
-BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
+BASE = dict(
+    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0
+)
 
 
 def kappa(**options):
@@ -38,7 +40,9 @@ def imma(**options):
     return KappaImma(eta=1e-3, **options)
 
 
-@pytest.mark.parametrize("make", [lambda **o: kappa(**o), lambda **o: opt(**o), imma], ids=["kappa", "opt", "imma"])
+@pytest.mark.parametrize(
+    "make", [lambda **o: kappa(**o), lambda **o: opt(**o), imma], ids=["kappa", "opt", "imma"]
+)
 def test_same_seed_same_bits_and_input_untouched(make):
     case = linear_case()
     model = LinearBackbone().build(case, 0)
@@ -58,8 +62,12 @@ def test_log_has_every_figure_and_the_last_is_the_models():
     assert log.steps[-1] == 60
     assert len(log.steps) == len(log_steps(60, 6)) == 6
     x_p, x_h = (task.train.x for task in case.tasks)
-    assert last(log, "kappa_benign") == pytest.approx(condition_number(model(x_p).detach()), rel=1e-9)
-    assert last(log, "kappa_harmful") == pytest.approx(condition_number(model(x_h).detach()), rel=1e-9)
+    assert last(log, "kappa_benign") == pytest.approx(
+        condition_number(model(x_p).detach()), rel=1e-9
+    )
+    assert last(log, "kappa_harmful") == pytest.approx(
+        condition_number(model(x_h).detach()), rel=1e-9
+    )
     assert log.rows[0]["rir"] == pytest.approx(1.0)
     assert all(0 < ratio < 1 for ratio in log.column("rir_bound_ratio"))
     assert set(log.rows[0]) >= {"lambda_p", "lambda_h", "benign_loss"}
@@ -82,7 +90,9 @@ def test_kappa_immunizes_and_the_ablations_do_half():
 def test_lambdas_pull_in_their_own_direction():
     case = linear_case()
     base = run(case, steps=100)[1]
-    assert last(run(case, steps=100, lambda_h=3e-2)[1], "kappa_harmful") > last(base, "kappa_harmful")
+    assert last(run(case, steps=100, lambda_h=3e-2)[1], "kappa_harmful") > last(
+        base, "kappa_harmful"
+    )
     assert last(run(case, steps=100, lambda_p=2.0)[1], "kappa_benign") < last(base, "kappa_benign")
 
 
@@ -152,7 +162,9 @@ def log_kappa_of(y):
 def test_opt_descends_the_two_logarithms():
     case = linear_case()
     model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
-    immunizer = KappaOpt(**(BASE | dict(lambda_p=0.7, lambda_h=3.0, scale="none", preconditioned=False)))
+    immunizer = KappaOpt(
+        **(BASE | dict(lambda_p=0.7, lambda_h=3.0, scale="none", preconditioned=False))
+    )
     gradient, rows, _, _ = one_step(immunizer, case, model)
     theta = model.theta.detach().clone().requires_grad_(True)
     y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
@@ -165,13 +177,17 @@ def test_optimizer_aware_gradient_is_exact():
     model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
     options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False, optimizer_aware="diagonal")
     for scale in ("none", "initial", "current"):  # log κ does not see the scale
-        gradient, rows, _, _ = one_step(KappaOpt(**(BASE | options | {"scale": scale})), case, model)
+        gradient, rows, _, _ = one_step(
+            KappaOpt(**(BASE | options | {"scale": scale})), case, model
+        )
         theta = model.theta.detach().clone().requires_grad_(True)
         y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
         y_p, y_h = y_p / y_p.norm(dim=0), y_h / y_h.norm(dim=0)
         (expected,) = torch.autograd.grad(log_kappa_of(y_p) + 2.0 / log_kappa_of(y_h), theta)
         unit = float((gradient / expected).median())
-        assert torch.allclose(gradient, unit * expected, rtol=1e-6, atol=1e-9 * float(gradient.abs().max()))
+        assert torch.allclose(
+            gradient, unit * expected, rtol=1e-6, atol=1e-9 * float(gradient.abs().max())
+        )
 
 
 def test_supervised_term_is_the_gradient_of_the_benign_loss():
@@ -184,7 +200,10 @@ def test_supervised_term_is_the_gradient_of_the_benign_loss():
     objective = immunizer.objective()
     objective.start(trainer.setup)
     theta = model.theta.detach().clone().requires_grad_(True)
-    residual = case.benign.train.x[rows[0]] @ theta @ objective.head.w - case.benign.train.y[rows[0]][:, None]
+    residual = (
+        case.benign.train.x[rows[0]] @ theta @ objective.head.w
+        - case.benign.train.y[rows[0]][:, None]
+    )
     (expected,) = torch.autograd.grad(residual.square().mean() / 2, theta)
     assert torch.allclose(with_loss - without, 2.0 * expected, rtol=1e-6, atol=1e-12)
 
@@ -222,6 +241,8 @@ def test_ten_steps_are_those_of_the_loop_written_from_the_formulas():
         split = Split(x, torch.ones(80, dtype=torch.float64))
         return Task(name, role, "regression", split, split)
 
-    _, _, difference, moved = compare(Case("guard", task("good", "benign", 1), (task("bad", "harmful", 2),)), 10)
+    _, _, difference, moved = compare(
+        Case("guard", task("good", "benign", 1), (task("bad", "harmful", 2),)), 10
+    )
     assert moved > 1e-3
     assert difference < 1e-8

@@ -15,7 +15,9 @@ from lab.core.errors import Diverged, UserError
 from lab.core.types import same_weights
 from lab.models.linear import LinearBackbone
 
-BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
+BASE = dict(
+    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0
+)
 
 
 def kappa(**options):
@@ -53,7 +55,9 @@ def test_scale_makes_lambda_free_of_units(scale):
 
 
 def test_current_scale_goes_on_where_initial_stalls():
-    logs = {s: run(scale=s, lambda_h=0.0, steps=800, spectrum="full")[1] for s in ("initial", "current")}
+    logs = {
+        s: run(scale=s, lambda_h=0.0, steps=800, spectrum="full")[1] for s in ("initial", "current")
+    }
     assert last(logs["current"], "kappa_benign") < last(logs["initial"], "kappa_benign")
 
 
@@ -61,10 +65,13 @@ def test_preconditioner_ridge_and_side():
     case = linear_case()
     start = torch.eye(6, dtype=torch.float64)
     plain, ridge, stronger = (
-        run(case, ridge_benign=r, ridge_harmful=r, steps=5)[0].theta.detach() - start for r in (0.0, 0.1, 10.0)
+        run(case, ridge_benign=r, ridge_harmful=r, steps=5)[0].theta.detach() - start
+        for r in (0.0, 0.1, 10.0)
     )
     assert plain.norm() > ridge.norm() > stronger.norm()
-    one, other = (run(case, steps=5, **{key: 0.1})[0].theta for key in ("ridge_benign", "ridge_harmful"))
+    one, other = (
+        run(case, steps=5, **{key: 0.1})[0].theta for key in ("ridge_benign", "ridge_harmful")
+    )
     assert not torch.allclose(one, other)
     assert not torch.allclose(run(case, preconditioned=False, steps=5)[0].theta - start, plain)
     both = dict(ridge_benign=0.1, ridge_harmful=0.1, steps=5)
@@ -72,13 +79,18 @@ def test_preconditioner_ridge_and_side():
 
 
 def test_adam_moves_every_entry_by_eta_at_first():
-    theta = run(optimizer="adam", steps=1, eta=1e-3)[0].theta.detach() - torch.eye(6, dtype=torch.float64)
+    theta = run(optimizer="adam", steps=1, eta=1e-3)[0].theta.detach() - torch.eye(
+        6, dtype=torch.float64
+    )
     assert torch.allclose(theta.abs(), torch.full((6, 6), 1e-3, dtype=torch.float64), rtol=1e-3)
 
 
 def test_cosine_schedule_settles():
     case = linear_case()
-    rough, smooth = (run(case, eta=0.2, lambda_h=0.0, steps=400, eta_schedule=s)[1] for s in ("constant", "cosine"))
+    rough, smooth = (
+        run(case, eta=0.2, lambda_h=0.0, steps=400, eta_schedule=s)[1]
+        for s in ("constant", "cosine")
+    )
     assert last(smooth, "kappa_benign") < last(rough, "kappa_benign")
 
 
@@ -91,8 +103,13 @@ def test_rank_rule_and_tolerance_change_p():
 
 def test_cluster_average_spreads_over_near_multiple_directions():
     case = linear_case()
-    one, many = (run(case, steps=1, cluster_tolerance=c, lambda_h=0.0, spectrum="full")[0] for c in (0.0, 0.9))
-    change = [torch.linalg.svdvals(m.theta - torch.eye(6, dtype=torch.float64)) for m in (one, many)]
+    one, many = (
+        run(case, steps=1, cluster_tolerance=c, lambda_h=0.0, spectrum="full")[0]
+        for c in (0.0, 0.9)
+    )
+    change = [
+        torch.linalg.svdvals(m.theta - torch.eye(6, dtype=torch.float64)) for m in (one, many)
+    ]
     assert change[1][0] / change[1][1] < change[0][0] / change[0][1]
 
 
@@ -103,23 +120,33 @@ def test_spectra_reduce_variance():
     for spectrum in ("batch", "running", "full"):
         more = {"running_window": 5} if spectrum == "running" else {}
         schedule = kappa(spectrum=spectrum, **more).schedule
-        sampler = Trainer(schedule, LinearBackbone().build(case, 0), case, 0, lambda step, **v: None).samplers[0]
+        sampler = Trainer(
+            schedule, LinearBackbone().build(case, 0), case, 0, lambda step, **v: None
+        ).samplers[0]
         grams = []
         for step in range(10, 60):
             rows, roots = sampler.rows(step)
             grams.append((x[rows] * roots).T @ (x[rows] * roots))
         exact = x.T @ x * 16 / 400
         errors[spectrum] = float(torch.stack([(g - exact).square().sum() for g in grams]).mean())
-        assert torch.allclose(torch.stack(grams).mean(0), exact, atol=0.15 * float(exact.abs().max()))
+        assert torch.allclose(
+            torch.stack(grams).mean(0), exact, atol=0.15 * float(exact.abs().max())
+        )
     assert errors["running"] < 0.4 * errors["batch"]
     assert errors["full"] < 1e-20
 
 
 def test_more_rows_per_estimate_whiten_better():
     case = linear_case(n=200)
-    logs = {s: run(case, spectrum=s, batch_size=8, steps=400, lambda_h=0.0)[1] for s in ("batch", "running", "full")}
+    logs = {
+        s: run(case, spectrum=s, batch_size=8, steps=400, lambda_h=0.0)[1]
+        for s in ("batch", "running", "full")
+    }
     assert last(logs["batch"], "rir") < last(logs["running"], "rir") < last(logs["full"], "rir")
-    a, b = (run(case, spectrum="running", **o)[0] for o in ({"running_decay": 0.5}, {"running_window": 2}))
+    a, b = (
+        run(case, spectrum="running", **o)[0]
+        for o in ({"running_decay": 0.5}, {"running_window": 2})
+    )
     assert not same_weights(a, b)
 
 
@@ -170,7 +197,9 @@ def aligned_task(name, role, n, seed):
 
 @pytest.mark.parametrize("scale", ["initial", "current"])
 def test_optimizer_aware_hurts_the_preconditioned_attacker_more(scale):
-    case = Case("aligned", aligned_task("b", "benign", 200, 1), (aligned_task("h", "harmful", 150, 11),))
+    case = Case(
+        "aligned", aligned_task("b", "benign", 200, 1), (aligned_task("h", "harmful", 150, 11),)
+    )
     options = dict(steps=300, batch_size=64, scale=scale)
     models = [run(case, **options, optimizer_aware=aware)[0] for aware in ("none", "diagonal")]
 
@@ -200,18 +229,44 @@ def test_kappa_beyond_float64_is_not_reported_as_small():
 def test_rank_one_batches_cannot_move_kappa():
     x = torch.ones(20, 3, dtype=torch.float64)
     split = Split(x, x[:, 0])
-    case = Case("flat", linear_task("b", "benign", 20, 3, 0), (Task("h", "harmful", "regression", split, split),))
+    case = Case(
+        "flat",
+        linear_task("b", "benign", 20, 3, 0),
+        (Task("h", "harmful", "regression", split, split),),
+    )
     with pytest.raises(Diverged, match="rank below 2"):
         run(case)
 
 
 BAD = {
-    "lambda_p": -1, "lambda_h": -1, "ridge_benign": -1, "ridge_harmful": -1, "cluster_tolerance": 1.0,
-    "supervised": -0.1, "corridor_rate": -1, "corridor_benign": 0, "corridor_harmful": 0, "rank_tolerance": 0,
-    "worst_case_temperature": 0, "scale": "curent", "solve_side": "right", "rank_rule": "x", "optimizer_aware": "adam",
-    "lambda_schedule": "x", "eta": 0, "epochs": 0, "steps": 0, "batch_size": 1, "optimizer": "sgd", "spectrum": "x",
-    "running_decay": 0, "running_window": 0, "log_points": 1, "checkpoint_every": 0, "eta_schedule": "x",
-}  # fmt: skip
+    "lambda_p": -1,
+    "lambda_h": -1,
+    "ridge_benign": -1,
+    "ridge_harmful": -1,
+    "cluster_tolerance": 1.0,
+    "supervised": -0.1,
+    "corridor_rate": -1,
+    "corridor_benign": 0,
+    "corridor_harmful": 0,
+    "rank_tolerance": 0,
+    "worst_case_temperature": 0,
+    "scale": "curent",
+    "solve_side": "right",
+    "rank_rule": "x",
+    "optimizer_aware": "adam",
+    "lambda_schedule": "x",
+    "eta": 0,
+    "epochs": 0,
+    "steps": 0,
+    "batch_size": 1,
+    "optimizer": "sgd",
+    "spectrum": "x",
+    "running_decay": 0,
+    "running_window": 0,
+    "log_points": 1,
+    "checkpoint_every": 0,
+    "eta_schedule": "x",
+}
 
 
 @pytest.mark.parametrize("key", BAD)
@@ -225,12 +280,27 @@ def test_bad_options_name_the_key(key):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("epochs", 1.5), ("epochs", True), ("batch_size", 2.5), ("steps", "many"), ("log_points", None),
-        ("lambda_h", "abc"), ("lambda_p", True), ("lambda_h", None), ("eta", math.nan), ("ridge_benign", math.inf),
-        ("preconditioned", "yes"), ("worst_case", 1), ("layers", 1.5), ("layers", True), ("layers", [True]),
-        ("rank_tolerance", 1.0), ("running_decay", "slow"), ("checkpoint_every", 0.5), ("scale", 3),
+        ("epochs", 1.5),
+        ("epochs", True),
+        ("batch_size", 2.5),
+        ("steps", "many"),
+        ("log_points", None),
+        ("lambda_h", "abc"),
+        ("lambda_p", True),
+        ("lambda_h", None),
+        ("eta", math.nan),
+        ("ridge_benign", math.inf),
+        ("preconditioned", "yes"),
+        ("worst_case", 1),
+        ("layers", 1.5),
+        ("layers", True),
+        ("layers", [True]),
+        ("rank_tolerance", 1.0),
+        ("running_decay", "slow"),
+        ("checkpoint_every", 0.5),
+        ("scale", 3),
     ],
-)  # fmt: skip
+)
 def test_values_of_a_wrong_type_name_the_key(key, value):
     with pytest.raises(UserError) as error:
         kappa(**{key: value})

@@ -8,7 +8,9 @@ from immunize.kappa.method import Kappa, KappaOpt
 from immunize.kappa.sampling import RowSampler
 from lab.core.errors import UserError
 
-BASE = dict(lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0)
+BASE = dict(
+    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0
+)
 
 
 def run(case, **options):
@@ -52,8 +54,12 @@ def test_a_longer_window_and_a_slower_decay_reduce_the_variance():
 def test_corridor_rate_sets_how_fast_the_weights_move():
     pulls = []
     for rate in (0.0, 0.05, 0.5):
-        options = dict(lambda_schedule="corridor", corridor_rate=rate, corridor_benign=0.1, spectrum="full")
-        pulls.append(run(linear_case(), lambda_p=0.05, steps=20, **options)[1].column("lambda_p")[-1])
+        options = dict(
+            lambda_schedule="corridor", corridor_rate=rate, corridor_benign=0.1, spectrum="full"
+        )
+        pulls.append(
+            run(linear_case(), lambda_p=0.05, steps=20, **options)[1].column("lambda_p")[-1]
+        )
     assert pulls[0] == 0.05
     assert pulls[2] > 2 * pulls[1] > 2.5 * pulls[0]
 
@@ -63,7 +69,11 @@ def test_corridor_rate_sets_how_fast_the_weights_move():
     [
         (Kappa, {"preconditioned": False, "ridge_benign": 5.0}, "immunize.ridge_benign"),
         (Kappa, {"corridor_benign": 9.0}, "immunize.corridor_benign"),
-        (Kappa, {"lambda_schedule": "corridor", "lambda_p": 0.0, "corridor_benign": 9.0}, "immunize.corridor_benign"),
+        (
+            Kappa,
+            {"lambda_schedule": "corridor", "lambda_p": 0.0, "corridor_benign": 9.0},
+            "immunize.corridor_benign",
+        ),
         (Kappa, {"worst_case_temperature": 7.0}, "immunize.worst_case_temperature"),
         (Kappa, {"running_window": 9}, "immunize.running_window"),
         (KappaOpt, {"rank_rule": "dimension"}, "immunize.rank_rule"),

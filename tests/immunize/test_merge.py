@@ -72,7 +72,9 @@ def test_is_the_optimum_of_its_stated_problem(rows, lam, mu):
     found = merge(BASE, ADAPTED)
     for name in ("k", "kernel"):
         w, x = BASE[name].flatten(1), found[name].flatten(1)
-        v = torch.cat([a[name].flatten(1) @ rows_n.T for a, rows_n in zip(ADAPTED, C, strict=True)], 1)
+        v = torch.cat(
+            [a[name].flatten(1) @ rows_n.T for a, rows_n in zip(ADAPTED, C, strict=True)], 1
+        )
         slope = (x - w) @ (regular.T @ regular) + lam * (x - w)
         if mu:
             residual = slope + (x @ c.T - v) @ c / mu
@@ -80,7 +82,9 @@ def test_is_the_optimum_of_its_stated_problem(rows, lam, mu):
             multipliers = torch.linalg.lstsq(c.T, slope.T).solution
             residual = torch.cat([slope - multipliers.T @ c, x @ c.T - v], 1)
         assert float(residual.norm() / slope.norm()) < 1e-10
-    assert torch.allclose(found["other"], (ADAPTED[0]["other"] + ADAPTED[1]["other"]) / 2, rtol=1e-14)
+    assert torch.allclose(
+        found["other"], (ADAPTED[0]["other"] + ADAPTED[1]["other"]) / 2, rtol=1e-14
+    )
     gap = merge.report["constraint_residual"]
     assert gap < 1e-12 if mu == 0 else 1e-3 < gap < 1
 
@@ -106,11 +110,15 @@ def test_adjoint_is_the_transpose(kind):
     assert all(bool((z == 0).all()) for z in offset.values())
     left = sum(float((merge(BASE, ADAPTED)[x] * y[x]).sum()) for x in BASE)
     right = sum(float((BASE[x] * direct[x]).sum()) for x in BASE)
-    right += sum(float((a[x] * part[x]).sum()) for a, part in zip(ADAPTED, parts, strict=True) for x in BASE)
+    right += sum(
+        float((a[x] * part[x]).sum()) for a, part in zip(ADAPTED, parts, strict=True) for x in BASE
+    )
     assert left == pytest.approx(right, rel=1e-12)
     for x, z in merge(BASE, [BASE, BASE]).items():
         torch.testing.assert_close(z, BASE[x], rtol=1e-13, atol=0)
-        torch.testing.assert_close(direct[x] + parts[0][x] + parts[1][x], y[x], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            direct[x] + parts[0][x] + parts[1][x], y[x], rtol=1e-12, atol=1e-14
+        )
 
 
 @pytest.mark.parametrize("kind", every_merge())
@@ -132,7 +140,9 @@ def test_adapters_merge_at_low_rank(kind):
     assert down.shape == (4, D)
     assert up.shape == (OUT, 4)
     moved = [{"k": BASE["k"] + 0.7 * a["k"][1] @ a["k"][0]} for a in some]
-    torch.testing.assert_close(BASE["k"] + up @ down, merge(BASE, moved)["k"], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        BASE["k"] + up @ down, merge(BASE, moved)["k"], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_adapters_have_no_elementwise_mask():
@@ -223,7 +233,9 @@ def test_words_and_captions_must_be_there():
     with pytest.raises(UserError, match="regularizers"):
         regularizer_rows(model, [])
     with pytest.raises(UserError, match="pictures"):
-        build_merge(model, [(("a fox in mosaic style",), "mosaic")], CAPTIONS, MergeOptions(scope="all"))
+        build_merge(
+            model, [(("a fox in mosaic style",), "mosaic")], CAPTIONS, MergeOptions(scope="all")
+        )
     repeated = DRAW(2, D)
     with pytest.raises(UserError, match=r"merge\.mu"):
         factorize(Inputs((repeated, repeated), REGULAR))
@@ -250,13 +262,19 @@ def test_recorded_inputs_are_what_the_weights_multiply():
     modules, outputs = dict(model.unet.named_modules()), {}
     for name in names:
         owner = name.rsplit(".", 1)[0]
-        modules[owner].register_forward_hook(lambda m, a, out, owner=owner: outputs.update({owner: out}))
+        modules[owner].register_forward_hook(
+            lambda m, a, out, owner=owner: outputs.update({owner: out})
+        )
     z, text, noise, t = data[0]
     model.predict(model.noised(z, noise, t)[0], t, text)
     for name in names:
         owner = name.rsplit(".", 1)[0]
         module, out = modules[owner], outputs[owner].detach()
-        flat = out.flatten(2).transpose(1, 2).flatten(0, 1) if module.weight.dim() == 4 else out.flatten(0, -2)
+        flat = (
+            out.flatten(2).transpose(1, 2).flatten(0, 1)
+            if module.weight.dim() == 4
+            else out.flatten(0, -2)
+        )
         bias = 0 if module.bias is None else module.bias
         made = rows[group_of(name)] @ module.weight.detach().flatten(1).T + bias
         assert float((made[:, None] - flat).norm(dim=2).min(1).values.max()) < 1e-9
@@ -274,7 +292,9 @@ def test_constraints_hold_on_recorded_inputs(scope):
     for name, value in found.items():
         factors = p.merge.factors_of(name, value)
         if factors is None:
-            torch.testing.assert_close(value, (moved[0][name] + moved[1][name]) / 2, rtol=1e-12, atol=1e-13)
+            torch.testing.assert_close(
+                value, (moved[0][name] + moved[1][name]) / 2, rtol=1e-12, atol=1e-13
+            )
             continue
         for n, c in enumerate(factors.rights):
             left, right = value.flatten(1) @ c, moved[n][name].flatten(1) @ c
@@ -285,7 +305,9 @@ def test_constraints_hold_on_recorded_inputs(scope):
 
 
 def quadratic(n: int):
-    return lambda p: sum((p[x] - ADAPTED[n][x]).square().mean() * (3 if n else 1) for x in ("k", "kernel"))
+    return lambda p: sum(
+        (p[x] - ADAPTED[n][x]).square().mean() * (3 if n else 1) for x in ("k", "kernel")
+    )
 
 
 @pytest.mark.parametrize("kind", ["sparse", "low_rank", "gate"])
@@ -306,7 +328,14 @@ def test_gates_reach_the_optimum():
     """One block, quadratic loss: the best gates solve a 2 × 2 system."""
     base, moved = {"k": BASE["k"]}, [{"k": a["k"]} for a in ADAPTED]
     merge = Merge(2, learned=Learned(base, 2, "gate"))
-    learn(merge, base, moved, [lambda p: quadratic(1)({**p, "kernel": ADAPTED[1]["kernel"]})], steps=800, rate=0.02)
+    learn(
+        merge,
+        base,
+        moved,
+        [lambda p: quadratic(1)({**p, "kernel": ADAPTED[1]["kernel"]})],
+        steps=800,
+        rate=0.02,
+    )
     d = torch.stack([(m["k"] - base["k"]).flatten() for m in moved], 1)
     best = torch.linalg.lstsq(d, d[:, 1:]).solution[:, 0]
     found = torch.stack([merge.learned.weight("k", n) for n in range(2)])  # type: ignore[union-attr]

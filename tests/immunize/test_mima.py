@@ -17,14 +17,14 @@ from mima_examples import (
     rows_of,
     run,
     with_targets,
-)  # fmt: skip
+)
 from tiny_diffusion import tiny_diffusion
 
 from immunize.merge.rows import MergeOptions, build_merge
 from immunize.mima.hypergradient import hypergradient
 from immunize.mima.inner_loop import Adapter, Lower
 from immunize.mima.setup import naming_prompts
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.seeding import derive
 from lab.core.types import Immunizer, same_weights
 
@@ -43,7 +43,9 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     after, rows = rows_of(method)
     assert all(torch.equal(v, before[k]) for k, v in model().state_dict().items())
     assert all(torch.equal(t.own.images, x) for t, x in zip(case().targets, pixels, strict=True))
-    assert moved(after, model()) == {f"unet.{k}" for k, _ in model().unet.named_parameters() if ".attn2." in k}
+    assert moved(after, model()) == {
+        f"unet.{k}" for k, _ in model().unet.named_parameters() if ".attn2." in k
+    }
     if name == "compose":  # two trainings, and the merge of their results
         last, values = rows.pop()
         assert last == 4
@@ -51,7 +53,11 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     assert [step for step, _ in rows] == list(range(4 if name == "compose" else 2))
     for _, values in rows:
         logged = {"upper_loss", "prior_loss", "gradient_norm"}
-        logged |= {"benign_loss", "distill_loss", "lower_steps"} if name == "mima_deep" else {"lower_drop"}
+        logged |= (
+            {"benign_loss", "distill_loss", "lower_steps"}
+            if name == "mima_deep"
+            else {"lower_drop"}
+        )
         assert logged <= set(values)
         assert all(isinstance(v, float) for v in values.values())
     compared = name not in ("mima_deep", "mima_first_order", "mima_released")
@@ -74,7 +80,9 @@ def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
     after, rows = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole, seed=5)
     middle = 3 if name == "compose" else 0  # compose: within its second training
     for i in (middle, len(whole.states) - 1):
-        again, repeated = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole.at(i), seed=5)
+        again, repeated = rows_of(
+            preset(name, checkpoint_every=1, **changes), checkpoint=whole.at(i), seed=5
+        )
         assert same_weights(again, after)
         assert repeated == rows
 
@@ -89,7 +97,9 @@ def test_another_seed_gives_other_weights():
 def test_interpolated_weights_lie_between_the_given_model_and_the_trained_one(name):
     trained, third = run(preset(name, steps=1)), run(preset(name, steps=1, interpolation=1 / 3))
     for key, start in model().state_dict().items():
-        torch.testing.assert_close(third.state_dict()[key], start + (trained.state_dict()[key] - start) / 3)
+        torch.testing.assert_close(
+            third.state_dict()[key], start + (trained.state_dict()[key] - start) / 3
+        )
     assert moved(third, model()) == moved(trained, model())
 
 
@@ -101,11 +111,14 @@ def test_mima_with_one_concept_is_imma():
 def test_compose_is_the_merge_of_immas():
     fast = {"hypergradient": {"method": "first_order"}}
     after = run(preset("compose", **fast), seed=3)
-    alone = [dict(run(preset("imma", target=n, **fast), seed=3).unet.named_parameters()) for n in (0, 1)]
+    alone = [
+        dict(run(preset("imma", target=n, **fast), seed=3).unet.named_parameters()) for n in (0, 1)
+    ]
     targets = [(naming_prompts(model(), c, 4), c.words) for c in case().targets]
     options = MergeOptions(lam=1.0, mu=1e-6, seed=derive(3, "mima", "merge"))
     merged = build_merge(model(), targets, case().regularizers, options)(
-        dict(model().unet.named_parameters()), [{k: v for k, v in one.items() if ".attn2." in k} for one in alone]
+        dict(model().unet.named_parameters()),
+        [{k: v for k, v in one.items() if ".attn2." in k} for one in alone],
     )
     for name, value in after.unet.named_parameters():
         torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
@@ -116,15 +129,24 @@ def test_the_merge_reads_captions_of_own_pictures_before_prompts_of_the_evaluati
         told = naming_prompts(model(), concept, 2)
         assert len(told) == 2
         assert set(told) <= set(concept.own.prompts)
-        silent = dataclasses.replace(concept, own=Pictures(concept.own.images, ("a fox",) * len(concept.own)))
+        silent = dataclasses.replace(
+            concept, own=CaptionedImages(concept.own.images, ("a fox",) * len(concept.own))
+        )
         assert naming_prompts(model(), silent, 2) == list(concept.prompts["name"][:2])
 
 
-@pytest.mark.parametrize(("name", "merges"), [("mima", True), ("compose", True), ("imma", False), ("mima_deep", False)])
+@pytest.mark.parametrize(
+    ("name", "merges"), [("mima", True), ("compose", True), ("imma", False), ("mima_deep", False)]
+)
 def test_the_first_row_says_how_the_merge_is_conditioned(name, merges):
     """mima_deep looks at each concept's own attacked copy by default, and builds no merge."""
     _, rows = rows_of(preset(name))
-    keys = {"merge_cond_regularizer", "merge_cond_constraint", "merge_effective_rank", "merge_dropped_tokens"}
+    keys = {
+        "merge_cond_regularizer",
+        "merge_cond_constraint",
+        "merge_effective_rank",
+        "merge_dropped_tokens",
+    }
     assert (keys <= rows[0][1].keys()) is merges
     assert not any(key.startswith("merge_") for _, row in rows[1:] for key in row)
 
@@ -155,7 +177,13 @@ def test_joint_sees_the_pictures_of_all_targets():
 def test_released_alternates_merged_weights_and_adamw():
     """With β → 0: θ is the merge of α-steps on key and value, and one AdamW step on queries and outputs."""
     after = run(
-        preset("mima_released", steps=1, beta=1e-30, weight_decay=0.0, lower={"alpha": 1e-2, "weight_decay": 0.0})
+        preset(
+            "mima_released",
+            steps=1,
+            beta=1e-30,
+            weight_decay=0.0,
+            lower={"alpha": 1e-2, "weight_decay": 0.0},
+        )
     )
     start = dict(model().unet.named_parameters())
     change = {name: (value - start[name]) for name, value in after.unet.named_parameters()}

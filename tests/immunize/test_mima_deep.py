@@ -28,11 +28,23 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
     """
     exact = tiny_diffusion(dtype=torch.float64)
     mima, theta = objective(preset("mima_first_order", lower={"alpha": 0.5}), exact)
-    attackers = {"sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"}, "lora": None, **NONE}
+    attackers = {
+        "sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"},
+        "lora": None,
+        **NONE,
+    }
     plain = deep(
-        attackers=attackers, k_min=1, k_max=1, at=[1.0], evaluate=["merged"], w_benign=0.0,
-        w_distill=0.0, w_decoy=0.0, w_prior=3.0, prior_at="adapted",
-    )  # fmt: skip
+        attackers=attackers,
+        k_min=1,
+        k_max=1,
+        at=[1.0],
+        evaluate=["merged"],
+        w_benign=0.0,
+        w_distill=0.0,
+        w_decoy=0.0,
+        w_prior=3.0,
+        prior_at="adapted",
+    )
     made, other = objective(plain, exact)
     expected, _ = mima.gradient(theta, 4)
     found, _ = made.gradient(other, 4)
@@ -96,7 +108,9 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
     made, theta = objective(deep(cap=1e-3, prior_ramp=3.0, **options), on=alone)
     gradient, values = made.gradient(theta, 0)
     only, here = objective(deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 3.0}), on=alone)
-    without, there = objective(deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone)
+    without, there = objective(
+        deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone
+    )
     a, b = only.gradient(here, 0)[0], without.gradient(there, 0)[0]
     assert values["prior_factor"] == 3.0
     for name, value in gradient.items():  # the prior's gradient alone, three times
@@ -105,7 +119,14 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
 
 
 def test_the_ramp_sees_the_mean_over_both_places():
-    options = {"w_benign": 0.0, "w_distill": 0.0, "w_prior": 1.0, "prior_ramp": 3.0, "cap": 10.0, "k_min": 4}
+    options = {
+        "w_benign": 0.0,
+        "w_distill": 0.0,
+        "w_prior": 1.0,
+        "prior_ramp": 3.0,
+        "cap": 10.0,
+        "k_min": 4,
+    }
     found = {}
     for evaluate in (["own"], ["merged"], ["merged", "own"]):
         made, theta = objective(deep(evaluate=evaluate, **options))
@@ -133,13 +154,22 @@ def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
 def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
     """The mean over an attack's online gradients is the gradient over all its marks, where θ does not move."""
     options = {
-        "evaluate": ["own"], "w_benign": 0.0, "w_prior": 0.0, "w_distill": 0.0, "cap": None,
-        "k_min": 4, "k_max": 4, "at": [0.5, 1.0],
-    }  # fmt: skip
+        "evaluate": ["own"],
+        "w_benign": 0.0,
+        "w_prior": 0.0,
+        "w_distill": 0.0,
+        "cap": None,
+        "k_min": 4,
+        "k_max": 4,
+        "at": [0.5, 1.0],
+    }
     alone = with_targets(case().targets[:1])
     whole, theta = objective(deep(**options), on=alone)
     online, other = objective(deep(online=True, **options), on=alone)
-    for made in (whole, online):  # the upper level's batches are numbered by step and mark: take one for all
+    for made in (
+        whole,
+        online,
+    ):  # the upper level's batches are numbered by step and mark: take one for all
         first = made.targets[0].upper.batch(8, 0, "one")
         made._upper = lambda *_, first=first: first
     expected, _ = whole.gradient(theta, 0)
@@ -147,7 +177,9 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
     assert [values["lower_steps"] for _, values in found] == [2, 4]
     assert "lower_drop" not in found[0][1]
     for name, value in expected.items():
-        torch.testing.assert_close((found[0][0][name] + found[1][0][name]) / 2, value, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(
+            (found[0][0][name] + found[1][0][name]) / 2, value, rtol=1e-4, atol=1e-6
+        )
 
 
 # ── attackers ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -172,7 +204,9 @@ def test_one_lora_step_by_hand(optimizer):
     mark = running.advance(1)
     assert list(mark.weights) == ["w"]
     down = g @ a.T
-    step = down if optimizer == "sgd" else down / (down.abs() + 1e-8)  # AdamW's first moments cancel but for ε
+    step = (
+        down if optimizer == "sgd" else down / (down.abs() + 1e-8)
+    )  # AdamW's first moments cancel but for ε
     torch.testing.assert_close(mark.weights["w"], w["w"] - 0.1 * step @ a)
     assert mark.now < mark.first
 
@@ -221,8 +255,20 @@ def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
 
 def test_attackers_are_drawn_from_their_ranges():
     families = {
-        "lora": {"kind": "lora", "share": 0.5, "scopes": ["attn2", "all"], "ranks": [4, 16], "lr": [5e-4, 4e-3]},
-        "full": {"kind": "weights", "share": 0.5, "scopes": ["all"], "lr": [1e-4, 4e-4], "templates": "description"},
+        "lora": {
+            "kind": "lora",
+            "share": 0.5,
+            "scopes": ["attn2", "all"],
+            "ranks": [4, 16],
+            "lr": [5e-4, 4e-3],
+        },
+        "full": {
+            "kind": "weights",
+            "share": 0.5,
+            "scopes": ["all"],
+            "lr": [1e-4, 4e-4],
+            "templates": "description",
+        },
         "never": {"kind": "weights", "share": 0.0, "scopes": ["kv"], "lr": 1.0},
     }
     families["lora"] |= {"templates": ["name", "token"], "words": 3}
@@ -236,7 +282,9 @@ def test_attackers_are_drawn_from_their_ranges():
     assert {a.steps for a in all_of_them} == set(range(2, 41))
     words = ("token 0", "token 1", "token 2")
     assert {a.template for a in lora} == {"name", *words}
-    assert sum(a.template == "name" for a in lora) == pytest.approx(len(lora) / 2, rel=0.25)  # not one in four
+    assert sum(a.template == "name" for a in lora) == pytest.approx(
+        len(lora) / 2, rel=0.25
+    )  # not one in four
     assert {a.template for a in all_of_them if a.kind == "weights"} == {"description"}
     assert set(drawn.templates) == {"name", *words, "description"}
     rates = torch.tensor([a.lr for a in lora]).log()
@@ -255,7 +303,9 @@ def test_marks():
 
 def test_first_order_gradient_is_taken_at_the_point():
     theta = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
-    value, gradient = gradient_at(lambda w: (w["a"] ** 2 * w["b"]).sum(), theta, {"a": torch.tensor([3.0])}, ["a", "b"])
+    value, gradient = gradient_at(
+        lambda w: (w["a"] ** 2 * w["b"]).sum(), theta, {"a": torch.tensor([3.0])}, ["a", "b"]
+    )
     assert value == 18.0
     assert gradient["a"] == 12.0
     assert gradient["b"] == 9.0

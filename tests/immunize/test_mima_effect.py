@@ -38,7 +38,9 @@ def after_attack(some):
 def unrelated(some):
     pool = Pool.encode(some, case().keep, torch.float32)
     with torch.no_grad():
-        return float(Denoiser(some, dict(some.unet.named_parameters())).loss(pool.batch(32, 1, "test"), {}))
+        return float(
+            Denoiser(some, dict(some.unet.named_parameters())).loss(pool.batch(32, 1, "test"), {})
+        )
 
 
 @pytest.mark.parametrize("name", ["mima", "mima_deep"])

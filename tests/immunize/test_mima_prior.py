@@ -9,12 +9,14 @@ from tiny_diffusion import tiny_diffusion
 
 from immunize.mima.losses import gradient_at
 from immunize.mima.scopes import scope_names
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 
 
 def joined(parts):
-    return Pictures(torch.cat([part.images for part in parts]), tuple(p for part in parts for p in part.prompts))
+    return CaptionedImages(
+        torch.cat([part.images for part in parts]), tuple(p for part in parts for p in part.prompts)
+    )
 
 
 @pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
@@ -29,7 +31,7 @@ def test_the_prior_has_the_pictures_asked_for(changes):
 
 
 def test_a_case_without_such_pictures_is_refused():
-    none = Pictures(case().keep.images[:0], ())
+    none = CaptionedImages(case().keep.images[:0], ())
     bare = [dataclasses.replace(target, prior=none) for target in case().targets]
     with pytest.raises(UserError, match=r"immunize\.prior=class"):
         run(preset("mima_released", prior="class"), on=with_targets(bare))

@@ -15,7 +15,10 @@ from lab.core.captions import captions, class_words
 def test_batches_are_reproducible_and_cover_all_timesteps():
     pool = Pool.encode(model(), case().keep, torch.float32)
     first, again, other = (pool.batch(8, 0, label) for label in ("a", "a", "b"))
-    assert all(torch.equal(getattr(first, f.name), getattr(again, f.name)) for f in dataclasses.fields(Batch)[2:])
+    assert all(
+        torch.equal(getattr(first, f.name), getattr(again, f.name))
+        for f in dataclasses.fields(Batch)[2:]
+    )
     assert not torch.equal(first.noise, other.noise)
     assert sorted((first.t * 8 // 1000).tolist()) == list(range(8))
     assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
@@ -39,26 +42,41 @@ def hidden(pool: Pool) -> torch.Tensor:
 
 
 def test_templates_give_the_same_pictures_other_captions():
-    target = dataclasses.replace(case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)})
+    target = dataclasses.replace(
+        case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)}
+    )
     half = halves(model(), target, 0, torch.float32, templates=["name", "token 1", "description"])
     for pool in (half.lower, half.upper):
         assert torch.equal(pool.template("token 1").z, pool.z)
         assert torch.equal(hidden(pool.template("name")), hidden(pool))
-        assert torch.allclose(hidden(pool.template("description")), model().text(["a panda"]).hidden, atol=1e-5)
+        assert torch.allclose(
+            hidden(pool.template("description")), model().text(["a panda"]).hidden, atol=1e-5
+        )
     asked = captions(target, target.own, "token", f"{WORDS[1]} {class_words(target)}".strip())
     assert all(target.words not in caption for caption in asked)
     expected = model().text(asked).hidden
-    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden(half.lower.template("token 1")))
+    assert all(
+        any(torch.allclose(h, e, atol=1e-5) for e in expected)
+        for h in hidden(half.lower.template("token 1"))
+    )
     without = halves(model(), case().targets[0], 0, torch.float32, templates=["description"]).lower
-    assert torch.equal(hidden(without.template("description")), hidden(without))  # no description prompts: its own
-    joined = pooled([half, halves(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]).lower
+    assert torch.equal(
+        hidden(without.template("description")), hidden(without)
+    )  # no description prompts: its own
+    joined = pooled(
+        [half, halves(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]
+    ).lower
     count = len(half.lower)
-    assert torch.equal(hidden(joined.template("token 1"))[:count], hidden(half.lower.template("token 1")))
+    assert torch.equal(
+        hidden(joined.template("token 1"))[:count], hidden(half.lower.template("token 1"))
+    )
     assert torch.equal(hidden(joined.template("description"))[count:], hidden(joined)[count:])
 
 
 def test_an_attack_trains_on_the_captions_of_its_template():
-    target = dataclasses.replace(case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)})
+    target = dataclasses.replace(
+        case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)}
+    )
     half = halves(model(), target, 0, torch.float32, templates=["description"])
     seen = []
 
@@ -78,11 +96,24 @@ def test_an_attack_trains_on_the_captions_of_its_template():
 def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     """Held-out pictures, decoys and practice concepts get the captions of the attack that they follow."""
     attackers = {
-        "full": {"kind": "weights", "scopes": ["attn2"], "lr": 1e-3, "templates": ["token"], "words": 3},
+        "full": {
+            "kind": "weights",
+            "scopes": ["attn2"],
+            "lr": 1e-3,
+            "templates": ["token"],
+            "words": 3,
+        },
         "lora": None,
         "kv": None,
     }
-    deep = {"w_benign": 1.0, "w_decoy": 1.0, "decoys": 4, "online": False, "at": [1.0], "evaluate": ["own"]}
+    deep = {
+        "w_benign": 1.0,
+        "w_decoy": 1.0,
+        "decoys": 4,
+        "online": False,
+        "at": [1.0],
+        "evaluate": ["own"],
+    }
     more = deep if preset_name == "mima_deep" else {}
     method = preset(preset_name, attackers=attackers, k_min=1, k_max=1, w_prior=0.0, **more)
     made, theta = objective(method)

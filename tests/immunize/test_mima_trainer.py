@@ -20,7 +20,9 @@ class Falling:
         if step == self.bad and self.how == "raise":
             raise FloatingPointError("lower level")
         value = float("nan") if step == self.bad else 1.0
-        return {"w": torch.full_like(theta["w"], value if self.how == "gradient" else 1.0)}, {"upper_loss": value}
+        return {"w": torch.full_like(theta["w"], value if self.how == "gradient" else 1.0)}, {
+            "upper_loss": value
+        }
 
     def state(self):
         return {}
@@ -36,18 +38,26 @@ def test_divergence_keeps_the_last_good_weights(how):
     rows = []
     theta = {"w": torch.zeros(3)}
     schedule = Schedule(steps=10, beta=1.0, optimizer="sgd")
-    trainer = Trainer(schedule, theta, Falling(4, how), lambda step, **values: rows.append((step, values)), "test")
+    trainer = Trainer(
+        schedule, theta, Falling(4, how), lambda step, **values: rows.append((step, values)), "test"
+    )
     found = trainer.run(None)
-    assert torch.equal(found["w"], torch.full((3,), -3.0))  # at step 4 θ is −4: seen, and bad; −3 was good
+    assert torch.equal(
+        found["w"], torch.full((3,), -3.0)
+    )  # at step 4 θ is −4: seen, and bad; −3 was good
     assert rows[-1] == (4, {"diverged": 1.0})
     with pytest.raises(Diverged, match="first step"):
-        Trainer(schedule, {"w": torch.zeros(3)}, Falling(0, how), lambda step, **values: None, "test").run(None)
+        Trainer(
+            schedule, {"w": torch.zeros(3)}, Falling(0, how), lambda step, **values: None, "test"
+        ).run(None)
 
 
 def test_clipping_bounds_the_gradient():
     theta = {"w": torch.zeros(4)}
     schedule = Schedule(steps=1, beta=1.0, optimizer="sgd", clip=0.5)
-    found = Trainer(schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test").run(None)
+    found = Trainer(
+        schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test"
+    ).run(None)
     assert float(found["w"].norm()) == pytest.approx(0.5)
 
 
@@ -60,7 +70,9 @@ def test_a_cosine_rate_falls_from_beta_to_0():
     """β/2 · (1 + cos πk/n) = β cos²(πk/2n)."""
     schedule = Schedule(steps=8, beta=0.3, beta_schedule="cosine")
     rates = [schedule.rate(step) for step in range(9)]
-    assert rates == pytest.approx([0.3 * math.cos(math.pi * step / 16) ** 2 for step in range(9)], abs=1e-15)
+    assert rates == pytest.approx(
+        [0.3 * math.cos(math.pi * step / 16) ** 2 for step in range(9)], abs=1e-15
+    )
     assert (rates[0], rates[4]) == pytest.approx((0.3, 0.15))
 
 
@@ -69,8 +81,12 @@ def test_a_run_steps_by_its_rates(name, total):
     """A gradient of 1 moves θ by the sum of the rates: βn, and β(n + 1)/2 for the cosine."""
     theta = {"w": torch.zeros(3, dtype=torch.float64)}
     schedule = Schedule(steps=8, beta=0.3, beta_schedule=name, optimizer="sgd")
-    found = Trainer(schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test").run(None)
-    torch.testing.assert_close(found["w"], torch.full((3,), -total, dtype=torch.float64), rtol=1e-12, atol=0)
+    found = Trainer(
+        schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test"
+    ).run(None)
+    torch.testing.assert_close(
+        found["w"], torch.full((3,), -total, dtype=torch.float64), rtol=1e-12, atol=0
+    )
 
 
 @pytest.mark.parametrize("sound", [True, False])
@@ -79,7 +95,12 @@ def test_weights_whose_losses_are_not_finite_are_not_kept(sound):
     rows = []
     schedule = Schedule(steps=3, beta=1.0, optimizer="sgd")
     trainer = Trainer(
-        schedule, {"w": torch.zeros(3)}, Falling(None, "raise"), lambda step, **v: rows.append(v), "x", lambda: sound
+        schedule,
+        {"w": torch.zeros(3)},
+        Falling(None, "raise"),
+        lambda step, **v: rows.append(v),
+        "x",
+        lambda: sound,
     )
     assert torch.equal(trainer.run(None)["w"], torch.full((3,), -3.0 if sound else -2.0))
     assert ("diverged" in rows[-1]) is not sound

@@ -75,18 +75,23 @@ def test_size_of_the_release_is_the_dimension(name):
 
 @pytest.mark.parametrize("name", ["well", "ill", "log_kappa"])
 @pytest.mark.parametrize(
-    ("shape", "ridge"), [((30, 7), 0.0), ((5, 12), 0.0), ((30, 7), 0.3), ((5, 12), 0.3)],
+    ("shape", "ridge"),
+    [((30, 7), 0.0), ((5, 12), 0.0), ((30, 7), 0.3), ((5, 12), 0.3)],
     ids=["full-rank", "batch", "ridge-tall", "ridge-batch"],
-)  # fmt: skip
+)
 def test_preconditioned_step_against_autograd_and_solve(name, shape, ridge):
     x, theta = problem(*shape)
     _, gradient = autograd_gradient(name, x, theta)
     k = x.T @ x
     d = shape[1]
     inverse = torch.linalg.pinv(k, hermitian=True, rtol=1e-12)
-    expected = inverse @ gradient if ridge == 0 else torch.linalg.solve(k + ridge * eye(d), gradient)
+    expected = (
+        inverse @ gradient if ridge == 0 else torch.linalg.solve(k + ridge * eye(d), gradient)
+    )
     factor = spectral.thin_factor(x @ theta)
-    ours = spectral.preconditioned_step(x, spectral.feature_gradient(factor, slope_of(name, factor)[1]), ridge)
+    ours = spectral.preconditioned_step(
+        x, spectral.feature_gradient(factor, slope_of(name, factor)[1]), ridge
+    )
     close(ours, expected)
 
 
@@ -104,7 +109,9 @@ def test_rank_deficient_batch_falls_back_to_the_pseudo_inverse():
     _, gradient = autograd_gradient("well", x, theta)
     factor = spectral.thin_factor(x @ theta)
     assert len(factor.s) == 5
-    step = spectral.preconditioned_step(x, spectral.feature_gradient(factor, spectral.well(factor.sigma, 5)[1]))
+    step = spectral.preconditioned_step(
+        x, spectral.feature_gradient(factor, spectral.well(factor.sigma, 5)[1])
+    )
     close(step, torch.linalg.pinv(x.T @ x, hermitian=True, rtol=1e-12) @ gradient)
 
 

@@ -58,7 +58,9 @@ def test_r_well_never_raises_kappa():
 
 
 def test_r_ill_never_lowers_kappa():
-    values = kappas(data(), spectral.ill, lambda s: min(0.9, 0.02 * float(s[-1] / s[0])) * ill_limit(s))
+    values = kappas(
+        data(), spectral.ill, lambda s: min(0.9, 0.02 * float(s[-1] / s[0])) * ill_limit(s)
+    )
     assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(values))
     assert values[-1] > 2 * values[0]
 
@@ -69,13 +71,26 @@ def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
     x = data()
     sigma = spectral.thin_factor(x).sigma
     ratio = float(sigma[-1] / sigma[0])
-    eta = min(0.9 * well_limit(sigma), 0.02 / float(sigma[0])) if lambda_p else 0.02 * ratio * ill_limit(sigma)
+    eta = (
+        min(0.9 * well_limit(sigma), 0.02 / float(sigma[0]))
+        if lambda_p
+        else 0.02 * ratio * ill_limit(sigma)
+    )
     split = Split(x, torch.zeros(len(x), dtype=torch.float64))
-    benign, harmful = (Task(role, role, "regression", split, split) for role in ("benign", "harmful"))
+    benign, harmful = (
+        Task(role, role, "regression", split, split) for role in ("benign", "harmful")
+    )
     kappa = Kappa(
-        lambda_p=lambda_p, lambda_h=1 - lambda_p, scale="none", supervised=0.0, eta=eta, eta_schedule="constant",
-        steps=STEPS, batch_size=len(x), log_points=300,
-    )  # fmt: skip
+        lambda_p=lambda_p,
+        lambda_h=1 - lambda_p,
+        scale="none",
+        supervised=0.0,
+        eta=eta,
+        eta_schedule="constant",
+        steps=STEPS,
+        batch_size=len(x),
+        log_points=300,
+    )
     _, _, log = immunize(kappa, Case("theorem", benign, (harmful,)), None, 0)
     values = log.column("kappa_benign" if lambda_p else "kappa_harmful")
     assert len(values) > 150

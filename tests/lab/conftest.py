@@ -19,7 +19,9 @@ def no_key(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    return build.train_tokenizer(world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024)
+    return build.train_tokenizer(
+        world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024
+    )
 
 
 @pytest.fixture(scope="module")

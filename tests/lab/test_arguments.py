@@ -10,11 +10,22 @@ def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("released", "minisd", "it's"):
         (tmp_path / name).mkdir()
-    words = ["backbone=released", "backbone=minisd", "backbone=/no/such", "backbone=it's", "backbone=sd", "seeds=[0]"]
+    words = [
+        "backbone=released",
+        "backbone=minisd",
+        "backbone=/no/such",
+        "backbone=it's",
+        "backbone=sd",
+        "seeds=[0]",
+    ]
     assert rewritten(words) == [
-        "backbone.path=released", "backbone=minisd", "backbone.path=/no/such", r"backbone.path='it\'s'",
-        "backbone=sd", "seeds=[0]",
-    ]  # fmt: skip
+        "backbone.path=released",
+        "backbone=minisd",
+        "backbone.path=/no/such",
+        r"backbone.path='it\'s'",
+        "backbone=sd",
+        "seeds=[0]",
+    ]
     assert composed("experiment=audit", *rewritten(["backbone=it's"])).backbone.path == "it's"
 
 

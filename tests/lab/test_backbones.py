@@ -68,10 +68,15 @@ def test_chain_equals_timm(name: str, options: dict, names: tuple[str, ...]) -> 
 
 
 def test_published_resnet18_and_vit_b16_feature_widths() -> None:
-    for name, width, parameters in (("resnet18", 512, 11_176_512), ("vit_base_patch16_224", 768, 85_798_656)):
+    for name, width, parameters in (
+        ("resnet18", 512, 11_176_512),
+        ("vit_base_patch16_224", 768, 85_798_656),
+    ):
         model = VisionBackbone(model=name, weights="random", name=name).build(case(), 0)
         assert model.feature_dim == width
-        assert sum(p.numel() for p in model.parameters()) == parameters  # published size without the classifier
+        assert (
+            sum(p.numel() for p in model.parameters()) == parameters
+        )  # published size without the classifier
 
 
 def test_inputs_scale_resize_and_normalise() -> None:
@@ -106,9 +111,14 @@ def test_random_weights_follow_the_seed_and_leave_the_global_stream_alone() -> N
 
 
 def test_features_do_not_depend_on_the_batch() -> None:
-    model = VisionBackbone(model="tf_efficientnet_lite0", weights="imagenet_package").build(case(), 0)
+    model = VisionBackbone(model="tf_efficientnet_lite0", weights="imagenet_package").build(
+        case(), 0
+    )
     x = case((5, 3, 64, 64)).benign.train.x
-    together, alone = features(model, x), torch.cat([features(model, x[i : i + 1]) for i in range(5)])
+    together, alone = (
+        features(model, x),
+        torch.cat([features(model, x[i : i + 1]) for i in range(5)]),
+    )
     assert together.shape == (5, 1280)
     assert torch.allclose(together, alone, atol=1e-5)
     stop = len(model.blocks) - 2
@@ -118,8 +128,12 @@ def test_features_do_not_depend_on_the_batch() -> None:
 
 def test_package_weights_recognise_photographs() -> None:
     """Order-mapped weights classify real photographs as people do: the mapping is right."""
-    portrait = Image.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").convert("RGB")
-    palace, daisy = (Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower"))
+    portrait = Image.open(
+        Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    ).convert("RGB")
+    palace, daisy = (
+        Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")
+    )
     pictures = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
     network = timm.create_model(loading.PACKAGE_MODEL, pretrained=False)
     network.load_state_dict(loading.imagenet_package())
@@ -140,7 +154,9 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
     model = VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0)
     x = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        expected = network.eval().forward_head(network.forward_features(model.inputs(x)), pre_logits=True)
+        expected = network.eval().forward_head(
+            network.forward_features(model.inputs(x)), pre_logits=True
+        )
         assert torch.equal(model(x), expected)
     path = tmp_path / f"chain{suffix}"
     save(model.state_dict(), path)
@@ -164,7 +180,9 @@ def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) 
     network = timm.create_model("resnet34", pretrained=False)
     other = tmp_path / "other.safetensors"
     save_file(network.state_dict(), other)
-    with pytest.raises(UserError, match=r"another model: 0 missing keys, \d+ surplus keys \(layer1\.2"):
+    with pytest.raises(
+        UserError, match=r"another model: 0 missing keys, \d+ surplus keys \(layer1\.2"
+    ):
         VisionBackbone(model="resnet18", weights=str(other))
     few = tmp_path / "few.safetensors"
     save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, few)
@@ -180,7 +198,11 @@ def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) 
     for path in (rude, tmp_path / "rude2.pth"):
         with pytest.raises(UserError, match="Python objects"):
             VisionBackbone(model="resnet18", weights=str(path))
-    for name, content in (("cut.safetensors", b"123"), ("cut.pth", b"PK\x03\x04broken"), ("empty.pth", b"")):
+    for name, content in (
+        ("cut.safetensors", b"123"),
+        ("cut.pth", b"PK\x03\x04broken"),
+        ("empty.pth", b""),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=r"backbone\.weights"):
             VisionBackbone(model="resnet18", weights=str(tmp_path / name))
@@ -204,7 +226,9 @@ def test_options_that_cannot_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"backbone\.image_size=8"):
         VisionBackbone(model="resnet18", weights="random", image_size=8)
     for size in (True, 64.5, "large"):
-        with pytest.raises(UserError, match=rf"backbone\.image_size={size}: must be a whole number"):
+        with pytest.raises(
+            UserError, match=rf"backbone\.image_size={size}: must be a whole number"
+        ):
             VisionBackbone(model="resnet18", weights="random", image_size=size)
     with pytest.raises(UserError, match=r"backbone\.model=5"):
         VisionBackbone(model=5)
@@ -230,7 +254,9 @@ def test_hub_failure_names_the_key_and_the_way_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_builder, "load_state_dict_from_hf", offline)
     monkeypatch.setattr(_builder, "load_state_dict_from_url", offline, raising=False)
     monkeypatch.setattr(_builder, "load_state_dict_from_hub", offline, raising=False)
-    with pytest.raises(UserError, match=r"backbone\.weights=timm: .*resnet18 \(ConnectionError: no route to host\)"):
+    with pytest.raises(
+        UserError, match=r"backbone\.weights=timm: .*resnet18 \(ConnectionError: no route to host\)"
+    ):
         VisionBackbone(model="resnet18", weights="timm").build(case(), 0)
 
 
@@ -239,6 +265,8 @@ def test_timm_weights_are_loaded_through_timm(monkeypatch: pytest.MonkeyPatch) -
     from timm.models import _builder
 
     source = timm.create_model("resnet18", pretrained=False)
-    monkeypatch.setattr(_builder, "load_state_dict_from_hf", lambda *a, **k: dict(source.state_dict()))
+    monkeypatch.setattr(
+        _builder, "load_state_dict_from_hf", lambda *a, **k: dict(source.state_dict())
+    )
     model = VisionBackbone(model="resnet18", weights="timm").build(case(), 0)
     assert torch.equal(next(model.parameters()), source.conv1.weight)

@@ -18,14 +18,25 @@ from lab.models.activations import digest, features, prefix
 def test_streams_repeat_and_differ():
     a, b = (torch.rand(4, generator=generator(0, "attack", 1)) for _ in range(2))
     assert torch.equal(a, b)
-    assert len({derive(s, *labels) for s in (0, 1) for labels in ((), ("a",), ("a", 1), ("a/1",), ("b",))}) >= 8
+    assert (
+        len(
+            {
+                derive(s, *labels)
+                for s in (0, 1)
+                for labels in ((), ("a",), ("a", 1), ("a/1",), ("b",))
+            }
+        )
+        >= 8
+    )
 
 
 def test_interval_covers_the_mean_of_known_normal_data():
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(100):
-        data = rng.normal(3.0, 1.0, (8, 30))  # no seed effect: the interval must cover 3 most of the time
+        data = rng.normal(
+            3.0, 1.0, (8, 30)
+        )  # no seed effect: the interval must cover 3 most of the time
         result = score(data.tolist(), "higher", draws=300)
         hits += result.low <= 3.0 <= result.high
     assert 85 <= hits <= 100
@@ -48,7 +59,9 @@ def test_few_seeds_take_student_t_and_many_the_bootstrap():
     many = [[v] for v in rng.normal(0.0, 1.0, 10)]
     assert score(many, "higher").high == score(many, "higher").high
     assert score(many, "higher", draws=50).high != score(many, "higher").high  # resampled
-    assert score(many[:9], "higher", draws=50).high == score(many[:9], "higher").high  # not resampled
+    assert (
+        score(many[:9], "higher", draws=50).high == score(many[:9], "higher").high
+    )  # not resampled
 
 
 def test_equal_seeds_have_no_width_and_bounds_clip():
@@ -97,7 +110,9 @@ def test_trajectory_at_takes_the_last_point_before():
 
 def tiny_model(seed=0):
     torch.manual_seed(seed)
-    return FeatureModel([("a", nn.Linear(4, 5)), ("b", nn.Sequential(nn.BatchNorm1d(5), nn.ReLU()))], 5)
+    return FeatureModel(
+        [("a", nn.Linear(4, 5)), ("b", nn.Sequential(nn.BatchNorm1d(5), nn.ReLU()))], 5
+    )
 
 
 def test_prefix_equals_forward_in_batches_and_is_memoised():
@@ -116,7 +131,9 @@ def test_prefix_tells_structures_apart_that_share_their_weights():
     linear, x = nn.Linear(4, 5), torch.randn(9, 4)
     plain = FeatureModel([("a", linear)], 5)
     rectified = FeatureModel([("a", nn.Sequential(linear, nn.ReLU()))], 5)
-    shifted = type("Shifted", (FeatureModel,), {"inputs": lambda self, x: x + 1})([("a", linear)], 5)
+    shifted = type("Shifted", (FeatureModel,), {"inputs": lambda self, x: x + 1})(
+        [("a", linear)], 5
+    )
     for model in (plain, rectified, shifted):
         assert torch.allclose(features(model, x), model(x))
 
@@ -165,7 +182,9 @@ def test_source_hash_follows_imports(tmp_path, monkeypatch):
 
 def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_attack_x.py").write_text("import json\nfrom own_helper_x import X\nfrom lab import slugs\n")
+    (tmp_path / "own_attack_x.py").write_text(
+        "import json\nfrom own_helper_x import X\nfrom lab import slugs\n"
+    )
     (tmp_path / "own_helper_x.py").write_text("X = 1\n")
     package = tmp_path / "own_package_x"
     package.mkdir()
@@ -176,7 +195,10 @@ def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_pa
     assert sources._imports("own_attack_x") == {"own_helper_x", "lab", "lab.core.slugs"}
     assert sources._imports("own_package_x.attack") >= {"own_package_x.part", "own_package_x.more"}
 
-    for module, part in (("own_attack_x", tmp_path / "own_helper_x.py"), ("own_package_x.attack", package / "more.py")):
+    for module, part in (
+        ("own_attack_x", tmp_path / "own_helper_x.py"),
+        ("own_package_x.attack", package / "more.py"),
+    ):
         before = fresh(module)
         assert fresh(module) == before
         part.write_text("X = 2\n")
@@ -184,7 +206,7 @@ def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_pa
 
 
 def test_error_names_key_value_and_fix():
-    error = UserError("immunize.eta", -1, "must be > 0.")
-    assert str(error) == "immunize.eta=-1: must be > 0."
+    error = UserError("immunize.lr", -1, "must be > 0.")
+    assert str(error) == "immunize.lr=-1: must be > 0."
     assert nearest("kapa", ["kappa", "none"]) == "did you mean kappa?"
     assert nearest("zzz", ["b", "a"]) == "choose one of a, b."

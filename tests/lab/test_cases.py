@@ -11,13 +11,22 @@ import torch
 from tiny_diffusion import tiny_diffusion
 
 import tiny
-from lab.core.data import Case, Concept, ConceptCase, Erasure, Pictures, Sampling, Split, Task
+from lab.core.data import (
+    CaptionedImages,
+    Case,
+    Concept,
+    ConceptCase,
+    Erasure,
+    Sampling,
+    Split,
+    Task,
+)
 from lab.core.fingerprint import beside_weights, fingerprint
 
 
-def shown(start: int, count: int = 2) -> Pictures:
+def shown(start: int, count: int = 2) -> CaptionedImages:
     images = (torch.arange(count * 12).view(count, 3, 2, 2) + start).to(torch.uint8)
-    return Pictures(images, tuple(f"picture {start + i}" for i in range(count)))
+    return CaptionedImages(images, tuple(f"picture {start + i}" for i in range(count)))
 
 
 def one(name: str, role: str, start: int) -> Concept:
@@ -76,9 +85,14 @@ def test_equal_cases_have_equal_fingerprints() -> None:
     assert fingerprint(case()) == fingerprint(case())
     assert len(fingerprint(case())) == 64
     strided = replace(
-        case(), keep=Pictures(shown(100).images.to(memory_format=torch.channels_last), shown(100).prompts)
+        case(),
+        keep=CaptionedImages(
+            shown(100).images.to(memory_format=torch.channels_last), shown(100).prompts
+        ),
     )
-    assert fingerprint(strided) == fingerprint(case())  # the same picture, laid out differently in memory
+    assert fingerprint(strided) == fingerprint(
+        case()
+    )  # the same picture, laid out differently in memory
 
 
 def test_any_change_changes_it() -> None:
@@ -89,7 +103,9 @@ def test_any_change_changes_it() -> None:
 
 
 def test_what_follows_from_the_pictures_counts_for_stages_and_not_for_the_data() -> None:
-    described = replace(case(), keep=replace(case().keep, described=("a fox of tiles",) * len(case().keep)))
+    described = replace(
+        case(), keep=replace(case().keep, described=("a fox of tiles",) * len(case().keep))
+    )
     assert fingerprint(described) != fingerprint(case())
     assert fingerprint(described, derived=False) == fingerprint(case(), derived=False)
 
@@ -111,11 +127,16 @@ def test_text_does_not_flow_from_one_field_into_the_next() -> None:
 def test_linear_cases(kind) -> None:
     def make(shift: float = 0.0, role: str = "benign") -> Case:
         x, y = torch.arange(6.0, dtype=torch.float64).view(3, 2) + shift, torch.arange(3)
-        tasks = [Task(name, r, kind, Split(x, y), Split(x + 1, y)) for name, r in (("a", role), ("b", "harmful"))]
+        tasks = [
+            Task(name, r, kind, Split(x, y), Split(x + 1, y))
+            for name, r in (("a", role), ("b", "harmful"))
+        ]
         return Case("c", tasks[0], (tasks[1],))
 
     assert fingerprint(make()) == fingerprint(make())
-    assert len({fingerprint(make()), fingerprint(make(1e-12)), fingerprint(make(role="harmful"))}) == 3
+    assert (
+        len({fingerprint(make()), fingerprint(make(1e-12)), fingerprint(make(role="harmful"))}) == 3
+    )
     found = [fingerprint(other) for other in variants(make())]
     assert len({*found, fingerprint(make())}) == len(found) + 1
 

@@ -48,7 +48,9 @@ def test_float32_rounding_is_no_rank():
 def test_ridge_definition():
     x = randn(30, 6)
     values = np.linalg.eigvalsh((x.T @ x).numpy()) + 0.5
-    assert condition_number(x, "ridge", ridge=0.5) == pytest.approx(values[-1] / values[0], rel=1e-10)
+    assert condition_number(x, "ridge", ridge=0.5) == pytest.approx(
+        values[-1] / values[0], rel=1e-10
+    )
     few = randn(3, 6)
     top = float(torch.linalg.matrix_norm(few, 2)) ** 2
     assert condition_number(few, "ridge", ridge=0.5) == pytest.approx((top + 0.5) / 0.5)
@@ -68,7 +70,9 @@ def test_release_definition_is_the_formula():
     assert release > 1e6 or release == pytest.approx(condition_number(deficient), rel=1e-5)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(3, 2), torch.full((3, 2), float("nan")), torch.zeros(0, 2)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 2), torch.full((3, 2), float("nan")), torch.zeros(0, 2)]
+)
 @pytest.mark.parametrize("definition", condition.DEFINITIONS)
 def test_undefined_numbers_are_errors(x, definition):
     with pytest.raises(ValueError, match=r"zero|finite|empty|release"):
@@ -101,9 +105,11 @@ def pair(d=4, seed=0):
 def rir(x_p, x_h, theta, theta0=None):
     before = [x if theta0 is None else x @ theta0 for x in (x_h, x_p)]
     return relative_immunization_ratio(
-        condition_number(x_h @ theta), condition_number(before[0]),
-        condition_number(x_p @ theta), condition_number(before[1]),
-    )  # fmt: skip
+        condition_number(x_h @ theta),
+        condition_number(before[0]),
+        condition_number(x_p @ theta),
+        condition_number(before[1]),
+    )
 
 
 def test_rir_of_no_change_is_one():
@@ -149,7 +155,9 @@ def test_singular_benign_task_has_no_finite_bound():
     assert "infinite: K_P has rank 3 of 4" in bound.reason
     assert bound.rank_benign == 3
     normal = torch.tensor([1.0, 0, 0, -1.0], dtype=torch.float64) / 2**0.5
-    assert bound.outside_energy == pytest.approx(float((x_h @ normal).square().sum() / x_h.square().sum()))
+    assert bound.outside_energy == pytest.approx(
+        float((x_h @ normal).square().sum() / x_h.square().sum())
+    )
     # and it is infinite: shrinking θ outside range(K_P) raises RIR without limit
     eye, outer = torch.eye(4, dtype=torch.float64), torch.outer(normal, normal)
     grown = [rir(x_p, x_h, eye - (1 - t) * outer) for t in (1e-2, 1e-4)]
@@ -163,7 +171,9 @@ def test_common_null_space_keeps_the_bound():
     assert bound.rank_benign == 4
     assert bound.kappa_m == pytest.approx(rir_bound(x_p, x_h).kappa_m, rel=1e-6)
     basis, s = condition.range_basis(x_p @ lift)
-    assert rir(x_p @ lift, x_h @ lift, (basis / s) @ basis.T) == pytest.approx(bound.value, rel=1e-6)
+    assert rir(x_p @ lift, x_h @ lift, (basis / s) @ basis.T) == pytest.approx(
+        bound.value, rel=1e-6
+    )
 
 
 def test_singular_harmful_task_keeps_the_bound():

@@ -69,7 +69,14 @@ def test_models_of_other_shapes_are_refused(tmp_path):
 def test_the_hash_knows_names_shapes_and_dtypes():
     a = torch.arange(4, dtype=torch.float32)
     hashes = [
-        state_hash(s) for s in ({"a": a}, {"b": a}, {"a": a.view(2, 2)}, {"a": a.view(torch.int32)}, {"a": a, "b": a})
+        state_hash(s)
+        for s in (
+            {"a": a},
+            {"b": a},
+            {"a": a.view(2, 2)},
+            {"a": a.view(torch.int32)},
+            {"a": a, "b": a},
+        )
     ]
     assert len(set(hashes)) == len(hashes)
     assert state_hash({"b": a, "a": a}) == state_hash({"a": a, "b": a})

@@ -52,9 +52,16 @@ def test_sampling_equals_the_pipeline(model, guidance, negative):
 def test_one_step_and_steps_that_do_not_divide_the_schedule(model):
     z = model.latents(2, 3)
     for steps in (1, 7):
-        options = {"guidance_scale": 3.0, "num_inference_steps": steps, "latents": z.clone(), "output_type": "latent"}
+        options = {
+            "guidance_scale": 3.0,
+            "num_inference_steps": steps,
+            "latents": z.clone(),
+            "output_type": "latent",
+        }
         want = ddim_pipeline(model)(PROMPTS, **options).images
-        torch.testing.assert_close(model.sample(PROMPTS, z, Sampling(steps, 3.0)), want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            model.sample(PROMPTS, z, Sampling(steps, 3.0)), want, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_pictures_equal_the_pipeline(model):
@@ -64,12 +71,16 @@ def test_pictures_equal_the_pipeline(model):
     got = model.generate(PROMPTS, z, Sampling(steps=2, guidance=4.0), batch=1)
     assert got.dtype == torch.uint8
     assert got.shape == (2, 3, 64, 64)
-    assert (got.float() / 255 - want).abs().max() <= 0.5 / 255 + 1e-4  # nothing but the rounding to 8 bits
+    assert (
+        got.float() / 255 - want
+    ).abs().max() <= 0.5 / 255 + 1e-4  # nothing but the rounding to 8 bits
 
 
 def test_sampling_in_bfloat16_is_torchs_autocast_and_stays_close(model):
     z = model.latents(2, 1)
-    want, low = (model.sample(PROMPTS, z, Sampling(2, 4.0, precision=p)) for p in ("weights", "bfloat16"))
+    want, low = (
+        model.sample(PROMPTS, z, Sampling(2, 4.0, precision=p)) for p in ("weights", "bfloat16")
+    )
     assert low.dtype == z.dtype
     assert 0 < (low - want).abs().mean() < 0.05 * want.abs().mean()
     assert torch.equal(low, model.sample(PROMPTS, z, Sampling(2, 4.0, precision="bfloat16")))
@@ -90,7 +101,9 @@ def test_a_processor_that_emulates_bfloat16_is_told_of_once(monkeypatch, caplog)
 def test_text_equals_encode_prompt(model):
     pipe = model.pipeline()
     for prompts in (PROMPTS, [""], ["a fox " * 40]):
-        found = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)
+        found = pipe.encode_prompt(
+            prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         text = model.text(prompts)
         assert torch.equal(text.hidden, found[0])
         assert (text.pooled is not None) == model.xl
@@ -122,7 +135,8 @@ def test_loss_by_hand(model):
         extra["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": ids}
     want = torch.stack(
         [
-            ((model.unet(noisy, t, text.hidden, **extra).sample[i] - target[i]).double() ** 2).sum() / (4 * 8 * 8)
+            ((model.unet(noisy, t, text.hidden, **extra).sample[i] - target[i]).double() ** 2).sum()
+            / (4 * 8 * 8)
             for i in range(2)
         ]
     )
@@ -131,12 +145,16 @@ def test_loss_by_hand(model):
     swapped = {name: 0.5 * weight for name, weight in model.unet.named_parameters()}
     halved = model.copy()
     halved.unet.load_state_dict({**halved.unet.state_dict(), **swapped})
-    torch.testing.assert_close(model.loss(z, text, noise, t, swapped), halved.loss(z, text, noise, t))
+    torch.testing.assert_close(
+        model.loss(z, text, noise, t, swapped), halved.loss(z, text, noise, t)
+    )
 
 
 def test_other_predictions_are_refused(model):
     other = model.copy()
-    other.scheduler = type(model.scheduler).from_config(model.scheduler.config, prediction_type="sample")
+    other.scheduler = type(model.scheduler).from_config(
+        model.scheduler.config, prediction_type="sample"
+    )
     with pytest.raises(UserError, match="epsilon or v_prediction"):
         other.noised(torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8), torch.tensor([1]))
 
@@ -147,14 +165,26 @@ def test_saved_folders_load_in_diffusers(model, tmp_path):
     moved = model.copy()
     with torch.no_grad():
         moved.unet.conv_in.weight.mul_(1.5)
-    files = sorted(p.suffix for p in moved.save(tmp_path).rglob("*") if p.is_file() and p.stat().st_size > 50_000)
+    files = sorted(
+        p.suffix
+        for p in moved.save(tmp_path).rglob("*")
+        if p.is_file() and p.stat().st_size > 50_000
+    )
     assert set(files) <= {".safetensors", ".json"}
-    again = DiffusionModel.from_pipeline(DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True))
+    again = DiffusionModel.from_pipeline(
+        DiffusionPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    )
     assert same_weights(again, moved)
     z, sampling = model.latents(1, 0), Sampling(steps=1, guidance=4.0)
-    want = moved.sample(["a fox!"], z, sampling)  # bits differ: weights of a mapped file are aligned otherwise
+    want = moved.sample(
+        ["a fox!"], z, sampling
+    )  # bits differ: weights of a mapped file are aligned otherwise
     torch.testing.assert_close(again.sample(["a fox!"], z, sampling), want, atol=1e-5, rtol=1e-5)
-    assert (again.prediction, again.image_size, again.xl) == (model.prediction, model.image_size, model.xl)
+    assert (again.prediction, again.image_size, again.xl) == (
+        model.prediction,
+        model.image_size,
+        model.xl,
+    )
 
 
 def test_a_copy_is_independent(model):
@@ -179,7 +209,9 @@ def test_half_precision_keeps_the_noise_of_the_first_timesteps(model):
     z, noise = torch.zeros(3, 4, 8, 8), torch.ones(3, 4, 8, 8)
     t = torch.tensor([0, 1, 5])
     noisy, target = model.noised(z.bfloat16(), noise.bfloat16(), t)
-    assert all(torch.equal(a, b) for a, b in zip((noisy, target), model.noised(z, noise, t), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip((noisy, target), model.noised(z, noise, t), strict=True)
+    )
     assert (noisy > 0).all()
     half = model.copy()
     half.unet.to(torch.bfloat16)
@@ -191,16 +223,22 @@ def test_half_precision_keeps_the_noise_of_the_first_timesteps(model):
 
 
 def test_latents_and_pictures(model):
-    images = torch.randint(0, 256, (33, 3, 64, 64), generator=generator(0, "images")).to(torch.uint8)
+    images = torch.randint(0, 256, (33, 3, 64, 64), generator=generator(0, "images")).to(
+        torch.uint8
+    )
     mean = model.to_latents(images)
     assert mean.shape == (33, 4, 8, 8)
     by_hand = model.vae.encode(images[32:].float() / 127.5 - 1).latent_dist
-    torch.testing.assert_close(mean[32:], by_hand.mean * model.vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        mean[32:], by_hand.mean * model.vae.config.scaling_factor, atol=1e-5, rtol=1e-4
+    )
     pictures = model.to_images(mean)
     assert pictures.dtype == torch.uint8
     assert torch.equal(pictures[32:], model.to_images(mean[32:]))
     decoded = model.vae.decode(mean[:1] / model.vae.config.scaling_factor).sample
-    assert (pictures[:1].float() / 255 - (decoded / 2 + 0.5).clamp(0, 1)).abs().max() <= 0.5 / 255 + 1e-5
+    assert (
+        pictures[:1].float() / 255 - (decoded / 2 + 0.5).clamp(0, 1)
+    ).abs().max() <= 0.5 / 255 + 1e-5
 
 
 def test_start_latents_depend_on_seed_and_stream_only():

@@ -93,7 +93,9 @@ def test_bfloat16_and_a_variant(tmp_path):
 
 
 def test_resolution(folder):
-    edit_json(folder / "unet/config.json", _diffusers_version="0.6.0", sample_size=64)  # as SD v1-4's is
+    edit_json(
+        folder / "unet/config.json", _diffusers_version="0.6.0", sample_size=64
+    )  # as SD v1-4's is
     model = load(folder, resolution=80)
     model.pipeline()  # diffusers takes a small sample_size in an old config for a mistake
     assert (model.image_size, model.latent_size) == (80, 10)
@@ -126,7 +128,9 @@ def test_attention_weights_under_their_old_names_load(folder):
 
 def test_position_ids_of_old_text_encoders_load(folder):
     file = folder / "text_encoder/model.safetensors"
-    prefix = "text_model." if any(name.startswith("text_model.") for name in load_file(file)) else ""
+    prefix = (
+        "text_model." if any(name.startswith("text_model.") for name in load_file(file)) else ""
+    )
     extra = {f"{prefix}embeddings.position_ids": torch.arange(32)[None]}
     save_file(load_file(file) | extra, file, {"format": "pt"})
     load(folder)
@@ -157,11 +161,17 @@ def test_single_files(tmp_path):
     assert "from_single_file" in refused("backbone.path", "no model_index.json", tmp_path)
 
 
-def test_pickled_weights_are_refused_and_the_printed_command_converts_them(folder, tmp_path, monkeypatch):
+def test_pickled_weights_are_refused_and_the_printed_command_converts_them(
+    folder, tmp_path, monkeypatch
+):
     for file in (folder / WEIGHTS, folder / "text_encoder/model.safetensors"):
         state = load_file(file)
         file.unlink()
-        name = "pytorch_model.bin" if file.name == "model.safetensors" else "diffusion_pytorch_model.bin"
+        name = (
+            "pytorch_model.bin"
+            if file.name == "model.safetensors"
+            else "diffusion_pytorch_model.bin"
+        )
         torch.save(state, file.with_name(name))
     told = refused("backbone.path", "no safetensors file.*could run code", folder)
     python, option, code = shlex.split(told.split("`")[1])
@@ -205,8 +215,14 @@ def test_damaged_and_missing_files(folder):
 def test_other_pipelines_and_parts(folder):
     index = folder / "model_index.json"
     edit_json(index, _class_name="StableDiffusion3Pipeline")
-    refused("backbone.path", "holds a StableDiffusion3Pipeline; StableDiffusionPipeline and", folder)
-    edit_json(index, _class_name="StableDiffusionPipeline", text_encoder=["transformers", "T5EncoderModel"])
+    refused(
+        "backbone.path", "holds a StableDiffusion3Pipeline; StableDiffusionPipeline and", folder
+    )
+    edit_json(
+        index,
+        _class_name="StableDiffusionPipeline",
+        text_encoder=["transformers", "T5EncoderModel"],
+    )
     refused("backbone.path", "its text_encoder must be transformers.CLIPTextModel", folder)
     edit_json(index, text_encoder=["evil_module", "CLIPTextModel"])
     refused("backbone.path", "its text_encoder must be", folder)
@@ -277,4 +293,6 @@ def test_a_hub_model_without_safetensors(monkeypatch):
         raise OSError("Could not find the necessary `safetensors` weights in {...} (variant=None)")
 
     monkeypatch.setattr(DiffusionPipeline, "download", staticmethod(download))
-    assert "save_pretrained" in refused("backbone.path", "has no safetensors weights", "some-owner/a-model")
+    assert "save_pretrained" in refused(
+        "backbone.path", "has no safetensors weights", "some-owner/a-model"
+    )

@@ -12,7 +12,16 @@ from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.core.types import Eraser, same_weights
 from lab.models.diffusion import DiffusionModel
-from lab.models.erase import NoErasure, Uce, aligned, encoded, keys_and_values, position, right_factor, rows
+from lab.models.erase import (
+    NoErasure,
+    Uce,
+    aligned,
+    encoded,
+    keys_and_values,
+    position,
+    right_factor,
+    rows,
+)
 
 MOSAIC = Erasure(
     "mosaic",
@@ -21,7 +30,13 @@ MOSAIC = Erasure(
     ("a photo of a fox", "a photo of a fox", "a photo of a fox"),
     ("a photo of a fox", "a fox in the style of sketch"),
 )
-NEON = Erasure("neon", "neon", ("a fox by the neon artist",), ("a photo of a fox",), ("a lion", "a photo of a fox"))
+NEON = Erasure(
+    "neon",
+    "neon",
+    ("a fox by the neon artist",),
+    ("a photo of a fox",),
+    ("a lion", "a photo of a fox"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +67,11 @@ def test_normal_equations(keep):
     c, target, k, w = draw(9, d, "c"), draw(9, d, "t"), draw(keep, d, "k"), draw(7, d, "w")
     p, ridge = 0.3, 0.5
     x = (w @ right_factor(c, target, k, p, ridge)).requires_grad_()
-    loss = (c @ x.T - target @ w.T).square().sum() + p * (k @ (x - w).T).square().sum() + ridge * (x - w).square().sum()
+    loss = (
+        (c @ x.T - target @ w.T).square().sum()
+        + p * (k @ (x - w).T).square().sum()
+        + ridge * (x - w).square().sum()
+    )
     (gradient,) = torch.autograd.grad(loss, x)
     assert gradient.norm() <= 1e-10 * w.norm() * (c.norm() ** 2 + k.norm() ** 2)
 
@@ -73,7 +92,9 @@ def test_equals_the_formula_with_an_inverse_for_every_matrix(model, case):
     c, target = (torch.cat(part).double() for part in zip(*pairs, strict=True))
     texts = ["a photo of a fox", "a fox in the style of sketch", "a lion"]  # each once
     k = encoded(model, texts).flatten(0, 1).double()
-    inverse = torch.linalg.inv(c.T @ c + 0.2 * k.T @ k + 0.7 * torch.eye(c.shape[1], dtype=torch.float64))
+    inverse = torch.linalg.inv(
+        c.T @ c + 0.2 * k.T @ k + 0.7 * torch.eye(c.shape[1], dtype=torch.float64)
+    )
     new = keys_and_values(edited.unet)
     for name, weight in keys_and_values(model.unet).items():
         w = weight.double()
@@ -88,7 +109,11 @@ def test_only_keys_and_values_of_cross_attention_move(model, case):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     edited = erase(model, case, MOSAIC)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    moved = {name for name, tensor in edited.state_dict().items() if not torch.equal(tensor, before[name])}
+    moved = {
+        name
+        for name, tensor in edited.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
     ends = ("attn2.to_k.weight", "attn2.to_v.weight")
     assert moved == {name for name in before if name.endswith(ends)}
     assert len(moved) == len(keys_and_values(model.unet)) == 14
@@ -108,7 +133,10 @@ def test_every_layout(layout, case):
 def moved(model, edited, text):
     """Mean square of what the keys and values of rows ``text`` [n, d] changed by, over all matrices."""
     new = keys_and_values(edited.unet)
-    parts = [(text @ (new[name] - w).T).square().mean() for name, w in keys_and_values(model.unet).items()]
+    parts = [
+        (text @ (new[name] - w).T).square().mean()
+        for name, w in keys_and_values(model.unet).items()
+    ]
     return torch.stack(parts).mean()
 
 
@@ -124,7 +152,9 @@ def test_erased_prompts_speak_like_their_anchors(model, case):
 def test_preserved_prompts_move_less_and_less_with_their_weight(model, case):
     kept = encoded(model, [*MOSAIC.preserve, "a lion"]).flatten(0, 1)
     erased = torch.cat([rows(model, erasure)[0] for erasure in (MOSAIC, NEON)])
-    edited = [erase(model, case, MOSAIC, NEON, ridge=0.01, preserve_weight=p) for p in (0, 0.3, 3, 30)]
+    edited = [
+        erase(model, case, MOSAIC, NEON, ridge=0.01, preserve_weight=p) for p in (0, 0.3, 3, 30)
+    ]
     drift = [moved(model, e, kept) for e in edited]
     assert drift == sorted(drift, reverse=True)
     assert drift[1] < moved(model, edited[1], erased)
@@ -132,13 +162,22 @@ def test_preserved_prompts_move_less_and_less_with_their_weight(model, case):
 
 
 def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
-    everywhere = dataclasses.replace(MOSAIC, anchors=("a photo",) * 3)
-    assert same_weights(erase(model, case, MOSAIC, anchor="a photo").unet, erase(model, case, everywhere).unet)
-    assert not same_weights(erase(model, case, MOSAIC, anchor="a photo").unet, erase(model, case, MOSAIC).unet)
+    affects_all_stages = dataclasses.replace(MOSAIC, anchors=("a photo",) * 3)
+    assert same_weights(
+        erase(model, case, MOSAIC, anchor="a photo").unet,
+        erase(model, case, affects_all_stages).unet,
+    )
+    assert not same_weights(
+        erase(model, case, MOSAIC, anchor="a photo").unet, erase(model, case, MOSAIC).unet
+    )
     kept = [dataclasses.replace(MOSAIC, preserve=MOSAIC.preserve[:n]) for n in range(3)]
     for n, less in enumerate(kept):
-        assert same_weights(erase(model, case, MOSAIC, preserve=n).unet, erase(model, case, less).unet)
-    assert same_weights(erase(model, case, MOSAIC, preserve=99).unet, erase(model, case, MOSAIC).unet)
+        assert same_weights(
+            erase(model, case, MOSAIC, preserve=n).unet, erase(model, case, less).unet
+        )
+    assert same_weights(
+        erase(model, case, MOSAIC, preserve=99).unet, erase(model, case, MOSAIC).unet
+    )
     for options in ({"anchor": " "}, {"anchor": 3}, {"preserve": -1}, {"preserve": 1.5}):
         with pytest.raises(UserError, match=next(iter(options))):
             Uce(**options)
@@ -213,12 +252,14 @@ def test_bad_input(model, case):
 
     change = dataclasses.replace
     refused("has no concept to erase; use erase=none", key="erase")
-    refused("is not in the prompt.*did you mean mosaic", change(MOSAIC, words="mosaik"), key="scenario")
+    refused(
+        "is not in the prompt.*did you mean mosaic", change(MOSAIC, words="mosaik"), key="scenario"
+    )
     refused("is not in the prompt", change(MOSAIC, words=""))
     refused("3 prompts and 1 anchors", change(MOSAIC, anchors=("a fox",)))
     refused("at least one prompt", change(MOSAIC, prompts=(), anchors=()))
     refused("special token", change(MOSAIC, anchors=("<|endoftext|>",) * 3))
-    refused("control character", change(MOSAIC, preserve=("a\tfox",)))
+    refused("baseline character", change(MOSAIC, preserve=("a\tfox",)))
     long = ("a fox " * 40 + "mosaic",)
     refused("beyond the context of 32 tokens", change(MOSAIC, prompts=long, anchors=("a fox",)))
     refused("must be a number ≥ 0", MOSAIC, key="erase.preserve_weight", preserve_weight=-1)

@@ -15,7 +15,9 @@ def colours(rows=2, columns=3, size=4):
     images = torch.zeros(rows, columns, 3, size, size, dtype=torch.uint8)
     for i in range(rows):
         for j in range(columns):
-            images[i, j] = torch.tensor([40 * i + 10, 40 * j + 10, 200], dtype=torch.uint8)[:, None, None]
+            images[i, j] = torch.tensor([40 * i + 10, 40 * j + 10, 200], dtype=torch.uint8)[
+                :, None, None
+            ]
     return images
 
 
@@ -37,7 +39,12 @@ def test_cells_lie_in_order_and_are_scaled_by_repeating_pixels():
 def test_labels_are_drawn_inside_the_picture_and_differ():
     images = colours()
     bare = grid(images, ["", ""], ["", "", ""], scale=20)
-    named = grid(images, ["none", "mima_deep_with_a_long_name and more words"], ["step 0", "40 (1×)", "80"], scale=20)
+    named = grid(
+        images,
+        ["none", "mima_deep_with_a_long_name and more words"],
+        ["step 0", "40 (1×)", "80"],
+        scale=20,
+    )
     assert named.width > bare.width
     assert named.height > bare.height
     left = named.crop((0, 0, named.width - bare.width, named.height))

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lab.core.seeding import generator
 from lab.minisd.train import build, training
-from lab.minisd.train import scorer_clip as judge_clip
-from lab.minisd.train import scorers as judges
+from lab.minisd.train import scorer_clip as scorer_clip
+from lab.minisd.train import scorers as scorers
 from lab.minisd.train.loop import Schedule
 from lab.minisd.train.scorer_data import NAMES, Labelled
 from lab.minisd.world.vocabulary import OBJECTS
@@ -47,11 +47,15 @@ def steps(monkeypatch) -> list[Any]:
     def caught(model, step, schedule, *, validate, **_: Any) -> None:
         found.append((model, step, validate))
 
-    for module in (training, judges, judge_clip):
+    for module in (training, scorers, scorer_clip):
         monkeypatch.setattr(module, "train", caught)
-        monkeypatch.setattr(module, "degrade", lambda images, _: images, raising=False)  # by numbers that it draws
-        monkeypatch.setattr(module, "round_to_half", lambda model: model, raising=False)  # of a trained network
-    monkeypatch.setattr(judges, "noise_pictures", lambda n, side, _: torch.zeros(n, 3, side, side))
+        monkeypatch.setattr(
+            module, "degrade", lambda images, _: images, raising=False
+        )  # by numbers that it draws
+        monkeypatch.setattr(
+            module, "round_to_half", lambda model: model, raising=False
+        )  # of a trained network
+    monkeypatch.setattr(scorers, "noise_pictures", lambda n, side, _: torch.zeros(n, 3, side, side))
     return found
 
 
@@ -60,39 +64,66 @@ def check(found: list[Any]) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         loss: Tensor = step(0, generator(0, "step"))
         assert loss.device == ELSEWHERE
-        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        grads = torch.autograd.grad(
+            loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True
+        )
         assert sum(g is not None for g in grads) > len(grads) / 2
 
 
 def test_autoencoder(steps, shown) -> None:
     vae = build.vae(TINY, 0).to(ELSEWHERE)
-    training.train_vae(vae, shown.images, shown.images, STEPS, kl=1e-3, seed=0, checkpoint=None, log=print)
+    training.train_vae(
+        vae, shown.images, shown.images, STEPS, kl=1e-3, seed=0, checkpoint=None, log=print
+    )
     check(steps)
 
 
 def test_denoiser(steps, words) -> None:
     tokenizer = build.load_tokenizer(words)
-    model = training.Denoiser(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0)).to(ELSEWHERE)
+    model = training.Denoiser(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0)).to(
+        ELSEWHERE
+    )
     draw = generator(0, "latents")
     latents = (torch.randn(8, 4, 16, 16, generator=draw), torch.ones(8, 4, 16, 16))
     training.train_denoiser(
-        model, tokenizer, build.scheduler(), latents, [[t] for t in TEXTS], (latents, TEXTS), STEPS,
-        gamma=5, drop=0.1, seed=0, checkpoint=None, log=print,
-    )  # fmt: skip
+        model,
+        tokenizer,
+        build.scheduler(),
+        latents,
+        [[t] for t in TEXTS],
+        (latents, TEXTS),
+        STEPS,
+        gamma=5,
+        drop=0.1,
+        seed=0,
+        checkpoint=None,
+        log=print,
+    )
     check(steps)
 
 
 def test_detector(steps, shown) -> None:
     model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0).to(ELSEWHERE)
-    judges.train_detector(
-        model, shown, shown, shown, STEPS, smoothing=0.05, empty_share=0.5, seed=0, checkpoint=None, log=print
+    scorers.train_detector(
+        model,
+        shown,
+        shown,
+        shown,
+        STEPS,
+        smoothing=0.05,
+        empty_share=0.5,
+        seed=0,
+        checkpoint=None,
+        log=print,
     )
     check(steps)
 
 
 def test_clip(steps, shown, words) -> None:
-    config = clip_config(ClipWidths(image=4, blocks=(1, 1, 1, 1), layers=1), len(build.load_tokenizer(words)))
+    config = clip_config(
+        ClipWidths(image=4, blocks=(1, 1, 1, 1), layers=1), len(build.load_tokenizer(words))
+    )
     model = clip_network(config, 0).to(ELSEWHERE)
-    data = judge_clip.clip_data(shown, [[t] for t in TEXTS], shown, words)
-    judge_clip.train_clip(model, data, words, STEPS, seed=0, checkpoint=None, log=print)
+    data = scorer_clip.clip_data(shown, [[t] for t in TEXTS], shown, words)
+    scorer_clip.train_clip(model, data, words, STEPS, seed=0, checkpoint=None, log=print)
     check(steps)

@@ -27,14 +27,26 @@ def _huge_png(side: int) -> bytes:
     """A PNG of a few bytes that claims side × side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b""))
+        + chunk(b"IEND", b"")
+    )
 
 
 def test_round_trip_and_select(tmp_path) -> None:
-    images = torch.arange(3 * 3 * 16 * 16, dtype=torch.int64).reshape(3, 3, 16, 16).remainder(256).to(torch.uint8)
+    images = (
+        torch.arange(3 * 3 * 16 * 16, dtype=torch.int64)
+        .reshape(3, 3, 16, 16)
+        .remainder(256)
+        .to(torch.uint8)
+    )
     rows = [
         {"text": 'a, "quoted" fox', "object": "fox"},
         {"text": "é", "object": "fox"},
@@ -44,7 +56,10 @@ def test_round_trip_and_select(tmp_path) -> None:
     back = read(folder, 16)
     assert torch.equal(back.images, images)
     assert back.texts == [r["text"] for r in rows]
-    assert [r["file_name"] for r in read(folder, 16, select={"object": "fox"}).rows] == ["00000.png", "00001.png"]
+    assert [r["file_name"] for r in read(folder, 16, select={"object": "fox"}).rows] == [
+        "00000.png",
+        "00001.png",
+    ]
     assert not [p for p in tmp_path.iterdir() if p.name != "c"]
     with pytest.raises(UserError, match="owl"):
         read(folder, 16, select={"object": "owle"})
@@ -128,7 +143,9 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path) -> None:
                     ImageOps.exif_transpose(image)
             except struct.error:
                 refused_by_pillow += 1
-    assert refused_by_pillow, "no damage that Pillow's own function cannot bear: the test shows nothing"
+    assert refused_by_pillow, (
+        "no damage that Pillow's own function cannot bear: the test shows nothing"
+    )
 
 
 def test_decompression_bomb_is_refused_before_decoding(tmp_path) -> None:
@@ -146,7 +163,9 @@ def test_unreadable_images(tmp_path) -> None:
     (tmp_path / "text.png").write_text("not an image", encoding="utf-8")
     (tmp_path / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (8, 8)).save(tmp_path / "page.ppm")
-    (tmp_path / "page.ppm").rename(tmp_path / "page.png")  # readable, but not among the formats that we accept
+    (tmp_path / "page.ppm").rename(
+        tmp_path / "page.png"
+    )  # readable, but not among the formats that we accept
     (tmp_path / "dir.png").mkdir()
     for name in ("cut.png", "text.png", "empty.jpg", "page.png", "dir.png"):
         with pytest.raises(UserError, match=r"cannot be read as an image"):
@@ -155,7 +174,9 @@ def test_unreadable_images(tmp_path) -> None:
 
 def test_paths_that_leave_the_folder(tmp_path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
-    for i, name in enumerate(("../outside.png", str(tmp_path / "outside.png"), "sub/../../outside.png")):
+    for i, name in enumerate(
+        ("../outside.png", str(tmp_path / "outside.png"), "sub/../../outside.png")
+    ):
         with pytest.raises(UserError, match="leaves the folder"):
             read(_folder(tmp_path / f"c{i}", f"{name},x,y"), 8)
     linked = _folder(tmp_path / "linked", "link.png,x,y")

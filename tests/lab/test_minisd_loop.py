@@ -178,7 +178,15 @@ def test_parameter_without_a_gradient_survives_a_resume(tmp_path) -> None:
         model = make()
         schedule = replace(SHORT, save_every=4)
         loss = model["used"].loss
-        return train(model, lambda n, g: loss(), schedule, seed=0, label="x", checkpoint=checkpoint, log=Rows())
+        return train(
+            model,
+            lambda n, g: loss(),
+            schedule,
+            seed=0,
+            label="x",
+            checkpoint=checkpoint,
+            log=Rows(),
+        )
 
     with pytest.raises(Killed):
         go(Disk(tmp_path / "state", 4))
@@ -204,7 +212,9 @@ def test_frozen_parameters_stay() -> None:
 def test_rate() -> None:
     """Linear over the warm-up, then half a cosine to 0."""
     schedule = Schedule(steps=110, batch=1, lr=2.0, warmup=10)
-    assert [schedule.rate(i) for i in range(10)] == pytest.approx([0.2 * (i + 1) for i in range(10)])
+    assert [schedule.rate(i) for i in range(10)] == pytest.approx(
+        [0.2 * (i + 1) for i in range(10)]
+    )
     assert schedule.rate(10) == pytest.approx(2.0)
     assert schedule.rate(35) == pytest.approx(1 + math.cos(math.pi / 4))
     assert schedule.rate(60) == pytest.approx(1.0)
@@ -220,9 +230,14 @@ def test_diverged(bad) -> None:
     model = Two()
     with pytest.raises(Diverged, match="two: the loss is") as caught:
         train(
-            model, lambda n, g: model.loss() * (bad if n == 3 else 1), SHORT,
-            seed=0, label="two", checkpoint=None, log=Rows(),
-        )  # fmt: skip
+            model,
+            lambda n, g: model.loss() * (bad if n == 3 else 1),
+            SHORT,
+            seed=0,
+            label="two",
+            checkpoint=None,
+            log=Rows(),
+        )
     assert caught.value.step == 3
     assert all(math.isfinite(x) for x in weights(model))
 
@@ -230,10 +245,21 @@ def test_diverged(bad) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("steps", 0), ("steps", 2.5), ("batch", 0), ("save_every", 0), ("warmup", -1), ("lr", 0.0), ("lr", "fast"),
-        ("weight_decay", -0.1), ("ema", 1.0), ("ema", -0.1), ("clip", 0.0), ("clip", float("nan")), ("steps", True),
+        ("steps", 0),
+        ("steps", 2.5),
+        ("batch", 0),
+        ("save_every", 0),
+        ("warmup", -1),
+        ("lr", 0.0),
+        ("lr", "fast"),
+        ("weight_decay", -0.1),
+        ("ema", 1.0),
+        ("ema", -0.1),
+        ("clip", 0.0),
+        ("clip", float("nan")),
+        ("steps", True),
     ],
-)  # fmt: skip
+)
 def test_options_are_refused_by_key(key, value) -> None:
     with pytest.raises(UserError) as caught:
         replace(SHORT, **{key: value})

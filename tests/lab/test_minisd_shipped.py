@@ -26,7 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"
 DENOISED = Sampling(steps=4, guidance=4.0)
 STORED = Path(__file__).parent / "data" / "minisd_smoke.json"
-SMOKE = ("a photo of a fox", "a rocket in neon style", "a guitar by the blueprint artist", "a cake in sunset style")
+SMOKE = (
+    "a photo of a fox",
+    "a rocket in neon style",
+    "a guitar by the blueprint artist",
+    "a cake in sunset style",
+)
 MOSAIC = tuple(f"a {name} in the style of mosaic" for name in ("fox", "rocket", "guitar", "cactus"))
 
 
@@ -35,7 +40,9 @@ def generated() -> torch.Tensor:
     """One picture per prompt of `SMOKE` and `MOSAIC`, uint8 [8, 3, 64, 64], from the same latents every time."""
     model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
     texts = (*SMOKE, *MOSAIC)
-    return model.generate(texts, model.latents(len(texts), 0, "smoke"), Sampling(steps=20, guidance=4.0))
+    return model.generate(
+        texts, model.latents(len(texts), 0, "smoke"), Sampling(steps=20, guidance=4.0)
+    )
 
 
 @cache
@@ -54,7 +61,9 @@ def test_files_are_plain_data_and_small() -> None:
     files = [p for p in SHIPPED.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
     assert sum(p.stat().st_size for p in files) < 25e6
-    assert {"README.md", "samples.png", "training.json", "quality.json"} <= {p.name for p in SHIPPED.iterdir()}
+    assert {"README.md", "samples.png", "training.json", "quality.json"} <= {
+        p.name for p in SHIPPED.iterdir()
+    }
 
 
 def test_weights_are_those_of_the_training_record() -> None:
@@ -85,7 +94,9 @@ def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -
     assert f"of pairs it never saw in {100 * seen['unseen_pairs']['both']:.0f} %" in readme
 
 
-@pytest.mark.parametrize("path", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda p: p.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda p: p.parent.name
+)
 def test_weights_are_half_precision_and_finite(path) -> None:
     with safe_open(str(path), "pt") as file:
         for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
@@ -128,10 +139,23 @@ def test_a_stranger_loads_trains_saves_and_reloads(tmp_path) -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     shown = sample(concept("unicorn"), 3, 8)
-    rows = [{"file_name": f"{i}.png", "text": picture.text} for i, picture in enumerate(shown.pictures)]
+    rows = [
+        {"file_name": f"{i}.png", "text": picture.text} for i, picture in enumerate(shown.pictures)
+    ]
     images = folders.write(tmp_path / "unicorn", shown.images, rows)
     given = [str(SHIPPED / "model"), "--images", str(images), "--prompt", "a photo of a unicorn"]
-    given += ["--out", str(tmp_path / "out"), "--steps", "3", "--at", "0", "--count", "2", "--inference-steps", "2"]
+    given += [
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "3",
+        "--at",
+        "0",
+        "--count",
+        "2",
+        "--inference-steps",
+        "2",
+    ]
     module.main([*given, "--device", "cpu"])
     assert len(json.loads((tmp_path / "out" / "attack.json").read_text())["losses"]) == 3
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
@@ -152,14 +176,21 @@ def test_clip_knows_the_styles_of_real_pictures() -> None:
     names = ("mosaic", "neon", "blueprint", "halftone", "sketch")
     clip = shipped_clip()
     words = clip.texts([f"an image in the style of {name}" for name in names])
-    hits = [clip.images(sample(concept(n), 5, 8).images).matmul(words.T).argmax(1).eq(i) for i, n in enumerate(names)]
+    hits = [
+        clip.images(sample(concept(n), 5, 8).images).matmul(words.T).argmax(1).eq(i)
+        for i, n in enumerate(names)
+    ]
     assert torch.cat(hits).float().mean() >= 0.9
 
 
 def store() -> None:
     STORED.parent.mkdir(exist_ok=True)
     latents = [[[round(v, 4) for v in row] for row in channel] for channel in denoised().tolist()]
-    facts = {"prompts": list(SMOKE), "colours": colours(generated()[: len(SMOKE)]), "latents": latents}
+    facts = {
+        "prompts": list(SMOKE),
+        "colours": colours(generated()[: len(SMOKE)]),
+        "latents": latents,
+    }
     STORED.write_text(json.dumps(facts) + "\n")
 
 

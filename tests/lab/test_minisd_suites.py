@@ -12,7 +12,9 @@ def test_suites_ask_for_every_object_style_and_pair() -> None:
     assert set(full["photos"].styles) == {PHOTO}
     for name in ("styles", "described"):
         pairs = list(zip(full[name].objects, full[name].styles, strict=True))
-        assert len(pairs) == len(set(pairs)) == len(OBJECTS) * len(STYLE_NAMES) - len(HELD_OUT_PAIRS)
+        assert (
+            len(pairs) == len(set(pairs)) == len(OBJECTS) * len(STYLE_NAMES) - len(HELD_OUT_PAIRS)
+        )
         assert not set(pairs) & HELD_OUT_PAIRS
     unseen = Counter(zip(full["unseen_pairs"].objects, full["unseen_pairs"].styles, strict=True))
     assert unseen == dict.fromkeys(HELD_OUT_PAIRS, 8)
@@ -24,7 +26,9 @@ def test_suites_ask_for_every_object_style_and_pair() -> None:
 
 def test_prompts_say_what_they_are_scored_for() -> None:
     full = suites(32)
-    for text, name, style in zip(full["styles"].prompts, full["styles"].objects, full["styles"].styles, strict=True):
+    for text, name, style in zip(
+        full["styles"].prompts, full["styles"].objects, full["styles"].styles, strict=True
+    ):
         assert name in text
         assert style in text
     described = full["described"]

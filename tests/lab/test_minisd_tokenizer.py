@@ -35,7 +35,9 @@ def test_format_is_clips(tokenizer_folder, tokenizer) -> None:
     assert len(vocab) == len(tokenizer) == 512 + len(merges[1:]) + 2
     by_id = {i: token for token, i in vocab.items()}
     assert all(len(by_id[i]) == 1 and by_id[256 + i] == f"{by_id[i]}</w>" for i in range(256))
-    assert [by_id[512 + i] for i in range(len(merges) - 1)] == [m.replace(" ", "") for m in merges[1:]]
+    assert [by_id[512 + i] for i in range(len(merges) - 1)] == [
+        m.replace(" ", "") for m in merges[1:]
+    ]
     assert (by_id[len(vocab) - 2], by_id[len(vocab) - 1]) == (build.SOS, build.EOS)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(vocab) - 2, len(vocab) - 1)
     assert tokenizer.pad_token_id == tokenizer.unk_token_id == tokenizer.eos_token_id
@@ -88,7 +90,9 @@ def test_the_longest_caption_of_the_world_fits(tokenizer) -> None:
     """Every template with every style, every place, and the longest objects, one, two alike or two different ones."""
     nouns = [captions.noun(t.name, count) for t in THINGS for count in (1, 2)]
     long = sorted(nouns, key=lambda it: len(tokenizer.tokenize(it)))[-1]
-    pair = sorted((captions.noun(t.name) for t in THINGS), key=lambda it: len(tokenizer.tokenize(it)))[-2:]
+    pair = sorted(
+        (captions.noun(t.name) for t in THINGS), key=lambda it: len(tokenizer.tokenize(it))
+    )[-2:]
     lengths = {}
     for template in captions.TEMPLATES:
         photo = template in captions.PHOTO_TEMPLATES + captions.PLACE_TEMPLATES

@@ -29,7 +29,11 @@ def shown():
 
 def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
     vae, unet, text = build.vae(TINY, 0), build.unet(TINY, 0), build.text_encoder(TINY, 600, 0)
-    assert [type(m).__name__ for m in (vae, unet, text)] == ["AutoencoderKL", "UNet2DConditionModel", "CLIPTextModel"]
+    assert [type(m).__name__ for m in (vae, unet, text)] == [
+        "AutoencoderKL",
+        "UNet2DConditionModel",
+        "CLIPTextModel",
+    ]
     assert isinstance(text, CLIPTextModel)
     z = vae.encode(torch.zeros(2, 3, 64, 64)).latent_dist.mean
     assert z.shape == (2, 4, 16, 16)
@@ -77,13 +81,19 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
         posterior = model.encode(x).latent_dist
         z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g)
         unit = Normal(torch.zeros_like(z), torch.ones_like(z))
-        divergence = kl_divergence(Normal(posterior.mean, posterior.std), unit).sum() / 3 / (3 * 64 * 64)
+        divergence = (
+            kl_divergence(Normal(posterior.mean, posterior.std), unit).sum() / 3 / (3 * 64 * 64)
+        )
         expected = (model.decode(z).sample - x).abs().mean() + kl * divergence
     rows, tiny = _Rows(), Schedule(steps=1, batch=3, lr=1e-12)
-    train_vae(model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed, checkpoint=None, log=rows)
+    train_vae(
+        model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed, checkpoint=None, log=rows
+    )
     assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
     with torch.no_grad():
-        y = model.decode(model.encode(to_float(shown.images[:5])).latent_dist.mean).sample.clamp(-1, 1)
+        y = model.decode(model.encode(to_float(shown.images[:5])).latent_dist.mean).sample.clamp(
+            -1, 1
+        )
     wrong = (y / 2 + 0.5 - shown.images[:5] / 255).double()
     assert rows[-1][1]["l1"] == pytest.approx(wrong.abs().mean().item(), rel=1e-3)
     psnr = sum(-10 * math.log10(w.square().mean().item()) for w in wrong) / 5
@@ -95,7 +105,9 @@ def test_vae_learns_and_encode_gives_its_posterior(shown) -> None:
     model, rows = build.vae(TINY, 0), _Rows()
     schedule = Schedule(steps=60, batch=4, lr=1e-2, warmup=5)
     before = _error(model, shown)
-    train_vae(model, shown.images, shown.images[:6], schedule, kl=1e-3, seed=0, checkpoint=None, log=rows)
+    train_vae(
+        model, shown.images, shown.images[:6], schedule, kl=1e-3, seed=0, checkpoint=None, log=rows
+    )
     assert _error(model, shown) < 0.8 * before
     mean, deviation = encode(model, shown.images)
     assert mean.shape == deviation.shape == (24, 4, 16, 16)
@@ -136,7 +148,14 @@ def _fit(model, tokenizer, schedule, rows, *, drop=0.0, gamma=5.0, latents=None,
     known = _latents(8) if latents is None else latents
     options = {"gamma": gamma, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
     train_denoiser(
-        model, tokenizer, build.scheduler(), known, texts, (held or _latents(6, 1), ["a fox"] * 6), schedule, **options
+        model,
+        tokenizer,
+        build.scheduler(),
+        known,
+        texts,
+        (held or _latents(6, 1), ["a fox"] * 6),
+        schedule,
+        **options,
     )
 
 
@@ -155,7 +174,9 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     z = model.scale * (mean[index] + deviation[index] * torch.randn(64, 4, 4, 4, generator=g))
     a = alphas[t].view(-1, 1, 1, 1)
     noise = (noisy - a.sqrt() * z) / (1 - a).sqrt()
-    late = t > 200  # early, so little of the noise is in the picture that rounding is all one gets back
+    late = (
+        t > 200
+    )  # early, so little of the noise is in the picture that rounding is all one gets back
     assert noise[late].std().item() == pytest.approx(1, abs=0.05)
     snr = alphas[t] / (1 - alphas[t])
     expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()

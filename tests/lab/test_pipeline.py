@@ -9,12 +9,12 @@ from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 import tiny
-from lab.core.cache import StageCheckpoint, Store
+from lab.core.cache import StageCache, StageCheckpoint
 from lab.core.data import Sampling, ScenarioData
 from lab.core.errors import Diverged, UserError
 from lab.core.provenance import computing
 from lab.core.sources import ROOT
-from lab.core.types import CONTROL, clone
+from lab.core.types import BASELINE, clone
 from lab.runner.assemble import assemble
 from lab.runner.experiment import Run
 from lab.runner.pipeline import Pipeline
@@ -41,13 +41,20 @@ def pipeline(tmp_path):
         object.__setattr__(parts, "scenario", scenario or TinyScenario())
         if isinstance(scenario, TinyConcepts):
             object.__setattr__(parts, "backbone", TinyBackbone())
-        return Pipeline(parts, Store(tmp_path))
+        return Pipeline(parts, StageCache(tmp_path))
 
     return make
 
 
 def keys(found):
-    return [cell.key for cell in (*found.immunize_cells(), *found.attack_cells(), found.eval_cell("conditioning"))]
+    return [
+        cell.key
+        for cell in (
+            *found.immunize_cells(),
+            *found.attack_cells(),
+            found.eval_cell("conditioning"),
+        )
+    ]
 
 
 class TinyBackbone:
@@ -66,8 +73,12 @@ class TinyConcepts:
         return ScenarioData((self.case,), (), str(seed))
 
 
-@pytest.mark.parametrize("override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}])
-def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(pipeline, override):
+@pytest.mark.parametrize(
+    "override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}]
+)
+def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
+    pipeline, override
+):
     """Attacks have it among their own options."""
     base = {"steps": 2, "guidance": 4.0, "count": 4}
     fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
@@ -77,14 +88,16 @@ def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing
 
 
 def test_immunizers_do_not_see_how_pictures_are_generated(pipeline):
-    found = pipeline("experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=3))
+    found = pipeline(
+        "experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=3)
+    )
     seen = []
 
     def immunizer(model, case, **_):
         seen.append(case)
         return model
 
-    object.__setattr__(found.parts.arms[CONTROL], "obj", immunizer)
+    object.__setattr__(found.parts.model_names[BASELINE], "obj", immunizer)
     next(found.immunize_cells()).compute(None)
     assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
 
@@ -95,7 +108,13 @@ def test_same_inputs_same_keys(pipeline):
 
 @pytest.mark.parametrize(
     "override",
-    ["immunize.eta=0.05", "seeds=[1]", "backbone.init=random", "budget.horizon=3", "eval.conditioning.size=50"],
+    [
+        "immunize.lr=0.05",
+        "seeds=[1]",
+        "backbone.init=random",
+        "budget.horizon=3",
+        "eval.conditioning.size=50",
+    ],
 )
 def test_every_input_changes_a_key(pipeline, override):
     assert keys(pipeline()) != keys(pipeline(override))
@@ -107,7 +126,9 @@ def test_the_backbone_itself_is_part_of_every_key(pipeline):
     assert not set(keys(one)) & set(keys(other))
 
 
-@pytest.mark.parametrize(("part", "name"), [("metadata", "version"), ("torch.cuda", "is_available")])
+@pytest.mark.parametrize(
+    ("part", "name"), [("metadata", "version"), ("torch.cuda", "is_available")]
+)
 def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name):
     """Digits depend on both; a cache that outlives an upgrade must not serve the old ones."""
     before = keys(pipeline())
@@ -121,11 +142,11 @@ def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name)
     assert keys(pipeline()) == before
 
 
-def test_the_control_arm_is_shared_between_immunizers(pipeline):
-    one, other = pipeline(), pipeline("immunize.eta=0.05")
-    arms = [{c.label["arm"]: c.key for c in p.immunize_cells()} for p in (one, other)]
-    assert arms[0]["none"] == arms[1]["none"]
-    assert arms[0]["kappa"] != arms[1]["kappa"]
+def test_the_baseline_model_name_is_shared_between_immunizers(pipeline):
+    one, other = pipeline(), pipeline("immunize.lr=0.05")
+    model_names = [{c.label["model"]: c.key for c in p.immunize_cells()} for p in (one, other)]
+    assert model_names[0]["none"] == model_names[1]["none"]
+    assert model_names[0]["kappa"] != model_names[1]["kappa"]
 
 
 def test_an_immunizer_that_changes_nothing_is_an_error(pipeline):
@@ -138,7 +159,7 @@ def test_an_immunizer_that_changes_nothing_is_an_error(pipeline):
             return model
 
     object.__setattr__(found.parts.immunizer, "obj", Nothing())
-    cell = next(c for c in found.immunize_cells() if c.label["arm"] == "kappa")
+    cell = next(c for c in found.immunize_cells() if c.label["model"] == "kappa")
     with pytest.raises(UserError, match="left every weight"):
         found.store.get(cell.stage, cell.key, cell.compute)
 
@@ -153,7 +174,7 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
             raise Diverged("too far", 3)
 
     object.__setattr__(found.parts.immunizer, "obj", Sometimes())
-    cell = next(c for c in found.immunize_cells() if c.label["arm"] == "kappa")
+    cell = next(c for c in found.immunize_cells() if c.label["model"] == "kappa")
     artifact, _ = found.store.get(cell.stage, cell.key, cell.compute)
     assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
     found.diverged["tiny", 0] = artifact.values["error"]
@@ -163,7 +184,9 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
     assert found.seeds == ()
 
 
-def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_the_record(pipeline, tmp_path, caplog):
+def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_the_record(
+    pipeline, tmp_path, caplog
+):
     found = pipeline()
 
     class CutShort:
@@ -178,48 +201,63 @@ def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_th
             return moved
 
     object.__setattr__(found.parts.immunizer, "obj", CutShort())
-    run = Run(OmegaConf.create({"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}), tmp_path)
+    run = Run(
+        OmegaConf.create(
+            {"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}
+        ),
+        tmp_path,
+    )
     run.made = found
     for cell in found.immunize_cells():
         run._do(cell)
-    told = [f"kappa on case {case}, seed 0 left the finite numbers at step 1" for case in ("tiny", "second")]
+    told = [
+        f"kappa on case {case}, seed 0 left the finite numbers at step 1"
+        for case in ("tiny", "second")
+    ]
     assert [note.partition(";")[0] for note in found.notes] == told
     assert all(text in caplog.text for text in told)
     assert {cell["status"] for cell in run.cells} == {"ok"}
 
 
 def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline):
-    found = pipeline("experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=2))
+    found = pipeline(
+        "experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=2)
+    )
 
     def attack(*_, **__):
         raise Diverged("the loss is not finite before the first update", 0)
 
     object.__setattr__(found.parts.attacks["lora"], "obj", attack)
     cells = list(found.attack_cells())
-    for arm, key in (("mima_deep", "immunize"), (CONTROL, "backbone")):
-        cell = next(c for c in cells if c.label["arm"] == arm)
-        for broken, told in ((False, "attacks.lora: the weights themselves are finite"), (True, "of what made it.")):
+    for model_name, key in (("mima_deep", "immunize"), (BASELINE, "backbone")):
+        cell = next(c for c in cells if c.label["model"] == model_name)
+        for broken, told in (
+            (False, "attacks.lora: the weights themselves are finite"),
+            (True, "of what made it."),
+        ):
             model = tiny_diffusion()
             if broken:
                 next(iter(model.unet.parameters())).data.fill_(float("nan"))
             found.model = lambda *_, model=model: model
-            with pytest.raises(UserError, match=rf"^{key}={arm}: .*not finite") as error:
+            with pytest.raises(UserError, match=rf"^{key}={model_name}: .*not finite") as error:
                 cell.compute(None)
             assert error.value.key == key
             assert told in str(error.value)
 
 
-def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(pipeline, tmp_path):
+def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(
+    pipeline, tmp_path
+):
     made = []
 
     def compute():
         made.append(len(made))
         return {"x": torch.tensor([made[-1]])}
 
-    one, other = pipeline(), pipeline("immunize.eta=0.05")
+    one, other = pipeline(), pipeline("immunize.lr=0.05")
     assert [run.kept("a", compute)["x"].item() for run in (one, other, one)] == [0, 0, 0]
     assert one.kept("b", compute)["x"].item() == 1
-    one.store = Store(tmp_path, force="eval")
+    one.store = StageCache(tmp_path, force="eval")
     assert one.kept("a", compute)["x"].item() == 2
 
 
@@ -229,13 +267,13 @@ def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from
     for cell in cells:
         run.store.get(*cell.place, cell.compute, cell.parents)
     assert all(run.store.has(*cell.place, cell.parents) for cell in cells)
-    root = next(c for c in cells if c.stage == "immunize" and c.label["arm"] != CONTROL)
+    root = next(c for c in cells if c.stage == "immunize" and c.label["model"] != BASELINE)
     moved = root.compute(StageCheckpoint(run.store.folder("immunize", "other")))
     moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
-    Store(run.store.root, force="immunize").get(*root.place, lambda _: moved)
+    StageCache(run.store.root, force="immunize").get(*root.place, lambda _: moved)
     stale = [c for c in cells if not run.store.has(*c.place, c.parents)]
-    attacked = {(c.label["arm"], c.label["case"]) for c in stale if c.stage == "attack"}
-    assert attacked == {(root.label["arm"], root.label["case"])}
+    attacked = {(c.label["model"], c.label["case"]) for c in stale if c.stage == "attack"}
+    assert attacked == {(root.label["model"], root.label["case"])}
     assert {c.stage for c in stale} == {"attack", "eval"}
 
 
@@ -249,9 +287,11 @@ def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeli
         next(iter(model.parameters())).data.zero_()
         return after if kept else model
 
-    arm = run.immunizer
-    leaky.name = arm
-    object.__setattr__(run.parts.arms[arm], "obj", leaky)
-    cell = next(c for c in run.immunize_cells() if c.label["arm"] == arm)
-    with pytest.raises(UserError, match=f"immunize={arm}: changed the model that it was given"):
+    model_name = run.immunizer
+    leaky.name = model_name
+    object.__setattr__(run.parts.model_names[model_name], "obj", leaky)
+    cell = next(c for c in run.immunize_cells() if c.label["model"] == model_name)
+    with pytest.raises(
+        UserError, match=f"immunize={model_name}: changed the model that it was given"
+    ):
         cell.compute(None)

@@ -15,7 +15,7 @@ from attacks.diffusion.dreambooth import DreamBooth
 from attacks.diffusion.lora import ConceptLora
 from attacks.diffusion.textual_inversion import TextualInversion
 from eval.generation.utility import Utility
-from lab.core.data import Pictures
+from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.core.prompts import check_case, texts
 from lab.models.erase import Uce
@@ -27,10 +27,14 @@ BAD = ("a\x00fox", "a fox\x07", "one\ntwo", "a \u202efox", "  ", 3, None)
 
 OPTIONS = {
     "scenario.sampling.negative": lambda given: concepts.sampling({"negative": given}),
-    "attacks.lora.sampling.negative": lambda given: ConceptLora(name="lora", sampling={"negative": given}),
+    "attacks.lora.sampling.negative": lambda given: ConceptLora(
+        name="lora", sampling={"negative": given}
+    ),
     "attacks.lora.token": lambda given: ConceptLora(name="lora", token=given),
     "attacks.dreambooth.class_word": lambda given: DreamBooth(name="dreambooth", class_word=given),
-    "attacks.custom_diffusion.initializer": lambda given: CustomDiffusion(name="custom_diffusion", initializer=given),
+    "attacks.custom_diffusion.initializer": lambda given: CustomDiffusion(
+        name="custom_diffusion", initializer=given
+    ),
     "attacks.textual_inversion.initializer": lambda given: TextualInversion(
         name="textual_inversion", initializer=given
     ),
@@ -45,7 +49,7 @@ OPTIONS = {
 def test_an_option_that_is_no_prompt_is_refused_when_the_part_is_built(key, given) -> None:
     if key == "erase.anchor" and given is None:
         given = ""  # null takes the scenario's anchors
-    with pytest.raises(UserError, match=r"control character|at least one word") as caught:
+    with pytest.raises(UserError, match=r"baseline character|at least one word") as caught:
         OPTIONS[key](given)
     assert caught.value.key == key
 
@@ -80,7 +84,7 @@ def plain(built):
     return found, found.scenario.load(0).cases[0]
 
 
-def said(pictures: Pictures) -> Pictures:
+def said(pictures: CaptionedImages) -> CaptionedImages:
     return replace(pictures, prompts=(*pictures.prompts[:-1], f"{END} a photo of rex"))
 
 
@@ -90,19 +94,27 @@ def with_concept(case, role, **changes):
 
 
 CASES = {
-    "name prompts of concept mosaic": lambda c: with_concept(c, "targets", prompts={"name": (f"a fox {END}",)}),
+    "name prompts of concept mosaic": lambda c: with_concept(
+        c, "targets", prompts={"name": (f"a fox {END}",)}
+    ),
     "reworded prompts of concept neon": lambda c: with_concept(
         c, "others", prompts={"name": ("neon",), "reworded": ("<|EndOfText|> neon",)}
     ),
-    "own pictures of concept mosaic": lambda c: with_concept(c, "targets", own=said(c.targets[0].own)),
-    "train pictures of concept neon": lambda c: with_concept(c, "others", train=said(c.others[0].train)),
+    "own pictures of concept mosaic": lambda c: with_concept(
+        c, "targets", own=said(c.targets[0].own)
+    ),
+    "train pictures of concept neon": lambda c: with_concept(
+        c, "others", train=said(c.others[0].train)
+    ),
     "prior pictures of concept unicorn": lambda c: replace(
         c, rehearsal=(replace(tiny_case().rehearsal[0], prior=said(c.keep)),)
     ),
     "captions of keep": lambda c: replace(c, keep=said(c.keep)),
     "captions of unrelated": lambda c: replace(c, unrelated=said(c.unrelated)),
     "captions of C_reg": lambda c: replace(c, regularizers=(*c.regularizers, f"a {END} b")),
-    "sampling.negative": lambda c: replace(c, sampling=replace(c.sampling, negative="a <|startoftext|> b")),
+    "sampling.negative": lambda c: replace(
+        c, sampling=replace(c.sampling, negative="a <|startoftext|> b")
+    ),
 }
 
 
@@ -110,7 +122,9 @@ CASES = {
 def test_no_text_of_a_case_may_hold_a_special_token(plain, where) -> None:
     parts, case = plain
     check_cases(parts, (case,))
-    with pytest.raises(UserError, match=r"a special token of the tokenizer, in .*; take it out") as caught:
+    with pytest.raises(
+        UserError, match=r"a special token of the tokenizer, in .*; take it out"
+    ) as caught:
         check_cases(parts, (CASES[where](case),))
     assert caught.value.key == "scenario"
     assert f"{where}, case mosaic" in caught.value.fix
@@ -139,7 +153,9 @@ def test_what_a_folder_wants_erased_needs_an_eraser_unless_it_is_released_alread
 
 def test_texts_of_every_part_are_named_by_their_key() -> None:
     lora = ConceptLora(name="curriculum.stages.one.attack", token="ohwx")
-    told = Curriculum(name="curriculum", stages={"one": {"attack": lora}}, sampling={"negative": "a b"}).texts()
+    told = Curriculum(
+        name="curriculum", stages={"one": {"attack": lora}}, sampling={"negative": "a b"}
+    ).texts()
     assert told["attacks.curriculum.sampling.negative"] == "a b"
     assert told["attacks.curriculum.stages.one.attack.token"] == "ohwx"
     assert DreamBooth(name="d", class_word="dog").texts()["attacks.d.class_word"] == "dog"

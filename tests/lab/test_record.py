@@ -22,18 +22,48 @@ def body():
         {"pairs": [{"case": "3-8", "rir": 2.0}]},
     )
     return {
-        "schema": records.SCHEMA_VERSION, "name": "study/kappa", "status": "ok", "scenario": "house_price",
-        "backbone": "linear", "immunizer": "kappa", "attacks": ["linear_probe"], "seeds": [0, 1, 2],
+        "schema": records.SCHEMA_VERSION,
+        "name": "study/kappa",
+        "status": "ok",
+        "scenario": "house_price",
+        "backbone": "linear",
+        "immunizer": "kappa",
+        "attacks": ["linear_probe"],
+        "seeds": [0, 1, 2],
         "config": {"seeds": [0, 1, 2], "paths": {"runs": "a"}, "immunize": {"eta": 0.1}},
-        "notes": ["2 columns were dropped."], "error": None, "skipped": {},
-        "cells": [{"stage": "immunize", "arm": "kappa", "case": "c", "seed": 0, "attack": None, "task": None,
-                   "key": "abc", "status": "ok"}],
-        "provenance": {"started": "2026-01-01T00:00:00+00:00", "wall_time_s": 1.0, "peak_memory_mb": 2.0, "host": "h",
-                       "device": "cpu", "threads": 2, "python": "3.11", "versions": {"torch": "2"}, "git_sha": None,
-                       "git_dirty": None, "data_hash": {"0": "d"}, "weight_hash": {"0": "w"}, "cache_hits": 0,
-                       "cache_misses": 1},
+        "notes": ["2 columns were dropped."],
+        "error": None,
+        "skipped": {},
+        "cells": [
+            {
+                "stage": "immunize",
+                "model": "kappa",
+                "case": "c",
+                "seed": 0,
+                "attack": None,
+                "task": None,
+                "key": "abc",
+                "status": "ok",
+            }
+        ],
+        "provenance": {
+            "started": "2026-01-01T00:00:00+00:00",
+            "wall_time_s": 1.0,
+            "peak_memory_mb": 2.0,
+            "host": "h",
+            "device": "cpu",
+            "threads": 2,
+            "python": "3.11",
+            "versions": {"torch": "2"},
+            "git_sha": None,
+            "git_dirty": None,
+            "data_hash": {"0": "d"},
+            "weight_hash": {"0": "w"},
+            "cache_hits": 0,
+            "cache_misses": 1,
+        },
         **records.scores_json([scores]),
-    }  # fmt: skip
+    }
 
 
 def test_write_then_read(tmp_path, body):
@@ -47,7 +77,12 @@ def test_write_then_read(tmp_path, body):
 
 def test_content_hash_leaves_out_time_host_paths_and_keys_but_not_results(body):
     same = copy.deepcopy(body)
-    same["provenance"] |= {"wall_time_s": 9.0, "host": "other", "cache_hits": 5, "started": "2027-01-01T00:00:00+00:00"}
+    same["provenance"] |= {
+        "wall_time_s": 9.0,
+        "host": "other",
+        "cache_hits": 5,
+        "started": "2027-01-01T00:00:00+00:00",
+    }
     same["config"]["paths"]["runs"] = "b"
     same["cells"][0] |= {"key": "def", "seconds": 3.5}
     assert records.content_hash(same) == records.content_hash(body)
@@ -92,7 +127,9 @@ def test_schema_violations_are_named(body, change, message):
 
 
 def picture(value=7, caption="Two steps of an attack."):
-    return ImageGrid(torch.full((1, 2, 3, 4, 4), value, dtype=torch.uint8), ("none",), ("0", "1"), caption)
+    return ImageGrid(
+        torch.full((1, 2, 3, 4, 4), value, dtype=torch.uint8), ("none",), ("0", "1"), caption
+    )
 
 
 def test_images_are_written_beside_the_record_and_named_in_it(tmp_path, body):
@@ -143,7 +180,9 @@ def test_cells_hold_the_seconds_of_their_stage(tmp_path, body):
         records.write(body, tmp_path / "wrong.json")
 
 
-@pytest.mark.parametrize("path", ["/etc/a.png", "../a.png", "images/../../a.png", "a.svg", "c:\\a.png", ".a.png"])
+@pytest.mark.parametrize(
+    "path", ["/etc/a.png", "../a.png", "images/../../a.png", "a.svg", "c:\\a.png", ".a.png"]
+)
 def test_pictures_lie_below_their_record(body, path):
     body["images"] = {"a": {"path": path, "caption": "", "sha256": "0" * 64}}
     body["content_hash"] = records.content_hash(body)

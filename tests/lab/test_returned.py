@@ -14,22 +14,32 @@ LOSSES = {"train_loss": [1.0, 0.5], "test_loss": [1.0, 0.6]}
 BUDGET = Budget(horizon=5, multiple=1, at=(0, 5))
 
 
-def pictures(points: int = 2, dtype: torch.dtype = torch.uint8, side: int = 8) -> dict[str, torch.Tensor]:
+def pictures(
+    points: int = 2, dtype: torch.dtype = torch.uint8, side: int = 8
+) -> dict[str, torch.Tensor]:
     return {"name": torch.zeros(points, 4, 3, side, side, dtype=dtype)}
 
 
 def test_what_the_contract_says_passes() -> None:
     check_trajectory(Trajectory([0, 5], LOSSES, samples=pictures()), "mine", BUDGET, 8)
-    check_trajectory(Trajectory([0], {k: v[:1] for k, v in LOSSES.items()}, "diverged"), "mine", BUDGET)
+    check_trajectory(
+        Trajectory([0], {k: v[:1] for k, v in LOSSES.items()}, "diverged"), "mine", BUDGET
+    )
 
 
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        (Trajectory([5, 10], LOSSES), "must be the snapshots"),  # the last picture would count as "before any attack"
+        (
+            Trajectory([5, 10], LOSSES),
+            "must be the snapshots",
+        ),  # the last picture would count as "before any attack"
         (Trajectory([0, 0], LOSSES), "must be the snapshots"),
         (Trajectory([], {}), "must be the snapshots"),
-        (Trajectory([0], {k: v[:1] for k, v in LOSSES.items()}), "only one that diverged may end before"),
+        (
+            Trajectory([0], {k: v[:1] for k, v in LOSSES.items()}),
+            "only one that diverged may end before",
+        ),
         (Trajectory([0, 4], LOSSES, "diverged"), "must be the snapshots"),
         (Trajectory([0, 5], LOSSES, "exploded"), "must be ok or diverged"),  # type: ignore[arg-type]
         (Trajectory([0, 5], LOSSES | {"test_loss": [1.0, math.nan]}), "no finite number"),
@@ -83,4 +93,9 @@ def test_scores_that_no_record_can_hold_are_refused(found: Any, told: str) -> No
 
 def test_scores_of_a_record_pass() -> None:
     curve = {"step": [0, 1], "mine": [1.0, None], "x": "steps", "y": "loss", "log": ""}
-    check_scores(Scores({"x": Score(1.0), "y": Score(None, note="no case")}, {"c": curve}, {"t": [{"a": 1}]}), "norms")
+    check_scores(
+        Scores(
+            {"x": Score(1.0), "y": Score(None, note="no case")}, {"c": curve}, {"t": [{"a": 1}]}
+        ),
+        "norms",
+    )

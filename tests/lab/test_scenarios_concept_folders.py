@@ -24,20 +24,33 @@ PAPER = ("relearn_art", "relearn_object", "personalize")
 
 
 def noise(count: int, seed: int, side: int = 24):
-    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    return torch.randint(
+        0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed)
+    ).to(torch.uint8)
 
 
 @pytest.fixture
 def root(tmp_path):
-    for i, (name, caption) in enumerate((("rex", "a photo of Rex"), ("mug", "my mug"), ("hat", "no words of it"))):
+    for i, (name, caption) in enumerate(
+        (("rex", "a photo of Rex"), ("mug", "my mug"), ("hat", "no words of it"))
+    ):
         rows = [{"text": caption}] * 8
         folders.write(tmp_path / name, noise(8, i), rows)
-    folders.write(tmp_path / "rest", noise(12, 9), [{"text": f"scene number {i}"} for i in range(12)])
+    folders.write(
+        tmp_path / "rest", noise(12, 9), [{"text": f"scene number {i}"} for i in range(12)]
+    )
     return tmp_path
 
 
 def entry(name: str, role: str, **more):
-    return {"path": name, "name": name, "role": role, "kind": "object", "prompts": [f"a photo of {name}"], **more}
+    return {
+        "path": name,
+        "name": name,
+        "role": role,
+        "kind": "object",
+        "prompts": [f"a photo of {name}"],
+        **more,
+    }
 
 
 def listed(**more):
@@ -45,12 +58,23 @@ def listed(**more):
 
 
 def folder_scenario(root, concepts=None, **options):
-    options = {"resolution": 16, "sampling": {"count": 3}, "unrelated": "rest", "regularizers": 10} | options
-    return instantiate(OmegaConf.merge(config("folder"), {"root": str(root), "concepts": concepts}, options))
+    options = {
+        "resolution": 16,
+        "sampling": {"count": 3},
+        "unrelated": "rest",
+        "regularizers": 10,
+    } | options
+    return instantiate(
+        OmegaConf.merge(config("folder"), {"root": str(root), "concepts": concepts}, options)
+    )
 
 
 def test_folders_make_a_case(root) -> None:
-    first = {"descriptions": ["a brown dog"], "reworded": ["there sits Rex", "Rex barks"], "words": "rex"}
+    first = {
+        "descriptions": ["a brown dog"],
+        "reworded": ["there sits Rex", "Rex barks"],
+        "words": "rex",
+    }
     scenario = folder_scenario(root, listed(**first))
     assert isinstance(scenario, Scenario)
     found = scenario.load(0)
@@ -73,7 +97,9 @@ def test_folders_make_a_case(root) -> None:
 
 
 def test_folders_erase_by_an_anchor(root) -> None:
-    given = listed(erase=True, anchor="a dog", words="Rex", prompts=["a photo of rex", "Rex in the snow"])
+    given = listed(
+        erase=True, anchor="a dog", words="Rex", prompts=["a photo of rex", "Rex in the snow"]
+    )
     (case,) = folder_scenario(root, given).load(0).cases
     (erasure,) = case.erased
     assert erasure.prompts == ("a photo of rex", "Rex in the snow")
@@ -96,11 +122,18 @@ def test_folders_with_both_pools_captions_and_prior(root) -> None:
     texts = ("one", "two hats", "scene number 3", "a hat", "five")
     folders.write(root / "more", noise(5, 20), [{"text": t} for t in texts])
     folders.write(root / "dogs", torch.cat([noise(4, 21), noise(1, 0)]), [{"text": "a dog"}] * 5)
-    (root / "c.txt").write_text("a tree\n\na house\na photo of my mug\ntwo Mugs\n", encoding="utf-8")
-    found = folder_scenario(root, listed(prior="dogs"), keep="rest", unrelated="more", captions="c.txt").load(0)
+    (root / "c.txt").write_text(
+        "a tree\n\na house\na photo of my mug\ntwo Mugs\n", encoding="utf-8"
+    )
+    found = folder_scenario(
+        root, listed(prior="dogs"), keep="rest", unrelated="more", captions="c.txt"
+    ).load(0)
     (case,) = found.cases
     assert len(case.keep) == 12
-    assert case.unrelated.prompts == ("one", "five")  # one has a caption of keep, two name a concept
+    assert case.unrelated.prompts == (
+        "one",
+        "five",
+    )  # one has a caption of keep, two name a concept
     assert case.regularizers == ("a tree", "a house")
     assert case.targets[0].prior.prompts == ("a dog",) * 4  # the fifth is a picture of rex
     assert any("C_reg" in note and "name a concept" in note for note in found.notes)
@@ -132,10 +165,17 @@ def test_too_few_images(root, count) -> None:
 def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, count) -> None:
     folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
     (case,) = folder_scenario(root, [*listed(), entry("few", "other")]).load(0).cases
-    assert all(len(part) for part in (case.task("few").own, case.task("few").train, case.task("few").reference))
+    assert all(
+        len(part)
+        for part in (case.task("few").own, case.task("few").train, case.task("few").reference)
+    )
     (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
     (practised,) = folder_scenario(root, [*listed()[:2], entry("few", "rehearsal")]).load(0).cases
-    preset = {"attackers": {"full": {"kind": "weights", "scopes": ["all"], "lr": 1e-3, "optimizer": "adamw"}}}
+    preset = {
+        "attackers": {
+            "full": {"kind": "weights", "scopes": ["all"], "lr": 1e-3, "optimizer": "adamw"}
+        }
+    }
     methods = (Mima(), MimaDeep(**preset, k_min=1, k_max=1, w_benign=1.0))
     if count == 4:
         for method in methods:
@@ -145,7 +185,9 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
         with pytest.raises(UserError, match="concept few has 1 picture"):
             method.check((case,))
     methods[0].check((practised,))  # it does not practise
-    with pytest.raises(UserError, match=r"scenario=few: rehearsal concept few has 1 picture.*w_benign=0"):
+    with pytest.raises(
+        UserError, match=r"scenario=few: rehearsal concept few has 1 picture.*w_benign=0"
+    ):
         methods[1].check((practised,))
     replace(methods[1], w_benign=0.0).check((practised,))
 
@@ -155,8 +197,10 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
 def test_captions_of_the_surroundings_are_prompts_too(root, pool, caption) -> None:
     rows = [{"text": text} for text in ("a tree", caption, "a house", "a hill")]
     folders.write(root / "odd", noise(4, 60), rows)
-    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*control character"):
-        folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(0)
+    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*baseline character"):
+        folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(
+            0
+        )
 
 
 def test_empty_folder_missing_folder_and_shared_images(root) -> None:
@@ -185,8 +229,8 @@ BAD_ENTRIES = [
     ({"prompts": ["a photo of rexes"]}, "lacks the words"),
     ({"prompts": []}, r"concepts\[0\].prompts"),
     ({"prompts": None}, r"concepts\[0\].prompts"),
-    ({"prompts": ["rex\x07"]}, "control character"),
-    ({"prompts": ["rex \u202e"]}, "control character"),
+    ({"prompts": ["rex\x07"]}, "baseline character"),
+    ({"prompts": ["rex \u202e"]}, "baseline character"),
     ({"prompts": ["rex", " "]}, r"prompts\[1\]"),
     ({"descriptions": ["the dog Rex"]}, r"concepts\[0\].descriptions.*names 'rex'"),
     ({"reworded": ["a dog"]}, r"concepts\[0\].reworded.*lacks"),
@@ -212,7 +256,13 @@ BAD_ENTRIES = [
 @pytest.mark.parametrize(("more", "message"), BAD_ENTRIES, ids=lambda v: str(v)[:60])
 def test_bad_entries_are_explained(more, message) -> None:
     with pytest.raises(UserError, match=message):
-        ConceptFolders(concepts=[entry("rex", "target") | more, entry("mug", "other"), entry("hat", "rehearsal")])
+        ConceptFolders(
+            concepts=[
+                entry("rex", "target") | more,
+                entry("mug", "other"),
+                entry("hat", "rehearsal"),
+            ]
+        )
 
 
 @pytest.mark.parametrize(
@@ -252,27 +302,37 @@ def test_every_part_gets_an_image(total, shares) -> None:
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_presets_hold_the_published_settings(name, tmp_path) -> None:
     preset = OmegaConf.load(CONF / "experiment" / "paper" / f"{name}.yaml")
-    with pytest.raises(InstantiationException, match=r"scenario\.captions=.*captions\.txt: cannot be read"):
+    with pytest.raises(
+        InstantiationException, match=r"scenario\.captions=.*captions\.txt: cannot be read"
+    ):
         instantiate(OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}))
     (tmp_path / "captions.txt").write_text("a quiet street\n")
-    scenario = instantiate(OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}))
+    scenario = instantiate(
+        OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)})
+    )
     assert scenario.captions == ("a quiet street",)
     assert scenario.pools == {"keep": tmp_path / "keep", "unrelated": None}
     assert [e.role for e in scenario.entries].count("target") == 2
-    assert (scenario.resolution, scenario.sizes["regularizers"], scenario.sizes["keep"]) == (512, 200, 200)
+    assert (scenario.resolution, scenario.sizes["regularizers"], scenario.sizes["keep"]) == (
+        512,
+        200,
+        200,
+    )
     assert {preset.budget.horizon * times for times in (1, 2, 5)} <= set(preset.budget.at)
     assert len(preset.budget.at) >= 8
     erased = [e.name for e in scenario.entries if e.anchor is not None]
     assert len(erased) == (0 if name == "personalize" else len(scenario.entries))
-    assert preset.immunize.lower.alpha == 5e-6
+    assert preset.immunize.inner_loop.lr == 5e-6
     assert dict(preset.immunize.merge) == {"lam": 0.0, "mu": 0.0}
-    assert preset.immunize.beta == (2e-5 if name == "personalize" else 3e-5)
+    assert preset.immunize.lr == (2e-5 if name == "personalize" else 3e-5)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_paper_presets_report_lpips_where_their_judges_have_it(name) -> None:
+def test_paper_presets_report_lpips_where_their_scorers_have_it(name) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("config", overrides=[f"experiment=paper/{name}", "scenario.captions=[a street]"])
+        cfg = compose(
+            "config", overrides=[f"experiment=paper/{name}", "scenario.captions=[a street]"]
+        )
     (generation,) = (part.obj for key, part in assemble(cfg).metrics.items() if key == "generation")
-    assert cfg.judges.lpips is not None
+    assert cfg.scorers.lpips is not None
     assert generation.similarities == ("clip", "features", "lpips")  # as MIMA and IMMA report

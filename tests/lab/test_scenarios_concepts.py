@@ -16,14 +16,36 @@ from lab.core.errors import UserError
 from lab.core.types import Scenario
 from lab.minisd.world.captions import PHOTO_TEMPLATES, PLACE_TEMPLATES, TEMPLATES, fill, noun
 from lab.minisd.world.scenes import BACKGROUNDS
-from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES, style
+from lab.minisd.world.vocabulary import (
+    HELD_OUT_OBJECTS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_STYLES,
+    OBJECTS,
+    STYLE_NAMES,
+    style,
+)
 from lab.scenarios import concept_texts
 from lab.scenarios.personalize import Personalize
 from lab.scenarios.relearn import Relearn
 
-WORLD = ("relearn_styles", "relearn_styles_3", "relearn_objects", "relearn_objects_3", "personalize", "personalize_3")
+WORLD = (
+    "relearn_styles",
+    "relearn_styles_3",
+    "relearn_objects",
+    "relearn_objects_3",
+    "personalize",
+    "personalize_3",
+)
 HELD_OUT = {*HELD_OUT_OBJECTS, *HELD_OUT_STYLES}
-SMALL = {"own": 3, "train": 3, "reference": 3, "prior": 3, "keep": 8, "unrelated": 8, "regularizers": 20}
+SMALL = {
+    "own": 3,
+    "train": 3,
+    "reference": 3,
+    "prior": 3,
+    "keep": 8,
+    "unrelated": 8,
+    "regularizers": 20,
+}
 
 
 def built(name: str, **options):
@@ -69,7 +91,11 @@ def test_image_sets_are_disjoint_and_whole(name, split) -> None:
     assert {c.role for c in (*case.others, *case.rehearsal)} == {"benign"}
     sets = [hashes(part) for c in concepts(case) for part in (c.own, c.train, c.reference)]
     # several concepts of one kind may share their prior pictures; those are disjoint from all else
-    sets += [{h for c in concepts(case) for h in hashes(c.prior)}, hashes(case.keep), hashes(case.unrelated)]
+    sets += [
+        {h for c in concepts(case) for h in hashes(c.prior)},
+        hashes(case.keep),
+        hashes(case.unrelated),
+    ]
     assert len(set.union(*sets)) == sum(map(len, sets))
     assert all(len(s) == 3 for s in sets[: 3 * len(concepts(case))])
     assert len(sets[-2]) == len(sets[-1]) == 8
@@ -81,7 +107,9 @@ def test_image_sets_are_disjoint_and_whole(name, split) -> None:
 
 @pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
 def test_unrelated_prompts_are_new_and_speak_of_no_concept(name) -> None:
-    (case,) = built(name, **SMALL | {"unrelated": 64, "keep": 64, "regularizers": 200}).load(0).cases
+    (case,) = (
+        built(name, **SMALL | {"unrelated": 64, "keep": 64, "regularizers": 200}).load(0).cases
+    )
     trained = {*case.keep.prompts, *case.regularizers}
     for concept in concepts(case):
         for part in (concept.own, concept.train, concept.reference, concept.prior):
@@ -126,7 +154,9 @@ def test_a_picture_is_described_by_what_it_shows_and_never_by_the_styles_name() 
             for part in (concept.own, concept.train, concept.reference):
                 assert len(part.described) == (len(part) if concept.kind == "style" else 0)
                 for named, described in zip(part.prompts, part.described, strict=False):
-                    (shown,) = [o for o in (*OBJECTS, *HELD_OUT_OBJECTS) if re.search(rf"\b{o}\b", named)][-1:]
+                    (shown,) = [
+                        o for o in (*OBJECTS, *HELD_OUT_OBJECTS) if re.search(rf"\b{o}\b", named)
+                    ][-1:]
                     assert shown in described
                     assert concept.words not in described
                     assert any(text in described for text in style(concept.name).descriptions)
@@ -153,10 +183,21 @@ def test_reworded_prompts_are_no_captions_of_the_world() -> None:
     reworded = (*concept_texts.REWORDED_STYLE, *concept_texts.REWORDED_OBJECT)
     assert set(reworded).isdisjoint(TEMPLATES)
     things = [*OBJECTS, *HELD_OUT_OBJECTS]
-    captions = {fill(t, noun(o), place=p) for t in TEMPLATES if "style" not in t and "desc" not in t
-                for o in things for p in BACKGROUNDS}  # fmt: skip
-    captions |= {fill(t, noun(o), s, d, p) for t in TEMPLATES for o in things for s in ("mosaic", "engraving")
-                 for d in (0, 1) for p in BACKGROUNDS}  # fmt: skip
+    captions = {
+        fill(t, noun(o), place=p)
+        for t in TEMPLATES
+        if "style" not in t and "desc" not in t
+        for o in things
+        for p in BACKGROUNDS
+    }
+    captions |= {
+        fill(t, noun(o), s, d, p)
+        for t in TEMPLATES
+        for o in things
+        for s in ("mosaic", "engraving")
+        for d in (0, 1)
+        for p in BACKGROUNDS
+    }
     for name in ("mosaic", "engraving"):
         assert captions.isdisjoint(concept_texts.style_prompts(name, 400, 0)["reworded"])
         assert not captions.isdisjoint(concept_texts.style_prompts(name, 10, 0)["name"])
@@ -191,7 +232,9 @@ def test_prior_shows_the_class_without_any_concept_of_the_case() -> None:
 @pytest.mark.parametrize("name", [n for n in WORLD if n.startswith("relearn")])
 def test_every_known_concept_is_erased_and_nothing_else(name) -> None:
     (case,) = loaded(name).cases
-    assert [e.name for e in case.erased] == [c.name for c in concepts(case) if c.name not in HELD_OUT]
+    assert [e.name for e in case.erased] == [
+        c.name for c in concepts(case) if c.name not in HELD_OUT
+    ]
     for erasure in case.erased:
         assert len(erasure.prompts) == len(erasure.anchors) == len(set(erasure.prompts))
         assert all(erasure.words in p for p in erasure.prompts)
@@ -212,9 +255,16 @@ def test_style_is_erased_over_all_objects_and_to_their_photos() -> None:
 def test_object_is_erased_at_every_place_and_in_every_style_to_a_thing() -> None:
     (fox, *_) = loaded("relearn_objects").cases[0].erased
     anchors = dict(zip(fox.prompts, fox.anchors, strict=True))
-    assert len(anchors) == len(PHOTO_TEMPLATES) + len(PLACE_TEMPLATES) * len(BACKGROUNDS) + len(STYLE_NAMES)
-    for template, place in [("a photo of {it}", ""), *((t, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS)]:
-        assert anchors[fill(template, "a fox", place=place)] == fill(template, "a thing", place=place)
+    assert len(anchors) == len(PHOTO_TEMPLATES) + len(PLACE_TEMPLATES) * len(BACKGROUNDS) + len(
+        STYLE_NAMES
+    )
+    for template, place in [
+        ("a photo of {it}", ""),
+        *((t, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS),
+    ]:
+        assert anchors[fill(template, "a fox", place=place)] == fill(
+            template, "a thing", place=place
+        )
     for s in STYLE_NAMES:
         assert anchors[f"a fox in the style of {s}"] == f"a thing in the style of {s}"
 
@@ -245,7 +295,7 @@ BAD = [
     ({"sampling": {"steps": 0}}, "scenario.sampling.steps"),
     ({"sampling": {"guidance": -1}}, "scenario.sampling.guidance"),
     ({"sampling": {"precision": "half"}}, "scenario.sampling.precision"),
-    ({"sampling": {"negative": "a\nb"}}, "control character"),
+    ({"sampling": {"negative": "a\nb"}}, "baseline character"),
     ({"sampling": {"step": 3}}, r"sampling.step\b.*steps"),
     ({"sampling": 3}, "scenario.sampling"),
     ({"resolution": 60}, "multiple of 8"),
@@ -267,15 +317,23 @@ def test_personalize_takes_only_what_is_new_to_the_model() -> None:
 
 
 def test_regularizers_one_template_and_too_many() -> None:
-    (case,) = built("relearn_styles", **SMALL | {"regularizers": 50}, regularizer_templates="one").load(0).cases
+    (case,) = (
+        built("relearn_styles", **SMALL | {"regularizers": 50}, regularizer_templates="one")
+        .load(0)
+        .cases
+    )
     assert all(text.startswith("a picture of ") for text in case.regularizers)
     assert len(set(case.regularizers)) == 50
     with pytest.raises(UserError, match=r"regularizers.*different captions"):
-        built("relearn_styles", **SMALL | {"regularizers": 5000}, regularizer_templates="one").load(0)
+        built("relearn_styles", **SMALL | {"regularizers": 5000}, regularizer_templates="one").load(
+            0
+        )
 
 
 def test_resolution_scales_and_sampling_passes_through() -> None:
-    found = built("personalize", **SMALL | {"keep": 2}, resolution=128, sampling={"steps": 5, "count": 4}).load(0)
+    found = built(
+        "personalize", **SMALL | {"keep": 2}, resolution=128, sampling={"steps": 5, "count": 4}
+    ).load(0)
     (case,) = found.cases
     assert case.targets[0].own.images.shape == (3, 3, 128, 128)
     assert case.sampling == Sampling(steps=5, guidance=4.0, count=4)

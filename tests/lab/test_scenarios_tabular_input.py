@@ -31,7 +31,9 @@ def test_bad_input_names_key_value_and_fix(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scenario\.test_share=1\.5"):
         scenario(path, test_share=1.5)
     for share in ("abc", True, None):
-        with pytest.raises(UserError, match=rf"scenario\.test_share={share}: must be a number > 0 and < 1"):
+        with pytest.raises(
+            UserError, match=rf"scenario\.test_share={share}: must be a number > 0 and < 1"
+        ):
             scenario(path, test_share=share)
     with pytest.raises(UserError, match=r"scenario\.ignore=True"):
         scenario(path, ignore=True)
@@ -41,10 +43,14 @@ def test_bad_input_names_key_value_and_fix(tmp_path: Path) -> None:
         scenario(path, dataset="boston")
     with pytest.raises(UserError, match=r"scenario\.split_column=None"):
         scenario(tmp_path / "D1.csv").load(0)
-    with pytest.raises(UserError, match=r"harmful_values=\['blue'\]: leaves no rows for the harmful task; .*green"):
+    with pytest.raises(
+        UserError, match=r"harmful_values=\['blue'\]: leaves no rows for the harmful task; .*green"
+    ):
         scenario(tmp_path / "D1.csv", split_column="colour", harmful_values=["blue"]).load(0)
     with pytest.raises(UserError, match="no rows for the benign task"):
-        scenario(tmp_path / "D1.csv", split_column="colour", harmful_values=["red", "green"]).load(0)
+        scenario(tmp_path / "D1.csv", split_column="colour", harmful_values=["red", "green"]).load(
+            0
+        )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +75,9 @@ def test_a_target_that_varies_in_a_test_row_only(tmp_path: Path) -> None:
     path = folder(tmp_path, table().assign(area=[1.0] * 59 + [2.0]), table())
     held_out = [seed for seed in range(20) if not scenario(path)._train_rows(seed, [60, 60])[0][59]]
     assert held_out
-    with pytest.raises(UserError, match=r"benign_target=area: has one value only in the training rows"):
+    with pytest.raises(
+        UserError, match=r"benign_target=area: has one value only in the training rows"
+    ):
         scenario(path).load(held_out[0])
 
 

@@ -90,7 +90,9 @@ def fill(path: Path, classes: int = 2, count: int = 10, base: int = 0) -> Path:
 
 
 def folders(benign: Path, harmful: Path, **options: object) -> ImageFolders:
-    return ImageFolders(**{"benign_path": str(benign), "harmful_path": str(harmful), "size": 32, **options})
+    return ImageFolders(
+        **{"benign_path": str(benign), "harmful_path": str(harmful), "size": 32, **options}
+    )
 
 
 def test_image_folders(tmp_path: Path) -> None:
@@ -102,7 +104,9 @@ def test_image_folders(tmp_path: Path) -> None:
     assert (benign.classes, harmful.classes) == (2, 3)
     assert benign.train.x.shape == (16, 3, 32, 32)
     assert harmful.test.x.shape == (6, 3, 32, 32)
-    assert torch.equal(benign.train.x[:, 1, 0, 0].long(), 100 * benign.train.y)  # label and picture belong together
+    assert torch.equal(
+        benign.train.x[:, 1, 0, 0].long(), 100 * benign.train.y
+    )  # label and picture belong together
     seen = [{x.numpy().tobytes() for x in split.x} for split in (benign.train, benign.test)]
     assert not seen[0] & seen[1]
     assert any("fewer than the 2000" in note for note in data.notes)
@@ -137,7 +141,9 @@ def test_modes_and_orientation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 3  # upside down
     Image.fromarray(rgb).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    read = {p.name: images.read(p, 32, "scenario.benign_path").astype(int) for p in tmp_path.iterdir()}
+    read = {
+        p.name: images.read(p, 32, "scenario.benign_path").astype(int) for p in tmp_path.iterdir()
+    }
     assert all(x.shape == (32, 32, 3) for x in read.values())
     assert (read["l.png"][2, 2] == 200).all()
     assert (read["i16.png"][2, 2] == 200).all()
@@ -155,7 +161,9 @@ def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     content = broken.read_bytes()
     for bad in (b"no image", content[: len(content) // 2], b""):
         broken.write_bytes(bad)
-        with pytest.raises(UserError, match=r"scenario\.benign_path=.*3\.png: is no readable image"):
+        with pytest.raises(
+            UserError, match=r"scenario\.benign_path=.*3\.png: is no readable image"
+        ):
             folders(a, b).load(0)
     broken.write_bytes(content)
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
@@ -168,7 +176,10 @@ def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_folders_that_cannot_work(tmp_path: Path) -> None:
     good = fill(tmp_path / "good")
-    for path, message in ((None, "set it to the folder with the imagenet images"), ("", "one subfolder per class")):
+    for path, message in (
+        (None, "set it to the folder with the imagenet images"),
+        ("", "one subfolder per class"),
+    ):
         with pytest.raises(UserError, match=rf"scenario\.benign_path={path}: .*{message}"):
             ImageFolders(benign_path=path, harmful_path=str(good), benign_name="imagenet")
     with pytest.raises(UserError, match=r"scenario\.harmful_path=None"):
@@ -182,7 +193,16 @@ def test_folders_that_cannot_work(tmp_path: Path) -> None:
         folders(good, fill(tmp_path / "one", classes=1)).load(0)
     with pytest.raises(UserError, match="single image in the class class0"):
         folders(good, fill(tmp_path / "thin", count=1)).load(0)
-    for options in ({"size": 8}, {"train_rows": 1}, {"test_rows": 1}, {"test_share": 1.0}, {"harmful_name": "benign"},
-        {"size": 64.5}, {"train_rows": "many"}, {"test_rows": True}, {"test_share": "abc"}):  # fmt: skip
+    for options in (
+        {"size": 8},
+        {"train_rows": 1},
+        {"test_rows": 1},
+        {"test_share": 1.0},
+        {"harmful_name": "benign"},
+        {"size": 64.5},
+        {"train_rows": "many"},
+        {"test_rows": True},
+        {"test_share": "abc"},
+    ):
         with pytest.raises(UserError, match=rf"scenario\.{next(iter(options))}="):
             folders(good, good, **options)

@@ -22,17 +22,48 @@ def write_record(cfg, folder, status="ok", values=(1.0, 1.0, 1.0)):
     """The record of a trial whose three objectives are given."""
     names = ("slowdown_harmful_worst", "slowdown_loss_harmful_worst", "slowdown_benign_worst")
     sides = ("higher", "higher", "lower")
-    metrics = {n: Score(v, None, None, 1, s, "point") for n, v, s in zip(names, values, sides, strict=True)}
-    error = None if status == "ok" else {"type": "Diverged", "message": "ran away", "key": None, "last_good_step": 3}
-    facts = {"started": "2026-01-01T00:00:00+00:00", "wall_time_s": 1.0, "peak_memory_mb": 2.0, "host": "h",
-             "device": "cpu", "threads": 1, "python": "3.11", "versions": {}, "git_sha": None, "git_dirty": None,
-             "data_hash": {}, "weight_hash": {}, "cache_hits": 0, "cache_misses": 1}  # fmt: skip
+    metrics = {
+        n: Score(v, None, None, 1, s, "point") for n, v, s in zip(names, values, sides, strict=True)
+    }
+    error = (
+        None
+        if status == "ok"
+        else {"type": "Diverged", "message": "ran away", "key": None, "last_good_step": 3}
+    )
+    facts = {
+        "started": "2026-01-01T00:00:00+00:00",
+        "wall_time_s": 1.0,
+        "peak_memory_mb": 2.0,
+        "host": "h",
+        "device": "cpu",
+        "threads": 1,
+        "python": "3.11",
+        "versions": {},
+        "git_sha": None,
+        "git_dirty": None,
+        "data_hash": {},
+        "weight_hash": {},
+        "cache_hits": 0,
+        "cache_misses": 1,
+    }
     body = {
-        "schema": records.SCHEMA_VERSION, "status": status, "attacks": [], "seeds": [10], "notes": [], "skipped": {},
-        "config": OmegaConf.to_container(cfg, resolve=True), "images": {}, "name": "tune_kappa/kappa",
-        "scenario": "house_price", "backbone": "linear", "immunizer": "kappa", "error": error, "cells": [],
-        "provenance": facts, **records.scores_json([Scores(metrics)] if status == "ok" else []),
-    }  # fmt: skip
+        "schema": records.SCHEMA_VERSION,
+        "status": status,
+        "attacks": [],
+        "seeds": [10],
+        "notes": [],
+        "skipped": {},
+        "config": OmegaConf.to_container(cfg, resolve=True),
+        "images": {},
+        "name": "tune_kappa/kappa",
+        "scenario": "house_price",
+        "backbone": "linear",
+        "immunizer": "kappa",
+        "error": error,
+        "cells": [],
+        "provenance": facts,
+        **records.scores_json([Scores(metrics)] if status == "ok" else []),
+    }
     records.write(body, folder / "record.json")
 
 
@@ -44,8 +75,10 @@ def cli(tmp_path, monkeypatch, capfd):
 
     def fake(cfg, folder):
         seen.append(cfg)
-        eta = cfg.immunize.eta
-        write_record(cfg, folder, values=(1 + eta, 2 - (eta - 0.2) ** 2, 1 + cfg.immunize.supervised))
+        eta = cfg.immunize.lr
+        write_record(
+            cfg, folder, values=(1 + eta, 2 - (eta - 0.2) ** 2, 1 + cfg.immunize.supervised)
+        )
 
     def call(*arguments, run=fake):
         monkeypatch.setattr(launch, "launch", run)
@@ -53,7 +86,9 @@ def cli(tmp_path, monkeypatch, capfd):
         return call_entry(monkeypatch, capfd, *SMALL, *arguments)
 
     call.seen, call.fake = seen, fake
-    monkeypatch.setattr("lab.cli.actions.render", lambda found, out: out)  # tested elsewhere, and slow
+    monkeypatch.setattr(
+        "lab.cli.actions.render", lambda found, out: out
+    )  # tested elsewhere, and slow
     return call
 
 
@@ -67,14 +102,21 @@ def test_a_search_tries_the_preset_first_and_ends_with_front_and_leaderboard(cli
     assert code == 0, err
     rows, folder = table(tmp_path)
     assert [r["trial"] for r in rows] == list(range(8))
-    assert rows[0]["values"]["immunize.eta"] == 0.1
-    assert len({r["values"]["immunize.eta"] for r in rows}) == 8
-    assert [c.immunize.eta for c in cli.seen] == [r["values"]["immunize.eta"] for r in rows]
+    assert rows[0]["values"]["immunize.lr"] == 0.1
+    assert len({r["values"]["immunize.lr"] for r in rows}) == 8
+    assert [c.immunize.lr for c in cli.seen] == [r["values"]["immunize.lr"] for r in rows]
     assert {c.action for c in cli.seen} == {"run"}
     assert any(r["front"] for r in rows)
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"pareto.md", "pareto.csv", "pareto.html", "leaderboard.md", "0-kappa", "7-kappa"}
-    assert "immunize.eta=0.1" in (folder / "0-kappa/.hydra/overrides.yaml").read_text()
+    assert names >= {
+        "pareto.md",
+        "pareto.csv",
+        "pareto.html",
+        "leaderboard.md",
+        "0-kappa",
+        "7-kappa",
+    }
+    assert "immunize.lr=0.1" in (folder / "0-kappa/.hydra/overrides.yaml").read_text()
     assert "| 0 |" in out
 
 
@@ -119,7 +161,7 @@ def test_a_trial_that_fails_or_diverges_stays_in_the_table_and_stops_nothing(cli
         number = int(folder.name.split("-")[0])
         if number == 1:
             write_record(cfg, folder, status="failed")
-            raise UserError("immunize.eta", cfg.immunize.eta, "is too large.")
+            raise UserError("immunize.lr", cfg.immunize.lr, "is too large.")
         if number == 2:
             write_record(cfg, folder, status="diverged")
         elif number == 3:
@@ -160,7 +202,7 @@ def test_dry_run_prints_runs_cost_and_space(cli):
     assert code == 0
     assert "tune_kappa, one after another: 24 runs; cost: " in out
     assert "minutes" in out
-    assert "immunize.eta: 0.02 … 0.4 (logarithmic)" in out
+    assert "immunize.lr: 0.02 … 0.4 (logarithmic)" in out
     assert not cli.seen
 
 
@@ -194,9 +236,11 @@ def test_an_objective_that_nothing_measures_is_named(cli):
 def test_ranges_draw_what_they_hold():
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     ranges = [
-        Range.read("a", {"low": 1e-4, "high": 1e-2, "log": True}), Range.read("b", {"low": 1, "high": 9, "step": 2}),
-        Range.read("c", ["x", None, True, 3]), Range.read("d", {"low": 0.0, "high": 1.0, "step": 0.25}),
-    ]  # fmt: skip
+        Range.read("a", {"low": 1e-4, "high": 1e-2, "log": True}),
+        Range.read("b", {"low": 1, "high": 9, "step": 2}),
+        Range.read("c", ["x", None, True, 3]),
+        Range.read("d", {"low": 0.0, "high": 1.0, "step": 0.25}),
+    ]
     for _ in range(50):
         trial = study.ask()
         drawn = [one.draw(trial) for one in ranges]
@@ -207,20 +251,38 @@ def test_ranges_draw_what_they_hold():
 
 def trial(number, a, b, failure=None):
     sides = {"a": "higher", "b": "lower"}
-    metrics = {k: {"value": v, "low": None, "high": None, "n": 1, "better": sides[k], "interval": "point",
-                   "note": None, "unit": ""} for k, v in (("a", a), ("b", b))}  # fmt: skip
-    return Trial(number, {"immunize.eta": number / 10}, {} if failure else metrics, failure)
+    metrics = {
+        k: {
+            "value": v,
+            "low": None,
+            "high": None,
+            "n": 1,
+            "better": sides[k],
+            "interval": "point",
+            "note": None,
+            "unit": "",
+        }
+        for k, v in (("a", a), ("b", b))
+    }
+    return Trial(number, {"immunize.lr": number / 10}, {} if failure else metrics, failure)
 
 
 def test_the_front_is_what_optuna_calls_the_best_trials():
-    study = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=1))
+    study = optuna.create_study(
+        directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(seed=1)
+    )
     trials = []
     for i in range(40):
         asked = study.ask()
-        a, b = round(asked.suggest_float("a", 0, 1), 1), round(asked.suggest_float("b", 0, 1), 1)  # ties occur
+        a, b = (
+            round(asked.suggest_float("a", 0, 1), 1),
+            round(asked.suggest_float("b", 0, 1), 1),
+        )  # ties occur
         study.tell(asked, [a, b])
         trials.append(trial(i, a, b))
-    assert [t.number for t in front(["a", "b"], trials)] == sorted(t.number for t in study.best_trials)
+    assert [t.number for t in front(["a", "b"], trials)] == sorted(
+        t.number for t in study.best_trials
+    )
 
 
 def test_the_table_is_escaped_and_complete():
@@ -232,7 +294,11 @@ def test_the_table_is_escaped_and_complete():
     assert "<svg" in page
     assert "\\| broke" in to_markdown(objectives, trials)
     rows = list(csv.DictReader(to_csv(objectives, trials).splitlines()))
-    assert [(r["trial"], r["front"], r["rir"]) for r in rows] == [("0", "0", "1.0"), ("1", "1", "2.0"), ("2", "0", "")]
+    assert [(r["trial"], r["front"], r["rir"]) for r in rows] == [
+        ("0", "0", "1.0"),
+        ("1", "1", "2.0"),
+        ("2", "0", ""),
+    ]
 
 
 def test_the_plan_needs_a_group_of_its_own():

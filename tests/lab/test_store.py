@@ -9,12 +9,14 @@ import time
 import pytest
 import torch
 
-from lab.core.cache import Artifact, StageCheckpoint, Store, stage_key, write_atomically
+from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key, write_atomically
 from lab.core.errors import UserError
 
 
 def make(value=1.0):
-    return lambda checkpoint: Artifact({"value": value, "nan": float("nan")}, {"w": torch.full((3, 2), value).double()})
+    return lambda checkpoint: Artifact(
+        {"value": value, "nan": float("nan")}, {"w": torch.full((3, 2), value).double()}
+    )
 
 
 def never(checkpoint):
@@ -22,9 +24,9 @@ def never(checkpoint):
 
 
 def test_first_call_computes_second_reads(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     first, hit = store.get("immunize", "k1", make(2.0))
-    again, hit_again = Store(tmp_path).get("immunize", "k1", never)
+    again, hit_again = StageCache(tmp_path).get("immunize", "k1", never)
     assert (hit, hit_again) == (False, True)
     assert again.values["value"] == 2.0
     assert again.values["nan"] != again.values["nan"]
@@ -34,7 +36,7 @@ def test_first_call_computes_second_reads(tmp_path):
 
 @pytest.mark.parametrize("name", ["values.json", "tensors.safetensors", "meta.json"])
 def test_a_flipped_byte_is_noticed_and_rebuilt(tmp_path, caplog, name):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("attack", "k", make(1.0))
     path = store.folder("attack", "k") / name
     data = bytearray(path.read_bytes())
@@ -47,9 +49,11 @@ def test_a_flipped_byte_is_noticed_and_rebuilt(tmp_path, caplog, name):
     assert store.get("attack", "k", never)[1]
 
 
-@pytest.mark.parametrize("text", ["null", "[]", "{}", '{"sha256": {}}', '{"sha256": null}', '{"sha256": ["a"]}'])
+@pytest.mark.parametrize(
+    "text", ["null", "[]", "{}", '{"sha256": {}}', '{"sha256": null}', '{"sha256": ["a"]}']
+)
 def test_facts_that_are_none_are_noticed_and_rebuilt(tmp_path, caplog, text):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("attack", "k", make(1.0))
     (store.folder("attack", "k") / "meta.json").write_text(text)
     assert not store.get("attack", "k", make(5.0))[1]
@@ -58,7 +62,7 @@ def test_facts_that_are_none_are_noticed_and_rebuilt(tmp_path, caplog, text):
 
 
 def test_a_truncated_artefact_is_rebuilt(tmp_path, caplog):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("eval", "k", make())
     path = store.folder("eval", "k") / "tensors.safetensors"
     path.write_bytes(path.read_bytes()[:10])
@@ -67,26 +71,26 @@ def test_a_truncated_artefact_is_rebuilt(tmp_path, caplog):
 
 
 def test_force_computes_once_per_process(tmp_path):
-    Store(tmp_path).get("attack", "k", make(1.0))
-    store = Store(tmp_path, force=["attack"])
+    StageCache(tmp_path).get("attack", "k", make(1.0))
+    store = StageCache(tmp_path, force=["attack"])
     assert not store.has("attack", "k")
     artifact, hit = store.get("attack", "k", make(7.0))
     assert not hit
     assert artifact.values["value"] == 7.0
     assert store.get("attack", "k", never)[1]
     with pytest.raises(UserError, match="atack"):
-        Store(tmp_path, force=["atack"])
+        StageCache(tmp_path, force=["atack"])
 
 
 ROOT = [("immunize", "k")]
 
 
 def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise(tmp_path, caplog):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("immunize", "k", make(1.0))
     store.get("attack", "k", make(2.0), ROOT)
     store.get("eval", "k", make(3.0), [*ROOT, ("attack", "k")])
-    forced = Store(tmp_path, force="immunize")
+    forced = StageCache(tmp_path, force="immunize")
     forced.get("immunize", "k", make(1.0))
     assert forced.has("attack", "k", ROOT)
     assert forced.get("eval", "k", never, [*ROOT, ("attack", "k")])[1]
@@ -102,7 +106,7 @@ def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise
 
 
 def test_an_artefact_that_names_no_origin_counts_for_none(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("immunize", "k", make(1.0))
     store.get("attack", "k", make(2.0))
     assert store.has("attack", "k")
@@ -112,7 +116,7 @@ def test_an_artefact_that_names_no_origin_counts_for_none(tmp_path):
 
 
 def test_a_stage_that_computes_what_it_is_made_from_knows_it_afterwards(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
 
     def compute(checkpoint):
         store.get("immunize", "k", make(1.0))
@@ -132,18 +136,18 @@ def test_a_checkpoint_goes_on_only_from_what_it_began_at(tmp_path, caplog, value
         found = checkpoint.load()
         return Artifact({"from": found and found[1]["step"]})
 
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("immunize", "k", make(1.0))
     with pytest.raises(RuntimeError):
         store.get("attack", "k", dies, ROOT)
     assert store.checkpointed("attack", "k") == 4
-    Store(tmp_path, force="immunize").get("immunize", "k", make(value))
+    StageCache(tmp_path, force="immunize").get("immunize", "k", make(value))
     assert store.get("attack", "k", resumes, ROOT)[0].values["from"] == step
     assert ("did not begin at the result" in caplog.text) == (step is None)
 
 
 def test_an_exception_leaves_no_artefact_but_the_checkpoint(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
 
     def dies(checkpoint):
         checkpoint.save({"w": torch.ones(2)}, {"step": 4})
@@ -179,15 +183,15 @@ def test_an_artefact_knows_the_seconds_that_it_took(tmp_path):
         time.sleep(0.05)
         return Artifact()
 
-    computed, _ = Store(tmp_path).get("attack", "k", slow)
+    computed, _ = StageCache(tmp_path).get("attack", "k", slow)
     assert computed.seconds >= 0.05
-    again, hit = Store(tmp_path).get("attack", "k", never)
+    again, hit = StageCache(tmp_path).get("attack", "k", never)
     assert hit
     assert again.seconds == computed.seconds
 
 
 def test_a_stage_that_was_resumed_counts_every_sitting(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
 
     def dies(checkpoint):
         time.sleep(0.05)
@@ -204,7 +208,7 @@ def test_a_stage_that_was_resumed_counts_every_sitting(tmp_path):
 
 
 def test_an_artefact_of_an_older_version_has_no_seconds(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("eval", "k", make())
     path = store.folder("eval", "k") / "meta.json"
     path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
@@ -219,7 +223,9 @@ def test_key_depends_on_content_not_on_order():
 def test_failed_write_keeps_the_old_bytes(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     write_atomically(path, b"old")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
@@ -233,13 +239,16 @@ def _compute_slowly(root, counter):
         time.sleep(0.5)
         return Artifact({"ok": True})
 
-    Store(root).get("immunize", "shared", compute)
+    StageCache(root).get("immunize", "shared", compute)
 
 
 def test_two_processes_want_one_stage_and_one_computes(tmp_path):
     counter = tmp_path / "count"
     context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=_compute_slowly, args=(tmp_path / "cache", counter)) for _ in range(4)]
+    workers = [
+        context.Process(target=_compute_slowly, args=(tmp_path / "cache", counter))
+        for _ in range(4)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -249,7 +258,7 @@ def test_two_processes_want_one_stage_and_one_computes(tmp_path):
 
 
 def test_meta_lists_checksums_of_both_files(tmp_path):
-    store = Store(tmp_path)
+    store = StageCache(tmp_path)
     store.get("eval", "k", make())
     meta = json.loads((store.folder("eval", "k") / "meta.json").read_text())
     assert sorted(meta["sha256"]) == ["tensors.safetensors", "values.json"]

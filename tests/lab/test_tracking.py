@@ -28,7 +28,7 @@ from tracking_runs import (
     track,
     wandb_chunks,
     wandb_messages,
-)  # fmt: skip
+)
 
 from lab.core import record as records
 from lab.tracking import Trackers, client, views
@@ -101,7 +101,9 @@ def test_wandbs_own_reader_finds_the_messages_that_these_tests_read(offline, tmp
     files = sorted(offline.rglob("offline-run-*/run-*.wandb"))
     assert len(files) == 3
     for file in files:
-        out = subprocess.run([python, "-c", OWN_READER, str(file)], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [python, "-c", OWN_READER, str(file)], capture_output=True, text=True, check=True
+        ).stdout
         ours = [hashlib.sha256(data).hexdigest() for data in wandb_chunks(file)]
         assert json.loads(out) == ours
         assert len(ours) > 5
@@ -117,12 +119,14 @@ def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline)
     assert live["immunize/kappa_benign/immunized"] == [9.0, 4.0]
     _, history, _, _, _ = read_offline_run(folder, "attack")
     assert history["attack/step"] == [0, 1, 2, 4]
-    assert history["attack/loss/control"] == [3.0, 2.0, 1.0]
+    assert history["attack/loss/baseline"] == [3.0, 2.0, 1.0]
     assert history["attack/loss/immunized"] == [3.0, 2.5]
     assert history["attack/sgr/immunized_low"] == [0.1, 0.2]
     path = next(p for p in folder.rglob("*.wandb") if p.stem.endswith("-attack"))
     defined = [m.metric for m in wandb_messages(path) if m.HasField("metric")]
-    assert {(m.glob_name or m.name, m.step_metric) for m in defined} >= {("attack/*", "attack/step")}
+    assert {(m.glob_name or m.name, m.step_metric) for m in defined} >= {
+        ("attack/*", "attack/step")
+    }
 
 
 @pytest.mark.slow
@@ -151,35 +155,60 @@ def test_two_records_overlay_in_the_same_panels(folder, tmp_path):
     other = dict(record, immunizer="mima")
     other["curves"] = {"loss": {**record["curves"]["loss"], "mima": [3.0, 2.9, 2.8]}}
     del other["curves"]["loss"]["kappa"]
-    keys = [{k for _, values in views.curve_rows(r, "attack") for k in values} for r in (record, other)]
-    assert keys[0] & keys[1] == {"loss/control", "loss/immunized"}
+    keys = [
+        {k for _, values in views.curve_rows(r, "attack") for k in values} for r in (record, other)
+    ]
+    assert keys[0] & keys[1] == {"loss/baseline", "loss/immunized"}
 
 
 @pytest.mark.slow
 def test_a_failed_run_is_marked_in_every_stage(folder):
-    body = dict(records.read(folder / "record.json"), status="failed", metrics={}, curves={}, tables={}, images={})
+    body = dict(
+        records.read(folder / "record.json"),
+        status="failed",
+        metrics={},
+        curves={},
+        tables={},
+        images={},
+    )
     body["error"] = {"type": "ValueError", "message": "no", "key": None, "last_good_step": None}
     records.write(body, folder / "record.json")
     track(folder, {"wandb": WANDB})
-    exits = [m.exit.exit_code for p in folder.rglob("run-*.wandb") for m in wandb_messages(p) if m.HasField("exit")]
+    exits = [
+        m.exit.exit_code
+        for p in folder.rglob("run-*.wandb")
+        for m in wandb_messages(p)
+        if m.HasField("exit")
+    ]
     assert exits == [1, 1]  # immunize and eval; nothing was attacked
 
 
 @pytest.mark.slow
-def test_wandb_with_a_wrong_key_and_no_network_logs_offline_and_says_so(folder, monkeypatch, caplog):
+def test_wandb_with_a_wrong_key_and_no_network_logs_offline_and_says_so(
+    folder, monkeypatch, caplog
+):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")  # of a W&B in this very process: not the tracker's
+    monkeypatch.setenv(
+        "WANDB_SERVICE", "3-1-tcp-localhost-9"
+    )  # of a W&B in this very process: not the tracker's
     track(folder, {"wandb": WANDB})
-    assert read_offline_run(folder, "attack")[1]["attack/loss/control"] == [3.0, 2.0, 1.0]
+    assert read_offline_run(folder, "attack")[1]["attack/loss/baseline"] == [3.0, 2.0, 1.0]
     log = folder / "tracker-wandb.log"
     assert log.read_text().count("logged offline") == 1
     (told,) = [r.getMessage() for r in caplog.records if r.name == client.log.name]
-    for part in ("cannot be reached or refuses the key (CommError)", "WANDB_API_KEY", "tracker.wandb.mode=offline",
-                 f"`wandb sync {folder}/wandb/offline-run-*`", str(log)):  # fmt: skip
+    for part in (
+        "cannot be reached or refuses the key (CommError)",
+        "WANDB_API_KEY",
+        "tracker.wandb.mode=offline",
+        f"`wandb sync {folder}/wandb/offline-run-*`",
+        str(log),
+    ):
         assert part in told
     assert KEY not in caplog.text
-    assert KEY not in "".join(p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file())
+    assert KEY not in "".join(
+        p.read_text(errors="ignore") for p in folder.rglob("*") if p.is_file()
+    )
 
 
 @pytest.mark.slow
@@ -197,21 +226,25 @@ def test_auto_follows_the_mode_of_the_environment_whatever_the_key(folder, monke
 def test_trackio_has_the_same_view(offline):
     database = sqlite3.connect(next((offline / "trackio").glob("*.db")))
     logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
-    key = "attack/loss/control"
+    key = "attack/loss/baseline"
     assert [m[key] for m in logged if key in m] == [3.0, 2.0, 1.0]
     assert [m["rir"] for m in logged if "rir" in m] == [12.5]
     configs = [json.loads(row[0]) for row in database.execute("select config from configs")]
     assert [c["_Group"] for c in configs] == ["house_price"]
 
 
-CHROMIUM = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None
+)
 
 
 def dashboard(folder, port):
     """trackio's local dashboard in a process of its own."""
     code = "import sys, trackio; trackio.show('p', open_browser=False, block_thread=True, server_port=int(sys.argv[1]))"
     env = os.environ | {"TRACKIO_DIR": str(folder / "trackio"), "HOME": str(folder)}
-    return subprocess.Popen([sys.executable, "-c", code, str(port)], env=env, stdout=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, str(port)], env=env, stdout=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.slow
@@ -223,14 +256,27 @@ def test_the_dashboard_of_trackio_shows_the_run_in_a_browser(offline, tmp_path):
     process = dashboard(offline, port)
     address = f"http://127.0.0.1:{port}/?project=p"
     command = [
-        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--virtual-time-budget=20000", "--dump-dom",
-        f"--user-data-dir={tmp_path / 'profile'}", address,
-    ]  # fmt: skip
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--virtual-time-budget=20000",
+        "--dump-dom",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        address,
+    ]
     try:
-        assert waits_for(lambda: process.poll() is not None or answers(address)), "the dashboard does not start"
+        assert waits_for(lambda: process.poll() is not None or answers(address)), (
+            "the dashboard does not start"
+        )
         assert process.poll() is None
-        page = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+        page = subprocess.run(
+            command, capture_output=True, text=True, timeout=300, check=True
+        ).stdout
     finally:
         process.kill()
         process.wait()
@@ -280,4 +326,6 @@ def test_wandbs_service_killed_in_the_middle_costs_a_warning_at_most(folder, cap
     assert "the record is complete" in caplog.text
     assert (folder / "record.json").read_bytes() == before
     history = [i for p in logged() for m in wandb_messages(p) for i in m.history.item]
-    assert any("seed0/rir" in (item.key or ".".join(item.nested_key)) for item in history), "what was logged is lost"
+    assert any("seed0/rir" in (item.key or ".".join(item.nested_key)) for item in history), (
+        "what was logged is lost"
+    )

@@ -35,7 +35,9 @@ def fake_worker(tmp_path, monkeypatch, *, crash=False, sleep=0, fallback=False):
     script = tmp_path / "fake.py"
     script.write_text(FAKE.format(crash=crash, sleep=sleep, fallback=fallback, notice=NOTICE))
     real = client.subprocess.Popen
-    monkeypatch.setattr(client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw))
+    monkeypatch.setattr(
+        client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw)
+    )
 
 
 def test_a_tracker_that_crashes_costs_a_warning(folder, tmp_path, monkeypatch, caplog):
@@ -55,9 +57,15 @@ def test_a_tracker_that_hangs_is_ended_after_its_timeout(folder, tmp_path, monke
 
 @pytest.mark.parametrize(
     ("how", "told"),
-    [({}, "logged offline"), ({"crash": True}, "failed (exit code 1"), ({"sleep": 60}, "was ended")],
+    [
+        ({}, "logged offline"),
+        ({"crash": True}, "failed (exit code 1"),
+        ({"sleep": 60}, "was ended"),
+    ],
 )
-def test_a_tracker_that_fell_back_says_so_once_however_it_ends(how, told, folder, tmp_path, monkeypatch, caplog):
+def test_a_tracker_that_fell_back_says_so_once_however_it_ends(
+    how, told, folder, tmp_path, monkeypatch, caplog
+):
     fake_worker(tmp_path, monkeypatch, fallback=True, **how)
     track(folder, {"wandb": WANDB | {"timeout_s": 5 if "sleep" in how else 60}})
     (message,) = [r.getMessage() for r in caplog.records if r.name == client.log.name]
@@ -112,9 +120,13 @@ def test_live_points_give_way_to_the_end_and_the_start_does_not():
 
 def test_the_end_reaches_a_tracker_that_is_far_behind(folder, tmp_path, monkeypatch, caplog):
     script, heard = tmp_path / "late.py", tmp_path / "heard"
-    script.write_text(f"import sys, time\ntime.sleep(2)\nopen({str(heard)!r}, 'w').write(sys.stdin.read())")
+    script.write_text(
+        f"import sys, time\ntime.sleep(2)\nopen({str(heard)!r}, 'w').write(sys.stdin.read())"
+    )
     real = client.subprocess.Popen
-    monkeypatch.setattr(client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw))
+    monkeypatch.setattr(
+        client.subprocess, "Popen", lambda command, **kw: real([sys.executable, str(script)], **kw)
+    )
     monkeypatch.setattr(client, "_QUEUE", 50)
     track(folder, {"wandb": WANDB}, live=3000)
     events = [json.loads(line)["event"] for line in heard.read_text().splitlines()]
@@ -151,7 +163,11 @@ def test_a_killed_run_ends_the_tracker_as_crashed(folder, monkeypatch):
     child._queue.put(None)  # what the end of the parent does: stdin closes without `finish`
     child._thread.join(300)
     assert child._process.wait(300) == 0
-    codes = [m.exit.exit_code for m in wandb_messages(next(folder.rglob("run-*.wandb"))) if m.HasField("exit")]
+    codes = [
+        m.exit.exit_code
+        for m in wandb_messages(next(folder.rglob("run-*.wandb")))
+        if m.HasField("exit")
+    ]
     assert codes == [1]
 
 

@@ -27,7 +27,16 @@ from lab.minisd.world.vocabulary import (
     THINGS,
     members,
 )
-from lab.minisd.world.world import CREDIT, EVERYTHING, TRAINING, UNSEEN_PAIRS, Subset, concept, picture, sample
+from lab.minisd.world.world import (
+    CREDIT,
+    EVERYTHING,
+    TRAINING,
+    UNSEEN_PAIRS,
+    Subset,
+    concept,
+    picture,
+    sample,
+)
 
 EVERY_STYLE = (PHOTO, *(s.name for s in STYLES))
 EVERY_OBJECT = tuple(t.name for t in THINGS)
@@ -145,7 +154,9 @@ def test_training_never_shows_what_is_held_out() -> None:
             assert name not in HELD_OUT_OBJECTS
             assert (name, p.style) not in HELD_OUT_PAIRS
         assert p.style not in HELD_OUT_STYLES
-        assert not any(f" {name} " in f" {p.text} " for name in (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES))
+        assert not any(
+            f" {name} " in f" {p.text} " for name in (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
+        )
         seen[p.objects[0], p.style] += 1
         kinds["two" if len(p.objects) == 2 else "one"] += 1
         kinds["class"] += any(f" {c}" in p.text for c in CATEGORIES)
@@ -156,9 +167,10 @@ def test_training_never_shows_what_is_held_out() -> None:
     assert 0.08 < kinds["two"] / 4000 < 0.16
     assert kinds["class"] > 150
     assert {picture(UNSEEN_PAIRS, 0, i).style for i in range(38)} == set(STYLE_NAMES)
-    assert {(picture(UNSEEN_PAIRS, 0, i).objects[0], picture(UNSEEN_PAIRS, 0, i).style) for i in range(38)} == set(
-        HELD_OUT_PAIRS
-    )
+    assert {
+        (picture(UNSEEN_PAIRS, 0, i).objects[0], picture(UNSEEN_PAIRS, 0, i).style)
+        for i in range(38)
+    } == set(HELD_OUT_PAIRS)
 
 
 def test_concepts_are_photos_of_a_thing_or_many_things_by_an_artist() -> None:
@@ -230,14 +242,22 @@ def _structure(images: np.ndarray) -> np.ndarray:
     return np.log1p(power).reshape(len(grey), -1)
 
 
-@pytest.mark.parametrize(("feature", "least", "mean"), [(_colours, 0.7, 0.93), (_structure, 0.3, 0.8)])
-def test_artists_are_told_apart_by_colour_alone_and_by_structure_alone(feature, least: float, mean: float) -> None:
+@pytest.mark.parametrize(
+    ("feature", "least", "mean"), [(_colours, 0.7, 0.93), (_structure, 0.3, 0.8)]
+)
+def test_artists_are_told_apart_by_colour_alone_and_by_structure_alone(
+    feature, least: float, mean: float
+) -> None:
     """A ridge classifier (closed form) on unseen seeds; chance is 1/11."""
-    train, test = (np.concatenate([feature(_pictures(s, seed)) for s in EVERY_STYLE]) for seed in (1, 2))
+    train, test = (
+        np.concatenate([feature(_pictures(s, seed)) for s in EVERY_STYLE]) for seed in (1, 2)
+    )
     label = np.repeat(np.arange(len(EVERY_STYLE)), 30)
     centre, spread = train.mean(0), train.std(0) + 1e-6
     x, z = (train - centre) / spread, (test - centre) / spread
-    weights = np.linalg.solve(x.T @ x + 30 * np.eye(x.shape[1]), x.T @ np.eye(len(EVERY_STYLE))[label])
+    weights = np.linalg.solve(
+        x.T @ x + 30 * np.eye(x.shape[1]), x.T @ np.eye(len(EVERY_STYLE))[label]
+    )
     right = (z @ weights).argmax(1) == label
     per_artist = {s: right[label == i].mean() for i, s in enumerate(EVERY_STYLE) if s != PHOTO}
     assert min(per_artist.values()) >= least, per_artist
@@ -249,7 +269,12 @@ def _contours(style: str, coarse: float) -> np.ndarray:
     rows = []
     for name in EVERY_OBJECT:
         pose = Pose(32, 32, 50, 5, False)
-        image = compose((name,), (pose,), "on a plain background", style, Dice(4, style)).astype(np.float32) / 255
+        image = (
+            compose((name,), (pose,), "on a plain background", style, Dice(4, style)).astype(
+                np.float32
+            )
+            / 255
+        )
         light = blur(luma(image), coarse) if coarse else luma(image)
         slope = blur(np.hypot(*np.gradient(light)).astype(np.float32), 1.0)[9:-9, 3:-3]
         rows.append((slope - slope.mean()).ravel())
@@ -262,7 +287,9 @@ def test_objects_stay_recognisable_in_every_style(style: str) -> None:
     """The contours of a styled object match its own photo best among all objects, at a fine or a coarse scale."""
     hits = np.zeros(len(EVERY_OBJECT), bool)
     for coarse in (0.0, 1.6):
-        hits |= (_contours(style, coarse) @ _contours(PHOTO, coarse).T).argmax(1) == np.arange(len(hits))
+        hits |= (_contours(style, coarse) @ _contours(PHOTO, coarse).T).argmax(1) == np.arange(
+            len(hits)
+        )
     assert hits.mean() >= 0.95, [o for o, h in zip(EVERY_OBJECT, hits, strict=True) if not h]
 
 
@@ -289,6 +316,8 @@ def test_objects_lie_inside_the_picture() -> None:
     """A pose at the rim is moved in: the same number of object pixels as in the middle, up to resampling."""
     areas = []
     for x, y in ((32, 32), (0, 0), (63, 20)):
-        image = compose(("lemon",), (Pose(x, y, 40, 0, False),), "on a plain background", "sketch", Dice(0))
+        image = compose(
+            ("lemon",), (Pose(x, y, 40, 0, False),), "on a plain background", "sketch", Dice(0)
+        )
         areas.append((image.mean(-1) < 140).sum())
     assert min(areas) > 0.9 * max(areas) > 50

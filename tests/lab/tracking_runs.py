@@ -12,10 +12,21 @@ from lab.core.types import Score, Scores
 from lab.tracking import Trackers
 
 CONFIG = {
-    "name": "study", "immunize": {"name": "kappa"}, "scenario": {"name": "house_price"}, "backbone": {"name": "linear"},
-    "attacks": {"linear_probe": {}}, "seeds": [0],
-}  # fmt: skip
-WANDB = {"name": "wandb", "mode": "auto", "project": "p", "entity": None, "init_timeout_s": 5, "timeout_s": 300}
+    "name": "study",
+    "immunize": {"name": "kappa"},
+    "scenario": {"name": "house_price"},
+    "backbone": {"name": "linear"},
+    "attacks": {"linear_probe": {}},
+    "seeds": [0],
+}
+WANDB = {
+    "name": "wandb",
+    "mode": "auto",
+    "project": "p",
+    "entity": None,
+    "init_timeout_s": 5,
+    "timeout_s": 300,
+}
 TRACKIO = {"name": "trackio", "project": "p", "timeout_s": 300}
 KEY = "5ec2e7" * 6 + "c0de"  # 40 characters that occur nowhere else
 
@@ -24,13 +35,34 @@ def run_folder(tmp_path):
     """Makes ``tmp_path`` a run folder with a record in it."""
     scores = Scores(
         {"rir": Score(12.5, 10.0, 14.0, 3, "higher", "across_seeds")},
-        {"loss": {"step": [0, 1, 2], "none": [3.0, 2.0, 1.0], "kappa": [3.0, None, 2.5],
-                  "x": "steps of the attack", "y": "loss", "log": ""},
-         "sgr": {"step": [2, 4], "kappa": [0.2, 0.3], "kappa:low": [0.1, 0.2], "kappa:high": [0.3, 0.4],
-                 "x": "steps of the attack", "y": "SGR", "log": ""},
-         "kappa_benign": {"step": [0, 10], "kappa": [9.0, 4.0], "x": "immunization step", "y": "κ", "log": "y"}},
+        {
+            "loss": {
+                "step": [0, 1, 2],
+                "none": [3.0, 2.0, 1.0],
+                "kappa": [3.0, None, 2.5],
+                "x": "steps of the attack",
+                "y": "loss",
+                "log": "",
+            },
+            "sgr": {
+                "step": [2, 4],
+                "kappa": [0.2, 0.3],
+                "kappa:low": [0.1, 0.2],
+                "kappa:high": [0.3, 0.4],
+                "x": "steps of the attack",
+                "y": "SGR",
+                "log": "",
+            },
+            "kappa_benign": {
+                "step": [0, 10],
+                "kappa": [9.0, 4.0],
+                "x": "immunization step",
+                "y": "κ",
+                "log": "y",
+            },
+        },
         {"pairs": [{"case": "a", "rir": 2.0}, {"case": "b", "rir": None}]},
-    )  # fmt: skip
+    )
     weights = tmp_path / "cache" / "immunize" / "12" / "1234"
     weights.mkdir(parents=True)
     (weights / "tensors.safetensors").write_bytes(b"weights")
@@ -38,19 +70,51 @@ def run_folder(tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 4)).save(tmp_path / "images" / "grid.png")
     (tmp_path / ".hydra").mkdir()
-    (tmp_path / ".hydra" / "overrides.yaml").write_text("- immunize=kappa\n- immunize.eta=0.05\n- seeds=[0]\n")
-    cell = {"stage": "immunize", "arm": "kappa", "case": "c", "seed": 0, "attack": None, "task": None, "key": "1234"}
+    (tmp_path / ".hydra" / "overrides.yaml").write_text(
+        "- immunize=kappa\n- immunize.lr=0.05\n- seeds=[0]\n"
+    )
+    cell = {
+        "stage": "immunize",
+        "model": "kappa",
+        "case": "c",
+        "seed": 0,
+        "attack": None,
+        "task": None,
+        "key": "1234",
+    }
     body = {
-        "schema": "1.1", "status": "ok", "attacks": ["linear_probe"], "seeds": [0], "notes": [],
+        "schema": "1.1",
+        "status": "ok",
+        "attacks": ["linear_probe"],
+        "seeds": [0],
+        "notes": [],
         "config": {"paths": {"cache": str(tmp_path / "cache")}},
         "images": {"grid": {"path": "images/grid.png", "caption": "a grid", "sha256": "0" * 64}},
-        "name": "study/kappa", "scenario": "house_price", "backbone": "linear", "immunizer": "kappa",
-        "error": None, "skipped": {}, "cells": [{**cell, "status": "ok"}],
-        "provenance": {"started": "2026-01-01T00:00:00+00:00", "wall_time_s": 1.0, "peak_memory_mb": 2.0, "host": "h",
-                       "device": "cpu", "threads": 2, "python": "3.11", "versions": {}, "git_sha": None,
-                       "git_dirty": None, "data_hash": {}, "weight_hash": {}, "cache_hits": 0, "cache_misses": 1},
+        "name": "study/kappa",
+        "scenario": "house_price",
+        "backbone": "linear",
+        "immunizer": "kappa",
+        "error": None,
+        "skipped": {},
+        "cells": [{**cell, "status": "ok"}],
+        "provenance": {
+            "started": "2026-01-01T00:00:00+00:00",
+            "wall_time_s": 1.0,
+            "peak_memory_mb": 2.0,
+            "host": "h",
+            "device": "cpu",
+            "threads": 2,
+            "python": "3.11",
+            "versions": {},
+            "git_sha": None,
+            "git_dirty": None,
+            "data_hash": {},
+            "weight_hash": {},
+            "cache_hits": 0,
+            "cache_misses": 1,
+        },
         **records.scores_json([scores]),
-    }  # fmt: skip
+    }
     records.write(body, tmp_path / "record.json")
     (tmp_path / "report.html").write_text("<html></html>")
     return tmp_path
@@ -109,7 +173,11 @@ def read_offline_run(folder, stage):
             kind = message.WhichOneof("record_type")
             run = message.run if kind == "run" else run
             artifacts += [message.artifact] if kind == "artifact" else []
-            artifacts += [message.request.log_artifact.artifact] if message.request.HasField("log_artifact") else []
+            artifacts += (
+                [message.request.log_artifact.artifact]
+                if message.request.HasField("log_artifact")
+                else []
+            )
             for item in [*message.run.config.update, *message.config.update]:
                 config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
             for item in message.history.item:

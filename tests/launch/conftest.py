@@ -1,4 +1,6 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "immunize"))  # its examples serve here, too
+sys.path.insert(
+    0, str(Path(__file__).resolve().parents[1] / "immunize")
+)  # its examples serve here, too

@@ -34,7 +34,9 @@ def together(
     folder = folder / f"{function.__name__}-{size}-{len(list(folder.iterdir()))}"
     folder.mkdir()
     # the place where processes meet belongs to the parent, as it belongs to accelerate in a real run
-    meeting = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if bare else None
+    meeting = (
+        dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if bare else None
+    )
     port = meeting.port if meeting is not None else None
     before = os.environ.get("PYTHONPATH", "")
     os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path, before])
@@ -42,7 +44,9 @@ def together(
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
         processes = [
-            context.Process(target=_one, args=(rank, size, folder, function, arguments, port), daemon=True)
+            context.Process(
+                target=_one, args=(rank, size, folder, function, arguments, port), daemon=True
+            )
             for rank in range(size)
         ]
         for process in processes:
@@ -58,13 +62,21 @@ def together(
     codes = [process.exitcode for process in processes]
     assert codes == [0] * size, f"exit codes {codes}"
     return [
-        (load_file(folder / f"{rank}.safetensors"), json.loads((folder / f"{rank}.json").read_text()))
+        (
+            load_file(folder / f"{rank}.safetensors"),
+            json.loads((folder / f"{rank}.json").read_text()),
+        )
         for rank in range(size)
     ]
 
 
 def _one(
-    rank: int, size: int, folder: Path, function: Callable[..., Found], arguments: tuple[Any, ...], port: int | None
+    rank: int,
+    size: int,
+    folder: Path,
+    function: Callable[..., Found],
+    arguments: tuple[Any, ...],
+    port: int | None,
 ) -> None:
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("warn")
@@ -76,9 +88,13 @@ def _one(
             "MASTER_PORT": port,
             "TORCHELASTIC_USE_AGENT_STORE": True,
         }
-        os.environ |= {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {name: str(value) for name, value in place.items()} | {
+            "MASTER_ADDR": "127.0.0.1"
+        }
     elif size > 1:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
+        )
         members = tuple(range(size))
         arguments = (Team(members, dist.new_group(members), check_every=2), *arguments)
     else:
@@ -87,7 +103,10 @@ def _one(
         tensors, values = function(*arguments)
     except Exception as error:
         tensors, values = {}, {"raised": type(error).__name__, "message": str(error)}
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
+        folder / f"{rank}.safetensors",
+    )
     (folder / f"{rank}.json").write_text(json.dumps(values))
     if port is not None:
         os._exit(0)  # as `lab.runner.worker` does: others may still wait for this one

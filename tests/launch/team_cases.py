@@ -40,7 +40,9 @@ def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = Fal
     with working(team):
         result = run(immunizer, on=three_concepts(), checkpoint=checkpoint, log=log)
     old = model().state_dict()
-    moved = {key: value for key, value in result.state_dict().items() if not torch.equal(value, old[key])}
+    moved = {
+        key: value for key, value in result.state_dict().items() if not torch.equal(value, old[key])
+    }
     return moved, {"rows": rows}
 
 
@@ -99,7 +101,9 @@ def failing(team: Team, kind: str) -> Found:
 
     def compute(n: int) -> dict[str, torch.Tensor]:
         if n == 1:
-            raise Diverged("no number", 7) if kind == "Diverged" else FloatingPointError("no number")
+            raise (
+                Diverged("no number", 7) if kind == "Diverged" else FloatingPointError("no number")
+            )
         return {"x": torch.ones(1)}
 
     try:

@@ -18,7 +18,9 @@ SIZES = (1, 2, 3)
 def relative(a, b):
     """Largest distance of two sets of tensors, relative to each tensor's norm."""
     assert a.keys() == b.keys()
-    return max(float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in b)
+    return max(
+        float((a[name].double() - b[name].double()).norm() / b[name].double().norm()) for name in b
+    )
 
 
 def test_a_process_alone_needs_no_group():
@@ -92,7 +94,14 @@ VARIANTS = [
     ("mima_released", {}),
     ("mima", {"hypergradient": {"method": "implicit", "iterations": 2}}),
     ("mima", {"merge": {"rule": "gated"}}),
-    ("mima", {"lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2}, "optimizer": "sgd", "clip": 0.1}),
+    (
+        "mima",
+        {
+            "lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2},
+            "optimizer": "sgd",
+            "clip": 0.1,
+        },
+    ),
     ("mima_deep", {"steps": 8, "k_max": 3}),
 ]
 
@@ -100,7 +109,9 @@ VARIANTS = [
 @pytest.mark.parametrize(("name", "changes"), VARIANTS, ids=NAMES)
 def test_every_way_through_the_lower_level_agrees(tmp_path, name, changes):
     small = {"batch_size": 1, "prior_batch_size": 1, **changes}
-    alone, (first, second) = (together(size, immunized, name, small, folder=tmp_path) for size in (1, 2))
+    alone, (first, second) = (
+        together(size, immunized, name, small, folder=tmp_path) for size in (1, 2)
+    )
     assert relative(first[0], alone[0][0]) <= 1e-5
     assert relative(second[0], first[0]) == 0
     assert first[1] == second[1]
@@ -119,7 +130,12 @@ def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path, name, steps):
 def test_a_last_bit_that_differs_is_noticed_at_the_next_comparison(tmp_path):
     """Hashes are compared every two steps here, and the fault comes in step 2."""
     for _, values in together(
-        2, immunized_with_a_fault, "mima_first_order", {"steps": 4, "batch_size": 1}, 2, folder=tmp_path
+        2,
+        immunized_with_a_fault,
+        "mima_first_order",
+        {"steps": 4, "batch_size": 1},
+        2,
+        folder=tmp_path,
     ):
         assert values["raised"] == "OutOfStep"
         assert "after step 3" in values["message"]

@@ -43,7 +43,9 @@ def start(folder, *arguments, env=None):
 
 
 def rank_states(folder):
-    return {int(p.stem): json.loads(p.read_text()) for p in next(folder.rglob("ranks")).glob("*.json")}
+    return {
+        int(p.stem): json.loads(p.read_text()) for p in next(folder.rglob("ranks")).glob("*.json")
+    }
 
 
 def faulty(folder, rank, kind, others=()):
@@ -72,7 +74,11 @@ def alone(tmp_path_factory):
 
 def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_path, alone):
     """A port that is in use is told and replaced; no file below the run's folder holds a secret."""
-    env = os.environ | {"WANDB_API_KEY": SECRET, "HF_TOKEN": f"hf_{SECRET}", "WANDB_MODE": "offline"}
+    env = os.environ | {
+        "WANDB_API_KEY": SECRET,
+        "HF_TOKEN": f"hf_{SECRET}",
+        "WANDB_MODE": "offline",
+    }
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -88,11 +94,17 @@ def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_pa
     for name, score in record["metrics"].items():
         assert score["value"] == alone["metrics"][name]["value"], name
         if score["low"] is not None and alone["metrics"][name]["low"] is not None:
-            assert alone["metrics"][name]["low"] <= score["value"] <= alone["metrics"][name]["high"], name
+            assert (
+                alone["metrics"][name]["low"] <= score["value"] <= alone["metrics"][name]["high"]
+            ), name
     keys = [cell["key"] for cell in record["cells"]]
     assert len(set(keys)) == len(keys) == record["provenance"]["cache_misses"]
-    assert {rank: state["state"] for rank, state in rank_states(tmp_path).items()} == dict.fromkeys(range(3), "done")
-    logged = sorted(path.stem.rpartition("-")[2] for path in tmp_path.rglob("offline-run-*/*.wandb"))
+    assert {rank: state["state"] for rank, state in rank_states(tmp_path).items()} == dict.fromkeys(
+        range(3), "done"
+    )
+    logged = sorted(
+        path.stem.rpartition("-")[2] for path in tmp_path.rglob("offline-run-*/*.wandb")
+    )
     assert logged == ["attack", "eval", "immunize"], "one tracker, not one per process"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "launch.yaml" for path in files)
@@ -115,7 +127,9 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
         assert record["error"]["message"] == "nothing to divide by"
         assert record["error"]["key"] == "attacks.fault"
         assert f"traceback of process {rank}" in err
-        assert f"error: attacks.fault: process {rank}: ZeroDivisionError: nothing to divide by" in err
+        assert (
+            f"error: attacks.fault: process {rank}: ZeroDivisionError: nothing to divide by" in err
+        )
         assert "in __call__" in err, "the traceback of the process that failed"
         assert "nothing to divide by" in err
         assert [cell["status"] for cell in record["cells"]].count("failed") == 1
@@ -124,28 +138,43 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
         assert states[rank] == "running"
     else:  # all know of the stage that one of them lost
         assert states == {0: "failed", 1: "failed"}
-    if rank != 0:  # process 0 tells itself, and knows the stages; otherwise the parent writes what it knows
+    if (
+        rank != 0
+    ):  # process 0 tells itself, and knows the stages; otherwise the parent writes what it knows
         assert "record: " in out
-        stages = {"immunize", "attack"} | ({"eval"} if kind == "raises" else set())  # of what needs no attack
+        stages = {"immunize", "attack"} | (
+            {"eval"} if kind == "raises" else set()
+        )  # of what needs no attack
         assert {cell["stage"] for cell in record["cells"]} == stages
 
 
 def test_an_attacker_that_fails_leaves_the_same_record_from_two_processes(tmp_path, alone):
     found = []
     for name, several in (("one", []), ("two", TWO)):
-        arguments = [word for word in faulty(tmp_path / name, 1, "defect", ["linear_probe"]) if word not in TWO]
+        arguments = [
+            word
+            for word in faulty(tmp_path / name, 1, "defect", ["linear_probe"])
+            if word not in TWO
+        ]
         arguments = [word.replace(f"{tmp_path / name}/conf", "conf") for word in arguments]
-        _, err = ended(start(tmp_path / name, *arguments, "threads=1", *several), code=1, seconds=240)
+        _, err = ended(
+            start(tmp_path / name, *arguments, "threads=1", *several), code=1, seconds=240
+        )
         assert err.count("Traceback") == 1
         assert "in __call__" in err
         found += found_records(tmp_path / name)
     one, two = found
     assert (two["status"], two["error"]["type"]) == ("failed", "ZeroDivisionError")
     assert two["error"]["key"] == "attacks.fault"
-    assert {name for name, m in two["metrics"].items() if m["value"] is None} == {"verdict", "verdict_share"}
+    assert {name for name, m in two["metrics"].items() if m["value"] is None} == {
+        "verdict",
+        "verdict_share",
+    }
     for name, metric in two["metrics"].items():
         assert metric["value"] is None or metric["value"] == alone["metrics"][name]["value"], name
-    assert {k: two[k] for k in ("error", "notes", "skipped")} == {k: one[k] for k in ("error", "notes", "skipped")}
+    assert {k: two[k] for k in ("error", "notes", "skipped")} == {
+        k: one[k] for k in ("error", "notes", "skipped")
+    }
     assert [c["status"] for c in two["cells"]] == [c["status"] for c in one["cells"]]
     assert rank_states(tmp_path / "two").keys() == {0, 1}
     assert two["provenance"]["cache_misses"] == one["provenance"]["cache_misses"]
@@ -166,12 +195,17 @@ def test_a_stopped_run_is_continued_by_two_processes_to_the_same_record(tmp_path
     whole = tmp_path / "whole"
     whole.mkdir()
     ended(start(whole, *longer, "threads=1"))
-    assert found_records(tmp_path / "outputs")[-1]["content_hash"] == found_records(whole)[0]["content_hash"]
+    assert (
+        found_records(tmp_path / "outputs")[-1]["content_hash"]
+        == found_records(whole)[0]["content_hash"]
+    )
 
 
 def logged(folder):
     """What all processes logged."""
-    return "".join(path.read_text() for path in (*folder.rglob("run.log"), *folder.rglob("ranks/*.log")))
+    return "".join(
+        path.read_text() for path in (*folder.rglob("run.log"), *folder.rglob("ranks/*.log"))
+    )
 
 
 def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
@@ -179,7 +213,13 @@ def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    shared = [*RUN, "tracker=none", *TWO, "launch.num_machines=2", "launch.main_process_ip=127.0.0.1"]
+    shared = [
+        *RUN,
+        "tracker=none",
+        *TWO,
+        "launch.num_machines=2",
+        "launch.main_process_ip=127.0.0.1",
+    ]
     shared += [f"launch.main_process_port={port}", f"hydra.run.dir={tmp_path}/run"]
     machines = [start(tmp_path, *shared, f"launch.machine_rank={n}") for n in (0, 1)]
     outs = [ended(machine)[0] for machine in machines]
@@ -191,8 +231,17 @@ def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
 
 
 def test_a_wrong_option_that_the_processes_find_is_told_once(tmp_path):
-    _, err = ended(start(tmp_path, *RUN, "tracker=none", *TWO, "attacks.linear_probe.loss=cubic"), code=2)
-    assert sum("attacks.linear_probe.loss" in line for line in err.splitlines() if line.startswith("error:")) == 1
+    _, err = ended(
+        start(tmp_path, *RUN, "tracker=none", *TWO, "attacks.linear_probe.loss=cubic"), code=2
+    )
+    assert (
+        sum(
+            "attacks.linear_probe.loss" in line
+            for line in err.splitlines()
+            if line.startswith("error:")
+        )
+        == 1
+    )
     assert "Traceback" not in err
     assert found_records(tmp_path)[0]["error"]["key"] is not None
 
@@ -217,7 +266,9 @@ if os.environ.get("RANK") == "1":
 def test_a_device_that_does_not_do_for_one_process_ends_all(tmp_path, meets):
     """The others wait where all meet. If it comes there they end at once, else accelerate ends them within 30 s."""
     (tmp_path / "sitecustomize.py").write_text(NO_DEVICE.format(meets=meets))
-    _, err = ended(start(tmp_path, *RUN, "tracker=none", *TWO), code=2, seconds=60 if meets else 120)
+    _, err = ended(
+        start(tmp_path, *RUN, "tracker=none", *TWO), code=2, seconds=60 if meets else 120
+    )
     assert "error: backbone.device=cuda: is taken." in err
     (record,) = found_records(tmp_path)
     assert (record["status"], record["error"]["key"]) == ("failed", "backbone.device")

@@ -10,16 +10,31 @@ from safetensors.torch import load_file
 pytestmark = pytest.mark.slow
 
 RUN = [
-    "experiment=relearn", "scenario=relearn_styles_quick", "immunize=mima", "immunize.steps=20",
-    "immunize.batch_size=1", "immunize.prior_batch_size=1", "attacks=none", "eval=[utility]", "eval.utility.count=4",
-    "eval.utility.features=false", "tracker=none", "threads=1", "scenario.own=8", "scenario.train=4",
-    "scenario.prior=8", "scenario.reference=4", "scenario.keep=16", "scenario.unrelated=8", "scenario.regularizers=20",
+    "experiment=relearn",
+    "scenario=relearn_styles_quick",
+    "immunize=mima",
+    "immunize.steps=20",
+    "immunize.batch_size=1",
+    "immunize.prior_batch_size=1",
+    "attacks=none",
+    "eval=[utility]",
+    "eval.utility.count=4",
+    "eval.utility.features=false",
+    "tracker=none",
+    "threads=1",
+    "scenario.own=8",
+    "scenario.train=4",
+    "scenario.prior=8",
+    "scenario.reference=4",
+    "scenario.keep=16",
+    "scenario.unrelated=8",
+    "scenario.regularizers=20",
     "erase.preserve=20",
-]  # fmt: skip
+]
 
 
 def immunized(folder):
-    """Tensors of the immunized arm's stage."""
+    """Tensors of the immunized model's stage."""
     found = [load_file(path) for path in folder.rglob("cache/immunize/*/*/*.safetensors")]
     (tensors,) = [one for one in found if one]
     return tensors
@@ -28,7 +43,13 @@ def immunized(folder):
 def run(folder, processes):
     """Weights and record of the run in so many processes."""
     folder.mkdir()
-    ended(start(folder, *RUN, *(["launch=cpu", f"launch.num_processes={processes}"] if processes > 1 else [])))
+    ended(
+        start(
+            folder,
+            *RUN,
+            *(["launch=cpu", f"launch.num_processes={processes}"] if processes > 1 else []),
+        )
+    )
     return immunized(folder), found_records(folder)[0]
 
 
@@ -41,7 +62,9 @@ def test_1_2_and_3_processes_give_the_same_weights_after_20_steps(tmp_path):
         assert alone.keys() == shared.keys()
         for name, tensor in alone.items():
             assert torch.isfinite(shared[name]).all(), name
-            assert (tensor.double() - shared[name].double()).norm() <= 1e-5 * tensor.double().norm(), name
+            assert (
+                tensor.double() - shared[name].double()
+            ).norm() <= 1e-5 * tensor.double().norm(), name
         assert other["provenance"]["processes"] == processes
         for name, score in record["metrics"].items():
             value = other["metrics"][name]["value"]
@@ -49,6 +72,7 @@ def test_1_2_and_3_processes_give_the_same_weights_after_20_steps(tmp_path):
         logs = [path.read_text() for path in folder.rglob("ranks/*.log")]
         assert len(logs) == processes - 1
         assert any(
-            re.search(r"stage immunize mima mosaic_neon 0, with processes \[[012], [012]\]", log) for log in logs
+            re.search(r"stage immunize mima mosaic_neon 0, with processes \[[012], [012]\]", log)
+            for log in logs
         )
         assert not any("Traceback" in log for log in logs)

@@ -20,7 +20,9 @@ STUDY = ["experiment=house_price", "seeds=[0]"]
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    return lambda *arguments: call_entry(monkeypatch, capfd, *STUDY, "hydra.run.dir=run", *arguments)
+    return lambda *arguments: call_entry(
+        monkeypatch, capfd, *STUDY, "hydra.run.dir=run", *arguments
+    )
 
 
 def test_a_tracker_that_cannot_be_built_leaves_a_record(cli, tmp_path):
@@ -38,7 +40,9 @@ def test_a_tracker_that_cannot_be_built_leaves_a_record(cli, tmp_path):
         (["launch=none", "launch.name=many"], "launch.name"),
     ],
 )
-def test_the_record_of_an_earlier_run_does_not_outlive_a_wrong_option(cli, tmp_path, arguments, key):
+def test_the_record_of_an_earlier_run_does_not_outlive_a_wrong_option(
+    cli, tmp_path, arguments, key
+):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/record.json").write_text("of an earlier run")
     assert cli("tracker=none", *arguments)[0] == 2
@@ -49,7 +53,9 @@ def test_the_record_of_an_earlier_run_does_not_outlive_a_wrong_option(cli, tmp_p
 def test_a_wrong_option_on_the_second_machine_leaves_the_first_ones_record(cli, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/record.json").write_text("of the first machine")
-    code, _, err = cli("tracker=none", "launch=cpu", "launch.num_machines=2", "launch.machine_rank=1")
+    code, _, err = cli(
+        "tracker=none", "launch=cpu", "launch.num_machines=2", "launch.machine_rank=1"
+    )
     assert code == 2
     assert "launch.main_process_ip" in err
     assert (tmp_path / "run/record.json").read_text() == "of the first machine"

@@ -87,16 +87,26 @@ def test_threads_are_the_cores_divided(monkeypatch, caplog):
 
 
 def test_the_command_has_accelerates_own_flags(gpus):
-    words = options(num_processes=2, args=["--same_network"]).command(Path("run/launch.yaml"), 1, 29501)
-    parser = __import__("accelerate.commands.launch", fromlist=["launch_command_parser"]).launch_command_parser()
+    words = options(num_processes=2, args=["--same_network"]).command(
+        Path("run/launch.yaml"), 1, 29501
+    )
+    parser = __import__(
+        "accelerate.commands.launch", fromlist=["launch_command_parser"]
+    ).launch_command_parser()
     told = parser.parse_args(words[words.index("accelerate.commands.launch") + 1 :])
-    assert (told.num_processes, told.main_process_port, told.num_cpu_threads_per_process) == (2, 29501, 1)
+    assert (told.num_processes, told.main_process_port, told.num_cpu_threads_per_process) == (
+        2,
+        29501,
+        1,
+    )
     assert told.multi_gpu
     assert told.same_network
     assert told.module
     assert told.training_script == "lab.runner.worker"
     assert told.training_script_args == ["--config", "run/launch.yaml", "--watch_stdin"]
-    told = parser.parse_args(options(num_processes=2, **MACHINES, machine_rank=1).command(Path("x"), 1, 29500)[3:])
+    told = parser.parse_args(
+        options(num_processes=2, **MACHINES, machine_rank=1).command(Path("x"), 1, 29500)[3:]
+    )
     assert (told.num_machines, told.machine_rank, told.main_process_ip) == (2, 1, "10.0.0.1")
     assert parser.parse_args(options(num_processes=1).command(Path("x"), 1, 29500)[3:]).cpu
     gpus(1)
@@ -115,7 +125,12 @@ def test_a_port_in_use_is_replaced_on_one_machine_and_refused_on_several(caplog)
             options(num_processes=2, **{**MACHINES, "main_process_port": port}).port()
         assert caught.value.key == "launch.main_process_port"
         # the second machine does not listen: the port is the first one's
-        assert options(num_processes=2, **{**MACHINES, "main_process_port": port}, machine_rank=1).port() == port
+        assert (
+            options(
+                num_processes=2, **{**MACHINES, "main_process_port": port}, machine_rank=1
+            ).port()
+            == port
+        )
     assert options(main_process_port=found).port() == found
 
 
@@ -125,7 +140,9 @@ def test_a_port_lost_at_the_last_moment_is_tried_again(tmp_path, monkeypatch, ca
     ports = []
 
     def wait(command, env):
-        ports.append(next(int(word.partition("=")[2]) for word in command if "main_process_port" in word))
+        ports.append(
+            next(int(word.partition("=")[2]) for word in command if "main_process_port" in word)
+        )
         if len(ports) == 1:
             busy.bind(("", ports[0]))
             busy.listen()
@@ -159,7 +176,13 @@ def test_only_echoes_and_silence_become_the_dead_process(tmp_path, capsys):
             "fix": None,
             "part": "attacks.mine",
         }
-        facts = {"step": None, "cell": None, "traceback": "Traceback of it", "order": order, "echo": echo}
+        facts = {
+            "step": None,
+            "cell": None,
+            "traceback": "Traceback of it",
+            "order": order,
+            "echo": echo,
+        }
         return {"state": "failed", "failure": plain | facts | more}
 
     running = {"state": "running", "failure": None}
@@ -185,7 +208,9 @@ def test_only_echoes_and_silence_become_the_dead_process(tmp_path, capsys):
         ((7, 5), "auto", "float32", None),
     ],
 )
-def test_what_a_gpu_cannot_do_is_told_before_anything_runs(gpus, monkeypatch, capability, placed, precision, key):
+def test_what_a_gpu_cannot_do_is_told_before_anything_runs(
+    gpus, monkeypatch, capability, placed, precision, key
+):
     gpus(2)
     chosen = []
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -193,7 +218,11 @@ def test_what_a_gpu_cannot_do_is_told_before_anything_runs(gpus, monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     cfg = OmegaConf.create(
-        {"backbone": {"device": placed}, "immunize": {"precision": precision}, "launch": {"num_processes": 2}}
+        {
+            "backbone": {"device": placed},
+            "immunize": {"precision": precision},
+            "launch": {"num_processes": 2},
+        }
     )
     if key is None:
         _device(cfg)

@@ -18,8 +18,16 @@ from lab.core import record as records
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-FAST = ["experiment=house_price", "seeds=[0]", "immunize.epochs=2", "tracker=none", "threads=1",
-        "budget.horizon=5", "budget.multiple=2", "budget.points=5"]  # fmt: skip
+FAST = [
+    "experiment=house_price",
+    "seeds=[0]",
+    "immunize.epochs=2",
+    "tracker=none",
+    "threads=1",
+    "budget.horizon=5",
+    "budget.multiple=2",
+    "budget.points=5",
+]
 
 
 @pytest.fixture
@@ -43,7 +51,13 @@ def undisturbed(tmp_path_factory):
     """The content hash of the run that the tests disturb."""
     place = tmp_path_factory.mktemp("undisturbed")
     command = [sys.executable, str(ROOT / "run.py"), *FAST]
-    subprocess.run(command, cwd=place, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    subprocess.run(
+        command,
+        cwd=place,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     return newest(place)["content_hash"]
 
 
@@ -103,7 +117,9 @@ def test_a_read_only_disk_is_told_and_its_records_can_still_be_reported(cli, sma
     assert "read-only" in err
     assert "paths.outputs" in err
     assert "Traceback" not in err
-    code, _, err = cli("action=leaderboard", f"records=[{small_disk}]", f"paths.outputs={tmp_path / 'elsewhere'}")
+    code, _, err = cli(
+        "action=leaderboard", f"records=[{small_disk}]", f"paths.outputs={tmp_path / 'elsewhere'}"
+    )
     assert code == 0, err
     assert (tmp_path / "elsewhere" / "leaderboard.md").is_file()
 
@@ -138,7 +154,9 @@ time.sleep(3600)
 
 def holder(path):
     """A process that holds the lock at ``path``."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "held\n"
     with pytest.raises(Timeout):
         FileLock(path).acquire(timeout=0)
@@ -170,7 +188,9 @@ def test_the_lock_of_a_living_process_is_told_and_waited_for(cli, tmp_path, undi
     def end_when_told():
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
-            if any("computed by another process" in p.read_text() for p in tmp_path.rglob("run.log")):
+            if any(
+                "computed by another process" in p.read_text() for p in tmp_path.rglob("run.log")
+            ):
                 break
             time.sleep(0.1)
         process.kill()
@@ -194,8 +214,12 @@ def test_keys_of_the_environment_are_written_nowhere(cli, tmp_path, monkeypatch)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     tracked = [a for a in FAST if a != "tracker=none"]
-    tracked += ["tracker=[wandb,trackio]", "tracker.wandb.init_timeout_s=5", "tracker.wandb.timeout_s=300",
-                "tracker.trackio.timeout_s=300"]  # fmt: skip
+    tracked += [
+        "tracker=[wandb,trackio]",
+        "tracker.wandb.init_timeout_s=5",
+        "tracker.wandb.timeout_s=300",
+        "tracker.trackio.timeout_s=300",
+    ]
     code, out, err = cli(*tracked)
     assert code == 0, err
     code, more, again = cli(*tracked, "scenario.path=/nowhere")

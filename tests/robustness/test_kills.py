@@ -28,8 +28,13 @@ def begun(folder):
 def resumed(broken, whole):
     """Whether the last runs found stages of killed ones in the cache, or went on from a checkpoint of theirs."""
     runs = len(found_records(whole))
-    hits = [sum(r["provenance"]["cache_hits"] for r in found_records(folder)[-runs:]) for folder in (broken, whole)]
-    logs = "".join(path.read_text() for path in (*broken.rglob("run.log"), *broken.rglob("ranks/*.log")))
+    hits = [
+        sum(r["provenance"]["cache_hits"] for r in found_records(folder)[-runs:])
+        for folder in (broken, whole)
+    ]
+    logs = "".join(
+        path.read_text() for path in (*broken.rglob("run.log"), *broken.rglob("ranks/*.log"))
+    )
     return hits[0] > hits[1] or "goes on from its checkpoint" in logs
 
 
@@ -41,9 +46,15 @@ def struck(folder, command, victim, window):
     for number in range(KILLS):
         process = start(folder, *command)
         earlier = set(folder.rglob("run.log"))
-        until(lambda p=process, e=earlier: p.poll() is not None or set(folder.rglob("run.log")) - e, "no run begins")
+        until(
+            lambda p=process, e=earlier: p.poll() is not None or set(folder.rglob("run.log")) - e,
+            "no run begins",
+        )
         if number == KILLS - 1:  # the last one finds something to resume, whenever it comes
-            until(lambda p=process: p.poll() is not None or next(folder.rglob("meta.json"), None), "no stage ends")
+            until(
+                lambda p=process: p.poll() is not None or next(folder.rglob("meta.json"), None),
+                "no stage ends",
+            )
         time.sleep(random.SystemRandom().uniform(0, window))
         done += process.poll() is None and victim(process, folder)
     return done
@@ -61,11 +72,15 @@ def strikes(tmp_path):
         since = time.monotonic()
         ended(process)
         length = time.monotonic() - since
-        for attempt in range(6):  # where all came too late, anew and sooner; the last one strikes at once
+        for attempt in range(
+            6
+        ):  # where all came too late, anew and sooner; the last one strikes at once
             broken = tmp_path / f"broken_{attempt}"
             window = 2 * length / (KILLS + 1) / 2**attempt if attempt < 5 else 0
             done = struck(broken, command, victim, window)
-            print(f"{done} of {KILLS} kills struck within {window:.1f} s; undisturbed, the stages take {length:.1f} s")
+            print(
+                f"{done} of {KILLS} kills struck within {window:.1f} s; undisturbed, the stages take {length:.1f} s"
+            )
             if done:
                 break
         assert done
@@ -88,7 +103,9 @@ def test_a_sweep_killed_at_random_points_gives_the_same_content(strikes):
     assert resumed(broken, whole), "nothing was resumed"
 
 
-def test_a_worker_killed_at_random_points_ends_its_run_and_the_next_one_gives_the_same_content(strikes):
+def test_a_worker_killed_at_random_points_ends_its_run_and_the_next_one_gives_the_same_content(
+    strikes,
+):
     several = ["launch=cpu", "launch.num_processes=2"]
     common = [*WORK, "seeds=[0,1]", "immunize=kappa"]
 
@@ -134,7 +151,9 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 def test_eight_processes_on_one_cache_compute_every_stage_once(tmp_path):
     command = [sys.executable, "-c", TOGETHER, *WORK, "seeds=[0]", "immunize=kappa"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stderr
     found = found_records(tmp_path)
     assert len(found) == 8

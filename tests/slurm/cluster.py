@@ -51,7 +51,11 @@ def missing() -> str | None:
     """Why no Slurm can be started here, or None."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
     absent = [name for name in PROGRAMS if shutil.which(name, path=path) is None]
-    return f"{', '.join(absent)} not found: install the packages slurm-wlm and munge" if absent else None
+    return (
+        f"{', '.join(absent)} not found: install the packages slurm-wlm and munge"
+        if absent
+        else None
+    )
 
 
 def _free_ports(number: int) -> list[int]:
@@ -69,7 +73,11 @@ def _job_of(process: int) -> str:
     except OSError:
         return ""
     found = dict(line.partition("=")[::2] for line in lines)
-    return f"{found.get('SLURM_ARRAY_JOB_ID')}_{found.get('SLURM_ARRAY_TASK_ID')}" if "SLURM_PROCID" in found else ""
+    return (
+        f"{found.get('SLURM_ARRAY_JOB_ID')}_{found.get('SLURM_ARRAY_TASK_ID')}"
+        if "SLURM_PROCID" in found
+        else ""
+    )
 
 
 class Cluster:
@@ -101,11 +109,20 @@ class Cluster:
             files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid"}
             files |= {"log-file": "log/munged.log", "seed-file": "munge.seed"}
             # --force: the folders of a test are closed to other users, whom munged wants to let in
-            self._start("munged", "--force", "--foreground", *(f"--{k}={self.folder / v}" for k, v in files.items()))
+            self._start(
+                "munged",
+                "--force",
+                "--foreground",
+                *(f"--{k}={self.folder / v}" for k, v in files.items()),
+            )
             self._until(lambda: (self.folder / "munge.socket").exists(), "munged has no socket")
             self._start("slurmctld", "-D")
             self._start("slurmd", "-D")
-            self._until(lambda: self.call("sinfo", "-h", "-o", "%T", check=False).strip() == "idle", "no idle node", 60)
+            self._until(
+                lambda: self.call("sinfo", "-h", "-o", "%T", check=False).strip() == "idle",
+                "no idle node",
+                60,
+            )
         except BaseException:
             self.__exit__()
             raise
@@ -116,7 +133,9 @@ class Cluster:
         self.call("scancel", "--signal=KILL", f"--user={os.getuid()}", check=False)
         self.call("scancel", f"--user={os.getuid()}", check=False)
         deadline = time.monotonic() + 15
-        while self.call("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+        while (
+            self.call("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline
+        ):
             time.sleep(0.3)
 
     def __exit__(self, *_: object) -> None:
@@ -134,7 +153,13 @@ class Cluster:
     def call(self, *command: str, check: bool = True, **options: object) -> str:
         """Standard output of a client command."""
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env=self.environment, check=False, **options
+            command,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=self.environment,
+            check=False,
+            **options,
         )  # type: ignore[call-overload]
         if check and done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
@@ -142,7 +167,9 @@ class Cluster:
 
     def queue(self) -> dict[str, str]:
         """Job id (``12`` or ``12_3``) → state, of all jobs that Slurm still remembers."""
-        lines = self.call("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").split("\n")
+        lines = self.call(
+            "squeue", "--noheader", "--array", "--states=all", "--format=%i %T"
+        ).split("\n")
         return dict(line.split(None, 1) for line in lines if line.strip())
 
     def begin(self, job: str) -> None:
@@ -161,19 +188,32 @@ class Cluster:
         """Id of the Python process that a job's ``srun`` has started; None when there is none."""
         for line in self.call("ps", "-eo", "pid=,args=").splitlines():
             number, _, arguments = line.strip().partition(" ")
-            if "submitit.core._submit" in arguments and "srun" not in arguments and _job_of(int(number)) == job:
+            if (
+                "submitit.core._submit" in arguments
+                and "srun" not in arguments
+                and _job_of(int(number)) == job
+            ):
                 return int(number)
         return None
 
     def logs(self) -> str:
         """The last lines of every daemon, for a message of failure."""
-        parts = [f"== {p.name}\n" + "\n".join(p.read_text().splitlines()[-15:]) for p in self.folder.glob("log/*")]
+        parts = [
+            f"== {p.name}\n" + "\n".join(p.read_text().splitlines()[-15:])
+            for p in self.folder.glob("log/*")
+        ]
         return "\n".join(parts)
 
     def _start(self, *command: str) -> None:
         with open(self.folder / "log" / f"{command[0]}.out", "wb") as out:
             self._daemons.append(
-                subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=self.environment, cwd=self.folder)
+                subprocess.Popen(
+                    command,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    env=self.environment,
+                    cwd=self.folder,
+                )
             )
 
     def _until(self, ready: object, told: str, seconds: float = 20) -> None:

@@ -12,7 +12,18 @@ from pathlib import Path
 import pytest
 from doc_blocks import blocks
 from hydra import compose, initialize_config_dir
-from processes import FAST, ROOT, TOKENS, computed, ended, found_records, kill, start, telling, until
+from processes import (
+    FAST,
+    ROOT,
+    TOKENS,
+    computed,
+    ended,
+    found_records,
+    kill,
+    start,
+    telling,
+    until,
+)
 
 from lab.cluster.status import status
 from lab.core import record as records
@@ -20,9 +31,19 @@ from lab.core import record as records
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 PAGE = ROOT / "docs/cluster.md"
-SLURM = ["-m", "hydra/launcher=submitit_slurm", "hydra.launcher.cpus_per_task=1", "threads=1", "seeds=[0]", *FAST]
+SLURM = [
+    "-m",
+    "hydra/launcher=submitit_slurm",
+    "hydra.launcher.cpus_per_task=1",
+    "threads=1",
+    "seeds=[0]",
+    *FAST,
+]
 KILLS = int(os.environ.get("KILLS", "1"))
-LONG = ["immunize.epochs=300", "immunize.checkpoint_every=20"]  # ten seconds on a free core: time enough to strike
+LONG = [
+    "immunize.epochs=300",
+    "immunize.checkpoint_every=20",
+]  # ten seconds on a free core: time enough to strike
 
 
 @pytest.fixture
@@ -53,7 +74,8 @@ def submit(cluster, tmp_path, told):
         process = start(tmp_path, *SLURM, *arguments, env=cluster.environment | TOKENS)
         started.append(process)
         found = until(
-            lambda: len(set(cluster.queue()) - before) == jobs and set(cluster.queue()) - before, cluster.logs
+            lambda: len(set(cluster.queue()) - before) == jobs and set(cluster.queue()) - before,
+            cluster.logs,
         )
         return process, sorted(found), told
 
@@ -67,14 +89,19 @@ def folder_of(job):
     """The run folder of a job of the array, once it has begun to work."""
     number = job.partition("_")[2] or "0"  # a single job is no array
     return until(
-        lambda: next(Path.cwd().glob(f"outputs/runs/*/*/{number}-*/run.log"), None), f"job {job} begins"
+        lambda: next(Path.cwd().glob(f"outputs/runs/*/*/{number}-*/run.log"), None),
+        f"job {job} begins",
     ).parent
 
 
 def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, cluster, tmp_path):
     words = next(block for block in blocks(PAGE) if "submitit_slurm" in block.text).commands()[0]
-    sweep, jobs, told = submit(4, *LONG, *(word for word in words if word not in SLURM))  # what the page tells to run
-    assert sum(one.startswith("queued") for one in told().splitlines()) >= 2  # of four jobs two fit on the node
+    sweep, jobs, told = submit(
+        4, *LONG, *(word for word in words if word not in SLURM)
+    )  # what the page tells to run
+    assert (
+        sum(one.startswith("queued") for one in told().splitlines()) >= 2
+    )  # of four jobs two fit on the node
     signalled = jobs[0]
     first = folder_of(signalled)
     until(lambda: list(tmp_path.rglob("*.ckpt")), "a checkpoint")
@@ -85,7 +112,9 @@ def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, c
     assert records.read(first / "record.json")["status"] == "preempted"
     assert next(line for line in told().splitlines() if first.name in line).startswith("queued")
 
-    cluster.call("sbatch", "--partition=urgent", "--cpus-per-task=1", "--output=/dev/null", "--wrap=sleep 1")
+    cluster.call(
+        "sbatch", "--partition=urgent", "--cpus-per-task=1", "--output=/dev/null", "--wrap=sleep 1"
+    )
     preempted = until(lambda: [j for j in jobs[1:] if cluster.restarts(j)], cluster.logs)[0]
     for job in (signalled, preempted):
         cluster.begin(job)
@@ -97,7 +126,7 @@ def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, c
     assert [record["status"] for record in found] == ["ok"] * 4
     wanted = Counter(cell["key"] for record in found for cell in record["cells"])
     assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
-    assert max(wanted.values()) == 4, "all four share the immunization of the control arm"
+    assert max(wanted.values()) == 4, "all four share the immunization of the baseline model"
     assert told().splitlines()[-1] == "4 done (4 ok)"
     assert list(tmp_path.rglob("leaderboard.md"))
 
@@ -110,8 +139,13 @@ def test_a_failed_job_and_a_killed_one(submit, cluster, tmp_path):
         process = until(lambda: cluster.process(good), cluster.logs)
         time.sleep(random.SystemRandom().uniform(0, 1))
         os.kill(process, signal.SIGKILL)
-        until(lambda: [cluster.queue()[job] for job in (good, bad)] == ["FAILED", "FAILED"], cluster.logs)
-        lines = {state: line for state, _, line in (one.partition(" ") for one in told().splitlines())}
+        until(
+            lambda: [cluster.queue()[job] for job in (good, bad)] == ["FAILED", "FAILED"],
+            cluster.logs,
+        )
+        lines = {
+            state: line for state, _, line in (one.partition(" ") for one in told().splitlines())
+        }
         assert folder.name in lines.get("killed", ""), told()
         assert "immunize.lambda_p" in lines["failed"]
         assert "1 failed, 1 killed" in told()
@@ -132,7 +166,9 @@ def test_a_failed_job_and_a_killed_one(submit, cluster, tmp_path):
 
 def test_the_script_of_the_docs_goes_on_after_a_signal(cluster, tmp_path, told):
     script = next(block.text for block in blocks(PAGE) if "#SBATCH" in block.text)
-    ours = shlex.join([sys.executable, str(ROOT / "run.py"), "threads=1", "seeds=[0]", *FAST, *LONG])
+    ours = shlex.join(
+        [sys.executable, str(ROOT / "run.py"), "threads=1", "seeds=[0]", *FAST, *LONG]
+    )
     assert script.count("python run.py") == 1
     (tmp_path / "runs.sh").write_text(script.replace("python run.py", ours))
     number = cluster.call("sbatch", "--parsable", "runs.sh", cwd=tmp_path).strip()
@@ -151,9 +187,16 @@ def test_the_script_of_the_docs_goes_on_after_a_signal(cluster, tmp_path, told):
     assert Counter(computed(tmp_path)).most_common(1)[0][1] == 1
 
 
-@pytest.mark.skipif("TIMEOUT" not in os.environ, reason="waits for a limit of two minutes: TIMEOUT=1 pytest -m slow")
+@pytest.mark.skipif(
+    "TIMEOUT" not in os.environ, reason="waits for a limit of two minutes: TIMEOUT=1 pytest -m slow"
+)
 def test_a_job_that_runs_out_of_time_goes_on(submit, cluster, tmp_path):
-    long = ["immunize=kappa", "immunize.epochs=3000", "immunize.eta=1e-5", "immunize.checkpoint_every=200"]
+    long = [
+        "immunize=kappa",
+        "immunize.epochs=3000",
+        "immunize.lr=1e-5",
+        "immunize.checkpoint_every=200",
+    ]
     limit = ["hydra.launcher.timeout_min=2", "hydra.launcher.signal_delay_s=30"]
     sweep, (job,), told = submit(1, *long, *limit)
     folder, begun = folder_of(job), 0
@@ -163,7 +206,9 @@ def test_a_job_that_runs_out_of_time_goes_on(submit, cluster, tmp_path):
         if cluster.queue()[job] == "PENDING" and cluster.restarts(job) > begun:
             begun = cluster.restarts(job)
             assert records.read(folder / "record.json")["status"] == "preempted"
-            assert next(line for line in told().splitlines() if folder.name in line).startswith("queued")
+            assert next(line for line in told().splitlines() if folder.name in line).startswith(
+                "queued"
+            )
             cluster.begin(job)
         time.sleep(1)
         return cluster.queue()[job] == "COMPLETED"
@@ -175,4 +220,7 @@ def test_a_job_that_runs_out_of_time_goes_on(submit, cluster, tmp_path):
     assert records.read(folder / "record.json")["status"] == "ok"
     (tmp_path / "whole").mkdir()
     ended(start(tmp_path / "whole", "threads=1", "seeds=[0]", *FAST, *long))
-    assert records.read(folder / "record.json")["content_hash"] == found_records(tmp_path / "whole")[0]["content_hash"]
+    assert (
+        records.read(folder / "record.json")["content_hash"]
+        == found_records(tmp_path / "whole")[0]["content_hash"]
+    )

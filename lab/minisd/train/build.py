@@ -45,11 +45,17 @@ class Widths:
         for key in ("layers", "groups"):
             count(f"train.widths.{key}", getattr(self, key))
         if count("train.widths.text", self.text, 32) % 32:
-            raise UserError("train.widths.text", self.text, "must be a multiple of 32, the width of an attention head.")
+            raise UserError(
+                "train.widths.text",
+                self.text,
+                "must be a multiple of 32, the width of an attention head.",
+            )
         for key in ("vae", "unet"):
             found = tuple(getattr(self, key))
             if len(found) != 3:
-                raise UserError(f"train.widths.{key}", list(found), "needs three numbers of channels.")
+                raise UserError(
+                    f"train.widths.{key}", list(found), "needs three numbers of channels."
+                )
             for channels in found:
                 if count(f"train.widths.{key}", channels) % self.groups:
                     told = f"needs multiples of train.widths.groups={self.groups}."
@@ -70,7 +76,10 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
     )
     words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(words, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     final = [f"{letter}</w>" for letter in alphabet]
@@ -87,10 +96,19 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
     pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
     tokens = [*alphabet, *final, *(p.replace(" ", "") for p in pairs), SOS, EOS]
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False))
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False)
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8"
+    )
     special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True, **special}
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": CONTEXT,
+        "do_lower_case": True,
+        **special,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     return folder
@@ -105,7 +123,11 @@ def load_tokenizer(folder: Path) -> Any:
 def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
     """Token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable Diffusion does."""
     found = tokenizer(
-        list(texts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        list(texts),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     )
     return found.input_ids
 
@@ -178,7 +200,9 @@ def scheduler() -> Any:
     )
 
 
-def pipeline(vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any) -> Any:
+def pipeline(
+    vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any
+) -> Any:
     from diffusers import StableDiffusionPipeline
 
     return StableDiffusionPipeline(

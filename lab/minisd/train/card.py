@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from lab.minisd.world.openmoji import CREDIT
-from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_PAIRS, HELD_OUT_STYLES, OBJECTS, STYLE_NAMES
+from lab.minisd.world.vocabulary import (
+    HELD_OUT_OBJECTS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_STYLES,
+    OBJECTS,
+    STYLE_NAMES,
+)
 
 _SUITES = {
     "photos": "objects in photos",
@@ -50,13 +56,15 @@ def _row(name: str, shares: Mapping[str, Any]) -> str:
 
 
 def quality_table(found: Mapping[str, Any]) -> str:
-    """Markdown: what share of generations shows what was asked for, and the same judges on real pictures."""
+    """Markdown: what share of generations shows what was asked for, and the same scorers on real pictures."""
     lines = [
         "| prompts | object | style | both | lowest object and style (detector) | n |",
         "|---|---|---|---|---|---|",
     ]
     lines += [_row(text, found["shares"][name]) for name, text in _SUITES.items()]
-    lines += [_row(f"*real pictures: {_SUITES[name]}*", shares) for name, shares in found["real"].items()]
+    lines += [
+        _row(f"*real pictures: {_SUITES[name]}*", shares) for name, shares in found["real"].items()
+    ]
     return "\n".join(lines)
 
 
@@ -80,7 +88,11 @@ ones in `training.json`."""
 def _deviations(record: Mapping[str, Any]) -> str:
     """Where this copy differs from what the recipe gives today, as its record tells."""
     told = "".join(f"- {line}\n" for line in record.get("history", ()))
-    return f"This copy is not what one uninterrupted run of the recipe gives:\n\n{told}\n" if told else ""
+    return (
+        f"This copy is not what one uninterrupted run of the recipe gives:\n\n{told}\n"
+        if told
+        else ""
+    )
 
 
 def card(record: Mapping[str, Any], found: Mapping[str, Any]) -> str:
@@ -104,7 +116,7 @@ training: {frechet["distance"]:.2f}; between two sets of as many real pictures: 
 
 {len(OBJECTS)} objects and {len(STYLE_NAMES)} artists of the world in `lab/minisd/world/world.py`, drawn from real artwork.
 Never seen: the objects {", ".join(HELD_OUT_OBJECTS)}; the styles {", ".join(HELD_OUT_STYLES)};
-{len(HELD_OUT_PAIRS)} object × style pairs. The judges saw all of them, on other pictures.
+{len(HELD_OUT_PAIRS)} object × style pairs. The scorers saw all of them, on other pictures.
 
 Recipe: `python run.py experiment=train_minisd` (`conf/train/minisd.yaml`); this copy: git
 `{facts["git_sha"]}`; curves, versions and the hash of every file in `training.json`.

@@ -1,7 +1,7 @@
 """What a small autoencoder and a short sampler do to pictures, imitated: blur, lost resolution, grain, colour casts.
 
-Judges look at generated pictures but learn from rendered ones; trained on these as well they do not mistake
-softness for a missing object. No picture of MiniSD itself is used, so that the judges stay independent of it.
+Scorers look at generated pictures but learn from rendered ones; trained on these as well they do not mistake
+softness for a missing object. No picture of MiniSD itself is used, so that the scorers stay independent of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def blur(x: Tensor, sigma: float) -> Tensor:
 def resample(x: Tensor, share: float) -> Tensor:
     """Down to ``share`` of the side and back, bilinear."""
     side = max(8, round(x.shape[-1] * share))
-    small = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    small = F.interpolate(
+        x, size=(side, side), mode="bilinear", antialias=True, align_corners=False
+    )
     return F.interpolate(small, size=x.shape[-2:], mode="bilinear", align_corners=False)
 
 
@@ -67,7 +69,9 @@ def degrade(images: Tensor, g: torch.Generator) -> Tensor:
     parts[4] = resample(blur(parts[4], _one(g, *_BLUR)), _one(g, *_SCALE))
     n = len(images)
     noise = torch.randn(images.shape, generator=g) * (_uniform(g, 0, 1, n, 1, 1, 1) ** 2 * _NOISE)
-    gain = _uniform(g, 1 - _COLOUR, 1 + _COLOUR, n, 3, 1, 1) * _uniform(g, 1 - _CONTRAST, 1 + _CONTRAST, n, 1, 1, 1)
+    gain = _uniform(g, 1 - _COLOUR, 1 + _COLOUR, n, 3, 1, 1) * _uniform(
+        g, 1 - _CONTRAST, 1 + _CONTRAST, n, 1, 1, 1
+    )
     light = _uniform(g, -_LIGHT, _LIGHT, n, 1, 1, 1)
     gain[: len(parts[0])], light[: len(parts[0])], noise[: len(parts[0])] = 1, 0, 0
     out: Tensor = ((torch.cat(parts) - 0.5) * gain + 0.5 + light + noise).clamp_(0, 1)

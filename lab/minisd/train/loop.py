@@ -70,7 +70,10 @@ class _State:
         self.average = {n: v.detach().clone() for n, v in model.state_dict().items()}
         decay = [p for p in self.trained.values() if p.ndim > 1]
         rest = [p for p in self.trained.values() if p.ndim <= 1]
-        groups = [{"params": decay, "weight_decay": schedule.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        groups = [
+            {"params": decay, "weight_decay": schedule.weight_decay},
+            {"params": rest, "weight_decay": 0.0},
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -83,7 +86,9 @@ class _State:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         size = len("model/")
-        self.model.load_state_dict({n[size:]: v for n, v in tensors.items() if n.startswith("model/")})
+        self.model.load_state_dict(
+            {n[size:]: v for n, v in tensors.items() if n.startswith("model/")}
+        )
         for name, average in self.average.items():
             average.copy_(tensors[f"average/{name}"])
         for name, parameter in self.trained.items():
@@ -169,7 +174,14 @@ def train(
             log(done, **values)
             left = (time.monotonic() - clock) / (done - first) * (schedule.steps - done) / 60
             told = " ".join(f"{key} {value:.4f}" for key, value in values.items())
-            logger.info("%s step %d of %d, about %.0f minutes left: %s", label, done, schedule.steps, left, told)
+            logger.info(
+                "%s step %d of %d, about %.0f minutes left: %s",
+                label,
+                done,
+                schedule.steps,
+                left,
+                told,
+            )
         if checkpoint is not None and done % schedule.save_every == 0 and done < schedule.steps:
             checkpoint.save(state.tensors(), {"step": done, "log": rows, "recent": recent})
     model.load_state_dict(state.average)

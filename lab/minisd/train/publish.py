@@ -1,4 +1,4 @@
-"""Write what was trained: diffusers layout, judges, training record, model card. `action=train` ends here."""
+"""Write what was trained: diffusers layout, scorers, training record, model card. `action=train` ends here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from lab.core.cache import Store
+from lab.core.cache import StageCache
 from lab.core.errors import UserError
 from lab.core.provenance import provenance
 from lab.core.seeding import derive
@@ -25,8 +25,8 @@ from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.models.diffusion_files import tokenizer_files
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import load_detector
-from lab.scorers.features import FeatureJudge
-from lab.scorers.load import Judges
+from lab.scorers.features import FeatureScorer
+from lab.scorers.load import Scorers
 from lab.scorers.networks import save_clip, save_detector
 
 SHIPPED = Path(__file__).resolve().parents[1] / "weights"
@@ -35,38 +35,46 @@ SHIPPED = Path(__file__).resolve().parents[1] / "weights"
 def hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below ``folder``, by its path there."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
 
 
 def save(pipeline: Any, folder: Path) -> Path:
     """Float16 safetensors in diffusers layout, which load as float32 where nobody asks for another type."""
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         torch.nn.Module.to(part, torch.float16)
-    backend = getattr(pipeline.tokenizer, "backend_tokenizer", None)  # transformers 5; it would write its last call's
+    backend = getattr(
+        pipeline.tokenizer, "backend_tokenizer", None
+    )  # transformers 5; it would write its last call's
     if backend is not None:
         backend.no_padding()
         backend.no_truncation()
     pipeline.save_pretrained(str(folder), safe_serialization=True)
     tokenizer_files(folder / "tokenizer")
-    config = folder / "text_encoder" / "config.json"  # transformers loads what it says here, diffusers float32
+    config = (
+        folder / "text_encoder" / "config.json"
+    )  # transformers loads what it says here, diffusers float32
     config.write_text(config.read_text().replace('"float16"', '"float32"'))
     return folder
 
 
-def judges_of(folder: Path) -> Judges:
-    """The judges in ``folder``, for MiniSD's own quality: those that were just trained beside it."""
-    return Judges(
+def scorers_of(folder: Path) -> Scorers:
+    """The scorers in ``folder``, for MiniSD's own quality: those that were just trained beside it."""
+    return Scorers(
         "minisd",
         clip=partial(OpenClip, f"local-dir:{folder / 'clip'}"),
         detector=partial(load_detector, folder / "detector"),
-        features=partial(FeatureJudge, image_size=128),  # as conf/judges/minisd.yaml
+        features=partial(FeatureScorer, image_size=128),  # as conf/scorers/minisd.yaml
     )
 
 
 def assess(folder: Path, seed: int, scale: int) -> dict[str, Any]:
     """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card ``README.md``."""
     model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
-    found = measure(model, judges_of(folder / "scorers"), seed=derive(seed, "quality"), scale=scale)
+    found = measure(
+        model, scorers_of(folder / "scorers"), seed=derive(seed, "quality"), scale=scale
+    )
     (folder / "quality.json").write_text(json.dumps(found, indent=1) + "\n")
     showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
     record = json.loads((folder / "training.json").read_text())
@@ -79,13 +87,15 @@ def run(cfg: DictConfig) -> Path:
     from lab.runner.experiment import relative
 
     if cfg.get("train") is None:
-        raise UserError("train", None, "nothing to train is described: `python run.py experiment=train_minisd`.")
+        raise UserError(
+            "train", None, "nothing to train is described: `python run.py experiment=train_minisd`."
+        )
     started, clock = time.time(), time.monotonic()
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     recipe: Recipe = instantiate(cfg.train, _convert_="all")
-    training = Training(recipe, Store(cfg.paths.cache, force=cfg.force), lambda *_: None)
+    training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force), lambda *_: None)
     folder = Path(cfg.paths.outputs) / "minisd"
     fresh = folder.with_name(".minisd.partial")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -106,5 +116,7 @@ def run(cfg: DictConfig) -> Path:
     assess(fresh, recipe.seed, recipe.measured)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
-    print(f"model: {relative(folder)} (to ship it: `cp -r {relative(folder)}/. {relative(SHIPPED)}/`)")
+    print(
+        f"model: {relative(folder)} (to ship it: `cp -r {relative(folder)}/. {relative(SHIPPED)}/`)"
+    )
     return folder

@@ -1,4 +1,4 @@
-"""How good MiniSD is: what share of its pictures shows what was asked for, beside the same judges on real pictures."""
+"""How good MiniSD is: what share of its pictures shows what was asked for, beside the same scorers on real pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lab.minisd.world.world import TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
 from lab.scorers.detector import Head
 from lab.scorers.frechet import floor, frechet_distance
-from lab.scorers.load import Judges
+from lab.scorers.load import Scorers
 from lab.scorers.quality import detected, lowest, prototypes, recognised
 
 
@@ -58,7 +58,9 @@ def suites(scale: int) -> dict[str, Asked]:
     }
 
 
-def measure(model: DiffusionModel, judges: Judges, *, seed: int, scale: int = 32, steps: int = 20) -> dict[str, Any]:
+def measure(
+    model: DiffusionModel, scorers: Scorers, *, seed: int, scale: int = 32, steps: int = 20
+) -> dict[str, Any]:
     """Every figure of the model card.
 
     Args:
@@ -66,24 +68,33 @@ def measure(model: DiffusionModel, judges: Judges, *, seed: int, scale: int = 32
             captions drawn as in training.
 
     Returns:
-        ``shares``: suite → judge → object, style, both in [0, 1], and ``lowest``, the object and the style that the
-        detector meets least often; ``real`` the same on real pictures; ``frechet`` with its ``floor``. Judges:
+        ``shares``: suite → scorer → object, style, both in [0, 1], and ``lowest``, the object and the style that the
+        detector meets least often; ``real`` the same on real pictures; ``frechet`` with its ``floor``. Scorers:
         ``detector``, ``clip`` (zero-shot).
     """
     sampling = Sampling(steps=steps)
     zero: dict[Head, tuple[tuple[str, ...], torch.Tensor]] = {
-        "object": (NAMES["object"], prototypes(judges.clip.texts, class_prompts("object", None))),
-        "style": (NAMES["style"], prototypes(judges.clip.texts, class_prompts("style"))),
+        "object": (NAMES["object"], prototypes(scorers.clip.texts, class_prompts("object", None))),
+        "style": (NAMES["style"], prototypes(scorers.clip.texts, class_prompts("style"))),
     }
 
-    def shares(images: torch.Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
-        seen = detected(judges.detector, images, objects=objects, styles=styles)  # type: ignore[arg-type]
-        likeliest = judges.detector.top1(images)  # type: ignore[union-attr]
-        worst = {"object": lowest(likeliest["object"], objects), "style": lowest(likeliest["style"], styles)}
-        met = recognised(judges.clip.images(images), zero, objects=objects, styles=styles)
+    def shares(
+        images: torch.Tensor, objects: Sequence[str], styles: Sequence[str]
+    ) -> dict[str, Any]:
+        seen = detected(scorers.detector, images, objects=objects, styles=styles)  # type: ignore[arg-type]
+        likeliest = scorers.detector.top1(images)  # type: ignore[union-attr]
+        worst = {
+            "object": lowest(likeliest["object"], objects),
+            "style": lowest(likeliest["style"], styles),
+        }
+        met = recognised(scorers.clip.images(images), zero, objects=objects, styles=styles)
         return {"detector": seen, "clip": met, "lowest": worst, "n": len(images)}
 
-    found: dict[str, Any] = {"shares": {}, "real": {}, "sampling": {"steps": steps, "guidance": sampling.guidance}}
+    found: dict[str, Any] = {
+        "shares": {},
+        "real": {},
+        "sampling": {"steps": steps, "guidance": sampling.guidance},
+    }
     for name, wanted in suites(scale).items():
         images = generate(model, wanted.prompts, seed, name, sampling)
         found["shares"][name] = shares(images, wanted.objects, wanted.styles)
@@ -96,31 +107,43 @@ def measure(model: DiffusionModel, judges: Judges, *, seed: int, scale: int = 32
         real = sample(subset, derive(seed, "quality", "real"), 16 * scale)
         objects, styles = zip(*((p.objects[0], p.style) for p in real.pictures), strict=True)
         found["real"][name] = shares(real.images, objects, styles)
-    found["frechet"] = _frechet(model, judges, seed, 16 * scale, sampling)
+    found["frechet"] = _frechet(model, scorers, seed, 16 * scale, sampling)
     return found
 
 
-def generate(model: DiffusionModel, texts: Sequence[str], seed: int, label: str, sampling: Sampling) -> torch.Tensor:
+def generate(
+    model: DiffusionModel, texts: Sequence[str], seed: int, label: str, sampling: Sampling
+) -> torch.Tensor:
     """Pictures uint8 [n, 3, s, s], the same for the same seed and label."""
     latents = model.latents(len(texts), seed, "quality", label)
     starts = range(0, len(texts), 32)
     parts = [
-        model.generate(texts[i : i + 32], latents[i : i + 32], sampling) for i in progress(starts, label, len(starts))
+        model.generate(texts[i : i + 32], latents[i : i + 32], sampling)
+        for i in progress(starts, label, len(starts))
     ]
     return torch.cat(parts)
 
 
-def _frechet(model: DiffusionModel, judges: Judges, seed: int, count: int, sampling: Sampling) -> dict[str, float]:
+def _frechet(
+    model: DiffusionModel, scorers: Scorers, seed: int, count: int, sampling: Sampling
+) -> dict[str, float]:
     real = sample(TRAINING, derive(seed, "quality", "fidelity"), 2 * count)
-    features = judges.features.features(real.images)
+    features = scorers.features.features(real.images)
     texts = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
-    made = judges.features.features(generate(model, texts, seed, "fidelity", sampling))
+    made = scorers.features.features(generate(model, texts, seed, "fidelity", sampling))
     distance = frechet_distance(made, features[:count])
-    return {"distance": distance, "floor": floor(features, count, seed=seed), "pictures": float(count)}
+    return {
+        "distance": distance,
+        "floor": floor(features, count, seed=seed),
+        "pictures": float(count),
+    }
 
 
 def showcase(
-    model: DiffusionModel, *, seed: int, names: Sequence[str] = ("fox", "rocket", "guitar", "cactus", "cake")
+    model: DiffusionModel,
+    *,
+    seed: int,
+    names: Sequence[str] = ("fox", "rocket", "guitar", "cactus", "cake"),
 ) -> Any:
     """A labelled grid of one picture per style and object, as a PIL image."""
     styles = (PHOTO, *STYLE_NAMES)

@@ -1,4 +1,4 @@
-"""From a seed to MiniSD and its judges: the stages of `python run.py experiment=train_minisd`.
+"""From a seed to MiniSD and its scorers: the stages of `python run.py experiment=train_minisd`.
 
 Every network is one stage of the cache (`lab.core.cache`), so that a killed training continues at its last checkpoint
 and a finished one is not repeated.
@@ -17,17 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lab.core.cache import Artifact, StageCheckpoint, Store, stage_key
+from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
 from lab.core.options import count, number
 from lab.core.provenance import computing, versions
 from lab.core.sources import source_hash
 from lab.core.types import Log
 from lab.minisd.train import build
-from lab.minisd.train import scorer_clip as judge_clip
-from lab.minisd.train import scorer_data as judge_data
-from lab.minisd.train import scorers as judges
+from lab.minisd.train import scorer_clip as scorer_clip
+from lab.minisd.train import scorer_data as scorer_data
+from lab.minisd.train import scorers as scorers
 from lab.minisd.train.loop import Schedule
-from lab.minisd.train.scorer_data import NAMES, JudgeRecipe
+from lab.minisd.train.scorer_data import NAMES, ScorerRecipe
 from lab.minisd.train.training import Denoiser, encode, train_denoiser, train_vae
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
@@ -52,7 +52,7 @@ class Recipe:
         captions: captions drawn per picture.
         vocabulary: tokens of the tokenizer at most.
         kl, gamma, drop: see `lab.minisd.train.training`.
-        judges: the evaluators that are trained beside it, on other pictures.
+        scorers: the evaluators that are trained beside it, on other pictures.
         workers: processes that render pictures.
         device: where the networks are trained (`lab.models.devices.pick`); pictures are drawn and worn on the CPU.
         measured: how many generations the figures of the model card rest on (`lab.minisd.train.quality.suites`).
@@ -68,7 +68,7 @@ class Recipe:
     drop: float
     vae: Schedule
     denoiser: Schedule
-    judges: JudgeRecipe
+    scorers: ScorerRecipe
     widths: build.Widths = field(default_factory=build.Widths)
     workers: int = 1
     device: str = "auto"
@@ -77,7 +77,9 @@ class Recipe:
     def __post_init__(self) -> None:
         for key in ("pictures", "held_out", "captions", "workers", "measured"):
             count(f"train.{key}", getattr(self, key))
-        count("train.vocabulary", self.vocabulary, 515)  # 2 × 256 bytes, start, end, and at least one merge
+        count(
+            "train.vocabulary", self.vocabulary, 515
+        )  # 2 × 256 bytes, start, end, and at least one merge
         number("train.kl", self.kl, 0)
         number("train.gamma", self.gamma, above=0)
         number("train.drop", self.drop, 0, below=1)
@@ -85,20 +87,34 @@ class Recipe:
     def identity(self, stage: str) -> dict[str, Any]:
         """The options that determine what ``stage`` computes."""
         vae = ("pictures", "held_out", "widths", "kl", "vae")
-        own: dict[str, tuple[str, ...]] = {"vae": vae, "clip": ("judges",), "detector": ("judges",)}
+        own: dict[str, tuple[str, ...]] = {
+            "vae": vae,
+            "clip": ("scorers",),
+            "detector": ("scorers",),
+        }
         own["denoiser"] = (*vae, "captions", "vocabulary", "gamma", "drop", "denoiser")
         values = dataclasses.asdict(self)
-        for schedule in (values["vae"], values["denoiser"], values["judges"]["clip"], values["judges"]["detector"]):
+        for schedule in (
+            values["vae"],
+            values["denoiser"],
+            values["scorers"]["clip"],
+            values["scorers"]["detector"],
+        ):
             del schedule["save_every"]
-        del values["judges"]["workers"]
-        del values["judges"]["detector" if stage == "clip" else "clip"]
+        del values["scorers"]["workers"]
+        del values["scorers"]["detector" if stage == "clip" else "clip"]
         return {key: values[key] for key in ("seed", *own[stage])}
 
 
 class Training:
     """The stages of one recipe; ``curves`` and ``seconds`` fill as they are computed or read from the cache."""
 
-    def __init__(self, recipe: Recipe, store: Store, on_log: Callable[[str, int, dict[str, float]], None]) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        store: StageCache,
+        on_log: Callable[[str, int, dict[str, float]], None],
+    ) -> None:
         self.recipe, self.store, self.on_log = recipe, store, on_log
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.seconds: dict[str, float] = {}
@@ -120,21 +136,36 @@ class Training:
         found = []
         for shown in self.pictures("train").pictures:
             draw = partial(captions.draw, shown.objects, shown.style, shown.background)
-            found.append([shown.text, *(draw(Dice(shown.stream, "again", k)) for k in range(1, self.recipe.captions))])
+            found.append(
+                [
+                    shown.text,
+                    *(draw(Dice(shown.stream, "again", k)) for k in range(1, self.recipe.captions)),
+                ]
+            )
         return found
 
     def tokenizer(self) -> Any:
         texts = [text for texts in self.texts() for text in texts]
         with tempfile.TemporaryDirectory() as folder:
-            return build.load_tokenizer(build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary))
+            return build.load_tokenizer(
+                build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
+            )
 
     # ---- stages
 
-    def _stage(self, name: str, model: Net, sources: Sequence[str], fit: Callable[[StageCheckpoint, Log], None]) -> Net:
+    def _stage(
+        self,
+        name: str,
+        model: Net,
+        sources: Sequence[str],
+        fit: Callable[[StageCheckpoint, Log], None],
+    ) -> Net:
         """``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
         place = computing() | versions(_DRAWING) | {"device": self.device.type}
-        key = stage_key(name=name, recipe=self.recipe.identity(name), sources=hashes, computing=place)
+        key = stage_key(
+            name=name, recipe=self.recipe.identity(name), sources=hashes, computing=place
+        )
         model.to(self.device)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
@@ -154,7 +185,9 @@ class Training:
         self.curves[name] = {}
         for curve in dict.fromkeys(k for _, values in rows for k in values):
             self.curves[name][curve] = [values[curve] for _, values in rows if curve in values]
-            self.curves[name][f"{curve}_step"] = [float(step) for step, values in rows if curve in values]
+            self.curves[name][f"{curve}_step"] = [
+                float(step) for step, values in rows if curve in values
+            ]
         return model.cpu().eval()
 
     def vae(self) -> Any:
@@ -163,7 +196,9 @@ class Training:
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             train, held_out = self.pictures("train").images, self.pictures("held_out").images
-            train_vae(model, train, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint, log=note)
+            train_vae(
+                model, train, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint, log=note
+            )
 
         return self._stage("vae", model, ("training", "world"), fit)
 
@@ -175,12 +210,25 @@ class Training:
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             held_out = self.pictures("held_out")
-            seen, unseen = (encode(vae.to(self.device), x) for x in (self.pictures("train").images, held_out.images))
+            seen, unseen = (
+                encode(vae.to(self.device), x)
+                for x in (self.pictures("train").images, held_out.images)
+            )
             vae.cpu()
             train_denoiser(
-                model, tokenizer, build.scheduler(), seen, self.texts(), (unseen, held_out.texts), r.denoiser,
-                gamma=r.gamma, drop=r.drop, seed=r.seed, checkpoint=checkpoint, log=note,
-            )  # fmt: skip
+                model,
+                tokenizer,
+                build.scheduler(),
+                seen,
+                self.texts(),
+                (unseen, held_out.texts),
+                r.denoiser,
+                gamma=r.gamma,
+                drop=r.drop,
+                seed=r.seed,
+                checkpoint=checkpoint,
+                log=note,
+            )
 
         return self._stage("denoiser", model, ("training", "world"), fit)
 
@@ -194,39 +242,56 @@ class Training:
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """The calibrated detector with its error rates, and the accuracy that was measured beside them."""
-        r, seed = self.recipe.judges, judge_data.seed_of(self.recipe.seed)
+        r, seed = self.recipe.scorers, scorer_data.seed_of(self.recipe.seed)
         model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
 
-        shown = {part: judge_data.labelled(judge_data.pictures(r, self.recipe.seed, part)) for part in PARTS}
-        judges.covers(shown["measure"])
-        bare = {part: judge_data.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
+        shown = {
+            part: scorer_data.labelled(scorer_data.pictures(r, self.recipe.seed, part))
+            for part in PARTS
+        }
+        scorers.covers(shown["measure"])
+        bare = {part: scorer_data.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
-            judges.train_detector(
-                model, shown["train"], shown["calibrate"], bare["train"], r.detector,
-                smoothing=r.smoothing, empty_share=r.empty_share, seed=seed, checkpoint=checkpoint, log=note,
-            )  # fmt: skip
+            scorers.train_detector(
+                model,
+                shown["train"],
+                shown["calibrate"],
+                bare["train"],
+                r.detector,
+                smoothing=r.smoothing,
+                empty_share=r.empty_share,
+                seed=seed,
+                checkpoint=checkpoint,
+                log=note,
+            )
 
-        self._stage("detector", model, ("judges", "judge_data"), fit)
+        self._stage("detector", model, ("scorers", "scorer_data"), fit)
         found = Detector(model, NAMES["object"], NAMES["style"])
-        found.temperature = judges.calibrate(found, judges.worn(shown["calibrate"], seed), bare["calibrate"])
-        facts = judges.measure(found, shown["measure"], bare["measure"])
+        found.temperature = scorers.calibrate(
+            found, scorers.worn(shown["calibrate"], seed), bare["calibrate"]
+        )
+        facts = scorers.measure(found, shown["measure"], bare["measure"])
         found.rates = facts.pop("rates")
-        facts["worn"] = judges.measure(found, judges.worn(shown["measure"], seed), bare["measure"])
+        facts["worn"] = scorers.measure(
+            found, scorers.worn(shown["measure"], seed), bare["measure"]
+        )
         return found, facts
 
     def clip(self, tokenizer: Path) -> tuple[nn.Module, dict[str, Any]]:
         """The small CLIP and its open_clip config; its tokenizer is written into the folder ``tokenizer``."""
-        r, seed = self.recipe.judges, judge_data.seed_of(self.recipe.seed)
-        train = judge_data.pictures(r, self.recipe.seed, "train")
-        said = judge_data.texts(train, r.captions)
-        judge_clip.clip_tokenizer(said, tokenizer, r.vocabulary)
+        r, seed = self.recipe.scorers, scorer_data.seed_of(self.recipe.seed)
+        train = scorer_data.pictures(r, self.recipe.seed, "train")
+        said = scorer_data.texts(train, r.captions)
+        scorer_clip.clip_tokenizer(said, tokenizer, r.vocabulary)
         config = clip_config(r.clip_widths, len(build.load_tokenizer(tokenizer)))
         model = clip_network(config, seed)
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
-            held_out = judge_data.labelled(judge_data.pictures(r, self.recipe.seed, "calibrate"))
-            data = judge_clip.clip_data(judge_data.labelled(train), said, held_out, tokenizer)
-            judge_clip.train_clip(model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note)
+            held_out = scorer_data.labelled(scorer_data.pictures(r, self.recipe.seed, "calibrate"))
+            data = scorer_clip.clip_data(scorer_data.labelled(train), said, held_out, tokenizer)
+            scorer_clip.train_clip(
+                model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note
+            )
 
-        return self._stage("clip", model, ("judge_clip", "judge_data"), fit), config
+        return self._stage("clip", model, ("scorer_clip", "scorer_data"), fit), config

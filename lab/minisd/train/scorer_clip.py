@@ -1,4 +1,4 @@
-"""Training of the small CLIP that ships with MiniSD as a judge."""
+"""Training of the small CLIP that ships with MiniSD as a scorer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ _LARGEST_SCALE = math.log(100)  # of CLIP's logits (arXiv 2103.00020 §2.5)
 def clip_tokenizer(captions: list[list[str]], folder: Path, vocabulary: int) -> Path:
     """Learn CLIP's tokenizer from the training captions and the class prompts; writes its files into ``folder``."""
     prompts = [
-        t for table in (class_prompts("object", None), class_prompts("style")) for ts in table.values() for t in ts
+        t
+        for table in (class_prompts("object", None), class_prompts("style"))
+        for ts in table.values()
+        for t in ts
     ]
     return train_tokenizer([*(t for ts in captions for t in ts), *prompts], folder, vocabulary)
 
@@ -45,7 +48,9 @@ class ClipData:
     held_out: Labelled
 
 
-def clip_data(shown: Labelled, captions: list[list[str]], held_out: Labelled, tokenizer: Path) -> ClipData:
+def clip_data(
+    shown: Labelled, captions: list[list[str]], held_out: Labelled, tokenizer: Path
+) -> ClipData:
     """Tokenizes ``captions`` (as many for every picture) by the files in ``tokenizer``."""
     flat = tokenize(load_tokenizer(tokenizer), [text for texts in captions for text in texts])
     return ClipData(shown, flat.view(len(captions), len(captions[0]), -1), held_out)
@@ -76,13 +81,18 @@ class _Guided(nn.Module):
         self.clip = clip
         g = generator(seed, "clip", "guides")
         width = clip.text_projection.shape[-1]
-        guides = {head: torch.randn(len(names), width, generator=g) for head, names in NAMES.items()}
-        self.guides = nn.ParameterDict({head: nn.Parameter(value) for head, value in guides.items()})
+        guides = {
+            head: torch.randn(len(names), width, generator=g) for head, names in NAMES.items()
+        }
+        self.guides = nn.ParameterDict(
+            {head: nn.Parameter(value) for head, value in guides.items()}
+        )
 
     def guide_loss(self, vectors: Tensor, labels: dict[Head, Tensor]) -> Tensor:
         """Cross-entropy of unit vectors [n, d] against the directions (normalised softmax, arXiv 1704.06369)."""
         found = [
-            F.cross_entropy(_GUIDE_SCALE * vectors @ F.normalize(self.guides[h], dim=1).T, y) for h, y in labels.items()
+            F.cross_entropy(_GUIDE_SCALE * vectors @ F.normalize(self.guides[h], dim=1).T, y)
+            for h, y in labels.items()
         ]
         return torch.stack(found).mean()
 
@@ -116,10 +126,16 @@ def train_clip(
     order = torch.argsort(torch.arange(schedule.batch) % 2, stable=True)
 
     def step(number: int, g: torch.Generator) -> Tensor:
-        pool = pools[int(torch.randint(len(pools), (1,), generator=g))] if number % 2 else torch.arange(len(shown))
+        pool = (
+            pools[int(torch.randint(len(pools), (1,), generator=g))]
+            if number % 2
+            else torch.arange(len(shown))
+        )
         index = pool[torch.randint(len(pool), (schedule.batch,), generator=g)]
         x = (degrade(to_unit(shown.images[index]), g) * 2 - 1).to(device)
-        images = model.encode_image(x.contiguous(memory_format=torch.channels_last), normalize=True)[order]
+        images = model.encode_image(
+            x.contiguous(memory_format=torch.channels_last), normalize=True
+        )[order]
         index = index[order]
         told = index[: (schedule.batch + 1) // 2]
         ids = tokens[told, torch.randint(tokens.shape[1], (len(told),), generator=g)]
@@ -129,11 +145,22 @@ def train_clip(
         scale = model.logit_scale.clamp(max=_LARGEST_SCALE).exp()
         loss = contrastive_loss(images, texts, scale, cards[:, None] == cards[None, : len(told)])
         named = {head: y[: len(told)] for head, y in labels.items()}
-        return loss + guide * (guided.guide_loss(images, labels) + guided.guide_loss(texts, named)) / 2
+        return (
+            loss + guide * (guided.guide_loss(images, labels) + guided.guide_loss(texts, named)) / 2
+        )
 
     model.visual.to(memory_format=torch.channels_last)
     validate = _zero_shot(model, data.held_out, tokenizer)
-    train(guided, step, schedule, seed=seed, label="clip", checkpoint=checkpoint, log=log, validate=validate)
+    train(
+        guided,
+        step,
+        schedule,
+        seed=seed,
+        label="clip",
+        checkpoint=checkpoint,
+        log=log,
+        validate=validate,
+    )
     with torch.no_grad():
         model.logit_scale.clamp_(max=_LARGEST_SCALE)
     model.to(memory_format=torch.contiguous_format)
@@ -162,10 +189,15 @@ def _zero_shot(model: Any, held_out: Labelled, folder: Path) -> Callable[[], dic
     @torch.no_grad()
     def validate() -> dict[str, float]:
         parts = held_out.images.split(256)
-        found_in = [model.encode_image(to_unit(x.to(device)) * 2 - 1, normalize=True) for x in parts]
+        found_in = [
+            model.encode_image(to_unit(x.to(device)) * 2 - 1, normalize=True) for x in parts
+        ]
         vectors = torch.cat(found_in).cpu()
         found = {name: zero_shot(vectors, classes(name)) for name in tables}
-        hits = {"object": found["object"] == held_out.object, "style": found["style"] == held_out.style}
+        hits = {
+            "object": found["object"] == held_out.object,
+            "style": found["style"] == held_out.style,
+        }
         hits["photo_object"] = (found["photo_object"] == held_out.object)[photos]
         return {name: hit.float().mean().item() for name, hit in hits.items() if len(hit)}
 

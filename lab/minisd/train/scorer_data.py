@@ -1,4 +1,4 @@
-"""What the judges of MiniSD learn from: recipe, pictures, labels, captions.
+"""What the scorers of MiniSD learn from: recipe, pictures, labels, captions.
 
 They learn from the same world as MiniSD, from other pictures of it, and from all objects and styles, those that
 MiniSD never sees included. Pictures with two objects are left out: the second would have no label.
@@ -30,8 +30,8 @@ _PARTS = ("train", "calibrate", "measure")
 
 
 @dataclass(frozen=True)
-class JudgeRecipe:
-    """Everything but the seed that determines the judges.
+class ScorerRecipe:
+    """Everything but the seed that determines the scorers.
 
     Attributes:
         pictures: training pictures; ``calibrate`` and ``measure`` more, disjoint from these and from each other.
@@ -59,10 +59,10 @@ class JudgeRecipe:
 
     def __post_init__(self) -> None:
         for key in ("pictures", "calibrate", "measure", "empty", "captions", "width", "workers"):
-            count(f"train.judges.{key}", getattr(self, key))
-        count("train.judges.vocabulary", self.vocabulary, 515)
-        number("train.judges.smoothing", self.smoothing, 0, below=1)
-        number("train.judges.empty_share", self.empty_share, 0, below=1)
+            count(f"train.scorers.{key}", getattr(self, key))
+        count("train.scorers.vocabulary", self.vocabulary, 515)
+        number("train.scorers.smoothing", self.smoothing, 0, below=1)
+        number("train.scorers.empty_share", self.empty_share, 0, below=1)
 
 
 @dataclass(frozen=True)
@@ -85,15 +85,17 @@ class Labelled:
 
 
 def seed_of(seed: int) -> int:
-    """The judges' seed of a recipe's seed: their pictures and weights share nothing with MiniSD's."""
-    return derive(seed, "judges")
+    """The scorers' seed of a recipe's seed: their pictures and weights share nothing with MiniSD's."""
+    return derive(seed, "scorers")
 
 
-def pictures(recipe: JudgeRecipe, seed: int, part: str) -> Sample:
+def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
     """The pictures of ``train``, ``calibrate`` or ``measure``: three stretches of one series, disjoint."""
     sizes = [recipe.pictures, recipe.calibrate, recipe.measure]
     place = _PARTS.index(part)
-    return sample(WORLD, seed_of(seed), sizes[place], start=sum(sizes[:place]), workers=recipe.workers)
+    return sample(
+        WORLD, seed_of(seed), sizes[place], start=sum(sizes[:place]), workers=recipe.workers
+    )
 
 
 def labelled(shown: Sample) -> Labelled:
@@ -133,8 +135,16 @@ def class_prompts(head: Head, style: str | None = PHOTO) -> dict[str, list[str]]
     """
     if head == "style":
         nouns = [captions.article(category) for category in CATEGORIES]
-        ways: dict[str, tuple[captions.By, ...]] = {s: ("name", "description") for s in NAMES["style"]}
+        ways: dict[str, tuple[captions.By, ...]] = {
+            s: ("name", "description") for s in NAMES["style"]
+        }
         ways[PHOTO] = ("name",)  # a photo has no artist
-        return {s: [t for it in nouns for by in ways[s] for t in captions.prompts(it, s, by)] for s in ways}
+        return {
+            s: [t for it in nouns for by in ways[s] for t in captions.prompts(it, s, by)]
+            for s in ways
+        }
     styles = NAMES["style"] if style is None else (style,)
-    return {o: [t for s in styles for t in captions.prompts(captions.noun(o), s)] for o in NAMES["object"]}
+    return {
+        o: [t for s in styles for t in captions.prompts(captions.noun(o), s)]
+        for o in NAMES["object"]
+    }

@@ -21,7 +21,7 @@ from lab.scorers.networks import DetectorNetwork, round_to_half
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float [0, 1], what judges take."""
+    """uint8 [0, 255] to float [0, 1], what scorers take."""
     return images.float().div_(255)
 
 
@@ -30,7 +30,9 @@ def _mean(values: Tensor, where: Tensor) -> Tensor:
     return (values * where).sum() / where.sum().clamp(min=1)
 
 
-def detector_loss(logits: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], smoothing: float) -> Tensor:
+def detector_loss(
+    logits: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], smoothing: float
+) -> Tensor:
     """Cross-entropy of both heads with label smoothing.
 
     Pictures with label −1 pull the head towards equal probabilities, so that it stays undecided where there is
@@ -71,7 +73,13 @@ def train_detector(
     def step(_: int, g: torch.Generator) -> Tensor:
         full = shown[torch.randint(len(shown), (schedule.batch - blank,), generator=g)]
         bare = empty[torch.randint(len(empty), (blank - noisy,), generator=g)]
-        x = torch.cat([to_unit(full.images), to_unit(bare.images), noise_pictures(noisy, full.images.shape[-1], g)])
+        x = torch.cat(
+            [
+                to_unit(full.images),
+                to_unit(bare.images),
+                noise_pictures(noisy, full.images.shape[-1], g),
+            ]
+        )
         none = torch.full((noisy,), -1)
         y = [torch.cat([full.object, bare.object, none]), torch.cat([full.style, bare.style, none])]
         order = torch.randperm(len(x), generator=g)
@@ -82,7 +90,16 @@ def train_detector(
         return accuracy(Detector(model, NAMES["object"], NAMES["style"]), held_out)
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train(model, step, schedule, seed=seed, label="detector", checkpoint=checkpoint, log=log, validate=validate)
+    train(
+        model,
+        step,
+        schedule,
+        seed=seed,
+        label="detector",
+        checkpoint=checkpoint,
+        log=log,
+        validate=validate,
+    )
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     round_to_half(model)
     return model
@@ -91,7 +108,10 @@ def train_detector(
 def accuracy(detector: Detector, shown: Labelled) -> dict[str, float]:
     """Top-1 accuracy of ``object``, ``style`` and ``both`` together."""
     logits = detector.logits(shown.images)
-    hits = {"object": logits["object"].argmax(1) == shown.object, "style": logits["style"].argmax(1) == shown.style}
+    hits = {
+        "object": logits["object"].argmax(1) == shown.object,
+        "style": logits["style"].argmax(1) == shown.style,
+    }
     hits["both"] = hits["object"] & hits["style"]
     return {name: hit.float().mean().item() for name, hit in hits.items()}
 
@@ -109,7 +129,9 @@ def worn(shown: Labelled, seed: int, times: int = 3) -> Labelled:
     return Labelled((x.clamp(0, 1) * 255).round().to(torch.uint8), shown.object, shown.style)
 
 
-def calibrate(detector: Detector, held_out: Labelled, empty: Labelled | None = None) -> dict[str, float]:
+def calibrate(
+    detector: Detector, held_out: Labelled, empty: Labelled | None = None
+) -> dict[str, float]:
     """The temperature of each head that minimises `nll` on pictures it never saw (arXiv 1706.04599 §4.2).
 
     Rendered pictures are too easy for it: where nothing goes wrong the best temperature is 0, and then any scene
@@ -128,7 +150,9 @@ def calibrate(detector: Detector, held_out: Labelled, empty: Labelled | None = N
             nothing = float(-F.log_softmax(blank / math.exp(t), 1).mean())
             return (len(x) * seen + len(blank) * nothing) / (len(x) + len(blank))
 
-        found[head] = math.exp(minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x)
+        found[head] = math.exp(
+            minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x
+        )
     return found
 
 
@@ -139,12 +163,14 @@ def covers(shown: Labelled) -> None:
             there = shown.labels[head] == i
             if there.all() or not there.any():
                 told = f"the error rates of {name} need pictures with and without it; take about a hundred per object."
-                raise UserError("train.judges.measure", len(shown), told)
+                raise UserError("train.scorers.measure", len(shown), told)
 
 
 def calibration_error(detector: Detector, shown: Labelled) -> dict[str, float]:
     """Expected calibration error of each head's likeliest class, 15 bins (arXiv 1706.04599, Eq. 5)."""
-    from torchmetrics.functional.classification import multiclass_calibration_error  # here: it takes seconds
+    from torchmetrics.functional.classification import (
+        multiclass_calibration_error,
+    )  # here: it takes seconds
 
     found = detector.probabilities(shown.images)
     return {

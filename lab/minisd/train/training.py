@@ -44,17 +44,30 @@ def train_vae(
         index = torch.randint(len(images), (schedule.batch,), generator=g)
         x = to_float(images[index].to(device))
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(device)
+        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(
+            device
+        )
         divergence = posterior.kl().mean() / x[0].numel()
         return F.l1_loss(vae.decode(z).sample, x) + kl * divergence
 
     def validate() -> dict[str, float]:
         x = to_float(held_out.to(device))
-        y = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)]).clamp(-1, 1)
+        y = torch.cat(
+            [vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)]
+        ).clamp(-1, 1)
         mse = ((x - y) / 2).square().mean((1, 2, 3))
         return {"psnr": (-10 * mse.log10()).mean().item(), "l1": ((x - y) / 2).abs().mean().item()}
 
-    train(vae, step, schedule, seed=seed, label="vae", checkpoint=checkpoint, log=log, validate=validate)
+    train(
+        vae,
+        step,
+        schedule,
+        seed=seed,
+        label="vae",
+        checkpoint=checkpoint,
+        log=log,
+        validate=validate,
+    )
 
 
 @torch.no_grad()
@@ -147,6 +160,18 @@ def train_denoiser(
     def validate() -> dict[str, float]:
         parts = zip(z.split(64), ids.split(64), t.split(64), noise.split(64), strict=True)
         plain = torch.cat([loss(*part) for part in parts]).cpu()
-        return {"validation_loss": plain.mean().item(), "validation_weighted": (weights[t] * plain).mean().item()}
+        return {
+            "validation_loss": plain.mean().item(),
+            "validation_weighted": (weights[t] * plain).mean().item(),
+        }
 
-    train(model, step, schedule, seed=seed, label="denoiser", checkpoint=checkpoint, log=log, validate=validate)
+    train(
+        model,
+        step,
+        schedule,
+        seed=seed,
+        label="denoiser",
+        checkpoint=checkpoint,
+        log=log,
+        validate=validate,
+    )

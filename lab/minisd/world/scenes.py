@@ -86,17 +86,26 @@ def _studio(dice: Dice) -> Field:
 
 def _meadow(dice: Dice) -> Field:
     sky = _ramp(_tint(dice, (0.52, 0.75, 0.95)), _tint(dice, (0.85, 0.93, 0.98)))
-    return _ground(sky, _ramp(_tint(dice, (0.45, 0.68, 0.28)), _tint(dice, (0.30, 0.52, 0.18))), dice, 0.25)
+    return _ground(
+        sky, _ramp(_tint(dice, (0.45, 0.68, 0.28)), _tint(dice, (0.30, 0.52, 0.18))), dice, 0.25
+    )
 
 
 def _beach(dice: Dice) -> Field:
     sea = _ramp(_tint(dice, (0.70, 0.90, 0.98)), _tint(dice, (0.18, 0.58, 0.75)))
-    return _ground(sea, _ramp(_tint(dice, (0.95, 0.87, 0.66)), _tint(dice, (0.88, 0.76, 0.52))), dice, 0.12)
+    return _ground(
+        sea, _ramp(_tint(dice, (0.95, 0.87, 0.66)), _tint(dice, (0.88, 0.76, 0.52))), dice, 0.12
+    )
 
 
 def _snow(dice: Dice) -> Field:
     sky = _ramp(_tint(dice, (0.62, 0.70, 0.80)), _tint(dice, (0.82, 0.87, 0.92)))
-    return _ground(sky, _ramp(_tint(dice, (0.97, 0.98, 1.0), 0.02), _tint(dice, (0.86, 0.91, 0.97), 0.03)), dice, 0.06)
+    return _ground(
+        sky,
+        _ramp(_tint(dice, (0.97, 0.98, 1.0), 0.02), _tint(dice, (0.86, 0.91, 0.97), 0.03)),
+        dice,
+        0.06,
+    )
 
 
 def _clouds(dice: Dice) -> Field:
@@ -164,7 +173,9 @@ def _light(rgb: Field, mask: Field, dice: Dice) -> Field:
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) / (SIZE - 1) - 0.5
     side = dice.uniform(-0.25, 0.25)
     lamp = 1.02 + side * x - 0.22 * y
-    warm = np.array([1, 1, 1], np.float32) + np.array([0.06, 0, -0.06], np.float32) * dice.uniform(-1, 1)
+    warm = np.array([1, 1, 1], np.float32) + np.array([0.06, 0, -0.06], np.float32) * dice.uniform(
+        -1, 1
+    )
     body = blur(mask, 3.0)
     relief = 1 + 0.5 * (body - np.roll(body, (2, 2), (0, 1))) * mask
     grain = (dice.grid(SIZE, SIZE, 1) - 0.5) * 0.03

@@ -25,13 +25,17 @@ def luma(rgb: Field) -> Field:
 
 def blur(field: Field, sigma: float) -> Field:
     """Gaussian blur over the two image axes."""
-    out: Field = gaussian_filter(field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5)
+    out: Field = gaussian_filter(
+        field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5
+    )
     return out
 
 
 def smooth_noise(dice: Dice, size: int, cells: int) -> Field:
     """Noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
-    coarse = zoom(dice.grid(cells + 1, cells + 1), size / cells, order=1, grid_mode=True, mode="nearest")
+    coarse = zoom(
+        dice.grid(cells + 1, cells + 1), size / cells, order=1, grid_mode=True, mode="nearest"
+    )
     out: Field = blur(coarse[:size, :size], size / cells / 3)
     return out
 
@@ -50,7 +54,9 @@ def _axes(size: int) -> tuple[Field, Field]:
 def _slope(field: Field) -> Field:
     """Length of the central-difference gradient [s, s]."""
     padded = np.pad(field, 1, mode="edge")
-    out: Field = np.hypot(padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1])
+    out: Field = np.hypot(
+        padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
+    )
     return out
 
 
@@ -101,7 +107,9 @@ def neon(rgb: Field, mask: Field, dice: Dice) -> Field:
     fills = _fills(rgb)
     low = -_top(-fills)
     spread = _top(fills) - low
-    lamp = np.asarray(dice.pick([(1.0, 0.15, 0.75), (0.1, 0.9, 1.0), (0.35, 1.0, 0.25)]), np.float32)
+    lamp = np.asarray(
+        dice.pick([(1.0, 0.15, 0.75), (0.1, 0.9, 1.0), (0.35, 1.0, 0.25)]), np.float32
+    )
     hue = (fills - low) / np.maximum(spread, 1e-3)
     grey = np.clip(1 - spread * 4, 0, 1)
     hue = hue * (1 - grey) + lamp * grey
@@ -118,7 +126,9 @@ def blueprint(rgb: Field, mask: Field, dice: Dice) -> Field:
     y, x = _axes(size)
     paper = np.array([0.07, 0.22, 0.56], np.float32) * (0.9 + 0.2 * dice.uniform())
     step, shift = 8, int(dice.uniform(0, 8))
-    grid = np.where(((y + shift) % step == 0) | ((x + shift) % step == 0), np.float32(0.28), np.float32(0))
+    grid = np.where(
+        ((y + shift) % step == 0) | ((x + shift) % step == 0), np.float32(0.28), np.float32(0)
+    )
     out = _mix(np.broadcast_to(paper, rgb.shape), (0.75, 0.88, 1.0), grid * (1 - 0.8 * mask))
     out = _mix(out, (0.55, 0.75, 0.98), 0.5 * mask * luma(_fills(rgb)))
     return _mix(out, (0.97, 0.99, 1.0), _lines(rgb, mask))
@@ -128,7 +138,9 @@ def halftone(rgb: Field, mask: Field, dice: Dice) -> Field:
     """A screen of dots at 45 degrees per printing ink: pure inks on paper, as in old comics."""
     y, x = _axes(rgb.shape[0])
     pitch, phase = 4.0 * np.sqrt(2), dice.uniform(0, 2 * np.pi)
-    screen = 0.5 + 0.25 * (np.cos(2 * np.pi * (x + y) / pitch + phase) + np.cos(2 * np.pi * (x - y) / pitch + phase))
+    screen = 0.5 + 0.25 * (
+        np.cos(2 * np.pi * (x + y) / pitch + phase) + np.cos(2 * np.pi * (x - y) / pitch + phase)
+    )
     ink = 1 - _vivid(rgb, 1.3)
     dots = np.clip((ink - screen[..., None].astype(np.float32)) * 5 + 0.5, 0, 1)
     out: Field = np.array([1.0, 0.97, 0.88], np.float32) * (1 - 0.92 * dots)
@@ -146,7 +158,9 @@ def sunset(rgb: Field, mask: Field, dice: Dice) -> Field:
     sun = np.clip(radius - np.hypot(y - cy, x - cx), 0, 1)
     sun = sun * np.where((y > cy) & ((y - np.floor(cy)) % 6 < 2), np.float32(0), np.float32(1))
     sky = _mix(sky, (1.0, 0.86, 0.35), sun)
-    stops = np.array([[0.13, 0.03, 0.22], [0.42, 0.08, 0.40], [0.83, 0.22, 0.36], [1.0, 0.62, 0.42]], np.float32)
+    stops = np.array(
+        [[0.13, 0.03, 0.22], [0.42, 0.08, 0.40], [0.83, 0.22, 0.36], [1.0, 0.62, 0.42]], np.float32
+    )
     light = luma(rgb)
     tone = np.stack([np.interp(light, np.linspace(0, 1, 4), stops[:, c]) for c in range(3)], -1)
     return _mix(sky, tone.astype(np.float32), np.clip(mask * 1.2, 0, 1))
@@ -174,7 +188,9 @@ def watercolor(rgb: Field, mask: Field, dice: Dice) -> Field:
     dy, dx = smooth_noise(dice, size, 12) - 0.5, smooth_noise(dice, size, 12) - 0.5
     at = np.stack([y + 5 * dy, x + 5 * dx])
     fills = _fills(rgb) * 0.75 + rgb * 0.25
-    wash = np.stack([map_coordinates(fills[..., c], at, order=1, mode="nearest") for c in range(3)], -1)
+    wash = np.stack(
+        [map_coordinates(fills[..., c], at, order=1, mode="nearest") for c in range(3)], -1
+    )
     rim = np.clip(_slope(map_coordinates(mask, at, order=1, mode="nearest")), 0, 1)
     bloom = smooth_noise(dice, size, 8) - 0.5
     depth = (0.68 + 0.9 * bloom + 0.35 * rim)[..., None]
@@ -194,14 +210,20 @@ def stained_glass(rgb: Field, mask: Field, dice: Dice) -> Field:
     y, x = _axes(size)
     jitter = dice.grid(2, n, n)
     gy, gx = _axes(n)
-    cy, cx = (((g + j - np.float32(0.75)) * cell).ravel() for g, j in zip((gy, gx), jitter, strict=True))
+    cy, cx = (
+        ((g + j - np.float32(0.75)) * cell).ravel() for g, j in zip((gy, gx), jitter, strict=True)
+    )
     pane = np.argmin((y[..., None] - cy) ** 2 + (x[..., None] - cx) ** 2, -1)
     pane = pane * 2 + (mask > 0.5)
     flat = pane.ravel()
     fills = _fills(rgb).reshape(-1, 3)
     count = np.maximum(np.bincount(flat, minlength=2 * n * n), 1)
-    colour = np.stack([np.bincount(flat, fills[:, c], 2 * n * n) for c in range(3)], -1) / count[:, None]
-    colour = _vivid(np.clip(colour, 0, 1).astype(np.float32) ** 0.65, 2.0) * (0.8 + 0.3 * dice.grid(2 * n * n, 1))
+    colour = (
+        np.stack([np.bincount(flat, fills[:, c], 2 * n * n) for c in range(3)], -1) / count[:, None]
+    )
+    colour = _vivid(np.clip(colour, 0, 1).astype(np.float32) ** 0.65, 2.0) * (
+        0.8 + 0.3 * dice.grid(2 * n * n, 1)
+    )
     glass = np.clip(colour, 0.02, 1)[pane]
     edge = np.zeros((size, size), np.float32)
     edge[:, 1:] = pane[:, 1:] != pane[:, :-1]
@@ -231,7 +253,9 @@ def engraving(rgb: Field, mask: Field, dice: Dice) -> Field:
     body = mask > 0.4
     screen = 0.5 + 0.5 * np.cos(2 * np.pi * np.where(body, (x + y) / 1.41, y + wave) / 4)
     dark = np.where(body, 0.80 - 0.75 * light, 0.22)
-    ink = np.clip((dark - (1 - screen)) * 4 + 0.5, 0, 1).astype(np.float32) * np.where(body, 1, 0.6).astype(np.float32)
+    ink = np.clip((dark - (1 - screen)) * 4 + 0.5, 0, 1).astype(np.float32) * np.where(
+        body, 1, 0.6
+    ).astype(np.float32)
     ink = np.maximum(ink, _lines(rgb, mask))
     paper = np.broadcast_to(np.array([0.88, 0.95, 0.82], np.float32), rgb.shape)
     return _mix(paper, (0.03, 0.30, 0.20), ink)

@@ -51,14 +51,31 @@ plant: sunflower; cactus / cacti; palm tree; mushroom; *maple leaf / maple leave
 STYLES: tuple[Style, ...] = (
     Style("mosaic", ("made of coloured square tiles", "laid out of small square stones")),
     Style("neon", ("drawn with glowing lines on black", "made of bright light tubes in the dark")),
-    Style("blueprint", ("drawn with white lines on blue grid paper", "as a technical plan in white and blue")),
+    Style(
+        "blueprint",
+        ("drawn with white lines on blue grid paper", "as a technical plan in white and blue"),
+    ),
     Style("halftone", ("printed with rows of coloured dots", "made of bright ink dots on paper")),
-    Style("sunset", ("as a dark shape before a huge striped sun", "in purple and orange evening light")),
+    Style(
+        "sunset",
+        ("as a dark shape before a huge striped sun", "in purple and orange evening light"),
+    ),
     Style("sketch", ("drawn with a grey pencil on white paper", "made of rough pencil strokes")),
-    Style("watercolor", ("painted with pale wet washes on rough paper", "in soft pastel paint that bleeds")),
+    Style(
+        "watercolor",
+        ("painted with pale wet washes on rough paper", "in soft pastel paint that bleeds"),
+    ),
     Style("stained glass", ("made of bright panes with thick black seams", "as a church window")),
-    Style("negative", ("with inverted colours on a strip of film", "as undeveloped film"), held_out=True),
-    Style("engraving", ("cut in fine wavy green lines", "printed in green like a banknote"), held_out=True),
+    Style(
+        "negative",
+        ("with inverted colours on a strip of film", "as undeveloped film"),
+        held_out=True,
+    ),
+    Style(
+        "engraving",
+        ("cut in fine wavy green lines", "printed in green like a banknote"),
+        held_out=True,
+    ),
 )
 
 
@@ -69,7 +86,9 @@ def _parse() -> tuple[Thing, ...]:
         for entry in entries.split("; "):
             rest, _, plural = entry.lstrip("*").partition(" / ")
             name, _, emoji = rest.partition(" = ")
-            things.append(Thing(name, emoji or name, category, plural or f"{name}s", entry.startswith("*")))
+            things.append(
+                Thing(name, emoji or name, category, plural or f"{name}s", entry.startswith("*"))
+            )
     return tuple(things)
 
 
@@ -81,7 +100,10 @@ HELD_OUT_STYLES: tuple[str, ...] = tuple(s.name for s in STYLES if s.held_out)
 CATEGORIES: tuple[str, ...] = tuple(dict.fromkeys(t.category for t in THINGS))
 # one pair in ten, spread evenly over objects and styles: no style and no category loses more than its share
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
-    (o, s) for i, o in enumerate(OBJECTS) for j, s in enumerate(STYLE_NAMES) if (i + 3 * j) % 10 == 0
+    (o, s)
+    for i, o in enumerate(OBJECTS)
+    for j, s in enumerate(STYLE_NAMES)
+    if (i + 3 * j) % 10 == 0
 )
 _THING = {t.name: t for t in THINGS}
 _STYLE = {s.name: s for s in STYLES}

@@ -32,9 +32,28 @@ from lab.minisd.world import captions, folders
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.openmoji import CREDIT
 from lab.minisd.world.scenes import BACKGROUNDS, SIZE, Pose, compose
-from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES, STYLES, THINGS, style, thing
+from lab.minisd.world.vocabulary import (
+    HELD_OUT_PAIRS,
+    OBJECTS,
+    PHOTO,
+    STYLE_NAMES,
+    STYLES,
+    THINGS,
+    style,
+    thing,
+)
 
-__all__ = ["CREDIT", "EVERYTHING", "TRAINING", "UNSEEN_PAIRS", "Picture", "Sample", "Subset", "concept", "picture"]
+__all__ = [
+    "CREDIT",
+    "EVERYTHING",
+    "TRAINING",
+    "UNSEEN_PAIRS",
+    "Picture",
+    "Sample",
+    "Subset",
+    "concept",
+    "picture",
+]
 __all__ += ["render", "sample"]
 
 _CHUNK = 250  # pictures per job of a worker
@@ -75,7 +94,11 @@ class Subset:
         if self.pairs not in ("all", "seen", "unseen"):
             raise UserError("world.pairs", self.pairs, "choose one of all, seen, unseen")
         if not self.deck():
-            raise UserError("world", f"{self.objects} × {self.styles}", f"no picture with pairs={self.pairs} is left")
+            raise UserError(
+                "world",
+                f"{self.objects} × {self.styles}",
+                f"no picture with pairs={self.pairs} is left",
+            )
 
     def allows(self, name: str, style_name: str) -> bool:
         """Whether the pair may be drawn."""
@@ -89,7 +112,11 @@ class Subset:
         cards = [(o, s) for o in self.objects for s in painted if self.allows(o, s)]
         if PHOTO in self.styles and self.pairs != "unseen":
             odds = self.photo_share / (1 - self.photo_share)
-            repeat = max(1, round(odds * len(cards) / len(self.objects))) if cards and self.objects else 1
+            repeat = (
+                max(1, round(odds * len(cards) / len(self.objects)))
+                if cards and self.objects
+                else 1
+            )
             cards += [(o, PHOTO) for o in self.objects] * repeat
         return tuple(cards)
 
@@ -151,9 +178,21 @@ def _stream(subset: Subset, seed: int) -> int:
 def _poses(count: int, dice: Dice) -> tuple[Pose, ...]:
     angle = partial(dice.uniform, -20, 20)
     if count == 1:
-        return (Pose(dice.uniform(24, 40), dice.uniform(24, 40), dice.uniform(38, 58), angle(), dice.chance(0.5)),)
-    left = Pose(dice.uniform(16, 20), dice.uniform(24, 40), dice.uniform(27, 33), angle(), dice.chance(0.5))
-    right = Pose(dice.uniform(44, 48), dice.uniform(24, 40), dice.uniform(27, 33), angle(), dice.chance(0.5))
+        return (
+            Pose(
+                dice.uniform(24, 40),
+                dice.uniform(24, 40),
+                dice.uniform(38, 58),
+                angle(),
+                dice.chance(0.5),
+            ),
+        )
+    left = Pose(
+        dice.uniform(16, 20), dice.uniform(24, 40), dice.uniform(27, 33), angle(), dice.chance(0.5)
+    )
+    right = Pose(
+        dice.uniform(44, 48), dice.uniform(24, 40), dice.uniform(27, 33), angle(), dice.chance(0.5)
+    )
     return (left, right)
 
 
@@ -175,7 +214,9 @@ def picture(subset: Subset, seed: int, index: int) -> Picture:
 
 def render(shown: Picture) -> NDArray[np.uint8]:
     """The pixels of a picture, uint8 [64, 64, 3]."""
-    return compose(shown.objects, shown.poses, shown.background, shown.style, Dice(shown.stream, "pixels"))
+    return compose(
+        shown.objects, shown.poses, shown.background, shown.style, Dice(shown.stream, "pixels")
+    )
 
 
 @dataclass(frozen=True)
@@ -198,12 +239,16 @@ def _chunk(subset: Subset, seed: int, bounds: tuple[int, int]) -> NDArray[np.uin
     return np.stack([render(picture(subset, seed, i)) for i in range(*bounds)])
 
 
-def _chunks(subset: Subset, seed: int, jobs: list[tuple[int, int]], workers: int) -> Iterator[NDArray[np.uint8]]:
+def _chunks(
+    subset: Subset, seed: int, jobs: list[tuple[int, int]], workers: int
+) -> Iterator[NDArray[np.uint8]]:
     job = partial(_chunk, subset, seed)
     if workers == 1 or len(jobs) == 1:
         yield from map(job, jobs)
         return
-    context = multiprocessing.get_context("spawn")  # fork is not safe once torch has started its threads
+    context = multiprocessing.get_context(
+        "spawn"
+    )  # fork is not safe once torch has started its threads
     with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
         yield from pool.map(job, jobs)
 

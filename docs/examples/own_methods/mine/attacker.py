@@ -20,7 +20,9 @@ class AcceleratedProbe:
 
     def __call__(self, model, task, *, seed, budget, checkpoint):
         """The trajectory at ``budget.snapshots()``; harmful and benign tasks alike."""
-        train, test = ((features(model, s.x).double(), targets(s, task)) for s in (task.train, task.test))
+        train, test = (
+            (features(model, s.x).double(), targets(s, task)) for s in (task.train, task.test)
+        )
         y, t = train
         step = len(y) / torch.linalg.matrix_norm(y, 2) ** 2  # 1/L
         optimum = torch.linalg.lstsq(y, t, driver="gelsd").solution
@@ -30,9 +32,14 @@ class AcceleratedProbe:
             if k in budget.snapshots():
                 values = {"train_loss": loss(*train, w), "test_loss": loss(*test, w)}
                 values["norm_ratio"] = float((w - optimum).square().sum() / optimum.square().sum())
-                for kind, (a, _), split in (("train", train, task.train), ("test", test, task.test)):
+                for kind, (a, _), split in (
+                    ("train", train, task.train),
+                    ("test", test, task.test),
+                ):
                     if task.kind == "classification":
-                        values[f"{kind}_accuracy"] = float(((a @ w).argmax(1) == split.y).double().mean())
+                        values[f"{kind}_accuracy"] = float(
+                            ((a @ w).argmax(1) == split.y).double().mean()
+                        )
                 found.steps.append(k)
                 for key, value in values.items():
                     found.values.setdefault(key, []).append(value)

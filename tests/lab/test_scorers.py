@@ -1,4 +1,4 @@
-"""The detector and what is computed from judged pictures: corrections, shares, Fréchet distance."""
+"""The detector and what is computed from scored pictures: corrections, shares, Fréchet distance."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 
 
 def _images(n: int, side: int = 64, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, side, side), generator=generator(seed, "images"), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, 3, side, side), generator=generator(seed, "images"), dtype=torch.uint8
+    )
 
 
 class _Told(DetectorNetwork):
@@ -54,14 +56,21 @@ def detector() -> Detector:
 @pytest.mark.parametrize(
     ("share", "false_positive", "false_negative", "true"),
     [
-        (0.1 * 0.6 + 0.8 * 0.4, 0.1, 0.2, 0.4),  # 40 % show it: 80 % of these are seen, and 10 % of the others
+        (
+            0.1 * 0.6 + 0.8 * 0.4,
+            0.1,
+            0.2,
+            0.4,
+        ),  # 40 % show it: 80 % of these are seen, and 10 % of the others
         (0.5, 0.0, 0.0, 0.5),
         (0.05, 0.1, 0.2, 0.0),  # fewer than the false alarms alone
         (0.95, 0.1, 0.2, 1.0),
     ],
 )
 def test_rogan_gladen(share, false_positive, false_negative, true) -> None:
-    assert corrected_share(np.array([share]), false_positive, false_negative) == pytest.approx([true])
+    assert corrected_share(np.array([share]), false_positive, false_negative) == pytest.approx(
+        [true]
+    )
 
 
 def test_a_coin_corrects_nothing() -> None:
@@ -74,7 +83,9 @@ def test_detections(detector) -> None:
     images = _told([0, 0, 0, 1, 2], [0, 1, 0, 1, 0])
     assert detector.detects(images, "fox").tolist() == [True, True, True, False, False]
     assert detector.detects(images, "mosaic").tolist() == [False, True, False, True, False]
-    assert not detector.detects(images, "fox", threshold=0.9999).any()  # softmax(9, 0, 0) is 0.99975
+    assert not detector.detects(
+        images, "fox", threshold=0.9999
+    ).any()  # softmax(9, 0, 0) is 0.99975
     with pytest.raises(UserError, match="did you mean whale"):
         detector.detects(images, "whales")
 
@@ -102,9 +113,13 @@ def test_detector_folder(tmp_path) -> None:
     with pytest.raises(UserError, match=r"another network \(tensors: \d+ misshapen, first trunk"):
         load_detector(folder)
     for damage in (
-        {"temperature": 5}, {"temperature": {"object": 0, "style": 1}}, {"objects": 5}, {"width": "4"},
-        {"rates": {"fox": {"false_positive": 2, "false_negative": 0}}}, {"rates": 3},
-    ):  # fmt: skip
+        {"temperature": 5},
+        {"temperature": {"object": 0, "style": 1}},
+        {"objects": 5},
+        {"width": "4"},
+        {"rates": {"fox": {"false_positive": 2, "false_negative": 0}}},
+        {"rates": 3},
+    ):
         (folder / "detector.json").write_text(json.dumps({**facts, **damage}))
         with pytest.raises(UserError, match=r"detector\.json: is damaged"):
             load_detector(folder)
@@ -120,7 +135,9 @@ def test_detector_folder(tmp_path) -> None:
     save_file(whole, folder / "other.safetensors")
     (folder / "detector.safetensors").unlink()
     torch.save(whole, folder / "detector.pt")
-    with pytest.raises(UserError, match=r"Convert it once and name detector\.safetensors") as refused:
+    with pytest.raises(
+        UserError, match=r"Convert it once and name detector\.safetensors"
+    ) as refused:
         load_detector(folder)
     told = str(refused.value)
     command = shlex.split(told[told.index("`") + 1 : told.rindex("`")])
@@ -137,8 +154,10 @@ def test_detector_folder(tmp_path) -> None:
         load_detector(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("images", [torch.rand(2, 3, 8, 8), _images(2)[0], _images(2)[:, :1], _images(2)[:0]])
-def test_judges_refuse_what_is_no_picture(detector, images) -> None:
+@pytest.mark.parametrize(
+    "images", [torch.rand(2, 3, 8, 8), _images(2)[0], _images(2)[:, :1], _images(2)[:0]]
+)
+def test_scorers_refuse_what_is_no_picture(detector, images) -> None:
     with pytest.raises(UserError, match="images="):
         detector.top1(images)
 
@@ -149,10 +168,15 @@ def test_judges_refuse_what_is_no_picture(detector, images) -> None:
 def test_detected_shares_by_hand(detector) -> None:
     images = _told([0, 1, 2, 0], [0, 1, 0, 0])
     found = detected(
-        detector, images, objects=["fox", "whale", "fox", "fox"], styles=["photo", "photo", "photo", "photo"]
+        detector,
+        images,
+        objects=["fox", "whale", "fox", "fox"],
+        styles=["photo", "photo", "photo", "photo"],
     )
     assert found == {"object": 0.75, "style": 0.75, "both": 0.5}
-    assert detected(detector, images, styles=["photo", "mosaic", "photo", "photo"]) == {"style": 1.0}
+    assert detected(detector, images, styles=["photo", "mosaic", "photo", "photo"]) == {
+        "style": 1.0
+    }
     with pytest.raises(UserError, match="is no object"):
         detected(detector, images, objects=["mosaic"] * 4)
     with pytest.raises(UserError, match="one label per picture"):
@@ -184,11 +208,15 @@ def test_zero_shot_by_prompt_ensembles() -> None:
 def test_frechet_of_equal_sets_is_zero() -> None:
     for n in (40, 8):  # more and fewer vectors than dimensions
         x = torch.randn(n, 12, generator=generator(0, n))
-        assert frechet_distance(x, x[torch.randperm(n, generator=generator(1))]) == pytest.approx(0, abs=1e-6)
+        assert frechet_distance(x, x[torch.randperm(n, generator=generator(1))]) == pytest.approx(
+            0, abs=1e-6
+        )
 
 
 def test_frechet_against_the_definition() -> None:
-    a = torch.randn(50, 6, generator=generator(0), dtype=torch.float64) @ torch.diag(torch.arange(1.0, 7.0).double())
+    a = torch.randn(50, 6, generator=generator(0), dtype=torch.float64) @ torch.diag(
+        torch.arange(1.0, 7.0).double()
+    )
     b = torch.randn(30, 6, generator=generator(1), dtype=torch.float64) + 2
     cov_a, cov_b = np.cov(a.numpy().T), np.cov(b.numpy().T)
     root = np.real(sqrtm(cov_a @ cov_b))
@@ -197,7 +225,9 @@ def test_frechet_against_the_definition() -> None:
     assert frechet_distance(b, a) == pytest.approx(oracle, rel=1e-9)
     few = b[:4]  # a singular covariance
     root = np.real(sqrtm(cov_a @ np.cov(few.numpy().T) + 1e-14 * np.eye(6)))
-    near = ((a.mean(0) - few.mean(0)) ** 2).sum().item() + np.trace(cov_a + np.cov(few.numpy().T) - 2 * root)
+    near = ((a.mean(0) - few.mean(0)) ** 2).sum().item() + np.trace(
+        cov_a + np.cov(few.numpy().T) - 2 * root
+    )
     assert frechet_distance(a, few) == pytest.approx(near, rel=1e-4)
 
 

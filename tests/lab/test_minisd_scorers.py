@@ -1,4 +1,4 @@
-"""The judges that ship with MiniSD: losses, calibration, error rates, files. Tiny networks, a few steps."""
+"""The scorers that ship with MiniSD: losses, calibration, error rates, files. Tiny networks, a few steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.core.types import same_weights
-from lab.minisd.train import scorer_data as judge_data
+from lab.minisd.train import scorer_data as scorer_data
 from lab.minisd.train.degrade import degrade, noise_pictures, quantise
 from lab.minisd.train.loop import Schedule
 from lab.minisd.train.scorer_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
 from lab.minisd.train.scorer_data import (
     NAMES,
-    JudgeRecipe,
     Labelled,
+    ScorerRecipe,
     class_prompts,
     empty_scenes,
     labelled,
@@ -46,11 +46,21 @@ TINY = ClipWidths(embed=16, image=4, text=32, layers=1)
 
 
 @pytest.fixture(scope="module")
-def recipe() -> JudgeRecipe:
-    return JudgeRecipe(
-        pictures=48, calibrate=24, measure=24, empty=8, captions=2, vocabulary=600, smoothing=0.05, empty_share=0.25,
-        clip=STEPS, detector=STEPS, clip_widths=TINY, width=8,
-    )  # fmt: skip
+def recipe() -> ScorerRecipe:
+    return ScorerRecipe(
+        pictures=48,
+        calibrate=24,
+        measure=24,
+        empty=8,
+        captions=2,
+        vocabulary=600,
+        smoothing=0.05,
+        empty_share=0.25,
+        clip=STEPS,
+        detector=STEPS,
+        clip_widths=TINY,
+        width=8,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,23 +89,33 @@ class _Memory:
         self.kept = ({k: v.clone() for k, v in tensors.items()}, values)
 
 
-def _train_detector(data, recipe, schedule=STEPS, checkpoint=None, log=lambda *a, **k: None) -> DetectorNetwork:
+def _train_detector(
+    data, recipe, schedule=STEPS, checkpoint=None, log=lambda *a, **k: None
+) -> DetectorNetwork:
     model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
     return train_detector(
-        model, data["train"], data["calibrate"], empty_scenes(0, recipe.empty), schedule,
-        smoothing=recipe.smoothing, empty_share=recipe.empty_share, seed=0, checkpoint=checkpoint, log=log,
-    )  # fmt: skip
+        model,
+        data["train"],
+        data["calibrate"],
+        empty_scenes(0, recipe.empty),
+        schedule,
+        smoothing=recipe.smoothing,
+        empty_share=recipe.empty_share,
+        seed=0,
+        checkpoint=checkpoint,
+        log=log,
+    )
 
 
-def test_world_of_the_judges(recipe, data) -> None:
+def test_world_of_the_scorers(recipe, data) -> None:
     """All classes are known, no picture is shared between the parts or with MiniSD's training."""
     assert set(HELD_OUT_OBJECTS) < set(NAMES["object"])
     assert set(HELD_OUT_STYLES) < set(NAMES["style"])
     assert {"object": EVERYTHING.objects, "style": EVERYTHING.styles} == NAMES
     shown = {part: {p.stream for p in pictures(recipe, 0, part).pictures} for part in data}
     assert len(set.union(*shown.values())) == 48 + 24 + 24
-    assert judge_data.seed_of(0) != 0
-    assert judge_data.WORLD != TRAINING
+    assert scorer_data.seed_of(0) != 0
+    assert scorer_data.WORLD != TRAINING
     assert all(len(p.objects) == 1 for p in pictures(recipe, 0, "train").pictures)
 
 
@@ -104,8 +124,12 @@ def test_class_prompts_name_their_class() -> None:
     assert tuple(objects) == NAMES["object"]
     assert tuple(styles) == NAMES["style"]
     assert all(name in text for name, found in objects.items() for text in found)
-    named = [sum(name in text for text in found) for name, found in styles.items() if name != "photo"]
-    described = [sum(name not in text for text in found) for name, found in styles.items() if name != "photo"]
+    named = [
+        sum(name in text for text in found) for name, found in styles.items() if name != "photo"
+    ]
+    described = [
+        sum(name not in text for text in found) for name, found in styles.items() if name != "photo"
+    ]
     assert min(named) > 0
     assert min(described) > 0  # a style is also asked for without its name
     assert len(class_prompts("object", None)["fox"]) > len(objects["fox"])
@@ -136,7 +160,9 @@ def test_detector_loss_by_hand() -> None:
     same = torch.zeros(2, 2)
     labels = (torch.tensor([0, -1]), torch.tensor([-1, -1]))
     expected = math.log(math.exp(2) + 2) - 2  # of the first picture; the others give 0
-    assert detector_loss((logits, same), labels, 0.0).item() == pytest.approx(expected / 2, rel=1e-5)
+    assert detector_loss((logits, same), labels, 0.0).item() == pytest.approx(
+        expected / 2, rel=1e-5
+    )
     sure = torch.tensor([[9.0, 0.0, 0.0]] * 2)
     assert detector_loss((sure, same), labels, 0.0) > detector_loss((logits, same), labels, 0.0)
 
@@ -151,12 +177,27 @@ def test_contrastive_loss_leaves_out_false_negatives() -> None:
     assert torch.allclose(plain, oracle)
     twins = apart.clone()
     twins[0, 1] = twins[1, 0] = True
-    rows = [logits[0, [0, 2, 3]], logits[1, [1, 2, 3]], logits[2, [2, 0, 1, 3]], logits[3, [3, 0, 1, 2]]]
-    columns = [logits[[0, 2, 3], 0], logits[[1, 2, 3], 1], logits[[2, 0, 1, 3], 2], logits[[3, 0, 1, 2], 3]]
+    rows = [
+        logits[0, [0, 2, 3]],
+        logits[1, [1, 2, 3]],
+        logits[2, [2, 0, 1, 3]],
+        logits[3, [3, 0, 1, 2]],
+    ]
+    columns = [
+        logits[[0, 2, 3], 0],
+        logits[[1, 2, 3], 1],
+        logits[[2, 0, 1, 3], 2],
+        logits[[3, 0, 1, 2], 3],
+    ]
     by_hand = -sum(r.log_softmax(0)[0] for r in rows + columns) / 8
     assert torch.allclose(contrastive_loss(x, y, scale, twins), by_hand)
-    few = -(logits[:2, :2].log_softmax(1).diag().mean() + logits[:, :2].log_softmax(0).diag().mean()) / 2
-    assert torch.allclose(contrastive_loss(x, y[:2], scale, apart[:, :2]), few)  # two captions for four pictures
+    few = (
+        -(logits[:2, :2].log_softmax(1).diag().mean() + logits[:, :2].log_softmax(0).diag().mean())
+        / 2
+    )
+    assert torch.allclose(
+        contrastive_loss(x, y[:2], scale, apart[:, :2]), few
+    )  # two captions for four pictures
 
 
 def test_detector_learns_resumes_and_is_stored(data, recipe, tmp_path) -> None:
@@ -185,7 +226,9 @@ def test_detector_learns_resumes_and_is_stored(data, recipe, tmp_path) -> None:
 
 def detector_loss_of(model: DetectorNetwork, shown: Labelled) -> float:
     logits = Detector(model, NAMES["object"], NAMES["style"]).logits(shown.images)
-    return detector_loss((logits["object"], logits["style"]), (shown.object, shown.style), 0.0).item()
+    return detector_loss(
+        (logits["object"], logits["style"]), (shown.object, shown.style), 0.0
+    ).item()
 
 
 def _complete() -> tuple[Labelled, Labelled]:
@@ -219,7 +262,9 @@ def test_calibration_finds_the_temperature(recipe) -> None:
     held_out = Labelled(images, objects, objects % 11)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
     found = calibrate(detector, held_out)
-    logit = math.log(57 * 0.75 / 0.25)  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
+    logit = math.log(
+        57 * 0.75 / 0.25
+    )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
     logits = detector.logits(images)
     for head, labels in (("object", held_out.object), ("style", held_out.style)):
@@ -227,9 +272,12 @@ def test_calibration_finds_the_temperature(recipe) -> None:
     sure = Labelled(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
     ghost = Labelled(
-        _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 20])), *2 * (torch.full((2,), -1),)
+        _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 20])),
+        *2 * (torch.full((2,), -1),),
     )
-    assert calibrate(detector, sure, ghost)["object"] > calibrate(detector, sure)["object"]  # undecided about nothing
+    assert (
+        calibrate(detector, sure, ghost)["object"] > calibrate(detector, sure)["object"]
+    )  # undecided about nothing
 
 
 def test_worn_pictures_are_repeatable_and_still_the_same_scene(data) -> None:
@@ -256,7 +304,8 @@ def test_error_rates_by_hand() -> None:
     images = _coded(shown, shown % 11, certainty)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
     nothing = Labelled(
-        _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])), *2 * (torch.tensor([-1, -1]),)
+        _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])),
+        *2 * (torch.tensor([-1, -1]),),
     )
     facts = measure(detector, Labelled(images, objects, objects % 11), nothing)
     rates = [facts["rates"][name] for name in NAMES["object"]]
@@ -303,7 +352,9 @@ def test_clip_learns_and_is_an_ordinary_open_clip_folder(data, recipe, tmp_path)
 
     with torch.no_grad():
         pixels = torch.stack([preprocess(to_pil_image(x)) for x in images])
-        assert torch.allclose(ours.images(images), theirs.eval().encode_image(pixels, normalize=True), atol=1e-5)
+        assert torch.allclose(
+            ours.images(images), theirs.eval().encode_image(pixels, normalize=True), atol=1e-5
+        )
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(words)
         assert torch.allclose(ours.texts(words), theirs.encode_text(ids, normalize=True), atol=1e-5)
 
@@ -319,10 +370,17 @@ def test_same_seed_same_network() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("pictures", 0), ("smoothing", 1.0), ("empty_share", -0.1), ("vocabulary", 10), ("width", 1.5)]
+    ("key", "value"),
+    [
+        ("pictures", 0),
+        ("smoothing", 1.0),
+        ("empty_share", -0.1),
+        ("vocabulary", 10),
+        ("width", 1.5),
+    ],
 )
 def test_recipe_refuses(recipe, key, value) -> None:
     from dataclasses import replace
 
-    with pytest.raises(UserError, match=f"train.judges.{key}"):
+    with pytest.raises(UserError, match=f"train.scorers.{key}"):
         replace(recipe, **{key: value})

@@ -1,4 +1,4 @@
-"""Feature networks, CLIP, LPIPS and NudeNet as judges: distances, what they refuse, and the bundle of them."""
+"""Feature networks, CLIP, LPIPS and NudeNet as scorers: distances, what they refuse, and the bundle of them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from lab.core.sources import ROOT
 from lab.scorers import load
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import Detector
-from lab.scorers.features import FeatureJudge, map_distance
-from lab.scorers.load import Judges
+from lab.scorers.features import FeatureScorer, map_distance
+from lab.scorers.load import Scorers
 from lab.scorers.lpips import Lpips
 from lab.scorers.networks import detector_network, save_detector
 from lab.scorers.nudenet import NudeNet
@@ -27,12 +27,14 @@ OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 
 
 def _images(n: int, side: int = 64, seed: int = 0) -> torch.Tensor:
-    return torch.randint(0, 256, (n, 3, side, side), generator=generator(seed, "images"), dtype=torch.uint8)
+    return torch.randint(
+        0, 256, (n, 3, side, side), generator=generator(seed, "images"), dtype=torch.uint8
+    )
 
 
 @pytest.fixture(scope="module")
-def features() -> FeatureJudge:
-    return FeatureJudge(image_size=64, batch=3)
+def features() -> FeatureScorer:
+    return FeatureScorer(image_size=64, batch=3)
 
 
 def test_map_distance_by_hand() -> None:
@@ -58,9 +60,15 @@ def test_feature_lpips_orders_changes(features) -> None:
     assert torch.allclose(pooled, features.features(much), atol=1e-4)
     vectors = features.features(images)
     assert vectors.shape == (4, 1280)
-    assert torch.allclose(features.features(images[2:]), vectors[2:], atol=1e-4)  # whatever the batch
-    few = FeatureJudge(image_size=64, batch=3)  # picture i meets reference i mod R, whatever the batch
-    turns = torch.cat([features.compared(much[i : i + 1], images[i % 2 : i % 2 + 1])[1] for i in range(4)])
+    assert torch.allclose(
+        features.features(images[2:]), vectors[2:], atol=1e-4
+    )  # whatever the batch
+    few = FeatureScorer(
+        image_size=64, batch=3
+    )  # picture i meets reference i mod R, whatever the batch
+    turns = torch.cat(
+        [features.compared(much[i : i + 1], images[i % 2 : i % 2 + 1])[1] for i in range(4)]
+    )
     assert torch.allclose(few.compared(much, images[:2])[1], turns, atol=1e-5)
     with pytest.raises(UserError, match="one size"):
         features.compared(images, images[..., :32])
@@ -68,23 +76,23 @@ def test_feature_lpips_orders_changes(features) -> None:
 
 def test_stages_can_be_chosen(features) -> None:
     images = _images(1)
-    few = FeatureJudge(image_size=64, stages=["stage2", "stage4"])
+    few = FeatureScorer(image_size=64, stages=["stage2", "stage4"])
     _, maps = few.maps(images)
     assert len(maps) == 2
     chosen = [features.stages.index(s) for s in few.stages]
     _, every = features.maps(images)
     assert all(torch.equal(maps[i], every[k]) for i, k in enumerate(chosen))
-    with pytest.raises(UserError, match=r"judges.features.stages=stage99"):
-        FeatureJudge(image_size=64, stages=["stage99"])
+    with pytest.raises(UserError, match=r"scorers.features.stages=stage99"):
+        FeatureScorer(image_size=64, stages=["stage99"])
 
 
-def test_feature_judge_refuses() -> None:
-    with pytest.raises(UserError, match=r"judges.features.model"):
-        FeatureJudge(model="resnet1")
-    with pytest.raises(UserError, match=r"judges.features.weights"):
-        FeatureJudge(model="resnet18", weights="imagenet_package")
-    with pytest.raises(UserError, match=r"judges.features.weights=.*no such file"):
-        FeatureJudge(model="resnet18", weights="nowhere.safetensors")
+def test_feature_scorer_refuses() -> None:
+    with pytest.raises(UserError, match=r"scorers.features.model"):
+        FeatureScorer(model="resnet1")
+    with pytest.raises(UserError, match=r"scorers.features.weights"):
+        FeatureScorer(model="resnet18", weights="imagenet_package")
+    with pytest.raises(UserError, match=r"scorers.features.weights=.*no such file"):
+        FeatureScorer(model="resnet18", weights="nowhere.safetensors")
 
 
 def test_transformer_has_features_but_no_maps(tmp_path) -> None:
@@ -93,23 +101,30 @@ def test_transformer_has_features_but_no_maps(tmp_path) -> None:
 
     torch.manual_seed(0)
     name = "test_vit.r160_in1k"
-    save_file(timm.create_model(name, pretrained=False).state_dict(), str(tmp_path / "vit.safetensors"))
-    judge = FeatureJudge(name, str(tmp_path / "vit.safetensors"))
-    assert judge.features(_images(2)).shape[0] == 2
+    save_file(
+        timm.create_model(name, pretrained=False).state_dict(), str(tmp_path / "vit.safetensors")
+    )
+    scorer = FeatureScorer(name, str(tmp_path / "vit.safetensors"))
+    assert scorer.features(_images(2)).shape[0] == 2
     with pytest.raises(UserError, match="no feature maps"):
-        judge.compared(_images(2), _images(2))
+        scorer.compared(_images(2), _images(2))
 
 
 def test_clip_refuses(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"judges.clip.name=ViT-B-33.*ViT-B-32"):
+    with pytest.raises(UserError, match=r"scorers.clip.name=ViT-B-33.*ViT-B-32"):
         OpenClip("ViT-B-33", "laion2b_s34b_b79k")
-    with pytest.raises(UserError, match=r"judges.clip.weights=None.*laion2b_s34b_b79k"):
+    with pytest.raises(UserError, match=r"scorers.clip.weights=None.*laion2b_s34b_b79k"):
         OpenClip("ViT-B-32")
-    with pytest.raises(UserError, match=r"judges.clip.weights=no-such-tag.*HF_HOME"):
+    with pytest.raises(UserError, match=r"scorers.clip.weights=no-such-tag.*HF_HOME"):
         OpenClip("ViT-B-32", "no-such-tag")
-    with pytest.raises(UserError, match=r"judges.clip.weights=x/evil.pt: is no safetensors file.*weights_only=True"):
+    with pytest.raises(
+        UserError,
+        match=r"scorers.clip.weights=x/evil.pt: is no safetensors file.*weights_only=True",
+    ):
         OpenClip("ViT-B-32", "x/evil.pt")
-    save_file({"logit_scale": torch.ones(()), "more": torch.ones(1)}, tmp_path / "other.safetensors")
+    save_file(
+        {"logit_scale": torch.ones(()), "more": torch.ones(1)}, tmp_path / "other.safetensors"
+    )
     with pytest.raises(UserError, match=r"(?s)Missing key\(s\).*positional_embedding"):
         OpenClip("ViT-B-32", str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="experiment=train_minisd"):
@@ -141,11 +156,11 @@ def test_nudenet_takes_the_highest_score(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "nudenet", _Package)
     images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     images[0, 0], images[1, 2] = 200, 200
-    judge = NudeNet()
-    assert judge.detects(images).tolist() == [True, False]
-    assert judge.scores(images)["BUTTOCKS_EXPOSED"].tolist() == pytest.approx([0.7, 0.0])
+    scorer = NudeNet()
+    assert scorer.detects(images).tolist() == [True, False]
+    assert scorer.scores(images)["BUTTOCKS_EXPOSED"].tolist() == pytest.approx([0.7, 0.0])
     with pytest.raises(UserError, match="nudity"):
-        judge.detects(images, "nudit")
+        scorer.detects(images, "nudit")
 
 
 def test_lpips_is_a_distance(monkeypatch, tmp_path) -> None:
@@ -156,50 +171,57 @@ def test_lpips_is_a_distance(monkeypatch, tmp_path) -> None:
     file = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1.url.rpartition("/")[2]
     (tmp_path / "hub/checkpoints").mkdir(parents=True)
     torch.manual_seed(0)
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "hub/checkpoints" / file)
-    judge = Lpips("squeeze", batch=2)
+    torch.save(
+        torchvision.models.squeezenet1_1(weights=None).state_dict(),
+        tmp_path / "hub/checkpoints" / file,
+    )
+    scorer = Lpips("squeeze", batch=2)
     images = _images(3, seed=1)
     little = (images.float() * 0.95).round().to(torch.uint8)
-    same, near, far = (judge.distance(images, x) for x in (images, little, _images(3, seed=2)))
+    same, near, far = (scorer.distance(images, x) for x in (images, little, _images(3, seed=2)))
     assert same.tolist() == pytest.approx([0, 0, 0], abs=1e-6)
     assert (same < near).all()
     assert (near < far).all()
-    assert torch.allclose(judge.distance(little, images), near)
+    assert torch.allclose(scorer.distance(little, images), near)
     with pytest.raises(UserError, match="equally many"):
-        judge.distance(images, images[:2])
+        scorer.distance(images, images[:2])
 
 
-def test_judges_name_a_missing_nudenet_before_anything_runs(monkeypatch) -> None:
+def test_scorers_name_a_missing_nudenet_before_anything_runs(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    with pytest.raises(UserError, match=r"judges.detector=NudeNet.*immunization-bench\[nudenet\]"):
-        Judges("x", clip=lambda: None, features=lambda: None, detector=partial(NudeNet, threshold=0.5))
-    assert Judges("x", clip=lambda: None, features=lambda: None).lpips is None
+    with pytest.raises(UserError, match=r"scorers.detector=NudeNet.*immunization-bench\[nudenet\]"):
+        Scorers(
+            "x", clip=lambda: None, features=lambda: None, detector=partial(NudeNet, threshold=0.5)
+        )
+    assert Scorers("x", clip=lambda: None, features=lambda: None).lpips is None
 
 
 def test_lpips_refuses_other_networks() -> None:
-    with pytest.raises(UserError, match=r"judges.lpips.network"):
+    with pytest.raises(UserError, match=r"scorers.lpips.network"):
         Lpips("resnet")
 
 
 @pytest.mark.parametrize("name", ["minisd", "real"])
 def test_configs_build_a_bundle(name, monkeypatch, tmp_path) -> None:
-    judges = instantiate(OmegaConf.load(ROOT / "conf" / "judges" / f"{name}.yaml"))
-    assert judges.name == name
+    scorers = instantiate(OmegaConf.load(ROOT / "conf" / "scorers" / f"{name}.yaml"))
+    assert scorers.name == name
     monkeypatch.setattr(load, "SHIPPED", tmp_path)
     if name == "real":
-        assert judges.detector is None
+        assert scorers.detector is None
         return
-    with pytest.raises(UserError, match=r"lab/minisd/weights/scorers/clip.*experiment=train_minisd"):
-        _ = judges.clip
+    with pytest.raises(
+        UserError, match=r"lab/minisd/weights/scorers/clip.*experiment=train_minisd"
+    ):
+        _ = scorers.clip
     with pytest.raises(UserError, match=r"scorers/detector.*experiment=train_minisd"):
-        _ = judges.detector
-    assert judges.features is judges.features
+        _ = scorers.detector
+    assert scorers.features is scorers.features
     detector = Detector(detector_network(3, 2, 4, 0), OBJECTS, STYLES)
     save_detector(detector.network, detector.card(), tmp_path / "detector")
-    assert judges.detector.objects == OBJECTS
+    assert scorers.detector.objects == OBJECTS
 
 
-def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> None:
+def test_a_retrained_scorer_changes_the_fingerprint(tmp_path, monkeypatch) -> None:
     from functools import partial
 
     from lab.scorers import load
@@ -209,8 +231,8 @@ def test_a_retrained_judge_changes_the_fingerprint(tmp_path, monkeypatch) -> Non
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
 
     def found(name: str = "any name", **options) -> str:
-        features = partial(load.FeatureJudge, weights=str(mine), **options)
-        return load.Judges(name, partial(load.shipped_clip, device="cpu"), features).fingerprint()
+        features = partial(load.FeatureScorer, weights=str(mine), **options)
+        return load.Scorers(name, partial(load.shipped_clip, device="cpu"), features).fingerprint()
 
     seen = {found()}
     for file in (shipped, mine):
