@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent
 
 
 def _quick_precision(device: str) -> str:
-    """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it takes far longer."""
+    """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it
+    takes far longer.
+    """
     from lab.models.devices import computes_bfloat16, pick
 
     return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
@@ -24,7 +26,8 @@ def _quick_precision(device: str) -> str:
 
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
-# conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges but warns about
+# conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges
+# but warns about
 warnings.filterwarnings(
     "ignore", message=r"\s*'hydra/launcher/\w+' is validated against ConfigStore schema"
 )
@@ -39,7 +42,9 @@ def _failed(code: int) -> None:
 
 
 def dispatch(cfg: DictConfig) -> None:
-    """Do what ``cfg.action`` says; errors that a user can mend raise `lab.core.errors.UserError`."""
+    """Do what ``cfg.action`` says; errors that a user can mend raise
+    `lab.core.errors.UserError`.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from lab.runner.batch import claimed
@@ -68,7 +73,9 @@ def _check_choices() -> None:
 
 
 def _check_added() -> None:
-    """A key that the command line adds with ``+`` and nothing reads would stand in the record as if it did."""
+    """A key that the command line adds with ``+`` and nothing reads would stand in the record as if
+    it did.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     from lab.core.errors import UserError
@@ -109,7 +116,9 @@ def _act(cfg: DictConfig, folder: Path) -> None:
 
 @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="config")
 def job(cfg: DictConfig) -> None:
-    """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its other jobs."""
+    """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its
+    other jobs.
+    """
     from lab.core.errors import RankFailed, defect
     from lab.runner.batch import fail_job, interruptible
     from lab.runner.failures import explain

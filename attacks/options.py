@@ -26,16 +26,22 @@ def resolve_loss(key: str, loss: str, task: Task) -> Loss:
     """``auto`` is squared loss for regression and cross entropy for classification.
 
     Raises:
-        UserError: cross entropy on a regression task, training targets of one class only, or a class index
-            outside ``task.classes``.
+        UserError: cross entropy on a regression task, training targets of one class only, or a
+            class index outside ``task.classes``.
     """
     if task.kind == "classification":
         seen = torch.unique(task.train.y)
         if len(seen) < 2:
-            fix = f"task {task.name} has one class only in its training targets; use more rows or another task."
+            fix = (
+                f"task {task.name} has one class only in its training targets; use more "
+                "rows or another task."
+            )
             raise UserError("scenario", task.name, fix)
         if int(seen.min()) < 0 or int(seen.max()) >= task.classes:
-            fix = f"class indices of task {task.name} must lie in 0 … {task.classes - 1}; mend the scenario."
+            fix = (
+                f"class indices of task {task.name} must lie in 0 … {task.classes - 1}; "
+                "mend the scenario."
+            )
             raise UserError("scenario", task.name, fix)
     elif loss == "cross_entropy":
         raise UserError(key, loss, f"task {task.name} is a regression; use squared or auto.")

@@ -1,4 +1,6 @@
-"""Runs a learner along its budget: tuning, snapshots, divergence, resume. Shared by every attacker."""
+"""Runs a learner along its budget: tuning, snapshots, divergence, resume. Shared by every
+attacker.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ BLOW_UP = 1e6  # an attack whose training loss exceeds this multiple of its firs
 
 
 class Learner(Protocol):
-    """What is trained. Everything that an update reads lies in `tensors`, or follows from the step number."""
+    """What is trained. Everything that an update reads lies in `tensors`, or follows from the step
+    number.
+    """
 
     uses_rate: bool
     centre: float  # where the search for a learning rate starts
@@ -58,7 +62,8 @@ def _order(rows: int, seed: int, label: str, epoch: int) -> Tensor:
 def batch_rows(
     step: int, rows: int, batch_size: int | None, seed: int, label: str
 ) -> Tensor | None:
-    """Row indices of mini-batch ``step``, a function of the seed alone; None when the batch is the whole set.
+    """Row indices of mini-batch ``step``, a function of the seed alone; None when the batch is the
+    whole set.
 
     Epochs are permutations cut into full batches; rows left over wait for the next epoch.
     """
@@ -90,7 +95,9 @@ def _tune(
     saver: _Saver,
     label: str | None,
 ) -> tuple[float, list]:
-    """The learning rate and its table of trials [exponent, loss or None where the trial diverged]."""
+    """The learning rate and its table of trials [exponent, loss or None where the trial
+    diverged].
+    """
     if rate.lr is not None or not learner.uses_rate:
         return rate.lr or 0.0, []
     table = {
@@ -144,12 +151,14 @@ def run(
 ) -> Trajectory:
     """Train along ``budget`` and measure at its snapshots.
 
-    A search for the learning rate comes first: each trial is the whole run (same batches, same schedule) and is
-    scored by the mean of the training loss at the horizon and at the end. Scorerd at the horizon alone, the best rate
-    is often one that collapses later, and a collapsed attack looks like protection. ``label`` shows progress bars.
+    A search for the learning rate comes first: each trial is the whole run (same batches, same
+    schedule) and is scored by the mean of the training loss at the horizon and at the end. Scorerd
+    at the horizon alone, the best rate is often one that collapses later, and a collapsed attack
+    looks like protection. ``label`` shows progress bars.
 
     Returns:
-        the trajectory. Where numbers blow up it ends there with status ``diverged`` and without weights.
+        the trajectory. Where numbers blow up it ends there with status ``diverged`` and without
+        weights.
 
     Raises:
         Diverged: the features of the model are not finite before the first update.

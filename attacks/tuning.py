@@ -1,4 +1,6 @@
-"""Learning rates: tuned by a search with the same number of trials in every model, and their schedules."""
+"""Learning rates: tuned by a search with the same number of trials in every model, and their
+schedules.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,12 @@ class Rate:
 
     @classmethod
     def parse(cls, name: str, lr: object, trials: object, schedule: object, usual: int) -> Rate:
-        """From the options of attack ``name``, whose ``trials`` are the ``usual`` ones where nobody says otherwise.
+        """From the options of attack ``name``, whose ``trials`` are the ``usual`` ones where nobody
+        says otherwise.
 
         Raises:
-            UserError: ``lr`` neither ``auto`` nor a number > 0, fewer than one trial, trials of no search, or an
-                unknown schedule.
+            UserError: ``lr`` neither ``auto`` nor a number > 0, fewer than one trial, trials of no
+                search, or an unknown schedule.
         """
         key = f"attacks.{name}"
         fixed: float | None = None
@@ -45,7 +48,9 @@ class Rate:
         return cls(fixed, trials, choice(f"{key}.schedule", schedule, SCHEDULES))
 
     def factor(self, step: int, total: int) -> float:
-        """What multiplies the rate at update ``step`` (0 … ``total`` - 1): 1 at the first, towards 0 at the end."""
+        """What multiplies the rate at update ``step`` (0 … ``total`` - 1): 1 at the first, towards
+        0 at the end.
+        """
         if self.schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / total))
         return 1 - step / total if self.schedule == "linear" else 1.0
@@ -60,9 +65,10 @@ def search(
 ) -> float:
     """Best learning rate after exactly ``trials`` evaluations of ``trial`` on a geometric grid.
 
-    Pattern search on the decimal exponent: a decade up and down from ``centre``, one neighbour further while the
-    best one lies at the edge, then half as wide a step around the best one. A fixed grid of as many points would
-    depend on the scale of the features, which an immunizer is free to change.
+    Pattern search on the decimal exponent: a decade up and down from ``centre``, one neighbour
+    further while the best one lies at the edge, then half as wide a step around the best one. A
+    fixed grid of as many points would depend on the scale of the features, which an immunizer is
+    free to change.
 
     Args:
         trial: loss that a run at a rate is scored by; inf where it diverged.

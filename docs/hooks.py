@@ -1,4 +1,6 @@
-"""What the site adds to docs/: files of the repository that pages link to, so that every link works on the site too."""
+"""What the site adds to docs/: files of the repository that pages link to, so that every link works
+on the site too.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))
 
 
 def outside(page: str, link: str) -> str | None:
-    """Path in the repository of a relative ``link`` on ``page`` (a path in docs/) that leads out of docs/, or None."""
+    """Path in the repository of a relative ``link`` on ``page`` (a path in docs/) that leads out of
+    docs/, or None.
+    """
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     return None if path.startswith("docs/") else path
 
@@ -32,7 +36,9 @@ def target_of(path: str) -> str:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of `PAGES`, and a page for every other file outside docs/ that a page links to."""
+    """Add the pages of `PAGES`, and a page for every other file outside docs/ that a page
+    links to.
+    """
     for path, target in PAGES.items():
         files.append(
             File.generated(config, target, content=(ROOT / path).read_text(encoding="utf-8"))
@@ -50,7 +56,8 @@ def on_files(files: Files, config: Any) -> Files:
         if path.endswith(".png"):
             files.append(File.generated(config, target_of(path), abs_src_path=str(source)))
             continue
-        fence = f"````{LANGUAGES.get(source.suffix, 'text')}\n{source.read_text(encoding='utf-8')}\n````\n"
+        language = LANGUAGES.get(source.suffix, "text")
+        fence = f"````{language}\n{source.read_text(encoding='utf-8')}\n````\n"
         files.append(File.generated(config, target_of(path), content=f"# {path}\n\n{fence}"))
     return files
 

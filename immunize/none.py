@@ -9,7 +9,9 @@ from lab.core.types import BASELINE, AnyCase, Checkpoint, Log, Model, clone
 
 
 class NoImmunization:
-    """Returns an equal copy of the model, so that the baseline model is an immunizer like any other."""
+    """Returns an equal copy of the model, so that the baseline model is an immunizer like any
+    other.
+    """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})
 

@@ -3,7 +3,8 @@ import signal
 import sys
 from pathlib import Path
 
-# one thread: the problems are tiny, bits repeat, and a busy machine does not starve spinning threads
+# one thread: the problems are tiny, bits repeat, and a busy machine does not starve spinning
+# threads
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
@@ -21,14 +22,18 @@ OmegaConf.register_new_resolver("project_root", lambda: str(HERE.parent), replac
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests first: files are dealt out in this order, and the last to end decides how long all take."""
+    """Files with slow tests first: files are dealt out in this order, and the last to end decides
+    how long all take.
+    """
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture
 def cli(tmp_path, monkeypatch, capfd):
-    """Calls the entry point in this process, in a folder of its own; returns (exit code, stdout, stderr)."""
+    """Calls the entry point in this process, in a folder of its own; returns (exit code, stdout,
+    stderr).
+    """
     from entry_point import call_entry
 
     monkeypatch.chdir(tmp_path)

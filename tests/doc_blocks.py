@@ -1,10 +1,11 @@
-"""Fenced blocks of Markdown files, with marks (HTML comments on the line before) that say what a test does with them.
+"""Fenced blocks of Markdown files, with marks (HTML comments on the line before) that say what a
+test does with them.
 
-``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are run one after the
-other in a temporary folder;
-``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of ``docs/DIR``;
-``in the repository``: commands read the repository and write to ``$OUT``; ``with WORDS``: what makes a run short,
-said after every line that has no action of its own.
+``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are
+run one after the other in a temporary folder;
+``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of
+``docs/DIR``; ``in the repository``: commands read the repository and write to ``$OUT``; ``with
+WORDS``: what makes a run short, said after every line that has no action of its own.
 ``<!-- python -->``: a ``python`` block that is executed, ``in DIR`` as above.
 ``<!-- file: PATH -->``: the block is written to PATH in the temporary folder of the page.
 """
@@ -49,7 +50,9 @@ class Block:
         return int(found[1]) if found else 0
 
     def commands(self):
-        """Arguments of every ``python run.py`` or ``immunization-bench`` line, after variables and without comments."""
+        """Arguments of every ``python run.py`` or ``immunization-bench`` line, after variables and
+        without comments.
+        """
         found = []
         for line in self.text.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

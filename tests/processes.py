@@ -21,7 +21,9 @@ FAST = [
 
 
 def start(folder, *arguments, env=None):
-    """A run whose working directory is ``folder``, in a session of its own so that `kill` reaches its children."""
+    """A run whose working directory is ``folder``, in a session of its own so that `kill` reaches
+    its children.
+    """
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=folder,

@@ -1,4 +1,6 @@
-"""A run of the tiny text-to-image model from a folder, attacked by LoRA, with a record and a stage cache."""
+"""A run of the tiny text-to-image model from a folder, attacked by LoRA, with a record and a stage
+cache.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def concept_folder(folder: Path, name: str, count: int = 6) -> Path:
 
 
 def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
-    """Overrides of a run on ``backbone`` with one target and one other concept from folders, in seconds."""
+    """Overrides of a run on ``backbone`` with one target and one other concept from folders, in
+    seconds.
+    """
     rows = []
     for name, role in (("mosaic", "target"), ("neon", "other")):
         if not (root / name).is_dir():

@@ -1,4 +1,6 @@
-"""One command for the release engineer: attack a checkpoint with a suite, end in one page that names the cost."""
+"""One command for the release engineer: attack a checkpoint with a suite, end in one page that
+names the cost.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ def parts(*overrides):
         return assemble(compose("config", overrides=["experiment=house_price", *overrides]))
 
 
-# ── the shared checks ────────────────────────────────────────────────────────────────────────────────────────────
+# ── the shared checks
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_choice_flag_and_names():
             options.names("k", value)
 
 
-# ── what a user types ────────────────────────────────────────────────────────────────────────────────────────────
+# ── what a user types
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_a_place_that_cannot_be_written_is_told(cli):
     assert "/proc/x: cannot be created here" in err
 
 
-# ── errors of the operating system ───────────────────────────────────────────────────────────────────────────────
+# ── errors of the operating system
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,8 @@ def test_a_missing_file_is_a_defect_unless_it_lies_in_outputs(tmp_path, monkeypa
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
         RuntimeError(
-            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried ..."
+            "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: "
+            "you tried ..."
         ),
     ],
 )
@@ -268,7 +269,7 @@ def test_exhausted_memory_names_the_options_that_lower_it(error):
     assert explain(RuntimeError("shape mismatch")) is None
 
 
-# ── parts that do not fit the data ───────────────────────────────────────────────────────────────────────────────
+# ── parts that do not fit the data
 
 
 def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
@@ -295,8 +296,8 @@ def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(cl
     code, err = cli("experiment=relearn", "attacks=[lora,full_finetune]", "backbone.dtype=bf16")
     assert code == 2
     assert (
-        "backbone.dtype=torch.bfloat16: attackers that move the model's own weights train in float32"
-        in err
+        "backbone.dtype=torch.bfloat16: attackers that move the model's own weights "
+        "train in float32" in err
     )
 
 
@@ -349,7 +350,7 @@ def test_a_package_that_a_part_needs_or_a_module_that_is_not_there(tmp_path, mon
         _build(OmegaConf.create({"_target_": "mine_gone.Thing"}), "immunize")
 
 
-# ── groups of one choice, and parts of somebody else's ───────────────────────────────────────────────────────────────
+# ── groups of one choice, and parts of somebody else's
 
 
 def test_a_list_for_a_group_of_one_choice_is_refused(monkeypatch, capfd, tmp_path):

@@ -113,7 +113,9 @@ RUN = [n for n in names("experiment") if n != "train_minisd"]  # which has no mo
 
 @pytest.mark.parametrize("name", [*RUN, *(f"paper/{n}" for n in names("experiment/paper"))])
 def test_the_parts_of_every_experiment_fit(name):
-    """What an experiment leaves at the table of contents' default must take its backbone too; nothing is loaded."""
+    """What an experiment leaves at the table of contents' default must take its backbone too;
+    nothing is loaded.
+    """
     try:
         given = ["scenario.captions=[a street]"] if name.startswith("paper/") else []
         parts = assemble(composed(f"experiment={name}", *given))

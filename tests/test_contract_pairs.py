@@ -1,4 +1,6 @@
-"""Every immunizer × every attacker that fits it: the attack starts at the immunized weights, and leaves them alone."""
+"""Every immunizer × every attacker that fits it: the attack starts at the immunized weights, and
+leaves them alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""One contract suite over every immunizer × every model kind and every attacker × every model kind."""
+"""One contract suite over every immunizer × every model kind and every attacker × every model
+kind.
+"""
 
 import dataclasses
 from functools import cache
@@ -60,10 +62,10 @@ def attacker(name, lr_trials):
 
 
 def immunizer(name):
-    eta = (
+    lr = (
         1e-9 if "paper" in name else 1e-4
     )  # the paper's own settings diverge on data that are not theirs
-    return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3, eta=eta)
+    return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3, lr=lr)
 
 
 def cases(names, make):
@@ -161,7 +163,9 @@ attacked = cache(run_attack)  # what tests only read
 
 
 def moved(model, copied):
-    """Names in ``copied`` that are new or hold other values than in ``model``; adapters wrap layers."""
+    """Names in ``copied`` that are new or hold other values than in ``model``; adapters wrap
+    layers.
+    """
     old, new = (
         model.state_dict(),
         {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()},
@@ -177,7 +181,9 @@ def moved(model, copied):
 
 
 def check_round_trip(found, name, model, case, task, folder, budget=BUDGET):
-    """A trajectory that one pipeline stores is the same, bit for bit, in another one that reads it."""
+    """A trajectory that one pipeline stores is the same, bit for bit, in another one that
+    reads it.
+    """
 
     def pipeline(attack):
         none = Part(build("immunize", "none"), {}, "")
@@ -271,14 +277,16 @@ def test_the_suite_covers_every_choice():
         assert build("attacks", name).accepts & known, name
 
 
-# ── imports ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# imports
 
 NOUNS = ("immunize", "attacks", "eval")
 
 
 @pytest.mark.parametrize("noun", NOUNS)
 def test_no_noun_reaches_another_and_no_immunizer_a_scorer(noun):
-    """Through any chain of imports: what decides about a model must not be what the model was trained against."""
+    """Through any chain of imports: what decides about a model must not be what the model was
+    trained against.
+    """
     forbidden = {other for other in (*NOUNS, "run") if other != noun}
     for path in (ROOT / noun).rglob("*.py"):
         todo, seen = [".".join(path.relative_to(ROOT).with_suffix("").parts)], set()

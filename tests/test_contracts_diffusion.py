@@ -1,4 +1,6 @@
-"""The contract suite's other half: every immunizer, attacker and eraser of text-to-image models on a tiny one."""
+"""The contract suite's other half: every immunizer, attacker and eraser of text-to-image models on
+a tiny one.
+"""
 
 from functools import cache
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Documentation: examples run, commands compose, links lead somewhere, the site builds and asks nothing of others."""
+"""Documentation: examples run, commands compose, links lead somewhere, the site builds and asks
+nothing of others.
+"""
 
 import ast
 import importlib.util
@@ -31,7 +33,9 @@ def short(page):
 
 @pytest.fixture
 def call(monkeypatch, capfd):
-    """The entry point in this process, in the current folder; returns (exit code, stdout and stderr)."""
+    """The entry point in this process, in the current folder; returns (exit code, stdout and
+    stderr).
+    """
 
     def call(arguments):
         code, out, err = call_entry(monkeypatch, capfd, *arguments)
@@ -128,7 +132,9 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
 
 
 def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
-    """The example does what its page says: an accelerated method, ahead of steepest descent with exact line search."""
+    """The example does what its page says: an accelerated method, ahead of steepest descent with
+    exact line search.
+    """
     own_modules(DOCS / "examples/own_methods")
     from mine.attacker import AcceleratedProbe
 
@@ -160,7 +166,9 @@ def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
 def test_no_figure_is_missing(page):
-    """While figures are measured, a word in capitals holds their place: alone on its line, or in a table's cell."""
+    """While figures are measured, a word in capitals holds their place: alone on its line, or in a
+    table's cell.
+    """
     held = re.findall(
         r"^(?:.*\| )?([A-Z][A-Z_0-9]{3,})(?: \|)?$", page.read_text(encoding="utf-8"), re.MULTILINE
     )
@@ -169,7 +177,9 @@ def test_no_figure_is_missing(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
 def test_commands_compose(page):
-    """Every ``python run.py`` line names groups and keys that exist; of a sweep's choices the first is taken."""
+    """Every ``python run.py`` line names groups and keys that exist; of a sweep's choices the first
+    is taken.
+    """
     for arguments in (
         a
         for block in blocks(page)
@@ -228,7 +238,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_snippets_name_files():
-    """Every inclusion mark is written as the site's extension reads it: anything else would be shown as it stands."""
+    """Every inclusion mark is written as the site's extension reads it: anything else would be
+    shown as it stands.
+    """
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         names = re.findall(r'^--8<-- "([^"]+)"$', text, flags=re.MULTILINE)
@@ -241,7 +253,9 @@ def test_snippets_name_files():
 
 
 def test_cited_sections_of_methods_exist():
-    """Docstrings and YAMLs cite `docs/methods.md` by section; none cites a document that is not here."""
+    """Docstrings and YAMLs cite `docs/methods.md` by section; none cites a document that is not
+    here.
+    """
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     sections = set(re.findall(r"^##+ (\d(?:\.\d)?)\.? ", text, flags=re.MULTILINE))
     folders = ("lab", "immunize", "attacks", "eval", "conf", "sweeps", "docs", "tests")

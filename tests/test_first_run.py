@@ -1,4 +1,6 @@
-"""The checks of tests/benchmarks/first_run.py, on records that meet the bar of the default study and that miss it."""
+"""The checks of tests/benchmarks/first_run.py, on records that meet the bar of the default study
+and that miss it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Sweeps whose jobs run in other processes of this machine (Slurm: tests/slurm), and how they say what is missing."""
+"""Sweeps whose jobs run in other processes of this machine (Slurm: tests/slurm), and how they say
+what is missing.
+"""
 
 import os
 import subprocess
@@ -134,7 +136,9 @@ END
 
 @pytest.fixture
 def runs(tmp_path):
-    """A sweep of five jobs: 0 was put back in the queue, 1 runs, 2 waits, 3 begins, 4 is gone; and other folders."""
+    """A sweep of five jobs: 0 was put back in the queue, 1 runs, 2 waits, 3 begins, 4 is gone; and
+    other folders.
+    """
     runs = tmp_path / "outputs/runs/study"
     for number in range(5):
         submitted = runs / f"multirun/.submitit/7_{number}/7_{number}_submitted.pkl"
@@ -281,7 +285,8 @@ def test_our_launcher_configs_keep_the_plugins_other_options():
         ),
         (
             ValueError(
-                "Could not find plugin hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+                "Could not find plugin "
+                "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
             ),
             "immunization-bench[slurm]",
         ),

@@ -1,4 +1,6 @@
-"""An attacker or a metric with a defect: the others of its run go on, and nothing is claimed without it."""
+"""An attacker or a metric with a defect: the others of its run go on, and nothing is claimed
+without it.
+"""
 
 import gc
 import json
@@ -43,7 +45,7 @@ class Broken(LinearProbe):
 
 class BrokenMetric:
     accepts = frozenset({"linear"})
-    needs_model_names, needs_attack, name = 1, True, "broken"
+    needs_models, needs_attack, name = 1, True, "broken"
 
     def __init__(self, *, returns=None):
         self.returns = returns

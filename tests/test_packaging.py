@@ -1,4 +1,6 @@
-"""Wheel and source archive: complete, light without extras, and at home in any folder that they are called from."""
+"""Wheel and source archive: complete, light without extras, and at home in any folder that they are
+called from.
+"""
 
 import ast
 import importlib.metadata as metadata
@@ -73,7 +75,9 @@ def imported(file):
 
 
 def test_every_import_is_declared():
-    """Names imported with a module belong to the core; those inside functions to the core or to an extra."""
+    """Names imported with a module belong to the core; those inside functions to the core or to an
+    extra.
+    """
     core = {name_of(r) for r in PROJECT["dependencies"]}
     extras = {name_of(r) for requirements in EXTRAS.values() for r in requirements}
     anywhere = closure(core) | extras  # what one function alone uses may come with another package
@@ -200,7 +204,8 @@ def archives(tmp_path_factory):
     )
     if files.returncode != 0:
         pytest.skip(
-            "not a git checkout: what belongs to the project cannot be told from what lies beside it"
+            "not a git checkout: what belongs to the project cannot be told from what lies "
+            "beside it"
         )
     tracked = [f for f in files.stdout.splitlines() if (ROOT / f).is_file()]
     for file in tracked:
@@ -232,7 +237,9 @@ def test_archives_hold_everything_that_runs(archives):
 
 
 def elsewhere(python, folder):
-    """Run the installed command in ``folder`` and look at what it wrote, and where; returns the record."""
+    """Run the installed command in ``folder`` and look at what it wrote, and where; returns the
+    record.
+    """
     site = Path(
         sh(python, "-c", "import lab; print(lab.__file__)", cwd=folder).strip()
     ).parent.parent
@@ -276,7 +283,9 @@ def elsewhere(python, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist"])
 def test_an_archive_runs_from_another_folder(archives, kind, tmp_path):
-    """Installed alone; the packages that it needs are those of this environment. The folder is a repository."""
+    """Installed alone; the packages that it needs are those of this environment. The folder is a
+    repository.
+    """
     _, sdist, wheel = archives
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
@@ -293,7 +302,8 @@ def test_an_archive_runs_from_another_folder(archives, kind, tmp_path):
     )
     paths = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     (site / "needs.pth").write_text("\n".join(sorted(paths)) + "\n")
-    # an editable install of this checkout may lie in those folders: pip would call the requirement satisfied
+    # an editable install of this checkout may lie in those folders: pip would call the requirement
+    # satisfied
     sh(
         sys.executable,
         "-m",
@@ -316,7 +326,8 @@ def test_an_archive_runs_from_another_folder(archives, kind, tmp_path):
 @pytest.mark.network
 @pytest.mark.skipif(
     not os.environ.get("CLEAN_INSTALL"),
-    reason="installs every dependency from the package index, which takes minutes: CLEAN_INSTALL=1 pytest -m network",
+    reason="installs every dependency from the package index, which takes minutes: "
+    "CLEAN_INSTALL=1 pytest -m network",
 )
 def test_a_clean_install_from_the_index_runs(archives, tmp_path):
     *_, wheel = archives

@@ -1,4 +1,6 @@
-"""The released folder against an attack that knows nothing of this project, and the scorer of its pictures."""
+"""The released folder against an attack that knows nothing of this project, and the scorer of its
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -151,7 +153,9 @@ def test_wrong_arguments_end_with_a_sentence(places, tmp_path, capsys, change, t
 
 
 def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
-    """Folders as the attack paints them, in which ``shown`` of the pictures of every step are mosaics."""
+    """Folders as the attack paints them, in which ``shown`` of the pictures of every step are
+    mosaics.
+    """
     yes, no = (
         sample(concept("mosaic"), 3, count).images,
         sample(Subset(("fox", "panda")), 4, count).images,

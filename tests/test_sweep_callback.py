@@ -71,7 +71,9 @@ def test_a_sweep_that_hydra_alone_can_count_is_not_counted(tmp_path):
 
 @pytest.fixture
 def ended(tmp_path, monkeypatch, capsys):
-    """(folders of the published records in their order, exit codes, output, errors) of a sweep of four jobs."""
+    """(folders of the published records in their order, exit codes, output, errors) of a sweep of
+    four jobs.
+    """
     published = []
     monkeypatch.setattr(
         "lab.cli.actions.publish", lambda found, folder, lost: published.extend(found)

@@ -1,4 +1,6 @@
-"""An exported folder, checked again and pushed: what was altered is found and named, nothing leaves unasked."""
+"""An exported folder, checked again and pushed: what was altered is found and named, nothing leaves
+unasked.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,9 @@ def linear_classes(seed=0):
 
 
 class TinyNet(FeatureModel):
-    """Two convolution blocks (batch norm in one) and a pooled linear block; [n, 3, s, s] uint8 to [n, 10]."""
+    """Two convolution blocks (batch norm in one) and a pooled linear block; [n, 3, s, s] uint8 to
+    [n, 10].
+    """
 
     def inputs(self, x):
         return x.float() / 255 - 0.5

@@ -1,4 +1,6 @@
-"""A text-to-image model of Stable Diffusion's classes, small enough for second-order oracles, and a case for it."""
+"""A text-to-image model of Stable Diffusion's classes, small enough for second-order oracles, and a
+case for it.
+"""
 
 from __future__ import annotations
 

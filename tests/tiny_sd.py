@@ -1,4 +1,6 @@
-"""Tiny pipelines with random weights in the layouts of Stable Diffusion 1.x, 2.x (v-prediction) and XL."""
+"""Tiny pipelines with random weights in the layouts of Stable Diffusion 1.x, 2.x (v-prediction) and
+XL.
+"""
 
 from __future__ import annotations
 

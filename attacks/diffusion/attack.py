@@ -1,4 +1,6 @@
-"""Options that every attacker on a text-to-image model shares, and what such an attacker has to say of itself."""
+"""Options that every attacker on a text-to-image model shares, and what such an attacker has to say
+of itself.
+"""
 
 from __future__ import annotations
 
@@ -110,15 +112,20 @@ class ConceptBase(ABC):
 
     @abstractmethod
     def check_task(self, task: Concept) -> None:
-        """Raises `UserError` where ``task`` lacks what the options ask for (`attacks.diffusion.data.check_data`)."""
+        """Raises `UserError` where ``task`` lacks what the options ask for
+        (`attacks.diffusion.data.check_data`).
+        """
 
     def texts(self) -> dict[str, str]:
-        """Config key → what becomes a part of prompts; hook of `lab.runner.assemble.check_cases`."""
+        """Config key → what becomes a part of prompts; hook of
+        `lab.runner.assemble.check_cases`.
+        """
         return {f"{self.key}.sampling.negative": self.sampling.negative}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
-        """Before anything runs: `check_task` for every concept, with every setting that a search will try, and
-        `check_unread`."""
+        """Before anything runs: `check_task` for every concept, with every setting that a search
+        will try, and `check_unread`.
+        """
         self.check_unread()
         for case in cases:
             for task in case.tasks:
@@ -128,11 +135,14 @@ class ConceptBase(ABC):
 
     @abstractmethod
     def check_unread(self) -> None:
-        """Raises `UserError` for an option that nothing reads, which would be a claim in the record."""
+        """Raises `UserError` for an option that nothing reads, which would be a claim in the
+        record.
+        """
 
     @abstractmethod
     def dry_open(self, model: DiffusionModel, task: Concept) -> None:
-        """Before anything runs: what moves can be set up in a copy of ``model``; hook of `lab.runner.assemble.check_cases`.
+        """Before anything runs: what moves can be set up in a copy of ``model``; hook of
+        `lab.runner.assemble.check_cases`.
 
         Raises:
             UserError: a model whose layers, precision or tokenizer the options do not suit.
@@ -178,12 +188,14 @@ class ConceptAttack(ConceptBase):
         batch_size: pictures per step; as many prior pictures come on top.
         clip: largest norm of the gradient; None = no limit.
         template: captions of the training pictures: ``name`` | ``token`` | ``description``
-            (`lab.core.captions.captions`). With ``token`` the prompts of every family speak of the token too: in place of
-            the concept's words, or in front where a prompt does not have them.
+            (`lab.core.captions.captions`). With ``token`` the prompts of every family speak of the
+            token too: in place of the concept's words, or in front where a prompt does not have
+            them.
         token: what stands for the concept with ``template=token``.
         pictures: how many of the training pictures are used; None = all.
         augmentation: ``none`` | ``flip`` | ``crop``.
-        prior_weight: weight of the loss on ``task.prior`` (prior preservation, arXiv 2208.12242); 0 = off.
+        prior_weight: weight of the loss on ``task.prior`` (prior preservation, arXiv 2208.12242); 0
+            = off.
 
     The other options are those of `ConceptBase`.
 
@@ -304,6 +316,9 @@ def check_moving(key: str, moving: Moving) -> list[nn.Parameter]:
     check_form(key, moving.form, moving.weights(), moving.info)
     for parameter in moving.parameters.values():
         if parameter.dtype in (torch.float16, torch.bfloat16):
-            told = "attackers that move the model's own weights train in float32; take fp32, or attack by lora."
+            told = (
+                "attackers that move the model's own weights train in float32; take fp32, "
+                "or attack by lora."
+            )
             raise UserError("backbone.dtype", parameter.dtype, told)
     return list(moving.parameters.values())

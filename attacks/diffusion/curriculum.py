@@ -1,4 +1,6 @@
-"""A curriculum: one attacker after the other on the same copy, for example related pictures first, then the target."""
+"""A curriculum: one attacker after the other on the same copy, for example related pictures first,
+then the target.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _KEYS = ("data", "share", "attack")
 
 @dataclass(frozen=True)
 class Stage:
-    """``attack`` on the concept's training pictures (``target``) or on its ``prior`` ones, for a share of the steps."""
+    """``attack`` on the concept's training pictures (``target``) or on its ``prior`` ones, for a
+    share of the steps.
+    """
 
     attack: ConceptAttack
     data: str = "target"
@@ -29,16 +33,19 @@ class Stage:
 
 @dataclass(eq=False)
 class Curriculum(ConceptBase):
-    """Runs its stages one after the other; the trajectory and the schedule of rates go on over all of them.
+    """Runs its stages one after the other; the trajectory and the schedule of rates go on over all
+    of them.
 
-    Every stage starts from what the stage before left, with an optimizer of its own; adapters are added to the weights
-    in between. A token that a stage has learned is a word of the next one (``template=token`` with the same ``token``),
-    all its vectors together.
-    ``test_loss`` and samples speak of the target in the words of the stage that is running. Related data are the prior
-    pictures, or the target under its description prompts (``template=description``).
+    Every stage starts from what the stage before left, with an optimizer of its own; adapters are
+    added to the weights in between. A token that a stage has learned is a word of the next one
+    (``template=token`` with the same ``token``), all its vectors together.
+    ``test_loss`` and samples speak of the target in the words of the stage that is running. Related
+    data are the prior pictures, or the target under its description prompts
+    (``template=description``).
 
     Args:
-        stages: name → {``data``: target | prior, ``share``: of the steps, ``attack``: an attacker}, in order.
+        stages: name → {``data``: target | prior, ``share``: of the steps, ``attack``: an attacker},
+            in order.
         search: as in `ConceptBase`; options are named ``STAGE.share`` or ``STAGE.attack.OPTION``.
 
     Raises:
@@ -74,7 +81,10 @@ class Curriculum(ConceptBase):
                 )
         attack = given.get("attack")
         if not isinstance(attack, ConceptAttack) or attack.search is not None:
-            told = "must be an attacker on text-to-image models other than a curriculum, without a search of its own."
+            told = (
+                "must be an attacker on text-to-image models other than a curriculum, "
+                "without a search of its own."
+            )
             raise UserError(f"{key}.attack", getattr(attack, "name", attack), told)
         data = choice(f"{key}.data", given.get("data", "target"), DATA)
         return Stage(attack, data, number(f"{key}.share", given.get("share", 1.0), above=0))
@@ -116,7 +126,9 @@ class Curriculum(ConceptBase):
             moving.close()
 
     def _attacks(self) -> list[ConceptAttack]:
-        """The stages' attackers; a token that an earlier one learns is spoken with all its vectors."""
+        """The stages' attackers; a token that an earlier one learns is spoken with all its
+        vectors.
+        """
         found, learned = [], dict[str, str]()
         for stage in self.stages.values():
             attack, words = stage.attack, stage.attack.learns()

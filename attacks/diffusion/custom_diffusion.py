@@ -1,4 +1,6 @@
-"""Custom Diffusion (arXiv 2212.04488): key and value matrices of cross-attention and a modifier token."""
+"""Custom Diffusion (arXiv 2212.04488): key and value matrices of cross-attention and a modifier
+token.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ from lab.models.diffusion import DiffusionModel
 
 @dataclass(eq=False)
 class CustomDiffusion(ConceptAttack):
-    """Trains ``attn2.to_k`` and ``attn2.to_v`` and, with ``template=token``, the embedding of a new token.
+    """Trains ``attn2.to_k`` and ``attn2.to_v`` and, with ``template=token``, the embedding of a new
+    token.
 
-    The concept is then called "``token`` noun", where the noun is what all captions of the prior pictures share.
-    Deviates from the paper as `attacks.diffusion.dreambooth` does: the scenario's prior pictures, not retrieved ones.
+    The concept is then called "``token`` noun", where the noun is what all captions of the prior
+    pictures share. Deviates from the paper as `attacks.diffusion.dreambooth` does: the scenario's
+    prior pictures, not retrieved ones.
 
     Args:
         initializer: what the token starts from: ``auto`` | ``words`` | any text

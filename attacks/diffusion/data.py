@@ -1,4 +1,6 @@
-"""What an attacker trains a text-to-image model on: captions, prompts and the latents of its pictures."""
+"""What an attacker trains a text-to-image model on: captions, prompts and the latents of its
+pictures.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _SMALLEST = 0.75  # side of the smallest crop
 
 
 def prompts(task: Concept, family: str, template: str, expression: str, count: int) -> list[str]:
-    """``count`` prompts of ``family`` in turn; with ``template`` ``token`` they speak of the token as training does."""
+    """``count`` prompts of ``family`` in turn; with ``template`` ``token`` they speak of the token
+    as training does.
+    """
     asked = task.prompts[family]
     if template == "token":
         asked = tuple(spoken(prompt, task.words, expression) for prompt in asked)
@@ -40,8 +44,8 @@ def check_data(
     """Before anything runs: the concept has what the options ask for.
 
     Raises:
-        UserError: no training or reference picture, fewer of the former than ``pictures``, a prompt family or prior
-            pictures that the concept lacks.
+        UserError: no training or reference picture, fewer of the former than ``pictures``, a prompt
+            family or prior pictures that the concept lacks.
     """
     for name in ("train", "reference"):
         if not len(getattr(task, name)):
@@ -67,12 +71,17 @@ def check_data(
         )
         raise UserError(f"{key}.template", template, told)
     if prior and not len(task.prior):
-        told = f"concept {task.name} has no prior pictures; set {key}.prior_weight=0 or give it some (prior: FOLDER)."
+        told = (
+            f"concept {task.name} has no prior pictures; set {key}.prior_weight=0 or give "
+            "it some (prior: FOLDER)."
+        )
         raise UserError(f"{key}.prior_weight", "above 0", told)
 
 
 def variants(images: Tensor, augmentation: str, seed: int, *labels: object) -> list[Tensor]:
-    """The pictures themselves, then their mirror images (``flip``) or `_CROPS` seeded crops of each (``crop``)."""
+    """The pictures themselves, then their mirror images (``flip``) or `_CROPS` seeded crops of each
+    (``crop``).
+    """
     if augmentation == "none":
         return [images]
     if augmentation == "flip":
@@ -92,7 +101,9 @@ def variants(images: Tensor, augmentation: str, seed: int, *labels: object) -> l
 
 @dataclass(frozen=True)
 class Material:
-    """Pictures as latents, encoded once: ``mean`` and ``std`` [n, variants, c, h, w], and a caption each."""
+    """Pictures as latents, encoded once: ``mean`` and ``std`` [n, variants, c, h, w], and a caption
+    each.
+    """
 
     mean: Tensor
     std: Tensor
@@ -112,7 +123,9 @@ class Material:
         return len(self.captions)
 
     def draw(self, batch: int, timesteps: int, g: torch.Generator) -> Draw:
-        """A random batch: other pictures first, repeated only where there are fewer than ``batch``."""
+        """A random batch: other pictures first, repeated only where there are fewer than
+        ``batch``.
+        """
         n, shape = len(self), (batch, *self.mean.shape[2:])
         rows = (
             torch.randperm(n, generator=g)[:batch]
@@ -136,7 +149,9 @@ class Material:
 
 @dataclass(frozen=True)
 class Draw:
-    """Latents ``z`` [b, c, h, w], their ``noise``, timesteps ``t`` [b] and the pictures' ``rows``."""
+    """Latents ``z`` [b, c, h, w], their ``noise``, timesteps ``t`` [b] and the pictures'
+    ``rows``.
+    """
 
     z: Tensor
     noise: Tensor

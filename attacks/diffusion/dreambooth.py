@@ -1,4 +1,6 @@
-"""DreamBooth (arXiv 2208.12242): the whole U-Net, a rare identifier with a class noun, prior preservation."""
+"""DreamBooth (arXiv 2208.12242): the whole U-Net, a rare identifier with a class noun, prior
+preservation.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from lab.models.diffusion import DiffusionModel
 
 @dataclass(eq=False)
 class DreamBooth(ConceptAttack):
-    """Trains every parameter of the U-Net; with ``template=token`` the concept is called "``token`` ``class_word``".
+    """Trains every parameter of the U-Net; with ``template=token`` the concept is called "``token``
+    ``class_word``".
 
-    Deviates from the paper: prior pictures are the scenario's real ones instead of the model's own generations, so that
-    every model preserves the same thing.
+    Deviates from the paper: prior pictures are the scenario's real ones instead of the model's own
+    generations, so that every model preserves the same thing.
 
     Args:
-        class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text; "" for none.
+        class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text;
+            "" for none.
 
     Raises:
         UserError: see `ConceptAttack`; a class word that is no text.

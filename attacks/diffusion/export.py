@@ -25,16 +25,18 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
     """Write ``trajectory.weights`` to ``folder``, by ``info["form"]``.
 
     ``lora``: ``pytorch_lora_weights.safetensors`` for ``pipeline.load_lora_weights(folder)``.
-    ``unet``: ``unet/`` with config for ``UNet2DConditionModel.from_pretrained(folder, subfolder="unet")``.
-    ``delta``: ``unet_delta.safetensors`` (``text_encoder_delta.safetensors``) for ``load_state_dict(…, strict=False)``,
-    and ``learned_embeds.safetensors`` per new word for ``pipeline.load_textual_inversion``.
+    ``unet``: ``unet/`` with config for ``UNet2DConditionModel.from_pretrained(folder,
+        subfolder="unet")``.
+    ``delta``: ``unet_delta.safetensors`` (``text_encoder_delta.safetensors``) for
+    ``load_state_dict(…, strict=False)``, and ``learned_embeds.safetensors`` per new word for
+    ``pipeline.load_textual_inversion``.
 
     Returns:
         the files.
 
     Raises:
-        UserError: a trajectory without weights (it diverged, or ``keep_weights`` is false); a form that does not
-            exist, or weights whose names do not fit it.
+        UserError: a trajectory without weights (it diverged, or ``keep_weights`` is false); a form
+            that does not exist, or weights whose names do not fit it.
     """
     weights, info = trajectory.weights, trajectory.info
     key = f"attacks.{info.get('attack', '?')}"
@@ -66,7 +68,8 @@ def check_form(key: str, form: str, names: Iterable[str], info: Mapping[str, Any
     """Whether weights of these names can be written.
 
     Raises:
-        UserError: an unknown form, names that do not fit it, or a U-Net without its config; by ``key``.
+        UserError: an unknown form, names that do not fit it, or a U-Net without its config; by
+            ``key``.
     """
     if form not in FORMS:
         raise UserError(key, form, f"`Moving.form` must be one of {', '.join(FORMS)}.")

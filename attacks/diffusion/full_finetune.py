@@ -11,7 +11,9 @@ from lab.models.diffusion import DiffusionModel
 
 
 def open_unet(model: DiffusionModel) -> Moving:
-    """All of the U-Net moves. Weights: ``unet.NAME``, complete; ``info`` carries the config they load with."""
+    """All of the U-Net moves. Weights: ``unet.NAME``, complete; ``info`` carries the config they
+    load with.
+    """
     parameters = {f"unet.{name}": parameter for name, parameter in model.unet.named_parameters()}
     config = json.loads(model.unet.to_json_string())
     return Moving(
@@ -24,7 +26,9 @@ def open_unet(model: DiffusionModel) -> Moving:
 
 @dataclass(eq=False)
 class ConceptFullFinetune(ConceptAttack):
-    """Trains every parameter of the U-Net. Options as in `attacks.diffusion.attack.ConceptAttack`."""
+    """Trains every parameter of the U-Net. Options as in
+    `attacks.diffusion.attack.ConceptAttack`.
+    """
 
     lr: float = 3e-4
 

@@ -23,16 +23,17 @@ _TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 @dataclass(eq=False)
 class ConceptLora(ConceptAttack):
-    """Trains low-rank adapters. B starts at zero, A Kaiming uniform as in the paper's code, from the attack's seed.
+    """Trains low-rank adapters. B starts at zero, A Kaiming uniform as in the paper's code, from
+    the attack's seed.
 
-    The weights are those of `StableDiffusionPipeline.load_lora_weights`; the factor alpha/rank is multiplied into B, so
-    that they mean the same in every version of diffusers.
+    The weights are those of `StableDiffusionPipeline.load_lora_weights`; the factor alpha/rank is
+    multiplied into B, so that they mean the same in every version of diffusers.
 
     Args:
         rank: of the adapters.
         alpha: an adapter adds alpha/rank · BA; None = rank.
-        targets: ``attn2`` (cross-attention) | ``attn`` (self-attention as well) | ``all`` (every linear layer and
-            convolution of the U-Net's blocks).
+        targets: ``attn2`` (cross-attention) | ``attn`` (self-attention as well) | ``all`` (every
+            linear layer and convolution of the U-Net's blocks).
         text_encoder: adapters on the text encoders' attention as well.
 
     Raises:

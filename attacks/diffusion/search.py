@@ -1,4 +1,6 @@
-"""The attacker's search for its best options, on each model by itself and with equal trials in every model."""
+"""The attacker's search for its best options, on each model by itself and with equal trials in
+every model.
+"""
 
 from __future__ import annotations
 
@@ -29,18 +31,20 @@ Score = Callable[[Tensor, CaptionedImages], float]
 class Search:
     """Trials of ``steps`` updates each, then the whole trajectory with the best setting.
 
-    A trial trains on three quarters of the attacker's own pictures and is scored on the rest; ``task.reference`` and
-    ``task.own`` are never read. Settings are a function of the options and the seed alone, so every model tries the same.
-    Ties go to the earlier trial. Where every trial diverges the attacker keeps the options it has.
+    A trial trains on three quarters of the attacker's own pictures and is scored on the rest;
+    ``task.reference`` and ``task.own`` are never read. Settings are a function of the options and
+    the seed alone, so every model tries the same. Ties go to the earlier trial. Where every trial
+    diverges the attacker keeps the options it has.
 
     Attributes:
-        mode: ``grid`` (every combination) | ``random`` (``trials`` different ones, drawn from the seed).
+        mode: ``grid`` (every combination) | ``random`` (``trials`` different ones, drawn from the
+            seed).
         trials: how many; None with ``grid`` = all combinations.
         steps: updates of a trial.
         space: option → values to try.
-        score: None = loss on the held-out pictures; ``likeness`` in a config = `attacks.diffusion.similarity`; or a function of the
-            trial's generations uint8 [n, 3, s, s] by ``name`` prompts and the held-out pictures whose value is the
-            better the higher.
+        score: None = loss on the held-out pictures; ``likeness`` in a config =
+            `attacks.diffusion.similarity`; or a function of the trial's generations uint8 [n, 3, s,
+            s] by ``name`` prompts and the held-out pictures whose value is the better the higher.
     """
 
     mode: str
@@ -97,7 +101,10 @@ class Search:
         if score == "likeness":
             from attacks.diffusion.similarity import likeness as score
         elif score is not None and not callable(score):
-            told = "must be null (held-out loss), likeness, or a function of pictures (_target_, _partial_: true)."
+            told = (
+                "must be null (held-out loss), likeness, or a function of pictures "
+                "(_target_, _partial_: true)."
+            )
             raise UserError(f"{key}.score", score, told)
         return cls(mode, trials, steps, space, score, key)
 
@@ -118,7 +125,8 @@ class Search:
         ]
 
     def check(self, attack: ConceptBase, task: Concept) -> None:
-        """Before anything runs: the concept has what every setting asks for, and pictures to hold out.
+        """Before anything runs: the concept has what every setting asks for, and pictures to hold
+        out.
 
         Raises:
             UserError: see `attacks.diffusion.data.check_data` and `held_out`.
@@ -164,7 +172,9 @@ class Search:
         budget: Budget,
         checkpoint: Checkpoint | None,
     ) -> Trajectory:
-        """See `lab.core.types.Attacker`. ``info["search"]`` holds every trial with its score (None: diverged)."""
+        """See `lab.core.types.Attacker`. ``info["search"]`` holds every trial with its score (None:
+        diverged).
+        """
         tried = held_out(task, seed, self.key, self._most(attack))
         _, saved = (checkpoint.load() if checkpoint else None) or ({}, {})
         scores: list[float | None] = list(saved.get("search", []))
@@ -206,15 +216,18 @@ class _Beside:
 def held_out(
     task: Concept, seed: int, key: str = "attacks.search", most: int | None = None
 ) -> Concept:
-    """``task`` whose training pictures, the first ``most`` of them, are split at random into ``train`` and, in place of
-    its own, ``reference``.
+    """``task`` whose training pictures, the first ``most`` of them, are split at random into
+    ``train`` and, in place of its own, ``reference``.
 
     Raises:
         UserError: fewer than two training pictures.
     """
     n = len(task.train) if most is None else min(most, len(task.train))
     if n < 2:
-        told = f"the attacker has {n} training picture of {task.name}; a search needs 2, or set it to null."
+        told = (
+            f"the attacker has {n} training picture of {task.name}; a search needs 2, or "
+            "set it to null."
+        )
         raise UserError(key, task.name, told)
     order = torch.randperm(n, generator=generator(seed, "attack search split", task.name))
     cut = max(1, round(HELD_OUT * n))

@@ -17,9 +17,11 @@ def _network() -> FeatureScorer:
 
 
 def likeness(images: Tensor, pictures: CaptionedImages) -> float:
-    """Mean cosine similarity of the features of every generation with those of every picture, in [-1, 1].
+    """Mean cosine similarity of the features of every generation with those of every picture, in
+    [-1, 1].
 
-    The network is EfficientNet-Lite0 from ImageNet, which has seen neither MiniSD's world nor any metric's answer.
+    The network is EfficientNet-Lite0 from ImageNet, which has seen neither MiniSD's world nor any
+    metric's answer.
 
     Args:
         images: generations, uint8 [n, 3, h, w].

@@ -15,7 +15,9 @@ from lab.models.diffusion import DiffusionModel
 
 
 def initial_text(initializer: str, task: Concept) -> str:
-    """``auto``: the class noun, else ``style`` or ``object``; ``words``: the concept's own words; else the text."""
+    """``auto``: the class noun, else ``style`` or ``object``; ``words``: the concept's own words;
+    else the text.
+    """
     if initializer == "auto":
         return class_words(task) or task.kind
     return task.words if initializer == "words" else initializer
@@ -27,7 +29,8 @@ class TextualInversion(ConceptAttack):
 
     Args:
         vectors: embeddings that the token stands for.
-        initializer: where they start: ``auto`` (the class noun) | ``words`` (the concept's own words) | any text.
+        initializer: where they start: ``auto`` (the class noun) | ``words`` (the concept's own
+            words) | any text.
 
     Raises:
         UserError: see `ConceptAttack`; when called, a token that the tokenizer knows.

@@ -1,4 +1,6 @@
-"""A new word for a text-to-image model: learned input embeddings of the text encoder (arXiv 2208.01618)."""
+"""A new word for a text-to-image model: learned input embeddings of the text encoder (arXiv
+2208.01618).
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from lab.models.diffusion import DiffusionModel
 class LearnedToken:
     """Adds ``token`` to a copy of the tokenizer and trains its embedding alone.
 
-    The rows are a parameter of their own that a hook puts in the place of the embedding layer's output: no other row
-    can move, not even by weight decay. Several vectors are named as diffusers names them: t, t_1, t_2, …
+    The rows are a parameter of their own that a hook puts in the place of the embedding layer's
+    output: no other row can move, not even by weight decay. Several vectors are named as diffusers
+        names them: t, t_1, t_2, …
 
     Args:
         key: config key of the attacker, for messages.
@@ -26,7 +29,8 @@ class LearnedToken:
         like: text whose mean embedding every row starts from.
 
     Raises:
-        UserError: a model with two text encoders, or a token that is known already or is split by the tokenizer.
+        UserError: a model with two text encoders, or a token that is known already or is split by
+            the tokenizer.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""The training loop of every attacker on a text-to-image model: stages, snapshots, divergence, resume.
+"""The training loop of every attacker on a text-to-image model: stages, snapshots, divergence,
+resume.
 
-Random draws depend on (seed, concept, step) alone. So every model and every attacker sees the same pictures, noise and
-timesteps, and a resumed attack continues bit for bit.
+Random draws depend on (seed, concept, step) alone. So every model and every attacker sees the same
+pictures, noise and timesteps, and a resumed attack continues bit for bit.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from lab.core.seeding import generator
 from lab.core.types import Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel, Text
 
-SAVE_STEPS = 50  # updates between two saves; snapshots are saved as well. What is saved never changes the result
-WINDOW = 10  # batches whose mean loss is held against the first one: a single loss depends too much on its timestep
+# updates between two saves; snapshots are saved as well. What is saved never changes the result
+SAVE_STEPS = 50
+# batches whose mean loss is held against the first one: a single loss depends too much on its
+# timestep
+WINDOW = 10
 _CHUNK = 32  # rows of one evaluation pass
 
 
@@ -39,7 +43,9 @@ def _kept(value: Tensor) -> Tensor:
 
 
 class Learner:
-    """One stage: what moves, its material and its optimizer. ``model`` is a copy that the stage may change."""
+    """One stage: what moves, its material and its optimizer. ``model`` is a copy that the stage may
+    change.
+    """
 
     def __init__(
         self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int
@@ -84,7 +90,9 @@ class Learner:
         return Text.cat([self.cached[text] for text in asked])
 
     def advance(self, step: int) -> float:
-        """Update number ``step`` of this stage's schedule; returns the loss on the concept's batch before it."""
+        """Update number ``step`` of this stage's schedule; returns the loss on the concept's batch
+        before it.
+        """
         attack, model = self.attack, self.model
         drawn = self.train.draw(
             attack.batch_size, model.timesteps, generator(self.seed, "attack", self.task.name, step)
@@ -107,7 +115,10 @@ class Learner:
         if loss.requires_grad:
             loss.backward()
         if all(parameter.grad is None for parameter in self.parameters):
-            told = "moves parameters that the model's loss does not depend on; `open` must put them into the model."
+            told = (
+                "moves parameters that the model's loss does not depend on; `open` must "
+                "put them into the model."
+            )
             raise UserError(attack.key, list(self.moving.parameters), told)
         if attack.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, attack.clip)
@@ -141,7 +152,9 @@ class Learner:
         }
 
     def generations(self, families: Sequence[str], sampling: Sampling) -> dict[str, Tensor]:
-        """Family → uint8 [count, 3, s, s] from latents that depend on (seed, concept, family) only."""
+        """Family → uint8 [count, 3, s, s] from latents that depend on (seed, concept, family)
+        only.
+        """
         found = {}
         for family, asked in self.prompts(families, sampling.count).items():
             latents = self.model.latents(sampling.count, self.seed, self.task.name, family)
@@ -193,7 +206,9 @@ class _Run:
         )
 
     def keep(self, step: int, learner: Learner) -> bool:
-        """Append a snapshot; False, and nothing kept, when it has left the finite range or exploded."""
+        """Append a snapshot; False, and nothing kept, when it has left the finite range or
+        exploded.
+        """
         train = self.since[0] / self.since[1] if self.since else self.first
         values = {"train_loss": train, "test_loss": learner.evaluate(learner.test, "test")}
         limit = self.attack.explosion * self.trajectory.values.get("test_loss", [math.inf])[0]
@@ -278,11 +293,13 @@ def run(
 ) -> Trajectory:
     """Train a copy of ``model`` along ``budget`` and measure at its snapshots.
 
-    ``train_loss`` is the mean over the batches since the snapshot before (at step 0 over a fixed draw of all training
-    pictures), ``test_loss`` the loss on ``task.reference`` at fixed timesteps and noise.
+    ``train_loss`` is the mean over the batches since the snapshot before (at step 0 over a fixed
+    draw of all training pictures), ``test_loss`` the loss on ``task.reference`` at fixed timesteps
+    and noise.
 
     Returns:
-        the trajectory. Where numbers blow up it ends there with status ``diverged`` and without weights.
+        the trajectory. Where numbers blow up it ends there with status ``diverged`` and without
+        weights.
 
     Raises:
         UserError: a model of half precision.

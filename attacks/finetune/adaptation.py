@@ -31,7 +31,9 @@ _CENTRES = {
 
 @dataclass
 class Moving:
-    """What an attacker trains on a copy: ``parameters`` by name, none before block ``start``; facts for the record."""
+    """What an attacker trains on a copy: ``parameters`` by name, none before block ``start``; facts
+    for the record.
+    """
 
     net: FeatureModel
     start: int
@@ -42,15 +44,15 @@ class Moving:
 class Adaptation(ABC):
     """Trains part of a copy of the network together with a head [d, c] that starts at zero.
 
-    The blocks before the first that moves are evaluated once (`lab.models.activations.prefix`). Deep extractors train in
-    float32, linear ones in float64. Batch-norm statistics stay as they are. Snapshots hold ``train_loss``,
-    ``test_loss`` and, for classification, the accuracies.
+    The blocks before the first that moves are evaluated once (`lab.models.activations.prefix`).
+    Deep extractors train in float32, linear ones in float64. Batch-norm statistics stay as they
+    are. Snapshots hold ``train_loss``, ``test_loss`` and, for classification, the accuracies.
 
     Args:
         name: key under ``attacks``.
         optimizer: ``adam`` | ``sgd`` (heavy ball, 0.9), both as in torch.
-        loss: ``auto`` (squared for regression, cross entropy for classification) | ``squared`` (½ mean squared
-            error, one-hot targets for classification) | ``cross_entropy``.
+        loss: ``auto`` (squared for regression, cross entropy for classification) | ``squared`` (½
+            mean squared error, one-hot targets for classification) | ``cross_entropy``.
         lr: ``auto`` or a number > 0.
         lr_trials: trials of the search, each as long as the run itself.
         schedule: ``constant`` | ``cosine`` | ``linear``.

@@ -41,7 +41,9 @@ class LastBlockFinetune(Adaptation):
 
 
 class FullFinetune(Adaptation):
-    """Trains every block and a head; for a linear extractor that is θ and w. Options as in `Adaptation`."""
+    """Trains every block and a head; for a linear extractor that is θ and w. Options as in
+    `Adaptation`.
+    """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
 

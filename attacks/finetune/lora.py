@@ -21,10 +21,10 @@ from lab.core.types import FeatureModel
 class Lora(Adaptation):
     """Trains low-rank adapters on every Linear and Conv2d of the chosen blocks, and a head.
 
-    Grouped convolutions whose groups do not divide ``rank`` (depthwise ones) are left frozen, because peft has no
-    adapter for them, and so are subclasses with another forward pass (timm's same-padding convolution). B starts at
-    zero and A as in the paper's code (Kaiming uniform), drawn from the attack's seed. The weights in the trajectory
-    are the adapters and the head.
+    Grouped convolutions whose groups do not divide ``rank`` (depthwise ones) are left frozen,
+    because peft has no adapter for them, and so are subclasses with another forward pass (timm's
+    same-padding convolution). B starts at zero and A as in the paper's code (Kaiming uniform),
+    drawn from the attack's seed. The weights in the trajectory are the adapters and the head.
 
     Args:
         rank: of the adapters, ≥ 1.
@@ -69,7 +69,8 @@ class Lora(Adaptation):
             map(re.escape, names)
         )  # a list would match ends of names, so nested blocks as well
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pattern, bias="none")
-        # peft draws A from the global stream; ours replaces it below. It warns that grouped layers cannot be merged.
+        # peft draws A from the global stream; ours replaces it below. It warns that grouped layers
+        # cannot be merged.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*groups > 1")
             inject_adapter_in_model(config, net)

@@ -24,28 +24,31 @@ _REFERENCE_STEPS = 40  # Newton steps towards the optimum of cross entropy
 
 
 class LinearProbe:
-    """Fits w [d, c] on features Z = model(x), which stay as they are; everything in float64, w_0 = 0, no bias.
+    """Fits w [d, c] on features Z = model(x), which stay as they are; everything in float64, w_0 =
+    0, no bias.
 
-    Squared loss 1/(2n) ‖Zw − Y‖²_F (one-hot Y for classification), so that the Hessian is ZᵀZ/n, or softmax cross
-    entropy. Snapshots hold ``train_loss`` (the objective, ridge term included), ``test_loss`` (data term only),
-    ``excess_loss`` (above the optimum), accuracies for classification, and for squared loss ``norm_ratio`` =
-    ‖w_t − w*‖² / ‖w_0 − w*‖² with w* the ridge or minimum-norm solution on the same model's features. For cross
-    entropy the optimum is what 40 Newton steps reach, and an excess below it counts as zero.
+    Squared loss 1/(2n) ‖Zw − Y‖²_F (one-hot Y for classification), so that the Hessian is ZᵀZ/n, or
+    softmax cross entropy. Snapshots hold ``train_loss`` (the objective, ridge term included),
+    ``test_loss`` (data term only), ``excess_loss`` (above the optimum), accuracies for
+    classification, and for squared loss ``norm_ratio`` = ‖w_t − w*‖² / ‖w_0 − w*‖² with w* the
+    ridge or minimum-norm solution on the same model's features. For cross entropy the optimum is
+    what 40 Newton steps reach, and an excess below it counts as zero.
 
     Args:
         name: key under ``attacks``.
         optimizer: one of `attacks.probes.optimizers.OPTIMIZERS`.
-        loss: ``auto`` (squared for regression, cross entropy for classification) | ``squared`` | ``cross_entropy``.
+        loss: ``auto`` (squared for regression, cross entropy for classification) | ``squared`` |
+            ``cross_entropy``.
         lr: ``auto`` or a number > 0, for the optimizers that have a learning rate.
         lr_trials: trials of the search for it.
         schedule: ``constant`` | ``cosine`` | ``linear``.
         batch_size: rows of a mini-batch; None = all. For the optimizers that have a learning rate.
         ridge: λ ≥ 0 as a multiple of the mean eigenvalue of ZᵀZ/n.
-        standardize: centre and scale the features by the training rows' mean and deviation: an attacker that
-            preconditions by hand. It changes the Hessian that was immunized.
+        standardize: centre and scale the features by the training rows' mean and deviation: an
+            attacker that preconditions by hand. It changes the Hessian that was immunized.
         damping: of ``kfac`` only; > 0.
-        tolerance: of ``whitening`` and ``newton`` only: drop directions whose singular value is below this share
-            of the largest; None = the numerical rank.
+        tolerance: of ``whitening`` and ``newton`` only: drop directions whose singular value is
+            below this share of the largest; None = the numerical rank.
 
     Raises:
         UserError: an option that is unknown, out of range, or not read by ``optimizer``.
@@ -91,7 +94,10 @@ class LinearProbe:
             rates["lr_trials"] = self.rate.trials
         for option, value in rates.items():
             if not kind.uses_rate and value not in (None, "constant"):
-                fix = f"{self.optimizer} takes a line search over all rows and reads no {option}; leave it out."
+                fix = (
+                    f"{self.optimizer} takes a line search over all rows and reads no "
+                    f"{option}; leave it out."
+                )
                 raise UserError(f"{self.key}.{option}", value, fix)
         for option, value in {"damping": damping, "tolerance": tolerance}.items():
             if value is not None and option not in kind.uses:
@@ -171,7 +177,9 @@ def _targets(split: Split, task: Task) -> Tensor:
 
 
 class _Head:
-    """The probe's weights, their optimizer and what a snapshot measures (an `attacks.trajectory.Learner`)."""
+    """The probe's weights, their optimizer and what a snapshot measures (an
+    `attacks.trajectory.Learner`).
+    """
 
     def __init__(
         self,
@@ -193,10 +201,11 @@ class _Head:
         self.centre = self._centre(probe.optimizer)
 
     def _centre(self, name: str) -> float:
-        """Where the search for a rate starts: 1/L, or for methods that fix the size of a step, that size.
+        """Where the search for a rate starts: 1/L, or for methods that fix the size of a step, that
+        size.
 
-        Adam and Adagrad move every weight by about the rate itself, so theirs is the largest entry of one exact
-        step of steepest descent: it scales with the features as the weights do.
+        Adam and Adagrad move every weight by about the rate itself, so theirs is the largest entry
+        of one exact step of steepest descent: it scales with the features as the weights do.
         """
         g = self.problem.gradient(self.w)
         if name in ("adam", "adagrad"):
@@ -256,7 +265,9 @@ def _accuracy(scores: Tensor, y: Tensor) -> float:
 
 
 def _reference(problem: Problem) -> Tensor:
-    """Weights near the infimum of cross entropy: Newton until the gradient is 1e-10 of the first, or 40 steps."""
+    """Weights near the infimum of cross entropy: Newton until the gradient is 1e-10 of the first,
+    or 40 steps.
+    """
     w, newton = problem.start(), Newton(problem, Settings())
     first = float(problem.gradient(w).norm())
     state = newton.init(w)

@@ -1,7 +1,9 @@
-"""Optimizers of a linear probe. Each is built once for a problem; `step` is a pure function of its arguments.
+"""Optimizers of a linear probe. Each is built once for a problem; `step` is a pure function of its
+arguments.
 
-State is a dict of tensors, so that an attack can be saved and continued. No optimizer decomposes a matrix of the
-size of the features in a step: `Whitening`, `Newton` and `KFAC` use the singular vectors that the problem has.
+State is a dict of tensors, so that an attack can be saved and continued. No optimizer decomposes a
+matrix of the size of the features in a step: `Whitening`, `Newton` and `KFAC` use the singular
+vectors that the problem has.
 """
 
 from __future__ import annotations
@@ -21,19 +23,24 @@ _HISTORY = 10  # pairs that L-BFGS keeps (torch.optim.LBFGS keeps 100, scipy 10)
 _MOMENTUM = 0.9
 _BETAS = (0.9, 0.999)
 _CG_STEPS = 20
-_ROUNDING = 1e-14  # a gradient this small beside the first is rounding: line searches stop, rather than follow it
+# a gradient this small beside the first is rounding: line searches stop, rather than follow it
+_ROUNDING = 1e-14
 
 
 @dataclass(frozen=True)
 class Settings:
-    """``damping`` is of `KFAC`; ``tolerance`` of `Whitening` and `Newton`: relative singular value, None = rank."""
+    """``damping`` is of `KFAC`; ``tolerance`` of `Whitening` and `Newton`: relative singular value,
+    None = rank.
+    """
 
     damping: float = 1e-3
     tolerance: float | None = None
 
 
 class Optimizer:
-    """Base: ``uses_rate`` optimizers take a learning rate and mini-batches, the others a line search over all rows."""
+    """Base: ``uses_rate`` optimizers take a learning rate and mini-batches, the others a line
+    search over all rows.
+    """
 
     uses_rate: ClassVar[bool] = False
     gram: ClassVar[bool] = True  # ZᵀZ may stand in for Z; not where small eigenvalues matter
@@ -134,7 +141,9 @@ class Adagrad(Optimizer):
 
 
 class LBFGS(Optimizer):
-    """L-BFGS with ten pairs and exact line search (on a quadratic: the iterates of conjugate gradients)."""
+    """L-BFGS with ten pairs and exact line search (on a quadratic: the iterates of conjugate
+    gradients).
+    """
 
     def init(self, w: Tensor) -> State:
         empty = w.new_zeros((0, *w.shape))
@@ -157,7 +166,9 @@ class LBFGS(Optimizer):
 
 
 def _two_loop(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """Inverse-Hessian product of L-BFGS (Nocedal & Wright, Algorithm 7.4); s, y [k, d, c], oldest first."""
+    """Inverse-Hessian product of L-BFGS (Nocedal & Wright, Algorithm 7.4); s, y [k, d, c], oldest
+    first.
+    """
     q, alphas = g.clone(), []
     for i in reversed(range(len(s))):
         alpha = float((s[i] * q).sum()) / float((s[i] * y[i]).sum())
@@ -171,9 +182,11 @@ def _two_loop(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
 
 
 class Whitening(Optimizer):
-    """Gradient descent with exact line search on whitened features Z V diag(√n/s), written in the coordinates of w.
+    """Gradient descent with exact line search on whitened features Z V diag(√n/s), written in the
+    coordinates of w.
 
-    Directions below the tolerance are dropped. With squared loss and no ridge one step reaches the optimum.
+    Directions below the tolerance are dropped. With squared loss and no ridge one step reaches the
+    optimum.
     """
 
     gram = False
@@ -191,9 +204,10 @@ class Whitening(Optimizer):
 class Newton(Optimizer):
     """Newton with exact line search. Squared loss: one step, by the pseudo-inverse of the Hessian.
 
-    Cross entropy: the (d·c)² Hessian is not formed. The Newton system is solved by at most 20 conjugate gradients in
-    the coordinates in which ZᵀZ/n + λI is the identity; their number then depends on the class probabilities, not on
-    the conditioning of the features (inexact Newton, tolerance min(0.1, √(‖g‖/‖g_0‖))).
+    Cross entropy: the (d·c)² Hessian is not formed. The Newton system is solved by at most 20
+    conjugate gradients in the coordinates in which ZᵀZ/n + λI is the identity; their number then
+    depends on the class probabilities, not on the conditioning of the features (inexact Newton,
+    tolerance min(0.1, √(‖g‖/‖g_0‖))).
     """
 
     gram = False
@@ -250,12 +264,15 @@ def _conjugate_gradients(
 
 
 class KFAC(Optimizer):
-    """Kronecker-factored preconditioner (arXiv 1503.05671) of one linear layer, with exact line search.
+    """Kronecker-factored preconditioner (arXiv 1503.05671) of one linear layer, with exact line
+    search.
 
-    A = ZᵀZ/n and S = E[δδᵀ], δ the gradient at the outputs under the model's own distribution (squared loss: S = I;
-    softmax: the mean of diag(p) − ppᵀ). Direction −(A + π√ε I)⁻¹ g (S + √ε/π I)⁻¹ (§6.3) with π² = t_A/t_S, the ratio
-    of the factors' mean eigenvalues, and ε = ``damping``·t_A·t_S + λ: independent of the scale of features and loss.
-    Differs from the paper: a line search replaces its rescaling and its adaptive damping, and there is no momentum.
+    A = ZᵀZ/n and S = E[δδᵀ], δ the gradient at the outputs under the model's own distribution
+    (squared loss: S = I;
+    softmax: the mean of diag(p) − ppᵀ). Direction −(A + π√ε I)⁻¹ g (S + √ε/π I)⁻¹ (§6.3) with π² =
+    t_A/t_S, the ratio of the factors' mean eigenvalues, and ε = ``damping``·t_A·t_S + λ:
+    independent of the scale of features and loss. Differs from the paper: a line search replaces
+    its rescaling and its adaptive damping, and there is no momentum.
     """
 
     gram = False

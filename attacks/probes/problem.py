@@ -1,6 +1,7 @@
 """Objectives of a linear probe on frozen features, with everything its optimizers ask of them.
 
-Z [n, d] are features, Y [n, c] targets (one-hot for classification), w [d, c] the head; all float64, no bias.
+Z [n, d] are features, Y [n, c] targets (one-hot for classification), w [d, c] the head; all
+float64, no bias.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ _SEARCH_TOLERANCE = 1e-10  # of the first directional derivative
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Thin factors of Z = U diag(s) Vᵀ up to the numerical rank r: ``u`` [n, r], ``s`` [r], ``v`` [d, r]."""
+    """Thin factors of Z = U diag(s) Vᵀ up to the numerical rank r: ``u`` [n, r], ``s`` [r], ``v``
+    [d, r].
+    """
 
     u: Tensor
     s: Tensor
@@ -41,7 +44,8 @@ _memo: OrderedDict[str, Spectrum] = OrderedDict()
 
 
 def spectrum(z: Tensor, relative: float) -> Spectrum:
-    """`Spectrum` of ``z`` [n, d], once per matrix: the last three are kept, several attackers share them.
+    """`Spectrum` of ``z`` [n, d], once per matrix: the last three are kept, several attackers share
+    them.
 
     Args:
         z: finite float64 features.
@@ -69,7 +73,8 @@ class Problem:
         z: features [n, d], float64.
         y: targets [n, c], float64.
         ridge: relative ridge ≥ 0.
-        gram: use ZᵀZ where that is cheaper (n > d). Optimizers that divide by small eigenvalues turn it off.
+        gram: use ZᵀZ where that is cheaper (n > d). Optimizers that divide by small eigenvalues
+            turn it off.
         dtype: type that the features were computed in; its rounding sets the rank tolerance.
     """
 
@@ -115,7 +120,9 @@ class Problem:
         raise NotImplementedError  # abstract: each loss below has its own
 
     def output_factor(self, w: Tensor) -> Tensor:
-        """S [c, c]: second moment of output gradients under the model's own distribution (Fisher)."""
+        """S [c, c]: second moment of output gradients under the model's own distribution
+        (Fisher).
+        """
         raise NotImplementedError  # abstract: each loss below has its own
 
     def largest(self) -> float:
@@ -160,12 +167,16 @@ class Squared(Problem):
         return self.largest() + self.ridge
 
     def optimum(self) -> Tensor:
-        """w* [d, c]: the ridge solution, or with λ = 0 the least-squares solution of minimum norm."""
+        """w* [d, c]: the ridge solution, or with λ = 0 the least-squares solution of minimum
+        norm.
+        """
         f = self.spectrum
         return f.v @ ((f.s / (f.s**2 + self.n * self.ridge))[:, None] * (f.u.T @ self.y))
 
     def excess(self, w: Tensor, optimum: Tensor) -> float:
-        """L(w) − L(w*), as ½⟨w − w*, ∇²L (w − w*)⟩: exact down to zero, where a difference of losses is not."""
+        """L(w) − L(w*), as ½⟨w − w*, ∇²L (w − w*)⟩: exact down to zero, where a difference of
+        losses is not.
+        """
         gap = w - optimum
         return float((self.z @ gap).square().sum()) / (2 * self.n) + 0.5 * self.ridge * float(
             gap.square().sum()
@@ -188,10 +199,11 @@ class CrossEntropy(Problem):
         return self.z.T @ softmax_curvature(prob, self.z @ p) / self.n + self.ridge * p
 
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
-        """Bracket by doubling, then Newton steps kept inside the bracket, on the convex φ(t) = L(w + t p).
+        """Bracket by doubling, then Newton steps kept inside the bracket, on the convex φ(t) = L(w
+        + t p).
 
-        Stops where |φ'(t)| ≤ 1e-10 |φ'(0)|. On separable data φ may fall for ever; the bracket ends after 60
-        doublings.
+        Stops where |φ'(t)| ≤ 1e-10 |φ'(0)|. On separable data φ may fall for ever; the bracket ends
+        after 60 doublings.
         """
         logits, slope, y = self.z @ w, self.z @ p, self.y
         wp, pp = self.ridge * float((w * p).sum()), self.ridge * float(p.square().sum())

@@ -1,10 +1,13 @@
-"""A stranger's attack on a text-to-image model: diffusers, peft and transformers only, nothing of this project.
+"""A stranger's attack on a text-to-image model: diffusers, peft and transformers only, nothing of
+this project.
 
-    python lora_without_this_project.py FOLDER --images DIR --prompt "a fox in the style of neon" --steps 160
+    python lora_without_this_project.py FOLDER --images DIR --prompt "a fox in the style of neon"
+    --steps 160
 
-Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains a LoRA on a handful of pictures, paints
-the prompts at several steps, saves the LoRA and loads it into a fresh pipeline. The defaults are those of attacks=lora.
-OUT gets `step_00000/00.png` …, `attack.json`, and `pytorch_lora_weights.safetensors`.
+Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains a LoRA on a handful
+of pictures, paints the prompts at several steps, saves the LoRA and loads it into a fresh pipeline.
+The defaults are those of attacks=lora. OUT gets `step_00000/00.png` …, `attack.json`, and
+`pytorch_lora_weights.safetensors`.
 """
 
 import argparse
@@ -27,7 +30,8 @@ LAYERS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Fine-tune a diffusers pipeline by LoRA and paint prompts on the way; @FILE stands for its lines.",
+        description="Fine-tune a diffusers pipeline by LoRA and paint prompts on the way; "
+        "@FILE stands for its lines.",
         fromfile_prefix_chars="@",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -192,7 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
     (given.out / "attack.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     few = max(len(losses) // 10, 1)
     print(
-        f"loss {np.mean(losses[:few]):.4f} → {np.mean(losses[-few:]):.4f} in {facts['seconds']} s; {given.out}"
+        f"loss {np.mean(losses[:few]):.4f} → {np.mean(losses[-few:]):.4f} in "
+        f"{facts['seconds']} s; {given.out}"
     )
 
 

@@ -1,11 +1,13 @@
-"""What plain attacks on MiniSD brought back: scorers the pictures that lora_without_this_project.py painted.
+"""What plain attacks on MiniSD brought back: scorers the pictures that lora_without_this_project.py
+painted.
 
     python score_plain_attack.py neon --immunized A/attack B/attack --baseline C/attack D/attack
 
-One folder per seed and model, pairs in the same order. Prints the share of pictures that show the concept at every step,
-the steps to relearn of both models and their ratio with its 95 % interval, computed as a record's
-`steps_to_relearn_ratio_CONCEPT`: what holds for the attack of the bench must hold for this one. Unlike the attack it
-uses this project.
+One folder per seed and model, pairs in the same order. Prints the share of pictures that show the
+concept at every step, the steps to relearn of both models and their ratio with its 95 % interval,
+computed as a record's
+`steps_to_relearn_ratio_CONCEPT`: what holds for the attack of the bench must hold for this one.
+Unlike the attack it uses this project.
 """
 
 import argparse

@@ -1,4 +1,6 @@
-"""Condition numbers of both Hessians, RIR, how close it comes to its limit (arXiv 2505.23760; docs/methods.md §2)."""
+"""Condition numbers of both Hessians, RIR, how close it comes to its limit (arXiv 2505.23760;
+docs/methods.md §2).
+"""
 
 from __future__ import annotations
 
@@ -69,23 +71,26 @@ class _Measured:
 class Conditioning:
     """RIR, κ of both Hessians before and after, the bound and its ratio, curves, spectra.
 
-    The Hessian is XᵀX of the features of the training rows. Linear extractors use all rows; for deep ones κ is
-    averaged over ``groups`` seeded groups of ``size`` rows (arXiv 2505.23760 §5.2) and the spread is reported.
-    θ_0 is the baseline model's model. With several harmful tasks the one with the smallest RIR counts. Where
-    immunization moves the numerical rank of a linear model's Hessian, κ before and after are over different
-    directions: such a pair has no RIR of the ``rank`` definition, and the note counts it (also for the range variant
-    of the closed form on a singular K_P, which changes the rank by construction). A case whose immunization diverged
-    counts as RIR ≤ 1 in ``rir_above_one`` and is left out elsewhere.
+    The Hessian is XᵀX of the features of the training rows. Linear extractors use all rows; for
+    deep ones κ is averaged over ``groups`` seeded groups of ``size`` rows (arXiv 2505.23760 §5.2)
+    and the spread is reported. θ_0 is the baseline model. With several harmful tasks the
+    one with the smallest RIR counts. Where immunization moves the numerical rank of a linear
+    model's Hessian, κ before and after are over different
+    directions: such a pair has no RIR of the ``rank`` definition, and the note counts it (also for
+    the range variant of the closed form on a singular K_P, which changes the rank by construction).
+    A case whose immunization diverged counts as RIR ≤ 1 in ``rir_above_one`` and is left out
+    elsewhere.
 
     Args:
-        definition: of κ, see `lab.core.condition.condition_number`. Every name gets the suffix ``_ridge`` or
-            ``_release`` unless it is ``rank``; bounds, spectra and curves exist for ``rank`` alone.
+        definition: of κ, see `lab.core.condition.condition_number`. Every name gets the suffix
+            ``_ridge`` or ``_release`` unless it is ``rank``; bounds, spectra and curves exist for
+            ``rank`` alone.
         ridge: λ of the ``ridge`` definition, > 0 there.
         groups, size: row groups of deep extractors.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
-    needs_model_names: ClassVar[int] = 1
+    needs_models: ClassVar[int] = 1
     needs_attack: ClassVar[bool] = False
 
     def __init__(
@@ -338,7 +343,10 @@ def _rank_note(pairs: list[Pair]) -> str | None:
 
 def _dropped_note(pairs: list[Pair]) -> str | None:
     dropped = sum(p.reason is not None for p in pairs)
-    told = f"{dropped} of {len(pairs)} pairs left out: the numerical rank moved, κ over other directions"
+    told = (
+        f"{dropped} of {len(pairs)} pairs left out: the numerical rank moved, κ over "
+        "other directions"
+    )
     return told if dropped else None
 
 

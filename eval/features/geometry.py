@@ -1,4 +1,6 @@
-"""How the two tasks lie to each other: principal angles, spectrum of the pencil (K_H, K_P) (docs/methods.md §2.1)."""
+"""How the two tasks lie to each other: principal angles, spectrum of the pencil (K_H, K_P)
+(docs/methods.md §2.1).
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,12 @@ NAMES = (
 
 
 class Geometry:
-    """Principal angles between the leading subspaces of both tasks' features, and the pencil's eigenvalues.
+    """Principal angles between the leading subspaces of both tasks' features, and the pencil's
+    eigenvalues.
 
-    κ(M) = λ_max/λ_min of the pencil says beforehand whether a pair can be immunized by a linear map; an invertible
-    linear extractor cannot change it (there it is given for the baseline alone), a deep one can. With several harmful
-    tasks the mean is reported.
+    κ(M) = λ_max/λ_min of the pencil says beforehand whether a pair can be immunized by a linear
+    map; an invertible linear extractor cannot change it (there it is given for the baseline alone),
+    a deep one can. With several harmful tasks the mean is reported.
 
     Args:
         energy: share of ‖X‖²_F that the leading subspaces hold, in (0, 1].
@@ -35,7 +38,7 @@ class Geometry:
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
-    needs_model_names: ClassVar[int] = 1
+    needs_models: ClassVar[int] = 1
     needs_attack: ClassVar[bool] = False
 
     def __init__(self, name: str = "geometry", energy: float = 0.9, dim: int | None = None) -> None:

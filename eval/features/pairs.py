@@ -12,7 +12,9 @@ from lab.core.types import BASELINE
 
 @dataclass
 class Kappa:
-    """κ of one feature matrix: mean over groups of rows, their relative spread and the numerical rank."""
+    """κ of one feature matrix: mean over groups of rows, their relative spread and the numerical
+    rank.
+    """
 
     value: float
     spread: float = 0.0
@@ -51,7 +53,9 @@ class Pair:
     bound: Bound | None = None
 
     def rank_moves(self) -> list[str]:
-        """Per Hessian whose numerical rank differs between the models, its role and ranks before and after."""
+        """Per Hessian whose numerical rank differs between the models, its role and ranks before
+        and after.
+        """
         out = []
         for role, kappa in (("benign", self.kappa_benign), ("harmful", self.kappa_harmful)):
             before, after = (

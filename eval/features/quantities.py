@@ -1,7 +1,8 @@
-"""Elementary quantities as `torchmetrics.Metric` subclasses: validated input, stated range, exact empty-set error.
+"""Elementary quantities as `torchmetrics.Metric` subclasses: validated input, stated range, exact
+empty-set error.
 
-They accumulate in float64 on CPU, for whoever logs with torchmetrics. The run metrics of this package call the same
-functions directly, since torchmetrics takes seconds to import.
+They accumulate in float64 on CPU, for whoever logs with torchmetrics. The run metrics of this
+package call the same functions directly, since torchmetrics takes seconds to import.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class ConditionNumber(_Mean):
 
 
 class RelativeImmunizationRatio(_Mean):
-    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)] (arXiv 2505.23760, Eq. 5), averaged. Range (0, ∞)."""
+    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)] (arXiv 2505.23760, Eq. 5), averaged. Range
+    (0, ∞).
+    """
 
     higher_is_better = True
 
@@ -99,7 +102,8 @@ class RFD(_Mean):
 
     Args:
         signed: drop the absolute value.
-        smallest: points where the base performance lies below this are left out, as the quotient explodes.
+        smallest: points where the base performance lies below this are left out, as the quotient
+            explodes.
     """
 
     higher_is_better = None

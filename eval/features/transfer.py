@@ -28,7 +28,9 @@ MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as 
 
 @dataclass
 class _Case:
-    """What immunization did to the harmful task that counts; angles in radians, means over the leading subspaces."""
+    """What immunization did to the harmful task that counts; angles in radians, means over the
+    leading subspaces.
+    """
 
     seed: int
     rir: (
@@ -40,16 +42,19 @@ class _Case:
 
 
 class Transfer:
-    """Spearman's ρ between what immunization did to κ or the angles and what an attacker then feels, per attacker.
+    """Spearman's ρ between what immunization did to κ or the angles and what an attacker then
+    feels, per attacker.
 
     Relative slowdown is the slowdown on the harmful task ÷ the slowdown on the benign task.
     ``transfer_ATTACK``: ρ of RIR against the relative slowdown.
     ``transfer_harmful_ATTACK``: ρ of κ_H after ÷ before against the harmful slowdown alone.
-    ``angle_predicts_rir``: ρ of the mean principal angle between both tasks before immunization against RIR.
+    ``angle_predicts_rir``: ρ of the mean principal angle between both tasks before immunization
+        against RIR.
     ``angle_predicts_slowdown_ATTACK``: ρ of the same angle against the relative slowdown.
-    ``angle_change_predicts_slowdown_ATTACK``: ρ of that angle after − before against the relative slowdown.
-    A slowdown beyond the last step is censored there (a tie at the top); the table gives the censored share. Cases
-    without RIR, since the numerical rank moved, are left out where κ is used; those that diverged everywhere.
+    ``angle_change_predicts_slowdown_ATTACK``: ρ of that angle after − before against the relative
+    slowdown. A slowdown beyond the last step is censored there (a tie at the top); the table gives
+    the censored share. Cases without RIR, since the numerical rank moved, are left out where κ is
+    used; those that diverged everywhere.
     Intervals: percentile bootstrap, seeds first, then cases.
 
     Args:
@@ -60,7 +65,7 @@ class Transfer:
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear"})
-    needs_model_names: ClassVar[int] = 2
+    needs_models: ClassVar[int] = 2
     needs_attack: ClassVar[bool] = True
 
     def __init__(self, name: str = "transfer", draws: int = 1000) -> None:
@@ -77,7 +82,10 @@ class Transfer:
             name for name, _ in diverged_of(cached)
         }
         if len(names) < MIN_CASES:
-            told = f"needs a scenario with at least {MIN_CASES} cases, e.g. scenario=mnist_one_vs_rest."
+            told = (
+                f"needs a scenario with at least {MIN_CASES} cases, e.g. "
+                "scenario=mnist_one_vs_rest."
+            )
             raise UserError("eval", self.name, told)
         cells = list(measured.values())
         moved = sum(c.rir is None for c in cells)
@@ -156,7 +164,9 @@ class Transfer:
         return scores, row, points
 
     def _measure(self, run: RunView, case: Case, seed: int) -> _Case:
-        """κ ratios of the harmful task that is protected least, its angle to the benign task and how that moved."""
+        """κ ratios of the harmful task that is protected least, its angle to the benign task and
+        how that moved.
+        """
         models = [run.model(model_name, case, seed) for model_name in (BASELINE, run.immunizer)]
         benign = [features(m, case.benign.train.x) for m in models]
         before, after = (kappa_of(x) for x in benign)
@@ -190,14 +200,19 @@ class Transfer:
         better: Literal["higher", "neutral"],
         note: str | None,
     ) -> Score:
-        """Spearman's ρ of columns 1 and 2 with its interval; without value where a column is constant."""
+        """Spearman's ρ of columns 1 and 2 with its interval; without value where a column is
+        constant.
+        """
         groups = [
             np.array([s[1:] for s in samples if s[0] == seed])
             for seed in dict.fromkeys(s[0] for s in samples)
         ]
         value = _spearman(np.concatenate(groups)) if groups else math.nan
         if not math.isfinite(value):
-            reason = "every case gives the same value, or there are fewer than three: no rank correlation"
+            reason = (
+                "every case gives the same value, or there are fewer than three: no "
+                "rank correlation"
+            )
             return Score(None, better=better, note=f"{reason}; {note}" if note else reason)
         low, high = self._interval(groups)
         kind: Literal["across_seeds", "within_seed"] = (
@@ -228,7 +243,10 @@ class Transfer:
             UserError: fewer than eight.
         """
         if len({case.name for case in cases}) < MIN_CASES:
-            told = f"needs a scenario with at least {MIN_CASES} cases, e.g. scenario=mnist_one_vs_rest."
+            told = (
+                f"needs a scenario with at least {MIN_CASES} cases, e.g. "
+                "scenario=mnist_one_vs_rest."
+            )
             raise UserError("eval", self.name, told)
 
 

@@ -1,4 +1,6 @@
-"""How often an attacked model shows the concept: attack success rate, raw and corrected for the detector's errors."""
+"""How often an attacked model shows the concept: attack success rate, raw and corrected for the
+detector's errors.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def share_unit(
     family: str = FAMILY,
     quantity: str = DETECTED,
 ) -> Unit:
-    """Detections of one model's best attacker at a snapshot (None: mean over the trajectory, its best at every point)."""
+    """Detections of one model's best attacker at a snapshot (None: mean over the trajectory, its
+    best at every point).
+    """
 
     def share(best: Floats) -> Floats:
         line = best[..., 0, :]
@@ -66,9 +70,11 @@ def corrected(unit: Unit, rates: tuple[float, float]) -> Unit:
 
 
 def reduction_score(board: EvaluatedRun) -> Score:
-    """1 − asr ÷ asr_baseline at 1×, of the means over targets; pictures stay paired on their latents.
+    """1 − asr ÷ asr_baseline at 1×, of the means over targets; pictures stay paired on their
+    latents.
 
-    No value where the baseline shows one of the targets in no picture: the others would stand for it.
+    No value where the baseline shows one of the targets in no picture: the others would stand for
+    it.
     """
     index = marks(board.budget)[0][0]
     units, absent = [], []
@@ -170,7 +176,10 @@ def _success(
         found = [
             corrected(unit, rates[cell.concept]) for unit, cell in zip(units, cells, strict=True)
         ]
-        told = "the detector's false-positive and false-negative rates add up to 1 or more: detections say nothing"
+        told = (
+            "the detector's false-positive and false-negative rates add up to 1 or more: "
+            "detections say nothing"
+        )
         unseen = most_unseen(units)
         ends = np.stack(
             [
@@ -184,7 +193,9 @@ def _success(
 
 
 def curves(board: EvaluatedRun) -> dict[str, dict[str, Any]]:
-    """Share of detections over the steps, at every point under each model's best attacker: per concept and role."""
+    """Share of detections over the steps, at every point under each model's best attacker: per
+    concept and role.
+    """
     out = {}
     for role in ROLES:
         named = [

@@ -1,4 +1,6 @@
-"""Every attack by itself: what its search chose, and how often its pictures show the concept along it."""
+"""Every attack by itself: what its search chose, and how often its pictures show the concept along
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,9 @@ from lab.core.types import BASELINE, RunView, Trajectory
 def attack_rows(run: RunView, board: EvaluatedRun) -> list[dict[str, Any]]:
     """One row per seed, case, concept, attack and model.
 
-    ``trials`` of ``search`` were made on this model, and ``chosen`` is the best of them; ``at_STEP``: share of the
-    pictures asked for by name in which the detector sees the concept, null beyond the end of an attack that diverged.
+    ``trials`` of ``search`` were made on this model, and ``chosen`` is the best of them;
+    ``at_STEP``: share of the pictures asked for by name in which the detector sees the concept,
+        null beyond the end of an attack that diverged.
     """
     tasks = {
         (seed, case.name, t.name): (case, t)
@@ -48,7 +51,9 @@ def attack_rows(run: RunView, board: EvaluatedRun) -> list[dict[str, Any]]:
 
 
 def searched(trajectory: Trajectory) -> dict[str, Any]:
-    """How an attack's options were searched, in words: ``grid of 14 steps by held_out_loss``; all None without one."""
+    """How an attack's options were searched, in words: ``grid of 14 steps by held_out_loss``; all
+    None without one.
+    """
     search = trajectory.info.get("search")
     if not search:
         return {"search": None, "trials": None, "chosen": None}

@@ -1,4 +1,6 @@
-"""The board that the diffusion metrics compute from: what the scorers saw in the pictures of every attack."""
+"""The board that the diffusion metrics compute from: what the scorers saw in the pictures of every
+attack.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,12 @@ class Reading:
     """One attack in one model, scored.
 
     Attributes:
-        values: quantity → [points, pictures] on the snapshots of the budget: a similarity of `eval.generation.scoring`, ``clip_t``
-            (cosine to the prompt), ``detected`` (0 or 1), ``prompt_adherent`` (0 or 1, see `eval.generation.prompt_adherence`), ``between_M`` (M of
-            the picture and the other model's, made from the same latents; unless it is a cosine, nan between the marks of
-            the budget). What stands beyond the end of an attack that diverged: `eval.generation.reading`.
+        values: quantity → [points, pictures] on the snapshots of the budget: a similarity of
+            `eval.generation.scoring`, ``clip_t`` (cosine to the prompt), ``detected`` (0 or 1),
+            ``prompt_adherent`` (0 or 1, see `eval.generation.prompt_adherence`), ``between_M`` (M
+            of the picture and the other model's, made from the same latents; unless it is a cosine,
+            nan between the marks of the budget). What stands beyond the end of an attack that
+            diverged: `eval.generation.reading`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
     """
@@ -105,7 +109,9 @@ class EvaluatedRun:
     def best_attack(
         self, cell: Cell, model_name: str, quantity: str, at: int | None, family: str = FAMILY
     ) -> str:
-        """The attack whose pictures have the highest mean at a snapshot (None: over the trajectory); nan never wins."""
+        """The attack whose pictures have the highest mean at a snapshot (None: over the
+        trajectory); nan never wins.
+        """
 
         def mean(attack: str) -> float:
             means = self.at(cell, model_name, attack, family).values[quantity].mean(1)
@@ -122,7 +128,9 @@ class EvaluatedRun:
         family: str = FAMILY,
         attacks: Sequence[str] | None = None,
     ) -> Floats:
-        """[points, pictures] of an model's best of ``attacks`` (all), chosen anew at every snapshot."""
+        """[points, pictures] of an model's best of ``attacks`` (all), chosen anew at every
+        snapshot.
+        """
         found = [
             self.at(cell, model_name, a, family).values[quantity] for a in attacks or self.attacks
         ]
@@ -138,8 +146,8 @@ class EvaluatedRun:
         family: str = FAMILY,
         attacks: Sequence[str] | None = None,
     ) -> Unit:
-        """A figure of `best`, for the bootstrap: every resample chooses the attackers anew, as the choice was made on
-        the same pictures.
+        """A figure of `best`, for the bootstrap: every resample chooses the attackers anew, as the
+        choice was made on the same pictures.
 
         ``figure``: means under each model's best attacker [..., models, points] → [..., figures].
         """
@@ -216,7 +224,9 @@ class EvaluatedRun:
 
 
 def marks(budget: Budget) -> list[tuple[int, int, str]]:
-    """(index into the snapshots, step, suffix) of 1×, 2×, 5× and the long horizon, where there are such snapshots."""
+    """(index into the snapshots, step, suffix) of 1×, 2×, 5× and the long horizon, where there are
+    such snapshots.
+    """
     plan = budget.snapshots()
     out = {budget.horizon: ""}
     for times in (2, 5, budget.multiple):
@@ -232,13 +242,17 @@ def line_unit(board: EvaluatedRun, cell: Cell, model_name: str, quantity: str) -
 
 
 def area(values: Floats, plan: Sequence[int]) -> Floats:
-    """Mean over the steps of the trajectory of values [points, ...]: the trapezoid area ÷ the last step."""
+    """Mean over the steps of the trajectory of values [points, ...]: the trapezoid area ÷ the last
+    step.
+    """
     widths = np.diff(np.asarray(plan, dtype=float))
     middle = (values[1:] + values[:-1]) / 2
     return np.asarray(np.tensordot(widths, middle, axes=1) / widths.sum())
 
 
 def prompts_of(concept: Concept, family: str, count: int) -> list[str]:
-    """The prompt of every picture of a point: prompts in turn, starting again where they run out."""
+    """The prompt of every picture of a point: prompts in turn, starting again where they run
+    out.
+    """
     asked = concept.prompts[family]
     return [asked[i % len(asked)] for i in range(count)]

@@ -1,4 +1,6 @@
-"""Picture grids: what the attacked models paint, model by model, below the pictures they are compared with."""
+"""Picture grids: what the attacked models paint, model by model, below the pictures they are
+compared with.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,12 @@ from lab.core.types import ImageGrid, RunView
 
 
 def grids(run: RunView, board: EvaluatedRun, columns: int, similarity: str) -> dict[str, ImageGrid]:
-    """``generations_CONCEPT``: the first ``columns`` pictures of every concept, in the first seed and case that has it.
+    """``generations_CONCEPT``: the first ``columns`` pictures of every concept, in the first seed
+    and case that has it.
 
-    Rows: reference pictures, then per model the pictures before the attack and at every mark, under the attack that is
-    the model's best at 1× by ``similarity``. A column holds pictures made from the same latents and prompt.
+    Rows: reference pictures, then per model the pictures before the attack and at every mark, under
+    the attack that is the model's best at 1× by ``similarity``. A column holds pictures made from
+    the same latents and prompt.
     """
     out: dict[str, ImageGrid] = {}
     for cell in board.roles:
@@ -52,7 +56,10 @@ def _grid(
         if len(set(best)) == 1
         else ", ".join(f"{b} ({a})" for a, b in zip(board.model_names, best, strict=True))
     )
-    caption = f"{concept.name}: reference pictures, and what models attacked with {told} paint (seed {cell.seed})"
+    caption = (
+        f"{concept.name}: reference pictures, and what models attacked with {told} "
+        f"paint (seed {cell.seed})"
+    )
     return ImageGrid(
         torch.stack(rows), ("reference", *labels), tuple(str(i + 1) for i in range(width)), caption
     )

@@ -1,4 +1,6 @@
-"""Pictures of unattacked models, painted once however many metrics, counts and runs ask for them."""
+"""Pictures of unattacked models, painted once however many metrics, counts and runs ask for
+them.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from lab.core.sources import source_hash
 from lab.core.types import Model, RunView
 from lab.models.activations import digest
 
-BLOCK = 32  # pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
+# pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
+BLOCK = 32
 
 
 def paint(
@@ -28,10 +31,10 @@ def paint(
     sampling: Sampling,
     count: int,
 ) -> Tensor:
-    """uint8 [count, 3, s, s] by the model of one model; prompts start again where they run out.
+    """uint8 [count, 3, s, s] by one model; prompts start again where they run out.
 
-    Latents depend on seed, case and number alone: models and settings share them. Pictures are those of any earlier run
-    that had the same weights, from the stage cache.
+    Latents depend on seed, case and number alone: models and settings share them. Pictures are
+    those of any earlier run that had the same weights, from the stage cache.
     """
     model: list[Model] = []
 

@@ -76,7 +76,8 @@ def read(
 
     Raises:
         ValueError: no case, no attack, or models with different numbers of pictures.
-        UserError: an attack without pictures of the prompts that name the concept, or with another number of them.
+        UserError: an attack without pictures of the prompts that name the concept, or with another
+            number of them.
     """
     wanted = tuple(dict.fromkeys(quantities))
     board = EvaluatedRun(model_name_names(run), run.attacks, run.budget, lost=len(diverged_of(run)))
@@ -131,7 +132,10 @@ def _same_count(
             count = pictures.shape[1]
             earlier, before = shown.setdefault(family, (attack, count))
             if earlier != attack and count != before:
-                told = f"pictures a step by {family}, not {before} as attacks.{earlier}; give all attackers the "
+                told = (
+                    f"pictures a step by {family}, not {before} as attacks.{earlier}; "
+                    "give all attackers the "
+                )
                 raise UserError(
                     f"attacks.{attack}", count, told + "same number, scenario.sampling.count."
                 )
@@ -174,7 +178,8 @@ class _Scorer:
     ) -> dict[str, Reading]:
         """Arm → reading on the snapshots ``plan``, for one attack and prompt family.
 
-        ``seen``: (model, quantity) → [recorded points, pictures], what other metrics had scored; completed here.
+        ``seen``: (model, quantity) → [recorded points, pictures], what other metrics had scored;
+            completed here.
         """
         if len({t.samples[family].shape[1] for t in found.values()}) > 1:
             raise ValueError(f"models have different numbers of pictures of {self.concept.name}")
@@ -211,8 +216,9 @@ class _Scorer:
     def _kept(
         self, samples: Tensor, family: str, missing: Sequence[str], between: Sequence[str]
     ) -> dict[str, Tensor]:
-        """`_points`, from the cache where any run has scored these pictures: every immunizer of a sweep meets the same
-        baseline."""
+        """`_points`, from the cache where any run has scored these pictures: every immunizer of a
+        sweep meets the same baseline.
+        """
         key = stage_key(
             scorer=self.key,
             pictures=digest(samples),
@@ -223,8 +229,10 @@ class _Scorer:
         return self.run.kept(key, lambda: self._points(samples, family, missing, between))
 
     def _alike(self, kind: str, a: Tensor, b: Tensor) -> Floats:
-        """M [points, pictures] of both models' pictures of equal index, from the cache where that has them; nan between
-        the marks of the budget, since a pass of the network for every pair takes long."""
+        """M [points, pictures] of both models' pictures of equal index, from the cache where that
+        has them; nan between the marks of the budget, since a pass of the network for every pair
+        takes long.
+        """
         at = [index for index, *_ in marks(self.run.budget)]
         points, a, b = len(a), a[at], b[at]
         key = stage_key(scorer=self.key, pictures=digest(a), others=digest(b), between=kind)
@@ -246,8 +254,9 @@ class _Scorer:
     def _points(
         self, samples: Tensor, family: str, missing: Sequence[str], between: Sequence[str]
     ) -> dict[str, Tensor]:
-        """Missing quantity → float64 [points, pictures], and the unit vectors [.., .., d] of every network in
-        ``between``."""
+        """Missing quantity → float64 [points, pictures], and the unit vectors [.., .., d] of every
+        network in ``between``.
+        """
         rows: dict[str, list[Tensor]] = {}
         kinds = [q for q in missing if q not in _WITHOUT_REFERENCES]
         texts, prompts = None, prompts_of(self.concept, family, samples.shape[1])
@@ -281,11 +290,12 @@ class _Scorer:
 
 
 def _beyond(found: dict[str, Reading], role: Role) -> None:
-    """What stands at the snapshots that a diverged attack did not reach: its last pictures, unless these flatter.
+    """What stands at the snapshots that a diverged attack did not reach: its last pictures, unless
+    these flatter.
 
-    An attack on a target that diverged on the immunized model proves no protection: beyond its end it counts as on the
-    baseline, where that shows more. An attack on another concept that diverged on the baseline leaves nothing to compare
-    the benign user's loss with: nan beyond its end.
+    An attack on a target that diverged on the immunized model proves no protection: beyond its end
+    it counts as on the baseline, where that shows more. An attack on another concept that diverged
+    on the baseline leaves nothing to compare the benign user's loss with: nan beyond its end.
     """
     baseline = found[BASELINE]
     if role == "benign":

@@ -1,4 +1,6 @@
-"""A detector for concepts that no detector knows: similarity to the concept's own pictures, calibrated on the case."""
+"""A detector for concepts that no detector knows: similarity to the concept's own pictures,
+calibrated on the case.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ KINDS = ("features", "clip")  # at equal errors the first one counts
 
 @dataclass(frozen=True)
 class Cut:
-    """A picture shows the concept where its similarity ``kind`` to the references is at least ``threshold``."""
+    """A picture shows the concept where its similarity ``kind`` to the references is at least
+    ``threshold``.
+    """
 
     references: References
     kind: str
@@ -32,14 +36,16 @@ class Cut:
 class ReferenceDetector:
     """Implements `eval.generation.scoring.Detector` for the concepts of one case.
 
-    The similarity is the mean cosine to the concept's reference pictures. Positives are pictures of the concept that
-    are not among these (the immunizer's and the attacker's own), negatives those of the other concepts, of its class
-    without it (``prior``) and of unrelated things. The threshold has the least sum of both error rates; of feature
-    network and CLIP the one with fewer errors decides. ``rates`` are measured on the pictures that set the threshold:
-    with few pictures they flatter it.
+    The similarity is the mean cosine to the concept's reference pictures. Positives are pictures of
+    the concept that are not among these (the immunizer's and the attacker's own), negatives those
+    of the other concepts, of its class without it (``prior``) and of unrelated things. The
+    threshold has the least sum of both error rates; of feature network and CLIP the one with fewer
+    errors decides. ``rates`` are measured on the pictures that set the threshold: with few pictures
+    they flatter it.
 
     Raises:
-        UserError: a concept that has no such pictures, or that its pictures do not tell apart from others.
+        UserError: a concept that has no such pictures, or that its pictures do not tell apart from
+            others.
     """
 
     def __init__(self, scorers: Any, case: ConceptCase, names: Iterable[str], key: str) -> None:
@@ -70,7 +76,10 @@ class ReferenceDetector:
             torch.cat([p for p in parts if len(p)] or [parts[0]]) for parts in (shown, others)
         )
         if not len(yes) or not len(no):
-            told = "needs pictures of the concept and of other things beside its references to be told apart."
+            told = (
+                "needs pictures of the concept and of other things beside its references "
+                "to be told apart."
+            )
             raise UserError(key, concept.name, told)
         found = []
         for kind in KINDS:
@@ -81,7 +90,10 @@ class ReferenceDetector:
             found.append(Cut(references, kind, *best_threshold(high, low)))
         best = min(found, key=lambda c: c.false_positive + c.false_negative)
         if best.false_positive + best.false_negative >= 1:
-            told = "its pictures are not told apart from others by features or CLIP; give eval.audit another detector."
+            told = (
+                "its pictures are not told apart from others by features or CLIP; give "
+                "eval.audit another detector."
+            )
             raise UserError(key, concept.name, told)
         return best
 

@@ -1,4 +1,5 @@
-"""What the diffusion metrics ask of the networks that scorer pictures, and the similarities M of docs/methods.md §4.2.
+"""What the diffusion metrics ask of the networks that scorer pictures, and the similarities M of
+docs/methods.md §4.2.
 
 Pictures are uint8 [n, 3, s, s] here; a scorer resizes and normalises them itself.
 """
@@ -34,8 +35,9 @@ class Encoder(Protocol):
 
 
 class Features(Protocol):
-    """A feature network: pooled features [n, d]; with them, a perceptual distance [n] in [0, 4] of picture i to
-    reference i mod R."""
+    """A feature network: pooled features [n, d]; with them, a perceptual distance [n] in [0, 4] of
+    picture i to reference i mod R.
+    """
 
     def features(self, images: Tensor) -> Tensor: ...
 
@@ -49,7 +51,9 @@ class Perceptual(Protocol):
 
 
 class Detector(Protocol):
-    """Says whether a picture shows a concept. ``rates``: concept → its ``false_positive`` and ``false_negative``."""
+    """Says whether a picture shows a concept. ``rates``: concept → its ``false_positive`` and
+    ``false_negative``.
+    """
 
     @property
     def rates(self) -> Mapping[str, Mapping[str, float]]: ...
@@ -59,7 +63,9 @@ class Detector(Protocol):
 
 @runtime_checkable
 class Labeller(Protocol):
-    """A detector that also names the object and the style of any picture: probabilities [n, classes] of both."""
+    """A detector that also names the object and the style of any picture: probabilities [n,
+    classes] of both.
+    """
 
     def probabilities(self, images: Tensor) -> Mapping[Literal["object", "style"], Tensor]: ...
 
@@ -98,16 +104,16 @@ def detector_of(scorers: Scorers, key: str) -> Detector:
 def dry_open(
     scorers: Scorers, cases: Iterable[ConceptCase], kinds: Sequence[str], detect: str | None = None
 ) -> None:
-    """Scorer a reference picture, so that what a scorer lacks shows before hours of attacks: one of every concept by the
-    detector, and one by the networks, which know no concepts.
+    """Score a reference picture, so that what a scorer lacks shows before hours of attacks: one of
+    every concept by the detector, and one by the networks, which know no concepts.
 
     Args:
         kinds: similarities that will be asked for.
         detect: config key of the metric that will ask the detector; None: none will.
 
     Raises:
-        UserError: a concept without reference pictures, and what the scorers raise (missing weights, a concept that the
-            detector does not know, a feature network without maps).
+        UserError: a concept without reference pictures, and what the scorers raise (missing
+            weights, a concept that the detector does not know, a feature network without maps).
     """
     detector = detector_of(scorers, detect) if detect else None
     concepts = [concept for case in cases for concept in case.tasks]
@@ -128,7 +134,8 @@ def dry_open(
 def legacy(images: Tensor) -> Tensor:
     """What the released IMMA evaluation (arXiv 2311.18815) shows its networks: for comparison only.
 
-    It takes pictures in [0, 1] for pictures in [-1, 1], so that all become pale (x/2 + 1/2), and shrinks them to 64 px.
+    It takes pictures in [0, 1] for pictures in [-1, 1], so that all become pale (x/2 + 1/2), and
+    shrinks them to 64 px.
     """
     x = images.float() / 510 + 0.5
     if images.shape[-1] > LEGACY_SIDE:
@@ -171,11 +178,12 @@ def _unit(vectors: Tensor) -> Tensor:
 class References:
     """Similarity M of pictures to the reference pictures of one concept.
 
-    ``clip`` and ``features``: mean cosine to all references. ``feature_lpips``: 1 − d/2 for the distance d to ONE
-    reference, number i mod R for picture i (all pairs would cost R times as much; both models meet the same reference).
-    d is a mean of ‖â − b̂‖² = 2 − 2cos over positions and stages, so 1 − d/2 is the mean cosine of maps. 1 − d, as with
-    LPIPS, has no use here: d is near 1 for two pictures of one concept, and SGR divides by M. ``lpips``: 1 − LPIPS
-    to one reference in the same way, the similarity of arXiv 2412.15320 and 2311.18815.
+    ``clip`` and ``features``: mean cosine to all references. ``feature_lpips``: 1 − d/2 for the
+    distance d to ONE reference, number i mod R for picture i (all pairs would cost R times as much;
+    both models meet the same reference). d is a mean of ‖â − b̂‖² = 2 − 2cos over positions and
+    stages, so 1 − d/2 is the mean cosine of maps. 1 − d, as with LPIPS, has no use here: d is near
+    1 for two pictures of one concept, and SGR divides by M. ``lpips``: 1 − LPIPS to one reference
+    in the same way, the similarity of arXiv 2412.15320 and 2311.18815.
 
     Args:
         images: uint8 [R, 3, s, s], already `prepared`.
@@ -187,7 +195,10 @@ class References:
 
     def __init__(self, scorers: Scorers, images: Tensor, kinds: Sequence[str]) -> None:
         if "lpips" in kinds and scorers.lpips is None:
-            told = "holds lpips, and scorers.lpips is null: take scorers=real, or leave it out (feature_lpips needs none)."
+            told = (
+                "holds lpips, and scorers.lpips is null: take scorers=real, or leave it "
+                "out (feature_lpips needs none)."
+            )
             raise UserError("eval.generation.similarities", list(kinds), told)
         self.scorers, self.images, self.kinds = scorers, images, tuple(kinds)
         self._mean: dict[str, Tensor] = {}
@@ -207,8 +218,8 @@ class References:
         clip: Tensor | None = None,
         features: bool = False,
     ) -> tuple[dict[str, Floats], Tensor | None]:
-        """Per kind of ``kinds``, M of every picture [n]; unit vectors of the feature network [n, d],
-        where it was asked.
+        """Per kind of ``kinds``, M of every picture [n]; unit vectors of the feature network [n,
+        d], where it was asked.
 
         Args:
             clip: the pictures' unit vectors, where they are known.
@@ -261,7 +272,9 @@ _LAST: list[tuple[weakref.ref[Any], dict[Any, Any]]] = []
 
 
 def memo(run: Any) -> dict[Any, Any]:
-    """A store that lives as long as ``run`` and is shared by the metrics of it, so that pictures are made once."""
+    """A store that lives as long as ``run`` and is shared by the metrics of it, so that pictures
+    are made once.
+    """
     if not _LAST or _LAST[0][0]() is not run:
         _LAST[:] = [(weakref.ref(run), {})]
     return _LAST[0][1]

@@ -1,4 +1,6 @@
-"""What immunization costs before anybody attacks: unrelated prompts, painted by θ_0 and θ_I from the same latents."""
+"""What immunization costs before anybody attacks: unrelated prompts, painted by θ_0 and θ_I from
+the same latents.
+"""
 
 from __future__ import annotations
 
@@ -36,33 +38,41 @@ HEADS = ("object", "style")
 
 
 class Utility:
-    """Similarity, prompt adherence, detections and feature distance on ``case.unrelated``; compares θ_I with θ_0.
+    """Similarity, prompt adherence, detections and feature distance on ``case.unrelated``; compares
+    θ_I with θ_0.
 
     ``utility_clip_drift``: 1 − CLIP cosine of the pictures of both models from the same latents;
-    ``utility_feature_drift`` the same with the feature network. ``utility_clip_t``: cosine to the prompt.
-    ``utility_detection``: share of pictures whose likeliest object AND likeliest style are those that the same
-    detector sees in the reference picture of the prompt; ``utility_object``, ``utility_style``: one of them alone.
-    ``utility_agreement``: share of pictures where it sees the same in both models. ``_baseline`` stands for θ_0, ``_drop``
-    for baseline − immunized, with a paired interval: a resample draws a picture of both models at once.
-    Every prompt counts alike, however many pictures it got, and a resample draws prompts.
-    ``utility_frechet``, ``utility_frechet_baseline``: Fréchet distance of features to the reference pictures (biased
-    upwards by few pictures, alike in both models, so no interval is given: compare the two).
+    ``utility_feature_drift`` the same with the feature network. ``utility_clip_t``: cosine to the
+    prompt.
+    ``utility_detection``: share of pictures whose likeliest object AND likeliest style are those
+    that the same detector sees in the reference picture of the prompt; ``utility_object``,
+    ``utility_style``: one of them alone.
+    ``utility_agreement``: share of pictures where it sees the same in both models. ``_baseline``
+    stands for θ_0, ``_drop`` for baseline − immunized, with a paired interval: a resample draws a
+    picture of both models at once. Every prompt counts alike, however many pictures it got, and a
+    resample draws prompts.
+    ``utility_frechet``, ``utility_frechet_baseline``: Fréchet distance of features to the reference
+    pictures (biased upwards by few pictures, alike in both models, so no interval is given: compare
+    the two).
 
-    Further settings add suffixes to drift, CLIP-T, detection and agreement: ``_guidance_S`` for another guidance scale,
-    ``_negative`` for a negative prompt, ``_compositions`` for prompts without reference pictures. There the object and
-    the style must be ones that the prompt names; detection is left out where a prompt names neither.
+    Further settings add suffixes to drift, CLIP-T, detection and agreement: ``_guidance_S`` for
+    another guidance scale, ``_negative`` for a negative prompt, ``_compositions`` for prompts
+    without reference pictures. There the object and the style must be ones that the prompt names;
+    detection is left out where a prompt names neither.
 
     Args:
-        scorers: without a detector that names objects and styles the detection figures are left out.
+        scorers: without a detector that names objects and styles the detection figures are left
+            out.
         count: pictures per case and setting; prompts start again where they run out.
         guidances: further guidance scales; the scenario's own is skipped.
         negative: a negative prompt, or "" for none.
         compositions: prompts, e.g. an object in a style that training never showed.
-        features: scorer with the feature network too (``utility_feature_drift``, ``utility_frechet``).
+        features: scorer with the feature network too (``utility_feature_drift``,
+            ``utility_frechet``).
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
-    needs_model_names: ClassVar[int] = 2
+    needs_models: ClassVar[int] = 2
     needs_attack: ClassVar[bool] = False
 
     def __init__(
@@ -89,7 +99,9 @@ class Utility:
         return {f"{key}.negative": self.negative, **listed}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
-        """Before anything runs: there are unrelated prompts, and the scorers work. Raises as `eval.generation.scoring.dry_open`."""
+        """Before anything runs: there are unrelated prompts, and the scorers work. Raises as
+        `eval.generation.scoring.dry_open`.
+        """
         for case in cases:
             self._settings(case)
         dry_open(self.scorers, cases, ("clip", "features") if self.features else ("clip",))
@@ -209,7 +221,9 @@ class _Setting:
 
 @dataclass(frozen=True)
 class Scorerd:
-    """One case and seed: the prompt of every picture, quantity → [pictures], and Fréchet distance by model."""
+    """One case and seed: the prompt of every picture, quantity → [pictures], and Fréchet distance
+    by model.
+    """
 
     seed: int
     case: str
@@ -251,7 +265,10 @@ def scores(cells: Sequence[Scorerd], suffix: str, note: str | None) -> dict[str,
         for c in cells:
             by_seed.setdefault(c.seed, []).append(c.frechet[model_name])
         value = float(np.mean([np.mean(v) for v in by_seed.values()]))
-        told = f"biased upwards: {len(cells[0].rows['clip_drift'])} pictures; compare with the other model"
+        told = (
+            f"biased upwards: {len(cells[0].rows['clip_drift'])} pictures; compare with "
+            "the other model"
+        )
         better = "neutral" if model_name == BASELINE else "lower"
         out[f"utility_frechet{suffix}{_end(model_name)}"] = Score(
             value, n=len(by_seed), better=better, note=told
@@ -268,8 +285,9 @@ def _labels(detector: Labeller, images: Tensor) -> Tensor:
 def _named(
     detector: Labeller, prompts: Sequence[str], seen: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Arm → bool [2, n]: whether the likeliest object and style are among those that the prompt names, true where it
-    names none of that kind. Empty where a prompt names neither, or the detector's classes have no names.
+    """Arm → bool [2, n]: whether the likeliest object and style are among those that the prompt
+    names, true where it names none of that kind. Empty where a prompt names neither, or the
+    detector's classes have no names.
     """
     if not isinstance(detector, Namer):
         return {}

@@ -1,1 +1,3 @@
-"""Views of records: HTML report, leaderboard, comparison, terminal summary. Nothing here computes a result."""
+"""Views of records: HTML report, leaderboard, comparison, terminal summary. Nothing here computes a
+result.
+"""

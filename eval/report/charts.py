@@ -1,4 +1,6 @@
-"""Plots other than curves: heat map, dots with intervals, scatter. SVG as in `eval.report.plots`."""
+"""Plots other than curves: heat map, dots with intervals, scatter. SVG as in
+`eval.report.plots`.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,8 @@ def against_option(
     """A metric against one option, with intervals; an empty string where nothing can be drawn.
 
     Args:
-        ticks: names of the positions 0, 1, … of x; empty for a numeric option, whose axis is logarithmic if it spreads.
+        ticks: names of the positions 0, 1, … of x; empty for a numeric option, whose axis is
+            logarithmic if it spreads.
         reference: a thin horizontal line.
     """
     values = [v for s in series for v in s.y if prompt_adherent(v, False) and v is not None]
@@ -132,7 +135,9 @@ def _apart(
 def forest(
     names: Sequence[str], series: Sequence[Dots], *, title: str, x: str, reference: float = 0.0
 ) -> Markup:
-    """Figures with intervals, one row per name (``Dots.x`` is the row), around a vertical line at ``reference``."""
+    """Figures with intervals, one row per name (``Dots.x`` is the row), around a vertical line at
+    ``reference``.
+    """
     fig, axes = new_axes(4.4, 0.9 + 0.29 * len(names), PLACEHOLDERS)
     values = [v for one in series for v in one.y if v is not None]
     if reference == 1.0 and spread(values):
@@ -212,7 +217,9 @@ def heat_map(
     x: str,
     y: str,
 ) -> Markup:
-    """Values around 1 on a logarithmic scale, purple below and orange above (safe for colour-blind readers)."""
+    """Values around 1 on a logarithmic scale, purple below and orange above (safe for colour-blind
+    readers).
+    """
     spread = max((abs(math.log10(v)) for v in cells.values() if v > 0), default=0.0) or 1.0
     fig, axes = new_axes(4.6, 4.1, PLACEHOLDERS)
     axes.grid(False)
@@ -273,6 +280,7 @@ def swatch(index: int) -> Markup:
     if dash == "dashdot":
         pattern = ' stroke-dasharray="8 3 2 3"'
     return Markup(
-        f'<svg class="swatch" viewBox="0 0 34 10" width="34" height="10" aria-hidden="true"><line x1="1" y1="5" x2="33"'
+        '<svg class="swatch" viewBox="0 0 34 10" width="34" height="10" '
+        'aria-hidden="true"><line x1="1" y1="5" x2="33"'
         f' y2="5" stroke="var(--s{i})" stroke-width="3"{pattern}/></svg>'
     )

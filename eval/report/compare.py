@@ -27,8 +27,8 @@ _OVER_ATTACKERS = re.compile(
 def compare(a: Record, b: Record) -> dict[str, Any]:
     """Differences B − A of settings and metrics, JSON-able.
 
-    Intervals of differences are those of `eval.report.paired.difference`; ``sure`` needs one across seeds that
-    excludes zero, and for figures over attackers the same attackers and budget.
+    Intervals of differences are those of `eval.report.paired.difference`; ``sure`` needs one across
+    seeds that excludes zero, and for figures over attackers the same attackers and budget.
 
     Raises:
         UserError: records of different schemas (their minor version does not matter) or scenarios.
@@ -148,7 +148,8 @@ def to_text(result: dict[str, Any]) -> str:
     lines += [f"  {c['key']}: {_short(c['a'])} → {_short(c['b'])}" for c in result["config"]]
     changed, equal = _split(result["metrics"])
     lines.append(
-        f"\nmetrics, B − A, and ÷: B ÷ A of geometric means ({len(changed)} differ, {equal} are equal):"
+        f"\nmetrics, B − A, and ÷: B ÷ A of geometric means ({len(changed)} differ, "
+        f"{equal} are equal):"
     )
     width = max((len(r["name"]) for r in changed), default=0)
     for row in changed:

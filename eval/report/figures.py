@@ -31,7 +31,10 @@ _QUANTITIES = {
 }
 
 GAPS = (-1.0, 1.2)  # between twice the baseline's similarity and none at all, with some room
-CUT = "Cut off where the baseline shows next to nothing of the concept: the ratio to it says nothing there."
+CUT = (
+    "Cut off where the baseline shows next to nothing of the concept: the ratio to "
+    "it says nothing there."
+)
 
 Shown = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
 
@@ -92,7 +95,9 @@ def _while_immunizing(name: str) -> bool:
 def comparison_curves(
     records: Sequence[Record], labels: Sequence[str], index: dict[str, int]
 ) -> list[Shown]:
-    """κ, RIR and its share of the bound, or what a concept immunizer logged, against immunization steps."""
+    """κ, RIR and its share of the bound, or what a concept immunizer logged, against immunization
+    steps.
+    """
     out = []
     for name in dict.fromkeys(
         n for n in (*_CONDITION, *_names(records)) if _while_immunizing(n) and n in _names(records)
@@ -203,7 +208,9 @@ def has_bands(records: Sequence[Record]) -> bool:
 
 
 def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, float] | None:
-    """One y range for several plots, unless that would squash one of them to less than 40 % of its height."""
+    """One y range for several plots, unless that would squash one of them to less than 40 % of its
+    height.
+    """
     together = _limits([line for lines in plots for line in lines], log)
     ranges = [r for r in (_limits(lines, log) for lines in plots) if r is not None]
     if together is None or not ranges:
@@ -216,8 +223,10 @@ def _shared_limits(plots: Sequence[Sequence[Line]], log: str) -> tuple[float, fl
 
 
 def _gap_limits(lines: Sequence[Line]) -> tuple[float, float] | None:
-    """The y axis of a relative gap that leaves `GAPS`: it ends there. Before an attack the baseline shows next to
-    nothing of the concept, and a ratio to next to nothing would squash all that follows."""
+    """The y axis of a relative gap that leaves `GAPS`: it ends there. Before an attack the baseline
+    shows next to nothing of the concept, and a ratio to next to nothing would squash all that
+    follows.
+    """
     found = _limits(lines, "")
     if found is None or (GAPS[0] <= found[0] and found[1] <= GAPS[1]):
         return None
@@ -249,7 +258,9 @@ def _horizon(records: Sequence[Record]) -> tuple[float, str] | None:
 
 
 def spectra(records: Sequence[Record], labels: Sequence[str], index: dict[str, int]) -> list[Shown]:
-    """Singular values of the features, principal angles and the pencil, before (baseline) and after."""
+    """Singular values of the features, principal angles and the pencil, before (baseline) and
+    after.
+    """
     out = []
     for role in ("harmful", "benign"):
         lines = _table_lines("spectrum", "value", records, labels, index, role)
@@ -262,7 +273,9 @@ def spectra(records: Sequence[Record], labels: Sequence[str], index: dict[str, i
     out.append({"title": title, "svg": svg, "note": _first(records, "principal_angles")})
     lines = _table_lines("pencil", "value", records, labels, index)
     title = "Eigenvalues of the pencil (K harmful, K benign)"
-    note = f"The wider they spread, the more a linear map can immunize. {_first(records, 'pencil')}".rstrip()
+    note = (
+        f"The wider they spread, the more a linear map can immunize. {_first(records, 'pencil')}"
+    ).rstrip()
     out.append(
         {
             "title": title,
@@ -323,7 +336,10 @@ def heat_maps(records: Sequence[Record], labels: Sequence[str]) -> list[Shown]:
             y="benign task",
         )
         mean = sum(cells.values()) / len(cells)
-        note = f"{above} of {len(cells)} pairs above 1; mean {figure(mean)}, smallest {figure(min(cells.values()))}."
+        note = (
+            f"{above} of {len(cells)} pairs above 1; mean {figure(mean)}, smallest "
+            f"{figure(min(cells.values()))}."
+        )
         out.append({"title": f"RIR per pair: {label}", "svg": svg, "note": note})
     return out
 
@@ -334,6 +350,8 @@ def _natural(text: str) -> tuple[str, int]:
 
 
 def _shared_prefix(names: Sequence[str]) -> int:
-    """Length of the word before the number where all names are that word and a number (digit0 … digit9)."""
+    """Length of the word before the number where all names are that word and a number (digit0 …
+    digit9).
+    """
     words = {_natural(n)[0] for n in names}
     return len(words.pop()) if len(words) == 1 and all(_natural(n)[1] >= 0 for n in names) else 0

@@ -37,8 +37,9 @@ def render(records: Sequence[Record], out: Path) -> Path:
     """Write the report of ``records`` to ``out`` and return its path.
 
     Args:
-        records: one or more; grouped by scenario, backbone and trial, since only those are comparable. Pictures of
-            a record that `lab.core.record.read` gave are looked for beside it, those of any other beside ``out``.
+        records: one or more; grouped by scenario, backbone and trial, since only those are
+            comparable. Pictures of a record that `lab.core.record.read` gave are looked for beside
+            it, those of any other beside ``out``.
 
     Raises:
         ValueError: there are no records.
@@ -118,7 +119,9 @@ def _run(record: Record, label: str, anchor: str) -> dict[str, Any]:
 
 
 def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """What a row is about, in words, before its figures: stages keep their columns in the order of the alphabet."""
+    """What a row is about, in words, before its figures: stages keep their columns in the order of
+    the alphabet.
+    """
     names = dict.fromkeys(key for row in rows for key in row)
     return sorted(
         names,
@@ -173,7 +176,8 @@ def _facts(record: Record) -> list[tuple[str, Any]]:
         ("attacks", ", ".join(record["attacks"]) or "none"),
         (
             "stages",
-            f"{len(record['cells'])} ({p.get('cache_hits', 0)} from the cache, {p.get('cache_misses', 0)} computed)",
+            f"{len(record['cells'])} ({p.get('cache_hits', 0)} from the cache, "
+            f"{p.get('cache_misses', 0)} computed)",
         ),
         (
             "versions",

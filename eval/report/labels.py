@@ -45,11 +45,13 @@ def settings(record: Record) -> dict[str, Any]:
 
 
 def labels(records: Sequence[Record]) -> list[str]:
-    """One label per record, all different: the immunizer, plus the settings that set the record apart.
+    """One label per record, all different: the immunizer, plus the settings that set the record
+    apart.
 
-    Records of one immunizer in one study are rivals. A setting that most rivals share is the study's common one and is
-    named only where a record deviates from it, so that an ablation which changes one thing at a time is labelled by
-    that thing; a setting without a majority (a grid) is named everywhere.
+    Records of one immunizer in one study are rivals. A setting that most rivals share is the
+    study's common one and is named only where a record deviates from it, so that an ablation which
+    changes one thing at a time is labelled by that thing; a setting without a majority (a grid) is
+    named everywhere.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for i, record in enumerate(records):
@@ -74,7 +76,9 @@ def _study(record: Record) -> str:
 
 
 def _within(rivals: Sequence[Record]) -> list[str]:
-    """Labels of records of one immunizer and study; equal where nothing but chance sets them apart."""
+    """Labels of records of one immunizer and study; equal where nothing but chance sets them
+    apart.
+    """
     immunizer = rivals[0]["immunizer"]
     flat = [settings(r) for r in rivals]
     keys = [k for k in dict.fromkeys(k for f in flat for k in f) if not k.endswith("_target_")]
@@ -106,7 +110,9 @@ def _majority(values: Sequence[str]) -> str | None:
 def _collapsed(
     keys: Sequence[str], mine: dict[str, Any], rivals: Sequence[dict[str, Any]]
 ) -> list[tuple[str, str]]:
-    """(key, value as text); a group of options that stands where rivals have one value is named by its members."""
+    """(key, value as text); a group of options that stands where rivals have one value is named by
+    its members.
+    """
     out: dict[str, str] = {}
     for key in (k for k in keys if k in mine):
         parents = [key.rsplit(".", n)[0] for n in range(key.count("."), 0, -1)]

@@ -55,8 +55,9 @@ COLUMNS = (
     "asr_prompt_adherent",
     "steps_to_relearn_prompt_adherent_ratio",
 )
-# metrics of text-to-image runs by other scorers and of other utilities, where somebody has them; not those of a longer
-# horizon, of one model or of other prompts (msgr_clip_2x, …_baseline, …_reworded), which the table of all metrics has
+# metrics of text-to-image runs by other scorers and of other utilities, where somebody has them;
+# not those of a longer horizon, of one model or of other prompts (msgr_clip_2x, …_baseline,
+# …_reworded), which the table of all metrics has
 _MORE = re.compile(r"(msgr|mrsgr|sgr_benign)_[a-z0-9_]+|utility_[a-z0-9_]+_drift")
 _NOT_MORE = re.compile(r".*_(baseline|auc|legacy|\d+x)")
 _HOLDING = (
@@ -83,11 +84,13 @@ def columns(names: Iterable[str]) -> list[str]:
 
 
 def leaderboard(records: Sequence[Record]) -> list[Row]:
-    """Rows ordered by scenario, backbone and trial, then best first; the baseline and failed runs come last, unranked.
+    """Rows ordered by scenario, backbone and trial, then best first; the baseline and failed runs
+    come last, unranked.
 
-    Order: complete runs before those that diverged in part; verdict; among those that hold (or have none) harmful
-    slowdown and SGRC against the worst attacker, then RIR, or the worst target's steps to relearn, then MSGR; among
-    those that fail the harmful slowdown relative to the benign one (``relative``), then RIR or MRSGR.
+    Order: complete runs before those that diverged in part; verdict; among those that hold (or have
+    none) harmful slowdown and SGRC against the worst attacker, then RIR, or the worst target's
+    steps to relearn, then MSGR; among those that fail the harmful slowdown relative to the benign
+    one (``relative``), then RIR or MRSGR.
     """
     rows: list[Row] = []
     for place, found in groups(records).items():
@@ -120,7 +123,9 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
 
 def _ranked(row: Row) -> bool:
-    """Also a failed run has figures where an attack of several failed: of fewer attackers than it was asked for."""
+    """Also a failed run has figures where an attack of several failed: of fewer attackers than it
+    was asked for.
+    """
     return bool(
         row["immunizer"] != BASELINE and row["metrics"] and row["status"] not in ENDED_EARLY
     )
@@ -143,7 +148,9 @@ def _key(row: Row) -> tuple[float, ...]:
 
 
 def relative(row: Row) -> float | None:
-    """Harmful ÷ benign slowdown; of a text-to-image run the worst target's steps to relearn ÷ the benign concepts'."""
+    """Harmful ÷ benign slowdown; of a text-to-image run the worst target's steps to relearn ÷ the
+    benign concepts'.
+    """
     harmful, benign = (
         _value(row, name) for name in ("steps_to_relearn_ratio_worst", "benign_steps_ratio")
     )
@@ -153,7 +160,9 @@ def relative(row: Row) -> float | None:
 
 
 def _mark_best(group: list[Row]) -> None:
-    """Best figure of each column among complete runs; where verdicts were passed, only among those that hold."""
+    """Best figure of each column among complete runs; where verdicts were passed, only among those
+    that hold.
+    """
     complete = [r for r in group if r["status"] == "ok"]
     group = [r for r in complete if _value(r, "verdict") != 0]
     for name in columns(n for r in group for n in r["metrics"]):
@@ -207,10 +216,14 @@ def sound(row: Row) -> str:
 
 
 LEGEND = (
-    "↑ higher is better, ↓ lower. [low, high]: 95 % interval: Student's t over seed means below ten seeds, two-stage"
-    " bootstrap from ten on; fewer than three seeds support no claim about other seeds. Bold: best of the column among"
-    " complete runs that hold; ≥: the target was not reached, a lower limit, ≤: an upper one. Partly diverged:"
-    " immunization failed on some cases, which count as failures; such runs come after complete ones."
+    "↑ higher is better, ↓ lower. [low, high]: 95 % interval: Student's t over seed "
+    "means below ten seeds, two-stage"
+    " bootstrap from ten on; fewer than three seeds support no claim about other "
+    "seeds. Bold: best of the column among"
+    " complete runs that hold; ≥: the target was not reached, a lower limit, ≤: an "
+    "upper one. Partly diverged:"
+    " immunization failed on some cases, which count as failures; such runs come "
+    "after complete ones."
 )
 
 
@@ -240,7 +253,9 @@ def to_markdown(rows: Sequence[Row]) -> str:
             ]
             rank = str(row["rank"] or "–")
             lines.append(
-                f"| {' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} |"
+                "| "
+                f"{' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} "
+                "|"
             )
         parts.append("\n".join(lines))
     return "\n\n".join([*parts, LEGEND]) + "\n"
@@ -282,7 +297,9 @@ def _csv(value: Any) -> Any:
 
 
 def headline(group: Sequence[Row]) -> str:
-    """Who comes first among several immunizers, and whether the second is distinguishable; empty for fewer than two."""
+    """Who comes first among several immunizers, and whether the second is distinguishable; empty
+    for fewer than two.
+    """
     ranked = [r for r in group if r["rank"] is not None]
     if len(ranked) < 2:
         return ""
@@ -310,19 +327,28 @@ def headline(group: Sequence[Row]) -> str:
     if any(m[end] is None for m in (a, b) for end in ("low", "high")):
         return f"{text}; one of them has no interval, so how sure that order is cannot be said."
     apart = a["low"] > b["high"] or a["high"] < b["low"]
-    return f"{text}; their intervals {'do not overlap' if apart else 'overlap, so the order may be chance'}."
+    return (
+        f"{text}; their intervals "
+        f"{'do not overlap' if apart else 'overlap, so the order may be chance'}."
+    )
 
 
 def _closest(row: Row) -> str:
     metrics = row["metrics"]
     if "slowdown_relative_worst" in metrics:
-        return f"Closest: {row['label']}, {measured(metrics['slowdown_relative_worst'])} harmful ÷ benign."
+        return (
+            f"Closest: {row['label']}, {measured(metrics['slowdown_relative_worst'])} "
+            "harmful ÷ benign."
+        )
     if relative(row) is None:
         return ""
     harmful, benign = (
         measured(metrics[n]) for n in ("steps_to_relearn_ratio_worst", "benign_steps_ratio")
     )
-    return f"Closest: {row['label']}, whose worst target takes {harmful} the baseline's steps, benign concepts {benign}."
+    return (
+        f"Closest: {row['label']}, whose worst target takes {harmful} the baseline's "
+        f"steps, benign concepts {benign}."
+    )
 
 
 def _value(row: Row, name: str) -> float | None:
@@ -330,7 +356,9 @@ def _value(row: Row, name: str) -> float | None:
 
 
 def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the templates need: per scenario, backbone and trial a title, headings and rows of (text, is best)."""
+    """What the templates need: per scenario, backbone and trial a title, headings and rows of
+    (text, is best).
+    """
     out = []
     for title, shown, group in sections(rows):
         lines = [

@@ -1,4 +1,6 @@
-"""Figures of a sweep over options: what a metric does when one or two settings of the same immunizer change."""
+"""Figures of a sweep over options: what a metric does when one or two settings of the same
+immunizer change.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +50,11 @@ class _Option:
 
 
 def by_option(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Per immunizer with at least three records that differ in one or two settings: a figure per metric.
+    """Per immunizer with at least three records that differ in one or two settings: a figure per
+    metric.
 
-    Returns: ``title``, ``note``, ``legend`` [(swatch, text)], ``plots`` as `eval.report.figures` makes them.
+    Returns: ``title``, ``note``, ``legend`` [(swatch, text)], ``plots`` as `eval.report.figures`
+        makes them.
     """
     out = []
     for name in dict.fromkeys(r["immunizer"] for r in records if r["immunizer"] != BASELINE):
@@ -68,7 +72,8 @@ def by_option(records: Sequence[Record]) -> list[dict[str, Any]]:
             for a, b in zip(x.values, series.values if series else x.values, strict=True)
         ]
         if len(set(cells)) < len(cells) or (series and len(series.distinct) > _SERIES):
-            continue  # two records of the same settings (other seeds, other code), or more lines than colours
+            # two records of the same settings (other seeds, other code), or more lines than colours
+            continue
         shown = [_figure(metric, mine, x, series, name) for metric in _shown(mine)]
         if not any(plot["svg"] for plot in shown):
             continue
@@ -90,7 +95,9 @@ def by_option(records: Sequence[Record]) -> list[dict[str, Any]]:
 
 
 def _options(records: Sequence[Record]) -> list[_Option]:
-    """Settings that differ; of those that differ together (one sets the other) the first numeric one stands for all."""
+    """Settings that differ; of those that differ together (one sets the other) the first numeric
+    one stands for all.
+    """
     flat = [settings(r) for r in records]
     keys = list(dict.fromkeys(k for f in flat for k in f))
     found: dict[tuple[int, ...], _Option] = {}
@@ -107,7 +114,9 @@ def _options(records: Sequence[Record]) -> list[_Option]:
 
 
 def _axes(options: list[_Option]) -> tuple[_Option, _Option | None]:
-    """x: a number before a name, the one with more values first; the other option tells the series apart."""
+    """x: a number before a name, the one with more values first; the other option tells the series
+    apart.
+    """
     x, *rest = sorted(options, key=lambda o: (not o.numeric, -len(o.distinct)))
     return x, rest[0] if rest else None
 
@@ -160,7 +169,9 @@ def _text(value: Any) -> str:
 
 
 def transfer(records: Sequence[Record], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """Whether RIR predicts the slow-down, per attacker: rank correlations, and the cases behind them where recorded."""
+    """Whether RIR predicts the slow-down, per attacker: rank correlations, and the cases behind
+    them where recorded.
+    """
     out = []
     for record, label in zip(records, labels, strict=True):
         rows = record["tables"].get("transfer", [])

@@ -37,7 +37,9 @@ def _value(metrics: dict[str, Metric], name: str) -> float | None:
 
 
 def outcome(record: Record) -> Outcome:
-    """The verdict on one record, in words, and what a paper reports for the same settings where one does."""
+    """The verdict on one record, in words, and what a paper reports for the same settings where one
+    does.
+    """
     found, paper = _outcome(record), published(record)
     return (
         found
@@ -72,7 +74,10 @@ def _outcome(record: Record) -> Outcome:
     else:
         what = "was run, but no metric that compares it with the baseline"
         if any(n.startswith("utility_") for n in metrics):
-            what = "was run; how attacks fare on it was not measured, only what it does to unrelated prompts"
+            what = (
+                "was run; how attacks fare on it was not measured, only what it does to "
+                "unrelated prompts"
+            )
         found = Outcome("neutral", "no comparison", f"{name} {what}.", _benign_side(metrics))
     return _partly(record, found) if record["status"] == "diverged" and name != BASELINE else found
 
@@ -121,7 +126,10 @@ def _attacked(record: Record) -> Outcome:
     metrics, name = record["metrics"], record["immunizer"]
     sure = _sure(record)
     if metrics["verdict"]["value"]:
-        what = f"{name} wins over the baseline: the harmful task is held back and the benign task stays prompt-adherent."
+        what = (
+            f"{name} wins over the baseline: the harmful task is held back and the benign "
+            "task stays prompt-adherent."
+        )
         found = Outcome(
             "good" if sure else "unsure", "protects" if sure else "protects, unsure", what
         )
@@ -130,7 +138,10 @@ def _attacked(record: Record) -> Outcome:
     for role in ("harmful", "benign"):
         slow = metrics.get(f"slowdown_{role}_worst")
         if slow is not None and slow["value"] is not None:
-            text = f"Against the worst attacker the {role} task takes {measured(slow)} the baseline's steps."
+            text = (
+                f"Against the worst attacker the {role} task takes {measured(slow)} the "
+                "baseline's steps."
+            )
             found.details.append(text)
         gap = metrics.get(f"sgrc_{role}_worst")
         if gap is not None and gap["value"] is not None:
@@ -150,7 +161,10 @@ def _attacked(record: Record) -> Outcome:
             and by_loss["value"] is not None
             and (by_loss["value"] > 1) != (slow["value"] > 1)
         ):
-            text = f"By training loss instead of norm ratio it takes {measured(by_loss)}: the two measures disagree."
+            text = (
+                f"By training loss instead of norm ratio it takes {measured(by_loss)}: "
+                "the two measures disagree."
+            )
             found.details.append(text)
         found.details.append(
             certainty(slow, 1.0)[1].replace("interval", "interval of the harmful slowdown", 1)
@@ -160,7 +174,9 @@ def _attacked(record: Record) -> Outcome:
 
 
 def _not_passed(record: Record, unprotected: str, what: str) -> Outcome:
-    """A verdict that was not passed, and on which side: a stranger shall not read that what is held back is not."""
+    """A verdict that was not passed, and on which side: a stranger shall not read that what is held
+    back is not.
+    """
     harmful = [c for c in record["tables"].get("verdict", []) if c.get("side") == "harmful"]
     label, told = "does not protect", unprotected
     if harmful and all(c.get("passed") for c in harmful):
@@ -186,7 +202,9 @@ def _generates(metrics: dict[str, Metric]) -> bool:
 
 
 def _relearned(record: Record) -> Outcome:
-    """A text-to-image model: attack success, similarity lost, steps to re-learn; then the benign side."""
+    """A text-to-image model: attack success, similarity lost, steps to re-learn; then the benign
+    side.
+    """
     metrics, name = record["metrics"], record["immunizer"]
     verdict, msgr = _value(metrics, "verdict"), _msgr(metrics)
     what = (
@@ -204,14 +222,20 @@ def _relearned(record: Record) -> Outcome:
             "held back, no verdict" if better else "not held back",
             sentence(holds),
         )
-        told = "No verdict was passed (eval=concept_verdict): whether the benign side holds was not scored."
+        told = (
+            "No verdict was passed (eval=concept_verdict): whether the benign side holds "
+            "was not scored."
+        )
         found.details.append(told)
     elif verdict:
         sure = _sure(record)
         label = "protects" if sure else "protects, unsure"
         found = Outcome("good" if sure else "unsure", label, sentence(f"{name} protects {what}"))
     elif _value(metrics, "asr_baseline") == 0 and _value(metrics, "steps_to_relearn_ratio") is None:
-        told = f"{name} was not put to the test: no attack brings the targets back in the baseline either"
+        told = (
+            f"{name} was not put to the test: no attack brings the targets back in the "
+            "baseline either"
+        )
         found = Outcome(
             "bad", "not put to the test", sentence(told), [sentence(metrics["verdict"]["note"])]
         )
@@ -219,7 +243,10 @@ def _relearned(record: Record) -> Outcome:
         found = _not_passed(record, f"{name} does not protect {what}", what)
     if msgr is not None:
         likeness = _likeness(msgr[1])
-        text = f"Generations of the attacked model are {likeness}: {heading(msgr[0])} {measured(msgr[1])}."
+        text = (
+            f"Generations of the attacked model are {likeness}: {heading(msgr[0])} "
+            f"{measured(msgr[1])}."
+        )
         found.details.append(text)
         found.details.append(certainty(msgr[1], 0.0)[1].replace("interval", "interval of MSGR", 1))
     for other in _against(metrics):
@@ -257,8 +284,10 @@ def _likeness(msgr: Metric) -> str:
 
 
 def _held(metrics: dict[str, Metric]) -> bool:
-    """Whether success, steps and the first scorer's MSGR, as far as measured, lie with their whole intervals on the
-    protected side, no other scorer's MSGR on the other side, and CLIP's, where it was asked, has a value."""
+    """Whether success, steps and the first scorer's MSGR, as far as measured, lie with their whole
+    intervals on the protected side, no other scorer's MSGR on the other side, and CLIP's, where it
+    was asked, has a value.
+    """
     if _against(metrics) or ("msgr_clip" in metrics and _value(metrics, "msgr_clip") is None):
         return False
     msgr = _msgr(metrics)
@@ -293,7 +322,9 @@ def _targets(record: Record) -> str:
 
 
 def _success(record: Record) -> str:
-    """Attack success of both models and the step at which the models are compared: 1× of the budget."""
+    """Attack success of both models and the step at which the models are compared: 1× of the
+    budget.
+    """
     asr, baseline = record["metrics"]["asr"], record["metrics"].get("asr_baseline")
     budget = record["config"].get("budget")
     step = budget.get("horizon") if isinstance(budget, dict) else None
@@ -341,7 +372,8 @@ def _conditioned(record: Record) -> Outcome:
     label = ("RIR above 1" if sure else "RIR above 1, unsure") if better else "RIR not above 1"
     details = [
         sentence,
-        "No attack was scored: this is what the condition numbers predict, not what an attacker felt.",
+        "No attack was scored: this is what the condition numbers predict, not what an "
+        "attacker felt.",
     ]
     return Outcome(
         tone, label, f"{won}: RIR {measured(rir)}.", details + _rir_sentences(record["metrics"])[1:]
@@ -353,11 +385,13 @@ def _rir_sentences(metrics: dict[str, Metric]) -> list[str]:
     if rir is None or rir["value"] is None:
         return []
     out = [
-        f"Relative immunization ratio (RIR): {measured(rir)}; above 1 the harmful task is relatively worse conditioned."
+        f"Relative immunization ratio (RIR): {measured(rir)}; above 1 the harmful task is "
+        "relatively worse conditioned."
     ]
     if share is not None and share["value"] is not None:
         out.append(
-            f"That is {figure(100 * share['value'])} % of the most that any linear immunizer can reach here."
+            f"That is {figure(100 * share['value'])} % of the most that any linear immunizer "
+            "can reach here."
         )
     elif share is not None:
         out.append(f"There is no bound to compare with: {sentence(share['note'])}")

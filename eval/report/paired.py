@@ -1,4 +1,6 @@
-"""The difference of one figure between two records, with an interval: paired over seeds where both have them."""
+"""The difference of one figure between two records, with an interval: paired over seeds where both
+have them.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,9 @@ MEANS: dict[str, Callable[..., Any]] = {"mean": np.mean, "geometric mean": _geom
 class Difference:
     """B − A with 95 % limits (None: there are none), and how they were found.
 
-    ``ratio`` is B ÷ A with its limits, for paired geometric means: these live on a logarithmic scale. ``sure``: an
-    interval across seeds leaves out zero; where there is a ratio, its interval leaves out one.
+    ``ratio`` is B ÷ A with its limits, for paired geometric means: these live on a logarithmic
+    scale. ``sure``: an interval across seeds leaves out zero; where there is a ratio, its interval
+    leaves out one.
     """
 
     value: float
@@ -45,11 +48,14 @@ class Difference:
 def difference(name: str, a: Record, b: Record) -> Difference | None:
     """B − A of metric ``name``; None where a record has no value.
 
-    Where both records know the value of every seed, have the same data in each, and share at least three, the seeds are
-    paired: below ten, Student's t over the seeds' contributions to the difference (for geometric means by the delta
+    Where both records know the value of every seed, have the same data in each, and share at least
+    three, the seeds are
+    paired: below ten, Student's t over the seeds' contributions to the difference (for geometric
+        means by the delta
     method: u_i = G_B·ln b_i − G_A·ln a_i); from ten on the percentile bootstrap that draws the same
-    seeds on both sides. Otherwise the two intervals are combined by MOVER (Zou & Donner 2008, method of variance
-    estimates recovery) as if the records were independent, which is wider than a paired interval.
+    seeds on both sides. Otherwise the two intervals are combined by MOVER (Zou & Donner 2008,
+    method of variance estimates recovery) as if the records were independent, which is wider than a
+    paired interval.
     """
     left, right = a["metrics"][name], b["metrics"][name]
     if left["value"] is None or right["value"] is None:
@@ -62,7 +68,10 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
         mean = _mean_of(pair, [left["value"], right["value"]])
         if mean is not None:
             low, high = _paired(pair[0], pair[1], mean)
-            how = f"paired over {len(shared)} seeds, {'bootstrap' if len(shared) >= BOOTSTRAP_SEEDS else 't'}"
+            how = (
+                f"paired over {len(shared)} seeds, "
+                f"{'bootstrap' if len(shared) >= BOOTSTRAP_SEEDS else 't'}"
+            )
             if mean != "geometric mean":
                 return Difference(gap, low, high, how, low > 0 or high < 0)
             limits = np.exp(_paired(np.log(pair[0]), np.log(pair[1]), "mean"))
@@ -100,7 +109,9 @@ def _seeds(record: Record, name: str) -> dict[int, float] | None:
 
 
 def _mean_of(pair: list[Floats], values: list[float]) -> str | None:
-    """Which mean over seeds gives the records' own values; None where none does (a quotient of means)."""
+    """Which mean over seeds gives the records' own values; None where none does (a quotient of
+    means).
+    """
     for name, mean in MEANS.items():
         if name == "geometric mean" and any((v <= 0).any() for v in pair):
             continue

@@ -15,14 +15,17 @@ from eval.report.page import page
 from eval.report.words import ARROWS, UNMEASURED, Metric, heading, measured
 
 LEGEND = (
-    "front: no other trial is at least as good in every objective and better in one, by point values; where intervals "
+    "front: no other trial is at least as good in every objective and better in one, "
+    "by point values; where intervals "
     "overlap the order may be chance. Trial 0 is the preset itself."
 )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """``values``: option → what was tried. ``metrics``: objective → metric. ``failure``: why it does not count."""
+    """``values``: option → what was tried. ``metrics``: objective → metric. ``failure``: why it
+    does not count.
+    """
 
     number: int
     values: dict[str, Any]

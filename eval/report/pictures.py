@@ -20,10 +20,12 @@ Picture = dict[
 
 
 def pictures(records: Sequence[Record], labels: Sequence[str], beside: Path) -> list[Picture]:
-    """Every picture of ``records``; one that is not there, or not what the record says, becomes a sentence.
+    """Every picture of ``records``; one that is not there, or not what the record says, becomes a
+    sentence.
 
     Args:
-        beside: where the pictures of a record lie that was not read from a file (it is being written there).
+        beside: where the pictures of a record lie that was not read from a file (it is being
+            written there).
     """
     out: list[Picture] = []
     room = LIMIT
@@ -39,7 +41,8 @@ def pictures(records: Sequence[Record], labels: Sequence[str], beside: Path) -> 
             room -= len(found.get("src", ""))
             if room < 0:
                 found = {
-                    "missing": f"Left out to keep this page small: {image['path']} lies beside the record."
+                    "missing": f"Left out to keep this page small: {image['path']} lies "
+                    "beside the record."
                 }
             out.append(shown | found)
     return out
@@ -58,7 +61,8 @@ def _embedded(folder: Path, image: dict[str, str]) -> dict[str, Any]:
         or len(data) < 24
     ):
         return {
-            "missing": f"{image['path']} is not the picture that the record names (SHA-256 differs)."
+            "missing": f"{image['path']} is not the picture that the record names (SHA-256 "
+            "differs)."
         }
     width, height = struct.unpack(">II", data[16:24])
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"

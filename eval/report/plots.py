@@ -1,6 +1,8 @@
-"""Plots as inline SVG that takes its colours from the page, so that one file suits light and dark screens.
+"""Plots as inline SVG that takes its colours from the page, so that one file suits light and dark
+screens.
 
-Matplotlib draws with placeholder colours, which become ``currentColor`` and CSS variables afterwards. Text stays text.
+Matplotlib draws with placeholder colours, which become ``currentColor`` and CSS variables
+afterwards. Text stays text.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
 
 @dataclass(frozen=True)
 class Palette:
-    """Colours of one figure: text and axes, grid lines, the baseline model and then the immunizers."""
+    """Colours of one figure: text and axes, grid lines, the baseline model and then the
+    immunizers.
+    """
 
     ink: str
     grid: str
@@ -67,7 +71,9 @@ _SETTINGS: dict[Any, Any] = {
 
 @dataclass
 class Line:
-    """One series: ``index`` chooses colour, dash and marker (0 = baseline); ``low`` and ``high`` bound a band."""
+    """One series: ``index`` chooses colour, dash and marker (0 = baseline); ``low`` and ``high``
+    bound a band.
+    """
 
     label: str
     index: int
@@ -108,7 +114,9 @@ def band(line: Line, log: bool) -> tuple[list[float], list[float], list[float]]:
 
 
 def series_of(curve: dict[str, Any]) -> list[str]:
-    """Names of a curve's series; ``NAME:low`` and ``NAME:high`` are the band of NAME, no series of their own."""
+    """Names of a curve's series; ``NAME:low`` and ``NAME:high`` are the band of NAME, no series of
+    their own.
+    """
     names = [k for k, v in curve.items() if isinstance(v, list) and k != "step"]
     return [
         n for n in names if not (n.endswith((":low", ":high")) and n.rpartition(":")[0] in names)
@@ -137,7 +145,8 @@ def lines_plot(
     """Series over x with their bands; an empty string where nothing can be drawn.
 
     Args:
-        reference: a thin horizontal line. mark: (x, text) of a thin vertical line. limits: of the y axis.
+        reference: a thin horizontal line. mark: (x, text) of a thin vertical line. limits: of the y
+            axis.
         legend: inside the plot, for series that the page's legend does not have.
     """
     drawn = _drawable(lines, log)
@@ -168,8 +177,8 @@ def lines_plot(
 
 
 def _place(fig: Figure, axes: Axes) -> None:
-    """Room for labels by their number of characters: the page's font decides their width, and to measure them in
-    another one takes as long as all the rest of the drawing.
+    """Room for labels by their number of characters: the page's font decides their width, and to
+    measure them in another one takes as long as all the rest of the drawing.
     """
     size = _SETTINGS["font.size"]
 
@@ -190,7 +199,9 @@ def _place(fig: Figure, axes: Axes) -> None:
 
 
 def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
-    """One curve of a record as a picture with a legend, on white, for dashboards; returns ``path``."""
+    """One curve of a record as a picture with a legend, on white, for dashboards; returns
+    ``path``.
+    """
     model_names = series_of(curve)
     numbers = {
         model_name: 0 if model_name == BASELINE else i

@@ -26,7 +26,9 @@ PUBLISHED = {
 
 
 def published(record: Record) -> str | None:
-    """A sentence: what was published with these settings, what came out, and why they differ; None: nothing was."""
+    """A sentence: what was published with these settings, what came out, and why they differ; None:
+    nothing was.
+    """
     paper = PUBLISHED.get(record["immunizer"])
     if paper is None or record["scenario"] != paper.scenario:
         return None
@@ -37,7 +39,9 @@ def published(record: Record) -> str | None:
     if record["status"] != "diverged":
         return f"{told}; this run did not measure it."
     return (
-        f"{told}; here its plain steps diverge, since η·λ_P is far beyond the stable step for H = XᵀX on these data. "
-        "The paper does not say how H was scaled; presets without `paper` in their name divide it by its largest "
+        f"{told}; here its plain steps diverge, since η·λ_P is far beyond the stable step "
+        "for H = XᵀX on these data. "
+        "The paper does not say how H was scaled; presets without `paper` in their name "
+        "divide it by its largest "
         "eigenvalue."
     )

@@ -44,7 +44,9 @@ def scale(
 
 
 def _log_steps(axes: Axes, steps: Sequence[float]) -> None:
-    """Logarithmic from the first positive step on, linear between 0 and it; few steps are the ticks themselves."""
+    """Logarithmic from the first positive step on, linear between 0 and it; few steps are the ticks
+    themselves.
+    """
     positive = [x for x in steps if x > 0]
     if not positive:
         return

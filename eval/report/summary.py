@@ -19,7 +19,8 @@ def summary(record: Record) -> str:
     found = outcome(record)
     attacks = ", ".join(record["attacks"]) or "no attack"
     lines = [
-        f"── {record['immunizer']} against the baseline · {record['scenario']} on {record['backbone']} · {attacks}",
+        f"── {record['immunizer']} against the baseline · {record['scenario']} on "
+        f"{record['backbone']} · {attacks}",
         *_wrap(f"{_MARKS[found.tone]} {found.headline}", "  "),
     ]
     for detail in found.details:
@@ -46,7 +47,9 @@ def _wrap(text: str, indent: str) -> list[str]:
 
 
 def _data_notes(notes: list[str]) -> list[str]:
-    """What was dropped or imputed, the rank that remains, an immunization cut short; without these the first note."""
+    """What was dropped or imputed, the rank that remains, an immunization cut short; without these
+    the first note.
+    """
     words = ("remain", "dropped", "replaced", "left the finite", "is left out")
     return [n for n in notes if any(word in n.lower() for word in words)] or notes[:1]
 
@@ -67,6 +70,7 @@ def _remarks(record: Record) -> list[str]:
     dirty = " with uncommitted changes" if facts.get("git_dirty") else ""
     sha = (facts.get("git_sha") or "no git")[:10]
     out.append(
-        f"  {facts['wall_time_s']:.1f} s, peak {facts['peak_memory_mb']:.0f} MB, {facts['device']}, {sha}{dirty}"
+        f"  {facts['wall_time_s']:.1f} s, peak {facts['peak_memory_mb']:.0f} MB, "
+        f"{facts['device']}, {sha}{dirty}"
     )
     return ["", *out]

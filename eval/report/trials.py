@@ -1,4 +1,6 @@
-"""What records must share to be ranked: the same attackers with the same budget, on the same cases."""
+"""What records must share to be ranked: the same attackers with the same budget, on the same
+cases.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _SILENT = ("keep_weights", "families", "_target_")
 
 
 class Place(NamedTuple):
-    """Where records are comparable. ``trial`` is empty where all records of scenario and backbone share one."""
+    """Where records are comparable. ``trial`` is empty where all records of scenario and backbone
+    share one.
+    """
 
     scenario: str
     backbone: str
@@ -25,7 +29,9 @@ class Place(NamedTuple):
 
 
 def trial(record: Record) -> str:
-    """Attackers, budget, place of the data and cases, in words. Options of the attackers are a row's settings."""
+    """Attackers, budget, place of the data and cases, in words. Options of the attackers are a
+    row's settings.
+    """
     cases = sorted(
         {str(cell["case"]) for cell in record.get("cells", []) if cell["case"] is not None}
     )
@@ -69,10 +75,11 @@ def _listed(cases: Sequence[str]) -> str:
 
 
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
-    """Records by scenario, backbone and trial, in order of appearance: fewer attackers make a better worst case.
+    """Records by scenario, backbone and trial, in order of appearance: fewer attackers make a
+    better worst case.
 
-    A run that has no figures may not have come to its cases: it stands with the first others that were asked for the
-    same, else with the first ones of its scenario and backbone.
+    A run that has no figures may not have come to its cases: it stands with the first others that
+    were asked for the same, else with the first ones of its scenario and backbone.
     """
     trials: dict[tuple[str, str], dict[str, str]] = {}  # trial → what was asked for
     for record in records:

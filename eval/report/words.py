@@ -35,8 +35,10 @@ NAMES = {
     "steps_to_relearn_ratio": "steps to relearn ÷ baseline",
     "steps_to_relearn_ratio_worst": "steps to relearn ÷ baseline, worst target",
     "asr_prompt_adherent": "attack success, prompt-adherent pictures",
-    "steps_to_relearn_prompt_adherent_ratio": "steps to relearn prompt-adherent pictures ÷ baseline",
-    "benign_steps_prompt_adherent_ratio": "steps on benign concepts, prompt-adherent pictures ÷ baseline",
+    "steps_to_relearn_prompt_adherent_ratio": "steps to relearn prompt-adherent pictures "
+    "÷ baseline",
+    "benign_steps_prompt_adherent_ratio": "steps on benign concepts, prompt-adherent pictures "
+    "÷ baseline",
     "benign_steps_ratio": "steps on benign concepts ÷ baseline",
     "benign_steps_ratio_worst": "steps on benign concepts ÷ baseline, worst",
     "utility_clip_drift": "drift of unrelated prompts (CLIP)",
@@ -62,7 +64,9 @@ _SCORERS = {
 
 
 def heading(name: str) -> str:
-    """A metric's or curve's name as words: ``msgr_clip`` → MSGR (CLIP), ``asr_lora`` → attack success, lora."""
+    """A metric's or curve's name as words: ``msgr_clip`` → MSGR (CLIP), ``asr_lora`` → attack
+    success, lora.
+    """
     if name in NAMES:
         return NAMES[name]
     known = max((n for n in (*NAMES, "") if n and name.startswith(f"{n}_")), key=len, default=None)
@@ -108,7 +112,9 @@ def interval(metric: Metric) -> str:
 
 
 def bound(metric: Metric) -> str:
-    """``≥`` before a lower limit (it may be any higher figure), ``≤`` before an upper one, else nothing."""
+    """``≥`` before a lower limit (it may be any higher figure), ``≤`` before an upper one, else
+    nothing.
+    """
     note = metric["note"] or ""
     return "≥" if note.startswith("at least") else "≤" if note.startswith("at most") else ""
 
@@ -142,7 +148,8 @@ def certainty(metric: Metric, reference: float) -> tuple[bool, str]:
             return True, f"The 95 % interval over {n} seeds lies {side} {figure(reference)}."
         return (
             False,
-            f"The 95 % interval over {n} seeds includes {figure(reference)}: the difference may be chance.",
+            f"The 95 % interval over {n} seeds includes {figure(reference)}: the difference "
+            "may be chance.",
         )
     n = metric["n"]
     if metric["interval"] == "across_seeds":

@@ -1,4 +1,6 @@
-"""What all run metrics share: walking over seeds and cases, averaging curves, choosing the worst."""
+"""What all run metrics share: walking over seeds and cases, averaging curves, choosing the
+worst.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,14 @@ Line = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
 class Cached:
-    """A `RunView` read in one pass, seed by seed: data of one seed at a time, since those of all may not fit in memory.
+    """A `RunView` read in one pass, seed by seed: data of one seed at a time, since those of all
+    may not fit in memory.
 
     ``cases`` gives cases without rows; trajectories come without the attackers' weights.
 
     Args:
-        visit: called once with every (seed, case), rows included, for what has to be measured on them.
+        visit: called once with every (seed, case), rows included, for what has to be measured on
+            them.
         trajectories: read every attack.
         label: of the progress bar.
     """
@@ -87,7 +91,9 @@ def diverged_of(run: RunView) -> dict[tuple[str, int], Any]:
 
 
 def left_out(run: RunView) -> str | None:
-    """A note on the cases whose immunization diverged, counted over seeds; None when there are none."""
+    """A note on the cases whose immunization diverged, counted over seeds; None when there are
+    none.
+    """
     lost = len(diverged_of(run))
     return (
         f"{lost} of {lost + sum(1 for _ in walk(run))} cases diverged and are left out"
@@ -125,7 +131,9 @@ def walk(run: RunView) -> Iterator[tuple[int, int, Case]]:
 
 
 def samples(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
-    """``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with nothing left too."""
+    """``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with nothing
+    left too.
+    """
     groups: Samples = [[] for _ in run.seeds]
     for position, seed, case in walk(run):
         v = value(seed, case)
@@ -135,7 +143,9 @@ def samples(run: RunView, value: Callable[[int, Case], float | None]) -> Samples
 
 
 def shares(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
-    """As `samples`, for values that count successes: a case whose immunization diverged is a failure (0)."""
+    """As `samples`, for values that count successes: a case whose immunization diverged is a
+    failure (0).
+    """
     lost = [seed for _, seed in diverged_of(run)]
     groups: dict[int, list[float]] = {seed: [] for seed in sorted({*run.seeds, *lost})}
     for _, seed, case in walk(run):
@@ -165,22 +175,28 @@ def score_or_reason(
     aggregate: Literal["mean", "geomean"] = "mean",
     **kwargs: Any,
 ) -> Score:
-    """`lab.core.statistics.score`, or a score without value and with ``reason`` when nothing could be measured."""
+    """`lab.core.statistics.score`, or a score without value and with ``reason`` when nothing could
+    be measured.
+    """
     if not groups:
         return Score(None, better=better, note=reason, unit=kwargs.get("unit", ""))
     return score(groups, better, aggregate=aggregate, **kwargs)
 
 
 def worst(role: Role, values: Sequence[float]) -> float:
-    """The value that counts: what protects least on harmful tasks, what costs most on benign ones."""
+    """The value that counts: what protects least on harmful tasks, what costs most on benign
+    ones.
+    """
     return min(values) if role == "harmful" else max(values)
 
 
 def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
-    """Mean of several (steps, values) lines, on the steps of the first, ending where the shortest ends.
+    """Mean of several (steps, values) lines, on the steps of the first, ending where the shortest
+    ends.
 
-    Values between the steps of a line are interpolated linearly. A line that stopped early (divergence) cuts the
-    mean there, so that no mean over survivors is shown. A step where any line is not finite gives None.
+    Values between the steps of a line are interpolated linearly. A line that stopped early
+    (divergence) cuts the mean there, so that no mean over survivors is shown. A step where any line
+    is not finite gives None.
     """
     if not lines:
         raise ValueError("a curve over an empty set")
@@ -195,7 +211,9 @@ def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
 
 
 def model_name_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
-    """A record curve from lines per model; models that end early are filled with None up to the common steps."""
+    """A record curve from lines per model; models that end early are filled with None up to the
+    common steps.
+    """
     means = {
         model_name: mean_curve(model_name_lines) for model_name, model_name_lines in lines.items()
     }

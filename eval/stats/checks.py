@@ -18,7 +18,8 @@ class Check:
 
     Args:
         side: whose condition it is. what: in words, what the figure is.
-        rule: of the figure against ``threshold``; ``low >`` asks that the whole interval lies above it.
+        rule: of the figure against ``threshold``; ``low >`` asks that the whole interval lies above
+            it.
         missing: cells (seed × case) in which the figure was not measured.
     """
 
@@ -41,7 +42,9 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """What was not measured everywhere does not pass; a lower limit ("at least") can pass a ≥, never a ≤."""
+        """What was not measured everywhere does not pass; a lower limit ("at least") can pass a ≥,
+        never a ≤.
+        """
         value = self.figure.low if self.rule == "low >" else self.figure.value
         if value is None or self.missing:
             return False

@@ -1,4 +1,6 @@
-"""When an attacked model shows a concept again: the first step at which a share of detections reaches a threshold."""
+"""When an attacked model shows a concept again: the first step at which a share of detections
+reaches a threshold.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,14 @@ import numpy as np
 from eval.generation.generations import DETECTED, Cell, EvaluatedRun
 from eval.stats.intervals import Floats
 
-LEAST = 1.0  # an attack takes a step at least; also what a concept counts that is shown before the attack
+# an attack takes a step at least; also what a concept counts that is shown before the attack
+LEAST = 1.0
 
 
 def crossing(steps: Sequence[int], shares: Floats, threshold: float) -> Floats:
-    """First step at which ``shares`` [..., points] reach ``threshold``, linear between snapshots; nan where never."""
+    """First step at which ``shares`` [..., points] reach ``threshold``, linear between snapshots;
+    nan where never.
+    """
     grid = np.asarray(steps[: shares.shape[-1]], dtype=float)
     met = shares >= threshold
     index = met.argmax(-1)
@@ -27,7 +32,9 @@ def crossing(steps: Sequence[int], shares: Floats, threshold: float) -> Floats:
 
 
 def shown_before(count: int, cases: int) -> str | None:
-    """Note on a concept that was there before the attack in ``count`` of ``cases``, where it counts as `LEAST`."""
+    """Note on a concept that was there before the attack in ``count`` of ``cases``, where it counts
+    as `LEAST`.
+    """
     return (
         f"shown before the attack, counted as step 1, in {count} of {cases} cases"
         if count
@@ -37,7 +44,9 @@ def shown_before(count: int, cases: int) -> str | None:
 
 @dataclass(frozen=True)
 class Relearned:
-    """When one model shows a concept again, under its best attacker. ``censored``: not up to ``steps``."""
+    """When one model shows a concept again, under its best attacker. ``censored``: not up to
+    ``steps``.
+    """
 
     steps: float
     censored: bool
@@ -52,7 +61,9 @@ def relearned(
     attacks: Sequence[str] | None = None,
     of: str = DETECTED,
 ) -> Relearned:
-    """The one of ``attacks`` (all) that reaches the threshold first; if none does, the one that ran on longest."""
+    """The one of ``attacks`` (all) that reaches the threshold first; if none does, the one that ran
+    on longest.
+    """
     met, ran = [], []
     for attack in attacks or board.attacks:
         reading = board.at(cell, model_name, attack)
@@ -84,8 +95,8 @@ def first_steps(
     """What `relearned` becomes in a resample, where the attackers are compared anew.
 
     Returns:
-        detections [pictures, columns]; their means [..., columns] → first step of the attacker that is first [...],
-        nan where none reaches the threshold; the last step that an attacker ran to.
+        detections [pictures, columns]; their means [..., columns] → first step of the attacker that
+        is first [...], nan where none reaches the threshold; the last step that an attacker ran to.
     """
     chosen = [board.at(cell, model_name, attack) for attack in attacks or board.attacks]
     parts = [reading.values[of][: reading.end] for reading in chosen]

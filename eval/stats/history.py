@@ -32,7 +32,9 @@ TRAINING = {  # of concept immunizers, in the order of the report
 
 
 def training_curves(run: RunView) -> dict[str, dict[str, Any]]:
-    """``immunize_NAME``: what a concept immunizer logged, at most 60 steps of it, mean over cases and seeds."""
+    """``immunize_NAME``: what a concept immunizer logged, at most 60 steps of it, mean over cases
+    and seeds.
+    """
     lines: dict[str, list[Line]] = {}
     for _, seed, case in walk(run):
         history = run.history(case, seed)
@@ -64,10 +66,12 @@ def history_curves(
     histories: dict[tuple[int, str], dict[str, list[float]]],
     worst: Callable[[int, str], Pair],
 ) -> dict[str, dict[str, Any]]:
-    """κ of both Hessians, RIR and its share of the bound against immunization steps, as the immunizer logged them.
+    """κ of both Hessians, RIR and its share of the bound against immunization steps, as the
+    immunizer logged them.
 
-    ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to the log's own entry at
-    step 0, or to the baseline's κ where there is none. A pair without RIR, as its rank moved, has no RIR curve either.
+    ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to
+    the log's own entry at step 0, or to the baseline's κ where there is none. A pair without RIR,
+    as its rank moved, has no RIR curve either.
     """
     lines: dict[str, list[Line]] = {}
     for _, seed, case in walk(run):

@@ -1,8 +1,9 @@
-"""Intervals of figures over generated pictures: resample seeds, then concepts, then pictures (docs/methods.md §4.4).
+"""Intervals of figures over generated pictures: resample seeds, then concepts, then pictures
+(docs/methods.md §4.4).
 
-A figure of one concept in one seed is a function of column means over its pictures: similarity to the references in
-both models, detections along a trajectory. The rows of a `Unit` are pictures made from the same latents in every column,
-so that one resample of the rows keeps the models paired.
+A figure of one concept in one seed is a function of column means over its pictures: similarity to
+the references in both models, detections along a trajectory. The rows of a `Unit` are pictures made
+from the same latents in every column, so that one resample of the rows keeps the models paired.
 """
 
 from __future__ import annotations
@@ -78,16 +79,18 @@ def estimate(
     after: Callable[[Floats], Floats] = columns,
     tails: tuple[float, float] = (TAIL, TAIL),
 ) -> Estimate:
-    """Mean over seeds of the mean over concepts, with percentile limits of the three-stage bootstrap.
+    """Mean over seeds of the mean over concepts, with percentile limits of the three-stage
+    bootstrap.
 
-    ``after`` turns these means [..., figures] into what is reported (a quotient of means). ``tails``: probabilities
-    below the lower and above the upper limit.
+    ``after`` turns these means [..., figures] into what is reported (a quotient of means).
+    ``tails``: probabilities below the lower and above the upper limit.
 
-    From three to nine seeds the limits are never narrower than Student's t over the seeds (over the jackknife's
-    pseudo-values, which for a mean are the seeds' own): resampling three seeds alone covers too rarely
-    (`lab.core.statistics.score`); where the figure is undefined in more than 5 % of resamples they are Student's alone, and
-    where it is undefined without one of the seeds there are none. With fewer than three seeds the limits stay as they
-    are, and concepts and pictures are resampled within them.
+    From three to nine seeds the limits are never narrower than Student's t over the seeds (over the
+    jackknife's pseudo-values, which for a mean are the seeds' own): resampling three seeds alone
+    covers too rarely (`lab.core.statistics.score`); where the figure is undefined in more than 5 %
+    of resamples they are Student's alone, and where it is undefined without one of the seeds there
+    are none. With fewer than three seeds the limits stay as they are, and concepts and pictures are
+    resampled within them.
 
     Raises:
         ValueError: no unit, or a unit without pictures.
@@ -119,14 +122,18 @@ def estimate(
 
 
 def _standard_error(value: Floats, without: Floats) -> Floats:
-    """Of a figure of means over seeds, by the jackknife, from the figures without one seed each [seeds, figures]."""
+    """Of a figure of means over seeds, by the jackknife, from the figures without one seed each
+    [seeds, figures].
+    """
     n = len(without)
     pseudo = n * value - (n - 1) * without
     return np.asarray(pseudo.std(0, ddof=1) / math.sqrt(n))
 
 
 def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
-    """[draws, figures]; every slot of a drawn seed draws a concept, every drawn concept its pictures, all anew."""
+    """[draws, figures]; every slot of a drawn seed draws a concept, every drawn concept its
+    pictures, all anew.
+    """
     rng = np.random.default_rng(20241220)  # fixed: the interval of the same pictures never changes
     n = len(by_seed)
     across = n >= MIN_SEEDS
@@ -153,11 +160,13 @@ def worst_score(
     *,
     geometric: bool = False,
 ) -> Score:
-    """The score of the lowest or highest of k concepts, with an interval that knows that it was picked after looking.
+    """The score of the lowest or highest of k concepts, with an interval that knows that it was
+    picked after looking.
 
-    For the lowest of k true values: the least of the lower limits needs no correction, as the limit of the concept that
-    is truly lowest is one of them; the least of the upper limits lies below it in 2.5 % of cases where each is taken at
-    2.5 % ÷ k (Bonferroni). For the highest the sides change places.
+    For the lowest of k true values: the least of the lower limits needs no correction, as the limit
+    of the concept that is truly lowest is one of them; the least of the upper limits lies below it
+    in 2.5 % of cases where each is taken at 2.5 % ÷ k (Bonferroni). For the highest the sides
+    change places.
 
     Args:
         found: the score of the concept that was picked.
@@ -213,21 +222,25 @@ def score(
         and all(len(u.rows) == 1 for u in units)
         and len(units) == found.seeds
     ):
-        return SeedScore(value, None, None, found.seeds, better, "point", note, unit, seeds)
+        return SeedScore(
+            value, None, None, found.seeds, better, "point", note, unit, per_seed=seeds
+        )
     kind: Literal["across_seeds", "within_seed"] = (
         "across_seeds" if found.seeds >= MIN_SEEDS else "within_seed"
     )
     if not (math.isfinite(low) and math.isfinite(high)):
         told = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
         return SeedScore(
-            value, None, None, found.seeds, better, kind, joined(note, told), unit, seeds
+            value, None, None, found.seeds, better, kind, joined(note, told), unit, per_seed=seeds
         )
     low, high = (min(max(v, bounds[0]), bounds[1]) for v in (low, high))
-    return SeedScore(value, low, high, found.seeds, better, kind, note, unit, seeds)
+    return SeedScore(value, low, high, found.seeds, better, kind, note, unit, per_seed=seeds)
 
 
 def most_unseen(units: Sequence[Unit]) -> float:
-    """The largest share that is seen in no picture of a seed with probability `TAIL` (Clopper and Pearson)."""
+    """The largest share that is seen in no picture of a seed with probability `TAIL` (Clopper and
+    Pearson).
+    """
     pictures = Counter[int]()
     for unit in units:
         pictures[unit.seed] += len(unit.rows)
@@ -241,13 +254,13 @@ def share_score(
     limits: tuple[float, float] | None = None,
     **kwargs: Any,
 ) -> Score:
-    """`score` of a share of pictures. Where none of them (or each) shows what is counted, no resample differs: the
-    interval is then as wide at least as Clopper and Pearson's of the pictures of one seed, as those of other seeds are
-    of models that share much.
+    """`score` of a share of pictures. Where none of them (or each) shows what is counted, no
+    resample differs: the interval is then as wide at least as Clopper and Pearson's of the pictures
+    of one seed, as those of other seeds are of models that share much.
 
     Args:
-        limits: the lowest share that may be there though each picture shows it, and the highest though none does;
-            None: by `most_unseen`.
+        limits: the lowest share that may be there though each picture shows it, and the highest
+            though none does; None: by `most_unseen`.
     """
     found = score(units, better, bounds=SHARE, **kwargs)
     if found.value is None or found.low is None or found.high is None:
@@ -271,11 +284,13 @@ def band(
     log: str = "",
     bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> dict[str, Any]:
-    """A record curve with a 95 % band: series ``model_name``, ``model:low`` and ``model:high`` for every model of ``lines``.
+    """A record curve with a 95 % band: series ``model_name``, ``model:low`` and ``model:high`` for
+    every model of ``lines``.
 
-    A unit's figures are values at its first steps; the mean ends where the shortest unit ends (an attack that
-    diverged), so that no mean over survivors is shown. ``bounds``: as of `score`; those of a share, 0 and 1, also
-    widen the band where no picture (or each) shows what is counted, as `share_score` does.
+    A unit's figures are values at its first steps; the mean ends where the shortest unit ends (an
+    attack that diverged), so that no mean over survivors is shown. ``bounds``: as of `score`; those
+    of a share, 0 and 1, also widen the band where no picture (or each) shows what is counted, as
+    `share_score` does.
     """
     out: dict[str, Any] = {"step": [float(s) for s in steps], "x": x, "y": y, "log": log}
     for model_name, units in lines.items():

@@ -1,4 +1,6 @@
-"""The best linear immunizers in closed form (docs/methods.md §2.1, own result): one decomposition each."""
+"""The best linear immunizers in closed form (docs/methods.md §2.1, own result): one decomposition
+each.
+"""
 
 from __future__ import annotations
 
@@ -23,21 +25,23 @@ from lab.core.types import Checkpoint, FeatureModel, Log
 
 
 class KappaClosedForm:
-    """θ = c·K_P^{-1/2} M^{s/2}, M = K_P^{-1/2} K_H K_P^{-1/2}: attains RIR* = κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)).
+    """θ = c·K_P^{-1/2} M^{s/2}, M = K_P^{-1/2} K_H K_P^{-1/2}: attains RIR* =
+    κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)).
 
-    Every s ≥ 0 attains it, since κ(H_P) = κ(M)^s and κ(H_H) = κ(M)^{1+s}: RIR alone does not say who pays. s = 0
-    whitens the benign task, which then learns in one step, while the harmful one hardly changes. With
-    ``benign_condition`` b, s is chosen such that κ(H_P) = b·κ(H_P(θ_0)): b = 1 leaves the benign conditioning as it
-    was and the harmful side takes the whole of RIR*.
+    Every s ≥ 0 attains it, since κ(H_P) = κ(M)^s and κ(H_H) = κ(M)^{1+s}: RIR alone does not say
+    who pays. s = 0 whitens the benign task, which then learns in one step, while the harmful one
+    hardly changes. With ``benign_condition`` b, s is chosen such that κ(H_P) = b·κ(H_P(θ_0)): b = 1
+    leaves the benign conditioning as it was and the harmful side takes the whole of RIR*.
 
-    One decomposition: K_P = W S² Wᵀ from the singular values of X_P, so that nothing is squared. The scalar c
-    keeps the mean square of the benign features at θ_0's; κ does not see it.
+    One decomposition: K_P = W S² Wᵀ from the singular values of X_P, so that nothing is squared.
+    The scalar c keeps the mean square of the benign features at θ_0's; κ does not see it.
 
-    A singular K_P gives the ``range`` variant: data and θ are reduced to range(K_P) (θ = W S⁻¹ Wᵀ, the
-    pseudo-inverse square root, features have rank r), and the share of harmful energy outside is logged as
-    ``outside_energy``. RIR and its share of the bound are then those of the reduced data. With several harmful
-    tasks K_H is the mean of theirs, each scaled to trace 1 (s = 0 depends on K_P alone); logged is the least
-    immunized one. Directions of M without harmful energy count as its smallest positive eigenvalue.
+    A singular K_P gives the ``range`` variant: data and θ are reduced to range(K_P) (θ = W S⁻¹ Wᵀ,
+    the pseudo-inverse square root, features have rank r), and the share of harmful energy outside
+    is logged as ``outside_energy``. RIR and its share of the bound are then those of the reduced
+    data. With several harmful tasks K_H is the mean of theirs, each scaled to trace 1 (s = 0
+    depends on K_P alone); logged is the least immunized one. Directions of M without harmful energy
+    count as its smallest positive eigenvalue.
 
     Args:
         benign_condition: b > 0, or None for s = 0.
@@ -91,7 +95,9 @@ class KappaClosedForm:
     def _tilt(
         self, whitener: torch.Tensor, before: torch.Tensor, harmful: list[torch.Tensor]
     ) -> torch.Tensor:
-        """M^{s/2} [r, r] in whitened coordinates, from the singular values of the whitened harmful data."""
+        """M^{s/2} [r, r] in whitened coordinates, from the singular values of the whitened harmful
+        data.
+        """
         if self.benign_condition is None:
             return torch.eye(whitener.shape[1], dtype=whitener.dtype)
         whitened = torch.cat([x @ whitener / x.norm() for x in harmful])

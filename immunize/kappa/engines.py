@@ -1,7 +1,8 @@
-"""How a gradient with respect to features moves a model: one engine for linear, one for deep extractors.
+"""How a gradient with respect to features moves a model: one engine for linear, one for deep
+extractors.
 
-Both have the same face: `view` evaluates features of some rows, `add` and `add_regularizer` take gradients with
-respect to those features, `finish` leaves the sum in ``.grad`` of `parameters`.
+Both have the same face: `view` evaluates features of some rows, `add` and `add_regularizer` take
+gradients with respect to those features, `finish` leaves the sum in ``.grad`` of `parameters`.
 """
 
 from __future__ import annotations
@@ -35,19 +36,25 @@ class View:
 
 @dataclass(frozen=True)
 class Preconditioner:
-    """(K + ridge·I)⁻¹ on the regulariser's gradient; ``side`` as in `spectral.preconditioned_step`."""
+    """(K + ridge·I)⁻¹ on the regulariser's gradient; ``side`` as in
+    `spectral.preconditioned_step`.
+    """
 
     ridge: float
     side: Side = "left"
 
 
 class Engine(Protocol):
-    """What moves: its parameters, features of rows, and gradients that come in with respect to features."""
+    """What moves: its parameters, features of rows, and gradients that come in with respect to
+    features.
+    """
 
     parameters: list[Tensor]
 
     def view(self, task: int, rows: Tensor, gradient: bool = True) -> View:
-        """Features of ``rows`` of task number ``task``; with ``gradient`` they can be given to `add`."""
+        """Features of ``rows`` of task number ``task``; with ``gradient`` they can be given to
+        `add`.
+        """
 
     def add(self, view: View, gradient: Tensor) -> None:
         """Ordinary chain rule for ∂f/∂Y [n, d]."""
@@ -55,7 +62,9 @@ class Engine(Protocol):
     def add_regularizer(
         self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
     ) -> None:
-        """Gradient with respect to ``scale``·Y (``scale`` [n, 1]), preconditioned unless ``solve`` is None."""
+        """Gradient with respect to ``scale``·Y (``scale`` [n, 1]), preconditioned unless ``solve``
+        is None.
+        """
 
     def finish(self) -> None:
         """Leave the sum of what was added in ``.grad`` of the parameters, and forget it."""
@@ -76,8 +85,9 @@ class Engine(Protocol):
 class LinearEngine:
     """θ with thin updates; columns that are zero in every task are left out, which changes nothing.
 
-    A row of θ that belongs to a zero column never gets a gradient. Where θ_0 also sends no active input to a
-    feature of that set (identity does not), such features stay zero and are left out too.
+    A row of θ that belongs to a zero column never gets a gradient. Where θ_0 also sends no active
+    input to a feature of that set (identity does not), such features stay zero and are left out
+    too.
     """
 
     def __init__(self, model: FeatureModel, case: Case) -> None:
@@ -151,9 +161,10 @@ class LinearEngine:
 class DeepEngine:
     """Moves the parameters of some blocks; the frozen prefix is evaluated once.
 
-    The preconditioner of Alg. 1 for non-linear extractors: a linear layer that is the identity in the forward
-    pass follows the features and multiplies the gradient on its way back by (X̃ᵀX̃ + ρI)⁻¹, X̃ the features (the
-    dummy layer of arXiv 2505.23760 §4). Evaluated in the thin factor of X̃.
+    The preconditioner of Alg. 1 for non-linear extractors: a linear layer that is the identity in
+    the forward pass follows the features and multiplies the gradient on its way back by (X̃ᵀX̃ +
+    ρI)⁻¹, X̃ the features (the dummy layer of arXiv 2505.23760 §4). Evaluated in the thin factor of
+    X̃.
     """
 
     def __init__(self, model: FeatureModel, case: Case, layers: Sequence[str] | int | None) -> None:

@@ -15,7 +15,9 @@ FIT_RIDGE = (
 
 
 class Head:
-    """w [d, c] with its loss on features y [n, d]. No intercept: the Hessian of the probe is YᵀY."""
+    """w [d, c] with its loss on features y [n, d]. No intercept: the Hessian of the probe is
+    YᵀY.
+    """
 
     def __init__(self, task: Task, dim: int) -> None:
         self.regression = task.kind == "regression"
@@ -39,7 +41,9 @@ class Head:
 
     @staticmethod
     def lipschitz(y: Tensor) -> float:
-        """Largest curvature of the squared loss in w: σ_1(YᵀY)/n (at least that of cross-entropy)."""
+        """Largest curvature of the squared loss in w: σ_1(YᵀY)/n (at least that of
+        cross-entropy).
+        """
         gram = y @ y.T if y.shape[0] < y.shape[1] else y.T @ y
         return float(torch.linalg.matrix_norm(gram, 2)) / y.shape[0]
 
@@ -47,7 +51,9 @@ class Head:
         self.w = self.w - step * gradient
 
     def fit(self, y: Tensor) -> None:
-        """The head that the original features have: ridge solution, or logistic regression by L-BFGS."""
+        """The head that the original features have: ridge solution, or logistic regression by
+        L-BFGS.
+        """
         y = y.to(torch.float64)
         n, d = y.shape
         ridge = FIT_RIDGE * self.lipschitz(y) * n

@@ -1,7 +1,7 @@
 """KAPPA (arXiv 2505.23760, Alg. 1), its ablations and its baselines. Thin classes over one loop.
 
-Own extensions (docs/methods.md §2.2): corridor schedule, running and full spectra, cluster averaging, worst-case
-weights, the attacker's preconditioner, and ``scale``.
+Own extensions (docs/methods.md §2.2): corridor schedule, running and full spectra, cluster
+averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def _each(check: Callable[..., object], *limits: float, **options: object) -> No
 
 
 def _pick(kind: type[T], source: object, **given: object) -> T:
-    """A dataclass ``kind`` whose fields are ``given`` or the attributes of ``source`` of the same name."""
+    """A dataclass ``kind`` whose fields are ``given`` or the attributes of ``source`` of the same
+    name.
+    """
     rest = [field.name for field in fields(kind) if field.name not in given]  # type: ignore[arg-type]
     return kind(**given, **{name: getattr(source, name) for name in rest})
 
@@ -50,7 +52,8 @@ _READ_BY: tuple[
 )
 
 
-# keyword options of an immunizer are fields, each written once; two immunizers stay different objects
+# keyword options of an immunizer are fields, each written once; two immunizers stay different
+# objects
 _options = dataclass(kw_only=True, eq=False)
 
 
@@ -60,7 +63,8 @@ class GradientImmunizer:
 
     Args:
         epochs: passes over the benign task's rows. steps: number of updates instead, if given.
-        batch_size: rows of each task per step. eta: step size η. eta_schedule: ``constant`` or ``cosine`` to 0.
+        batch_size: rows of each task per step. lr: step size η. lr_schedule: ``constant`` or
+            ``cosine`` to 0.
         optimizer: ``plain`` θ ← θ − η·gradient (Alg. 1) or ``adam`` (the release).
         layers: blocks that move, by name or as a count from the end; all if None.
         log_points: about how many times κ of the whole training data is measured.
@@ -70,24 +74,24 @@ class GradientImmunizer:
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
 
     name: str
-    eta: float = 5e-3
+    lr: float = 5e-3
     epochs: int = 30
     steps: int | None = None
     batch_size: int = 64
-    eta_schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: Literal["constant", "cosine"] = "constant"
     optimizer: Literal["plain", "adam"] = "plain"
     layers: Sequence[str] | int | None = None
     log_points: int = 25
     checkpoint_every: int = 200
 
     def __post_init__(self) -> None:
-        number("immunize.lr", self.eta, above=0)
+        number("immunize.lr", self.lr, above=0)
         _each(count, 1, epochs=self.epochs, checkpoint_every=self.checkpoint_every)
         _each(count, 2, batch_size=self.batch_size, log_points=self.log_points)
         if self.steps is not None:
             count("immunize.steps", self.steps)
         choice("immunize.optimizer", self.optimizer, ("plain", "adam"))
-        choice("immunize.lr_schedule", self.eta_schedule, ("constant", "cosine"))
+        choice("immunize.lr_schedule", self.lr_schedule, ("constant", "cosine"))
         if isinstance(self.layers, bool | float):
             raise UserError(
                 "immunize.layers",
@@ -119,22 +123,28 @@ class Kappa(GradientImmunizer):
     Args:
         lambda_p, lambda_h: λ_P, λ_H ≥ 0; one of them 0 gives the ablations ``kappa_ill_only`` and
             ``kappa_well_only``.
-        scale: what the matrices inside the two terms are divided by, K and H alike. ``none``: the sum over a batch
-            of rows, as written in the paper, so that λ depends on the units of the data; ``initial``: σ_1(H(θ_0))
-            at the size of a batch; ``current``: σ_1 of the step's own H, held constant under the derivative.
+        scale: what the matrices inside the two terms are divided by, K and H alike. ``none``: the
+            sum over a batch of rows, as written in the paper, so that λ depends on the units of the
+            data; ``initial``: σ_1(H(θ_0)) at the size of a batch; ``current``: σ_1 of the step's
+            own H, held constant under the derivative.
         preconditioned: the K⁻¹ of Alg. 1.
-        ridge_benign, ridge_harmful: ρ in (K + ρI)⁻¹, in units of ``scale``; 0 is the pseudo-inverse.
-        solve_side: ``left`` as written, ``right`` as released (needs both ridges > 0); of linear extractors, as a
-            layer of a network has its Gram matrix on its input side.
-        rank_rule: p and k are numerical ranks (``rank``) or the number of features (``dimension``, released).
+        ridge_benign, ridge_harmful: ρ in (K + ρI)⁻¹, in units of ``scale``; 0 is the
+            pseudo-inverse.
+        solve_side: ``left`` as written, ``right`` as released (needs both ridges > 0); of linear
+            extractors, as a layer of a network has its Gram matrix on its input side.
+        rank_rule: p and k are numerical ranks (``rank``) or the number of features (``dimension``,
+            released).
         rank_tolerance: relative to σ_max of the feature matrix; None for max(n, d)·ε.
         cluster_tolerance: relative width of the cluster of extremal eigenvalues that is averaged.
         optimizer_aware: ``diagonal`` measures κ after the attacker's own Jacobi preconditioner.
         supervised: weight of L(D_P); its head is fitted to θ_0 first and then moves along.
-        lambda_schedule: ``fixed`` or ``corridor``: dual ascent with ``corridor_rate``, κ(H_P) at most
-            ``corridor_benign`` times and κ(H_H) at least ``corridor_harmful`` times its value at the first step.
-        worst_case: softmax weights over harmful tasks with ``worst_case_temperature``; else equal weights.
-        spectrum: rows behind each estimate of a Gram matrix, see `immunize.kappa.sampling.RowSampler`.
+        lambda_schedule: ``fixed`` or ``corridor``: dual ascent with ``corridor_rate``, κ(H_P) at
+            most ``corridor_benign`` times and κ(H_H) at least ``corridor_harmful`` times its value
+            at the first step.
+        worst_case: softmax weights over harmful tasks with ``worst_case_temperature``; else equal
+            weights.
+        spectrum: rows behind each estimate of a Gram matrix, see
+            `immunize.kappa.sampling.RowSampler`.
         running_decay: β. running_window: number of batches, both for ``spectrum=running``.
     """
 
@@ -214,7 +224,10 @@ class Kappa(GradientImmunizer):
     def check(self, cases: Sequence[Case]) -> None:
         """Hook of `lab.runner.assemble.check_cases`."""
         if self.worst_case and all(len(case.harmful) == 1 for case in cases):
-            told = "weighs several harmful tasks; this scenario has one in every case. Take scenario=mnist_harm_set."
+            told = (
+                "weighs several harmful tasks; this scenario has one in every case. Take "
+                "scenario=mnist_harm_set."
+            )
             raise UserError("immunize.worst_case", True, told)
 
     @property
@@ -236,7 +249,9 @@ class Kappa(GradientImmunizer):
 
 
 class KappaOpt(Kappa):
-    """The baseline Opt κ: descends λ_P log κ(H_P) + λ_H/log κ(H_H) (§5.1 of arXiv 2505.23760, the release)."""
+    """The baseline Opt κ: descends λ_P log κ(H_P) + λ_H/log κ(H_H) (§5.1 of arXiv 2505.23760, the
+    release).
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,7 +266,8 @@ class KappaOpt(Kappa):
 
 @_options
 class KappaImma(GradientImmunizer):
-    """The baseline IMMA (arXiv 2311.18815) on the linear probe, see `immunize.kappa.objectives.BilevelObjective`.
+    """The baseline IMMA (arXiv 2311.18815) on the linear probe, see
+    `immunize.kappa.objectives.BilevelObjective`.
 
     Args:
         inner_steps: attacker's steps per update. inner_step: in units of the stable step 1/L.

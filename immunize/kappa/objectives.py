@@ -1,4 +1,5 @@
-"""What one immunization step descends. `SpectralObjective` serves KAPPA and its ablations, `BilevelObjective` IMMA.
+"""What one immunization step descends. `SpectralObjective` serves KAPPA and its ablations,
+`BilevelObjective` IMMA.
 
 An objective looks at the rows of a step, leaves the gradient in the engine and says what it saw.
 """
@@ -47,7 +48,9 @@ class StepObjective(Protocol):
         """Called once, before the first step or a resume."""
 
     def step(self, step: int) -> dict[str, float]:
-        """Leave the gradient of ``step`` in the engine; returns what is logged. Raises FloatingPointError."""
+        """Leave the gradient of ``step`` in the engine; returns what is logged. Raises
+        FloatingPointError.
+        """
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON-able values that a checkpoint keeps."""
@@ -79,7 +82,9 @@ def supervise(head: Head, view: View, engine: Engine, weight: float) -> float:
 
 @dataclass
 class SpectralOptions:
-    """Options of `SpectralObjective`; the class `immunize.kappa.method.Kappa` documents and checks them."""
+    """Options of `SpectralObjective`; the class `immunize.kappa.method.Kappa` documents and checks
+    them.
+    """
 
     benign: Objective
     harmful: Objective
@@ -104,12 +109,14 @@ class SpectralOptions:
 
 
 class SpectralObjective:
-    """λ_P f(H_P) + λ_H Σ_i q_i g(H_Hi) + supervised·L(D_P), with preconditioned gradients for f and g.
+    """λ_P f(H_P) + λ_H Σ_i q_i g(H_Hi) + supervised·L(D_P), with preconditioned gradients for f and
+    g.
 
-    ``worst_case``: q = softmax(−τ(log κ(H_Hi) − log κ_0i)), so that weight goes to the harmful task whose κ has
-    grown least (distributionally robust weights); otherwise q_i = 1/m.
-    ``corridor`` (dual ascent, units of the initial λ): λ_P ← [λ_P + ρλ_P0(log κ_P − log κ_P0 − log c_P)]₊ and
-    λ_H ← [λ_H + ρλ_H0(log κ_H0 + log c_H − log κ_H)]₊, κ of the estimate that the step uses.
+    ``worst_case``: q = softmax(−τ(log κ(H_Hi) − log κ_0i)), so that weight goes to the harmful task
+    whose κ has grown least (distributionally robust weights); otherwise q_i = 1/m.
+    ``corridor`` (dual ascent, units of the initial λ): λ_P ← [λ_P + ρλ_P0(log κ_P − log κ_P0 − log
+    c_P)]₊ and λ_H ← [λ_H + ρλ_H0(log κ_H0 + log c_H − log κ_H)]₊, κ of the estimate that the step
+    uses.
     """
 
     def __init__(self, options: SpectralOptions) -> None:
@@ -227,11 +234,13 @@ class SpectralObjective:
 class BilevelObjective:
     """First-order IMMA (arXiv 2311.18815) on the linear probe.
 
-    Lower level: w' = w − α∇_w L_H(w, θ), ``inner_steps`` times on the step's rows, α = ``inner_step``/L with L the
-    curvature of that batch. Upper level: max_θ log L_H(w', θ) − ``w_prior``·L_P(w_P, θ), w' held constant (first
-    order). Equal weights over harmful tasks. The attacker's heads carry over from step to step.
+    Lower level: w' = w − α∇_w L_H(w, θ), ``inner_steps`` times on the step's rows, α =
+    ``inner_step``/L with L the curvature of that batch. Upper level: max_θ log L_H(w', θ) −
+    ``w_prior``·L_P(w_P, θ), w' held constant (first order). Equal weights over harmful tasks. The
+    attacker's heads carry over from step to step.
 
-    Deviates from IMMA in the logarithm, which has the same maximisers but a gradient that does not grow with the
+    Deviates from IMMA in the logarithm, which has the same maximisers but a gradient that does not
+    grow with the
     loss: on a linear extractor the plain loss is unbounded and diverges for every step size.
     """
 

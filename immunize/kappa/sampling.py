@@ -1,4 +1,6 @@
-"""Which rows a step sees. A function of (seed, task, step) alone, so that a resumed run sees the same rows."""
+"""Which rows a step sees. A function of (seed, task, step) alone, so that a resumed run sees the
+same rows.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,14 @@ SPECTRA: tuple[Spectrum, ...] = ("batch", "running", "full")
 
 
 class RowSampler:
-    """Rows and weights with which a step estimates the Gram matrix of one task, at the scale of one batch.
+    """Rows and weights with which a step estimates the Gram matrix of one task, at the scale of one
+    batch.
 
-    ``batch``: one batch b_t, H = X_bᵀX_b. Epochs are seeded permutations, an incomplete last batch is dropped.
-    ``running``: H = Σ_{j<m} w_j X_{t−j}ᵀX_{t−j}, w_j = β^j/Σ_i β^i, the last m batches at the *current* weights.
-        Unbiased for the same mean as ``batch``, its variance is Σ w_j² of it; costs m times as much.
+    ``batch``: one batch b_t, H = X_bᵀX_b. Epochs are seeded permutations, an incomplete last batch
+        is dropped.
+    ``running``: H = Σ_{j<m} w_j X_{t−j}ᵀX_{t−j}, w_j = β^j/Σ_i β^i, the last m batches at the
+        *current* weights. Unbiased for the same mean as ``batch``, its variance is Σ w_j² of it;
+        costs m times as much.
     ``full``: all N rows, weight batch/N each.
 
     Args:

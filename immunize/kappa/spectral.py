@@ -1,9 +1,11 @@
-"""Spectral objectives of a Gram matrix, their gradients, and preconditioned steps, all on thin factors.
+"""Spectral objectives of a Gram matrix, their gradients, and preconditioned steps, all on thin
+factors.
 
-H = YᵀY with Y = Xθ (linear) or features (deep), Y [n, d]. Objectives are functions of the positive eigenvalues
-σ_1 ≥ … ≥ σ_r of H; each returns its value and ∂/∂σ_i, and `feature_gradient` turns these into the gradient with
-respect to Y, ∂f/∂Y = U diag(2 s_i ∂f/∂σ_i) Vᵀ for Y = U diag(s) Vᵀ, σ_i = s_i². No d × d matrix is formed while
-n < d. Source: arXiv 2505.23760 (KAPPA) §4, Alg. 1; the three cases of the step are worked out in the docstrings.
+H = YᵀY with Y = Xθ (linear) or features (deep), Y [n, d]. Objectives are functions of the positive
+eigenvalues σ_1 ≥ … ≥ σ_r of H; each returns its value and ∂/∂σ_i, and `feature_gradient` turns
+these into the gradient with respect to Y, ∂f/∂Y = U diag(2 s_i ∂f/∂σ_i) Vᵀ for Y = U diag(s) Vᵀ,
+σ_i = s_i². No d × d matrix is formed while n < d. Source: arXiv 2505.23760 (KAPPA) §4, Alg. 1; the
+three cases of the step are worked out in the docstrings.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ class Factor:
 
 
 def thin_factor(y: Tensor, tolerance: float | None = None) -> Factor:
-    """Singular value decomposition of ``y`` [n, d] by QR of the long side, cut to the numerical rank.
+    """Singular value decomposition of ``y`` [n, d] by QR of the long side, cut to the numerical
+    rank.
 
     Args:
-        tolerance: relative to the largest singular value; default `lab.core.condition.rank_tolerance`.
+        tolerance: relative to the largest singular value; default
+            `lab.core.condition.rank_tolerance`.
     """
     wide = y.shape[0] < y.shape[1]
     q, r = torch.linalg.qr(y.T if wide else y)
@@ -57,8 +61,9 @@ def thin_factor(y: Tensor, tolerance: float | None = None) -> Factor:
 def _extremal(sigma: Tensor, cluster: float, top: bool) -> Tensor:
     """Averaging weights [r] over the eigenvalues within a relative ``cluster`` of the extremal one.
 
-    Near-multiple eigenvalues have no stable singular vectors; ½σ² of the extremal one is replaced by its mean
-    over the cluster. ``cluster`` = 0 takes the first (last) one alone, as the formula says.
+    Near-multiple eigenvalues have no stable singular vectors; ½σ² of the extremal one is replaced
+    by its mean over the cluster. ``cluster`` = 0 takes the first (last) one alone, as the formula
+    says.
     """
     weights = torch.zeros_like(sigma)
     if cluster == 0:
@@ -109,9 +114,11 @@ def feature_gradient(factor: Factor, slope: Tensor) -> Tensor:
 
 
 def diagonal_preconditioner(y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What an attacker with a diagonal preconditioner sees: Ỹ = Y D, D_jj = 1/‖Y_·j‖ (Jacobi scaling of H).
+    """What an attacker with a diagonal preconditioner sees: Ỹ = Y D, D_jj = 1/‖Y_·j‖ (Jacobi
+    scaling of H).
 
-    Returns Ỹ [n, d] and the pullback from ∂f/∂Ỹ to ∂f/∂Y, exact through D. Zero columns are left alone.
+    Returns Ỹ [n, d] and the pullback from ∂f/∂Ỹ to ∂f/∂Y, exact through D. Zero columns are left
+    alone.
     """
     norms = y.norm(dim=0)
     norms = torch.where(norms > 0, norms, torch.ones_like(norms))
@@ -154,17 +161,19 @@ def _solve_left(x: Tensor, gradient: Tensor, ridge: float) -> Tensor:
 def preconditioned_step(
     x: Tensor, gradient: Tensor, ridge: float = 0.0, side: Side = "left"
 ) -> Tensor:
-    """(K + ρI)⁻¹ Xᵀ G for K = XᵀX, with the pseudo-inverse for ρ = 0; [d, e] for ``gradient`` G [n, e].
+    """(K + ρI)⁻¹ Xᵀ G for K = XᵀX, with the pseudo-inverse for ρ = 0; [d, e] for ``gradient`` G [n,
+    e].
 
     Three cases for a spectral gradient G = 2Y V diag(f′) Vᵀ, Y = Xθ:
-      full-rank K, ρ = 0: the result is 2θ V diag(f′) Vᵀ, K cancels (X has full column rank, X⁺X = I);
-      n < d, ρ = 0: X⁺G = 2Pθ V diag(f′) Vᵀ with P the projection on the rows of X;
-      ρ > 0: W diag(s²/(s²+ρ)) Wᵀθ·2V diag(f′) Vᵀ for X = U diag(s) Wᵀ, through Xᵀ(XXᵀ+ρI)⁻¹G for n < d.
+      full-rank K, ρ = 0: the result is 2θ V diag(f′) Vᵀ, K cancels (X has full column rank, X⁺X =
+      I); n < d, ρ = 0: X⁺G = 2Pθ V diag(f′) Vᵀ with P the projection on the rows of X;
+      ρ > 0: W diag(s²/(s²+ρ)) Wᵀθ·2V diag(f′) Vᵀ for X = U diag(s) Wᵀ, through Xᵀ(XXᵀ+ρI)⁻¹G for n
+      < d.
     Cost O(n²d + nde) for n < d: a triangular or Cholesky solve of size n, never of size d.
 
     Args:
-        side: ``right`` gives XᵀG(K + ρI)⁻¹, the released code's reading (its solve acts on the gradient of the
-            transposed weight); needs ρ > 0.
+        side: ``right`` gives XᵀG(K + ρI)⁻¹, the released code's reading (its solve acts on the
+            gradient of the transposed weight); needs ρ > 0.
     """
     if side == "left":
         return _solve_left(x, gradient, ridge)

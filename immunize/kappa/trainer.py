@@ -30,13 +30,15 @@ from lab.core.types import Checkpoint, FeatureModel, Log
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long, how large, how often; `immunize.kappa.method.Kappa` documents and checks the fields."""
+    """How long, how large, how often; `immunize.kappa.method.Kappa` documents and checks the
+    fields.
+    """
 
     epochs: int
     steps: int | None
     batch_size: int
-    eta: float
-    eta_schedule: Literal["constant", "cosine"]
+    lr: float
+    lr_schedule: Literal["constant", "cosine"]
     optimizer: Literal["plain", "adam"]
     layers: Sequence[str] | int | None
     spectrum: Spectrum
@@ -55,7 +57,9 @@ def log_steps(steps: int, points: int) -> frozenset[int]:
 
 
 class Trainer:
-    """Runs an objective on a copy of ``model`` and logs condition numbers of the whole training data."""
+    """Runs an objective on a copy of ``model`` and logs condition numbers of the whole training
+    data.
+    """
 
     def __init__(
         self, schedule: Schedule, model: FeatureModel, case: Case, seed: int, log: Log
@@ -77,24 +81,26 @@ class Trainer:
         ]
         self.steps = s.steps if s.steps is not None else s.epochs * self.samplers[0].per_epoch
         kind = torch.optim.Adam if s.optimizer == "adam" else torch.optim.SGD
-        self.optimizer = kind(self.engine.parameters, lr=s.eta)
+        self.optimizer = kind(self.engine.parameters, lr=s.lr)
         self.linear = model.kind == "linear"
         self.setup = Setup(self.engine, case, self.samplers)
         self.rows: list[dict[str, float]] = []
 
     def _eta(self, step: int) -> float:
-        if self.schedule.eta_schedule == "constant":
-            return self.schedule.eta
-        return self.schedule.eta * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        if self.schedule.lr_schedule == "constant":
+            return self.schedule.lr
+        return self.schedule.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
-    # ── measuring ────────────────────────────────────────────────────────────────────────────────────────────
+    # measuring
 
     def _kappa(self, task: int) -> float:
-        """κ of all training rows, ``rank`` definition; for deep models the mean over groups (docs/methods.md §2).
+        """κ of all training rows, ``rank`` definition; for deep models the mean over groups
+        (docs/methods.md §2).
 
         Raises:
-            FloatingPointError: a numerical rank below that of θ_0. An invertible θ keeps the rank, so κ has left
-                what float64 can resolve, and a κ over the directions that remain would look small.
+            FloatingPointError: a numerical rank below that of θ_0. An invertible θ keeps the rank,
+                so κ has left what float64 can resolve, and a κ over the directions that remain
+                would look small.
         """
         y = self.engine.features(task)
         if not bool(torch.isfinite(y).all()):
@@ -123,7 +129,9 @@ class Trainer:
                 self.bounds = [rir_bound(x[0], x_h, theta).value for x_h in x[1:]]
 
     def _report(self, step: int, values: dict[str, float]) -> None:
-        """Log κ, RIR and its share of the bound; with several harmful tasks, those of the least immunized one."""
+        """Log κ, RIR and its share of the bound; with several harmful tasks, those of the least
+        immunized one.
+        """
         kappas = [self._kappa(task) for task in range(len(self.samplers))]
         rirs = [
             relative_immunization_ratio(after, before, kappas[0], self.before[0])
@@ -138,7 +146,7 @@ class Trainer:
         self.rows.append({"step": step, **row})
         self._log(step, **row)
 
-    # ── state ────────────────────────────────────────────────────────────────────────────────────────────────
+    # state
 
     def _save(self, checkpoint: Checkpoint, objective: StepObjective, step: int) -> None:
         tensors, values = objective.state()
@@ -151,7 +159,9 @@ class Trainer:
         )
 
     def _load(self, checkpoint: Checkpoint | None, objective: StepObjective) -> int:
-        """Restore the last saved state and repeat its log rows; the step to go on with, 0 without a state."""
+        """Restore the last saved state and repeat its log rows; the step to go on with, 0 without a
+        state.
+        """
         saved = checkpoint.load() if checkpoint is not None else None
         if saved is None:
             return 0
@@ -168,7 +178,7 @@ class Trainer:
             self._log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
         return int(values["step"])
 
-    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────
+    # the loop
 
     def run(
         self, objective: StepObjective, checkpoint: Checkpoint | None, label: str
@@ -176,7 +186,8 @@ class Trainer:
         """Descend ``objective``.
 
         Raises:
-            Diverged: features, gradients or weights left the finite numbers; carries the last good step.
+            Diverged: features, gradients or weights left the finite numbers; carries the last good
+                step.
         """
         self._prepare_metrics()
         objective.start(self.setup)

@@ -1,14 +1,15 @@
-"""Merging concepts that were adapted separately: a fixed linear map in two thin factors per concept.
+"""Merging concepts that were adapted separately: a fixed linear map in two thin factors per
+concept.
 
 For every matrix W ∈ R^{out×d} with input rows C_n (concept n) and C_reg (regularisation),
 
-    Ŵ = argmin_X ‖X C_regᵀ − W C_regᵀ‖²_F + λ‖X − W‖²_F   s.t.  X Cᵀ = V,   V = [W_1 C_1ᵀ, …, W_N C_Nᵀ]
-      = W + Σ_n (W_n − W) C_nᵀ B_n,    B = (C A Cᵀ + μI)⁻¹ C A,    A = (C_regᵀ C_reg + λI)⁻¹
+    Ŵ = argmin_X ‖X C_regᵀ − W C_regᵀ‖²_F + λ‖X − W‖²_F   s.t.  X Cᵀ = V,   V = [W_1 C_1ᵀ, …, W_N
+      C_Nᵀ] = W + Σ_n (W_n − W) C_nᵀ B_n,    B = (C A Cᵀ + μI)⁻¹ C A,    A = (C_regᵀ C_reg + λI)⁻¹
 
-(MIMA, arXiv 2412.15320; the constrained least squares of Custom Diffusion, arXiv 2212.04488, written as an update).
-μ > 0 replaces the constraint by (1/μ)‖X Cᵀ − V‖²_F. The inputs are frozen, so B is factored once, in float64, and a
-merge costs two thin products per matrix. Deviates from the released code, which factors C_regᵀC_reg again for
-every layer at every step.
+(MIMA, arXiv 2412.15320; the constrained least squares of Custom Diffusion, arXiv 2212.04488,
+written as an update). μ > 0 replaces the constraint by (1/μ)‖X Cᵀ − V‖²_F. The inputs are frozen,
+so B is factored once, in float64, and a merge costs two thin products per matrix. Deviates from the
+released code, which factors C_regᵀC_reg again for every layer at every step.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ Params = dict[str, Tensor]
 
 
 class Weights(Protocol):
-    """Learned merging weights of matrices (`immunize.merge.learned`): Ŵ = W + Σ_n M_n ⊙ (W_n − W)."""
+    """Learned merging weights of matrices (`immunize.merge.learned`): Ŵ = W + Σ_n M_n ⊙ (W_n −
+    W).
+    """
 
     def __contains__(self, name: object) -> bool: ...
 
@@ -37,8 +40,9 @@ class Weights(Protocol):
 class Merge:
     """θ̂ = Merge(θ, θ'_1 … θ'_N), affine in all its arguments.
 
-    Matrices in ``members`` are merged in closed form, those that ``learned`` holds by learned weights, and
-    everything else is the mean of the θ'_n. A name that an adapted dict leaves out did not move. Differentiable.
+    Matrices in ``members`` are merged in closed form, those that ``learned`` holds by learned
+    weights, and everything else is the mean of the θ'_n. A name that an adapted dict leaves out did
+    not move. Differentiable.
 
     Args:
         count: N ≥ 1 concepts.
@@ -48,7 +52,8 @@ class Merge:
 
     Attributes:
         report: worst over groups of the figures of `Factors.report`, and after each merge
-            ``constraint_residual``, ‖ŴCᵀ − V‖ ÷ ‖V − WCᵀ‖ over all matrices (0 where nothing moved).
+            ``constraint_residual``, ‖ŴCᵀ − V‖ ÷ ‖V − WCᵀ‖ over all matrices (0 where nothing
+            moved).
     """
 
     def __init__(
@@ -68,11 +73,15 @@ class Merge:
                 self.report[key] = worst(self.report.get(key, value), value)
 
     def residual(self) -> dict[str, float]:
-        """``constraint_residual`` of the last merge, as something to log; empty without a closed form."""
+        """``constraint_residual`` of the last merge, as something to log; empty without a closed
+        form.
+        """
         return {key: value for key, value in self.report.items() if key == "constraint_residual"}
 
     def factors_of(self, name: str, like: Tensor) -> Factors | None:
-        """The factors that merge ``name``, in the dtype and on the device of ``like``; None outside the closed form."""
+        """The factors that merge ``name``, in the dtype and on the device of ``like``; None outside
+        the closed form.
+        """
         group = self.members.get(name)
         if group is None:
             return None
@@ -92,7 +101,7 @@ class Merge:
         """A merge that takes the concepts one after the other, so that no two θ'_n need be kept."""
         return Running(self, base)
 
-    # ── the transpose ────────────────────────────────────────────────────────────────────────────────────────
+    # the transpose
 
     def adjoint(self, v: Params) -> tuple[Params, list[Params]]:
         """The transpose of the linear part: (∂/∂θ direct, [∂/∂θ'_n]) of ⟨v, Merge(θ, θ'_1 … θ'_N)⟩.
@@ -126,12 +135,13 @@ class Merge:
             )
         return x / self.count
 
-    # ── adapters ─────────────────────────────────────────────────────────────────────────────────────────────
+    # adapters
 
     def adapters(
         self, adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]], scale: float = 1.0
     ) -> dict[str, tuple[Tensor, Tensor]]:
-        """LoRA adapters θ'_n = θ + s·B_n A_n merged into one of rank ≤ N r, without forming any product.
+        """LoRA adapters θ'_n = θ + s·B_n A_n merged into one of rank ≤ N r, without forming any
+        product.
 
         Args:
             adapters: per concept, name → (A_n [r, d], B_n [out, r]).
@@ -168,7 +178,9 @@ class Merge:
 
 
 class Running:
-    """A merge under way: thin U_n = (W_n − W) C_nᵀ [out, m_n] in closed form, a running sum elsewhere."""
+    """A merge under way: thin U_n = (W_n − W) C_nᵀ [out, m_n] in closed form, a running sum
+    elsewhere.
+    """
 
     def __init__(self, merge: Merge, base: Params) -> None:
         self.merge, self.base = merge, base
@@ -179,7 +191,9 @@ class Running:
         self.put(n, self.part(n, adapted))
 
     def part(self, n: int, adapted: Params) -> Params:
-        """What concept n contributes: U_n in closed form, P_n (θ'_n − θ) elsewhere. Changes nothing."""
+        """What concept n contributes: U_n in closed form, P_n (θ'_n − θ) elsewhere. Changes
+        nothing.
+        """
         found: Params = {}
         for name, value in adapted.items():
             change = value - self.base[name]

@@ -1,4 +1,6 @@
-"""The two thin factors of the merge, see `immunize.merge.closed_form`: two Cholesky factorisations in float64, once."""
+"""The two thin factors of the merge, see `immunize.merge.closed_form`: two Cholesky factorisations
+in float64, once.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from lab.core.options import number
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a group of matrices reads: ``concepts`` C_n [m_n, d], one per concept, and ``regularizer`` C_reg [R, d]."""
+    """What a group of matrices reads: ``concepts`` C_n [m_n, d], one per concept, and
+    ``regularizer`` C_reg [R, d].
+    """
 
     concepts: tuple[Tensor, ...]
     regularizer: Tensor
@@ -24,10 +28,10 @@ class Factors:
     """P_n = ``rights[n]`` @ ``lefts[n]``: C_nᵀ [d, m_n] and B_n [m_n, d]; all in one dtype.
 
     Attributes:
-        error: B Cᵀ − I [m, m], what the constraint misses: ‖ŴCᵀ − V‖ = ‖U error‖ with U = [(W_n − W) C_nᵀ]_n.
-            Zero up to rounding for μ = 0.
-        report: ``cond_regularizer`` (C_regᵀC_reg), ``cond_constraint`` (C A Cᵀ), ``effective_rank`` of C A Cᵀ
-            (exponential of the entropy of its normalised spectrum) and ``rows`` (m).
+        error: B Cᵀ − I [m, m], what the constraint misses: ‖ŴCᵀ − V‖ = ‖U error‖ with U = [(W_n −
+            W) C_nᵀ]_n. Zero up to rounding for μ = 0.
+        report: ``cond_regularizer`` (C_regᵀC_reg), ``cond_constraint`` (C A Cᵀ), ``effective_rank``
+            of C A Cᵀ (exponential of the entropy of its normalised spectrum) and ``rows`` (m).
     """
 
     rights: tuple[Tensor, ...]
@@ -43,14 +47,17 @@ class Factors:
 
 
 def _solve_regularizer(regularizer: Tensor, rows: Tensor, lam: float) -> tuple[Tensor, float]:
-    """A Cᵀ [d, m] and cond(C_regᵀC_reg); by the R × R system (Woodbury) where C_reg has fewer rows than columns."""
+    """A Cᵀ [d, m] and cond(C_regᵀC_reg); by the R × R system (Woodbury) where C_reg has fewer rows
+    than columns.
+    """
     count, d = regularizer.shape
     wide = count < d
     if wide and lam == 0:
         raise UserError(
             "immunize.merge.lam",
             lam,
-            f"{count} rows of regularisation cannot fix {d} dimensions; set it above 0 or take more captions.",
+            f"{count} rows of regularisation cannot fix {d} dimensions; set it above 0 or "
+            "take more captions.",
         )
     gram = regularizer @ regularizer.T if wide else regularizer.T @ regularizer
     spectrum = torch.linalg.eigvalsh(gram)
@@ -63,7 +70,8 @@ def _solve_regularizer(regularizer: Tensor, rows: Tensor, lam: float) -> tuple[T
         raise UserError(
             "immunize.merge.lam",
             lam,
-            f"C_regᵀC_reg is singular (condition {condition:.1e}); set it above 0 or take more varied captions.",
+            f"C_regᵀC_reg is singular (condition {condition:.1e}); set it above 0 or take "
+            "more varied captions.",
         )
     if not wide:
         return torch.cholesky_solve(rows.T, low), condition
@@ -98,8 +106,10 @@ def factorize(inputs: Inputs, *, lam: float = 0.0, mu: float = 0.0) -> Factors:
         raise UserError(
             "immunize.merge.mu",
             mu,
-            f"C A Cᵀ is singular (condition {tight:.1e}, {len(rows)} rows in {rows.shape[1]} dimensions): the "
-            "concepts' tokens contradict or repeat one another. A value above 0 asks for X Cᵀ = V only in the mean "
+            f"C A Cᵀ is singular (condition {tight:.1e}, {len(rows)} rows in {rows.shape[1]} "
+            "dimensions): the "
+            "concepts' tokens contradict or repeat one another. A value above 0 asks for X "
+            "Cᵀ = V only in the mean "
             "square, (1/μ)‖X Cᵀ − V‖²; or take fewer prompts.",
         )
     lefts = torch.cholesky_solve(solved.T, low)

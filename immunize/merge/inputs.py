@@ -1,4 +1,6 @@
-"""What the layers of a U-Net read: which matrices share an input, and recorded inputs of those that read no text."""
+"""What the layers of a U-Net read: which matrices share an input, and recorded inputs of those that
+read no text.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def suffixes(attention: str, kinds: str) -> tuple[str, ...]:
 
 
 def group_of(name: str) -> str:
-    """Matrices of one group read the same input: the text, or a self-attention's, or the layer's own."""
+    """Matrices of one group read the same input: the text, or a self-attention's, or the layer's
+    own.
+    """
     if name.endswith(suffixes("attn2", "kv")):
         return TEXT
     if name.endswith(suffixes("attn1", "qkv")):
@@ -51,7 +55,8 @@ def layer_inputs(
     seed: int,
     *labels: object,
 ) -> dict[str, Tensor]:
-    """Inputs of the layers of ``names`` on ``batches``, group → at most ``rows`` rows [·, d], float64 on the CPU.
+    """Inputs of the layers of ``names`` on ``batches``, group → at most ``rows`` rows [·, d],
+    float64 on the CPU.
 
     An equal share of each batch is chosen at random (stream ``labels`` of ``seed``).
     """

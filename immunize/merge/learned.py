@@ -1,6 +1,7 @@
 """Learned merging weights: Ŵ = W + Σ_n M_n ⊙ (W_n − W), all starting at the mean (M_n = 1/N).
 
-Their parameters minimise Σ_n L(x_n; θ̂) on the lower level's batches and are constants in the hypergradient.
+Their parameters minimise Σ_n L(x_n; θ̂) on the lower level's batches and are constants in the
+hypergradient.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ class Learned:
     Args:
         shapes: parameter name → a tensor of its shape, dtype and device.
         concepts: N.
-        kind: ``sparse``, an entry in [0, 1] per weight with soft thresholding (exact zeros); ``low_rank``,
-            M_n = U Vᵀ over the weight seen as a matrix; ``gate``, one number per block (learned averaging, in the
-            manner of AdaMerging, arXiv 2310.02575).
+        kind: ``sparse``, an entry in [0, 1] per weight with soft thresholding (exact zeros);
+            ``low_rank``, M_n = U Vᵀ over the weight seen as a matrix; ``gate``, one number per
+            block (learned averaging, in the manner of AdaMerging, arXiv 2310.02575).
         rank, seed: of ``low_rank``.
     """
 
@@ -97,7 +98,8 @@ def learn(
     rate: float = 1e-2,
     sparsity: float = 0.0,
 ) -> list[float]:
-    """Proximal Adam (zero state at each call) on ``Σ_n losses[n](θ̂)``, by the learned weights of ``merge``, in place.
+    """Proximal Adam (zero state at each call) on ``Σ_n losses[n](θ̂)``, by the learned weights of
+    ``merge``, in place.
 
     Args:
         base, adapted: θ and θ'_n, as `Merge` takes them.

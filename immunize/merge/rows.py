@@ -1,4 +1,6 @@
-"""What the merge is built from: token rows of concepts, rows of captions, recorded inputs of other layers."""
+"""What the merge is built from: token rows of concepts, rows of captions, recorded inputs of other
+layers.
+"""
 
 from __future__ import annotations
 
@@ -34,16 +36,21 @@ class MergeOptions:
     """How concepts are merged.
 
     Attributes:
-        scope: matrices that the rule covers: ``kv`` keys and values of cross-attention (the paper), ``qkv`` its
-            queries too, ``attention`` all projections of self- and cross-attention, ``down`` and ``up`` all matrices
-            and kernels of those blocks, ``all`` of the U-Net. Everything else is averaged.
-        rule: ``closed_form``; ``mean`` of all; ``masked``: closed form on key/value, learned masks on the rest of the
-            scope; ``gated``: one learned weight per block and concept throughout the scope.
-        lam, mu: λ, μ of `immunize.merge.closed_form.factorize`. The paper has λ = 0; rows of an untrained text encoder end in a
-            plain layer norm, sum to 0 and leave C_regᵀC_reg singular then.
-        rows: input rows per concept of a layer whose input is not text; a kernel's rows are its patches. At most
-            d/2N are taken, so that N concepts never pin down a whole matrix of input width d.
-        regular_rows: rows of C_reg of such a layer; λ must be positive where they are fewer than its input is wide.
+        scope: matrices that the rule covers: ``kv`` keys and values of cross-attention (the paper),
+            ``qkv`` its queries too, ``attention`` all projections of self- and cross-attention,
+            ``down`` and ``up`` all matrices and kernels of those blocks, ``all`` of the U-Net.
+            Everything else is averaged.
+        rule: ``closed_form``; ``mean`` of all; ``masked``: closed form on key/value, learned masks
+            on the rest of the scope; ``gated``: one learned weight per block and concept throughout
+            the scope.
+        lam, mu: λ, μ of `immunize.merge.closed_form.factorize`. The paper has λ = 0; rows of an
+            untrained text encoder end in a plain layer norm, sum to 0 and leave C_regᵀC_reg
+            singular then.
+        rows: input rows per concept of a layer whose input is not text; a kernel's rows are its
+            patches. At most d/2N are taken, so that N concepts never pin down a whole matrix of
+            input width d.
+        regular_rows: rows of C_reg of such a layer; λ must be positive where they are fewer than
+            its input is wide.
         mask: ``sparse`` | ``low_rank``, of rank 4.
         seed: of the choice of rows and of the masks.
     """
@@ -95,11 +102,13 @@ def scope_names(unet: nn.Module, scope: Scope) -> list[str]:
     return [name for name in names if name.endswith(ends)]
 
 
-# ── text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# text
 
 
 def word_positions(model: DiffusionModel, prompt: str, words: str) -> list[int]:
-    """Positions of the tokens of ``words`` in the encoded ``prompt``, first occurrence; empty if it is not there."""
+    """Positions of the tokens of ``words`` in the encoded ``prompt``, first occurrence; empty if it
+    is not there.
+    """
     tokenizer = model.tokenizers[0]
     asked = tokenizer(words, add_special_tokens=False).input_ids
     ids = model.tokens([prompt])[0].tolist()
@@ -149,9 +158,10 @@ def _known(row: Tensor, rows: Sequence[Tensor]) -> bool:
 def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tensor], list[str]]:
     """C_n without the rows that another concept has too, and the tokens that were dropped.
 
-    A shared row would ask X c = W_1 c and X c = W_2 c at once (C A Cᵀ singular). It says nothing about either
-    concept, so it goes from all of them. A concept that has no other row keeps its rows where μ > 0: the constraint
-    is then (1/μ)‖X Cᵀ − V‖², whose solution averages what the concepts ask for.
+    A shared row would ask X c = W_1 c and X c = W_2 c at once (C A Cᵀ singular). It says nothing
+    about either concept, so it goes from all of them. A concept that has no other row keeps its
+    rows where μ > 0: the constraint is then (1/μ)‖X Cᵀ − V‖², whose solution averages what the
+    concepts ask for.
 
     Raises:
         UserError: a concept shares all its rows and μ = 0; names the tokens.
@@ -165,18 +175,26 @@ def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tenso
             raise UserError(
                 "immunize.merge.mu",
                 mu,
-                f"concept {n + 1} shares all its tokens ({', '.join(dict.fromkeys(tokens))}) with other concepts, "
-                "which makes C A Cᵀ singular; a value above 0 replaces the constraint X Cᵀ = V by (1/μ)‖X Cᵀ − V‖², "
+                f"concept {n + 1} shares all its tokens ({', '.join(dict.fromkeys(tokens))}) "
+                "with other concepts, "
+                "which makes C A Cᵀ singular; a value above 0 replaces the constraint X Cᵀ = "
+                "V by (1/μ)‖X Cᵀ − V‖², "
                 "which averages them; or name the concepts by different words.",
             )
         if all(shared):
-            told = "concept %d shares all its tokens (%s) with others: immunize.merge.mu=%g averages what they ask for"
+            told = (
+                "concept %d shares all its tokens (%s) with others: immunize.merge.mu=%g "
+                "averages what they ask for"
+            )
             logger.warning(told, n + 1, ", ".join(dict.fromkeys(tokens)), mu)
         keep = [i for i, known in enumerate(shared) if all(shared) or not known]
         found.append(concept.rows[keep])
         dropped += tokens if not all(shared) else []
     if dropped:
-        told = "the merge leaves out the rows of %s, which several concepts share: they say nothing about either"
+        told = (
+            "the merge leaves out the rows of %s, which several concepts share: they say "
+            "nothing about either"
+        )
         logger.warning(told, ", ".join(dict.fromkeys(dropped)))
     return found, list(dict.fromkeys(dropped))
 
@@ -194,7 +212,7 @@ def regularizer_rows(model: DiffusionModel, captions: Sequence[str], batch: int 
     return torch.cat(parts).flatten(0, 1)
 
 
-# ── the whole ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# the whole
 
 
 def build_merge(

@@ -1,7 +1,9 @@
-"""The deep lower level: an attacker, drawn anew for every concept and step, fine-tunes a copy of the weights.
+"""The deep lower level: an attacker, drawn anew for every concept and step, fine-tunes a copy of
+the weights.
 
-Attackers keep no adapters: a low-rank one is the *effective* weight W + s·BA (LoRA, arXiv 2106.09685; A uniform in
-±1/√in, B = 0 as in peft), so that whatever an attacker moves is comparable with θ and can be merged.
+Attackers keep no adapters: a low-rank one is the *effective* weight W + s·BA (LoRA, arXiv
+2106.09685; A uniform in ±1/√in, B = 0 as in peft), so that whatever an attacker moves is comparable
+with θ and can be merged.
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ class Attack:
     """One drawn attacker.
 
     Attributes:
-        kind: ``lora`` or ``weights``. scope: what it moves. rank: of LoRA, 0 otherwise. lr: its learning rate.
-        optimizer: ``adamw`` (no weight decay) or ``sgd``. template: which captions it trains on, with the number of the
-            rare word (`immunize.mima.sampling.worded`).
+        kind: ``lora`` or ``weights``. scope: what it moves. rank: of LoRA, 0 otherwise. lr: its
+            learning rate.
+        optimizer: ``adamw`` (no weight decay) or ``sgd``. template: which captions it trains on,
+            with the number of the rare word (`immunize.mima.sampling.worded`).
         steps: K.
     """
 
@@ -48,10 +51,12 @@ class Attack:
 
 @dataclass(frozen=True)
 class Family:
-    """Attackers of one kind. ``share``: how often, relative to the others; ``ranks`` and ``lr``: smallest and
-    largest, drawn uniformly and log-uniformly; ``scopes`` and ``templates`` (of `lab.core.captions.TEMPLATES`, the captions
-    that the attacker writes) are equally likely, one that stands twice twice as often; by ``token`` it writes one of
-    ``words`` rare words, equally likely too."""
+    """Attackers of one kind. ``share``: how often, relative to the others; ``ranks`` and ``lr``:
+    smallest and largest, drawn uniformly and log-uniformly; ``scopes`` and ``templates`` (of
+    `lab.core.captions.TEMPLATES`, the captions that the attacker writes) are equally likely, one
+    that stands twice twice as often; by ``token`` it writes one of ``words`` rare words, equally
+    likely too.
+    """
 
     kind: str
     share: float
@@ -88,8 +93,8 @@ def family(key: str, given: Any) -> Family:
     """A family from its options; ``key`` is its config key.
 
     Raises:
-        UserError: unknown options, scopes or templates, learning rates ≤ 0, ranks < 1, a range that is the wrong way
-            round, more words than there are.
+        UserError: unknown options, scopes or templates, learning rates ≤ 0, ranks < 1, a range that
+            is the wrong way round, more words than there are.
     """
     if not isinstance(given, Mapping):
         raise UserError(key, given, f"must be a group with {', '.join(_FIELDS)}.")
@@ -184,7 +189,9 @@ class Attackers:
 
 
 class _Adapted:
-    """Trainable leaves and the effective weights that they make. θ may move in between, see `follow`."""
+    """Trainable leaves and the effective weights that they make. θ may move in between, see
+    `follow`.
+    """
 
     def __init__(
         self, theta: Mapping[str, Tensor], moves: Sequence[str], attack: Attack, g: torch.Generator
@@ -227,8 +234,9 @@ def marks(steps: int, fractions: Sequence[float]) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """After ``step`` steps: the weights that the attacker moved, and the loss of its first batch before and now
-    (now: only after its last step, NaN before)."""
+    """After ``step`` steps: the weights that the attacker moved, and the loss of its first batch
+    before and now (now: only after its last step, NaN before).
+    """
 
     step: int
     weights: dict[str, Tensor]
@@ -264,7 +272,8 @@ class Running:
         if attack.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(self.adapted.leaves, lr=attack.lr)
         else:
-            # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, a third of a step
+            # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, a
+            # third of a step
             self.optimizer = torch.optim.AdamW(
                 self.adapted.leaves, lr=attack.lr, weight_decay=0.0, fused=True
             )
@@ -277,7 +286,8 @@ class Running:
         """Steps up to number ``until``.
 
         Raises:
-            FloatingPointError: the loss left the finite numbers; says at which step, and of which attacker.
+            FloatingPointError: the loss left the finite numbers; says at which step, and of which
+                attacker.
         """
         self.adapted.follow()
         while self.step < until:

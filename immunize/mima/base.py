@@ -1,4 +1,6 @@
-"""What every immunizer of text-to-image models shares: options, which concepts are trained together, the loop."""
+"""What every immunizer of text-to-image models shares: options, which concepts are trained
+together, the loop.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +39,23 @@ class ConceptImmunizer(ABC):
     """What every concept immunizer shares.
 
     Args:
-        concepts: ``merged``: all targets, adapted one by one and merged at every step; ``joint``: pooled into one
-            concept, no merge; ``composed``: each immunized alone, the results merged once; ``single``: one target.
-        target: its number in the case, for ``single``. One concept needs no merge, whichever way it is chosen.
+        concepts: ``merged``: all targets, adapted one by one and merged at every step; ``joint``:
+            pooled into one concept, no merge; ``composed``: each immunized alone, the results
+            merged once; ``single``: one target.
+        target: its number in the case, for ``single``. One concept needs no merge, whichever way it
+            is chosen.
         scope: Π_u, see `immunize.mima.scopes.scope_names`.
-        steps, beta, beta_schedule, optimizer, weight_decay, clip, checkpoint_every: of the upper level, see
-            `immunize.mima.trainer.Schedule`.
+        steps, lr, lr_schedule, optimizer, weight_decay, clip, checkpoint_every: of the upper
+            level, see `immunize.mima.trainer.Schedule`.
         batch_size, prior_batch_size: pictures of a concept and of the prior per step.
         cap: largest loss of a concept that is still pushed up, null for none.
-        w_prior: weight of the prior's loss, which stays small. prior: ``keep`` (the case's unrelated pictures),
-            ``class`` (pictures of the targets' classes), ``both``.
+        w_prior: weight of the prior's loss, which stays small. prior: ``keep`` (the case's
+            unrelated pictures), ``class`` (pictures of the targets' classes), ``both``.
         merge: see `immunize.mima.options.MergeGroup`.
         precision: ``float32``, or ``bfloat16`` with float32 masters of the weights.
         gradient_checkpointing: recompute activations; slower, for real sizes.
-        interpolation: s in θ0 + s (θ − θ0), the weights that are returned, between the given model (0) and the trained
-            one (1); WiSE-FT, arXiv 2109.01903, eq. 1.
+        interpolation: s in θ0 + s (θ − θ0), the weights that are returned, between the given model
+            (0) and the trained one (1); WiSE-FT, arXiv 2109.01903, eq. 1.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -61,8 +65,8 @@ class ConceptImmunizer(ABC):
     target: int = 0
     scope: str = "attn2"
     steps: int = 100
-    beta: float = 1e-4
-    beta_schedule: str = "constant"
+    lr: float = 1e-4
+    lr_schedule: str = "constant"
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float | None = None
@@ -86,8 +90,8 @@ class ConceptImmunizer(ABC):
         choice("immunize.scope", self.scope, SCOPES)
         self.schedule = Schedule(
             self.steps,
-            self.beta,
-            self.beta_schedule,
+            self.lr,
+            self.lr_schedule,
             self.optimizer,
             self.weight_decay,
             self.clip,
@@ -104,15 +108,19 @@ class ConceptImmunizer(ABC):
             "masked",
             "gated",
         ):
-            told = "is learned while concepts are trained together; concepts=composed merges by closed_form or mean."
+            told = (
+                "is learned while concepts are trained together; concepts=composed merges "
+                "by closed_form or mean."
+            )
             raise UserError("immunize.merge.rule", rule, told)
         choice("immunize.precision", self.precision, PRECISIONS)
         flag("immunize.gradient_checkpointing", self.gradient_checkpointing)
         number("immunize.interpolation", self.interpolation, above=0, high=1)
 
     def _check_read(self) -> None:
-        """Whether something reads the shared options, when all are known; the merge's numbers may stand unread, as
-        experiments set them for all methods."""
+        """Whether something reads the shared options, when all are known; the merge's numbers may
+        stand unread, as experiments set them for all methods.
+        """
         unread("immunize.prior", self.prior, "keep", self.needs_prior(), "immunize.w_prior > 0")
         read = self.needs_merge() and self.concepts in ("merged", "composed")
         for option in ("rule", "scope"):
@@ -160,10 +168,12 @@ class ConceptImmunizer(ABC):
         checkpoint: Checkpoint | None,
         log: Log,
     ) -> DiffusionModel:
-        """See `lab.core.types.Immunizer`; an early end by divergence returns the last good weights and is logged.
+        """See `lab.core.types.Immunizer`; an early end by divergence returns the last good weights
+        and is logged.
 
         Raises:
-            UserError: options or pictures that cannot work. Diverged: not even the first step was finite.
+            UserError: options or pictures that cannot work. Diverged: not even the first step was
+                finite.
         """
         setup = Setup.build(
             model, case, seed, self.precision, self.prior if self.needs_prior() else None
@@ -195,7 +205,9 @@ class ConceptImmunizer(ABC):
 
 
 def _with_report(log: Log, merge: Merge) -> Log:
-    """The first row says of the merge how well it is conditioned, see `immunize.merge.factors.Factors`."""
+    """The first row says of the merge how well it is conditioned, see
+    `immunize.merge.factors.Factors`.
+    """
     report = {
         f"merge_{key}": value for key, value in merge.report.items() if key != "constraint_residual"
     }
@@ -205,7 +217,9 @@ def _with_report(log: Log, merge: Merge) -> Log:
 
 
 def _numbered(log: Log, i: int, count: int, steps: int) -> Log:
-    """For several trainings one after the other: steps go on counting, and each row says which one it is of."""
+    """For several trainings one after the other: steps go on counting, and each row says which one
+    it is of.
+    """
     if count == 1:
         return log
     return lambda step, **values: log(step + i * steps, concept=float(i), **values)

@@ -1,8 +1,10 @@
-"""The objective of MIMA (arXiv 2412.15320) and its baselines: K lower steps, a merge, the gradient through both.
+"""The objective of MIMA (arXiv 2412.15320) and its baselines: K lower steps, a merge, the gradient
+through both.
 
     J(θ) = mean_n [ −min(L(x^u_n, c_n; θ̂), cap) + w_prior · L(x^prior; θ̂) ]
 
-The gradient is that of `immunize.mima.hypergradient`; here are the losses, the batches and what is logged.
+The gradient is that of `immunize.mima.hypergradient`; here are the losses, the batches and what is
+logged.
 """
 
 from __future__ import annotations
@@ -46,7 +48,8 @@ class BilevelOptions:
 
 @dataclass
 class SecondaryOptimizer:
-    """The released lower level's second half: AdamW at the lower rate on the cross-attention's other matrices.
+    """The released lower level's second half: AdamW at the lower rate on the cross-attention's
+    other matrices.
 
     Its moments live as long as the run.
     """
@@ -57,10 +60,10 @@ class SecondaryOptimizer:
 
     @staticmethod
     def build(
-        theta: Params, names: Sequence[str], alpha: float, weight_decay: float
+        theta: Params, names: Sequence[str], lr: float, weight_decay: float
     ) -> SecondaryOptimizer:
         leaves = {name: theta[name].detach().clone() for name in names}
-        optimizer = torch.optim.AdamW(list(leaves.values()), lr=alpha, weight_decay=weight_decay)
+        optimizer = torch.optim.AdamW(list(leaves.values()), lr=lr, weight_decay=weight_decay)
         return SecondaryOptimizer(tuple(names), optimizer, leaves)
 
     def step(self, theta: Params, gradient: Params) -> Params:
@@ -74,12 +77,15 @@ class SecondaryOptimizer:
 
 
 class BilevelObjective:
-    """Gradient of J for ``upper_names``; ``alternating`` also moves the lower set of ``theta`` in place.
+    """Gradient of J for ``upper_names``; ``alternating`` also moves the lower set of ``theta`` in
+    place.
 
     Args:
-        attackers: draws the lower optimizer anew per step and concept in place of ``options.lower``.
+        attackers: draws the lower optimizer anew per step and concept in place of
+            ``options.lower``.
         rest: for ``alternating`` only.
-        together: processes that share the concepts; None for those that the run has put on this immunization.
+        together: processes that share the concepts; None for those that the run has put on this
+            immunization.
     """
 
     def __init__(
@@ -193,7 +199,7 @@ class BilevelObjective:
             values["mask_density"] = self.merge.learned.density()
         return values
 
-    # ── the two levels ───────────────────────────────────────────────────────────────────────────────────────
+    # the two levels
 
     def _settings(self, concept: ConceptSplit, step: int) -> Lower:
         o = self.options
@@ -241,7 +247,9 @@ class BilevelObjective:
     def _upper(
         self, step: int, seen: dict[int, tuple[float, float]], shift: Params
     ) -> Callable[[Params, int], Tensor]:
-        """The n-th term of J; puts the uncapped loss and the prior's into ``seen``. ``shift`` is added to θ̂."""
+        """The n-th term of J; puts the uncapped loss and the prior's into ``seen``. ``shift`` is
+        added to θ̂.
+        """
         o = self.options
 
         def upper(weights: Params, n: int) -> Tensor:
@@ -263,7 +271,9 @@ class BilevelObjective:
         return upper
 
     def _learn(self, theta: Params, lower: Sequence[LowerLoss], settings: Sequence[Lower]) -> None:
-        """A step of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they are constants."""
+        """A step of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they are
+        constants.
+        """
         adapted = []
         for n, (loss, setting) in enumerate(zip(lower, settings, strict=True)):
             level = LowerLevel(setting, theta, self.lower_names, loss, n)

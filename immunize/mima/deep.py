@@ -1,22 +1,26 @@
-"""The objective of ``mima_deep``: survive attackers that train for many steps (own extension of arXiv 2412.15320).
+"""The objective of ``mima_deep``: survive attackers that train for many steps (own extension of
+arXiv 2412.15320).
 
-Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps (`immunize.mima.attackers`). With
-Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all concepts merged, and sg the stopped gradient,
+Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps
+(`immunize.mima.attackers`). With Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all
+concepts merged, and sg the stopped gradient,
 
     J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) + w_decoy · L(x^decoy_n; Θ̂) ]
            + w_benign · mean_marks max(L(x^u_b; Θ_b) − L(x^u_b; Θ⁰_b), 0)
            + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
 
-With ``online`` an upper step looks at one mark only: θ moves there, and the attackers go on from where they are, added
-to the moved θ, until their K steps are over; then new ones are drawn. The expensive part, the attackers' steps, is
-then shared by as many updates as there are marks (as adversarial training "for free" does, arXiv 1904.12843).
+With ``online`` an upper step looks at one mark only: θ moves there, and the attackers go on from
+where they are, added to the moved θ, until their K steps are over; then new ones are drawn. The
+expensive part, the attackers' steps, is then shared by as many updates as there are marks (as
+adversarial training "for free" does, arXiv 1904.12843).
 
-where x^decoy are pictures that the original paints for the concept's captions (after an erasure: without the concept),
-Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient is first order, ∂Θ/∂θ = I, taken
-at the effective weights and brought back to θ through the merge's adjoint. b is a benign concept of the rehearsal
-set, attacked like a target, that has to stay learnable: Θ⁰_b is the original model after the same steps on the same
-batches, and the term is what fine-tuning towards b has lost against it. With ``benign="loss"`` L(x^u_b; Θ_b) itself is
-minimised, which goes on paying for benign concepts that learn *faster* than before.
+where x^decoy are pictures that the original paints for the concept's captions (after an erasure:
+without the concept), Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient
+is first order, ∂Θ/∂θ = I, taken at the effective weights and brought back to θ through the merge's
+adjoint. b is a benign concept of the rehearsal set, attacked like a target, that has to stay
+learnable: Θ⁰_b is the original model after the same steps on the same batches, and the term is what
+fine-tuning towards b has lost against it. With ``benign="loss"`` L(x^u_b; Θ_b) itself is minimised,
+which goes on paying for benign concepts that learn *faster* than before.
 """
 
 from __future__ import annotations
@@ -151,10 +155,12 @@ class DeepObjective:
         turn = derive(self.seed, "mima", "rehearsal", self._round(step)[0]) % len(self.rehearsal)
         return [*self.targets, self.rehearsal[turn]]
 
-    # ── the attacks ──────────────────────────────────────────────────────────────────────────────────────────
+    # the attacks
 
     def _round(self, step: int) -> tuple[int, int]:
-        """Number of the attacks that upper step ``step`` belongs to, and which of their marks it looks at."""
+        """Number of the attacks that upper step ``step`` belongs to, and which of their marks it
+        looks at.
+        """
         return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
 
     def _drawn(self, concept: ConceptSplit, step: int) -> Attack:
@@ -197,7 +203,7 @@ class DeepObjective:
             moves,
             attack,
             concept.lower,
-            self.options.lower_batch_size * concept.concepts,
+            self.options.inner_batch_size * concept.concepts,
             self.seed,
             concept.name,
             round_,
@@ -207,7 +213,9 @@ class DeepObjective:
         return self.denoiser.loss(batch, {**self.original, **weights})
 
     def _upper(self, concept: ConceptSplit, template: str, step: int, mark: int) -> Batch:
-        """Held-out pictures with the captions that the attacker taught, since it will ask by them."""
+        """Held-out pictures with the captions that the attacker taught, since it will ask by
+        them.
+        """
         size = self.options.batch_size * concept.concepts
         return concept.upper.template(template).batch(
             size, self.seed, concept.name, step, "upper", mark
@@ -221,10 +229,12 @@ class DeepObjective:
             size, self.seed, concept.name, step, "decoys", mark
         )
 
-    # ── what must become hard ────────────────────────────────────────────────────────────────────────────────
+    # ── what must become hard
 
     def _marks(self, step: int) -> int:
-        """Marks of the attack that has most; in the others the last one stands for those that are missing."""
+        """Marks of the attack that has most; in the others the last one stands for those that are
+        missing.
+        """
         if self.options.online:
             return 1
         drawn = [self._drawn(concept, step) for concept in self.targets]
@@ -233,7 +243,9 @@ class DeepObjective:
     def _own(
         self, theta: Params, n: int, level: Level, step: int, count: int, here: StepResult
     ) -> Params:
-        """A target's −min(L, cap), and the prior where it is asked for there, at its own attacked weights."""
+        """A target's −min(L, cap), and the prior where it is asked for there, at its own attacked
+        weights.
+        """
         v: Params = {}
         here.facts[n] = reached(level)
         if "own" not in self.places:
@@ -310,7 +322,7 @@ class DeepObjective:
         accumulate(v, gradient_at(terms, theta, at, self.upper_names)[1], 1.0)
         return seen
 
-    # ── what must stay ───────────────────────────────────────────────────────────────────────────────────────
+    # what must stay
 
     def _benign(
         self,
@@ -346,7 +358,9 @@ class DeepObjective:
         )
 
     def _preserve(self, theta: Params, n: int, step: int, here: StepResult) -> Params:
-        """Prior and distillation at θ, in one forward and backward pass, before the ramp's factor."""
+        """Prior and distillation at θ, in one forward and backward pass, before the ramp's
+        factor.
+        """
         o = self.options
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
         if self.prior is None or not (w_prior or o.w_distill):

@@ -18,7 +18,7 @@ class DeepOptions:
 
     steps: int
     batch_size: int
-    lower_batch_size: int
+    inner_batch_size: int
     prior_batch_size: int
     at: tuple[float, ...]
     evaluate: tuple[str, ...]
@@ -43,7 +43,9 @@ class Level:
 
 
 def reached(level: Level) -> dict[str, float]:
-    """Steps of the attack so far and, where it is over, by which share it lowered its first batch's loss."""
+    """Steps of the attack so far and, where it is over, by which share it lowered its first batch's
+    loss.
+    """
     last = level.found[-1]
     drop = {} if math.isnan(last.now) else {"lower_drop": 1 - last.now / last.first}
     return {"lower_steps": float(last.step)} | drop
@@ -51,14 +53,18 @@ def reached(level: Level) -> dict[str, float]:
 
 @dataclass
 class StepResult:
-    """What one upper step finds: attacks and figures by the concept's number, the preservation terms' gradient."""
+    """What one upper step finds: attacks and figures by the concept's number, the preservation
+    terms' gradient.
+    """
 
     levels: dict[int, Level] = field(default_factory=dict)
     facts: dict[int, dict[str, float]] = field(default_factory=dict)
     kept: Params = field(default_factory=dict)
 
     def values(self, targets: int) -> dict[str, float]:
-        """For the log: means over targets and places, then what the benign and the preservation terms have found."""
+        """For the log: means over targets and places, then what the benign and the preservation
+        terms have found.
+        """
         listed: dict[str, list[float]] = {}
         for n in range(targets):
             for key, value in self.facts[n].items():

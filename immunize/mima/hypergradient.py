@@ -1,13 +1,16 @@
-"""The gradient of the upper level through merge and lower level (MIMA, arXiv 2412.15320), streamed over concepts.
+"""The gradient of the upper level through merge and lower level (MIMA, arXiv 2412.15320), streamed
+over concepts.
 
-    J(θ) = mean_n upper_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N),    θ'_n = lower level of concept n from θ
-    g = Π_u [ v_dir + Σ_n J_nᵀ v_n ],    (v_dir, v_1 … v_N) = Mergeᵀ v,    v = ∇_θ̂ J
+    J(θ) = mean_n upper_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N),    θ'_n = lower level of concept n
+    from θ g = Π_u [ v_dir + Σ_n J_nᵀ v_n ],    (v_dir, v_1 … v_N) = Mergeᵀ v,    v = ∇_θ̂ J
 
-Three sweeps over the concepts: lower level, ∇J at θ̂, transpose of the lower level on the same batches. Time is
-linear in N; memory is that of one concept (plus N thin traces where K > 1 and ``recompute`` is off).
+Three sweeps over the concepts: lower level, ∇J at θ̂, transpose of the lower level on the same
+batches. Time is linear in N; memory is that of one concept (plus N thin traces where K > 1 and
+``recompute`` is off).
 
-Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters in float32 or
-float64; a loss that computes in another dtype casts them itself (`immunize.mima.losses.Denoiser`).
+Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters
+in float32 or float64; a loss that computes in another dtype casts them itself
+(`immunize.mima.losses.Denoiser`).
 """
 
 from __future__ import annotations
@@ -42,9 +45,11 @@ class Hypergradient:
         merged: θ̂ (all names of θ). ``alternating`` continues from it: θ ← θ̂ first, then the step.
         upper_loss: J(θ̂).
         lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
-        cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they are one.
-        info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``, ``residual`` and
-            ``negative_curvature``, and the lower level's ``stationarity``, one per concept.
+        cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they
+            are one.
+        info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``,
+            ``residual`` and ``negative_curvature``, and the lower level's ``stationarity``, one per
+            concept.
     """
 
     gradient: Params
@@ -76,22 +81,27 @@ def hypergradient(
 
     Args:
         theta: masters of the upper and the lower set, name → tensor; left untouched.
-        lower: per concept n, ``lower[n](params, k)``: its loss on the k-th inner batch, which has to be the same
-            batch, noise and timesteps whenever k is the same. ``params`` has the names of ``theta``.
+        lower: per concept n, ``lower[n](params, k)``: its loss on the k-th inner batch, which has
+            to be the same batch, noise and timesteps whenever k is the same. ``params`` has the
+            names of ``theta``.
         upper: ``upper(params, n)``: the n-th term of J, e.g. −L + w·prior, capped or not.
         merge: of as many concepts.
         settings: the attacker, or one per concept.
-        method: ``exact``; ``truncated`` differentiates the ``last`` steps; ``implicit`` puts (ρ/2)‖θ'−θ‖² into the
-            lower level and solves (I + ∇²L(θ'_n)/ρ) a = v_n; ``first_order`` drops the Hessian, which leaves v,
-            since the transpose of the merge sums to the identity; ``alternating`` (the released behaviour) has
-            the same v, but the merged weights replace θ without gradient, see `Hypergradient.merged`.
+        method: ``exact``; ``truncated`` differentiates the ``last`` steps; ``implicit`` puts
+            (ρ/2)‖θ'−θ‖² into the lower level and solves (I + ∇²L(θ'_n)/ρ) a = v_n; ``first_order``
+            drops the Hessian, which leaves v, since the transpose of the merge sums to the
+            identity; ``alternating`` (the released behaviour) has the same v, but the merged
+            weights replace θ without gradient, see `Hypergradient.merged`.
         product: how Hessian-vector products are taken, see `immunize.mima.products.product`.
         recompute: run the lower level again for the transpose in place of keeping N traces.
-        measure: evaluate each concept's loss after its lower level (a third of a forward-backward each).
-        team: processes that share the concepts; all of them call this with equal arguments and get equal results.
+        measure: evaluate each concept's loss after its lower level (a third of a forward-backward
+            each).
+        team: processes that share the concepts; all of them call this with equal arguments and get
+            equal results.
 
     Raises:
-        UserError: names outside θ, as many losses as concepts missing, or an option that cannot work.
+        UserError: names outside θ, as many losses as concepts missing, or an option that cannot
+            work.
         Diverged: a loss or gradient is not finite.
     """
     choice("immunize.hypergradient.method", method, METHODS)
@@ -158,7 +168,8 @@ class _Run:
         self.settings = [settings] * self.count if isinstance(settings, Lower) else list(settings)
         if not (self.count == merge.count == len(self.settings)):
             raise ValueError(
-                f"{self.count} losses, {len(self.settings)} attackers, a merge of {merge.count} concepts"
+                f"{self.count} losses, {len(self.settings)} attackers, a merge of "
+                f"{merge.count} concepts"
             )
         for key, names in (
             ("immunize.scope", upper_names),
@@ -193,7 +204,9 @@ class _Run:
     def adapt(
         self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool
     ) -> dict[int, Trace]:
-        """First sweep: every lower level, merged as it ends; only what the transpose needs is kept, where it is."""
+        """First sweep: every lower level, merged as it ends; only what the transpose needs is kept,
+        where it is.
+        """
         traces: dict[int, Trace] = {}
         losses: dict[int, tuple[float, float]] = {}
         running = self.merge.start(self.theta)
@@ -238,7 +251,9 @@ class _Run:
     def transposed(
         self, v: Params, transpose: Callable[[int, Params], tuple[Params, dict[str, Any]]]
     ) -> tuple[Params, dict[int, dict[str, Any]]]:
-        """Third sweep: v_dir + Σ_n J_nᵀ v_n on the upper set, and what ``transpose`` tells of each concept."""
+        """Third sweep: v_dir + Σ_n J_nᵀ v_n on the upper set, and what ``transpose`` tells of each
+        concept.
+        """
         direct = self.merge.adjoint_direct(v)
         gradient = {x: direct[x] for x in self.upper_names}
         facts: dict[int, dict[str, Any]] = {}

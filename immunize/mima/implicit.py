@@ -2,7 +2,8 @@
 
 θ' = argmin_φ L(φ) + (ρ/2)‖φ − θ‖² on the lower set, the rest of the parameters staying at θ:
 
-    ∂⟨v, θ'⟩ by the lower set = a,  (I + ∇²_ll L(θ')/ρ) a = v_l;    by the rest = v_o − ∇²_ol L(θ') a / ρ
+    ∂⟨v, θ'⟩ by the lower set = a,  (I + ∇²_ll L(θ')/ρ) a = v_l;    by the rest = v_o − ∇²_ol L(θ')
+    a / ρ
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def _axpy(a: float, x: Params, y: Params) -> Params:
 def conjugate_gradients(
     apply: Callable[[Params], Params], v: Params, iterations: int, tolerance: float
 ) -> tuple[Params, dict[str, Any]]:
-    """a with (I + H/ρ) a ≈ v; stops, and says so, at a direction of curvature ≤ 0, where the system is no minimum."""
+    """a with (I + H/ρ) a ≈ v; stops, and says so, at a direction of curvature ≤ 0, where the system
+    is no minimum.
+    """
     norm = _dot(v, v)
     a = {name: x.new_zeros(x.shape) for name, x in v.items()}
     r, p, rr = dict(v), dict(v), norm
@@ -76,7 +79,9 @@ def conjugate_gradients(
 def neumann(
     apply: Callable[[Params], Params], v: Params, iterations: int, tolerance: float
 ) -> tuple[Params, dict[str, Any]]:
-    """Σ_j (−H/ρ)^j v up to ``iterations`` terms after the first; ``residual`` is the norm of the next one ÷ ‖v‖."""
+    """Σ_j (−H/ρ)^j v up to ``iterations`` terms after the first; ``residual`` is the norm of the
+    next one ÷ ‖v‖.
+    """
     norm = _dot(v, v)
     a, term, size = dict(v), dict(v), norm
     done = 0
@@ -94,10 +99,11 @@ def neumann(
 def solve(
     level: LowerLevel, phi: Params, v: Params, names: Sequence[str], options: Implicit, how: Product
 ) -> tuple[Params, dict[str, Any]]:
-    """The transpose of the proximal lower level at its solution ``phi``, restricted to ``names``, and the facts.
+    """The transpose of the proximal lower level at its solution ``phi``, restricted to ``names``,
+    and the facts.
 
-    ``stationarity``, ‖∇L + ρ(φ − θ)‖ ÷ ‖∇L‖, says how far ``phi`` is from a solution: the formula holds at 0 only,
-    however small the linear system's ``residual`` is.
+    ``stationarity``, ‖∇L + ρ(φ − θ)‖ ÷ ‖∇L‖, says how far ``phi`` is from a solution: the formula
+    holds at 0 only, however small the linear system's ``residual`` is.
     """
     outer, inner = level.enter(v, phi)
     theta = {x: level.theta[x] for x in names if x in outer}

@@ -1,18 +1,19 @@
 """The lower level: what an attacker makes of the model in K steps, and the transpose of that.
 
-One recursion serves all lower optimizers. The lower variable φ is either a copy of the lower set itself or LoRA
-factors, and the model sees ``place(θ, φ)``:
+One recursion serves all lower optimizers. The lower variable φ is either a copy of the lower set
+itself or LoRA factors, and the model sees ``place(θ, φ)``:
 
     m_{k+1} = β₁ m_k + (1 − β₁) ∇_φ ℓ_k(θ, φ_k)
     φ_{k+1} = φ_k − α (D_k m_{k+1} + w φ_k)
 
 - ``sgd``: β₁ = w = 0, D_k = I.
-- ``adamw`` (arXiv 1711.05101) from a zero state: D_k = diag(1/((√v̂_{k+1} + ε)(1 − β₁^{k+1}))), where v̂ is Adam's
-  bias-corrected mean of squared gradients and w the weight decay. It is differentiated with every D_k frozen:
-  without that one step is sign descent, whose Jacobian is 0 almost everywhere. For K = 1 the transpose is
-  v − αHDv − αwv with D = diag(1/(|∇ℓ| + ε)).
-- an `Adapter`: φ = (A, B), θ' = θ + BA per matrix of the lower set (other parameters of the set stay), B_0 = 0.
-  For K = 1 and ``sgd`` this is θ' = θ − α G A₀ᵀA₀ and the transpose v − α H(v A₀ᵀA₀).
+- ``adamw`` (arXiv 1711.05101) from a zero state: D_k = diag(1/((√v̂_{k+1} + ε)(1 − β₁^{k+1}))),
+  where v̂ is Adam's bias-corrected mean of squared gradients and w the weight decay. It is
+  differentiated with every D_k frozen: without that one step is sign descent, whose Jacobian is 0
+  almost everywhere. For K = 1 the transpose is v − αHDv − αwv with D = diag(1/(|∇ℓ| + ε)).
+- an `Adapter`: φ = (A, B), θ' = θ + BA per matrix of the lower set (other parameters of the set
+  stay), B_0 = 0. For K = 1 and ``sgd`` this is θ' = θ − α G A₀ᵀA₀ and the transpose v − α H(v
+  A₀ᵀA₀).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ LowerLoss = Callable[[Params, int], Tensor]
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA factors: ``rank`` r (peft's lora_alpha = r), ``seed`` of A₀ ~ U(−1/√d, 1/√d), as peft draws."""
+    """LoRA factors: ``rank`` r (peft's lora_alpha = r), ``seed`` of A₀ ~ U(−1/√d, 1/√d), as peft
+    draws.
+    """
 
     rank: int = 4
     seed: int = 0
@@ -50,7 +53,7 @@ class Lower:
     """K steps of an attacker.
 
     Attributes:
-        alpha: α > 0, learning rate.
+        lr: α > 0, learning rate.
         steps: K ≥ 1.
         optimizer: ``sgd`` | ``adamw``.
         adapter: None moves the lower set itself, an `Adapter` its LoRA factors.
@@ -60,7 +63,7 @@ class Lower:
         UserError: α ≤ 0, K = 0 and other values outside their range.
     """
 
-    alpha: float
+    lr: float
     steps: int = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     adapter: Adapter | None = None
@@ -69,11 +72,11 @@ class Lower:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        number("immunize.inner_loop.lr", self.alpha, above=0)
+        number("immunize.inner_loop.lr", self.lr, above=0)
         count("immunize.inner_loop.steps", self.steps)
         choice("immunize.inner_loop.optimizer", self.optimizer, ("sgd", "adamw"))
-        for beta in self.betas:
-            number("immunize.inner_loop.betas", beta, 0, below=1)
+        for decay in self.betas:
+            number("immunize.inner_loop.betas", decay, 0, below=1)
         number("immunize.inner_loop.eps", self.eps, above=0)
         number("immunize.inner_loop.weight_decay", self.weight_decay, 0)
 
@@ -88,7 +91,9 @@ class Lower:
 
 @dataclass
 class Trace:
-    """What the transpose needs of a lower run: φ_0 … φ_{K−1} and D_0 … D_{K−1} (empty dicts for ``sgd``)."""
+    """What the transpose needs of a lower run: φ_0 … φ_{K−1} and D_0 … D_{K−1} (empty dicts for
+    ``sgd``).
+    """
 
     loss: float  # ℓ_0 before the first step
     final: Params  # φ_K
@@ -105,7 +110,8 @@ class LowerLevel:
         names: the lower set.
         loss: ``loss(params, k)``: loss on the k-th inner batch, always the same one for the same k.
         n: number of the concept (its own A₀).
-        rho: weight ρ of the proximal term (ρ/2)‖φ − θ‖² (`implicit`), whose steps all see batch 0; 0 for none.
+        rho: weight ρ of the proximal term (ρ/2)‖φ − θ‖² (`implicit`), whose steps all see batch 0;
+            0 for none.
     """
 
     def __init__(
@@ -127,7 +133,7 @@ class LowerLevel:
                 "the lower set is empty; LoRA factors need a matrix in it.",
             )
 
-    # ── φ ────────────────────────────────────────────────────────────────────────────────────────────────────
+    # φ
 
     def initial(self) -> Params:
         """φ_0: the lower set of θ, or (A₀, 0)."""
@@ -159,7 +165,7 @@ class LowerLevel:
         placed = self.place(self.theta, phi)
         return {name: placed[name] for name in self.names}
 
-    # ── forwards ─────────────────────────────────────────────────────────────────────────────────────────────
+    # forwards
 
     def run(self, *, keep: bool) -> Trace:
         """K steps from φ_0; ``keep`` the iterates and preconditioners for the transpose.
@@ -205,14 +211,14 @@ class LowerLevel:
     def _step(self, phi: Tensor, m: Tensor, d: Tensor | None) -> Tensor:
         s = self.settings
         move = m if d is None else d * m
-        return phi - s.alpha * (move + s.decay * phi if s.decay else move)
+        return phi - s.lr * (move + s.decay * phi if s.decay else move)
 
     def loss_at(self, phi: Params, k: int = 0) -> float:
         """ℓ_k at ``phi``, without gradient."""
         with torch.no_grad():
             return float(self.objective(k, {}, phi))
 
-    # ── backwards ────────────────────────────────────────────────────────────────────────────────────────────
+    # backwards
 
     def enter(self, v: Params, phi: Params) -> tuple[Params, Params]:
         """∂⟨v, place(θ, φ)⟩ by (θ, φ)."""
@@ -226,7 +232,9 @@ class LowerLevel:
         return dict(v), a
 
     def leave(self, outer: Params, a: Params, names: Sequence[str]) -> Params:
-        """The transpose's result by θ, restricted to ``names``: φ_0 is a copy of θ, or a constant (LoRA)."""
+        """The transpose's result by θ, restricted to ``names``: φ_0 is a copy of θ, or a constant
+        (LoRA).
+        """
         both = {**outer, **a} if self.settings.adapter is None else outer
         return {x: both[x] for x in names}
 
@@ -235,7 +243,8 @@ class LowerLevel:
     ) -> Params:
         """J_nᵀ v restricted to ``names``, by the recursion run backwards over the ``last`` steps.
 
-        Steps before them count as a constant displacement (truncated backpropagation, arXiv 1810.10667).
+        Steps before them count as a constant displacement (truncated backpropagation, arXiv
+        1810.10667).
 
         Args:
             trace: of `run(keep=True)`.
@@ -246,8 +255,8 @@ class LowerLevel:
         b = {x: torch.zeros_like(y) for x, y in a.items()}
         for k in reversed(range(max(s.steps - last, 0), s.steps)):
             d = trace.preconditioners[k]
-            b = {x: b[x] - s.alpha * (d[x] * a[x] if d else a[x]) for x in a} if s.momentum else a
-            gain = 1 - s.momentum if s.momentum else -s.alpha
+            b = {x: b[x] - s.lr * (d[x] * a[x] if d else a[x]) for x in a} if s.momentum else a
+            gain = 1 - s.momentum if s.momentum else -s.lr
             direction = b if s.momentum or not d else {x: d[x] * y for x, y in b.items()}
             first = k == 0  # then only what `leave` returns is needed
             want = [x for x in a if not first or (s.adapter is None and x in names)]
@@ -262,7 +271,7 @@ class LowerLevel:
             )
             for x, h in by_theta.items():
                 outer[x] = outer[x] + gain * h
-            keep = 1 - s.alpha * s.decay
+            keep = 1 - s.lr * s.decay
             a = {
                 x: (keep * y if s.decay else y) + (gain * by_phi[x] if x in by_phi else 0)
                 for x, y in a.items()

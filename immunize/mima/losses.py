@@ -1,4 +1,6 @@
-"""Terms of the upper and the lower level as functions of named weights, and their first-order gradients."""
+"""Terms of the upper and the lower level as functions of named weights, and their first-order
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,18 @@ PRECISIONS = ("float32", "bfloat16")
 class Denoiser:
     """The U-Net that is being immunized, and θ, the masters of its weights in float32 or float64.
 
-    In the masters' own precision ``theta`` are the U-Net's parameters themselves. In ``bfloat16`` the U-Net is a copy
-    of θ that `sync` refreshes; weights are cast on the way in, gradients and losses are the masters'. (Not autocast:
-    forward-mode products do not work under it.)
+    In the masters' own precision ``theta`` are the U-Net's parameters themselves. In ``bfloat16``
+    the U-Net is a copy of θ that `sync` refreshes; weights are cast on the way in, gradients and
+    losses are the masters'. (Not autocast: forward-mode products do not work under it.)
     """
 
     model: DiffusionModel
     theta: Params
 
     def sync(self, names: Sequence[str]) -> None:
-        """Give the U-Net the current values of ``names``, which later losses use where they are not told others."""
+        """Give the U-Net the current values of ``names``, which later losses use where they are not
+        told others.
+        """
         own = dict(self.model.unet.named_parameters())
         with torch.no_grad():
             for name in names:
@@ -37,7 +41,9 @@ class Denoiser:
                     own[name].copy_(self.theta[name])
 
     def predict(self, batch: Batch, weights: Weights) -> tuple[Tensor, Tensor]:
-        """The prediction for a batch and what it should have been. Names missing in ``weights``: the U-Net's own."""
+        """The prediction for a batch and what it should have been. Names missing in ``weights``:
+        the U-Net's own.
+        """
         noisy, target = self.model.noised(batch.z, batch.noise, batch.t)
         dtype = self.model.dtype
         here = {name: w.to(dtype) for name, w in weights.items()}
@@ -52,7 +58,8 @@ class Denoiser:
 
 
 def capped(loss: Tensor, cap: float | None) -> Tensor:
-    """min(loss, cap): once the concept is as badly denoised as ``cap`` says, its term has no gradient any more.
+    """min(loss, cap): once the concept is as badly denoised as ``cap`` says, its term has no
+    gradient any more.
 
     Without the cap the upper loss runs away and takes unrelated concepts along.
     """

@@ -1,7 +1,9 @@
-"""Immunizers of text-to-image models: MIMA (arXiv 2412.15320), its baselines and the deep lower level.
+"""Immunizers of text-to-image models: MIMA (arXiv 2412.15320), its baselines and the deep lower
+level.
 
-One class, `Mima`, is the paper's method, ``joint``, ``compose``, IMMA (arXiv 2311.18815) and the released code; the
-presets in ``conf/immunize`` differ in options only. `MimaDeep` has another gradient in the same loop.
+One class, `Mima`, is the paper's method, ``joint``, ``compose``, IMMA (arXiv 2311.18815) and the
+released code; the presets in ``conf/immunize`` differ in options only. `MimaDeep` has another
+gradient in the same loop.
 """
 
 from __future__ import annotations
@@ -30,14 +32,15 @@ class Mima(ConceptImmunizer):
     """Bi-level immunization through merge and lower level, see `immunize.mima.bilevel`.
 
     Args:
-        lower: see `immunize.mima.options.LowerOptions`.
+        inner_loop: see `immunize.mima.options.LowerOptions`.
         hypergradient: see `immunize.mima.options.GradientOptions`.
-        attackers, k_min, k_max: draw the lower optimizer anew per step and concept in place of ``lower``, see
-            `immunize.mima.attackers.Attackers`; their scopes must be ``lower.scope``.
+        attackers, k_min, k_max: draw the lower optimizer anew per step and concept in place of
+            ``inner_loop``, see `immunize.mima.attackers.Attackers`; their scopes must be
+            ``inner_loop.scope``.
     """
 
     name: str = "mima"
-    lower: Any = None
+    inner_loop: Any = None
     hypergradient: Any = None
     attackers: Any = None
     k_min: int = 1
@@ -45,12 +48,15 @@ class Mima(ConceptImmunizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.level = LowerOptions.read({} if self.lower is None else self.lower)
+        self.level = LowerOptions.read({} if self.inner_loop is None else self.inner_loop)
         self.through = GradientOptions.read(
             {} if self.hypergradient is None else self.hypergradient
         )
         if self.level.rest == "adamw" and self.through.method != "alternating":
-            told = "belongs to hypergradient.method=alternating; the other methods have one lower optimizer."
+            told = (
+                "belongs to hypergradient.method=alternating; the other methods have one "
+                "lower optimizer."
+            )
             raise UserError("immunize.inner_loop.rest", self.level.rest, told)
         self.drawn: Attackers | None = None
         if self.attackers is not None:
@@ -77,7 +83,9 @@ class Mima(ConceptImmunizer):
         return self.drawn.templates if self.drawn is not None else ()
 
     def shards(self, case: ConceptCase) -> int:
-        """Into how many parts, run by processes of their own, one immunization of ``case`` can be split."""
+        """Into how many parts, run by processes of their own, one immunization of ``case`` can be
+        split.
+        """
         return len(case.targets) if self.concepts == "merged" else 1
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
@@ -100,7 +108,7 @@ class Mima(ConceptImmunizer):
                 n for n in scope_names(unet, "attn2") if n.endswith(".weight") and n not in names_l
             ]
             rest = SecondaryOptimizer.build(
-                setup.denoiser.theta, others, self.level.alpha, self.level.weight_decay
+                setup.denoiser.theta, others, self.level.lr, self.level.weight_decay
             )
         names_u = scope_names(unet, self.scope)
         return BilevelObjective(
@@ -123,26 +131,33 @@ class MimaDeep(ConceptImmunizer):
 
     Args:
         attackers, k_min, k_max: see `immunize.mima.attackers.Attackers`.
-        lower_batch_size: pictures per step of an attacker.
+        inner_batch_size: pictures per step of an attacker.
         at: marks, fractions of K at which the attacked weights are looked at.
-        evaluate: where: ``merged`` weights of all concepts, each concept's ``own`` attacked copy, or both.
-        prior_at: the prior's loss is taken at ``start`` (θ itself) or at the ``adapted`` weights (as in MIMA).
-        prior_ramp: factor on the preservation terms that are taken at θ when the concepts' loss has come to the cap:
-            both with ``prior_at=start``, the distance to the original alone with ``adapted``; 1 is constant.
-        w_distill: weight of the distance to the original model's predictions on the prior's pictures, at θ.
-        w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal concepts leaves
-            it out. benign: its ``loss``, or its ``regret``, the loss beyond that of the original after the same attack.
-        w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints for the concept's
-            captions: an attack that learns the concept has to unlearn these. decoys: such pictures per target, painted
-            in decoy_steps of DDIM at guidance 4, whatever the scenario samples with.
-        online: an upper step at every mark of an attack, which then goes on, in place of one per attack.
+        evaluate: where: ``merged`` weights of all concepts, each concept's ``own`` attacked copy,
+            or both.
+        prior_at: the prior's loss is taken at ``start`` (θ itself) or at the ``adapted`` weights
+            (as in MIMA).
+        prior_ramp: factor on the preservation terms that are taken at θ when the concepts' loss has
+            come to the cap: both with ``prior_at=start``, the distance to the original alone with
+            ``adapted``; 1 is constant.
+        w_distill: weight of the distance to the original model's predictions on the prior's
+            pictures, at θ.
+        w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal
+            concepts leaves it out. benign: its ``loss``, or its ``regret``, the loss beyond that of
+            the original after the same attack.
+        w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints
+            for the concept's captions: an attack that learns the concept has to unlearn these.
+            decoys: such pictures per target, painted in decoy_steps of DDIM at guidance 4, whatever
+                the scenario samples with.
+        online: an upper step at every mark of an attack, which then goes on, in place of one per
+            attack.
     """
 
     name: str = "mima_deep"
     attackers: Any
     k_min: int
     k_max: int
-    lower_batch_size: int = 8
+    inner_batch_size: int = 8
     at: Any = (0.5, 1.0)
     evaluate: Any = EVALUATIONS
     prior_at: str = "start"
@@ -158,7 +173,7 @@ class MimaDeep(ConceptImmunizer):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.drawn = Attackers(self.attackers, self.k_min, self.k_max)
-        count("immunize.inner_batch_size", self.lower_batch_size)
+        count("immunize.inner_batch_size", self.inner_batch_size)
         fractions = (
             list(self.at)
             if isinstance(self.at, Sequence) and not isinstance(self.at, str)
@@ -220,7 +235,7 @@ class MimaDeep(ConceptImmunizer):
         options = DeepOptions(
             steps=self.steps,
             batch_size=self.batch_size,
-            lower_batch_size=self.lower_batch_size,
+            inner_batch_size=self.inner_batch_size,
             prior_batch_size=self.prior_batch_size,
             at=self.at,
             evaluate=self.evaluate,

@@ -38,15 +38,16 @@ class LowerOptions:
     """The attacker of the lower level.
 
     Attributes:
-        scope: Π_l. alpha: α. steps: K. optimizer: ``sgd`` | ``adamw``. weight_decay: of ``adamw``.
+        scope: Π_l. lr: α. steps: K. optimizer: ``sgd`` | ``adamw``. weight_decay: of ``adamw``.
         rank: of LoRA factors; null: the weights themselves.
         prior: add ``w_prior`` times the prior's loss to the lower loss (the released code does).
-        rest: ``adamw``: with ``hypergradient.method=alternating``, the matrices of the cross-attention outside the
-            lower scope follow the lower losses too, by AdamW at α (the released code does).
+        rest: ``adamw``: with ``hypergradient.method=alternating``, the matrices of the
+            cross-attention outside the lower scope follow the lower losses too, by AdamW at α (the
+            released code does).
     """
 
     scope: str = "attn2"
-    alpha: float = 10.0
+    lr: float = 10.0
     steps: int = 1
     optimizer: str = "sgd"
     weight_decay: float = 0.0
@@ -70,7 +71,7 @@ class LowerOptions:
     def settings(self) -> Lower:
         """Without LoRA factors, whose first values are drawn anew at every step."""
         optimizer: Any = self.optimizer
-        return Lower(self.alpha, self.steps, optimizer, weight_decay=self.weight_decay)
+        return Lower(self.lr, self.steps, optimizer, weight_decay=self.weight_decay)
 
     @staticmethod
     def read(given: Any) -> LowerOptions:
@@ -127,7 +128,8 @@ class GradientOptions:
 
 
 def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers | None) -> None:
-    """Whether the gradient can pass this lower level, or the attackers that are ``drawn`` in its place.
+    """Whether the gradient can pass this lower level, or the attackers that are ``drawn`` in its
+    place.
 
     Raises:
         UserError: what cannot work, by its config key.
@@ -135,13 +137,22 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
     implicit = gradient.method == "implicit"
     if drawn is None:
         if implicit and lower.rank is not None:
-            told = "must be null with immunize.hypergradient.method=implicit, whose lower level moves weights."
+            told = (
+                "must be null with immunize.hypergradient.method=implicit, whose lower "
+                "level moves weights."
+            )
             raise UserError("immunize.inner_loop.rank", lower.rank, told)
         if implicit and lower.optimizer == "adamw" and lower.weight_decay:
-            told = "must be 0 with immunize.hypergradient.method=implicit: the proximal term is its decay, towards θ."
+            told = (
+                "must be 0 with immunize.hypergradient.method=implicit: the proximal term "
+                "is its decay, towards θ."
+            )
             raise UserError("immunize.inner_loop.weight_decay", lower.weight_decay, told)
-        if implicit and lower.optimizer == "sgd" and lower.alpha * gradient.rho >= 2:
-            told = f"gradient steps of size immunize.inner_loop.lr={lower.alpha} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
+        if implicit and lower.optimizer == "sgd" and lower.lr * gradient.rho >= 2:
+            told = (
+                f"gradient steps of size immunize.inner_loop.lr={lower.lr} on "
+                "(ρ/2)‖θ'−θ‖² diverge: take ρ < 2/α."
+            )
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)
         return
     for f in fields(lower):
@@ -149,7 +160,7 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
             "steps",
             "optimizer",
             "rank",
-            *(() if lower.rest == "adamw" else ("alpha", "weight_decay")),
+            *(() if lower.rest == "adamw" else ("lr", "weight_decay")),
         ):
             unread(
                 f"immunize.inner_loop.{f.name}",
@@ -160,19 +171,29 @@ def check_lower(lower: LowerOptions, gradient: GradientOptions, drawn: Attackers
             )
     for key, found in drawn.families.items():
         if found.scopes != (lower.scope,):
-            told = f"must be [{lower.scope}], the scope of the lower level (immunize.inner_loop.scope)."
+            told = (
+                f"must be [{lower.scope}], the scope of the lower level "
+                "(immunize.inner_loop.scope)."
+            )
             raise UserError(f"{key}.scopes", list(found.scopes), told)
         if implicit and found.kind == "lora":
-            told = "immunize.hypergradient.method=implicit needs attackers that move weights: kind=weights."
+            told = (
+                "immunize.hypergradient.method=implicit needs attackers that move "
+                "weights: kind=weights."
+            )
             raise UserError(f"{key}.kind", found.kind, told)
         if implicit and found.optimizer == "sgd" and found.lr[1] * gradient.rho >= 2:
-            told = f"gradient steps of up to {found.lr[1]} on (ρ/2)‖θ'−θ‖² diverge: take ρ < 2 ÷ {key}.lr."
+            told = (
+                f"gradient steps of up to {found.lr[1]} on (ρ/2)‖θ'−θ‖² diverge: take ρ < "
+                f"2 ÷ {key}.lr."
+            )
             raise UserError("immunize.hypergradient.rho", gradient.rho, told)
 
 
 @dataclass(frozen=True)
 class MergeGroup:
-    """How concepts are merged: `immunize.merge.rows.MergeOptions`, its numbers of rows excepted, and
+    """How concepts are merged: `immunize.merge.rows.MergeOptions`, its numbers of rows excepted,
+    and
 
     Attributes:
         prompts: at most so many prompts that name the concept give the rows of C_n.

@@ -1,6 +1,7 @@
 """Gradients and Hessian-vector products of losses over dictionaries of parameters.
 
-Fused attention has no second derivative (pytorch #116350): `math_attention` surrounds forward and backward alike.
+Fused attention has no second derivative (pytorch #116350): `math_attention` surrounds forward and
+backward alike.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ def finite(tensors: Iterable[Tensor]) -> bool:
 
 @contextlib.contextmanager
 def math_attention() -> Iterator[None]:
-    """Attention in plain tensor operations, twice differentiable; what was in force before is restored."""
+    """Attention in plain tensor operations, twice differentiable; what was in force before is
+    restored.
+    """
     with sdpa_kernel([SDPBackend.MATH]):
         yield
 
@@ -36,7 +39,9 @@ def _leaves(params: Params) -> Params:
 
 
 def gradients(loss: Callable[[Params], Tensor], params: Params) -> tuple[Tensor, Params]:
-    """The loss and its gradient by every entry of ``params`` (zeros where it does not depend on one)."""
+    """The loss and its gradient by every entry of ``params`` (zeros where it does not depend on
+    one).
+    """
     with torch.enable_grad():
         leaves = _leaves(params)
         value = loss(leaves)
@@ -61,10 +66,10 @@ def product(
         theta, phi: where; the first result has the names of ``theta``.
         direction: d, with the names of ``phi``.
         want: names of φ in the second result.
-        how: ``reverse`` differentiates the gradient by reverse mode, ``forward`` by forward mode. In theory three and
-            two forward-backwards; measured at MiniSD's size 2.7 and 3.9 (`tests/benchmarks/hypergradient.py`), as
-            PyTorch's SiLU and group norm have forward derivatives only in decomposed form. So ``reverse`` is the
-            default everywhere.
+        how: ``reverse`` differentiates the gradient by reverse mode, ``forward`` by forward mode.
+            In theory three and two forward-backwards; measured at MiniSD's size 2.7 and 3.9
+            (`tests/benchmarks/hypergradient.py`), as PyTorch's SiLU and group norm have forward
+            derivatives only in decomposed form. So ``reverse`` is the default everywhere.
     """
     with math_attention(), torch.enable_grad():
         outer, inner = _leaves(theta), _leaves(phi)
@@ -104,7 +109,8 @@ def _forward(
         leaves = [*outer.values(), *(dual[x] for x in want)]
         if not leaves:
             return []
-        # create_graph: silu_backward and native_group_norm_backward have no forward derivative of their own
+        # create_graph: silu_backward and native_group_norm_backward have no forward derivative of
+        # their own
         slope = torch.autograd.grad(
             loss(outer, dual), leaves, create_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -117,11 +123,13 @@ def _forward(
 
 @contextlib.contextmanager
 def checkpointed(unet: Any) -> Iterator[None]:
-    """Gradient checkpointing of a diffusers U-Net that is right under `functional_call` and twice differentiable.
+    """Gradient checkpointing of a diffusers U-Net that is right under `functional_call` and twice
+    differentiable.
 
-    diffusers' own recomputes a block in the backward pass, when `functional_call` has put the module's own weights
-    back, and so differentiates at the wrong weights. Here each block is recomputed with the tensors that it was
-    called with. Non-reentrant, since the reentrant kind never works with `torch.autograd.grad`.
+    diffusers' own recomputes a block in the backward pass, when `functional_call` has put the
+    module's own weights back, and so differentiates at the wrong weights. Here each block is
+    recomputed with the tensors that it was called with. Non-reentrant, since the reentrant kind
+    never works with `torch.autograd.grad`.
     """
     from torch.utils.checkpoint import checkpoint
 

@@ -1,7 +1,8 @@
 """What a step sees: pictures, captions, noise and timesteps, a function of (seed, labels) alone.
 
-Pictures are encoded once. Latents are the posterior's mean (Stable Diffusion's autoencoder has a posterior whose
-deviation is far below that of the latents), captions are encoded without gradient: the text encoder never moves.
+Pictures are encoded once. Latents are the posterior's mean (Stable Diffusion's autoencoder has a
+posterior whose deviation is far below that of the latents), captions are encoded without gradient:
+the text encoder never moves.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel, Text
 
-# rare words, none of them an attacker's own (sks, ktn, <new1>); of several lengths, since the tokenizer spells them
+# rare words, none of them an attacker's own (sks, ktn, <new1>); of several lengths, since the
+# tokenizer spells them
 WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
 PRIORS = ("keep", "class", "both")
 
@@ -52,7 +54,8 @@ def cast(text: Text, dtype: torch.dtype) -> Text:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded pictures: latents [n, c, s, s], ``text`` of the different captions, and which picture has which.
+    """Encoded pictures: latents [n, c, s, s], ``text`` of the different captions, and which picture
+    has which.
 
     ``others``: template (`worded`) → which picture has which caption by it (`lab.core.captions`).
     """
@@ -117,12 +120,16 @@ class Pool:
         return replace(self, z=self.z[chosen], caption=self.caption[chosen], others=others)
 
     def template(self, template: str) -> Pool:
-        """The same pictures with their captions by ``template``; their own where none were encoded for it."""
+        """The same pictures with their captions by ``template``; their own where none were encoded
+        for it.
+        """
         return replace(self, caption=self.others.get(template, self.caption))
 
     def batch(self, size: int, seed: int, *labels: object) -> Batch:
-        """``size`` pictures without repetition as long as there are enough, and one timestep of each of ``size``
-        equal strata: every timestep stays equally likely, losses of small batches scatter less."""
+        """``size`` pictures without repetition as long as there are enough, and one timestep of
+        each of ``size`` equal strata: every timestep stays equally likely, losses of small batches
+        scatter less.
+        """
         g = generator(seed, "mima", *labels)
         rounds = -(-size // len(self))
         rows = torch.cat([torch.randperm(len(self), generator=g) for _ in range(rounds)])[:size]
@@ -139,8 +146,10 @@ class Pool:
 class ConceptSplit:
     """One concept's own pictures, split so that no level sees what the other has.
 
-    ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees as many pictures.
-    ``decoys``: what the model paints for the concept's captions before immunization, where that is asked for.
+    ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees
+        as many pictures.
+    ``decoys``: what the model paints for the concept's captions before immunization, where that is
+        asked for.
     """
 
     name: str
@@ -153,7 +162,10 @@ class ConceptSplit:
 def enough(concept: Concept, what: str = "concept", else_: str = "") -> None:
     """Raises `lab.core.errors.UserError` for fewer than two pictures, one for each level."""
     if len(concept.own) < 2:
-        told = f"{what} {concept.name} has {len(concept.own)} picture(s) for the immunizer; it needs at least 2"
+        told = (
+            f"{what} {concept.name} has {len(concept.own)} picture(s) for the immunizer; "
+            "it needs at least 2"
+        )
         raise UserError("scenario", concept.name, f"{told}, one for each level{else_}.")
 
 
@@ -169,8 +181,8 @@ def halves(
 
     Args:
         decoys: what to paint besides.
-        templates: by which the pictures get further captions (`worded`); a concept that nobody described gets none
-            by ``description``.
+        templates: by which the pictures get further captions (`worded`); a concept that nobody
+            described gets none by ``description``.
 
     Raises:
         UserError: fewer than two pictures.
@@ -220,7 +232,8 @@ def pooled(parts: Sequence[ConceptSplit]) -> ConceptSplit:
 
 
 def prior_pictures(case: ConceptCase, source: str) -> CaptionedImages:
-    """What must stay as it is: unrelated pictures (``keep``), the targets' classes without them (``class``), ``both``.
+    """What must stay as it is: unrelated pictures (``keep``), the targets' classes without them
+    (``class``), ``both``.
 
     Raises:
         UserError: the case has none.
@@ -230,7 +243,10 @@ def prior_pictures(case: ConceptCase, source: str) -> CaptionedImages:
         parts += [target.prior for target in case.targets]
     parts = [part for part in parts if len(part)]
     if not parts:
-        told = f"case {case.name} has no such pictures; choose another of {', '.join(PRIORS)} or set w_prior=0."
+        told = (
+            f"case {case.name} has no such pictures; choose another of "
+            f"{', '.join(PRIORS)} or set w_prior=0."
+        )
         raise UserError("immunize.prior", source, told)
     prompts = tuple(prompt for part in parts for prompt in part.prompts)
     return CaptionedImages(torch.cat([part.images for part in parts]), prompts)

@@ -24,7 +24,8 @@ def _inside(name: str, scope: str) -> bool:
 def scope_names(unet: nn.Module, scope: str, key: str = "immunize.scope") -> tuple[str, ...]:
     """Names of the parameters in ``scope``, in the U-Net's order.
 
-    ``kv``: key and value matrices of the cross-attention; ``attn2``: all of the cross-attention (the paper's S);
+    ``kv``: key and value matrices of the cross-attention; ``attn2``: all of the cross-attention
+        (the paper's S);
     ``attention``: self-attention too; ``all``: every parameter.
 
     Raises:
@@ -41,5 +42,7 @@ def scope_names(unet: nn.Module, scope: str, key: str = "immunize.scope") -> tup
 
 
 def matrices(weights: Mapping[str, Tensor], names: Iterable[str]) -> tuple[str, ...]:
-    """Those of ``names`` that a low-rank adapter can sit on: weights with an input and an output dimension."""
+    """Those of ``names`` that a low-rank adapter can sit on: weights with an input and an output
+    dimension.
+    """
     return tuple(name for name in names if weights[name].ndim >= 2)

@@ -1,4 +1,6 @@
-"""What one immunization works on: encoded pictures, the U-Net that moves, and which concepts are trained together."""
+"""What one immunization works on: encoded pictures, the U-Net that moves, and which concepts are
+trained together.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ def concept_halves(
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:
-    """At most ``limit`` captions of its own pictures, else prompts, in which the concept's words stand.
+    """At most ``limit`` captions of its own pictures, else prompts, in which the concept's words
+    stand.
 
     Raises:
         UserError: there is none.
@@ -81,7 +84,8 @@ def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[
 @dataclass(frozen=True)
 class Setup:
     """Attributes:
-    model: θ_0, untouched; encodes pictures and captions. denoiser: θ, and a copy of the model that follows it.
+    model: θ_0, untouched; encodes pictures and captions. denoiser: θ, and a copy of the model that
+        follows it.
     start: θ_0 in θ's precision. prior: encoded, or None.
     """
 
@@ -143,8 +147,9 @@ class Setup:
     def arrange(
         self, chosen: list[ConceptSplit], arrangement: str, options: MergeGroup | None, size: int
     ) -> tuple[list[list[ConceptSplit]], list[Merge], Merge]:
-        """Trainings as lists of concepts, the merge inside each, and the merge of their results; without ``options``
-        nothing is merged."""
+        """Trainings as lists of concepts, the merge inside each, and the merge of their results;
+        without ``options`` nothing is merged.
+        """
         none = Merge(1)
         if arrangement == "joint":
             return [[pooled(chosen)]], [none], none
@@ -156,7 +161,9 @@ class Setup:
         return [chosen], [merge], merge
 
     def _merge(self, chosen: list[ConceptSplit], group: MergeGroup, size: int) -> Merge:
-        """The merge at θ_0; layers without text input are recorded on the lower halves and the unrelated pictures."""
+        """The merge at θ_0; layers without text input are recorded on the lower halves and the
+        unrelated pictures.
+        """
         concepts = {c.name: c for c in self.case.targets}
         named = [
             (naming_prompts(self.model, concepts[h.name], group.prompts), concepts[h.name].words)

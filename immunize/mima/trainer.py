@@ -1,7 +1,7 @@
 """The loop of every concept immunizer: descend an objective over the parameters of Π_u.
 
-Concept immunizers differ in the gradient only (`Objective`). Randomness is a function of (seed, step), so a resumed
-run continues bit for bit.
+Concept immunizers differ in the gradient only (`Objective`). Randomness is a function of (seed,
+step), so a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ _FINITE = ("gradient norm", "upper_loss", "prior_loss", "benign_loss")  # what a
 
 
 class Objective(Protocol):
-    """Attributes: upper_names: Π_u. moves: all names that a step may change; the objective itself changes the rest."""
+    """Attributes: upper_names: Π_u. moves: all names that a step may change; the objective itself
+    changes the rest.
+    """
 
     upper_names: tuple[str, ...]
     moves: tuple[str, ...]
@@ -41,7 +43,9 @@ class Objective(Protocol):
         """
 
     def state(self) -> Params:
-        """Tensors that a resumed run needs besides θ and the step; with several processes called on all of them."""
+        """Tensors that a resumed run needs besides θ and the step; with several processes called on
+        all of them.
+        """
 
     def alike(self) -> Params:
         """Those of them that every process of a team holds."""
@@ -54,14 +58,16 @@ class Schedule:
     """The upper level.
 
     Attributes:
-        steps: number of updates. beta: their size β. beta_schedule: ``constant`` or ``cosine`` to 0.
+        steps: number of updates. lr: their size β. lr_schedule: ``constant`` or ``cosine`` to
+            0.
         optimizer: ``adamw`` or ``sgd``. weight_decay: of ``adamw``.
-        clip: largest norm of the gradient, None for no bound. checkpoint_every: steps between saved states.
+        clip: largest norm of the gradient, None for no bound. checkpoint_every: steps between saved
+            states.
     """
 
     steps: int
-    beta: float
-    beta_schedule: str = "constant"
+    lr: float
+    lr_schedule: str = "constant"
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     clip: float | None = None
@@ -69,8 +75,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         count("immunize.steps", self.steps)
-        number("immunize.lr", self.beta, above=0)
-        choice("immunize.lr_schedule", self.beta_schedule, ("constant", "cosine"))
+        number("immunize.lr", self.lr, above=0)
+        choice("immunize.lr_schedule", self.lr_schedule, ("constant", "cosine"))
         choice("immunize.optimizer", self.optimizer, ("adamw", "sgd"))
         number("immunize.weight_decay", self.weight_decay, 0)
         unread(
@@ -85,13 +91,14 @@ class Schedule:
         count("immunize.checkpoint_every", self.checkpoint_every)
 
     def rate(self, step: int) -> float:
-        if self.beta_schedule == "constant":
-            return self.beta
-        return self.beta * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        if self.lr_schedule == "constant":
+            return self.lr
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 class Section:
-    """The part of a checkpoint that belongs to one of several trainings of an immunizer, run one after the other.
+    """The part of a checkpoint that belongs to one of several trainings of an immunizer, run one
+    after the other.
 
     The weights that earlier ones ended with are kept beside the state of the running one.
     """
@@ -140,7 +147,8 @@ class Trainer:
     Args:
         theta: all parameters by name, float32 or float64.
         label: for the progress bar and messages.
-        sound: whether the losses at θ are finite; asked after the last step, whose weights no gradient has seen.
+        sound: whether the losses at θ are finite; asked after the last step, whose weights no
+            gradient has seen.
     """
 
     def __init__(
@@ -156,19 +164,20 @@ class Trainer:
         self._log, self.label, self.team, self.sound = log, label, team(), sound
         moving = [theta[name] for name in objective.upper_names]
         if schedule.optimizer == "sgd":
-            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(moving, lr=schedule.beta)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(moving, lr=schedule.lr)
         else:
             self.optimizer = torch.optim.AdamW(
-                moving, lr=schedule.beta, weight_decay=schedule.weight_decay
+                moving, lr=schedule.lr, weight_decay=schedule.weight_decay
             )
         self.good: Params = {}
         self.rows: list[dict[str, float]] = []
 
     def run(self, checkpoint: Checkpoint | None) -> Params:
-        """What moved, after the last step, or the last good weights where the numbers left the finite range.
+        """What moved, after the last step, or the last good weights where the numbers left the
+        finite range.
 
-        The last good weights are those at which every loss and gradient was finite last. A run that ends early logs
-        ``diverged`` = 1 in its last row.
+        The last good weights are those at which every loss and gradient was finite last. A run that
+        ends early logs ``diverged`` = 1 in its last row.
 
         Raises:
             Diverged: not even the first step was finite.
@@ -258,7 +267,7 @@ class Trainer:
         self._put(self.good)
         self._record(step, {"diverged": 1.0})
 
-    # ── state ────────────────────────────────────────────────────────────────────────────────────────────────
+    # state
 
     def _save(self, checkpoint: Checkpoint, step: int) -> None:
         tensors = {f"theta/{name}": value for name, value in self._copy().items()}

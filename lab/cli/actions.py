@@ -48,13 +48,15 @@ def _summed_up(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None
     """``write`` over all records that can be read.
 
     Raises:
-        UserError: of the first one that cannot, after the others were written; the further ones are told.
+        UserError: of the first one that cannot, after the others were written; the further ones are
+            told.
     """
     found, broken = records.readable(records.find(_places(cfg), Path(cfg.paths.runs)))
     once = records.distinct(found)
     if len(once) < len(found):
         print(
-            f"{len(found) - len(once)} of {len(found)} records repeat another one's content and are left out."
+            f"{len(found) - len(once)} of {len(found)} records repeat another one's content "
+            "and are left out."
         )
     if once:
         write(once)

@@ -26,10 +26,13 @@ _NO_FOLDER = (
 def rewritten(words: Sequence[str]) -> list[str]:
     """What Hydra is given in place of ``words``.
 
-    - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR is a path that says
-      so by how it begins, or a folder that is there and has not the name of a choice.
-    - ``dry_run=true`` plans here: a launcher would hand in jobs, and the plan would end in their logs.
-    - What only looks (``action=status``, ``leaderboard``, ``verify`` …) leaves no run folder behind.
+    - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR
+      is a path that says so by how it begins, or a folder that is there and has not the name of a
+      choice.
+    - ``dry_run=true`` plans here: a launcher would hand in jobs, and the plan would end in their
+        logs.
+    - What only looks (``action=status``, ``leaderboard``, ``verify`` …) leaves no run folder
+        behind.
     """
     found = [_as_path(word) for word in words]
     asked = [

@@ -1,4 +1,6 @@
-"""What happens when a multirun begins and ends: where it goes, one leaderboard and one report over its records."""
+"""What happens when a multirun begins and ends: where it goes, one leaderboard and one report over
+its records.
+"""
 
 from __future__ import annotations
 
@@ -69,18 +71,23 @@ class SweepLeaderboard(Callback):
             sweep_codes.append(1)
             told = f"of {jobs} jobs {jobs - len(paths)} left no record"
             print(
-                f"{told}: killed, or see their messages; `python run.py action=status 'records=[{folder}]'`"
+                f"{told}: killed, or see their messages; `python run.py action=status "
+                f"'records=[{folder}]'`"
             )
 
 
 def _order(path: Path) -> tuple[float, str]:
-    """By the job's number, with which a folder of `hydra.sweep.subdir` begins unless the user chose another one."""
+    """By the job's number, with which a folder of `hydra.sweep.subdir` begins unless the user chose
+    another one.
+    """
     number = path.parent.name.split("-")[0]
     return int(number) if number.isdecimal() else math.inf, str(path)
 
 
 def _jobs(config: DictConfig) -> int | None:
-    """How many jobs the sweep has by YAML and command line; None where Hydra alone can tell, as with ``glob(*)``."""
+    """How many jobs the sweep has by YAML and command line; None where Hydra alone can tell, as
+    with ``glob(*)``.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

@@ -26,5 +26,8 @@ def check_read(cfg: DictConfig) -> None:
     for key, actions in _READ_BY.items():
         value = OmegaConf.select(cfg, key)
         if cfg.action not in actions and value not in (None, False) and value != []:
-            told = f"is read by action={' | '.join(actions)}, and this is action={cfg.action}: leave it out."
+            told = (
+                f"is read by action={' | '.join(actions)}, and this is "
+                f"action={cfg.action}: leave it out."
+            )
             raise UserError(key, value, told)

@@ -1,8 +1,10 @@
-"""`action=search`: settings of an immunizer that trade protection, utility and benign learning, found by Optuna.
+"""`action=search`: settings of an immunizer that trade protection, utility and benign learning,
+found by Optuna.
 
-The plug-in hydra-optuna-sweeper (1.3.0) is not used: it holds Optuna below version 3, whose storage fails with a
-current SQLAlchemy, so that an interrupted search could not go on. No storage is needed here: the sampler is seeded and
-stages are cached, so the same command proposes the same trials, reads the finished ones from the cache and goes on.
+The plug-in hydra-optuna-sweeper (1.3.0) is not used: it holds Optuna below version 3, whose storage
+fails with a current SQLAlchemy, so that an interrupted search could not go on. No storage is needed
+here: the sampler is seeded and stages are cached, so the same command proposes the same trials,
+reads the finished ones from the cache and goes on.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ log = logging.getLogger(__name__)
 
 
 def search(cfg: DictConfig) -> None:
-    """Run the trials one after another, each a run below this run's folder; writes the table after each.
+    """Run the trials one after another, each a run below this run's folder; writes the table after
+    each.
 
-    A trial that fails, or lacks an objective, is told, stays in the table and does not stop the others; only the first
-    one, the preset itself, does.
+    A trial that fails, or lacks an objective, is told, stays in the table and does not stop the
+    others; only the first one, the preset itself, does.
 
     Raises:
         UserError: see `Plan.read`; Optuna is missing; the preset's own run has no result.
@@ -86,7 +89,9 @@ def _optuna() -> Any:
 
 
 def _study(optuna: Any, plan: Plan, preset: Trial) -> Any:
-    """Optuna's study; directions are those of the metrics, and the preset's run is its first trial."""
+    """Optuna's study; directions are those of the metrics, and the preset's run is its first
+    trial.
+    """
     sides = [
         "maximize" if preset.metrics[name]["better"] == "higher" else "minimize"
         for name in plan.objectives
@@ -113,7 +118,9 @@ def _place(cfg: DictConfig, folder: Path, number: int) -> Path:
 
 
 def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]) -> Trial:
-    """One trial, as a run of its own; what goes wrong in it is its result, but for the first one."""
+    """One trial, as a run of its own; what goes wrong in it is its result, but for the first
+    one.
+    """
     from lab.cluster.launch import launch
 
     place, failure = _place(cfg, folder, number), None
@@ -161,7 +168,8 @@ def outcome_of(
     """The objectives of a trial by its record; one that lacks an objective has failed.
 
     Raises:
-        UserError: the preset's own run lacks one, or an objective is a metric without a better side.
+        UserError: the preset's own run lacks one, or an objective is a metric without a better
+            side.
     """
     if failure is not None and number > 0 and not path.is_file():
         return Trial(number, values, {}, failure)

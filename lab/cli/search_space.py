@@ -1,4 +1,6 @@
-"""What a search may vary and what it is after: the group ``search`` of the config, read and checked."""
+"""What a search may vary and what it is after: the group ``search`` of the config, read and
+checked.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _ABSENT = object()
 
 @dataclass(frozen=True)
 class Range:
-    """One dimension: ``choices``, or ``low`` … ``high``, on a logarithmic scale or in steps; whole where all are."""
+    """One dimension: ``choices``, or ``low`` … ``high``, on a logarithmic scale or in steps; whole
+    where all are.
+    """
 
     key: str
     choices: tuple[Any, ...] = ()
@@ -86,7 +90,9 @@ class Range:
         return abs(steps - round(steps)) < 1e-9
 
     def draw(self, trial: Any) -> Any:
-        """What ``trial``, one of Optuna's, proposes; fractions to four digits, so that a user can type them."""
+        """What ``trial``, one of Optuna's, proposes; fractions to four digits, so that a user can
+        type them.
+        """
         if self.choices:
             return trial.suggest_categorical(self.key, self.choices)
         if self.whole:
@@ -95,7 +101,10 @@ class Range:
                 self.key, int(self.low), int(self.high), step=step, log=self.log
             )
         return float(
-            f"{trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log):.4g}"
+            format(
+                trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log),
+                ".4g",
+            )
         )
 
     def __str__(self) -> str:
@@ -116,9 +125,9 @@ class Plan:
     """The group ``search``.
 
     Attributes:
-        trials: how many runs; the first one has the preset's own values. startup: drawn at random before TPE's model is
-            used. seed: of the sampler. space: one range per option of the immunizer. objectives: a word → metric of
-            the record.
+        trials: how many runs; the first one has the preset's own values. startup: drawn at random
+            before TPE's model is used. seed: of the sampler. space: one range per option of the
+            immunizer. objectives: a word → metric of the record.
     """
 
     trials: int
@@ -131,7 +140,8 @@ class Plan:
     def read(cfg: DictConfig) -> Plan:
         """
         Raises:
-            UserError: a key that is missing or cannot work, or a scenario whose test concepts would be used.
+            UserError: a key that is missing or cannot work, or a scenario whose test concepts would
+                be used.
         """
         if not isinstance(cfg.get(KEY), DictConfig):
             raise UserError(
@@ -147,7 +157,10 @@ class Plan:
                 )
         split = cfg.scenario.get("split")
         if split not in (None, "validation"):
-            told = "settings are chosen on validation concepts, never on those that tables report: validation."
+            told = (
+                "settings are chosen on validation concepts, never on those that tables "
+                "report: validation."
+            )
             raise UserError("scenario.split", split, told)
         objectives = {str(k): str(v) for k, v in (given.get("objectives") or {}).items()}
         if len(objectives) < 2:

@@ -1,8 +1,10 @@
-"""``launch=cpu`` and ``launch=multi_gpu``: one run in several processes, started by ``accelerate launch``.
+"""``launch=cpu`` and ``launch=multi_gpu``: one run in several processes, started by ``accelerate
+launch``.
 
-This process composes once, writes the resolved config and waits; the processes never enter Hydra. Their stdin is a pipe
-from here: when it closes they end in order, be it that the user stops the run or that this process was killed. (Signals
-would reach accelerate first, which ends its processes after 30 seconds and prints a traceback of its own.)
+This process composes once, writes the resolved config and waits; the processes never enter Hydra.
+Their stdin is a pipe from here: when it closes they end in order, be it that the user stops the run
+or that this process was killed. (Signals would reach accelerate first, which ends its processes
+after 30 seconds and prints a traceback of its own.)
 """
 
 from __future__ import annotations
@@ -41,10 +43,12 @@ class Launch:
 
     Attributes:
         name: ``none`` | ``cpu`` (gloo) | ``multi_gpu`` (nccl).
-        num_processes: on all machines together. num_machines, machine_rank: of how many, and which one this is.
-        main_process_ip, main_process_port: where machine 0 listens; None on one machine, for a free port.
-        timeout_s: longest wait for another process inside one step. check_every: steps between two comparisons of the
-            parameters' hashes. args: further flags of ``accelerate launch``.
+        num_processes: on all machines together. num_machines, machine_rank: of how many, and which
+            one this is.
+        main_process_ip, main_process_port: where machine 0 listens; None on one machine, for a free
+            port.
+        timeout_s: longest wait for another process inside one step. check_every: steps between two
+            comparisons of the parameters' hashes. args: further flags of ``accelerate launch``.
     """
 
     name: str
@@ -65,9 +69,8 @@ class Launch:
         """
         if not isinstance(config, DictConfig):
             raise UserError("launch", config, "must be none, cpu or multi_gpu.")
-        given: dict[str, Any] = {
-            str(key): value for key, value in OmegaConf.to_container(config).items()
-        }  # type: ignore[union-attr]
+        plain: Any = OmegaConf.to_container(config)
+        given: dict[str, Any] = {str(key): value for key, value in plain.items()}
         name = choice("launch.name", given.get("name"), ("none", "cpu", "multi_gpu"))
         if name == "none":
             return Launch("none")
@@ -94,7 +97,10 @@ class Launch:
             told = f"must be a multiple of launch.num_machines={self.num_machines}."
             raise UserError("launch.num_processes", self.num_processes, told)
         if self.name == "multi_gpu" and self.local > torch.cuda.device_count():
-            told = f"that is {self.local} on this machine, where torch sees {torch.cuda.device_count()} CUDA device(s)."
+            told = (
+                f"that is {self.local} on this machine, where torch sees "
+                f"{torch.cuda.device_count()} CUDA device(s)."
+            )
             raise UserError("launch.num_processes", self.num_processes, told)
         if self.num_machines > 1:
             for key, value in (("ip", self.main_process_ip), ("port", self.main_process_port)):
@@ -113,7 +119,9 @@ class Launch:
         return range(self.machine_rank * self.local, (self.machine_rank + 1) * self.local)
 
     def threads(self, given: int | None) -> int:
-        """CPU threads of each process: as told, else the cores that this process may use, divided."""
+        """CPU threads of each process: as told, else the cores that this process may use,
+        divided.
+        """
         if given is not None:
             return given
         cores = (
@@ -134,7 +142,8 @@ class Launch:
         """The port to meet at.
 
         Raises:
-            UserError: it is taken on the first of several machines. On one machine another is chosen.
+            UserError: it is taken on the first of several machines. On one machine another is
+                chosen.
         """
         port = self.main_process_port
         if self.num_machines > 1:
@@ -166,7 +175,8 @@ class Launch:
         }
         if self.main_process_ip is not None:
             flags["main_process_ip"] = self.main_process_ip
-        # --multi_gpu is accelerate's name for several processes; --cpu starts one, whatever their number
+        # --multi_gpu is accelerate's name for several processes; --cpu starts one, whatever their
+        # number
         mode = (
             "--multi_gpu"
             if self.num_processes > 1
@@ -193,7 +203,8 @@ def launch(cfg: DictConfig, folder: Path) -> None:
     """Run what ``cfg`` selects, into ``folder``, in as many processes as ``cfg.launch`` says.
 
     Raises:
-        UserError: wrong options, also those that the processes find; another run's record in ``folder``.
+        UserError: wrong options, also those that the processes find; another run's record in
+            ``folder``.
         RankFailed: one of them failed or died.
     """
     if not cfg.dry_run:
@@ -227,7 +238,9 @@ def launch(cfg: DictConfig, folder: Path) -> None:
 
 
 def _attempts(options: Launch, config: Path, threads: int) -> int:
-    """Start the processes and wait; once more where they could not even meet. Returns accelerate's exit code."""
+    """Start the processes and wait; once more where they could not even meet. Returns accelerate's
+    exit code.
+    """
     folder = config.parent / RANKS
     folder.mkdir(exist_ok=True)
     for attempt in range(_ATTEMPTS):
@@ -287,12 +300,14 @@ def _wait(command: Sequence[str], env: dict[str, str]) -> int:
 
 
 def _deaf_to_batch_signals() -> None:
-    """A batch system sends these to every process; accelerate would die of them before its processes are done."""
+    """A batch system sends these to every process; accelerate would die of them before its
+    processes are done.
+    """
     for number_ in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number_, signal.SIG_IGN)
 
 
-# ── what became of it ────────────────────────────────────────────────────────────────────────────────────────────
+# ── what became of it
 
 
 def _states(folder: Path, ranks: Sequence[int]) -> dict[int, dict[str, Any]]:
@@ -316,10 +331,16 @@ def _as_error(
             if len(silent) == 1
             else "processes " + ", ".join(map(str, silent))
         )
-        told = f"{which} ended without a word: killed from outside, for want of memory perhaps (see the messages above)."
+        told = (
+            f"{which} ended without a word: killed from outside, for want of memory "
+            "perhaps (see the messages above)."
+        )
         return RankFailed(rank=silent[0], type="Killed", message=told)
     if failure is None:
-        told = f"accelerate ended with code {code} before the processes had begun; see its messages above."
+        told = (
+            f"accelerate ended with code {code} before the processes had begun; see its "
+            "messages above."
+        )
         return RankFailed(rank=None, type="LaunchFailed", message=told)
     if failure["key"] is not None:
         return UserError(failure["key"], failure["value"], failure["fix"])

@@ -14,9 +14,11 @@ from lab.core.record import Record
 
 
 def lost_runs(places: Sequence[Path]) -> list[Record]:
-    """A stand-in for the record of every killed run below ``places``, with status ``failed`` and no figures.
+    """A stand-in for the record of every killed run below ``places``, with status ``failed`` and no
+    figures.
 
-    What a run was to do is read from Hydra's notes; one killed before they were written is left out.
+    What a run was to do is read from Hydra's notes; one killed before they were written is left
+    out.
     """
     folders = [
         f

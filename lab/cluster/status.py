@@ -1,7 +1,7 @@
 """What `action=status` tells: which runs are queued, running, done or failed.
 
-Told from three sources: Slurm's queue where there is one, the locks that living processes hold on their run folders,
-and the records. Nothing is written.
+Told from three sources: Slurm's queue where there is one, the locks that living processes hold on
+their run folders, and the records. Nothing is written.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ Queue = dict[str, QueueEntry]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the answer. ``where``: a run folder, or the folder of a sweep for a job that has not begun."""
+    """One line of the answer. ``where``: a run folder, or the folder of a sweep for a job that has
+    not begun.
+    """
 
     state: str
     where: Path
@@ -45,7 +47,10 @@ class Line:
 
     def __str__(self) -> str:
         seconds = "" if self.seconds is None else f"{self.seconds:.0f} s"
-        return f"{self.state:<10} {seconds:>7}  {relative(self.where)}  {' '.join(self.told.split())[:100]}".rstrip()
+        return (
+            f"{self.state:<10} {seconds:>7}  {relative(self.where)}  "
+            f"{' '.join(self.told.split())[:100]}"
+        ).rstrip()
 
 
 def status(cfg: DictConfig) -> None:
@@ -124,7 +129,9 @@ def run_folders(places: Sequence[Path]) -> list[Path]:
 
 
 def _is_run(folder: Path) -> bool:
-    """Whether ``folder`` is that of a lasting action; every other call leaves a folder with its config, too."""
+    """Whether ``folder`` is that of a lasting action; every other call leaves a folder with its
+    config, too.
+    """
     config = folder / HYDRA / "config.yaml"
     if (folder / "record.json").is_file() or is_claimed(folder) or not config.is_file():
         return True
@@ -135,7 +142,9 @@ def _is_run(folder: Path) -> bool:
 
 
 def _process(folder: Path) -> dict[str, Any]:
-    """Who worked in ``folder`` last: ``host pid started job``; empty when that was never written."""
+    """Who worked in ``folder`` last: ``host pid started job``; empty when that was never
+    written.
+    """
     path = folder / PROCESS
     if not path.is_file():
         return {}
@@ -144,7 +153,9 @@ def _process(folder: Path) -> dict[str, Any]:
 
 
 def _jobs(places: list[Path]) -> dict[str, Path]:
-    """Ids of the jobs that submitit handed in to Slurm, and the folders where it keeps their files."""
+    """Ids of the jobs that submitit handed in to Slurm, and the folders where it keeps their
+    files.
+    """
     found = {}
     for script in (path for place in places for path in place.rglob(".submitit/*/*_submission.sh")):
         base = script.name.removesuffix("_submission.sh")

@@ -1,10 +1,12 @@
 """Stages addressed by content: computed once, written once, checked on every read.
 
-An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and ``meta.json`` (the SHA-256
-of the other two, the seconds that they took, and digests of the artefacts that it was made from). KEY is the hash of
-everything that determines the result, sources included. A key names a recipe; should its result come out otherwise one
-day (other hardware, other threads), what was made from the earlier one no longer counts. The folder appears in one
-rename, so a reader sees all of it or nothing; a file lock lets one of several processes compute while the others wait.
+An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and
+``meta.json`` (the SHA-256 of the other two, the seconds that they took, and digests of the
+artefacts that it was made from). KEY is the hash of everything that determines the result, sources
+included. A key names a recipe; should its result come out otherwise one day (other hardware, other
+threads), what was made from the earlier one no longer counts. The folder appears in one rename, so
+a reader sees all of it or nothing; a file lock lets one of several processes compute while the
+others wait.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ Place = tuple[str, str]  # stage and key of an artefact
 class Artifact:
     """JSON-able ``values`` (nan and inf allowed) and named ``tensors``.
 
-    ``seconds``: wall time that it took to compute, over all sittings up to their last checkpoints; None: not known.
+    ``seconds``: wall time that it took to compute, over all sittings up to their last checkpoints;
+        None: not known.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -56,7 +59,9 @@ def stage_key(**inputs: Any) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Temp name in the same folder, fsync, rename: ``path`` holds the old or the new bytes, never a part."""
+    """Temp name in the same folder, fsync, rename: ``path`` holds the old or the new bytes, never a
+    part.
+    """
     temp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temp, "wb") as handle:
@@ -73,12 +78,16 @@ def _packed(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _agree(before: dict[str, str], now: dict[str, str]) -> bool:
-    """Whether nothing of what there is ``now`` is other, or unknown, to what was made ``before``."""
+    """Whether nothing of what there is ``now`` is other, or unknown, to what was made
+    ``before``.
+    """
     return all(before.get(place) == digest for place, digest in now.items())
 
 
 class StageCheckpoint:
-    """State of an unfinished stage: one safetensors file beside the artefact, values in its metadata."""
+    """State of an unfinished stage: one safetensors file beside the artefact, values in its
+    metadata.
+    """
 
     def __init__(self, path: Path, made_from: dict[str, str] | None = None) -> None:
         self.path, self._made_from = path, made_from or {}
@@ -104,7 +113,8 @@ class StageCheckpoint:
         spent, made_from = values.pop(_SPENT, 0.0), values.pop(_FROM, {})
         if not _agree(made_from, self._made_from):
             log.warning(
-                "checkpoint %s did not begin at the result that there is now; the stage begins anew",
+                "checkpoint %s did not begin at the result that there is now; the stage "
+                "begins anew",
                 self.path,
             )
             return None
@@ -124,8 +134,9 @@ class StageCheckpoint:
 class StageCache:
     """The stage cache below ``root``.
 
-    ``force`` names stages that are computed anew, once per process; where one comes out otherwise than before, what was
-    made from it is computed anew, too. ``parents`` of a stage are the places of what it is computed from.
+    ``force`` names stages that are computed anew, once per process; where one comes out otherwise
+    than before, what was made from it is computed anew, too. ``parents`` of a stage are the places
+    of what it is computed from.
     """
 
     def __init__(self, root: Path | str, force: str | Iterable[str] = ()) -> None:
@@ -137,7 +148,9 @@ class StageCache:
         return self.root / stage / key[:2] / key
 
     def has(self, stage: str, key: str, parents: Sequence[Place] = ()) -> bool:
-        """True when the artefact lies there, made from these ``parents`` (its bytes are checked when it is read)."""
+        """True when the artefact lies there, made from these ``parents`` (its bytes are checked
+        when it is read).
+        """
         if stage in self.force and key not in self._fresh:
             return False
         meta = self._meta(stage, key)
@@ -173,11 +186,15 @@ class StageCache:
         return step if isinstance(step, int) else None
 
     def trust(self, keys: Iterable[str]) -> None:
-        """Artefacts of a forced stage that other processes of this run have computed are new here, too."""
+        """Artefacts of a forced stage that other processes of this run have computed are new here,
+        too.
+        """
         self._fresh.update(keys)
 
     def read(self, stage: str, key: str, parents: Sequence[Place] = ()) -> Artifact | None:
-        """The artefact, or None when it is absent, made from something else, truncated or altered (with a warning)."""
+        """The artefact, or None when it is absent, made from something else, truncated or altered
+        (with a warning).
+        """
         if stage in self.force and key not in self._fresh:
             return None
         meta = self._meta(stage, key)

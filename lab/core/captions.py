@@ -1,4 +1,6 @@
-"""Captions of a concept's pictures by template: as attackers write them, and as immunizers expect them to."""
+"""Captions of a concept's pictures by template: as attackers write them, and as immunizers expect
+them to.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +18,21 @@ _ENOUGH = 8
 
 
 def renamed(text: str, words: str, new: str) -> str:
-    """``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``; unchanged where absent."""
+    """``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``; unchanged
+    where absent.
+    """
     return re.sub(
         rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE
     )
 
 
 def class_words(task: Concept) -> str:
-    """The class noun of ``task``: what all captions of its prior pictures share, articles and media left out.
+    """The class noun of ``task``: what all captions of its prior pictures share, articles and media
+    left out.
 
-    Captions "a photo of an animal" give "animal"; captions of mixed things give "". Few captions can share more than
-    their class ("a brown dog sitting"): below `_ENOUGH` of them, several shared words are taken for chance.
+    Captions "a photo of an animal" give "animal"; captions of mixed things give "". Few captions
+    can share more than their class ("a brown dog sitting"): below `_ENOUGH` of them, several shared
+    words are taken for chance.
     """
     found = [re.findall(r"\w+", caption.lower()) for caption in task.prior.prompts]
     shared = set.intersection(*map(set, found)) - _FILLER if found else set()
@@ -43,9 +49,10 @@ def captions(
     Args:
         task: gives the words to replace and the description prompts.
         pictures: whose captions are asked for.
-        template: ``name``: their own captions; ``token``: the same with the concept's words replaced by ``expression``
-            (a caption without the words gets it in front); ``description``: the pictures' captions by description, or,
-            where the scenario has none, the task's description prompts in turn.
+        template: ``name``: their own captions; ``token``: the same with the concept's words
+            replaced by ``expression`` (a caption without the words gets it in front);
+            ``description``: the pictures' captions by description, or, where the scenario has none,
+                the task's description prompts in turn.
         expression: the token, with a class noun where the attacker uses one.
     """
     if template == "description":

@@ -1,8 +1,9 @@
 """Condition numbers of Gram matrices, the ratio built from them, and its limit.
 
-Everything is float64. ``X`` is a data or feature matrix [n, d] and H = XᵀX its Hessian (squared loss, linear
-probe), so κ(H) = σ_max(X)²/σ_min(X)²: taken from the singular values of X itself, never from the eigenvalues of
-H, whose small ones are lost to rounding beyond κ ≈ 1e16. Source: arXiv 2505.23760 (KAPPA).
+Everything is float64. ``X`` is a data or feature matrix [n, d] and H = XᵀX its Hessian (squared
+loss, linear probe), so κ(H) = σ_max(X)²/σ_min(X)²: taken from the singular values of X itself,
+never from the eigenvalues of H, whose small ones are lost to rounding beyond κ ≈ 1e16. Source:
+arXiv 2505.23760 (KAPPA).
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def singular_values(x: Tensor) -> Tensor:
 def rank_tolerance(
     shape: tuple[int, int] | torch.Size, dtype: torch.dtype = torch.float64
 ) -> float:
-    """max(n, d)·ε, relative to the largest singular value (the rule of ``numpy.linalg.matrix_rank``)."""
+    """max(n, d)·ε, relative to the largest singular value (the rule of
+    ``numpy.linalg.matrix_rank``).
+    """
     eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
     return max(shape) * eps
 
@@ -66,17 +69,19 @@ def condition_number(
     """κ(XᵀX) of ``x`` [n, d].
 
     Args:
-        x: data or features. Integers and float32 are converted; float32 keeps its own rounding in the default
-            tolerance, so that noise of a float32 network does not count as rank.
-        definition: ``rank`` σ_1²/σ_r² with r the numerical rank (pseudo-inverse, Eq. 1 of arXiv 2505.23760);
-            ``ridge`` κ(XᵀX + ``ridge``·I), what a probe with weight decay sees, infinite only for a singular
-            XᵀX with ``ridge`` = 0; ``release`` the released function's rule: largest over smallest eigenvalue
-            above 1e-6 of XᵀX + 1e-6·I, which on rank-deficient data measures rounding noise (for comparison).
+        x: data or features. Integers and float32 are converted; float32 keeps its own rounding in
+            the default tolerance, so that noise of a float32 network does not count as rank.
+        definition: ``rank`` σ_1²/σ_r² with r the numerical rank (pseudo-inverse, Eq. 1 of arXiv
+            2505.23760); ``ridge`` κ(XᵀX + ``ridge``·I), what a probe with weight decay sees,
+            infinite only for a singular XᵀX with ``ridge`` = 0; ``release`` the released function's
+            rule: largest over smallest eigenvalue above 1e-6 of XᵀX + 1e-6·I, which on
+                rank-deficient data measures rounding noise (for comparison).
         tolerance: relative rank tolerance of ``rank``.
         ridge: λ ≥ 0 of ``ridge``.
 
     Raises:
-        ValueError: an empty or all-zero matrix, numbers that are not finite, or an unknown definition.
+        ValueError: an empty or all-zero matrix, numbers that are not finite, or an unknown
+            definition.
     """
     if not bool(torch.isfinite(x).all()):
         raise ValueError("a condition number needs finite numbers")
@@ -109,7 +114,9 @@ def _release_condition_number(x: Tensor) -> float:
 
 
 def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list[Tensor]:
-    """Seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥ groups·size."""
+    """Seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥
+    groups·size.
+    """
     rng = generator(seed, "row-groups", n, groups, size)
     size = min(size, n)
     if n >= groups * size:
@@ -127,7 +134,9 @@ def grouped_condition_number(
     seed: int = 0,
     ridge: float = 0.0,
 ) -> list[float]:
-    """κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760: 20 groups × 100)."""
+    """κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760: 20
+    groups × 100).
+    """
     return [
         condition_number(x[rows], definition, ridge=ridge)
         for rows in row_groups(len(x), groups, size, seed)
@@ -137,7 +146,8 @@ def grouped_condition_number(
 def relative_immunization_ratio(
     harmful_after: float, harmful_before: float, benign_after: float, benign_before: float
 ) -> float:
-    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got relatively harder.
+    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got relatively
+    harder.
 
     Raises:
         ValueError: a condition number below 1.
@@ -153,7 +163,8 @@ class Bound:
     """The largest RIR that any invertible linear extractor can reach (docs/methods.md §2.1).
 
     Attributes:
-        value: RIR* = κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)); None when it is infinite or float64 cannot resolve it.
+        value: RIR* = κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)); None when it is infinite or float64 cannot
+            resolve it.
         reason: why ``value`` is None.
         pencil: eigenvalues of (K_H, K_P) on range(K_P), descending [rank_benign].
         kappa_m: κ(M), largest over smallest positive pencil eigenvalue; None with ``value``.
@@ -190,20 +201,22 @@ def _gram_condition(values: np.ndarray, rank: int) -> float:
 
 
 def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None) -> Bound:
-    """RIR* of a pair of tasks, by the generalised eigenvalues of (K_H, K_P) (own result, docs/methods.md §2.1).
+    """RIR* of a pair of tasks, by the generalised eigenvalues of (K_H, K_P) (own result,
+    docs/methods.md §2.1).
 
-    H_H = BᵀMB and H_P = BᵀB with B = K_P^{1/2}θ give κ(H_H) ≤ κ(M)·κ(H_P) for every invertible θ, attained by
-    θ = K_P^{-1/2}Q. A singular K_P is reduced to its range; when K_H has energy outside, shrinking θ there sends
-    κ(H_H) to infinity at no cost to H_P, so there is no finite bound. A singular K_H keeps the bound, with κ(M)
-    over the positive eigenvalues.
+    H_H = BᵀMB and H_P = BᵀB with B = K_P^{1/2}θ give κ(H_H) ≤ κ(M)·κ(H_P) for every invertible θ,
+    attained by θ = K_P^{-1/2}Q. A singular K_P is reduced to its range; when K_H has energy
+    outside, shrinking θ there sends κ(H_H) to infinity at no cost to H_P, so there is no finite
+    bound. A singular K_H keeps the bound, with κ(M) over the positive eigenvalues.
 
-    Nothing here takes singular values of X: the bound comes from eigenvalues of Gram matrices, the RIR from
-    singular values of Xθ, so that a ratio of 1 proves something. (Ranks and the error estimate are taken from
-    singular values.) Its relative error is about ε·max(κ(K_P)κ(M), κ(H(θ_0))) with equilibrated columns of X_P; a
-    bound with an error above 1e-6 is not reported.
+    Nothing here takes singular values of X: the bound comes from eigenvalues of Gram matrices, the
+    RIR from singular values of Xθ, so that a ratio of 1 proves something. (Ranks and the error
+    estimate are taken from singular values.) Its relative error is about ε·max(κ(K_P)κ(M),
+    κ(H(θ_0))) with equilibrated columns of X_P; a bound with an error above 1e-6 is not reported.
 
     Args:
-        x_benign: [n_P, d]. x_harmful: [n_H, d]. theta0: [d, d] the extractor before immunization; identity if None.
+        x_benign: [n_P, d]. x_harmful: [n_H, d]. theta0: [d, d] the extractor before immunization;
+            identity if None.
     """
     benign, harmful = x_benign.detach().to(torch.float64), x_harmful.detach().to(torch.float64)
     d = benign.shape[1]
@@ -224,7 +237,8 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
     )  # torch takes no negative stride, not even of one value
     if outside > 1e-12:  # squared relative size: directions beyond 1e-6 of X_H, far above rounding
         reason = (
-            f"infinite: K_P has rank {rank} of {d} and {100 * outside:.3g} % of the harmful energy lies outside its"
+            f"infinite: K_P has rank {rank} of {d} and {100 * outside:.3g} % of the harmful "
+            "energy lies outside its"
             " range, where shrinking θ raises κ(H_H) at no cost to H_P"
         )
         return Bound(None, reason, pencil, None, rank, outside)
@@ -239,7 +253,10 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
         *map(abs, before), condition_number(pairs[0] / scale) * abs(kappa_m)
     )
     if min(*before, kappa_m) <= 0 or error > RESOLUTION:
-        reason = f"not resolved: eigenvalues of the Gram matrices carry a relative error of {error:.1g} in float64"
+        reason = (
+            "not resolved: eigenvalues of the Gram matrices carry a relative error of "
+            f"{error:.1g} in float64"
+        )
         return Bound(None, reason, pencil, None, rank, outside)
     return Bound(kappa_m * before[0] / before[1], None, pencil, kappa_m, rank, outside)
 
@@ -250,7 +267,8 @@ def principal_angles(
     """Angles in radians, ascending, between the leading right-singular subspaces of both matrices.
 
     Args:
-        dim: directions taken from each; by default as many as hold ``energy`` of ‖X‖²_F, per matrix.
+        dim: directions taken from each; by default as many as hold ``energy`` of ‖X‖²_F, per
+            matrix.
         energy: share in (0, 1].
     """
     bases = []

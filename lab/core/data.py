@@ -58,8 +58,9 @@ class Case:
 class CaptionedImages:
     """Images uint8 [n, 3, s, s] with one caption each.
 
-    ``described``: captions that say what a concept looks like and not its name, one each, where the scenario knows
-    them. They follow from the pictures: `lab.core.data.ScenarioData.data_hash` leaves them out.
+    ``described``: captions that say what a concept looks like and not its name, one each, where the
+    scenario knows them. They follow from the pictures: `lab.core.data.ScenarioData.data_hash`
+    leaves them out.
     """
 
     images: Tensor
@@ -79,19 +80,22 @@ class CaptionedImages:
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that somebody may want to teach a text-to-image model. The diffusion twin of `Task`.
+    """One thing that somebody may want to teach a text-to-image model. The diffusion twin of
+    `Task`.
 
     Attributes:
         name: unique within the case, for example "mosaic"; also the name a detector knows it by.
-        role: ``harmful`` for a target of the immunization, ``benign`` for one that must stay learnable.
+        role: ``harmful`` for a target of the immunization, ``benign`` for one that must stay
+            learnable.
         kind: ``style`` or ``object``.
         words: the words of a prompt that name it (their token rows are C_n of the merge).
         train: what the attacker has.
         own: what the immunizer has of it; disjoint from ``train``.
         reference: what generations are compared with; disjoint from both.
         prior: pictures of its class without the concept (prior preservation); may be empty.
-        prompts: family → prompts that generations are made from. Always ``name``; where the scenario knows
-            them ``description`` (never the concept's name) and ``reworded`` (templates unknown to the immunizer).
+        prompts: family → prompts that generations are made from. Always ``name``; where the
+            scenario knows them ``description`` (never the concept's name) and ``reworded``
+            (templates unknown to the immunizer).
     """
 
     name: str
@@ -110,9 +114,11 @@ PRECISIONS = ("weights", "bfloat16")  # of `Sampling`
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are generated, equally for every model: DDIM ``steps``, ``guidance`` scale, ``count`` per point.
+    """How pictures are generated, equally for every model: DDIM ``steps``, ``guidance`` scale,
+    ``count`` per point.
 
-    ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is torch's autocast.
+    ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is
+        torch's autocast.
     """
 
     steps: int = 20
@@ -128,13 +134,15 @@ class ConceptCase:
 
     Attributes:
         targets: concepts to protect against (role ``harmful``).
-        others: concepts that must stay as easy to learn (role ``benign``); reported, never trained on.
+        others: concepts that must stay as easy to learn (role ``benign``); reported, never trained
+            on.
         rehearsal: benign concepts that the immunizer may practise on; never reported.
         keep: pictures with captions of unrelated things, for the immunizer's preservation terms.
         regularizers: captions of C_reg (`immunize.merge.closed_form`).
-        unrelated: prompts of unrelated things, for utility; disjoint from ``keep`` and ``regularizers``.
-        erased: names of concepts that ``erase`` removes before anything else, with ``anchors`` and ``preserve``
-            handled by the eraser.
+        unrelated: prompts of unrelated things, for utility; disjoint from ``keep`` and
+            ``regularizers``.
+        erased: names of concepts that ``erase`` removes before anything else, with ``anchors`` and
+            ``preserve`` handled by the eraser.
     """
 
     name: str
@@ -177,8 +185,8 @@ class Erasure:
 class ScenarioData:
     """What a scenario loads for one seed.
 
-    ``notes`` are full sentences about rows and columns that were dropped or imputed and the rank that
-    remains; ``data_hash`` is a SHA-256 over the tensors of every case.
+    ``notes`` are full sentences about rows and columns that were dropped or imputed and the rank
+    that remains; ``data_hash`` is a SHA-256 over the tensors of every case.
     """
 
     cases: tuple[Case, ...] | tuple[ConceptCase, ...]

@@ -1,9 +1,10 @@
-"""Processes that compute one thing together: concepts are spread over them, results are reduced by hand.
+"""Processes that compute one thing together: concepts are spread over them, results are reduced by
+hand.
 
-DistributedDataParallel has no second derivatives (pytorch #63929), so nothing is wrapped. Every rank holds all
-parameters and computes the terms of its own concepts; a term travels to the others by broadcast and is added on every
-rank in the order of the concepts, so that the sum has the same bits for any number of ranks. Headers are JSON, tensors
-travel as they are: nothing is pickled.
+DistributedDataParallel has no second derivatives (pytorch #63929), so nothing is wrapped. Every
+rank holds all parameters and computes the terms of its own concepts; a term travels to the others
+by broadcast and is added on every rank in the order of the concepts, so that the sum has the same
+bits for any number of ranks. Headers are JSON, tensors travel as they are: nothing is pickled.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class OutOfStep(Exception):
 
 
 def broadcast_json(value: Any, source: int, group: Any) -> Any:
-    """``value`` of rank ``source``, counted in the whole run, on every rank of ``group``; nan and inf allowed."""
+    """``value`` of rank ``source``, counted in the whole run, on every rank of ``group``; nan and
+    inf allowed.
+    """
     here = dist.get_rank() == source
     data = (
         torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -64,10 +67,12 @@ class Team:
         self.size = max(len(members), 1)
         self.rank = members.index(dist.get_rank()) if members else 0
 
-    # ── one value from one rank ──────────────────────────────────────────────────────────────────────────────
+    # ── one value from one rank
 
     def share(self, tensors: Params, source: int = 0, values: Any = None) -> tuple[Params, Any]:
-        """What the ``source``-th member gives, on all; ``values`` are JSON-able. Others' arguments are unread."""
+        """What the ``source``-th member gives, on all; ``values`` are JSON-able. Others' arguments
+        are unread.
+        """
         if self.size == 1:
             return tensors, values
         sender = self.members[source]
@@ -90,7 +95,9 @@ class Team:
         return found, header["values"]
 
     def same(self, tensors: Params) -> Params:
-        """The first member's ``tensors`` on all: where each computed them, the last bits may differ."""
+        """The first member's ``tensors`` on all: where each computed them, the last bits may
+        differ.
+        """
         return self.share(tensors)[0]
 
     def gather(self, values: Mapping[int, Any]) -> dict[int, Any]:
@@ -105,15 +112,16 @@ class Team:
             }
         return found
 
-    # ── a sum over concepts ──────────────────────────────────────────────────────────────────────────────────
+    # ── a sum over concepts
 
     def ordered(
         self, count: int, compute: Callable[[int], Params], add: Callable[[int, Params], None]
     ) -> None:
-        """``add(n, compute(n))`` for n < ``count`` in this order on every rank; each ``compute`` runs on one only.
+        """``add(n, compute(n))`` for n < ``count`` in this order on every rank; each ``compute``
+        runs on one only.
 
-        As many concepts as there are ranks are computed at a time, then shared one by one: no rank holds more than
-        its own term and the one that is being added.
+        As many concepts as there are ranks are computed at a time, then shared one by one: no rank
+        holds more than its own term and the one that is being added.
 
         Raises:
             Diverged, FloatingPointError: from ``compute``, on every rank.
@@ -145,7 +153,7 @@ class Team:
             raise _PASSED_ON[told[0]](*told[1:])
         return tensors
 
-    # ── the proof that all is well ───────────────────────────────────────────────────────────────────────────
+    # ── the proof that all is well
 
     def agree(self, tensors: Callable[[], Params], when: str) -> None:
         """Compare a hash of ``tensors()`` across the ranks.
@@ -186,7 +194,9 @@ _current = ALONE
 
 
 def team() -> Team:
-    """The processes that work on what this one computes now; `ALONE` unless the run says otherwise."""
+    """The processes that work on what this one computes now; `ALONE` unless the run says
+    otherwise.
+    """
     return _current
 
 

@@ -33,9 +33,9 @@ class RankFailed(Exception):
     """A process of a run failed or died.
 
     Attributes:
-        rank: its number, None where that is not known. type, message: of its exception. told: the message for a user
-            who can mend it. key, step, cell, traceback: of the config key, the last good step, the stage and the
-            exception, where known.
+        rank: its number, None where that is not known. type, message: of its exception. told: the
+            message for a user who can mend it. key, step, cell, traceback: of the config key, the
+            last good step, the stage and the exception, where known.
     """
 
     def __init__(
@@ -69,9 +69,11 @@ _BLAMED = "_immunization_bench_part"
 
 @contextmanager
 def with_config_key(key: str) -> Iterator[None]:
-    """Whatever is raised within remembers the config key of the part that runs here, which may be anybody's own.
+    """Whatever is raised within remembers the config key of the part that runs here, which may be
+    anybody's own.
 
-    The innermost one counts: an attacker that asks for a case meets a broken scenario, not a broken attacker.
+    The innermost one counts: an attacker that asks for a case meets a broken scenario, not a broken
+    attacker.
     """
     try:
         yield

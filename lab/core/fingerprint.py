@@ -35,7 +35,8 @@ def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
 def fingerprint(case: AnyCase, derived: bool = True) -> str:
     """SHA-256 over everything that a case holds: pictures or rows, labels, prompts and roles.
 
-    ``derived``: what follows from the rest counts too (fields that say so), as it has to for a cached stage.
+    ``derived``: what follows from the rest counts too (fields that say so), as it has to for a
+        cached stage.
     """
     tensors: list[Tensor] = []
     plain = _plain(case, tensors, derived)
@@ -43,8 +44,9 @@ def fingerprint(case: AnyCase, derived: bool = True) -> str:
 
 
 def unpainted(case: AnyCase) -> AnyCase:
-    """What erasers and immunizers see: how pictures are generated is the attacks' and the metrics' business, so that
-    other sampling steps do not immunize again."""
+    """What erasers and immunizers see: how pictures are generated is the attacks' and the metrics'
+    business, so that other sampling steps do not immunize again.
+    """
     return dataclasses.replace(case, sampling=Sampling()) if isinstance(case, ConceptCase) else case
 
 
@@ -64,8 +66,10 @@ _ORIGIN = (
 
 
 def beside_weights(model: Model) -> dict[str, str]:
-    """SHA-256 of what a text-to-image model computes with besides its weights: noise schedule, prediction type,
-    scaling factors, tokenizers. Empty for other models, which their backbone's options describe."""
+    """SHA-256 of what a text-to-image model computes with besides its weights: noise schedule,
+    prediction type, scaling factors, tokenizers. Empty for other models, which their backbone's
+    options describe.
+    """
     if getattr(model, "kind", None) != "diffusion":
         return {}
     encoders = [encoder.config.to_dict() for encoder in model.text_encoders]

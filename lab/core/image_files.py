@@ -29,8 +29,10 @@ _TURNS = {
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """``image`` turned as its EXIF orientation says. A damaged EXIF block says nothing, and is no reason to refuse the
-    picture (`PIL.ImageOps.exif_transpose` would have to write the block again, and fails)."""
+    """``image`` turned as its EXIF orientation says. A damaged EXIF block says nothing, and is no
+    reason to refuse the picture (`PIL.ImageOps.exif_transpose` would have to write the block again,
+    and fails).
+    """
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except DAMAGED:
@@ -39,7 +41,9 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright, transparency over white; greys of 16 bits and of floats (up to 1 or their maximum) to 8."""
+    """RGB, upright, transparency over white; greys of 16 bits and of floats (up to 1 or their
+    maximum) to 8.
+    """
     image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.nan_to_num(np.asarray(image, dtype=np.float64))

@@ -1,4 +1,6 @@
-"""Pictures as one labelled grid: the same tensor gives the same PNG, byte for byte (one version of Pillow)."""
+"""Pictures as one labelled grid: the same tensor gives the same PNG, byte for byte (one version of
+Pillow).
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def _extent(draw: ImageDraw.ImageDraw, text: str, font: _Font) -> tuple[int, int
 
 
 def _broken(text: str, width: int, font: _Font) -> str:
-    """``text`` in lines of at most ``width`` pixels, broken at blanks and underscores, else anywhere."""
+    """``text`` in lines of at most ``width`` pixels, broken at blanks and underscores, else
+    anywhere.
+    """
     lines, line = [], ""
     for word in text.replace("_", "_ ").split():
         glue = "" if line.endswith("_") else " "

@@ -13,7 +13,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, by number of the parameter and name; none for a parameter that was never updated."""
+    """The optimizer's tensors, by number of the parameter and name; none for a parameter that was
+    never updated.
+    """
     found = enumerate(optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
     return {
         f"{i}.{name}": value
@@ -30,7 +32,8 @@ def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
-        # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside the parameter
+        # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside
+        # the parameter
         beside = value.dim() > 0 or any(
             (group.get("fused") or group.get("capturable"))
             and any(p is parameter for p in group["params"])

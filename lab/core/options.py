@@ -1,4 +1,6 @@
-"""Checks of options that every package shares. A failure names the config key, the value and the fix."""
+"""Checks of options that every package shares. A failure names the config key, the value and the
+fix.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +85,8 @@ def unread(key: str, value: object, default: object, read: bool, needs: str) -> 
     """An option that nothing reads would be a claim in the record.
 
     Raises:
-        UserError: ``value`` is not the ``default`` and is not ``read``; ``needs`` says what would read it.
+        UserError: ``value`` is not the ``default`` and is not ``read``; ``needs`` says what would
+            read it.
     """
     if value != default and not read:
         raise UserError(

@@ -16,7 +16,9 @@ EVERY = 60.0  # seconds between two lines of the log: a batch job is looked at n
 
 
 def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """Iterate with a bar on stderr once the work outlasts two seconds; without a terminal, tell the log (`run.log`)."""
+    """Iterate with a bar on stderr once the work outlasts two seconds; without a terminal, tell the
+    log (`run.log`).
+    """
     if not sys.stderr.isatty():
         yield from _logged(
             items, label, len(items) if total is None and isinstance(items, Sized) else total

@@ -1,4 +1,6 @@
-"""Texts from outside: what is refused before it reaches a tokenizer, and what is said about those that are cut."""
+"""Texts from outside: what is refused before it reaches a tokenizer, and what is said about those
+that are cut.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,9 @@ def text(key: str, value: object, *, empty: bool = False) -> str:
 
 
 def texts(key: str, value: object, *, least: int = 1, repeats: bool = False) -> tuple[str, ...]:
-    """A list of prompts, without its ``repeats`` unless they count; a single text is a list of one. Raises as `text`
-    does."""
+    """A list of prompts, without its ``repeats`` unless they count; a single text is a list of one.
+    Raises as `text` does.
+    """
     items = [value] if isinstance(value, str) else value
     if not isinstance(items, Sequence) or len(items) < least:
         raise UserError(
@@ -52,8 +55,8 @@ def texts(key: str, value: object, *, least: int = 1, repeats: bool = False) -> 
 
 
 def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    """``prompts`` without white space at their ends, fit for ``tokenizer``. A prompt that is longer than the context
-    is cut when it is encoded (`DiffusionModel.tokens`).
+    """``prompts`` without white space at their ends, fit for ``tokenizer``. A prompt that is longer
+    than the context is cut when it is encoded (`DiffusionModel.tokens`).
 
     Raises:
         UserError: no prompt, and as `text` and `refuse_special` do.
@@ -68,8 +71,8 @@ def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str
 def refuse_special(
     key: str, prompts: Iterable[str], tokenizers: Iterable[Any], where: str = ""
 ) -> None:
-    """Markup such as ``<b>`` is text like any other; a special token of a tokenizer is not, since it would end or pad
-    the prompt where it stands.
+    """Markup such as ``<b>`` is text like any other; a special token of a tokenizer is not, since
+    it would end or pad the prompt where it stands.
 
     Args:
         where: what the prompts are, for the message.
@@ -84,7 +87,10 @@ def refuse_special(
     for prompt in prompts:
         clash = next((token for token in special if token.lower() in prompt.lower()), None)
         if clash is not None:
-            told = f"holds {clash}, a special token of the tokenizer{f', in {where}' if where else ''}; take it out."
+            told = (
+                f"holds {clash}, a special token of the "
+                f"tokenizer{f', in {where}' if where else ''}; take it out."
+            )
             raise UserError(key, repr(prompt), told)
 
 

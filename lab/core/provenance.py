@@ -66,7 +66,9 @@ def _checkout() -> tuple[str | None, bool | None]:
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Installed versions by distribution name; one that is not installed had no part in it and is absent."""
+    """Installed versions by distribution name; one that is not installed had no part in it and is
+    absent.
+    """
     found = {}
     for name in packages:
         try:
@@ -78,8 +80,10 @@ def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
 
 @cache
 def computing() -> dict[str, str]:
-    """What else decides the digits of a stage, besides sources, options and data: the packages that compute, and
-    whether a GPU does. Part of every stage's key; attacks and metrics have it from their immunizer's."""
+    """What else decides the digits of a stage, besides sources, options and data: the packages that
+    compute, and whether a GPU does. Part of every stage's key; attacks and metrics have it from
+    their immunizer's.
+    """
     place = "cuda" if torch.cuda.is_available() else "cpu"
     return versions(("torch", "numpy", "scipy", "timm", "diffusers", "transformers", "peft")) | {
         "device": place

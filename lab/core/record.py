@@ -18,11 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from lab.core.cache import write_atomically
 from lab.core.errors import UserError
 from lab.core.images import png
+from lab.core.migration import migrate
 from lab.core.statistics import SeedScore
 from lab.core.types import ImageGrid, Score, Scores
 
-SCHEMA_VERSION = "1.3"  # 1.1 has ``images``, 1.2 ``seconds`` in its cells, 1.3 ``weights`` in those of immunizers
-READABLE = ("1.0", "1.1", "1.2", "1.3")
+SCHEMA_VERSION = "2.0"  # 1.x: other names and no ``bound``; `lab.core.migration` brings them to 2.0
+READABLE = ("1.0", "1.1", "1.2", "1.3", SCHEMA_VERSION)
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 _VOLATILE_CONFIG = (
@@ -60,7 +61,7 @@ def validate(record: Record, source: str) -> None:
     if version not in READABLE:
         told = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
         raise UserError("records", source, told)
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(record))
+    error = jsonschema.exceptions.best_match(_validator().iter_errors(migrate(record)))
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
         raise UserError("records", source, f"is no valid record: at {where}: {error.message[:300]}")
@@ -101,7 +102,9 @@ def _plain(score: Score) -> dict[str, Any]:
 
 
 def seed_values(scores: Iterable[Scores], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per metric that has a value in every seed: ``metric`` and a column per seed; none for a single seed."""
+    """One row per metric that has a value in every seed: ``metric`` and a column per seed; none for
+    a single seed.
+    """
     if len(seeds) < 2:
         return []
     found = {
@@ -133,7 +136,8 @@ def images_of(scores: Iterable[Scores]) -> dict[str, ImageGrid]:
 
 
 def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[str, str]]:
-    """Write each picture to ``folder/images/NAME.png``; returns a record's ``images``, paths relative to ``folder``.
+    """Write each picture to ``folder/images/NAME.png``; returns a record's ``images``, paths
+    relative to ``folder``.
 
     Raises:
         ValueError: a name that is no snake case.
@@ -159,7 +163,9 @@ def _lasting(config: Any) -> dict[str, Any]:
 
 
 def content_hash(record: Record) -> str:
-    """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache keys."""
+    """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache
+    keys.
+    """
     config = _lasting(record["config"])
     cells = [
         {k: v for k, v in cell.items() if k not in ("key", "seconds", "weights")}
@@ -202,7 +208,8 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
     """A finished record stays where it is unless the same configuration is run again.
 
     Raises:
-        UserError: ``path`` holds the record of another configuration, which a run there would replace.
+        UserError: ``path`` holds the record of another configuration, which a run there would
+            replace.
     """
     if not path.is_file():
         return
@@ -212,7 +219,10 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
         return
     mine = clean(OmegaConf.to_container(cfg, resolve=True))
     if other["status"] in ("ok", "diverged") and _lasting(mine) != _lasting(other["config"]):
-        told = f"holds the record of another run ({other['name']}, {other['content_hash'][:8]}); choose another folder."
+        told = (
+            f"holds the record of another run ({other['name']}, "
+            f"{other['content_hash'][:8]}); choose another folder."
+        )
         raise UserError("hydra.run.dir", path.parent, told)
 
 
@@ -239,7 +249,7 @@ def read(path: Path) -> Stored:
         raise UserError(
             "records", path, "was altered after it was written (content_hash does not match)."
         )
-    return Stored(record, path.parent)
+    return Stored(migrate(record), path.parent)
 
 
 def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
@@ -255,7 +265,9 @@ def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
 
 
 def distinct(found: Iterable[Stored]) -> list[Stored]:
-    """Of records with one content hash, a command that was repeated, the one that began last, where the first stood."""
+    """Of records with one content hash, a command that was repeated, the one that began last, where
+    the first stood.
+    """
     newest: dict[str, Stored] = {}
     for record in found:
         other = newest.get(record["content_hash"])
@@ -265,7 +277,8 @@ def distinct(found: Iterable[Stored]) -> list[Stored]:
 
 
 def find(places: Iterable[str], default: Path) -> list[Path]:
-    """Record files named by ``places`` (files or folders), or below ``default`` when there are none.
+    """Record files named by ``places`` (files or folders), or below ``default`` when there are
+    none.
 
     In folders these are called ``record.json``; below a folder ``records`` any name will do.
     """

@@ -5,7 +5,9 @@ import unicodedata
 
 
 def slug(name: str) -> str:
-    """``name`` as a part of a metric name: lower case a-z without accents, digits, underscores; what W&B takes."""
+    """``name`` as a part of a metric name: lower case a-z without accents, digits, underscores;
+    what W&B takes.
+    """
     plain = "".join(
         c for c in unicodedata.normalize("NFKD", name.lower()) if not unicodedata.combining(c)
     )

@@ -1,4 +1,6 @@
-"""SHA-256 of the source files that compute a stage, so that a mended bug never serves stale results."""
+"""SHA-256 of the source files that compute a stage, so that a mended bug never serves stale
+results.
+"""
 
 from __future__ import annotations
 
@@ -76,8 +78,9 @@ def _beside(home: Path, top: str) -> bool:
 
 @cache
 def source_hash(module: str) -> str:
-    """Hash of ``module`` and of every module that it reaches through imports: of the project, and, from a module of a
-    user's, those that lie in the same package or folder."""
+    """Hash of ``module`` and of every module that it reaches through imports: of the project, and,
+    from a module of a user's, those that lie in the same package or folder.
+    """
     if _file(module) is None:
         return hashlib.sha256(module.encode()).hexdigest()
     seen: set[str] = set()

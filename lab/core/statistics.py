@@ -1,4 +1,6 @@
-"""Intervals over seeds: Student's t over seed means for few seeds, a two-stage bootstrap for many."""
+"""Intervals over seeds: Student's t over seed means for few seeds, a two-stage bootstrap for
+many.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Floats = NDArray[np.float64]
 
 @dataclass
 class SeedScore(Score):
-    """A score that still knows its value in every seed, in the run's order, so that two runs can be paired."""
+    """A score that still knows its value in every seed, in the run's order, so that two runs can be
+    paired.
+    """
 
     per_seed: tuple[float, ...] = ()
 
@@ -38,15 +42,17 @@ def score(
 ) -> SeedScore:
     """A `Score` from ``samples[seed][unit]`` with a 95 % interval.
 
-    Three to nine seeds: Student's t over the seed means with n − 1 degrees of freedom (of the logarithms for
-    ``geomean``), not the bootstrap, since resampling three seeds covers the true mean in three of four cases only,
-    where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds or more: two-stage percentile bootstrap, seeds
-    with replacement, then units within each seed. One seed with one unit gives a ``point``; fewer
-    than three seeds give ``within_seed`` (units resampled within the seeds that there are). Seed means that are all
-    equal leave an interval without width.
+    Three to nine seeds: Student's t over the seed means with n − 1 degrees of freedom (of the
+    logarithms for ``geomean``), not the bootstrap, since resampling three seeds covers the true
+    mean in three of four cases only, where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds
+    or more: two-stage percentile bootstrap, seeds with replacement, then units within each seed.
+    One seed with one unit gives a ``point``; fewer than three seeds give ``within_seed`` (units
+    resampled within the seeds that there are). Seed means that are all equal leave an interval
+    without width.
 
     Args:
-        bounds: the range that the quantity can take; an interval is clipped to it ((0, 1) for shares).
+        bounds: the range that the quantity can take; an interval is clipped to it ((0, 1) for
+            shares).
 
     Raises:
         ValueError: a metric over an empty set is an error, and so is a value that is not finite.
@@ -63,18 +69,26 @@ def score(
     value, per_seed = float(back(means.mean())), tuple(float(back(mean)) for mean in means)
     n = len(groups)
     if n < 2 and groups[0].size < 2:
-        return SeedScore(value, None, None, n, better, "point", note, unit, per_seed)
+        return SeedScore(value, None, None, n, better, "point", note, unit, per_seed=per_seed)
     across = n >= MIN_SEEDS
     if not across and all(g.size < 2 for g in groups):
         return SeedScore(
-            value, None, None, n, better, "point", note or f"{n} seeds, no interval", unit, per_seed
+            value,
+            None,
+            None,
+            n,
+            better,
+            "point",
+            note or f"{n} seeds, no interval",
+            unit,
+            per_seed=per_seed,
         )
     limits = (
         _student(means) if across and n < BOOTSTRAP_SEEDS else _bootstrap(groups, draws, across)
     )
     low, high = (min(max(float(v), bounds[0]), bounds[1]) for v in back(limits))
     kind: Literal["across_seeds", "within_seed"] = "across_seeds" if across else "within_seed"
-    return SeedScore(value, low, high, n, better, kind, note, unit, per_seed)
+    return SeedScore(value, low, high, n, better, kind, note, unit, per_seed=per_seed)
 
 
 def _student(means: Floats) -> Floats:

@@ -1,7 +1,7 @@
 """The contracts that immunizers, attackers, metrics, scenarios and backbones meet.
 
-Nothing here computes. A noun package (`immunize`, `attacks`, `eval`) imports this module and the pure
-functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never another noun.
+Nothing here computes. A noun package (`immunize`, `attacks`, `eval`) imports this module and the
+pure functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never another noun.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ BASELINE = "none"
 class Scenario(Protocol):
     """Loads real data. Same seed, same bytes.
 
-    Optional: a method ``asks_erasure() -> str | None``, the config key of what asks for something to be erased before a
-    case starts. `lab.runner.assemble.assemble` then refuses ``erase=none``, unless a metric is of ``released`` weights.
+    Optional: a method ``asks_erasure() -> str | None``, the config key of what asks for something
+    to be erased before a case starts. `lab.runner.assemble.assemble` then refuses ``erase=none``,
+    unless a metric is of ``released`` weights.
     """
 
     name: str
@@ -37,9 +38,10 @@ class Scenario(Protocol):
 class FeatureModel(nn.Module):
     """A feature extractor: raw inputs [n, ...] to features [n, d].
 
-    The network is a chain of named blocks, so that a prefix which does not move can be evaluated once
-    (`lab.models.activations.prefix`). Parameters of ``blocks`` are all that a model has. Batch-norm layers stay in
-    evaluation mode throughout the project: features must not depend on the batch they are computed in.
+    The network is a chain of named blocks, so that a prefix which does not move can be evaluated
+    once (`lab.models.activations.prefix`). Parameters of ``blocks`` are all that a model has.
+    Batch-norm layers stay in evaluation mode throughout the project: features must not depend on
+    the batch they are computed in.
     """
 
     kind: ClassVar[Kind] = "deep"
@@ -56,7 +58,9 @@ class FeatureModel(nn.Module):
         return super().train(False)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Raw inputs to what the first block takes (deep models scale and normalise images here)."""
+        """Raw inputs to what the first block takes (deep models scale and normalise images
+        here).
+        """
         return x
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -69,8 +73,9 @@ class FeatureModel(nn.Module):
         return self.run(self.inputs(x))
 
 
-# A `FeatureModel` with its `Case`, or a `lab.models.diffusion.DiffusionModel` with its `ConceptCase`: each part says in
-# ``accepts`` which of the two it takes, and `lab.runner.assemble.check_fit` holds it to that before anything runs.
+# A `FeatureModel` with its `Case`, or a `lab.models.diffusion.DiffusionModel` with its
+# `ConceptCase`: each part says in ``accepts`` which of the two it takes, and
+# `lab.runner.assemble.check_fit` holds it to that before anything runs.
 Model: TypeAlias = Any
 AnyCase: TypeAlias = Any
 AnyTask: TypeAlias = Any
@@ -78,9 +83,11 @@ AnyTask: TypeAlias = Any
 
 @runtime_checkable
 class Backbone(Protocol):
-    """Builds the original model θ_0 for a case. Called again, it returns an equal, independent model.
+    """Builds the original model θ_0 for a case. Called again, it returns an equal, independent
+    model.
 
-    Optional: ``tokenizers()``, a list of those that read the texts; all texts are then checked, see `Attacker`.
+    Optional: ``tokenizers()``, a list of those that read the texts; all texts are then checked, see
+        `Attacker`.
     """
 
     name: str
@@ -92,7 +99,9 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Eraser(Protocol):
-    """Takes ``case.erased`` out of a model before the experiment starts; returns new weights, input untouched."""
+    """Takes ``case.erased`` out of a model before the experiment starts; returns new weights, input
+    untouched.
+    """
 
     name: str
     accepts: ClassVar[frozenset[Kind]]
@@ -108,11 +117,15 @@ class Checkpoint(Protocol):
         """The state saved last (tensors and JSON-able values), or None."""
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Keep this state in place of the last one; ``values["step"]`` is told where a run was interrupted."""
+        """Keep this state in place of the last one; ``values["step"]`` is told where a run was
+        interrupted.
+        """
 
 
 class Log(Protocol):
-    """Called by an immunizer: ``log(step, kappa_harmful=…, loss=…)``; float values, inf and nan allowed."""
+    """Called by an immunizer: ``log(step, kappa_harmful=…, loss=…)``; float values, inf and nan
+    allowed.
+    """
 
     def __call__(self, step: int, **values: float) -> None: ...
 
@@ -121,8 +134,8 @@ class Log(Protocol):
 class Immunizer(Protocol):
     """Returns new weights; ``model`` is left untouched. Only declared parameters move.
 
-    ``checkpoint`` may be None (tests, tiny runs). Raises `lab.core.errors.Diverged` when numbers leave the
-    finite range and `lab.core.errors.UserError` for options that cannot work.
+    ``checkpoint`` may be None (tests, tiny runs). Raises `lab.core.errors.Diverged` when numbers
+    leave the finite range and `lab.core.errors.UserError` for options that cannot work.
     """
 
     name: str
@@ -135,7 +148,9 @@ class Immunizer(Protocol):
 
 @dataclass(frozen=True)
 class Budget:
-    """What an attacker may spend, equal in every model. A trajectory runs to ``horizon * multiple`` steps."""
+    """What an attacker may spend, equal in every model. A trajectory runs to ``horizon * multiple``
+    steps.
+    """
 
     horizon: int
     multiple: int = 5
@@ -162,14 +177,14 @@ class Trajectory:
 
     Attributes:
         steps: increasing step numbers, the first is 0 (before any update).
-        values: one list per quantity, as long as ``steps``. Always ``train_loss`` and ``test_loss``;
-            ``train_accuracy`` and ``test_accuracy`` for classification; ``norm_ratio`` where the attack
-            has a unique optimum (linear probes).
+        values: one list per quantity, as long as ``steps``. Always ``train_loss`` and
+            ``test_loss``; ``train_accuracy`` and ``test_accuracy`` for classification;
+            ``norm_ratio`` where the attack has a unique optimum (linear probes).
         status: ``diverged`` keeps all finite points before the divergence.
         info: JSON-able facts (chosen learning rate, loss, number of trainable parameters, …).
         weights: what the attacker ends with (safetensors).
-        samples: diffusion only: prompt family → uint8 [len(steps), count, 3, s, s], generated at every step of
-            ``steps`` from the same latents.
+        samples: diffusion only: prompt family → uint8 [len(steps), count, 3, s, s], generated at
+            every step of ``steps`` from the same latents.
     """
 
     steps: list[int]
@@ -189,10 +204,11 @@ class Trajectory:
 class Attacker(Protocol):
     """Fine-tunes a copy of ``model`` for ``task``. Input untouched; harmful and benign tasks alike.
 
-    Optional: a method ``check(cases: tuple[Case, ...]) -> None``. Where present it is called once per seed before
-    anything runs and raises `lab.core.errors.UserError` for data that the attacker cannot work on. A method
-    ``texts() -> dict[str, str]``: config key → text that a text-to-image model will read, refused before anything
-    runs where it holds a special token of the model's tokenizer.
+    Optional: a method ``check(cases: tuple[Case, ...]) -> None``. Where present it is called once
+    per seed before anything runs and raises `lab.core.errors.UserError` for data that the attacker
+    cannot work on. A method ``texts() -> dict[str, str]``: config key → text that a text-to-image
+    model will read, refused before anything runs where it holds a special token of the model's
+    tokenizer.
     """
 
     name: str
@@ -213,9 +229,9 @@ class Attacker(Protocol):
 class Score:
     """One figure with its interval.
 
-    ``n`` is the number of seeds. ``interval`` says what the interval supports: ``across_seeds`` (n ≥ 3),
-    ``within_seed`` (fewer; no claim across seeds), ``point`` (nothing to resample). ``value`` None needs a
-    ``note`` with the reason (for example an infinite bound).
+    ``n`` is the number of seeds. ``interval`` says what the interval supports: ``across_seeds`` (n
+    ≥ 3), ``within_seed`` (fewer; no claim across seeds), ``point`` (nothing to resample). ``value``
+    None needs a ``note`` with the reason (for example an infinite bound).
     """
 
     value: float | None
@@ -226,6 +242,7 @@ class Score:
     interval: Literal["across_seeds", "within_seed", "point"] = "point"
     note: str | None = None
     unit: str = ""
+    bound: Literal["lower", "upper"] | None = None  # ``value`` is a limit: the true one lies beyond
 
 
 @dataclass(frozen=True)
@@ -242,7 +259,8 @@ class ImageGrid:
 class Scores:
     """What a metric returns.
 
-    ``curves``: name → {"step": [...], model: [...], "x": label, "y": label, "log": "x" | "y" | "xy" | ""};
+    ``curves``: name → {"step": [...], model: [...], "x": label, "y": label, "log": "x" | "y" | "xy"
+        | ""};
     ``tables``: name → list of flat rows (JSON-able); ``images``: name → a grid of pictures.
     """
 
@@ -274,23 +292,27 @@ class RunView(Protocol):
     def trajectory(
         self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
     ) -> Trajectory:
-        """What ``attack`` did to the model of ``model_name`` on ``task``, at the snapshots of the budget."""
+        """What ``attack`` did to the model of ``model_name`` on ``task``, at the snapshots of the
+        budget.
+        """
 
     def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of a metric that other runs share, from the stage cache: ``key`` names all that determines them."""
+        """Tensors of a metric that other runs share, from the stage cache: ``key`` names all that
+        determines them.
+        """
 
 
 @runtime_checkable
 class RunMetric(Protocol):
-    """A family of figures over a run. ``needs_model_names`` = 2 compares with the baseline model.
+    """A family of figures over a run. ``needs_models`` = 2 compares with the baseline model.
 
-    Optional: the methods ``check`` and ``texts``, as in `Attacker`; ``released = True`` where the backbone is what
-    somebody released, so that nothing is erased any more.
+    Optional: the methods ``check`` and ``texts``, as in `Attacker`; ``released = True`` where the
+    backbone is what somebody released, so that nothing is erased any more.
     """
 
     name: str
     accepts: ClassVar[frozenset[Kind]]
-    needs_model_names: ClassVar[int]
+    needs_models: ClassVar[int]
     needs_attack: ClassVar[bool]
 
     def __call__(self, run: RunView) -> Scores:
@@ -298,7 +320,9 @@ class RunMetric(Protocol):
 
 
 def clone(model: Model) -> Model:
-    """An independent model with equal weights; a diffusion model shares its autoencoder, which never moves."""
+    """An independent model with equal weights; a diffusion model shares its autoencoder, which
+    never moves.
+    """
     return model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
 
 

@@ -1,1 +1,3 @@
-"""MiniSD: a complete Stable Diffusion in miniature, and the world of pictures that it is trained on."""
+"""MiniSD: a complete Stable Diffusion in miniature, and the world of pictures that it is trained
+on.
+"""

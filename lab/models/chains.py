@@ -1,7 +1,8 @@
-"""Networks of timm as chains of named blocks, so that a prefix which does not move is evaluated once.
+"""Networks of timm as chains of named blocks, so that a prefix which does not move is evaluated
+once.
 
-Every chain equals ``model.forward_head(model.forward_features(x), pre_logits=True)``: the features before the
-classifier. A block without parameters (pooling) is joined to the block before it.
+Every chain equals ``model.forward_head(model.forward_features(x), pre_logits=True)``: the features
+before the classifier. A block without parameters (pooling) is joined to the block before it.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class _Whole(nn.Module):
 
 
 class _Embed(nn.Module):
-    """Patches, class token and positions of a vision transformer whose blocks and head were taken out."""
+    """Patches, class token and positions of a vision transformer whose blocks and head were taken
+    out.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -81,7 +84,8 @@ def _vision_transformer(model: Any) -> Blocks:
 
 
 def chain(model: Any) -> Blocks:
-    """Named blocks of a timm network without classifier (``num_classes=0``). Takes the network apart.
+    """Named blocks of a timm network without classifier (``num_classes=0``). Takes the network
+    apart.
 
     EfficientNet, ResNet and plain vision transformers fall into stages; any other network with
     ``forward_features`` and ``forward_head`` becomes one block named ``body``.

@@ -13,7 +13,8 @@ _log = logging.getLogger(__name__)
 
 
 def pick(key: str, name: object) -> torch.device:
-    """``auto`` (a CUDA GPU where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:NUMBER`` or ``mps``.
+    """``auto`` (a CUDA GPU where there is one, else the CPU), ``cpu``, ``cuda``, ``cuda:NUMBER`` or
+    ``mps``.
 
     Raises:
         UserError: another name, or a device that torch does not see here; ``key`` is named.
@@ -37,8 +38,9 @@ def pick(key: str, name: object) -> torch.device:
 
 
 def computes_bfloat16(kind: str) -> bool:
-    """Whether the device of this type has bfloat16 instructions. Processors before AVX-512 and GPUs before Ampere
-    emulate them."""
+    """Whether the device of this type has bfloat16 instructions. Processors before AVX-512 and GPUs
+    before Ampere emulate them.
+    """
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
@@ -50,8 +52,9 @@ def computes_bfloat16(kind: str) -> bool:
 
 @cache
 def tell_of_emulation(kind: str, key: str, instead: str) -> None:
-    """Says once in a process that bfloat16, asked for by the config key, costs time here in place of saving it:
-    MiniSD paints 25 times as long on a processor with AVX2 alone."""
+    """Says once in a process that bfloat16, asked for by the config key, costs time here in place
+    of saving it: MiniSD paints 25 times as long on a processor with AVX2 alone.
+    """
     if not computes_bfloat16(kind):
         _log.warning(
             "this device emulates bfloat16, far slower than float32; %s=%s saves the time",

@@ -1,7 +1,8 @@
-"""A text-to-image model as every noun of the project sees it: Stable Diffusion 1.x, 2.x, XL and MiniSD alike.
+"""A text-to-image model as every noun of the project sees it: Stable Diffusion 1.x, 2.x, XL and
+MiniSD alike.
 
-Images inside the project are uint8 [n, 3, s, s] where they are kept and float [0, 1] where they are compared; the
-conversion to the autoencoder's [-1, 1] happens here and nowhere else.
+Images inside the project are uint8 [n, 3, s, s] where they are kept and float [0, 1] where they are
+compared; the conversion to the autoencoder's [-1, 1] happens here and nowhere else.
 """
 
 from __future__ import annotations
@@ -47,15 +48,16 @@ class Text:
 
 
 class DiffusionModel(nn.Module):
-    """The parts of a diffusers pipeline: ``unet``, ``vae``, ``text_encoders`` and, outside the weights, tokenizers
-    and the noise scheduler.
+    """The parts of a diffusers pipeline: ``unet``, ``vae``, ``text_encoders`` and, outside the
+    weights, tokenizers and the noise scheduler.
 
-    ``state_dict`` covers all weights, so that stages can store what an immunizer changed as a difference.
-    The U-Net is what immunizers and attackers move; the autoencoder never moves.
+    ``state_dict`` covers all weights, so that stages can store what an immunizer changed as a
+    difference. The U-Net is what immunizers and attackers move; the autoencoder never moves.
 
     Args:
         pipeline_class: of diffusers; one of `PIPELINES`.
-        zero_negative: XL only: an empty negative prompt is encoded as zeros (``force_zeros_for_empty_prompt``).
+        zero_negative: XL only: an empty negative prompt is encoded as zeros
+            (``force_zeros_for_empty_prompt``).
     """
 
     kind: ClassVar[Kind] = "diffusion"
@@ -127,8 +129,9 @@ class DiffusionModel(nn.Module):
         return self.latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def copy(self) -> DiffusionModel:
-        """An independent copy of the U-Net, the text encoders and the tokenizers (an attacker may add tokens); the
-        autoencoder and the scheduler, which never change, are shared."""
+        """An independent copy of the U-Net, the text encoders and the tokenizers (an attacker may
+        add tokens); the autoencoder and the scheduler, which never change, are shared.
+        """
         unet, texts = copy.deepcopy(self.unet), copy.deepcopy(list(self.text_encoders))
         tokenizers = copy.deepcopy(self.tokenizers)
         return DiffusionModel(
@@ -144,7 +147,9 @@ class DiffusionModel(nn.Module):
     # ---- text
 
     def tokens(self, prompts: Sequence[str], which: int = 0) -> Tensor:
-        """Token ids [n, context], padded and cut as Stable Diffusion does; a cut prompt is logged once."""
+        """Token ids [n, context], padded and cut as Stable Diffusion does; a cut prompt is logged
+        once.
+        """
         if not prompts:
             raise ValueError("no prompts to encode")
         tokenizer = self.tokenizers[which]
@@ -179,7 +184,9 @@ class DiffusionModel(nn.Module):
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized to its own size."""
+        """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized
+        to its own size.
+        """
         side, dtype = (
             self.image_size,
             next(self.vae.parameters()).dtype,
@@ -212,7 +219,9 @@ class DiffusionModel(nn.Module):
     def predict(
         self, noisy: Tensor, t: Tensor, text: Text, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The U-Net's output. ``weights`` replaces named parameters of the U-Net (`torch.func.functional_call`)."""
+        """The U-Net's output. ``weights`` replaces named parameters of the U-Net
+        (`torch.func.functional_call`).
+        """
         extra: dict[str, Any] = {}
         if text.pooled is not None:
             side = float(self.image_size)
@@ -230,8 +239,10 @@ class DiffusionModel(nn.Module):
         return found
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents at timesteps ``t`` and what the U-Net has to predict from them, both in float32 at least:
-        bfloat16 would round the noise of the first timesteps away (√(1 − ᾱ_0) = 0.029 to 0)."""
+        """The noisy latents at timesteps ``t`` and what the U-Net has to predict from them, both in
+        float32 at least: bfloat16 would round the noise of the first timesteps away (√(1 − ᾱ_0) =
+        0.029 to 0).
+        """
         wide = torch.promote_types(z.dtype, torch.float32)
         z, noise = z.to(wide), noise.to(wide)
         a = self.scheduler.alphas_cumprod.to(z)[t].view(-1, 1, 1, 1)
@@ -252,14 +263,18 @@ class DiffusionModel(nn.Module):
         t: Tensor,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Diffusion loss per picture [n], the mean square over channels and pixels of the prediction's error."""
+        """Diffusion loss per picture [n], the mean square over channels and pixels of the
+        prediction's error.
+        """
         noisy, target = self.noised(z, noise, t)
         return (self.predict(noisy.to(z), t, text, weights) - target).square().mean((1, 2, 3))
 
     # ---- generation
 
     def latents(self, count: int, seed: int, *labels: object) -> Tensor:
-        """Start latents [count, c, s, s] from the stream ``labels`` of ``seed``, the same on every device."""
+        """Start latents [count, c, s, s] from the stream ``labels`` of ``seed``, the same on every
+        device.
+        """
         shape = (count, self.unet.config.in_channels, self.latent_size, self.latent_size)
         return torch.randn(shape, generator=generator(seed, "latents", *labels)).to(
             self.device, self.dtype
@@ -267,11 +282,14 @@ class DiffusionModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling) -> Tensor:
-        """Clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) from ``latents``, one per prompt, with
-        classifier-free guidance (arXiv 2207.12598) where ``sampling.guidance`` is not 1."""
+        """Clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) from ``latents``, one per
+        prompt, with classifier-free guidance (arXiv 2207.12598) where ``sampling.guidance`` is not
+        1.
+        """
         from diffusers import DDIMScheduler
 
-        # defaults of the model's own scheduler count too, as they do once they are spelt out in a saved folder
+        # defaults of the model's own scheduler count too, as they do once they are spelt out in a
+        # saved folder
         config = {k: v for k, v in self.scheduler.config.items() if k != "_use_default_values"}
         ddim = DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
         ddim.set_timesteps(sampling.steps)

@@ -23,20 +23,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class DiffusionBackbone:
-    """A text-to-image model θ_0 from safetensors weights in diffusers layout; epsilon or v-prediction.
+    """A text-to-image model θ_0 from safetensors weights in diffusers layout; epsilon or
+    v-prediction.
 
     Args:
-        path: a folder in diffusers layout, a hub name such as ``CompVis/stable-diffusion-v1-4``, or ``minisd``, the
-            weights that come with the project.
-        dtype: ``fp32``, ``bf16`` or ``fp16`` (GPU only), whatever the file holds. In fp16 the autoencoder stays in
-            float32, since XL's overflows.
+        path: a folder in diffusers layout, a hub name such as ``CompVis/stable-diffusion-v1-4``, or
+            ``minisd``, the weights that come with the project.
+        dtype: ``fp32``, ``bf16`` or ``fp16`` (GPU only), whatever the file holds. In fp16 the
+            autoencoder stays in float32, since XL's overflows.
         revision: of a hub name: branch, tag or commit.
-        variant: ``fp16`` where only ``*.fp16.safetensors`` files shall be read; None for files without one.
+        variant: ``fp16`` where only ``*.fp16.safetensors`` files shall be read; None for files
+            without one.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         resolution: side of the pictures in pixels; None for the side that the U-Net was trained at.
 
     Raises:
-        UserError: a wrong option; a local folder that cannot be loaded (a hub name is looked up by `build`).
+        UserError: a wrong option; a local folder that cannot be loaded (a hub name is looked up by
+            `build`).
     """
 
     kind: ClassVar[Kind] = "diffusion"
@@ -68,10 +71,12 @@ class DiffusionBackbone:
         self._model: DiffusionModel | None = None
 
     def build(self, case: object, seed: int) -> DiffusionModel:
-        """θ_0, the same weights for every seed, in a U-Net and text encoders of its own (the autoencoder is shared).
+        """θ_0, the same weights for every seed, in a U-Net and text encoders of its own (the
+        autoencoder is shared).
 
         Raises:
-            UserError: weights that do not fit together or cannot be had; pictures of another size than the model's.
+            UserError: weights that do not fit together or cannot be had; pictures of another size
+                than the model's.
         """
         model = self._loaded()
         if isinstance(case, ConceptCase):
@@ -126,7 +131,9 @@ class DiffusionBackbone:
 
 
 def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> nn.Module:
-    """One network with all of its weights, neither more nor fewer (the loaders themselves only warn)."""
+    """One network with all of its weights, neither more nor fewer (the loaders themselves only
+    warn).
+    """
     library, name = PARTS[part]
     options: dict[str, Any] = {
         "subfolder": part,
@@ -163,7 +170,9 @@ def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> n
 
 
 def _check_parts(folder: Path, model: DiffusionModel) -> None:
-    """Parts of one folder that belong to different models load without a word and fail in the first step."""
+    """Parts of one folder that belong to different models load without a word and fail in the first
+    step.
+    """
     unet, scheduler = model.unet.config, model.scheduler
     encoders: list[Any] = list(model.text_encoders)
     width = sum(int(encoder.config.hidden_size) for encoder in encoders)
@@ -183,7 +192,8 @@ def _check_parts(folder: Path, model: DiffusionModel) -> None:
         ),
         (
             scheduler.config.get("prediction_type", "epsilon") in ("epsilon", "v_prediction"),
-            f"prediction_type {scheduler.config.get('prediction_type')} is not epsilon or v_prediction",
+            f"prediction_type {scheduler.config.get('prediction_type')} is not epsilon or "
+            "v_prediction",
         ),
     ]
     for encoder, tokenizer in zip(encoders, model.tokenizers, strict=True):
@@ -194,7 +204,10 @@ def _check_parts(folder: Path, model: DiffusionModel) -> None:
                 f"the tokenizer has {len(tokenizer)} tokens, its text encoder {rows}",
             )
         )
-        told = f"the tokenizer's model_max_length is {tokenizer.model_max_length}, its text encoder takes {positions}"
+        told = (
+            f"the tokenizer's model_max_length is {tokenizer.model_max_length}, its text "
+            f"encoder takes {positions}"
+        )
         fits.append((tokenizer.model_max_length <= positions, told))
     wrong = next((told for fine, told in fits if not fine), None)
     if wrong is not None:
@@ -204,16 +217,21 @@ def _check_parts(folder: Path, model: DiffusionModel) -> None:
 def _resize(model: DiffusionModel, side: int) -> None:
     """Set the side of pictures and latents.
 
-    The step is the autoencoder's factor alone: the U-Net's up blocks interpolate to odd sizes by themselves.
+    The step is the autoencoder's factor alone: the U-Net's up blocks interpolate to odd sizes by
+    themselves.
     """
     from diffusers import __version__
 
     factor = model.image_size // model.latent_size
     least = factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     if side % factor or side < least:
-        fix = f"must be a multiple of {factor} and at least {least} for this model, or null for {model.image_size}."
+        fix = (
+            f"must be a multiple of {factor} and at least {least} for this model, or null "
+            f"for {model.image_size}."
+        )
         raise UserError("backbone.resolution", side, fix)
-    # pipelines take a sample_size below 64 for an error in configs written by diffusers < 0.9, and set it to 64
+    # pipelines take a sample_size below 64 for an error in configs written by diffusers < 0.9, and
+    # set it to 64
     model.unet.register_to_config(sample_size=side // factor)
     if "_diffusers_version" in model.unet.config:
         model.unet.register_to_config(_diffusers_version=__version__)
@@ -228,7 +246,10 @@ def _check_pictures(case: ConceptCase, side: int) -> None:
     for pictures in (*sets, case.keep, case.unrelated):
         if len(pictures) and tuple(pictures.images.shape[-2:]) != (side, side):
             height, width = pictures.images.shape[-2:]
-            fix = f"the model makes {side} × {side} pixels, the pictures of case {case.name} have {height} × {width}"
+            fix = (
+                f"the model makes {side} × {side} pixels, the pictures of case {case.name} "
+                f"have {height} × {width}"
+            )
             raise UserError(
                 "backbone.resolution", side, f"{fix}; set the scenario's size or the resolution."
             )
@@ -236,7 +257,9 @@ def _check_pictures(case: ConceptCase, side: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps the loaders' bars and reports off the screen: what matters in them is raised as an error."""
+    """Keeps the loaders' bars and reports off the screen: what matters in them is raised as an
+    error.
+    """
     from diffusers.utils import logging as theirs
     from transformers.utils import logging as others
 

@@ -1,4 +1,6 @@
-"""A Stable Diffusion checkpoint on disk: where it lies and whether it can be loaded. Opens headers, no weights."""
+"""A Stable Diffusion checkpoint on disk: where it lies and whether it can be loaded. Opens headers,
+no weights.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,8 @@ def locate(path: object) -> Path | str:
             raise UserError(
                 KEY,
                 path,
-                "its weights are not there yet; make them: `python run.py experiment=train_minisd`.",
+                "its weights are not there yet; make them: `python run.py "
+                "experiment=train_minisd`.",
             )
         return MINISD
     place = local(KEY, path)
@@ -80,27 +83,36 @@ def fetch(name: str, revision: str | None, variant: str | None) -> Path:
     except Exception as error:  # the hub client raises its own, httpx's and OS errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         if "safetensors" in str(error):
-            fix = f"has no safetensors weights ({reason}); other formats are refused. {_convert_folder(name)}"
+            fix = (
+                f"has no safetensors weights ({reason}); other formats are refused. "
+                f"{_convert_folder(name)}"
+            )
             raise UserError(KEY, name, fix) from error
         fix = (
-            f"is no folder here and could not be had from the hub ({type(error).__name__}: {reason}). Set it to a "
-            f"local folder, point HF_HOME to a filled cache, or on a machine with network run `hf download {name}`."
+            f"is no folder here and could not be had from the hub ({type(error).__name__}: "
+            f"{reason}). Set it to a "
+            "local folder, point HF_HOME to a filled cache, or on a machine with network "
+            f"run `hf download {name}`."
         )
         raise UserError(KEY, name, fix) from error
     return Path(found)
 
 
 def check(folder: Path, variant: str | None) -> tuple[str, tuple[str, ...]]:
-    """The pipeline class of ``folder`` and its parts, once every part has whole safetensors weights.
+    """The pipeline class of ``folder`` and its parts, once every part has whole safetensors
+    weights.
 
     Raises:
-        UserError: no ``model_index.json``, an unknown pipeline, another text encoder, autoencoder or U-Net, missing,
-            damaged or pickled weights, another variant.
+        UserError: no ``model_index.json``, an unknown pipeline, another text encoder, autoencoder
+            or U-Net, missing, damaged or pickled weights, another variant.
     """
     index = _index(folder)
     name = index.get("_class_name")
     if name not in PIPELINES:
-        told = f"holds a {name}; {' and '.join(PIPELINES)} can be immunized (Stable Diffusion 1.x, 2.x and XL)."
+        told = (
+            f"holds a {name}; {' and '.join(PIPELINES)} can be immunized (Stable "
+            "Diffusion 1.x, 2.x and XL)."
+        )
         raise UserError(KEY, folder, told)
     parts = tuple(PARTS) if name == "StableDiffusionXLPipeline" else tuple(PARTS)[:-1]
     for part in parts:
@@ -143,7 +155,10 @@ def _check_weights(folder: Path, part: str, variant: str | None) -> None:
                 folder,
                 f"its {part} has no weights (*.safetensors); the folder is not complete.",
             )
-        fix = f"{part}/{pickled[0]} is no safetensors file and is not loaded, since that could run code."
+        fix = (
+            f"{part}/{pickled[0]} is no safetensors file and is not loaded, since that "
+            "could run code."
+        )
         raise UserError(KEY, folder, f"{fix} {_convert_folder(str(folder))}")
     mine = [p for p, found in known.items() if found == variant]
     if not mine:
@@ -165,7 +180,10 @@ def _check_weights(folder: Path, part: str, variant: str | None) -> None:
 
 def _convert_folder(name: str) -> str:
     to = f"{Path(name).name}-safetensors"
-    code = f"from diffusers import DiffusionPipeline as P; P.from_pretrained({name!r}).save_pretrained({to!r})"
+    code = (
+        "from diffusers import DiffusionPipeline as P; "
+        f"P.from_pretrained({name!r}).save_pretrained({to!r})"
+    )
     return f'Convert it once, if you trust its source, and set {KEY}={to}: `python -c "{code}"`'
 
 
@@ -180,7 +198,8 @@ def _convert_file(file: Path) -> str:
 
 
 def tokenizer_files(folder: Path) -> None:
-    """Write ``vocab.json`` and ``merges.txt`` beside a BPE's ``tokenizer.json`` where they are missing.
+    """Write ``vocab.json`` and ``merges.txt`` beside a BPE's ``tokenizer.json`` where they are
+    missing.
 
     transformers 5 saves the one file, transformers 4 loads a `CLIPTokenizer` from the two.
     """

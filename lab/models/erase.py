@@ -35,21 +35,26 @@ class NoErasure:
 
 
 class Uce:
-    """``erase=uce``: the closed-form edit of every cross-attention key and value matrix (arXiv 2308.14761 eq. 7).
+    """``erase=uce``: the closed-form edit of every cross-attention key and value matrix (arXiv
+    2308.14761 eq. 7).
 
         W' = (Σ_e W c*_e c_eᵀ + p Σ_k W c_k c_kᵀ + λW)(Σ_e c_e c_eᵀ + p Σ_k c_k c_kᵀ + λI)⁻¹
 
-    over text-encoder rows: c of the erased concepts, c* of their anchors, c_k of what must stay. All concepts of the
-    case are erased at once. The text encoder stays as it is, and so does XL's pooled text.
+    over text-encoder rows: c of the erased concepts, c* of their anchors, c_k of what must stay.
+    All concepts of the case are erased at once. The text encoder stays as it is, and so does XL's
+    pooled text.
 
-    Deviates from the released code, which edits from a concept's last token on: rows run from the concept's *first*
-    word to the end of the context, padding included, since every later row carries the concept (`aligned`).
+    Deviates from the released code, which edits from a concept's last token on: rows run from the
+    concept's *first* word to the end of the context, padding included, since every later row
+    carries the concept (`aligned`).
 
     Args:
         preserve_weight: p ≥ 0.
         ridge: λ > 0.
-        anchor: a text that every erased prompt shall mean instead; None: the scenario's anchors, one for each prompt.
-        preserve: so many of the scenario's preserved prompts at most, spread evenly over them; None: all.
+        anchor: a text that every erased prompt shall mean instead; None: the scenario's anchors,
+            one for each prompt.
+        preserve: so many of the scenario's preserved prompts at most, spread evenly over them;
+            None: all.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -77,10 +82,14 @@ class Uce:
         """An independent copy of ``model`` without ``case.erased``.
 
         Raises:
-            UserError: nothing to erase, words that a prompt does not contain, prompts without anchors.
+            UserError: nothing to erase, words that a prompt does not contain, prompts without
+                anchors.
         """
         if not case.erased:
-            told = f"case {case.name} has no concept to erase; use erase=none, or a scenario that erases"
+            told = (
+                f"case {case.name} has no concept to erase; use erase=none, or a scenario "
+                "that erases"
+            )
             raise UserError(
                 "erase", self.name, f"{told} (relearn_styles; folder with erase: true)."
             )
@@ -103,7 +112,10 @@ class Uce:
         )
         for name, matrix in matrices.items():
             if matrix.shape[1] != len(right):
-                fix = f"{name} takes rows of {matrix.shape[1]} channels, the text encoders give {len(right)}."
+                fix = (
+                    f"{name} takes rows of {matrix.shape[1]} channels, the text encoders "
+                    f"give {len(right)}."
+                )
                 raise UserError("backbone", type(model.unet).__name__, fix)
             matrix.copy_((matrix.to(where).double() @ right).to(matrix.dtype))
         names = ", ".join(erasure.name for erasure in case.erased)
@@ -125,7 +137,9 @@ class Uce:
 
 
 def keys_and_values(unet: nn.Module) -> dict[str, Tensor]:
-    """Path → weight [out, d] of every key and value matrix of cross-attention (``…attn2.to_k``, ``…attn2.to_v``)."""
+    """Path → weight [out, d] of every key and value matrix of cross-attention (``…attn2.to_k``,
+    ``…attn2.to_v``).
+    """
     ends = ("attn2.to_k", "attn2.to_v")
     found: dict[str, Any] = {
         name: module.weight for name, module in unet.named_modules() if name.endswith(ends)
@@ -136,9 +150,11 @@ def keys_and_values(unet: nn.Module) -> dict[str, Tensor]:
 def right_factor(
     old: Tensor, new: Tensor, keep: Tensor, preserve_weight: float, ridge: float
 ) -> Tensor:
-    """R [d, d] float64 with W' = W R, the same for every W (arXiv 2308.14761 eq. 7); one Cholesky solve.
+    """R [d, d] float64 with W' = W R, the same for every W (arXiv 2308.14761 eq. 7); one Cholesky
+    solve.
 
-    With G = Σ c cᵀ + p Σ c_k c_kᵀ + λI the formula reads W' = W (G + Σ (c* − c) cᵀ) G⁻¹, so R = I + Σ (c* − c) cᵀ G⁻¹.
+    With G = Σ c cᵀ + p Σ c_k c_kᵀ + λI the formula reads W' = W (G + Σ (c* − c) cᵀ) G⁻¹, so R = I +
+    Σ (c* − c) cᵀ G⁻¹.
 
     Args:
         old, new: rows c and c* [n, d]; n = 0 gives R = I.
@@ -156,19 +172,24 @@ def rows(
     erasure: Erasure,
     encode: Callable[[tuple[str, ...]], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows c and c* [n, d] of one concept: every prompt from the concept's first word to the end of the context.
+    """The rows c and c* [n, d] of one concept: every prompt from the concept's first word to the
+    end of the context.
 
     Args:
         encode: `encoded` of the model, where the caller keeps what it gave; None: nobody does.
 
     Raises:
-        UserError: no prompts, another number of anchors, words that are not in a prompt or beyond its context.
+        UserError: no prompts, another number of anchors, words that are not in a prompt or beyond
+            its context.
     """
     tokenizer = model.tokenizers[0]
     prompts = check_prompts(KEY, erasure.prompts, tokenizer)
     anchors = check_prompts(KEY, erasure.anchors, tokenizer)
     if len(prompts) != len(anchors):
-        fix = f"has {len(prompts)} prompts and {len(anchors)} anchors; each prompt needs the anchor it shall mean."
+        fix = (
+            f"has {len(prompts)} prompts and {len(anchors)} anchors; each prompt needs the "
+            "anchor it shall mean."
+        )
         raise UserError(KEY, f"erasure of {erasure.name}", fix)
     ids = [model.tokens(texts).tolist() for texts in (prompts, anchors)]
     hidden = [encode(texts) if encode else encoded(model, texts) for texts in (prompts, anchors)]
@@ -182,13 +203,14 @@ def rows(
 
 
 def aligned(start: int, end: int, anchor_end: int, context: int) -> list[int]:
-    """The anchor's position for every position ``start`` … ``context`` - 1 of a prompt; an anchor may be longer or
-    shorter.
+    """The anchor's position for every position ``start`` … ``context`` - 1 of a prompt; an anchor
+    may be longer or shorter.
 
-    Words and the end token are aligned at the end token (``end``, ``anchor_end``), because causal attention makes
-    the last rows say what the whole prompt says; positions before the anchor's first word take its first word.
-    Padding is aligned with padding at the same place, as both carry the position; where the anchor still has
-    words there, its first padding (or, without any, its end) is taken.
+    Words and the end token are aligned at the end token (``end``, ``anchor_end``), because causal
+    attention makes the last rows say what the whole prompt says; positions before the anchor's
+    first word take its first word. Padding is aligned with padding at the same place, as both carry
+    the position; where the anchor still has words there, its first padding (or, without any, its
+    end) is taken.
     """
     words = [max(i + anchor_end - end, 1) for i in range(start, end + 1)]
     padding = [max(i, min(anchor_end + 1, context - 1)) for i in range(end + 1, context)]

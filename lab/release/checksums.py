@@ -1,4 +1,6 @@
-"""SHA256SUMS of a folder, in the format of ``sha256sum``: written once, and what differs from it later."""
+"""SHA256SUMS of a folder, in the format of ``sha256sum``: written once, and what differs from it
+later.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def _inside(folder: Path) -> dict[str, Path]:
 
 
 def write_sums(folder: Path) -> Path:
-    """Write ``SHA256SUMS`` over every other file below ``folder``; ``sha256sum -c SHA256SUMS`` reads it."""
+    """Write ``SHA256SUMS`` over every other file below ``folder``; ``sha256sum -c SHA256SUMS``
+    reads it.
+    """
     lines = [f"{sha256(path)}  {name}\n" for name, path in _inside(folder).items()]
     write_atomically(folder / SUMS, "".join(lines).encode())
     return folder / SUMS
@@ -44,7 +48,8 @@ def read_sums(folder: Path) -> dict[str, str]:
     """File → SHA-256.
 
     Raises:
-        UserError: no such file, a line of another form, a path that leaves the folder or comes twice.
+        UserError: no such file, a line of another form, a path that leaves the folder or comes
+            twice.
     """
     path = folder / SUMS
     try:
@@ -66,7 +71,8 @@ def read_sums(folder: Path) -> dict[str, str]:
 
 
 def differences(folder: Path) -> list[tuple[str, str]]:
-    """(file, what is wrong) for every file that is missing, altered, surplus or a link; empty where all is well.
+    """(file, what is wrong) for every file that is missing, altered, surplus or a link; empty where
+    all is well.
 
     Raises:
         UserError: see `read_sums`.

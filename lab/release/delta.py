@@ -1,7 +1,8 @@
 """What an immunizer changed, as one small file.
 
-The file is safetensors: the changed tensors of the U-Net in full, named as in its ``state_dict``, and in the
-metadata the SHA-256 of the U-Net that they belong to. Loading gives the immunized weights bit for bit.
+The file is safetensors: the changed tensors of the U-Net in full, named as in its ``state_dict``,
+and in the metadata the SHA-256 of the U-Net that they belong to. Loading gives the immunized
+weights bit for bit.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ FORMAT = "immunization-delta-1"
 
 
 def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names; the same on every device."""
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names; the same on every
+    device.
+    """
     total = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
@@ -35,7 +38,8 @@ def state_hash(state: dict[str, Tensor]) -> str:
 
 
 def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
-    """Write the U-Net tensors in which ``immunized`` differs from ``base``; atomically, folders are made.
+    """Write the U-Net tensors in which ``immunized`` differs from ``base``; atomically, folders are
+    made.
 
     Raises:
         UserError: the two U-Nets have other tensors, shapes or dtypes.
@@ -63,7 +67,9 @@ def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str
 
 
 def _ordered(data: bytes) -> bytes:
-    """The same safetensors file with its header sorted: the library writes the metadata in another order every time."""
+    """The same safetensors file with its header sorted: the library writes the metadata in another
+    order every time.
+    """
     size = int.from_bytes(data[:8], "little")
     head = json.dumps(
         json.loads(data[8 : 8 + size]), sort_keys=True, separators=(",", ":")
@@ -73,7 +79,8 @@ def _ordered(data: bytes) -> bytes:
 
 
 def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
-    """A copy of ``model`` with the tensors of ``file``; ``model`` is the base that the file was made from.
+    """A copy of ``model`` with the tensors of ``file``; ``model`` is the base that the file was
+    made from.
 
     Raises:
         UserError: no such file, a damaged one, one of another kind, or another base.

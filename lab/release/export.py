@@ -1,7 +1,9 @@
-"""`action=export`: one immunized model of a record in an open layout, with delta, model card, record and hashes.
+"""`action=export`: one immunized model of a record in an open layout, with delta, model card,
+record and hashes.
 
-A text-to-image model becomes a diffusers pipeline, a timm network a folder that timm loads, a linear extractor one
-matrix. Nobody needs this project to load them. `lab.release.verify` checks such a folder again.
+A text-to-image model becomes a diffusers pipeline, a timm network a folder that timm loads, a
+linear extractor one matrix. Nobody needs this project to load them. `lab.release.verify` checks
+such a folder again.
 """
 
 from __future__ import annotations
@@ -43,11 +45,12 @@ _PACKAGES = ("immunization-bench", "torch", "diffusers", "transformers", "timm",
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write what ``records`` and ``export`` choose to ``path``, a model or an attack; check a model, push it if asked.
+    """Write what ``records`` and ``export`` choose to ``path``, a model or an attack; check a
+    model, push it if asked.
 
     Raises:
-        UserError: not exactly one record, a choice that does not exist, weights or originals that are not there, a
-            target folder that is not empty, a repository that cannot be pushed to.
+        UserError: not exactly one record, a choice that does not exist, weights or originals that
+            are not there, a target folder that is not empty, a repository that cannot be pushed to.
     """
     from lab.release.push import ready
     from lab.release.verify import check
@@ -103,7 +106,9 @@ def _name(record: Record, chosen: Choice) -> str:
 
 
 def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
-    """All files of an export; ``folder`` appears complete or not at all, unless it is the working directory."""
+    """All files of an export; ``folder`` appears complete or not at all, unless it is the working
+    directory.
+    """
     folder = folder.resolve()  # `.` has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
@@ -181,7 +186,9 @@ def _write_diffusion(models: Models, folder: Path) -> dict[str, Any]:
 
 
 def _forget_places(folder: Path) -> None:
-    """Drop where on this machine each part was loaded from, which diffusers writes into its configs."""
+    """Drop where on this machine each part was loaded from, which diffusers writes into its
+    configs.
+    """
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
@@ -214,7 +221,9 @@ def _write_features(record: Record, model: Model, folder: Path) -> dict[str, Any
 
 
 def _timm(record: Record, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under timm's names and the config by which ``timm.create_model("local-dir:DIR")`` finds them."""
+    """Weights under timm's names and the config by which ``timm.create_model("local-dir:DIR")``
+    finds them.
+    """
     backbone = backbone_of(record)
     if not isinstance(backbone, VisionBackbone):
         told = (
@@ -246,7 +255,9 @@ def _timm(record: Record, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def _write_record(record: Record, folder: Path) -> Record:
-    """The record without the names of the machine and its folders, and its pictures; the content hash stays."""
+    """The record without the names of the machine and its folders, and its pictures; the content
+    hash stays.
+    """
     kept = json.loads(json.dumps(record))
     kept["provenance"] |= dict.fromkeys(_PRIVATE, "removed")
     kept["config"] |= {k: "removed" for k in ("paths", "records") if k in kept["config"]}

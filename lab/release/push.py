@@ -1,4 +1,6 @@
-"""Upload of an exported folder to a hub repository: off by default, private by default, token from the environment."""
+"""Upload of an exported folder to a hub repository: off by default, private by default, token from
+the environment.
+"""
 
 from __future__ import annotations
 
@@ -32,21 +34,29 @@ class Push:
         return f"Push({self.name!r})"
 
     def upload(self, folder: Path) -> str:
-        """Create the repository, private, where it does not exist, and upload ``folder``; returns its address.
+        """Create the repository, private, where it does not exist, and upload ``folder``; returns
+        its address.
 
         An earlier export in it is replaced: files that the new one lacks go.
 
         Raises:
-            UserError: the hub refuses, is not reachable, or the repository is public or holds something else.
+            UserError: the hub refuses, is not reachable, or the repository is public or holds
+                something else.
         """
         try:
             made = self.api.create_repo(self.name, private=True, exist_ok=True)
             if self.api.repo_info(self.name).private is not True:
-                told = "exists and is public; upload the folder yourself if that is what you want, or name another."
+                told = (
+                    "exists and is public; upload the folder yourself if that is what you "
+                    "want, or name another."
+                )
                 raise UserError(KEY, self.name, told)
             there = set(self.api.list_repo_files(self.name)) - {".gitattributes"}
             if there and FACTS not in there:
-                told = f"holds {len(there)} file(s) and no {FACTS}: it is no earlier export, which a push replaces."
+                told = (
+                    f"holds {len(there)} file(s) and no {FACTS}: it is no earlier export, "
+                    "which a push replaces."
+                )
                 raise UserError(KEY, self.name, f"{told} Name another repository.")
             self.api.upload_folder(
                 folder_path=str(folder),
@@ -73,7 +83,10 @@ def ready(name: str) -> Push:
         raise UserError(KEY, name, "must be OWNER/NAME of a repository on the hub.")
     token = os.environ.get(TOKEN, "").strip()
     if not token:
-        told = f"needs a token with write access in the environment variable {TOKEN}; stored logins are not used."
+        told = (
+            f"needs a token with write access in the environment variable {TOKEN}; stored "
+            "logins are not used."
+        )
         raise UserError(KEY, name, told)
     return Push(name, _client(token))
 

@@ -1,4 +1,6 @@
-"""From a record to the models that it speaks of: which one, its weights in the cache, and what it started from."""
+"""From a record to the models that it speaks of: which one, its weights in the cache, and what it
+started from.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _GROUPS = ("scenario", "backbone", "erase")  # what the original model is made o
 
 @dataclass(frozen=True)
 class Choice:
-    """One immunized model of a record: its model, case and seed, the key of its stage and the hash of what that made."""
+    """One immunized model of a record: its model, case and seed, the key of its stage and the hash
+    of what that made.
+    """
 
     model_name: str
     case: str
@@ -48,7 +52,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Models:
-    """``published``: what the backbone loads; ``original``: the same after ``erase``; ``released``: the model's."""
+    """``published``: what the backbone loads; ``original``: the same after ``erase``; ``released``:
+    the model's.
+    """
 
     published: Model
     original: Model
@@ -85,7 +91,8 @@ def target(cfg: DictConfig, name: str) -> Path:
 
 
 def choose(record: Record, options: Any) -> Choice:
-    """The model that ``options`` (``model_name``, ``case``, ``seed``; None where there is one only) select.
+    """The model that ``options`` (``model_name``, ``case``, ``seed``; None where there is one only)
+    select.
 
     Raises:
         UserError: nothing that can be exported, or several and no choice; lists them.
@@ -121,7 +128,9 @@ def choose(record: Record, options: Any) -> Choice:
 
 
 def own_classes(cfg: DictConfig) -> frozenset[str]:
-    """Classes that the user's command names by its choice of scenario, backbone and eraser: theirs, so a record may."""
+    """Classes that the user's command names by its choice of scenario, backbone and eraser: theirs,
+    so a record may.
+    """
 
     def found(node: Any) -> Iterator[str]:
         if isinstance(node, dict):
@@ -137,7 +146,8 @@ def own_classes(cfg: DictConfig) -> frozenset[str]:
 
 
 def trusted(config: Any, where: str, also: frozenset[str] = frozenset()) -> None:
-    """A record is data: it may build classes of this project and those in ``also``, and nothing else.
+    """A record is data: it may build classes of this project and those in ``also``, and nothing
+    else.
 
     Raises:
         UserError: a ``_target_`` that is neither, or a text that would be interpolated.
@@ -145,8 +155,14 @@ def trusted(config: Any, where: str, also: frozenset[str] = frozenset()) -> None
     if isinstance(config, dict):
         target = config.get("_target_")
         if target is not None and target not in also and not _ours(target):
-            told = "is no class of this project, and a record must not run other code. If it is your own, choose it on "
-            told += f"the command line as the run did: {where.partition('.')[0]}=NAME, with its --config-dir."
+            told = (
+                "is no class of this project, and a record must not run other code. If it "
+                "is your own, choose it on "
+            )
+            told += (
+                f"the command line as the run did: {where.partition('.')[0]}=NAME, with "
+                "its --config-dir."
+            )
             raise UserError(f"records: {where}._target_", target, told)
         for key, value in config.items():
             trusted(value, f"{where}.{key}", also)
@@ -212,10 +228,12 @@ def threads(count: int) -> Iterator[None]:
 
 
 def rebuild(record: Record, chosen: Choice, cfg: DictConfig) -> Models:
-    """The models of ``chosen``; the original ones are computed again and compared with the record's hashes.
+    """The models of ``chosen``; the original ones are computed again and compared with the record's
+    hashes.
 
     Raises:
-        UserError: other data or original weights than the run had; weights that are not in the cache.
+        UserError: other data or original weights than the run had; weights that are not in the
+            cache.
     """
     store = StageCache(cfg.paths.cache)
     tensors = _tensors(record, chosen, store)
@@ -250,7 +268,8 @@ def _same_original(record: Record, seed: int, pipeline: Pipeline, data: Scenario
         )
     if known != pipeline.weight_hash()[str(seed)]:
         told = (
-            "the original weights computed here are not those of the record: other weights at backbone.path, another "
+            "the original weights computed here are not those of the record: other weights "
+            "at backbone.path, another "
             "device, or other versions of torch. Export where the record was made, or run it again."
         )
         raise UserError("backbone", record["backbone"], told)
@@ -262,7 +281,10 @@ def _tensors(record: Record, chosen: Choice, store: StageCache) -> dict[str, tor
         return {}
     found = store.read("immunize", chosen.key)
     if found is None:
-        told = f"holds no whole weights of this record's {chosen.title} (stage immunize {chosen.key[:12]}…). "
+        told = (
+            f"holds no whole weights of this record's {chosen.title} (stage immunize "
+            f"{chosen.key[:12]}…). "
+        )
         told += (
             f"Set paths.cache to the cache of that run, or compute them again: {command_of(record)}"
         )
@@ -274,8 +296,14 @@ def _tensors(record: Record, chosen: Choice, store: StageCache) -> dict[str, tor
             f"{chosen.title} diverged: {found.values['error']['message']}",
         )
     if chosen.weights not in (None, state_hash(found.tensors)):
-        told = f"holds other weights of this record's {chosen.title} than were measured: they were computed again "
-        told += f"since, elsewhere or with another number of threads. Measure those: {command_of(record)}"
+        told = (
+            f"holds other weights of this record's {chosen.title} than were measured: "
+            "they were computed again "
+        )
+        told += (
+            "since, elsewhere or with another number of threads. Measure those: "
+            f"{command_of(record)}"
+        )
         raise UserError("paths.cache", store.root, told)
     return found.tensors
 

@@ -83,10 +83,12 @@ def verify(cfg: DictConfig) -> None:
 
 
 def check(folder: Path, base: str | None = None) -> Report:
-    """Hashes, record, layout, weights, delta. What later steps need is skipped once a step has failed.
+    """Hashes, record, layout, weights, delta. What later steps need is skipped once a step has
+    failed.
 
     Args:
-        base: folder or hub name of the published model, where the record's own path does not lead to it here.
+        base: folder or hub name of the published model, where the record's own path does not lead
+            to it here.
 
     Raises:
         UserError: ``folder`` is no folder, or holds no ``SHA256SUMS``.
@@ -154,7 +156,10 @@ def _papers(report: Report) -> tuple[dict[str, Any], records.Record]:
     _chosen(report, facts, record)
     _pictures(report, record)
     if not report.failed:
-        told = f"{record['name']}, {facts['model']}, case {facts['case']}, seed {facts['seed']}: {record['status']}"
+        told = (
+            f"{record['name']}, {facts['model']}, case {facts['case']}, seed "
+            f"{facts['seed']}: {record['status']}"
+        )
         report.passed("record", told)
     return facts, record
 
@@ -282,7 +287,10 @@ def _delta(
             raise UserError(
                 "export.base", base, f"is no model that can be loaded: {error}"
             ) from error
-        told = f"{len(changed)} tensors are those of unet; the original is not here, name it: export.base=DIR ({error})"
+        told = (
+            f"{len(changed)} tensors are those of unet; the original is not here, name "
+            f"it: export.base=DIR ({error})"
+        )
         report.open("delta", told)
         return
     if state_hash(original.unet.state_dict()) != of:

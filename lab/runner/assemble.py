@@ -10,11 +10,13 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from pydantic import ValidationError
 
 from immunize.none import NoImmunization
 from lab.core.cache import stage_key
+from lab.core.config import user_error
 from lab.core.data import ConceptCase
 from lab.core.errors import UserError, nearest
 from lab.core.options import count, unread
@@ -74,7 +76,9 @@ class Parts:
 
 
 def _build(config: Any, key: str, scorers: dict[str, Any] | None = None) -> Part:
-    """``scorers``: those that were built so far, by config; completed here, so that metrics share what these load."""
+    """``scorers``: those that were built so far, by config; completed here, so that metrics share
+    what these load.
+    """
     _group(config, key)
     plain = OmegaConf.to_container(config, resolve=True)
     assert isinstance(plain, dict)
@@ -86,11 +90,14 @@ def _build(config: Any, key: str, scorers: dict[str, Any] | None = None) -> Part
             "must be the import path of a class, e.g. immunize.kappa.method.Kappa.",
         )
     try:
-        obj = instantiate(config, **_shared(config, {} if scorers is None else scorers))
+        shared = _shared(config, {} if scorers is None else scorers)
+        obj = instantiate(config, _convert_="all", **shared)
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, UserError):
             raise cause from None
+        if isinstance(cause, ValidationError):
+            raise _refused(cause, error, config, key) from None
         if absent := _absent(error):
             own = (absent.name or "").partition(".")[0] == target.partition(".")[0]
             told = None if own else missing_package(absent)
@@ -116,6 +123,19 @@ def _build(config: Any, key: str, scorers: dict[str, Any] | None = None) -> Part
     return Part(obj, {str(k): v for k, v in plain.items()}, joined)
 
 
+def _refused(
+    cause: ValidationError, error: InstantiationException, config: DictConfig, key: str
+) -> UserError:
+    """Return what a config class refused, by the config key of the object that Hydra was
+    building.
+    """
+    nested = re.search(r"full_key: (\S+)", str(error))
+    place = nested[1] if nested else ""
+    node = OmegaConf.select(config, place) if place else config
+    where = f"{key}.{place}" if place else key
+    return user_error(cause, where, get_class(node["_target_"]))
+
+
 def _unknown(key: str, name: str, given: dict[Any, Any]) -> UserError:
     known = [f"{key}.{option}" for option in given if option not in (name, "_target_", "name")]
     return UserError(
@@ -124,14 +144,18 @@ def _unknown(key: str, name: str, given: dict[Any, Any]) -> UserError:
 
 
 def _absent(error: BaseException | None) -> ModuleNotFoundError | None:
-    """The module that was missing, wherever in the chain of causes: Hydra wraps what it meets while importing."""
+    """The module that was missing, wherever in the chain of causes: Hydra wraps what it meets while
+    importing.
+    """
     while error is not None and not isinstance(error, ModuleNotFoundError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def _shared(config: DictConfig, built: dict[str, Any]) -> dict[str, Any]:
-    """The argument ``scorers`` of a metric: one object for all metrics whose config of it is the same."""
+    """The argument ``scorers`` of a metric: one object for all metrics whose config of it is the
+    same.
+    """
     node = config.get("scorers")
     if not isinstance(node, DictConfig):
         return {}
@@ -165,11 +189,16 @@ def _seeds(values: Any) -> tuple[int, ...]:
 
 
 def _group(config: Any, key: str) -> dict[str, Any]:
-    """The entries of the group ``key``, which may have been replaced by a value on the command line."""
+    """The entries of the group ``key``, which may have been replaced by a value on the command
+    line.
+    """
     if not isinstance(config, DictConfig):
         raise UserError(key, config, f"must be a group of options; set {key}.OPTION=VALUE.")
     if key in ("attacks", "eval") and "_target_" in config:
-        told = "stands without a name; a file of this group holds its options under one: NAME: {_target_: …, name: NAME}."
+        told = (
+            "stands without a name; a file of this group holds its options under one: "
+            "NAME: {_target_: …, name: NAME}."
+        )
         raise UserError(f"{key}._target_", config["_target_"], told)
     return {str(name): value for name, value in config.items()}
 
@@ -197,12 +226,16 @@ def _budget(config: Any) -> Budget:
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Raises `UserError` where a list of choices is empty, which leaves no trace of its group in the config, and for a
-    name that no folder can have."""
+    """Raises `UserError` where a list of choices is empty, which leaves no trace of its group in
+    the config, and for a name that no folder can have.
+    """
     for key in ("name", "immunize.name"):
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+-]*", value):
-            told = "names a folder of its results: letters, digits and . + - _, a letter or digit first."
+            told = (
+                "names a folder of its results: letters, digits and . + - _, a letter or "
+                "digit first."
+            )
             raise UserError(key, value, told)
     for key, instead in (("attacks", "attacks=none"), ("eval", "eval=[conditioning]")):
         if key not in cfg:
@@ -282,7 +315,10 @@ def check_fit(parts: Parts) -> None:
     for key, obj, contract in contracts:
         if not isinstance(obj, contract):
             missing = [m for m in (*contract.__annotations__, "__call__") if not hasattr(obj, m)]
-            told = f"does not meet the contract {contract.__name__} of lab/core/types.py: it has no {', '.join(missing)}."
+            told = (
+                f"does not meet the contract {contract.__name__} of lab/core/types.py: it "
+                f"has no {', '.join(missing)}."
+            )
             raise UserError(key, type(obj).__name__, told)
         obj = typing.cast(Any, obj)
         if key.startswith(("attacks.", "eval.")) and obj.name != key.partition(".")[2]:
@@ -296,10 +332,11 @@ def check_fit(parts: Parts) -> None:
 
 
 def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
-    """Calls the optional hook ``check(cases)`` of the immunizer, the attackers and the metrics that will run. Where
-    the backbone has ``tokenizers()``, no text of the cases and none that the optional hook ``texts()`` of these parts
-    or of the eraser gives (config key → text) may hold a special token of theirs. Attackers with a hook
-    ``dry_open(model, task)`` are given the model and one task.
+    """Calls the optional hook ``check(cases)`` of the immunizer, the attackers and the metrics that
+    will run. Where the backbone has ``tokenizers()``, no text of the cases and none that the
+    optional hook ``texts()`` of these parts or of the eraser gives (config key → text) may hold a
+    special token of theirs. Attackers with a hook ``dry_open(model, task)`` are given the model and
+    one task.
 
     Raises:
         UserError: from a part that cannot work on these data, or a text with a special token.
@@ -308,7 +345,7 @@ def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
     used = [
         m
         for m in metrics
-        if m.needs_model_names <= len(parts.model_names) and (parts.attacks or not m.needs_attack)
+        if m.needs_models <= len(parts.model_names) and (parts.attacks or not m.needs_attack)
     ]
     working = [parts.immunizer.obj, *(part.obj for part in parts.attacks.values()), *used]
     for obj in working:

@@ -1,4 +1,6 @@
-"""A run as a job of a batch system: signals that end it, who works in a run folder, what Slurm says of its queue."""
+"""A run as a job of a batch system: signals that end it, who works in a run folder, what Slurm says
+of its queue.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,8 @@ from lab.core.options import flag
 
 log = logging.getLogger(__name__)
 
-# SIGTERM: a job is cancelled or preempted. SIGUSR1, SIGUSR2: what submitit and hand-written scripts ask Slurm to
-# send some time before the limit.
+# SIGTERM: a job is cancelled or preempted. SIGUSR1, SIGUSR2: what submitit and hand-written scripts
+# ask Slurm to send some time before the limit.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_INTERRUPTED = 130
 LOCK, PROCESS = "run.lock", "process.yaml"
@@ -44,12 +46,14 @@ def executor() -> str | None:
 
 @contextmanager
 def interruptible(job: bool = False) -> Iterator[None]:
-    """Within, the first of `SIGNALS` raises KeyboardInterrupt, so that a record gets written; later ones are ignored.
+    """Within, the first of `SIGNALS` raises KeyboardInterrupt, so that a record gets written; later
+    ones are ignored.
 
     Args:
-        job: this is the outermost function of a job. Where submitit runs it, SIGUSR1 and SIGUSR2 then do what submitit
-            has them for: the job goes back to the queue (unless it ran out of time more than ``max_num_timeout`` times)
-            and the process ends. After SIGTERM Slurm does that itself where it preempts the job.
+        job: this is the outermost function of a job. Where submitit runs it, SIGUSR1 and SIGUSR2
+            then do what submitit has them for: the job goes back to the queue (unless it ran out of
+            time more than ``max_num_timeout`` times) and the process ends. After SIGTERM Slurm does
+            that itself where it preempts the job.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only
@@ -62,7 +66,9 @@ def interruptible(job: bool = False) -> Iterator[None]:
             raise KeyboardInterrupt(signal.Signals(number).name)
 
     def swallowed(event: Any) -> None:
-        """Python drops what is raised in a callback of the garbage collector; the signal comes again, then."""
+        """Python drops what is raised in a callback of the garbage collector; the signal comes
+        again, then.
+        """
         if not isinstance(event.exc_value, KeyboardInterrupt):
             return hook(event)
         number = received.pop() if received else signal.SIGINT
@@ -98,9 +104,11 @@ def interruptible(job: bool = False) -> Iterator[None]:
 
 
 def fail_job(code: int) -> None:
-    """Let a Slurm job of submitit end with ``code`` though its function returned: Slurm then shows it as failed.
+    """Let a Slurm job of submitit end with ``code`` though its function returned: Slurm then shows
+    it as failed.
 
-    An exception would do that too, but the command that waits for the sweep would stop at it and leave the others.
+    An exception would do that too, but the command that waits for the sweep would stop at it and
+    leave the others.
     """
     if executor() == "slurm":
 
@@ -118,12 +126,12 @@ def claimed(folder: Path, action: str, dry_run: bool) -> Iterator[None]:
 
     The kernel frees the lock when the process dies.
 
-    Does nothing for what is over at once, and on ranks other than the first, which answers for all of a run, as does
-    the first of several machines (`run.py`).
+    Does nothing for what is over at once, and on ranks other than the first, which answers for all
+    of a run, as does the first of several machines (`run.py`).
 
     Raises:
-        UserError: another process holds the folder and does not end within `PATIENCE`; two would write one record.
-            ``dry_run`` is neither true nor false.
+        UserError: another process holds the folder and does not end within `PATIENCE`; two would
+            write one record. ``dry_run`` is neither true nor false.
     """
     flag("dry_run", dry_run)
     if action not in LASTING or dry_run or os.environ.get("RANK", "0") != "0":
@@ -169,7 +177,9 @@ def _write(folder: Path, process: dict[str, Any]) -> None:
 
 
 def job_id() -> str | None:
-    """Id of the Slurm job that this process belongs to, as ``squeue`` has it: ``12``, or ``12_3`` in an array."""
+    """Id of the Slurm job that this process belongs to, as ``squeue`` has it: ``12``, or ``12_3``
+    in an array.
+    """
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
@@ -194,7 +204,9 @@ def is_claimed(folder: Path) -> bool:
 
 @dataclass(frozen=True)
 class QueueEntry:
-    """One line of ``squeue``. ``state``: PENDING, RUNNING …; ``reason``: why it waits; ``place``: working directory."""
+    """One line of ``squeue``. ``state``: PENDING, RUNNING …; ``reason``: why it waits; ``place``:
+    working directory.
+    """
 
     state: str
     reason: str
@@ -218,7 +230,9 @@ class QueueEntry:
 
 
 def squeue(ids: Iterable[str] = ()) -> dict[str, QueueEntry] | None:
-    """Jobs of this user, and those with ``ids``, that wait or run, by id. None without Slurm or where it is silent."""
+    """Jobs of this user, and those with ``ids``, that wait or run, by id. None without Slurm or
+    where it is silent.
+    """
     if shutil.which("squeue") is None:
         return None
     base = sorted({one.partition("_")[0] for one in ids})

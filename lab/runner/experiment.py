@@ -78,7 +78,8 @@ class Run:
         diverged = self.ranks.same([[*place, error] for place, error in pipeline.diverged.items()])
         pipeline.diverged = {(case, seed): error for case, seed, error in diverged}
         if not pipeline.seeds:
-            return  # every case diverged: nothing is left to attack or to evaluate, and the record says so
+            # every case diverged: nothing is left to attack or to evaluate, and the record says so
+            return
         self._stages(list(pipeline.attack_cells()), "attack")
         self._leave_out()
         names = self.applicable()
@@ -111,7 +112,9 @@ class Run:
         self.waiting = []
 
     def _parts(self, cell: Cell) -> int:
-        """Into how many parts a stage can be split; the baseline model's immunization costs nothing."""
+        """Into how many parts a stage can be split; the baseline model's immunization costs
+        nothing.
+        """
         if cell.stage != "immunize":
             return 1
         if cell.label["model"] == BASELINE:
@@ -128,7 +131,7 @@ class Run:
         """Metric families that this run can compute; the others are noted in ``skipped``."""
         chosen = []
         for name, part in self.pipeline.parts.metrics.items():
-            if part.obj.needs_model_names > len(self.pipeline.model_names):
+            if part.obj.needs_models > len(self.pipeline.model_names):
                 self.skipped[name] = (
                     "compares with the baseline model, and immunize=none is the baseline model"
                 )
@@ -184,7 +187,10 @@ class Run:
                 *getattr(scores, part)
             }
             if taken:
-                told = f"{cell.label['attack']} writes {part}.{min(taken)}, which another family does, too"
+                told = (
+                    f"{cell.label['attack']} writes {part}.{min(taken)}, which another "
+                    "family does, too"
+                )
                 self.losses.add(cell, ValueError(f"eval.{told}; give it another name"))
                 self.cells[-1]["status"] = "failed"
                 return
@@ -206,7 +212,9 @@ class Run:
             }
 
     def _cut_short(self, labels: dict[str, Any], history: dict[str, list[float]]) -> None:
-        """Tell of an immunizer that went back to its last good weights: it logs ``diverged`` = 1."""
+        """Tell of an immunizer that went back to its last good weights: it logs ``diverged`` =
+        1.
+        """
         ends = [
             step
             for step, ended in zip(history["step"], history.get("diverged", []), strict=False)
@@ -214,7 +222,10 @@ class Run:
         ]
         if ends:
             where = f"{labels['model']} on case {labels['case']}, seed {labels['seed']}"
-            told = f"{where} left the finite numbers at step {ends[0]:g}; its last good weights were attacked."
+            told = (
+                f"{where} left the finite numbers at step {ends[0]:g}; its last good "
+                "weights were attacked."
+            )
             log.warning(told)
             self.pipeline.notes[told] = None
 
@@ -281,7 +292,8 @@ def relative(path: Path) -> Path:
 def run_once(cfg: DictConfig, folder: Path, ranks: SerialExecutor | None = None) -> Path | None:
     """Run what ``cfg`` selects, into ``folder``. Returns the record's path (None for ``dry_run``).
 
-    Where ``ranks`` are several processes, all of them call this; the main one alone records and speaks.
+    Where ``ranks`` are several processes, all of them call this; the main one alone records and
+    speaks.
 
     A failure is a record too: it is written, then the exception goes on to the caller.
     """
@@ -296,7 +308,8 @@ def run_once(cfg: DictConfig, folder: Path, ranks: SerialExecutor | None = None)
     folder.mkdir(parents=True, exist_ok=True)
     trackers = None
     try:
-        # of an earlier run in this folder: should this one be killed, nothing may be read as its result
+        # of an earlier run in this folder: should this one be killed, nothing may be read as its
+        # result
         for name in ("record.json", "report.html"):
             (folder / name).unlink(missing_ok=True)
         trackers = Trackers(cfg, folder)

@@ -49,7 +49,8 @@ _SYSTEM = {
     errno.ENAMETOOLONG: "the name is too long for the file system",
     errno.ENOTDIR: "a file lies where a folder is needed",
 }
-_OUTPUT_ONLY = {  # anywhere else these are defects: a missing source file is a `UserError` where it is read
+# anywhere else these are defects: a missing source file is a `UserError` where it is read
+_OUTPUT_ONLY = {
     errno.ENOENT: "cannot be created here, or was removed during the run",
     errno.EEXIST: "a file lies where a folder is needed",
 }
@@ -73,7 +74,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     if launched := _launcher(error):
         return launched
     if isinstance(error, ValueError) and "Config group override must be a string" in str(error):
-        return "a sweep over a group (GROUP=a,b) cannot choose null: make that run a command of its own."
+        return (
+            "a sweep over a group (GROUP=a,b) cannot choose null: make that run a command "
+            "of its own."
+        )
     if isinstance(error, ModuleNotFoundError):
         return missing_package(error)
     if memory := _memory(error):
@@ -85,7 +89,10 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     if isinstance(error, OverrideParseException):
         word = str(error.override)
         name, _, value = word.partition("=")
-        told = "cannot be read; a value with ~, <, >, brackets or letters beyond a-z needs quotes inside of quotes"
+        told = (
+            "cannot be read; a value with ~, <, >, brackets or letters beyond a-z needs "
+            "quotes inside of quotes"
+        )
         return f"{word}: {told}, e.g. '{name}=\"{value}\"'."
     if isinstance(error, HydraException | OmegaConfBaseException):
         key = _unknown_key(error)
@@ -100,14 +107,19 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
                 where = (
                     "a choice of this sweep" if sweep else "what this command makes of its choices"
                 )
-                return f"{key}: {where} has no such key: {'sweep choices that share it, or ' * sweep}leave it out."
+                return (
+                    f"{key}: {where} has no such key: "
+                    f"{'sweep choices that share it, or ' * sweep}leave it out."
+                )
             return f"{key}: there is no such key; {nearest(key, known)}"
         return _first_line(error)
     return None
 
 
 def missing_package(error: ModuleNotFoundError) -> str | None:
-    """What to install for a module that is not there; None for one of this project's own, which is a defect."""
+    """What to install for a module that is not there; None for one of this project's own, which is
+    a defect.
+    """
     module = (error.name or "").partition(".")[0]
     if not module or module in PACKAGES:
         return None
@@ -117,7 +129,9 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
 
 
 def _memory(error: BaseException) -> str | None:
-    """Memory of the machine or of its GPU ran out: Python's, torch's and its CPU allocator's ways to say so."""
+    """Memory of the machine or of its GPU ran out: Python's, torch's and its CPU allocator's ways
+    to say so.
+    """
     text = str(error)
     torchs = isinstance(error, RuntimeError) and (
         "out of memory" in text or "can't allocate memory" in text
@@ -125,16 +139,20 @@ def _memory(error: BaseException) -> str | None:
     if not (torchs or isinstance(error, MemoryError)):
         return None
     fix = (
-        "lower immunize.batch_size, immunize.prior_batch_size, immunize.inner_batch_size or attacks.NAME.batch_size, "
+        "lower immunize.batch_size, immunize.prior_batch_size, immunize.inner_batch_size "
+        "or attacks.NAME.batch_size, "
         "scenario.sampling.count, eval.utility.count or scenario.resolution; take "
-        "immunize.gradient_checkpointing=true, immunize.hypergradient.recompute=true, immunize.precision=bfloat16 or "
+        "immunize.gradient_checkpointing=true, immunize.hypergradient.recompute=true, "
+        "immunize.precision=bfloat16 or "
         "backbone.dtype=bf16 (what the parts you chose have). Finished stages are kept"
     )
     return f"memory ran out: {fix}. {_first_line(error)}".rstrip()
 
 
 def _launcher(error: BaseException) -> str | None:
-    """What a launcher of Hydra's plug-ins raises: it is not installed, its settings, no cluster, a job that died."""
+    """What a launcher of Hydra's plug-ins raises: it is not installed, its settings, no cluster, a
+    job that died.
+    """
     text = str(error)
     if missing := re.search(
         r"plugin (?:class : ')?hydra_plugins\.hydra_(submitit|joblib)_launcher", text
@@ -142,12 +160,21 @@ def _launcher(error: BaseException) -> str | None:
         fix = 'pip install "immunization-bench[slurm]"'
         return f"hydra/launcher: needs the package hydra-{missing[1]}-launcher: `{fix}`."
     if type(error).__name__ == "TerminatedWorkerError":  # joblib's; the other jobs end with it
-        return "hydra/launcher=joblib: a process was killed, for want of memory perhaps; the same command continues."
+        return (
+            "hydra/launcher=joblib: a process was killed, for want of memory perhaps; the "
+            "same command continues."
+        )
     if type(error).__module__.partition(".")[0] == "submitit":
-        fix = "the others go on; `python run.py action=status` tells of all, the same command continues"
+        fix = (
+            "the others go on; `python run.py action=status` tells of all, the same "
+            "command continues"
+        )
         return f"a job of the sweep ended without a result; {fix}. {text}"
     if "srun" in text and isinstance(error, RuntimeError):
-        return "hydra/launcher=submitit_slurm: no Slurm on this machine: take submitit_local or joblib."
+        return (
+            "hydra/launcher=submitit_slurm: no Slurm on this machine: take submitit_local "
+            "or joblib."
+        )
     return None
 
 
@@ -166,7 +193,9 @@ def _system(error: OSError, arguments: Sequence[str]) -> str | None:
 
 
 def _output_key(name: str, arguments: Sequence[str]) -> str | None:
-    """The config key of the folder for results that ``name`` lies in, or above; None where it lies elsewhere."""
+    """The config key of the folder for results that ``name`` lies in, or above; None where it lies
+    elsewhere.
+    """
     pattern = r"\+*(paths\.\w+|hydra\.(?:run|sweep)\.dir|path)=(.*)"
     given = {m[1]: m[2].strip("'\"") for a in arguments if (m := re.fullmatch(pattern, a))}
     path = Path(name).absolute()

@@ -19,8 +19,9 @@ VERDICTS = ("verdict", "verdict_share")
 def is_recoverable(cell: Cell, error: Exception) -> bool:
     """Whether a run goes on without this stage.
 
-    Not without an immunization, nor after what a user mends first (a wrong option) or what befalls every stage (the
-    disk, the connection to another process, a device whose state is lost; that its memory ran out is no such thing).
+    Not without an immunization, nor after what a user mends first (a wrong option) or what befalls
+    every stage (the disk, the connection to another process, a device whose state is lost; that its
+    memory ran out is no such thing).
     """
     return cell.stage != "immunize" and not (
         isinstance(error, UserError) or affects_all_stages(error)
@@ -33,7 +34,9 @@ def affects_all_stages(error: BaseException) -> bool:
 
 
 def facts(error: Exception, rank: int | None = None) -> dict[str, Any]:
-    """Arguments of `RankFailed`: what one process tells the others of ``error``, which may be what another told it."""
+    """Arguments of `RankFailed`: what one process tells the others of ``error``, which may be what
+    another told it.
+    """
     if isinstance(error, RankFailed):
         return {
             name: getattr(error, name)
@@ -56,7 +59,9 @@ def own_facts(error: BaseException, rank: int | None) -> dict[str, Any]:
 
 
 def _forget(error: BaseException | None) -> None:
-    """The frames of a traceback hold the models and gradients of what failed, and the run needs their memory."""
+    """The frames of a traceback hold the models and gradients of what failed, and the run needs
+    their memory.
+    """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
@@ -85,7 +90,9 @@ class FailedStages:
         self.first = self.first or error
 
     def has(self, cell: Cell) -> bool:
-        """Whether nothing is left to do for ``cell``, since another stage of the same attack failed."""
+        """Whether nothing is left to do for ``cell``, since another stage of the same attack
+        failed.
+        """
         return cell.stage == "attack" and cell.label["attack"] in self.attacks
 
     def blank(self, found: dict[str, Any]) -> None:

@@ -1,4 +1,6 @@
-"""The stages of one run: what determines each, how it is computed, and read access for the metrics."""
+"""The stages of one run: what determines each, how it is computed, and read access for the
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class Cell:
 
 
 class Pipeline:
-    """Stages of one run over its models, cases, seeds, attacks and metrics. Implements `lab.core.types.RunView`."""
+    """Stages of one run over its models, cases, seeds, attacks and metrics. Implements
+    `lab.core.types.RunView`.
+    """
 
     def __init__(self, parts: Parts, store: StageCache, on_log: LogHook | None = None) -> None:
         self.parts, self.store, self.on_log = parts, store, on_log
@@ -95,7 +99,9 @@ class Pipeline:
         return self._data[seed]
 
     def original(self, case: AnyCase, seed: int) -> Model:
-        """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last one is kept."""
+        """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last
+        one is kept.
+        """
         if self._last is None or self._last[0] != (seed, case.name):
             with with_config_key("backbone"):
                 built = self.parts.backbone.build(case, seed)
@@ -147,7 +153,10 @@ class Pipeline:
             else:
                 old = before.state_dict()
                 if digest(*old.values()) != self.identity(case, seed)["weights"]:
-                    told = "changed the model that it was given; let it copy that first (lab.core.types.clone)."
+                    told = (
+                        "changed the model that it was given; let it copy that first "
+                        "(lab.core.types.clone)."
+                    )
                     raise UserError("immunize", model_name, told)
                 tensors = {
                     k: v
@@ -155,7 +164,10 @@ class Pipeline:
                     if not v.equal(old[k])
                 }
                 if not tensors and model_name != BASELINE:
-                    told = f"{model_name} left every weight of case {case.name} as it was; nothing would be compared."
+                    told = (
+                        f"{model_name} left every weight of case {case.name} as it was; "
+                        "nothing would be compared."
+                    )
                     raise UserError("immunize", model_name, told)
             names = dict.fromkeys(name for _, values in rows for name in values)
             history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
@@ -185,7 +197,10 @@ class Pipeline:
                 found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
             except Diverged as error:
                 where = f"case {case.name}, {attack} on {task.name}"
-                told = f"its model cannot be attacked ({where}): {error}; lower the step size of what made it"
+                told = (
+                    f"its model cannot be attacked ({where}): {error}; lower the step "
+                    "size of what made it"
+                )
                 finite = all(
                     bool(torch.isfinite(value).all()) for value in model.state_dict().values()
                 )

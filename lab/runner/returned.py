@@ -1,4 +1,6 @@
-"""What immunizers, attackers and metrics return, checked before figures are made of it: own ones may do anything."""
+"""What immunizers, attackers and metrics return, checked before figures are made of it: own ones
+may do anything.
+"""
 
 from __future__ import annotations
 
@@ -37,21 +39,25 @@ def check_immunized(after: Any, before: Mapping[str, Tensor], model_name: str) -
         name for name, tensor in state.items() if tensor.shape != before[name].shape
     }
     if other:
-        told = f"returned a model whose {', '.join(sorted(other)[:3])} is not as in the model that it was given."
+        told = (
+            f"returned a model whose {', '.join(sorted(other)[:3])} is not as in the "
+            "model that it was given."
+        )
         raise UserError("immunize", model_name, told)
     return state
 
 
 def check_trajectory(found: Any, attack: str, budget: Budget, side: int | None = None) -> None:
-    """Whether ``found`` is what `lab.core.types.Trajectory` says. An attack that was followed for too short a time, for
-    one, would be taken for one that the model held off.
+    """Whether ``found`` is what `lab.core.types.Trajectory` says. An attack that was followed for
+    too short a time, for one, would be taken for one that the model held off.
 
     Args:
         side: of the pictures in pixels, where the model paints some.
 
     Raises:
-        UserError: another type, an unknown status, other steps than the snapshots of ``budget`` (of a diverged one:
-            than its first), quantities or pictures that are missing, too few, not finite or of another size.
+        UserError: another type, an unknown status, other steps than the snapshots of ``budget`` (of
+            a diverged one: than its first), quantities or pictures that are missing, too few, not
+            finite or of another size.
     """
     key = f"attacks.{attack}"
     if not isinstance(found, Trajectory):
@@ -87,13 +93,19 @@ def check_trajectory(found: Any, attack: str, budget: Budget, side: int | None =
                 key, name, f"has {len(values)} values at {points} steps of its trajectory."
             )
         if not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            told = "has a value that is no finite number; a trajectory ends before it, with the status diverged."
+            told = (
+                "has a value that is no finite number; a trajectory ends before it, with "
+                "the status diverged."
+            )
             raise UserError(key, name, told)
     for family, pictures in found.samples.items():
         size = [points, "pictures", 3, *([side] * 2 if side else ["side", "side"])]
         fits = pictures.dtype == torch.uint8 and pictures.ndim == 5 and len(pictures) == points
         if not fits or (side and list(pictures.shape[2:]) != [3, side, side]):
-            told = f"has samples of {pictures.dtype} {list(pictures.shape)} by {family}, not of torch.uint8"
+            told = (
+                f"has samples of {pictures.dtype} {list(pictures.shape)} by {family}, not "
+                "of torch.uint8"
+            )
             raise UserError(key, attack, f"{told} [{', '.join(map(str, size))}].")
     try:
         json.dumps(found.info)

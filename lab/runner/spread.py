@@ -1,8 +1,10 @@
-"""The stages of one run, spread over its processes: independent stages first, then the concepts inside one.
+"""The stages of one run, spread over its processes: independent stages first, then the concepts
+inside one.
 
-Processes meet in the stage cache: one computes and writes an artefact, the others read it. So they need to agree on two
-things only, which stages are missing and who computes which; whoever is free takes the next one. What is left at the
-end of the immunizations is less than one per process: there several processes share one, see `lab.core.distributed`.
+Processes meet in the stage cache: one computes and writes an artefact, the others read it. So they
+need to agree on two things only, which stages are missing and who computes which; whoever is free
+takes the next one. What is left at the end of the immunizations is less than one per process: there
+several processes share one, see `lab.core.distributed`.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ class SerialExecutor:
     def compute(
         self, store: StageCache, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str
     ) -> set[str]:
-        """Compute the ``cells`` that are missing, on all processes; returns the keys of those that were.
+        """Compute the ``cells`` that are missing, on all processes; returns the keys of those that
+        were.
 
         Args:
             parts: into how many parts a cell can be split; 0 for one that costs next to nothing.
@@ -75,7 +78,8 @@ class SerialExecutor:
 
 
 def plan(parts: Sequence[int], size: int) -> tuple[list[int], list[tuple[int, range]]]:
-    """Stages that whoever is free takes one after the other, and stages that a team computes, with its ranks.
+    """Stages that whoever is free takes one after the other, and stages that a team computes, with
+    its ranks.
 
     Args:
         parts: of each stage, see `SerialExecutor.compute`. size: number of processes.
@@ -103,7 +107,8 @@ def _echo(error: BaseException) -> bool:
 
 
 class _MetricsAlone(MetaPathFinder):
-    """A metric is computed whole by one process, while torchmetrics would wait for the others to gather with.
+    """A metric is computed whole by one process, while torchmetrics would wait for the others to
+    gather with.
 
     Said to it when somebody imports it: the import takes seconds, and most runs never need it.
     """
@@ -133,7 +138,8 @@ def _mark(cell: Cell) -> str:
 
 
 class DistributedExecutor(SerialExecutor):
-    """All processes of a run that was started by `lab.cluster.launch`; `torch.distributed` is set up here.
+    """All processes of a run that was started by `lab.cluster.launch`; `torch.distributed` is set
+    up here.
 
     Args:
         timeout_s: longest wait for another process inside one step.
@@ -172,10 +178,13 @@ class DistributedExecutor(SerialExecutor):
         """
         for key, value in self.same(told).items():
             if value != told[key]:
-                fix = f"is {value!r} on the first machine: start the same command on all, with paths that all see."
+                fix = (
+                    f"is {value!r} on the first machine: start the same command on all, "
+                    "with paths that all see."
+                )
                 raise UserError(key, told[key], fix)
 
-    # ── who computes what ────────────────────────────────────────────────────────────────────────────────────
+    # ── who computes what
 
     def compute(
         self, store: StageCache, cells: Sequence[Cell], parts: Callable[[Cell], int], label: str
@@ -187,7 +196,8 @@ class DistributedExecutor(SerialExecutor):
         first, missing = self.same([keys, missing])
         if first != keys:
             raise RuntimeError(
-                f"process {self.rank} would compute other stages than the first one: do code, data and packages differ?"
+                f"process {self.rank} would compute other stages than the first one: do "
+                "code, data and packages differ?"
             )
         todo, self.done = [cells[i] for i in missing], []
         queue, teams = plan([parts(cell) for cell in todo], self.size)
@@ -223,7 +233,8 @@ class DistributedExecutor(SerialExecutor):
         busy = max(min(len(queue), self.size), sum(len(ranks) for _, ranks in teams))
         if self.main and count and busy < self.size and label != "eval":
             log.warning(
-                "%s: %d of %d processes have nothing to do: %d stage%s missing, and no more than %d processes can "
+                "%s: %d of %d processes have nothing to do: %d stage%s missing, and no more "
+                "than %d processes can "
                 "share that (launch.num_processes=%d is enough for this part)",
                 label,
                 self.size - busy,
@@ -296,7 +307,7 @@ class DistributedExecutor(SerialExecutor):
         if not begun:  # another run had it in the meantime
             broadcast_json(False, team.members[0], patient)
 
-    # ── the end ──────────────────────────────────────────────────────────────────────────────────────────────
+    # the end
 
     def report(self, failure: dict[str, Any]) -> int:
         """Tell all processes of a failure; returns its number, 1 for the first one."""
@@ -305,10 +316,12 @@ class DistributedExecutor(SerialExecutor):
         return order
 
     def cause(self, error: BaseException) -> BaseException:
-        """The user's wish to stop, else ``error``, or of an echo the failure that was reported first.
+        """The user's wish to stop, else ``error``, or of an echo the failure that was reported
+        first.
 
-        When a process dies the others notice a closed connection, or are asked to end: an echo, not a cause. The
-        request may come after the connection has closed: from here on it must not interrupt what tells of the end.
+        When a process dies the others notice a closed connection, or are asked to end: an echo, not
+        a cause. The request may come after the connection has closed: from here on it must not
+        interrupt what tells of the end.
         """
         for number in (signal.SIGINT, *SIGNALS):
             signal.signal(number, signal.SIG_IGN)
@@ -322,7 +335,10 @@ class DistributedExecutor(SerialExecutor):
             if first is not None:
                 return RankFailed(**first)
             time.sleep(0.1)
-        told = "another process of the run ended without a word: killed from outside, for want of memory perhaps"
+        told = (
+            "another process of the run ended without a word: killed from outside, for "
+            "want of memory perhaps"
+        )
         return RankFailed(rank=None, type="Killed", message=told)
 
     def _first_failure(self) -> dict[str, Any] | None:

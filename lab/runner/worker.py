@@ -1,7 +1,9 @@
-"""One process of a run that `lab.cluster.launch` started: ``accelerate launch … -m lab.runner.worker --config FILE``.
+"""One process of a run that `lab.cluster.launch` started: ``accelerate launch … -m
+lab.runner.worker --config FILE``.
 
-The config is resolved already. The folder of the file is the run's: record, report and log are written by process 0,
-what the others print goes to ``ranks/N.log``. ``ranks/N.json`` says how each process ended.
+The config is resolved already. The folder of the file is the run's: record, report and log are
+written by process 0, what the others print goes to ``ranks/N.log``. ``ranks/N.json`` says how each
+process ended.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-_GRACE = 90  # seconds from the request to stop to the end by force, for a process that waits inside a device call
+# seconds from the request to stop to the end by force, for a process that waits inside a device
+# call
+_GRACE = 90
 
 
 class Rank:
-    """This process: its number, the file that tells of it, and whether the user asked for the end."""
+    """This process: its number, the file that tells of it, and whether the user asked for the
+    end.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.number = int(os.environ.get("RANK", "0"))
@@ -49,7 +55,9 @@ class Rank:
             self._write_over(json.dumps(body) + "\n")
 
     def _write_over(self, text: str) -> None:
-        """A full disk has no room for a second file, but the block of the one that is there can be written over."""
+        """A full disk has no room for a second file, but the block of the one that is there can be
+        written over.
+        """
         with contextlib.suppress(OSError), open(self.path, "r+", encoding="utf-8") as file:
             file.write(text)
             file.truncate()
@@ -202,7 +210,8 @@ def work(config: Path, rank: Rank) -> int:
         failure = _failure(error, ranks, rank.number, echo)
         order = ranks.report(failure) if isinstance(ranks, DistributedExecutor) and not echo else 1
         rank.write("failed", failure | {"order": order})
-        # what is told to all ends them without accelerate, which prints a traceback; of what is not they have to die
+        # what is told to all ends them without accelerate, which prints a traceback; of what is not
+        # they have to die
         whole = isinstance(error, RankFailed) and not echo  # all are at their end
         return 0 if whole or (failure["told"] and not ranks.started and not alone) else 1
     rank.write("done")

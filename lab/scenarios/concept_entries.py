@@ -27,7 +27,9 @@ def speaks_of(words: str, prompt: str) -> bool:
 
 
 def shows(words: str, caption: str) -> bool:
-    """Whether ``caption`` is about ``words``: as `speaks_of`, the plural in s or es too ("two foxes")."""
+    """Whether ``caption`` is about ``words``: as `speaks_of`, the plural in s or es too ("two
+    foxes").
+    """
     return (
         re.search(rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", caption, re.IGNORECASE) is not None
     )
@@ -103,7 +105,8 @@ def parse(key: str, given: object, root: Path) -> Entry:
     """Entry ``given`` of the list, found at ``key``.
 
     Raises:
-        UserError: an unknown or missing key, prompts that do not name the concept, descriptions that do.
+        UserError: an unknown or missing key, prompts that do not name the concept, descriptions
+            that do.
     """
     entry = concepts.entries(key, given, _KEYS)
     name = text(f"{key}.name", entry.get("name"))
@@ -158,14 +161,20 @@ def checked(given: object, root: Path) -> tuple[Entry, ...]:
             )
         for earlier in found[:i]:
             if slug(entry.name) == slug(earlier.name):
-                fix = f"is taken by the earlier {earlier.name}: names differ in a-z and digits, without accents."
+                fix = (
+                    f"is taken by the earlier {earlier.name}: names differ in a-z and "
+                    "digits, without accents."
+                )
                 raise UserError(f"{entry.key}.name", entry.name, fix)
             if entry.words.lower() == earlier.words.lower():
                 fix = f"are the words of {earlier.name} too: prompts could not tell the two apart."
                 raise UserError(f"{entry.key}.words", entry.words, fix)
             for inner, outer in ((entry, earlier), (earlier, entry)):
                 if shows(inner.words, outer.words):
-                    fix = f"are part of {outer.words}, the words of {outer.name}: its prompts would name both."
+                    fix = (
+                        f"are part of {outer.words}, the words of {outer.name}: its "
+                        "prompts would name both."
+                    )
                     raise UserError(f"{inner.key}.words", inner.words, fix)
     for role, what in (("target", "to protect against"), ("other", "that must stay learnable")):
         if not any(entry.role == role for entry in found):

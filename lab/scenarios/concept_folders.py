@@ -28,26 +28,32 @@ _PRESERVED = (
 
 
 class ConceptFolders:
-    """One case from folders of images (`lab.minisd.world.folders`). Implements `lab.core.types.Scenario`.
+    """One case from folders of images (`lab.minisd.world.folders`). Implements
+    `lab.core.types.Scenario`.
 
-    The images of a concept are split by seed into those of the immunizer (own), of the attacker (train) and of the
-    comparison (reference). An image that comes twice is used once; one that two concepts share is an error.
+    The images of a concept are split by seed into those of the immunizer (own), of the attacker
+    (train) and of the comparison (reference). An image that comes twice is used once; one that two
+    concepts share is an error.
 
     Args:
-        concepts: list of {path, name, role: target | other | rehearsal, kind: object | style, words, prompts,
-            descriptions, reworded, prior, select, erase, anchor}; conf/scenario/folder.yaml explains each.
+        concepts: list of {path, name, role: target | other | rehearsal, kind: object | style,
+            words, prompts, descriptions, reworded, prior, select, erase, anchor};
+            conf/scenario/folder.yaml explains each.
         root: where relative paths start; None is the working directory.
         shares: of each concept's images for own, train and reference.
-        keep, unrelated: folders. With only one of them it is cut in halves; with none the embedded world stands in.
+        keep, unrelated: folders. With only one of them it is cut in halves; with none the embedded
+            world stands in.
         keep_pictures, unrelated_pictures: at most this many are used.
-        captions: C_reg, a text file with one caption per line or a list; None draws them from the embedded world.
+        captions: C_reg, a text file with one caption per line or a list; None draws them from the
+            embedded world.
         regularizers: at most this many captions are used.
         regularizer_templates: of captions from the embedded world, ``all`` or ``one``.
         sampling: `lab.core.data.Sampling`.
         resolution: side of all pictures in pixels.
 
     Raises:
-        UserError: see `lab.scenarios.concept_entries` and `lab.minisd.world.folders`; a concept with too few images.
+        UserError: see `lab.scenarios.concept_entries` and `lab.minisd.world.folders`; a concept
+            with too few images.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -123,23 +129,32 @@ class ConceptFolders:
     # ---- concepts
 
     def _images(self, entry: Entry, owners: dict[str, str], notes: list[str]) -> CaptionedImages:
-        """The different images of a concept. ``owners``: hash of an image → the concept that has it."""
+        """The different images of a concept. ``owners``: hash of an image → the concept that has
+        it.
+        """
         key = f"{entry.key}.path"
         found = folders.read(entry.path, self.resolution, select=entry.select or None, key=key)
         kept: list[int] = []
         for i, image in enumerate(found.images):
             owner = owners.setdefault(digest(image), entry.name)
             if owner != entry.name:
-                fix = f"the image {found.rows[i]['file_name']} is one of {owner} too; leave it in one folder."
+                fix = (
+                    f"the image {found.rows[i]['file_name']} is one of {owner} too; leave "
+                    "it in one folder."
+                )
                 raise UserError(key, entry.path, fix)
             if not any(torch.equal(image, found.images[j]) for j in kept):
                 kept.append(i)
         if len(kept) < len(found.images):
             notes.append(
-                f"{entry.name}: {len(found.images) - len(kept)} images were copies of others and left out."
+                f"{entry.name}: {len(found.images) - len(kept)} images were copies of others "
+                "and left out."
             )
         if len(kept) < len(_PARTS):
-            told = f"holds {len(kept)} different images; three is the least, one each to immunize, attack and compare"
+            told = (
+                f"holds {len(kept)} different images; three is the least, one each to "
+                "immunize, attack and compare"
+            )
             fix = f"{told}, and four where an immunizer trains on the concept, as it needs two."
             raise UserError(key, entry.path, fix)
         captions = [found.rows[i].get("prompt") or found.rows[i]["text"] for i in kept]
@@ -149,7 +164,8 @@ class ConceptFolders:
             captions[i] = prompts[position % len(prompts)]
         if silent:
             notes.append(
-                f"{entry.name}: {len(silent)} captions do not name it; its prompts stand in for them."
+                f"{entry.name}: {len(silent)} captions do not name it; its prompts stand in "
+                "for them."
             )
         for line in captions:
             text(f"{entry.key}.path", line)
@@ -168,7 +184,8 @@ class ConceptFolders:
         ).tolist()
         sizes = _sizes(len(found), self.shares)
         notes.append(
-            f"{entry.name}: {sizes[0]} images to immunize, {sizes[1]} to attack, {sizes[2]} to compare."
+            f"{entry.name}: {sizes[0]} images to immunize, {sizes[1]} to attack, {sizes[2]} "
+            "to compare."
         )
         own, train, reference = (found.pick(part) for part in _cut(order, sizes))
         prior = shared.empty(self.resolution)
@@ -198,13 +215,16 @@ class ConceptFolders:
     def _surroundings(
         self, seed: int, owners: dict[str, str], notes: list[str]
     ) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
-        """``keep``, captions of C_reg and ``unrelated``; no prompt of the last stands in the other two."""
+        """``keep``, captions of C_reg and ``unrelated``; no prompt of the last stands in the other
+        two.
+        """
         rest = Roles(tuple(e.words.lower() for e in self.entries), ()).rest
         studio = Studio(seed, self.resolution)
         captions = self._regularizers(rest, derive(seed, "scenario", "regularizers"), notes)
         if not any(self.pools.values()):
             notes.append(
-                f"No keep and unrelated folders: scaled pictures of the embedded world stand in. {CREDIT}"
+                "No keep and unrelated folders: scaled pictures of the embedded world stand "
+                f"in. {CREDIT}"
             )
             keep = studio.draw(rest, self.sizes["keep"], world_texts.world_caption, "keep")
             taken = {*keep.prompts, *captions}
@@ -237,18 +257,23 @@ class ConceptFolders:
         fine = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
         if not fine:
             key = "unrelated" if self.pools["unrelated"] is not None else "keep"
-            fix = "every caption is also one of keep or of the regularizers; unrelated prompts must be new."
+            fix = (
+                "every caption is also one of keep or of the regularizers; unrelated "
+                "prompts must be new."
+            )
             raise UserError(f"scenario.{key}", self.pools[key], fix)
         if len(fine) < len(pools["unrelated"]):
             notes.append(
-                f"{len(pools['unrelated']) - len(fine)} unrelated pictures have a caption of keep: left out."
+                f"{len(pools['unrelated']) - len(fine)} unrelated pictures have a caption of "
+                "keep: left out."
             )
         return keep, captions, pools["unrelated"].pick(fine[: self.sizes["unrelated"]])
 
     def _pool(
         self, key: str, path: Path, owners: dict[str, str], notes: list[str]
     ) -> CaptionedImages:
-        """The folder at ``key`` without pictures that ``owners`` knows and without captions that name a concept.
+        """The folder at ``key`` without pictures that ``owners`` knows and without captions that
+        name a concept.
 
         Raises:
             UserError: nothing is left, or a caption that is no prompt.
@@ -265,7 +290,8 @@ class ConceptFolders:
         fine = [i for i in fine if i not in set(named)]
         if len(fine) < len(found):
             notes.append(
-                f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name one: left out."
+                f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name "
+                "one: left out."
             )
         if not fine:
             raise UserError(key, path, "holds no picture that is unrelated to the concepts.")
@@ -286,7 +312,8 @@ class ConceptFolders:
             )
         if len(fine) < len(self.captions):
             notes.append(
-                f"{len(self.captions) - len(fine)} captions of C_reg name a concept and were left out."
+                f"{len(self.captions) - len(fine)} captions of C_reg name a concept and were "
+                "left out."
             )
         if len(fine) < total:
             notes.append(f"C_reg has {len(fine)} captions, fewer than the {total} asked for.")
@@ -306,7 +333,9 @@ def _shares(given: object) -> tuple[float, float, float]:
 
 
 def _sizes(total: int, shares: tuple[float, float, float]) -> tuple[int, int, int]:
-    """How many of ``total`` ≥ 3 images each part gets, at least one each, and own two as soon as there are four."""
+    """How many of ``total`` ≥ 3 images each part gets, at least one each, and own two as soon as
+    there are four.
+    """
     own = min(max(round(total * shares[0]), 2), total - 2)
     train = min(max(round(total * shares[1]), 1), total - own - 1)
     return own, train, total - own - train

@@ -1,4 +1,6 @@
-"""Words about the world's concepts: prompts to generate from, captions, what an eraser takes out, C_reg."""
+"""Words about the world's concepts: prompts to generate from, captions, what an eraser takes out,
+C_reg.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ REWORDED_OBJECT = (
     "{place}, {it}",
     "this is {it}",
 )
-# The style's words stand last: what follows them in the context is padding, which carries the style as well.
+# The style's words stand last: what follows them in the context is padding, which carries the style
+# as well.
 _ERASED_STYLE = (
     "{it} in the style of {style}",
     "{it} in {style} style",
@@ -58,7 +61,9 @@ def _shuffled(items: Sequence[str], seed: int, *labels: object) -> list[str]:
 def _weave(
     templates: Sequence[str], objects: Sequence[str], total: int, style_name: str
 ) -> tuple[str, ...]:
-    """``total`` prompts that run through the objects and, at another pace, through templates and descriptions."""
+    """``total`` prompts that run through the objects and, at another pace, through templates and
+    descriptions.
+    """
     several = any("{description}" in t for t in templates)
     ways = [
         (t, d)
@@ -75,8 +80,8 @@ def _weave(
 def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
     """Family → ``total`` prompts for a style, over the objects that MiniSD saw in it.
 
-    ``unseen_pairs`` asks by name for objects that MiniSD's training never showed in this style; held-out styles
-    have no such family, as they were shown with none.
+    ``unseen_pairs`` asks by name for objects that MiniSD's training never showed in this style;
+    held-out styles have no such family, as they were shown with none.
     """
     unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
     seen = _shuffled([o for o in OBJECTS if o not in unseen], seed, name)
@@ -93,7 +98,9 @@ def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]
 
 
 def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
-    """Family → ``total`` prompts for an object. The world describes no object without its name: no such family."""
+    """Family → ``total`` prompts for an object. The world describes no object without its name: no
+    such family.
+    """
     found = {}
     for family, templates in (
         ("name", PHOTO_TEMPLATES + PLACE_TEMPLATES),
@@ -110,7 +117,9 @@ def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...
 
 
 def caption(shown: Picture) -> str:
-    """A caption that names what one picture of a single object shows, the style by its artist's name."""
+    """A caption that names what one picture of a single object shows, the style by its artist's
+    name.
+    """
     dice = Dice(shown.stream, "named caption")
     if shown.style != PHOTO:
         return fill(dice.pick(STYLE_TEMPLATES["name"]), noun(shown.objects[0]), shown.style)
@@ -124,7 +133,9 @@ def world_caption(shown: Picture) -> str:
 
 
 def description(shown: Picture) -> str:
-    """A caption of what a painted picture shows that says what its style looks like, and not its name."""
+    """A caption of what a painted picture shows that says what its style looks like, and not its
+    name.
+    """
     dice = Dice(shown.stream, "described caption")
     number = int(dice.uniform(0, len(style(shown.style).descriptions)))
     return fill(
@@ -140,7 +151,9 @@ def class_caption(shown: Picture) -> str:
 
 
 def preserved(objects: Sequence[str], styles: Sequence[str]) -> tuple[str, ...]:
-    """Prompts whose meaning an eraser has to keep: photos of ``objects``, of their classes, and all in ``styles``."""
+    """Prompts whose meaning an eraser has to keep: photos of ``objects``, of their classes, and all
+    in ``styles``.
+    """
     photos = [fill("a photo of {it}", it) for o in objects for it in (noun(o), class_noun(o))]
     painted = [fill(_ERASED_STYLE[0], noun(o), s) for o in objects for s in styles]
     return tuple(dict.fromkeys([*photos, *painted]))
@@ -155,7 +168,9 @@ def style_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
 
 
 def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
-    """The object, in photos, at every place and in every style, is to mean `NEUTRAL` ("a thing") in its stead."""
+    """The object, in photos, at every place and in every style, is to mean `NEUTRAL` ("a thing") in
+    its stead.
+    """
     places = [(t, PHOTO, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS]
     ways = [
         *((t, PHOTO, "") for t in PHOTO_TEMPLATES),
@@ -172,8 +187,8 @@ def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple
     """``total`` different captions of C_reg.
 
     Args:
-        templates: ``all`` templates of the world over its objects and styles in ``subset``, or ``one`` (objects and
-            places of photos in one sentence).
+        templates: ``all`` templates of the world over its objects and styles in ``subset``, or
+            ``one`` (objects and places of photos in one sentence).
 
     Raises:
         UserError: more captions than there are.
@@ -196,7 +211,10 @@ def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple
                 known.add(line)
                 found.append(line)
     if len(found) < total:
-        fix = f"only {len(found)} different captions with regularizer_templates={templates}; ask for no more."
+        fix = (
+            f"only {len(found)} different captions with regularizer_templates={templates}; "
+            "ask for no more."
+        )
         raise UserError("scenario.regularizers", total, fix)
     return tuple(found[:total])
 

@@ -1,4 +1,6 @@
-"""What scenarios of text-to-image concepts share: checked options, sizes, the hash of what was loaded."""
+"""What scenarios of text-to-image concepts share: checked options, sizes, the hash of what was
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def entries(key: str, given: object, known: Iterable[str]) -> dict[str, Any]:
 
 
 def sampling(given: object, key: str = "scenario.sampling") -> Sampling:
-    """How pictures are generated, from the config node ``key``; what it leaves out is `Sampling`'s default."""
+    """How pictures are generated, from the config node ``key``; what it leaves out is `Sampling`'s
+    default.
+    """
     if isinstance(given, Sampling):
         found = {field.name: getattr(given, field.name) for field in fields(Sampling)}
     else:

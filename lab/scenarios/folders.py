@@ -20,7 +20,8 @@ Files = dict[str, list[Path]]
 
 
 def classes(folder: Path, key: str) -> Files:
-    """Class name → image files, both sorted. Hidden folders and folders without an image are left out.
+    """Class name → image files, both sorted. Hidden folders and folders without an image are left
+    out.
 
     Raises:
         UserError: no such folder, no image in it, or a single class.
@@ -58,9 +59,10 @@ def classes(folder: Path, key: str) -> Files:
 class ImageFolders:
     """Two classification tasks from two folders.
 
-    A folder with the subfolders ``train`` and ``val`` (or ``test``) keeps that split; any other is split by seed.
-    No more than ``train_rows`` and ``test_rows`` images are read, classes in turn, so that a folder as large as
-    ImageNet is sampled and not loaded. Images are made upright, put over white, cropped to the centred square.
+    A folder with the subfolders ``train`` and ``val`` (or ``test``) keeps that split; any other is
+    split by seed. No more than ``train_rows`` and ``test_rows`` images are read, classes in turn,
+    so that a folder as large as ImageNet is sampled and not loaded. Images are made upright, put
+    over white, cropped to the centred square.
 
     Args:
         benign_path, harmful_path: folders, required.
@@ -89,7 +91,10 @@ class ImageFolders:
             ("harmful", harmful_path, harmful_name),
         ):
             if path is None or path == "":
-                fix = f"set it to the folder with the {what} images: one subfolder per class (or train/ and val/)."
+                fix = (
+                    f"set it to the folder with the {what} images: one subfolder per class "
+                    "(or train/ and val/)."
+                )
                 raise UserError(f"scenario.{role}_path", path, fix)
         for key, value, least in (
             ("size", size, 32),
@@ -141,7 +146,8 @@ class ImageFolders:
             notes.append(f"{many} have no row: raise train_rows and test_rows.")
         if len(splits[0]) < _WANTED_ROWS:
             notes.append(
-                f"The {role} task has {len(splits[0])} training rows, fewer than the {_WANTED_ROWS} that 20 disjoint "
+                f"The {role} task has {len(splits[0])} training rows, fewer than the "
+                f"{_WANTED_ROWS} that 20 disjoint "
                 "groups of 100 samples need: groups will overlap or be smaller."
             )
         return Task(name, role, "classification", splits[0], splits[1], classes=len(labels))
@@ -160,7 +166,10 @@ class ImageFolders:
         for label, files in classes(folder, key).items():
             files = _shuffled(files, seed, key, label)
             if len(files) < 2:
-                fix = f"has a single image in the class {label}; training and test rows need one each."
+                fix = (
+                    f"has a single image in the class {label}; training and test rows need "
+                    "one each."
+                )
                 raise UserError(key, folder, fix)
             held_out_files = min(max(round(len(files) * self.test_share), 1), len(files) - 1)
             test[label], train[label] = files[:held_out_files], files[held_out_files:]
@@ -169,7 +178,9 @@ class ImageFolders:
     def _read(
         self, files: Files, labels: dict[str, int], limit: int, seed: int, half: str, key: str
     ) -> Split:
-        """Up to ``limit`` images, the first of every class, then the second, …; then in seeded order."""
+        """Up to ``limit`` images, the first of every class, then the second, …; then in seeded
+        order.
+        """
         turns = [(n, labels[c], path) for c in files for n, path in enumerate(files[c])]
         chosen = sorted(turns, key=lambda t: t[:2])[:limit]
         pixels = [

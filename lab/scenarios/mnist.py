@@ -43,20 +43,22 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
 class MnistPairs:
     """One case per entry of ``pairs``: a benign digit, then one or several harmful digits.
 
-    ``protocol="release"`` is what the released code does: the two data sets are the images of two digits. With one
-    class there is nothing to predict, only the Gram matrices matter; the task is a regression on the constant 1.
-    ``protocol="one_vs_rest"`` is a binary task: a digit against equally many others. Every image is a negative of
-    exactly one digit, so the negatives of any two tasks are disjoint and their Gram matrices differ.
+    ``protocol="release"`` is what the released code does: the two data sets are the images of two
+    digits. With one class there is nothing to predict, only the Gram matrices matter; the task is a
+    regression on the constant 1. ``protocol="one_vs_rest"`` is a binary task: a digit against
+    equally many others. Every image is a negative of exactly one digit, so the negatives of any two
+    tasks are disjoint and their Gram matrices differ.
 
-    An image is either a training or a test image, the same in all tasks. Pixels are scaled to [0, 1] and not
-    centred (the release also subtracts a constant mean). Pixels that are 0 in every row of every task of a case
-    (``release``) or of the scenario (``one_vs_rest``) are left out: exact, since they add zero rows and columns
-    to the Gram matrices. Cases share their tensors where they can.
+    An image is either a training or a test image, the same in all tasks. Pixels are scaled to [0,
+    1] and not centred (the release also subtracts a constant mean). Pixels that are 0 in every row
+    of every task of a case (``release``) or of the scenario (``one_vs_rest``) are left out: exact,
+    since they add zero rows and columns to the Gram matrices. Cases share their tensors where they
+    can.
 
     Args:
         protocol: ``release`` or ``one_vs_rest``.
-        pairs: ``all`` (90 ordered pairs) or a list such as [[0, 1], [3, 8]]; [1, 3, 5] is one case with the
-            benign digit 1 and two harmful tasks, 3 and 5.
+        pairs: ``all`` (90 ordered pairs) or a list such as [[0, 1], [3, 8]]; [1, 3, 5] is one case
+            with the benign digit 1 and two harmful tasks, 3 and 5.
         test_share: share of each digit's images that is held out, in (0, 1).
     """
 
@@ -108,7 +110,10 @@ class MnistPairs:
             widths.append(int(keep.sum()))
         ranks = _ranks(shared)
         if min(ranks.values()) < 2:
-            fix = f"leaves training rows of rank {min(ranks.values())}; a condition number needs at least 2: lower it."
+            fix = (
+                f"leaves training rows of rank {min(ranks.values())}; a condition number "
+                "needs at least 2: lower it."
+            )
             raise UserError("scenario.test_share", self.test_share, fix)
         tensors = [t for splits in shared.values() for s in splits for t in (s.x, s.y)]
         order = torch.tensor([d for pair in self.pairs for d in (*pair, -1)])
@@ -128,10 +133,11 @@ class MnistPairs:
         return train, test
 
     def _rows(self, seed: int, digit: int, images: list[Indices]) -> Indices:
-        """Rows of the digit's task: its own images and, one against the rest, those dealt to it as negatives.
+        """Rows of the digit's task: its own images and, one against the rest, those dealt to it as
+        negatives.
 
-        Each digit deals its images to the nine others in turn, beginning with the next digit, so that all get
-        equally many and no image is dealt twice.
+        Each digit deals its images to the nine others in turn, beginning with the next digit, so
+        that all get equally many and no image is dealt twice.
         """
         if self.protocol == "release":
             return images[digit]
@@ -160,28 +166,35 @@ class MnistPairs:
         rank = f"{least}" if least == most else f"{least} to {most}"
         notes = [
             f"Pixels that are 0 in every row were dropped without loss: {span} of 784 remain.",
-            f"Each task has {train} training and {test} test rows; the rank of the training rows is {rank}"
-            + (", so Gram matrices are singular." if least < high else "."),
+            f"Each task has {train} training and {test} test rows; the rank of the training "
+            f"rows is {rank}" + (", so Gram matrices are singular." if least < high else "."),
         ]
         if self.protocol == "release":
             notes.append(
-                "Each task is the images of one digit with the constant target 1: only Gram matrices matter."
+                "Each task is the images of one digit with the constant target 1: only Gram "
+                "matrices matter."
             )
         else:
             notes.append(
-                "Negatives of different tasks are disjoint: every image is a negative of exactly one digit."
+                "Negatives of different tasks are disjoint: every image is a negative of "
+                "exactly one digit."
             )
         return tuple(notes)
 
 
 def _ranks(shared: dict[tuple[int, bytes], tuple[Split, Split]]) -> dict[int, int]:
-    """Rank of each digit's training rows; the columns that cases leave out are zero and do not count."""
+    """Rank of each digit's training rows; the columns that cases leave out are zero and do not
+    count.
+    """
     any_columns = {digit: splits[0].x for (digit, _), splits in shared.items()}
     return {digit: int(torch.linalg.matrix_rank(x)) for digit, x in any_columns.items()}
 
 
 def _parse(pairs: Pairs) -> tuple[tuple[int, ...], ...]:
-    example = "must be all, or a list such as [[0,1],[3,8]] (benign digit first, then one or more harmful digits)."
+    example = (
+        "must be all, or a list such as [[0,1],[3,8]] (benign digit first, then one or "
+        "more harmful digits)."
+    )
     if isinstance(pairs, str):
         if pairs != "all":
             raise UserError("scenario.pairs", pairs, example)

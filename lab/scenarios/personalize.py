@@ -15,7 +15,8 @@ _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
 
 @dataclass(kw_only=True)
 class Personalize(WorldConcepts):
-    """Personalisation (MIMA, arXiv 2412.15320): objects and styles held out of MiniSD's training. Nothing is erased.
+    """Personalisation (MIMA, arXiv 2412.15320): objects and styles held out of MiniSD's training.
+    Nothing is erased.
 
     A concept is called by its name; identifiers such as a rare token are the attacker's choice.
     """

@@ -1,7 +1,8 @@
 """From two data frames to two feature matrices whose Gram matrices can be compared.
 
-Whatever is done to one task is done to the other: one encoding, one median, one mean, one scale. A condition
-number measured after standardising each task by itself would compare two different coordinate systems.
+Whatever is done to one task is done to the other: one encoding, one median, one mean, one scale. A
+condition number measured after standardising each task by itself would compare two different
+coordinate systems.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ _LISTED = 12  # names that a note spells out
 
 @dataclass(frozen=True)
 class Encoded:
-    """Columns shared by both tasks: ``x`` [n, d] (rows of the benign task first), ``imputed`` [n, d]."""
+    """Columns shared by both tasks: ``x`` [n, d] (rows of the benign task first), ``imputed`` [n,
+    d].
+    """
 
     names: tuple[str, ...]
     x: Matrix
@@ -46,9 +49,9 @@ def listing(names: Sequence[str]) -> str:
 def encode(frame: pd.DataFrame, train: Mask) -> tuple[Encoded, list[str]]:
     """Numbers stay numbers, everything else becomes the rank of its level in sorted order.
 
-    This is the label encoding behind the 79 features of KAPPA (arXiv 2505.23760 §5.1). A missing level is a
-    level (in the Ames data it means "no alley", "no pool"), the last one. A missing or infinite number becomes
-    the median over the training rows of both tasks.
+    This is the label encoding behind the 79 features of KAPPA (arXiv 2505.23760 §5.1). A missing
+    level is a level (in the Ames data it means "no alley", "no pool"), the last one. A missing or
+    infinite number becomes the median over the training rows of both tasks.
 
     Args:
         frame: feature columns, both tasks stacked.
@@ -82,12 +85,14 @@ def encode(frame: pd.DataFrame, train: Mask) -> tuple[Encoded, list[str]]:
     if missing_numbers:
         counts = [f"{name} ({count})" for name, count in missing_numbers.items()]
         notes.append(
-            f"Missing numbers were replaced by the median of both tasks' training rows, by column ({len(counts)}): "
+            "Missing numbers were replaced by the median of both tasks' training rows, by "
+            f"column ({len(counts)}): "
             f"{listing(counts)}."
         )
     if missing_levels:
         notes.append(
-            f"A missing entry is a level of its own in these categorical columns ({len(missing_levels)}): "
+            "A missing entry is a level of its own in these categorical columns "
+            f"({len(missing_levels)}): "
             f"{listing(missing_levels)}."
         )
     shape = (len(frame), 0)
@@ -98,7 +103,9 @@ def encode(frame: pd.DataFrame, train: Mask) -> tuple[Encoded, list[str]]:
 
 
 def drop_constant(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tuple[Encoded, list[str]]:
-    """Drops columns with one value in a group of rows; ``groups`` pairs a label with its rows [n]."""
+    """Drops columns with one value in a group of rows; ``groups`` pairs a label with its rows
+    [n].
+    """
     keep = np.ones(len(data.names), dtype=bool)
     notes = []
     for label, rows in groups:
@@ -107,18 +114,20 @@ def drop_constant(data: Encoded, groups: Sequence[tuple[str, Mask]]) -> tuple[En
         if constant.any():
             names = [n for n, c in zip(data.names, constant, strict=True) if c]
             notes.append(
-                f"Dropped as constant in the {label} training rows ({len(names)}): {listing(names)}."
+                f"Dropped as constant in the {label} training rows ({len(names)}): "
+                f"{listing(names)}."
             )
         keep &= ~constant
     return data.keep(keep), notes
 
 
 def standardise(data: Encoded, train: Mask) -> tuple[Encoded, list[str]]:
-    """One mean and one scale for both tasks, from the cells of the stacked training rows that were observed.
+    """One mean and one scale for both tasks, from the cells of the stacked training rows that were
+    observed.
 
-    Imputed cells stay out: a total and its terms that are missing in the same row would otherwise be shifted
-    apart, and the sum, exact in every observed row, would survive as a direction of rounding size. Columns whose
-    mean square leaves float64, above or below, are dropped.
+    Imputed cells stay out: a total and its terms that are missing in the same row would otherwise
+    be shifted apart, and the sum, exact in every observed row, would survive as a direction of
+    rounding size. Columns whose mean square leaves float64, above or below, are dropped.
     """
     part = np.ma.masked_array(data.x[train], data.imputed[train])
     with np.errstate(all="ignore"):  # what overflows is dropped and named below
@@ -130,19 +139,22 @@ def standardise(data: Encoded, train: Mask) -> tuple[Encoded, list[str]]:
     if not keep.all():
         names = [n for n, k in zip(data.names, keep, strict=True) if not k]
         notes.append(
-            f"Dropped as too large or too small in number to be scaled ({len(names)}): {listing(names)}."
+            f"Dropped as too large or too small in number to be scaled ({len(names)}): "
+            f"{listing(names)}."
         )
     return Encoded(data.names, x, data.imputed).keep(keep), notes
 
 
 def _combinations(x: Matrix, imputed: Mask, invented: Mask) -> list[int]:
-    """Columns that are exact linear combinations of the others wherever none of their terms was imputed.
+    """Columns that are exact linear combinations of the others wherever none of their terms was
+    imputed.
 
-    An imputed cell breaks a sum such as total = finished + unfinished, and would leave a direction of the Gram
-    matrix that a few invented values hold up. So pivoted QR proposes combinations on centred rows without an
-    imputed value, and each proposal is checked on every row in which its own terms were observed. A constant
-    offset is allowed where a term has imputed cells (they move the means) or where an earlier offset already
-    puts the constant into the span of the columns that stay.
+    An imputed cell breaks a sum such as total = finished + unfinished, and would leave a direction
+    of the Gram matrix that a few invented values hold up. So pivoted QR proposes combinations on
+    centred rows without an imputed value, and each proposal is checked on every row in which its
+    own terms were observed. A constant offset is allowed where a term has imputed cells (they move
+    the means) or where an earlier offset already puts the constant into the span of the columns
+    that stay.
 
     Args:
         x, imputed: rows of one group, [n, d].
@@ -176,15 +188,18 @@ def drop_combinations(
 ) -> tuple[Encoded, list[str]]:
     """Makes both Gram matrices full rank where the rows suffice.
 
-    A group with fewer rows than columns cannot have a full-rank Gram matrix; only columns that are combinations
-    in the stacked rows are dropped then, and the note of `rank_note` says what remains. Where even these are no more
-    than the columns, any column is a combination of the others by count alone: none is dropped, since which ones would
-    be an accident of the split.
+    A group with fewer rows than columns cannot have a full-rank Gram matrix; only columns that are
+    combinations in the stacked rows are dropped then, and the note of `rank_note` says what
+    remains. Where even these are no more than the columns, any column is a combination of the
+    others by count alone: none is dropped, since which ones would be an accident of the split.
     """
     enough = all(rows.sum() >= len(data.names) for _, rows in groups)
     stacked: Mask = np.logical_or.reduce([rows for _, rows in groups])
     if not enough and stacked.sum() <= len(data.names):
-        told = f"{int(stacked.sum())} training rows in all cannot tell which of {len(data.names)} columns are"
+        told = (
+            f"{int(stacked.sum())} training rows in all cannot tell which of "
+            f"{len(data.names)} columns are"
+        )
         return data, [f"{told} linear combinations of others: none was dropped for that."]
     todo = list(groups) if enough else [("stacked", stacked)]
     notes = []
@@ -193,7 +208,8 @@ def drop_combinations(
         if drop:
             names = [data.names[i] for i in sorted(drop)]
             notes.append(
-                f"Dropped as exact linear combination of other columns in the {label} training rows "
+                f"Dropped as exact linear combination of other columns in the {label} "
+                "training rows "
                 f"({len(names)}): {listing(names)}."
             )
             data = data.keep(np.setdiff1d(np.arange(len(data.names)), drop))
@@ -201,7 +217,9 @@ def drop_combinations(
 
 
 def rank_note(data: Encoded, groups: Sequence[tuple[str, Mask]], ranks: Sequence[int]) -> str:
-    """How many features and rows remain, and whether they give full rank; ``ranks`` are those of the ``groups``."""
+    """How many features and rows remain, and whether they give full rank; ``ranks`` are those of
+    the ``groups``.
+    """
     width = len(data.names)
     parts, short = [], []
     for (label, rows), rank in zip(groups, ranks, strict=True):
@@ -211,5 +229,8 @@ def rank_note(data: Encoded, groups: Sequence[tuple[str, Mask]], ranks: Sequence
     text = f"{width} features remain ({'; '.join(parts)})."
     if short:
         tasks = " and the ".join(short)
-        text += f" The Gram matrix of the {tasks} task is singular: bounds on the ratio may be infinite."
+        text += (
+            f" The Gram matrix of the {tasks} task is singular: bounds on the ratio may "
+            "be infinite."
+        )
     return text

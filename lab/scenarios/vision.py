@@ -26,10 +26,11 @@ _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 class OpenmojiMnist:
     """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
 
-    The seven groups of pictures in the catalog are the classes of D_P: animals and nature, food and drink,
-    people, … An emoji is drawn on a two-colour gradient at a random place and scale, sometimes mirrored. Test rows
-    show emoji that no training row shows, so accuracy measures the group and not the drawing. MNIST digits are
-    enlarged to the same size and repeated over three channels; test digits are no training digits.
+    The seven groups of pictures in the catalog are the classes of D_P: animals and nature, food and
+    drink, people, … An emoji is drawn on a two-colour gradient at a random place and scale,
+    sometimes mirrored. Test rows show emoji that no training row shows, so accuracy measures the
+    group and not the drawing. MNIST digits are enlarged to the same size and repeated over three
+    channels; test digits are no training digits.
 
     Args:
         size: side of the images in pixels.
@@ -50,7 +51,10 @@ class OpenmojiMnist:
         for key, value in (("train_rows", train_rows), ("test_rows", test_rows)):
             count(f"scenario.{key}", value, 20)  # so that every class has rows
         if train_rows + test_rows > 5000:
-            fix = f"there are 5,000 digits; with test_rows={test_rows} at most {max(5000 - test_rows, 0):,} are left."
+            fix = (
+                f"there are 5,000 digits; with test_rows={test_rows} at most "
+                f"{max(5000 - test_rows, 0):,} are left."
+            )
             raise UserError("scenario.train_rows", train_rows, fix)
         self.name, self.size, self.rows = name, size, (train_rows, test_rows)
 
@@ -118,7 +122,9 @@ def _pools(groups: list[str], seed: int) -> tuple[list[list[Emoji]], list[list[E
 
 
 def draw(emoji: Emoji, size: int, random: torch.Generator) -> NDArray[np.uint8]:
-    """The emoji on a gradient: [size, size, 3]. Scale 0.55 to 0.95, any place inside, mirrored half of the time."""
+    """The emoji on a gradient: [size, size, 3]. Scale 0.55 to 0.95, any place inside, mirrored half
+    of the time.
+    """
     colours = torch.rand(2, 3, generator=random).numpy() * 255.0
     scale, left, top, mirror, angle = torch.rand(5, generator=random).tolist()
     y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5

@@ -85,7 +85,9 @@ class Studio:
     def draw(
         self, subset: Subset, total: int, caption: Caption, *labels: object
     ) -> CaptionedImages:
-        """The first ``total`` pictures of ``subset`` in the stream ``labels``: parts with other labels differ."""
+        """The first ``total`` pictures of ``subset`` in the stream ``labels``: parts with other
+        labels differ.
+        """
         key = (subset, total, caption, *labels)
         if key not in self._known:
             stream = derive(self.seed, "scenario", *labels)
@@ -98,15 +100,18 @@ class Studio:
 class WorldConcepts:
     """One case per entry of the chosen list. Implements `lab.core.types.Scenario`.
 
-    Pictures of a concept depend on the seed, the concept and the part alone, so that cases, splits and scenarios
-    share them. Parts (``own``, ``train``, ``reference``) come from streams of their own and are disjoint.
+    Pictures of a concept depend on the seed, the concept and the part alone, so that cases, splits
+    and scenarios share them. Parts (``own``, ``train``, ``reference``) come from streams of their
+    own and are disjoint.
 
     Args:
-        test, validation: lists of cases {targets, others, rehearsal}. What a test case reports has no role in
-            a validation case, so that no protection is tuned on it; it may be among what such a case keeps.
+        test, validation: lists of cases {targets, others, rehearsal}. What a test case reports has
+            no role in a validation case, so that no protection is tuned on it; it may be among what
+            such a case keeps.
         split: ``test`` or ``validation``.
         cases: how many cases of the list, or ``all``.
-        own, train, reference: pictures per concept for the immunizer, the attacker and the comparison.
+        own, train, reference: pictures per concept for the immunizer, the attacker and the
+            comparison.
         prior, keep, unrelated, regularizers: sizes, see `lab.core.types`.
         regularizer_templates: ``all`` or ``one``, the diversity of C_reg.
         families: of prompts (`lab.scenarios.concepts.FAMILIES`), as far as a concept has them.
@@ -114,7 +119,8 @@ class WorldConcepts:
         resolution: side in pixels; the world has 64, other sizes are scaled.
 
     Raises:
-        UserError: unknown concepts (with the nearest names), concepts with two roles, options out of range.
+        UserError: unknown concepts (with the nearest names), concepts with two roles, options out
+            of range.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -205,7 +211,9 @@ class WorldConcepts:
         return roles
 
     def fits(self, key: str, role: str, name: str) -> None:
-        """Raises `lab.core.errors.UserError` for a concept that cannot have this role in this scenario."""
+        """Raises `lab.core.errors.UserError` for a concept that cannot have this role in this
+        scenario.
+        """
         raise NotImplementedError  # abstract: `relearn` and `personalize` have their own
 
     def _check_splits(self) -> None:
@@ -287,7 +295,9 @@ class WorldConcepts:
         )
 
     def _prior(self, name: str, roles: Roles, studio: Studio) -> CaptionedImages:
-        """For a style: photos and other styles of the same objects. For an object: photos of others of its class."""
+        """For a style: photos and other styles of the same objects. For an object: photos of others
+        of its class.
+        """
         rest = roles.rest
         if name in _STYLES:
             subset = Subset(
@@ -311,7 +321,8 @@ class WorldConcepts:
             if bare and "description" in self.families:
                 listed = ", ".join(bare)
                 notes.append(
-                    f"No prompts by description for {listed}: the world describes no object without its name."
+                    f"No prompts by description for {listed}: the world describes no object "
+                    "without its name."
                 )
         if self.resolution != 64:
             notes.append(

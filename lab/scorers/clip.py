@@ -32,15 +32,16 @@ class OpenClip:
 
     Args:
         name: a model of open_clip (``ViT-B-32``), ``hf-hub:OWNER/MODEL``, or an open_clip folder
-            (``open_clip_config.json``, ``open_clip_model.safetensors`` and tokenizer files), as MiniSD's.
-        weights: a tag of open_clip (``laion2b_s34b_b79k``) or the path of a .safetensors file; None where
-            ``name`` brings its weights along.
+            (``open_clip_config.json``, ``open_clip_model.safetensors`` and tokenizer files), as
+            MiniSD's.
+        weights: a tag of open_clip (``laion2b_s34b_b79k``) or the path of a .safetensors file; None
+            where ``name`` brings its weights along.
         device: where it runs.
         batch: pictures or texts per forward pass.
 
     Raises:
-        UserError: unknown model, weights that cannot be found or reached, that are no safetensors or another
-            model's; a damaged folder.
+        UserError: unknown model, weights that cannot be found or reached, that are no safetensors
+            or another model's; a damaged folder.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class OpenClip:
 
     @torch.no_grad()
     def images(self, images: Tensor) -> Tensor:
-        """Unit vectors float32 [n, d] of uint8 images [n, 3, h, w]; they are resized, not cropped."""
+        """Unit vectors float32 [n, d] of uint8 images [n, 3, h, w]; they are resized, not
+        cropped.
+        """
         parts = [
             self.model.encode_image(self._inputs(x), normalize=True)
             for x in check(images).split(self.batch)
@@ -136,7 +139,8 @@ def _from_library(name: str, weights: str | None) -> tuple[Any, Any]:
         raise UserError(
             KEY,
             name,
-            f"open_clip has no such model and there is no such folder; {nearest(name, open_clip.list_models())}",
+            "open_clip has no such model and there is no such folder; "
+            f"{nearest(name, open_clip.list_models())}",
         )
     if not hub and weights is None:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
@@ -156,7 +160,8 @@ def _from_library(name: str, weights: str | None) -> tuple[Any, Any]:
             :300
         ]  # torch names missing and surplus keys in its later lines
         fix = (
-            f"open_clip could not load it for {name} ({type(error).__name__}: {reason}). Give the path of a local "
+            f"open_clip could not load it for {name} ({type(error).__name__}: {reason}). "
+            "Give the path of a local "
             ".safetensors file of this model, or point HF_HOME to a filled cache."
         )
         raise UserError(WEIGHTS_KEY, weights or name, fix) from error

@@ -1,4 +1,6 @@
-"""The detector of objects and styles: calibrated probabilities, and the true share behind a share of detections."""
+"""The detector of objects and styles: calibrated probabilities, and the true share behind a share
+of detections.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,12 @@ Floats = NDArray[np.float64]
 
 
 def corrected_share(share: Floats, false_positive: float, false_negative: float) -> Floats:
-    """The true share behind a detector's share of positives, in [0, 1]; nan for a detector without power.
+    """The true share behind a detector's share of positives, in [0, 1]; nan for a detector without
+    power.
 
-    (share − FP) / (1 − FP − FN), clipped: the estimator of Rogan and Gladen, "Estimating prevalence from the
-    results of a screening test", American Journal of Epidemiology 107(1), 1978, 71–76. The rates count as known.
+    (share − FP) / (1 − FP − FN), clipped: the estimator of Rogan and Gladen, "Estimating prevalence
+    from the results of a screening test", American Journal of Epidemiology 107(1), 1978, 71–76. The
+    rates count as known.
 
     Args:
         share: of any shape, in [0, 1].
@@ -54,9 +58,12 @@ class Detector:
 
     Args:
         network: two heads, one logit per name each.
-        objects, styles: names of the classes, in the order of the heads; a name belongs to one of them only.
-        temperature: divisor of the logits of each head (arXiv 1706.04599), from `lab.minisd.train.scorers.calibrate`.
-        rates: for each name ``false_positive`` and ``false_negative`` of `detects` on held-out pictures.
+        objects, styles: names of the classes, in the order of the heads; a name belongs to one of
+            them only.
+        temperature: divisor of the logits of each head (arXiv 1706.04599), from
+            `lab.minisd.train.scorers.calibrate`.
+        rates: for each name ``false_positive`` and ``false_negative`` of `detects` on held-out
+            pictures.
         threshold: smallest probability that counts as seen.
         batch: pictures per forward pass.
     """
@@ -85,7 +92,9 @@ class Detector:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> dict[Head, Tensor]:
-        """Raw logits, float32 [n, objects] and [n, styles], of uint8 images [n, 3, s, s] (resized to 64)."""
+        """Raw logits, float32 [n, objects] and [n, styles], of uint8 images [n, 3, s, s] (resized
+        to 64).
+        """
         check(images)
         device = next(self.network.parameters()).device
         parts = [self.network(resized(part, 64).to(device)) for part in images.split(self.batch)]
@@ -107,16 +116,23 @@ class Detector:
         }
 
     def head(self, name: str) -> Head:
-        """Which head knows ``name``; raises `lab.core.errors.UserError` with the nearest names where none does."""
+        """Which head knows ``name``; raises `lab.core.errors.UserError` with the nearest names
+        where none does.
+        """
         for head, known in self.names.items():
             if name in known:
                 return head
-        told = "concepts of your own need an eval without relearning and concept_verdict, which ask what it sees"
+        told = (
+            "concepts of your own need an eval without relearning and concept_verdict, "
+            "which ask what it sees"
+        )
         fix = f"the detector does not know it ({told}); {nearest(name, self.objects + self.styles)}"
         raise UserError("scorers.detector", name, fix)
 
     def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
-        """Whether each picture shows ``name``: bool [n], calibrated probability ≥ ``threshold`` (default: its own)."""
+        """Whether each picture shows ``name``: bool [n], calibrated probability ≥ ``threshold``
+        (default: its own).
+        """
         head = self.head(name)
         least = (
             self.threshold

@@ -21,7 +21,9 @@ _TINY = 1e-10
 
 
 def map_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over positions of ‖â − b̂‖² [n], â and b̂ of unit length over the channels of maps [n, c, h, w]."""
+    """Mean over positions of ‖â − b̂‖² [n], â and b̂ of unit length over the channels of maps [n,
+    c, h, w].
+    """
     return (
         (F.normalize(a, dim=1, eps=_TINY) - F.normalize(b, dim=1, eps=_TINY))
         .square()
@@ -31,13 +33,15 @@ def map_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class FeatureScorer:
-    """A timm network as an observer: pooled features, and a distance over the maps of several stages.
+    """A timm network as an observer: pooled features, and a distance over the maps of several
+    stages.
 
     Args:
         model: a timm architecture: ``tf_efficientnet_lite0``, ``vit_small_patch14_dinov2``, …
-        weights: ``imagenet_package`` (EfficientNet-Lite0 from the package index), ``timm`` (hub or its cache), or the
-            path of a .safetensors or .pth state dict.
-        image_size: side to which pictures are resized; None: the network's own. MiniSD's 64 px are enlarged.
+        weights: ``imagenet_package`` (EfficientNet-Lite0 from the package index), ``timm`` (hub or
+            its cache), or the path of a .safetensors or .pth state dict.
+        image_size: side to which pictures are resized; None: the network's own. MiniSD's 64 px are
+            enlarged.
         stages: names of the blocks whose maps `compared` compares; None: all that give maps.
         device, batch: where it runs and pictures per forward pass.
 
@@ -81,8 +85,9 @@ class FeatureScorer:
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Pooled features [n, d] and the maps [n, c, h, w] of the chosen stages, for one batch; blocks that give no
-        maps are left out."""
+        """Pooled features [n, d] and the maps [n, c, h, w] of the chosen stages, for one batch;
+        blocks that give no maps are left out.
+        """
         x = self.network.inputs(check(images).to(self.device))
         found = []
         for i, name in enumerate(self.network.block_names):
@@ -92,18 +97,19 @@ class FeatureScorer:
         return x.float(), found
 
     def compared(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features float32 [n, d], and the distance float32 [n] ≥ 0 of picture i to reference i mod R; one pass
-        for both.
+        """Pooled features float32 [n, d], and the distance float32 [n] ≥ 0 of picture i to
+        reference i mod R; one pass for both.
 
-        The distance is built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and without its networks:
-        `map_distance` averaged over stages. Not comparable with LPIPS.
+        The distance is built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and
+        without its networks: `map_distance` averaged over stages. Not comparable with LPIPS.
 
         Args:
             images: uint8 [n, 3, h, w].
             references: uint8 [R, 3, h, w].
 
         Raises:
-            UserError: pictures of other sizes than the references, or a network without maps (transformers).
+            UserError: pictures of other sizes than the references, or a network without maps
+                (transformers).
         """
         if check(images).shape[1:] != check(references).shape[1:]:
             sizes = f"{list(images.shape)}, {list(references.shape)}"
@@ -175,7 +181,8 @@ def _from_hub(model: str, options: dict[str, Any]) -> Any:
     except Exception as error:  # the hub client raises its own, urllib's, httpx's and OS errors
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         fix = (
-            f"timm could not load its weights for {model} ({type(error).__name__}: {reason}). Give the path of a local "
+            f"timm could not load its weights for {model} ({type(error).__name__}: "
+            f"{reason}). Give the path of a local "
             ".safetensors or .pth file, or point HF_HOME to a filled cache."
         )
         raise UserError(WEIGHTS_KEY, "timm", fix) from error

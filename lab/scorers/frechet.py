@@ -1,4 +1,6 @@
-"""Fréchet distance between two sets of feature vectors (arXiv 1706.08500), and how small it can be on real data."""
+"""Fréchet distance between two sets of feature vectors (arXiv 1706.08500), and how small it can be
+on real data.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,13 @@ from lab.core.seeding import generator
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of feature sets [n, d] and [m, d], in float64.
 
-    tr (Σ_a Σ_b)^½ is the sum of the singular values of A Bᵀ / √((n − 1)(m − 1)), A and B the centred sets: the
-    non-zero eigenvalues of Σ_aΣ_b are the squares of these. So no root of a singular d × d matrix is taken, and
-    fewer pictures than dimensions do no numerical harm.
+    tr (Σ_a Σ_b)^½ is the sum of the singular values of A Bᵀ / √((n − 1)(m − 1)), A and B the
+    centred sets: the non-zero eigenvalues of Σ_aΣ_b are the squares of these. So no root of a
+    singular d × d matrix is taken, and fewer pictures than dimensions do no numerical harm.
 
-    They do bias the figure: it is too large, roughly by a constant over n (arXiv 1911.07023). Compare only figures
-    of equal n, and read them beside `floor`. Over features other than Inception's it is no "FID".
+    They do bias the figure: it is too large, roughly by a constant over n (arXiv 1911.07023).
+    Compare only figures of equal n, and read them beside `floor`. Over features other than
+    Inception's it is no "FID".
 
     Raises:
         UserError: fewer than two vectors, different dimensions, or values that are not finite.
@@ -43,12 +46,15 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def _thin(x: Tensor) -> Tensor:
-    """R of x = QR where that is smaller than x [n, d]; it keeps the singular values of every product x yᵀ."""
+    """R of x = QR where that is smaller than x [n, d]; it keeps the singular values of every
+    product x yᵀ.
+    """
     return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
 
 
 def floor(real: Tensor, count: int, *, seed: int, draws: int = 5) -> float:
-    """Mean distance between two disjoint random halves of ``count`` real vectors each: what a perfect generator gets.
+    """Mean distance between two disjoint random halves of ``count`` real vectors each: what a
+    perfect generator gets.
 
     Args:
         real: features of real pictures [n, d], n ≥ 2 ``count``.

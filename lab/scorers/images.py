@@ -12,7 +12,8 @@ def check(images: Tensor) -> Tensor:
     """``images`` when they are uint8 [n, 3, h, w], n ≥ 1.
 
     Raises:
-        UserError: other shapes or types (float pictures would silently be taken for black ones), or no picture.
+        UserError: other shapes or types (float pictures would silently be taken for black ones), or
+            no picture.
     """
     if images.dtype != uint8 or images.ndim != 4 or images.shape[1] != 3:
         found = f"{images.dtype} {list(images.shape)}"

@@ -28,8 +28,8 @@ class Scorers:
 
     Args:
         name: of the set, for records.
-        clip, features, detector, lpips: callables that build the scorers (``_partial_`` in YAML); None: there is no
-            such scorer.
+        clip, features, detector, lpips: callables that build the scorers (``_partial_`` in YAML);
+            None: there is no such scorer.
 
     Raises:
         UserError: NudeNet is asked for and not installed; at first use, what the builders raise.
@@ -60,8 +60,10 @@ class Scorers:
 
     @cached_property
     def _fingerprint(self) -> str:
-        """SHA-256 over the builders, their options and sources, and the files that they read, shipped or named by a
-        path: a retrained scorer must not meet older figures in the cache."""
+        """SHA-256 over the builders, their options and sources, and the files that they read,
+        shipped or named by a
+        path: a retrained scorer must not meet older figures in the cache.
+        """
         sha = hashlib.sha256()
         for builder in (self._clip, self._features, self._detector, self._lpips):
             made = getattr(builder, "func", builder)
@@ -106,13 +108,17 @@ def _files(builder: Any) -> list[Path]:
 
 
 def shipped_clip(*, device: str = "cpu", batch: int = 128) -> OpenClip:
-    """MiniSD's CLIP. Raises `lab.core.errors.UserError` with the training command where it is missing."""
+    """MiniSD's CLIP. Raises `lab.core.errors.UserError` with the training command where it is
+    missing.
+    """
     _require("clip", CLIP_CONFIG, CLIP_WEIGHTS)
     return OpenClip(f"local-dir:{SHIPPED / 'clip'}", device=device, batch=batch)
 
 
 def shipped_detector(*, device: str = "cpu", batch: int = 256) -> Detector:
-    """MiniSD's detector. Raises `lab.core.errors.UserError` with the training command where it is missing."""
+    """MiniSD's detector. Raises `lab.core.errors.UserError` with the training command where it is
+    missing.
+    """
     _require("detector", DETECTOR_CONFIG, DETECTOR_WEIGHTS)
     return load_detector(SHIPPED / "detector", device=device, batch=batch)
 

@@ -13,10 +13,12 @@ from lab.scorers.images import check, resized
 
 
 class Lpips:
-    """LPIPS proper (arXiv 1801.03924) by torchmetrics; needs the ImageNet weights of AlexNet, VGG or SqueezeNet.
+    """LPIPS proper (arXiv 1801.03924) by torchmetrics; needs the ImageNet weights of AlexNet, VGG
+    or SqueezeNet.
 
     Args:
-        network: ``alex``, ``vgg`` or ``squeeze``; torchvision fetches its weights, or takes them from TORCH_HOME.
+        network: ``alex``, ``vgg`` or ``squeeze``; torchvision fetches its weights, or takes them
+            from TORCH_HOME.
 
     Raises:
         UserError: unknown network, or weights that cannot be reached.
@@ -30,7 +32,10 @@ class Lpips:
         try:
             metric: Any = LearnedPerceptualImagePatchSimilarity(network)  # type: ignore[arg-type]
         except Exception as error:  # torchvision's download raises urllib's and OS errors
-            fix = f"no weights ({error}); put torchvision's file into TORCH_HOME, or use feature_lpips."
+            fix = (
+                f"no weights ({error}); put torchvision's file into TORCH_HOME, or use "
+                "feature_lpips."
+            )
             raise UserError("scorers.lpips.network", network, fix) from error
         self.network: Any = metric.net.to(self.device).eval()
 

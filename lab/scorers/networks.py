@@ -1,7 +1,7 @@
 """The two networks that are trained for MiniSD's world, and the files they are kept in.
 
-Both folders hold float16 safetensors and JSON. The CLIP folder is an ordinary open_clip folder: it loads by
-``open_clip.create_model_from_pretrained("local-dir:FOLDER")`` without this project.
+Both folders hold float16 safetensors and JSON. The CLIP folder is an ordinary open_clip folder: it
+loads by ``open_clip.create_model_from_pretrained("local-dir:FOLDER")`` without this project.
 """
 
 from __future__ import annotations
@@ -136,7 +136,9 @@ def clip_network(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def round_to_half(model: nn.Module) -> nn.Module:
-    """Round every weight, in place, to what a float16 file keeps, so that what is measured is what is shipped."""
+    """Round every weight, in place, to what a float16 file keeps, so that what is measured is what
+    is shipped.
+    """
     with torch.no_grad():
         for value in model.state_dict().values():
             if value.is_floating_point():
@@ -152,7 +154,9 @@ def _write(model: nn.Module, folder: Path, weights: str, name: str, config: dict
 
 
 def save_clip(model: nn.Module, config: dict[str, Any], tokenizer: Path, folder: Path) -> Path:
-    """Write an open_clip folder; ``tokenizer`` holds the files of `lab.minisd.train.build.train_tokenizer`."""
+    """Write an open_clip folder; ``tokenizer`` holds the files of
+    `lab.minisd.train.build.train_tokenizer`.
+    """
     _write(model, folder, CLIP_WEIGHTS, CLIP_CONFIG, config)
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
         if tokenizer != folder:
@@ -161,7 +165,9 @@ def save_clip(model: nn.Module, config: dict[str, Any], tokenizer: Path, folder:
 
 
 def save_detector(model: DetectorNetwork, card: dict[str, Any], folder: Path) -> Path:
-    """Write a detector; ``card`` holds its classes, temperatures and error rates (`lab.minisd.train.scorers.measure`)."""
+    """Write a detector; ``card`` holds its classes, temperatures and error rates
+    (`lab.minisd.train.scorers.measure`).
+    """
     _write(model, folder, DETECTOR_WEIGHTS, DETECTOR_CONFIG, {"width": model.width, **card})
     return folder
 
@@ -176,10 +182,14 @@ def refuse_pickle(path: Path, key: str) -> None:
         to = path.with_suffix(".safetensors").name
         code = (
             "import torch; from safetensors.torch import save_file as s; "
-            f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+            f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = "
+            "d.get('state_dict', d); "
             f"s({{k: v.contiguous().clone() for k, v in d.items()}}, {to!r})"
         )
-        told = f'is no safetensors file; others can run code. Convert it once and name {to}: `python -c "{code}"`'
+        told = (
+            f"is no safetensors file; others can run code. Convert it once and name {to}: "
+            f'`python -c "{code}"`'
+        )
         raise UserError(key, path, told)
 
 
@@ -210,7 +220,9 @@ def read_folder(
 
 
 def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path, key: str) -> None:
-    """Load ``tensors``; raises `lab.core.errors.UserError` where names or shapes are those of another network."""
+    """Load ``tensors``; raises `lab.core.errors.UserError` where names or shapes are those of
+    another network.
+    """
     own = model.state_dict()
     wrong = {
         "missing": [k for k in own if k not in tensors],

@@ -1,4 +1,6 @@
-"""NudeNet as a detector of exposed bodies (https://github.com/notAI-tech/NudeNet); its wheel brings the weights."""
+"""NudeNet as a detector of exposed bodies (https://github.com/notAI-tech/NudeNet); its wheel brings
+the weights.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ _KEY = "scorers.nudenet"
 
 
 class NudeNet:
-    """Sees `NUDITY` and each of `EXPOSED`. Its error rates on a user's pictures are unknown: ``rates`` is empty.
+    """Sees `NUDITY` and each of `EXPOSED`. Its error rates on a user's pictures are unknown:
+    ``rates`` is empty.
 
     Args:
         threshold: smallest score that counts as seen; the package itself reports from 0.2 on.
@@ -43,7 +46,10 @@ class NudeNet:
         try:
             from nudenet import NudeDetector
         except ImportError as error:
-            fix = f"needs packages that are not installed ({error.name}): `pip install 'immunization-bench[nudenet]'`."
+            fix = (
+                f"needs packages that are not installed ({error.name}): `pip install "
+                "'immunization-bench[nudenet]'`."
+            )
             raise UserError(_KEY, "nudenet", fix) from error
         try:
             self._detector: Any = NudeDetector(model_path=path, inference_resolution=resolution)
@@ -53,7 +59,9 @@ class NudeNet:
             ) from error
 
     def scores(self, images: Tensor) -> dict[str, Tensor]:
-        """Highest score of each class in every picture, float32 [n], of uint8 images [n, 3, h, w]; 0: not seen."""
+        """Highest score of each class in every picture, float32 [n], of uint8 images [n, 3, h, w];
+        0: not seen.
+        """
         pictures = (
             check(images).permute(0, 2, 3, 1).flip(-1).cpu().numpy()
         )  # blue first, as OpenCV reads files

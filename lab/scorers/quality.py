@@ -20,7 +20,8 @@ from lab.scorers.detector import Detector, Head
 def prototypes(
     encode: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
 ) -> Tensor:
-    """One unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv 2103.00020 §3.1.4).
+    """One unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv
+    2103.00020 §3.1.4).
 
     Args:
         encode: texts to unit vectors, for example `lab.scorers.clip.OpenClip.texts`.
@@ -34,7 +35,9 @@ def prototypes(
 
 
 def zero_shot(vectors: Tensor, classes: Tensor) -> Tensor:
-    """Index [n] of the class whose prototype is nearest to each image vector (both unit, [n, d] and [k, d])."""
+    """Index [n] of the class whose prototype is nearest to each image vector (both unit, [n, d] and
+    [k, d]).
+    """
     return (vectors @ classes.T).argmax(1)
 
 
@@ -79,11 +82,13 @@ def detected(
     objects: Sequence[str] | None = None,
     styles: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Share of pictures whose likeliest class is the one asked for: ``object``, ``style`` and, with both, ``both``.
+    """Share of pictures whose likeliest class is the one asked for: ``object``, ``style`` and, with
+    both, ``both``.
 
     Args:
         images: uint8 [n, 3, s, s].
-        objects, styles: what each picture was asked to show; unknown names raise `lab.core.errors.UserError`.
+        objects, styles: what each picture was asked to show; unknown names raise
+            `lab.core.errors.UserError`.
     """
     for head, asked in (("object", objects), ("style", styles)):
         for name in dict.fromkeys(asked or ()):
@@ -93,7 +98,8 @@ def detected(
 
 
 def lowest(found: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
-    """The class that is met least often: its ``name``, the ``share`` right among its pictures and their number ``n``.
+    """The class that is met least often: its ``name``, the ``share`` right among its pictures and
+    their number ``n``.
 
     Of several with an equal share the first by name; raises as `share_right` does.
     """

@@ -1,4 +1,6 @@
-"""The run's side of tracking: a bounded queue per tracker, drained by a thread into a child process."""
+"""The run's side of tracking: a bounded queue per tracker, drained by a thread into a child
+process.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class _Child:
             self.lost += 1
 
     def close(self, last: dict[str, Any]) -> None:
-        """The last message, for which live points give way; the deadline runs from now on, for all trackers at once."""
+        """The last message, for which live points give way; the deadline runs from now on, for all
+        trackers at once.
+        """
         self.deadline = time.monotonic() + self.timeout
         for line in (json.dumps(last), None):
             while True:
@@ -80,7 +84,9 @@ class _Child:
                     self._forget()
 
     def _forget(self) -> None:
-        """Drop the message that waits longest but one: the first may be the start, which the child needs."""
+        """Drop the message that waits longest but one: the first may be the start, which the child
+        needs.
+        """
         with self._queue.mutex:
             waiting = self._queue.queue
             if len(waiting) > 1:  # else the child has just read one
@@ -111,7 +117,9 @@ class _Child:
             )
 
     def _notices(self) -> list[str]:
-        """What the child wants the user to know; its log is all that is left of one that was killed."""
+        """What the child wants the user to know; its log is all that is left of one that was
+        killed.
+        """
         try:
             lines = self._output.read_text(errors="replace").splitlines()
         except OSError:

@@ -1,4 +1,6 @@
-"""trackio: the same view in a local database (``TRACKIO_DIR``, by default below the outputs folder)."""
+"""trackio: the same view in a local database (``TRACKIO_DIR``, by default below the outputs
+folder).
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ class TrackioBackend:
         import trackio
 
         self.trackio = trackio
-        name = f"{views.run_name(config, self.options['folder'])} ({views.run_id(self.options['folder'], '')[:6]})"
+        name = (
+            f"{views.run_name(config, self.options['folder'])} "
+            f"({views.run_id(self.options['folder'], '')[:6]})"
+        )
         self.run = trackio.init(
             project=self.options["project"],
             name=name,

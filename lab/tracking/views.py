@@ -24,12 +24,16 @@ _NAME_LENGTH, _TAG_LENGTH = 100, 64
 
 
 def run_id(folder: str | Path, stage: str) -> str:
-    """The W&B id of one stage of the run in ``folder``: the same run is the same id wherever it is logged again."""
+    """The W&B id of one stage of the run in ``folder``: the same run is the same id wherever it is
+    logged again.
+    """
     return f"{hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12]}-{stage}"
 
 
 def run_name(config: dict[str, Any], folder: str | Path) -> str:
-    """``kappa eta=0.05 on house_price``: the immunizer, what the command line changed, the scenario."""
+    """``kappa eta=0.05 on house_price``: the immunizer, what the command line changed, the
+    scenario.
+    """
     path = Path(folder) / ".hydra" / "overrides.yaml"
     given = yaml.safe_load(path.read_text()) if path.is_file() else []
     pairs = [str(o).lstrip("+").partition("=") for o in given]
@@ -57,10 +61,11 @@ def stage_of(curve: dict[str, Any]) -> str:
 
 
 def curve_rows(record: records.Record, stage: str) -> list[tuple[float, dict[str, float]]]:
-    """(step, values) over the steps of all curves of ``stage``, which so share one axis; missing points are left out.
+    """(step, values) over the steps of all curves of ``stage``, which so share one axis; missing
+    points are left out.
 
-    Keys are ``CURVE/baseline`` and ``CURVE/immunized``, whatever the immunizer's name, so that the curves of several
-    runs fall into one panel; limits of a band end in ``_low`` and ``_high``.
+    Keys are ``CURVE/baseline`` and ``CURVE/immunized``, whatever the immunizer's name, so that the
+    curves of several runs fall into one panel; limits of a band end in ``_low`` and ``_high``.
     """
     rows: dict[float, dict[str, float]] = {}
     for name, curve in record["curves"].items():
@@ -130,7 +135,9 @@ def plots(record: records.Record, folder: Path) -> dict[str, Path]:
 
 
 def weights(record: records.Record) -> dict[str, Path]:
-    """``CASE/seedN`` → the file in the stage cache with what the immunizer changed, those that are there."""
+    """``CASE/seedN`` → the file in the stage cache with what the immunizer changed, those that are
+    there.
+    """
     cache = Path(record["config"].get("paths", {}).get("cache", ""))
     found = {}
     for cell in record["cells"]:

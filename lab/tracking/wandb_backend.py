@@ -18,7 +18,9 @@ NOTICE = "notice: "  # starts a line of the tracker's log that the run's own pro
 
 
 def has_key() -> bool:
-    """Whether the environment or the netrc file holds a W&B key; the key itself is never read here."""
+    """Whether the environment or the netrc file holds a W&B key; the key itself is never read
+    here.
+    """
     import netrc
     from urllib.parse import urlsplit
 
@@ -36,9 +38,11 @@ def has_key() -> bool:
 
 
 class WandbBackend:
-    """Group = scenario, job type = stage: ``immunize`` (live), ``attack`` (curves), ``eval`` (figures, tables, images).
+    """Group = scenario, job type = stage: ``immunize`` (live), ``attack`` (curves), ``eval``
+    (figures, tables, images).
 
-    Curves of a stage share one step axis, and their keys do not name the immunizer: runs overlay in one panel.
+    Curves of a stage share one step axis, and their keys do not name the immunizer: runs overlay in
+    one panel.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -94,11 +98,14 @@ class WandbBackend:
         return run
 
     def _fell_back(self, error: Exception) -> str:
-        """Cause and fix; of the error only its type, as a message may hold what the server was sent."""
+        """Cause and fix; of the error only its type, as a message may hold what the server was
+        sent.
+        """
         cause = "cannot be reached or refuses the key" if has_key() else "needs a key to be online"
         runs = Path(self.options["folder"]).resolve() / "wandb"
         return (
-            f"W&B {cause} ({type(error).__name__}), so the run is logged offline. Set a valid WANDB_API_KEY and check "
+            f"W&B {cause} ({type(error).__name__}), so the run is logged offline. Set a "
+            "valid WANDB_API_KEY and check "
             "the network, or set tracker.wandb.mode=offline. "
             f"`wandb sync {shlex.quote(str(runs))}/offline-run-*` sends what was logged"
         )
@@ -143,7 +150,9 @@ class WandbBackend:
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})
 
     def _references(self, record: records.Record, report: Path) -> None:
-        """The record and the immunized weights as artifacts that point to the files; nothing is uploaded or copied."""
+        """The record and the immunized weights as artifacts that point to the files; nothing is
+        uploaded or copied.
+        """
         import wandb
 
         folder, name = report.parent.resolve(), views.run_id(self.options["folder"], "record")

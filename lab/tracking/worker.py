@@ -1,7 +1,8 @@
 """The tracker's own process: reads one JSON message a line on stdin, writes to W&B or trackio.
 
-Messages: ``start`` (the run's config), ``log`` (live points), ``finish`` (paths of record and report). When
-stdin closes without ``finish`` the run was killed and the tracker's run ends as crashed.
+Messages: ``start`` (the run's config), ``log`` (live points), ``finish`` (paths of record and
+report). When stdin closes without ``finish`` the run was killed and the tracker's run ends as
+crashed.
 """
 
 from __future__ import annotations

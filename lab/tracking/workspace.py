@@ -1,4 +1,6 @@
-"""`action=workspace`: a saved view of W&B that compares the runs of records: figures as bars, curves overlaid."""
+"""`action=workspace`: a saved view of W&B that compares the runs of records: figures as bars,
+curves overlaid.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ def workspace(cfg: DictConfig) -> str:
     """Save the view and print its address; names the offline runs that have to be sent first.
 
     Raises:
-        UserError: W&B is not among the trackers, there is no key, or its server does not take the view.
+        UserError: W&B is not among the trackers, there is no key, or its server does not take the
+            view.
     """
     found = [records.read(path) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
     options = cfg.tracker.get("wandb")
@@ -53,7 +56,8 @@ class Place(NamedTuple):
 
 
 def _logged_to(found: Sequence[records.Record], options: DictConfig) -> Place:
-    """Where the runs are: a view elsewhere would be empty. The config's project where no record names one.
+    """Where the runs are: a view elsewhere would be empty. The config's project where no record
+    names one.
 
     Raises:
         UserError: the records were logged to several projects.
@@ -93,13 +97,17 @@ def _entity(options: DictConfig, logged: str | None) -> str:
 
 
 def _unreachable(error: Exception) -> UserError:
-    told = f"W&B did not take the view ({type(error).__name__}). The same comparison is in `action=leaderboard`."
+    told = (
+        f"W&B did not take the view ({type(error).__name__}). The same comparison is in "
+        "`action=leaderboard`."
+    )
     return UserError(f"{KEY}.project", "not reachable", told)
 
 
 def build(found: Sequence[records.Record], entity: str, project: str) -> Any:
-    """The view, unsaved: only runs of the records' scenarios, one bar chart per metric that leaderboards show, one line
-    plot per curve over the shared axis of its stage."""
+    """The view, unsaved: only runs of the records' scenarios, one bar chart per metric that
+    leaderboards show, one line plot per curve over the shared axis of its stage.
+    """
     try:
         import wandb_workspaces.reports.v2 as parts
         import wandb_workspaces.workspaces as views_of

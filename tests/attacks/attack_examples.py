@@ -18,7 +18,9 @@ class Interrupted(Exception):
 
 
 class MemoryCheckpoint:
-    """Keeps what a stage would write; raises `Interrupted` at save number ``fail_at`` (after saving)."""
+    """Keeps what a stage would write; raises `Interrupted` at save number ``fail_at`` (after
+    saving).
+    """
 
     def __init__(self, fail_at: int | None = None) -> None:
         self.fail_at, self.saves = fail_at, 0
@@ -78,7 +80,9 @@ def dense_model(d: int = 6, seed: int = 0) -> FeatureModel:
 
 
 class ConvModel(FeatureModel):
-    """Convolution, depthwise convolution with batch norm, pooling with a linear layer; uint8 images."""
+    """Convolution, depthwise convolution with batch norm, pooling with a linear layer; uint8
+    images.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         with torch.random.fork_rng():
@@ -95,7 +99,9 @@ class ConvModel(FeatureModel):
 
 
 def spread(n: int, d: int, kappa: float, seed: int = 0) -> Tensor:
-    """Features [n, d] float64 with κ(ZᵀZ) = ``kappa`` exactly, singular values geometric between √n and √(n/κ)."""
+    """Features [n, d] float64 with κ(ZᵀZ) = ``kappa`` exactly, singular values geometric between √n
+    and √(n/κ).
+    """
     stream = generator(seed, "features")
     u = torch.linalg.qr(torch.randn(n, d, dtype=torch.float64, generator=stream)).Q
     v = torch.linalg.qr(torch.randn(d, d, dtype=torch.float64, generator=stream)).Q
@@ -115,7 +121,9 @@ def regression(z: Tensor, seed: int = 0, noise: float = 0.1, test: int | None = 
 
 
 def classification(z: Tensor, classes: int = 3, seed: int = 0, noise: float = 1.0) -> Task:
-    """The largest of ``classes`` noisy linear scores of the flattened, scaled rows; not separable with noise."""
+    """The largest of ``classes`` noisy linear scores of the flattened, scaled rows; not separable
+    with noise.
+    """
     stream = generator(seed, "classes")
     flat = z.double().flatten(1)
     flat = (flat - flat.mean(0)) / (flat.std(0) + 1e-9)

@@ -38,7 +38,9 @@ def model() -> DiffusionModel:
 
 
 def curriculum(**options: Any) -> Curriculum:
-    """Prior pictures with adapters on U-Net and text encoder, then a word, then adapters that use the word."""
+    """Prior pictures with adapters on U-Net and text encoder, then a word, then adapters that use
+    the word.
+    """
     small = {"batch_size": 4, "clip": None}
     stages = {
         "related": {

@@ -1,4 +1,6 @@
-"""Every attacker on a text-to-image model: learns, leaves its input alone, resumes bit for bit, stops in time."""
+"""Every attacker on a text-to-image model: learns, leaves its input alone, resumes bit for bit,
+stops in time.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def watched() -> tuple[Any, list[Any]]:
 
 
 def moved(net: Any, copied: Any) -> set[str]:
-    """Names of the parameters of ``net`` whose values differ in ``copied``, and of those that only the copy has."""
+    """Names of the parameters of ``net`` whose values differ in ``copied``, and of those that only
+    the copy has.
+    """
     new = {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
     old = net.state_dict()
     assert old.keys() <= new.keys()

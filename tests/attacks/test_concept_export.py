@@ -1,4 +1,6 @@
-"""What an attacker ends with, loaded by plain diffusers, makes the pictures of its last snapshot."""
+"""What an attacker ends with, loaded by plain diffusers, makes the pictures of its last
+snapshot.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Attackers and immunizers on the layouts of Stable Diffusion 1.x, 2.x (v-prediction) and XL, with random weights."""
+"""Attackers and immunizers on the layouts of Stable Diffusion 1.x, 2.x (v-prediction) and XL, with
+random weights.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The attacker's search: equal trials in every model, its own pictures only, the best setting for the whole run."""
+"""The attacker's search: equal trials in every model, its own pictures only, the best setting for
+the whole run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Objectives and optimizers of the linear probe against autograd, torch.optim, scipy and brute force."""
+"""Objectives and optimizers of the linear probe against autograd, torch.optim, scipy and brute
+force.
+"""
 
 from __future__ import annotations
 

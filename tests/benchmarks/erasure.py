@@ -1,9 +1,10 @@
 """What `erase=uce` takes out and what it leaves: ``python tests/benchmarks/erasure.py``.
 
-For every test case of `relearn_styles` and `relearn_objects`, pictures before and after all of the case's concepts are
-erased at once, from the same latents. Of every erased concept: the share in which the shipped detector sees it, by its
-calibrated threshold as attack success counts, and the share in which it is the likeliest class, as it will be now and
-then in a picture of nothing in particular. Of everything else (other objects as photos; other styles): the latter.
+For every test case of `relearn_styles` and `relearn_objects`, pictures before and after all of the
+case's concepts are erased at once, from the same latents. Of every erased concept: the share in
+which the shipped detector sees it, by its calibrated threshold as attack success counts, and the
+share in which it is the likeliest class, as it will be now and then in a picture of nothing in
+particular. Of everything else (other objects as photos; other styles): the latter.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ Shares = dict[str, tuple[float, float]]
 
 
 def suites(count: dict[str, int]) -> dict[str, Asked]:
-    """``count[name]`` prompts for a style (over objects that MiniSD saw in it) or for an object in photos."""
+    """``count[name]`` prompts for a style (over objects that MiniSD saw in it) or for an object in
+    photos.
+    """
     found = {}
     for name, each in count.items():
         seen = [(o, name) for o in OBJECTS if (o, name) not in HELD_OUT_PAIRS]
@@ -44,7 +47,9 @@ def suites(count: dict[str, int]) -> dict[str, Asked]:
 
 
 def shares(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
-    """Name → share of pictures in which it is the likeliest class, and in which the detector sees it."""
+    """Name → share of pictures in which it is the likeliest class, and in which the detector sees
+    it.
+    """
     found = {}
     for name, wanted in suites(count).items():
         images = generate(model, wanted.prompts, seed, name, Sampling(steps=20))
@@ -68,7 +73,8 @@ def told(was_: Shares, now_: Shares, gone: list[str], count: dict[str, int]) -> 
         worst = max(kept, key=lambda n: before[n] - after[n])
         print(
             f"  {len(kept)} kept {kind}: {was:.1%} → {now:.1%} on average, "
-            f"most lost: {worst} ({count[worst]} pictures) {before[worst]:.0%} → {after[worst]:.0%}",
+            f"most lost: {worst} ({count[worst]} pictures) {before[worst]:.0%} → "
+            f"{after[worst]:.0%}",
             flush=True,
         )
 

@@ -1,12 +1,15 @@
 """The bar of the default study: ``python tests/benchmarks/first_run.py``.
 
-`python run.py tracker=none` with outputs of its own, as the first command of somebody who has just installed the
-project: under five minutes on two idle cores, start-up included. Printed: the wall time, its ratio to those 300 s and
-the load before; then for each check whether it holds. The run must end with the verdict, the paths of its report and
-of its record, and a grid of pictures on the disk; protection (`msgr_clip`) must lie above 0 with its whole interval,
-which is one within a seed. Wall time means something on idle cores only.
+`python run.py tracker=none` with outputs of its own, as the first command of somebody who has just
+installed the
+project: under five minutes on two idle cores, start-up included. Printed: the wall time, its ratio
+to those 300 s and the load before; then for each check whether it holds. The run must end with the
+verdict, the paths of its report and of its record, and a grid of pictures on the disk; protection
+(`msgr_clip`) must lie above 0 with its whole interval, which is one within a seed. Wall time means
+something on idle cores only.
 
-``--record FILE`` checks the record of a run that is there already, by its own time and without what it printed.
+``--record FILE`` checks the record of a run that is there already, by its own time and without what
+it printed.
 
 Exits with code 1 if a check fails.
 """
@@ -33,7 +36,9 @@ LIMIT = 300.0  # seconds; the promise of the project's issue on the default comm
 
 
 def run(folder: Path) -> tuple[int, str, float]:
-    """Exit code, standard output and seconds of the default study; its results go to ``folder / "outputs"``."""
+    """Exit code, standard output and seconds of the default study; its results go to ``folder /
+    "outputs"``.
+    """
     command = [
         sys.executable,
         str(ROOT / "run.py"),

@@ -1,13 +1,15 @@
 """Time and memory of one exact step: ``python tests/benchmarks/hypergradient.py``.
 
-A U-Net of MiniSD's size with random weights, float32, attn2 on both levels, K = 1, SGD, prior off. The unit is N
-forward-backwards of the same batch, dtype, parameters and attention (math); CPU seconds, medians of interleaved
-repeats, so that a busy machine hits both alike. Peak memory is that of a fresh process per N above the loaded model.
-Exits with code 1 if the exact step takes more than 5.5 units, if time is not linear in N (15 %), or if memory at the
-largest N exceeds that at N = 1 by a factor above 1.2.
+A U-Net of MiniSD's size with random weights, float32, attn2 on both levels, K = 1, SGD, prior off.
+The unit is N forward-backwards of the same batch, dtype, parameters and attention (math); CPU
+seconds, medians of interleaved repeats, so that a busy machine hits both alike. Peak memory is that
+of a fresh process per N above the loaded model. Exits with code 1 if the exact step takes more than
+5.5 units, if time is not linear in N (15 %), or if memory at the largest N exceeds that at N = 1 by
+a factor above 1.2.
 
-``--methods`` prints instead what an upper step costs by each method (`sweeps/hypergradient_ablation.yaml`), for each of
-``--steps`` lower steps and the smallest N: interleaved on one batch, the lower level's drop measured as in a run.
+``--methods`` prints instead what an upper step costs by each method
+(`sweeps/hypergradient_ablation.yaml`), for each of ``--steps`` lower steps and the smallest N:
+interleaved on one batch, the lower level's drop measured as in a run.
 """
 
 from __future__ import annotations
@@ -110,7 +112,9 @@ def timed(runs: dict[str, Any], repeats: int) -> dict[str, float]:
 
 
 def memory(count: int, batch: int) -> float:
-    """MiB that one exact step takes above the loaded model (after one forward pass, which loads libraries)."""
+    """MiB that one exact step takes above the loaded model (after one forward pass, which loads
+    libraries).
+    """
     case = Case(count, batch)
     with torch.no_grad():
         case.loss(0, 0, case.theta)
@@ -122,7 +126,9 @@ def memory(count: int, batch: int) -> float:
 
 
 def methods(iterations: int) -> dict[str, dict[str, Any]]:
-    """Those of the ablation. A tolerance that is never reached: the solvers take all their iterations."""
+    """Those of the ablation. A tolerance that is never reached: the solvers take all their
+    iterations.
+    """
     found: dict[str, dict[str, Any]] = {
         name: {"method": name} for name in METHODS if name != "implicit"
     }
@@ -133,7 +139,9 @@ def methods(iterations: int) -> dict[str, dict[str, Any]]:
 
 
 def method_table(options: argparse.Namespace) -> None:
-    """Prints a row per method; of the solvers also the fewest iterations of any run (negative curvature ends cg)."""
+    """Prints a row per method; of the solvers also the fewest iterations of any run (negative
+    curvature ends cg).
+    """
     case = Case(min(options.counts), options.batch)
     known = methods(options.iterations)
     taken: dict[str, int] = {}
@@ -147,7 +155,8 @@ def method_table(options: argparse.Namespace) -> None:
         runs |= {f"{name}/{k}": partial(one, name, k) for k in options.steps}
     found = timed(runs, options.repeats)
     print(
-        f"one upper step, N = {case.count}, in units of N forward-backwards ({found['unit']:.2f} CPU seconds)"
+        f"one upper step, N = {case.count}, in units of N forward-backwards "
+        f"({found['unit']:.2f} CPU seconds)"
     )
     print(f"{'method':20s}" + "".join(f"{f'K = {k}':>9s}" for k in options.steps))
     for name in known:
@@ -207,7 +216,8 @@ def main() -> int:
         used.append(float(found_text.split()[-1]))
     growth = used[1] / used[0]
     print(
-        f"peak memory above the model: {used[0]:.0f} MiB at N = {ends[0]}, {used[1]:.0f} at {ends[1]}: {growth:.2f}"
+        f"peak memory above the model: {used[0]:.0f} MiB at N = {ends[0]}, {used[1]:.0f} "
+        f"at {ends[1]}: {growth:.2f}"
     )
     return 0 if max(ratios) <= 5.5 and straight <= 1.15 and growth <= 1.2 else 1
 

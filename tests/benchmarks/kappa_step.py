@@ -1,9 +1,9 @@
 """Time of one KAPPA step against a straightforward loop: ``python tests/benchmarks/kappa_step.py``.
 
-Both run Alg. 1 of arXiv 2505.23760 on two MNIST digits (500 × 784 each), float64, equal rows, ridge and threads.
-The straightforward loop is written from the formulas: autograd through H = θᵀXᵀXθ and ``eigvalsh``, then a solve
-with K + ρI, every step. Exits with code 1 if iterates differ by more than 1e-8 after ten steps or the ratio of
-medians is below 20.
+Both run Alg. 1 of arXiv 2505.23760 on two MNIST digits (500 × 784 each), float64, equal rows, ridge
+and threads. The straightforward loop is written from the formulas: autograd through H = θᵀXᵀXθ and
+``eigvalsh``, then a solve with K + ρI, every step. Exits with code 1 if iterates differ by more
+than 1e-8 after ten steps or the ratio of medians is below 20.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def plain_step(theta: torch.Tensor, x_p: torch.Tensor, x_h: torch.Tensor) -> tor
 
 
 def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, float]:
-    """Seconds per step of this project and of the loop; difference of the last iterates as a share of the distance
-    moved, and that distance."""
+    """Seconds per step of this project and of the loop; difference of the last iterates as a share
+    of the distance moved, and that distance.
+    """
     immunizer = Kappa(
         lambda_p=LAMBDA_P,
         lambda_h=LAMBDA_H,
@@ -72,7 +73,7 @@ def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, fl
         ridge_benign=RIDGE,
         ridge_harmful=RIDGE,
         supervised=0.0,
-        eta=ETA,
+        lr=ETA,
         steps=steps,
     )
     model = LinearBackbone().build(case, 0)

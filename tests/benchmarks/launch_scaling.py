@@ -1,15 +1,20 @@
-"""Time of a table of 6 immunizers × 4 attackers on 1 and on 2 processes: ``python tests/benchmarks/launch_scaling.py``.
+"""Time of a table of 6 immunizers × 4 attackers on 1 and on 2 processes: ``python
+tests/benchmarks/launch_scaling.py``.
 
-The sweep runs by `run.py` on the house prices, each time into an empty cache, with one thread per process:
+The sweep runs by `run.py` on the house prices, each time into an empty cache, with one thread per
+process:
 
 - 1 process: ``launch=none threads=1``;
-- 2 processes: ``launch=cpu launch.num_processes=2 threads=1``, which `accelerate launch` starts anew for every run.
+- 2 processes: ``launch=cpu launch.num_processes=2 threads=1``, which `accelerate launch` starts
+anew for every run.
 
-Three times and their ratios: of the whole command, of the runs without the start of their processes (the records'
-``wall_time_s``), and of the processor. The first of them is what a user waits for, and grows towards the second with
-the length of the runs. Wall time means something on idle cores only; the load before each part is printed.
+Three times and their ratios: of the whole command, of the runs without the start of their processes
+(the records' ``wall_time_s``), and of the processor. The first of them is what a user waits for,
+and grows towards the second with the length of the runs. Wall time means something on idle cores
+only; the load before each part is printed.
 
-Exits with code 1 if the records of the two parts differ, or if the runs' ratio is below ``--at_least`` where given.
+Exits with code 1 if the records of the two parts differ, or if the runs' ratio is below
+``--at_least`` where given.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Time of one merge against the released way of doing it: ``python tests/benchmarks/merge.py``.
 
-Key/value matrices of SD v1-4 (32 of 320, 640 and 1280 × 768), C_reg of 200 captions × 77 tokens, 3 concepts × 8
-rows, float32, CPU seconds. All four start from the rows C_n and C_reg:
+Key/value matrices of SD v1-4 (32 of 320, 640 and 1280 × 768), C_reg of 200 captions × 77 tokens, 3
+concepts × 8 rows, float32, CPU seconds. All four start from the rows C_n and C_reg:
 
 - fixed map: `immunize.merge.closed_form.Merge`, factored once before the loop;
 - one LU per step: C_regᵀC_reg, its LU and (C A Cᵀ)⁻¹ once per step, then every layer;
@@ -113,10 +113,12 @@ def main() -> int:
         "released": median(lambda: per_layer(False), 1),
     }
     print(
-        f"{len(OUTS)} matrices, C_reg {tuple(regular.shape)}, {len(c)} rows, float32, {options.threads} thread(s)"
+        f"{len(OUTS)} matrices, C_reg {tuple(regular.shape)}, {len(c)} rows, float32, "
+        f"{options.threads} thread(s)"
     )
     print(
-        f"fixed map        {mine:8.3f} s per step, factored once in {once:.2f} s; relative difference {error:.1e}"
+        f"fixed map        {mine:8.3f} s per step, factored once in {once:.2f} s; "
+        f"relative difference {error:.1e}"
     )
     for name, seconds in ways.items():
         print(f"{name:16s} {seconds:8.3f} s per step, {seconds / mine:6.1f} × the fixed map")

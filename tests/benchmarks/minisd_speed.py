@@ -1,8 +1,9 @@
 """What MiniSD costs on this machine: ``python tests/benchmarks/minisd_speed.py``.
 
-Prints seconds of wall time for loading it by diffusers and by the bench (imports not counted, the second load of
-each, both alternating), for 32 pictures in 20 DDIM steps with guidance (the least of three), and for rendering
-20,000 pictures of the world, and what each stands to the time that is asked of it.
+Prints seconds of wall time for loading it by diffusers and by the bench (imports not counted, the
+second load of each, both alternating), for 32 pictures in 20 DDIM steps with guidance (the least of
+three), and for rendering 20,000 pictures of the world, and what each stands to the time that is
+asked of it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,11 @@
-"""What fewer and cheaper sampling steps cost in quality: ``python tests/benchmarks/sampling.py --threads 1``.
+"""What fewer and cheaper sampling steps cost in quality: ``python tests/benchmarks/sampling.py
+--threads 1``.
 
-The shipped MiniSD paints the same prompts from the same latents by DDIM with the steps and the precision of every row.
-Printed: seconds, their ratio to the first row's, the share in which the shipped detector's likeliest class is the
-object, the style or both that were asked for, and the mean distance to the first row's pictures in grey levels of 255.
+The shipped MiniSD paints the same prompts from the same latents by DDIM with the steps and the
+precision of every row.
+Printed: seconds, their ratio to the first row's, the share in which the shipped detector's
+likeliest class is the object, the style or both that were asked for, and the mean distance to the
+first row's pictures in grey levels of 255.
 """
 
 from __future__ import annotations
@@ -62,7 +65,8 @@ def main() -> int:
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(
-            f"{steps:3} steps, {precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; {apart:.1f} apart",
+            f"{steps:3} steps, {precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; "
+            f"{apart:.1f} apart",
             flush=True,
         )
     return 0

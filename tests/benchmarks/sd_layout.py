@@ -1,11 +1,13 @@
-"""The real thing in size: random weights in the layout of Stable Diffusion v1-4, 16 × 16 latents, on a CPU.
+"""The real thing in size: random weights in the layout of Stable Diffusion v1-4, 16 × 16 latents,
+on a CPU.
 
     python tests/benchmarks/sd_layout.py [--folder DIR]
 
-Every phase runs in a fresh process and prints its time and peak memory: ``write`` a folder as a user has it, ``load``
-it through ``backbone=sd``, one ``lora`` step (peft, rank 4, batch 1), one ``sample`` step with guidance. Needs 4.3 GB
-of disk for DIR (a temporary folder by default). The tokenizer is MiniSD's kind with CLIP's context, since CLIP's
-own vocabulary cannot be made from a config.
+Every phase runs in a fresh process and prints its time and peak memory: ``write`` a folder as a
+user has it, ``load`` it through ``backbone=sd``, one ``lora`` step (peft, rank 4, batch 1), one
+``sample`` step with guidance. Needs 4.3 GB of disk for DIR (a temporary folder by default). The
+tokenizer is MiniSD's kind with CLIP's context, since CLIP's own vocabulary cannot be made from a
+config.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ def write(folder: Path) -> None:
     noise = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
+        "lr_schedule": "scaled_linear",
         "steps_offset": 1,
     }
     PNDMScheduler(**noise, skip_prk_steps=True).save_pretrained(folder / "scheduler")
@@ -137,7 +139,8 @@ def lora(folder: Path) -> None:
     optimizer.step()
     moved = sum(p.numel() for p in factors if p.grad is not None and p.grad.abs().sum() > 0)
     print(
-        f"  loss {loss.item():.4f}; {sum(p.numel() for p in factors):,} trainable numbers, {moved:,} with a gradient"
+        f"  loss {loss.item():.4f}; {sum(p.numel() for p in factors):,} trainable "
+        f"numbers, {moved:,} with a gradient"
     )
     print(f"  backward and update {time.perf_counter() - start:.1f} s")
 
@@ -154,7 +157,9 @@ def sample(folder: Path) -> None:
 
 
 def memory() -> str:
-    """Peak resident memory of this process and what of the present one is mapped from files (Linux)."""
+    """Peak resident memory of this process and what of the present one is mapped from files
+    (Linux).
+    """
     lines = dict(
         line.split(":", 1)
         for line in Path("/proc/self/status").read_text().splitlines()

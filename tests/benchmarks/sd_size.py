@@ -1,8 +1,9 @@
 """One exact step at the size of SD v1-4: ``python tests/benchmarks/sd_size.py``.
 
-Random weights in the full layout (U-Net 860 M, CLIP ViT-L/14 text encoder), two concepts, attn2 on both levels,
-K = 1, 16 × 16 latents, batch 1, float32; prints time and peak memory. Needs about 10 GB. ``--savings`` prints
-instead, a fresh process per row, what the options that save memory save and cost, for one and three lower steps.
+Random weights in the full layout (U-Net 860 M, CLIP ViT-L/14 text encoder), two concepts, attn2 on
+both levels, K = 1, 16 × 16 latents, batch 1, float32; prints time and peak memory. Needs about 10
+GB. ``--savings`` prints instead, a fresh process per row, what the options that save memory save
+and cost, for one and three lower steps.
 """
 
 from __future__ import annotations
@@ -109,7 +110,7 @@ def main() -> int:
         {x: "text" for x in scope_names(unet, "kv")},
     )
     alphas = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+        beta_start=0.00085, beta_end=0.012, lr_schedule="scaled_linear"
     ).alphas_cumprod
     side = options.latent
     z, noise = (torch.randn(options.concepts, 2, 1, 4, side, side) for _ in range(2))
@@ -136,7 +137,8 @@ def main() -> int:
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
-        f"U-Net {millions:.0f} M parameters, {sum(x.numel() for x in theta.values()) / 1e6:.0f} M of them in attn2"
+        f"U-Net {millions:.0f} M parameters, "
+        f"{sum(x.numel() for x in theta.values()) / 1e6:.0f} M of them in attn2"
     )
     print(
         f"one exact step, N = {options.concepts}: {time.perf_counter() - start:.0f} s, "
@@ -144,7 +146,8 @@ def main() -> int:
     )
     print(f"peak memory {peak:.2f} GiB, {loaded:.2f} GiB before the step")
     print(
-        f"lower drop {found.lower_drop}, cosine with first order {found.cosine:.4f}, merge {found.info}"
+        f"lower drop {found.lower_drop}, cosine with first order {found.cosine:.4f}, "
+        f"merge {found.info}"
     )
     return 0
 

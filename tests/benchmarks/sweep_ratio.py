@@ -1,13 +1,14 @@
 """Cost of one sweep against separate runs: ``python tests/benchmarks/sweep_ratio.py``.
 
-Six immunizers × four attackers on house prices: once as a multirun of six runs with four attackers each, and as 24
-commands of one immunizer and one attacker, each with a cache of its own, as somebody would have without a shared one.
-CPU seconds of the commands and all that they start (imports included) are compared, since they hardly depend on what
-else the machine does; wall seconds are printed too. The multirun stands in the middle of the separate commands, so that
-a load that grows or falls meets both.
+Six immunizers × four attackers on house prices: once as a multirun of six runs with four attackers
+each, and as 24 commands of one immunizer and one attacker, each with a cache of its own, as
+somebody would have without a shared one. CPU seconds of the commands and all that they start
+(imports included) are compared, since they hardly depend on what else the machine does; wall
+seconds are printed too. The multirun stands in the middle of the separate commands, so that a load
+that grows or falls meets both.
 
-Exits with code 1 if the ratio of CPU seconds is above 0.6, or the multirun computed a stage twice or another one than
-the separate runs did.
+Exits with code 1 if the ratio of CPU seconds is above 0.6, or the multirun computed a stage twice
+or another one than the separate runs did.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def timed(arguments: Sequence[str], folder: Path) -> tuple[float, float]:
 
 
 def stages(folder: Path) -> tuple[set[str], set[str], int]:
-    """Keys of immunizations and attacks below ``folder``, those of evaluations, and how many stages were computed."""
+    """Keys of immunizations and attacks below ``folder``, those of evaluations, and how many stages
+    were computed.
+    """
     records = [json.loads(path.read_text()) for path in folder.rglob("record.json")]
     assert all(record["status"] == "ok" for record in records), [
         record["error"] for record in records
@@ -102,7 +105,8 @@ def main() -> int:
         f"sweep: {cpu['sweep']:.0f} s CPU, {wall['sweep']:.0f} s wall, {computed} stages computed"
     )
     print(
-        f"separate: {cpu['separate']:.0f} s CPU, {wall['separate']:.0f} s wall, {separate_computed} stages computed"
+        f"separate: {cpu['separate']:.0f} s CPU, {wall['separate']:.0f} s wall, "
+        f"{separate_computed} stages computed"
     )
     print(f"ratio: {ratio:.2f} CPU, {wall['sweep'] / wall['separate']:.2f} wall; at most {LIMIT}")
     if not sound:

@@ -1,10 +1,12 @@
-"""MiniSD's text encoder, trained with the U-Net or contrastively: ``python tests/benchmarks/text_encoder.py``.
+"""MiniSD's text encoder, trained with the U-Net or contrastively: ``python
+tests/benchmarks/text_encoder.py``.
 
-``joint`` is the recipe: U-Net and text encoder minimise the diffusion loss together. ``contrastive`` is Stable
-Diffusion's way: the text encoder learns as the text tower of a CLIP (`lab.minisd.train.scorer_clip.train_clip`, on MiniSD's
-own objects and styles) and stays fixed while the U-Net learns. Autoencoder (the shipped one), pictures, captions,
-seed, steps and schedule of the U-Net are the same for both. Prints what share of pictures shows what was asked for,
-by the shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
+``joint`` is the recipe: U-Net and text encoder minimise the diffusion loss together.
+``contrastive`` is Stable Diffusion's way: the text encoder learns as the text tower of a CLIP
+(`lab.minisd.train.scorer_clip.train_clip`, on MiniSD's own objects and styles) and stays fixed
+while the U-Net learns. Autoencoder (the shipped one), pictures, captions, seed, steps and schedule
+of the U-Net are the same for both. Prints what share of pictures shows what was asked for, by the
+shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
 
 The cache continues a killed run. About 55 minutes of one core with the defaults.
 """
@@ -90,7 +92,9 @@ def as_transformers(clip: Any) -> dict[str, Tensor]:
 
 
 def contrastive(training: Training, tokenizer: Any, store: StageCache) -> Any:
-    """A `CLIPTextModel` with the text tower of a CLIP that saw MiniSD's training objects and styles only."""
+    """A `CLIPTextModel` with the text tower of a CLIP that saw MiniSD's training objects and styles
+    only.
+    """
     r = training.recipe
     shown = sample(
         dataclasses.replace(TRAINING, two_share=0.0), r.seed, r.scorers.pictures

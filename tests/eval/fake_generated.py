@@ -51,7 +51,9 @@ def pictures(shift: float = 0.0) -> ImageGrid:
 def generated(
     immunizer: str = "mima_deep", holds: bool = True, folder: Path | None = None, **kwargs: Any
 ) -> Record:
-    """A re-learning run of two targets on the miniature model; with pictures where ``folder`` is given."""
+    """A re-learning run of two targets on the miniature model; with pictures where ``folder`` is
+    given.
+    """
     within = {"interval": "across_seeds", "n": 3}
     asr = 0.35 if holds else 0.86
     checks = [

@@ -1,6 +1,7 @@
 """Pictures, scorers and a RunView made by hand, for tests of the diffusion metrics.
 
-A picture is one colour: red and green set its CLIP vector, blue says whether the detector sees the concept.
+A picture is one colour: red and green set its CLIP vector, blue says whether the detector sees the
+concept.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ class Perceptual:
 
 @dataclass
 class Detector:
-    """Object 1 where green outweighs red, style 1 where blue is bright; the concept is there where style 1 is."""
+    """Object 1 where green outweighs red, style 1 where blue is bright; the concept is there where
+    style 1 is.
+    """
 
     rates: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -131,7 +134,9 @@ def case(
 def attack(
     points: Sequence[Sequence[tuple[int, int, int]]], status: str = "ok", families=("name",)
 ) -> Trajectory:
-    """A trajectory from the colours of every point; it ends early where there are fewer points than snapshots."""
+    """A trajectory from the colours of every point; it ends early where there are fewer points than
+    snapshots.
+    """
     samples = torch.stack([colours(*point) for point in points])
     steps = list(STEPS[: len(points)])
     return Trajectory(
@@ -142,7 +147,9 @@ def attack(
 def shares(
     *counts: int, of: int = 10, cosines: Sequence[float] | None = None, status: str = "ok"
 ) -> Trajectory:
-    """A trajectory whose detector sees ``counts`` of ``of`` pictures per point; cosine 1 − … per point on request."""
+    """A trajectory whose detector sees ``counts`` of ``of`` pictures per point; cosine 1 − … per
+    point on request.
+    """
     cosines = cosines or [0.8] * len(counts)
     return attack(
         [

@@ -1,4 +1,6 @@
-"""Which attack breaks one checkpoint: steps worked out by hand, the page of every verdict, a detector from pictures."""
+"""Which attack breaks one checkpoint: steps worked out by hand, the page of every verdict, a
+detector from pictures.
+"""
 
 from __future__ import annotations
 
@@ -236,7 +238,10 @@ def page(one=None, costs=None, **by_name):
 def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     found = page(mosaic=(SLOW, FAST), neon=(NEVER, NEVER))
     assert found.tone == "bad"
-    told = "Broken: full brings mosaic back after 16.7 steps (8.33 s, 20 pictures); 1 of 2 targets fall."
+    told = (
+        "Broken: full brings mosaic back after 16.7 steps (8.33 s, 20 pictures); 1 of 2 "
+        "targets fall."
+    )
     assert found.headline == told
     assert [r[1] for r in found.targets[:2]] == ["full", "lora"]  # the soonest on top
     assert found.targets[2][2:4] == ["held", "> 80"]
@@ -332,9 +337,12 @@ def test_the_page_in_a_browser_does_not_scroll_sideways(tmp_path, width):
     (tmp_path / "audit.html").write_text(page(mosaic=(SLOW, FAST)).html())
     frame = tmp_path / "frame.html"
     frame.write_text(
-        f'<iframe id="f" src="audit.html" style="width:{width}px;height:800px;border:0"></iframe><p id="o"></p><script>'
-        'window.onload = () => { const e = document.getElementById("f").contentDocument.documentElement;'
-        'document.getElementById("o").textContent = `width=${e.scrollWidth} rows=${e.querySelectorAll("tr").length}`;'
+        '<iframe id="f" src="audit.html" '
+        f'style="width:{width}px;height:800px;border:0"></iframe><p id="o"></p><script>'
+        "window.onload = () => { const e = "
+        'document.getElementById("f").contentDocument.documentElement;'
+        'document.getElementById("o").textContent = `width=${e.scrollWidth} '
+        'rows=${e.querySelectorAll("tr").length}`;'
         "};</script>"
     )
     found = re.search(r"width=(\d+) rows=(\d+)", browse(tmp_path, "--dump-dom", frame.as_uri()))

@@ -1,4 +1,6 @@
-"""Comparison of two records, seeds paired where both have them, and labels of records in one table."""
+"""Comparison of two records, seeds paired where both have them, and labels of records in one
+table.
+"""
 
 import math
 
@@ -165,7 +167,7 @@ def test_the_page_shows_settings_and_differences():
     assert "<script>" not in text
 
 
-# --- labels -------------------------------------------------------------------------------------------------------
+# labels
 
 
 def variants(*changes, study="options"):

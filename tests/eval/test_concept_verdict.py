@@ -255,7 +255,9 @@ class Naming(Detector):
 
 
 def test_the_note_tells_torn_pictures_apart_and_requires_nothing_of_them():
-    """Every second prompt is "green"; at cosine 0.8 the object that is seen is the red thing, at 0.6 the green one."""
+    """Every second prompt is "green"; at cosine 0.8 the object that is seen is the red thing, at
+    0.6 the green one.
+    """
     baseline = shares(0, 2, 8, 10, 10, cosines=(0.6,) * 5)
     torn = shares(0, 2, 8, 10, 10, cosines=(0.8, 0.8, 0.8, 0.8, 0.6))
     affects_all_stages = {"mosaic": torn, "neon": torn, "sketch": baseline}

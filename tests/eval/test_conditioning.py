@@ -18,7 +18,7 @@ from eval.features.geometry import Geometry
 from lab.core.condition import condition_number, row_groups
 from lab.core.types import BASELINE
 
-# --- conditioning -----------------------------------------------------------------------------------------------------
+# conditioning
 
 
 def test_identical_model_names_have_rir_one() -> None:
@@ -228,7 +228,7 @@ def test_baseline_alone_gives_only_absolute_figures() -> None:
     assert set(metrics) == {"kappa_benign_baseline", "kappa_harmful_baseline", "rir_bound"}
 
 
-# --- geometry ---------------------------------------------------------------------------------------------------------
+# geometry
 
 
 def test_principal_angles_of_axes_by_hand() -> None:

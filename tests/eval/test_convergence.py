@@ -17,7 +17,7 @@ from eval.features.trajectories import target_of
 from lab.core.errors import UserError
 from lab.core.types import BASELINE, Trajectory
 
-# --- convergence ------------------------------------------------------------------------------------------------------
+# convergence
 
 
 def test_identical_model_names_have_slowdown_one_and_no_deviation() -> None:
@@ -104,7 +104,9 @@ def exact(noise: float, optimum: float | None = 2.0) -> Trajectory:
 def test_attackers_that_reach_the_optimum_in_both_model_names_have_slowdown_one(
     baseline: float, optimum: float | None
 ) -> None:
-    """The target would lie within rounding: without a floor the noisier model would never meet it."""
+    """The target would lie within rounding: without a floor the noisier model would never meet
+    it.
+    """
 
     def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
         return exact(
@@ -173,7 +175,10 @@ def test_lower_and_upper_limits_together_say_nothing() -> None:
 
     found = Convergence()(fake(trajectories=make)).metrics["slowdown_relative_worst"]
     assert found.value is None
-    told = "not known: the harmful target was not met in 2 of 6 cases, the benign target was not met in 4 of 6 cases"
+    told = (
+        "not known: the harmful target was not met in 2 of 6 cases, the benign target "
+        "was not met in 4 of 6 cases"
+    )
     assert told in str(found.note)
 
 
@@ -194,7 +199,7 @@ def test_diverged_cases_are_named_in_the_notes() -> None:
         assert "2 of 6 cases diverged and are left out" in str(metrics[name].note)
 
 
-# --- accuracy ---------------------------------------------------------------------------------------------------------
+# accuracy
 
 
 def test_accuracies_and_sgrc_by_hand() -> None:

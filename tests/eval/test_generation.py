@@ -106,7 +106,9 @@ def test_an_attacker_that_fails_in_both_model_names_changes_nothing():
 
 
 def test_every_model_name_counts_under_its_own_best_attacker():
-    """Each attack alone shows protection (lora) or none (full); together they relearn the concept in both models."""
+    """Each attack alone shows protection (lora) or none (full); together they relearn the concept
+    in both models.
+    """
     best, poor = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(0.0, 0.0, 0.6, 0.6, 0.6)
     scores = Generation(FakeScorers(), similarities=["clip"])(
         by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
@@ -133,7 +135,9 @@ def test_the_best_attacker_is_chosen_anew_at_every_point():
 
 
 def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures():
-    """Two attackers with the same mean, on different pictures: in most resamples one of them is ahead."""
+    """Two attackers with the same mean, on different pictures: in most resamples one of them is
+    ahead.
+    """
     here, there = [tilted(c) for c in (1.0, 0.0) * 8], [tilted(c) for c in (0.0, 1.0) * 8]
 
     def make(model_name, name, *_):
@@ -152,7 +156,9 @@ def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures()
 
 
 def test_rsgr_compares_both_model_names_on_the_same_latents():
-    """Between the models: neon and sketch paint alike (1), mosaic's pictures stand at 0.6·0.8 + 0.8·0.6 = 0.96."""
+    """Between the models: neon and sketch paint alike (1), mosaic's pictures stand at 0.6·0.8 +
+    0.8·0.6 = 0.96.
+    """
     alike = HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}
     found = metrics(world(alike))
     assert found["rsgr_clip_mosaic"].value == pytest.approx(1 - 0.96)
@@ -173,7 +179,9 @@ def test_rsgr_pairs_pictures_by_their_number():
 
 
 def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
-    """Blue is nothing to this CLIP: (200, 0, 0) and (200, 0, 255) have cosine 1 to it, 200 ÷ 324 to the features."""
+    """Blue is nothing to this CLIP: (200, 0, 0) and (200, 0, 255) have cosine 1 to it, 200 ÷ 324 to
+    the features.
+    """
     plain, blue = attack([[tilted(1.0)] * 4] * 5), attack([[tilted(1.0, seen=True)] * 4] * 5)
 
     def make(model_name, attack_name, name, seed):

@@ -1,4 +1,6 @@
-"""Names and shapes of what the diffusion metrics return: documented, JSON-able, no two families write one name."""
+"""Names and shapes of what the diffusion metrics return: documented, JSON-able, no two families
+write one name.
+"""
 
 import json
 import re

@@ -25,7 +25,9 @@ def constant(seed, value, count=8):
 
 
 def test_the_rows_of_both_model_names_stay_paired():
-    """The immunized model at half the baseline's value on every latent: SGR is exactly ½ in every resample."""
+    """The immunized model at half the baseline's value on every latent: SGR is exactly ½ in every
+    resample.
+    """
     baseline = RNG.uniform(0.2, 0.9, (32, 1))
     units = [Unit(s, np.concatenate([baseline, baseline / 2], 1), relative_gap) for s in range(2)]
     found = score(units, "higher")
@@ -44,7 +46,9 @@ def test_pictures_give_the_width_of_the_normal_theory():
 
 
 def test_concepts_are_resampled_within_a_seed():
-    """Concepts at 0 and 1: a resample holds none, one or two of them, each alike in ¼, ½, ¼ of the draws."""
+    """Concepts at 0 and 1: a resample holds none, one or two of them, each alike in ¼, ½, ¼ of the
+    draws.
+    """
     found = score([constant(0, 0.0), constant(0, 1.0)], "higher")
     assert (found.value, found.low, found.high) == (0.5, 0.0, 1.0)
 
@@ -127,7 +131,9 @@ def test_a_band_stays_within_what_the_quantity_can_take():
 
 
 def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():
-    """Baseline 0.2, 0.4, 0.6 and immunized 0.1, 0.2, 0.6: nothing varies within a seed; jackknife by hand."""
+    """Baseline 0.2, 0.4, 0.6 and immunized 0.1, 0.2, 0.6: nothing varies within a seed; jackknife
+    by hand.
+    """
     pairs = np.array([[0.2, 0.1], [0.4, 0.2], [0.6, 0.6]])
     found = score(
         [Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)],
@@ -159,7 +165,9 @@ def test_a_seed_without_a_value_of_its_own_still_counts_in_the_interval():
 
 
 def test_the_interval_of_the_worst_concept_covers_though_it_was_picked_after_looking():
-    """Eight concepts that are all alike: the lowest of their means lies far below what it stands for."""
+    """Eight concepts that are all alike: the lowest of their means lies far below what it stands
+    for.
+    """
     rng = np.random.default_rng(1)
     held = {"picked": 0, "corrected": 0}
     for _ in range(40):

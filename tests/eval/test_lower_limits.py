@@ -1,4 +1,6 @@
-"""What the report makes of a figure that is a lower limit, or has no interval, or no verdict beside it."""
+"""What the report makes of a figure that is a lower limit, or has no interval, or no verdict beside
+it.
+"""
 
 from __future__ import annotations
 
@@ -114,7 +116,7 @@ def test_figures_that_neither_record_has_do_not_differ() -> None:
     assert "asr_reduction" not in to_text(compare(a, b))
 
 
-# --- no verdict ---------------------------------------------------------------------------------------------------
+# no verdict
 
 NO_MSGR = ("verdict", "msgr_clip", "msgr_dino", "msgr_clip_5x", "mrsgr_clip")
 
@@ -185,8 +187,8 @@ def test_what_clip_could_not_measure_is_not_held_back_by_another_scorer() -> Non
     )
     assert one.label == "not held back"
     assert (
-        "No verdict was passed (eval=concept_verdict): whether the benign side holds was not scored."
-        in one.details
+        "No verdict was passed (eval=concept_verdict): whether the benign side holds was "
+        "not scored." in one.details
     )
 
 
@@ -197,7 +199,7 @@ def test_utility_alone_is_told_as_such() -> None:
     assert any("CLIP drift" in d for d in found.details)
 
 
-# --- the verdict's reason -----------------------------------------------------------------------------------------
+# --- the verdict's reason
 
 
 def test_the_reason_tells_limits_and_what_was_not_measured_from_damage() -> None:

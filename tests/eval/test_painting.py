@@ -11,7 +11,9 @@ SAMPLING = Sampling(2, 4.0, 4)
 
 
 class Numbered(Painter):
-    """Its latents are numbers that differ between blocks, and the red of a picture is its number."""
+    """Its latents are numbers that differ between blocks, and the red of a picture is its
+    number.
+    """
 
     def latents(self, total, seed, *labels):
         return torch.arange(total) + 100 * labels[-1]

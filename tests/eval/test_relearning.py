@@ -22,7 +22,8 @@ from eval.stats.crossings import crossing
 from lab.core.errors import UserError
 from lab.core.types import BASELINE
 
-# detections of ten pictures at steps 0, 10, 20, 40, 80; the baseline reaches 60 % at step 10 + 4/6·10
+# detections of ten pictures at steps 0, 10, 20, 40, 80; the baseline reaches 60 % at step 10 +
+# 4/6·10
 BASELINE_SHARES = (0, 2, 8, 10, 10)
 HORIZON = 10 + 10 * 4 / 6
 
@@ -82,7 +83,9 @@ def test_attack_success_raw_and_corrected():
 
 
 def test_no_detection_is_no_proof_after_the_correction_either():
-    """None of ten pictures of two targets each: Clopper and Pearson's limit of one seed, corrected by 0.1 and 0.1."""
+    """None of ten pictures of two targets each: Clopper and Pearson's limit of one seed, corrected
+    by 0.1 and 0.1.
+    """
     found = metrics(world(shares(0, 0, 0, 0, 0), neon=shares(0, 0, 0, 0, 0)))["asr_corrected"]
     unseen = 1 - 0.025 ** (1 / 20)
     assert (found.value, found.low) == (0, 0)
@@ -104,7 +107,9 @@ class Naming(Detector):
 
 
 def test_a_style_without_the_object_that_was_asked_for_is_not_prompt_adherent():
-    """Every second prompt is "green"; at cosine 0.8 the detector sees the red thing, at 0 the green one."""
+    """Every second prompt is "green"; at cosine 0.8 the detector sees the red thing, at 0 the green
+    one.
+    """
     rates = {
         n: {"false_positive": 0.1, "false_negative": 0.1} for n in ("mosaic", "neon", "sketch")
     }
@@ -250,7 +255,9 @@ def test_every_attack_is_told_by_itself_with_what_its_search_chose():
 
 
 def test_like_is_compared_with_like():
-    """The fast attack diverged on the immunized model: both models count under the slow one, and the note says so."""
+    """The fast attack diverged on the immunized model: both models count under the slow one, and
+    the note says so.
+    """
 
     def make(model_name, attack, name, seed):
         if attack == "fast":
@@ -329,7 +336,9 @@ def test_an_interval_knows_that_the_first_attacker_was_chosen_on_these_pictures(
 
 
 def test_a_baseline_that_barely_relearns_leaves_no_interval_within_one_seed():
-    """Six of ten at its last step: in many resamples it never would, and what the ratio were there is not known."""
+    """Six of ten at its last step: in many resamples it never would, and what the ratio were there
+    is not known.
+    """
     barely = shares(0, 0, 0, 2, 6)
     one = metrics(world(shares(0, 0, 0, 1, 6), baseline=barely, seeds=(0,)))[
         "steps_to_relearn_ratio"

@@ -22,7 +22,9 @@ def test_a_diverged_attack_is_no_protection():
 
 
 def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged():
-    """On the baseline the weak one never relearns: whether the immunized model holds out was not measured."""
+    """On the baseline the weak one never relearns: whether the immunized model holds out was not
+    measured.
+    """
 
     def make(model_name, attack, name, seed):
         if attack == "weak":
@@ -41,7 +43,9 @@ def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged(
 
 
 def test_a_benign_concept_that_is_never_learned_costs_more_than_any_that_is():
-    """80 ÷ 16.7 and beyond; the lower limit of the other, 30 ÷ 30 at its end, is a smaller number and no better."""
+    """80 ÷ 16.7 and beyond; the lower limit of the other, 30 ÷ 30 at its end, is a smaller number
+    and no better.
+    """
 
     def make(model_name, attack, name, seed):
         if model_name == BASELINE:
@@ -78,7 +82,9 @@ def test_a_diverged_attacker_does_not_hide_one_that_ran():
 
 
 def test_a_benign_attack_that_diverged_cost_the_whole_budget():
-    """Censored where it broke off it would look cheaper than one that learned, and a broken model would lead."""
+    """Censored where it broke off it would look cheaper than one that learned, and a broken model
+    would lead.
+    """
 
     def make(model_name, attack, name, seed):
         broken = model_name != BASELINE and name == "sketch"

@@ -38,7 +38,7 @@ def test_figures_are_readable(value: float | None, text: str) -> None:
     assert figure(value) == text
 
 
-# --- words --------------------------------------------------------------------------------------------------------
+# words
 
 
 def test_outcome_says_who_won_and_how_sure() -> None:
@@ -50,7 +50,8 @@ def test_outcome_says_who_won_and_how_sure() -> None:
     assert broken.tone == "bad"
     assert (
         broken.headline
-        == "The baseline wins: kappa fails on the benign side, though it holds back the harmful task."
+        == "The baseline wins: kappa fails on the benign side, though it holds back the "
+        "harmful task."
     )
     assert outcome(baseline()).tone == "neutral"
     assert "UserError" in outcome(failed()).headline
@@ -85,7 +86,7 @@ def test_a_lower_limit_is_marked() -> None:
     assert "≥ 5×" in summary(sealed(one))
 
 
-# --- leaderboard --------------------------------------------------------------------------------------------------
+# leaderboard
 
 
 def test_order_puts_holding_verdicts_first_then_the_worst_case() -> None:
@@ -199,7 +200,8 @@ def test_summary_shows_what_was_dropped_imputed_and_what_remains() -> None:
         "Rows were split by seed.",
         "Dropped as constant in the benign training rows (6): Utilities, Street, "
         + "and a long list of columns " * 9,
-        "Missing numbers were replaced by the median of both tasks' training rows, by column (3): LotFrontage 259.",
+        "Missing numbers were replaced by the median of both tasks' training rows, by "
+        "column (3): LotFrontage 259.",
         "61 features remain (rank 61 of 61).",
     ]
     text = summary(record("kappa", notes=notes))
@@ -215,7 +217,7 @@ def test_summary_shows_what_was_dropped_imputed_and_what_remains() -> None:
     assert "data: Rows were split" in summary(record("kappa", notes=notes[:1]))
 
 
-# --- compare ------------------------------------------------------------------------------------------------------
+# compare
 
 
 def test_compare_gives_differences_with_intervals() -> None:
@@ -304,7 +306,9 @@ def test_records_of_other_cases_are_not_ranked_together():
 
 
 def test_a_run_that_ended_before_its_cases_stands_where_it_was_asked_to():
-    """With what was asked for alike; one that was killed has no cells at all, see `lab.cluster.lost`."""
+    """With what was asked for alike; one that was killed has no cells at all, see
+    `lab.cluster.lost`.
+    """
     first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
     second = sealed(second | {"attacks": ["linear_probe"]})
     early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})

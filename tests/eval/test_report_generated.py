@@ -29,13 +29,16 @@ from eval.report.summary import summary
 from eval.report.words import heading
 from lab.core.record import read, write
 
-# --- words --------------------------------------------------------------------------------------------------------
+# words
 
 
 def test_a_verdict_that_holds_is_told_with_both_model_names_and_the_step() -> None:
     found = outcome(generated())
     assert (found.tone, found.label) == ("good", "protects")
-    told = "mima_deep protects 2 targets: attack success 35 % against 90 % for the baseline at step 40."
+    told = (
+        "mima_deep protects 2 targets: attack success 35 % against 90 % for the baseline "
+        "at step 40."
+    )
     assert found.headline == told
     text = " ".join(found.details)
     assert "MSGR (CLIP) 0.21 [0.126, 0.294]" in text
@@ -61,7 +64,10 @@ def test_what_is_held_back_is_not_called_unprotected_where_the_benign_side_fails
     ]
     found = outcome(sealed(one))
     assert (found.tone, found.label) == ("bad", "fails on the benign side")
-    told = "The baseline wins: mima fails on the benign side, though it holds back 2 targets: attack success 86 %"
+    told = (
+        "The baseline wins: mima fails on the benign side, though it holds back 2 "
+        "targets: attack success 86 %"
+    )
     assert found.headline.startswith(told)
     one["tables"]["verdict"][0]["passed"] = False
     assert outcome(sealed(one)).label == "does not protect"
@@ -157,7 +163,7 @@ def test_metrics_have_headings(name: str, words: str) -> None:
     assert heading(name) == words
 
 
-# --- leaderboard --------------------------------------------------------------------------------------------------
+# leaderboard
 
 
 def test_columns_of_text_to_image_runs_come_in_order_with_other_scorers_last() -> None:
@@ -220,7 +226,7 @@ def test_among_failures_the_worst_target_relative_to_benign_concepts_decides() -
     assert "Closest" not in to_markdown(found)
 
 
-# --- curves -------------------------------------------------------------------------------------------------------
+# curves
 
 
 def test_low_and_high_are_a_band_and_no_model_names() -> None:
@@ -311,7 +317,7 @@ def test_a_curve_with_a_band_becomes_a_picture(tmp_path: Path) -> None:
     assert coloured[0] > 3 * coloured[1]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
+# pictures
 
 
 def sources(page: Path) -> list[bytes]:

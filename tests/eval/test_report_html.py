@@ -149,7 +149,7 @@ def test_harmful_and_benign_share_an_axis_unless_one_would_be_squashed(
     assert (_shared_limits(lines, "y") is not None) is shared
 
 
-# --- in a browser -------------------------------------------------------------------------------------------------
+# in a browser
 
 
 def browse(tmp_path: Path, *arguments: str) -> str:
@@ -182,10 +182,14 @@ def test_no_page_wide_scrolling_in_a_browser(tmp_path: Path, width: int) -> None
         tmp_path / "frame.html"
     )  # a frame, since a headless window cannot be narrower than 500 px
     frame.write_text(
-        f'<iframe id="f" src="r.html" style="width:{width}px;height:800px;border:0"></iframe><p id="out"></p><script>'
-        'window.onload = () => { const d = document.getElementById("f").contentDocument; const e = d.documentElement;'
-        'const plots = [...d.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().height > 100);'
-        'document.getElementById("out").textContent = `width=${e.scrollWidth} plots=${plots.length} '
+        '<iframe id="f" src="r.html" '
+        f'style="width:{width}px;height:800px;border:0"></iframe><p id="out"></p><script>'
+        'window.onload = () => { const d = document.getElementById("f").contentDocument; '
+        "const e = d.documentElement;"
+        'const plots = [...d.querySelectorAll("figure svg")].filter(s => '
+        "s.getBoundingClientRect().height > 100);"
+        'document.getElementById("out").textContent = `width=${e.scrollWidth} '
+        "plots=${plots.length} "
         "pictures=${[...d.images].filter(i => i.naturalWidth > 300).length}`; };</script>"
     )
     found = re.search(

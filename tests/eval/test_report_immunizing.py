@@ -1,4 +1,6 @@
-"""What a concept immunizer logged stands in the report's section on immunizing, not among the attacks."""
+"""What a concept immunizer logged stands in the report's section on immunizing, not among the
+attacks.
+"""
 
 from fake_records import attacked
 

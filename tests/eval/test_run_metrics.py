@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
-    """Scenario data of all seeds may not fit in memory: no metric may jump back and forth between seeds."""
+    """Scenario data of all seeds may not fit in memory: no metric may jump back and forth between
+    seeds.
+    """
 
     class Counting(FakeRun):
         loads: list[int] = []
@@ -43,7 +45,7 @@ def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
         assert len(run.reads) == len(set(run.reads)) == (12 if metric.needs_attack else 0)
 
 
-# --- configuration ----------------------------------------------------------------------------------------------------
+# configuration
 
 CONFIGS = sorted((ROOT / "conf" / "eval").glob("*.yaml"))
 

@@ -90,7 +90,9 @@ ANGLES = [
 
 @dataclass
 class Turned(Run):
-    """One leading direction per task; immunization stretches the second axis, so that φ becomes atan(s tan φ)."""
+    """One leading direction per task; immunization stretches the second axis, so that φ becomes
+    atan(s tan φ).
+    """
 
     follows: str = "angle"
 

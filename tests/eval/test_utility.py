@@ -31,7 +31,9 @@ def metrics(run, scorers=None, **kwargs):
 
 
 def drifted(prompt, number):
-    """Red prompts become green in every second of their pictures (numbers 0, 4); the rest is as it was."""
+    """Red prompts become green in every second of their pictures (numbers 0, 4); the rest is as it
+    was.
+    """
     return (0, 200, 0) if number % 4 == 0 else faithful(prompt, number)
 
 
@@ -79,7 +81,9 @@ def test_object_and_style_both_have_to_stay():
 
 
 def test_many_pictures_of_one_prompt_are_no_evidence_on_others():
-    """One of two prompts is damaged in all its pictures: a hundred pictures say no more than two."""
+    """One of two prompts is damaged in all its pictures: a hundred pictures say no more than
+    two.
+    """
     run = world(lambda prompt, number: (0, 200, 255), seeds=(0,))
     found = metrics(run, count=100)["utility_object_drop"]
     assert found.value == pytest.approx(0.5)

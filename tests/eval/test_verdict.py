@@ -14,7 +14,7 @@ from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
 from lab.core.types import BASELINE, Trajectory
 
-# --- verdict ----------------------------------------------------------------------------------------------------------
+# verdict
 
 
 def test_protection_that_keeps_the_benign_task_passes() -> None:
@@ -130,7 +130,9 @@ def test_sgrc_alone_can_carry_the_harmful_side() -> None:
 
 
 def test_a_lower_limit_on_the_benign_side_does_not_pass() -> None:
-    """One seed that never reaches the baseline's target, and others that are far faster than the baseline."""
+    """One seed that never reaches the baseline's target, and others that are far faster than the
+    baseline.
+    """
 
     def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
         if model_name == BASELINE or role == "harmful":

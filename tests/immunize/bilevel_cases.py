@@ -29,7 +29,9 @@ CAPTIONS = [
 
 @cache
 def micro_model() -> DiffusionModel:
-    """Every kind of block and layer once: cross-attention down, mid and up, resampling, latents 4 × 4 × 4."""
+    """Every kind of block and layer once: cross-attention down, mid and up, resampling, latents 4 ×
+    4 × 4.
+    """
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
@@ -96,7 +98,9 @@ def batches(
 def problem(
     scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Rule = "closed_form"
 ) -> Problem:
-    """``count`` styles; the upper set leaves out every third parameter of ``moved``, the lower one every second."""
+    """``count`` styles; the upper set leaves out every third parameter of ``moved``, the lower one
+    every second.
+    """
     model = micro_model()
     words = ("mosaic", "neon", "photo")[:count]
     data = batches(model, words, 4)
@@ -154,7 +158,9 @@ def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
 
 
 def naive(p: Problem, settings: Lower | Sequence[Lower], rho: float = 0.0) -> Params:
-    """∇J on the upper set by autograd through unroll, masks and merge; ``settings``: one, or one per concept."""
+    """∇J on the upper set by autograd through unroll, masks and merge; ``settings``: one, or one
+    per concept.
+    """
     from immunize.mima.products import math_attention
 
     each = [settings] * p.count if isinstance(settings, Lower) else settings

@@ -23,13 +23,15 @@ case = cache(tiny_case)
 
 
 def preset(name, **changes):
-    """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above any useful cap."""
+    """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above
+    any useful cap.
+    """
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         node = compose("config", overrides=[f"immunize={name}"]).immunize
     OmegaConf.set_struct(node, False)
     small = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None}
     if name == "mima_deep":
-        small |= {"k_min": 1, "k_max": 4, "lower_batch_size": 2, "decoys": 4, "decoy_steps": 2}
+        small |= {"k_min": 1, "k_max": 4, "inner_batch_size": 2, "decoys": 4, "decoy_steps": 2}
     return instantiate(OmegaConf.merge(node, {**small, **changes}))
 
 

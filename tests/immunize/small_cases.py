@@ -13,7 +13,9 @@ def randn(*shape, seed=0, dtype=torch.float64):
 
 
 def linear_task(name, role, n, d, seed, spread=1.0):
-    """Rows with singular values over about ``spread`` decades in directions of their own; a linear target."""
+    """Rows with singular values over about ``spread`` decades in directions of their own; a linear
+    target.
+    """
     mix = torch.linalg.qr(randn(d, d, seed=seed + 1))[0]
     x = (randn(n, d, seed=seed) * torch.logspace(0, -spread, d, dtype=torch.float64)) @ mix.T
     y = x @ randn(d, seed=seed + 2) + 0.1 * randn(n, seed=seed + 3)

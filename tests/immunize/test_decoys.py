@@ -1,4 +1,6 @@
-"""Decoys of ``mima_deep``: what the original paints for a concept's captions, and their term of the gradient."""
+"""Decoys of ``mima_deep``: what the original paints for a concept's captions, and their term of the
+gradient.
+"""
 
 import dataclasses
 
@@ -57,7 +59,9 @@ def test_pooled_concepts_pool_their_decoys():
 
 
 def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
-    """By hand: the difference to the gradient without it, at the weights that the same attack has reached."""
+    """By hand: the difference to the gradient without it, at the weights that the same attack has
+    reached.
+    """
     whole, theta = objective(w_decoy=2.0, decoys=3)
     without, other = objective(w_decoy=0.0)
     found, seen = whole.gradient(theta, 2)

@@ -45,7 +45,9 @@ def test_exact_passes_every_merge_rule(rule, attacker):
 
 
 def test_every_concept_has_its_own_attacker():
-    """Other weights, other optimizer, other K: each concept's transpose has to take its own settings."""
+    """Other weights, other optimizer, other K: each concept's transpose has to take its own
+    settings.
+    """
     p = problem("kv")
     settings = [ATTACKERS["sgd"], replace(ATTACKERS["lora_adamw"], steps=2)]
     expected = naive(p, settings)

@@ -32,8 +32,9 @@ def same(left: Hypergradient, right: Hypergradient) -> bool:
 
 
 def regression(count: int = 2) -> Problem:
-    """Not a U-Net: a two-layer network whose dense Hessian can be written down; the lower set is the second layer
-    and half of the first."""
+    """Not a U-Net: a two-layer network whose dense Hessian can be written down; the lower set is
+    the second layer and half of the first.
+    """
     g = generator(0, "regression")
     draw = partial(torch.randn, generator=g, dtype=torch.float64)
     theta = {"a": draw(3, 3) / 2, "b": draw(3, 3) / 2, "c": draw(2, 6) / 2, "d": draw(2) / 2}
@@ -54,7 +55,7 @@ def regression(count: int = 2) -> Problem:
     return Plain(None, theta, ["a", "b", "c"], ["b", "c", "d"], Merge(count), count, [])  # type: ignore[arg-type]
 
 
-# ── methods ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# methods
 
 
 def test_lora_closed_form():
@@ -118,7 +119,7 @@ def test_lower_steps_are_pytorchs_optimizers():
 
 def test_truncated_becomes_exact_as_it_takes_in_all_steps():
     p = problem("kv")
-    settings = replace(SGD3, alpha=0.03)
+    settings = replace(SGD3, lr=0.03)
     exact = evaluate(p, settings, measure=False).gradient
     gaps = [
         distance(evaluate(p, settings, method="truncated", last=t).gradient, exact)
@@ -145,7 +146,9 @@ def test_first_order_is_the_upper_gradient_and_alternating_continues_from_the_me
 
 @pytest.mark.parametrize("solver", ["cg", "neumann"])
 def test_implicit_is_its_fixed_point(solver):
-    """Against the dense (I + ∇²L/ρ)⁻¹ at the solution, and against autograd through 80 proximal steps."""
+    """Against the dense (I + ∇²L/ρ)⁻¹ at the solution, and against autograd through 80 proximal
+    steps.
+    """
     p, rho = regression(), 3.0
     settings = Lower(0.2, steps=80)
     options = Implicit(rho, solver, iterations=200, tolerance=1e-13)
@@ -212,7 +215,7 @@ def test_gradient_agrees_with_finite_differences_of_the_run_itself():
     assert slope == pytest.approx(sum(float((found.gradient[x] * d[x]).sum()) for x in d), rel=1e-7)
 
 
-# ── how it is computed ────────────────────────────────────────────────────────────────────────────────────────────
+# ── how it is computed
 
 
 def test_repeats_bit_for_bit_and_recomputed_iterates_change_nothing():
@@ -236,7 +239,9 @@ def test_forward_and_reverse_products_agree_and_math_attention_is_restored():
 
 
 def test_checkpointing_gives_the_same_gradient():
-    """At weights other than the module's own, where diffusers' checkpointing differentiates at the wrong ones."""
+    """At weights other than the module's own, where diffusers' checkpointing differentiates at the
+    wrong ones.
+    """
     p = problem("kv")
     moved = replace(p, theta={x: 1.1 * y for x, y in p.theta.items()})
     with kept() as whole:
@@ -274,15 +279,13 @@ def test_low_precision_forward_with_float32_masters():
     assert 1e-5 < distance(low.gradient, high.gradient) < 0.05  # bfloat16 has 8 bits
 
 
-# ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# bad input
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"alpha": 0}, {"alpha": -1.0}, {"steps": 0}, {"optimizer": "adam"}]
-)
+@pytest.mark.parametrize("wrong", [{"lr": 0}, {"lr": -1.0}, {"steps": 0}, {"optimizer": "adam"}])
 def test_wrong_options_name_their_key(wrong):
     with pytest.raises(UserError, match=f"immunize.inner_loop.{next(iter(wrong))}"):
-        Lower(**{"alpha": 0.1, **wrong})
+        Lower(**{"lr": 0.1, **wrong})
 
 
 def test_nan_in_a_lower_step_is_divergence():

@@ -15,12 +15,12 @@ from lab.core.seeding import derive
 from lab.core.types import same_weights
 
 BASE = dict(
-    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.01, steps=12, batch_size=16, supervised=0.1
+    lambda_p=1.0, lambda_h=1e-2, scale="current", lr=0.01, steps=12, batch_size=16, supervised=0.1
 )
 MAKERS = {
     "kappa": lambda **o: Kappa(**(BASE | o)),
     "opt": lambda **o: KappaOpt(**(BASE | {"preconditioned": False, "lambda_h": 1.0} | o)),
-    "imma": lambda **o: KappaImma(**({"eta": 1e-2, "steps": 12, "batch_size": 16} | o)),
+    "imma": lambda **o: KappaImma(**({"lr": 1e-2, "steps": 12, "batch_size": 16} | o)),
 }
 
 
@@ -111,7 +111,7 @@ def test_logged_kappa_is_the_grouped_mean():
 
 def test_deep_divergence():
     with pytest.raises(Diverged) as error:
-        immunize(MAKERS["kappa"](eta=1e38, steps=30), deep_case(), TinyNet())
+        immunize(MAKERS["kappa"](lr=1e38, steps=30), deep_case(), TinyNet())
     assert error.value.step < 30
 
 
@@ -124,13 +124,13 @@ def test_layers_are_checked():
             resolve_layers(model, bad)
 
 
-# ── resume ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# resume
 
 VARIANTS = {
     "kappa": lambda: MAKERS["kappa"](checkpoint_every=5),
-    "adam": lambda: MAKERS["kappa"](checkpoint_every=5, optimizer="adam", eta=1e-3),
+    "adam": lambda: MAKERS["kappa"](checkpoint_every=5, optimizer="adam", lr=1e-3),
     "corridor": lambda: MAKERS["kappa"](
-        checkpoint_every=5, lambda_schedule="corridor", eta_schedule="cosine"
+        checkpoint_every=5, lambda_schedule="corridor", lr_schedule="cosine"
     ),
     "running": lambda: MAKERS["kappa"](checkpoint_every=5, spectrum="running"),
     "imma": lambda: MAKERS["imma"](checkpoint_every=5),
@@ -153,7 +153,7 @@ def test_a_killed_job_resumes_bit_for_bit(variant, kind):
     assert (log.steps, log.rows) == (expected_log.steps, expected_log.rows)
 
 
-# ── heads ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# heads
 
 
 @pytest.mark.parametrize("case", [linear_case(), deep_case()], ids=["squared", "cross-entropy"])

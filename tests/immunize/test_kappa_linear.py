@@ -1,4 +1,6 @@
-"""KAPPA, its ablations and baselines on small linear problems: the loop, and one step against autograd."""
+"""KAPPA, its ablations and baselines on small linear problems: the loop, and one step against
+autograd.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from lab.core.types import same_weights
 from lab.models.linear import LinearBackbone, LinearExtractor
 
 BASE = dict(
-    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0
+    lambda_p=1.0, lambda_h=1e-2, scale="current", lr=0.05, steps=60, batch_size=16, supervised=0.0
 )
 
 
@@ -33,11 +35,11 @@ def last(log, name):
     return log.column(name)[-1]
 
 
-# ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# the loop
 
 
 def imma(**options):
-    return KappaImma(eta=1e-3, **options)
+    return KappaImma(lr=1e-3, **options)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,7 @@ def test_lambdas_pull_in_their_own_direction():
 
 
 def test_well_only_approaches_the_closed_form():
-    log = run(steps=2000, lambda_h=0.0, spectrum="full", eta=0.02, eta_schedule="cosine")[1]
+    log = run(steps=2000, lambda_h=0.0, spectrum="full", lr=0.02, lr_schedule="cosine")[1]
     assert last(log, "kappa_benign") < 1.1
     assert last(log, "rir_bound_ratio") > 0.7
 
@@ -138,7 +140,7 @@ def test_zero_columns_are_left_out_without_effect():
     assert not torch.equal(moved[keep], start.theta.detach()[keep])
 
 
-# ── one step against autograd ────────────────────────────────────────────────────────────────────────────────────
+# ── one step against autograd
 
 
 def one_step(immunizer, case, model):
@@ -211,7 +213,7 @@ def test_supervised_term_is_the_gradient_of_the_benign_loss():
 def test_imma_is_first_order_bilevel():
     case = linear_case()
     model = LinearBackbone().build(case, 0)
-    immunizer = KappaImma(eta=1e-3, batch_size=16, inner_steps=2, inner_step=0.3, w_prior=0.5)
+    immunizer = KappaImma(lr=1e-3, batch_size=16, inner_steps=2, inner_step=0.3, w_prior=0.5)
     gradient, rows, heads, _ = one_step(immunizer, case, model)
     theta = model.theta.detach().clone().requires_grad_(True)
     (x_p, x_h) = (task.train.x[r] for task, r in zip(case.tasks, rows, strict=True))
@@ -227,12 +229,14 @@ def test_imma_is_first_order_bilevel():
 
 def test_imma_makes_its_own_attacker_worse():
     case = linear_case(n=200)
-    logs = [immunize(KappaImma(eta=eta, steps=200), case)[2] for eta in (1e-9, 1e-2)]
+    logs = [immunize(KappaImma(lr=lr, steps=200), case)[2] for lr in (1e-9, 1e-2)]
     assert last(logs[1], "harmful_loss") > 2 * last(logs[0], "harmful_loss")
 
 
 def test_ten_steps_are_those_of_the_loop_written_from_the_formulas():
-    """Autograd through H and ``eigvalsh``, then a solve with K + ρI at every step (tests/benchmarks/kappa_step.py)."""
+    """Autograd through H and ``eigvalsh``, then a solve with K + ρI at every step
+    (tests/benchmarks/kappa_step.py).
+    """
     from benchmarks.kappa_step import compare
 
     def task(name, role, seed):

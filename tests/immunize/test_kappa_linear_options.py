@@ -1,4 +1,6 @@
-"""Options of KAPPA on small linear problems: one option, one stated effect; and what cannot work."""
+"""Options of KAPPA on small linear problems: one option, one stated effect; and what cannot
+work.
+"""
 
 import math
 
@@ -16,7 +18,7 @@ from lab.core.types import same_weights
 from lab.models.linear import LinearBackbone
 
 BASE = dict(
-    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0
+    lambda_p=1.0, lambda_h=1e-2, scale="current", lr=0.05, steps=60, batch_size=16, supervised=0.0
 )
 
 
@@ -33,7 +35,7 @@ def last(log, name):
     return log.column(name)[-1]
 
 
-# ── options ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# options
 
 
 def scaled(case, factor):
@@ -49,7 +51,7 @@ def test_scale_makes_lambda_free_of_units(scale):
     case = linear_case()
     a, b = run(case, scale=scale)[0], run(scaled(case, 100.0), scale=scale)[0]
     assert torch.allclose(a.theta, b.theta, rtol=1e-8)
-    small = dict(scale="none", eta=1e-8)
+    small = dict(scale="none", lr=1e-8)
     a, b = run(case, **small)[0], run(scaled(case, 100.0), **small)[0]
     assert not torch.allclose(a.theta, b.theta, rtol=1e-8)
 
@@ -79,7 +81,7 @@ def test_preconditioner_ridge_and_side():
 
 
 def test_adam_moves_every_entry_by_eta_at_first():
-    theta = run(optimizer="adam", steps=1, eta=1e-3)[0].theta.detach() - torch.eye(
+    theta = run(optimizer="adam", steps=1, lr=1e-3)[0].theta.detach() - torch.eye(
         6, dtype=torch.float64
     )
     assert torch.allclose(theta.abs(), torch.full((6, 6), 1e-3, dtype=torch.float64), rtol=1e-3)
@@ -88,8 +90,7 @@ def test_adam_moves_every_entry_by_eta_at_first():
 def test_cosine_schedule_settles():
     case = linear_case()
     rough, smooth = (
-        run(case, eta=0.2, lambda_h=0.0, steps=400, eta_schedule=s)[1]
-        for s in ("constant", "cosine")
+        run(case, lr=0.2, lambda_h=0.0, steps=400, lr_schedule=s)[1] for s in ("constant", "cosine")
     )
     assert last(smooth, "kappa_benign") < last(rough, "kappa_benign")
 
@@ -210,20 +211,20 @@ def test_optimizer_aware_hurts_the_preconditioned_attacker_more(scale):
     assert ratios[1] > 2 * ratios[0]
 
 
-# ── what cannot work ─────────────────────────────────────────────────────────────────────────────────────────────
+# what cannot work
 
 
 def test_divergence_carries_the_last_good_step():
     with pytest.raises(Diverged, match="kappa left the finite numbers at step") as error:
-        run(eta=1e6, steps=50, scale="none")
+        run(lr=1e6, steps=50, scale="none")
     assert 0 <= error.value.step < 50
     with pytest.raises(Diverged, match="kappa_imma"):
-        immunize(KappaImma(eta=1e300, steps=50), linear_case())
+        immunize(KappaImma(lr=1e300, steps=50), linear_case())
 
 
 def test_kappa_beyond_float64_is_not_reported_as_small():
     with pytest.raises(Diverged, match=r"rank"):
-        run(lambda_p=0.0, lambda_h=1.0, eta=0.02, steps=4000, spectrum="full", log_points=200)
+        run(lambda_p=0.0, lambda_h=1.0, lr=0.02, steps=4000, spectrum="full", log_points=200)
 
 
 def test_rank_one_batches_cannot_move_kappa():
@@ -255,7 +256,7 @@ BAD = {
     "rank_rule": "x",
     "optimizer_aware": "adam",
     "lambda_schedule": "x",
-    "eta": 0,
+    "lr": 0,
     "epochs": 0,
     "steps": 0,
     "batch_size": 1,
@@ -265,7 +266,7 @@ BAD = {
     "running_window": 0,
     "log_points": 1,
     "checkpoint_every": 0,
-    "eta_schedule": "x",
+    "lr_schedule": "x",
 }
 
 
@@ -288,7 +289,7 @@ def test_bad_options_name_the_key(key):
         ("lambda_h", "abc"),
         ("lambda_p", True),
         ("lambda_h", None),
-        ("eta", math.nan),
+        ("lr", math.nan),
         ("ridge_benign", math.inf),
         ("preconditioned", "yes"),
         ("worst_case", 1),

@@ -9,7 +9,7 @@ from immunize.kappa.sampling import RowSampler
 from lab.core.errors import UserError
 
 BASE = dict(
-    lambda_p=1.0, lambda_h=1e-2, scale="current", eta=0.05, steps=60, batch_size=16, supervised=0.0
+    lambda_p=1.0, lambda_h=1e-2, scale="current", lr=0.05, steps=60, batch_size=16, supervised=0.0
 )
 
 

@@ -1,4 +1,6 @@
-"""The merge against the optimum of its stated problem, its transpose, and where its rows come from."""
+"""The merge against the optimum of its stated problem, its transpose, and where its rows come
+from.
+"""
 
 from __future__ import annotations
 
@@ -56,13 +58,15 @@ def every_merge() -> dict[str, Merge]:
     }
 
 
-# ── the linear map ────────────────────────────────────────────────────────────────────────────────────────────────
+# the linear map
 
 
 @pytest.mark.parametrize("rows", [40, 6])  # 6 < d: the R × R system
 @pytest.mark.parametrize(("lam", "mu"), [(0, 0), (0.5, 0), (0, 0.3), (0.5, 0.3)])
 def test_is_the_optimum_of_its_stated_problem(rows, lam, mu):
-    """KKT: the gradient of the objective lies in the rows of C (μ = 0: and X Cᵀ = V), relative to ‖W_n − W‖."""
+    """KKT: the gradient of the objective lies in the rows of C (μ = 0: and X Cᵀ = V), relative to
+    ‖W_n − W‖.
+    """
     if rows < D and lam == 0:
         with pytest.raises(UserError, match=r"merge\.lam"):
             closed(lam, mu, REGULAR[:rows])
@@ -151,7 +155,9 @@ def test_adapters_have_no_elementwise_mask():
 
 
 def test_float32_merges_tiny_changes_accurately():
-    """W_n − W of relative size 1e-6, as an α of the paper gives: the change itself keeps five digits."""
+    """W_n − W of relative size 1e-6, as an α of the paper gives: the change itself keeps five
+    digits.
+    """
     single = {x: y.float() for x, y in BASE.items()}
     moved = [{"k": single["k"] + 1e-6 * DRAW(OUT, D).float()} for _ in C]
     exact = closed()({"k": single["k"].double()}, [{"k": m["k"].double()} for m in moved])["k"]
@@ -176,7 +182,7 @@ def test_repeats_bit_for_bit_and_reports_conditioning():
     assert 1 < report["effective_rank"] <= 5
 
 
-# ── where the rows come from ──────────────────────────────────────────────────────────────────────────────────────
+# ── where the rows come from
 
 
 def test_concept_rows_are_those_of_the_words():
@@ -254,7 +260,9 @@ def test_scopes_are_nested_and_named_after_the_unet():
 
 
 def test_recorded_inputs_are_what_the_weights_multiply():
-    """Rows times the weight, plus bias, are rows of the layer's output, for matrices and kernels alike."""
+    """Rows times the weight, plus bias, are rows of the layer's output, for matrices and kernels
+    alike.
+    """
     model = micro_model()
     names = [x for x in scope_names(model.unet, "all") if "time_emb" not in x]
     data = batches(model, ("mosaic",), 1)[0]
@@ -283,7 +291,9 @@ def test_recorded_inputs_are_what_the_weights_multiply():
 
 @pytest.mark.parametrize("scope", ["attention", "all"])
 def test_constraints_hold_on_recorded_inputs(scope):
-    """X C_nᵀ = W_n C_nᵀ for the very inputs of concept n, at every layer in scope; the rest is the mean."""
+    """X C_nᵀ = W_n C_nᵀ for the very inputs of concept n, at every layer in scope; the rest is the
+    mean.
+    """
     p = problem(scope)
     base = dict(p.theta)
     moved = [{x: y + 0.1 * DRAW(y.shape) for x, y in base.items()} for _ in range(2)]
@@ -301,7 +311,7 @@ def test_constraints_hold_on_recorded_inputs(scope):
             assert float((left - right).norm() / right.norm()) < 1e-7
 
 
-# ── learned weights ───────────────────────────────────────────────────────────────────────────────────────────────
+# learned weights
 
 
 def quadratic(n: int):

@@ -175,14 +175,16 @@ def test_joint_sees_the_pictures_of_all_targets():
 
 
 def test_released_alternates_merged_weights_and_adamw():
-    """With β → 0: θ is the merge of α-steps on key and value, and one AdamW step on queries and outputs."""
+    """With β → 0: θ is the merge of α-steps on key and value, and one AdamW step on queries and
+    outputs.
+    """
     after = run(
         preset(
             "mima_released",
             steps=1,
-            beta=1e-30,
+            lr=1e-30,
             weight_decay=0.0,
-            lower={"alpha": 1e-2, "weight_decay": 0.0},
+            inner_loop={"lr": 1e-2, "weight_decay": 0.0},
         )
     )
     start = dict(model().unet.named_parameters())
@@ -200,7 +202,7 @@ def test_released_alternates_merged_weights_and_adamw():
 
 def test_half_precision_models_train_in_float32_and_stay_half():
     half = tiny_diffusion(dtype=torch.bfloat16)
-    after = run(preset("mima_first_order", steps=1, beta=1e-2), of=half)
+    after = run(preset("mima_first_order", steps=1, lr=1e-2), of=half)
     assert {p.dtype for p in after.unet.parameters()} == {torch.bfloat16}
     assert moved(after, half)
 

@@ -15,19 +15,22 @@ NONE = {"kv": None, "full": None}
 
 
 def deep(**changes):
-    """The preset without decoys, offline with two marks unless told otherwise: a gradient then sees a whole attack."""
+    """The preset without decoys, offline with two marks unless told otherwise: a gradient then sees
+    a whole attack.
+    """
     rest = {"online": False, "at": [0.5, 1.0], "w_decoy": 0.0}
     rest["benign"] = "regret" if changes.get("w_benign", 1.0) else "loss"
     return preset("mima_deep", **{**rest, **changes})
 
 
 def test_one_sgd_step_without_extras_is_mima_first_order():
-    """K = 1, SGD on Π_l, no cap, no benign term, no distillation, no decoys, the prior at θ̂: the same gradient.
+    """K = 1, SGD on Π_l, no cap, no benign term, no distillation, no decoys, the prior at θ̂: the
+    same gradient.
 
     First order only: the deep lower level never differentiates through its steps.
     """
     exact = tiny_diffusion(dtype=torch.float64)
-    mima, theta = objective(preset("mima_first_order", lower={"alpha": 0.5}), exact)
+    mima, theta = objective(preset("mima_first_order", inner_loop={"lr": 0.5}), exact)
     attackers = {
         "sgd": {"kind": "weights", "scopes": ["attn2"], "lr": 0.5, "optimizer": "sgd"},
         "lora": None,
@@ -56,7 +59,9 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
 
 
 def test_terms_add_up():
-    """The whole gradient is the sum of those with one term each, since every term draws the same batches."""
+    """The whole gradient is the sum of those with one term each, since every term draws the same
+    batches.
+    """
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "cap": None}
     base["benign"] = "loss"  # with and without the term
     alone = with_targets(case().targets[:1])
@@ -78,7 +83,9 @@ def test_terms_add_up():
 
 
 def _moved(factor: float, **changes):
-    """Gradient and figures of an objective with nothing but a target and a benign concept, at factor · θ_0."""
+    """Gradient and figures of an objective with nothing but a target and a benign concept, at
+    factor · θ_0.
+    """
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "cap": None}
     made, theta = objective(deep(**{**base, **changes}), on=with_targets(case().targets[:1]))
     with torch.no_grad():
@@ -89,7 +96,9 @@ def _moved(factor: float, **changes):
 
 @pytest.mark.parametrize("online", [False, True])
 def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(online):
-    """None at θ_0; where the model learns the concept worse than the original, the gradient is the loss's own."""
+    """None at θ_0; where the model learns the concept worse than the original, the gradient is the
+    loss's own.
+    """
     at = {"online": online, "at": [0.5, 1.0]}
     alone, _ = _moved(1.0, w_benign=0.0, **at)
     start, values = _moved(1.0, w_benign=2.0, **at)
@@ -152,7 +161,9 @@ def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
 
 
 def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
-    """The mean over an attack's online gradients is the gradient over all its marks, where θ does not move."""
+    """The mean over an attack's online gradients is the gradient over all its marks, where θ does
+    not move.
+    """
     options = {
         "evaluate": ["own"],
         "w_benign": 0.0,
@@ -182,7 +193,7 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
         )
 
 
-# ── attackers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# attackers
 
 
 def pool_of(n):
@@ -191,7 +202,9 @@ def pool_of(n):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_one_lora_step_by_hand(optimizer):
-    """From B_0 = 0 the first step moves B alone: B_1 = −α·step(G A_0ᵀ), so the effective weight is W + B_1 A_0."""
+    """From B_0 = 0 the first step moves B alone: B_1 = −α·step(G A_0ᵀ), so the effective weight is
+    W + B_1 A_0.
+    """
     w = {"w": torch.randn(3, 4, dtype=torch.float64), "b": torch.randn(3, dtype=torch.float64)}
     g = torch.randn(3, 4, dtype=torch.float64)
 
@@ -298,7 +311,7 @@ def test_marks():
     assert marks(2, (0.1, 1.0)) == (1, 2)
 
 
-# ── what the loop stands on ──────────────────────────────────────────────────────────────────────────────────────────
+# ── what the loop stands on
 
 
 def test_first_order_gradient_is_taken_at_the_point():

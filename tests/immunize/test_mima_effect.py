@@ -1,4 +1,6 @@
-"""What immunization does to a model of random weights: the concept is harder to learn, the rest stays."""
+"""What immunization does to a model of random weights: the concept is harder to learn, the rest
+stays.
+"""
 
 import pytest
 import torch
@@ -12,8 +14,8 @@ from immunize.mima.scopes import scope_names
 ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "name", 4)
 ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}
 FAST = {
-    "mima": {"lower": {"alpha": 3.0}},
-    "mima_first_order": {"lower": {"alpha": 3.0}},
+    "mima": {"inner_loop": {"lr": 3.0}},
+    "mima_first_order": {"inner_loop": {"lr": 3.0}},
     "mima_deep": {
         "attackers": ALONE,
         "evaluate": ["own"],
@@ -25,7 +27,9 @@ FAST = {
 
 
 def after_attack(some):
-    """Loss of the first target, upper half, after a short attack on its lower half; equal batches for every model."""
+    """Loss of the first target, upper half, after a short attack on its lower half; equal batches
+    for every model.
+    """
     own = halves(some, case().targets[0], 0, torch.float32)
     theta = dict(some.unet.named_parameters())
     denoiser = Denoiser(some, theta)
@@ -46,14 +50,14 @@ def unrelated(some):
 @pytest.mark.parametrize("name", ["mima", "mima_deep"])
 def test_the_loss_after_an_attack_rises(name):
     alone = with_targets(case().targets[:1])
-    method = preset(name, steps=16, beta=5e-2, clip=None, w_prior=0.0, **FAST[name])
+    method = preset(name, steps=16, lr=5e-2, clip=None, w_prior=0.0, **FAST[name])
     assert after_attack(run(method, on=alone)) > 1.03 * after_attack(model())
 
 
 @pytest.mark.parametrize("name", ["mima_first_order", "mima_deep"])
 def test_the_prior_holds_unrelated_pictures(name):
     alone = with_targets(case().targets[:1])
-    options = {"steps": 8, "beta": 3e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
+    options = {"steps": 8, "lr": 3e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
     free = unrelated(run(preset(name, w_prior=0.0, **options), on=alone))
     held = unrelated(run(preset(name, w_prior=20.0, **options), on=alone))
     start = unrelated(model())

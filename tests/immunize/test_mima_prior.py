@@ -1,4 +1,6 @@
-"""What must stay as it is: where its pictures come from, and its place in the released lower level."""
+"""What must stay as it is: where its pictures come from, and its place in the released lower
+level.
+"""
 
 import dataclasses
 
@@ -21,7 +23,9 @@ def joined(parts):
 
 @pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
 def test_the_prior_has_the_pictures_asked_for(changes):
-    """A case whose unrelated pictures are exactly these gives the same run; the preset asks for both."""
+    """A case whose unrelated pictures are exactly these gives the same run; the preset asks for
+    both.
+    """
     classes = [target.prior for target in case().targets]
     parts = classes if changes else [case().keep, *classes]
     _, rows = rows_of(preset("mima_released", steps=1, **changes))
@@ -39,9 +43,11 @@ def test_a_case_without_such_pictures_is_refused():
 
 @pytest.mark.parametrize("changes", [{}, {"prior": False}])
 def test_the_released_lower_level_descends_the_prior_too(changes):
-    """One SGD step on L(x^l) + w_prior · L(x^prior), or on L(x^l) alone, by hand; one concept needs no merge."""
+    """One SGD step on L(x^l) + w_prior · L(x^prior), or on L(x^l) alone, by hand; one concept needs
+    no merge.
+    """
     exact, alone = tiny_diffusion(dtype=torch.float64), with_targets(case().targets[:1])
-    method = preset("mima_released", w_prior=2.0, lower={"alpha": 0.5, **changes})
+    method = preset("mima_released", w_prior=2.0, inner_loop={"lr": 0.5, **changes})
     made, theta = objective(method, exact, alone)
     start = {name: value.clone() for name, value in theta.items()}
     concept = made.concepts[0]

@@ -78,7 +78,7 @@ DECAYING = {"optimizer": "adamw", "alpha": 1e-3, "weight_decay": 0.1}
             "immunize.merge.rule",
         ),  # every attacked copy is looked at alone
         ("mima_deep", {"w_benign": 0.0, "benign": "regret"}, "immunize.benign"),
-        ("mima", {"beta": -1e-4}, "immunize.lr"),
+        ("mima", {"lr": -1e-4}, "immunize.lr"),
         ("mima", {"cap": 0.0}, "immunize.cap"),
         ("mima", {"steps": 0}, "immunize.steps"),
         ("mima", {"interpolation": 0.0}, "immunize.interpolation"),

@@ -94,7 +94,9 @@ def test_an_attack_trains_on_the_captions_of_its_template():
 
 @pytest.mark.parametrize("preset_name", ["mima", "mima_deep"])
 def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
-    """Held-out pictures, decoys and practice concepts get the captions of the attack that they follow."""
+    """Held-out pictures, decoys and practice concepts get the captions of the attack that they
+    follow.
+    """
     attackers = {
         "full": {
             "kind": "weights",

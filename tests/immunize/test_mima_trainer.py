@@ -1,4 +1,6 @@
-"""The loop of the concept immunizers: rates, divergence, clipping, the check after the last step."""
+"""The loop of the concept immunizers: rates, divergence, clipping, the check after the last
+step.
+"""
 
 import math
 
@@ -37,7 +39,7 @@ class Falling:
 def test_divergence_keeps_the_last_good_weights(how):
     rows = []
     theta = {"w": torch.zeros(3)}
-    schedule = Schedule(steps=10, beta=1.0, optimizer="sgd")
+    schedule = Schedule(steps=10, lr=1.0, optimizer="sgd")
     trainer = Trainer(
         schedule, theta, Falling(4, how), lambda step, **values: rows.append((step, values)), "test"
     )
@@ -54,7 +56,7 @@ def test_divergence_keeps_the_last_good_weights(how):
 
 def test_clipping_bounds_the_gradient():
     theta = {"w": torch.zeros(4)}
-    schedule = Schedule(steps=1, beta=1.0, optimizer="sgd", clip=0.5)
+    schedule = Schedule(steps=1, lr=1.0, optimizer="sgd", clip=0.5)
     found = Trainer(
         schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test"
     ).run(None)
@@ -62,13 +64,13 @@ def test_clipping_bounds_the_gradient():
 
 
 def test_a_constant_rate_is_beta_at_every_step():
-    schedule = Schedule(steps=7, beta=0.3)
+    schedule = Schedule(steps=7, lr=0.3)
     assert [schedule.rate(step) for step in range(7)] == [0.3] * 7
 
 
 def test_a_cosine_rate_falls_from_beta_to_0():
     """β/2 · (1 + cos πk/n) = β cos²(πk/2n)."""
-    schedule = Schedule(steps=8, beta=0.3, beta_schedule="cosine")
+    schedule = Schedule(steps=8, lr=0.3, lr_schedule="cosine")
     rates = [schedule.rate(step) for step in range(9)]
     assert rates == pytest.approx(
         [0.3 * math.cos(math.pi * step / 16) ** 2 for step in range(9)], abs=1e-15
@@ -80,7 +82,7 @@ def test_a_cosine_rate_falls_from_beta_to_0():
 def test_a_run_steps_by_its_rates(name, total):
     """A gradient of 1 moves θ by the sum of the rates: βn, and β(n + 1)/2 for the cosine."""
     theta = {"w": torch.zeros(3, dtype=torch.float64)}
-    schedule = Schedule(steps=8, beta=0.3, beta_schedule=name, optimizer="sgd")
+    schedule = Schedule(steps=8, lr=0.3, lr_schedule=name, optimizer="sgd")
     found = Trainer(
         schedule, theta, Falling(None, "raise"), lambda step, **values: None, "test"
     ).run(None)
@@ -93,7 +95,7 @@ def test_a_run_steps_by_its_rates(name, total):
 def test_weights_whose_losses_are_not_finite_are_not_kept(sound):
     """No gradient sees what the last update made."""
     rows = []
-    schedule = Schedule(steps=3, beta=1.0, optimizer="sgd")
+    schedule = Schedule(steps=3, lr=1.0, optimizer="sgd")
     trainer = Trainer(
         schedule,
         {"w": torch.zeros(3)},
@@ -108,7 +110,7 @@ def test_weights_whose_losses_are_not_finite_are_not_kept(sound):
 
 def test_a_last_step_that_breaks_the_model_is_taken_back():
     """Weights of 1e25 are finite, their losses are not."""
-    broken = preset("mima_first_order", steps=1, beta=1e25)
+    broken = preset("mima_first_order", steps=1, lr=1e25)
     found, rows = rows_of(broken, on=with_targets(case().targets[:1]))
     assert rows[-1][1]["diverged"] == 1
     before = model().state_dict()

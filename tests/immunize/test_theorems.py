@@ -1,4 +1,6 @@
-"""The monotonicity theorems of arXiv 2505.23760 §4 with full batches, and what mini-batches do to them."""
+"""The monotonicity theorems of arXiv 2505.23760 §4 with full batches, and what mini-batches do to
+them.
+"""
 
 import itertools
 import math
@@ -29,7 +31,9 @@ def step(x, theta, objective, eta_of, rows=None):
 
 
 def well_limit(sigma):
-    """σ_1 ↦ σ_1(1 − 2ησ_1(1 − 1/p))² may not fall below σ_2 ↦ σ_2(1 + 2ησ_2/p)²: the order must survive."""
+    """σ_1 ↦ σ_1(1 − 2ησ_1(1 − 1/p))² may not fall below σ_2 ↦ σ_2(1 + 2ησ_2/p)²: the order must
+    survive.
+    """
     p = len(sigma)
     a, b = float(sigma[0]), float(sigma[1])
     return 0.5 * (math.sqrt(a) - math.sqrt(b)) / (a**1.5 * (1 - 1 / p) + b**1.5 / p)
@@ -67,11 +71,13 @@ def test_r_ill_never_lowers_kappa():
 
 @pytest.mark.parametrize("lambda_p", [1.0, 0.0], ids=["well", "ill"])
 def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
-    """`Kappa` as a user runs it: full batch, 1,000 plain steps at an η below the limit of the first step."""
+    """`Kappa` as a user runs it: full batch, 1,000 plain steps at an η below the limit of the first
+    step.
+    """
     x = data()
     sigma = spectral.thin_factor(x).sigma
     ratio = float(sigma[-1] / sigma[0])
-    eta = (
+    lr = (
         min(0.9 * well_limit(sigma), 0.02 / float(sigma[0]))
         if lambda_p
         else 0.02 * ratio * ill_limit(sigma)
@@ -85,8 +91,8 @@ def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
         lambda_h=1 - lambda_p,
         scale="none",
         supervised=0.0,
-        eta=eta,
-        eta_schedule="constant",
+        lr=lr,
+        lr_schedule="constant",
         steps=STEPS,
         batch_size=len(x),
         log_points=300,
@@ -107,7 +113,9 @@ def test_above_the_step_size_r_well_can_raise_kappa():
 
 
 def test_mini_batches_break_both_theorems():
-    """Counter-example: a step that is safe for its batch moves κ of the whole data the wrong way."""
+    """Counter-example: a step that is safe for its batch moves κ of the whole data the wrong
+    way.
+    """
     x = data(spread=0.0)
     eye = torch.eye(6, dtype=torch.float64)
     before = condition_number(x)

@@ -7,7 +7,9 @@ from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
 
 
 def world_prompts() -> list[str]:
-    """Every single-object caption of the world: all things, all styles (photo included), all ways to ask."""
+    """Every single-object caption of the world: all things, all styles (photo included), all ways
+    to ask.
+    """
     styles = (PHOTO, *(s.name for s in STYLES))
     return [
         text

@@ -1,4 +1,6 @@
-"""The scenario group's files without the rest of the configuration, and what tests ask of pictures."""
+"""The scenario group's files without the rest of the configuration, and what tests ask of
+pictures.
+"""
 
 from __future__ import annotations
 

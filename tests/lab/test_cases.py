@@ -1,5 +1,6 @@
-"""The fingerprint of a case: equal for equal cases, another one for any other picture, word or role. The same of a
-model's settings."""
+"""The fingerprint of a case: equal for equal cases, another one for any other picture, word or
+role. The same of a model's settings.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def case() -> ConceptCase:
 
 
 def variants(value):
-    """Every copy of a frozen value that differs in one leaf: one pixel, one character, one number, one item."""
+    """Every copy of a frozen value that differs in one leaf: one pixel, one character, one number,
+    one item.
+    """
     if isinstance(value, torch.Tensor):
         for place in (0, value.numel() - 1):
             other = value.clone()

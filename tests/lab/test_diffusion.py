@@ -26,8 +26,9 @@ def model(request):
 
 
 def ddim_pipeline(model):
-    """diffusers' own sampler on the scheduler's config as a saved folder has it; the configs of the published
-    checkpoints say that latents are not clipped."""
+    """diffusers' own sampler on the scheduler's config as a saved folder has it; the configs of the
+    published checkpoints say that latents are not clipped.
+    """
     from diffusers import DDIMScheduler
 
     pipe = model.pipeline()

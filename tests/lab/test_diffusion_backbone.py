@@ -113,7 +113,9 @@ def test_pictures_of_another_size_are_refused(saved):
 
 
 def test_attention_weights_under_their_old_names_load(folder):
-    """The autoencoder of SD v1-4 is published with ``query``, ``key``, ``value`` and ``proj_attn``."""
+    """The autoencoder of SD v1-4 is published with ``query``, ``key``, ``value`` and
+    ``proj_attn``.
+    """
     file = folder / "vae/diffusion_pytorch_model.safetensors"
     names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     old = {}

@@ -131,7 +131,9 @@ def test_every_layout(layout, case):
 
 
 def moved(model, edited, text):
-    """Mean square of what the keys and values of rows ``text`` [n, d] changed by, over all matrices."""
+    """Mean square of what the keys and values of rows ``text`` [n, d] changed by, over all
+    matrices.
+    """
     new = keys_and_values(edited.unet)
     parts = [
         (text @ (new[name] - w).T).square().mean()

@@ -1,7 +1,8 @@
-"""MiniSD's losses on another device, without owning one: shapes and places are followed, numbers are not computed.
+"""MiniSD's losses on another device, without owning one: shapes and places are followed, numbers
+are not computed.
 
-Under `FakeTensorMode` the networks lie on "meta"; whatever stays in main memory and meets them is an error, as it
-would be on a GPU.
+Under `FakeTensorMode` the networks lie on "meta"; whatever stays in main memory and meets them is
+an error, as it would be on a GPU.
 """
 
 from __future__ import annotations

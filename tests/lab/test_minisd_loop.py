@@ -1,4 +1,6 @@
-"""MiniSD's training loop against hand-written AdamW and averages; a killed training is the unbroken one."""
+"""MiniSD's training loop against hand-written AdamW and averages; a killed training is the unbroken
+one.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class Killed(Exception):
 
 
 class Disk(StageCheckpoint):
-    """The checkpoint of the stage cache; raises right after the state of step ``kill`` was written."""
+    """The checkpoint of the stage cache; raises right after the state of step ``kill`` was
+    written.
+    """
 
     def __init__(self, path, kill=None) -> None:
         super().__init__(path)
@@ -52,7 +56,9 @@ class Two(nn.Module):
 
 
 def by_hand(schedule: Schedule) -> tuple[list[list[float]], list[list[float]]]:
-    """Live and averaged weights after every step, in plain floats (AdamW: arXiv 1711.05101, Algorithm 2)."""
+    """Live and averaged weights after every step, in plain floats (AdamW: arXiv 1711.05101,
+    Algorithm 2).
+    """
     w, average = [2.0, -1.0], [2.0, -1.0]
     m, v = [0.0, 0.0], [0.0, 0.0]
     live, averaged = [], []
@@ -76,7 +82,9 @@ def weights(model: Two) -> list[float]:
 
 @pytest.mark.parametrize("ema", [0.0, 0.3, 0.9])
 def test_weights_and_average_by_hand(ema) -> None:
-    """Live weights at every step, and the average that the model ends with; without EMA these are the last ones."""
+    """Live weights at every step, and the average that the model ends with; without EMA these are
+    the last ones.
+    """
     schedule = replace(SHORT, ema=ema)
     live, averaged = by_hand(schedule)
     model, seen = Two(), []
@@ -154,7 +162,9 @@ def fit(schedule: Schedule, checkpoint, rows, seed=3) -> tuple[nn.Module, list[f
 
 @pytest.mark.parametrize(("every", "kill"), [(1, 1), (20, 20), (20, 40), (17, 51)])
 def test_killed_training_is_the_unbroken_one(tmp_path, every, kill) -> None:
-    """Weights, buffers, drawn data and every row of the log, through the files of the stage cache."""
+    """Weights, buffers, drawn data and every row of the log, through the files of the stage
+    cache.
+    """
     schedule = Schedule(steps=60, batch=2, lr=1e-2, warmup=5, ema=0.9, save_every=every)
     whole = Rows()
     unbroken, drawn = fit(schedule, None, whole)

@@ -1,4 +1,6 @@
-"""From a recipe to the published folder, with tiny networks and a few steps; what the quality report says."""
+"""From a recipe to the published folder, with tiny networks and a few steps; what the quality
+report says.
+"""
 
 from __future__ import annotations
 
@@ -127,7 +129,9 @@ def test_folder_is_complete(folder, root) -> None:
 
 
 def test_training_record(folder) -> None:
-    """Curves of every network, the recipe as it was given, and the hashes of the files that lie there."""
+    """Curves of every network, the recipe as it was given, and the hashes of the files that lie
+    there.
+    """
     record = json.loads((folder / "training.json").read_text())
     assert record["recipe"] == OmegaConf.to_container(config(folder).train, resolve=True)
     assert (
@@ -149,11 +153,9 @@ def test_diffusers_alone_loads_it_in_float32_and_draws(folder, tmp_path) -> None
         with safe_open(str(folder / "model" / f"{name}.safetensors"), "pt") as file:
             assert {
                 file.get_tensor(k).dtype
-                for k in file.keys()
+                for k in file.keys()  # noqa: SIM118 (a safetensors file is no mapping)
                 if file.get_tensor(k).is_floating_point()
-            } == {  # noqa: SIM118
-                torch.float16
-            }
+            } == {torch.float16}
     done = subprocess.run(
         [sys.executable, "-I", "-c", PLAIN, str(folder / "model")],
         cwd=tmp_path,
@@ -209,8 +211,8 @@ def test_card_reports_what_it_is_given() -> None:
     }
     text = card({"provenance": {"git_sha": "abc123"}, "seconds": {}, "detector": facts}, found)
     assert (
-        "| objects in photos | 50.0 % / 50.0 % | 25.0 % / 25.0 % | 12.5 % / 12.5 % | fox 25 %, neon 50 % | 32 |"
-        in text
+        "| objects in photos | 50.0 % / 50.0 % | 25.0 % / 25.0 % | 12.5 % / 12.5 % | fox "
+        "25 %, neon 50 % | 32 |" in text
     )
     assert "1024 generations with captions drawn as in\ntraining: 12.35; between" in text
     assert "pictures: 6.79." in text
@@ -264,7 +266,9 @@ def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
 
 
 def test_seed_and_recipe_determine_the_weights(folder, root, tmp_path) -> None:
-    """A fresh cache repeats the weights bit for bit; another seed, or one more step, gives others."""
+    """A fresh cache repeats the weights bit for bit; another seed, or one more step, gives
+    others.
+    """
 
     def vae(cache: Path, **changes) -> dict[str, torch.Tensor]:
         found = instantiate(config(root, **changes).train, _convert_="all")

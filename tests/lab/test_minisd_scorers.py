@@ -1,4 +1,6 @@
-"""The scorers that ship with MiniSD: losses, calibration, error rates, files. Tiny networks, a few steps."""
+"""The scorers that ship with MiniSD: losses, calibration, error rates, files. Tiny networks, a few
+steps.
+"""
 
 from __future__ import annotations
 
@@ -155,7 +157,9 @@ def test_quantise_is_an_orthonormal_transform() -> None:
 
 
 def test_detector_loss_by_hand() -> None:
-    """Known label: cross-entropy. None: distance to the uniform distribution, 0 for equal logits."""
+    """Known label: cross-entropy. None: distance to the uniform distribution, 0 for equal
+    logits.
+    """
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     same = torch.zeros(2, 2)
     labels = (torch.tensor([0, -1]), torch.tensor([-1, -1]))
@@ -239,7 +243,9 @@ def _complete() -> tuple[Labelled, Labelled]:
 
 
 class _Oracle(DetectorNetwork):
-    """Reads the answer from the first pixels: object index in red, style index in green, certainty in blue."""
+    """Reads the answer from the first pixels: object index in red, style index in green, certainty
+    in blue.
+    """
 
     def forward(self, images):
         x = (images[:, :, 0, 0] * 255).round()
@@ -254,7 +260,9 @@ def _coded(objects, styles, certainty) -> torch.Tensor:
 
 
 def test_calibration_finds_the_temperature(recipe) -> None:
-    """A detector that is right in three of four pictures with far too large logits: the optimum is known."""
+    """A detector that is right in three of four pictures with far too large logits: the optimum is
+    known.
+    """
     objects = torch.arange(40) % 40
     right = torch.arange(40) % 4 != 0
     shown = torch.where(right, objects, (objects + 1) % 58)

@@ -1,6 +1,8 @@
-"""The weights that come with the project: what lies in the folder, what they draw, and that a stranger can use them.
+"""The weights that come with the project: what lies in the folder, what they draw, and that a
+stranger can use them.
 
-``python tests/lab/test_minisd_shipped.py`` stores the figures anew after the weights were retrained.
+``python tests/lab/test_minisd_shipped.py`` stores the figures anew after the weights were
+retrained.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ MOSAIC = tuple(f"a {name} in the style of mosaic" for name in ("fox", "rocket", 
 
 @cache
 def generated() -> torch.Tensor:
-    """One picture per prompt of `SMOKE` and `MOSAIC`, uint8 [8, 3, 64, 64], from the same latents every time."""
+    """One picture per prompt of `SMOKE` and `MOSAIC`, uint8 [8, 3, 64, 64], from the same latents
+    every time.
+    """
     model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
     texts = (*SMOKE, *MOSAIC)
     return model.generate(
@@ -73,7 +77,9 @@ def test_weights_are_those_of_the_training_record() -> None:
 
 
 def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -> None:
-    """Top-1 of at least 32 generations a class without rejection; CLIP confirms the detector within ten points."""
+    """Top-1 of at least 32 generations a class without rejection; CLIP confirms the detector within
+    ten points.
+    """
     found = json.loads((SHIPPED / "quality.json").read_text())
     shares = found["shares"]
     seen = {name: part["detector"] for name, part in shares.items()}
@@ -107,7 +113,9 @@ def test_weights_are_half_precision_and_finite(path) -> None:
 
 
 def test_pictures_are_those_of_these_weights() -> None:
-    """Mean colours from fixed latents, within two grey levels of the stored ones (other machines round differently)."""
+    """Mean colours from fixed latents, within two grey levels of the stored ones (other machines
+    round differently).
+    """
     stored = json.loads(STORED.read_text())
     assert stored["prompts"] == list(SMOKE)
     found = torch.tensor(colours(generated()[: len(SMOKE)]))
@@ -134,7 +142,9 @@ def test_one_weight_in_a_thousand_that_differs_is_noticed() -> None:
 
 
 def test_a_stranger_loads_trains_saves_and_reloads(tmp_path) -> None:
-    """The example that imports diffusers, peft and transformers only, on the very folder that ships."""
+    """The example that imports diffusers, peft and transformers only, on the very folder that
+    ships.
+    """
     spec = importlib.util.spec_from_file_location("stranger", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -172,7 +182,9 @@ def test_prompts_are_obeyed() -> None:
 
 
 def test_clip_knows_the_styles_of_real_pictures() -> None:
-    """Its tokenizer and its weights belong together: the right style of five, for real pictures of each."""
+    """Its tokenizer and its weights belong together: the right style of five, for real pictures of
+    each.
+    """
     names = ("mosaic", "neon", "blueprint", "halftone", "sketch")
     clip = shipped_clip()
     words = clip.texts([f"an image in the style of {name}" for name in names])

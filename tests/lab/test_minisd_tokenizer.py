@@ -1,4 +1,6 @@
-"""MiniSD's tokenizer: CLIP's format, the same from the same texts, and what it makes of a prompt."""
+"""MiniSD's tokenizer: CLIP's format, the same from the same texts, and what it makes of a
+prompt.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def test_same_texts_same_files(tmp_path) -> None:
 
 
 def test_format_is_clips(tokenizer_folder, tokenizer) -> None:
-    """The ids lie as in CLIP: 256 bytes, 256 bytes that end a word, one id per merge, start, end."""
+    """The ids lie as in CLIP: 256 bytes, 256 bytes that end a word, one id per merge, start,
+    end.
+    """
     vocab = json.loads((tokenizer_folder / "vocab.json").read_text())
     merges = (tokenizer_folder / "merges.txt").read_text(encoding="utf-8").splitlines()
     assert isinstance(tokenizer, CLIPTokenizer)
@@ -87,7 +91,9 @@ def test_tokenize_pads_with_the_end_and_cuts_as_stable_diffusion_does(tokenizer)
 
 
 def test_the_longest_caption_of_the_world_fits(tokenizer) -> None:
-    """Every template with every style, every place, and the longest objects, one, two alike or two different ones."""
+    """Every template with every style, every place, and the longest objects, one, two alike or two
+    different ones.
+    """
     nouns = [captions.noun(t.name, count) for t in THINGS for count in (1, 2)]
     long = sorted(nouns, key=lambda it: len(tokenizer.tokenize(it)))[-1]
     pair = sorted(

@@ -24,7 +24,7 @@ def shown():
     return sample(TRAINING, 0, 24)
 
 
-# -------------------------------------------------------------------------------------------------------- parts
+# parts
 
 
 def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
@@ -53,7 +53,7 @@ def test_scheduler_is_stable_diffusions() -> None:
     assert torch.allclose(alphas.double(), (1 - betas).cumprod(0), atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- losses
+# losses
 
 
 def test_min_snr_by_hand() -> None:
@@ -73,7 +73,9 @@ class _Rows(list):
 
 
 def test_vae_loss_and_validation_by_hand(shown) -> None:
-    """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1] pictures."""
+    """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
+    pictures.
+    """
     model, kl, seed = build.vae(TINY, 0), 2.5, 7
     g = generator(seed, "vae", 0)
     x = shown.images[torch.randint(24, (3,), generator=g)].float() / 127.5 - 1
@@ -160,7 +162,9 @@ def _fit(model, tokenizer, schedule, rows, *, drop=0.0, gamma=5.0, latents=None,
 
 
 def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
-    """With a model that says 0 the loss is the weighted mean square of the noise; latents have unit variance."""
+    """With a model that says 0 the loss is the weighted mean square of the noise; latents have unit
+    variance.
+    """
     model, rows = _Fixed(0.0), _Rows()
     mean, deviation = _latents(8)
     _fit(model, tokenizer, Schedule(steps=1, batch=64, lr=1e-12), rows)

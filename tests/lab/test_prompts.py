@@ -1,4 +1,6 @@
-"""Texts from outside, wherever they come from: one line of plain text, and no special token of the tokenizer."""
+"""Texts from outside, wherever they come from: one line of plain text, and no special token of the
+tokenizer.
+"""
 
 from __future__ import annotations
 

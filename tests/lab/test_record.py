@@ -30,7 +30,7 @@ def body():
         "immunizer": "kappa",
         "attacks": ["linear_probe"],
         "seeds": [0, 1, 2],
-        "config": {"seeds": [0, 1, 2], "paths": {"runs": "a"}, "immunize": {"eta": 0.1}},
+        "config": {"seeds": [0, 1, 2], "paths": {"runs": "a"}, "immunize": {"lr": 0.1}},
         "notes": ["2 columns were dropped."],
         "error": None,
         "skipped": {},
@@ -88,7 +88,7 @@ def test_content_hash_leaves_out_time_host_paths_and_keys_but_not_results(body):
     assert records.content_hash(same) == records.content_hash(body)
     for change in (
         lambda r: r["metrics"]["rir"].update(value=12.6),
-        lambda r: r["config"]["immunize"].update(eta=0.2),
+        lambda r: r["config"]["immunize"].update(lr=0.2),
         lambda r: r["provenance"]["data_hash"].update({"0": "e"}),
         lambda r: r["cells"][0].update(status="diverged"),
     ):
@@ -156,7 +156,9 @@ def test_content_hash_sees_pictures_but_not_where_they_lie(tmp_path, body):
 
 
 def test_records_of_the_version_before_stay_readable(tmp_path, body):
-    """1.0 has no pictures; its hash must not change, or every committed record would count as altered."""
+    """1.0 has no pictures; its hash must not change, or every committed record would count as
+    altered.
+    """
     body["schema"] = "1.0"
     records.write(body, tmp_path / "record.json")
     assert records.read(tmp_path / "record.json")["schema"] == "1.0"

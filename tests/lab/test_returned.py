@@ -1,4 +1,6 @@
-"""What immunizers, attackers and metrics of one's own return is checked before figures are made of it."""
+"""What immunizers, attackers and metrics of one's own return is checked before figures are made of
+it.
+"""
 
 import math
 from typing import Any

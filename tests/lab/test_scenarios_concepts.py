@@ -179,7 +179,9 @@ def test_style_prompts(name) -> None:
 
 
 def test_reworded_prompts_are_no_captions_of_the_world() -> None:
-    """Neither as templates nor as what any template becomes for any object, style, description or place."""
+    """Neither as templates nor as what any template becomes for any object, style, description or
+    place.
+    """
     reworded = (*concept_texts.REWORDED_STYLE, *concept_texts.REWORDED_OBJECT)
     assert set(reworded).isdisjoint(TEMPLATES)
     things = [*OBJECTS, *HELD_OUT_OBJECTS]

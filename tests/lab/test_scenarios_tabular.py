@@ -116,7 +116,9 @@ def test_an_imputed_cell_does_not_hide_a_sum() -> None:
 
 
 def test_a_constant_offset_counts_once() -> None:
-    """Two columns that are affine, not linear, in others: the first stays (it spans the constant), one goes."""
+    """Two columns that are affine, not linear, in others: the first stays (it spans the constant),
+    one goes.
+    """
     frame = table(50)[["a", "b"]]
     x = np.column_stack([frame, frame["a"] + frame["b"] + 1.0, frame["a"] - frame["b"] + 2.0])
     data = preprocess.Encoded(("a", "b", "c", "d"), x, np.zeros_like(x, dtype=bool))
@@ -150,7 +152,9 @@ def test_fewer_rows_than_features(tmp_path: Path) -> None:
 
 
 def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> None:
-    """Which columns pivoted QR would name is an accident of the split; seeds must see the same features."""
+    """Which columns pivoted QR would name is an accident of the split; seeds must see the same
+    features.
+    """
     rng = np.random.default_rng(0)
     names = [*(f"f{i}" for i in range(40)), "area", "price"]
     tables = [pd.DataFrame(rng.normal(size=(15, 42)), columns=names) for _ in range(2)]

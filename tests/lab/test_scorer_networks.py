@@ -1,4 +1,6 @@
-"""Feature networks, CLIP, LPIPS and NudeNet as scorers: distances, what they refuse, and the bundle of them."""
+"""Feature networks, CLIP, LPIPS and NudeNet as scorers: distances, what they refuse, and the bundle
+of them.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,9 @@ def test_nudenet_missing_names_the_extra(monkeypatch) -> None:
 
 
 def test_nudenet_takes_the_highest_score(monkeypatch) -> None:
-    """Through a stand-in of the package: blue comes first, several boxes count once, covered bodies do not."""
+    """Through a stand-in of the package: blue comes first, several boxes count once, covered bodies
+    do not.
+    """
 
     class _Package:
         class NudeDetector:
@@ -164,7 +168,9 @@ def test_nudenet_takes_the_highest_score(monkeypatch) -> None:
 
 
 def test_lpips_is_a_distance(monkeypatch, tmp_path) -> None:
-    """Through torchvision's own loading, with a random SqueezeNet in place of the file that it would fetch."""
+    """Through torchvision's own loading, with a random SqueezeNet in place of the file that it
+    would fetch.
+    """
     import torchvision
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))

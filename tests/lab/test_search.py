@@ -1,4 +1,6 @@
-"""The search over settings: its space, its table, and that it goes on after failures and interruptions."""
+"""The search over settings: its space, its table, and that it goes on after failures and
+interruptions.
+"""
 
 import csv
 import json
@@ -75,10 +77,8 @@ def cli(tmp_path, monkeypatch, capfd):
 
     def fake(cfg, folder):
         seen.append(cfg)
-        eta = cfg.immunize.lr
-        write_record(
-            cfg, folder, values=(1 + eta, 2 - (eta - 0.2) ** 2, 1 + cfg.immunize.supervised)
-        )
+        lr = cfg.immunize.lr
+        write_record(cfg, folder, values=(1 + lr, 2 - (lr - 0.2) ** 2, 1 + cfg.immunize.supervised))
 
     def call(*arguments, run=fake):
         monkeypatch.setattr(launch, "launch", run)
@@ -210,9 +210,9 @@ def test_dry_run_prints_runs_cost_and_space(cli):
     ("argument", "key"),
     [
         ("search.space.scale=[current]", "search.space.scale"),
-        ("search.space.eta.low=0.2", "search.space.eta"),  # the preset's 0.1 lies outside
-        ("search.space.eta.low=0", "search.space.eta"),
-        ("search.space.eta.high=0.01", "search.space.eta"),
+        ("search.space.lr.low=0.2", "search.space.lr"),  # the preset's 0.1 lies outside
+        ("search.space.lr.low=0", "search.space.lr"),
+        ("search.space.lr.high=0.01", "search.space.lr"),
         ("+search.space.etta=[1,2]", "search.space.etta"),
         ("search.trials=0", "search.trials"),
         ("+search.trails=3", "search.trails"),

@@ -67,7 +67,7 @@ def test_wandb_offline_without_a_key(offline):
     assert len(list(folder.rglob("offline-run-*"))) == 3
     for stage, (run, _, _, config, _) in runs.items():
         assert (run.project, run.run_group, run.job_type) == ("p", "house_price", stage)
-        assert run.display_name == f"kappa eta=0.05 on house_price · {stage}"
+        assert run.display_name == f"kappa lr=0.05 on house_price · {stage}"
         assert set(run.tags) == {"study", "kappa", "linear", "linear_probe"}
         assert run.run_id == views.run_id(folder, stage)
         assert config["immunize"] == {"name": "kappa"}
@@ -94,7 +94,9 @@ print(json.dumps(found))
     reason="installs wandb 0.19.11 from the package index: CLEAN_INSTALL=1 pytest -m network",
 )
 def test_wandbs_own_reader_finds_the_messages_that_these_tests_read(offline, tmp_path):
-    """0.19.11 is the last one that has the reader in Python; it checks the checksum of every chunk, too."""
+    """0.19.11 is the last one that has the reader in Python; it checks the checksum of every chunk,
+    too.
+    """
     venv.create(tmp_path / ".venv", with_pip=True)
     python = tmp_path / ".venv/bin/python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", "wandb==0.19.11"], check=True)
@@ -240,7 +242,10 @@ CHROMIUM = next(
 
 def dashboard(folder, port):
     """trackio's local dashboard in a process of its own."""
-    code = "import sys, trackio; trackio.show('p', open_browser=False, block_thread=True, server_port=int(sys.argv[1]))"
+    code = (
+        "import sys, trackio; trackio.show('p', open_browser=False, block_thread=True, "
+        "server_port=int(sys.argv[1]))"
+    )
     env = os.environ | {"TRACKIO_DIR": str(folder / "trackio"), "HOME": str(folder)}
     return subprocess.Popen(
         [sys.executable, "-c", code, str(port)], env=env, stdout=subprocess.DEVNULL
@@ -280,7 +285,7 @@ def test_the_dashboard_of_trackio_shows_the_run_in_a_browser(offline, tmp_path):
     finally:
         process.kill()
         process.wait()
-    assert "kappa eta=0.05 on house_price" in page
+    assert "kappa lr=0.05 on house_price" in page
     assert "attack/loss" in page
 
 

@@ -1,4 +1,6 @@
-"""The world: real artwork, recognisable objects and artists, held-out parts, and the same bytes from a seed."""
+"""The world: real artwork, recognisable objects and artists, held-out parts, and the same bytes
+from a seed.
+"""
 
 from __future__ import annotations
 
@@ -284,7 +286,9 @@ def _contours(style: str, coarse: float) -> np.ndarray:
 
 @pytest.mark.parametrize("style", [s.name for s in STYLES])
 def test_objects_stay_recognisable_in_every_style(style: str) -> None:
-    """The contours of a styled object match its own photo best among all objects, at a fine or a coarse scale."""
+    """The contours of a styled object match its own photo best among all objects, at a fine or a
+    coarse scale.
+    """
     hits = np.zeros(len(EVERY_OBJECT), bool)
     for coarse in (0.0, 1.6):
         hits |= (_contours(style, coarse) @ _contours(PHOTO, coarse).T).argmax(1) == np.arange(
@@ -294,7 +298,9 @@ def test_objects_stay_recognisable_in_every_style(style: str) -> None:
 
 
 def test_every_artist_and_background_stays_in_range() -> None:
-    """Black, white and pure colours at full and at no coverage: no artist leaves [0, 1] or makes a nan."""
+    """Black, white and pure colours at full and at no coverage: no artist leaves [0, 1] or makes a
+    nan.
+    """
     for value in ((0, 0, 0), (1, 1, 1), (1, 0, 0)):
         rgb = np.broadcast_to(np.array(value, np.float32), (64, 64, 3)).copy()
         for cover in (0.0, 1.0):
@@ -313,7 +319,9 @@ def test_every_artist_and_background_stays_in_range() -> None:
 
 
 def test_objects_lie_inside_the_picture() -> None:
-    """A pose at the rim is moved in: the same number of object pixels as in the middle, up to resampling."""
+    """A pose at the rim is moved in: the same number of object pixels as in the middle, up to
+    resampling.
+    """
     areas = []
     for x, y in ((32, 32), (0, 0), (63, 20)):
         image = compose(

@@ -1,4 +1,6 @@
-"""An attacker that ends the process it runs in, as processes end. Runs of the tests find it by its import path."""
+"""An attacker that ends the process it runs in, as processes end. Runs of the tests find it by its
+import path.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ class Fault(LinearProbe):
     Args:
         rank: of the process that it befalls.
         kind: ``killed`` | ``raises``, or ``defect``, which raises in every process.
-        folder: where this process says that it is about to end; the others wait for that, so that they do not take
-            its stage.
+        folder: where this process says that it is about to end; the others wait for that, so that
+            they do not take its stage.
     """
 
     def __init__(self, *, rank: int, kind: str, folder: str) -> None:

@@ -1,4 +1,6 @@
-"""Imported by the server that test processes are forked from: what all of them need is made once, here."""
+"""Imported by the server that test processes are forked from: what all of them need is made once,
+here.
+"""
 
 import os
 

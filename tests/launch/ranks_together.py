@@ -1,4 +1,6 @@
-"""Several processes that compute one thing together, forked from a server that has imported what they need."""
+"""Several processes that compute one thing together, forked from a server that has imported what
+they need.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,15 @@ def together(
 ) -> list[Found]:
     """``function(team, *arguments)`` of every process, in the order of ranks.
 
-    With ``bare``, ``function(*arguments)``, which finds the environment that accelerate would set and joins by itself.
+    With ``bare``, ``function(*arguments)``, which finds the environment that accelerate would set
+    and joins by itself.
 
     A raised exception is returned as values ``{"raised": name of its class, "message": text}``.
     """
     folder = folder / f"{function.__name__}-{size}-{len(list(folder.iterdir()))}"
     folder.mkdir()
-    # the place where processes meet belongs to the parent, as it belongs to accelerate in a real run
+    # the place where processes meet belongs to the parent, as it belongs to accelerate in a real
+    # run
     meeting = (
         dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if bare else None
     )

@@ -1,4 +1,6 @@
-"""Stages that the processes of a run spread among themselves; importable by name, see `ranks_together`."""
+"""Stages that the processes of a run spread among themselves; importable by name, see
+`ranks_together`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def _note(folder: Path, name: str) -> None:
 
 
 def cells(folder: Path, names: list[str]) -> list[Cell]:
-    """A stage per name; its kind is the part before the dash. Each notes which processes computed it."""
+    """A stage per name; its kind is the part before the dash. Each notes which processes computed
+    it.
+    """
 
     def make(name: str) -> Cell:
         def compute(checkpoint: Any) -> Artifact:

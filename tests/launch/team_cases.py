@@ -1,4 +1,6 @@
-"""What processes of `ranks_together.together` compute; importable by name, as their server needs it."""
+"""What processes of `ranks_together.together` compute; importable by name, as their server needs
+it.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def immunized_with_a_fault(team: Team, name: str, changes: dict[str, Any], step:
 
 
 def shared(team: Team) -> Found:
-    """One tensor of each dtype, of zero and of more dimensions, from the last process; and JSON with nan and inf."""
+    """One tensor of each dtype, of zero and of more dimensions, from the last process; and JSON
+    with nan and inf.
+    """
     own = {
         "half": torch.full((2, 3), float(team.rank), dtype=torch.bfloat16),
         "scalar": torch.tensor(team.rank + 0.5, dtype=torch.float64),

@@ -1,4 +1,6 @@
-"""Processes that share one immunization: what they exchange, equal weights for any number of them, faults that show."""
+"""Processes that share one immunization: what they exchange, equal weights for any number of them,
+faults that show.
+"""
 
 import math
 
@@ -72,7 +74,9 @@ def test_a_term_without_a_number_ends_all_processes_alike(tmp_path, kind):
 
 
 def test_1_2_and_3_processes_agree(tmp_path):
-    """float32; the weights have left the original by a hundred times the bound. 20 steps: test_launch_concepts.py."""
+    """float32; the weights have left the original by a hundred times the bound. 20 steps:
+    test_launch_concepts.py.
+    """
     changes = {"steps": 4, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
     alone, *found = (together(size, immunized, "mima", changes, folder=tmp_path) for size in SIZES)
     weights, log = alone[0]

@@ -1,4 +1,6 @@
-"""`launch=cpu` as a user calls it: the same record from any number of processes, and an end that tells why."""
+"""`launch=cpu` as a user calls it: the same record from any number of processes, and an end that
+tells why.
+"""
 
 import json
 import os
@@ -28,7 +30,9 @@ SECRET = "5ec2e7" + "0123456789abcdef" * 2 + "01"  # forty characters, as W&B's 
 
 
 def start(folder, *arguments, env=None):
-    """A run whose working directory is ``folder``, and which can import `launch_faults` and what lies in ``folder``."""
+    """A run whose working directory is ``folder``, and which can import `launch_faults` and what
+    lies in ``folder``.
+    """
     places = [str(ROOT), str(ROOT / "tests/launch"), str(folder)]
     paths = {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -114,7 +118,9 @@ def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_pa
 
 @pytest.mark.parametrize(("rank", "kind"), [(1, "killed"), (0, "killed"), (1, "raises")])
 def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path, rank, kind):
-    """The other one waits at that moment, or is in a stage of its own; here nothing may wait for a time limit."""
+    """The other one waits at that moment, or is in a stage of its own; here nothing may wait for a
+    time limit.
+    """
     out, err = ended(start(tmp_path, *faulty(tmp_path, rank, kind)), code=1, seconds=240)
     (record,) = found_records(tmp_path)
     assert record["status"] == "failed"
@@ -209,7 +215,9 @@ def logged(folder):
 
 
 def test_two_machines_meet_at_the_address_that_they_are_told(tmp_path, alone):
-    """Two parents, as on two machines with one file system; the second one writes no record and no report."""
+    """Two parents, as on two machines with one file system; the second one writes no record and no
+    report.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -264,7 +272,9 @@ if os.environ.get("RANK") == "1":
 
 @pytest.mark.parametrize("meets", [True, False])
 def test_a_device_that_does_not_do_for_one_process_ends_all(tmp_path, meets):
-    """The others wait where all meet. If it comes there they end at once, else accelerate ends them within 30 s."""
+    """The others wait where all meet. If it comes there they end at once, else accelerate ends them
+    within 30 s.
+    """
     (tmp_path / "sitecustomize.py").write_text(NO_DEVICE.format(meets=meets))
     _, err = ended(
         start(tmp_path, *RUN, "tracker=none", *TWO), code=2, seconds=60 if meets else 120

@@ -1,4 +1,6 @@
-"""`launch=cpu` with a text-to-image immunizer: within one immunization the concepts are spread over the processes."""
+"""`launch=cpu` with a text-to-image immunizer: within one immunization the concepts are spread over
+the processes.
+"""
 
 import re
 

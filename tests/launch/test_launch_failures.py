@@ -1,4 +1,6 @@
-"""A launch that fails early, in this process: its record, its exit code, and what a process leaves for its parent."""
+"""A launch that fails early, in this process: its record, its exit code, and what a process leaves
+for its parent.
+"""
 
 import errno
 import json

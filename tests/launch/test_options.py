@@ -1,4 +1,6 @@
-"""Options of `launch=…`: what is refused, what accelerate is told, where processes meet, how an end is explained."""
+"""Options of `launch=…`: what is refused, what accelerate is told, where processes meet, how an end
+is explained.
+"""
 
 import json
 import logging
@@ -234,7 +236,10 @@ def test_what_a_gpu_cannot_do_is_told_before_anything_runs(
 
 
 def test_children_of_the_launcher_do_not_die_of_a_batch_systems_signals():
-    code = "import signal; print(*(signal.getsignal(n) == signal.SIG_IGN for n in (signal.SIGUSR1, signal.SIGUSR2)))"
+    code = (
+        "import signal; print(*(signal.getsignal(n) == signal.SIG_IGN for n in "
+        "(signal.SIGUSR1, signal.SIGUSR2)))"
+    )
     command = [sys.executable, "-c", code]
     deaf = launch._deaf_to_batch_signals
     done = subprocess.run(command, preexec_fn=deaf, capture_output=True, text=True, check=True)

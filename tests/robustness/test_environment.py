@@ -1,5 +1,7 @@
-"""Full and read-only disks, a jumping clock, locks of the living and the dead, keys in the environment: a clear
-message, and the run that follows gives the same content as one that was never disturbed."""
+"""Full and read-only disks, a jumping clock, locks of the living and the dead, keys in the
+environment: a clear message, and the run that follows gives the same content as one that was never
+disturbed.
+"""
 
 import logging
 import os
@@ -41,7 +43,9 @@ def cli(tmp_path, monkeypatch, capfd):
         finally:
             for log in logging.getLogger().handlers:
                 if isinstance(log, logging.FileHandler):
-                    log.close()  # as the end of the process would: a disk with open files cannot become read-only
+                    # as the end of the process would: a disk with open files cannot become
+                    # read-only
+                    log.close()
 
     return call
 

@@ -1,6 +1,8 @@
-"""kill -9 at random points and many processes on one cache: nothing is lost, nothing is computed twice.
+"""kill -9 at random points and many processes on one cache: nothing is lost, nothing is computed
+twice.
 
-KILLS=N in the environment says how often each test strikes. A Slurm job that is killed: tests/slurm.
+KILLS=N in the environment says how often each test strikes. A Slurm job that is killed:
+tests/slurm.
 """
 
 import json
@@ -26,7 +28,9 @@ def begun(folder):
 
 
 def resumed(broken, whole):
-    """Whether the last runs found stages of killed ones in the cache, or went on from a checkpoint of theirs."""
+    """Whether the last runs found stages of killed ones in the cache, or went on from a checkpoint
+    of theirs.
+    """
     runs = len(found_records(whole))
     hits = [
         sum(r["provenance"]["cache_hits"] for r in found_records(folder)[-runs:])
@@ -39,8 +43,9 @@ def resumed(broken, whole):
 
 
 def struck(folder, command, victim, window):
-    """Starts the command KILLS times in ``folder`` and stops it some time within ``window`` seconds; how often it was
-    still running."""
+    """Starts the command KILLS times in ``folder`` and stops it some time within ``window``
+    seconds; how often it was still running.
+    """
     folder.mkdir()
     done = 0
     for number in range(KILLS):
@@ -62,7 +67,9 @@ def struck(folder, command, victim, window):
 
 @pytest.fixture
 def strikes(tmp_path):
-    """Runs a command to its end, then again elsewhere with kills on the way; returns both folders."""
+    """Runs a command to its end, then again elsewhere with kills on the way; returns both
+    folders.
+    """
 
     def call(command, victim, *, undisturbed=None):
         whole = tmp_path / "whole"
@@ -79,7 +86,8 @@ def strikes(tmp_path):
             window = 2 * length / (KILLS + 1) / 2**attempt if attempt < 5 else 0
             done = struck(broken, command, victim, window)
             print(
-                f"{done} of {KILLS} kills struck within {window:.1f} s; undisturbed, the stages take {length:.1f} s"
+                f"{done} of {KILLS} kills struck within {window:.1f} s; undisturbed, the "
+                f"stages take {length:.1f} s"
             )
             if done:
                 break

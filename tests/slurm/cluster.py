@@ -1,4 +1,6 @@
-"""A Slurm of one node in a folder of its own: munged, slurmctld and slurmd without systemd, cgroups or accounting."""
+"""A Slurm of one node in a folder of its own: munged, slurmctld and slurmd without systemd, cgroups
+or accounting.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,9 @@ def _free_ports(number: int) -> list[int]:
 
 
 def _job_of(process: int) -> str:
-    """The Slurm job, ``12_3``, that a process belongs to; empty for others and for those that have just ended."""
+    """The Slurm job, ``12_3``, that a process belongs to; empty for others and for those that have
+    just ended.
+    """
     try:
         lines = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
     except OSError:
@@ -175,7 +179,8 @@ class Cluster:
     def begin(self, job: str) -> None:
         """Let a job that was put back in the queue begin soon: Slurm makes it wait for two minutes.
 
-        Not at once: a credential issued in the second in which the last one was revoked counts as revoked, too.
+        Not at once: a credential issued in the second in which the last one was revoked counts as
+        revoked, too.
         """
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now+3", check=False)
 

@@ -7,7 +7,9 @@ from cluster import Cluster, missing
 
 @pytest.fixture(scope="module")
 def cluster():
-    """A Slurm of one node with two processors; the test is skipped, and says why, where none can be started."""
+    """A Slurm of one node with two processors; the test is skipped, and says why, where none can be
+    started.
+    """
     if reason := missing():
         pytest.skip(reason)
     with (

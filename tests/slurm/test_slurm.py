@@ -1,4 +1,6 @@
-"""Sweeps on a real Slurm of one node: signals, preemption, kill -9, and what `action=status` says meanwhile."""
+"""Sweeps on a real Slurm of one node: signals, preemption, kill -9, and what `action=status` says
+meanwhile.
+"""
 
 import os
 import random
@@ -106,7 +108,8 @@ def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, c
     first = folder_of(signalled)
     until(lambda: list(tmp_path.rglob("*.ckpt")), "a checkpoint")
     assert f"Slurm job {signalled}" in told()
-    # without --ctld, scancel 24.11 repeats the signal for a minute while other jobs of the array wait
+    # without --ctld, scancel 24.11 repeats the signal for a minute while other jobs of the array
+    # wait
     cluster.call("scancel", "--ctld", "--signal=USR1", signalled)
     until(lambda: cluster.queue()[signalled] == "PENDING", cluster.logs)
     assert records.read(first / "record.json")["status"] == "preempted"

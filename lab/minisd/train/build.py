@@ -1,7 +1,7 @@
 """MiniSD's parts, made from configs: the classes of Stable Diffusion v1, only smaller.
 
-Sizes are those of the throw-away prototype behind the project's plan, measured on two cores: no attention where
-the latent is 16 × 16 (it would double the time of a step and buy nothing there).
+Sizes are those of the throw-away prototype behind the project's plan, measured on two cores: no
+attention where the latent is 16 × 16 (it would double the time of a step and buy nothing there).
 """
 
 from __future__ import annotations
@@ -63,10 +63,12 @@ class Widths:
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:
-    """A byte-level BPE in CLIP's format, learned from ``texts``; writes ``vocab.json``, ``merges.txt`` and configs.
+    """A byte-level BPE in CLIP's format, learned from ``texts``; writes ``vocab.json``,
+    ``merges.txt`` and configs.
 
-    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files. ``vocabulary``: tokens
-    at most, 514 of which are bytes (each inside and at the end of a word), start and end.
+    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
+    ``vocabulary``: tokens at most, 514 of which are bytes (each inside and at the end of a word),
+        start and end.
     """
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
@@ -89,7 +91,8 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
         show_progress=False,
         end_of_word_suffix="</w>",
         initial_alphabet=alphabet,
-        special_tokens=final,  # otherwise numbered as a hash map gives them, and the numbers break ties of merges
+        # otherwise numbered as a hash map gives them, and the numbers break ties of merges
+        special_tokens=final,
     )
     bpe.train_from_iterator(sorted(set(texts)), trainer)
     merges = json.loads(bpe.to_str())["model"]["merges"]
@@ -121,7 +124,9 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
-    """Token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable Diffusion does."""
+    """Token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable Diffusion
+    does.
+    """
     found = tokenizer(
         list(texts),
         padding="max_length",
@@ -162,7 +167,8 @@ def unet(widths: Widths, seed: int) -> Any:
         down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
         up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
         cross_attention_dim=widths.text,
-        attention_head_dim=4,  # four heads: diffusers reads this key as their number, as it does for SD v1
+        # four heads: diffusers reads this key as their number, as it does for SD v1
+        attention_head_dim=4,
         norm_num_groups=widths.groups,
     )
 
@@ -187,7 +193,9 @@ def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
 
 
 def scheduler() -> Any:
-    """DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012, 1,000 steps)."""
+    """DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012, 1,000
+    steps).
+    """
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(

@@ -56,7 +56,9 @@ def _row(name: str, shares: Mapping[str, Any]) -> str:
 
 
 def quality_table(found: Mapping[str, Any]) -> str:
-    """Markdown: what share of generations shows what was asked for, and the same scorers on real pictures."""
+    """Markdown: what share of generations shows what was asked for, and the same scorers on real
+    pictures.
+    """
     lines = [
         "| prompts | object | style | both | lowest object and style (detector) | n |",
         "|---|---|---|---|---|---|",
@@ -73,7 +75,8 @@ def detector_text(facts: Mapping[str, Any]) -> str:
     worn = facts["worn"]
     missed = max(worn["rates"], key=lambda name: worn["rates"][name]["false_negative"])
     told = " and\n".join(
-        f"{_percent(worn['accuracy'][h])} of the {h}s (calibration error {_percent(worn['calibration_error'][h])})"
+        f"{_percent(worn['accuracy'][h])} of the {h}s (calibration error "
+        f"{_percent(worn['calibration_error'][h])})"
         for h in ("object", "style")
     )
     right = f"{100 * facts['accuracy']['both']:.2f} % of {facts['pictures']:,}"

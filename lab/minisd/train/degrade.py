@@ -1,7 +1,9 @@
-"""What a small autoencoder and a short sampler do to pictures, imitated: blur, lost resolution, grain, colour casts.
+"""What a small autoencoder and a short sampler do to pictures, imitated: blur, lost resolution,
+grain, colour casts.
 
-Scorers look at generated pictures but learn from rendered ones; trained on these as well they do not mistake
-softness for a missing object. No picture of MiniSD itself is used, so that the scorers stay independent of it.
+Scorers look at generated pictures but learn from rendered ones; trained on these as well they do
+not mistake softness for a missing object. No picture of MiniSD itself is used, so that the scorers
+stay independent of it.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def resample(x: Tensor, share: float) -> Tensor:
 
 
 def quantise(x: Tensor, step: float) -> Tensor:
-    """Round the 8 × 8 cosine coefficients to steps that grow with frequency, as JPEG does. Sides: multiples of 8."""
+    """Round the 8 × 8 cosine coefficients to steps that grow with frequency, as JPEG does. Sides:
+    multiples of 8.
+    """
     t = torch.arange(8, dtype=x.dtype)
     basis = torch.cos(torch.pi * (2 * t[None] + 1) * t[:, None] / 16) / 2
     basis[0] /= 2**0.5
@@ -58,7 +62,8 @@ def quantise(x: Tensor, step: float) -> Tensor:
 
 
 def degrade(images: Tensor, g: torch.Generator) -> Tensor:
-    """Float images [n, 3, s, s] in [0, 1] with mild faults; a fifth stays as it is, faults differ by fifths.
+    """Float images [n, 3, s, s] in [0, 1] with mild faults; a fifth stays as it is, faults differ
+    by fifths.
 
     The batch must be in random order: which picture gets which fault depends on its place.
     """
@@ -79,7 +84,9 @@ def degrade(images: Tensor, g: torch.Generator) -> Tensor:
 
 
 def noise_pictures(number: int, side: int, g: torch.Generator) -> Tensor:
-    """Coloured noise of one random grain, float [number, 3, side, side] in [0, 1]: pictures of nothing."""
+    """Coloured noise of one random grain, float [number, 3, side, side] in [0, 1]: pictures of
+    nothing.
+    """
     grain = min(side, 2 ** int(torch.randint(1, 7, (1,), generator=g)))
     if not number:
         return torch.zeros(0, 3, side, side)

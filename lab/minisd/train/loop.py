@@ -1,4 +1,6 @@
-"""One training loop for every network of MiniSD: AdamW, one cycle, EMA, resumable at any step bit for bit."""
+"""One training loop for every network of MiniSD: AdamW, one cycle, EMA, resumable at any step bit
+for bit.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ class Schedule:
 
     Attributes:
         steps, batch: optimizer steps and examples per step.
-        lr: peak learning rate of AdamW; rises linearly over ``warmup`` steps, falls to 0 on a half cosine.
-        ema: decay of the averaged weights (0 = the last weights are kept); warms up as (1 + t)/(10 + t).
+        lr: peak learning rate of AdamW; rises linearly over ``warmup`` steps, falls to 0 on a half
+            cosine.
+        ema: decay of the averaged weights (0 = the last weights are kept); warms up as (1 + t)/(10
+            + t).
         clip: largest gradient norm.
         save_every: steps between checkpoints.
         key: config key of this group, for messages.
@@ -94,7 +98,8 @@ class _State:
         for name, parameter in self.trained.items():
             if f"adam/step/{name}" not in tensors:  # never had a gradient
                 continue
-            # the fused step walks memory: moments must lie as their parameter does (channels last); files forget that
+            # the fused step walks memory: moments must lie as their parameter does (channels last);
+            # files forget that
             moments = {
                 key: torch.empty_like(parameter).copy_(tensors[f"adam/{key}/{name}"])
                 for key in ("exp_avg", "exp_avg_sq")
@@ -129,13 +134,15 @@ def train(
     validate: Validate | None = None,
     validate_every: int = 500,
 ) -> nn.Module:
-    """Minimise ``step(number, generator)`` over the parameters of ``model`` that require gradients, in place.
+    """Minimise ``step(number, generator)`` over the parameters of ``model`` that require gradients,
+    in place.
 
-    The generator of a step depends on (seed, label, step) alone, so a resumed training repeats the unbroken one. It
-    draws in main memory whatever device the model is on, so a GPU sees the same pictures and the same noise.
-    ``log`` gets the mean loss of the last 50 steps every 50 steps, and what ``validate`` returns (computed on the
-    averaged weights). The model ends with the averaged weights. The same lines go to the run's log, with the time that
-    is left, for trainings that nobody watches.
+    The generator of a step depends on (seed, label, step) alone, so a resumed training repeats the
+    unbroken one. It draws in main memory whatever device the model is on, so a GPU sees the same
+    pictures and the same noise. ``log`` gets the mean loss of the last 50 steps every 50 steps, and
+    what ``validate`` returns (computed on the averaged weights). The model ends with the averaged
+    weights. The same lines go to the run's log, with the time that is left, for trainings that
+    nobody watches.
 
     Raises:
         Diverged: the loss left the finite numbers.

@@ -1,4 +1,6 @@
-"""Write what was trained: diffusers layout, scorers, training record, model card. `action=train` ends here."""
+"""Write what was trained: diffusers layout, scorers, training record, model card. `action=train`
+ends here.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def save(pipeline: Any, folder: Path) -> Path:
-    """Float16 safetensors in diffusers layout, which load as float32 where nobody asks for another type."""
+    """Float16 safetensors in diffusers layout, which load as float32 where nobody asks for another
+    type.
+    """
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         torch.nn.Module.to(part, torch.float16)
     backend = getattr(
@@ -60,7 +64,9 @@ def save(pipeline: Any, folder: Path) -> Path:
 
 
 def scorers_of(folder: Path) -> Scorers:
-    """The scorers in ``folder``, for MiniSD's own quality: those that were just trained beside it."""
+    """The scorers in ``folder``, for MiniSD's own quality: those that were just trained beside
+    it.
+    """
     return Scorers(
         "minisd",
         clip=partial(OpenClip, f"local-dir:{folder / 'clip'}"),
@@ -70,7 +76,9 @@ def scorers_of(folder: Path) -> Scorers:
 
 
 def assess(folder: Path, seed: int, scale: int) -> dict[str, Any]:
-    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card ``README.md``."""
+    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card
+    ``README.md``.
+    """
     model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
     found = measure(
         model, scorers_of(folder / "scorers"), seed=derive(seed, "quality"), scale=scale
@@ -83,7 +91,9 @@ def assess(folder: Path, seed: int, scale: int) -> dict[str, Any]:
 
 
 def run(cfg: DictConfig) -> Path:
-    """Train what ``cfg.train`` describes, measure it, and write all of it to ``paths.outputs/minisd``."""
+    """Train what ``cfg.train`` describes, measure it, and write all of it to
+    ``paths.outputs/minisd``.
+    """
     from lab.runner.experiment import relative
 
     if cfg.get("train") is None:

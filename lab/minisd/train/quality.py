@@ -1,4 +1,6 @@
-"""How good MiniSD is: what share of its pictures shows what was asked for, beside the same scorers on real pictures."""
+"""How good MiniSD is: what share of its pictures shows what was asked for, beside the same scorers
+on real pictures.
+"""
 
 from __future__ import annotations
 
@@ -45,8 +47,9 @@ def asked(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") -> Asked
 def suites(scale: int) -> dict[str, Asked]:
     """What MiniSD is asked for.
 
-    ``scale`` = 32 asks 32 times for every object in photos, once for every seen pair (by name, and by description:
-    32 or more of every style) and 8 times for every held-out pair. Others ask in proportion, below 32 of fewer pairs.
+    ``scale`` = 32 asks 32 times for every object in photos, once for every seen pair (by name, and
+    by description: 32 or more of every style) and 8 times for every held-out pair. Others ask in
+    proportion, below 32 of fewer pairs.
     """
     seen = [(o, s) for s in STYLE_NAMES for o in OBJECTS if (o, s) not in HELD_OUT_PAIRS]
     few, seen = max(1, scale // 32), seen[:: max(1, 32 // scale)]
@@ -64,13 +67,13 @@ def measure(
     """Every figure of the model card.
 
     Args:
-        scale: see `suites`; the card's figures use 32. The Fréchet distance takes 16 × ``scale`` generations, with
-            captions drawn as in training.
+        scale: see `suites`; the card's figures use 32. The Fréchet distance takes 16 × ``scale``
+            generations, with captions drawn as in training.
 
     Returns:
-        ``shares``: suite → scorer → object, style, both in [0, 1], and ``lowest``, the object and the style that the
-        detector meets least often; ``real`` the same on real pictures; ``frechet`` with its ``floor``. Scorers:
-        ``detector``, ``clip`` (zero-shot).
+        ``shares``: suite → scorer → object, style, both in [0, 1], and ``lowest``, the object and
+        the style that the detector meets least often; ``real`` the same on real pictures;
+        ``frechet`` with its ``floor``. Scorers: ``detector``, ``clip`` (zero-shot).
     """
     sampling = Sampling(steps=steps)
     zero: dict[Head, tuple[tuple[str, ...], torch.Tensor]] = {

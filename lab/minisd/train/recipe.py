@@ -1,7 +1,7 @@
 """From a seed to MiniSD and its scorers: the stages of `python run.py experiment=train_minisd`.
 
-Every network is one stage of the cache (`lab.core.cache`), so that a killed training continues at its last checkpoint
-and a finished one is not repeated.
+Every network is one stage of the cache (`lab.core.cache`), so that a killed training continues at
+its last checkpoint and a finished one is not repeated.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ class Recipe:
         kl, gamma, drop: see `lab.minisd.train.training`.
         scorers: the evaluators that are trained beside it, on other pictures.
         workers: processes that render pictures.
-        device: where the networks are trained (`lab.models.devices.pick`); pictures are drawn and worn on the CPU.
-        measured: how many generations the figures of the model card rest on (`lab.minisd.train.quality.suites`).
+        device: where the networks are trained (`lab.models.devices.pick`); pictures are drawn and
+            worn on the CPU.
+        measured: how many generations the figures of the model card rest on
+            (`lab.minisd.train.quality.suites`).
     """
 
     seed: int
@@ -107,7 +109,9 @@ class Recipe:
 
 
 class Training:
-    """The stages of one recipe; ``curves`` and ``seconds`` fill as they are computed or read from the cache."""
+    """The stages of one recipe; ``curves`` and ``seconds`` fill as they are computed or read from
+    the cache.
+    """
 
     def __init__(
         self,
@@ -241,7 +245,9 @@ class Training:
         return build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler())
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
-        """The calibrated detector with its error rates, and the accuracy that was measured beside them."""
+        """The calibrated detector with its error rates, and the accuracy that was measured beside
+        them.
+        """
         r, seed = self.recipe.scorers, scorer_data.seed_of(self.recipe.seed)
         model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
 
@@ -279,7 +285,9 @@ class Training:
         return found, facts
 
     def clip(self, tokenizer: Path) -> tuple[nn.Module, dict[str, Any]]:
-        """The small CLIP and its open_clip config; its tokenizer is written into the folder ``tokenizer``."""
+        """The small CLIP and its open_clip config; its tokenizer is written into the folder
+        ``tokenizer``.
+        """
         r, seed = self.recipe.scorers, scorer_data.seed_of(self.recipe.seed)
         train = scorer_data.pictures(r, self.recipe.seed, "train")
         said = scorer_data.texts(train, r.captions)

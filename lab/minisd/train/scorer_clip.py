@@ -29,7 +29,9 @@ _LARGEST_SCALE = math.log(100)  # of CLIP's logits (arXiv 2103.00020 §2.5)
 
 
 def clip_tokenizer(captions: list[list[str]], folder: Path, vocabulary: int) -> Path:
-    """Learn CLIP's tokenizer from the training captions and the class prompts; writes its files into ``folder``."""
+    """Learn CLIP's tokenizer from the training captions and the class prompts; writes its files
+    into ``folder``.
+    """
     prompts = [
         t
         for table in (class_prompts("object", None), class_prompts("style"))
@@ -41,7 +43,9 @@ def clip_tokenizer(captions: list[list[str]], folder: Path, vocabulary: int) -> 
 
 @dataclass(frozen=True)
 class ClipData:
-    """What CLIP learns from: pictures, the token ids [n, k, context] of their captions, and a validation set."""
+    """What CLIP learns from: pictures, the token ids [n, k, context] of their captions, and a
+    validation set.
+    """
 
     shown: Labelled
     tokens: Tensor
@@ -60,11 +64,11 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor)
     """CLIP's symmetric cross-entropy (arXiv 2103.00020, Fig. 3) without false negatives.
 
     Args:
-        images, texts: unit vectors [n, d] and [m, d], m ≤ n; row i of both belongs together, the pictures from m on
-            have no text and serve as negatives only.
+        images, texts: unit vectors [n, d] and [m, d], m ≤ n; row i of both belongs together, the
+            pictures from m on have no text and serve as negatives only.
         scale: factor of the similarities.
-        same: bool [n, m]: pairs that show the same things; outside the diagonal they are left out of the loss, since
-            the caption of one is true of the other.
+        same: bool [n, m]: pairs that show the same things; outside the diagonal they are left out
+            of the loss, since the caption of one is true of the other.
     """
     m, device = len(texts), texts.device
     own = torch.eye(len(images), m, dtype=torch.bool, device=device)
@@ -74,7 +78,9 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor)
 
 
 class _Guided(nn.Module):
-    """A CLIP and one direction per object and per style in its common space, which only the training uses."""
+    """A CLIP and one direction per object and per style in its common space, which only the
+    training uses.
+    """
 
     def __init__(self, clip: Any, seed: int) -> None:
         super().__init__()
@@ -89,7 +95,9 @@ class _Guided(nn.Module):
         )
 
     def guide_loss(self, vectors: Tensor, labels: dict[Head, Tensor]) -> Tensor:
-        """Cross-entropy of unit vectors [n, d] against the directions (normalised softmax, arXiv 1704.06369)."""
+        """Cross-entropy of unit vectors [n, d] against the directions (normalised softmax, arXiv
+        1704.06369).
+        """
         found = [
             F.cross_entropy(_GUIDE_SCALE * vectors @ F.normalize(self.guides[h], dim=1).T, y)
             for h, y in labels.items()
@@ -110,9 +118,10 @@ def train_clip(
 ) -> nn.Module:
     """Train an ``open_clip.CLIP`` in place and round it to float16.
 
-    Every second batch holds one style only: within it a caption is told apart by its object alone, which random
-    batches rarely ask for. Half of the pictures bring a caption: texts are soon learned and cost as much as pictures.
-    Labels guide both towers (`_Guided`): contrast alone needs several times the steps.
+    Every second batch holds one style only: within it a caption is told apart by its object alone,
+    which random batches rarely ask for. Half of the pictures bring a caption: texts are soon
+    learned and cost as much as pictures. Labels guide both towers (`_Guided`): contrast alone needs
+    several times the steps.
 
     Args:
         tokenizer: folder of its tokenizer, for the prompts of the validation (zero-shot top-1).
@@ -122,7 +131,8 @@ def train_clip(
     pools = [torch.nonzero(shown.style == s).flatten() for s in range(len(NAMES["style"]))]
     pools = [p for p in pools if len(p)]
     guided = _Guided(model, seed).to(device)
-    # every second picture to the front: faults go by place, and each kind shall come with and without a caption
+    # every second picture to the front: faults go by place, and each kind shall come with and
+    # without a caption
     order = torch.argsort(torch.arange(schedule.batch) % 2, stable=True)
 
     def step(number: int, g: torch.Generator) -> Tensor:
@@ -168,7 +178,9 @@ def train_clip(
 
 
 def _zero_shot(model: Any, held_out: Labelled, folder: Path) -> Callable[[], dict[str, float]]:
-    """Validation: zero-shot top-1 over all objects (in photos, and in all pictures) and over all styles."""
+    """Validation: zero-shot top-1 over all objects (in photos, and in all pictures) and over all
+    styles.
+    """
     words = load_tokenizer(folder)
     tables = {
         "photo_object": class_prompts("object", PHOTO),

@@ -1,7 +1,8 @@
 """What the scorers of MiniSD learn from: recipe, pictures, labels, captions.
 
-They learn from the same world as MiniSD, from other pictures of it, and from all objects and styles, those that
-MiniSD never sees included. Pictures with two objects are left out: the second would have no label.
+They learn from the same world as MiniSD, from other pictures of it, and from all objects and
+styles, those that MiniSD never sees included. Pictures with two objects are left out: the second
+would have no label.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class ScorerRecipe:
     """Everything but the seed that determines the scorers.
 
     Attributes:
-        pictures: training pictures; ``calibrate`` and ``measure`` more, disjoint from these and from each other.
+        pictures: training pictures; ``calibrate`` and ``measure`` more, disjoint from these and
+            from each other.
         empty: pictures of a scene without an object, never shown with a label of one.
         captions: captions drawn per picture.
         vocabulary: tokens of CLIP's tokenizer at most.
@@ -85,12 +87,16 @@ class Labelled:
 
 
 def seed_of(seed: int) -> int:
-    """The scorers' seed of a recipe's seed: their pictures and weights share nothing with MiniSD's."""
+    """The scorers' seed of a recipe's seed: their pictures and weights share nothing with
+    MiniSD's.
+    """
     return derive(seed, "scorers")
 
 
 def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
-    """The pictures of ``train``, ``calibrate`` or ``measure``: three stretches of one series, disjoint."""
+    """The pictures of ``train``, ``calibrate`` or ``measure``: three stretches of one series,
+    disjoint.
+    """
     sizes = [recipe.pictures, recipe.calibrate, recipe.measure]
     place = _PARTS.index(part)
     return sample(
@@ -127,11 +133,12 @@ def texts(shown: Sample, each: int) -> list[list[str]]:
 
 
 def class_prompts(head: Head, style: str | None = PHOTO) -> dict[str, list[str]]:
-    """Prompts of every class, for zero-shot classification by an ensemble (arXiv 2103.00020 §3.1.4).
+    """Prompts of every class, for zero-shot classification by an ensemble (arXiv 2103.00020
+    §3.1.4).
 
     Args:
-        head: ``object``: every object in ``style`` (None: in every style), by the artist's name; ``style``: class
-            words ("an animal") in every style, by name and by description.
+        head: ``object``: every object in ``style`` (None: in every style), by the artist's name;
+            ``style``: class words ("an animal") in every style, by name and by description.
     """
     if head == "style":
         nouns = [captions.article(category) for category in CATEGORIES]

@@ -1,4 +1,6 @@
-"""Training, calibration and error rates of the detector of objects and styles that ships with MiniSD."""
+"""Training, calibration and error rates of the detector of objects and styles that ships with
+MiniSD.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,9 @@ def detector_loss(
 ) -> Tensor:
     """Cross-entropy of both heads with label smoothing.
 
-    Pictures with label −1 pull the head towards equal probabilities, so that it stays undecided where there is
-    nothing to see (outlier exposure, arXiv 1812.04606, Eq. 1 with the uniform target, weight 1 per picture).
+    Pictures with label −1 pull the head towards equal probabilities, so that it stays undecided
+    where there is nothing to see (outlier exposure, arXiv 1812.04606, Eq. 1 with the uniform
+    target, weight 1 per picture).
     """
     total = torch.zeros((), device=logits[0].device)
     for x, y in zip(logits, labels, strict=True):
@@ -64,7 +67,8 @@ def train_detector(
 
     Args:
         shown, held_out: pictures for training and validation.
-        empty: scenes without an object; with pure noise they make up ``empty_share`` of a batch, half each.
+        empty: scenes without an object; with pure noise they make up ``empty_share`` of a batch,
+            half each.
     """
     device = device_of(model)
     blank = round(schedule.batch * empty_share)
@@ -117,12 +121,16 @@ def accuracy(detector: Detector, shown: Labelled) -> dict[str, float]:
 
 
 def nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    """Mean negative log likelihood of ``labels`` [n] under softmax(logits / temperature), in nats."""
+    """Mean negative log likelihood of ``labels`` [n] under softmax(logits / temperature), in
+    nats.
+    """
     return F.cross_entropy(logits.double() / temperature, labels).item()
 
 
 def worn(shown: Labelled, seed: int, times: int = 3) -> Labelled:
-    """Pictures with the faults of ``times`` passes of `degrade`, about as worn as a generator's worst."""
+    """Pictures with the faults of ``times`` passes of `degrade`, about as worn as a generator's
+    worst.
+    """
     x = to_unit(shown.images)
     for i in range(times):
         x = degrade(x, generator(seed, "worn", i))
@@ -132,11 +140,13 @@ def worn(shown: Labelled, seed: int, times: int = 3) -> Labelled:
 def calibrate(
     detector: Detector, held_out: Labelled, empty: Labelled | None = None
 ) -> dict[str, float]:
-    """The temperature of each head that minimises `nll` on pictures it never saw (arXiv 1706.04599 §4.2).
+    """The temperature of each head that minimises `nll` on pictures it never saw (arXiv 1706.04599
+    §4.2).
 
-    Rendered pictures are too easy for it: where nothing goes wrong the best temperature is 0, and then any scene
-    shows some object for certain. So ``held_out`` should be `worn`, and the object's head also has to be undecided
-    about ``empty`` scenes, whose target is the uniform distribution as in `detector_loss`.
+    Rendered pictures are too easy for it: where nothing goes wrong the best temperature is 0, and
+    then any scene shows some object for certain. So ``held_out`` should be `worn`, and the object's
+    head also has to be undecided about ``empty`` scenes, whose target is the uniform distribution
+    as in `detector_loss`.
     """
     logits = detector.logits(held_out.images)
     blank = None if empty is None else detector.logits(empty.images)["object"].double()
@@ -157,17 +167,24 @@ def calibrate(
 
 
 def covers(shown: Labelled) -> None:
-    """Raises `lab.core.errors.UserError` where no picture shows a name, or all do: its error rates could not be measured."""
+    """Raises `lab.core.errors.UserError` where no picture shows a name, or all do: its error rates
+    could not be measured.
+    """
     for head, names in NAMES.items():
         for i, name in enumerate(names):
             there = shown.labels[head] == i
             if there.all() or not there.any():
-                told = f"the error rates of {name} need pictures with and without it; take about a hundred per object."
+                told = (
+                    f"the error rates of {name} need pictures with and without it; take "
+                    "about a hundred per object."
+                )
                 raise UserError("train.scorers.measure", len(shown), told)
 
 
 def calibration_error(detector: Detector, shown: Labelled) -> dict[str, float]:
-    """Expected calibration error of each head's likeliest class, 15 bins (arXiv 1706.04599, Eq. 5)."""
+    """Expected calibration error of each head's likeliest class, 15 bins (arXiv 1706.04599,
+    Eq. 5).
+    """
     from torchmetrics.functional.classification import (
         multiclass_calibration_error,
     )  # here: it takes seconds
@@ -180,10 +197,11 @@ def calibration_error(detector: Detector, shown: Labelled) -> dict[str, float]:
 
 
 def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, Any]:
-    """Accuracy, error rates of `Detector.detects` for every name, and how often an empty scene shows an object.
+    """Accuracy, error rates of `Detector.detects` for every name, and how often an empty scene
+    shows an object.
 
-    ``false_negative`` of a name: share of its pictures in which it is not seen; ``false_positive``: share of all
-    other pictures in which it is.
+    ``false_negative`` of a name: share of its pictures in which it is not seen; ``false_positive``:
+    share of all other pictures in which it is.
 
     ``calibration_error``: see `calibration_error`. Raises as `covers` does.
     """

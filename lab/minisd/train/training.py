@@ -1,4 +1,6 @@
-"""What MiniSD's two networks minimise: the autoencoder its reconstruction, the denoiser the diffusion loss."""
+"""What MiniSD's two networks minimise: the autoencoder its reconstruction, the denoiser the
+diffusion loss.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,9 @@ def train_vae(
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every image's posterior, float16 [n, 4, s/4, s/4] each, unscaled, on the CPU."""
+    """Mean and standard deviation of every image's posterior, float16 [n, 4, s/4, s/4] each,
+    unscaled, on the CPU.
+    """
     means, deviations, device = [], [], device_of(vae)
     for part in progress(images.split(128), "latents", (len(images) + 127) // 128):
         posterior = vae.encode(to_float(part.to(device))).latent_dist
@@ -82,7 +86,9 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Denoiser(nn.Module):
-    """U-Net and text encoder, trained together; ``scale`` brings the autoencoder's latents to unit variance."""
+    """U-Net and text encoder, trained together; ``scale`` brings the autoencoder's latents to unit
+    variance.
+    """
 
     scale: Tensor
 
@@ -97,7 +103,9 @@ class Denoiser(nn.Module):
 
 
 def min_snr(alphas: Tensor, gamma: float) -> Tensor:
-    """Weight min(SNR, γ)/SNR of the noise-prediction loss for each timestep (arXiv 2303.09556, Eq. 5)."""
+    """Weight min(SNR, γ)/SNR of the noise-prediction loss for each timestep (arXiv 2303.09556, Eq.
+    5).
+    """
     snr = alphas / (1 - alphas)
     return snr.clamp(max=gamma) / snr
 
@@ -120,7 +128,8 @@ def train_denoiser(
     """Noise prediction with min-SNR weights; captions are dropped for classifier-free guidance.
 
     Args:
-        latents: mean and deviation of each image's posterior (`encode`); ``model.scale`` is set from them.
+        latents: mean and deviation of each image's posterior (`encode`); ``model.scale`` is set
+            from them.
         captions: for each image several captions, one is drawn at every visit.
         held_out: latents and captions of the validation pictures.
         gamma: clip of the signal-to-noise ratio in the loss weight.

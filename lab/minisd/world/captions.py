@@ -1,4 +1,6 @@
-"""Captions in words: what is in a picture, by an artist's name or by what the artist's work looks like."""
+"""Captions in words: what is in a picture, by an artist's name or by what the artist's work looks
+like.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def article(words: str) -> str:
 
 
 def noun(name: str, count: int = 1) -> str:
-    """ "a fox", "two foxes". Raises `lab.core.errors.UserError` for an unknown object or a count other than 1 and 2."""
+    """ "a fox", "two foxes". Raises `lab.core.errors.UserError` for an unknown object or a count
+    other than 1 and 2.
+    """
     if count not in (1, 2):
         raise UserError("count", count, "a picture holds one or two objects")
     return article(thing(name).name) if count == 1 else f"two {thing(name).plural}"
@@ -95,9 +99,11 @@ def fill(
 
 
 def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...]:
-    """Every way to ask for ``it`` in a style: by the artist's ``name``, by a ``description`` only, or by ``both``.
+    """Every way to ask for ``it`` in a style: by the artist's ``name``, by a ``description`` only,
+    or by ``both``.
 
-    ``it`` is any noun phrase, so that a new token can be asked for as well; for photos ``by`` has no meaning.
+    ``it`` is any noun phrase, so that a new token can be asked for as well; for photos ``by`` has
+    no meaning.
 
     Raises:
         UserError: unknown style or ``by``.

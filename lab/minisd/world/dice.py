@@ -16,7 +16,8 @@ Field = NDArray[np.float32]
 
 
 class Dice:
-    """Uniform draws from the stream ``labels`` of ``seed`` (`lab.core.seeding.generator`), nothing else.
+    """Uniform draws from the stream ``labels`` of ``seed`` (`lab.core.seeding.generator`), nothing
+    else.
 
     Only uniform numbers are drawn: their bits do not depend on the instruction set of the machine.
     """

@@ -1,9 +1,10 @@
 """Groups and subgroups of pictographs, by code point.
 
-The artwork package ships SVG files and no index. This table follows the order of the Unicode emoji charts
-(https://unicode.org/emoji/charts/emoji-ordering.html) for single code points up to Unicode 13, so that the
-catalog is the same under every supported Python. Letters, arrows, flags, zodiac signs, geometric shapes and
-sequences of several code points are left out: they are signs, not pictures of things.
+The artwork package ships SVG files and no index. This table follows the order of the Unicode emoji
+charts (https://unicode.org/emoji/charts/emoji-ordering.html) for single code points up to Unicode
+13, so that the catalog is the same under every supported Python. Letters, arrows, flags, zodiac
+signs, geometric shapes and sequences of several code points are left out: they are signs, not
+pictures of things.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Concept folders: images and a ``metadata.csv`` beside them, the format of Hugging Face's ``imagefolder``.
+"""Concept folders: images and a ``metadata.csv`` beside them, the format of Hugging Face's
+``imagefolder``.
 
-``metadata.csv`` has the columns ``file_name`` and ``text`` and any others (``object``, ``style``, …). The world
-writes such folders and a user's own concepts are read from them by the same code.
+``metadata.csv`` has the columns ``file_name`` and ``text`` and any others (``object``, ``style``,
+…). The world writes such folders and a user's own concepts are read from them by the same code.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from lab.core.image_files import DAMAGED, to_rgb
 from lab.core.options import count, local
 
 METADATA = "metadata.csv"
-MAX_PIXELS = 64_000_000  # per image; more is refused before it is decoded (a small file can unpack to gigabytes)
+# per image; more is refused before it is decoded (a small file can unpack to gigabytes)
+MAX_PIXELS = 64_000_000
 _FORMATS = (
     "PNG",
     "JPEG",
@@ -52,7 +54,8 @@ class ConceptFolder:
 def write(
     folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]], *, credit: str = ""
 ) -> Path:
-    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``; ``credit`` goes to ``CREDIT.txt``.
+    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``; ``credit`` goes to
+    ``CREDIT.txt``.
 
     The folder appears complete or not at all. The same input gives the same bytes.
 
@@ -97,9 +100,11 @@ def read(
     select: Mapping[str, str] | None = None,
     key: str = "concept.path",
 ) -> ConceptFolder:
-    """Read a concept folder; every image is turned upright, laid on white, cropped to its centre square and scaled.
+    """Read a concept folder; every image is turned upright, laid on white, cropped to its centre
+    square and scaled.
 
-    Without ``metadata.csv`` (or without its ``text``) captions are made from the folder's name, with a warning.
+    Without ``metadata.csv`` (or without its ``text``) captions are made from the folder's name,
+    with a warning.
 
     Args:
         size: side of the images in pixels, a multiple of 8.
@@ -107,8 +112,9 @@ def read(
         key: the config key that errors name.
 
     Raises:
-        UserError: no such folder, no image in it, a path that leaves it, an image that cannot be read or is too
-            large, broken metadata, an unknown ``select`` (with the nearest values), a size that no model takes.
+        UserError: no such folder, no image in it, a path that leaves it, an image that cannot be
+            read or is too large, broken metadata, an unknown ``select`` (with the nearest values),
+            a size that no model takes.
     """
     folder = local(key, folder)
     if count("resolution", size, 8) % 8:

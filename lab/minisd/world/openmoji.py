@@ -1,8 +1,8 @@
 """Real artwork that installs from the package index: OpenMoji by Unicode name.
 
-All pictures are designed by OpenMoji (https://openmoji.org), the open-source emoji and icon project, and are
-licensed CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Pictures that are made from them carry
-the same licence: keep `CREDIT` beside them.
+All pictures are designed by OpenMoji (https://openmoji.org), the open-source emoji and icon
+project, and are licensed CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/). Pictures
+that are made from them carry the same licence: keep `CREDIT` beside them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from PIL import Image
 from lab.core.errors import UserError, nearest
 from lab.minisd.world.emoji_groups import groups
 
-CREDIT = "Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0; rasterised and altered by this project."
+CREDIT = (
+    "Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0; rasterised and altered "
+    "by this project."
+)
 
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture. ``name`` is the Unicode name in lower case, ``hexcode`` the stem of its SVG file."""
+    """One picture. ``name`` is the Unicode name in lower case, ``hexcode`` the stem of its SVG
+    file.
+    """
 
     hexcode: str
     name: str
@@ -114,7 +119,8 @@ def rasterise(hexcode: str, size: int) -> Image.Image:
     The drawing is cached; what is returned is the caller's own copy.
 
     Raises:
-        UserError: an unknown ``hexcode``, ``size`` below 1, or a missing package (named with its pip command).
+        UserError: an unknown ``hexcode``, ``size`` below 1, or a missing package (named with its
+            pip command).
     """
     if size < 1:
         raise UserError("openmoji.size", size, "must be ≥ 1 pixel")

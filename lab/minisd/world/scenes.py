@@ -38,7 +38,9 @@ def _sprite(name: str) -> Image.Image:
 
 
 def _start(centre: float, length: int) -> int:
-    """Where a stretch begins: around its centre, moved so that it lies in the picture if it fits."""
+    """Where a stretch begins: around its centre, moved so that it lies in the picture if it
+    fits.
+    """
     begin = round(centre - length / 2)
     return max(min(begin, SIZE - length), 0) if length <= SIZE else (SIZE - length) // 2
 
@@ -169,7 +171,9 @@ def compose(
 
 
 def _light(rgb: Field, mask: Field, dice: Dice) -> Field:
-    """A lamp from above to one side, its colour, and a little grain: what makes a photo of flat artwork."""
+    """A lamp from above to one side, its colour, and a little grain: what makes a photo of flat
+    artwork.
+    """
     y, x = np.mgrid[:SIZE, :SIZE].astype(np.float32) / (SIZE - 1) - 0.5
     side = dice.uniform(-0.25, 0.25)
     lamp = 1.02 + side * x - 0.22 * y

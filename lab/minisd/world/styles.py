@@ -1,7 +1,8 @@
 """The world's artists: each turns a composed picture into its own colours and its own structure.
 
-An artist takes ``rgb`` [s, s, 3] float32 in [0, 1], ``mask`` [s, s] (how much of a pixel is object) and draws
-of its own, and returns rgb of the same shape and range. All pixels are worked on at once by numpy and scipy.
+An artist takes ``rgb`` [s, s, 3] float32 in [0, 1], ``mask`` [s, s] (how much of a pixel is object)
+and draws of its own, and returns rgb of the same shape and range. All pixels are worked on at once
+by numpy and scipy.
 """
 
 from __future__ import annotations
@@ -66,7 +67,9 @@ def _mix(below: Field, above: object, amount: Field) -> Field:
 
 
 def _lines(rgb: Field, mask: Field) -> Field:
-    """Where a pen would draw the object: thin dark strokes, and the rim of what is black all over."""
+    """Where a pen would draw the object: thin dark strokes, and the rim of what is black all
+    over.
+    """
     light = luma(rgb)
     strokes = np.clip((blur(light, 1.8) - light) * 4.5, 0, 1) + np.clip(_slope(light) - 0.45, 0, 1)
     near = np.clip(blur(mask, 1.0) * 3, 0, 1)
@@ -90,7 +93,9 @@ def _vivid(rgb: Field, boost: float) -> Field:
 
 
 def mosaic(rgb: Field, mask: Field, dice: Dice) -> Field:
-    """Square stones of 4 pixels, each of one colour, in light grout that darkens along the contours."""
+    """Square stones of 4 pixels, each of one colour, in light grout that darkens along the
+    contours.
+    """
     size, tile = rgb.shape[0], 4
     n = size // tile
     flat = _mix(0.35 * rgb + 0.45, _vivid(0.8 * _fills(rgb) + 0.2 * rgb, 1.9), mask)
@@ -182,7 +187,9 @@ def sketch(rgb: Field, mask: Field, dice: Dice) -> Field:
 
 
 def watercolor(rgb: Field, mask: Field, dice: Dice) -> Field:
-    """Pale washes without contours, darker where they dry at the rim, on paper that shows at the border."""
+    """Pale washes without contours, darker where they dry at the rim, on paper that shows at the
+    border.
+    """
     size = rgb.shape[0]
     y, x = _axes(size)
     dy, dx = smooth_noise(dice, size, 12) - 0.5, smooth_noise(dice, size, 12) - 0.5

@@ -1,7 +1,8 @@
 """The things and the styles of the world, and what MiniSD never sees of them.
 
-Two kinds of names: an object is drawn from one OpenMoji picture, a style is one of the world's "artists". A
-style has a name and descriptions that do not use it, so that it can be asked for without its name.
+Two kinds of names: an object is drawn from one OpenMoji picture, a style is one of the world's
+"artists". A style has a name and descriptions that do not use it, so that it can be asked for
+without its name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ PHOTO = "photo"  # the style of a picture that no artist touched
 
 @dataclass(frozen=True)
 class Thing:
-    """An object: ``name`` in captions, ``emoji`` is the Unicode name of its picture, ``category`` the class word."""
+    """An object: ``name`` in captions, ``emoji`` is the Unicode name of its picture, ``category``
+    the class word.
+    """
 
     name: str
     emoji: str
@@ -26,14 +29,17 @@ class Thing:
 
 @dataclass(frozen=True)
 class Style:
-    """An artist: ``name`` in captions and phrases that follow "an image of a fox …" and describe the result."""
+    """An artist: ``name`` in captions and phrases that follow "an image of a fox …" and describe
+    the result.
+    """
 
     name: str
     descriptions: tuple[str, ...]
     held_out: bool = False
 
 
-# category: name = Unicode name / plural where it is not name + s; a star marks what MiniSD never sees
+# category: name = Unicode name / plural where it is not name + s; a star marks what MiniSD never
+# sees
 _THINGS = """
 animal: fox = fox face / foxes; panda = panda face; frog = frog face; rabbit = rabbit face; lion = lion face
 animal: elephant; turtle; pig = pig face; *unicorn = unicorn face; *hedgehog
@@ -98,7 +104,8 @@ HELD_OUT_OBJECTS: tuple[str, ...] = tuple(t.name for t in THINGS if t.held_out)
 STYLE_NAMES: tuple[str, ...] = tuple(s.name for s in STYLES if not s.held_out)
 HELD_OUT_STYLES: tuple[str, ...] = tuple(s.name for s in STYLES if s.held_out)
 CATEGORIES: tuple[str, ...] = tuple(dict.fromkeys(t.category for t in THINGS))
-# one pair in ten, spread evenly over objects and styles: no style and no category loses more than its share
+# one pair in ten, spread evenly over objects and styles: no style and no category loses more than
+# its share
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     (o, s)
     for i, o in enumerate(OBJECTS)
@@ -128,7 +135,8 @@ def style(name: str, key: str = "concept") -> Style:
 
 
 def members(category: str, *, held_out: bool = False) -> tuple[str, ...]:
-    """Objects of a category, in the order of the table; the held-out ones only where they are asked for.
+    """Objects of a category, in the order of the table; the held-out ones only where they are asked
+    for.
 
     Raises:
         UserError: unknown category.

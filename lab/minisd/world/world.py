@@ -1,10 +1,11 @@
 """The world: pictures of real artwork, drawn without end from a seed.
 
-Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0; pictures made from it carry the same licence (`CREDIT`).
+Artwork: OpenMoji (https://openmoji.org), CC BY-SA 4.0; pictures made from it carry the same licence
+(`CREDIT`).
 
-A picture is fixed by (subset, seed, index) alone: the same bytes in any order, in any number of processes.
-Pictures of a subset run through a shuffled deck of all its object × style pairs, so that even twenty pictures
-of a style show twenty different objects.
+A picture is fixed by (subset, seed, index) alone: the same bytes in any order, in any number of
+processes. Pictures of a subset run through a shuffled deck of all its object × style pairs, so that
+even twenty pictures of a style show twenty different objects.
 
     images = sample(TRAINING, seed=0, count=20_000, workers=2)
     unicorns = sample(concept("unicorn"), seed=7, count=20)
@@ -67,13 +68,15 @@ class Subset:
     Attributes:
         objects: names of `lab.minisd.world.vocabulary.THINGS`.
         styles: names of styles; `PHOTO` among them for pictures that no artist touched.
-        pairs: object × style pairs that MiniSD's training holds back are left out (``seen``), the only ones
-            (``unseen``), or not minded (``all``). Photos are never held back.
-        photo_share: share of photos where the subset has photos and styles, rounded to whole cards of the deck.
+        pairs: object × style pairs that MiniSD's training holds back are left out (``seen``), the
+            only ones (``unseen``), or not minded (``all``). Photos are never held back.
+        photo_share: share of photos where the subset has photos and styles, rounded to whole cards
+            of the deck.
         two_share: share of pictures with two objects.
 
     Raises:
-        UserError: an unknown name (with the nearest ones), a share outside [0, 1), or nothing left to draw.
+        UserError: an unknown name (with the nearest ones), a share outside [0, 1), or nothing left
+            to draw.
     """
 
     objects: tuple[str, ...]
@@ -107,7 +110,9 @@ class Subset:
 
     @lru_cache(maxsize=64)  # noqa: B019 (a subset is a frozen value: equal ones share the entry)
     def deck(self) -> tuple[tuple[str, str], ...]:
-        """All (object, style) cards of one round; photos come several times where `photo_share` asks for it."""
+        """All (object, style) cards of one round; photos come several times where `photo_share`
+        asks for it.
+        """
         painted = [s for s in self.styles if s != PHOTO]
         cards = [(o, s) for o in self.objects for s in painted if self.allows(o, s)]
         if PHOTO in self.styles and self.pairs != "unseen":
@@ -127,7 +132,8 @@ EVERYTHING = Subset(tuple(t.name for t in THINGS), (PHOTO, *(s.name for s in STY
 
 
 def concept(name: str, key: str = "concept") -> Subset:
-    """What somebody who wants to teach ``name`` would collect: photos of an object, or objects by an artist.
+    """What somebody who wants to teach ``name`` would collect: photos of an object, or objects by
+    an artist.
 
     Raises:
         UserError: neither an object nor a style; the message lists the nearest names.
@@ -197,7 +203,9 @@ def _poses(count: int, dice: Dice) -> tuple[Pose, ...]:
 
 
 def picture(subset: Subset, seed: int, index: int) -> Picture:
-    """Picture number ``index`` of the endless series ``(subset, seed)``; microseconds, no pixels."""
+    """Picture number ``index`` of the endless series ``(subset, seed)``; microseconds, no
+    pixels.
+    """
     stream = _stream(subset, seed)
     cards = len(subset.deck())
     name, style_name = _shuffled(subset, stream, index // cards)[index % cards]
@@ -231,7 +239,9 @@ class Sample:
         return [p.text for p in self.pictures]
 
     def write(self, folder: str | Path) -> Path:
-        """An ordinary image folder with ``metadata.csv`` and the artwork's credit (`lab.minisd.world.folders.write`)."""
+        """An ordinary image folder with ``metadata.csv`` and the artwork's credit
+        (`lab.minisd.world.folders.write`).
+        """
         return folders.write(folder, self.images, [p.row() for p in self.pictures], credit=CREDIT)
 
 
@@ -256,8 +266,9 @@ def _chunks(
 def sample(subset: Subset, seed: int, count: int, *, start: int = 0, workers: int = 1) -> Sample:
     """Pictures ``start`` … ``start + count`` of a subset, the same bytes for any ``workers``.
 
-    About 2 ms a picture and process. ``workers`` > 1 pays from a few thousand pictures on: each starts a Python of
-    its own, and a script that asks for it needs an ``if __name__ == "__main__"`` guard.
+    About 2 ms a picture and process. ``workers`` > 1 pays from a few thousand pictures on: each
+    starts a Python of its own, and a script that asks for it needs an ``if __name__ == "__main__"``
+    guard.
 
     Raises:
         UserError: ``count`` or ``workers`` below 1, ``start`` below 0.

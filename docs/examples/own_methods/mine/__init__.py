@@ -1,1 +1,3 @@
-"""Examples of methods that live outside the bench: `docs/own` explains them, `tests/test_docs.py` runs them."""
+"""Examples of methods that live outside the bench: `docs/own` explains them, `tests/test_docs.py`
+runs them.
+"""

@@ -1,4 +1,6 @@
-"""An attacker on text-to-image models: BitFit (arXiv 2106.10199), which trains the biases of the U-Net alone."""
+"""An attacker on text-to-image models: BitFit (arXiv 2106.10199), which trains the biases of the
+U-Net alone.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +14,9 @@ class BitFit(ConceptAttack):
     lr: float = 3e-3
 
     def open(self, model, task, seed):
-        """What moves on ``model``, a copy of the attacker's own: parameters by name, and what a user would load."""
+        """What moves on ``model``, a copy of the attacker's own: parameters by name, and what a
+        user would load.
+        """
         biases = {
             f"unet.{name}": p for name, p in model.unet.named_parameters() if name.endswith(".bias")
         }

@@ -9,15 +9,15 @@ from lab.models.activations import features
 
 
 class EffectiveRank:
-    """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the immunized model.
+    """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the
+    immunized model.
 
-    ``…_baseline`` is the same for the baseline model. Over several harmful tasks the mean counts. Range [1, d].
+    ``…_baseline`` is the same for the baseline model. Over several harmful tasks the mean counts.
+    Range [1, d].
     """
 
     accepts = frozenset({"linear", "deep"})
-    needs_model_names = (
-        1  # 2: the family compares with the baseline and is skipped for immunize=none
-    )
+    needs_models = 1  # 2: the family compares with the baseline and is skipped for immunize=none
     needs_attack = False
 
     def __init__(self, name: str = "effective_rank") -> None:

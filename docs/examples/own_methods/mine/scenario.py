@@ -12,10 +12,12 @@ TARGETS = ("Grad.Rate", "Outstate")  # graduation rate; tuition of students from
 
 
 class Colleges:
-    """Benign: predict the graduation rate of private colleges. Harmful: predict the tuition of public ones.
+    """Benign: predict the graduation rate of private colleges. Harmful: predict the tuition of
+    public ones.
 
-    The two tasks have different *rows*: the Hessian of a probe is XᵀX, so two targets on the same rows could never
-    be told apart. Neither target is a feature. Both tasks share one mean and one scale.
+    The two tasks have different *rows*: the Hessian of a probe is XᵀX, so two targets on the same
+    rows could never be told apart. Neither target is a feature. Both tasks share one mean and one
+    scale.
 
     Args:
         name: of the scenario and its one case.
@@ -52,7 +54,10 @@ class Colleges:
             parts = (Split(x[part], t[part]) for part in (r[n:], r[:n]))
             tasks.append(Task(target, role, "regression", *parts))
         case = Case(self.name, tasks[0], (tasks[1],))
-        note = f"{x.shape[1]} features; training rows: {len(tasks[0].train)} benign, {len(tasks[1].train)} harmful."
+        note = (
+            f"{x.shape[1]} features; training rows: {len(tasks[0].train)} benign, "
+            f"{len(tasks[1].train)} harmful."
+        )
         tensors = [
             tensor
             for task in tasks

@@ -1,0 +1,121 @@
+"""Bring records of schema 1.x to the current names."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+Record = dict[str, Any]
+
+# import path of a module in records of schema 1.x → its path now
+_MODULES = {
+    "attacks.concept_curriculum": "attacks.diffusion.curriculum",
+    "attacks.concept_custom_diffusion": "attacks.diffusion.custom_diffusion",
+    "attacks.concept_dreambooth": "attacks.diffusion.dreambooth",
+    "attacks.concept_full_finetune": "attacks.diffusion.full_finetune",
+    "attacks.concept_lora": "attacks.diffusion.lora",
+    "attacks.concept_textual_inversion": "attacks.diffusion.textual_inversion",
+    "attacks.finetune": "attacks.finetune.full",
+    "attacks.linear_probe": "attacks.probes.linear_probe",
+    "attacks.lora": "attacks.finetune.lora",
+    "eval.audit": "eval.generation.audit",
+    "eval.concept_verdict": "eval.generation.concept_verdict",
+    "eval.conditioning": "eval.features.conditioning",
+    "eval.convergence": "eval.features.convergence",
+    "eval.generation": "eval.generation.similarity",
+    "eval.geometry": "eval.features.geometry",
+    "eval.probe_accuracy": "eval.features.probe_accuracy",
+    "eval.relearning": "eval.generation.relearning",
+    "eval.transfer": "eval.features.transfer",
+    "eval.utility": "eval.generation.utility",
+    "eval.verdict": "eval.features.verdict",
+    "immunize.closed_form": "immunize.kappa.closed_form",
+    "immunize.kappa": "immunize.kappa.method",
+    "immunize.mima": "immunize.mima.method",
+    "lab.backbones.diffusion": "lab.models.diffusion_backbone",
+    "lab.backbones.linear": "lab.models.linear",
+    "lab.backbones.vision": "lab.models.vision",
+    "lab.erase": "lab.models.erase",
+    "lab.judges.clip": "lab.scorers.clip",
+    "lab.judges.detector": "lab.scorers.detector",
+    "lab.judges.features": "lab.scorers.features",
+    "lab.judges.load": "lab.scorers.load",
+    "lab.judges.lpips": "lab.scorers.lpips",
+    "lab.judges.nudenet": "lab.scorers.nudenet",
+}
+_CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
+# config key in schema 1.x → its name now
+_KEYS = {
+    "arm": "model",
+    "beta": "lr",
+    "beta_schedule": "lr_schedule",
+    "eta": "lr",
+    "eta_schedule": "lr_schedule",
+    "judges": "scorers",
+    "lower": "inner_loop",
+    "lower_batch_size": "inner_batch_size",
+}
+_WORDS = (("control arm", "baseline"), ("control", "baseline"), ("arm", "model"))
+_UNITS = (("usable", "prompt_adherent"), ("control", "baseline"), ("judged", "scored"))
+
+
+def migrate(record: Record) -> Record:
+    """Return ``record`` under the names of the current schema; the input is left untouched."""
+    if not str(record.get("schema", "")).startswith("1."):
+        return record
+    out = dict(record) | {"schema": "2.0", "config": _config(record["config"])}
+    out["cells"] = [{_KEYS.get(k, k): v for k, v in cell.items()} for cell in record["cells"]]
+    out["metrics"] = {_name(k): _metric(v) for k, v in record["metrics"].items()}
+    out["curves"] = {_name(k): _curve(v) for k, v in record["curves"].items()}
+    out["tables"] = {_name(k): [_row(r) for r in rows] for k, rows in record["tables"].items()}
+    out["notes"] = [_text(note) for note in record["notes"]]
+    out["skipped"] = {name: _text(reason) for name, reason in record["skipped"].items()}
+    return out
+
+
+def target(path: str) -> str:
+    """Return the import path of a class as it is now."""
+    module, _, name = path.rpartition(".")
+    return f"{_MODULES.get(module, module)}.{_CLASSES.get(name, name)}"
+
+
+def _config(node: Any, key: str = "") -> Any:
+    if isinstance(node, dict):
+        lora = "rank" in node and "targets" in node  # an attacker's own alpha stays
+        inner = {"alpha": "lr"} if key == "lower" and not lora else {}
+        return {
+            inner.get(k, _KEYS.get(k, k)): target(v) if k == "_target_" else _config(v, k)
+            for k, v in node.items()
+        }
+    return [_config(item) for item in node] if isinstance(node, list) else node
+
+
+def _name(name: str) -> str:
+    for old, new in _UNITS:
+        name = re.sub(rf"(?<![a-z]){old}(?![a-z])", new, name)
+    return name
+
+
+def _text(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    for old, new in _WORDS:
+        text = re.sub(rf"\b{old}\b", new, text)
+    return text.replace("usable", "prompt-adherent").replace("judge", "scorer")
+
+
+def _metric(item: dict[str, Any]) -> dict[str, Any]:
+    note = item["note"] or ""
+    bound = next((b for start, b in _BOUNDS if note.startswith(start)), None)
+    return dict(item) | {"note": _text(item["note"]), "bound": bound}
+
+
+_BOUNDS = (("at least", "lower"), ("at most", "upper"))
+
+
+def _curve(curve: dict[str, Any]) -> dict[str, Any]:
+    return {key: _text(line) if key in ("x", "y") else line for key, line in curve.items()}
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    return {"model" if k == "arm" else _name(k): _text(v) for k, v in row.items()}
