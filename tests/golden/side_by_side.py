@@ -49,6 +49,7 @@ _CLOSED_FORM = (
 _DEEP = (
     "experiment=deep_probe debug=wiring immunize.steps=4 "
     "attacks=[probe_logistic,last_block_finetune,extractor_lora] "
+    "attacks.extractor_lora.lr=1e-3 "
     "scenario.size=64 scenario.train_rows=200 scenario.test_rows=60"
 )
 _DEFAULT = f"debug=wiring immunize.steps=4 immunize.decoys=4 {_QUICK}"
