@@ -1,0 +1,57 @@
+"""Store values anew: `python tests/golden/regenerate.py immunize/mima attacks/lora`, or `all`.
+
+A word stands for every key that it equals or begins: `immunize/mima` is all kinds of that preset.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import golden_cases as cases
+import torch
+from omegaconf import OmegaConf
+
+
+def chosen(words: list[str], keys: list[str]) -> list[str]:
+    """Return the keys that the words stand for; a word without any ends the program."""
+    found: set[str] = set()
+    for word in words:
+        hits = {k for k in keys if word in ("all", k) or k.startswith(f"{word}/")}
+        if not hits:
+            sys.exit(f"{word}: no such key; keys are, e.g., {', '.join(keys[:3])}")
+        found |= hits
+    return sorted(found)
+
+
+def main(words: list[str]) -> None:
+    """Compute the named values, print what changes, and write the file."""
+    if not words:
+        sys.exit(__doc__)
+    torch.set_num_threads(1)
+    OmegaConf.register_new_resolver("project_root", lambda: str(cases.ROOT), replace=True)
+    made, values = cases.computations(), cases.stored()
+    for key in chosen(words, sorted({*made, *values})):
+        if key not in made:
+            print(f"{key}: no such preset any more; taken out")
+            del values[key]
+            continue
+        old, new = values.get(key), made[key].compute()
+        same = old == new
+        print(f"{key}: {'unchanged' if same else 'new'}")
+        if not same and old is not None:
+            print(f"  old {json.dumps(old)}\n  new {json.dumps(new)}")
+            within = not cases.differences(key, old, new)
+            print(f"  {'within' if within else 'beyond'} the tolerance of the test")
+        values[key] = new
+    text = json.dumps(values, indent=1, sort_keys=True)
+    cases.VALUES.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
