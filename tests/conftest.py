@@ -17,7 +17,7 @@ if (
 ):  # as in a shell's background job; processes of tests inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE / "helpers"))
 OmegaConf.register_new_resolver("project_root", lambda: str(HERE.parent), replace=True)
 
 

@@ -65,9 +65,11 @@ def migrate(record: Record) -> Record:
         return record
     out = dict(record) | {"schema": "2.0", "config": _config(record["config"])}
     out["cells"] = [{_KEYS.get(k, k): v for k, v in cell.items()} for cell in record["cells"]]
-    out["metrics"] = {_name(k): _metric(v) for k, v in record["metrics"].items()}
-    out["curves"] = {_name(k): _curve(v) for k, v in record["curves"].items()}
-    out["tables"] = {_name(k): [_row(r) for r in rows] for k, rows in record["tables"].items()}
+    out["metrics"] = {current_name(k): _metric(v) for k, v in record["metrics"].items()}
+    out["curves"] = {current_name(k): _curve(v) for k, v in record["curves"].items()}
+    out["tables"] = {
+        current_name(k): [_row(r) for r in rows] for k, rows in record["tables"].items()
+    }
     out["notes"] = [_text(note) for note in record["notes"]]
     out["skipped"] = {name: _text(reason) for name, reason in record["skipped"].items()}
     return out
@@ -90,7 +92,8 @@ def _config(node: Any, key: str = "") -> Any:
     return [_config(item) for item in node] if isinstance(node, list) else node
 
 
-def _name(name: str) -> str:
+def current_name(name: str) -> str:
+    """Return the name of a metric, curve, table or column as it is now."""
     for old, new in _UNITS:
         name = re.sub(rf"(?<![a-z]){old}(?![a-z])", new, name)
     return name
@@ -118,4 +121,4 @@ def _curve(curve: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    return {"model" if k == "arm" else _name(k): _text(v) for k, v in row.items()}
+    return {"model" if k == "arm" else current_name(k): _text(v) for k, v in row.items()}

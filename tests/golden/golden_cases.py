@@ -27,19 +27,19 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-for folder in (ROOT, ROOT / "tests", ROOT / "tests" / "eval"):
+for folder in (ROOT, ROOT / "tests" / "helpers"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 import fake_generations as pictures  # noqa: E402
 import fake_run as probes  # noqa: E402
+import tiny  # noqa: E402
 from tiny_diffusion import tiny_case, tiny_diffusion  # noqa: E402
 
 import run as entry  # noqa: E402
-import tiny  # noqa: E402
-from lab.backbones.linear import LinearBackbone  # noqa: E402
-from lab.problems import Case, Erasure  # noqa: E402
-from lab.types import CONTROL, Budget  # noqa: E402
+from lab.core.data import Case, Erasure  # noqa: E402
+from lab.core.types import BASELINE, Budget  # noqa: E402
+from lab.models.linear import LinearBackbone  # noqa: E402
 
 # ---- tables to change when something gets another name
 
@@ -53,7 +53,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "immunize/deep": {"epochs": 1, "steps": 3, "batch_size": 16, "log_points": 3},
     "immunize/diffusion": {
         "steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None,
-        "lower_batch_size": 2, "k_min": 1, "k_max": 2, "decoys": 4, "decoy_steps": 2,
+        "inner_batch_size": 2, "k_min": 1, "k_max": 2, "decoys": 4, "decoy_steps": 2,
     },
     "attacks/linear": {"lr_trials": 3, "batch_size": 16},
     "attacks/deep": {"lr_trials": 3, "batch_size": 16},
@@ -66,7 +66,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 # Options of single presets, beyond those of `SMALL`.
 OWN: dict[str, dict[str, Any]] = {
-    name: {"eta": 1e-9}  # with their own eta the weights leave the finite numbers
+    name: {"lr": 1e-9}  # with their own lr the weights leave the finite numbers
     for name in ("immunize/kappa_paper_house_price", "immunize/kappa_paper_mnist")
 }
 
@@ -78,8 +78,6 @@ STUDIES = ("kappa", "kappa_closed_form", "kappa_pencil", "kappa_ill_only")
 STUDY_WORDS = ("experiment=house_price", "seeds=[0]", "tracker=none", "immunize={name}")
 OUTPUTS_KEY = "paths.outputs"
 
-# New name of a figure (metric or quantity of a trajectory) by its name in the stored values.
-RENAMED: dict[str, str] = {}
 
 BUDGET = Budget(horizon=1, multiple=2, at=(0, 1, 2))  # two steps, a snapshot after each
 SEED = 3
@@ -127,7 +125,7 @@ def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
 
 def _searches(node: Any) -> bool:
     """Tell whether an attacker's optimizer has a learning rate to search for."""
-    from attacks.probe_optimizers import OPTIMIZERS
+    from attacks.probes.optimizers import OPTIMIZERS
 
     optimizer = OPTIMIZERS.get(node.optimizer)
     return optimizer is None or optimizer.uses_rate
@@ -243,9 +241,9 @@ def _probe_run(labelled: bool) -> Any:
     """Make a run of two attackers on two cases, whose speeds depend on seed, task and attacker."""
 
     def trajectory(arm: str, attack: str, role: str, seed: int) -> Any:
-        rate = 0.8 if arm == CONTROL else 0.93 if role == "harmful" else 0.82
+        rate = 0.8 if arm == BASELINE else 0.93 if role == "harmful" else 0.82
         rate += 0.01 * seed + (0.02 if attack == "probe_adam" else 0)
-        return probes.decay(rate, probes.STEPS, 0.8 if arm == CONTROL else 0.7)
+        return probes.decay(rate, probes.STEPS, 0.8 if arm == BASELINE else 0.7)
 
     kind = "classification" if labelled else "regression"
     cases = tuple(
@@ -262,7 +260,7 @@ def _probe_run(labelled: bool) -> Any:
 class _ManyCases:
     """Ten cases whose immunization differs in strength, with attackers that feel it in part."""
 
-    immunizer, arms, attacks = "kappa", (CONTROL, "kappa"), ("probe",)
+    immunizer, arms, attacks = "kappa", (BASELINE, "kappa"), ("probe",)
     seeds, scenario, budget = (0, 1, 2), "fake", probes.BUDGET
 
     def cases(self, seed: int) -> tuple[Case, ...]:
@@ -276,7 +274,7 @@ class _ManyCases:
         return tuple(map(case, range(10)))
 
     def model(self, arm: str, case: Case, seed: int) -> Any:
-        scale = 1.0 if arm == CONTROL else 1.1 + 0.08 * int(case.name)
+        scale = 1.0 if arm == BASELINE else 1.1 + 0.08 * int(case.name)
         return probes.linear(torch.diag(torch.tensor([1, 1 / scale, scale, 0.5]).double()))
 
     def history(self, case: Case, seed: int) -> dict[str, list[float]]:
@@ -284,7 +282,7 @@ class _ManyCases:
 
     def trajectory(self, arm: str, attack: str, case: Case, task: Any, seed: int) -> Any:
         number = int(case.name)
-        if arm == CONTROL or task.role == "benign":
+        if arm == BASELINE or task.role == "benign":
             return probes.decay(0.8, probes.STEPS)
         felt = 0.3 + 0.03 * number + 0.1 * ((7 * number + 3 * seed) % 5)
         return probes.decay(0.8 ** (1 - 0.5 * felt), probes.STEPS)
@@ -297,9 +295,9 @@ def _pictures_run(one_arm: bool) -> Any:
         faster = attack == "full"
         shown = [0, 2 + faster, 8, 9, 10]
         cosines = [0.0, 0.6, 0.6, 0.8, 1.0]
-        if arm != CONTROL and name == "mosaic":
+        if arm != BASELINE and name == "mosaic":
             shown, cosines = [0, 0, 2 + seed, 6 + faster, 9], [0.0, 0.0, 0.6, 0.6, 0.8]
-        if arm != CONTROL and name == "neon":
+        if arm != BASELINE and name == "neon":
             shown, cosines = [0, 1, 4, 7, 8 + faster], [0.0, 0.0, 0.6, 0.8, 0.8]
         found = pictures.shares(*shown, cosines=cosines)
         found.samples["reworded"] = found.samples["name"].flip(1)
@@ -308,13 +306,13 @@ def _pictures_run(one_arm: bool) -> Any:
     def drifted(prompt: str, number: int) -> tuple[int, int, int]:
         return (0, 200, 0) if number % 4 == 0 else pictures.faithful(prompt, number)
 
-    models = {CONTROL: pictures.Painter(pictures.faithful), "mima": pictures.Painter(drifted)}
+    models = {BASELINE: pictures.Painter(pictures.faithful), "mima": pictures.Painter(drifted)}
     return pictures.FakeRun(
         trajectory,
         case_list=(pictures.case(families=("name", "reworded")),),
         models=models,
         attacks=("lora", "full"),
-        immunizer=CONTROL if one_arm else "mima",
+        immunizer=BASELINE if one_arm else "mima",
     )
 
 
@@ -416,7 +414,6 @@ def _part_differences(part: str, old: Any, new: Any) -> list[str]:
 
 def _paired(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Pair figures by name; one that is missing on a side is None there."""
-    old = {RENAMED.get(name, name): value for name, value in old.items()}
     return [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
 
 

@@ -26,8 +26,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-# New name of a metric, curve, table or column by its old name.
-RENAMED: dict[str, str] = {}
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from lab.core.migration import current_name
+
+# New name of a part of a figure's path by its old name, beyond `lab.core.migration.current_name`.
+RENAMED: dict[str, str] = {"arm": "model"}
 
 # Hashes of weights in a record are over names of parameters, too. Set to False where those change;
 # the tensors themselves are compared in any case.
@@ -216,7 +220,7 @@ def _is_number(node: Any) -> bool:
 
 def renamed(path: str) -> str:
     """Return a path of the old checkout as the new one writes it."""
-    return "/".join(RENAMED.get(part, part) for part in path.split("/"))
+    return "/".join(current_name(RENAMED.get(part, part)) for part in path.split("/"))
 
 
 def distance(old: float | None, new: float | None) -> float:

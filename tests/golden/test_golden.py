@@ -8,6 +8,8 @@ from __future__ import annotations
 import golden_cases as cases
 import pytest
 
+from lab.core.migration import current_name
+
 
 @pytest.mark.parametrize("key", sorted({*cases.computations(), *cases.stored()}))
 def test_the_value_is_the_stored_one(key: str) -> None:
@@ -21,7 +23,7 @@ def test_the_value_is_the_stored_one(key: str) -> None:
 @pytest.mark.parametrize("name", cases.STUDIES)
 def test_the_program_gives_the_committed_figures_of_house_prices(name: str) -> None:
     found = cases.study(name)
-    per_seed = {cases.RENAMED.get(k, k): v for k, v in found["committed"].items()}
+    per_seed = {current_name(k): v for k, v in found["committed"].items()}
     missing = per_seed.keys() - found["found"].keys()
     assert not missing
     told = [

@@ -1,3 +1,1 @@
-"""Examples of methods that live outside the bench: `docs/own` explains them, `tests/test_docs.py`
-runs them.
-"""
+"""Examples of methods outside the project; `tests/integration/test_docs.py` runs them."""

@@ -1,0 +1,205 @@
+"""Every YAML composes, every target binds its options, and their number is what we think it is."""
+
+import inspect
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+import run  # noqa: F401 - registers the resolvers of the config
+from lab.cli.search_space import Plan
+from lab.core.errors import UserError
+from lab.runner.assemble import assemble
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GROUPS = (
+    "scenario",
+    "backbone",
+    "erase",
+    "immunize",
+    "attacks",
+    "eval",
+    "scorers",
+    "tracker",
+    "launch",
+    "paths",
+    "experiment",
+    "experiment/paper",
+    "debug",
+)
+COUNTS = {
+    "scenario": 17,
+    "backbone": 8,
+    "erase": 2,
+    "immunize": 27,
+    "attacks": 29,
+    "eval": 14,
+    "scorers": 2,
+    "tracker": 3,
+    "launch": 3,
+    "paths": 1,
+    "experiment": 10,
+    "experiment/paper": 3,
+    "debug": 2,
+    "sweeps": 39,
+}
+
+
+def names(group):
+    folder = ROOT / ("sweeps" if group == "sweeps" else f"conf/{group}")
+    return sorted(path.stem for path in folder.glob("*.yaml"))
+
+
+@cache
+def composed(*overrides):
+    """Read only: tests share it, since a composition takes a tenth of a second."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def targets(node, path=""):
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield path, node
+        for key, value in node.items():
+            yield from targets(value, f"{path}.{key}".strip("."))
+
+
+def check_targets(cfg):
+    plain = OmegaConf.to_container(cfg, resolve=False)
+    found = list(targets(plain))
+    for path, node in found:
+        options = {k: v for k, v in node.items() if not k.startswith("_")}
+        signature = inspect.signature(get_object(node["_target_"]))
+        (signature.bind_partial if node.get("_partial_") else signature.bind)(**options)
+        inside = path.split(".")[0] in ("scorers", "train") or ".scorers." in path
+        assert inside or options.get("name") or node.get("_partial_"), f"{path} has no name"
+    return found
+
+
+@pytest.mark.parametrize("group", [*GROUPS, "sweeps"])
+def test_number_of_choices(group):
+    assert len(names(group)) == COUNTS[group], f"{group}: {names(group)}"
+
+
+@pytest.mark.parametrize(("group", "name"), [(g, n) for g in GROUPS for n in names(g)])
+def test_every_choice_composes_and_binds(group, name):
+    chosen = (
+        f"experiment={group.removeprefix('experiment/')}/{name}"
+        if group == "experiment/paper"
+        else f"{group}={name}"
+    )
+    found = check_targets(composed(chosen))
+    assert len(found) >= 4
+
+
+@pytest.mark.parametrize("group", ["scenario", "backbone", "immunize", "attacks", "eval"])
+def test_names_equal_file_names(group):
+    for name in names(group):
+        node = composed(f"{group}={name}")[group]
+        if group in ("attacks", "eval"):
+            assert name == "none" or list(node) == [name]
+            assert all(node[key].name == key for key in node)
+        else:
+            assert node.name == name, f"conf/{group}/{name}.yaml calls itself {node.name}"
+
+
+RUN = [n for n in names("experiment") if n != "train_minisd"]  # which has no models
+
+
+@pytest.mark.parametrize("name", [*RUN, *(f"paper/{n}" for n in names("experiment/paper"))])
+def test_the_parts_of_every_experiment_fit(name):
+    """What an experiment leaves at the table of contents' default must take its backbone too;
+    nothing is loaded.
+    """
+    try:
+        given = ["scenario.captions=[a street]"] if name.startswith("paper/") else []
+        parts = assemble(composed(f"experiment={name}", *given))
+    except UserError as error:
+        if error.key != "backbone.path":
+            raise
+        pytest.skip("MiniSD's weights are not there")
+    scorers = [m.obj.scorers for m in parts.metrics.values() if hasattr(m.obj, "scorers")]
+    assert all((j.name == "minisd") == (parts.backbone.name == "minisd") for j in scorers), (
+        "scorers of another world"
+    )
+    assert scorers or parts.backbone.kind != "diffusion"
+
+
+@pytest.mark.parametrize("name", names("sweeps"))
+def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=[f"sweeps={name}"], return_hydra_config=True)
+    assert cfg.sweep.cost
+    if cfg.action == "search":
+        assert Plan.read(cfg).trials == cfg.sweep.runs
+        check_targets(composed(f"sweeps={name}"))
+        return
+    assert str(cfg.hydra.mode).endswith("MULTIRUN")
+    params = [f"{key}={value}" for key, value in cfg.hydra.sweeper.params.items()]
+    jobs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(params), None)[0]
+    jobs = [list(job) for job in jobs]
+    assert len(jobs) == cfg.sweep.runs
+    seen = set()
+    for job in (jobs[0], jobs[-1], *jobs):
+        choices = {override for override in job if "." not in override.partition("=")[0]}
+        if not seen or job is jobs[-1] or not choices <= seen:  # others differ in values only
+            check_targets(composed(f"sweeps={name}", *job))
+        seen |= choices | {name}
+
+
+ON_HOUSES = ["kappa_options", "kappa_estimates", "imma_options", "probe_options"]
+
+
+@pytest.mark.parametrize(
+    "name", ["merge_ablation", "mima_options", "lower_level_ablation", *ON_HOUSES]
+)
+def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
+    """`sweep.variant` repeats the presets' values; without a change they must be the presets'."""
+    ablation = composed(f"sweeps={name}")
+    changes = OmegaConf.to_container(ablation.sweep.variant)
+    where = "experiment=house_price" if name in ON_HOUSES else "experiment=ablation"
+    attacks = [f"attacks=[{','.join(ablation.attacks)}]"] if name in ON_HOUSES else []
+    preset = composed(where, f"immunize={ablation.immunize.name}", *attacks)
+    assert changes
+    for group in ("immunize", "scenario", *(["attacks"] if attacks else [])):
+        found, expected = (
+            OmegaConf.to_container(c[group], resolve=True) for c in (ablation, preset)
+        )
+        if name == "lower_level_ablation" and group == "immunize":
+            assert (found.pop("steps"), expected.pop("steps")) == (
+                120,
+                480,
+            )  # a quarter of the preset's
+        assert found == expected
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "weights")])
+def test_tables_sample_in_bfloat16_where_the_device_computes_it(monkeypatch, native, precision):
+    monkeypatch.setattr("lab.models.devices.computes_bfloat16", lambda kind: native)
+    for name in ("relearn_table", "template_shift", "tune_mima_deep"):
+        cfg = composed(f"sweeps={name}")
+        assert (
+            {cfg.scenario.sampling.precision}
+            == {a.sampling.precision for a in cfg.attacks.values()}
+            == {precision}
+        )
+
+
+def test_every_default_says_where_it_comes_from():
+    """A numeric default in the noun groups carries a comment on its line."""
+    bare = []
+    for group in ("immunize", "attacks", "eval", "scenario", "backbone"):
+        for path in (ROOT / "conf" / group).rglob("*.yaml"):
+            for number, line in enumerate(path.read_text().splitlines(), 1):
+                value = line.partition(":")[2].strip()
+                if value and value[0].isdigit() and "#" not in value:
+                    bare.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert not bare, "\n".join(bare)

@@ -1,0 +1,96 @@
+"""What the tests of the concept immunizers share: presets at tiny sizes, one model, one case."""
+
+import dataclasses
+import json
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from tiny import no_log
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+from immunize.mima.setup import Setup, concept_halves
+
+ROOT = Path(__file__).resolve().parents[2]
+PRESETS = ("mima", "mima_first_order", "joint", "compose", "imma", "mima_released", "mima_deep")
+LORA = {"kind": "lora", "scopes": ["attn2"], "ranks": 2, "lr": 1e-2}
+model = cache(tiny_diffusion)
+case = cache(tiny_case)
+
+
+def preset(name, **changes):
+    """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above
+    any useful cap.
+    """
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        node = compose("config", overrides=[f"immunize={name}"]).immunize
+    OmegaConf.set_struct(node, False)
+    small = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None}
+    if name == "mima_deep":
+        small |= {"k_min": 1, "k_max": 4, "inner_batch_size": 2, "decoys": 4, "decoy_steps": 2}
+    return instantiate(OmegaConf.merge(node, {**small, **changes}))
+
+
+def objective(method, of=None, on=None, seed=0):
+    """What one upper step of ``method`` descends, and θ."""
+    here, problem = of or model(), on or case()
+    setup = Setup.build(here, problem, seed, method.precision, method.prior)
+    chosen = concept_halves(
+        here, problem.targets, seed, setup.dtype, method.needs_decoys(), method.needs_templates()
+    )
+    runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
+    theta = setup.restart()
+    return method.objective(setup, runs[0], merges[0]), theta
+
+
+@contextmanager
+def kept():
+    """Sizes of the activations that graphs made inside keep for their backward pass."""
+    sizes = []
+
+    def keep(tensor):
+        sizes.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield sizes
+
+
+def run(immunizer, *, of=None, on=None, seed=0, checkpoint=None, log=no_log):
+    return immunizer(of or model(), on or case(), seed=seed, checkpoint=checkpoint, log=log)
+
+
+def rows_of(immunizer, **options):
+    rows = []
+    result = run(immunizer, log=lambda step, **values: rows.append((step, values)), **options)
+    return result, rows
+
+
+def moved(after, before):
+    new, old = after.state_dict(), before.state_dict()
+    return {name for name, value in new.items() if not torch.equal(value, old[name])}
+
+
+def with_targets(some):
+    return dataclasses.replace(case(), targets=tuple(some))
+
+
+class Snapshots:
+    """A checkpoint that keeps every state; ``at`` gives one that starts from the i-th."""
+
+    def __init__(self, start=None):
+        self.start, self.states = start, []
+
+    def load(self):
+        return self.start
+
+    def save(self, tensors, values):
+        kept = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.states.append((kept, json.loads(json.dumps(values))))
+
+    def at(self, i):
+        return Snapshots(self.states[i])

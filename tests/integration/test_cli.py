@@ -1,0 +1,275 @@
+"""`python run.py` as a user calls it: results, errors with exit code 2, actions, sweeps."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from entry_point import FAST, record_of
+from processes import start
+
+import immunize.kappa.method
+from attacks.probes.linear_probe import LinearProbe
+from immunize.kappa.objectives import SpectralObjective
+from lab.core import cache as store
+
+PUBLISHED = Path(__file__).resolve().parents[3] / "shared/data/house_price"
+THERE = pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="the published CSVs lie in ../shared/data/house_price, absent here",
+)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [[], pytest.param([f"scenario.path={PUBLISHED}"], marks=THERE)],
+    ids=["ames", "published"],
+)
+def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path, place):
+    code, out, err = cli(*FAST[:2], *FAST[3:], "immunize=kappa_closed_form", *place)
+    assert code == 0, err
+    metrics = record_of(out, tmp_path)["metrics"]
+    assert metrics["rir_bound_ratio"]["value"] == pytest.approx(1, abs=1e-6)
+    assert metrics["rir"]["value"] == pytest.approx(metrics["rir_bound"]["value"], rel=1e-6)
+    assert metrics["rir"]["value"] > 10
+
+
+def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_path):
+    code, out, err = cli(*FAST)
+    assert code == 0, err
+    first = record_of(out, tmp_path)
+    assert first["status"] == "ok"
+    assert first["immunizer"] == "kappa"
+    assert first["metrics"]["rir"]["n"] == 1
+    assert first["provenance"]["cache_hits"] == 0
+    assert {c["model"] for c in first["cells"]} == {"none", "kappa", None}
+    assert (tmp_path / "outputs/runs").is_dir()
+    html = next((tmp_path / "outputs").rglob("report.html")).read_text()
+    assert "kappa" in html
+    code, out, _ = cli(*FAST)
+    second = record_of(out, tmp_path)
+    assert second["provenance"]["cache_misses"] == 0
+    assert second["content_hash"] == first["content_hash"]
+    assert all(
+        c["seconds"] >= 0 for c in first["cells"]
+    )  # the baseline's immunization may take less than a millisecond
+    assert any(c["seconds"] > 0 for c in first["cells"])
+    assert [c["seconds"] for c in second["cells"]] == [c["seconds"] for c in first["cells"]]
+
+
+def test_the_baseline_model_name_alone(cli, tmp_path):
+    code, out, err = cli(*[a for a in FAST if "epochs" not in a], "immunize=none")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert "rir" not in record["metrics"]
+    assert "baseline model" in record["skipped"]["verdict"]
+
+
+def test_attacks_none_needs_no_attack_metrics(cli, tmp_path):
+    code, out, err = cli(*FAST, "attacks=none")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert record["attacks"] == []
+    assert "attacks=none" in record["skipped"]["convergence"]
+
+
+def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
+    code, out, err = cli(*FAST, "dry_run=true")
+    assert code == 0, err
+    assert "miss" in out
+    assert "hits" in out
+    assert not list(tmp_path.rglob("record.json"))
+    cli(*FAST)
+    _, out, _ = cli(*FAST, "dry_run=true")
+    assert "0 misses" in out
+    _, out, _ = cli(*FAST, "dry_run=true", "force=attack")
+    assert "hit " in out
+    assert "miss" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "fix"),
+    [
+        (["immunize=kapa"], "immunize=kapa", "did you mean kappa"),
+        (["immunize.lambda_pp=1"], "immunize.lambda_pp", "did you mean immunize.lambda_p"),
+        (["sedes=[1]"], "sedes", "did you mean seeds"),
+        (["attacks=[linear_prob]"], "attacks=linear_prob", "did you mean"),
+        (["attacks=[]"], "attacks=[]", "attacks=none"),
+        (
+            ["+attacks.linear_probe.los=x"],
+            "attacks.linear_probe.los=x",
+            "did you mean attacks.linear_probe.loss",
+        ),
+        (["action=raport"], "action=raport", "did you mean report"),
+        (["immunize.lambda_h=-1"], "immunize.lambda_h=-1", "≥ 0"),
+        (["seeds=[0,0]"], "seeds", "different"),
+        (["seeds=[-1]"], "seeds", "≥ 0"),
+        (["seeds=1.5"], "seeds", "≥ 0"),
+        (["budget.horizon=0"], "budget.horizon=0", "≥ 1"),
+        (["force=[attak]"], "force", "attack"),
+        (["threads=0"], "threads=0", "≥ 1"),
+        (["scenario.path=/nowhere"], "scenario.path", "/nowhere"),
+        (["immunize.name.x=1"], "immunize.name", ""),
+        (["action=compare"], "records", "run.py"),
+        (["action=compare", "records=[/nowhere.json]"], "records=/nowhere.json", "does not exist"),
+        (
+            ["immunize._target_=immunize.kappa.method.Nothing"],
+            "immunize",
+            "module immunize.kappa has no Nothing",
+        ),
+    ],
+)
+def test_wrong_input_names_key_and_fix_and_exits_with_2(cli, arguments, key, fix):
+    code, out, err = cli(*FAST, *arguments)
+    assert code == 2, (out, err)
+    message = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert key in message
+    assert fix in message
+    assert "Traceback" not in err
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_runs(cli, tmp_path):
+    code, _, err = cli(
+        "experiment=house_price",
+        "tracker=none",
+        "immunize=kappa_closed_form",
+        "backbone=efficientnet_lite0",
+    )
+    assert code == 2
+    assert "backbone=efficientnet_lite0" in err
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_failure_is_a_record_too(cli, tmp_path):
+    code, out, err = cli(*FAST, "scenario.path=/nowhere")
+    assert code == 2, err
+    record = record_of(out, tmp_path)
+    assert record["status"] == "failed"
+    assert record["error"]["key"] == "scenario.path"
+
+
+def test_unwritable_output_says_so(cli, tmp_path):
+    (tmp_path / "blocked").write_text("a file where a folder should be")
+    code, _, err = cli(*FAST, "paths.outputs=blocked")
+    assert code == 2
+    assert "blocked" in err
+    assert "paths.outputs" in err
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(28, "disk is full"), (30, "read-only"), (13, "permission denied")]
+)
+def test_a_full_or_read_only_disk_says_so_and_keeps_what_is_finished(
+    cli, tmp_path, monkeypatch, number, words
+):
+    real, calls = store.os.fsync, []
+
+    def fails_later(handle):
+        calls.append(handle)
+        if len(calls) > 12:
+            raise OSError(number, os.strerror(number), "outputs/cache")
+        return real(handle)
+
+    monkeypatch.setattr(store.os, "fsync", fails_later)
+    code, _, err = cli(*FAST)
+    assert code == 2, err
+    assert words in err
+    assert "paths.outputs" in err
+    monkeypatch.setattr(store.os, "fsync", real)
+    code, out, err = cli(*FAST)
+    assert code == 0, err
+    assert record_of(out, tmp_path)["provenance"]["cache_hits"] >= 1
+
+
+def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkeypatch):
+    def interrupted(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LinearProbe, "__call__", interrupted)
+        code, out, err = cli(*FAST)
+    assert code == 130
+    assert "continues" in err
+    stopped = record_of(out, tmp_path)
+    assert stopped["status"] == "preempted"
+    assert [c["status"] for c in stopped["cells"]] == ["ok", "ok", "pending"]
+    code, out, err = cli(*FAST)
+    assert code == 0, err
+    assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 2  # both immunize stages
+
+
+def test_ctrl_c_in_the_middle_of_a_stage_says_from_where_it_goes_on(cli, tmp_path, monkeypatch):
+    class Interrupted(SpectralObjective):
+        def step(self, step):
+            if step == 9:
+                raise KeyboardInterrupt
+            return super().step(step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(immunize.kappa, "SpectralObjective", Interrupted)
+        code, out, _ = cli(*FAST, "immunize.checkpoint_every=4")
+    assert code == 130
+    stopped = record_of(out, tmp_path)
+    assert stopped["error"]["last_good_step"] == 8
+    assert [c["status"] for c in stopped["cells"]] == ["ok", "pending"]
+    assert cli(*FAST, "immunize.checkpoint_every=4")[0] == 0
+
+
+def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
+    code, out, err = cli(*FAST, "immunize=kappa_paper_house_price")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert record["status"] == "diverged"
+    assert record["metrics"] == {}
+    assert record["error"]["last_good_step"] >= 0
+    assert [c["status"] for c in record["cells"] if c["model"] == "kappa_paper_house_price"] == [
+        "diverged"
+    ]
+
+
+def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):
+    code, out, err = cli("experiment=house_price", "debug=wiring", "immunize.epochs=1")
+    assert code == 0, err
+    record = record_of(out, tmp_path)
+    assert {c["stage"] for c in record["cells"]} == {"immunize", "attack", "eval"}
+    assert record["seeds"] == [0]
+    assert record["config"]["tracker"] == {}
+
+
+def test_help_explains_the_choices_and_its_five_commands_compose(cli):
+    code, out, _ = cli("--help")
+    assert code in (0, None)
+    commands = [
+        line.strip() for line in out.splitlines() if line.strip().startswith("python run.py")
+    ]
+    assert len(commands) >= 5
+    for command in commands[:5]:
+        words = command.split("   ")[0].split()[2:]
+        if "-m" in words or any(w.startswith("sweeps=") for w in words):
+            continue  # expanded in test_configs
+        code, out, err = cli(*words, "--cfg", "job")
+        assert code in (0, None), err
+        assert "immunize:" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_preempted_record_and_a_checkpoint(tmp_path, number):
+    options = [
+        "experiment=house_price",
+        "tracker=none",
+        "threads=1",
+        "seeds=[0,1,2,3,4,5,6,7]",
+        "immunize.epochs=2000",
+    ]
+    process = start(tmp_path, *options)
+    deadline = time.monotonic() + 90
+    while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    record = record_of(out, tmp_path)
+    assert record["status"] == "preempted"
+    assert list(tmp_path.rglob("*.ckpt"))

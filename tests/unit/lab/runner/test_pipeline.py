@@ -1,0 +1,297 @@
+"""What determines a stage is in its key; what compares nothing is refused."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+from lab.core.cache import StageCache, StageCheckpoint
+from lab.core.data import Sampling, ScenarioData
+from lab.core.errors import Diverged, UserError
+from lab.core.provenance import computing
+from lab.core.sources import ROOT
+from lab.core.types import BASELINE, clone
+from lab.runner.assemble import assemble
+from lab.runner.experiment import Run
+from lab.runner.pipeline import Pipeline
+
+HOUSES = ["experiment=house_price", "immunize.epochs=1"]
+
+
+class TinyScenario:
+    name = "tiny"
+    provides = frozenset({"linear", "deep"})
+
+    def load(self, seed):
+        case = tiny.linear_case(seed)
+        return ScenarioData((case, type(case)("second", case.benign, case.harmful)), (), str(seed))
+
+
+@pytest.fixture
+def pipeline(tmp_path):
+    def make(*overrides, scenario=None):
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            first = [] if overrides and overrides[0] == "experiment=relearn" else HOUSES
+            cfg = compose("config", overrides=[*first, "seeds=[0]", "tracker=none", *overrides])
+        parts = assemble(cfg)
+        object.__setattr__(parts, "scenario", scenario or TinyScenario())
+        if isinstance(scenario, TinyConcepts):
+            object.__setattr__(parts, "backbone", TinyBackbone())
+        return Pipeline(parts, StageCache(tmp_path))
+
+    return make
+
+
+def keys(found):
+    return [
+        cell.key
+        for cell in (
+            *found.immunize_cells(),
+            *found.attack_cells(),
+            found.eval_cell("conditioning"),
+        )
+    ]
+
+
+class TinyBackbone:
+    def build(self, case, seed):
+        return tiny_diffusion()
+
+
+class TinyConcepts:
+    name = "tiny_concepts"
+    provides = frozenset({"diffusion"})
+
+    def __init__(self, **sampling):
+        self.case = replace(tiny_case(), sampling=Sampling(**sampling))
+
+    def load(self, seed):
+        return ScenarioData((self.case,), (), str(seed))
+
+
+@pytest.mark.parametrize(
+    "override", [{"steps": 3}, {"guidance": 1.0}, {"precision": "bfloat16"}, {"count": 5}]
+)
+def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing_anew(
+    pipeline, override
+):
+    """Attacks have it among their own options."""
+    base = {"steps": 2, "guidance": 4.0, "count": 4}
+    fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
+    one, other = (pipeline(*fixed, scenario=TinyConcepts(**{**base, **o})) for o in ({}, override))
+    assert [c.key for c in one.immunize_cells()] == [c.key for c in other.immunize_cells()]
+    assert one.eval_cell("utility").key != other.eval_cell("utility").key
+
+
+def test_immunizers_do_not_see_how_pictures_are_generated(pipeline):
+    found = pipeline(
+        "experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=3)
+    )
+    seen = []
+
+    def immunizer(model, case, **_):
+        seen.append(case)
+        return model
+
+    object.__setattr__(found.parts.model_names[BASELINE], "obj", immunizer)
+    next(found.immunize_cells()).compute(None)
+    assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
+
+
+def test_same_inputs_same_keys(pipeline):
+    assert keys(pipeline()) == keys(pipeline())
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "immunize.lr=0.05",
+        "seeds=[1]",
+        "backbone.init=random",
+        "budget.horizon=3",
+        "eval.conditioning.size=50",
+    ],
+)
+def test_every_input_changes_a_key(pipeline, override):
+    assert keys(pipeline()) != keys(pipeline(override))
+
+
+def test_the_backbone_itself_is_part_of_every_key(pipeline):
+    one, other = pipeline(), pipeline()
+    other.parts.backbone_identity["sources"] = "a mended bug"
+    assert not set(keys(one)) & set(keys(other))
+
+
+@pytest.mark.parametrize(
+    ("part", "name"), [("metadata", "version"), ("torch.cuda", "is_available")]
+)
+def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name):
+    """Digits depend on both; a cache that outlives an upgrade must not serve the old ones."""
+    before = keys(pipeline())
+    answer = {"version": lambda package: "9.9", "is_available": lambda: True}[name]
+    with monkeypatch.context() as patched:
+        patched.setattr(f"lab.core.provenance.{part}.{name}", answer)
+        computing.cache_clear()
+        other = keys(pipeline())
+    computing.cache_clear()
+    assert not set(before) & set(other)
+    assert keys(pipeline()) == before
+
+
+def test_the_baseline_model_name_is_shared_between_immunizers(pipeline):
+    one, other = pipeline(), pipeline("immunize.lr=0.05")
+    model_names = [{c.label["model"]: c.key for c in p.immunize_cells()} for p in (one, other)]
+    assert model_names[0]["none"] == model_names[1]["none"]
+    assert model_names[0]["kappa"] != model_names[1]["kappa"]
+
+
+def test_an_immunizer_that_changes_nothing_is_an_error(pipeline):
+    found = pipeline()
+
+    class Nothing:
+        name = "kappa"
+
+        def __call__(self, model, case, **kwargs):
+            return model
+
+    object.__setattr__(found.parts.immunizer, "obj", Nothing())
+    cell = next(c for c in found.immunize_cells() if c.label["model"] == "kappa")
+    with pytest.raises(UserError, match="left every weight"):
+        found.store.get(cell.stage, cell.key, cell.compute)
+
+
+def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
+    found = pipeline()
+
+    class Sometimes:
+        name = "kappa"
+
+        def __call__(self, model, case, **kwargs):
+            raise Diverged("too far", 3)
+
+    object.__setattr__(found.parts.immunizer, "obj", Sometimes())
+    cell = next(c for c in found.immunize_cells() if c.label["model"] == "kappa")
+    artifact, _ = found.store.get(cell.stage, cell.key, cell.compute)
+    assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
+    found.diverged["tiny", 0] = artifact.values["error"]
+    assert [c.name for c in found.cases(0)] == ["second"]
+    assert {c.label["case"] for c in found.attack_cells()} == {"second"}
+    found.diverged["second", 0] = artifact.values["error"]
+    assert found.seeds == ()
+
+
+def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_the_record(
+    pipeline, tmp_path, caplog
+):
+    found = pipeline()
+
+    class CutShort:
+        name = "kappa"
+
+        def __call__(self, model, case, *, log, **kwargs):
+            log(0, loss=1.0)
+            log(1, diverged=1.0)
+            moved = clone(model)
+            with torch.no_grad():
+                next(moved.parameters()).mul_(2)
+            return moved
+
+    object.__setattr__(found.parts.immunizer, "obj", CutShort())
+    run = Run(
+        OmegaConf.create(
+            {"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}
+        ),
+        tmp_path,
+    )
+    run.made = found
+    for cell in found.immunize_cells():
+        run._do(cell)
+    told = [
+        f"kappa on case {case}, seed 0 left the finite numbers at step 1"
+        for case in ("tiny", "second")
+    ]
+    assert [note.partition(";")[0] for note in found.notes] == told
+    assert all(text in caplog.text for text in told)
+    assert {cell["status"] for cell in run.cells} == {"ok"}
+
+
+def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline):
+    found = pipeline(
+        "experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=2)
+    )
+
+    def attack(*_, **__):
+        raise Diverged("the loss is not finite before the first update", 0)
+
+    object.__setattr__(found.parts.attacks["lora"], "obj", attack)
+    cells = list(found.attack_cells())
+    for model_name, key in (("mima_deep", "immunize"), (BASELINE, "backbone")):
+        cell = next(c for c in cells if c.label["model"] == model_name)
+        for broken, told in (
+            (False, "attacks.lora: the weights themselves are finite"),
+            (True, "of what made it."),
+        ):
+            model = tiny_diffusion()
+            if broken:
+                next(iter(model.unet.parameters())).data.fill_(float("nan"))
+            found.model = lambda *_, model=model: model
+            with pytest.raises(UserError, match=rf"^{key}={model_name}: .*not finite") as error:
+                cell.compute(None)
+            assert error.value.key == key
+            assert told in str(error.value)
+
+
+def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(
+    pipeline, tmp_path
+):
+    made = []
+
+    def compute():
+        made.append(len(made))
+        return {"x": torch.tensor([made[-1]])}
+
+    one, other = pipeline(), pipeline("immunize.lr=0.05")
+    assert [run.kept("a", compute)["x"].item() for run in (one, other, one)] == [0, 0, 0]
+    assert one.kept("b", compute)["x"].item() == 1
+    one.store = StageCache(tmp_path, force="eval")
+    assert one.kept("a", compute)["x"].item() == 2
+
+
+def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from(pipeline):
+    run = pipeline()
+    cells = [*run.immunize_cells(), *run.attack_cells(), run.eval_cell("conditioning")]
+    for cell in cells:
+        run.store.get(*cell.place, cell.compute, cell.parents)
+    assert all(run.store.has(*cell.place, cell.parents) for cell in cells)
+    root = next(c for c in cells if c.stage == "immunize" and c.label["model"] != BASELINE)
+    moved = root.compute(StageCheckpoint(run.store.folder("immunize", "other")))
+    moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
+    StageCache(run.store.root, force="immunize").get(*root.place, lambda _: moved)
+    stale = [c for c in cells if not run.store.has(*c.place, c.parents)]
+    attacked = {(c.label["model"], c.label["case"]) for c in stale if c.stage == "attack"}
+    assert attacked == {(root.label["model"], root.label["case"])}
+    assert {c.stage for c in stale} == {"attack", "eval"}
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeline, kept):
+    run = pipeline()
+
+    def leaky(model, case, **_):
+        after = clone(model)
+        next(iter(after.parameters())).data.mul_(0.5)
+        next(iter(model.parameters())).data.zero_()
+        return after if kept else model
+
+    model_name = run.immunizer
+    leaky.name = model_name
+    object.__setattr__(run.parts.model_names[model_name], "obj", leaky)
+    cell = next(c for c in run.immunize_cells() if c.label["model"] == model_name)
+    with pytest.raises(
+        UserError, match=f"immunize={model_name}: changed the model that it was given"
+    ):
+        cell.compute(None)

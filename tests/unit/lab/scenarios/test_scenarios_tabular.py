@@ -1,0 +1,227 @@
+"""House prices and users' own CSV files: splits, shared preprocessing, ranks, clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tabular_files import HOUSES, folder, scenario, table
+
+from lab.core.types import Scenario
+from lab.scenarios import preprocess
+from lab.scenarios.tabular import Tabular, ames
+
+PUBLISHED = Path(__file__).resolve().parents[5] / "shared" / "data" / "house_price"
+
+
+def test_ames_is_split_by_zone_and_has_full_rank() -> None:
+    data = Tabular(**HOUSES).load(0)
+    assert isinstance(Tabular(**HOUSES), Scenario)
+    (case,) = data.cases
+    frame = ames()
+    zone = frame["MSZoning"] == "RL"
+    benign, harmful = case.benign, case.harmful[0]
+    assert (benign.name, harmful.name) == ("LotArea", "SalePrice")
+    assert len(benign.train) + len(benign.test) == int((~zone).sum()) == 657
+    assert len(harmful.train) + len(harmful.test) == int(zone.sum()) == 2273
+    assert len(benign.test) == round(0.2 * 657)
+    d = benign.train.x.shape[1]
+    for task in case.tasks:
+        assert task.train.x.dtype == task.train.y.dtype == torch.float64
+        assert torch.isfinite(task.train.x).all()
+        assert torch.isfinite(task.test.x).all()
+        singular = torch.linalg.svdvals(task.train.x)
+        assert (singular > 1e-2 * singular[0]).sum() == d  # not merely above rounding
+        assert task.train.y.mean().abs() < 1e-12
+        assert abs(task.train.y.std(correction=0) - 1) < 1e-12
+    text = " ".join(data.notes)
+    for part in (
+        "GrLivArea",
+        "PoolQC",
+        "LotFrontage (490)",
+        "LotArea and SalePrice left out",
+        f"{d} features remain",
+    ):
+        assert part in text
+    assert all(
+        note.endswith(".") and (note[0].isupper() or note[0].isdigit()) for note in data.notes
+    )
+
+
+def test_same_seed_same_bytes() -> None:
+    one, two, other = (Tabular(**HOUSES).load(seed) for seed in (3, 3, 4))
+    assert one.data_hash == two.data_hash != other.data_hash
+    assert torch.equal(one.cases[0].benign.train.x, two.cases[0].benign.train.x)
+
+
+def test_pooled_standardisation_and_no_target_among_the_features(tmp_path: Path) -> None:
+    first, second = table(), table(90, 1)
+    second[["a", "total"]] += 5.0
+    first["price"] = first["area"]  # a leak, were it a feature
+    case = scenario(folder(tmp_path, first, second)).load(0).cases[0]
+    x = torch.cat([task.train.x for task in case.tasks])
+    assert x.shape == (48 + 72, 3)  # a or b or total is a combination, colour; neither target
+    assert torch.allclose(x.mean(0), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(x.std(0, correction=0), torch.ones(3, dtype=torch.float64))
+    assert (
+        case.benign.train.x.mean(0).abs().max() > 0.3
+    )  # one mean for both: the shift between them survives
+    y = case.benign.train.y
+    fitted = x[:48] @ torch.linalg.lstsq(x[:48], y[:, None]).solution
+    assert ((fitted[:, 0] - y) ** 2).mean() > 0.5
+
+
+def test_missing_constant_and_collinear_columns_are_told(tmp_path: Path) -> None:
+    first, second = table(), table(90, 1)
+    first["flat"], second["flat"] = 1.0, np.arange(90.0)
+    second["late"], first["late"] = "x", np.where(np.arange(60) % 3, "x", "y")
+    first["mine"], first.loc[3, "area"] = 1.5, np.nan
+    first.loc[[5, 6], ["a", "total"]] = np.nan
+    first.loc[7, "a"] = np.inf
+    second.loc[:9, "colour"] = None
+    data = scenario(folder(tmp_path, first, second)).load(0)
+    text = "\n".join(data.notes)
+    assert "Dropped as constant in the benign training rows (1): flat." in text
+    assert "Dropped as constant in the harmful training rows (1): late." in text
+    assert "Dropped because only one table has them (1): mine." in text
+    assert "a (3)" in text
+    assert "total (2)" in text
+    assert "level of its own in these categorical columns (1): colour." in text
+    assert "Dropped rows of the benign task whose target area is missing (1)." in text
+    assert "exact linear combination of other columns in the benign training rows (1)" in text
+    assert (
+        "3 features remain (benign: 47 training rows, rank 3; harmful: 72 training rows, rank 3)."
+        in text
+    )
+    assert len(data.cases[0].benign.train) == 47
+
+
+def test_an_imputed_cell_does_not_hide_a_sum() -> None:
+    """total = a + b in every observed row; the medians of one invented row do not add up."""
+    frame = table(50)[["a", "b", "total"]]
+    frame.loc[4, ["a", "b", "total"]] = [np.nan, np.nan, 9.0]
+    rows = np.ones(50, dtype=bool)
+    data, _ = preprocess.encode(frame, rows)
+    assert np.linalg.matrix_rank(preprocess.standardise(data, rows)[0].x) == 3
+    frame.loc[4, "total"] = np.nan
+    data, _ = preprocess.encode(frame, rows)
+    data, notes = preprocess.drop_combinations(
+        preprocess.standardise(data, rows)[0], [("benign", rows)]
+    )
+    assert len(data.names) == 2
+    assert "(1)" in notes[0]
+
+
+def test_a_constant_offset_counts_once() -> None:
+    """Two columns that are affine, not linear, in others: the first stays (it spans the constant),
+    one goes.
+    """
+    frame = table(50)[["a", "b"]]
+    x = np.column_stack([frame, frame["a"] + frame["b"] + 1.0, frame["a"] - frame["b"] + 2.0])
+    data = preprocess.Encoded(("a", "b", "c", "d"), x, np.zeros_like(x, dtype=bool))
+    kept, _ = preprocess.drop_combinations(data, [("benign", np.ones(50, dtype=bool))])
+    assert len(kept.names) == np.linalg.matrix_rank(x) == np.linalg.matrix_rank(kept.x) == 3
+
+
+def test_nearly_collinear_columns_stay() -> None:
+    frame = table(50)[["a", "b", "total"]]
+    frame["total"] += 1e-4 * np.random.default_rng(9).normal(size=50)
+    rows = np.ones(50, dtype=bool)
+    data, _ = preprocess.encode(frame, rows)
+    data, notes = preprocess.drop_combinations(
+        preprocess.standardise(data, rows)[0], [("benign", rows)]
+    )
+    assert len(data.names) == 3
+    assert notes == []
+
+
+def test_fewer_rows_than_features(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = [*(f"f{i}" for i in range(20)), "area", "price"]
+    wide = [pd.DataFrame(rng.normal(size=(n, 22)), columns=names) for n in (10, 80)]
+    wide[0]["twice"], wide[1]["twice"] = 2 * wide[0]["f0"], 2 * wide[1]["f0"]
+    data = scenario(folder(tmp_path, *wide)).load(0)
+    assert data.cases[0].benign.train.x.shape == (8, 20)
+    assert data.notes[-1] == (
+        "20 features remain (benign: 8 training rows, rank 8; harmful: 64 training rows, rank 20). "
+        "The Gram matrix of the benign task is singular: bounds on the ratio may be infinite."
+    )
+
+
+def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> None:
+    """Which columns pivoted QR would name is an accident of the split; seeds must see the same
+    features.
+    """
+    rng = np.random.default_rng(0)
+    names = [*(f"f{i}" for i in range(40)), "area", "price"]
+    tables = [pd.DataFrame(rng.normal(size=(15, 42)), columns=names) for _ in range(2)]
+    loaded = [scenario(folder(tmp_path, *tables)).load(seed) for seed in (0, 1)]
+    assert [one.cases[0].benign.train.x.shape[1] for one in loaded] == [40, 40]
+    assert "24 training rows in all cannot tell which of 40 columns are" in " ".join(
+        loaded[0].notes
+    )
+
+
+def test_ordinal_codes() -> None:
+    frame = pd.DataFrame(
+        {"q": ["b", None, "a", "c"], "flag": [True, False, True, True], "n": [1, 2, 3, 4]}
+    )
+    data, _ = preprocess.encode(frame, np.ones(4, dtype=bool))
+    assert data.x.T.tolist() == [[1, 3, 0, 2], [1, 0, 1, 1], [1, 2, 3, 4]]
+
+
+def test_test_rows_do_not_move_medians_or_scales() -> None:
+    frame = pd.DataFrame({"n": [1.0, 2.0, 3.0, np.nan, 1000.0]})
+    train = np.array([True, True, True, True, False])
+    data, _ = preprocess.encode(frame, train)
+    assert data.x[3, 0] == 2.0
+    assert preprocess.standardise(data, train)[0].x[1, 0] == 0.0
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("factor", [1e200, 1e308, 1e-200])
+def test_columns_that_cannot_be_scaled_are_dropped_by_name(tmp_path: Path, factor: float) -> None:
+    frame = table().assign(wide=np.linspace(-1.0, 1.0, 60) * factor)
+    frame.loc[0, "wide"] = np.nan
+    data = scenario(folder(tmp_path, frame, frame)).load(0)
+    assert data.cases[0].benign.train.x.shape[1] == 3
+    assert "Dropped as too large or too small in number to be scaled (1): wide." in data.notes
+    assert all(torch.isfinite(s.x).all() for t in data.cases[0].tasks for s in (t.train, t.test))
+
+
+def test_one_csv_with_a_split_column(tmp_path: Path) -> None:
+    frame = table(80)
+    frame["Zone.Code"] = ["x", "y", "z", "x"] * 20
+    frame.to_csv(tmp_path / "all.csv", index=False)
+    options = {"split_column": "zone_code", "harmful_values": ["y", "z"]}
+    case = scenario(tmp_path / "all.csv", **options).load(0).cases[0]
+    assert len(case.benign.train) + len(case.benign.test) == 40
+    same = scenario(tmp_path / "all.csv", harmful_target="area", **options).load(0).cases[0]
+    assert [task.name for task in same.tasks] == ["area_benign", "area_harmful"]
+    single = (
+        scenario(tmp_path / "all.csv", split_column="zone_code", harmful_values="y")
+        .load(0)
+        .cases[0]
+    )
+    assert len(single.harmful[0].train) == 16
+
+
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="the published CSVs lie in ../shared/data/house_price, absent here",
+)
+def test_published_csvs() -> None:
+    data = Tabular(**{**HOUSES, "path": str(PUBLISHED)}).load(0)
+    benign, harmful = data.cases[0].benign, data.cases[0].harmful[0]
+    assert len(benign.train) + len(benign.test) == 309
+    assert len(harmful.train) + len(harmful.test) == 1151
+    d = benign.train.x.shape[1]
+    assert (
+        int(torch.linalg.matrix_rank(benign.train.x))
+        == int(torch.linalg.matrix_rank(harmful.train.x))
+        == d
+    )
+    assert "MSZoning" in " ".join(data.notes)  # constant in D2
