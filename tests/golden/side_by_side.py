@@ -61,7 +61,7 @@ _ATTACKS = "attacks=[dreambooth,custom_diffusion,textual_inversion]"
 _MIMA = f"debug=wiring immunize=mima immunize.steps=3 {_ATTACKS} {_QUICK}"
 _PERSONALIZE = (
     "experiment=personalize debug=wiring immunize=mima_released immunize.steps=4 "
-    f"attacks=[full_finetune,lora_text_encoder,curriculum] {_QUICK}"
+    f"attacks=[lora_text_encoder,curriculum] {_QUICK}"
 )
 
 
