@@ -217,12 +217,12 @@ def evaluated(name: str, kind: str = "linear") -> dict[str, Any]:
     """Compute a metric family on made-up runs; return value, low and high of every metric."""
     if kind == "deep":
         run = _probe_run(labelled=True)
-        for arm, model in run.models.items():
-            run.models[arm] = probes.DeepModel([("map", model.blocks[0])], model.feature_dim)
+        for model_name, model in run.models.items():
+            run.models[model_name] = probes.DeepModel([("map", model.blocks[0])], model.feature_dim)
         return _figures(build("eval", name)(run))
     if "diffusion" in build("eval", name).accepts:
-        metric = build("eval", name, "diffusion", judges=pictures.FakeJudges())
-        return _figures(metric(_pictures_run(one_arm=metric.needs_arms == 1)))
+        metric = build("eval", name, "diffusion", scorers=pictures.FakeScorers())
+        return _figures(metric(_pictures_run(one_model=metric.needs_models == 1)))
     metric = build("eval", name)
     if name == "transfer":
         return _figures(metric(_ManyCases()))
@@ -240,10 +240,10 @@ def _figures(scores: Any) -> dict[str, list[float | None]]:
 def _probe_run(labelled: bool) -> Any:
     """Make a run of two attackers on two cases, whose speeds depend on seed, task and attacker."""
 
-    def trajectory(arm: str, attack: str, role: str, seed: int) -> Any:
-        rate = 0.8 if arm == BASELINE else 0.93 if role == "harmful" else 0.82
+    def trajectory(model_name: str, attack: str, role: str, seed: int) -> Any:
+        rate = 0.8 if model_name == BASELINE else 0.93 if role == "harmful" else 0.82
         rate += 0.01 * seed + (0.02 if attack == "probe_adam" else 0)
-        return probes.decay(rate, probes.STEPS, 0.8 if arm == BASELINE else 0.7)
+        return probes.decay(rate, probes.STEPS, 0.8 if model_name == BASELINE else 0.7)
 
     kind = "classification" if labelled else "regression"
     cases = tuple(
@@ -260,7 +260,7 @@ def _probe_run(labelled: bool) -> Any:
 class _ManyCases:
     """Ten cases whose immunization differs in strength, with attackers that feel it in part."""
 
-    immunizer, arms, attacks = "kappa", (BASELINE, "kappa"), ("probe",)
+    immunizer, model_names, attacks = "kappa", (BASELINE, "kappa"), ("probe",)
     seeds, scenario, budget = (0, 1, 2), "fake", probes.BUDGET
 
     def cases(self, seed: int) -> tuple[Case, ...]:
@@ -273,31 +273,31 @@ class _ManyCases:
 
         return tuple(map(case, range(10)))
 
-    def model(self, arm: str, case: Case, seed: int) -> Any:
-        scale = 1.0 if arm == BASELINE else 1.1 + 0.08 * int(case.name)
+    def model(self, model_name: str, case: Case, seed: int) -> Any:
+        scale = 1.0 if model_name == BASELINE else 1.1 + 0.08 * int(case.name)
         return probes.linear(torch.diag(torch.tensor([1, 1 / scale, scale, 0.5]).double()))
 
     def history(self, case: Case, seed: int) -> dict[str, list[float]]:
         return {"step": []}
 
-    def trajectory(self, arm: str, attack: str, case: Case, task: Any, seed: int) -> Any:
+    def trajectory(self, model_name: str, attack: str, case: Case, task: Any, seed: int) -> Any:
         number = int(case.name)
-        if arm == BASELINE or task.role == "benign":
+        if model_name == BASELINE or task.role == "benign":
             return probes.decay(0.8, probes.STEPS)
         felt = 0.3 + 0.03 * number + 0.1 * ((7 * number + 3 * seed) % 5)
         return probes.decay(0.8 ** (1 - 0.5 * felt), probes.STEPS)
 
 
-def _pictures_run(one_arm: bool) -> Any:
+def _pictures_run(one_model: bool) -> Any:
     """Make a text-to-image run of two attackers, whose pictures depend on seed and concept."""
 
-    def trajectory(arm: str, attack: str, name: str, seed: int) -> Any:
+    def trajectory(model_name: str, attack: str, name: str, seed: int) -> Any:
         faster = attack == "full"
         shown = [0, 2 + faster, 8, 9, 10]
         cosines = [0.0, 0.6, 0.6, 0.8, 1.0]
-        if arm != BASELINE and name == "mosaic":
+        if model_name != BASELINE and name == "mosaic":
             shown, cosines = [0, 0, 2 + seed, 6 + faster, 9], [0.0, 0.0, 0.6, 0.6, 0.8]
-        if arm != BASELINE and name == "neon":
+        if model_name != BASELINE and name == "neon":
             shown, cosines = [0, 1, 4, 7, 8 + faster], [0.0, 0.0, 0.6, 0.8, 0.8]
         found = pictures.shares(*shown, cosines=cosines)
         found.samples["reworded"] = found.samples["name"].flip(1)
@@ -312,7 +312,7 @@ def _pictures_run(one_arm: bool) -> Any:
         case_list=(pictures.case(families=("name", "reworded")),),
         models=models,
         attacks=("lora", "full"),
-        immunizer=BASELINE if one_arm else "mima",
+        immunizer=BASELINE if one_model else "mima",
     )
 
 

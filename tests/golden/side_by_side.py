@@ -156,7 +156,7 @@ def collect(record: dict[str, Any], outputs: Path, seconds: float) -> Result:
     for part in ("metrics", "curves", "tables"):
         figures.update(numbers(part, record[part]))
     hashes = Counter(
-        f"{cell['arm']} {cell['case']} {cell['seed']} {cell['weights']}"
+        f"{cell.get('model', cell.get('arm'))} {cell['case']} {cell['seed']} {cell['weights']}"
         for cell in record["cells"]
         if cell.get("weights")
     )
