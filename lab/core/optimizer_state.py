@@ -39,8 +39,12 @@ def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
             and any(p is parameter for p in group["params"])
             for group in optimizer.param_groups
         )
-        device = parameter.device if beside else value.device
-        optimizer.state[parameter][name] = value.to(device, copy=True)
+        copy = value.to(parameter.device if beside else value.device, copy=True)
+        if (
+            value.shape == parameter.shape
+        ):  # fused kernels walk memory: channels last, as parameters
+            copy = torch.empty_like(parameter, dtype=value.dtype).copy_(copy)
+        optimizer.state[parameter][name] = copy
 
 
 def state_tensors(

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, model_validator
 from torch import nn
 
-from lab.core.errors import UserError
-from lab.core.options import count
+from lab.core.config import Count, options
 from lab.core.seeding import derive
 
 CONTEXT = 32  # tokens; the longest caption of the world has 24
 SOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
-@dataclass(frozen=True)
+@options
 class Widths:
     """What makes a MiniSD larger or smaller; tests take tiny ones.
 
@@ -35,31 +34,17 @@ class Widths:
         groups: groups of every group norm.
     """
 
-    vae: tuple[int, ...] = (24, 48, 64)
-    unet: tuple[int, ...] = (48, 96, 128)
-    text: int = 128
-    layers: int = 3
-    groups: int = 8
+    vae: tuple[Count, Count, Count] = (24, 48, 64)
+    unet: tuple[Count, Count, Count] = (48, 96, 128)
+    text: Annotated[int, Field(strict=True, ge=32, multiple_of=32)] = 128
+    layers: Count = 3
+    groups: Count = 8
 
-    def __post_init__(self) -> None:
-        for key in ("layers", "groups"):
-            count(f"train.widths.{key}", getattr(self, key))
-        if count("train.widths.text", self.text, 32) % 32:
-            raise UserError(
-                "train.widths.text",
-                self.text,
-                "must be a multiple of 32, the width of an attention head.",
-            )
-        for key in ("vae", "unet"):
-            found = tuple(getattr(self, key))
-            if len(found) != 3:
-                raise UserError(
-                    f"train.widths.{key}", list(found), "needs three numbers of channels."
-                )
-            for channels in found:
-                if count(f"train.widths.{key}", channels) % self.groups:
-                    told = f"needs multiples of train.widths.groups={self.groups}."
-                    raise UserError(f"train.widths.{key}", list(found), told)
+    @model_validator(mode="after")
+    def _check_groups(self) -> Widths:
+        if any(channels % self.groups for channels in (*self.vae, *self.unet)):
+            raise ValueError(f"vae and unet need multiples of groups={self.groups}")
+        return self
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:

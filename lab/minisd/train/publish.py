@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
 
 from lab.core.cache import StageCache
+from lab.core.config import user_error
 from lab.core.errors import UserError
 from lab.core.provenance import provenance
 from lab.core.seeding import derive
@@ -104,7 +105,11 @@ def run(cfg: DictConfig) -> Path:
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    recipe: Recipe = instantiate(cfg.train, _convert_="all")
+    plain: Any = OmegaConf.to_container(cfg.train, resolve=True)
+    try:
+        recipe = Recipe(**{key: value for key, value in plain.items() if key != "_target_"})
+    except ValidationError as error:
+        raise user_error(error, "train", Recipe) from None
     training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force), lambda *_: None)
     folder = Path(cfg.paths.outputs) / "minisd"
     fresh = folder.with_name(".minisd.partial")
@@ -115,7 +120,7 @@ def run(cfg: DictConfig) -> Path:
     save_clip(clip, config, fresh / "scorers" / "clip", fresh / "scorers" / "clip")
     save(training.pipeline(), fresh / "model")
     record = {
-        "recipe": OmegaConf.to_container(cfg.train, resolve=True),
+        "recipe": plain,
         "curves": training.curves,
         "seconds": training.seconds,
         "detector": facts,

