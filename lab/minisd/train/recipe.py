@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -87,7 +87,7 @@ class Recipe:
             "detector": ("scorers",),
         }
         own["denoiser"] = (*vae, "captions", "vocabulary", "gamma", "drop", "denoiser")
-        values = dataclasses.asdict(self)
+        values = dataclasses.asdict(cast(Any, self))
         scorers = values["scorers"]
         for schedule in (values["vae"], values["denoiser"], scorers["clip"], scorers["detector"]):
             del schedule["save_every"]

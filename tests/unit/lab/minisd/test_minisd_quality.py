@@ -56,7 +56,6 @@ def config(root: Path, **changes) -> DictConfig:
         "workers": 1,
         "measured": 1,
         "widths": {
-            "_target_": "lab.minisd.train.build.Widths",
             "vae": [8, 8, 8],
             "unet": [8, 16, 16],
             "text": 32,
