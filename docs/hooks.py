@@ -18,6 +18,25 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
+# page of the generated reference → the package whose modules it shows
+REFERENCE = {
+    package.rpartition(".")[2]: package
+    for package in (
+        "immunize",
+        "attacks",
+        "eval",
+        "lab.core",
+        "lab.models",
+        "lab.scenarios",
+        "lab.scorers",
+        "lab.minisd",
+        "lab.runner",
+        "lab.tracking",
+        "lab.release",
+        "lab.cluster",
+        "lab.cli",
+    )
+}
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".sh": "bash"}
 LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
@@ -35,10 +54,20 @@ def target_of(path: str) -> str:
     return PAGES.get(path, f"source/{path}" if path.endswith(".png") else f"source/{path}.md")
 
 
+def reference(package: str) -> str:
+    """Return the page of a package: every module in it, rendered by mkdocstrings."""
+    paths = sorted((ROOT / package.replace(".", "/")).rglob("*.py"))
+    modules = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
+    names = [".".join(parts) for parts in modules if parts[-1] != "__init__"]
+    return "\n\n".join([f"# {package}", *(f"::: {name}" for name in names)]) + "\n"
+
+
 def on_files(files: Files, config: Any) -> Files:
-    """Add the pages of `PAGES`, and a page for every other file outside docs/ that a page
-    links to.
+    """Add the pages of `PAGES` and `REFERENCE`, and a page for every other file outside docs/ that
+    a page links to.
     """
+    for page, package in REFERENCE.items():
+        files.append(File.generated(config, f"api/{page}.md", content=reference(package)))
     for path, target in PAGES.items():
         files.append(
             File.generated(config, target, content=(ROOT / path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Every YAML composes, every target binds its options, and their number is what we think it is."""
+"""Every YAML composes and every target binds its options."""
 
 import inspect
 from functools import cache
@@ -31,22 +31,6 @@ GROUPS = (
     "experiment/paper",
     "debug",
 )
-COUNTS = {
-    "scenario": 17,
-    "backbone": 8,
-    "erase": 2,
-    "immunize": 27,
-    "attacks": 29,
-    "eval": 14,
-    "scorers": 2,
-    "tracker": 3,
-    "launch": 3,
-    "paths": 1,
-    "experiment": 10,
-    "experiment/paper": 3,
-    "debug": 2,
-    "sweeps": 39,
-}
 
 
 def names(group):
@@ -79,11 +63,6 @@ def check_targets(cfg):
         inside = path.split(".")[0] in ("scorers", "train") or ".scorers." in path
         assert inside or options.get("name") or node.get("_partial_"), f"{path} has no name"
     return found
-
-
-@pytest.mark.parametrize("group", [*GROUPS, "sweeps"])
-def test_number_of_choices(group):
-    assert len(names(group)) == COUNTS[group], f"{group}: {names(group)}"
 
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in GROUPS for n in names(g)])
