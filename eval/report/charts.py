@@ -19,7 +19,7 @@ from eval.report.plots import (
     SERIES,
     new_axes,
     plain,
-    prompt_adherent,
+    is_drawable,
     to_svg,
 )
 from eval.report.scales import scale
@@ -61,7 +61,7 @@ def against_option(
             logarithmic if it spreads.
         reference: a thin horizontal line.
     """
-    values = [v for s in series for v in s.y if prompt_adherent(v, False) and v is not None]
+    values = [v for s in series for v in s.y if is_drawable(v, False) and v is not None]
     if not values:
         return Markup("")
     places = sorted({x for s in series for x in s.x})
@@ -70,9 +70,7 @@ def against_option(
     ends: list[float] = list(values)
     for k, one in enumerate(series):
         points = [
-            p
-            for p in zip(one.x, one.y, one.low, one.high, strict=True)
-            if prompt_adherent(p[1], False)
+            p for p in zip(one.x, one.y, one.low, one.high, strict=True) if is_drawable(p[1], False)
         ]
         if not points:
             continue
@@ -80,8 +78,8 @@ def against_option(
         colour, i = PLACEHOLDERS.series[one.index % len(SERIES)], one.index % len(SERIES)
         for place, (_, _, low, high) in zip(xs, points, strict=True):
             if (
-                prompt_adherent(low, "y" in log)
-                and prompt_adherent(high, "y" in log)
+                is_drawable(low, "y" in log)
+                and is_drawable(high, "y" in log)
                 and low is not None
                 and high is not None
             ):

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from eval.report.charts import heat_map
-from eval.report.plots import Line, line_of, lines_plot, prompt_adherent, series_of
+from eval.report.plots import Line, line_of, lines_plot, is_drawable, series_of
 from eval.report.words import Record, figure, heading
 from lab.core.slugs import slug
 from lab.core.types import BASELINE
@@ -238,7 +238,7 @@ def _limits(lines: Sequence[Line], log: str) -> tuple[float, float] | None:
     drawn = [
         v for line in lines for part in (line.y, line.low or (), line.high or ()) for v in part
     ]
-    values = [v for v in drawn if v is not None and prompt_adherent(v, "y" in log)]
+    values = [v for v in drawn if v is not None and is_drawable(v, "y" in log)]
     if not values or min(values) == max(values):
         return None
     low, high = min(values), max(values)

@@ -83,16 +83,14 @@ class Line:
     high: Sequence[float | None] | None = None
 
 
-def prompt_adherent(value: float | None, log: bool) -> bool:
+def is_drawable(value: float | None, log: bool) -> bool:
     """Whether a value can be drawn, on a logarithmic axis if ``log``."""
     return value is not None and math.isfinite(value) and (value > 0 or not log)
 
 
 def _finite(line: Line, log: bool) -> tuple[list[float], list[float]]:
     pairs = [
-        (x, y)
-        for x, y in zip(line.x, line.y, strict=True)
-        if x is not None and prompt_adherent(y, log)
+        (x, y) for x, y in zip(line.x, line.y, strict=True) if x is not None and is_drawable(y, log)
     ]
     return [p[0] for p in pairs], [p[1] for p in pairs if p[1] is not None]
 
@@ -104,7 +102,7 @@ def band(line: Line, log: bool) -> tuple[list[float], list[float], list[float]]:
     rows = [
         (x, low, high)
         for x, low, high in zip(line.x, line.low, line.high, strict=True)
-        if x is not None and prompt_adherent(low, log) and prompt_adherent(high, log)
+        if x is not None and is_drawable(low, log) and is_drawable(high, log)
     ]
     return (
         [r[0] for r in rows],

@@ -222,10 +222,7 @@ class Tabular:
             )
             raise UserError(key, wanted, fix)
         if keep.sum() < 5:
-            fix = (
-                f"has {int(keep.sum())} prompt-adherent rows in the {role} table; at least "
-                "5 are needed."
-            )
+            fix = f"has {int(keep.sum())} usable rows in the {role} table; at least 5 are needed."
             raise UserError(key, wanted, fix)
         told = []
         if not keep.all():
