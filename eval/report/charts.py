@@ -17,9 +17,9 @@ from eval.report.plots import (
     MARKERS,
     PLACEHOLDERS,
     SERIES,
+    is_drawable,
     new_axes,
     plain,
-    is_drawable,
     to_svg,
 )
 from eval.report.scales import scale

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from eval.report.charts import heat_map
-from eval.report.plots import Line, line_of, lines_plot, is_drawable, series_of
+from eval.report.plots import Line, is_drawable, line_of, lines_plot, series_of
 from eval.report.words import Record, figure, heading
 from lab.core.slugs import slug
 from lab.core.types import BASELINE
