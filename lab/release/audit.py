@@ -253,10 +253,9 @@ def build(record: Record, costs: Costs, machine: str, command: str, unet: str) -
     targets = [row for row in rows if row["role"] == "harmful"]
     others = [row for row in rows if row["role"] == "benign"]
     tone, headline = decide(record, targets, others, costs)
-    path, seconds = str(record["config"]["backbone"].get("path")), "not measured"
+    path = str(record["config"]["backbone"].get("path"))
     name = "MiniSD as shipped" if path == "minisd" else Path(path).name
-    if costs:
-        seconds = f"updates of the attack alone, measured on {machine}"
+    seconds = f"updates of the attack alone, measured on {machine}" if costs else "not measured"
     erase, provenance = record["config"]["erase"]["name"], record["provenance"]
     facts = {
         "checkpoint": f"{record['backbone']}, {name}",
@@ -300,17 +299,12 @@ def _first(rows: list[Row]) -> list[Row]:
     return list({_place(row): row for row in reversed(ordered(rows))}.values())[::-1]
 
 
-def duration(value: float | None) -> str:
+def duration(value: float) -> str:
     """Seconds in a unit that suits their size."""
-    if value is None or not math.isfinite(value):
+    if not math.isfinite(value):
         return "–"
     unit, size = ("s", 1) if value < 600 else ("min", 60) if value < 36000 else ("h", 3600)
     return f"{figure(value / size)} {unit}"
-
-
-def _seconds(row: Row, costs: Costs) -> float | None:
-    """Seconds until the concept is back (or until the attack ended), without the search."""
-    return costs[row["attack"]] * row["steps"] if row["attack"] in costs else None
 
 
 def _steps(row: Row) -> str:
@@ -326,7 +320,9 @@ def _cells(row: Row, costs: Costs) -> list[str]:
         spent = trials * row["trial_steps"] * costs.get(row["attack"], math.nan)
         best = ", ".join(f"{k}={v}" for k, v in row["best"].items()) or "none was better"
         search = f"{trials} × {row['trial_steps']} steps ({duration(spent)}): {best}"
-    seconds = "0 s" if status == PRESENT else duration(_seconds(row, costs))
+    seconds = (
+        "0 s" if status == PRESENT else duration(costs.get(row["attack"], math.nan) * row["steps"])
+    )
     if status in (HELD, DIVERGED) and seconds != "–":
         seconds = f"> {seconds}"
     numbers = [f"{row[k]:,}" if row[k] is not None else "–" for k in ("pictures", "parameters")]
@@ -349,7 +345,12 @@ def decide(record: Record, targets: list[Row], others: list[Row], costs: Costs) 
         return "bad", f"Not protected at step 0: the checkpoint shows {names} before any attack."
     if broken := by_status[BROKEN]:
         row = min(broken, key=lambda r: r["steps"])
-        price = f" ({', '.join(words)})" if (words := _price(row, costs)) else ""
+        known = {
+            duration(costs.get(row["attack"], math.nan) * row["steps"]): row["attack"] in costs,
+            f"{row['pictures']} pictures": row["pictures"] is not None,
+        }
+        words = ", ".join(word for word, is_known in known.items() if is_known)
+        price = f" ({words})" if words else ""
         fallen, total = (len({(r["case"], r["concept"]) for r in rows}) for rows in (broken, best))
         seeds = len({row["seed"] for row in best})
         more = "" if seeds == 1 else f" in at least one of {seeds} seeds"
@@ -370,13 +371,6 @@ def decide(record: Record, targets: list[Row], others: list[Row], costs: Costs) 
     end = f"; {failed} diverged, which proves nothing." if failed else "."
     text = f"Held: none of {len(record['attacks'])} attacks brought a target back {last}{end}"
     return "good", text
-
-
-def _price(row: Row, costs: Costs) -> list[str]:
-    """Time and images, as far as they are known."""
-    spent = _seconds(row, costs)
-    price = [] if spent is None else [duration(spent)]
-    return price + ([f"{row['pictures']} pictures"] if row["pictures"] is not None else [])
 
 
 def find_limits(record: Record, rows: list[Row]) -> list[str]:
@@ -410,10 +404,8 @@ def _plots(record: Record, rows: list[Row]) -> list[dict[str, Any]]:
     thresholds = {row["concept"]: row["threshold"] for row in rows}
     out = []
     for concept, threshold in thresholds.items():
-        curve = record["curves"].get(f"audit_{slug(concept)}")
-        if curve is None:
-            continue
-        svg = lines_plot(
+        curve = record["curves"].get(f"audit_{slug(concept)}", {})
+        svg = curve and lines_plot(
             [line_of(curve, a, a, 1 + i) for i, a in enumerate(series_of(curve))],
             title=concept,
             x=str(curve["x"]),
@@ -423,7 +415,6 @@ def _plots(record: Record, rows: list[Row]) -> list[dict[str, Any]]:
             limits=(-0.02, 1.02),
             legend=True,
         )
-        if svg:
-            note = f"line at {threshold:.0%}: counts as shown"
-            out.append({"title": concept, "svg": svg, "note": note})
+        note = f"line at {threshold:.0%}: counts as shown"
+        out += [{"title": concept, "svg": svg, "note": note}] if svg else []
     return out

@@ -54,9 +54,13 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         "credits": list(dict.fromkeys(credits)),
         "is_baseline": facts["model"] == "none",
         "outcome": outcome(record),
+        "arrows": ARROWS,
+        "figure": figure,
+        "heading": heading,
+        "interval": interval,
+        "settings": format_settings,
+        "support": support,
     }
-    values |= {"arrows": ARROWS, "figure": figure, "heading": heading, "interval": interval}
-    values |= {"settings": format_settings, "support": support}
     return str(ModelCard.from_template(data, str(_TEMPLATE), **values))
 
 

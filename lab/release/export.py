@@ -74,8 +74,12 @@ def export(cfg: DictConfig) -> Path:
             are not there, a target folder that is not empty, a repository that cannot be pushed to.
     """
     stage = "immunize" if cfg.export.attack is None and cfg.export.task is None else "attack"
-    if cfg.push_to is not None:
-        check_push(str(cfg.push_to), stage)
+    if cfg.push_to is not None and (stage == "attack" or not os.environ.get("HF_TOKEN")):
+        message = (
+            "is for immunized models, not for attacks, and needs a token with write access in the "
+            "environment variable HF_TOKEN."
+        )
+        raise UserError("push_to", cfg.push_to, message)
     places = [cfg.records] if isinstance(cfg.records, str) else [str(p) for p in cfg.records]
     paths = records.find(places, Path(cfg.paths.runs))
     if len(paths) != 1:
@@ -84,15 +88,9 @@ def export(cfg: DictConfig) -> Path:
     record = records.read(paths[0])
     cell = choose(record, stage, cfg.export)
     labels = [cell[key] for key in ("attack", "task", "model", "case") if cell[key] is not None]
-    words = [
-        record["name"].split("/")[0],
-        *labels,
-        f"seed{cell['seed']}",
-        record["content_hash"][:8],
-    ]
-    folder = Path(cfg.paths.outputs) / "export" / re.sub(r"[^\w.-]+", "-", "-".join(words))
-    if cfg.path is not None:
-        folder = Path(str(cfg.path)).expanduser()
+    words = [record["name"].split("/")[0], *labels, f"seed{cell['seed']}"]
+    name = re.sub(r"[^\w.-]+", "-", "-".join([*words, record["content_hash"][:8]]))
+    folder = Path(cfg.path or f"{cfg.paths.outputs}/export/{name}").expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("path", folder, "exists and is not empty; choose another folder.")
     if stage == "attack":
@@ -131,10 +129,8 @@ def choose(record: Record, stage: str, options: DictConfig) -> dict[str, Any]:
     Raises:
         UserError: no such cell, or several; lists them.
     """
-    wanted = {"model": options.model or record["immunizer"], "case": options.case}
-    wanted["seed"] = options.seed
-    if stage == "attack":
-        wanted |= {"attack": options.attack, "task": options.task}
+    keys = ("case", "seed") if stage == "immunize" else ("case", "seed", "attack", "task")
+    wanted = {"model": options.model or record["immunizer"]} | {k: options[k] for k in keys}
     cells = [cell for cell in record["cells"] if cell["stage"] == stage]
     for key, value in wanted.items():
         known = {str(cell[key]) for cell in cells}
@@ -183,8 +179,8 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
     """
     model_name, seed = cell["model"], cell["seed"]
     tensors = {} if model_name == BASELINE else read_stage(record, cell, cfg).tensors
-    config = {**record["config"], "attacks": {}, "eval": {}, "scorers": {}}
-    config["immunize"] = {"_target_": "immunize.none.NoImmunization", "name": BASELINE}
+    nothing = {"_target_": "immunize.none.NoImmunization", "name": BASELINE}
+    config = record["config"] | {"immunize": nothing, "attacks": {}, "eval": {}, "scorers": {}}
     check_trusted({group: config[group] for group in _GROUPS}, cfg)
     # the last bit of a sum can depend on the number of threads
     torch.set_num_threads(int(record["provenance"]["threads"]))
@@ -238,11 +234,12 @@ def check_trusted(config: dict[str, Any], cfg: DictConfig) -> None:
 
 
 def _is_ours(target: Any) -> bool:
+    if str(target).split(".")[0] not in PACKAGES:
+        return False  # and is not imported
     try:
-        names = (target, get_class(target).__module__)
+        return get_class(target).__module__.split(".")[0] in PACKAGES
     except Exception:  # whatever importing or looking up raises: it is not there
         return False
-    return {name.split(".")[0] for name in names} <= {*PACKAGES}
 
 
 # ---- files
@@ -259,9 +256,12 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
         else:
             facts = _write_features(release, partial)
         copied = _write_record(record, partial)
-        facts |= {key: cell[key] for key in ("model", "case", "seed")}
-        facts |= {"format": FORMAT, "stage_key": cell["key"], "versions": versions(_PACKAGES)}
-        facts |= {"content_hash": copied["content_hash"]}
+        facts |= {key: cell[key] for key in ("model", "case", "seed")} | {
+            "format": FORMAT,
+            "stage_key": cell["key"],
+            "content_hash": copied["content_hash"],
+            "versions": versions(_PACKAGES),
+        }
         _write_json(partial / FACTS, facts)
         card = make_card(copied, facts, release.credits)
         (partial / CARD).write_text(card, encoding="utf-8")
@@ -423,19 +423,6 @@ def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
 
 
 # ---- hub
-
-
-def check_push(name: str, stage: str) -> None:
-    """Check, before any work, that ``name`` could be pushed to.
-
-    Raises:
-        UserError: an attack, or no token in the environment.
-    """
-    if stage == "attack":
-        raise UserError("push_to", name, "is for immunized models; an attack's weights stay here.")
-    if not os.environ.get("HF_TOKEN"):
-        message = "needs a token with write access in the environment variable HF_TOKEN."
-        raise UserError("push_to", name, message)
 
 
 def push(folder: Path, name: str) -> str:

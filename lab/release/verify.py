@@ -105,14 +105,12 @@ class Report:
 
 
 def verify(cfg: DictConfig) -> None:
-    """Check the folder ``path`` and print what was checked.
+    """Check the folder ``path``, or the working directory, and print what was checked.
 
     Raises:
         UserError: there is no such folder, or it is not what was exported; names the files.
     """
-    if cfg.path is None:
-        raise UserError("path", None, "name the folder: `python run.py action=verify path=DIR`.")
-    report = check(Path(str(cfg.path)).expanduser(), cfg.export.base)
+    report = check(Path(cfg.path or ".").expanduser(), cfg.export.base)
     print(f"verify: {report.folder}\n{report.text()}")
     report.require()
     is_partial = any(state == "not checked" for state, *_ in report.lines)
@@ -132,9 +130,14 @@ def check(folder: Path, base: str | None = None) -> Report:
     if not (folder / SUMS).is_file():
         raise UserError("path", folder, f"is no exported folder: there is no {SUMS} in it.")
     report, export = Report(folder), _Export(folder, base)
-    steps = {"hashes": export.check_hashes, "record": export.check_record}
-    steps |= {"layout": export.check_layout, "weights": export.check_weights}
-    for name, step in (steps | {"delta": export.check_delta}).items():
+    steps = {
+        "hashes": export.check_hashes,
+        "record": export.check_record,
+        "layout": export.check_layout,
+        "weights": export.check_weights,
+        "delta": export.check_delta,
+    }
+    for name, step in steps.items():
         try:
             message = step()
         except NotChecked as reason:

@@ -214,7 +214,7 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
         (["export.model=imma"], r"export\.model=imma: did you mean mima"),
         (["export.attack=lora"], r"choose a .*export\.task=mosaic.*export\.task=neon"),
         (["export.attack=lorra", "export.task=neon"], r"export\.attack=lorra: did you mean lora"),
-        (["export.attack=lora", "push_to=me/adapter"], "an attack's weights stay here"),
+        (["export.attack=lora", "push_to=me/adapter"], "not for attacks"),
         (["push_to=me/model"], "HF_TOKEN"),
         (["paths.cache=elsewhere"], r"paths\.cache=elsewhere: .*run\.py immunize=mima`"),
     ],

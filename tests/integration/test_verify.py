@@ -186,7 +186,5 @@ def test_without_the_original_the_delta_is_not_checked_and_base_names_it(copied,
 
 
 def test_verify_needs_a_folder(tmp_path):
-    with pytest.raises(UserError, match="path=None"):
-        verify(composed("action=verify"))
     with pytest.raises(UserError, match="no exported folder"):
         verify(composed(f"path={tmp_path / 'none'}"))

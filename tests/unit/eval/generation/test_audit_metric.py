@@ -321,7 +321,7 @@ def test_limits_are_told():
 
 
 @pytest.mark.parametrize(
-    ("value", "told"), [(None, "–"), (2.5, "2.5 s"), (1200, "20 min"), (36000, "10 h")]
+    ("value", "told"), [(float("nan"), "–"), (2.5, "2.5 s"), (1200, "20 min"), (36000, "10 h")]
 )
 def test_durations(value, told):
     assert duration(value) == told
