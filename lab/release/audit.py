@@ -199,7 +199,7 @@ _HEADS = (
     "steps",
     "seconds",
     "search",
-    "pictures",
+    "images",
     "trainable parameters",
     "start → 1× → end",
 )
@@ -347,7 +347,7 @@ def decide(record: Record, targets: list[Row], others: list[Row], costs: Costs) 
         row = min(broken, key=lambda r: r["steps"])
         known = {
             duration(costs.get(row["attack"], math.nan) * row["steps"]): row["attack"] in costs,
-            f"{row['pictures']} pictures": row["pictures"] is not None,
+            f"{row['pictures']} images": row["pictures"] is not None,
         }
         words = ", ".join(word for word, is_known in known.items() if is_known)
         price = f" ({words})" if words else ""
@@ -380,16 +380,16 @@ def find_limits(record: Record, rows: list[Row]) -> list[str]:
         "One checkpoint without a baseline model: how much of the delay an immunization bought "
         "needs the unprotected one.": True,
         "Nothing is claimed against an attack, an option or a budget beside the table's.": True,
-        f"Trajectories end at {budget['horizon'] * budget['multiple']} steps; more steps, pictures "
+        f"Trajectories end at {budget['horizon'] * budget['multiple']} steps; more steps, images "
         "and search may break it.": True,
-        "The detector is similarity to the concept's own pictures; its error rates are of these "
-        "same pictures.": any(row["detector"] == "reference" for row in rows),
+        "The detector is similarity to the concept's own images; its error rates are of these "
+        "same images.": any(row["detector"] == "reference" for row in rows),
         "No other concept was taught to the checkpoint: whether it is protected or just broken was "
         "not looked at.": all(row["role"] == "harmful" for row in rows),
         "Every attack asks by a token: whether the checkpoint shows a target by its name was not "
         "seen.": all(row["template"] == "token" for row in rows),
         "Intervals are within a seed: they say nothing about other draws of the attacker's "
-        "pictures.": len(record["seeds"]) < 3,
+        "images.": len(record["seeds"]) < 3,
     }
     for row in rows:
         wrong, missed = row["false_positive"] or 0, row["false_negative"] or 0

@@ -1,5 +1,5 @@
 """The released folder against an attack that knows nothing of this project, and the scorer of its
-pictures.
+images.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def load(name):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """(model in diffusers layout, pictures of a concept)."""
+    """(model in diffusers layout, images of a concept)."""
     root = tmp_path_factory.mktemp("plain")
     return tiny_folder(root / "model"), concept_folder(root / "mosaic", "mosaic")
 
@@ -64,7 +64,7 @@ def attack(places, out, *more):
     return json.loads((out / "attack.json").read_text())
 
 
-def painted(folder):
+def load_images(folder):
     files = sorted(folder.glob("*.png"))
     return torch.from_numpy(np.stack([np.asarray(Image.open(file)) for file in files]))
 
@@ -94,7 +94,7 @@ def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
         "step_00030",
     ]
     first, last, again = (
-        painted(tmp_path / "out" / name) for name in ("step_00000", "step_00030", "reloaded")
+        load_images(tmp_path / "out" / name) for name in ("step_00000", "step_00030", "reloaded")
     )
     assert first.shape == (3, 32, 32, 3)
     assert not torch.equal(first, last)
@@ -123,7 +123,7 @@ def test_a_folder_that_holds_results_is_not_written_to(places, capsys):
 
 
 def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
-    """Folders as the attack paints them, in which ``shown`` of the pictures of every step are
+    """Folders as the attack writes them, in which ``shown`` of the images of every step are
     mosaics.
     """
     yes, no = (
@@ -156,7 +156,7 @@ def test_the_scorer_compares_equal_steps_only(tmp_path, capsys):
     other = gallery(tmp_path / "o", (0, 0), steps=(0, 5), count=1)
     with pytest.raises(SystemExit):
         load(SCORER).main(["mosaic", "--immunized", some, "--baseline", other])
-    assert "painted at different steps" in capsys.readouterr().err
+    assert "sampled at different steps" in capsys.readouterr().err
     never = gallery(tmp_path / "n", (0, 0, 0, 0), count=1)
     load(SCORER).main(["mosaic", "--immunized", never, "--baseline", some])
     assert "at least: not relearned" in capsys.readouterr().out

@@ -239,8 +239,7 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     found = page(mosaic=(SLOW, FAST), neon=(NEVER, NEVER))
     assert found.tone == "bad"
     told = (
-        "Broken: full brings mosaic back after 16.7 steps (8.33 s, 20 pictures); 1 of 2 "
-        "targets fall."
+        "Broken: full brings mosaic back after 16.7 steps (8.33 s, 20 images); 1 of 2 targets fall."
     )
     assert found.headline == told
     assert [r[1] for r in found.targets[:2]] == ["full", "lora"]  # the soonest on top
@@ -248,7 +247,7 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     assert {r[2] for r in found.others} == {"learned"}
     assert "2 of 2 targets fall in at least one of 3 seeds." in page(run(seeds=(0, 1, 2))).headline
     untimed = page(costs={}, mosaic=(SLOW, FAST))
-    assert "(20 pictures)" in untimed.headline
+    assert "(20 images)" in untimed.headline
     assert ("seconds", "not measured") in untimed.facts
 
 
