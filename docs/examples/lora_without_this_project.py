@@ -5,7 +5,8 @@ this project.
     --steps 160
 
 Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains a LoRA on a handful
-of images, generates images of the prompts at several steps, saves the LoRA and loads it into a fresh pipeline.
+of images, generates images of the prompts at several steps, saves the LoRA and loads it into a
+fresh pipeline.
 The defaults are those of attacks=lora. OUT gets `step_00000/00.png` …, `attack.json`, and
 `pytorch_lora_weights.safetensors`.
 """

@@ -23,7 +23,7 @@ from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 
-FORMAT, SUMS = "immunization-export-1", "SHA256SUMS"
+FORMAT, SUMS = "immunization-export-2", "SHA256SUMS"
 FACTS, CARD, RECORD, DELTA = "export.json", "README.md", "record.json", "delta.safetensors"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
@@ -182,7 +182,7 @@ class _Export:
         self.record = records.read(self.folder / RECORD)
         card = (self.folder / CARD).read_text(encoding="utf-8")
         if facts["format"] != FORMAT:
-            raise ValueError(f"{FACTS} does not say format={FORMAT}")
+            raise ValueError(f"{FACTS} does not say format={FORMAT}; export it again")
         if not facts["content_hash"] == self.record["content_hash"] in card:
             raise ValueError(f"{FACTS} or {CARD} is about another run than {RECORD}")
         labels = {key: facts[key] for key in ("model", "case", "seed")}
