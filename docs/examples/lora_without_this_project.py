@@ -5,7 +5,8 @@ this project.
     --steps 160
 
 Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains a LoRA on a handful
-of pictures, paints the prompts at several steps, saves the LoRA and loads it into a fresh pipeline.
+of images, generates images of the prompts at several steps, saves the LoRA and loads it into a
+fresh pipeline.
 The defaults are those of attacks=lora. OUT gets `step_00000/00.png` …, `attack.json`, and
 `pytorch_lora_weights.safetensors`.
 """
@@ -30,7 +31,7 @@ LAYERS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Fine-tune a diffusers pipeline by LoRA and paint prompts on the way; "
+        description="Fine-tune a diffusers pipeline by LoRA and generate images on the way; "
         "@FILE stands for its lines.",
         fromfile_prefix_chars="@",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -41,13 +42,13 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         "--images",
         type=Path,
         required=True,
-        help="pictures of the concept; captions: metadata.csv (file_name, text)",
+        help="images of the concept; captions: metadata.csv (file_name, text)",
     )
     add(
         "--prompt",
         nargs="+",
         required=True,
-        help="painted in turn; the first one is the caption where there is no metadata.csv",
+        help="used in turn; the first one is the caption where there is no metadata.csv",
     )
     add("--out", type=Path, default=Path("attack"), help="folder for what comes out, new or empty")
     add("--steps", type=int, default=160, help="updates")
@@ -56,81 +57,79 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         nargs="+",
         default=[0, 10, 20, 40, 80, 160, 320],
-        help="steps at which pictures are painted",
+        help="steps at which images are generated",
     )
     add("--rank", type=int, default=4, help="of the LoRA; alpha is the same")
     add("--lr", type=float, default=1e-3, help="of AdamW; Stable Diffusion takes 1e-4")
-    add("--batch-size", type=int, default=8, help="pictures per update")
-    add("--count", type=int, default=32, help="pictures per painting")
+    add("--batch-size", type=int, default=8, help="images per update")
+    add("--count", type=int, default=32, help="images per step")
     add("--inference-steps", type=int, default=20, help="of DDIM")
     add("--guidance", type=float, default=4.0, help="classifier-free guidance")
     add("--seed", type=int, default=0, help="of everything that is drawn")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of torch")
-    given = parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
     for name in ("steps", "rank", "batch_size", "count", "inference_steps"):
-        if getattr(given, name) < 1:
+        if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
-    if not (given.folder / "model_index.json").is_file():
-        parser.error(
-            f"{given.folder} holds no model_index.json: it is no model in diffusers layout"
-        )
-    if not given.images.is_dir():
-        parser.error(f"--images {given.images}: there is no such folder")
-    if given.out.exists() and (not given.out.is_dir() or any(given.out.iterdir())):
-        parser.error(f"--out {given.out} exists and is not empty")
-    return given
+    if not (args.folder / "model_index.json").is_file():
+        parser.error(f"{args.folder} holds no model_index.json: it is no model in diffusers layout")
+    if not args.images.is_dir():
+        parser.error(f"--images {args.images}: there is no such folder")
+    if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
+        parser.error(f"--out {args.out} exists and is not empty")
+    return args
 
 
-def load_pictures(folder: Path, size: int, caption: str) -> tuple[torch.Tensor, list[str]]:
+def load_images(folder: Path, size: int, caption: str) -> tuple[torch.Tensor, list[str]]:
     """[n, 3, size, size] in [-1, 1], and a caption each."""
     if (folder / "metadata.csv").is_file():
         with (folder / "metadata.csv").open(newline="", encoding="utf-8") as file:
-            found = [(folder / row["file_name"], row["text"]) for row in csv.DictReader(file)]
+            files = [(folder / row["file_name"], row["text"]) for row in csv.DictReader(file)]
     else:
-        found = [
+        files = [
             (path, caption) for path in sorted(folder.iterdir()) if path.suffix.lower() in SUFFIXES
         ]
-    if not found:
-        sys.exit(f"error: --images {folder} holds no pictures ({', '.join(SUFFIXES)})")
-    images = [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path, _ in found]
+    if not files:
+        sys.exit(f"error: --images {folder} holds no images ({', '.join(SUFFIXES)})")
+    images = [np.asarray(Image.open(path).convert("RGB").resize((size, size))) for path, _ in files]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1, [
-        text for _, text in found
+        text for _, text in files
     ]
 
 
-def load(given: argparse.Namespace) -> StableDiffusionPipeline:
+def load(args: argparse.Namespace) -> StableDiffusionPipeline:
     pipe = StableDiffusionPipeline.from_pretrained(
-        given.folder, safety_checker=None, requires_safety_checker=False
+        args.folder, safety_checker=None, requires_safety_checker=False
     )
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(given.device)
+    return pipe.to(args.device)
 
 
-def paint(pipe: StableDiffusionPipeline, given: argparse.Namespace, folder: Path) -> None:
+def generate(pipe: StableDiffusionPipeline, args: argparse.Namespace, folder: Path) -> None:
     """The prompts in turn, from the same noise at every step."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw = torch.Generator().manual_seed(given.seed)
-    shape = (given.count, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
+    draw = torch.Generator().manual_seed(args.seed)
+    shape = (args.count, pipe.unet.config.in_channels, *[pipe.unet.config.sample_size] * 2)
     noise = torch.randn(shape, generator=draw)
-    for start in range(0, given.count, 8):
-        numbers = range(start, min(start + 8, given.count))
+    for start in range(0, args.count, 8):
+        numbers = range(start, min(start + 8, args.count))
         made = pipe(
-            [given.prompt[i % len(given.prompt)] for i in numbers],
-            latents=noise[numbers.start : numbers.stop].to(given.device),
-            num_inference_steps=given.inference_steps,
-            guidance_scale=given.guidance,
+            [args.prompt[i % len(args.prompt)] for i in numbers],
+            latents=noise[numbers.start : numbers.stop].to(args.device),
+            num_inference_steps=args.inference_steps,
+            guidance_scale=args.guidance,
         )
         for i, image in zip(numbers, made.images, strict=True):
             image.save(folder / f"{i:02d}.png")
 
 
-def attack(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> list[float]:
+def attack(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> list[float]:
     """Train adapters in place; the loss of every update."""
-    unet, device = pipe.unet, given.device
-    draw = torch.Generator().manual_seed(given.seed)
-    images, captions = load_pictures(
-        given.images, unet.config.sample_size * pipe.vae_scale_factor, given.prompt[0]
+    unet, device = pipe.unet, args.device
+    draw = torch.Generator().manual_seed(args.seed)
+    images, captions = load_images(
+        args.images, unet.config.sample_size * pipe.vae_scale_factor, args.prompt[0]
     )
     schedule = DDPMScheduler.from_config(pipe.scheduler.config)
     with torch.no_grad():
@@ -147,20 +146,20 @@ def attack(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> list[flo
         )
         text = pipe.text_encoder(tokens.input_ids.to(device))[0]
     unet.requires_grad_(False)
-    torch.manual_seed(given.seed)  # peft draws the adapters from the global stream
-    unet.add_adapter(LoraConfig(r=given.rank, lora_alpha=given.rank, target_modules=LAYERS))
+    torch.manual_seed(args.seed)  # peft draws the adapters from the global stream
+    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS))
     trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=given.lr)
+    optimizer = torch.optim.AdamW(trained, lr=args.lr)
     losses = []
-    for step in range(given.steps + 1):
-        if step in given.at or step == given.steps:
-            paint(pipe, given, given.out / f"step_{step:05d}")
-        if step == given.steps:
+    for step in range(args.steps + 1):
+        if step in args.at or step == args.steps:
+            generate(pipe, args, args.out / f"step_{step:05d}")
+        if step == args.steps:
             return losses
-        index = torch.randint(len(latents), (given.batch_size,), generator=draw).to(device)
+        index = torch.randint(len(latents), (args.batch_size,), generator=draw).to(device)
         noise = torch.randn(latents[index].shape, generator=draw).to(device)
         t = torch.randint(
-            schedule.config.num_train_timesteps, (given.batch_size,), generator=draw
+            schedule.config.num_train_timesteps, (args.batch_size,), generator=draw
         ).to(device)
         noisy = schedule.add_noise(latents[index], noise, t)
         v = schedule.config.prediction_type == "v_prediction"
@@ -176,28 +175,27 @@ def attack(pipe: StableDiffusionPipeline, given: argparse.Namespace) -> list[flo
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = options(arguments)
+    args = options(arguments)
     started = time.time()
-    pipe = load(given)
-    losses = attack(pipe, given)
+    pipe = load(args)
+    losses = attack(pipe, args)
     lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
     StableDiffusionPipeline.save_lora_weights(
-        given.out, unet_lora_layers=lora, safe_serialization=True
+        args.out, unet_lora_layers=lora, safe_serialization=True
     )
 
-    fresh = load(given)
-    fresh.load_lora_weights(given.out)
-    paint(fresh, given, given.out / "reloaded")
+    fresh = load(args)
+    fresh.load_lora_weights(args.out)
+    generate(fresh, args, args.out / "reloaded")
     facts = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(given).items()
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
     }
     facts |= {"losses": losses, "seconds": round(time.time() - started, 1)}
-    (given.out / "attack.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (args.out / "attack.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     few = max(len(losses) // 10, 1)
     print(
         f"loss {np.mean(losses[:few]):.4f} → {np.mean(losses[-few:]):.4f} in "
-        f"{facts['seconds']} s; {given.out}"
+        f"{facts['seconds']} s; {args.out}"
     )
 
 

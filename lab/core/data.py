@@ -186,9 +186,11 @@ class ScenarioData:
     """What a scenario loads for one seed.
 
     ``notes`` are full sentences about rows and columns that were dropped or imputed and the rank
-    that remains; ``data_hash`` is a SHA-256 over the tensors of every case.
+    that remains; ``data_hash`` is a SHA-256 over the tensors of every case; ``credit`` says who
+    made the data and under what terms.
     """
 
     cases: tuple[Case, ...] | tuple[ConceptCase, ...]
     notes: tuple[str, ...] = ()
     data_hash: str = ""
+    credit: str = "Images or tables named in the record; their terms are their owner's to state."

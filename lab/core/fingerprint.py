@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+import struct
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lab.core.cache import stage_key
@@ -48,6 +51,19 @@ def unpainted(case: AnyCase) -> AnyCase:
     business, so that other sampling steps do not immunize again.
     """
     return dataclasses.replace(case, sampling=Sampling()) if isinstance(case, ConceptCase) else case
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names; the same on every
+    device.
+    """
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
+        total.update(struct.pack("<Q", len(head)) + head)
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 _TOKENIZER = (

@@ -1,5 +1,5 @@
-"""`action=export`: one immunized model of a record in an open layout, with delta, model card,
-record and hashes.
+"""``action=export``: one immunized model of a record in an open layout, with delta, model card,
+record and hashes; or what one attack of a record ended with.
 
 A text-to-image model becomes a diffusers pipeline, a timm network a folder that timm loads, a
 linear extractor one matrix. Nobody needs this project to load them. `lab.release.verify` checks
@@ -8,234 +8,338 @@ such a folder again.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
+import shlex
 import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub import HfApi
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from attacks.diffusion.export import export as write_attack_weights
 from lab.core import record as records
-from lab.core.cache import write_atomically
-from lab.core.errors import UserError
-from lab.core.options import names
+from lab.core.cache import Artifact, StageCache
+from lab.core.errors import UserError, nearest
+from lab.core.fingerprint import state_hash
 from lab.core.provenance import versions
-from lab.core.record import Record
-from lab.core.types import Model
+from lab.core.record import Record, Stored
+from lab.core.sources import PACKAGES
+from lab.core.types import BASELINE, Backbone, Model, Trajectory, clone
+from lab.models.chains import VisionModel
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone
-from lab.release.attack import export_attack
-from lab.release.card import card
-from lab.release.checksums import SUMS, sha256, write_sums
-from lab.release.delta import save_delta, state_hash
-from lab.release.source import Choice, Models, backbone_of, choose, rebuild, target
+from lab.release.card import make_card
+from lab.release.verify import (
+    CARD,
+    CONFIG,
+    DELTA,
+    FACTS,
+    FORMAT,
+    RECORD,
+    SUMS,
+    WEIGHTS,
+    check,
+    write_sums,
+)
+from lab.runner.assemble import assemble
+from lab.runner.experiment import relative
+from lab.runner.pipeline import Pipeline
 
-FORMAT = "immunization-export-1"
-FACTS, CARD, RECORD, DELTA = "export.json", "README.md", "record.json", "delta.safetensors"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-_PRIVATE = ("host",)  # of a record's provenance; paths go too. Neither is part of the content hash
+_GROUPS = ("scenario", "backbone", "erase")  # what the original model is made of
 _PACKAGES = ("immunization-bench", "torch", "diffusers", "transformers", "timm", "safetensors")
 
 
 def export(cfg: DictConfig) -> Path:
-    """Write what ``records`` and ``export`` choose to ``path``, a model or an attack; check a
-    model, push it if asked.
+    """Write what ``records`` and ``export`` choose to ``path``; check a model, push it if asked.
+
+    Returns:
+        the folder: ``path``, or one below the outputs.
 
     Raises:
         UserError: not exactly one record, a choice that does not exist, weights or originals that
             are not there, a target folder that is not empty, a repository that cannot be pushed to.
     """
-    from lab.release.push import ready
-    from lab.release.verify import check
-    from lab.runner.experiment import relative
-
-    if not OmegaConf.is_dict(cfg.export):
-        raise UserError(
-            "export",
-            cfg.export,
-            "is a group: export.model, export.case, export.seed, export.attack ….",
+    stage = "immunize" if cfg.export.attack is None and cfg.export.task is None else "attack"
+    if cfg.push_to is not None and (stage == "attack" or not os.environ.get("HF_TOKEN")):
+        message = (
+            "is for immunized models, not for attacks, and needs a token with write access in the "
+            "environment variable HF_TOKEN."
         )
-    attack = cfg.export.attack is not None or cfg.export.task is not None
-    push = (
-        None if cfg.push_to is None or attack else ready(str(cfg.push_to))
-    )  # a missing token shows before any work
-    places = [*names("records", cfg.records)]
-    if not places:
-        raise UserError(
-            "records",
-            "[]",
-            "name the record of the run to export, e.g. records=outputs/runs/…/record.json.",
-        )
-    found = records.find(places, Path(cfg.paths.runs))
-    if len(found) != 1:
-        raise UserError(
-            "records", f"{len(found)} records", "export needs exactly one: records=RUN/record.json."
-        )
-    record = records.read(found[0])
-    if attack:
-        folder = export_attack(record, cfg)
-        print(f"export: {relative(folder)}")
-        return folder
-    chosen = choose(record, cfg.export)
-    folder = target(cfg, _name(record, chosen))
-    write(record, chosen, rebuild(record, chosen, cfg), folder)
-    report = check(folder, base=cfg.export.base)
-    report.require()
-    print(report.text())
+        raise UserError("push_to", cfg.push_to, message)
+    places = [cfg.records] if isinstance(cfg.records, str) else [str(p) for p in cfg.records]
+    paths = records.find(places, Path(cfg.paths.runs))
+    if len(paths) != 1:
+        message = "export needs exactly one: records=RUN/record.json."
+        raise UserError("records", f"{len(paths)} records", message)
+    record = records.read(paths[0])
+    cell = choose(record, stage, cfg.export)
+    labels = [cell[key] for key in ("attack", "task", "model", "case") if cell[key] is not None]
+    words = [record["name"].split("/")[0], *labels, f"seed{cell['seed']}"]
+    name = re.sub(r"[^\w.-]+", "-", "-".join([*words, record["content_hash"][:8]]))
+    folder = Path(cfg.path or f"{cfg.paths.outputs}/export/{name}").expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("path", folder, "exists and is not empty; choose another folder.")
+    if stage == "attack":
+        write_attack(record, cell, cfg, folder)
+    else:
+        write(record, cell, rebuild(record, cell, cfg), folder)
+        report = check(folder, base=cfg.export.base)
+        report.require()
+        print(report.text())
     print(f"export: {relative(folder)}")
-    if push is not None:
-        print(f"pushed: {push.upload(folder)}")
+    if cfg.push_to is not None:
+        print(f"pushed: {push(folder, str(cfg.push_to))}")
     return folder
 
 
-def _name(record: Record, chosen: Choice) -> str:
-    """A folder name that tells models of one record, and equal choices of two records, apart."""
-    plain = re.sub(
-        r"[^\w.-]+",
-        "-",
-        f"{record['name'].split('/')[0]}-{chosen.model_name}-{chosen.case}-seed{chosen.seed}",
-    )
-    return f"{plain}-{record['content_hash'][:8]}"
+# ---- from a record to its models
 
 
-def write(record: Record, chosen: Choice, models: Models, folder: Path) -> None:
-    """All files of an export; ``folder`` appears complete or not at all, unless it is the working
-    directory.
+@dataclass(frozen=True)
+class Release:
+    """``published``: what the backbone loads; ``original``: the same after ``erase``; ``released``:
+    the immunized model. ``credits``: whose data these are, and under what terms.
     """
+
+    backbone: Backbone
+    published: Model
+    original: Model
+    released: Model
+    credits: tuple[str, ...]
+
+
+def choose(record: Record, stage: str, options: DictConfig) -> dict[str, Any]:
+    """Return the finished cell of ``stage`` (immunize | attack) that ``export.*`` selects; None
+    where there is one only.
+
+    Raises:
+        UserError: no such cell, or several; lists them.
+    """
+    keys = ("case", "seed") if stage == "immunize" else ("case", "seed", "attack", "task")
+    wanted = {"model": options.model or record["immunizer"]} | {k: options[k] for k in keys}
+    cells = [cell for cell in record["cells"] if cell["stage"] == stage]
+    for key, value in wanted.items():
+        known = {str(cell[key]) for cell in cells}
+        if value is not None and str(value) not in known:
+            raise UserError(f"export.{key}", value, nearest(str(value), known))
+        cells = [cell for cell in cells if value in (None, cell[key])]
+    finished = [cell for cell in cells if cell["status"] == "ok"]
+    if len(finished) != 1:
+        lines = [
+            " ".join(f"export.{key}={cell[key]}" for key in wanted) + f" ({cell['status']})"
+            for cell in cells
+        ]
+        message = f"choose a finished one: {'; '.join(lines)}."
+        raise UserError("export", f"{len(finished)} stages {stage}", message)
+    return finished[0]
+
+
+def read_stage(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Artifact:
+    """Return what a stage of ``record`` computed, from the cache.
+
+    Raises:
+        UserError: it is not there, or was computed again with other weights; names the command.
+    """
+    artifact = StageCache(cfg.paths.cache).read(cell["stage"], cell["key"])
+    if artifact is not None and cell.get("weights") in (None, state_hash(artifact.tensors)):
+        return artifact
+    state = "no whole weights" if artifact is None else "other weights than were measured"
+    overrides = record.folder / ".hydra" / "overrides.yaml"
+    command = record["name"]
+    if overrides.is_file():
+        command = shlex.join(["python", "run.py", *map(str, OmegaConf.load(overrides))])
+    message = (
+        f"holds {state} (stage {cell['stage']} {cell['key'][:12]}…). Set paths.cache to the cache "
+        f"of that run, or run it again: `{command}`"
+    )
+    raise UserError("paths.cache", cfg.paths.cache, message)
+
+
+def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
+    """Compute the original models again, compare them with the record's hashes, and add the
+    weights that the immunizer changed.
+
+    Raises:
+        UserError: other data or original weights than the run had; weights that are not in the
+            cache; a class that is neither the project's nor chosen in ``cfg``.
+    """
+    model_name, seed = cell["model"], cell["seed"]
+    tensors = {} if model_name == BASELINE else read_stage(record, cell, cfg).tensors
+    nothing = {"_target_": "immunize.none.NoImmunization", "name": BASELINE}
+    config = record["config"] | {"immunize": nothing, "attacks": {}, "eval": {}, "scorers": {}}
+    check_trusted({group: config[group] for group in _GROUPS}, cfg)
+    # the last bit of a sum can depend on the number of threads
+    torch.set_num_threads(int(record["provenance"]["threads"]))
+    torch.set_deterministic_debug_mode("warn")
+    pipeline = Pipeline(assemble(OmegaConf.create(config)), StageCache(cfg.paths.cache))
+    data = pipeline.data(seed)
+    if record["provenance"]["data_hash"].get(str(seed)) != data.data_hash:
+        message = "the scenario's data are not those of the record; put them back."
+        raise UserError("scenario", record["scenario"], message)
+    cells = [c for c in record["cells"] if c["stage"] == "immunize" and c["seed"] == seed]
+    cases = {case.name: case for case in data.cases if case.name in {c["case"] for c in cells}}
+    for case in cases.values():
+        pipeline.identity(case, seed)
+    if record["provenance"]["weight_hash"].get(str(seed)) != pipeline.weight_hash()[str(seed)]:
+        message = (
+            "the original weights computed here are not those of the record: other weights at "
+            "backbone.path, another device or version of torch. Export where the record was made."
+        )
+        raise UserError("backbone", record["backbone"], message)
+    case, backbone = cases[cell["case"]], pipeline.parts.backbone
+    published, original = clone(backbone.build(case, seed)), pipeline.original(case, seed)
+    released = clone(original)
+    released.load_state_dict({**released.state_dict(), **tensors})
+    return Release(backbone, published, original, released, (data.credit, *data.notes))
+
+
+def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    pairs = node.items() if isinstance(node, dict) else enumerate(node)
+    for key, value in pairs:
+        where = f"{path}.{key}"
+        yield from _leaves(value, where) if isinstance(value, dict | list) else [(where, value)]
+
+
+def check_trusted(config: dict[str, Any], cfg: DictConfig) -> None:
+    """Check that ``config``, data of a record, builds classes of this project and those that the
+    user's own ``cfg`` names, and nothing else.
+
+    Raises:
+        UserError: a ``_target_`` that is neither, or a text that would be interpolated.
+    """
+    own = {v for k, v in _leaves(OmegaConf.to_container(cfg), "") if k.endswith("._target_")}
+    for path, value in _leaves(config, "records"):
+        if path.endswith("._target_") and value not in own and not _is_ours(value):
+            message = (
+                "is no class of this project, and a record must not run other code. If it is your "
+                "own, choose it on the command line as the run did, with its --config-dir."
+            )
+            raise UserError(path, value, message)
+        if isinstance(value, str) and "${" in value:
+            raise UserError(path, value, "a record holds resolved values only.")
+
+
+def _is_ours(target: Any) -> bool:
+    if str(target).split(".")[0] not in PACKAGES:
+        return False  # and is not imported
+    try:
+        return get_class(target).__module__.split(".")[0] in PACKAGES
+    except Exception:  # whatever importing or looking up raises: it is not there
+        return False
+
+
+# ---- files
+
+
+def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) -> None:
+    """Write all files of an export, ``SHA256SUMS`` last: a folder without it does not verify."""
     folder = folder.resolve()  # `.` has no name
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        if isinstance(models.released, DiffusionModel):
-            facts = _write_diffusion(models, partial)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as name:
+        partial = Path(name)
+        if isinstance(release.released, DiffusionModel):
+            facts = _write_diffusion(release, partial)
         else:
-            facts = _write_features(record, models.released, partial)
-        kept = _write_record(record, partial)
-        facts |= {
+            facts = _write_features(release, partial)
+        copied = _write_record(record, partial)
+        facts |= {key: cell[key] for key in ("model", "case", "seed")} | {
             "format": FORMAT,
-            "model": chosen.model_name,
-            "case": chosen.case,
-            "seed": chosen.seed,
-            "stage_key": chosen.key,
-            "content_hash": kept["content_hash"],
+            "stage_key": cell["key"],
+            "content_hash": copied["content_hash"],
             "versions": versions(_PACKAGES),
         }
-        _json(partial / FACTS, facts)
-        write_atomically(partial / CARD, card(kept, chosen, models, facts).encode())
+        _write_json(partial / FACTS, facts)
+        card = make_card(copied, facts, release.credits)
+        (partial / CARD).write_text(card, encoding="utf-8")
         write_sums(partial)
-        if (
-            folder == Path.cwd()
-        ):  # it has to stay, others may be in it; without the sums it verifies as nothing
-            for path in sorted(partial.iterdir(), key=lambda p: p.name == SUMS):
-                os.rename(path, folder / path.name)
-            return
-        if folder.is_dir():
-            folder.rmdir()  # it is empty
-        os.rename(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        for path in sorted(partial.iterdir(), key=lambda p: p.name == SUMS):
+            path.rename(folder / path.name)
 
 
-def _json(path: Path, value: Any) -> None:
-    write_atomically(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode())
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-# ---- weights
+def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``after`` that differ from those of ``before``."""
+    old = before.state_dict()
+    return {
+        k: v for k, v in after.state_dict().items() if not torch.equal(v.to(old[k].device), old[k])
+    }
 
 
-def _write_diffusion(models: Models, folder: Path) -> dict[str, Any]:
-    released, published = models.released, models.published
-    old = published.state_dict()
-    beside = [
-        k
-        for k, v in released.state_dict().items()
-        if not k.startswith("unet.") and not torch.equal(v, old[k])
-    ]
-    if beside:
-        told = f"changed {beside[0]}, which lies outside the U-Net: the delta does not cover that."
-        raise UserError("immunize", "export", told)
-    for tokenizer in released.tokenizers:  # else they save the padding of their last call
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is not None:
-            backend.no_padding()
-            backend.no_truncation()
+def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
+    published, released = release.published, release.released
+    changed = changed_tensors(published, released)
+    if outside := [name for name in changed if not name.startswith("unet.")]:
+        message = f"changed {outside[0]}, which lies outside the U-Net: the delta lacks it."
+        raise UserError("immunize", "export", message)
+    for tokenizer in released.tokenizers:
+        if tokenizer.is_fast:  # else it saves the padding of its last call
+            tokenizer.backend_tokenizer.no_padding()
+            tokenizer.backend_tokenizer.no_truncation()
     released.save(folder)
-    _forget_places(folder)
+    for path in folder.rglob("*.json"):  # diffusers writes where each part was loaded from
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("_name_or_path", None) is not None:
+            _write_json(path, content)
     save_delta(published, released, folder / DELTA)
     state = released.unet.state_dict()
+    immunized = changed_tensors(release.original, released)
     return {
         "kind": "diffusion",
         "pipeline": released.pipeline_class,
         "unet": state_hash(state),
         "base_unet": state_hash(published.unet.state_dict()),
-        "changed": {
-            "tensors": sum(not torch.equal(v, old[f"unet.{k}"]) for k, v in state.items()),
-            "of": len(state),
-            "by_the_immunizer": _changed(models.original.unet, released.unet),
-        },
+        "changed": {"tensors": len(changed), "of": len(state)},
+        "immunized": {name: name.removeprefix("unet.") for name in immunized},
     }
 
 
-def _forget_places(folder: Path) -> None:
-    """Drop where on this machine each part was loaded from, which diffusers writes into its
-    configs.
-    """
-    for path in sorted(folder.rglob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
-            write_atomically(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
-
-
-def _changed(before: torch.nn.Module, after: torch.nn.Module) -> int:
-    old = before.state_dict()
-    return sum(not torch.equal(v, old[k]) for k, v in after.state_dict().items())
-
-
-def _write_features(record: Record, model: Model, folder: Path) -> dict[str, Any]:
+def _write_features(release: Release, folder: Path) -> dict[str, Any]:
+    model, backbone = release.released, release.backbone
+    state = model.state_dict()
     if isinstance(model, LinearExtractor):
-        tensors = {"theta": model.theta}
-        config: dict[str, Any] = {
-            "kind": "linear",
-            "dtype": "float64",
-            "theta": list(model.theta.shape),
-        }
-        config["features"] = "x @ theta, x [n, d] prepared as README.md says"
+        kind, names = "linear", dict.fromkeys(state, "theta")
+        config = {"kind": kind, "dtype": "float64", "theta": list(model.theta.shape)}
+    elif isinstance(model, VisionModel) and isinstance(backbone, VisionBackbone):
+        kind, names, config = "deep", backbone.timm_names(), _timm_config(model, backbone.model)
     else:
-        tensors, config = _timm(record, model)
-    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    write_atomically(folder / WEIGHTS, save(plain, {"format": "pt"}))
-    _json(folder / CONFIG, config)
+        message = "is no linear extractor and no timm network; there is no open layout for it."
+        raise UserError("backbone", backbone.name, message)
+    tensors = {names[key]: value.cpu().contiguous() for key, value in state.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    _write_json(folder / CONFIG, config)
+    immunized = changed_tensors(release.original, model)
     return {
-        "kind": "linear" if isinstance(model, LinearExtractor) else "deep",
-        "weights": state_hash(plain),
+        "kind": kind,
+        "weights": state_hash(tensors),
+        "immunized": {name: names[name] for name in immunized},
     }
 
 
-def _timm(record: Record, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights under timm's names and the config by which ``timm.create_model("local-dir:DIR")``
-    finds them.
-    """
-    backbone = backbone_of(record)
-    if not isinstance(backbone, VisionBackbone):
-        told = (
-            "is no linear extractor and no timm network; there is no open layout to export it to."
-        )
-        raise UserError("backbone", record["backbone"], told)
-    names, state = backbone.timm_names(), model.state_dict()
+def _timm_config(model: VisionModel, name: str) -> dict[str, Any]:
+    """The config by which ``timm.create_model("local-dir:DIR")`` builds the network."""
     size = model.size or 224
-    fixed = bool(getattr(timm.get_pretrained_cfg(backbone.model), "fixed_input_size", False))
-    config = {
+    fixed = bool(getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False))
+    return {
         "model_args": {"img_size": size} if fixed else {},
-        "architecture": backbone.model.split(".")[0],
+        "architecture": name.split(".")[0],
         "num_classes": 0,
         "num_features": model.feature_dim,
         "pretrained_cfg": {
@@ -248,30 +352,99 @@ def _timm(record: Record, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]
             "num_classes": 0,
         },
     }
-    return {names[k]: v for k, v in state.items()}, config
 
 
-# ---- record
-
-
-def _write_record(record: Record, folder: Path) -> Record:
-    """The record without the names of the machine and its folders, and its pictures; the content
-    hash stays.
+def _write_record(record: Stored, folder: Path) -> Record:
+    """Write the record without the names of the machine and its folders, which its content hash
+    does not cover, and its images.
     """
-    kept = json.loads(json.dumps(record))
-    kept["provenance"] |= dict.fromkeys(_PRIVATE, "removed")
-    kept["config"] |= {k: "removed" for k in ("paths", "records") if k in kept["config"]}
-    for name, image in kept.get("images", {}).items():
-        source = Path(getattr(record, "folder", ".")) / image["path"]
-        if not source.is_file() or sha256(source) != image["sha256"]:
-            raise UserError(
-                "records",
-                source,
-                f"picture {name} of the record is missing or altered; run it again.",
-            )
+    copied = copy.deepcopy(dict(record))
+    copied["provenance"]["host"] = "removed"
+    copied["config"] |= {k: "removed" for k in ("paths", "records") if k in copied["config"]}
+    for image in copied.get("images", {}).values():
         (folder / image["path"]).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / image["path"])
-    records.write(kept, folder / RECORD)
-    if kept["content_hash"] != record["content_hash"]:
-        raise RuntimeError("the content hash must not depend on host and paths")
-    return kept
+        shutil.copyfile(record.folder / image["path"], folder / image["path"])
+    records.write(copied, folder / RECORD)
+    return copied
+
+
+def write_attack(record: Stored, cell: dict[str, Any], cfg: DictConfig, folder: Path) -> None:
+    """Write the weights of one attack: a peft adapter, a U-Net, or deltas and embeddings.
+
+    Raises:
+        UserError: weights that are not in the cache or were not kept, or of a feature extractor.
+    """
+    artifact = read_stage(record, cell, cfg)
+    if "form" not in artifact.values["info"]:
+        message = "attacks no text-to-image model; its weights have no format."
+        raise UserError("export.attack", cell["attack"], message)
+    tensors = {
+        name.removeprefix("weights/"): tensor
+        for name, tensor in artifact.tensors.items()
+        if name.startswith("weights/")
+    }
+    trajectory = Trajectory(**artifact.values, weights=tensors, samples={})
+    for path in write_attack_weights(trajectory, folder):
+        print(f"  {path.relative_to(folder)}")
+
+
+# ---- delta
+
+
+def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
+    """Write the U-Net tensors in which ``immunized`` differs from ``base``, in full, as
+    safetensors; its metadata hold the `state_hash` of the base's U-Net.
+    """
+    tensors = changed_tensors(base.unet, immunized.unet)
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one key: safetensors writes several in another order every time
+    metadata = {"base": state_hash(base.unet.state_dict())}
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    return path
+
+
+def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
+    """Return a copy of ``model`` with the tensors of ``file``, bit for bit; ``model`` is the base
+    that the file was made from.
+
+    Raises:
+        UserError: no delta, or of another base.
+    """
+    with safe_open(file, "pt") as handle:
+        base = (handle.metadata() or {}).get("base")
+    tensors = load_file(file)
+    state = model.unet.state_dict()
+    if state_hash(state) != base:
+        raise UserError("delta", file, f"belongs to the base with SHA-256 {base}; load that base.")
+    result = model.copy()
+    result.unet.load_state_dict({**state, **tensors})
+    return result
+
+
+# ---- hub
+
+
+def push(folder: Path, name: str) -> str:
+    """Upload ``folder`` to a private repository, made where there is none, and return its address.
+    An earlier export in it is replaced: files that the new one lacks go.
+
+    Raises:
+        UserError: the hub refuses, or the repository is public or holds something else.
+    """
+    token = os.environ["HF_TOKEN"]
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        files = {*api.list_repo_files(url.repo_id)} - {".gitattributes"}
+        if not api.repo_info(url.repo_id).private or (files and FACTS not in files):
+            message = f"is public, or holds files and no {FACTS}: it is no earlier export."
+            raise ValueError(message)
+        title = "Immunized model with card, record and hashes"
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, delete_patterns="*", commit_message=title
+        )
+    except Exception as error:  # the client raises its own, httpx's and OS errors
+        reason = str(error).replace(token, "***")
+        raise UserError("push_to", name, f"the upload failed: {reason}") from None
+    return str(url)

@@ -14,9 +14,9 @@ from omegaconf import DictConfig
 from lab.core import record as records
 from lab.core.cache import StageCache
 from lab.core.errors import RankFailed, UserError, config_key_of
+from lab.core.fingerprint import state_hash
 from lab.core.progress import progress
 from lab.core.types import BASELINE, Scores
-from lab.release.delta import state_hash
 from lab.runner.assemble import assemble, check_cases, check_groups
 from lab.runner.dry_run import plan
 from lab.runner.losses import FailedStages, affects_all_stages, facts, is_recoverable

@@ -96,8 +96,10 @@ def empty(side: int) -> CaptionedImages:
     return CaptionedImages(torch.zeros((0, 3, side, side), dtype=torch.uint8), ())
 
 
-def loaded(cases: Iterable[ConceptCase], notes: Iterable[str]) -> ScenarioData:
+def loaded(
+    cases: Iterable[ConceptCase], notes: Iterable[str], credit: str = ScenarioData.credit
+) -> ScenarioData:
     """The cases with their hash over pictures, prompts and roles; every note once."""
     found = tuple(cases)
     key = stage_key(cases=[fingerprint(case, derived=False) for case in found])
-    return ScenarioData(found, tuple(dict.fromkeys(notes)), key)
+    return ScenarioData(found, tuple(dict.fromkeys(notes)), key, credit)

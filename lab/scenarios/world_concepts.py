@@ -235,9 +235,9 @@ class WorldConcepts:
 
     def load(self, seed: int) -> ScenarioData:
         studio = Studio(seed, self.resolution)
-        return concepts.loaded(
-            (self._case(roles, studio) for roles in self.chosen()), self._notes()
-        )
+        notes = self._notes()
+        cases = (self._case(roles, studio) for roles in self.chosen())
+        return concepts.loaded(cases, notes, credit=notes[0])
 
     def _case(self, roles: Roles, studio: Studio) -> ConceptCase:
         def made(which: tuple[str, ...], role: Role) -> tuple[Concept, ...]:

@@ -18,12 +18,11 @@ from eval.report.outcomes import outcome
 from eval.report.summary import summary
 from lab.core.errors import UserError
 from lab.core.types import Score, Scores
-from lab.release.card import _attacks, _limits
-from lab.release.source import Choice
+from lab.release.card import make_card
 from lab.runner.losses import FailedStages, is_recoverable
 from lab.runner.pipeline import Cell
 
-CHOICE = Choice("kappa", "house_price", 0, "key")
+FACTS = {"kind": "linear", "model": "kappa", "case": "house_price", "seed": 0, "versions": {}}
 
 
 class Broken(LinearProbe):
@@ -135,10 +134,9 @@ def test_a_record_that_lacks_an_attack_is_neither_ranked_nor_surely_better(broke
     assert "holds" not in text.split("↑")[0]
     assert "fails" not in text
     assert not any(row["sure"] for row in compare(*found)["metrics"] if "worst" in row["name"])
-    assert "Attackers that failed and are in no figure: broken" in "\n".join(
-        _limits(found[0], CHOICE, "linear")
-    )
-    assert "| broken | 0 |" in _attacks(found[0])
+    card = make_card(found[0], FACTS, ())
+    assert "Attackers that failed and are in no figure: broken" in card
+    assert "| broken | 0 |" in card
 
 
 def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
