@@ -198,25 +198,17 @@ class _Attack:
         for name, value in values.items():
             trajectory.values.setdefault(name, []).append(float(value))
 
-    def trial_rows(self) -> list[tuple[float, float | None]]:
-        """Return exponent and loss of every trial, None where it diverged."""
-        losses = self.search.losses.items()
-        return [(e, loss if math.isfinite(loss) else None) for e, loss in losses]
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return self.learner.tensors(), {
-            "trials": self.trial_rows(),
-            "width": self.search.width,
-            "early": self.early if math.isfinite(self.early) else None,
-            "steps": self.trajectory.steps,
-            "values": self.trajectory.values,
-        }
+        trials = torch.tensor(list(self.search.losses.items()), dtype=torch.float64)
+        early = torch.tensor(self.early, dtype=torch.float64)
+        tensors = self.learner.tensors() | {"trials": trials.reshape(-1, 2), "early": early}
+        trajectory = {"steps": self.trajectory.steps, "values": self.trajectory.values}
+        return tensors, {"width": self.search.width, **trajectory}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        trials, self.early = tensors.pop("trials"), float(tensors.pop("early"))
+        self.search = RateSearch(dict(trials.tolist()), values["width"])
         self.learner.restore(tensors)
-        losses = {e: math.inf if loss is None else loss for e, loss in values["trials"]}
-        self.search = RateSearch(losses, values["width"])
-        self.early = math.inf if values["early"] is None else values["early"]
         self.trajectory.steps, self.trajectory.values = values["steps"], values["values"]
 
 
@@ -254,7 +246,10 @@ def run(
         trajectory.status = "diverged"
     trajectory.info = dict(info)
     if learner.uses_rate:
-        table = [{"lr": learner.centre * 10**e, "loss": loss} for e, loss in attack.trial_rows()]
+        table = [
+            {"lr": learner.centre * 10**e, "loss": loss if math.isfinite(loss) else None}
+            for e, loss in attack.search.losses.items()
+        ]
         rate = attack.rate(attack.search.best)
         trajectory.info |= {"lr": rate, "lr_trials": table, "schedule": options.schedule}
     return trajectory

@@ -32,8 +32,8 @@ class LinearProbe(FeatureAttack):
     what 40 Newton steps reach, and an excess below it counts as zero.
 
     Args:
-        optimizer: one of `attacks.probes.optimizers.OPTIMIZERS`. ``sgd``, ``momentum``, ``adam`` and
-            ``adagrad`` have a learning rate and mini-batches, the others a line search.
+        optimizer: one of `attacks.probes.optimizers.OPTIMIZERS`. ``sgd``, ``momentum``, ``adam``
+            and ``adagrad`` have a learning rate and mini-batches, the others a line search.
         ridge: λ ≥ 0 as a multiple of the mean eigenvalue of ZᵀZ/n.
         standardize: centre and scale the features by the training rows' mean and deviation: an
             attacker that preconditions by hand. It changes the Hessian that was immunized.
@@ -125,8 +125,11 @@ class _Head:
         self.uses_rate, self.centre = kind.uses_rate, self.optimizer.centre()
         self.reset, self.tensors = self.optimizer.reset, self.optimizer.tensors
         self.restore = self.optimizer.restore
-        squared = isinstance(self.problem, Squared)
-        self.optimum = self.problem.optimum() if squared else newton_optimum(self.problem)
+        self.optimum = (
+            self.problem.optimum()
+            if isinstance(self.problem, Squared)
+            else newton_optimum(self.problem)
+        )
 
     def info(self) -> dict[str, Any]:
         s = self.problem.spectrum.s

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar
 
@@ -59,14 +59,15 @@ class Optimizer(ABC):
         return {"w": self.w}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.w = tensors["w"].clone()
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.clone())
 
 
 class FirstOrder(Optimizer):
     """An optimizer of torch, with its defaults, on mini-batches."""
 
     uses_rate = True
-    build: ClassVar[Callable[[Iterable[Tensor]], torch.optim.Optimizer]]
+    build: ClassVar[Callable[..., torch.optim.Optimizer]]
 
     def reset(self) -> None:
         super().reset()
@@ -169,14 +170,12 @@ class LBFGS(LineSearch):
     def tensors(self) -> dict[str, Tensor]:
         return {"w": self.w, "pairs": self.pairs, "last": self.last}
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        super().restore(tensors)
-        self.pairs, self.last = tensors["pairs"].clone(), tensors["last"].clone()
-
 
 def _two_loop(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """Return the inverse-Hessian product of L-BFGS (Nocedal & Wright, Algorithm 7.4); s, y [k, d, c], oldest
-    first.
+    """Return the inverse-Hessian product of L-BFGS (Nocedal & Wright, Algorithm 7.4).
+
+    Args:
+        s, y: moves and changes of the gradient [k, d, c], oldest first.
     """
     q, alphas = g.clone(), []
     for i in reversed(range(len(s))):
@@ -277,8 +276,8 @@ class KFAC(LineSearch):
     search.
 
     A = ZᵀZ/n and S = E[δδᵀ], δ the gradient at the outputs under the model's own distribution
-    (squared loss: S = I;
-    softmax: the mean of diag(p) − ppᵀ). Direction −(A + π√ε I)⁻¹ g (S + √ε/π I)⁻¹ (§6.3) with π² =
+    (squared loss: S = I; softmax: the mean of diag(p) − ppᵀ). Direction
+    −(A + π√ε I)⁻¹ g (S + √ε/π I)⁻¹ (§6.3) with π² =
     t_A/t_S, the ratio of the factors' mean eigenvalues, and ε = ``damping``·t_A·t_S + λ:
     independent of the scale of features and loss. Differs from the paper: a line search replaces
     its rescaling and its adaptive damping, and there is no momentum.

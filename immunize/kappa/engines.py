@@ -1,17 +1,19 @@
-"""How a gradient with respect to features moves a model: one engine for linear, one for deep
-extractors.
+"""How a gradient with respect to features moves a model.
+
+`LinearEngine` and `DeepEngine` have the same methods. In every step `view` evaluates features of
+some rows of each task, `add` takes gradients with respect to them, and `finish` leaves the sum in
+``.grad`` of ``parameters``.
 """
 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from immunize.kappa.spectral import Side, preconditioned_step, right_solve
+from immunize.kappa.spectral import preconditioned_step, right_solve
 from lab.core.data import Case
 from lab.core.errors import UserError, nearest
 from lab.core.types import FeatureModel
@@ -20,51 +22,7 @@ from lab.models.activations import prefix
 CHUNK = 64  # rows per forward pass of a deep model where no gradient is needed
 
 
-class Engine(ABC):
-    """A copy of a model whose ``parameters`` move.
-
-    In every step `view` evaluates features of some rows of each task, `add` and `add_regularizer`
-    take gradients with respect to them, and `finish` leaves the sum in ``.grad``.
-    """
-
-    parameters: list[Tensor]
-
-    @abstractmethod
-    def view(self, task: int, rows: Tensor, gradient: bool = True) -> Tensor:
-        """Return features [n, d] float64 of ``rows`` of task number ``task``.
-
-        Args:
-            gradient: whether `add` may follow.
-        """
-
-    @abstractmethod
-    def add(self, task: int, gradient: Tensor) -> None:
-        """Add the ordinary chain rule for ∂f/∂Y [n, d], Y the features of the last `view`."""
-
-    @abstractmethod
-    def add_regularizer(
-        self, task: int, scale: Tensor, gradient: Tensor, ridge: float | None, side: Side
-    ) -> None:
-        """Add a gradient with respect to ``scale``·Y (``scale`` [n, 1]).
-
-        Args:
-            ridge: precondition with (K + ridge·I)⁻¹; None does not.
-            side: as in `spectral.preconditioned_step`.
-        """
-
-    def finish(self) -> None:
-        """Leave the sum of what was added in ``.grad`` of the parameters."""
-
-    @abstractmethod
-    def features(self, task: int) -> Tensor:
-        """Return features [n, d] of all training rows, without gradient."""
-
-    @abstractmethod
-    def export(self) -> FeatureModel:
-        """Return an independent model with the parameters as they are now."""
-
-
-class LinearEngine(Engine):
+class LinearEngine:
     """θ with thin updates; columns that are zero in every task are left out, which changes nothing.
 
     A row of θ that belongs to a zero column never gets a gradient. Where θ_0 also sends no active
@@ -90,35 +48,55 @@ class LinearEngine(Engine):
 
     @torch.no_grad()
     def view(self, task: int, rows: Tensor, gradient: bool = True) -> Tensor:
+        """Return features Y [n, d] float64 of ``rows`` of a task.
+
+        Args:
+            gradient: whether `add` may follow.
+        """
         self._x[task] = self.inputs[task][rows]
         return self._x[task] @ self.theta
 
-    def _accumulate(self, update: Tensor) -> None:
-        self.theta.grad = update if self.theta.grad is None else self.theta.grad.add_(update)
-
-    def add(self, task: int, gradient: Tensor) -> None:
-        self._accumulate(self._x[task].T @ gradient)
-
-    def add_regularizer(
-        self, task: int, scale: Tensor, gradient: Tensor, ridge: float | None, side: Side
+    def add(
+        self,
+        task: int,
+        gradient: Tensor,
+        scale: Tensor | float = 1.0,
+        ridge: float | None = None,
+        side: str = "left",
     ) -> None:
+        """Add the gradient of the parameters for ∂f/∂(``scale``·Y), Y the last view of ``task``.
+
+        Args:
+            gradient: [n, d].
+            scale: [n, 1] or a number.
+            ridge: precondition with (K + ridge·I)⁻¹; None does not.
+            side: of the preconditioner; ``right`` acts on the index of features, as the released
+                code's solve does on the gradient of the transposed weight.
+        """
         x = self._x[task] * scale
         if ridge is None:
-            self._accumulate(x.T @ gradient)
-        elif side == "right" and x.shape[1] < gradient.shape[1]:
-            # this side acts on the index of features, zero columns included
-            wide = x.new_zeros(len(x), len(self._active))
-            wide[:, self._active] = x
-            self._accumulate(x.T @ right_solve(wide, gradient, ridge))
+            update = x.T @ gradient
+        elif side == "left":
+            update = preconditioned_step(x, gradient, ridge)
         else:
-            self._accumulate(preconditioned_step(x, gradient, ridge, side))
+            inputs = x
+            if x.shape[1] < gradient.shape[1]:  # zero columns included
+                inputs = x.new_zeros(len(x), len(self._active))
+                inputs[:, self._active] = x
+            update = x.T @ right_solve(inputs, gradient, ridge)
+        self.theta.grad = update if self.theta.grad is None else self.theta.grad + update
+
+    def finish(self) -> None:
+        """Leave the sum of what was added in ``.grad`` of the parameters."""
 
     @torch.no_grad()
     def features(self, task: int) -> Tensor:
+        """Return features [n, d] of all training rows."""
         return self.inputs[task] @ self.theta
 
     @torch.no_grad()
     def export(self) -> FeatureModel:
+        """Return an independent model with the parameters as they are now."""
         model = copy.deepcopy(self._model)
         weight = next(model.parameters())
         rows = weight[self._active]
@@ -127,7 +105,7 @@ class LinearEngine(Engine):
         return model
 
 
-class DeepEngine(Engine):
+class DeepEngine:
     """Moves the parameters of some blocks; the frozen prefix is evaluated once.
 
     The preconditioner of Alg. 1 for non-linear extractors: a linear layer that is the identity in
@@ -158,18 +136,19 @@ class DeepEngine(Engine):
             self._graphs[task] = self._run(self._inputs[task][rows])
         return self._graphs[task].detach().to(torch.float64)
 
-    def add(self, task: int, gradient: Tensor) -> None:
-        gradient = gradient.to(self._graphs[task].dtype)
-        earlier = self._gradients.get(task)
-        self._gradients[task] = gradient if earlier is None else earlier + gradient
-
-    def add_regularizer(
-        self, task: int, scale: Tensor, gradient: Tensor, ridge: float | None, side: Side
+    def add(
+        self,
+        task: int,
+        gradient: Tensor,
+        scale: Tensor | float = 1.0,
+        ridge: float | None = None,
+        side: str = "left",
     ) -> None:
         if ridge is not None:
             y = self._graphs[task].detach().to(torch.float64)
             gradient = right_solve(y * scale, gradient, ridge)
-        self.add(task, gradient * scale)
+        by_feature = (gradient * scale).to(self._graphs[task].dtype)
+        self._gradients[task] = self._gradients.get(task, 0) + by_feature
 
     def finish(self) -> None:
         if self._gradients:

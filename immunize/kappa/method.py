@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from immunize.kappa import spectral
-from immunize.kappa.trainer import GradientImmunizer, Head, Trainer, TINY
+from immunize.kappa.trainer import TINY, GradientImmunizer, Head, Trainer
 from lab.core.condition import singular_values
 from lab.core.config import Count, Flag, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Case
@@ -66,6 +66,9 @@ class Kappa(GradientImmunizer):
         running_window: m.
     """
 
+    # the functions of H_P and of H_H that are descended
+    terms: ClassVar[tuple[spectral.Objective, spectral.Objective]] = (spectral.well, spectral.ill)
+
     name: Text = "kappa"
     lambda_p: NonNegative
     lambda_h: NonNegative
@@ -73,7 +76,7 @@ class Kappa(GradientImmunizer):
     preconditioned: Flag = True
     ridge_benign: NonNegative = 0.0
     ridge_harmful: NonNegative = 0.0
-    solve_side: spectral.Side = "left"
+    solve_side: Literal["left", "right"] = "left"
     rank_rule: Literal["rank", "dimension"] = "rank"
     rank_tolerance: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     cluster_tolerance: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
@@ -109,11 +112,6 @@ class Kappa(GradientImmunizer):
             fix = "weighs several harmful tasks, and this scenario has one; set worst_case=false."
             raise UserError("immunize.worst_case", True, fix)
 
-    @staticmethod
-    def terms() -> tuple[spectral.Objective, spectral.Objective]:
-        """Return the functions of H_P and of H_H that are descended."""
-        return spectral.well, spectral.ill
-
     def trainer(self, model: FeatureModel, case: Case, seed: int) -> Trainer:
         return SpectralTrainer(self, model, case, seed)
 
@@ -124,11 +122,9 @@ class KappaOpt(Kappa):
     release).
     """
 
-    rank_rule: Literal["rank"] = "rank"  # log κ has no p and k
+    terms = (spectral.log_kappa, spectral.inverse_log_kappa)
 
-    @staticmethod
-    def terms() -> tuple[spectral.Objective, spectral.Objective]:
-        return spectral.log_kappa, spectral.inverse_log_kappa
+    rank_rule: Literal["rank"] = "rank"  # log κ has no p and k
 
 
 @config
@@ -248,13 +244,8 @@ class SpectralTrainer(Trainer):
         gradient = estimate.pull(spectral.feature_gradient(factor, weight * slope))
         if not bool(torch.isfinite(gradient).all()):
             raise FloatingPointError("the gradient of a condition-number term is not finite")
-        self.engine.add_regularizer(
-            estimate.task,
-            estimate.scale,
-            gradient,
-            ridge if o.preconditioned else None,
-            o.solve_side,
-        )
+        solve = ridge if o.preconditioned else None
+        self.engine.add(estimate.task, gradient, estimate.scale, solve, o.solve_side)
 
     def _weights(self, growth: list[float]) -> list[float]:
         """Return the weights of the harmful tasks; ``growth``: log κ/κ_0 of each."""
@@ -285,7 +276,7 @@ class SpectralTrainer(Trainer):
             self.values["lambdas"] = self._lambdas(growth[0], harmful)
         lambda_p, lambda_h = self.values["lambdas"]
         row = {"lambda_p": lambda_p, "lambda_h": lambda_h}
-        benign, harmful_term = o.terms()
+        benign, harmful_term = o.terms
         if lambda_p > 0:
             self._push(estimates[0], benign, lambda_p, o.ridge_benign)
         for i, (estimate, q) in enumerate(zip(estimates[1:], weights, strict=True)):

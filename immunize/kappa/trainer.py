@@ -26,7 +26,7 @@ from lab.core.errors import Diverged
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import batch_rows, derive
 from lab.core.training import Row, train
-from lab.core.types import Checkpoint, FeatureModel, Log
+from lab.core.types import Budget, Checkpoint, FeatureModel, Log
 
 TINY = 1e-300
 HEAD_STEP = 0.5  # heads move by this share of their stable step 1/L, so that they cannot diverge
@@ -173,7 +173,7 @@ class Trainer(ABC):
         self.steps = options.steps or epochs
         optimizer = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD
         self.optimizer = optimizer(self.engine.parameters, lr=options.lr)
-        self.points = log_steps(self.steps, options.log_points)
+        self.points = Budget(self.steps, 1, options.log_points).snapshots()
         self.ranks: dict[int, int] = {}
         self.before = [self._kappa(task) for task in range(len(case.tasks))]
         self.bounds: list[float | None] = [None] * len(case.harmful)
@@ -262,12 +262,6 @@ class Trainer(ABC):
         self.values = values
         for task, head in self.heads.items():
             head.w = tensors[f"head.{task}"].clone()
-
-
-def log_steps(steps: int, points: int) -> frozenset[int]:
-    """Return about ``points`` steps at which to measure: geometric, with 0 and the last one."""
-    grid = {round(steps ** (i / (points - 2))) for i in range(points - 1)} if points > 2 else set()
-    return frozenset({0, steps} | grid)
 
 
 def immunization_row(

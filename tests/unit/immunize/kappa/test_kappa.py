@@ -1,0 +1,432 @@
+"""KAPPA, its ablations and baselines on small linear problems: the loop, one step against
+autograd, and what each option changes.
+"""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from small_cases import immunize, linear_case, linear_task, randn
+
+from immunize.kappa.method import Kappa, KappaImma, KappaOpt
+from immunize.kappa.spectral import diagonal_preconditioner
+from lab.core.condition import condition_number
+from lab.core.config import user_error
+from lab.core.data import Case, Split, Task
+from lab.core.errors import Diverged, UserError
+from lab.core.types import same_weights
+from lab.models.linear import LinearBackbone, LinearExtractor
+
+BASE = dict(
+    lambda_p=1.0, lambda_h=1e-2, scale="current", lr=0.05, steps=60, batch_size=16, supervised=0.0
+)
+
+
+def kappa(**options):
+    return Kappa(**(BASE | options))
+
+
+def run(case=None, model=None, seed=0, **options):
+    """(immunized model, log)."""
+    return immunize(kappa(**options), case or linear_case(), model, seed)[1:]
+
+
+def last(log, name):
+    return log.column(name)[-1]
+
+
+# the loop
+
+
+def test_log_has_every_figure_and_the_last_is_the_models():
+    case = linear_case()
+    model, log = run(case, supervised=1.0, log_points=6)
+    assert log.steps[0] == 0
+    assert log.steps[-1] == 60
+    assert len(log.steps) == 6
+    x_p, x_h = (task.train.x for task in case.tasks)
+    assert last(log, "kappa_benign") == pytest.approx(
+        condition_number(model(x_p).detach()), rel=1e-9
+    )
+    assert last(log, "kappa_harmful") == pytest.approx(
+        condition_number(model(x_h).detach()), rel=1e-9
+    )
+    assert log.rows[0]["rir"] == pytest.approx(1.0)
+    assert all(0 < ratio < 1 for ratio in log.column("rir_bound_ratio"))
+    assert set(log.rows[0]) >= {"lambda_p", "lambda_h", "benign_loss"}
+
+
+def test_kappa_immunizes_and_the_ablations_do_half():
+    case = linear_case(n=200, spread=1.0)
+    both = run(case, steps=400, batch_size=64)[1]
+    only_well = run(case, steps=400, batch_size=64, lambda_h=0.0)[1]
+    only_ill = run(case, steps=400, batch_size=64, lambda_p=0.0)[1]
+    assert last(both, "rir") > 1
+    assert last(only_well, "kappa_benign") < 0.5 * only_well.rows[0]["kappa_benign"]
+    assert last(only_ill, "kappa_harmful") > 2 * only_ill.rows[0]["kappa_harmful"]
+    assert last(both, "kappa_harmful") > last(only_well, "kappa_harmful")
+    assert last(both, "kappa_benign") < last(only_ill, "kappa_benign")
+
+
+def test_well_only_approaches_the_closed_form():
+    log = run(steps=2000, lambda_h=0.0, spectrum="full", lr=0.02, lr_schedule="cosine")[1]
+    assert last(log, "kappa_benign") < 1.1
+    assert last(log, "rir_bound_ratio") > 0.7
+
+
+def test_epochs_count_batches_of_the_benign_task():
+    model_a, log = run(steps=None, epochs=5)
+    assert log.steps[-1] == 5 * (48 // 16)
+    assert same_weights(model_a, run(steps=15)[0])
+
+
+def test_zero_columns_are_left_out_without_effect():
+    case = linear_case(d=6)
+    keep = torch.tensor([1, 3, 4, 5, 7, 8])
+
+    def widen(task):
+        x = torch.zeros(len(task.train), 9, dtype=torch.float64)
+        x[:, keep] = task.train.x
+        split = Split(x, task.train.y)
+        return Task(task.name, task.role, task.kind, split, split)
+
+    wide = Case("wide", widen(case.benign), (widen(case.harmful[0]),))
+    small = run(case, supervised=1.0)[0].theta.detach()
+    model, log = run(wide, supervised=1.0)
+    expected = torch.eye(9, dtype=torch.float64)
+    expected[keep[:, None], keep] = small
+    assert torch.allclose(model.theta, expected, atol=1e-12)
+    assert "rir_bound_ratio" in log.rows[0]
+    start = LinearExtractor(randn(9, 9, seed=2))
+    right = dict(solve_side="right", ridge_benign=1.0, ridge_harmful=1.0, optimizer="adam")
+    moved = run(wide, start, **right)[0].theta.detach()
+    dropped = torch.tensor([0, 2, 6])
+    assert torch.equal(moved[dropped], start.theta.detach()[dropped])
+    assert not torch.equal(moved[keep], start.theta.detach()[keep])
+
+
+# one step against autograd
+
+
+def one_step(immunizer, case, model):
+    """(gradient in θ that the engine holds, the rows of both tasks, heads before the step)."""
+    trainer = immunizer.trainer(model, case, 0)
+    rows = [trainer.batch(task, 0) for task in (0, 1)]
+    before = {task: head.w.clone() for task, head in trainer.heads.items()}
+    trainer.descend(0)
+    return trainer.engine.theta.grad, rows, before
+
+
+def log_kappa_of(y):
+    s = torch.linalg.svdvals(y)
+    return 2 * (s[0] / s[-1]).log()
+
+
+def test_opt_descends_the_two_logarithms():
+    case = linear_case()
+    model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
+    immunizer = KappaOpt(
+        **(BASE | dict(lambda_p=0.7, lambda_h=3.0, scale="none", preconditioned=False))
+    )
+    gradient, rows, _ = one_step(immunizer, case, model)
+    theta = model.theta.detach().clone().requires_grad_(True)
+    y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
+    (expected,) = torch.autograd.grad(0.7 * log_kappa_of(y_p) + 3.0 / log_kappa_of(y_h), theta)
+    assert torch.allclose(gradient, expected, rtol=1e-8)
+
+
+def test_optimizer_aware_gradient_is_exact():
+    case = linear_case()
+    model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
+    options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False, optimizer_aware="diagonal")
+    for scale in ("none", "initial", "current"):  # log κ does not see the scale
+        gradient, rows, _ = one_step(KappaOpt(**(BASE | options | {"scale": scale})), case, model)
+        theta = model.theta.detach().clone().requires_grad_(True)
+        y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
+        y_p, y_h = y_p / y_p.norm(dim=0), y_h / y_h.norm(dim=0)
+        (expected,) = torch.autograd.grad(log_kappa_of(y_p) + 2.0 / log_kappa_of(y_h), theta)
+        unit = float((gradient / expected).median())
+        assert torch.allclose(
+            gradient, unit * expected, rtol=1e-6, atol=1e-9 * float(gradient.abs().max())
+        )
+
+
+def test_supervised_term_is_the_gradient_of_the_benign_loss():
+    case = linear_case()
+    model = LinearBackbone().build(case, 0)
+    with_loss, rows, heads = one_step(kappa(supervised=2.0), case, model)
+    without = one_step(kappa(), case, model)[0]
+    theta = model.theta.detach().clone().requires_grad_(True)
+    benign = case.benign.train
+    residual = benign.x[rows[0]] @ theta @ heads[0] - benign.y[rows[0]][:, None]
+    (expected,) = torch.autograd.grad(residual.square().mean() / 2, theta)
+    assert torch.allclose(with_loss - without, 2.0 * expected, rtol=1e-6, atol=1e-12)
+
+
+def test_imma_is_first_order_bilevel():
+    case = linear_case()
+    model = LinearBackbone().build(case, 0)
+    immunizer = KappaImma(lr=1e-3, batch_size=16, inner_steps=2, inner_step=0.3, w_prior=0.5)
+    gradient, rows, heads = one_step(immunizer, case, model)
+    theta = model.theta.detach().clone().requires_grad_(True)
+    (x_p, x_h) = (task.train.x[r] for task, r in zip(case.tasks, rows, strict=True))
+    (t_p, t_h) = (task.train.y[r][:, None] for task, r in zip(case.tasks, rows, strict=True))
+    w, curvature = heads[1], float(torch.linalg.matrix_norm(x_h, 2)) ** 2 / 16
+    for _ in range(2):
+        w = w - 0.3 / curvature * x_h.T @ (x_h @ w - t_h) / 16
+    harmful = (x_h @ theta @ w - t_h).square().mean() / 2
+    benign = (x_p @ theta @ heads[0] - t_p).square().mean() / 2
+    (expected,) = torch.autograd.grad(-harmful.log() + 0.5 * benign, theta)
+    assert torch.allclose(gradient, expected, rtol=1e-8)
+
+
+def test_imma_makes_its_own_attacker_worse():
+    case = linear_case(n=200)
+    logs = [immunize(KappaImma(lr=lr, steps=200), case)[2] for lr in (1e-9, 1e-2)]
+    assert last(logs[1], "harmful_loss") > 2 * last(logs[0], "harmful_loss")
+
+
+def test_ten_steps_are_those_of_the_loop_written_from_the_formulas():
+    """Autograd through H and ``eigvalsh``, then a solve with K + ρI at every step
+    (tests/benchmarks/kappa_step.py).
+    """
+    from benchmarks.kappa_step import compare
+
+    def task(name, role, seed):
+        x = randn(80, 60, seed=seed) @ torch.diag(torch.logspace(0, -1, 60, dtype=torch.float64))
+        x = x / torch.linalg.matrix_norm(x, 2) * (80 / 64) ** 0.5
+        split = Split(x, torch.ones(80, dtype=torch.float64))
+        return Task(name, role, "regression", split, split)
+
+    _, _, difference, moved = compare(
+        Case("guard", task("good", "benign", 1), (task("bad", "harmful", 2),)), 10
+    )
+    assert moved > 1e-3
+    assert difference < 1e-8
+
+
+# options
+
+
+def scaled(case, factor):
+    def bigger(task):
+        split = Split(factor * task.train.x, task.train.y)
+        return Task(task.name, task.role, task.kind, split, split)
+
+    return Case(case.name, bigger(case.benign), tuple(bigger(h) for h in case.harmful))
+
+
+@pytest.mark.parametrize("scale", ["initial", "current"])
+def test_scale_makes_lambda_free_of_units(scale):
+    case = linear_case()
+    a, b = run(case, scale=scale)[0], run(scaled(case, 100.0), scale=scale)[0]
+    assert torch.allclose(a.theta, b.theta, rtol=1e-8)
+    small = dict(scale="none", lr=1e-8)
+    a, b = run(case, **small)[0], run(scaled(case, 100.0), **small)[0]
+    assert not torch.allclose(a.theta, b.theta, rtol=1e-8)
+
+
+def test_current_scale_goes_on_where_initial_stalls():
+    logs = {
+        s: run(scale=s, lambda_h=0.0, steps=800, spectrum="full")[1] for s in ("initial", "current")
+    }
+    assert last(logs["current"], "kappa_benign") < last(logs["initial"], "kappa_benign")
+
+
+def test_preconditioner_ridge_and_side():
+    case = linear_case()
+    start = torch.eye(6, dtype=torch.float64)
+    plain, ridge, stronger = (
+        run(case, ridge_benign=r, ridge_harmful=r, steps=5)[0].theta.detach() - start
+        for r in (0.0, 0.1, 10.0)
+    )
+    assert plain.norm() > ridge.norm() > stronger.norm()
+    one, other = (
+        run(case, steps=5, **{key: 0.1})[0].theta for key in ("ridge_benign", "ridge_harmful")
+    )
+    assert not torch.allclose(one, other)
+    assert not torch.allclose(run(case, preconditioned=False, steps=5)[0].theta - start, plain)
+    both = dict(ridge_benign=0.1, ridge_harmful=0.1, steps=5)
+    assert not torch.allclose(run(case, **both, solve_side="right")[0].theta - start, ridge)
+
+
+def test_rank_rule_and_tolerance_change_p():
+    case = linear_case(d=20)
+    base = run(case, steps=5)[0].theta
+    assert not torch.allclose(base, run(case, steps=5, rank_rule="dimension")[0].theta)
+    assert not torch.allclose(base, run(case, steps=5, rank_tolerance=0.1)[0].theta)
+
+
+def test_cluster_average_spreads_over_near_multiple_directions():
+    case = linear_case()
+    one, many = (
+        run(case, steps=1, cluster_tolerance=c, lambda_h=0.0, spectrum="full")[0]
+        for c in (0.0, 0.9)
+    )
+    change = [
+        torch.linalg.svdvals(m.theta - torch.eye(6, dtype=torch.float64)) for m in (one, many)
+    ]
+    assert change[1][0] / change[1][1] < change[0][0] / change[0][1]
+
+
+def spread_of_estimates(**options):
+    """Mean and mean squared distance between 50 estimates of a Gram matrix and the exact one."""
+    case = linear_case(n=400)
+    x = case.benign.train.x
+    trainer = kappa(**options).trainer(LinearBackbone().build(case, 0), case, 0)
+    grams = []
+    for step in range(20, 70):
+        rows, roots = trainer.rows(0, step)
+        grams.append((x[rows] * roots).T @ (x[rows] * roots))
+    exact = x.T @ x * 16 / 400
+    assert torch.allclose(torch.stack(grams).mean(0), exact, atol=0.15 * float(exact.abs().max()))
+    return float(torch.stack([(g - exact).square().sum() for g in grams]).mean())
+
+
+def test_spectra_reduce_variance():
+    assert spread_of_estimates(spectrum="full") < 1e-20
+    batch = spread_of_estimates()
+    windows = [
+        spread_of_estimates(spectrum="running", running_decay=1.0, running_window=m) for m in (2, 8)
+    ]
+    assert batch > 1.5 * windows[0] > 3 * windows[1]
+    decays = [
+        spread_of_estimates(spectrum="running", running_decay=b, running_window=8)
+        for b in (0.1, 0.5, 1.0)
+    ]
+    assert decays[0] > 1.5 * decays[1] > 2 * decays[2]
+
+
+def test_more_rows_per_estimate_whiten_better():
+    case = linear_case(n=200)
+    rirs = [
+        last(run(case, spectrum=s, batch_size=8, steps=400, lambda_h=0.0)[1], "rir")
+        for s in ("batch", "running", "full")
+    ]
+    assert rirs[0] < rirs[1] < rirs[2]
+
+
+def shared_case():
+    """Both tasks load on the same directions, so that R_ill hurts the benign task too."""
+    case = linear_case(n=120, spread=1.0)
+    x = case.benign.train.x + 0.02 * randn(120, 6, seed=50)
+    split = Split(x, case.benign.train.y)
+    return Case("shared", case.benign, (Task("h", "harmful", "regression", split, split),))
+
+
+def test_corridor_keeps_the_benign_kappa_inside():
+    options = dict(lambda_p=0.05, lambda_h=2e-2, spectrum="full", steps=400)
+    fixed = run(shared_case(), **options)[1]
+    start = fixed.rows[0]["kappa_benign"]
+    assert last(fixed, "kappa_benign") > 3 * start
+    options |= dict(lambda_schedule="corridor", corridor_rate=0.5)
+    corridor = run(shared_case(), **options, corridor_benign=1.2)[1]
+    assert abs(math.log(last(corridor, "kappa_benign") / start)) < math.log(1.3)
+    assert max(corridor.column("lambda_p")) > 0.07
+    wider = run(shared_case(), **options, corridor_benign=2.0)[1]
+    assert last(wider, "kappa_benign") > last(corridor, "kappa_benign")
+    higher = run(shared_case(), **options, corridor_benign=50.0, corridor_harmful=20.0)[1]
+    assert last(higher, "kappa_harmful") > last(wider, "kappa_harmful")
+
+
+def test_corridor_rate_sets_how_fast_the_weights_move():
+    pulls = []
+    for rate in (0.0, 0.05, 0.5):
+        options = dict(
+            lambda_schedule="corridor", corridor_rate=rate, corridor_benign=0.1, spectrum="full"
+        )
+        pulls.append(
+            run(linear_case(), lambda_p=0.05, steps=20, **options)[1].column("lambda_p")[-1]
+        )
+    assert pulls[0] == 0.05
+    assert pulls[2] > 2 * pulls[1] > 2.5 * pulls[0]
+
+
+def test_worst_case_weights_move_to_the_worst_task():
+    """One harmful task is the benign one in disguise and cannot be immunized, the other can."""
+    case = shared_case()
+    case = Case("two", case.benign, (case.harmful[0], linear_task("free", "harmful", 60, 6, 900)))
+    equal = run(case, steps=300, spectrum="full")[1]
+    robust = run(case, steps=300, spectrum="full", worst_case=True)[1]
+    sharp = run(case, steps=300, spectrum="full", worst_case=True, worst_case_temperature=5.0)[1]
+    assert last(equal, "weight_0") == last(equal, "weight_1") == 0.5
+    assert last(robust, "weight_0") > 0.6
+    assert last(sharp, "weight_0") > last(robust, "weight_0")
+    assert last(robust, "weight_0") + last(robust, "weight_1") == pytest.approx(1.0)
+    assert robust.rows[0]["weight_0"] == pytest.approx(0.5)
+
+
+def test_worst_case_weights_need_several_harmful_tasks():
+    with pytest.raises(UserError, match="worst_case"):
+        kappa(worst_case=True).check((linear_case(),))
+
+
+def aligned_task(name, role, n, seed):
+    """Spread along the axes, which a diagonal preconditioner undoes."""
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    x = randn(n, 6, seed=seed) * torch.logspace(0, -1, 6, dtype=torch.float64)[order]
+    split = Split(x, x[:, 0])
+    return Task(name, role, "regression", split, split)
+
+
+@pytest.mark.parametrize("scale", ["initial", "current"])
+def test_optimizer_aware_hurts_the_preconditioned_attacker_more(scale):
+    case = Case(
+        "aligned", aligned_task("b", "benign", 200, 1), (aligned_task("h", "harmful", 150, 11),)
+    )
+    options = dict(steps=300, batch_size=64, scale=scale)
+    models = [run(case, **options, optimizer_aware=aware)[0] for aware in ("none", "diagonal")]
+
+    def seen(model, task):
+        return condition_number(diagonal_preconditioner(model(task.train.x).detach())[0])
+
+    ratios = [seen(m, case.harmful[0]) / seen(m, case.benign) for m in models]
+    assert ratios[1] > 2 * ratios[0]
+
+
+# what cannot work
+
+
+def test_divergence_carries_the_last_good_step():
+    with pytest.raises(Diverged, match="kappa left the finite numbers at step") as error:
+        run(lr=1e6, steps=50, scale="none")
+    assert 0 <= error.value.step < 50
+    with pytest.raises(Diverged, match="kappa_imma"):
+        immunize(KappaImma(lr=1e300, steps=50), linear_case())
+
+
+def test_kappa_beyond_float64_is_not_reported_as_small():
+    with pytest.raises(Diverged, match=r"rank"):
+        run(lambda_p=0.0, lambda_h=1.0, lr=0.02, steps=4000, spectrum="full", log_points=200)
+
+
+def test_rank_one_batches_cannot_move_kappa():
+    x = torch.ones(20, 3, dtype=torch.float64)
+    split = Split(x, x[:, 0])
+    case = Case(
+        "flat",
+        linear_task("b", "benign", 20, 3, 0),
+        (Task("h", "harmful", "regression", split, split),),
+    )
+    with pytest.raises(Diverged, match="rank below 2"):
+        run(case)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "key"),
+    [
+        (Kappa, {"corridor_benign": 0}, "corridor_benign"),
+        (Kappa, {"lambda_p": 0.0, "lambda_h": 0.0}, ""),
+        (Kappa, {"solve_side": "right"}, ""),
+        (KappaOpt, {"rank_rule": "dimension"}, "rank_rule"),
+        (KappaImma, {"inner_steps": 0}, "inner_steps"),
+    ],
+)
+def test_wrong_options_name_the_key(build, options, key):
+    base = {} if build is KappaImma else BASE
+    with pytest.raises(ValidationError) as error:
+        build(**(base | options))
+    assert user_error(error.value, "immunize", build).key.rstrip(".") == f"immunize.{key}".rstrip(
+        "."
+    )
