@@ -87,7 +87,7 @@ class FeatureAttack(ABC):
         return batch_rows(step, rows, self.batch_size, seed, "attack", task.name)
 
 
-class Learner(Protocol):
+class FeatureLearner(Protocol):
     """What is trained.
 
     An update depends on `tensors` and the step number alone.
@@ -151,7 +151,7 @@ class RateSearch:
 class _Attack:
     """The trials of the search one after the other, then the attack (a `Trainee`)."""
 
-    def __init__(self, learner: Learner, options: FeatureAttack, budget: Budget) -> None:
+    def __init__(self, learner: FeatureLearner, options: FeatureAttack, budget: Budget) -> None:
         self.learner, self.options, self.budget = learner, options, budget
         self.marks = set(budget.snapshots())
         self.trials = options.lr_trials if learner.uses_rate and options.lr == "auto" else 0
@@ -213,7 +213,7 @@ class _Attack:
 
 
 def run(
-    learner: Learner,
+    learner: FeatureLearner,
     options: FeatureAttack,
     budget: Budget,
     checkpoint: Checkpoint | None,

@@ -25,7 +25,7 @@ _CENTRES = {"adam": 1e-3, "sgd": 1e-2}
 
 
 @dataclass
-class Moving:
+class TrainedPart:
     """What moves in a network: ``parameters`` by name, none before block ``start``; facts for the
     record.
     """
@@ -50,7 +50,7 @@ class Adaptation(FeatureAttack):
     optimizer: Literal["adam", "sgd"] = "adam"
 
     @abstractmethod
-    def open(self, net: FeatureModel, seed: int) -> Moving:
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
         """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
 
     def __call__(
@@ -93,7 +93,7 @@ def moving_blocks(net: FeatureModel, blocks: int | None, key: str) -> list[int]:
 
 
 class _Network:
-    """A network, a head and their optimizer (an `attacks.trajectory.Learner`)."""
+    """A network, a head and their optimizer (an `attacks.trajectory.FeatureLearner`)."""
 
     uses_rate = True
 

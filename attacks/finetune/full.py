@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from attacks.finetune.adaptation import Adaptation, Moving, moving_blocks
+from attacks.finetune.adaptation import Adaptation, TrainedPart, moving_blocks
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind
 from lab.core.types import FeatureModel
@@ -16,7 +16,7 @@ class FullFinetune(Adaptation):
 
     name: Text = "extractor_full_finetune"
 
-    def open(self, net: FeatureModel, seed: int) -> Moving:
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
         return _all_parameters(net, moving_blocks(net, None, f"attacks.{self.name}"))
 
 
@@ -36,16 +36,16 @@ class LastBlockFinetune(Adaptation):
     name: Text = "last_block_finetune"
     blocks: Count = 1
 
-    def open(self, net: FeatureModel, seed: int) -> Moving:
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
         key = f"attacks.{self.name}.blocks"
         return _all_parameters(net, moving_blocks(net, self.blocks, key))
 
 
-def _all_parameters(net: FeatureModel, indices: list[int]) -> Moving:
+def _all_parameters(net: FeatureModel, indices: list[int]) -> TrainedPart:
     """Move all parameters of the blocks ``indices``."""
     parameters = {
         f"blocks.{i}.{name}": parameter
         for i in indices
         for name, parameter in net.blocks[i].named_parameters()
     }
-    return Moving(indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})
+    return TrainedPart(indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from attacks.finetune.adaptation import Adaptation, Moving, moving_blocks
+from attacks.finetune.adaptation import Adaptation, TrainedPart, moving_blocks
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind
 from lab.core.errors import UserError
@@ -44,7 +44,7 @@ class Lora(Adaptation):
     alpha: Count = 16
     blocks: Count | None = None
 
-    def open(self, net: FeatureModel, seed: int) -> Moving:
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
         key = f"attacks.{self.name}.blocks"
         names = [
             f"blocks.{i}.{name}".rstrip(".")
@@ -69,4 +69,4 @@ class Lora(Adaptation):
             if ".lora_A." in name:
                 nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=stream)
         info = {"rank": self.rank, "alpha": self.alpha, "adapted": names}
-        return Moving(int(names[0].split(".")[1]), parameters, info)
+        return TrainedPart(int(names[0].split(".")[1]), parameters, info)

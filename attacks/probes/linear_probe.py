@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from attacks.probes.optimizers import OPTIMIZERS, newton_optimum
@@ -14,7 +14,7 @@ from attacks.probes.problem import CrossEntropy, Squared
 from attacks.trajectory import FeatureAttack, run
 from lab.core.config import Count, Flag, NonNegative, Positive, Text, config
 from lab.core.data import Split, Task
-from lab.core.errors import Diverged
+from lab.core.errors import Diverged, UserError
 from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
 from lab.models.activations import features
 
@@ -61,16 +61,12 @@ class LinearProbe(FeatureAttack):
     damping: Positive | None = None
     tolerance: Annotated[float, Field(strict=True, ge=0, lt=1)] | None = None
 
-    @model_validator(mode="after")
-    def _check_rate(self) -> LinearProbe:
-        """Refuse a rate or a batch size where the record would claim it and nothing reads it."""
+    def __post_init__(self) -> None:
+        # the record would claim a rate or a batch size that nothing reads
         options = (self.lr, self.batch_size, self.schedule)
         if not OPTIMIZERS[self.optimizer].uses_rate and options != ("auto", None, "constant"):
-            raise ValueError(
-                f"{self.optimizer} takes a line search over all rows: leave lr, batch_size and "
-                "schedule out"
-            )
-        return self
+            fix = "takes a line search over all rows: leave lr, batch_size and schedule out."
+            raise UserError(f"attacks.{self.name}.optimizer", self.optimizer, fix)
 
     def __call__(
         self,
@@ -99,7 +95,7 @@ def _targets(split: Split, task: Task) -> Tensor:
 
 
 class _Head:
-    """The probe's weights on fixed features (an `attacks.trajectory.Learner`)."""
+    """The probe's weights on fixed features (an `attacks.trajectory.FeatureLearner`)."""
 
     def __init__(self, probe: LinearProbe, model: FeatureModel, task: Task, seed: int) -> None:
         self.probe, self.task, self.seed = probe, task, seed

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from immunize.kappa import spectral
-from immunize.kappa.trainer import TINY, GradientImmunizer, Head, Trainer
+from immunize.kappa.trainer import TINY, GradientImmunizer, Head, KappaTrainer
 from lab.core.condition import singular_values
 from lab.core.config import Count, Flag, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Case
@@ -92,15 +92,13 @@ class Kappa(GradientImmunizer):
     running_decay: PositiveShare = 0.9
     running_window: Count = 4
 
-    @model_validator(mode="after")
-    def _check_terms(self) -> Kappa:
+    def __post_init__(self) -> None:
         if self.lambda_p == self.lambda_h == 0:
-            raise ValueError(
-                "lambda_p and lambda_h are both 0; choose immunize=none for no immunization"
-            )
+            fix = "λ_P and λ_H are both 0; choose immunize=none for no immunization."
+            raise UserError("immunize.lambda_h", 0, fix)
         if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
-            raise ValueError("solve_side=right needs ridge_benign > 0 and ridge_harmful > 0")
-        return self
+            fix = "needs ridge_benign > 0 and ridge_harmful > 0."
+            raise UserError("immunize.solve_side", "right", fix)
 
     def check(self, cases: Sequence[Case]) -> None:
         """Refuse ``worst_case`` where it changes nothing.
@@ -112,7 +110,7 @@ class Kappa(GradientImmunizer):
             fix = "weighs several harmful tasks, and this scenario has one; set worst_case=false."
             raise UserError("immunize.worst_case", True, fix)
 
-    def trainer(self, model: FeatureModel, case: Case, seed: int) -> Trainer:
+    def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
         return SpectralTrainer(self, model, case, seed)
 
 
@@ -151,12 +149,12 @@ class KappaImma(GradientImmunizer):
     inner_step: Positive = 0.5
     w_prior: NonNegative = 1.0
 
-    def trainer(self, model: FeatureModel, case: Case, seed: int) -> Trainer:
-        return BilevelTrainer(self, model, case, seed)
+    def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
+        return ImmaTrainer(self, model, case, seed)
 
 
 @dataclass
-class Estimate:
+class BatchSpectrum:
     """The spectrum of one task at one step."""
 
     task: int
@@ -168,7 +166,7 @@ class Estimate:
     pull: Callable[[Tensor], Tensor]  # back through the attacker's preconditioner
 
 
-class SpectralTrainer(Trainer):
+class SpectralTrainer(KappaTrainer):
     """λ_P f(H_P) + λ_H Σ_i q_i g(H_Hi) + supervised·L(D_P), with preconditioned gradients for f and
     g.
     """
@@ -208,7 +206,7 @@ class SpectralTrainer(Trainer):
         roots = (weights / weights.sum()).sqrt().repeat_interleave(size)
         return torch.cat([self.batch(task, step - j) for j in ages]), roots[:, None]
 
-    def _estimate(self, task: int, step: int) -> Estimate:
+    def _estimate(self, task: int, step: int) -> BatchSpectrum:
         o = self.o
         rows, roots = self.rows(task, step)
         moves = o.lambda_h > 0 if task else o.lambda_p > 0 or o.supervised > 0
@@ -233,10 +231,10 @@ class SpectralTrainer(Trainer):
         def back(gradient: Tensor) -> Tensor:
             return gradient if pull is None else pull(gradient / unit) * data_unit
 
-        return Estimate(task, rows, y, factor, log_kappa, roots / data_unit, back)
+        return BatchSpectrum(task, rows, y, factor, log_kappa, roots / data_unit, back)
 
     def _push(
-        self, estimate: Estimate, objective: spectral.Objective, weight: float, ridge: float
+        self, estimate: BatchSpectrum, objective: spectral.Objective, weight: float, ridge: float
     ) -> None:
         o, factor = self.o, estimate.factor
         size = len(factor.s) if o.rank_rule == "rank" else estimate.y.shape[1]
@@ -289,7 +287,7 @@ class SpectralTrainer(Trainer):
         return row
 
 
-class BilevelTrainer(Trainer):
+class ImmaTrainer(KappaTrainer):
     """The updates of `KappaImma`."""
 
     def __init__(self, options: KappaImma, model: FeatureModel, case: Case, seed: int) -> None:

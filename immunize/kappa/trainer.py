@@ -65,7 +65,7 @@ class GradientImmunizer(ABC):
     checkpoint_every: Count = 200
 
     @abstractmethod
-    def trainer(self, model: FeatureModel, case: Case, seed: int) -> Trainer:
+    def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
         """Return what trains a copy of ``model``."""
 
     def __call__(
@@ -153,7 +153,7 @@ class Head:
         self.w = w.detach()
 
 
-class Trainer(ABC):
+class KappaTrainer(ABC):
     """Descends an objective on a copy of ``model`` (a `Trainee`).
 
     Logs condition numbers of the whole training data. Task 0 is the benign one.

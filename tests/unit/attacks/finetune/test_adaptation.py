@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from attacks import trajectory
-from attacks.finetune.adaptation import Adaptation, Moving
+from attacks.finetune.adaptation import Adaptation, TrainedPart
 from attacks.finetune.full import FullFinetune, LastBlockFinetune
 from attacks.finetune.lora import Lora
 from lab.core.config import user_error
@@ -149,7 +149,7 @@ def test_batch_norm_statistics_do_not_move() -> None:
     seen: list[torch.Tensor] = []
 
     class Spy(FullFinetune):
-        def open(self, net: FeatureModel, seed: int) -> Moving:
+        def open(self, net: FeatureModel, seed: int) -> TrainedPart:
             moving = super().open(net, seed)
             seen.append(net.state_dict()["blocks.1.1.running_mean"])
             return moving

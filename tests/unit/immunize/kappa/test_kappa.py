@@ -417,8 +417,6 @@ def test_rank_one_batches_cannot_move_kappa():
     ("build", "options", "key"),
     [
         (Kappa, {"corridor_benign": 0}, "corridor_benign"),
-        (Kappa, {"lambda_p": 0.0, "lambda_h": 0.0}, ""),
-        (Kappa, {"solve_side": "right"}, ""),
         (KappaOpt, {"rank_rule": "dimension"}, "rank_rule"),
         (KappaImma, {"inner_steps": 0}, "inner_steps"),
     ],
@@ -427,6 +425,11 @@ def test_wrong_options_name_the_key(build, options, key):
     base = {} if build is KappaImma else BASE
     with pytest.raises(ValidationError) as error:
         build(**(base | options))
-    assert user_error(error.value, "immunize", build).key.rstrip(".") == f"immunize.{key}".rstrip(
-        "."
-    )
+    assert user_error(error.value, "immunize", build).key == f"immunize.{key}"
+
+
+def test_terms_that_cannot_work_together_are_refused():
+    with pytest.raises(UserError, match=r"immunize\.lambda_h"):
+        kappa(lambda_p=0.0, lambda_h=0.0)
+    with pytest.raises(UserError, match=r"immunize\.solve_side"):
+        kappa(solve_side="right")
