@@ -60,13 +60,9 @@ def _extremal(sigma: Tensor, cluster: float, top: bool) -> Tensor:
     """Averaging weights [r] over the eigenvalues within a relative ``cluster`` of the extremal one.
 
     Near-multiple eigenvalues have no stable singular vectors; ½σ² of the extremal one is replaced
-    by its mean over the cluster. ``cluster`` = 0 takes the first (last) one alone, as the formula
-    says.
+    by its mean over the cluster. ``cluster`` = 0 takes the extremal one alone, as the formula says.
     """
     weights = torch.zeros_like(sigma)
-    if cluster == 0:
-        weights[0 if top else -1] = 1.0
-        return weights
     chosen = sigma >= sigma[0] * (1 - cluster) if top else sigma <= sigma[-1] * (1 + cluster)
     weights[chosen] = 1.0 / int(chosen.sum())
     return weights

@@ -96,14 +96,6 @@ def test_line_search_uphill_and_flat_gives_zero() -> None:
         assert p.line_minimum(point(p), g, torch.zeros_like(g)) == 0.0
 
 
-def test_line_search_on_separable_data_ends() -> None:
-    z = torch.tensor([[1.0], [2.0], [-1.0], [-3.0]], dtype=torch.float64)
-    p = CrossEntropy(z, torch.nn.functional.one_hot(torch.tensor([0, 0, 1, 1])).double())
-    w = descend(p, "gd_exact_line_search", 3)[-1]
-    assert bool(torch.isfinite(w).all())
-    assert p.loss(w) < 1e-6
-
-
 @pytest.mark.parametrize("name", [name for name, kind in OPTIMIZERS.items() if not kind.uses_rate])
 def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
     z = spread(40, 40, 100)[:30]
@@ -116,8 +108,6 @@ def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
     assert float(shift.norm()) < 0.05 * float(path[-1].norm())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gram", [False, True])
 @pytest.mark.parametrize(
     ("name", "twin"),
     [
@@ -127,8 +117,8 @@ def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
         ("adagrad", lambda w: torch.optim.Adagrad([w], lr=0.05)),
     ],
 )
-def test_first_order_iterates_are_those_of_torch(kind: str, gram: bool, name: str, twin) -> None:
-    p = problem(kind, ridge=0.1, gram=gram)
+def test_first_order_iterates_are_those_of_torch(name: str, twin) -> None:
+    p = problem("squared", ridge=0.1)
     leaf = p.start().requires_grad_()
     optimizer = twin(leaf)
     for w in descend(p, name, 25, rate=0.05):

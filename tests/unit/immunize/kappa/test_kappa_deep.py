@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from small_cases import Memory, TinyNet, deep_case, immunize, linear_case, randn
+from attack_examples import Interrupted, MemoryCheckpoint
+from small_cases import TinyNet, deep_case, immunize, linear_case, randn
 
 from immunize.kappa.engines import resolve_layers
 from immunize.kappa.method import Kappa, KappaImma, KappaOpt
@@ -124,13 +125,11 @@ VARIANTS = {
 def test_a_killed_job_resumes_bit_for_bit(variant, kind):
     case, model = (linear_case(), None) if kind == "linear" else (deep_case(), TinyNet())
     _, expected, expected_log = immunize(VARIANTS[variant](), case, model)
-    memory = Memory(stop=2)
-    with pytest.raises(KeyboardInterrupt):
-        immunize(VARIANTS[variant](), case, model, checkpoint=memory)
-    assert memory.saved[1]["step"] == 10
-    assert all(t.is_contiguous() for t in memory.saved[0].values())
-    memory.stop = None
-    _, resumed, log = immunize(VARIANTS[variant](), case, model, checkpoint=memory)
+    checkpoint = MemoryCheckpoint(fail_at=2)
+    with pytest.raises(Interrupted):
+        immunize(VARIANTS[variant](), case, model, checkpoint=checkpoint)
+    assert checkpoint.load()[1]["step"] == 10
+    _, resumed, log = immunize(VARIANTS[variant](), case, model, checkpoint=checkpoint)
     assert same_weights(resumed, expected)
     assert (log.steps, log.rows) == (expected_log.steps, expected_log.rows)
 
