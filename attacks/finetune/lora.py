@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from attacks.finetune.adaptation import Adaptation, TrainedPart, moving_blocks
+from attacks.finetune.full import Adaptation, TrainedPart, moving_blocks
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind
 from lab.core.errors import UserError

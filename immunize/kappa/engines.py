@@ -36,11 +36,10 @@ class LinearEngine:
         inputs = [self._model.inputs(task.train.x) for task in case.tasks]
         theta = next(self._model.parameters()).detach()
         self._active = torch.stack([(x != 0).any(0) for x in inputs]).any(0)
-        square = theta.shape[0] == theta.shape[1]
-        self._reduce_right = square and not bool(theta[self._active][:, ~self._active].any())
-        theta = theta[self._active]
-        if self._reduce_right:
-            theta = theta[:, self._active]
+        self._columns = torch.ones(theta.shape[1], dtype=torch.bool)
+        if len(theta) == theta.shape[1] and not theta[self._active][:, ~self._active].any():
+            self._columns = self._active
+        theta = theta[self._active][:, self._columns]
         self.theta = theta.clone().requires_grad_(True)
         self.inputs = [x[:, self._active].contiguous() for x in inputs]
         self.parameters = [self.theta]
@@ -100,7 +99,7 @@ class LinearEngine:
         model = copy.deepcopy(self._model)
         weight = next(model.parameters())
         rows = weight[self._active]
-        rows[:, self._active if self._reduce_right else slice(None)] = self.theta
+        rows[:, self._columns] = self.theta
         weight[self._active] = rows
         return model
 

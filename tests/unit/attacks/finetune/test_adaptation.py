@@ -22,8 +22,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from attacks import trajectory
-from attacks.finetune.adaptation import Adaptation, TrainedPart
-from attacks.finetune.full import FullFinetune, LastBlockFinetune
+from attacks.finetune.full import Adaptation, FullFinetune, LastBlockFinetune, TrainedPart
 from attacks.finetune.lora import Lora
 from lab.core.config import user_error
 from lab.core.data import Split, Task
