@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from immunize.kappa.engines import DeepEngine, LinearEngine
@@ -33,6 +33,13 @@ HEAD_STEP = 0.5  # heads move by this share of their stable step 1/L, so that th
 FIT_STEPS = 50  # L-BFGS iterations of the first fit; the head goes on moving afterwards
 # relative to σ_1 of the Gram matrix: keeps the first head small along noise directions
 FIT_RIDGE = 1e-3
+
+Layers = Annotated[
+    tuple[Text, ...],
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    Field(min_length=1),
+]
+"""Names of blocks; a single one is a list of one."""
 
 
 @config
@@ -60,7 +67,7 @@ class GradientImmunizer(ABC):
     batch_size: Annotated[int, Field(strict=True, ge=2)] = 64
     lr_schedule: Literal["constant", "cosine"] = "constant"
     optimizer: Literal["plain", "adam"] = "plain"
-    layers: Count | Annotated[tuple[Text, ...], Field(min_length=1)] | None = None
+    layers: Count | Layers | None = None
     log_points: Annotated[int, Field(strict=True, ge=2)] = 25
     checkpoint_every: Count = 200
 
@@ -169,8 +176,7 @@ class KappaTrainer(ABC):
         kind = LinearEngine if model.kind == "linear" else DeepEngine
         self.engine: LinearEngine | DeepEngine = kind(model, case, options.layers)
         rows = len(case.benign.train)
-        epochs = options.epochs * (rows // min(options.batch_size, rows))
-        self.steps = options.steps or epochs
+        self.steps = options.steps or options.epochs * (rows // min(options.batch_size, rows))
         optimizer = torch.optim.Adam if options.optimizer == "adam" else torch.optim.SGD
         self.optimizer = optimizer(self.engine.parameters, lr=options.lr)
         self.points = Budget(self.steps, 1, options.log_points).snapshots()

@@ -26,7 +26,7 @@ MAKERS = {
 
 @pytest.mark.parametrize("name", MAKERS)
 @pytest.mark.parametrize(
-    ("layers", "moving"), [(None, {0, 1, 2}), (1, {2}), (2, {1, 2}), (["middle"], {1})]
+    ("layers", "moving"), [(None, {0, 1, 2}), (1, {2}), (2, {1, 2}), ("middle", {1})]
 )
 def test_only_declared_blocks_move(name, layers, moving):
     model = TinyNet()
