@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -75,6 +76,8 @@ class Problem(ABC):
         dtype: type that the features were computed in; its rounding sets the rank tolerance.
     """
 
+    curvature: ClassVar[float]  # the largest of the loss in its scores
+
     def __init__(
         self,
         z: Tensor,
@@ -118,21 +121,20 @@ class Problem(ABC):
         (Fisher).
         """
 
-    @abstractmethod
-    def smoothness(self) -> float:
-        """Return an upper bound on the largest eigenvalue of ∇²L."""
-
     def excess(self, w: Tensor, optimum: Tensor) -> float:
         """Return L(w) − L(w*), not below zero."""
         return max(self.loss(w) - self.loss(optimum), 0.0)
 
-    def largest(self) -> float:
-        """Return λ_max(ZᵀZ/n); 0 for features that are all zero."""
-        return float(self.spectrum.s[0]) ** 2 / self.n if len(self.spectrum.s) else 0.0
+    def smoothness(self) -> float:
+        """Return a bound on the largest eigenvalue of ∇²L: ``curvature`` λ_max(ZᵀZ/n) + λ."""
+        s = self.spectrum.s
+        return (self.curvature * (float(s[0]) ** 2 / self.n) if len(s) else 0.0) + self.ridge
 
 
 class Squared(Problem):
     """L(w) = 1/(2n) ‖Zw − Y‖²_F + λ/2 ‖w‖²_F."""
+
+    curvature = 1.0
 
     @staticmethod
     def data_loss(z: Tensor, y: Tensor, w: Tensor) -> float:
@@ -155,9 +157,6 @@ class Squared(Problem):
     def output_factor(self, w: Tensor) -> Tensor:
         return torch.eye(self.c, dtype=torch.float64)
 
-    def smoothness(self) -> float:
-        return self.largest() + self.ridge
-
     def optimum(self) -> Tensor:
         """Return the ridge solution, or with λ = 0 the least-squares solution of minimum norm."""
         f = self.spectrum
@@ -175,6 +174,8 @@ class Squared(Problem):
 
 class CrossEntropy(Problem):
     """L(w) = mean softmax cross entropy of Zw + λ/2 ‖w‖²_F."""
+
+    curvature = 0.5  # Böhning's bound on the softmax Hessian
 
     @staticmethod
     def data_loss(z: Tensor, y: Tensor, w: Tensor) -> float:
@@ -223,10 +224,6 @@ class CrossEntropy(Problem):
     def output_factor(self, w: Tensor) -> Tensor:
         prob = torch.softmax(self.z @ w, 1)
         return torch.diag(prob.mean(0)) - prob.T @ prob / self.n
-
-    def smoothness(self) -> float:
-        """Return ½ λ_max(ZᵀZ/n) + λ (Böhning's bound on the softmax Hessian)."""
-        return 0.5 * self.largest() + self.ridge
 
 
 def softmax_curvature(prob: Tensor, p: Tensor) -> Tensor:
