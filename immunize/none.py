@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from lab.core.config import Text, config
 from lab.core.data import Kind
 from lab.core.types import BASELINE, AnyCase, Checkpoint, Log, Model, clone
 
 
+@config
 class NoImmunization:
-    """Returns an equal copy of the model, so that the baseline model is an immunizer like any
-    other.
-    """
+    """Returns an equal copy of the model, so that the baseline is a method like any other."""
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})
 
-    def __init__(self, name: str = BASELINE) -> None:
-        self.name = name
+    name: Text = BASELINE
 
     def __call__(
         self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log

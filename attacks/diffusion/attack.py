@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from attacks.diffusion.data import AUGMENTATIONS, check_data
 from attacks.diffusion.export import check_form
-from attacks.options import check_budget
-from attacks.tuning import SCHEDULES, Rate
+from attacks.trajectory import schedule_factor
 from lab.core.captions import TEMPLATES
 from lab.core.data import Concept, ConceptCase, Kind
 from lab.core.errors import UserError, nearest
@@ -165,7 +164,6 @@ class ConceptBase(ABC):
         """
         from attacks.diffusion.trainer import run
 
-        check_budget(budget)
         self.check_task(task)
         if self.search is not None:
             found: Trajectory = self.search(
@@ -228,7 +226,7 @@ class ConceptAttack(ConceptBase):
         choice(f"{key}.optimizer", self.optimizer, OPTIMIZERS)
         self.lr = number(f"{key}.lr", self.lr, above=0)
         self.weight_decay = number(f"{key}.weight_decay", self.weight_decay, 0)
-        choice(f"{key}.schedule", self.schedule, SCHEDULES)
+        choice(f"{key}.schedule", self.schedule, ("constant", "cosine", "linear"))
         count(f"{key}.warmup", self.warmup, 0)
         count(f"{key}.batch_size", self.batch_size)
         self.clip = None if self.clip is None else number(f"{key}.clip", self.clip, above=0)
@@ -260,8 +258,8 @@ class ConceptAttack(ConceptBase):
             raise UserError(f"{self.key}.warmup", self.warmup, told)
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
-        return self.lr * Rate(self.lr, 1, self.schedule).factor(
-            step - self.warmup, max(total - self.warmup, 1)
+        return self.lr * schedule_factor(
+            self.schedule, step - self.warmup, max(total - self.warmup, 1)
         )
 
     def expression(self, task: Concept) -> str:

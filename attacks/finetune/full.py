@@ -2,53 +2,214 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+import copy
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from attacks.finetune.adaptation import Adaptation, Moving, moving_blocks
-from lab.core.data import Kind
-from lab.core.options import count
-from lab.core.types import FeatureModel
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attacks.trajectory import FeatureAttack, run
+from lab.core.config import Count, Text, config
+from lab.core.data import Kind, Split, Task
+from lab.core.errors import UserError
+from lab.core.optimizer_state import restore_state, state_tensors
+from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
+from lab.models.activations import prefix
+
+_EVALUATION_ROWS = 256
+# where the search for a rate starts: common defaults of the two
+_CENTRES = {"adam": 1e-3, "sgd": 1e-2}
 
 
-def _open(net: FeatureModel, indices: list[int]) -> Moving:
-    """All parameters of the blocks ``indices`` move."""
-    parameters = {
-        f"blocks.{i}.{name}": parameter
-        for i in indices
-        for name, parameter in net.blocks[i].named_parameters()
-    }
-    return Moving(net, indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})
+@dataclass
+class TrainedPart:
+    """What moves in a network: ``parameters`` by name, none before block ``start``; facts for the
+    record.
+    """
+
+    start: int
+    parameters: dict[str, nn.Parameter]
+    info: dict[str, Any]
 
 
+@config
+class Adaptation(FeatureAttack):
+    """Trains part of a copy of the network together with a head [d, c] that starts at zero.
+
+    The blocks before the first that moves are evaluated once (`lab.models.activations.prefix`).
+    Deep extractors train in float32, linear ones in float64. Batch-norm statistics stay as they
+    are. Snapshots hold ``train_loss``, ``test_loss`` and, for classification, the accuracies.
+
+    Args:
+        optimizer: ``adam`` | ``sgd`` (heavy ball, 0.9), both as in torch.
+    """
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+
+    @abstractmethod
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
+        """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
+
+    def __call__(
+        self,
+        model: FeatureModel,
+        task: Task,
+        *,
+        seed: int,
+        budget: Budget,
+        checkpoint: Checkpoint | None,
+    ) -> Trajectory:
+        """Train on ``task.train``; see `lab.core.types.Attacker`.
+
+        Raises:
+            UserError: a loss, task or choice of blocks that cannot be trained.
+            Diverged: the loss is not finite before the first update.
+        """
+        network = _Network(self, model, task, seed)
+        info = {
+            "attack": self.name,
+            "optimizer": self.optimizer,
+            "loss": network.loss_name,
+            "batch_size": self.batch_size,
+            "parameters": sum(p.numel() for p in network.parameters),
+            **network.moving.info,
+        }
+        return run(network, self, budget, checkpoint, info, f"{self.name} on {task.name}")
+
+
+@config
+class FullFinetune(Adaptation):
+    """Trains every block and a head; for a linear extractor that is θ and w."""
+
+    name: Text = "extractor_full_finetune"
+
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
+        return _all_parameters(net, moving_blocks(net, None, f"attacks.{self.name}"))
+
+
+@config
 class LastBlockFinetune(Adaptation):
-    """Trains the last ``blocks`` blocks and a head; see `Adaptation` for the other options.
+    """Trains the last blocks and a head.
 
     Args:
         blocks: how many, counted from the end; blocks without parameters do not count.
 
     Raises:
-        UserError: ``blocks`` < 1; when called, more blocks than the model has.
+        UserError: when called, more blocks than the model has.
     """
 
-    def __init__(
-        self, *, name: str = "last_block_finetune", blocks: int = 1, **options: Any
-    ) -> None:
-        super().__init__(name=name, **options)
-        self.blocks = count(f"{self.key}.blocks", blocks)
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"deep"})
 
-    def open(self, net: FeatureModel, seed: int) -> Moving:
-        return _open(net, moving_blocks(net, self.blocks, f"{self.key}.blocks"))
+    name: Text = "last_block_finetune"
+    blocks: Count = 1
+
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
+        key = f"attacks.{self.name}.blocks"
+        return _all_parameters(net, moving_blocks(net, self.blocks, key))
 
 
-class FullFinetune(Adaptation):
-    """Trains every block and a head; for a linear extractor that is θ and w. Options as in
-    `Adaptation`.
+def moving_blocks(net: FeatureModel, blocks: int | None, key: str) -> list[int]:
+    """Return the indices of the last ``blocks`` blocks that have parameters (None: all of them).
+
+    Raises:
+        UserError: the model has fewer such blocks.
     """
+    indices = [i for i, block in enumerate(net.blocks) if any(True for _ in block.parameters())]
+    if (blocks or 1) > len(indices):
+        raise UserError(key, blocks, f"the model has {len(indices)} blocks with parameters.")
+    return indices if blocks is None else indices[-blocks:]
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
 
-    def __init__(self, *, name: str = "extractor_full_finetune", **options: Any) -> None:
-        super().__init__(name=name, **options)
+def _all_parameters(net: FeatureModel, indices: list[int]) -> TrainedPart:
+    """Move all parameters of the blocks ``indices``."""
+    parameters = {
+        f"blocks.{i}.{name}": parameter
+        for i in indices
+        for name, parameter in net.blocks[i].named_parameters()
+    }
+    return TrainedPart(indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})
 
-    def open(self, net: FeatureModel, seed: int) -> Moving:
-        return _open(net, moving_blocks(net, None, self.key))
+
+class _Network:
+    """A network, a head and their optimizer (an `attacks.trajectory.FeatureLearner`)."""
+
+    uses_rate = True
+
+    def __init__(self, attack: Adaptation, model: FeatureModel, task: Task, seed: int) -> None:
+        self.attack, self.task, self.seed = attack, task, seed
+        self.loss_name, self.centre = attack.resolve_loss(task), _CENTRES[attack.optimizer]
+        self.dtype = torch.float64 if model.kind == "linear" else torch.float32
+        self.net = copy.deepcopy(model).to(self.dtype).requires_grad_(False)
+        self.moving = attack.open(self.net, seed)
+        self.train_x, self.test_x = (
+            prefix(model, split.x, self.moving.start) for split in (task.train, task.test)
+        )
+        head = torch.zeros(model.feature_dim, task.classes, dtype=self.dtype)
+        self.named = {"head": nn.Parameter(head), **self.moving.parameters}
+        self.parameters = list(self.named.values())
+        self.initial = [p.detach().clone() for p in self.parameters]
+        self.reset()
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        for parameter, value in zip(self.parameters, self.initial, strict=True):
+            parameter.copy_(value).requires_grad_(True)
+        if self.attack.optimizer == "adam":
+            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters)
+        else:
+            self.optimizer = torch.optim.SGD(self.parameters, momentum=0.9)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        if self.moving.start == 0:
+            x = self.net.inputs(x)
+        return self.net.run(x.to(self.dtype), self.moving.start) @ self.named["head"]
+
+    def _objective(self, scores: Tensor, y: Tensor) -> Tensor:
+        if self.loss_name == "cross_entropy":
+            return F.cross_entropy(scores, y.long())
+        if self.task.kind == "classification":
+            y = F.one_hot(y.long(), self.task.classes)
+        difference = scores - y.to(self.dtype).reshape(len(scores), -1)
+        return difference.square().sum() / (2 * len(scores))
+
+    def advance(self, step: int, rate: float) -> None:
+        x, y = self.train_x, self.task.train.y
+        rows = self.attack.batch(step, self.task, self.seed)
+        if rows is not None:
+            x, y = x[rows], y[rows]
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.zero_grad()
+        self._objective(self._scores(x), y).backward()
+        self.optimizer.step()
+
+    @torch.no_grad()
+    def _evaluate(self, x: Tensor, split: Split) -> tuple[float, float]:
+        """Return loss and accuracy (0 for regression) over all rows."""
+        parts = [self._scores(part) for part in x.split(_EVALUATION_ROWS)]
+        scores = torch.cat(parts).to(torch.float64)
+        classes = self.task.kind == "classification"
+        hits = float((scores.argmax(1) == split.y).double().mean()) if classes else 0.0
+        return float(self._objective(scores, split.y)), hits
+
+    def loss(self) -> float:
+        return self._evaluate(self.train_x, self.task.train)[0]
+
+    def measure(self) -> dict[str, float]:
+        train_loss, train_hits = self._evaluate(self.train_x, self.task.train)
+        test_loss, test_hits = self._evaluate(self.test_x, self.task.test)
+        values = {"train_loss": train_loss, "test_loss": test_loss}
+        if self.task.kind == "classification":
+            values |= {"train_accuracy": train_hits, "test_accuracy": test_hits}
+        return values
+
+    def tensors(self) -> dict[str, Tensor]:
+        return state_tensors(self.parameters, self.optimizer)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        restore_state(self.parameters, self.optimizer, tensors)
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self.named.items()}

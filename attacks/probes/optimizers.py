@@ -1,173 +1,181 @@
-"""Optimizers of a linear probe. Each is built once for a problem; `step` is a pure function of its
-arguments.
+"""Optimizers of a linear probe.
 
-State is a dict of tensors, so that an attack can be saved and continued. No optimizer decomposes a
-matrix of the size of the features in a step: `Whitening`, `Newton` and `KFAC` use the singular
-vectors that the problem has.
+No optimizer decomposes a matrix of the size of the features in a step: `Whitening`, `Newton` and
+`KFAC` use the singular vectors that the problem has.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from attacks.probes.problem import Problem, Squared, softmax_curvature
+from lab.core.optimizer_state import restore_state, state_tensors
 
-State = dict[str, Tensor]
 _HISTORY = 10  # pairs that L-BFGS keeps (torch.optim.LBFGS keeps 100, scipy 10)
-_MOMENTUM = 0.9
-_BETAS = (0.9, 0.999)
 _CG_STEPS = 20
+_REFERENCE_STEPS = 40  # Newton steps towards the optimum of cross entropy
 # a gradient this small beside the first is rounding: line searches stop, rather than follow it
 _ROUNDING = 1e-14
 
 
-@dataclass(frozen=True)
-class Settings:
-    """``damping`` is of `KFAC`; ``tolerance`` of `Whitening` and `Newton`: relative singular value,
-    None = rank.
+class Optimizer(ABC):
+    """Moves ``w`` [d, c] from 0 on; ``tensors`` are its whole state.
+
+    Args:
+        damping: of `KFAC`.
+        tolerance: of `Whitening` and `Newton`: relative singular value, None = numerical rank.
     """
 
-    damping: float = 1e-3
-    tolerance: float | None = None
-
-
-class Optimizer:
-    """Base: ``uses_rate`` optimizers take a learning rate and mini-batches, the others a line
-    search over all rows.
-    """
-
-    uses_rate: ClassVar[bool] = False
+    uses_rate: ClassVar[bool] = False  # takes a learning rate and mini-batches
     gram: ClassVar[bool] = True  # ZᵀZ may stand in for Z; not where small eigenvalues matter
-    uses: ClassVar[frozenset[str]] = frozenset()  # names of `Settings` that it reads
 
-    def __init__(self, problem: Problem, settings: Settings) -> None:
-        self.problem = problem
-        self.first = float(problem.gradient(problem.start()).norm())
+    def __init__(
+        self, problem: Problem, *, damping: float = 1e-3, tolerance: float | None = None
+    ) -> None:
+        self.problem, self.damping, self.tolerance = problem, damping, tolerance
+        self.reset()
 
-    def init(self, w: Tensor) -> State:
-        """State before the first step."""
-        return {}
+    def reset(self) -> None:
+        """Go back to w = 0."""
+        self.w = self.problem.start()
 
-    def step(
-        self, w: Tensor, state: State, rate: float, rows: Tensor | None
-    ) -> tuple[Tensor, State]:
-        """One update of ``w`` [d, c]: new weights and new state."""
-        g = self.problem.gradient(w)
-        if float(g.norm()) <= _ROUNDING * self.first:
-            return w, state
-        p, state = self.direction(w, g, state)
-        return w + self.problem.line_minimum(w, g, p) * p, state
+    @abstractmethod
+    def step(self, rate: float = 0.0, rows: Tensor | None = None) -> None:
+        """Update ``w``."""
 
-    def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        """Where the line search goes."""
-        raise NotImplementedError  # abstract: each line-search method below has its own
+    def centre(self) -> float:
+        """Return where the search for a rate starts: 1/L."""
+        bound = self.problem.smoothness()
+        return 1 / bound if bound > 0 else 1.0
 
+    def tensors(self) -> dict[str, Tensor]:
+        return {"w": self.w}
 
-class GradientDescent(Optimizer):
-    """Steepest descent with exact line search: the attacker of the theory (arXiv 2505.23760)."""
-
-    def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        return -g, state
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            setattr(self, name, tensor.clone())
 
 
-class SGD(Optimizer):
-    """w ← w − η g on a mini-batch."""
+class FirstOrder(Optimizer):
+    """An optimizer of torch, with its defaults, on mini-batches."""
 
     uses_rate = True
+    build: ClassVar[Callable[..., torch.optim.Optimizer]]
 
-    def step(
-        self, w: Tensor, state: State, rate: float, rows: Tensor | None
-    ) -> tuple[Tensor, State]:
-        return w - rate * self.problem.gradient(w, rows), state
+    def reset(self) -> None:
+        super().reset()
+        self.optimizer = type(self).build([self.w])
+
+    def step(self, rate: float = 0.0, rows: Tensor | None = None) -> None:
+        self.w.grad = self.problem.gradient(self.w, rows)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return state_tensors([self.w], self.optimizer)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        restore_state([self.w], self.optimizer, tensors)
 
 
-class Momentum(Optimizer):
+class SGD(FirstOrder):
+    """w ← w − η g."""
+
+    build = torch.optim.SGD
+
+
+class Momentum(FirstOrder):
     """Heavy ball as in torch: v ← 0.9 v + g, w ← w − η v."""
 
-    uses_rate = True
-
-    def init(self, w: Tensor) -> State:
-        return {"velocity": torch.zeros_like(w)}
-
-    def step(
-        self, w: Tensor, state: State, rate: float, rows: Tensor | None
-    ) -> tuple[Tensor, State]:
-        velocity = _MOMENTUM * state["velocity"] + self.problem.gradient(w, rows)
-        return w - rate * velocity, {"velocity": velocity}
+    build = partial(torch.optim.SGD, momentum=0.9)
 
 
-class Adam(Optimizer):
-    """Adam (arXiv 1412.6980) with the defaults of torch: β = (0.9, 0.999), ε = 1e-8."""
+class Adaptive(FirstOrder):
+    """Moves every weight by about the rate itself."""
 
-    uses_rate = True
-
-    def init(self, w: Tensor) -> State:
-        zero = torch.zeros_like(w)
-        return {"first": zero, "second": zero.clone(), "count": torch.zeros(1, dtype=torch.float64)}
-
-    def step(
-        self, w: Tensor, state: State, rate: float, rows: Tensor | None
-    ) -> tuple[Tensor, State]:
-        g, (a, b) = self.problem.gradient(w, rows), _BETAS
-        first = a * state["first"] + (1 - a) * g
-        second = b * state["second"] + (1 - b) * g.square()
-        count = state["count"] + 1
-        k = float(count)
-        scale = rate / (1 - a**k)
-        w = w - scale * first / (second.sqrt() / math.sqrt(1 - b**k) + 1e-8)
-        return w, {"first": first, "second": second, "count": count}
+    def centre(self) -> float:
+        """Return the largest entry of one exact step of steepest descent: it scales with the
+        features as the weights do.
+        """
+        g = self.problem.gradient(self.w)
+        size = self.problem.line_minimum(self.w, g, -g) * float(g.abs().max())
+        return size if size > 0 else 1.0
 
 
-class Adagrad(Optimizer):
-    """Adagrad with the defaults of torch: a ← a + g², w ← w − η g/(√a + 1e-10)."""
+class Adam(Adaptive):
+    """Adam (arXiv 1412.6980): β = (0.9, 0.999), ε = 1e-8."""
 
-    uses_rate = True
-
-    def init(self, w: Tensor) -> State:
-        return {"sum": torch.zeros_like(w)}
-
-    def step(
-        self, w: Tensor, state: State, rate: float, rows: Tensor | None
-    ) -> tuple[Tensor, State]:
-        g = self.problem.gradient(w, rows)
-        total = state["sum"] + g.square()
-        return w - rate * g / (total.sqrt() + 1e-10), {"sum": total}
+    build = torch.optim.Adam
 
 
-class LBFGS(Optimizer):
+class Adagrad(Adaptive):
+    """Adagrad: a ← a + g², w ← w − η g/(√a + 1e-10)."""
+
+    build = torch.optim.Adagrad
+
+
+class LineSearch(Optimizer):
+    """A direction and an exact line search, over all rows."""
+
+    def step(self, rate: float = 0.0, rows: Tensor | None = None) -> None:
+        g = self.problem.gradient(self.w)
+        if float(g.norm()) <= _ROUNDING * self.first_norm:
+            return
+        p = self.direction(g)
+        self.w = self.w + self.problem.line_minimum(self.w, g, p) * p
+
+    def reset(self) -> None:
+        super().reset()
+        self.first_norm = float(self.problem.gradient(self.w).norm())
+
+    @abstractmethod
+    def direction(self, g: Tensor) -> Tensor:
+        """Return where the line search goes from ``w``; ``g`` is the gradient there."""
+
+
+class GradientDescent(LineSearch):
+    """Steepest descent with exact line search: the attacker of the theory (arXiv 2505.23760)."""
+
+    def direction(self, g: Tensor) -> Tensor:
+        return -g
+
+
+class LBFGS(LineSearch):
     """L-BFGS with ten pairs and exact line search (on a quadratic: the iterates of conjugate
     gradients).
     """
 
-    def init(self, w: Tensor) -> State:
-        empty = w.new_zeros((0, *w.shape))
-        return {
-            "s": empty,
-            "y": empty.clone(),
-            "w": w.new_zeros((0, *w.shape)),
-            "g": w.new_zeros((0, *w.shape)),
-        }
+    def reset(self) -> None:
+        super().reset()
+        self.pairs = self.w.new_zeros((2, 0, *self.w.shape))  # moves, changes of gradient
+        self.last = self.w.new_zeros((0, *self.w.shape))  # weights and gradient before
 
-    def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        s, y = state["s"], state["y"]
-        if len(state["w"]):
-            move, change = w - state["w"][0], g - state["g"][0]
+    def direction(self, g: Tensor) -> Tensor:
+        now = torch.stack([self.w, g])
+        if len(self.last):
+            move, change = now - self.last
             if float((move * change).sum()) > 1e-14 * float(move.norm() * change.norm()):
-                s = torch.cat([s, move[None]])[-_HISTORY:]
-                y = torch.cat([y, change[None]])[-_HISTORY:]
-        state = {"s": s, "y": y, "w": w[None].clone(), "g": g[None].clone()}
-        return -_two_loop(g, s, y), state
+                pair = torch.stack([move, change])[:, None]
+                self.pairs = torch.cat([self.pairs, pair], 1)[:, -_HISTORY:]
+        self.last = now
+        return -_two_loop(g, *self.pairs)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"w": self.w, "pairs": self.pairs, "last": self.last}
 
 
 def _two_loop(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
-    """Inverse-Hessian product of L-BFGS (Nocedal & Wright, Algorithm 7.4); s, y [k, d, c], oldest
-    first.
+    """Return the inverse-Hessian product of L-BFGS (Nocedal & Wright, Algorithm 7.4).
+
+    Args:
+        s, y: moves and changes of the gradient [k, d, c], oldest first.
     """
     q, alphas = g.clone(), []
     for i in reversed(range(len(s))):
@@ -181,7 +189,7 @@ def _two_loop(g: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return q
 
 
-class Whitening(Optimizer):
+class Whitening(LineSearch):
     """Gradient descent with exact line search on whitened features Z V diag(√n/s), written in the
     coordinates of w.
 
@@ -190,18 +198,14 @@ class Whitening(Optimizer):
     """
 
     gram = False
-    uses = frozenset({"tolerance"})
 
-    def __init__(self, problem: Problem, settings: Settings) -> None:
-        super().__init__(problem, settings)
-        f = problem.spectrum.cut(settings.tolerance)
-        self.map = f.v * (math.sqrt(problem.n) / f.s)
-
-    def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
-        return -self.map @ (self.map.T @ g), state
+    def direction(self, g: Tensor) -> Tensor:
+        f = self.problem.spectrum.cut(self.tolerance)
+        whitener = f.v * (math.sqrt(self.problem.n) / f.s)
+        return -whitener @ (whitener.T @ g)
 
 
-class Newton(Optimizer):
+class Newton(LineSearch):
     """Newton with exact line search. Squared loss: one step, by the pseudo-inverse of the Hessian.
 
     Cross entropy: the (d·c)² Hessian is not formed. The Newton system is solved by at most 20
@@ -211,43 +215,47 @@ class Newton(Optimizer):
     """
 
     gram = False
-    uses = frozenset({"tolerance"})
 
-    def __init__(self, problem: Problem, settings: Settings) -> None:
-        super().__init__(problem, settings)
-        f = problem.spectrum.cut(settings.tolerance)
-        self.scale = 1 / (f.s**2 / problem.n + problem.ridge).sqrt()
+    def reset(self) -> None:
+        super().reset()
+        f = self.problem.spectrum.cut(self.tolerance)
+        self.scale = 1 / (f.s**2 / self.problem.n + self.problem.ridge).sqrt()
         self.map = f.v * self.scale
-        self.white = None if isinstance(problem, Squared) else f.u * (f.s * self.scale)
+        self.white = f.u * (f.s * self.scale)
+        start = float((self.map.T @ self.problem.gradient(self.w)).norm())
+        self.start = max(start, torch.finfo(torch.float64).tiny)
 
-    def init(self, w: Tensor) -> State:
-        first = float((self.map.T @ self.problem.gradient(w)).norm())
-        return {"first": torch.tensor([first], dtype=torch.float64)}
-
-    def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+    def direction(self, g: Tensor) -> Tensor:
         b = -(self.map.T @ g)
-        if self.white is None:
-            return self.map @ b, state
-        white, n, penalty = (
-            self.white,
-            self.problem.n,
-            self.problem.ridge * self.scale.square()[:, None],
-        )
-        prob = torch.softmax(self.problem.z @ w, 1)
+        if isinstance(self.problem, Squared):
+            return self.map @ b
+        penalty = self.problem.ridge * self.scale.square()[:, None]
+        prob = torch.softmax(self.problem.z @ self.w, 1)
 
         def product(q: Tensor) -> Tensor:
-            return white.T @ softmax_curvature(prob, white @ q) / n + penalty * q
+            curvature = softmax_curvature(prob, self.white @ q)
+            return self.white.T @ curvature / self.problem.n + penalty * q
 
-        start = max(float(state["first"]), torch.finfo(torch.float64).tiny)
-        return self.map @ _conjugate_gradients(
-            product, b, min(0.1, math.sqrt(float(b.norm()) / start))
-        ), state
+        tolerance = min(0.1, math.sqrt(float(b.norm()) / self.start))
+        return self.map @ _conjugate_gradients(product, b, tolerance)
+
+
+def newton_optimum(problem: Problem) -> Tensor:
+    """Return weights near the infimum of cross entropy: Newton until the gradient is 1e-10 of the
+    first, or 40 steps.
+    """
+    newton = Newton(problem)
+    for _ in range(_REFERENCE_STEPS):
+        if float(problem.gradient(newton.w).norm()) <= 1e-10 * newton.first_norm:
+            break
+        newton.step()
+    return newton.w
 
 
 def _conjugate_gradients(
     product: Callable[[Tensor], Tensor], b: Tensor, tolerance: float
 ) -> Tensor:
-    """Solves product(x) = b to a relative residual of ``tolerance``, or as far as 20 steps lead."""
+    """Solve product(x) = b to a relative residual of ``tolerance``, or as far as 20 steps lead."""
     x, r = torch.zeros_like(b), b.clone()
     p, square = r.clone(), float(r.square().sum())
     target = tolerance**2 * square
@@ -263,36 +271,32 @@ def _conjugate_gradients(
     return x if bool(x.any()) else b
 
 
-class KFAC(Optimizer):
+class KFAC(LineSearch):
     """Kronecker-factored preconditioner (arXiv 1503.05671) of one linear layer, with exact line
     search.
 
     A = ZᵀZ/n and S = E[δδᵀ], δ the gradient at the outputs under the model's own distribution
-    (squared loss: S = I;
-    softmax: the mean of diag(p) − ppᵀ). Direction −(A + π√ε I)⁻¹ g (S + √ε/π I)⁻¹ (§6.3) with π² =
+    (squared loss: S = I; softmax: the mean of diag(p) − ppᵀ). Direction
+    −(A + π√ε I)⁻¹ g (S + √ε/π I)⁻¹ (§6.3) with π² =
     t_A/t_S, the ratio of the factors' mean eigenvalues, and ε = ``damping``·t_A·t_S + λ:
     independent of the scale of features and loss. Differs from the paper: a line search replaces
     its rescaling and its adaptive damping, and there is no momentum.
     """
 
     gram = False
-    uses = frozenset({"damping"})
 
-    def __init__(self, problem: Problem, settings: Settings) -> None:
-        super().__init__(problem, settings)
-        self.damping, self.v = settings.damping, problem.spectrum.v
-        self.eigenvalues = problem.spectrum.s**2 / problem.n
-
-    def direction(self, w: Tensor, g: Tensor, state: State) -> tuple[Tensor, State]:
+    def direction(self, g: Tensor) -> Tensor:
+        f, n = self.problem.spectrum, self.problem.n
+        eigenvalues = f.s**2 / n
         tiny = torch.finfo(torch.float64).tiny
-        factor = self.problem.output_factor(w)
-        input_mean = max(float(self.eigenvalues.sum()) / self.problem.d, tiny)
+        factor = self.problem.output_factor(self.w)
+        input_mean = max(float(eigenvalues.sum()) / self.problem.d, tiny)
         output_mean = max(float(torch.trace(factor)) / len(factor), tiny)
         tilt = math.sqrt(input_mean / output_mean)
         root = max(math.sqrt(self.damping * input_mean * output_mean + self.problem.ridge), tiny)
-        inner = self.v @ ((self.v.T @ g) / (self.eigenvalues + root * tilt)[:, None])
+        inner = f.v @ ((f.v.T @ g) / (eigenvalues + root * tilt)[:, None])
         damped = factor + max(root / tilt, tiny) * torch.eye(len(factor), dtype=g.dtype)
-        return -torch.linalg.solve(damped, inner.T).T, state
+        return -torch.linalg.solve(damped, inner.T).T
 
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {

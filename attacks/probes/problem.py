@@ -1,4 +1,4 @@
-"""Objectives of a linear probe on frozen features, with everything its optimizers ask of them.
+"""Objectives of a linear probe on frozen features, with everything that its optimizers need.
 
 Z [n, d] are features, Y [n, c] targets (one-hot for classification), w [d, c] the head; all
 float64, no bias.
@@ -6,8 +6,10 @@ float64, no bias.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -15,9 +17,8 @@ from torch import Tensor
 from lab.core.condition import numerical_rank, rank_tolerance
 from lab.models.activations import digest
 
-_BRACKET_STEPS = (
-    60  # doublings of a line search before it takes what it has: 2^60 times the first guess
-)
+# doublings of a line search before it takes what it has: 2^60 times the first guess
+_BRACKET_STEPS = 60
 _SEARCH_STEPS = 100
 _SEARCH_TOLERANCE = 1e-10  # of the first directional derivative
 
@@ -40,31 +41,28 @@ class Spectrum:
         return Spectrum(self.u[:, :keep], self.s[:keep], self.v[:, :keep])
 
 
-_memo: OrderedDict[str, Spectrum] = OrderedDict()
+@dataclass(frozen=True)
+class _Content:
+    """A matrix that is equal to another one with the same ``digest``."""
+
+    digest: str
+    matrix: Tensor = field(compare=False)
 
 
-def spectrum(z: Tensor, relative: float) -> Spectrum:
-    """`Spectrum` of ``z`` [n, d], once per matrix: the last three are kept, several attackers share
-    them.
+@lru_cache(maxsize=3)
+def _factorize(z: _Content, relative: float) -> Spectrum:
+    """Return the `Spectrum` of a matrix; the last three are kept, as several attackers share them.
 
     Args:
-        z: finite float64 features.
+        z: finite float64 features [n, d].
         relative: rank tolerance, a share of the largest singular value.
     """
-    key = f"{digest(z)}:{relative!r}"
-    if key not in _memo:
-        u, s, vh = torch.linalg.svd(z, full_matrices=False)
-        rank = numerical_rank(s, z.shape, relative)
-        _memo[key] = Spectrum(
-            u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].T.contiguous()
-        )
-        while len(_memo) > 3:
-            _memo.popitem(last=False)
-    _memo.move_to_end(key)
-    return _memo[key]
+    u, s, vh = torch.linalg.svd(z.matrix, full_matrices=False)
+    rank = numerical_rank(s, z.matrix.shape, relative)
+    return Spectrum(u[:, :rank].contiguous(), s[:rank].contiguous(), vh[:rank].T.contiguous())
 
 
-class Problem:
+class Problem(ABC):
     """L(w) = data term + λ/2 ‖w‖²_F, with λ = ``ridge`` × the mean eigenvalue of ZᵀZ/n.
 
     A relative λ shrinks with the features, so an immunizer gains nothing by scaling them.
@@ -78,6 +76,8 @@ class Problem:
         dtype: type that the features were computed in; its rounding sets the rank tolerance.
     """
 
+    curvature: ClassVar[float]  # the largest of the loss in its scores
+
     def __init__(
         self,
         z: Tensor,
@@ -90,59 +90,55 @@ class Problem:
         self.z, self.y = z, y
         self.n, self.d, self.c = z.shape[0], z.shape[1], y.shape[1]
         self.ridge = ridge * float(z.square().sum()) / (self.n * self.d)
-        self.spectrum = spectrum(z, rank_tolerance(z.shape, dtype))
+        self.spectrum = _factorize(_Content(digest(z), z), rank_tolerance(z.shape, dtype))
         self.gram = z.T @ z / self.n if gram and self.n > self.d else None
         self.moment = z.T @ y / self.n
 
     def start(self) -> Tensor:
-        """w_0 = 0 [d, c]."""
+        """Return w_0 = 0 [d, c]."""
         return torch.zeros(self.d, self.c, dtype=torch.float64)
 
     def loss(self, w: Tensor) -> float:
-        """The objective over all rows, penalty included."""
+        """Return the objective over all rows, penalty included."""
         return self.data_loss(self.z, self.y, w) + 0.5 * self.ridge * float(w.square().sum())
 
     @staticmethod
+    @abstractmethod
     def data_loss(z: Tensor, y: Tensor, w: Tensor) -> float:
-        """The data term alone on other rows ``z``, ``y``."""
-        raise NotImplementedError  # abstract: each loss below has its own
+        """Return the data term alone, on other rows ``z``, ``y``."""
 
+    @abstractmethod
     def gradient(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
-        """∇L(w) [d, c]; the data term over ``rows`` only where given."""
-        raise NotImplementedError  # abstract: each loss below has its own
+        """Return ∇L(w) [d, c]; the data term over ``rows`` only, where these are set."""
 
-    def hessian_product(self, w: Tensor, p: Tensor) -> Tensor:
-        """∇²L(w) p [d, c]."""
-        raise NotImplementedError  # abstract: each loss below has its own
-
+    @abstractmethod
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
-        """t ≥ 0 that minimises L(w + t p); ``g`` = ∇L(w)."""
-        raise NotImplementedError  # abstract: each loss below has its own
+        """Return the t ≥ 0 that minimises L(w + t p); ``g`` = ∇L(w)."""
 
+    @abstractmethod
     def output_factor(self, w: Tensor) -> Tensor:
-        """S [c, c]: second moment of output gradients under the model's own distribution
+        """Return S [c, c]: second moment of output gradients under the model's own distribution
         (Fisher).
         """
-        raise NotImplementedError  # abstract: each loss below has its own
 
-    def largest(self) -> float:
-        """λ_max(ZᵀZ/n); 0 for features that are all zero."""
-        return float(self.spectrum.s[0]) ** 2 / self.n if len(self.spectrum.s) else 0.0
+    def excess(self, w: Tensor, optimum: Tensor) -> float:
+        """Return L(w) − L(w*), not below zero."""
+        return max(self.loss(w) - self.loss(optimum), 0.0)
 
     def smoothness(self) -> float:
-        """An upper bound on the largest eigenvalue of ∇²L."""
-        raise NotImplementedError  # abstract: each loss below has its own
+        """Return a bound on the largest eigenvalue of ∇²L: ``curvature`` λ_max(ZᵀZ/n) + λ."""
+        s = self.spectrum.s
+        return (self.curvature * (float(s[0]) ** 2 / self.n) if len(s) else 0.0) + self.ridge
 
 
 class Squared(Problem):
     """L(w) = 1/(2n) ‖Zw − Y‖²_F + λ/2 ‖w‖²_F."""
 
+    curvature = 1.0
+
     @staticmethod
     def data_loss(z: Tensor, y: Tensor, w: Tensor) -> float:
         return float((z @ w - y).square().sum()) / (2 * len(z))
-
-    def _normal(self, p: Tensor) -> Tensor:
-        return self.gram @ p if self.gram is not None else self.z.T @ (self.z @ p) / self.n
 
     def gradient(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
         if rows is not None:
@@ -152,29 +148,22 @@ class Squared(Problem):
             return self.gram @ w - self.moment + self.ridge * w
         return self.z.T @ (self.z @ w - self.y) / self.n + self.ridge * w
 
-    def hessian_product(self, w: Tensor, p: Tensor) -> Tensor:
-        return self._normal(p) + self.ridge * p
-
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
-        """−⟨g, p⟩ / ⟨p, ∇²L p⟩, 0 where there is no curvature along ``p``."""
-        curvature = float((p * self.hessian_product(w, p)).sum())
+        """Return −⟨g, p⟩ / ⟨p, ∇²L p⟩, 0 where there is no curvature along ``p``."""
+        normal = self.gram @ p if self.gram is not None else self.z.T @ (self.z @ p) / self.n
+        curvature = float((p * (normal + self.ridge * p)).sum())
         return max(-float((g * p).sum()) / curvature, 0.0) if curvature > 0 else 0.0
 
     def output_factor(self, w: Tensor) -> Tensor:
         return torch.eye(self.c, dtype=torch.float64)
 
-    def smoothness(self) -> float:
-        return self.largest() + self.ridge
-
     def optimum(self) -> Tensor:
-        """w* [d, c]: the ridge solution, or with λ = 0 the least-squares solution of minimum
-        norm.
-        """
+        """Return the ridge solution, or with λ = 0 the least-squares solution of minimum norm."""
         f = self.spectrum
         return f.v @ ((f.s / (f.s**2 + self.n * self.ridge))[:, None] * (f.u.T @ self.y))
 
     def excess(self, w: Tensor, optimum: Tensor) -> float:
-        """L(w) − L(w*), as ½⟨w − w*, ∇²L (w − w*)⟩: exact down to zero, where a difference of
+        """Return L(w) − L(w*) as ½⟨w − w*, ∇²L (w − w*)⟩: exact down to zero, where a difference of
         losses is not.
         """
         gap = w - optimum
@@ -186,6 +175,8 @@ class Squared(Problem):
 class CrossEntropy(Problem):
     """L(w) = mean softmax cross entropy of Zw + λ/2 ‖w‖²_F."""
 
+    curvature = 0.5  # Böhning's bound on the softmax Hessian
+
     @staticmethod
     def data_loss(z: Tensor, y: Tensor, w: Tensor) -> float:
         return -float((torch.log_softmax(z @ w, 1) * y).sum()) / len(z)
@@ -193,10 +184,6 @@ class CrossEntropy(Problem):
     def gradient(self, w: Tensor, rows: Tensor | None = None) -> Tensor:
         z, y = (self.z, self.y) if rows is None else (self.z[rows], self.y[rows])
         return z.T @ (torch.softmax(z @ w, 1) - y) / len(z) + self.ridge * w
-
-    def hessian_product(self, w: Tensor, p: Tensor) -> Tensor:
-        prob = torch.softmax(self.z @ w, 1)
-        return self.z.T @ softmax_curvature(prob, self.z @ p) / self.n + self.ridge * p
 
     def line_minimum(self, w: Tensor, g: Tensor, p: Tensor) -> float:
         """Bracket by doubling, then Newton steps kept inside the bracket, on the convex φ(t) = L(w
@@ -217,11 +204,8 @@ class CrossEntropy(Problem):
         first, second = derivatives(0.0)
         if not first < 0:
             return 0.0
-        small, low, high = (
-            _SEARCH_TOLERANCE * abs(first),
-            0.0,
-            -first / second if second > 0 else 1.0,
-        )
+        small, low = _SEARCH_TOLERANCE * abs(first), 0.0
+        high = -first / second if second > 0 else 1.0
         for _ in range(_BRACKET_STEPS):
             first, second = derivatives(high)
             if first >= -small:
@@ -241,12 +225,8 @@ class CrossEntropy(Problem):
         prob = torch.softmax(self.z @ w, 1)
         return torch.diag(prob.mean(0)) - prob.T @ prob / self.n
 
-    def smoothness(self) -> float:
-        """½ λ_max(ZᵀZ/n) + λ (Böhning's bound on the softmax Hessian)."""
-        return 0.5 * self.largest() + self.ridge
-
 
 def softmax_curvature(prob: Tensor, p: Tensor) -> Tensor:
-    """(diag(prob) − prob probᵀ) p, row by row; both [n, c]."""
+    """Return (diag(prob) − prob probᵀ) p, row by row; both [n, c]."""
     weighted = prob * p
     return weighted - prob * weighted.sum(1, keepdim=True)

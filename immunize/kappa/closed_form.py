@@ -6,24 +6,26 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 
+from immunize.kappa.trainer import immunization_row
 from lab.core.condition import (
     condition_number,
     numerical_rank,
     outside_energy,
     range_basis,
-    relative_immunization_ratio,
     rir_bound,
 )
+from lab.core.config import Positive, Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError
-from lab.core.options import number
 from lab.core.types import Checkpoint, FeatureModel, Log
 
 
+@config
 class KappaClosedForm:
     """θ = c·K_P^{-1/2} M^{s/2}, M = K_P^{-1/2} K_H K_P^{-1/2}: attains RIR* =
     κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)).
@@ -50,22 +52,9 @@ class KappaClosedForm:
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear"})
 
-    def __init__(
-        self,
-        name: str = "kappa_closed_form",
-        *,
-        benign_condition: float | None = None,
-        rank_tolerance: float | None = None,
-    ) -> None:
-        if benign_condition is not None:
-            number("immunize.benign_condition", benign_condition, above=0)
-        if rank_tolerance is not None:
-            number("immunize.rank_tolerance", rank_tolerance, above=0, below=1)
-        self.name, self.benign_condition, self.rank_tolerance = (
-            name,
-            benign_condition,
-            rank_tolerance,
-        )
+    name: Text = "kappa_closed_form"
+    benign_condition: Positive | None = None
+    rank_tolerance: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
 
     def __call__(
         self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
@@ -82,12 +71,14 @@ class KappaClosedForm:
         theta = (basis / s) @ self._tilt(basis / s, benign @ theta0, harmful) @ basis.T
         theta *= (benign @ theta0).norm() / (benign @ theta).norm()
         outside = max(outside_energy(x, basis) for x in harmful)
-        now = theta
+        maps = [theta0, theta]
         if len(s) < benign.shape[1]:  # the reduced problem: X W and Wᵀθ
             benign, *harmful = (x @ basis for x in (benign, *harmful))
-            theta0, now = basis.T @ theta0, basis.T @ theta
-        for step, current in enumerate((theta0, now)):
-            log(step, outside_energy=outside, **_figures(benign, harmful, theta0, current))
+            maps = [basis.T @ theta0, basis.T @ theta]
+        bounds = [rir_bound(benign, x, maps[0]).value for x in harmful]
+        kappas = [[condition_number(x @ t) for x in (benign, *harmful)] for t in maps]
+        for step, after in enumerate(kappas):
+            log(step, outside_energy=outside, **immunization_row(after, kappas[0], bounds))
         with torch.no_grad():
             weight.copy_(theta)
         return result
@@ -112,17 +103,3 @@ class KappaClosedForm:
                 "scenario", "κ(M)", "is 1: no linear map can tell the two tasks apart (RIR* = 1)."
             )
         return (vt.T * (values / values[0]) ** (target / spread)) @ vt
-
-
-def _figures(
-    benign: torch.Tensor, harmful: list[torch.Tensor], theta0: torch.Tensor, theta: torch.Tensor
-) -> dict[str, float]:
-    before, after = condition_number(benign @ theta0), condition_number(benign @ theta)
-    rows = []
-    for x in harmful:
-        kappa = condition_number(x @ theta)
-        rir = relative_immunization_ratio(kappa, condition_number(x @ theta0), after, before)
-        row = {"rir": rir, "kappa_harmful": kappa, "kappa_benign": after}
-        bound = rir_bound(benign, x, theta0).value
-        rows.append(row if bound is None else row | {"rir_bound_ratio": rir / bound})
-    return min(rows, key=lambda row: row["rir"])

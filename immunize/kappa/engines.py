@@ -1,85 +1,25 @@
-"""How a gradient with respect to features moves a model: one engine for linear, one for deep
-extractors.
+"""How a gradient with respect to features moves a model.
 
-Both have the same face: `view` evaluates features of some rows, `add` and `add_regularizer` take
-gradients with respect to those features, `finish` leaves the sum in ``.grad`` of `parameters`.
+`LinearEngine` and `DeepEngine` have the same methods. In every step `view` evaluates features of
+some rows of each task, `add` takes gradients with respect to them, and `finish` leaves the sum in
+``.grad`` of ``parameters``.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from immunize.kappa.spectral import Side, preconditioned_step, right_solve
+from immunize.kappa.spectral import preconditioned_step, right_solve
 from lab.core.data import Case
 from lab.core.errors import UserError, nearest
 from lab.core.types import FeatureModel
 from lab.models.activations import prefix
 
 CHUNK = 64  # rows per forward pass of a deep model where no gradient is needed
-
-
-@dataclass
-class View:
-    """Features ``y`` [n, d] float64, detached, of rows ``rows`` of task number ``task``."""
-
-    task: int
-    rows: Tensor
-    y: Tensor
-    source: Tensor  # linear: the inputs X [n, d]; deep: the features with their graph
-
-
-@dataclass(frozen=True)
-class Preconditioner:
-    """(K + ridge·I)⁻¹ on the regulariser's gradient; ``side`` as in
-    `spectral.preconditioned_step`.
-    """
-
-    ridge: float
-    side: Side = "left"
-
-
-class Engine(Protocol):
-    """What moves: its parameters, features of rows, and gradients that come in with respect to
-    features.
-    """
-
-    parameters: list[Tensor]
-
-    def view(self, task: int, rows: Tensor, gradient: bool = True) -> View:
-        """Features of ``rows`` of task number ``task``; with ``gradient`` they can be given to
-        `add`.
-        """
-
-    def add(self, view: View, gradient: Tensor) -> None:
-        """Ordinary chain rule for ∂f/∂Y [n, d]."""
-
-    def add_regularizer(
-        self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
-    ) -> None:
-        """Gradient with respect to ``scale``·Y (``scale`` [n, 1]), preconditioned unless ``solve``
-        is None.
-        """
-
-    def finish(self) -> None:
-        """Leave the sum of what was added in ``.grad`` of the parameters, and forget it."""
-
-    def features(self, task: int) -> Tensor:
-        """Features [n, d] of all training rows, without gradient."""
-
-    def state(self) -> dict[str, Tensor]:
-        """The parameters by name, for a checkpoint."""
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
-
-    def export(self) -> FeatureModel:
-        """An independent model with the parameters as they are now."""
 
 
 class LinearEngine:
@@ -90,70 +30,76 @@ class LinearEngine:
     too.
     """
 
-    def __init__(self, model: FeatureModel, case: Case) -> None:
+    def __init__(self, model: FeatureModel, case: Case, layers: Sequence[str] | int | None) -> None:
+        resolve_layers(model, layers)
         self._model = copy.deepcopy(model)
         inputs = [self._model.inputs(task.train.x) for task in case.tasks]
         theta = next(self._model.parameters()).detach()
         self._active = torch.stack([(x != 0).any(0) for x in inputs]).any(0)
-        square = theta.shape[0] == theta.shape[1]
-        self._reduce_right = square and not bool(theta[self._active][:, ~self._active].any())
-        theta = theta[self._active]
-        if self._reduce_right:
-            theta = theta[:, self._active]
+        self._columns = torch.ones(theta.shape[1], dtype=torch.bool)
+        if len(theta) == theta.shape[1] and not theta[self._active][:, ~self._active].any():
+            self._columns = self._active
+        theta = theta[self._active][:, self._columns]
         self.theta = theta.clone().requires_grad_(True)
         self.inputs = [x[:, self._active].contiguous() for x in inputs]
-        self.parameters: list[Tensor] = [self.theta]
-        self._gradient: Tensor | None = None
+        self.parameters = [self.theta]
+        self._x: dict[int, Tensor] = {}
 
     @torch.no_grad()
-    def view(self, task: int, rows: Tensor, gradient: bool = True) -> View:
-        x = self.inputs[task][rows]
-        return View(task, rows, x @ self.theta, x)
+    def view(self, task: int, rows: Tensor, gradient: bool = True) -> Tensor:
+        """Return features Y [n, d] float64 of ``rows`` of a task.
 
-    def _accumulate(self, update: Tensor) -> None:
-        self._gradient = update if self._gradient is None else self._gradient.add_(update)
+        Args:
+            gradient: whether `add` may follow.
+        """
+        self._x[task] = self.inputs[task][rows]
+        return self._x[task] @ self.theta
 
-    def add(self, view: View, gradient: Tensor) -> None:
-        self._accumulate(view.source.T @ gradient)
-
-    def add_regularizer(
-        self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
+    def add(
+        self,
+        task: int,
+        gradient: Tensor,
+        scale: Tensor | float = 1.0,
+        ridge: float | None = None,
+        side: str = "left",
     ) -> None:
-        x = view.source * scale
-        if solve is None:
-            self._accumulate(x.T @ gradient)
-        elif solve.side == "right" and x.shape[1] < gradient.shape[1]:
-            wide = x.new_zeros(len(x), len(self._active))
-            wide[:, self._active] = (
-                x  # this side acts on the index of features, zero columns included
-            )
-            self._accumulate(x.T @ right_solve(wide, gradient, solve.ridge))
+        """Add the gradient of the parameters for ∂f/∂(``scale``·Y), Y the last view of ``task``.
+
+        Args:
+            gradient: [n, d].
+            scale: [n, 1] or a number.
+            ridge: precondition with (K + ridge·I)⁻¹; None does not.
+            side: of the preconditioner; ``right`` acts on the index of features, as the released
+                code's solve does on the gradient of the transposed weight.
+        """
+        x = self._x[task] * scale
+        if ridge is None:
+            update = x.T @ gradient
+        elif side == "left":
+            update = preconditioned_step(x, gradient, ridge)
         else:
-            self._accumulate(preconditioned_step(x, gradient, solve.ridge, solve.side))
+            inputs = x
+            if x.shape[1] < gradient.shape[1]:  # zero columns included
+                inputs = x.new_zeros(len(x), len(self._active))
+                inputs[:, self._active] = x
+            update = x.T @ right_solve(inputs, gradient, ridge)
+        self.theta.grad = update if self.theta.grad is None else self.theta.grad + update
 
     def finish(self) -> None:
-        self.theta.grad, self._gradient = self._gradient, None
+        """Leave the sum of what was added in ``.grad`` of the parameters."""
 
     @torch.no_grad()
     def features(self, task: int) -> Tensor:
+        """Return features [n, d] of all training rows."""
         return self.inputs[task] @ self.theta
-
-    def state(self) -> dict[str, Tensor]:
-        return {"theta": self.theta.detach()}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        self.theta.copy_(tensors["theta"])
 
     @torch.no_grad()
     def export(self) -> FeatureModel:
+        """Return an independent model with the parameters as they are now."""
         model = copy.deepcopy(self._model)
         weight = next(model.parameters())
         rows = weight[self._active]
-        if self._reduce_right:
-            rows[:, self._active] = self.theta
-        else:
-            rows = self.theta.detach().clone()
+        rows[:, self._columns] = self.theta
         weight[self._active] = rows
         return model
 
@@ -168,103 +114,68 @@ class DeepEngine:
     """
 
     def __init__(self, model: FeatureModel, case: Case, layers: Sequence[str] | int | None) -> None:
-        self._model = copy.deepcopy(model)
-        chosen = resolve_layers(self._model, layers)
-        self._start = chosen[0]
-        self._model.requires_grad_(False)
-        names = {f"blocks.{i}." for i in chosen}
-        self._named = {
-            n: p for n, p in self._model.named_parameters() if any(n.startswith(k) for k in names)
-        }
-        if not self._named:
-            raise UserError(
-                "immunize.layers", layers, "these blocks have no parameters; choose others"
-            )
-        for parameter in self._named.values():
+        self._model = copy.deepcopy(model).requires_grad_(False)
+        moving = resolve_layers(model, layers)
+        self._start = moving[0]
+        self.parameters = [p for i in moving for p in self._model.blocks[i].parameters()]
+        if not self.parameters:
+            fix = "these blocks have no parameters; choose others."
+            raise UserError("immunize.layers", layers, fix)
+        for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.parameters: list[Tensor] = list(self._named.values())
         self._inputs = [prefix(self._model, task.train.x, self._start) for task in case.tasks]
-        self._pending: dict[int, tuple[Tensor, Tensor]] = {}
+        self._graphs: dict[int, Tensor] = {}  # features of the last view, with their graph
+        self._gradients: dict[int, Tensor] = {}
 
     def _run(self, z: Tensor) -> Tensor:
         return self._model.run(z if self._start else self._model.inputs(z), self._start)
 
-    def view(self, task: int, rows: Tensor, gradient: bool = True) -> View:
+    def view(self, task: int, rows: Tensor, gradient: bool = True) -> Tensor:
         with torch.set_grad_enabled(gradient):
-            features = self._run(self._inputs[task][rows])
-        return View(task, rows, features.detach().to(torch.float64), features)
+            self._graphs[task] = self._run(self._inputs[task][rows])
+        return self._graphs[task].detach().to(torch.float64)
 
-    def add(self, view: View, gradient: Tensor) -> None:
-        key, gradient = id(view.source), gradient.to(view.source.dtype)
-        earlier = self._pending.get(key)
-        self._pending[key] = (view.source, gradient if earlier is None else earlier[1] + gradient)
-
-    def add_regularizer(
-        self, view: View, scale: Tensor, gradient: Tensor, solve: Preconditioner | None
+    def add(
+        self,
+        task: int,
+        gradient: Tensor,
+        scale: Tensor | float = 1.0,
+        ridge: float | None = None,
+        side: str = "left",
     ) -> None:
-        if solve is not None:
-            gradient = right_solve(view.y * scale, gradient, solve.ridge)
-        self.add(view, gradient * scale)
+        if ridge is not None:
+            y = self._graphs[task].detach().to(torch.float64)
+            gradient = right_solve(y * scale, gradient, ridge)
+        by_feature = (gradient * scale).to(self._graphs[task].dtype)
+        self._gradients[task] = self._gradients.get(task, 0) + by_feature
 
     def finish(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-        if self._pending:
-            sources, gradients = zip(*self._pending.values(), strict=True)
-            torch.autograd.backward(sources, gradients)
-        self._pending = {}
+        if self._gradients:
+            graphs = [self._graphs[task] for task in self._gradients]
+            torch.autograd.backward(graphs, list(self._gradients.values()))
+        self._gradients = {}
 
     @torch.no_grad()
     def features(self, task: int) -> Tensor:
-        z = self._inputs[task]
-        return torch.cat([self._run(z[i : i + CHUNK]) for i in range(0, len(z), CHUNK)])
-
-    def state(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._named.items()}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        for name, parameter in self._named.items():
-            parameter.copy_(tensors[name])
+        return torch.cat([self._run(part) for part in self._inputs[task].split(CHUNK)])
 
     def export(self) -> FeatureModel:
-        for parameter in self.parameters:
-            parameter.grad = None
-        model = copy.deepcopy(self._model)
-        model.requires_grad_(True)
-        return model
+        return copy.deepcopy(self._model).requires_grad_(True)
 
 
 def resolve_layers(model: FeatureModel, layers: Sequence[str] | int | None) -> list[int]:
-    """Block numbers, ascending: all for None, the last n for a count, else by name.
+    """Return block numbers, ascending: all for None, the last n for a count, else by name.
 
     Raises:
-        UserError: a name that the model has not, or a count outside 1 … number of blocks.
+        UserError: a name that the model has not, or a larger count than it has blocks.
     """
     names = model.block_names
-    if layers is None:
-        return list(range(len(names)))
-    if isinstance(layers, int):
-        if not 1 <= layers <= len(names):
-            raise UserError(
-                "immunize.layers",
-                layers,
-                f"the model has {len(names)} blocks; count from 1 to that",
-            )
-        return list(range(len(names) - layers, len(names)))
-    for name in layers:
+    count = len(names) if layers is None else layers
+    if isinstance(count, int):
+        if count > len(names):
+            raise UserError("immunize.layers", layers, f"the model has {len(names)} blocks.")
+        return list(range(len(names) - count, len(names)))
+    for name in count:
         if name not in names:
             raise UserError("immunize.layers", name, nearest(name, names))
-    if not layers:
-        raise UserError("immunize.layers", "[]", "name at least one block")
-    return sorted(names.index(name) for name in layers)
-
-
-def build_engine(
-    model: FeatureModel, case: Case, layers: Sequence[str] | int | None
-) -> LinearEngine | DeepEngine:
-    """The engine for the kind of ``model``."""
-    if model.kind == "linear":
-        resolve_layers(model, layers)
-        return LinearEngine(model, case)
-    return DeepEngine(model, case, layers)
+    return sorted(map(names.index, count))

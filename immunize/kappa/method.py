@@ -1,4 +1,4 @@
-"""KAPPA (arXiv 2505.23760, Alg. 1), its ablations and its baselines. Thin classes over one loop.
+"""KAPPA (arXiv 2505.23760, Alg. 1), its ablations and its baselines.
 
 Own extensions (docs/methods.md §2.2): corridor schedule, running and full spectra, cluster
 averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
@@ -6,117 +6,26 @@ averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import partial
-from typing import ClassVar, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
 
 from immunize.kappa import spectral
-from immunize.kappa.objectives import (
-    BilevelObjective,
-    SpectralObjective,
-    SpectralOptions,
-    StepObjective,
-)
-from immunize.kappa.sampling import SPECTRA, Spectrum
-from immunize.kappa.trainer import Schedule, Trainer
-from lab.core.data import Case, Kind
+from immunize.kappa.trainer import TINY, GradientImmunizer, Head, KappaTrainer
+from lab.core.condition import singular_values
+from lab.core.config import Count, Flag, NonNegative, Positive, PositiveShare, Text, config
+from lab.core.data import Case
 from lab.core.errors import UserError
-from lab.core.options import choice, count, flag, names, number, unread
-from lab.core.types import Checkpoint, FeatureModel, Log
-
-T = TypeVar("T")
+from lab.core.training import Row
+from lab.core.types import FeatureModel
 
 
-def _each(check: Callable[..., object], *limits: float, **options: object) -> None:
-    """The same ``check`` of `lab.core.options`, with ``limits``, on every option."""
-    for key, value in options.items():
-        check(f"immunize.{key}", value, *limits)
-
-
-def _pick(kind: type[T], source: object, **given: object) -> T:
-    """A dataclass ``kind`` whose fields are ``given`` or the attributes of ``source`` of the same
-    name.
-    """
-    rest = [field.name for field in fields(kind) if field.name not in given]  # type: ignore[arg-type]
-    return kind(**given, **{name: getattr(source, name) for name in rest})
-
-
-_READ_BY: tuple[
-    tuple[tuple[str, ...], str, object], ...
-] = (  # options of `Kappa`, and what makes it read them
-    (("ridge_benign", "ridge_harmful"), "preconditioned", True),
-    (("corridor_rate", "corridor_benign", "corridor_harmful"), "lambda_schedule", "corridor"),
-    (("worst_case_temperature",), "worst_case", True),
-    (("running_decay", "running_window"), "spectrum", "running"),
-)
-
-
-# keyword options of an immunizer are fields, each written once; two immunizers stay different
-# objects
-_options = dataclass(kw_only=True, eq=False)
-
-
-@_options
-class GradientImmunizer:
-    """What all gradient immunizers share: the schedule.
-
-    Args:
-        epochs: passes over the benign task's rows. steps: number of updates instead, if given.
-        batch_size: rows of each task per step. lr: step size η. lr_schedule: ``constant`` or
-            ``cosine`` to 0.
-        optimizer: ``plain`` θ ← θ − η·gradient (Alg. 1) or ``adam`` (the release).
-        layers: blocks that move, by name or as a count from the end; all if None.
-        log_points: about how many times κ of the whole training data is measured.
-        checkpoint_every: steps between saved states.
-    """
-
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
-
-    name: str
-    lr: float = 5e-3
-    epochs: int = 30
-    steps: int | None = None
-    batch_size: int = 64
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    optimizer: Literal["plain", "adam"] = "plain"
-    layers: Sequence[str] | int | None = None
-    log_points: int = 25
-    checkpoint_every: int = 200
-
-    def __post_init__(self) -> None:
-        number("immunize.lr", self.lr, above=0)
-        _each(count, 1, epochs=self.epochs, checkpoint_every=self.checkpoint_every)
-        _each(count, 2, batch_size=self.batch_size, log_points=self.log_points)
-        if self.steps is not None:
-            count("immunize.steps", self.steps)
-        choice("immunize.optimizer", self.optimizer, ("plain", "adam"))
-        choice("immunize.lr_schedule", self.lr_schedule, ("constant", "cosine"))
-        if isinstance(self.layers, bool | float):
-            raise UserError(
-                "immunize.layers",
-                self.layers,
-                "must be null, a count from the end, or names of blocks.",
-            )
-        if self.layers is not None and not isinstance(self.layers, int):
-            self.layers = names("immunize.layers", self.layers)
-
-    @property
-    def schedule(self) -> Schedule:
-        return _pick(Schedule, self, spectrum="batch", running_decay=0.9, running_window=4)
-
-    def objective(self) -> StepObjective:
-        raise NotImplementedError  # abstract: each immunizer below has its own
-
-    def __call__(
-        self, model: FeatureModel, case: Case, *, seed: int, checkpoint: Checkpoint | None, log: Log
-    ) -> FeatureModel:
-        return Trainer(self.schedule, model, case, seed, log).run(
-            self.objective(), checkpoint, self.name
-        )
-
-
-@_options
+@config
 class Kappa(GradientImmunizer):
     """θ ← θ − η∇L(D_P) − ηλ_P K_P⁻¹∇R_well(H_P) − ηλ_H K_H⁻¹∇R_ill(H_H).
 
@@ -138,152 +47,273 @@ class Kappa(GradientImmunizer):
         cluster_tolerance: relative width of the cluster of extremal eigenvalues that is averaged.
         optimizer_aware: ``diagonal`` measures κ after the attacker's own Jacobi preconditioner.
         supervised: weight of L(D_P); its head is fitted to θ_0 first and then moves along.
-        lambda_schedule: ``fixed`` or ``corridor``: dual ascent with ``corridor_rate``, κ(H_P) at
-            most ``corridor_benign`` times and κ(H_H) at least ``corridor_harmful`` times its value
-            at the first step.
-        worst_case: softmax weights over harmful tasks with ``worst_case_temperature``; else equal
-            weights.
-        spectrum: rows behind each estimate of a Gram matrix, see
-            `immunize.kappa.sampling.RowSampler`.
-        running_decay: β. running_window: number of batches, both for ``spectrum=running``.
+        lambda_schedule: ``fixed`` or ``corridor`` (dual ascent, in units of the initial λ): λ_P ←
+            [λ_P + ρλ_P0(log κ_P − log κ_P0 − log c_P)]₊ and λ_H ← [λ_H + ρλ_H0(log κ_H0 + log c_H −
+            log κ_H)]₊, κ of the estimate that the step uses.
+        corridor_rate: ρ.
+        corridor_benign, corridor_harmful: c_P and c_H: κ(H_P) at most and κ(H_H) at least this
+            many times its value at the first step.
+        worst_case: weights q = softmax(−τ(log κ(H_Hi) − log κ_0i)) over harmful tasks, so that
+            weight goes to the one whose κ has grown least (distributionally robust weights); else
+            equal weights.
+        worst_case_temperature: τ.
+        spectrum: rows behind each estimate of a Gram matrix, at the scale of one batch. ``batch``:
+            one batch b_t, H = X_bᵀX_b. ``running``: H = Σ_{j<m} w_j X_{t−j}ᵀX_{t−j}, w_j =
+            β^j/Σ_i β^i, the last m batches at the *current* weights; unbiased for the same mean,
+            its variance is Σ w_j² of it; costs m times as much. ``full``: all N rows, weight
+            batch/N each.
+        running_decay: β.
+        running_window: m.
     """
 
-    name: str = "kappa"
-    lambda_p: float
-    lambda_h: float
+    # the functions of H_P and of H_H that are descended
+    terms: ClassVar[tuple[spectral.Objective, spectral.Objective]] = (spectral.well, spectral.ill)
+
+    name: Text = "kappa"
+    lambda_p: NonNegative
+    lambda_h: NonNegative
     scale: Literal["none", "initial", "current"] = "initial"
-    preconditioned: bool = True
-    ridge_benign: float = 0.0
-    ridge_harmful: float = 0.0
-    solve_side: spectral.Side = "left"
+    preconditioned: Flag = True
+    ridge_benign: NonNegative = 0.0
+    ridge_harmful: NonNegative = 0.0
+    solve_side: Literal["left", "right"] = "left"
     rank_rule: Literal["rank", "dimension"] = "rank"
-    rank_tolerance: float | None = None
-    cluster_tolerance: float = 0.0
+    rank_tolerance: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
+    cluster_tolerance: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
     optimizer_aware: Literal["none", "diagonal"] = "none"
-    supervised: float = 1.0
+    supervised: NonNegative = 1.0
     lambda_schedule: Literal["fixed", "corridor"] = "fixed"
-    corridor_rate: float = 0.1
-    corridor_benign: float = 1.0
-    corridor_harmful: float = 1.0
-    worst_case: bool = False
-    worst_case_temperature: float = 1.0
-    spectrum: Spectrum = "batch"
-    running_decay: float = 0.9
-    running_window: int = 4
+    corridor_rate: NonNegative = 0.1
+    corridor_benign: Positive = 1.0
+    corridor_harmful: Positive = 1.0
+    worst_case: Flag = False
+    worst_case_temperature: Positive = 1.0
+    spectrum: Literal["batch", "running", "full"] = "batch"
+    running_decay: PositiveShare = 0.9
+    running_window: Count = 4
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        choice("immunize.spectrum", self.spectrum, SPECTRA)
-        number("immunize.running_decay", self.running_decay, above=0, high=1)
-        count("immunize.running_window", self.running_window, 1)
-        _each(number, 0, lambda_p=self.lambda_p, lambda_h=self.lambda_h, supervised=self.supervised)
-        _each(number, 0, ridge_benign=self.ridge_benign, ridge_harmful=self.ridge_harmful)
-        number("immunize.corridor_rate", self.corridor_rate, 0)
-        positive = ("corridor_benign", "corridor_harmful", "worst_case_temperature")
-        _each(partial(number, above=0), **{key: getattr(self, key) for key in positive})
-        if self.rank_tolerance is not None:
-            number("immunize.rank_tolerance", self.rank_tolerance, above=0, below=1)
-        number("immunize.cluster_tolerance", self.cluster_tolerance, 0, below=1)
-        _each(flag, preconditioned=self.preconditioned, worst_case=self.worst_case)
-        choice("immunize.scale", self.scale, ("none", "initial", "current"))
-        choice("immunize.solve_side", self.solve_side, ("left", "right"))
-        choice("immunize.rank_rule", self.rank_rule, ("rank", "dimension"))
-        choice("immunize.optimizer_aware", self.optimizer_aware, ("none", "diagonal"))
-        choice("immunize.lambda_schedule", self.lambda_schedule, ("fixed", "corridor"))
         if self.lambda_p == self.lambda_h == 0:
-            raise UserError(
-                "immunize.lambda_h",
-                0,
-                "λ_P and λ_H are both 0; choose immunize=none for no immunization",
-            )
+            fix = "λ_P and λ_H are both 0; choose immunize=none for no immunization."
+            raise UserError("immunize.lambda_h", 0, fix)
         if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
-            raise UserError(
-                "immunize.solve_side", "right", "needs ridge_benign > 0 and ridge_harmful > 0"
-            )
-        self._check_unread()
-
-    def _check_unread(self) -> None:
-        default = {field.name: field.default for field in fields(self)}  # type: ignore[arg-type]
-        for options, key, needed in _READ_BY:
-            for option in options:
-                needs = f"immunize.{key}={str(needed).lower()}"
-                unread(
-                    f"immunize.{option}",
-                    getattr(self, option),
-                    default[option],
-                    getattr(self, key) == needed,
-                    needs,
-                )
-        for option, weight in (
-            ("corridor_benign", "lambda_p"),
-            ("corridor_harmful", "lambda_h"),
-        ):  # what it scales
-            given, read = getattr(self, option), getattr(self, weight) > 0
-            unread(f"immunize.{option}", given, default[option], read, f"immunize.{weight} > 0")
+            fix = "needs ridge_benign > 0 and ridge_harmful > 0."
+            raise UserError("immunize.solve_side", "right", fix)
 
     def check(self, cases: Sequence[Case]) -> None:
-        """Hook of `lab.runner.assemble.check_cases`."""
+        """Refuse ``worst_case`` where it changes nothing.
+
+        Raises:
+            UserError: every case has one harmful task.
+        """
         if self.worst_case and all(len(case.harmful) == 1 for case in cases):
-            told = (
-                "weighs several harmful tasks; this scenario has one in every case. Take "
-                "scenario=mnist_harm_set."
-            )
-            raise UserError("immunize.worst_case", True, told)
+            fix = "weighs several harmful tasks, and this scenario has one; set worst_case=false."
+            raise UserError("immunize.worst_case", True, fix)
 
-    @property
-    def schedule(self) -> Schedule:
-        return _pick(Schedule, self)
-
-    @property
-    def options(self) -> SpectralOptions:
-        benign, harmful = self.terms()
-        return _pick(SpectralOptions, self, benign=benign, harmful=harmful)
-
-    @staticmethod
-    def terms() -> tuple[spectral.Objective, spectral.Objective]:
-        """The functions of H_P and of H_H that are descended."""
-        return spectral.well, spectral.ill
-
-    def objective(self) -> StepObjective:
-        return SpectralObjective(self.options)
+    def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
+        return SpectralTrainer(self, model, case, seed)
 
 
+@config
 class KappaOpt(Kappa):
     """The baseline Opt κ: descends λ_P log κ(H_P) + λ_H/log κ(H_H) (§5.1 of arXiv 2505.23760, the
     release).
     """
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank_rule != "rank":
-            told = "belongs to R_well and R_ill; log κ has no p and k. Leave it out."
-            raise UserError("immunize.rank_rule", self.rank_rule, told)
+    terms = (spectral.log_kappa, spectral.inverse_log_kappa)
 
-    @staticmethod
-    def terms() -> tuple[spectral.Objective, spectral.Objective]:
-        return spectral.log_kappa, spectral.inverse_log_kappa
+    rank_rule: Literal["rank"] = "rank"  # log κ has no p and k
 
 
-@_options
+@config
 class KappaImma(GradientImmunizer):
-    """The baseline IMMA (arXiv 2311.18815) on the linear probe, see
-    `immunize.kappa.objectives.BilevelObjective`.
+    """The baseline IMMA (arXiv 2311.18815) on the linear probe, first order.
+
+    Lower level: w' = w − α∇_w L_H(w, θ), ``inner_steps`` times on the step's rows, α =
+    ``inner_step``/L with L the curvature of that batch. Upper level: max_θ log L_H(w', θ) −
+    ``w_prior``·L_P(w_P, θ), w' held constant (first order). Equal weights over harmful tasks. The
+    attacker's heads carry over from step to step.
+
+    Deviates from IMMA in the logarithm, which has the same maximisers but a gradient that does not
+    grow with the loss: on a linear extractor the plain loss is unbounded and diverges for every
+    step size.
 
     Args:
-        inner_steps: attacker's steps per update. inner_step: in units of the stable step 1/L.
+        inner_steps: attacker's steps per update.
+        inner_step: in units of the stable step 1/L.
         w_prior: weight of the benign loss.
     """
 
-    name: str = "kappa_imma"
-    inner_steps: int = 1
-    inner_step: float = 0.5
-    w_prior: float = 1.0
+    name: Text = "kappa_imma"
+    inner_steps: Count = 1
+    inner_step: Positive = 0.5
+    w_prior: NonNegative = 1.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        count("immunize.inner_steps", self.inner_steps)
-        number("immunize.inner_step", self.inner_step, above=0)
-        number("immunize.w_prior", self.w_prior, 0)
+    def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
+        return ImmaTrainer(self, model, case, seed)
 
-    def objective(self) -> StepObjective:
-        return BilevelObjective(self.inner_steps, self.inner_step, self.w_prior)
+
+@dataclass
+class BatchSpectrum:
+    """The spectrum of one task at one step."""
+
+    task: int
+    rows: Tensor
+    y: Tensor
+    factor: spectral.Factor  # of the matrix that the spectral term sees, in units of ``scale``
+    log_kappa: float
+    scale: Tensor  # [n, 1] root weights in units of ``scale``
+    pull: Callable[[Tensor], Tensor]  # back through the attacker's preconditioner
+
+
+class SpectralTrainer(KappaTrainer):
+    """λ_P f(H_P) + λ_H Σ_i q_i g(H_Hi) + supervised·L(D_P), with preconditioned gradients for f and
+    g.
+    """
+
+    def __init__(self, options: Kappa, model: FeatureModel, case: Case, seed: int) -> None:
+        super().__init__(options, model, case, seed)
+        self.o = options
+        self.values = {"lambdas": [options.lambda_p, options.lambda_h], "first": []}
+        self.units = [self._units(task) for task in range(len(case.tasks))]
+        self.heads = {}
+        if options.supervised > 0:
+            y = self.engine.features(0)
+            self.heads[0] = Head(case.benign, y.shape[1])
+            self.heads[0].fit(y)
+
+    def _units(self, task: int) -> tuple[float, float]:
+        """Return what features of a task are divided by, before and after the attacker's
+        preconditioner.
+        """
+        if self.o.scale == "none":
+            return 1.0, 1.0
+        y = self.engine.features(task).to(torch.float64)
+        share = (min(self.o.batch_size, len(y)) / len(y)) ** 0.5
+        unit = float(singular_values(y)[0]) * share
+        if self.o.optimizer_aware == "none":
+            return unit, unit
+        return unit, float(singular_values(spectral.diagonal_preconditioner(y)[0])[0])
+
+    def rows(self, task: int, step: int) -> tuple[Tensor, Tensor]:
+        """Return the row numbers [m] of an estimate and square roots of their weights [m, 1]."""
+        n = len(self.case.tasks[task].train)
+        size = min(self.o.batch_size, n)
+        if self.o.spectrum == "full":
+            return torch.arange(n), torch.full((n, 1), (size / n) ** 0.5, dtype=torch.float64)
+        ages = range(min(self.o.running_window, step + 1) if self.o.spectrum == "running" else 1)
+        weights = torch.tensor([self.o.running_decay**j for j in ages], dtype=torch.float64)
+        roots = (weights / weights.sum()).sqrt().repeat_interleave(size)
+        return torch.cat([self.batch(task, step - j) for j in ages]), roots[:, None]
+
+    def _estimate(self, task: int, step: int) -> BatchSpectrum:
+        o = self.o
+        rows, roots = self.rows(task, step)
+        moves = o.lambda_h > 0 if task else o.lambda_p > 0 or o.supervised > 0
+        y = self.engine.view(task, rows, gradient=moves)
+        if not bool(torch.isfinite(y).all()):
+            raise FloatingPointError("features are not finite")
+        matrix, pull = y * roots, None
+        if o.optimizer_aware == "diagonal":
+            matrix, pull = spectral.diagonal_preconditioner(matrix)
+        factor = spectral.thin_factor(matrix, o.rank_tolerance)
+        if len(factor.s) < 2:
+            raise FloatingPointError(
+                "the features of a batch have rank below 2, so their κ cannot move"
+            )
+        log_kappa = 2 * math.log(float(factor.s[0] / factor.s[-1]))
+        data_unit, unit = self.units[task]
+        if o.scale == "current":
+            unit = float(factor.s[0])
+            data_unit = unit if pull is None else data_unit
+        factor = spectral.Factor(factor.u, factor.s / unit, factor.vt)
+
+        def back(gradient: Tensor) -> Tensor:
+            return gradient if pull is None else pull(gradient / unit) * data_unit
+
+        return BatchSpectrum(task, rows, y, factor, log_kappa, roots / data_unit, back)
+
+    def _push(
+        self, estimate: BatchSpectrum, objective: spectral.Objective, weight: float, ridge: float
+    ) -> None:
+        o, factor = self.o, estimate.factor
+        size = len(factor.s) if o.rank_rule == "rank" else estimate.y.shape[1]
+        _, slope = objective(factor.sigma, size, o.cluster_tolerance)
+        gradient = estimate.pull(spectral.feature_gradient(factor, weight * slope))
+        if not bool(torch.isfinite(gradient).all()):
+            raise FloatingPointError("the gradient of a condition-number term is not finite")
+        solve = ridge if o.preconditioned else None
+        self.engine.add(estimate.task, gradient, estimate.scale, solve, o.solve_side)
+
+    def _weights(self, growth: list[float]) -> list[float]:
+        """Return the weights of the harmful tasks; ``growth``: log κ/κ_0 of each."""
+        if not self.o.worst_case:
+            return [1.0 / len(growth)] * len(growth)
+        logits = -self.o.worst_case_temperature * torch.tensor(growth, dtype=torch.float64)
+        return logits.softmax(0).tolist()
+
+    def _lambdas(self, benign: float, harmful: float) -> list[float]:
+        """Return λ_P and λ_H after dual ascent, from log κ/κ_0 of both sides."""
+        o, (lambda_p, lambda_h) = self.o, self.values["lambdas"]
+        above = benign - math.log(o.corridor_benign)
+        below = math.log(o.corridor_harmful) - harmful
+        return [
+            max(0.0, lambda_p + o.corridor_rate * o.lambda_p * above),
+            max(0.0, lambda_h + o.corridor_rate * o.lambda_h * below),
+        ]
+
+    def descend(self, step: int) -> Row:
+        o = self.o
+        estimates = [self._estimate(task, step) for task in range(len(self.case.tasks))]
+        kappas = [estimate.log_kappa for estimate in estimates]
+        first = self.values["first"] = self.values["first"] or kappas
+        growth = [kappa - start for kappa, start in zip(kappas, first, strict=True)]
+        weights = self._weights(growth[1:])
+        if o.lambda_schedule == "corridor":
+            harmful = sum(q * g for q, g in zip(weights, growth[1:], strict=True))
+            self.values["lambdas"] = self._lambdas(growth[0], harmful)
+        lambda_p, lambda_h = self.values["lambdas"]
+        row = {"lambda_p": lambda_p, "lambda_h": lambda_h}
+        benign, harmful_term = o.terms
+        if lambda_p > 0:
+            self._push(estimates[0], benign, lambda_p, o.ridge_benign)
+        for i, (estimate, q) in enumerate(zip(estimates[1:], weights, strict=True)):
+            if lambda_h > 0:
+                self._push(estimate, harmful_term, lambda_h * q, o.ridge_harmful)
+            if len(weights) > 1:
+                row[f"weight_{i}"] = q
+        if self.heads:
+            row["benign_loss"] = self.supervise(estimates[0].y, estimates[0].rows, o.supervised)
+        return row
+
+
+class ImmaTrainer(KappaTrainer):
+    """The updates of `KappaImma`."""
+
+    def __init__(self, options: KappaImma, model: FeatureModel, case: Case, seed: int) -> None:
+        super().__init__(options, model, case, seed)
+        self.o, self.values = options, {}
+        y = self.engine.features(0)
+        self.heads = {i: Head(task, y.shape[1]) for i, task in enumerate(case.tasks)}
+        self.heads[0].fit(y)
+
+    def descend(self, step: int) -> Row:
+        row: dict[str, float] = {}
+        losses = []
+        for task, head in self.heads.items():
+            rows = self.batch(task, step)
+            y = self.engine.view(task, rows)
+            if not bool(torch.isfinite(y).all()):
+                raise FloatingPointError("features are not finite")
+            if task == 0:
+                row["benign_loss"] = self.supervise(y, rows, self.o.w_prior)
+                continue
+            for _ in range(self.o.inner_steps):
+                head.descend(y, head.loss(y, rows)[2], self.o.inner_step)
+            value, by_feature, _ = head.loss(y, rows)
+            losses.append(value)
+            self.engine.add(task, -by_feature / (max(value, TINY) * (len(self.heads) - 1)))
+        row["harmful_loss"] = sum(losses) / len(losses)
+        if not all(map(math.isfinite, row.values())):
+            raise FloatingPointError("a loss is not finite")
+        return row

@@ -13,14 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lab.core.condition import numerical_rank
 
-Side = Literal["left", "right"]
 Objective = Callable[[Tensor, int, float], tuple[float, Tensor]]
 
 
@@ -62,13 +60,9 @@ def _extremal(sigma: Tensor, cluster: float, top: bool) -> Tensor:
     """Averaging weights [r] over the eigenvalues within a relative ``cluster`` of the extremal one.
 
     Near-multiple eigenvalues have no stable singular vectors; ½σ² of the extremal one is replaced
-    by its mean over the cluster. ``cluster`` = 0 takes the first (last) one alone, as the formula
-    says.
+    by its mean over the cluster. ``cluster`` = 0 takes the extremal one alone, as the formula says.
     """
     weights = torch.zeros_like(sigma)
-    if cluster == 0:
-        weights[0 if top else -1] = 1.0
-        return weights
     chosen = sigma >= sigma[0] * (1 - cluster) if top else sigma <= sigma[-1] * (1 + cluster)
     weights[chosen] = 1.0 / int(chosen.sum())
     return weights
@@ -130,12 +124,16 @@ def diagonal_preconditioner(y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tenso
     return scaled, pull
 
 
-def _pseudo_inverse(x: Tensor, right: Tensor) -> Tensor:
-    factor = thin_factor(x)
-    return factor.vt.T @ ((factor.u.T @ right) / factor.s[:, None])
+def preconditioned_step(x: Tensor, gradient: Tensor, ridge: float = 0.0) -> Tensor:
+    """Return (K + ρI)⁻¹XᵀG [d, e] for K = XᵀX and ``gradient`` G [n, e]; pseudo-inverse for ρ = 0.
 
-
-def _solve_left(x: Tensor, gradient: Tensor, ridge: float) -> Tensor:
+    Three cases for a spectral gradient G = 2Y V diag(f′) Vᵀ, Y = Xθ:
+      full-rank K, ρ = 0: the result is 2θ V diag(f′) Vᵀ, K cancels (X has full column rank, X⁺X =
+      I); n < d, ρ = 0: X⁺G = 2Pθ V diag(f′) Vᵀ with P the projection on the rows of X;
+      ρ > 0: W diag(s²/(s²+ρ)) Wᵀθ·2V diag(f′) Vᵀ for X = U diag(s) Wᵀ, through Xᵀ(XXᵀ+ρI)⁻¹G for n
+      < d.
+    Cost O(n²d + nde) for n < d: a triangular or Cholesky solve of size n, never of size d.
+    """
     n, d = x.shape
     if ridge > 0:
         gram = x @ x.T if n < d else x.T @ x
@@ -152,38 +150,15 @@ def _solve_left(x: Tensor, gradient: Tensor, ridge: float) -> Tensor:
     q, r = torch.linalg.qr(x.T if n < d else x)
     diagonal = r.diagonal().abs()
     if float(diagonal.min()) <= 1e-10 * float(diagonal.max()):
-        return _pseudo_inverse(x, gradient)
+        factor = thin_factor(x)
+        return factor.vt.T @ ((factor.u.T @ gradient) / factor.s[:, None])
     if n < d:
         return q @ torch.linalg.solve_triangular(r.T, gradient, upper=False)
     return torch.linalg.solve_triangular(r, q.T @ gradient, upper=True)
 
 
-def preconditioned_step(
-    x: Tensor, gradient: Tensor, ridge: float = 0.0, side: Side = "left"
-) -> Tensor:
-    """(K + ρI)⁻¹ Xᵀ G for K = XᵀX, with the pseudo-inverse for ρ = 0; [d, e] for ``gradient`` G [n,
-    e].
-
-    Three cases for a spectral gradient G = 2Y V diag(f′) Vᵀ, Y = Xθ:
-      full-rank K, ρ = 0: the result is 2θ V diag(f′) Vᵀ, K cancels (X has full column rank, X⁺X =
-      I); n < d, ρ = 0: X⁺G = 2Pθ V diag(f′) Vᵀ with P the projection on the rows of X;
-      ρ > 0: W diag(s²/(s²+ρ)) Wᵀθ·2V diag(f′) Vᵀ for X = U diag(s) Wᵀ, through Xᵀ(XXᵀ+ρI)⁻¹G for n
-      < d.
-    Cost O(n²d + nde) for n < d: a triangular or Cholesky solve of size n, never of size d.
-
-    Args:
-        side: ``right`` gives XᵀG(K + ρI)⁻¹, the released code's reading (its solve acts on the
-            gradient of the transposed weight); needs ρ > 0.
-    """
-    if side == "left":
-        return _solve_left(x, gradient, ridge)
-    if ridge <= 0:
-        raise ValueError("the right-hand preconditioner needs ridge > 0")
-    return x.T @ right_solve(x, gradient, ridge)
-
-
 def right_solve(y: Tensor, gradient: Tensor, ridge: float) -> Tensor:
-    """G(YᵀY + ρI)⁻¹ for ``gradient`` G [n, d]; with ρ = 0 the pseudo-inverse."""
+    """Return G(YᵀY + ρI)⁻¹ for ``gradient`` G [n, d]; with ρ = 0 the pseudo-inverse."""
     n, d = y.shape
     if n >= d and ridge > 0:
         gram = y.T @ y

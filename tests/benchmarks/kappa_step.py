@@ -19,7 +19,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from immunize.kappa.method import Kappa
-from immunize.kappa.trainer import Trainer
 from lab.core.data import Case, Role, Split, Task
 from lab.models.linear import LinearBackbone, LinearExtractor
 
@@ -77,18 +76,17 @@ def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, fl
         steps=steps,
     )
     model = LinearBackbone().build(case, 0)
-    trainer = Trainer(immunizer.schedule, model, case, 0, lambda step, **values: None)
-    objective = immunizer.objective()
-    objective.start(trainer.setup)
+    trainer = immunizer.trainer(model, case, 0)
     ours, theirs = [], []
     theta = model.theta.detach().clone()
     x_p, x_h = (task.train.x for task in case.tasks)
     for step in range(steps):
-        rows_p, rows_h = (sampler.rows(step)[0] for sampler in trainer.samplers)
+        rows_p, rows_h = (trainer.batch(task, step) for task in (0, 1))
         started = time.perf_counter()
-        objective.step(step)
+        trainer.descend(step)
         trainer.engine.finish()
         trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
         ours.append(time.perf_counter() - started)
         started = time.perf_counter()
         theta = plain_step(theta, x_p[rows_p], x_h[rows_h])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lab.core.data import Split, Task
 from lab.core.seeding import generator
 from lab.core.types import FeatureModel
+from lab.models.linear import LinearExtractor
 
 
 class Interrupted(Exception):
@@ -42,28 +43,8 @@ class MemoryCheckpoint:
             raise Interrupted
 
 
-class Map(nn.Module):
-    """x ↦ x θ."""
-
-    def __init__(self, theta: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(theta)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight
-
-
-class LinearModel(FeatureModel):
-    """θ as the only block, float64."""
-
-    kind = "linear"
-
-    def __init__(self, theta: Tensor) -> None:
-        super().__init__([("theta", Map(theta.double()))], theta.shape[1])
-
-
-def identity(d: int) -> LinearModel:
-    return LinearModel(torch.eye(d, dtype=torch.float64))
+def identity(d: int) -> LinearExtractor:
+    return LinearExtractor(torch.eye(d))
 
 
 def dense_model(d: int = 6, seed: int = 0) -> FeatureModel:

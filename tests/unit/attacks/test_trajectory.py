@@ -1,0 +1,156 @@
+"""Learning-rate search, schedules, mini-batches and the driver of an attack."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from attack_examples import Interrupted, MemoryCheckpoint
+from torch import Tensor
+
+from attacks import trajectory
+from attacks.trajectory import FeatureAttack, RateSearch, run, schedule_factor
+from lab.core.config import Text, config
+from lab.core.errors import Diverged
+from lab.core.seeding import batch_rows
+from lab.core.types import Budget
+
+
+@config
+class Options(FeatureAttack):
+    name: Text = "scalar"
+
+
+def best_of(trial: Callable[[float], float], trials: int) -> float:
+    """Exponent that a search chooses."""
+    search = RateSearch()
+    for _ in range(trials):
+        exponent = search.propose()
+        assert exponent not in search.losses
+        search.losses[exponent] = trial(exponent)
+    return search.best
+
+
+@pytest.mark.parametrize("best", [-5.7, -1.7, 0.0, 3.6])
+def test_search_approaches_the_best_exponent(best: float) -> None:
+    def bowl(exponent: float) -> float:
+        return math.inf if exponent > best + 1.5 else abs(exponent - best)
+
+    assert abs(best_of(bowl, 12) - best) < 0.3
+
+
+def test_search_goes_down_where_everything_diverges_and_prefers_the_smaller_of_equals() -> None:
+    assert best_of(lambda e: math.inf, 5) == -3
+    assert best_of(lambda e: 1.0, 3) == -1
+
+
+def test_schedules() -> None:
+    linear, cosine = ([schedule_factor(s, t, 4) for t in range(4)] for s in ("linear", "cosine"))
+    assert linear == [1, 0.75, 0.5, 0.25]
+    assert cosine == pytest.approx([1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5])
+
+
+def test_batches_are_permutations_of_full_batches_and_depend_on_the_seed_alone() -> None:
+    epoch = torch.cat([batch_rows(step, 10, 3, 0, "t") for step in range(3)])
+    assert len(epoch.unique()) == 9
+    assert torch.equal(batch_rows(3, 10, 3, 0, "t"), batch_rows(3, 10, 3, 0, "t"))
+    assert not torch.equal(batch_rows(0, 1000, 500, 0, "t"), batch_rows(0, 1000, 500, 1, "t"))
+    assert not torch.equal(batch_rows(0, 1000, 500, 0, "t"), batch_rows(2, 1000, 500, 0, "t"))
+
+
+class Scalar:
+    """w ← w − rate·w on L = w²/2: stable for rates below 2, best at 1."""
+
+    uses_rate, centre = True, 0.1
+
+    def __init__(self, start: float = 1.0) -> None:
+        self.start, self.updates = start, 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.w = torch.tensor([self.start], dtype=torch.float64)
+
+    def advance(self, step: int, rate: float) -> None:
+        self.updates += 1
+        self.w = self.w - rate * self.w
+
+    def loss(self) -> float:
+        return float(self.w) ** 2 / 2
+
+    def measure(self) -> dict[str, float]:
+        return {"train_loss": self.loss(), "test_loss": self.loss()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"w": self.w}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.w = tensors["w"].clone()
+
+    weights = tensors
+
+
+BUDGET = Budget(horizon=5, multiple=4, points=6)
+
+
+def test_run_tunes_then_measures_at_the_snapshots() -> None:
+    learner = Scalar()
+    result = run(learner, Options(lr_trials=4, schedule="constant"), BUDGET, None, {"a": 1})
+    assert result.steps == list(BUDGET.snapshots())
+    assert result.info["lr"] == pytest.approx(1.0)
+    assert [row["lr"] for row in result.info["lr_trials"]] == pytest.approx(
+        [0.1, 1.0, 10.0, 0.1 * 10**1.5]
+    )
+    assert learner.updates == 5 * BUDGET.steps
+    assert result.info["a"] == 1
+    assert float(result.weights["w"]) == 0.0
+
+
+def test_the_run_repeats_the_winning_trial() -> None:
+    result = run(Scalar(), Options(lr_trials=7, schedule="cosine"), BUDGET, None, {})
+    scored = (result.at("train_loss", BUDGET.horizon) + result.values["train_loss"][-1]) / 2
+    assert scored == min(row["loss"] for row in result.info["lr_trials"])
+
+
+def test_a_rate_that_is_best_at_the_horizon_but_collapses_later_is_not_chosen() -> None:
+    class Delayed(Scalar):
+        """Best at rate 1 up to the horizon, where rates above one half begin to drift."""
+
+        def advance(self, step: int, rate: float) -> None:
+            super().advance(step, rate)
+            self.w = self.w + float(rate > 0.5 and step >= BUDGET.horizon)
+
+    result = run(Delayed(), Options(lr_trials=7, schedule="constant"), BUDGET, None, {})
+    assert result.info["lr"] <= 0.5
+    assert result.values["train_loss"][-1] < 1e-3
+
+
+def test_divergence_keeps_the_points_before_it() -> None:
+    result = run(Scalar(), Options(lr=10.0), BUDGET, None, {})
+    assert result.status == "diverged"
+    assert result.steps == [s for s in BUDGET.snapshots() if 81.0**s <= trajectory.BLOW_UP]
+    assert all(
+        len(v) == len(result.steps) and all(map(math.isfinite, v)) for v in result.values.values()
+    )
+    assert result.weights == {}
+
+
+def test_numbers_that_are_not_finite_at_the_start_raise() -> None:
+    with pytest.raises(Diverged):
+        run(Scalar(math.nan), Options(lr=0.1), BUDGET, None, {})
+
+
+@pytest.mark.parametrize("fail_at", [1, 5, 20, 30, 90])
+def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(
+    fail_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    options = Options(lr_trials=4, schedule="cosine")
+    whole = run(Scalar(), options, BUDGET, None, {})
+    checkpoint = MemoryCheckpoint(fail_at)
+    with pytest.raises(Interrupted):
+        run(Scalar(), options, BUDGET, checkpoint, {})
+    learner = Scalar()
+    assert run(learner, options, BUDGET, checkpoint, {}) == whole
+    assert learner.updates == 5 * BUDGET.steps - fail_at
