@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import ClassVar
 
 from lab.core.data import Kind
-from lab.core.types import BASELINE, AnyCase, Checkpoint, Log, Model, clone
+from lab.core.types import BASELINE, AnyCase, Checkpoint, Immunizer, Log, Model, clone
 
 
-class NoImmunization:
+class NoImmunization(Immunizer):
     """Returns an equal copy of the model, so that the baseline model is an immunizer like any
     other.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from lab.core.data import Case, Kind, Split, Task
 from lab.core.errors import UserError
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.options import choice, count
-from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
+from lab.core.types import Attacker, Budget, Checkpoint, FeatureModel, Trajectory
 from lab.models.activations import prefix
 
 _EVALUATION_ROWS = 256
@@ -41,7 +41,7 @@ class Moving:
     info: dict[str, Any]
 
 
-class Adaptation(ABC):
+class Adaptation(Attacker):
     """Trains part of a copy of the network together with a head [d, c] that starts at zero.
 
     The blocks before the first that moves are evaluated once (`lab.models.activations.prefix`).

@@ -16,14 +16,14 @@ from attacks.tuning import Rate
 from lab.core.data import Case, Kind, Split, Task
 from lab.core.errors import Diverged, UserError
 from lab.core.options import choice, count, flag, number
-from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
+from lab.core.types import Attacker, Budget, Checkpoint, FeatureModel, Trajectory
 from lab.models.activations import features
 
 TRIALS = 7  # as conf/attacks/base/linear_probe.yaml
 _REFERENCE_STEPS = 40  # Newton steps towards the optimum of cross entropy
 
 
-class LinearProbe:
+class LinearProbe(Attacker):
     """Fits w [d, c] on features Z = model(x), which stay as they are; everything in float64, w_0 =
     0, no bias.
 

@@ -26,13 +26,13 @@ from lab.core.hashing import stage_key
 from lab.core.options import choice, number
 from lab.core.slugs import slug
 from lab.core.sources import source_hash
-from lab.core.types import RunView, Score, Scores, Trajectory
+from lab.core.types import RunMetric, RunView, Score, Scores, Trajectory
 
 DETECTORS = ("auto", "scorers", "reference")
 PRESENT, BROKEN, HELD, DIVERGED = "present", "broken", "held", "diverged"
 
 
-class Audit:
+class Audit(RunMetric):
     """Steps to break, per target and attacker, of the model under test (the checkpoint itself with
     ``immunize=none``).
 

@@ -23,7 +23,7 @@ from immunize.kappa.trainer import Schedule, Trainer
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError
 from lab.core.options import choice, count, flag, names, number, unread
-from lab.core.types import Checkpoint, FeatureModel, Log
+from lab.core.types import Checkpoint, FeatureModel, Immunizer, Log
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ _options = dataclass(kw_only=True, eq=False)
 
 
 @_options
-class GradientImmunizer:
+class GradientImmunizer(Immunizer):
     """What all gradient immunizers share: the schedule.
 
     Args:

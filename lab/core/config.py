@@ -18,13 +18,13 @@ from pydantic.dataclasses import dataclass
 
 from lab.core.errors import UserError, nearest
 
-_SETTINGS = ConfigDict(
+SETTINGS = ConfigDict(
     extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, validate_default=True
 )
 
-config = partial(dataclass, config=_SETTINGS, kw_only=True, eq=False)
+config = partial(dataclass, config=SETTINGS, kw_only=True, eq=False)
 """Decorator of a method: keyword options, checked; two methods stay different objects."""
-options = partial(dataclass, config=_SETTINGS, kw_only=True, frozen=True)
+options = partial(dataclass, config=SETTINGS, kw_only=True, frozen=True)
 """Decorator of a group of options inside a method; compared by value."""
 
 Count = Annotated[int, Field(strict=True, ge=1)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,20 @@ def digest(*tensors: Tensor) -> str:
         sha.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
         sha.update(flat.view(torch.uint8).numpy().data if flat.ndim else str(flat.item()).encode())
     return sha.hexdigest()
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bytes, in the order of the names.
+
+    It is the same on every device.
+    """
+    total = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
+        total.update(struct.pack("<Q", len(head)) + head)
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
 
 
 def stage_key(**inputs: Any) -> str:

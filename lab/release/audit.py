@@ -21,6 +21,7 @@ from lab.core.errors import UserError, nearest
 from lab.core.hashing import write_atomically
 from lab.core.options import local
 from lab.core.sources import ROOT
+from lab.core.types import FeatureModel
 from lab.release.audit_cost import seconds_per_update
 from lab.release.audit_page import build, ordered
 from lab.release.delta import state_hash
@@ -186,7 +187,9 @@ def write(cfg: DictConfig, path: Path, command: str, told: Sequence[str] = ()) -
     costs = seconds_per_update(pipeline, ordered(record["tables"][KEY]))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     first = pipeline.seeds[0]
-    unet = pipeline.original(pipeline.data(first).cases[0], first).unet.state_dict()
+    model = pipeline.original(pipeline.data(first).cases[0], first)
+    assert not isinstance(model, FeatureModel)
+    unet = model.unet.state_dict()
     found = build(
         record, costs, f"{device}, threads: {torch.get_num_threads()}", command, state_hash(unet)
     )

@@ -7,34 +7,18 @@ weights bit for bit.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor
 
 from lab.core.errors import UserError
-from lab.core.hashing import write_atomically
+from lab.core.hashing import state_hash, write_atomically
 from lab.models.diffusion import DiffusionModel
 
 FORMAT = "immunization-delta-1"
-
-
-def state_hash(state: dict[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names; the same on every
-    device.
-    """
-    total = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
-        total.update(struct.pack("<Q", len(head)) + head)
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
 
 
 def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:

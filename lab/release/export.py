@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -154,6 +154,7 @@ def _json(path: Path, value: Any) -> None:
 
 def _write_diffusion(models: Models, folder: Path) -> dict[str, Any]:
     released, published = models.released, models.published
+    assert isinstance(released, DiffusionModel) and isinstance(published, DiffusionModel)
     old = published.state_dict()
     beside = [
         k
@@ -180,7 +181,7 @@ def _write_diffusion(models: Models, folder: Path) -> dict[str, Any]:
         "changed": {
             "tensors": sum(not torch.equal(v, old[f"unet.{k}"]) for k, v in state.items()),
             "of": len(state),
-            "by_the_immunizer": _changed(models.original.unet, released.unet),
+            "by_the_immunizer": _changed(cast(DiffusionModel, models.original).unet, released.unet),
         },
     }
 

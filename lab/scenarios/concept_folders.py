@@ -14,6 +14,7 @@ from lab.core.hashing import digest
 from lab.core.options import choice, count, local, number
 from lab.core.prompts import text, texts
 from lab.core.seeding import derive, generator
+from lab.core.types import Scenario
 from lab.minisd.world import folders
 from lab.minisd.world.openmoji import CREDIT
 from lab.scenarios import concept_texts as world_texts
@@ -27,7 +28,7 @@ _PRESERVED = (
 )
 
 
-class ConceptFolders:
+class ConceptFolders(Scenario):
     """One case from folders of images (`lab.minisd.world.folders`). Implements
     `lab.core.types.Scenario`.
 

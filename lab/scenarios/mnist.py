@@ -16,6 +16,7 @@ from lab.core.errors import UserError
 from lab.core.hashing import digest
 from lab.core.options import choice, number
 from lab.core.seeding import generator
+from lab.core.types import Scenario
 
 Pairs = Literal["all"] | Sequence[Sequence[int]]
 Indices = NDArray[np.int64]
@@ -40,7 +41,7 @@ def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return x.astype(np.uint8).reshape(-1, 28, 28), y.astype(np.int64)
 
 
-class MnistPairs:
+class MnistPairs(Scenario):
     """One case per entry of ``pairs``: a benign digit, then one or several harmful digits.
 
     ``protocol="release"`` is what the released code does: the two data sets are the images of two

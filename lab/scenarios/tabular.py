@@ -18,6 +18,7 @@ from lab.core.errors import UserError, nearest
 from lab.core.hashing import digest
 from lab.core.options import local, names, number
 from lab.core.seeding import generator
+from lab.core.types import Scenario
 from lab.scenarios import preprocess
 
 _ROLES: tuple[Role, Role] = ("benign", "harmful")
@@ -90,7 +91,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     return frame
 
 
-class Tabular:
+class Tabular(Scenario):
     """Two regression tasks on one set of columns, benign D_P and harmful D_H.
 
     Rows come from one of three sources: the embedded Ames data (``dataset="ames"``, no ``path``), a

@@ -16,6 +16,7 @@ from lab.core.hashing import digest
 from lab.core.options import count
 from lab.core.progress import progress
 from lab.core.seeding import generator
+from lab.core.types import Scenario
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.scenarios import images
 from lab.scenarios.mnist import digits
@@ -23,7 +24,7 @@ from lab.scenarios.mnist import digits
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 
 
-class OpenmojiMnist:
+class OpenmojiMnist(Scenario):
     """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
 
     The seven groups of pictures in the catalog are the classes of D_P: animals and nature, food and

@@ -27,9 +27,10 @@ def relative(a, b):
 
 def test_a_process_alone_needs_no_group():
     assert team() is ALONE
-    assert ALONE.share({"x": torch.ones(1)}, 0, 3) == ({"x": torch.ones(1)}, 3)
+    assert ALONE.broadcast({"x": torch.ones(1)}) == {"x": torch.ones(1)}
+    assert ALONE.broadcast_object(3) == 3
     assert ALONE.gather({2: "b"}) == {2: "b"}
-    ALONE.agree(lambda: pytest.fail("nothing to compare with"), "ever")
+    ALONE.assert_equal(lambda: pytest.fail("nothing to compare with"), "ever")
     with working(inner := Team()):
         assert team() is inner
     assert team() is ALONE
