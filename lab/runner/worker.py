@@ -96,11 +96,11 @@ def work(config: Path, rank: int, stopped: threading.Event) -> None:
         with interruptible():
             cfg = OmegaConf.load(config)
             assert isinstance(cfg, DictConfig)
-            take_device(cfg)
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # first: the others wait here
                 executor = DistributedExecutor(
                     states, stopped.is_set, cfg.launch.timeout_s, cfg.launch.check_every
                 )
+            take_device(cfg)
             run_once(cfg, config.parent, executor)
     except (Exception, KeyboardInterrupt) as error:
         cause = executor.cause(error)

@@ -161,7 +161,7 @@ def test_records_of_the_version_before_stay_readable(tmp_path, body):
     """
     body["schema"] = "1.0"
     records.write(body, tmp_path / "record.json")
-    assert records.read(tmp_path / "record.json")["schema"] == "1.0"
+    assert records.read(tmp_path / "record.json")["schema"] == records.SCHEMA_VERSION
     committed = sorted(
         (Path(__file__).resolve().parents[4] / "outputs" / "records").rglob("*.json")
     )
@@ -178,7 +178,7 @@ def test_cells_hold_the_seconds_of_their_stage(tmp_path, body):
     for cell in body["cells"]:
         del cell["seconds"]
     records.write(body | {"schema": "1.1"}, tmp_path / "older.json")
-    assert records.read(tmp_path / "older.json")["schema"] == "1.1"
+    assert records.read(tmp_path / "older.json")["schema"] == records.SCHEMA_VERSION
     body["cells"][0]["seconds"] = -1.0
     with pytest.raises(UserError, match="cells/0/seconds"):
         records.write(body, tmp_path / "wrong.json")
