@@ -52,7 +52,8 @@ def seconds_per_update(
 def _measure(pipeline: Pipeline, row: Row) -> float:
     case = next(c for c in pipeline.cases(row["seed"]) if c.name == row["case"])
     task, model = case.task(row["concept"]), pipeline.model(row["model"], case, row["seed"])
-    assert isinstance(task, Concept) and isinstance(model, DiffusionModel)
+    assert isinstance(task, Concept)
+    assert isinstance(model, DiffusionModel)
     attack = pipeline.parts.attacks[row["attack"]].obj
     return timed(attack.varied(row["best"]), model, task, pipeline.budget, row["seed"])
 

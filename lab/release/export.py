@@ -154,7 +154,8 @@ def _json(path: Path, value: Any) -> None:
 
 def _write_diffusion(models: Models, folder: Path) -> dict[str, Any]:
     released, published = models.released, models.published
-    assert isinstance(released, DiffusionModel) and isinstance(published, DiffusionModel)
+    assert isinstance(released, DiffusionModel)
+    assert isinstance(published, DiffusionModel)
     old = published.state_dict()
     beside = [
         k

@@ -55,7 +55,7 @@ class Run:
         check_groups(cfg)
         self.cfg, self.folder = cfg, folder
         self.executor: Executor = executor or SerialExecutor()
-        self.pipeline: Pipeline | None = None  # made by `prepare`
+        self.prepared: Pipeline | None = None  # by `prepare`
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
@@ -68,6 +68,12 @@ class Run:
         self.current: Cell | None = None  # what this process computes
         self.results: dict[str, StageResult] = {}  # of this process, by key
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
+
+    @property
+    def pipeline(self) -> Pipeline:
+        if self.prepared is None:
+            raise RuntimeError("prepare() comes first")
+        return self.prepared
 
     # ---- execution
 
@@ -82,7 +88,7 @@ class Run:
         torch.set_deterministic_debug_mode("warn")
         parts = assemble(cfg)
         store = StageCache(cfg.paths.cache, force=cfg.force)
-        self.pipeline = Pipeline(parts, store, trackers.log if trackers else None)
+        self.prepared = Pipeline(parts, store, trackers.log if trackers else None)
         for seed in parts.seeds:
             check_cases(parts, self.pipeline.data(seed).cases)
         return self.pipeline
@@ -93,7 +99,6 @@ class Run:
         Raises:
             RunFailed: at the end, on the main process, if an attack or a metric failed.
         """
-        assert self.pipeline is not None
         pipeline = self.pipeline
         self._compute_stages(list(pipeline.immunize_cells()), "immunize")
         if pipeline.seeds:  # else every case diverged, which the record says
@@ -109,7 +114,6 @@ class Run:
 
     def applicable_metrics(self) -> list[str]:
         """Return the metrics that this run can compute; the others are noted in ``skipped``."""
-        assert self.pipeline is not None
         names = []
         for name, part in self.pipeline.parts.metrics.items():
             if part.obj.needs_models > len(self.pipeline.model_names):
@@ -125,7 +129,6 @@ class Run:
 
     def _compute_stages(self, cells: list[Cell], label: str) -> None:
         """Let the executor compute ``cells``, and note the results."""
-        assert self.pipeline is not None
         self.waiting, self.results = cells, {}
         results = self.executor.map(self.run_stage, cells, self.pipeline.shards, label)
         self.waiting = ()
@@ -137,7 +140,6 @@ class Run:
 
     def run_stage(self, cell: Cell) -> StageResult:
         """Compute or read one stage in this process."""
-        assert self.pipeline is not None
         if cell.part in self.failed_parts:  # in another stage of the same attack
             return StageResult("pending")
         log.info("stage %s", cell.title)
@@ -162,7 +164,6 @@ class Run:
 
     def _note(self, cell: Cell, result: StageResult) -> None:
         """Note what became of a stage, the same on every process."""
-        assert self.pipeline is not None
         status = "pending" if cell.attack in self.failed.attacks else result.status
         entry: dict[str, Any] = {
             "stage": cell.stage,
@@ -195,7 +196,6 @@ class Run:
             self.pipeline.notes[note] = None
 
     def _leave_out_failed_attacks(self) -> None:
-        assert self.pipeline is not None
         for name, reason in self.failed.attacks.items():
             self.pipeline.notes[f"attack {name} failed and is left out: {reason}"] = None
         kept = [name for name in self.pipeline.attacks if name not in self.failed.attacks]
@@ -203,7 +203,6 @@ class Run:
 
     def _collect_scores(self, cell: Cell) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""
-        assert self.pipeline is not None
         scores = self.pipeline.scores(str(cell.metric))
         for part in ("metrics", "curves", "tables", "images"):
             known = {name for other in self.scores for name in getattr(other, part)}
@@ -221,12 +220,11 @@ class Run:
 
     def fail(self, error: BaseException) -> RunFailed:
         """Note why the run ended, and what is known of the stages in progress."""
-        part = self.pipeline.part if self.pipeline else None
+        part = self.prepared.part if self.prepared else None
         stage = self.current.key if self.current else None
         failure = describe(error, part, self.executor.rank, stage)
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
-            assert self.pipeline is not None
             result = self.results.get(cell.key)
             if result is None and self.pipeline.store.has(*cell.place, cell.parents):
                 result = StageResult("ok")  # by another process
@@ -237,7 +235,7 @@ class Run:
         if preempted:
             self.status = "preempted"
             message = "interrupted; the same command continues where it stopped"
-            if self.pipeline and self.current:
+            if self.current:
                 step = self.pipeline.store.checkpointed(*self.current.place)
         self.error = _error(failure.type, message, failure.key, step)
         return failure
@@ -261,7 +259,7 @@ class Run:
 
     def record(self) -> records.Record:
         """Return the record of what is known now."""
-        cfg, pipeline = self.cfg, self.pipeline
+        cfg, pipeline = self.cfg, self.prepared
         seeds = list(pipeline.parts.seeds) if pipeline else _seeds(cfg)
         facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
         facts |= {"cache_hits": self.hits, "cache_misses": self.misses}

@@ -195,7 +195,7 @@ def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_th
 
     names = {"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}
     run = Run(OmegaConf.create(names), tmp_path)
-    run.pipeline = immunized_by(pipeline(), cut_short)
+    run.prepared = immunized_by(pipeline(), cut_short)
     run._compute_stages(list(run.pipeline.immunize_cells()), "immunize")
     assert [note.partition(";")[0] for note in run.pipeline.notes] == [
         f"kappa on case {case}, seed 0 left the finite numbers at step 1"
