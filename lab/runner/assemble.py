@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ValidationError
 
 from immunize.none import NoImmunization
@@ -54,9 +53,7 @@ class Parts:
 
     scenario: Scenario
     backbone: Backbone
-    backbone_identity: dict[
-        str, Any
-    ]  # weights alone do not say what a network does with its inputs
+    backbone_identity: dict[str, Any]  # weights do not say what a network does with its inputs
     eraser: Part
     immunizer: Part
     baseline: Part
@@ -131,9 +128,7 @@ def _missing_module(error: BaseException | None) -> ModuleNotFoundError | None:
 
 
 def _shared(config: DictConfig, built: dict[str, Any]) -> dict[str, Any]:
-    """The argument ``scorers`` of a metric: one object for all metrics whose config of it is the
-    same.
-    """
+    """Return the argument ``scorers`` of a metric: one object for all equal configs of it."""
     node = config.get("scorers")
     if not isinstance(node, DictConfig):
         return {}
@@ -144,40 +139,30 @@ def _shared(config: DictConfig, built: dict[str, Any]) -> dict[str, Any]:
 
 
 def _targets(node: Any) -> list[str]:
-    """Import paths of every object that a config builds, the objects inside others included."""
-    if isinstance(node, dict):
-        own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
-        return [*own, *(target for value in node.values() for target in _targets(value))]
-    return (
-        [target for value in node for target in _targets(value)] if isinstance(node, list) else []
-    )
+    """Return the import paths of all objects that a config builds, those inside others included."""
+    if isinstance(node, list):
+        return [target for value in node for target in _targets(value)]
+    if not isinstance(node, dict):
+        return []
+    own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
+    return own + _targets(list(node.values()))
 
 
 def _seeds(values: Any) -> tuple[int, ...]:
-    seeds = (
-        tuple(values) if isinstance(values, Sequence) and not isinstance(values, str) else (values,)
-    )
-    if not seeds or any(type(s) is not int or s < 0 for s in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(
-            "seeds",
-            list(seeds),
-            "must be a list of different whole numbers ≥ 0, e.g. seeds=[0,1,2].",
-        )
-    return seeds
+    seeds = list(values) if isinstance(values, ListConfig) else [values]
+    if not seeds or len(set(seeds)) < len(seeds) or any(type(s) is not int or s < 0 for s in seeds):
+        fix = "must be a list of different whole numbers ≥ 0, e.g. seeds=[0,1,2]."
+        raise UserError("seeds", seeds, fix)
+    return tuple(seeds)
 
 
 def _group(config: Any, key: str) -> dict[str, Any]:
-    """The entries of the group ``key``, which may have been replaced by a value on the command
-    line.
-    """
+    """Return the entries of the group ``key``; the command line may have set it to a value."""
     if not isinstance(config, DictConfig):
         raise UserError(key, config, f"must be a group of options; set {key}.OPTION=VALUE.")
     if key in ("attacks", "eval") and "_target_" in config:
-        told = (
-            "stands without a name; a file of this group holds its options under one: "
-            "NAME: {_target_: …, name: NAME}."
-        )
-        raise UserError(f"{key}._target_", config["_target_"], told)
+        fix = "stands without a name; options of this group stand under one: NAME: {_target_: …}."
+        raise UserError(f"{key}._target_", config["_target_"], fix)
     return {str(name): value for name, value in config.items()}
 
 
@@ -189,17 +174,16 @@ def _budget(config: Any) -> Budget:
 
 
 def check_groups(cfg: DictConfig) -> None:
-    """Raises `UserError` where a list of choices is empty, which leaves no trace of its group in
-    the config, and for a name that no folder can have.
+    """Check the names of folders, and that no list of choices is empty: its group is absent then.
+
+    Raises:
+        UserError: names the key.
     """
     for key in ("name", "immunize.name"):
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+-]*", value):
-            told = (
-                "names a folder of its results: letters, digits and . + - _, a letter or "
-                "digit first."
-            )
-            raise UserError(key, value, told)
+            fix = "names a folder: letters, digits and . + - _, a letter or digit first."
+            raise UserError(key, value, fix)
     for key, instead in (("attacks", "attacks=none"), ("eval", "eval=[conditioning]")):
         if key not in cfg:
             raise UserError(key, "[]", f"names no choice; take {instead}, or other names.")

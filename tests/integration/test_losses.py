@@ -152,23 +152,6 @@ def test_an_attacker_that_failed_on_one_task_counts_on_none(broken, tmp_path):
     )
 
 
-def test_a_run_whose_only_attacker_failed_has_the_figures_that_need_none(broken, tmp_path):
-    code, out, _ = broken("attacks=[broken]")
-    assert code == 1
-    record = record_of(out, tmp_path)
-    assert record["status"] == "failed"
-    assert "rir" in record["metrics"]
-    assert "verdict" not in record["metrics"]
-    assert record["skipped"]["verdict"] == "needs an attack, and none is left"
-
-
-def test_several_seeds_hold_no_verdict_by_the_back_door(broken, tmp_path):
-    _, out, _ = broken("attacks=[broken,linear_probe]", "seeds=[0,1]")
-    named = {row["metric"] for row in record_of(out, tmp_path)["tables"]["seed_values"]}
-    assert "rir" in named
-    assert not named & {"verdict", "verdict_share"}
-
-
 def test_what_failed_frees_its_memory_while_the_others_go_on():
     def fail(tensor):
         raise RuntimeError(f"out of memory beside {tensor.shape}")

@@ -113,19 +113,6 @@ def test_what_follows_from_the_pictures_counts_for_stages_and_not_for_the_data()
     assert fingerprint(described, derived=False) == fingerprint(case(), derived=False)
 
 
-def test_pictures_that_swap_places_change_it() -> None:
-    """The same tensors in other roles: what the attacker has and what the immunizer has."""
-    target = case().targets[0]
-    swapped = replace(target, train=target.own, own=target.train)
-    assert fingerprint(replace(case(), targets=(swapped,))) != fingerprint(case())
-
-
-def test_text_does_not_flow_from_one_field_into_the_next() -> None:
-    a = Erasure("x", "y", ("a", "b"), ("c",), ())
-    b = Erasure("x", "y", ("a",), ("b", "c"), ())
-    assert fingerprint(replace(case(), erased=(a,))) != fingerprint(replace(case(), erased=(b,)))
-
-
 @pytest.mark.parametrize("kind", ["regression", "classification"])
 def test_linear_cases(kind) -> None:
     def make(shift: float = 0.0, role: str = "benign") -> Case:
