@@ -134,13 +134,14 @@ class StageCache:
 
     def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return ``meta.json`` of an artifact; None where there is none, or it is damaged."""
+        path = self.folder(stage, key) / "meta.json"
+        if not path.is_file():
+            return None
         try:
-            meta = json.loads((self.folder(stage, key) / "meta.json").read_text())
+            meta = json.loads(path.read_text())
             if meta["sha256"].keys() != set(_FILES):
                 raise ValueError("meta.json names other files")
             return meta
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("%s %s is damaged (%s); it is computed again", stage, key[:12], error)
             return None
