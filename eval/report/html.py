@@ -145,8 +145,7 @@ def _troubles(record: Record) -> list[str]:
     for (stage, status), count in counts.items():
         total = sum(c["stage"] == stage for c in record["cells"])
         where = [
-            " ".join(str(c[k]) for k in _LABELS if c.get(k) is not None)
-            + f" seed {c['seed']}"
+            " ".join(str(c[k]) for k in _LABELS if c.get(k) is not None) + f" seed {c['seed']}"
             for c in record["cells"]
             if (c["stage"], c["status"]) == (stage, status)
         ]

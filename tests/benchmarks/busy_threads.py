@@ -5,8 +5,7 @@
 Two threads that wait for each other actively lose a whole time slice whenever one of them is not
 scheduled. Each setting trains a small network, whose operations are short, for SECONDS (4) with one
 thread per core: first on the machine as it is, then beside one busy process per core. Printed are
-updates per second. The settings take turns, so that a machine that is busy anyway treats them
-alike. `run.py` sets OMP_WAIT_POLICY=PASSIVE.
+updates per second. `run.py` sets OMP_WAIT_POLICY=PASSIVE.
 """
 
 from __future__ import annotations
@@ -51,18 +50,16 @@ def measure(changes: dict[str, str], seconds: float) -> float:
 
 
 def main(seconds: float) -> None:
-    rates: dict[str, list[float]] = {name: [] for name in SETTINGS}
-    for busy in (False, True):
-        with ExitStack() as stack:
-            for _ in range(CORES * busy):
-                process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-                stack.callback(process.kill)
-            for name, changes in SETTINGS.items():
-                rates[name].append(measure(changes, seconds))
     print(f"{CORES} cores, load {os.getloadavg()[0]:.1f}; updates per second")
     print(f"{'setting':26}{'as it is':>10}{'busy':>10}{'ratio':>8}")
-    for name, (quiet, beside) in rates.items():
-        print(f"{name:26}{quiet:10.1f}{beside:10.1f}{quiet / beside:8.1f}")
+    for name, changes in SETTINGS.items():
+        quiet = measure(changes, seconds)
+        with ExitStack() as stack:
+            for _ in range(CORES):
+                process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+                stack.callback(process.kill)
+            busy = measure(changes, seconds)
+        print(f"{name:26}{quiet:10.2f}{busy:10.2f}{quiet / busy:8.1f}", flush=True)
 
 
 if __name__ == "__main__":
