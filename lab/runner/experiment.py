@@ -364,7 +364,7 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
             write_failed_record(run, trackers)
         if isinstance(cause, UserError | KeyboardInterrupt):
             raise cause from None
-        raise failure from error
+        raise failure from (error if error is not failure else None)
     return run.finish(trackers) if is_main else None
 
 
