@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parent
+# threads that wait for each other sleep: a spinning one would hold the core that a busy machine
+# needs for the other (tests/benchmarks/busy_threads.py); read when torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def _quick_precision(device: str) -> str:
@@ -119,21 +121,20 @@ def job(cfg: DictConfig) -> None:
     """One job of a run or multirun. Exceptions are told here, so that a sweep goes on with its
     other jobs.
     """
-    from lab.core.errors import RankFailed, defect
     from lab.runner.batch import fail_job, interruptible
-    from lab.runner.failures import explain
+    from lab.runner.failed_stages import describe
 
     try:
         with interruptible(job=True):
             dispatch(cfg)
     except Exception as error:
-        told = explain(error)
-        if told is None and not isinstance(
-            error, RankFailed
-        ):  # the process's own traceback was shown
-            traceback.print_exc()
-        print(f"error: {told or defect(error)}", file=sys.stderr)
-        _failed(code := EXIT_USER if told else EXIT_BUG)
+        failure = describe(error)
+        message, code = failure.user_message, EXIT_USER
+        if message is None:
+            print(failure.traceback, file=sys.stderr)
+            message, code = ": ".join(filter(None, [failure.key, str(failure)])), EXIT_BUG
+        print(f"error: {message}", file=sys.stderr)
+        _failed(code)
         fail_job(code)
 
 

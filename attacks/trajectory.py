@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import ABC
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -15,7 +14,7 @@ from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import batch_rows
 from lab.core.training import train
-from lab.core.types import Budget, Checkpoint, Trajectory
+from lab.core.types import Attacker, Budget, Checkpoint, FeatureModel, Trajectory
 
 # seconds between two saves of a running attack; what is saved never changes the result
 SAVE_SECONDS = 20.0
@@ -34,7 +33,7 @@ def schedule_factor(schedule: str, step: int, total: int) -> float:
 
 
 @config
-class FeatureAttack(ABC):
+class FeatureAttack(Attacker[FeatureModel, Task]):
     """Options of every attacker of a feature extractor.
 
     Args:

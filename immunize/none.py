@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from lab.core.config import Text, config
 from lab.core.data import Kind
-from lab.core.types import BASELINE, AnyCase, Checkpoint, Log, Model, clone
+from lab.core.types import BASELINE, AnyCase, Checkpoint, Immunizer, Log, Model, clone
 
 
 @config
-class NoImmunization:
+class NoImmunization(Immunizer):
     """Returns an equal copy of the model, so that the baseline is a method like any other."""
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})

@@ -4,7 +4,7 @@ of itself.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass, field, fields, replace
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from lab.core.data import Concept, ConceptCase, Kind
 from lab.core.errors import UserError, nearest
 from lab.core.options import choice, count, flag, names, number, unread
 from lab.core.prompts import text
-from lab.core.types import Budget, Checkpoint, Trajectory
+from lab.core.types import Attacker, Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel
 from lab.scenarios.concepts import sampling
 
@@ -49,7 +49,7 @@ class Moving:
 
 
 @dataclass(eq=False)
-class ConceptBase(ABC):
+class ConceptBase(Attacker):
     """What every attacker on a text-to-image model is told besides how to train.
 
     Args:

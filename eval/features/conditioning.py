@@ -43,9 +43,10 @@ from lab.core.condition import (
 )
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import choice, count, number
-from lab.core.types import BASELINE, FeatureModel, RunView, Score, Scores
-from lab.models.activations import digest, features
+from lab.core.types import BASELINE, FeatureModel, RunMetric, RunView, Score, Scores
+from lab.models.activations import features
 
 POSITIVE = (0.0, math.inf)
 
@@ -68,7 +69,7 @@ class _Measured:
         return min(group, key=lambda p: math.inf if p.rir is None else p.rir)
 
 
-class Conditioning:
+class Conditioning(RunMetric):
     """RIR, κ of both Hessians before and after, the bound and its ratio, curves, spectra.
 
     The Hessian is XᵀX of the features of the training rows. Linear extractors use all rows; for

@@ -41,7 +41,7 @@ from eval.stats.aggregate import (
 from lab.core.data import Case, Kind, Role
 from lab.core.options import number
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, RunView, Score, Scores, Trajectory
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores, Trajectory
 
 NO_PROGRESS = "the baseline made no progress up to its 1× horizon"
 NEITHER = "neither the harmful nor the benign target was met"
@@ -56,7 +56,7 @@ CURVES = {
 }
 
 
-class Convergence:
+class Convergence(RunMetric):
     """Norm ratio, slowdown and RFD per attack × role, the worst over attackers, and all
     trajectories.
 

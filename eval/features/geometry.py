@@ -13,7 +13,7 @@ from eval.stats.aggregate import Cached, model_name_names, samples, score_or_rea
 from lab.core.condition import principal_angles, rir_bound
 from lab.core.data import Case, Kind
 from lab.core.options import count, number
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 from lab.models.activations import features
 
 Found = dict[str, dict[tuple[int, str], float | None]]  # quantity → (seed, case) → value
@@ -24,7 +24,7 @@ NAMES = (
 )
 
 
-class Geometry:
+class Geometry(RunMetric):
     """Principal angles between the leading subspaces of both tasks' features, and the pencil's
     eigenvalues.
 

@@ -35,12 +35,12 @@ from lab.core.data import Case, Kind, Role
 from lab.core.errors import UserError
 from lab.core.options import number
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 
 NO_SGRC = "the baseline's accuracy is 0, or the harmful attack diverged on the immunized model only"
 
 
-class ProbeAccuracy:
+class ProbeAccuracy(RunMetric):
     """Test accuracy per attack × role at 1×, at the long horizon and its mean, SGRC, steps to a
     target accuracy.
 

@@ -20,7 +20,7 @@ from lab.core.errors import UserError
 from lab.core.options import count
 from lab.core.slugs import slug
 from lab.core.statistics import MIN_SEEDS
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 from lab.models.activations import features
 
 MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as its range
@@ -41,7 +41,7 @@ class _Case:
     angle_change: float
 
 
-class Transfer:
+class Transfer(RunMetric):
     """Spearman's ρ between what immunization did to κ or the angles and what an attacker then
     feels, per attacker.
 

@@ -35,7 +35,7 @@ from eval.stats.aggregate import (
 from eval.stats.checks import Check, Rule
 from lab.core.data import Case, Kind, Role
 from lab.core.options import number
-from lab.core.types import RunView, Score, Scores
+from lab.core.types import RunMetric, RunView, Score, Scores
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ProbeCheck(Check):
     by_accuracy: bool = False
 
 
-class Verdict:
+class Verdict(RunMetric):
     """``verdict`` is 1 when, against the worst attacker, every benign check and a harmful one
     passes; else 0.
 

@@ -26,13 +26,13 @@ from eval.stats.checks import Check
 from eval.stats.intervals import Unit, columns, score
 from lab.core.data import ConceptCase, Kind, Role
 from lab.core.options import number
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 
 CLIP = "clip"
 NO_OTHERS = "the scenario has no other concepts: whether they stay learnable was not measured"
 
 
-class ConceptVerdict:
+class ConceptVerdict(RunMetric):
     """``verdict`` is 1 when every check on the targets AND every check on the benign side passes;
     else 0.
 

@@ -6,17 +6,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eval.generation.scoring import memo
-from lab.core.cache import stage_key
 from lab.core.data import ConceptCase, Sampling
-from lab.core.fingerprint import beside_weights
+from lab.core.fingerprint import model_settings
+from lab.core.hashing import digest, stage_key
 from lab.core.sources import source_hash
 from lab.core.types import Model, RunView
-from lab.models.activations import digest
 
 # pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
 BLOCK = 32
@@ -38,7 +38,7 @@ def paint(
     """
     model: list[Model] = []
 
-    def built() -> Model:
+    def built() -> Any:
         if not model:
             model.append(run.model(model_name, case, seed))
         return model[0]
@@ -47,7 +47,7 @@ def paint(
     if key not in store:
         sources = [source_hash(__name__), source_hash(type(built()).__module__)]
         weights = digest(*built().state_dict().values())
-        store[key] = stage_key(weights=weights, beside=beside_weights(built()), sources=sources)
+        store[key] = stage_key(weights=weights, beside=model_settings(built()), sources=sources)
 
     def block(asked: list[str], number: int) -> dict[str, Tensor]:
         latents = built().latents(BLOCK, seed, "utility", case.name, number)[: len(asked)]

@@ -30,10 +30,10 @@ from eval.stats.intervals import Floats, Unit, score, worst_score
 from lab.core.data import ConceptCase, Kind, Role
 from lab.core.options import number
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 
 
-class Relearning:
+class Relearning(RunMetric):
     """Attack success rate and steps to relearn, by a detector; every model under its own best
     attacker.
 

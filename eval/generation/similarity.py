@@ -32,7 +32,7 @@ from lab.core.data import ConceptCase, Kind, Role
 from lab.core.errors import UserError
 from lab.core.options import choice, names
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 
 At = (
     int | Literal["area", "curve"]
@@ -46,7 +46,7 @@ UNDEFINED_RSGR = (
 )
 
 
-class Generation:
+class Generation(RunMetric):
     """SGR = (M(x_r, x_A) − M(x_r, x_I)) / M(x_r, x_A) of every concept (arXiv 2311.18815,
     2412.15320), and its kin.
 

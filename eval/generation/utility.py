@@ -31,13 +31,13 @@ from lab.core.errors import UserError
 from lab.core.options import count as whole
 from lab.core.options import flag, number
 from lab.core.prompts import text, texts
-from lab.core.types import BASELINE, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
 from lab.scorers.frechet import frechet_distance
 
 HEADS = ("object", "style")
 
 
-class Utility:
+class Utility(RunMetric):
     """Similarity, prompt adherence, detections and feature distance on ``case.unrelated``; compares
     θ_I with θ_0.
 

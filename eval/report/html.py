@@ -19,9 +19,10 @@ from eval.report.page import page
 from eval.report.pictures import pictures
 from eval.report.trials import groups
 from eval.report.words import Record
-from lab.core.cache import write_atomically
+from lab.core.hashing import write_atomically
 from lab.core.types import BASELINE
 
+_LABELS = ("model", "case", "attack", "task", "metric")  # of a stage
 _ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
 _PLOTTED = (
     "spectrum",
@@ -144,8 +145,7 @@ def _troubles(record: Record) -> list[str]:
     for (stage, status), count in counts.items():
         total = sum(c["stage"] == stage for c in record["cells"])
         where = [
-            " ".join(str(c[k]) for k in ("model", "case", "attack", "task") if c[k] is not None)
-            + f" seed {c['seed']}"
+            " ".join(str(c[k]) for k in _LABELS if c.get(k) is not None) + f" seed {c['seed']}"
             for c in record["cells"]
             if (c["stage"], c["status"]) == (stage, status)
         ]

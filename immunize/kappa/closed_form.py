@@ -22,11 +22,11 @@ from lab.core.condition import (
 from lab.core.config import Positive, Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError
-from lab.core.types import Checkpoint, FeatureModel, Log
+from lab.core.types import Checkpoint, FeatureModel, Immunizer, Log
 
 
 @config
-class KappaClosedForm:
+class KappaClosedForm(Immunizer):
     """θ = c·K_P^{-1/2} M^{s/2}, M = K_P^{-1/2} K_H K_P^{-1/2}: attains RIR* =
     κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)).
 

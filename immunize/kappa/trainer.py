@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,7 +26,7 @@ from lab.core.errors import Diverged
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import batch_rows, derive
 from lab.core.training import Row, train
-from lab.core.types import Budget, Checkpoint, FeatureModel, Log
+from lab.core.types import Budget, Checkpoint, FeatureModel, Immunizer, Log
 
 TINY = 1e-300
 HEAD_STEP = 0.5  # heads move by this share of their stable step 1/L, so that they cannot diverge
@@ -43,7 +43,7 @@ Layers = Annotated[
 
 
 @config
-class GradientImmunizer(ABC):
+class GradientImmunizer(Immunizer[FeatureModel, Case]):
     """Moves the weights step by step.
 
     Args:

@@ -5,7 +5,7 @@ together, the loop.
 from __future__ import annotations
 
 import logging
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,7 @@ from immunize.mima.trainer import Objective, Schedule, Section, Trainer, repeat
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError
 from lab.core.options import choice, count, flag, number, unread
-from lab.core.types import Checkpoint, Log
+from lab.core.types import Checkpoint, Immunizer, Log
 from lab.models.diffusion import DiffusionModel
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ immunizer_options = dataclass(kw_only=True, eq=False)
 
 
 @immunizer_options
-class ConceptImmunizer(ABC):
+class ConceptImmunizer(Immunizer):
     """What every concept immunizer shares.
 
     Args:

@@ -156,10 +156,10 @@ class BilevelObjective:
             )
         if g.method == "alternating":
             with torch.no_grad():
-                for name, value in self.team.same(found.merged).items():
+                for name, value in self.team.broadcast(found.merged).items():
                     theta[name].copy_(value + shift[name] if name in shift else value)
         rows = [row for _, row in sorted(self.team.gather(seen).items())]
-        return self.team.same(found.gradient), self._values(
+        return self.team.broadcast(found.gradient), self._values(
             rows, found.lower_drop, found.cosine, found.info
         )
 
@@ -281,7 +281,7 @@ class BilevelObjective:
         losses = [lambda weights, loss=loss: loss(weights, 0) for loss in lower]
         learn(self.merge, theta, adapted, losses, sparsity=self.options.merging.sparsity)
         assert isinstance(self.merge.learned, Learned)
-        self.merge.learned.parameters = self.team.same(self.merge.learned.parameters)
+        self.merge.learned.parameters = self.team.broadcast(self.merge.learned.parameters)
 
     def _rest(self, theta: Params, lower: Sequence[LowerLoss]) -> Params:
         assert self.rest is not None
@@ -294,7 +294,7 @@ class BilevelObjective:
 
             return gradient_at(first, theta, {}, names)[1]
 
-        self.team.ordered(
+        self.team.reduce_in_order(
             len(lower), one, lambda _, gradient: accumulate(total, gradient, 1 / len(lower))
         )
         return self.rest.step(theta, total)

@@ -90,7 +90,7 @@ class DeepObjective:
         own = {name: tensor.cpu() for name, tensor in own.items()}
         found: Params = {}
         for member in range(self.team.size):
-            found |= self.team.share(own, member)[0]
+            found |= self.team.broadcast(own, member)
         return found
 
     def alike(self) -> Params:
@@ -127,7 +127,7 @@ class DeepObjective:
             else:
                 accumulate(total, gradient, 1.0)
 
-        self.team.ordered(len(concepts) + 1, one, add)
+        self.team.reduce_in_order(len(concepts) + 1, one, add)
         if (
             "merged" in self.places
         ):  # never with several processes, see `immunize.mima.method.MimaDeep.shards`

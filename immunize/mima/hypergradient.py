@@ -222,7 +222,7 @@ class _Run:
                 )  # the transpose needs its names only
             return found
 
-        self.team.ordered(self.count, one, running.put)
+        self.team.reduce_in_order(self.count, one, running.put)
         pairs = [pair for _, pair in sorted(self.team.gather(losses).items())]
         self.before = [before for before, _ in pairs]
         self.drop = [1 - after / before if before else float("nan") for before, after in pairs]
@@ -245,7 +245,7 @@ class _Run:
             for x, g in part.items():
                 v[x] = v[x] + g if x in v else g
 
-        self.team.ordered(self.count, one, add)
+        self.team.reduce_in_order(self.count, one, add)
         return v, sum(value for _, value in sorted(self.team.gather(values).items()))
 
     def transposed(
@@ -266,5 +266,5 @@ class _Run:
             for x in gradient:
                 gradient[x] = gradient[x] + pulled[x]
 
-        self.team.ordered(self.count, one, add)
+        self.team.reduce_in_order(self.count, one, add)
         return gradient, self.team.gather(facts)

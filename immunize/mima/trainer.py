@@ -208,7 +208,7 @@ class Trainer:
             or not self.sound()
         ):
             self._restore(self.schedule.steps)
-        self.team.agree(self._state, "at the end")
+        self.team.assert_equal(self._state, "at the end")
         return self._copy()
 
     def _state(self) -> Params:
@@ -251,7 +251,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._record(step, {**values, "gradient_norm": norm})
         if (step + 1) % self.team.check_every == 0:
-            self.team.agree(self._state, f"after step {step}")
+            self.team.assert_equal(self._state, f"after step {step}")
 
     def _record(self, step: int, values: Mapping[str, float]) -> None:
         row = {key: float(value) for key, value in values.items()}

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import traceback
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from eval.report.pareto import Trial
 from lab.cli.callbacks import sweep_codes
 from lab.cli.search_space import KEY, Plan
 from lab.core import record as records
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.runner.batch import claimed
 from lab.runner.experiment import relative
+from lab.runner.failed_stages import describe
 from lab.runner.failures import explain
 
 log = logging.getLogger(__name__)
@@ -134,9 +135,9 @@ def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[st
         if number == 0:
             raise
         told = explain(error)
-        failure = told or f"{type(error).__name__}: {error}"
+        failure = told or str(describe(error))
         if told is None:
-            traceback.print_exc()
+            print(describe(error).traceback, file=sys.stderr)
         sweep_codes.append(2 if told else 1)
         log.warning("trial %d failed, the search goes on: %s", number, failure)
     return outcome_of(place / "record.json", number, values, plan, failure)

@@ -27,6 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lab.core.hashing import stage_key, write_atomically
 from lab.core.options import choice, names
 
 log = logging.getLogger(__name__)
@@ -50,27 +51,6 @@ class Artifact:
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     seconds: float | None = field(default=None, compare=False)
-
-
-def stage_key(**inputs: Any) -> str:
-    """SHA-256 of the canonical JSON of ``inputs``."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temp name in the same folder, fsync, rename: ``path`` holds the old or the new bytes, never a
-    part.
-    """
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temp, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:
@@ -104,19 +84,13 @@ class StageCheckpoint:
         data = self.path.read_bytes()
         digest, body = data[:64], data[64:]
         if hashlib.sha256(body).hexdigest().encode() != digest:
-            log.warning(
-                "checkpoint %s is damaged and is ignored; the stage starts again", self.path
-            )
+            log.warning("checkpoint %s is damaged and is ignored", self.path)
             return None
         size = int.from_bytes(body[:8], "little")
         values = json.loads(body[8 : 8 + size])
         spent, made_from = values.pop(_SPENT, 0.0), values.pop(_FROM, {})
         if not _agree(made_from, self._made_from):
-            log.warning(
-                "checkpoint %s did not begin at the result that there is now; the stage "
-                "begins anew",
-                self.path,
-            )
+            log.warning("checkpoint %s did not begin at the result that there is now", self.path)
             return None
         self._before = spent
         return load_tensors(body[8 + size :]), values
@@ -148,36 +122,34 @@ class StageCache:
         return self.root / stage / key[:2] / key
 
     def has(self, stage: str, key: str, parents: Sequence[Place] = ()) -> bool:
-        """True when the artefact lies there, made from these ``parents`` (its bytes are checked
-        when it is read).
+        """Return whether the artifact is there, made from these ``parents``.
+
+        Its bytes are checked when it is read.
         """
-        if stage in self.force and key not in self._fresh:
-            return False
-        meta = self._meta(stage, key)
+        meta = self._meta(stage, key) if self._may_read(stage, key) else None
         return meta is not None and _agree(meta.get("made_from", {}), self._digests(parents))
 
+    def _may_read(self, stage: str, key: str) -> bool:
+        return stage not in self.force or key in self._fresh
+
     def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
-        """What the artefact says of itself; None where there is none, or it cannot be read."""
+        """Return ``meta.json`` of an artifact; None where there is none, or it is damaged."""
         path = self.folder(stage, key) / "meta.json"
         if not path.is_file():
             return None
         try:
-            found = json.loads(path.read_text())
-            if not isinstance(found["sha256"], dict):
-                raise TypeError(f"sha256 is {found['sha256']}")
-            return found
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
+            meta = json.loads(path.read_text())
+            if meta["sha256"].keys() != set(_FILES):
+                raise ValueError("meta.json names other files")
+            return meta
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            log.warning("%s %s is damaged (%s); it is computed again", stage, key[:12], error)
             return None
 
     def _digests(self, parents: Sequence[Place]) -> dict[str, str]:
-        """One hash over the bytes of each of ``parents`` that is there."""
-        found = {}
-        for stage, key in parents:
-            meta = self._meta(stage, key)
-            if meta is not None:
-                found[f"{stage}/{key}"] = stage_key(sums=meta["sha256"])
-        return found
+        """Return one hash over the bytes of each of ``parents`` that is there."""
+        metas = {f"{stage}/{key}": self._meta(stage, key) for stage, key in parents}
+        return {name: stage_key(sums=meta["sha256"]) for name, meta in metas.items() if meta}
 
     def checkpointed(self, stage: str, key: str) -> int | None:
         """The step from which an unfinished stage will go on; None where nothing of it was kept."""
@@ -192,42 +164,20 @@ class StageCache:
         self._fresh.update(keys)
 
     def read(self, stage: str, key: str, parents: Sequence[Place] = ()) -> Artifact | None:
-        """The artefact, or None when it is absent, made from something else, truncated or altered
-        (with a warning).
-        """
-        if stage in self.force and key not in self._fresh:
-            return None
-        meta = self._meta(stage, key)
+        """Return the artifact; None when it is absent, outdated or damaged (with a warning)."""
+        meta = self._meta(stage, key) if self._may_read(stage, key) else None
         if meta is None:
             return None
-        if not _agree(meta.get("made_from", {}), self._digests(parents)):
-            log.warning(
-                "%s %s was not made from the result that there is now; it is computed again",
-                stage,
-                key[:12],
-            )
-            return None
-        folder, sums = self.folder(stage, key), meta["sha256"]
-        try:
-            files = {name: (folder / name).read_bytes() for name in _FILES}
-            wrong = [
-                name
-                for name, data in files.items()
-                if hashlib.sha256(data).hexdigest() != sums[name]
-            ]
-        except (OSError, KeyError) as error:
-            log.warning("%s %s cannot be read (%s); it is computed again", stage, key[:12], error)
-            return None
-        if wrong:
-            log.warning(
-                "%s %s: %s does not match its checksum; it is computed again",
-                stage,
-                key[:12],
-                wrong[0],
-            )
-            return None
-        values, tensors = (files[name] for name in _FILES)
-        return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
+        reason = "was not made from the result that there is now"
+        if _agree(meta.get("made_from", {}), self._digests(parents)):
+            files = {name: self.folder(stage, key) / name for name in _FILES}
+            data = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+            if {name: hashlib.sha256(d).hexdigest() for name, d in data.items()} == meta["sha256"]:
+                values, tensors = (data[name] for name in _FILES)
+                return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
+            reason = "does not match its checksums"
+        log.warning("%s %s %s; it is computed again", stage, key[:12], reason)
+        return None
 
     def get(
         self,
@@ -270,24 +220,28 @@ class StageCache:
             lock.release()
 
     def _commit(self, folder: Path, artifact: Artifact, made_from: dict[str, str]) -> None:
+        """Write an artifact: all of it in one rename."""
         temp = folder.with_name(f".{folder.name}.{os.getpid()}")
         shutil.rmtree(temp, ignore_errors=True)
         temp.mkdir()
         try:
             values = json.dumps(artifact.values, sort_keys=True).encode()
             files = dict(zip(_FILES, (values, _packed(artifact.tensors)), strict=True))
-            for name, data in files.items():
-                write_atomically(temp / name, data)
             sums = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
             meta = {"sha256": sums, "seconds": artifact.seconds, "made_from": made_from}
-            write_atomically(temp / "meta.json", json.dumps(meta).encode())
-            if folder.exists():
-                shutil.rmtree(folder)
+            for name, data in (files | {"meta.json": json.dumps(meta).encode()}).items():
+                write_atomically(temp / name, data)
+            shutil.rmtree(folder, ignore_errors=True)
             os.rename(temp, folder)
-            handle = os.open(folder.parent, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            _sync(folder.parent)
         finally:
             shutil.rmtree(temp, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Make a rename inside ``folder`` survive a power failure."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

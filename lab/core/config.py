@@ -18,7 +18,7 @@ from typing_extensions import dataclass_transform
 
 from lab.core.errors import UserError, nearest
 
-_SETTINGS = ConfigDict(
+SETTINGS = ConfigDict(
     extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, validate_default=True
 )
 
@@ -28,13 +28,13 @@ Class = TypeVar("Class", bound=type)
 @dataclass_transform(kw_only_default=True)
 def config(cls: Class) -> Class:
     """Make a method of ``cls``: keyword options, checked; two methods stay different objects."""
-    return dataclass(cls, config=_SETTINGS, kw_only=True, eq=False)  # type: ignore[return-value]
+    return dataclass(cls, config=SETTINGS, kw_only=True, eq=False)  # type: ignore[return-value]
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def options(cls: Class) -> Class:
     """Make a group of options of ``cls``: frozen, compared by value."""
-    return dataclass(cls, config=_SETTINGS, kw_only=True, frozen=True)  # type: ignore[return-value]
+    return dataclass(cls, config=SETTINGS, kw_only=True, frozen=True)  # type: ignore[return-value]
 
 
 Count = Annotated[int, Field(strict=True, ge=1)]

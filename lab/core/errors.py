@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 
 class UserError(Exception):
@@ -22,79 +22,42 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """An optimisation left the finite numbers; `step` is the last good step."""
+    """An optimisation left the finite numbers; ``step`` is the last good step."""
 
     def __init__(self, message: str, step: int) -> None:
         self.step = step
-        super().__init__(message)
+        super().__init__(message, step)  # both, so that it can be pickled
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
-class RankFailed(Exception):
-    """A process of a run failed or died.
+@dataclass(eq=False)
+class RunFailed(Exception):
+    """How a run or one of its stages failed, as plain values that processes can exchange.
 
     Attributes:
-        rank: its number, None where that is not known. type, message: of its exception. told: the
-            message for a user who can mend it. key, step, cell, traceback: of the config key, the
-            last good step, the stage and the exception, where known.
+        type, message: of the exception.
+        user_message: what to tell a user who can fix it; None for a defect.
+        key: config key of the part that failed, where known.
+        step: the last good step, where known.
+        stage: key of the stage that failed, where known.
+        rank: number of the process, in a run of several.
+        traceback: text.
     """
 
-    def __init__(
-        self,
-        rank: int | None,
-        type: str,
-        message: str,
-        told: str | None = None,
-        key: str | None = None,
-        step: int | None = None,
-        cell: str | None = None,
-        traceback: str | None = None,
-        **_: object,
-    ) -> None:
-        self.rank, self.type, self.told, self.key, self.step, self.cell = (
-            rank,
-            type,
-            told,
-            key,
-            step,
-            cell,
-        )
-        self.message, self.traceback = message, traceback
-        super().__init__(
-            message if rank is None or type == "Killed" else f"process {rank}: {type}: {message}"
-        )
+    type: str = ""
+    message: str = ""
+    user_message: str | None = None
+    key: str | None = None
+    step: int | None = None
+    stage: str | None = None
+    rank: int | None = None
+    traceback: str = ""
 
-
-_BLAMED = "_immunization_bench_part"
-
-
-@contextmanager
-def with_config_key(key: str) -> Iterator[None]:
-    """Whatever is raised within remembers the config key of the part that runs here, which may be
-    anybody's own.
-
-    The innermost one counts: an attacker that asks for a case meets a broken scenario, not a broken
-    attacker.
-    """
-    try:
-        yield
-    except Exception as error:
-        error.__dict__.setdefault(_BLAMED, key)
-        raise
-
-
-def config_key_of(error: BaseException) -> str | None:
-    """What `with_config_key` remembered."""
-    return error.__dict__.get(_BLAMED)
-
-
-def defect(error: BaseException) -> str:
-    """One line about an exception that no user can act on; the traceback stands above it."""
-    known = (
-        [error.key]
-        if isinstance(error, RankFailed)
-        else [config_key_of(error), type(error).__name__]
-    )
-    return ": ".join(filter(None, (*known, " ".join(str(error).split()))))
+    def __str__(self) -> str:
+        process = "" if self.rank is None else f"process {self.rank}: "
+        return f"{process}{self.type}: {self.message}"
 
 
 _SHOWN = 60

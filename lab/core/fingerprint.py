@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import struct
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from lab.core.cache import stage_key
 from lab.core.data import ConceptCase, Sampling
-from lab.core.types import AnyCase, Model
-from lab.models.activations import digest
+from lab.core.hashing import digest, stage_key
+from lab.core.types import AnyCase, AnyTask, FeatureModel, Model
 
 
 def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
@@ -35,8 +30,8 @@ def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
     return value
 
 
-def fingerprint(case: AnyCase, derived: bool = True) -> str:
-    """SHA-256 over everything that a case holds: pictures or rows, labels, prompts and roles.
+def fingerprint(case: AnyCase | AnyTask, derived: bool = True) -> str:
+    """Return the SHA-256 of everything that a case holds: images or rows, labels, prompts, roles.
 
     ``derived``: what follows from the rest counts too (fields that say so), as it has to for a
         cached stage.
@@ -46,61 +41,45 @@ def fingerprint(case: AnyCase, derived: bool = True) -> str:
     return stage_key(case=plain, tensors=digest(*tensors))
 
 
-def unpainted(case: AnyCase) -> AnyCase:
-    """What erasers and immunizers see: how pictures are generated is the attacks' and the metrics'
-    business, so that other sampling steps do not immunize again.
+def without_sampling(case: AnyCase) -> AnyCase:
+    """Return ``case`` as erasers and immunizers see it: with the default `Sampling`.
+
+    How images are generated is the attacks' and the metrics' business, so that other sampling steps
+    do not immunize again.
     """
     return dataclasses.replace(case, sampling=Sampling()) if isinstance(case, ConceptCase) else case
 
 
-def state_hash(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the order of the names; the same on every
-    device.
+# parts of a tokenizer; its padding changes with use
+_TOKENIZER = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+# entries of a config that tell of its file, not of what it computes
+_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def model_settings(model: Model) -> dict[str, str]:
+    """Return a hash of what a text-to-image model computes with besides its weights.
+
+    That is the noise schedule, the prediction type, scaling factors and tokenizers. Empty for a
+    feature model, which its backbone's options describe.
     """
-    total = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        head = f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode()
-        total.update(struct.pack("<Q", len(head)) + head)
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
-
-
-_TOKENIZER = (
-    "model",
-    "normalizer",
-    "pre_tokenizer",
-    "post_processor",
-    "added_tokens",
-)  # padding changes with use
-_ORIGIN = (
-    "transformers_version",
-    "torch_dtype",
-    "dtype",
-    "architectures",
-)  # of a file, not of what it computes
-
-
-def beside_weights(model: Model) -> dict[str, str]:
-    """SHA-256 of what a text-to-image model computes with besides its weights: noise schedule,
-    prediction type, scaling factors, tokenizers. Empty for other models, which their backbone's
-    options describe.
-    """
-    if getattr(model, "kind", None) != "diffusion":
+    if isinstance(model, FeatureModel):
         return {}
     encoders = [encoder.config.to_dict() for encoder in model.text_encoders]
     configs = [model.unet.config, model.vae.config, model.scheduler.config, *encoders]
-    told = [
+    plain = [
         {k: v for k, v in c.items() if not k.startswith("_") and k not in _ORIGIN} for c in configs
     ]
-    facts = {"configs": told, "tokenizers": [_tokenizer(t) for t in model.tokenizers]}
+    facts: dict[str, Any] = {
+        "configs": plain,
+        "tokenizers": [_tokenizer(t) for t in model.tokenizers],
+    }
     facts |= {"pipeline": model.pipeline_class, "zero_negative": model.zero_negative}
     return {"settings": stage_key(facts=json.dumps(facts, sort_keys=True, default=str))}
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    whole: Mapping[str, Any] = (
-        json.loads(backend.to_str()) if backend is not None else {"model": tokenizer.get_vocab()}
-    )
+    if tokenizer.is_fast:
+        whole: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
+    else:
+        whole = {"model": tokenizer.get_vocab()}
     return {"context": tokenizer.model_max_length, **{key: whole.get(key) for key in _TOKENIZER}}

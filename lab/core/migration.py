@@ -64,7 +64,7 @@ def migrate(record: Record) -> Record:
     if not str(record.get("schema", "")).startswith("1."):
         return record
     out = dict(record) | {"schema": "2.0", "config": _config(record["config"])}
-    out["cells"] = [{_KEYS.get(k, k): v for k, v in cell.items()} for cell in record["cells"]]
+    out["cells"] = [_cell(cell) for cell in record["cells"]]
     out["metrics"] = {current_name(k): _metric(v) for k, v in record["metrics"].items()}
     out["curves"] = {current_name(k): _curve(v) for k, v in record["curves"].items()}
     out["tables"] = {
@@ -73,6 +73,12 @@ def migrate(record: Record) -> Record:
     out["notes"] = [_text(note) for note in record["notes"]]
     out["skipped"] = {name: _text(reason) for name, reason in record["skipped"].items()}
     return out
+
+
+def _cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """Return a stage; the name of a metric stood under ``attack`` before."""
+    new = {_KEYS.get(k, k): v for k, v in cell.items()} | {"metric": None}
+    return new | {"metric": cell["attack"], "attack": None} if cell["stage"] == "eval" else new
 
 
 def target(path: str) -> str:

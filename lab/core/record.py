@@ -15,8 +15,8 @@ from typing import Any
 import jsonschema
 from omegaconf import DictConfig, OmegaConf
 
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.core.images import png
 from lab.core.migration import migrate
 from lab.core.statistics import SeedScore
@@ -41,6 +41,21 @@ _VOLATILE_CONFIG = (
     "export",
     "launch",
     "search",
+)
+_LASTING = (
+    "schema",
+    "status",
+    "scenario",
+    "backbone",
+    "immunizer",
+    "attacks",
+    "seeds",
+    "metrics",
+    "curves",
+    "tables",
+    "notes",
+    "error",
+    "skipped",
 )
 
 Record = dict[str, Any]
@@ -78,83 +93,74 @@ def clean(value: Any) -> Any:
     return value
 
 
-def scores_json(scores: Iterable[Scores]) -> dict[str, Any]:
-    """``metrics``, ``curves`` and ``tables`` of several metric families as one mapping each.
-
-    Raises:
-        ValueError: two families use one name, or a missing value has no reason.
-    """
-    out: dict[str, dict[str, Any]] = {"metrics": {}, "curves": {}, "tables": {}}
-    for family in scores:
-        for part in out:
-            for name, item in getattr(family, part).items():
-                if name in out[part]:
-                    raise ValueError(f"two metric families write {part}.{name}")
-                out[part][name] = clean(_plain(item) if part == "metrics" else item)
-    for name, item in out["metrics"].items():
-        if item["value"] is None and not item["note"]:
-            raise ValueError(f"metric {name} has no value and no reason")
-    return out
-
-
-def _plain(score: Score) -> dict[str, Any]:
-    return {f.name: getattr(score, f.name) for f in dataclasses.fields(Score)}
-
-
-def seed_values(scores: Iterable[Scores], seeds: Sequence[int]) -> list[dict[str, Any]]:
-    """One row per metric that has a value in every seed: ``metric`` and a column per seed; none for
-    a single seed.
-    """
-    if len(seeds) < 2:
-        return []
-    found = {
-        name: item
-        for family in scores
-        for name, item in family.metrics.items()
-        if isinstance(item, SeedScore)
-    }
-    return [
-        {"metric": name, **{str(s): v for s, v in zip(seeds, item.per_seed, strict=True)}}
-        for name, item in found.items()
-        if len(item.per_seed) == len(seeds)
-    ]
-
-
-def images_of(scores: Iterable[Scores]) -> dict[str, ImageGrid]:
-    """The pictures of several metric families as one mapping.
+def _merged(scores: Iterable[Scores], part: str) -> dict[str, Any]:
+    """Return one part of several metric families as one mapping.
 
     Raises:
         ValueError: two families use one name.
     """
-    out: dict[str, ImageGrid] = {}
+    out: dict[str, Any] = {}
     for family in scores:
-        for name, picture in family.images.items():
-            if name in out:
-                raise ValueError(f"two metric families write images.{name}")
-            out[name] = picture
+        if twice := out.keys() & getattr(family, part).keys():
+            raise ValueError(f"two metric families write {part}.{min(twice)}")
+        out |= getattr(family, part)
     return out
+
+
+def scores_json(scores: Sequence[Scores]) -> dict[str, Any]:
+    """Return ``metrics``, ``curves`` and ``tables`` of several metric families.
+
+    Raises:
+        ValueError: two families use one name, or a missing value has no reason.
+    """
+    out = {part: _merged(scores, part) for part in ("metrics", "curves", "tables")}
+    names = [field.name for field in dataclasses.fields(Score)]
+    for name, item in out["metrics"].items():
+        if item.value is None and not item.note:
+            raise ValueError(f"metric {name} has no value and no reason")
+        out["metrics"][name] = {field: getattr(item, field) for field in names}
+    return clean(out)
+
+
+def seed_values(scores: Sequence[Scores], seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Return one row per metric that has a value in every seed; none for a single seed.
+
+    A row is ``metric`` and a column per seed.
+    """
+    per_seed = {
+        name: item.per_seed
+        for name, item in _merged(scores, "metrics").items()
+        if isinstance(item, SeedScore) and len(item.per_seed) == len(seeds) > 1
+    }
+    return [
+        {"metric": name, **dict(zip(map(str, seeds), values, strict=True))}
+        for name, values in per_seed.items()
+    ]
 
 
 def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[str, str]]:
-    """Write each picture to ``folder/images/NAME.png``; returns a record's ``images``, paths
-    relative to ``folder``.
+    """Write each grid to ``folder/images/NAME.png``; return a record's ``images``.
+
+    Paths are relative to ``folder``.
 
     Raises:
-        ValueError: a name that is no snake case.
+        ValueError: a name that is not snake case.
     """
     out = {}
-    for name, picture in images.items():
+    for name, grid in images.items():
         if not re.fullmatch(r"[a-z0-9_]+", name):
             raise ValueError(f"image {name!r}: names are snake case")
-        data, path = png(picture), Path("images") / f"{name}.png"
+        data, path = png(grid), Path("images") / f"{name}.png"
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / path, data)
-        out[name] = {
-            "path": path.as_posix(),
-            "caption": picture.caption,
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+        sha = hashlib.sha256(data).hexdigest()
+        out[name] = {"path": path.as_posix(), "caption": grid.caption, "sha256": sha}
     return out
+
+
+def images_of(scores: Sequence[Scores]) -> dict[str, ImageGrid]:
+    """Return the images of several metric families as one mapping."""
+    return _merged(scores, "images")
 
 
 def _lasting(config: Any) -> dict[str, Any]:
@@ -163,30 +169,16 @@ def _lasting(config: Any) -> dict[str, Any]:
 
 
 def content_hash(record: Record) -> str:
-    """SHA-256 over what two runs of the same thing share: no times, host, memory, paths or cache
-    keys.
+    """Return the SHA-256 of what two runs of the same thing share.
+
+    No times, host, memory, paths or cache keys.
     """
-    config = _lasting(record["config"])
     cells = [
         {k: v for k, v in cell.items() if k not in ("key", "seconds", "weights")}
         for cell in record["cells"]
     ]
-    kept = (
-        "schema",
-        "status",
-        "scenario",
-        "backbone",
-        "immunizer",
-        "attacks",
-        "seeds",
-        "metrics",
-        "curves",
-        "tables",
-    )
-    body = {k: record[k] for k in (*kept, "notes", "error", "skipped")} | {
-        "config": config,
-        "cells": cells,
-    }
+    body = {name: record[name] for name in _LASTING}
+    body |= {"config": _lasting(record["config"]), "cells": cells}
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
     if "images" in record:  # absent in 1.0, whose hashes stay as they are
         body["images"] = {
@@ -227,7 +219,7 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
 
 
 class Stored(dict[str, Any]):
-    """A record that was read, with the ``folder`` that its pictures lie below."""
+    """A record that was read, with the ``folder`` that its images lie below."""
 
     def __init__(self, content: Record, folder: Path) -> None:
         super().__init__(content)
@@ -253,62 +245,52 @@ def read(path: Path) -> Stored:
 
 
 def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
-    """The records among ``paths`` that can be read, and what is wrong with the others."""
-    found: list[Stored] = []
-    broken: list[UserError] = []
+    """Return the records among ``paths`` that can be read, and what is wrong with the others."""
+    valid: list[Stored] = []
+    errors: list[UserError] = []
     for path in paths:
         try:
-            found.append(read(path))
+            valid.append(read(path))
         except UserError as error:
-            broken.append(error)
-    return found, broken
+            errors.append(error)
+    return valid, errors
 
 
-def distinct(found: Iterable[Stored]) -> list[Stored]:
-    """Of records with one content hash, a command that was repeated, the one that began last, where
-    the first stood.
-    """
+def distinct(records: Iterable[Stored]) -> list[Stored]:
+    """Return records without repetitions: of equal content hashes, the run that started last."""
     newest: dict[str, Stored] = {}
-    for record in found:
-        other = newest.get(record["content_hash"])
-        if other is None or record["provenance"]["started"] > other["provenance"]["started"]:
+    for record in records:
+        other = newest.setdefault(record["content_hash"], record)
+        if record["provenance"]["started"] > other["provenance"]["started"]:
             newest[record["content_hash"]] = record
     return list(newest.values())
 
 
 def find(places: Iterable[str], default: Path) -> list[Path]:
-    """Record files named by ``places`` (files or folders), or below ``default`` when there are
-    none.
+    """Return the record files named by ``places``, or below ``default`` when there are none.
 
     In folders these are called ``record.json``; below a folder ``records`` any name will do.
     """
-    given = [Path(p) for p in places]
-    chosen = given or [default]
-    paths: list[Path] = []
+    chosen = [Path(place) for place in places] or [default]
+    paths: dict[Path, None] = {}
     for place in chosen:
-        if place.is_dir():
-            paths.extend(
-                sorted(p for p in place.rglob("*.json") if p.name == "record.json" or _is_kept(p))
-            )
-        elif place.is_file():
-            paths.append(place)
-        elif given:
-            raise UserError(
-                "records",
-                place,
-                "does not exist: give record.json files or folders that hold them.",
-            )
-    if not paths:
-        raise UserError(
-            "records",
-            " ".join(map(str, chosen)),
-            "holds no record.json: run `python run.py` first.",
+        if not place.exists() and place != default:
+            fix = "does not exist: give record.json files or folders that hold them."
+            raise UserError("records", place, fix)
+        files = [place] if place.is_file() else sorted(place.rglob("*.json"))
+        paths |= dict.fromkeys(
+            path
+            for path in files
+            if path == place or path.name == "record.json" or _is_in_records(path)
         )
-    return list(dict.fromkeys(paths))
+    if not paths:
+        where = " ".join(map(str, chosen))
+        raise UserError("records", where, "holds no record.json: run `python run.py` first.")
+    return list(paths)
 
 
-def _is_kept(path: Path) -> bool:
-    """Whether ``path`` lies below a folder ``records`` and holds a record, in whatever state."""
+def _is_in_records(path: Path) -> bool:
+    """Return whether ``path`` lies below a folder ``records`` and holds a record."""
     if "records" not in path.parts:
         return False
     try:

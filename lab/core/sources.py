@@ -16,25 +16,21 @@ PACKAGES = ("immunize", "attacks", "eval", "lab")
 
 
 def _home(top: str) -> Path | None:
-    """The folder that holds the top-level module or package ``top``; None where it is no file."""
-    return ROOT if top in PACKAGES else _outside(top)
-
-
-@cache
-def _outside(top: str) -> Path | None:
+    """Return the folder that holds the module or package ``top``; None where it is no file."""
+    if top in PACKAGES:
+        return ROOT
     spec = importlib.util.find_spec(top)
-    if spec is None:
+    if spec is None or not (spec.submodule_search_locations or spec.has_location):
         return None
-    if spec.submodule_search_locations:
-        return Path(next(iter(spec.submodule_search_locations))).parent
-    return Path(spec.origin).parent if spec.origin and Path(spec.origin).is_file() else None
+    places = spec.submodule_search_locations or [str(spec.origin)]
+    return Path(next(iter(places))).parent
 
 
 def _file(module: str) -> Path | None:
     home = _home(module.split(".")[0])
     base = home.joinpath(*module.split(".")) if home is not None else None
-    found = [] if base is None else [base.with_suffix(".py"), base / "__init__.py"]
-    return next((path for path in found if path.is_file()), None)
+    files = [base.with_suffix(".py"), base / "__init__.py"] if base is not None else []
+    return next((path for path in files if path.is_file()), None)
 
 
 def _named(path: Path, module: str) -> Iterator[str]:

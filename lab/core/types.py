@@ -1,38 +1,28 @@
-"""The contracts that immunizers, attackers, metrics, scenarios and backbones meet.
+"""The contracts: base classes of immunizers, attackers, metrics, scenarios, backbones and erasers,
+and the data that they exchange.
 
-Nothing here computes. A noun package (`immunize`, `attacks`, `eval`) imports this module and the
-pure functions of `lab` (`condition`, `seeding`, `activations`, `errors`), never another noun.
+A method of one's own is a subclass of the base class of its kind: it sets ``name`` and ``accepts``
+and implements ``__call__``. The other methods are hooks with a default. Nothing here computes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeAlias
 
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor, nn
+from typing_extensions import Self, TypeVar
 
-from lab.core.data import Kind, ScenarioData
+from lab.core.config import SETTINGS, Count, Index
+from lab.core.data import Case, Concept, ConceptCase, Kind, ScenarioData, Task
 
 BASELINE = "none"
-
-
-@runtime_checkable
-class Scenario(Protocol):
-    """Loads real data. Same seed, same bytes.
-
-    Optional: a method ``asks_erasure() -> str | None``, the config key of what asks for something
-    to be erased before a case starts. `lab.runner.assemble.assemble` then refuses ``erase=none``,
-    unless a metric is of ``released`` weights.
-    """
-
-    name: str
-    provides: ClassVar[frozenset[Kind]]  # the backbone kinds that its inputs suit
-
-    def load(self, seed: int) -> ScenarioData:
-        """All cases of ``seed``. Raises `UserError` for data that are missing or cannot be used."""
 
 
 class FeatureModel(nn.Module):
@@ -53,9 +43,13 @@ class FeatureModel(nn.Module):
         self.feature_dim = feature_dim
         self.eval()
 
-    def train(self, mode: bool = True) -> FeatureModel:
-        """Stays in evaluation mode whatever ``mode`` is."""
+    def train(self, mode: bool = True) -> Self:
+        """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
+
+    def copy(self) -> Self:
+        """Return an independent model with equal weights."""
+        return copy.deepcopy(self)
 
     def inputs(self, x: Tensor) -> Tensor:
         """Raw inputs to what the first block takes (deep models scale and normalise images
@@ -73,48 +67,117 @@ class FeatureModel(nn.Module):
         return self.run(self.inputs(x))
 
 
-# A `FeatureModel` with its `Case`, or a `lab.models.diffusion.DiffusionModel` with its
-# `ConceptCase`: each part says in ``accepts`` which of the two it takes, and
-# `lab.runner.assemble.check_fit` holds it to that before anything runs.
-Model: TypeAlias = Any
-AnyCase: TypeAlias = Any
-AnyTask: TypeAlias = Any
+class TextToImageModel(Protocol):
+    """What the project reads of a text-to-image model, `lab.models.diffusion.DiffusionModel`."""
+
+    kind: ClassVar[Kind]
+    unet: Any
+    vae: Any
+    text_encoders: Any
+    tokenizers: list[Any]
+    scheduler: Any
+    pipeline_class: str
+    zero_negative: bool
+
+    @property
+    def image_size(self) -> int:
+        """Side of a generated image in pixels."""
+
+    def copy(self) -> Self:
+        """Return an independent model that shares the autoencoder, which never moves."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
-@runtime_checkable
-class Backbone(Protocol):
-    """Builds the original model θ_0 for a case. Called again, it returns an equal, independent
-    model.
+# `FeatureModel` goes with `Case` and `Task`, `TextToImageModel` with `ConceptCase` and `Concept`.
+# Each part says in ``accepts`` which kinds it takes; `lab.runner.assemble.check_fit` compares them.
+Model: TypeAlias = FeatureModel | TextToImageModel
+AnyCase: TypeAlias = Case | ConceptCase
+AnyTask: TypeAlias = Task | Concept
+# A part that takes one kind of model says so, e.g. ``Attacker[FeatureModel, Task]``.
+ModelT = TypeVar("ModelT", default=Any)
+CaseT = TypeVar("CaseT", default=Any)
+TaskT = TypeVar("TaskT", default=Any)
+CopyT = TypeVar("CopyT", bound=FeatureModel | TextToImageModel)
+ModelT_co = TypeVar("ModelT_co", covariant=True, default=Any)
+TaskT_contra = TypeVar("TaskT_contra", contravariant=True, default=Any)
 
-    Optional: ``tokenizers()``, a list of those that read the texts; all texts are then checked, see
-        `Attacker`.
-    """
+
+class Scenario(ABC):
+    """Loads data. The same seed gives the same bytes."""
 
     name: str
-    kind: Kind
+    provides: ClassVar[frozenset[Kind]]  # the kinds of backbone that its inputs suit
 
-    def build(self, case: AnyCase, seed: int) -> Model:
-        """θ_0. Raises `UserError` for weights that are missing or of another model."""
+    @abstractmethod
+    def load(self, seed: int) -> ScenarioData:
+        """Return all cases of ``seed``.
+
+        Raises:
+            UserError: data that are missing or cannot be used.
+        """
+
+    def asks_erasure(self) -> str | None:
+        """Return the config key of what must be erased before a case starts, if anything.
+
+        ``erase=none`` is then refused, unless a metric is of ``released`` weights.
+        """
+        return None
 
 
-@runtime_checkable
-class Eraser(Protocol):
-    """Takes ``case.erased`` out of a model before the experiment starts; returns new weights, input
-    untouched.
-    """
+class Backbone(ABC):
+    """Builds the original model θ_0 of a case; called again, an equal, independent model."""
+
+    name: str
+    kind: ClassVar[Kind]
+
+    @abstractmethod
+    def build(self, case: Any, seed: int) -> Any:
+        """Return θ_0.
+
+        Raises:
+            UserError: weights that are missing or of another model.
+        """
+
+    def tokenizers(self) -> Sequence[Any]:
+        """Return the tokenizers that read prompts; texts with their special tokens are refused."""
+        return ()
+
+
+class Method(ABC):
+    """What erasers, immunizers, attackers and metrics share."""
 
     name: str
     accepts: ClassVar[frozenset[Kind]]
 
-    def __call__(self, model: Model, case: AnyCase, *, seed: int) -> Model:
-        """A new model without ``case.erased``."""
+    def check(self, cases: tuple[Any, ...]) -> None:
+        """Check the cases of a seed before anything runs.
+
+        Raises:
+            UserError: data that this method cannot work on.
+        """
+        del cases
+
+    def texts(self) -> dict[str, str]:
+        """Return config key → text that a text-to-image model will read."""
+        return {}
+
+
+class Eraser(Method, Generic[ModelT, CaseT]):
+    """Takes ``case.erased`` out of a model before the experiment starts."""
+
+    @abstractmethod
+    def __call__(self, model: ModelT, case: CaseT, *, seed: int) -> ModelT:
+        """Return a model without ``case.erased``; ``model`` is left untouched."""
 
 
 class Checkpoint(Protocol):
     """Where a long stage keeps its state, so that a killed job continues at its last step."""
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The state saved last (tensors and JSON-able values), or None."""
+        """Return the state saved last (tensors and JSON-able values), or None."""
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Keep this state in place of the last one; ``values["step"]`` is told where a run was
@@ -130,39 +193,57 @@ class Log(Protocol):
     def __call__(self, step: int, **values: float) -> None: ...
 
 
-@runtime_checkable
-class Immunizer(Protocol):
-    """Returns new weights; ``model`` is left untouched. Only declared parameters move.
+class Immunizer(Method, Generic[ModelT, CaseT]):
+    """Changes the weights of a model so that fine-tuning on the harmful tasks is hard."""
 
-    ``checkpoint`` may be None (tests, tiny runs). Raises `lab.core.errors.Diverged` when numbers
-    leave the finite range and `lab.core.errors.UserError` for options that cannot work.
-    """
-
-    name: str
-    accepts: ClassVar[frozenset[Kind]]
-
+    @abstractmethod
     def __call__(
-        self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log
-    ) -> Model: ...
+        self, model: ModelT, case: CaseT, *, seed: int, checkpoint: Checkpoint | None, log: Log
+    ) -> ModelT:
+        """Return a model with new weights; ``model`` is left untouched.
+
+        Args:
+            checkpoint: None in tests and tiny runs.
+
+        Raises:
+            Diverged: numbers left the finite range.
+            UserError: options that cannot work.
+        """
+
+    def shards(self, case: CaseT) -> int:
+        """Return into how many parts one immunization can be split over processes."""
+        del case
+        return 1
 
 
-@dataclass(frozen=True)
+@checked(config=SETTINGS, frozen=True)
 class Budget:
-    """What an attacker may spend, equal in every model. A trajectory runs to ``horizon * multiple``
-    steps.
+    """What an attacker may spend, equal for every model.
+
+    Attributes:
+        horizon: the number of steps that a metric compares models at.
+        multiple: a trajectory runs to ``horizon * multiple`` steps.
+        points: snapshots along the trajectory, step 0 and the last step included.
+        at: the steps of the snapshots, in place of ``points``.
     """
 
-    horizon: int
-    multiple: int = 5
-    points: int = 20  # snapshots along the trajectory, step 0 and the last step included
-    at: tuple[int, ...] | None = None  # the snapshots themselves, in place of ``points``
+    horizon: Count
+    multiple: Count = 5
+    points: Annotated[int, Field(strict=True, ge=2)] = 20
+    at: tuple[Index, ...] | None = None
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if any(step > self.steps for step in self.at or ()):
+            raise ValueError(f"at: steps end at horizon × multiple = {self.steps}")
+        return self
 
     @property
     def steps(self) -> int:
         return self.horizon * self.multiple
 
     def snapshots(self) -> tuple[int, ...]:
-        """Steps at which to measure: geometric, always with 0, ``horizon`` and the last step."""
+        """Return the steps to measure at: geometric, with 0, ``horizon`` and the last step."""
         last = self.steps
         grid = {0, self.horizon, last}
         if self.at is not None:
@@ -200,29 +281,28 @@ class Trajectory:
         return self.values[name][index]
 
 
-@runtime_checkable
-class Attacker(Protocol):
-    """Fine-tunes a copy of ``model`` for ``task``. Input untouched; harmful and benign tasks alike.
+class Attacker(Method, Generic[ModelT, TaskT]):
+    """Fine-tunes a copy of a model on a task, harmful and benign tasks alike."""
 
-    Optional: a method ``check(cases: tuple[Case, ...]) -> None``. Where present it is called once
-    per seed before anything runs and raises `lab.core.errors.UserError` for data that the attacker
-    cannot work on. A method ``texts() -> dict[str, str]``: config key → text that a text-to-image
-    model will read, refused before anything runs where it holds a special token of the model's
-    tokenizer.
-    """
-
-    name: str
-    accepts: ClassVar[frozenset[Kind]]
-
+    @abstractmethod
     def __call__(
         self,
-        model: Model,
-        task: AnyTask,
+        model: ModelT,
+        task: TaskT,
         *,
         seed: int,
         budget: Budget,
         checkpoint: Checkpoint | None,
-    ) -> Trajectory: ...
+    ) -> Trajectory:
+        """Return what fine-tuning does, at ``budget.snapshots()``; ``model`` is left untouched."""
+
+    def dry_open(self, model: ModelT, task: TaskT) -> None:
+        """Prepare an attack on a text-to-image model as `__call__` would, before anything runs.
+
+        Raises:
+            UserError: options that do not fit the model.
+        """
+        del model, task
 
 
 @dataclass
@@ -247,7 +327,7 @@ class Score:
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Pictures uint8 [rows, columns, 3, s, s] with a label for every row and column."""
+    """Images uint8 [rows, columns, 3, s, s] with a label for every row and column."""
 
     images: Tensor
     rows: tuple[str, ...]
@@ -261,7 +341,7 @@ class Scores:
 
     ``curves``: name → {"step": [...], model: [...], "x": label, "y": label, "log": "x" | "y" | "xy"
         | ""};
-    ``tables``: name → list of flat rows (JSON-able); ``images``: name → a grid of pictures.
+    ``tables``: name → list of flat rows (JSON-able); ``images``: name → a grid of images.
     """
 
     metrics: dict[str, Score] = field(default_factory=dict)
@@ -270,60 +350,65 @@ class Scores:
     images: dict[str, ImageGrid] = field(default_factory=dict)
 
 
-class RunView(Protocol):
+class RunView(Protocol[ModelT_co, CaseT, TaskT_contra]):
     """Read access to everything that a run produced; loads lazily from the stage cache."""
 
     scenario: str
     immunizer: str  # the model under test; equals BASELINE when only the baseline model was run
     model_names: tuple[str, ...]  # (BASELINE,) or (BASELINE, immunizer)
     attacks: tuple[str, ...]
-    seeds: tuple[int, ...]
     budget: Budget
 
-    def cases(self, seed: int) -> tuple[AnyCase, ...]:
-        """Cases of ``seed`` whose immunization did not diverge."""
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds with at least one case whose immunization did not diverge."""
 
-    def model(self, model_name: str, case: AnyCase, seed: int) -> Model:
-        """θ_I for the immunizer's model, θ_0 for the baseline model."""
+    def cases(self, seed: int) -> tuple[CaseT, ...]:
+        """Return the cases of ``seed`` whose immunization did not diverge."""
 
-    def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
-        """What the immunizer logged: ``step`` and one equally long list per quantity."""
+    def model(self, model_name: str, case: CaseT, seed: int) -> ModelT_co:
+        """Return θ_I for the immunizer's model, θ_0 for the baseline model."""
+
+    def history(self, case: CaseT, seed: int) -> dict[str, list[float]]:
+        """Return what the immunizer logged: ``step`` and one equally long list per quantity."""
 
     def trajectory(
-        self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
+        self, model_name: str, attack: str, case: CaseT, task: TaskT_contra, seed: int
     ) -> Trajectory:
-        """What ``attack`` did to the model of ``model_name`` on ``task``, at the snapshots of the
-        budget.
-        """
+        """Return what ``attack`` did to a model on ``task``, at the snapshots of the budget."""
 
     def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors of a metric that other runs share, from the stage cache: ``key`` names all that
-        determines them.
+        """Return tensors of a metric that other runs share, from the stage cache.
+
+        ``key`` names all that determines them.
         """
 
 
-@runtime_checkable
-class RunMetric(Protocol):
-    """A family of figures over a run. ``needs_models`` = 2 compares with the baseline model.
+class RunMetric(Method):
+    """A family of metrics over a run.
 
-    Optional: the methods ``check`` and ``texts``, as in `Attacker`; ``released = True`` where the
-    backbone is what somebody released, so that nothing is erased any more.
+    Attributes:
+        needs_models: 2 compares with the baseline model.
+        needs_attack: reads trajectories.
+        released: the backbone is what somebody released, so that nothing is erased any more.
     """
 
-    name: str
-    accepts: ClassVar[frozenset[Kind]]
-    needs_models: ClassVar[int]
-    needs_attack: ClassVar[bool]
+    needs_models: ClassVar[int] = 1
+    needs_attack: ClassVar[bool] = False
+    released: ClassVar[bool] = False
 
+    @abstractmethod
     def __call__(self, run: RunView) -> Scores:
-        """The family's figures, curves and tables."""
+        """Return the metrics, curves, tables and images of the family."""
 
 
-def clone(model: Model) -> Model:
-    """An independent model with equal weights; a diffusion model shares its autoencoder, which
-    never moves.
+def clone(model: CopyT) -> CopyT:
+    """Return an independent model with equal weights.
+
+    A text-to-image model shares its autoencoder, which never moves.
     """
-    return model.copy() if hasattr(model, "copy") else copy.deepcopy(model)
+    copied: Any = model.copy()
+    return copied
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import nn
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError
 from lab.core.options import choice, count
+from lab.core.types import Backbone
 from lab.models import diffusion_files as files
 from lab.models.devices import pick
 from lab.models.diffusion import DiffusionModel
@@ -22,7 +23,7 @@ from lab.models.diffusion_files import KEY, PARTS
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class DiffusionBackbone:
+class DiffusionBackbone(Backbone):
     """A text-to-image model θ_0 from safetensors weights in diffusers layout; epsilon or
     v-prediction.
 

@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lab.core.data import Erasure, Kind
+from lab.core.data import ConceptCase, Erasure, Kind
 from lab.core.errors import UserError, nearest
 from lab.core.options import count, number
 from lab.core.prompts import check_prompts, text
-from lab.core.types import AnyCase, Model
+from lab.core.types import AnyCase, Eraser, Model
 from lab.models.diffusion import DiffusionModel
 
 KEY = "scenario"  # what is erased comes with its cases
 _log = logging.getLogger(__name__)
 
 
-class NoErasure:
+class NoErasure(Eraser):
     """``erase=none``: the model stays as the backbone built it."""
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})
@@ -34,7 +34,7 @@ class NoErasure:
         return model
 
 
-class Uce:
+class Uce(Eraser):
     """``erase=uce``: the closed-form edit of every cross-attention key and value matrix (arXiv
     2308.14761 eq. 7).
 
@@ -78,7 +78,7 @@ class Uce:
         return {} if self.anchor is None else {"erase.anchor": self.anchor}
 
     @torch.no_grad()
-    def __call__(self, model: DiffusionModel, case: AnyCase, *, seed: int) -> DiffusionModel:
+    def __call__(self, model: DiffusionModel, case: ConceptCase, *, seed: int) -> DiffusionModel:
         """An independent copy of ``model`` without ``case.erased``.
 
         Raises:

@@ -11,7 +11,7 @@ from lab.core.data import Case, Kind
 from lab.core.errors import UserError
 from lab.core.options import choice
 from lab.core.seeding import generator
-from lab.core.types import FeatureModel
+from lab.core.types import Backbone, FeatureModel
 
 INITS = ("identity", "random")
 
@@ -46,7 +46,7 @@ class LinearExtractor(FeatureModel):
         return next(self.blocks[0].parameters())
 
 
-class LinearBackbone:
+class LinearBackbone(Backbone):
     """Builds θ_0 as wide as the case's inputs.
 
     Args:

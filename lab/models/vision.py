@@ -13,12 +13,12 @@ from lab.core.data import Case, Kind
 from lab.core.errors import UserError, nearest
 from lab.core.options import count, local
 from lab.core.seeding import derive
-from lab.core.types import FeatureModel
+from lab.core.types import Backbone, FeatureModel
 from lab.models import weights as loading
 from lab.models.chains import VisionModel, chain
 
 
-class VisionBackbone:
+class VisionBackbone(Backbone):
     """A deep feature extractor θ_0: a timm network without its classifier, as a chain of named
     blocks.
 

@@ -31,7 +31,7 @@ from lab.core import record as records
 from lab.core.cache import StageCache, write_atomically
 from lab.core.data import Concept
 from lab.core.errors import UserError, nearest
-from lab.core.fingerprint import state_hash
+from lab.core.hashing import state_hash
 from lab.core.progress import progress
 from lab.core.record import Record
 from lab.core.slugs import slug

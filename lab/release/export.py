@@ -33,7 +33,7 @@ from attacks.diffusion.export import export as write_attack_weights
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError, nearest
-from lab.core.fingerprint import state_hash
+from lab.core.hashing import state_hash
 from lab.core.provenance import versions
 from lab.core.record import Record, Stored
 from lab.core.sources import PACKAGES

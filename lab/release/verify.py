@@ -18,7 +18,8 @@ from torch import Tensor
 from eval.report.outcomes import outcome
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.core.fingerprint import beside_weights, state_hash
+from lab.core.fingerprint import model_settings
+from lab.core.hashing import state_hash
 from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
@@ -239,7 +240,7 @@ class _Export:
         for name, part in self.model.named_children():
             if not same_weights(part, getattr(original, name)):
                 raise ValueError(f"{name} differs from the original's")
-        if beside_weights(self.model) != beside_weights(original):
+        if model_settings(self.model) != model_settings(original):
             raise ValueError("tokenizers, scheduler or configs differ from the original's")
         parts = f"{len(changed)} of {len(self.tensors)} tensors"
         return f"original + {parts} = unet, bit for bit; all other parts are the original's"

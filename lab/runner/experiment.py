@@ -1,43 +1,61 @@
-"""One run: immunize, attack, evaluate, record, report."""
+"""One run: immunize, attack, evaluate, record, report (docs/how_a_run_works.md)."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lab.core import record as records
-from lab.core.cache import StageCache
-from lab.core.errors import RankFailed, UserError, config_key_of
-from lab.core.fingerprint import state_hash
-from lab.core.progress import progress
-from lab.core.types import BASELINE, Scores
+from lab.core.cache import Artifact, StageCache
+from lab.core.errors import RunFailed, UserError
+from lab.core.hashing import state_hash
+from lab.core.provenance import provenance
+from lab.core.types import Scores
 from lab.runner.assemble import assemble, check_cases, check_groups
-from lab.runner.dry_run import plan
-from lab.runner.losses import FailedStages, affects_all_stages, facts, is_recoverable
+from lab.runner.executors import Executor, SerialExecutor
+from lab.runner.failed_stages import FailedStages, describe, is_recoverable
 from lab.runner.pipeline import Cell, Pipeline
-from lab.runner.run_record import record_of
-from lab.runner.spread import SerialExecutor
 from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
 
 
-class Run:
-    """The state of one run, from which a record can be made at any moment, after a failure too."""
+@dataclass(frozen=True)
+class StageResult:
+    """What all processes learn about a stage that one of them computed or read.
 
-    def __init__(self, cfg: DictConfig, folder: Path, ranks: SerialExecutor | None = None) -> None:
+    Attributes:
+        hit: the cache had it.
+        weights: hash of what an immunizer changed.
+        error: of an immunization that diverged.
+        cut_at: step at which an immunizer went back to its last good weights.
+    """
+
+    status: Literal["ok", "diverged", "failed", "pending"]
+    hit: bool = False
+    seconds: float | None = None
+    weights: str | None = None
+    error: dict[str, Any] | None = None
+    cut_at: float | None = None
+    failure: RunFailed | None = None
+
+
+class Run:
+    """The state of a run, from which a record can be made at any moment, after a failure too."""
+
+    def __init__(self, cfg: DictConfig, folder: Path, executor: Executor | None = None) -> None:
         check_groups(cfg)
-        self.cfg, self.folder, self.ranks = cfg, folder, ranks or SerialExecutor()
-        self.computed: set[str] = (
-            set()
-        )  # keys of stages that this run's other processes may have computed
-        self.waiting: list[Cell] = []
+        self.cfg, self.folder = cfg, folder
+        self.executor: Executor = executor or SerialExecutor()
+        self.prepared: Pipeline | None = None  # by `prepare`
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
@@ -45,227 +63,189 @@ class Run:
         self.hits = self.misses = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
-        self.losses = FailedStages()
-        self.made: Pipeline | None = None  # by `prepare`
+        self.failed = FailedStages()
+        self.waiting: Sequence[Cell] = ()  # the stages in progress, here or in other processes
+        self.current: Cell | None = None  # what this process computes
+        self.results: dict[str, StageResult] = {}  # of this process, by key
+        self.failed_parts: set[str] = set()  # config keys of what failed in this process
 
     @property
     def pipeline(self) -> Pipeline:
-        if self.made is None:
+        if self.prepared is None:
             raise RuntimeError("prepare() comes first")
-        return self.made
+        return self.prepared
 
     # ---- execution
 
     def prepare(self, trackers: Trackers | None = None) -> Pipeline:
+        """Build all parts and load the data; nothing is computed yet."""
         cfg = self.cfg
         if cfg.threads is not None:
             if not isinstance(cfg.threads, int) or cfg.threads < 1:
                 raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
             torch.set_num_threads(cfg.threads)
-        torch.set_deterministic_debug_mode(
-            "warn"
-        )  # `use_deterministic_algorithms` imports the whole compiler, seconds
+        # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
+        torch.set_deterministic_debug_mode("warn")
         parts = assemble(cfg)
         store = StageCache(cfg.paths.cache, force=cfg.force)
-        self.made = Pipeline(parts, store, trackers.log if trackers else None)
+        self.prepared = Pipeline(parts, store, trackers.log if trackers else None)
         for seed in parts.seeds:
-            check_cases(parts, self.made.data(seed).cases)
-        return self.made
+            check_cases(parts, self.pipeline.data(seed).cases)
+        return self.pipeline
 
     def execute(self) -> None:
-        pipeline = self.pipeline
-        self._stages(list(pipeline.immunize_cells()), "immunize")
-        diverged = self.ranks.same([[*place, error] for place, error in pipeline.diverged.items()])
-        pipeline.diverged = {(case, seed): error for case, seed, error in diverged}
-        if not pipeline.seeds:
-            # every case diverged: nothing is left to attack or to evaluate, and the record says so
-            return
-        self._stages(list(pipeline.attack_cells()), "attack")
-        self._leave_out()
-        names = self.applicable()
-        self._spread([pipeline.eval_cell(name) for name in names], "eval")
-        for name in names if self.ranks.main else []:
-            cell = pipeline.eval_cell(name)
-            if self._do(cell):
-                self._take(cell, pipeline.scores(name))
-        first = self.losses.first
-        told = self.ranks.same(None if first is None else facts(first))
-        if told is not None:
-            raise first or RankFailed(**told)
+        """Compute all stages that the cache lacks.
 
-    def _leave_out(self) -> None:
-        """Go on without the attacks that failed."""
-        lost = self.ranks.same(self.losses.attacks)
-        for name, told in lost.items():
-            self.pipeline.notes[f"attack {name} failed and is left out: {told}"] = None
-        self.pipeline.attacks = tuple(name for name in self.pipeline.attacks if name not in lost)
-
-    def _stages(self, cells: list[Cell], label: str) -> None:
-        self._spread(cells, label)
-        for cell in progress(cells, label) if self.ranks.main else []:
-            self._do(cell)
-
-    def _spread(self, cells: list[Cell], label: str) -> None:
-        """Let all processes compute what is missing, so that the main one finds it in the cache."""
-        self.waiting = cells
-        self.computed |= self.ranks.compute(self.pipeline.store, cells, self._parts, label)
-        self.waiting = []
-
-    def _parts(self, cell: Cell) -> int:
-        """Into how many parts a stage can be split; the baseline model's immunization costs
-        nothing.
+        Raises:
+            RunFailed: at the end, on the main process, if an attack or a metric failed.
         """
-        if cell.stage != "immunize":
-            return 1
-        if cell.label["model"] == BASELINE:
-            return 0
-        hook = getattr(self.pipeline.parts.model_names[cell.label["model"]].obj, "shards", None)
-        cases = self.pipeline.data(cell.label["seed"]).cases
-        return (
-            1
-            if hook is None
-            else int(hook(next(case for case in cases if case.name == cell.label["case"])))
-        )
+        pipeline = self.pipeline
+        self._compute_stages(list(pipeline.immunize_cells()), "immunize")
+        if pipeline.seeds:  # else every case diverged, which the record says
+            self._compute_stages(list(pipeline.attack_cells()), "attack")
+            self._leave_out_failed_attacks()
+            cells = [pipeline.eval_cell(name) for name in self.applicable_metrics()]
+            self._compute_stages(cells, "eval")
+            for cell in cells:
+                if cell.metric not in self.failed.metrics and self.executor.is_main:
+                    self._collect_scores(cell)
+        if self.failed.first is not None and self.executor.is_main:
+            raise self.failed.first
 
-    def applicable(self) -> list[str]:
-        """Metric families that this run can compute; the others are noted in ``skipped``."""
-        chosen = []
+    def applicable_metrics(self) -> list[str]:
+        """Return the metrics that this run can compute; the others are noted in ``skipped``."""
+        names = []
         for name, part in self.pipeline.parts.metrics.items():
             if part.obj.needs_models > len(self.pipeline.model_names):
                 self.skipped[name] = (
                     "compares with the baseline model, and immunize=none is the baseline model"
                 )
             elif part.obj.needs_attack and not self.pipeline.attacks:
-                asked = self.losses.attacks
-                self.skipped[name] = (
-                    f"needs an attack, and {'none is left' if asked else 'attacks=none'}"
-                )
+                reason = "none is left" if self.failed.attacks else "attacks=none"
+                self.skipped[name] = f"needs an attack, and {reason}"
             else:
-                chosen.append(name)
-        return chosen
+                names.append(name)
+        return names
 
-    def _do(self, cell: Cell) -> bool:
-        """Compute or read a stage; whether it is there."""
-        labels = _labels(cell)
-        entry = {"stage": cell.stage, "key": cell.key, "status": "failed", **labels}
-        self.cells.append(entry)
-        if self.losses.has(cell):
-            entry["status"] = "pending"
-            return False
-        if cell.key in self.ranks.failed:
-            self.losses.add(cell, RankFailed(**self.ranks.failed[cell.key]))
-            return False
+    def _compute_stages(self, cells: list[Cell], label: str) -> None:
+        """Let the executor compute ``cells``, and note the results."""
+        self.waiting, self.results = cells, {}
+        results = self.executor.map(self.run_stage, cells, self.pipeline.shards, label)
+        self.waiting = ()
+        self.pipeline.store.trust(
+            cell.key for cell, result in zip(cells, results, strict=True) if not result.hit
+        )
+        for cell, result in zip(cells, results, strict=True):
+            self._note(cell, result)
+
+    def run_stage(self, cell: Cell) -> StageResult:
+        """Compute or read one stage in this process."""
+        if cell.part in self.failed_parts:  # in another stage of the same attack
+            return StageResult("pending")
         log.info("stage %s", cell.title)
+        self.current = cell
         try:
-            artifact, hit = self.pipeline.store.get(*cell.place, cell.compute, cell.parents)
-        except KeyboardInterrupt:
-            entry["status"] = "pending"
-            raise
+            artifact, hit = self.pipeline.compute(cell)
         except Exception as error:
             if not is_recoverable(cell, error):
                 raise
-            self.losses.add(cell, error)
-            return False
-        hit = hit and cell.key not in self.computed
-        log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
-        self.hits, self.misses = self.hits + hit, self.misses + (not hit)
-        entry |= {"status": "ok", "seconds": artifact.seconds}
-        if cell.stage == "immunize" and artifact.values["error"] is not None:
-            entry["status"] = "diverged"
-            self._diverged(labels, artifact.values["error"])
-        elif cell.stage == "immunize":
-            entry["weights"] = state_hash(artifact.tensors)
-            self._cut_short(labels, artifact.values["history"])
-        elif cell.stage == "attack" and artifact.values["status"] == "diverged":
-            entry["status"] = "diverged"
-        return True
+            failure = describe(error, self.pipeline.part, self.executor.rank, cell.key)
+            log.warning("%s failed, the others go on: %s", cell.title, failure)
+            log.info("%s", failure.traceback)
+            self.pipeline.part = None
+            self.failed_parts.add(cell.part)
+            result = StageResult("failed", failure=failure)
+        else:
+            result = _result(cell, artifact, hit)
+            log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
+        self.current = None
+        self.results[cell.key] = result
+        return result
 
-    def _take(self, cell: Cell, scores: Scores) -> None:
-        """Keep the figures of a metric family; one that would write over another's is lost."""
+    def _note(self, cell: Cell, result: StageResult) -> None:
+        """Note what became of a stage, the same on every process."""
+        status = "pending" if cell.attack in self.failed.attacks else result.status
+        entry: dict[str, Any] = {
+            "stage": cell.stage,
+            "key": cell.key,
+            "status": status,
+            **cell.labels,
+        }
+        self.cells.append(entry)
+        if status == "failed" and result.failure is not None:
+            self.failed.add(cell, result.failure)
+        if status not in ("ok", "diverged"):
+            return
+        self.hits, self.misses = self.hits + result.hit, self.misses + (not result.hit)
+        entry["seconds"] = result.seconds
+        if result.weights is not None:
+            entry["weights"] = result.weights
+        where = f"{cell.model} on case {cell.case}, seed {cell.seed}"
+        if result.error is not None:
+            step, message = result.error["last_good_step"], result.error["message"]
+            log.warning("%s diverged after step %s: %s", where, step, message)
+            self.pipeline.diverged[str(cell.case), int(cell.seed or 0)] = result.error
+            self.status = "diverged"
+            self.error = self.error or _error("Diverged", f"{where}: {message}", "immunize", step)
+        if result.cut_at is not None:
+            note = (
+                f"{where} left the finite numbers at step {result.cut_at:g}; its last good "
+                "weights were attacked."
+            )
+            log.warning(note)
+            self.pipeline.notes[note] = None
+
+    def _leave_out_failed_attacks(self) -> None:
+        for name, reason in self.failed.attacks.items():
+            self.pipeline.notes[f"attack {name} failed and is left out: {reason}"] = None
+        kept = [name for name in self.pipeline.attacks if name not in self.failed.attacks]
+        self.pipeline.attacks = tuple(kept)
+
+    def _collect_scores(self, cell: Cell) -> None:
+        """Keep the scores of a metric; one that would write over another's has failed."""
+        scores = self.pipeline.scores(str(cell.metric))
         for part in ("metrics", "curves", "tables", "images"):
-            taken = {name for other in self.scores for name in getattr(other, part)} & {
-                *getattr(scores, part)
-            }
-            if taken:
-                told = (
-                    f"{cell.label['attack']} writes {part}.{min(taken)}, which another "
-                    "family does, too"
+            known = {name for other in self.scores for name in getattr(other, part)}
+            if twice := known & getattr(scores, part).keys():
+                reason = (
+                    f"eval.{cell.metric} writes {part}.{min(twice)}, which another family does, "
+                    "too; give it another name"
                 )
-                self.losses.add(cell, ValueError(f"eval.{told}; give it another name"))
-                self.cells[-1]["status"] = "failed"
+                self.failed.add(cell, describe(ValueError(reason), cell.part))
+                next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
                 return
         self.scores.append(scores)
 
-    def _diverged(self, labels: dict[str, Any], error: dict[str, Any]) -> None:
-        self.pipeline.diverged[labels["case"], labels["seed"]] = error
-        self.status = "diverged"
-        where = f"{labels['model']} on case {labels['case']}, seed {labels['seed']}"
-        log.warning(
-            "%s diverged after step %s: %s", where, error["last_good_step"], error["message"]
-        )
-        if self.error is None:
-            self.error = {
-                "type": "Diverged",
-                "message": f"{where}: {error['message']}",
-                "key": "immunize",
-                "last_good_step": error["last_good_step"],
-            }
-
-    def _cut_short(self, labels: dict[str, Any], history: dict[str, list[float]]) -> None:
-        """Tell of an immunizer that went back to its last good weights: it logs ``diverged`` =
-        1.
-        """
-        ends = [
-            step
-            for step, ended in zip(history["step"], history.get("diverged", []), strict=False)
-            if ended == 1
-        ]
-        if ends:
-            where = f"{labels['model']} on case {labels['case']}, seed {labels['seed']}"
-            told = (
-                f"{where} left the finite numbers at step {ends[0]:g}; its last good "
-                "weights were attacked."
-            )
-            log.warning(told)
-            self.pipeline.notes[told] = None
-
     # ---- end
 
-    def fail(self, error: BaseException) -> None:
-        """Remember why the run ended; called once, from the outermost handler."""
-        self.status = "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
-        message = (
-            "interrupted; the same command continues where it stopped"
-            if self.status == "preempted"
-            else str(error)
-        )
-        if isinstance(error, RankFailed) and error is self.losses.first:
-            message = error.message  # as from one process
-        key = None if affects_all_stages(error) else config_key_of(error)
-        if isinstance(error, UserError | RankFailed):
-            key = error.key
-        step = getattr(error, "step", None)
-        if self.status == "preempted" and self.cells and self.cells[-1]["status"] == "pending":
-            step = self.pipeline.store.checkpointed(self.cells[-1]["stage"], self.cells[-1]["key"])
-        kind = error.type if isinstance(error, RankFailed) else type(error).__name__
-        self.error = {"type": kind, "message": message, "key": key, "last_good_step": step}
-        failed = (
-            error.cell if isinstance(error, RankFailed) else getattr(self.ranks.now, "key", None)
-        )
-        for cell in self.waiting:  # the processes were at these
-            status = "ok" if self.pipeline.store.has(*cell.place, cell.parents) else "pending"
-            if cell.key == failed:
-                status = "pending" if self.status == "preempted" else "failed"
-            self.cells.append(
-                {"stage": cell.stage, "key": cell.key, "status": status, **_labels(cell)}
-            )
+    def fail(self, error: BaseException) -> RunFailed:
+        """Note why the run ended, and what is known of the stages in progress."""
+        part = self.prepared.part if self.prepared else None
+        stage = self.current.key if self.current else None
+        failure = describe(error, part, self.executor.rank, stage)
+        preempted = isinstance(error, KeyboardInterrupt)
+        for cell in self.waiting:
+            result = self.results.get(cell.key)
+            if result is None and self.pipeline.store.has(*cell.place, cell.parents):
+                result = StageResult("ok")  # by another process
+            if result is None and cell.key == failure.stage and not preempted:
+                result = StageResult("failed")
+            self._note(cell, result or StageResult("pending"))
+        self.status, step, message = "failed", failure.step, failure.message
+        if preempted:
+            self.status = "preempted"
+            message = "interrupted; the same command continues where it stopped"
+            if self.current:
+                step = self.pipeline.store.checkpointed(*self.current.place)
+        self.error = _error(failure.type, message, failure.key, step)
+        return failure
 
     def finish(self, trackers: Trackers | None) -> Path:
-        """Write the record, render the report, hand both to the trackers, print the summary."""
-        from eval.report.html import render  # here: plots and tests take seconds to import
+        """Write the record and the report, hand both to the trackers, print the summary."""
+        from eval.report.html import render  # plots and tests take seconds to import
         from eval.report.summary import summary
 
-        body = record_of(self)
+        body = self.record()
         body["images"] = records.write_images(self.folder, records.images_of(self.scores))
         path = self.folder / "record.json"
         records.write(body, path)
@@ -277,49 +257,120 @@ class Run:
         print(f"record: {relative(path)}", flush=True)
         return path
 
+    def record(self) -> records.Record:
+        """Return the record of what is known now."""
+        cfg, pipeline = self.cfg, self.prepared
+        seeds = list(pipeline.parts.seeds) if pipeline else _seeds(cfg)
+        facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
+        facts |= {"cache_hits": self.hits, "cache_misses": self.misses}
+        facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
+        facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
+        results = records.scores_json(self.scores)
+        if rows := records.seed_values(self.scores, seeds):
+            results["tables"]["seed_values"] = rows
+        self.failed.clear_verdicts(results)
+        return {
+            "schema": records.SCHEMA_VERSION,
+            "name": f"{cfg.name}/{cfg.immunize.name}",
+            "status": self.status,
+            "scenario": str(cfg.scenario.name),
+            "backbone": str(cfg.backbone.name),
+            "immunizer": str(cfg.immunize.name),
+            "attacks": list(cfg.attacks),
+            "seeds": seeds,
+            "config": records.clean(OmegaConf.to_container(cfg, resolve=True)),
+            "notes": list(pipeline.notes) if pipeline else [],
+            "cells": self.cells,
+            "error": self.error,
+            "skipped": self.skipped | self.failed.metrics,
+            "provenance": facts,
+            **results,
+        }
 
-def _labels(cell: Cell) -> dict[str, Any]:
-    return {"model": None, "case": None, "seed": None, "attack": None, "task": None} | cell.label
+
+def _result(cell: Cell, artifact: Artifact, hit: bool) -> StageResult:
+    """Return what all processes learn of an artifact."""
+    values, seconds = artifact.values, artifact.seconds
+    if cell.stage == "attack":
+        return StageResult(values["status"], hit, seconds)
+    if cell.stage == "eval":
+        return StageResult("ok", hit, seconds)
+    if values["error"] is not None:
+        return StageResult("diverged", hit, seconds, error=values["error"])
+    steps, ended = values["history"]["step"], values["history"].get("diverged", [])
+    cut_at = next((step for step, end in zip(steps, ended, strict=False) if end == 1), None)
+    return StageResult("ok", hit, seconds, state_hash(artifact.tensors), cut_at=cut_at)
+
+
+def _error(type: str, message: str, key: str | None, step: int | None) -> dict[str, Any]:
+    return {"type": type, "message": message, "key": key, "last_good_step": step}
+
+
+def _seeds(cfg: DictConfig) -> list[int]:
+    """Return the seeds of a run that could not be built."""
+    values = cfg.seeds if isinstance(cfg.seeds, ListConfig) else [cfg.seeds]
+    return [seed for seed in values if isinstance(seed, int) and not isinstance(seed, bool)]
 
 
 def relative(path: Path) -> Path:
-    """``path`` as seen from the working directory where that is possible."""
-    here = Path.cwd()
+    """Return ``path`` as seen from the working directory where that is possible."""
     path = path.resolve()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
-def run_once(cfg: DictConfig, folder: Path, ranks: SerialExecutor | None = None) -> Path | None:
-    """Run what ``cfg`` selects, into ``folder``. Returns the record's path (None for ``dry_run``).
+def print_plan(run: Run) -> None:
+    """Print the stages of a run with hits and misses (``dry_run=true``); compute nothing."""
+    pipeline = run.prepare()
+    cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
+    cells += [pipeline.eval_cell(name) for name in run.applicable_metrics()]
+    name = f"{run.cfg.name}/{run.cfg.immunize.name}"
+    print(f"plan of {name}: models {', '.join(pipeline.model_names)}")
+    hits = 0
+    for cell in cells:
+        hit = pipeline.store.has(*cell.place, cell.parents)
+        hits += hit
+        print(f"  {'hit ' if hit else 'miss'}  {cell.key[:12]}  {cell.title}")
+    print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")
 
-    Where ``ranks`` are several processes, all of them call this; the main one alone records and
-    speaks.
 
-    A failure is a record too: it is written, then the exception goes on to the caller.
+def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) -> Path | None:
+    """Run what ``cfg`` selects into ``folder``; return the path of the record.
+
+    Several processes all call this; the main one alone records and prints, and the others return
+    None, as ``dry_run`` does. After a failure the record is written, then it is raised.
+
+    Raises:
+        UserError, KeyboardInterrupt: as they come.
+        RunFailed: any other exception.
     """
-    run = Run(cfg, folder, ranks)
+    run = Run(cfg, folder, executor)
     if cfg.dry_run:
-        plan(run)
+        print_plan(run)
         return None
-    if not run.ranks.main:
-        run.prepare()
-        run.execute()
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
+    is_main = run.executor.is_main
     trackers = None
     try:
-        # of an earlier run in this folder: should this one be killed, nothing may be read as its
-        # result
-        for name in ("record.json", "report.html"):
-            (folder / name).unlink(missing_ok=True)
-        trackers = Trackers(cfg, folder)
+        if is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("record.json", "report.html"):  # of an earlier run in this folder
+                (folder / name).unlink(missing_ok=True)
+            trackers = Trackers(cfg, folder)
         run.prepare(trackers)
         run.execute()
     except (Exception, KeyboardInterrupt) as error:
-        run.fail(run.ranks.cause(error))
-        try:
-            run.finish(trackers)
-        except OSError as unwritable:
-            print(f"no record could be written to {folder}: {unwritable}", file=sys.stderr)
-        raise
-    return run.finish(trackers)
+        cause = run.executor.cause(error)
+        failure = run.fail(cause)
+        if is_main:
+            write_failed_record(run, trackers)
+        if isinstance(cause, UserError | KeyboardInterrupt):
+            raise cause from None
+        raise failure from (error if error is not failure else None)
+    return run.finish(trackers) if is_main else None
+
+
+def write_failed_record(run: Run, trackers: Trackers | None = None) -> None:
+    """Write the record of a run that failed, where the disk allows it."""
+    try:
+        run.finish(trackers)
+    except OSError as error:
+        print(f"no record could be written to {run.folder}: {error}", file=sys.stderr)

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from lab.core.errors import RankFailed, UserError, nearest
+from lab.core.errors import RunFailed, UserError, nearest
 from lab.core.sources import PACKAGES, ROOT
 
 _EXTRAS = {  # module → extra of this project that brings it
@@ -65,8 +65,8 @@ def explain(error: BaseException, arguments: Sequence[str] = ()) -> str | None:
     """
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, RankFailed):
-        return error.told
+    if isinstance(error, RunFailed):
+        return error.user_message
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         known = _choices(group, arguments or sys.argv[1:])

@@ -1,28 +1,30 @@
-"""The stages of one run: what determines each, how it is computed, and read access for the
-metrics.
-"""
+"""The stages of one run: what determines each, how it is computed, and how metrics read them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from lab.core.cache import Artifact, Place, StageCache, StageCheckpoint, stage_key
+from lab.core.cache import Artifact, Place, StageCache
 from lab.core.data import ConceptCase, ScenarioData
-from lab.core.errors import Diverged, UserError, with_config_key
-from lab.core.fingerprint import beside_weights, fingerprint, unpainted
+from lab.core.errors import Diverged, UserError
+from lab.core.fingerprint import fingerprint, model_settings, without_sampling
+from lab.core.hashing import digest, stage_key
 from lab.core.provenance import computing
 from lab.core.statistics import SeedScore
 from lab.core.types import (
     BASELINE,
     AnyCase,
     AnyTask,
+    Checkpoint,
+    FeatureModel,
     ImageGrid,
     Model,
     Score,
@@ -30,7 +32,6 @@ from lab.core.types import (
     Trajectory,
     clone,
 )
-from lab.models.activations import digest
 from lab.runner.assemble import Parts
 from lab.runner.returned import check_immunized, check_scores, check_trajectory
 
@@ -39,36 +40,54 @@ LogHook = Callable[[str, int, dict[str, float]], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """One stage of a run."""
+    """One stage of a run.
 
-    stage: str
+    Attributes:
+        key: hash of everything that determines its result.
+        parents: the artifacts that it is computed from.
+        model, case, seed, attack, task, metric: what it is about; None where that has no meaning.
+    """
+
+    stage: Literal["immunize", "attack", "eval"]
     key: str
-    label: dict[str, Any]
-    compute: Callable[[StageCheckpoint], Artifact]
-    parents: tuple[Place, ...] = ()  # the artefacts that it is computed from
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "compute", with_config_key(self.part)(self.compute))
+    compute: Callable[[Checkpoint], Artifact]
+    parents: tuple[Place, ...] = ()
+    model: str | None = None
+    case: str | None = None
+    seed: int | None = None
+    attack: str | None = None
+    task: str | None = None
+    metric: str | None = None
 
     @property
     def place(self) -> Place:
         return self.stage, self.key
 
     @property
+    def labels(self) -> dict[str, Any]:
+        """What it is about, as a record has it."""
+        names = ("model", "case", "seed", "attack", "task", "metric")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def title(self) -> str:
-        return " ".join([self.stage, *(str(v) for v in self.label.values() if v is not None)])
+        return " ".join([self.stage, *(str(v) for v in self.labels.values() if v is not None)])
 
     @property
     def part(self) -> str:
-        """The config key of what computes it."""
+        """The config key of the part that computes it."""
         if self.stage == "immunize":
             return "immunize"
-        return f"{'attacks' if self.stage == 'attack' else self.stage}.{self.label['attack']}"
+        return f"attacks.{self.attack}" if self.stage == "attack" else f"eval.{self.metric}"
 
 
 class Pipeline:
-    """Stages of one run over its models, cases, seeds, attacks and metrics. Implements
-    `lab.core.types.RunView`.
+    """Stages of a run over its models, cases, seeds, attacks and metrics: a `RunView`.
+
+    Attributes:
+        part: config key of the part that runs; after an exception, of the part that raised it.
+        diverged: (case, seed) → why its immunization ended.
+        notes: sentences for the record, in order.
     """
 
     def __init__(self, parts: Parts, store: StageCache, on_log: LogHook | None = None) -> None:
@@ -78,18 +97,27 @@ class Pipeline:
         self.model_names = tuple(parts.model_names)
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
+        self.part: str | None = None
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
+        self.data_hash: dict[str, str] = {}
+        self.notes: dict[str, None] = {}
         self._last: tuple[tuple[int, str], Model] | None = None
         self._data: dict[int, ScenarioData] = {}
         self._identity: dict[tuple[int, str], dict[str, str]] = {}
-        self.data_hash: dict[str, str] = {}
-        self.notes: dict[str, None] = {}
+
+    @contextmanager
+    def running(self, key: str) -> Iterator[None]:
+        """Note that the part of the config key ``key`` runs inside."""
+        outer, self.part = self.part, key
+        yield
+        self.part = outer  # not after an exception: the innermost part raised it
 
     # ---- data and original models
 
     def data(self, seed: int) -> ScenarioData:
+        """Load the cases of ``seed`` once."""
         if seed not in self._data:
-            with with_config_key("scenario"):
+            with self.running("scenario"):
                 loaded = self.parts.scenario.load(seed)
             if not loaded.cases:
                 raise UserError("scenario", self.scenario, "has no cases.")
@@ -99,30 +127,27 @@ class Pipeline:
         return self._data[seed]
 
     def original(self, case: AnyCase, seed: int) -> Model:
-        """θ_0: what the backbone builds, less what ``erase`` takes out. The caller's own; the last
-        one is kept.
-        """
+        """Return θ_0, what the backbone builds less what ``erase`` takes out; the caller's own."""
         if self._last is None or self._last[0] != (seed, case.name):
-            with with_config_key("backbone"):
-                built = self.parts.backbone.build(case, seed)
-            with with_config_key("erase"):
-                built = self.parts.eraser.obj(built, unpainted(case), seed=seed)
-            self._last = ((seed, case.name), built)
+            with self.running("backbone"):
+                model = self.parts.backbone.build(case, seed)
+            with self.running("erase"):
+                model = self.parts.eraser.obj(model, without_sampling(case), seed=seed)
+            self._last = ((seed, case.name), model)
         return clone(self._last[1])
 
     def identity(self, case: AnyCase, seed: int) -> dict[str, str]:
-        """Hashes of the case's data and of θ_0."""
+        """Return hashes of the case's data and of θ_0."""
         if (seed, case.name) not in self._identity:
             model = self.original(case, seed)
-            found = {
-                "data": fingerprint(unpainted(case)),
+            self._identity[seed, case.name] = {
+                "data": fingerprint(without_sampling(case)),
                 "weights": digest(*model.state_dict().values()),
-            }
-            self._identity[seed, case.name] = found | beside_weights(model)
+            } | model_settings(model)
         return self._identity[seed, case.name]
 
     def weight_hash(self) -> dict[str, str]:
-        """Per seed, one hash over θ_0 of every case that was needed."""
+        """Return per seed one hash over θ_0 of every case that was needed."""
         known: dict[str, dict[str, str]] = {}
         for (seed, case), hashes in sorted(self._identity.items()):
             known.setdefault(str(seed), {})[case] = hashes["weights"]
@@ -130,12 +155,17 @@ class Pipeline:
 
     # ---- stages
 
+    def compute(self, cell: Cell) -> tuple[Artifact, bool]:
+        """Return the artifact of ``cell`` and whether the cache had it."""
+        with self.running(cell.part):
+            return self.store.get(*cell.place, cell.compute, cell.parents)
+
     def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.model_names[model_name]
         upstream = {"case": self.identity(case, seed), "backbone": self.parts.backbone_identity}
         key = stage_key(part=part.identity, seed=seed, computing=computing(), **upstream)
 
-        def compute(checkpoint: StageCheckpoint) -> Artifact:
+        def compute(checkpoint: Checkpoint) -> Artifact:
             rows: list[tuple[int, dict[str, float]]] = []
 
             def log(step: int, **values: float) -> None:
@@ -145,38 +175,40 @@ class Pipeline:
 
             before = self.original(case, seed)
             error: dict[str, Any] | None = None
-            tensors = {}
+            changed: dict[str, Tensor] = {}
             try:
-                after = part.obj(before, unpainted(case), seed=seed, checkpoint=checkpoint, log=log)
+                after = part.obj(
+                    before, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
+                )
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
-                old = before.state_dict()
-                if digest(*old.values()) != self.identity(case, seed)["weights"]:
-                    told = (
-                        "changed the model that it was given; let it copy that first "
-                        "(lab.core.types.clone)."
-                    )
-                    raise UserError("immunize", model_name, told)
-                tensors = {
-                    k: v
-                    for k, v in check_immunized(after, old, model_name).items()
-                    if not v.equal(old[k])
-                }
-                if not tensors and model_name != BASELINE:
-                    told = (
-                        f"{model_name} left every weight of case {case.name} as it was; "
-                        "nothing would be compared."
-                    )
-                    raise UserError("immunize", model_name, told)
+                changed = self._changed(model_name, before, after, case, seed)
             names = dict.fromkeys(name for _, values in rows for name in values)
             history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
-            return Artifact({"history": history, "error": error}, tensors)
+            return Artifact({"history": history, "error": error}, changed)
 
-        return Cell(
-            "immunize", key, {"model": model_name, "case": case.name, "seed": seed}, compute
-        )
+        return Cell("immunize", key, compute, model=model_name, case=case.name, seed=seed)
+
+    def _changed(
+        self, model_name: str, before: Model, after: Any, case: AnyCase, seed: int
+    ) -> dict[str, Tensor]:
+        """Return the tensors that an immunizer changed.
+
+        Raises:
+            UserError: it changed its input, nothing, or the names and shapes of parameters.
+        """
+        old = before.state_dict()
+        if digest(*old.values()) != self.identity(case, seed)["weights"]:
+            fix = "changed the model that it was given; copy it first (lab.core.types.clone)."
+            raise UserError("immunize", model_name, fix)
+        new = check_immunized(after, old, model_name)
+        changed = {name: value for name, value in new.items() if not value.equal(old[name])}
+        if not changed and model_name != BASELINE:
+            fix = f"left every weight of case {case.name} as it was; nothing would be compared."
+            raise UserError("immunize", model_name, fix)
+        return changed
 
     def attack_cell(
         self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
@@ -191,58 +223,49 @@ class Pipeline:
             budget=dataclasses.asdict(self.budget),
         )
 
-        def compute(checkpoint: StageCheckpoint) -> Artifact:
+        def compute(checkpoint: Checkpoint) -> Artifact:
             model = self.model(model_name, case, seed)
             try:
-                found = part.obj(model, task, seed=seed, budget=self.budget, checkpoint=checkpoint)
+                trajectory = part.obj(
+                    model, task, seed=seed, budget=self.budget, checkpoint=checkpoint
+                )
             except Diverged as error:
-                where = f"case {case.name}, {attack} on {task.name}"
-                told = (
-                    f"its model cannot be attacked ({where}): {error}; lower the step "
-                    "size of what made it"
-                )
-                finite = all(
-                    bool(torch.isfinite(value).all()) for value in model.state_dict().values()
-                )
-                told += (
-                    f", or look at attacks.{attack}: the weights themselves are finite."
-                    if finite
-                    else "."
-                )
-                raise UserError(
-                    "backbone" if model_name == BASELINE else "immunize", model_name, told
-                ) from error
-            check_trajectory(found, attack, self.budget, getattr(model, "image_size", None))
-            values = {
-                "steps": found.steps,
-                "values": found.values,
-                "status": found.status,
-                "info": found.info,
-            }
-            samples = {f"samples/{family}": pictures for family, pictures in found.samples.items()}
-            return Artifact(
-                values, {**{f"weights/{name}": t for name, t in found.weights.items()}, **samples}
-            )
+                weights = model.state_dict().values()
+                finite = all(bool(torch.isfinite(value).all()) for value in weights)
+                fix = f"its model cannot be attacked (case {case.name}, {attack} on {task.name}): "
+                fix += f"{error}; lower the step size of what made it"
+                fix += f", or check attacks.{attack}: the weights are finite." if finite else "."
+                key = "backbone" if model_name == BASELINE else "immunize"
+                raise UserError(key, model_name, fix) from error
+            side = None if isinstance(model, FeatureModel) else model.image_size
+            check_trajectory(trajectory, attack, self.budget, side)
+            fields = ("steps", "values", "status", "info")
+            tensors = {f"weights/{name}": t for name, t in trajectory.weights.items()}
+            tensors |= {f"samples/{name}": t for name, t in trajectory.samples.items()}
+            return Artifact({name: getattr(trajectory, name) for name in fields}, tensors)
 
-        label = {
-            "model": model_name,
-            "case": case.name,
-            "seed": seed,
-            "attack": attack,
-            "task": task.name,
-        }
-        return Cell("attack", key, label, compute, (source.place,))
+        return Cell(
+            "attack",
+            key,
+            compute,
+            (source.place,),
+            model=model_name,
+            case=case.name,
+            seed=seed,
+            attack=attack,
+            task=task.name,
+        )
 
     def eval_cell(self, metric: str) -> Cell:
         part = self.parts.metrics[metric]
         upstream = [*self.immunize_cells(), *(self.attack_cells() if part.obj.needs_attack else ())]
         cases = [case for seed in self.seeds for case in self.cases(seed)]
-        drawn = {
+        samplings = {
             dataclasses.astuple(case.sampling) for case in cases if isinstance(case, ConceptCase)
         }
-        beside = {"sampling": sorted(drawn)} if drawn else {}
+        sampling = {"sampling": sorted(samplings)} if samplings else {}
 
-        def compute(_: StageCheckpoint) -> Artifact:
+        def compute(_: Checkpoint) -> Artifact:
             scores = part.obj(self)
             check_scores(scores, metric)
             grids = {
@@ -252,10 +275,8 @@ class Pipeline:
             values = dataclasses.asdict(dataclasses.replace(scores, images={})) | {"images": grids}
             return Artifact(values, {name: grid.images for name, grid in scores.images.items()})
 
-        key = stage_key(part=part.identity, upstream=[cell.key for cell in upstream], **beside)
-        return Cell(
-            "eval", key, {"attack": metric}, compute, tuple(cell.place for cell in upstream)
-        )
+        key = stage_key(part=part.identity, upstream=[cell.key for cell in upstream], **sampling)
+        return Cell("eval", key, compute, tuple(cell.place for cell in upstream), metric=metric)
 
     def immunize_cells(self) -> Iterator[Cell]:
         for seed in self.parts.seeds:
@@ -264,7 +285,7 @@ class Pipeline:
                     yield self.immunize_cell(model_name, case, seed)
 
     def attack_cells(self) -> Iterator[Cell]:
-        """Attacks on every case that did not diverge."""
+        """Yield the attacks on every case that did not diverge."""
         for seed in self.seeds:
             for case in self.cases(seed):
                 for task in case.tasks:
@@ -272,38 +293,45 @@ class Pipeline:
                         for attack in self.attacks:
                             yield self.attack_cell(model_name, attack, case, task, seed)
 
+    def shards(self, cell: Cell) -> int:
+        """Return into how many parts ``cell`` can be split; 0 for one that costs nothing."""
+        if cell.model == BASELINE and cell.stage == "immunize":
+            return 0
+        if self.store.has(*cell.place, cell.parents):
+            return 0
+        if cell.stage != "immunize" or cell.seed is None:
+            return 1
+        case = next(case for case in self.data(cell.seed).cases if case.name == cell.case)
+        return int(self.parts.immunizer.obj.shards(case))
+
     # ---- RunView
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """Seeds with at least one case that did not diverge."""
         return tuple(seed for seed in self.parts.seeds if self.cases(seed))
 
     def cases(self, seed: int) -> tuple[AnyCase, ...]:
         return tuple(c for c in self.data(seed).cases if (c.name, seed) not in self.diverged)
 
-    def _read(self, cell: Cell) -> Artifact:
-        artifact, _ = self.store.get(*cell.place, cell.compute, cell.parents)
-        return artifact
-
     def model(self, model_name: str, case: AnyCase, seed: int) -> Model:
         model = self.original(case, seed)
-        tensors = self._read(self.immunize_cell(model_name, case, seed)).tensors
-        model.load_state_dict({**model.state_dict(), **tensors})
+        artifact, _ = self.compute(self.immunize_cell(model_name, case, seed))
+        model.load_state_dict({**model.state_dict(), **artifact.tensors})
         return model
 
     def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
-        return self._read(self.immunize_cell(self.immunizer, case, seed)).values["history"]
+        artifact, _ = self.compute(self.immunize_cell(self.immunizer, case, seed))
+        return artifact.values["history"]
 
     def trajectory(
         self, model_name: str, attack: str, case: AnyCase, task: AnyTask, seed: int
     ) -> Trajectory:
-        found = self._read(self.attack_cell(model_name, attack, case, task, seed))
+        artifact, _ = self.compute(self.attack_cell(model_name, attack, case, task, seed))
         parts: dict[str, Any] = {"weights": {}, "samples": {}}
-        for name, tensor in found.tensors.items():
-            part, _, rest = name.partition("/")
-            parts[part][rest] = tensor
-        return Trajectory(**parts, **found.values)
+        for name, tensor in artifact.tensors.items():
+            kind, _, rest = name.partition("/")
+            parts[kind][rest] = tensor
+        return Trajectory(**parts, **artifact.values)
 
     def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = stage_key(kept=key, computing=computing())
@@ -311,19 +339,17 @@ class Pipeline:
         return artifact.tensors
 
     def scores(self, metric: str) -> Scores:
-        artifact = self._read(self.eval_cell(metric))
-        found = artifact.values
-        return Scores(
-            {
-                name: (SeedScore if "per_seed" in item else Score)(**item)
-                for name, item in found["metrics"].items()
-            },
-            found["curves"],
-            found["tables"],
-            {
-                name: ImageGrid(
-                    artifact.tensors[name], tuple(g["rows"]), tuple(g["columns"]), g["caption"]
-                )
-                for name, g in found["images"].items()
-            },
-        )
+        """Return what a metric computed."""
+        artifact, _ = self.compute(self.eval_cell(metric))
+        values = artifact.values
+        metrics = {
+            name: (SeedScore if "per_seed" in item else Score)(**item)
+            for name, item in values["metrics"].items()
+        }
+        images = {
+            name: ImageGrid(
+                artifact.tensors[name], tuple(g["rows"]), tuple(g["columns"]), g["caption"]
+            )
+            for name, g in values["images"].items()
+        }
+        return Scores(metrics, values["curves"], values["tables"], images)

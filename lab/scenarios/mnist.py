@@ -15,6 +15,7 @@ from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError
 from lab.core.options import choice, number
 from lab.core.seeding import generator
+from lab.core.types import Scenario
 from lab.models.activations import digest
 
 Pairs = Literal["all"] | Sequence[Sequence[int]]
@@ -46,7 +47,7 @@ CREDIT = (
 )
 
 
-class MnistPairs:
+class MnistPairs(Scenario):
     """One case per entry of ``pairs``: a benign digit, then one or several harmful digits.
 
     ``protocol="release"`` is what the released code does: the two data sets are the images of two

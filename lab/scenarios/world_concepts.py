@@ -22,6 +22,7 @@ from lab.core.data import (
 from lab.core.errors import UserError
 from lab.core.options import choice, count, names
 from lab.core.seeding import derive
+from lab.core.types import Scenario
 from lab.minisd.world import world
 from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLE_NAMES, STYLES, members, thing
 from lab.minisd.world.world import Picture, Subset
@@ -97,7 +98,7 @@ class Studio:
 
 
 @dataclass(kw_only=True)
-class WorldConcepts:
+class WorldConcepts(Scenario):
     """One case per entry of the chosen list. Implements `lab.core.types.Scenario`.
 
     Pictures of a concept depend on the seed, the concept and the part alone, so that cases, splits

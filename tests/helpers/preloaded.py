@@ -6,7 +6,7 @@ import os
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 
-import spread_cases  # noqa: F401
+import executor_cases  # noqa: F401
 from mima_examples import model
 from team_cases import three_concepts
 

@@ -78,8 +78,9 @@ def shared(team: Team) -> Found:
     if team.rank != team.size - 1:
         own = {"unread": torch.zeros(1)}
     values = {"rank": team.rank, "wide": [float("inf"), "ä"]}
-    found, told = team.share(own, team.size - 1, values)
-    return found, told | {"gathered": sorted(team.gather({10 + team.rank: team.rank}).items())}
+    values = team.broadcast_object(values, team.size - 1)
+    gathered = sorted(team.gather({10 + team.rank: team.rank}).items())
+    return team.broadcast(own, team.size - 1), values | {"gathered": gathered}
 
 
 def summed(team: Team, count: int) -> Found:
@@ -96,7 +97,7 @@ def summed(team: Team, count: int) -> Found:
         order.append(n)
         total.add_(term["x"])
 
-    team.ordered(count, compute, add)
+    team.reduce_in_order(count, compute, add)
     return {"total": total}, {"own": own, "order": order}
 
 
@@ -111,7 +112,7 @@ def failing(team: Team, kind: str) -> Found:
         return {"x": torch.ones(1)}
 
     try:
-        team.ordered(3, compute, lambda n, term: None)
+        team.reduce_in_order(3, compute, lambda n, term: None)
     except Diverged as error:
         return {}, {"raised": "Diverged", "message": str(error), "step": error.step}
     return {}, {}

@@ -20,7 +20,7 @@ from tiny_sd import tiny_pipeline
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError
-from lab.core.fingerprint import state_hash
+from lab.core.hashing import state_hash
 from lab.models.diffusion import DiffusionModel
 from lab.models.vision import VisionBackbone
 from lab.release import export as exporting

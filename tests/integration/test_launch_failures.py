@@ -2,19 +2,17 @@
 for its parent.
 """
 
-import errno
-import json
-import os
+import threading
 
 import pytest
-import torch
 from entry_point import call_entry
 from omegaconf import OmegaConf
 
-from lab.cluster.launch import _as_error, _first_failure
 from lab.core import record as records
 from lab.core.errors import UserError
 from lab.runner import worker
+from lab.runner.executors import ProcessStates
+from lab.runner.failures import explain
 
 STUDY = ["experiment=house_price", "seeds=[0]"]
 
@@ -68,54 +66,39 @@ def test_a_wrong_option_on_the_second_machine_leaves_the_first_ones_record(cli, 
 
 @pytest.fixture
 def works(tmp_path, monkeypatch):
-    """Exit code of a process whose device does not do, and the failure that its parent finds."""
+    """What a process leaves for its parent whose device is taken."""
 
     def taken(cfg):
         raise UserError("backbone.device", "cuda", "is taken.")
 
-    def call(processes=1):
-        monkeypatch.setenv("WORLD_SIZE", str(processes))
-        monkeypatch.delenv("RANK", raising=False)
-        monkeypatch.setattr(worker, "_device", taken)
+    def call():
+        monkeypatch.setattr(worker, "take_device", taken)
         OmegaConf.save({"launch": {"timeout_s": 1, "check_every": 1}}, tmp_path / "launch.yaml")
-        rank = worker.Rank(tmp_path / "ranks")
-        (tmp_path / "ranks/0.json").write_text(json.dumps({"state": "running", "failure": None}))
-        code = worker.work(tmp_path / "launch.yaml", rank)
-        return code, _first_failure(tmp_path, [0])
+        states = ProcessStates(tmp_path / "ranks")
+        states.write(0, "running")
+        worker.work(tmp_path / "launch.yaml", 0, threading.Event())
+        return states.first_failure()
 
     return call
 
 
-def test_only_what_was_told_to_all_ends_with_code_0(works, monkeypatch):
-    def nobody_there(*_, **__):
-        raise torch.distributed.DistStoreError("timed out")
-
-    code, failure = works()
-    assert (code, failure["key"]) == (0, "backbone.device")
-    monkeypatch.setattr("lab.runner.spread.dist.rendezvous", nobody_there)
-    code, failure = works(processes=2)
-    assert (code, failure["key"], failure["echo"]) == (1, "backbone.device", False)
+def test_a_user_error_of_a_process_reaches_its_parent(works):
+    failure = works()
+    assert (failure.key, failure.user_message) == (
+        "backbone.device",
+        "backbone.device=cuda: is taken.",
+    )
+    assert explain(failure) == failure.user_message
 
 
-def test_the_end_by_torchrun_is_not_taken_for_the_cause(works, monkeypatch):
+def test_a_process_that_the_user_stopped_has_not_failed(tmp_path, monkeypatch):
     def ended(cfg):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(worker, "_unfit", ended)
-    code, failure = works(processes=2)
-    assert (code, failure["echo"]) == (1, True)
-
-
-def test_a_full_disk_does_not_look_like_a_kill(works, monkeypatch, tmp_path, capfd):
-    def full(path, data):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("lab.core.cache.write_atomically", full)
-    code, failure = works()
-    assert (code, failure["told"]) == (0, "backbone.device=cuda: is taken.")
-    assert "No space left on device. backbone.device=cuda: is taken." in capfd.readouterr().err
-    error = _as_error(failure, tmp_path, [0], 0)
-    assert isinstance(error, UserError)
-    monkeypatch.setattr(worker.Rank, "_write_over", lambda *_: None)
-    assert works() == (0, None)
-    assert "is taken." in capfd.readouterr().err
+    monkeypatch.setattr(worker, "take_device", ended)
+    folder = tmp_path / "stopped"
+    states = ProcessStates(folder / "ranks")
+    OmegaConf.save({}, folder / "launch.yaml")
+    worker.work(folder / "launch.yaml", 0, threading.Event())
+    assert states.first_failure() is None
+    assert states.running() == []

@@ -2,11 +2,11 @@
 
 import torch
 
-from lab.core.types import Trajectory
+from lab.core.types import Attacker, Trajectory
 from lab.models.activations import features
 
 
-class AcceleratedProbe:
+class AcceleratedProbe(Attacker):
     """Fits w on features Y = model(x) by squared loss 1/(2n)‖Yw − T‖², from w = 0.
 
     Args:

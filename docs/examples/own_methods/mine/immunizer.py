@@ -7,9 +7,10 @@ import torch
 from lab.core.condition import condition_number, range_basis
 from lab.core.errors import UserError
 from lab.core.options import number
+from lab.core.types import Immunizer
 
 
-class PartialWhitening:
+class PartialWhitening(Immunizer):
     """θ = W diag(s^-power) Wᵀ for X_P = U diag(s) Wᵀ, so that κ(H_P) = κ(K_P)^(1 − power).
 
     ``power`` 0 leaves the model as it is, 1 is `immunize.kappa.closed_form.KappaClosedForm`.

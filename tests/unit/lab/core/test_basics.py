@@ -9,10 +9,11 @@ from torch import nn
 
 from lab.core import sources
 from lab.core.errors import UserError, nearest
+from lab.core.hashing import digest
 from lab.core.seeding import derive, generator
 from lab.core.statistics import score
 from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
-from lab.models.activations import digest, features, prefix
+from lab.models.activations import features, prefix
 
 
 def test_streams_repeat_and_differ():
@@ -183,7 +184,7 @@ def test_source_hash_follows_imports(tmp_path, monkeypatch):
 def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "own_attack_x.py").write_text(
-        "import json\nfrom own_helper_x import X\nfrom lab import slugs\n"
+        "import json\nfrom own_helper_x import X\nfrom lab.core import slugs\n"
     )
     (tmp_path / "own_helper_x.py").write_text("X = 1\n")
     package = tmp_path / "own_package_x"
@@ -192,7 +193,11 @@ def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_pa
     (package / "attack.py").write_text("from .part import X\nfrom . import more\n")
     (package / "part.py").write_text("X = 1\n")
     (package / "more.py").write_text("X = 1\n")
-    assert sources._imports("own_attack_x") == {"own_helper_x", "lab", "lab.core.slugs"}
+    assert sources._imports("own_attack_x") == {
+        "own_helper_x",
+        "lab.core",
+        "lab.core.slugs",
+    }
     assert sources._imports("own_package_x.attack") >= {"own_package_x.part", "own_package_x.more"}
 
     for module, part in (

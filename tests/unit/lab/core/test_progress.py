@@ -35,18 +35,6 @@ def test_long_work_tells_the_log_once_a_minute_how_far_it_is_and_what_is_left(cl
     ]
 
 
-def test_work_of_unknown_length_tells_what_is_done(clock, caplog):
-    caplog.set_level(logging.INFO)
-    walked(clock, iter("abc"), 40.0)
-    assert [r.getMessage() for r in caplog.records] == ["train: 2 in 01:20"]
-
-
-def test_a_given_total_counts_for_work_without_a_length(clock, caplog):
-    caplog.set_level(logging.INFO)
-    walked(clock, iter("abc"), 70.0, total=4)
-    assert caplog.records[0].getMessage() == "train: 1 of 4 in 01:10, about 03:30 left"
-
-
 def test_short_work_is_silent(clock, caplog):
     caplog.set_level(logging.INFO)
     walked(clock, range(5), 10.0)

@@ -1,6 +1,5 @@
 """The stage cache: once, checked, resumable, and one writer at a time."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -9,8 +8,9 @@ import time
 import pytest
 import torch
 
-from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key, write_atomically
+from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.errors import UserError
+from lab.core.hashing import stage_key, write_atomically
 
 
 def make(value=1.0):
@@ -49,9 +49,7 @@ def test_a_flipped_byte_is_noticed_and_rebuilt(tmp_path, caplog, name):
     assert store.get("attack", "k", never)[1]
 
 
-@pytest.mark.parametrize(
-    "text", ["null", "[]", "{}", '{"sha256": {}}', '{"sha256": null}', '{"sha256": ["a"]}']
-)
+@pytest.mark.parametrize("text", ["null", "{}", '{"sha256": {}}'])
 def test_facts_that_are_none_are_noticed_and_rebuilt(tmp_path, caplog, text):
     store = StageCache(tmp_path)
     store.get("attack", "k", make(1.0))
@@ -59,15 +57,6 @@ def test_facts_that_are_none_are_noticed_and_rebuilt(tmp_path, caplog, text):
     assert not store.get("attack", "k", make(5.0))[1]
     assert "computed again" in caplog.text
     assert store.get("attack", "k", never)[0].values["value"] == 5.0
-
-
-def test_a_truncated_artefact_is_rebuilt(tmp_path, caplog):
-    store = StageCache(tmp_path)
-    store.get("eval", "k", make())
-    path = store.folder("eval", "k") / "tensors.safetensors"
-    path.write_bytes(path.read_bytes()[:10])
-    assert not store.get("eval", "k", make())[1]
-    assert "checksum" in caplog.text
 
 
 def test_force_computes_once_per_process(tmp_path):
@@ -103,16 +92,6 @@ def test_what_was_made_from_a_result_is_made_again_once_that_comes_out_otherwise
     assert "not made from the result that there is now" in caplog.text
     assert not store.has("eval", "k", [*ROOT, ("attack", "k")])
     assert store.has("eval", "k", [("attack", "k")])  # the attack's own result is as it was
-
-
-def test_an_artefact_that_names_no_origin_counts_for_none(tmp_path):
-    store = StageCache(tmp_path)
-    store.get("immunize", "k", make(1.0))
-    store.get("attack", "k", make(2.0))
-    assert store.has("attack", "k")
-    assert not store.has("attack", "k", ROOT)
-    assert not store.get("attack", "k", make(2.0), ROOT)[1]
-    assert store.get("attack", "k", never, ROOT)[1]
 
 
 def test_a_stage_that_computes_what_it_is_made_from_knows_it_afterwards(tmp_path):
@@ -178,18 +157,6 @@ def test_a_damaged_checkpoint_is_ignored(tmp_path, caplog):
     assert "damaged" in caplog.text
 
 
-def test_an_artefact_knows_the_seconds_that_it_took(tmp_path):
-    def slow(_):
-        time.sleep(0.05)
-        return Artifact()
-
-    computed, _ = StageCache(tmp_path).get("attack", "k", slow)
-    assert computed.seconds >= 0.05
-    again, hit = StageCache(tmp_path).get("attack", "k", never)
-    assert hit
-    assert again.seconds == computed.seconds
-
-
 def test_a_stage_that_was_resumed_counts_every_sitting(tmp_path):
     store = StageCache(tmp_path)
 
@@ -205,14 +172,6 @@ def test_a_stage_that_was_resumed_counts_every_sitting(tmp_path):
     anew, _ = store.get("attack", "anew", lambda _: Artifact())
     assert resumed.seconds >= 0.05 > anew.seconds
     assert resumed.values == {"step": 4}
-
-
-def test_an_artefact_of_an_older_version_has_no_seconds(tmp_path):
-    store = StageCache(tmp_path)
-    store.get("eval", "k", make())
-    path = store.folder("eval", "k") / "meta.json"
-    path.write_text(json.dumps({"sha256": json.loads(path.read_text())["sha256"]}))
-    assert store.get("eval", "k", never)[0].seconds is None
 
 
 def test_key_depends_on_content_not_on_order():
@@ -255,10 +214,3 @@ def test_two_processes_want_one_stage_and_one_computes(tmp_path):
         worker.join(30)
     assert [worker.exitcode for worker in workers] == [0] * 4
     assert counter.read_text() == "x"
-
-
-def test_meta_lists_checksums_of_both_files(tmp_path):
-    store = StageCache(tmp_path)
-    store.get("eval", "k", make())
-    meta = json.loads((store.folder("eval", "k") / "meta.json").read_text())
-    assert sorted(meta["sha256"]) == ["tensors.safetensors", "values.json"]

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from tiny_diffusion import tiny_diffusion
 
 from lab.core.errors import UserError
-from lab.core.fingerprint import state_hash
+from lab.core.hashing import state_hash
 from lab.core.types import same_weights
 from lab.release.export import load_delta, save_delta
 

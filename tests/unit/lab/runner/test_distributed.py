@@ -27,9 +27,10 @@ def relative(a, b):
 
 def test_a_process_alone_needs_no_group():
     assert team() is ALONE
-    assert ALONE.share({"x": torch.ones(1)}, 0, 3) == ({"x": torch.ones(1)}, 3)
+    assert ALONE.broadcast({"x": torch.ones(1)}) == {"x": torch.ones(1)}
+    assert ALONE.broadcast_object(3) == 3
     assert ALONE.gather({2: "b"}) == {2: "b"}
-    ALONE.agree(lambda: pytest.fail("nothing to compare with"), "ever")
+    ALONE.assert_equal(lambda: pytest.fail("nothing to compare with"), "ever")
     with working(inner := Team()):
         assert team() is inner
     assert team() is ALONE
@@ -77,7 +78,7 @@ def test_1_2_and_3_processes_agree(tmp_path):
     """float32; the weights have left the original by a hundred times the bound. 20 steps:
     test_launch_concepts.py.
     """
-    changes = {"steps": 4, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
+    changes = {"steps": 4, "lr": 1e-3, "batch_size": 1, "prior_batch_size": 1}
     alone, *found = (together(size, immunized, "mima", changes, folder=tmp_path) for size in SIZES)
     weights, log = alone[0]
     original = model().state_dict()
@@ -101,7 +102,7 @@ VARIANTS = [
     (
         "mima",
         {
-            "lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2},
+            "inner_loop": {"steps": 2, "optimizer": "adamw", "lr": 1e-2, "rank": 2},
             "optimizer": "sgd",
             "clip": 0.1,
         },

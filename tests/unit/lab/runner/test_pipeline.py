@@ -14,7 +14,7 @@ from lab.core.data import Sampling, ScenarioData
 from lab.core.errors import Diverged, UserError
 from lab.core.provenance import computing
 from lab.core.sources import ROOT
-from lab.core.types import BASELINE, clone
+from lab.core.types import BASELINE, Attacker, Backbone, Immunizer, Scenario, clone
 from lab.runner.assemble import assemble
 from lab.runner.experiment import Run
 from lab.runner.pipeline import Pipeline
@@ -22,7 +22,7 @@ from lab.runner.pipeline import Pipeline
 HOUSES = ["experiment=house_price", "immunize.epochs=1"]
 
 
-class TinyScenario:
+class TinyScenario(Scenario):
     name = "tiny"
     provides = frozenset({"linear", "deep"})
 
@@ -37,13 +37,29 @@ def pipeline(tmp_path):
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             first = [] if overrides and overrides[0] == "experiment=relearn" else HOUSES
             cfg = compose("config", overrides=[*first, "seeds=[0]", "tracker=none", *overrides])
-        parts = assemble(cfg)
-        object.__setattr__(parts, "scenario", scenario or TinyScenario())
+        changes = {"scenario": scenario or TinyScenario()}
         if isinstance(scenario, TinyConcepts):
-            object.__setattr__(parts, "backbone", TinyBackbone())
-        return Pipeline(parts, StageCache(tmp_path))
+            changes["backbone"] = TinyBackbone()
+        return Pipeline(replace(assemble(cfg), **changes), StageCache(tmp_path))
 
     return make
+
+
+def immunized_by(pipeline, call):
+    """The same pipeline with ``call`` as its immunizer."""
+
+    class Own(Immunizer):
+        name, accepts = pipeline.immunizer, frozenset({"linear", "diffusion"})
+
+        def __call__(self, model, case, **options):
+            return call(model, case, **options)
+
+    part = replace(pipeline.parts.immunizer, obj=Own())
+    return Pipeline(replace(pipeline.parts, immunizer=part), pipeline.store)
+
+
+def cell_of(pipeline, model):
+    return next(cell for cell in pipeline.immunize_cells() if cell.model == model)
 
 
 def keys(found):
@@ -57,12 +73,14 @@ def keys(found):
     ]
 
 
-class TinyBackbone:
+class TinyBackbone(Backbone):
+    name, kind = "tiny", "diffusion"
+
     def build(self, case, seed):
         return tiny_diffusion()
 
 
-class TinyConcepts:
+class TinyConcepts(Scenario):
     name = "tiny_concepts"
     provides = frozenset({"diffusion"})
 
@@ -87,18 +105,19 @@ def test_how_pictures_are_generated_is_in_the_metrics_keys_and_immunizes_nothing
     assert one.eval_cell("utility").key != other.eval_cell("utility").key
 
 
-def test_immunizers_do_not_see_how_pictures_are_generated(pipeline):
-    found = pipeline(
-        "experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=3)
-    )
+def test_immunizers_do_not_see_how_images_are_generated(pipeline):
     seen = []
 
-    def immunizer(model, case, **_):
+    def immunize(model, case, **_):
         seen.append(case)
+        model.unet.requires_grad_(False)
+        next(model.unet.parameters()).data.add_(0)
         return model
 
-    object.__setattr__(found.parts.model_names[BASELINE], "obj", immunizer)
-    next(found.immunize_cells()).compute(None)
+    fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
+    found = immunized_by(pipeline(*fixed, scenario=TinyConcepts(steps=3)), immunize)
+    with pytest.raises(UserError, match="left every weight"):
+        cell_of(found, found.immunizer).compute(None)
     assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
 
 
@@ -144,105 +163,69 @@ def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name)
 
 def test_the_baseline_model_name_is_shared_between_immunizers(pipeline):
     one, other = pipeline(), pipeline("immunize.lr=0.05")
-    model_names = [{c.label["model"]: c.key for c in p.immunize_cells()} for p in (one, other)]
+    model_names = [{c.model: c.key for c in p.immunize_cells()} for p in (one, other)]
     assert model_names[0]["none"] == model_names[1]["none"]
     assert model_names[0]["kappa"] != model_names[1]["kappa"]
 
 
-def test_an_immunizer_that_changes_nothing_is_an_error(pipeline):
-    found = pipeline()
-
-    class Nothing:
-        name = "kappa"
-
-        def __call__(self, model, case, **kwargs):
-            return model
-
-    object.__setattr__(found.parts.immunizer, "obj", Nothing())
-    cell = next(c for c in found.immunize_cells() if c.label["model"] == "kappa")
-    with pytest.raises(UserError, match="left every weight"):
-        found.store.get(cell.stage, cell.key, cell.compute)
-
-
 def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
-    found = pipeline()
+    def diverge(model, case, **_):
+        raise Diverged("too far", 3)
 
-    class Sometimes:
-        name = "kappa"
-
-        def __call__(self, model, case, **kwargs):
-            raise Diverged("too far", 3)
-
-    object.__setattr__(found.parts.immunizer, "obj", Sometimes())
-    cell = next(c for c in found.immunize_cells() if c.label["model"] == "kappa")
-    artifact, _ = found.store.get(cell.stage, cell.key, cell.compute)
+    found = immunized_by(pipeline(), diverge)
+    artifact, _ = found.compute(cell_of(found, "kappa"))
     assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
     found.diverged["tiny", 0] = artifact.values["error"]
     assert [c.name for c in found.cases(0)] == ["second"]
-    assert {c.label["case"] for c in found.attack_cells()} == {"second"}
+    assert {c.case for c in found.attack_cells()} == {"second"}
     found.diverged["second", 0] = artifact.values["error"]
     assert found.seeds == ()
 
 
 def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_the_record(
-    pipeline, tmp_path, caplog
+    pipeline, tmp_path
 ):
-    found = pipeline()
+    def cut_short(model, case, *, log, **_):
+        log(0, loss=1.0)
+        log(1, diverged=1.0)
+        moved = clone(model)
+        with torch.no_grad():
+            next(moved.parameters()).mul_(2)
+        return moved
 
-    class CutShort:
-        name = "kappa"
-
-        def __call__(self, model, case, *, log, **kwargs):
-            log(0, loss=1.0)
-            log(1, diverged=1.0)
-            moved = clone(model)
-            with torch.no_grad():
-                next(moved.parameters()).mul_(2)
-            return moved
-
-    object.__setattr__(found.parts.immunizer, "obj", CutShort())
-    run = Run(
-        OmegaConf.create(
-            {"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}
-        ),
-        tmp_path,
-    )
-    run.made = found
-    for cell in found.immunize_cells():
-        run._do(cell)
-    told = [
+    names = {"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}
+    run = Run(OmegaConf.create(names), tmp_path)
+    run.prepared = immunized_by(pipeline(), cut_short)
+    run._compute_stages(list(run.pipeline.immunize_cells()), "immunize")
+    assert [note.partition(";")[0] for note in run.pipeline.notes] == [
         f"kappa on case {case}, seed 0 left the finite numbers at step 1"
         for case in ("tiny", "second")
     ]
-    assert [note.partition(";")[0] for note in found.notes] == told
-    assert all(text in caplog.text for text in told)
     assert {cell["status"] for cell in run.cells} == {"ok"}
 
 
 def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline):
-    found = pipeline(
-        "experiment=relearn", "erase=none", "eval=[utility]", scenario=TinyConcepts(steps=2)
-    )
+    class Attack(Attacker):
+        name, accepts = "lora", frozenset({"diffusion"})
 
-    def attack(*_, **__):
-        raise Diverged("the loss is not finite before the first update", 0)
+        def __call__(self, model, task, **_):
+            raise Diverged("the loss is not finite before the first update", 0)
 
-    object.__setattr__(found.parts.attacks["lora"], "obj", attack)
+    fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
+    found = pipeline(*fixed, scenario=TinyConcepts(steps=2))
+    part = replace(found.parts.attacks["lora"], obj=Attack())
+    found = Pipeline(replace(found.parts, attacks={"lora": part}), found.store)
     cells = list(found.attack_cells())
     for model_name, key in (("mima_deep", "immunize"), (BASELINE, "backbone")):
-        cell = next(c for c in cells if c.label["model"] == model_name)
-        for broken, told in (
-            (False, "attacks.lora: the weights themselves are finite"),
-            (True, "of what made it."),
-        ):
+        cell = next(c for c in cells if c.model == model_name)
+        for broken in (False, True):
             model = tiny_diffusion()
             if broken:
                 next(iter(model.unet.parameters())).data.fill_(float("nan"))
             found.model = lambda *_, model=model: model
             with pytest.raises(UserError, match=rf"^{key}={model_name}: .*not finite") as error:
                 cell.compute(None)
-            assert error.value.key == key
-            assert told in str(error.value)
+            assert ("the weights are finite" in str(error.value)) == (not broken)
 
 
 def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(
@@ -267,31 +250,36 @@ def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from
     for cell in cells:
         run.store.get(*cell.place, cell.compute, cell.parents)
     assert all(run.store.has(*cell.place, cell.parents) for cell in cells)
-    root = next(c for c in cells if c.stage == "immunize" and c.label["model"] != BASELINE)
+    root = next(c for c in cells if c.stage == "immunize" and c.model != BASELINE)
     moved = root.compute(StageCheckpoint(run.store.folder("immunize", "other")))
     moved.tensors = {name: value + 1e-9 for name, value in moved.tensors.items()}
     StageCache(run.store.root, force="immunize").get(*root.place, lambda _: moved)
     stale = [c for c in cells if not run.store.has(*c.place, c.parents)]
-    attacked = {(c.label["model"], c.label["case"]) for c in stale if c.stage == "attack"}
-    assert attacked == {(root.label["model"], root.label["case"])}
+    attacked = {(c.model, c.case) for c in stale if c.stage == "attack"}
+    assert attacked == {(root.model, root.case)}
     assert {c.stage for c in stale} == {"attack", "eval"}
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeline, kept):
-    run = pipeline()
-
     def leaky(model, case, **_):
         after = clone(model)
         next(iter(after.parameters())).data.mul_(0.5)
         next(iter(model.parameters())).data.zero_()
         return after if kept else model
 
-    model_name = run.immunizer
-    leaky.name = model_name
-    object.__setattr__(run.parts.model_names[model_name], "obj", leaky)
-    cell = next(c for c in run.immunize_cells() if c.label["model"] == model_name)
-    with pytest.raises(
-        UserError, match=f"immunize={model_name}: changed the model that it was given"
-    ):
-        cell.compute(None)
+    found = immunized_by(pipeline(), leaky)
+    with pytest.raises(UserError, match="immunize=kappa: changed the model that it was given"):
+        cell_of(found, "kappa").compute(None)
+
+
+def test_the_key_of_the_part_that_failed_is_known(pipeline):
+    found = pipeline()
+
+    def broken(seed):
+        raise ZeroDivisionError
+
+    found.parts.scenario.load = broken
+    with pytest.raises(ZeroDivisionError), found.running("attacks.lora"):
+        found.data(0)
+    assert found.part == "scenario"
