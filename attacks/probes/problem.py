@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lab.core.condition import numerical_rank, rank_tolerance
-from lab.models.activations import digest
+from lab.core.hashing import digest
 
 _BRACKET_STEPS = (
     60  # doublings of a line search before it takes what it has: 2^60 times the first guess

@@ -43,9 +43,10 @@ from lab.core.condition import (
 )
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import choice, count, number
 from lab.core.types import BASELINE, FeatureModel, RunView, Score, Scores
-from lab.models.activations import digest, features
+from lab.models.activations import features
 
 POSITIVE = (0.0, math.inf)
 

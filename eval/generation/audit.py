@@ -19,10 +19,10 @@ from eval.generation.scoring import Scorers, detector_of, dry_open
 from eval.stats.aggregate import joined
 from eval.stats.crossings import LEAST, crossing, shown_before
 from eval.stats.intervals import SHARE, Floats, Unit, band, columns, score, share_score, worst_score
-from lab.core.cache import stage_key
 from lab.core.data import ConceptCase, Kind, Role
 from lab.core.errors import UserError
 from lab.core.fingerprint import fingerprint
+from lab.core.hashing import stage_key
 from lab.core.options import choice, number
 from lab.core.slugs import slug
 from lab.core.sources import source_hash

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from eval.generation.scoring import memo
-from lab.core.cache import stage_key
 from lab.core.data import ConceptCase, Sampling
 from lab.core.fingerprint import beside_weights
+from lab.core.hashing import digest, stage_key
 from lab.core.sources import source_hash
 from lab.core.types import Model, RunView
-from lab.models.activations import digest
 
 # pictures; a block has latents of its own, so that a smaller count is the beginning of a larger one
 BLOCK = 32

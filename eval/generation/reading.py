@@ -35,14 +35,13 @@ from eval.generation.scoring import (
 )
 from eval.stats.aggregate import diverged_of, model_name_names
 from eval.stats.intervals import Floats
-from lab.core.cache import stage_key
 from lab.core.data import Concept, ConceptCase, Role
 from lab.core.errors import UserError
 from lab.core.fingerprint import fingerprint
+from lab.core.hashing import digest, stage_key
 from lab.core.progress import progress
 from lab.core.sources import source_hash
 from lab.core.types import BASELINE, RunView, Trajectory
-from lab.models.activations import digest
 
 _VECTORS = {kind: f"vectors of {kind}" for kind in COSINES}
 _WITHOUT_REFERENCES = (

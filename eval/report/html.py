@@ -19,7 +19,7 @@ from eval.report.page import page
 from eval.report.pictures import pictures
 from eval.report.trials import groups
 from eval.report.words import Record
-from lab.core.cache import write_atomically
+from lab.core.hashing import write_atomically
 from lab.core.types import BASELINE
 
 _ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table

@@ -14,8 +14,8 @@ from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
 from lab.cluster.status import status
 from lab.core import record as records
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.core.options import names
 from lab.runner.experiment import relative
 

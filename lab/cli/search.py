@@ -24,8 +24,8 @@ from eval.report.pareto import Trial
 from lab.cli.callbacks import sweep_codes
 from lab.cli.search_space import KEY, Plan
 from lab.core import record as records
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.runner.batch import claimed
 from lab.runner.experiment import relative
 from lab.runner.failures import explain

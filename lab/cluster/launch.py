@@ -25,8 +25,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from lab.core import record as records
-from lab.core.cache import write_atomically
 from lab.core.errors import RankFailed, UserError
+from lab.core.hashing import write_atomically
 from lab.core.options import choice, count, number
 from lab.core.sources import ROOT
 from lab.runner.experiment import Run, run_once

@@ -27,6 +27,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lab.core.hashing import stage_key, write_atomically
 from lab.core.options import choice, names
 
 log = logging.getLogger(__name__)
@@ -50,27 +51,6 @@ class Artifact:
     values: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     seconds: float | None = field(default=None, compare=False)
-
-
-def stage_key(**inputs: Any) -> str:
-    """SHA-256 of the canonical JSON of ``inputs``."""
-    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Temp name in the same folder, fsync, rename: ``path`` holds the old or the new bytes, never a
-    part.
-    """
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temp, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def _packed(tensors: dict[str, Tensor]) -> bytes:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lab.core.cache import StageCheckpoint
 from lab.core.errors import Diverged
-from lab.models.activations import digest
+from lab.core.hashing import digest
 
 Params = dict[str, Tensor]
 _PASSED_ON = {

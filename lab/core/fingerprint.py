@@ -9,10 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lab.core.cache import stage_key
 from lab.core.data import ConceptCase, Sampling
+from lab.core.hashing import digest, stage_key
 from lab.core.types import AnyCase, Model
-from lab.models.activations import digest
 
 
 def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:

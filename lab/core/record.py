@@ -15,8 +15,8 @@ from typing import Any
 import jsonschema
 from omegaconf import DictConfig, OmegaConf
 
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.core.images import png
 from lab.core.migration import migrate
 from lab.core.statistics import SeedScore

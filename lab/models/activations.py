@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 
 import torch
 from torch import Tensor
 
+from lab.core.hashing import digest
 from lab.core.progress import progress
 from lab.core.types import FeatureModel
 
 _MEMORY_LIMIT = 3 * 2**30  # bytes kept in process; the oldest entry goes first
 _memo: OrderedDict[str, Tensor] = OrderedDict()
-
-
-def digest(*tensors: Tensor) -> str:
-    """SHA-256 over shapes, types and bytes."""
-    sha = hashlib.sha256()
-    for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous()
-        sha.update(f"{flat.dtype}{tuple(flat.shape)}".encode())
-        sha.update(flat.view(torch.uint8).numpy().data if flat.ndim else str(flat.item()).encode())
-    return sha.hexdigest()
 
 
 @torch.no_grad()

@@ -16,8 +16,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lab.core import record as records
-from lab.core.cache import StageCache, write_atomically
+from lab.core.cache import StageCache
 from lab.core.errors import UserError, nearest
+from lab.core.hashing import write_atomically
 from lab.core.options import local
 from lab.core.sources import ROOT
 from lab.release.audit_cost import seconds_per_update

@@ -8,8 +8,8 @@ import hashlib
 import re
 from pathlib import Path, PurePosixPath
 
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 
 SUMS = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")

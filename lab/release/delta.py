@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.models.diffusion import DiffusionModel
 
 FORMAT = "immunization-delta-1"

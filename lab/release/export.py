@@ -22,8 +22,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lab.core import record as records
-from lab.core.cache import write_atomically
 from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
 from lab.core.options import names
 from lab.core.provenance import versions
 from lab.core.record import Record

@@ -15,10 +15,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ValidationError
 
 from immunize.none import NoImmunization
-from lab.core.cache import stage_key
 from lab.core.config import user_error
 from lab.core.data import ConceptCase
 from lab.core.errors import UserError, nearest
+from lab.core.hashing import stage_key
 from lab.core.options import count, unread
 from lab.core.prompts import check_case, refuse_special
 from lab.core.sources import source_hash

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.core.cache import Artifact, Place, StageCache, StageCheckpoint, stage_key
+from lab.core.cache import Artifact, Place, StageCache, StageCheckpoint
 from lab.core.data import ConceptCase, ScenarioData
 from lab.core.errors import Diverged, UserError, with_config_key
 from lab.core.fingerprint import beside_weights, fingerprint, unpainted
+from lab.core.hashing import digest, stage_key
 from lab.core.provenance import computing
 from lab.core.statistics import SeedScore
 from lab.core.types import (
@@ -30,7 +31,6 @@ from lab.core.types import (
     Trajectory,
     clone,
 )
-from lab.models.activations import digest
 from lab.runner.assemble import Parts
 from lab.runner.returned import check_immunized, check_scores, check_trajectory
 

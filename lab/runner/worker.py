@@ -38,7 +38,7 @@ class Rank:
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self, state: str, failure: dict[str, Any] | None = None) -> None:
-        from lab.core.cache import write_atomically
+        from lab.core.hashing import write_atomically
 
         body: dict[str, Any] = {"state": state, "pid": os.getpid(), "failure": failure}
         try:
@@ -223,7 +223,7 @@ def work(config: Path, rank: Rank) -> int:
 def _common(cfg: Any, folder: Path) -> dict[str, str]:
     from omegaconf import OmegaConf
 
-    from lab.core.cache import stage_key
+    from lab.core.hashing import stage_key
 
     plain: Any = OmegaConf.to_container(cfg)
     own = {**plain["launch"], "machine_rank": None}

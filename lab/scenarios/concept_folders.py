@@ -10,12 +10,12 @@ import torch
 
 from lab.core.data import CaptionedImages, Concept, ConceptCase, Kind, ScenarioData
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import choice, count, local, number
 from lab.core.prompts import text, texts
 from lab.core.seeding import derive, generator
 from lab.minisd.world import folders
 from lab.minisd.world.openmoji import CREDIT
-from lab.models.activations import digest
 from lab.scenarios import concept_texts as world_texts
 from lab.scenarios import concepts as shared
 from lab.scenarios.concept_entries import ROLES, Entry, checked, folder, shows, speaks_of

@@ -12,10 +12,10 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from lab.core.cache import stage_key
 from lab.core.data import PRECISIONS, CaptionedImages, ConceptCase, Sampling, ScenarioData
 from lab.core.errors import UserError, nearest
 from lab.core.fingerprint import fingerprint
+from lab.core.hashing import stage_key
 from lab.core.options import choice, count, number
 from lab.core.prompts import text
 

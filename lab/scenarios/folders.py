@@ -9,10 +9,10 @@ import torch
 
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import count, local, number
 from lab.core.progress import progress
 from lab.core.seeding import generator
-from lab.models.activations import digest
 from lab.scenarios import images
 
 _WANTED_ROWS = 2000  # 20 groups × 100 samples (KAPPA, arXiv 2505.23760 §5.2)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import choice, number
 from lab.core.seeding import generator
-from lab.models.activations import digest
 
 Pairs = Literal["all"] | Sequence[Sequence[int]]
 Indices = NDArray[np.int64]

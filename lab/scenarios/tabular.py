@@ -15,9 +15,9 @@ import torch
 
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, nearest
+from lab.core.hashing import digest
 from lab.core.options import local, names, number
 from lab.core.seeding import generator
-from lab.models.activations import digest
 from lab.scenarios import preprocess
 
 _ROLES: tuple[Role, Role] = ("benign", "harmful")

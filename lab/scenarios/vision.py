@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lab.core.data import Case, Kind, ScenarioData, Split, Task
 from lab.core.errors import UserError
+from lab.core.hashing import digest
 from lab.core.options import count
 from lab.core.progress import progress
 from lab.core.seeding import generator
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
-from lab.models.activations import digest
 from lab.scenarios import images
 from lab.scenarios.mnist import digits
 

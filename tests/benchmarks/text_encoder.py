@@ -32,7 +32,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from lab.core.cache import Artifact, StageCache, stage_key
+from lab.core.cache import Artifact, StageCache
+from lab.core.hashing import stage_key
 from lab.minisd.train import build
 from lab.minisd.train import scorer_clip as scorer_clip
 from lab.minisd.train import scorer_data as scorer_data

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lab.models.activations import digest
+from lab.core.hashing import digest
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from ranks_together import Found
 
-from lab.core.cache import Artifact, StageCache, stage_key
+from lab.core.cache import Artifact, StageCache
 from lab.core.distributed import team
 from lab.core.errors import Diverged, RankFailed
+from lab.core.hashing import stage_key
 from lab.runner.pipeline import Cell
 from lab.runner.spread import DistributedExecutor
 

@@ -309,7 +309,7 @@ def test_other_original_weights_are_refused(run_folder, tmp_path):
     [
         "os.system",
         "lab.core.provenance.subprocess.run",
-        "lab.core.cache.write_atomically",
+        "lab.core.hashing.write_atomically",
         "nowhere.Thing",
         3,
     ],

@@ -110,7 +110,7 @@ def test_a_full_disk_does_not_look_like_a_kill(works, monkeypatch, tmp_path, cap
     def full(path, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("lab.core.cache.write_atomically", full)
+    monkeypatch.setattr("lab.core.hashing.write_atomically", full)
     code, failure = works()
     assert (code, failure["told"]) == (0, "backbone.device=cuda: is taken.")
     assert "No space left on device. backbone.device=cuda: is taken." in capfd.readouterr().err

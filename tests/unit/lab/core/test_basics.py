@@ -9,10 +9,11 @@ from torch import nn
 
 from lab.core import sources
 from lab.core.errors import UserError, nearest
+from lab.core.hashing import digest
 from lab.core.seeding import derive, generator
 from lab.core.statistics import score
 from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
-from lab.models.activations import digest, features, prefix
+from lab.models.activations import features, prefix
 
 
 def test_streams_repeat_and_differ():

@@ -9,8 +9,9 @@ import time
 import pytest
 import torch
 
-from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key, write_atomically
+from lab.core.cache import Artifact, StageCache, StageCheckpoint
 from lab.core.errors import UserError
+from lab.core.hashing import stage_key, write_atomically
 
 
 def make(value=1.0):
