@@ -18,7 +18,6 @@ from lab.core import record as records
 from lab.core.errors import UserError
 from lab.core.options import local
 from lab.core.types import same_weights
-from lab.models import diffusion_files
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.release.checksums import SUMS, differences, read_sums, sha256
@@ -208,12 +207,11 @@ def _diffusion(
 ) -> None:
     folder = report.folder
     try:
-        _, parts = diffusion_files.check(folder, None)
         model = DiffusionBackbone(path=str(folder), device="cpu").build(None, 0)
     except UserError as error:
         report.fail("layout", f"{error.value}", error.fix)
         return
-    report.passed("layout", f"diffusers loads it as {facts['pipeline']}: {', '.join(parts)}")
+    report.passed("layout", f"diffusers loads it as {facts['pipeline']}")
     for name, module in (("unet", model.unet), *_beside(model)):
         _finite(report, name, module)
     unet = {

@@ -10,11 +10,11 @@ from tiny_sd import tiny_pipeline
 
 from lab.core.data import Sampling
 from lab.core.errors import UserError
-from lab.core.prompts import warn_cut
+from lab.core.prompts import check_prompts, warn_cut
 from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.models import devices
-from lab.models.diffusion import DiffusionModel, Text, check_prompts
+from lab.models.diffusion import DiffusionModel, Text
 
 LAYOUTS = ("sd1", "sd2", "xl")
 PROMPTS = ["a fox in the style of mosaic", "neon art of a fox!"]
@@ -92,11 +92,11 @@ def test_a_processor_that_emulates_bfloat16_is_told_of_once(monkeypatch, caplog)
     model = DiffusionModel.from_pipeline(tiny_pipeline("sd1"))
     for native, told in ((True, 0), (False, 1)):
         monkeypatch.setattr(devices, "computes_bfloat16", lambda kind, native=native: native)
-        devices.tell_of_emulation.cache_clear()
+        devices.warn_of_emulation.cache_clear()
         for _ in range(2):
             model.sample(PROMPTS[:1], model.latents(1, 0), Sampling(1, precision="bfloat16"))
         assert caplog.text.count("scenario.sampling.precision=weights saves the time") == told
-    devices.tell_of_emulation.cache_clear()
+    devices.warn_of_emulation.cache_clear()
 
 
 def test_text_equals_encode_prompt(model):
