@@ -171,7 +171,7 @@ def _load(record: Record, kind: str) -> str:
         )
         after += (
             "one encoding, median, mean and scale for both tasks "
-            "(`lab.scenarios.preprocess`). What it dropped:\n"
+            "(`lab.scenarios.tabular`). What it dropped:\n"
         )
         after += _bullets(record["notes"])
     return f"```python\n{code}\n```\n\n{after}"
