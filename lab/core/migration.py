@@ -42,6 +42,7 @@ _MODULES = {
     "lab.judges.load": "lab.scorers.load",
     "lab.judges.lpips": "lab.scorers.features",
     "lab.judges.nudenet": "lab.scorers.detector",
+    "lab.scenarios.folders": "lab.scenarios.vision",
 }
 _CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
 # config key in schema 1.x → its name now

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,7 +14,7 @@ from torch import nn
 
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase, Kind
-from lab.core.errors import UserError
+from lab.core.errors import UserError, as_user_error
 from lab.models.devices import pick
 from lab.models.diffusion import PIPELINES, DiffusionModel
 
@@ -84,8 +82,8 @@ class DiffusionBackbone:
         if self._model is None:
             source = self._source
             folder = source if isinstance(source, Path) else self._fetch(source)
-            with _quiet():
-                self._model = load(folder, self.variant, DTYPES[self.dtype])
+            _silence()
+            self._model = load(folder, self.variant, DTYPES[self.dtype])
             if self.resolution is not None:
                 _resize(self._model, self.resolution)
         return self._model
@@ -96,38 +94,32 @@ class DiffusionBackbone:
 
         unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True}
-        try:
+        fix = (
+            "is no folder here and could not be loaded from the hub. Set it to a local folder with "
+            "safetensors weights, point HF_HOME to a filled cache, or on a machine with network "
+            f"run `hf download {name}`."
+        )
+        with as_user_error(KEY, name, fix):
             return Path(DiffusionPipeline.download(name, **options, **unused))
-        except Exception as error:  # the hub client raises its own, httpx's and OS errors
-            fix = (
-                f"is no folder here and could not be loaded from the hub ({_line(error)}). Set it "
-                "to a local folder with safetensors weights, point HF_HOME to a filled cache, or "
-                f"on a machine with network run `hf download {name}`."
-            )
-            raise UserError(KEY, name, fix) from error
 
 
 def locate(path: str) -> Path | str:
     """Return the folder that ``path`` means (``minisd`` is the package's own), or the hub name.
 
     Raises:
-        UserError: neither; a file; MiniSD's weights that are not there yet.
+        UserError: neither.
     """
     folder = MINISD if path == "minisd" else Path(path).expanduser()
-    if path == "minisd" and not (folder / "model_index.json").is_file():
-        fix = "its weights are not there yet; run `python run.py experiment=train_minisd`."
-        raise UserError(KEY, path, fix)
-    if folder.is_dir():
+    if (folder / "model_index.json").is_file():
         return folder
-    if folder.is_file():
-        fix = (
-            "is a file; a folder in diffusers layout is needed. If you trust its source, convert "
-            "it with StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
-        )
-        raise UserError(KEY, path, fix)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not folder.parent.is_dir():
         return path
-    raise UserError(KEY, path, "there is no such folder, and it is no hub name OWNER/MODEL.")
+    fix = (
+        "is no folder in diffusers layout (with model_index.json), and no hub name OWNER/MODEL. "
+        "`python run.py experiment=train_minisd` makes MiniSD's. A single file is converted by "
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
+    )
+    raise UserError(KEY, path, fix)
 
 
 def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionModel:
@@ -139,12 +131,9 @@ def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionMode
     """
     import diffusers
 
-    try:
+    with as_user_error(KEY, folder, "its model_index.json is damaged."):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         name = index["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        fix = f"is no pipeline in diffusers layout; model_index.json: {_line(error)}"
-        raise UserError(KEY, folder, fix) from error
     if name not in PIPELINES:
         raise UserError(KEY, folder, f"holds a {name}; {' or '.join(PIPELINES)} is needed.")
     parts = [part for part in PARTS if part in index]
@@ -155,11 +144,8 @@ def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionMode
     options: dict[str, Any] = {part: _load_part(folder, part, variant, dtype) for part in parts}
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     options |= {k: v for k, v in unused.items() if k in index}
-    try:
+    with as_user_error(KEY, folder, "its tokenizer or scheduler cannot be loaded."):
         pipe = getattr(diffusers, name).from_pretrained(str(folder), **options)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        fix = f"its tokenizer or scheduler cannot be loaded: {_line(error)}"
-        raise UserError(KEY, folder, fix) from error
     model = DiffusionModel.from_pipeline(pipe)
     _check_parts(folder, model)
     if dtype == torch.float16:
@@ -171,7 +157,8 @@ def _load_part(folder: Path, part: str, variant: str | None, dtype: torch.dtype)
     """Return one network with all of its weights; the loaders themselves only warn."""
     library, name = PARTS[part]
     options = {"torch_dtype": dtype} if library == "diffusers" else {}
-    try:
+    fix = f"cannot be loaded from safetensors with backbone.variant={variant}."
+    with as_user_error(KEY, folder / part, fix):
         network, report = getattr(importlib.import_module(library), name).from_pretrained(
             str(folder),
             subfolder=part,
@@ -181,9 +168,6 @@ def _load_part(folder: Path, part: str, variant: str | None, dtype: torch.dtype)
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # safetensors raises an exception of its own
-        fix = f"cannot be loaded with backbone.variant={variant}: {_line(error)}"
-        raise UserError(KEY, folder / part, fix) from error
     wrong = {kind: keys for kind, keys in report.items() if keys and kind.endswith("_keys")}
     if wrong:
         fix = f"is a checkpoint of another model than its config.json says: {wrong}"
@@ -251,25 +235,11 @@ def _check_image_size(case: ConceptCase, side: int) -> None:
             raise UserError("backbone.resolution", side, fix)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> None:
     """Keep the loaders' progress bars and warnings off the terminal; errors are raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    logs: list[Any] = [diffusers_logging, transformers_logging]
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-            log.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    """Return an exception as one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    for log in (diffusers_logging, transformers_logging):
+        log.set_verbosity_error()  # type: ignore[no-untyped-call]
+        log.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.seeding import derive
 from lab.core.types import FeatureModel
 
@@ -169,7 +169,12 @@ def load_model(
     """
     if not timm.is_model(model.split(".")[0]):
         raise UserError(f"{key}.model", model, nearest(model, timm.list_models()))
-    try:
+    fix = (
+        f"cannot be loaded into {model}. Use random, timm (without network point HF_HOME to a "
+        f"filled cache), imagenet_package (for {PACKAGE_MODEL}), or the path of a .safetensors or "
+        ".pth state dict of this model, without other Python objects."
+    )
+    with as_user_error(f"{key}.weights", weights, fix):
         network = create_network(model, image_size, seed, pretrained=weights == "timm")
         if weights in ("timm", "random"):
             return as_model(network, image_size)
@@ -185,14 +190,6 @@ def load_model(
         heads = tuple(f"{name}." for name in ([head] if isinstance(head, str) else head))
         network.load_state_dict({k: v for k, v in state.items() if not k.startswith(heads)})
         return as_model(network, image_size)
-    except Exception as error:  # torch, safetensors, pickle and the hub client raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        fix = (
-            f"cannot be loaded into {model} ({reason}). Use random, timm (without network point "
-            f"HF_HOME to a filled cache), imagenet_package (for {PACKAGE_MODEL}), or the path of "
-            "a .safetensors or .pth state dict of this model, without other Python objects."
-        )
-        raise UserError(f"{key}.weights", weights, fix) from error
 
 
 @config

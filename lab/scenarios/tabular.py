@@ -23,7 +23,7 @@ from pydantic import BeforeValidator, Field
 
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.hashing import digest
 from lab.core.seeding import generator
 
@@ -76,11 +76,9 @@ def ames() -> pd.DataFrame:
 
 def read_csv(path: Path) -> pd.DataFrame:
     """Return a CSV with at least one row; raises `UserError` where there is none."""
-    try:
+    fix = "cannot be read as a CSV file with commas and a header line."
+    with as_user_error("scenario.path", path, fix):
         frame = pd.read_csv(path, low_memory=False)
-    except (OSError, ValueError) as error:
-        fix = f"cannot be read as a CSV file with commas and a header line ({error})."
-        raise UserError("scenario.path", path, fix) from error
     if frame.empty:
         raise UserError("scenario.path", path, "holds no rows; give a CSV with a header and data.")
     return frame
@@ -353,8 +351,8 @@ class Tabular:
             raise UserError("scenario.harmful_values", list(self.harmful_values), fix)
         note = (
             f"Split by {column}, which is not a feature: {int(harmful.sum())} rows with "
-            f"{', '.join(self.harmful_values)} are the harmful task, {int((~harmful).sum())} others the benign "
-            "one."
+            f"{', '.join(self.harmful_values)} are the harmful task, {int((~harmful).sum())} "
+            "others the benign one."
         )
         return [table[rows].drop(columns=column) for rows in (~harmful, harmful)], [note]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lab.core.config import Count, Text, config
-from lab.core.errors import UserError
+from lab.core.errors import UserError, as_user_error
 from lab.scorers.networks import CLIP_WEIGHTS, SHIPPED, TRAIN, check_images, resized
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
@@ -46,19 +46,18 @@ class OpenClip:
         """Return unit vectors float32 [n, d] of uint8 images [n, 3, h, w]; they are resized, not
         cropped.
         """
-        vectors = []
-        for part in check_images(images).split(self.batch):
-            x = self._normalised(part.to(self.device))
-            vectors.append(self.model.encode_image(x, normalize=True).float().cpu())
-        return torch.cat(vectors)
+        parts = [
+            self._normalised(x.to(self.device)) for x in check_images(images).split(self.batch)
+        ]
+        return torch.cat([self.model.encode_image(x, normalize=True) for x in parts]).float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors float32 [n, d]; texts longer than the context are cut."""
-        vectors = []
-        for ids in self._loaded[1](list(texts)).split(self.batch):
-            vectors.append(self.model.encode_text(ids.to(self.device), normalize=True))
-        return torch.cat(vectors).float().cpu()
+        parts = self._loaded[1](list(texts)).to(self.device).split(self.batch)
+        return (
+            torch.cat([self.model.encode_text(ids, normalize=True) for ids in parts]).float().cpu()
+        )
 
     @property
     def model(self) -> Any:
@@ -87,15 +86,12 @@ class OpenClip:
             name = f"local-dir:{folder}"
         if weights is not None and Path(weights).expanduser().is_file():
             weights = str(Path(weights).expanduser())
-        try:
+        fix = (
+            f"open_clip cannot load it with weights={weights}. Give a tag of open_clip or a local "
+            ".safetensors file, or point HF_HOME to a filled cache."
+        )
+        with as_user_error("scorers.clip.name", self.name, fix):
             model = open_clip.create_model(
                 name, pretrained=weights, device=self.device, require_pretrained=True
             )
             return model.eval().requires_grad_(False), open_clip.get_tokenizer(name)
-        except Exception as error:  # the hub client, urllib, torch and open_clip raise their own
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-            fix = (
-                f"open_clip could not load it with weights={weights} ({reason}). Give a tag of "
-                "open_clip or a local .safetensors file, or point HF_HOME to a filled cache."
-            )
-            raise UserError("scorers.clip.name", self.name, fix) from error

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lab.core.config import Count, Positive, Share, Text, config
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.scorers.networks import (
     DETECTOR_CONFIG,
     DETECTOR_WEIGHTS,
@@ -151,15 +151,12 @@ def load_detector(
         UserError: a missing or damaged file, or the weights of another network.
     """
     path = SHIPPED / "detector" if folder == "minisd" else Path(folder).expanduser()
-    try:
+    fix = f"holds no detector; {TRAIN}, or name the folder of another one."
+    with as_user_error("scorers.detector.folder", path, fix):
         facts = json.loads((path / DETECTOR_CONFIG).read_text())
         network = DetectorNetwork(len(facts["objects"]), len(facts["styles"]), facts.pop("width"))
         network.load_state_dict(load_file(path / DETECTOR_WEIGHTS))
         return Detector(network.to(device).requires_grad_(False), **facts, batch=batch)
-    except Exception as error:  # OS, JSON, safetensors, torch and pydantic raise their own
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        fix = f"holds no detector ({reason}); {TRAIN}, or name the folder of another one."
-        raise UserError("scorers.detector.folder", path, fix) from error
 
 
 @config
@@ -182,13 +179,10 @@ class NudeNet:
     def __post_init__(self) -> None:
         from nudenet import NudeDetector
 
-        try:
+        with as_user_error("scorers.detector.path", self.path, "leave it null for NudeNet's own."):
             self._detector: Any = NudeDetector(
                 model_path=self.path, inference_resolution=self.resolution
             )
-        except Exception as error:  # onnxruntime raises errors of its own
-            fix = f"cannot be read ({error}); leave it null for NudeNet's own."
-            raise UserError("scorers.detector.path", self.path, fix) from error
 
     def scores(self, images: Tensor) -> dict[str, Tensor]:
         """Return the highest score of each class in every image, float32 [n]; 0 means not seen.

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.core.config import Count, Text, config
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.seeding import generator
 from lab.models.vision import PACKAGE_MODEL, ImageSize, VisionModel, load_model
 from lab.scorers.networks import check_images, resized
@@ -57,11 +57,9 @@ class FeatureScorer:
         known = timm.get_pretrained_cfg(self.model)
         side = self.image_size or (known and known.input_size[-1])
         network = load_model(self.model, self.weights, side, key="scorers.features")
-        for stage in self.stages or ():
-            if stage not in network.block_names:
-                raise UserError(
-                    "scorers.features.stages", stage, nearest(stage, network.block_names)
-                )
+        if unknown := sorted({*(self.stages or ())} - {*network.block_names}):
+            fix = nearest(unknown[0], network.block_names)
+            raise UserError("scorers.features.stages", unknown[0], fix)
         network = network.to(self.device).requires_grad_(False)
         # depthwise convolutions are three times as fast on a CPU; torch's stubs lack the argument
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -138,14 +136,9 @@ class Lpips:
     def _net(self) -> Any:
         from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-        try:
+        fix = "has no weights; put torchvision's file into TORCH_HOME, or use feature_lpips."
+        with as_user_error("scorers.lpips.network", self.network, fix):
             metric: Any = LearnedPerceptualImagePatchSimilarity(self.network)
-        except Exception as error:  # torchvision's download raises urllib's and OS errors
-            fix = (
-                f"no weights ({error}); put torchvision's file into TORCH_HOME, or use "
-                "feature_lpips."
-            )
-            raise UserError("scorers.lpips.network", self.network, fix) from error
         return metric.net.to(self.device).eval()
 
     @torch.no_grad()

@@ -18,10 +18,10 @@ from sklearn.datasets import load_sample_image
 
 from lab.core.data import Case, Split, Task
 from lab.core.errors import UserError
+from lab.core.image_files import crop, stack
 from lab.core.types import same_weights
 from lab.models.activations import features, prefix
 from lab.models.vision import PACKAGE_MODEL, VisionBackbone, VisionModel, chain, imagenet_package
-from lab.scenarios import images
 
 TRANSFORMER = ("embed", *(f"block{i}" for i in range(12)), "norm")
 
@@ -134,7 +134,7 @@ def test_package_weights_recognise_photographs() -> None:
     pictures = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
     network = timm.create_model(PACKAGE_MODEL, pretrained=False)
     network.load_state_dict(imagenet_package())
-    x = images.stack([np.asarray(images.crop(picture, 224)) for picture in pictures.values()])
+    x = stack([np.asarray(crop(picture, 224)) for picture in pictures.values()])
     with torch.no_grad():
         top = network.eval()((x / 255.0 - 0.5) / 0.5).argmax(1)
     assert top.tolist() == list(pictures)

