@@ -46,18 +46,14 @@ class OpenClip:
         """Return unit vectors float32 [n, d] of uint8 images [n, 3, h, w]; they are resized, not
         cropped.
         """
-        parts = [
-            self._normalised(x.to(self.device)) for x in check_images(images).split(self.batch)
-        ]
+        parts = [self._normalised(x) for x in check_images(images).split(self.batch)]
         return torch.cat([self.model.encode_image(x, normalize=True) for x in parts]).float().cpu()
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Return unit vectors float32 [n, d]; texts longer than the context are cut."""
         parts = self._loaded[1](list(texts)).to(self.device).split(self.batch)
-        return (
-            torch.cat([self.model.encode_text(ids, normalize=True) for ids in parts]).float().cpu()
-        )
+        return torch.cat([self.model.encode_text(x, normalize=True) for x in parts]).float().cpu()
 
     @property
     def model(self) -> Any:
@@ -68,7 +64,9 @@ class OpenClip:
         visual = self.model.visual
         size, facts = visual.image_size, visual.preprocess_cfg
         mode = "bilinear" if facts["interpolation"] == "bilinear" else "bicubic"
-        x = resized(images, int(size[0] if isinstance(size, tuple | list) else size), mode)
+        x = resized(
+            images.to(self.device), int(size[0] if isinstance(size, tuple | list) else size), mode
+        )
         mean, std = (torch.tensor(facts[k], device=x.device) for k in ("mean", "std"))
         return (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 

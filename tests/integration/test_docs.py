@@ -144,7 +144,7 @@ def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
     from lab.models.linear import LinearBackbone
 
     case = tiny.linear_case()
-    model = LinearBackbone("linear").build(case, 0)
+    model = LinearBackbone().build(case, 0)
     budget = Budget(horizon=60, multiple=2, points=10)
     ours, theirs = (
         attack(model, case.benign, seed=0, budget=budget, checkpoint=None)
