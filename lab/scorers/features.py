@@ -8,7 +8,7 @@ from typing import Any, Literal
 import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lab.core.config import Count, Text, config
 from lab.core.errors import UserError, as_user_error, nearest
@@ -154,24 +154,30 @@ class Lpips:
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Return ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of feature sets [n, d] and [m, d].
 
-    In float64, by torchmetrics (arXiv 1706.08500). With fewer images than dimensions the value is
-    too large, roughly by a constant over n (arXiv 1911.07023): compare only figures of equal n,
-    and read them beside `floor`. Over features other than Inception's it is no "FID".
+    In float64 (arXiv 1706.08500). tr (Σ_a Σ_b)^½ is the sum of the singular values of
+    A Bᵀ / √((n − 1)(m − 1)), A and B the centred sets, since their squares are the non-zero
+    eigenvalues of Σ_a Σ_b. torchmetrics takes the eigenvalues of that d × d product: at d = 1280
+    300 times slower, and off by 6e-8 where n < d.
+
+    With fewer images than dimensions the value is too large, roughly by a constant over n (arXiv
+    1911.07023): compare only figures of equal n, and read them beside `floor`. Over features other
+    than Inception's it is no "FID".
     """
-    from torchmetrics.image.fid import FrechetInceptionDistance
+    a, b = a.double(), b.double()
+    centred_a, centred_b = a - a.mean(0), b - b.mean(0)
+    left, right = len(a) - 1, len(b) - 1
+    products = _thin(centred_a) @ _thin(centred_b).T
+    cross = torch.linalg.svdvals(products).sum() / (left * right) ** 0.5
+    spread = centred_a.square().sum() / left + centred_b.square().sum() / right
+    distance = (a.mean(0) - b.mean(0)).square().sum() + spread - 2 * cross
+    return max(0.0, float(distance))  # rounding can take a distance of 0 below it
 
-    metric = FrechetInceptionDistance(feature=_Vectors(a.shape[1]))
-    metric.update(a.double(), real=True)
-    metric.update(b.double(), real=False)
-    return max(0.0, float(metric.compute()))  # rounding can take a distance of 0 below it
 
-
-class _Vectors(nn.Identity):
-    """Takes feature vectors for images, for torchmetrics."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
+def _thin(x: Tensor) -> Tensor:
+    """Return R of x = QR if it is smaller than x [n, d]; products x yᵀ keep their singular
+    values.
+    """
+    return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
 
 
 def floor(real: Tensor, count: int, *, seed: int, draws: int = 5) -> float:
