@@ -241,5 +241,5 @@ def _silence() -> None:
     from transformers.utils import logging as transformers_logging
 
     for log in (diffusers_logging, transformers_logging):
-        log.set_verbosity_error()  # type: ignore[no-untyped-call]
-        log.disable_progress_bar()  # type: ignore[no-untyped-call]
+        log.set_verbosity_error()
+        log.disable_progress_bar()

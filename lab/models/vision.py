@@ -69,7 +69,7 @@ def chain(model: Any) -> Blocks:
     if type(model) is ResNet:
         stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
         last = nn.Sequential(model.layer4, model.global_pool)
-        stages = [("layer1", model.layer1), ("layer2", model.layer2), ("layer3", model.layer3)]
+        stages = [(f"layer{i}", getattr(model, f"layer{i}")) for i in (1, 2, 3)]
         return [("stem", stem), *stages, ("layer4", last)]
     plain = type(model) is VisionTransformer and model.attn_pool is None
     if plain and model.global_pool in ("token", "avg") and not model.pool_include_prefix:
@@ -125,7 +125,9 @@ def create_network(
 ) -> Any:
     """Return a timm network without its classifier; ``seed`` alone decides its random weights."""
     known = timm.get_pretrained_cfg(model)
-    size = {"img_size": image_size} if image_size and known and known.fixed_input_size else {}
+    size: dict[str, Any] = (
+        {"img_size": image_size} if image_size and known and known.fixed_input_size else {}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "backbone", model))
         return timm.create_model(model, pretrained=pretrained, num_classes=0, **size)

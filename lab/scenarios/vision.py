@@ -122,7 +122,7 @@ class ImageFolders:
                 f"{_WANTED_ROWS} that 20 disjoint "
                 "groups of 100 samples need: groups will overlap or be smaller."
             )
-        return Task(name, role, "classification", *splits, classes=len(labels))
+        return Task(name, role, "classification", splits[0], splits[1], len(labels))
 
     def _halves(self, folder: Path, key: str, seed: int) -> tuple[Files, Files]:
         held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)

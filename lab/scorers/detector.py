@@ -10,7 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -57,7 +58,7 @@ def corrected_share(share: Floats, false_positive: float, false_negative: float)
     return np.asarray(np.clip((share - false_positive) / power, 0.0, 1.0))
 
 
-@config(kw_only=False)
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), eq=False)
 class Detector:
     """Classifies the object and the style of an image.
 
@@ -76,8 +77,8 @@ class Detector:
     network: DetectorNetwork
     objects: tuple[Text, ...]
     styles: tuple[Text, ...]
-    temperature: dict[Head, Positive] = Field(default={"object": 1.0, "style": 1.0})
-    rates: dict[str, dict[Literal["false_positive", "false_negative"], Share]] = Field(default={})
+    temperature: dict[str, Positive] = Field(default={"object": 1.0, "style": 1.0})
+    rates: dict[str, dict[str, Share]] = Field(default={})
     threshold: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
     batch: Count = 256
 

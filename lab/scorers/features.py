@@ -54,8 +54,8 @@ class FeatureScorer:
     @cached_property
     def network(self) -> VisionModel:
         """The network, loaded at its first use."""
-        known = timm.get_pretrained_cfg(self.model)
-        side = self.image_size or (known and known.input_size[-1])
+        known: Any = timm.get_pretrained_cfg(self.model)
+        side = self.image_size or (int(known.input_size[-1]) if known else None)
         network = load_model(self.model, self.weights, side, key="scorers.features")
         if unknown := sorted({*(self.stages or ())} - {*network.block_names}):
             fix = nearest(unknown[0], network.block_names)

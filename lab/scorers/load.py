@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from lab.core.config import Text, config
 from lab.core.hashing import digest
 from lab.core.sources import source_hash
 from lab.scorers.clip import OpenClip
@@ -19,20 +17,26 @@ from lab.scorers.features import FeatureScorer, Lpips
 from lab.scorers.networks import SHIPPED
 
 
-@config
 class Scorers:
-    """A set of scorers; networks are loaded at their first use, once.
+    """A set of scorers; their networks are loaded at their first use, once.
+
+    It is no config class: Hydra would take a dataclass that is an argument for a config.
 
     Args:
         name: of the set, for records.
         clip, features, detector, lpips: None means that there is no such scorer.
     """
 
-    name: Text
-    clip: OpenClip
-    features: FeatureScorer
-    detector: Detector | NudeNet | None = None
-    lpips: Lpips | None = None
+    def __init__(
+        self,
+        name: str,
+        clip: OpenClip,
+        features: FeatureScorer,
+        detector: Detector | NudeNet | None = None,
+        lpips: Lpips | None = None,
+    ) -> None:
+        self.name, self.clip, self.features = name, clip, features
+        self.detector, self.lpips = detector, lpips
 
     def fingerprint(self) -> str:
         """Return a hash of what decides what these scorers see; files are read once."""
@@ -48,8 +52,8 @@ class Scorers:
             sha.update(
                 f"{type(scorer).__qualname__}{source_hash(type(scorer).__module__)}".encode()
             )
-            for field in fields(scorer) if scorer is not None else ():
-                sha.update(f"{field.name}={_identity(getattr(scorer, field.name))}".encode())
+            for name in getattr(scorer, "__dataclass_fields__", ()):
+                sha.update(f"{name}={_identity(getattr(scorer, name))}".encode())
         return sha.hexdigest()
 
 
