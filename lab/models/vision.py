@@ -61,17 +61,18 @@ def chain(model: Any) -> Blocks:
     not move is evaluated once. Any other network becomes one block named ``body``. A layer without
     parameters (pooling) is joined to the block before it. The network itself is taken apart.
     """
-    if type(model) is EfficientNet:
+    kind = type(model)
+    if kind is EfficientNet:
         stem = nn.Sequential(model.conv_stem, model.bn1)
         head = nn.Sequential(model.conv_head, model.bn2, model.global_pool)
         stages = [(f"stage{i}", stage) for i, stage in enumerate(model.blocks)]
         return [("stem", stem), *stages, ("head", head)]
-    if type(model) is ResNet:
+    if kind is ResNet:
         stem = nn.Sequential(model.conv1, model.bn1, model.act1, model.maxpool)
         last = nn.Sequential(model.layer4, model.global_pool)
         stages = [(f"layer{i}", getattr(model, f"layer{i}")) for i in (1, 2, 3)]
         return [("stem", stem), *stages, ("layer4", last)]
-    plain = type(model) is VisionTransformer and model.attn_pool is None
+    plain = kind is VisionTransformer and model.attn_pool is None
     if plain and model.global_pool in ("token", "avg") and not model.pool_include_prefix:
         pool = partial(
             global_pool_nlc,

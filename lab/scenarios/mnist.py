@@ -89,9 +89,10 @@ class MnistPairs:
                 shared[key] = [
                     self._split(digit, pixels[half][:, keep], labels[half]) for half in rows[digit]
                 ]
+            train, test = shared[key]
             if self.protocol == "release":
-                return Task(f"digit{digit}", role, "regression", *shared[key])
-            return Task(f"digit{digit}", role, "classification", *shared[key], classes=2)
+                return Task(f"digit{digit}", role, "regression", train, test)
+            return Task(f"digit{digit}", role, "classification", train, test, classes=2)
 
         cases, widths = [], []
         for pair in self.pairs:

@@ -418,6 +418,6 @@ class Tabular:
             raise UserError(f"scenario.{role}_target", column, fix)
         inputs = torch.from_numpy(np.ascontiguousarray(x))
         targets, chosen = torch.from_numpy((y - mean) / scale), torch.from_numpy(train)
-        splits = [Split(inputs[rows], targets[rows]) for rows in (chosen, ~chosen)]
+        train_split, test_split = (Split(inputs[r], targets[r]) for r in (chosen, ~chosen))
         label = f"{column}_{role}" if same else column
-        return Task(label, role, "regression", *splits)
+        return Task(label, role, "regression", train_split, test_split)
