@@ -153,14 +153,10 @@ def clip_network(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def round_to_half(model: nn.Module) -> nn.Module:
-    """Round every weight, in place, to what a float16 file keeps, so that what is measured is what
-    is shipped.
+    """Round every weight, in place, to what a float16 file keeps: the measured network is the
+    shipped one.
     """
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(value.half().float())
-    return model
+    return model.half().float()
 
 
 def _write(model: nn.Module, folder: Path, weights: str, name: str, config: dict[str, Any]) -> None:

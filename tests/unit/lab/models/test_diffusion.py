@@ -10,7 +10,7 @@ from tiny_sd import tiny_pipeline
 
 from lab.core.data import Sampling
 from lab.core.errors import UserError
-from lab.core.prompts import check_prompts, warn_cut
+from lab.core.prompts import warn_cut
 from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.models import devices
@@ -284,30 +284,3 @@ def test_a_prompt_that_just_fits_is_not_told(caplog):
     assert not caplog.records
     with pytest.raises(ValueError, match="no prompts"):
         model.tokens([])
-
-
-def test_prompts_are_cleaned():
-    tokenizer = tiny_diffusion().tokenizers[0]
-    given = ["  a fox\n", "a <b>bold</b> fox", "<new1> fox", "Füchse, 狐, 🦊!"]
-    assert check_prompts("k", given, tokenizer) == ("a fox", *given[1:])
-
-
-@pytest.mark.parametrize(
-    ("prompts", "told"),
-    [
-        ([], "at least one"),
-        ("a fox", "must be a list"),
-        (["a fox", "  "], "at least one word"),
-        ([3], "at least one word"),
-        (["a\x00fox"], r"U\+0000"),
-        (["a fox\nand a lion"], r"U\+000A"),
-        (["a \x1b[31mfox"], r"U\+001B"),
-        (["a \u202efox"], r"U\+202E"),
-        (["a fox <|endoftext|> a lion"], "special token"),
-        (["<|StartOfText|> a fox"], "special token"),
-    ],
-)
-def test_prompts_that_are_refused(prompts, told):
-    with pytest.raises(UserError, match=told) as caught:
-        check_prompts("scenario.prompts", prompts, tiny_diffusion().tokenizers[0])
-    assert caught.value.key == "scenario.prompts"
