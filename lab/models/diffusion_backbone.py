@@ -115,7 +115,7 @@ def locate(path: str) -> Path | str:
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not folder.parent.is_dir():
         return path
     fix = (
-        "is no folder in diffusers layout (with model_index.json), and no hub name OWNER/MODEL. "
+        "there is no such folder in diffusers layout (model_index.json), nor is it OWNER/MODEL. "
         "`python run.py experiment=train_minisd` makes MiniSD's. A single file is converted by "
         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
     )

@@ -142,7 +142,7 @@ def test_position_ids_of_old_text_encoders_load(folder):
 def test_missing_folders_and_files(saved, tmp_path):
     (tmp_path / "sd.ckpt").write_bytes(b"x")
     for path in (saved / "sd11", saved, tmp_path / "sd.ckpt"):
-        refused("backbone.path", "is no folder in diffusers layout.*from_single_file", path)
+        refused("backbone.path", "no such folder in diffusers layout.*from_single_file", path)
 
 
 def test_minisd_that_is_not_trained_yet(monkeypatch, tmp_path):
