@@ -390,20 +390,18 @@ class Tabular:
         rows = np.concatenate(train)
         benign = np.arange(len(rows)) < len(train[0])
         groups = {"benign": rows & benign, "harmful": rows & ~benign}
-        data = drop_constant(encode(features, rows), groups)
-        if data.names:
-            data = standardise(data, rows)
+        data = standardise(drop_constant(encode(features, rows), groups), rows)
         if data.names:
             data = drop_combinations(data, groups)
         width = len(data.names)
         ranks = [int(np.linalg.matrix_rank(data.x[own])) if width else 0 for own in groups.values()]
-        for label, rank in zip(groups, ranks, strict=True):
-            if rank < 2:
-                fix = (
-                    f"the {label} training rows have rank {rank} in the {width} features that vary "
-                    "in both tasks; a condition number needs 2: give more columns or rows."
-                )
-                raise UserError("scenario.path", self.path, fix)
+        if min(ranks) < 2:
+            fix = (
+                f"the training rows have rank {ranks[0]} (benign) and {ranks[1]} (harmful) in the "
+                f"{width} features that vary in both tasks; a condition number needs 2: give more "
+                "columns or rows."
+            )
+            raise UserError("scenario.path", self.path, fix)
         return data.x, (*data.notes, rank_note(width, groups, ranks))
 
     def _task(

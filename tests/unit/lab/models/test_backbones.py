@@ -160,14 +160,6 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
     assert same_weights(VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0), model)
 
 
-def test_wrapped_checkpoint(tmp_path: Path) -> None:
-    network = timm.create_model("resnet18", pretrained=False)
-    path = tmp_path / "wrapped.pth"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
-    model = VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0)
-    assert torch.equal(next(model.parameters()), network.conv1.weight)
-
-
 class _Rude:
     def __reduce__(self):
         return (os.getcwd, ())

@@ -273,14 +273,3 @@ def test_a_long_prompt_is_cut_and_told_once(caplog):
     assert len(caplog.records) == 1
     lost = len(model.tokenizers[0](long).input_ids) - context
     assert f"last {lost} tokens" in caplog.text
-
-
-def test_a_prompt_that_just_fits_is_not_told(caplog):
-    model = tiny_diffusion()
-    warn_cut.cache_clear()
-    full = " ".join(["a"] * (model.tokenizers[0].model_max_length - 2))
-    with caplog.at_level(logging.WARNING):
-        model.tokens([full])
-    assert not caplog.records
-    with pytest.raises(ValueError, match="no prompts"):
-        model.tokens([])
