@@ -32,7 +32,7 @@ from lab.core.options import count as whole
 from lab.core.options import flag, number
 from lab.core.prompts import text, texts
 from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
-from lab.scorers.frechet import frechet_distance
+from lab.scorers.features import frechet_distance
 
 HEADS = ("object", "style")
 

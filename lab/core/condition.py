@@ -22,15 +22,12 @@ from lab.core.seeding import generator
 Definition = Literal["rank", "ridge", "release"]
 DEFINITIONS: tuple[Definition, ...] = ("rank", "ridge", "release")
 RESOLUTION = 1e-6  # a bound whose estimated relative error exceeds this is not reported
-RELEASE_SHIFT = (
-    1e-6  # the released `condition_number` adds this to H and drops eigenvalues at or below it
-)
+# the released `condition_number` adds this to H and drops eigenvalues at or below it
+RELEASE_SHIFT = 1e-6
 
 
 def singular_values(x: Tensor) -> Tensor:
-    """Singular values of ``x`` [n, d], descending float64 [min(n, d)]."""
-    if x.ndim != 2 or 0 in x.shape:
-        raise ValueError(f"a spectrum needs a non-empty matrix, got shape {tuple(x.shape)}")
+    """Return the singular values of ``x`` [n, d], descending float64 [min(n, d)]."""
     return torch.linalg.svdvals(x.detach().to(torch.float64))
 
 
@@ -47,16 +44,14 @@ def rank_tolerance(
 def numerical_rank(
     s: Tensor, shape: tuple[int, int] | torch.Size, tolerance: float | None = None
 ) -> int:
-    """Number of singular values ``s`` of a matrix of ``shape`` that stand out of rounding.
+    """Return the number of singular values of a matrix of ``shape`` that stand out of rounding.
 
     Args:
         s: singular values, descending.
         tolerance: relative to ``s[0]``; default `rank_tolerance`, as ``numpy.linalg.matrix_rank``.
     """
-    if s.numel() == 0 or float(s[0]) == 0.0:
-        return 0
     relative = rank_tolerance(shape) if tolerance is None else tolerance
-    return int((s > relative * s[0]).sum())
+    return int((s > relative * s[:1]).sum())
 
 
 def condition_number(
@@ -66,7 +61,7 @@ def condition_number(
     tolerance: float | None = None,
     ridge: float = 0.0,
 ) -> float:
-    """κ(XᵀX) of ``x`` [n, d].
+    """Return κ(XᵀX) of ``x`` [n, d].
 
     Args:
         x: data or features. Integers and float32 are converted; float32 keeps its own rounding in
@@ -75,32 +70,26 @@ def condition_number(
             2505.23760); ``ridge`` κ(XᵀX + ``ridge``·I), what a probe with weight decay sees,
             infinite only for a singular XᵀX with ``ridge`` = 0; ``release`` the released function's
             rule: largest over smallest eigenvalue above 1e-6 of XᵀX + 1e-6·I, which on
-                rank-deficient data measures rounding noise (for comparison).
+            rank-deficient data measures rounding noise (for comparison).
         tolerance: relative rank tolerance of ``rank``.
         ridge: λ ≥ 0 of ``ridge``.
 
     Raises:
-        ValueError: an empty or all-zero matrix, numbers that are not finite, or an unknown
-            definition.
+        ValueError: an empty or all-zero matrix, or numbers that are not finite.
     """
     if not bool(torch.isfinite(x).all()):
         raise ValueError("a condition number needs finite numbers")
     if definition == "release":
         return _release_condition_number(x)
-    if tolerance is None:
-        tolerance = rank_tolerance(x.shape, x.dtype)
     s = singular_values(x)
-    rank = numerical_rank(s, x.shape, tolerance)
+    relative = rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance
+    rank = numerical_rank(s, x.shape, relative)
     if rank == 0:
         raise ValueError("the condition number of a zero matrix is undefined")
     if definition == "rank":
         return float((s[0] / s[rank - 1]) ** 2)
-    if definition == "ridge":
-        if ridge < 0:
-            raise ValueError(f"ridge must be ≥ 0, got {ridge}")
-        smallest = float(s[-1]) ** 2 if rank == x.shape[1] else 0.0
-        return (float(s[0]) ** 2 + ridge) / (smallest + ridge) if smallest + ridge > 0 else math.inf
-    raise ValueError(f"unknown definition {definition!r}; choose one of {', '.join(DEFINITIONS)}")
+    smallest = float(s[-1]) ** 2 if rank == x.shape[1] else 0.0
+    return (float(s[0]) ** 2 + ridge) / (smallest + ridge) if smallest + ridge > 0 else math.inf
 
 
 def _release_condition_number(x: Tensor) -> float:
@@ -114,7 +103,7 @@ def _release_condition_number(x: Tensor) -> float:
 
 
 def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list[Tensor]:
-    """Seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥
+    """Return seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥
     groups·size.
     """
     rng = generator(seed, "row-groups", n, groups, size)
@@ -134,8 +123,8 @@ def grouped_condition_number(
     seed: int = 0,
     ridge: float = 0.0,
 ) -> list[float]:
-    """κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760: 20
-    groups × 100).
+    """Return κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760:
+    20 groups × 100).
     """
     return [
         condition_number(x[rows], definition, ridge=ridge)
@@ -146,8 +135,8 @@ def grouped_condition_number(
 def relative_immunization_ratio(
     harmful_after: float, harmful_before: float, benign_after: float, benign_before: float
 ) -> float:
-    """RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got relatively
-    harder.
+    """Return RIR = [κ_H(θ_I)/κ_H(θ_0)] / [κ_P(θ_I)/κ_P(θ_0)]; above 1 the harmful task got
+    relatively harder.
 
     Raises:
         ValueError: a condition number below 1.
@@ -181,7 +170,9 @@ class Bound:
 
 
 def range_basis(x: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tensor]:
-    """Orthonormal basis W [d, r] of the row space of ``x`` [n, d] and its singular values [r]."""
+    """Return an orthonormal basis W [d, r] of the row space of ``x`` [n, d] and the singular
+    values [r] of ``x``.
+    """
     _, s, wt = torch.linalg.svd(x.detach().to(torch.float64), full_matrices=False)
     rank = numerical_rank(
         s, x.shape, rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance
@@ -190,14 +181,9 @@ def range_basis(x: Tensor, tolerance: float | None = None) -> tuple[Tensor, Tens
 
 
 def outside_energy(x: Tensor, basis: Tensor) -> float:
-    """Share of ‖X‖²_F outside the span of the orthonormal columns of ``basis`` [d, r]."""
+    """Return the share of ‖X‖²_F outside the span of orthonormal columns ``basis`` [d, r]."""
     x64 = x.detach().to(torch.float64)
     return float((x64 - (x64 @ basis) @ basis.T).square().sum() / x64.square().sum())
-
-
-def _gram_condition(values: np.ndarray, rank: int) -> float:
-    """λ_1/λ_r of ascending eigenvalues."""
-    return float(values[-1] / values[-rank])
 
 
 def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None) -> Bound:
@@ -227,14 +213,11 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
     if rank < d:
         outside = outside_energy(harmful, basis)
         pairs = (benign @ basis, harmful @ basis)
-    scale = (
-        pairs[0].square().sum(0).sqrt()
-    )  # a congruence: leaves the pencil as it is, lowers κ(K_P)
+    # a congruence: leaves the pencil as it is, lowers κ(K_P)
+    scale = pairs[0].square().sum(0).sqrt()
     k_p, k_h = ((p / scale).T @ (p / scale) for p in pairs)
     values = scipy.linalg.eigh(k_h.numpy(), k_p.numpy(), eigvals_only=True)
-    pencil = torch.from_numpy(
-        values[::-1].copy()
-    )  # torch takes no negative stride, not even of one value
+    pencil = torch.from_numpy(values[::-1].copy())  # torch takes no negative stride
     if outside > 1e-12:  # squared relative size: directions beyond 1e-6 of X_H, far above rounding
         reason = (
             f"infinite: K_P has rank {rank} of {d} and {100 * outside:.3g} % of the harmful "
@@ -243,12 +226,12 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
         )
         return Bound(None, reason, pencil, None, rank, outside)
     rank_m = numerical_rank(singular_values(pairs[1]), pairs[1].shape)
-    kappa_m = _gram_condition(values, rank_m)
+    kappa_m = float(values[-1] / values[-rank_m])  # eigenvalues ascend
     before = []
     for x in (benign, harmful):
         y = x if theta0 is None else x @ theta0.detach().to(torch.float64)
         gram = scipy.linalg.eigvalsh((y.T @ y).numpy())
-        before.append(_gram_condition(gram, numerical_rank(singular_values(y), y.shape)))
+        before.append(float(gram[-1] / gram[-numerical_rank(singular_values(y), y.shape)]))
     error = np.finfo(float).eps * max(
         *map(abs, before), condition_number(pairs[0] / scale) * abs(kappa_m)
     )
@@ -264,7 +247,8 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
 def principal_angles(
     x_benign: Tensor, x_harmful: Tensor, dim: int | None = None, energy: float = 0.9
 ) -> Tensor:
-    """Angles in radians, ascending, between the leading right-singular subspaces of both matrices.
+    """Return angles in radians, ascending, between the leading right-singular subspaces of both
+    matrices.
 
     Args:
         dim: directions taken from each; by default as many as hold ``energy`` of ‖X‖²_F, per
@@ -275,7 +259,7 @@ def principal_angles(
     for x in (x_benign, x_harmful):
         basis, s = range_basis(x)
         share = s.square().cumsum(0) / s.square().sum()
-        held = int((share < energy - 1e-12).sum()) + 1
-        bases.append(basis[:, : min(dim or held, len(s))].numpy())
+        leading = int((share < energy - 1e-12).sum()) + 1
+        bases.append(basis[:, : min(dim or leading, len(s))].numpy())
     angles = scipy.linalg.subspace_angles(*bases)
     return torch.from_numpy(np.ascontiguousarray(np.sort(angles)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -19,6 +20,21 @@ class UserError(Exception):
     def __init__(self, key: str, value: object, fix: str) -> None:
         self.key, self.value, self.fix = key, value, fix
         super().__init__(f"{key}={value!s}: {fix}")
+
+
+@contextmanager
+def as_user_error(key: str, value: object, fix: str) -> Iterator[None]:
+    """Turn whatever a library raises within into a `UserError`; ``fix`` is followed by its message.
+
+    For loaders: torch, safetensors, Pillow and the hub clients raise exceptions of their own.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        raise UserError(key, value, f"{fix} ({reason})") from error
 
 
 class Diverged(Exception):

@@ -1,12 +1,21 @@
-"""Image files of any kind as upright RGB."""
+"""Image files of any kind as upright RGB, and as uint8 tensors."""
 
 from __future__ import annotations
 
 import struct
+import warnings
+from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
 
+from lab.core.errors import as_user_error
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger image is taken for a decompression bomb
 DAMAGED = (
     OSError,
     ValueError,
@@ -29,9 +38,9 @@ _TURNS = {
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """``image`` turned as its EXIF orientation says. A damaged EXIF block says nothing, and is no
-    reason to refuse the picture (`PIL.ImageOps.exif_transpose` would have to write the block again,
-    and fails).
+    """Turn an image as its EXIF orientation says; a damaged EXIF block is ignored.
+
+    `PIL.ImageOps.exif_transpose` would have to write the block again, and fails.
     """
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -41,8 +50,8 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB, upright, transparency over white; greys of 16 bits and of floats (up to 1 or their
-    maximum) to 8.
+    """Return upright RGB, transparency over white; greys of 16 bits and of floats (up to 1 or
+    their maximum) become 8 bits.
     """
     image = upright(image)
     if image.mode.startswith("I") or image.mode == "F":
@@ -53,3 +62,30 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the centred square of ``image``, scaled to ``size`` pixels."""
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+
+
+def read_image(path: Path, size: int, key: str) -> NDArray[np.uint8]:
+    """Return one image file as [size, size, 3].
+
+    Raises:
+        UserError: the file cannot be read, or would unpack to more than `MAX_PIXELS` pixels.
+    """
+    fix = "cannot be read as an image; scale down, repair or remove it."
+    with as_user_error(key, path, fix), warnings.catch_warnings():
+        # the limit below is stricter or equal
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+            image.draft("RGB", (2 * size, 2 * size))
+            return np.asarray(crop(to_rgb(image), size))
+
+
+def stack(images: list[NDArray[np.uint8]]) -> Tensor:
+    """Return [size, size, 3] arrays as one tensor [n, 3, size, size]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -40,8 +40,9 @@ _MODULES = {
     "lab.judges.detector": "lab.scorers.detector",
     "lab.judges.features": "lab.scorers.features",
     "lab.judges.load": "lab.scorers.load",
-    "lab.judges.lpips": "lab.scorers.lpips",
-    "lab.judges.nudenet": "lab.scorers.nudenet",
+    "lab.judges.lpips": "lab.scorers.features",
+    "lab.judges.nudenet": "lab.scorers.detector",
+    "lab.scenarios.folders": "lab.scenarios.vision",
 }
 _CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
 # config key in schema 1.x → its name now

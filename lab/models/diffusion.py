@@ -8,6 +8,7 @@ compared; the conversion to the autoencoder's [-1, 1] happens here and nowhere e
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,17 +21,16 @@ from torch.func import functional_call
 
 from lab.core.data import Kind, Sampling
 from lab.core.errors import UserError
-from lab.core.prompts import check_prompts, warn_cut
+from lab.core.prompts import warn_cut
 from lab.core.seeding import generator
-from lab.models.devices import tell_of_emulation
+from lab.models.devices import warn_of_emulation
 
-__all__ = ["PIPELINES", "DiffusionModel", "Text", "check_prompts"]
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded prompts: ``hidden`` [n, tokens, d] and, for XL, ``pooled`` [n, p]."""
+    """n encoded prompts: ``hidden`` [n, tokens, d] and, for XL, ``pooled`` [n, p]."""
 
     hidden: Tensor
     pooled: Tensor | None = None
@@ -85,16 +85,16 @@ class DiffusionModel(nn.Module):
 
     @classmethod
     def from_pipeline(cls, pipe: Any) -> DiffusionModel:
-        """The parts of a diffusers pipeline; they are shared, not copied."""
-        encoders = [
-            m for m in (pipe.text_encoder, getattr(pipe, "text_encoder_2", None)) if m is not None
-        ]
-        tokenizers = [
-            t for t in (pipe.tokenizer, getattr(pipe, "tokenizer_2", None)) if t is not None
-        ]
-        zero = bool(pipe.config.get("force_zeros_for_empty_prompt", False))
+        """Return the parts of a diffusers pipeline as a model; they are shared, not copied."""
+        parts = pipe.components
         return cls(
-            pipe.unet, pipe.vae, encoders, tokenizers, pipe.scheduler, type(pipe).__name__, zero
+            pipe.unet,
+            pipe.vae,
+            [m for k in ("text_encoder", "text_encoder_2") if (m := parts.get(k)) is not None],
+            [t for k in ("tokenizer", "tokenizer_2") if (t := parts.get(k)) is not None],
+            pipe.scheduler,
+            type(pipe).__name__,
+            bool(pipe.config.get("force_zeros_for_empty_prompt", False)),
         )
 
     # ---- facts
@@ -129,16 +129,14 @@ class DiffusionModel(nn.Module):
         return self.latent_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
     def copy(self) -> DiffusionModel:
-        """An independent copy of the U-Net, the text encoders and the tokenizers (an attacker may
-        add tokens); the autoencoder and the scheduler, which never change, are shared.
+        """Return an independent copy of the U-Net, the text encoders and the tokenizers (an
+        attacker may add tokens). The autoencoder and the scheduler never change and are shared.
         """
-        unet, texts = copy.deepcopy(self.unet), copy.deepcopy(list(self.text_encoders))
-        tokenizers = copy.deepcopy(self.tokenizers)
         return DiffusionModel(
-            unet,
+            copy.deepcopy(self.unet),
             self.vae,
-            texts,
-            tokenizers,
+            copy.deepcopy(list(self.text_encoders)),
+            copy.deepcopy(self.tokenizers),
             self.scheduler,
             self.pipeline_class,
             self.zero_negative,
@@ -147,30 +145,28 @@ class DiffusionModel(nn.Module):
     # ---- text
 
     def tokens(self, prompts: Sequence[str], which: int = 0) -> Tensor:
-        """Token ids [n, context], padded and cut as Stable Diffusion does; a cut prompt is logged
-        once.
+        """Return token ids [n, context] of tokenizer ``which``, padded and cut as Stable Diffusion
+        does. A cut prompt is logged once.
         """
         if not prompts:
             raise ValueError("no prompts to encode")
         tokenizer = self.tokenizers[which]
-        found = tokenizer(
+        encoding = tokenizer(
             list(prompts),
             padding="max_length",
             max_length=tokenizer.model_max_length,
             truncation=True,
             return_tensors="pt",
         )
-        ids: Tensor = found.input_ids
-        for i in found.attention_mask.all(1).nonzero().flatten().tolist():
-            lost = (
-                len(tokenizer(prompts[i], truncation=False, verbose=False).input_ids) - ids.shape[1]
-            )
-            if lost > 0:
-                warn_cut(prompts[i], ids.shape[1], lost)
+        ids: Tensor = encoding.input_ids
+        for i in encoding.attention_mask.all(1).nonzero().flatten().tolist():
+            whole = tokenizer(prompts[i], truncation=False, verbose=False).input_ids
+            if len(whole) > ids.shape[1]:
+                warn_cut(prompts[i], ids.shape[1], len(whole) - ids.shape[1])
         return ids.to(self.device)
 
     def text(self, prompts: Sequence[str]) -> Text:
-        """Encoded prompts; gradients flow where the text encoder's parameters ask for them."""
+        """Return n encoded prompts; gradients flow where the text encoders require them."""
         if not self.xl:
             return Text(self.text_encoders[0](self.tokens(prompts))[0])
         outputs = [
@@ -180,47 +176,50 @@ class DiffusionModel(nn.Module):
         hidden = torch.cat([output.hidden_states[-2] for output in outputs], -1)
         return Text(hidden, outputs[1][0])
 
-    # ---- pictures and latents
+    # ---- images and latents
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation, scaled, of the latents of uint8 images [n, 3, s, s]; resized
-        to its own size.
+        """Return the mean and the standard deviation [n, c, s, s] of the scaled latents of images.
+
+        Args:
+            images: uint8 [n, 3, h, h], resized to the model's own size.
         """
-        side, dtype = (
-            self.image_size,
-            next(self.vae.parameters()).dtype,
-        )  # which a half-precision model may have kept
+        dtype = next(self.vae.parameters()).dtype  # a half-precision model may have kept float32
+        side, scale = self.image_size, self.vae.config.scaling_factor
         means, stds = [], []
         for part in images.split(32):
             x = part.to(self.device, dtype)
             if x.shape[-1] != side:
                 x = F.interpolate(x, (side, side), mode="bilinear", antialias=True)
-            found = self.vae.encode(x / 127.5 - 1).latent_dist
-            means.append((found.mean * self.vae.config.scaling_factor).to(self.dtype))
-            stds.append((found.std * self.vae.config.scaling_factor).to(self.dtype))
+            latents = self.vae.encode(x / 127.5 - 1).latent_dist
+            means.append((latents.mean * scale).to(self.dtype))
+            stds.append((latents.std * scale).to(self.dtype))
         return torch.cat(means), torch.cat(stds)
 
     def to_latents(self, images: Tensor) -> Tensor:
-        """Scaled latents of uint8 images, the posterior's mean."""
+        """Return scaled latents [n, c, s, s] of uint8 images [n, 3, h, h]: the posterior's mean."""
         return self.posterior(images)[0]
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
-        """uint8 [n, 3, s, s] of scaled latents, on the CPU."""
-        found, dtype = [], next(self.vae.parameters()).dtype
+        """Return uint8 images [n, 3, h, h] of scaled latents [n, c, s, s], on the CPU."""
+        dtype, images = next(self.vae.parameters()).dtype, []
         for part in latents.split(32):
             x = self.vae.decode(part.to(dtype) / self.vae.config.scaling_factor).sample
-            found.append(((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
-        return torch.cat(found)
+            images.append(((x.float() / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+        return torch.cat(images)
 
     # ---- the denoiser
 
     def predict(
         self, noisy: Tensor, t: Tensor, text: Text, weights: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """The U-Net's output. ``weights`` replaces named parameters of the U-Net
-        (`torch.func.functional_call`).
+        """Return the U-Net's output [n, c, s, s].
+
+        Args:
+            noisy: noisy latents [n, c, s, s]. t: timesteps [n]. text: n encoded prompts.
+            weights: replaces named parameters of the U-Net (`torch.func.functional_call`).
         """
         extra: dict[str, Any] = {}
         if text.pooled is not None:
@@ -228,20 +227,24 @@ class DiffusionModel(nn.Module):
             ids = torch.tensor(
                 [[side, side, 0, 0, side, side]], device=noisy.device, dtype=noisy.dtype
             )
-            extra["added_cond_kwargs"] = {
-                "text_embeds": text.pooled,
-                "time_ids": ids.repeat(len(noisy), 1),
-            }
+            ids = ids.repeat(len(noisy), 1)
+            extra["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": ids}
+        inputs = (noisy, t, text.hidden)
         if weights is None:
-            found: Tensor = self.unet(noisy, t, text.hidden, **extra).sample
-            return found
-        found = functional_call(self.unet, dict(weights), (noisy, t, text.hidden), extra).sample
-        return found
+            output = self.unet(*inputs, **extra)
+        else:
+            output = functional_call(self.unet, dict(weights), inputs, extra)
+        prediction: Tensor = output.sample
+        return prediction
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The noisy latents at timesteps ``t`` and what the U-Net has to predict from them, both in
-        float32 at least: bfloat16 would round the noise of the first timesteps away (√(1 − ᾱ_0) =
-        0.029 to 0).
+        """Return noisy latents and what the U-Net has to predict from them, both [n, c, s, s].
+
+        Both are float32 at least: bfloat16 would round the noise of the first timesteps away
+        (√(1 − ᾱ_0) = 0.029 to 0).
+
+        Args:
+            z: clean latents [n, c, s, s]. noise: [n, c, s, s]. t: timesteps [n].
         """
         wide = torch.promote_types(z.dtype, torch.float32)
         z, noise = z.to(wide), noise.to(wide)
@@ -251,9 +254,8 @@ class DiffusionModel(nn.Module):
             return noisy, noise
         if self.prediction == "v_prediction":
             return noisy, a.sqrt() * noise - (1 - a).sqrt() * z
-        raise UserError(
-            "backbone", self.prediction, "the scheduler must predict epsilon or v_prediction."
-        )
+        fix = "the scheduler must predict epsilon or v_prediction."
+        raise UserError("backbone", self.prediction, fix)
 
     def loss(
         self,
@@ -263,8 +265,10 @@ class DiffusionModel(nn.Module):
         t: Tensor,
         weights: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Diffusion loss per picture [n], the mean square over channels and pixels of the
-        prediction's error.
+        """Return the diffusion loss [n]: per image, the mean squared error of the prediction.
+
+        Args:
+            z, noise, t: see `noised`. text, weights: see `predict`.
         """
         noisy, target = self.noised(z, noise, t)
         return (self.predict(noisy.to(z), t, text, weights) - target).square().mean((1, 2, 3))
@@ -272,46 +276,44 @@ class DiffusionModel(nn.Module):
     # ---- generation
 
     def latents(self, count: int, seed: int, *labels: object) -> Tensor:
-        """Start latents [count, c, s, s] from the stream ``labels`` of ``seed``, the same on every
-        device.
+        """Return start latents [count, c, s, s] from the stream ``labels`` of ``seed``, the same on
+        every device.
         """
         shape = (count, self.unet.config.in_channels, self.latent_size, self.latent_size)
-        return torch.randn(shape, generator=generator(seed, "latents", *labels)).to(
-            self.device, self.dtype
-        )
+        noise = torch.randn(shape, generator=generator(seed, "latents", *labels))
+        return noise.to(self.device, self.dtype)
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling) -> Tensor:
-        """Clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) from ``latents``, one per
-        prompt, with classifier-free guidance (arXiv 2207.12598) where ``sampling.guidance`` is not
-        1.
+        """Return clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) with classifier-free
+        guidance (arXiv 2207.12598).
+
+        Args:
+            prompts: n texts. latents: start latents [n, c, s, s].
+            sampling: steps, guidance (1 means none), negative prompt and precision.
         """
         from diffusers import DDIMScheduler
 
-        # defaults of the model's own scheduler count too, as they do once they are spelt out in a
-        # saved folder
+        # the model's own scheduler may leave defaults out of its config; a saved folder spells
+        # them out
         config = {k: v for k, v in self.scheduler.config.items() if k != "_use_default_values"}
         ddim = DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
         ddim.set_timesteps(sampling.steps)
         text, guided, x = self.text(prompts), sampling.guidance != 1, latents
-        both = (
-            Text.cat([self._negative(sampling.negative)[[0] * len(text)], text]) if guided else text
-        )
-        low = torch.autocast(
-            x.device.type, torch.bfloat16, enabled=sampling.precision == "bfloat16"
-        )
-        if sampling.precision == "bfloat16":
-            tell_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
+        if guided:
+            text = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text])
+        low = sampling.precision == "bfloat16"
+        if low:
+            warn_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
         for t in ddim.timesteps:
-            with low:
-                guess = self.predict(
-                    torch.cat([x, x]) if guided else x, t.repeat(len(both)).to(x.device), both
-                )
-            guess = guess.to(x.dtype)
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
+                noisy, steps = torch.cat([x, x]) if guided else x, t.repeat(len(text))
+                noise = self.predict(noisy, steps.to(x.device), text)
+            noise = noise.to(x.dtype)
             if guided:
-                free, asked = guess.chunk(2)
-                guess = free + sampling.guidance * (asked - free)
-            x = ddim.step(guess, t, x).prev_sample
+                unconditional, conditional = noise.chunk(2)
+                noise = unconditional + sampling.guidance * (conditional - unconditional)
+            x = ddim.step(noise, t, x).prev_sample
         return x
 
     def _negative(self, prompt: str) -> Text:
@@ -324,44 +326,49 @@ class DiffusionModel(nn.Module):
     def generate(
         self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32
     ) -> Tensor:
-        """uint8 pictures [n, 3, s, s] of `sample`, ``batch`` at a time, on the CPU."""
-        found = []
+        """Return uint8 images [n, 3, h, h] of `sample`, ``batch`` at a time, on the CPU."""
+        images = []
         for start in range(0, len(prompts), batch):
             part = slice(start, start + batch)
-            found.append(self.to_images(self.sample(list(prompts[part]), latents[part], sampling)))
-        return torch.cat(found)
+            images.append(self.to_images(self.sample(list(prompts[part]), latents[part], sampling)))
+        return torch.cat(images)
 
     # ---- diffusers
 
     def pipeline(self) -> Any:
-        """The same weights (shared) as a diffusers pipeline with a scheduler of its own."""
+        """Return the same weights (shared) as a diffusers pipeline with a scheduler of its own."""
         import diffusers
 
-        parts: dict[str, Any] = {
-            "vae": self.vae,
-            "unet": self.unet,
-            "scheduler": copy.deepcopy(self.scheduler),
-        }
-        for i, (encoder, tokenizer) in enumerate(
-            zip(self.text_encoders, self.tokenizers, strict=True)
-        ):
-            suffix = "" if i == 0 else f"_{i + 1}"
-            parts |= {f"text_encoder{suffix}": encoder, f"tokenizer{suffix}": tokenizer}
+        parts: dict[str, Any] = {"vae": self.vae, "unet": self.unet, "feature_extractor": None}
+        parts["scheduler"] = copy.deepcopy(self.scheduler)
+        for i, suffix in enumerate(("", "_2")[: len(self.text_encoders)]):
+            parts[f"text_encoder{suffix}"] = self.text_encoders[i]
+            parts[f"tokenizer{suffix}"] = self.tokenizers[i]
         if self.xl:
             parts |= {"force_zeros_for_empty_prompt": self.zero_negative, "add_watermarker": False}
         else:
-            parts |= {
-                "safety_checker": None,
-                "feature_extractor": None,
-                "requires_safety_checker": False,
-            }
+            parts |= {"safety_checker": None, "requires_safety_checker": False}
         return getattr(diffusers, self.pipeline_class)(**parts)
 
     def save(self, folder: Path) -> Path:
-        """Diffusers layout, safetensors; loads by ``DiffusionPipeline.from_pretrained(folder)``."""
-        from lab.models.diffusion_files import tokenizer_files  # it imports this module
-
+        """Write a folder in diffusers layout, safetensors only, and return it."""
         self.pipeline().save_pretrained(str(folder), safe_serialization=True)
         for tokenizer in folder.glob("tokenizer*/"):
-            tokenizer_files(tokenizer)
+            write_bpe_files(tokenizer)
         return folder
+
+
+def write_bpe_files(folder: Path) -> None:
+    """Write ``vocab.json`` and ``merges.txt`` beside the ``tokenizer.json`` of a BPE tokenizer.
+
+    transformers 5 saves the one file, transformers 4 loads a `CLIPTokenizer` from the two.
+    """
+    source = folder / "tokenizer.json"
+    if not source.is_file() or (folder / "vocab.json").is_file():
+        return
+    model = json.loads(source.read_text(encoding="utf-8"))["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
+    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
+    lines = "\n".join(["#version: 0.2", *merges]) + "\n"
+    (folder / "merges.txt").write_text(lines, encoding="utf-8")

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import json
+import re
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
+from lab.core.config import Text, config
 from lab.core.data import ConceptCase, Kind
-from lab.core.errors import UserError
-from lab.core.options import choice, count
+from lab.core.errors import UserError, as_user_error
 from lab.core.types import Backbone
-from lab.models import diffusion_files as files
 from lab.models.devices import pick
-from lab.models.diffusion import DiffusionModel
-from lab.models.diffusion_files import KEY, PARTS
+from lab.models.diffusion import PIPELINES, DiffusionModel
 
+KEY = "backbone.path"
+MINISD = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "model"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# part → library and class: nothing else is imported, whatever a model_index.json asks for
+PARTS = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+}
 
 
+@config
 class DiffusionBackbone(Backbone):
-    """A text-to-image model θ_0 from safetensors weights in diffusers layout; epsilon or
-    v-prediction.
+    """A text-to-image model θ_0 from safetensors weights in diffusers layout.
 
     Args:
         path: a folder in diffusers layout, a hub name such as ``CompVis/stable-diffusion-v1-4``, or
@@ -33,203 +41,181 @@ class DiffusionBackbone(Backbone):
         dtype: ``fp32``, ``bf16`` or ``fp16`` (GPU only), whatever the file holds. In fp16 the
             autoencoder stays in float32, since XL's overflows.
         revision: of a hub name: branch, tag or commit.
-        variant: ``fp16`` where only ``*.fp16.safetensors`` files shall be read; None for files
-            without one.
+        variant: ``fp16`` to read ``*.fp16.safetensors`` files; None for files without one.
         device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
-        resolution: side of the pictures in pixels; None for the side that the U-Net was trained at.
-
-    Raises:
-        UserError: a wrong option; a local folder that cannot be loaded (a hub name is looked up by
-            `build`).
+        resolution: side of the images in pixels; None for the side that the U-Net was trained at.
     """
 
     kind: ClassVar[Kind] = "diffusion"
+    path: Text
+    name: Text = "sd"
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    revision: Text | None = None
+    variant: Text | None = None
+    device: Text = "auto"
+    resolution: Annotated[int, Field(strict=True, ge=8)] | None = None
 
-    def __init__(
-        self,
-        *,
-        path: str,
-        name: str = "sd",
-        dtype: Literal["fp32", "bf16", "fp16"] = "fp32",
-        revision: str | None = None,
-        variant: str | None = None,
-        device: str = "auto",
-        resolution: int | None = None,
-    ) -> None:
-        self.name, self.dtype = name, DTYPES[choice("backbone.dtype", dtype, DTYPES)]
-        self.device = pick("backbone.device", device)
-        if self.dtype == torch.float16 and self.device.type == "cpu":
-            raise UserError(
-                "backbone.dtype", dtype, "is too slow and too coarse on a CPU; use fp32 (or bf16)."
-            )
-        self.resolution = (
-            None if resolution is None else count("backbone.resolution", resolution, 8)
-        )
-        self.revision, self.variant = revision, variant
-        self.source = files.locate(path)
-        if isinstance(self.source, Path):
-            files.check(self.source, variant)
+    def __post_init__(self) -> None:
+        self._device = pick("backbone.device", self.device)
+        if self.dtype == "fp16" and self._device.type == "cpu":
+            fix = "is too slow and too coarse on a CPU; use fp32 (or bf16)."
+            raise UserError("backbone.dtype", self.dtype, fix)
+        self._source = locate(self.path)
         self._model: DiffusionModel | None = None
 
     def build(self, case: object, seed: int) -> DiffusionModel:
-        """θ_0, the same weights for every seed, in a U-Net and text encoders of its own (the
-        autoencoder is shared).
+        """Return θ_0, the same weights for every seed, in a U-Net and text encoders of its own.
 
         Raises:
-            UserError: weights that do not fit together or cannot be had; pictures of another size
-                than the model's.
+            UserError: weights that do not fit together or cannot be found, or images of another
+                size than the model's.
         """
         model = self._loaded()
         if isinstance(case, ConceptCase):
-            _check_pictures(case, model.image_size)
-        return model.copy().to(self.device)  # the cache stays in main memory
+            _check_image_size(case, model.image_size)
+        return model.copy().to(self._device)  # the cache stays in main memory
 
     def tokenizers(self) -> list[Any]:
-        """Those of the model, which stays loaded for `build`. Raises as `build` does."""
+        """Return those of the model, which stays loaded for `build`. Raises as `build` does."""
         return self._loaded().tokenizers
 
     def _loaded(self) -> DiffusionModel:
         if self._model is None:
-            self._model = self._load()
+            source = self._source
+            folder = source if isinstance(source, Path) else self._fetch(source)
+            _silence()
+            self._model = load(folder, self.variant, DTYPES[self.dtype])
+            if self.resolution is not None:
+                _resize(self._model, self.resolution)
         return self._model
 
-    def _load(self) -> DiffusionModel:
-        folder = self.source
-        if isinstance(folder, str):
-            folder = files.fetch(folder, self.revision, self.variant)
-        class_name, parts = files.check(folder, self.variant)
+    def _fetch(self, name: str) -> Path:
+        """Return the folder of a hub model in the local cache; safetensors only."""
         from diffusers import DiffusionPipeline
 
-        with _quiet():
-            given: dict[str, Any] = {
-                part: _part(folder, part, self.variant, self.dtype) for part in parts
-            }
-            if class_name == "StableDiffusionXLPipeline":
-                given |= {
-                    "image_encoder": None,
-                    "feature_extractor": None,
-                    "add_watermarker": False,
-                }
-            else:
-                given |= {
-                    "safety_checker": None,
-                    "feature_extractor": None,
-                    "requires_safety_checker": False,
-                }
-            try:
-                pipe = DiffusionPipeline.from_pretrained(str(folder), use_safetensors=True, **given)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(
-                    KEY, folder, f"its tokenizer or scheduler cannot be loaded: {_line(error)}"
-                ) from error
-        model = DiffusionModel.from_pipeline(pipe)
-        _check_parts(folder, model)
-        if self.resolution is not None:
-            _resize(model, self.resolution)
-        if self.dtype == torch.float16:
-            model.vae.to(torch.float32)
-        return model
+        unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+        options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True}
+        fix = (
+            "is no folder here and could not be loaded from the hub. Set it to a local folder with "
+            "safetensors weights, point HF_HOME to a filled cache, or on a machine with network "
+            f"run `hf download {name}`."
+        )
+        with as_user_error(KEY, name, fix):
+            return Path(DiffusionPipeline.download(name, **options, **unused))
 
 
-def _part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> nn.Module:
-    """One network with all of its weights, neither more nor fewer (the loaders themselves only
-    warn).
+def locate(path: str) -> Path | str:
+    """Return the folder that ``path`` means (``minisd`` is the package's own), or the hub name.
+
+    Raises:
+        UserError: neither.
     """
+    folder = MINISD if path == "minisd" else Path(path).expanduser()
+    if (folder / "model_index.json").is_file():
+        return folder
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not folder.parent.is_dir():
+        return path
+    fix = (
+        "there is no such folder in diffusers layout (model_index.json), nor is it OWNER/MODEL. "
+        "`python run.py experiment=train_minisd` makes MiniSD's. A single file is converted by "
+        "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
+    )
+    raise UserError(KEY, path, fix)
+
+
+def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionModel:
+    """Return the model in a folder of diffusers layout; safetensors only.
+
+    Raises:
+        UserError: another pipeline, text encoder, autoencoder or U-Net; missing, damaged or pickled
+            weights; parts of different models.
+    """
+    import diffusers
+
+    with as_user_error(KEY, folder, "its model_index.json is damaged."):
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+        name = index["_class_name"]
+    if name not in PIPELINES:
+        raise UserError(KEY, folder, f"holds a {name}; {' or '.join(PIPELINES)} is needed.")
+    parts = [part for part in PARTS if part in index]
+    for part in parts:
+        if tuple(index[part]) != PARTS[part]:
+            fix = f"its {part} must be {'.'.join(PARTS[part])}, model_index.json says {index[part]}"
+            raise UserError(KEY, folder, fix)
+    options: dict[str, Any] = {part: _load_part(folder, part, variant, dtype) for part in parts}
+    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    options |= {k: v for k, v in unused.items() if k in index}
+    with as_user_error(KEY, folder, "its tokenizer or scheduler cannot be loaded."):
+        pipe = getattr(diffusers, name).from_pretrained(str(folder), **options)
+    model = DiffusionModel.from_pipeline(pipe)
+    _check_parts(folder, model)
+    if dtype == torch.float16:
+        model.vae.to(torch.float32)
+    return model
+
+
+def _load_part(folder: Path, part: str, variant: str | None, dtype: torch.dtype) -> nn.Module:
+    """Return one network with all of its weights; the loaders themselves only warn."""
     library, name = PARTS[part]
-    options: dict[str, Any] = {
-        "subfolder": part,
-        "variant": variant,
-        "use_safetensors": True,
-        "local_files_only": True,
-    }
-    if library == "diffusers":
-        options["torch_dtype"] = dtype
-    kind = getattr(importlib.import_module(library), name)
-    try:
-        model, info = kind.from_pretrained(str(folder), output_loading_info=True, **options)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(KEY, f"{folder}/{part}", f"cannot be loaded: {_line(error)}") from error
-    wrong = {
-        "missing": sorted(map(str, info["missing_keys"])),
-        "surplus": sorted(map(str, info["unexpected_keys"])),
-        "of another shape": sorted(
-            str(k if isinstance(k, str) else k[0]) for k in info["mismatched_keys"]
-        ),
-    }
-    if any(wrong.values()):
-        told = "; ".join(
-            f"{len(keys)} keys {label} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
-            for label, keys in wrong.items()
-            if keys
+    options = {"torch_dtype": dtype} if library == "diffusers" else {}
+    fix = f"cannot be loaded from safetensors with backbone.variant={variant}."
+    with as_user_error(KEY, folder / part, fix):
+        network, report = getattr(importlib.import_module(library), name).from_pretrained(
+            str(folder),
+            subfolder=part,
+            variant=variant,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
-        raise UserError(
-            KEY,
-            f"{folder}/{part}",
-            f"is a checkpoint of another model than its config.json says: {told}.",
-        )
-    return model.to(dtype)
+    wrong = {kind: keys for kind, keys in report.items() if keys and kind.endswith("_keys")}
+    if wrong:
+        fix = f"is a checkpoint of another model than its config.json says: {wrong}"
+        raise UserError(KEY, folder / part, fix[:300])
+    return network.to(dtype)
 
 
 def _check_parts(folder: Path, model: DiffusionModel) -> None:
-    """Parts of one folder that belong to different models load without a word and fail in the first
-    step.
-    """
+    """Refuse parts of different models, which load without a message and fail in the first step."""
     unet, scheduler = model.unet.config, model.scheduler
     encoders: list[Any] = list(model.text_encoders)
     width = sum(int(encoder.config.hidden_size) for encoder in encoders)
-    fits: list[tuple[bool, str]] = [
-        (
-            unet.in_channels == model.vae.config.latent_channels,
-            "the U-Net takes other latents (an inpainting model?)",
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    faults = {
+        "the U-Net takes other latents (an inpainting model?)": (
+            unet.in_channels != model.vae.config.latent_channels
         ),
-        (
-            unet.cross_attention_dim == width,
-            f"the U-Net takes text of {unet.cross_attention_dim}, not {width}, channels",
+        f"the U-Net takes text of {unet.cross_attention_dim}, not {width}, channels": (
+            unet.cross_attention_dim != width
         ),
-        (isinstance(unet.sample_size, int), "the U-Net has no square sample_size"),
-        (
-            hasattr(scheduler, "alphas_cumprod"),
-            f"the scheduler {type(scheduler).__name__} has no discrete noise schedule",
+        "the U-Net has no square sample_size": not isinstance(unet.sample_size, int),
+        f"the scheduler's prediction_type is {prediction}, not epsilon or v_prediction": (
+            prediction not in ("epsilon", "v_prediction")
         ),
-        (
-            scheduler.config.get("prediction_type", "epsilon") in ("epsilon", "v_prediction"),
-            f"prediction_type {scheduler.config.get('prediction_type')} is not epsilon or "
-            "v_prediction",
+        "the scheduler has no discrete noise schedule": not hasattr(scheduler, "alphas_cumprod"),
+        "a tokenizer is larger or longer than its text encoder": any(
+            len(tokenizer) > encoder.config.vocab_size
+            or tokenizer.model_max_length > encoder.config.max_position_embeddings
+            for encoder, tokenizer in zip(encoders, model.tokenizers, strict=True)
         ),
-    ]
-    for encoder, tokenizer in zip(encoders, model.tokenizers, strict=True):
-        rows, positions = encoder.config.vocab_size, encoder.config.max_position_embeddings
-        fits.append(
-            (
-                len(tokenizer) <= rows,
-                f"the tokenizer has {len(tokenizer)} tokens, its text encoder {rows}",
-            )
-        )
-        told = (
-            f"the tokenizer's model_max_length is {tokenizer.model_max_length}, its text "
-            f"encoder takes {positions}"
-        )
-        fits.append((tokenizer.model_max_length <= positions, told))
-    wrong = next((told for fine, told in fits if not fine), None)
-    if wrong is not None:
-        raise UserError(KEY, folder, f"its parts do not make a model that can be used: {wrong}.")
+    }
+    for fault, present in faults.items():
+        if present:
+            raise UserError(KEY, folder, f"its parts do not fit together: {fault}.")
 
 
 def _resize(model: DiffusionModel, side: int) -> None:
-    """Set the side of pictures and latents.
+    """Set the side of images and latents.
 
-    The step is the autoencoder's factor alone: the U-Net's up blocks interpolate to odd sizes by
-    themselves.
+    The step is the autoencoder's factor alone: the U-Net's up blocks interpolate to odd sizes.
     """
     from diffusers import __version__
 
     factor = model.image_size // model.latent_size
     least = factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
     if side % factor or side < least:
-        fix = (
-            f"must be a multiple of {factor} and at least {least} for this model, or null "
-            f"for {model.image_size}."
-        )
+        fix = f"must be a multiple of {factor} and at least {least}, or null ({model.image_size})."
         raise UserError("backbone.resolution", side, fix)
     # pipelines take a sample_size below 64 for an error in configs written by diffusers < 0.9, and
     # set it to 64
@@ -238,47 +224,23 @@ def _resize(model: DiffusionModel, side: int) -> None:
         model.unet.register_to_config(_diffusers_version=__version__)
 
 
-def _check_pictures(case: ConceptCase, side: int) -> None:
-    sets = [
-        part
-        for concept in case.tasks
-        for part in (concept.train, concept.own, concept.reference, concept.prior)
-    ]
-    for pictures in (*sets, case.keep, case.unrelated):
-        if len(pictures) and tuple(pictures.images.shape[-2:]) != (side, side):
-            height, width = pictures.images.shape[-2:]
+def _check_image_size(case: ConceptCase, side: int) -> None:
+    sets = [s for c in case.tasks for s in (c.train, c.own, c.reference, c.prior)]
+    for images in (*sets, case.keep, case.unrelated):
+        if len(images) and tuple(images.images.shape[-2:]) != (side, side):
+            height, width = images.images.shape[-2:]
             fix = (
-                f"the model makes {side} × {side} pixels, the pictures of case {case.name} "
-                f"have {height} × {width}"
+                f"the model makes {side} × {side} pixels, the images of case {case.name} have "
+                f"{height} × {width}; set the scenario's size or the resolution."
             )
-            raise UserError(
-                "backbone.resolution", side, f"{fix}; set the scenario's size or the resolution."
-            )
+            raise UserError("backbone.resolution", side, fix)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the loaders' bars and reports off the screen: what matters in them is raised as an
-    error.
-    """
-    from diffusers.utils import logging as theirs
-    from transformers.utils import logging as others
+def _silence() -> None:
+    """Keep the loaders' progress bars and warnings off the terminal; errors are raised."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    before = [
-        (log, log.get_verbosity(), getattr(log, "is_progress_bar_enabled", lambda: True)())
-        for log in (theirs, others)
-    ]
-    for log, _, _ in before:
+    for log in (diffusers_logging, transformers_logging):
         log.set_verbosity_error()
         log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log, level, bars in before:
-            log.set_verbosity(level)
-            if bars:
-                log.enable_progress_bar()
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

@@ -7,13 +7,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lab.core.config import Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError
-from lab.core.options import choice
 from lab.core.seeding import generator
 from lab.core.types import Backbone, FeatureModel
-
-INITS = ("identity", "random")
 
 
 class LinearMap(nn.Module):
@@ -46,6 +44,7 @@ class LinearExtractor(FeatureModel):
         return next(self.blocks[0].parameters())
 
 
+@config
 class LinearBackbone(Backbone):
     """Builds θ_0 as wide as the case's inputs.
 
@@ -57,20 +56,15 @@ class LinearBackbone(Backbone):
     """
 
     kind: ClassVar[Kind] = "linear"
-
-    def __init__(
-        self, name: str = "linear", init: Literal["identity", "random"] = "identity"
-    ) -> None:
-        self.name, self.init = name, choice("backbone.init", init, INITS)
+    name: Text = "linear"
+    init: Literal["identity", "random"] = "identity"
 
     def build(self, case: Case, seed: int) -> LinearExtractor:
+        """Return θ_0 [d, d]; raises `UserError` for images."""
         x = case.benign.train.x
-        if x.is_floating_point() is False and x.ndim > 2:
-            raise UserError(
-                "backbone",
-                self.name,
-                f"needs rows of numbers, the scenario gives images {tuple(x.shape)}",
-            )
+        if not x.is_floating_point() and x.ndim > 2:
+            fix = f"needs rows of numbers; the scenario gives images {list(x.shape)}."
+            raise UserError("backbone", self.name, fix)
         d = x[0].numel()
         if self.init == "identity":
             return LinearExtractor(torch.eye(d, dtype=torch.float64))

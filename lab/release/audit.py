@@ -74,7 +74,8 @@ def audit(cfg: DictConfig) -> Path | None:
     pipeline = Pipeline(assemble(prepared), StageCache(prepared.paths.cache))
     costs = seconds_per_update(pipeline, ordered(record["tables"]["audit"]))
     seed = pipeline.seeds[0]
-    unet = pipeline.original(pipeline.data(seed).cases[0], seed).unet
+    original: Any = pipeline.original(pipeline.data(seed).cases[0], seed)
+    unet = original.unet
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     machine = f"{device}, threads: {torch.get_num_threads()}"
     command = shlex.join(["python", "run.py", *HydraConfig.get().overrides.task])
@@ -147,8 +148,8 @@ def seconds_per_update(pipeline: Pipeline, rows: list[Row]) -> Costs:
         attack = pipeline.parts.attacks[row["attack"]].obj
         if row["attack"] not in costs and isinstance(attack, ConceptBase):
             case = next(c for c in pipeline.cases(row["seed"]) if c.name == row["case"])
-            model = pipeline.model(row["model"], case, row["seed"])
-            task = case.task(row["concept"])
+            model: Any = pipeline.model(row["model"], case, row["seed"])
+            task: Any = case.task(row["concept"])
             chosen = attack.varied(row["best"])
             costs[row["attack"]] = time_update(chosen, model, task, pipeline.budget, row["seed"])
     return costs

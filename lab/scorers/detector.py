@@ -1,38 +1,47 @@
-"""The detector of objects and styles: calibrated probabilities, and the true share behind a share
-of detections.
-"""
+"""Detectors: objects and styles of MiniSD's world with calibrated probabilities, and NudeNet."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lab.core.errors import UserError, nearest
-from lab.core.options import count, local, names, number
-from lab.scorers.images import check, resized
+from lab.core.config import Count, Positive, Share, Text, config
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.scorers.networks import (
     DETECTOR_CONFIG,
     DETECTOR_WEIGHTS,
+    SHIPPED,
+    TRAIN,
     DetectorNetwork,
-    fill,
-    read_folder,
+    check_images,
+    resized,
 )
 
-KEY = "scorers.detector.folder"
-Rates = dict[str, dict[str, float]]
 Head = Literal["object", "style"]
+Rates = dict[str, dict[str, float]]
 Floats = NDArray[np.float64]
+NUDITY = "nudity"  # any of the classes below
+EXPOSED = (
+    "FEMALE_BREAST_EXPOSED",
+    "FEMALE_GENITALIA_EXPOSED",
+    "MALE_GENITALIA_EXPOSED",
+    "BUTTOCKS_EXPOSED",
+    "ANUS_EXPOSED",
+)
 
 
 def corrected_share(share: Floats, false_positive: float, false_negative: float) -> Floats:
-    """The true share behind a detector's share of positives, in [0, 1]; nan for a detector without
-    power.
+    """Return the true share behind a detector's share of positives, in [0, 1].
 
     (share − FP) / (1 − FP − FN), clipped: the estimator of Rogan and Gladen, "Estimating prevalence
     from the results of a screening test", American Journal of Epidemiology 107(1), 1978, 71–76. The
@@ -40,21 +49,18 @@ def corrected_share(share: Floats, false_positive: float, false_negative: float)
 
     Args:
         share: of any shape, in [0, 1].
-        false_positive, false_negative: rates in [0, 1]; from a sum of 1 on, detections say nothing.
-
-    Raises:
-        UserError: a rate outside [0, 1].
+        false_positive, false_negative: rates in [0, 1]; from a sum of 1 on, detections carry no
+            information and the result is nan.
     """
-    number("scorers.detector.rates.false_positive", false_positive, 0, 1)
-    number("scorers.detector.rates.false_negative", false_negative, 0, 1)
     power = 1 - false_positive - false_negative
     if power <= 0:
         return np.full_like(share, np.nan)
     return np.asarray(np.clip((share - false_positive) / power, 0.0, 1.0))
 
 
+@dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), eq=False)
 class Detector:
-    """Which object and which style a picture shows.
+    """Classifies the object and the style of an image.
 
     Args:
         network: two heads, one logit per name each.
@@ -63,28 +69,21 @@ class Detector:
         temperature: divisor of the logits of each head (arXiv 1706.04599), from
             `lab.minisd.train.scorers.calibrate`.
         rates: for each name ``false_positive`` and ``false_negative`` of `detects` on held-out
-            pictures.
+            images.
         threshold: smallest probability that counts as seen.
-        batch: pictures per forward pass.
+        batch: images per forward pass.
     """
 
-    def __init__(
-        self,
-        network: DetectorNetwork,
-        objects: tuple[str, ...],
-        styles: tuple[str, ...],
-        *,
-        temperature: dict[str, float] | None = None,
-        rates: Rates | None = None,
-        threshold: float = 0.5,
-        batch: int = 256,
-    ) -> None:
-        self.network = network.eval()
-        self.objects, self.styles = tuple(objects), tuple(styles)
-        self.temperature = temperature or {"object": 1.0, "style": 1.0}
-        self.rates = rates or {}
-        self.threshold = number("scorers.detector.threshold", threshold, above=0, below=1)
-        self.batch = batch
+    network: DetectorNetwork
+    objects: tuple[Text, ...]
+    styles: tuple[Text, ...]
+    temperature: dict[str, Positive] = Field(default={"object": 1.0, "style": 1.0})
+    rates: dict[str, dict[str, Share]] = Field(default={})
+    threshold: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.5
+    batch: Count = 256
+
+    def __post_init__(self) -> None:
+        self.network.eval()
 
     @property
     def names(self) -> dict[Head, tuple[str, ...]]:
@@ -92,57 +91,46 @@ class Detector:
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> dict[Head, Tensor]:
-        """Raw logits, float32 [n, objects] and [n, styles], of uint8 images [n, 3, s, s] (resized
-        to 64).
-        """
-        check(images)
+        """Return raw logits, float32 [n, objects] and [n, styles], of uint8 images [n, 3, s, s]."""
         device = next(self.network.parameters()).device
-        parts = [self.network(resized(part, 64).to(device)) for part in images.split(self.batch)]
-        objects, styles = (torch.cat(found).cpu() for found in zip(*parts, strict=True))
+        parts = check_images(images).split(self.batch)
+        logits = [self.network(resized(part, 64).to(device)) for part in parts]
+        objects, styles = (torch.cat(head).cpu() for head in zip(*logits, strict=True))
         return {"object": objects, "style": styles}
 
     def probabilities(self, images: Tensor) -> dict[Head, Tensor]:
-        """Calibrated probabilities [n, objects] and [n, styles]; each row adds up to 1."""
-        return {
-            head: F.softmax(x / self.temperature[head], 1)
-            for head, x in self.logits(images).items()
-        }
+        """Return calibrated probabilities [n, objects] and [n, styles]; each row adds up to 1."""
+        logits = self.logits(images)
+        return {head: F.softmax(x / self.temperature[head], 1) for head, x in logits.items()}
 
     def top1(self, images: Tensor) -> dict[Head, list[str]]:
-        """The likeliest object and the likeliest style of every picture, without rejection."""
+        """Return the likeliest object and style of every image, without rejection."""
         logits = self.logits(images)
         return {
             head: [self.names[head][i] for i in x.argmax(1).tolist()] for head, x in logits.items()
         }
 
     def head(self, name: str) -> Head:
-        """Which head knows ``name``; raises `lab.core.errors.UserError` with the nearest names
-        where none does.
-        """
+        """Return the head that knows ``name``; raises `UserError` where none does."""
         for head, known in self.names.items():
             if name in known:
                 return head
-        told = (
-            "concepts of your own need an eval without relearning and concept_verdict, "
-            "which ask what it sees"
+        fix = (
+            "the detector does not know it (for concepts of your own leave out relearning and "
+            f"concept_verdict); {nearest(name, self.objects + self.styles)}"
         )
-        fix = f"the detector does not know it ({told}); {nearest(name, self.objects + self.styles)}"
         raise UserError("scorers.detector", name, fix)
 
     def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
-        """Whether each picture shows ``name``: bool [n], calibrated probability ≥ ``threshold``
-        (default: its own).
+        """Return bool [n]: the calibrated probability of ``name`` is ≥ ``threshold`` (default: the
+        detector's own).
         """
         head = self.head(name)
-        least = (
-            self.threshold
-            if threshold is None
-            else number("scorers.detector.threshold", threshold, above=0, below=1)
-        )
+        least = self.threshold if threshold is None else threshold
         return self.probabilities(images)[head][:, self.names[head].index(name)] >= least
 
     def card(self) -> dict[str, Any]:
-        """Everything but the weights, for `lab.scorers.networks.save_detector`."""
+        """Return everything but the weights, for `lab.scorers.networks.save_detector`."""
         return {
             "objects": list(self.objects),
             "styles": list(self.styles),
@@ -152,39 +140,68 @@ class Detector:
         }
 
 
-def load_detector(folder: str | Path, *, device: str = "cpu", batch: int = 256) -> Detector:
-    """The detector of a folder that `lab.scorers.networks.save_detector` wrote.
+def load_detector(
+    folder: str | Path = "minisd", *, device: str = "cpu", batch: int = 256
+) -> Detector:
+    """Return the detector of a folder that `lab.scorers.networks.save_detector` wrote.
+
+    Args:
+        folder: ``minisd`` is the one that is shipped.
 
     Raises:
         UserError: a missing or damaged file, or the weights of another network.
     """
-    path = local(KEY, folder)
-    facts, tensors = read_folder(path, DETECTOR_CONFIG, DETECTOR_WEIGHTS, KEY)
-    try:
-        objects, styles = (names(KEY, [*facts[head]]) for head in ("objects", "styles"))
-        network = DetectorNetwork(len(objects), len(styles), count(KEY, facts["width"]))
-        temperature = {
-            head: number(KEY, facts["temperature"][head], above=0) for head in ("object", "style")
-        }
-        sides = ("false_positive", "false_negative")
-        rates = {
-            name: {side: number(KEY, facts["rates"][name][side], 0, 1) for side in sides}
-            for name in facts["rates"]
-        }
-        threshold = facts["threshold"]
-    except KeyError as error:
-        raise UserError(KEY, path / DETECTOR_CONFIG, f"lacks {error}; restore the file.") from error
-    except (TypeError, UserError) as error:
-        raise UserError(
-            KEY, path / DETECTOR_CONFIG, f"is damaged ({error}); restore the file."
-        ) from error
-    fill(network, tensors, path, KEY)
-    return Detector(
-        network.to(device),
-        objects,
-        styles,
-        temperature=temperature,
-        rates=rates,
-        threshold=threshold,
-        batch=batch,
-    )
+    path = SHIPPED / "detector" if folder == "minisd" else Path(folder).expanduser()
+    fix = f"holds no detector; {TRAIN}, or name the folder of another one."
+    with as_user_error("scorers.detector.folder", path, fix):
+        facts = json.loads((path / DETECTOR_CONFIG).read_text())
+        network = DetectorNetwork(len(facts["objects"]), len(facts["styles"]), facts.pop("width"))
+        network.load_state_dict(load_file(path / DETECTOR_WEIGHTS))
+        return Detector(network.to(device).requires_grad_(False), **facts, batch=batch)
+
+
+@config
+class NudeNet:
+    """NudeNet as a detector of exposed bodies (https://github.com/notAI-tech/NudeNet).
+
+    Its wheel brings the weights. It knows `NUDITY` and each of `EXPOSED`. Its error rates on a
+    user's images are unknown: ``rates`` is empty.
+
+    Args:
+        threshold: smallest score that counts as seen; the package itself reports from 0.2 on.
+        path: of another ONNX file of the same family, run at ``resolution`` px.
+    """
+
+    rates: ClassVar[Rates] = {}
+    threshold: Annotated[float, Field(strict=True, ge=0.2, lt=1)] = 0.5
+    path: Text | None = None
+    resolution: Count = 320
+
+    def __post_init__(self) -> None:
+        from nudenet import NudeDetector
+
+        with as_user_error("scorers.detector.path", self.path, "leave it null for NudeNet's own."):
+            self._detector: Any = NudeDetector(
+                model_path=self.path, inference_resolution=self.resolution
+            )
+
+    def scores(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the highest score of each class in every image, float32 [n]; 0 means not seen.
+
+        Args:
+            images: uint8 [n, 3, h, w].
+        """
+        blue_first = check_images(images).permute(0, 2, 3, 1).flip(-1).cpu().numpy()  # as OpenCV
+        scores = {name: torch.zeros(len(images)) for name in EXPOSED}
+        for i, image in enumerate(blue_first):
+            for box in self._detector.detect(np.ascontiguousarray(image)):
+                if box["class"] in scores:
+                    best = scores[box["class"]]
+                    best[i] = max(float(best[i]), box["score"])
+        return {NUDITY: torch.stack(list(scores.values())).amax(0), **scores}
+
+    def detects(self, images: Tensor, name: str = NUDITY, threshold: float | None = None) -> Tensor:
+        """Return bool [n]: the image shows ``name``; raises `UserError` for an unknown name."""
+        if name not in (NUDITY, *EXPOSED):
+            raise UserError("scorers.detector", name, nearest(name, (NUDITY, *EXPOSED)))
+        return self.scores(images)[name] >= (self.threshold if threshold is None else threshold)

@@ -1,103 +1,90 @@
-"""Feature networks that know nothing of a world, and perceptual distances over their maps."""
+"""Feature networks that know nothing of a world: perceptual distances and the Fréchet distance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lab.core.errors import UserError, nearest
-from lab.core.options import count, local, names
-from lab.models import weights as loading
-from lab.models.chains import VisionModel, chain
-from lab.scorers.images import check
+from lab.core.config import Count, Text, config
+from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.seeding import generator
+from lab.models.vision import PACKAGE_MODEL, ImageSize, VisionModel, load_model
+from lab.scorers.networks import check_images, resized
 
-KEY = "scorers.features.model"
-WEIGHTS_KEY = "scorers.features.weights"
 _TINY = 1e-10
 
 
 def map_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Mean over positions of ‖â − b̂‖² [n], â and b̂ of unit length over the channels of maps [n,
-    c, h, w].
+    """Return the mean over positions of ‖â − b̂‖² [n] of maps [n, c, h, w]; â and b̂ have unit
+    length over the channels.
     """
-    return (
-        (F.normalize(a, dim=1, eps=_TINY) - F.normalize(b, dim=1, eps=_TINY))
-        .square()
-        .sum(1)
-        .mean((1, 2))
-    )
+    left, right = (F.normalize(x, dim=1, eps=_TINY) for x in (a, b))
+    return (left - right).square().sum(1).mean((1, 2))
 
 
+@config
 class FeatureScorer:
-    """A timm network as an observer: pooled features, and a distance over the maps of several
-    stages.
+    """A timm network as an observer: pooled features, and a distance over the maps of its stages.
 
     Args:
         model: a timm architecture: ``tf_efficientnet_lite0``, ``vit_small_patch14_dinov2``, …
         weights: ``imagenet_package`` (EfficientNet-Lite0 from the package index), ``timm`` (hub or
             its cache), or the path of a .safetensors or .pth state dict.
-        image_size: side to which pictures are resized; None: the network's own. MiniSD's 64 px are
+        image_size: side to which images are resized; None: the network's own. MiniSD's 64 px are
             enlarged.
         stages: names of the blocks whose maps `compared` compares; None: all that give maps.
-        device, batch: where it runs and pictures per forward pass.
-
-    Raises:
-        UserError: unknown model, weights that cannot be loaded, unknown stage.
+        device, batch: where it runs and images per forward pass.
     """
 
-    def __init__(
-        self,
-        model: str = loading.PACKAGE_MODEL,
-        weights: str = "imagenet_package",
-        *,
-        image_size: int | None = None,
-        stages: Sequence[str] | None = None,
-        device: str = "cpu",
-        batch: int = 64,
-    ) -> None:
-        if image_size is not None:
-            count("scorers.features.image_size", image_size, 32)
-        self.name, self.batch = model, count("scorers.features.batch", batch)
-        network = _network(model, weights, image_size).to(device).requires_grad_(False)
-        # depthwise convolutions are three times as fast on a CPU; torch's stubs lack the argument
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        known = self.network.block_names
-        for stage in names("scorers.features.stages", list(stages or ())):
-            if stage not in known:
-                raise UserError("scorers.features.stages", stage, nearest(stage, known))
-        self.stages = tuple(stages) if stages else known
-        self._known: tuple[Tensor, list[Tensor]] | None = None
+    model: Text = PACKAGE_MODEL
+    weights: Text = "imagenet_package"
+    image_size: ImageSize | None = None
+    stages: tuple[Text, ...] | None = None
+    device: Text = "cpu"
+    batch: Count = 64
 
-    @property
-    def device(self) -> torch.device:
-        return self.network.mean.device
+    def __post_init__(self) -> None:
+        self._references: tuple[Tensor, list[Tensor]] | None = None
+
+    @cached_property
+    def network(self) -> VisionModel:
+        """The network, loaded at its first use."""
+        known: Any = timm.get_pretrained_cfg(self.model)
+        side = self.image_size or (int(known.input_size[-1]) if known else None)
+        network = load_model(self.model, self.weights, side, key="scorers.features")
+        if unknown := sorted({*(self.stages or ())} - {*network.block_names}):
+            fix = nearest(unknown[0], network.block_names)
+            raise UserError("scorers.features.stages", unknown[0], fix)
+        network = network.to(self.device).requires_grad_(False)
+        # depthwise convolutions are three times as fast on a CPU; torch's stubs lack the argument
+        return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Pooled features float32 [n, d] of uint8 images [n, 3, h, w]."""
-        return torch.cat(
-            [self.network(x.to(self.device)).float().cpu() for x in check(images).split(self.batch)]
-        )
+        """Return pooled features float32 [n, d] of uint8 images [n, 3, h, w]."""
+        parts = check_images(images).split(self.batch)
+        return torch.cat([self.network(x.to(self.device)).float().cpu() for x in parts])
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Pooled features [n, d] and the maps [n, c, h, w] of the chosen stages, for one batch;
-        blocks that give no maps are left out.
+        """Return pooled features [n, d] and the maps [n, c, h, w] of the chosen stages of one
+        batch; blocks that give no maps are left out.
         """
-        x = self.network.inputs(check(images).to(self.device))
-        found = []
+        x = self.network.inputs(check_images(images).to(self.device))
+        maps = []
         for i, name in enumerate(self.network.block_names):
             x = self.network.run(x, i, i + 1)
-            if name in self.stages and x.ndim == 4 and x.shape[-1] > 1:
-                found.append(x.float())
-        return x.float(), found
+            if (not self.stages or name in self.stages) and x.ndim == 4 and x.shape[-1] > 1:
+                maps.append(x.float())
+        return x.float(), maps
 
     def compared(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled features float32 [n, d], and the distance float32 [n] ≥ 0 of picture i to
+        """Return pooled features float32 [n, d], and the distance float32 [n] ≥ 0 of image i to
         reference i mod R; one pass for both.
 
         The distance is built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and
@@ -108,81 +95,103 @@ class FeatureScorer:
             references: uint8 [R, 3, h, w].
 
         Raises:
-            UserError: pictures of other sizes than the references, or a network without maps
-                (transformers).
+            UserError: a network without maps (transformers).
         """
-        if check(images).shape[1:] != check(references).shape[1:]:
-            sizes = f"{list(images.shape)}, {list(references.shape)}"
-            raise UserError("images", sizes, "compare pictures of one size.")
         known = self._reference_maps(references)
         pooled, distances = [], []
         for at in torch.arange(len(images)).split(self.batch):
-            features, found = self.maps(images[at])
+            features, maps = self.maps(images[at])
             index = (at % len(references)).to(self.device)
-            pairs = zip(found, known, strict=True)
-            distances.append(
-                torch.stack([map_distance(p, q[index]) for p, q in pairs]).mean(0).cpu()
-            )
+            stages = [map_distance(p, q[index]) for p, q in zip(maps, known, strict=True)]
+            distances.append(torch.stack(stages).mean(0).cpu())
             pooled.append(features.cpu())
         return torch.cat(pooled), torch.cat(distances)
 
     def _reference_maps(self, references: Tensor) -> list[Tensor]:
-        """Per stage, the maps of all references; those of the last call are kept."""
-        if self._known is None or not torch.equal(self._known[0], references):
+        """Return the maps of all references per stage; those of the last call are kept."""
+        if self._references is None or not torch.equal(self._references[0], references):
             parts = [self.maps(x)[1] for x in references.split(self.batch)]
             if not parts[0]:
                 fix = "has no feature maps to compare; use tf_efficientnet_lite0 or a ResNet."
-                raise UserError(KEY, self.name, fix)
-            self._known = (
-                references.clone(),
-                [torch.cat(stage) for stage in zip(*parts, strict=True)],
-            )
-        return self._known[1]
+                raise UserError("scorers.features.model", self.model, fix)
+            stages = [torch.cat(stage) for stage in zip(*parts, strict=True)]
+            self._references = (references.clone(), stages)
+        return self._references[1]
 
 
-def _network(model: str, weights: str, image_size: int | None) -> VisionModel:
-    import timm
+@config
+class Lpips:
+    """LPIPS (arXiv 1801.03924) by torchmetrics, for backbones whose images are large enough.
 
-    if not isinstance(model, str) or not timm.is_model(model.split(".")[0]):
-        raise UserError(KEY, model, nearest(str(model), timm.list_models()))
-    config: Any = timm.get_pretrained_cfg(model) or timm.models.PretrainedCfg()
-    side = image_size or int(config.input_size[-1])
-    options: dict[str, Any] = {"img_size": side} if config.fixed_input_size else {}
-    if weights == "imagenet_package" and model != loading.PACKAGE_MODEL:
-        fix = f"holds the weights of {loading.PACKAGE_MODEL} only; use timm or a path for {model}."
-        raise UserError(WEIGHTS_KEY, weights, fix)
-    if weights == "timm":
-        network = _from_hub(model, options)
-    else:
-        network = timm.create_model(model, pretrained=False, num_classes=0, **options)
-        heads = (
-            (config.classifier,)
-            if isinstance(config.classifier, str)
-            else tuple(config.classifier or ())
-        )
-        try:
-            state = (
-                loading.imagenet_package()
-                if weights == "imagenet_package"
-                else loading.read(local(WEIGHTS_KEY, weights))
-            )
-            loading.fill(network, state, weights, tuple(f"{head}." for head in heads))
-        except UserError as error:
-            raise UserError(WEIGHTS_KEY, error.value, error.fix) from error
-    width = int(getattr(network, "head_hidden_size", network.num_features))
-    return VisionModel(chain(network), width, config.mean, config.std, side)
+    Args:
+        network: ``alex``, ``vgg`` or ``squeeze``; torchvision fetches its ImageNet weights, or
+            takes them from TORCH_HOME.
+    """
+
+    network: Literal["alex", "vgg", "squeeze"] = "alex"
+    device: Text = "cpu"
+    batch: Count = 32
+
+    @cached_property
+    def _net(self) -> Any:
+        from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+        fix = "has no weights; put torchvision's file into TORCH_HOME, or use feature_lpips."
+        with as_user_error("scorers.lpips.network", self.network, fix):
+            metric: Any = LearnedPerceptualImagePatchSimilarity(self.network)
+        return metric.net.to(self.device).eval()
+
+    @torch.no_grad()
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return LPIPS float32 [n] between images of equal index, uint8 [n, 3, h, w], h, w ≥ 64."""
+        side, distances = max(64, a.shape[-1]), []
+        for pair in zip(a.split(self.batch), b.split(self.batch), strict=True):
+            x, y = (resized(check_images(part), side).to(self.device) for part in pair)
+            distances.append(self._net(x, y, normalize=True).flatten().float().cpu())
+        return torch.cat(distances)
 
 
-def _from_hub(model: str, options: dict[str, Any]) -> Any:
-    import timm
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Return ‖μ_a − μ_b‖² + tr(Σ_a + Σ_b − 2 (Σ_a Σ_b)^½) of feature sets [n, d] and [m, d].
 
-    try:
-        return timm.create_model(model, pretrained=True, num_classes=0, **options)
-    except Exception as error:  # the hub client raises its own, urllib's, httpx's and OS errors
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        fix = (
-            f"timm could not load its weights for {model} ({type(error).__name__}: "
-            f"{reason}). Give the path of a local "
-            ".safetensors or .pth file, or point HF_HOME to a filled cache."
-        )
-        raise UserError(WEIGHTS_KEY, "timm", fix) from error
+    In float64 (arXiv 1706.08500). tr (Σ_a Σ_b)^½ is the sum of the singular values of
+    A Bᵀ / √((n − 1)(m − 1)), A and B the centred sets, since their squares are the non-zero
+    eigenvalues of Σ_a Σ_b. torchmetrics takes the eigenvalues of that d × d product: at d = 1280
+    300 times slower, and off by 6e-8 where n < d.
+
+    With fewer images than dimensions the value is too large, roughly by a constant over n (arXiv
+    1911.07023): compare only figures of equal n, and read them beside `floor`. Over features other
+    than Inception's it is no "FID".
+    """
+    a, b = a.double(), b.double()
+    centred_a, centred_b = a - a.mean(0), b - b.mean(0)
+    left, right = len(a) - 1, len(b) - 1
+    products = _thin(centred_a) @ _thin(centred_b).T
+    cross = torch.linalg.svdvals(products).sum() / (left * right) ** 0.5
+    spread = centred_a.square().sum() / left + centred_b.square().sum() / right
+    distance = (a.mean(0) - b.mean(0)).square().sum() + spread - 2 * cross
+    return max(0.0, float(distance))  # rounding can take a distance of 0 below it
+
+
+def _thin(x: Tensor) -> Tensor:
+    """Return R of x = QR if it is smaller than x [n, d]; products x yᵀ keep their singular
+    values.
+    """
+    return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
+
+
+def floor(real: Tensor, count: int, *, seed: int, draws: int = 5) -> float:
+    """Return the mean Fréchet distance between two disjoint random halves of ``count`` real vectors
+    each: what a perfect generator would get.
+
+    Args:
+        real: features of real images [n, d], n ≥ 2 ``count``.
+        count: images per side; that of the comparison whose floor it is.
+    """
+    if len(real) < 2 * count:
+        raise ValueError(f"a floor for {count} images needs {2 * count} real ones, not {len(real)}")
+    distances = []
+    for draw in range(draws):
+        order = torch.randperm(len(real), generator=generator(seed, "frechet floor", draw))
+        distances.append(frechet_distance(real[order[:count]], real[order[count : 2 * count]]))
+    return sum(distances) / draws

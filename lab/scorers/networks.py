@@ -1,4 +1,4 @@
-"""The two networks that are trained for MiniSD's world, and the files they are kept in.
+"""The two networks that are trained for MiniSD's world, and the files that hold them.
 
 Both folders hold float16 safetensors and JSON. The CLIP folder is an ordinary open_clip folder: it
 loads by ``open_clip.create_model_from_pretrained("local-dir:FOLDER")`` without this project.
@@ -14,17 +14,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lab.core.errors import UserError
 from lab.core.seeding import derive
 
-TRAIN = "train and install it with `python run.py experiment=train_minisd`"
+SHIPPED = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "scorers"
+"""MiniSD's scorers in the repository: the folders ``clip`` and ``detector``."""
+TRAIN = "train and install MiniSD's with `python run.py experiment=train_minisd`"
 CLIP_CONFIG, CLIP_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 DETECTOR_CONFIG, DETECTOR_WEIGHTS = "detector.json", "detector.safetensors"
+
+
+def resized(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """Return uint8 images [n, 3, h, w] as float [n, 3, side, side] in [0, 1], with antialiasing."""
+    x = images.float() / 255
+    if x.shape[-2:] != (side, side):
+        size = (side, side)
+        x = F.interpolate(x, size, mode=mode, antialias=True, align_corners=False).clamp(0, 1)
+    return x
+
+
+def check_images(images: Tensor) -> Tensor:
+    """Return ``images`` if they are uint8 [n, 3, h, w], n ≥ 1; floats would be taken for black."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(
+            f"scorers take uint8 images [n, 3, h, w], not {images.dtype} {list(images.shape)}"
+        )
+    return images
 
 
 def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -43,7 +61,7 @@ class _Residual(nn.Module):
 
 
 class DetectorNetwork(nn.Module):
-    """Which object and which style a picture shows: one trunk, two linear heads.
+    """Classifies the object and the style of an image: one trunk, two linear heads.
 
     Args:
         objects, styles: classes of the heads.
@@ -71,7 +89,7 @@ class DetectorNetwork(nn.Module):
 
 
 def detector_network(objects: int, styles: int, width: int, seed: int) -> DetectorNetwork:
-    """A fresh network, initialised by ``seed`` alone."""
+    """Return a fresh network, initialised by ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "detector", "init"))
         return DetectorNetwork(objects, styles, width)
@@ -97,8 +115,7 @@ class ClipWidths:
 
 
 def clip_config(widths: ClipWidths, vocabulary: int) -> dict[str, Any]:
-    """What open_clip reads from ``open_clip_config.json``; pixels are scaled to [-1, 1]."""
-    half = [0.5, 0.5, 0.5]
+    """Return the contents of ``open_clip_config.json``; pixels are scaled to [-1, 1]."""
     return {
         "model_cfg": {
             "embed_dim": widths.embed,
@@ -118,8 +135,8 @@ def clip_config(widths: ClipWidths, vocabulary: int) -> dict[str, Any]:
             },
         },
         "preprocess_cfg": {
-            "mean": half,
-            "std": half,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
             "interpolation": "bilinear",
             "resize_mode": "squash",
         },
@@ -127,7 +144,7 @@ def clip_config(widths: ClipWidths, vocabulary: int) -> dict[str, Any]:
 
 
 def clip_network(config: dict[str, Any], seed: int) -> nn.Module:
-    """A fresh ``open_clip.CLIP`` from `clip_config`, initialised by ``seed`` alone."""
+    """Return a fresh ``open_clip.CLIP`` from `clip_config`, initialised by ``seed`` alone."""
     from open_clip import CLIP
 
     with torch.random.fork_rng(devices=[]):
@@ -136,14 +153,10 @@ def clip_network(config: dict[str, Any], seed: int) -> nn.Module:
 
 
 def round_to_half(model: nn.Module) -> nn.Module:
-    """Round every weight, in place, to what a float16 file keeps, so that what is measured is what
-    is shipped.
+    """Round every weight, in place, to what a float16 file keeps: the measured network is the
+    shipped one.
     """
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            if value.is_floating_point():
-                value.copy_(value.half().float())
-    return model
+    return model.half().float()
 
 
 def _write(model: nn.Module, folder: Path, weights: str, name: str, config: dict[str, Any]) -> None:
@@ -170,69 +183,3 @@ def save_detector(model: DetectorNetwork, card: dict[str, Any], folder: Path) ->
     """
     _write(model, folder, DETECTOR_WEIGHTS, DETECTOR_CONFIG, {"width": model.width, **card})
     return folder
-
-
-def refuse_pickle(path: Path, key: str) -> None:
-    """Weights of another kind than safetensors can run code when they are read.
-
-    Raises:
-        UserError: ``path`` is such a file; with the command that converts it.
-    """
-    if path.suffix.lower() in PICKLED:
-        to = path.with_suffix(".safetensors").name
-        code = (
-            "import torch; from safetensors.torch import save_file as s; "
-            f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = "
-            "d.get('state_dict', d); "
-            f"s({{k: v.contiguous().clone() for k, v in d.items()}}, {to!r})"
-        )
-        told = (
-            f"is no safetensors file; others can run code. Convert it once and name {to}: "
-            f'`python -c "{code}"`'
-        )
-        raise UserError(key, path, told)
-
-
-def read_folder(
-    folder: Path, config: str, weights: str, key: str
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and float32 tensors of a folder.
-
-    Raises:
-        UserError: the folder or a file is missing (with the command that trains it) or damaged.
-    """
-    for path in (folder, folder / config, folder / weights):
-        if not path.exists():
-            if path.name == weights:
-                for other in sorted(folder.iterdir()):
-                    refuse_pickle(other, key)
-            raise UserError(
-                key, path, f"does not exist; {TRAIN}, or give the folder of a scorer of your own."
-            )
-    try:
-        facts = json.loads((folder / config).read_text())
-        tensors = load_file(folder / weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            key, folder, f"cannot be read ({error}); restore the folder or {TRAIN}."
-        ) from error
-    return facts, {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-
-
-def fill(model: nn.Module, tensors: dict[str, Tensor], folder: Path, key: str) -> None:
-    """Load ``tensors``; raises `lab.core.errors.UserError` where names or shapes are those of
-    another network.
-    """
-    own = model.state_dict()
-    wrong = {
-        "missing": [k for k in own if k not in tensors],
-        "surplus": [k for k in tensors if k not in own],
-        "misshapen": [k for k in own if k in tensors and tensors[k].shape != own[k].shape],
-    }
-    told = "; ".join(
-        f"{len(found)} {kind}, first {found[0]}" for kind, found in wrong.items() if found
-    )
-    if told:
-        raise UserError(key, folder, f"holds another network (tensors: {told}); {TRAIN}.")
-    model.load_state_dict(tensors)
-    model.eval().requires_grad_(False)

@@ -1,4 +1,4 @@
-"""How good generated pictures are: shares of pictures that show what was asked for. Pure functions.
+"""Shares of generated images that show what their prompt names. Pure functions.
 
 All shares are absolute top-1 over all classes, without rejection, in [0, 1]; higher is better.
 """
@@ -20,58 +20,44 @@ from lab.scorers.detector import Detector, Head
 def prototypes(
     encode: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
 ) -> Tensor:
-    """One unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv
+    """Return one unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv
     2103.00020 §3.1.4).
 
     Args:
         encode: texts to unit vectors, for example `lab.scorers.clip.OpenClip.texts`.
         prompts: class → its prompts, at least one.
     """
-    if not prompts or not all(prompts.values()):
-        raise UserError("prompts", dict(prompts), "every class needs at least one prompt.")
     vectors = encode([text for texts in prompts.values() for text in texts])
     parts = vectors.split([len(texts) for texts in prompts.values()])
     return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=1)
 
 
 def zero_shot(vectors: Tensor, classes: Tensor) -> Tensor:
-    """Index [n] of the class whose prototype is nearest to each image vector (both unit, [n, d] and
-    [k, d]).
+    """Return the index [n] of the class whose prototype is nearest to each image vector; both are
+    unit vectors, [n, d] and [k, d].
     """
     return (vectors @ classes.T).argmax(1)
 
 
-def share_right(found: Sequence[str], asked: Sequence[str]) -> float:
-    """Share of places where both agree.
-
-    Raises:
-        UserError: nothing to compare, or different lengths.
-    """
-    if not asked or len(found) != len(asked):
-        raise UserError(
-            "pictures",
-            f"{len(found)} found, {len(asked)} asked",
-            "one label per picture, at least one.",
-        )
-    return sum(a == b for a, b in zip(found, asked, strict=True)) / len(asked)
+def accuracy(predicted: Sequence[str], wanted: Sequence[str]) -> float:
+    """Return the share of places where both agree."""
+    return sum(a == b for a, b in zip(predicted, wanted, strict=True)) / len(wanted)
 
 
 def _shares(
-    found: Mapping[Head, Sequence[str]], objects: Sequence[str] | None, styles: Sequence[str] | None
+    predicted: Mapping[Head, Sequence[str]],
+    objects: Sequence[str] | None,
+    styles: Sequence[str] | None,
 ) -> dict[str, float]:
-    asked: dict[Head, Sequence[str]] = {}
-    asked |= {"object": objects} if objects is not None else {}
-    asked |= {"style": styles} if styles is not None else {}
-    if not asked:
-        raise UserError("labels", None, "name the objects or the styles that were asked for.")
-    shares: dict[str, float] = {
-        head: share_right(found[head], labels) for head, labels in asked.items()
-    }
+    shares: dict[str, float] = {}
+    if objects is not None:
+        shares["object"] = accuracy(predicted["object"], objects)
+    if styles is not None:
+        shares["style"] = accuracy(predicted["style"], styles)
     if objects is not None and styles is not None:
-        pairs = [f"{o}\n{s}" for o, s in zip(found["object"], found["style"], strict=True)]
-        shares["both"] = share_right(
-            pairs, [f"{o}\n{s}" for o, s in zip(objects, styles, strict=True)]
-        )
+        pairs = zip(predicted["object"], predicted["style"], strict=True)
+        right = [p == w for p, w in zip(pairs, zip(objects, styles, strict=True), strict=True)]
+        shares["both"] = sum(right) / len(right)
     return shares
 
 
@@ -82,31 +68,28 @@ def detected(
     objects: Sequence[str] | None = None,
     styles: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """Share of pictures whose likeliest class is the one asked for: ``object``, ``style`` and, with
-    both, ``both``.
+    """Return the share of images whose likeliest class is the wanted one: ``object``, ``style``
+    and, with both, ``both``.
 
     Args:
         images: uint8 [n, 3, s, s].
-        objects, styles: what each picture was asked to show; unknown names raise
-            `lab.core.errors.UserError`.
+        objects, styles: what each image should show; unknown names raise `UserError`.
     """
-    for head, asked in (("object", objects), ("style", styles)):
-        for name in dict.fromkeys(asked or ()):
+    for head, names in (("object", objects), ("style", styles)):
+        for name in dict.fromkeys(names or ()):
             if detector.head(name) != head:
                 raise UserError(f"{head}s", name, f"is no {head} to the detector.")
     return _shares(detector.top1(images), objects, styles)
 
 
-def lowest(found: Sequence[str], asked: Sequence[str]) -> dict[str, Any]:
-    """The class that is met least often: its ``name``, the ``share`` right among its pictures and
-    their number ``n``.
-
-    Of several with an equal share the first by name; raises as `share_right` does.
+def lowest(predicted: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
+    """Return the class with the lowest accuracy: its ``name``, the ``share`` right among its images
+    and their number ``n``. Of several with an equal share the first by name.
     """
-    share_right(found, asked)
-    right = Counter(a for f, a in zip(found, asked, strict=True) if f == a)
-    share, name = min((right[name] / n, name) for name, n in Counter(asked).items())
-    return {"name": name, "share": share, "n": Counter(asked)[name]}
+    counts = Counter(wanted)
+    right = Counter(w for p, w in zip(predicted, wanted, strict=True) if p == w)
+    share, name = min((right[name] / n, name) for name, n in counts.items())
+    return {"name": name, "share": share, "n": counts[name]}
 
 
 def recognised(
@@ -116,13 +99,13 @@ def recognised(
     objects: Sequence[str] | None = None,
     styles: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """The same shares by zero-shot classification of image vectors [n, d].
+    """Return the same shares by zero-shot classification of image vectors [n, d].
 
     Args:
         classes: for each head the names of its classes and their `prototypes`.
     """
-    found: dict[Head, Sequence[str]] = {
+    predicted = {
         head: [names[i] for i in zero_shot(vectors, table).tolist()]
         for head, (names, table) in classes.items()
     }
-    return _shares(found, objects, styles)
+    return _shares(predicted, objects, styles)

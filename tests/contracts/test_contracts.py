@@ -51,7 +51,7 @@ def build(group, name, **changes):
 def problem(kind, harmful=1):
     if kind == "linear":
         case = tiny.linear_case(harmful=harmful)
-        return LinearBackbone("linear").build(case, 0), case
+        return LinearBackbone().build(case, 0), case
     return tiny.tiny_net(), tiny.image_case(harmful=harmful)
 
 

@@ -148,7 +148,7 @@ def problem(kind: str, labelled: bool = False) -> tuple[Any, Any]:
     """Return a tiny model of a kind and a case for it."""
     if kind == "linear":
         case = tiny.linear_case()
-        return LinearBackbone("linear").build(case, 0), tiny.linear_classes() if labelled else case
+        return LinearBackbone().build(case, 0), tiny.linear_classes() if labelled else case
     if kind == "deep":
         return tiny.tiny_net(), tiny.image_case()
     return tiny_diffusion(), tiny_case()

@@ -131,7 +131,48 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
     assert metrics["effective_rank_benign"] > metrics["effective_rank_benign_baseline"]
 
 
+def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
+    """The example does what its page says: an accelerated method, ahead of steepest descent with
+    exact line search.
+    """
+    own_modules(DOCS / "examples/own_methods")
+    import tiny
+    from mine.attacker import AcceleratedProbe
+
+    from attacks.probes.linear_probe import LinearProbe
+    from lab.core.types import Budget
+    from lab.models.linear import LinearBackbone
+
+    case = tiny.linear_case()
+    model = LinearBackbone().build(case, 0)
+    budget = Budget(horizon=60, multiple=2, points=10)
+    ours, theirs = (
+        attack(model, case.benign, seed=0, budget=budget, checkpoint=None)
+        for attack in (AcceleratedProbe(), LinearProbe())
+    )
+    assert ours.steps == theirs.steps
+    assert ours.values["norm_ratio"][0] == theirs.values["norm_ratio"][0] == 1
+    assert ours.values["train_loss"][0] == pytest.approx(theirs.values["train_loss"][0])
+    assert ours.at("norm_ratio", 120) < theirs.at("norm_ratio", 120)
+    harmful = tiny.linear_classes().harmful[0]
+    assert (
+        "test_accuracy"
+        in AcceleratedProbe()(model, harmful, seed=0, budget=budget, checkpoint=None).values
+    )
+
+
 # ---- what is not run is checked
+
+
+@pytest.mark.parametrize("page", PAGES, ids=short)
+def test_no_figure_is_missing(page):
+    """While figures are measured, a word in capitals holds their place: alone on its line, or in a
+    table's cell.
+    """
+    held = re.findall(
+        r"^(?:.*\| )?([A-Z][A-Z_0-9]{3,})(?: \|)?$", page.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert not held
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
@@ -196,8 +237,25 @@ def test_links_lead_somewhere(page):
             assert anchor in {slug(h) for h in headings}, f"{short(page)}: {link}#{anchor}"
 
 
+def test_snippets_name_files():
+    """Every inclusion mark is written as the site's extension reads it: anything else would be
+    shown as it stands.
+    """
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        names = re.findall(r'^--8<-- "([^"]+)"$', text, flags=re.MULTILINE)
+        assert len(names) == len(re.findall(r"--\s*8", text)), short(page)
+        assert all((DOCS / name).is_file() for name in names), f"{short(page)}: {names}"
+    for page in sorted((DOCS / "own").glob("*.md")):
+        assert page.read_text(encoding="utf-8").count("--8<--") >= 2, (
+            f"{short(page)} shows a class and its YAML"
+        )
+
+
 def test_cited_sections_of_methods_exist():
-    """Docstrings and YAMLs cite `docs/methods.md` by section."""
+    """Docstrings and YAMLs cite `docs/methods.md` by section; none cites a document that is not
+    here.
+    """
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     sections = set(re.findall(r"^##+ (\d(?:\.\d)?)\.? ", text, flags=re.MULTILINE))
     folders = ("lab", "immunize", "attacks", "eval", "conf", "sweeps", "docs", "tests")
@@ -207,10 +265,33 @@ def test_cited_sections_of_methods_exist():
         for ending in ("py", "yaml", "md")
         for f in (ROOT / folder).rglob(f"*.{ending}")
     ]
+    cited = 0
     for file in files:
+        if file == Path(__file__):
+            continue
         body = file.read_text(encoding="utf-8")
+        assert not re.search(r"METHODS(?: §|\.md)", body), (
+            f"{short(file)} cites a document that is not here"
+        )
         for section in re.findall(r"docs/methods\.md §(\d(?:\.\d)?)", body):
+            cited += 1
             assert section in sections, f"{short(file)}: §{section}"
+    assert cited >= 15
+
+
+def test_the_reference_holds_every_module_that_a_configuration_builds():
+    shown = {
+        m
+        for page in (DOCS / "api").glob("*.md")
+        for m in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
+    }
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "conf").rglob("*.yaml")]
+    targets = {
+        t.rpartition(".")[0] for text in texts for t in re.findall(r"_target_: *([\w.]+)", text)
+    }
+    own = {t for t in targets if t.split(".")[0] in ("lab", "immunize", "attacks", "eval")}
+    assert len(own) >= 35
+    assert not own - shown - {"lab.cli.callbacks"}  # of Hydra's, not for users
 
 
 # ---- the site
@@ -265,7 +346,7 @@ def test_the_site_builds_without_warnings_and_asks_nothing_of_others(tmp_path):
         assert not re.search(
             r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")
         ), style
-    reference = (tmp_path / "site/api/core/index.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "site/api/contracts/index.html").read_text(encoding="utf-8")
     for name in (
         "lab.core.types.Immunizer",
         "lab.core.types.Attacker",

@@ -36,7 +36,7 @@ INSTALLED = ("lab", "immunize", "attacks", "eval", "conf", "sweeps")
 MINISD = """
 import json, sys
 import torch
-from lab.models.diffusion_files import MINISD
+from lab.models.diffusion_backbone import MINISD
 from diffusers import StableDiffusionPipeline
 pipe = StableDiffusionPipeline.from_pretrained(MINISD)
 pipe.set_progress_bar_config(disable=True)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import shutil
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from lab.core.seeding import derive
 from lab.minisd.train.card import card
 from lab.minisd.train.quality import measure, showcase
 from lab.minisd.train.recipe import Recipe, Training
+from lab.models.diffusion import write_bpe_files
 from lab.models.diffusion_backbone import DiffusionBackbone
-from lab.models.diffusion_files import tokenizer_files
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import load_detector
 from lab.scorers.features import FeatureScorer
@@ -56,7 +55,7 @@ def save(pipeline: Any, folder: Path) -> Path:
         backend.no_padding()
         backend.no_truncation()
     pipeline.save_pretrained(str(folder), safe_serialization=True)
-    tokenizer_files(folder / "tokenizer")
+    write_bpe_files(folder / "tokenizer")
     config = (
         folder / "text_encoder" / "config.json"
     )  # transformers loads what it says here, diffusers float32
@@ -69,10 +68,10 @@ def scorers_of(folder: Path) -> Scorers:
     it.
     """
     return Scorers(
-        "minisd",
-        clip=partial(OpenClip, f"local-dir:{folder / 'clip'}"),
-        detector=partial(load_detector, folder / "detector"),
-        features=partial(FeatureScorer, image_size=128),  # as conf/scorers/minisd.yaml
+        name="minisd",
+        clip=OpenClip(name=f"local-dir:{folder / 'clip'}"),
+        detector=load_detector(folder / "detector"),
+        features=FeatureScorer(image_size=128),  # as conf/scorers/minisd.yaml
     )
 
 

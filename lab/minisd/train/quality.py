@@ -20,7 +20,7 @@ from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NA
 from lab.minisd.world.world import TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
 from lab.scorers.detector import Head
-from lab.scorers.frechet import floor, frechet_distance
+from lab.scorers.features import floor, frechet_distance
 from lab.scorers.load import Scorers
 from lab.scorers.quality import detected, lowest, prototypes, recognised
 

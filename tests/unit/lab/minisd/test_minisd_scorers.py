@@ -350,7 +350,7 @@ def test_clip_learns_and_is_an_ordinary_open_clip_folder(data, recipe, tmp_path)
     assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
     folder = save_clip(model, config, tokens, tmp_path / "clip")
-    ours = OpenClip(str(folder))
+    ours = OpenClip(name=str(folder))
     images, words = data["measure"].images, ["a photo of a fox", "an image in the style of mosaic"]
     with torch.no_grad():
         direct = model.encode_image(images.float() / 127.5 - 1, normalize=True)

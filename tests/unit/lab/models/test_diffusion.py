@@ -14,7 +14,7 @@ from lab.core.prompts import warn_cut
 from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.models import devices
-from lab.models.diffusion import DiffusionModel, Text, check_prompts
+from lab.models.diffusion import DiffusionModel, Text
 
 LAYOUTS = ("sd1", "sd2", "xl")
 PROMPTS = ["a fox in the style of mosaic", "neon art of a fox!"]
@@ -92,11 +92,11 @@ def test_a_processor_that_emulates_bfloat16_is_told_of_once(monkeypatch, caplog)
     model = DiffusionModel.from_pipeline(tiny_pipeline("sd1"))
     for native, told in ((True, 0), (False, 1)):
         monkeypatch.setattr(devices, "computes_bfloat16", lambda kind, native=native: native)
-        devices.tell_of_emulation.cache_clear()
+        devices.warn_of_emulation.cache_clear()
         for _ in range(2):
             model.sample(PROMPTS[:1], model.latents(1, 0), Sampling(1, precision="bfloat16"))
         assert caplog.text.count("scenario.sampling.precision=weights saves the time") == told
-    devices.tell_of_emulation.cache_clear()
+    devices.warn_of_emulation.cache_clear()
 
 
 def test_text_equals_encode_prompt(model):
@@ -273,41 +273,3 @@ def test_a_long_prompt_is_cut_and_told_once(caplog):
     assert len(caplog.records) == 1
     lost = len(model.tokenizers[0](long).input_ids) - context
     assert f"last {lost} tokens" in caplog.text
-
-
-def test_a_prompt_that_just_fits_is_not_told(caplog):
-    model = tiny_diffusion()
-    warn_cut.cache_clear()
-    full = " ".join(["a"] * (model.tokenizers[0].model_max_length - 2))
-    with caplog.at_level(logging.WARNING):
-        model.tokens([full])
-    assert not caplog.records
-    with pytest.raises(ValueError, match="no prompts"):
-        model.tokens([])
-
-
-def test_prompts_are_cleaned():
-    tokenizer = tiny_diffusion().tokenizers[0]
-    given = ["  a fox\n", "a <b>bold</b> fox", "<new1> fox", "Füchse, 狐, 🦊!"]
-    assert check_prompts("k", given, tokenizer) == ("a fox", *given[1:])
-
-
-@pytest.mark.parametrize(
-    ("prompts", "told"),
-    [
-        ([], "at least one"),
-        ("a fox", "must be a list"),
-        (["a fox", "  "], "at least one word"),
-        ([3], "at least one word"),
-        (["a\x00fox"], r"U\+0000"),
-        (["a fox\nand a lion"], r"U\+000A"),
-        (["a \x1b[31mfox"], r"U\+001B"),
-        (["a \u202efox"], r"U\+202E"),
-        (["a fox <|endoftext|> a lion"], "special token"),
-        (["<|StartOfText|> a fox"], "special token"),
-    ],
-)
-def test_prompts_that_are_refused(prompts, told):
-    with pytest.raises(UserError, match=told) as caught:
-        check_prompts("scenario.prompts", prompts, tiny_diffusion().tokenizers[0])
-    assert caught.value.key == "scenario.prompts"

@@ -1,12 +1,12 @@
-"""`backbone=sd` and `backbone=minisd`: what is loaded, and what is refused with which words."""
+"""`backbone=sd` and `backbone=minisd`: what is loaded, and what is refused."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import tiny_case
 from tiny_sd import tiny_pipeline
@@ -14,7 +14,7 @@ from tiny_sd import tiny_pipeline
 from lab.core.data import Sampling
 from lab.core.errors import UserError
 from lab.core.types import Backbone, same_weights
-from lab.models import diffusion_files
+from lab.models import diffusion_backbone
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 
@@ -43,8 +43,8 @@ def load(path, **options):
     return DiffusionBackbone(path=str(path), **options).build(None, 0)
 
 
-def refused(key, told, path, **options):
-    with pytest.raises(UserError, match=told) as caught:
+def refused(key, message, path, **options):
+    with pytest.raises(UserError, match=message) as caught:
         load(path, **options)
     assert caught.value.key == key
     return str(caught.value)
@@ -85,8 +85,8 @@ def test_half_precision_files_run_in_float32(tmp_path):
 
 def test_bfloat16_and_a_variant(tmp_path):
     tiny_pipeline("sd1").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
-    refused("backbone.variant", "variant fp16 only", tmp_path)
-    refused("backbone.variant", "variant fp16 only", tmp_path, variant="bf16")
+    refused("backbone.path", "backbone.variant=None", tmp_path)
+    refused("backbone.path", "backbone.variant=bf16", tmp_path, variant="bf16")
     model = load(tmp_path, variant="fp16", dtype="bf16")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
     assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=1)).dtype == torch.uint8
@@ -102,13 +102,11 @@ def test_resolution(folder):
     assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=1)).shape == (1, 3, 80, 80)
     assert load(folder).image_size == 512
     refused("backbone.resolution", "multiple of 8 and at least 64", folder, resolution=100)
-    refused("backbone.resolution", "multiple of 8 and at least 64", folder, resolution=32)
-    refused("backbone.resolution", "whole number", folder, resolution="big")
 
 
 def test_pictures_of_another_size_are_refused(saved):
     backbone = DiffusionBackbone(path=str(saved / "sd1"))
-    with pytest.raises(UserError, match=r"64 × 64 pixels, the pictures of case tiny have 32 × 32"):
+    with pytest.raises(UserError, match=r"64 × 64 pixels, the images of case tiny have 32 × 32"):
         backbone.build(tiny_case(), 0)
 
 
@@ -141,103 +139,72 @@ def test_position_ids_of_old_text_encoders_load(folder):
 # ---- what is refused
 
 
-def test_missing_folders(saved, tmp_path):
-    refused("backbone.path", "no such folder.*did you mean sd1", saved / "sd11")
-    refused("backbone.path", "no such folder", tmp_path / "nowhere" / "model")
-    refused("backbone.path", "must be the path", "")
-    refused("backbone.path", "no model_index.json.*Inside it: sd1, sd2, xl", saved)
-    refused("backbone.path", "no model_index.json", tmp_path)
+def test_missing_folders_and_files(saved, tmp_path):
+    (tmp_path / "sd.ckpt").write_bytes(b"x")
+    for path in (saved / "sd11", saved, tmp_path / "sd.ckpt"):
+        refused("backbone.path", "no such folder in diffusers layout.*from_single_file", path)
 
 
 def test_minisd_that_is_not_trained_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusion_files, "MINISD", tmp_path / "model")
+    monkeypatch.setattr(diffusion_backbone, "MINISD", tmp_path / "model")
     refused("backbone.path", r"python run.py experiment=train_minisd", "minisd")
     tiny_pipeline("sd1").save_pretrained(tmp_path / "model")
     assert load("minisd").image_size == 64
 
 
-def test_single_files(tmp_path):
-    for name in ("sd.ckpt", "sd.safetensors"):
-        (tmp_path / name).write_bytes(b"x")
-        assert "from_single_file" in refused("backbone.path", "is a file", tmp_path / name)
-    assert "from_single_file" in refused("backbone.path", "no model_index.json", tmp_path)
-
-
-def test_pickled_weights_are_refused_and_the_printed_command_converts_them(
-    folder, tmp_path, monkeypatch
-):
+def test_pickled_weights_are_refused(folder):
     for file in (folder / WEIGHTS, folder / "text_encoder/model.safetensors"):
-        state = load_file(file)
+        state, whole = load_file(file), file.read_bytes()
         file.unlink()
-        name = (
-            "pytorch_model.bin"
-            if file.name == "model.safetensors"
-            else "diffusion_pytorch_model.bin"
-        )
-        torch.save(state, file.with_name(name))
-    told = refused("backbone.path", "no safetensors file.*could run code", folder)
-    python, option, code = shlex.split(told.split("`")[1])
-    assert (python, option) == ("python", "-c")
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    made = tmp_path / told.split("backbone.path=")[2].split(":")[0]
-    assert same_weights(load(made), DiffusionModel.from_pipeline(tiny_pipeline("sd1")))
+        unet = file.name != "model.safetensors"
+        pickled = file.with_name(f"{'diffusion_' if unet else ''}pytorch_model.bin")
+        torch.save(state, pickled)
+        refused("backbone.path", f"{file.parent.name}: cannot be loaded", folder)
+        file.write_bytes(whole)
+        pickled.unlink()
 
 
 def test_missing_and_surplus_keys(folder):
-    state = load_file(folder / WEIGHTS)
-    first = sorted(state)[0]
-    save_file({k: v for k, v in state.items() if k != first}, folder / WEIGHTS, {"format": "pt"})
-    refused("backbone.path", rf"1 keys missing \({first}\)", folder)
-    save_file({**state, "extra.weight": torch.zeros(1)}, folder / WEIGHTS, {"format": "pt"})
-    refused("backbone.path", r"1 keys surplus \(extra.weight\)", folder)
-    save_file({**state, first: torch.zeros(3)}, folder / WEIGHTS, {"format": "pt"})
-    refused("backbone.path", "unet", folder)
-    save_file(state, folder / WEIGHTS, {"format": "pt"})
-    text = folder / "text_encoder/model.safetensors"
-    state = load_file(text)
-    first = sorted(state)[0]
-    save_file({k: v for k, v in state.items() if k != first}, text, {"format": "pt"})
-    refused("backbone.path", rf"text_encoder: .*1 keys missing \({first}\)", folder)
+    for file in (folder / WEIGHTS, folder / "text_encoder/model.safetensors"):
+        state = load_file(file)
+        first = sorted(state)[0]
+        for wrong in (
+            {k: v for k, v in state.items() if k != first},
+            {**state, "extra.weight": torch.zeros(1)},
+            {**state, first: torch.zeros(3)},
+        ):
+            save_file(wrong, file, {"format": "pt"})
+            refused("backbone.path", file.parent.name, folder)
+        save_file(state, file, {"format": "pt"})
 
 
 def test_damaged_and_missing_files(folder):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:1000])
-    refused("backbone.path", "cannot be read as safetensors", folder)
+    refused("backbone.path", "unet: cannot be loaded", folder)
     (folder / WEIGHTS).unlink()
-    refused("backbone.path", "its unet has no weights", folder)
+    refused("backbone.path", "unet: cannot be loaded", folder)
     (folder / WEIGHTS).write_bytes(whole)
     shutil.rmtree(folder / "scheduler")
     refused("backbone.path", "tokenizer or scheduler", folder)
     (folder / "model_index.json").write_text("{")
-    refused("backbone.path", "is no JSON", folder)
+    refused("backbone.path", "model_index.json is damaged", folder)
 
 
 def test_other_pipelines_and_parts(folder):
     index = folder / "model_index.json"
     edit_json(index, _class_name="StableDiffusion3Pipeline")
-    refused(
-        "backbone.path", "holds a StableDiffusion3Pipeline; StableDiffusionPipeline and", folder
-    )
-    edit_json(
-        index,
-        _class_name="StableDiffusionPipeline",
-        text_encoder=["transformers", "T5EncoderModel"],
-    )
+    refused("backbone.path", "holds a StableDiffusion3Pipeline", folder)
+    edit_json(index, _class_name="StableDiffusionPipeline", text_encoder=["evil", "CLIPTextModel"])
     refused("backbone.path", "its text_encoder must be transformers.CLIPTextModel", folder)
-    edit_json(index, text_encoder=["evil_module", "CLIPTextModel"])
-    refused("backbone.path", "its text_encoder must be", folder)
 
 
 def test_parts_of_different_models(saved, folder):
-    shutil.rmtree(folder / "tokenizer")
-    shutil.copytree(saved / "sd1/tokenizer", folder / "tokenizer")
     edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=77)
-    refused("backbone.path", "model_max_length is 77, its text encoder takes 32", folder)
+    refused("backbone.path", "longer than its text encoder", folder)
     edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=32)
     edit_json(folder / "scheduler/scheduler_config.json", prediction_type="sample")
-    refused("backbone.path", "prediction_type sample", folder)
+    refused("backbone.path", "prediction_type is sample", folder)
     edit_json(folder / "scheduler/scheduler_config.json", prediction_type="epsilon")
     shutil.rmtree(folder / "text_encoder")
     shutil.copytree(saved / "xl/text_encoder_2", folder / "text_encoder")
@@ -249,10 +216,10 @@ def test_parts_of_different_models(saved, folder):
 
 def test_options(saved, monkeypatch):
     path = saved / "sd1"
-    refused("backbone.dtype", "did you mean fp16", path, dtype="fp61")
+    with pytest.raises(ValidationError, match="dtype"):
+        load(path, dtype="fp61")
     refused("backbone.dtype", "on a CPU; use fp32", path, dtype="fp16", device="cpu")
     refused("backbone.device", "must be auto", path, device="tpu")
-    refused("backbone.device", "must be auto", path, device=3.5)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     refused("backbone.device", "torch sees 1 CUDA devices", path, device="cuda:7")
 
@@ -265,7 +232,7 @@ def test_a_hub_name_without_network(monkeypatch, tmp_path):
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    told = refused("backbone.path", "could not be had from the hub", "some-owner/no-such-model")
+    told = refused("backbone.path", "could not be loaded from the hub", "some-owner/no-such-model")
     assert "hf download some-owner/no-such-model" in told
     assert "HF_HOME" in told
 
@@ -286,15 +253,3 @@ def test_a_hub_name_downloads_safetensors_only_and_loads_the_folder(monkeypatch,
     assert asked["revision"] == "abc"
     assert "trust_remote_code" not in asked
     assert same_weights(model, DiffusionModel.from_pipeline(tiny_pipeline("sd1")))
-
-
-def test_a_hub_model_without_safetensors(monkeypatch):
-    from diffusers import DiffusionPipeline
-
-    def download(name, **options):
-        raise OSError("Could not find the necessary `safetensors` weights in {...} (variant=None)")
-
-    monkeypatch.setattr(DiffusionPipeline, "download", staticmethod(download))
-    assert "save_pretrained" in refused(
-        "backbone.path", "has no safetensors weights", "some-owner/a-model"
-    )

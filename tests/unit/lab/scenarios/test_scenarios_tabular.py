@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from pydantic import ValidationError
 from tabular_files import HOUSES, folder, scenario, table
 
+from lab.core.errors import UserError
 from lab.core.types import Scenario
-from lab.scenarios import preprocess
-from lab.scenarios.tabular import Tabular, ames
+from lab.scenarios.tabular import Features, Tabular, ames, drop_combinations, encode, standardise
 
 PUBLISHED = Path(__file__).resolve().parents[5] / "shared" / "data" / "house_price"
 
@@ -104,15 +106,11 @@ def test_an_imputed_cell_does_not_hide_a_sum() -> None:
     frame = table(50)[["a", "b", "total"]]
     frame.loc[4, ["a", "b", "total"]] = [np.nan, np.nan, 9.0]
     rows = np.ones(50, dtype=bool)
-    data, _ = preprocess.encode(frame, rows)
-    assert np.linalg.matrix_rank(preprocess.standardise(data, rows)[0].x) == 3
+    assert np.linalg.matrix_rank(standardise(encode(frame, rows), rows).x) == 3
     frame.loc[4, "total"] = np.nan
-    data, _ = preprocess.encode(frame, rows)
-    data, notes = preprocess.drop_combinations(
-        preprocess.standardise(data, rows)[0], [("benign", rows)]
-    )
+    data = drop_combinations(standardise(encode(frame, rows), rows), {"benign": rows})
     assert len(data.names) == 2
-    assert "(1)" in notes[0]
+    assert "(1)" in data.notes[-1]
 
 
 def test_a_constant_offset_counts_once() -> None:
@@ -121,21 +119,9 @@ def test_a_constant_offset_counts_once() -> None:
     """
     frame = table(50)[["a", "b"]]
     x = np.column_stack([frame, frame["a"] + frame["b"] + 1.0, frame["a"] - frame["b"] + 2.0])
-    data = preprocess.Encoded(("a", "b", "c", "d"), x, np.zeros_like(x, dtype=bool))
-    kept, _ = preprocess.drop_combinations(data, [("benign", np.ones(50, dtype=bool))])
+    data = Features(("a", "b", "c", "d"), x, np.zeros_like(x, dtype=bool))
+    kept = drop_combinations(data, {"benign": np.ones(50, dtype=bool)})
     assert len(kept.names) == np.linalg.matrix_rank(x) == np.linalg.matrix_rank(kept.x) == 3
-
-
-def test_nearly_collinear_columns_stay() -> None:
-    frame = table(50)[["a", "b", "total"]]
-    frame["total"] += 1e-4 * np.random.default_rng(9).normal(size=50)
-    rows = np.ones(50, dtype=bool)
-    data, _ = preprocess.encode(frame, rows)
-    data, notes = preprocess.drop_combinations(
-        preprocess.standardise(data, rows)[0], [("benign", rows)]
-    )
-    assert len(data.names) == 3
-    assert notes == []
 
 
 def test_fewer_rows_than_features(tmp_path: Path) -> None:
@@ -165,20 +151,12 @@ def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> Non
     )
 
 
-def test_ordinal_codes() -> None:
-    frame = pd.DataFrame(
-        {"q": ["b", None, "a", "c"], "flag": [True, False, True, True], "n": [1, 2, 3, 4]}
-    )
-    data, _ = preprocess.encode(frame, np.ones(4, dtype=bool))
-    assert data.x.T.tolist() == [[1, 3, 0, 2], [1, 0, 1, 1], [1, 2, 3, 4]]
-
-
 def test_test_rows_do_not_move_medians_or_scales() -> None:
     frame = pd.DataFrame({"n": [1.0, 2.0, 3.0, np.nan, 1000.0]})
     train = np.array([True, True, True, True, False])
-    data, _ = preprocess.encode(frame, train)
+    data = encode(frame, train)
     assert data.x[3, 0] == 2.0
-    assert preprocess.standardise(data, train)[0].x[1, 0] == 0.0
+    assert standardise(data, train).x[1, 0] == 0.0
 
 
 @pytest.mark.filterwarnings("error")
@@ -225,3 +203,57 @@ def test_published_csvs() -> None:
         == d
     )
     assert "MSZoning" in " ".join(data.notes)  # constant in D2
+
+
+# ---- users' own files
+
+
+def test_options_that_cannot_work(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="test_share"):
+        scenario(tmp_path, test_share=1.5)
+    with pytest.raises(UserError, match=r"scenario\.path=None: set it to a folder"):
+        scenario(None)
+
+
+@pytest.mark.parametrize(
+    ("key", "options"),
+    [
+        ("path", {"path": "nowhere"}),
+        ("path", {"harmful_file": "D3.csv"}),
+        ("harmful_target", {"harmful_target": "prize"}),
+        ("benign_target", {"benign_target": "colour"}),
+        ("split_column", {"path": "D1.csv"}),
+        ("harmful_values", {"path": "D1.csv", "split_column": "colour", "harmful_values": ["x"]}),
+    ],
+)
+def test_bad_input_names_the_key(tmp_path: Path, key: str, options: dict) -> None:
+    folder(tmp_path, table(), table())
+    path = tmp_path / options.pop("path", "")
+    with pytest.raises(UserError) as refused:
+        scenario(path, **options).load(0)
+    assert refused.value.key == f"scenario.{key}"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.assign(area=3.0), "benign_target=area: .* numbers that differ"),
+        (lambda f: f.head(0), "holds no rows"),
+        (lambda f: f.head(4), "at least five"),
+        (lambda f: f[["area"]], "share no feature"),
+        (lambda f: f.assign(a=1, b=1, total=1, colour="x"), "rank 0"),
+        (lambda f: f.assign(area=1e200 * f["area"]), "benign_target=area: .* inf"),
+    ],
+)
+def test_tables_that_cannot_work(tmp_path: Path, change: Any, message: str) -> None:
+    path = folder(tmp_path, change(table()), table())
+    with pytest.raises(UserError, match=message):
+        scenario(path).load(0)
+
+
+def test_files_that_are_no_csv(tmp_path: Path) -> None:
+    path = folder(tmp_path, table(), table())
+    for content in (b"", b'a,b\n"1,2\n3', b"\xff\xfe\x00\x01\xd8"):
+        (tmp_path / "D1.csv").write_bytes(content)
+        with pytest.raises(UserError, match=r"scenario\.path=.*D1\.csv"):
+            scenario(path).load(0)
