@@ -8,24 +8,36 @@ infinity no value. Containers are lax: a list binds to a tuple, a mapping to a n
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
 from lab.core.errors import UserError, nearest
 
-_SETTINGS = ConfigDict(
+SETTINGS = ConfigDict(
     extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, validate_default=True
 )
 
-config = partial(dataclass, config=_SETTINGS, kw_only=True, eq=False)
-"""Decorator of a method: keyword options, checked; two methods stay different objects."""
-options = partial(dataclass, config=_SETTINGS, kw_only=True, frozen=True)
-"""Decorator of a group of options inside a method; compared by value."""
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass_transform(kw_only_default=True)
+def config(cls: Class) -> Class:
+    """Make a method of ``cls``: keyword options, checked; two methods stay different objects."""
+    return dataclass(cls, config=SETTINGS, kw_only=True, eq=False)  # type: ignore[return-value]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(cls: Class) -> Class:
+    """Make a group of options of ``cls``: frozen, compared by value."""
+    return dataclass(cls, config=SETTINGS, kw_only=True, frozen=True)  # type: ignore[return-value]
+
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]
@@ -37,6 +49,42 @@ PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True)]
 
+_BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")  # reorder what is read
+
+
+def plain_line(value: str) -> str:
+    """Return ``value`` without white space at its ends; it has to be one line of plain text.
+
+    Raises:
+        ValueError: no word, or a control character.
+    """
+    line = value.strip()
+    if not line:
+        raise ValueError("must be a text with at least one word")
+    odd = next((c for c in line if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI), None)
+    if odd is not None:
+        raise ValueError(f"holds the control character U+{ord(odd):04X}; use one line of text")
+    return line
+
+
+_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Names = Annotated[tuple[Text, ...], _LIST]
+"""Names; a single one is a list of one."""
+Prompt = Annotated[str, Field(strict=True), AfterValidator(plain_line)]
+"""A prompt or a part of one."""
+OptionalPrompt = Annotated[
+    str, Field(strict=True), AfterValidator(lambda value: value and plain_line(value))
+]
+"""A `Prompt`, or "" for none."""
+Prompts = Annotated[
+    tuple[Prompt, ...], _LIST, AfterValidator(lambda value: tuple(dict.fromkeys(value)))
+]
+"""Prompts, each once; a single one is a list of one."""
+
+_UNION = re.compile(
+    r"[a-z-]+\[.*\]|constrained-\w+|str|int|float|bool"
+)  # pydantic's names of types
+
 
 def user_error(error: ValidationError, key: str, target: Any = None) -> UserError:
     """Return the first mistake of ``error`` as a `UserError` about the config key ``key``.
@@ -45,7 +93,7 @@ def user_error(error: ValidationError, key: str, target: Any = None) -> UserErro
         target: the config class, for the nearest option to a misspelt one.
     """
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
+    path = [str(part) for part in first["loc"] if not _UNION.fullmatch(str(part))]
     where, value = ".".join([key, *path]), first["input"]
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f"{'.'.join([key, *path[:-1]])}.{name}" for name in _names(target, path[:-1])]

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from attacks.diffusion.attack import ConceptAttack, ConceptBase
-from attacks.diffusion.trainer import Learner
+from attacks.diffusion.attack import ConceptBase
+from attacks.diffusion.options import TrainingOptions
+from attacks.diffusion.trainer import ConceptLearner
 from lab.core.data import Concept
 from lab.core.progress import progress
 from lab.core.types import Budget
@@ -75,24 +76,24 @@ def timed(
 
 
 def _stage(
-    who: ConceptAttack,
+    who: TrainingOptions,
     model: DiffusionModel,
     what: Concept,
     steps: int,
     seed: int,
     clock: Callable[[], float],
 ) -> float:
-    learner = Learner(_silent(who), model.copy(), what, steps, seed)
+    learner = ConceptLearner(_silent(who), model.copy(), what, steps, seed)
     learner.advance(0)
     return statistics.median(_durations(learner, model.device, clock))
 
 
-def _silent(who: ConceptAttack) -> ConceptAttack:
+def _silent(who: TrainingOptions) -> TrainingOptions:
     return replace(who, families=(), keep_weights=False)
 
 
 def _durations(
-    learner: Learner, device: torch.device, clock: Callable[[], float]
+    learner: ConceptLearner, device: torch.device, clock: Callable[[], float]
 ) -> Iterator[float]:
     for step in range(1, UPDATES + 1):
         begin = clock()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from concept_examples import model, task
+from concept_examples import attack, model, task
 
-from attacks.diffusion.data import Material, prompts, variants
+from attacks.diffusion.data import Material, variants
+from attacks.diffusion.trainer import ConceptLearner
 from lab.core.captions import captions, class_words, renamed
 from lab.core.data import CaptionedImages
 from lab.core.seeding import generator
@@ -39,11 +40,9 @@ def test_prompts_speak_of_the_token_where_training_does() -> None:
     concept = replace(
         task(), prompts={"name": ("a mosaic fox", "mosaic art"), "description": ("tiles",)}
     )
-    assert prompts(concept, "name", "token", "sks", 3) == ["a sks fox", "sks art", "a sks fox"]
-    assert prompts(concept, "name", "name", "sks", 1) == ["a mosaic fox"]
-    assert (
-        prompts(concept, "description", "token", "sks", 2) == ["sks, tiles"] * 2
-    )  # as captions without the words
+    lora = attack("lora", template="token", families=("name", "description"))
+    prompts = ConceptLearner(lora, model().copy(), concept, 1, 0).prompts(lora)
+    assert prompts == {"name": ["a sks fox", "sks art"], "description": ["sks, tiles"] * 2}
 
 
 def test_class_words_are_what_all_prior_captions_share() -> None:

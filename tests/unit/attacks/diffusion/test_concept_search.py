@@ -12,10 +12,10 @@ import pytest
 import torch
 from attack_examples import Interrupted, MemoryCheckpoint
 from concept_examples import assert_equal, attack, curriculum, launch, model, task
+from pydantic import ValidationError
 from tiny_diffusion import tiny_diffusion
 
-from attacks.diffusion.search import held_out
-from attacks.diffusion.similarity import likeness
+from attacks.diffusion.search import likeness
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.minisd.world import world
@@ -79,20 +79,23 @@ def test_trials_see_no_pictures_that_the_attacker_does_not_have() -> None:
     own = [image.numpy().tobytes() for image in task().train.images]
     assert seen() >= set(own)
     assert not seen(pictures=2) & set(own[2:])
-    assert {i.numpy().tobytes() for i in held_out(task(), 0, most=3).reference.images} <= set(
-        own[:3]
-    )
+    assert {
+        i.numpy().tobytes()
+        for i in searched(space={"pictures": [3]})
+        .search.held_out(searched(), task(), 0)
+        .reference.images
+    } <= set(own[:3])
     space = {"lr": [0.05], "pictures": [2, 3]}
     assert not seen(search={**GRID, "space": space}) & set(own[3:]), "the most that a trial has"
 
 
 def test_the_split_is_a_partition_of_the_training_pictures() -> None:
-    split = held_out(task(), 0)
+    split = searched().search.held_out(searched(), task(), 0)
     parts = [image.tolist() for part in (split.train, split.reference) for image in part.images]
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
     assert len(split.reference) == 1
     one = replace(task(), train=CaptionedImages(task().train.images[:1], task().train.prompts[:1]))
-    with pytest.raises(UserError, match=r"attacks\.lora\.search=mosaic: .* needs 2"):
+    with pytest.raises(UserError, match=r"attacks\.lora\.search=grid: .* needs 2"):
         launch(searched(), what=one)
 
 
@@ -153,27 +156,19 @@ def test_a_curriculum_is_searched_by_stage() -> None:
     assert told["best"].keys() == {"related.share", "target.attack.rank"}
 
 
-@pytest.mark.parametrize(
-    ("search", "key"),
-    [
-        ({**GRID, "space": {}}, "search.space"),
-        ({**GRID, "space": {"lrs": [1]}}, "search.space.lrs"),
-        ({**GRID, "space": {"name": ["x"]}}, "search.space.name"),
-        ({**GRID, "space": {"lr": 1e-3}}, "search.space.lr"),
-        ({**GRID, "space": {"lr": [0]}}, "lr"),
-        ({**GRID, "steps": 0}, "search.steps"),
-        ({**GRID, "trials": 3}, "search.trials"),
-        ({**GRID, "mode": "random", "trials": 5}, "search.trials"),
-        ({**GRID, "mode": "best"}, "search.mode"),
-        ({**GRID, "budget": 3}, "search.budget"),
-        ({**GRID, "score": "clip"}, "search.score"),
-        ("grid", "search"),
-    ],
-)
-def test_searches_that_cannot_work_name_their_key(search: Any, key: str) -> None:
+@pytest.mark.parametrize("option", ["lrs", "name", "lr"])
+def test_a_space_of_what_the_attacker_does_not_take_names_the_option(option: str) -> None:
     with pytest.raises(UserError) as error:
-        attack("lora", search=search)
-    assert error.value.key == f"attacks.lora.{key}"
+        searched(space={option: [0]})
+    assert error.value.key == f"attacks.lora.search.space.{option}"
+
+
+@pytest.mark.parametrize(
+    "options", [{"trials": 3}, {"mode": "random", "trials": 5}, {"budget": 3}, {"score": "clip"}]
+)
+def test_searches_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="search"):
+        searched(**options)
 
 
 def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
@@ -187,7 +182,7 @@ def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
         wide = attack("lora", families=("name",), search={**GRID, "space": space})
         with pytest.raises(UserError) as error:
             wide.check((SimpleNamespace(tasks=(poor,)),))
-        assert error.value.key == f"attacks.lora.search.space.{key}"
+        assert error.value.key == f"attacks.lora.{key}"
     single = replace(
         task(), train=CaptionedImages(task().train.images[:1], task().train.prompts[:1])
     )
