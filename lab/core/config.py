@@ -67,8 +67,8 @@ def plain_line(value: str) -> str:
     return line
 
 
-_LIST = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
-Names = Annotated[tuple[Text, ...], _LIST]
+AsList = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Names = Annotated[tuple[Text, ...], AsList]
 """Names; a single one is a list of one."""
 Prompt = Annotated[str, Field(strict=True), AfterValidator(plain_line)]
 """A prompt or a part of one."""
@@ -77,13 +77,14 @@ OptionalPrompt = Annotated[
 ]
 """A `Prompt`, or "" for none."""
 Prompts = Annotated[
-    tuple[Prompt, ...], _LIST, AfterValidator(lambda value: tuple(dict.fromkeys(value)))
+    tuple[Prompt, ...], AsList, AfterValidator(lambda value: tuple(dict.fromkeys(value)))
 ]
 """Prompts, each once; a single one is a list of one."""
 
 _UNION = re.compile(
     r"[a-z-]+\[.*\]|constrained-\w+|str|int|float|bool"
 )  # pydantic's names of types
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 
 
 def user_error(error: ValidationError, key: str, target: Any = None) -> UserError:
@@ -92,10 +93,11 @@ def user_error(error: ValidationError, key: str, target: Any = None) -> UserErro
     Args:
         target: the config class, for the nearest option to a misspelt one.
     """
-    first = error.errors(include_url=False)[0]
+    # a misspelt option says more than the one that is missing for it
+    first = min(error.errors(include_url=False), key=lambda e: e["type"] not in _UNKNOWN)
     path = [str(part) for part in first["loc"] if not _UNION.fullmatch(str(part))]
     where, value = ".".join([key, *path]), first["input"]
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+    if first["type"] in _UNKNOWN:
         known = [f"{'.'.join([key, *path[:-1]])}.{name}" for name in _names(target, path[:-1])]
         return UserError(where, value, f"there is no such key; {nearest(where, known)}")
     if first["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):

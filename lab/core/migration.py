@@ -42,6 +42,8 @@ _MODULES = {
     "lab.judges.load": "lab.scorers.load",
     "lab.judges.lpips": "lab.scorers.lpips",
     "lab.judges.nudenet": "lab.scorers.nudenet",
+    "lab.scenarios.personalize": "lab.scenarios.world_concepts",
+    "lab.scenarios.relearn": "lab.scenarios.world_concepts",
 }
 _CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
 # config key in schema 1.x → its name now

@@ -35,8 +35,7 @@ _BY_CC = "https://creativecommons.org/licenses/by-sa/4.0/"
 # who made the data and under what terms, by the module that loads them; a user's own data have the
 # user's terms
 _DATA = {
-    "lab.scenarios.relearn": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
-    "lab.scenarios.personalize": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
+    "lab.scenarios.world_concepts": f"Pictures of the embedded world. {CREDIT} ({_BY_CC})",
     "lab.scenarios.concept_folders": "Pictures of the user who made the run; their terms are "
     "the user's to state.",
     "lab.scenarios.tabular": "Tables named in the record; Ames house prices (De Cock 2011), "
