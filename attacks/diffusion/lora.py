@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from typing import Literal
 
@@ -11,14 +12,19 @@ from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
 from attacks.diffusion.attack import ConceptAttack, Moving
+from attacks.diffusion.options import trained_parts
 from lab.core.config import Count, Flag, Positive, config
 from lab.core.data import Concept
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel
 
-Targets = Literal["attn2", "attn", "all"]
-_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-_TEXT = ("q_proj", "k_proj", "v_proj", "out_proj")
+_PROJECTIONS = r"(to_q|to_k|to_v|to_out\.0)"
+LAYERS = {
+    "attn2": rf".*\.attn2\.{_PROJECTIONS}",
+    "attn": rf".*\.attn[12]\.{_PROJECTIONS}",
+    "all": r"(down_blocks|mid_block|up_blocks)\..*",
+}  # of the U-Net, by targets
+_TEXT = r".*(q_proj|k_proj|v_proj|out_proj)"
 
 
 @config
@@ -39,23 +45,18 @@ class ConceptLora(ConceptAttack):
 
     rank: Count = 4
     alpha: Positive | None = None
-    targets: Targets = "attn2"
+    targets: Literal["attn2", "attn", "all"] = "attn2"
     text_encoder: Flag = False
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
-        parts = {"unet": (model.unet, unet_layers(model.unet, self.targets))}
-        for i, encoder in enumerate(model.text_encoders if self.text_encoder else ()):
-            layers = [
-                name
-                for name, module in encoder.named_modules()
-                if isinstance(module, nn.Linear) and name.endswith(_TEXT)
-            ]
-            parts[f"text_encoder_{i + 1}" if i else "text_encoder"] = (encoder, layers)
         alpha = self.rank if self.alpha is None else self.alpha
         tuners, parameters = [], dict[str, nn.Parameter]()
-        for prefix, (net, layers) in parts.items():
-            tuners.append(inject(net, layers, self.rank, alpha, generator(seed, "lora", prefix)))
-            parameters |= {f"{prefix}.{name}": p for name, p in adapters(net).items()}
+        for part, net in trained_parts(model).items():
+            if part == "unet" or self.text_encoder:
+                layers = find_layers(net, LAYERS[self.targets] if part == "unet" else _TEXT)
+                g = generator(seed, "lora", part)
+                tuners.append(inject(net, layers, self.rank, alpha, g))
+                parameters |= {f"{part}.{name}": p for name, p in adapters(net).items()}
 
         def weights() -> dict[str, Tensor]:
             return {
@@ -78,19 +79,13 @@ class ConceptLora(ConceptAttack):
         return Moving(parameters, "lora", weights, close, text=self.text_encoder, info=info)
 
 
-def unet_layers(unet: nn.Module, targets: Targets) -> list[str]:
+def find_layers(net: nn.Module, pattern: str) -> list[str]:
     """Return the names of the layers that get an adapter."""
-    names = []
-    for name, module in unet.named_modules():
-        if targets == "all":
-            inside = name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
-            fits = inside and isinstance(module, nn.Linear | nn.Conv2d)
-        else:
-            attention = ".attn2." in name or (targets == "attn" and ".attn1." in name)
-            fits = attention and name.endswith(_PROJECTIONS)
-        if fits:
-            names.append(name)
-    return names
+    return [
+        name
+        for name, module in net.named_modules()
+        if re.fullmatch(pattern, name) and isinstance(module, nn.Linear | nn.Conv2d)
+    ]
 
 
 def adapters(net: nn.Module) -> dict[str, nn.Parameter]:

@@ -70,6 +70,12 @@ class Moving:
         return self
 
 
+def trained_parts(model: DiffusionModel) -> dict[str, nn.Module]:
+    """Return the parts that an attacker may train, by the names that diffusers gives them."""
+    encoders = {f"text_encoder_{i}": net for i, net in enumerate(model.text_encoders[1:], start=2)}
+    return {"unet": model.unet, "text_encoder": model.text_encoders[0], **encoders}
+
+
 class Stage(NamedTuple):
     """A part of an attack: who trains on which concept until which step."""
 

@@ -1,4 +1,4 @@
-"""The training of every attacker on a text-to-image model: stages, snapshots, divergence, resume.
+"""The training of every attacker on a text-to-image model: material, updates, snapshots, resume.
 
 Random draws depend on (seed, concept, step) alone. So every model and every attacker sees the same
 images, noise and timesteps, and a resumed attack continues bit for bit.
@@ -7,13 +7,14 @@ images, noise and timesteps, and a resumed attack continues bit for bit.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.diffusion.data import Draw, Material, variants
-from attacks.diffusion.options import AttackOptions, TrainingOptions
+from attacks.diffusion.options import AttackOptions, TrainingOptions, trained_parts
 from lab.core.captions import captions, spoken
 from lab.core.data import CaptionedImages, Concept
 from lab.core.errors import Diverged, UserError
@@ -23,12 +24,82 @@ from lab.core.training import train
 from lab.core.types import Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel, Text
 
+EVALUATIONS = 32  # loss terms of one evaluation, timesteps spread evenly over the schedule
 # updates between two saves; snapshots are saved as well. What is saved never changes the result
 SAVE_STEPS = 50
 # batches whose mean loss is compared with the first one: a single loss depends too much on its
 # timestep
 WINDOW = 10
 _CHUNK = 32  # rows of one evaluation pass
+_CROPS = 4  # seeded crops of every image, encoded once like the image itself
+_SMALLEST = 0.75  # side of the smallest crop
+
+
+def variants(images: Tensor, augmentation: str, seed: int, *labels: object) -> list[Tensor]:
+    """Return the images, then their mirror images (``flip``) or `_CROPS` seeded crops of each
+    (``crop``).
+    """
+    if augmentation == "none":
+        return [images]
+    if augmentation == "flip":
+        return [images, images.flip(-1)]
+    g = generator(seed, "crops", *labels)
+    side, augmented = images.shape[-1], [images]
+    for _ in range(_CROPS):
+        cut = []
+        for image in images:
+            share, top, left = torch.rand(3, generator=g).tolist()
+            size = round(side * (_SMALLEST + (1 - _SMALLEST) * share))
+            y, x = round(top * (side - size)), round(left * (side - size))
+            part = image[None, :, y : y + size, x : x + size].float()
+            cut.append(F.interpolate(part, (side, side), mode="bilinear", antialias=True)[0])
+        augmented.append(torch.stack(cut).round().clamp(0, 255).to(torch.uint8))
+    return augmented
+
+
+class Draw(NamedTuple):
+    """Latents ``z`` [b, c, h, w], their ``noise``, timesteps ``t`` [b] and the images' ``rows``."""
+
+    z: Tensor
+    noise: Tensor
+    t: Tensor
+    rows: list[int]
+
+
+class Material(NamedTuple):
+    """Images as latents, encoded once: ``mean`` and ``std`` [n, variants, c, h, w], and a caption
+    each.
+    """
+
+    mean: Tensor
+    std: Tensor
+    captions: tuple[str, ...]
+
+    @staticmethod
+    def encode(model: DiffusionModel, images: Sequence[Tensor], texts: Sequence[str]) -> Material:
+        """Encode ``images``, one tensor [n, 3, s, s] per variant."""
+        means, stds = zip(*(model.posterior(variant) for variant in images), strict=True)
+        return Material(torch.stack(means, 1), torch.stack(stds, 1), tuple(texts))
+
+    def draw(self, batch: int, timesteps: int, g: torch.Generator) -> Draw:
+        """Draw a random batch; an image repeats only where there are fewer than ``batch``."""
+        n, shape = len(self.captions), (batch, *self.mean.shape[2:])
+        few = batch > n
+        rows = torch.randint(n, (batch,), generator=g) if few else torch.randperm(n, generator=g)
+        rows = rows[:batch]
+        variant = torch.randint(self.mean.shape[1], (batch,), generator=g)
+        t = torch.randint(timesteps, (batch,), generator=g)
+        spread, noise = (torch.randn(shape, generator=g).to(self.mean) for _ in range(2))
+        z = self.mean[rows, variant] + self.std[rows, variant] * spread
+        return Draw(z, noise, t.to(z.device), rows.tolist())
+
+    def evenly(self, timesteps: int, g: torch.Generator) -> Draw:
+        """Return a fixed evaluation: every image in turn, even timesteps, posterior means."""
+        count = max(len(self.captions), EVALUATIONS)
+        rows = torch.arange(count) % len(self.captions)
+        t = ((torch.arange(count) + 0.5) * timesteps / count).long()
+        z = self.mean[rows, 0]
+        return Draw(z, torch.randn(z.shape, generator=g).to(z), t.to(z.device), rows.tolist())
 
 
 class ConceptLearner:
@@ -54,21 +125,19 @@ class ConceptLearner:
             if attack.optimizer == "adamw"
             else torch.optim.SGD(self.parameters, lr=attack.lr, weight_decay=decay, momentum=0.9)
         )
-        images = task.train.pick(range(len(task.train))[: attack.pictures])
-        self.train = self._material(
-            images, variants(images.images, attack.augmentation, seed, task.name)
-        )
+        self.images = task.train.pick(range(len(task.train))[: attack.pictures])
+        augmented = variants(self.images.images, attack.augmentation, seed, task.name)
+        self.train = self._material(self.images, augmented)
         self.test = self._material(task.reference, [task.reference.images])
-        self.prior = (
-            Material.of(model, [task.prior.images], task.prior.prompts)
-            if attack.prior_weight
-            else None
-        )
+        self.sources = {"attack": self.train}  # by the label of its random draws
+        if attack.prior_weight:
+            prior = Material.encode(model, [task.prior.images], task.prior.prompts)
+            self.sources["attack prior"] = prior
         self.cached: dict[str, Text] = {}
 
     def _material(self, images: CaptionedImages, augmented: list[Tensor]) -> Material:
-        written = captions(self.task, images, self.attack.template, self.token)
-        return Material.of(self.model, augmented, written)
+        lines = captions(self.task, images, self.attack.template, self.token)
+        return Material.encode(self.model, augmented, lines)
 
     def _text(self, material: Material, rows: list[int]) -> Text:
         """Return the captions of ``rows``, encoded once where the text encoder does not move."""
@@ -82,36 +151,25 @@ class ConceptLearner:
             self.cached |= {line: encoded[i : i + 1] for i, line in enumerate(new)}
         return Text.cat([self.cached[line] for line in lines])
 
-    def _loss(self, material: Material, drawn: Draw) -> Tensor:
-        """Return the loss of every row of ``drawn``, [b]."""
-        return self.model.loss(drawn.z, self._text(material, drawn.rows), drawn.noise, drawn.t)
-
     def advance(self, step: int) -> float:
         """Do update ``step`` of the attack; return the loss on the concept's batch before it."""
-        attack, model = self.attack, self.model
-        g = generator(self.seed, "attack", self.task.name, step)
-        drawn = self.train.draw(attack.batch_size, model.timesteps, g)
-        if self.prior is None:
-            loss = concept = self._loss(self.train, drawn).mean()
-        else:
-            g = generator(self.seed, "attack prior", self.task.name, step)
-            prior = self.prior.draw(attack.batch_size, model.timesteps, g)
-            text = Text.cat(
-                [self._text(self.train, drawn.rows), self._text(self.prior, prior.rows)]
-            )
-            z, noise, t = (
-                torch.cat(pair)
-                for pair in ((drawn.z, prior.z), (drawn.noise, prior.noise), (drawn.t, prior.t))
-            )
-            losses = model.loss(z, text, noise, t)
-            concept = losses[: attack.batch_size].mean()
-            loss = concept + attack.prior_weight * losses[attack.batch_size :].mean()
-        self.optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
-            loss.backward()
-        if all(parameter.grad is None for parameter in self.parameters):
+        attack, batch = self.attack, self.attack.batch_size
+        drawn, texts = [], []
+        for label, material in self.sources.items():
+            g = generator(self.seed, label, self.task.name, step)
+            drawn.append(material.draw(batch, self.model.timesteps, g))
+            texts.append(self._text(material, drawn[-1].rows))
+        parts = zip(*((draw.z, draw.noise, draw.t) for draw in drawn), strict=True)
+        z, noise, t = (torch.cat(part) for part in parts)
+        losses = self.model.loss(z, Text.cat(texts), noise, t)
+        loss = concept = losses[:batch].mean()
+        if len(drawn) > 1:
+            loss = concept + attack.prior_weight * losses[batch:].mean()
+        if not loss.requires_grad:
             reason = "the loss depends on none of them; `open` must put them into the model."
             raise UserError(attack.key, list(self.moving.parameters), reason)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
         if attack.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, attack.clip)
         for group in self.optimizer.param_groups:
@@ -123,31 +181,24 @@ class ConceptLearner:
     def evaluate(self, material: Material, label: str) -> float:
         """Return the mean loss over `Material.evenly`, equal in every model."""
         g = generator(self.seed, f"attack {label}", self.task.name)
-        every = material.evenly(self.model.timesteps, g)
-        losses = []
+        every, losses = material.evenly(self.model.timesteps, g), []
         for start in range(0, len(every.rows), _CHUNK):
             part = slice(start, start + _CHUNK)
-            chunk = Draw(every.z[part], every.noise[part], every.t[part], every.rows[part])
-            losses.append(self._loss(material, chunk).double())
+            text = self._text(material, every.rows[part])
+            loss = self.model.loss(every.z[part], text, every.noise[part], every.t[part])
+            losses.append(loss.double())
         return float(torch.cat(losses).mean())
 
     def prompts(self, attack: AttackOptions) -> dict[str, list[str]]:
         """Return the prompts that images are generated by, by family."""
-        prompts = {}
-        for family in attack.families:
-            lines = self.task.prompts[family]
-            if self.attack.template == "token":
-                lines = tuple(spoken(line, self.task.words, self.token) for line in lines)
-            prompts[family] = [lines[i % len(lines)] for i in range(attack.sampling.count)]
-        return prompts
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return parameters and optimizer state."""
-        return state_tensors(self.parameters, self.optimizer)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Continue from `tensors`."""
-        restore_state(self.parameters, self.optimizer, tensors)
+        prompts = {family: self.task.prompts[family] for family in attack.families}
+        if self.attack.template == "token":  # they speak of the token as training does
+            prompts = {
+                family: tuple(spoken(line, self.task.words, self.token) for line in lines)
+                for family, lines in prompts.items()
+            }
+        count = attack.sampling.count
+        return {k: [lines[i % len(lines)] for i in range(count)] for k, lines in prompts.items()}
 
 
 class AttackTrainee:
@@ -167,17 +218,19 @@ class AttackTrainee:
         self.learner = self._open(0)
 
     def _open(self, index: int) -> ConceptLearner:
-        self.index, stage = index, self.plan[index]
-        return ConceptLearner(stage.training, self.model, stage.task, self.steps, self.seed)
+        self.index, (training, task, self.stop) = index, self.plan[index]
+        return ConceptLearner(training, self.model, task, self.steps, self.seed)
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = state_tensors(self.learner.parameters, self.learner.optimizer)
+        return {f"stage.{self.index}.{name}": value for name, value in tensors.items()}
 
     def close(self) -> None:
         """End the stage: what it trained becomes a plain part of the model."""
-        for name, value in self.learner.tensors().items():
-            if name.startswith("parameter."):
-                self.earlier[f"stage.{self.index}.{name}"] = value.to("cpu", copy=True)
-        for name, value in self.learner.moving.weights().items():
-            if name.startswith("embedding."):
-                self.words[name] = value.clone()
+        weights, state = self.learner.moving.weights(), self._state()
+        self.words |= {k: v.clone() for k, v in weights.items() if k.startswith("embedding.")}
+        parameters = {k: v.to("cpu", copy=True) for k, v in state.items() if ".parameter." in k}
+        self.earlier |= parameters
         self.learner.moving.close()
 
     def step(self, step: int) -> None:
@@ -186,7 +239,7 @@ class AttackTrainee:
         Raises:
             Diverged: the loss left the finite range or exploded.
         """
-        begins = step in (0, self.plan[self.index].stop)
+        begins = step in (0, self.stop)
         if begins and step:
             self.close()
             self.learner = self._open(self.index + 1)
@@ -205,7 +258,8 @@ class AttackTrainee:
 
     def _check(self, loss: float, first: float, step: int) -> None:
         if not math.isfinite(loss) or loss > self.attack.explosion * first:
-            raise Diverged("the loss left the finite range or exploded", step)
+            when = "exploded" if self.trajectory.steps else "is not finite before the first update"
+            raise Diverged(f"the loss {when}", step)
 
     def _measure(self, step: int) -> None:
         """Append a snapshot, unless the loss has left the finite range or exploded."""
@@ -226,34 +280,38 @@ class AttackTrainee:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return parameters of all stages so far, the optimizer's state and the trajectory."""
-        tensors = {f"stage.{self.index}.{k}": v for k, v in self.learner.tensors().items()}
         samples = {f"samples.{k}": v for k, v in self.trajectory.samples.items()}
         guard = {"first": self.first, "recent": self.recent, "since": self.since}
         trajectory = {"steps": self.trajectory.steps, "values": self.trajectory.values}
-        return {**self.earlier, **tensors, **samples}, {**trajectory, **guard, "stage": self.index}
+        return {**self.earlier, **self._state(), **samples}, {
+            **trajectory,
+            **guard,
+            "stage": self.index,
+        }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Continue from `state`: earlier stages are opened, filled in and closed again."""
-        self.trajectory = Trajectory(values["steps"], values["values"])
-        self.trajectory.samples = _part(tensors, "samples")
+        samples = _part(tensors, "samples")
+        self.trajectory = Trajectory(values["steps"], values["values"], samples=samples)
         self.first, self.recent, self.since = values["first"], values["recent"], values["since"]
         for index in range(values["stage"] + 1):
             if index:
                 self.close()
                 self.learner = self._open(index)
-            self.learner.restore(_part(tensors, f"stage.{index}"))
+            stage = _part(tensors, f"stage.{index}")
+            restore_state(self.learner.parameters, self.learner.optimizer, stage)
 
     def info(self) -> dict[str, Any]:
         """Return what the record says of the attack; of the last stage where there are several."""
-        options = self.learner.attack
+        options, moving = self.learner.attack, self.learner.moving
         names = ("optimizer", "lr", "schedule", "batch_size", "augmentation", "template")
         info = {name: getattr(options, name) for name in (*names, "prior_weight")}
-        info |= {"attack": self.attack.name, "pictures": len(self.learner.train)}
+        info |= {"attack": self.attack.name, "pictures": len(self.learner.images)}
         if options.template == "token":
             info["expression"] = self.learner.token
-        info["parameters"] = sum(p.numel() for p in self.learner.parameters)
-        info["prompts"] = self.learner.prompts(self.attack)
-        return {**info, "form": self.learner.moving.form, **self.learner.moving.info}
+        size = sum(p.numel() for p in self.learner.parameters)
+        prompts = self.learner.prompts(self.attack)
+        return {**info, "parameters": size, "prompts": prompts, "form": moving.form, **moving.info}
 
 
 def run(
@@ -280,7 +338,6 @@ def run(
         Diverged: the loss is not finite before the first update.
     """
     trainee = AttackTrainee(attack, model, task, seed, budget)
-    diverged = False
     try:
         train(
             trainee,
@@ -290,20 +347,17 @@ def run(
             save_every=SAVE_STEPS,
             save_after=trainee.snapshots,
         )
-    except Diverged as error:
+    except Diverged:
         if not trainee.trajectory.steps:
-            raise Diverged("the loss is not finite before the first update", 0) from error
-        diverged = True
+            raise
+        trainee.trajectory.status = "diverged"
     trajectory = trainee.trajectory
-    trajectory.info = trainee.info()
-    if diverged:
-        trajectory.status = "diverged"
-        return trajectory
-    weights = trainee.learner.moving.weights()
-    if len(trainee.plan) > 1:
+    trajectory.info, weights = trainee.info(), {}
+    if trajectory.status == "ok":
+        weights = trainee.learner.moving.weights()
+    if weights and len(trainee.plan) > 1:
         trainee.close()
-        weights = trainee.words | _changed(model, trainee.model)
-        trajectory.info["form"] = "delta"
+        weights, trajectory.info["form"] = trainee.words | _changed(model, trainee.model), "delta"
     if attack.keep_weights:
         trajectory.weights = {k: v.detach().clone().contiguous() for k, v in weights.items()}
     return trajectory
@@ -316,14 +370,11 @@ def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def _changed(model: DiffusionModel, copy: DiffusionModel) -> dict[str, Tensor]:
     """Return the parameters whose values differ in ``copy``, under their own names."""
-    parts = {"unet": (model.unet, copy.unet)}
-    for i, pair in enumerate(zip(model.text_encoders, copy.text_encoders, strict=True)):
-        parts[f"text_encoder_{i + 1}" if i else "text_encoder"] = pair
     changed = {}
-    for prefix, (before, after) in parts.items():
-        old = before.state_dict()
-        for name, value in after.state_dict().items():
+    for part, net in trained_parts(copy).items():
+        old = trained_parts(model)[part].state_dict()
+        for name, value in net.state_dict().items():
             # learned words have enlarged one table
             if value.shape == old[name].shape and not torch.equal(value, old[name]):
-                changed[f"{prefix}.{name}"] = value
+                changed[f"{part}.{name}"] = value
     return changed

@@ -31,7 +31,7 @@ from lab.core.data import (
 )
 from lab.core.errors import UserError
 from lab.core.options import local
-from lab.core.prompts import text, texts
+from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug
 from lab.core.types import Scenario
@@ -168,18 +168,15 @@ def check_entries(entries: Sequence[Entry], key: str = "scenario.concepts") -> N
     """
     for i, entry in enumerate(entries):
         entry.check(f"{key}[{i}]")
-        for k, earlier in enumerate(entries[:i]):
-            if slug(entry.name) == slug(earlier.name):
-                reason = f"is taken by the earlier {earlier.name}: names differ in a-z and digits."
+        for other in (*entries[:i], *entries[i + 1 :]):
+            if slug(entry.name) == slug(other.name):
+                reason = f"is taken by {other.name}: names differ in a-z and digits."
                 raise UserError(f"{key}[{i}].name", entry.name, reason)
-            for inner, outer, at in ((entry, earlier, i), (earlier, entry, k)):
-                if shows(inner.spoken, outer.spoken):
-                    reason = f"are part of the words of {outer.name}: prompts would name both."
-                    raise UserError(f"{key}[{at}].words", inner.spoken, reason)
-    for role, what in (("target", "to protect against"), ("other", "that must stay learnable")):
-        if role not in [entry.role for entry in entries]:
-            reason = f"has no role: {role}, a concept {what}."
-            raise UserError(key, [e.name for e in entries], reason)
+            if shows(entry.spoken, other.spoken):
+                reason = f"are part of the words of {other.name}: prompts would name both."
+                raise UserError(f"{key}[{i}].words", entry.spoken, reason)
+    for role in {"target", "other"} - {entry.role for entry in entries}:
+        raise UserError(key, [e.name for e in entries], f"has no role: {role}; give it one.")
 
 
 @config
@@ -270,6 +267,10 @@ class _Loader:
         self.notes: list[str] = []
         self.owners: dict[str, str] = {}
 
+    def _note(self, count: int, note: str) -> None:
+        if count:
+            self.notes.append(note)
+
     def load(self) -> ScenarioData:
         options, entries = self.options, self.options.concepts
         images = [self._images(i, entry) for i, entry in enumerate(entries)]
@@ -306,9 +307,8 @@ class _Loader:
                 reason = f"the image {name} is one of {owner} too; leave it in one folder."
                 raise UserError(key, path, reason)
         kept = [row for row, value in enumerate(hashes) if hashes.index(value) == row]
-        if len(kept) < len(hashes):
-            copies = len(hashes) - len(kept)
-            self.notes.append(f"{entry.name}: {copies} images were copies of others and left out.")
+        copies = len(hashes) - len(kept)
+        self._note(copies, f"{entry.name}: {copies} images were copies of others and left out.")
         if len(kept) < 3:
             reason = (
                 f"holds {len(kept)} different images; three is the least, one each to immunize, "
@@ -319,18 +319,16 @@ class _Loader:
         silent = [k for k, line in enumerate(captions) if not names_concept(entry.spoken, line)]
         for position, k in enumerate(silent):
             captions[k] = entry.prompts[position % len(entry.prompts)]
-        if silent:
-            reason = "captions do not name it; its prompts stand in for them."
-            self.notes.append(f"{entry.name}: {len(silent)} {reason}")
-        for line in captions:
-            text(key, line)
+        reason = "captions do not name it; its prompts stand in for them."
+        self._note(len(silent), f"{entry.name}: {len(silent)} {reason}")
+        texts(key, captions)
         return CaptionedImages(folder.images[kept], tuple(captions))
 
     def _concept(self, i: int, entry: Entry, images: CaptionedImages) -> Concept:
         """Split the images of a concept by seed."""
         options, sizes = self.options, self.options.shares.cut(len(images))
         counts = "{} images to immunize, {} to attack, {} to compare".format(*sizes)
-        self.notes.append(f"{entry.name}: {counts}.")
+        self._note(1, f"{entry.name}: {counts}.")
         own, train, reference = self._split(images, sizes, entry.name)
         prior = empty(options.resolution)
         if entry.prior is not None:
@@ -366,7 +364,7 @@ class _Loader:
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
         if not paths:
             reason = "scaled pictures of the embedded world stand in."
-            self.notes.append(f"No keep and unrelated folders: {reason} {CREDIT}")
+            self._note(1, f"No keep and unrelated folders: {reason} {CREDIT}")
             taken = {line for e in entries for lines in e.families().values() for line in lines}
             studio = Studio(self.seed, options.resolution)
             keep, unrelated = studio.surroundings(
@@ -382,17 +380,15 @@ class _Loader:
                 raise UserError(f"scenario.{last}", paths[last], reason)
             halves = self._split(pools[last], (n // 2, n - n // 2), "pool")
             pools = dict(zip(limits, halves, strict=True))
-            note = f"The folder {last} was cut in halves, one to keep and one to compare."
-            self.notes.append(note)
+            self._note(1, f"The folder {last} was cut in halves, one to keep and one to compare.")
         keep = pools["keep"].pick(range(len(pools["keep"]))[: limits["keep"]])
         taken = {*keep.prompts, *captions}
         new = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
         if not new:
             reason = "every caption is one of keep or of C_reg; unrelated prompts must be new."
             raise UserError(f"scenario.{last}", paths[last], reason)
-        if len(new) < len(pools["unrelated"]):
-            left = len(pools["unrelated"]) - len(new)
-            self.notes.append(f"{left} unrelated pictures have a caption of keep: left out.")
+        left = len(pools["unrelated"]) - len(new)
+        self._note(left, f"{left} unrelated pictures have a caption of keep: left out.")
         return keep, captions, pools["unrelated"].pick(new[: limits["unrelated"]])
 
     def _names_any(self, line: str) -> bool:
@@ -413,13 +409,11 @@ class _Loader:
             for i, owner in enumerate(new)
             if owner == f"{key} {i}" and not self._names_any(images.prompts[i])
         ]
-        if len(kept) < len(images):
-            reason = "pictures are a concept's, copies, or name one: left out."
-            self.notes.append(f"{key}: {len(images) - len(kept)} {reason}")
+        left = len(images) - len(kept)
+        self._note(left, f"{key}: {left} pictures are a concept's, copies, or name one: left out.")
         if not kept:
             raise UserError(key, path, "holds no image that is unrelated to the concepts.")
-        for i in kept:
-            text(key, images.prompts[i])
+        texts(key, [images.prompts[i] for i in kept])
         return images.pick(kept)
 
     def _regularizers(self, world: Subset) -> tuple[str, ...]:
@@ -431,10 +425,8 @@ class _Loader:
         if not lines:
             reason = "all of them name a concept."
             raise UserError("scenario.captions", f"{len(options.lines)} captions", reason)
-        if len(lines) < len(options.lines):
-            left = len(options.lines) - len(lines)
-            self.notes.append(f"{left} captions of C_reg name a concept and were left out.")
-        if len(lines) < total:
-            note = f"C_reg has {len(lines)} captions, fewer than the {total} asked for."
-            self.notes.append(note)
+        left = len(options.lines) - len(lines)
+        self._note(left, f"{left} captions of C_reg name a concept and were left out.")
+        few = f"C_reg has {len(lines)} captions, fewer than the {total} asked for."
+        self._note(len(lines) < total, few)
         return tuple(lines[:total])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -14,7 +12,7 @@ from pydantic import ValidationError
 from scenario_configs import CONF, config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
-from immunize.mima.method import Mima, MimaDeep
+from immunize.mima.method import Mima
 from lab.core.config import user_error
 from lab.core.errors import UserError
 from lab.core.types import Scenario
@@ -173,26 +171,10 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
         for part in (case.task("few").own, case.task("few").train, case.task("few").reference)
     )
     (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
-    (practised,) = folder_scenario(root, [*listed()[:2], entry("few", "rehearsal")]).load(0).cases
-    preset = {
-        "attackers": {
-            "full": {"kind": "weights", "scopes": ["all"], "lr": 1e-3, "optimizer": "adamw"}
-        }
-    }
-    methods = (Mima(), MimaDeep(**preset, k_min=1, k_max=1, w_benign=1.0))
     if count == 4:
-        for method in methods:
-            method.check((case, practised))
-        return
-    for method in methods:
-        with pytest.raises(UserError, match="concept few has 1 picture"):
-            method.check((case,))
-    methods[0].check((practised,))  # it does not practise
-    with pytest.raises(
-        UserError, match=r"scenario=few: rehearsal concept few has 1 picture.*w_benign=0"
-    ):
-        methods[1].check((practised,))
-    replace(methods[1], w_benign=0.0).check((practised,))
+        return Mima().check((case,))
+    with pytest.raises(UserError, match="concept few has 1 picture"):
+        Mima().check((case,))
 
 
 @pytest.mark.parametrize("pool", ["keep", "unrelated"])
@@ -200,7 +182,7 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
 def test_captions_of_the_surroundings_are_prompts_too(root, pool, caption) -> None:
     rows = [{"text": text} for text in ("a tree", caption, "a house", "a hill")]
     folders.write(root / "odd", noise(4, 60), rows)
-    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*control character"):
+    with pytest.raises(UserError, match=rf"scenario\.{pool}.*control character"):
         folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(
             0
         )
@@ -221,21 +203,15 @@ def test_empty_folder_missing_folder_and_shared_images(root) -> None:
         folder_scenario(root, listed(), keep="own").load(0)
 
 
-def test_unrelated_prompts_that_are_not_new(root) -> None:
-    folders.write(root / "dull", noise(4, 50), [{"text": "scene number 1"}] * 4)
-    with pytest.raises(UserError, match=r"scenario\.unrelated.*must be new"):
-        folder_scenario(root, listed(), keep="rest", unrelated="dull").load(0)
-
-
 BAD_ENTRIES = [
     ({"prompts": ["a photo of a dog"]}, r"concepts\[0\].prompts.*lacks the words 'rex'"),
     ({"descriptions": ["the dog Rex"]}, r"concepts\[0\].descriptions.*names 'rex'"),
     ({"reworded": ["a dog"]}, r"concepts\[0\].reworded.*lacks"),
     ({"reworded": ["a photo of rex"]}, "must be new"),
     ({"name": "../rex"}, r"concepts\[0\].name"),
-    ({"name": "MUG", "words": "rex"}, r"concepts\[1\].name=mug.*earlier MUG"),
+    ({"name": "MUG", "words": "rex"}, r"concepts\[0\].name=MUG.*taken by mug"),
     ({"name": "猫", "words": "rex"}, r"concepts\[0\].name=猫: needs letters"),
-    ({"words": "mug", "prompts": ["mug"]}, r"concepts\[1\].words"),
+    ({"words": "mug", "prompts": ["mug"]}, r"concepts\[0\].words"),
     ({"erase": True}, r"concepts\[0\].anchor"),
     ({"erase": True, "anchor": "not Rex"}, "another meaning"),
     ({"anchor": "dog"}, "erase: true only"),
