@@ -112,5 +112,6 @@ def _names(target: Any, path: Sequence[str]) -> list[str]:
     for part in path:
         hint = get_type_hints(target).get(part) if is_dataclass(target) else None
         groups = [t for t in (hint, *get_args(hint)) if isinstance(t, type) and is_dataclass(t)]
-        target = groups[0] if groups else None
+        if hint is not None:  # otherwise the index or the key of an entry
+            target = groups[0] if groups else None
     return [f.name for f in fields(target) if f.init] if is_dataclass(target) else []

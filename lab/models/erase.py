@@ -82,7 +82,12 @@ class Uce(Eraser):
             reason = f"case {case.name} has no concept to erase; use erase=none, or relearn_styles."
             raise UserError("erase", self.name, reason)
         encode = cache(lambda prompts: encoded(model, prompts))  # styles share their anchors
-        pairs = [rows(model, self._anchored(erasure), encode) for erasure in case.erased]
+        erased = case.erased
+        if self.anchor is not None:
+            erased = tuple(
+                dataclasses.replace(e, anchors=(self.anchor,) * len(e.prompts)) for e in erased
+            )
+        pairs = [rows(model, erasure, encode) for erasure in erased]
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))
         preserved, keep = self._preserved(case.erased), old[:0]
         if preserved:
@@ -103,11 +108,6 @@ class Uce(Eraser):
             "erased %s: %d rows, %d kept, %d matrices", names, len(old), len(keep), len(matrices)
         )
         return edited
-
-    def _anchored(self, erasure: Erasure) -> Erasure:
-        if self.anchor is None:
-            return erasure
-        return dataclasses.replace(erasure, anchors=(self.anchor,) * len(erasure.prompts))
 
     def _preserved(self, erased: Sequence[Erasure]) -> tuple[str, ...]:
         prompts = tuple(dict.fromkeys(prompt for erasure in erased for prompt in erasure.preserve))

@@ -130,7 +130,8 @@ def _refused(
     building.
     """
     nested = re.search(r"full_key: (\S+)", str(error))
-    place = nested[1] if nested else ""
+    # Hydra names the place from the root of the whole config
+    place = (nested[1] if nested else "").removeprefix(key).removeprefix(".")
     node = OmegaConf.select(config, place) if place else config
     where = f"{key}.{place}" if place else key
     return user_error(cause, where, get_class(node["_target_"]))

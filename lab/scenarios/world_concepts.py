@@ -192,9 +192,9 @@ class WorldConcepts(Scenario, ABC):
     def check_role(self, key: str, role: str, name: str) -> None:
         """Raise `UserError` for a concept that cannot have this role in this scenario."""
 
-    @abstractmethod
-    def erasures(self, roles: Roles) -> Iterator[Erasure]:
-        """Yield what is erased before the case starts."""
+    def erasures(self, roles: Roles) -> Iterable[Erasure]:
+        """Return what is erased before the case starts: nothing."""
+        return ()
 
     def __post_init__(self) -> None:
         if "name" not in self.families:
@@ -325,9 +325,6 @@ class Personalize(WorldConcepts):
         if name not in _HELD_OUT:
             reason = f"MiniSD was trained on it, so it is not new to it; {nearest(name, _HELD_OUT)}"
             raise UserError(key, name, reason)
-
-    def erasures(self, roles: Roles) -> Iterator[Erasure]:
-        return iter(())
 
 
 @config
