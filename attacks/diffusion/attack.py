@@ -19,8 +19,6 @@ from lab.core.errors import UserError
 from lab.core.types import Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel
 
-__all__ = ["ConceptAttack", "ConceptBase", "Moving", "open_unet"]
-
 
 @config
 class ConceptBase(AttackOptions):
