@@ -1,37 +1,46 @@
-"""A curriculum: one attacker after the other on the same copy, for example related pictures first,
+"""A curriculum: one attacker after the other on the same copy, for example related images first,
 then the target.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from attacks.diffusion.attack import ConceptAttack, ConceptBase, check_moving
+from pydantic import Field, InstanceOf, ValidationError
+from typing_extensions import Self
+
+from attacks.diffusion.attack import ConceptAttack, ConceptBase
+from attacks.diffusion.options import Stage
+from lab.core.config import Positive, config, options, user_error
 from lab.core.data import Concept
 from lab.core.errors import UserError, nearest
-from lab.core.options import choice, number
 from lab.core.types import Budget
 from lab.models.diffusion import DiffusionModel
 
-DATA = ("target", "prior")
-_KEYS = ("data", "share", "attack")
 
-
-@dataclass(frozen=True)
-class Stage:
-    """``attack`` on the concept's training pictures (``target``) or on its ``prior`` ones, for a
-    share of the steps.
+@options
+class CurriculumStage:
+    """``attack`` on the concept's training images (``target``) or on its ``prior`` ones, for a
+    ``share`` of the steps.
     """
 
-    attack: ConceptAttack
-    data: str = "target"
-    share: float = 1.0
+    attack: InstanceOf[ConceptAttack]
+    data: Literal["target", "prior"] = "target"
+    share: Positive = 1.0
+
+    def __post_init__(self) -> None:
+        if self.attack.search is not None:
+            raise ValueError("a stage has no search of its own; search the curriculum instead")
+
+    def concept(self, task: Concept) -> Concept:
+        """Return ``task`` with the images that the stage trains on."""
+        return task if self.data == "target" else replace(task, train=task.prior)
 
 
-@dataclass(eq=False)
+@config
 class Curriculum(ConceptBase):
     """Runs its stages one after the other; the trajectory and the schedule of rates go on over all
     of them.
@@ -40,139 +49,76 @@ class Curriculum(ConceptBase):
     added to the weights in between. A token that a stage has learned is a word of the next one
     (``template=token`` with the same ``token``), all its vectors together.
     ``test_loss`` and samples speak of the target in the words of the stage that is running. Related
-    data are the prior pictures, or the target under its description prompts
+    data are the prior images, or the target under its description prompts
     (``template=description``).
 
     Args:
         stages: name → {``data``: target | prior, ``share``: of the steps, ``attack``: an attacker},
             in order.
         search: as in `ConceptBase`; options are named ``STAGE.share`` or ``STAGE.attack.OPTION``.
-
-    Raises:
-        UserError: no stage, an unknown key, or an attacker that cannot be a stage.
     """
 
-    stages: Any = field(default_factory=dict)
+    stages: Annotated[dict[str, CurriculumStage], Field(min_length=1)]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        key = f"{self.key}.stages"
-        if not isinstance(self.stages, Mapping) or not self.stages:
-            raise UserError(
-                key, self.stages, "must name at least one stage with data, share and attack."
-            )
-        self.stages = {
-            str(name): self._stage(f"{key}.{name}", given) for name, given in self.stages.items()
-        }
-        self._check_search()
-
-    @staticmethod
-    def _stage(key: str, given: object) -> Stage:
-        if isinstance(given, Stage):
-            return given
-        if not isinstance(given, Mapping):
-            raise UserError(key, given, "must be a group of data, share and attack.")
-        for name in given:
-            if name not in _KEYS:
-                raise UserError(
-                    f"{key}.{name}",
-                    given[name],
-                    f"there is no such key; {nearest(str(name), _KEYS)}",
-                )
-        attack = given.get("attack")
-        if not isinstance(attack, ConceptAttack) or attack.search is not None:
-            told = (
-                "must be an attacker on text-to-image models other than a curriculum, "
-                "without a search of its own."
-            )
-            raise UserError(f"{key}.attack", getattr(attack, "name", attack), told)
-        data = choice(f"{key}.data", given.get("data", "target"), DATA)
-        return Stage(attack, data, number(f"{key}.share", given.get("share", 1.0), above=0))
-
-    def varied(self, setting: Mapping[str, Any]) -> Curriculum:
-        stages: dict[str, Stage] = dict(self.stages)
+    def varied(self, setting: Mapping[str, Any]) -> Self:
+        stages, space = dict(self.stages), f"{self.key}.search.space"
         for option, value in setting.items():
             name, _, rest = option.partition(".")
-            key = f"{self.key}.search.space.{option}"
             if name not in stages:
-                raise UserError(
-                    key, value, f"no option to search; a stage comes first: {nearest(name, stages)}"
+                reason = f"a stage comes first; {nearest(name, stages)}"
+                raise UserError(f"{space}.{option}", value, reason)
+            stage, inner = stages[name], rest.removeprefix("attack.")
+            try:
+                change = (
+                    {rest: value}
+                    if inner == rest
+                    else {"attack": stage.attack.varied({inner: value})}
                 )
-            if rest == "share":
-                stages[name] = replace(stages[name], share=number(key, value, above=0))
-            elif rest.startswith("attack."):
-                changed = stages[name].attack.varied({rest.removeprefix("attack."): value})
-                stages[name] = replace(stages[name], attack=changed)
-            else:
-                raise UserError(
-                    key, value, f"no option to search; use {name}.share or {name}.attack.OPTION."
-                )
+                stages[name] = replace(stage, **change)
+            except ValidationError as error:
+                raise user_error(error, f"{space}.{name}", CurriculumStage) from None
         return replace(self, stages=stages, search=None)
 
     def check_task(self, task: Concept) -> None:
-        for stage in self.stages.values():
-            self._data(stage, task)
-            replace(stage.attack, families=self.families).check_task(task)
-
-    def check_unread(self) -> None:
-        for stage in self.stages.values():
-            stage.attack.check_unread()
+        for name, stage in self.stages.items():
+            if stage.data == "prior" and not len(task.prior):
+                reason = f"concept {task.name} has no prior images; use target or give it some."
+                raise UserError(f"{self.key}.stages.{name}.data", "prior", reason)
+            replace(stage.attack, families=self.families).check_task(stage.concept(task))
 
     def dry_open(self, model: DiffusionModel, task: Concept) -> None:
         copy = model.copy()
         for attack in self._attacks():  # on one copy, as when they run: a token can be added once
-            moving = attack.open(copy, task, 0)
-            check_moving(attack.key, moving)
-            moving.close()
+            attack.open(copy, task, 0).check(attack.key).close()
 
-    def _attacks(self) -> list[ConceptAttack]:
-        """The stages' attackers; a token that an earlier one learns is spoken with all its
-        vectors.
-        """
-        found, learned = [], dict[str, str]()
-        for stage in self.stages.values():
-            attack, words = stage.attack, stage.attack.learns()
+    def _attacks(self) -> Iterator[ConceptAttack]:
+        """Yield the attackers; they use a token that an earlier one learns with all its vectors."""
+        learned: dict[str, str] = {}
+        for attack in (stage.attack for stage in self.stages.values()):
+            words = attack.learned_words()
             if words is not None:
                 learned[attack.token] = words
             elif attack.template == "token" and attack.token in learned:
                 attack = replace(attack, token=learned[attack.token])
-            found.append(attack)
-        return found
+            yield attack
 
     def texts(self) -> dict[str, str]:
-        found = super().texts()
+        texts = super().texts()
         for stage in self.stages.values():
-            found |= stage.attack.texts()
-        return found
+            texts |= stage.attack.texts()
+        return texts
 
-    def _data(self, stage: Stage, task: Concept) -> Concept:
-        if stage.data == "target":
-            return task
-        if not len(task.prior):
-            told = (
-                f"concept {task.name} has no prior pictures; use target or give the scenario some."
-            )
-            raise UserError(f"{self.key}.stages", "prior", told)
-        return replace(task, train=task.prior)
-
-    def plan(self, task: Concept, budget: Budget) -> list[tuple[ConceptAttack, Concept, int]]:
+    def plan(self, task: Concept, budget: Budget) -> list[Stage]:
         """Shares are of their sum; every stage gets at least one step where there are enough."""
-        stages = list(self.stages.values())
-        if len(stages) > budget.steps:
-            raise UserError(
-                "budget.horizon",
-                budget.horizon,
-                f"{self.key} has {len(stages)} stages; give it more steps.",
-            )
+        stages, steps = list(self.stages.values()), budget.steps
+        if len(stages) > steps:
+            reason = f"{self.key} has {len(stages)} stages; give it more steps."
+            raise UserError("budget.horizon", budget.horizon, reason)
         total = sum(stage.share for stage in stages)
-        ends = [
-            budget.steps * reached / total
-            for reached in itertools.accumulate(s.share for s in stages)
-        ]
+        ends = [steps * sum_ / total for sum_ in itertools.accumulate(s.share for s in stages)]
         stops = [
-            min(max(round(end), i + 1), budget.steps - len(stages) + i + 1)
-            for i, end in enumerate(ends)
+            min(max(round(end), i), steps - len(stages) + i) for i, end in enumerate(ends, start=1)
         ]
         stops = list(itertools.accumulate(stops, lambda before, stop: max(before + 1, stop)))
         parts = zip(self._attacks(), stages, stops, strict=True)
-        return [(attack, self._data(stage, task), stop) for attack, stage, stop in parts]
+        return [Stage(attack, stage.concept(task), stop) for attack, stage, stop in parts]

@@ -4,43 +4,32 @@ preservation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
-from attacks.diffusion.attack import ConceptAttack, Moving
-from attacks.diffusion.full_finetune import open_unet
+from attacks.diffusion.attack import ConceptAttack, Moving, open_unet
 from lab.core.captions import class_words
+from lab.core.config import NonNegative, OptionalPrompt, Positive, config
 from lab.core.data import Concept
-from lab.core.prompts import text
 from lab.models.diffusion import DiffusionModel
 
 
-@dataclass(eq=False)
+@config
 class DreamBooth(ConceptAttack):
     """Trains every parameter of the U-Net; with ``template=token`` the concept is called "``token``
     ``class_word``".
 
-    Deviates from the paper: prior pictures are the scenario's real ones instead of the model's own
+    Deviates from the paper: prior images are the scenario's real ones instead of the model's own
     generations, so that every model preserves the same thing.
 
     Args:
-        class_word: ``auto`` (what all captions of the prior pictures share, if anything) or a text;
+        class_word: ``auto`` (what all captions of the prior images share, if anything) or a text;
             "" for none.
-
-    Raises:
-        UserError: see `ConceptAttack`; a class word that is no text.
     """
 
-    lr: float = 1e-4
-    template: str = "token"
-    prior_weight: float = 1.0
-    class_word: str = "auto"
-
-    by_token: ClassVar[tuple[str, ...]] = ("token", "class_word")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.class_word = text(f"{self.key}.class_word", self.class_word, empty=True)
+    lr: Positive = 1e-4
+    template: Literal["name", "token", "description"] = "token"
+    prior_weight: NonNegative = 1.0
+    class_word: OptionalPrompt = "auto"
 
     def texts(self) -> dict[str, str]:
         return {**super().texts(), f"{self.key}.class_word": self.class_word}

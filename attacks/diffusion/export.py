@@ -45,27 +45,29 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
             f"{key}.keep_weights", trajectory.status, "the attack kept no weights to export."
         )
     check_form(key, info["form"], weights, info)
-    folder.mkdir(parents=True, exist_ok=True)
-    if info["form"] == "lora":
-        return [_save(weights, folder / LORA)]
-    if info["form"] == "unet":
-        target = folder / "unet"
-        target.mkdir(exist_ok=True)
-        (target / "config.json").write_text(json.dumps(info["unet_config"], indent=2))
-        return [_save(_part(weights, "unet"), target / _FULL), target / "config.json"]
-    written = []
-    for part in _MODULES:
-        if found := _part(weights, part):
-            written.append(_save(found, folder / _DELTA.format(part=part)))
-    for i, (token, rows) in enumerate(_part(weights, "embedding").items()):
-        written.append(
-            _save({token: rows}, folder / f"learned_embeds{f'_{i}' if i else ''}.safetensors")
-        )
+    form, written = info["form"], []
+    if form == "lora":
+        files = {LORA: weights}
+    elif form == "unet":
+        files = {f"unet/{_FULL}": _part(weights, "unet")}
+    else:
+        files = {_DELTA.format(part=part): _part(weights, part) for part in _MODULES}
+        for i, (token, rows) in enumerate(_part(weights, "embedding").items()):
+            files[f"learned_embeds{f'_{i}' if i else ''}.safetensors"] = {token: rows}
+    (folder / "unet" if form == "unet" else folder).mkdir(parents=True, exist_ok=True)
+    for name, tensors in files.items():
+        plain = {k: t.detach().to("cpu", torch.float32).contiguous() for k, t in tensors.items()}
+        if plain:
+            save_file(plain, folder / name, metadata={"format": "pt"})
+            written.append(folder / name)
+    if form == "unet":
+        written.append(folder / "unet" / "config.json")
+        written[-1].write_text(json.dumps(info["unet_config"], indent=2))
     return written
 
 
 def check_form(key: str, form: str, names: Iterable[str], info: Mapping[str, Any]) -> None:
-    """Whether weights of these names can be written.
+    """Check that weights of these names can be written.
 
     Raises:
         UserError: an unknown form, names that do not fit it, or a U-Net without its config; by
@@ -87,28 +89,27 @@ def check_form(key: str, form: str, names: Iterable[str], info: Mapping[str, Any
 
 
 def load(pipeline: Any, folder: Path) -> Any:
-    """Put an export into a plain diffusers pipeline; returns the pipeline.
+    """Put an export into a plain diffusers pipeline and return it.
 
     Raises:
         UserError: a folder without an export.
     """
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
-    if LORA in found:
+    if not list(folder.rglob("*.safetensors")):
+        raise UserError("folder", folder, "holds no exported weights.")
+    if (folder / LORA).exists():
         pipeline.load_lora_weights(str(folder), weight_name=LORA)
-    if f"unet/{_FULL}" in found:
+    if (folder / "unet" / _FULL).exists():
         pipeline.unet.load_state_dict(load_file(folder / "unet" / _FULL))
     for part in _MODULES:
-        if _DELTA.format(part=part) in found:
-            changed = load_file(folder / _DELTA.format(part=part))
-            unknown = getattr(pipeline, part).load_state_dict(changed, strict=False).unexpected_keys
+        path = folder / _DELTA.format(part=part)
+        if path.exists():
+            net = getattr(pipeline, part)
+            unknown = net.load_state_dict(load_file(path), strict=False).unexpected_keys
             if unknown:
-                raise UserError(
-                    "folder", folder, f"{unknown[0]} is no parameter of this pipeline's {part}."
-                )
+                reason = f"{unknown[0]} is no parameter of this pipeline's {part}."
+                raise UserError("folder", folder, reason)
     for path in sorted(folder.glob(WORDS)):
         pipeline.load_textual_inversion(load_file(path))
-    if not found:
-        raise UserError("folder", folder, "holds no exported weights.")
     return pipeline
 
 
@@ -116,9 +117,3 @@ def _part(weights: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {
         k.removeprefix(f"{prefix}."): v for k, v in weights.items() if k.startswith(f"{prefix}.")
     }
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> Path:
-    plain = {name: t.detach().to("cpu", torch.float32).contiguous() for name, t in tensors.items()}
-    save_file(plain, path, metadata={"format": "pt"})
-    return path

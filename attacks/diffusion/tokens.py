@@ -10,16 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lab.core.captions import class_words
+from lab.core.data import Concept
 from lab.core.errors import UserError
 from lab.models.diffusion import DiffusionModel
+
+
+def token_names(token: str, vectors: int) -> list[str]:
+    """Return the words that stand for ``vectors`` embeddings, as diffusers names them: t, t_1, …"""
+    return [token, *(f"{token}_{i}" for i in range(1, vectors))]
+
+
+def initial_text(initializer: str, task: Concept) -> str:
+    """Return the text that a new word starts from.
+
+    ``auto``: the class noun, else ``style`` or ``object``; ``words``: the concept's own words; else
+    the text itself.
+    """
+    if initializer == "auto":
+        return class_words(task) or task.kind
+    return task.words if initializer == "words" else initializer
 
 
 class LearnedToken:
     """Adds ``token`` to a copy of the tokenizer and trains its embedding alone.
 
     The rows are a parameter of their own that a hook puts in the place of the embedding layer's
-    output: no other row can move, not even by weight decay. Several vectors are named as diffusers
-        names them: t, t_1, t_2, …
+    output: no other row can move, not even by weight decay. `token_names` names several vectors.
 
     Args:
         key: config key of the attacker, for messages.
@@ -44,41 +61,30 @@ class LearnedToken:
             )
         encoder: Any = model.text_encoders[0]
         tokenizer = copy.deepcopy(model.tokenizers[0])
-        self.token = token
-        self.names = [token, *(f"{token}_{i}" for i in range(1, vectors))]
+        self.token, names = token, token_names(token, vectors)
+        self.expression = " ".join(names)  # what stands for the concept in a prompt
         old = encoder.get_input_embeddings().weight.detach()
         like_ids = tokenizer(like, add_special_tokens=False).input_ids or [tokenizer.unk_token_id]
-        whole = [tokenizer(name, add_special_tokens=False).input_ids for name in self.names]
+        whole = [tokenizer(name, add_special_tokens=False).input_ids for name in names]
         known = any(len(ids) == 1 and ids != [tokenizer.unk_token_id] for ids in whole)
-        size, added = len(tokenizer), 0 if known else tokenizer.add_tokens(self.names)
-        self.ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in self.names]
-        if (
-            added != vectors or min(self.ids) < size
-        ):  # add_tokens takes a piece such as "fox</w>" for a new word
-            raise UserError(
-                f"{key}.token", token, "the tokenizer knows this word; choose another, e.g. <new1>."
-            )
-        if tokenizer(self.expression, add_special_tokens=False).input_ids != self.ids:
-            raise UserError(
-                f"{key}.token",
-                token,
-                "the tokenizer splits this word; use small letters in <>, e.g. <new1>.",
-            )
+        size, added = len(tokenizer), 0 if known else tokenizer.add_tokens(names)
+        self.ids = [int(tokenizer.convert_tokens_to_ids(name)) for name in names]
+        reason = ""
+        # add_tokens takes a piece such as "fox</w>" for a new word
+        if added != vectors or min(self.ids) < size:
+            reason = "the tokenizer knows this word; choose another, e.g. <new1>."
+        elif tokenizer(self.expression, add_special_tokens=False).input_ids != self.ids:
+            reason = "the tokenizer splits this word; use small letters in <>, e.g. <new1>."
+        if reason:
+            raise UserError(f"{key}.token", token, reason)
         model.tokenizers[0] = tokenizer
         rows = old[like_ids].mean(0).repeat(vectors, 1).clone()
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # transformers draws the new rows from the global stream
+        with torch.random.fork_rng(devices=[]):  # transformers draws rows from the global stream
             encoder.resize_token_embeddings(max(len(tokenizer), len(old)), mean_resizing=False)
         self.layer: nn.Embedding = encoder.get_input_embeddings().requires_grad_(False)
         self.rows = nn.Parameter(rows)
         self._write()
         self.hook = self.layer.register_forward_hook(self._replace)
-
-    @property
-    def expression(self) -> str:
-        """What stands for the concept in a prompt."""
-        return " ".join(self.names)
 
     def _replace(self, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         for row, index in zip(self.rows, self.ids, strict=True):
@@ -95,9 +101,5 @@ class LearnedToken:
         self._write()
 
     def weights(self) -> dict[str, Tensor]:
+        """Return the rows by the name that `attacks.diffusion.export` gives them."""
         return {f"embedding.{self.token}": self.rows.detach()}
-
-
-def expression(token: str, vectors: int) -> str:
-    """What `LearnedToken` puts into prompts."""
-    return " ".join([token, *(f"{token}_{i}" for i in range(1, vectors))])

@@ -1,125 +1,175 @@
-"""The training loop of every attacker on a text-to-image model: stages, snapshots, divergence,
-resume.
+"""The training of every attacker on a text-to-image model: material, updates, snapshots, resume.
 
 Random draws depend on (seed, concept, step) alone. So every model and every attacker sees the same
-pictures, noise and timesteps, and a resumed attack continues bit for bit.
+images, noise and timesteps, and a resumed attack continues bit for bit.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from attacks.diffusion.attack import ConceptAttack, ConceptBase, check_moving
-from attacks.diffusion.data import Draw, Material, prompts, variants
-from lab.core.captions import captions
-from lab.core.data import CaptionedImages, Concept, Sampling
+from attacks.diffusion.options import AttackOptions, TrainingOptions, trained_parts
+from lab.core.captions import captions, spoken
+from lab.core.data import CaptionedImages, Concept
 from lab.core.errors import Diverged, UserError
 from lab.core.optimizer_state import restore_state, state_tensors
-from lab.core.progress import progress
 from lab.core.seeding import generator
+from lab.core.training import train
 from lab.core.types import Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel, Text
 
+EVALUATIONS = 32  # loss terms of one evaluation, timesteps spread evenly over the schedule
 # updates between two saves; snapshots are saved as well. What is saved never changes the result
 SAVE_STEPS = 50
-# batches whose mean loss is held against the first one: a single loss depends too much on its
+# batches whose mean loss is compared with the first one: a single loss depends too much on its
 # timestep
 WINDOW = 10
 _CHUNK = 32  # rows of one evaluation pass
+_CROPS = 4  # seeded crops of every image, encoded once like the image itself
+_SMALLEST = 0.75  # side of the smallest crop
 
 
-def _first(pictures: CaptionedImages, count: int | None) -> CaptionedImages:
-    return pictures if count is None else pictures.pick(range(len(pictures))[:count])
+def variants(images: Tensor, augmentation: str, seed: int, *labels: object) -> list[Tensor]:
+    """Return the images, then their mirror images (``flip``) or `_CROPS` seeded crops of each
+    (``crop``).
+    """
+    if augmentation == "none":
+        return [images]
+    if augmentation == "flip":
+        return [images, images.flip(-1)]
+    g = generator(seed, "crops", *labels)
+    side, augmented = images.shape[-1], [images]
+    for _ in range(_CROPS):
+        cut = []
+        for image in images:
+            share, top, left = torch.rand(3, generator=g).tolist()
+            size = round(side * (_SMALLEST + (1 - _SMALLEST) * share))
+            y, x = round(top * (side - size)), round(left * (side - size))
+            part = image[None, :, y : y + size, x : x + size].float()
+            cut.append(F.interpolate(part, (side, side), mode="bilinear", antialias=True)[0])
+        augmented.append(torch.stack(cut).round().clamp(0, 255).to(torch.uint8))
+    return augmented
 
 
-def _kept(value: Tensor) -> Tensor:
-    """A copy in main memory, so that a checkpoint does not double what the accelerator holds."""
-    return value.detach().to("cpu", copy=True).contiguous()
+class Draw(NamedTuple):
+    """Latents ``z`` [b, c, h, w], their ``noise``, timesteps ``t`` [b] and the images' ``rows``."""
+
+    z: Tensor
+    noise: Tensor
+    t: Tensor
+    rows: list[int]
 
 
-class Learner:
-    """One stage: what moves, its material and its optimizer. ``model`` is a copy that the stage may
-    change.
+class Material(NamedTuple):
+    """Images as latents, encoded once: ``mean`` and ``std`` [n, variants, c, h, w], and a caption
+    each.
+    """
+
+    mean: Tensor
+    std: Tensor
+    captions: tuple[str, ...]
+
+    @staticmethod
+    def encode(model: DiffusionModel, images: Sequence[Tensor], texts: Sequence[str]) -> Material:
+        """Encode ``images``, one tensor [n, 3, s, s] per variant."""
+        means, stds = zip(*(model.posterior(variant) for variant in images), strict=True)
+        return Material(torch.stack(means, 1), torch.stack(stds, 1), tuple(texts))
+
+    def draw(self, batch: int, timesteps: int, g: torch.Generator) -> Draw:
+        """Draw a random batch; an image repeats only where there are fewer than ``batch``."""
+        n, shape = len(self.captions), (batch, *self.mean.shape[2:])
+        few = batch > n
+        rows = torch.randint(n, (batch,), generator=g) if few else torch.randperm(n, generator=g)
+        rows = rows[:batch]
+        variant = torch.randint(self.mean.shape[1], (batch,), generator=g)
+        t = torch.randint(timesteps, (batch,), generator=g)
+        spread, noise = (torch.randn(shape, generator=g).to(self.mean) for _ in range(2))
+        z = self.mean[rows, variant] + self.std[rows, variant] * spread
+        return Draw(z, noise, t.to(z.device), rows.tolist())
+
+    def evenly(self, timesteps: int, g: torch.Generator) -> Draw:
+        """Return a fixed evaluation: every image in turn, even timesteps, posterior means."""
+        count = max(len(self.captions), EVALUATIONS)
+        rows = torch.arange(count) % len(self.captions)
+        t = ((torch.arange(count) + 0.5) * timesteps / count).long()
+        z = self.mean[rows, 0]
+        return Draw(z, torch.randn(z.shape, generator=g).to(z), t.to(z.device), rows.tolist())
+
+
+class ConceptLearner:
+    """One stage: what moves, its material and its optimizer.
+
+    Args:
+        model: a copy that the stage may change.
+        steps: of the whole attack, for the schedule.
     """
 
     def __init__(
-        self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int
+        self, attack: TrainingOptions, model: DiffusionModel, task: Concept, steps: int, seed: int
     ) -> None:
         self.attack, self.model, self.task, self.steps, self.seed = attack, model, task, steps, seed
-        self.moving = attack.open(model, task, seed)
-        self.parameters = check_moving(attack.key, self.moving)
-        self.template, self.token = attack.template, attack.expression(task)
+        self.moving = attack.open(model, task, seed).check(attack.key)
+        self.token = attack.expression(task)
+        self.parameters = list(self.moving.parameters.values())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        self.optimizer = self._optimizer()
-        train = _first(task.train, attack.pictures)
-        self.train = self._material(
-            train, variants(train.images, attack.augmentation, seed, task.name)
+        decay = attack.weight_decay
+        self.optimizer: torch.optim.Optimizer = (
+            torch.optim.AdamW(self.parameters, lr=attack.lr, weight_decay=decay)
+            if attack.optimizer == "adamw"
+            else torch.optim.SGD(self.parameters, lr=attack.lr, weight_decay=decay, momentum=0.9)
         )
+        self.images = task.train.pick(range(len(task.train))[: attack.pictures])
+        augmented = variants(self.images.images, attack.augmentation, seed, task.name)
+        self.train = self._material(self.images, augmented)
         self.test = self._material(task.reference, [task.reference.images])
-        prior = [task.prior.images]
-        self.prior = Material.of(model, prior, task.prior.prompts) if attack.prior_weight else None
+        self.sources = {"attack": self.train}  # by the label of its random draws
+        if attack.prior_weight:
+            prior = Material.encode(model, [task.prior.images], task.prior.prompts)
+            self.sources["attack prior"] = prior
         self.cached: dict[str, Text] = {}
 
-    def _material(self, pictures: CaptionedImages, images: list[Tensor]) -> Material:
-        return Material.of(
-            self.model, images, captions(self.task, pictures, self.template, self.token)
-        )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        options: dict[str, Any] = {"lr": self.attack.lr, "weight_decay": self.attack.weight_decay}
-        if self.attack.optimizer == "adamw":
-            return torch.optim.AdamW(self.parameters, **options)
-        return torch.optim.SGD(self.parameters, momentum=0.9, **options)
+    def _material(self, images: CaptionedImages, augmented: list[Tensor]) -> Material:
+        lines = captions(self.task, images, self.attack.template, self.token)
+        return Material.encode(self.model, augmented, lines)
 
     def _text(self, material: Material, rows: list[int]) -> Text:
-        """Captions of ``rows``, encoded once where the text encoder does not move."""
-        asked = [material.captions[row] for row in rows]
+        """Return the captions of ``rows``, encoded once where the text encoder does not move."""
+        lines = [material.captions[row] for row in rows]
         if self.moving.text:
-            return self.model.text(asked)
-        new = [text for text in dict.fromkeys(asked) if text not in self.cached]
+            return self.model.text(lines)
+        new = [line for line in dict.fromkeys(lines) if line not in self.cached]
         if new:
             with torch.no_grad():
                 encoded = self.model.text(new)
-            self.cached |= {text: encoded[i : i + 1] for i, text in enumerate(new)}
-        return Text.cat([self.cached[text] for text in asked])
+            self.cached |= {line: encoded[i : i + 1] for i, line in enumerate(new)}
+        return Text.cat([self.cached[line] for line in lines])
 
     def advance(self, step: int) -> float:
-        """Update number ``step`` of this stage's schedule; returns the loss on the concept's batch
-        before it.
-        """
-        attack, model = self.attack, self.model
-        drawn = self.train.draw(
-            attack.batch_size, model.timesteps, generator(self.seed, "attack", self.task.name, step)
-        )
-        text = self._text(self.train, drawn.rows)
-        if self.prior is not None:
-            g = generator(self.seed, "attack prior", self.task.name, step)
-            more = self.prior.draw(attack.batch_size, model.timesteps, g)
-            text = Text.cat([text, self._text(self.prior, more.rows)])
-            parts = zip((drawn.z, drawn.noise, drawn.t), (more.z, more.noise, more.t), strict=True)
-            z, noise, t = (torch.cat(pair) for pair in parts)
-        else:
-            z, noise, t = drawn.z, drawn.noise, drawn.t
-        losses = model.loss(z, text, noise, t)
-        concept = losses[: attack.batch_size].mean()
-        loss = concept
-        if self.prior is not None:
-            loss = concept + attack.prior_weight * losses[attack.batch_size :].mean()
+        """Do update ``step`` of the attack; return the loss on the concept's batch before it."""
+        attack, batch = self.attack, self.attack.batch_size
+        drawn, texts = [], []
+        for label, material in self.sources.items():
+            g = generator(self.seed, label, self.task.name, step)
+            drawn.append(material.draw(batch, self.model.timesteps, g))
+            texts.append(self._text(material, drawn[-1].rows))
+        parts = zip(*((draw.z, draw.noise, draw.t) for draw in drawn), strict=True)
+        z, noise, t = (torch.cat(part) for part in parts)
+        losses = self.model.loss(z, Text.cat(texts), noise, t)
+        loss = concept = losses[:batch].mean()
+        if len(drawn) > 1:
+            loss = concept + attack.prior_weight * losses[batch:].mean()
+        if not loss.requires_grad:
+            reason = "the loss depends on none of them; `open` must put them into the model."
+            raise UserError(attack.key, list(self.moving.parameters), reason)
         self.optimizer.zero_grad(set_to_none=True)
-        if loss.requires_grad:
-            loss.backward()
-        if all(parameter.grad is None for parameter in self.parameters):
-            told = (
-                "moves parameters that the model's loss does not depend on; `open` must "
-                "put them into the model."
-            )
-            raise UserError(attack.key, list(self.moving.parameters), told)
+        loss.backward()
         if attack.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.parameters, attack.clip)
         for group in self.optimizer.param_groups:
@@ -129,161 +179,143 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, material: Material, label: str) -> float:
-        """Mean loss over `Material.evenly`, equal in every model."""
-        every = material.evenly(
-            self.model.timesteps, generator(self.seed, f"attack {label}", self.task.name)
-        )
-        found = []
+        """Return the mean loss over `Material.evenly`, equal in every model."""
+        g = generator(self.seed, f"attack {label}", self.task.name)
+        every, losses = material.evenly(self.model.timesteps, g), []
         for start in range(0, len(every.rows), _CHUNK):
             part = slice(start, start + _CHUNK)
-            some = Draw(every.z[part], every.noise[part], every.t[part], every.rows[part])
-            found.append(
-                self.model.loss(
-                    some.z, self._text(material, some.rows), some.noise, some.t
-                ).double()
-            )
-        return float(torch.cat(found).mean())
+            text = self._text(material, every.rows[part])
+            loss = self.model.loss(every.z[part], text, every.noise[part], every.t[part])
+            losses.append(loss.double())
+        return float(torch.cat(losses).mean())
 
-    def prompts(self, families: Sequence[str], count: int) -> dict[str, list[str]]:
-        """Family → what pictures are asked for by."""
-        return {
-            family: prompts(self.task, family, self.template, self.token, count)
-            for family in families
-        }
+    def prompts(self, attack: AttackOptions) -> dict[str, list[str]]:
+        """Return the prompts that images are generated by, by family."""
+        prompts = {family: self.task.prompts[family] for family in attack.families}
+        if self.attack.template == "token":  # they speak of the token as training does
+            prompts = {
+                family: tuple(spoken(line, self.task.words, self.token) for line in lines)
+                for family, lines in prompts.items()
+            }
+        count = attack.sampling.count
+        return {k: [lines[i % len(lines)] for i in range(count)] for k, lines in prompts.items()}
 
-    def generations(self, families: Sequence[str], sampling: Sampling) -> dict[str, Tensor]:
-        """Family → uint8 [count, 3, s, s] from latents that depend on (seed, concept, family)
-        only.
+
+class AttackTrainee:
+    """The stages of one attack with its trajectory so far (a `lab.core.training.Trainee`)."""
+
+    def __init__(
+        self, attack: AttackOptions, model: DiffusionModel, task: Concept, seed: int, budget: Budget
+    ) -> None:
+        self.attack, self.model, self.seed, self.steps = attack, model.copy(), seed, budget.steps
+        self.plan, self.snapshots = attack.plan(task, budget), frozenset(budget.snapshots())
+        self.trajectory = Trajectory([], {})
+        self.first = 0.0  # loss before the first update of the stage
+        self.recent: list[float] = []  # losses of the last WINDOW batches
+        self.since: list[float] = []  # losses of the batches since the last snapshot: sum, number
+        self.earlier: dict[str, Tensor] = {}  # parameters that earlier stages ended with
+        self.words: dict[str, Tensor] = {}  # that earlier stages have learned
+        self.learner = self._open(0)
+
+    def _open(self, index: int) -> ConceptLearner:
+        self.index, (training, task, self.stop) = index, self.plan[index]
+        return ConceptLearner(training, self.model, task, self.steps, self.seed)
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = state_tensors(self.learner.parameters, self.learner.optimizer)
+        return {f"stage.{self.index}.{name}": value for name, value in tensors.items()}
+
+    def close(self) -> None:
+        """End the stage: what it trained becomes a plain part of the model."""
+        weights, state = self.learner.moving.weights(), self._state()
+        self.words |= {k: v.clone() for k, v in weights.items() if k.startswith("embedding.")}
+        parameters = {k: v.to("cpu", copy=True) for k, v in state.items() if ".parameter." in k}
+        self.earlier |= parameters
+        self.learner.moving.close()
+
+    def step(self, step: int) -> None:
+        """Do update ``step`` of the attack, with the snapshot that is due after it.
+
+        Raises:
+            Diverged: the loss left the finite range or exploded.
         """
-        found = {}
-        for family, asked in self.prompts(families, sampling.count).items():
-            latents = self.model.latents(sampling.count, self.seed, self.task.name, family)
-            found[family] = self.model.generate(asked, latents, sampling)
-        return found
-
-    def tensors(self) -> dict[str, Tensor]:
-        return state_tensors(self.parameters, self.optimizer)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        restore_state(self.parameters, self.optimizer, tensors)
-
-
-class _Run:
-    """The trajectory so far, its guard against divergence, and its saved form."""
-
-    def __init__(self, attack: ConceptBase, checkpoint: Checkpoint | None) -> None:
-        self.attack, self.checkpoint = attack, checkpoint
-        tensors, saved = (checkpoint.load() if checkpoint else None) or ({}, {})
-        self.step = int(saved.get("step", 0))
-        self.trajectory = Trajectory(
-            list(saved.get("steps", [])), {k: list(v) for k, v in saved.get("values", {}).items()}
-        )
-        self.first = float(saved.get("first", 0.0))
-        self.recent = [
-            float(v) for v in saved.get("recent", [])
-        ]  # losses of the last WINDOW batches
-        self.since = [
-            float(v) for v in saved.get("since", [])
-        ]  # sum and number of the losses since the last snapshot
-        self.samples = {
-            k.removeprefix("samples."): v for k, v in tensors.items() if k.startswith("samples.")
-        }
-        self.stages: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("stage."):
-                _, index, rest = name.split(".", 2)
-                self.stages.setdefault(int(index), {})[rest] = value
-
-    def fine(self, loss: float) -> bool:
-        """Take the loss of an update; False when it left the finite range or exploded."""
-        if not math.isfinite(loss):
-            return False
+        begins = step in (0, self.stop)
+        if begins and step:
+            self.close()
+            self.learner = self._open(self.index + 1)
+        if begins:  # other images have other losses: they explode from where they begin
+            self.first, self.recent = self.learner.evaluate(self.learner.train, "train"), []
+        if step == 0:
+            self._measure(0)
+        loss = self.learner.advance(step)
         self.recent = [*self.recent, loss][-WINDOW:]
         self.since = [self.since[0] + loss, self.since[1] + 1] if self.since else [loss, 1.0]
-        return (
-            len(self.recent) < WINDOW
-            or sum(self.recent) / WINDOW <= self.attack.explosion * self.first
-        )
+        if len(self.recent) == WINDOW:
+            self._check(sum(self.recent) / WINDOW, self.first, step)
+        self._check(loss, math.inf, step)
+        if step + 1 in self.snapshots:
+            self._measure(step + 1)
 
-    def keep(self, step: int, learner: Learner) -> bool:
-        """Append a snapshot; False, and nothing kept, when it has left the finite range or
-        exploded.
-        """
-        train = self.since[0] / self.since[1] if self.since else self.first
-        values = {"train_loss": train, "test_loss": learner.evaluate(learner.test, "test")}
-        limit = self.attack.explosion * self.trajectory.values.get("test_loss", [math.inf])[0]
-        if not all(map(math.isfinite, values.values())) or values["test_loss"] > limit:
-            return False
+    def _check(self, loss: float, first: float, step: int) -> None:
+        if not math.isfinite(loss) or loss > self.attack.explosion * first:
+            when = "exploded" if self.trajectory.steps else "is not finite before the first update"
+            raise Diverged(f"the loss {when}", step)
+
+    def _measure(self, step: int) -> None:
+        """Append a snapshot, unless the loss has left the finite range or exploded."""
+        loss, values = self.learner.evaluate(self.learner.test, "test"), self.trajectory.values
+        train_loss = self.since[0] / self.since[1] if self.since else self.first
+        self._check(train_loss, math.inf, step)
+        self._check(loss, values["test_loss"][0] if step else math.inf, step)
         self.trajectory.steps.append(step)
-        for name, value in values.items():
-            self.trajectory.values.setdefault(name, []).append(value)
-        for family, images in learner.generations(
-            self.attack.families, self.attack.sampling
-        ).items():
-            before = self.samples.get(family)
-            self.samples[family] = (
-                images[None] if before is None else torch.cat([before, images[None]])
-            )
+        for name, value in (("train_loss", train_loss), ("test_loss", loss)):
+            values.setdefault(name, []).append(value)
+        sampling, samples = self.attack.sampling, self.trajectory.samples
+        for family, prompts in self.learner.prompts(self.attack).items():
+            # latents depend on (seed, concept, family) only
+            latents = self.model.latents(sampling.count, self.seed, self.learner.task.name, family)
+            images = self.model.generate(prompts, latents, sampling)[None]
+            samples[family] = torch.cat([samples[family], images]) if step else images
         self.since = []
-        return True
 
-    def save(self, step: int, index: int, learner: Learner) -> None:
-        if self.checkpoint is None:
-            return
-        self.stages[index] = {k: _kept(v) for k, v in learner.tensors().items()}
-        tensors = {f"stage.{i}.{k}": v for i, part in self.stages.items() for k, v in part.items()}
-        tensors |= {f"samples.{family}": images for family, images in self.samples.items()}
-        values = {"step": step, "steps": self.trajectory.steps, "values": self.trajectory.values}
-        self.checkpoint.save(
-            tensors, {**values, "first": self.first, "recent": self.recent, "since": self.since}
-        )
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return parameters of all stages so far, the optimizer's state and the trajectory."""
+        samples = {f"samples.{k}": v for k, v in self.trajectory.samples.items()}
+        guard = {"first": self.first, "recent": self.recent, "since": self.since}
+        trajectory = {"steps": self.trajectory.steps, "values": self.trajectory.values}
+        return {**self.earlier, **self._state(), **samples}, {
+            **trajectory,
+            **guard,
+            "stage": self.index,
+        }
 
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Continue from `state`: earlier stages are opened, filled in and closed again."""
+        samples = _part(tensors, "samples")
+        self.trajectory = Trajectory(values["steps"], values["values"], samples=samples)
+        self.first, self.recent, self.since = values["first"], values["recent"], values["since"]
+        for index in range(values["stage"] + 1):
+            if index:
+                self.close()
+                self.learner = self._open(index)
+            stage = _part(tensors, f"stage.{index}")
+            restore_state(self.learner.parameters, self.learner.optimizer, stage)
 
-def _facts(attack: ConceptBase, learner: Learner) -> dict[str, Any]:
-    """What the record says of the attack; of the last stage where there are several."""
-    who = learner.attack
-    facts = {
-        "attack": attack.name,
-        "optimizer": who.optimizer,
-        "lr": who.lr,
-        "schedule": who.schedule,
-    }
-    facts |= {
-        "batch_size": who.batch_size,
-        "pictures": len(learner.train),
-        "augmentation": who.augmentation,
-    }
-    facts |= {"template": who.template, "prior_weight": who.prior_weight}
-    if who.template == "token":
-        facts["expression"] = learner.token
-    facts |= {"parameters": sum(p.numel() for p in learner.parameters), "form": learner.moving.form}
-    return {
-        **facts,
-        "prompts": learner.prompts(attack.families, attack.sampling.count),
-        **learner.moving.info,
-    }
-
-
-def _total(
-    model: DiffusionModel, copy: DiffusionModel, words: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What several stages changed together: parameters under their own names, and learned words."""
-    found = dict(words)
-    parts = {"unet": (model.unet, copy.unet)}
-    for i, pair in enumerate(zip(model.text_encoders, copy.text_encoders, strict=True)):
-        parts[f"text_encoder_{i + 1}" if i else "text_encoder"] = pair
-    for prefix, (before, after) in parts.items():
-        old = before.state_dict()
-        for name, value in after.state_dict().items():
-            if value.shape == old[name].shape and not torch.equal(
-                value, old[name]
-            ):  # words have enlarged one table
-                found[f"{prefix}.{name}"] = value
-    return found
+    def info(self) -> dict[str, Any]:
+        """Return what the record says of the attack; of the last stage where there are several."""
+        options, moving = self.learner.attack, self.learner.moving
+        names = ("optimizer", "lr", "schedule", "batch_size", "augmentation", "template")
+        info = {name: getattr(options, name) for name in (*names, "prior_weight")}
+        info |= {"attack": self.attack.name, "pictures": len(self.learner.images)}
+        if options.template == "token":
+            info["expression"] = self.learner.token
+        size = sum(p.numel() for p in self.learner.parameters)
+        prompts = self.learner.prompts(self.attack)
+        return {**info, "parameters": size, "prompts": prompts, "form": moving.form, **moving.info}
 
 
 def run(
-    attack: ConceptBase,
+    attack: AttackOptions,
     model: DiffusionModel,
     task: Concept,
     *,
@@ -294,7 +326,7 @@ def run(
     """Train a copy of ``model`` along ``budget`` and measure at its snapshots.
 
     ``train_loss`` is the mean over the batches since the snapshot before (at step 0 over a fixed
-    draw of all training pictures), ``test_loss`` the loss on ``task.reference`` at fixed timesteps
+    draw of all training images), ``test_loss`` the loss on ``task.reference`` at fixed timesteps
     and noise.
 
     Returns:
@@ -305,48 +337,44 @@ def run(
         UserError: a model of half precision.
         Diverged: the loss is not finite before the first update.
     """
-    state, copy, marks = _Run(attack, checkpoint), model.copy(), set(budget.snapshots())
-    trajectory, plan, start = state.trajectory, attack.plan(task, budget), 0
-    words: dict[str, Tensor] = {}
-    for index, (who, what, stop) in enumerate(plan):
-        learner = Learner(who, copy, what, budget.steps, seed)
-        trajectory.info = _facts(attack, learner)
-        if not trajectory.steps:
-            state.first = learner.evaluate(learner.train, "train")
-            if not math.isfinite(state.first) or not state.keep(0, learner):
-                raise Diverged("the loss is not finite before the first update", 0)
-        elif (
-            index and state.step <= start
-        ):  # other pictures, other losses: they explode from where they begin
-            state.first, state.recent = learner.evaluate(learner.train, "train"), []
-        if index in state.stages:
-            learner.restore(state.stages[index])
-        begin = max(start, state.step)
-        for step in progress(
-            range(begin, stop), f"{who.name} on {task.name}", max(stop - begin, 0)
-        ):
-            fine = state.fine(learner.advance(step))
-            if not fine or (step + 1 in marks and not state.keep(step + 1, learner)):
-                trajectory.status, trajectory.samples = "diverged", state.samples
-                return trajectory
-            if step + 1 in marks or step + 1 == stop or (step + 1) % SAVE_STEPS == 0:
-                state.save(step + 1, index, learner)
-        start = stop
-        if len(plan) > 1:
-            final_state = learner.tensors().items()
-            state.stages[index] = {
-                k: _kept(v) for k, v in final_state if k.startswith("parameter.")
-            }
-            words |= {
-                k: v.clone()
-                for k, v in learner.moving.weights().items()
-                if k.startswith("embedding.")
-            }
-            learner.moving.close()
-    trajectory.samples = state.samples
-    if len(plan) > 1:
-        trajectory.info["form"] = "delta"
+    trainee = AttackTrainee(attack, model, task, seed, budget)
+    try:
+        train(
+            trainee,
+            budget.steps,
+            label=f"{attack.name} on {task.name}",
+            checkpoint=checkpoint,
+            save_every=SAVE_STEPS,
+            save_after=trainee.snapshots,
+        )
+    except Diverged:
+        if not trainee.trajectory.steps:
+            raise
+        trainee.trajectory.status = "diverged"
+    trajectory = trainee.trajectory
+    trajectory.info, weights = trainee.info(), {}
+    if trajectory.status == "ok":
+        weights = trainee.learner.moving.weights()
+    if weights and len(trainee.plan) > 1:
+        trainee.close()
+        weights, trajectory.info["form"] = trainee.words | _changed(model, trainee.model), "delta"
     if attack.keep_weights:
-        final = learner.moving.weights() if len(plan) == 1 else _total(model, copy, words)
-        trajectory.weights = {k: v.detach().clone().contiguous() for k, v in final.items()}
+        trajectory.weights = {k: v.detach().clone().contiguous() for k, v in weights.items()}
     return trajectory
+
+
+def _part(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    start = f"{name}."
+    return {k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)}
+
+
+def _changed(model: DiffusionModel, copy: DiffusionModel) -> dict[str, Tensor]:
+    """Return the parameters whose values differ in ``copy``, under their own names."""
+    changed = {}
+    for part, net in trained_parts(copy).items():
+        old = trained_parts(model)[part].state_dict()
+        for name, value in net.state_dict().items():
+            # learned words have enlarged one table
+            if value.shape == old[name].shape and not torch.equal(value, old[name]):
+                changed[f"{part}.{name}"] = value
+    return changed

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic.dataclasses import dataclass as checked
 from torch import Tensor
+
+from lab.core.config import SETTINGS, Count, NonNegative, OptionalPrompt
 
 Role = Literal["benign", "harmful"]
 Kind = Literal["linear", "deep", "diffusion"]
@@ -109,23 +112,20 @@ class Concept:
     prompts: dict[str, tuple[str, ...]]
 
 
-PRECISIONS = ("weights", "bfloat16")  # of `Sampling`
-
-
-@dataclass(frozen=True)
+@checked(config=SETTINGS, frozen=True)
 class Sampling:
-    """How pictures are generated, equally for every model: DDIM ``steps``, ``guidance`` scale,
+    """How images are generated, equally for every model: DDIM ``steps``, ``guidance`` scale,
     ``count`` per point.
 
     ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is
         torch's autocast.
     """
 
-    steps: int = 20
-    guidance: float = 4.0
-    count: int = 32
-    negative: str = ""
-    precision: str = PRECISIONS[0]
+    steps: Count = 20
+    guidance: NonNegative = 4.0
+    count: Count = 32
+    negative: OptionalPrompt = ""
+    precision: Literal["weights", "bfloat16"] = "weights"
 
 
 @dataclass(frozen=True)

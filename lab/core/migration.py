@@ -43,6 +43,8 @@ _MODULES = {
     "lab.judges.lpips": "lab.scorers.features",
     "lab.judges.nudenet": "lab.scorers.detector",
     "lab.scenarios.folders": "lab.scenarios.vision",
+    "lab.scenarios.personalize": "lab.scenarios.world_concepts",
+    "lab.scenarios.relearn": "lab.scenarios.world_concepts",
 }
 _CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
 # config key in schema 1.x → its name now

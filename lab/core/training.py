@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -43,6 +43,7 @@ def train(
     checkpoint: Checkpoint | None = None,
     log: Log | None = None,
     save_every: int | None = None,
+    save_after: Container[int] = (),
     save_seconds: float | None = None,
 ) -> list[dict[str, float]]:
     """Run updates 0 … ``steps`` - 1 from the last checkpoint on, and return the logged rows.
@@ -53,6 +54,7 @@ def train(
     Args:
         label: of the progress bar; None shows none.
         save_every: updates between two checkpoints.
+        save_after: numbers of updates after which a checkpoint is due as well.
         save_seconds: least time between two checkpoints. What is saved never changes the result.
     """
     rows: list[dict[str, float]] = []
@@ -72,10 +74,12 @@ def train(
             rows.append({"step": step, **{k: float(v) for k, v in row.items()}})
             _log(log, rows[-1])
         due = save_every is not None and (step + 1) % save_every == 0
+        due |= step + 1 in save_after
         due |= save_seconds is not None and time.monotonic() - last_save >= save_seconds
         if checkpoint is not None and due:
             tensors, values = trainee.state()
-            fixed = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
+            # in main memory: a checkpoint must not double what the accelerator holds
+            fixed = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
             checkpoint.save(fixed, {"step": step + 1, "rows": rows, "state": values})
             last_save = time.monotonic()
     return rows

@@ -11,29 +11,30 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lab.core.config import Index, NonNegative, Positive, Prompt, Text, config
 from lab.core.data import ConceptCase, Erasure, Kind
 from lab.core.errors import UserError, nearest
-from lab.core.options import count, number
-from lab.core.prompts import check_prompts, text
-from lab.core.types import AnyCase, Eraser, Model
+from lab.core.prompts import check_prompts
+from lab.core.types import Eraser, Model
 from lab.models.diffusion import DiffusionModel
 
 KEY = "scenario"  # what is erased comes with its cases
 _log = logging.getLogger(__name__)
 
 
+@config
 class NoErasure(Eraser):
     """``erase=none``: the model stays as the backbone built it."""
 
+    name: Text = "none"
+
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})
 
-    def __init__(self, name: str = "none") -> None:
-        self.name = name
-
-    def __call__(self, model: Model, case: AnyCase, *, seed: int) -> Model:
+    def __call__(self, model: Model, case: ConceptCase, *, seed: int) -> Model:
         return model
 
 
+@config
 class Uce(Eraser):
     """``erase=uce``: the closed-form edit of every cross-attention key and value matrix (arXiv
     2308.14761 eq. 7).
@@ -59,22 +60,14 @@ class Uce(Eraser):
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
-    def __init__(
-        self,
-        *,
-        name: str = "uce",
-        preserve_weight: float = 0.3,
-        ridge: float = 0.5,
-        anchor: str | None = None,
-        preserve: int | None = None,
-    ) -> None:
-        self.name = name
-        self.anchor = None if anchor is None else text("erase.anchor", anchor)
-        self.preserve = None if preserve is None else count("erase.preserve", preserve, 0)
-        self.preserve_weight = number("erase.preserve_weight", preserve_weight, 0)
-        self.ridge = number("erase.ridge", ridge, above=0)
+    name: Text = "uce"
+    preserve_weight: NonNegative = 0.3
+    ridge: Positive = 0.5
+    anchor: Prompt | None = None
+    preserve: Index | None = None
 
     def texts(self) -> dict[str, str]:
+        """Return what becomes a part of prompts, by config key."""
         return {} if self.anchor is None else {"erase.anchor": self.anchor}
 
     @torch.no_grad()
@@ -86,72 +79,59 @@ class Uce(Eraser):
                 anchors.
         """
         if not case.erased:
-            told = (
-                f"case {case.name} has no concept to erase; use erase=none, or a scenario "
-                "that erases"
-            )
-            raise UserError(
-                "erase", self.name, f"{told} (relearn_styles; folder with erase: true)."
-            )
+            reason = f"case {case.name} has no concept to erase; use erase=none, or relearn_styles."
+            raise UserError("erase", self.name, reason)
         encode = cache(lambda prompts: encoded(model, prompts))  # styles share their anchors
-        pairs = [rows(model, self._anchored(erasure), encode) for erasure in case.erased]
-        kept = self._kept(case.erased)
+        erased = case.erased
+        if self.anchor is not None:
+            erased = tuple(
+                dataclasses.replace(e, anchors=(self.anchor,) * len(e.prompts)) for e in erased
+            )
+        pairs = [rows(model, erasure, encode) for erasure in erased]
         old, new = (torch.cat(part) for part in zip(*pairs, strict=True))
-        keep = (
-            encoded(model, check_prompts(KEY, kept, model.tokenizers[0])).flatten(0, 1)
-            if kept
-            else old[:0]
-        )
+        preserved, keep = self._preserved(case.erased), old[:0]
+        if preserved:
+            keep = encoded(model, check_prompts(KEY, preserved, model.tokenizers[0])).flatten(0, 1)
         edited = model.copy()
         matrices = keys_and_values(edited.unet)
-        where = (
-            "cpu" if model.device.type == "mps" else model.device
-        )  # Apple's GPUs have no float64
-        right = right_factor(
-            old.to(where), new.to(where), keep.to(where), self.preserve_weight, self.ridge
-        )
+        # Apple's GPUs have no float64
+        device = "cpu" if model.device.type == "mps" else model.device
+        old, new, keep = (part.to(device) for part in (old, new, keep))
+        right = right_factor(old, new, keep, self.preserve_weight, self.ridge)
         for name, matrix in matrices.items():
             if matrix.shape[1] != len(right):
-                fix = (
-                    f"{name} takes rows of {matrix.shape[1]} channels, the text encoders "
-                    f"give {len(right)}."
-                )
-                raise UserError("backbone", type(model.unet).__name__, fix)
-            matrix.copy_((matrix.to(where).double() @ right).to(matrix.dtype))
+                reason = f"{name} takes {matrix.shape[1]} channels, text has {len(right)}."
+                raise UserError("backbone", type(model.unet).__name__, reason)
+            matrix.copy_((matrix.to(device).double() @ right).to(matrix.dtype))
         names = ", ".join(erasure.name for erasure in case.erased)
         _log.info(
             "erased %s: %d rows, %d kept, %d matrices", names, len(old), len(keep), len(matrices)
         )
         return edited
 
-    def _anchored(self, erasure: Erasure) -> Erasure:
-        if self.anchor is None:
-            return erasure
-        return dataclasses.replace(erasure, anchors=(self.anchor,) * len(erasure.prompts))
-
-    def _kept(self, erased: Sequence[Erasure]) -> tuple[str, ...]:
-        found = tuple(dict.fromkeys(prompt for erasure in erased for prompt in erasure.preserve))
-        if self.preserve is None or self.preserve >= len(found):
-            return found
-        return tuple(found[i * len(found) // self.preserve] for i in range(self.preserve))
+    def _preserved(self, erased: Sequence[Erasure]) -> tuple[str, ...]:
+        prompts = tuple(dict.fromkeys(prompt for erasure in erased for prompt in erasure.preserve))
+        n = len(prompts) if self.preserve is None else min(self.preserve, len(prompts))
+        return tuple(prompts[i * len(prompts) // n] for i in range(n))
 
 
 def keys_and_values(unet: nn.Module) -> dict[str, Tensor]:
-    """Path → weight [out, d] of every key and value matrix of cross-attention (``…attn2.to_k``,
-    ``…attn2.to_v``).
+    """Return the weights [out, d] of the key and value matrices of cross-attention
+    (``…attn2.to_k``, ``…attn2.to_v``), by path.
     """
-    ends = ("attn2.to_k", "attn2.to_v")
-    found: dict[str, Any] = {
-        name: module.weight for name, module in unet.named_modules() if name.endswith(ends)
+    ends = ("attn2.to_k.weight", "attn2.to_v.weight")
+    return {
+        name.removesuffix(".weight"): weight
+        for name, weight in unet.named_parameters()
+        if name.endswith(ends)
     }
-    return found
 
 
 def right_factor(
     old: Tensor, new: Tensor, keep: Tensor, preserve_weight: float, ridge: float
 ) -> Tensor:
-    """R [d, d] float64 with W' = W R, the same for every W (arXiv 2308.14761 eq. 7); one Cholesky
-    solve.
+    """Compute R [d, d] float64 with W' = W R, the same for every W (arXiv 2308.14761 eq. 7), by one
+    Cholesky solve.
 
     With G = Σ c cᵀ + p Σ c_k c_kᵀ + λI the formula reads W' = W (G + Σ (c* − c) cᵀ) G⁻¹, so R = I +
     Σ (c* − c) cᵀ G⁻¹.
@@ -172,11 +152,11 @@ def rows(
     erasure: Erasure,
     encode: Callable[[tuple[str, ...]], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The rows c and c* [n, d] of one concept: every prompt from the concept's first word to the
-    end of the context.
+    """Return the rows c and c* [n, d] of one concept: every prompt from the concept's first word
+    to the end of the context.
 
     Args:
-        encode: `encoded` of the model, where the caller keeps what it gave; None: nobody does.
+        encode: `encoded` of the model, where the caller caches it.
 
     Raises:
         UserError: no prompts, another number of anchors, words that are not in a prompt or beyond
@@ -186,11 +166,8 @@ def rows(
     prompts = check_prompts(KEY, erasure.prompts, tokenizer)
     anchors = check_prompts(KEY, erasure.anchors, tokenizer)
     if len(prompts) != len(anchors):
-        fix = (
-            f"has {len(prompts)} prompts and {len(anchors)} anchors; each prompt needs the "
-            "anchor it shall mean."
-        )
-        raise UserError(KEY, f"erasure of {erasure.name}", fix)
+        reason = f"has {len(prompts)} prompts and {len(anchors)} anchors; each prompt needs one."
+        raise UserError(KEY, f"erasure of {erasure.name}", reason)
     ids = [model.tokens(texts).tolist() for texts in (prompts, anchors)]
     hidden = [encode(texts) if encode else encoded(model, texts) for texts in (prompts, anchors)]
     old, new = [], []
@@ -203,8 +180,8 @@ def rows(
 
 
 def aligned(start: int, end: int, anchor_end: int, context: int) -> list[int]:
-    """The anchor's position for every position ``start`` … ``context`` - 1 of a prompt; an anchor
-    may be longer or shorter.
+    """Return the anchor's position for every position ``start`` … ``context`` - 1 of a prompt; the
+    anchor may be longer or shorter.
 
     Words and the end token are aligned at the end token (``end``, ``anchor_end``), because causal
     attention makes the last rows say what the whole prompt says; positions before the anchor's
@@ -218,23 +195,20 @@ def aligned(start: int, end: int, anchor_end: int, context: int) -> list[int]:
 
 
 def position(prompt: str, words: str, ids: Sequence[int], tokenizer: Any) -> int:
-    """Where the tokens of ``words`` begin in the tokens ``ids`` of ``prompt``.
+    """Find where the tokens of ``words`` begin in the tokens ``ids`` of ``prompt``.
 
     Raises:
         UserError: nowhere; names the prompt's nearest words.
     """
     wanted: list[int] = tokenizer(words, add_special_tokens=False).input_ids
-    found = _find(wanted, ids)
-    if wanted and found is not None:
-        return found
+    start = _find(wanted, ids)
+    if wanted and start is not None:
+        return start
+    close = nearest(words.lower(), prompt.lower().replace(",", " ").split())
+    reason = f"is not in the prompt {prompt!r}; {close}"
     if wanted and _find(wanted, tokenizer(prompt, verbose=False).input_ids) is not None:
-        raise UserError(
-            KEY,
-            words,
-            f"stands beyond the context of {len(ids)} tokens in the prompt {prompt!r}; shorten it.",
-        )
-    told = nearest(words.lower(), prompt.lower().replace(",", " ").split())
-    raise UserError(KEY, words, f"is not in the prompt {prompt!r}; {told}")
+        reason = f"stands beyond the context of {len(ids)} tokens in {prompt!r}; shorten it."
+    raise UserError(KEY, words, reason)
 
 
 def _find(wanted: Sequence[int], ids: Sequence[int]) -> int | None:
@@ -243,6 +217,6 @@ def _find(wanted: Sequence[int], ids: Sequence[int]) -> int | None:
 
 
 def encoded(model: DiffusionModel, prompts: Sequence[str], batch: int = 64) -> Tensor:
-    """Text-encoder rows [n, context, d] without gradient."""
+    """Return text-encoder rows [n, context, d] without gradient."""
     parts = [model.text(prompts[i : i + batch]).hidden for i in range(0, len(prompts), batch)]
     return torch.cat(parts)

@@ -22,7 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
 from attacks.diffusion.attack import ConceptBase
-from attacks.diffusion.trainer import Learner
+from attacks.diffusion.trainer import ConceptLearner
 from eval.generation.audit import BROKEN, DIVERGED, HELD, PRESENT
 from eval.report.page import page
 from eval.report.plots import line_of, lines_plot, series_of
@@ -169,7 +169,7 @@ def time_update(
     total, start = 0.0, 0
     for stage, concept, stop in attack.plan(task, budget):
         silent = replace(stage, families=(), keep_weights=False)
-        learner = Learner(silent, model.copy(), concept, budget.steps, seed)
+        learner = ConceptLearner(silent, model.copy(), concept, budget.steps, seed)
         learner.advance(0)
         durations = []
         for step in range(1, UPDATES + 1):

@@ -37,7 +37,7 @@ from lab.core.hashing import state_hash
 from lab.core.provenance import versions
 from lab.core.record import Record, Stored
 from lab.core.sources import PACKAGES
-from lab.core.types import BASELINE, Backbone, Model, Trajectory, clone
+from lab.core.types import BASELINE, Backbone, Trajectory, clone
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone, VisionModel

@@ -2,32 +2,184 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 
-from lab.core.data import CaptionedImages, Concept, ConceptCase, Kind, ScenarioData
+from lab.core.config import (
+    Count,
+    Flag,
+    Positive,
+    Prompt,
+    Prompts,
+    Text,
+    config,
+    options,
+)
+from lab.core.data import (
+    CaptionedImages,
+    Concept,
+    ConceptCase,
+    Erasure,
+    Kind,
+    Sampling,
+    ScenarioData,
+)
 from lab.core.errors import UserError
-from lab.core.hashing import digest
-from lab.core.options import choice, count, local, number
-from lab.core.prompts import text, texts
+from lab.core.options import local
+from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
+from lab.core.slugs import slug
 from lab.core.types import Scenario
 from lab.minisd.world import folders
 from lab.minisd.world.openmoji import CREDIT
-from lab.scenarios import concept_texts as world_texts
-from lab.scenarios import concepts as shared
-from lab.scenarios.concept_entries import ROLES, Entry, checked, folder, shows, speaks_of
-from lab.scenarios.world_concepts import Roles, Studio
+from lab.minisd.world.world import Subset
+from lab.models.activations import digest
+from lab.scenarios import concept_texts
+from lab.scenarios.world_concepts import Side, Studio, case_name, empty, hashed, rest
 
-_PARTS = ("own", "train", "reference")
-_PRESERVED = (
-    200  # captions of keep that an eraser holds on to, beside the prompts of what is not erased
-)
+_PRESERVED = 200  # captions of keep that an eraser preserves, beside prompts of what is not erased
+_SomePrompts = Annotated[Prompts, Field(min_length=1)]
 
 
+def names_concept(words: str, line: str, plural: str = "") -> bool:
+    """Tell whether ``line`` holds ``words`` as whole words, in any case.
+
+    Args:
+        plural: a pattern that may follow them.
+    """
+    return (
+        re.search(rf"(?<!\w){re.escape(words)}(?:{plural})(?!\w)", line, re.IGNORECASE) is not None
+    )
+
+
+def shows(words: str, caption: str) -> bool:
+    """Tell whether ``caption`` is about ``words``, the plural in s or es included ("two foxes")."""
+    return names_concept(words, caption, "|e?s")
+
+
+@options
+class Shares:
+    """Shares of a concept's images for the immunizer (own), the attacker (train) and comparison."""
+
+    own: Positive = 0.3
+    train: Positive = 0.3
+    reference: Positive = 0.4
+
+    def __post_init__(self) -> None:
+        total = self.own + self.train + self.reference
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"own + train + reference = {total:g}, not 1")
+
+    def cut(self, total: int) -> tuple[int, int, int]:
+        """Return how many of ``total`` ≥ 3 images each part gets, at least one each, and own two as
+        soon as there are four.
+        """
+        own = min(max(round(total * self.own), 2), total - 2)
+        train = min(max(round(total * self.train), 1), total - own - 1)
+        return own, train, total - own - train
+
+
+@options
+class Entry:
+    """A concept of the list; conf/scenario/folder.yaml explains the options."""
+
+    path: Annotated[Text, Field(min_length=1)]
+    name: Prompt
+    role: Literal["target", "other", "rehearsal"]
+    kind: Literal["object", "style"]
+    prompts: _SomePrompts
+    words: Prompt | None = None
+    descriptions: Prompts = ()
+    reworded: Prompts = ()
+    prior: Annotated[Text, Field(min_length=1)] | None = None
+    select: dict[str, Annotated[str, BeforeValidator(str)]] | None = None
+    erase: Flag = False
+    anchor: Prompt | None = None
+
+    @property
+    def spoken(self) -> str:
+        """The words that name the concept in a prompt."""
+        return self.words or self.name
+
+    def families(self) -> dict[str, tuple[str, ...]]:
+        """Return the prompts by family."""
+        families = {"name": self.prompts, "description": self.descriptions}
+        return {k: v for k, v in {**families, "reworded": self.reworded}.items() if v}
+
+    def check(self, key: str) -> None:
+        """Check that prompts name the concept and descriptions do not.
+
+        Raises:
+            UserError: they do not, or the anchor does not fit ``erase``.
+        """
+        words, anchor = self.spoken, self.anchor or ""
+        unnamed = [p for p in self.prompts if not names_concept(words, p)]
+        reworded = [p for p in self.reworded if not names_concept(words, p)]
+        known = [p for p in self.reworded if p in self.prompts]
+        named = [p for p in self.descriptions if shows(words, p)]
+        lacks = f"lacks the words '{words}' that name the concept; rewrite it or set words."
+        for wrong, option, value, reason in (
+            # it becomes part of labels and file names
+            (
+                not re.fullmatch(r"\w[\w .'-]*", self.name),
+                "name",
+                self.name,
+                "may hold letters, digits, spaces and . ' - only.",
+            ),
+            (
+                not slug(self.name),
+                "name",
+                self.name,
+                "needs letters a-z or digits; words may be in any script.",
+            ),
+            (unnamed, "prompts", unnamed, lacks),
+            (reworded, "reworded", reworded, lacks),
+            (known, "reworded", known, "stands in prompts too; re-worded prompts must be new."),
+            (named, "descriptions", named, f"names '{words}'; a description does not."),
+            (self.erase and not anchor, "anchor", None, "needs a text where erase is true."),
+            (anchor and not self.erase, "anchor", anchor, "is used with erase: true only."),
+            (
+                names_concept(words, anchor),
+                "anchor",
+                anchor,
+                f"holds '{words}'; an erased concept needs another meaning.",
+            ),
+        ):
+            if wrong:
+                raise UserError(f"{key}.{option}", value, reason)
+
+    def erasure(self, preserve: tuple[str, ...]) -> Erasure:
+        """Return the erasure: prompts mean the same with the anchor in place of the words."""
+        pattern = re.compile(rf"(?<!\w){re.escape(self.spoken)}(?!\w)", re.IGNORECASE)
+        anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in self.prompts)
+        return Erasure(self.name, self.spoken, self.prompts, anchors, preserve)
+
+
+def check_entries(entries: Sequence[Entry], key: str = "scenario.concepts") -> None:
+    """Check every entry, and that no name, word or caption mixes two of them up.
+
+    Raises:
+        UserError: see `Entry.check`; equal names, words within words, a role that nobody has.
+    """
+    for i, entry in enumerate(entries):
+        entry.check(f"{key}[{i}]")
+        for other in (*entries[:i], *entries[i + 1 :]):
+            if slug(entry.name) == slug(other.name):
+                reason = f"is taken by {other.name}: names differ in a-z and digits."
+                raise UserError(f"{key}[{i}].name", entry.name, reason)
+            if shows(entry.spoken, other.spoken):
+                reason = f"are part of the words of {other.name}: prompts would name both."
+                raise UserError(f"{key}[{i}].words", entry.spoken, reason)
+    for role in {"target", "other"} - {entry.role for entry in entries}:
+        raise UserError(key, [e.name for e in entries], f"has no role: {role}; give it one.")
+
+
+@config
 class ConceptFolders(Scenario):
     """One case from folders of images (`lab.minisd.world.folders`). Implements
     `lab.core.types.Scenario`.
@@ -50,314 +202,231 @@ class ConceptFolders(Scenario):
         regularizers: at most this many captions are used.
         regularizer_templates: of captions from the embedded world, ``all`` or ``one``.
         sampling: `lab.core.data.Sampling`.
-        resolution: side of all pictures in pixels.
+        resolution: side of all images in pixels.
 
     Raises:
-        UserError: see `lab.scenarios.concept_entries` and `lab.minisd.world.folders`; a concept
-            with too few images.
+        UserError: see `check_entries` and `lab.minisd.world.folders`; a concept with too few
+            images.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
-    def __init__(
-        self,
-        *,
-        concepts: Any,
-        root: str | None = None,
-        shares: Any = None,
-        keep: str | None = None,
-        unrelated: str | None = None,
-        keep_pictures: int = 96,
-        unrelated_pictures: int = 32,
-        captions: Any = None,
-        regularizers: int = 200,
-        regularizer_templates: str = "all",
-        sampling: Any = None,
-        resolution: int = 512,
-        name: str = "folder",
-    ) -> None:
-        self.name, self.root = name, local("scenario.root", root or ".")
-        self.entries = checked(concepts, self.root)
-        self.shares = _shares(shares)
-        self.pools = {
-            key: None if path is None else folder(f"scenario.{key}", path, self.root)
-            for key, path in (("keep", keep), ("unrelated", unrelated))
-        }
-        self.sizes = {
-            "keep": count("scenario.keep_pictures", keep_pictures, 1),
-            "unrelated": count("scenario.unrelated_pictures", unrelated_pictures, 1),
-            "regularizers": count("scenario.regularizers", regularizers, 1),
-        }
-        self.captions = None if captions is None else _captions(captions, self.root)
-        self.templates = choice(
-            "scenario.regularizer_templates", regularizer_templates, ("all", "one")
-        )
-        self.sampling = shared.sampling(sampling)
-        self.resolution = shared.resolution(resolution)
+    name: Text = "folder"
+    concepts: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    root: Text | None = None
+    shares: Annotated[Shares, BeforeValidator(lambda value: value or {})] = Shares()
+    keep: Text | None = None
+    unrelated: Text | None = None
+    keep_pictures: Count = 96
+    unrelated_pictures: Count = 32
+    captions: Text | tuple[Text, ...] | None = None
+    regularizers: Count = 200
+    regularizer_templates: Literal["all", "one"] = "all"
+    sampling: Sampling = Sampling()
+    resolution: Side = 512
 
-    def load(self, seed: int) -> ScenarioData:
-        notes: list[str] = []
-        owners: dict[str, str] = {}
-        read = [self._images(entry, owners, notes) for entry in self.entries]
-        made = {
-            role: tuple(
-                self._concept(entry, found, seed, owners, notes)
-                for entry, found in zip(self.entries, read, strict=True)
-                if entry.role == role
-            )
-            for role in ROLES
-        }
-        keep, regularizers, unrelated = self._surroundings(seed, owners, notes)
-        case = ConceptCase(
-            "_".join(concept.name.replace(" ", "-") for concept in made["target"]),
-            made["target"],
-            made["other"],
-            made["rehearsal"],
-            keep=keep,
-            regularizers=regularizers,
-            unrelated=unrelated,
-            sampling=self.sampling,
-            erased=tuple(
-                e.erasure(self._preserved(keep)) for e in self.entries if e.anchor is not None
-            ),
-        )
-        return shared.loaded([case], notes)
+    def __post_init__(self) -> None:
+        check_entries(self.concepts)
+        self.lines = self._read_captions()
+
+    def path(self, key: str, value: str) -> Path:
+        """Return the path ``value`` of the config; a relative one starts at ``root``."""
+        return local("scenario.root", self.root or ".") / local(key, value)
+
+    def _read_captions(self) -> tuple[str, ...] | None:
+        """Return C_reg from the list or the text file, or None."""
+        key, lines = "scenario.captions", self.captions
+        if isinstance(lines, str):
+            path = self.path(key, lines)
+            try:
+                lines = tuple(path.read_text(encoding="utf-8").splitlines())
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(key, path, f"cannot be read as UTF-8 text ({error}).") from error
+            lines = tuple(line for line in lines if line.strip())
+        return None if lines is None else texts(key, lines)
 
     def asks_erasure(self) -> str | None:
-        """Hook of `lab.runner.assemble`: the first concept that is to be erased."""
-        return next((entry.key for entry in self.entries if entry.anchor is not None), None)
+        """Return the config key of the first concept that is to be erased."""
+        erased = (f"scenario.concepts[{i}]" for i, e in enumerate(self.concepts) if e.erase)
+        return next(erased, None)
 
-    # ---- concepts
+    def load(self, seed: int) -> ScenarioData:
+        return _Loader(self, seed).load()
 
-    def _images(self, entry: Entry, owners: dict[str, str], notes: list[str]) -> CaptionedImages:
-        """The different images of a concept. ``owners``: hash of an image → the concept that has
-        it.
-        """
-        key = f"{entry.key}.path"
-        found = folders.read(entry.path, self.resolution, select=entry.select or None, key=key)
-        kept: list[int] = []
-        for i, image in enumerate(found.images):
-            owner = owners.setdefault(digest(image), entry.name)
-            if owner != entry.name:
-                fix = (
-                    f"the image {found.rows[i]['file_name']} is one of {owner} too; leave "
-                    "it in one folder."
-                )
-                raise UserError(key, entry.path, fix)
-            if not any(torch.equal(image, found.images[j]) for j in kept):
-                kept.append(i)
-        if len(kept) < len(found.images):
-            notes.append(
-                f"{entry.name}: {len(found.images) - len(kept)} images were copies of others "
-                "and left out."
-            )
-        if len(kept) < len(_PARTS):
-            told = (
-                f"holds {len(kept)} different images; three is the least, one each to "
-                "immunize, attack and compare"
-            )
-            fix = f"{told}, and four where an immunizer trains on the concept, as it needs two."
-            raise UserError(key, entry.path, fix)
-        captions = [found.rows[i].get("prompt") or found.rows[i]["text"] for i in kept]
-        silent = [i for i, line in enumerate(captions) if not speaks_of(entry.words, line)]
-        prompts = entry.families["name"]
-        for position, i in enumerate(silent):
-            captions[i] = prompts[position % len(prompts)]
-        if silent:
-            notes.append(
-                f"{entry.name}: {len(silent)} captions do not name it; its prompts stand in "
-                "for them."
-            )
-        for line in captions:
-            text(f"{entry.key}.path", line)
-        return CaptionedImages(found.images[kept], tuple(captions))
 
-    def _concept(
-        self,
-        entry: Entry,
-        found: CaptionedImages,
-        seed: int,
-        owners: dict[str, str],
-        notes: list[str],
-    ) -> Concept:
-        order = torch.randperm(
-            len(found), generator=generator(seed, "scenario", entry.name)
-        ).tolist()
-        sizes = _sizes(len(found), self.shares)
-        notes.append(
-            f"{entry.name}: {sizes[0]} images to immunize, {sizes[1]} to attack, {sizes[2]} "
-            "to compare."
+class _Loader:
+    """Reads the folders of a scenario for one seed.
+
+    Attributes:
+        owners: hash of an image → the concept that has it.
+        notes: sentences about what was left out.
+    """
+
+    def __init__(self, scenario: ConceptFolders, seed: int) -> None:
+        self.options, self.seed = scenario, seed
+        self.notes: list[str] = []
+        self.owners: dict[str, str] = {}
+
+    def _note(self, count: int, note: str) -> None:
+        if count:
+            self.notes.append(note)
+
+    def load(self) -> ScenarioData:
+        options, entries = self.options, self.options.concepts
+        images = [self._images(i, entry) for i, entry in enumerate(entries)]
+        targets, others, rehearsal = (
+            tuple(self._concept(i, e, images[i]) for i, e in enumerate(entries) if e.role == role)
+            for role in ("target", "other", "rehearsal")
         )
-        own, train, reference = (found.pick(part) for part in _cut(order, sizes))
-        prior = shared.empty(self.resolution)
+        keep, captions, unrelated = self._surroundings()
+        preserve = [line for e in entries if not e.erase for line in e.prompts]
+        preserve += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
+        case = ConceptCase(
+            case_name(concept.name for concept in targets),
+            targets,
+            others,
+            rehearsal,
+            keep=keep,
+            regularizers=captions,
+            unrelated=unrelated,
+            sampling=options.sampling,
+            erased=tuple(e.erasure(tuple(dict.fromkeys(preserve))) for e in entries if e.erase),
+        )
+        return hashed([case], self.notes)
+
+    def _images(self, i: int, entry: Entry) -> CaptionedImages:
+        """Read the different images of a concept."""
+        key = f"scenario.concepts[{i}].path"
+        path = self.options.path(key, entry.path)
+        folder = folders.read(path, self.options.resolution, select=entry.select or None, key=key)
+        hashes = [digest(image) for image in folder.images]
+        for row, value in enumerate(hashes):
+            owner = self.owners.setdefault(value, entry.name)
+            if owner != entry.name:
+                name = folder.rows[row]["file_name"]
+                reason = f"the image {name} is one of {owner} too; leave it in one folder."
+                raise UserError(key, path, reason)
+        kept = [row for row, value in enumerate(hashes) if hashes.index(value) == row]
+        copies = len(hashes) - len(kept)
+        self._note(copies, f"{entry.name}: {copies} images were copies of others and left out.")
+        if len(kept) < 3:
+            reason = (
+                f"holds {len(kept)} different images; three is the least, one each to immunize, "
+                "attack and compare, and four where an immunizer trains on the concept."
+            )
+            raise UserError(key, path, reason)
+        captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
+        silent = [k for k, line in enumerate(captions) if not names_concept(entry.spoken, line)]
+        for position, k in enumerate(silent):
+            captions[k] = entry.prompts[position % len(entry.prompts)]
+        reason = "captions do not name it; its prompts stand in for them."
+        self._note(len(silent), f"{entry.name}: {len(silent)} {reason}")
+        texts(key, captions)
+        return CaptionedImages(folder.images[kept], tuple(captions))
+
+    def _concept(self, i: int, entry: Entry, images: CaptionedImages) -> Concept:
+        """Split the images of a concept by seed."""
+        options, sizes = self.options, self.options.shares.cut(len(images))
+        counts = "{} images to immunize, {} to attack, {} to compare".format(*sizes)
+        self._note(1, f"{entry.name}: {counts}.")
+        own, train, reference = self._split(images, sizes, entry.name)
+        prior = empty(options.resolution)
         if entry.prior is not None:
-            prior = self._pool(f"{entry.key}.prior", entry.prior, dict(owners), notes)
-        total = self.sampling.count
+            prior = self._pool(f"scenario.concepts[{i}].prior", entry.prior, dict(self.owners))
+        total = options.sampling.count
         return Concept(
             entry.name,
             "harmful" if entry.role == "target" else "benign",
             entry.kind,
-            words=entry.words,
+            words=entry.spoken,
             train=train,
             own=own,
             reference=reference,
             prior=prior,
             prompts={
-                family: shared.cycled(lines, total) for family, lines in entry.families.items()
+                family: tuple(lines[k % len(lines)] for k in range(max(total, len(lines))))
+                for family, lines in entry.families().items()
             },
         )
 
-    def _preserved(self, keep: CaptionedImages) -> tuple[str, ...]:
-        kept = [line for e in self.entries if e.anchor is None for line in e.families["name"]]
-        return tuple(dict.fromkeys([*kept, *list(dict.fromkeys(keep.prompts))[:_PRESERVED]]))
+    def _split(
+        self, images: CaptionedImages, sizes: Sequence[int], label: str
+    ) -> list[CaptionedImages]:
+        order = torch.randperm(len(images), generator=generator(self.seed, "scenario", label))
+        return [images.pick(part.tolist()) for part in order.split(list(sizes))]
 
-    # ---- what is unrelated to the concepts
-
-    def _surroundings(
-        self, seed: int, owners: dict[str, str], notes: list[str]
-    ) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
-        """``keep``, captions of C_reg and ``unrelated``; no prompt of the last stands in the other
-        two.
-        """
-        rest = Roles(tuple(e.words.lower() for e in self.entries), ()).rest
-        studio = Studio(seed, self.resolution)
-        captions = self._regularizers(rest, derive(seed, "scenario", "regularizers"), notes)
-        if not any(self.pools.values()):
-            notes.append(
-                "No keep and unrelated folders: scaled pictures of the embedded world stand "
-                f"in. {CREDIT}"
+    def _surroundings(self) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
+        """Return ``keep``, captions of C_reg and ``unrelated``, whose prompts are new."""
+        options, entries = self.options, self.options.concepts
+        world = rest([e.spoken.lower() for e in entries])
+        captions = self._regularizers(world)
+        limits = {"keep": options.keep_pictures, "unrelated": options.unrelated_pictures}
+        paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
+        if not paths:
+            reason = "scaled pictures of the embedded world stand in."
+            self._note(1, f"No keep and unrelated folders: {reason} {CREDIT}")
+            taken = {line for e in entries for lines in e.families().values() for line in lines}
+            studio = Studio(self.seed, options.resolution)
+            keep, unrelated = studio.surroundings(
+                world, options.keep_pictures, options.unrelated_pictures, captions, taken
             )
-            keep = studio.draw(rest, self.sizes["keep"], world_texts.world_caption, "keep")
-            taken = {*keep.prompts, *captions}
-            taken.update(*(lines for entry in self.entries for lines in entry.families.values()))
-            fresh = world_texts.fresh(
-                rest, derive(seed, "scenario", "unrelated"), self.sizes["unrelated"], taken
-            )
-            return keep, captions, studio.render(fresh, world_texts.world_caption)
-        pools = {
-            key: self._pool(f"scenario.{key}", path, owners, notes)
-            for key, path in self.pools.items()
-            if path is not None
-        }
+            return keep, captions, unrelated
+        pools = {k: self._pool(f"scenario.{k}", path, self.owners) for k, path in paths.items()}
+        last = list(pools)[-1]
         if len(pools) == 1:
-            (key, only), *_ = pools.items()
-            if len(only) < 2:
-                raise UserError(
-                    f"scenario.{key}",
-                    self.pools[key],
-                    "needs two pictures: one to keep, one to compare.",
-                )
-            order = torch.randperm(
-                len(only), generator=generator(seed, "scenario", "pool")
-            ).tolist()
-            halves = _cut(order, (len(only) // 2, len(only) - len(only) // 2))
-            pools = {"keep": only.pick(halves[0]), "unrelated": only.pick(halves[1])}
-            notes.append(f"The folder {key} was cut in halves, one to keep and one to compare.")
-        keep = pools["keep"].pick(list(range(len(pools["keep"])))[: self.sizes["keep"]])
+            n = len(pools[last])
+            if n < 2:
+                reason = "needs two images: one to keep, one to compare."
+                raise UserError(f"scenario.{last}", paths[last], reason)
+            halves = self._split(pools[last], (n // 2, n - n // 2), "pool")
+            pools = dict(zip(limits, halves, strict=True))
+            self._note(1, f"The folder {last} was cut in halves, one to keep and one to compare.")
+        keep = pools["keep"].pick(range(len(pools["keep"]))[: limits["keep"]])
         taken = {*keep.prompts, *captions}
-        fine = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
-        if not fine:
-            key = "unrelated" if self.pools["unrelated"] is not None else "keep"
-            fix = (
-                "every caption is also one of keep or of the regularizers; unrelated "
-                "prompts must be new."
-            )
-            raise UserError(f"scenario.{key}", self.pools[key], fix)
-        if len(fine) < len(pools["unrelated"]):
-            notes.append(
-                f"{len(pools['unrelated']) - len(fine)} unrelated pictures have a caption of "
-                "keep: left out."
-            )
-        return keep, captions, pools["unrelated"].pick(fine[: self.sizes["unrelated"]])
+        new = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
+        if not new:
+            reason = "every caption is one of keep or of C_reg; unrelated prompts must be new."
+            raise UserError(f"scenario.{last}", paths[last], reason)
+        left = len(pools["unrelated"]) - len(new)
+        self._note(left, f"{left} unrelated pictures have a caption of keep: left out.")
+        return keep, captions, pools["unrelated"].pick(new[: limits["unrelated"]])
 
-    def _pool(
-        self, key: str, path: Path, owners: dict[str, str], notes: list[str]
-    ) -> CaptionedImages:
-        """The folder at ``key`` without pictures that ``owners`` knows and without captions that
-        name a concept.
+    def _names_any(self, line: str) -> bool:
+        return any(shows(e.spoken, line) for e in self.options.concepts)
+
+    def _pool(self, key: str, path: str, owners: dict[str, str]) -> CaptionedImages:
+        """Read a folder, without images that ``owners`` has and captions that name a concept.
 
         Raises:
             UserError: nothing is left, or a caption that is no prompt.
         """
-        read = folders.read(path, self.resolution, key=key)
-        found = CaptionedImages(read.images, tuple(read.texts))
-        hashes = [digest(image) for image in found.images]
-        fine = [
+        folder = folders.read(self.options.path(key, path), self.options.resolution, key=key)
+        images = CaptionedImages(folder.images, tuple(folder.texts))
+        # every image is looked up, so that a copy of one that names a concept is left out too
+        new = [owners.setdefault(digest(x), f"{key} {i}") for i, x in enumerate(images.images)]
+        kept = [
             i
-            for i, value in enumerate(hashes)
-            if owners.setdefault(value, f"{key} {i}") == f"{key} {i}"
+            for i, owner in enumerate(new)
+            if owner == f"{key} {i}" and not self._names_any(images.prompts[i])
         ]
-        named = [i for i in fine if any(shows(e.words, found.prompts[i]) for e in self.entries)]
-        fine = [i for i in fine if i not in set(named)]
-        if len(fine) < len(found):
-            notes.append(
-                f"{key}: {len(found) - len(fine)} pictures are a concept's, copies, or name "
-                "one: left out."
-            )
-        if not fine:
-            raise UserError(key, path, "holds no picture that is unrelated to the concepts.")
-        for i in fine:
-            text(key, found.prompts[i])
-        return found.pick(fine)
+        left = len(images) - len(kept)
+        self._note(left, f"{key}: {left} pictures are a concept's, copies, or name one: left out.")
+        if not kept:
+            raise UserError(key, path, "holds no image that is unrelated to the concepts.")
+        texts(key, [images.prompts[i] for i in kept])
+        return images.pick(kept)
 
-    def _regularizers(self, rest: Any, seed: int, notes: list[str]) -> tuple[str, ...]:
-        total = self.sizes["regularizers"]
-        if self.captions is None:
-            return world_texts.regularizers(rest, seed, total, self.templates)
-        fine = [
-            line for line in self.captions if not any(shows(e.words, line) for e in self.entries)
-        ]
-        if not fine:
-            raise UserError(
-                "scenario.captions", f"{len(self.captions)} captions", "all of them name a concept."
-            )
-        if len(fine) < len(self.captions):
-            notes.append(
-                f"{len(self.captions) - len(fine)} captions of C_reg name a concept and were "
-                "left out."
-            )
-        if len(fine) < total:
-            notes.append(f"C_reg has {len(fine)} captions, fewer than the {total} asked for.")
-        return tuple(fine[:total])
-
-
-def _shares(given: object) -> tuple[float, float, float]:
-    found = {"own": 0.3, "train": 0.3, "reference": 0.4} | shared.entries(
-        "scenario.shares", given or {}, _PARTS
-    )
-    own, train, reference = (
-        number(f"scenario.shares.{part}", found[part], above=0, below=1) for part in _PARTS
-    )
-    if abs((total := own + train + reference) - 1) > 1e-6:
-        raise UserError("scenario.shares", found, f"own + train + reference = {total:g}, not 1.")
-    return own, train, reference
-
-
-def _sizes(total: int, shares: tuple[float, float, float]) -> tuple[int, int, int]:
-    """How many of ``total`` ≥ 3 images each part gets, at least one each, and own two as soon as
-    there are four.
-    """
-    own = min(max(round(total * shares[0]), 2), total - 2)
-    train = min(max(round(total * shares[1]), 1), total - own - 1)
-    return own, train, total - own - train
-
-
-def _cut(order: list[int], sizes: Sequence[int]) -> list[list[int]]:
-    return [part.tolist() for part in torch.tensor(order).split(list(sizes))]
-
-
-def _captions(given: object, root: Path) -> tuple[str, ...]:
-    """C_reg from a text file, one caption per line, or from a list."""
-    key = "scenario.captions"
-    if not isinstance(given, str):
-        return texts(key, shared.plain(given))
-    path = root / local(key, given)
-    try:
-        lines = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(key, path, f"cannot be read as a text file in UTF-8 ({error}).") from error
-    if not lines:
-        raise UserError(key, path, "holds no caption.")
-    return texts(key, lines)
+    def _regularizers(self, world: Subset) -> tuple[str, ...]:
+        options, total = self.options, self.options.regularizers
+        if options.lines is None:
+            stream = derive(self.seed, "scenario", "regularizers")
+            return concept_texts.regularizers(world, stream, total, options.regularizer_templates)
+        lines = [line for line in options.lines if not self._names_any(line)]
+        if not lines:
+            reason = "all of them name a concept."
+            raise UserError("scenario.captions", f"{len(options.lines)} captions", reason)
+        left = len(options.lines) - len(lines)
+        self._note(left, f"{left} captions of C_reg name a concept and were left out.")
+        few = f"C_reg has {len(lines)} captions, fewer than the {total} asked for."
+        self._note(len(lines) < total, few)
+        return tuple(lines[:total])

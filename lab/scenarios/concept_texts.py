@@ -5,6 +5,7 @@ C_reg.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
@@ -70,11 +71,11 @@ def _weave(
         for d in range(len(style(style_name).descriptions) if several else 1)
         for t in templates
     ]
-    found = []
-    for i in range(total):
-        template, number = ways[(i + i // len(objects)) % len(ways)]
-        found.append(fill(template, noun(objects[i % len(objects)]), style_name, number))
-    return tuple(found)
+    order = [ways[(i + i // len(objects)) % len(ways)] for i in range(total)]
+    return tuple(
+        fill(template, noun(objects[i % len(objects)]), style_name, number)
+        for i, (template, number) in enumerate(order)
+    )
 
 
 def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
@@ -85,23 +86,23 @@ def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]
     """
     unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
     seen = _shuffled([o for o in OBJECTS if o not in unseen], seed, name)
-    found = {
+    prompts = {
         "name": _weave(STYLE_TEMPLATES["name"], seen, total, name),
         "description": _weave(STYLE_TEMPLATES["description"], seen, total, name),
         "reworded": _weave(REWORDED_STYLE, seen, total, name),
     }
     if unseen:
-        found["unseen_pairs"] = _weave(
+        prompts["unseen_pairs"] = _weave(
             STYLE_TEMPLATES["name"], _shuffled(unseen, seed, name), total, name
         )
-    return found
+    return prompts
 
 
 def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
     """Family → ``total`` prompts for an object. The world describes no object without its name: no
     such family.
     """
-    found = {}
+    prompts = {}
     for family, templates in (
         ("name", PHOTO_TEMPLATES + PLACE_TEMPLATES),
         ("reworded", REWORDED_OBJECT),
@@ -112,8 +113,8 @@ def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...
             for p in (BACKGROUNDS if "{place}" in t else ("",))
         ]
         order = _shuffled(ways, seed, name, family)
-        found[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
-    return found
+        prompts[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
+    return prompts
 
 
 def caption(shown: Picture) -> str:
@@ -127,9 +128,8 @@ def caption(shown: Picture) -> str:
     return fill(template, noun(shown.objects[0]), place=shown.background)
 
 
-def world_caption(shown: Picture) -> str:
-    """The caption that the world itself gives, as MiniSD's training sees it."""
-    return shown.text
+world_caption = attrgetter("text")
+"""The caption that the world itself gives, as MiniSD's training sees it."""
 
 
 def description(shown: Picture) -> str:
@@ -193,45 +193,37 @@ def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple
     Raises:
         UserError: more captions than there are.
     """
-    if templates == "one":
-        ways = [
+    if templates == "all":
+        shown = fresh(subset, seed, total, set(), "scenario.regularizers")
+        return tuple(picture.text for picture in shown)
+    lines = _shuffled(
+        [
             fill("a picture of {it} {place}", noun(o), place=p)
             for o in subset.objects
             for p in BACKGROUNDS
-        ]
-        found = _shuffled(ways, seed, "regularizers")
-    else:
-        drawn = (picture(subset, seed, i).text for i in range(_ATTEMPTS * total))
-        found = []
-        known: set[str] = set()
-        for line in drawn:
-            if len(found) == total:
-                break
-            if line not in known:
-                known.add(line)
-                found.append(line)
-    if len(found) < total:
-        fix = (
-            f"only {len(found)} different captions with regularizer_templates={templates}; "
-            "ask for no more."
-        )
-        raise UserError("scenario.regularizers", total, fix)
-    return tuple(found[:total])
+        ],
+        seed,
+        "regularizers",
+    )
+    if len(lines) < total:
+        reason = f"only {len(lines)} different captions with regularizer_templates=one."
+        raise UserError("scenario.regularizers", total, reason)
+    return tuple(lines[:total])
 
 
-def fresh(subset: Subset, seed: int, total: int, taken: set[str]) -> list[Picture]:
-    """``total`` pictures, not yet drawn, whose captions differ from each other and from ``taken``.
+def fresh(
+    subset: Subset, seed: int, total: int, taken: set[str], key: str = "scenario.unrelated"
+) -> list[Picture]:
+    """Draw ``total`` images whose captions differ from each other and from ``taken``.
 
     Raises:
-        UserError: the subset has fewer.
+        UserError: the subset has fewer; by ``key``.
     """
-    known, found = set(taken), []
+    new: dict[str, Picture] = {}
     for i in range(_ATTEMPTS * total):
         shown = picture(subset, seed, i)
-        if shown.text not in known:
-            known.add(shown.text)
-            found.append(shown)
-        if len(found) == total:
-            return found
-    fix = f"only {len(found)} pictures have captions of their own; ask for no more."
-    raise UserError("scenario.unrelated", total, fix)
+        if shown.text not in taken:
+            new.setdefault(shown.text, shown)
+        if len(new) == total:
+            return list(new.values())
+    raise UserError(key, total, f"only {len(new)} images have captions of their own.")

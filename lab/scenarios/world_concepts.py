@@ -1,14 +1,18 @@
-"""Cases made of the embedded world's objects and styles: what `relearn` and `personalize` share."""
+"""Cases made of the embedded world's objects and styles: `Relearn` and `Personalize`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
+from torch import Tensor
 
+from lab.core.cache import stage_key
+from lab.core.config import AsList, Count, Index, Names, Text, config, options
 from lab.core.data import (
     CaptionedImages,
     Concept,
@@ -19,28 +23,77 @@ from lab.core.data import (
     Sampling,
     ScenarioData,
 )
-from lab.core.errors import UserError
-from lab.core.options import choice, count, names
+from lab.core.errors import UserError, nearest
+from lab.core.fingerprint import fingerprint
 from lab.core.seeding import derive
 from lab.core.types import Scenario
 from lab.minisd.world import world
-from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLE_NAMES, STYLES, members, thing
+from lab.minisd.world.vocabulary import (
+    HELD_OUT_OBJECTS,
+    HELD_OUT_STYLES,
+    OBJECTS,
+    PHOTO,
+    STYLE_NAMES,
+    STYLES,
+    members,
+    thing,
+)
 from lab.minisd.world.world import Picture, Subset
 from lab.scenarios import concept_texts as words
-from lab.scenarios import concepts
 
 Caption = Callable[[Picture], str]
+Side = Annotated[int, Field(strict=True, ge=8, multiple_of=8)]
+"""Side of all images in pixels; latents are 8 (or 4) times smaller."""
+Families = Annotated[tuple[Literal["name", "description", "reworded", "unseen_pairs"], ...], AsList]
 _STYLES = frozenset(s.name for s in STYLES)
-_PLAIN_SHARE = 0.4  # photos among the pictures to keep; the rest are in the styles that no role has
+_HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
+_PLAIN_SHARE = 0.4  # photos among the images to keep; the rest are in the styles that no role has
+_SomeNames = Annotated[Names, Field(min_length=1)]
 
 
-@dataclass(frozen=True)
+def empty(side: int) -> CaptionedImages:
+    """Return no images."""
+    return CaptionedImages(torch.zeros((0, 3, side, side), dtype=torch.uint8), ())
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """Scale uint8 [n, 3, s, s] to uint8 [n, 3, side, side] (bicubic, antialiased)."""
+    if images.shape[-1] == side:
+        return images
+    large = torch.nn.functional.interpolate(
+        images.float(), (side, side), mode="bicubic", antialias=True
+    )
+    return large.round().clamp(0, 255).to(torch.uint8)
+
+
+def hashed(
+    cases: Iterable[ConceptCase], notes: Iterable[str], credit: str = ScenarioData.credit
+) -> ScenarioData:
+    """Return the cases with their hash over images, prompts and roles; every note once."""
+    cases = tuple(cases)
+    key = stage_key(cases=[fingerprint(case, derived=False) for case in cases])
+    return ScenarioData(cases, tuple(dict.fromkeys(notes)), key, credit)
+
+
+def case_name(targets: Iterable[str]) -> str:
+    """Return the name of a case with these targets."""
+    return "_".join(name.replace(" ", "-") for name in targets)
+
+
+def rest(names: Sequence[str]) -> Subset:
+    """Return what MiniSD knows without ``names``: photos and, where any are left, styles."""
+    styles = tuple(s for s in STYLE_NAMES if s not in names)
+    objects = tuple(o for o in OBJECTS if o not in names)
+    return Subset(objects, (PHOTO, *styles), "seen", photo_share=_PLAIN_SHARE)
+
+
+@options
 class Roles:
     """Which concepts play which role in one case."""
 
-    targets: tuple[str, ...]
-    others: tuple[str, ...]
-    rehearsal: tuple[str, ...] = ()
+    targets: _SomeNames
+    others: _SomeNames
+    rehearsal: Names = ()
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -50,58 +103,53 @@ class Roles:
     def all(self) -> tuple[str, ...]:
         return (*self.reported, *self.rehearsal)
 
-    @property
-    def case(self) -> str:
-        return "_".join(name.replace(" ", "-") for name in self.targets)
-
-    @property
-    def rest(self) -> Subset:
-        """Everything that MiniSD knows and no role has: photos and, where any are left, styles."""
-        left = tuple(s for s in STYLE_NAMES if s not in self.all)
-        return Subset(
-            tuple(o for o in OBJECTS if o not in self.all),
-            (PHOTO, *left),
-            "seen",
-            photo_share=_PLAIN_SHARE,
-        )
-
 
 class Studio:
-    """Draws pictures of the world for one seed, each set once."""
+    """Draws images of the world for one seed, each set once."""
 
     def __init__(self, seed: int, side: int) -> None:
         self.seed, self.side = seed, side
         self._known: dict[tuple[object, ...], CaptionedImages] = {}
 
     def render(self, shown: Sequence[Picture], caption: Caption) -> CaptionedImages:
-        pixels = (
-            torch.from_numpy(np.stack([world.render(p) for p in shown]))
-            .permute(0, 3, 1, 2)
-            .contiguous()
-        )
-        described = tuple(words.description(p) for p in shown if p.style != PHOTO)
-        images, prompts = concepts.resize(pixels, self.side), tuple(caption(p) for p in shown)
-        return CaptionedImages(images, prompts, described if len(described) == len(shown) else ())
+        """Draw ``shown``."""
+        pixels = torch.from_numpy(np.stack([world.render(p) for p in shown]))
+        images = resize(pixels.permute(0, 3, 1, 2).contiguous(), self.side)
+        painted = all(p.style != PHOTO for p in shown)
+        described = tuple(words.description(p) for p in shown) if painted else ()
+        return CaptionedImages(images, tuple(caption(p) for p in shown), described)
 
     def draw(
         self, subset: Subset, total: int, caption: Caption, *labels: object
     ) -> CaptionedImages:
-        """The first ``total`` pictures of ``subset`` in the stream ``labels``: parts with other
-        labels differ.
-        """
+        """Draw the first ``total`` images of ``subset`` in the stream ``labels``."""
         key = (subset, total, caption, *labels)
         if key not in self._known:
             stream = derive(self.seed, "scenario", *labels)
             shown = [world.picture(subset, stream, i) for i in range(total)]
-            self._known[key] = self.render(shown, caption) if shown else concepts.empty(self.side)
+            self._known[key] = self.render(shown, caption) if shown else empty(self.side)
         return self._known[key]
 
+    def surroundings(
+        self, subset: Subset, keep: int, unrelated: int, captions: tuple[str, ...], taken: set[str]
+    ) -> tuple[CaptionedImages, CaptionedImages]:
+        """Draw images to keep and unrelated ones, whose prompts are new.
 
-@dataclass(kw_only=True)
-class WorldConcepts(Scenario):
+        Args:
+            captions: of C_reg.
+            taken: other prompts of the case.
+        """
+        kept = self.draw(subset, keep, words.world_caption, "keep")
+        stream = derive(self.seed, "scenario", "unrelated")
+        new = words.fresh(subset, stream, unrelated, {*kept.prompts, *captions, *taken})
+        return kept, self.render(new, words.world_caption)
+
+
+@config
+class WorldConcepts(Scenario, ABC):
     """One case per entry of the chosen list. Implements `lab.core.types.Scenario`.
 
-    Pictures of a concept depend on the seed, the concept and the part alone, so that cases, splits
+    Images of a concept depend on the seed, the concept and the part alone, so that cases, splits
     and scenarios share them. Parts (``own``, ``train``, ``reference``) come from streams of their
     own and are disjoint.
 
@@ -111,178 +159,125 @@ class WorldConcepts(Scenario):
             such a case keeps.
         split: ``test`` or ``validation``.
         cases: how many cases of the list, or ``all``.
-        own, train, reference: pictures per concept for the immunizer, the attacker and the
+        own, train, reference: images per concept for the immunizer, the attacker and the
             comparison.
-        prior, keep, unrelated, regularizers: sizes, see `lab.core.types`.
+        prior, keep, unrelated, regularizers: sizes, see `lab.core.data`.
         regularizer_templates: ``all`` or ``one``, the diversity of C_reg.
-        families: of prompts (`lab.scenarios.concepts.FAMILIES`), as far as a concept has them.
+        families: of prompts, as far as a concept has them (`lab.core.data.Concept.prompts`).
         sampling: `lab.core.data.Sampling`.
         resolution: side in pixels; the world has 64, other sizes are scaled.
 
     Raises:
-        UserError: unknown concepts (with the nearest names), concepts with two roles, options out
-            of range.
+        UserError: unknown concepts (with the nearest names), concepts with two roles.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
-    name: str
-    test: Any
-    validation: Any
-    split: str = "test"
-    cases: Any = 1
-    own: int = 20
-    train: int = 20
-    reference: int = 32
-    prior: int = 32
-    keep: int = 96
-    unrelated: int = 32
-    regularizers: int = 200
-    regularizer_templates: str = "all"
-    families: Any = ("name", "description", "reworded")
-    sampling: Any = field(default_factory=Sampling)
-    resolution: int = 64
+    name: Text
+    test: Annotated[tuple[Roles, ...], Field(min_length=1)]
+    validation: Annotated[tuple[Roles, ...], Field(min_length=1)]
+    split: Literal["test", "validation"] = "test"
+    cases: Count | Literal["all"] = 1
+    own: Count = 20
+    train: Count = 20
+    reference: Count = 32
+    prior: Index = 32
+    keep: Count = 96
+    unrelated: Count = 32
+    regularizers: Count = 200
+    regularizer_templates: Literal["all", "one"] = "all"
+    families: Families = ("name", "description", "reworded")
+    sampling: Sampling = Sampling()
+    resolution: Side = 64
+
+    @abstractmethod
+    def check_role(self, key: str, role: str, name: str) -> None:
+        """Raise `UserError` for a concept that cannot have this role in this scenario."""
+
+    def erasures(self, roles: Roles) -> Iterable[Erasure]:
+        """Return what is erased before the case starts: nothing."""
+        return ()
 
     def __post_init__(self) -> None:
-        choice("scenario.split", self.split, ("test", "validation"))
-        for key in ("own", "train", "reference", "keep", "unrelated", "regularizers"):
-            count(f"scenario.{key}", getattr(self, key), 1)
-        count("scenario.prior", self.prior, 0)
-        choice("scenario.regularizer_templates", self.regularizer_templates, ("all", "one"))
-        self.families = names("scenario.families", concepts.plain(self.families))
-        for family in self.families:
-            choice("scenario.families", family, concepts.FAMILIES)
         if "name" not in self.families:
-            raise UserError(
-                "scenario.families",
-                list(self.families),
-                "must hold name: every report starts from it.",
-            )
-        self._sampling = concepts.sampling(self.sampling)
-        concepts.resolution(self.resolution)
-        self._roles = {
-            split: self._parse(split, getattr(self, split)) for split in ("test", "validation")
-        }
-        self._check_splits()
-        available = self._roles[self.split]
-        if self.cases != "all" and count("scenario.cases", self.cases, 1) > len(available):
-            fix = (
-                f"there are {len(available)} {self.split} cases; write a number up to that, or all."
-            )
-            raise UserError("scenario.cases", self.cases, fix)
+            reason = "must hold name: every report starts from it."
+            raise UserError("scenario.families", list(self.families), reason)
+        reported = {name for roles in self.test for name in roles.reported}
+        for split, cases in (("test", self.test), ("validation", self.validation)):
+            targets = [roles.targets for roles in cases]
+            for i, roles in enumerate(cases):
+                key = f"scenario.{split}[{i}]"
+                if targets.count(roles.targets) > 1:
+                    raise UserError(key, roles.targets, "two cases have the same targets.")
+                for role in ("targets", "others", "rehearsal"):
+                    for name in getattr(roles, role):
+                        self._check_concept(f"{key}.{role}", role, name, roles)
+                        if split == "validation" and name in reported:
+                            reason = "is reported by a test case; nothing may be tuned on it."
+                            raise UserError(f"{key}.{role}", name, reason)
+        available = len(self._available())
+        if self.cases != "all" and self.cases > available:
+            reason = f"there are {available} {self.split} cases; write at most that, or all."
+            raise UserError("scenario.cases", self.cases, reason)
 
-    # ---- roles
+    def _check_concept(self, key: str, role: str, name: str, roles: Roles) -> None:
+        world.concept(name, key)
+        if roles.all.count(name) > 1:
+            raise UserError(key, name, "has two roles in this case; give it one.")
+        self.check_role(key, role, name)
 
-    def _parse(self, split: str, given: object) -> tuple[Roles, ...]:
-        key, given = f"scenario.{split}", concepts.plain(given)
-        if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-            raise UserError(
-                key,
-                given,
-                "must be a list of cases, e.g. [{targets: [mosaic], others: [halftone]}].",
-            )
-        found = tuple(self._roles_of(f"{key}[{i}]", entry) for i, entry in enumerate(given))
-        twice = next(
-            (r.case for i, r in enumerate(found) if r.case in [q.case for q in found[:i]]), None
-        )
-        if twice is not None:
-            raise UserError(
-                key, twice, "two cases have the same targets; cases are called by their targets."
-            )
-        return found
-
-    def _roles_of(self, key: str, entry: object) -> Roles:
-        given = concepts.entries(key, entry, ("targets", "others", "rehearsal"))
-        parts = {
-            role: names(f"{key}.{role}", given.get(role) or [])
-            for role in ("targets", "others", "rehearsal")
-        }
-        for role in ("targets", "others"):
-            if not parts[role]:
-                raise UserError(f"{key}.{role}", given.get(role), "must name at least one concept.")
-        roles = Roles(**parts)
-        for role, members_ in parts.items():
-            for name in members_:
-                world.concept(name, f"{key}.{role}")
-                if roles.all.count(name) > 1:
-                    raise UserError(
-                        f"{key}.{role}", name, "has two roles in this case; give it one."
-                    )
-                self.fits(f"{key}.{role}", role, name)
-        return roles
-
-    def fits(self, key: str, role: str, name: str) -> None:
-        """Raises `lab.core.errors.UserError` for a concept that cannot have this role in this
-        scenario.
-        """
-        raise NotImplementedError  # abstract: `relearn` and `personalize` have their own
-
-    def _check_splits(self) -> None:
-        reported = {name for roles in self._roles["test"] for name in roles.reported}
-        for i, roles in enumerate(self._roles["validation"]):
-            for name in roles.all:
-                if name in reported:
-                    fix = (
-                        "is reported by a test case; what is tuned on it would no longer be a test."
-                    )
-                    raise UserError(f"scenario.validation[{i}]", name, fix)
+    def _available(self) -> tuple[Roles, ...]:
+        return self.test if self.split == "test" else self.validation
 
     def chosen(self) -> tuple[Roles, ...]:
-        """The cases that `load` builds."""
-        available = self._roles[self.split]
-        return available if self.cases == "all" else available[: self.cases]
-
-    # ---- data
+        """Return the cases that `load` builds."""
+        return self._available()[: None if self.cases == "all" else self.cases]
 
     def load(self, seed: int) -> ScenarioData:
         studio = Studio(seed, self.resolution)
-        notes = self._notes()
+        notes = list(self._notes())
         cases = (self._case(roles, studio) for roles in self.chosen())
-        return concepts.loaded(cases, notes, credit=notes[0])
+        return hashed(cases, notes, credit=notes[0])
 
     def _case(self, roles: Roles, studio: Studio) -> ConceptCase:
-        def made(which: tuple[str, ...], role: Role) -> tuple[Concept, ...]:
-            return tuple(self._concept(name, role, roles, studio) for name in which)
+        def concepts(names: tuple[str, ...], role: Role) -> tuple[Concept, ...]:
+            return tuple(self._concept(name, role, roles, studio) for name in names)
 
-        targets, others = made(roles.targets, "harmful"), made(roles.others, "benign")
-        rehearsal = made(roles.rehearsal, "benign")
-        keep = studio.draw(roles.rest, self.keep, words.world_caption, "keep")
-        seed = derive(studio.seed, "scenario", "regularizers")
-        registered = words.regularizers(
-            roles.rest, seed, self.regularizers, self.regularizer_templates
+        targets, others = concepts(roles.targets, "harmful"), concepts(roles.others, "benign")
+        rehearsal = concepts(roles.rehearsal, "benign")
+        left = rest(roles.all)
+        captions = words.regularizers(
+            left,
+            derive(studio.seed, "scenario", "regularizers"),
+            self.regularizers,
+            self.regularizer_templates,
         )
-        taken = {*keep.prompts, *registered}
+        taken: set[str] = set()
         for concept in (*targets, *others, *rehearsal):
             for part in (concept.own, concept.train, concept.reference, concept.prior):
                 taken.update(part.prompts)
             taken.update(*concept.prompts.values())
-        strange = words.fresh(
-            roles.rest, derive(studio.seed, "scenario", "unrelated"), self.unrelated, taken
-        )
+        keep, unrelated = studio.surroundings(left, self.keep, self.unrelated, captions, taken)
         return ConceptCase(
-            roles.case,
+            case_name(roles.targets),
             targets,
             others,
             rehearsal,
             keep=keep,
-            regularizers=registered,
-            unrelated=studio.render(strange, words.world_caption),
-            sampling=self._sampling,
+            regularizers=captions,
+            unrelated=unrelated,
+            sampling=self.sampling,
             erased=tuple(self.erasures(roles)),
         )
 
-    def erasures(self, roles: Roles) -> Iterator[Erasure]:
-        """What is erased before the case starts."""
-        raise NotImplementedError  # abstract: `relearn` and `personalize` have their own
-
     def _concept(self, name: str, role: Role, roles: Roles, studio: Studio) -> Concept:
-        painted = name in _STYLES
         own, train, reference = (
             studio.draw(world.concept(name), getattr(self, part), words.caption, name, part)
             for part in ("own", "train", "reference")
         )
+        painted = name in _STYLES
         make = words.style_prompts if painted else words.object_prompts
-        asked: Mapping[str, tuple[str, ...]] = make(name, self._sampling.count, studio.seed)
+        prompts = make(name, self.sampling.count, studio.seed)
         return Concept(
             name,
             role,
@@ -292,41 +287,71 @@ class WorldConcepts(Scenario):
             own=own,
             reference=reference,
             prior=self._prior(name, roles, studio),
-            prompts={family: asked[family] for family in self.families if family in asked},
+            prompts={family: prompts[family] for family in self.families if family in prompts},
         )
 
     def _prior(self, name: str, roles: Roles, studio: Studio) -> CaptionedImages:
-        """For a style: photos and other styles of the same objects. For an object: photos of others
-        of its class.
+        """Draw, for a style, photos and other styles of the same objects; for an object, photos of
+        others of its class.
         """
-        rest = roles.rest
+        left = rest(roles.all)
         if name in _STYLES:
             subset = Subset(
-                rest.objects, rest.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
+                left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
             )
             return studio.draw(subset, self.prior, words.caption, "prior")
-        same = tuple(o for o in members(thing(name).category) if o not in roles.all) or rest.objects
+        same = tuple(o for o in members(thing(name).category) if o not in roles.all) or left.objects
         return studio.draw(Subset(same, two_share=0.0), self.prior, words.class_caption, "prior")
 
-    def _notes(self) -> list[str]:
-        notes = [f"Pictures of the embedded world. {world.CREDIT}"]
+    def _notes(self) -> Iterator[str]:
+        yield f"Pictures of the embedded world. {world.CREDIT}"
         for roles in self.chosen():
-            roster = "; ".join(
-                f"{role}: {', '.join(getattr(roles, role)) or 'none'}"
-                for role in Roles.__annotations__
-            )
-            notes.append(
-                f"Case {roles.case} ({self.split} concepts). {roster[0].upper()}{roster[1:]}."
-            )
-            bare = [name for name in roles.all if name not in _STYLES]
+            parts = {"Targets": roles.targets, "others": roles.others, "rehearsal": roles.rehearsal}
+            roster = "; ".join(f"{k}: {', '.join(names) or 'none'}" for k, names in parts.items())
+            yield f"Case {case_name(roles.targets)} ({self.split} concepts). {roster}."
+            bare = ", ".join(name for name in roles.all if name not in _STYLES)
             if bare and "description" in self.families:
-                listed = ", ".join(bare)
-                notes.append(
-                    f"No prompts by description for {listed}: the world describes no object "
-                    "without its name."
-                )
+                reason = "the world describes no object without its name"
+                yield f"No prompts by description for {bare}: {reason}."
         if self.resolution != 64:
-            notes.append(
-                f"The world's pictures have 64 pixels and were scaled to {self.resolution}."
-            )
-        return notes
+            yield f"The world's pictures have 64 pixels and were scaled to {self.resolution}."
+
+
+@config
+class Personalize(WorldConcepts):
+    """Personalisation (MIMA, arXiv 2412.15320): objects and styles held out of MiniSD's training.
+    Nothing is erased.
+
+    A concept is called by its name; identifiers such as a rare token are the attacker's choice.
+    """
+
+    def check_role(self, key: str, role: str, name: str) -> None:
+        if name not in _HELD_OUT:
+            reason = f"MiniSD was trained on it, so it is not new to it; {nearest(name, _HELD_OUT)}"
+            raise UserError(key, name, reason)
+
+
+@config
+class Relearn(WorldConcepts):
+    """Re-learning after erasure (MIMA, arXiv 2412.15320; IMMA, arXiv 2311.18815).
+
+    Every concept of a case that MiniSD was trained on is erased, benign ones included: an erased
+    benign concept starts where the targets start, and only the immunization tells them apart.
+    Held-out concepts are learned for the first time. A style is erased to the photo of the same
+    object, an object to "a thing".
+    """
+
+    def check_role(self, key: str, role: str, name: str) -> None:
+        if role == "targets" and name in _HELD_OUT:
+            reason = "MiniSD never saw it, so it cannot be learned again; use scenario=personalize."
+            raise UserError(key, name, reason)
+
+    def erasures(self, roles: Roles) -> Iterator[Erasure]:
+        preserve = words.preserved(
+            rest(roles.all).objects, [s for s in STYLE_NAMES if s not in roles.all]
+        )
+        for name in roles.all:
+            if name in STYLE_NAMES:
+                yield words.style_erasure(name, preserve)
+            elif name not in _HELD_OUT:
+                yield words.object_erasure(name, preserve)

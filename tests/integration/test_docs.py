@@ -18,8 +18,9 @@ from doc_blocks import PAGES, ROOT, blocks
 from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
-from lab.scenarios.concept_entries import checked
+from lab.scenarios.concept_folders import ConceptFolders
 
 DOCS = ROOT / "docs"
 RUNNABLE = [
@@ -203,7 +204,7 @@ def test_commands_compose(page):
         if cfg.scenario.get(
             "concepts"
         ):  # composing alone does not see a list without a needed role
-            checked(cfg.scenario.concepts, Path("."))
+            ConceptFolders(concepts=OmegaConf.to_container(cfg.scenario.concepts))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)

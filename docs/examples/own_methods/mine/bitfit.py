@@ -2,16 +2,15 @@
 U-Net alone.
 """
 
-from dataclasses import dataclass
-
 from attacks.diffusion.attack import ConceptAttack, Moving
+from lab.core.config import Positive, config
 
 
-@dataclass(eq=False)
+@config
 class BitFit(ConceptAttack):
     """Options as in `attacks.diffusion.attack.ConceptAttack`."""
 
-    lr: float = 3e-3
+    lr: Positive = 3e-3
 
     def open(self, model, task, seed):
         """What moves on ``model``, a copy of the attacker's own: parameters by name, and what a

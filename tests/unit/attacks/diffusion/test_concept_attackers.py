@@ -21,14 +21,15 @@ from concept_examples import (
     task,
     unbroken,
 )
+from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from attacks.diffusion.attack import Moving
 from attacks.diffusion.curriculum import Curriculum
-from attacks.diffusion.data import Material
-from attacks.diffusion.lora import ConceptLora, absorb, inject, unet_layers
+from attacks.diffusion.lora import LAYERS, ConceptLora, adapters, find_layers, inject
 from attacks.diffusion.textual_inversion import TextualInversion
-from attacks.diffusion.trainer import Learner
+from attacks.diffusion.trainer import Material
+from lab.core.config import user_error
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator
 from lab.core.types import Attacker, Budget, same_weights
@@ -106,10 +107,6 @@ def test_resumed_equals_unbroken_bit_for_bit(name: str) -> None:
     assert_equal(interrupted(attackers()[name], 2 if name == "curriculum" else 1), unbroken(name))
 
 
-def test_another_seed_gives_other_numbers() -> None:
-    assert launch(attack("lora", families=()), seed=1).values != unbroken("lora").values
-
-
 @pytest.mark.parametrize("name", ["lora", "lora_text", "full_finetune"])
 def test_first_snapshot_is_the_models_own_generation(name: str) -> None:
     asked = unbroken(name).info["prompts"]["name"]
@@ -140,7 +137,7 @@ def test_first_step_against_autograd_by_hand(prior_weight: float) -> None:
         (task().train, "attack", 1.0),
         (task().prior, "attack prior", prior_weight),
     ):
-        batch = Material.of(net, [pictures.images], pictures.prompts).draw(
+        batch = Material.encode(net, [pictures.images], pictures.prompts).draw(
             4, net.timesteps, generator(0, label, task().name, 0)
         )
         text = net.text([pictures.prompts[row] for row in batch.rows])
@@ -150,17 +147,6 @@ def test_first_step_against_autograd_by_hand(prior_weight: float) -> None:
         torch.testing.assert_close(
             found.weights[f"unet.{name}"], p.detach() - 0.1 * p.grad, rtol=1e-4, atol=1e-6
         )
-
-
-@pytest.mark.parametrize("options", [{"optimizer": "sgd", "lr": 1e9}, {"lr": 1e4}])
-def test_absurd_rate_ends_as_diverged_with_the_finite_points(options: dict[str, Any]) -> None:
-    found = launch(attack("full_finetune", **options), budget=Budget(1, 14, at=()))
-    assert found.status == "diverged"
-    assert found.steps[0] == 0
-    assert len(found.steps) < 3
-    assert all(torch.isfinite(torch.tensor(v)).all() for v in found.values.values())
-    assert len(found.samples["name"]) == len(found.steps)
-    assert not found.weights
 
 
 def test_a_loss_that_exploded_ends_the_attack_and_the_option_says_from_where() -> None:
@@ -173,7 +159,7 @@ def test_a_loss_that_exploded_ends_the_attack_and_the_option_says_from_where() -
     first, *_, before, exploded, _ = lax.values["test_loss"]
     assert before < 5 * first < exploded
     assert (lax.status, lax.steps) == ("ok", [0, 1, 2, 3, 4])
-    assert (strict.status, strict.steps) == ("diverged", [0, 1, 2])
+    assert (strict.status, strict.steps, strict.weights) == ("diverged", [0, 1, 2], {})
 
 
 def test_a_model_that_is_broken_before_the_attack_says_so() -> None:
@@ -193,26 +179,19 @@ def test_half_precision_is_refused_where_it_would_be_trained() -> None:
     attack("lora").dry_open(half, target)
 
 
-def test_absorbed_adapters_predict_what_they_predicted() -> None:
+def test_merged_adapters_predict_what_they_predicted() -> None:
     net = model().copy()
     z, t, text = net.latents(2, 0, "z"), torch.tensor([10, 500]), net.text(["a fox", "a panda"])
-    found = inject(net.unet, unet_layers(net.unet, "all"), 2, 3.0, generator(0))
+    tuner = inject(net.unet, find_layers(net.unet, LAYERS["all"]), 2, 3.0, generator(0))
     with torch.no_grad():
-        for name, parameter in found.items():
+        for name, parameter in adapters(net.unet).items():
             parameter.normal_(std=0.2, generator=generator(1, name))
         before = net.predict(z, t, text)
-        absorb(net.unet)
+        tuner.merge_and_unload()
         after = net.predict(z, t, text)
     assert not torch.allclose(before, model().predict(z, t, text))
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     assert net.unet.state_dict().keys() == model().unet.state_dict().keys()
-
-
-def test_without_weights_the_trajectory_is_the_same() -> None:
-    found, kept = launch(attack("lora", keep_weights=False)), unbroken("lora")
-    assert not found.weights
-    assert kept.weights
-    assert (found.steps, found.values) == (kept.steps, kept.values)
 
 
 def test_schedules() -> None:
@@ -232,25 +211,6 @@ def test_curriculum_divides_the_steps_and_reports_what_all_stages_changed() -> N
         curriculum().plan(task(), Budget(2, 1))
 
 
-def test_every_stage_of_a_curriculum_explodes_from_its_own_first_loss(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    measured: list[str] = []
-    evaluate = Learner.evaluate
-
-    def counted(self: Learner, material: Any, label: str) -> float:
-        measured.append(f"{self.attack.name} {label}")
-        return evaluate(self, material, label)
-
-    monkeypatch.setattr(Learner, "evaluate", counted)
-    launch(curriculum())
-    assert [who for who in measured if who.endswith(" train")] == [
-        "c.related train",
-        "c.word train",
-        "c.target train",
-    ]
-
-
 def test_words_of_a_curriculum_are_added_once_and_spoken_whole() -> None:
     small: dict[str, Any] = {"batch_size": 4, "clip": None}
     word = TextualInversion(name="c.word", vectors=3, **small)
@@ -267,43 +227,13 @@ def test_words_of_a_curriculum_are_added_once_and_spoken_whole() -> None:
         twice.dry_open(model(), task())
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "key"),
-    [
-        ("lora", {"token": "zzz"}, "token"),
-        ("dreambooth", {"template": "name", "class_word": "dog"}, "class_word"),
-        ("custom_diffusion", {"template": "name", "initializer": "auto"}, "initializer"),
-    ],
-)
-def test_options_that_nothing_reads_are_refused(
-    name: str, options: dict[str, Any], key: str
-) -> None:
-    with pytest.raises(UserError, match=r"template=token only") as error:
-        attack(name, **options).check_unread()
-    assert error.value.key == f"attacks.{name}.{key}"
-    attack(name, **{**options, "template": "token"}).check_unread()
-    search = {"mode": "grid", "steps": 1, "space": {"template": ["name", "token"]}}
-    attack(name, **{**options, "search": search}).check_unread()
-
-
-OPTIONS: list[tuple[str, dict[str, Any], str]] = [
-    ("lora", {"lr": 0}, "lr"),
-    ("lora", {"optimizer": "adam"}, "optimizer"),
-    ("lora", {"rank": 0}, "rank"),
-    ("lora", {"targets": "attn1"}, "targets"),
-    ("lora", {"template": "style"}, "template"),
-    ("lora", {"batch_size": 0}, "batch_size"),
-    ("lora", {"augmentation": "rotate"}, "augmentation"),
-    ("lora", {"sampling": {"step": 3}}, "sampling.step"),
-    ("lora", {"sampling": {"steps": 0}}, "sampling.steps"),
-    ("lora", {"sampling": {"precision": "float16"}}, "sampling.precision"),
+OPTIONS = [
+    ("lora", {"search": {"steps": 3, "space": {"lr": []}}}, "search.space.lr"),
+    ("full_finetune", {"lr": 0}, "lr"),
     ("textual_inversion", {"template": "name"}, "template"),
-    ("textual_inversion", {"vectors": 0}, "vectors"),
-    ("dreambooth", {"class_word": 3}, "class_word"),
+    ("dreambooth", {"sampling": {"step": 3}}, "sampling.step"),
     ("custom_diffusion", {"initializer": ""}, "initializer"),
-    ("curriculum", {"stages": {}}, "stages"),
     ("curriculum", {"stages": {"a": {"attack": None}}}, "stages.a.attack"),
-    ("curriculum", {"stages": {"a": {"weight": 1}}}, "stages.a.weight"),
 ]
 
 
@@ -311,9 +241,9 @@ OPTIONS: list[tuple[str, dict[str, Any], str]] = [
 def test_options_that_cannot_work_name_their_key(
     name: str, options: dict[str, Any], key: str
 ) -> None:
-    with pytest.raises(UserError) as error:
+    with pytest.raises(ValidationError) as error:
         attack(name, **options)
-    assert error.value.key == f"attacks.{name}.{key}"
+    assert user_error(error.value, "attacks").key == f"attacks.{key}"
 
 
 def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
@@ -323,7 +253,7 @@ def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
         ({"template": "description"}, task(), "attacks.dreambooth.template"),
         ({"pictures": len(task().train) + 1}, task(), "attacks.dreambooth.pictures"),
         ({}, replace(task(), prior=nothing), "attacks.dreambooth.prior_weight"),
-        ({}, replace(task(), train=nothing), "scenario"),
+        ({}, replace(task(), train=nothing), "scenario.train"),
     ):
         with pytest.raises(UserError) as error:
             launch(attack("dreambooth", **options), what=what)
@@ -349,7 +279,7 @@ class Mine(ConceptLora):
         ),
         (
             lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "delta", dict),
-            r"\['x'\]: moves .* not depend on",
+            r"\['x'\]: the loss depends on none",
         ),
     ],
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from concept_examples import model, task
+from concept_examples import attack, model, task
 
-from attacks.diffusion.data import Material, prompts, variants
+from attacks.diffusion.trainer import ConceptLearner, Material, variants
 from lab.core.captions import captions, class_words, renamed
 from lab.core.data import CaptionedImages
 from lab.core.seeding import generator
@@ -39,11 +39,9 @@ def test_prompts_speak_of_the_token_where_training_does() -> None:
     concept = replace(
         task(), prompts={"name": ("a mosaic fox", "mosaic art"), "description": ("tiles",)}
     )
-    assert prompts(concept, "name", "token", "sks", 3) == ["a sks fox", "sks art", "a sks fox"]
-    assert prompts(concept, "name", "name", "sks", 1) == ["a mosaic fox"]
-    assert (
-        prompts(concept, "description", "token", "sks", 2) == ["sks, tiles"] * 2
-    )  # as captions without the words
+    lora = attack("lora", template="token", families=("name", "description"))
+    prompts = ConceptLearner(lora, model().copy(), concept, 1, 0).prompts(lora)
+    assert prompts == {"name": ["a sks fox", "sks art"], "description": ["sks, tiles"] * 2}
 
 
 def test_class_words_are_what_all_prior_captions_share() -> None:
@@ -77,27 +75,8 @@ def test_variants_keep_size_and_repeat_from_the_seed() -> None:
     assert not torch.equal(crops[1], variants(images, "crop", 1, "a")[1])
 
 
-def test_latents_are_the_models_own_and_pictures_of_another_size_fit() -> None:
-    images = task().train.images
-    mean, std = model().posterior(images)
-    torch.testing.assert_close(mean, model().to_latents(images))
-    assert (std > 0).all()
-    larger = torch.nn.functional.interpolate(images.float(), (48, 48)).to(torch.uint8)
-    assert model().posterior(larger)[0].shape == mean.shape
-
-
-def test_latents_of_half_precision_with_an_autoencoder_that_kept_float32() -> None:
-    half = model().copy()
-    half.unet.to(torch.bfloat16)
-    mean, std = half.posterior(task().train.images)
-    assert mean.dtype == std.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        mean.float(), model().posterior(task().train.images)[0], atol=0.05, rtol=0.05
-    )
-
-
 def test_draws_have_no_repeats_before_all_pictures_were_seen_and_cover_the_schedule() -> None:
-    material = Material.of(model(), [task().train.images], task().train.prompts)
+    material = Material.encode(model(), [task().train.images], task().train.prompts)
     drawn = material.draw(4, 1000, generator(0, "d"))
     assert sorted(drawn.rows) == [0, 1, 2, 3]
     assert len(material.draw(9, 1000, generator(0, "d")).rows) == 9

@@ -79,7 +79,8 @@ def variants(value):
             for other in variants(item):
                 yield {**value, key: other}
     elif isinstance(value, str):
-        yield {"harmful": "benign", "benign": "harmful"}.get(value, f"{value}!")
+        others = {"harmful": "benign", "benign": "harmful", "weights": "bfloat16"}
+        yield others.get(value, f"{value}!")
     else:
         yield value + 1
 

@@ -7,65 +7,47 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from pydantic import ValidationError
 from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case
 from tiny_sd import bang_tokenizer
 
 from attacks.diffusion.curriculum import Curriculum
-from attacks.diffusion.custom_diffusion import CustomDiffusion
 from attacks.diffusion.dreambooth import DreamBooth
 from attacks.diffusion.lora import ConceptLora
-from attacks.diffusion.textual_inversion import TextualInversion
 from eval.generation.utility import Utility
+from lab.core.config import OptionalPrompt, Prompt, Prompts, config, user_error
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
-from lab.core.prompts import check_case, texts
+from lab.core.prompts import check_case, text, texts
 from lab.models.erase import Uce
 from lab.runner.assemble import assemble, check_cases
-from lab.scenarios import concepts
 
 END = "<|endoftext|>"
 BAD = ("a\x00fox", "a fox\x07", "one\ntwo", "a \u202efox", "  ", 3, None)
 
-OPTIONS = {
-    "scenario.sampling.negative": lambda given: concepts.sampling({"negative": given}),
-    "attacks.lora.sampling.negative": lambda given: ConceptLora(
-        name="lora", sampling={"negative": given}
-    ),
-    "attacks.lora.token": lambda given: ConceptLora(name="lora", token=given),
-    "attacks.dreambooth.class_word": lambda given: DreamBooth(name="dreambooth", class_word=given),
-    "attacks.custom_diffusion.initializer": lambda given: CustomDiffusion(
-        name="custom_diffusion", initializer=given
-    ),
-    "attacks.textual_inversion.initializer": lambda given: TextualInversion(
-        name="textual_inversion", initializer=given
-    ),
-    "eval.utility.negative": lambda given: Utility(None, negative=given),
-    "eval.utility.compositions[1]": lambda given: Utility(None, compositions=["a fox", given]),
-    "erase.anchor": lambda given: Uce(anchor=given),
-}
+
+@config
+class Options:
+    line: Prompt = "x"
+    maybe: OptionalPrompt = ""
+    several: Prompts = ()
 
 
-@pytest.mark.parametrize("key", OPTIONS)
 @pytest.mark.parametrize("given", BAD, ids=repr)
-def test_an_option_that_is_no_prompt_is_refused_when_the_part_is_built(key, given) -> None:
-    if key == "erase.anchor" and given is None:
-        given = ""  # null takes the scenario's anchors
-    with pytest.raises(UserError, match=r"baseline character|at least one word") as caught:
-        OPTIONS[key](given)
-    assert caught.value.key == key
+def test_an_option_that_is_no_prompt_is_refused(given) -> None:
+    for options in ({"line": given}, {"maybe": given}, {"several": ["a fox", given]}):
+        with pytest.raises(ValidationError) as caught:
+            Options(**options)
+        assert user_error(caught.value, "part").key.startswith(f"part.{next(iter(options))}")
+    with pytest.raises(UserError, match=r"control character|at least one word"):
+        text("key", given)
 
 
-def test_what_stands_for_none_and_repeats_stay() -> None:
-    assert ConceptLora(name="lora", sampling={"negative": ""}).sampling.negative == ""
+def test_what_stands_for_none_and_single_prompts_are_taken() -> None:
+    assert Options(maybe="", several="a fox ").several == ("a fox",)
+    assert Options(several=["a fox", "a fox "]).several == texts("k", "a fox") == ("a fox",)
     assert DreamBooth(name="dreambooth", class_word="").expression(tiny_case().targets[0]) == "sks"
-    used = Utility(None, negative="", compositions=["red", "red"])
-    assert (used.negative, used.compositions) == ("", ("red", "red"))
-    assert Utility(None, compositions="a fox").compositions == ("a fox",)
-    assert texts("k", ["a fox ", "a fox"]) == ("a fox",)
-    for given in ([""], 3):
-        with pytest.raises(UserError, match=r"eval\.utility\.compositions"):
-            Utility(None, compositions=given)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 from tiny_sd import tiny_pipeline
 
@@ -18,7 +19,6 @@ from lab.models.erase import (
     aligned,
     encoded,
     keys_and_values,
-    position,
     right_factor,
     rows,
 )
@@ -130,39 +130,6 @@ def test_every_layout(layout, case):
     assert len(old) == 2 * sum(name.endswith("attn2") for name, _ in model.unet.named_modules())
 
 
-def moved(model, edited, text):
-    """Mean square of what the keys and values of rows ``text`` [n, d] changed by, over all
-    matrices.
-    """
-    new = keys_and_values(edited.unet)
-    parts = [
-        (text @ (new[name] - w).T).square().mean()
-        for name, w in keys_and_values(model.unet).items()
-    ]
-    return torch.stack(parts).mean()
-
-
-def test_erased_prompts_speak_like_their_anchors(model, case):
-    edited = erase(model, case, MOSAIC, NEON, ridge=0.01)
-    for erasure in (MOSAIC, NEON):
-        c, target = rows(model, erasure)
-        for name, w in keys_and_values(model.unet).items():
-            new = keys_and_values(edited.unet)[name]
-            assert (c @ new.T - target @ w.T).norm() < 0.75 * (c @ w.T - target @ w.T).norm()
-
-
-def test_preserved_prompts_move_less_and_less_with_their_weight(model, case):
-    kept = encoded(model, [*MOSAIC.preserve, "a lion"]).flatten(0, 1)
-    erased = torch.cat([rows(model, erasure)[0] for erasure in (MOSAIC, NEON)])
-    edited = [
-        erase(model, case, MOSAIC, NEON, ridge=0.01, preserve_weight=p) for p in (0, 0.3, 3, 30)
-    ]
-    drift = [moved(model, e, kept) for e in edited]
-    assert drift == sorted(drift, reverse=True)
-    assert drift[1] < moved(model, edited[1], erased)
-    assert drift[3] < 0.1 * moved(model, edited[3], erased)
-
-
 def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
     affects_all_stages = dataclasses.replace(MOSAIC, anchors=("a photo",) * 3)
     assert same_weights(
@@ -180,14 +147,6 @@ def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
     assert same_weights(
         erase(model, case, MOSAIC, preserve=99).unet, erase(model, case, MOSAIC).unet
     )
-    for options in ({"anchor": " "}, {"anchor": 3}, {"preserve": -1}, {"preserve": 1.5}):
-        with pytest.raises(UserError, match=next(iter(options))):
-            Uce(**options)
-
-
-def test_a_huge_ridge_leaves_the_model(model, case):
-    edited = erase(model, case, MOSAIC, ridge=1e15)
-    assert same_weights(edited, model)
 
 
 def test_no_erasure(model, case):
@@ -227,22 +186,6 @@ def test_rows_run_from_the_first_word_to_the_end_of_the_context(model):
     assert not torch.isclose(c, target).all(1).any()
 
 
-def test_same_prompt_as_anchor_changes_nothing(model, case):
-    same = dataclasses.replace(MOSAIC, anchors=MOSAIC.prompts)
-    c, target = rows(model, same)
-    assert torch.equal(c, target)
-    torch.testing.assert_close(erase(model, case, same).state_dict(), model.state_dict())
-
-
-def test_words_of_several_tokens_are_found_where_they_begin(model):
-    tokenizer = model.tokenizers[0]
-    ids = model.tokens(["a fox in the style of mosaic"])[0].tolist()
-    start = position("a fox in the style of mosaic", "style of mosaic", ids, tokenizer)
-    wanted = tokenizer("style of mosaic", add_special_tokens=False).input_ids
-    assert ids[start : start + len(wanted)] == wanted
-    assert position("a fox in the style of mosaic", "MOSAIC", ids, tokenizer) > start
-
-
 # ---- refused
 
 
@@ -261,8 +204,8 @@ def test_bad_input(model, case):
     refused("3 prompts and 1 anchors", change(MOSAIC, anchors=("a fox",)))
     refused("at least one prompt", change(MOSAIC, prompts=(), anchors=()))
     refused("special token", change(MOSAIC, anchors=("<|endoftext|>",) * 3))
-    refused("baseline character", change(MOSAIC, preserve=("a\tfox",)))
+    refused("control character", change(MOSAIC, preserve=("a\tfox",)))
     long = ("a fox " * 40 + "mosaic",)
     refused("beyond the context of 32 tokens", change(MOSAIC, prompts=long, anchors=("a fox",)))
-    refused("must be a number ≥ 0", MOSAIC, key="erase.preserve_weight", preserve_weight=-1)
-    refused("must be a number > 0", MOSAIC, key="erase.ridge", ridge=0)
+    with pytest.raises(ValidationError, match="ridge"):
+        Uce(ridge=0)

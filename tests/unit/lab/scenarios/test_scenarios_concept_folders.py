@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from pydantic import ValidationError
 from scenario_configs import CONF, config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
-from immunize.mima.method import Mima, MimaDeep
+from immunize.mima.method import Mima
+from lab.core.config import user_error
 from lab.core.errors import UserError
 from lab.core.types import Scenario
 from lab.minisd.world import folders
 from lab.runner.assemble import assemble
-from lab.scenarios.concept_folders import ConceptFolders, _sizes
+from lab.scenarios.concept_folders import ConceptFolders, Shares
 
 PAPER = ("relearn_art", "relearn_object", "personalize")
 
@@ -65,7 +65,8 @@ def folder_scenario(root, concepts=None, **options):
         "regularizers": 10,
     } | options
     return instantiate(
-        OmegaConf.merge(config("folder"), {"root": str(root), "concepts": concepts}, options)
+        OmegaConf.merge(config("folder"), {"root": str(root), "concepts": concepts}, options),
+        _convert_="all",
     )
 
 
@@ -170,26 +171,10 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
         for part in (case.task("few").own, case.task("few").train, case.task("few").reference)
     )
     (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
-    (practised,) = folder_scenario(root, [*listed()[:2], entry("few", "rehearsal")]).load(0).cases
-    preset = {
-        "attackers": {
-            "full": {"kind": "weights", "scopes": ["all"], "lr": 1e-3, "optimizer": "adamw"}
-        }
-    }
-    methods = (Mima(), MimaDeep(**preset, k_min=1, k_max=1, w_benign=1.0))
     if count == 4:
-        for method in methods:
-            method.check((case, practised))
-        return
-    for method in methods:
-        with pytest.raises(UserError, match="concept few has 1 picture"):
-            method.check((case,))
-    methods[0].check((practised,))  # it does not practise
-    with pytest.raises(
-        UserError, match=r"scenario=few: rehearsal concept few has 1 picture.*w_benign=0"
-    ):
-        methods[1].check((practised,))
-    replace(methods[1], w_benign=0.0).check((practised,))
+        return Mima().check((case,))
+    with pytest.raises(UserError, match="concept few has 1 picture"):
+        Mima().check((case,))
 
 
 @pytest.mark.parametrize("pool", ["keep", "unrelated"])
@@ -197,7 +182,7 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
 def test_captions_of_the_surroundings_are_prompts_too(root, pool, caption) -> None:
     rows = [{"text": text} for text in ("a tree", caption, "a house", "a hill")]
     folders.write(root / "odd", noise(4, 60), rows)
-    with pytest.raises(UserError, match=rf"scenario\.{pool}=.*baseline character"):
+    with pytest.raises(UserError, match=rf"scenario\.{pool}.*control character"):
         folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(
             0
         )
@@ -218,36 +203,17 @@ def test_empty_folder_missing_folder_and_shared_images(root) -> None:
         folder_scenario(root, listed(), keep="own").load(0)
 
 
-def test_unrelated_prompts_that_are_not_new(root) -> None:
-    folders.write(root / "dull", noise(4, 50), [{"text": "scene number 1"}] * 4)
-    with pytest.raises(UserError, match=r"scenario\.unrelated.*must be new"):
-        folder_scenario(root, listed(), keep="rest", unrelated="dull").load(0)
-
-
 BAD_ENTRIES = [
     ({"prompts": ["a photo of a dog"]}, r"concepts\[0\].prompts.*lacks the words 'rex'"),
-    ({"prompts": ["a photo of rexes"]}, "lacks the words"),
-    ({"prompts": []}, r"concepts\[0\].prompts"),
-    ({"prompts": None}, r"concepts\[0\].prompts"),
-    ({"prompts": ["rex\x07"]}, "baseline character"),
-    ({"prompts": ["rex \u202e"]}, "baseline character"),
-    ({"prompts": ["rex", " "]}, r"prompts\[1\]"),
     ({"descriptions": ["the dog Rex"]}, r"concepts\[0\].descriptions.*names 'rex'"),
     ({"reworded": ["a dog"]}, r"concepts\[0\].reworded.*lacks"),
     ({"reworded": ["a photo of rex"]}, "must be new"),
-    ({"role": "benign"}, r"concepts\[0\].role"),
-    ({"kind": "dog"}, r"concepts\[0\].kind"),
-    ({"name": None}, r"concepts\[0\].name"),
     ({"name": "../rex"}, r"concepts\[0\].name"),
-    ({"name": "mug", "words": "rex"}, r"concepts\[1\].name.*earlier"),
-    ({"name": "MUG", "words": "rex"}, r"concepts\[1\].name=mug.*earlier MUG"),
+    ({"name": "MUG", "words": "rex"}, r"concepts\[0\].name=MUG.*taken by mug"),
     ({"name": "猫", "words": "rex"}, r"concepts\[0\].name=猫: needs letters"),
-    ({"words": "mug", "prompts": ["mug"]}, r"concepts\[1\].words"),
-    ({"path": None}, r"concepts\[0\].path"),
-    ({"prompt": ["rex"]}, r"concepts\[0\].prompt\b.*prompts"),
+    ({"words": "mug", "prompts": ["mug"]}, r"concepts\[0\].words"),
     ({"erase": True}, r"concepts\[0\].anchor"),
     ({"erase": True, "anchor": "not Rex"}, "another meaning"),
-    ({"erase": "yes"}, r"concepts\[0\].erase"),
     ({"anchor": "dog"}, "erase: true only"),
     ({"role": "other"}, "no role: target"),
 ]
@@ -255,45 +221,41 @@ BAD_ENTRIES = [
 
 @pytest.mark.parametrize(("more", "message"), BAD_ENTRIES, ids=lambda v: str(v)[:60])
 def test_bad_entries_are_explained(more, message) -> None:
+    first, *others = listed()
     with pytest.raises(UserError, match=message):
-        ConceptFolders(
-            concepts=[
-                entry("rex", "target") | more,
-                entry("mug", "other"),
-                entry("hat", "rehearsal"),
-            ]
-        )
+        ConceptFolders(concepts=[first | more, *others])
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "key"),
     [
-        ({"concepts": None}, "scenario.concepts.*list of"),
-        ({"concepts": []}, "scenario.concepts"),
-        ({"concepts": {"a": 1}}, "scenario.concepts"),
-        ({"concepts": ["rex"]}, r"concepts\[0\]"),
-        ({"concepts": listed()[:1]}, "no role: other"),
-        ({"shares": {"own": 0.5}}, "scenario.shares.*not 1"),
-        ({"shares": {"own": 0}}, "scenario.shares.own"),
-        ({"shares": {"test": 0.5}}, "scenario.shares.test"),
-        ({"resolution": 100}, "scenario.resolution"),
-        ({"keep": 3}, "scenario.keep"),
-        ({"keep_pictures": 0}, "scenario.keep_pictures"),
-        ({"captions": "/nowhere/captions.txt"}, "scenario.captions"),
-        ({"captions": []}, "scenario.captions"),
-        ({"regularizer_templates": "x"}, "regularizer_templates"),
+        ({"concepts": None}, "concepts"),
+        ({"concepts": [entry("rex", "target", prompt=["rex"])]}, "concepts.0.prompt"),
+        (
+            {"concepts": [entry("rex", "target", descriptions=["a \x07"])]},
+            "concepts.0.descriptions.0",
+        ),
+        ({"shares": {"own": 0.5}}, "shares"),
+        ({"resolution": 100}, "resolution"),
     ],
     ids=lambda v: str(v)[:40],
 )
-def test_bad_folder_options_are_explained(options, message) -> None:
-    with pytest.raises(UserError, match=message):
+def test_an_option_that_is_refused_names_its_key(options, key) -> None:
+    with pytest.raises(ValidationError) as caught:
         ConceptFolders(**{"concepts": listed(), **options})
+    assert user_error(caught.value, "scenario").key == f"scenario.{key}"
+
+
+@pytest.mark.parametrize("captions", ["/nowhere/captions.txt", []])
+def test_captions_that_are_missing_are_explained(captions) -> None:
+    with pytest.raises(UserError, match=r"scenario\.captions"):
+        ConceptFolders(concepts=listed(), captions=captions)
 
 
 @pytest.mark.parametrize("total", [3, 4, 5, 7, 20, 101])
 @pytest.mark.parametrize("shares", [(0.3, 0.3, 0.4), (0.98, 0.01, 0.01), (0.01, 0.98, 0.01)])
 def test_every_part_gets_an_image(total, shares) -> None:
-    sizes = _sizes(total, shares)
+    sizes = Shares(**dict(zip(("own", "train", "reference"), shares, strict=True))).cut(total)
     assert sum(sizes) == total
     assert min(sizes) >= 1
     assert sizes[0] >= (2 if total > 3 else 1)  # an immunizer needs two
@@ -305,23 +267,22 @@ def test_paper_presets_hold_the_published_settings(name, tmp_path) -> None:
     with pytest.raises(
         InstantiationException, match=r"scenario\.captions=.*captions\.txt: cannot be read"
     ):
-        instantiate(OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}))
+        instantiate(
+            OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}),
+            _convert_="all",
+        )
     (tmp_path / "captions.txt").write_text("a quiet street\n")
     scenario = instantiate(
-        OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)})
+        OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}), _convert_="all"
     )
-    assert scenario.captions == ("a quiet street",)
-    assert scenario.pools == {"keep": tmp_path / "keep", "unrelated": None}
-    assert [e.role for e in scenario.entries].count("target") == 2
-    assert (scenario.resolution, scenario.sizes["regularizers"], scenario.sizes["keep"]) == (
-        512,
-        200,
-        200,
-    )
+    assert scenario.lines == ("a quiet street",)
+    assert (scenario.keep, scenario.unrelated) == ("keep", None)
+    assert [e.role for e in scenario.concepts].count("target") == 2
+    assert (scenario.resolution, scenario.regularizers, scenario.keep_pictures) == (512, 200, 200)
     assert {preset.budget.horizon * times for times in (1, 2, 5)} <= set(preset.budget.at)
     assert len(preset.budget.at) >= 8
-    erased = [e.name for e in scenario.entries if e.anchor is not None]
-    assert len(erased) == (0 if name == "personalize" else len(scenario.entries))
+    erased = [e.name for e in scenario.concepts if e.erase]
+    assert len(erased) == (0 if name == "personalize" else len(scenario.concepts))
     assert preset.immunize.inner_loop.lr == 5e-6
     assert dict(preset.immunize.merge) == {"lam": 0.0, "mu": 0.0}
     assert preset.immunize.lr == (2e-5 if name == "personalize" else 3e-5)
