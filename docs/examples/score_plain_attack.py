@@ -21,12 +21,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from eval.generation.generations import DETECTED, FAMILY, Cell, EvaluatedRun, Reading
-from eval.generation.relearning import ratio_of, ratio_score, steps_score
-from eval.generation.scoring import Scorers, detector_of
+from eval.generation.evaluated_run import (
+    DETECTED,
+    FAMILY,
+    ConceptCell,
+    EvaluatedAttack,
+    EvaluatedRun,
+)
+from eval.generation.relearning import model_steps_score, ratio_of, ratio_score
+from eval.generation.scoring import ScorerSet, detector_of
+from eval.stats.verdict_rule import figure_text
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
-from lab.core.types import BASELINE, Budget
+from lab.core.types import BASELINE, Budget, Score
 
 ATTACK, IMMUNIZED = "lora", "immunized"
 
@@ -77,57 +84,54 @@ def pictures(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
 
 
-def board_of(given: argparse.Namespace, scorers: Scorers) -> EvaluatedRun:
+def evaluate(given: argparse.Namespace, scorers: ScorerSet) -> EvaluatedRun:
     """The plain attacks as `eval.generation.relearning` takes them."""
     steps = steps_of(given.baseline[0])
-    board = EvaluatedRun((BASELINE, IMMUNIZED), (ATTACK,), Budget(steps[-1], 1, at=steps))
+    evaluated = EvaluatedRun((BASELINE, IMMUNIZED), (ATTACK,), Budget(steps[-1], 1, at=steps))
     detector = detector_of(scorers, "scorers")
     for model_name, folders in ((BASELINE, given.baseline), (IMMUNIZED, given.immunized)):
         for seed, folder in enumerate(folders):
-            cell = Cell(seed, "plain", given.concept)
+            cell = ConceptCell(seed, "plain", given.concept)
             shown = [
                 detector.detects(pictures(folder / f"step_{s:05d}"), given.concept).double()
                 for s in steps
             ]
-            board.roles[cell] = "harmful"
+            evaluated.roles[cell] = "harmful"
             values = {DETECTED: torch.stack(shown).cpu().numpy()}
-            board.readings[cell, model_name, ATTACK, FAMILY] = Reading(values, len(steps), "ok")
-    return board
+            result = EvaluatedAttack(values, len(steps), "ok")
+            evaluated.results[cell, model_name, ATTACK, FAMILY] = result
+    return evaluated
 
 
-def told(name: str, score: object) -> str:
-    low, high = getattr(score, "low", None), getattr(score, "high", None)
-    span = "" if low is None or high is None else f" [{low:.3g}, {high:.3g}]"
-    value, note = getattr(score, "value", None), getattr(score, "note", None)
-    return f"{name}: {'–' if value is None else f'{value:.3g}'}{span}" + (
-        f" ({note})" if note else ""
-    )
+def told(name: str, score: Score) -> str:
+    return f"{name}: {figure_text(score)}" + (f" ({score.note})" if score.note else "")
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = options(arguments)
     scorers = instantiate(OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml"))
     try:
-        board = board_of(given, scorers)
+        evaluated = evaluate(given, scorers)
     except UserError as error:  # a concept that the detector does not know
         sys.exit(f"error: {error}")
-    cells = list(board.roles)
-    for model_name in board.model_names:
+    cells = list(evaluated.roles)
+    for model_name in evaluated.model_names:
         shares = np.mean(
-            [board.at(cell, model_name, ATTACK).values[DETECTED].mean(1) for cell in cells], 0
+            [evaluated.at(cell, model_name, ATTACK).values[DETECTED].mean(1) for cell in cells], 0
         )
         line = ", ".join(
-            f"{step}: {100 * share:.0f} %" for step, share in zip(board.plan, shares, strict=True)
+            f"{step}: {100 * share:.0f} %"
+            for step, share in zip(evaluated.plan, shares, strict=True)
         )
         print(f"{model_name:<9}  {given.concept} shown at step {line}")
-    for model_name in board.model_names:
+    for model_name in evaluated.model_names:
         print(
             told(
                 f"steps to relearn, {model_name}",
-                steps_score(board, cells, model_name, given.threshold, "neutral"),
+                model_steps_score(evaluated, cells, model_name, given.threshold, "neutral"),
             )
         )
-    ratios = [ratio_of(board, cell, given.threshold) for cell in cells]
+    ratios = [ratio_of(evaluated, cell, given.threshold) for cell in cells]
     print(told(f"steps_to_relearn_ratio_{given.concept}", ratio_score(ratios, "higher")))
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from functools import partial
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
 from lab.core.errors import UserError, nearest
 
@@ -22,10 +22,20 @@ _SETTINGS = ConfigDict(
     extra="forbid", allow_inf_nan=False, arbitrary_types_allowed=True, validate_default=True
 )
 
-config = partial(dataclass, config=_SETTINGS, kw_only=True, eq=False)
-"""Decorator of a method: keyword options, checked; two methods stay different objects."""
-options = partial(dataclass, config=_SETTINGS, kw_only=True, frozen=True)
-"""Decorator of a group of options inside a method; compared by value."""
+Class = TypeVar("Class", bound=type)
+
+
+@dataclass_transform(kw_only_default=True)
+def config(cls: Class) -> Class:
+    """Make a method of ``cls``: keyword options, checked; two methods stay different objects."""
+    return dataclass(cls, config=_SETTINGS, kw_only=True, eq=False)  # type: ignore[return-value]
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def options(cls: Class) -> Class:
+    """Make a group of options of ``cls``: frozen, compared by value."""
+    return dataclass(cls, config=_SETTINGS, kw_only=True, frozen=True)  # type: ignore[return-value]
+
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 Index = Annotated[int, Field(strict=True, ge=0)]

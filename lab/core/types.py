@@ -245,6 +245,15 @@ class Score:
     bound: Literal["lower", "upper"] | None = None  # ``value`` is a limit: the true one lies beyond
 
 
+@dataclass
+class SeedScore(Score):
+    """A score that still knows its value in every seed, in the run's order, so that two runs can be
+    paired.
+    """
+
+    per_seed: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class ImageGrid:
     """Pictures uint8 [rows, columns, 3, s, s] with a label for every row and column."""
@@ -279,6 +288,7 @@ class RunView(Protocol):
     attacks: tuple[str, ...]
     seeds: tuple[int, ...]
     budget: Budget
+    diverged: dict[tuple[str, int], Any]  # (case, seed) → error of an immunization that diverged
 
     def cases(self, seed: int) -> tuple[AnyCase, ...]:
         """Cases of ``seed`` whose immunization did not diverge."""
@@ -296,7 +306,7 @@ class RunView(Protocol):
         budget.
         """
 
-    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors of a metric that other runs share, from the stage cache: ``key`` names all that
         determines them.
         """

@@ -18,7 +18,6 @@ from lab.core.data import ConceptCase, ScenarioData
 from lab.core.errors import Diverged, UserError, with_config_key
 from lab.core.fingerprint import beside_weights, fingerprint, unpainted
 from lab.core.provenance import computing
-from lab.core.statistics import SeedScore
 from lab.core.types import (
     BASELINE,
     AnyCase,
@@ -27,6 +26,7 @@ from lab.core.types import (
     Model,
     Score,
     Scores,
+    SeedScore,
     Trajectory,
     clone,
 )
@@ -305,7 +305,7 @@ class Pipeline:
             parts[part][rest] = tensor
         return Trajectory(**parts, **found.values)
 
-    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = stage_key(kept=key, computing=computing())
         artifact, _ = self.store.get("eval", joined, lambda _: Artifact(tensors=compute()))
         return artifact.tensors

@@ -117,10 +117,10 @@ def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
         del kept["lr_trials"]
     merged = OmegaConf.merge(node, kept)
     if not objects:
-        return instantiate(merged)
+        return instantiate(merged, _convert_="all")
     for key in objects:  # Hydra would turn the objects into options
         del merged[key]
-    return instantiate(merged, _partial_=True)(**objects)
+    return instantiate(merged, _partial_=True, _convert_="all")(**objects)
 
 
 def _searches(node: Any) -> bool:
@@ -262,6 +262,7 @@ class _ManyCases:
 
     immunizer, model_names, attacks = "kappa", (BASELINE, "kappa"), ("probe",)
     seeds, scenario, budget = (0, 1, 2), "fake", probes.BUDGET
+    diverged: dict[tuple[str, int], Any] = {}
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         def task(number: int, name: str, role: Any) -> Any:

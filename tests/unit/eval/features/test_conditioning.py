@@ -178,7 +178,7 @@ def test_least_protected_of_several_harmful_tasks_counts() -> None:
 
 
 def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
-    scores = Conditioning("conditioning_ridge", definition="ridge", ridge=1.0)(fake())
+    scores = Conditioning(name="conditioning_ridge", definition="ridge", ridge=1.0)(fake())
     assert all(n.endswith("_ridge") for n in (*scores.metrics, *scores.tables))
     x = random_data(0)
     expected = float(torch.linalg.cond(x.T @ x + EYE))

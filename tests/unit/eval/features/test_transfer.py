@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import pytest
 import torch
 from fake_run import decay, linear, task
+from pydantic import ValidationError
 
 from eval.features.transfer import Transfer
 from lab.core.data import Case
@@ -29,6 +31,7 @@ class Run:
     seeds = (0, 1, 2)
     scenario = "fake"
     budget = BUDGET
+    diverged: ClassVar[dict] = {}
 
     def cases(self, seed):
         eye = torch.eye(2, dtype=torch.float64)
@@ -79,7 +82,7 @@ def test_a_constant_angle_cannot_predict():
 def test_bad_input():
     with pytest.raises(UserError, match="at least 8 cases"):
         Transfer()(Run(scales=SCALES[:7]))
-    with pytest.raises(UserError, match=r"eval\.transfer\.draws"):
+    with pytest.raises(ValidationError, match="draws"):
         Transfer(draws=10)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 from fake_generations import Detector, FakeRun, FakeScorers, Painter, case, faithful, shares
+from pydantic import ValidationError
 
 from eval.generation.concept_verdict import ConceptVerdict
 from lab.core.errors import UserError
@@ -23,7 +24,7 @@ def world(target=HELD, other=BASELINE_RUN, paint=faithful, **kwargs) -> FakeRun:
 
 
 def scores(run, scorers=None, **kwargs):
-    return ConceptVerdict(scorers or FakeScorers(), **{"count": 8} | kwargs)(run)
+    return ConceptVerdict(scorers=scorers or FakeScorers(), **{"count": 8} | kwargs)(run)
 
 
 def failed(found):
@@ -35,15 +36,15 @@ def test_protection_that_keeps_the_rest_passes():
     assert failed(found) == []
     assert found.metrics["verdict"].value == 1.0
     assert found.metrics["verdict_share"].value == 1.0
-    assert "targets held back" in found.metrics["verdict"].note
-    assert "benign side kept" in found.metrics["verdict"].note
+    assert found.metrics["verdict"].note.startswith("harmful side passes: ")
+    assert "benign side passes: " in found.metrics["verdict"].note
 
 
 def test_no_immunity_fails_on_the_targets():
     found = scores(world(target=BASELINE_RUN))
     assert found.metrics["verdict"].value == 0.0
     assert len(failed(found)) == 4
-    assert found.metrics["verdict"].note.startswith("targets not held back")
+    assert found.metrics["verdict"].note.startswith("harmful side fails")
     assert found.metrics["verdict_share"].value == 0.0
 
 
@@ -53,7 +54,7 @@ def test_a_broken_model_scores_on_the_targets_and_fails():
     rows = {row["check"]: row for row in found.tables["verdict"]}
     assert all(row["passed"] for row in rows.values() if row["side"] == "harmful")
     assert found.metrics["verdict"].value == 0.0
-    assert "benign side damaged" in found.metrics["verdict"].note
+    assert "benign side fails" in found.metrics["verdict"].note
 
 
 def test_each_benign_check_alone_can_fail_the_verdict():
@@ -236,16 +237,9 @@ def test_seeds_label_the_verdict():
     assert not any(row["sure"] for row in found.tables["verdict"])
 
 
-def test_wrong_options_name_their_key():
-    for wrong in (
-        {"min_steps_ratio": 0.5},
-        {"min_worst_steps_ratio": 0.5},
-        {"max_detection_drop": 0},
-        {"min_asr_reduction": 2},
-        {"count": 0},
-    ):
-        with pytest.raises(UserError, match=r"eval\.concept_verdict\."):
-            ConceptVerdict(FakeScorers(), **wrong)
+def test_wrong_options_are_refused():
+    with pytest.raises(ValidationError, match="max_detection_drop"):
+        ConceptVerdict(scorers=FakeScorers(), max_detection_drop=0)
     with pytest.raises(UserError, match="needs a detector"):
         scores(world(), FakeScorers(detector=None))
 

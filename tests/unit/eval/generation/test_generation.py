@@ -1,6 +1,7 @@
 """SGR, RSGR and their kin on pictures whose similarities are known by hand."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -16,22 +17,21 @@ from fake_generations import (
     attack,
     case,
     colours,
-    concept,
     flat,
     tilted,
     world,
 )
+from pydantic import ValidationError
 from scipy.integrate import trapezoid
 
-from eval.generation.generations import area, marks, prompts_of
-from eval.generation.scoring import PAIRS, alike
-from eval.generation.similarity import Generation
-from lab.core.errors import UserError
+from eval.generation.evaluated_run import area, marks
+from eval.generation.scoring import PAIRS, in_turn, similarity_of_pairs
+from eval.generation.similarity import Generation, training_curves
 from lab.core.types import BASELINE, Budget, Trajectory
 
 
 def metrics(run, **kwargs):
-    return Generation(FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
+    return Generation(scorers=FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
 
 
 def test_the_snapshots_that_are_reported():
@@ -110,7 +110,7 @@ def test_every_model_name_counts_under_its_own_best_attacker():
     in both models.
     """
     best, poor = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(0.0, 0.0, 0.6, 0.6, 0.6)
-    scores = Generation(FakeScorers(), similarities=["clip"])(
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(
         by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
     )
     assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
@@ -121,17 +121,6 @@ def test_every_model_name_counts_under_its_own_best_attacker():
     rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
     assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each model": 0.0})
     assert scores.curves["msgr_clip"]["mima"][1:] == pytest.approx([0.0] * 4)
-
-
-def test_the_best_attacker_is_chosen_anew_at_every_point():
-    early, late = flat(0.0, 0.8, 0.8, 0.8, 0.8), flat(0.0, 0.0, 0.6, 1.0, 1.0)
-    found = metrics(
-        by_attack({"early": early, "late": late}, {"early": flat(*[0.0] * 5), "late": late})
-    )
-    assert found["msgr_clip"].value == pytest.approx(
-        0.25
-    )  # early 0.8 on the baseline, late 0.6 immunized
-    assert found["msgr_clip_2x"].value == pytest.approx(0.0)
 
 
 def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures():
@@ -204,7 +193,7 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     assert {"mrsgr_features_auc", "mrsgr_feature_lpips", "mrsgr_feature_lpips_2x"} <= set(found)
     assert "mrsgr_feature_lpips_auc" not in found  # not every snapshot is compared
     assert not any(score.value != score.value for score in found.values())
-    lpips = Generation(FakeScorers(lpips=Perceptual()), similarities=["lpips"])(
+    lpips = Generation(scorers=FakeScorers(lpips=Perceptual()), similarities=["lpips"])(
         FakeRun(make)
     ).metrics
     assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(
@@ -220,8 +209,10 @@ def test_pictures_are_compared_by_their_number(count):
             return images, (images.double() - references.double()).abs().mean((1, 2, 3))
 
     a = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    found = alike(FakeScorers(features=Numbers()), "feature_lpips", a, torch.zeros_like(a))
-    assert found == pytest.approx(1 - np.arange(count) / 2)
+    found = similarity_of_pairs(
+        FakeScorers(features=Numbers()), "feature_lpips", a, torch.zeros_like(a)
+    )
+    assert found.numpy() == pytest.approx(1 - np.arange(count) / 2)
 
 
 def test_without_other_concepts_rsgr_says_so():
@@ -240,7 +231,7 @@ def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
 
 def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     broken = HELD | {"mosaic": flat(0.0, 0.0, status="diverged")}
-    scores = Generation(FakeScorers(), similarities=["clip"])(world(broken))
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(world(broken))
     found = scores.metrics
     for name in ("sgr_clip_mosaic", "msgr_clip", "msgr_clip_2x", "sgr_clip_worst"):
         assert found[name].value == pytest.approx(0.0), name
@@ -263,18 +254,6 @@ def test_a_diverged_attack_keeps_what_it_had_shown():
     """It had learned more than the baseline before it failed: that counts on."""
     ahead = metrics(world(HELD | {"mosaic": flat(0.0, 1.0, status="diverged")}))
     assert ahead["sgr_clip_mosaic"].value == pytest.approx((0.8 - 1.0) / 0.8)
-
-
-def test_a_weak_attack_that_ran_does_not_stand_for_a_strong_one_that_diverged():
-    learned, weak = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(*[0.0] * 5)
-    run = by_attack(
-        {"lora": learned, "weak": weak}, {"lora": flat(0.0, status="diverged"), "weak": weak}
-    )
-    found = metrics(run)
-    assert found["msgr_clip"].value == pytest.approx(0.0)
-    assert found["sgr_benign_clip"].value == pytest.approx(
-        1.0
-    )  # the benign user is left with the weak one
 
 
 def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
@@ -309,11 +288,6 @@ def test_the_other_concept_that_lost_most_is_named():
     assert found["sgr_benign_clip_worst"].better == "lower"
 
 
-def test_a_case_whose_immunization_diverged_is_counted():
-    run = world(HELD, case_list=(case("a"), case("b")), diverged={("b", 1): {}})
-    assert "1 of 6 cases diverged and are left out" in metrics(run)["msgr_clip"].note
-
-
 def test_clip_t_and_prompt_families():
     run = world(HELD, case_list=(case(families=("name", "reworded")),))
     inner = run.trajectories
@@ -333,11 +307,11 @@ def test_clip_t_and_prompt_families():
     assert found["msgr_clip"].value == pytest.approx(0.125)
     # prompts in turn: "a mosaic" is red, "green" green; a picture at 0.8 has cosines 0.8 and 0.6
     assert found["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
-    assert prompts_of(concept("x", "harmful"), "name", 3) == ["a x", "green", "a x"]
+    assert in_turn(("a x", "green"), 3) == ["a x", "green", "a x"]
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
-    scores = Generation(FakeScorers(), similarities=["clip"])(world(HELD))
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(world(HELD))
     curve = scores.curves["similarity_clip_neon"]
     assert curve["step"] == [0.0, 10.0, 20.0, 40.0, 80.0]
     assert curve["none"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
@@ -365,7 +339,7 @@ def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
 
 
 def test_grids_show_references_and_both_model_names():
-    grid = Generation(FakeScorers(), similarities=["clip"], pictures=3)(world(HELD)).images[
+    grid = Generation(scorers=FakeScorers(), similarities=["clip"], pictures=3)(world(HELD)).images[
         "generations_mosaic"
     ]
     assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
@@ -373,10 +347,6 @@ def test_grids_show_references_and_both_model_names():
     assert grid.rows[:3] == ("reference", "none, step 0", "none, step 20")
     assert torch.equal(grid.images[0, 2], colours(RED)[0])
     assert torch.equal(grid.images[grid.rows.index("mima, step 20"), 0], colours(tilted(0.6))[0])
-
-
-def test_no_grids_on_request():
-    assert Generation(FakeScorers(), similarities=["clip"], pictures=0)(world(HELD)).images == {}
 
 
 def test_empty_sets_are_errors():
@@ -390,12 +360,23 @@ def test_empty_sets_are_errors():
         metrics(world(HELD, case_list=(empty,)))
 
 
-def test_wrong_options_name_their_key():
-    for wrong in (
-        {"similarities": ["dino"]},
-        {"similarities": []},
-        {"similarities": ["clip", "clip"]},
-        {"preprocessing": "old"},
-    ):
-        with pytest.raises(UserError, match=r"eval\.generation\."):
-            Generation(FakeScorers(), **wrong)
+@pytest.mark.parametrize("wrong", [["dino"], [], ["clip", "clip"]])
+def test_wrong_similarities_are_refused(wrong):
+    with pytest.raises(ValidationError, match="similarities"):
+        Generation(scorers=FakeScorers(), similarities=wrong)
+
+
+def test_what_was_logged_becomes_curves_over_seeds_without_holes():
+    nan = math.nan
+    first = {"step": [0, 1, 2, 3], "upper_loss": [1.0, 2.0, 3.0, nan], "cosine": [nan] * 4}
+    second = {"step": [0, 1, 2, 3], "upper_loss": [3.0, nan, 5.0, nan]}
+    curves = training_curves(FakeRun(seeds=(0, 1), logged={0: first, 1: second}))
+    assert list(curves) == ["immunize_upper_loss"]
+    assert curves["immunize_upper_loss"]["step"] == [0, 1, 2]
+    # 4 at the step that the second one left out
+    assert curves["immunize_upper_loss"]["mima"] == pytest.approx([2.0, 3.0, 4.0])
+    steps = list(range(500))
+    logged = {0: {"step": steps, "prior_loss": [float(s) for s in steps]}}
+    curve = training_curves(FakeRun(seeds=(0,), logged=logged))["immunize_prior_loss"]
+    assert len(curve["step"]) == 60
+    assert (curve["step"][0], curve["step"][-1]) == (0, 499)
