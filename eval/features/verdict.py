@@ -5,7 +5,6 @@ not.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from functools import partial
 from typing import Annotated, ClassVar
 
@@ -70,12 +69,7 @@ class Verdict(MetricDefaults):
     def __call__(self, run: RunView) -> Scores:
         run = load_run(run, trajectories=True)
         return verdict_scores(
-            run,
-            self._checks(run),
-            lambda seed, case: [
-                replace(check, figure=replace(check.figure, bound=None))
-                for check in self._checks(one_case(run, seed, case))
-            ],
+            run, self._checks(run), lambda seed, case: self._checks(one_case(run, seed, case))
         )
 
     def _checks(self, run: RunView) -> list[Check]:

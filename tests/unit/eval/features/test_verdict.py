@@ -12,7 +12,7 @@ from fake_run import (
 
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
-from lab.core.types import BASELINE, Trajectory
+from lab.core.types import BASELINE, Budget, Trajectory
 
 # verdict
 
@@ -205,3 +205,25 @@ def test_a_diverged_case_fails_the_verdict_and_counts_in_the_share() -> None:
     )
     assert metrics["verdict_share"].value == pytest.approx((1 + 0.5 + 1) / 3)
     assert 0 <= metrics["verdict_share"].low <= metrics["verdict_share"].high <= 1
+
+
+def test_a_short_budget_counts_the_same_limits_in_the_share_as_in_the_verdict() -> None:
+    """With budget.multiple=1 the benign target of the baseline's last step is not met: open."""
+    budget = Budget(20, 1, 20)
+
+    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
+        baseline = {"harmful": 0.01, "benign": 0.8}  # the harmful target is met long before
+        rate = {"harmful": 0.6, "benign": 0.81}[role]
+        return decay(baseline[role] if model_name == BASELINE else rate, budget.snapshots())
+
+    scores = Verdict()(fake(trajectories=make, budget=budget))
+    slow = [row for row in scores.tables["verdict"] if "steps to" in row["check"]]
+    assert [(row["value"] >= 1, row["bound"], row["passed"]) for row in slow] == [
+        (True, "lower", True),
+        (True, "lower", True),
+        (True, "lower", False),
+        (True, "lower", False),
+    ]
+    assert scores.metrics["verdict"].value == 0
+    assert scores.metrics["verdict_share"].value == 0
+    assert "benign side inconclusive" in str(scores.metrics["verdict"].note)
