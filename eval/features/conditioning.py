@@ -12,7 +12,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from eval.stats.aggregate import (
@@ -43,6 +43,7 @@ from lab.core.condition import (
 )
 from lab.core.config import Count, NonNegative, Text, config
 from lab.core.data import Case, Kind, Role, Task
+from lab.core.errors import UserError
 from lab.core.types import BASELINE, FeatureModel, RunView, Score, Scores
 from lab.models.activations import digest, features
 
@@ -193,11 +194,10 @@ class Conditioning(MetricDefaults):
     groups: Count = 20
     size: Annotated[int, Field(strict=True, ge=2)] = 100
 
-    @model_validator(mode="after")
-    def _ridge_is_positive(self) -> Conditioning:
+    def __post_init__(self) -> None:
         if self.definition == "ridge" and not self.ridge:
-            raise ValueError("ridge must be > 0 with definition=ridge")
-        return self
+            key = f"eval.{self.name}.ridge"
+            raise UserError(key, self.ridge, "must be > 0 with definition=ridge.")
 
     def __call__(self, run: RunView) -> Scores:
         measured = _Measured()

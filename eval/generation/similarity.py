@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import SkipValidation, model_validator
+from pydantic import SkipValidation
 
 from eval.generation.evaluated_run import (
     BETWEEN,
@@ -48,6 +48,7 @@ from eval.stats.intervals import (
 )
 from lab.core.config import Index, Text, config
 from lab.core.data import ConceptCase, Kind, Role
+from lab.core.errors import UserError
 from lab.core.slugs import slug
 from lab.core.types import BASELINE, ImageGrid, RunView, Score, Scores
 
@@ -113,11 +114,11 @@ class Generation(MetricDefaults):
     preprocessing: Literal["standard", "legacy"] = "standard"
     pictures: Index = 8
 
-    @model_validator(mode="after")
-    def _similarities_differ(self) -> Generation:
+    def __post_init__(self) -> None:
         if not self.similarities or len(set(self.similarities)) < len(self.similarities):
-            raise ValueError("similarities must be a list of different names, e.g. [clip]")
-        return self
+            key = f"eval.{self.name}.similarities"
+            fix = "must be a list of different names, e.g. [clip]."
+            raise UserError(key, list(self.similarities), fix)
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Score one image by every network. Raises as `eval.generation.scoring.check_scorers`."""

@@ -14,6 +14,7 @@ from eval.features.convergence import Convergence
 from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
+from lab.core.errors import UserError
 from lab.core.types import BASELINE, RunMetric, Scores
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -66,7 +67,6 @@ def test_every_config_builds_a_metric(path: Path) -> None:
     ("metric", "option", "value"),
     [
         (Conditioning, "definition", "rnak"),
-        (Conditioning, "definition", "ridge"),  # needs ridge > 0
         (Geometry, "energy", 0.0),
         (Convergence, "rfd_smallest", 0.0),
         (ProbeAccuracy, "target_share", 2.0),
@@ -76,6 +76,11 @@ def test_every_config_builds_a_metric(path: Path) -> None:
 def test_wrong_options_are_refused(metric, option: str, value: object) -> None:
     with pytest.raises(ValidationError, match=option):
         metric(**{option: value})
+
+
+def test_a_ridge_needs_its_size() -> None:
+    with pytest.raises(UserError, match=r"eval\.conditioning\.ridge"):
+        Conditioning(definition="ridge")
 
 
 def test_every_metric_name_is_documented() -> None:

@@ -27,6 +27,7 @@ from scipy.integrate import trapezoid
 from eval.generation.evaluated_run import area, marks
 from eval.generation.scoring import PAIRS, in_turn, similarity_of_pairs
 from eval.generation.similarity import Generation, training_curves
+from lab.core.errors import UserError
 from lab.core.types import BASELINE, Budget, Trajectory
 
 
@@ -360,10 +361,12 @@ def test_empty_sets_are_errors():
         metrics(world(HELD, case_list=(empty,)))
 
 
-@pytest.mark.parametrize("wrong", [["dino"], [], ["clip", "clip"]])
-def test_wrong_similarities_are_refused(wrong):
+def test_wrong_similarities_are_refused():
     with pytest.raises(ValidationError, match="similarities"):
-        Generation(scorers=FakeScorers(), similarities=wrong)
+        Generation(scorers=FakeScorers(), similarities=["dino"])
+    for wrong in ([], ["clip", "clip"]):
+        with pytest.raises(UserError, match=r"eval\.generation\.similarities"):
+            Generation(scorers=FakeScorers(), similarities=wrong)
 
 
 def test_what_was_logged_becomes_curves_over_seeds_without_holes():

@@ -40,8 +40,6 @@ OPTIONS = {
     "attacks.textual_inversion.initializer": lambda given: TextualInversion(
         name="textual_inversion", initializer=given
     ),
-    "eval.utility.negative": lambda given: Utility(None, negative=given),
-    "eval.utility.compositions[1]": lambda given: Utility(None, compositions=["a fox", given]),
     "erase.anchor": lambda given: Uce(anchor=given),
 }
 
@@ -59,13 +57,9 @@ def test_an_option_that_is_no_prompt_is_refused_when_the_part_is_built(key, give
 def test_what_stands_for_none_and_repeats_stay() -> None:
     assert ConceptLora(name="lora", sampling={"negative": ""}).sampling.negative == ""
     assert DreamBooth(name="dreambooth", class_word="").expression(tiny_case().targets[0]) == "sks"
-    used = Utility(None, negative="", compositions=["red", "red"])
+    used = Utility(scorers=None, negative="", compositions=["red", "red"])
     assert (used.negative, used.compositions) == ("", ("red", "red"))
-    assert Utility(None, compositions="a fox").compositions == ("a fox",)
     assert texts("k", ["a fox ", "a fox"]) == ("a fox",)
-    for given in ([""], 3):
-        with pytest.raises(UserError, match=r"eval\.utility\.compositions"):
-            Utility(None, compositions=given)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +155,7 @@ def test_texts_of_every_part_are_named_by_their_key() -> None:
     assert told["attacks.curriculum.sampling.negative"] == "a b"
     assert told["attacks.curriculum.stages.one.attack.token"] == "ohwx"
     assert DreamBooth(name="d", class_word="dog").texts()["attacks.d.class_word"] == "dog"
-    found = Utility(None, name="u", negative="grey", compositions=["a fox"]).texts()
+    found = Utility(scorers=None, name="u", negative="grey", compositions=["a fox"]).texts()
     assert found == {"eval.u.negative": "grey", "eval.u.compositions[0]": "a fox"}
     assert (Uce().texts(), Uce(anchor="a photo").texts()) == ({}, {"erase.anchor": "a photo"})
 
