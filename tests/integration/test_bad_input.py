@@ -96,7 +96,7 @@ def test_choice_flag_and_names():
         ),
         (
             ["eval=[conditioning_ridge]", "eval.conditioning_ridge.ridge=0"],
-            "eval.conditioning_ridge.ridge=0: ",
+            "eval.conditioning_ridge.ridge=0.0: ",
         ),
         (["eval.geometry.energy=abc"], "eval.geometry.energy=abc: "),
         (["eval.geometry.dim=2.5"], "eval.geometry.dim=2.5: "),

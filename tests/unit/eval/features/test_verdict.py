@@ -39,15 +39,6 @@ def test_a_broken_model_or_no_effect_fails(harmful: float, benign: float, reason
     assert reason in str(scores.metrics["verdict"].note)
 
 
-def test_a_benign_attack_that_diverges_fails() -> None:
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        if model_name != BASELINE and role == "benign":
-            return decay(0.8, STEPS, status="diverged")
-        return decay(0.8 if model_name == BASELINE else 0.95, STEPS)
-
-    assert Verdict()(fake(trajectories=make)).metrics["verdict"].value == 0
-
-
 def test_slow_by_norm_ratio_but_fast_by_loss_fails() -> None:
     def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
         found = decay(0.8, STEPS)
@@ -126,11 +117,6 @@ def test_each_threshold_alone_flips_the_verdict(
     }
     assert flipped
     assert all(check in what for what in flipped)
-
-
-def test_sgrc_alone_can_carry_the_harmful_side() -> None:
-    run = fake(cases=classes(), trajectories=rates(0.8, 0.8, harmful_accuracy=0.4))
-    assert Verdict()(run).metrics["verdict"].value == 1
 
 
 def test_a_lower_limit_on_the_benign_side_does_not_pass() -> None:

@@ -156,18 +156,6 @@ def test_rsgr_compares_both_model_names_on_the_same_latents():
     assert found["mrsgr_clip"].value == pytest.approx(0.02)
 
 
-def test_rsgr_pairs_pictures_by_their_number():
-    """The same set of pictures in another order is not the same painting."""
-    here, there = [tilted(1.0), tilted(0.0)], [tilted(0.0), tilted(1.0)]
-
-    def make(model_name, attack_name, name, seed):
-        return attack([there if model_name != BASELINE and name == "mosaic" else here] * 5)
-
-    found = metrics(FakeRun(make))
-    assert found["rsgr_clip_mosaic"].value == pytest.approx(1.0)
-    assert found["msgr_clip"].value == pytest.approx(0.0)
-
-
 def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     """Blue is nothing to this CLIP: (200, 0, 0) and (200, 0, 255) have cosine 1 to it, 200 ÷ 324 to
     the features.
@@ -216,13 +204,6 @@ def test_pictures_are_compared_by_their_number(count):
     assert found.numpy() == pytest.approx(1 - np.arange(count) / 2)
 
 
-def test_without_other_concepts_rsgr_says_so():
-    found = metrics(world(HELD, case_list=(case(others=()),)))
-    assert found["mrsgr_clip"].value is None
-    assert "no others" in found["mrsgr_clip"].note
-    assert "sgr_benign_clip" not in found
-
-
 def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
     found = metrics(world(HELD, baseline=flat(0.0, 0.0, 0.0, 1.0, 1.0)))
     assert found["msgr_clip"].value is None
@@ -251,12 +232,6 @@ def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     assert "step 10 (diverged)" in scores.images["generations_mosaic"].rows[-1]
 
 
-def test_a_diverged_attack_keeps_what_it_had_shown():
-    """It had learned more than the baseline before it failed: that counts on."""
-    ahead = metrics(world(HELD | {"mosaic": flat(0.0, 1.0, status="diverged")}))
-    assert ahead["sgr_clip_mosaic"].value == pytest.approx((0.8 - 1.0) / 0.8)
-
-
 def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
     def make(model_name, attack_name, name, seed):
         failed = model_name == BASELINE and name == "sketch"
@@ -278,15 +253,6 @@ def test_a_target_without_a_figure_leaves_no_worst_target():
     assert found["sgr_clip_mosaic"].value == pytest.approx(0.25)
     assert found["sgr_clip_worst"].value is None
     assert found["sgr_clip_worst"].note.startswith("not measured for neon")
-
-
-def test_the_other_concept_that_lost_most_is_named():
-    run = world(HELD | {"halftone": HELD["neon"]}, case_list=(case(others=("halftone", "sketch")),))
-    found = metrics(run)
-    assert found["sgr_benign_clip"].value == pytest.approx(0.125)
-    assert found["sgr_benign_clip_worst"].value == pytest.approx(0.25)
-    assert "sketch" in found["sgr_benign_clip_worst"].note
-    assert found["sgr_benign_clip_worst"].better == "lower"
 
 
 def test_clip_t_and_prompt_families():
@@ -348,17 +314,6 @@ def test_grids_show_references_and_both_model_names():
     assert grid.rows[:3] == ("reference", "none, step 0", "none, step 20")
     assert torch.equal(grid.images[0, 2], colours(RED)[0])
     assert torch.equal(grid.images[grid.rows.index("mima, step 20"), 0], colours(tilted(0.6))[0])
-
-
-def test_empty_sets_are_errors():
-    with pytest.raises(ValueError, match="empty set"):
-        metrics(world(HELD, attacks=()))
-    empty = case()
-    target = empty.targets[0]
-    none = dataclasses.replace(target.reference, images=target.reference.images[:0], prompts=())
-    empty = dataclasses.replace(empty, targets=(dataclasses.replace(target, reference=none),))
-    with pytest.raises(ValueError, match="empty set"):
-        metrics(world(HELD, case_list=(empty,)))
 
 
 def test_wrong_similarities_are_refused():

@@ -83,16 +83,6 @@ def test_attack_success_raw_and_corrected():
     assert 0 <= found["asr"].low <= 0.35 <= found["asr"].high <= 1
 
 
-def test_no_detection_is_no_proof_after_the_correction_either():
-    """None of ten pictures of two targets each: Clopper and Pearson's limit of one seed, corrected
-    by 0.1 and 0.1.
-    """
-    found = metrics(world(shares(0, 0, 0, 0, 0), neon=shares(0, 0, 0, 0, 0)))["asr_corrected"]
-    unseen = 1 - 0.025 ** (1 / 20)
-    assert (found.value, found.low) == (0, 0)
-    assert found.high == pytest.approx((unseen - 0.1) / 0.8)
-
-
 def test_no_detection_among_few_pictures_is_no_certainty():
     found = metrics(world(shares(0, 0, 0, 6, 10), seeds=(0,)))
     most = 1 - 0.025 ** (1 / 20)  # ten pictures of two targets
@@ -143,13 +133,6 @@ def test_objects_are_found_in_prompts_as_whole_words_longest_first():
     assert named_objects(known, "sunset art") == ()
 
 
-def test_the_mean_over_the_trajectory():
-    baseline = (0.1 * 10 + 0.5 * 10 + 0.9 * 20 + 1.0 * 40) / 80  # trapezoids of 0, 0.2, 0.8, 1, 1
-    assert metrics(world(shares(0, 0, 2, 6, 10)))["asr_auc_baseline"].value == pytest.approx(
-        baseline
-    )
-
-
 def test_a_detector_without_error_rates_or_power_is_reported_as_such():
     unknown = Relearning(scorers=FakeScorers(detector=Detector({})))(
         world(shares(*BASELINE_SHARES))
@@ -165,11 +148,6 @@ def test_a_detector_without_error_rates_or_power_is_reported_as_such():
     ).metrics
     assert useless["asr_corrected"].value is None
     assert "add up to 1" in useless["asr_corrected"].note
-
-
-def test_without_a_detector_the_key_is_named():
-    with pytest.raises(UserError, match=r"eval\.relearning\.scorers"):
-        Relearning(scorers=FakeScorers(detector=None))(world(shares(*BASELINE_SHARES)))
 
 
 def test_steps_to_relearn_by_hand():
@@ -291,19 +269,6 @@ def test_a_target_without_a_ratio_is_named_and_leaves_no_worst():
     assert "not measured for neon" in found["steps_to_relearn_ratio_worst"].note
 
 
-def test_attack_success_on_a_target_that_the_baseline_never_shows_reduces_nothing():
-    def make(model_name, attack, name, seed):
-        return (
-            shares(0, 0, 0, 5, 10)
-            if name == "neon" or model_name != BASELINE
-            else shares(*BASELINE_SHARES)
-        )
-
-    found = metrics(FakeRun(make))["asr_reduction"]
-    assert found.value is None
-    assert found.note.startswith("not measured for neon")
-
-
 def test_pictures_are_paired_and_intervals_cover_the_value():
     found = metrics(world(shares(0, 0, 2, 6, 10), seeds=(0,)))["steps_to_relearn_ratio"]
     assert (found.n, found.interval) == (1, "within_seed")
@@ -388,11 +353,6 @@ def test_the_threshold_is_an_option():
     ].value == pytest.approx(10.0)
     with pytest.raises(ValidationError, match="threshold"):
         Relearning(scorers=FakeScorers(), threshold=1.5)
-
-
-def test_empty_sets_are_errors():
-    with pytest.raises(ValueError, match="empty set"):
-        metrics(world(shares(*BASELINE_SHARES), attacks=()))
 
 
 def test_what_a_detector_cannot_do_shows_before_anything_runs():

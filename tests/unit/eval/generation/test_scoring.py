@@ -84,11 +84,6 @@ def test_runs_that_share_a_cache_scorer_the_same_pictures_once():
     )  # one concept and its two references; all seeds look alike
 
 
-def test_model_names_with_different_numbers_of_pictures_are_an_error():
-    with pytest.raises(ValueError, match="different numbers"):
-        metrics(world(HELD | {"mosaic": flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3)}))
-
-
 def test_attackers_with_different_numbers_of_pictures_are_told_which():
     def make(model_name, attack, concept, seed):
         return flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3 if attack == "own" else 4)
@@ -129,17 +124,3 @@ def test_an_attack_without_pictures_of_the_name_is_a_config_error():
     nameless = attack([[tilted(1.0)] * 4] * 5, families=("reworded",))
     with pytest.raises(UserError, match=r"attacks\.lora\.families"):
         metrics(FakeRun(lambda *_: nameless, case_list=(case(families=("name", "reworded")),)))
-
-
-def test_families_that_only_some_attackers_paint_are_left_out():
-    def make(model_name, attack_name, name, seed):
-        found = attack(
-            [[tilted(0.8)] * 4] * 5,
-            families=("name", "reworded") if attack_name == "a" else ("name",),
-        )
-        return found
-
-    run = FakeRun(make, case_list=(case(families=("name", "reworded")),), attacks=("a", "b"))
-    found = metrics(run)
-    assert "msgr_clip" in found
-    assert "msgr_clip_reworded" not in found

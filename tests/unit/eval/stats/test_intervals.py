@@ -64,13 +64,6 @@ def test_seeds_are_resampled_from_three_on_and_never_narrower_than_student():
     assert three.high == pytest.approx(1 + half, abs=1e-5)
 
 
-def test_many_seeds_are_bootstrapped():
-    units = [constant(s, float(v)) for s, v in enumerate(RNG.normal(size=40))]
-    found = score_units(units, "higher")
-    values = np.array([u.value[0] for u in units])
-    assert found.high - found.low == pytest.approx(2 * 1.96 * values.std() / math.sqrt(40), rel=0.1)
-
-
 def test_a_seed_counts_once_however_many_concepts_it_has():
     units = [constant(0, 1.0), constant(0, 1.0), constant(0, 1.0), constant(1, 0.0)]
     assert score_units(units, "higher").value == 0.5
@@ -94,25 +87,10 @@ def test_an_undefined_figure_has_a_reason_instead_of_a_value():
     assert (found.value, found.note) == (None, "M ≤ 0")
 
 
-def test_a_figure_that_is_often_undefined_has_no_interval():
-    rows = np.array([[1.0, 0.5], [-0.9, 0.5]] * 4)
-    found = score_units([Unit(0, rows, relative_gap)], "higher")
-    assert found.value is not None
-    assert found.low is None
-    assert "no interval" in found.note
-
-
 def test_a_quotient_of_means_over_concepts():
     """1 − mean(0.2, 0) ÷ mean(0.4, 0): a concept that the baseline never shows does no harm."""
     units = [Unit(0, np.array([[0.4, 0.2]] * 4), columns), Unit(0, np.zeros((4, 2)), columns)]
     assert score_units(units, "higher", after=relative_gap).value == pytest.approx(0.5)
-
-
-def test_the_same_pictures_give_the_same_interval():
-    rows = RNG.normal(size=(16, 1))
-    assert score_units([Unit(0, rows, columns)], "higher") == score_units(
-        [Unit(0, rows, columns)], "higher"
-    )
 
 
 def test_a_band_ends_where_the_shortest_attack_ends():
@@ -208,16 +186,3 @@ def test_no_picture_of_few_is_no_proof_that_there_is_none(seeds, pictures):
         assert (found.low, found.high) == pytest.approx((0, limit) if seen == 0 else (limit, 1))
     mixed = [Unit(0, np.array([[0.0]] * 12 + [[1.0]] * 4), columns)]
     assert score_share(mixed, "lower") == score_units(mixed, "lower", bounds=(0.0, 1.0))
-
-
-def test_the_band_of_a_curve_knows_it_too():
-    lines = {"none": [constant(0, 0.0, 16)], "mima": [constant(0, 1.0, 16)]}
-    shown = band(lines, [0], "x", "y", bounds=(0, 1))
-    assert (shown["none:low"], shown["none:high"]) == (
-        [0.0],
-        pytest.approx([beta.ppf(0.975, 1, 16)]),
-    )
-    assert (shown["mima:low"], shown["mima:high"]) == (
-        pytest.approx([beta.ppf(0.025, 16, 1)]),
-        [1.0],
-    )
