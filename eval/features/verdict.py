@@ -36,7 +36,7 @@ from lab.core.config import NonNegative, Text, config
 from lab.core.data import Case, Kind
 from lab.core.types import RunView, Scores
 
-Ratio = Annotated[float, Field(strict=True, ge=1)]  # of steps
+StepsRatio = Annotated[float, Field(strict=True, ge=1)]  # of steps
 
 
 @config
@@ -61,9 +61,9 @@ class Verdict(MetricDefaults):
     needs_attack: ClassVar[bool] = True
 
     name: Text = "verdict"
-    min_slowdown: Ratio = 1.25
+    min_slowdown: StepsRatio = 1.25
     min_sgrc: NonNegative = 0.05
-    max_benign_slowdown: Ratio = 1.1
+    max_benign_slowdown: StepsRatio = 1.1
     max_benign_loss: NonNegative = 0.05
 
     def __call__(self, run: RunView) -> Scores:

@@ -35,41 +35,20 @@ class MetricDefaults:
 
 
 class _PartOfRun:
-    """Part of a run as a `RunView`: what is not defined here is that of the whole run."""
+    """Part of a run as a `RunView`: what is not given here is that of the whole run."""
 
-    def __init__(self, run: RunView) -> None:
+    def __init__(self, run: RunView, **parts: Any) -> None:
         self._run = run
+        self.__dict__.update(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._run, name)
 
 
-class _OneCase(_PartOfRun):
-    def __init__(self, run: RunView, seed: int, case: AnyCase) -> None:
-        super().__init__(run)
-        self.seeds, self._case = (seed,), case
-        self.diverged: dict[tuple[str, int], Any] = {}
-
-    def cases(self, seed: int) -> tuple[AnyCase, ...]:
-        return (self._case,)
-
-
-class _LoadedRun(_PartOfRun):
-    def __init__(self, run: RunView) -> None:
-        super().__init__(run)
-        self.case_of_seed: dict[int, tuple[Case, ...]] = {}
-        self.trajectories: dict[tuple[str, str, str, str, int], Trajectory] = {}
-
-    def cases(self, seed: int) -> tuple[Case, ...]:
-        return self.case_of_seed[seed]
-
-    def trajectory(self, model: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
-        return self.trajectories[model, attack, case.name, task.name, seed]
-
-
 def one_case(run: RunView, seed: int, case: AnyCase) -> RunView:
     """Return the part of one seed and case."""
-    return cast(RunView, _OneCase(run, seed, case))
+    part = _PartOfRun(run, seeds=(seed,), diverged={}, cases=lambda seed: (case,))
+    return cast(RunView, part)
 
 
 def load_run(
@@ -89,10 +68,15 @@ def load_run(
         trajectories: read every attack.
         label: of the progress bar.
     """
-    loaded = _LoadedRun(run)
+    loaded: dict[int, tuple[Case, ...]] = {}
+    attacks: dict[tuple[str, str, str, str, int], Trajectory] = {}
+
+    def trajectory(model: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+        return attacks[model, attack, case.name, task.name, seed]
+
     for seed in run.seeds:
         cases = run.cases(seed)
-        loaded.case_of_seed[seed] = tuple(_without_rows(case) for case in cases)
+        loaded[seed] = tuple(_without_rows(case) for case in cases)
         for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
             if visit is not None:
                 visit(seed, case)
@@ -103,10 +87,10 @@ def load_run(
                 for t in case.tasks
             ):
                 full = run.trajectory(model, attack, case, task, seed)
-                loaded.trajectories[model, attack, case.name, task.name, seed] = replace(
+                attacks[model, attack, case.name, task.name, seed] = replace(
                     full, weights={}, samples={}
                 )
-    return cast(RunView, loaded)
+    return cast(RunView, _PartOfRun(run, cases=loaded.__getitem__, trajectory=trajectory))
 
 
 def _without_rows(case: Case) -> Case:

@@ -77,7 +77,7 @@ def test_no_effect_has_no_correlation_and_says_why():
 
 def test_bad_input():
     with pytest.raises(UserError, match="at least 8 cases"):
-        Transfer()(Run(scales=SCALES[:7]))
+        Transfer().check(Run(scales=SCALES[:7]).cases(0))
     with pytest.raises(ValidationError, match="draws"):
         Transfer(draws=10)
 
