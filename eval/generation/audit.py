@@ -24,7 +24,7 @@ from eval.generation.scoring import (
     check_scorers,
     detector_of,
 )
-from eval.stats.aggregate import ROLES, MetricDefaults
+from eval.stats.aggregate import ROLES, MetricDefaults, walk
 from eval.stats.intervals import (
     POSITIVE,
     SHARE,
@@ -96,10 +96,10 @@ class Audit(MetricDefaults):
             for cell in evaluated.roles
             for attack in run.attacks
         }
+        cases = {(seed, case.name): (case, self._scorers(case)) for seed, case in walk(run)}
         rows: list[dict[str, Any]] = []
         for (cell, attack), outcome in outcomes.items():
-            case = next(c for c in run.cases(cell.seed) if c.name == cell.case)
-            scorers = self._scorers(case)
+            case, scorers = cases[cell.seed, cell.case]
             rates = detector_of(scorers, f"eval.{self.name}").rates.get(cell.concept, {})
             trajectory = run.trajectory(model, attack, case, case.task(cell.concept), cell.seed)
             rows.append(
