@@ -5,25 +5,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import ClassVar
 
-from torch import Tensor
-
-from eval.stats.aggregate import Cached, model_name_names, samples, score_or_reason, thin
+from eval.stats.aggregate import baseline_suffix, load_run, samples, thin
+from eval.stats.intervals import score_samples
 from lab.core.condition import principal_angles, rir_bound
+from lab.core.config import Count, PositiveShare, Text, config
 from lab.core.data import Case, Kind
-from lab.core.options import count, number
-from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
+from lab.core.types import BASELINE, RunMetric, RunView, Scores
 from lab.models.activations import features
 
-Found = dict[str, dict[tuple[int, str], float | None]]  # quantity → (seed, case) → value
-NAMES = (
-    ("principal_angle_mean", "mean", "°"),
-    ("principal_angle_largest", "largest", "°"),
-    ("kappa_pencil", "kappa_m", ""),
-)
 
-
+@config
 class Geometry(RunMetric):
     """Principal angles between the leading subspaces of both tasks' features, and the pencil's
     eigenvalues.
@@ -38,85 +32,76 @@ class Geometry(RunMetric):
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
-    needs_models: ClassVar[int] = 1
-    needs_attack: ClassVar[bool] = False
 
-    def __init__(self, name: str = "geometry", energy: float = 0.9, dim: int | None = None) -> None:
-        self.name, self.energy = name, number(f"eval.{name}.energy", energy, above=0, high=1)
-        self.dim = None if dim is None else count(f"eval.{name}.dim", dim)
+    name: Text = "geometry"
+    energy: PositiveShare = 0.9
+    dim: Count | None = None
 
     def __call__(self, run: RunView) -> Scores:
         out = Scores(tables={"principal_angles": [], "pencil": []})
-        found: dict[str, Found] = {
-            model_name: {"mean": {}, "largest": {}, "kappa_m": {}}
-            for model_name in model_name_names(run)
-        }
+        values: dict[str, dict[tuple[int, str], float | None]] = {}  # metric → (seed, case) → value
         reasons: list[str] = []
 
         def visit(seed: int, case: Case) -> None:
             first = not out.tables["principal_angles"]
-            for model_name, numbers in found.items():
-                for key, value in self._measure(
-                    run, model_name, case, seed, out if first else None, reasons
-                ).items():
-                    numbers[key][seed, case.name] = value
+            tables = out if first else Scores(tables={"principal_angles": [], "pencil": []})
+            for model in run.model_names:
+                measured = self._measure(run, model, case, seed, tables, reasons)
+                for name, value in measured.items():
+                    values.setdefault(name + baseline_suffix(model), {})[seed, case.name] = value
 
-        view = Cached(run, visit, label="angles")
-        for model_name, numbers in found.items():
-            end = "_baseline" if model_name == BASELINE else ""
-            for name, key, unit in NAMES:
-                if numbers[key]:
-                    reason = reasons[0] if reasons else "no case"
-                    out.metrics[name + end] = _score(view, numbers[key], reason, unit)
+        loaded = load_run(run, visit, label="angles")
+        for name, by_case in sorted(values.items(), key=lambda item: item[0].endswith("_baseline")):
+            groups = samples(loaded, partial(_value, by_case))
+            reason = reasons[0] if reasons else "no case"
+            dropped = sum(value is None for value in by_case.values())
+            out.metrics[name] = score_samples(
+                groups,
+                "neutral",
+                reason,
+                unit="°" if "angle" in name else "",
+                note=f"{dropped} of {len(by_case)} left out: {reason}" if dropped else None,
+                bounds=(0.0, 90.0 if "angle" in name else math.inf),
+            )
         return out
 
     def _measure(
-        self,
-        run: RunView,
-        model_name: str,
-        case: Case,
-        seed: int,
-        out: Scores | None,
-        reasons: list[str],
+        self, run: RunView, model_name: str, case: Case, seed: int, out: Scores, reasons: list[str]
     ) -> dict[str, float | None]:
         model = run.model(model_name, case, seed)
         benign = features(model, case.benign.train.x)
-        angles: list[Tensor] = []
-        kappa_m: list[float | None] = []
+        angles, pencils = [], []
         for task in case.harmful:
             harmful = features(model, task.train.x)
-            angle = principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
-            angles.append(angle)
+            angles.append(
+                principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
+            )
             base = {"model": model_name, "case": case.name, "seed": seed, "task": task.name}
-            if out is not None and task is case.harmful[0]:
-                degrees = thin(angle.tolist())
-                out.tables["principal_angles"] += [
-                    base | {"index": i + 1, "degrees": v} for i, v in degrees
-                ]
+            tabulated = task is case.harmful[0]
+            out.tables["principal_angles"] += [
+                base | {"index": i + 1, "degrees": v}
+                for i, v in (thin(angles[-1].tolist()) if tabulated else ())
+            ]
             if model_name != BASELINE and model.kind == "linear":
                 continue  # a congruence: the pencil is the baseline's
             bound = rir_bound(benign, harmful)
-            kappa_m.append(bound.kappa_m)
+            pencils.append(bound.kappa_m)
             reasons += [bound.reason] if bound.reason else []
-            if out is not None and task is case.harmful[0]:
-                pencil = [(i, v) for i, v in thin(bound.pencil.tolist()) if v > 0]
-                out.tables["pencil"] += [base | {"index": i + 1, "value": v} for i, v in pencil]
+            out.tables["pencil"] += [
+                base | {"index": i + 1, "value": v}
+                for i, v in (thin(bound.pencil.tolist()) if tabulated else ())
+                if v > 0
+            ]
         numbers: dict[str, float | None] = {
-            "mean": sum(float(a.mean()) for a in angles) / len(angles),
-            "largest": max(float(a.max()) for a in angles),
+            "principal_angle_mean": sum(float(a.mean()) for a in angles) / len(angles),
+            "principal_angle_largest": max(float(a.max()) for a in angles),
         }
-        if kappa_m:
-            finite = [k for k in kappa_m if k is not None]
-            numbers["kappa_m"] = sum(finite) / len(finite) if len(finite) == len(kappa_m) else None
+        if pencils:
+            finite = [k for k in pencils if k is not None]
+            complete = len(finite) == len(pencils)
+            numbers["kappa_pencil"] = sum(finite) / len(finite) if complete else None
         return numbers
 
 
-def _score(
-    run: RunView, found: dict[tuple[int, str], float | None], reason: str, unit: str
-) -> Score:
-    groups = samples(run, lambda seed, case: found[(seed, case.name)])
-    dropped = sum(v is None for v in found.values())
-    note = f"{dropped} of {len(found)} left out: {reason}" if dropped else None
-    return score_or_reason(
-        groups, "neutral", reason, unit=unit, note=note, bounds=(0.0, 90.0 if unit else math.inf)
-    )
+def _value(values: dict[tuple[int, str], float | None], seed: int, case: Case) -> float | None:
+    return values[seed, case.name]

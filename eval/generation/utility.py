@@ -1,319 +1,359 @@
-"""What immunization costs before anybody attacks: unrelated prompts, painted by θ_0 and θ_I from
-the same latents.
+"""What immunization costs before any attack: unrelated prompts, painted by θ_0 and θ_I from the
+same latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import cached_property, partial
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, SkipValidation
 from torch import Tensor
 
-from eval.generation.painting import paint
-from eval.generation.prompt_adherence import Namer, asked
-from eval.generation.reading import each_case
 from eval.generation.scoring import (
     Labeller,
-    Scorers,
-    clip_vectors,
-    dry_open,
-    feature_vectors,
+    Namer,
+    ScorerSet,
+    check_scorers,
+    encode,
+    in_turn,
+    named_objects,
+    shows_named,
     text_vectors,
+    unit_vectors,
 )
-from eval.stats.aggregate import Better, diverged_of, model_name_names
-from eval.stats.intervals import Floats, Unit, columns, score
+from eval.stats.aggregate import baseline_suffix, better_of, each_case
+from eval.stats.intervals import SHARE, Floats, Unit, columns, score_units
+from lab.core.cache import stage_key
+from lab.core.config import Flag, NonNegative, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
 from lab.core.errors import UserError
-from lab.core.options import count as whole
-from lab.core.options import flag, number
-from lab.core.prompts import text, texts
-from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
+from lab.core.fingerprint import model_settings
+from lab.core.prompts import text
+from lab.core.sources import source_hash
+from lab.core.types import RunMetric, RunView, Score, Scores
+from lab.models.activations import digest
+from lab.models.diffusion import DiffusionModel
 from lab.scorers.features import frechet_distance
 
 HEADS = ("object", "style")
+# images; a block has latents of its own, so that a smaller count is the beginning of a larger one
+BLOCK = 32
+Pictures = Annotated[int, Field(strict=True, ge=2)]
 
 
+@config
 class Utility(RunMetric):
     """Similarity, prompt adherence, detections and feature distance on ``case.unrelated``; compares
     θ_I with θ_0.
 
-    ``utility_clip_drift``: 1 − CLIP cosine of the pictures of both models from the same latents;
+    ``utility_clip_drift``: 1 − CLIP cosine of the images of both models from the same latents;
     ``utility_feature_drift`` the same with the feature network. ``utility_clip_t``: cosine to the
     prompt.
-    ``utility_detection``: share of pictures whose likeliest object AND likeliest style are those
-    that the same detector sees in the reference picture of the prompt; ``utility_object``,
+    ``utility_detection``: share of images whose likeliest object AND likeliest style are those that
+    the same detector sees in the reference image of the prompt; ``utility_object``,
     ``utility_style``: one of them alone.
-    ``utility_agreement``: share of pictures where it sees the same in both models. ``_baseline``
-    stands for θ_0, ``_drop`` for baseline − immunized, with a paired interval: a resample draws a
-    picture of both models at once. Every prompt counts alike, however many pictures it got, and a
+    ``utility_agreement``: share of images where it sees the same in both models. ``_baseline``
+    stands for θ_0, ``_drop`` for baseline − immunized, with a paired interval: a resample draws an
+    image of both models at once. Every prompt counts alike, however many images it got, and a
     resample draws prompts.
     ``utility_frechet``, ``utility_frechet_baseline``: Fréchet distance of features to the reference
-    pictures (biased upwards by few pictures, alike in both models, so no interval is given: compare
-    the two).
+    images (biased upwards by few images, alike in both models, so no interval is given: compare the
+    two).
 
     Further settings add suffixes to drift, CLIP-T, detection and agreement: ``_guidance_S`` for
     another guidance scale, ``_negative`` for a negative prompt, ``_compositions`` for prompts
-    without reference pictures. There the object and the style must be ones that the prompt names;
+    without reference images. There the object and the style must be ones that the prompt names;
     detection is left out where a prompt names neither.
 
     Args:
         scorers: without a detector that names objects and styles the detection figures are left
             out.
-        count: pictures per case and setting; prompts start again where they run out.
+        count: images per case and setting; prompts start again where they run out.
         guidances: further guidance scales; the scenario's own is skipped.
         negative: a negative prompt, or "" for none.
         compositions: prompts, e.g. an object in a style that training never showed.
-        features: scorer with the feature network too (``utility_feature_drift``,
+        features: score with the feature network too (``utility_feature_drift``,
             ``utility_frechet``).
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_models: ClassVar[int] = 2
-    needs_attack: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        scorers: Scorers,
-        name: str = "utility",
-        count: int = 200,
-        guidances: Sequence[float] = (),
-        negative: str = "",
-        compositions: Sequence[str] = (),
-        features: bool = True,
-    ) -> None:
-        key = f"eval.{name}"
-        self.scorers, self.name, self.features = scorers, name, flag(f"{key}.features", features)
-        self.count = whole(f"{key}.count", count, 2)
-        self.guidances = tuple(number(f"{key}.guidances", g, low=0) for g in guidances)
-        self.negative = text(f"{key}.negative", negative, empty=True)
-        self.compositions = texts(f"{key}.compositions", compositions, least=0, repeats=True)
+    scorers: SkipValidation[ScorerSet]
+    name: Text = "utility"
+    count: Pictures = 200
+    guidances: tuple[NonNegative, ...] = ()
+    negative: Text = ""
+    compositions: tuple[Text, ...] = ()
+    features: Flag = True
+
+    def __post_init__(self) -> None:
+        key = f"eval.{self.name}"
+        self.negative = text(f"{key}.negative", self.negative, empty=True)
+        self.compositions = tuple(
+            text(f"{key}.compositions[{i}]", prompt) for i, prompt in enumerate(self.compositions)
+        )
 
     def texts(self) -> dict[str, str]:
-        """Hook of `lab.runner.assemble.check_cases`."""
+        """Return config key → text that the model will read."""
         key = f"eval.{self.name}"
         listed = {f"{key}.compositions[{i}]": prompt for i, prompt in enumerate(self.compositions)}
         return {f"{key}.negative": self.negative, **listed}
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
-        """Before anything runs: there are unrelated prompts, and the scorers work. Raises as
-        `eval.generation.scoring.dry_open`.
+        """Require unrelated prompts, and score one image by every network. Raises as
+        `eval.generation.scoring.check_scorers`.
         """
         for case in cases:
             self._settings(case)
-        dry_open(self.scorers, cases, ("clip", "features") if self.features else ("clip",))
+        check_scorers(self.scorers, cases, ("clip", "features") if self.features else ("clip",))
 
     def __call__(self, run: RunView) -> Scores:
-        out = Scores(tables={"utility": []})
-        lost = len(diverged_of(run))
+        out = Scores()
+        lost = len(run.diverged)
         note = f"cases that diverged and are left out: {lost}" if lost else None
-        for suffix, cells in self.scored(run).items():
-            metrics = scores(cells, suffix, note)
-            out.metrics |= metrics
-            for name, s in metrics.items():
-                row = {"figure": name, "value": s.value, "low": s.low, "high": s.high, "n": s.n}
-                out.tables["utility"].append(row)
+        for suffix, cells in self.compare(run).items():
+            out.metrics |= utility_scores(cells, suffix, note)
+        out.tables["utility"] = [
+            {"figure": name, "value": s.value, "low": s.low, "high": s.high, "n": s.n}
+            for name, s in out.metrics.items()
+        ]
         return out
 
-    def scored(self, run: RunView) -> dict[str, list[Scorerd]]:
-        """Suffix of a setting → what the scorers see, case by case.
+    def compare(self, run: RunView) -> dict[str, list[CaseUtility]]:
+        """Return suffix of a setting → what the scorers see, case by case.
 
         Raises:
             ValueError: no case.
         """
-        found: dict[str, list[Scorerd]] = {}
+        out: dict[str, list[CaseUtility]] = {}
         for seed, case in each_case(run, "unrelated prompts"):
-            for setting in self._settings(case):
-                pictures = {
-                    model_name: paint(
-                        run, case, seed, model_name, setting.prompts, setting.sampling, self.count
-                    )
-                    for model_name in model_name_names(run)
-                }
-                found.setdefault(setting.suffix, []).append(
-                    self._scorer(seed, case.name, setting, pictures)
-                )
-        if not found:
+            settings, images = self._settings(case), dict[tuple[str, str], Tensor]()
+            for model in run.model_names:  # one after the other: only one is in memory
+                painter = Painter(run, case, seed, model)
+                for setting in settings:
+                    prompts = in_turn(setting.prompts, self.count)
+                    images[setting.suffix, model] = painter.paint(prompts, setting.sampling)
+            for setting in settings:
+                by_model = {model: images[setting.suffix, model] for model in run.model_names}
+                cell = self._score(seed, case.name, setting, by_model)
+                out.setdefault(setting.suffix, []).append(cell)
+        if not out:
             raise ValueError("a metric over an empty set: no case")
-        return found
-
-    def _settings(self, case: ConceptCase) -> list[_Setting]:
-        own = case.sampling
-        asked, images = case.unrelated.prompts, case.unrelated.images
-        if not asked:
-            raise UserError(
-                "scenario", case.name, "has no unrelated prompts, and eval.utility needs some."
-            )
-        out = [_Setting("", asked, images, own)]
-        for scale in dict.fromkeys(self.guidances):
-            if scale != own.guidance:
-                suffix = f"_guidance_{scale:g}".replace(".", "_")
-                out.append(_Setting(suffix, asked, images, replace(own, guidance=scale)))
-        if self.negative:
-            out.append(_Setting("_negative", asked, images, replace(own, negative=self.negative)))
-        if self.compositions:
-            out.append(_Setting("_compositions", self.compositions, None, own))
         return out
 
-    def _scorer(
-        self, seed: int, case: str, setting: _Setting, painted: dict[str, Tensor]
-    ) -> Scorerd:
-        rows: dict[str, Floats] = {}
-        texts = text_vectors(self.scorers, setting.asked(self.count))
-        clip = {
-            model_name: clip_vectors(self.scorers, images) for model_name, images in painted.items()
-        }
+    def _settings(self, case: ConceptCase) -> list[Setting]:
+        own = case.sampling
+        prompts, images = case.unrelated.prompts, case.unrelated.images
+        if not prompts:
+            fix = "has no unrelated prompts, and eval.utility needs some."
+            raise UserError("scenario", case.name, fix)
+        out = [Setting("", prompts, images, own)]
+        for scale in dict.fromkeys(s for s in self.guidances if s != own.guidance):
+            suffix = f"_guidance_{scale:g}".replace(".", "_")
+            out.append(Setting(suffix, prompts, images, replace(own, guidance=scale)))
+        if self.negative:
+            sampling = replace(own, negative=self.negative)
+            out.append(Setting("_negative", prompts, images, sampling))
+        if self.compositions:
+            out.append(Setting("_compositions", self.compositions, None, own))
+        return out
+
+    def _score(
+        self, seed: int, case: str, setting: Setting, images: dict[str, Tensor]
+    ) -> CaseUtility:
+        prompts = in_turn(setting.prompts, self.count)
+        texts = text_vectors(self.scorers, prompts)
+        clip = {model: unit_vectors(self.scorers, "clip", x) for model, x in images.items()}
         baseline, immunized = clip.values()
-        rows["clip_drift"] = _array(1 - (baseline * immunized).sum(1))
-        for model_name, vectors in clip.items():
-            rows[f"clip_t{_end(model_name)}"] = _array((vectors * texts).sum(1))
+        rows = {"clip_drift": 1 - (baseline * immunized).sum(1)}
+        for model, vectors in clip.items():
+            rows[f"clip_t{baseline_suffix(model)}"] = (vectors * texts).sum(1)
         references = None
         if setting.images is not None:
             references = setting.images[torch.arange(self.count) % len(setting.images)]
-        rows |= self._detections(painted, references, setting.asked(self.count))
-        frechet = {}
-        if self.features and setting.suffix == "":
-            features = {
-                model_name: feature_vectors(self.scorers, images)
-                for model_name, images in painted.items()
-            }
+        rows |= self._detections(images, references, prompts)
+        frechet: dict[str, float] = {}
+        if self.features and setting.suffix == "" and setting.images is not None:
+            features = {m: encode(self.scorers, "features", x) for m, x in images.items()}
             left, right = (F.normalize(v, dim=1) for v in features.values())
-            rows["feature_drift"] = _array(1 - (left * right).sum(1))
-            assert setting.images is not None
-            whole = feature_vectors(self.scorers, setting.images)
-            frechet = {model_name: frechet_distance(v, whole) for model_name, v in features.items()}
-        return Scorerd(seed, case, tuple(setting.asked(self.count)), rows, frechet)
+            rows["feature_drift"] = 1 - (left * right).sum(1)
+            real = encode(self.scorers, "features", setting.images)
+            frechet = {model: frechet_distance(v, real) for model, v in features.items()}
+        values = {name: np.asarray(row.double().cpu()) for name, row in rows.items()}
+        return CaseUtility(seed, case, tuple(prompts), values, frechet)
 
     def _detections(
-        self, painted: dict[str, Tensor], references: Tensor | None, prompts: Sequence[str]
-    ) -> dict[str, Floats]:
+        self, images: dict[str, Tensor], references: Tensor | None, prompts: Sequence[str]
+    ) -> dict[str, Tensor]:
         detector = self.scorers.detector
         if not isinstance(detector, Labeller):
             return {}
-        seen = {model_name: _labels(detector, images) for model_name, images in painted.items()}
-        baseline, immunized = seen.values()
-        rows = {"agreement": _array((baseline == immunized).all(0))}
+        labels = {model: _likeliest(detector, x) for model, x in images.items()}
+        baseline, immunized = labels.values()
+        rows = {"agreement": (baseline == immunized).all(0)}
         if references is not None:
-            true = _labels(detector, references)
-            right = {model_name: labels == true for model_name, labels in seen.items()}
+            true = _likeliest(detector, references)
+            right = {model: label == true for model, label in labels.items()}
         else:
-            right = _named(detector, prompts, seen)
-        for model_name, found in right.items():
-            for head, one in zip(HEADS, found, strict=True):
-                rows[f"{head}{_end(model_name)}"] = _array(one)
-            rows[f"detection{_end(model_name)}"] = _array(found.all(0))
+            right = _as_named(detector, prompts, labels)
+        for model, both in right.items():
+            end = baseline_suffix(model)
+            rows |= {f"{head}{end}": row for head, row in zip(HEADS, both, strict=True)}
+            rows[f"detection{end}"] = both.all(0)
         return rows
 
 
 @dataclass(frozen=True)
-class _Setting:
+class Setting:
+    """How unrelated prompts are painted."""
+
     suffix: str
     prompts: tuple[str, ...]
-    images: Tensor | None  # reference picture of every prompt
+    images: Tensor | None  # reference image of every prompt
     sampling: Sampling
-
-    def asked(self, count: int) -> list[str]:
-        return [self.prompts[i % len(self.prompts)] for i in range(count)]
 
 
 @dataclass(frozen=True)
-class Scorerd:
-    """One case and seed: the prompt of every picture, quantity → [pictures], and Fréchet distance
-    by model.
+class CaseUtility:
+    """One case and seed: the prompt of every image, quantity → [images], and Fréchet distance by
+    model.
     """
 
     seed: int
     case: str
     prompts: tuple[str, ...]
-    rows: dict[str, Floats]
+    values: dict[str, Floats]
     frechet: dict[str, float]
 
     def by_prompt(self, quantities: Sequence[str]) -> Floats:
-        """[prompts, quantities]: pictures of one prompt are no independent evidence on others."""
+        """[prompts, quantities]: images of one prompt are no independent evidence on others."""
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
         index = np.array([distinct[prompt] for prompt in self.prompts])
-        sums = [np.bincount(index, self.rows[quantity]) for quantity in quantities]
+        sums = [np.bincount(index, self.values[quantity]) for quantity in quantities]
         return np.asarray(np.stack(sums, axis=1) / np.bincount(index)[:, None])
 
 
-def scores(cells: Sequence[Scorerd], suffix: str, note: str | None) -> dict[str, Score]:
-    """Every figure of one setting."""
+def utility_scores(cells: Sequence[CaseUtility], suffix: str, note: str | None) -> dict[str, Score]:
+    """Return every figure of one setting."""
     out: dict[str, Score] = {}
-    quantities = list(cells[0].rows)
 
-    def add(name: str, better: Better, *used: str, **kwargs: Any) -> None:
-        units = [
-            Unit(c.seed, c.by_prompt(used), columns if len(used) == 1 else _difference)
-            for c in cells
-        ]
-        out[f"utility_{name}"] = score(units, better, note=note, **kwargs)
+    def units(*quantities: str) -> list[Unit]:
+        figure = columns if len(quantities) == 1 else _difference
+        return [Unit(c.seed, c.by_prompt(quantities), figure) for c in cells]
 
-    for quantity in quantities:
-        base, baseline = quantity.removesuffix("_baseline"), quantity.endswith("_baseline")
+    for quantity in cells[0].values:
+        base = quantity.removesuffix("_baseline")
+        end = quantity.removeprefix(base)
         drift = base.endswith("drift")
-        better: Better = "neutral" if baseline else "lower" if drift else "higher"
-        bounds = (0.0, 2.0) if drift else (-1.0, 1.0) if base == "clip_t" else (0.0, 1.0)
-        add(f"{base}{suffix}{'_baseline' if baseline else ''}", better, quantity, bounds=bounds)
+        bounds = (0.0, 2.0) if drift else (-1.0, 1.0) if base == "clip_t" else SHARE
+        out[f"utility_{base}{suffix}{end}"] = score_units(
+            units(quantity),
+            "neutral" if end else "lower" if drift else "higher",
+            note=note,
+            bounds=bounds,
+        )
     for base in ("clip_t", "detection", *HEADS):
-        if f"{base}_baseline" in quantities:
-            add(f"{base}_drop{suffix}", "lower", f"{base}_baseline", base)
-    for model_name in cells[0].frechet:
+        if f"{base}_baseline" in cells[0].values:
+            drop = score_units(units(f"{base}_baseline", base), "lower", note=note)
+            out[f"utility_{base}_drop{suffix}"] = drop
+    for model in cells[0].frechet:
         by_seed: dict[int, list[float]] = {}
         for c in cells:
-            by_seed.setdefault(c.seed, []).append(c.frechet[model_name])
+            by_seed.setdefault(c.seed, []).append(c.frechet[model])
         value = float(np.mean([np.mean(v) for v in by_seed.values()]))
-        told = (
-            f"biased upwards: {len(cells[0].rows['clip_drift'])} pictures; compare with "
-            "the other model"
-        )
-        better = "neutral" if model_name == BASELINE else "lower"
-        out[f"utility_frechet{suffix}{_end(model_name)}"] = Score(
-            value, n=len(by_seed), better=better, note=told
-        )
+        few = f"biased upwards: {len(cells[0].prompts)} images; compare with the other model"
+        better = better_of(model, "lower")
+        name = f"utility_frechet{suffix}{baseline_suffix(model)}"
+        out[name] = Score(value, n=len(by_seed), better=better, note=few)
     return out
-
-
-def _labels(detector: Labeller, images: Tensor) -> Tensor:
-    """The likeliest object and style of every picture: int64 [2, n]."""
-    found = detector.probabilities(images)
-    return torch.stack([found["object"].argmax(1), found["style"].argmax(1)]).cpu()
-
-
-def _named(
-    detector: Labeller, prompts: Sequence[str], seen: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Arm → bool [2, n]: whether the likeliest object and style are among those that the prompt
-    names, true where it names none of that kind. Empty where a prompt names neither, or the
-    detector's classes have no names.
-    """
-    if not isinstance(detector, Namer):
-        return {}
-    wanted = [[asked(detector.names[head], prompt) for prompt in prompts] for head in HEADS]
-    if not all(objects or styles for objects, styles in zip(*wanted, strict=True)):
-        return {}
-
-    def right(names: list[tuple[int, ...]], likeliest: list[int]) -> list[bool]:
-        return [not w or best in w for w, best in zip(names, likeliest, strict=True)]
-
-    pairs = {
-        model_name: zip(wanted, labels.tolist(), strict=True) for model_name, labels in seen.items()
-    }
-    return {
-        model_name: torch.tensor([right(*pair) for pair in found])
-        for model_name, found in pairs.items()
-    }
 
 
 def _difference(means: Floats) -> Floats:
     return means[..., :1] - means[..., 1:]
 
 
-def _array(values: Tensor) -> Floats:
-    return np.asarray(values.double().cpu(), dtype=float)
+def _likeliest(detector: Labeller, images: Tensor) -> Tensor:
+    """Return the likeliest object and style of every image: int64 [2, n]."""
+    probabilities = detector.probabilities(images)
+    return torch.stack([probabilities["object"].argmax(1), probabilities["style"].argmax(1)]).cpu()
 
 
-def _end(model_name: str) -> str:
-    return "_baseline" if model_name == BASELINE else ""
+def _as_named(
+    detector: Labeller, prompts: Sequence[str], labels: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return model → bool [2, n]: whether the likeliest object and style are among those that the
+    prompt names, true where it names none of that kind. Empty where a prompt names neither, or the
+    detector's classes have no names.
+    """
+    if not isinstance(detector, Namer):
+        return {}
+    names = [detector.names[head] for head in HEADS]
+    if not all(any(named_objects(known, prompt) for known in names) for prompt in prompts):
+        return {}
+    return {
+        model: torch.tensor(
+            [shows_named(n, prompts, row) for n, row in zip(names, both, strict=True)]
+        )
+        for model, both in labels.items()
+    }
+
+
+# ---- images of unattacked models
+
+
+@dataclass
+class Painter:
+    """Paints with one model of a run; the stage cache holds what any run has painted with the same
+    weights.
+    """
+
+    run: RunView
+    case: ConceptCase
+    seed: int
+    model_name: str
+
+    @cached_property
+    def model(self) -> DiffusionModel:
+        model: DiffusionModel = self.run.model(self.model_name, self.case, self.seed)
+        return model
+
+    @cached_property
+    def key(self) -> str:
+        """Of everything that decides an image besides prompt, latents and sampling."""
+        sources = [source_hash(__name__), source_hash(type(self.model).__module__)]
+        weights = digest(*self.model.state_dict().values())
+        return stage_key(weights=weights, beside=model_settings(self.model), sources=sources)
+
+    def paint(self, prompts: Sequence[str], sampling: Sampling) -> Tensor:
+        """Return uint8 [prompts, 3, s, s].
+
+        Latents depend on seed, case and number alone: models and settings share them.
+        """
+        blocks = []
+        for number, start in enumerate(range(0, len(prompts), BLOCK)):
+            block = list(prompts[start : start + BLOCK])
+            settings = (sampling.steps, sampling.guidance, sampling.negative, sampling.precision)
+            key = stage_key(
+                model=self.key,
+                case=self.case.name,
+                seed=self.seed,
+                number=number,
+                prompts=block,
+                sampling=settings,
+            )
+            compute = partial(self._paint_block, block, number, sampling)
+            blocks.append(self.run.cached(key, compute)["images"])
+        return torch.cat(blocks)
+
+    def _paint_block(
+        self, prompts: list[str], number: int, sampling: Sampling
+    ) -> dict[str, Tensor]:
+        latents = self.model.latents(BLOCK, self.seed, "utility", self.case.name, number)
+        return {"images": self.model.generate(prompts, latents[: len(prompts)], sampling)}

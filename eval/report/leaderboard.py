@@ -67,10 +67,8 @@ _HOLDING = (
     "steps_to_relearn_ratio_worst",
     "msgr_clip",
 )
-_FAILING = (
-    "rir",
-    "mrsgr_clip",
-)  # after harmful ÷ benign: by the harmful side alone a destroyed model would lead
+# of the least protected target
+_LEAST = ("steps_to_relearn_ratio_worst", "slowdown_harmful_worst")
 
 Row = dict[str, Any]
 
@@ -89,14 +87,15 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
 
     Order: complete runs before those that diverged in part; verdict; among those that hold (or have
     none) harmful slowdown and SGRC against the worst attacker, then RIR, or the worst target's
-    steps to relearn, then MSGR; among those that fail the harmful slowdown relative to the benign
-    one (``relative``), then RIR or MRSGR.
+    steps to relearn, then MSGR; among those that fail the number of checks passed, then the
+    slowdown of the least protected target (of feature extractors the harmful slowdown).
     """
     rows: list[Row] = []
     for place, found in groups(records).items():
         group = []
         for record, label in zip(found, labels(found), strict=True):
             metrics = {k: record["metrics"][k] for k in columns(record["metrics"])}
+            passed = [bool(check["passed"]) for check in record["tables"].get("verdict", [])]
             group.append(
                 {
                     "scenario": place.scenario,
@@ -110,6 +109,7 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
                     "seeds": len(record["seeds"]),
                     "attacks": list(record["attacks"]),
                     "metrics": metrics,
+                    "checks": (sum(passed), len(passed)),
                     "rank": None,
                     "best": [],
                 }
@@ -137,7 +137,7 @@ def _partly(row: Row) -> bool:
 
 def _key(row: Row) -> tuple[float, ...]:
     verdict = _value(row, "verdict")
-    failing = [relative(row), *(_value(row, name) for name in _FAILING)]
+    failing = [row["checks"][0], _least_slowdown(row)]
     values = failing if verdict == 0 else [_value(row, name) for name in _HOLDING]
     first = (
         0.0 if _ranked(row) else 1.0,
@@ -147,16 +147,9 @@ def _key(row: Row) -> tuple[float, ...]:
     return (*first, *(float("inf") if v is None else -v for v in values))
 
 
-def relative(row: Row) -> float | None:
-    """Harmful ÷ benign slowdown; of a text-to-image run the worst target's steps to relearn ÷ the
-    benign concepts'.
-    """
-    harmful, benign = (
-        _value(row, name) for name in ("steps_to_relearn_ratio_worst", "benign_steps_ratio")
-    )
-    if harmful is None or not benign:
-        return _value(row, "slowdown_relative_worst")
-    return harmful / benign
+def _least_slowdown(row: Row) -> float | None:
+    """Return the slowdown of the least protected target."""
+    return next((v for v in (_value(row, name) for name in _LEAST) if v is not None), None)
 
 
 def _mark_best(group: list[Row]) -> None:
@@ -334,21 +327,10 @@ def headline(group: Sequence[Row]) -> str:
 
 
 def _closest(row: Row) -> str:
-    metrics = row["metrics"]
-    if "slowdown_relative_worst" in metrics:
-        return (
-            f"Closest: {row['label']}, {measured(metrics['slowdown_relative_worst'])} "
-            "harmful ÷ benign."
-        )
-    if relative(row) is None:
-        return ""
-    harmful, benign = (
-        measured(metrics[n]) for n in ("steps_to_relearn_ratio_worst", "benign_steps_ratio")
-    )
-    return (
-        f"Closest: {row['label']}, whose worst target takes {harmful} the baseline's "
-        f"steps, benign concepts {benign}."
-    )
+    passed, total = row["checks"]
+    name = next((n for n in _LEAST if _value(row, n) is not None), None)
+    figure = f", {heading(name)} {measured(row['metrics'][name])}" if name else ""
+    return f"Closest: {row['label']}, which passes {passed} of {total} checks{figure}."
 
 
 def _value(row: Row, name: str) -> float | None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from eval.report.words import Record
-from lab.core.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS
+from eval.stats.intervals import BOOTSTRAP_SEEDS, MIN_SEEDS
 
 Floats = NDArray[np.float64]
 TABLE = "seed_values"  # of a record: one row per metric, one column per seed

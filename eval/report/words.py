@@ -115,8 +115,7 @@ def bound(metric: Metric) -> str:
     """``≥`` before a lower limit (it may be any higher figure), ``≤`` before an upper one, else
     nothing.
     """
-    note = metric["note"] or ""
-    return "≥" if note.startswith("at least") else "≤" if note.startswith("at most") else ""
+    return {"lower": "≥", "upper": "≤"}.get(metric.get("bound") or "", "")
 
 
 def measured(metric: Metric | None) -> str:

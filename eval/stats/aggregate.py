@@ -1,32 +1,51 @@
-"""What all run metrics share: walking over seeds and cases, averaging curves, choosing the
-worst.
-"""
+"""Walk over the seeds and cases of a run; collect samples and mean curves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
 
+from eval.stats.intervals import Better, Floats
 from lab.core.data import Case, Role, Split, Task
 from lab.core.progress import progress
-from lab.core.statistics import score
-from lab.core.types import BASELINE, RunView, Score, Trajectory
+from lab.core.types import BASELINE, AnyCase, RunView, Trajectory
 
-Better = Literal["higher", "lower", "neutral"]
-Samples = list[list[float]]
+ROLES: tuple[Role, ...] = ("harmful", "benign")
+PROTECTED: dict[Role, Better] = {"harmful": "higher", "benign": "lower"}  # slow, far, deviating
 Line = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
-class Cached:
-    """A `RunView` read in one pass, seed by seed: data of one seed at a time, since those of all
-    may not fit in memory.
+class _PartOfRun:
+    """Part of a run as a `RunView`: what is not given here is that of the whole run."""
 
-    ``cases`` gives cases without rows; trajectories come without the attackers' weights.
+    def __init__(self, run: RunView, **parts: Any) -> None:
+        self._run = run
+        self.__dict__.update(parts)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._run, name)
+
+
+def one_case(run: RunView, seed: int, case: AnyCase) -> RunView:
+    """Return the part of one seed and case."""
+    part = _PartOfRun(run, seeds=(seed,), diverged={}, cases=lambda seed: (case,))
+    return cast(RunView, part)
+
+
+def load_run(
+    run: RunView,
+    visit: Callable[[int, Case], None] | None = None,
+    *,
+    trajectories: bool = False,
+    label: str = "read trajectories",
+) -> RunView:
+    """Read a run in one pass, seed by seed: the data of all seeds may not fit in memory.
+
+    The result gives cases without rows, and trajectories without the attackers' weights.
 
     Args:
         visit: called once with every (seed, case), rows included, for what has to be measured on
@@ -34,72 +53,29 @@ class Cached:
         trajectories: read every attack.
         label: of the progress bar.
     """
+    loaded: dict[int, tuple[Case, ...]] = {}
+    attacks: dict[tuple[str, str, str, str, int], Trajectory] = {}
 
-    def __init__(
-        self,
-        run: RunView,
-        visit: Callable[[int, Case], None] | None = None,
-        *,
-        trajectories: bool = False,
-        label: str = "read trajectories",
-    ) -> None:
-        self.scenario, self.immunizer, self.model_names = (
-            run.scenario,
-            run.immunizer,
-            run.model_names,
-        )
-        self.attacks, self.seeds, self.budget = run.attacks, run.seeds, run.budget
-        self._run, self.model, self.history = run, run.model, run.history
-        self.diverged = dict(diverged_of(run))
-        self._cases: dict[int, tuple[Case, ...]] = {}
-        self._trajectories: dict[tuple[str, str, str, str, int], Trajectory] = {}
-        for seed in self.seeds:
-            cases = run.cases(seed)
-            self._cases[seed] = tuple(_without_rows(case) for case in cases)
-            for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
-                if visit is not None:
-                    visit(seed, case)
-                if trajectories:
-                    self._read(run, case, seed)
+    def trajectory(model: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
+        return attacks[model, attack, case.name, task.name, seed]
 
-    def _read(self, run: RunView, case: Case, seed: int) -> None:
-        for model_name in self.model_names:
-            for attack in self.attacks:
-                for task in case.tasks:
-                    full = run.trajectory(model_name, attack, case, task, seed)
-                    key = (model_name, attack, case.name, task.name, seed)
-                    self._trajectories[key] = Trajectory(
-                        full.steps, full.values, full.status, full.info
-                    )
-
-    def cases(self, seed: int) -> tuple[Case, ...]:
-        return self._cases[seed]
-
-    def trajectory(
-        self, model_name: str, attack: str, case: Case, task: Task, seed: int
-    ) -> Trajectory:
-        return self._trajectories[model_name, attack, case.name, task.name, seed]
-
-    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        return self._run.kept(key, compute)
-
-
-def diverged_of(run: RunView) -> dict[tuple[str, int], Any]:
-    """(case, seed) → error of every immunization that diverged; ``run.cases`` leaves these out."""
-    found: dict[tuple[str, int], Any] = getattr(run, "diverged", {})
-    return found
-
-
-def left_out(run: RunView) -> str | None:
-    """A note on the cases whose immunization diverged, counted over seeds; None when there are
-    none.
-    """
-    lost = len(diverged_of(run))
-    return (
-        f"{lost} of {lost + sum(1 for _ in walk(run))} cases diverged and are left out"
-        if lost
-        else None
-    )
+    for seed in run.seeds:
+        cases = run.cases(seed)
+        loaded[seed] = tuple(_without_rows(case) for case in cases)
+        for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
+            if visit is not None:
+                visit(seed, case)
+            for model, attack, task in (
+                (m, a, t)
+                for m in (run.model_names if trajectories else ())
+                for a in run.attacks
+                for t in case.tasks
+            ):
+                full = run.trajectory(model, attack, case, task, seed)
+                attacks[model, attack, case.name, task.name, seed] = replace(
+                    full, weights={}, samples={}
+                )
+    return cast(RunView, _PartOfRun(run, cases=loaded.__getitem__, trajectory=trajectory))
 
 
 def _without_rows(case: Case) -> Case:
@@ -110,89 +86,86 @@ def _without_rows(case: Case) -> Case:
     return Case(case.name, empty(case.benign), tuple(empty(t) for t in case.harmful))
 
 
-def model_name_names(run: RunView) -> tuple[str, ...]:
-    """(baseline,) or (baseline, immunizer); the baseline always comes first."""
-    return (BASELINE, *(a for a in run.model_names if a != BASELINE))
+def each_case(run: RunView, label: str) -> Iterator[tuple[int, Any]]:
+    """Yield (seed, case) with a progress bar."""
+    for seed in run.seeds:
+        cases = run.cases(seed)
+        for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
+            yield seed, case
 
 
-def both_model_names(run: RunView) -> bool:
-    return len(model_name_names(run)) == 2
+def walk(run: RunView) -> Iterator[tuple[int, Any]]:
+    """Yield (seed, case) over everything in the run."""
+    return ((seed, case) for seed in run.seeds for case in run.cases(seed))
+
+
+def left_out(run: RunView) -> str | None:
+    """Return a note on the cases whose immunization diverged, counted over seeds, if any did."""
+    lost = len(run.diverged)
+    total = lost + sum(1 for _ in walk(run))
+    return f"{lost} of {total} cases diverged and are left out" if lost else None
 
 
 def tasks_of(case: Case, role: Role) -> tuple[Task, ...]:
     return (case.benign,) if role == "benign" else case.harmful
 
 
-def walk(run: RunView) -> Iterator[tuple[int, int, Case]]:
-    """(position of the seed, seed, case) over everything in the run."""
-    for position, seed in enumerate(run.seeds):
-        for case in run.cases(seed):
-            yield position, seed, case
+def baseline_suffix(model: str) -> str:
+    """Return the end of the names of the baseline's metrics."""
+    return "_baseline" if model == BASELINE else ""
 
 
-def samples(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
-    """``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with nothing
-    left too.
+def better_of(model: str, better: Better) -> Better:
+    """Return ``better``; figures of the baseline are neutral."""
+    return "neutral" if model == BASELINE else better
+
+
+def samples(
+    run: RunView, value: Callable[[int, Any], float | None], *, diverged: float | None = None
+) -> list[list[float]]:
+    """Return ``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with
+    nothing left too.
+
+    ``diverged``: what a case counts whose immunization diverged, a failure (0) where successes are
+    counted.
     """
-    groups: Samples = [[] for _ in run.seeds]
-    for position, seed, case in walk(run):
-        v = value(seed, case)
-        if v is not None:
-            groups[position].append(v)
-    return [g for g in groups if g]
-
-
-def shares(run: RunView, value: Callable[[int, Case], float | None]) -> Samples:
-    """As `samples`, for values that count successes: a case whose immunization diverged is a
-    failure (0).
-    """
-    lost = [seed for _, seed in diverged_of(run)]
-    groups: dict[int, list[float]] = {seed: [] for seed in sorted({*run.seeds, *lost})}
-    for _, seed, case in walk(run):
-        v = value(seed, case)
-        if v is not None:
-            groups[seed].append(v)
+    lost = [] if diverged is None else [seed for _, seed in run.diverged]
+    seeds = run.seeds if diverged is None else sorted({*run.seeds, *lost})
+    groups: dict[int, list[float]] = {seed: [] for seed in seeds}
+    for seed, case in walk(run):
+        figure = value(seed, case)
+        if figure is not None:
+            groups[seed].append(figure)
     for seed in lost:
-        groups[seed].append(0.0)
-    return [g for g in groups.values() if g]
-
-
-def lower_limit(figure: Score) -> bool:
-    """Whether the figure may be any higher one; its note says so."""
-    return (figure.note or "").startswith("at least")
-
-
-def joined(*notes: str | None) -> str | None:
-    """Notes in one line; None when there is nothing to say."""
-    return "; ".join(n for n in notes if n) or None
-
-
-def score_or_reason(
-    groups: Samples,
-    better: Better,
-    reason: str,
-    *,
-    aggregate: Literal["mean", "geomean"] = "mean",
-    **kwargs: Any,
-) -> Score:
-    """`lab.core.statistics.score`, or a score without value and with ``reason`` when nothing could
-    be measured.
-    """
-    if not groups:
-        return Score(None, better=better, note=reason, unit=kwargs.get("unit", ""))
-    return score(groups, better, aggregate=aggregate, **kwargs)
+        groups[seed].append(cast(float, diverged))
+    return [group for group in groups.values() if group]
 
 
 def worst(role: Role, values: Sequence[float]) -> float:
-    """The value that counts: what protects least on harmful tasks, what costs most on benign
-    ones.
+    """Return the value that counts: what protects least on harmful tasks, what costs most on
+    benign ones.
     """
     return min(values) if role == "harmful" else max(values)
 
 
+def first_crossing(steps: Sequence[int], values: Floats, threshold: float) -> Floats:
+    """Return the first step at which ``values`` [..., points] reach ``threshold``, linear between
+    snapshots; nan where never.
+    """
+    grid = np.asarray(steps[: values.shape[-1]], dtype=float)
+    met = (values >= threshold) & np.isfinite(values)
+    index = met.argmax(-1)
+    before = np.maximum(index - 1, 0)
+    high, low = (np.take_along_axis(values, i[..., None], -1)[..., 0] for i in (index, before))
+    with np.errstate(invalid="ignore"):
+        part = (threshold - low) / np.where(high > low, high - low, 1.0)
+    part = np.where((index > 0) & np.isfinite(low), part, (index > 0).astype(float))
+    return np.where(met.any(-1), grid[before] + part * (grid[index] - grid[before]), np.nan)
+
+
 def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
-    """Mean of several (steps, values) lines, on the steps of the first, ending where the shortest
-    ends.
+    """Return the mean of several (steps, values) lines, on the steps of the first, ending where the
+    shortest ends.
 
     Values between the steps of a line are interpolated linearly. A line that stopped early
     (divergence) cuts the mean there, so that no mean over survivors is shown. A step where any line
@@ -202,31 +175,27 @@ def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
         raise ValueError("a curve over an empty set")
     end = min(steps[-1] for steps, _ in lines)
     grid = [s for s in lines[0][0] if s <= end] or [lines[0][0][0]]
-    stack = np.stack(
-        [np.interp(grid, steps, np.asarray(values, dtype=float)) for steps, values in lines]
-    )
+    stack = np.stack([np.interp(grid, steps, np.asarray(v, dtype=float)) for steps, v in lines])
     with np.errstate(invalid="ignore"):
         means = stack.mean(axis=0)
     return [float(s) for s in grid], [float(v) if math.isfinite(v) else None for v in means]
 
 
-def model_name_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
-    """A record curve from lines per model; models that end early are filled with None up to the
-    common steps.
+def model_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
+    """Return a record curve from lines per model; models that end early are filled with None up to
+    the common steps.
     """
-    means = {
-        model_name: mean_curve(model_name_lines) for model_name, model_name_lines in lines.items()
-    }
-    steps = max((m[0] for m in means.values()), key=len)
+    means = {model: mean_curve(model_lines) for model, model_lines in lines.items()}
+    steps = max((grid for grid, _ in means.values()), key=len)
     out: dict[str, Any] = {"step": steps, "x": x, "y": y, "log": log}
-    for model_name, (grid, values) in means.items():
+    for model, (grid, values) in means.items():
         lookup = dict(zip(grid, values, strict=True))
-        out[model_name] = [lookup.get(s) for s in steps]
+        out[model] = [lookup.get(step) for step in steps]
     return out
 
 
 def thin(values: Sequence[float], points: int = 60) -> list[tuple[int, float]]:
-    """At most ``points`` (index, value) pairs, evenly spread, first and last included."""
+    """Return at most ``points`` (index, value) pairs, evenly spread, first and last included."""
     if len(values) <= points:
         return list(enumerate(values))
     chosen = sorted({round(i * (len(values) - 1) / (points - 1)) for i in range(points)})

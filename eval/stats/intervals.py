@@ -1,9 +1,10 @@
-"""Intervals of figures over generated pictures: resample seeds, then concepts, then pictures
+"""95 % intervals over seeds: Student's t, and the bootstrap of seeds, concepts and images
 (docs/methods.md §4.4).
 
-A figure of one concept in one seed is a function of column means over its pictures: similarity to
-the references in both models, detections along a trajectory. The rows of a `Unit` are pictures made
-from the same latents in every column, so that one resample of the rows keeps the models paired.
+`score_samples` takes values per seed and case. `score_units` takes images: a figure of one concept
+in one seed is a function of column means over its images (similarity to the references in both
+models, detections along a trajectory). The rows of a `Unit` are images made from the same latents
+in every column, so one resample of the rows keeps the models paired.
 """
 
 from __future__ import annotations
@@ -16,17 +17,128 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtrit
+from scipy.stats import t as student_t
 
-from eval.stats.aggregate import joined
-from lab.core.statistics import BOOTSTRAP_SEEDS, MIN_SEEDS, SeedScore
-from lab.core.types import Score
+from lab.core.types import Score, SeedScore
 
 Floats = NDArray[np.float64]
+Better = Literal["higher", "lower", "neutral"]
+Bound = Literal["lower", "upper"]
+Samples = Sequence[Sequence[float]]  # [seed][case]
+
+MIN_SEEDS = 3  # with fewer, an interval says nothing about other seeds (docs/methods.md §4.4)
+BOOTSTRAP_SEEDS = 10  # from here on the percentile bootstrap over seeds covers close to its 95 %
 DRAWS = 2000
 TAIL = 0.025  # probability beyond each limit of a 95 % interval
-SHARE = (0.0, 1.0)  # bounds of a share of pictures
+UNBOUNDED = (-math.inf, math.inf)  # ranges that a quantity can take
+POSITIVE = (0.0, math.inf)
+SHARE = (0.0, 1.0)
 UNDEFINED = 0.05  # share of resamples without a value above which an interval says nothing
+_SEED = 20241220  # fixed: the interval of the same samples never changes
+
+
+def joined(*notes: str | None) -> str | None:
+    """Join notes in one line; None when there is nothing to say."""
+    return "; ".join(note for note in notes if note) or None
+
+
+def _with_interval(
+    score: SeedScore, limits: Sequence[float] | Floats, bounds: tuple[float, float]
+) -> Score:
+    """Add an interval, clipped to what the quantity can take."""
+    low, high = (min(max(float(v), bounds[0]), bounds[1]) for v in limits)
+    return replace(score, low=low, high=high, interval=interval_kind(score.n))
+
+
+def interval_kind(seeds: int) -> Literal["across_seeds", "within_seed"]:
+    """Return what an interval over so many seeds supports, see `Score.interval`."""
+    return "across_seeds" if seeds >= MIN_SEEDS else "within_seed"
+
+
+def _drawn_seeds(rng: np.random.Generator, seeds: int, draws: int) -> NDArray[np.int64]:
+    """Draw seeds with replacement [draws, seeds]; fewer than `MIN_SEEDS` stay as they are."""
+    if seeds >= MIN_SEEDS:
+        return rng.integers(0, seeds, (draws, seeds))
+    return np.tile(np.arange(seeds), (draws, 1))
+
+
+# ---- values per seed and case
+
+
+def score_samples(
+    samples: Samples,
+    better: Better,
+    reason: str | None = None,
+    *,
+    aggregate: Literal["mean", "geomean"] = "mean",
+    draws: int = DRAWS,
+    unit: str = "",
+    note: str | None = None,
+    bounds: tuple[float, float] = UNBOUNDED,
+    bound: Bound | None = None,
+) -> Score:
+    """Return the mean over seeds of ``samples[seed][case]`` with a 95 % interval.
+
+    Three to nine seeds: Student's t over the seed means with n − 1 degrees of freedom (of the
+    logarithms for ``geomean``), not the bootstrap, since resampling three seeds covers the true
+    mean in three of four cases only, where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds
+    or more: two-stage percentile bootstrap, seeds with replacement, then cases within each seed.
+    One seed with one case gives a ``point``; fewer than three seeds give ``within_seed`` (cases
+    resampled within the seeds that there are). Seed means that are all equal leave an interval
+    without width.
+
+    Args:
+        reason: the note of a score without value, where there is no sample; None: an error.
+        bounds: the range that the quantity can take; an interval is clipped to it.
+        bound: set where ``samples`` hold limits, see `Score.bound`.
+
+    Raises:
+        ValueError: a metric over an empty set, and a value that is not finite.
+    """
+    if not samples and reason is not None:
+        return Score(None, better=better, note=reason, unit=unit)
+    groups = [np.asarray(list(group), dtype=float) for group in samples]
+    if not groups or any(g.size == 0 for g in groups):
+        raise ValueError("a metric over an empty set")
+    if not all(np.isfinite(g).all() for g in groups):
+        raise ValueError("an interval needs finite values")
+    if aggregate == "geomean":
+        groups = [np.log(g) for g in groups]
+    back = np.exp if aggregate == "geomean" else columns
+    means, n = np.array([g.mean() for g in groups]), len(groups)
+    per_seed = tuple(float(back(mean)) for mean in means)
+    value = float(back(means.mean()))
+    point = SeedScore(
+        value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=per_seed
+    )
+    if n < MIN_SEEDS and all(g.size < 2 for g in groups):
+        return point if n < 2 else replace(point, note=note or f"{n} seeds, no interval")
+    few = MIN_SEEDS <= n < BOOTSTRAP_SEEDS
+    limits = _student_limits(means) if few else _bootstrap_limits(groups, draws)
+    return _with_interval(point, back(limits), bounds)
+
+
+def _student_limits(means: Floats) -> Floats:
+    """Return Student's limits [low, high] of the mean that ``means`` [n] scatter about."""
+    n, half = len(means), 0.0
+    if np.ptp(means) > 0:
+        half = float(student_t.ppf(1 - TAIL, n - 1) * means.std(ddof=1) / math.sqrt(n))
+    return means.mean() + half * np.array([-1.0, 1.0])
+
+
+def _bootstrap_limits(groups: list[Floats], draws: int) -> Floats:
+    """Return percentiles [low, high] of the mean over seeds of the means within them."""
+    rng = np.random.default_rng(_SEED)
+    chosen = _drawn_seeds(rng, len(groups), draws)
+    centres = np.empty(chosen.shape)
+    for i, group in enumerate(groups):  # each time a seed was drawn, its cases are drawn anew
+        drawn = chosen == i
+        rows = rng.integers(0, group.size, (int(drawn.sum()), group.size))
+        centres[drawn] = group[rows].mean(axis=1)
+    return np.percentile(centres.mean(axis=1), [2.5, 97.5])
+
+
+# ---- images of concepts
 
 
 @dataclass(frozen=True)
@@ -35,7 +147,7 @@ class Unit:
 
     Attributes:
         seed: of the run.
-        rows: [pictures, columns].
+        rows: [images, columns].
         figure: column means [..., columns] → [..., figures]; nan where a figure is undefined.
     """
 
@@ -57,13 +169,9 @@ class Estimate:
     high: Floats
     per_seed: Floats  # [seeds, figures]
 
-    @property
-    def seeds(self) -> int:
-        return len(self.per_seed)
-
 
 def columns(means: Floats) -> Floats:
-    """The figure of a unit whose columns are what is reported; also: nothing is done to a mean."""
+    """Return column means as they are: the figure of a unit whose columns are reported."""
     return means
 
 
@@ -79,89 +187,108 @@ def estimate(
     after: Callable[[Floats], Floats] = columns,
     tails: tuple[float, float] = (TAIL, TAIL),
 ) -> Estimate:
-    """Mean over seeds of the mean over concepts, with percentile limits of the three-stage
-    bootstrap.
+    """Return the mean over seeds of the mean over concepts, with limits of the three-stage
+    percentile bootstrap.
 
     ``after`` turns these means [..., figures] into what is reported (a quotient of means).
     ``tails``: probabilities below the lower and above the upper limit.
 
     From three to nine seeds the limits are never narrower than Student's t over the seeds (over the
     jackknife's pseudo-values, which for a mean are the seeds' own): resampling three seeds alone
-    covers too rarely (`lab.core.statistics.score`); where the figure is undefined in more than 5 %
-    of resamples they are Student's alone, and where it is undefined without one of the seeds there
-    are none. With fewer than three seeds the limits stay as they are, and concepts and pictures are
-    resampled within them.
+    covers too rarely (`score_samples`). Where the figure is undefined in more than 5 % of resamples
+    they are Student's alone. Where it is undefined without one of the seeds there are none. With
+    fewer than three seeds only concepts and images are resampled.
 
     Raises:
-        ValueError: no unit, or a unit without pictures.
+        ValueError: no unit, or a unit without images.
     """
     if not units or any(len(u.rows) == 0 for u in units):
         raise ValueError("a metric over an empty set")
-    by_seed = [
-        [u for u in units if u.seed == seed] for seed in dict.fromkeys(u.seed for u in units)
-    ]
-    means = np.stack(
-        [np.mean([u.value for u in group], axis=0) for group in by_seed]
-    )  # [seeds, figures]
-    n = len(by_seed)
-    value, per_seed = after(means.mean(0)), after(means)
+    seeds = dict.fromkeys(u.seed for u in units)
+    by_seed = [[u for u in units if u.seed == seed] for seed in seeds]
+    means = np.stack([np.mean([u.value for u in group], axis=0) for group in by_seed])
+    n, value = len(by_seed), after(means.mean(0))
     stats = after(_resample(by_seed, draws, means.shape[1]))
     missing = np.isnan(stats).mean(0) > UNDEFINED
-    low, high = np.nanpercentile(
-        np.where(missing, 0.0, stats), [100 * tails[0], 100 - 100 * tails[1]], axis=0
-    )
+    percentiles = [100 * tails[0], 100 - 100 * tails[1]]
+    low, high = np.nanpercentile(np.where(missing, 0.0, stats), percentiles, axis=0)
     low[missing] = high[missing] = math.nan
     if MIN_SEEDS <= n < BOOTSTRAP_SEEDS:
-        error = _standard_error(
-            value, np.stack([after(np.delete(means, s, 0).mean(0)) for s in range(n)])
-        )
-        below, above = (stdtrit(n - 1, 1 - tail) * error for tail in tails)
+        without = np.stack([after(np.delete(means, s, 0).mean(0)) for s in range(n)])
+        error = (n * value - (n - 1) * without).std(0, ddof=1) / math.sqrt(n)
+        below, above = (student_t.ppf(1 - tail, n - 1) * error for tail in tails)
         low, high = np.fmin(low, value - below), np.fmax(high, value + above)  # a nan never wins
         low[np.isnan(error)] = high[np.isnan(error)] = math.nan
-    return Estimate(value, low, high, per_seed)
-
-
-def _standard_error(value: Floats, without: Floats) -> Floats:
-    """Of a figure of means over seeds, by the jackknife, from the figures without one seed each
-    [seeds, figures].
-    """
-    n = len(without)
-    pseudo = n * value - (n - 1) * without
-    return np.asarray(pseudo.std(0, ddof=1) / math.sqrt(n))
+    return Estimate(value, low, high, after(means))
 
 
 def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
-    """[draws, figures]; every slot of a drawn seed draws a concept, every drawn concept its
-    pictures, all anew.
+    """Resample seeds, as many concepts of each drawn seed as it has, and their images, all anew:
+    [draws, figures].
     """
-    rng = np.random.default_rng(20241220)  # fixed: the interval of the same pictures never changes
-    n = len(by_seed)
-    across = n >= MIN_SEEDS
-    chosen = rng.integers(0, n, (draws, n)) if across else np.tile(np.arange(n), (draws, 1))
-    totals = np.empty((draws, n, figures))
+    rng = np.random.default_rng(_SEED)
+    chosen = _drawn_seeds(rng, len(by_seed), draws)
+    totals = np.empty((*chosen.shape, figures))
     for s, group in enumerate(by_seed):
         where = np.argwhere(chosen == s)
-        found = np.zeros((len(where), figures))
-        for _ in group:  # as many concepts as the seed has, with replacement
+        sums = np.zeros((len(where), figures))
+        for _ in group:
             concept = rng.integers(0, len(group), len(where))
             for c, unit in enumerate(group):
-                mine = concept == c
-                size = len(unit.rows)
-                weights = rng.multinomial(size, np.full(size, 1 / size), int(mine.sum())) / size
-                found[mine] += unit.figure(weights @ unit.rows)
-        totals[where[:, 0], where[:, 1]] = found / len(group)
+                drawn, size = concept == c, len(unit.rows)
+                shares = np.full(size, 1 / size)
+                weights = rng.multinomial(size, shares, int(drawn.sum())) / size
+                sums[drawn] += unit.figure(weights @ unit.rows)
+        totals[where[:, 0], where[:, 1]] = sums / len(group)
     return totals.mean(1)
 
 
-def worst_score(
-    found: Score,
+def score_units(
+    units: Sequence[Unit],
+    better: Better,
+    *,
+    geometric: bool = False,
+    unit: str = "",
+    note: str | None = None,
+    undefined: str = "undefined",
+    bounds: tuple[float, float] = UNBOUNDED,
+    bound: Bound | None = None,
+    draws: int = DRAWS,
+    after: Callable[[Floats], Floats] = columns,
+) -> Score:
+    """Return the `Score` of units with one figure each (after ``after``, see `estimate`).
+
+    Args:
+        geometric: the figures are logarithms; value and limits are their exponentials.
+        undefined: the note of a score without value, where a unit's own figure is nan.
+        bounds: the range that the quantity can take; an interval is clipped to it.
+        bound: set where units hold limits, see `Score.bound`.
+    """
+    result = estimate(units, draws, after)
+    n, back = len(result.per_seed), math.exp if geometric else float
+    if not np.isfinite(result.value[0]):
+        return Score(None, n=n, better=better, note=joined(undefined, note), unit=unit)
+    value, low, high = (back(float(v[0])) for v in (result.value, result.low, result.high))
+    per_seed = (np.exp if geometric else columns)(result.per_seed[:, 0])
+    known = tuple(map(float, per_seed)) if np.isfinite(per_seed).all() else ()
+    point = SeedScore(value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=known)
+    if n < MIN_SEEDS and len(units) == n and all(len(u.rows) == 1 for u in units):
+        return point
+    if not (math.isfinite(low) and math.isfinite(high)):
+        reason = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
+        return replace(point, interval=interval_kind(n), note=joined(note, reason))
+    return _with_interval(point, (low, high), bounds)
+
+
+def score_worst(
+    picked: Score,
     concepts: Sequence[Sequence[Unit]],
     which: Literal["lowest", "highest"],
     *,
     geometric: bool = False,
 ) -> Score:
-    """The score of the lowest or highest of k concepts, with an interval that knows that it was
-    picked after looking.
+    """Return the score of the lowest or highest of k concepts, with an interval that knows that it
+    was picked after looking.
 
     For the lowest of k true values: the least of the lower limits needs no correction, as the limit
     of the concept that is truly lowest is one of them; the least of the upper limits lies below it
@@ -169,105 +296,55 @@ def worst_score(
     change places.
 
     Args:
-        found: the score of the concept that was picked.
+        picked: the score of the concept that was picked.
         concepts: units of every concept, one figure each.
-        geometric: as in `score`.
+        geometric: as in `score_units`.
     """
-    if found.low is None or found.high is None or len(concepts) < 2:
-        return found
+    if picked.value is None or picked.low is None or picked.high is None or len(concepts) < 2:
+        return picked
     shared = TAIL / len(concepts)
-    pick = min if which == "lowest" else max
-    tails = (TAIL, shared) if which == "lowest" else (shared, TAIL)
-    each = [estimate(units, tails=tails) for units in concepts]
-    low, high = pick(float(e.low[0]) for e in each), pick(float(e.high[0]) for e in each)
-    if not all(math.isfinite(e.low[0]) and math.isfinite(e.high[0]) for e in each):
-        told = "no interval: one of the concepts has none"
-        return replace(found, low=None, high=None, note=joined(found.note, told))
+    pick, tails = (min, (TAIL, shared)) if which == "lowest" else (max, (shared, TAIL))
+    limits = np.stack([(e.low[0], e.high[0]) for e in (estimate(u, tails=tails) for u in concepts)])
+    if not np.isfinite(limits).all():
+        reason = "no interval: one of the concepts has none"
+        return replace(picked, low=None, high=None, note=joined(picked.note, reason))
+    low, high = pick(map(float, limits[:, 0])), pick(map(float, limits[:, 1]))
     if geometric:
         low, high = math.exp(low), math.exp(high)
-    assert found.value is not None
-    return replace(found, low=min(low, found.value), high=max(high, found.value))
+    return replace(picked, low=min(low, picked.value), high=max(high, picked.value))
 
 
-def score(
-    units: Sequence[Unit],
-    better: Literal["higher", "lower", "neutral"],
-    *,
-    geometric: bool = False,
-    unit: str = "",
-    note: str | None = None,
-    undefined: str = "undefined",
-    bounds: tuple[float, float] = (-math.inf, math.inf),
-    draws: int = DRAWS,
-    after: Callable[[Floats], Floats] = columns,
-) -> Score:
-    """A `Score` of units with one figure each (after ``after``, see `estimate`).
-
-    Args:
-        geometric: the figures are logarithms; value and limits are their exponentials.
-        undefined: the note of a score without value, where a unit's own figure is nan.
-        bounds: the range that the quantity can take; an interval is clipped to it.
+def largest_unseen_share(units: Sequence[Unit]) -> float:
+    """Return the largest share that is seen in no image of a seed with probability `TAIL`
+    (Clopper and Pearson).
     """
-    found = estimate(units, draws, after)
-    value, low, high = (float(v[0]) for v in (found.value, found.low, found.high))
-    if not math.isfinite(value):
-        return Score(None, n=found.seeds, better=better, note=joined(undefined, note), unit=unit)
-    per_seed = found.per_seed[:, 0]
-    if geometric:
-        value, low, high = math.exp(value), math.exp(low), math.exp(high)
-        per_seed = np.exp(per_seed)
-    seeds = tuple(map(float, per_seed)) if np.isfinite(per_seed).all() else ()
-    if (
-        found.seeds < MIN_SEEDS
-        and all(len(u.rows) == 1 for u in units)
-        and len(units) == found.seeds
-    ):
-        return SeedScore(
-            value, None, None, found.seeds, better, "point", note, unit, per_seed=seeds
-        )
-    kind: Literal["across_seeds", "within_seed"] = (
-        "across_seeds" if found.seeds >= MIN_SEEDS else "within_seed"
-    )
-    if not (math.isfinite(low) and math.isfinite(high)):
-        told = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
-        return SeedScore(
-            value, None, None, found.seeds, better, kind, joined(note, told), unit, per_seed=seeds
-        )
-    low, high = (min(max(v, bounds[0]), bounds[1]) for v in (low, high))
-    return SeedScore(value, low, high, found.seeds, better, kind, note, unit, per_seed=seeds)
-
-
-def most_unseen(units: Sequence[Unit]) -> float:
-    """The largest share that is seen in no picture of a seed with probability `TAIL` (Clopper and
-    Pearson).
-    """
-    pictures = Counter[int]()
+    images = Counter[int]()
     for unit in units:
-        pictures[unit.seed] += len(unit.rows)
-    return float(1 - TAIL ** (1 / min(pictures.values())))
+        images[unit.seed] += len(unit.rows)
+    return float(1 - TAIL ** (1 / min(images.values())))
 
 
-def share_score(
+def score_share(
     units: Sequence[Unit],
-    better: Literal["higher", "lower", "neutral"],
+    better: Better,
     *,
     limits: tuple[float, float] | None = None,
     **kwargs: Any,
 ) -> Score:
-    """`score` of a share of pictures. Where none of them (or each) shows what is counted, no
-    resample differs: the interval is then as wide at least as Clopper and Pearson's of the pictures
+    """`score_units` of a share of images. Where none of them (or each) shows what is counted, no
+    resample differs: the interval is then as wide at least as Clopper and Pearson's of the images
     of one seed, as those of other seeds are of models that share much.
 
     Args:
-        limits: the lowest share that may be there though each picture shows it, and the highest
-            though none does; None: by `most_unseen`.
+        limits: the lowest share that may be there though each image shows it, and the highest
+            though none does; None: by `largest_unseen_share`.
     """
-    found = score(units, better, bounds=SHARE, **kwargs)
-    if found.value is None or found.low is None or found.high is None:
-        return found
-    unseen = most_unseen(units)
-    low, high = _widened(found.value, found.low, found.high, *(limits or (1 - unseen, unseen)))
-    return replace(found, low=low, high=high)
+    score = score_units(units, better, bounds=SHARE, **kwargs)
+    if score.value is None or score.low is None or score.high is None:
+        return score
+    unseen = largest_unseen_share(units)
+    low, high = _widened(score.value, score.low, score.high, *(limits or (1 - unseen, unseen)))
+    return replace(score, low=low, high=high)
 
 
 def _widened(
@@ -282,31 +359,30 @@ def band(
     x: str,
     y: str,
     log: str = "",
-    bounds: tuple[float, float] = (-math.inf, math.inf),
+    bounds: tuple[float, float] = UNBOUNDED,
 ) -> dict[str, Any]:
-    """A record curve with a 95 % band: series ``model_name``, ``model:low`` and ``model:high`` for
-    every model of ``lines``.
+    """Return a record curve with a 95 % band: series ``model``, ``model:low`` and ``model:high``
+    for every model of ``lines``.
 
     A unit's figures are values at its first steps; the mean ends where the shortest unit ends (an
-    attack that diverged), so that no mean over survivors is shown. ``bounds``: as of `score`; those
-    of a share, 0 and 1, also widen the band where no picture (or each) shows what is counted, as
-    `share_score` does.
+    attack that diverged), so that no mean over survivors is shown. ``bounds``: as of `score_units`;
+    those of a share, 0 and 1, also widen the band where no image (or each) shows what is counted,
+    as `score_share` does.
     """
     out: dict[str, Any] = {"step": [float(s) for s in steps], "x": x, "y": y, "log": log}
-    for model_name, units in lines.items():
+    for model, units in lines.items():
         end = min(u.value.shape[-1] for u in units)
-        short = [Unit(u.seed, u.rows, _first(u.figure, end)) for u in units]
-        found = estimate(short, DRAWS // 4)
-        low, high = np.clip(found.low, *bounds), np.clip(found.high, *bounds)
+        short = [Unit(u.seed, u.rows, _first_figures(u.figure, end)) for u in units]
+        result = estimate(short, DRAWS // 4)
+        low, high = np.clip(result.low, *bounds), np.clip(result.high, *bounds)
         if bounds == SHARE:
-            unseen = most_unseen(short)
-            low, high = np.vectorize(_widened)(found.value, low, high, 1 - unseen, unseen)
-        limits = {":low": low, ":high": high}
-        for suffix, values in {"": found.value, **limits}.items():
-            some = [float(v) if math.isfinite(v) else None for v in values]
-            out[model_name + suffix] = some + [None] * (len(steps) - end)
+            unseen = largest_unseen_share(short)
+            low, high = np.vectorize(_widened)(result.value, low, high, 1 - unseen, unseen)
+        for suffix, values in {"": result.value, ":low": low, ":high": high}.items():
+            shown = [float(v) if math.isfinite(v) else None for v in values]
+            out[model + suffix] = shown + [None] * (len(steps) - end)
     return out
 
 
-def _first(figure: Callable[[Floats], Floats], count: int) -> Callable[[Floats], Floats]:
+def _first_figures(figure: Callable[[Floats], Floats], count: int) -> Callable[[Floats], Floats]:
     return lambda means: figure(means)[..., :count]

@@ -117,9 +117,11 @@ def _text(text: Any) -> Any:
 
 
 def _metric(item: dict[str, Any]) -> dict[str, Any]:
-    note = item["note"] or ""
-    bound = next((b for start, b in _BOUNDS if note.startswith(start)), None)
-    return dict(item) | {"note": _text(item["note"]), "bound": bound}
+    return dict(item) | {"note": _text(item["note"]), "bound": _bound(item["note"])}
+
+
+def _bound(note: str | None) -> str | None:
+    return next((b for start, b in _BOUNDS if (note or "").startswith(start)), None)
 
 
 _BOUNDS = (("at least", "lower"), ("at most", "upper"))
@@ -130,4 +132,5 @@ def _curve(curve: dict[str, Any]) -> dict[str, Any]:
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:
-    return {"model" if k == "arm" else current_name(k): _text(v) for k, v in row.items()}
+    out = {"model" if k == "arm" else current_name(k): _text(v) for k, v in row.items()}
+    return out | ({"bound": _bound(row["note"])} if "required" in row else {})  # of a verdict

@@ -19,8 +19,7 @@ from lab.core.errors import UserError
 from lab.core.hashing import write_atomically
 from lab.core.images import png
 from lab.core.migration import migrate
-from lab.core.statistics import SeedScore
-from lab.core.types import ImageGrid, Score, Scores
+from lab.core.types import ImageGrid, Score, Scores, SeedScore
 
 SCHEMA_VERSION = "2.0"  # 1.x: other names and no ``bound``; `lab.core.migration` brings them to 2.0
 READABLE = ("1.0", "1.1", "1.2", "1.3", SCHEMA_VERSION)

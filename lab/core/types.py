@@ -325,6 +325,15 @@ class Score:
     bound: Literal["lower", "upper"] | None = None  # ``value`` is a limit: the true one lies beyond
 
 
+@dataclass
+class SeedScore(Score):
+    """A score that still knows its value in every seed, in the run's order, so that two runs can be
+    paired.
+    """
+
+    per_seed: tuple[float, ...] = ()
+
+
 @dataclass(frozen=True)
 class ImageGrid:
     """Images uint8 [rows, columns, 3, s, s] with a label for every row and column."""
@@ -358,6 +367,7 @@ class RunView(Protocol[ModelT_co, CaseT, TaskT_contra]):
     model_names: tuple[str, ...]  # (BASELINE,) or (BASELINE, immunizer)
     attacks: tuple[str, ...]
     budget: Budget
+    diverged: dict[tuple[str, int], Any]  # (case, seed) → error of an immunization that diverged
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -377,7 +387,7 @@ class RunView(Protocol[ModelT_co, CaseT, TaskT_contra]):
     ) -> Trajectory:
         """Return what ``attack`` did to a model on ``task``, at the snapshots of the budget."""
 
-    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """Return tensors of a metric that other runs share, from the stage cache.
 
         ``key`` names all that determines them.

@@ -18,7 +18,6 @@ from lab.core.errors import Diverged, UserError
 from lab.core.fingerprint import fingerprint, model_settings, without_sampling
 from lab.core.hashing import digest, stage_key
 from lab.core.provenance import computing
-from lab.core.statistics import SeedScore
 from lab.core.types import (
     BASELINE,
     AnyCase,
@@ -29,6 +28,7 @@ from lab.core.types import (
     Model,
     Score,
     Scores,
+    SeedScore,
     Trajectory,
     clone,
 )
@@ -333,7 +333,7 @@ class Pipeline:
             parts[kind][rest] = tensor
         return Trajectory(**parts, **artifact.values)
 
-    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         joined = stage_key(kept=key, computing=computing())
         artifact, _ = self.store.get("eval", joined, lambda _: Artifact(tensors=compute()))
         return artifact.tensors

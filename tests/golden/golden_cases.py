@@ -262,6 +262,7 @@ class _ManyCases:
 
     immunizer, model_names, attacks = "kappa", (BASELINE, "kappa"), ("probe",)
     seeds, scenario, budget = (0, 1, 2), "fake", probes.BUDGET
+    diverged: dict[tuple[str, int], Any] = {}
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         def task(number: int, name: str, role: Any) -> Any:

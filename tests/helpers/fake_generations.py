@@ -222,7 +222,7 @@ class FakeRun:
     ) -> Trajectory:
         return self.trajectories(model_name, attack, task.name, seed)
 
-    def kept(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    def cached(self, key: str, compute: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         if key not in self.store:
             self.store[key] = compute()
         return self.store[key]

@@ -2,8 +2,8 @@
 
 import torch
 
+from eval.stats.intervals import score_samples
 from lab.core.condition import singular_values
-from lab.core.statistics import score
 from lab.core.types import BASELINE, RunMetric, Scores
 from lab.models.activations import features
 
@@ -34,7 +34,7 @@ class EffectiveRank(RunMetric):
                 end, better = (
                     ("_baseline", "neutral") if model_name == BASELINE else ("", direction)
                 )
-                out.metrics[f"effective_rank_{role}{end}"] = score(
+                out.metrics[f"effective_rank_{role}{end}"] = score_samples(
                     values, better, unit="directions"
                 )
         return out

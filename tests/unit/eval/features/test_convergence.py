@@ -1,21 +1,26 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
+import torch
 from fake_run import (
     STEPS,
     classes,
     decay,
     fake,
+    linear,
     rates,
 )
 
-from eval.features.convergence import Convergence
+from attacks.probes.linear_probe import LinearProbe
+from eval.features.convergence import Convergence, rfd
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.trajectories import target_of
+from lab.core.data import Split, Task
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, Trajectory
+from lab.core.types import BASELINE, Budget, Trajectory
 
 # convergence
 
@@ -50,18 +55,6 @@ def test_norm_ratio_and_slowdown_by_hand() -> None:
     curve = scores.curves["norm_ratio_harmful_probe"]
     assert curve["step"] == list(STEPS)
     assert curve[BASELINE][-1] == pytest.approx(0.8**100)
-
-
-def test_a_target_never_met_is_a_lower_limit() -> None:
-    score = Convergence()(fake(trajectories=rates(0.999, 0.8))).metrics["slowdown_harmful_probe"]
-    assert score.value == pytest.approx(5)  # censored at 100 of 20 steps
-    assert str(score.note).startswith("at least")
-
-
-def test_faster_learning_scores_negative_in_the_signed_twin() -> None:
-    metrics = Convergence()(fake(trajectories=rates(0.5, 0.8))).metrics
-    assert metrics["rfd_harmful_probe"].value > 0
-    assert metrics["rfd_signed_harmful_probe"].value < 0
 
 
 def test_worst_is_taken_over_attackers() -> None:
@@ -144,17 +137,16 @@ def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
     metrics = Convergence()(fake(trajectories=make, attacks=("held", "through"))).metrics
     assert metrics["slowdown_harmful_worst"].value == pytest.approx(1)
     assert str(metrics["slowdown_harmful_worst"].note) == "worst attacker: through"
-    assert str(metrics["slowdown_benign_worst"].note).startswith(
-        "at least: the target was not met in 6 of 6"
-    )
+    assert metrics["slowdown_benign_worst"].bound == "lower"
+    assert metrics["slowdown_harmful_worst"].bound is None
     assert "not met" not in str(metrics["slowdown_relative_through"].note)
 
 
 @pytest.mark.parametrize(
     ("harmful", "benign", "value", "told"),
     [
-        (0.9999, 0.8**0.5, 2.5, "at least: the harmful target was not met in 6 of 6 cases"),
-        (0.8**0.5, 0.9999, 0.4, "at most: the benign target was not met in 6 of 6 cases"),
+        (0.9999, 0.8**0.5, 2.5, "the harmful target was not met in 6 of 6 cases"),
+        (0.8**0.5, 0.9999, 0.4, "the benign target was not met in 6 of 6 cases"),
         (0.9999, 0.9999, None, "neither the harmful nor the benign target was met"),
     ],
 )
@@ -166,6 +158,7 @@ def test_a_quotient_of_limits_is_one_or_is_not_known(
     ]
     assert found.value == (None if value is None else pytest.approx(value, rel=0.05))
     assert told in str(found.note)
+    assert found.bound == {2.5: "lower", 0.4: "upper", None: None}[value]
 
 
 def test_lower_and_upper_limits_together_say_nothing() -> None:
@@ -192,13 +185,6 @@ def test_cells_without_progress_of_the_baseline_are_counted() -> None:
         assert metrics[name].n == 2
 
 
-def test_diverged_cases_are_named_in_the_notes() -> None:
-    run = fake(trajectories=rates(0.95, 0.8), diverged={("a", 0): {}, ("b", 2): {}})
-    metrics = Convergence()(run).metrics
-    for name in ("slowdown_harmful_worst", "slowdown_benign_worst", "slowdown_relative_worst"):
-        assert "2 of 6 cases diverged and are left out" in str(metrics[name].note)
-
-
 # accuracy
 
 
@@ -218,11 +204,11 @@ def test_accuracies_and_sgrc_by_hand() -> None:
     assert metrics["steps_to_accuracy_benign_probe"].better == "lower"
     unmet = metrics["steps_to_accuracy_harmful_probe"]
     assert (unmet.value, unmet.better) == (100, "higher")
-    assert str(unmet.note).startswith("at least: the target was not met in 3 of 3 cases")
+    assert (unmet.bound, unmet.note) == ("lower", "the target was not met in 3 of 3 cases")
     assert metrics["sgrc_harmful_probe_5x"].value == pytest.approx(0.25, abs=1e-6)
     assert metrics["sgrc_benign_worst"].value == pytest.approx(0)
     assert metrics["slowdown_accuracy_benign_probe"].value == pytest.approx(1)
-    assert str(metrics["slowdown_accuracy_harmful_probe"].note).startswith("at least")
+    assert metrics["slowdown_accuracy_harmful_probe"].bound == "lower"
 
 
 def test_accuracy_of_regression_is_a_user_error() -> None:
@@ -230,11 +216,22 @@ def test_accuracy_of_regression_is_a_user_error() -> None:
         ProbeAccuracy()(fake(trajectories=rates(0.8, 0.8)))
 
 
-def test_intervals_of_accuracies_and_gaps_stay_in_their_range() -> None:
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        return decay(0.8, STEPS, (0.2, 1.0, 1.0)[seed])
+def test_rfd_and_its_signed_twin_by_hand() -> None:
+    base, faster = (torch.tensor(v).double() for v in ([0.0, 0.5, 1.0], [0.2, 0.75, 1.0]))
+    # step 0 is left out: base is 0 there
+    assert rfd(base, faster) == pytest.approx(100 * 0.5 / 2)
+    assert rfd(base, faster, signed=True) == pytest.approx(-100 * 0.5 / 2)
+    assert math.isnan(rfd(base * 0.01, faster))
 
-    found = ProbeAccuracy()(fake(cases=classes(), trajectories=make)).metrics[
-        "accuracy_benign_probe_5x"
-    ]
-    assert (found.low, found.high) == (0, 1)  # Student's t alone would go below 0 and beyond 1
+
+def test_norm_ratio_of_a_probe_by_hand() -> None:
+    rows = Split(torch.eye(2).double(), torch.tensor([2.0, 4.0]).double())
+    probe = LinearProbe(optimizer="sgd", lr=1.0)  # w* = (2, 4), and a step halves the way to it
+    found = probe(
+        linear(rows.x),
+        Task("good", "benign", "regression", rows, rows),
+        seed=0,
+        budget=Budget(2, 1, 3),
+        checkpoint=None,
+    )
+    assert found.values["norm_ratio"] == pytest.approx([1, 1 / 4, 1 / 16])

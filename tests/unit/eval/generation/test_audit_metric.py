@@ -22,9 +22,9 @@ from fake_generations import (
     concept,
     shares,
 )
+from pydantic import ValidationError
 
-from eval.generation.audit import Audit
-from eval.generation.reference_detector import ReferenceDetector, best_threshold
+from eval.generation.audit import Audit, ReferenceDetector, best_threshold
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.core.record import scores_json
@@ -47,7 +47,7 @@ def run(seeds=(0,), attacks=("lora", "full"), **by_name):
 
 
 def audited(one, **options):
-    return Audit(FakeScorers(), detector="scorers", **options)(one)
+    return Audit(scorers=FakeScorers(), detector="scorers", **options)(one)
 
 
 def rows(scores):
@@ -106,15 +106,14 @@ def test_attacks_that_all_diverged_are_no_good_news():
     assert found["audit_broken"].value is None
     assert "every attack on 1 of 2 targets diverged" in found["audit_broken"].note
     both = audited(run(mosaic=(short, short), neon=(short, short))).metrics["audit_steps_worst"]
-    assert (
-        "at least: not broken in 1 of 1 cases, in 1 of them as every attack diverged" in both.note
-    )
+    assert both.bound == "lower"
+    assert "not broken in 1 of 1 cases, in 1 of them as every attack diverged" in both.note
 
 
 def test_where_every_target_holds_the_steps_are_a_lower_limit():
     found = audited(run(mosaic=(NEVER, NEVER), neon=(NEVER, NEVER))).metrics["audit_steps_worst"]
     assert found.value == pytest.approx(80)
-    assert "at least: not broken in 1 of 1 cases" in found.note
+    assert (found.bound, found.note[:28]) == ("lower", "not broken in 1 of 1 cases; ")
 
 
 def test_the_target_that_falls_first_is_told_by_its_mean_over_seeds_not_by_its_luckiest():
@@ -137,8 +136,8 @@ def test_seeds_make_intervals_across_seeds_and_a_threshold_moves_the_step():
     assert rows(audited(run(mosaic=(FAST, NEVER)), threshold=0.8))["mosaic", "lora"][
         "steps"
     ] == pytest.approx(20)
-    with pytest.raises(UserError, match=r"eval\.audit\.threshold"):
-        Audit(FakeScorers(), threshold=0)
+    with pytest.raises(ValidationError, match="threshold"):
+        Audit(scorers=FakeScorers(), threshold=0)
 
 
 # ---- a detector from the concept's own pictures
@@ -170,7 +169,7 @@ def test_the_reference_detector_tells_concepts_apart():
 def test_concepts_that_look_alike_or_have_no_pictures_are_refused():
     with pytest.raises(UserError, match=r"eval\.audit=alpha: .*not told apart"):
         ReferenceDetector(FakeScorers(), two_colours((200, 0, 0)), ["alpha"], "eval.audit")
-    with pytest.raises(UserError, match=r"eval\.audit=mosaic: needs pictures"):
+    with pytest.raises(UserError, match=r"eval\.audit=mosaic: needs images"):
         ReferenceDetector(FakeScorers(), case(), ["mosaic"], "eval.audit")
 
 
@@ -183,12 +182,18 @@ class Knows(Detector):
 
 def test_auto_takes_the_scorers_where_they_know_the_concepts():
     scorers = FakeScorers(detector=Knows({n: RATES for n in ("mosaic", "neon", "sketch")}))
-    assert Audit(scorers)._scorers(case())[1] == "scorers"
-    assert Audit(scorers)._scorers(two_colours())[1] == "reference"
-    assert Audit(scorers, detector="reference")._scorers(two_colours())[1] == "reference"
+    known = FakeRun(lambda *_: FAST, immunizer=BASELINE, seeds=(0,))
+    unknown = replace(known, case_list=(two_colours(),))
+    for run_, options, detector in (
+        (known, {}, "scorers"),
+        (unknown, {}, "reference"),
+        (unknown, {"detector": "reference"}, "reference"),
+    ):
+        (row, *_) = Audit(scorers=scorers, **options)(run_).tables["audit"]
+        assert row["detector"] == detector
     with pytest.raises(UserError, match="scorers=alpha"):
-        Audit(scorers, detector="scorers").check((two_colours(),))
-    assert Audit(FakeScorers(detector=None))._scorers(two_colours())[1] == "reference"
+        Audit(scorers=scorers, detector="scorers").check((two_colours(),))
+    Audit(scorers=FakeScorers(detector=None)).check((two_colours(),))
 
 
 def test_the_threshold_has_the_least_sum_of_errors():

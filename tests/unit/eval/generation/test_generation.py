@@ -1,6 +1,7 @@
 """SGR, RSGR and their kin on pictures whose similarities are known by hand."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -16,22 +17,22 @@ from fake_generations import (
     attack,
     case,
     colours,
-    concept,
     flat,
     tilted,
     world,
 )
+from pydantic import ValidationError
 from scipy.integrate import trapezoid
 
-from eval.generation.generations import area, marks, prompts_of
-from eval.generation.scoring import PAIRS, alike
-from eval.generation.similarity import Generation
+from eval.generation.evaluated_run import area, marks
+from eval.generation.scoring import PAIRS, in_turn, similarity_of_pairs
+from eval.generation.similarity import Generation, training_curves
 from lab.core.errors import UserError
 from lab.core.types import BASELINE, Budget, Trajectory
 
 
 def metrics(run, **kwargs):
-    return Generation(FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
+    return Generation(scorers=FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
 
 
 def test_the_snapshots_that_are_reported():
@@ -110,7 +111,7 @@ def test_every_model_name_counts_under_its_own_best_attacker():
     in both models.
     """
     best, poor = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(0.0, 0.0, 0.6, 0.6, 0.6)
-    scores = Generation(FakeScorers(), similarities=["clip"])(
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(
         by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
     )
     assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
@@ -121,17 +122,6 @@ def test_every_model_name_counts_under_its_own_best_attacker():
     rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
     assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each model": 0.0})
     assert scores.curves["msgr_clip"]["mima"][1:] == pytest.approx([0.0] * 4)
-
-
-def test_the_best_attacker_is_chosen_anew_at_every_point():
-    early, late = flat(0.0, 0.8, 0.8, 0.8, 0.8), flat(0.0, 0.0, 0.6, 1.0, 1.0)
-    found = metrics(
-        by_attack({"early": early, "late": late}, {"early": flat(*[0.0] * 5), "late": late})
-    )
-    assert found["msgr_clip"].value == pytest.approx(
-        0.25
-    )  # early 0.8 on the baseline, late 0.6 immunized
-    assert found["msgr_clip_2x"].value == pytest.approx(0.0)
 
 
 def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures():
@@ -166,18 +156,6 @@ def test_rsgr_compares_both_model_names_on_the_same_latents():
     assert found["mrsgr_clip"].value == pytest.approx(0.02)
 
 
-def test_rsgr_pairs_pictures_by_their_number():
-    """The same set of pictures in another order is not the same painting."""
-    here, there = [tilted(1.0), tilted(0.0)], [tilted(0.0), tilted(1.0)]
-
-    def make(model_name, attack_name, name, seed):
-        return attack([there if model_name != BASELINE and name == "mosaic" else here] * 5)
-
-    found = metrics(FakeRun(make))
-    assert found["rsgr_clip_mosaic"].value == pytest.approx(1.0)
-    assert found["msgr_clip"].value == pytest.approx(0.0)
-
-
 def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     """Blue is nothing to this CLIP: (200, 0, 0) and (200, 0, 255) have cosine 1 to it, 200 ÷ 324 to
     the features.
@@ -204,7 +182,7 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     assert {"mrsgr_features_auc", "mrsgr_feature_lpips", "mrsgr_feature_lpips_2x"} <= set(found)
     assert "mrsgr_feature_lpips_auc" not in found  # not every snapshot is compared
     assert not any(score.value != score.value for score in found.values())
-    lpips = Generation(FakeScorers(lpips=Perceptual()), similarities=["lpips"])(
+    lpips = Generation(scorers=FakeScorers(lpips=Perceptual()), similarities=["lpips"])(
         FakeRun(make)
     ).metrics
     assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(
@@ -220,15 +198,10 @@ def test_pictures_are_compared_by_their_number(count):
             return images, (images.double() - references.double()).abs().mean((1, 2, 3))
 
     a = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    found = alike(FakeScorers(features=Numbers()), "feature_lpips", a, torch.zeros_like(a))
-    assert found == pytest.approx(1 - np.arange(count) / 2)
-
-
-def test_without_other_concepts_rsgr_says_so():
-    found = metrics(world(HELD, case_list=(case(others=()),)))
-    assert found["mrsgr_clip"].value is None
-    assert "no others" in found["mrsgr_clip"].note
-    assert "sgr_benign_clip" not in found
+    found = similarity_of_pairs(
+        FakeScorers(features=Numbers()), "feature_lpips", a, torch.zeros_like(a)
+    )
+    assert found.numpy() == pytest.approx(1 - np.arange(count) / 2)
 
 
 def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
@@ -240,7 +213,7 @@ def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
 
 def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     broken = HELD | {"mosaic": flat(0.0, 0.0, status="diverged")}
-    scores = Generation(FakeScorers(), similarities=["clip"])(world(broken))
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(world(broken))
     found = scores.metrics
     for name in ("sgr_clip_mosaic", "msgr_clip", "msgr_clip_2x", "sgr_clip_worst"):
         assert found[name].value == pytest.approx(0.0), name
@@ -257,24 +230,6 @@ def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     assert curve["mima"][2:] == [None, None, None]
     assert curve["none"][2] == pytest.approx(0.8)
     assert "step 10 (diverged)" in scores.images["generations_mosaic"].rows[-1]
-
-
-def test_a_diverged_attack_keeps_what_it_had_shown():
-    """It had learned more than the baseline before it failed: that counts on."""
-    ahead = metrics(world(HELD | {"mosaic": flat(0.0, 1.0, status="diverged")}))
-    assert ahead["sgr_clip_mosaic"].value == pytest.approx((0.8 - 1.0) / 0.8)
-
-
-def test_a_weak_attack_that_ran_does_not_stand_for_a_strong_one_that_diverged():
-    learned, weak = flat(0.0, 0.6, 0.8, 1.0, 1.0), flat(*[0.0] * 5)
-    run = by_attack(
-        {"lora": learned, "weak": weak}, {"lora": flat(0.0, status="diverged"), "weak": weak}
-    )
-    found = metrics(run)
-    assert found["msgr_clip"].value == pytest.approx(0.0)
-    assert found["sgr_benign_clip"].value == pytest.approx(
-        1.0
-    )  # the benign user is left with the weak one
 
 
 def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
@@ -300,20 +255,6 @@ def test_a_target_without_a_figure_leaves_no_worst_target():
     assert found["sgr_clip_worst"].note.startswith("not measured for neon")
 
 
-def test_the_other_concept_that_lost_most_is_named():
-    run = world(HELD | {"halftone": HELD["neon"]}, case_list=(case(others=("halftone", "sketch")),))
-    found = metrics(run)
-    assert found["sgr_benign_clip"].value == pytest.approx(0.125)
-    assert found["sgr_benign_clip_worst"].value == pytest.approx(0.25)
-    assert "sketch" in found["sgr_benign_clip_worst"].note
-    assert found["sgr_benign_clip_worst"].better == "lower"
-
-
-def test_a_case_whose_immunization_diverged_is_counted():
-    run = world(HELD, case_list=(case("a"), case("b")), diverged={("b", 1): {}})
-    assert "1 of 6 cases diverged and are left out" in metrics(run)["msgr_clip"].note
-
-
 def test_clip_t_and_prompt_families():
     run = world(HELD, case_list=(case(families=("name", "reworded")),))
     inner = run.trajectories
@@ -333,11 +274,11 @@ def test_clip_t_and_prompt_families():
     assert found["msgr_clip"].value == pytest.approx(0.125)
     # prompts in turn: "a mosaic" is red, "green" green; a picture at 0.8 has cosines 0.8 and 0.6
     assert found["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
-    assert prompts_of(concept("x", "harmful"), "name", 3) == ["a x", "green", "a x"]
+    assert in_turn(("a x", "green"), 3) == ["a x", "green", "a x"]
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
-    scores = Generation(FakeScorers(), similarities=["clip"])(world(HELD))
+    scores = Generation(scorers=FakeScorers(), similarities=["clip"])(world(HELD))
     curve = scores.curves["similarity_clip_neon"]
     assert curve["step"] == [0.0, 10.0, 20.0, 40.0, 80.0]
     assert curve["none"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
@@ -365,7 +306,7 @@ def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
 
 
 def test_grids_show_references_and_both_model_names():
-    grid = Generation(FakeScorers(), similarities=["clip"], pictures=3)(world(HELD)).images[
+    grid = Generation(scorers=FakeScorers(), similarities=["clip"], pictures=3)(world(HELD)).images[
         "generations_mosaic"
     ]
     assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
@@ -375,27 +316,25 @@ def test_grids_show_references_and_both_model_names():
     assert torch.equal(grid.images[grid.rows.index("mima, step 20"), 0], colours(tilted(0.6))[0])
 
 
-def test_no_grids_on_request():
-    assert Generation(FakeScorers(), similarities=["clip"], pictures=0)(world(HELD)).images == {}
+def test_wrong_similarities_are_refused():
+    with pytest.raises(ValidationError, match="similarities"):
+        Generation(scorers=FakeScorers(), similarities=["dino"])
+    for wrong in ([], ["clip", "clip"]):
+        with pytest.raises(UserError, match=r"eval\.generation\.similarities"):
+            Generation(scorers=FakeScorers(), similarities=wrong)
 
 
-def test_empty_sets_are_errors():
-    with pytest.raises(ValueError, match="empty set"):
-        metrics(world(HELD, attacks=()))
-    empty = case()
-    target = empty.targets[0]
-    none = dataclasses.replace(target.reference, images=target.reference.images[:0], prompts=())
-    empty = dataclasses.replace(empty, targets=(dataclasses.replace(target, reference=none),))
-    with pytest.raises(ValueError, match="empty set"):
-        metrics(world(HELD, case_list=(empty,)))
-
-
-def test_wrong_options_name_their_key():
-    for wrong in (
-        {"similarities": ["dino"]},
-        {"similarities": []},
-        {"similarities": ["clip", "clip"]},
-        {"preprocessing": "old"},
-    ):
-        with pytest.raises(UserError, match=r"eval\.generation\."):
-            Generation(FakeScorers(), **wrong)
+def test_what_was_logged_becomes_curves_over_seeds_without_holes():
+    nan = math.nan
+    first = {"step": [0, 1, 2, 3], "upper_loss": [1.0, 2.0, 3.0, nan], "cosine": [nan] * 4}
+    second = {"step": [0, 1, 2, 3], "upper_loss": [3.0, nan, 5.0, nan]}
+    curves = training_curves(FakeRun(seeds=(0, 1), logged={0: first, 1: second}))
+    assert list(curves) == ["immunize_upper_loss"]
+    assert curves["immunize_upper_loss"]["step"] == [0, 1, 2]
+    # 4 at the step that the second one left out
+    assert curves["immunize_upper_loss"]["mima"] == pytest.approx([2.0, 3.0, 4.0])
+    steps = list(range(500))
+    logged = {0: {"step": steps, "prior_loss": [float(s) for s in steps]}}
+    curve = training_curves(FakeRun(seeds=(0,), logged=logged))["immunize_prior_loss"]
+    assert len(curve["step"]) == 60
+    assert (curve["step"][0], curve["step"][-1]) == (0, 499)

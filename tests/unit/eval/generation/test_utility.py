@@ -13,11 +13,12 @@ from fake_generations import (
     case,
     colours,
     faithful,
-    tilted,
 )
+from pydantic import ValidationError
 
-from eval.generation.utility import Utility
-from lab.core.data import CaptionedImages
+from eval.generation.utility import BLOCK, Utility
+from eval.generation.utility import Painter as RunPainter
+from lab.core.data import CaptionedImages, Sampling
 from lab.core.errors import UserError
 from lab.core.types import BASELINE
 
@@ -27,7 +28,7 @@ def world(paint, **kwargs) -> FakeRun:
 
 
 def metrics(run, scorers=None, **kwargs):
-    return Utility(scorers or FakeScorers(), **{"count": 8} | kwargs)(run).metrics
+    return Utility(scorers=scorers or FakeScorers(), **{"count": 8} | kwargs)(run).metrics
 
 
 def drifted(prompt, number):
@@ -64,22 +65,6 @@ def test_damage_by_hand():
     assert found["utility_detection_drop"].low <= 2 / 8 <= found["utility_detection_drop"].high
 
 
-def test_object_and_style_both_have_to_stay():
-    def paint(prompt, number):
-        return (
-            (0, 200, 0)
-            if number == 0
-            else (200, 0, 255)
-            if number == 2
-            else faithful(prompt, number)
-        )
-
-    found = metrics(world(paint))
-    assert found["utility_object_drop"].value == pytest.approx(1 / 8)
-    assert found["utility_style_drop"].value == pytest.approx(1 / 8)
-    assert found["utility_detection_drop"].value == pytest.approx(2 / 8)
-
-
 def test_many_pictures_of_one_prompt_are_no_evidence_on_others():
     """One of two prompts is damaged in all its pictures: a hundred pictures say no more than
     two.
@@ -108,12 +93,6 @@ def test_the_drop_is_paired_on_latents():
     assert found["utility_detection"].high - found["utility_detection"].low > 0.2
     drop = found["utility_detection_drop"]
     assert (drop.value, drop.low, drop.high) == (0.0, 0.0, 0.0)
-
-
-def test_seeds_label_the_interval():
-    one, three = (metrics(world(drifted, seeds=s))["utility_clip_drift"] for s in ((0,), (0, 1, 2)))
-    assert one.interval == "within_seed"
-    assert (three.interval, three.n) == ("across_seeds", 3)
 
 
 def test_further_settings_are_suffixes():
@@ -158,18 +137,6 @@ def test_compositions_must_show_what_their_prompt_names():
     assert "utility_detection_compositions" not in found
 
 
-def test_pictures_are_made_once_per_run():
-    run = world(drifted, seeds=(0,))
-    metrics(run)
-    metrics(run)
-    assert len(run.models["mima"].calls) == len(run.models[BASELINE].calls) == 1
-    metrics(run, count=4)
-    assert len(run.models["mima"].calls) == 2
-    other = world(drifted, seeds=(0,))
-    metrics(other)
-    assert len(other.models["mima"].calls) == 1
-
-
 def test_without_a_detector_or_features_the_rest_remains():
     found = metrics(world(drifted), FakeScorers(detector=None), features=False)
     assert set(found) == {
@@ -188,18 +155,10 @@ def test_empty_sets_and_wrong_options():
         metrics(world(faithful, case_list=(bare,)))
     with pytest.raises(ValueError, match="empty set"):
         metrics(world(faithful, seeds=()))
-    for wrong in ({"count": 1}, {"guidances": [-1]}, {"features": 1}, {"compositions": [3]}):
-        with pytest.raises(UserError, match=r"eval\.utility"):
-            Utility(FakeScorers(), **wrong)
-
-
-def test_cases_that_diverged_are_counted():
-    run = world(drifted, case_list=(case("a"), case("b")), diverged={("b", 0): {}})
-    assert "left out: 1" in metrics(run)["utility_clip_drift"].note
-
-
-def test_tilted_is_a_unit_cosine():
-    assert (tilted(0.8)[0] ** 2 + tilted(0.8)[1] ** 2) == 200**2
+    with pytest.raises(ValidationError, match="count"):
+        Utility(scorers=FakeScorers(), count=1)
+    with pytest.raises(UserError, match=r"eval\.utility\.compositions\[0\]"):
+        Utility(scorers=FakeScorers(), compositions=["  "])
 
 
 def test_a_real_model_paints_for_both_model_names_from_the_same_latents():
@@ -215,3 +174,46 @@ def test_a_real_model_paints_for_both_model_names_from_the_same_latents():
         found = metrics(run, count=3)
         assert (found["utility_clip_drift"].value > 1e-6) == drift
         assert found["utility_clip_drift"].interval == "within_seed"
+
+
+# ---- painting
+
+
+class Numbered(Painter):
+    """Its latents are numbers that differ between blocks, and the red of an image is its number."""
+
+    def latents(self, total, seed, *labels):
+        return torch.arange(total) + 100 * labels[-1]
+
+
+def numbered() -> Numbered:
+    return Numbered(lambda prompt, number: (number, len(prompt), 0))
+
+
+def painted(run, count, model_name=BASELINE, prompts=("a", "bb"), guidance=4.0):
+    asked = [prompts[i % len(prompts)] for i in range(count)]
+    return RunPainter(run, case(), 0, model_name).paint(asked, Sampling(2, guidance, 4))
+
+
+def test_a_smaller_count_is_the_beginning_of_a_larger_one():
+    run = FakeRun(models={BASELINE: numbered(), "mima": numbered()})
+    few, many = painted(run, BLOCK), painted(run, BLOCK + 8)
+    assert torch.equal(many[:BLOCK], few)
+    assert many[:, 0, 0, 0].tolist() == [*range(BLOCK), *range(100, 108)]
+    assert torch.equal(painted(run, 4), painted(run, 4, model_name="mima"))  # the same latents
+    assert len(run.models[BASELINE].calls) == 3  # the first block of many was there
+
+
+def test_equal_weights_paint_once_in_all_runs_and_other_settings_paint_anew():
+    model, store = numbered(), {}
+    models = {BASELINE: model, "mima": numbered()}
+    first, second = (FakeRun(models=models, store=store) for _ in range(2))
+    painted(first, 4)
+    painted(second, 4)
+    assert len(model.calls) == 1
+    painted(second, 4, guidance=1.0)
+    painted(second, 4, prompts=("c",))
+    assert len(model.calls) == 3
+    model.weights += 10_000
+    painted(second, 4)
+    assert len(model.calls) == 4

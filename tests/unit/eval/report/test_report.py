@@ -80,9 +80,7 @@ def test_summary_fits_a_screen() -> None:
 
 def test_a_lower_limit_is_marked() -> None:
     one = attacked("kappa", 5.0, 1.0, 2.0)
-    one["metrics"]["slowdown_harmful_worst"]["note"] = (
-        "at least: the target was not met in 3 of 3 trajectories"
-    )
+    one["metrics"]["slowdown_harmful_worst"]["bound"] = "lower"
     assert "≥ 5×" in summary(sealed(one))
 
 
@@ -95,8 +93,8 @@ def test_order_puts_holding_verdicts_first_then_the_worst_case() -> None:
         "kappa_closed_form",
         "kappa",
         "kappa_opt",
-        "kappa_well_only",
         "kappa_ill_only",
+        "kappa_well_only",
         "kappa_imma",
         "none",
     ]
@@ -104,9 +102,14 @@ def test_order_puts_holding_verdicts_first_then_the_worst_case() -> None:
     assert [r["rank"] for r in rows] == [1, 2, 3, 4, 5, None, None]
 
 
-def test_among_failures_a_destroyed_model_does_not_lead() -> None:
-    rows = leaderboard([attacked("destroyed", 5.0, 5.0, 1.3), attacked("partial", 0.7, 0.04, 88.0)])
-    assert [r["immunizer"] for r in rows] == ["destroyed", "partial"][::-1]
+def test_among_failures_the_checks_passed_decide_then_the_harmful_slowdown() -> None:
+    records = [
+        attacked(name, slow, 5.0, 1.3) for name, slow in (("a", 5.0), ("b", 1.5), ("c", 1.4))
+    ]
+    for one, passed in zip(records, (1, 2, 2), strict=True):
+        one["tables"]["verdict"] = [{"passed": i < passed, "side": "benign"} for i in range(3)]
+    rows = leaderboard(records)
+    assert [r["immunizer"] for r in rows] == ["b", "c", "a"]
     assert all(r["best"] == [] for r in rows)
 
 

@@ -206,24 +206,19 @@ def test_a_holding_run_leads_and_the_worst_target_decides_among_several() -> Non
     assert "msgr_dino_low" in to_csv(rows).splitlines()[0]
 
 
-def test_among_failures_the_worst_target_relative_to_benign_concepts_decides() -> None:
-    """MRSGR alone would put first who broke everything, benign concepts included."""
-    rows = {"destroyed": (4.0, 4.0, 0.9), "partial": (1.2, 1.0, 0.1), "nothing": (0.5, 1.0, 0.3)}
+def test_among_failures_the_checks_passed_decide_then_the_least_protected_target() -> None:
+    """By the harmful side alone a destroyed model would lead."""
+    rows = {"destroyed": (1, 4.0), "partial": (2, 1.2), "close": (2, 1.3)}
     records = []
-    for name, (worst, benign, mrsgr) in rows.items():
+    for name, (passed, worst) in rows.items():
         one = generated(name, holds=False)
         one["metrics"]["steps_to_relearn_ratio_worst"]["value"] = worst
-        one["metrics"]["benign_steps_ratio"]["value"] = benign
-        one["metrics"]["mrsgr_clip"] = metric(mrsgr)
+        (check,) = one["tables"]["verdict"][:1]
+        one["tables"]["verdict"] = [check | {"passed": i < passed} for i in range(3)]
         records.append(sealed(one))
     found = leaderboard(records)
-    assert [r["immunizer"] for r in found] == ["partial", "destroyed", "nothing"]
-    assert "Closest: partial, whose worst target takes 1.2×" in to_markdown(found)
-    for one in records:
-        del one["metrics"]["benign_steps_ratio"]
-    found = leaderboard([sealed(one) for one in records])
-    assert [r["immunizer"] for r in found] == ["destroyed", "nothing", "partial"]
-    assert "Closest" not in to_markdown(found)
+    assert [r["immunizer"] for r in found] == ["close", "partial", "destroyed"]
+    assert "Closest: close, which passes 2 of 3 checks" in to_markdown(found)
 
 
 # curves

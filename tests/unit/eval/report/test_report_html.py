@@ -221,10 +221,11 @@ def test_a_check_behind_the_verdict_shows_that_it_is_a_limit(tmp_path: Path) -> 
         "low": 0.2,
         "high": 0.8,
         "n": 10,
+        "bound": "lower",
         "required": "≤ 1.1",
         "passed": False,
         "sure": False,
-        "note": "at least: the target was not met in 1 of 10 cases",
+        "note": "the target was not met in 1 of 10 cases",
     }
     one["tables"]["verdict"] = [row]
     assert ">≥ 0.4 [0.2, 0.8]<" in render([sealed(one)], tmp_path / "a.html").read_text(

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from eval.stats.intervals import score_samples
 from lab.core import sources
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import digest
 from lab.core.seeding import derive, generator
-from lab.core.statistics import score
 from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
 from lab.models.activations import features, prefix
 
@@ -38,60 +38,66 @@ def test_interval_covers_the_mean_of_known_normal_data():
         data = rng.normal(
             3.0, 1.0, (8, 30)
         )  # no seed effect: the interval must cover 3 most of the time
-        result = score(data.tolist(), "higher", draws=300)
+        result = score_samples(data.tolist(), "higher", draws=300)
         hits += result.low <= 3.0 <= result.high
     assert 85 <= hits <= 100
 
 
 def test_interval_over_three_seeds_covers_as_often_as_it_says():
     rng = np.random.default_rng(1)
-    draws = [score([[v] for v in rng.normal(0.0, 1.0, 3)], "higher") for _ in range(400)]
+    draws = [score_samples([[v] for v in rng.normal(0.0, 1.0, 3)], "higher") for _ in range(400)]
     assert np.mean([s.low <= 0 <= s.high for s in draws]) >= 0.93
 
 
 def test_few_seeds_take_student_t_and_many_the_bootstrap():
-    found = score([[1.0, 3.0], [4.0], [6.0]], "higher")  # seed means 2, 4, 6: t(0.975, 2) = 4.3027
+    found = score_samples(
+        [[1.0, 3.0], [4.0], [6.0]], "higher"
+    )  # seed means 2, 4, 6: t(0.975, 2) = 4.3027
     assert (found.value, found.interval) == (4.0, "across_seeds")
     assert found.high - found.value == pytest.approx(4.302653 * 2 / math.sqrt(3))
-    geometric = score([[math.exp(2)], [math.exp(4)], [math.exp(6)]], "higher", aggregate="geomean")
+    geometric = score_samples(
+        [[math.exp(2)], [math.exp(4)], [math.exp(6)]], "higher", aggregate="geomean"
+    )
     assert math.log(geometric.low) == pytest.approx(found.low)
     assert geometric.low > 0
     rng = np.random.default_rng(0)
     many = [[v] for v in rng.normal(0.0, 1.0, 10)]
-    assert score(many, "higher").high == score(many, "higher").high
-    assert score(many, "higher", draws=50).high != score(many, "higher").high  # resampled
+    assert score_samples(many, "higher").high == score_samples(many, "higher").high
     assert (
-        score(many[:9], "higher", draws=50).high == score(many[:9], "higher").high
+        score_samples(many, "higher", draws=50).high != score_samples(many, "higher").high
+    )  # resampled
+    assert (
+        score_samples(many[:9], "higher", draws=50).high == score_samples(many[:9], "higher").high
     )  # not resampled
 
 
 def test_equal_seeds_have_no_width_and_bounds_clip():
-    same = score([[0.1], [0.1], [0.1]], "higher")
+    same = score_samples([[0.1], [0.1], [0.1]], "higher")
     assert same.low == same.high == pytest.approx(0.1)
-    share = score([[1.0], [1.0, 0.0], [1.0]], "higher", bounds=(0.0, 1.0))
+    share = score_samples([[1.0], [1.0, 0.0], [1.0]], "higher", bounds=(0.0, 1.0))
     assert 0 <= share.low < share.value < share.high == 1
-    assert score([[1.0], [1.0, 0.0], [1.0]], "higher").high > 1
+    assert score_samples([[1.0], [1.0, 0.0], [1.0]], "higher").high > 1
 
 
 def test_interval_kinds():
-    assert score([[1.0]], "higher").interval == "point"
-    within = score([[1.0, 2.0, 3.0]], "lower")
+    assert score_samples([[1.0]], "higher").interval == "point"
+    within = score_samples([[1.0, 2.0, 3.0]], "lower")
     assert (within.interval, within.n) == ("within_seed", 1)
     assert within.low < 2.0 < within.high
-    across = score([[1.0], [2.0], [3.0]], "higher")
+    across = score_samples([[1.0], [2.0], [3.0]], "higher")
     assert (across.interval, across.n) == ("across_seeds", 3)
-    two = score([[1.0], [2.0]], "higher")
+    two = score_samples([[1.0], [2.0]], "higher")
     assert (two.interval, two.low) == ("point", None)
 
 
 def test_geometric_mean():
-    assert math.isclose(score([[1.0, 100.0]], "higher", aggregate="geomean").value, 10.0)
+    assert math.isclose(score_samples([[1.0, 100.0]], "higher", aggregate="geomean").value, 10.0)
 
 
 @pytest.mark.parametrize("bad", [[], [[]], [[1.0], []], [[math.nan]], [[math.inf, 1.0]]])
 def test_empty_or_infinite_samples_are_errors(bad):
     with pytest.raises(ValueError, match=r"empty set|finite"):
-        score(bad, "higher")
+        score_samples(bad, "higher")
 
 
 def test_budget_snapshots():

@@ -238,10 +238,10 @@ def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluat
         return {"x": torch.tensor([made[-1]])}
 
     one, other = pipeline(), pipeline("immunize.lr=0.05")
-    assert [run.kept("a", compute)["x"].item() for run in (one, other, one)] == [0, 0, 0]
-    assert one.kept("b", compute)["x"].item() == 1
+    assert [run.cached("a", compute)["x"].item() for run in (one, other, one)] == [0, 0, 0]
+    assert one.cached("b", compute)["x"].item() == 1
     one.store = StageCache(tmp_path, force="eval")
-    assert one.kept("a", compute)["x"].item() == 2
+    assert one.cached("a", compute)["x"].item() == 2
 
 
 def test_attacks_and_metrics_count_only_for_the_weights_that_they_were_made_from(pipeline):

@@ -10,15 +10,11 @@ import pytest
 from fake_generated import generated
 from fake_records import Record, metric, sealed
 
-from eval.generation.concept_verdict import _reason
 from eval.report.compare import compare, to_text
 from eval.report.leaderboard import leaderboard, sound, to_markdown
 from eval.report.outcomes import outcome
 from eval.report.summary import summary
-from eval.stats.checks import Check
-from lab.core.types import Score
 
-NEVER = "at least: not relearned in 1 of 3 cases"
 BENIGN, WORST = "benign_steps_ratio", "steps_to_relearn_ratio_worst"
 
 
@@ -40,7 +36,7 @@ def narrow(value: float, better: str = "higher", **kwargs: Any) -> dict[str, Any
 def test_a_limit_that_may_be_any_higher_figure_neither_wins_nor_loses(
     name: str, better: str
 ) -> None:
-    a = with_metrics("a", **{name: narrow(1.5, better, note=NEVER)})
+    a = with_metrics("a", **{name: narrow(1.5, better, bound="lower")})
     b = with_metrics("b", **{name: narrow(1.7, better)})
     row = next(r for r in compare(a, b)["metrics"] if r["name"] == name)
     assert (row["winner"], row["sure"]) == ("open", False)
@@ -55,20 +51,19 @@ def test_a_limit_that_may_be_any_higher_figure_neither_wins_nor_loses(
 
 
 def test_a_limit_above_all_others_is_best_where_higher_is_better() -> None:
-    rows = leaderboard([with_metrics("a", **{WORST: narrow(5.0, note=NEVER)}), with_metrics("b")])
+    rows = leaderboard(
+        [with_metrics("a", **{WORST: narrow(5.0, bound="lower")}), with_metrics("b")]
+    )
     assert [WORST in r["best"] for r in rows] == [True, False]
-
-
-AT_MOST = "at most: the benign target was not met in 1 of 3 cases"
 
 
 @pytest.mark.parametrize("better", ["higher", "lower"])
 def test_an_upper_limit_leaves_open_what_lies_below_it(better: str) -> None:
     large, small = 1.7, 1.5
     for limited in ("large", "small"):
-        notes = {limited: AT_MOST}
-        a = with_metrics("a", **{WORST: narrow(small, better, note=notes.get("small"))})
-        b = with_metrics("b", **{WORST: narrow(large, better, note=notes.get("large"))})
+        bounds = {limited: "upper"}
+        a = with_metrics("a", **{WORST: narrow(small, better, bound=bounds.get("small"))})
+        b = with_metrics("b", **{WORST: narrow(large, better, bound=bounds.get("large"))})
         row = next(r for r in compare(a, b)["metrics"] if r["name"] == WORST)
         winner = "b" if better == "higher" else "a"
         assert row["winner"] == ("open" if limited == "large" else winner)
@@ -79,7 +74,7 @@ def test_an_upper_limit_leaves_open_what_lies_below_it(better: str) -> None:
 
 def test_the_headline_says_where_the_order_is_open_or_has_no_interval() -> None:
     first = with_metrics("first", **{WORST: narrow(3.0)})
-    limited = with_metrics("limited", **{WORST: narrow(2.0, note=NEVER)})
+    limited = with_metrics("limited", **{WORST: narrow(2.0, bound="lower")})
     assert "a limit, so the order is open" in to_markdown(leaderboard([first, limited]))
     bare = with_metrics("bare", **{WORST: metric(1.08, low=None, high=None, unit="×")})
     assert "one of them has no interval" in to_markdown(leaderboard([first, bare]))
@@ -197,23 +192,3 @@ def test_utility_alone_is_told_as_such() -> None:
     found = outcome(with_metrics("mima", names))
     assert "only what it does to unrelated prompts" in found.headline
     assert any("CLIP drift" in d for d in found.details)
-
-
-# --- the verdict's reason
-
-
-def test_the_reason_tells_limits_and_what_was_not_measured_from_damage() -> None:
-    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", NEVER)
-    missing = Score(None, better="lower", note="the scenario has no other concepts")
-    passed = Check("harmful", "steps", Score(3.0), "≥", 2.0)
-    told = _reason([passed, Check("benign", "steps", limit, "≤", 1.25)])
-    assert (
-        "benign side damaged: steps ≥ 1.1 [1, 1.2] (required: ≤ 1.25; a lower limit, more steps"
-        in told
-    )
-    told = _reason([passed, Check("benign", "steps", missing, "≤", 1.25)])
-    assert "damaged" not in told
-    assert "not measured, so not passed (benign): steps: the scenario has no other concepts" in told
-    assert _reason([passed, Check("benign", "steps", Score(1.0), "≤", 1.25)]).endswith(
-        "benign side kept"
-    )

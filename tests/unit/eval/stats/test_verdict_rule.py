@@ -1,0 +1,87 @@
+"""When a condition of a verdict passes, and when that is sure."""
+
+import pytest
+
+from eval.stats.verdict_rule import Check, checks_text, is_passed
+from lab.core.types import Score
+
+
+def test_a_lower_limit_never_passes_an_upper_bound():
+    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", bound="lower")
+    assert Check("benign", "x", limit, "≤", 1.25).result == "inconclusive"
+    assert Check("benign", "x", limit, "≤", 1.05).result == "fails"
+    assert Check("harmful", "x", limit, "≥", 1.0).passed
+    assert Check("harmful", "x", limit, "≥", 1.2).result == "inconclusive"
+    upper = Score(1.1, bound="upper")
+    assert Check("harmful", "x", upper, "≥", 1.0).result == "inconclusive"
+    assert Check("benign", "x", upper, "≤", 1.25).passed
+
+
+def test_msgr_needs_its_whole_interval():
+    touching = Score(0.2, -0.01, 0.4, 3, "higher", "across_seeds")
+    assert not Check("harmful", "x", touching, "low >", 0.0).passed
+    clear = Score(0.2, 0.01, 0.4, 3, "higher", "across_seeds")
+    assert Check("harmful", "x", clear, "low >", 0.0).passed
+    assert Check("harmful", "x", clear, "low >", 0.0).sure
+    within = Score(0.2, 0.01, 0.4, 1, "higher", "within_seed")
+    assert not Check("harmful", "x", within, "low >", 0.0).sure
+
+
+def test_what_was_not_measured_everywhere_does_not_pass():
+    assert Check("harmful", "x", Score(3.0), "≥", 2.0).passed
+    assert not Check("harmful", "x", Score(3.0), "≥", 2.0, missing=1).passed
+    assert not Check("harmful", "x", Score(None), "≥", 2.0).passed
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "high", "sure"),
+    [
+        ("≥", 1.2, 3.0, True),
+        ("≥", 1.0, 1.1, True),
+        ("≥", 1.0, 3.0, False),
+        ("≤", 1.0, 1.2, True),
+        ("≤", 1.3, 3.0, True),
+        ("≤", 1.0, 3.0, False),
+        ("<", 1.0, 1.2, False),
+        ("<", 1.0, 1.1, True),
+    ],
+)
+def test_an_interval_that_lies_on_one_side_is_sure(rule, low, high, sure):
+    figure = Score((low + high) / 2, low, high, 3, "higher", "across_seeds")
+    assert Check("harmful", "x", figure, rule, 1.2).sure == sure
+
+
+@pytest.mark.parametrize(
+    ("rule", "low", "sure"),
+    [("≥", 1.3, True), ("≥", 1.0, False), ("≤", 1.3, True), ("≤", 1.0, False)],
+)
+def test_of_a_lower_limit_only_what_lies_above_is_sure(rule, low, sure):
+    figure = Score(1.4, low, 1.5, 3, "higher", "across_seeds", bound="lower")
+    assert Check("benign", "x", figure, rule, 1.2).sure == sure
+
+
+def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_needed():
+    slow = Check("harmful", "steps", Score(3.0), "≥", 2.0)
+    fast = Check("harmful", "steps by loss", Score(1.0), "≥", 2.0)
+    accurate = Check("harmful", "accuracy", Score(0.5), "≥", 0.1, alternative="accuracy")
+    benign, damaged = (Check("benign", "steps", Score(v), "≤", 1.1) for v in (1.0, 2.0))
+    assert is_passed([slow, benign])
+    assert not is_passed([slow, fast, benign])
+    assert is_passed([slow, fast, accurate, benign])
+    assert not is_passed([slow, benign, damaged])
+
+
+def test_the_text_says_passes_fails_or_inconclusive():
+    passed = Check("harmful", "steps", Score(3.0), "≥", 2.0)
+    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", "not relearned", bound="lower")
+    text = checks_text([passed, Check("benign", "steps", limit, "≤", 1.25)])
+    assert text.startswith(
+        "harmful side passes: steps 3 (required ≥ 2). benign side inconclusive: "
+    )
+    assert "steps ≥ 1.1 [1, 1.2] (required ≤ 1.25; a limit, which more steps" in text
+    assert "benign side fails: " in checks_text(
+        [passed, Check("benign", "x", Score(2.0), "≤", 1.0)]
+    )
+    missing = Score(None, better="lower", note="the scenario has no other concepts")
+    text = checks_text([passed, Check("benign", "steps", missing, "≤", 1.25)])
+    assert text.endswith("benign side inconclusive: steps: the scenario has no other concepts")
