@@ -8,8 +8,7 @@ from typing import Any
 
 from torch.distributed import DistError
 
-from lab.core.errors import RankFailed, UserError, config_key_of
-from lab.runner.failures import explain
+from lab.core.errors import RankFailed, UserError, config_key_of, explain
 from lab.runner.pipeline import Cell
 
 log = logging.getLogger(__name__)
