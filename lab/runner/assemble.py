@@ -362,7 +362,7 @@ def check_cases(parts: Parts, cases: tuple[AnyCase, ...]) -> None:
     for obj in [parts.eraser.obj, *working]:
         for key, text in getattr(obj, "texts", dict)().items():
             refuse_special(key, [text], tokenizers)
-    hooks = [part.obj.dry_open for part in parts.attacks.values() if hasattr(part.obj, "try_out")]
+    hooks = [part.obj.dry_open for part in parts.attacks.values() if hasattr(part.obj, "dry_open")]
     model = parts.backbone.build(cases[0], parts.seeds[0]) if hooks else None
     for hook in hooks:
         hook(model, cases[0].tasks[0])

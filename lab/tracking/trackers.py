@@ -8,6 +8,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lab.core import record as records
 from lab.core.config import user_error
 
 log = logging.getLogger(__name__)
+_ABANDON_S = 5.0
 
 
 class Tracker:
@@ -69,26 +71,29 @@ class _TrackerThread:
             self.began = math.inf
 
     def submit(self, call: Callable[[], None]) -> None:
-        if self.ended.is_set():
-            return
         if time.monotonic() - self.began > self.tracker.timeout_s:
             self.drop_hanging()
         self.calls.put(call)
 
-    def drop(self, reason: str) -> None:
-        """Go on without the tracker; warn once."""
-        if not self.ended.is_set():
-            self.ended.set()
-            log.warning(
-                "tracker %s %s; the run goes on without it, its record is complete",
-                self.name,
-                reason,
-            )
-
     def drop_hanging(self) -> None:
         limit = f"tracker.{self.name}.timeout_s={self.tracker.timeout_s:g}"
         self.drop(f"took longer than {limit}")
-        self.tracker.abandon()
+
+    def drop(self, reason: str) -> None:
+        """Go on without the tracker; warn once."""
+        if self.ended.is_set():
+            return
+        log.warning(
+            "tracker %s %s; the run goes on without it, its record is complete", self.name, reason
+        )
+        ending = threading.Thread(target=self._abandon, daemon=True)
+        ending.start()
+        ending.join(_ABANDON_S)
+        self.ended.set()
+
+    def _abandon(self) -> None:
+        with suppress(Exception):
+            self.tracker.abandon()
 
 
 class Trackers:

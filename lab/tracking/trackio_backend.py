@@ -55,7 +55,7 @@ class TrackioTracker(Tracker):
             self.run.log({f"tables/{name}": table})
         for name, (png, caption) in views.grids(record, report.parent).items():
             self.run.log({f"images/{name}": trackio.Image(str(png), caption=caption)})
-        for name, png in views.plots(record, report.parent).items():
+        for name, png in views.plots(record, report.parent / "plots" / "trackio").items():
             self.run.log({f"plots/{name}": trackio.Image(str(png))})
         self.run.log(views.summary_values(record))
         with redirect_stdout(sys.stderr):

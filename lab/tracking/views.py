@@ -77,16 +77,12 @@ def curve_points(record: records.Record) -> Iterator[tuple[str, float, dict[str,
 def tables(record: records.Record) -> dict[str, tuple[list[str], list[list[Any]]]]:
     """Return the metrics and every table of the record that has rows, as columns and rows."""
     metrics = [{"metric": name, **score} for name, score in record["metrics"].items()]
-    columns = {
-        name: list(dict.fromkeys(key for row in table for key in row))
-        for name, table in {"metrics": metrics, **record["tables"]}.items()
-        if table
-    }
-    content = {"metrics": metrics, **record["tables"]}
-    return {
-        name: (keys, [[row.get(key) for key in keys] for row in content[name]])
-        for name, keys in columns.items()
-    }
+    content = {}
+    for name, table in {"metrics": metrics, **record["tables"]}.items():
+        columns = list(dict.fromkeys(key for row in table for key in row))
+        if table:
+            content[name] = (columns, [[row.get(key) for key in columns] for row in table])
+    return content
 
 
 def summary_values(record: records.Record) -> dict[str, float]:
@@ -107,13 +103,15 @@ def grids(record: records.Record, folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def plots(record: records.Record, folder: Path) -> dict[str, Path]:
-    """Write one PNG per curve, with its interval band, which dashboards do not draw."""
+    """Write one PNG per curve to ``folder``, with its interval band, which dashboards do not draw.
+
+    Trackers run at the same time, so each has a folder of its own.
+    """
     from eval.report.plots import curve_png
 
-    out = folder / "plots"
-    out.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     curves = record["curves"].items()
-    return {name: curve_png(name, curve, out / f"{name}.png") for name, curve in curves}
+    return {name: curve_png(name, curve, folder / f"{name}.png") for name, curve in curves}
 
 
 def weights(record: records.Record) -> dict[str, Path]:

@@ -7,7 +7,6 @@ import logging
 import netrc
 import os
 import shlex
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -111,7 +110,7 @@ class WandbTracker(Tracker):
             self.run.log({f"tables/{name}": table})
         for name, (png, caption) in views.grids(record, folder).items():
             self.run.log({f"images/{name}": wandb.Image(str(png), caption=caption)})
-        for name, png in views.plots(record, folder).items():
+        for name, png in views.plots(record, folder / "plots" / "wandb").items():
             self.run.log({f"plots/{name}": wandb.Image(str(png))})
         self._refer_to_files(record, report)
         self.run.summary.update(views.summary_values(record))
@@ -144,10 +143,12 @@ class WandbTracker(Tracker):
 
     def abandon(self) -> None:
         """Kill W&B's service: Python would wait at its exit for an upload that hangs."""
-        with suppress(psutil.Error):
-            for process in psutil.Process().children():
-                if "wandb" in process.name():
-                    process.kill()
+        import wandb
+
+        for process in psutil.Process().children():
+            if "wandb" in process.name():
+                process.kill()
+        wandb.teardown()  # the next run of this process starts a service of its own
 
 
 def _describe_offline(error: Exception, folder: Path) -> str:

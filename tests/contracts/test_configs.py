@@ -10,7 +10,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import run  # noqa: F401 - registers the resolvers of the config
-from lab.cli.search_space import Plan
+from lab.cli.search import Plan
 from lab.core.errors import UserError
 from lab.runner.assemble import assemble
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from entry_point import FAST
 
-from lab.cluster.lost import lost_runs
+from lab.cluster.status import lost_runs
 from lab.core import record as records
 from lab.core.errors import UserError
 from lab.runner.batch import PROCESS

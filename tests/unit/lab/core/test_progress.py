@@ -6,7 +6,7 @@ import logging
 
 import pytest
 
-from lab.cluster.status import _last_stage
+from lab.cluster.status import last_stage
 from lab.core import progress as module
 
 
@@ -62,8 +62,8 @@ def test_status_reads_the_stage_and_how_far_it_is_from_the_log(tmp_path):
     path = tmp_path / "run.log"
     path.write_text("".join(f"{stamp}{line}\n" for line in told))
     assert (
-        _last_stage(tmp_path)
+        last_stage(tmp_path)
         == "stage attack none; lora on neon: 9 of 35 in 01:01, about 02:56 left"
     )
     path.write_text(path.read_text() + f"{stamp}lab.runner.experiment: stage eval generation\n")
-    assert _last_stage(tmp_path) == "stage eval generation"
+    assert last_stage(tmp_path) == "stage eval generation"
