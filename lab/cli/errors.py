@@ -27,8 +27,8 @@ def explain_config(error: Exception) -> str | None:
     """Return the message of an error in the words of the command line or in a YAML file."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        known = nearest(name, error.options or ())
-        return f"{group or 'config'}={name}: there is no such choice; {known}"
+        hint = nearest(name, error.options or ())
+        return f"{group or 'config'}={name}: there is no such choice; {hint}"
     if isinstance(error, OverrideParseException):
         key, _, _ = str(error.override).partition("=")
         return (

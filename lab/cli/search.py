@@ -44,31 +44,6 @@ Scalar = bool | int | float | str | None
 
 
 @options
-class Range:
-    """From ``low`` to ``high``, on a logarithmic scale or in steps; whole where all are."""
-
-    low: int | float
-    high: int | float
-    log: bool = False
-    step: int | float | None = None
-
-    def __str__(self) -> str:
-        scale = " (logarithmic)" if self.log else f" in steps of {self.step:g}" if self.step else ""
-        return f"{self.low:g} … {self.high:g}{scale}"
-
-    def distribution(self) -> BaseDistribution:
-        """Return it as Optuna's.
-
-        Raises:
-            ValueError: a range that Optuna cannot draw from.
-        """
-        if all(isinstance(value, int) for value in (self.low, self.high, self.step or 1)):
-            low, high, step = int(self.low), int(self.high), int(self.step or 1)
-            return IntDistribution(low, high, log=self.log, step=step)
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
-
-
-@options
 class Plan:
     """The group ``search`` of the config.
 
@@ -81,9 +56,7 @@ class Plan:
     trials: Count
     startup: Index
     seed: Index
-    space: Annotated[
-        dict[str, Range | Annotated[list[Scalar], Field(min_length=2)]], Field(min_length=1)
-    ]
+    space: Annotated[dict[str, list[Scalar] | dict[str, Scalar]], Field(min_length=1)]
     objectives: Annotated[dict[str, str], Field(min_length=2)]
 
     @staticmethod
@@ -107,13 +80,10 @@ class Plan:
         except ValidationError as error:
             raise user_error(error, "search", Plan) from None
         for key, distribution in plan.distributions().items():
-            name = f"search.space.{key.removeprefix('immunize.')}"
             preset = OmegaConf.select(cfg, key, default=_ABSENT)
-            if preset is _ABSENT:
-                raise UserError(name, distribution, f"{cfg.immunize.name} has no option {key}.")
             if not _contains(distribution, preset):
-                fix = f"must hold the preset's own value, {typed(preset)}, which is tried first."
-                raise UserError(name, distribution, fix)
+                fix = f"must hold the preset's own value, {preset}, which is tried first."
+                raise UserError(f"search.space.{key.partition('.')[2]}", distribution, fix)
         return plan
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -125,26 +95,21 @@ class Plan:
         found: dict[str, BaseDistribution] = {}
         for option, space in self.space.items():
             try:
-                found[f"immunize.{option}"] = (
-                    space.distribution()
-                    if isinstance(space, Range)
-                    else CategoricalDistribution(space)
-                )
-            except ValueError as error:
-                raise UserError(f"search.space.{option}", space, f"{error}") from None
+                found[f"immunize.{option}"] = _distribution(space)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"search.space.{option}", space, str(error)) from None
         return found
 
-    def __str__(self) -> str:
-        spaces = {
-            key: space if isinstance(space, Range) else ", ".join(map(typed, space))
-            for key, space in self.space.items()
-        }
-        lines = [f"  immunize.{key}: {space}" for key, space in spaces.items()]
-        goals = ", ".join(f"{name} = {metric}" for name, metric in self.objectives.items())
-        return "\n".join([*lines, f"  objectives: {goals}"])
+
+def _distribution(space: Any) -> BaseDistribution:
+    """Return a list of choices, or ``{low, high, log, step}``, as Optuna's; whole where all are."""
+    if isinstance(space, list):
+        return CategoricalDistribution(space)
+    is_whole = all(isinstance(space.get(key, 1), int) for key in ("low", "high", "step"))
+    return IntDistribution(**space) if is_whole else FloatDistribution(**space)
 
 
-_ABSENT = object()
+_ABSENT = "no such option"
 
 
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
@@ -165,7 +130,8 @@ def search(cfg: DictConfig, folder: Path) -> int:
     """
     plan = Plan.read(cfg)
     if cfg.dry_run:
-        print(f"{cfg.name}, one after another: {describe_cost(plan.trials, cfg.sweep)}\n{plan}")
+        print(f"{cfg.name}: {plan.trials} trials, one after another; {describe_cost(cfg.sweep)}")
+        print(OmegaConf.to_yaml(cfg.search))
         return 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = plan.distributions()

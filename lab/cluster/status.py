@@ -15,32 +15,34 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lab.core import record as records
 from lab.core.errors import UserError
 from lab.core.record import Record
-from lab.runner.batch import LASTING, PROCESS, is_claimed
+from lab.runner.batch import PROCESS, is_claimed
 from lab.runner.experiment import relative
 
 log = logging.getLogger(__name__)
-DONE = ("ok", "diverged")  # a diverged immunization is a result
-ORDER = ("queued", "running", *DONE, "failed", "preempted", "killed", "unknown", "unreadable")
+ORDER = (
+    *("queued", "running", "ok", "diverged", "failed"),
+    *("preempted", "killed", "unknown", "unreadable"),
+)
 CONTINUE = "the same command continues it"
-CONFIG = ".hydra/config.yaml"  # Hydra writes it first
+CONFIG = ".hydra/config.yaml"
 
 
-@dataclass(frozen=True)
-class QueueEntry:
+class QueueEntry(NamedTuple):
     """One line of ``squeue``: id, state (PENDING …), why it waits, its folder, its name."""
 
     job: str
     state: str
     reason: str
-    place: Path
+    place: str
     name: str
 
     @property
@@ -48,10 +50,8 @@ class QueueEntry:
         return self.state in ("PENDING", "SPECIAL_EXIT", "SUSPENDED") or "REQUEUE" in self.state
 
     def __str__(self) -> str:
-        if not self.waits:
-            return f"Slurm job {self.job} {self.name} begins"
-        reason = "" if self.reason == "None" else f": {self.reason}"
-        return f"Slurm job {self.job} {self.name} waits{reason}"
+        what = f"waits: {self.reason}" if self.waits else "begins"
+        return f"Slurm job {self.job} {self.name} {what}"
 
 
 @dataclass(frozen=True)
@@ -82,33 +82,20 @@ def status(cfg: DictConfig) -> None:
         if not place.is_dir():
             raise UserError(key, place, "does not exist: nothing was run there yet.")
     queue = read_queue()
-    folders = run_folders(places)
-    lines = [state_of(folder, queue) for folder in folders]
-    if not cfg.records:  # jobs that wait for their first turn; Slurm alone knows of them
-        begun = {_process(folder).get("job") for folder in folders}
-        waiting = [entry for job, entry in (queue or {}).items() if job not in begun]
-        lines += [
-            Line("queued" if entry.waits else "running", entry.place, None, str(entry))
-            for entry in waiting
-            if entry.place == Path.cwd()
-        ]
+    processes = {folder: read_process(folder) for folder in run_folders(places)}
+    lines = [state_of(folder, process, queue) for folder, process in processes.items()]
+    begun = {process.get("job") for process in processes.values()}
+    lines += [  # jobs of this working directory before their first turn
+        Line("queued" if entry.waits else "running", Path.cwd(), None, str(entry))
+        for job, entry in (queue or {}).items()
+        if job not in begun and entry.place == str(Path.cwd())
+    ]
     for line in sorted(lines, key=lambda line: (str(line.where), line.message)):
         print(line)
-    print(summary(lines))
-    unfinished = list(Path(cfg.paths.cache).rglob("*.ckpt"))
-    if unfinished:
-        print(f"{len(unfinished)} stages with a checkpoint to continue from")
-
-
-def summary(lines: list[Line]) -> str:
-    """``1 queued, 2 running, 3 done (2 ok, 1 diverged), 1 failed``."""
     counts = Counter(line.state for line in lines)
-    done = ", ".join(f"{counts[state]} {state}" for state in DONE if counts[state])
-    parts = [f"{counts[state]} {state}" for state in ORDER if counts[state] and state not in DONE]
-    if done:
-        before = sum(bool(counts[state]) for state in ("queued", "running"))
-        parts.insert(before, f"{sum(counts[state] for state in DONE)} done ({done})")
-    return ", ".join(parts) or "no runs"
+    print(", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s]) or "no runs")
+    if unfinished := len(list(Path(cfg.paths.cache).rglob("*.ckpt"))):
+        print(f"{unfinished} stages with a checkpoint to continue from")
 
 
 def read_queue() -> dict[str, QueueEntry] | None:
@@ -123,37 +110,25 @@ def read_queue() -> dict[str, QueueEntry] | None:
         log.warning("squeue: %s", error)
         return None
     rows = [[part.strip() for part in line.split("|", 4)] for line in done.stdout.splitlines()]
-    return {
-        job: QueueEntry(job, state, reason, Path(place), name)
-        for job, state, reason, place, name in rows
-    }
+    return {row[0]: QueueEntry(*row) for row in rows}
 
 
 def run_folders(places: Sequence[Path]) -> list[Path]:
     """Return the folders of runs below ``places``, begun or done."""
-    paths = {path for place in places for path in place.rglob(CONFIG)}
-    folders = {path.parents[1] for path in paths if _is_lasting(path)}
-    names = ("record.json", PROCESS)
-    return sorted(folders | {p.parent for place in places for n in names for p in place.rglob(n)})
+    names = ("record.json", PROCESS, CONFIG)  # Hydra writes its config first
+    paths = {path for place in places for name in names for path in place.rglob(name)}
+    folders = {path.parents[1] if path.parent.name == ".hydra" else path.parent for path in paths}
+    return sorted(folders)
 
 
-def _is_lasting(path: Path) -> bool:
-    """Return True for the config of a run; an action that only looks may leave a config, too."""
-    cfg = OmegaConf.load(path)
-    plan = cfg.get("dry_run", False)
-    return not plan and cfg.get("action", "run") in LASTING
-
-
-def _process(folder: Path) -> dict[str, Any]:
+def read_process(folder: Path) -> dict[str, Any]:
     """Return who worked in ``folder`` last (`lab.runner.batch.claim`), empty where unknown."""
     path = folder / PROCESS
-    plain = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else None
-    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
 
 
-def state_of(folder: Path, queue: dict[str, QueueEntry] | None) -> Line:
+def state_of(folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry] | None) -> Line:
     """Return the state of a run that has begun at least once."""
-    process = _process(folder)
     entry = (queue or {}).get(str(process.get("job")))
     worker = f"Slurm job {entry.job}" if entry else f"process {process.get('pid')}"
     if is_claimed(folder):
@@ -181,19 +156,10 @@ def state_of(folder: Path, queue: dict[str, QueueEntry] | None) -> Line:
 
 
 def last_stage(folder: Path) -> str:
-    """Return the stage that the run log names last, and its progress where the log has it."""
+    """Return the last message of the run log: the stage, or its progress once a minute."""
     path = folder / "run.log"
-    if not path.is_file():
-        return "begins"
-    with open(path, "rb") as handle:
-        handle.seek(max(0, path.stat().st_size - 20_000))
-        text = handle.read().decode(errors="replace")
-    _, marker, after = text.rpartition("lab.runner.experiment: stage ")
-    if not marker:
-        return "begins"
-    lines = after.splitlines()
-    progress = [line.partition("lab.core.progress: ")[2] for line in lines[1:]]
-    return "; ".join([f"stage {lines[0]}", *[line for line in progress if line][-1:]])
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return lines[-1].partition(": ")[2] if lines else "begins"
 
 
 def lost_runs(places: Sequence[Path]) -> list[Record]:
@@ -205,8 +171,9 @@ def lost_runs(places: Sequence[Path]) -> list[Record]:
     folders = run_folders([place for place in places if place.is_dir()])
     folders = [folder for folder in folders if not (folder / "record.json").is_file()]
     queue = read_queue() if folders else None
-    killed = [folder for folder in folders if state_of(folder, queue).state == "killed"]
-    return [record for record in map(_stand_in, killed) if record is not None]
+    lines = [state_of(folder, read_process(folder), queue) for folder in folders]
+    stand_ins = [_stand_in(line.where) for line in lines if line.state == "killed"]
+    return [record for record in stand_ins if record is not None]
 
 
 def _stand_in(folder: Path) -> Record | None:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class _TrackerThread:
         self.calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.began = math.inf  # of the call at work
         self.ended = threading.Event()
-        threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True).start()
+        _start_thread(self._work)
 
     def _work(self) -> None:
         while not self.ended.is_set():
@@ -70,30 +71,31 @@ class _TrackerThread:
                 self.drop(f"failed ({type(error).__name__})")
             self.began = math.inf
 
-    def submit(self, call: Callable[[], None]) -> None:
+    def submit(self, method: Callable[..., None], *arguments: Any) -> None:
         if time.monotonic() - self.began > self.tracker.timeout_s:
-            self.drop_hanging()
-        self.calls.put(call)
+            self.drop()
+        if not self.ended.is_set():
+            self.calls.put(partial(method, *arguments))
 
-    def drop_hanging(self) -> None:
-        limit = f"tracker.{self.name}.timeout_s={self.tracker.timeout_s:g}"
-        self.drop(f"took longer than {limit}")
-
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str = "") -> None:
         """Go on without the tracker; warn once."""
         if self.ended.is_set():
             return
-        log.warning(
-            "tracker %s %s; the run goes on without it, its record is complete", self.name, reason
-        )
-        ending = threading.Thread(target=self._abandon, daemon=True)
-        ending.start()
-        ending.join(_ABANDON_S)
+        late = f"took longer than tracker.{self.name}.timeout_s={self.tracker.timeout_s:g}"
+        rest = "the run goes on without it, its record is complete"
+        log.warning("tracker %s %s; %s", self.name, reason or late, rest)
+        _start_thread(self._abandon).join(_ABANDON_S)
         self.ended.set()
 
     def _abandon(self) -> None:
         with suppress(Exception):
             self.tracker.abandon()
+
+
+def _start_thread(function: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
 
 
 class Trackers:
@@ -106,37 +108,35 @@ class Trackers:
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
         config = {key: value for key, value in plain.items() if key != "tracker"}
-        trackers = {str(name): _build(str(name), cfg.tracker[name]) for name in cfg.tracker or {}}
+        trackers = {str(name): _build(str(name), options) for name, options in cfg.tracker.items()}
         self._threads = [_TrackerThread(name, tracker) for name, tracker in trackers.items()]
         for thread in self._threads:
-            thread.submit(lambda tracker=thread.tracker: tracker.start(config, folder))
+            thread.submit(thread.tracker.start, config, folder)
 
     def log(self, prefix: str, step: int, values: dict[str, float]) -> None:
         """Show live points of one curve family, e.g. ``immunize/CASE/seed0``."""
         finite = {key: value for key, value in values.items() if math.isfinite(value)}
         for thread in self._threads:
-            thread.submit(lambda tracker=thread.tracker: tracker.log(prefix, step, finite))
+            thread.submit(thread.tracker.log, prefix, step, finite)
 
     def finish(self, record: Path, report: Path) -> None:
         """Hand over the record and wait, at most each tracker's ``timeout_s``."""
-        deadlines = {
-            thread: time.monotonic() + thread.tracker.timeout_s for thread in self._threads
-        }
+        began, content = time.monotonic(), records.read(record)
         for thread in self._threads:
-            thread.submit(lambda t=thread.tracker: t.publish(records.read(record), report))
+            thread.submit(thread.tracker.publish, content, report)
             thread.submit(thread.ended.set)
-        for thread, deadline in deadlines.items():
-            if not thread.ended.wait(max(deadline - time.monotonic(), 0)):
-                thread.drop_hanging()
-        self._threads = []
+        for thread in self._threads:
+            left = began + thread.tracker.timeout_s - time.monotonic()
+            if not thread.ended.wait(max(left, 0)):
+                thread.drop()
 
 
-def _build(name: str, config: DictConfig) -> Tracker:
+def _build(name: str, options: DictConfig) -> Tracker:
     try:
-        tracker: Tracker = instantiate(config, _convert_="all")
+        tracker: Tracker = instantiate(options, _convert_="all")
     except InstantiationException as error:
-        if not isinstance(error.__cause__, ValidationError):
-            raise
-        target = get_class(config["_target_"])
-        raise user_error(error.__cause__, f"tracker.{name}", target) from None
+        if isinstance(error.__cause__, ValidationError):
+            target = get_class(options["_target_"])
+            raise user_error(error.__cause__, f"tracker.{name}", target) from None
+        raise
     return tracker

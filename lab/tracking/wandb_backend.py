@@ -85,7 +85,14 @@ class WandbTracker(Tracker):
         except (wandb.Error, OSError, TimeoutError) as error:
             if mode == "offline":
                 raise
-            log.warning("tracker wandb: %s", _describe_offline(error, folder))
+            log.warning(  # of the error only its type: it may hold what the server was sent
+                "tracker wandb: W&B %s (%s), so the run is logged offline. Check WANDB_API_KEY and "
+                "the network, or set tracker.wandb.mode=offline. `wandb sync %s/offline-run-*` "
+                "sends what was logged",
+                "cannot be reached or refuses the key" if has_key() else "needs a key",
+                type(error).__name__,
+                shlex.quote(str(folder.resolve() / "wandb")),
+            )
             wandb.teardown()  # the service that could not connect still holds the run's id
             self.run = wandb.init(mode="offline", **common)
         for stage in views.STAGES:
@@ -116,6 +123,7 @@ class WandbTracker(Tracker):
         self.run.summary.update(views.summary_values(record))
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})
         self.run.finish(exit_code=int(record["status"] != "ok"))
+        wandb.teardown()  # waits until W&B's service has written its files
 
     def _refer_to_files(self, record: records.Record, report: Path) -> None:
         """Log artifacts that point to record, report and weights; nothing is uploaded or copied."""
@@ -149,14 +157,3 @@ class WandbTracker(Tracker):
             if "wandb" in process.name():
                 process.kill()
         wandb.teardown()  # the next run of this process starts a service of its own
-
-
-def _describe_offline(error: Exception, folder: Path) -> str:
-    """Name cause and fix; of the error only its type, as it may hold what the server was sent."""
-    cause = "cannot be reached or refuses the key" if has_key() else "needs a key to be online"
-    runs = shlex.quote(str(folder.resolve() / "wandb"))
-    return (
-        f"W&B {cause} ({type(error).__name__}), so the run is logged offline. Set a valid "
-        "WANDB_API_KEY and check the network, or set tracker.wandb.mode=offline. "
-        f"`wandb sync {runs}/offline-run-*` sends what was logged"
-    )

@@ -57,7 +57,7 @@ def test_a_sweep_in_processes_shares_its_stages_and_goes_on_after_a_failed_job(
     assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
     assert max(wanted.values()) == 2, "the baseline model is shared"
     lines = told()
-    assert lines[-1] == "2 done (2 ok), 2 failed"
+    assert lines[-1] == "2 ok, 2 failed"
     assert sum("immunize.lambda_p" in line for line in lines) == 2
 
 
@@ -141,7 +141,6 @@ def runs(tmp_path):
     folder(runs / "multirun/0-kappa", process=worker | {"job": "7_0"})
     folder(runs / "multirun/1-kappa", process=worker | {"job": "7_1"})
     folder(runs / "killed")
-    folder(runs / "looked", action="status")
     return runs
 
 
@@ -153,10 +152,8 @@ def test_status_tells_queued_running_and_killed_apart(told, runs, tmp_path, monk
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     with batch.claim(runs / "here"):
         lines = told()
-        assert [line.split()[0] for line in told("records=[outputs/runs/study/here]")] == [
-            "running",
-            "1",
-        ]
+        alone = told("records=[outputs/runs/study/here]")
+        assert sum(str(os.getpid()) in line for line in alone) == 1
     begins = [(line.split()[0], line.split("  ")[-1]) for line in lines[:-1]]
     assert begins == [
         ("queued", "Slurm job 7_2 study waits: Resources"),
@@ -182,7 +179,6 @@ def test_status_tells_how_actions_without_a_record_ended(told, tmp_path):
     begun = {"host": "node", "pid": 1, "started": 0.0, "job": None}
     for action in batch.LASTING:
         folder(runs / f"{action}-killed", begun, action)
-    folder(runs / "export", action="export")
     wandb = runs / "run-killed/wandb/run-1/files"
     wandb.mkdir(parents=True)
     (wandb / "config.yaml").write_text("action: {value: run}\n")
@@ -201,7 +197,7 @@ def test_status_tells_how_actions_without_a_record_ended(told, tmp_path):
     ):
         raise KeyboardInterrupt
     lines = told()
-    assert lines[-1] == "1 done (1 ok), 1 failed, 1 preempted, 1 killed"
+    assert lines[-1] == "1 ok, 1 failed, 1 preempted, 1 killed"
     assert any("train.steps=0: must be at least 1." in line for line in lines)
 
 
