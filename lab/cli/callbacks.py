@@ -62,11 +62,11 @@ class SweepLeaderboard(Callback):
         if found:  # a dry run has none
             publish(found, folder, lost)
         failed = [EXIT_DEFECT for _ in [*broken, *lost]]
-        if code := max([*self.codes, *failed, *map(_code, found)]):
+        if code := max([*self.codes, *failed, *map(exit_code, found)]):
             sys.exit(code)
 
 
-def _code(record: dict[str, Any]) -> int:
+def exit_code(record: dict[str, Any]) -> int:
     """Return the exit code of the job that wrote ``record``."""
     if record["status"] == "preempted":
         return EXIT_INTERRUPTED

@@ -30,8 +30,9 @@ from eval.report import pareto
 from eval.report.labels import typed
 from eval.report.pareto import Trial
 from lab.cli.actions import publish
-from lab.cli.callbacks import describe_cost
+from lab.cli.callbacks import describe_cost, exit_code
 from lab.cli.errors import report_error
+from lab.cluster import launch
 from lab.core import record as records
 from lab.core.cache import write_atomically
 from lab.core.config import Count, Index, options, user_error
@@ -80,7 +81,7 @@ class Plan:
         except ValidationError as error:
             raise user_error(error, "search", Plan) from None
         for key, distribution in plan.distributions().items():
-            preset = OmegaConf.select(cfg, key, default=_ABSENT)
+            preset = OmegaConf.select(cfg, key, default="no such option")
             if not _contains(distribution, preset):
                 fix = f"must hold the preset's own value, {preset}, which is tried first."
                 raise UserError(f"search.space.{key.partition('.')[2]}", distribution, fix)
@@ -109,9 +110,6 @@ def _distribution(space: Any) -> BaseDistribution:
     return IntDistribution(**space) if is_whole else FloatDistribution(**space)
 
 
-_ABSENT = "no such option"
-
-
 def _contains(distribution: BaseDistribution, value: Any) -> bool:
     try:
         return distribution._contains(distribution.to_internal_repr(value))
@@ -135,30 +133,34 @@ def search(cfg: DictConfig, folder: Path) -> int:
         return 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = plan.distributions()
-    preset, worst = _run(cfg, plan, folder, 0, {key: OmegaConf.select(cfg, key) for key in space})
-    trials = [preset]
-    _write(folder, plan, trials)
-    better = [preset.metrics[name]["better"] for name in plan.objectives]
+    places = [folder / f"{number}-{cfg.immunize.name}" for number in range(plan.trials)]
+    values = {key: OmegaConf.select(cfg, key) for key in space}
+    trials = [_run(cfg, plan, places[0], 0, values)]
+    better = [metric["better"] for metric in trials[0].metrics.values()]
     study = optuna.create_study(
         directions=["maximize" if side == "higher" else "minimize" for side in better],
         sampler=optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=plan.startup),
     )
-    study.enqueue_trial(dict(preset.values))
-    _tell(study, study.ask(space), preset)
-    while len(trials) < plan.trials:
+    study.enqueue_trial(values)
+    proposed = study.ask(space)
+    while True:
+        scores = [metric["value"] for metric in trials[-1].metrics.values()]
+        if trials[-1].failure is None:
+            study.tell(proposed, scores)
+        else:
+            study.tell(proposed, state=optuna.trial.TrialState.FAIL)
+        _write(folder, plan, trials)
+        if len(trials) == plan.trials:
+            break
         proposed = study.ask(space)
         values = {key: _round(value) for key, value in proposed.params.items()}
-        trial, code = _run(cfg, plan, folder, len(trials), values)
-        _tell(study, proposed, trial)
-        trials.append(trial)
-        worst = max(worst, code)
-        _write(folder, plan, trials)
-    write_atomically(folder / "pareto.html", pareto.to_html(plan.objectives, trials).encode())
-    paths = [_folder(cfg, folder, trial.number) / "record.json" for trial in trials]
-    publish([records.read(path) for path in paths if path.is_file()], folder)
+        trials.append(_run(cfg, plan, places[len(trials)], len(trials), values))
+    paths = [place / "record.json" for place in places]
+    found = [records.read(path) for path in paths if path.is_file()]
+    publish(found, folder)
     print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
-    return worst
+    return max(map(exit_code, found))
 
 
 def _round(value: Any) -> Any:
@@ -166,72 +168,46 @@ def _round(value: Any) -> Any:
     return float(format(value, ".4g")) if isinstance(value, float) else value
 
 
-def _tell(study: optuna.Study, proposed: optuna.Trial, trial: Trial) -> None:
-    if trial.failure is not None:
-        study.tell(proposed, state=optuna.trial.TrialState.FAIL)
-    else:
-        study.tell(proposed, [metric["value"] for metric in trial.metrics.values()])
+def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]) -> Trial:
+    """Run one trial and read its objectives; a failure is its result.
 
-
-def _folder(cfg: DictConfig, folder: Path, number: int) -> Path:
-    return folder / f"{number}-{cfg.immunize.name}"
-
-
-def _run(
-    cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]
-) -> tuple[Trial, int]:
-    """Run one trial; a failure is its result, but for the first one. Returns its exit code, too."""
-    from lab.cluster.launch import launch
-
-    place, failure, code = _folder(cfg, folder, number), None, 0
+    Raises:
+        Exception: the first trial, the preset's own run, failed.
+    """
     changes = [f"{key}={typed(value)}" for key, value in values.items()]
     log.info("trial %d of %d: %s", number + 1, plan.trials, " ".join(changes))
-    (place / ".hydra").mkdir(parents=True, exist_ok=True)
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     overrides = OmegaConf.create([*HydraConfig.get().overrides.task, *changes])
-    write_atomically(place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
+    write_atomically(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
     trial_cfg = copy.deepcopy(cfg)
-    trial_cfg.action = "run"
-    for key, value in values.items():
+    for key, value in {"action": "run", **values}.items():
         OmegaConf.update(trial_cfg, key, value)
     try:
-        with claim(place):
-            launch(trial_cfg, place)
+        with claim(folder):
+            launch.launch(trial_cfg, folder)
+        metrics = _objectives(records.read(folder / "record.json"), plan)
     except Exception as error:
         if number == 0:
             raise
-        failure, code = explain(error) or defect(error), report_error(error)
-        log.warning("trial %d failed, the search goes on", number)
-    return _outcome(place / "record.json", number, values, plan, failure), code
+        report_error(error)
+        return Trial(number, values, {}, explain(error) or defect(error))
+    return Trial(number, values, metrics)
 
 
-def _outcome(
-    path: Path, number: int, values: dict[str, Any], plan: Plan, failure: str | None
-) -> Trial:
-    """Read the objectives of a trial from its record; a trial that lacks one has failed.
+def _objectives(record: records.Record, plan: Plan) -> dict[str, Any]:
+    """Return the score of every objective.
 
     Raises:
-        UserError: the preset's own run lacks one, or an objective is a metric without a better
-            side.
+        UserError: the run has no result, or lacks an objective with a better side.
     """
-    if failure is not None and not path.is_file():
-        return Trial(number, values, {}, failure)
-    record = records.read(path)
-    if failure is None and record["status"] != "ok":
-        failure = record["error"]["message"] if record["error"] else record["status"]
-    metrics = {}
-    for name, metric in plan.objectives.items():
-        score = record["metrics"].get(metric)
-        if score is None or score["value"] is None:
-            reason = score["note"] if score else "no evaluator of this run measures it"
-            failure = failure or f"no {metric}: {reason}"
-        elif score["better"] == "neutral":
-            fix = "has no better side; choose a metric that has one."
-            raise UserError(f"search.objectives.{name}", metric, fix)
-        if score is not None:
-            metrics[name] = score
-    if failure is not None and number == 0:
-        raise UserError("search", "the preset's own run", f"has no result to start from: {failure}")
-    return Trial(number, values, metrics, failure)
+    if record["status"] != "ok":
+        raise UserError("search", record["status"], record["error"]["message"])
+    scores = {name: record["metrics"].get(metric) for name, metric in plan.objectives.items()}
+    for name, score in scores.items():
+        if score is None or score["value"] is None or score["better"] == "neutral":
+            fix = "has no value, or no better side, in this run; choose another metric."
+            raise UserError(f"search.objectives.{name}", plan.objectives[name], fix)
+    return scores
 
 
 def _write(folder: Path, plan: Plan, trials: list[Trial]) -> None:
@@ -240,6 +216,7 @@ def _write(folder: Path, plan: Plan, trials: list[Trial]) -> None:
     tables = {
         "md": pareto.to_markdown(plan.objectives, trials),
         "csv": pareto.to_csv(plan.objectives, trials),
+        "html": pareto.to_html(plan.objectives, trials),
         "json": json.dumps(content, indent=1) + "\n",
     }
     for name, text in tables.items():

@@ -109,18 +109,15 @@ def claim(folder: Path) -> Iterator[None]:
             write one record.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=2)  # `action=status` may look at it just now
-    except Timeout:
+    if is_claimed(folder):
         log.warning("another process is at work in %s; waiting for its end", folder)
-        try:
-            lock.acquire(timeout=PATIENCE)
-        except Timeout as error:
-            fix = "another process is at work in it: wait for its end, or choose another folder."
-            raise UserError("hydra.run.dir", folder, fix) from error
-    process = {"host": platform.node(), "pid": os.getpid(), "started": time.time(), "job": job_id()}
     try:
+        lock = FileLock(folder / LOCK).acquire(timeout=PATIENCE)
+    except Timeout as error:
+        fix = "another process is at work in it: wait for its end, or choose another folder."
+        raise UserError("hydra.run.dir", folder, fix) from error
+    process = {"host": platform.node(), "pid": os.getpid(), "started": time.time(), "job": job_id()}
+    with lock:
         _write(folder, process)
         try:
             yield
@@ -130,8 +127,6 @@ def claim(folder: Path) -> Iterator[None]:
             _write(folder, process | {"ended": ended, "message": message})
             raise
         _write(folder, process | {"ended": "ok"})
-    finally:
-        lock.release()
 
 
 def _write(folder: Path, process: dict[str, Any]) -> None:

@@ -114,15 +114,15 @@ def plots(record: records.Record, folder: Path) -> dict[str, Path]:
     return {name: curve_png(name, curve, folder / f"{name}.png") for name, curve in curves}
 
 
-def weights(record: records.Record) -> dict[str, Path]:
-    """Return ``CASE/seedN`` → the file in the stage cache with the immunized weights."""
-    cache = Path(record["config"].get("paths", {}).get("cache", "")) / IMMUNIZE
-    files = {
-        f"{cell['case']}/seed{cell['seed']}": cache / cell["key"][:2] / cell["key"]
-        for cell in record["cells"]
-        if cell["stage"] == IMMUNIZE
-        and cell["status"] == "ok"
-        and cell["model"] not in (None, BASELINE)
-    }
-    paths = {name: folder / "tensors.safetensors" for name, folder in files.items()}
-    return {name: path for name, path in paths.items() if path.is_file()}
+def files(record: records.Record, report: Path) -> dict[str, Path]:
+    """Return name → path of record, report, image grids, and immunized weights in the cache."""
+    folder = report.parent.resolve()
+    cache = Path(record["config"].get("paths", {}).get("cache", "")).resolve() / IMMUNIZE
+    images = [path.resolve() for path, _ in grids(record, folder).values()]
+    paths = [folder / "record.json", report.resolve(), *images]
+    named = {path.relative_to(folder).as_posix(): path for path in paths}
+    for cell in record["cells"]:
+        if cell["stage"] == IMMUNIZE and cell["model"] not in (None, BASELINE):
+            name = f"weights/{cell['case']}/seed{cell['seed']}.safetensors"
+            named[name] = cache / cell["key"][:2] / cell["key"] / "tensors.safetensors"
+    return {name: path for name, path in named.items() if path.is_file()}

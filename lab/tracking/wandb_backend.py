@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import netrc
 import os
@@ -119,35 +118,15 @@ class WandbTracker(Tracker):
             self.run.log({f"images/{name}": wandb.Image(str(png), caption=caption)})
         for name, png in views.plots(record, folder / "plots" / "wandb").items():
             self.run.log({f"plots/{name}": wandb.Image(str(png))})
-        self._refer_to_files(record, report)
+        facts = {k: record[k] for k in ("schema", "status", "content_hash")}
+        artifact = wandb.Artifact(f"{self.run.id}-record", type="record", metadata=facts)
+        for name, path in views.files(record, report).items():  # nothing is uploaded or copied
+            artifact.add_reference(path.as_uri(), name=name, checksum=path.suffix == ".json")
+        self.run.log_artifact(artifact)
         self.run.summary.update(views.summary_values(record))
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})
         self.run.finish(exit_code=int(record["status"] != "ok"))
         wandb.teardown()  # waits until W&B's service has written its files
-
-    def _refer_to_files(self, record: records.Record, report: Path) -> None:
-        """Log artifacts that point to record, report and weights; nothing is uploaded or copied."""
-        import wandb
-
-        folder, name = report.parent.resolve(), f"{self.run.id}-record"
-        facts = {k: record[k] for k in ("schema", "status", "content_hash")}
-        artifact = wandb.Artifact(name, type="record", metadata=facts)
-        images = [path for path, _ in views.grids(record, folder).values()]
-        for path in (folder / "record.json", report.resolve(), *images):
-            artifact.add_reference(path.as_uri(), name=path.relative_to(folder).as_posix())
-        self.run.log_artifact(artifact)
-        files = {name: path.resolve() for name, path in views.weights(record).items()}
-        if files:
-            sums = {
-                name: json.loads((path.parent / "meta.json").read_text())["sha256"][path.name]
-                for name, path in files.items()
-            }
-            artifact = wandb.Artifact(
-                f"{name}-weights", "immunized-weights", metadata={"sha256": sums}
-            )
-            for name, path in files.items():
-                artifact.add_reference(path.as_uri(), name=f"{name}.safetensors", checksum=False)
-            self.run.log_artifact(artifact)
 
     def abandon(self) -> None:
         """Kill W&B's service: Python would wait at its exit for an upload that hangs."""

@@ -42,7 +42,7 @@ def workspace(cfg: DictConfig) -> str:
     project, entity = logged_to(found) or (options.project, options.entity)
     try:
         api = wandb.Api(timeout=round(options.init_timeout_s))
-        view = build(found, entity or api.default_entity, project)
+        view = build(found, str(entity or api.default_entity), project)
         view.save()
     except Exception as error:  # the client raises what its transport raises
         fix = f"W&B did not take the view ({type(error).__name__}); action=leaderboard shows it."
@@ -78,7 +78,7 @@ def build(found: Sequence[records.Record], entity: str, project: str) -> Workspa
             for key in {key for _, values in curve_rows(record, stage) for key in values}:
                 curves.setdefault(key.rpartition("/")[0], set()).add(f"{stage}/{key}")
         plots: list[Any] = [
-            LinePlot(title=heading(curve), x=f"{stage}/step", y=sorted(keys))
+            LinePlot(title=heading(curve), x=f"{stage}/step", y=[*sorted(keys)])
             for curve, keys in sorted(curves.items())
         ]
         if plots:

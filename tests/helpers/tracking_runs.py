@@ -70,7 +70,6 @@ def run_folder(tmp_path):
     weights = tmp_path / "cache" / "immunize" / "12" / "1234"
     weights.mkdir(parents=True)
     (weights / "tensors.safetensors").write_bytes(b"weights")
-    (weights / "meta.json").write_text(json.dumps({"sha256": {"tensors.safetensors": "ab" * 32}}))
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 4)).save(tmp_path / "images" / "grid.png")
     (tmp_path / ".hydra").mkdir()
