@@ -6,9 +6,7 @@ their run folders, and the records. Nothing is written.
 
 from __future__ import annotations
 
-import logging
 import os
-import shutil
 import subprocess
 import time
 from collections import Counter
@@ -27,7 +25,6 @@ from lab.core.record import Record
 from lab.runner.batch import PROCESS, is_claimed
 from lab.runner.experiment import relative
 
-log = logging.getLogger(__name__)
 ORDER = (
     *("queued", "running", "ok", "diverged", "failed"),
     *("preempted", "killed", "unknown", "unreadable"),
@@ -99,15 +96,12 @@ def status(cfg: DictConfig) -> None:
 
 
 def read_queue() -> dict[str, QueueEntry] | None:
-    """Return this user's jobs that wait or run, by id; None without Slurm."""
-    if shutil.which("squeue") is None:
-        return None
+    """Return this user's jobs that wait or run, by id; None where no Slurm answers."""
     columns = "--format=%i|%T|%r|%Z|%j"
     command = ["squeue", "--noheader", "--array", columns, f"--user={os.getuid()}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.warning("squeue: %s", error)
+    except (OSError, subprocess.SubprocessError):
         return None
     rows = [[part.strip() for part in line.split("|", 4)] for line in done.stdout.splitlines()]
     return {row[0]: QueueEntry(*row) for row in rows}

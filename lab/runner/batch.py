@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,8 @@ def claim(folder: Path) -> Iterator[None]:
 
 
 def _write(folder: Path, process: dict[str, Any]) -> None:
-    try:
+    with suppress(OSError):  # a full disk: the run's own message matters more
         (folder / PROCESS).write_text(OmegaConf.to_yaml(OmegaConf.create(process)))
-    except OSError as error:  # a full disk: the run's own message matters more
-        log.warning("%s: %s", folder / PROCESS, error)
 
 
 def job_id() -> str | None:
@@ -146,12 +144,8 @@ def is_claimed(folder: Path) -> bool:
     """Return True if a living process holds the lock of ``folder``; False if that is unknown."""
     if not (folder / LOCK).is_file():
         return False
-    lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:  # someone else's folder, whose lock cannot be opened
-        return False
-    lock.release()
-    return False
+        with FileLock(folder / LOCK, timeout=0):
+            return False
+    except OSError as error:  # or someone else's folder, whose lock cannot be opened
+        return isinstance(error, Timeout)

@@ -36,16 +36,13 @@ class Tracker:
     timeout_s: float
 
     def start(self, config: dict[str, Any], folder: Path) -> None:
-        """Open the view of the run in ``folder``."""
-        raise NotImplementedError
+        """Open the view of the run in ``folder``; ``config`` is the resolved one."""
 
     def log(self, prefix: str, step: int, values: dict[str, float]) -> None:
         """Show live points of one curve family, e.g. ``immunize/CASE/seed0``."""
-        raise NotImplementedError
 
     def publish(self, record: records.Record, report: Path) -> None:
         """Show the finished record and close the view."""
-        raise NotImplementedError
 
     def abandon(self) -> None:
         """End what would keep the process waiting at its exit, after a call that hangs."""
