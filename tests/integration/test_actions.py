@@ -106,14 +106,6 @@ def test_a_finished_record_is_not_replaced_by_another_run(cli, tmp_path):
     assert "kappa" in out
 
 
-def test_status_of_a_record_is_that_of_its_run(cli, tmp_path):
-    cli(*FAST)
-    path = next(tmp_path.rglob("record.json"))
-    code, out, err = cli("action=status", f"records=[{path}]")
-    assert code == 0, err
-    assert "1 ok" in out
-
-
 @pytest.mark.parametrize(
     "words",
     [

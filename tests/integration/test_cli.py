@@ -1,6 +1,5 @@
 """`python run.py` as a user calls it: results, errors with exit code 2, actions, sweeps."""
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -11,7 +10,6 @@ from processes import start
 
 from attacks.probes.linear_probe import LinearProbe
 from immunize.kappa.objectives import SpectralObjective
-from lab.core import cache as store
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared/data/house_price"
 THERE = pytest.mark.skipif(
@@ -123,39 +121,6 @@ def test_a_failure_is_a_record_too(cli, tmp_path):
     record = record_of(out, tmp_path)
     assert record["status"] == "failed"
     assert record["error"]["key"] == "scenario.path"
-
-
-def test_unwritable_output_says_so(cli, tmp_path):
-    (tmp_path / "blocked").write_text("a file where a folder should be")
-    code, _, err = cli(*FAST, "paths.outputs=blocked")
-    assert code == 2
-    assert "blocked" in err
-    assert "paths.outputs" in err
-
-
-@pytest.mark.parametrize(
-    ("number", "words"), [(28, "No space left on device"), (30, "Read-only file system")]
-)
-def test_a_full_or_read_only_disk_says_so_and_keeps_what_is_finished(
-    cli, tmp_path, monkeypatch, number, words
-):
-    real, calls = store.os.fsync, []
-
-    def fails_later(handle):
-        calls.append(handle)
-        if len(calls) > 12:
-            raise OSError(number, os.strerror(number), "outputs/cache")
-        return real(handle)
-
-    monkeypatch.setattr(store.os, "fsync", fails_later)
-    code, _, err = cli(*FAST)
-    assert code == 2, err
-    assert words in err
-    assert "paths.outputs" in err
-    monkeypatch.setattr(store.os, "fsync", real)
-    code, out, err = cli(*FAST)
-    assert code == 0, err
-    assert record_of(out, tmp_path)["provenance"]["cache_hits"] >= 1
 
 
 def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkeypatch):
