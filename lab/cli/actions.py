@@ -58,19 +58,19 @@ def _apply_limits(cfg: DictConfig) -> None:
 
 
 def publish(
-    found: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
+    loaded: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
 ) -> None:
-    """Write leaderboard (Markdown, CSV, HTML) and report of ``found`` to ``folder``.
+    """Write leaderboard (Markdown, CSV, HTML) and report of ``loaded`` to ``folder``.
 
     ``lost`` have a row in the leaderboard, see `lab.cluster.status.lost_runs`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = leaderboard([*found, *lost])
+    rows = leaderboard([*loaded, *lost])
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
     print(to_markdown(rows))
     print(f"leaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
-    print(f"report: {relative(render(found, folder / 'report.html'))}")
+    print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
 
 def _paths(cfg: DictConfig) -> list[Path]:
@@ -83,10 +83,10 @@ def _summarize(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None
     Raises:
         UserError: the first record that cannot be read, after the others were written.
     """
-    found, broken = records.readable(_paths(cfg))
-    distinct = records.distinct(found)
-    if len(distinct) < len(found):
-        repeated = f"{len(found) - len(distinct)} of {len(found)} records"
+    loaded, broken = records.readable(_paths(cfg))
+    distinct = records.distinct(loaded)
+    if len(distinct) < len(loaded):
+        repeated = f"{len(loaded) - len(distinct)} of {len(loaded)} records"
         print(f"{repeated} repeat another one's content and are left out.")
     if distinct:
         write(distinct)
@@ -99,22 +99,22 @@ def _summarize(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None
 def report(cfg: DictConfig) -> None:
     """Write one HTML file over any set of records."""
     out = Path(cfg.paths.outputs) / "report.html"
-    _summarize(cfg, lambda found: print(f"report: {relative(render(found, out))}"))
+    _summarize(cfg, lambda loaded: print(f"report: {relative(render(loaded, out))}"))
 
 
 def leaderboards(cfg: DictConfig) -> None:
     """Write Markdown, CSV and HTML over any set of records."""
     places = [Path(place) for place in cfg.records or [cfg.paths.runs]]
-    _summarize(cfg, lambda found: publish(found, Path(cfg.paths.outputs), lost_runs(places)))
+    _summarize(cfg, lambda loaded: publish(loaded, Path(cfg.paths.outputs), lost_runs(places)))
 
 
 def comparison(cfg: DictConfig) -> None:
     """Write the differences of two records in config and metrics."""
-    found = [(path, records.read(path)) for path in _paths(cfg)]
-    if len(found) != 2:
+    loaded = [(path, records.read(path)) for path in _paths(cfg)]
+    if len(loaded) != 2:
         fix = "compare needs exactly two: records=[A.json,B.json]."
-        raise UserError("records", f"{len(found)} records", fix)
-    (path_a, a), (path_b, b) = found
+        raise UserError("records", f"{len(loaded)} records", fix)
+    (path_a, a), (path_b, b) = loaded
     result = comparing.compare(a, b)
     out = Path(cfg.paths.outputs) / "comparison.json"
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -53,16 +53,16 @@ class SweepLeaderboard(Callback):
         from lab.core.record import readable
 
         folder = Path(config.hydra.sweep.dir)
-        found, broken = readable(sorted(folder.rglob("record.json"), key=_order))
+        loaded, broken = readable(sorted(folder.rglob("record.json"), key=_order))
         for error in broken:
             print(f"error: {error}", file=sys.stderr)
         lost = lost_runs([folder])
         for record in lost:
             print(f"{record['content_hash']} {record['error']['message']}", file=sys.stderr)
-        if found:  # a dry run has none
-            publish(found, folder, lost)
+        if loaded:  # a dry run has none
+            publish(loaded, folder, lost)
         failed = [EXIT_DEFECT for _ in [*broken, *lost]]
-        if code := max([*self.codes, *failed, *map(exit_code, found)]):
+        if code := max([*self.codes, *failed, *map(exit_code, loaded)]):
             sys.exit(code)
 
 

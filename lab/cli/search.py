@@ -93,13 +93,13 @@ class Plan:
         Raises:
             UserError: a range that Optuna cannot draw from.
         """
-        found: dict[str, BaseDistribution] = {}
+        distributions: dict[str, BaseDistribution] = {}
         for option, space in self.space.items():
             try:
-                found[f"immunize.{option}"] = _distribution(space)
+                distributions[f"immunize.{option}"] = _distribution(space)
             except (TypeError, ValueError) as error:
                 raise UserError(f"search.space.{option}", space, str(error)) from None
-        return found
+        return distributions
 
 
 def _distribution(space: Any) -> BaseDistribution:
@@ -156,11 +156,11 @@ def search(cfg: DictConfig, folder: Path) -> int:
         values = {key: _round(value) for key, value in proposed.params.items()}
         trials.append(_run(cfg, plan, places[len(trials)], len(trials), values))
     paths = [place / "record.json" for place in places]
-    found = [records.read(path) for path in paths if path.is_file()]
-    publish(found, folder)
+    finished = [records.read(path) for path in paths if path.is_file()]
+    publish(finished, folder)
     print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
-    return max(map(exit_code, found))
+    return max(map(exit_code, finished))
 
 
 def _round(value: Any) -> Any:

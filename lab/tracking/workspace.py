@@ -35,14 +35,14 @@ def workspace(cfg: DictConfig) -> str:
         fix = "a saved view needs a key: set WANDB_API_KEY, or `wandb login`."
         raise UserError("tracker.wandb.mode", options.mode, fix)
     paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
-    found = [records.read(path) for path in paths]
-    for path in sorted({path for r in found for path in r.folder.glob("wandb/offline-run-*")}):
+    loaded = [records.read(path) for path in paths]
+    for path in sorted({path for r in loaded for path in r.folder.glob("wandb/offline-run-*")}):
         if not any(path.glob("*.wandb.synced")):  # the mark that `wandb sync` leaves
             print(f"not on the server yet: wandb sync {path}")
-    project, entity = logged_to(found) or (options.project, options.entity)
+    project, entity = logged_to(loaded) or (options.project, options.entity)
     try:
         api = wandb.Api(timeout=round(options.init_timeout_s))
-        view = build(found, str(entity or api.default_entity), project)
+        view = build(loaded, str(entity or api.default_entity), project)
         view.save()
     except Exception as error:  # the client raises what its transport raises
         fix = f"W&B did not take the view ({type(error).__name__}); action=leaderboard shows it."
@@ -51,30 +51,30 @@ def workspace(cfg: DictConfig) -> str:
     return str(view.url)
 
 
-def logged_to(found: Sequence[records.Record]) -> tuple[str, str | None] | None:
+def logged_to(loaded: Sequence[records.Record]) -> tuple[str, str | None] | None:
     """Return the project and entity that runs were logged to: a view elsewhere would be empty.
 
     Raises:
         UserError: there are several.
     """
-    logged = [r["config"].get("tracker", {}).get("wandb") for r in found]
+    logged = [r["config"].get("tracker", {}).get("wandb") for r in loaded]
     places = {(str(options["project"]), options.get("entity")) for options in logged if options}
     if len(places) > 1:
         fix = f"were logged to several projects ({places}); name those of one."
-        raise UserError("records", f"{len(found)} records", fix)
+        raise UserError("records", f"{len(loaded)} records", fix)
     return places.pop() if places else None
 
 
-def build(found: Sequence[records.Record], entity: str, project: str) -> Workspace:
+def build(loaded: Sequence[records.Record], entity: str, project: str) -> Workspace:
     """Return the view, unsaved: only runs of the records' scenarios, one bar chart per metric that
     leaderboards show, one line plot per curve over the shared axis of its stage.
     """
-    names = columns(name for record in found for name in record["metrics"])
+    names = columns(name for record in loaded for name in record["metrics"])
     bars: list[Any] = [BarPlot(title=heading(n), metrics=[SummaryMetric(n)]) for n in names]
     sections = [Section(name="Figures, worst attacker first", panels=bars, is_open=True)]
     for stage in (ATTACK, IMMUNIZE):
         curves: dict[str, set[str]] = {}
-        for record in found:
+        for record in loaded:
             for key in {key for _, values in curve_rows(record, stage) for key in values}:
                 curves.setdefault(key.rpartition("/")[0], set()).add(f"{stage}/{key}")
         plots: list[Any] = [
@@ -83,7 +83,7 @@ def build(found: Sequence[records.Record], entity: str, project: str) -> Workspa
         ]
         if plots:
             sections.append(Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK))
-    scenarios = sorted({record["scenario"] for record in found})
+    scenarios = sorted({record["scenario"] for record in loaded})
     return Workspace(
         entity=entity,
         project=project,
