@@ -61,8 +61,8 @@ def main() -> None:
     """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `report_error`
     from lab.cli.arguments import rewrite
-    from lab.cli.errors import EXIT_INTERRUPTED, report_error
-    from lab.runner.batch import interruptible
+    from lab.cli.errors import report_error
+    from lab.runner.batch import EXIT_INTERRUPTED, interruptible
 
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:

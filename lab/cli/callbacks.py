@@ -14,7 +14,8 @@ from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-from lab.cli.errors import EXIT_DEFECT, EXIT_INTERRUPTED, EXIT_USER
+from lab.cli.errors import EXIT_DEFECT, EXIT_USER
+from lab.runner.batch import EXIT_INTERRUPTED
 
 
 class SweepLeaderboard(Callback):

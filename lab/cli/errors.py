@@ -11,7 +11,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lab.core.errors import RankFailed, defect, explain, nearest
 
-EXIT_OK, EXIT_DEFECT, EXIT_USER, EXIT_INTERRUPTED = 0, 1, 2, 130
+EXIT_DEFECT, EXIT_USER = 1, 2
 
 
 def report_error(error: Exception) -> int:
