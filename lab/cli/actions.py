@@ -1,95 +1,120 @@
-"""What every `action` but `run` does."""
+"""What every `action` does. Its imports take seconds, so `run.py` makes them late."""
 
 from __future__ import annotations
 
 import json
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
 
 from eval.report import compare as comparing
 from eval.report.html import render
 from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
-from lab.cluster.status import status
+from lab.cluster.status import lost_runs
 from lab.core import record as records
-from lab.core.errors import UserError
+from lab.core.errors import UserError, nearest
 from lab.core.hashing import write_atomically
-from lab.core.options import names
+from lab.runner.batch import LASTING, claim
 from lab.runner.experiment import relative
+
+PLANNED = ("run", "search", "audit")  # actions that `dry_run` can plan
+
+
+def act(cfg: DictConfig, folder: Path) -> int:
+    """Do what ``cfg.action`` says in the run folder ``folder``; return the exit code.
+
+    Raises:
+        UserError: an action that does not exist, or that has no plan; wrong input to it.
+    """
+    if cfg.action not in ACTIONS:
+        raise UserError("action", cfg.action, nearest(str(cfg.action), ACTIONS))
+    if not isinstance(cfg.dry_run, bool):
+        raise UserError("dry_run", cfg.dry_run, "must be true or false.")
+    if cfg.dry_run and cfg.action not in PLANNED:
+        raise UserError("dry_run", True, f"plans action={' | '.join(PLANNED)} only.")
+    _apply_limits(cfg)
+    cfg.records = [cfg.records] if isinstance(cfg.records, str) else cfg.records
+    is_helper = OmegaConf.select(cfg, "launch.machine_rank")  # the first machine answers for all
+    works = cfg.action in LASTING and not (cfg.dry_run or is_helper)
+    with claim(folder) if works else nullcontext():
+        function = pkgutil.resolve_name(ACTIONS[cfg.action])
+        arguments = (cfg, folder) if cfg.action in ("run", "search") else (cfg,)
+        code = function(*arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _apply_limits(cfg: DictConfig) -> None:
+    """Lower what ``limits`` names (`conf/debug`), except for keys of the command line."""
+    typed = {word.lstrip("+").partition("=")[0] for word in HydraConfig.get().overrides.task}
+    for key, limit in (cfg.get("limits") or {}).items():
+        value = OmegaConf.select(cfg, key)
+        if isinstance(value, int | float) and value > limit and key not in typed:
+            OmegaConf.update(cfg, key, limit)
 
 
 def publish(
-    found: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
+    loaded: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
 ) -> None:
-    """Write leaderboard (Markdown, CSV, HTML) and report of ``found`` to ``folder`` and say where.
+    """Write leaderboard (Markdown, CSV, HTML) and report of ``loaded`` to ``folder``.
 
-    ``lost`` have a row in the leaderboard, see `lab.cluster.lost`.
+    ``lost`` have a row in the leaderboard, see `lab.cluster.status.lost_runs`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    rows = leaderboard([*found, *lost])
+    rows = leaderboard([*loaded, *lost])
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
     print(to_markdown(rows))
     print(f"leaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
-    print(f"report: {relative(render(found, folder / 'report.html'))}")
+    print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
 
-def _places(cfg: DictConfig) -> list[str]:
-    return [*names("records", cfg.records)]
+def _paths(cfg: DictConfig) -> list[Path]:
+    return records.find(map(str, cfg.records), Path(cfg.paths.runs))
 
 
-def _load(cfg: DictConfig) -> list[tuple[Path, records.Record]]:
-    return [(path, records.read(path)) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
-
-
-def _summed_up(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None]) -> None:
-    """``write`` over all records that can be read.
+def _summarize(cfg: DictConfig, write: Callable[[Sequence[records.Record]], None]) -> None:
+    """Call ``write`` with all records that can be read.
 
     Raises:
-        UserError: of the first one that cannot, after the others were written; the further ones are
-            told.
+        UserError: the first record that cannot be read, after the others were written.
     """
-    found, broken = records.readable(records.find(_places(cfg), Path(cfg.paths.runs)))
-    once = records.distinct(found)
-    if len(once) < len(found):
-        print(
-            f"{len(found) - len(once)} of {len(found)} records repeat another one's content "
-            "and are left out."
-        )
-    if once:
-        write(once)
-    for further in broken[1:]:
-        print(f"error: {further}", file=sys.stderr)
+    loaded, broken = records.readable(_paths(cfg))
+    distinct = records.distinct(loaded)
+    if len(distinct) < len(loaded):
+        repeated = f"{len(loaded) - len(distinct)} of {len(loaded)} records"
+        print(f"{repeated} repeat another one's content and are left out.")
+    if distinct:
+        write(distinct)
+    for error in broken[1:]:
+        print(f"error: {error}", file=sys.stderr)
     if broken:
         raise broken[0]
 
 
 def report(cfg: DictConfig) -> None:
-    """One HTML file over any set of records."""
+    """Write one HTML file over any set of records."""
     out = Path(cfg.paths.outputs) / "report.html"
-    _summed_up(cfg, lambda found: print(f"report: {relative(render(found, out))}"))
+    _summarize(cfg, lambda loaded: print(f"report: {relative(render(loaded, out))}"))
 
 
 def leaderboards(cfg: DictConfig) -> None:
-    """Markdown, CSV and HTML over any set of records."""
-    from lab.cluster.lost import lost_runs
-
-    places = [Path(place) for place in _places(cfg)] or [Path(cfg.paths.runs)]
-    _summed_up(cfg, lambda found: publish(found, Path(cfg.paths.outputs), lost_runs(places)))
+    """Write Markdown, CSV and HTML over any set of records."""
+    places = [Path(place) for place in cfg.records or [cfg.paths.runs]]
+    _summarize(cfg, lambda loaded: publish(loaded, Path(cfg.paths.outputs), lost_runs(places)))
 
 
 def comparison(cfg: DictConfig) -> None:
-    """Config and metric differences of exactly two records."""
-    found = _load(cfg)
-    if len(found) != 2:
-        raise UserError(
-            "records",
-            f"{len(found)} records",
-            "compare needs exactly two: records=[A.json,B.json].",
-        )
-    (path_a, a), (path_b, b) = found
+    """Write the differences of two records in config and metrics."""
+    loaded = [(path, records.read(path)) for path in _paths(cfg)]
+    if len(loaded) != 2:
+        fix = "compare needs exactly two: records=[A.json,B.json]."
+        raise UserError("records", f"{len(loaded)} records", fix)
+    (path_a, a), (path_b, b) = loaded
     result = comparing.compare(a, b)
     out = Path(cfg.paths.outputs) / "comparison.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,57 +124,16 @@ def comparison(cfg: DictConfig) -> None:
     print(f"comparison: {relative(out)} (also .html)")
 
 
-def train(cfg: DictConfig) -> None:
-    """Train what ``train`` describes; see `lab.minisd.train.publish`."""
-    from lab.minisd.train.publish import run
-
-    run(cfg)
-
-
-def release(cfg: DictConfig) -> None:
-    """Write an immunized model in an open layout; see `lab.release.export`."""
-    from lab.release.export import export
-
-    export(cfg)
-
-
-def check_release(cfg: DictConfig) -> None:
-    """Check an exported folder; see `lab.release.verify`."""
-    from lab.release.verify import verify
-
-    verify(cfg)
-
-
-def audits(cfg: DictConfig) -> None:
-    """Attack one checkpoint and end in one page; see `lab.release.audit`."""
-    from lab.release.audit import audit
-
-    audit(cfg)
-
-
-def searches(cfg: DictConfig) -> None:
-    """Search settings of an immunizer; see `lab.cli.search`."""
-    from lab.cli.search import search
-
-    search(cfg)
-
-
-def saved_view(cfg: DictConfig) -> None:
-    """Save a comparison on the W&B server; see `lab.tracking.workspace`."""
-    from lab.tracking.workspace import workspace
-
-    workspace(cfg)
-
-
-ACTIONS = {
-    "report": report,
-    "leaderboard": leaderboards,
-    "compare": comparison,
-    "status": status,
-    "train": train,
-    "export": release,
-    "verify": check_release,
-    "audit": audits,
-    "search": searches,
-    "workspace": saved_view,
+ACTIONS = {  # imported when they are called: some need packages that others do without
+    "run": "lab.cluster.launch:launch",
+    "report": "lab.cli.actions:report",
+    "leaderboard": "lab.cli.actions:leaderboards",
+    "compare": "lab.cli.actions:comparison",
+    "status": "lab.cluster.status:status",
+    "train": "lab.minisd.train.publish:run",
+    "export": "lab.release.export:export",
+    "verify": "lab.release.verify:verify",
+    "audit": "lab.release.audit:audit",
+    "search": "lab.cli.search:search",
+    "workspace": "lab.tracking.workspace:workspace",
 }

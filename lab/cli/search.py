@@ -1,5 +1,5 @@
-"""`action=search`: settings of an immunizer that trade protection, utility and benign learning,
-found by Optuna.
+"""`action=search`: settings of an immunizer, searched for protection, utility and benign learning
+by Optuna.
 
 The plug-in hydra-optuna-sweeper (1.3.0) is not used: it holds Optuna below version 3, whose storage
 fails with a current SQLAlchemy, so that an interrupted search could not go on. No storage is needed
@@ -12,199 +12,213 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import optuna
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from pydantic import Field, ValidationError
 
 from eval.report import pareto
 from eval.report.labels import typed
 from eval.report.pareto import Trial
-from lab.cli.callbacks import sweep_codes
-from lab.cli.search_space import KEY, Plan
+from lab.cli.actions import publish
+from lab.cli.callbacks import describe_cost, exit_code
+from lab.cli.errors import report_error
+from lab.cluster import launch
 from lab.core import record as records
+from lab.core.config import Count, Index, options, user_error
 from lab.core.errors import UserError
 from lab.core.hashing import write_atomically
-from lab.runner.batch import claimed
+from lab.runner.batch import claim
 from lab.runner.experiment import relative
 from lab.runner.failed_stages import describe
-from lab.runner.failures import explain
 
 log = logging.getLogger(__name__)
+Scalar = bool | int | float | str | None
 
 
-def search(cfg: DictConfig) -> None:
-    """Run the trials one after another, each a run below this run's folder; writes the table after
-    each.
+@options
+class Plan:
+    """The group ``search`` of the config.
 
-    A trial that fails, or lacks an objective, is told, stays in the table and does not stop the
-    others; only the first one, the preset itself, does.
+    Attributes:
+        trials: how many runs; the first one has the preset's own values. startup: drawn at random
+            before TPE's model is used. seed: of the sampler. space: options of the immunizer → a
+            list of choices or a range. objectives: a word → metric of the record.
+    """
+
+    trials: Count
+    startup: Index
+    seed: Index
+    space: Annotated[dict[str, list[Scalar] | dict[str, Scalar]], Field(min_length=1)]
+    objectives: Annotated[dict[str, str], Field(min_length=2)]
+
+    @staticmethod
+    def read(cfg: DictConfig) -> Plan:
+        """Read and check ``cfg.search``.
+
+        Raises:
+            UserError: a key that is missing or cannot work, or a scenario whose test concepts would
+                be used.
+        """
+        if not isinstance(cfg.get("search"), DictConfig):
+            fix = "comes with its space and objectives: `python run.py sweeps=tune_kappa`."
+            raise UserError("action", "search", fix)
+        split = cfg.scenario.get("split")
+        if split not in (None, "validation"):
+            fix = "settings are chosen on validation concepts, never on those that tables report."
+            raise UserError("scenario.split", split, fix)
+        plain: Any = OmegaConf.to_container(cfg.search, resolve=True)
+        try:
+            plan = Plan(**plain)
+        except ValidationError as error:
+            raise user_error(error, "search", Plan) from None
+        for key, distribution in plan.distributions().items():
+            preset = OmegaConf.select(cfg, key, default="no such option")
+            if not _contains(distribution, preset):
+                fix = f"must hold the preset's own value, {preset}, which is tried first."
+                raise UserError(f"search.space.{key.partition('.')[2]}", distribution, fix)
+        return plan
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Return Optuna's distribution of every searched config key.
+
+        Raises:
+            UserError: a range that Optuna cannot draw from.
+        """
+        distributions: dict[str, BaseDistribution] = {}
+        for option, space in self.space.items():
+            try:
+                distributions[f"immunize.{option}"] = _distribution(space)
+            except (TypeError, ValueError) as error:
+                raise UserError(f"search.space.{option}", space, str(error)) from None
+        return distributions
+
+
+def _distribution(space: Any) -> BaseDistribution:
+    """Return a list of choices, or ``{low, high, log, step}``, as Optuna's; whole where all are."""
+    if isinstance(space, list):
+        return CategoricalDistribution(space)
+    is_whole = all(isinstance(space.get(key, 1), int) for key in ("low", "high", "step"))
+    return IntDistribution(**space) if is_whole else FloatDistribution(**space)
+
+
+def _contains(distribution: BaseDistribution, value: Any) -> bool:
+    try:
+        return distribution._contains(distribution.to_internal_repr(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def search(cfg: DictConfig, folder: Path) -> int:
+    """Run the trials one after another, each a run below ``folder``; write the table after each.
+
+    A trial that fails or lacks an objective stays in the table and does not stop the others; only
+    the first one, the preset itself, does. Returns the worst exit code of the trials.
 
     Raises:
-        UserError: see `Plan.read`; Optuna is missing; the preset's own run has no result.
+        UserError: see `Plan.read`; the preset's own run has no result.
     """
-    from hydra.core.hydra_config import HydraConfig
-
-    from lab.cli.actions import publish
-    from lab.cli.callbacks import told_cost
-
-    plan, folder = Plan.read(cfg), Path(HydraConfig.get().runtime.output_dir)
+    plan = Plan.read(cfg)
     if cfg.dry_run:
-        print(f"{cfg.name}, one after another: {told_cost(plan.trials, cfg.sweep)}")
-        print("\n".join(f"  {one}" for one in plan.space))
-        print(
-            "  objectives: "
-            + ", ".join(f"{name} = {metric}" for name, metric in plan.objectives.items())
-        )
-        return
-    optuna = _optuna()
-    trials = [
-        _run(cfg, plan, folder, 0, {one.key: OmegaConf.select(cfg, one.key) for one in plan.space})
-    ]
-    _write(folder, plan, trials)
-    study = _study(optuna, plan, trials[0])
-    while len(trials) < plan.trials:
-        asked = study.ask()
-        found = _run(
-            cfg, plan, folder, len(trials), {one.key: one.draw(asked) for one in plan.space}
-        )
-        _tell(optuna, study, asked, found)
-        trials.append(found)
+        print(f"{cfg.name}: {plan.trials} trials, one after another; {describe_cost(cfg.sweep)}")
+        print(OmegaConf.to_yaml(cfg.search))
+        return 0
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    space = plan.distributions()
+    places = [folder / f"{number}-{cfg.immunize.name}" for number in range(plan.trials)]
+    values = {key: OmegaConf.select(cfg, key) for key in space}
+    trials = [_run(cfg, plan, places[0], 0, values)]
+    better = [metric["better"] for metric in trials[0].metrics.values()]
+    study = optuna.create_study(
+        directions=["maximize" if side == "higher" else "minimize" for side in better],
+        sampler=optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=plan.startup),
+    )
+    study.enqueue_trial(values)
+    proposed = study.ask(space)
+    while True:
+        scores = [metric["value"] for metric in trials[-1].metrics.values()]
+        if trials[-1].failure is None:
+            study.tell(proposed, scores)
+        else:
+            study.tell(proposed, state=optuna.trial.TrialState.FAIL)
         _write(folder, plan, trials)
-    write_atomically(folder / "pareto.html", pareto.to_html(plan.objectives, trials).encode())
-    paths = [_place(cfg, folder, t.number) / "record.json" for t in trials]
-    publish([records.read(path) for path in paths if path.is_file()], folder)
+        if len(trials) == plan.trials:
+            break
+        proposed = study.ask(space)
+        values = {key: _round(value) for key, value in proposed.params.items()}
+        trials.append(_run(cfg, plan, places[len(trials)], len(trials), values))
+    paths = [place / "record.json" for place in places]
+    finished = [records.read(path) for path in paths if path.is_file()]
+    publish(finished, folder)
     print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
+    return max(map(exit_code, finished))
 
 
-def _optuna() -> Any:
-    try:
-        import optuna
-    except ImportError as missing:
-        told = 'needs the package optuna: `pip install "immunization-bench[search]"`.'
-        raise UserError("action", KEY, told) from missing
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
-def _study(optuna: Any, plan: Plan, preset: Trial) -> Any:
-    """Optuna's study; directions are those of the metrics, and the preset's run is its first
-    trial.
-    """
-    sides = [
-        "maximize" if preset.metrics[name]["better"] == "higher" else "minimize"
-        for name in plan.objectives
-    ]
-    sampler = optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=plan.startup)
-    study = optuna.create_study(directions=sides, sampler=sampler)
-    study.enqueue_trial(dict(preset.values))
-    first = study.ask()
-    for one in plan.space:
-        one.draw(first)
-    _tell(optuna, study, first, preset)
-    return study
-
-
-def _tell(optuna: Any, study: Any, asked: Any, found: Trial) -> None:
-    if found.failure is not None:
-        study.tell(asked, state=optuna.trial.TrialState.FAIL)
-    else:
-        study.tell(asked, [metric["value"] for metric in found.metrics.values()])
-
-
-def _place(cfg: DictConfig, folder: Path, number: int) -> Path:
-    return folder / f"{number}-{cfg.immunize.name}"
+def _round(value: Any) -> Any:
+    """Round a fraction to four digits, so that a user can type it."""
+    return float(format(value, ".4g")) if isinstance(value, float) else value
 
 
 def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]) -> Trial:
-    """One trial, as a run of its own; what goes wrong in it is its result, but for the first
-    one.
-    """
-    from lab.cluster.launch import launch
+    """Run one trial and read its objectives; a failure is its result.
 
-    place, failure = _place(cfg, folder, number), None
+    Raises:
+        Exception: the first trial, the preset's own run, failed.
+    """
     changes = [f"{key}={typed(value)}" for key, value in values.items()]
     log.info("trial %d of %d: %s", number + 1, plan.trials, " ".join(changes))
-    _write_overrides(place, changes)
+    (folder / ".hydra").mkdir(parents=True, exist_ok=True)
+    overrides = OmegaConf.create([*HydraConfig.get().overrides.task, *changes])
+    write_atomically(folder / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(overrides).encode())
+    trial_cfg = copy.deepcopy(cfg)
+    for key, value in {"action": "run", **values}.items():
+        OmegaConf.update(trial_cfg, key, value)
     try:
-        with claimed(place, "run", False):
-            launch(changed(cfg, values), place)
+        with claim(folder):
+            launch.launch(trial_cfg, folder)
+        metrics = _objectives(records.read(folder / "record.json"), plan)
     except Exception as error:
         if number == 0:
             raise
-        told = explain(error)
-        failure = told or str(describe(error))
-        if told is None:
-            print(describe(error).traceback, file=sys.stderr)
-        sweep_codes.append(2 if told else 1)
-        log.warning("trial %d failed, the search goes on: %s", number, failure)
-    return outcome_of(place / "record.json", number, values, plan, failure)
+        report_error(error)
+        return Trial(number, values, {}, describe(error).user_message or str(describe(error)))
+    return Trial(number, values, metrics)
 
 
-def changed(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
-    """The config of one trial."""
-    found = copy.deepcopy(cfg)
-    found.action = "run"
-    for key, value in values.items():
-        OmegaConf.update(found, key, value)
-    return found
-
-
-def _write_overrides(place: Path, changes: list[str]) -> None:
-    """As Hydra does beside a run, so that trackers name the run by what was changed."""
-    from hydra.core.hydra_config import HydraConfig
-
-    (place / ".hydra").mkdir(parents=True, exist_ok=True)
-    given = [*HydraConfig.get().overrides.task, *changes]
-    write_atomically(
-        place / ".hydra" / "overrides.yaml", OmegaConf.to_yaml(OmegaConf.create(given)).encode()
-    )
-
-
-def outcome_of(
-    path: Path, number: int, values: dict[str, Any], plan: Plan, failure: str | None
-) -> Trial:
-    """The objectives of a trial by its record; one that lacks an objective has failed.
+def _objectives(record: records.Record, plan: Plan) -> dict[str, Any]:
+    """Return the score of every objective.
 
     Raises:
-        UserError: the preset's own run lacks one, or an objective is a metric without a better
-            side.
+        UserError: the run has no result, or lacks an objective with a better side.
     """
-    if failure is not None and number > 0 and not path.is_file():
-        return Trial(number, values, {}, failure)
-    record = records.read(path)
-    found = {name: record["metrics"].get(metric) for name, metric in plan.objectives.items()}
-    if failure is None and record["status"] != "ok":
-        failure = record["error"]["message"] if record["error"] else record["status"]
-    for name, metric in plan.objectives.items():
-        one = found[name]
-        if failure is None and (one is None or one["value"] is None):
-            failure = (
-                f"no {metric}: {one['note'] if one else 'no evaluator of this run measures it'}"
-            )
-        if one is not None and one["better"] == "neutral":
-            raise UserError(
-                f"{KEY}.objectives.{name}",
-                metric,
-                "has no better side; choose a metric that has one.",
-            )
-    if failure is not None and number == 0:
-        raise UserError(KEY, "the preset's own run", f"has no result to start from: {failure}")
-    return Trial(
-        number, values, {name: one for name, one in found.items() if one is not None}, failure
-    )
+    if record["status"] != "ok":
+        raise UserError("search", record["status"], record["error"]["message"])
+    scores = {name: record["metrics"].get(metric) for name, metric in plan.objectives.items()}
+    for name, score in scores.items():
+        if score is None or score["value"] is None or score["better"] == "neutral":
+            fix = "has no value, or no better side, in this run; choose another metric."
+            raise UserError(f"search.objectives.{name}", plan.objectives[name], fix)
+    return scores
 
 
 def _write(folder: Path, plan: Plan, trials: list[Trial]) -> None:
-    """After every trial, so that an interrupted search has its table too."""
-    for name, text in (
-        ("md", pareto.to_markdown(plan.objectives, trials)),
-        ("csv", pareto.to_csv(plan.objectives, trials)),
-        (
-            "json",
-            json.dumps(records.clean(pareto.to_json(plan.objectives, trials)), indent=1) + "\n",
-        ),
-    ):
+    """Write the table after every trial, so that an interrupted search has it too."""
+    content = records.clean(pareto.to_json(plan.objectives, trials))
+    tables = {
+        "md": pareto.to_markdown(plan.objectives, trials),
+        "csv": pareto.to_csv(plan.objectives, trials),
+        "html": pareto.to_html(plan.objectives, trials),
+        "json": json.dumps(content, indent=1) + "\n",
+    }
+    for name, text in tables.items():
         write_atomically(folder / f"pareto.{name}", text.encode())

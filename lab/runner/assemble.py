@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from immunize.none import NoImmunization
 from lab.core.config import user_error
 from lab.core.data import ConceptCase
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, missing_package, nearest
 from lab.core.hashing import stage_key
 from lab.core.prompts import check_case, refuse_special
 from lab.core.sources import source_hash
@@ -31,7 +31,6 @@ from lab.core.types import (
     Scenario,
 )
 from lab.models.erase import NoErasure
-from lab.runner.failures import missing_package
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from typing import Any
 from torch.distributed import DistError
 
 from lab.core.distributed import PeerLost
-from lab.core.errors import Diverged, RunFailed, UserError
-from lab.runner.failures import explain
+from lab.core.errors import Diverged, RunFailed, UserError, explain
 from lab.runner.pipeline import Cell
 
 VERDICTS = ("verdict", "verdict_share")

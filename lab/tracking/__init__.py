@@ -1,7 +1,5 @@
-"""Trackers are views of the record. Each lives in a process of its own, so none can stop or slow a
-run.
-"""
+"""Trackers are views of the record. None can stop or delay a run."""
 
-from lab.tracking.client import Trackers
+from lab.tracking.trackers import Tracker, Trackers
 
-__all__ = ["Trackers"]
+__all__ = ["Tracker", "Trackers"]

@@ -5,63 +5,58 @@ folder).
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from lab.core import record as records
+from lab.core.config import Positive, Text, config
 from lab.tracking import views
+from lab.tracking.trackers import Tracker
 
 
-def folder_of(paths: dict[str, Any]) -> Path:
-    """Where trackio's databases lie: ``TRACKIO_DIR``, else ``trackio`` in the outputs folder."""
-    return Path(os.environ.get("TRACKIO_DIR") or Path(paths["outputs"]).resolve() / "trackio")
-
-
-class TrackioBackend:
+@config
+class TrackioTracker(Tracker):
     """One trackio run per run, in the scenario's group."""
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
+    project: Text
+    timeout_s: Positive = 20.0
 
-    def start(self, config: dict[str, Any]) -> None:
-        os.environ["TRACKIO_DIR"] = str(folder_of(config["paths"]))
+    def start(self, config: dict[str, Any], folder: Path) -> None:
+        os.environ.setdefault(
+            "TRACKIO_DIR", str(Path(config["paths"]["outputs"]).resolve() / "trackio")
+        )
         import trackio
 
-        self.trackio = trackio
-        name = (
-            f"{views.run_name(config, self.options['folder'])} "
-            f"({views.run_id(self.options['folder'], '')[:6]})"
-        )
-        self.run = trackio.init(
-            project=self.options["project"],
-            name=name,
-            group=config["scenario"]["name"],
-            config={**config, "tags": views.tags(config)},
-            embed=False,
-            auto_log_gpu=False,
-            auto_log_cpu=False,
-        )
+        with redirect_stdout(sys.stderr):  # stdout belongs to the summary and the record line
+            self.run = trackio.init(
+                project=self.project,
+                name=f"{views.run_name(config, folder)} ({views.run_id(folder)[:6]})",
+                group=config["scenario"]["name"],
+                config={**config, "tags": views.tags(config)},
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
 
     def log(self, prefix: str, step: int, values: dict[str, float]) -> None:
-        self.trackio.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
+        self.run.log({f"{prefix}/{key}": value for key, value in values.items()}, step=step)
 
     def publish(self, record: records.Record, report: Path) -> None:
         import pandas as pd
+        import trackio
 
-        for stage in (views.IMMUNIZE, views.ATTACK):
-            for step, values in views.curve_rows(record, stage):
-                self.trackio.log({f"{stage}/{k}": v for k, v in values.items()}, step=round(step))
+        for _, step, values in views.curve_points(record):
+            self.run.log(values, step=round(step))
         for name, (columns, rows) in views.tables(record).items():
-            frame = pd.DataFrame(
-                [[str(v) if isinstance(v, list | dict) else v for v in r] for r in rows]
-            )
-            frame.columns = pd.Index(columns)
-            self.trackio.log({f"tables/{name}": self.trackio.Table(dataframe=frame)})
+            cells = [[str(v) if isinstance(v, list | dict) else v for v in row] for row in rows]
+            table = trackio.Table(dataframe=pd.DataFrame(cells, columns=pd.Index(columns)))
+            self.run.log({f"tables/{name}": table})
         for name, (png, caption) in views.grids(record, report.parent).items():
-            self.trackio.log({f"images/{name}": self.trackio.Image(str(png), caption=caption)})
-        for name, png in views.plots(record, report.parent).items():
-            self.trackio.log({f"plots/{name}": self.trackio.Image(str(png))})
-        self.trackio.log(views.summary_values(record))
-
-    def close(self, failed: bool) -> None:
-        self.trackio.finish()
+            self.run.log({f"images/{name}": trackio.Image(str(png), caption=caption)})
+        for name, png in views.plots(record, report.parent / "plots" / "trackio").items():
+            self.run.log({f"plots/{name}": trackio.Image(str(png))})
+        self.run.log(views.summary_values(record))
+        with redirect_stdout(sys.stderr):
+            self.run.finish()

@@ -1,60 +1,58 @@
-"""Weights & Biases: one W&B run per stage of a run, all in the scenario's group."""
+"""Weights & Biases: one W&B run per run, in the scenario's group."""
 
 from __future__ import annotations
 
-import json
+import logging
+import netrc
 import os
 import shlex
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import psutil
 
 from lab.core import record as records
+from lab.core.config import Positive, Text, config
 from lab.tracking import views
-from lab.tracking.views import ATTACK, EVAL, IMMUNIZE
+from lab.tracking.trackers import Tracker
 
-MODES = ("auto", "online", "offline")
-NOTICE = "notice: "  # starts a line of the tracker's log that the run's own process tells the user
+log = logging.getLogger(__name__)
 
 
 def has_key() -> bool:
-    """Whether the environment or the netrc file holds a W&B key; the key itself is never read
-    here.
-    """
-    import netrc
-    from urllib.parse import urlsplit
-
+    """Return True if the environment or the netrc file holds a W&B key; the key is not read."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        own = urlsplit(
-            os.environ.get("WANDB_BASE_URL", "")
-        ).netloc  # of a server of one's own, with its port
-        return any(
-            "wandb" in host or host == own for host in netrc.netrc(os.environ.get("NETRC")).hosts
-        )
+        server = urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc  # one's own, with its port
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, ValueError, netrc.NetrcParseError):
         return False  # no readable netrc or address: only the environment can hold a key
+    return any("wandb" in host or host == server for host in hosts)
 
 
-class WandbBackend:
-    """Group = scenario, job type = stage: ``immunize`` (live), ``attack`` (curves), ``eval``
-    (figures, tables, images).
+@config
+class WandbTracker(Tracker):
+    """W&B's view: live curves, then curves, figures, tables, images and references.
 
     Curves of a stage share one step axis, and their keys do not name the immunizer: runs overlay in
-    one panel.
+    one panel. Without a key, or without a server, the run is logged offline below its run folder.
+
+    Attributes:
+        mode: ``auto`` takes WANDB_MODE, else online with a key and offline without one.
+        project, entity: where runs go; None is the key's default entity.
+        init_timeout_s: seconds to reach the server before the run is logged offline.
+        timeout_s: see `lab.tracking.trackers.Tracker`.
     """
 
-    def __init__(self, options: dict[str, Any]) -> None:
-        self.options = options
-        self.config: dict[str, Any] = {}
-        self.run: Any = None
+    mode: Literal["auto", "online", "offline"] = "auto"
+    project: Text
+    entity: Text | None = None
+    init_timeout_s: Positive = 20.0
+    timeout_s: Positive = 60.0
 
-    def start(self, config: dict[str, Any]) -> None:
-        self.config = config
-        self.run = self._open(IMMUNIZE)
-
-    def _open(self, stage: str) -> Any:
+    def start(self, config: dict[str, Any], folder: Path) -> None:
         import wandb
 
         settings = wandb.Settings(
@@ -64,119 +62,77 @@ class WandbBackend:
             disable_git=True,
             disable_code=True,
             save_code=False,
-            init_timeout=float(self.options["init_timeout_s"]),
+            init_timeout=float(self.init_timeout_s),
         )
-        folder, config = self.options["folder"], self.config
         common: dict[str, Any] = {
-            "dir": folder,
-            "project": self.options["project"],
-            "entity": self.options["entity"],
-            "id": views.run_id(folder, stage),
+            "dir": str(folder),
+            "project": self.project,
+            "entity": self.entity,
+            "id": views.run_id(folder),
             "group": config["scenario"]["name"],
-            "job_type": stage,
-            "name": f"{views.run_name(config, folder)} · {stage}",
+            "name": views.run_name(config, folder),
             "tags": views.tags(config),
             "config": config,
-            "notes": f"record: {Path(folder) / 'record.json'}",
+            "notes": f"record: {folder / 'record.json'}",
             "settings": settings,
         }
-        mode = self.options["mode"]
+        mode: Any = self.mode
         if mode == "auto":
             mode = os.environ.get("WANDB_MODE") or ("online" if has_key() else "offline")
         try:
-            run = wandb.init(mode=mode, **common)
+            self.run: Any = wandb.init(mode=mode, **common)
         except (wandb.Error, OSError, TimeoutError) as error:
             if mode == "offline":
                 raise
-            print(f"{NOTICE}{self._fell_back(error)}", file=sys.stderr, flush=True)
-            self.options["mode"] = "offline"  # for the stages that follow too
+            log.warning(  # of the error only its type: it may hold what the server was sent
+                "tracker wandb: W&B %s (%s), so the run is logged offline. Check WANDB_API_KEY and "
+                "the network, or set tracker.wandb.mode=offline. `wandb sync %s/offline-run-*` "
+                "sends what was logged",
+                "cannot be reached or refuses the key" if has_key() else "needs a key",
+                type(error).__name__,
+                shlex.quote(str(folder.resolve() / "wandb")),
+            )
             wandb.teardown()  # the service that could not connect still holds the run's id
-            run = wandb.init(mode="offline", **common)
-        if stage != EVAL:
-            run.define_metric(f"{stage}/step", hidden=True)
-            run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        return run
-
-    def _fell_back(self, error: Exception) -> str:
-        """Cause and fix; of the error only its type, as a message may hold what the server was
-        sent.
-        """
-        cause = "cannot be reached or refuses the key" if has_key() else "needs a key to be online"
-        runs = Path(self.options["folder"]).resolve() / "wandb"
-        return (
-            f"W&B {cause} ({type(error).__name__}), so the run is logged offline. Set a "
-            "valid WANDB_API_KEY and check "
-            "the network, or set tracker.wandb.mode=offline. "
-            f"`wandb sync {shlex.quote(str(runs))}/offline-run-*` sends what was logged"
-        )
-
-    def _point(self, stage: str, step: float, values: dict[str, float]) -> None:
-        self.run.log({f"{stage}/step": step} | {f"{stage}/{k}": v for k, v in values.items()})
+            self.run = wandb.init(mode="offline", **common)
+        for stage in views.STAGES:
+            self.run.define_metric(f"{stage}/step", hidden=True)
+            self.run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
     def log(self, prefix: str, step: int, values: dict[str, float]) -> None:
-        where = prefix.removeprefix(f"{IMMUNIZE}/")
-        self._point(IMMUNIZE, step, {f"{where}/{k}": v for k, v in values.items()})
+        points = {f"{prefix}/{key}": value for key, value in values.items()}
+        self.run.log({f"{prefix.split('/')[0]}/step": step, **points})
 
     def publish(self, record: records.Record, report: Path) -> None:
-        failed = record["status"] != "ok"
-        self._curves(record, IMMUNIZE)
-        self.run.finish(exit_code=int(failed))
-        if views.curve_rows(record, ATTACK):
-            self.run = self._open(ATTACK)
-            self._curves(record, ATTACK)
-            self.run.finish(exit_code=int(failed))
-        self.run = self._open(EVAL)
-        self._figures(record, report)
-
-    def _curves(self, record: records.Record, stage: str) -> None:
-        for step, values in views.curve_rows(record, stage):
-            self._point(stage, step, values)
-
-    def _figures(self, record: records.Record, report: Path) -> None:
         import wandb
 
+        folder = report.parent
+        for stage, step, values in views.curve_points(record):
+            self.run.log({f"{stage}/step": step, **values})
         for name, (columns, rows) in views.tables(record).items():
             text = [
                 [v if isinstance(v, float | int | None) else str(v) for v in row] for row in rows
             ]
             table = wandb.Table(columns=list[str | int](columns), data=text, allow_mixed_types=True)
             self.run.log({f"tables/{name}": table})
-        for name, (png, caption) in views.grids(record, report.parent).items():
+        for name, (png, caption) in views.grids(record, folder).items():
             self.run.log({f"images/{name}": wandb.Image(str(png), caption=caption)})
-        for name, png in views.plots(record, report.parent).items():
+        for name, png in views.plots(record, folder / "plots" / "wandb").items():
             self.run.log({f"plots/{name}": wandb.Image(str(png))})
-        self._references(record, report)
+        facts = {k: record[k] for k in ("schema", "status", "content_hash")}
+        artifact = wandb.Artifact(f"{self.run.id}-record", type="record", metadata=facts)
+        for name, path in views.files(record, report).items():  # nothing is uploaded or copied
+            artifact.add_reference(path.as_uri(), name=name, checksum=path.suffix == ".json")
+        self.run.log_artifact(artifact)
         self.run.summary.update(views.summary_values(record))
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})
+        self.run.finish(exit_code=int(record["status"] != "ok"))
+        wandb.teardown()  # waits until W&B's service has written its files
 
-    def _references(self, record: records.Record, report: Path) -> None:
-        """The record and the immunized weights as artifacts that point to the files; nothing is
-        uploaded or copied.
-        """
+    def abandon(self) -> None:
+        """Kill W&B's service: Python would wait at its exit for an upload that hangs."""
         import wandb
 
-        folder, name = report.parent.resolve(), views.run_id(self.options["folder"], "record")
-        facts = {k: record[k] for k in ("schema", "status", "content_hash")}
-        artifact = wandb.Artifact(name, type="record", metadata=facts)
-        for path in (
-            folder / "record.json",
-            report.resolve(),
-            *(p for p, _ in views.grids(record, folder).values()),
-        ):
-            artifact.add_reference(path.as_uri(), name=path.relative_to(folder).as_posix())
-        self.run.log_artifact(artifact)
-        files = {name: path.resolve() for name, path in views.weights(record).items()}
-        if files:
-            sums = {
-                n: json.loads((p.parent / "meta.json").read_text())["sha256"][p.name]
-                for n, p in files.items()
-            }
-            artifact = wandb.Artifact(
-                f"{name}-weights", type="immunized-weights", metadata={"sha256": sums}
-            )
-            for name, path in files.items():
-                artifact.add_reference(path.as_uri(), name=f"{name}.safetensors", checksum=False)
-            self.run.log_artifact(artifact)
-
-    def close(self, failed: bool) -> None:
-        self.run.finish(exit_code=1 if failed else 0)
+        for process in psutil.Process().children():
+            if "wandb" in process.name():
+                process.kill()
+        wandb.teardown()  # the next run of this process starts a service of its own

@@ -6,18 +6,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import wandb
 from omegaconf import DictConfig
+from wandb_workspaces.reports.v2 import BarPlot, LinePlot, SummaryMetric
+from wandb_workspaces.workspaces import RunsetSettings, Section, Workspace
 
 from eval.report.leaderboard import columns
 from eval.report.words import heading
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.tracking import views
-from lab.tracking.views import ATTACK, IMMUNIZE
-
-KEY = "tracker.wandb"
+from lab.tracking.views import ATTACK, IMMUNIZE, curve_rows
+from lab.tracking.wandb_backend import has_key
 
 
 def workspace(cfg: DictConfig) -> str:
@@ -27,125 +28,66 @@ def workspace(cfg: DictConfig) -> str:
         UserError: W&B is not among the trackers, there is no key, or its server does not take the
             view.
     """
-    found = [records.read(path) for path in records.find(_places(cfg), Path(cfg.paths.runs))]
-    options = cfg.tracker.get("wandb")
-    if options is None:
+    if "wandb" not in cfg.tracker:
         raise UserError("tracker", list(cfg.tracker), "a W&B view needs tracker=wandb.")
-    for path in sorted({path for r in found for path in r.folder.glob("wandb/offline-run-*")}):
+    options = cfg.tracker.wandb
+    if not has_key():
+        fix = "a saved view needs a key: set WANDB_API_KEY, or `wandb login`."
+        raise UserError("tracker.wandb.mode", options.mode, fix)
+    paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
+    loaded = [records.read(path) for path in paths]
+    for path in sorted({path for r in loaded for path in r.folder.glob("wandb/offline-run-*")}):
         if not any(path.glob("*.wandb.synced")):  # the mark that `wandb sync` leaves
             print(f"not on the server yet: wandb sync {path}")
-    place = _logged_to(found, options)
-    view = build(found, _entity(options, place.entity), place.project)
+    project, entity = logged_to(loaded) or (options.project, options.entity)
     try:
+        api = wandb.Api(timeout=round(options.init_timeout_s))
+        view = build(loaded, str(entity or api.default_entity), project)
         view.save()
-    except (
-        Exception
-    ) as error:  # the client raises what its transport raises: its own, requests', JSON's
-        raise _unreachable(error) from error
+    except Exception as error:  # the client raises what its transport raises
+        fix = f"W&B did not take the view ({type(error).__name__}); action=leaderboard shows it."
+        raise UserError("tracker.wandb.project", project, fix) from error
     print(f"workspace: {view.url}")
     return str(view.url)
 
 
-def _places(cfg: DictConfig) -> list[str]:
-    return [cfg.records] if isinstance(cfg.records, str) else [str(place) for place in cfg.records]
-
-
-class Place(NamedTuple):
-    project: str
-    entity: str | None
-
-
-def _logged_to(found: Sequence[records.Record], options: DictConfig) -> Place:
-    """Where the runs are: a view elsewhere would be empty. The config's project where no record
-    names one.
+def logged_to(loaded: Sequence[records.Record]) -> tuple[str, str | None] | None:
+    """Return the project and entity that runs were logged to: a view elsewhere would be empty.
 
     Raises:
-        UserError: the records were logged to several projects.
+        UserError: there are several.
     """
-    logged = [r["config"].get("tracker", {}).get("wandb") for r in found]
-    places = sorted({(str(one["project"]), one.get("entity")) for one in logged if one}, key=str)
+    logged = [r["config"].get("tracker", {}).get("wandb") for r in loaded]
+    places = {(str(options["project"]), options.get("entity")) for options in logged if options}
     if len(places) > 1:
-        told = ", ".join(
-            project if entity is None else f"{entity}/{project}" for project, entity in places
-        )
-        raise UserError(
-            "records",
-            f"{len(found)} records",
-            f"were logged to several projects ({told}); name those of one.",
-        )
-    return Place(*places[0]) if places else Place(str(options.project), None)
+        fix = f"were logged to several projects ({places}); name those of one."
+        raise UserError("records", f"{len(loaded)} records", fix)
+    return places.pop() if places else None
 
 
-def _entity(options: DictConfig, logged: str | None) -> str:
-    """The one that was logged to, else that of the config, else the key's own."""
-    from lab.tracking.wandb_backend import has_key
-
-    if not has_key():
-        raise UserError(
-            f"{KEY}.mode",
-            options.mode,
-            "a saved view needs a key: set WANDB_API_KEY, or `wandb login`.",
-        )
-    if (known := logged or options.entity) is not None:
-        return str(known)
-    import wandb
-
-    try:
-        return str(wandb.Api(timeout=round(options.init_timeout_s)).default_entity)
-    except Exception as error:  # as above
-        raise _unreachable(error) from error
-
-
-def _unreachable(error: Exception) -> UserError:
-    told = (
-        f"W&B did not take the view ({type(error).__name__}). The same comparison is in "
-        "`action=leaderboard`."
-    )
-    return UserError(f"{KEY}.project", "not reachable", told)
-
-
-def build(found: Sequence[records.Record], entity: str, project: str) -> Any:
-    """The view, unsaved: only runs of the records' scenarios, one bar chart per metric that
+def build(loaded: Sequence[records.Record], entity: str, project: str) -> Workspace:
+    """Return the view, unsaved: only runs of the records' scenarios, one bar chart per metric that
     leaderboards show, one line plot per curve over the shared axis of its stage.
     """
-    try:
-        import wandb_workspaces.reports.v2 as parts
-        import wandb_workspaces.workspaces as views_of
-    except ImportError as missing:
-        told = 'needs the package wandb-workspaces: `pip install "immunization-bench[workspace]"`.'
-        raise UserError("action", "workspace", told) from missing
-
-    scenarios = sorted({r["scenario"] for r in found})
-    bars: list[Any] = [
-        parts.BarPlot(title=heading(name), metrics=[parts.SummaryMetric(name)])
-        for name in columns(n for r in found for n in r["metrics"])
-    ]
-    sections = [views_of.Section(name="Figures, worst attacker first", panels=bars, is_open=True)]
+    names = columns(name for record in loaded for name in record["metrics"])
+    bars: list[Any] = [BarPlot(title=heading(n), metrics=[SummaryMetric(n)]) for n in names]
+    sections = [Section(name="Figures, worst attacker first", panels=bars, is_open=True)]
     for stage in (ATTACK, IMMUNIZE):
-        keys = sorted(
-            {key for r in found for _, values in views.curve_rows(r, stage) for key in values}
-        )
+        curves: dict[str, set[str]] = {}
+        for record in loaded:
+            for key in {key for _, values in curve_rows(record, stage) for key in values}:
+                curves.setdefault(key.rpartition("/")[0], set()).add(f"{stage}/{key}")
         plots: list[Any] = [
-            parts.LinePlot(
-                title=heading(curve),
-                x=f"{stage}/step",
-                y=[f"{stage}/{k}" for k in keys if _of(k) == curve],
-            )
-            for curve in dict.fromkeys(map(_of, keys))
+            LinePlot(title=heading(curve), x=f"{stage}/step", y=[*sorted(keys)])
+            for curve, keys in sorted(curves.items())
         ]
         if plots:
-            sections.append(
-                views_of.Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK)
-            )
-    return views_of.Workspace(
+            sections.append(Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK))
+    scenarios = sorted({record["scenario"] for record in loaded})
+    return Workspace(
         entity=entity,
         project=project,
         name=f"Comparison: {', '.join(scenarios)}",
         sections=sections,
-        runset_settings=views_of.RunsetSettings(filters=f"Metric('Group') in {scenarios}"),
+        runset_settings=RunsetSettings(filters=f"Metric('Group') in {scenarios}"),
     )
-
-
-def _of(key: str) -> str:
-    """The curve of a key ``CURVE/side``."""
-    return key.rpartition("/")[0]

@@ -10,7 +10,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 import run  # noqa: F401 - registers the resolvers of the config
-from lab.cli.search_space import Plan
+from lab.cli.search import Plan
 from lab.core.errors import UserError
 from lab.runner.assemble import assemble
 
@@ -60,7 +60,7 @@ def check_targets(cfg):
         options = {k: v for k, v in node.items() if not k.startswith("_")}
         signature = inspect.signature(get_object(node["_target_"]))
         (signature.bind_partial if node.get("_partial_") else signature.bind)(**options)
-        inside = path.split(".")[0] in ("scorers", "train") or ".scorers." in path
+        inside = path.split(".")[0] in ("scorers", "train", "tracker") or ".scorers." in path
         assert inside or options.get("name") or node.get("_partial_"), f"{path} has no name"
     return found
 

@@ -40,6 +40,8 @@ COMPARE_WEIGHT_HASHES = True
 ALWAYS = ("tracker=none", "threads=1")
 OUTPUTS = "paths.outputs={folder}"  # where a run writes; {folder} is filled in
 
+# what debug=wiring once was in full; it has limits of its own now
+_WIRING = "seeds=[0] budget.horizon=2 budget.multiple=1 budget.points=2 budget.at=null"
 _QUICK = "scenario.sampling.count=4 eval.utility.count=20 eval.concept_verdict.count=20"
 _KAPPA = (
     "experiment=house_price seeds=[0,1] immunize=kappa "
@@ -51,16 +53,16 @@ _CLOSED_FORM = (
     "attacks=[linear_probe,probe_sgd,probe_newton,extractor_full_finetune]"
 )
 _DEEP = (
-    "experiment=deep_probe debug=wiring immunize.steps=4 "
+    f"experiment=deep_probe {_WIRING} immunize.steps=4 "
     "attacks=[probe_logistic,last_block_finetune,extractor_lora] "
     "attacks.extractor_lora.lr=1e-3 "
     "scenario.size=64 scenario.train_rows=200 scenario.test_rows=60"
 )
-_DEFAULT = f"debug=wiring immunize.steps=4 immunize.decoys=4 {_QUICK}"
+_DEFAULT = f"{_WIRING} immunize.steps=4 immunize.decoys=4 {_QUICK}"
 _ATTACKS = "attacks=[dreambooth,custom_diffusion,textual_inversion]"
-_MIMA = f"debug=wiring immunize=mima immunize.steps=3 {_ATTACKS} {_QUICK}"
+_MIMA = f"{_WIRING} immunize=mima immunize.steps=3 {_ATTACKS} {_QUICK}"
 _PERSONALIZE = (
-    "experiment=personalize debug=wiring immunize=mima_released immunize.steps=4 "
+    f"experiment=personalize {_WIRING} immunize=mima_released immunize.steps=4 "
     f"attacks=[lora_text_encoder,curriculum] {_QUICK}"
 )
 

@@ -20,12 +20,11 @@ FAST = [
 
 
 def call_entry(monkeypatch, capfd, *arguments):
-    """(exit code or None, stdout, stderr); the handlers of signals are as before afterwards."""
+    """(exit code, stdout, stderr); the handlers of signals are as before afterwards."""
     GlobalHydra.instance().clear()
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-    monkeypatch.setattr(entry, "_worst", 0)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    code = None
+    code = 0
     try:
         entry.main()
     except SystemExit as done:

@@ -20,14 +20,18 @@ CONFIG = {
     "seeds": [0],
 }
 WANDB = {
-    "name": "wandb",
+    "_target_": "lab.tracking.wandb_backend.WandbTracker",
     "mode": "auto",
     "project": "p",
     "entity": None,
     "init_timeout_s": 5,
     "timeout_s": 300,
 }
-TRACKIO = {"name": "trackio", "project": "p", "timeout_s": 300}
+TRACKIO = {
+    "_target_": "lab.tracking.trackio_backend.TrackioTracker",
+    "project": "p",
+    "timeout_s": 300,
+}
 KEY = "5ec2e7" * 6 + "c0de"  # 40 characters that occur nowhere else
 
 
@@ -66,7 +70,6 @@ def run_folder(tmp_path):
     weights = tmp_path / "cache" / "immunize" / "12" / "1234"
     weights.mkdir(parents=True)
     (weights / "tensors.safetensors").write_bytes(b"weights")
-    (weights / "meta.json").write_text(json.dumps({"sha256": {"tensors.safetensors": "ab" * 32}}))
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 4)).save(tmp_path / "images" / "grid.png")
     (tmp_path / ".hydra").mkdir()
@@ -167,26 +170,21 @@ def wandb_messages(path):
         yield message
 
 
-def read_offline_run(folder, stage):
-    """(run, history, summary, config, artifacts) of the offline run of one job type."""
-    for path in sorted(folder.rglob("offline-run-*/run-*.wandb")):
-        run, history, summary, config, artifacts = None, {}, {}, {}, []
-        for message in wandb_messages(path):
-            kind = message.WhichOneof("record_type")
-            run = message.run if kind == "run" else run
-            artifacts += [message.artifact] if kind == "artifact" else []
-            artifacts += (
-                [message.request.log_artifact.artifact]
-                if message.request.HasField("log_artifact")
-                else []
-            )
-            for item in [*message.run.config.update, *message.config.update]:
-                config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-            for item in message.history.item:
-                key = item.key or ".".join(item.nested_key)
-                history.setdefault(key, []).append(json.loads(item.value_json))
-            for item in message.summary.update:
-                summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
-        if run.job_type == stage:
-            return run, history, summary, config, artifacts
-    raise AssertionError(f"no offline run of {stage}")
+def read_offline_run(folder):
+    """(run, history, summary, config, artifacts) of the only offline run below ``folder``."""
+    (path,) = folder.rglob("offline-run-*/run-*.wandb")
+    run, history, summary, config, artifacts = None, {}, {}, {}, []
+    for message in wandb_messages(path):
+        kind = message.WhichOneof("record_type")
+        run = message.run if kind == "run" else run
+        artifacts += [message.artifact] if kind == "artifact" else []
+        if message.request.HasField("log_artifact"):
+            artifacts += [message.request.log_artifact.artifact]
+        for item in [*message.run.config.update, *message.config.update]:
+            config[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+        for item in message.history.item:
+            key = item.key or ".".join(item.nested_key)
+            history.setdefault(key, []).append(json.loads(item.value_json))
+        for item in message.summary.update:
+            summary[item.key or ".".join(item.nested_key)] = json.loads(item.value_json)
+    return run, history, summary, config, artifacts

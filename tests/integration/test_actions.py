@@ -8,7 +8,7 @@ import shutil
 import pytest
 from entry_point import FAST
 
-from lab.cluster.lost import lost_runs
+from lab.cluster.status import lost_runs
 from lab.core import record as records
 from lab.core.errors import UserError
 from lab.runner.batch import PROCESS
@@ -104,14 +104,6 @@ def test_a_finished_record_is_not_replaced_by_another_run(cli, tmp_path):
     code, out, _ = cli(*FAST, place)
     assert code in (0, None)
     assert "kappa" in out
-
-
-def test_status_of_a_record_is_that_of_its_run(cli, tmp_path):
-    cli(*FAST)
-    path = next(tmp_path.rglob("record.json"))
-    code, out, err = cli("action=status", f"records=[{path}]")
-    assert code == 0, err
-    assert "1 done (1 ok)" in out
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def test_a_full_disk_is_told_and_nothing_finished_is_lost(cli, small_disk, undis
     fill(small_disk, free)
     code, _, err = cli(*FAST, place)
     assert code == 2, err
-    assert "the disk is full" in err
+    assert "No space left on device" in err
     assert "Traceback" not in err
     finished = {p.parent.name for p in small_disk.rglob("meta.json")}
     (small_disk / "filler").unlink()
@@ -118,7 +118,7 @@ def test_a_read_only_disk_is_told_and_its_records_can_still_be_reported(cli, sma
     assert changed.returncode == 0, changed.stderr
     code, _, err = cli(*FAST, place)
     assert code == 2
-    assert "read-only" in err
+    assert "Read-only file system" in err
     assert "paths.outputs" in err
     assert "Traceback" not in err
     code, _, err = cli(

@@ -5,10 +5,8 @@ KILLS=N in the environment says how often each test strikes. A Slurm job that is
 tests/slurm.
 """
 
-import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -108,33 +106,6 @@ def test_a_sweep_killed_at_random_points_gives_the_same_content(strikes):
     whole, broken = strikes(command, all_of_it)
     assert len(hashes(whole)) == 2
     assert hashes(broken) == hashes(whole)
-    assert resumed(broken, whole), "nothing was resumed"
-
-
-def test_a_worker_killed_at_random_points_ends_its_run_and_the_next_one_gives_the_same_content(
-    strikes,
-):
-    several = ["launch=cpu", "launch.num_processes=2"]
-    common = [*WORK, "seeds=[0,1]", "immunize=kappa"]
-
-    def one_worker(process, folder):
-        ranks = max(folder.rglob("ranks"), key=lambda path: path.stat().st_mtime)
-        running = [json.loads(path.read_text()) for path in ranks.glob("*.json")]
-        alive = [state["pid"] for state in running if state["state"] == "running"]
-        if not alive:  # the kill comes before they begin, or after they have ended
-            kill(process)
-            return True
-        try:
-            os.kill(random.SystemRandom().choice(alive), signal.SIGKILL)
-        except ProcessLookupError:  # it has ended since
-            ended(process)
-            return False
-        _, err = process.communicate(timeout=200)
-        assert process.returncode not in (0, None), err
-        return True
-
-    whole, broken = strikes([*several, *common], one_worker, undisturbed=common)
-    assert hashes(broken) == hashes(whole), "one process, undisturbed, and two, killed, differ"
     assert resumed(broken, whole), "nothing was resumed"
 
 

@@ -9,10 +9,9 @@ from entry_point import call_entry
 from omegaconf import OmegaConf
 
 from lab.core import record as records
-from lab.core.errors import UserError
+from lab.core.errors import UserError, explain
 from lab.runner import worker
 from lab.runner.executors import ProcessStates
-from lab.runner.failures import explain
 
 STUDY = ["experiment=house_price", "seeds=[0]"]
 

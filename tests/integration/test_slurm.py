@@ -130,7 +130,7 @@ def test_a_sweep_of_two_by_two_goes_on_after_a_signal_and_a_preemption(submit, c
     wanted = Counter(cell["key"] for record in found for cell in record["cells"])
     assert Counter(computed(tmp_path)) == dict.fromkeys(wanted, 1), "a stage ran twice, or never"
     assert max(wanted.values()) == 4, "all four share the immunization of the baseline model"
-    assert told().splitlines()[-1] == "4 done (4 ok)"
+    assert told().splitlines()[-1] == "4 ok"
     assert list(tmp_path.rglob("leaderboard.md"))
 
 
@@ -186,7 +186,7 @@ def test_the_script_of_the_docs_goes_on_after_a_signal(cluster, tmp_path, told):
     both = {job, f"{number}_1"}
     until(lambda: [cluster.queue()[one] for one in both] == ["COMPLETED"] * 2, cluster.logs)
     assert cluster.restarts(job) == 1
-    assert told().splitlines()[-1] == "2 done (2 ok)"
+    assert told().splitlines()[-1] == "2 ok"
     assert Counter(computed(tmp_path)).most_common(1)[0][1] == 1
 
 

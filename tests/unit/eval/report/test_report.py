@@ -310,7 +310,7 @@ def test_records_of_other_cases_are_not_ranked_together():
 
 def test_a_run_that_ended_before_its_cases_stands_where_it_was_asked_to():
     """With what was asked for alike; one that was killed has no cells at all, see
-    `lab.cluster.lost`.
+    `lab.cluster.status`.
     """
     first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
     second = sealed(second | {"attacks": ["linear_probe"]})

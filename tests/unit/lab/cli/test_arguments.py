@@ -1,48 +1,45 @@
-"""Words that are rewritten before Hydra reads them."""
+"""Words of the command line that are checked and rewritten before Hydra reads them."""
 
 import pytest
 from release_examples import composed
 
-from lab.cli.arguments import rewritten
+from lab.cli.arguments import rewrite
+from lab.core.errors import UserError
 
 
 def test_a_folder_stands_for_a_backbone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("released", "minisd", "it's"):
         (tmp_path / name).mkdir()
-    words = [
-        "backbone=released",
-        "backbone=minisd",
-        "backbone=/no/such",
-        "backbone=it's",
-        "backbone=sd",
-        "seeds=[0]",
-    ]
-    assert rewritten(words) == [
+    words = ["released", "minisd", "/no/such", "it's", "sd"]
+    assert rewrite([f"backbone={word}" for word in words]) == [
         "backbone.path=released",
         "backbone=minisd",
         "backbone.path=/no/such",
         r"backbone.path='it\'s'",
         "backbone=sd",
-        "seeds=[0]",
     ]
-    assert composed("experiment=audit", *rewritten(["backbone=it's"])).backbone.path == "it's"
+    assert composed("experiment=audit", *rewrite(["backbone=it's"])).backbone.path == "it's"
 
 
-@pytest.mark.parametrize("word", ["dry_run=true", "dry_run=True", "+dry_run=1"])
-def test_a_dry_run_goes_without_its_launcher(word, capsys):
-    words = ["-m", "seeds=[0]", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", word]
-    found = rewritten(words)
-    assert [w for w in found if "launcher" in w] == []
-    assert [w for w in found if w.startswith("hydra.sweep.dir=")] != []
-    assert "planned here" in capsys.readouterr().err
-    kept = ["-m", "hydra/launcher=joblib", "dry_run=true", "dry_run=false"]
-    assert rewritten(kept) == kept
+def test_a_dry_run_goes_without_its_launcher():
+    launcher = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    words = rewrite([*launcher, "dry_run=True"])
+    assert not [word for word in words if "launcher" in word]
+    assert [word for word in words if word.startswith("hydra.sweep.dir=")]
+    kept = [*launcher, "dry_run=true", "dry_run=false"]
+    assert rewrite(kept) == kept
 
 
-def test_a_folder_of_the_users_own_stays():
+def test_only_lasting_actions_have_a_run_folder():
     words = ["action=status", "hydra.run.dir=here"]
-    assert rewritten(words) == words
-    assert "hydra.run.dir=." in rewritten(["action=status"])
-    for action in ("run", "train", "audit", "search"):
-        assert rewritten([f"action={action}"]) == [f"action={action}"]
+    assert rewrite(words) == words
+    assert "hydra.run.dir=." in rewrite(["action=status"])
+    assert rewrite(["action=train"]) == ["action=train"]
+
+
+def test_a_list_for_a_group_of_one_choice_is_refused():
+    """Hydra would merge the two files and name the mixture after the last."""
+    with pytest.raises(UserError, match="takes one choice; for a run of each: -m immunize=kappa,"):
+        rewrite(["immunize=[kappa,kappa_opt]"])
+    assert rewrite(["attacks=[lora]"]) == ["attacks=[lora]"]

@@ -1,0 +1,61 @@
+"""From an exception to the line that the user reads and the exit code of the process."""
+
+from __future__ import annotations
+
+import sys
+
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from lab.core.errors import nearest
+from lab.runner.failed_stages import describe
+
+EXIT_DEFECT, EXIT_USER = 1, 2
+
+
+def report_error(error: Exception) -> int:
+    """Print one line for what a user can mend, a traceback for a defect; return the exit code."""
+    failure = describe(error)
+    message = failure.user_message or explain_config(error) or explain_launcher(error)
+    if message is None:
+        print(failure.traceback, file=sys.stderr)
+    line = message or ": ".join(filter(None, [failure.key, str(failure)]))
+    print(f"error: {line}", file=sys.stderr)
+    return EXIT_DEFECT if message is None else EXIT_USER
+
+
+def explain_config(error: Exception) -> str | None:
+    """Return the message of an error in the words of the command line or in a YAML file."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        hint = nearest(name, error.options or ())
+        return f"{group or 'config'}={name}: there is no such choice; {hint}"
+    if isinstance(error, OverrideParseException):
+        key, _, _ = str(error.override).partition("=")
+        return (
+            f"{error.override}: cannot be read; a value with ~, <, >, brackets or letters beyond "
+            f"a-z needs quotes inside of quotes, e.g. '{key}=\"VALUE\"'."
+        )
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    cause = error.__cause__ if isinstance(error, HydraException) else error
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        parent = cause.parent_node
+        known = [str(key) for key in parent] if OmegaConf.is_dict(parent) else []
+        start = cause.full_key.rpartition(".")[0]
+        known = [f"{start}.{key}" if start else key for key in known if key != "_target_"]
+        return f"{cause.full_key}: there is no such key; {nearest(cause.full_key, known)}"
+    return " ".join(str(error).split())[:400]
+
+
+def explain_launcher(error: Exception) -> str | None:
+    """Return the message of an error of Hydra's launchers: not installed, or a job was killed."""
+    if "hydra_plugins" in str(error):
+        return 'hydra/launcher: needs `pip install "immunization-bench[slurm]"`.'
+    if type(error).__module__.partition(".")[0] in ("submitit", "joblib"):
+        return (
+            "hydra/launcher: a job of the sweep ended without a result; `python run.py "
+            f"action=status` shows all, the same command continues. {error}"
+        )
+    return None
