@@ -117,10 +117,10 @@ def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
         del kept["lr_trials"]
     merged = OmegaConf.merge(node, kept)
     if not objects:
-        return instantiate(merged)
+        return instantiate(merged, _convert_="all")
     for key in objects:  # Hydra would turn the objects into options
         del merged[key]
-    return instantiate(merged, _partial_=True)(**objects)
+    return instantiate(merged, _convert_="all", _partial_=True)(**objects)
 
 
 def _searches(node: Any) -> bool:
