@@ -85,9 +85,10 @@ class MimaDeep(ConceptImmunizer):
     k_max: Count
     inner_batch_size: Count = 8
     at: Annotated[tuple[PositiveShare, ...], _OneNumber, _Sorted, Field(min_length=1)] = (0.5, 1.0)
-    evaluate: Annotated[
-        tuple[Literal["merged", "own"], ...], OneOrMore, Field(min_length=1)
-    ] = ("merged", "own")
+    evaluate: Annotated[tuple[Literal["merged", "own"], ...], OneOrMore, Field(min_length=1)] = (
+        "merged",
+        "own",
+    )
     prior_at: Literal["start", "adapted"] = "start"
     prior_ramp: _Ramp = 1.0
     w_distill: NonNegative = 0.0

@@ -160,7 +160,12 @@ def compute_cosine(left: Params, right: Params) -> float:
 
 
 def _adapt(
-    theta: Params, inner: Sequence[InnerProblem], merge: Merge, team: Team, keep: bool, measure: bool
+    theta: Params,
+    inner: Sequence[InnerProblem],
+    merge: Merge,
+    team: Team,
+    keep: bool,
+    measure: bool,
 ) -> tuple[dict[int, Trace], Params, list[float]]:
     """First sweep: run every inner loop, merged as it ends. Return what the transpose needs, θ̂ and
     the drops of the losses.

@@ -267,9 +267,7 @@ class BilevelObjective(Objective):
         seed = derive(self.seed, "mima", "factors", concept.name, step)
         return InnerProblem(settings, theta, self.inner_names, loss, n, seed=seed, rho=rho)
 
-    def _outer_loss(
-        self, weights: Params, n: int, step: int
-    ) -> tuple[Tensor, tuple[float, float]]:
+    def _outer_loss(self, weights: Params, n: int, step: int) -> tuple[Tensor, tuple[float, float]]:
         """Return the n-th term of J, and the uncapped loss and the prior's."""
         config, concept = self.config, self.concepts[n]
         loss = self.denoiser.loss(self._batch(concept.outer, concept, step, "upper", 0), weights)

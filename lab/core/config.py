@@ -15,6 +15,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 
 from lab.core.errors import UserError, nearest
 
@@ -47,6 +48,8 @@ def user_error(error: ValidationError, key: str, target: Any = None) -> UserErro
     first = error.errors(include_url=False)[0]
     path = [str(part) for part in first["loc"]]
     where, value = ".".join([key, *path]), first["input"]
+    if isinstance(value, ArgsKwargs):  # a check over several options of the class
+        value = (value.kwargs or {}).get("name")
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = [f"{'.'.join([key, *path[:-1]])}.{name}" for name in _names(target, path[:-1])]
         return UserError(where, value, f"there is no such key; {nearest(where, known)}")

@@ -130,7 +130,7 @@ def _refused(
     building.
     """
     nested = re.search(r"full_key: (\S+)", str(error))
-    place = nested[1] if nested else ""
+    place = nested[1].removeprefix(key).lstrip(".") if nested else ""  # full keys start at the root
     node = OmegaConf.select(config, place) if place else config
     where = f"{key}.{place}" if place else key
     return user_error(cause, where, get_class(node["_target_"]))

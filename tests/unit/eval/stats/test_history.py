@@ -12,16 +12,16 @@ def test_what_was_logged_becomes_curves_over_seeds_without_holes():
     nan = math.nan
     first = {
         "step": [0, 1, 2, 3],
-        "upper_loss": [1.0, 2.0, 3.0, nan],
+        "outer_loss": [1.0, 2.0, 3.0, nan],
         "cosine": [nan] * 4,
         "merge_rows": [7.0] * 4,
     }
-    second = {"step": [0, 1, 2, 3], "upper_loss": [3.0, nan, 5.0, nan]}
+    second = {"step": [0, 1, 2, 3], "outer_loss": [3.0, nan, 5.0, nan]}
     found = training_curves(FakeRun(seeds=(0, 1), logged={0: first, 1: second}))
     assert list(found) == [
-        "immunize_upper_loss"
+        "immunize_outer_loss"
     ]  # a cosine that never was, and what is told once, are no curves
-    curve = found["immunize_upper_loss"]
+    curve = found["immunize_outer_loss"]
     assert curve["x"] == "immunization step"
     assert curve["step"] == [0, 1, 2]
     assert curve["mima"] == pytest.approx(

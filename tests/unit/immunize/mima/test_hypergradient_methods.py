@@ -147,7 +147,9 @@ def test_first_order_is_the_outer_gradient_and_alternating_continues_from_the_me
     other = evaluate(p, SGD3, method="alternating")
     assert same(first, other)
     assert math.isnan(first.cosine)  # no gradient is compared with itself
-    merged = p.merge(p.theta, [level.adapted(level.run(keep=False).final) for level in p.problems(SGD3)])
+    merged = p.merge(
+        p.theta, [level.adapted(level.run(keep=False).final) for level in p.problems(SGD3)]
+    )
     assert all(torch.equal(merged[x], other.merged[x]) for x in merged)
     _, v = compute_gradients(lambda q: sum(p.outer(q, n) for n in range(2)) / 2, merged)  # type: ignore[arg-type,return-value]
     assert distance(first.gradient, {x: v[x] for x in p.outer_names}) < 1e-12

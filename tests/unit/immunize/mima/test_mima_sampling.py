@@ -45,7 +45,9 @@ def test_templates_give_the_same_pictures_other_captions():
     target = dataclasses.replace(
         case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)}
     )
-    half = split_concept(model(), target, 0, torch.float32, templates=["name", "token 1", "description"])
+    half = split_concept(
+        model(), target, 0, torch.float32, templates=["name", "token 1", "description"]
+    )
     for pool in (half.inner, half.outer):
         assert torch.equal(pool.template("token 1").z, pool.z)
         assert torch.equal(hidden(pool.template("name")), hidden(pool))
@@ -59,7 +61,9 @@ def test_templates_give_the_same_pictures_other_captions():
         any(torch.allclose(h, e, atol=1e-5) for e in expected)
         for h in hidden(half.inner.template("token 1"))
     )
-    without = split_concept(model(), case().targets[0], 0, torch.float32, templates=["description"]).inner
+    without = split_concept(
+        model(), case().targets[0], 0, torch.float32, templates=["description"]
+    ).inner
     assert torch.equal(
         hidden(without.template("description")), hidden(without)
     )  # no description prompts: its own

@@ -77,7 +77,7 @@ def test_1_2_and_3_processes_agree(tmp_path):
     """float32; the weights have left the original by a hundred times the bound. 20 steps:
     test_launch_concepts.py.
     """
-    changes = {"steps": 4, "beta": 1e-3, "batch_size": 1, "prior_batch_size": 1}
+    changes = {"steps": 4, "lr": 1e-3, "batch_size": 1, "prior_batch_size": 1}
     alone, *found = (together(size, immunized, "mima", changes, folder=tmp_path) for size in SIZES)
     weights, log = alone[0]
     original = model().state_dict()
@@ -101,7 +101,7 @@ VARIANTS = [
     (
         "mima",
         {
-            "lower": {"steps": 2, "optimizer": "adamw", "alpha": 1e-2, "rank": 2},
+            "inner_loop": {"steps": 2, "optimizer": "adamw", "lr": 1e-2, "rank": 2},
             "optimizer": "sgd",
             "clip": 0.1,
         },

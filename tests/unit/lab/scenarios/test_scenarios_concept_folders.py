@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from scenario_configs import CONF, config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
-from immunize.mima.method import Mima, MimaDeep
+from immunize.mima.deep import MimaDeep
+from immunize.mima.method import Mima
 from lab.core.errors import UserError
 from lab.core.types import Scenario
 from lab.minisd.world import folders
@@ -182,11 +183,11 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
             method.check((case, practised))
         return
     for method in methods:
-        with pytest.raises(UserError, match="concept few has 1 picture"):
+        with pytest.raises(UserError, match="concept few has 1 image"):
             method.check((case,))
     methods[0].check((practised,))  # it does not practise
     with pytest.raises(
-        UserError, match=r"scenario=few: rehearsal concept few has 1 picture.*w_benign=0"
+        UserError, match=r"scenario=few: concept few has 1 image.*w_benign=0"
     ):
         methods[1].check((practised,))
     replace(methods[1], w_benign=0.0).check((practised,))
