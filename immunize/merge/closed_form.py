@@ -176,20 +176,17 @@ class Merge:
 
     # the transpose
 
-    def adjoint(self, v: Params) -> tuple[Params, list[Params]]:
-        """Apply the transpose of the linear part: (∂/∂θ direct, [∂/∂θ'_n]) of ⟨v, Merge(θ, θ'_1 …
-        θ'_N)⟩.
-
-        The parts sum to ``v`` name by name, since the merge of N equal θ' and θ is θ itself.
-        """
-        return self.adjoint_direct(v), [self.adjoint_part(v, n) for n in range(self.count)]
-
     def adjoint_part(self, v: Params, n: int) -> Params:
-        """Return v_n: v P_nᵀ in closed form, M_n ⊙ v for learned weights, v/N elsewhere."""
+        """Return v_n = ∂⟨v, Merge(θ, θ'_1 … θ'_N)⟩ by θ'_n: v P_nᵀ in closed form, M_n ⊙ v for
+        learned weights, v/N elsewhere.
+        """
         return {name: self.project(name, x, n) for name, x in v.items()}
 
     def adjoint_direct(self, v: Params) -> Params:
-        """Return v_dir = v − Σ_n v_n; exactly 0 where the merge is the mean."""
+        """Return v_dir = v − Σ_n v_n, the direct part by θ; exactly 0 where the merge is the mean.
+
+        The parts sum to ``v`` name by name, since the merge of N equal θ' and θ is θ itself.
+        """
         direct: Params = {}
         for name, x in v.items():
             if name in self.members or (self.learned is not None and name in self.learned.names):

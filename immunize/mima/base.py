@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -15,10 +16,10 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.layers import ModelInputs, Scope
+from immunize.merge.layers import ModelInputs, Scope, scope_names
 from immunize.merge.rows import MergeOptions, build_merge, word_positions
-from immunize.mima.gradients import Weights
-from immunize.mima.inner_attackers import AttackerOptions
+from immunize.mima.gradients import Weights, checkpointed
+from immunize.mima.inner_attackers import Attack, AttackerOptions
 from immunize.mima.outer_loop import Objective, OuterLoop, OuterLoopOptions
 from immunize.mima.sampling import (
     Batch,
@@ -33,6 +34,7 @@ from immunize.mima.sampling import (
 )
 from lab.core.config import Count, Flag, Index, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Concept, ConceptCase, Kind
+from lab.core.distributed import team
 from lab.core.errors import UserError
 from lab.core.seeding import derive
 from lab.core.training import train
@@ -144,7 +146,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, ABC):
             UserError: options or images that cannot work. Diverged: not even the first step was
                 finite.
         """
-        setup = Setup.build(self, model, case, seed)
+        setup = Setup(self, model, case, seed)
         runs, merges, merge_results = setup.arrange()
         # the first row says how well the merge is conditioned (`Factors.report`)
         report = {f"merge_{key}": value for key, value in merge_results.report.items()}
@@ -234,47 +236,33 @@ class Denoiser:
         return (guess - target).square().mean()
 
 
-@dataclass(frozen=True)
 class Setup:
     """What one immunization works on.
 
     Attributes:
         model: θ_0, untouched; encodes images and captions. denoiser: θ, and a copy of the model
             that follows it.
-        start: θ_0 in θ's precision. prior: encoded, or None.
+        dtype: of θ and of everything that is encoded. start: θ_0 in it. prior: encoded, or None.
     """
 
-    config: ConceptImmunizer
-    model: DiffusionModel
-    case: ConceptCase
-    seed: int
-    denoiser: Denoiser
-    start: Params
-    prior: Pool | None
-
-    @staticmethod
-    def build(
-        config: ConceptImmunizer, model: DiffusionModel, case: ConceptCase, seed: int
-    ) -> Setup:
-        dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-        compute = torch.bfloat16 if config.precision == "bfloat16" else dtype
+    def __init__(
+        self, config: ConceptImmunizer, model: DiffusionModel, case: ConceptCase, seed: int
+    ) -> None:
+        self.config, self.model, self.case, self.seed = config, model, case, seed
+        self.dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+        compute = torch.bfloat16 if config.precision == "bfloat16" else self.dtype
         work = model.copy()
         nn.Module.to(work.unet, compute)
         work.requires_grad_(False)
-        masters = work if compute == dtype else model
-        theta: Params = dict(masters.unet.named_parameters())
-        if compute != dtype:
-            theta = {name: w.detach().to(dtype, copy=True) for name, w in theta.items()}
-        start = {name: w.detach().clone() for name, w in theta.items()}
-        prior = None
+        original = model.unet.named_parameters()
+        self.start = {name: w.detach().to(self.dtype, copy=True) for name, w in original}
+        theta: Params = dict(work.unet.named_parameters())
+        if compute != self.dtype:
+            theta = {name: w.clone() for name, w in self.start.items()}
+        self.denoiser = Denoiser(work, theta)
+        self.prior: Pool | None = None
         if config.needs_prior():
-            prior = Pool.encode(model, prior_images(case, config.prior), dtype)
-        return Setup(config, model, case, seed, Denoiser(work, theta), start, prior)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of θ and of everything that is encoded."""
-        return next(iter(self.start.values())).dtype
+            self.prior = Pool.encode(model, prior_images(case, config.prior), self.dtype)
 
     @torch.no_grad()
     def restart(self) -> Params:
@@ -341,6 +329,44 @@ class Setup:
         own = pool.to(self.model.dtype)
         batches = [own.batch(size, self.seed, "merge", label, i) for i in range(4)]
         return [(batch.z, batch.text, batch.noise, batch.t) for batch in batches]
+
+
+class ConceptObjective(Objective):
+    """An objective over the losses of concepts under inner loops."""
+
+    def __init__(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> None:
+        self.setup, self.concepts, self.merge = setup, concepts, merge
+        self.denoiser, self.unet, self.seed = setup.denoiser, setup.denoiser.model.unet, setup.seed
+        self.team = team()
+        self.outer_names = self.moves = scope_names(self.unet, setup.config.scope)
+
+    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        self.denoiser.sync(self.moves)
+        saves_memory = self.setup.config.gradient_checkpointing
+        with checkpointed(self.unet) if saves_memory else nullcontext():
+            return self.compute_gradient(theta, step)
+
+    @abstractmethod
+    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        """As `gradient`, where the U-Net follows θ."""
+
+    def draw_batch(
+        self,
+        pool: Pool,
+        concept: ConceptSplit,
+        attack: Attack | None,
+        step: int,
+        label: str,
+        number: int = 0,
+    ) -> Batch:
+        """Draw images with the captions that the attacker teaches, and asks by."""
+        size = self.setup.config.batch_size * concept.concepts
+        pool = pool if attack is None else pool.template(attack.template)
+        return pool.batch(size, self.seed, concept.name, step, label, number)
+
+    def draw_prior(self, size: int, *labels: object) -> Batch:
+        assert self.setup.prior is not None
+        return self.setup.prior.batch(size, self.seed, *labels)
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:

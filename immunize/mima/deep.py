@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Annotated, Literal
 
@@ -37,14 +36,13 @@ from torch import Tensor
 
 from immunize.merge.closed_form import Merge, Params
 from immunize.merge.layers import scope_names
-from immunize.mima.base import ConceptImmunizer, Setup, capped
-from immunize.mima.gradients import Weights, accumulate, checkpointed, gradient_at
+from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
+from immunize.mima.gradients import Weights, accumulate, gradient_at
 from immunize.mima.inner_attackers import Attack, AttackerFamily, InnerAttack, OneOrMore, Snapshot
 from immunize.mima.outer_loop import Objective
-from immunize.mima.sampling import Batch, ConceptSplit, Decoys, Pool, check_size
+from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
 from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
-from lab.core.distributed import team
 from lab.core.seeding import derive
 
 _Ramp = Annotated[float, Field(strict=True, ge=1)]
@@ -135,16 +133,14 @@ def marks(steps: int, fractions: Sequence[float]) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(fraction * steps)) for fraction in fractions}))
 
 
-class DeepObjective(Objective):
+class DeepObjective(ConceptObjective):
     """Gradient of J for Π_u; see the module."""
 
     def __init__(
-        self, config: MimaDeep, setup: Setup, targets: Sequence[ConceptSplit], merge: Merge
+        self, config: MimaDeep, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
     ) -> None:
-        self.config, self.targets, self.merge = config, targets, merge
-        self.denoiser, self.prior, self.seed = setup.denoiser, setup.prior, setup.seed
-        unet, theta = self.denoiser.model.unet, self.denoiser.theta
-        self.outer_names = self.moves = scope_names(unet, config.scope)
+        super().__init__(setup, concepts, merge)
+        self.config, theta = config, self.denoiser.theta
         self.rehearsal = setup.split(setup.case.rehearsal, None) if config.w_benign else []
         self.needs_regret = bool(self.rehearsal) and config.benign == "regret"
         self.original: Params = {}
@@ -153,7 +149,6 @@ class DeepObjective(Objective):
         # this process's attacks that go on at the next outer step, by concept
         self.attacks: dict[str, InnerAttack] = {}
         self.saved: Params = {}
-        self.team = team()
 
     def state(self) -> Params:
         attacks = {name: attack.state() for name, attack in self.attacks.items()}
@@ -166,16 +161,11 @@ class DeepObjective(Objective):
     def load(self, state: Params) -> None:
         self.saved = dict(state)
 
-    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        self.denoiser.sync(self.moves)
-        saving = self.config.gradient_checkpointing
-        with checkpointed(self.denoiser.model.unet) if saving else nullcontext():
-            return self._gradient(theta, step)
-
-    def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        o, concepts, places = self.config, self._concepts(step), self.config.evaluate
-        count = self._count_marks(step)
-        share = 1 / (count * len(places) * len(self.targets))
+    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        o, places, targets = self.config, self.config.evaluate, len(self.concepts)
+        concepts = self._practised(step)
+        count = max(len(self._marks(self._draw(c, step), step)) for c in self.concepts)
+        share = 1 / (count * len(places) * targets)
         attacked: dict[int, list[Snapshot]] = {}
         rows: dict[int, dict[str, float]] = {}
         total: Params = {}
@@ -186,7 +176,7 @@ class DeepObjective(Objective):
                 gradient, rows[n] = self._preserve(theta, step)
                 return gradient
             snapshots = self._attack(theta, concepts[n], step)
-            if n >= len(self.targets):
+            if n >= targets:
                 gradient, rows[n] = self._benign(theta, concepts[n], snapshots, step)
                 return gradient
             rows[n], v = _progress(snapshots[-1]), Params()
@@ -204,12 +194,14 @@ class DeepObjective(Objective):
         # the merge is never looked at by several processes, see `MimaDeep.shards`
         for i in range(count) if "merged" in places else ():
             v = Params()
-            point = self._merged(theta, [some[min(i, len(some) - 1)] for some in attacked.values()])
-            for n in range(len(self.targets)):
+            ends = [some[min(i, len(some) - 1)].weights for some in attacked.values()]
+            base = {name: theta[name].detach() for weights in ends for name in weights}
+            point = self.merge(base, ends)
+            for n in range(targets):
                 rows[n] |= self._terms(theta, point, "merged", n, step, i, v)
-            direct, parts = self.merge.adjoint(v)
-            for part in (direct, *parts):
-                accumulate(total, part, share)
+            accumulate(total, self.merge.adjoint_direct(v), share)
+            for n in range(targets):
+                accumulate(total, self.merge.adjoint_part(v, n), share)
         values = self._values(self.team.gather(rows)) | self.merge.residual()
         if preservation:
             near = 0.0 if o.cap is None else min(max(values["outer_loss"], 0.0) / o.cap, 1.0)
@@ -222,20 +214,20 @@ class DeepObjective(Objective):
         preservation terms gave.
         """
         listed: dict[str, list[float]] = {}
-        for n in range(len(self.targets)):
+        for n in range(len(self.concepts)):
             for key, value in rows[n].items():
                 listed.setdefault(key.rpartition("/")[2], []).append(value)
         values = {key: sum(some) / len(some) for key, some in listed.items()}
-        for n in range(len(self.targets), len(rows)):
+        for n in range(len(self.concepts), len(rows)):
             values |= rows[n]
         return values
 
-    def _concepts(self, step: int) -> list[ConceptSplit]:
+    def _practised(self, step: int) -> list[ConceptSplit]:
         """Return the targets, and one concept to practise with where there is a benign term."""
         if not self.rehearsal:
-            return list(self.targets)
+            return list(self.concepts)
         turn = derive(self.seed, "mima", "rehearsal", self._round(step)[0]) % len(self.rehearsal)
-        return [*self.targets, self.rehearsal[turn]]
+        return [*self.concepts, self.rehearsal[turn]]
 
     # the attacks
 
@@ -248,14 +240,12 @@ class DeepObjective(Objective):
     def _draw(self, concept: ConceptSplit, step: int) -> Attack:
         return self.config.draw(self.seed, concept.name, self._round(step)[0])
 
-    def _count_marks(self, step: int) -> int:
-        """Return the marks of the attack that has most; in the others the last one stands for those
-        that are missing.
+    def _marks(self, attack: Attack, step: int) -> tuple[int, ...]:
+        """Return the marks of ``attack`` that this step looks at. Attacks may have less than
+        others; their last one then stands for those that are missing.
         """
-        if self.config.online:
-            return 1
-        steps = [self._draw(concept, step).steps for concept in self.targets]
-        return max(len(marks(k, self.config.at)) for k in steps)
+        at = self.config.at
+        return marks(attack.steps, [at[self._round(step)[1]]] if self.config.online else at)
 
     def _attack(
         self, theta: Params, concept: ConceptSplit, step: int, original: bool = False
@@ -269,7 +259,7 @@ class DeepObjective(Objective):
             self.attacks[key] = InnerAttack(
                 self._original_loss if original else self.denoiser.loss,
                 {**theta, **self.original} if original else theta,
-                scope_names(self.denoiser.model.unet, drawn.scope),
+                scope_names(self.unet, drawn.scope),
                 drawn,
                 concept.inner,
                 o.inner_batch_size * concept.concepts,
@@ -282,9 +272,8 @@ class DeepObjective(Objective):
                 saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
                 self.attacks[key].load(saved)
         attack = self.attacks[key]
-        at = marks(drawn.steps, [o.at[turn]] if o.online else o.at)
         try:
-            return [attack.advance(until) for until in at]
+            return [attack.advance(until) for until in self._marks(drawn, step)]
         except FloatingPointError as error:
             raise FloatingPointError(f"concept {concept.name}: {error}") from error
         finally:
@@ -296,36 +285,25 @@ class DeepObjective(Objective):
 
     # what must become hard
 
-    def _batch(self, pool: Pool, concept: ConceptSplit, step: int, level: str, mark: int) -> Batch:
-        """Draw images with the captions that the attacker taught, since it will ask by them."""
-        size = self.config.batch_size * concept.concepts
-        pool = pool.template(self._draw(concept, step).template)
-        return pool.batch(size, self.seed, concept.name, step, level, mark)
-
-    @torch.no_grad()
-    def _merged(self, theta: Params, snapshots: Sequence[Snapshot]) -> Params:
-        moved = dict.fromkeys(name for snapshot in snapshots for name in snapshot.weights)
-        base = {name: theta[name] for name in moved}
-        return self.merge(base, [snapshot.weights for snapshot in snapshots])
-
     def _terms(
         self, theta: Params, at: Weights, place: str, n: int, step: int, mark: int, v: Params
     ) -> dict[str, float]:
         """Add the gradient of one concept's terms at one point to ``v``; return the losses by
         ``place``.
         """
-        o, concept, losses = self.config, self.targets[n], {}
-        batch = self._batch(concept.outer, concept, step, "upper", mark)
-        decoys = None
+        o, concept, losses = self.config, self.concepts[n], {}
+        attack, decoys = self._draw(concept, step), None
+        batch = self.draw_batch(concept.outer, concept, attack, step, "upper", mark)
         if concept.decoys is not None:
-            decoys = self._batch(concept.decoys, concept, step, "decoys", mark)
+            decoys = self.draw_batch(concept.decoys, concept, attack, step, "decoys", mark)
 
         def terms(weights: Weights) -> Tensor:
             outer = self.denoiser.loss(batch, weights)
             losses[f"{place}/outer_loss"] = float(outer.detach())
             value = -capped(outer, o.cap)
             if o.w_prior and o.prior_at == "adapted":
-                prior = self.denoiser.loss(self._prior_batch(concept.name, step, mark), weights)
+                images = self.draw_prior(o.prior_batch_size, concept.name, step, "prior", mark)
+                prior = self.denoiser.loss(images, weights)
                 losses[f"{place}/prior_loss"] = float(prior.detach())
                 value = value + o.w_prior * prior
             if decoys is not None:
@@ -342,11 +320,12 @@ class DeepObjective(Objective):
     def _benign(
         self, theta: Params, concept: ConceptSplit, snapshots: list[Snapshot], step: int
     ) -> tuple[Params, dict[str, float]]:
+        attack = self._draw(concept, step)
         before = self._attack(theta, concept, step, original=True) if self.needs_regret else None
         total: Params = {}
         loss, regret = math.nan, math.nan
         for i, snapshot in enumerate(snapshots):
-            batch = self._batch(concept.outer, concept, step, "upper", i)
+            batch = self.draw_batch(concept.outer, concept, attack, step, "upper", i)
             loss, gradient = gradient_at(
                 partial(self.denoiser.loss, batch), theta, snapshot.weights, self.outer_names
             )
@@ -358,11 +337,6 @@ class DeepObjective(Objective):
         regrets = {} if before is None else {"benign_regret": regret}
         return total, {"benign_loss": loss} | regrets
 
-    def _prior_batch(self, label: str, step: int, mark: int) -> Batch:
-        assert self.prior is not None
-        size = self.config.prior_batch_size
-        return self.prior.batch(size, self.seed, label, step, "prior", mark)
-
     def _preserve(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
         """Return prior and distillation at θ, in one forward and backward pass, before the ramp's
         factor.
@@ -371,7 +345,7 @@ class DeepObjective(Objective):
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
         if not (w_prior or o.w_distill):
             return {}, losses
-        batch = self._prior_batch("start", step, 0)
+        batch = self.draw_prior(o.prior_batch_size, "start", step, "prior", 0)
         with torch.no_grad():
             before = self.denoiser.predict(batch, self.original)[0] if o.w_distill else None
 

@@ -73,7 +73,6 @@ class HypergradientResult:
     Attributes:
         gradient: ∇J on the outer set; an optimizer *descends* it.
         merged: θ̂ (all names of θ). ``alternating`` continues from it: θ ← θ̂ first, then the step.
-        outer_loss: J(θ̂).
         inner_loop_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
         cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they
             are one.
@@ -84,7 +83,6 @@ class HypergradientResult:
 
     gradient: Params
     merged: Params
-    outer_loss: float
     inner_loop_drop: list[float]
     cosine: float
     info: dict[str, Any] = field(default_factory=dict)
@@ -121,7 +119,7 @@ def hypergradient(
     method = options.method
     keep = method in ("exact", "truncated") and not options.recompute
     traces, merged, drop = _adapt(theta, inner, merge, team, keep, measure)
-    v, value = _outer_gradient(outer, merged, len(inner), team)
+    v = _outer_gradient(outer, merged, len(inner), team)
     first = {x: v[x] for x in outer_names}
     info: dict[str, Any] = merge.residual()
     gradient, cosine = first, float("nan")
@@ -141,7 +139,7 @@ def hypergradient(
         cosine = compute_cosine(gradient, first)
     if not is_finite(gradient.values()):
         raise Diverged("the hypergradient is not finite", 0)
-    return HypergradientResult(gradient, merged, value, drop, cosine, info)
+    return HypergradientResult(gradient, merged, drop, cosine, info)
 
 
 def _dot(left: Params, right: Params) -> float:
@@ -194,22 +192,18 @@ def _adapt(
     return traces, accumulator.finish(), drop
 
 
-def _outer_gradient(
-    outer: OuterLoss, merged: Params, count: int, team: Team
-) -> tuple[Params, float]:
-    """Second sweep: v = ∇J at θ̂, one backward pass per concept, and J."""
+def _outer_gradient(outer: OuterLoss, merged: Params, count: int, team: Team) -> Params:
+    """Second sweep: v = ∇J at θ̂, one backward pass per concept."""
     v: Params = {}
-    values: dict[int, float] = {}
 
     def compute(n: int) -> Params:
         value, gradient = compute_gradients(lambda params: outer(params, n), merged)
         if not is_finite([value, *gradient.values()]):
             raise Diverged(f"the outer loss of concept {n} is not finite", 0)
-        values[n] = float(value) / count
         return {x: g / count for x, g in gradient.items()}
 
     team.ordered(count, compute, lambda _, part: accumulate(v, part))
-    return v, sum(value for _, value in sorted(team.gather(values).items()))
+    return v
 
 
 def _transpose(

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from pydantic import model_validator
@@ -20,17 +20,16 @@ from torch import Tensor
 
 from immunize.merge.closed_form import Merge, Params
 from immunize.merge.layers import scope_names
-from immunize.merge.learned import learn
-from immunize.mima.base import ConceptImmunizer, Setup, capped
-from immunize.mima.gradients import accumulate, checkpointed, gradient_at
+from immunize.merge.learned import LearnedWeights, learn
+from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
+from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_attackers import Attack
 from immunize.mima.inner_loop import InnerLoop, InnerLoss, InnerProblem
 from immunize.mima.outer_loop import Objective
-from immunize.mima.sampling import Batch, ConceptSplit, Pool
+from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase
-from lab.core.distributed import team
 from lab.core.optimizer_state import restore_slots, slots
 from lab.core.seeding import derive
 
@@ -67,25 +66,25 @@ class Mima(ConceptImmunizer):
         if method != "implicit":
             return self
         families = self.families.values()
-        loops = [(f.kind == "lora", f.optimizer, f.lr[1], 0.0) for f in families]
-        if self.attackers is None:
-            loops = [(inner.rank is not None, inner.optimizer, inner.lr, inner.weight_decay)]
-        for is_lora, optimizer, lr, decay in loops:
-            if is_lora:
-                raise ValueError(
-                    "hypergradient.method=implicit needs an inner loop that moves weights: "
-                    "inner_loop.rank=null and attackers of kind=weights"
-                )
-            if optimizer == "adamw" and decay:
-                raise ValueError(
-                    "inner_loop.weight_decay must be 0 with hypergradient.method=implicit: the "
-                    "proximal term is its decay, towards θ"
-                )
-            if optimizer == "sgd" and lr * self.hypergradient.rho >= 2:
-                raise ValueError(
-                    f"gradient steps of size {lr} on (ρ/2)‖θ'−θ‖² diverge: take "
-                    "hypergradient.rho < 2 ÷ the inner lr"
-                )
+        kinds = {f.kind for f in families} if self.attackers else {"lora" if inner.rank else ""}
+        if "lora" in kinds:
+            raise ValueError(
+                "hypergradient.method=implicit needs an inner loop that moves weights: "
+                "inner_loop.rank=null and attackers of kind=weights"
+            )
+        if self.attackers is None and inner.decay:
+            raise ValueError(
+                "inner_loop.weight_decay must be 0 with hypergradient.method=implicit: the "
+                "proximal term is its decay, towards θ"
+            )
+        steps = [f.lr[1] for f in families if f.optimizer == "sgd"]
+        if self.attackers is None and inner.optimizer == "sgd":
+            steps = [inner.lr]
+        if max(steps, default=0.0) * self.hypergradient.rho >= 2:
+            raise ValueError(
+                f"gradient steps of size {max(steps)} on (ρ/2)‖θ'−θ‖² diverge: take "
+                "hypergradient.rho < 2 ÷ the inner lr"
+            )
         return self
 
     def shards(self, case: ConceptCase) -> int:
@@ -98,54 +97,35 @@ class Mima(ConceptImmunizer):
         return BilevelObjective(self, setup, concepts, merge)
 
 
-class SecondaryOptimizer:
-    """The released inner loop's second half: AdamW at the inner rate on the cross-attention's other
-    matrices.
+class BilevelObjective(ConceptObjective):
+    """Gradient of J for Π_u; ``alternating`` also moves the inner set of θ in place.
 
-    Its moments live as long as the run.
+    Attributes:
+        secondary: the released inner loop's second half: AdamW at the inner rate on copies of the
+            cross-attention's other matrices. Its moments live as long as the run.
     """
-
-    def __init__(self, theta: Params, names: Sequence[str], settings: InnerLoop) -> None:
-        self.leaves = {name: theta[name].detach().clone() for name in names}
-        self.optimizer = torch.optim.AdamW(
-            self.leaves.values(), lr=settings.lr, weight_decay=settings.weight_decay
-        )
-
-    @torch.no_grad()
-    def step(self, theta: Params, gradient: Params) -> Params:
-        """Return what one step from θ adds to each name."""
-        for name, leaf in self.leaves.items():
-            leaf.copy_(theta[name])
-            leaf.grad = gradient[name]
-        self.optimizer.step()
-        return {name: leaf - theta[name] for name, leaf in self.leaves.items()}
-
-
-class BilevelObjective(Objective):
-    """Gradient of J for Π_u; ``alternating`` also moves the inner set of θ in place."""
 
     def __init__(
         self, config: Mima, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
     ) -> None:
-        self.config, self.setup, self.concepts, self.merge = config, setup, concepts, merge
-        self.denoiser, self.prior, self.seed = setup.denoiser, setup.prior, setup.seed
-        self.team = team()
-        unet, inner = self.denoiser.model.unet, config.inner_loop
-        self.outer_names = scope_names(unet, config.scope)
-        self.inner_names = scope_names(unet, inner.scope, "immunize.inner_loop.scope")
-        self.secondary: SecondaryOptimizer | None = None
-        moves = self.outer_names
-        if config.hypergradient.method == "alternating":
-            moves += self.inner_names
+        super().__init__(setup, concepts, merge)
+        self.config, inner = config, config.inner_loop
+        self.inner_names = scope_names(self.unet, inner.scope, "immunize.inner_loop.scope")
+        self.copies: Params = {}
+        self.secondary: torch.optim.AdamW | None = None
         if inner.secondary_optimizer == "adamw":
-            others = [x for x in scope_names(unet, "attn2") if x not in self.inner_names]
-            others = [x for x in others if x.endswith(".weight")]
-            self.secondary = SecondaryOptimizer(self.denoiser.theta, others, inner)
-            moves += tuple(others)
-        self.moves = tuple(dict.fromkeys(moves))
+            for name in scope_names(self.unet, "attn2"):
+                if name.endswith(".weight") and name not in self.inner_names:
+                    self.copies[name] = self.denoiser.theta[name].detach().clone()
+            self.secondary = torch.optim.AdamW(
+                self.copies.values(), lr=inner.lr, weight_decay=inner.weight_decay
+            )
+        if config.hypergradient.method == "alternating":
+            moves = (*self.outer_names, *self.inner_names, *self.copies)
+            self.moves = tuple(dict.fromkeys(moves))
 
     def state(self) -> Params:
-        state = slots(self.secondary.optimizer) if self.secondary is not None else {}
+        state = slots(self.secondary) if self.secondary is not None else {}
         if self.merge.learned is not None:
             state |= {f"merge/{k}": value for k, value in self.merge.learned.parameters.items()}
         return state
@@ -156,39 +136,41 @@ class BilevelObjective(Objective):
     def load(self, state: Params) -> None:
         if self.secondary is not None:
             own = {k: v for k, v in state.items() if not k.startswith("merge/")}
-            restore_slots(self.secondary.optimizer, own)
+            restore_slots(self.secondary, own)
         if self.merge.learned is not None:
             old = self.merge.learned.parameters
             self.merge.learned.parameters = {key: state[f"merge/{key}"].to(old[key]) for key in old}
 
-    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        method = self.config.hypergradient.method
-        self.denoiser.sync(self.moves)
+    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        config, options = self.config, self.config.hypergradient
         names = dict.fromkeys((*self.moves, *self.inner_names))
         point = {name: theta[name].detach() for name in names}
+        attacks: list[Attack | None] = [None] * len(self.concepts)
+        if config.attackers is not None:
+            attacks = [config.draw(self.seed, c.name, step) for c in self.concepts]
         losses: dict[int, tuple[float, float]] = {}
-        inner = [self._inner_problem(point, n, step) for n in range(len(self.concepts))]
-        saving = self.config.gradient_checkpointing
-        with checkpointed(self.denoiser.model.unet) if saving else nullcontext():
-            shift = self._secondary_step(self.secondary, point, inner) if self.secondary else {}
-            if self.merge.learned is not None:
-                self._learn(point, inner)
+        inner = [self._inner_problem(point, n, a, step) for n, a in enumerate(attacks)]
+        shift = self._secondary_step(self.secondary, point, inner) if self.secondary else {}
+        if self.merge.learned is not None:
+            self._learn(self.merge.learned, point, inner)
 
-            def outer(weights: Params, n: int) -> Tensor:
-                moved = {k: w + shift[k] if k in shift else w for k, w in weights.items()}
-                value, losses[n] = self._outer_loss(moved, n, step)
-                return value
-
-            result = hypergradient(
-                point,
-                inner,
-                outer,
-                self.merge,
-                self.outer_names,
-                self.config.hypergradient,
-                team=self.team,
+        def outer(weights: Params, n: int) -> Tensor:
+            """Return the n-th term of J; keep the uncapped loss and the prior's."""
+            weights = {k: w + shift[k] if k in shift else w for k, w in weights.items()}
+            concept = self.concepts[n]
+            batch = self.draw_batch(concept.outer, concept, attacks[n], step, "upper")
+            loss = self.denoiser.loss(batch, weights)
+            prior = (
+                self._prior_loss(weights, concept, step) if config.w_prior else loss.new_zeros(())
             )
-        if method == "alternating":
+            losses[n] = float(loss.detach()), float(prior.detach())
+            value = -capped(loss, config.cap)
+            return value + config.w_prior * prior if config.w_prior else value
+
+        result = hypergradient(
+            point, inner, outer, self.merge, self.outer_names, options, team=self.team
+        )
+        if options.method == "alternating":
             with torch.no_grad():
                 for name, value in self.team.same(result.merged).items():
                     theta[name].copy_(value + shift[name] if name in shift else value)
@@ -220,30 +202,14 @@ class BilevelObjective(Objective):
             values["mask_density"] = self.merge.learned.density()
         return values
 
-    # the two loops
-
-    def _attack(self, concept: ConceptSplit, step: int) -> Attack | None:
-        """Return the attacker of this step, where attackers are drawn."""
-        if self.config.attackers is None:
-            return None
-        return self.config.draw(self.seed, concept.name, step)
-
-    def _batch(self, pool: Pool, concept: ConceptSplit, step: int, level: str, k: int) -> Batch:
-        """Draw images with the captions that this step's attacker teaches, and asks by."""
-        attack = self._attack(concept, step)
-        pool = pool if attack is None else pool.template(attack.template)
-        size = self.config.batch_size * concept.concepts
-        return pool.batch(size, self.seed, concept.name, step, level, k)
-
     def _prior_loss(self, weights: Params, concept: ConceptSplit, step: int) -> Tensor:
-        assert self.prior is not None
         size = self.config.prior_batch_size * concept.concepts
-        batch = self.prior.batch(size, self.seed, concept.name, step, "prior", 0)
-        return self.denoiser.loss(batch, weights)
+        return self.denoiser.loss(self.draw_prior(size, concept.name, step, "prior", 0), weights)
 
-    def _inner_problem(self, theta: Params, n: int, step: int) -> InnerProblem:
-        config, concept = self.config, self.concepts[n]
-        settings, attack = config.inner_loop, self._attack(concept, step)
+    def _inner_problem(
+        self, theta: Params, n: int, attack: Attack | None, step: int
+    ) -> InnerProblem:
+        config, concept, settings = self.config, self.concepts[n], self.config.inner_loop
         if attack is not None:
             settings = replace(  # type: ignore[type-var]
                 settings,
@@ -253,11 +219,10 @@ class BilevelObjective(Objective):
                 rank=attack.rank or None,
                 weight_decay=0.0,
             )
-        batches: dict[int, Batch] = {}
+        draw = partial(self.draw_batch, concept.inner, concept, attack, step, "lower")
+        batches = [draw(k) for k in range(settings.steps)]
 
         def loss(weights: Params, k: int) -> Tensor:
-            if k not in batches:
-                batches[k] = self._batch(concept.inner, concept, step, "lower", k)
             value = self.denoiser.loss(batches[k], weights)
             if settings.prior and config.w_prior:
                 value = value + config.w_prior * self._prior_loss(weights, concept, step)
@@ -267,40 +232,38 @@ class BilevelObjective(Objective):
         seed = derive(self.seed, "mima", "factors", concept.name, step)
         return InnerProblem(settings, theta, self.inner_names, loss, n, seed=seed, rho=rho)
 
-    def _outer_loss(self, weights: Params, n: int, step: int) -> tuple[Tensor, tuple[float, float]]:
-        """Return the n-th term of J, and the uncapped loss and the prior's."""
-        config, concept = self.config, self.concepts[n]
-        loss = self.denoiser.loss(self._batch(concept.outer, concept, step, "upper", 0), weights)
-        value, prior_loss = -capped(loss, config.cap), math.nan
-        if config.w_prior:
-            prior = self._prior_loss(weights, concept, step)
-            prior_loss = float(prior.detach())
-            value = value + config.w_prior * prior
-        return value, (float(loss.detach()), prior_loss)
-
-    def _learn(self, theta: Params, inner: Sequence[InnerProblem]) -> None:
+    def _learn(self, learned: LearnedWeights, theta: Params, inner: Sequence[InnerProblem]) -> None:
         """Take a step of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they
         are constants.
         """
-        learned = self.merge.learned
-        assert learned is not None
         adapted = [problem.adapted(problem.run(keep=False).final) for problem in inner]
-        losses: list = [lambda weights, loss=problem.loss: loss(weights, 0) for problem in inner]
+        losses = [partial(_first_loss, problem) for problem in inner]
         learn(learned, self.merge, theta, adapted, losses, sparsity=self.config.merge.sparsity)
         learned.parameters = self.team.same(learned.parameters)
 
     def _secondary_step(
-        self, secondary: SecondaryOptimizer, theta: Params, inner: Sequence[InnerProblem]
+        self, optimizer: torch.optim.AdamW, theta: Params, inner: Sequence[InnerProblem]
     ) -> Params:
-        """Return what the secondary optimizer adds to θ, on the mean of the first inner losses."""
+        """Return what one step of the secondary optimizer from θ adds to it, on the mean of the
+        first inner losses.
+        """
         total: Params = {}
-        names = tuple(secondary.leaves)
 
         def compute(n: int) -> Params:
-            return gradient_at(lambda w: inner[n].loss({**theta, **w}, 0), theta, {}, names)[1]
+            return gradient_at(partial(_first_loss, inner[n]), theta, {}, [*self.copies])[1]
 
         def add(_: int, gradient: Params) -> None:
             accumulate(total, gradient, 1 / len(inner))
 
         self.team.ordered(len(inner), compute, add)
-        return secondary.step(theta, total)
+        with torch.no_grad():
+            for name, copy in self.copies.items():
+                copy.copy_(theta[name])
+                copy.grad = total[name]
+        optimizer.step()
+        return {name: copy.detach() - theta[name] for name, copy in self.copies.items()}
+
+
+def _first_loss(problem: InnerProblem, weights: Params) -> Tensor:
+    """Return the loss on the first inner batch."""
+    return problem.loss({**problem.theta, **weights}, 0)

@@ -206,15 +206,14 @@ class OuterLoop:
 
     def restore(self, tensors: Params, values: dict[str, Any]) -> None:
         self._begin(values["run"])
+
+        def select(part: str) -> Params:
+            chosen = {k: v for k, v in tensors.items() if k.startswith(f"{part}/")}
+            return {key.partition("/")[2]: value for key, value in chosen.items()}
+
         self.has_ended = values["has_ended"]
-        names = ("theta", "good", "objective", "optimizer")
-        parts: dict[str, Params] = {name: {} for name in names}
-        parts |= {f"done{i}": {} for i in range(values["done"])}
-        for key, tensor in tensors.items():
-            part, name = key.split("/", 1)
-            parts[part][name] = tensor
-        self._put(parts["theta"])
-        self.good = {name: x.to(self.theta[name].device) for name, x in parts["good"].items()}
-        self.objective.load(parts["objective"])
-        restore_slots(self.optimizer, parts["optimizer"])
-        self.done = [parts[f"done{i}"] for i in range(values["done"])]
+        self._put(select("theta"))
+        self.good = {name: x.to(self.theta[name].device) for name, x in select("good").items()}
+        self.objective.load(select("objective"))
+        restore_slots(self.optimizer, select("optimizer"))
+        self.done = [select(f"done{i}") for i in range(values["done"])]
