@@ -90,7 +90,7 @@ def learn(
     steps: int = 1,
     lr: float = 1e-2,
     sparsity: float = 0.0,
-) -> list[float]:
+) -> None:
     """Minimise Σ_n losses[n](θ̂) by proximal Adam (zero state at each call), in place.
 
     Args:
@@ -99,15 +99,11 @@ def learn(
         losses: of each concept at θ̂, the same batch at every call.
         sparsity: weight of the L1 norm of sparse masks, which stay within [0, 1].
 
-    Returns:
-        The sum of losses before each step.
-
     Raises:
         Diverged: a loss is not finite.
     """
     leaves = {key: x.clone().requires_grad_() for key, x in learned.parameters.items()}
     optimizer = torch.optim.Adam(leaves.values(), lr=lr)
-    history: list[float] = []
     for step in range(steps):
         learned.parameters = leaves
         with torch.enable_grad():
@@ -115,14 +111,12 @@ def learn(
         learned.parameters = {key: x.detach() for key, x in leaves.items()}
         if not math.isfinite(total):
             raise Diverged(f"the merging weights diverged at step {step}", max(step - 1, 0))
-        history.append(total)
         for leaf, slope in zip(leaves.values(), gradient, strict=True):
             leaf.grad = slope
         optimizer.step()
         if learned.kind == "sparse":
             for weights in learned.parameters.values():
                 weights.sub_(lr * sparsity).clamp_(0, 1)
-    return history
 
 
 def _gradient(

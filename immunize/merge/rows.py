@@ -1,5 +1,5 @@
-"""What the merge is built from: token rows of concepts, rows of captions, recorded inputs of other
-layers.
+"""What the merge is built from: the layers of a U-Net that a scope covers, token rows of concepts,
+rows of captions, recorded inputs of layers without text.
 """
 
 from __future__ import annotations
@@ -7,20 +7,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from pydantic import model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from immunize.merge.closed_form import Factors, Merge, factorize
-from immunize.merge.layers import TEXT, ModelInputs, Scope, group_of, record_inputs, scope_names
 from immunize.merge.learned import LearnedWeights
 from lab.core.config import Count, NonNegative, options
 from lab.core.errors import UserError
-from lab.models.diffusion import DiffusionModel
+from lab.core.seeding import generator
+from lab.models.diffusion import DiffusionModel, Text
 
 logger = logging.getLogger(__name__)
+TEXT = "text"  # the group of the matrices that read the text encoder
+Scope = Literal["kv", "qkv", "attn2", "attention", "down", "up", "all"]
+# latents, text, noise, timesteps, as `DiffusionModel.loss` takes them
+ModelInputs = tuple[Tensor, Text, Tensor, Tensor]
 # layers that see the timestep only, the same for all concepts: averaged
 TIMED = ("time_emb", "add_embedding")
 
@@ -30,7 +35,7 @@ class MergeOptions:
     """How concepts are merged.
 
     Args:
-        scope: the parameters (`immunize.merge.layers.scope_names`) whose matrices and kernels the
+        scope: the parameters (`scope_names`) whose matrices and kernels the
             rule covers: ``kv`` keys and values of cross-attention (the paper). Everything else is
             averaged.
         rule: ``closed_form``; ``mean`` of all; ``masked``: closed form on key/value, learned masks
@@ -61,6 +66,102 @@ class MergeOptions:
         if self.rule == "masked" and self.scope == "kv":
             raise ValueError("rule=masked learns masks beyond scope=kv: take a larger scope")
         return self
+
+
+# layers
+
+
+def _suffixes(attention: str, kinds: str) -> tuple[str, ...]:
+    return tuple(f"{attention}.to_{kind}.weight" for kind in kinds)
+
+
+def scope_names(unet: nn.Module, scope: Scope, key: str = "immunize.scope") -> tuple[str, ...]:
+    """Return the names of the parameters in ``scope``, in the U-Net's order.
+
+    ``kv``: key and value matrices of the cross-attention; ``qkv``: its queries too; ``attn2``: all
+        of the cross-attention (the S of arXiv 2412.15320); ``attention``: self-attention too;
+        ``down`` and ``up``: those blocks; ``all``: every parameter.
+
+    Raises:
+        UserError: the U-Net has none of them; names the config key ``key``.
+    """
+    inside = {
+        "kv": lambda name: name.endswith(_suffixes(".attn2", "kv")),
+        "qkv": lambda name: name.endswith(_suffixes(".attn2", "qkv")),
+        "attn2": lambda name: ".attn2." in name,
+        "attention": lambda name: ".attn1." in name or ".attn2." in name,
+        "down": lambda name: name.startswith("down_blocks."),
+        "up": lambda name: name.startswith("up_blocks."),
+        "all": lambda name: True,
+    }[scope]
+    names = tuple(name for name, _ in unet.named_parameters() if inside(name))
+    if not names:
+        reason = "selects no parameter of this U-Net; choose all or a U-Net with cross-attention."
+        raise UserError(key, scope, reason)
+    return names
+
+
+def group_of(name: str) -> str:
+    """Return the group of a matrix. Matrices of one group read the same input: the text, or a
+    self-attention's, or the layer's own.
+    """
+    if name.endswith(_suffixes("attn2", "kv")):
+        return TEXT
+    if name.endswith(_suffixes("attn1", "qkv")):
+        return name.rsplit(".", 2)[0]
+    return name.rsplit(".", 1)[0]
+
+
+def _matrix_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what the module's weight, seen as a matrix, multiplies: [rows, d]."""
+    if isinstance(module, nn.Conv2d):
+        kernel: Any = module.kernel_size
+        padding: Any = module.padding
+        patches = nn.functional.unfold(
+            x, kernel, dilation=module.dilation, padding=padding, stride=module.stride
+        )
+        return patches.transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+@torch.no_grad()
+def record_inputs(
+    model: DiffusionModel,
+    names: Sequence[str],
+    batches: Sequence[ModelInputs],
+    rows: int,
+    seed: int,
+    *labels: object,
+) -> dict[str, Tensor]:
+    """Record the inputs of the layers of ``names`` on ``batches``: group → at most ``rows`` rows
+    [·, d], float64 on the CPU.
+
+    An equal share of each batch is chosen at random (stream ``labels`` of ``seed``).
+    """
+    owners = {group_of(name): name.rsplit(".", 1)[0] for name in names}
+    recorded: dict[str, list[Tensor]] = {group: [] for group in owners}
+    streams = {group: generator(seed, "merge", *labels, group) for group in owners}
+    share = -(-rows // max(len(batches), 1))
+
+    def record(group: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        every = _matrix_rows(module, arguments[0])
+        chosen = torch.randperm(len(every), generator=streams[group])[:share]
+        recorded[group].append(every[chosen.to(every.device)].double().cpu())
+
+    handles = [
+        model.unet.get_submodule(owner).register_forward_pre_hook(partial(record, group))
+        for group, owner in owners.items()
+    ]
+    try:
+        for z, text, noise, t in batches:
+            model.predict(model.noised(z, noise, t)[0].to(z), t, text)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {group: torch.cat(parts)[:rows] for group, parts in recorded.items()}
+
+
+# text
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,14 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.layers import ModelInputs, Scope, scope_names
-from immunize.merge.rows import MergeOptions, build_merge, word_positions
+from immunize.merge.rows import (
+    MergeOptions,
+    ModelInputs,
+    Scope,
+    build_merge,
+    scope_names,
+    word_positions,
+)
 from immunize.mima.gradients import Weights, checkpointed
 from immunize.mima.inner_attackers import Attack, AttackerOptions
 from immunize.mima.outer_loop import Objective, OuterLoop, OuterLoopOptions
@@ -54,7 +60,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, ABC):
             merged once; ``single``: one target.
         target: its number in the case, for ``single``. One concept needs no merge, whichever way it
             is chosen.
-        scope: Π_u, see `immunize.merge.layers.scope_names`.
+        scope: Π_u, see `immunize.merge.rows.scope_names`.
         batch_size, prior_batch_size: images of a concept and of the prior per step.
         cap: largest loss of a concept that is still pushed up, null for none.
         w_prior: weight of the prior's loss, which stays small. prior: ``keep`` (the case's

@@ -35,7 +35,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.layers import scope_names
+from immunize.merge.rows import scope_names
 from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import Weights, accumulate, gradient_at
 from immunize.mima.inner_attackers import Attack, AttackerFamily, InnerAttack, OneOrMore, Snapshot
@@ -179,7 +179,10 @@ class DeepObjective(ConceptObjective):
             if n >= targets:
                 gradient, rows[n] = self._benign(theta, concepts[n], snapshots, step)
                 return gradient
-            rows[n], v = _progress(snapshots[-1]), Params()
+            last, v = snapshots[-1], Params()
+            rows[n] = {"inner_loop_steps": float(last.step)}
+            if not math.isnan(last.drop):
+                rows[n]["inner_loop_drop"] = last.drop
             if "merged" in places:
                 attacked[n] = snapshots
             for i in range(count) if "own" in places else ():
@@ -363,13 +366,3 @@ class DeepObjective(ConceptObjective):
             return value
 
         return gradient_at(terms, theta, {}, self.outer_names)[1], losses
-
-
-def _progress(snapshot: Snapshot) -> dict[str, float]:
-    """Return the steps of an attack so far and, where it is over, by which share it lowered its
-    first batch's loss.
-    """
-    steps = {"inner_loop_steps": float(snapshot.step)}
-    if math.isnan(snapshot.now):
-        return steps
-    return steps | {"inner_loop_drop": 1 - snapshot.now / snapshot.first}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,8 @@ def is_finite(tensors: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(x).all()) for x in tensors)
 
 
-def math_attention() -> contextlib.AbstractContextManager[None]:
-    """Attention in plain tensor operations, twice differentiable; what was in force before is
-    restored.
-    """
-    return sdpa_kernel([SDPBackend.MATH])
+# attention in plain tensor operations, twice differentiable; what was in force before is restored
+math_attention = partial(sdpa_kernel, SDPBackend.MATH)
 
 
 def _leaves(params: Weights) -> Params:

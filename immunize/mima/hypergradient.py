@@ -120,19 +120,10 @@ def hypergradient(
     keep = method in ("exact", "truncated") and not options.recompute
     traces, merged, drop = _adapt(theta, inner, merge, team, keep, measure)
     v = _outer_gradient(outer, merged, len(inner), team)
-    first = {x: v[x] for x in outer_names}
-    info: dict[str, Any] = merge.residual()
-    gradient, cosine = first, float("nan")
+    first = gradient = {x: v[x] for x in outer_names}
+    info, cosine = dict[str, Any](merge.residual()), float("nan")
     if method not in ("first_order", "alternating"):
-
-        def transpose(n: int, part: Params) -> Solution:
-            if method == "implicit":
-                return solve_implicit(inner[n], traces[n].final, part, outer_names, options)
-            trace = inner[n].run(keep=True) if options.recompute else traces[n]
-            steps = options.last if method == "truncated" else inner[n].settings.steps
-            return inner[n].pull(trace, part, outer_names, last=steps), {}
-
-        gradient, facts = _transpose(merge, v, outer_names, transpose, team)
+        gradient, facts = _transpose(inner, traces, v, outer_names, merge, options, team)
         for n in range(len(inner)):
             for key, fact in facts[n].items():
                 info.setdefault(key, []).append(fact)
@@ -207,10 +198,12 @@ def _outer_gradient(outer: OuterLoss, merged: Params, count: int, team: Team) ->
 
 
 def _transpose(
-    merge: Merge,
+    inner: Sequence[InnerProblem],
+    traces: dict[int, Trace],
     v: Params,
     names: Sequence[str],
-    transpose: Callable[[int, Params], Solution],
+    merge: Merge,
+    options: HypergradientOptions,
     team: Team,
 ) -> tuple[Params, dict[int, dict[str, Any]]]:
     """Third sweep: v_dir + Σ_n J_nᵀ v_n on the outer set, and the facts of each concept."""
@@ -219,10 +212,16 @@ def _transpose(
     facts: dict[int, dict[str, Any]] = {}
 
     def compute(n: int) -> Params:
-        pulled, facts[n] = transpose(n, merge.adjoint_part(v, n))
-        return pulled
+        part = merge.adjoint_part(v, n)
+        if options.method == "implicit":
+            pulled, facts[n] = solve_implicit(inner[n], traces[n].final, part, names, options)
+            return pulled
+        facts[n] = {}
+        trace = inner[n].run(keep=True) if options.recompute else traces[n]
+        last = options.last if options.method == "truncated" else inner[n].settings.steps
+        return inner[n].pull(trace, part, names, last=last)
 
-    team.ordered(merge.count, compute, lambda _, pulled: accumulate(gradient, pulled))
+    team.ordered(len(inner), compute, lambda _, pulled: accumulate(gradient, pulled))
     return gradient, team.gather(facts)
 
 

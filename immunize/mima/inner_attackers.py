@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from immunize.merge.layers import Scope
+from immunize.merge.rows import Scope
 from immunize.mima.sampling import WORDS, Batch, Pool, numbered
 from lab.core.config import Count, NonNegative, Positive, config, options
 from lab.core.optimizer_state import restore_state, state_tensors
@@ -44,7 +44,7 @@ class AttackerFamily:
     Args:
         kind: ``lora`` or ``weights``.
         share: how often, relative to the other families.
-        scopes: what is moved (`immunize.merge.layers.scope_names`), equally likely; one that stands
+        scopes: what is moved (`immunize.merge.rows.scope_names`), equally likely; one that stands
             twice is twice as likely.
         ranks, lr: one value, or smallest and largest, drawn uniformly and log-uniformly.
         optimizer: ``adamw`` (no weight decay) or ``sgd``.
@@ -146,14 +146,13 @@ class AttackerOptions:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """After ``step`` steps: the weights that the attacker moved, and the loss of its first batch
-    before and now (now: only after its last step, NaN before).
+    """After ``step`` steps: the weights that the attacker moved, and, after its last step, the
+    share by which the loss of its first batch has fallen (NaN before).
     """
 
     step: int
     weights: dict[str, Tensor]
-    first: float
-    now: float
+    drop: float
 
 
 class InnerAttack:
@@ -249,9 +248,10 @@ class InnerAttack:
             self.optimizer.step()
         with torch.no_grad():
             weights = {name: w.detach().clone() for name, w in self.weights().items()}
-            is_over = self.step == self.attack.steps
-            now = float(self.loss(self._batch(0), weights)) if is_over else math.nan
-        return Snapshot(self.step, weights, self.first, now)
+            drop = math.nan
+            if self.step == self.attack.steps:
+                drop = 1 - float(self.loss(self._batch(0), weights)) / self.first
+        return Snapshot(self.step, weights, drop)
 
     def state(self) -> dict[str, Tensor]:
         """Return all that a resumed attack needs besides θ, the attack and its labels."""

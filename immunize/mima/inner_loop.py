@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from immunize.merge.closed_form import Params
-from immunize.merge.layers import Scope
+from immunize.merge.rows import Scope
 from immunize.mima.gradients import compute_gradients, hessian_product, is_finite
 from lab.core.config import Count, Flag, NonNegative, Positive, options
 from lab.core.errors import Diverged, UserError
@@ -60,10 +60,6 @@ class InnerLoop:
     rank: Count | None = None
     prior: Flag = False
     secondary_optimizer: Literal["none", "adamw"] = "none"
-
-    @property
-    def momentum(self) -> float:
-        return BETAS[0] if self.optimizer == "adamw" else 0.0
 
     @property
     def decay(self) -> float:
@@ -153,7 +149,7 @@ class InnerProblem:
             Diverged: a loss or gradient is not finite; carries the last good step.
         """
         s, phi, (b1, b2) = self.settings, self.initial(), BETAS
-        m = {x: torch.zeros_like(y) for x, y in phi.items() if s.momentum}
+        m = {x: torch.zeros_like(y) for x, y in phi.items() if s.optimizer == "adamw"}
         square = dict(m)
         trace = Trace(float("nan"), phi)
         for k in range(s.steps):
@@ -218,11 +214,12 @@ class InnerProblem:
         s = self.settings
         outer, a = self.enter(v, trace.final)
         b = {x: torch.zeros_like(y) for x, y in a.items()}
-        gain = 1 - s.momentum if s.momentum else -s.lr
+        momentum = BETAS[0] if s.optimizer == "adamw" else 0.0
+        gain = 1 - momentum if momentum else -s.lr
         wide = {x: self.theta[x] for x in names if x in outer}
         for k in reversed(range(max(s.steps - last, 0), s.steps)):
             d = trace.preconditioners[k]
-            b = {x: b[x] - s.lr * (d[x] * a[x]) for x in a} if s.momentum else a
+            b = {x: b[x] - s.lr * (d[x] * a[x]) for x in a} if momentum else a
             # of φ_0 only what `leave` returns is needed
             wanted = [x for x in a if k > 0 or (s.rank is None and x in names)]
             by_theta, by_phi = hessian_product(
@@ -233,5 +230,5 @@ class InnerProblem:
             if s.decay:
                 a = {x: (1 - s.lr * s.decay) * y for x, y in a.items()}
             a = {x: y + gain * by_phi[x] if x in by_phi else y for x, y in a.items()}
-            b = {x: s.momentum * y for x, y in b.items()}
+            b = {x: momentum * y for x, y in b.items()}
         return self.leave(outer, a, names)

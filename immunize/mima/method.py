@@ -19,13 +19,13 @@ from pydantic import model_validator
 from torch import Tensor
 
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.layers import scope_names
 from immunize.merge.learned import LearnedWeights, learn
+from immunize.merge.rows import scope_names
 from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_attackers import Attack
-from immunize.mima.inner_loop import InnerLoop, InnerLoss, InnerProblem
+from immunize.mima.inner_loop import InnerLoop, InnerProblem
 from immunize.mima.outer_loop import Objective
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config

@@ -158,19 +158,14 @@ class OuterLoop:
         factor = clip / norm if clip is not None and norm > clip else 1.0
         for name in self.objective.outer_names:
             self.theta[name].grad = gradient[name] * factor
-        self.optimizer.param_groups[0]["lr"] = self.learning_rate(step)
+        if self.options.lr_schedule == "cosine":
+            rate = self.options.lr * 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
+            self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % self.team.check_every == 0:
             self.team.agree(self._alike, f"after step {step}")
         return values
-
-    def learning_rate(self, step: int) -> float:
-        """Return the rate of step ``step`` of a run."""
-        o = self.options
-        if o.lr_schedule == "constant":
-            return o.lr
-        return o.lr * 0.5 * (1 + math.cos(math.pi * step / o.steps))
 
     def _go_back(self) -> dict[str, float]:
         self._put(self.good)

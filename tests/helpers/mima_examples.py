@@ -37,7 +37,7 @@ def preset(name, **changes):
 
 def objective(method, of=None, on=None, seed=0):
     """Return what one outer step of ``method`` descends, and θ."""
-    setup = Setup.build(method, of or model(), on or case(), seed)
+    setup = Setup(method, of or model(), on or case(), seed)
     runs, merges, _ = setup.arrange()
     theta = setup.restart()
     return method.objective(setup, runs[0], merges[0]), theta

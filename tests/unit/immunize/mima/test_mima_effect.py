@@ -6,7 +6,7 @@ import pytest
 import torch
 from mima_examples import LORA, case, model, preset, run, with_targets
 
-from immunize.merge.layers import scope_names
+from immunize.merge.rows import scope_names
 from immunize.mima.base import Denoiser
 from immunize.mima.inner_attackers import Attack, InnerAttack
 from immunize.mima.sampling import Pool, split_concept
