@@ -14,10 +14,8 @@ from bilevel_cases import CAPTIONS, batches, micro_model, problem
 from immunize.merge.closed_form import Merge, MergeAccumulator, factorize
 from immunize.merge.learned import LearnedWeights, learn
 from immunize.merge.rows import (
-    MergeOptions,
     Rows,
     Scope,
-    build_merge,
     concept_rows,
     distinct_rows,
     group_of,
@@ -200,36 +198,6 @@ def test_shared_rows_go_and_a_concept_of_shared_rows_needs_mu(caplog):
     assert [len(x) for x in soft] == [3, 1]
 
 
-def test_concepts_of_equal_words_are_averaged_under_mu():
-    model = micro_model()
-    same = (("a fox in mosaic style",), "mosaic")
-    with pytest.raises(UserError, match="mosaic"):
-        build_merge(model, [same, same], CAPTIONS, MergeOptions())
-    merge = build_merge(model, [same, same], CAPTIONS, MergeOptions(mu=1e-3))
-    name = scope_names(model.unet, "kv")[0]
-    base = {name: dict(model.unet.named_parameters())[name].detach()}
-    moved = [{name: base[name] + DRAW(base[name].shape)} for _ in range(2)]
-    left, right = merge(base, moved)[name], merge(base, moved[::-1])[name]
-    torch.testing.assert_close(left, right, rtol=1e-10, atol=1e-10)
-
-
-def test_words_and_captions_must_be_there():
-    model = micro_model()
-    with pytest.raises(UserError, match="neon"):
-        concept_rows(model, ["a fox in mosaic style"], "neon")
-    with pytest.raises(UserError, match="first 32 tokens"):
-        concept_rows(model, ["a fox " * 20 + "mosaic"], "mosaic")
-    with pytest.raises(UserError, match="regularizers"):
-        regularizer_rows(model, [])
-    with pytest.raises(UserError, match="images"):
-        build_merge(
-            model, [(("a fox in mosaic style",), "mosaic")], CAPTIONS, MergeOptions(scope="all")
-        )
-    repeated = DRAW(2, D)
-    with pytest.raises(UserError, match=r"merge\.mu"):
-        factorize((repeated, repeated), REGULAR)
-
-
 def test_scopes_are_nested_and_named_after_the_unet():
     unet = micro_model().unet
     found = {scope: set(scope_names(unet, scope)) for scope in get_args(Scope)}
@@ -344,16 +312,3 @@ def test_sparsity_gives_exact_zeros():
     assert 0 < density < 1
     with pytest.raises(Diverged):
         learn(merge.learned, merge, base, moved, [lambda p: loss(p) * float("nan")])
-
-
-def test_masked_keeps_the_closed_form_on_keys_and_values():
-    model = micro_model()
-    concepts = [((f"a fox in {w} style",), w) for w in ("mosaic", "neon")]
-    masked = build_merge(model, concepts, CAPTIONS, MergeOptions(scope="attention", rule="masked"))
-    gated = build_merge(model, concepts, CAPTIONS, MergeOptions(scope="attention", rule="gated"))
-    kv = set(scope_names(model.unet, "kv"))
-    rest = {x for x in scope_names(model.unet, "attention") if x.endswith(".weight")} - kv
-    assert set(masked.members) == kv
-    assert masked.learned.names == rest  # type: ignore[union-attr]
-    assert gated.learned.names == rest | kv  # type: ignore[union-attr]
-    assert not gated.members

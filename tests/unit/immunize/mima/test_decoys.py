@@ -2,15 +2,13 @@
 gradient.
 """
 
-import dataclasses
-
 import pytest
 import torch
 from mima_examples import case, model, preset, with_targets
 from mima_examples import objective as deep_objective
 
 from immunize.mima.gradients import gradient_at
-from immunize.mima.sampling import Decoys, Pool, pool_concepts, split_concept
+from immunize.mima.sampling import Decoys, Pool, split_concept
 from lab.core.data import CaptionedImages, Sampling
 
 ALONE = {
@@ -39,15 +37,6 @@ def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     assert torch.equal(found.z, want.z)
     assert torch.equal(found.text[found.caption].hidden, model().text(list(prompts)).hidden)
     assert split_concept(model(), concept, 3, torch.float32).decoys is None
-
-
-def test_pooled_concepts_pool_their_decoys():
-    parts = [
-        split_concept(model(), concept, 0, torch.float32, decoys=Decoys(2, 5))
-        for concept in case().targets[:2]
-    ]
-    assert len(pool_concepts(parts).decoys) == 4
-    assert pool_concepts([dataclasses.replace(part, decoys=None) for part in parts]).decoys is None
 
 
 def test_the_term_is_the_decoys_loss_at_the_attacked_weights():

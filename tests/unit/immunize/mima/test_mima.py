@@ -133,38 +133,6 @@ def test_the_merge_reads_captions_of_own_images_before_prompts_of_the_evaluation
         assert naming_prompts(model(), silent, 2) == list(concept.prompts["name"][:2])
 
 
-@pytest.mark.parametrize(
-    ("name", "merges"), [("mima", True), ("compose", True), ("imma", False), ("mima_deep", False)]
-)
-def test_the_first_row_says_how_the_merge_is_conditioned(name, merges):
-    """mima_deep looks at each concept's own attacked copy by default, and builds no merge."""
-    _, rows = rows_of(preset(name))
-    keys = {
-        "merge_cond_regularizer",
-        "merge_cond_constraint",
-        "merge_effective_rank",
-        "merge_dropped_tokens",
-    }
-    assert (keys <= rows[0][1].keys()) is merges
-    assert not any(key.startswith("merge_") for _, row in rows[1:] for key in row)
-
-
-def test_sparse_masks_tell_how_dense_they_are():
-    found = {}
-    for sparsity in (0.0, 60.0):  # masks begin at 0.5, and a step shrinks them by a hundredth of it
-        merge = {"scope": "attention", "rule": "masked", "sparsity": sparsity}
-        _, rows = rows_of(preset("mima_first_order", merge=merge))
-        found[sparsity] = [values["mask_density"] for _, values in rows]
-    assert (found[0.0][-1], found[60.0][-1]) == (1.0, 0.0)
-    _, rows = rows_of(preset("mima_first_order"))
-    assert not any("mask_density" in values for _, values in rows)
-
-
-def test_a_deep_run_that_looks_at_the_merge_tells_its_residual():
-    _, rows = rows_of(preset("mima_deep", evaluate=["merged"]))
-    assert all(0 < values["constraint_residual"] < 1 for _, values in rows)
-
-
 def test_joint_sees_the_images_of_all_targets():
     joint = preset("joint", steps=1, batch_size=4, hypergradient={"method": "first_order"})
     first = run(joint)

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from mima_examples import case, kept, model, objective, preset, with_targets
+from mima_examples import case, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima.base import Setup, capped
-from immunize.mima.deep import marks
+from immunize.mima.base import capped
 from immunize.mima.gradients import gradient_at
 from immunize.mima.inner_attackers import Attack, AttackerOptions, InnerAttack
 from immunize.mima.sampling import Pool
@@ -126,39 +125,6 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
     for name, value in gradient.items():  # the prior's gradient alone, three times
         torch.testing.assert_close(value, a[name] - b[name], rtol=1e-3, atol=1e-5)
     assert capped(torch.tensor(0.4), 0.5) == 0.4
-
-
-def test_the_ramp_sees_the_mean_over_both_places():
-    options = {
-        "w_benign": 0.0,
-        "w_distill": 0.0,
-        "w_prior": 1.0,
-        "prior_ramp": 3.0,
-        "cap": 10.0,
-        "k_min": 4,
-    }
-    found = {}
-    for evaluate in (["own"], ["merged"], ["merged", "own"]):
-        made, theta = objective(deep(evaluate=evaluate, **options))
-        found[tuple(evaluate)] = made.gradient(theta, 1)[1]
-    own, merged, both = found.values()
-    assert own["outer_loss"] != merged["outer_loss"]
-    assert both["outer_loss"] == pytest.approx((own["outer_loss"] + merged["outer_loss"]) / 2)
-    assert both["prior_factor"] == pytest.approx(1 + 2 * (both["outer_loss"] / 10) ** 2)
-
-
-def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
-    alone = with_targets(case().targets[:1])
-    options = {"evaluate": ["own"], "w_benign": 0.0, "k_max": 2}
-    plain, theta = objective(deep(**options), on=alone)
-    saving, other = objective(deep(gradient_checkpointing=True, **options), on=alone)
-    with kept() as whole:
-        a = plain.gradient(theta, 1)[0]
-    with kept() as less:
-        b = saving.gradient(other, 1)[0]
-    assert 0 < sum(less) < 0.5 * sum(whole)
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-6)
 
 
 def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
@@ -303,12 +269,6 @@ def test_attackers_are_drawn_from_their_ranges():
     assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)
 
 
-def test_marks():
-    assert marks(1, (0.5, 1.0)) == (1,)
-    assert marks(9, (0.5, 1.0)) == (4, 9)
-    assert marks(2, (0.1, 1.0)) == (1, 2)
-
-
 # ── what the loop stands on
 
 
@@ -320,14 +280,3 @@ def test_first_order_gradient_is_taken_at_the_point():
     assert value == 18.0
     assert gradient["a"] == 12.0
     assert gradient["b"] == 9.0
-
-
-def test_bfloat16_copies_follow_the_masters():
-    setup = Setup(preset("mima", precision="bfloat16"), model(), case(), 0)
-    name = next(n for n in setup.denoiser.theta if "attn2" in n)
-    own = dict(setup.denoiser.model.unet.named_parameters())[name]
-    setup.denoiser.theta[name].add_(1.0)
-    setup.denoiser.sync([name])
-    assert torch.equal(own, setup.denoiser.theta[name].to(torch.bfloat16))
-    setup.restart()
-    assert torch.equal(own, dict(model().unet.named_parameters())[name].to(torch.bfloat16))

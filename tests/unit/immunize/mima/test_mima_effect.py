@@ -55,7 +55,7 @@ def test_the_loss_after_an_attack_rises(name):
 
 
 @pytest.mark.parametrize("name", ["mima_first_order", "mima_deep"])
-def test_the_prior_holds_unrelated_pictures(name):
+def test_the_prior_holds_unrelated_images(name):
     alone = with_targets(case().targets[:1])
     options = {"steps": 8, "lr": 3e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
     free = unrelated(run(preset(name, w_prior=0.0, **options), on=alone))

@@ -22,7 +22,7 @@ def joined(parts):
 
 
 @pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
-def test_the_prior_has_the_pictures_asked_for(changes):
+def test_the_prior_has_the_images_of_its_source(changes):
     """A case whose unrelated pictures are exactly these gives the same run; the preset asks for
     both.
     """
@@ -34,7 +34,7 @@ def test_the_prior_has_the_pictures_asked_for(changes):
     assert rows_of(preset("mima_released", steps=1, prior="keep"))[1] != rows
 
 
-def test_a_case_without_such_pictures_is_refused():
+def test_a_case_without_such_images_is_refused():
     none = CaptionedImages(case().keep.images[:0], ())
     bare = [dataclasses.replace(target, prior=none) for target in case().targets]
     with pytest.raises(UserError, match=r"immunize\.prior=class"):
