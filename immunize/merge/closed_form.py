@@ -125,7 +125,8 @@ class Merge:
 
     Args:
         count: N ≥ 1 concepts.
-        factors: group → factors of the matrices that read the same input.
+        factors: group → factors of the matrices that read the same input, in the dtype and on the
+            device of θ (`Factors.to`).
         members: parameter name → group. Kernels [out, in, h, w] count as matrices [out, in·h·w].
         learned: weights of the rules ``masked`` and ``gated``, else None.
 
@@ -144,7 +145,6 @@ class Merge:
     ) -> None:
         self.count, self.learned = count, learned
         self.factors, self.members = dict(factors or {}), dict(members or {})
-        self._cast: dict[tuple[str, torch.dtype, torch.device], Factors] = {}
         self.report: dict[str, float] = {}
         for group in self.factors.values():
             for key, value in group.report.items():
@@ -155,17 +155,9 @@ class Merge:
         """Return ``constraint_residual`` of the last merge; empty without a closed form."""
         return {key: value for key, value in self.report.items() if key == "constraint_residual"}
 
-    def factors_of(self, name: str, like: Tensor) -> Factors | None:
-        """Return the factors that merge ``name``, in the dtype and on the device of ``like``; None
-        outside the closed form.
-        """
-        group = self.members.get(name)
-        if group is None:
-            return None
-        key = (group, like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = self.factors[group].to(like)
-        return self._cast[key]
+    def factors_of(self, name: str) -> Factors | None:
+        """Return the factors that merge ``name``; None outside the closed form."""
+        return self.factors.get(self.members.get(name, ""))
 
     def __call__(self, base: Params, adapted: Sequence[Params]) -> Params:
         """Return θ̂, with the names of ``base``."""
@@ -197,7 +189,7 @@ class Merge:
 
     def project(self, name: str, x: Tensor, n: int) -> Tensor:
         """Return x P_nᵀ, M_n ⊙ x or x/N, by what merges ``name``."""
-        factors = self.factors_of(name, x)
+        factors = self.factors_of(name)
         if factors is not None:
             return ((x.flatten(1) @ factors.lefts[n].T) @ factors.rights[n].T).view_as(x)
         if self.learned is not None and name in self.learned.names:
@@ -224,7 +216,7 @@ class MergeAccumulator:
         parts: Params = {}
         for name, value in adapted.items():
             change = value - self.base[name]
-            factors = self.merge.factors_of(name, change)
+            factors = self.merge.factors_of(name)
             if factors is None:
                 parts[name] = self.merge.project(name, change, n)
             else:
@@ -244,7 +236,7 @@ class MergeAccumulator:
         merged: Params = {}
         missed = moved = torch.zeros(())
         for name, base in self.base.items():
-            factors = self.merge.factors_of(name, base) if name in self.thin else None
+            factors = self.merge.factors_of(name) if name in self.thin else None
             if factors is None:
                 merged[name] = base + self.sums[name] if name in self.sums else base
                 continue

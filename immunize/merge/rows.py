@@ -275,6 +275,7 @@ def build_merge(
     rows: int = 16,
     regular_rows: int = 1024,
     seed: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Merge:
     """Build the merge of ``concepts`` at θ_0 = ``model``.
 
@@ -289,6 +290,7 @@ def build_merge(
         regular_rows: rows of C_reg of such a layer; λ must be positive where they are fewer than
             its input is wide.
         seed: of the choice of rows and of the masks.
+        dtype: of the weights that are merged; None for that of the model.
 
     Raises:
         UserError: singular systems, shared tokens, or a scope without batches.
@@ -324,6 +326,8 @@ def build_merge(
         shapes = {name: parameters[name] for name in scope if name not in members}
         kind = "gate" if rule == "gated" else options.mask
         learned = LearnedWeights(shapes, n, kind, seed=seed)
+    like = next(model.unet.parameters()).to(dtype or model.dtype)
+    factors = {group: factor.to(like) for group, factor in factors.items()}
     merge = Merge(n, factors, members, learned)
     merge.report["dropped_tokens"] = float(len(dropped))
     return merge

@@ -329,6 +329,7 @@ class Setup:
             batches=batches,
             regular_batches=regular,
             seed=derive(self.seed, "mima", "merge"),
+            dtype=self.dtype,
         )
 
     def _recorded(self, pool: Pool, size: int, label: str) -> list[ModelInputs]:
@@ -365,7 +366,11 @@ class ConceptObjective(Objective):
         label: str,
         number: int = 0,
     ) -> Batch:
-        """Draw images with the captions that the attacker teaches, and asks by."""
+        """Draw images with the captions that the attacker teaches, and asks by.
+
+        Args:
+            label: of the random numbers; "upper" and "lower" are the outer and the inner loop.
+        """
         size = self.setup.config.batch_size * concept.concepts
         pool = pool if attack is None else pool.template(attack.template)
         return pool.batch(size, self.seed, concept.name, step, label, number)

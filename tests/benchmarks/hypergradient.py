@@ -66,7 +66,8 @@ class Case:
         self.names, self.count = list(self.theta), count
         g = torch.Generator().manual_seed(0)
         rows = tuple(torch.randn(4, widths.text, generator=g) for _ in range(count))
-        factors = factorize(rows, torch.randn(6400, widths.text, generator=g))
+        regular = torch.randn(6400, widths.text, generator=g)
+        factors = factorize(rows, regular).to(regular)
         self.merge = Merge(count, {"text": factors}, dict.fromkeys(scope_names(unet, "kv"), "text"))
 
         def draw(n: int, level: int) -> list[Tensor]:

@@ -77,7 +77,9 @@ def main() -> int:
     c, gram = torch.cat(rows), regular.T @ regular
 
     start = time.process_time()
-    merge = Merge(len(rows), {"text": factorize(rows, regular)}, dict.fromkeys(base, "text"))
+    merge = Merge(
+        len(rows), {"text": factorize(rows, regular).to(regular)}, dict.fromkeys(base, "text")
+    )
     merge(base, adapted)
     once = time.process_time() - start
 

@@ -105,7 +105,7 @@ def main() -> int:
     rows = tuple(w[5:9] for w in words)
     merge = Merge(
         len(rows),
-        {"text": factorize(rows, regular, lam=0.01)},
+        {"text": factorize(rows, regular, lam=0.01).to(regular)},
         {x: "text" for x in scope_names(unet, "kv")},
     )
     alphas = DDPMScheduler(
