@@ -45,7 +45,6 @@ from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, confi
 from lab.core.data import ConceptCase
 from lab.core.seeding import derive
 
-_Ramp = Annotated[float, Field(strict=True, ge=1)]
 _OneNumber = BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
 _Sorted = AfterValidator(lambda v: tuple(sorted(v)))
 
@@ -88,7 +87,7 @@ class MimaDeep(ConceptImmunizer):
         "own",
     )
     prior_at: Literal["start", "adapted"] = "start"
-    prior_ramp: _Ramp = 1.0
+    prior_ramp: Annotated[float, Field(strict=True, ge=1)] = 1.0
     w_distill: NonNegative = 0.0
     w_benign: NonNegative = 0.0
     benign: Literal["regret", "loss"] = "loss"
@@ -126,11 +125,6 @@ class MimaDeep(ConceptImmunizer):
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
         return DeepObjective(self, setup, concepts, merge)
-
-
-def marks(steps: int, fractions: Sequence[float]) -> tuple[int, ...]:
-    """Return step numbers at ``fractions`` of ``steps``, each at least 1, without repetition."""
-    return tuple(sorted({max(1, round(fraction * steps)) for fraction in fractions}))
 
 
 class DeepObjective(ConceptObjective):
@@ -244,11 +238,12 @@ class DeepObjective(ConceptObjective):
         return self.config.draw(self.seed, concept.name, self._round(step)[0])
 
     def _marks(self, attack: Attack, step: int) -> tuple[int, ...]:
-        """Return the marks of ``attack`` that this step looks at. Attacks may have less than
-        others; their last one then stands for those that are missing.
+        """Return the steps of ``attack`` that this outer step looks at, each at least 1, without
+        repetition. Where an attack has fewer than others, its last one stands for the missing.
         """
-        at = self.config.at
-        return marks(attack.steps, [at[self._round(step)[1]]] if self.config.online else at)
+        o, turn = self.config, self._round(step)[1]
+        fractions = [o.at[turn]] if o.online else o.at
+        return tuple(sorted({max(1, round(fraction * attack.steps)) for fraction in fractions}))
 
     def _attack(
         self, theta: Params, concept: ConceptSplit, step: int, original: bool = False

@@ -52,7 +52,7 @@ def test_the_released_inner_loop_descends_the_prior_too(changes):
     start = {name: value.clone() for name, value in theta.items()}
     concept = made.concepts[0]
     own = concept.inner.batch(2, 0, concept.name, 1, "lower", 0)
-    prior = made.prior.batch(2, 0, concept.name, 1, "prior", 0)
+    prior = made.setup.prior.batch(2, 0, concept.name, 1, "prior", 0)
 
     def loss(weights):
         value = made.denoiser.loss(own, weights)
