@@ -44,7 +44,8 @@ def node_of(group, name):
 def build(group, name, **changes):
     node = node_of(group, name)
     return instantiate(
-        OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None})
+        OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None}),
+        _convert_="all",
     )
 
 

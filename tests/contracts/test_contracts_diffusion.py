@@ -50,7 +50,8 @@ def build(group, name, **changes):
     return instantiate(
         OmegaConf.merge(
             node, {k: v for k, v in changes.items() if k in node and (drawn or k[:2] != "k_")}
-        )
+        ),
+        _convert_="all",
     )
 
 
