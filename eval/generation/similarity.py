@@ -58,16 +58,16 @@ UNDEFINED_RSGR = (
     "no value: M(baseline's, immunized images of the others) ≤ 0, or the baseline's attack diverged"
 )
 TRAINING_CURVES = {  # of concept immunizers, in the order of the report
-    "upper_loss": "loss after the attack, to be raised",
-    "lower_drop": "share of the loss removed below",
+    "outer_loss": "loss after the attack, to be raised",
+    "inner_loop_drop": "share of the loss removed in the inner loop",
     "cosine": "cosine to the first-order gradient",
     "prior_loss": "loss on unrelated images",
     "benign_loss": "loss on benign concepts, attacked",
     "constraint_residual": "relative residual of the merge",
     "mask_density": "share of mask entries that are not 0",
     "implicit_residual": "relative residual of the solve",
-    "implicit_stationarity": "lower gradient, end ÷ start",
-    "gradient_norm": "norm of the upper gradient",
+    "implicit_stationarity": "inner gradient, end ÷ start",
+    "gradient_norm": "norm of the outer gradient",
 }
 
 

@@ -15,26 +15,105 @@ released code, which factors C_regᵀC_reg again for every layer at every step.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from immunize.merge.factors import Factors
+from immunize.merge.learned import LearnedWeights
 from lab.core.errors import UserError
 
 Params = dict[str, Tensor]
 
 
-class Weights(Protocol):
-    """Learned merging weights of matrices (`immunize.merge.learned`): Ŵ = W + Σ_n M_n ⊙ (W_n −
-    W).
+@dataclass(frozen=True)
+class Factors:
+    """P_n = ``rights[n]`` @ ``lefts[n]``: C_nᵀ [d, m_n] and B_n [m_n, d]; all in one dtype.
+
+    Attributes:
+        error: B Cᵀ − I [m, m], what the constraint misses: ‖ŴCᵀ − V‖ = ‖U error‖ with U = [(W_n −
+            W) C_nᵀ]_n. Zero up to rounding for μ = 0.
+        report: ``cond_regularizer`` (C_regᵀC_reg), ``cond_constraint`` (C A Cᵀ), ``effective_rank``
+            of C A Cᵀ (exponential of the entropy of its normalised spectrum) and ``rows`` (m).
     """
 
-    def __contains__(self, name: object) -> bool: ...
+    rights: tuple[Tensor, ...]
+    lefts: tuple[Tensor, ...]
+    error: Tensor
+    report: dict[str, float]
 
-    def weight(self, name: str, n: int) -> Tensor:
-        """M_n, broadcastable to the parameter ``name``."""
+    def to(self, like: Tensor) -> Factors:
+        """Convert the factors to the dtype and device of ``like``; compute ``error`` there."""
+        rights, lefts = (tuple(x.to(like) for x in xs) for xs in (self.rights, self.lefts))
+        error = torch.cat(lefts) @ torch.cat(rights, 1)
+        error.diagonal().sub_(1)
+        return Factors(rights, lefts, error, self.report)
+
+
+def factorize(
+    concepts: Sequence[Tensor], regularizer: Tensor, *, lam: float = 0.0, mu: float = 0.0
+) -> Factors:
+    """Compute the factors of the merge in float64, by two Cholesky factorisations.
+
+    Args:
+        concepts: C_n [m_n, d] of every concept.
+        regularizer: C_reg [R, d].
+        lam: λ ≥ 0, Tikhonov term of the objective.
+        mu: μ ≥ 0, softness of the constraint.
+
+    Raises:
+        UserError: C_regᵀC_reg + λI or C A Cᵀ + μI is singular.
+    """
+    concepts = [c.detach().double() for c in concepts]
+    rows = torch.cat(concepts)
+    solved, condition = _solve_regularizer(regularizer.detach().double(), rows, lam)
+    inner = rows @ solved
+    inner = (inner + inner.T) / 2
+    spectrum = torch.linalg.eigvalsh(inner).clamp_min(0)
+    tight = float(spectrum[-1] / spectrum[0]) if float(spectrum[0]) > 0 else float("inf")
+    shares = spectrum[spectrum > 0] / spectrum.sum()
+    inner.diagonal().add_(mu)
+    low, failed = torch.linalg.cholesky_ex(inner)
+    if int(failed) or (mu == 0 and tight > 1e13):
+        reason = (
+            f"C A Cᵀ is singular (condition {tight:.1e}): the concepts' tokens contradict or "
+            "repeat one another. Set it above 0, which asks for X Cᵀ = V in the mean square only, "
+            "or take fewer prompts."
+        )
+        raise UserError("immunize.merge.mu", mu, reason)
+    lefts = torch.cholesky_solve(solved.T, low)
+    report = {
+        "cond_regularizer": condition,
+        "cond_constraint": tight,
+        "effective_rank": float((-(shares * shares.log()).sum()).exp()),
+        "rows": float(len(rows)),
+    }
+    parts = lefts.split([len(c) for c in concepts])
+    rights = tuple(c.T.contiguous() for c in concepts)
+    return Factors(rights, parts, inner, report).to(rows)
+
+
+def _solve_regularizer(regularizer: Tensor, rows: Tensor, lam: float) -> tuple[Tensor, float]:
+    """Return A Cᵀ [d, m] and cond(C_regᵀC_reg); by the R × R system (Woodbury) where C_reg has
+    fewer rows than columns.
+    """
+    wide = regularizer.shape[0] < regularizer.shape[1]
+    gram = regularizer @ regularizer.T if wide else regularizer.T @ regularizer
+    spectrum = torch.linalg.eigvalsh(gram)
+    singular = wide or float(spectrum[0]) <= 0
+    condition = float("inf") if singular else float(spectrum[-1] / spectrum[0])
+    gram.diagonal().add_(lam)
+    low, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed) or (lam == 0 and condition > 1e15):
+        reason = (
+            f"C_regᵀC_reg is singular (condition {condition:.1e}); set it above 0 or take "
+            "more and more varied captions."
+        )
+        raise UserError("immunize.merge.lam", lam, reason)
+    if not wide:
+        return torch.cholesky_solve(rows.T, low), condition
+    solved = torch.cholesky_solve(regularizer @ rows.T, low)
+    return (rows.T - regularizer.T @ solved) / lam, condition
 
 
 class Merge:
@@ -46,7 +125,8 @@ class Merge:
 
     Args:
         count: N ≥ 1 concepts.
-        factors: group → factors of the matrices that read the same input.
+        factors: group → factors of the matrices that read the same input, in the dtype and on the
+            device of θ (`Factors.to`).
         members: parameter name → group. Kernels [out, in, h, w] count as matrices [out, in·h·w].
         learned: weights of the rules ``masked`` and ``gated``, else None.
 
@@ -61,125 +141,69 @@ class Merge:
         count: int,
         factors: Mapping[str, Factors] | None = None,
         members: Mapping[str, str] | None = None,
-        learned: Weights | None = None,
+        learned: LearnedWeights | None = None,
     ) -> None:
         self.count, self.learned = count, learned
         self.factors, self.members = dict(factors or {}), dict(members or {})
-        self._cast: dict[tuple[str, torch.dtype, torch.device], Factors] = {}
         self.report: dict[str, float] = {}
-        for found in self.factors.values():
-            for key, value in found.report.items():
+        for group in self.factors.values():
+            for key, value in group.report.items():
                 worst = min if key == "effective_rank" else max
                 self.report[key] = worst(self.report.get(key, value), value)
 
     def residual(self) -> dict[str, float]:
-        """``constraint_residual`` of the last merge, as something to log; empty without a closed
-        form.
-        """
+        """Return ``constraint_residual`` of the last merge; empty without a closed form."""
         return {key: value for key, value in self.report.items() if key == "constraint_residual"}
 
-    def factors_of(self, name: str, like: Tensor) -> Factors | None:
-        """The factors that merge ``name``, in the dtype and on the device of ``like``; None outside
-        the closed form.
-        """
-        group = self.members.get(name)
-        if group is None:
-            return None
-        key = (group, like.dtype, like.device)
-        if key not in self._cast:
-            self._cast[key] = self.factors[group].to(like)
-        return self._cast[key]
+    def factors_of(self, name: str) -> Factors | None:
+        """Return the factors that merge ``name``; None outside the closed form."""
+        return self.factors.get(self.members.get(name, ""))
 
     def __call__(self, base: Params, adapted: Sequence[Params]) -> Params:
-        """θ̂, with the names of ``base``."""
-        running = self.start(base)
-        for n, some in enumerate(adapted):
-            running.add(n, some)
-        return running.finish()
-
-    def start(self, base: Params) -> Running:
-        """A merge that takes the concepts one after the other, so that no two θ'_n need be kept."""
-        return Running(self, base)
+        """Return θ̂, with the names of ``base``."""
+        accumulator = MergeAccumulator(self, base)
+        for n, weights in enumerate(adapted):
+            accumulator.add(n, accumulator.contribution(n, weights))
+        return accumulator.finish()
 
     # the transpose
 
-    def adjoint(self, v: Params) -> tuple[Params, list[Params]]:
-        """The transpose of the linear part: (∂/∂θ direct, [∂/∂θ'_n]) of ⟨v, Merge(θ, θ'_1 … θ'_N)⟩.
+    def adjoint_part(self, v: Params, n: int) -> Params:
+        """Return v_n = ∂⟨v, Merge(θ, θ'_1 … θ'_N)⟩ by θ'_n: v P_nᵀ in closed form, M_n ⊙ v for
+        learned weights, v/N elsewhere.
+        """
+        return {name: self.project(name, x, n) for name, x in v.items()}
+
+    def adjoint_direct(self, v: Params) -> Params:
+        """Return v_dir = v − Σ_n v_n, the direct part by θ; exactly 0 where the merge is the mean.
 
         The parts sum to ``v`` name by name, since the merge of N equal θ' and θ is θ itself.
         """
-        return self.adjoint_direct(v), [self.adjoint_part(v, n) for n in range(self.count)]
-
-    def adjoint_part(self, v: Params, n: int) -> Params:
-        """v_n: v P_nᵀ in closed form, M_n ⊙ v for learned weights, v/N elsewhere."""
-        return {name: self._part(name, x, n) for name, x in v.items()}
-
-    def adjoint_direct(self, v: Params) -> Params:
-        """v_dir = v − Σ_n v_n; exactly 0 where the merge is the mean."""
         direct: Params = {}
         for name, x in v.items():
-            if name in self.members or (self.learned is not None and name in self.learned):
-                direct[name] = x - sum(self._part(name, x, n) for n in range(self.count))
+            if name in self.members or (self.learned is not None and name in self.learned.names):
+                direct[name] = x - sum(self.project(name, x, n) for n in range(self.count))
             else:
                 direct[name] = torch.zeros_like(x)
         return direct
 
-    def _part(self, name: str, x: Tensor, n: int) -> Tensor:
-        factors = self.factors_of(name, x)
+    def project(self, name: str, x: Tensor, n: int) -> Tensor:
+        """Return x P_nᵀ, M_n ⊙ x or x/N, by what merges ``name``."""
+        factors = self.factors_of(name)
         if factors is not None:
             return ((x.flatten(1) @ factors.lefts[n].T) @ factors.rights[n].T).view_as(x)
-        if self.learned is not None and name in self.learned:
+        if self.learned is not None and name in self.learned.names:
             weight = self.learned.weight(name, n).to(x)
             return (
                 weight * x if weight.dim() == 0 else (weight.flatten(1) * x.flatten(1)).view_as(x)
             )
         return x / self.count
 
-    # adapters
 
-    def adapters(
-        self, adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]], scale: float = 1.0
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """LoRA adapters θ'_n = θ + s·B_n A_n merged into one of rank ≤ N r, without forming any
-        product.
+class MergeAccumulator:
+    """A merge that takes the concepts one after the other, so that no two θ'_n need be kept.
 
-        Args:
-            adapters: per concept, name → (A_n [r, d], B_n [out, r]).
-            scale: s of all of them; the merged one has scale 1.
-
-        Returns:
-            name → (A [N r, d], B [out, N r]) with B A = Merge(0, s·B_n A_n).
-
-        Raises:
-            UserError: a matrix whose learned mask is no number: mask ⊙ BA has no low rank.
-        """
-        merged: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        for n, some in enumerate(adapters):
-            for name, (down, up) in some.items():
-                factors = self.factors_of(name, down)
-                if factors is not None:
-                    down = (down @ factors.rights[n]) @ factors.lefts[n]
-                elif self.learned is not None and name in self.learned:
-                    weight = self.learned.weight(name, n)
-                    if weight.numel() > 1:
-                        raise UserError(
-                            "immunize.merge.rule",
-                            "masked",
-                            "adapters merge by closed_form, mean or gated.",
-                        )
-                    down = down * weight.to(down).reshape(())
-                else:
-                    down = down / self.count
-                merged.setdefault(name, []).append((scale * down, up))
-        return {
-            k: (torch.cat([d for d, _ in p]), torch.cat([u for _, u in p], 1))
-            for k, p in merged.items()
-        }
-
-
-class Running:
-    """A merge under way: thin U_n = (W_n − W) C_nᵀ [out, m_n] in closed form, a running sum
-    elsewhere.
+    It holds thin U_n = (W_n − W) C_nᵀ [out, m_n] in closed form, a running sum elsewhere.
     """
 
     def __init__(self, merge: Merge, base: Params) -> None:
@@ -187,54 +211,45 @@ class Running:
         self.sums: Params = {}
         self.thin: dict[str, dict[int, Tensor]] = {}
 
-    def add(self, n: int, adapted: Params) -> None:
-        self.put(n, self.part(n, adapted))
-
-    def part(self, n: int, adapted: Params) -> Params:
-        """What concept n contributes: U_n in closed form, P_n (θ'_n − θ) elsewhere. Changes
-        nothing.
-        """
-        found: Params = {}
+    def contribution(self, n: int, adapted: Params) -> Params:
+        """Return U_n in closed form, P_n (θ'_n − θ) elsewhere; change nothing."""
+        parts: Params = {}
         for name, value in adapted.items():
             change = value - self.base[name]
-            factors = self.merge.factors_of(name, change)
-            thin = None if factors is None else change.flatten(1) @ factors.rights[n]
-            found[name] = self.merge._part(name, change, n) if thin is None else thin
-        return found
+            factors = self.merge.factors_of(name)
+            if factors is None:
+                parts[name] = self.merge.project(name, change, n)
+            else:
+                parts[name] = change.flatten(1) @ factors.rights[n]
+        return parts
 
-    def put(self, n: int, part: Params) -> None:
-        """Add what `part` gave for concept n, here or in another process."""
-        for name, value in part.items():
-            if self.merge.factors_of(name, self.base[name]) is not None:
+    def add(self, n: int, parts: Params) -> None:
+        """Add what `contribution` gave for concept n, in this or in another process."""
+        for name, value in parts.items():
+            if name in self.merge.members:
                 self.thin.setdefault(name, {})[n] = value
             else:
                 self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def finish(self) -> Params:
-        """θ̂; also writes ``constraint_residual`` into the merge's report."""
+        """Return θ̂; write ``constraint_residual`` into the merge's report."""
         merged: Params = {}
         missed = moved = torch.zeros(())
         for name, base in self.base.items():
-            if name in self.thin:
-                factors = self.merge.factors_of(name, base)
-                assert factors is not None
-                known = self.thin[name]
-                empty = base.new_zeros(len(base), 0)
-                parts = [
-                    known[n] if n in known else empty.new_zeros(len(base), r.shape[1])
-                    for n, r in enumerate(factors.rights)
-                ]
-                u = torch.cat(parts, 1)
-                merged[name] = torch.addmm(base.flatten(1), u, torch.cat(factors.lefts)).view_as(
-                    base
-                )
-                gap = u.detach() @ factors.error
-                missed = missed + gap.double().square().sum().cpu()
-                moved = moved + u.detach().double().square().sum().cpu()
-            else:
+            factors = self.merge.factors_of(name) if name in self.thin else None
+            if factors is None:
                 merged[name] = base + self.sums[name] if name in self.sums else base
+                continue
+            parts = [
+                self.thin[name].get(n, base.new_zeros(len(base), right.shape[1]))
+                for n, right in enumerate(factors.rights)
+            ]
+            u = torch.cat(parts, 1)
+            update = torch.addmm(base.flatten(1), u, torch.cat(factors.lefts))
+            merged[name] = update.view_as(base)
+            missed = missed + (u.detach() @ factors.error).double().square().sum().cpu()
+            moved = moved + u.detach().double().square().sum().cpu()
         if self.thin:
-            self.merge.report["constraint_residual"] = float(
-                (missed / moved.clamp_min(1e-300)).sqrt()
-            )
+            ratio = (missed / moved.clamp_min(1e-300)).sqrt()
+            self.merge.report["constraint_residual"] = float(ratio)
         return merged

@@ -1,33 +1,35 @@
 """Learned merging weights: Ŵ = W + Σ_n M_n ⊙ (W_n − W), all starting at the mean (M_n = 1/N).
 
-Their parameters minimise Σ_n L(x_n; θ̂) on the lower level's batches and are constants in the
+Their parameters minimise Σ_n L(x_n; θ̂) on the inner loop's batches and are constants in the
 hypergradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from immunize.merge.closed_form import Merge, Params
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
 
-Mask = Literal["sparse", "low_rank"]
+Params = dict[str, Tensor]
 Kind = Literal["sparse", "low_rank", "gate"]
 
 
 def block_of(name: str) -> str:
-    """``down_blocks.1.attentions.0`` of a parameter's name; outside the blocks its first part."""
+    """Return ``down_blocks.1.attentions.0`` of a parameter's name; outside the blocks its first
+    part.
+    """
     parts = name.split(".")
     depth = {"down_blocks": 4, "up_blocks": 4, "mid_block": 3}.get(parts[0], 1)
     return ".".join(parts[:depth])
 
 
-class Learned:
+class LearnedWeights:
     """Parameters of the rules ``masked`` and ``gated``.
 
     Args:
@@ -48,7 +50,7 @@ class Learned:
         seed: int = 0,
     ) -> None:
         self.kind, self.names = kind, frozenset(shapes)
-        self.parameters: dict[str, Tensor] = {}
+        self.parameters: Params = {}
         for name, like in shapes.items():
             for n in range(concepts):
                 key = f"{n}/{block_of(name) if kind == 'gate' else name}"
@@ -64,11 +66,8 @@ class Learned:
                     self.parameters |= {f"{key}/u": u, f"{key}/v": v}
         self.parameters = {key: x.detach() for key, x in self.parameters.items()}
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.names
-
     def weight(self, name: str, n: int) -> Tensor:
-        """M_n of ``name``; a number for ``gate``. ``low_rank`` gives a matrix for kernels too."""
+        """Return M_n of ``name``; a number for ``gate``, a matrix for ``low_rank`` kernels too."""
         if self.kind == "gate":
             return self.parameters[f"{n}/{block_of(name)}"]
         if self.kind == "sparse":
@@ -76,98 +75,66 @@ class Learned:
         return self.parameters[f"{n}/{name}/u"] @ self.parameters[f"{n}/{name}/v"].T
 
     def density(self) -> float:
-        """Share of mask entries that are not 0."""
+        """Return the share of mask entries that are not 0."""
         sizes = sum(x.numel() for x in self.parameters.values())
         return sum(int((x != 0).sum()) for x in self.parameters.values()) / max(sizes, 1)
 
-    def shrink(self, threshold: float) -> None:
-        """The proximal step of ``threshold``·‖M‖₁ within [0, 1]; of ``sparse`` only."""
-        if self.kind == "sparse":
-            self.parameters = {
-                key: (x - threshold).clamp(0, 1) for key, x in self.parameters.items()
-            }
-
 
 def learn(
-    merge: Merge,
+    learned: LearnedWeights,
+    merge: Callable[[Params, Sequence[Params]], Params],
     base: Params,
     adapted: Sequence[Params],
     losses: Sequence[Callable[[Params], Tensor]],
     *,
     steps: int = 1,
-    rate: float = 1e-2,
+    lr: float = 1e-2,
     sparsity: float = 0.0,
-) -> list[float]:
-    """Proximal Adam (zero state at each call) on ``Σ_n losses[n](θ̂)``, by the learned weights of
-    ``merge``, in place.
+) -> None:
+    """Minimise Σ_n losses[n](θ̂) by proximal Adam (zero state at each call), in place.
 
     Args:
-        base, adapted: θ and θ'_n, as `Merge` takes them.
+        merge: the merge whose weights ``learned`` are.
+        base, adapted: θ and θ'_n, as `merge` takes them.
         losses: of each concept at θ̂, the same batch at every call.
-        sparsity: weight of the L1 norm of sparse masks.
-
-    Returns:
-        The sum of losses before each step and after the last.
+        sparsity: weight of the L1 norm of sparse masks, which stay within [0, 1].
 
     Raises:
         Diverged: a loss is not finite.
     """
-    learned = merge.learned
-    if not isinstance(learned, Learned):
-        raise ValueError("the merge has no learned weights: rule must be masked or gated")
-    history: list[float] = []
-    m = {key: torch.zeros_like(x) for key, x in learned.parameters.items()}
-    square = {key: torch.zeros_like(x) for key, x in learned.parameters.items()}
-    for step in range(steps + 1):
-        total, slope = _slope(merge, learned, base, adapted, losses)
-        if total != total or total in (float("inf"), float("-inf")):
+    leaves = {key: x.clone().requires_grad_() for key, x in learned.parameters.items()}
+    optimizer = torch.optim.Adam(leaves.values(), lr=lr)
+    for step in range(steps):
+        learned.parameters = leaves
+        with torch.enable_grad():
+            total, gradient = _gradient(leaves, merge(base, adapted), losses)
+        learned.parameters = {key: x.detach() for key, x in leaves.items()}
+        if not math.isfinite(total):
             raise Diverged(f"the merging weights diverged at step {step}", max(step - 1, 0))
-        history.append(total)
-        if step == steps:
-            break
-        for key, g in slope.items():
-            m[key] = 0.9 * m[key] + 0.1 * g
-            square[key] = 0.999 * square[key] + 0.001 * g.square()
-            root = (square[key] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8
-            learned.parameters[key] = (
-                learned.parameters[key] - rate * m[key] / (1 - 0.9 ** (step + 1)) / root
-            )
-        learned.shrink(rate * sparsity)
-    return history
+        for leaf, slope in zip(leaves.values(), gradient, strict=True):
+            leaf.grad = slope
+        optimizer.step()
+        if learned.kind == "sparse":
+            for weights in learned.parameters.values():
+                weights.sub_(lr * sparsity).clamp_(0, 1)
 
 
-def _slope(
-    merge: Merge,
-    learned: Learned,
-    base: Params,
-    adapted: Sequence[Params],
-    losses: Sequence[Callable[[Params], Tensor]],
-) -> tuple[float, Params]:
-    """``Σ_n losses[n](θ̂)`` and its gradient by the learned weights."""
-    fixed = learned.parameters
-    with torch.enable_grad():
-        learned.parameters = {key: x.detach().requires_grad_(True) for key, x in fixed.items()}
-        leaves = learned.parameters
-        try:
-            merged = merge(base, adapted)
-            # one backward per concept down to θ̂, then one through the merge: memory of one concept
-            names = [name for name in merged if merged[name].requires_grad]
-            total, v = 0.0, {name: torch.zeros_like(merged[name]) for name in names}
-            for loss in losses:
-                leaf = {
-                    **merged,
-                    **{name: merged[name].detach().requires_grad_(True) for name in names},
-                }
-                value = loss(leaf)
-                found = torch.autograd.grad(
-                    value, [leaf[x] for x in names], allow_unused=True, materialize_grads=True
-                )
-                total += float(value.detach())
-                v = {x: v[x] + g for x, g in zip(names, found, strict=True)}
-            pairing = torch.stack([(merged[x] * v[x]).sum() for x in names]).sum()
-            slope = torch.autograd.grad(
-                pairing, list(leaves.values()), allow_unused=True, materialize_grads=True
-            )
-        finally:
-            learned.parameters = fixed
-    return total, dict(zip(leaves, slope, strict=True))
+def _gradient(
+    leaves: Params, merged: Params, losses: Sequence[Callable[[Params], Tensor]]
+) -> tuple[float, tuple[Tensor, ...]]:
+    """Return Σ_n losses[n](θ̂) and its gradient by the learned weights.
+
+    One backward pass per concept down to θ̂, then one through the merge: memory of one concept.
+    """
+    names = [name for name in merged if merged[name].requires_grad]
+    total, v = 0.0, {name: torch.zeros_like(merged[name]) for name in names}
+    for loss in losses:
+        point = {name: merged[name].detach().requires_grad_() for name in names}
+        value = loss({**merged, **point})
+        slopes = torch.autograd.grad(value, list(point.values()), materialize_grads=True)
+        total += float(value.detach())
+        v = {name: v[name] + slope for name, slope in zip(names, slopes, strict=True)}
+    outputs = [merged[name] for name in names]
+    return total, torch.autograd.grad(
+        outputs, list(leaves.values()), list(v.values()), materialize_grads=True
+    )

@@ -1,5 +1,5 @@
-"""What the merge is built from: token rows of concepts, rows of captions, recorded inputs of other
-layers.
+"""What the merge is built from: the layers of a U-Net that a scope covers, token rows of concepts,
+rows of captions, recorded inputs of layers without text.
 """
 
 from __future__ import annotations
@@ -7,75 +7,161 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from immunize.merge.closed_form import Merge
-from immunize.merge.factors import Factors, Inputs, factorize
-from immunize.merge.inputs import TEXT, Batch, group_of, layer_inputs, suffixes
-from immunize.merge.learned import Learned, Mask
+from immunize.merge.closed_form import Factors, Merge, factorize
+from immunize.merge.learned import LearnedWeights
+from lab.core.config import Count, NonNegative, options
 from lab.core.errors import UserError
-from lab.core.options import choice, number
-from lab.models.diffusion import DiffusionModel
+from lab.core.seeding import generator
+from lab.models.diffusion import DiffusionModel, Text
 
 logger = logging.getLogger(__name__)
-Scope = Literal["kv", "qkv", "attention", "down", "up", "all"]
-Rule = Literal["closed_form", "mean", "masked", "gated"]
-SCOPES: tuple[Scope, ...] = ("kv", "qkv", "attention", "down", "up", "all")
-RULES: tuple[Rule, ...] = ("closed_form", "mean", "masked", "gated")
-TIMED = (
-    "time_emb",
-    "add_embedding",
-)  # layers that see the timestep only, the same for all concepts: averaged
+TEXT = "text"  # the group of the matrices that read the text encoder
+Scope = Literal["kv", "qkv", "attn2", "attention", "down", "up", "all"]
+# latents, text, noise, timesteps, as `DiffusionModel.loss` takes them
+ModelInputs = tuple[Tensor, Text, Tensor, Tensor]
+# layers that see the timestep only, the same for all concepts: averaged
+TIMED = ("time_emb", "add_embedding")
 
 
-@dataclass(frozen=True)
+@options
 class MergeOptions:
     """How concepts are merged.
 
-    Attributes:
-        scope: matrices that the rule covers: ``kv`` keys and values of cross-attention (the paper),
-            ``qkv`` its queries too, ``attention`` all projections of self- and cross-attention,
-            ``down`` and ``up`` all matrices and kernels of those blocks, ``all`` of the U-Net.
-            Everything else is averaged.
+    Args:
+        scope: the parameters (`scope_names`) whose matrices and kernels the
+            rule covers: ``kv`` keys and values of cross-attention (the paper). Everything else is
+            averaged.
         rule: ``closed_form``; ``mean`` of all; ``masked``: closed form on key/value, learned masks
             on the rest of the scope; ``gated``: one learned weight per block and concept throughout
             the scope.
+        prompts: at most so many prompts that name the concept give the rows of C_n.
         lam, mu: λ, μ of `immunize.merge.closed_form.factorize`. The paper has λ = 0; rows of an
             untrained text encoder end in a plain layer norm, sum to 0 and leave C_regᵀC_reg
             singular then.
-        rows: input rows per concept of a layer whose input is not text; a kernel's rows are its
-            patches. At most d/2N are taken, so that N concepts never pin down a whole matrix of
-            input width d.
-        regular_rows: rows of C_reg of such a layer; λ must be positive where they are fewer than
-            its input is wide.
         mask: ``sparse`` | ``low_rank``, of rank 4.
-        seed: of the choice of rows and of the masks.
+        sparsity: L1 weight of sparse masks (`immunize.merge.learned.learn`).
     """
 
     scope: Scope = "kv"
-    rule: Rule = "closed_form"
-    lam: float = 1e-2
-    mu: float = 0.0
-    rows: int = 16
-    regular_rows: int = 1024
-    mask: Mask = "sparse"
-    seed: int = 0
+    rule: Literal["closed_form", "mean", "masked", "gated"] = "closed_form"
+    prompts: Count = 4
+    lam: NonNegative = 1e-2
+    mu: NonNegative = 0.0
+    mask: Literal["sparse", "low_rank"] = "sparse"
+    sparsity: NonNegative = 0.0
 
-    def __post_init__(self) -> None:
-        choice("immunize.merge.scope", self.scope, SCOPES)
-        choice("immunize.merge.rule", self.rule, RULES)
-        choice("immunize.merge.mask", self.mask, ("sparse", "low_rank"))
-        number("immunize.merge.lam", self.lam, 0)
-        number("immunize.merge.mu", self.mu, 0)
+    @property
+    def is_learned(self) -> bool:
+        return self.rule in ("masked", "gated")
+
+    @model_validator(mode="after")
+    def _check(self) -> MergeOptions:
         if self.rule == "masked" and self.scope == "kv":
-            raise UserError(
-                "immunize.merge.scope",
-                "kv",
-                "rule=masked learns masks beyond kv; take a larger scope.",
-            )
+            raise ValueError("rule=masked learns masks beyond scope=kv: take a larger scope")
+        return self
+
+
+# layers
+
+
+def _suffixes(attention: str, kinds: str) -> tuple[str, ...]:
+    return tuple(f"{attention}.to_{kind}.weight" for kind in kinds)
+
+
+def scope_names(unet: nn.Module, scope: Scope, key: str = "immunize.scope") -> tuple[str, ...]:
+    """Return the names of the parameters in ``scope``, in the U-Net's order.
+
+    ``kv``: key and value matrices of the cross-attention; ``qkv``: its queries too; ``attn2``: all
+        of the cross-attention (the S of arXiv 2412.15320); ``attention``: self-attention too;
+        ``down`` and ``up``: those blocks; ``all``: every parameter.
+
+    Raises:
+        UserError: the U-Net has none of them; names the config key ``key``.
+    """
+    inside = {
+        "kv": lambda name: name.endswith(_suffixes(".attn2", "kv")),
+        "qkv": lambda name: name.endswith(_suffixes(".attn2", "qkv")),
+        "attn2": lambda name: ".attn2." in name,
+        "attention": lambda name: ".attn1." in name or ".attn2." in name,
+        "down": lambda name: name.startswith("down_blocks."),
+        "up": lambda name: name.startswith("up_blocks."),
+        "all": lambda name: True,
+    }[scope]
+    names = tuple(name for name, _ in unet.named_parameters() if inside(name))
+    if not names:
+        reason = "selects no parameter of this U-Net; choose all or a U-Net with cross-attention."
+        raise UserError(key, scope, reason)
+    return names
+
+
+def group_of(name: str) -> str:
+    """Return the group of a matrix. Matrices of one group read the same input: the text, or a
+    self-attention's, or the layer's own.
+    """
+    if name.endswith(_suffixes("attn2", "kv")):
+        return TEXT
+    if name.endswith(_suffixes("attn1", "qkv")):
+        return name.rsplit(".", 2)[0]
+    return name.rsplit(".", 1)[0]
+
+
+def _matrix_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Return what the module's weight, seen as a matrix, multiplies: [rows, d]."""
+    if isinstance(module, nn.Conv2d):
+        kernel: Any = module.kernel_size
+        padding: Any = module.padding
+        patches = nn.functional.unfold(
+            x, kernel, dilation=module.dilation, padding=padding, stride=module.stride
+        )
+        return patches.transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+@torch.no_grad()
+def record_inputs(
+    model: DiffusionModel,
+    names: Sequence[str],
+    batches: Sequence[ModelInputs],
+    rows: int,
+    seed: int,
+    *labels: object,
+) -> dict[str, Tensor]:
+    """Record the inputs of the layers of ``names`` on ``batches``: group → at most ``rows`` rows
+    [·, d], float64 on the CPU.
+
+    An equal share of each batch is chosen at random (stream ``labels`` of ``seed``).
+    """
+    owners = {group_of(name): name.rsplit(".", 1)[0] for name in names}
+    recorded: dict[str, list[Tensor]] = {group: [] for group in owners}
+    streams = {group: generator(seed, "merge", *labels, group) for group in owners}
+    share = -(-rows // max(len(batches), 1))
+
+    def record(group: str, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        every = _matrix_rows(module, arguments[0])
+        chosen = torch.randperm(len(every), generator=streams[group])[:share]
+        recorded[group].append(every[chosen.to(every.device)].double().cpu())
+
+    handles = [
+        model.unet.get_submodule(owner).register_forward_pre_hook(partial(record, group))
+        for group, owner in owners.items()
+    ]
+    try:
+        for z, text, noise, t in batches:
+            model.predict(model.noised(z, noise, t)[0].to(z), t, text)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {group: torch.cat(parts)[:rows] for group, parts in recorded.items()}
+
+
+# text
 
 
 @dataclass(frozen=True)
@@ -86,77 +172,50 @@ class Rows:
     tokens: tuple[str, ...]
 
 
-def scope_names(unet: nn.Module, scope: Scope) -> list[str]:
-    """Names of the U-Net's matrices and kernels in ``scope``, in the order of the U-Net."""
-    choice("immunize.merge.scope", scope, SCOPES)
-    names = [name for name, p in unet.named_parameters() if p.dim() >= 2]
-    if scope in ("down", "up"):
-        return [name for name in names if name.startswith(f"{scope}_blocks.")]
-    if scope == "all":
-        return names
-    ends = suffixes("attn2", "kv")
-    if scope != "kv":
-        ends += suffixes("attn2", "q")
-    if scope == "attention":
-        ends += (*suffixes("attn1", "qkv"), "attn1.to_out.0.weight", "attn2.to_out.0.weight")
-    return [name for name in names if name.endswith(ends)]
-
-
-# text
-
-
 def word_positions(model: DiffusionModel, prompt: str, words: str) -> list[int]:
-    """Positions of the tokens of ``words`` in the encoded ``prompt``, first occurrence; empty if it
-    is not there.
+    """Return the positions of the tokens of ``words`` in the encoded ``prompt``, first occurrence;
+    empty if they are not there.
     """
-    tokenizer = model.tokenizers[0]
-    asked = tokenizer(words, add_special_tokens=False).input_ids
+    wanted = model.tokenizers[0](words, add_special_tokens=False).input_ids
     ids = model.tokens([prompt])[0].tolist()
-    if asked:
-        for i in range(len(ids) - len(asked) + 1):
-            if ids[i : i + len(asked)] == asked:
-                return list(range(i, i + len(asked)))
+    for i in range(len(ids) - len(wanted) + 1) if wanted else ():
+        if ids[i : i + len(wanted)] == wanted:
+            return list(range(i, i + len(wanted)))
     return []
 
 
 @torch.no_grad()
 def concept_rows(model: DiffusionModel, prompts: Sequence[str], words: str) -> Rows:
-    """Text-encoder rows of the tokens of ``words`` in each of ``prompts``, equal rows once.
+    """Return text-encoder rows of the tokens of ``words`` in each of ``prompts``, equal rows once.
 
     Raises:
-        UserError: no prompt, or one in which the words do not occur (within the context).
+        UserError: a prompt in which the words do not occur (within the context).
     """
-    if not prompts:
-        raise UserError("scenario", words, "the concept needs at least one prompt that names it.")
     rows: list[Tensor] = []
     tokens: list[str] = []
     for prompt in prompts:
         places = word_positions(model, prompt, words)
         if not places:
             context = model.tokenizers[0].model_max_length
-            raise UserError(
-                "scenario",
-                words,
-                f"the words must occur in the first {context} tokens of {prompt!r}.",
-            )
+            reason = f"the words must occur in the first {context} tokens of {prompt!r}."
+            raise UserError("scenario", words, reason)
         hidden = model.text([prompt]).hidden[0]
-        names = model.tokenizers[0].convert_ids_to_tokens(
-            model.tokens([prompt])[0, places].tolist()
-        )
+        ids = model.tokens([prompt])[0, places].tolist()
+        names = model.tokenizers[0].convert_ids_to_tokens(ids)
         for i, name in zip(places, names, strict=True):
-            if not _known(hidden[i], rows):
+            if not _is_known(hidden[i], rows):
                 rows.append(hidden[i])
                 tokens.append(name)
     return Rows(torch.stack(rows), tuple(tokens))
 
 
-def _known(row: Tensor, rows: Sequence[Tensor]) -> bool:
-    """Equal up to the rounding of a batched encoder."""
+def _is_known(row: Tensor, rows: Sequence[Tensor]) -> bool:
+    """Tell whether ``rows`` hold ``row``, up to the rounding of a batched encoder."""
     return any(bool((row - other).norm() <= 1e-5 * row.norm()) for other in rows)
 
 
 def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tensor], list[str]]:
-    """C_n without the rows that another concept has too, and the tokens that were dropped.
+    """Return C_n without the rows that another concept has too, and the tokens that were dropped.
 
     A shared row would ask X c = W_1 c and X c = W_2 c at once (C A Cᵀ singular). It says nothing
     about either concept, so it goes from all of them. A concept that has no other row keeps its
@@ -166,42 +225,35 @@ def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tenso
     Raises:
         UserError: a concept shares all its rows and μ = 0; names the tokens.
     """
-    found, dropped = [], []
+    distinct: list[Tensor] = []
+    dropped: dict[str, None] = {}
     for n, concept in enumerate(concepts):
         others = [row for m, other in enumerate(concepts) if m != n for row in other.rows]
-        shared = [_known(row, others) for row in concept.rows]
-        tokens = [t for t, known in zip(concept.tokens, shared, strict=True) if known]
-        if all(shared) and mu == 0:
-            raise UserError(
-                "immunize.merge.mu",
-                mu,
-                f"concept {n + 1} shares all its tokens ({', '.join(dict.fromkeys(tokens))}) "
-                "with other concepts, "
-                "which makes C A Cᵀ singular; a value above 0 replaces the constraint X Cᵀ = "
-                "V by (1/μ)‖X Cᵀ − V‖², "
-                "which averages them; or name the concepts by different words.",
-            )
+        shared = [_is_known(row, others) for row in concept.rows]
         if all(shared):
-            told = (
-                "concept %d shares all its tokens (%s) with others: immunize.merge.mu=%g "
-                "averages what they ask for"
+            reason = (
+                f"concept {n + 1} shares all its tokens ({', '.join(dict.fromkeys(concept.tokens))}"
+                ") with other concepts, which makes C A Cᵀ singular. A value above 0 averages what "
+                "they ask for; or name the concepts by different words."
             )
-            logger.warning(told, n + 1, ", ".join(dict.fromkeys(tokens)), mu)
-        keep = [i for i, known in enumerate(shared) if all(shared) or not known]
-        found.append(concept.rows[keep])
-        dropped += tokens if not all(shared) else []
+            if mu == 0:
+                raise UserError("immunize.merge.mu", mu, reason)
+            logger.warning("immunize.merge.mu=%g: %s", mu, reason)
+            distinct.append(concept.rows)
+            continue
+        distinct.append(concept.rows[[i for i, known in enumerate(shared) if not known]])
+        tokens = zip(concept.tokens, shared, strict=True)
+        dropped |= dict.fromkeys(token for token, known in tokens if known)
     if dropped:
-        told = (
-            "the merge leaves out the rows of %s, which several concepts share: they say "
-            "nothing about either"
+        logger.warning(
+            "the merge leaves out the rows of %s, which several concepts share", ", ".join(dropped)
         )
-        logger.warning(told, ", ".join(dict.fromkeys(dropped)))
-    return found, list(dict.fromkeys(dropped))
+    return distinct, list(dropped)
 
 
 @torch.no_grad()
 def regularizer_rows(model: DiffusionModel, captions: Sequence[str], batch: int = 64) -> Tensor:
-    """C_reg [captions · context, d]: all rows of the encoded captions, encoded once.
+    """Return C_reg [captions · context, d]: all rows of the encoded captions.
 
     Raises:
         UserError: no caption.
@@ -212,71 +264,70 @@ def regularizer_rows(model: DiffusionModel, captions: Sequence[str], batch: int 
     return torch.cat(parts).flatten(0, 1)
 
 
-# the whole
-
-
 def build_merge(
     model: DiffusionModel,
     concepts: Sequence[tuple[Sequence[str], str]],
     captions: Sequence[str],
     options: MergeOptions,
     *,
-    batches: Sequence[Sequence[Batch]] = (),
-    regular_batches: Sequence[Batch] = (),
+    batches: Sequence[Sequence[ModelInputs]] = (),
+    regular_batches: Sequence[ModelInputs] = (),
+    rows: int = 16,
+    regular_rows: int = 1024,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
 ) -> Merge:
-    """The merge of ``concepts`` at θ_0 = ``model``.
+    """Build the merge of ``concepts`` at θ_0 = ``model``.
 
     Args:
         concepts: (prompts, words) of each.
         captions: of C_reg.
         batches: per concept, what layers without text input are recorded on (scopes beyond ``kv``).
         regular_batches: the same for C_reg.
+        rows: input rows per concept of a layer whose input is not text; a kernel's rows are its
+            patches. At most d/2N are taken, so that N concepts never pin down a whole matrix of
+            input width d.
+        regular_rows: rows of C_reg of such a layer; λ must be positive where they are fewer than
+            its input is wide.
+        seed: of the choice of rows and of the masks.
+        dtype: of the weights that are merged; None for that of the model.
 
     Raises:
         UserError: singular systems, shared tokens, or a scope without batches.
     """
-    n, rule = len(concepts), options.rule
+    n, rule, lam, mu = len(concepts), options.rule, options.lam, options.mu
     if rule == "mean" or n == 0:
         return Merge(n)
-    scope = scope_names(model.unet, options.scope)
-    closed = [
-        x
-        for x in scope
-        if group_of(x) == TEXT or (rule == "closed_form" and not any(t in x for t in TIMED))
-    ]
-    if rule == "gated":
-        closed = []
-    members = {name: group_of(name) for name in closed}
+    parameters = dict(model.unet.named_parameters())
+    names = scope_names(model.unet, options.scope, "immunize.merge.scope")
+    scope = [name for name in names if parameters[name].dim() >= 2]
+    members: dict[str, str] = {}
+    for name in scope if rule != "gated" else ():
+        on_layers = rule == "closed_form" and not any(part in name for part in TIMED)
+        if group_of(name) == TEXT or on_layers:
+            members[name] = group_of(name)
     factors: dict[str, Factors] = {}
     dropped: list[str] = []
     if TEXT in members.values():
-        rows, dropped = distinct_rows([concept_rows(model, p, w) for p, w in concepts], options.mu)
-        inputs = Inputs(tuple(rows), regularizer_rows(model, captions))
-        factors[TEXT] = factorize(inputs, lam=options.lam, mu=options.mu)
-    rest = [name for name in closed if members[name] != TEXT]
-    if rest:
+        text, dropped = distinct_rows([concept_rows(model, p, w) for p, w in concepts], mu)
+        factors[TEXT] = factorize(text, regularizer_rows(model, captions), lam=lam, mu=mu)
+    layers = [name for name, group in members.items() if group != TEXT]
+    if layers:
         if len(batches) != n or not all(batches) or not regular_batches:
-            raise UserError(
-                "immunize.merge.scope",
-                options.scope,
-                "needs pictures of every concept and of other things.",
-            )
-        seen = [
-            layer_inputs(model, rest, some, options.rows, options.seed, i)
-            for i, some in enumerate(batches)
-        ]
-        regular = layer_inputs(
-            model, rest, regular_batches, options.regular_rows, options.seed, "regular"
-        )
+            reason = "needs images of every concept and of other things."
+            raise UserError("immunize.merge.scope", options.scope, reason)
+        own = [record_inputs(model, layers, b, rows, seed, i) for i, b in enumerate(batches)]
+        regular = record_inputs(model, layers, regular_batches, regular_rows, seed, "regular")
         for group, c in regular.items():
             most = max(c.shape[1] // (2 * n), 1)
-            inputs = Inputs(tuple(some[group][:most] for some in seen), c)
-            factors[group] = factorize(inputs, lam=options.lam, mu=options.mu)
+            factors[group] = factorize([inputs[group][:most] for inputs in own], c, lam=lam, mu=mu)
     learned = None
-    if rule in ("masked", "gated"):
-        like = dict(model.unet.named_parameters())
-        shapes = {name: like[name] for name in scope if name not in members}
-        learned = Learned(shapes, n, "gate" if rule == "gated" else options.mask, seed=options.seed)
+    if options.is_learned:
+        shapes = {name: parameters[name] for name in scope if name not in members}
+        kind = "gate" if rule == "gated" else options.mask
+        learned = LearnedWeights(shapes, n, kind, seed=seed)
+    like = next(model.unet.parameters()).to(dtype or model.dtype)
+    factors = {group: factor.to(like) for group, factor in factors.items()}
     merge = Merge(n, factors, members, learned)
     merge.report["dropped_tokens"] = float(len(dropped))
     return merge

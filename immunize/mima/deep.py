@@ -1,20 +1,20 @@
 """The objective of ``mima_deep``: survive attackers that train for many steps (own extension of
 arXiv 2412.15320).
 
-Per upper step and concept an attacker is drawn and fine-tunes a copy of θ for K steps
-(`immunize.mima.attackers`). With Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of all
-concepts merged, and sg the stopped gradient,
+Per outer step and concept an attacker is drawn and fine-tunes a copy of θ for K steps
+(`immunize.mima.inner_attackers`). With Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of
+all concepts merged, and sg the stopped gradient,
 
     J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) + w_decoy · L(x^decoy_n; Θ̂) ]
            + w_benign · mean_marks max(L(x^u_b; Θ_b) − L(x^u_b; Θ⁰_b), 0)
            + ramp · { w_prior · L(x^prior; θ) + w_distill · ‖ε_θ(x^prior) − sg ε_θ0(x^prior)‖² }
 
-With ``online`` an upper step looks at one mark only: θ moves there, and the attackers go on from
+With ``online`` an outer step looks at one mark only: θ moves there, and the attackers go on from
 where they are, added to the moved θ, until their K steps are over; then new ones are drawn. The
 expensive part, the attackers' steps, is then shared by as many updates as there are marks (as
 adversarial training "for free" does, arXiv 1904.12843).
 
-where x^decoy are pictures that the original paints for the concept's captions (after an erasure:
+where x^decoy are images that the original paints for the concept's captions (after an erasure:
 without the concept), Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient
 is first order, ∂Θ/∂θ = I, taken at the effective weights and brought back to θ through the merge's
 adjoint. b is a benign concept of the rehearsal set, attacked like a target, that has to stay
@@ -28,344 +28,322 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from immunize.merge.closed_form import Merge
-from immunize.mima.attackers import Attack, Attackers, Running, marks
-from immunize.mima.deep_step import DeepOptions, Level, StepResult, reached
-from immunize.mima.losses import Denoiser, Params, Weights, accumulate, capped, gradient_at
-from immunize.mima.products import checkpointed
-from immunize.mima.sampling import Batch, ConceptSplit, Pool
-from immunize.mima.scopes import scope_names
-from lab.core.distributed import team
+from immunize.merge.closed_form import Merge, Params
+from immunize.merge.rows import scope_names
+from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
+from immunize.mima.gradients import Weights, accumulate, gradient_at
+from immunize.mima.inner_attackers import Attack, AttackerFamily, InnerAttack, OneOrMore, Snapshot
+from immunize.mima.outer_loop import Objective
+from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
+from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, config
+from lab.core.data import ConceptCase
 from lab.core.seeding import derive
 
+_OneNumber = BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
+_Sorted = AfterValidator(lambda v: tuple(sorted(v)))
 
-class DeepObjective:
+
+@config
+class MimaDeep(ConceptImmunizer):
+    """Immunization against attackers that train for many steps, see the module.
+
+    Args:
+        inner_batch_size: images per step of an attacker.
+        at: marks, fractions of K at which the attacked weights are looked at.
+        evaluate: where: ``merged`` weights of all concepts, each concept's ``own`` attacked copy,
+            or both.
+        prior_at: the prior's loss is taken at ``start`` (θ itself) or at the ``adapted`` weights
+            (as in MIMA).
+        prior_ramp: factor on the preservation terms that are taken at θ when the concepts' loss has
+            come to the cap: both with ``prior_at=start``, the distance to the original alone with
+            ``adapted``; 1 is constant.
+        w_distill: weight of the distance to the original model's predictions on the prior's
+            images, at θ.
+        w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal
+            concepts leaves it out. benign: its ``loss``, or its ``regret``, the loss beyond that of
+            the original after the same attack.
+        w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints
+            for the concept's captions: an attack that learns the concept has to unlearn these.
+            decoys: such images per target, painted in decoy_steps of DDIM at guidance 4, whatever
+                the scenario samples with.
+        online: an outer step at every mark of an attack, which then goes on, in place of one per
+            attack.
+    """
+
+    name: Text = "mima_deep"
+    attackers: dict[str, AttackerFamily | None]
+    k_min: Count
+    k_max: Count
+    inner_batch_size: Count = 8
+    at: Annotated[tuple[PositiveShare, ...], _OneNumber, _Sorted, Field(min_length=1)] = (0.5, 1.0)
+    evaluate: Annotated[tuple[Literal["merged", "own"], ...], OneOrMore, Field(min_length=1)] = (
+        "merged",
+        "own",
+    )
+    prior_at: Literal["start", "adapted"] = "start"
+    prior_ramp: Annotated[float, Field(strict=True, ge=1)] = 1.0
+    w_distill: NonNegative = 0.0
+    w_benign: NonNegative = 0.0
+    benign: Literal["regret", "loss"] = "loss"
+    w_decoy: NonNegative = 0.0
+    decoys: Count = 40
+    decoy_steps: Count = 20
+    online: Flag = False
+
+    @model_validator(mode="after")
+    def _check_rule(self) -> MimaDeep:
+        if self.merge.is_learned:
+            raise ValueError("merge.rule must be closed_form or mean: mima_deep learns no masks")
+        return self
+
+    def check(self, cases: Sequence[ConceptCase]) -> None:
+        super().check(cases)
+        for case in cases if self.w_benign else ():
+            for concept in case.rehearsal:
+                check_size(concept, ", or set immunize.w_benign=0")
+
+    def needs_prior(self) -> bool:
+        return self.w_prior > 0 or self.w_distill > 0
+
+    def needs_merge(self) -> bool:
+        return "merged" in self.evaluate or self.concepts == "composed"
+
+    def decoys_per_target(self) -> Decoys | None:
+        return Decoys(self.decoys, self.decoy_steps) if self.w_decoy else None
+
+    def shards(self, case: ConceptCase) -> int:
+        """As `Mima.shards`; a merged model needs all attacked copies in one place."""
+        if self.concepts != "merged" or self.evaluate != ("own",):
+            return 1
+        return len(case.targets) + (1 if self.w_benign and case.rehearsal else 0)
+
+    def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
+        return DeepObjective(self, setup, concepts, merge)
+
+
+class DeepObjective(ConceptObjective):
     """Gradient of J for Π_u; see the module."""
 
     def __init__(
-        self,
-        options: DeepOptions,
-        attackers: Attackers,
-        denoiser: Denoiser,
-        names: Sequence[str],
-        targets: Sequence[ConceptSplit],
-        rehearsal: Sequence[ConceptSplit],
-        prior: Pool | None,
-        merge: Merge | None,
-        seed: int,
+        self, config: MimaDeep, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
     ) -> None:
-        self.options, self.attackers, self.denoiser = options, attackers, denoiser
-        self.upper_names = self.moves = tuple(names)
-        self.targets, self.rehearsal, self.prior, self.merge, self.seed = (
-            targets,
-            rehearsal,
-            prior,
-            merge,
-            seed,
-        )
-        self.original = (
-            {name: denoiser.theta[name].detach().clone() for name in self.upper_names}
-            if options.w_distill or self._regrets
-            else {}
-        )
-        self.places = options.evaluate if merge is not None else ("own",)
-        self.running: dict[
-            str, Running
-        ] = {}  # this process's attacks that go on at the next upper step, by concept
+        super().__init__(setup, concepts, merge)
+        self.config, theta = config, self.denoiser.theta
+        self.rehearsal = setup.split(setup.case.rehearsal, None) if config.w_benign else []
+        self.needs_regret = bool(self.rehearsal) and config.benign == "regret"
+        self.original: Params = {}
+        if config.w_distill or self.needs_regret:
+            self.original = {name: theta[name].detach().clone() for name in self.outer_names}
+        # this process's attacks that go on at the next outer step, by concept
+        self.attacks: dict[str, InnerAttack] = {}
         self.saved: Params = {}
-        self.team = team()
-
-    @property
-    def _regrets(self) -> bool:
-        return bool(self.options.w_benign and self.rehearsal) and self.options.benign == "regret"
 
     def state(self) -> Params:
-        own = {
-            f"{name}/{k}": v for name, run in self.running.items() for k, v in run.state().items()
-        }
-        own = {name: tensor.cpu() for name, tensor in own.items()}
-        found: Params = {}
+        attacks = {name: attack.state() for name, attack in self.attacks.items()}
+        own = {f"{name}/{k}": v.cpu() for name, some in attacks.items() for k, v in some.items()}
+        state: Params = {}
         for member in range(self.team.size):
-            found |= self.team.broadcast(own, member)
-        return found
-
-    def alike(self) -> Params:
-        return {}  # an attack is known to the process that runs it
+            state |= self.team.broadcast(own, member)
+        return state
 
     def load(self, state: Params) -> None:
         self.saved = dict(state)
 
-    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        self.denoiser.sync(self.moves)
-        if not self.options.checkpointing:
-            return self._gradient(theta, step)
-        with checkpointed(self.denoiser.model.unet):
-            return self._gradient(theta, step)
-
-    def _gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        concepts, here = self._concepts(step), StepResult()
-        count = self._marks(step)
+    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        o, places, targets = self.config, self.config.evaluate, len(self.concepts)
+        concepts = self._practised(step)
+        count = max(len(self._marks(self._draw(c, step), step)) for c in self.concepts)
+        share = 1 / (count * len(places) * targets)
+        attacked: dict[int, list[Snapshot]] = {}
+        rows: dict[int, dict[str, float]] = {}
         total: Params = {}
+        preservation: Params = {}
 
-        def one(n: int) -> Params:
+        def compute(n: int) -> Params:
             if n == len(concepts):
-                return self._preserve(theta, n, step, here)
-            level = self._attack(theta, concepts[n], step)
-            if n >= len(self.targets):
-                return self._benign(theta, n, concepts[n], level, step, here)
-            if "merged" in self.places:
-                here.levels[n] = level
-            return self._own(theta, n, level, step, count, here)
+                gradient, rows[n] = self._preserve(theta, step)
+                return gradient
+            snapshots = self._attack(theta, concepts[n], step)
+            if n >= targets:
+                gradient, rows[n] = self._benign(theta, concepts[n], snapshots, step)
+                return gradient
+            last, v = snapshots[-1], Params()
+            rows[n] = {"inner_loop_steps": float(last.step)}
+            if not math.isnan(last.drop):
+                rows[n]["inner_loop_drop"] = last.drop
+            if "merged" in places:
+                attacked[n] = snapshots
+            for i in range(count) if "own" in places else ():
+                weights = snapshots[min(i, len(snapshots) - 1)].weights
+                rows[n] |= self._terms(theta, weights, "own", n, step, i, v)
+            return {name: g * share for name, g in v.items()}
 
         def add(n: int, gradient: Params) -> None:
-            if n == len(concepts):
-                here.kept = gradient
-            else:
-                accumulate(total, gradient, 1.0)
+            accumulate(preservation if n == len(concepts) else total, gradient)
 
-        self.team.reduce_in_order(len(concepts) + 1, one, add)
-        if (
-            "merged" in self.places
-        ):  # never with several processes, see `immunize.mima.method.MimaDeep.shards`
-            self._together(
-                theta, [here.levels[n] for n in range(len(self.targets))], step, count, here, total
-            )
-        here.facts = self.team.gather(here.facts)
-        values = here.values(len(self.targets)) | (
-            self.merge.residual() if self.merge is not None else {}
-        )
-        if here.kept:
-            near = (
-                0.0
-                if self.options.cap is None
-                else min(max(values["upper_loss"], 0.0) / self.options.cap, 1.0)
-            )
-            values["prior_factor"] = 1 + (self.options.prior_ramp - 1) * near**2
-            accumulate(total, here.kept, values["prior_factor"])
-        return {name: total[name] for name in self.upper_names}, values
+        self.team.reduce_in_order(len(concepts) + 1, compute, add)
+        # the merge is never looked at by several processes, see `MimaDeep.shards`
+        for i in range(count) if "merged" in places else ():
+            v = Params()
+            ends = [some[min(i, len(some) - 1)].weights for some in attacked.values()]
+            base = {name: theta[name].detach() for weights in ends for name in weights}
+            point = self.merge(base, ends)
+            for n in range(targets):
+                rows[n] |= self._terms(theta, point, "merged", n, step, i, v)
+            accumulate(total, self.merge.adjoint_direct(v), share)
+            for n in range(targets):
+                accumulate(total, self.merge.adjoint_part(v, n), share)
+        values = self._values(self.team.gather(rows)) | self.merge.residual()
+        if preservation:
+            near = 0.0 if o.cap is None else min(max(values["outer_loss"], 0.0) / o.cap, 1.0)
+            values["prior_factor"] = 1 + (o.prior_ramp - 1) * near**2
+            accumulate(total, preservation, values["prior_factor"])
+        return {name: total[name] for name in self.outer_names}, values
 
-    def _concepts(self, step: int) -> list[ConceptSplit]:
-        """The targets, and one concept to practise with where a benign term is asked for."""
-        if not (self.options.w_benign and self.rehearsal):
-            return list(self.targets)
+    def _values(self, rows: dict[int, dict[str, float]]) -> dict[str, float]:
+        """Return what to log: means over targets and places, then what the benign and the
+        preservation terms gave.
+        """
+        listed: dict[str, list[float]] = {}
+        for n in range(len(self.concepts)):
+            for key, value in rows[n].items():
+                listed.setdefault(key.rpartition("/")[2], []).append(value)
+        values = {key: sum(some) / len(some) for key, some in listed.items()}
+        for n in range(len(self.concepts), len(rows)):
+            values |= rows[n]
+        return values
+
+    def _practised(self, step: int) -> list[ConceptSplit]:
+        """Return the targets, and one concept to practise with where there is a benign term."""
+        if not self.rehearsal:
+            return list(self.concepts)
         turn = derive(self.seed, "mima", "rehearsal", self._round(step)[0]) % len(self.rehearsal)
-        return [*self.targets, self.rehearsal[turn]]
+        return [*self.concepts, self.rehearsal[turn]]
 
     # the attacks
 
     def _round(self, step: int) -> tuple[int, int]:
-        """Number of the attacks that upper step ``step`` belongs to, and which of their marks it
-        looks at.
+        """Return the number of the attacks that outer step ``step`` belongs to, and which of their
+        marks it looks at.
         """
-        return divmod(step, len(self.options.at)) if self.options.online else (step, 0)
+        return divmod(step, len(self.config.at)) if self.config.online else (step, 0)
 
-    def _drawn(self, concept: ConceptSplit, step: int) -> Attack:
-        return self.attackers.draw(self.seed, concept.name, self._round(step)[0])
+    def _draw(self, concept: ConceptSplit, step: int) -> Attack:
+        return self.config.draw(self.seed, concept.name, self._round(step)[0])
+
+    def _marks(self, attack: Attack, step: int) -> tuple[int, ...]:
+        """Return the steps of ``attack`` that this outer step looks at, each at least 1, without
+        repetition. Where an attack has fewer than others, its last one stands for the missing.
+        """
+        o, turn = self.config, self._round(step)[1]
+        fractions = [o.at[turn]] if o.online else o.at
+        return tuple(sorted({max(1, round(fraction * attack.steps)) for fraction in fractions}))
 
     def _attack(
         self, theta: Params, concept: ConceptSplit, step: int, original: bool = False
-    ) -> Level:
-        """``original``: the same attack, batch by batch, on the model before immunization."""
-        o, (round_, turn) = self.options, self._round(step)
+    ) -> list[Snapshot]:
+        """Attack θ, or the ``original`` model batch by batch in the same way, up to the marks of
+        this step.
+        """
+        o, (round_, turn), drawn = self.config, self._round(step), self._draw(concept, step)
         key = f"original:{concept.name}" if original else concept.name
-        if turn == 0 or key not in self.running:
-            self.running[key] = self._begin(
-                theta, concept, self._drawn(concept, step), round_, original
+        if turn == 0 or key not in self.attacks:
+            self.attacks[key] = InnerAttack(
+                self._original_loss if original else self.denoiser.loss,
+                {**theta, **self.original} if original else theta,
+                scope_names(self.unet, drawn.scope),
+                drawn,
+                concept.inner,
+                o.inner_batch_size * concept.concepts,
+                self.seed,
+                concept.name,
+                round_,
             )
             if turn > 0:
                 head = f"{key}/"
                 saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
-                self.running[key].load(saved)
-        running = self.running[key]
-        at = marks(running.attack.steps, o.at)
-        if o.online:
-            at = (max(1, round(o.at[turn] * running.attack.steps)),)
+                self.attacks[key].load(saved)
+        attack = self.attacks[key]
         try:
-            return Level(running.attack, [running.advance(until) for until in at])
+            return [attack.advance(until) for until in self._marks(drawn, step)]
         except FloatingPointError as error:
             raise FloatingPointError(f"concept {concept.name}: {error}") from error
         finally:
             if not o.online or turn == len(o.at) - 1:
-                del self.running[key]
-
-    def _begin(
-        self, theta: Params, concept: ConceptSplit, attack: Attack, round_: int, original: bool
-    ) -> Running:
-        moves = scope_names(self.denoiser.model.unet, attack.scope)
-        loss = self._original_loss if original else self.denoiser.loss
-        return Running(
-            loss,
-            {**theta, **self.original} if original else theta,
-            moves,
-            attack,
-            concept.lower,
-            self.options.inner_batch_size * concept.concepts,
-            self.seed,
-            concept.name,
-            round_,
-        )
+                del self.attacks[key]
 
     def _original_loss(self, batch: Batch, weights: Weights) -> Tensor:
         return self.denoiser.loss(batch, {**self.original, **weights})
 
-    def _upper(self, concept: ConceptSplit, template: str, step: int, mark: int) -> Batch:
-        """Held-out pictures with the captions that the attacker taught, since it will ask by
-        them.
-        """
-        size = self.options.batch_size * concept.concepts
-        return concept.upper.template(template).batch(
-            size, self.seed, concept.name, step, "upper", mark
-        )
+    # what must become hard
 
-    def _decoys(self, concept: ConceptSplit, template: str, step: int, mark: int) -> Batch | None:
-        if concept.decoys is None:
-            return None
-        size = self.options.batch_size * concept.concepts
-        return concept.decoys.template(template).batch(
-            size, self.seed, concept.name, step, "decoys", mark
-        )
-
-    # ── what must become hard
-
-    def _marks(self, step: int) -> int:
-        """Marks of the attack that has most; in the others the last one stands for those that are
-        missing.
-        """
-        if self.options.online:
-            return 1
-        drawn = [self._drawn(concept, step) for concept in self.targets]
-        return max(len(marks(attack.steps, self.options.at)) for attack in drawn)
-
-    def _own(
-        self, theta: Params, n: int, level: Level, step: int, count: int, here: StepResult
-    ) -> Params:
-        """A target's −min(L, cap), and the prior where it is asked for there, at its own attacked
-        weights.
-        """
-        v: Params = {}
-        here.facts[n] = reached(level)
-        if "own" not in self.places:
-            return v
-        for i in range(count):
-            weights = level.found[min(i, len(level.found) - 1)].weights
-            here.facts[n] |= self._one(theta, weights, "own", n, level.attack.template, step, i, v)
-        share = 1 / (count * len(self.places) * len(self.targets))
-        return {name: g * share for name, g in v.items()}
-
-    def _together(
-        self,
-        theta: Params,
-        levels: list[Level],
-        step: int,
-        count: int,
-        here: StepResult,
-        total: Params,
-    ) -> None:
-        """The same at the merged weights, first order through the merge."""
-        assert self.merge is not None
-        share = 1 / (count * len(self.places) * len(self.targets))
-        for i in range(count):
-            v: Params = {}
-            point = self._merged(
-                theta, [level.found[min(i, len(level.found) - 1)].weights for level in levels]
-            )
-            for n in range(len(self.targets)):
-                here.facts[n] |= self._one(
-                    theta, point, "merged", n, levels[n].attack.template, step, i, v
-                )
-            direct, parts = self.merge.adjoint(v)
-            for part in (direct, *parts):
-                accumulate(total, part, share)
-
-    def _merged(self, theta: Params, here: list[Params]) -> Params:
-        assert self.merge is not None
-        moved = dict.fromkeys(name for weights in here for name in weights)
-        with torch.no_grad():
-            return self.merge({name: theta[name] for name in moved}, here)
-
-    def _one(
-        self,
-        theta: Params,
-        at: Weights,
-        place: str,
-        n: int,
-        template: str,
-        step: int,
-        mark: int,
-        v: Params,
+    def _terms(
+        self, theta: Params, at: Weights, place: str, n: int, step: int, mark: int, v: Params
     ) -> dict[str, float]:
-        """One concept's terms at one point, added to ``v``; returns the losses by ``place``."""
-        o, concept, seen = self.options, self.targets[n], {}
-        batch, decoys = (
-            self._upper(concept, template, step, mark),
-            self._decoys(concept, template, step, mark),
-        )
+        """Add the gradient of one concept's terms at one point to ``v``; return the losses by
+        ``place``.
+        """
+        o, concept, losses = self.config, self.concepts[n], {}
+        attack, decoys = self._draw(concept, step), None
+        batch = self.draw_batch(concept.outer, concept, attack, step, "upper", mark)
+        if concept.decoys is not None:
+            decoys = self.draw_batch(concept.decoys, concept, attack, step, "decoys", mark)
 
         def terms(weights: Weights) -> Tensor:
-            upper = self.denoiser.loss(batch, weights)
-            seen[f"{place}/upper_loss"] = float(upper.detach())
-            value = -capped(upper, o.cap)
+            outer = self.denoiser.loss(batch, weights)
+            losses[f"{place}/outer_loss"] = float(outer.detach())
+            value = -capped(outer, o.cap)
             if o.w_prior and o.prior_at == "adapted":
-                prior = self.denoiser.loss(self._prior(concept.name, step, mark), weights)
-                seen[f"{place}/prior_loss"] = float(prior.detach())
+                images = self.draw_prior(o.prior_batch_size, concept.name, step, "prior", mark)
+                prior = self.denoiser.loss(images, weights)
+                losses[f"{place}/prior_loss"] = float(prior.detach())
                 value = value + o.w_prior * prior
             if decoys is not None:
                 decoy = self.denoiser.loss(decoys, weights)
-                seen[f"{place}/decoy_loss"] = float(decoy.detach())
+                losses[f"{place}/decoy_loss"] = float(decoy.detach())
                 value = value + o.w_decoy * decoy
             return value
 
-        accumulate(v, gradient_at(terms, theta, at, self.upper_names)[1], 1.0)
-        return seen
+        accumulate(v, gradient_at(terms, theta, at, self.outer_names)[1])
+        return losses
 
     # what must stay
 
     def _benign(
-        self,
-        theta: Params,
-        n: int,
-        concept: ConceptSplit,
-        level: Level,
-        step: int,
-        here: StepResult,
-    ) -> Params:
-        before = self._attack(theta, concept, step, original=True).found if self._regrets else None
+        self, theta: Params, concept: ConceptSplit, snapshots: list[Snapshot], step: int
+    ) -> tuple[Params, dict[str, float]]:
+        attack = self._draw(concept, step)
+        before = self._attack(theta, concept, step, original=True) if self.needs_regret else None
         total: Params = {}
         loss, regret = math.nan, math.nan
-        for i, mark in enumerate(level.found):
-            batch = self._upper(concept, level.attack.template, step, i)
+        for i, snapshot in enumerate(snapshots):
+            batch = self.draw_batch(concept.outer, concept, attack, step, "upper", i)
             loss, gradient = gradient_at(
-                partial(self.denoiser.loss, batch), theta, mark.weights, self.upper_names
+                partial(self.denoiser.loss, batch), theta, snapshot.weights, self.outer_names
             )
             if before is not None:
                 with torch.no_grad():
                     regret = loss - float(self._original_loss(batch, before[i].weights))
             if not regret <= 0:  # nan where losses are minimised themselves
-                accumulate(total, gradient, self.options.w_benign / len(level.found))
-        here.facts[n] = {"benign_loss": loss} | (
-            {} if before is None else {"benign_regret": regret}
-        )
-        return total
+                accumulate(total, gradient, self.config.w_benign / len(snapshots))
+        regrets = {} if before is None else {"benign_regret": regret}
+        return total, {"benign_loss": loss} | regrets
 
-    def _prior(self, label: str, step: int, mark: int) -> Batch:
-        assert self.prior is not None
-        return self.prior.batch(
-            self.options.prior_batch_size, self.seed, label, step, "prior", mark
-        )
-
-    def _preserve(self, theta: Params, n: int, step: int, here: StepResult) -> Params:
-        """Prior and distillation at θ, in one forward and backward pass, before the ramp's
+    def _preserve(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        """Return prior and distillation at θ, in one forward and backward pass, before the ramp's
         factor.
         """
-        o = self.options
+        o, losses = self.config, dict[str, float]()
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
-        if self.prior is None or not (w_prior or o.w_distill):
-            return {}
-        batch, seen = self._prior("start", step, 0), {}
+        if not (w_prior or o.w_distill):
+            return {}, losses
+        batch = self.draw_prior(o.prior_batch_size, "start", step, "prior", 0)
         with torch.no_grad():
             before = self.denoiser.predict(batch, self.original)[0] if o.w_distill else None
 
@@ -374,14 +352,12 @@ class DeepObjective:
             value = guess.new_zeros(())
             if w_prior:
                 prior = (guess - target).square().mean()
-                seen["prior_loss"] = float(prior.detach())
+                losses["prior_loss"] = float(prior.detach())
                 value = value + w_prior * prior
             if before is not None:
                 distance = (guess - before).square().mean()
-                seen["distill_loss"] = float(distance.detach())
+                losses["distill_loss"] = float(distance.detach())
                 value = value + o.w_distill * distance
             return value
 
-        gradient = gradient_at(terms, theta, {}, self.upper_names)[1]
-        here.facts[n] = seen
-        return gradient
+        return gradient_at(terms, theta, {}, self.outer_names)[1], losses

@@ -1,16 +1,22 @@
-"""The gradient of the upper level through merge and lower level (MIMA, arXiv 2412.15320), streamed
+"""The gradient of the outer loop through merge and inner loop (MIMA, arXiv 2412.15320), streamed
 over concepts.
 
-    J(θ) = mean_n upper_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N),    θ'_n = lower level of concept n
+    J(θ) = mean_n outer_n(θ̂),    θ̂ = Merge(θ, θ'_1 … θ'_N),    θ'_n = inner loop of concept n
     from θ g = Π_u [ v_dir + Σ_n J_nᵀ v_n ],    (v_dir, v_1 … v_N) = Mergeᵀ v,    v = ∇_θ̂ J
 
-Three sweeps over the concepts: lower level, ∇J at θ̂, transpose of the lower level on the same
+Three sweeps over the concepts: inner loop, ∇J at θ̂, transpose of the inner loop on the same
 batches. Time is linear in N; memory is that of one concept (plus N thin traces where K > 1 and
 ``recompute`` is off).
 
+``implicit`` differentiates a proximal inner loop (iMAML, arXiv 1909.04630):
+θ' = argmin_φ L(φ) + (ρ/2)‖φ − θ‖² on the inner set, the rest of the parameters staying at θ:
+
+    ∂⟨v, θ'⟩ by the inner set = a,  (I + ∇²_ll L(θ')/ρ) a = v_l;    by the rest = v_o − ∇²_ol L(θ')
+    a / ρ
+
 Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters
 in float32 or float64; a loss that computes in another dtype casts them itself
-(`immunize.mima.losses.Denoiser`).
+(`immunize.mima.base.Denoiser`).
 """
 
 from __future__ import annotations
@@ -23,121 +29,118 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.implicit import Implicit, solve
-from immunize.mima.inner_loop import Lower, LowerLevel, LowerLoss, Trace
-from immunize.mima.products import Product, finite, gradients
+from immunize.merge.closed_form import Merge, MergeAccumulator, Params
+from immunize.mima.gradients import accumulate, compute_gradients, hessian_product, is_finite
+from immunize.mima.inner_loop import InnerProblem, Trace
+from lab.core.config import Count, Flag, Positive, options
 from lab.core.distributed import ALONE, Team
-from lab.core.errors import Diverged, UserError
-from lab.core.options import choice, count
+from lab.core.errors import Diverged
 
-Method = Literal["exact", "truncated", "implicit", "first_order", "alternating"]
-METHODS: tuple[Method, ...] = ("exact", "truncated", "implicit", "first_order", "alternating")
-UpperLoss = Callable[[Params, int], Tensor]
+OuterLoss = Callable[[Params, int], Tensor]
+Solution = tuple[Params, dict[str, Any]]
+
+
+@options
+class HypergradientOptions:
+    """How the gradient passes the inner loop.
+
+    Args:
+        method: ``exact``; ``truncated`` differentiates the ``last`` steps; ``implicit`` puts
+            (ρ/2)‖θ'−θ‖² into the inner loop and solves (I + ∇²L(θ'_n)/ρ) a = v_n; ``first_order``
+            drops the Hessian, which leaves v, since the transpose of the merge sums to the
+            identity; ``alternating`` (the released behaviour) has the same v, but the merged
+            weights replace θ without gradient, see `HypergradientResult.merged`.
+        recompute: run the inner loop again for the transpose in place of keeping N traces.
+        rho: ρ. The inner loop has one solution where ρ exceeds the negative curvature of L.
+        solver: ``cg`` | ``neumann`` (converges where ‖∇²L‖ < ρ).
+        iterations: at most; each costs one Hessian-vector product, and one more ends the solution.
+        tolerance: at which the solver stops, ‖residual‖ ÷ ‖v‖.
+    """
+
+    method: Literal["exact", "truncated", "implicit", "first_order", "alternating"] = "exact"
+    last: Count = 1
+    recompute: Flag = False
+    rho: Positive = 0.05
+    solver: Literal["cg", "neumann"] = "cg"
+    iterations: Count = 10
+    tolerance: Positive = 1e-6
 
 
 @dataclass(frozen=True)
-class Hypergradient:
+class HypergradientResult:
     """One evaluation.
 
     Attributes:
-        gradient: ∇J on the upper set; an optimizer *descends* it.
+        gradient: ∇J on the outer set; an optimizer *descends* it.
         merged: θ̂ (all names of θ). ``alternating`` continues from it: θ ← θ̂ first, then the step.
-        upper_loss: J(θ̂).
-        lower_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
+        inner_loop_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
         cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they
             are one.
         info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``,
-            ``residual`` and ``negative_curvature``, and the lower level's ``stationarity``, one per
+            ``residual`` and ``negative_curvature``, and the inner loop's ``stationarity``, one per
             concept.
     """
 
     gradient: Params
     merged: Params
-    upper_loss: float
-    lower_drop: list[float]
+    inner_loop_drop: list[float]
     cosine: float
     info: dict[str, Any] = field(default_factory=dict)
 
 
 def hypergradient(
     theta: Params,
-    lower: Sequence[LowerLoss],
-    upper: UpperLoss,
+    inner: Sequence[InnerProblem],
+    outer: OuterLoss,
     merge: Merge,
+    outer_names: Sequence[str],
+    options: HypergradientOptions,
     *,
-    settings: Lower | Sequence[Lower],
-    upper_names: Sequence[str],
-    lower_names: Sequence[str],
-    method: Method = "exact",
-    last: int = 1,
-    implicit: Implicit | None = None,
-    product: Product = "reverse",
-    recompute: bool = False,
     measure: bool = True,
     team: Team = ALONE,
-) -> Hypergradient:
-    """∇J at θ.
+) -> HypergradientResult:
+    """Compute ∇J at θ.
 
     Args:
-        theta: masters of the upper and the lower set, name → tensor; left untouched.
-        lower: per concept n, ``lower[n](params, k)``: its loss on the k-th inner batch, which has
-            to be the same batch, noise and timesteps whenever k is the same. ``params`` has the
-            names of ``theta``.
-        upper: ``upper(params, n)``: the n-th term of J, e.g. −L + w·prior, capped or not.
+        theta: masters of the outer and the inner set, name → tensor, without gradient; left
+            untouched.
+        inner: the inner loop of each concept, from ``theta``; those of ``implicit`` have its ρ.
+        outer: ``outer(params, n)``: the n-th term of J, e.g. −L + w·prior, capped or not.
         merge: of as many concepts.
-        settings: the attacker, or one per concept.
-        method: ``exact``; ``truncated`` differentiates the ``last`` steps; ``implicit`` puts
-            (ρ/2)‖θ'−θ‖² into the lower level and solves (I + ∇²L(θ'_n)/ρ) a = v_n; ``first_order``
-            drops the Hessian, which leaves v, since the transpose of the merge sums to the
-            identity; ``alternating`` (the released behaviour) has the same v, but the merged
-            weights replace θ without gradient, see `Hypergradient.merged`.
-        product: how Hessian-vector products are taken, see `immunize.mima.products.product`.
-        recompute: run the lower level again for the transpose in place of keeping N traces.
-        measure: evaluate each concept's loss after its lower level (a third of a forward-backward
+        outer_names: the outer set.
+        measure: evaluate each concept's loss after its inner loop (a third of a forward-backward
             each).
         team: processes that share the concepts; all of them call this with equal arguments and get
             equal results.
 
     Raises:
-        UserError: names outside θ, as many losses as concepts missing, or an option that cannot
-            work.
         Diverged: a loss or gradient is not finite.
     """
-    choice("immunize.hypergradient.method", method, METHODS)
-    count("immunize.hypergradient.last", last)
-    choice("immunize.hypergradient.product", product, ("forward", "reverse"))
-    run = _Run(theta, lower, upper, merge, settings, upper_names, lower_names, team)
-    solver = implicit or Implicit() if method == "implicit" else None
-    levels = run.levels(solver)
-    keep = method in ("exact", "truncated") and not recompute
-    traces = run.adapt(levels, keep=keep, final=solver is not None, measure=measure)
-    v, value = run.upper_gradient()
-    first = {x: v[x] for x in run.upper_names}
-    info: dict[str, Any] = merge.residual()
-    if method in ("first_order", "alternating"):
-        gradient = first
-    else:
-
-        def transpose(n: int, part: Params) -> tuple[Params, dict[str, Any]]:
-            if solver is not None:
-                return solve(levels[n], traces[n].final, part, run.upper_names, solver, product)
-            trace = levels[n].run(keep=True) if recompute else traces[n]
-            steps = last if method == "truncated" else levels[n].settings.steps
-            return levels[n].pull(trace, part, run.upper_names, last=steps, how=product), {}
-
-        gradient, facts = run.transposed(v, transpose)
-        for n in range(run.count):
+    method = options.method
+    keep = method in ("exact", "truncated") and not options.recompute
+    traces, merged, drop = _adapt(theta, inner, merge, team, keep, measure)
+    v = _outer_gradient(outer, merged, len(inner), team)
+    first = gradient = {x: v[x] for x in outer_names}
+    info, cosine = dict[str, Any](merge.residual()), float("nan")
+    if method not in ("first_order", "alternating"):
+        gradient, facts = _transpose(inner, traces, v, outer_names, merge, options, team)
+        for n in range(len(inner)):
             for key, fact in facts[n].items():
                 info.setdefault(key, []).append(fact)
-    if not finite(gradient.values()):
+        cosine = compute_cosine(gradient, first)
+    if not is_finite(gradient.values()):
         raise Diverged("the hypergradient is not finite", 0)
-    alike = float("nan") if gradient is first else cosine(gradient, first)
-    return Hypergradient(gradient, run.merged, value, run.drop, alike, info)
+    return HypergradientResult(gradient, merged, drop, cosine, info)
 
 
-def cosine(left: Params, right: Params) -> float:
-    """Cosine of the angle between two sets of tensors with equal names; nan if either is 0."""
+def _dot(left: Params, right: Params) -> float:
+    return sum(float((x.double() * right[name].double()).sum()) for name, x in left.items())
+
+
+def compute_cosine(left: Params, right: Params) -> float:
+    """Return the cosine of the angle between two sets of tensors with equal names; nan if either is
+    0.
+    """
     dot = ll = rr = 0.0
     for name, x in left.items():
         a, b = x.double().flatten(), right[name].double().flatten()
@@ -145,126 +148,161 @@ def cosine(left: Params, right: Params) -> float:
     return dot / (ll * rr) ** 0.5 if ll > 0 and rr > 0 else float("nan")
 
 
-def _at(loss: UpperLoss, n: int, params: Params) -> Tensor:
-    return loss(params, n)
+def _adapt(
+    theta: Params,
+    inner: Sequence[InnerProblem],
+    merge: Merge,
+    team: Team,
+    keep: bool,
+    measure: bool,
+) -> tuple[dict[int, Trace], Params, list[float]]:
+    """First sweep: run every inner loop, merged as it ends. Return what the transpose needs, θ̂ and
+    the drops of the losses.
+    """
+    traces: dict[int, Trace] = {}
+    losses: dict[int, tuple[float, float]] = {}
+    accumulator = MergeAccumulator(merge, theta)
+
+    def compute(n: int) -> Params:
+        problem = inner[n]
+        trace = traces[n] = problem.run(keep=keep)
+        after = float("nan")
+        if measure:
+            with torch.no_grad():
+                after = float(problem.objective(0, {}, trace.final))
+        losses[n] = trace.loss, after
+        part = accumulator.contribution(n, problem.adapted(trace.final))
+        if not problem.rho and problem.settings.rank is None:
+            # the transpose needs its names only
+            trace.final = dict.fromkeys(trace.final, torch.empty(0))
+        return part
+
+    team.reduce_in_order(len(inner), compute, accumulator.add)
+    pairs = [pair for _, pair in sorted(team.gather(losses).items())]
+    drop = [1 - after / before if before else float("nan") for before, after in pairs]
+    return traces, accumulator.finish(), drop
 
 
-class _Run:
-    """The parts of one evaluation."""
+def _outer_gradient(outer: OuterLoss, merged: Params, count: int, team: Team) -> Params:
+    """Second sweep: v = ∇J at θ̂, one backward pass per concept."""
+    v: Params = {}
 
-    def __init__(
-        self,
-        theta: Params,
-        lower: Sequence[LowerLoss],
-        upper: UpperLoss,
-        merge: Merge,
-        settings: Lower | Sequence[Lower],
-        upper_names: Sequence[str],
-        lower_names: Sequence[str],
-        team: Team,
-    ) -> None:
-        self.theta = {name: x.detach() for name, x in theta.items()}
-        self.count, self.merge, self.upper, self.team = len(lower), merge, upper, team
-        self.settings = [settings] * self.count if isinstance(settings, Lower) else list(settings)
-        if not (self.count == merge.count == len(self.settings)):
-            raise ValueError(
-                f"{self.count} losses, {len(self.settings)} attackers, a merge of "
-                f"{merge.count} concepts"
-            )
-        for key, names in (
-            ("immunize.scope", upper_names),
-            ("immunize.inner_loop.scope", lower_names),
-        ):
-            missing = [x for x in names if x not in theta]
-            if missing or not names:
-                raise UserError(
-                    key, missing, "the set is empty or names parameters that theta does not hold."
-                )
-        self.upper_names, self.lower_names = list(upper_names), list(lower_names)
-        self.losses = list(lower)
-        self.before: list[float] = []
-        self.drop: list[float] = []
-        self.merged: Params = {}
+    def compute(n: int) -> Params:
+        value, gradient = compute_gradients(lambda params: outer(params, n), merged)
+        if not is_finite([value, *gradient.values()]):
+            raise Diverged(f"the outer loss of concept {n} is not finite", 0)
+        return {x: g / count for x, g in gradient.items()}
 
-    def levels(self, solver: Implicit | None) -> list[LowerLevel]:
-        adapters = [s.adapter for s in self.settings if s.adapter is not None]
-        if solver is not None and adapters:
-            raise UserError(
-                "immunize.inner_loop.rank",
-                adapters[0].rank,
-                "implicit needs a lower level that moves weights.",
-            )
-        rho = solver.rho if solver is not None else 0.0
-        some = zip(self.settings, self.losses, strict=True)
-        return [
-            LowerLevel(s, self.theta, self.lower_names, loss, n, rho)
-            for n, (s, loss) in enumerate(some)
-        ]
+    team.reduce_in_order(count, compute, lambda _, part: accumulate(v, part))
+    return v
 
-    def adapt(
-        self, levels: Sequence[LowerLevel], *, keep: bool, final: bool, measure: bool
-    ) -> dict[int, Trace]:
-        """First sweep: every lower level, merged as it ends; only what the transpose needs is kept,
-        where it is.
-        """
-        traces: dict[int, Trace] = {}
-        losses: dict[int, tuple[float, float]] = {}
-        running = self.merge.start(self.theta)
 
-        def one(n: int) -> Params:
-            level = levels[n]
-            trace = traces[n] = level.run(keep=keep)
-            found = running.part(n, level.adapted(trace.final))
-            losses[n] = trace.loss, level.loss_at(trace.final) if measure else float("nan")
-            if not final and level.settings.adapter is None:
-                trace.final = dict.fromkeys(
-                    trace.final, torch.empty(0)
-                )  # the transpose needs its names only
-            return found
+def _transpose(
+    inner: Sequence[InnerProblem],
+    traces: dict[int, Trace],
+    v: Params,
+    names: Sequence[str],
+    merge: Merge,
+    options: HypergradientOptions,
+    team: Team,
+) -> tuple[Params, dict[int, dict[str, Any]]]:
+    """Third sweep: v_dir + Σ_n J_nᵀ v_n on the outer set, and the facts of each concept."""
+    direct = merge.adjoint_direct(v)
+    gradient = {x: direct[x].clone() for x in names}
+    facts: dict[int, dict[str, Any]] = {}
 
-        self.team.reduce_in_order(self.count, one, running.put)
-        pairs = [pair for _, pair in sorted(self.team.gather(losses).items())]
-        self.before = [before for before, _ in pairs]
-        self.drop = [1 - after / before if before else float("nan") for before, after in pairs]
-        self.merged = running.finish()
-        return traces
-
-    def upper_gradient(self) -> tuple[Params, float]:
-        """Second sweep: v = ∇J at θ̂, one backward pass per concept, and J."""
-        v: Params = {}
-        values: dict[int, float] = {}
-
-        def one(n: int) -> Params:
-            value, gradient = gradients(partial(_at, self.upper, n), self.merged)
-            if not finite([value, *gradient.values()]):
-                raise Diverged(f"the upper loss of concept {n} is not finite", 0)
-            values[n] = float(value) / self.count
-            return {x: g / self.count for x, g in gradient.items()}
-
-        def add(_: int, part: Params) -> None:
-            for x, g in part.items():
-                v[x] = v[x] + g if x in v else g
-
-        self.team.reduce_in_order(self.count, one, add)
-        return v, sum(value for _, value in sorted(self.team.gather(values).items()))
-
-    def transposed(
-        self, v: Params, transpose: Callable[[int, Params], tuple[Params, dict[str, Any]]]
-    ) -> tuple[Params, dict[int, dict[str, Any]]]:
-        """Third sweep: v_dir + Σ_n J_nᵀ v_n on the upper set, and what ``transpose`` tells of each
-        concept.
-        """
-        direct = self.merge.adjoint_direct(v)
-        gradient = {x: direct[x] for x in self.upper_names}
-        facts: dict[int, dict[str, Any]] = {}
-
-        def one(n: int) -> Params:
-            pulled, facts[n] = transpose(n, self.merge.adjoint_part(v, n))
+    def compute(n: int) -> Params:
+        part = merge.adjoint_part(v, n)
+        if options.method == "implicit":
+            pulled, facts[n] = solve_implicit(inner[n], traces[n].final, part, names, options)
             return pulled
+        facts[n] = {}
+        trace = inner[n].run(keep=True) if options.recompute else traces[n]
+        last = options.last if options.method == "truncated" else inner[n].settings.steps
+        return inner[n].pull(trace, part, names, last=last)
 
-        def add(_: int, pulled: Params) -> None:
-            for x in gradient:
-                gradient[x] = gradient[x] + pulled[x]
+    team.reduce_in_order(len(inner), compute, lambda _, pulled: accumulate(gradient, pulled))
+    return gradient, team.gather(facts)
 
-        self.team.reduce_in_order(self.count, one, add)
-        return gradient, self.team.gather(facts)
+
+# ── implicit differentiation
+
+
+def _axpy(a: float, x: Params, y: Params) -> Params:
+    return {name: a * x[name] + y[name] for name in y}
+
+
+def conjugate_gradients(
+    apply: Callable[[Params], Params], v: Params, iterations: int, tolerance: float
+) -> Solution:
+    """Return a with (I + H/ρ) a ≈ v; stop, and say so, at a direction of curvature ≤ 0, where the
+    system is no minimum.
+    """
+    norm = _dot(v, v)
+    a = {name: torch.zeros_like(x) for name, x in v.items()}
+    r, p, rr = dict(v), dict(v), norm
+    done, negative = 0, False
+    while done < iterations and norm > 0 and rr > tolerance**2 * norm:
+        q = apply(p)
+        curvature = _dot(p, q)
+        if curvature <= 0:
+            negative = True
+            if done == 0:  # no descent at all: the identity, that is the first-order gradient
+                a = dict(v)
+            break
+        step = rr / curvature
+        a, r = _axpy(step, p, a), _axpy(-step, q, r)
+        before, rr = rr, _dot(r, r)
+        p = _axpy(rr / before, p, r)
+        done += 1
+    residual = (rr / norm) ** 0.5 if norm > 0 else 0.0
+    return a, {"iterations": done, "residual": residual, "negative_curvature": negative}
+
+
+def neumann_series(
+    apply: Callable[[Params], Params], v: Params, iterations: int, tolerance: float
+) -> Solution:
+    """Return Σ_j (−H/ρ)^j v up to ``iterations`` terms after the first; ``residual`` is the norm of
+    the next one ÷ ‖v‖.
+    """
+    norm = _dot(v, v)
+    a, term, size = dict(v), dict(v), norm
+    done = 0
+    while done < iterations and size > tolerance**2 * norm:
+        term = _axpy(-1.0, apply(term), term)  # −H/ρ term
+        size = _dot(term, term)
+        a = _axpy(1.0, term, a)
+        done += 1
+    residual = (size / norm) ** 0.5 if norm > 0 else 0.0
+    return a, {"iterations": done, "residual": residual, "negative_curvature": False}
+
+
+def solve_implicit(
+    problem: InnerProblem,
+    phi: Params,
+    v: Params,
+    names: Sequence[str],
+    options: HypergradientOptions,
+) -> Solution:
+    """Return the transpose of the proximal inner loop at its solution ``phi``, restricted to
+    ``names``, and the facts.
+
+    ``stationarity``, ‖∇L + ρ(φ − θ)‖ ÷ ‖∇L‖, says how far ``phi`` is from a solution: the formula
+    holds at 0 only, however small the linear system's ``residual`` is.
+    """
+    outer, inner = problem.enter(v, phi)
+    theta = {x: problem.theta[x] for x in names if x in outer}
+    loss, rho = partial(problem.objective, 0), problem.rho
+
+    def apply(d: Params) -> Params:
+        return _axpy(1 / rho, hessian_product(loss, {}, phi, d, list(phi))[1], d)
+
+    method = conjugate_gradients if options.solver == "cg" else neumann_series
+    a, facts = method(apply, inner, options.iterations, options.tolerance)
+    _, slope = compute_gradients(partial(loss, {}), phi)
+    left = _axpy(rho, {x: phi[x] - problem.theta[x] for x in phi}, slope)
+    facts["stationarity"] = (_dot(left, left) / max(_dot(slope, slope), 1e-300)) ** 0.5
+    if theta:
+        by_theta, _ = hessian_product(loss, theta, phi, a, [])
+        outer |= {x: outer[x] - h / rho for x, h in by_theta.items()}
+    return problem.leave(outer, a, names), facts

@@ -1,6 +1,6 @@
-"""The lower level: what an attacker makes of the model in K steps, and the transpose of that.
+"""The inner loop: what an attacker makes of the model in K steps, and the transpose of that.
 
-One recursion serves all lower optimizers. The lower variable φ is either a copy of the lower set
+One recursion serves all inner optimizers. The inner variable φ is either a copy of the inner set
 itself or LoRA factors, and the model sees ``place(θ, φ)``:
 
     m_{k+1} = β₁ m_k + (1 − β₁) ∇_φ ℓ_k(θ, φ_k)
@@ -11,9 +11,9 @@ itself or LoRA factors, and the model sees ``place(θ, φ)``:
   where v̂ is Adam's bias-corrected mean of squared gradients and w the weight decay. It is
   differentiated with every D_k frozen: without that one step is sign descent, whose Jacobian is 0
   almost everywhere. For K = 1 the transpose is v − αHDv − αwv with D = diag(1/(|∇ℓ| + ε)).
-- an `Adapter`: φ = (A, B), θ' = θ + BA per matrix of the lower set (other parameters of the set
-  stay), B_0 = 0. For K = 1 and ``sgd`` this is θ' = θ − α G A₀ᵀA₀ and the transpose v − α H(v
-  A₀ᵀA₀).
+- a ``rank``: φ = (A, B), θ' = θ + BA per matrix of the inner set (other parameters of the set
+  stay), A_0 ~ U(−1/√d, 1/√d) as peft draws, B_0 = 0. For K = 1 and ``sgd`` this is
+  θ' = θ − α G A₀ᵀA₀ and the transpose v − α H(v A₀ᵀA₀).
 """
 
 from __future__ import annotations
@@ -27,62 +27,39 @@ import torch
 from torch import Tensor
 
 from immunize.merge.closed_form import Params
-from immunize.mima.products import Product, finite, gradients, product
+from immunize.merge.rows import Scope
+from immunize.mima.gradients import compute_gradients, hessian_product, is_finite
+from lab.core.config import Count, Flag, NonNegative, Positive, options
 from lab.core.errors import Diverged, UserError
-from lab.core.options import choice, count, number
 from lab.core.seeding import generator
 
-LowerLoss = Callable[[Params, int], Tensor]
+InnerLoss = Callable[[Params, int], Tensor]
+BETAS = (0.9, 0.999)  # of adamw, PyTorch's defaults
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """LoRA factors: ``rank`` r (peft's lora_alpha = r), ``seed`` of A₀ ~ U(−1/√d, 1/√d), as peft
-    draws.
+@options
+class InnerLoop:
+    """The attacker of the inner loop.
+
+    Args:
+        scope: Π_l. lr: α. steps: K. optimizer: ``sgd`` | ``adamw``.
+        weight_decay: of ``adamw`` and of ``secondary_optimizer``. eps: ε of ``adamw``.
+        rank: of LoRA factors (peft's lora_alpha = rank); null: the weights themselves.
+        prior: add ``w_prior`` times the prior's loss to the inner loss (the released code does).
+        secondary_optimizer: ``adamw``: with ``hypergradient.method=alternating``, the matrices of
+            the cross-attention outside the inner scope follow the inner losses too, by AdamW at α
+            (the released code does).
     """
 
-    rank: int = 4
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        count("immunize.inner_loop.rank", self.rank)
-
-
-@dataclass(frozen=True)
-class Lower:
-    """K steps of an attacker.
-
-    Attributes:
-        lr: α > 0, learning rate.
-        steps: K ≥ 1.
-        optimizer: ``sgd`` | ``adamw``.
-        adapter: None moves the lower set itself, an `Adapter` its LoRA factors.
-        betas, eps, weight_decay: of ``adamw`` (PyTorch's defaults).
-
-    Raises:
-        UserError: α ≤ 0, K = 0 and other values outside their range.
-    """
-
-    lr: float
-    steps: int = 1
+    scope: Scope = "attn2"
+    lr: Positive = 10.0
+    steps: Count = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    adapter: Adapter | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-
-    def __post_init__(self) -> None:
-        number("immunize.inner_loop.lr", self.lr, above=0)
-        count("immunize.inner_loop.steps", self.steps)
-        choice("immunize.inner_loop.optimizer", self.optimizer, ("sgd", "adamw"))
-        for decay in self.betas:
-            number("immunize.inner_loop.betas", decay, 0, below=1)
-        number("immunize.inner_loop.eps", self.eps, above=0)
-        number("immunize.inner_loop.weight_decay", self.weight_decay, 0)
-
-    @property
-    def momentum(self) -> float:
-        return self.betas[0] if self.optimizer == "adamw" else 0.0
+    weight_decay: NonNegative = 0.0
+    eps: Positive = 1e-8
+    rank: Count | None = None
+    prior: Flag = False
+    secondary_optimizer: Literal["none", "adamw"] = "none"
 
     @property
     def decay(self) -> float:
@@ -91,7 +68,7 @@ class Lower:
 
 @dataclass
 class Trace:
-    """What the transpose needs of a lower run: φ_0 … φ_{K−1} and D_0 … D_{K−1} (empty dicts for
+    """What the transpose needs of an inner loop: φ_0 … φ_{K−1} and D_0 … D_{K−1} (empty dicts for
     ``sgd``).
     """
 
@@ -101,129 +78,114 @@ class Trace:
     preconditioners: list[Params] = field(default_factory=list)
 
 
-class LowerLevel:
-    """The lower level of one concept.
+class InnerProblem:
+    """The inner loop of one concept.
 
     Args:
         settings: the attacker.
-        theta: θ, all names that move on either level.
-        names: the lower set.
+        theta: θ, all names that move in either loop.
+        names: the inner set.
         loss: ``loss(params, k)``: loss on the k-th inner batch, always the same one for the same k.
-        n: number of the concept (its own A₀).
-        rho: weight ρ of the proximal term (ρ/2)‖φ − θ‖² (`implicit`), whose steps all see batch 0;
-            0 for none.
+        n: number of the concept (its own A₀). seed: of A₀.
+        rho: weight ρ of the proximal term (ρ/2)‖φ − θ‖² (`immunize.mima.hypergradient`), whose
+            steps all see batch 0; 0 for none.
     """
 
     def __init__(
         self,
-        settings: Lower,
+        settings: InnerLoop,
         theta: Params,
         names: Sequence[str],
-        loss: LowerLoss,
+        loss: InnerLoss,
         n: int,
+        *,
+        seed: int = 0,
         rho: float = 0.0,
     ) -> None:
-        self.settings, self.theta, self.loss, self.n, self.rho = settings, theta, loss, n, rho
-        adapter = settings.adapter
-        self.names = [x for x in names if adapter is None or theta[x].dim() == 2]
+        self.settings, self.theta, self.loss, self.n = settings, theta, loss, n
+        self.seed, self.rho = seed, rho
+        self.names = [x for x in names if settings.rank is None or theta[x].dim() == 2]
         if not self.names:
-            raise UserError(
-                "immunize.inner_loop",
-                list(names),
-                "the lower set is empty; LoRA factors need a matrix in it.",
-            )
+            reason = "selects no parameter; LoRA factors need a matrix in it."
+            raise UserError("immunize.inner_loop.scope", settings.scope, reason)
 
     # φ
 
     def initial(self) -> Params:
-        """φ_0: the lower set of θ, or (A₀, 0)."""
-        adapter = self.settings.adapter
-        if adapter is None:
+        """Return φ_0: the inner set of θ, or (A₀, 0)."""
+        rank = self.settings.rank
+        if rank is None:
             return {name: self.theta[name] for name in self.names}
-        found: Params = {}
+        factors: Params = {}
         for name in self.names:
             out, d = self.theta[name].shape
-            g = generator(adapter.seed, "lora", self.n, name)
-            down = (torch.rand(adapter.rank, d, generator=g, dtype=torch.float64) * 2 - 1) / d**0.5
-            found[f"{name}/A"] = down.to(self.theta[name])
-            found[f"{name}/B"] = self.theta[name].new_zeros(out, adapter.rank)
-        return found
+            g = generator(self.seed, "lora", self.n, name)
+            down = (torch.rand(rank, d, generator=g, dtype=torch.float64) * 2 - 1) / d**0.5
+            factors[f"{name}/A"] = down.to(self.theta[name])
+            factors[f"{name}/B"] = self.theta[name].new_zeros(out, rank)
+        return factors
 
     def place(self, theta: Params, phi: Params) -> Params:
-        """What the model sees."""
-        adapter = self.settings.adapter
-        if adapter is None:
+        """Return what the model sees."""
+        if self.settings.rank is None:
             return {**theta, **phi}
         return {**theta, **{x: theta[x] + phi[f"{x}/B"] @ phi[f"{x}/A"] for x in self.names}}
 
     def objective(self, k: int, theta: Params, phi: Params) -> Tensor:
-        """ℓ_k(θ, φ); names that ``theta`` leaves out are constants."""
+        """Return ℓ_k(θ, φ); names that ``theta`` leaves out are constants."""
         return self.loss(self.place({**self.theta, **theta}, phi), k)
 
     def adapted(self, phi: Params) -> Params:
-        """θ'_n, thin: the parameters that moved."""
+        """Return θ'_n, thin: the parameters that moved."""
         placed = self.place(self.theta, phi)
         return {name: placed[name] for name in self.names}
 
     # forwards
 
     def run(self, *, keep: bool) -> Trace:
-        """K steps from φ_0; ``keep`` the iterates and preconditioners for the transpose.
+        """Take K steps from φ_0; ``keep`` the iterates and preconditioners for the transpose.
 
         Raises:
             Diverged: a loss or gradient is not finite; carries the last good step.
         """
-        s = self.settings
-        phi = self.initial()
-        m = {k: torch.zeros_like(x) for k, x in phi.items()} if s.momentum else {}
-        square = {k: torch.zeros_like(x) for k, x in phi.items()} if s.optimizer == "adamw" else {}
+        s, phi, (b1, b2) = self.settings, self.initial(), BETAS
+        m = {x: torch.zeros_like(y) for x, y in phi.items() if s.optimizer == "adamw"}
+        square = dict(m)
         trace = Trace(float("nan"), phi)
         for k in range(s.steps):
             batch = 0 if self.rho else k
-            loss, gradient = gradients(partial(self.objective, batch, self.theta), phi)
-            if not finite([loss, *gradient.values()]):
-                raise Diverged(
-                    f"the lower level of concept {self.n} is not finite at step {k}", max(k - 1, 0)
-                )
+            loss, gradient = compute_gradients(partial(self.objective, batch, self.theta), phi)
+            if not is_finite([loss, *gradient.values()]):
+                message = f"the inner loop of concept {self.n} is not finite at step {k}"
+                raise Diverged(message, max(k - 1, 0))
             if k == 0:
                 trace.loss = float(loss)
             if self.rho:
                 gradient = {x: g + self.rho * (phi[x] - self.theta[x]) for x, g in gradient.items()}
             d: Params = {}
+            moves = gradient
             if s.optimizer == "adamw":
-                b1, b2 = s.betas
                 for x, g in gradient.items():
                     square[x] = b2 * square[x] + (1 - b2) * g.square()
                     root = (square[x] / (1 - b2 ** (k + 1))).sqrt() + s.eps
                     d[x] = 1 / (root * (1 - b1 ** (k + 1)))
+                    m[x] = b1 * m[x] + (1 - b1) * g
+                moves = {x: d[x] * m[x] for x in d}
             if keep:
                 trace.states.append(phi)
                 trace.preconditioners.append(d)
-            m = (
-                {x: s.momentum * m[x] + (1 - s.momentum) * g for x, g in gradient.items()}
-                if m
-                else gradient
-            )
-            phi = {x: self._step(phi[x], m[x], d.get(x)) for x in phi}
+            phi = {
+                x: phi[x] - s.lr * (move + s.decay * phi[x] if s.decay else move)
+                for x, move in moves.items()
+            }
         trace.final = phi
         return trace
-
-    def _step(self, phi: Tensor, m: Tensor, d: Tensor | None) -> Tensor:
-        s = self.settings
-        move = m if d is None else d * m
-        return phi - s.lr * (move + s.decay * phi if s.decay else move)
-
-    def loss_at(self, phi: Params, k: int = 0) -> float:
-        """ℓ_k at ``phi``, without gradient."""
-        with torch.no_grad():
-            return float(self.objective(k, {}, phi))
 
     # backwards
 
     def enter(self, v: Params, phi: Params) -> tuple[Params, Params]:
-        """∂⟨v, place(θ, φ)⟩ by (θ, φ)."""
-        adapter = self.settings.adapter
-        if adapter is None:
+        """Return ∂⟨v, place(θ, φ)⟩ by (θ, φ)."""
+        if self.settings.rank is None:
             return {x: y for x, y in v.items() if x not in phi}, {x: v[x] for x in phi}
         a: Params = {}
         for x in self.names:
@@ -232,16 +194,15 @@ class LowerLevel:
         return dict(v), a
 
     def leave(self, outer: Params, a: Params, names: Sequence[str]) -> Params:
-        """The transpose's result by θ, restricted to ``names``: φ_0 is a copy of θ, or a constant
-        (LoRA).
+        """Return the transpose's result by θ, restricted to ``names``: φ_0 is a copy of θ, or a
+        constant (LoRA).
         """
-        both = {**outer, **a} if self.settings.adapter is None else outer
+        both = {**outer, **a} if self.settings.rank is None else outer
         return {x: both[x] for x in names}
 
-    def pull(
-        self, trace: Trace, v: Params, names: Sequence[str], *, last: int, how: Product
-    ) -> Params:
-        """J_nᵀ v restricted to ``names``, by the recursion run backwards over the ``last`` steps.
+    def pull(self, trace: Trace, v: Params, names: Sequence[str], *, last: int) -> Params:
+        """Return J_nᵀ v restricted to ``names``, by the recursion run backwards over the ``last``
+        steps.
 
         Steps before them count as a constant displacement (truncated backpropagation, arXiv
         1810.10667).
@@ -253,28 +214,21 @@ class LowerLevel:
         s = self.settings
         outer, a = self.enter(v, trace.final)
         b = {x: torch.zeros_like(y) for x, y in a.items()}
+        momentum = BETAS[0] if s.optimizer == "adamw" else 0.0
+        gain = 1 - momentum if momentum else -s.lr
+        wide = {x: self.theta[x] for x in names if x in outer}
         for k in reversed(range(max(s.steps - last, 0), s.steps)):
             d = trace.preconditioners[k]
-            b = {x: b[x] - s.lr * (d[x] * a[x] if d else a[x]) for x in a} if s.momentum else a
-            gain = 1 - s.momentum if s.momentum else -s.lr
-            direction = b if s.momentum or not d else {x: d[x] * y for x, y in b.items()}
-            first = k == 0  # then only what `leave` returns is needed
-            want = [x for x in a if not first or (s.adapter is None and x in names)]
-            wide = [x for x in names if x in outer]
-            by_theta, by_phi = product(
-                partial(self.objective, k),
-                {x: self.theta[x] for x in wide},
-                trace.states[k],
-                direction,
-                want,
-                how,
+            b = {x: b[x] - s.lr * (d[x] * a[x]) for x in a} if momentum else a
+            # of φ_0 only what `leave` returns is needed
+            wanted = [x for x in a if k > 0 or (s.rank is None and x in names)]
+            by_theta, by_phi = hessian_product(
+                partial(self.objective, k), wide, trace.states[k], b, wanted
             )
             for x, h in by_theta.items():
                 outer[x] = outer[x] + gain * h
-            keep = 1 - s.lr * s.decay
-            a = {
-                x: (keep * y if s.decay else y) + (gain * by_phi[x] if x in by_phi else 0)
-                for x, y in a.items()
-            }
-            b = {x: s.momentum * y for x, y in b.items()} if s.momentum else b
+            if s.decay:
+                a = {x: (1 - s.lr * s.decay) * y for x, y in a.items()}
+            a = {x: y + gain * by_phi[x] if x in by_phi else y for x, y in a.items()}
+            b = {x: momentum * y for x, y in b.items()}
         return self.leave(outer, a, names)

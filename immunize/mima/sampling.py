@@ -1,6 +1,6 @@
-"""What a step sees: pictures, captions, noise and timesteps, a function of (seed, labels) alone.
+"""What a step sees: images, captions, noise and timesteps, a function of (seed, labels) alone.
 
-Pictures are encoded once. Latents are the posterior's mean (Stable Diffusion's autoencoder has a
+Images are encoded once. Latents are the posterior's mean (Stable Diffusion's autoencoder has a
 posterior whose deviation is far below that of the latents), captions are encoded without gradient:
 the text encoder never moves.
 """
@@ -22,19 +22,18 @@ from lab.models.diffusion import DiffusionModel, Text
 # rare words, none of them an attacker's own (sks, ktn, <new1>); of several lengths, since the
 # tokenizer spells them
 WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
-PRIORS = ("keep", "class", "both")
 
 
 @dataclass(frozen=True)
 class Decoys:
-    """How many pictures to paint per concept, in how many DDIM steps."""
+    """How many images to paint per concept, in how many DDIM steps."""
 
     count: int
     steps: int
 
 
-def worded(template: str, word: int) -> str:
-    """``token`` with the number of its rare word in `WORDS`; other templates as they are."""
+def numbered(template: str, word: int) -> str:
+    """Return ``token`` with the number of its rare word in `WORDS`; other templates as they are."""
     return f"{template} {word}" if template == "token" else template
 
 
@@ -54,10 +53,10 @@ def cast(text: Text, dtype: torch.dtype) -> Text:
 
 @dataclass(frozen=True)
 class Pool:
-    """Encoded pictures: latents [n, c, s, s], ``text`` of the different captions, and which picture
-    has which.
+    """Encoded images: latents [n, c, s, s], ``text`` of the different captions, and which image has
+    which.
 
-    ``others``: template (`worded`) → which picture has which caption by it (`lab.core.captions`).
+    ``others``: template (`numbered`) → which image has which caption by it (`lab.core.captions`).
     """
 
     z: Tensor
@@ -69,22 +68,22 @@ class Pool:
     @staticmethod
     def encode(
         model: DiffusionModel,
-        pictures: CaptionedImages,
+        images: CaptionedImages,
         dtype: torch.dtype,
         others: Mapping[str, Sequence[str]] | None = None,
     ) -> Pool:
-        """``others``: template → one further caption per picture."""
+        """Encode ``images``; ``others``: template → one further caption per image."""
         others = others or {}
-        prompts = sorted(set(pictures.prompts).union(*others.values()))
+        prompts = sorted(set(images.prompts).union(*others.values()))
         with torch.no_grad():
             parts = [model.text(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         row = {prompt: i for i, prompt in enumerate(prompts)}
         return Pool(
-            model.to_latents(pictures.images).to(dtype),
+            model.to_latents(images.images).to(dtype),
             cast(Text.cat(parts), dtype),
-            torch.tensor([row[p] for p in pictures.prompts]),
+            torch.tensor([row[p] for p in images.prompts]),
             model.timesteps,
-            {template: torch.tensor([row[p] for p in given]) for template, given in others.items()},
+            {template: torch.tensor([row[p] for p in some]) for template, some in others.items()},
         )
 
     def to(self, dtype: torch.dtype) -> Pool:
@@ -97,36 +96,31 @@ class Pool:
     def cat(pools: Sequence[Pool]) -> Pool:
         starts = [sum(len(pool.text) for pool in pools[:i]) for i in range(len(pools))]
 
-        def joined(parts: Sequence[Pool]) -> Tensor:
-            return torch.cat(
-                [part.caption + start for part, start in zip(parts, starts, strict=True)]
-            )
+        def join(parts: Sequence[Pool]) -> Tensor:
+            pairs = zip(parts, starts, strict=True)
+            return torch.cat([part.caption + start for part, start in pairs])
 
         templates = dict.fromkeys(template for pool in pools for template in pool.others)
         return Pool(
             torch.cat([pool.z for pool in pools]),
             Text.cat([pool.text for pool in pools]),
-            joined(pools),
+            join(pools),
             pools[0].timesteps,
-            {
-                template: joined([pool.template(template) for pool in pools])
-                for template in templates
-            },
+            {t: join([pool.template(t) for pool in pools]) for t in templates},
         )
 
-    def rows(self, rows: Sequence[int] | Tensor) -> Pool:
-        chosen = torch.as_tensor(rows)
-        others = {template: caption[chosen] for template, caption in self.others.items()}
-        return replace(self, z=self.z[chosen], caption=self.caption[chosen], others=others)
+    def rows(self, rows: Tensor) -> Pool:
+        others = {template: caption[rows] for template, caption in self.others.items()}
+        return replace(self, z=self.z[rows], caption=self.caption[rows], others=others)
 
     def template(self, template: str) -> Pool:
-        """The same pictures with their captions by ``template``; their own where none were encoded
-        for it.
+        """Return the same images with their captions by ``template``; their own where none were
+        encoded for it.
         """
         return replace(self, caption=self.others.get(template, self.caption))
 
     def batch(self, size: int, seed: int, *labels: object) -> Batch:
-        """``size`` pictures without repetition as long as there are enough, and one timestep of
+        """Draw ``size`` images without repetition as long as there are enough, and one timestep of
         each of ``size`` equal strata: every timestep stays equally likely, losses of small batches
         scatter less.
         """
@@ -144,32 +138,30 @@ class Pool:
 
 @dataclass(frozen=True)
 class ConceptSplit:
-    """One concept's own pictures, split so that no level sees what the other has.
+    """One concept's own images, split so that no loop sees what the other has.
 
     ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees
-        as many pictures.
-    ``decoys``: what the model paints for the concept's captions before immunization, where that is
-        asked for.
+        as many images.
+    ``decoys``: what the model paints for the concept's captions before immunization, where the
+        method needs them.
     """
 
     name: str
-    lower: Pool
-    upper: Pool
+    inner: Pool
+    outer: Pool
     concepts: int = 1
     decoys: Pool | None = None
 
 
-def enough(concept: Concept, what: str = "concept", else_: str = "") -> None:
-    """Raises `lab.core.errors.UserError` for fewer than two pictures, one for each level."""
+def check_size(concept: Concept, hint: str = "") -> None:
+    """Raise `lab.core.errors.UserError` for fewer than two images, one for each loop."""
     if len(concept.own) < 2:
-        told = (
-            f"{what} {concept.name} has {len(concept.own)} picture(s) for the immunizer; "
-            "it needs at least 2"
-        )
-        raise UserError("scenario", concept.name, f"{told}, one for each level{else_}.")
+        reason = f"concept {concept.name} has {len(concept.own)} image(s) for the immunizer"
+        reason += f"; it needs at least 2, one for each loop{hint}."
+        raise UserError("scenario", concept.name, reason)
 
 
-def halves(
+def split_concept(
     model: DiffusionModel,
     concept: Concept,
     seed: int,
@@ -177,63 +169,60 @@ def halves(
     decoys: Decoys | None = None,
     templates: Sequence[str] = (),
 ) -> ConceptSplit:
-    """Own pictures, split by a seeded permutation; the lower level gets the odd one.
+    """Split the own images by a seeded permutation; the inner loop gets the odd one.
 
     Args:
         decoys: what to paint besides.
-        templates: by which the pictures get further captions (`worded`); a concept that nobody
+        templates: by which the images get further captions (`numbered`); a concept that nobody
             described gets none by ``description``.
 
     Raises:
-        UserError: fewer than two pictures.
+        UserError: fewer than two images.
     """
-    enough(concept)
+    check_size(concept)
     name, count = concept.name, len(concept.own)
-    described = concept.own.described or concept.prompts.get("description")
-    chosen = [
-        t for t in dict.fromkeys(templates) if t != "name" and (t != "description" or described)
-    ]
+    unknown = {"name"}
+    if not (concept.own.described or concept.prompts.get("description")):
+        unknown.add("description")
+    further = [template for template in dict.fromkeys(templates) if template not in unknown]
 
-    def encoded(pictures: CaptionedImages) -> Pool:
-        return Pool.encode(
-            model, pictures, dtype, {t: _captions(concept, pictures, t) for t in chosen}
-        )
+    def encode(images: CaptionedImages) -> Pool:
+        others = {template: _captions(concept, images, template) for template in further}
+        return Pool.encode(model, images, dtype, others)
 
-    pool = encoded(concept.own)
+    pool = encode(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
-    painted = encoded(_decoys(model, concept, seed, decoys)) if decoys is not None else None
+    painted = None
+    if decoys is not None:
+        captioned = concept.own.pick([i % count for i in range(decoys.count)])
+        latents = model.latents(decoys.count, seed, "mima", "decoys", name)
+        images = model.generate(captioned.prompts, latents, Sampling(steps=decoys.steps))
+        painted = encode(replace(captioned, images=images))
     return ConceptSplit(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
 
 
-def _captions(concept: Concept, pictures: CaptionedImages, template: str) -> tuple[str, ...]:
+def _captions(concept: Concept, images: CaptionedImages, template: str) -> tuple[str, ...]:
     kind, _, word = template.partition(" ")
     expression = f"{WORDS[int(word)]} {class_words(concept)}".strip() if word else ""
-    return captions(concept, pictures, kind, expression)
+    return captions(concept, images, kind, expression)
 
 
-def _decoys(model: DiffusionModel, concept: Concept, seed: int, asked: Decoys) -> CaptionedImages:
-    captioned = concept.own.pick([i % len(concept.own) for i in range(asked.count)])
-    latents = model.latents(asked.count, seed, "mima", "decoys", concept.name)
-    return replace(
-        captioned, images=model.generate(captioned.prompts, latents, Sampling(steps=asked.steps))
-    )
-
-
-def pooled(parts: Sequence[ConceptSplit]) -> ConceptSplit:
-    """Several concepts taken as one (baseline ``joint``); each keeps its own split."""
-    lower, upper = (
-        Pool.cat([part.lower for part in parts]),
-        Pool.cat([part.upper for part in parts]),
-    )
+def pool_concepts(parts: Sequence[ConceptSplit]) -> ConceptSplit:
+    """Take several concepts as one (baseline ``joint``); each keeps its own split."""
     painted = [part.decoys for part in parts if part.decoys is not None]
-    decoys = Pool.cat(painted) if painted else None
-    return ConceptSplit("+".join(part.name for part in parts), lower, upper, len(parts), decoys)
+    return ConceptSplit(
+        "+".join(part.name for part in parts),
+        Pool.cat([part.inner for part in parts]),
+        Pool.cat([part.outer for part in parts]),
+        len(parts),
+        Pool.cat(painted) if painted else None,
+    )
 
 
-def prior_pictures(case: ConceptCase, source: str) -> CaptionedImages:
-    """What must stay as it is: unrelated pictures (``keep``), the targets' classes without them
-    (``class``), ``both``.
+def prior_images(case: ConceptCase, source: str) -> CaptionedImages:
+    """Return what must stay as it is: unrelated images (``keep``), the targets' classes without
+    them (``class``), ``both``.
 
     Raises:
         UserError: the case has none.
@@ -243,10 +232,7 @@ def prior_pictures(case: ConceptCase, source: str) -> CaptionedImages:
         parts += [target.prior for target in case.targets]
     parts = [part for part in parts if len(part)]
     if not parts:
-        told = (
-            f"case {case.name} has no such pictures; choose another of "
-            f"{', '.join(PRIORS)} or set w_prior=0."
-        )
-        raise UserError("immunize.prior", source, told)
+        reason = f"case {case.name} has no such images; choose another prior or set w_prior=0."
+        raise UserError("immunize.prior", source, reason)
     prompts = tuple(prompt for part in parts for prompt in part.prompts)
     return CaptionedImages(torch.cat([part.images for part in parts]), prompts)

@@ -16,6 +16,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass
+from pydantic_core import ArgsKwargs
 from typing_extensions import dataclass_transform
 
 from lab.core.errors import UserError, nearest
@@ -97,6 +98,8 @@ def user_error(error: ValidationError, key: str, target: Any = None) -> UserErro
     first = min(error.errors(include_url=False), key=lambda e: e["type"] not in _UNKNOWN)
     path = [str(part) for part in first["loc"] if not _UNION.fullmatch(str(part))]
     where, value = ".".join([key, *path]), first["input"]
+    if isinstance(value, ArgsKwargs):  # a check over several options of the class
+        value = (value.kwargs or {}).get("name")
     if first["type"] in _UNKNOWN:
         known = [f"{'.'.join([key, *path[:-1]])}.{name}" for name in _names(target, path[:-1])]
         return UserError(where, value, f"there is no such key; {nearest(where, known)}")

@@ -46,6 +46,8 @@ _MODULES = {
     "lab.scenarios.personalize": "lab.scenarios.world_concepts",
     "lab.scenarios.relearn": "lab.scenarios.world_concepts",
 }
+# classes that left the module of their neighbours
+_TARGETS = {"immunize.mima.MimaDeep": "immunize.mima.deep.MimaDeep"}
 _CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
 # config key in schema 1.x → its name now
 _KEYS = {
@@ -59,7 +61,14 @@ _KEYS = {
     "lower_batch_size": "inner_batch_size",
 }
 _WORDS = (("control arm", "baseline"), ("control", "baseline"), ("arm", "model"))
-_UNITS = (("usable", "prompt_adherent"), ("control", "baseline"), ("judged", "scored"))
+_UNITS = (
+    ("usable", "prompt_adherent"),
+    ("control", "baseline"),
+    ("judged", "scored"),
+    ("lower_drop", "inner_loop_drop"),
+    ("lower_steps", "inner_loop_steps"),
+    ("upper_loss", "outer_loss"),
+)
 
 
 def migrate(record: Record) -> Record:
@@ -86,6 +95,8 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
 
 def target(path: str) -> str:
     """Return the import path of a class as it is now."""
+    if path in _TARGETS:
+        return _TARGETS[path]
     module, _, name = path.rpartition(".")
     return f"{_MODULES.get(module, module)}.{_CLASSES.get(name, name)}"
 
@@ -93,10 +104,13 @@ def target(path: str) -> str:
 def _config(node: Any, key: str = "") -> Any:
     if isinstance(node, dict):
         lora = "rank" in node and "targets" in node  # an attacker's own alpha stays
-        inner = {"alpha": "lr"} if key == "lower" and not lora else {}
+        inner = (
+            {"alpha": "lr", "rest": "secondary_optimizer"} if key == "lower" and not lora else {}
+        )
         return {
             inner.get(k, _KEYS.get(k, k)): target(v) if k == "_target_" else _config(v, k)
             for k, v in node.items()
+            if (key, k) != ("hypergradient", "product")  # an option that is gone
         }
     return [_config(item) for item in node] if isinstance(node, list) else node
 

@@ -1,15 +1,15 @@
 """Time and memory of one exact step: ``python tests/benchmarks/hypergradient.py``.
 
-A U-Net of MiniSD's size with random weights, float32, attn2 on both levels, K = 1, SGD, prior off.
+A U-Net of MiniSD's size with random weights, float32, attn2 in both loops, K = 1, SGD, prior off.
 The unit is N forward-backwards of the same batch, dtype, parameters and attention (math); CPU
 seconds, medians of interleaved repeats, so that a busy machine hits both alike. Peak memory is that
 of a fresh process per N above the loaded model. Exits with code 1 if the exact step takes more than
 5.5 units, if time is not linear in N (15 %), or if memory at the largest N exceeds that at N = 1 by
 a factor above 1.2.
 
-``--methods`` prints instead what an upper step costs by each method
-(`sweeps/hypergradient_ablation.yaml`), for each of ``--steps`` lower steps and the smallest N:
-interleaved on one batch, the lower level's drop measured as in a run.
+``--methods`` prints instead what an outer step costs by each method
+(`sweeps/hypergradient_ablation.yaml`), for each of ``--steps`` inner steps and the smallest N:
+interleaved on one batch, the inner loop's drop measured as in a run.
 """
 
 from __future__ import annotations
@@ -22,23 +22,26 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.merge.closed_form import Merge, Params
-from immunize.merge.factors import Inputs, factorize
+from immunize.merge.closed_form import Merge, Params, factorize
 from immunize.merge.rows import scope_names
-from immunize.mima.hypergradient import METHODS, Hypergradient, hypergradient
-from immunize.mima.implicit import Implicit
-from immunize.mima.inner_loop import Lower
-from immunize.mima.products import gradients, math_attention
+from immunize.mima.gradients import compute_gradients, math_attention
+from immunize.mima.hypergradient import (
+    HypergradientOptions,
+    HypergradientResult,
+    hypergradient,
+)
+from immunize.mima.inner_loop import InnerLoop, InnerProblem
 from lab.minisd.train import build
 
-SOLVERS: tuple[Literal["cg", "neumann"], ...] = ("cg", "neumann")
+METHODS = ("exact", "truncated", "first_order", "alternating")
+SOLVERS = ("cg", "neumann")
 
 
 def resident(key: str) -> float:
@@ -63,10 +66,9 @@ class Case:
         self.names, self.count = list(self.theta), count
         g = torch.Generator().manual_seed(0)
         rows = tuple(torch.randn(4, widths.text, generator=g) for _ in range(count))
-        inputs = Inputs(rows, torch.randn(6400, widths.text, generator=g))
-        self.merge = Merge(
-            count, {"text": factorize(inputs)}, dict.fromkeys(scope_names(unet, "kv"), "text")
-        )
+        regular = torch.randn(6400, widths.text, generator=g)
+        factors = factorize(rows, regular).to(regular)
+        self.merge = Merge(count, {"text": factors}, dict.fromkeys(scope_names(unet, "kv"), "text"))
 
         def draw(n: int, level: int) -> list[Tensor]:
             g = torch.Generator().manual_seed(2 * n + level)
@@ -79,24 +81,34 @@ class Case:
             return (functional_call(unet, params, (z, t, words)).sample - target).square().mean()
 
         self.loss = loss
-        self.lower = [lambda p, k, n=n: loss(n, 0, p) for n in range(count)]
 
     def units(self) -> None:
         """N forward-backwards."""
         with math_attention():
             for n in range(self.count):
-                gradients(partial(self.loss, n, 0), self.theta)
+                compute_gradients(partial(self.loss, n, 0), self.theta)
 
-    def step(self, steps: int = 1, **options: Any) -> Hypergradient:
+    def step(self, steps: int = 1, measure: bool = True, **options: Any) -> HypergradientResult:
+        method = HypergradientOptions(**options)
+        inner = [
+            InnerProblem(
+                InnerLoop(lr=0.1, steps=steps),
+                self.theta,
+                self.names,
+                lambda p, k, n=n: self.loss(n, 0, p),
+                n,
+                rho=method.rho if method.method == "implicit" else 0.0,
+            )
+            for n in range(self.count)
+        ]
         return hypergradient(
             self.theta,
-            self.lower,
+            inner,
             lambda p, n: -self.loss(n, 1, p),
             self.merge,
-            settings=Lower(0.1, steps),
-            upper_names=self.names,
-            lower_names=self.names,
-            **options,
+            self.names,
+            method,
+            measure=measure,
         )
 
 
@@ -129,13 +141,9 @@ def methods(iterations: int) -> dict[str, dict[str, Any]]:
     """Those of the ablation. A tolerance that is never reached: the solvers take all their
     iterations.
     """
-    found: dict[str, dict[str, Any]] = {
-        name: {"method": name} for name in METHODS if name != "implicit"
-    }
-    for solver in SOLVERS:
-        options = Implicit(rho=1.0, solver=solver, iterations=iterations, tolerance=1e-30)
-        found[f"implicit, {solver}"] = {"method": "implicit", "implicit": options}
-    return found
+    found: dict[str, dict[str, Any]] = {name: {"method": name} for name in METHODS}
+    options = {"method": "implicit", "rho": 1.0, "iterations": iterations, "tolerance": 1e-30}
+    return found | {f"implicit, {solver}": {**options, "solver": solver} for solver in SOLVERS}
 
 
 def method_table(options: argparse.Namespace) -> None:
@@ -155,7 +163,7 @@ def method_table(options: argparse.Namespace) -> None:
         runs |= {f"{name}/{k}": partial(one, name, k) for k in options.steps}
     found = timed(runs, options.repeats)
     print(
-        f"one upper step, N = {case.count}, in units of N forward-backwards "
+        f"one outer step, N = {case.count}, in units of N forward-backwards "
         f"({found['unit']:.2f} CPU seconds)"
     )
     print(f"{'method':20s}" + "".join(f"{f'K = {k}':>9s}" for k in options.steps))
@@ -196,9 +204,6 @@ def main() -> int:
         if count == options.counts[0]:
             runs["first order"] = partial(case.step, method="first_order", measure=False)
             runs["exact, drop measured"] = case.step
-            runs["exact, forward-over-reverse"] = partial(
-                case.step, measure=False, product="forward"
-            )
         found = timed(runs, options.repeats)
         ratios.append(found["exact"] / found["unit"])
         seconds.append(found["exact"] / count)

@@ -25,8 +25,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.merge.closed_form import Merge, Params
-from immunize.merge.factors import Inputs, factorize
+from immunize.merge.closed_form import Merge, Params, factorize
 
 OUTS = [*[320] * 10, *[640] * 10, *[1280] * 12]
 
@@ -79,7 +78,7 @@ def main() -> int:
 
     start = time.process_time()
     merge = Merge(
-        len(rows), {"text": factorize(Inputs(tuple(rows), regular))}, dict.fromkeys(base, "text")
+        len(rows), {"text": factorize(rows, regular).to(regular)}, dict.fromkeys(base, "text")
     )
     merge(base, adapted)
     once = time.process_time() - start

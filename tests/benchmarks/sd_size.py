@@ -21,12 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.merge.closed_form import Merge
-from immunize.merge.factors import Inputs, factorize
+from immunize.merge.closed_form import Merge, factorize
 from immunize.merge.rows import scope_names
-from immunize.mima.hypergradient import hypergradient
-from immunize.mima.inner_loop import Lower
-from immunize.mima.products import checkpointed
+from immunize.mima.gradients import checkpointed
+from immunize.mima.hypergradient import HypergradientOptions, hypergradient
+from immunize.mima.inner_loop import InnerLoop, InnerProblem
 
 UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "sample_size": 64,
@@ -106,11 +105,11 @@ def main() -> int:
     rows = tuple(w[5:9] for w in words)
     merge = Merge(
         len(rows),
-        {"text": factorize(Inputs(rows, regular), lam=0.01)},
+        {"text": factorize(rows, regular, lam=0.01).to(regular)},
         {x: "text" for x in scope_names(unet, "kv")},
     )
     alphas = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, lr_schedule="scaled_linear"
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     ).alphas_cumprod
     side = options.latent
     z, noise = (torch.randn(options.concepts, 2, 1, 4, side, side) for _ in range(2))
@@ -125,16 +124,13 @@ def main() -> int:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start, cpu = time.perf_counter(), time.process_time()
     with checkpointed(unet) if options.checkpoint else nullcontext():
-        found = hypergradient(
-            theta,
-            [lambda p, k, n=n: loss(p, n, 0) for n in range(options.concepts)],
-            lambda p, n: -loss(p, n, 1),
-            merge,
-            settings=Lower(1e-2, options.steps),
-            recompute=options.recompute,
-            upper_names=list(theta),
-            lower_names=list(theta),
-        )
+        settings, names = InnerLoop(lr=1e-2, steps=options.steps), list(theta)
+        inner = [
+            InnerProblem(settings, theta, names, lambda p, k, n=n: loss(p, n, 0), n)
+            for n in range(options.concepts)
+        ]
+        method = HypergradientOptions(recompute=options.recompute)
+        found = hypergradient(theta, inner, lambda p, n: -loss(p, n, 1), merge, names, method)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"U-Net {millions:.0f} M parameters, "
@@ -146,7 +142,7 @@ def main() -> int:
     )
     print(f"peak memory {peak:.2f} GiB, {loaded:.2f} GiB before the step")
     print(
-        f"lower drop {found.lower_drop}, cosine with first order {found.cosine:.4f}, "
+        f"inner-loop drop {found.inner_loop_drop}, cosine with first order {found.cosine:.4f}, "
         f"merge {found.info}"
     )
     return 0

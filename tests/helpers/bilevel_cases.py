@@ -12,9 +12,10 @@ from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.rows import MergeOptions, Rule, Scope, build_merge
-from immunize.mima.hypergradient import Hypergradient, hypergradient
-from immunize.mima.inner_loop import Lower, LowerLevel
+from immunize.merge.rows import MergeOptions, Scope, build_merge
+from immunize.mima.gradients import math_attention
+from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
+from immunize.mima.inner_loop import BETAS, InnerLoop, InnerProblem
 from lab.core.seeding import generator
 from lab.minisd.train import build
 from lab.minisd.world.captions import prompts
@@ -54,22 +55,33 @@ def micro_model() -> DiffusionModel:
 class Problem:
     model: DiffusionModel
     theta: Params
-    upper_names: list[str]
-    lower_names: list[str]
+    outer_names: list[str]
+    inner_names: list[str]
     merge: Merge
     count: int
-    batches: list[
-        list[tuple[Tensor, Text, Tensor, Tensor]]
-    ]  # per concept, per inner step, the last for the upper
+    # per concept, per inner step, the last for the outer loop
+    batches: list[list[tuple[Tensor, Text, Tensor, Tensor]]]
 
-    def lower(self) -> list[Any]:
+    def inner(self) -> list[Any]:
         def loss(n: int) -> Any:
             return lambda params, k: self.model.loss(*self.batches[n][k], weights=params).mean()
 
         return [loss(n) for n in range(self.count)]
 
-    def upper(self, params: Params, n: int) -> Tensor:
+    def outer(self, params: Params, n: int) -> Tensor:
         return -self.model.loss(*self.batches[n][-1], weights=params).mean()
+
+    def problems(
+        self, settings: InnerLoop | Sequence[InnerLoop], theta: Params | None = None, **more: Any
+    ) -> list[InnerProblem]:
+        """Inner loops of all concepts; ``settings``: one, or one per concept."""
+        each = [settings] * self.count if isinstance(settings, InnerLoop) else settings
+        pairs = zip(each, self.inner(), strict=True)
+        start = self.theta if theta is None else theta
+        return [
+            InnerProblem(s, start, self.inner_names, loss, n, **more)
+            for n, (s, loss) in enumerate(pairs)
+        ]
 
 
 def batches(
@@ -96,9 +108,9 @@ def batches(
 
 @cache
 def problem(
-    scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Rule = "closed_form"
+    scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Any = "closed_form"
 ) -> Problem:
-    """``count`` styles; the upper set leaves out every third parameter of ``moved``, the lower one
+    """``count`` styles; the outer set leaves out every third parameter of ``moved``, the inner one
     every second.
     """
     model = micro_model()
@@ -108,35 +120,36 @@ def problem(
         model,
         [((f"a fox in {w} style", f"a painting of a fox in the style of {w}"), w) for w in words],
         CAPTIONS,
-        MergeOptions(scope=scope, rule=rule, rows=4, regular_rows=64),
+        MergeOptions(scope=scope, rule=rule),
         batches=[some[:2] for some in data],
         regular_batches=batches(model, ("photo",), 2)[0],
+        rows=4,
+        regular_rows=64,
     )
     parameters = {
         k: p.detach() for k, p in model.unet.named_parameters() if moved == "all" or moved in k
     }
     names = list(parameters)
-    upper = [x for i, x in enumerate(names) if i % 3 != 1]
-    lower = [x for i, x in enumerate(names) if i % 2 == 0 or "attn2.to_k" in x]
-    theta = {x: parameters[x] for x in names if x in upper or x in lower}
-    return Problem(model, theta, upper, lower, merge, count, data)
+    outer = [x for i, x in enumerate(names) if i % 3 != 1]
+    inner = [x for i, x in enumerate(names) if i % 2 == 0 or "attn2.to_k" in x]
+    theta = {x: parameters[x] for x in names if x in outer or x in inner}
+    return Problem(model, theta, outer, inner, merge, count, data)
 
 
-def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
-    """θ'_n with its graph: the lower level step by step, Adam's preconditioner detached."""
-    s = level.settings
-    adapter = s.adapter
-    phi = {x: theta[x] for x in level.names} if adapter is None else level.initial()
+def unrolled(problem: InnerProblem, theta: Params) -> Params:
+    """θ'_n with its graph: the inner loop step by step, Adam's preconditioner detached."""
+    s, rho = problem.settings, problem.rho
+    phi = {x: theta[x] for x in problem.names} if s.rank is None else problem.initial()
     phi = {x: y if y.requires_grad else y.clone().requires_grad_(True) for x, y in phi.items()}
     m, v = (({x: torch.zeros_like(y) for x, y in phi.items()}) for _ in range(2))
 
     def place(phi: Params) -> Params:
-        if adapter is None:
+        if s.rank is None:
             return {**theta, **phi}
-        return {**theta, **{x: theta[x] + phi[f"{x}/B"] @ phi[f"{x}/A"] for x in level.names}}
+        return {**theta, **{x: theta[x] + phi[f"{x}/B"] @ phi[f"{x}/A"] for x in problem.names}}
 
     for k in range(s.steps):
-        loss = level.loss(place(phi), 0 if rho else k)
+        loss = problem.loss(place(phi), 0 if rho else k)
         if rho:
             loss = loss + rho / 2 * sum((phi[x] - theta[x]).square().sum() for x in phi)
         slope = torch.autograd.grad(
@@ -145,48 +158,42 @@ def unrolled(level: LowerLevel, theta: Params, rho: float = 0.0) -> Params:
         step: Params = {}
         for (x, y), g in zip(phi.items(), slope, strict=True):
             if s.optimizer == "sgd":
-                step[x] = y - s.alpha * g
+                step[x] = y - s.lr * g
                 continue
-            (b1, b2), t = s.betas, k + 1
+            (b1, b2), t = BETAS, k + 1
             m[x] = b1 * m[x] + (1 - b1) * g
             v[x] = b2 * v[x] + (1 - b2) * g.detach() ** 2
             ratio = (m[x] / (1 - b1**t)) / ((v[x] / (1 - b2**t)).sqrt() + s.eps)
-            step[x] = y - s.alpha * (ratio + s.weight_decay * y)
+            step[x] = y - s.lr * (ratio + s.weight_decay * y)
         phi = step
     placed = place(phi)
-    return {x: placed[x] for x in level.names}
+    return {x: placed[x] for x in problem.names}
 
 
-def naive(p: Problem, settings: Lower | Sequence[Lower], rho: float = 0.0) -> Params:
-    """∇J on the upper set by autograd through unroll, masks and merge; ``settings``: one, or one
-    per concept.
-    """
-    from immunize.mima.products import math_attention
-
-    each = [settings] * p.count if isinstance(settings, Lower) else settings
+def naive(p: Problem, settings: InnerLoop | Sequence[InnerLoop], rho: float = 0.0) -> Params:
+    """∇J on the outer set by autograd through unroll, masks and merge."""
     with math_attention():
         theta = {x: y.clone().requires_grad_(True) for x, y in p.theta.items()}
-        some = zip(each, p.lower(), strict=True)
-        levels = [LowerLevel(s, theta, p.lower_names, loss, n) for n, (s, loss) in enumerate(some)]
-        merged = p.merge(theta, [unrolled(level, theta, rho) for level in levels])
-        total = sum(p.upper(merged, n) for n in range(p.count)) / p.count
+        problems = p.problems(settings, theta, rho=rho)
+        merged = p.merge(theta, [unrolled(problem, theta) for problem in problems])
+        total = sum(p.outer(merged, n) for n in range(p.count)) / p.count
         found = torch.autograd.grad(
-            total, [theta[x] for x in p.upper_names], materialize_grads=True
+            total, [theta[x] for x in p.outer_names], materialize_grads=True
         )
-    return dict(zip(p.upper_names, found, strict=True))
+    return dict(zip(p.outer_names, found, strict=True))
 
 
-def evaluate(p: Problem, settings: Lower | Sequence[Lower], **options: object) -> Hypergradient:
-    return hypergradient(
-        p.theta,
-        p.lower(),
-        p.upper,
-        p.merge,
-        settings=settings,
-        upper_names=p.upper_names,
-        lower_names=p.lower_names,
-        **options,  # type: ignore[arg-type]
-    )
+def evaluate(
+    p: Problem,
+    settings: InnerLoop | Sequence[InnerLoop],
+    *,
+    measure: bool = True,
+    **options: Any,
+) -> HypergradientResult:
+    """The project's own way; ``options`` are those of `HypergradientOptions`."""
+    how = HypergradientOptions(**options)
+    problems = p.problems(settings, rho=how.rho if how.method == "implicit" else 0.0)
+    return hypergradient(p.theta, problems, p.outer, p.merge, p.outer_names, how, measure=measure)
 
 
 def distance(left: Params, right: Params) -> float:

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from tiny import no_log
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from immunize.mima.setup import Setup, concept_halves
+from immunize.mima.base import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("mima", "mima_first_order", "joint", "compose", "imma", "mima_released", "mima_deep")
@@ -32,17 +32,13 @@ def preset(name, **changes):
     small = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None}
     if name == "mima_deep":
         small |= {"k_min": 1, "k_max": 4, "inner_batch_size": 2, "decoys": 4, "decoy_steps": 2}
-    return instantiate(OmegaConf.merge(node, {**small, **changes}))
+    return instantiate(OmegaConf.merge(node, {**small, **changes}), _convert_="all")
 
 
 def objective(method, of=None, on=None, seed=0):
-    """What one upper step of ``method`` descends, and θ."""
-    here, problem = of or model(), on or case()
-    setup = Setup.build(here, problem, seed, method.precision, method.prior)
-    chosen = concept_halves(
-        here, problem.targets, seed, setup.dtype, method.needs_decoys(), method.needs_templates()
-    )
-    runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
+    """Return what one outer step of ``method`` descends, and θ."""
+    setup = Setup(method, of or model(), on or case(), seed)
+    runs, merges, _ = setup.arrange()
     theta = setup.restart()
     return method.objective(setup, runs[0], merges[0]), theta
 

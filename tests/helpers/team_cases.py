@@ -50,17 +50,17 @@ def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = Fal
 
 def immunized_with_a_fault(team: Team, name: str, changes: dict[str, Any], step: int) -> Found:
     """The last process alters a weight by its last bit after the gradient of ``step``."""
-    from immunize.mima.trainer import Trainer
+    from immunize.mima.outer_loop import OuterLoop
 
-    plain = Trainer._step
+    plain = OuterLoop.step
 
-    def faulty(self: Trainer, now: int) -> None:
+    def faulty(self: OuterLoop, now: int) -> dict[str, float] | None:
         if now == step and team.rank == team.size - 1:
-            weight = self.theta[self.objective.upper_names[0]].data.view(-1)
+            weight = self.theta[self.objective.outer_names[0]].data.view(-1)
             weight[0] = torch.nextafter(weight[0], weight.new_tensor(torch.inf))
-        plain(self, now)
+        return plain(self, now)
 
-    Trainer._step = faulty  # type: ignore[method-assign]
+    OuterLoop.step = faulty  # type: ignore[method-assign]
     return immunized(team, name, changes)
 
 

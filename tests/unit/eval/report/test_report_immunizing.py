@@ -17,11 +17,11 @@ def test_curves_over_immunization_steps_stand_apart_from_attacks():
         "y": "loss",
         "log": "",
     }
-    record["curves"]["immunize_upper_loss"] = curve
+    record["curves"]["immunize_outer_loss"] = curve
     index = {"mima": 1}
     shown = [plot["title"] for plot in comparison_curves([record], ["mima"], index)]
-    assert heading("immunize_upper_loss") == "immunization (upper loss)"
-    assert shown.count("immunization (upper loss)") == 1
+    assert heading("immunize_outer_loss") == "immunization (outer loss)"
+    assert shown.count("immunization (outer loss)") == 1
     assert not any(
         "upper loss" in p["title"] for part in trajectories([record], ["mima"], index) for p in part
     )

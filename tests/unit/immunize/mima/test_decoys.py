@@ -2,16 +2,13 @@
 gradient.
 """
 
-import dataclasses
-
 import pytest
 import torch
-from hydra.errors import InstantiationException
 from mima_examples import case, model, preset, with_targets
+from mima_examples import objective as deep_objective
 
-from immunize.mima.losses import gradient_at
-from immunize.mima.sampling import Decoys, Pool, halves, pooled
-from immunize.mima.setup import Setup, concept_halves
+from immunize.mima.gradients import gradient_at
+from immunize.mima.sampling import Decoys, Pool, split_concept
 from lab.core.data import CaptionedImages, Sampling
 
 ALONE = {
@@ -25,20 +22,13 @@ ALONE = {
 
 
 def objective(**changes):
-    method, problem = (
-        preset("mima_deep", **{**ALONE, "online": False, **changes}),
-        with_targets(case().targets[:1]),
-    )
-    setup = Setup.build(model(), problem, 0, method.precision, None)
-    chosen = concept_halves(model(), problem.targets, 0, setup.dtype, method.needs_decoys())
-    runs, merges, _ = setup.arrange(chosen, method.concepts, method.merging, method.batch_size)
-    theta = setup.restart()
-    return method.objective(setup, runs[0], merges[0]), theta
+    method = preset("mima_deep", **{**ALONE, "online": False, **changes})
+    return deep_objective(method, on=with_targets(case().targets[:1]))
 
 
 def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     concept = case().targets[0]
-    found = halves(model(), concept, 3, torch.float32, Decoys(3, 5)).decoys
+    found = split_concept(model(), concept, 3, torch.float32, Decoys(3, 5)).decoys
     prompts = tuple(concept.own.prompts[i % len(concept.own)] for i in range(3))
     images = model().generate(
         prompts, model().latents(3, 3, "mima", "decoys", concept.name), Sampling(steps=5)
@@ -46,16 +36,7 @@ def test_decoys_are_what_the_original_paints_for_the_concepts_captions():
     want = Pool.encode(model(), CaptionedImages(images, prompts), torch.float32)
     assert torch.equal(found.z, want.z)
     assert torch.equal(found.text[found.caption].hidden, model().text(list(prompts)).hidden)
-    assert halves(model(), concept, 3, torch.float32).decoys is None
-
-
-def test_pooled_concepts_pool_their_decoys():
-    parts = [
-        halves(model(), concept, 0, torch.float32, decoys=Decoys(2, 5))
-        for concept in case().targets[:2]
-    ]
-    assert len(pooled(parts).decoys) == 4
-    assert pooled([dataclasses.replace(part, decoys=None) for part in parts]).decoys is None
+    assert split_concept(model(), concept, 3, torch.float32).decoys is None
 
 
 def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
@@ -66,28 +47,16 @@ def test_the_term_is_the_decoys_loss_at_the_attacked_weights():
     without, other = objective(w_decoy=0.0)
     found, seen = whole.gradient(theta, 2)
     none, _ = without.gradient(other, 2)
-    target = whole.targets[0]
-    point = whole._attack(theta, target, 2).found[-1].weights
-    batch = whole._decoys(target, "name", 2, 0)
+    target = whole.concepts[0]
+    point = whole._attack(theta, target, 2)[-1].weights
+    template = whole.config.draw(0, target.name, 2).template
+    batch = target.decoys.template(template).batch(2, 0, target.name, 2, "decoys", 0)
 
     def loss(weights):
         return whole.denoiser.loss(batch, weights)
 
-    value, gradient = gradient_at(loss, theta, point, whole.upper_names)
+    value, gradient = gradient_at(loss, theta, point, whole.outer_names)
     assert seen["decoy_loss"] == pytest.approx(value)
     assert max(float(g.abs().max()) for g in gradient.values()) > 0
     for name, g in gradient.items():
         torch.testing.assert_close(found[name] - none[name], 2.0 * g, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "key"),
-    [
-        ({"w_decoy": -1.0}, "w_decoy"),
-        ({"decoys": 0}, "decoys"),
-        ({"decoy_steps": 0}, "decoy_steps"),
-    ],
-)
-def test_values_that_cannot_work_are_refused(options, key):
-    with pytest.raises(InstantiationException, match=rf"immunize\.{key}"):
-        preset("mima_deep", **options)

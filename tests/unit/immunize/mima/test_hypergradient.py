@@ -8,21 +8,20 @@ import pytest
 import torch
 from bilevel_cases import distance, evaluate, naive, problem
 
-from immunize.merge.rows import SCOPES
-from immunize.mima.inner_loop import Adapter, Lower
+from immunize.mima.inner_loop import InnerLoop
 from lab.core.seeding import generator
 
 ATTACKERS = {
-    "sgd": Lower(0.5),
-    "adamw": Lower(0.01, optimizer="adamw", eps=1e-3),
-    "lora": Lower(8.0, adapter=Adapter(2)),
-    "lora_adamw": Lower(0.02, optimizer="adamw", eps=1e-3, adapter=Adapter(2)),
+    "sgd": InnerLoop(lr=0.5),
+    "adamw": InnerLoop(lr=0.01, optimizer="adamw", eps=1e-3, weight_decay=0.01),
+    "lora": InnerLoop(lr=8.0, rank=2),
+    "lora_adamw": InnerLoop(lr=0.02, optimizer="adamw", eps=1e-3, weight_decay=0.01, rank=2),
 }
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("attacker", ATTACKERS)
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["kv", "attention", "up", "all"])
 def test_exact_equals_naive_autograd(scope, attacker, steps):
     p = problem(scope)
     settings = replace(ATTACKERS[attacker], steps=steps)

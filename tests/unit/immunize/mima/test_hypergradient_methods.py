@@ -1,38 +1,41 @@
-"""Methods, products and bad input of the hypergradient, in float64 on tiny problems."""
+"""Methods and bad input of the hypergradient, in float64 on tiny problems."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
 import torch
 from bilevel_cases import Problem, distance, evaluate, naive, problem
 from mima_examples import kept
-from tiny_diffusion import tiny_diffusion
 from torch.nn import functional as F
 
 from immunize.merge.closed_form import Merge
-from immunize.merge.rows import MergeOptions
-from immunize.mima.hypergradient import Hypergradient, hypergradient
-from immunize.mima.implicit import Implicit, conjugate_gradients, neumann
-from immunize.mima.inner_loop import Adapter, Lower, LowerLevel
-from immunize.mima.losses import Denoiser
-from immunize.mima.products import checkpointed, gradients, math_attention, product
-from immunize.mima.sampling import Batch
-from lab.core.errors import Diverged, UserError
+from immunize.mima.gradients import (
+    checkpointed,
+    compute_gradients,
+    hessian_product,
+)
+from immunize.mima.hypergradient import (
+    HypergradientResult,
+    conjugate_gradients,
+    neumann_series,
+)
+from immunize.mima.inner_loop import InnerLoop, InnerProblem
+from lab.core.errors import Diverged
 from lab.core.seeding import generator
 
-SGD3 = Lower(0.3, steps=3)
+SGD3 = InnerLoop(lr=0.3, steps=3)
 
 
-def same(left: Hypergradient, right: Hypergradient) -> bool:
+def same(left: HypergradientResult, right: HypergradientResult) -> bool:
     return all(torch.equal(left.gradient[x], right.gradient[x]) for x in right.gradient)
 
 
 def regression(count: int = 2) -> Problem:
-    """Not a U-Net: a two-layer network whose dense Hessian can be written down; the lower set is
+    """Not a U-Net: a two-layer network whose dense Hessian can be written down; the inner set is
     the second layer and half of the first.
     """
     g = generator(0, "regression")
@@ -41,10 +44,10 @@ def regression(count: int = 2) -> Problem:
     data = [[(draw(8, 3), draw(8, 2)) for _ in range(2)] for _ in range(count)]
 
     class Plain(Problem):
-        def lower(self):
+        def inner(self):
             return [lambda p, k, n=n: self.cost(p, n, 0) for n in range(count)]
 
-        def upper(self, params, n):
+        def outer(self, params, n):
             return -self.cost(params, n, 1)
 
         def cost(self, p, n, part):
@@ -60,60 +63,64 @@ def regression(count: int = 2) -> Problem:
 
 def test_lora_closed_form():
     """K = 1: θ' = θ − αGA₀ᵀA₀ and Jᵀv = v − αH(vA₀ᵀA₀)."""
-    p, alpha = regression(1), 0.1
-    level = LowerLevel(Lower(alpha, adapter=Adapter(2, 5)), p.theta, ["b", "c"], p.lower()[0], 0)
+    p, lr = regression(1), 0.1
+    settings = InnerLoop(lr=lr, rank=2)
+    level = InnerProblem(settings, p.theta, ["b", "c"], p.inner()[0], 0, seed=5)
     trace = level.run(keep=True)
     a = {x: level.initial()[f"{x}/A"] for x in ("b", "c")}
-    _, g = gradients(lambda q: p.lower()[0](q, 0), p.theta)
+    _, g = compute_gradients(lambda q: p.inner()[0](q, 0), p.theta)
     for x in ("b", "c"):
-        expected = p.theta[x] - alpha * g[x] @ a[x].T @ a[x]
+        expected = p.theta[x] - lr * g[x] @ a[x].T @ a[x]
         torch.testing.assert_close(level.adapted(trace.final)[x], expected, rtol=1e-12, atol=1e-14)
     v = {
         x: torch.randn(y.shape, generator=generator(1, x), dtype=y.dtype)
         for x, y in p.theta.items()
     }
-    pulled = level.pull(trace, v, list(p.theta), last=1, how="reverse")
+    pulled = level.pull(trace, v, list(p.theta), last=1)
     through = {x: v[x] @ a[x].T @ a[x] for x in a}
     inner = {x: p.theta[x] for x in a}
     rest = {x: p.theta[x] for x in p.theta if x not in a}
-    by_rest, by_a = product(
-        lambda t, q: p.lower()[0]({**t, **q}, 0), rest, inner, through, list(inner)
+    by_rest, by_a = hessian_product(
+        lambda t, q: p.inner()[0]({**t, **q}, 0), rest, inner, through, list(inner)
     )
     for x, h_x in {**by_rest, **by_a}.items():
-        torch.testing.assert_close(pulled[x], v[x] - alpha * h_x, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(pulled[x], v[x] - lr * h_x, rtol=1e-12, atol=1e-14)
 
 
 def test_adamw_with_frozen_preconditioner_is_one_scaled_product():
-    """K = 1: Jᵀv = (1 − αw)v − αHDv on the lower set with D = 1/(|∇ℓ| + ε)."""
+    """K = 1: Jᵀv = (1 − αw)v − αHDv on the inner set with D = 1/(|∇ℓ| + ε)."""
     p = regression(1)
-    settings = Lower(0.05, optimizer="adamw", eps=1e-2, weight_decay=0.1)
+    settings = InnerLoop(lr=0.05, optimizer="adamw", eps=1e-2, weight_decay=0.1)
     names = list(p.theta)
-    level = LowerLevel(settings, p.theta, names, p.lower()[0], 0)
+    level = InnerProblem(settings, p.theta, names, p.inner()[0], 0)
     v = {x: torch.ones_like(y) for x, y in p.theta.items()}
-    pulled = level.pull(level.run(keep=True), v, names, last=1, how="reverse")
-    _, g = gradients(lambda q: p.lower()[0](q, 0), p.theta)
+    pulled = level.pull(level.run(keep=True), v, names, last=1)
+    _, g = compute_gradients(lambda q: p.inner()[0](q, 0), p.theta)
     d = {x: 1 / (y.abs() + 1e-2) for x, y in g.items()}
-    _, hd = product(lambda _, q: p.lower()[0](q, 0), {}, p.theta, d, names)
+    _, hd = hessian_product(lambda _, q: p.inner()[0](q, 0), {}, p.theta, d, names)
     for x in names:
         torch.testing.assert_close(
             pulled[x], (1 - 0.05 * 0.1) * v[x] - 0.05 * hd[x], rtol=1e-12, atol=1e-14
         )
 
 
-def test_lower_steps_are_pytorchs_optimizers():
+def test_inner_steps_are_pytorchs_optimizers():
     p = regression(1)
     for settings, kind in (
-        (Lower(0.1, 4), torch.optim.SGD),
-        (Lower(0.01, 4, "adamw", weight_decay=0.1), partial(torch.optim.AdamW, weight_decay=0.1)),
+        (InnerLoop(lr=0.1, steps=4), torch.optim.SGD),
+        (
+            InnerLoop(lr=0.01, steps=4, optimizer="adamw", weight_decay=0.1),
+            partial(torch.optim.AdamW, weight_decay=0.1),
+        ),
     ):
-        found = LowerLevel(settings, p.theta, p.lower_names, p.lower()[0], 0).run(keep=False).final
-        leaves = {x: y.clone().requires_grad_(x in p.lower_names) for x, y in p.theta.items()}
-        optimizer = kind([leaves[x] for x in p.lower_names], lr=settings.alpha)
+        found = p.problems(settings)[0].run(keep=False).final
+        leaves = {x: y.clone().requires_grad_(x in p.inner_names) for x, y in p.theta.items()}
+        optimizer = kind([leaves[x] for x in p.inner_names], lr=settings.lr)
         for _ in range(4):
             optimizer.zero_grad()
-            p.lower()[0](leaves, 0).backward()
+            p.inner()[0](leaves, 0).backward()
             optimizer.step()
-        for x in p.lower_names:
+        for x in p.inner_names:
             torch.testing.assert_close(found[x], leaves[x].detach(), rtol=1e-12, atol=1e-14)
 
 
@@ -128,19 +135,21 @@ def test_truncated_becomes_exact_as_it_takes_in_all_steps():
     assert gaps[0] > gaps[1] > gaps[2] == 0
 
 
-def test_first_order_is_the_upper_gradient_and_alternating_continues_from_the_merge():
+def test_first_order_is_the_outer_gradient_and_alternating_continues_from_the_merge():
     p = problem("kv")
     first = evaluate(p, SGD3, method="first_order")
     other = evaluate(p, SGD3, method="alternating")
     assert same(first, other)
     assert math.isnan(first.cosine)  # no gradient is compared with itself
-    levels = [LowerLevel(SGD3, p.theta, p.lower_names, loss, n) for n, loss in enumerate(p.lower())]
-    merged = p.merge(p.theta, [level.adapted(level.run(keep=False).final) for level in levels])
+    merged = p.merge(
+        p.theta, [level.adapted(level.run(keep=False).final) for level in p.problems(SGD3)]
+    )
     assert all(torch.equal(merged[x], other.merged[x]) for x in merged)
-    _, v = gradients(lambda q: sum(p.upper(q, n) for n in range(2)) / 2, merged)  # type: ignore[arg-type,return-value]
-    assert distance(first.gradient, {x: v[x] for x in p.upper_names}) < 1e-12
-    direct, parts = p.merge.adjoint(v)
-    total = {x: direct[x] + sum(part[x] for part in parts) for x in p.upper_names}
+    _, v = compute_gradients(lambda q: sum(p.outer(q, n) for n in range(2)) / 2, merged)  # type: ignore[arg-type,return-value]
+    assert distance(first.gradient, {x: v[x] for x in p.outer_names}) < 1e-12
+    direct = p.merge.adjoint_direct(v)
+    parts = [p.merge.adjoint_part(v, n) for n in range(2)]
+    total = {x: direct[x] + sum(part[x] for part in parts) for x in p.outer_names}
     assert distance(total, first.gradient) < 1e-12  # what a transpose without Hessian leaves
 
 
@@ -150,23 +159,24 @@ def test_implicit_is_its_fixed_point(solver):
     steps.
     """
     p, rho = regression(), 3.0
-    settings = Lower(0.2, steps=80)
-    options = Implicit(rho, solver, iterations=200, tolerance=1e-13)
-    found = evaluate(p, settings, method="implicit", implicit=options)
+    settings = InnerLoop(lr=0.2, steps=80)
+    options = {"method": "implicit", "rho": rho, "solver": solver, "iterations": 200}
+    options["tolerance"] = 1e-13
+    found = evaluate(p, settings, **options)
     assert distance(found.gradient, naive(p, settings, rho)) < 1e-8
     sizes = [p.theta[x].numel() for x in p.theta]
     names = list(p.theta)
     inside = torch.cat(
-        [torch.full((k,), x in p.lower_names) for x, k in zip(names, sizes, strict=True)]
+        [torch.full((k,), x in p.inner_names) for x, k in zip(names, sizes, strict=True)]
     )
 
     def unflat(vector):
         return {x: y.view_as(p.theta[x]) for x, y in zip(names, vector.split(sizes), strict=True)}
 
-    v = gradients(lambda q: sum(p.upper(q, n) for n in range(2)) / 2, found.merged)[1]  # type: ignore[arg-type,return-value]
+    v = compute_gradients(lambda q: sum(p.outer(q, n) for n in range(2)) / 2, found.merged)[1]  # type: ignore[arg-type,return-value]
     total = torch.zeros(sum(sizes), dtype=torch.float64)
-    for n, loss in enumerate(p.lower()):
-        level = LowerLevel(settings, p.theta, p.lower_names, loss, n, rho)
+    for level in p.problems(settings, rho=rho):
+        loss = level.loss
         at = {**p.theta, **level.run(keep=False).final}
         flat = torch.cat([at[x].flatten() for x in names])
         h = torch.autograd.functional.hessian(lambda y, loss=loss: loss(unflat(y), 0), flat)
@@ -176,13 +186,11 @@ def test_implicit_is_its_fixed_point(solver):
         )
         total[inside] += a
         total[~inside] += v_n[~inside] - h[~inside][:, inside] @ a / rho
-    assert distance(found.gradient, {x: unflat(total)[x] for x in p.upper_names}) < 1e-8
+    assert distance(found.gradient, {x: unflat(total)[x] for x in p.outer_names}) < 1e-8
     assert found.info["negative_curvature"] == [False, False]
     assert max(found.info["residual"]) < 1e-12
     assert max(found.info["stationarity"]) < 1e-9
-    early = evaluate(
-        p, Lower(0.2, steps=1), method="implicit", implicit=options
-    )  # solved well, at no solution
+    early = evaluate(p, InnerLoop(lr=0.2), **options)  # solved well, at no solution
     assert max(early.info["residual"]) < 1e-12
     assert min(early.info["stationarity"]) > 0.1
     assert distance(early.gradient, found.gradient) > 0.01
@@ -193,16 +201,16 @@ def test_cg_stops_on_negative_curvature_and_says_so():
     a, facts = conjugate_gradients(lambda d: {"x": d["x"] * torch.tensor([1.0, -1.0])}, v, 10, 1e-9)
     assert facts["negative_curvature"]
     assert torch.equal(a["x"], v["x"])
-    _, facts = neumann(lambda d: {"x": 3.0 * d["x"]}, v, 5, 1e-9)
+    _, facts = neumann_series(lambda d: {"x": 3.0 * d["x"]}, v, 5, 1e-9)
     assert facts["residual"] > 1  # ‖H‖ > ρ: the series grows, and shows it
 
 
 def test_gradient_agrees_with_finite_differences_of_the_run_itself():
     p = regression()
-    settings = Lower(0.1, steps=2)
+    settings = InnerLoop(lr=0.1, steps=2)
     found = evaluate(p, settings)
     g = generator(0, "direction")
-    d = {x: torch.randn(p.theta[x].shape, generator=g, dtype=torch.float64) for x in p.upper_names}
+    d = {x: torch.randn(p.theta[x].shape, generator=g, dtype=torch.float64) for x in p.outer_names}
     h = 1e-5
     ends = [
         evaluate(
@@ -211,7 +219,8 @@ def test_gradient_agrees_with_finite_differences_of_the_run_itself():
         )
         for s in (1, -1)
     ]
-    slope = (ends[0].upper_loss - ends[1].upper_loss) / (2 * h)
+    values = [sum(float(p.outer(end.merged, n)) for n in range(2)) / 2 for end in ends]
+    slope = (values[0] - values[1]) / (2 * h)
     assert slope == pytest.approx(sum(float((found.gradient[x] * d[x]).sum()) for x in d), rel=1e-7)
 
 
@@ -223,19 +232,8 @@ def test_repeats_bit_for_bit_and_recomputed_iterates_change_nothing():
     kept = evaluate(p, SGD3)
     assert same(kept, evaluate(p, SGD3))
     assert same(kept, evaluate(p, SGD3, recompute=True))
-    assert all(drop > 0 for drop in kept.lower_drop)
+    assert all(drop > 0 for drop in kept.inner_loop_drop)
     assert kept.info["constraint_residual"] < 1e-10
-
-
-def test_forward_and_reverse_products_agree_and_math_attention_is_restored():
-    p = problem("kv")
-    assert torch.backends.cuda.flash_sdp_enabled()
-    reverse = evaluate(p, Lower(0.5))
-    assert torch.backends.cuda.flash_sdp_enabled()
-    assert distance(evaluate(p, Lower(0.5), product="forward").gradient, reverse.gradient) < 1e-12
-    with pytest.raises(UserError), math_attention():
-        Lower(-1.0)  # an error inside
-    assert torch.backends.cuda.flash_sdp_enabled()
 
 
 def test_checkpointing_gives_the_same_gradient():
@@ -245,77 +243,25 @@ def test_checkpointing_gives_the_same_gradient():
     p = problem("kv")
     moved = replace(p, theta={x: 1.1 * y for x, y in p.theta.items()})
     with kept() as whole:
-        plain = evaluate(moved, Lower(0.5, steps=2))
+        plain = evaluate(moved, InnerLoop(lr=0.5, steps=2))
     with checkpointed(p.model.unet), kept() as less:
-        found = evaluate(moved, Lower(0.5, steps=2))
+        found = evaluate(moved, InnerLoop(lr=0.5, steps=2))
     assert distance(found.gradient, plain.gradient) < 1e-12
     assert 0 < sum(less) < 0.8 * sum(whole)
     assert not any(getattr(m, "gradient_checkpointing", False) for m in p.model.unet.modules())
 
 
-def test_low_precision_forward_with_float32_masters():
-    exact = tiny_diffusion()
-    theta = {x: y.detach().clone() for x, y in exact.unet.named_parameters()}
-    names = [x for x in theta if "attn2" in x]
-    g = generator(0, "low")
-    z, noise = (torch.randn(2, 4, 8, 8, generator=g) for _ in range(2))
-    batch = Batch(z, exact.text(["a fox", "a panda"]), noise, torch.tensor([100, 700]))
-
-    def run(dtype):
-        denoiser = Denoiser(tiny_diffusion(dtype=dtype), theta)
-        masters = {x: theta[x] for x in names}
-        options = {"settings": Lower(1.0), "upper_names": names, "lower_names": names}
-        loss = denoiser.loss
-        return hypergradient(
-            masters,
-            [lambda q, _: loss(batch, q)],
-            lambda q, n: -loss(batch, q),
-            Merge(1),
-            **options,
-        )
-
-    high, low = run(torch.float32), run(torch.bfloat16)
-    assert all(x.dtype == torch.float32 for x in low.gradient.values())
-    assert 1e-5 < distance(low.gradient, high.gradient) < 0.05  # bfloat16 has 8 bits
-
-
 # bad input
 
 
-@pytest.mark.parametrize("wrong", [{"lr": 0}, {"lr": -1.0}, {"steps": 0}, {"optimizer": "adam"}])
-def test_wrong_options_name_their_key(wrong):
-    with pytest.raises(UserError, match=f"immunize.inner_loop.{next(iter(wrong))}"):
-        Lower(**{"lr": 0.1, **wrong})
+def test_nan_in_an_inner_step_is_divergence():
+    class Broken(type(regression())):
+        def inner(self):
+            first, second = super().inner()
+            return [first, lambda p, k: second(p, k) * (math.nan if k == 2 else 1.0)]
 
-
-def test_nan_in_a_lower_step_is_divergence():
     p = regression()
-
-    def broken(params, k):
-        return p.lower()[0](params, k) * (math.nan if k == 2 else 1.0)
-
+    broken = Broken(**{f.name: getattr(p, f.name) for f in fields(p)})
     with pytest.raises(Diverged, match="concept 1") as caught:
-        hypergradient(
-            p.theta,
-            [p.lower()[0], broken],
-            p.upper,
-            p.merge,
-            settings=SGD3,
-            upper_names=p.upper_names,
-            lower_names=p.lower_names,
-        )
+        evaluate(broken, SGD3)
     assert caught.value.step == 1
-
-
-def test_unusable_combinations_are_user_errors():
-    p = regression()
-    with pytest.raises(UserError, match=r"immunize\.lower\.rank=2: implicit"):
-        evaluate(p, Lower(0.1, adapter=Adapter(2)), method="implicit")
-    with pytest.raises(UserError, match="method"):
-        evaluate(p, Lower(0.1), method="exakt")
-    for level, key in (("lower", r"immunize\.lower\.scope="), ("upper", r"immunize\.scope=")):
-        for names in ([], ["e"]):
-            with pytest.raises(UserError, match=key):
-                evaluate(replace(p, **{f"{level}_names": names}), Lower(0.1))
-    with pytest.raises(UserError, match="scope"):
-        MergeOptions(scope="kv", rule="masked")

@@ -21,15 +21,13 @@ from mima_examples import (
 from tiny_diffusion import tiny_diffusion
 
 from immunize.merge.rows import MergeOptions, build_merge
+from immunize.mima.base import naming_prompts
 from immunize.mima.hypergradient import hypergradient
-from immunize.mima.inner_loop import Adapter, Lower
-from immunize.mima.setup import naming_prompts
 from lab.core.data import CaptionedImages
 from lab.core.seeding import derive
 from lab.core.types import Immunizer, same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
-IMPLICIT = {"method": "implicit"}
 SEED = 1  # of draws whose kind, K and captions differ from concept to concept
 
 
@@ -52,11 +50,11 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
         assert 0 <= values["constraint_residual"] < 1
     assert [step for step, _ in rows] == list(range(4 if name == "compose" else 2))
     for _, values in rows:
-        logged = {"upper_loss", "prior_loss", "gradient_norm"}
+        logged = {"outer_loss", "prior_loss", "gradient_norm"}
         logged |= (
-            {"benign_loss", "distill_loss", "lower_steps"}
+            {"benign_loss", "distill_loss", "inner_loop_steps"}
             if name == "mima_deep"
-            else {"lower_drop"}
+            else {"inner_loop_drop"}
         )
         assert logged <= set(values)
         assert all(isinstance(v, float) for v in values.values())
@@ -78,7 +76,7 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
 def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
     whole = Snapshots()
     after, rows = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole, seed=5)
-    middle = 3 if name == "compose" else 0  # compose: within its second training
+    middle = 2 if name == "compose" else 0  # compose: within its second run
     for i in (middle, len(whole.states) - 1):
         again, repeated = rows_of(
             preset(name, checkpoint_every=1, **changes), checkpoint=whole.at(i), seed=5
@@ -115,7 +113,7 @@ def test_compose_is_the_merge_of_immas():
         dict(run(preset("imma", target=n, **fast), seed=3).unet.named_parameters()) for n in (0, 1)
     ]
     targets = [(naming_prompts(model(), c, 4), c.words) for c in case().targets]
-    options = MergeOptions(lam=1.0, mu=1e-6, seed=derive(3, "mima", "merge"))
+    options = MergeOptions(lam=1.0, mu=1e-6)
     merged = build_merge(model(), targets, case().regularizers, options)(
         dict(model().unet.named_parameters()),
         [{k: v for k, v in one.items() if ".attn2." in k} for one in alone],
@@ -124,7 +122,7 @@ def test_compose_is_the_merge_of_immas():
         torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
 
 
-def test_the_merge_reads_captions_of_own_pictures_before_prompts_of_the_evaluation():
+def test_the_merge_reads_captions_of_own_images_before_prompts_of_the_evaluation():
     for concept in case().targets:
         told = naming_prompts(model(), concept, 2)
         assert len(told) == 2
@@ -135,39 +133,7 @@ def test_the_merge_reads_captions_of_own_pictures_before_prompts_of_the_evaluati
         assert naming_prompts(model(), silent, 2) == list(concept.prompts["name"][:2])
 
 
-@pytest.mark.parametrize(
-    ("name", "merges"), [("mima", True), ("compose", True), ("imma", False), ("mima_deep", False)]
-)
-def test_the_first_row_says_how_the_merge_is_conditioned(name, merges):
-    """mima_deep looks at each concept's own attacked copy by default, and builds no merge."""
-    _, rows = rows_of(preset(name))
-    keys = {
-        "merge_cond_regularizer",
-        "merge_cond_constraint",
-        "merge_effective_rank",
-        "merge_dropped_tokens",
-    }
-    assert (keys <= rows[0][1].keys()) is merges
-    assert not any(key.startswith("merge_") for _, row in rows[1:] for key in row)
-
-
-def test_sparse_masks_tell_how_dense_they_are():
-    found = {}
-    for sparsity in (0.0, 60.0):  # masks begin at 0.5, and a step shrinks them by a hundredth of it
-        merge = {"scope": "attention", "rule": "masked", "sparsity": sparsity}
-        _, rows = rows_of(preset("mima_first_order", merge=merge))
-        found[sparsity] = [values["mask_density"] for _, values in rows]
-    assert (found[0.0][-1], found[60.0][-1]) == (1.0, 0.0)
-    _, rows = rows_of(preset("mima_first_order"))
-    assert not any("mask_density" in values for _, values in rows)
-
-
-def test_a_deep_run_that_looks_at_the_merge_tells_its_residual():
-    _, rows = rows_of(preset("mima_deep", evaluate=["merged"]))
-    assert all(0 < values["constraint_residual"] < 1 for _, values in rows)
-
-
-def test_joint_sees_the_pictures_of_all_targets():
+def test_joint_sees_the_images_of_all_targets():
     joint = preset("joint", steps=1, batch_size=4, hypergradient={"method": "first_order"})
     first = run(joint)
     other = dataclasses.replace(case().targets[1], own=case().targets[1].train)
@@ -210,11 +176,11 @@ def test_half_precision_models_train_in_float32_and_stay_half():
 def test_bfloat16_runs_the_exact_gradient_with_float32_masters():
     _, rows = rows_of(preset("imma", steps=1, precision="bfloat16"))
     _, full = rows_of(preset("imma", steps=1))
-    assert rows[0][1]["upper_loss"] == pytest.approx(full[0][1]["upper_loss"], rel=2e-2)
+    assert rows[0][1]["outer_loss"] == pytest.approx(full[0][1]["outer_loss"], rel=2e-2)
     assert rows[0][1]["gradient_norm"] == pytest.approx(full[0][1]["gradient_norm"], rel=0.2)
 
 
-def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
+def test_drawn_attackers_reach_the_hypergradient(monkeypatch):
     """Every concept's own draw: kind, rate, rank, K, optimizer and captions."""
     lora = {**LORA, "lr": [1e-2, 1e-1], "ranks": [1, 3], "optimizer": "sgd"}
     changes = {"attackers": {"lora": lora, "full": FULL}, "k_max": 3}
@@ -223,21 +189,24 @@ def test_sampled_lower_levels_reach_the_hypergradient(monkeypatch):
     seen = []
 
     def spy(*given, **options):
-        seen.append((given[1], options["settings"]))
+        seen.append(given[1])
         return hypergradient(*given, **options)
 
-    monkeypatch.setattr("immunize.mima.bilevel.hypergradient", spy)
+    monkeypatch.setattr("immunize.mima.method.hypergradient", spy)
     for step in (1, 3):
         made.gradient(theta, step)
-        losses, settings = seen.pop()
-        for concept, loss, found in zip(made.concepts, losses, settings, strict=True):
-            drawn = method.drawn.draw(SEED, concept.name, step)
-            factors = derive(SEED, "mima", "factors", concept.name, step)
-            adapter = Adapter(drawn.rank, factors) if drawn.kind == "lora" else None
-            assert found == Lower(drawn.lr, drawn.steps, drawn.optimizer, adapter, weight_decay=0.0)
-            pool = concept.lower.template(drawn.template)
+        for concept, problem in zip(made.concepts, seen.pop(), strict=True):
+            drawn, found = method.draw(SEED, concept.name, step), problem.settings
+            assert problem.seed == derive(SEED, "mima", "factors", concept.name, step)
+            assert (found.lr, found.steps, found.optimizer) == (
+                drawn.lr,
+                drawn.steps,
+                drawn.optimizer,
+            )
+            assert (found.rank, found.weight_decay) == (drawn.rank or None, 0.0)
+            pool = concept.inner.template(drawn.template)
             batch = pool.batch(2, SEED, concept.name, step, "lower", drawn.steps - 1)
-            assert loss(theta, drawn.steps - 1) == made.denoiser.loss(batch, theta)
+            assert problem.loss(theta, drawn.steps - 1) == made.denoiser.loss(batch, theta)
 
 
 def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():

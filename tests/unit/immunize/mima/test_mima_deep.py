@@ -1,14 +1,14 @@
-"""The deep lower level: reduction to MIMA, oracles for its parts, what is drawn, what is kept."""
+"""The deep inner loop: reduction to MIMA, oracles for its parts, what is drawn, what is kept."""
 
 import pytest
 import torch
-from mima_examples import case, kept, model, objective, preset, with_targets
+from mima_examples import case, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima.attackers import Attack, Attackers, Running, marks
-from immunize.mima.losses import Denoiser, capped, gradient_at
+from immunize.mima.base import capped
+from immunize.mima.gradients import gradient_at
+from immunize.mima.inner_attackers import Attack, AttackerOptions, InnerAttack
 from immunize.mima.sampling import Pool
-from immunize.mima.setup import Setup
 from lab.models.diffusion import Text
 
 NONE = {"kv": None, "full": None}
@@ -27,7 +27,7 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
     """K = 1, SGD on Π_l, no cap, no benign term, no distillation, no decoys, the prior at θ̂: the
     same gradient.
 
-    First order only: the deep lower level never differentiates through its steps.
+    First order only: the deep inner loop never differentiates through its steps.
     """
     exact = tiny_diffusion(dtype=torch.float64)
     mima, theta = objective(preset("mima_first_order", inner_loop={"lr": 0.5}), exact)
@@ -69,7 +69,7 @@ def test_terms_add_up():
     def gradient(**changes):
         made, theta = objective(deep(**{**base, "prior_ramp": 1.0, **changes}), on=alone)
         with torch.no_grad():  # away from θ_0, where distillation has no gradient
-            for name in made.upper_names:
+            for name in made.outer_names:
                 theta[name].mul_(1.05)
         return made.gradient(theta, 3)[0]
 
@@ -89,7 +89,7 @@ def _moved(factor: float, **changes):
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "cap": None}
     made, theta = objective(deep(**{**base, **changes}), on=with_targets(case().targets[:1]))
     with torch.no_grad():
-        for name in made.upper_names:
+        for name in made.outer_names:
             theta[name].mul_(factor)
     return made.gradient(theta, 4)
 
@@ -127,39 +127,6 @@ def test_the_cap_stops_the_concept_and_raises_the_prior():
     assert capped(torch.tensor(0.4), 0.5) == 0.4
 
 
-def test_the_ramp_sees_the_mean_over_both_places():
-    options = {
-        "w_benign": 0.0,
-        "w_distill": 0.0,
-        "w_prior": 1.0,
-        "prior_ramp": 3.0,
-        "cap": 10.0,
-        "k_min": 4,
-    }
-    found = {}
-    for evaluate in (["own"], ["merged"], ["merged", "own"]):
-        made, theta = objective(deep(evaluate=evaluate, **options))
-        found[tuple(evaluate)] = made.gradient(theta, 1)[1]
-    own, merged, both = found.values()
-    assert own["upper_loss"] != merged["upper_loss"]
-    assert both["upper_loss"] == pytest.approx((own["upper_loss"] + merged["upper_loss"]) / 2)
-    assert both["prior_factor"] == pytest.approx(1 + 2 * (both["upper_loss"] / 10) ** 2)
-
-
-def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
-    alone = with_targets(case().targets[:1])
-    options = {"evaluate": ["own"], "w_benign": 0.0, "k_max": 2}
-    plain, theta = objective(deep(**options), on=alone)
-    saving, other = objective(deep(gradient_checkpointing=True, **options), on=alone)
-    with kept() as whole:
-        a = plain.gradient(theta, 1)[0]
-    with kept() as less:
-        b = saving.gradient(other, 1)[0]
-    assert 0 < sum(less) < 0.5 * sum(whole)
-    for name, value in a.items():
-        torch.testing.assert_close(b[name], value, rtol=1e-5, atol=1e-6)
-
-
 def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
     """The mean over an attack's online gradients is the gradient over all its marks, where θ does
     not move.
@@ -177,16 +144,13 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
     alone = with_targets(case().targets[:1])
     whole, theta = objective(deep(**options), on=alone)
     online, other = objective(deep(online=True, **options), on=alone)
-    for made in (
-        whole,
-        online,
-    ):  # the upper level's batches are numbered by step and mark: take one for all
-        first = made.targets[0].upper.batch(8, 0, "one")
-        made._upper = lambda *_, first=first: first
+    for made in (whole, online):  # batches are numbered by step and mark: take one for all
+        first = made.concepts[0].outer.batch(8, 0, "one")
+        made.draw_batch = lambda *_, first=first: first
     expected, _ = whole.gradient(theta, 0)
     found = [online.gradient(other, step) for step in (0, 1)]
-    assert [values["lower_steps"] for _, values in found] == [2, 4]
-    assert "lower_drop" not in found[0][1]
+    assert [values["inner_loop_steps"] for _, values in found] == [2, 4]
+    assert "inner_loop_drop" not in found[0][1]
     for name, value in expected.items():
         torch.testing.assert_close(
             (found[0][0][name] + found[1][0][name]) / 2, value, rtol=1e-4, atol=1e-6
@@ -209,11 +173,11 @@ def test_one_lora_step_by_hand(optimizer):
     g = torch.randn(3, 4, dtype=torch.float64)
 
     def loss(batch, weights):
-        return (weights["w"] * g).sum()
+        return 100 + (weights["w"] * g).sum()  # positive, as a drop is a share
 
     attack = Attack("lora", "all", 2, 0.1, optimizer, "name", 1)
-    running = Running(loss, w, ("w", "b"), attack, pool_of(4), 2, 0, "x")
-    a = next(leaf.detach().clone() for leaf in running.adapted.leaves if leaf.shape == (2, 4))
+    running = InnerAttack(loss, w, ("w", "b"), attack, pool_of(4), 2, 0, "x")
+    a = next(leaf.detach().clone() for leaf in running.leaves if leaf.shape == (2, 4))
     mark = running.advance(1)
     assert list(mark.weights) == ["w"]
     down = g @ a.T
@@ -221,7 +185,7 @@ def test_one_lora_step_by_hand(optimizer):
         down if optimizer == "sgd" else down / (down.abs() + 1e-8)
     )  # AdamW's first moments cancel but for ε
     torch.testing.assert_close(mark.weights["w"], w["w"] - 0.1 * step @ a)
-    assert mark.now < mark.first
+    assert mark.drop > 0
 
 
 def test_adamw_attackers_follow_torch():
@@ -232,7 +196,7 @@ def test_adamw_attackers_follow_torch():
         return (weights["w"] - goal).square().sum()
 
     attack = Attack("weights", "all", 0, 0.05, "adamw", "name", 5)
-    running = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    running = InnerAttack(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
     found = [running.advance(until) for until in (2, 5)]
     leaf = w["w"].clone().requires_grad_()
     optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.0)
@@ -255,13 +219,13 @@ def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
         return (weights["w"] - goal).square().sum()
 
     attack = Attack(kind, "all", 2, 0.05, "adamw", "name", 3)
-    running = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    running = InnerAttack(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
     before = w["w"].clone()
     added = running.advance(2).weights["w"] - before
     assert float(added.abs().max()) > 1e-3
     w["w"].add_(0.5)
     torch.testing.assert_close(running.advance(2).weights["w"], before + 0.5 + added)
-    other = Running(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    other = InnerAttack(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
     other.load(running.state())
     assert torch.equal(running.advance(3).weights["w"], other.advance(3).weights["w"])
 
@@ -285,7 +249,7 @@ def test_attackers_are_drawn_from_their_ranges():
         "never": {"kind": "weights", "share": 0.0, "scopes": ["kv"], "lr": 1.0},
     }
     families["lora"] |= {"templates": ["name", "token"], "words": 3}
-    drawn = Attackers(families, 2, 40)
+    drawn = AttackerOptions(attackers=families, k_min=2, k_max=40)
     all_of_them = [drawn.draw(0, i) for i in range(400)]
     assert all_of_them == [drawn.draw(0, i) for i in range(400)]
     lora = [a for a in all_of_them if a.kind == "lora"]
@@ -305,12 +269,6 @@ def test_attackers_are_drawn_from_their_ranges():
     assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)
 
 
-def test_marks():
-    assert marks(1, (0.5, 1.0)) == (1,)
-    assert marks(9, (0.5, 1.0)) == (4, 9)
-    assert marks(2, (0.1, 1.0)) == (1, 2)
-
-
 # ── what the loop stands on
 
 
@@ -322,15 +280,3 @@ def test_first_order_gradient_is_taken_at_the_point():
     assert value == 18.0
     assert gradient["a"] == 12.0
     assert gradient["b"] == 9.0
-
-
-def test_bfloat16_copies_follow_the_masters():
-    setup = Setup.build(model(), case(), 0, "bfloat16", None)
-    name = next(n for n in setup.denoiser.theta if "attn2" in n)
-    own = dict(setup.denoiser.model.unet.named_parameters())[name]
-    setup.denoiser.theta[name].add_(1.0)
-    setup.denoiser.sync([name])
-    assert torch.equal(own, setup.denoiser.theta[name].to(torch.bfloat16))
-    assert isinstance(setup.denoiser, Denoiser)
-    setup.restart()
-    assert torch.equal(own, dict(model().unet.named_parameters())[name].to(torch.bfloat16))

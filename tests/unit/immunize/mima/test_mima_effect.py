@@ -6,10 +6,10 @@ import pytest
 import torch
 from mima_examples import LORA, case, model, preset, run, with_targets
 
-from immunize.mima.attackers import Attack, Running
-from immunize.mima.losses import Denoiser
-from immunize.mima.sampling import Pool, halves
-from immunize.mima.scopes import scope_names
+from immunize.merge.rows import scope_names
+from immunize.mima.base import Denoiser
+from immunize.mima.inner_attackers import Attack, InnerAttack
+from immunize.mima.sampling import Pool, split_concept
 
 ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "name", 4)
 ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}
@@ -27,16 +27,16 @@ FAST = {
 
 
 def after_attack(some):
-    """Loss of the first target, upper half, after a short attack on its lower half; equal batches
+    """Loss of the first target, outer half, after a short attack on its inner half; equal batches
     for every model.
     """
-    own = halves(some, case().targets[0], 0, torch.float32)
+    own = split_concept(some, case().targets[0], 0, torch.float32)
     theta = dict(some.unet.named_parameters())
     denoiser = Denoiser(some, theta)
     moves = scope_names(some.unet, "attn2")
-    mark = Running(denoiser.loss, theta, moves, ATTACK, own.lower, 4, 0, "test").advance(4)
+    mark = InnerAttack(denoiser.loss, theta, moves, ATTACK, own.inner, 4, 0, "test").advance(4)
     with torch.no_grad():
-        return float(denoiser.loss(own.upper.batch(16, 1, "test"), mark.weights))
+        return float(denoiser.loss(own.outer.batch(16, 1, "test"), mark.weights))
 
 
 def unrelated(some):
@@ -55,7 +55,7 @@ def test_the_loss_after_an_attack_rises(name):
 
 
 @pytest.mark.parametrize("name", ["mima_first_order", "mima_deep"])
-def test_the_prior_holds_unrelated_pictures(name):
+def test_the_prior_holds_unrelated_images(name):
     alone = with_targets(case().targets[:1])
     options = {"steps": 8, "lr": 3e-2, "clip": None, "prior_batch_size": 4, **FAST[name]}
     free = unrelated(run(preset(name, w_prior=0.0, **options), on=alone))

@@ -1,5 +1,5 @@
-"""What must stay as it is: where its pictures come from, and its place in the released lower
-level.
+"""What must stay as it is: where its pictures come from, and its place in the released inner
+loop.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import torch
 from mima_examples import case, objective, preset, rows_of, run, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima.losses import gradient_at
-from immunize.mima.scopes import scope_names
+from immunize.merge.rows import scope_names
+from immunize.mima.gradients import gradient_at
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 
@@ -22,7 +22,7 @@ def joined(parts):
 
 
 @pytest.mark.parametrize("changes", [{}, {"prior": "class"}])
-def test_the_prior_has_the_pictures_asked_for(changes):
+def test_the_prior_has_the_images_of_its_source(changes):
     """A case whose unrelated pictures are exactly these gives the same run; the preset asks for
     both.
     """
@@ -34,7 +34,7 @@ def test_the_prior_has_the_pictures_asked_for(changes):
     assert rows_of(preset("mima_released", steps=1, prior="keep"))[1] != rows
 
 
-def test_a_case_without_such_pictures_is_refused():
+def test_a_case_without_such_images_is_refused():
     none = CaptionedImages(case().keep.images[:0], ())
     bare = [dataclasses.replace(target, prior=none) for target in case().targets]
     with pytest.raises(UserError, match=r"immunize\.prior=class"):
@@ -42,7 +42,7 @@ def test_a_case_without_such_pictures_is_refused():
 
 
 @pytest.mark.parametrize("changes", [{}, {"prior": False}])
-def test_the_released_lower_level_descends_the_prior_too(changes):
+def test_the_released_inner_loop_descends_the_prior_too(changes):
     """One SGD step on L(x^l) + w_prior · L(x^prior), or on L(x^l) alone, by hand; one concept needs
     no merge.
     """
@@ -51,8 +51,8 @@ def test_the_released_lower_level_descends_the_prior_too(changes):
     made, theta = objective(method, exact, alone)
     start = {name: value.clone() for name, value in theta.items()}
     concept = made.concepts[0]
-    own = concept.lower.batch(2, 0, concept.name, 1, "lower", 0)
-    prior = made.prior.batch(2, 0, concept.name, 1, "prior", 0)
+    own = concept.inner.batch(2, 0, concept.name, 1, "lower", 0)
+    prior = made.setup.prior.batch(2, 0, concept.name, 1, "prior", 0)
 
     def loss(weights):
         value = made.denoiser.loss(own, weights)

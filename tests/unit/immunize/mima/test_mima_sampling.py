@@ -1,4 +1,4 @@
-"""What a step of an immunizer sees: batches, halves, captions by template."""
+"""What a step of an immunizer sees: batches, splits, captions by template."""
 
 import dataclasses
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 from mima_examples import case, model, objective, preset
 
-from immunize.mima.attackers import Attack, Running
-from immunize.mima.losses import Denoiser
-from immunize.mima.sampling import WORDS, Batch, Pool, halves, pooled
+from immunize.mima.base import Denoiser
+from immunize.mima.sampling import WORDS, Batch, Pool, pool_concepts, split_concept
 from lab.core.captions import captions, class_words
 
 
@@ -24,16 +23,16 @@ def test_batches_are_reproducible_and_cover_all_timesteps():
     assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
 
 
-def test_halves_are_disjoint():
+def test_splits_are_disjoint():
     target = case().targets[0]
-    half = halves(model(), target, 0, torch.float32)
-    assert len(half.lower) + len(half.upper) == len(target.own)
-    everything = {z.numpy().tobytes() for part in (half.lower, half.upper) for z in part.z}
+    half = split_concept(model(), target, 0, torch.float32)
+    assert len(half.inner) + len(half.outer) == len(target.own)
+    everything = {z.numpy().tobytes() for part in (half.inner, half.outer) for z in part.z}
     assert len(everything) == len(target.own)
-    both = pooled([half, halves(model(), case().targets[1], 0, torch.float32)])
+    both = pool_concepts([half, split_concept(model(), case().targets[1], 0, torch.float32)])
     expected = model().text(case().targets[1].own.prompts).hidden
     assert (half.concepts, both.concepts) == (1, 2)
-    hidden = both.lower.text[both.lower.caption].hidden[len(half.lower) :]
+    hidden = both.inner.text[both.inner.caption].hidden[len(half.inner) :]
     assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
 
 
@@ -41,12 +40,14 @@ def hidden(pool: Pool) -> torch.Tensor:
     return pool.text[pool.caption].hidden
 
 
-def test_templates_give_the_same_pictures_other_captions():
+def test_templates_give_the_same_images_other_captions():
     target = dataclasses.replace(
         case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)}
     )
-    half = halves(model(), target, 0, torch.float32, templates=["name", "token 1", "description"])
-    for pool in (half.lower, half.upper):
+    half = split_concept(
+        model(), target, 0, torch.float32, templates=["name", "token 1", "description"]
+    )
+    for pool in (half.inner, half.outer):
         assert torch.equal(pool.template("token 1").z, pool.z)
         assert torch.equal(hidden(pool.template("name")), hidden(pool))
         assert torch.allclose(
@@ -57,43 +58,26 @@ def test_templates_give_the_same_pictures_other_captions():
     expected = model().text(asked).hidden
     assert all(
         any(torch.allclose(h, e, atol=1e-5) for e in expected)
-        for h in hidden(half.lower.template("token 1"))
+        for h in hidden(half.inner.template("token 1"))
     )
-    without = halves(model(), case().targets[0], 0, torch.float32, templates=["description"]).lower
+    without = split_concept(
+        model(), case().targets[0], 0, torch.float32, templates=["description"]
+    ).inner
     assert torch.equal(
         hidden(without.template("description")), hidden(without)
     )  # no description prompts: its own
-    joined = pooled(
-        [half, halves(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]
-    ).lower
-    count = len(half.lower)
+    joined = pool_concepts(
+        [half, split_concept(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]
+    ).inner
+    count = len(half.inner)
     assert torch.equal(
-        hidden(joined.template("token 1"))[:count], hidden(half.lower.template("token 1"))
+        hidden(joined.template("token 1"))[:count], hidden(half.inner.template("token 1"))
     )
     assert torch.equal(hidden(joined.template("description"))[count:], hidden(joined)[count:])
 
 
-def test_an_attack_trains_on_the_captions_of_its_template():
-    target = dataclasses.replace(
-        case().targets[0], prompts={"name": ("a mosaic",), "description": ("a panda",)}
-    )
-    half = halves(model(), target, 0, torch.float32, templates=["description"])
-    seen = []
-
-    def loss(batch, weights):
-        seen.append(batch.text.hidden)
-        return sum(w.square().sum() for w in weights.values())
-
-    theta = {"w": torch.ones(2, 2)}
-    for template in ("name", "description"):
-        attack = Attack("weights", "all", 0, 1e-3, "sgd", template, 1)
-        Running(loss, theta, ["w"], attack, half.lower, 2, 0, "x").advance(1)
-    assert seen[0].shape == seen[-1].shape
-    assert not torch.equal(seen[0], seen[-1])
-
-
 @pytest.mark.parametrize("preset_name", ["mima", "mima_deep"])
-def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
+def test_the_outer_loop_asks_as_the_attacker_taught(preset_name, monkeypatch):
     """Held-out pictures, decoys and practice concepts get the captions of the attack that they
     follow.
     """
@@ -120,7 +104,7 @@ def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     method = preset(preset_name, attackers=attackers, k_min=1, k_max=1, w_prior=0.0, **more)
     made, theta = objective(method)
     if preset_name == "mima_deep":
-        made.options = dataclasses.replace(made.options, w_distill=0.0)
+        made.config.w_distill = 0.0
     seen = []
     loss = Denoiser.loss
 
@@ -133,7 +117,7 @@ def test_the_upper_level_asks_as_the_attacker_taught(preset_name, monkeypatch):
     concepts = [*case().targets, *(case().rehearsal if more else ())]
     asked = []
     for c in concepts:
-        word = WORDS[int(method.drawn.draw(0, c.name, 0).template.removeprefix("token "))]
+        word = WORDS[int(method.draw(0, c.name, 0).template.removeprefix("token "))]
         asked.append(captions(c, c.own, "token", f"{word} {class_words(c)}".strip()))
     taught = model().text(sorted({caption for some in asked for caption in some})).hidden
     rows = torch.cat(seen)

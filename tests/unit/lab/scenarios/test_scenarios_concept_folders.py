@@ -173,7 +173,7 @@ def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, co
     (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
     if count == 4:
         return Mima().check((case,))
-    with pytest.raises(UserError, match="concept few has 1 picture"):
+    with pytest.raises(UserError, match="concept few has 1 image"):
         Mima().check((case,))
 
 

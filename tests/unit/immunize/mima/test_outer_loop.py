@@ -1,0 +1,81 @@
+"""The outer loop of the concept immunizers: rates, divergence, clipping, the check after the last
+step.
+"""
+
+import math
+
+import pytest
+import torch
+from mima_examples import case, model, preset, rows_of, with_targets
+
+from immunize.mima.outer_loop import Objective, OuterLoop, OuterLoopOptions
+from lab.core.errors import Diverged
+from lab.core.training import train
+
+
+class Falling(Objective):
+    outer_names = moves = ("w",)
+
+    def __init__(self, bad=None, how="raise"):
+        self.bad, self.how = bad, how
+
+    def gradient(self, theta, step):
+        if step == self.bad and self.how == "raise":
+            raise FloatingPointError("inner loop")
+        value = float("nan") if step == self.bad else 1.0
+        return {"w": torch.full_like(theta["w"], value if self.how == "gradient" else 1.0)}, {
+            "outer_loss": value
+        }
+
+
+def trained(objective=None, start=None, sound=True, **options):
+    """Train from 0 by SGD; return what the run ended with and its rows."""
+    theta = {"w": torch.zeros(3) if start is None else start}
+    chosen = OuterLoopOptions(**{"steps": 10, "lr": 1.0, "optimizer": "sgd", **options})
+    loop = OuterLoop(chosen, theta, lambda run: objective or Falling(), is_sound=lambda run: sound)
+    rows = train(loop, chosen.steps, label=None)
+    return loop.done[0]["w"], rows
+
+
+@pytest.mark.parametrize("how", ["raise", "gradient", "loss"])
+def test_divergence_keeps_the_last_good_weights(how):
+    weights, rows = trained(Falling(4, how))
+    assert torch.equal(weights, torch.full((3,), -3.0))  # at step 4 θ is −4: seen, and bad
+    assert rows[-1] == {"step": 4, "diverged": 1.0}
+    with pytest.raises(Diverged, match="first step"):
+        trained(Falling(0, how))
+
+
+def test_clipping_bounds_the_gradient():
+    weights, _ = trained(start=torch.zeros(4), steps=1, clip=0.5)
+    assert float(weights.norm()) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("name", "total"), [("constant", 2.4), ("cosine", 1.35)])
+def test_a_run_steps_by_its_rates(name, total):
+    """A gradient of 1 moves θ by the sum of the rates: βn, and β(n + 1)/2 for β/2 · (1 + cos
+    πk/n).
+    """
+    start = torch.zeros(3, dtype=torch.float64)
+    weights, _ = trained(start=start, steps=8, lr=0.3, lr_schedule=name)
+    expected = torch.full((3,), -total, dtype=torch.float64)
+    torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
+    if name == "cosine":
+        assert math.isclose(trained(steps=2, lr=0.3, lr_schedule=name)[0][0], -0.45, rel_tol=1e-6)
+
+
+@pytest.mark.parametrize("sound", [True, False])
+def test_weights_whose_losses_are_not_finite_are_not_kept(sound):
+    """No gradient sees what the last update made."""
+    weights, rows = trained(steps=3, sound=sound)
+    assert torch.equal(weights, torch.full((3,), -3.0 if sound else -2.0))
+    assert ("diverged" in rows[-1]) is not sound
+
+
+def test_a_last_step_that_breaks_the_model_is_taken_back():
+    """Weights of 1e25 are finite, their losses are not."""
+    broken = preset("mima_first_order", steps=1, lr=1e25)
+    found, rows = rows_of(broken, on=with_targets(case().targets[:1]))
+    assert rows[-1][1]["diverged"] == 1
+    before = model().state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in found.state_dict().items())
