@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -167,6 +168,9 @@ class Painter:
     paint: Callable[[str, int], tuple[int, int, int]]
     calls: list[Sampling] = field(default_factory=list)
     weights: int = field(default_factory=partial(next, count()))
+    unet = vae = scheduler = SimpleNamespace(config={})
+    text_encoders = tokenizers = ()
+    pipeline_class, zero_negative = "Painter", False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Painters have different weights, and so different pictures."""

@@ -8,8 +8,9 @@ import pytest
 from entry_point import FAST, record_of
 from processes import start
 
+import immunize.kappa.method
 from attacks.probes.linear_probe import LinearProbe
-from immunize.kappa.objectives import SpectralObjective
+from immunize.kappa.method import SpectralTrainer
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared/data/house_price"
 THERE = pytest.mark.skipif(
@@ -141,15 +142,14 @@ def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkey
 
 
 def test_ctrl_c_in_the_middle_of_a_stage_says_from_where_it_goes_on(cli, tmp_path, monkeypatch):
-    step_of = SpectralObjective.step
-
-    def interrupted(self, step):
-        if step == 9:
-            raise KeyboardInterrupt
-        return step_of(self, step)
+    class Interrupted(SpectralTrainer):
+        def descend(self, step):
+            if step == 9:
+                raise KeyboardInterrupt
+            return super().descend(step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SpectralObjective, "step", interrupted)
+        patch.setattr(immunize.kappa.method, "SpectralTrainer", Interrupted)
         code, out, _ = cli(*FAST, "immunize.checkpoint_every=4")
     assert code == 130
     stopped = record_of(out, tmp_path)
