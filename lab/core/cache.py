@@ -27,8 +27,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from lab.core.errors import UserError, nearest
 from lab.core.hashing import stage_key, write_atomically
-from lab.core.options import choice, names
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,9 @@ class StageCache:
 
     def __init__(self, root: Path | str, force: str | Iterable[str] = ()) -> None:
         self.root = Path(root)
-        self.force = frozenset(choice("force", stage, STAGES) for stage in names("force", force))
+        self.force = frozenset([force] if isinstance(force, str) else force)
+        for stage in self.force - {*STAGES}:
+            raise UserError("force", stage, nearest(str(stage), STAGES))
         self._fresh: set[str] = set()
 
     def folder(self, stage: str, key: str) -> Path:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from lab.core.errors import as_user_error
+from lab.core.errors import UserError, as_user_error
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger image is taken for a decompression bomb
@@ -89,3 +89,17 @@ def read_image(path: Path, size: int, key: str) -> NDArray[np.uint8]:
 def stack(images: list[NDArray[np.uint8]]) -> Tensor:
     """Return [size, size, 3] arrays as one tensor [n, 3, size, size]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def expand_path(key: str, value: object) -> Path:
+    """Return ``value`` as a path; ``~`` and ``~user`` become the home folder.
+
+    Raises:
+        UserError: a user that this machine does not have.
+    """
+    try:
+        return Path(str(value)).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            key, value, "starts with ~ and a name, and this machine has no such user."
+        ) from error

@@ -30,7 +30,7 @@ from lab.core.data import (
     ScenarioData,
 )
 from lab.core.errors import UserError
-from lab.core.options import local
+from lab.core.image_files import expand_path
 from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug
@@ -231,7 +231,7 @@ class ConceptFolders(Scenario):
 
     def path(self, key: str, value: str) -> Path:
         """Return the path ``value`` of the config; a relative one starts at ``root``."""
-        return local("scenario.root", self.root or ".") / local(key, value)
+        return expand_path("scenario.root", self.root or ".") / expand_path(key, value)
 
     def _read_captions(self) -> tuple[str, ...] | None:
         """Return C_reg from the list or the text file, or None."""

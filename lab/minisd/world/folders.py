@@ -21,8 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lab.core.errors import UserError, nearest
-from lab.core.image_files import DAMAGED, to_rgb
-from lab.core.options import count, local
+from lab.core.image_files import DAMAGED, expand_path, to_rgb
 
 METADATA = "metadata.csv"
 # per image; more is refused before it is decoded (a small file can unpack to gigabytes)
@@ -116,8 +115,8 @@ def read(
             read or is too large, broken metadata, an unknown ``select`` (with the nearest values),
             a size that no model takes.
     """
-    folder = local(key, folder)
-    if count("resolution", size, 8) % 8:
+    folder = expand_path(key, folder)
+    if not isinstance(size, int) or size < 8 or size % 8:
         raise UserError(
             "resolution", size, "must be a multiple of 8, as latents are 8 (or 4) times smaller"
         )

@@ -2,10 +2,12 @@
 
 import torch
 
+from lab.core.config import Text, config
 from lab.core.types import Attacker, Trajectory
 from lab.models.activations import features
 
 
+@config
 class AcceleratedProbe(Attacker):
     """Fits w on features Y = model(x) by squared loss 1/(2n)‖Yw − T‖², from w = 0.
 
@@ -15,8 +17,7 @@ class AcceleratedProbe(Attacker):
 
     accepts = frozenset({"linear", "deep"})
 
-    def __init__(self, name: str = "accelerated_probe") -> None:
-        self.name = name
+    name: Text = "accelerated_probe"
 
     def __call__(self, model, task, *, seed, budget, checkpoint):
         """The trajectory at ``budget.snapshots()``; harmful and benign tasks alike."""

@@ -5,11 +5,12 @@ import copy
 import torch
 
 from lab.core.condition import condition_number, range_basis
+from lab.core.config import PositiveShare, Text, config
 from lab.core.errors import UserError
-from lab.core.options import number
 from lab.core.types import Immunizer
 
 
+@config
 class PartialWhitening(Immunizer):
     """θ = W diag(s^-power) Wᵀ for X_P = U diag(s) Wᵀ, so that κ(H_P) = κ(K_P)^(1 − power).
 
@@ -22,11 +23,11 @@ class PartialWhitening(Immunizer):
 
     accepts = frozenset({"linear"})
 
-    def __init__(self, name: str = "partial_whitening", power: float = 0.5) -> None:
-        self.name, self.power = name, number("immunize.power", power, above=0, high=1)
+    name: Text = "partial_whitening"
+    power: PositiveShare = 0.5
 
     def __call__(self, model, case, *, seed, checkpoint, log):
-        """New weights; ``model`` is left alone.
+        """Return new weights; ``model`` is left untouched.
 
         Raises:
             UserError: a benign task without full rank.

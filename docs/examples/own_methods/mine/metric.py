@@ -4,10 +4,12 @@ import torch
 
 from eval.stats.intervals import score_samples
 from lab.core.condition import singular_values
+from lab.core.config import Text, config
 from lab.core.types import BASELINE, RunMetric, Scores
 from lab.models.activations import features
 
 
+@config
 class EffectiveRank(RunMetric):
     """``effective_rank_ROLE``: exponential of the entropy of the normalised spectrum of H, for the
     immunized model.
@@ -20,8 +22,7 @@ class EffectiveRank(RunMetric):
     needs_models = 1  # 2: the family compares with the baseline and is skipped for immunize=none
     needs_attack = False
 
-    def __init__(self, name: str = "effective_rank") -> None:
-        self.name = name
+    name: Text = "effective_rank"
 
     def __call__(self, run):
         out = Scores()

