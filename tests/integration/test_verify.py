@@ -104,7 +104,7 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
         ("unet/model.bin", lambda p: p.write_bytes(b"x"), "hashes", "is a pickle"),
         (UNET, move, "weights", "not those that export.json names"),
         (UNET, lambda p: move(p, by=float("nan")), "weights", "nan or inf"),
-        (UNET, lambda p: p.write_bytes(p.read_bytes()[:1000]), "layout", "cannot be read"),
+        (UNET, lambda p: p.write_bytes(p.read_bytes()[:1000]), "layout", "cannot be loaded"),
         ("unet/config.json", lambda p: p.write_text("{}"), "layout", "unet"),
         ("delta.safetensors", move, "delta", "delta.safetensors holds another"),
         ("vae/diffusion_pytorch_model.safetensors", move, "delta", "vae differs"),

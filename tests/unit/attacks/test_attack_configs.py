@@ -27,7 +27,7 @@ def test_builds_under_its_own_key_and_lists_every_option(name: str) -> None:
     assert list(cfg) == [name]
     options = inspect.signature(get_class(cfg[name]._target_)).parameters.keys()
     assert cfg[name].keys() - {"_target_", "_convert_"} == options
-    attacker = instantiate(cfg[name])
+    attacker = instantiate(cfg[name], _convert_="all")
     assert isinstance(attacker, Attacker)
     assert attacker.name == name
 

@@ -22,6 +22,9 @@ from lab.core.types import Budget
 class Options(FeatureAttack):
     name: Text = "scalar"
 
+    def __call__(self, *_, **__):
+        """Tests call `run` themselves."""
+
 
 def best_of(trial: Callable[[float], float], trials: int) -> float:
     """Exponent that a search chooses."""

@@ -326,13 +326,13 @@ def test_wrong_similarities_are_refused():
 
 def test_what_was_logged_becomes_curves_over_seeds_without_holes():
     nan = math.nan
-    first = {"step": [0, 1, 2, 3], "upper_loss": [1.0, 2.0, 3.0, nan], "cosine": [nan] * 4}
-    second = {"step": [0, 1, 2, 3], "upper_loss": [3.0, nan, 5.0, nan]}
+    first = {"step": [0, 1, 2, 3], "outer_loss": [1.0, 2.0, 3.0, nan], "cosine": [nan] * 4}
+    second = {"step": [0, 1, 2, 3], "outer_loss": [3.0, nan, 5.0, nan]}
     curves = training_curves(FakeRun(seeds=(0, 1), logged={0: first, 1: second}))
-    assert list(curves) == ["immunize_upper_loss"]
-    assert curves["immunize_upper_loss"]["step"] == [0, 1, 2]
+    assert list(curves) == ["immunize_outer_loss"]
+    assert curves["immunize_outer_loss"]["step"] == [0, 1, 2]
     # 4 at the step that the second one left out
-    assert curves["immunize_upper_loss"]["mima"] == pytest.approx([2.0, 3.0, 4.0])
+    assert curves["immunize_outer_loss"]["mima"] == pytest.approx([2.0, 3.0, 4.0])
     steps = list(range(500))
     logged = {0: {"step": steps, "prior_loss": [float(s) for s in steps]}}
     curve = training_curves(FakeRun(seeds=(0,), logged=logged))["immunize_prior_loss"]

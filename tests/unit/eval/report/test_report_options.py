@@ -45,9 +45,9 @@ def test_a_sweep_over_two_options_becomes_a_figure_per_metric() -> None:
 
 
 def test_a_single_numeric_option_needs_no_legend_and_a_named_one_its_names() -> None:
-    (numeric,) = by_option([run(v, eta=e) for v, e in ((2.0, 0.1), (3.0, 0.2), (4.0, 0.3))])
+    (numeric,) = by_option([run(v, lr=e) for v, e in ((2.0, 0.1), (3.0, 0.2), (4.0, 0.3))])
     assert numeric["legend"] == []
-    assert {"0.1", "0.2", "0.3", "eta"} <= set(texts(numeric["plots"][0]["svg"]))
+    assert {"0.1", "0.2", "0.3", "lr"} <= set(texts(numeric["plots"][0]["svg"]))
     (named,) = by_option(
         [run(v, scale=s) for v, s in ((2.0, "none"), (3.0, "initial"), (4.0, "current"))]
     )
@@ -57,27 +57,27 @@ def test_a_single_numeric_option_needs_no_legend_and_a_named_one_its_names() -> 
 
 
 def test_settings_that_change_together_are_one_option() -> None:
-    runs = [run(float(i), name_of=f"n{i}", eta=0.1 * i) for i in (1, 2, 3)]
+    runs = [run(float(i), name_of=f"n{i}", lr=0.1 * i) for i in (1, 2, 3)]
     (option,) = _options(runs)
     assert option.key == "immunize.lr"  # the number stands for both
 
 
 def test_the_number_goes_on_the_axis() -> None:
-    runs = [run(1.0, spectrum=s, eta=e) for s in "abc" for e in (0.1, 0.2)]
+    runs = [run(1.0, spectrum=s, lr=e) for s in "abc" for e in (0.1, 0.2)]
     x, series = _axes(_options(runs))
-    assert (x.name, series.name) == ("eta", "spectrum")
+    assert (x.name, series.name) == ("lr", "spectrum")
 
 
 @pytest.mark.parametrize(
     "records",
     [
         sweep(),  # every immunizer once
-        [run(1.0, eta=0.1), run(2.0, eta=0.2)],  # two points are no figure
-        [run(1.0, eta=0.1)] * 3,  # nothing differs
+        [run(1.0, lr=0.1), run(2.0, lr=0.2)],  # two points are no figure
+        [run(1.0, lr=0.1)] * 3,  # nothing differs
         [
-            run(1.0 + i, eta=i, scale=s, epochs=i * k) for i in (1, 2) for s in "ab" for k in (3, 5)
+            run(1.0 + i, lr=i, scale=s, epochs=i * k) for i in (1, 2) for s in "ab" for k in (3, 5)
         ],  # three options
-        [run(1.0, eta=0.1), run(1.5, eta=0.1), run(2.0, eta=0.2)],  # twice the same settings
+        [run(1.0, lr=0.1), run(1.5, lr=0.1), run(2.0, lr=0.2)],  # twice the same settings
     ],
 )
 def test_what_makes_no_figure(records: list[dict]) -> None:
@@ -85,7 +85,7 @@ def test_what_makes_no_figure(records: list[dict]) -> None:
 
 
 def test_missing_values_are_counted_and_a_metric_without_any_is_left_out() -> None:
-    runs = [run(v, eta=e) for v, e in ((2.0, 0.1), (3.0, 0.2), (4.0, 0.3))]
+    runs = [run(v, lr=e) for v, e in ((2.0, 0.1), (3.0, 0.2), (4.0, 0.3))]
     runs[1]["metrics"]["rir"] = metric(None, note="the numerical rank moved")
     (found,) = by_option([sealed(r) for r in runs])
     assert found["plots"][0]["note"] == "1 of 3 runs have no value."

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
+from fake_generations import FakeScorers
 from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case
 from tiny_sd import bang_tokenizer
@@ -143,7 +144,9 @@ def test_texts_of_every_part_are_named_by_their_key() -> None:
     assert told["attacks.curriculum.sampling.negative"] == "a b"
     assert told["attacks.curriculum.stages.one.attack.token"] == "ohwx"
     assert DreamBooth(name="d", class_word="dog").texts()["attacks.d.class_word"] == "dog"
-    found = Utility(None, name="u", negative="grey", compositions=["a fox"]).texts()
+    found = Utility(
+        scorers=FakeScorers(), name="u", negative="grey", compositions=["a fox"]
+    ).texts()
     assert found == {"eval.u.negative": "grey", "eval.u.compositions[0]": "a fox"}
     assert (Uce().texts(), Uce(anchor="a photo").texts()) == ({}, {"erase.anchor": "a photo"})
 
