@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from pydantic import ValidationError
 from fake_generations import FakeScorers
+from pydantic import ValidationError
 from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case
 from tiny_sd import bang_tokenizer
