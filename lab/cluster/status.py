@@ -52,7 +52,7 @@ class QueueEntry(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Line:
+class QueueLine:
     """The state of one run folder, or of a job that has none yet."""
 
     state: str
@@ -83,7 +83,7 @@ def status(cfg: DictConfig) -> None:
     lines = [state_of(folder, process, queue) for folder, process in processes.items()]
     begun = {process.get("job") for process in processes.values()}
     lines += [  # jobs of this working directory before their first turn
-        Line("queued" if entry.waits else "running", Path.cwd(), None, str(entry))
+        QueueLine("queued" if entry.waits else "running", Path.cwd(), None, str(entry))
         for job, entry in (queue or {}).items()
         if job not in begun and entry.place == str(Path.cwd())
     ]
@@ -121,32 +121,34 @@ def read_process(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
 
 
-def state_of(folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry] | None) -> Line:
+def state_of(
+    folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry] | None
+) -> QueueLine:
     """Return the state of a run that has begun at least once."""
     entry = (queue or {}).get(str(process.get("job")))
     worker = f"Slurm job {entry.job}" if entry else f"process {process.get('pid')}"
     if is_claimed(folder):
         seconds = time.time() - float(process.get("started", time.time()))
         at = f"{worker} on {process.get('host')}; {last_stage(folder)}"
-        return Line("running", folder, seconds, at)
+        return QueueLine("running", folder, seconds, at)
     if entry is not None and entry.waits:
-        return Line("queued", folder, None, f"{entry}; it will continue")
+        return QueueLine("queued", folder, None, f"{entry}; it will continue")
     try:
         path = folder / "record.json"
         record = records.read(path) if path.is_file() else None
     except UserError as error:
-        return Line("unreadable", folder, None, f"record.json: {error.fix}")
+        return QueueLine("unreadable", folder, None, f"record.json: {error.fix}")
     if entry is not None and (record is None or record["status"] == "preempted"):
-        return Line("running", folder, None, str(entry))
+        return QueueLine("running", folder, None, str(entry))
     if record is not None:
         message = (record["error"] or {}).get("message", "")
-        return Line(record["status"], folder, record["provenance"]["wall_time_s"], message)
+        return QueueLine(record["status"], folder, record["provenance"]["wall_time_s"], message)
     if process.get("ended"):  # a search, a training; or a failure before there was a record
-        return Line(str(process["ended"]), folder, None, str(process.get("message") or ""))
+        return QueueLine(str(process["ended"]), folder, None, str(process.get("message") or ""))
     if process.get("job") and queue is None:
         message = f"Slurm job {process['job']} has left no record, and no Slurm answers here"
-        return Line("unknown", folder, None, message)
-    return Line("killed", folder, None, f"no record and no living process: {CONTINUE}")
+        return QueueLine("unknown", folder, None, message)
+    return QueueLine("killed", folder, None, f"no record and no living process: {CONTINUE}")
 
 
 def last_stage(folder: Path) -> str:

@@ -40,7 +40,7 @@ from lab.minisd.train import scorer_data as scorer_data
 from lab.minisd.train.publish import SHIPPED, save, scorers_of
 from lab.minisd.train.quality import measure
 from lab.minisd.train.recipe import Recipe, Training
-from lab.minisd.train.training import Denoiser, encode, train_denoiser
+from lab.minisd.train.training import TextToImageNetwork, encode, train_denoiser
 from lab.minisd.world.world import TRAINING, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.networks import ClipWidths, clip_config, clip_network
@@ -150,11 +150,11 @@ def told(name: str, step: int, **values: float) -> None:
 
 def denoiser(
     kind: str, training: Training, vae: Any, tokenizer: Any, text: Any, store: StageCache
-) -> tuple[Denoiser, Any]:
+) -> tuple[TextToImageNetwork, Any]:
     """The U-Net of ``kind`` with its text encoder, and its last validation losses."""
     r = training.recipe
     unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-    model = Denoiser(unet, text)
+    model = TextToImageNetwork(unet, text)
 
     def compute(checkpoint: Any) -> Artifact:
         last: dict[str, float] = {}

@@ -52,8 +52,15 @@ SMALL: dict[str, dict[str, Any]] = {
     "immunize/linear": {"epochs": 2, "steps": 4, "batch_size": 16, "log_points": 3},
     "immunize/deep": {"epochs": 1, "steps": 3, "batch_size": 16, "log_points": 3},
     "immunize/diffusion": {
-        "steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None,
-        "inner_batch_size": 2, "k_min": 1, "k_max": 2, "decoys": 4, "decoy_steps": 2,
+        "steps": 2,
+        "batch_size": 2,
+        "prior_batch_size": 2,
+        "cap": None,
+        "inner_batch_size": 2,
+        "k_min": 1,
+        "k_max": 2,
+        "decoys": 4,
+        "decoy_steps": 2,
     },
     "attacks/linear": {"lr_trials": 3, "batch_size": 16},
     "attacks/deep": {"lr_trials": 3, "batch_size": 16},
@@ -62,7 +69,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "sampling": {"steps": 1, "guidance": 2.0, "count": 2, "negative": ""},
     },
     "eval/diffusion": {"count": 8},
-}  # fmt: skip
+}
 
 # Options of single presets, beyond those of `SMALL`.
 OWN: dict[str, dict[str, Any]] = {

@@ -267,9 +267,16 @@ def compare(study: str, old: Result, new: Result) -> Row:
 
 
 HEADS = (
-    "study", "figures", "equal", "largest rel. diff.", "weights equal", "weight hashes equal",
-    "tensors equal", "stage numbers equal", "seconds old, new",
-)  # fmt: skip
+    "study",
+    "figures",
+    "equal",
+    "largest rel. diff.",
+    "weights equal",
+    "weight hashes equal",
+    "tensors equal",
+    "stage numbers equal",
+    "seconds old, new",
+)
 
 
 def cells(row: Row) -> tuple[str, ...]:

@@ -62,3 +62,13 @@ def test_packages_import_only_lower_layers():
 
 def test_files_form_no_circle():
     TopologicalSorter(GRAPH).prepare()
+
+
+def test_no_class_name_twice():
+    names = [
+        node.name
+        for path in FILES.values()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -53,7 +53,7 @@ class Schedule:
         return self.lr * rise * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-class _Network:
+class _NetworkTraining:
     """A network in training: model, optimizer, averaged weights. A `lab.core.training.Trainee`."""
 
     def __init__(
@@ -176,7 +176,7 @@ def train(
     Raises:
         Diverged: the loss left the finite numbers.
     """
-    network = _Network(model, loss, schedule, seed, label, validate, validate_every)
+    network = _NetworkTraining(model, loss, schedule, seed, label, validate, validate_every)
     model.train()
     training.train(
         network,

@@ -31,7 +31,7 @@ from lab.minisd.train.scorer_data import (
     ShareBelowOne,
     Vocabulary,
 )
-from lab.minisd.train.training import Denoiser, encode, train_denoiser, train_vae
+from lab.minisd.train.training import TextToImageNetwork, encode, train_denoiser, train_vae
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.world import TRAINING, Sample, sample
@@ -194,11 +194,11 @@ class Training:
 
         return self._stage("vae", model, ("train.training", "world.world"), fit)
 
-    def denoiser(self, vae: Any, tokenizer: Any) -> Denoiser:
+    def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
         """The trained U-Net with its text encoder."""
         r = self.recipe
         unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-        model = Denoiser(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
+        model = TextToImageNetwork(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
 
         def fit(checkpoint: StageCheckpoint, note: Log) -> None:
             held_out = self.pictures("held_out")

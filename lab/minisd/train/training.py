@@ -85,7 +85,7 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(means), torch.cat(deviations)
 
 
-class Denoiser(nn.Module):
+class TextToImageNetwork(nn.Module):
     """U-Net and text encoder, trained together; ``scale`` brings the autoencoder's latents to unit
     variance.
     """
@@ -111,7 +111,7 @@ def min_snr(alphas: Tensor, gamma: float) -> Tensor:
 
 
 def train_denoiser(
-    model: Denoiser,
+    model: TextToImageNetwork,
     tokenizer: Any,
     scheduler: Any,
     latents: tuple[Tensor, Tensor],

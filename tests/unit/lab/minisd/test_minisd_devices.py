@@ -81,9 +81,9 @@ def test_autoencoder(steps, shown) -> None:
 
 def test_denoiser(steps, words) -> None:
     tokenizer = build.load_tokenizer(words)
-    model = training.Denoiser(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0)).to(
-        ELSEWHERE
-    )
+    model = training.TextToImageNetwork(
+        build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0)
+    ).to(ELSEWHERE)
     draw = generator(0, "latents")
     latents = (torch.randn(8, 4, 16, 16, generator=draw), torch.ones(8, 4, 16, 16))
     training.train_denoiser(

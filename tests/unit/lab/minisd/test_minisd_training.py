@@ -15,7 +15,14 @@ from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.minisd.train import build
 from lab.minisd.train.loop import Schedule
-from lab.minisd.train.training import Denoiser, encode, min_snr, to_float, train_denoiser, train_vae
+from lab.minisd.train.training import (
+    TextToImageNetwork,
+    encode,
+    min_snr,
+    to_float,
+    train_denoiser,
+    train_vae,
+)
 from lab.minisd.world.world import TRAINING, sample
 
 
@@ -214,7 +221,7 @@ def test_denoiser_learns_and_repeats(tokenizer) -> None:
     """U-Net and text encoder both move; the same seed gives the same weights."""
 
     def fresh() -> Denoiser:
-        return Denoiser(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0))
+        return TextToImageNetwork(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0))
 
     latents = (torch.ones(8, 4, 16, 16).half(), torch.full((8, 4, 16, 16), 0.1).half())
     latents[0][:, 2:] *= -1
