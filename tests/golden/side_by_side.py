@@ -244,13 +244,17 @@ def shared(old: Counter[str], new: Counter[str]) -> tuple[int, int]:
 
 
 def compare(study: str, old: Result, new: Result) -> Row:
-    """Compare the results of a study; `told` names the figures that differ most."""
+    """Compare the results of a study; `told` names the figures that differ most.
+
+    ``bound`` is left out: records of schema 1.x said it in the note.
+    """
     before = {renamed(path): value for path, value in old.figures.items()}
-    apart = dict.fromkeys({*before, *new.figures}, math.inf)  # for those that one side lacks
-    for path in before.keys() & new.figures.keys():
-        apart[path] = distance(before[path], new.figures[path])
+    after = {path: value for path, value in new.figures.items() if not path.endswith("/bound")}
+    apart = dict.fromkeys({*before, *after}, math.inf)  # for those that one side lacks
+    for path in before.keys() & after.keys():
+        apart[path] = distance(before[path], after[path])
     worst = sorted((path for path, far in apart.items() if far), key=lambda p: (-apart[p], p))
-    after, missing = new.figures, "missing"
+    missing = "missing"
     told = [f"{p}: {before.get(p, missing)} -> {after.get(p, missing)}" for p in worst[:10]]
     return Row(
         study,

@@ -220,7 +220,7 @@ def test_captions_are_drawn_and_dropped(tokenizer) -> None:
 def test_denoiser_learns_and_repeats(tokenizer) -> None:
     """U-Net and text encoder both move; the same seed gives the same weights."""
 
-    def fresh() -> Denoiser:
+    def fresh() -> TextToImageNetwork:
         return TextToImageNetwork(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0))
 
     latents = (torch.ones(8, 4, 16, 16).half(), torch.full((8, 4, 16, 16), 0.1).half())
