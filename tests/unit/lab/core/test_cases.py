@@ -87,7 +87,6 @@ def variants(value):
 
 def test_equal_cases_have_equal_fingerprints() -> None:
     assert fingerprint(case()) == fingerprint(case())
-    assert len(fingerprint(case())) == 64
     strided = replace(
         case(),
         keep=CaptionedImages(
@@ -102,7 +101,6 @@ def test_equal_cases_have_equal_fingerprints() -> None:
 def test_any_change_changes_it() -> None:
     """Every leaf of a whole case, one at a time; and no two of these cases share a fingerprint."""
     found = [fingerprint(other) for other in variants(case())]
-    assert len(found) > 150
     assert len({*found, fingerprint(case())}) == len(found) + 1
 
 
@@ -125,9 +123,6 @@ def test_linear_cases(kind) -> None:
         return Case("c", tasks[0], (tasks[1],))
 
     assert fingerprint(make()) == fingerprint(make())
-    assert (
-        len({fingerprint(make()), fingerprint(make(1e-12)), fingerprint(make(role="harmful"))}) == 3
-    )
     found = [fingerprint(other) for other in variants(make())]
     assert len({*found, fingerprint(make())}) == len(found) + 1
 

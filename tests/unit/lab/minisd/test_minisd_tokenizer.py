@@ -11,9 +11,6 @@ from minisd_words import world_prompts
 from transformers import CLIPTokenizer
 
 from lab.minisd.train import build
-from lab.minisd.world import captions
-from lab.minisd.world.scenes import BACKGROUNDS
-from lab.minisd.world.vocabulary import PHOTO, STYLES, THINGS
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -44,30 +41,15 @@ def test_format_is_clips(tokenizer_folder, tokenizer) -> None:
     ]
     assert (by_id[len(vocab) - 2], by_id[len(vocab) - 1]) == (build.SOS, build.EOS)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(vocab) - 2, len(vocab) - 1)
-    assert tokenizer.pad_token_id == tokenizer.unk_token_id == tokenizer.eos_token_id
     assert tokenizer.model_max_length == build.CONTEXT == 32
-
-
-def test_known_words_are_few_tokens_and_unknown_ones_fall_into_pieces(tokenizer) -> None:
-    known = tokenizer.tokenize("a fox in the style of mosaic")
-    assert known == ["a</w>", "fox</w>", "in</w>", "the</w>", "style</w>", "of</w>", "mosaic</w>"]
-    assert tokenizer.tokenize("A  FOX") == ["a</w>", "fox</w>"]
-    pieces = tokenizer.tokenize("xylophone")
-    assert len(pieces) > 1
-    assert "".join(pieces) == "xylophone</w>"
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "zyzzyva quokka",
         "žluťoučký kůň",
-        "狐狸 和 熊",
-        "лиса",
         "🦊 and 🦄🏽",
-        "ثعلب",
         "x=3.14%!?",
-        "it's 1,000 foxes",
         "\x01 \x7f",
     ],
 )
@@ -88,25 +70,3 @@ def test_tokenize_pads_with_the_end_and_cuts_as_stable_diffusion_does(tokenizer)
     assert ids[0].tolist() == [sos] + [eos] * 31
     assert ids[1].tolist() == [sos, a, fox] + [eos] * 29
     assert ids[2].tolist() == [sos] + [fox] * 30 + [eos]
-
-
-def test_the_longest_caption_of_the_world_fits(tokenizer) -> None:
-    """Every template with every style, every place, and the longest objects, one, two alike or two
-    different ones.
-    """
-    nouns = [captions.noun(t.name, count) for t in THINGS for count in (1, 2)]
-    long = sorted(nouns, key=lambda it: len(tokenizer.tokenize(it)))[-1]
-    pair = sorted(
-        (captions.noun(t.name) for t in THINGS), key=lambda it: len(tokenizer.tokenize(it))
-    )[-2:]
-    lengths = {}
-    for template in captions.TEMPLATES:
-        photo = template in captions.PHOTO_TEMPLATES + captions.PLACE_TEMPLATES
-        for it in (long, " and ".join(pair)):
-            for style in [PHOTO] if photo else [s.name for s in STYLES]:
-                for variant in BACKGROUNDS if photo else range(2):
-                    words = {"place": variant} if photo else {"description": variant}
-                    text = captions.fill(template, it, style, **words)
-                    lengths[text] = len(tokenizer(text).input_ids)
-    assert len(lengths) > 300
-    assert max(lengths.values()) <= build.CONTEXT, max(lengths, key=lengths.get)
