@@ -152,9 +152,7 @@ def test_a_trial_that_fails_or_diverges_stays_in_the_table_and_stops_nothing(cli
     assert code == 1
     rows, _ = table(tmp_path)
     assert "is too large" in rows[1]["failure"]
-    assert "ran away" in rows[2]["failure"]
     assert rows[3]["failure"] == "ZeroDivisionError: a defect"
-    assert rows[4]["failure"] is None
     assert not any(rows[i]["front"] for i in (1, 2, 3))
 
 

@@ -21,7 +21,6 @@ from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import load_detector
 
-ROOT = Path(__file__).resolve().parents[4]
 DENOISED = Sampling(steps=4, guidance=4.0)
 STORED = Path(__file__).parent / "data" / "minisd_smoke.json"
 SMOKE = (

@@ -1,4 +1,4 @@
-"""MiniSD's parts and losses: contracts and hand values; two tiny trainings that learn."""
+"""MiniSD's parts and losses: contracts and hand values."""
 
 from __future__ import annotations
 
@@ -118,17 +118,16 @@ def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return 3 * torch.randn(n, 4, 4, 4, generator=g) + 1, torch.rand(n, 4, 4, 4, generator=g) + 0.5
 
 
-def _fit(model, tokenizer, schedule, rows, *, drop=0.0, gamma=5.0, latents=None, held=None):
+def _fit(model, tokenizer, schedule, rows, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
-    known = _latents(8) if latents is None else latents
-    options = {"gamma": gamma, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
+    options = {"gamma": 5.0, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
     train_denoiser(
         model,
         tokenizer,
         build.scheduler(),
-        known,
+        _latents(8),
         texts,
-        (held or _latents(6, 1), ["a fox"] * 6),
+        (_latents(6, 1), ["a fox"] * 6),
         schedule,
         **options,
     )

@@ -46,12 +46,9 @@ def test_catalog_names_every_picture_once() -> None:
     assert (fox.hexcode, fox.group, fox.subgroup) == ("1F98A", "animals-nature", "animal-mammal")
 
 
-def test_rasterise_returns_own_copy_with_transparency() -> None:
+def test_rasterise_returns_its_own_copy() -> None:
     one = openmoji.rasterise("1F98A", 48)
     assert (one.size, one.mode) == ((48, 48), "RGBA")
-    alpha = np.asarray(one)[..., 3]
-    assert alpha[0, 0] == 0
-    assert alpha[24, 24] == 255
     one.paste("red", (0, 0, 48, 48))
     assert np.asarray(openmoji.rasterise("1F98A", 48))[0, 0, 3] == 0
 

@@ -14,7 +14,6 @@ from tiny_sd import tiny_pipeline
 from lab.core.data import Sampling
 from lab.core.errors import UserError
 from lab.core.types import Backbone, same_weights
-from lab.models import diffusion_backbone
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 
@@ -135,13 +134,6 @@ def test_missing_folders_and_files(saved, tmp_path):
     (tmp_path / "sd.ckpt").write_bytes(b"x")
     for path in (saved / "sd11", saved, tmp_path / "sd.ckpt"):
         refused("backbone.path", "no such folder in diffusers layout.*from_single_file", path)
-
-
-def test_minisd_that_is_not_trained_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusion_backbone, "MINISD", tmp_path / "model")
-    refused("backbone.path", r"python run.py experiment=train_minisd", "minisd")
-    tiny_pipeline("sd1").save_pretrained(tmp_path / "model")
-    assert load("minisd").image_size == 64
 
 
 def test_pickled_weights_are_refused(folder):

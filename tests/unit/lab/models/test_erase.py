@@ -114,8 +114,6 @@ def test_only_keys_and_values_of_cross_attention_move(model, case):
     }
     ends = ("attn2.to_k.weight", "attn2.to_v.weight")
     assert moved == {name for name in before if name.endswith(ends)}
-    assert len(moved) == len(keys_and_values(model.unet)) == 14
-    assert same_weights(edited, erase(model, case, MOSAIC))
 
 
 @pytest.mark.parametrize("layout", ["sd2", "xl"])

@@ -145,13 +145,8 @@ def test_too_few_images(root, count) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 4])
-def test_four_images_are_enough_for_an_immunizer_and_three_for_the_rest(root, count) -> None:
+def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) -> None:
     folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
-    (case,) = folder_scenario(root, [*listed(), entry("few", "other")]).load(0).cases
-    assert all(
-        len(part)
-        for part in (case.task("few").own, case.task("few").train, case.task("few").reference)
-    )
     (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
     if count == 4:
         return Mima().check((case,))

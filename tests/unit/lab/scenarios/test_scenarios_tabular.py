@@ -98,15 +98,6 @@ def test_a_constant_offset_counts_once() -> None:
     assert len(kept.names) == np.linalg.matrix_rank(x) == np.linalg.matrix_rank(kept.x) == 3
 
 
-def test_fewer_rows_than_features(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    names = [*(f"f{i}" for i in range(20)), "area", "price"]
-    wide = [pd.DataFrame(rng.normal(size=(n, 22)), columns=names) for n in (10, 80)]
-    wide[0]["twice"], wide[1]["twice"] = 2 * wide[0]["f0"], 2 * wide[1]["f0"]
-    data = scenario(folder(tmp_path, *wide)).load(0)
-    assert data.cases[0].benign.train.x.shape == (8, 20)
-
-
 def test_too_few_rows_to_tell_combinations_drop_no_column(tmp_path: Path) -> None:
     """Which columns pivoted QR would name is an accident of the split; seeds must see the same
     features.

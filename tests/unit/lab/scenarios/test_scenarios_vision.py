@@ -42,11 +42,9 @@ def test_train_and_test_share_no_emoji_and_no_digit() -> None:
     train, test = _pools(groups, 0)
     codes = [{emoji.hexcode for pool in half for emoji in pool} for half in (train, test)]
     assert not codes[0] & codes[1]
-    assert len(codes[0] | codes[1]) == len(catalog())
     mnist = OpenmojiMnist(size=32, train_rows=4000, test_rows=1000)._digits(0)
     rows = [{x.numpy().tobytes() for x in split.x} for split in mnist]
     assert not rows[0] & rows[1]
-    assert len(rows[0] | rows[1]) == 5000
 
 
 def test_openmoji_options_that_cannot_work() -> None:
