@@ -99,6 +99,7 @@ def test_the_first_failure_is_the_cause_and_a_process_without_an_end_was_killed(
     assert ends_as(1, a=("failed", first), b=("running", None)).message == "first"
     lost = RunFailed("Killed", "another process was killed")
     assert "process 1" in ends_as(1, a=("failed", lost), b=("running", None)).message
+    assert "code 7" in ends_as(7).message
     assert ProcessStates(tmp_path / "ranks").first_failure() is None, "earlier ends are forgotten"
 
 

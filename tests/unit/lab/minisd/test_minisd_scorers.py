@@ -225,7 +225,7 @@ def _coded(objects, styles, certainty) -> torch.Tensor:
     return images
 
 
-def test_calibration_finds_the_temperature(recipe) -> None:
+def test_calibration_finds_the_temperature() -> None:
     """A detector that is right in three of four pictures with far too large logits: the optimum is
     known.
     """
