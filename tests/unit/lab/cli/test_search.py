@@ -96,7 +96,7 @@ def table(tmp_path):
     return json.loads(newest.read_text())["trials"], newest.parent
 
 
-def test_a_search_tries_the_preset_first_and_ends_with_front_and_leaderboard(cli, tmp_path):
+def test_a_search_tries_the_preset_first_and_ends_with_a_front(cli, tmp_path):
     code, _, err = cli("search.trials=8")
     assert code == 0, err
     rows, folder = table(tmp_path)

@@ -1,4 +1,4 @@
-"""Seeding, intervals, source hashes, budgets, frozen prefixes, error texts."""
+"""Seeding, intervals, source hashes, budgets, frozen prefixes."""
 
 import math
 

@@ -1,6 +1,4 @@
-"""From a recipe to the published folder, with tiny networks and a few steps; what the quality
-report says.
-"""
+"""From a recipe to the published folder, with tiny networks and a few steps."""
 
 from __future__ import annotations
 

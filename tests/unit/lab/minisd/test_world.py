@@ -1,6 +1,4 @@
-"""The world: real artwork, recognisable objects, held-out parts, and the same bytes
-from a seed.
-"""
+"""The world: real artwork, held-out parts, and the same bytes from a seed."""
 
 from __future__ import annotations
 
@@ -14,8 +12,7 @@ from lab.core.errors import UserError
 from lab.minisd.world import captions, openmoji
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.folders import read
-from lab.minisd.world.scenes import Pose, compose
-from lab.minisd.world.styles import ARTISTS, blur, luma
+from lab.minisd.world.styles import ARTISTS
 from lab.minisd.world.vocabulary import (
     HELD_OUT_OBJECTS,
     HELD_OUT_PAIRS,
@@ -24,7 +21,6 @@ from lab.minisd.world.vocabulary import (
     PHOTO,
     STYLE_NAMES,
     STYLES,
-    THINGS,
 )
 from lab.minisd.world.world import (
     EVERYTHING,
@@ -34,8 +30,6 @@ from lab.minisd.world.world import (
     picture,
     sample,
 )
-
-EVERY_OBJECT = tuple(t.name for t in THINGS)
 
 
 def test_catalog_names_every_picture_once() -> None:
@@ -75,19 +69,6 @@ def test_descriptions_never_use_a_name() -> None:
         for prompt in captions.prompts("a fox", style.name, "name"):
             assert style.name in prompt
             assert "a fox" in prompt
-
-
-def test_captions_are_english() -> None:
-    assert captions.noun("elephant") == "an elephant"
-    assert captions.noun("unicorn") == "a unicorn"
-    assert captions.noun("butterfly", 2) == "two butterflies"
-    texts = {picture(EVERYTHING, 0, i).text for i in range(3000)}
-    for text in texts:
-        words = f" {text} "
-        assert "  " not in text
-        assert not any(f" a {v}" in words for v in "aeio"), text
-        assert not any(f" an {c}" in words for c in "bcdfghjklmnpqrstvwxyz"), text
-    assert len(texts) > 2000
 
 
 # ---- sampling
@@ -145,37 +126,6 @@ def test_sample_writes_a_folder_that_reads_back(tmp_path) -> None:
 
 
 # ---- what a picture looks like
-
-
-def _contours(style: str, coarse: float) -> np.ndarray:
-    """Unit vectors of gradient lengths, one per object, all in the same pose."""
-    rows = []
-    for name in EVERY_OBJECT:
-        pose = Pose(32, 32, 50, 5, False)
-        image = (
-            compose((name,), (pose,), "on a plain background", style, Dice(4, style)).astype(
-                np.float32
-            )
-            / 255
-        )
-        light = blur(luma(image), coarse) if coarse else luma(image)
-        slope = blur(np.hypot(*np.gradient(light)).astype(np.float32), 1.0)[9:-9, 3:-3]
-        rows.append((slope - slope.mean()).ravel())
-    matrix = np.stack(rows)
-    return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("style", [s.name for s in STYLES])
-def test_objects_stay_recognisable_in_every_style(style: str) -> None:
-    """The contours of a styled object match its own photo best among all objects, at a fine or a
-    coarse scale.
-    """
-    hits = np.zeros(len(EVERY_OBJECT), bool)
-    for coarse in (0.0, 1.6):
-        hits |= (_contours(style, coarse) @ _contours(PHOTO, coarse).T).argmax(1) == np.arange(
-            len(hits)
-        )
-    assert hits.mean() >= 0.95, [o for o, h in zip(EVERY_OBJECT, hits, strict=True) if not h]
 
 
 def test_every_artist_stays_in_range() -> None:

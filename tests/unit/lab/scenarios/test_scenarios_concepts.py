@@ -243,19 +243,6 @@ def test_personalize_takes_only_what_is_new_to_the_model() -> None:
         Personalize(name="x", test=cases, validation=[{"targets": ["whale"], "others": ["tulip"]}])
 
 
-def test_regularizers_one_template_and_too_many() -> None:
-    (case,) = (
-        built("relearn_styles", **SMALL | {"regularizers": 50}, regularizer_templates="one")
-        .load(0)
-        .cases
-    )
-    assert len(set(case.regularizers)) == 50
-    with pytest.raises(UserError, match=r"regularizers.*different captions"):
-        built("relearn_styles", **SMALL | {"regularizers": 5000}, regularizer_templates="one").load(
-            0
-        )
-
-
 def test_resolution_scales_and_sampling_passes_through() -> None:
     found = built(
         "personalize", **SMALL | {"keep": 2}, resolution=128, sampling={"steps": 5, "count": 4}
