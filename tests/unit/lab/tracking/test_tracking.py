@@ -6,8 +6,11 @@ import sqlite3
 import time
 from contextlib import contextmanager
 
+import psutil
 import pytest
+from omegaconf import OmegaConf
 from tracking_runs import (
+    CONFIG,
     KEY,
     TRACKIO,
     WANDB,
@@ -20,7 +23,7 @@ from tracking_runs import (
 
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.tracking import Tracker, trackers, views
+from lab.tracking import Tracker, Trackers, trackers, views
 from lab.tracking.wandb_backend import has_key
 
 pytestmark = pytest.mark.usefixtures("no_key")
@@ -184,6 +187,32 @@ def test_a_tracker_that_hangs_costs_its_timeout_and_one_warning(call, folder, ca
     assert time.monotonic() - began < 10
     (message,) = messages_of(caplog)
     assert message.startswith("tracker mine took longer than tracker.mine.timeout_s=0.5")
+
+
+@pytest.mark.slow
+def test_wandbs_service_killed_in_the_middle_costs_a_warning(folder, caplog):
+    cfg = OmegaConf.create(CONFIG | {"paths": {}, "tracker": {"wandb": WANDB | {"timeout_s": 30}}})
+    run = Trackers(cfg, folder)
+    for step in range(50):
+        run.log("immunize/c/seed0", step, {"rir": 1.0 + step})
+
+    def services():
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if "wandb" in child.name()]
+
+    def is_logged():
+        return any(b"seed0/rir" in path.read_bytes() for path in folder.rglob("run-*.wandb"))
+
+    deadline = time.monotonic() + 120
+    while not (services() and is_logged()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for service in services():
+        service.kill()
+    began = time.monotonic()
+    run.finish(folder / "record.json", folder / "report.html")
+    assert time.monotonic() - began < 60
+    assert caplog.text.count("tracker wandb") == 1
+    assert is_logged(), "what was logged is lost"
 
 
 @pytest.mark.parametrize(("option", "value"), [("timeout_s", 0), ("mode", "onlin")])
