@@ -183,7 +183,6 @@ def test_bad_input(model, case):
     refused(
         "is not in the prompt.*did you mean mosaic", change(MOSAIC, words="mosaik"), key="scenario"
     )
-    refused("special token", change(MOSAIC, anchors=("<|endoftext|>",) * 3))
     long = ("a fox " * 40 + "mosaic",)
     refused("beyond the context of 32 tokens", change(MOSAIC, prompts=long, anchors=("a fox",)))
     with pytest.raises(ValidationError, match="ridge"):

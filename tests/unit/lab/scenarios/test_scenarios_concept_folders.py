@@ -11,7 +11,6 @@ from scenario_configs import CONF, config, hashes
 import run  # noqa: F401 - registers a resolver of the config
 from immunize.mima.method import Mima
 from lab.core.errors import UserError
-from lab.core.types import Scenario
 from lab.minisd.world import folders
 from lab.scenarios.concept_folders import ConceptFolders, Shares
 
@@ -72,7 +71,6 @@ def test_folders_make_a_case(root) -> None:
         "words": "rex",
     }
     scenario = folder_scenario(root, listed(**first))
-    assert isinstance(scenario, Scenario)
     found = scenario.load(0)
     (case,) = found.cases
     (rex,), (mug,), (hat,) = case.targets, case.others, case.rehearsal

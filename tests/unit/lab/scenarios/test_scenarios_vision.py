@@ -11,7 +11,6 @@ from pydantic import ValidationError
 
 from lab.core import image_files
 from lab.core.errors import UserError
-from lab.core.types import Scenario
 from lab.minisd.world.openmoji import catalog
 from lab.scenarios.vision import ImageFolders, OpenmojiMnist, _pools
 
@@ -20,7 +19,6 @@ SMALL = {"size": 32, "train_rows": 70, "test_rows": 35}
 
 def test_openmoji_mnist_shapes_and_balance() -> None:
     scenario = OpenmojiMnist(**SMALL)
-    assert isinstance(scenario, Scenario)
     data = scenario.load(0)
     (case,) = data.cases
     assert (case.benign.name, case.harmful[0].name) == ("openmoji", "mnist")
@@ -71,7 +69,6 @@ def folders(benign: Path, harmful: Path, **options: object) -> ImageFolders:
 
 def test_image_folders(tmp_path: Path) -> None:
     scenario = folders(fill(tmp_path / "a"), fill(tmp_path / "b", classes=3, base=5))
-    assert isinstance(scenario, Scenario)
     data = scenario.load(0)
     (case,) = data.cases
     benign, harmful = case.benign, case.harmful[0]

@@ -8,14 +8,11 @@ import sys
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.core.sources import ROOT
-from lab.scorers import clip, load
+from lab.scorers import load
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import Detector, NudeNet
 from lab.scorers.features import FeatureScorer, Lpips, map_distance
@@ -121,16 +118,6 @@ def test_lpips_is_a_distance(monkeypatch, tmp_path) -> None:
     assert (same < near).all()
     assert (near < far).all()
     assert torch.allclose(scorer.distance(little, images), near)
-
-
-@pytest.mark.parametrize("name", ["minisd", "real"])
-def test_configs_build_a_bundle(name, monkeypatch, tmp_path) -> None:
-    scorers = instantiate(OmegaConf.load(ROOT / "conf/scorers" / f"{name}.yaml"), _convert_="all")
-    assert scorers.name == name
-    assert (scorers.detector is None) == (name == "real")
-    monkeypatch.setattr(clip, "SHIPPED", tmp_path)
-    with pytest.raises(UserError, match=r"scorers.clip.name"):
-        scorers.clip.texts(["a fox"])
 
 
 def test_a_retrained_scorer_changes_the_fingerprint(tmp_path, monkeypatch) -> None:
