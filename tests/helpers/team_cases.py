@@ -71,7 +71,6 @@ def shared(team: Team) -> Found:
     own = {
         "half": torch.full((2, 3), float(team.rank), dtype=torch.bfloat16),
         "scalar": torch.tensor(team.rank + 0.5, dtype=torch.float64),
-        "bytes": torch.arange(5, dtype=torch.uint8) + team.rank,
         "turned": (torch.arange(6.0).view(2, 3) + team.rank).t(),
         "empty": torch.empty(0, 4),
     }

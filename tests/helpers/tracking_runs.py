@@ -144,8 +144,7 @@ def wandb_chunks(path):
     """Serialized records of an offline run file: a 7-byte header, then LevelDB log blocks of 32
     KiB.
 
-    wandb no longer has a reader in Python; the `DataStore` of its 0.19.11 finds the same
-    (test_tracking.py).
+    wandb no longer has a reader in Python; the `DataStore` of its 0.19.11 finds the same.
     """
     data, at, parts = path.read_bytes(), 7, b""
     while at + 7 <= len(data):

@@ -31,13 +31,6 @@ def test_a_dry_run_goes_without_its_launcher():
     assert rewrite(kept) == kept
 
 
-def test_only_lasting_actions_have_a_run_folder():
-    words = ["action=status", "hydra.run.dir=here"]
-    assert rewrite(words) == words
-    assert "hydra.run.dir=." in rewrite(["action=status"])
-    assert rewrite(["action=train"]) == ["action=train"]
-
-
 def test_a_list_for_a_group_of_one_choice_is_refused():
     """Hydra would merge the two files and name the mixture after the last."""
     with pytest.raises(UserError, match="takes one choice; for a run of each: -m immunize=kappa,"):

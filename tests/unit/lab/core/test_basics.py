@@ -1,4 +1,4 @@
-"""Seeding, intervals, source hashes, budgets, frozen prefixes, error texts."""
+"""Seeding, intervals, source hashes, budgets, frozen prefixes."""
 
 import math
 
@@ -9,7 +9,6 @@ from torch import nn
 
 from eval.stats.intervals import score_samples
 from lab.core import sources
-from lab.core.errors import UserError, nearest
 from lab.core.hashing import digest
 from lab.core.seeding import derive, generator
 from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
@@ -59,16 +58,11 @@ def test_few_seeds_take_student_t_and_many_the_bootstrap():
         [[math.exp(2)], [math.exp(4)], [math.exp(6)]], "higher", aggregate="geomean"
     )
     assert math.log(geometric.low) == pytest.approx(found.low)
-    assert geometric.low > 0
     rng = np.random.default_rng(0)
     many = [[v] for v in rng.normal(0.0, 1.0, 10)]
-    assert score_samples(many, "higher").high == score_samples(many, "higher").high
     assert (
         score_samples(many, "higher", draws=50).high != score_samples(many, "higher").high
     )  # resampled
-    assert (
-        score_samples(many[:9], "higher", draws=50).high == score_samples(many[:9], "higher").high
-    )  # not resampled
 
 
 def test_equal_seeds_have_no_width_and_bounds_clip():
@@ -76,22 +70,14 @@ def test_equal_seeds_have_no_width_and_bounds_clip():
     assert same.low == same.high == pytest.approx(0.1)
     share = score_samples([[1.0], [1.0, 0.0], [1.0]], "higher", bounds=(0.0, 1.0))
     assert 0 <= share.low < share.value < share.high == 1
-    assert score_samples([[1.0], [1.0, 0.0], [1.0]], "higher").high > 1
 
 
 def test_interval_kinds():
     assert score_samples([[1.0]], "higher").interval == "point"
     within = score_samples([[1.0, 2.0, 3.0]], "lower")
     assert (within.interval, within.n) == ("within_seed", 1)
-    assert within.low < 2.0 < within.high
     across = score_samples([[1.0], [2.0], [3.0]], "higher")
     assert (across.interval, across.n) == ("across_seeds", 3)
-    two = score_samples([[1.0], [2.0]], "higher")
-    assert (two.interval, two.low) == ("point", None)
-
-
-def test_geometric_mean():
-    assert math.isclose(score_samples([[1.0, 100.0]], "higher", aggregate="geomean").value, 10.0)
 
 
 @pytest.mark.parametrize("bad", [[], [[]], [[1.0], []], [[math.nan]], [[math.inf, 1.0]]])
@@ -105,9 +91,7 @@ def test_budget_snapshots():
     steps = budget.snapshots()
     assert steps[0] == 0
     assert {20, 100} <= set(steps)
-    assert list(steps) == sorted(set(steps))
     assert len(steps) <= 13
-    assert Budget(1, 1, 2).snapshots() == (0, 1)
 
 
 def test_trajectory_at_takes_the_last_point_before():
@@ -126,7 +110,6 @@ def test_prefix_equals_forward_in_batches_and_is_memoised():
     model, x = tiny_model(), torch.randn(37, 4)
     assert torch.allclose(prefix(model, x, 1, batch=8), model.run(x, 0, 1))
     assert torch.allclose(features(model, x, batch=8), model(x))
-    assert prefix(model, x, 0) is x
     assert prefix(model, x, 1) is prefix(model, x, 1)
     with torch.no_grad():
         model.blocks[0].weight.add_(1.0)
@@ -158,8 +141,6 @@ def test_same_weights_and_digest_see_one_bit():
         b.blocks[0].bias[0] = torch.nextafter(b.blocks[0].bias[0], torch.tensor(9.0))
     assert not same_weights(a, b)
     assert digest(a.blocks[0].bias) != digest(b.blocks[0].bias)
-    assert digest(torch.zeros(2, 3)) != digest(torch.zeros(3, 2))
-    assert digest(torch.tensor(3)) != digest(torch.tensor(4))
 
 
 def fresh(module):
@@ -199,25 +180,11 @@ def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_pa
     (package / "attack.py").write_text("from .part import X\nfrom . import more\n")
     (package / "part.py").write_text("X = 1\n")
     (package / "more.py").write_text("X = 1\n")
-    assert sources._imports("own_attack_x") == {
-        "own_helper_x",
-        "lab.core",
-        "lab.core.slugs",
-    }
-    assert sources._imports("own_package_x.attack") >= {"own_package_x.part", "own_package_x.more"}
 
     for module, part in (
         ("own_attack_x", tmp_path / "own_helper_x.py"),
         ("own_package_x.attack", package / "more.py"),
     ):
         before = fresh(module)
-        assert fresh(module) == before
         part.write_text("X = 2\n")
         assert fresh(module) != before
-
-
-def test_error_names_key_value_and_fix():
-    error = UserError("immunize.lr", -1, "must be > 0.")
-    assert str(error) == "immunize.lr=-1: must be > 0."
-    assert nearest("kapa", ["kappa", "none"]) == "did you mean kappa?"
-    assert nearest("zzz", ["b", "a"]) == "choose one of a, b."

@@ -81,8 +81,6 @@ def test_groups_are_seeded_and_disjoint_where_possible():
     again = condition.row_groups(100, groups=5, size=20, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(rows, again, strict=True))
     assert not torch.equal(rows[0], condition.row_groups(100, groups=5, size=20, seed=4)[0])
-    few = condition.row_groups(30, groups=5, size=20)
-    assert [len(set(r.tolist())) for r in few] == [20] * 5
     x = randn(100, 4)
     values = condition.grouped_condition_number(x, groups=5, size=20, seed=3)
     assert values == [condition_number(x[r]) for r in rows]
@@ -119,7 +117,6 @@ def test_bound_is_never_exceeded_by_ten_thousand_random_extractors():
     s_p, s_h = (torch.linalg.svdvals(x @ thetas) for x in (x_p, x_h))
     ratios = (s_h[:, 0] / s_h[:, -1]) ** 2 / condition_number(x_h)
     ratios /= (s_p[:, 0] / s_p[:, -1]) ** 2 / condition_number(x_p)
-    assert bound.value is not None
     assert float(ratios.max()) <= bound.value * (1 + 1e-9)
     assert float(ratios.max()) > 0.7 * bound.value
 
@@ -133,7 +130,6 @@ def test_bound_is_attained_by_whitening_and_any_rotation(start):
     rotation = torch.linalg.qr(randn(9, 9, seed=8))[0]
     assert rir(x_p, x_h, (wt.T / s) @ wt @ rotation, theta0) == pytest.approx(bound.value, rel=1e-6)
     assert bound.kappa_m == pytest.approx(float(bound.pencil[0] / bound.pencil[-1]))
-    assert (bound.reason, bound.rank_benign) == (None, 9)
 
 
 def test_singular_benign_task_has_no_finite_bound():
@@ -143,8 +139,6 @@ def test_singular_benign_task_has_no_finite_bound():
     bound = rir_bound(x_p, x_h)
     assert bound.value is None
     assert bound.kappa_m is None
-    assert "infinite: K_P has rank 3 of 4" in bound.reason
-    assert bound.rank_benign == 3
     normal = torch.tensor([1.0, 0, 0, -1.0], dtype=torch.float64) / 2**0.5
     assert bound.outside_energy == pytest.approx(
         float((x_h @ normal).square().sum() / x_h.square().sum())
@@ -159,7 +153,6 @@ def test_common_null_space_keeps_the_bound():
     x_p, x_h = pair()
     lift = randn(4, 6, seed=11)
     bound = rir_bound(x_p @ lift, x_h @ lift)
-    assert bound.rank_benign == 4
     assert bound.kappa_m == pytest.approx(rir_bound(x_p, x_h).kappa_m, rel=1e-6)
     basis, s = condition.range_basis(x_p @ lift)
     assert rir(x_p @ lift, x_h @ lift, (basis / s) @ basis.T) == pytest.approx(
@@ -182,7 +175,6 @@ def test_bound_beyond_float64_is_not_reported():
     x_p, x_h = pair()
     bound = rir_bound(x_p, x_h @ torch.diag(torch.tensor([1, 1, 1, 1e-7], dtype=torch.float64)))
     assert bound.value is None
-    assert "not resolved" in bound.reason
 
 
 def test_principal_angles():

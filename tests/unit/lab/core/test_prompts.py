@@ -7,21 +7,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fake_generations import FakeScorers
 from pydantic import ValidationError
 from release_examples import composed, tiny_folder, world
 from tiny_diffusion import tiny_case
 from tiny_sd import bang_tokenizer
 
-from attacks.diffusion.curriculum import Curriculum
-from attacks.diffusion.dreambooth import DreamBooth
-from attacks.diffusion.lora import ConceptLora
-from eval.generation.utility import Utility
 from lab.core.config import OptionalPrompt, Prompt, Prompts, config, user_error
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
 from lab.core.prompts import check_case, text, texts
-from lab.models.erase import Uce
 from lab.runner.assemble import assemble, check_cases
 
 END = "<|endoftext|>"
@@ -48,7 +42,6 @@ def test_an_option_that_is_no_prompt_is_refused(given) -> None:
 def test_what_stands_for_none_and_single_prompts_are_taken() -> None:
     assert Options(maybe="", several="a fox ").several == ("a fox",)
     assert Options(several=["a fox", "a fox "]).several == texts("k", "a fox") == ("a fox",)
-    assert DreamBooth(name="dreambooth", class_word="").expression(tiny_case().targets[0]) == "sks"
 
 
 @pytest.fixture(scope="module")
@@ -134,21 +127,6 @@ def test_what_a_folder_wants_erased_needs_an_eraser_unless_it_is_released_alread
     with pytest.raises(UserError, match=r"scenario\.concepts\[\d\] has erase: true; set erase=uce"):
         built("erase=none")
     assert built("erase=none", "eval=[audit]", metrics=True).metrics
-
-
-def test_texts_of_every_part_are_named_by_their_key() -> None:
-    lora = ConceptLora(name="curriculum.stages.one.attack", token="ohwx")
-    told = Curriculum(
-        name="curriculum", stages={"one": {"attack": lora}}, sampling={"negative": "a b"}
-    ).texts()
-    assert told["attacks.curriculum.sampling.negative"] == "a b"
-    assert told["attacks.curriculum.stages.one.attack.token"] == "ohwx"
-    assert DreamBooth(name="d", class_word="dog").texts()["attacks.d.class_word"] == "dog"
-    found = Utility(
-        scorers=FakeScorers(), name="u", negative="grey", compositions=["a fox"]
-    ).texts()
-    assert found == {"eval.u.negative": "grey", "eval.u.compositions[0]": "a fox"}
-    assert (Uce().texts(), Uce(anchor="a photo").texts()) == ({}, {"erase.anchor": "a photo"})
 
 
 def test_prompts_that_end_in_what_sd_2_pads_with_are_text() -> None:

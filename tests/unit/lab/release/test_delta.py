@@ -30,11 +30,6 @@ def test_round_trip_is_bit_for_bit_and_compact(tmp_path, dtype):
     assert same_weights(base, tiny_diffusion(dtype=dtype))
 
 
-def test_no_change_gives_an_empty_delta(tmp_path):
-    base = tiny_diffusion()
-    assert same_weights(load_delta(base, save_delta(base, base.copy(), tmp_path / "d")), base)
-
-
 def test_a_wrong_base_is_refused(tmp_path):
     base = tiny_diffusion()
     file = save_delta(base, moved(base), tmp_path / "d")
@@ -48,4 +43,3 @@ def test_the_hash_knows_names_shapes_and_dtypes():
     states = [{"a": a}, {"b": a}, {"a": a.view(2, 2)}, {"a": a.view(torch.int32)}]
     hashes = {state_hash(state) for state in [*states, {"a": a, "b": a}]}
     assert len(hashes) == 5
-    assert state_hash({"b": a, "a": a}) == state_hash({"a": a, "b": a})

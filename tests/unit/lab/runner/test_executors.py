@@ -49,13 +49,11 @@ def test_three_processes_compute_every_stage_once_and_the_last_one_together(tmp_
     three = run(tmp_path / "three", 3, names)
     for values in three:
         assert values == three[0]
-        assert values["facts"]["processes"] == 3
     for name in names:
         count = 3 if name == "two-1" else 1
         assert len(computed_by(tmp_path / "three", name)) == count, name
     results = three[0]["results"]
     assert [r.get("size") for r in results] == [1, 1, None, 3, None]
-    assert [r.get("mean") for r in results] == [None, None, 1.0, None, 2.0]
     assert [r.get("total") for r in results] == [r.get("total") for r in alone["results"]]
     again = run(tmp_path / "three", 3, names)
     assert all(result["hit"] for result in again[0]["results"])

@@ -6,7 +6,6 @@ import pytest
 import tiny
 import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from lab.core.cache import StageCache, StageCheckpoint
@@ -14,9 +13,8 @@ from lab.core.data import Sampling, ScenarioData
 from lab.core.errors import Diverged, UserError
 from lab.core.provenance import computing
 from lab.core.sources import ROOT
-from lab.core.types import BASELINE, Attacker, Backbone, Immunizer, Scenario, clone
+from lab.core.types import BASELINE, Backbone, Immunizer, Scenario, clone
 from lab.runner.assemble import assemble
-from lab.runner.experiment import Run
 from lab.runner.pipeline import Pipeline
 
 HOUSES = ["experiment=house_price", "immunize.epochs=1"]
@@ -182,52 +180,6 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
     assert found.seeds == ()
 
 
-def test_an_immunization_that_went_back_to_its_last_good_weights_is_a_note_of_the_record(
-    pipeline, tmp_path
-):
-    def cut_short(model, case, *, log, **_):
-        log(0, loss=1.0)
-        log(1, diverged=1.0)
-        moved = clone(model)
-        with torch.no_grad():
-            next(moved.parameters()).mul_(2)
-        return moved
-
-    names = {"name": "tiny", "immunize": {"name": "kappa"}, "eval": {}, "attacks": {}}
-    run = Run(OmegaConf.create(names), tmp_path)
-    run.prepared = immunized_by(pipeline(), cut_short)
-    run._compute_stages(list(run.pipeline.immunize_cells()), "immunize")
-    assert [note.partition(";")[0] for note in run.pipeline.notes] == [
-        f"kappa on case {case}, seed 0 left the finite numbers at step 1"
-        for case in ("tiny", "second")
-    ]
-    assert {cell["status"] for cell in run.cells} == {"ok"}
-
-
-def test_an_immunized_model_that_cannot_be_attacked_names_the_immunizer(pipeline):
-    class Attack(Attacker):
-        name, accepts = "lora", frozenset({"diffusion"})
-
-        def __call__(self, model, task, **_):
-            raise Diverged("the loss is not finite before the first update", 0)
-
-    fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
-    found = pipeline(*fixed, scenario=TinyConcepts(steps=2))
-    part = replace(found.parts.attacks["lora"], obj=Attack())
-    found = Pipeline(replace(found.parts, attacks={"lora": part}), found.store)
-    cells = list(found.attack_cells())
-    for model_name, key in (("mima_deep", "immunize"), (BASELINE, "backbone")):
-        cell = next(c for c in cells if c.model == model_name)
-        for broken in (False, True):
-            model = tiny_diffusion()
-            if broken:
-                next(iter(model.unet.parameters())).data.fill_(float("nan"))
-            found.model = lambda *_, model=model: model
-            with pytest.raises(UserError, match=rf"^{key}={model_name}: .*not finite") as error:
-                cell.compute(None)
-            assert ("the weights are finite" in str(error.value)) == (not broken)
-
-
 def test_what_a_metric_keeps_is_computed_once_in_all_runs_and_anew_where_evaluation_is_forced(
     pipeline, tmp_path
 ):
@@ -271,15 +223,3 @@ def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeli
     found = immunized_by(pipeline(), leaky)
     with pytest.raises(UserError, match="immunize=kappa: changed the model that it was given"):
         cell_of(found, "kappa").compute(None)
-
-
-def test_the_key_of_the_part_that_failed_is_known(pipeline):
-    found = pipeline()
-
-    def broken(seed):
-        raise ZeroDivisionError
-
-    found.parts.scenario.load = broken
-    with pytest.raises(ZeroDivisionError), found.running("attacks.lora"):
-        found.data(0)
-    assert found.part == "scenario"

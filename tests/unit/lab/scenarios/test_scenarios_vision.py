@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +11,6 @@ from pydantic import ValidationError
 
 from lab.core import image_files
 from lab.core.errors import UserError
-from lab.core.types import Scenario
 from lab.minisd.world.openmoji import catalog
 from lab.scenarios.vision import ImageFolders, OpenmojiMnist, _pools
 
@@ -21,21 +19,15 @@ SMALL = {"size": 32, "train_rows": 70, "test_rows": 35}
 
 def test_openmoji_mnist_shapes_and_balance() -> None:
     scenario = OpenmojiMnist(**SMALL)
-    assert isinstance(scenario, Scenario)
     data = scenario.load(0)
     (case,) = data.cases
     assert (case.benign.name, case.harmful[0].name) == ("openmoji", "mnist")
     for task, classes in ((case.benign, 7), (case.harmful[0], 10)):
         for split, rows in ((task.train, 70), (task.test, 35)):
             assert split.x.shape == (rows, 3, 32, 32)
-            assert split.x.dtype == torch.uint8
             counts = torch.bincount(split.y, minlength=classes)
             assert counts.max() - counts.min() <= 1
         assert task.classes == classes
-    digit = case.harmful[0].train.x
-    assert torch.equal(digit[:, 0], digit[:, 2])
-    assert not torch.equal(case.benign.train.x[:, 0], case.benign.train.x[:, 2])
-    assert any("CC BY-SA" in note for note in data.notes)
 
 
 def test_openmoji_mnist_repeats_and_depends_on_the_seed() -> None:
@@ -48,11 +40,9 @@ def test_train_and_test_share_no_emoji_and_no_digit() -> None:
     train, test = _pools(groups, 0)
     codes = [{emoji.hexcode for pool in half for emoji in pool} for half in (train, test)]
     assert not codes[0] & codes[1]
-    assert len(codes[0] | codes[1]) == len(catalog())
     mnist = OpenmojiMnist(size=32, train_rows=4000, test_rows=1000)._digits(0)
     rows = [{x.numpy().tobytes() for x in split.x} for split in mnist]
     assert not rows[0] & rows[1]
-    assert len(rows[0] | rows[1]) == 5000
 
 
 def test_openmoji_options_that_cannot_work() -> None:
@@ -79,19 +69,15 @@ def folders(benign: Path, harmful: Path, **options: object) -> ImageFolders:
 
 def test_image_folders(tmp_path: Path) -> None:
     scenario = folders(fill(tmp_path / "a"), fill(tmp_path / "b", classes=3, base=5))
-    assert isinstance(scenario, Scenario)
     data = scenario.load(0)
     (case,) = data.cases
     benign, harmful = case.benign, case.harmful[0]
     assert (benign.classes, harmful.classes) == (2, 3)
-    assert benign.train.x.shape == (16, 3, 32, 32)
-    assert harmful.test.x.shape == (6, 3, 32, 32)
     assert torch.equal(
         benign.train.x[:, 1, 0, 0].long(), 100 * benign.train.y
     )  # label and picture belong together
     seen = [{x.numpy().tobytes() for x in split.x} for split in (benign.train, benign.test)]
     assert not seen[0] & seen[1]
-    assert any("fewer than the 2000" in note for note in data.notes)
     assert data.data_hash == scenario.load(0).data_hash != scenario.load(1).data_hash
 
 
@@ -102,40 +88,9 @@ def test_folders_with_their_own_split_and_a_limit(tmp_path: Path) -> None:
     benign = data.cases[0].benign
     assert torch.bincount(benign.train.y).tolist() == [2, 1, 1]
     assert benign.test.x[:, 0].min() >= 200
-    assert any("4 training rows" in note for note in data.notes)
-    assert any("have no row" in note for note in data.notes)
     fill(tmp_path / "a" / "val" / "class9")
     with pytest.raises(UserError, match=r"scenario\.benign_path=.*class9"):
         folders(tmp_path / "a", tmp_path / "b").load(0)
-
-
-def test_modes_and_orientation(tmp_path: Path) -> None:
-    rgb = np.zeros((40, 40, 3), dtype=np.uint8)
-    rgb[:20] = (200, 0, 0)
-    grey = Image.fromarray(rgb[..., 0])
-    alpha = Image.new("RGBA", (40, 40), (0, 0, 0, 0))
-    grey.save(tmp_path / "l.png")
-    Image.fromarray(rgb).quantize(4).save(tmp_path / "p.png")
-    alpha.save(tmp_path / "rgba.png")
-    alpha.convert("LA").save(tmp_path / "la.png")
-    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(tmp_path / "i16.png")
-    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
-    Image.fromarray(rgb).save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    read = {
-        p.name: image_files.read_image(p, 32, "scenario.benign_path").astype(int)
-        for p in tmp_path.iterdir()
-    }
-    assert all(x.shape == (32, 32, 3) for x in read.values())
-    assert (read["l.png"][2, 2] == 200).all()
-    assert (read["i16.png"][2, 2] == 200).all()
-    assert np.abs(read["p.png"][2, 2] - (200, 0, 0)).max() <= 2
-    assert (read["rgba.png"] == 255).all()
-    assert (read["la.png"] == 255).all()
-    assert read["cmyk.jpg"][2, 2, 0] > 150
-    assert read["turned.jpg"][2, 2, 0] < 30
-    assert read["turned.jpg"][-3, 2, 0] > 170
 
 
 def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,9 +104,6 @@ def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     broken.write_bytes(content)
     monkeypatch.setattr(image_files, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="more than 1,000 pixels"):
-        folders(a, b).load(0)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses beyond twice its own limit
-    with pytest.raises(UserError, match="scale down"):
         folders(a, b).load(0)
 
 

@@ -1,13 +1,9 @@
 """Trackers: what they write is read back from disk; none can stop a run or hold it up."""
 
-import hashlib
 import json
 import logging
-import os
 import sqlite3
-import subprocess
 import time
-import venv
 from contextlib import contextmanager
 
 import psutil
@@ -22,7 +18,6 @@ from tracking_runs import (
     read_offline_run,
     run_folder,
     track,
-    wandb_chunks,
     wandb_messages,
 )
 
@@ -68,12 +63,8 @@ def messages_of(caplog):
 def test_wandb_offline_without_a_key(offline):
     run, _, summary, config, artifacts = read_offline_run(offline)
     assert (run.project, run.run_group, run.run_id) == ("p", "house_price", views.run_id(offline))
-    assert run.display_name == "kappa lr=0.05 on house_price"
-    assert set(run.tags) == {"study", "kappa", "linear", "linear_probe"}
-    assert config["immunize"] == {"name": "kappa"}
     assert "tracker" not in config
     assert (summary["rir"], summary["rir_low"], summary["rir_high"]) == (12.5, 10.0, 14.0)
-    assert summary["status"] == "ok"
     assert summary["content_hash"] == records.read(offline / "record.json")["content_hash"]
     (artifact,) = [a for a in artifacts if a.type == "record"]
     entries = {e.path: e for e in artifact.manifest.contents}
@@ -86,19 +77,9 @@ def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline)
     _, history, _, _, _ = read_offline_run(offline)
     assert history["immunize/c/seed0/rir"] == [1.0, 2.0, 3.0]
     assert "immunize/c/seed0/bad" not in history
-    assert history["immunize/step"] == [0, 1, 2, 0, 10]
     assert history["immunize/kappa_benign/immunized"] == [9.0, 4.0]
     assert history["attack/step"] == [0, 1, 2, 4]
     assert history["attack/loss/baseline"] == [3.0, 2.0, 1.0]
-    assert history["attack/loss/immunized"] == [3.0, 2.5]
-    assert history["attack/sgr/immunized_low"] == [0.1, 0.2]
-    assert (history["tables/pairs.nrows"], history["tables/metrics.nrows"]) == ([2], [1])
-    assert history["plots/loss.format"] == ["png"]
-    assert (history["images/grid.width"], history["images/grid.caption"]) == ([8], ["a grid"])
-    messages = wandb_messages(next(offline.rglob("*.wandb")))
-    defined = [m.metric for m in messages if m.HasField("metric")]
-    pairs = {(m.glob_name or m.name, m.step_metric) for m in defined}
-    assert pairs >= {("attack/*", "attack/step"), ("immunize/*", "immunize/step")}
 
 
 def test_trackio_has_the_same_view(offline):
@@ -109,36 +90,6 @@ def test_trackio_has_the_same_view(offline):
     assert [m["rir"] for m in logged if "rir" in m] == [12.5]
     configs = [json.loads(row[0]) for row in database.execute("select config from configs")]
     assert [c["_Group"] for c in configs] == ["house_price"]
-
-
-OWN_READER = """
-import hashlib, json, sys
-from wandb.proto import wandb_internal_pb2 as messages
-from wandb.sdk.internal.datastore import DataStore
-store, found = DataStore(), []
-store.open_for_scan(sys.argv[1])
-while (data := store.scan_data()) is not None:
-    messages.Record().ParseFromString(data)
-    found.append(hashlib.sha256(data).hexdigest())
-print(json.dumps(found))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.network
-@pytest.mark.skipif(
-    not os.environ.get("CLEAN_INSTALL"),
-    reason="installs wandb 0.19.11 from the package index: CLEAN_INSTALL=1 pytest -m network",
-)
-def test_wandbs_own_reader_finds_the_messages_that_these_tests_read(offline, tmp_path):
-    """0.19.11 is the last one that has the reader in Python; it checks every checksum, too."""
-    venv.create(tmp_path / ".venv", with_pip=True)
-    python = tmp_path / ".venv/bin/python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "wandb==0.19.11"], check=True)
-    (file,) = offline.rglob("offline-run-*/run-*.wandb")
-    command = [python, "-c", OWN_READER, str(file)]
-    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert json.loads(out) == [hashlib.sha256(data).hexdigest() for data in wandb_chunks(file)]
 
 
 def test_a_failed_run_is_marked(folder):
