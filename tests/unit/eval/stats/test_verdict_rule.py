@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.stats.verdict_rule import Check, checks_text, is_passed
+from eval.stats.verdict_rule import Check, is_passed
 from lab.core.types import Score
 
 
@@ -69,19 +69,3 @@ def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_neede
     assert not is_passed([slow, fast, benign])
     assert is_passed([slow, fast, accurate, benign])
     assert not is_passed([slow, benign, damaged])
-
-
-def test_the_text_says_passes_fails_or_inconclusive():
-    passed = Check("harmful", "steps", Score(3.0), "≥", 2.0)
-    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", "not relearned", bound="lower")
-    text = checks_text([passed, Check("benign", "steps", limit, "≤", 1.25)])
-    assert text.startswith(
-        "harmful side passes: steps 3 (required ≥ 2). benign side inconclusive: "
-    )
-    assert "steps ≥ 1.1 [1, 1.2] (required ≤ 1.25; a limit, which more steps" in text
-    assert "benign side fails: " in checks_text(
-        [passed, Check("benign", "x", Score(2.0), "≤", 1.0)]
-    )
-    missing = Score(None, better="lower", note="the scenario has no other concepts")
-    text = checks_text([passed, Check("benign", "steps", missing, "≤", 1.25)])
-    assert text.endswith("benign side inconclusive: steps: the scenario has no other concepts")
