@@ -62,14 +62,6 @@ def test_a_benign_user_stops_at_the_best_point() -> None:
 
     assert Verdict()(fake(trajectories=make)).metrics["verdict"].value == 1
 
-    def spoilt(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        found = make(model_name, attack, role, seed)
-        if role == "benign" and model_name != BASELINE:
-            found.values["test_loss"] = [0.3 + v for v in found.values["test_loss"]]
-        return found
-
-    assert Verdict()(fake(trajectories=spoilt)).metrics["verdict"].value == 0
-
 
 @pytest.mark.parametrize(
     ("threshold", "passes", "fails", "check", "run"),

@@ -70,46 +70,6 @@ def test_an_upper_limit_leaves_open_what_lies_below_it(better: str) -> None:
         assert ("≤ 1.7" if limited == "large" else "≤ 1.5") in to_text(compare(a, b))
 
 
-def test_figures_of_each_model_names_best_attacker_are_not_sure_where_the_attackers_differ() -> (
-    None
-):
-    a = with_metrics(
-        "a", msgr_clip=narrow(0.1), mrsgr_clip=narrow(0.1), sgr_benign_clip=narrow(0.5, "lower")
-    )
-    b = with_metrics(
-        "b", msgr_clip=narrow(0.9), mrsgr_clip=narrow(0.9), sgr_benign_clip=narrow(0.1, "lower")
-    )
-    other = sealed(b | {"attacks": ["textual_inversion"]})
-    for names, sure in ((b, True), (other, False)):
-        rows = {r["name"]: r for r in compare(a, names)["metrics"]}
-        for name in ("msgr_clip", "mrsgr_clip", "sgr_benign_clip"):
-            assert (rows[name]["winner"], rows[name]["sure"]) == ("b", sure), name
-
-
-# no verdict
-
-NO_MSGR = ("verdict", "msgr_clip", "msgr_dino", "msgr_clip_5x", "mrsgr_clip")
-
-
-def test_a_scorer_that_says_the_opposite_is_told_and_nothing_is_held_back() -> None:
-    known = {
-        "msgr_clip": narrow(0.3),
-        "asr_reduction": narrow(0.6),
-        "steps_to_relearn_ratio": narrow(3.0),
-    }
-    against = outcome(
-        with_metrics(
-            "mima", NO_MSGR, **known, msgr_feature_lpips=metric(-0.1, low=-0.2, high=-0.01)
-        )
-    )
-    assert against.label == "not held back"
-    unsure = outcome(
-        with_metrics("mima", NO_MSGR, **known, msgr_feature_lpips=metric(-0.1, low=-0.2, high=0.01))
-    )
-    assert unsure.label == "held back, no verdict"
-    assert not any("opposite" in line for line in unsure.details)
-
-
 def test_a_target_that_no_attack_brings_back_anywhere_was_not_put_to_the_test() -> None:
     zero, none = metric(0.0, low=0.0, high=0.0), metric(None, note="not reached")
     told = {

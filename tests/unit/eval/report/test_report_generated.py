@@ -58,20 +58,6 @@ def test_a_holding_run_leads_and_the_worst_target_decides_among_several() -> Non
     assert rows[2]["best"] == []
 
 
-def test_among_failures_the_checks_passed_decide_then_the_least_protected_target() -> None:
-    """By the harmful side alone a destroyed model would lead."""
-    rows = {"destroyed": (1, 4.0), "partial": (2, 1.2), "close": (2, 1.3)}
-    records = []
-    for name, (passed, worst) in rows.items():
-        one = generated(name, holds=False)
-        one["metrics"]["steps_to_relearn_ratio_worst"]["value"] = worst
-        (check,) = one["tables"]["verdict"][:1]
-        one["tables"]["verdict"] = [check | {"passed": i < passed} for i in range(3)]
-        records.append(sealed(one))
-    found = leaderboard(records)
-    assert [r["immunizer"] for r in found] == ["close", "partial", "destroyed"]
-
-
 # pictures
 
 
