@@ -18,8 +18,6 @@ from eval.features.geometry import Geometry
 from lab.core.condition import condition_number
 from lab.core.types import BASELINE
 
-# conditioning
-
 
 def test_rir_by_hand_on_diagonal_data() -> None:
     benign, harmful = (

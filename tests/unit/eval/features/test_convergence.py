@@ -19,8 +19,6 @@ from eval.features.trajectories import target_of
 from lab.core.errors import UserError
 from lab.core.types import BASELINE, Trajectory
 
-# convergence
-
 
 def test_norm_ratio_and_slowdown_by_hand() -> None:
     metrics = Convergence()(fake(trajectories=rates(0.8**0.5, 0.8))).metrics

@@ -44,9 +44,6 @@ def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
         assert len(run.reads) == len(set(run.reads)) == (12 if metric.needs_attack else 0)
 
 
-# configuration
-
-
 @pytest.mark.parametrize(
     ("metric", "option", "value"),
     [

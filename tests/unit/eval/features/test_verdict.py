@@ -14,8 +14,6 @@ from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
 from lab.core.types import BASELINE, Trajectory
 
-# verdict
-
 
 @pytest.mark.parametrize(
     ("harmful", "benign", "passed", "reason"),

@@ -123,12 +123,6 @@ def test_a_benign_concept_that_gets_easier_does_not_pay_for_one_that_gets_harder
     assert failed(scores(run)) == [
         "steps to 60% detection, immunized ÷ baseline, worst other concept"
     ]
-    unlike = {
-        "sketch": shares(0, 2, 8, 10, 10, cosines=(0.6,) * 5),
-        "halftone": shares(0, 2, 8, 10, 10, cosines=(1.0,) * 5),
-    }
-    run = each({}, {"mosaic": HELD, "neon": HELD} | unlike, case_list=cases)
-    assert failed(scores(run)) == ["loss of similarity (SGR, CLIP) at 1×, worst other concept"]
 
 
 def test_a_strong_target_does_not_carry_one_that_is_not_protected():

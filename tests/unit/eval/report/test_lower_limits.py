@@ -1,6 +1,4 @@
-"""What the report makes of a figure that is a lower limit, or has no interval, or no verdict beside
-it.
-"""
+"""What the report makes of a figure that is a limit: it is open who wins."""
 
 from __future__ import annotations
 
@@ -12,17 +10,12 @@ from fake_records import Record, metric, sealed
 
 from eval.report.compare import compare, to_text
 from eval.report.leaderboard import leaderboard
-from eval.report.outcomes import outcome
 
 BENIGN, WORST = "benign_steps_ratio", "steps_to_relearn_ratio_worst"
 
 
-def with_metrics(
-    name: str, drop: tuple[str, ...] = (), holds: bool = True, **changes: Any
-) -> Record:
-    one = generated(name, holds=holds)
-    for key in drop:
-        one["metrics"].pop(key)
+def with_metrics(name: str, **changes: Any) -> Record:
+    one = generated(name)
     one["metrics"] |= changes
     return sealed(one)
 
@@ -40,12 +33,6 @@ def test_a_limit_that_may_be_any_higher_figure_neither_wins_nor_loses(
     row = next(r for r in compare(a, b)["metrics"] if r["name"] == name)
     assert (row["winner"], row["sure"]) == ("open", False)
     assert all(name not in r["best"] for r in leaderboard([a, b]))
-    known = next(
-        r
-        for r in compare(b, with_metrics("c", **{name: narrow(1.5, better)}))["metrics"]
-        if r["name"] == name
-    )
-    assert known["winner"] in ("a", "b")
 
 
 def test_a_limit_above_all_others_is_best_where_higher_is_better() -> None:
@@ -68,15 +55,3 @@ def test_an_upper_limit_leaves_open_what_lies_below_it(better: str) -> None:
         best = [WORST in r["best"] for r in sorted(leaderboard([a, b]), key=lambda r: r["label"])]
         assert best == ([False, False] if limited == "large" else [winner == "a", winner == "b"])
         assert ("≤ 1.7" if limited == "large" else "≤ 1.5") in to_text(compare(a, b))
-
-
-def test_a_target_that_no_attack_brings_back_anywhere_was_not_put_to_the_test() -> None:
-    zero, none = metric(0.0, low=0.0, high=0.0), metric(None, note="not reached")
-    told = {
-        "asr_baseline": zero,
-        "steps_to_relearn_ratio": none,
-        "verdict": metric(0.0, note="not held"),
-    }
-    one = outcome(with_metrics("mima", **told))
-    assert (one.tone, one.label) == ("bad", "not put to the test")
-    assert "in the baseline either" in one.headline

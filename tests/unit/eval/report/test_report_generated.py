@@ -17,8 +17,6 @@ from eval.report.leaderboard import labels, leaderboard
 from eval.report.outcomes import outcome
 from lab.core.record import read, write
 
-# words
-
 
 def test_a_verdict_is_told_with_both_model_names_and_the_step() -> None:
     found = outcome(generated())
@@ -46,9 +44,6 @@ def test_without_a_verdict_nothing_is_said_to_be_protected() -> None:
     assert outcome(sealed(one)).tone == "bad"
 
 
-# leaderboard
-
-
 def test_a_holding_run_leads_and_the_worst_target_decides_among_several() -> None:
     strong, weak = generated(), generated("mima_weak")
     weak["metrics"]["steps_to_relearn_ratio_worst"]["value"] = 1.1
@@ -56,9 +51,6 @@ def test_a_holding_run_leads_and_the_worst_target_decides_among_several() -> Non
     rows = leaderboard([generated("mima", holds=False), sealed(weak), strong])
     assert [r["immunizer"] for r in rows] == ["mima_deep", "mima_weak", "mima"]
     assert rows[2]["best"] == []
-
-
-# pictures
 
 
 def sources(page: Path) -> list[bytes]:
