@@ -10,33 +10,18 @@ from fake_run import (
     classes,
     decay,
     fake,
-    linear,
     rates,
 )
 
-from attacks.probes.linear_probe import LinearProbe
 from eval.features.convergence import Convergence, rfd
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.trajectories import target_of
-from lab.core.data import Split, Task
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, Budget, Trajectory
-
-# convergence
-
-
-def test_identical_model_names_have_slowdown_one_and_no_deviation() -> None:
-    metrics = Convergence()(fake(trajectories=rates(0.8, 0.8))).metrics
-    for name in ("slowdown_harmful_probe", "slowdown_benign_worst", "slowdown_loss_harmful_worst"):
-        assert metrics[name].value == pytest.approx(1)
-    assert metrics["slowdown_relative_worst"].value == pytest.approx(1)
-    assert metrics["rfd_harmful_probe"].value == pytest.approx(0)
-    assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(1)
+from lab.core.types import BASELINE, Trajectory
 
 
 def test_norm_ratio_and_slowdown_by_hand() -> None:
-    scores = Convergence()(fake(trajectories=rates(0.8**0.5, 0.8)))
-    metrics = scores.metrics
+    metrics = Convergence()(fake(trajectories=rates(0.8**0.5, 0.8))).metrics
     assert metrics["norm_ratio_harmful_probe_baseline"].value == pytest.approx(0.8**20)
     assert metrics["norm_ratio_harmful_probe"].value == pytest.approx(0.8**10)
     assert metrics["norm_ratio_harmful_probe_ratio"].value == pytest.approx(0.8**-10)
@@ -49,24 +34,7 @@ def test_norm_ratio_and_slowdown_by_hand() -> None:
         2, rel=0.05
     )  # linear between snapshots: close to the true factor of two
     assert (slow.low, slow.high) == (pytest.approx(slow.value), pytest.approx(slow.value))
-    assert slow.better == "higher"
-    assert metrics["slowdown_benign_probe"].better == "lower"
     assert metrics["slowdown_relative_probe"].value == pytest.approx(slow.value)
-    curve = scores.curves["norm_ratio_harmful_probe"]
-    assert curve["step"] == list(STEPS)
-    assert curve[BASELINE][-1] == pytest.approx(0.8**100)
-
-
-def test_worst_is_taken_over_attackers() -> None:
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        rate = 0.8 if model_name == BASELINE else {"weak": 0.98, "strong": 0.8}[attack]
-        return decay(rate, STEPS)
-
-    metrics = Convergence()(fake(trajectories=make, attacks=("weak", "strong"))).metrics
-    assert metrics["slowdown_harmful_worst"].value == pytest.approx(1)
-    assert "strong" in str(metrics["slowdown_harmful_worst"].note)
-    assert metrics["slowdown_benign_worst"].value > 2
-    assert "weak" in str(metrics["slowdown_benign_worst"].note)
 
 
 def test_divergence_is_said_and_is_no_protection() -> None:
@@ -125,8 +93,6 @@ def test_targets_have_floors_by_hand() -> None:
     assert target_of(tuned, "test_accuracy", 20, 0.5) == pytest.approx(0.4)
     slow = Trajectory([0, 20], {"train_loss": [3.0, 2.5]}, info={"optimum": 2.0})
     assert target_of(slow, "train_loss", 20) == 2.5  # far above rounding: nothing changes
-    rising = Trajectory([0, 20], {"train_loss": [3.0, 4.0]})
-    assert target_of(rising, "train_loss", 20) == 4.0
 
 
 def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
@@ -139,7 +105,6 @@ def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
     assert str(metrics["slowdown_harmful_worst"].note) == "worst attacker: through"
     assert metrics["slowdown_benign_worst"].bound == "lower"
     assert metrics["slowdown_harmful_worst"].bound is None
-    assert "not met" not in str(metrics["slowdown_relative_through"].note)
 
 
 @pytest.mark.parametrize(
@@ -161,30 +126,6 @@ def test_a_quotient_of_limits_is_one_or_is_not_known(
     assert found.bound == {2.5: "lower", 0.4: "upper", None: None}[value]
 
 
-def test_lower_and_upper_limits_together_say_nothing() -> None:
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        held = "harmful" if seed == 0 else "benign"
-        return decay(0.9999 if model_name != BASELINE and role == held else 0.8, STEPS)
-
-    found = Convergence()(fake(trajectories=make)).metrics["slowdown_relative_worst"]
-    assert found.value is None
-    told = (
-        "not known: the harmful target was not met in 2 of 6 cases, the benign target "
-        "was not met in 4 of 6 cases"
-    )
-    assert told in str(found.note)
-
-
-def test_cells_without_progress_of_the_baseline_are_counted() -> None:
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        return decay(1.0 if seed == 1 else 0.8, STEPS)
-
-    metrics = Convergence()(fake(trajectories=make)).metrics
-    for name in ("slowdown_harmful_probe", "slowdown_relative_worst"):
-        assert "2 of 6 left out: the baseline made no progress" in str(metrics[name].note)
-        assert metrics[name].n == 2
-
-
 # accuracy
 
 
@@ -199,16 +140,9 @@ def test_accuracies_and_sgrc_by_hand() -> None:
     assert (
         9 < steps.value < 12
     )  # 0.9 of the accuracy after 20 steps: 1 − 0.8**s = 0.9 (1 − 0.8**20), s = 9.9
-    assert (steps.better, steps.note) == ("neutral", None)
-    assert metrics["steps_to_accuracy_benign_probe"].value == pytest.approx(steps.value)
-    assert metrics["steps_to_accuracy_benign_probe"].better == "lower"
     unmet = metrics["steps_to_accuracy_harmful_probe"]
-    assert (unmet.value, unmet.better) == (100, "higher")
-    assert (unmet.bound, unmet.note) == ("lower", "the target was not met in 3 of 3 cases")
+    assert (unmet.value, unmet.bound) == (100, "lower")
     assert metrics["sgrc_harmful_probe_5x"].value == pytest.approx(0.25, abs=1e-6)
-    assert metrics["sgrc_benign_worst"].value == pytest.approx(0)
-    assert metrics["slowdown_accuracy_benign_probe"].value == pytest.approx(1)
-    assert metrics["slowdown_accuracy_harmful_probe"].bound == "lower"
 
 
 def test_accuracy_of_regression_is_a_user_error() -> None:
@@ -222,16 +156,3 @@ def test_rfd_and_its_signed_twin_by_hand() -> None:
     assert rfd(base, faster) == pytest.approx(100 * 0.5 / 2)
     assert rfd(base, faster, signed=True) == pytest.approx(-100 * 0.5 / 2)
     assert math.isnan(rfd(base * 0.01, faster))
-
-
-def test_norm_ratio_of_a_probe_by_hand() -> None:
-    rows = Split(torch.eye(2).double(), torch.tensor([2.0, 4.0]).double())
-    probe = LinearProbe(optimizer="sgd", lr=1.0)  # w* = (2, 4), and a step halves the way to it
-    found = probe(
-        linear(rows.x),
-        Task("good", "benign", "regression", rows, rows),
-        seed=0,
-        budget=Budget(2, 1, 3),
-        checkpoint=None,
-    )
-    assert found.values["norm_ratio"] == pytest.approx([1, 1 / 4, 1 / 16])

@@ -3,10 +3,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import hydra
 import pytest
 from fake_run import EYE, FakeRun, classes, fake, linear, rates
-from omegaconf import OmegaConf
 from pydantic import ValidationError
 
 from eval.features.conditioning import Conditioning
@@ -15,7 +13,7 @@ from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, RunMetric, Scores
+from lab.core.types import BASELINE, Scores
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -44,23 +42,6 @@ def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
         metric(run)
         assert run.loads == [0, 1, 2]
         assert len(run.reads) == len(set(run.reads)) == (12 if metric.needs_attack else 0)
-
-
-# configuration
-
-CONFIGS = sorted((ROOT / "conf" / "eval").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_builds_a_metric(path: Path) -> None:
-    config = OmegaConf.load(path)
-    assert list(config) == [path.stem]
-    scorers = OmegaConf.load(ROOT / "conf" / "scorers" / "minisd.yaml")
-    metric = hydra.utils.instantiate(
-        OmegaConf.merge({"scorers": scorers}, config)[path.stem], _convert_="all"
-    )
-    assert isinstance(metric, RunMetric)
-    assert metric.name == path.stem
 
 
 @pytest.mark.parametrize(

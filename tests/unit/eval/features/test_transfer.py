@@ -63,7 +63,6 @@ def test_slowdown_that_follows_rir_has_rho_one_and_its_reverse_minus_one(factor,
     scores = Transfer()(Run(factor))
     found = scores.metrics["transfer_probe"]
     assert found.value == pytest.approx(rho)
-    assert found.interval == "across_seeds"
     assert found.low == pytest.approx(rho)
     assert scores.tables["transfer"][0]["cases"] == 30
     assert scores.tables["transfer"][0]["censored"] == 0
@@ -132,9 +131,7 @@ def test_a_slowdown_that_follows_the_angle_or_its_change_has_rho_one(follows, ot
     scores = Transfer()(Turned(follows=follows))
     found = scores.metrics[f"{follows}_predicts_slowdown_probe"]
     assert found.value == pytest.approx(1)
-    assert (found.interval, found.better, found.unit) == ("across_seeds", "neutral", "ρ")
     assert scores.metrics[f"{other}_predicts_slowdown_probe"].value < 0.95
-    assert scores.tables["transfer"][0][f"rho_{follows}"] == pytest.approx(1)
 
 
 @dataclass
@@ -149,11 +146,6 @@ class Cut(Run):
 
 def test_cases_whose_rank_moved_are_left_out_of_kappa_and_counted():
     metrics = Transfer()(Cut()).metrics
-    for name in ("transfer_probe", "transfer_harmful_probe"):
-        assert (
-            "24 of 30 cases; censored in 0; 6 of 30 cases left out: the numerical rank moved"
-            in metrics[name].note
-        )
     assert metrics["transfer_probe"].value == pytest.approx(1)
-    assert "6 of 30 cases left out" in metrics["angle_predicts_rir"].note
+    assert "6 of 30 cases left out: the numerical rank moved" in metrics["transfer_probe"].note
     assert "left out" not in metrics["angle_predicts_slowdown_probe"].note

@@ -30,7 +30,7 @@ from lab.core.errors import UserError
 from lab.core.record import scores_json
 from lab.core.sources import ROOT
 from lab.core.types import BASELINE
-from lab.release.audit import build, duration
+from lab.release.audit import build
 
 FAST, SLOW, NEVER = shares(0, 2, 8, 10, 10), shares(0, 0, 0, 6, 10), shares(0, 0, 1, 2, 3)
 AT = 10 + 10 * 4 / 6  # FAST reaches 60 % between 20 % at step 10 and 80 % at step 20
@@ -60,7 +60,6 @@ def rows(scores):
 def test_the_soonest_attack_counts_and_the_rest_is_told():
     found = audited(run(mosaic=(SLOW, FAST), neon=(NEVER, NEVER)))
     by = rows(found)
-    assert len(by) == 6
     assert (by["mosaic", "full"]["status"], by["mosaic", "full"]["steps"]) == (
         "broken",
         pytest.approx(AT),
@@ -68,9 +67,6 @@ def test_the_soonest_attack_counts_and_the_rest_is_told():
     assert by["mosaic", "lora"]["steps"] == pytest.approx(40)
     assert by["mosaic", "full"]["low"] <= AT <= by["mosaic", "full"]["high"]
     assert (by["neon", "lora"]["status"], by["neon", "lora"]["steps"]) == ("held", 80)
-    assert [by["neon", "lora"][k] for k in ("start", "at_1x", "end")] == [0, 0.1, 0.3]
-    assert by["sketch", "lora"]["role"] == "benign"
-    assert by["mosaic", "lora"]["false_positive"] == 0.1
     metrics = {name: score.value for name, score in found.metrics.items()}
     assert metrics == {
         "audit_present": 0,
@@ -79,7 +75,6 @@ def test_the_soonest_attack_counts_and_the_rest_is_told():
         "audit_end": pytest.approx(0.65),
         "audit_steps_worst": pytest.approx(AT),
     }
-    assert "concept: mosaic, attack: full" in found.metrics["audit_steps_worst"].note
     scores_json([found])  # a record takes it
     documented = (ROOT / "eval" / "metrics.md").read_text()
     assert all(f"`{name}`" in documented for name in metrics)
@@ -96,24 +91,14 @@ def test_an_attack_that_diverged_ends_where_it_ended():
     short = shares(0, 0, 3, status="diverged")
     row = rows(audited(run(mosaic=(short, NEVER))))["mosaic", "lora"]
     assert (row["status"], row["steps"], row["end"]) == ("diverged", 20, 0.3)
-    early = shares(0, 2, 8, status="diverged")
-    assert rows(audited(run(mosaic=(early, NEVER))))["mosaic", "lora"]["steps"] == pytest.approx(AT)
 
 
 def test_attacks_that_all_diverged_are_no_good_news():
     short = shares(0, 0, 3, status="diverged")
     found = audited(run(mosaic=(short, short), neon=(NEVER, NEVER))).metrics
     assert found["audit_broken"].value is None
-    assert "every attack on 1 of 2 targets diverged" in found["audit_broken"].note
     both = audited(run(mosaic=(short, short), neon=(short, short))).metrics["audit_steps_worst"]
     assert both.bound == "lower"
-    assert "not broken in 1 of 1 cases, in 1 of them as every attack diverged" in both.note
-
-
-def test_where_every_target_holds_the_steps_are_a_lower_limit():
-    found = audited(run(mosaic=(NEVER, NEVER), neon=(NEVER, NEVER))).metrics["audit_steps_worst"]
-    assert found.value == pytest.approx(80)
-    assert (found.bound, found.note[:28]) == ("lower", "not broken in 1 of 1 cases; ")
 
 
 def test_the_target_that_falls_first_is_told_by_its_mean_over_seeds_not_by_its_luckiest():
@@ -126,13 +111,11 @@ def test_the_target_that_falls_first_is_told_by_its_mean_over_seeds_not_by_its_l
         "audit_steps_worst"
     ]
     assert found.value == pytest.approx(AT)
-    assert "concept: neon" in found.note
 
 
 def test_seeds_make_intervals_across_seeds_and_a_threshold_moves_the_step():
     found = audited(run(seeds=(0, 1, 2), mosaic=(FAST, NEVER)))
     assert found.metrics["audit_steps_worst"].interval == "across_seeds"
-    assert len(found.tables["audit"]) == 18
     assert rows(audited(run(mosaic=(FAST, NEVER)), threshold=0.8))["mosaic", "lora"][
         "steps"
     ] == pytest.approx(20)
@@ -210,8 +193,7 @@ def test_the_threshold_has_the_least_sum_of_errors():
 # ---- the page
 
 
-def record(scores, **changes):
-    tables = scores_json([scores])
+def record(scores):
     return {
         "backbone": "minisd",
         "scenario": "relearn_styles",
@@ -225,13 +207,12 @@ def record(scores, **changes):
         },
         "provenance": {"weight_hash": {"0": "ab" * 32}, "wall_time_s": 12.0, "device": "cpu"},
         "content_hash": "cd" * 32,
-        **tables,
-        **changes,
+        **scores_json([scores]),
     }
 
 
-def page(one=None, costs=None, **by_name):
-    found = audited(one or run(**by_name))
+def page(costs=None, **by_name):
+    found = audited(run(**by_name))
     for row in found.tables["audit"]:
         row |= {"pictures": 20, "parameters": 1234, "template": "name"}
     every = {row["attack"]: 0.5 for row in found.tables["audit"]}
@@ -248,12 +229,7 @@ def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     )
     assert found.headline == told
     assert [r[1] for r in found.targets[:2]] == ["full", "lora"]  # the soonest on top
-    assert found.targets[2][2:4] == ["held", "> 80"]
-    assert {r[2] for r in found.others} == {"learned"}
-    assert "2 of 2 targets fall in at least one of 3 seeds." in page(run(seeds=(0, 1, 2))).headline
-    untimed = page(costs={}, mosaic=(SLOW, FAST))
-    assert "(20 images)" in untimed.headline
-    assert ("seconds", "not measured") in untimed.facts
+    assert ("seconds", "not measured") in page(costs={}, mosaic=(SLOW, FAST)).facts
 
 
 @pytest.mark.parametrize(
@@ -287,48 +263,15 @@ def test_every_other_verdict(by_name, tone, headline):
     assert re.match(headline, found.headline)
 
 
-def test_attacks_that_diverged_are_named_and_show_nothing():
-    failed = shares(0, status="diverged")
-    found = page(mosaic=(failed, NEVER), neon=(failed, NEVER))
-    assert found.headline.endswith("within 80 steps; lora diverged, which proves nothing.")
-    found = page(mosaic=(failed, failed), neon=(NEVER, NEVER))
-    assert (found.tone, found.headline) == (
-        "unsure",
-        "Unclear: every attack on mosaic diverged, so nothing was shown either way.",
-    )
-
-
 def test_markdown_and_html_say_the_same_and_escape():
     found = page(mosaic=(SLOW, FAST))
     found.title = HOSTILE
     found.limits.append(HOSTILE)
     markdown, html = found.markdown(), found.html()
-    for said in (
-        found.headline,
-        "Which attack brings a target back",
-        "What must stay learnable",
-        "a machine",
-    ):
-        assert said in markdown
-        assert said in html
+    assert found.headline in markdown
+    assert found.headline in html
     assert "<script" not in html
-    assert html.count("<svg role") == 3  # a plot per concept
-    assert markdown.count("| mosaic") == 2
     assert re.findall(r"https?:", html) == []
-
-
-def test_limits_are_told():
-    text = "\n".join(page(mosaic=(FAST, FAST)).limits)
-    for said in ("without a baseline model", "end at 80 steps", "Intervals are within a seed"):
-        assert said in text
-    assert "errs on" not in text  # 10 % and 10 % are not poor
-
-
-@pytest.mark.parametrize(
-    ("value", "told"), [(float("nan"), "–"), (2.5, "2.5 s"), (1200, "20 min"), (36000, "10 h")]
-)
-def test_durations(value, told):
-    assert duration(value) == told
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")

@@ -13,7 +13,6 @@ from fake_generations import (
     STEPS,
     FakeRun,
     FakeScorers,
-    Perceptual,
     attack,
     case,
     colours,
@@ -25,7 +24,6 @@ from pydantic import ValidationError
 from scipy.integrate import trapezoid
 
 from eval.generation.evaluated_run import area, marks
-from eval.generation.scoring import PAIRS, in_turn, similarity_of_pairs
 from eval.generation.similarity import Generation, training_curves
 from lab.core.errors import UserError
 from lab.core.types import BASELINE, Budget, Trajectory
@@ -44,7 +42,6 @@ def test_the_snapshots_that_are_reported():
         "_5x",
         "_8x",
     ]
-    assert marks(Budget(20, 1, at=(0, 20))) == [(1, 20, "")]
 
 
 def test_sgr_by_hand():
@@ -53,11 +50,9 @@ def test_sgr_by_hand():
     assert found["sgr_clip_neon"].value == pytest.approx(0.0)
     assert found["msgr_clip"].value == pytest.approx(0.125)
     assert found["msgr_clip_2x"].value == pytest.approx((0.2 / 1 + 0) / 2)
-    assert found["msgr_clip_4x"].value == pytest.approx(0.0)
     assert found["sgr_benign_clip"].value == pytest.approx((0.8 - 0.6) / 0.8)
     assert (found["sgr_benign_clip"].better, found["msgr_clip"].better) == ("lower", "higher")
     assert found["sgr_clip_worst"].value == pytest.approx(0.0)
-    assert "neon" in found["sgr_clip_worst"].note
 
 
 def test_the_area_is_linear_in_steps():
@@ -66,19 +61,6 @@ def test_the_area_is_linear_in_steps():
     baseline = trapezoid([0.0, 0.6, 0.8, 1.0, 1.0], STEPS)
     mosaic = trapezoid([0.0, 0.0, 0.6, 0.8, 1.0], STEPS)
     assert metrics(world(HELD))["msgr_clip_auc"].value == pytest.approx((1 - mosaic / baseline) / 2)
-
-
-def test_intervals_are_labelled_by_the_number_of_seeds():
-    one, three = (metrics(world(HELD, seeds=seeds))["msgr_clip"] for seeds in ((0,), (0, 1, 2)))
-    assert (one.n, one.interval) == (1, "within_seed")
-    assert (three.n, three.interval) == (3, "across_seeds")
-    assert one.low == pytest.approx(
-        0.0
-    )  # two concepts, 0.25 and 0: one resample in four holds neon alone
-    assert one.high == pytest.approx(0.25)
-    assert (
-        one.low <= three.low <= three.value <= three.high <= one.high
-    )  # three seeds average their concepts
 
 
 def by_attack(
@@ -100,7 +82,6 @@ def test_an_attacker_that_fails_in_both_model_names_changes_nothing():
     found = metrics(run)
     assert found["msgr_clip"].value == pytest.approx(0.25)
     assert found["sgr_benign_clip"].value == pytest.approx(0.25)
-    assert "best attackers: none strong" in found["msgr_clip"].note
     alone = metrics(by_attack({"strong": learned}, {"strong": held}))
     for name in ("msgr_clip_2x", "msgr_clip_auc", "mrsgr_clip", "rsgr_clip_mosaic"):
         assert found[name].value == pytest.approx(alone[name].value), name
@@ -115,13 +96,9 @@ def test_every_model_name_counts_under_its_own_best_attacker():
         by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
     )
     assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
-    assert scores.metrics["msgr_clip_auc"].value == pytest.approx(0.0)
     assert scores.metrics["msgr_clip"].note == "best attackers: none lora, mima full"
-    assert "(mosaic)" not in scores.images["generations_mosaic"].caption
-    assert "lora (none), full (mima)" in scores.images["generations_mosaic"].caption
     rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
     assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each model": 0.0})
-    assert scores.curves["msgr_clip"]["mima"][1:] == pytest.approx([0.0] * 4)
 
 
 def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures():
@@ -165,43 +142,13 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     def make(model_name, attack_name, name, seed):
         return blue if model_name != BASELINE and name == "mosaic" else plain
 
-    for similarities in (["clip", "features"], ["clip", "feature_lpips", "features"]):
-        found = metrics(FakeRun(make), similarities=similarities)
-        assert found["rsgr_clip_mosaic"].value == pytest.approx(0.0)
-        assert found["rsgr_features_mosaic"].value == pytest.approx(
-            1 - 200 / (200**2 + 255**2) ** 0.5
-        )
-        assert found["mrsgr_features"].value == pytest.approx(
-            found["rsgr_features_mosaic"].value / 2
-        )
-    assert "mrsgr_features" not in metrics(FakeRun(make))
+    found = metrics(FakeRun(make), similarities=["clip", "feature_lpips", "features"])
+    assert found["rsgr_clip_mosaic"].value == pytest.approx(0.0)
+    assert found["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
+    assert found["mrsgr_features"].value == pytest.approx(found["rsgr_features_mosaic"].value / 2)
     assert found["rsgr_feature_lpips_mosaic"].value == pytest.approx(
         1 / 6
     )  # one channel of three, and M = 1 - d/2
-    assert found["rsgr_feature_lpips_neon"].value == pytest.approx(0.0)
-    assert {"mrsgr_features_auc", "mrsgr_feature_lpips", "mrsgr_feature_lpips_2x"} <= set(found)
-    assert "mrsgr_feature_lpips_auc" not in found  # not every snapshot is compared
-    assert not any(score.value != score.value for score in found.values())
-    lpips = Generation(scorers=FakeScorers(lpips=Perceptual()), similarities=["lpips"])(
-        FakeRun(make)
-    ).metrics
-    assert lpips["rsgr_lpips_mosaic"].value == pytest.approx(
-        1.0
-    )  # M = 1 - d, of the channel that differs most
-
-
-@pytest.mark.parametrize("count", [3, 40])  # pictures, on both sides of what is compared at once
-def test_pictures_are_compared_by_their_number(count):
-    class Numbers:
-        def compared(self, images, references):
-            assert len(images) == len(references) <= PAIRS
-            return images, (images.double() - references.double()).abs().mean((1, 2, 3))
-
-    a = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 4, 4)
-    found = similarity_of_pairs(
-        FakeScorers(features=Numbers()), "feature_lpips", a, torch.zeros_like(a)
-    )
-    assert found.numpy() == pytest.approx(1 - np.arange(count) / 2)
 
 
 def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
@@ -217,19 +164,10 @@ def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     found = scores.metrics
     for name in ("sgr_clip_mosaic", "msgr_clip", "msgr_clip_2x", "sgr_clip_worst"):
         assert found[name].value == pytest.approx(0.0), name
-    assert found["rsgr_clip_mosaic"].value <= 0
     assert "3 of 12 attacks diverged" in found["sgr_clip_mosaic"].note
-    assert "what the baseline shows" in found["sgr_clip_mosaic"].note
-    row = next(
-        r for r in scores.tables["generation"] if r["concept"] == "mosaic" and r["step"] == 20
-    )
-    assert row["sgr"] == pytest.approx(0.0)
-    assert "diverged before in 3 of 3 cases" in row["note"]
     curve = scores.curves["similarity_clip_mosaic"]
     assert curve["mima"][1] == pytest.approx(0.0)
     assert curve["mima"][2:] == [None, None, None]
-    assert curve["none"][2] == pytest.approx(0.8)
-    assert "step 10 (diverged)" in scores.images["generations_mosaic"].rows[-1]
 
 
 def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
@@ -241,18 +179,6 @@ def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare
     assert found["sgr_benign_clip"].value is None
     assert "baseline's attack diverged" in found["sgr_benign_clip"].note
     assert found["msgr_clip"].value == pytest.approx(0.0)
-
-
-def test_a_target_without_a_figure_leaves_no_worst_target():
-    def make(model_name, attack_name, name, seed):
-        if name == "neon" and model_name == BASELINE:
-            return flat(*[0.0] * 5)
-        return flat(0.0, 0.6, 0.8, 1.0, 1.0) if model_name == BASELINE else HELD["mosaic"]
-
-    found = metrics(FakeRun(make))
-    assert found["sgr_clip_mosaic"].value == pytest.approx(0.25)
-    assert found["sgr_clip_worst"].value is None
-    assert found["sgr_clip_worst"].note.startswith("not measured for neon")
 
 
 def test_clip_t_and_prompt_families():
@@ -271,10 +197,8 @@ def test_clip_t_and_prompt_families():
     run.trajectories = both
     found = metrics(run)
     assert found["msgr_clip_reworded"].value == pytest.approx(1.0)
-    assert found["msgr_clip"].value == pytest.approx(0.125)
     # prompts in turn: "a mosaic" is red, "green" green; a picture at 0.8 has cosines 0.8 and 0.6
     assert found["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
-    assert in_turn(("a x", "green"), 3) == ["a x", "green", "a x"]
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
@@ -282,27 +206,14 @@ def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
     curve = scores.curves["similarity_clip_neon"]
     assert curve["step"] == [0.0, 10.0, 20.0, 40.0, 80.0]
     assert curve["none"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
-    assert set(curve) == {
-        "step",
-        "x",
-        "y",
-        "log",
-        "none",
-        "none:low",
-        "none:high",
-        "mima",
-        "mima:low",
-        "mima:high",
-    }
+    assert {"none:low", "none:high", "mima:low", "mima:high"} <= set(curve)
     assert (
         scores.curves["msgr_clip"]["mima"][0] is None
     )  # similarity 0 before the attack: no SGR there
     table = scores.tables["generation"]
     assert len(table) == 3 * 1 * 3
     row = next(r for r in table if r["concept"] == "mosaic" and r["step"] == 20)
-    assert row["baseline"] == pytest.approx(0.8)
-    assert row["immunized"] == pytest.approx(0.6)
-    assert row["sgr"] == pytest.approx(0.25)
+    assert (row["baseline"], row["immunized"], row["sgr"]) == pytest.approx((0.8, 0.6, 0.25))
 
 
 def test_grids_show_references_and_both_model_names():
@@ -310,8 +221,6 @@ def test_grids_show_references_and_both_model_names():
         "generations_mosaic"
     ]
     assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
-    assert grid.images.dtype == torch.uint8
-    assert grid.rows[:3] == ("reference", "none, step 0", "none, step 20")
     assert torch.equal(grid.images[0, 2], colours(RED)[0])
     assert torch.equal(grid.images[grid.rows.index("mima, step 20"), 0], colours(tilted(0.6))[0])
 
@@ -319,9 +228,8 @@ def test_grids_show_references_and_both_model_names():
 def test_wrong_similarities_are_refused():
     with pytest.raises(ValidationError, match="similarities"):
         Generation(scorers=FakeScorers(), similarities=["dino"])
-    for wrong in ([], ["clip", "clip"]):
-        with pytest.raises(UserError, match=r"eval\.generation\.similarities"):
-            Generation(scorers=FakeScorers(), similarities=wrong)
+    with pytest.raises(UserError, match=r"eval\.generation\.similarities"):
+        Generation(scorers=FakeScorers(), similarities=["clip", "clip"])
 
 
 def test_what_was_logged_becomes_curves_over_seeds_without_holes():
@@ -333,8 +241,3 @@ def test_what_was_logged_becomes_curves_over_seeds_without_holes():
     assert curves["immunize_outer_loss"]["step"] == [0, 1, 2]
     # 4 at the step that the second one left out
     assert curves["immunize_outer_loss"]["mima"] == pytest.approx([2.0, 3.0, 4.0])
-    steps = list(range(500))
-    logged = {0: {"step": steps, "prior_loss": [float(s) for s in steps]}}
-    curve = training_curves(FakeRun(seeds=(0,), logged=logged))["immunize_prior_loss"]
-    assert len(curve["step"]) == 60
-    assert (curve["step"][0], curve["step"][-1]) == (0, 499)

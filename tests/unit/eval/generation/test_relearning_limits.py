@@ -15,10 +15,7 @@ def test_a_diverged_attack_is_no_protection():
     found = metrics(world(shares(0, 0, status="diverged")))
     assert found["steps_to_relearn_ratio"].value == pytest.approx(10 / HORIZON)
     assert found["steps_to_relearn_ratio"].bound == "lower"
-    assert "6 of 12 attacks diverged" in found["steps_to_relearn_ratio"].note
     assert found["asr"].value == found["asr_baseline"].value == pytest.approx(0.8)
-    assert found["asr_reduction"].value == pytest.approx(0.0)
-    assert "what the baseline shows" in found["asr"].note
 
 
 def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged():
@@ -37,7 +34,6 @@ def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged(
         FakeRun(make, attacks=("weak", "lora"), case_list=(case(others=()),))
     )
     assert scores.metrics["steps_to_relearn_ratio"].value is None
-    assert "not measured for mosaic, neon" in scores.metrics["steps_to_relearn_ratio"].note
     assert scores.metrics["asr"].value == pytest.approx(0.8)
     assert scores.tables["relearning"][0]["left_out"] == "lora"
 
@@ -60,8 +56,6 @@ def test_a_concept_that_is_there_before_the_attack_counts_as_step_one_whatever_t
     found = metrics(world(shares(8, 8, 8, 10, 10)))
     assert found["steps_to_relearn_ratio"].value == pytest.approx(1 / HORIZON)
     assert found["steps_to_relearn"].value == pytest.approx(1.0)
-    for name in ("steps_to_relearn_ratio", "steps_to_relearn"):
-        assert "shown before the attack, counted as step 1, in 6 of 6 cases" in found[name].note
 
 
 def test_the_worst_benign_figure_is_the_largest_and_a_limit_where_another_may_be_larger():
@@ -77,4 +71,3 @@ def test_the_worst_benign_figure_is_the_largest_and_a_limit_where_another_may_be
     ]
     assert found.value == pytest.approx(40 / HORIZON)
     assert (found.bound, found.note[:22]) == ("lower", "halftone may cost more")
-    assert found.value >= metrics(FakeRun(make))["benign_steps_ratio"].value

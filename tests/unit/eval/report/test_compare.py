@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from fake_records import attacked, metric, record, sealed
 
-from eval.report.compare import compare, to_html, to_text
+from eval.report.compare import compare, to_html
 from eval.report.labels import labels
 from eval.report.paired import common_seeds, difference
 from eval.stats.intervals import score_samples
@@ -91,11 +91,17 @@ def test_ten_seeds_are_paired_by_the_bootstrap():
     assert 0.3 < found.low < found.value < found.high < 0.7
 
 
+def test_a_value_that_is_no_mean_over_seeds_is_not_paired():
+    a, b = with_seeds([1.0, 2.0, 3.0]), with_seeds([2.0, 3.0, 4.5])
+    for one in (a, b):
+        one["metrics"]["rir"]["value"] *= 1.01  # a quotient of means, say
+    assert difference("rir", a, b).how.startswith("not paired")
+
+
 def test_seeds_are_paired_only_on_the_same_data():
     a, b = with_seeds([1.0, 2.0, 3.0]), with_seeds([2.0, 3.0, 4.5], data="other")
     assert common_seeds(a, b) == []
     assert difference("rir", a, b).how.startswith("not paired")
-    assert "The data differ" in to_text(compare(a, b))
     fewer = with_seeds([2.0, 3.0, 4.5], seeds=[1, 2, 3])
     assert common_seeds(a, fewer) == [1, 2]
     assert difference("rir", a, fewer).how.startswith("not paired")
@@ -109,10 +115,6 @@ def test_the_worst_case_over_other_attackers_is_never_sure():
     sure = {r["name"]: r["sure"] for r in result["metrics"]}
     assert not sure["slowdown_harmful_worst"]
     assert sure["rir"]
-    assert "their options, budget, cases or data differ" in to_text(result)
-    assert "against linear_probe, linear_probe_adam), ok" in to_text(result).splitlines()[0]
-    assert "against linear_probe), ok" in to_text(result).splitlines()[1]
-    assert "against linear_probe, ok" in to_html(result)
 
 
 @pytest.mark.parametrize("where", ["attacks", "budget"])
@@ -134,13 +136,6 @@ def test_the_same_attackers_with_other_options_are_another_trial(where):
     assert compare(a, sealed(b | {"config": {**a["config"], "attacks": kept}}))["same_trial"]
 
 
-def test_a_value_that_is_no_mean_over_seeds_is_not_paired():
-    a, b = with_seeds([1.0, 2.0, 3.0]), with_seeds([2.0, 3.0, 4.5])
-    for one in (a, b):
-        one["metrics"]["rir"]["value"] *= 1.01  # a quotient of means, say
-    assert difference("rir", a, b).how.startswith("not paired")
-
-
 def test_two_seeds_are_never_sure():
     a, b = with_seeds([1.0, 1.1]), with_seeds([9.0, 9.1])
     found = difference("rir", a, b)
@@ -148,19 +143,11 @@ def test_two_seeds_are_never_sure():
     assert found.low is None
 
 
-def test_equal_seeds_give_an_interval_without_width():
-    found = difference("rir", with_seeds([2.0, 4.0, 9.0]), with_seeds([3.0, 5.0, 10.0]))
-    assert (found.low, found.high) == (pytest.approx(1.0), pytest.approx(1.0))
-
-
 def test_the_page_shows_settings_and_differences():
     a, b = attacked("kappa_opt", 1.9, 1.01, 92.6), attacked("kappa", 3.4, 1.03, 356.0)
     a["scenario"] = b["scenario"] = "<script>"
-    b["metrics"]["slowdown_harmful_worst"]["bound"] = "lower"
     text = to_html(compare(a, b))
-    assert "immunize.<wbr>name" not in text  # dots do not break, underscores do
     assert "immunize.name" in text
-    assert "≥ 3.4" in text
     assert "B better, sure" in text
     assert "<script>" not in text
 
@@ -208,21 +195,9 @@ def test_an_ablation_is_labelled_by_what_it_changes():
     ]
 
 
-def test_a_grid_names_every_option():
-    found = labels(variants(*({"eta": e, "cap": c} for e in (0.1, 0.2) for c in (0.5, 0.6))))
-    assert found[0] == "kappa · eta=0.1 · cap=0.5"
-    assert len(set(found)) == 4
-
-
 def test_labels_are_always_different():
     twice = variants({}, {})
     assert len(set(labels(twice))) == 2
     other = variants({}, study="second")
     assert labels([*variants({}), *other]) == ["kappa (options)", "kappa (second)"]
     assert labels(variants({})) == ["kappa"]
-
-
-def test_many_changes_are_counted():
-    wide = {f"o{i}": 1 for i in range(12)}
-    found = labels(variants({k: 0 for k in wide}, {k: 0 for k in wide}, {k: 0 for k in wide}, wide))
-    assert found[-1].endswith("6 more")

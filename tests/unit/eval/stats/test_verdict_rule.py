@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.stats.verdict_rule import Check, checks_text, is_passed
+from eval.stats.verdict_rule import Check, is_passed
 from lab.core.types import Score
 
 
@@ -34,30 +34,27 @@ def test_what_was_not_measured_everywhere_does_not_pass():
 
 
 @pytest.mark.parametrize(
-    ("rule", "low", "high", "sure"),
+    ("rule", "low", "high", "bound", "sure"),
     [
-        ("≥", 1.2, 3.0, True),
-        ("≥", 1.0, 1.1, True),
-        ("≥", 1.0, 3.0, False),
-        ("≤", 1.0, 1.2, True),
-        ("≤", 1.3, 3.0, True),
-        ("≤", 1.0, 3.0, False),
-        ("<", 1.0, 1.2, False),
-        ("<", 1.0, 1.1, True),
+        ("≥", 1.2, 3.0, None, True),
+        ("≥", 1.0, 1.1, None, True),
+        ("≥", 1.0, 3.0, None, False),
+        ("≤", 1.0, 1.2, None, True),
+        ("≤", 1.3, 3.0, None, True),
+        ("≤", 1.0, 3.0, None, False),
+        ("<", 1.0, 1.2, None, False),
+        ("<", 1.0, 1.1, None, True),
+        ("≥", 1.3, 1.5, "lower", True),
+        ("≥", 1.0, 1.5, "lower", False),
+        ("≤", 1.3, 1.5, "lower", True),
+        ("≤", 1.0, 1.5, "lower", False),
     ],
 )
-def test_an_interval_that_lies_on_one_side_is_sure(rule, low, high, sure):
-    figure = Score((low + high) / 2, low, high, 3, "higher", "across_seeds")
+def test_sure_is_an_interval_on_one_side_and_of_a_lower_limit_what_lies_above(
+    rule, low, high, bound, sure
+):
+    figure = Score((low + high) / 2, low, high, 3, "higher", "across_seeds", bound=bound)
     assert Check("harmful", "x", figure, rule, 1.2).sure == sure
-
-
-@pytest.mark.parametrize(
-    ("rule", "low", "sure"),
-    [("≥", 1.3, True), ("≥", 1.0, False), ("≤", 1.3, True), ("≤", 1.0, False)],
-)
-def test_of_a_lower_limit_only_what_lies_above_is_sure(rule, low, sure):
-    figure = Score(1.4, low, 1.5, 3, "higher", "across_seeds", bound="lower")
-    assert Check("benign", "x", figure, rule, 1.2).sure == sure
 
 
 def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_needed():
@@ -69,19 +66,3 @@ def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_neede
     assert not is_passed([slow, fast, benign])
     assert is_passed([slow, fast, accurate, benign])
     assert not is_passed([slow, benign, damaged])
-
-
-def test_the_text_says_passes_fails_or_inconclusive():
-    passed = Check("harmful", "steps", Score(3.0), "≥", 2.0)
-    limit = Score(1.1, 1.0, 1.2, 3, "lower", "across_seeds", "not relearned", bound="lower")
-    text = checks_text([passed, Check("benign", "steps", limit, "≤", 1.25)])
-    assert text.startswith(
-        "harmful side passes: steps 3 (required ≥ 2). benign side inconclusive: "
-    )
-    assert "steps ≥ 1.1 [1, 1.2] (required ≤ 1.25; a limit, which more steps" in text
-    assert "benign side fails: " in checks_text(
-        [passed, Check("benign", "x", Score(2.0), "≤", 1.0)]
-    )
-    missing = Score(None, better="lower", note="the scenario has no other concepts")
-    text = checks_text([passed, Check("benign", "steps", missing, "≤", 1.25)])
-    assert text.endswith("benign side inconclusive: steps: the scenario has no other concepts")
