@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from attack_examples import Interrupted, MemoryCheckpoint
+from attack_examples import interrupted
 from torch import Tensor
 
 from attacks import trajectory
@@ -141,9 +141,4 @@ def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(
     monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
     options = Options(lr_trials=4, schedule="cosine")
     whole = run(Scalar(), options, BUDGET, None, {})
-    checkpoint = MemoryCheckpoint(fail_at)
-    with pytest.raises(Interrupted):
-        run(Scalar(), options, BUDGET, checkpoint, {})
-    learner = Scalar()
-    assert run(learner, options, BUDGET, checkpoint, {}) == whole
-    assert learner.updates == 5 * BUDGET.steps - fail_at
+    assert interrupted(lambda kept: run(Scalar(), options, BUDGET, kept, {}), fail_at) == whole

@@ -222,23 +222,3 @@ def test_whitening_and_newton_do_not_see_the_conditioning(kind: str) -> None:
     for name in ("whitening", "newton"):
         for a, b in zip(descend(easy, name, 5), descend(hard, name, 5), strict=True):
             torch.testing.assert_close(easy.z @ a, hard.z @ b, rtol=1e-6, atol=1e-7)
-
-
-def test_tolerance_drops_directions() -> None:
-    z = spread(60, 8, 1e6)
-    y = torch.randn(60, 1, dtype=torch.float64, generator=generator(0, "y"))
-    p = Squared(z, y)
-    for name in ("whitening", "newton"):
-        w = descend(p, name, 1, tolerance=0.05)[0]
-        weak = p.spectrum.v[:, p.spectrum.s <= 0.05 * p.spectrum.s[0]]
-        assert 0 < weak.shape[1] < 8
-        assert float((weak.T @ w).abs().max()) < 1e-9
-        assert float((p.spectrum.v.T @ (w - p.optimum())).abs().min()) < 1e-9
-
-
-def test_float32_features_have_the_rank_of_float32() -> None:
-    z = torch.randn(30, 4, generator=generator(0, "z"))
-    z = torch.cat([z, z @ torch.randn(4, 3, generator=generator(0, "mix"))], 1)
-    y = torch.ones(30, 1, dtype=torch.float64)
-    assert len(Squared(z.double(), y, dtype=torch.float32).spectrum.s) == 4
-    assert len(Squared(z.double(), y).spectrum.s) == 7

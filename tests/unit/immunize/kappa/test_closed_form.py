@@ -67,16 +67,6 @@ def test_rank_tolerance_chooses_the_range():
     assert torch.linalg.matrix_rank(cut.theta) < 6
 
 
-def test_several_harmful_tasks_log_the_least_immunized():
-    case = linear_case(harmful=3)
-    log = immunize(KappaClosedForm(), case)[2]
-    alone = [
-        immunize(KappaClosedForm(), Case("one", case.benign, (h,)))[2].column("rir")[-1]
-        for h in case.harmful
-    ]
-    assert log.column("rir")[-1] == pytest.approx(min(alone))
-
-
 def test_wrong_options_are_refused():
     with pytest.raises(ValidationError, match="benign_condition"):
         KappaClosedForm(benign_condition=0.0)

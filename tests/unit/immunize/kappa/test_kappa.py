@@ -99,19 +99,6 @@ def log_kappa_of(y):
     return 2 * (s[0] / s[-1]).log()
 
 
-def test_opt_descends_the_two_logarithms():
-    case = linear_case()
-    model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
-    immunizer = KappaOpt(
-        **(BASE | dict(lambda_p=0.7, lambda_h=3.0, scale="none", preconditioned=False))
-    )
-    gradient, rows, _ = one_step(immunizer, case, model)
-    theta = model.theta.detach().clone().requires_grad_(True)
-    y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
-    (expected,) = torch.autograd.grad(0.7 * log_kappa_of(y_p) + 3.0 / log_kappa_of(y_h), theta)
-    assert torch.allclose(gradient, expected, rtol=1e-8)
-
-
 def test_optimizer_aware_gradient_is_exact():
     case = linear_case()
     model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
@@ -207,16 +194,10 @@ def spread_of_estimates(**options):
 
 def test_spectra_reduce_variance():
     assert spread_of_estimates(spectrum="full") < 1e-20
-    batch = spread_of_estimates()
     windows = [
         spread_of_estimates(spectrum="running", running_decay=1.0, running_window=m) for m in (2, 8)
     ]
-    assert batch > 1.5 * windows[0] > 3 * windows[1]
-    decays = [
-        spread_of_estimates(spectrum="running", running_decay=b, running_window=8)
-        for b in (0.1, 0.5, 1.0)
-    ]
-    assert decays[0] > 1.5 * decays[1] > 2 * decays[2]
+    assert spread_of_estimates() > 1.5 * windows[0] > 3 * windows[1]
 
 
 def shared_case():

@@ -4,10 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from attack_examples import MemoryCheckpoint, interrupted
 from mima_examples import (
     LORA,
     PRESETS,
-    Snapshots,
     case,
     model,
     moved,
@@ -61,12 +61,12 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
-    whole = Snapshots()
-    after, rows = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole, seed=5)
-    middle = 2 if name == "compose" else 0  # compose: within its second run
-    for i in (middle, len(whole.states) - 1):
-        again, repeated = rows_of(
-            preset(name, checkpoint_every=1, **changes), checkpoint=whole.at(i), seed=5
+    method, whole = preset(name, checkpoint_every=1, **changes), MemoryCheckpoint()
+    after, rows = rows_of(method, checkpoint=whole, seed=5)
+    middle = 3 if name == "compose" else 1  # compose: within its second run
+    for fail_at in (middle, whole.saves):
+        again, repeated = interrupted(
+            lambda kept: rows_of(method, checkpoint=kept, seed=5), fail_at
         )
         assert same_weights(again, after)
         assert repeated == rows
