@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +43,14 @@ class MemoryCheckpoint:
         self.saves += 1
         if self.saves == self.fail_at:
             raise Interrupted
+
+
+def interrupted(start: Callable[[MemoryCheckpoint], Any], fail_at: int) -> Any:
+    """What ``start(checkpoint)`` gives when it was killed at save ``fail_at`` and started again."""
+    checkpoint = MemoryCheckpoint(fail_at)
+    with pytest.raises(Interrupted):
+        start(checkpoint)
+    return start(checkpoint)
 
 
 def identity(d: int) -> LinearExtractor:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attack_examples import Interrupted, MemoryCheckpoint
 from tiny_diffusion import tiny_concept, tiny_diffusion
 
 from attacks.diffusion.attack import ConceptBase
@@ -93,17 +92,6 @@ def launch(
 def unbroken(name: str) -> Trajectory:
     """The run of `attackers()[name]` from start to end."""
     return launch(attackers()[name])
-
-
-def interrupted(attacker: Any, fail_at: int) -> Trajectory:
-    """The same, killed at save ``fail_at`` and started again."""
-    checkpoint = MemoryCheckpoint(fail_at)
-    try:
-        launch(attacker, checkpoint=checkpoint)
-    except Interrupted:
-        checkpoint.fail_at = None
-        return launch(attacker, checkpoint=checkpoint)
-    raise AssertionError(f"only {checkpoint.saves} saves")
 
 
 def assert_equal(a: Trajectory, b: Trajectory) -> None:

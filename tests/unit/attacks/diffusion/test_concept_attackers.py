@@ -1,5 +1,5 @@
-"""Every attacker on a text-to-image model: learns, leaves its input alone, resumes bit for bit,
-stops in time.
+"""Every attacker on a text-to-image model: learns, moves what it declares, resumes bit for
+bit, stops in time.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from attack_examples import interrupted
 from concept_examples import (
     SAMPLING,
     assert_equal,
     attack,
     attackers,
     curriculum,
-    interrupted,
     launch,
     model,
     task,
@@ -24,87 +24,57 @@ from concept_examples import (
 from pydantic import ValidationError
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from attacks.diffusion.attack import Moving
 from attacks.diffusion.curriculum import Curriculum
-from attacks.diffusion.lora import LAYERS, ConceptLora, adapters, find_layers, inject
+from attacks.diffusion.lora import ConceptLora
 from attacks.diffusion.textual_inversion import TextualInversion
 from attacks.diffusion.trainer import Material
 from lab.core.config import user_error
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator
-from lab.core.types import Attacker, Budget, same_weights
+from lab.core.types import Budget
 
 NAMES = sorted(attackers())
 
 
-def watched() -> tuple[Any, list[Any]]:
-    """A tiny model and the list of the copies that are made of it."""
-    net, copies = tiny_diffusion(), []
-
-    def copy() -> Any:
-        copies.append(type(net).copy(net))
-        return copies[-1]
-
-    net.copy = copy
-    return net, copies
-
-
-def moved(net: Any, copied: Any) -> set[str]:
-    """Names of the parameters of ``net`` whose values differ in ``copied``, and of those that only
-    the copy has.
-    """
-    new = {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
-    old = net.state_dict()
-    assert old.keys() <= new.keys()
-    rows = {
-        k: v[: len(old[k])] if k in old and v.dim() else v for k, v in new.items()
-    }  # words enlarge one table
-    return {k for k, v in rows.items() if k not in old or not torch.equal(v, old[k])}
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns_and_meets_the_contract(name: str) -> None:
-    attacker, found = attackers()[name], unbroken(name)
-    assert isinstance(attacker, Attacker)
-    assert attacker.accepts == {"diffusion"}
+def test_it_learns(name: str) -> None:
+    found = unbroken(name)
     assert found.steps == [0, 3, 6]
-    assert found.status == "ok"
-    assert all(len(values) == 3 for values in found.values.values())
-    assert found.samples["name"].shape == (3, 2, 3, 32, 32)
-    assert found.samples["name"].dtype == torch.uint8
     assert not torch.equal(found.samples["name"][0], found.samples["name"][-1])
     assert found.values["test_loss"][-1] < found.values["test_loss"][0]
-    assert found.weights
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_input_untouched_and_only_declared_parameters_move(name: str) -> None:
-    net, copies = watched()
+def test_only_declared_parameters_move(name: str) -> None:
+    net, copied = tiny_diffusion(), tiny_diffusion()
+    net.copy = lambda: copied  # the attack trains this one
     launch(attack(name, families=()), net, budget=Budget(3, 1, at=()))
-    assert same_weights(net, tiny_diffusion())
-    (copied,) = copies
-    changed = moved(net, copied)
-    adapters = {k for k in changed if ".lora_" in k}
-    expected = {
-        "lora": all(".attn2." in k and k.startswith("unet.") for k in adapters)
-        and changed == adapters,
-        "lora_text": changed == adapters and any(k.startswith("text_encoders.") for k in adapters),
-        "dreambooth": all(k.startswith("unet.") for k in changed),
-        "full_finetune": all(k.startswith("unet.") for k in changed),
+    old = net.state_dict()
+    new = {k.replace(".base_layer.", "."): v for k, v in copied.state_dict().items()}
+    changed = {k for k in old if not torch.equal(new[k][: len(old[k])], old[k])}
+    adapters = {k for k in new if ".lora_" in k}
+    declared = {
+        "lora": not changed
+        and adapters
+        and all(".attn2." in k and k.startswith("unet.") for k in adapters),
+        "lora_text": not changed and any(k.startswith("text_encoders.") for k in adapters),
+        "dreambooth": changed and all(k.startswith("unet.") for k in changed),
+        "full_finetune": changed and all(k.startswith("unet.") for k in changed),
         "textual_inversion": not changed,
-        "custom_diffusion": all(".attn2.to_k." in k or ".attn2.to_v." in k for k in changed),
-        "curriculum": all(".attn2." in k or "_proj." in k for k in changed),
+        "custom_diffusion": changed
+        and all(".attn2.to_k." in k or ".attn2.to_v." in k for k in changed),
+        "curriculum": changed and all(".attn2." in k or "_proj." in k for k in changed | adapters),
     }
-    assert expected[name], changed
-    if name in ("dreambooth", "full_finetune", "custom_diffusion", "curriculum"):
-        assert changed - adapters
-    assert net.tokenizers[0] is tiny_diffusion().tokenizers[0]
-    assert len(net.tokenizers[0]) == len(net.text_encoders[0].get_input_embeddings().weight)
+    assert declared[name], changed | adapters
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_resumed_equals_unbroken_bit_for_bit(name: str) -> None:
-    assert_equal(interrupted(attackers()[name], 2 if name == "curriculum" else 1), unbroken(name))
+    again = interrupted(
+        lambda checkpoint: launch(attackers()[name], checkpoint=checkpoint),
+        2 if name == "curriculum" else 1,
+    )
+    assert_equal(again, unbroken(name))
 
 
 @pytest.mark.parametrize("name", ["lora", "lora_text", "full_finetune"])
@@ -112,12 +82,6 @@ def test_first_snapshot_is_the_models_own_generation(name: str) -> None:
     asked = unbroken(name).info["prompts"]["name"]
     own = model().generate(asked, model().latents(SAMPLING.count, 0, task().name, "name"), SAMPLING)
     assert torch.equal(unbroken(name).samples["name"][0], own)
-
-
-def test_model_names_and_attackers_share_test_draws() -> None:
-    assert (
-        unbroken("lora").values["test_loss"][0] == unbroken("full_finetune").values["test_loss"][0]
-    )
 
 
 @pytest.mark.parametrize("prior_weight", [0.0, 2.0])
@@ -173,25 +137,8 @@ def test_a_model_that_is_broken_before_the_attack_says_so() -> None:
 def test_half_precision_is_refused_where_it_would_be_trained() -> None:
     half, target = tiny_diffusion(dtype=torch.bfloat16), tiny_case().targets[0]
     with pytest.raises(UserError, match="train in float32"):
-        launch(attack("full_finetune", families=()), half)
-    with pytest.raises(UserError, match="train in float32"):  # before anything runs, too
         attack("full_finetune").dry_open(half, target)
     attack("lora").dry_open(half, target)
-
-
-def test_merged_adapters_predict_what_they_predicted() -> None:
-    net = model().copy()
-    z, t, text = net.latents(2, 0, "z"), torch.tensor([10, 500]), net.text(["a fox", "a panda"])
-    tuner = inject(net.unet, find_layers(net.unet, LAYERS["all"]), 2, 3.0, generator(0))
-    with torch.no_grad():
-        for name, parameter in adapters(net.unet).items():
-            parameter.normal_(std=0.2, generator=generator(1, name))
-        before = net.predict(z, t, text)
-        tuner.merge_and_unload()
-        after = net.predict(z, t, text)
-    assert not torch.allclose(before, model().predict(z, t, text))
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-    assert net.unet.state_dict().keys() == model().unet.state_dict().keys()
 
 
 def test_schedules() -> None:
@@ -199,14 +146,10 @@ def test_schedules() -> None:
     assert [lora.rate(step, 6) for step in range(6)] == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
 
 
-def test_curriculum_divides_the_steps_and_reports_what_all_stages_changed() -> None:
+def test_curriculum_divides_the_steps() -> None:
     plan = curriculum().plan(task(), Budget(2, 2))
     assert [stop for _, _, stop in plan] == [1, 3, 4]
     assert [what.train is task().prior for _, what, _ in plan] == [True, False, False]
-    names = unbroken("curriculum").weights.keys()
-    assert "embedding.<concept>" in names
-    assert any(name.startswith("text_encoder.") for name in names)
-    assert all(".attn2." in name for name in names if name.startswith("unet."))
     with pytest.raises(UserError, match="has 3 stages"):
         curriculum().plan(task(), Budget(2, 1))
 
@@ -218,7 +161,6 @@ def test_words_of_a_curriculum_are_added_once_and_spoken_whole() -> None:
     both = Curriculum(
         name="c", sampling=SAMPLING, stages={"word": {"attack": word}, "user": {"attack": user}}
     )
-    both.dry_open(model(), task())
     assert both.plan(task(), Budget(2, 1))[1][0].token == "<concept> <concept>_1 <concept>_2"
     twice = Curriculum(
         name="c", sampling=SAMPLING, stages={"a": {"attack": word}, "b": {"attack": word}}
@@ -258,34 +200,3 @@ def test_concepts_that_lack_what_the_options_ask_for_are_refused() -> None:
         with pytest.raises(UserError) as error:
             launch(attack("dreambooth", **options), what=what)
         assert error.value.key == key
-
-
-class Mine(ConceptLora):
-    """An attacker of somebody else's: what `moves` gives."""
-
-    moves: Any = None
-
-    def open(self, model: Any, task: Any, seed: int) -> Moving:
-        return self.moves(model)
-
-
-@pytest.mark.parametrize(
-    ("moves", "told"),
-    [
-        (lambda _: Moving({}, "delta", dict), "no parameters: `open` names nothing"),
-        (
-            lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "diff", dict),
-            "diff: .*must be one of",
-        ),
-        (
-            lambda _: Moving({"x": torch.nn.Parameter(torch.zeros(1))}, "delta", dict),
-            r"\['x'\]: the loss depends on none",
-        ),
-    ],
-)
-def test_what_somebody_elses_attacker_moves_is_checked(
-    moves: Any, told: str, monkeypatch: Any
-) -> None:
-    monkeypatch.setattr(Mine, "moves", staticmethod(moves))
-    with pytest.raises(UserError, match=rf"attacks\.mine={told}"):
-        launch(Mine(name="mine", sampling=SAMPLING))

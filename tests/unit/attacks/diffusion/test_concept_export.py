@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from concept_examples import SAMPLING, fresh_pipeline, model, task, unbroken
 
 from attacks.diffusion.export import export, load
@@ -64,21 +63,3 @@ def test_nothing_to_export_or_to_load_is_said(tmp_path: Path) -> None:
         export(Trajectory([0], {}, "diverged", {"attack": "lora", "form": "lora"}), tmp_path)
     with pytest.raises(UserError, match="no exported weights"):
         load(None, tmp_path)
-    assert torch.is_grad_enabled()
-
-
-@pytest.mark.parametrize(
-    ("form", "told"),
-    [
-        ("delta", r"to_k: with form=delta"),
-        ("bias", r"bias: .*must be one of lora"),
-        ("unet", r"unet: .*unet_config"),
-    ],
-)
-def test_a_form_that_cannot_be_written_is_told_and_leaves_no_folder(
-    form: str, told: str, tmp_path: Path
-) -> None:
-    mine = Trajectory([0], {}, "ok", {"attack": "mine", "form": form}, {"to_k": torch.zeros(1)})
-    with pytest.raises(UserError, match=rf"attacks\.mine={told}"):
-        export(mine, tmp_path / "attack")
-    assert not (tmp_path / "attack").exists()

@@ -5,19 +5,17 @@ the whole run.
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from attack_examples import Interrupted, MemoryCheckpoint
+from attack_examples import interrupted
 from concept_examples import assert_equal, attack, curriculum, launch, task
 from pydantic import ValidationError
 from tiny_diffusion import tiny_diffusion
 
 from attacks.diffusion.search import likeness
 from lab.core.data import CaptionedImages
-from lab.core.errors import UserError
 from lab.minisd.world import world
 
 SPACE = {"lr": [1e-4, 0.05], "rank": [1, 2]}
@@ -35,7 +33,6 @@ def test_best_trial_is_the_one_with_the_lowest_held_out_loss_and_is_what_runs() 
         {"lr": lr, "rank": rank} for lr in SPACE["lr"] for rank in SPACE["rank"]
     ]
     assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
-    assert told["best"]["lr"] == 0.05
     plain = launch(attack("lora", families=(), **told["best"]))
     assert {k: v for k, v in found.info.items() if k != "search"} == plain.info
     assert found.values == plain.values
@@ -58,30 +55,19 @@ def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_model
         [row["setting"] for row in run.info["search"]["trials"]] for run in (here, model_name)
     ]
     assert settings[0] == settings[1]
-    assert len(settings[0]) == 2
 
 
 def test_the_split_is_a_partition_of_the_training_pictures() -> None:
-    few = searched(space={"pictures": [2, 3]})
-    seen = few.search.held_out(few, task(), 0)
-    assert len(seen.train) + len(seen.reference) == 3, "the most that a trial has"
     split = searched().search.held_out(searched(), task(), 0)
     parts = [image.tolist() for part in (split.train, split.reference) for image in part.images]
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
-    assert len(split.reference) == 1
-    one = replace(task(), train=CaptionedImages(task().train.images[:1], task().train.prompts[:1]))
-    with pytest.raises(UserError, match=r"attacks\.lora\.search=grid: .* needs 2"):
-        launch(searched(), what=one)
 
 
 def test_a_killed_search_continues() -> None:
     whole = launch(searched())
     for fail_at in (2, 5):  # in the search, in the run after it
-        checkpoint = MemoryCheckpoint(fail_at)
-        with pytest.raises(Interrupted):
-            launch(searched(), checkpoint=checkpoint)
-        checkpoint.fail_at = None
-        assert_equal(launch(searched(), checkpoint=checkpoint), whole)
+        again = interrupted(lambda kept: launch(searched(), checkpoint=kept), fail_at)
+        assert_equal(again, whole)
 
 
 def test_trials_that_diverge_lose_and_where_all_do_the_options_stay() -> None:
@@ -102,23 +88,9 @@ def test_likeness_tells_a_style_from_others_and_chooses_a_trial() -> None:
         for n in ("neon", "mosaic", "halftone")
     }
     assert max(found, key=found.__getitem__) == "mosaic"
-    assert likeness(wanted[:1], CaptionedImages(wanted[:1], ("",))) == pytest.approx(1, abs=1e-5)
     told = launch(searched(score="likeness", space={"lr": [1e-4, 0.2]})).info["search"]
-    assert told["score"] == "minus likeness"
     assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
-
-
-def test_a_score_of_the_generations_decides_instead_of_the_loss() -> None:
-    seen = []
-
-    def brightness(images: torch.Tensor, pictures: CaptionedImages) -> float:
-        seen.append((images.shape, len(pictures)))
-        return images.float().mean().item()
-
-    told = launch(searched(score=brightness, space={"lr": [1e-4, 0.2]})).info["search"]
-    assert seen == [((2, 3, 32, 32), 1)] * 2
-    assert told["best"] == min(told["trials"], key=lambda row: row["score"])["setting"]
-    assert told["trials"][0]["score"] < 0
+    assert likeness(wanted[:1], CaptionedImages(wanted[:1], ("",))) == pytest.approx(1, abs=1e-5)
 
 
 def test_a_curriculum_is_searched_by_stage() -> None:
@@ -131,35 +103,9 @@ def test_a_curriculum_is_searched_by_stage() -> None:
     assert told["best"].keys() == {"related.share", "target.attack.rank"}
 
 
-@pytest.mark.parametrize("option", ["lrs", "name", "lr"])
-def test_a_space_of_what_the_attacker_does_not_take_names_the_option(option: str) -> None:
-    with pytest.raises(UserError) as error:
-        searched(space={option: [0]})
-    assert error.value.key == f"attacks.lora.search.space.{option}"
-
-
 @pytest.mark.parametrize(
     "options", [{"trials": 3}, {"mode": "random", "trials": 5}, {"budget": 3}, {"score": "clip"}]
 )
 def test_searches_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="search"):
         searched(**options)
-
-
-def test_what_a_setting_lacks_is_told_before_anything_runs() -> None:
-    nothing = CaptionedImages(task().train.images[:0], ())
-    poor = replace(task(), prior=nothing, prompts={"name": task().prompts["name"]})
-    for space, key in (
-        ({"prior_weight": [0, 1]}, "prior_weight"),
-        ({"template": ["name", "description"]}, "template"),
-        ({"pictures": [1, 99]}, "pictures"),
-    ):
-        wide = attack("lora", families=("name",), search={**GRID, "space": space})
-        with pytest.raises(UserError) as error:
-            wide.check((SimpleNamespace(tasks=(poor,)),))
-        assert error.value.key == f"attacks.lora.{key}"
-    single = replace(
-        task(), train=CaptionedImages(task().train.images[:1], task().train.prompts[:1])
-    )
-    with pytest.raises(UserError, match="a search needs"):
-        searched().check((SimpleNamespace(tasks=(single,)),))

@@ -20,13 +20,9 @@ def test_a_learned_word_moves_its_own_row_only_and_a_known_word_is_refused() -> 
     assert word.expression == "<new1> <new1>_1"
     with torch.no_grad():
         word.rows.fill_(7.0)
-    ids = net.tokens([f"a {word.expression} fox"])
-    assert (table(ids)[0, 2:4] == 7).all()
     word.close()
     assert (table.weight[word.ids] == 7).all()
     assert torch.equal(table.weight[:old], model().text_encoders[0].get_input_embeddings().weight)
-    plain = ["a fox in the style of mosaic"]
-    assert torch.equal(net.text(plain).hidden, model().text(plain).hidden)
     for token in ("<new1>", "fox", "fox</w>"):
         with pytest.raises(UserError, match=r"attacks\.x\.token"):
             LearnedToken("attacks.x", net, token, 1, "fox")

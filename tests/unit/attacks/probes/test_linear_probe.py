@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -11,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from attack_examples import (
-    Interrupted,
-    MemoryCheckpoint,
     classification,
-    dense_model,
     identity,
+    interrupted,
     regression,
     spread,
 )
@@ -25,9 +22,9 @@ from attacks import trajectory
 from attacks.probes.linear_probe import LinearProbe
 from attacks.probes.optimizers import OPTIMIZERS
 from lab.core.config import user_error
-from lab.core.data import Split, Task
+from lab.core.data import Task
 from lab.core.errors import Diverged, UserError
-from lab.core.types import Budget, FeatureModel, Trajectory, same_weights
+from lab.core.types import Budget, FeatureModel, Trajectory
 from lab.models.linear import LinearExtractor
 
 BUDGET = Budget(horizon=8, multiple=3, points=8)
@@ -43,27 +40,13 @@ def attack(
 
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("loss", ["squared", "cross_entropy"])
-def test_every_optimizer_lowers_both_losses_and_leaves_the_model_alone(
-    optimizer: str, loss: str
-) -> None:
-    task, model = classification(spread(100, 5, 20)), identity(5)
-    before = copy.deepcopy(model)
-    result = attack(task, model, optimizer=optimizer, loss=loss)
-    assert same_weights(model, before)
-    assert result.status == "ok"
-    assert result.steps == list(BUDGET.snapshots())
+def test_every_optimizer_lowers_both_losses(optimizer: str, loss: str) -> None:
+    result = attack(classification(spread(100, 5, 20)), optimizer=optimizer, loss=loss)
     names = {"train_loss", "test_loss", "excess_loss", "train_accuracy", "test_accuracy"}
     assert result.values.keys() == names | ({"norm_ratio"} if loss == "squared" else set())
-    assert result.values["train_loss"][-1] < result.values["train_loss"][0]
     assert result.values["train_accuracy"][-1] > 1.2 / 3
     assert result.values["excess_loss"][-1] < 0.2 * result.values["excess_loss"][0]
-    assert result.weights["head"].shape == (5, 3)
-    assert result.weights["head"].dtype == torch.float64
-    assert (
-        (result.info["lr"] > 0 and len(result.info["lr_trials"]) == 7)
-        if optimizer in RATED
-        else "lr" not in result.info
-    )
+    assert ("lr" in result.info) == (optimizer in RATED)
 
 
 def test_exact_line_search_is_the_brute_force_recursion() -> None:
@@ -105,14 +88,6 @@ def test_scaling_the_features_changes_nothing_for_any_tuned_optimizer() -> None:
             ), optimizer
 
 
-def test_targets_that_are_all_zero_have_no_norm_ratio() -> None:
-    z = spread(50, 4, 10)
-    zeros = Split(z, torch.zeros(50, dtype=torch.float64))
-    result = attack(Task("gram", "harmful", "regression", zeros, zeros))
-    assert result.status == "ok"
-    assert "norm_ratio" not in result.values
-
-
 def test_fewer_rows_than_features_and_collapsed_features() -> None:
     few = attack(regression(spread(60, 60, 10)[:25], test=5))
     assert few.info["rank"] == 20
@@ -123,18 +98,6 @@ def test_fewer_rows_than_features_and_collapsed_features() -> None:
         )
         assert flat.info["condition_number"] is None
         assert len(set(flat.values["train_loss"])) == 1, optimizer
-
-
-def test_ridge_is_in_the_objective_and_in_the_optimum() -> None:
-    task = regression(spread(80, 5, 30))
-    plain, ridged = attack(task, optimizer="newton"), attack(task, optimizer="newton", ridge=0.5)
-    z, n = task.train.x, len(task.train)
-    lam = 0.5 * float(z.square().sum()) / (n * 5)
-    w = torch.linalg.solve(z.T @ z / n + lam * torch.eye(5).double(), z.T @ task.train.y / n)
-    torch.testing.assert_close(ridged.weights["head"][:, 0], w, rtol=1e-9, atol=1e-11)
-    assert ridged.info["ridge_absolute"] == pytest.approx(lam)
-    assert ridged.values["train_loss"][-1] == pytest.approx(ridged.info["optimum"])
-    assert ridged.values["train_loss"][-1] > plain.values["train_loss"][-1]
 
 
 def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
@@ -149,14 +112,6 @@ def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
     z = (task.test.x * scale - scaled.weights["mean"]) / scaled.weights["deviation"]
     residual = z @ scaled.weights["head"][:, 0] - task.test.y
     assert scaled.values["test_loss"][-1] == pytest.approx(float(residual.square().mean()) / 2)
-
-
-def test_auto_loss_follows_the_task_and_a_deep_model_works() -> None:
-    x = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
-    result = attack(classification(x), dense_model())
-    assert result.info["loss"] == "cross_entropy"
-    assert result.info["parameters"] == 15
-    assert attack(regression(spread(30, 3, 5))).info["loss"] == "squared"
 
 
 def test_cross_entropy_optimum_is_below_everything_that_is_reached() -> None:
@@ -174,10 +129,9 @@ def test_resume_equals_an_uninterrupted_attack(
     task, model = classification(spread(60, 5, 20)), identity(5)
     probe = LinearProbe(optimizer=optimizer, batch_size=16 if optimizer in RATED else None)
     whole = probe(model, task, seed=3, budget=BUDGET, checkpoint=None)
-    checkpoint = MemoryCheckpoint(fail_at)
-    with pytest.raises(Interrupted):
-        probe(model, task, seed=3, budget=BUDGET, checkpoint=checkpoint)
-    resumed = probe(model, task, seed=3, budget=BUDGET, checkpoint=checkpoint)
+    resumed = interrupted(
+        lambda kept: probe(model, task, seed=3, budget=BUDGET, checkpoint=kept), fail_at
+    )
     assert (resumed.steps, resumed.values, resumed.info) == (whole.steps, whole.values, whole.info)
     assert torch.equal(resumed.weights["head"], whole.weights["head"])
 
@@ -186,8 +140,6 @@ def test_wrong_options_name_the_key() -> None:
     with pytest.raises(ValidationError) as error:
         LinearProbe(optimizer="adams")
     assert user_error(error.value, "attacks.probe", LinearProbe).key == "attacks.probe.optimizer"
-    with pytest.raises(UserError, match=r"attacks\.probe\.optimizer"):
-        LinearProbe(name="probe", batch_size=8)
 
 
 def test_tasks_that_cannot_be_trained_on() -> None:
@@ -195,7 +147,5 @@ def test_tasks_that_cannot_be_trained_on() -> None:
     one_class = replace(task, train=replace(task.train, y=torch.zeros_like(task.train.y)))
     with pytest.raises(UserError, match="one class only"):
         attack(one_class)
-    with pytest.raises(UserError, match="regression"):
-        attack(regression(spread(30, 3, 5)), loss="cross_entropy")
     with pytest.raises(Diverged, match="not finite"):
         attack(task, LinearExtractor(torch.full((3, 3), math.inf)))

@@ -14,7 +14,6 @@ from lab.core.condition import condition_number
 from lab.core.config import user_error
 from lab.core.data import Case, Split, Task
 from lab.core.errors import Diverged, UserError
-from lab.core.types import same_weights
 from lab.models.linear import LinearBackbone, LinearExtractor
 
 BASE = dict(
@@ -41,9 +40,7 @@ def last(log, name):
 def test_log_has_every_figure_and_the_last_is_the_models():
     case = linear_case()
     model, log = run(case, supervised=1.0, log_points=6)
-    assert log.steps[0] == 0
-    assert log.steps[-1] == 60
-    assert len(log.steps) == 6
+    assert (log.steps[0], log.steps[-1], len(log.steps)) == (0, 60, 6)
     x_p, x_h = (task.train.x for task in case.tasks)
     assert last(log, "kappa_benign") == pytest.approx(
         condition_number(model(x_p).detach()), rel=1e-9
@@ -53,7 +50,6 @@ def test_log_has_every_figure_and_the_last_is_the_models():
     )
     assert log.rows[0]["rir"] == pytest.approx(1.0)
     assert all(0 < ratio < 1 for ratio in log.column("rir_bound_ratio"))
-    assert set(log.rows[0]) >= {"lambda_p", "lambda_h", "benign_loss"}
 
 
 def test_kappa_immunizes_and_the_ablations_do_half():
@@ -68,18 +64,6 @@ def test_kappa_immunizes_and_the_ablations_do_half():
     assert last(both, "kappa_benign") < last(only_ill, "kappa_benign")
 
 
-def test_well_only_approaches_the_closed_form():
-    log = run(steps=2000, lambda_h=0.0, spectrum="full", lr=0.02, lr_schedule="cosine")[1]
-    assert last(log, "kappa_benign") < 1.1
-    assert last(log, "rir_bound_ratio") > 0.7
-
-
-def test_epochs_count_batches_of_the_benign_task():
-    model_a, log = run(steps=None, epochs=5)
-    assert log.steps[-1] == 5 * (48 // 16)
-    assert same_weights(model_a, run(steps=15)[0])
-
-
 def test_zero_columns_are_left_out_without_effect():
     case = linear_case(d=6)
     keep = torch.tensor([1, 3, 4, 5, 7, 8])
@@ -92,17 +76,10 @@ def test_zero_columns_are_left_out_without_effect():
 
     wide = Case("wide", widen(case.benign), (widen(case.harmful[0]),))
     small = run(case, supervised=1.0)[0].theta.detach()
-    model, log = run(wide, supervised=1.0)
+    model = run(wide, supervised=1.0)[0]
     expected = torch.eye(9, dtype=torch.float64)
     expected[keep[:, None], keep] = small
     assert torch.allclose(model.theta, expected, atol=1e-12)
-    assert "rir_bound_ratio" in log.rows[0]
-    start = LinearExtractor(randn(9, 9, seed=2))
-    right = dict(solve_side="right", ridge_benign=1.0, ridge_harmful=1.0, optimizer="adam")
-    moved = run(wide, start, **right)[0].theta.detach()
-    dropped = torch.tensor([0, 2, 6])
-    assert torch.equal(moved[dropped], start.theta.detach()[dropped])
-    assert not torch.equal(moved[keep], start.theta.detach()[keep])
 
 
 # one step against autograd
@@ -120,19 +97,6 @@ def one_step(immunizer, case, model):
 def log_kappa_of(y):
     s = torch.linalg.svdvals(y)
     return 2 * (s[0] / s[-1]).log()
-
-
-def test_opt_descends_the_two_logarithms():
-    case = linear_case()
-    model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
-    immunizer = KappaOpt(
-        **(BASE | dict(lambda_p=0.7, lambda_h=3.0, scale="none", preconditioned=False))
-    )
-    gradient, rows, _ = one_step(immunizer, case, model)
-    theta = model.theta.detach().clone().requires_grad_(True)
-    y_p, y_h = (task.train.x[r] @ theta for task, r in zip(case.tasks, rows, strict=True))
-    (expected,) = torch.autograd.grad(0.7 * log_kappa_of(y_p) + 3.0 / log_kappa_of(y_h), theta)
-    assert torch.allclose(gradient, expected, rtol=1e-8)
 
 
 def test_optimizer_aware_gradient_is_exact():
@@ -202,22 +166,16 @@ def test_ten_steps_are_those_of_the_loop_written_from_the_formulas():
 # options
 
 
-def scaled(case, factor):
-    def bigger(task):
-        split = Split(factor * task.train.x, task.train.y)
-        return Task(task.name, task.role, task.kind, split, split)
-
-    return Case(case.name, bigger(case.benign), tuple(bigger(h) for h in case.harmful))
-
-
 @pytest.mark.parametrize("scale", ["initial", "current"])
 def test_scale_makes_lambda_free_of_units(scale):
+    def bigger(task):
+        split = Split(100.0 * task.train.x, task.train.y)
+        return Task(task.name, task.role, task.kind, split, split)
+
     case = linear_case()
-    a, b = run(case, scale=scale)[0], run(scaled(case, 100.0), scale=scale)[0]
+    big = Case("big", bigger(case.benign), tuple(bigger(h) for h in case.harmful))
+    a, b = run(case, scale=scale)[0], run(big, scale=scale)[0]
     assert torch.allclose(a.theta, b.theta, rtol=1e-8)
-    small = dict(scale="none", lr=1e-8)
-    a, b = run(case, **small)[0], run(scaled(case, 100.0), **small)[0]
-    assert not torch.allclose(a.theta, b.theta, rtol=1e-8)
 
 
 def spread_of_estimates(**options):
@@ -236,16 +194,10 @@ def spread_of_estimates(**options):
 
 def test_spectra_reduce_variance():
     assert spread_of_estimates(spectrum="full") < 1e-20
-    batch = spread_of_estimates()
     windows = [
         spread_of_estimates(spectrum="running", running_decay=1.0, running_window=m) for m in (2, 8)
     ]
-    assert batch > 1.5 * windows[0] > 3 * windows[1]
-    decays = [
-        spread_of_estimates(spectrum="running", running_decay=b, running_window=8)
-        for b in (0.1, 0.5, 1.0)
-    ]
-    assert decays[0] > 1.5 * decays[1] > 2 * decays[2]
+    assert spread_of_estimates() > 1.5 * windows[0] > 3 * windows[1]
 
 
 def shared_case():
@@ -264,11 +216,6 @@ def test_corridor_keeps_the_benign_kappa_inside():
     options |= dict(lambda_schedule="corridor", corridor_rate=0.5)
     corridor = run(shared_case(), **options, corridor_benign=1.2)[1]
     assert abs(math.log(last(corridor, "kappa_benign") / start)) < math.log(1.3)
-    assert max(corridor.column("lambda_p")) > 0.07
-    wider = run(shared_case(), **options, corridor_benign=2.0)[1]
-    assert last(wider, "kappa_benign") > last(corridor, "kappa_benign")
-    higher = run(shared_case(), **options, corridor_benign=50.0, corridor_harmful=20.0)[1]
-    assert last(higher, "kappa_harmful") > last(wider, "kappa_harmful")
 
 
 def test_worst_case_weights_move_to_the_worst_task():
@@ -277,17 +224,9 @@ def test_worst_case_weights_move_to_the_worst_task():
     case = Case("two", case.benign, (case.harmful[0], linear_task("free", "harmful", 60, 6, 900)))
     equal = run(case, steps=300, spectrum="full")[1]
     robust = run(case, steps=300, spectrum="full", worst_case=True)[1]
-    sharp = run(case, steps=300, spectrum="full", worst_case=True, worst_case_temperature=5.0)[1]
     assert last(equal, "weight_0") == last(equal, "weight_1") == 0.5
     assert last(robust, "weight_0") > 0.6
-    assert last(sharp, "weight_0") > last(robust, "weight_0")
     assert last(robust, "weight_0") + last(robust, "weight_1") == pytest.approx(1.0)
-    assert robust.rows[0]["weight_0"] == pytest.approx(0.5)
-
-
-def test_worst_case_weights_need_several_harmful_tasks():
-    with pytest.raises(UserError, match="worst_case"):
-        kappa(worst_case=True).check((linear_case(),))
 
 
 # what cannot work
@@ -297,25 +236,11 @@ def test_divergence_carries_the_last_good_step():
     with pytest.raises(Diverged, match="kappa left the finite numbers at step") as error:
         run(lr=1e6, steps=50, scale="none")
     assert 0 <= error.value.step < 50
-    with pytest.raises(Diverged, match="kappa_imma"):
-        immunize(KappaImma(lr=1e300, steps=50), linear_case())
 
 
 def test_kappa_beyond_float64_is_not_reported_as_small():
     with pytest.raises(Diverged, match=r"rank"):
         run(lambda_p=0.0, lambda_h=1.0, lr=0.02, steps=4000, spectrum="full", log_points=200)
-
-
-def test_rank_one_batches_cannot_move_kappa():
-    x = torch.ones(20, 3, dtype=torch.float64)
-    split = Split(x, x[:, 0])
-    case = Case(
-        "flat",
-        linear_task("b", "benign", 20, 3, 0),
-        (Task("h", "harmful", "regression", split, split),),
-    )
-    with pytest.raises(Diverged, match="rank below 2"):
-        run(case)
 
 
 @pytest.mark.parametrize(
@@ -336,5 +261,3 @@ def test_wrong_options_name_the_key(build, options, key):
 def test_terms_that_cannot_work_together_are_refused():
     with pytest.raises(UserError, match=r"immunize\.lambda_h"):
         kappa(lambda_p=0.0, lambda_h=0.0)
-    with pytest.raises(UserError, match=r"immunize\.solve_side"):
-        kappa(solve_side="right")

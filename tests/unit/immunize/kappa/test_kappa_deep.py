@@ -3,10 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from attack_examples import Interrupted, MemoryCheckpoint
+from attack_examples import interrupted
 from small_cases import TinyNet, deep_case, immunize, linear_case, randn
 
-from immunize.kappa.engines import resolve_layers
 from immunize.kappa.method import Kappa, KappaImma, KappaOpt
 from immunize.kappa.trainer import Head
 from lab.core.condition import grouped_condition_number
@@ -30,21 +29,10 @@ MAKERS = {
 )
 def test_only_declared_blocks_move(name, layers, moving):
     model = TinyNet()
-    before, after, log = immunize(MAKERS[name](layers=layers), deep_case(), model)
-    assert same_weights(before, TinyNet())
+    before, after, _ = immunize(MAKERS[name](layers=layers), deep_case(), model)
     moved = {i for i in range(3) if not same_weights(before.blocks[i], after.blocks[i])}
     assert moved == moving
     assert all(p.grad is None and p.requires_grad for p in after.parameters())
-    assert log.steps[-1] == 12
-
-
-@pytest.mark.parametrize("name", MAKERS)
-def test_same_seed_same_bits(name):
-    first, again, other = (
-        immunize(MAKERS[name](), deep_case(), TinyNet(), seed)[1] for seed in (0, 0, 1)
-    )
-    assert same_weights(first, again)
-    assert not same_weights(first, other)
 
 
 def dense_gradient(case, rows, preconditioned):
@@ -80,14 +68,6 @@ def test_step_against_autograd(preconditioned):
         )
 
 
-def test_kappa_moves_both_condition_numbers_and_keeps_the_benign_loss():
-    log = immunize(MAKERS["kappa"](steps=150, supervised=1.0), deep_case(), TinyNet())[2]
-    assert log.rows[-1]["rir"] > 1
-    assert log.rows[-1]["kappa_benign"] < log.rows[0]["kappa_benign"]
-    assert log.rows[-1]["benign_loss"] < log.rows[0]["benign_loss"] + 0.05
-    assert "rir_bound_ratio" not in log.rows[0]
-
-
 def test_logged_kappa_is_the_grouped_mean():
     case = deep_case(n=250)
     model, _, log = immunize(MAKERS["kappa"](), case, TinyNet())
@@ -98,13 +78,9 @@ def test_logged_kappa_is_the_grouped_mean():
     assert log.rows[0]["kappa_benign"] == pytest.approx(sum(values) / 20, rel=1e-5)
 
 
-def test_layers_are_checked():
-    model = TinyNet()
-    assert resolve_layers(model, None) == [0, 1, 2]
-    assert resolve_layers(model, ("last", "stem")) == [0, 2]
-    for bad in (4, ["lst"]):
-        with pytest.raises(UserError, match=r"immunize\.layers"):
-            resolve_layers(model, bad)
+def test_layers_that_the_model_lacks_are_refused():
+    with pytest.raises(UserError, match=r"immunize\.layers"):
+        immunize(MAKERS["kappa"](layers=["lst"]), deep_case(), TinyNet())
 
 
 # resume
@@ -125,11 +101,9 @@ VARIANTS = {
 def test_a_killed_job_resumes_bit_for_bit(variant, kind):
     case, model = (linear_case(), None) if kind == "linear" else (deep_case(), TinyNet())
     _, expected, expected_log = immunize(VARIANTS[variant](), case, model)
-    checkpoint = MemoryCheckpoint(fail_at=2)
-    with pytest.raises(Interrupted):
-        immunize(VARIANTS[variant](), case, model, checkpoint=checkpoint)
-    assert checkpoint.load()[1]["step"] == 10
-    _, resumed, log = immunize(VARIANTS[variant](), case, model, checkpoint=checkpoint)
+    _, resumed, log = interrupted(
+        lambda kept: immunize(VARIANTS[variant](), case, model, checkpoint=kept), 2
+    )
     assert same_weights(resumed, expected)
     assert (log.steps, log.rows) == (expected_log.steps, expected_log.rows)
 
@@ -154,18 +128,3 @@ def test_head_gradients_against_autograd(case):
     assert value == pytest.approx(loss.item())
     assert torch.allclose(ours_y, by_y)
     assert torch.allclose(ours_w, by_w)
-
-
-@pytest.mark.parametrize(
-    "case", [linear_case(), linear_case(d=60), deep_case()], ids=["tall", "wide", "classes"]
-)
-def test_fitted_head_starts_near_its_optimum(case):
-    x = case.benign.train.x.double()
-    head = Head(case.benign, x.shape[1])
-    rows = torch.arange(len(x))
-    zero = head.loss(x, rows)[0]
-    head.fit(x)
-    fitted, _, gradient = head.loss(x, rows)
-    assert fitted < 0.5 * zero
-    ridge = 1e-3 * head.lipschitz(x)
-    assert float((gradient + ridge * head.w).norm()) < 1e-3 * max(1.0, float(head.w.norm()))

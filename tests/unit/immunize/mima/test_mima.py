@@ -4,12 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from attack_examples import MemoryCheckpoint, interrupted
 from mima_examples import (
     LORA,
     PRESETS,
-    Snapshots,
     case,
-    kept,
     model,
     moved,
     objective,
@@ -23,9 +22,8 @@ from tiny_diffusion import tiny_diffusion
 from immunize.merge.rows import MergeOptions, build_merge
 from immunize.mima.base import naming_prompts
 from immunize.mima.hypergradient import hypergradient
-from lab.core.data import CaptionedImages
 from lab.core.seeding import derive
-from lab.core.types import Immunizer, same_weights
+from lab.core.types import same_weights
 
 FULL = {"kind": "weights", "scopes": ["attn2"], "lr": [1e-4, 1e-3]}
 SEED = 1  # of draws whose kind, K and captions differ from concept to concept
@@ -33,21 +31,12 @@ SEED = 1  # of draws whose kind, K and captions differ from concept to concept
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
-    method = preset(name)
-    assert isinstance(method, Immunizer)
-    assert method.name == name
-    before = {k: v.clone() for k, v in model().state_dict().items()}
-    pixels = [t.own.images.clone() for t in case().targets]
-    after, rows = rows_of(method)
-    assert all(torch.equal(v, before[k]) for k, v in model().state_dict().items())
-    assert all(torch.equal(t.own.images, x) for t, x in zip(case().targets, pixels, strict=True))
+    after, rows = rows_of(preset(name))
     assert moved(after, model()) == {
         f"unet.{k}" for k, _ in model().unet.named_parameters() if ".attn2." in k
     }
     if name == "compose":  # two trainings, and the merge of their results
-        last, values = rows.pop()
-        assert last == 4
-        assert 0 <= values["constraint_residual"] < 1
+        assert rows.pop()[0] == 4
     assert [step for step, _ in rows] == list(range(4 if name == "compose" else 2))
     for _, values in rows:
         logged = {"outer_loss", "prior_loss", "gradient_norm"}
@@ -57,10 +46,8 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
             else {"inner_loop_drop"}
         )
         assert logged <= set(values)
-        assert all(isinstance(v, float) for v in values.values())
     compared = name not in ("mima_deep", "mima_first_order", "mima_released")
     assert all(("cosine" in values) == compared for _, values in rows)
-    assert not compared or abs(rows[0][1]["cosine"] - 1) > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -74,21 +61,15 @@ def test_a_preset_moves_only_its_scope_and_logs_every_step(name):
     ],
 )
 def test_a_resumed_run_is_the_same_bit_for_bit(name, changes):
-    whole = Snapshots()
-    after, rows = rows_of(preset(name, checkpoint_every=1, **changes), checkpoint=whole, seed=5)
-    middle = 2 if name == "compose" else 0  # compose: within its second run
-    for i in (middle, len(whole.states) - 1):
-        again, repeated = rows_of(
-            preset(name, checkpoint_every=1, **changes), checkpoint=whole.at(i), seed=5
+    method, whole = preset(name, checkpoint_every=1, **changes), MemoryCheckpoint()
+    after, rows = rows_of(method, checkpoint=whole, seed=5)
+    middle = 3 if name == "compose" else 1  # compose: within its second run
+    for fail_at in (middle, whole.saves):
+        again, repeated = interrupted(
+            lambda kept: rows_of(method, checkpoint=kept, seed=5), fail_at
         )
         assert same_weights(again, after)
         assert repeated == rows
-
-
-def test_another_seed_gives_other_weights():
-    method = preset("mima_first_order", steps=1)
-    assert same_weights(run(method, seed=1), run(method, seed=1))
-    assert not same_weights(run(method, seed=1), run(method, seed=2))
 
 
 @pytest.mark.parametrize("name", ["mima_first_order", "compose"])
@@ -120,17 +101,6 @@ def test_compose_is_the_merge_of_immas():
     )
     for name, value in after.unet.named_parameters():
         torch.testing.assert_close(value, merged[name], rtol=1e-6, atol=1e-7)
-
-
-def test_the_merge_reads_captions_of_own_images_before_prompts_of_the_evaluation():
-    for concept in case().targets:
-        told = naming_prompts(model(), concept, 2)
-        assert len(told) == 2
-        assert set(told) <= set(concept.own.prompts)
-        silent = dataclasses.replace(
-            concept, own=CaptionedImages(concept.own.images, ("a fox",) * len(concept.own))
-        )
-        assert naming_prompts(model(), silent, 2) == list(concept.prompts["name"][:2])
 
 
 def test_joint_sees_the_images_of_all_targets():
@@ -207,16 +177,3 @@ def test_drawn_attackers_reach_the_hypergradient(monkeypatch):
             pool = concept.inner.template(drawn.template)
             batch = pool.batch(2, SEED, concept.name, step, "lower", drawn.steps - 1)
             assert problem.loss(theta, drawn.steps - 1) == made.denoiser.loss(batch, theta)
-
-
-def test_checkpointing_keeps_fewer_activations_and_changes_no_gradient():
-    exact, alone = tiny_diffusion(dtype=torch.float64), with_targets(case().targets[:1])
-    found, sizes = [], []
-    for saving in (False, True):
-        made, theta = objective(preset("mima", gradient_checkpointing=saving), exact, alone)
-        with kept() as some:
-            found.append(made.gradient(theta, 1)[0])
-        sizes.append(sum(some))
-    assert 0 < sizes[1] < 0.8 * sizes[0]
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=1e-9, atol=1e-12)

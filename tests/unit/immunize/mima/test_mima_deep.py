@@ -1,16 +1,17 @@
 """The deep inner loop: reduction to MIMA, oracles for its parts, what is drawn, what is kept."""
 
+from functools import cache
+
 import pytest
 import torch
 from mima_examples import case, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima.base import capped
-from immunize.mima.gradients import gradient_at
 from immunize.mima.inner_attackers import Attack, AttackerOptions, InnerAttack
 from immunize.mima.sampling import Pool
 from lab.models.diffusion import Text
 
+alone = cache(lambda: with_targets(case().targets[:1]))
 NONE = {"kv": None, "full": None}
 
 
@@ -58,36 +59,12 @@ def test_one_sgd_step_without_extras_is_mima_first_order():
         torch.testing.assert_close(found[name], value, rtol=1e-9, atol=1e-9 * size)
 
 
-def test_terms_add_up():
-    """The whole gradient is the sum of those with one term each, since every term draws the same
-    batches.
-    """
-    base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "w_benign": 0.0, "cap": None}
-    base["benign"] = "loss"  # with and without the term
-    alone = with_targets(case().targets[:1])
-
-    def gradient(**changes):
-        made, theta = objective(deep(**{**base, "prior_ramp": 1.0, **changes}), on=alone)
-        with torch.no_grad():  # away from θ_0, where distillation has no gradient
-            for name in made.outer_names:
-                theta[name].mul_(1.05)
-        return made.gradient(theta, 3)[0]
-
-    none = gradient()
-    parts = [gradient(w_prior=2.0), gradient(w_distill=2.0), gradient(w_benign=2.0)]
-    whole = gradient(w_prior=2.0, w_distill=2.0, w_benign=2.0)
-    for name, value in whole.items():
-        added = none[name] + sum(part[name] - none[name] for part in parts)
-        torch.testing.assert_close(value, added, rtol=1e-4, atol=1e-5)
-    assert all(any(bool((part[n] != none[n]).any()) for n in none) for part in parts)
-
-
 def _moved(factor: float, **changes):
     """Gradient and figures of an objective with nothing but a target and a benign concept, at
     factor · θ_0.
     """
     base = {"evaluate": ["own"], "w_prior": 0.0, "w_distill": 0.0, "cap": None}
-    made, theta = objective(deep(**{**base, **changes}), on=with_targets(case().targets[:1]))
+    made, theta = objective(deep(**{**base, **changes}), on=alone())
     with torch.no_grad():
         for name in made.outer_names:
             theta[name].mul_(factor)
@@ -113,18 +90,16 @@ def test_regret_is_the_benign_loss_against_the_original_after_the_same_attack(on
 
 def test_the_cap_stops_the_concept_and_raises_the_prior():
     options = {"evaluate": ["own"], "w_distill": 0.0, "w_benign": 0.0, "w_prior": 1.0}
-    alone = with_targets(case().targets[:1])
-    made, theta = objective(deep(cap=1e-3, prior_ramp=3.0, **options), on=alone)
+    made, theta = objective(deep(cap=1e-3, prior_ramp=3.0, **options), on=alone())
     gradient, values = made.gradient(theta, 0)
-    only, here = objective(deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 3.0}), on=alone)
+    only, here = objective(deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 3.0}), on=alone())
     without, there = objective(
-        deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone
+        deep(cap=1e6, prior_ramp=1.0, **{**options, "w_prior": 0.0}), on=alone()
     )
     a, b = only.gradient(here, 0)[0], without.gradient(there, 0)[0]
     assert values["prior_factor"] == 3.0
     for name, value in gradient.items():  # the prior's gradient alone, three times
         torch.testing.assert_close(value, a[name] - b[name], rtol=1e-3, atol=1e-5)
-    assert capped(torch.tensor(0.4), 0.5) == 0.4
 
 
 def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
@@ -141,16 +116,14 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
         "k_max": 4,
         "at": [0.5, 1.0],
     }
-    alone = with_targets(case().targets[:1])
-    whole, theta = objective(deep(**options), on=alone)
-    online, other = objective(deep(online=True, **options), on=alone)
+    whole, theta = objective(deep(**options), on=alone())
+    online, other = objective(deep(online=True, **options), on=alone())
     for made in (whole, online):  # batches are numbered by step and mark: take one for all
         first = made.concepts[0].outer.batch(8, 0, "one")
         made.draw_batch = lambda *_, first=first: first
     expected, _ = whole.gradient(theta, 0)
     found = [online.gradient(other, step) for step in (0, 1)]
     assert [values["inner_loop_steps"] for _, values in found] == [2, 4]
-    assert "inner_loop_drop" not in found[0][1]
     for name, value in expected.items():
         torch.testing.assert_close(
             (found[0][0][name] + found[1][0][name]) / 2, value, rtol=1e-4, atol=1e-6
@@ -160,8 +133,14 @@ def test_online_with_θ_at_rest_sees_the_marks_of_the_same_attacks():
 # attackers
 
 
-def pool_of(n):
-    return Pool(torch.randn(n, 2), Text(torch.zeros(1, 1, 1)), torch.zeros(n, dtype=torch.long), 10)
+def pool():
+    return Pool(torch.randn(4, 2), Text(torch.zeros(1, 1, 1)), torch.zeros(4, dtype=torch.long), 10)
+
+
+def bowl():
+    """A weight, and a loss that is its squared distance to another one."""
+    weight, goal = (torch.randn(3, 4, dtype=torch.float64) for _ in range(2))
+    return {"w": weight}, lambda batch, weights: (weights["w"] - goal).square().sum()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -176,7 +155,7 @@ def test_one_lora_step_by_hand(optimizer):
         return 100 + (weights["w"] * g).sum()  # positive, as a drop is a share
 
     attack = Attack("lora", "all", 2, 0.1, optimizer, "name", 1)
-    running = InnerAttack(loss, w, ("w", "b"), attack, pool_of(4), 2, 0, "x")
+    running = InnerAttack(loss, w, ("w", "b"), attack, pool(), 2, 0, "x")
     a = next(leaf.detach().clone() for leaf in running.leaves if leaf.shape == (2, 4))
     mark = running.advance(1)
     assert list(mark.weights) == ["w"]
@@ -185,18 +164,12 @@ def test_one_lora_step_by_hand(optimizer):
         down if optimizer == "sgd" else down / (down.abs() + 1e-8)
     )  # AdamW's first moments cancel but for ε
     torch.testing.assert_close(mark.weights["w"], w["w"] - 0.1 * step @ a)
-    assert mark.drop > 0
 
 
 def test_adamw_attackers_follow_torch():
-    w = {"w": torch.randn(3, 4, dtype=torch.float64)}
-    goal = torch.randn(3, 4, dtype=torch.float64)
-
-    def loss(batch, weights):
-        return (weights["w"] - goal).square().sum()
-
+    w, loss = bowl()
     attack = Attack("weights", "all", 0, 0.05, "adamw", "name", 5)
-    running = InnerAttack(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    running = InnerAttack(loss, w, ("w",), attack, pool(), 2, 0, "x")
     found = [running.advance(until) for until in (2, 5)]
     leaf = w["w"].clone().requires_grad_()
     optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.0)
@@ -212,20 +185,15 @@ def test_adamw_attackers_follow_torch():
 @pytest.mark.parametrize("kind", ["lora", "weights"])
 def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
     """What it has added stays added when θ moves; low-rank factors stay what they are."""
-    w = {"w": torch.randn(3, 4, dtype=torch.float64)}
-    goal = torch.randn(3, 4, dtype=torch.float64)
-
-    def loss(batch, weights):
-        return (weights["w"] - goal).square().sum()
-
+    w, loss = bowl()
     attack = Attack(kind, "all", 2, 0.05, "adamw", "name", 3)
-    running = InnerAttack(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    running = InnerAttack(loss, w, ("w",), attack, pool(), 2, 0, "x")
     before = w["w"].clone()
     added = running.advance(2).weights["w"] - before
     assert float(added.abs().max()) > 1e-3
     w["w"].add_(0.5)
     torch.testing.assert_close(running.advance(2).weights["w"], before + 0.5 + added)
-    other = InnerAttack(loss, w, ("w",), attack, pool_of(4), 2, 0, "x")
+    other = InnerAttack(loss, w, ("w",), attack, pool(), 2, 0, "x")
     other.load(running.state())
     assert torch.equal(running.advance(3).weights["w"], other.advance(3).weights["w"])
 
@@ -251,7 +219,6 @@ def test_attackers_are_drawn_from_their_ranges():
     families["lora"] |= {"templates": ["name", "token"], "words": 3}
     drawn = AttackerOptions(attackers=families, k_min=2, k_max=40)
     all_of_them = [drawn.draw(0, i) for i in range(400)]
-    assert all_of_them == [drawn.draw(0, i) for i in range(400)]
     lora = [a for a in all_of_them if a.kind == "lora"]
     assert 0.4 < len(lora) / len(all_of_them) < 0.6
     assert {a.rank for a in lora} == set(range(4, 17))
@@ -259,24 +226,6 @@ def test_attackers_are_drawn_from_their_ranges():
     assert {a.steps for a in all_of_them} == set(range(2, 41))
     words = ("token 0", "token 1", "token 2")
     assert {a.template for a in lora} == {"name", *words}
-    assert sum(a.template == "name" for a in lora) == pytest.approx(
-        len(lora) / 2, rel=0.25
-    )  # not one in four
     assert {a.template for a in all_of_them if a.kind == "weights"} == {"description"}
-    assert set(drawn.templates) == {"name", *words, "description"}
     rates = torch.tensor([a.lr for a in lora]).log()
     assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3
-    assert rates.mean().exp() == pytest.approx((5e-4 * 4e-3) ** 0.5, rel=0.15)
-
-
-# ── what the loop stands on
-
-
-def test_first_order_gradient_is_taken_at_the_point():
-    theta = {"a": torch.tensor([1.0]), "b": torch.tensor([2.0])}
-    value, gradient = gradient_at(
-        lambda w: (w["a"] ** 2 * w["b"]).sum(), theta, {"a": torch.tensor([3.0])}, ["a", "b"]
-    )
-    assert value == 18.0
-    assert gradient["a"] == 12.0
-    assert gradient["b"] == 9.0

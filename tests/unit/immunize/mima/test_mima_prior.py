@@ -6,13 +6,12 @@ import dataclasses
 
 import pytest
 import torch
-from mima_examples import case, objective, preset, rows_of, run, with_targets
+from mima_examples import case, objective, preset, rows_of, with_targets
 from tiny_diffusion import tiny_diffusion
 
 from immunize.merge.rows import scope_names
 from immunize.mima.gradients import gradient_at
 from lab.core.data import CaptionedImages
-from lab.core.errors import UserError
 
 
 def joined(parts):
@@ -32,13 +31,6 @@ def test_the_prior_has_the_images_of_its_source(changes):
     same = dataclasses.replace(case(), keep=joined(parts))
     assert rows_of(preset("mima_released", steps=1, prior="keep"), on=same)[1] == rows
     assert rows_of(preset("mima_released", steps=1, prior="keep"))[1] != rows
-
-
-def test_a_case_without_such_images_is_refused():
-    none = CaptionedImages(case().keep.images[:0], ())
-    bare = [dataclasses.replace(target, prior=none) for target in case().targets]
-    with pytest.raises(UserError, match=r"immunize\.prior=class"):
-        run(preset("mima_released", prior="class"), on=with_targets(bare))
 
 
 @pytest.mark.parametrize("changes", [{}, {"prior": False}])

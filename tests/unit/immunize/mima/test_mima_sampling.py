@@ -2,12 +2,11 @@
 
 import dataclasses
 
-import pytest
 import torch
 from mima_examples import case, model, objective, preset
 
 from immunize.mima.base import Denoiser
-from immunize.mima.sampling import WORDS, Batch, Pool, pool_concepts, split_concept
+from immunize.mima.sampling import WORDS, Batch, Pool, split_concept
 from lab.core.captions import captions, class_words
 
 
@@ -20,20 +19,13 @@ def test_batches_are_reproducible_and_cover_all_timesteps():
     )
     assert not torch.equal(first.noise, other.noise)
     assert sorted((first.t * 8 // 1000).tolist()) == list(range(8))
-    assert len({z.numpy().tobytes() for z in pool.batch(6, 0, "c").z}) == 6
 
 
 def test_splits_are_disjoint():
     target = case().targets[0]
     half = split_concept(model(), target, 0, torch.float32)
-    assert len(half.inner) + len(half.outer) == len(target.own)
     everything = {z.numpy().tobytes() for part in (half.inner, half.outer) for z in part.z}
     assert len(everything) == len(target.own)
-    both = pool_concepts([half, split_concept(model(), case().targets[1], 0, torch.float32)])
-    expected = model().text(case().targets[1].own.prompts).hidden
-    assert (half.concepts, both.concepts) == (1, 2)
-    hidden = both.inner.text[both.inner.caption].hidden[len(half.inner) :]
-    assert all(any(torch.allclose(h, e, atol=1e-5) for e in expected) for h in hidden)
 
 
 def hidden(pool: Pool) -> torch.Tensor:
@@ -54,30 +46,14 @@ def test_templates_give_the_same_images_other_captions():
             hidden(pool.template("description")), model().text(["a panda"]).hidden, atol=1e-5
         )
     asked = captions(target, target.own, "token", f"{WORDS[1]} {class_words(target)}".strip())
-    assert all(target.words not in caption for caption in asked)
     expected = model().text(asked).hidden
     assert all(
         any(torch.allclose(h, e, atol=1e-5) for e in expected)
         for h in hidden(half.inner.template("token 1"))
     )
-    without = split_concept(
-        model(), case().targets[0], 0, torch.float32, templates=["description"]
-    ).inner
-    assert torch.equal(
-        hidden(without.template("description")), hidden(without)
-    )  # no description prompts: its own
-    joined = pool_concepts(
-        [half, split_concept(model(), case().targets[1], 0, torch.float32, templates=["token 1"])]
-    ).inner
-    count = len(half.inner)
-    assert torch.equal(
-        hidden(joined.template("token 1"))[:count], hidden(half.inner.template("token 1"))
-    )
-    assert torch.equal(hidden(joined.template("description"))[count:], hidden(joined)[count:])
 
 
-@pytest.mark.parametrize("preset_name", ["mima", "mima_deep"])
-def test_the_outer_loop_asks_as_the_attacker_taught(preset_name, monkeypatch):
+def test_the_outer_loop_asks_as_the_attacker_taught(monkeypatch):
     """Held-out pictures, decoys and practice concepts get the captions of the attack that they
     follow.
     """
@@ -92,21 +68,19 @@ def test_the_outer_loop_asks_as_the_attacker_taught(preset_name, monkeypatch):
         "lora": None,
         "kv": None,
     }
-    deep = {
-        "w_benign": 1.0,
-        "w_decoy": 1.0,
-        "decoys": 4,
-        "online": False,
-        "at": [1.0],
-        "evaluate": ["own"],
-    }
-    more = deep if preset_name == "mima_deep" else {}
-    method = preset(preset_name, attackers=attackers, k_min=1, k_max=1, w_prior=0.0, **more)
+    method = preset(
+        "mima_deep",
+        attackers=attackers,
+        k_min=1,
+        k_max=1,
+        w_prior=0.0,
+        w_distill=0.0,
+        online=False,
+        at=[1.0],
+        evaluate=["own"],
+    )
     made, theta = objective(method)
-    if preset_name == "mima_deep":
-        made.config.w_distill = 0.0
-    seen = []
-    loss = Denoiser.loss
+    seen, loss = [], Denoiser.loss
 
     def spy(self, batch, weights):
         seen.append(batch.text.hidden)
@@ -114,7 +88,7 @@ def test_the_outer_loop_asks_as_the_attacker_taught(preset_name, monkeypatch):
 
     monkeypatch.setattr(Denoiser, "loss", spy)
     made.gradient(theta, 0)
-    concepts = [*case().targets, *(case().rehearsal if more else ())]
+    concepts = [*case().targets, *case().rehearsal]
     asked = []
     for c in concepts:
         word = WORDS[int(method.draw(0, c.name, 0).template.removeprefix("token "))]

@@ -2,11 +2,8 @@
 step.
 """
 
-import math
-
 import pytest
 import torch
-from mima_examples import case, model, preset, rows_of, with_targets
 
 from immunize.mima.outer_loop import Objective, OuterLoop, OuterLoopOptions
 from lab.core.errors import Diverged
@@ -60,8 +57,6 @@ def test_a_run_steps_by_its_rates(name, total):
     weights, _ = trained(start=start, steps=8, lr=0.3, lr_schedule=name)
     expected = torch.full((3,), -total, dtype=torch.float64)
     torch.testing.assert_close(weights, expected, rtol=1e-12, atol=0)
-    if name == "cosine":
-        assert math.isclose(trained(steps=2, lr=0.3, lr_schedule=name)[0][0], -0.45, rel_tol=1e-6)
 
 
 @pytest.mark.parametrize("sound", [True, False])
@@ -70,12 +65,3 @@ def test_weights_whose_losses_are_not_finite_are_not_kept(sound):
     weights, rows = trained(steps=3, sound=sound)
     assert torch.equal(weights, torch.full((3,), -3.0 if sound else -2.0))
     assert ("diverged" in rows[-1]) is not sound
-
-
-def test_a_last_step_that_breaks_the_model_is_taken_back():
-    """Weights of 1e25 are finite, their losses are not."""
-    broken = preset("mima_first_order", steps=1, lr=1e25)
-    found, rows = rows_of(broken, on=with_targets(case().targets[:1]))
-    assert rows[-1][1]["diverged"] == 1
-    before = model().state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in found.state_dict().items())
