@@ -107,9 +107,14 @@ def batches(
 
 
 @cache
-def problem(scope: Scope = "kv", rule: Any = "closed_form") -> Problem:
-    """Two styles; the outer set leaves out every third parameter, the inner one every second."""
-    model, words = micro_model(), ("mosaic", "neon")
+def problem(
+    scope: Scope = "kv", count: int = 2, moved: str = "all", rule: Any = "closed_form"
+) -> Problem:
+    """``count`` styles; the outer set leaves out every third parameter of ``moved``, the inner one
+    every second.
+    """
+    model = micro_model()
+    words = ("mosaic", "neon", "photo")[:count]
     data = batches(model, words, 4)
     merge = build_merge(
         model,
@@ -121,12 +126,14 @@ def problem(scope: Scope = "kv", rule: Any = "closed_form") -> Problem:
         rows=4,
         regular_rows=64,
     )
-    parameters = {k: p.detach() for k, p in model.unet.named_parameters()}
+    parameters = {
+        k: p.detach() for k, p in model.unet.named_parameters() if moved == "all" or moved in k
+    }
     names = list(parameters)
     outer = [x for i, x in enumerate(names) if i % 3 != 1]
     inner = [x for i, x in enumerate(names) if i % 2 == 0 or "attn2.to_k" in x]
     theta = {x: parameters[x] for x in names if x in outer or x in inner}
-    return Problem(model, theta, outer, inner, merge, len(words), data)
+    return Problem(model, theta, outer, inner, merge, count, data)
 
 
 def unrolled(problem: InnerProblem, theta: Params) -> Params:

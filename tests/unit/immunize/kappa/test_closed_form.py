@@ -1,14 +1,28 @@
-"""The closed form attains the bound."""
+"""The baseline model and the closed form."""
 
 import pytest
 import torch
 from pydantic import ValidationError
-from small_cases import immunize, linear_case
+from small_cases import TinyNet, deep_case, immunize, linear_case, randn
 
 from immunize.kappa.closed_form import KappaClosedForm
+from immunize.none import NoImmunization
 from lab.core.condition import condition_number, outside_energy, range_basis, rir_bound
 from lab.core.data import Case, Split, Task
-from lab.models.linear import LinearBackbone
+from lab.core.errors import UserError
+from lab.core.types import Immunizer, same_weights
+from lab.models.linear import LinearBackbone, LinearExtractor
+
+
+def test_baseline_model_name_is_an_equal_independent_copy():
+    assert isinstance(NoImmunization(), Immunizer)
+    for model, case in ((TinyNet(), deep_case()), (None, linear_case())):
+        before, after, log = immunize(NoImmunization(), case, model)
+        assert same_weights(before, after)
+        assert log.steps == []
+        with torch.no_grad():
+            next(after.parameters()).add_(1)
+        assert not same_weights(before, after)
 
 
 @pytest.mark.parametrize("init", ["identity", "random"])
@@ -42,12 +56,27 @@ def test_the_pencil_variant_attains_the_same_bound_at_any_benign_condition(allow
     assert harmful == pytest.approx(allowance * rir_bound(x_p, x_h, start.theta).value, rel=1e-6)
 
 
-def test_singular_benign_data_use_the_range_variant():
-    regular = linear_case(d=6)
-    x = regular.benign.train.x.clone()
+def test_two_tasks_that_are_alike_cannot_be_told_apart():
+    case = linear_case(d=5)
+    same = Case(
+        case.name,
+        case.benign,
+        (Task("h", "harmful", "regression", case.benign.train, case.benign.test),),
+    )
+    with pytest.raises(UserError, match="no linear map"):
+        immunize(KappaClosedForm(benign_condition=1.0), same)
+
+
+def singular(case):
+    """Column 3 of the benign data is a copy of column 0."""
+    x = case.benign.train.x.clone()
     x[:, 3] = x[:, 0]
-    split = Split(x, regular.benign.train.y)
-    case = Case("singular", Task("b", "benign", "regression", split, split), regular.harmful)
+    split = Split(x, case.benign.train.y)
+    return Case(case.name, Task("b", "benign", "regression", split, split), case.harmful)
+
+
+def test_singular_benign_data_use_the_range_variant():
+    case = singular(linear_case(d=6))
     _, after, log = immunize(KappaClosedForm(), case)
     x_p, x_h = (task.train.x for task in case.tasks)
     basis, _ = range_basis(x_p)
@@ -55,8 +84,13 @@ def test_singular_benign_data_use_the_range_variant():
     assert condition_number(after(x_p).detach()) == pytest.approx(1.0, rel=1e-9)
     assert log.column("rir_bound_ratio")[-1] == pytest.approx(1.0, rel=1e-6)
     assert log.column("outside_energy")[-1] == pytest.approx(outside_energy(x_h, basis))
+    assert log.column("outside_energy")[-1] > 1e-3
     null = torch.eye(6, dtype=torch.float64) - basis @ basis.T
     assert float((null @ after.theta).norm()) < 1e-12
+    model = LinearExtractor(randn(6, 6, seed=4))
+    assert immunize(KappaClosedForm(), case, model)[2].column("rir_bound_ratio")[
+        -1
+    ] == pytest.approx(1.0, rel=1e-6)
 
 
 def test_rank_tolerance_chooses_the_range():
@@ -67,6 +101,20 @@ def test_rank_tolerance_chooses_the_range():
     assert torch.linalg.matrix_rank(cut.theta) < 6
 
 
-def test_wrong_options_are_refused():
+def test_several_harmful_tasks_log_the_least_immunized():
+    case = linear_case(harmful=3)
+    log = immunize(KappaClosedForm(), case)[2]
+    alone = [
+        immunize(KappaClosedForm(), Case("one", case.benign, (h,)))[2].column("rir")[-1]
+        for h in case.harmful
+    ]
+    assert log.column("rir")[-1] == pytest.approx(min(alone))
+
+
+def test_wrong_options_and_flat_data_are_refused():
     with pytest.raises(ValidationError, match="benign_condition"):
         KappaClosedForm(benign_condition=0.0)
+    flat = Split(torch.ones(9, 3, dtype=torch.float64), torch.zeros(9, dtype=torch.float64))
+    case = Case("flat", Task("b", "benign", "regression", flat, flat), linear_case(d=3).harmful)
+    with pytest.raises(UserError, match="rank 1"):
+        immunize(KappaClosedForm(), case)

@@ -1,4 +1,6 @@
-"""The monotonicity theorems of arXiv 2505.23760 §4 with full batches."""
+"""The monotonicity theorems of arXiv 2505.23760 §4 with full batches, and what mini-batches do to
+them.
+"""
 
 import itertools
 import math
@@ -9,7 +11,23 @@ from small_cases import immunize, randn
 
 from immunize.kappa import spectral
 from immunize.kappa.method import Kappa
+from lab.core.condition import condition_number
 from lab.core.data import Case, Split, Task
+
+STEPS = 1000
+
+
+def data(n=40, d=6, seed=0, spread=1.0):
+    return randn(n, d, seed=seed) * torch.logspace(0, -spread, d, dtype=torch.float64)
+
+
+def step(x, theta, objective, eta_of, rows=None):
+    """θ − η K⁻¹∇R on ``rows`` of x (all if None)."""
+    batch = x if rows is None else x[rows]
+    factor = spectral.thin_factor(batch @ theta)
+    _, slope = objective(factor.sigma, len(factor.s))
+    update = spectral.preconditioned_step(batch, spectral.feature_gradient(factor, slope))
+    return theta - eta_of(factor.sigma) * update
 
 
 def well_limit(sigma):
@@ -28,12 +46,35 @@ def ill_limit(sigma):
     return 0.5 / (value**2 * float(sigma[-1]) * (1 - 1 / k))
 
 
+def kappas(x, objective, eta_of, steps=STEPS):
+    theta = torch.eye(x.shape[1], dtype=torch.float64)
+    values = [condition_number(x)]
+    for _ in range(steps):
+        theta = step(x, theta, objective, eta_of)
+        values.append(condition_number(x @ theta))
+    return values
+
+
+def test_r_well_never_raises_kappa():
+    values = kappas(data(), spectral.well, lambda s: min(0.9 * well_limit(s), 0.02 / float(s[0])))
+    assert all(after <= before * (1 + 1e-12) for before, after in itertools.pairwise(values))
+    assert values[-1] < 0.8 * values[0]
+
+
+def test_r_ill_never_lowers_kappa():
+    values = kappas(
+        data(), spectral.ill, lambda s: min(0.9, 0.02 * float(s[-1] / s[0])) * ill_limit(s)
+    )
+    assert all(after >= before * (1 - 1e-12) for before, after in itertools.pairwise(values))
+    assert values[-1] > 2 * values[0]
+
+
 @pytest.mark.parametrize("lambda_p", [1.0, 0.0], ids=["well", "ill"])
-def test_the_immunizer_keeps_the_theorems_at_one_fixed_rate(lambda_p):
+def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
     """`Kappa` as a user runs it: full batch, 1,000 plain steps at an η below the limit of the first
     step.
     """
-    x = randn(40, 6) * torch.logspace(0, -1, 6, dtype=torch.float64)
+    x = data()
     sigma = spectral.thin_factor(x).sigma
     ratio = float(sigma[-1] / sigma[0])
     lr = (
@@ -52,14 +93,40 @@ def test_the_immunizer_keeps_the_theorems_at_one_fixed_rate(lambda_p):
         supervised=0.0,
         lr=lr,
         lr_schedule="constant",
-        steps=1000,
+        steps=STEPS,
         batch_size=len(x),
         log_points=300,
     )
     _, _, log = immunize(kappa, Case("theorem", benign, (harmful,)), None, 0)
     values = log.column("kappa_benign" if lambda_p else "kappa_harmful")
     assert len(values) > 150
-    assert log.steps[-1] == 1000
+    assert log.steps[-1] == STEPS
     moved = [after / before for before, after in itertools.pairwise(values)]
-    assert max(moved) < 1 if lambda_p else min(moved) > 1
+    assert all(m < 1 for m in moved) if lambda_p else all(m > 1 for m in moved)
     assert not 0.5 < values[-1] / values[0] < 2
+
+
+def test_above_the_step_size_r_well_can_raise_kappa():
+    x = data()
+    theta = step(x, torch.eye(6, dtype=torch.float64), spectral.well, lambda s: 60 * well_limit(s))
+    assert condition_number(x @ theta) > condition_number(x)
+
+
+def test_mini_batches_break_both_theorems():
+    """Counter-example: a step that is safe for its batch moves κ of the whole data the wrong
+    way.
+    """
+    x = data(spread=0.0)
+    eye = torch.eye(6, dtype=torch.float64)
+    before = condition_number(x)
+    raised = lowered = 0
+    for seed in range(200):
+        rows = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:8]
+        after = step(x, eye, spectral.well, lambda s: 0.9 * well_limit(s), rows)
+        assert condition_number(x[rows] @ after) <= condition_number(x[rows]) * (1 + 1e-12)
+        raised += condition_number(x @ after) > before * (1 + 1e-6)
+        after = step(x, eye, spectral.ill, lambda s: 0.01 * ill_limit(s), rows)
+        assert condition_number(x[rows] @ after) >= condition_number(x[rows]) * (1 - 1e-12)
+        lowered += condition_number(x @ after) < before * (1 - 1e-6)
+    assert raised > 0
+    assert lowered > 0

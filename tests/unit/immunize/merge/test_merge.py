@@ -9,7 +9,7 @@ from typing import get_args
 
 import pytest
 import torch
-from bilevel_cases import CAPTIONS, batches, micro_model
+from bilevel_cases import CAPTIONS, batches, micro_model, problem
 
 from immunize.merge.closed_form import Merge, MergeAccumulator, factorize
 from immunize.merge.learned import LearnedWeights, learn
@@ -92,6 +92,16 @@ def test_is_the_optimum_of_its_stated_problem(rows, lam, mu):
     assert gap < 1e-12 if mu == 0 else 1e-3 < gap < 1
 
 
+def test_reproduces_the_released_algebra():
+    """W + (V − W Cᵀ)(C A Cᵀ)⁻¹ C A with A = (C_regᵀC_reg)⁻¹, as one multiplies it out."""
+    c = torch.cat(C)
+    a = torch.linalg.inv(REGULAR.T @ REGULAR)
+    w = BASE["k"]
+    v = torch.cat([x["k"] @ rows.T for x, rows in zip(ADAPTED, C, strict=True)], 1)
+    expected = w + (v - w @ c.T) @ torch.linalg.inv(c @ a @ c.T) @ c @ a
+    torch.testing.assert_close(closed()(BASE, ADAPTED)["k"], expected, rtol=1e-11, atol=1e-12)
+
+
 @pytest.mark.parametrize("kind", every_merge())
 def test_adjoint_is_the_transpose(kind):
     """⟨Merge(x) − Merge(0), y⟩ = ⟨x, Mergeᵀ y⟩, and equal arguments come out as they went in."""
@@ -141,6 +151,17 @@ def test_float32_merges_tiny_changes_accurately():
     assert float((change - expected).norm() / expected.norm()) < 1e-5
 
 
+def test_repeats_bit_for_bit_and_reports_conditioning():
+    assert all(torch.equal(closed()(BASE, ADAPTED)[x], closed()(BASE, ADAPTED)[x]) for x in BASE)
+    report = closed().report
+    s = torch.linalg.svdvals(REGULAR)
+    assert report["cond_regularizer"] == pytest.approx(float((s[0] / s[-1]) ** 2), rel=1e-10)
+    c = torch.cat(C)
+    inner = torch.linalg.eigvalsh(c @ torch.linalg.inv(REGULAR.T @ REGULAR) @ c.T)
+    assert report["cond_constraint"] == pytest.approx(float(inner[-1] / inner[0]), rel=1e-9)
+    assert 1 < report["effective_rank"] <= 5
+
+
 # ── where the rows come from
 
 
@@ -149,6 +170,8 @@ def test_concept_rows_are_those_of_the_words():
     model = micro_model()
     prompt = "a painting of a fox in the style of mosaic"
     places = word_positions(model, prompt, "mosaic")
+    ids = model.tokens([prompt])[0, places].tolist()
+    assert model.tokenizers[0].decode(ids).strip() == "mosaic"
     hidden, other = (model.text([t]).hidden[0] for t in (prompt, prompt.replace("mosaic", "neon")))
     assert torch.allclose(hidden[: places[0]], other[: places[0]])
     assert not torch.allclose(hidden[places[0]], other[places[0]])
@@ -158,16 +181,19 @@ def test_concept_rows_are_those_of_the_words():
     assert regularizer_rows(model, CAPTIONS).shape == (len(CAPTIONS) * 32, 32)
 
 
-def test_shared_rows_go_and_a_concept_of_shared_rows_needs_mu():
+def test_shared_rows_go_and_a_concept_of_shared_rows_needs_mu(caplog):
     one, both = Rows(DRAW(3, D), ("big", "red", "fox")), DRAW(1, D)
     first = Rows(torch.cat([one.rows, both]), (*one.tokens, "style"))
     second = Rows(torch.cat([both, DRAW(1, D)]), ("style", "cat"))
     found, dropped = distinct_rows([first, second])
     assert [len(x) for x in found] == [3, 1]
     assert dropped == ["style"]
+    assert "leaves out the rows of style" in caplog.text
     with pytest.raises(UserError, match=r"merge\.mu.*style"):
         distinct_rows([first, Rows(both, ("style",))])
     soft, _ = distinct_rows([first, Rows(both, ("style",))], mu=0.1)
+    assert "concept 2 shares all its tokens (style)" in caplog.text
+    assert "mu=0.1" in caplog.text
     assert [len(x) for x in soft] == [3, 1]
 
 
@@ -175,6 +201,8 @@ def test_scopes_are_nested_and_named_after_the_unet():
     unet = micro_model().unet
     found = {scope: set(scope_names(unet, scope)) for scope in get_args(Scope)}
     assert found["kv"] < found["qkv"] < found["attn2"] < found["attention"] < found["all"]
+    assert found["down"] | found["up"] < found["all"]
+    assert len(found["qkv"]) == 3 * len(found["kv"]) // 2
     assert all(".attn2.to_k." in x or ".attn2.to_v." in x for x in found["kv"])
 
 
@@ -209,6 +237,28 @@ def test_recorded_inputs_are_what_the_weights_multiply():
         module._forward_hooks.clear()
 
 
+@pytest.mark.parametrize("scope", ["attention", "all"])
+def test_constraints_hold_on_recorded_inputs(scope):
+    """X C_nᵀ = W_n C_nᵀ for the very inputs of concept n, at every layer in scope; the rest is the
+    mean.
+    """
+    p = problem(scope)
+    base = dict(p.theta)
+    moved = [{x: y + 0.1 * DRAW(y.shape) for x, y in base.items()} for _ in range(2)]
+    found = p.merge(base, moved)
+    assert set(p.merge.members) <= set(scope_names(p.model.unet, scope))
+    for name, value in found.items():
+        factors = p.merge.factors_of(name)
+        if factors is None:
+            torch.testing.assert_close(
+                value, (moved[0][name] + moved[1][name]) / 2, rtol=1e-12, atol=1e-13
+            )
+            continue
+        for n, c in enumerate(factors.rights):
+            left, right = value.flatten(1) @ c, moved[n][name].flatten(1) @ c
+            assert float((left - right).norm() / right.norm()) < 1e-7
+
+
 # learned weights
 
 
@@ -223,10 +273,14 @@ def test_learned_weights_start_at_the_mean_and_lower_their_loss(kind):
     merge = Merge(2, learned=LearnedWeights({x: BASE[x] for x in ("k", "kernel")}, 2, kind, rank=2))
     for x, y in merge(BASE, ADAPTED).items():
         torch.testing.assert_close(y, (ADAPTED[0][x] + ADAPTED[1][x]) / 2, rtol=1e-12, atol=1e-13)
+    before = {x: y.clone() for x, y in merge.learned.parameters.items()}  # type: ignore[union-attr]
     losses = [quadratic(0), quadratic(1)]
     start = sum(loss(merge(BASE, ADAPTED)) for loss in losses)
     learn(merge.learned, merge, BASE, ADAPTED, losses, steps=20, lr=0.02)
     assert sum(loss(merge(BASE, ADAPTED)) for loss in losses) < start
+    after = merge.learned.parameters  # type: ignore[union-attr]
+    assert any(not torch.equal(after[x], before[x]) for x in before)
+    assert not any(x.requires_grad for x in after.values())
 
 
 def test_gates_reach_the_optimum():

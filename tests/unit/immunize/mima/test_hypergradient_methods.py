@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 
 import pytest
@@ -16,13 +16,15 @@ from immunize.merge.closed_form import Merge
 from immunize.mima.gradients import (
     checkpointed,
     compute_gradients,
+    hessian_product,
 )
 from immunize.mima.hypergradient import (
     HypergradientResult,
     conjugate_gradients,
     neumann_series,
 )
-from immunize.mima.inner_loop import InnerLoop
+from immunize.mima.inner_loop import InnerLoop, InnerProblem
+from lab.core.errors import Diverged
 from lab.core.seeding import generator
 
 SGD3 = InnerLoop(lr=0.3, steps=3)
@@ -57,6 +59,49 @@ def regression(count: int = 2) -> Problem:
 
 
 # methods
+
+
+def test_lora_closed_form():
+    """K = 1: θ' = θ − αGA₀ᵀA₀ and Jᵀv = v − αH(vA₀ᵀA₀)."""
+    p, lr = regression(1), 0.1
+    settings = InnerLoop(lr=lr, rank=2)
+    level = InnerProblem(settings, p.theta, ["b", "c"], p.inner()[0], 0, seed=5)
+    trace = level.run(keep=True)
+    a = {x: level.initial()[f"{x}/A"] for x in ("b", "c")}
+    _, g = compute_gradients(lambda q: p.inner()[0](q, 0), p.theta)
+    for x in ("b", "c"):
+        expected = p.theta[x] - lr * g[x] @ a[x].T @ a[x]
+        torch.testing.assert_close(level.adapted(trace.final)[x], expected, rtol=1e-12, atol=1e-14)
+    v = {
+        x: torch.randn(y.shape, generator=generator(1, x), dtype=y.dtype)
+        for x, y in p.theta.items()
+    }
+    pulled = level.pull(trace, v, list(p.theta), last=1)
+    through = {x: v[x] @ a[x].T @ a[x] for x in a}
+    inner = {x: p.theta[x] for x in a}
+    rest = {x: p.theta[x] for x in p.theta if x not in a}
+    by_rest, by_a = hessian_product(
+        lambda t, q: p.inner()[0]({**t, **q}, 0), rest, inner, through, list(inner)
+    )
+    for x, h_x in {**by_rest, **by_a}.items():
+        torch.testing.assert_close(pulled[x], v[x] - lr * h_x, rtol=1e-12, atol=1e-14)
+
+
+def test_adamw_with_frozen_preconditioner_is_one_scaled_product():
+    """K = 1: Jᵀv = (1 − αw)v − αHDv on the inner set with D = 1/(|∇ℓ| + ε)."""
+    p = regression(1)
+    settings = InnerLoop(lr=0.05, optimizer="adamw", eps=1e-2, weight_decay=0.1)
+    names = list(p.theta)
+    level = InnerProblem(settings, p.theta, names, p.inner()[0], 0)
+    v = {x: torch.ones_like(y) for x, y in p.theta.items()}
+    pulled = level.pull(level.run(keep=True), v, names, last=1)
+    _, g = compute_gradients(lambda q: p.inner()[0](q, 0), p.theta)
+    d = {x: 1 / (y.abs() + 1e-2) for x, y in g.items()}
+    _, hd = hessian_product(lambda _, q: p.inner()[0](q, 0), {}, p.theta, d, names)
+    for x in names:
+        torch.testing.assert_close(
+            pulled[x], (1 - 0.05 * 0.1) * v[x] - 0.05 * hd[x], rtol=1e-12, atol=1e-14
+        )
 
 
 def test_inner_steps_are_pytorchs_optimizers():
@@ -102,17 +147,46 @@ def test_first_order_is_the_outer_gradient_and_alternating_continues_from_the_me
     assert all(torch.equal(merged[x], other.merged[x]) for x in merged)
     _, v = compute_gradients(lambda q: sum(p.outer(q, n) for n in range(2)) / 2, merged)  # type: ignore[arg-type,return-value]
     assert distance(first.gradient, {x: v[x] for x in p.outer_names}) < 1e-12
+    direct = p.merge.adjoint_direct(v)
+    parts = [p.merge.adjoint_part(v, n) for n in range(2)]
+    total = {x: direct[x] + sum(part[x] for part in parts) for x in p.outer_names}
+    assert distance(total, first.gradient) < 1e-12  # what a transpose without Hessian leaves
 
 
 @pytest.mark.parametrize("solver", ["cg", "neumann"])
 def test_implicit_is_its_fixed_point(solver):
-    """Against autograd through 80 proximal steps."""
+    """Against the dense (I + ∇²L/ρ)⁻¹ at the solution, and against autograd through 80 proximal
+    steps.
+    """
     p, rho = regression(), 3.0
     settings = InnerLoop(lr=0.2, steps=80)
     options = {"method": "implicit", "rho": rho, "solver": solver, "iterations": 200}
     options["tolerance"] = 1e-13
     found = evaluate(p, settings, **options)
     assert distance(found.gradient, naive(p, settings, rho)) < 1e-8
+    sizes = [p.theta[x].numel() for x in p.theta]
+    names = list(p.theta)
+    inside = torch.cat(
+        [torch.full((k,), x in p.inner_names) for x, k in zip(names, sizes, strict=True)]
+    )
+
+    def unflat(vector):
+        return {x: y.view_as(p.theta[x]) for x, y in zip(names, vector.split(sizes), strict=True)}
+
+    v = compute_gradients(lambda q: sum(p.outer(q, n) for n in range(2)) / 2, found.merged)[1]  # type: ignore[arg-type,return-value]
+    total = torch.zeros(sum(sizes), dtype=torch.float64)
+    for level in p.problems(settings, rho=rho):
+        loss = level.loss
+        at = {**p.theta, **level.run(keep=False).final}
+        flat = torch.cat([at[x].flatten() for x in names])
+        h = torch.autograd.functional.hessian(lambda y, loss=loss: loss(unflat(y), 0), flat)
+        v_n = torch.cat([v[x].flatten() for x in names]) / 2
+        a = torch.linalg.solve(
+            torch.eye(int(inside.sum())) + h[inside][:, inside] / rho, v_n[inside]
+        )
+        total[inside] += a
+        total[~inside] += v_n[~inside] - h[~inside][:, inside] @ a / rho
+    assert distance(found.gradient, {x: unflat(total)[x] for x in p.outer_names}) < 1e-8
     assert found.info["negative_curvature"] == [False, False]
     assert max(found.info["residual"]) < 1e-12
     assert max(found.info["stationarity"]) < 1e-9
@@ -129,6 +203,25 @@ def test_cg_stops_on_negative_curvature_and_says_so():
     assert torch.equal(a["x"], v["x"])
     _, facts = neumann_series(lambda d: {"x": 3.0 * d["x"]}, v, 5, 1e-9)
     assert facts["residual"] > 1  # ‖H‖ > ρ: the series grows, and shows it
+
+
+def test_gradient_agrees_with_finite_differences_of_the_run_itself():
+    p = regression()
+    settings = InnerLoop(lr=0.1, steps=2)
+    found = evaluate(p, settings)
+    g = generator(0, "direction")
+    d = {x: torch.randn(p.theta[x].shape, generator=g, dtype=torch.float64) for x in p.outer_names}
+    h = 1e-5
+    ends = [
+        evaluate(
+            replace(p, theta={x: y + s * h * d[x] if x in d else y for x, y in p.theta.items()}),
+            settings,
+        )
+        for s in (1, -1)
+    ]
+    values = [sum(float(p.outer(end.merged, n)) for n in range(2)) / 2 for end in ends]
+    slope = (values[0] - values[1]) / (2 * h)
+    assert slope == pytest.approx(sum(float((found.gradient[x] * d[x]).sum()) for x in d), rel=1e-7)
 
 
 # ── how it is computed
@@ -156,3 +249,19 @@ def test_checkpointing_gives_the_same_gradient():
     assert distance(found.gradient, plain.gradient) < 1e-12
     assert 0 < sum(less) < 0.8 * sum(whole)
     assert not any(getattr(m, "gradient_checkpointing", False) for m in p.model.unet.modules())
+
+
+# bad input
+
+
+def test_nan_in_an_inner_step_is_divergence():
+    class Broken(type(regression())):
+        def inner(self):
+            first, second = super().inner()
+            return [first, lambda p, k: second(p, k) * (math.nan if k == 2 else 1.0)]
+
+    p = regression()
+    broken = Broken(**{f.name: getattr(p, f.name) for f in fields(p)})
+    with pytest.raises(Diverged, match="concept 1") as caught:
+        evaluate(broken, SGD3)
+    assert caught.value.step == 1
