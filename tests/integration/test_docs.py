@@ -165,7 +165,7 @@ def test_the_help_names_what_there_is():
     listed = re.findall(r"^sweeps: (.*)$", text, flags=re.M)
     assert listed == [", ".join(sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))]
     commands = re.findall(r"^ +python run\.py (?!action)(.*?)(?:  .*)?$", text, flags=re.M)
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands:
         check_composes(command.split())
 

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 from diffusers import StableDiffusionPipeline
-from release_examples import composed, finished, options, tiny_folder
+from release_examples import composed, options, tiny_folder
 from safetensors.torch import load_file
 from tiny import image_case
 from tiny_sd import tiny_pipeline
@@ -37,19 +37,6 @@ from lab.release.verify import check, read_sums
 from lab.runner.experiment import run_once
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """(root, record file) of one finished run."""
-    root = tmp_path_factory.mktemp("release")
-    path, _ = finished(root)
-    return root, path
-
-
-@pytest.fixture(scope="module")
-def exported(run_folder):
-    return export(options(run_folder))
 
 
 def chosen(run_folder):
