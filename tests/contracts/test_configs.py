@@ -158,27 +158,3 @@ def test_ablations_change_one_thing_at_a_time_from_the_preset(name):
                 480,
             )  # a quarter of the preset's
         assert found == expected
-
-
-@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "weights")])
-def test_tables_sample_in_bfloat16_where_the_device_computes_it(monkeypatch, native, precision):
-    monkeypatch.setattr("lab.models.devices.computes_bfloat16", lambda kind: native)
-    for name in ("relearn_table", "template_shift", "tune_mima_deep"):
-        cfg = composed(f"sweeps={name}")
-        assert (
-            {cfg.scenario.sampling.precision}
-            == {a.sampling.precision for a in cfg.attacks.values()}
-            == {precision}
-        )
-
-
-def test_every_default_says_where_it_comes_from():
-    """A numeric default in the noun groups carries a comment on its line."""
-    bare = []
-    for group in ("immunize", "attacks", "eval", "scenario", "backbone"):
-        for path in (ROOT / "conf" / group).rglob("*.yaml"):
-            for number, line in enumerate(path.read_text().splitlines(), 1):
-                value = line.partition(":")[2].strip()
-                if value and value[0].isdigit() and "#" not in value:
-                    bare.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
-    assert not bare, "\n".join(bare)

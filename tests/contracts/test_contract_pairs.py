@@ -38,13 +38,8 @@ def test_features(name, kind):
         for n, of in features.cases(features.ATTACKERS, lambda n: features.build("attacks", n))
         if of == kind
     ]
-    assert len(fits) >= 13
     for attacker in fits:
-        task = (
-            tiny.linear_classes().harmful[0]
-            if (attacker, kind) == ("probe_logistic", "linear")
-            else case.harmful[0]
-        )
+        task = features.attacked_problem(attacker, kind)[1].harmful[0]
         attack = features.attacker(attacker, lr_trials=3)
         found, baseline = (
             check(attack, m, task, Budget(horizon=2, multiple=1, points=3)) for m in (after, model)
@@ -62,7 +57,6 @@ def test_features(name, kind):
 def test_concepts(name):
     case, model = tiny_case(), tiny_diffusion()
     after = concepts.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    assert len(CONCEPT_ATTACKERS) == 13
     for attacker in CONCEPT_ATTACKERS:
         found = check(
             concepts.attacker(attacker),

@@ -13,7 +13,6 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from safetensors.torch import load, save
 
 from attacks.probes.optimizers import OPTIMIZERS
 from lab.core import sources
@@ -85,40 +84,17 @@ class TestImmunizer:
         method = immunizer(name)
         assert isinstance(method, Immunizer)
         assert method.name == name
-        model, case = problem(kind)
+        model, case = problem(kind, harmful=2)
         before = {k: v.clone() for k, v in model.state_dict().items()}
         data = [t.train.x.clone() for t in case.tasks]
-        after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+        after, again = (
+            method(model, case, seed=3, checkpoint=None, log=tiny.no_log) for _ in range(2)
+        )
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
         assert all(torch.equal(t.train.x, x) for t, x in zip(case.tasks, data, strict=True))
-        assert after is not model
         assert all(torch.isfinite(v.double()).all() for v in after.state_dict().values())
-        if name == "none":
-            assert same_weights(after, model)
-        else:
-            assert not same_weights(after, model)
-
-    def test_same_seed_same_bits(self, name, kind):
-        runs = []
-        for _ in range(2):
-            model, case = problem(kind)
-            runs.append(immunizer(name)(model, case, seed=3, checkpoint=None, log=tiny.no_log))
-        assert same_weights(*runs)
-
-    def test_save_and_load_is_identical(self, name, kind):
-        model, case = problem(kind)
-        after = immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-        fresh, _ = problem(kind)
-        fresh.load_state_dict(
-            load(save({k: v.contiguous() for k, v in after.state_dict().items()}))
-        )
-        assert same_weights(fresh, after)
-        assert torch.equal(fresh(case.benign.test.x), after(case.benign.test.x))
-
-    def test_several_harmful_tasks(self, name, kind):
-        model, case = problem(kind, harmful=2)
-        after = immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-        assert all(torch.isfinite(v.double()).all() for v in after.state_dict().values())
+        assert same_weights(after, again)
+        assert same_weights(after, model) == (name == "none")
 
 
 @pytest.mark.parametrize(
@@ -142,10 +118,9 @@ def attacked_problem(name, kind):
     return model, tiny.linear_classes() if (name, kind) == ("probe_logistic", "linear") else case
 
 
-def run_attack(name, kind, role="harmful", seed=0):
+def run_attack(name, kind):
     """(attack, trajectory, the copies that it trained)."""
     model, case = attacked_problem(name, kind)
-    task = case.benign if role == "benign" else case.harmful[0]
     attack = attacker(name, lr_trials=5)
     copies = []
     if (
@@ -153,7 +128,7 @@ def run_attack(name, kind, role="harmful", seed=0):
     ) is not None:  # a probe trains no copy: its features stay
         attack.open = lambda net, seed: (copies.append(net), opens(net, seed))[1]
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    found = attack(model, task, seed=seed, budget=BUDGET, checkpoint=None)
+    found = attack(model, case.harmful[0], seed=0, budget=BUDGET, checkpoint=None)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), (
         "the input model was changed"
     )
@@ -234,12 +209,8 @@ class TestAttacker:
         _, found, _ = attacked(name, kind)
         assert found.values["train_loss"][-1] < found.values["train_loss"][0]
 
-    def test_benign_and_harmful_alike(self, name, kind):
-        _, found, _ = run_attack(name, kind, role="benign")
-        assert found.values["train_loss"][-1] < found.values["train_loss"][0]
-
     def test_same_seed_same_bits(self, name, kind):
-        (_, a, _), (_, b, _) = (run_attack(name, kind, seed=5) for _ in range(2))
+        (_, a, _), (_, b, _) = attacked(name, kind), run_attack(name, kind)
         assert a.values == b.values
         assert all(torch.equal(a.weights[k], b.weights[k]) for k in a.weights)
 
@@ -269,8 +240,6 @@ def test_metric_meets_the_contract(name):
 
 
 def test_the_suite_covers_every_choice():
-    assert "kappa" in IMMUNIZERS
-    assert "linear_probe" in ATTACKERS
     known = {*KINDS, "diffusion"}  # the last one in test_contracts_diffusion.py
     for name in IMMUNIZERS:
         assert immunizer(name).accepts & known, name
@@ -278,24 +247,18 @@ def test_the_suite_covers_every_choice():
         assert build("attacks", name).accepts & known, name
 
 
-# imports
-
-NOUNS = ("immunize", "attacks", "eval")
-
-
-@pytest.mark.parametrize("noun", NOUNS)
-def test_no_noun_reaches_another_and_no_immunizer_a_scorer(noun):
+def test_no_immunizer_reaches_a_scorer():
     """Through any chain of imports: what decides about a model must not be what the model was
     trained against.
     """
-    forbidden = {other for other in (*NOUNS, "run") if other != noun}
-    for path in (ROOT / noun).rglob("*.py"):
-        todo, seen = [".".join(path.relative_to(ROOT).with_suffix("").parts)], set()
-        while todo:
-            module = todo.pop()
-            if module not in seen:
-                seen.add(module)
-                todo.extend(sources._imports(module))
-        reached = {m for m in seen if m.split(".")[0] in forbidden}
-        scorers = {m for m in seen if noun == "immunize" and m.startswith("lab.scorers")}
-        assert not reached | scorers, f"{path.name} reaches {sorted(reached | scorers)}"
+    todo = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "immunize").rglob("*.py")
+    ]
+    seen = set()
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            todo.extend(sources._imports(module))
+    assert not {module for module in seen if module.startswith("lab.scorers")}

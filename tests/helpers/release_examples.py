@@ -17,7 +17,7 @@ from tiny_diffusion import pictures, tiny_diffusion
 import run  # noqa: F401 - registers a resolver of the config
 from lab.core.sources import ROOT
 from lab.minisd.world import folders
-from lab.minisd.world.world import Subset, concept
+from lab.minisd.world.world import concept
 from lab.runner.experiment import run_once
 
 
@@ -82,20 +82,12 @@ def tiny_folder(folder: Path, seed: int = 0) -> Path:
     return tiny_diffusion(seed).save(folder)
 
 
-def unrelated(root: Path) -> Path:
-    found = pictures(Subset(("fox", "panda")), 5, 8)
-    rows = [{"file_name": f"{i}.png", "text": t} for i, t in enumerate(found.prompts)]
-    return folders.write(root / "unrelated", found.images, rows)
-
-
-def finished(root: Path, *overrides: str) -> tuple[Path, list[str]]:
-    """(record, overrides) of a finished run below ``root``."""
-    base = tiny_folder(root / "base")
-    given = world(root, base, *overrides)
-    path = run_once(composed(*given), root / "run")
+def finished(root: Path) -> Path:
+    """The record of a finished run below ``root``."""
+    path = run_once(composed(*world(root, tiny_folder(root / "base"))), root / "run")
     assert path is not None
     torch.set_num_threads(1)
-    return path, given
+    return path
 
 
 def options(run_folder: tuple[Path, Path], *more: str) -> Any:

@@ -3,6 +3,9 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, missing
+from release_examples import finished, options
+
+from lab.release.export import export
 
 
 @pytest.fixture(scope="module")
@@ -17,3 +20,15 @@ def cluster():
         Cluster(Path(folder) / "cluster") as running,
     ):
         yield running
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """(root, record file) of one finished run of a tiny text-to-image model."""
+    root = tmp_path_factory.mktemp("release")
+    return root, finished(root)
+
+
+@pytest.fixture(scope="session")
+def exported(run_folder):
+    return export(options(run_folder))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import itertools
 import re
-from types import SimpleNamespace
 
 import pytest
 from entry_point import call_entry
@@ -22,7 +21,6 @@ from lab.release.audit import (
     audit,
     find_other_targets,
     prepare,
-    seconds_per_update,
     time_update,
 )
 
@@ -47,16 +45,12 @@ def test_one_command_ends_in_one_page(tmp_path, monkeypatch, capfd):
     (page,) = (tmp_path / "outputs").rglob("audit.md")
     text, record = page.read_text(), records.read(page.parent / "record.json")
     assert f"audit: {page}" in out
-    assert page.with_suffix(".html").is_file()
     assert (record["immunizer"], record["attacks"]) == ("none", SUITE)
     headline = re.search(r"^\*\*(.+)\*\*$", text, re.MULTILINE)
-    assert f"── {headline[1]}" in out
     assert re.match("Broken|Held|Not protected|Unclear", headline[1])
     assert "# Audit of a model, released" in text
     for name in SUITE:
         assert re.search(rf"^\| mosaic .*\| {name} \|", text, re.MULTILINE)
-    assert "2 × 1 steps" in text  # the searches of audit.search
-    assert "measured on" in text
     rows = record["tables"]["audit"]
     assert {row["concept"] for row in rows} == {"mosaic", "neon"}
     assert all(row["trials"] == 2 and row["parameters"] > 0 for row in rows)
@@ -85,7 +79,6 @@ def test_what_cannot_be_audited(overrides, message):
 def test_an_export_that_was_immunized_against_other_targets_is_reported(tmp_path):
     folder = tiny_folder(tmp_path / "released")
     cfg = composed("experiment=audit", f"backbone.path={folder}")
-    assert find_other_targets(cfg) == []  # no export: nothing is known about its targets
     (folder / "export.json").write_text('{"kind": "diffusion", "case": "mosaic_neon"}')
     assert find_other_targets(cfg) == []
     (folder / "export.json").write_text('{"case": "watercolor_stained-glass"}')
@@ -127,8 +120,3 @@ def test_seconds_of_an_update_are_a_median_and_of_a_curriculum_the_mean_over_its
     attack = Curriculum(name="curriculum", stages=stages, families=())
     seconds = timed(attack, Budget(4, 2), 1.0, 1.0, 1.0, 3.0, 3.0, 3.0)
     assert seconds == pytest.approx(2.5)
-
-
-def test_an_attacker_of_another_class_has_no_cost():
-    own = SimpleNamespace(parts=SimpleNamespace(attacks={"mine": SimpleNamespace(obj=object())}))
-    assert seconds_per_update(own, [{"attack": "mine"}]) == {}

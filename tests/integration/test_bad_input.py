@@ -8,13 +8,12 @@ import torch
 from entry_point import call_entry
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import OmegaConf
-from tiny import image_case, linear_case, linear_classes
+from tiny import linear_case, linear_classes
 
 from lab.cli.errors import report_error
-from lab.core.errors import UserError, explain
+from lab.core.errors import UserError
 from lab.core.sources import ROOT
-from lab.runner.assemble import _build, assemble, check_cases
+from lab.runner.assemble import assemble, check_cases
 
 
 def parts(*overrides):
@@ -43,6 +42,8 @@ def parts(*overrides):
         (["budget=5"], "budget"),
         (["seeds=1.5"], "seeds"),
         (["seeds=[0,0]"], "seeds"),
+        (["immunize=kappa_closed_form", "backbone=efficientnet_lite0"], "backbone"),
+        (["+attacks._target_=attacks.probes.linear_probe.LinearProbe"], "attacks._target_"),
     ],
 )
 def test_values_that_cannot_work_are_refused_when_the_run_is_put_together(arguments, key):
@@ -92,17 +93,11 @@ def test_the_command_says_so_in_one_line_and_exits_with_2(cli, argument, message
 OWN = ROOT / "docs" / "examples" / "own_methods"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "hint"),
-    [
-        (["immunize=partial_whitening", "immunize.pwoer=0.3"], "did you mean immunize.power"),
-        (["immunize=partial_whitenin"], "did you mean partial_whitening"),
-    ],
-)
-def test_hints_know_the_configs_of_ones_own(cli, arguments, hint):
-    code, err = cli(*arguments, first=("--config-dir", str(OWN / "conf")))
+def test_hints_know_the_configs_of_ones_own(cli):
+    words = ["immunize=partial_whitening", "immunize.pwoer=0.3"]
+    code, err = cli(*words, first=("--config-dir", str(OWN / "conf")))
     assert code == 2
-    assert hint in err
+    assert "did you mean immunize.power" in err
 
 
 # ── errors of the machine, of packages and of launchers
@@ -135,16 +130,6 @@ def test_what_a_user_can_mend_is_told_in_one_line_and_a_defect_with_its_tracebac
     assert (err.count("\n") == 1) == (code == 2)
 
 
-def test_a_package_that_a_part_needs_or_a_module_that_is_not_there(tmp_path, monkeypatch):
-    (tmp_path / "mine_needs.py").write_text("import a_package_that_nobody_has\n")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(UserError, match="a_package_that_nobody_has"):
-        _build(OmegaConf.create({"_target_": "mine_needs.Thing"}), "immunize")
-    with pytest.raises(UserError, match="PYTHONPATH"):
-        _build(OmegaConf.create({"_target_": "mine_gone.Thing"}), "immunize")
-    assert explain(UserError("a", 1, "no.")) == "a=1: no."
-
-
 # ── parts that do not fit the data
 
 
@@ -153,17 +138,6 @@ def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
     with pytest.raises(UserError, match=r"attacks\.probe_logistic\.loss=cross_entropy"):
         check_cases(chosen, (linear_case(),))
     check_cases(chosen, (linear_classes(),))
-
-
-def test_a_deep_attacker_checks_its_loss_too():
-    chosen = parts(
-        "attacks=[extractor_full_finetune]",
-        "attacks.extractor_full_finetune.loss=cross_entropy",
-        "eval=[conditioning]",
-    )
-    with pytest.raises(UserError, match=r"attacks\.extractor_full_finetune\.loss=cross_entropy"):
-        check_cases(chosen, (linear_case(),))
-    check_cases(chosen, (image_case(),))
 
 
 def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(cli):
@@ -178,44 +152,28 @@ def test_accuracies_need_classification_and_transfer_needs_eight_cases():
     with pytest.raises(UserError, match="eval=probe_accuracy"):
         check_cases(chosen, (linear_case(),))
     check_cases(chosen, (linear_classes(),))
-    chosen = parts("eval=[transfer]")
-    many = tuple(replace(linear_case(), name=f"case{i}") for i in range(8))
-    check_cases(chosen, many)
+    many = tuple(replace(linear_case(), name=f"case{i}") for i in range(7))
     with pytest.raises(UserError, match="eval=transfer"):
-        check_cases(chosen, many[:7] + many[:1])
-
-
-def test_metrics_that_the_run_leaves_out_are_not_checked():
-    check_cases(parts("eval=[transfer]", "immunize=none"), (linear_case(),))
-    check_cases(parts("eval=[probe_accuracy]", "attacks=none"), (linear_case(),))
+        check_cases(parts("eval=[transfer]"), many)
 
 
 # ── parts of somebody else's
 
 
-def test_an_attacker_that_misses_a_part_of_the_contract_is_told_which(monkeypatch):
-    class Half:
-        name = "linear_probe"
+class Half:
+    name = "linear_probe"
 
-        def __call__(self, model, task, **kwargs):
-            raise NotImplementedError
-
-    import lab.runner.assemble as module
-
-    built = module._build
-    swapped = lambda config, key, *more: (  # noqa: E731
-        replace(built(config, key, *more), obj=Half())
-        if key == "attacks.linear_probe"
-        else built(config, key, *more)
-    )
-    monkeypatch.setattr(module, "_build", swapped)
-    with pytest.raises(
-        UserError,
-        match=r"attacks\.linear_probe=Half: must be a subclass of lab.core.types.Attacker",
-    ):
-        parts()
+    def __init__(self, **options):
+        self.options = options
 
 
-def test_options_of_an_attacker_without_its_name_are_told():
-    with pytest.raises(UserError, match=r"attacks\._target_=.*stands without a name"):
-        parts("+attacks._target_=attacks.probes.linear_probe.LinearProbe")
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (f"{__name__}.Half", "must be a subclass of lab.core.types.Attacker"),
+        ("mine_gone.Thing", "PYTHONPATH"),
+    ],
+)
+def test_a_class_that_is_no_attacker_or_not_there(target, message):
+    with pytest.raises(UserError, match=message):
+        parts(f"attacks.linear_probe._target_={target}")

@@ -2,30 +2,17 @@
 
 import signal
 import time
-from pathlib import Path
 
 import pytest
 from entry_point import FAST, record_of
 from processes import start
 
 import immunize.kappa.method
-from attacks.probes.linear_probe import LinearProbe
 from immunize.kappa.method import SpectralTrainer
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared/data/house_price"
-THERE = pytest.mark.skipif(
-    not PUBLISHED.is_dir(),
-    reason="the published CSVs lie in ../shared/data/house_price, absent here",
-)
 
-
-@pytest.mark.parametrize(
-    "place",
-    [[], pytest.param([f"scenario.path={PUBLISHED}"], marks=THERE)],
-    ids=["ames", "published"],
-)
-def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path, place):
-    code, out, err = cli(*FAST[:2], *FAST[3:], "immunize=kappa_closed_form", *place)
+def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path):
+    code, out, err = cli(*FAST[:2], *FAST[3:], "immunize=kappa_closed_form")
     assert code == 0, err
     metrics = record_of(out, tmp_path)["metrics"]
     assert metrics["rir_bound_ratio"]["value"] == pytest.approx(1, abs=1e-6)
@@ -42,41 +29,26 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     assert first["metrics"]["rir"]["n"] == 1
     assert first["provenance"]["cache_hits"] == 0
     assert {c["model"] for c in first["cells"]} == {"none", "kappa", None}
-    assert (tmp_path / "outputs/runs").is_dir()
-    html = next((tmp_path / "outputs").rglob("report.html")).read_text()
-    assert "kappa" in html
+    assert "kappa" in next((tmp_path / "outputs").rglob("report.html")).read_text()
     code, out, _ = cli(*FAST)
     second = record_of(out, tmp_path)
     assert second["provenance"]["cache_misses"] == 0
     assert second["content_hash"] == first["content_hash"]
-    assert all(
-        c["seconds"] >= 0 for c in first["cells"]
-    )  # the baseline's immunization may take less than a millisecond
-    assert any(c["seconds"] > 0 for c in first["cells"])
     assert [c["seconds"] for c in second["cells"]] == [c["seconds"] for c in first["cells"]]
 
 
-def test_the_baseline_model_name_alone(cli, tmp_path):
-    code, out, err = cli(*[a for a in FAST if "epochs" not in a], "immunize=none")
+@pytest.mark.parametrize(
+    ("word", "skipped"), [("immunize=none", "verdict"), ("attacks=none", "convergence")]
+)
+def test_a_run_without_an_immunizer_or_without_attacks(cli, tmp_path, word, skipped):
+    code, out, err = cli(*[a for a in FAST if "epochs" not in a], word)
     assert code == 0, err
-    record = record_of(out, tmp_path)
-    assert "rir" not in record["metrics"]
-    assert "baseline model" in record["skipped"]["verdict"]
-
-
-def test_attacks_none_needs_no_attack_metrics(cli, tmp_path):
-    code, out, err = cli(*FAST, "attacks=none")
-    assert code == 0, err
-    record = record_of(out, tmp_path)
-    assert record["attacks"] == []
-    assert "attacks=none" in record["skipped"]["convergence"]
+    assert skipped in record_of(out, tmp_path)["skipped"]
 
 
 def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
     code, out, err = cli(*FAST, "dry_run=true")
     assert code == 0, err
-    assert "miss" in out
-    assert "hits" in out
     assert not list(tmp_path.rglob("record.json"))
     cli(*FAST)
     _, out, _ = cli(*FAST, "dry_run=true")
@@ -84,36 +56,6 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
     _, out, _ = cli(*FAST, "dry_run=true", "force=attack")
     assert "hit " in out
     assert "miss" in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "key"),
-    [
-        (["threads=0"], "threads=0"),
-        (["scenario.path=/nowhere"], "scenario.path=/nowhere"),
-        (["action=compare"], "records"),
-        (["action=compare", "records=[/nowhere.json]"], "records=/nowhere.json"),
-        (["immunize._target_=immunize.kappa.method.Nothing"], "immunize"),
-    ],
-)
-def test_wrong_input_names_its_key_and_exits_with_2(cli, arguments, key):
-    code, out, err = cli(*FAST, *arguments)
-    assert code == 2, (out, err)
-    message = next(line for line in err.splitlines() if line.startswith("error: "))
-    assert key in message
-    assert "Traceback" not in err
-
-
-def test_parts_that_do_not_fit_are_refused_before_anything_runs(cli, tmp_path):
-    code, _, err = cli(
-        "experiment=house_price",
-        "tracker=none",
-        "immunize=kappa_closed_form",
-        "backbone=efficientnet_lite0",
-    )
-    assert code == 2
-    assert "backbone=efficientnet_lite0" in err
-    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_a_failure_is_a_record_too(cli, tmp_path):
@@ -125,23 +67,6 @@ def test_a_failure_is_a_record_too(cli, tmp_path):
 
 
 def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkeypatch):
-    def interrupted(self, *args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(LinearProbe, "__call__", interrupted)
-        code, out, err = cli(*FAST)
-    assert code == 130
-    assert "continues" in err
-    stopped = record_of(out, tmp_path)
-    assert stopped["status"] == "preempted"
-    assert [c["status"] for c in stopped["cells"]][:3] == ["ok", "ok", "pending"]
-    code, out, err = cli(*FAST)
-    assert code == 0, err
-    assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 2  # both immunize stages
-
-
-def test_ctrl_c_in_the_middle_of_a_stage_says_from_where_it_goes_on(cli, tmp_path, monkeypatch):
     class Interrupted(SpectralTrainer):
         def descend(self, step):
             if step == 9:
@@ -150,12 +75,15 @@ def test_ctrl_c_in_the_middle_of_a_stage_says_from_where_it_goes_on(cli, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(immunize.kappa.method, "SpectralTrainer", Interrupted)
-        code, out, _ = cli(*FAST, "immunize.checkpoint_every=4")
+        code, out, err = cli(*FAST, "immunize.checkpoint_every=4")
     assert code == 130
+    assert "continues" in err
     stopped = record_of(out, tmp_path)
-    assert stopped["error"]["last_good_step"] == 8
+    assert (stopped["status"], stopped["error"]["last_good_step"]) == ("preempted", 8)
     assert [c["status"] for c in stopped["cells"]][:2] == ["ok", "pending"]
-    assert cli(*FAST, "immunize.checkpoint_every=4")[0] == 0
+    code, out, err = cli(*FAST, "immunize.checkpoint_every=4")
+    assert code == 0, err
+    assert record_of(out, tmp_path)["provenance"]["cache_hits"] == 1  # the baseline model
 
 
 def test_a_diverged_case_is_counted_and_said(cli, tmp_path):

@@ -2,7 +2,6 @@
 nothing of others.
 """
 
-import ast
 import importlib.util
 import os
 import re
@@ -13,7 +12,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import yaml
 from doc_blocks import PAGES, ROOT, blocks
 from entry_point import call_entry
 from hydra import compose, initialize_config_dir
@@ -132,90 +130,44 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
     assert metrics["effective_rank_benign"] > metrics["effective_rank_benign_baseline"]
 
 
-def test_the_own_attacker_beats_plain_gradient_descent(own_modules):
-    """The example does what its page says: an accelerated method, ahead of steepest descent with
-    exact line search.
-    """
-    own_modules(DOCS / "examples/own_methods")
-    import tiny
-    from mine.attacker import AcceleratedProbe
-
-    from attacks.probes.linear_probe import LinearProbe
-    from lab.core.types import Budget
-    from lab.models.linear import LinearBackbone
-
-    case = tiny.linear_case()
-    model = LinearBackbone().build(case, 0)
-    budget = Budget(horizon=60, multiple=2, points=10)
-    ours, theirs = (
-        attack(model, case.benign, seed=0, budget=budget, checkpoint=None)
-        for attack in (AcceleratedProbe(), LinearProbe())
-    )
-    assert ours.steps == theirs.steps
-    assert ours.values["norm_ratio"][0] == theirs.values["norm_ratio"][0] == 1
-    assert ours.values["train_loss"][0] == pytest.approx(theirs.values["train_loss"][0])
-    assert ours.at("norm_ratio", 120) < theirs.at("norm_ratio", 120)
-    harmful = tiny.linear_classes().harmful[0]
-    assert (
-        "test_accuracy"
-        in AcceleratedProbe()(model, harmful, seed=0, budget=budget, checkpoint=None).values
-    )
-
-
 # ---- what is not run is checked
 
 
-@pytest.mark.parametrize("page", PAGES, ids=short)
-def test_no_figure_is_missing(page):
-    """While figures are measured, a word in capitals holds their place: alone on its line, or in a
-    table's cell.
-    """
-    held = re.findall(
-        r"^(?:.*\| )?([A-Z][A-Z_0-9]{3,})(?: \|)?$", page.read_text(encoding="utf-8"), re.MULTILINE
-    )
-    assert not held
+def check_composes(arguments):
+    """Groups and keys exist; of a sweep's choices the first is taken."""
+    words = [w for w in arguments if "=" in w and not w.startswith(("hydra/", "hydra.", "-"))]
+    chosen = []
+    for override in OverridesParser.create().parse_overrides(words):
+        if override.is_sweep_override():
+            first = next(iter(override.sweep_string_iterator()))
+            chosen.append(f"{override.get_key_element()}={first}")
+        else:
+            chosen.append(override.input_line)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("config", overrides=chosen)
+    if concepts := cfg.scenario.get("concepts"):
+        # composing alone does not see a list without a needed role
+        ConceptFolders(concepts=OmegaConf.to_container(concepts))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=short)
 def test_commands_compose(page):
-    """Every ``python run.py`` line names groups and keys that exist; of a sweep's choices the first
-    is taken.
-    """
-    for arguments in (
-        a
-        for block in blocks(page)
-        if block.language == "bash" and not block.kind
-        for a in block.commands()
-    ):
-        words = [w for w in arguments if "=" in w and not w.startswith(("hydra/", "hydra.", "-"))]
-        chosen = []
-        for override in OverridesParser.create().parse_overrides(words):
-            if override.is_sweep_override():
-                first = next(iter(override.sweep_string_iterator()))
-                chosen.append(f"{override.get_key_element()}={first}")
-            else:
-                chosen.append(override.input_line)
-        if "--config-dir" in arguments or any(
-            w.partition("=")[2] == "mine" for w in words if "experiment" in w
-        ):
-            continue  # files of the reader's
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides=chosen)
-        if cfg.scenario.get(
-            "concepts"
-        ):  # composing alone does not see a list without a needed role
-            ConceptFolders(concepts=OmegaConf.to_container(cfg.scenario.concepts))
+    shown = [block for block in blocks(page) if block.language == "bash" and not block.kind]
+    for arguments in (arguments for block in shown for arguments in block.commands()):
+        if not {"--config-dir", "experiment=mine"} & {*arguments}:  # files of the reader's
+            check_composes(arguments)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=short)
-def test_code_blocks_are_code(page):
-    for block in blocks(page):
-        if "--8<--" in block.text:
-            continue
-        if block.language == "python":
-            ast.parse(block.text)
-        elif block.language == "yaml":
-            yaml.safe_load(block.text)
+def test_the_help_names_what_there_is():
+    path = ROOT / "conf/hydra/help/bench.yaml"
+    text = OmegaConf.to_container(OmegaConf.load(path), resolve=False)["template"]
+    # Hydra lists the groups of conf/ by itself, but not a folder on its search path
+    listed = re.findall(r"^sweeps: (.*)$", text, flags=re.M)
+    assert listed == [", ".join(sorted(path.stem for path in (ROOT / "sweeps").glob("*.yaml")))]
+    commands = re.findall(r"^ +python run\.py (?!action)(.*?)(?:  .*)?$", text, flags=re.M)
+    assert len(commands) == 5
+    for command in commands:
+        check_composes(command.split())
 
 
 def slug(heading):
@@ -239,46 +191,21 @@ def test_links_lead_somewhere(page):
             assert anchor in {slug(h) for h in headings}, f"{short(page)}: {link}#{anchor}"
 
 
-def test_snippets_name_files():
-    """Every inclusion mark is written as the site's extension reads it: anything else would be
-    shown as it stands.
-    """
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        names = re.findall(r'^--8<-- "([^"]+)"$', text, flags=re.MULTILINE)
-        assert len(names) == len(re.findall(r"--\s*8", text)), short(page)
-        assert all((DOCS / name).is_file() for name in names), f"{short(page)}: {names}"
-    for page in sorted((DOCS / "own").glob("*.md")):
-        assert page.read_text(encoding="utf-8").count("--8<--") >= 2, (
-            f"{short(page)} shows a class and its YAML"
-        )
-
-
 def test_cited_sections_of_methods_exist():
-    """Docstrings and YAMLs cite `docs/methods.md` by section; none cites a document that is not
-    here.
-    """
+    """Docstrings and YAMLs cite `docs/methods.md` by section."""
     text = (DOCS / "methods.md").read_text(encoding="utf-8")
     sections = set(re.findall(r"^##+ (\d(?:\.\d)?)\.? ", text, flags=re.MULTILINE))
-    folders = ("lab", "immunize", "attacks", "eval", "conf", "sweeps", "docs", "tests")
-    files = [
-        f
-        for folder in folders
-        for ending in ("py", "yaml", "md")
-        for f in (ROOT / folder).rglob(f"*.{ending}")
-    ]
-    cited = 0
-    for file in files:
-        if file == Path(__file__):
-            continue
-        body = file.read_text(encoding="utf-8")
-        assert not re.search(r"METHODS(?: §|\.md)", body), (
-            f"{short(file)} cites a document that is not here"
+    cited = {
+        section
+        for folder in ("lab", "immunize", "attacks", "eval", "conf", "sweeps", "docs")
+        for file in (ROOT / folder).rglob("*.*")
+        if file.suffix in (".py", ".yaml", ".md")
+        for section in re.findall(
+            r"docs/methods\.md §(\d(?:\.\d)?)", file.read_text(encoding="utf-8")
         )
-        for section in re.findall(r"docs/methods\.md §(\d(?:\.\d)?)", body):
-            cited += 1
-            assert section in sections, f"{short(file)}: §{section}"
-    assert cited >= 15
+    }
+    assert cited
+    assert cited <= sections
 
 
 # ---- the site
@@ -320,25 +247,13 @@ def test_the_site_builds_without_warnings_and_asks_nothing_of_others(tmp_path):
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "WARNING" not in done.stderr
     pages = list((tmp_path / "site").rglob("*.html"))
     assert len(pages) >= 25
     for page in pages:
-        text = page.read_text(encoding="utf-8")
         reader = Requests()
-        reader.feed(text)
+        reader.feed(page.read_text(encoding="utf-8"))
         assert not [url for url in reader.found if url and re.match(r"(https?:)?//", url)], page
-        assert 'class="mermaid"' not in text, "diagrams are loaded from another host"
     for style in (tmp_path / "site").rglob("*.css"):
         assert not re.search(
             r"(?:@import|url\()\s*[\"']?(?:https?:)?//", style.read_text(encoding="utf-8")
         ), style
-    reference = (tmp_path / "site/api/core/index.html").read_text(encoding="utf-8")
-    for name in (
-        "lab.core.types.Immunizer",
-        "lab.core.types.Attacker",
-        "lab.core.types.RunMetric",
-        "lab.core.errors.UserError",
-    ):
-        assert f'id="{name}"' in reference
-    assert (tmp_path / "site/metrics/index.html").is_file()

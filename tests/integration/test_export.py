@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ import pytest
 import timm
 import torch
 from diffusers import StableDiffusionPipeline
-from release_examples import composed, finished, move, options, tiny_folder
+from release_examples import composed, options, tiny_folder
 from safetensors.torch import load_file
 from tiny import image_case
 from tiny_sd import tiny_pipeline
@@ -40,19 +39,6 @@ from lab.runner.experiment import run_once
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """(root, record file) of one finished run."""
-    root = tmp_path_factory.mktemp("release")
-    path, _ = finished(root)
-    return root, path
-
-
-@pytest.fixture(scope="module")
-def exported(run_folder):
-    return export(options(run_folder))
-
-
 def chosen(run_folder):
     """Record and the cell of its immunized model."""
     record = records.read(run_folder[1])
@@ -72,26 +58,11 @@ def test_plain_diffusers_loads_the_immunized_weights(exported, run_folder):
     assert pipe("a fox", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
-def test_the_card_says_how_it_was_made_and_what_was_not_tried(exported):
-    card = (exported / "README.md").read_text()
-    for text in ("immunized by mima", "`steps=2`", "`inner_loop.rank=null`", "1 seed(s)"):
-        assert text in card
-    # none of four images is no certainty
-    assert re.search(r"\| attack success .*\| 0 \| \[0, 0\.602\]", card)
-    untried = set(
-        re.findall(r"\w+", next(x for x in card.splitlines() if "were not run" in x).split(":")[1])
-    )
-    assert {"lora_fast", "custom_diffusion", "dreambooth"} <= untried
-    assert not {"lora", "linear_probe", "none"} & untried
-    assert card.count("OpenMoji (") == 1
-
-
 def test_the_folder_holds_its_evidence_and_nothing_of_the_machine(exported, run_folder):
     original, kept = records.read(run_folder[1]), records.read(exported / "record.json")
     assert kept["content_hash"] == original["content_hash"]
     assert kept["provenance"]["host"] == kept["config"]["paths"] == "removed"
-    files = {"README.md", "record.json", "export.json", "delta.safetensors", UNET}
-    assert set(read_sums(exported)) >= files
+    assert {"README.md", "record.json", "export.json", UNET} <= set(read_sums(exported))
     place = str(run_folder[0]).encode()
     others = [p for p in exported.rglob("*") if p.is_file() and p.name != "record.json"]
     assert not [p for p in others if place in p.read_bytes()]
@@ -102,9 +73,7 @@ def test_the_folder_holds_its_evidence_and_nothing_of_the_machine(exported, run_
 def test_the_baseline_can_be_exported_for_comparison(run_folder):
     folder = export(options(run_folder, "export.model=none"))
     assert "NOT immunized" in (folder / "README.md").read_text()
-    facts = json.loads((folder / "export.json").read_text())
-    assert facts["immunized"] == {}
-    assert facts["changed"]["tensors"] > 0  # what was erased
+    assert json.loads((folder / "export.json").read_text())["immunized"] == {}
 
 
 def test_two_exports_are_equal_byte_by_byte(run_folder, exported, tmp_path, monkeypatch):
@@ -141,9 +110,7 @@ def test_other_stable_diffusions(run_folder, tmp_path, layout):
     folder = as_if(run_folder, None, config, published, released, tmp_path / "out")
     report = check(folder)
     assert report.lines[-1][:2] == ("ok", "delta"), report.lines
-    card = (folder / "README.md").read_text()
-    assert str(tmp_path) not in card
-    assert "license: other" in card
+    assert str(tmp_path) not in (folder / "README.md").read_text()
 
 
 def test_weights_outside_the_unet_are_refused(run_folder, tmp_path):
@@ -178,11 +145,7 @@ def test_a_linear_extractor_is_one_matrix(tmp_path):
     (theta,) = load_file(folder / "model.safetensors").values()
     assert theta.dtype == torch.float64
     assert not torch.equal(theta, torch.eye(len(theta), dtype=torch.float64))
-    assert "Ames house prices" in (folder / "README.md").read_text()
     assert not check(folder).failed
-    move(folder / "model.safetensors")
-    exporting.write_sums(folder)
-    assert "not those that export.json names" in check(folder).failed
 
 
 # ---- attacks
@@ -226,18 +189,6 @@ def test_choices_and_places_that_do_not_work(run_folder, tmp_path, monkeypatch, 
     with pytest.raises(UserError, match=message):
         export(options(run_folder, f"path={tmp_path / 'x'}", *words))
     assert not (tmp_path / "x").exists()
-
-
-def test_several_or_diverged_models_ask_for_a_choice(run_folder):
-    record, cell = chosen(run_folder)
-    record["cells"].append({**cell, "seed": 1})
-    with pytest.raises(UserError, match=r"export.seed=0 .*export.seed=1"):
-        choose(record, "immunize", composed().export)
-    assert choose(record, "immunize", composed("export.seed=1").export)["seed"] == 1
-    cell["status"] = "diverged"
-    record["cells"].pop()
-    with pytest.raises(UserError, match=r"export.seed=0 \(diverged\)"):
-        choose(record, "immunize", composed().export)
 
 
 def test_weights_that_nobody_measured_are_refused(run_folder, tmp_path):

@@ -27,14 +27,6 @@ def wait():
         time.sleep(0.01)
 
 
-@pytest.fixture(autouse=True)
-def _interrupts_reach_python():
-    """A shell starts background jobs with SIGINT ignored, and Python then leaves it so."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost(number):
     went_on = []

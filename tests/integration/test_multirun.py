@@ -4,7 +4,6 @@ import re
 
 import pytest
 from entry_point import FAST
-from processes import ROOT
 
 from lab.core import record as records
 
@@ -38,14 +37,6 @@ def test_every_group_can_be_swept(cli, tmp_path, group):
     assert not list(tmp_path.rglob("record.json"))
 
 
-def test_every_group_is_swept_here():
-    left = {"hydra", "train", "scorers"}  # scorers=real needs weights from a hub
-    groups = {p.name for p in (ROOT / "conf").iterdir() if p.is_dir()} - left
-    assert set(EVERY_GROUP) == {
-        g for g in groups if len(list((ROOT / "conf" / g).glob("*.yaml"))) > 1
-    }
-
-
 @pytest.mark.slow
 def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, tmp_path):
     code, _, err = cli("-m", *FAST, "immunize=kappa,kappa_well_only", "immunize.lambda_p=1,-1")
@@ -54,22 +45,3 @@ def test_a_sweep_ends_with_one_leaderboard_and_goes_on_after_a_failed_job(cli, t
     found = [records.read(p)["status"] for p in tmp_path.rglob("record.json")]
     assert sorted(found) == ["failed", "failed", "ok", "ok"], err
     assert "failed" in board
-
-
-def test_a_dry_run_hands_no_job_to_a_launcher(cli, tmp_path):
-    code, out, err = cli(
-        "-m",
-        *FAST,
-        "immunize=kappa,kappa_well_only",
-        "hydra/launcher=submitit_local",
-        "dry_run=true",
-    )
-    assert code == 0, err
-    assert len(re.findall(r"^\d+ stages", out, flags=re.M)) == 2, out
-    assert not list(tmp_path.rglob(".submitit"))
-
-
-def test_a_key_that_one_choice_lacks_is_refused(cli):
-    code, _, err = cli("-m", *FAST, "immunize=none,kappa", "dry_run=true")
-    assert code == 2
-    assert "immunize.epochs: there is no such key" in err

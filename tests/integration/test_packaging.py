@@ -103,13 +103,6 @@ def closure(names):
     return found
 
 
-def test_without_extras_an_install_is_light():
-    core = closure({name_of(r) for r in PROJECT["dependencies"]})
-    heavy = {"mlxtend", "trackio", "nudenet", "pytest", "mypy", "ruff", "mkdocs", "gradio"}
-    heavy |= {"hydra-submitit-launcher", "onnxruntime", "opencv-python", "jupyter"}
-    assert not core & heavy
-
-
 # ---- building and installing
 
 

@@ -96,33 +96,16 @@ def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
     first, last, again = (
         load_images(tmp_path / "out" / name) for name in ("step_00000", "step_00030", "reloaded")
     )
-    assert first.shape == (3, 32, 32, 3)
     assert not torch.equal(first, last)
     assert (last.int() - again.int()).abs().max() <= 1  # what was trained is what the file holds
     tensors = load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors")
     assert all(".lora" in name and "attn2" in name for name in tensors)
 
 
-def test_it_repeats_and_another_seed_differs(places, tmp_path):
-    options = ("--steps", "2", "--rank", "2")
-    losses = [
-        attack(places, tmp_path / str(i), *options, "--seed", str(s))["losses"]
-        for i, s in enumerate((0, 0, 1))
-    ]
-    assert losses[0] == losses[1] != losses[2]
-
-
-def test_a_folder_that_holds_results_is_not_written_to(places, capsys):
-    model, images = map(str, places)
-    with pytest.raises(SystemExit):
-        load(ATTACK).main([model, "--images", images, "--prompt", "p", "--out", model])
-    assert "exists and is not empty" in capsys.readouterr().err
-
-
 # ---- the scorer
 
 
-def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
+def gallery(folder, shown, count=5):
     """Folders as the attack writes them, in which ``shown`` of the images of every step are
     mosaics.
     """
@@ -130,7 +113,7 @@ def gallery(folder, shown, *, steps=(0, 10, 20, 40), count=5):
         sample(concept("mosaic"), 3, count).images,
         sample(Subset(("fox", "panda")), 4, count).images,
     )
-    for step, some in zip(steps, shown, strict=True):
+    for step, some in zip((0, 10, 20, 40), shown, strict=True):
         (folder / f"step_{step:05d}").mkdir(parents=True)
         for i in range(count):
             image = (yes if i < some else no)[i].permute(1, 2, 0).numpy()
@@ -149,14 +132,3 @@ def test_the_scorer_counts_and_compares(tmp_path, capsys):
     assert "steps to relearn, none: 10 " in out
     assert "steps to relearn, immunized: 20 " in out
     assert "steps_to_relearn_ratio_mosaic: 2 [" in out
-
-
-def test_the_scorer_compares_equal_steps_only(tmp_path, capsys):
-    some = gallery(tmp_path / "c", (0, 5, 5, 5), count=1)
-    other = gallery(tmp_path / "o", (0, 0), steps=(0, 5), count=1)
-    with pytest.raises(SystemExit):
-        load(SCORER).main(["mosaic", "--immunized", some, "--baseline", other])
-    assert "sampled at different steps" in capsys.readouterr().err
-    never = gallery(tmp_path / "n", (0, 0, 0, 0), count=1)
-    load(SCORER).main(["mosaic", "--immunized", never, "--baseline", some])
-    assert "(not relearned" in capsys.readouterr().out

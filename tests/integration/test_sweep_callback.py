@@ -1,4 +1,4 @@
-"""What is said before a sweep, and what it ends with: leaderboard, missing jobs, exit code."""
+"""What a sweep ends with: leaderboard, missing jobs, exit code."""
 
 import json
 
@@ -14,25 +14,16 @@ from lab.core.errors import UserError
 from lab.core.sources import ROOT
 
 
-def config(*overrides):
-    """The config as Hydra hands it to callbacks."""
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=list(overrides), return_hydra_config=True)
-    cfg.hydra.mode = RunMode.MULTIRUN
-    return cfg
-
-
-def test_the_cost_is_told_before_the_jobs(cli):
-    words = ["sweeps=corridor_figure", "dry_run=true", "immunize.lambda_h=1e-3", "seeds=[0]"]
-    code, out, err = cli(*words)
-    assert code == 0, err
-    assert out.startswith("corridor_figure: 4 runs in its YAML; cost: 1 minute on two cores\n")
+def read(path):
+    record = json.loads(path.read_text())
+    if record["status"] == "damaged":
+        raise UserError("records", path, "was altered.")
+    return record
 
 
 @pytest.fixture
-def end(tmp_path, monkeypatch, capsys):
-    """Ends a sweep: names of the published records, exit code, output, errors."""
+def end(tmp_path, monkeypatch):
+    """Ends a sweep: names of the published records, exit code."""
     published = []
     monkeypatch.setattr(
         "lab.cli.actions.publish", lambda found, folder, lost: published.extend(found)
@@ -44,19 +35,16 @@ def end(tmp_path, monkeypatch, capsys):
             (tmp_path / name).mkdir(parents=True)
             body = {"status": status, "error": {"key": key}, "name": name}
             (tmp_path / name / "record.json").write_text(json.dumps(body))
-        cfg = config(f"hydra.sweep.dir={tmp_path}")
+        GlobalHydra.instance().clear()
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            place = f"hydra.sweep.dir={tmp_path}"
+            cfg = compose("config", overrides=[place], return_hydra_config=True)
+        cfg.hydra.mode = RunMode.MULTIRUN
         with pytest.raises(SystemExit) as ended:
             SweepLeaderboard().on_multirun_end(cfg)
-        return [record["name"] for record in published], ended.value.code, *capsys.readouterr()
+        return [record["name"] for record in published], ended.value.code
 
     return call
-
-
-def read(path):
-    record = json.loads(path.read_text())
-    if record["status"] == "damaged":
-        raise UserError("records", path, "was altered.")
-    return record
 
 
 def test_the_exit_code_is_the_worst_of_the_jobs_whatever_their_folders_are_called(end):
@@ -66,17 +54,14 @@ def test_the_exit_code_is_the_worst_of_the_jobs_whatever_their_folders_are_calle
         ("9-a", "failed", "seeds"),
         ("eta=0/x", "ok", None),
     ]
-    names, code, _, _ = end(*folders)
-    assert names == ["9-a", "10-b", "eta=0/x", "eta=1"]
-    assert code == 2
+    assert end(*folders) == (["9-a", "10-b", "eta=0/x", "eta=1"], 2)
 
 
-def test_a_damaged_record_and_a_killed_job_are_told_and_stop_nothing(end, tmp_path):
+def test_a_damaged_record_and_a_killed_job_are_told_and_stop_nothing(end, tmp_path, capsys):
     (tmp_path / "2-c/.hydra").mkdir(parents=True)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         OmegaConf.save(compose("config"), tmp_path / "2-c/.hydra/config.yaml")
-    names, code, _, err = end(("0-a", "damaged", None), ("1-b", "ok", None))
-    assert names == ["1-b"]
-    assert code == 1
+    assert end(("0-a", "damaged", None), ("1-b", "ok", None)) == (["1-b"], 1)
+    err = capsys.readouterr().err
     assert "0-a/record.json: was altered." in err
     assert "2-c left no record" in err

@@ -10,28 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from entry_point import call_entry
-from release_examples import composed, finished, move, options, tiny_folder
+from release_examples import composed, move, tiny_folder
 
 from lab.core import record as records
-from lab.core.errors import UserError
 from lab.core.types import ImageGrid
-from lab.release.export import export
 from lab.release.verify import check, find_differences, verify, write_sums
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """(root, record file) of one finished run."""
-    root = tmp_path_factory.mktemp("release")
-    path, _ = finished(root)
-    return root, path
-
-
-@pytest.fixture(scope="module")
-def exported(run_folder):
-    return export(options(run_folder))
 
 
 @pytest.fixture
@@ -183,8 +168,3 @@ def test_without_the_original_the_delta_is_not_checked_and_base_names_it(copied,
         assert "has other weights" in check(copied, base=str(wrong)).failed
     finally:
         shutil.move(moved, base)
-
-
-def test_verify_needs_a_folder(tmp_path):
-    with pytest.raises(UserError, match="no exported folder"):
-        verify(composed(f"path={tmp_path / 'none'}"))
