@@ -192,6 +192,7 @@ def _stand_in(folder: Path) -> Record | None:
         "seeds": list(seeds),
         "config": records.clean(config),
         "metrics": {},
+        "tables": {},
         "notes": [],
         "content_hash": folder.name,
         "error": {"type": "Killed", "message": message, "key": None, "last_good_step": None},
