@@ -90,10 +90,8 @@ def test_three_processes_make_the_record_of_one_and_only_the_first_speaks(tmp_pa
     assert {rank: state["state"] for rank, state in rank_states(tmp_path).items()} == dict.fromkeys(
         range(3), "done"
     )
-    logged = sorted(
-        path.stem.rpartition("-")[2] for path in tmp_path.rglob("offline-run-*/*.wandb")
-    )
-    assert logged == ["attack", "eval", "immunize"], "one tracker, not one per process"
+    logged = list(tmp_path.rglob("offline-run-*/*.wandb"))
+    assert len(logged) == 1, "one tracker, not one per process"
     assert telling(tmp_path, out, err) == []
 
 
