@@ -84,7 +84,11 @@ def test_curves_of_a_stage_share_one_axis_and_do_not_name_the_immunizer(offline)
 
 def test_trackio_has_the_same_view(offline):
     database = sqlite3.connect(next((offline / "trackio").glob("*.db")))
-    logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+    deadline = time.monotonic() + 60  # trackio writes on a thread of its own
+    logged: list[dict] = []
+    while not any("rir" in m for m in logged) and time.monotonic() < deadline:
+        logged = [json.loads(row[0]) for row in database.execute("select metrics from metrics")]
+        time.sleep(0.2)
     key = "attack/loss/baseline"
     assert [m[key] for m in logged if key in m] == [3.0, 2.0, 1.0]
     assert [m["rir"] for m in logged if "rir" in m] == [12.5]
