@@ -100,7 +100,7 @@ def test_a_process_that_ends_too_early_ends_the_run_and_leaves_a_record(tmp_path
     """The other one waits at that moment, or is in a stage of its own; here nothing may wait for a
     time limit.
     """
-    out, err = ended(start(tmp_path, *faulty(tmp_path, rank, kind)), code=1, seconds=240)
+    _, err = ended(start(tmp_path, *faulty(tmp_path, rank, kind)), code=1, seconds=240)
     (record,) = found_records(tmp_path)
     assert record["status"] == "failed"
     if kind == "killed":
