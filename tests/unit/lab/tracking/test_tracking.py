@@ -3,6 +3,7 @@
 import json
 import logging
 import sqlite3
+import sys
 import time
 from contextlib import contextmanager
 
@@ -36,6 +37,8 @@ def offline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, warnings_of(trackers.log) as warned:
         forget_key(patch, home)
         patch.setenv("TRACKIO_DIR", str(home / "trackio"))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+            patch.delitem(sys.modules, name)  # it reads the variable when it is imported
         track(run_folder(home), {"wandb": WANDB, "trackio": TRACKIO})
     assert not warned
     return home
