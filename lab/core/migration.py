@@ -47,7 +47,11 @@ _MODULES = {
     "lab.scenarios.relearn": "lab.scenarios.world_concepts",
 }
 # classes that left the module of their neighbours
-_TARGETS = {"immunize.mima.MimaDeep": "immunize.mima.deep.MimaDeep"}
+_TARGETS = {
+    "lab.judges.load.shipped_clip": "lab.scorers.clip.OpenClip",
+    "lab.judges.load.shipped_detector": "lab.scorers.detector.load_detector",
+    "immunize.mima.MimaDeep": "immunize.mima.deep.MimaDeep",
+}
 _CLASSES = {"FeatureJudge": "FeatureScorer", "Judges": "Scorers"}
 # config key in schema 1.x → its name now
 _KEYS = {

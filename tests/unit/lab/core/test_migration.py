@@ -1,0 +1,25 @@
+"""Records of schema 1.x under the names of today."""
+
+from pathlib import Path
+
+from hydra.utils import get_object
+
+from lab.core import record
+from lab.core.sources import ROOT
+
+
+def targets(node):
+    if isinstance(node, dict):
+        yield from [node["_target_"]] if "_target_" in node else []
+        node = list(node.values())
+    for value in node if isinstance(node, list) else []:
+        yield from targets(value)
+
+
+def test_every_committed_record_is_read_and_its_targets_exist():
+    records = ROOT / "outputs" / "records"
+    loaded, broken = record.readable(record.find([str(records)], Path("outputs")))
+    assert not broken
+    assert len(loaded) == len(list(records.rglob("*.json")))
+    for target in {t for one in loaded for t in targets(one["config"])}:
+        assert callable(get_object(target)), target
