@@ -7,24 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval.report.words import Record
+from lab.core.record import VOLATILE_CONFIG
 
-_SILENT = {
-    "paths",
-    "tracker",
-    "force",
-    "dry_run",
-    "action",
-    "records",
-    "threads",
-    "sweep",
-    "name",
-    "experiment_name",
-    "path",
-    "push_to",
-    "export",
-    "launch",
-    "search",
-}
+_SILENT = {*VOLATILE_CONFIG, "experiment_name"}  # top-level keys that set no record apart
 _SHOWN = 6  # settings in a label
 _MISSING = object()
 

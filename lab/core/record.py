@@ -25,7 +25,7 @@ SCHEMA_VERSION = "2.0"  # 1.x: other names and no ``bound``; `lab.core.migration
 READABLE = ("1.0", "1.1", "1.2", "1.3", SCHEMA_VERSION)
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
-_VOLATILE_CONFIG = (
+VOLATILE_CONFIG = (
     "paths",
     "tracker",
     "force",
@@ -164,7 +164,7 @@ def images_of(scores: Sequence[Scores]) -> dict[str, ImageGrid]:
 
 def _lasting(config: Any) -> dict[str, Any]:
     """What of a configuration says which run it is."""
-    return {k: v for k, v in config.items() if k not in _VOLATILE_CONFIG}
+    return {k: v for k, v in config.items() if k not in VOLATILE_CONFIG}
 
 
 def content_hash(record: Record) -> str:
