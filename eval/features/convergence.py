@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, ClassVar
 
+import numpy as np
 from pydantic import Field
-from torch import Tensor
 
 from eval.features.trajectories import (
     LOSS,
@@ -18,15 +18,16 @@ from eval.features.trajectories import (
     NORM_RATIO,
     RATIO_FLOOR,
     Measurement,
+    attack_groups,
     attacked,
     each_worst,
     horizons,
     model_scores,
-    pair,
     performance,
     primary,
     slowdown_score,
     worst_slowdown,
+    worst_task,
 )
 from eval.stats.aggregate import (
     PROTECTED,
@@ -34,15 +35,14 @@ from eval.stats.aggregate import (
     Line,
     load_run,
     model_curve,
-    tasks_of,
     walk,
     worst,
 )
-from eval.stats.intervals import POSITIVE, UNBOUNDED, joined
+from eval.stats.intervals import POSITIVE, UNBOUNDED, Floats, joined
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind, Role
 from lab.core.slugs import slug
-from lab.core.types import RunMetric, RunView, Score, Scores
+from lab.core.types import RunMetric, RunView, Score, Scores, Trajectory
 
 NEITHER = "neither the harmful nor the benign target was met"
 CURVES = {
@@ -81,7 +81,6 @@ class Convergence(RunMetric):
 
     def __call__(self, run: RunView) -> Scores:
         run, out = load_run(run, trajectories=True), Scores()
-        groups = [*(((a,), slug(a)) for a in run.attacks), (run.attacks, "worst")]
         for attack in run.attacks:
             for role in ROLES:
                 out.curves |= trajectory_curves(run, attack, role)
@@ -91,7 +90,7 @@ class Convergence(RunMetric):
                         run, attack, role, NORM_RATIO, pick, PROTECTED[role], POSITIVE
                     )
                     out.metrics |= {f"norm_ratio_{name}": score for name, score in ratios.items()}
-        for attacks, name in groups if len(run.model_names) == 2 else ():
+        for attacks, name in attack_groups(run) if len(run.model_names) == 2 else ():
             for role in ROLES:
                 out.metrics |= self._compare(run, attacks, role, name)
             out.metrics[f"slowdown_relative_{name}"] = relative_score(run, attacks)
@@ -106,7 +105,8 @@ class Convergence(RunMetric):
         out, better = {}, PROTECTED[role]
         with_norm = [a for a in attacks if primary(run, a, role) == NORM_RATIO]
         for step, end in horizons(run) if with_norm else ():
-            ratio = each_worst(run, with_norm, role, partial(_quotient, run, role, step), "no case")
+            quotient = worst_task(run, role, partial(_quotient, step))
+            ratio = each_worst(run, with_norm, role, quotient, "no case")
             key = f"norm_ratio_{role}_{name}{end}_ratio"
             out[key] = ratio.score(better, aggregate="geomean")
         out[f"slowdown_{role}_{name}"] = slowdown_score(run, attacks, role, "auto")
@@ -114,22 +114,13 @@ class Convergence(RunMetric):
             out[f"slowdown_loss_{role}_{name}"] = slowdown_score(run, attacks, role, LOSS)
         reason = f"the baseline's performance never reaches {self.rfd_smallest}"
         for signed, key, bounds in ((False, "rfd", POSITIVE), (True, "rfd_signed", UNBOUNDED)):
-            deviation = each_worst(
-                run, attacks, role, partial(self._rfd, run, role, signed), reason
-            )
+            figure = worst_task(run, role, partial(_rfd, signed, self.rfd_smallest))
+            deviation = each_worst(run, attacks, role, figure, reason)
             out[f"{key}_{role}_{name}"] = deviation.score(better, unit="%", bounds=bounds)
         return out
 
-    def _rfd(
-        self, run: RunView, role: Role, signed: bool, attack: str, case: Case, seed: int
-    ) -> float | None:
-        pairs = [performance(*pair(run, attack, case, t, seed)) for t in tasks_of(case, role)]
-        values = [rfd(*curves, signed, self.rfd_smallest) for curves in pairs if curves is not None]
-        known = [value for value in values if not math.isnan(value)]
-        return worst(role, known) if known else None
 
-
-def rfd(base: Tensor, immunized: Tensor, signed: bool = False, smallest: float = 0.05) -> float:
+def rfd(base: Floats, immunized: Floats, signed: bool = False, smallest: float = 0.05) -> float:
     """Return the relative fine-tuning deviation 100/E Σ_t |M_base^t − M_imm^t| / M_base^t in
     percent; nan where the base never reaches ``smallest``.
 
@@ -143,19 +134,27 @@ def rfd(base: Tensor, immunized: Tensor, signed: bool = False, smallest: float =
         smallest: points where the base performance lies below this are left out, as the quotient
             explodes.
     """
-    base, immunized = base.double(), immunized.double()
     used = base >= smallest
+    if not used.any():
+        return math.nan
     gap = (base[used] - immunized[used]) / base[used]
-    return 100 * float((gap if signed else gap.abs()).mean())
+    return float(100 * np.mean(gap if signed else np.abs(gap)))
 
 
-def _quotient(run: RunView, role: Role, step: int, attack: str, case: Case, seed: int) -> float:
+def _rfd(
+    signed: bool, smallest: float, baseline: Trajectory, immunized: Trajectory
+) -> Measurement | None:
+    curves = performance(baseline, immunized)
+    value = rfd(*curves, signed, smallest) if curves else math.nan
+    return None if math.isnan(value) else Measurement(value)
+
+
+def _quotient(step: int, baseline: Trajectory, immunized: Trajectory) -> Measurement:
     """Return the norm ratio immunized ÷ baseline; both count at least `RATIO_FLOOR`, so that
     rounding is never compared.
     """
-    pairs = [pair(run, attack, case, task, seed) for task in tasks_of(case, role)]
-    floored = [[max(t.at(NORM_RATIO, step), RATIO_FLOOR) for t in both] for both in pairs]
-    return worst(role, [immunized / baseline for baseline, immunized in floored])
+    before, after = (max(t.at(NORM_RATIO, step), RATIO_FLOOR) for t in (baseline, immunized))
+    return Measurement(after / before)
 
 
 def relative_score(run: RunView, attacks: Sequence[str]) -> Score:

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import ClassVar
+from statistics import fmean
+from typing import Any, ClassVar
 
-from eval.stats.aggregate import baseline_suffix, load_run, samples, thin
+from torch import Tensor
+
+from eval.stats.aggregate import baseline_suffix, column_samples, load_run, thin
 from eval.stats.intervals import score_samples
 from lab.core.condition import principal_angles, rir_bound
 from lab.core.config import Count, PositiveShare, Text, config
@@ -39,69 +41,52 @@ class Geometry(RunMetric):
 
     def __call__(self, run: RunView) -> Scores:
         out = Scores(tables={"principal_angles": [], "pencil": []})
-        values: dict[str, dict[tuple[int, str], float | None]] = {}  # metric → (seed, case) → value
+        figures: dict[tuple[int, str], dict[str, float | None]] = {}  # (seed, case) → name → value
         reasons: list[str] = []
 
         def visit(seed: int, case: Case) -> None:
-            first = not out.tables["principal_angles"]
-            tables = out if first else Scores(tables={"principal_angles": [], "pencil": []})
-            for model in run.model_names:
-                measured = self._measure(run, model, case, seed, tables, reasons)
-                for name, value in measured.items():
-                    values.setdefault(name + baseline_suffix(model), {})[seed, case.name] = value
+            row: dict[str, float | None] = {}
+            figures[seed, case.name] = row
+            for name in run.model_names:
+                model, end = run.model(name, case, seed), baseline_suffix(name)
+                benign = features(model, case.benign.train.x)
+                harmful = [features(model, task.train.x) for task in case.harmful]
+                angles = [self._angles(benign, x) for x in harmful]
+                row[f"principal_angle_mean{end}"] = fmean(float(a.mean()) for a in angles)
+                row[f"principal_angle_largest{end}"] = max(float(a.max()) for a in angles)
+                bounds = []
+                if name == BASELINE or model.kind != "linear":  # a linear map keeps the pencil
+                    bounds = [rir_bound(benign, x) for x in harmful]
+                    known = [b.kappa_m for b in bounds if b.kappa_m is not None]
+                    complete = len(known) == len(bounds)
+                    row[f"kappa_pencil{end}"] = fmean(known) if complete else None
+                reasons.extend(b.reason for b in bounds if b.reason)
+                if len(figures) == 1:
+                    labels = {"model": name, "case": case.name, "seed": seed}
+                    labels["task"] = case.harmful[0].name
+                    out.tables["principal_angles"] += _numbered(labels, angles[0], "degrees")
+                    for bound in bounds[:1]:
+                        rows = _numbered(labels, bound.pencil, "value")
+                        out.tables["pencil"] += [row for row in rows if row["value"] > 0]
 
         loaded = load_run(run, visit, label="angles")
-        for name, by_case in sorted(values.items(), key=lambda item: item[0].endswith("_baseline")):
-            groups = samples(loaded, partial(_value, by_case))
+        names = next(iter(figures.values()))
+        for name in sorted(names, key=lambda name: name.endswith("_baseline")):
             reason = reasons[0] if reasons else "no case"
-            dropped = sum(value is None for value in by_case.values())
+            dropped = sum(row[name] is None for row in figures.values())
             out.metrics[name] = score_samples(
-                groups,
+                column_samples(loaded, figures, name),
                 "neutral",
                 reason,
                 unit="°" if "angle" in name else "",
-                note=f"{dropped} of {len(by_case)} left out: {reason}" if dropped else None,
+                note=f"{dropped} of {len(figures)} left out: {reason}" if dropped else None,
                 bounds=(0.0, 90.0 if "angle" in name else math.inf),
             )
         return out
 
-    def _measure(
-        self, run: RunView, model_name: str, case: Case, seed: int, out: Scores, reasons: list[str]
-    ) -> dict[str, float | None]:
-        model = run.model(model_name, case, seed)
-        benign = features(model, case.benign.train.x)
-        angles, pencils = [], []
-        for task in case.harmful:
-            harmful = features(model, task.train.x)
-            angles.append(
-                principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
-            )
-            base = {"model": model_name, "case": case.name, "seed": seed, "task": task.name}
-            tabulated = task is case.harmful[0]
-            out.tables["principal_angles"] += [
-                base | {"index": i + 1, "degrees": v}
-                for i, v in (thin(angles[-1].tolist()) if tabulated else ())
-            ]
-            if model_name != BASELINE and model.kind == "linear":
-                continue  # a congruence: the pencil is the baseline's
-            bound = rir_bound(benign, harmful)
-            pencils.append(bound.kappa_m)
-            reasons += [bound.reason] if bound.reason else []
-            out.tables["pencil"] += [
-                base | {"index": i + 1, "value": v}
-                for i, v in (thin(bound.pencil.tolist()) if tabulated else ())
-                if v > 0
-            ]
-        numbers: dict[str, float | None] = {
-            "principal_angle_mean": sum(float(a.mean()) for a in angles) / len(angles),
-            "principal_angle_largest": max(float(a.max()) for a in angles),
-        }
-        if pencils:
-            finite = [k for k in pencils if k is not None]
-            complete = len(finite) == len(pencils)
-            numbers["kappa_pencil"] = sum(finite) / len(finite) if complete else None
-        return numbers
+    def _angles(self, benign: Tensor, harmful: Tensor) -> Tensor:
+        return principal_angles(benign, harmful, self.dim, self.energy) * (180 / math.pi)
 
 
-def _value(values: dict[tuple[int, str], float | None], seed: int, case: Case) -> float | None:
-    return values[seed, case.name]
+def _numbered(labels: dict[str, Any], values: Tensor, column: str) -> list[dict[str, Any]]:
+    return [labels | {"index": i + 1, column: v} for i, v in thin(values.tolist())]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import Field
 from scipy.stats import spearmanr
 
-from eval.features.conditioning import rank_condition_number
+from eval.features.conditioning import compute_condition_number
 from eval.features.trajectories import worst_slowdown
 from eval.stats.aggregate import ROLES, left_out, load_run, walk
 from eval.stats.intervals import MIN_SEEDS, Better, Floats, interval_kind, joined
@@ -23,20 +23,13 @@ from lab.core.types import RunMetric, RunView, Score, Scores
 from lab.models.activations import features
 
 MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as its range
-Point = tuple[int, float, float]  # seed, and the two quantities of one case
-
-
-@dataclass
-class CaseChange:
-    """What immunization did to the harmful task that counts; angles in radians, means over the
-    leading subspaces.
-    """
-
-    seed: int
-    rir: float | None  # None: the numerical rank moved, κ before and after differ in directions
-    harmful_ratio: float
-    angle: float
-    angle_change: float
+Row = dict[str, Any]
+CORRELATIONS = {  # metric → columns of `_points`
+    "transfer": ("rir", "relative_slowdown"),
+    "transfer_harmful": ("kappa", "harmful_slowdown"),
+    "angle_predicts_slowdown": ("angle", "relative_slowdown"),
+    "angle_change_predicts_slowdown": ("angle_change", "relative_slowdown"),
+}
 
 
 @config
@@ -70,78 +63,62 @@ class Transfer(RunMetric):
     name: Text = "transfer"
     draws: Annotated[int, Field(strict=True, ge=100)] = 1000
 
+    def check(self, cases: tuple[Case, ...]) -> None:
+        """Require enough cases for a rank correlation.
+
+        Raises:
+            UserError: fewer than eight.
+        """
+        if len({case.name for case in cases}) < MIN_CASES:
+            fix = f"needs a scenario with at least {MIN_CASES} cases, e.g. "
+            raise UserError("eval", self.name, f"{fix}scenario=mnist_one_vs_rest.")
+
     def __call__(self, run: RunView) -> Scores:
-        changes: dict[tuple[int, str], CaseChange] = {}
+        changes: dict[tuple[int, str], Row] = {}
 
         def visit(seed: int, case: Case) -> None:
-            changes[seed, case.name] = _measure(run, case, seed)
+            changes[seed, case.name] = _measure_change(run, case, seed)
 
         loaded = load_run(run, visit, trajectories=True, label="condition numbers")
-        moved = sum(c.rir is None for c in changes.values())
+        moved = sum(change["rir"] is None for change in changes.values())
         what = f"{moved} of {len(changes)} cases left out: the numerical rank moved"
         dropped = what if moved else None
-        angles = [(c.seed, c.angle, c.rir) for c in changes.values() if c.rir is not None]
-        out = Scores(tables={"transfer": [], "transfer_cases": []})
         note = joined(dropped, left_out(run))
-        out.metrics["angle_predicts_rir"] = self._correlation(angles, "neutral", note)
+        angles = self._correlation(list(changes.values()), ("angle", "rir"), "neutral", note)
+        out = Scores({"angle_predicts_rir": angles}, tables={"transfer": [], "transfer_cases": []})
         for attack in run.attacks:
-            self._add_attack(out, loaded, attack, changes, dropped)
+            points = _points(loaded, attack, changes)
+            out.tables["transfer_cases"] += points
+            slowdowns = [point["relative_slowdown"] for point in points]
+            censored = sum(point["censored"] for point in points)
+            row: Row = {"attack": attack}
+            for name, pair in CORRELATIONS.items():
+                by_kappa = pair[0] in ("rir", "kappa")
+                used = [p for p in points if p["rir"] is not None] if by_kappa else points
+                count = f"{len(used)} of {len(changes)} cases; censored in {censored}"
+                note = joined(count, dropped if by_kappa else None, left_out(run))
+                score = self._correlation(used, pair, "higher" if by_kappa else "neutral", note)
+                out.metrics[f"{name}_{slug(attack)}"] = score
+                row[f"rho_{pair[0]}"] = score.value
+                if pair[0] == "rir":
+                    row |= {"low": score.low, "high": score.high}
+            row |= {"cases": sum(p["rir"] is not None for p in points), "censored": censored}
+            row["median_relative_slowdown"] = float(np.median(slowdowns)) if slowdowns else None
+            out.tables["transfer"].append(row)
         return out
 
-    def _add_attack(
-        self,
-        out: Scores,
-        run: RunView,
-        attack: str,
-        changes: dict[tuple[int, str], CaseChange],
-        dropped: str | None,
-    ) -> None:
-        """Add every correlation of one attacker, its row of the table, and the points behind it."""
-        columns: dict[str, list[Point]] = {k: [] for k in ("rir", "kappa", "angle", "angle_change")}
-        slow: list[float] = []
-        censored = 0
-        for seed, case in walk(run):
-            change = changes[seed, case.name]
-            harmful, benign = (
-                worst_slowdown(run, attack, role, "auto", case, seed) for role in ROLES
-            )
-            if harmful is None or benign is None or benign.value <= 0:
-                continue
-            slow.append(harmful.value / benign.value)
-            limited = harmful.bound is not None or benign.bound is not None
-            censored += limited
-            point = {"attack": attack, "case": case.name, "seed": seed, "rir": change.rir}
-            point |= {"relative_slowdown": slow[-1], "censored": limited}
-            out.tables["transfer_cases"].append(point)
-            if change.rir is not None:
-                columns["rir"].append((seed, change.rir, slow[-1]))
-                columns["kappa"].append((seed, change.harmful_ratio, harmful.value))
-            columns["angle"].append((seed, change.angle, slow[-1]))
-            columns["angle_change"].append((seed, change.angle_change, slow[-1]))
-        row: dict[str, Any] = {"attack": attack}
-        for column, name in (
-            ("rir", "transfer"),
-            ("kappa", "transfer_harmful"),
-            ("angle", "angle_predicts_slowdown"),
-            ("angle_change", "angle_change_predicts_slowdown"),
-        ):
-            used = f"{len(columns[column])} of {len(changes)} cases; censored in {censored}"
-            by_kappa = column in ("rir", "kappa")
-            note = joined(used, dropped if by_kappa else None, left_out(run))
-            score = self._correlation(columns[column], "higher" if by_kappa else "neutral", note)
-            out.metrics[f"{name}_{slug(attack)}"] = score
-            row[f"rho_{column}"] = score.value
-            row |= {"low": score.low, "high": score.high} if column == "rir" else {}
-        row |= {"cases": len(columns["rir"]), "censored": censored}
-        row["median_relative_slowdown"] = float(np.median(slow)) if slow else None
-        out.tables["transfer"].append(row)
-
-    def _correlation(self, points: list[Point], better: Better, note: str | None) -> Score:
-        """Return Spearman's ρ of two quantities with its interval; without value where one of them
-        is constant.
+    def _correlation(
+        self, points: Sequence[Row], pair: tuple[str, str], better: Better, note: str | None
+    ) -> Score:
+        """Return Spearman's ρ of two columns with its interval; without value where one of them is
+        constant.
         """
-        seeds = dict.fromkeys(seed for seed, *_ in points)
-        groups = [np.array([p[1:] for p in points if p[0] == seed]) for seed in seeds]
+        known = [point for point in points if point["rir"] is not None or "rir" not in pair]
+        seeds = dict.fromkeys(point["seed"] for point in known)
+        groups = [
+            np.array([[p[column] for column in pair] for p in known if p["seed"] == seed])
+            for seed in seeds
+        ]
         value = _spearman(np.concatenate(groups)) if groups else math.nan
         if not math.isfinite(value):
             reason = "every case gives the same value, or there are fewer than three"
@@ -155,36 +132,43 @@ class Transfer(RunMetric):
         low, high = map(float, np.nanpercentile(draws, [2.5, 97.5]))
         return Score(value, low, high, len(groups), better, interval_kind(len(groups)), note, "ρ")
 
-    def check(self, cases: tuple[Case, ...]) -> None:
-        """Require enough cases for a rank correlation.
 
-        Raises:
-            UserError: fewer than eight.
-        """
-        if len({case.name for case in cases}) < MIN_CASES:
-            fix = f"needs a scenario with at least {MIN_CASES} cases, e.g. "
-            raise UserError("eval", self.name, f"{fix}scenario=mnist_one_vs_rest.")
+def _measure_change(run: RunView, case: Case, seed: int) -> Row:
+    """Return what immunization did to the harmful task that is protected least.
 
-
-def _measure(run: RunView, case: Case, seed: int) -> CaseChange:
-    """Measure κ ratios of the harmful task that is protected least, its angle to the benign task
-    and how that moved.
+    ``rir``: None where the numerical rank moved, as κ before and after are over different
+    directions. ``kappa``: κ_H after ÷ before. ``angle`` (before) and ``angle_change``: radians, to
+    the benign task, means over the leading subspaces.
     """
     models = [run.model(name, case, seed) for name in run.model_names]
     benign = [features(m, case.benign.train.x) for m in models]
-    before, after = (rank_condition_number(x) for x in benign)
-    changes = []
+    before, after = (compute_condition_number([x]) for x in benign)
+    rows: list[Row] = []
     for task in case.harmful:
         harmful = [features(m, task.train.x) for m in models]
-        kappa, kappa_after = (rank_condition_number(x) for x in harmful)
+        kappa, kappa_after = (compute_condition_number([x]) for x in harmful)
         angle, angle_after = (
             float(principal_angles(b, h).mean()) for b, h in zip(benign, harmful, strict=True)
         )
         ratio = kappa_after.value / kappa.value
         same = (before.rank, kappa.rank) == (after.rank, kappa_after.rank)
         rir = ratio / (after.value / before.value) if same else None
-        changes.append(CaseChange(seed, rir, ratio, angle, angle_after - angle))
-    return min(changes, key=lambda c: math.inf if c.rir is None else c.rir)
+        row = {"case": case.name, "seed": seed, "rir": rir, "kappa": ratio}
+        rows.append(row | {"angle": angle, "angle_change": angle_after - angle})
+    return min(rows, key=lambda row: math.inf if row["rir"] is None else row["rir"])
+
+
+def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> list[Row]:
+    """Return a row per seed and case: what immunization changed, and what an attacker feels."""
+    rows = []
+    for seed, case in walk(run):
+        harmful, benign = (worst_slowdown(run, attack, role, "auto", case, seed) for role in ROLES)
+        if harmful is not None and benign is not None and benign.value > 0:
+            row = {"attack": attack, **changes[seed, case.name], "harmful_slowdown": harmful.value}
+            row["relative_slowdown"] = harmful.value / benign.value
+            row["censored"] = harmful.bound is not None or benign.bound is not None
+            rows.append(row)
+    return rows
 
 
 def _spearman(pairs: Floats) -> float:

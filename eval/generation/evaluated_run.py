@@ -24,7 +24,7 @@ from eval.generation.scoring import (
     text_vectors,
     unit_vectors,
 )
-from eval.stats.aggregate import each_case, left_out, walk
+from eval.stats.aggregate import left_out, walk
 from eval.stats.intervals import Floats, Unit, joined
 from lab.core.cache import stage_key
 from lab.core.data import Concept, ConceptCase, Role
@@ -265,7 +265,7 @@ def evaluate(
             number of them.
     """
     out = EvaluatedRun(run.model_names, run.attacks, run.budget, left_out=left_out(run))
-    for seed, case in each_case(run, label):
+    for seed, case in walk(run, label):
         networks = scorers_of(case) if scorers_of else scorers
         for concept in case.tasks:
             cell = ConceptCell(seed, case.name, concept.name)

@@ -27,7 +27,7 @@ from eval.generation.scoring import (
     text_vectors,
     unit_vectors,
 )
-from eval.stats.aggregate import baseline_suffix, better_of, each_case
+from eval.stats.aggregate import baseline_suffix, better_of, walk
 from eval.stats.intervals import SHARE, Floats, Unit, columns, score_units
 from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, Text, config
@@ -133,7 +133,7 @@ class Utility(RunMetric):
             ValueError: no case.
         """
         out: dict[str, list[CaseUtility]] = {}
-        for seed, case in each_case(run, "unrelated prompts"):
+        for seed, case in walk(run, "unrelated prompts"):
             settings, images = self._settings(case), dict[tuple[str, str], Tensor]()
             for model in run.model_names:  # one after the other: only one is in memory
                 painter = Painter(run, case, seed, model)

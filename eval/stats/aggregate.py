@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any, cast
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from eval.stats.intervals import Better, Floats
 from lab.core.data import Case, Role, Split, Task
@@ -53,29 +55,23 @@ def load_run(
         trajectories: read every attack.
         label: of the progress bar.
     """
-    loaded: dict[int, tuple[Case, ...]] = {}
+    loaded: dict[int, list[Case]] = {}
     attacks: dict[tuple[str, str, str, str, int], Trajectory] = {}
 
     def trajectory(model: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
         return attacks[model, attack, case.name, task.name, seed]
 
-    for seed in run.seeds:
-        cases = run.cases(seed)
-        loaded[seed] = tuple(_without_rows(case) for case in cases)
-        for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
-            if visit is not None:
-                visit(seed, case)
-            for model, attack, task in (
-                (m, a, t)
-                for m in (run.model_names if trajectories else ())
-                for a in run.attacks
-                for t in case.tasks
-            ):
-                full = run.trajectory(model, attack, case, task, seed)
-                attacks[model, attack, case.name, task.name, seed] = replace(
-                    full, weights={}, samples={}
-                )
-    return cast(RunView, _PartOfRun(run, cases=loaded.__getitem__, trajectory=trajectory))
+    models = run.model_names if trajectories else ()
+    for seed, case in walk(run, label):
+        loaded.setdefault(seed, []).append(_without_rows(case))
+        if visit is not None:
+            visit(seed, case)
+        for model, attack, task in product(models, run.attacks, case.tasks):
+            full = run.trajectory(model, attack, case, task, seed)
+            kept = replace(full, weights={}, samples={})
+            attacks[model, attack, case.name, task.name, seed] = kept
+    parts = {"cases": lambda seed: tuple(loaded[seed]), "trajectory": trajectory}
+    return cast(RunView, _PartOfRun(run, **parts))
 
 
 def _without_rows(case: Case) -> Case:
@@ -86,17 +82,12 @@ def _without_rows(case: Case) -> Case:
     return Case(case.name, empty(case.benign), tuple(empty(t) for t in case.harmful))
 
 
-def each_case(run: RunView, label: str) -> Iterator[tuple[int, Any]]:
-    """Yield (seed, case) with a progress bar."""
+def walk(run: RunView, label: str = "") -> Iterator[tuple[int, Any]]:
+    """Yield (seed, case) over everything in the run; with a ``label`` under a progress bar."""
     for seed in run.seeds:
         cases = run.cases(seed)
-        for case in progress(cases, f"{label}, seed {seed}", total=len(cases)):
+        for case in progress(cases, f"{label}, seed {seed}") if label else cases:
             yield seed, case
-
-
-def walk(run: RunView) -> Iterator[tuple[int, Any]]:
-    """Yield (seed, case) over everything in the run."""
-    return ((seed, case) for seed in run.seeds for case in run.cases(seed))
 
 
 def left_out(run: RunView) -> str | None:
@@ -141,6 +132,17 @@ def samples(
     return [group for group in groups.values() if group]
 
 
+def column_samples(
+    run: RunView,
+    rows: Mapping[tuple[int, str], Mapping[str, Any]],
+    column: str,
+    *,
+    diverged: float | None = None,
+) -> list[list[float]]:
+    """Return `samples` of one column of ``rows``: (seed, name of a case) → row."""
+    return samples(run, lambda seed, case: rows[seed, case.name].get(column), diverged=diverged)
+
+
 def worst(role: Role, values: Sequence[float]) -> float:
     """Return the value that counts: what protects least on harmful tasks, what costs most on
     benign ones.
@@ -161,6 +163,11 @@ def first_crossing(steps: Sequence[int], values: Floats, threshold: float) -> Fl
         part = (threshold - low) / np.where(high > low, high - low, 1.0)
     part = np.where((index > 0) & np.isfinite(low), part, (index > 0).astype(float))
     return np.where(met.any(-1), grid[before] + part * (grid[index] - grid[before]), np.nan)
+
+
+def mean_over_steps(values: Floats, steps: Sequence[int]) -> Floats:
+    """Return the mean over the steps of values [..., points], linear between them."""
+    return np.asarray(trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0]))
 
 
 def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:

@@ -109,7 +109,7 @@ def test_a_band_stays_within_what_the_quantity_can_take():
     )
     assert free["baseline:high"] == pytest.approx([0.9 + 4.302653 * 0.1 / 3**0.5])
     assert bound["baseline:high"] == [1.0]
-    assert bound["baseline:low"] == free["none:low"]
+    assert bound["baseline:low"] == free["baseline:low"]
 
 
 def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():
