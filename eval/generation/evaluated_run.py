@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,18 +25,20 @@ from eval.generation.scoring import (
     text_vectors,
     unit_vectors,
 )
-from eval.stats.aggregate import left_out, walk
-from eval.stats.intervals import Floats, Unit, joined
+from eval.stats.aggregate import left_out, mean_over_steps, walk
+from eval.stats.intervals import Floats, Unit, columns, joined, score_worst
 from lab.core.cache import stage_key
 from lab.core.data import Concept, ConceptCase, Role
 from lab.core.errors import UserError
 from lab.core.fingerprint import fingerprint
 from lab.core.sources import source_hash
-from lab.core.types import BASELINE, Budget, RunView, Trajectory
+from lab.core.types import BASELINE, Budget, RunView, Score, Trajectory
 from lab.models.activations import digest
 
 FAMILY = "name"  # the prompts that headline figures are about
 CLIP_T, DETECTED, PROMPT_ADHERENT = "clip_t", "detected", "prompt_adherent"
+# a snapshot's index, the mean over all steps, or every snapshot reached
+At = int | Literal["mean", "curve"]
 BETWEEN = "between_"  # M of both models' images made from the same latents: between_clip, …
 
 
@@ -89,6 +92,16 @@ class EvaluatedRun:
         return self.budget.snapshots()
 
     @property
+    def horizon_index(self) -> int:
+        """The index of 1× in the plan."""
+        return self.plan.index(self.budget.horizon)
+
+    @property
+    def readings(self) -> list[tuple[At, str]]:
+        """Where metrics read a trajectory, and the suffix of their names: `marks`, and the mean."""
+        return [*((index, suffix) for index, _, suffix in marks(self.budget)), ("mean", "_auc")]
+
+    @property
     def tested_model(self) -> str:
         """The model under test (the baseline where it is alone)."""
         return self.model_names[-1]
@@ -121,63 +134,57 @@ class EvaluatedRun:
         return self.results[cell, model, attack, family]
 
     def best_attack(
-        self, cell: ConceptCell, model: str, quantity: str, at: int | None, family: str = FAMILY
+        self, cell: ConceptCell, model: str, quantity: str, at: At, family: str = FAMILY
     ) -> str:
-        """Return the attack whose images have the highest mean at a snapshot (None: over the
-        trajectory); nan never wins.
-        """
+        """Return the attack whose images have the highest mean of a quantity; nan never wins."""
 
         def mean(attack: str) -> float:
             means = self.at(cell, model, attack, family).values[quantity].mean(1)
-            value = float(area(means, self.plan) if at is None else means[at])
-            return -np.inf if np.isnan(value) else value
+            return float(np.nan_to_num(read(means, at, self.plan)[0], nan=-np.inf))
 
         return max(self.attacks, key=mean)
-
-    def best(
-        self,
-        cell: ConceptCell,
-        model: str,
-        quantity: str,
-        family: str = FAMILY,
-        attacks: Sequence[str] | None = None,
-    ) -> Floats:
-        """Return [points, images] of a model's best of ``attacks`` (all), chosen anew at every
-        snapshot.
-        """
-        each = [self.at(cell, model, a, family).values[quantity] for a in attacks or self.attacks]
-        means = np.nan_to_num(np.stack([values.mean(1) for values in each]), nan=-np.inf)
-        return np.stack([each[a][point] for point, a in enumerate(means.argmax(0))])
 
     def best_unit(
         self,
         cell: ConceptCell,
         models: Sequence[str],
         quantity: str,
-        figure: Callable[[Floats], Floats],
+        at: At,
+        figure: Callable[[Floats], Floats] = columns,
         family: str = FAMILY,
         attacks: Sequence[str] | None = None,
     ) -> Unit:
-        """Return a figure of `best` for the bootstrap: every resample chooses the attackers anew,
-        as the choice was made on the same images.
+        """Return a figure of models, each under its best of ``attacks`` (all) at every snapshot.
 
-        ``figure``: means under each model's best attacker [..., models, points] → [..., figures].
+        Every resample of the bootstrap chooses the attackers anew, as the choice was made on the
+        same images.
+
+        Args:
+            at: ``curve`` ends with the last snapshot that some attack reached in every model.
+            figure: means of all models, one after the other [..., models · points read] →
+                [..., figures].
         """
         chosen = tuple(attacks or self.attacks)
         rows = [self.at(cell, m, a, family).values[quantity] for m in models for a in chosen]
-        shape = (len(models), len(chosen), len(self.plan))
+        end = self.reach(cell, models, family, chosen) if at == "curve" else len(self.plan)
 
-        def best(means: Floats) -> Floats:  # a nan never wins
-            return figure(np.fmax.reduce(means.reshape(*means.shape[:-1], *shape), axis=-2))
+        def best(means: Floats) -> Floats:
+            each = means.reshape(*means.shape[:-1], len(models), len(chosen), len(self.plan))
+            highest = np.fmax.reduce(each, axis=-2)  # a nan never wins
+            values = read(highest[..., :end], at, self.plan)
+            return figure(values.reshape(*means.shape[:-1], -1))
 
         return Unit(cell.seed, np.concatenate(rows).T, best)
 
-    def line_unit(self, cell: ConceptCell, model: str, quantity: str) -> Unit:
-        """Return the means of one model under its best attacker at every snapshot that some
-        attacker reached.
-        """
-        end = self.reach(cell, (model,))
-        return self.best_unit(cell, (model,), quantity, lambda best: best[..., 0, :end])
+    def curve_units(
+        self, role: Role, concept: str | None, quantity: str
+    ) -> dict[str, Sequence[Unit]]:
+        """Return model → means under its best attacker at every snapshot, in every cell."""
+        cells = self.cells(role, concept)
+        return {
+            model: [self.best_unit(cell, (model,), quantity, "curve") for cell in cells]
+            for model in self.model_names
+        }
 
     def reach(
         self,
@@ -205,13 +212,10 @@ class EvaluatedRun:
         ]
         count = sum(diverged for _, diverged in attacks)
         note = f"{count} of {len(attacks)} attacks diverged: their last finite images count"
-        flattering = self.tested_model if role == "harmful" else BASELINE
-        if len(self.model_names) > 1 and (flattering, True) in attacks:
-            beyond = {
-                "harmful": ", and beyond them what the baseline shows",
-                "benign": ", and none beyond the baseline's",
-            }
-            note += beyond[role]
+        if len(self.model_names) > 1 and role == "harmful" and (self.tested_model, True) in attacks:
+            note += ", and beyond them what the baseline shows"
+        if len(self.model_names) > 1 and role == "benign" and (BASELINE, True) in attacks:
+            note += ", and none beyond the baseline's"
         return joined(note if count else None, self.left_out)
 
 
@@ -227,13 +231,26 @@ def marks(budget: Budget) -> list[tuple[int, int, str]]:
     return [(plan.index(step), step, suffix) for step, suffix in out.items()]
 
 
-def area(values: Floats, plan: Sequence[int]) -> Floats:
-    """Return the mean over the steps of the trajectory of values [points, ...]: the trapezoid area
-    ÷ the last step.
+def read(values: Floats, at: At, plan: Sequence[int]) -> Floats:
+    """Return what is read of values [..., points] at the steps of ``plan``: [..., points read]."""
+    if at == "mean":
+        return mean_over_steps(values, plan)[..., None]
+    return values if at == "curve" else values[..., [at]]
+
+
+def worst_concept(
+    scores: dict[str, Score], units: Sequence[Sequence[Unit]], role: Role, geometric: bool = False
+) -> tuple[str, Score]:
+    """Return the least protected target, or the other concept that lost most, with its score.
+
+    Args:
+        scores: concept → its score, with a value.
+        units: of every concept, as `score_worst` takes them.
     """
-    widths = np.diff(np.asarray(plan, dtype=float))
-    middle = (values[1:] + values[:-1]) / 2
-    return np.asarray(np.tensordot(widths, middle, axes=1) / widths.sum())
+    pick = min if role == "harmful" else max
+    worst = pick(scores, key=lambda concept: scores[concept].value or 0.0)
+    which: Literal["lowest", "highest"] = "lowest" if role == "harmful" else "highest"
+    return worst, score_worst(scores[worst], units, which, geometric=geometric)
 
 
 def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
@@ -356,30 +373,28 @@ class _ConceptScorer:
         return self._cached(name, "", images, lambda: self._score_points(images, encode))
 
     def _quantity(self, quantity: str, family: str, images: Tensor) -> Tensor:
-        compute = partial(self._compute, quantity, family, images)
+        """Score images [points, images, ...] of one model."""
+        compute = partial(self._compute, quantity, self.concept.prompts[family], images)
         return self._cached(quantity, family, images, compute)
 
-    def _compute(self, quantity: str, family: str, images: Tensor) -> Tensor:
-        """Score images [points, images, ...] of one model."""
-        prompts = in_turn(self.concept.prompts[family], images.shape[1])
+    def _compute(self, quantity: str, listed: Sequence[str], images: Tensor) -> Tensor:
+        prompts = in_turn(listed, images.shape[1])
         if quantity in COSINES:
             vectors = self._vectors(quantity, images)
             return torch.stack([self.references.cosine(quantity, point) for point in vectors])
         if quantity == CLIP_T:
-            texts = text_vectors(self.scorers, prompts)
-            return torch.stack([(x * texts).sum(1) for x in self._vectors("clip", images)])
-        if quantity not in (DETECTED, PROMPT_ADHERENT):
-            similarity = partial(self.references.similarity, quantity)
-            return self._score_points(images, similarity)
+            return (self._vectors("clip", images) * text_vectors(self.scorers, prompts)).sum(2)
+        if quantity in (DETECTED, PROMPT_ADHERENT):
+            adherent = quantity == PROMPT_ADHERENT
+            return self._score_points(images, partial(self._detect, prompts, adherent))
+        return self._score_points(images, partial(self.references.similarity, quantity))
+
+    def _detect(self, prompts: Sequence[str], adherent: bool, images: Tensor) -> Tensor:
         detector = detector_of(self.scorers, "eval")
-
-        def detect(x: Tensor) -> Tensor:
-            seen = np.asarray(detector.detects(x, self.concept.name).cpu(), dtype=float)
-            if quantity == PROMPT_ADHERENT:
-                seen = is_prompt_adherent(detector, self.concept, x, prompts, seen)
-            return torch.from_numpy(seen)
-
-        return self._score_points(images, detect)
+        seen = np.asarray(detector.detects(images, self.concept.name).cpu(), dtype=float)
+        if adherent:
+            seen = is_prompt_adherent(detector, self.concept, images, prompts, seen)
+        return torch.from_numpy(seen)
 
     def _between(self, kind: str, a: Tensor, b: Tensor) -> Floats:
         """Return M [points, images] of both models' images of equal index; unless it is a cosine,
@@ -394,9 +409,8 @@ class _ConceptScorer:
         def compare(x: Tensor) -> Tensor:
             return similarity_of_pairs(self.scorers, kind, *x.chunk(2))
 
-        values[at] = self._cached(
-            BETWEEN + kind, "", both, lambda: self._score_points(both, compare)
-        )
+        compute = partial(self._score_points, both, compare)
+        values[at] = self._cached(BETWEEN + kind, "", both, compute)
         return values
 
     def score(

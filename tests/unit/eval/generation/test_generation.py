@@ -23,8 +23,9 @@ from fake_generations import (
 from pydantic import ValidationError
 from scipy.integrate import trapezoid
 
-from eval.generation.evaluated_run import area, marks
+from eval.generation.evaluated_run import marks
 from eval.generation.similarity import Generation, training_curves
+from eval.stats.aggregate import mean_over_steps
 from lab.core.errors import UserError
 from lab.core.types import BASELINE, Budget, Trajectory
 
@@ -57,7 +58,7 @@ def test_sgr_by_hand():
 
 def test_the_area_is_linear_in_steps():
     values = np.array([0.0, 0.6, 0.8, 1.0, 1.0])
-    assert area(values, STEPS) == pytest.approx(trapezoid(values, STEPS) / 80)
+    assert mean_over_steps(values, STEPS) == pytest.approx(trapezoid(values, STEPS) / 80)
     baseline = trapezoid([0.0, 0.6, 0.8, 1.0, 1.0], STEPS)
     mosaic = trapezoid([0.0, 0.0, 0.6, 0.8, 1.0], STEPS)
     assert metrics(world(HELD))["msgr_clip_auc"].value == pytest.approx((1 - mosaic / baseline) / 2)
