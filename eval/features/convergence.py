@@ -36,7 +36,6 @@ from eval.stats.aggregate import (
     load_run,
     model_curve,
     walk,
-    worst,
 )
 from eval.stats.intervals import POSITIVE, UNBOUNDED, Floats, joined
 from lab.core.config import Text, config
@@ -85,7 +84,7 @@ class Convergence(RunMetric):
             for role in ROLES:
                 out.curves |= trajectory_curves(run, attack, role)
                 if primary(run, attack, role) == NORM_RATIO:
-                    pick = partial(worst, role)
+                    pick = min if role == "harmful" else max
                     ratios = model_scores(
                         run, attack, role, NORM_RATIO, pick, PROTECTED[role], POSITIVE
                     )

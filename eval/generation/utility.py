@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, ClassVar
 
-import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from pydantic import Field, SkipValidation
@@ -28,7 +28,7 @@ from eval.generation.scoring import (
     unit_vectors,
 )
 from eval.stats.aggregate import baseline_suffix, better_of, walk
-from eval.stats.intervals import SHARE, Floats, Unit, columns, score_units
+from eval.stats.intervals import SHARE, Better, Floats, Unit, columns, score_units
 from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
@@ -134,15 +134,15 @@ class Utility(RunMetric):
         """
         out: dict[str, list[CaseUtility]] = {}
         for seed, case in walk(run, "unrelated prompts"):
-            settings, images = self._settings(case), dict[tuple[str, str], Tensor]()
+            settings = self._settings(case)
+            images: dict[str, dict[str, Tensor]] = {setting.suffix: {} for setting in settings}
             for model in run.model_names:  # one after the other: only one is in memory
                 painter = Painter(run, case, seed, model)
                 for setting in settings:
                     prompts = in_turn(setting.prompts, self.count)
-                    images[setting.suffix, model] = painter.paint(prompts, setting.sampling)
+                    images[setting.suffix][model] = painter.paint(prompts, setting.sampling)
             for setting in settings:
-                by_model = {model: images[setting.suffix, model] for model in run.model_names}
-                cell = self._score(seed, case.name, setting, by_model)
+                cell = self._score(seed, case.name, setting, images[setting.suffix])
                 out.setdefault(setting.suffix, []).append(cell)
         if not out:
             raise ValueError("a metric over an empty set: no case")
@@ -186,8 +186,8 @@ class Utility(RunMetric):
             rows["feature_drift"] = 1 - (left * right).sum(1)
             real = encode(self.scorers, "features", setting.images)
             frechet = {model: frechet_distance(v, real) for model, v in features.items()}
-        values = {name: np.asarray(row.double().cpu()) for name, row in rows.items()}
-        return CaseUtility(seed, case, tuple(prompts), values, frechet)
+        values = pd.DataFrame({name: row.double().cpu().numpy() for name, row in rows.items()})
+        return CaseUtility(seed, case, values.groupby(prompts, sort=False).mean(), frechet)
 
     def _detections(
         self, images: dict[str, Tensor], references: Tensor | None, prompts: Sequence[str]
@@ -222,56 +222,39 @@ class Setting:
 
 @dataclass(frozen=True)
 class CaseUtility:
-    """One case and seed: the prompt of every image, quantity → [images], and Fréchet distance by
-    model.
+    """One case and seed: a row of quantities per prompt, since images of one prompt are no
+    independent evidence on others; Fréchet distance by model.
     """
 
     seed: int
     case: str
-    prompts: tuple[str, ...]
-    values: dict[str, Floats]
+    by_prompt: pd.DataFrame
     frechet: dict[str, float]
-
-    def by_prompt(self, quantities: Sequence[str]) -> Floats:
-        """[prompts, quantities]: images of one prompt are no independent evidence on others."""
-        distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(self.prompts))}
-        index = np.array([distinct[prompt] for prompt in self.prompts])
-        sums = [np.bincount(index, self.values[quantity]) for quantity in quantities]
-        return np.asarray(np.stack(sums, axis=1) / np.bincount(index)[:, None])
 
 
 def utility_scores(cells: Sequence[CaseUtility], suffix: str, note: str | None) -> dict[str, Score]:
     """Return every figure of one setting."""
     out: dict[str, Score] = {}
-
-    def units(*quantities: str) -> list[Unit]:
-        figure = columns if len(quantities) == 1 else _difference
-        return [Unit(c.seed, c.by_prompt(quantities), figure) for c in cells]
-
-    for quantity in cells[0].values:
+    quantities = list(cells[0].by_prompt)
+    for quantity in quantities:
         base = quantity.removesuffix("_baseline")
         end = quantity.removeprefix(base)
         drift = base.endswith("drift")
         bounds = (0.0, 2.0) if drift else (-1.0, 1.0) if base == "clip_t" else SHARE
-        out[f"utility_{base}{suffix}{end}"] = score_units(
-            units(quantity),
-            "neutral" if end else "lower" if drift else "higher",
-            note=note,
-            bounds=bounds,
-        )
+        better: Better = "neutral" if end else "lower" if drift else "higher"
+        units = [Unit(c.seed, c.by_prompt[[quantity]].to_numpy(), columns) for c in cells]
+        out[f"utility_{base}{suffix}{end}"] = score_units(units, better, note=note, bounds=bounds)
     for base in ("clip_t", "detection", *HEADS):
-        if f"{base}_baseline" in cells[0].values:
-            drop = score_units(units(f"{base}_baseline", base), "lower", note=note)
-            out[f"utility_{base}_drop{suffix}"] = drop
-    for model in cells[0].frechet:
-        by_seed: dict[int, list[float]] = {}
-        for c in cells:
-            by_seed.setdefault(c.seed, []).append(c.frechet[model])
-        value = float(np.mean([np.mean(v) for v in by_seed.values()]))
-        few = f"biased upwards: {len(cells[0].prompts)} images; compare with the other model"
-        better = better_of(model, "lower")
+        if f"{base}_baseline" in quantities:
+            both = [f"{base}_baseline", base]
+            units = [Unit(c.seed, c.by_prompt[both].to_numpy(), _difference) for c in cells]
+            out[f"utility_{base}_drop{suffix}"] = score_units(units, "lower", note=note)
+    distances = pd.DataFrame([c.frechet for c in cells]).groupby([c.seed for c in cells]).mean()
+    for model in distances:
+        few = "biased upwards by few images; compare with the other model"
         name = f"utility_frechet{suffix}{baseline_suffix(model)}"
-        out[name] = Score(value, n=len(by_seed), better=better, note=few)
+        value, better = float(distances[model].mean()), better_of(model, "lower")
+        out[name] = Score(value, n=len(distances), better=better, note=few)
     return out
 
 

@@ -79,7 +79,7 @@ def _without_rows(case: Case) -> Case:
         train, test = (Split(s.x[:0].clone(), s.y[:0].clone()) for s in (task.train, task.test))
         return replace(task, train=train, test=test)
 
-    return Case(case.name, empty(case.benign), tuple(empty(t) for t in case.harmful))
+    return replace(case, benign=empty(case.benign), harmful=tuple(map(empty, case.harmful)))
 
 
 def walk(run: RunView, label: str = "") -> Iterator[tuple[int, Any]]:
@@ -120,16 +120,11 @@ def samples(
     ``diverged``: what a case counts whose immunization diverged, a failure (0) where successes are
     counted.
     """
-    lost = [] if diverged is None else [seed for _, seed in run.diverged]
-    seeds = run.seeds if diverged is None else sorted({*run.seeds, *lost})
-    groups: dict[int, list[float]] = {seed: [] for seed in seeds}
-    for seed, case in walk(run):
-        figure = value(seed, case)
-        if figure is not None:
-            groups[seed].append(figure)
-    for seed in lost:
-        groups[seed].append(cast(float, diverged))
-    return [group for group in groups.values() if group]
+    figures = [(seed, value(seed, case)) for seed, case in walk(run)]
+    figures += [(seed, diverged) for _, seed in run.diverged]
+    seeds = run.seeds if diverged is None else sorted({seed for seed, _ in figures})
+    groups = [[v for seed, v in figures if seed == s and v is not None] for s in seeds]
+    return [group for group in groups if group]
 
 
 def column_samples(
@@ -141,13 +136,6 @@ def column_samples(
 ) -> list[list[float]]:
     """Return `samples` of one column of ``rows``: (seed, name of a case) → row."""
     return samples(run, lambda seed, case: rows[seed, case.name].get(column), diverged=diverged)
-
-
-def worst(role: Role, values: Sequence[float]) -> float:
-    """Return the value that counts: what protects least on harmful tasks, what costs most on
-    benign ones.
-    """
-    return min(values) if role == "harmful" else max(values)
 
 
 def first_crossing(steps: Sequence[int], values: Floats, threshold: float) -> Floats:

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import sem
 from scipy.stats import t as student_t
 
 from lab.core.types import Score, SeedScore
@@ -102,9 +103,9 @@ def score_samples(
         raise ValueError("a metric over an empty set")
     if not all(np.isfinite(g).all() for g in groups):
         raise ValueError("an interval needs finite values")
-    if aggregate == "geomean":
-        groups = [np.log(g) for g in groups]
-    back = np.exp if aggregate == "geomean" else columns
+    geometric = aggregate == "geomean"
+    groups = [np.log(g) for g in groups] if geometric else groups
+    back = np.exp if geometric else columns
     means, n = np.array([g.mean() for g in groups]), len(groups)
     per_seed = tuple(float(back(mean)) for mean in means)
     value = float(back(means.mean()))
@@ -120,10 +121,10 @@ def score_samples(
 
 def _student_limits(means: Floats) -> Floats:
     """Return Student's limits [low, high] of the mean that ``means`` [n] scatter about."""
-    n, half = len(means), 0.0
-    if np.ptp(means) > 0:
-        half = float(student_t.ppf(1 - TAIL, n - 1) * means.std(ddof=1) / math.sqrt(n))
-    return means.mean() + half * np.array([-1.0, 1.0])
+    if np.ptp(means) == 0:
+        return np.full(2, means.mean())
+    limits = student_t.interval(1 - 2 * TAIL, len(means) - 1, means.mean(), sem(means))
+    return np.array(limits)
 
 
 def _bootstrap_limits(groups: list[Floats], draws: int) -> Floats:
@@ -186,12 +187,14 @@ def estimate(
     draws: int = DRAWS,
     after: Callable[[Floats], Floats] = columns,
     tails: tuple[float, float] = (TAIL, TAIL),
+    figures: int | None = None,
 ) -> Estimate:
     """Return the mean over seeds of the mean over concepts, with limits of the three-stage
     percentile bootstrap.
 
     ``after`` turns these means [..., figures] into what is reported (a quotient of means).
-    ``tails``: probabilities below the lower and above the upper limit.
+    ``tails``: probabilities below the lower and above the upper limit. ``figures``: the first so
+    many of every unit; all by default.
 
     From three to nine seeds the limits are never narrower than Student's t over the seeds (over the
     jackknife's pseudo-values, which for a mean are the seeds' own): resampling three seeds alone
@@ -206,7 +209,7 @@ def estimate(
         raise ValueError("a metric over an empty set")
     seeds = dict.fromkeys(u.seed for u in units)
     by_seed = [[u for u in units if u.seed == seed] for seed in seeds]
-    means = np.stack([np.mean([u.value for u in group], axis=0) for group in by_seed])
+    means = np.stack([np.mean([u.value[:figures] for u in group], 0) for group in by_seed])
     n, value = len(by_seed), after(means.mean(0))
     stats = after(_resample(by_seed, draws, means.shape[1]))
     missing = np.isnan(stats).mean(0) > UNDEFINED
@@ -238,7 +241,7 @@ def _resample(by_seed: list[list[Unit]], draws: int, figures: int) -> Floats:
                 drawn, size = concept == c, len(unit.rows)
                 shares = np.full(size, 1 / size)
                 weights = rng.multinomial(size, shares, int(drawn.sum())) / size
-                sums[drawn] += unit.figure(weights @ unit.rows)
+                sums[drawn] += unit.figure(weights @ unit.rows)[:, :figures]
         totals[where[:, 0], where[:, 1]] = sums / len(group)
     return totals.mean(1)
 
@@ -354,7 +357,7 @@ def _widened(
 
 
 def band(
-    lines: dict[str, Sequence[Unit]],
+    lines: Mapping[str, Sequence[Unit]],
     steps: Sequence[int],
     x: str,
     y: str,
@@ -372,17 +375,12 @@ def band(
     out: dict[str, Any] = {"step": [float(s) for s in steps], "x": x, "y": y, "log": log}
     for model, units in lines.items():
         end = min(u.value.shape[-1] for u in units)
-        short = [Unit(u.seed, u.rows, _first_figures(u.figure, end)) for u in units]
-        result = estimate(short, DRAWS // 4)
+        result = estimate(units, DRAWS // 4, figures=end)
         low, high = np.clip(result.low, *bounds), np.clip(result.high, *bounds)
         if bounds == SHARE:
-            unseen = largest_unseen_share(short)
+            unseen = largest_unseen_share(units)
             low, high = np.vectorize(_widened)(result.value, low, high, 1 - unseen, unseen)
         for suffix, values in {"": result.value, ":low": low, ":high": high}.items():
             shown = [float(v) if math.isfinite(v) else None for v in values]
             out[model + suffix] = shown + [None] * (len(steps) - end)
     return out
-
-
-def _first_figures(figure: Callable[[Floats], Floats], count: int) -> Callable[[Floats], Floats]:
-    return lambda means: figure(means)[..., :count]

@@ -4,6 +4,7 @@ against thresholds, limits included.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from lab.core.data import Role
 from lab.core.types import AnyCase, RunView, Score, Scores
 
 Result = Literal["passes", "fails", "inconclusive"]
+COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "low >": operator.gt}
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,7 @@ class Check:
     alternative: str = ""
 
     def _holds(self, value: float) -> bool:
-        if self.rule in ("≥", "≤"):
-            return value >= self.threshold if self.rule == "≥" else value <= self.threshold
-        return value > self.threshold if self.rule == "low >" else value < self.threshold
+        return bool(COMPARE[self.rule](value, self.threshold))
 
     @property
     def _safe_bound(self) -> str:
@@ -81,20 +81,9 @@ class Check:
         return f"{rule} {self.threshold:g}"
 
     def row(self) -> dict[str, Any]:
-        f = self.figure
-        return {
-            "side": self.side,
-            "check": self.what,
-            "value": f.value,
-            "low": f.low,
-            "high": f.high,
-            "n": f.n,
-            "bound": f.bound,
-            "required": self.required,
-            "passed": self.passed,
-            "sure": self.sure,
-            "note": f.note or "",
-        }
+        figure = {key: getattr(self.figure, key) for key in ("value", "low", "high", "n", "bound")}
+        row = {"side": self.side, "check": self.what, **figure, "required": self.required}
+        return row | {"passed": self.passed, "sure": self.sure, "note": self.figure.note or ""}
 
 
 def _carrying(checks: Sequence[Check], side: Role) -> list[Check]:
@@ -109,9 +98,8 @@ def is_passed(checks: Sequence[Check]) -> bool:
     """Return True when every benign check, and on the harmful side every check of one alternative,
     passes.
     """
-    return bool(_carrying(checks, "harmful")) and all(
-        c.passed for c in checks if c.side != "harmful"
-    )
+    benign = all(check.passed for check in checks if check.side == "benign")
+    return benign and bool(_carrying(checks, "harmful"))
 
 
 def figure_text(figure: Score) -> str:
