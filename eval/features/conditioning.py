@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -123,13 +124,24 @@ class Conditioning(RunMetric):
         both = len(run.model_names) == 2
 
         def visit(seed: int, case: Case) -> None:
-            models = {model: run.model(model, case, seed) for model in run.model_names}
-            x = {t.name: {m: features(f, t.train.x) for m, f in models.items()} for t in case.tasks}
-            pairs.extend(self._pairs(case, seed, models, x, known))
+            models = {name: run.model(name, case, seed) for name in run.model_names}
+            kappa: dict[tuple[str, str], ConditionNumber] = {}  # of a task and a model
+            first = not pairs
+            for (name, model), task in product(models.items(), case.tasks):
+                groups = self._groups(features(model, task.train.x), model, seed)
+                key = digest(*groups)
+                if key not in known:
+                    known[key] = compute_condition_number(groups, self.definition, self.ridge)
+                kappa[task.name, name] = known[key]
+                if first and task.name in (case.benign.name, case.harmful[0].name):
+                    labels: Row = {"model": name, "role": task.role, "task": task.name}
+                    labels |= {"case": case.name, "seed": seed}
+                    spectrum.extend({**labels, **row} for row in _spectrum(groups[0]))
+            pairs.extend(
+                self._pair(case, seed, task, models[BASELINE], kappa) for task in case.harmful
+            )
             if both:
                 logs[seed, case.name] = run.history(case, seed)
-            if not spectrum:
-                spectrum.extend(self._spectrum(case, seed, models, x))
 
         run = load_run(run, visit, label="condition numbers")
         out = Scores(_scores(run, pairs), tables={"pairs": pairs})
@@ -142,67 +154,46 @@ class Conditioning(RunMetric):
         out.tables = {f"{name}{end}": rows for name, rows in out.tables.items()}
         return out
 
-    def _pairs(
-        self,
-        case: Case,
-        seed: int,
-        models: dict[str, FeatureModel],
-        x: dict[str, dict[str, Tensor]],
-        known: dict[str, ConditionNumber],
-    ) -> Iterator[Row]:
-        """Yield a row of every harmful task against the benign task of its case.
-
-        ``reason`` says why there is no RIR although both models were run.
-        """
-        linear = self.definition == "rank" and models[BASELINE].kind == "linear"
-        for task in case.harmful:
-            row: Row = {"case": case.name, "seed": seed, "benign": case.benign.name}
-            row |= {"task": task.name, "rir": None, "reason": None}
-            if linear:
-                bound = _bound(models[BASELINE], case.benign, task)
-                row |= {"rir_bound": bound.value, "bound_reason": bound.reason}
-                row |= {"outside_energy": bound.outside_energy}
-            for role, name in (("benign", case.benign.name), ("harmful", task.name)):
-                for model, network in models.items():
-                    k = self._condition_number(x[name][model], network, seed, known)
-                    end = f"{role}{baseline_suffix(model)}"
-                    row |= {f"kappa_{end}": k.value, f"rank_{end}": k.rank}
-                    row[f"spread_{end}"] = k.spread
-            if len(models) == 2:
-                _add_ratios(row, linear)
-            yield row
-
-    def _rows(self, x: Tensor, model: FeatureModel, seed: int) -> list[Tensor]:
+    def _groups(self, x: Tensor, model: FeatureModel, seed: int) -> list[Tensor]:
         """Return the groups of rows that κ is averaged over."""
         if model.kind == "linear":
             return [x]
         return [x[rows] for rows in row_groups(len(x), self.groups, self.size, seed)]
 
-    def _condition_number(
-        self, x: Tensor, model: FeatureModel, seed: int, known: dict[str, ConditionNumber]
-    ) -> ConditionNumber:
-        key = f"{model.kind}:{seed}:{digest(x)}"
-        if key not in known:
-            groups = self._rows(x, model, seed)
-            known[key] = compute_condition_number(groups, self.definition, self.ridge)
-        return known[key]
-
-    def _spectrum(
+    def _pair(
         self,
         case: Case,
         seed: int,
-        models: dict[str, FeatureModel],
-        x: dict[str, dict[str, Tensor]],
-    ) -> Iterator[Row]:
-        """Yield singular values over the largest one, up to the numerical rank."""
-        for model, network in models.items():
-            for task in (case.benign, case.harmful[0]):
-                rows = self._rows(x[task.name][model], network, seed)[0]
-                s = singular_values(rows)
-                s = s[: max(_rank(s, rows), 1)] / s[0]
-                labels: Row = {"model": model, "role": task.role, "task": task.name}
-                labels |= {"case": case.name, "seed": seed}
-                yield from ({**labels, "index": i + 1, "value": v} for i, v in thin(s.tolist()))
+        task: Task,
+        baseline: FeatureModel,
+        kappa: dict[tuple[str, str], ConditionNumber],
+    ) -> Row:
+        """Return the row of a harmful task against the benign task of its case.
+
+        ``reason`` says why there is no RIR although both models were run.
+        """
+        row: Row = {"case": case.name, "seed": seed, "benign": case.benign.name}
+        row |= {"task": task.name, "rir": None, "reason": None}
+        linear = self.definition == "rank" and baseline.kind == "linear"
+        if linear:
+            bound = _bound(baseline, case.benign, task)
+            row |= {"rir_bound": bound.value, "bound_reason": bound.reason}
+            row["outside_energy"] = bound.outside_energy
+        for (name, model), k in kappa.items():
+            if name in (case.benign.name, task.name):
+                role = "benign" if name == case.benign.name else "harmful"
+                end = f"{role}{baseline_suffix(model)}"
+                row |= {f"kappa_{end}": k.value, f"rank_{end}": k.rank, f"spread_{end}": k.spread}
+        if "kappa_harmful" in row:
+            _add_ratios(row, linear)
+        return row
+
+
+def _spectrum(x: Tensor) -> list[Row]:
+    """Return singular values over the largest one, up to the numerical rank."""
+    s = singular_values(x)
+    s = s[: max(_rank(s, x), 1)] / s[0]
+    return [{"index": i + 1, "value": v} for i, v in thin(s.tolist())]
 
 
 def _rank(s: Tensor, x: Tensor) -> int:

@@ -88,17 +88,6 @@ def test_a_diverged_case_counts_as_a_failure() -> None:
     assert "1 of 6 cases diverged and are left out" in str(part["rir"].note)
 
 
-def test_least_protected_of_several_harmful_tasks_counts() -> None:
-    theta = torch.diag(torch.tensor([1.0, 3.0, 1.0, 2.0])).double()
-    single = [
-        Conditioning()(fake(theta, cases=(case(random_data(0), random_data(i)),))) for i in (1, 5)
-    ]
-    both = Conditioning()(
-        fake(theta, cases=(case(random_data(0), random_data(1), random_data(5)),))
-    )
-    assert both.metrics["rir"].value == pytest.approx(min(s.metrics["rir"].value for s in single))
-
-
 def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
     scores = Conditioning(name="conditioning_ridge", definition="ridge", ridge=1.0)(fake())
     assert all(n.endswith("_ridge") for n in (*scores.metrics, *scores.tables))
@@ -162,18 +151,3 @@ def test_principal_angles_of_axes_by_hand() -> None:
     assert (
         "kappa_pencil" not in scores.metrics
     )  # an invertible linear map leaves the pencil as it is
-
-
-def test_a_deep_model_can_change_the_pencil() -> None:
-    cases = (case(random_data(0), random_data(1)),)
-    run = FakeRun(
-        cases,
-        {
-            BASELINE: DeepModel([("h", Matrix(EYE))], 4),
-            IMMUNIZED: DeepModel([("h", Matrix(EYE[:, :2]))], 2),
-        },
-    )
-    metrics = Geometry()(run).metrics
-    assert (
-        metrics["kappa_pencil"].value <= metrics["kappa_pencil_baseline"].value
-    )  # eigenvalues interlace

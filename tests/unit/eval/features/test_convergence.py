@@ -62,7 +62,7 @@ def exact(noise: float, optimum: float | None = 2.0) -> Trajectory:
 
 @pytest.mark.parametrize("optimum", [2.0, None])
 @pytest.mark.parametrize("baseline", [0.0, 1e-28])
-def test_attackers_that_reach_the_optimum_in_both_model_names_have_slowdown_one(
+def test_attackers_that_reach_the_optimum_in_both_models_have_slowdown_one(
     baseline: float, optimum: float | None
 ) -> None:
     """The target would lie within rounding: without a floor the noisier model would never meet
@@ -85,26 +85,14 @@ def test_attackers_that_reach_the_optimum_in_both_model_names_have_slowdown_one(
 
 
 def test_targets_have_floors_by_hand() -> None:
-    found = exact(1e-20)
-    assert target_of(found, "norm_ratio", 20) == 1e-12
-    assert target_of(found, "train_loss", 20) == pytest.approx(2 + 1e-9, abs=1e-12)
+    result = exact(1e-20)
+    assert target_of(result, "norm_ratio", 20) == 1e-12
+    assert target_of(result, "train_loss", 20) == pytest.approx(2 + 1e-9, abs=1e-12)
     tuned = Trajectory([0, 20], {"train_loss": [3.0, 1.0], "test_accuracy": [0.1, 0.8]})
     assert target_of(tuned, "train_loss", 20) == pytest.approx(1 + 2e-6, abs=1e-12)
     assert target_of(tuned, "test_accuracy", 20, 0.5) == pytest.approx(0.4)
     slow = Trajectory([0, 20], {"train_loss": [3.0, 2.5]}, info={"optimum": 2.0})
     assert target_of(slow, "train_loss", 20) == 2.5  # far above rounding: nothing changes
-
-
-def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        rate = 0.8 if model_name == BASELINE else {"held": 0.9999, "through": 0.8}[attack]
-        return decay(rate, STEPS)
-
-    metrics = Convergence()(fake(trajectories=make, attacks=("held", "through"))).metrics
-    assert metrics["slowdown_harmful_worst"].value == pytest.approx(1)
-    assert str(metrics["slowdown_harmful_worst"].note) == "worst attacker: through"
-    assert metrics["slowdown_benign_worst"].bound == "lower"
-    assert metrics["slowdown_harmful_worst"].bound is None
 
 
 @pytest.mark.parametrize(
@@ -118,12 +106,12 @@ def test_at_least_is_said_only_where_the_censored_attacker_decides() -> None:
 def test_a_quotient_of_limits_is_one_or_is_not_known(
     harmful: float, benign: float, value: float | None, told: str
 ) -> None:
-    found = Convergence()(fake(trajectories=rates(harmful, benign))).metrics[
+    result = Convergence()(fake(trajectories=rates(harmful, benign))).metrics[
         "slowdown_relative_worst"
     ]
-    assert found.value == (None if value is None else pytest.approx(value, rel=0.05))
-    assert told in str(found.note)
-    assert found.bound == {2.5: "lower", 0.4: "upper", None: None}[value]
+    assert result.value == (None if value is None else pytest.approx(value, rel=0.05))
+    assert told in str(result.note)
+    assert result.bound == {2.5: "lower", 0.4: "upper", None: None}[value]
 
 
 # accuracy

@@ -12,7 +12,6 @@ from eval.features.convergence import Convergence
 from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
-from lab.core.errors import UserError
 from lab.core.types import BASELINE, IMMUNIZED, Scores
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -57,11 +56,6 @@ def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
 def test_wrong_options_are_refused(metric, option: str, value: object) -> None:
     with pytest.raises(ValidationError, match=option):
         metric(**{option: value})
-
-
-def test_a_ridge_needs_its_size() -> None:
-    with pytest.raises(UserError, match=r"eval\.conditioning\.ridge"):
-        Conditioning(definition="ridge")
 
 
 def test_every_metric_name_is_documented() -> None:

@@ -1,6 +1,5 @@
 """Rank correlation of RIR and measured slowdown over cases whose RIR is known by construction."""
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -61,17 +60,17 @@ class Run:
 @pytest.mark.parametrize(("factor", "rho"), [(1.0, 1.0), (-1.0, -1.0)])
 def test_slowdown_that_follows_rir_has_rho_one_and_its_reverse_minus_one(factor, rho):
     scores = Transfer()(Run(factor))
-    found = scores.metrics["transfer_probe"]
-    assert found.value == pytest.approx(rho)
-    assert found.low == pytest.approx(rho)
+    result = scores.metrics["transfer_probe"]
+    assert result.value == pytest.approx(rho)
+    assert result.low == pytest.approx(rho)
     assert scores.tables["transfer"][0]["cases"] == 30
     assert scores.tables["transfer"][0]["censored"] == 0
 
 
 def test_no_effect_has_no_correlation_and_says_why():
-    found = Transfer()(Run(0.0)).metrics["transfer_probe"]
-    assert found.value is None
-    assert "no rank correlation" in found.note
+    result = Transfer()(Run(0.0)).metrics["transfer_probe"]
+    assert result.value is None
+    assert "no rank correlation" in result.note
 
 
 def test_bad_input():
@@ -79,59 +78,6 @@ def test_bad_input():
         Transfer().check(Run(scales=SCALES[:7]).cases(0))
     with pytest.raises(ValidationError, match="draws"):
         Transfer(draws=10)
-
-
-ANGLES = [
-    0.1 + 0.1 * i for i in range(10)
-]  # radians between the tasks' leading directions before immunization
-
-
-@dataclass
-class Turned(Run):
-    """One leading direction per task; immunization stretches the second axis, so that φ becomes
-    atan(s tan φ).
-    """
-
-    follows: str = "angle"
-
-    def cases(self, seed):
-        base = torch.diag(torch.tensor([1.0, 0.01], dtype=torch.float64))
-        out = []
-        for i, angle in enumerate(ANGLES):
-            c, s = math.cos(angle), math.sin(angle)
-            turn = torch.tensor([[c, s], [-s, c]], dtype=torch.float64)
-            harm = task(base @ turn, "harm", "harmful")
-            out.append(Case(str(i), task(base, "good", "benign"), (harm,)))
-        return tuple(out)
-
-    def stretch(self, i):
-        return 1.0 + 0.5 * ((i * 3) % 10) / 10
-
-    def model(self, model_name, case, seed):
-        return linear(
-            torch.diag(
-                torch.tensor(
-                    [1.0, 1 if model_name == BASELINE else self.stretch(int(case.name))]
-                ).double()
-            )
-        )
-
-    def trajectory(self, model_name, attack, case, task, seed):
-        if model_name == BASELINE or task.role == "benign":
-            return decay(0.8, STEPS)
-        angle, s = ANGLES[int(case.name)], self.stretch(int(case.name))
-        felt = angle if self.follows == "angle" else math.atan(s * math.tan(angle)) - angle
-        return decay(0.8 ** (1 - 0.5 * felt), STEPS)
-
-
-@pytest.mark.parametrize(
-    ("follows", "other"), [("angle", "angle_change"), ("angle_change", "angle")]
-)
-def test_a_slowdown_that_follows_the_angle_or_its_change_has_rho_one(follows, other):
-    scores = Transfer()(Turned(follows=follows))
-    found = scores.metrics[f"{follows}_predicts_slowdown_probe"]
-    assert found.value == pytest.approx(1)
-    assert scores.metrics[f"{other}_predicts_slowdown_probe"].value < 0.95
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""SGR, RSGR and their kin on pictures whose similarities are known by hand."""
+"""SGR, RSGR and their kin on images whose similarities are known by hand."""
 
 import dataclasses
 import math
@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from fake_generations import (
-    BUDGET,
     HELD,
     RED,
     STEPS,
@@ -23,37 +22,25 @@ from fake_generations import (
 from pydantic import ValidationError
 from scipy.integrate import trapezoid
 
-from eval.generation.evaluated_run import marks
 from eval.generation.similarity import Generation, training_curves
 from eval.stats.aggregate import mean_over_steps
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, Budget, Trajectory
+from lab.core.types import BASELINE, Trajectory
 
 
 def metrics(run, **kwargs):
     return Generation(scorers=FakeScorers(), **{"similarities": ["clip"]} | kwargs)(run).metrics
 
 
-def test_the_snapshots_that_are_reported():
-    assert STEPS == (0, 10, 20, 40, 80)
-    assert marks(BUDGET) == [(2, 20, ""), (3, 40, "_2x"), (4, 80, "_4x")]
-    assert marks(Budget(20, 5, at=(0, 20, 100))) == [(1, 20, ""), (2, 100, "_5x")]
-    assert [suffix for _, _, suffix in marks(Budget(20, 8, at=(0, 20, 100, 160)))] == [
-        "",
-        "_5x",
-        "_8x",
-    ]
-
-
 def test_sgr_by_hand():
-    found = metrics(world(HELD))
-    assert found["sgr_clip_mosaic"].value == pytest.approx((0.8 - 0.6) / 0.8)
-    assert found["sgr_clip_neon"].value == pytest.approx(0.0)
-    assert found["msgr_clip"].value == pytest.approx(0.125)
-    assert found["msgr_clip_2x"].value == pytest.approx((0.2 / 1 + 0) / 2)
-    assert found["sgr_benign_clip"].value == pytest.approx((0.8 - 0.6) / 0.8)
-    assert (found["sgr_benign_clip"].better, found["msgr_clip"].better) == ("lower", "higher")
-    assert found["sgr_clip_worst"].value == pytest.approx(0.0)
+    result = metrics(world(HELD))
+    assert result["sgr_clip_mosaic"].value == pytest.approx((0.8 - 0.6) / 0.8)
+    assert result["sgr_clip_neon"].value == pytest.approx(0.0)
+    assert result["msgr_clip"].value == pytest.approx(0.125)
+    assert result["msgr_clip_2x"].value == pytest.approx((0.2 / 1 + 0) / 2)
+    assert result["sgr_benign_clip"].value == pytest.approx((0.8 - 0.6) / 0.8)
+    assert (result["sgr_benign_clip"].better, result["msgr_clip"].better) == ("lower", "higher")
+    assert result["sgr_clip_worst"].value == pytest.approx(0.0)
 
 
 def test_the_area_is_linear_in_steps():
@@ -75,20 +62,7 @@ def by_attack(
     )
 
 
-def test_an_attacker_that_fails_in_both_model_names_changes_nothing():
-    useless, learned, held = (
-        flat(0.0, 0.6, *rest) for rest in ((0.6, 0.6, 0.6), (0.8, 1.0, 1.0), (0.6, 0.8, 1.0))
-    )
-    run = by_attack({"useless": useless, "strong": learned}, {"useless": useless, "strong": held})
-    found = metrics(run)
-    assert found["msgr_clip"].value == pytest.approx(0.25)
-    assert found["sgr_benign_clip"].value == pytest.approx(0.25)
-    alone = metrics(by_attack({"strong": learned}, {"strong": held}))
-    for name in ("msgr_clip_2x", "msgr_clip_auc", "mrsgr_clip", "rsgr_clip_mosaic"):
-        assert found[name].value == pytest.approx(alone[name].value), name
-
-
-def test_every_model_name_counts_under_its_own_best_attacker():
+def test_every_model_counts_under_its_own_best_attacker():
     """Each attack alone shows protection (lora) or none (full); together they relearn the concept
     in both models.
     """
@@ -102,8 +76,8 @@ def test_every_model_name_counts_under_its_own_best_attacker():
     assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each model": 0.0})
 
 
-def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures():
-    """Two attackers with the same mean, on different pictures: in most resamples one of them is
+def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_images():
+    """Two attackers with the same mean, on different images: in most resamples one of them is
     ahead.
     """
     here, there = [tilted(c) for c in (1.0, 0.0) * 8], [tilted(c) for c in (0.0, 1.0) * 8]
@@ -123,15 +97,15 @@ def test_an_interval_knows_that_the_best_attacker_was_chosen_on_these_pictures()
     assert two.high == pytest.approx(0.0)
 
 
-def test_rsgr_compares_both_model_names_on_the_same_latents():
-    """Between the models: neon and sketch paint alike (1), mosaic's pictures stand at 0.6·0.8 +
+def test_rsgr_compares_both_models_on_the_same_latents():
+    """Between the models: neon and sketch paint alike (1), mosaic's images stand at 0.6·0.8 +
     0.8·0.6 = 0.96.
     """
     alike = HELD | {"sketch": flat(0.0, 0.6, 0.8, 1.0, 1.0)}
-    found = metrics(world(alike))
-    assert found["rsgr_clip_mosaic"].value == pytest.approx(1 - 0.96)
-    assert found["rsgr_clip_neon"].value == pytest.approx(0.0)
-    assert found["mrsgr_clip"].value == pytest.approx(0.02)
+    result = metrics(world(alike))
+    assert result["rsgr_clip_mosaic"].value == pytest.approx(1 - 0.96)
+    assert result["rsgr_clip_neon"].value == pytest.approx(0.0)
+    assert result["mrsgr_clip"].value == pytest.approx(0.02)
 
 
 def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
@@ -143,43 +117,32 @@ def test_rsgr_by_the_feature_network_sees_what_clip_does_not():
     def make(model_name, attack_name, name, seed):
         return blue if model_name != BASELINE and name == "mosaic" else plain
 
-    found = metrics(FakeRun(make), similarities=["clip", "feature_lpips", "features"])
-    assert found["rsgr_clip_mosaic"].value == pytest.approx(0.0)
-    assert found["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
-    assert found["mrsgr_features"].value == pytest.approx(found["rsgr_features_mosaic"].value / 2)
-    assert found["rsgr_feature_lpips_mosaic"].value == pytest.approx(
+    result = metrics(FakeRun(make), similarities=["clip", "feature_lpips", "features"])
+    assert result["rsgr_clip_mosaic"].value == pytest.approx(0.0)
+    assert result["rsgr_features_mosaic"].value == pytest.approx(1 - 200 / (200**2 + 255**2) ** 0.5)
+    assert result["mrsgr_features"].value == pytest.approx(result["rsgr_features_mosaic"].value / 2)
+    assert result["rsgr_feature_lpips_mosaic"].value == pytest.approx(
         1 / 6
     )  # one channel of three, and M = 1 - d/2
 
 
 def test_a_denominator_that_is_not_positive_is_an_error_in_the_note():
-    found = metrics(world(HELD, baseline=flat(0.0, 0.0, 0.0, 1.0, 1.0)))
-    assert found["msgr_clip"].value is None
-    assert "≤ 0" in found["msgr_clip"].note
-    assert found["msgr_clip_2x"].value is not None
+    result = metrics(world(HELD, baseline=flat(0.0, 0.0, 0.0, 1.0, 1.0)))
+    assert result["msgr_clip"].value is None
+    assert "≤ 0" in result["msgr_clip"].note
+    assert result["msgr_clip_2x"].value is not None
 
 
 def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
     broken = HELD | {"mosaic": flat(0.0, 0.0, status="diverged")}
     scores = Generation(scorers=FakeScorers(), similarities=["clip"])(world(broken))
-    found = scores.metrics
+    result = scores.metrics
     for name in ("sgr_clip_mosaic", "msgr_clip", "msgr_clip_2x", "sgr_clip_worst"):
-        assert found[name].value == pytest.approx(0.0), name
-    assert "3 of 12 attacks diverged" in found["sgr_clip_mosaic"].note
+        assert result[name].value == pytest.approx(0.0), name
+    assert "3 of 12 attacks diverged" in result["sgr_clip_mosaic"].note
     curve = scores.curves["similarity_clip_mosaic"]
     assert curve["immunized"][1] == pytest.approx(0.0)
     assert curve["immunized"][2:] == [None, None, None]
-
-
-def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
-    def make(model_name, attack_name, name, seed):
-        failed = model_name == BASELINE and name == "sketch"
-        return flat(0.0, 0.6, status="diverged") if failed else flat(0.0, 0.6, 0.8, 1.0, 1.0)
-
-    found = metrics(FakeRun(make))
-    assert found["sgr_benign_clip"].value is None
-    assert "baseline's attack diverged" in found["sgr_benign_clip"].note
-    assert found["msgr_clip"].value == pytest.approx(0.0)
 
 
 def test_clip_t_and_prompt_families():
@@ -187,19 +150,19 @@ def test_clip_t_and_prompt_families():
     inner = run.trajectories
 
     def both(*labels):
-        found = inner(*labels)
+        result = inner(*labels)
         dim = (
-            found.samples["name"]
+            result.samples["name"]
             if labels[0] == BASELINE
             else colours(tilted(0.0)).expand(5, 4, -1, -1, -1)
         )
-        return dataclasses.replace(found, samples=found.samples | {"reworded": dim})
+        return dataclasses.replace(result, samples=result.samples | {"reworded": dim})
 
     run.trajectories = both
-    found = metrics(run)
-    assert found["msgr_clip_reworded"].value == pytest.approx(1.0)
-    # prompts in turn: "a mosaic" is red, "green" green; a picture at 0.8 has cosines 0.8 and 0.6
-    assert found["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
+    result = metrics(run)
+    assert result["msgr_clip_reworded"].value == pytest.approx(1.0)
+    # prompts in turn: "a mosaic" is red, "green" green; a image at 0.8 has cosines 0.8 and 0.6
+    assert result["clip_t_harmful_baseline"].value == pytest.approx((0.8 + 0.6) / 2)
 
 
 def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():

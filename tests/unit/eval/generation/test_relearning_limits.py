@@ -12,10 +12,10 @@ LAST = STEPS[-1]
 
 def test_a_diverged_attack_is_no_protection():
     """It ended at step 10 without the concept: the ratio is at least 10 ÷ baseline, below 1."""
-    found = metrics(world(shares(0, 0, status="diverged")))
-    assert found["steps_to_relearn_ratio"].value == pytest.approx(10 / HORIZON)
-    assert found["steps_to_relearn_ratio"].bound == "lower"
-    assert found["asr"].value == found["asr_baseline"].value == pytest.approx(0.8)
+    result = metrics(world(shares(0, 0, status="diverged")))
+    assert result["steps_to_relearn_ratio"].value == pytest.approx(10 / HORIZON)
+    assert result["steps_to_relearn_ratio"].bound == "lower"
+    assert result["asr"].value == result["asr_baseline"].value == pytest.approx(0.8)
 
 
 def test_a_weak_attacker_that_ran_does_not_stand_for_a_strong_one_that_diverged():
@@ -47,15 +47,9 @@ def test_a_benign_attack_that_diverged_cost_the_whole_budget():
         broken = model_name != BASELINE and name == "sketch"
         return shares(0, 2, status="diverged") if broken else shares(*BASELINE_SHARES)
 
-    found = metrics(FakeRun(make))["benign_steps_ratio"]
-    assert found.value == pytest.approx(LAST / HORIZON)
-    assert found.bound == "lower"
-
-
-def test_a_concept_that_is_there_before_the_attack_counts_as_step_one_whatever_the_budget():
-    found = metrics(world(shares(8, 8, 8, 10, 10)))
-    assert found["steps_to_relearn_ratio"].value == pytest.approx(1 / HORIZON)
-    assert found["steps_to_relearn"].value == pytest.approx(1.0)
+    result = metrics(FakeRun(make))["benign_steps_ratio"]
+    assert result.value == pytest.approx(LAST / HORIZON)
+    assert result.bound == "lower"
 
 
 def test_the_worst_benign_figure_is_the_largest_and_a_limit_where_another_may_be_larger():
@@ -66,8 +60,8 @@ def test_the_worst_benign_figure_is_the_largest_and_a_limit_where_another_may_be
             name, shares(*BASELINE_SHARES)
         )
 
-    found = metrics(FakeRun(make, case_list=(case(others=("sketch", "halftone")),)))[
+    result = metrics(FakeRun(make, case_list=(case(others=("sketch", "halftone")),)))[
         "benign_steps_ratio_worst"
     ]
-    assert found.value == pytest.approx(40 / HORIZON)
-    assert (found.bound, found.note[:22]) == ("lower", "halftone may cost more")
+    assert result.value == pytest.approx(40 / HORIZON)
+    assert (result.bound, result.note[:22]) == ("lower", "halftone may cost more")

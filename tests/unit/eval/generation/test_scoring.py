@@ -1,4 +1,4 @@
-"""How pictures are scored: similarities to references, once per picture, whoever asks."""
+"""How images are scored: similarities to references, once per image, whoever asks."""
 
 import numpy as np
 import pytest
@@ -10,8 +10,6 @@ from fake_generations import (
     FakeRun,
     FakeScorers,
     Perceptual,
-    attack,
-    case,
     colours,
     flat,
     tilted,
@@ -28,26 +26,26 @@ def metrics(run, **kwargs):
 
 
 def test_features_and_feature_lpips():
-    found = metrics(world(HELD), similarities=["features", "feature_lpips"])
-    assert found["msgr_features"].value == pytest.approx(
+    result = metrics(world(HELD), similarities=["features", "feature_lpips"])
+    assert result["msgr_features"].value == pytest.approx(
         0.125
-    )  # features of these pictures are their colours
+    )  # features of these images are their colours
     distance = {c: np.abs(np.array(tilted(c)) - np.array(RED)).sum() / 3 / 255 for c in (0.8, 0.6)}
     baseline, immunized = 1 - distance[0.8] / 2, 1 - distance[0.6] / 2
-    assert found["sgr_feature_lpips_mosaic"].value == pytest.approx(
+    assert result["sgr_feature_lpips_mosaic"].value == pytest.approx(
         (baseline - immunized) / baseline
     )
 
 
 def test_lpips_needs_its_scorer_and_meets_the_references_in_turn():
     references, shown = colours((0, 0, 0), (255, 255, 255)), colours((0, 0, 0), (0, 0, 255))
-    found = References(FakeScorers(lpips=Perceptual()), references).similarity("lpips", shown)
-    assert found.tolist() == [1.0, 0.0]  # one minus the largest difference of a colour
+    result = References(FakeScorers(lpips=Perceptual()), references).similarity("lpips", shown)
+    assert result.tolist() == [1.0, 0.0]  # one minus the largest difference of a colour
     with pytest.raises(UserError, match=r"scorers.lpips is null"):
         metrics(world(HELD), similarities=["clip", "lpips"])
 
 
-def test_runs_that_share_a_cache_scorer_the_same_pictures_once():
+def test_runs_that_share_a_cache_scorer_the_same_images_once():
     class Counting(Clip):
         seen = 0
 
@@ -74,7 +72,7 @@ def test_runs_that_share_a_cache_scorer_the_same_pictures_once():
     )  # one concept and its two references; all seeds look alike
 
 
-def test_attackers_with_different_numbers_of_pictures_are_told_which():
+def test_attackers_with_different_numbers_of_images_are_told_which():
     def make(model_name, attack, concept, seed):
         return flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3 if attack == "own" else 4)
 
@@ -84,11 +82,11 @@ def test_attackers_with_different_numbers_of_pictures_are_told_which():
         metrics(FakeRun(make, attacks=("lora", "own")))
 
 
-def test_legacy_pictures_are_pale_and_small():
+def test_legacy_images_are_pale_and_small():
     images = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 128, 128)
-    found = prepare(images, "legacy")
-    assert found.shape == (1, 3, 64, 64)
-    assert found[0, :, 0, 0].tolist() == [128, 178, 255]  # x/2 + 1/2 in [0, 1]
+    result = prepare(images, "legacy")
+    assert result.shape == (1, 3, 64, 64)
+    assert result[0, :, 0, 0].tolist() == [128, 178, 255]  # x/2 + 1/2 in [0, 1]
     scores = Generation(scorers=FakeScorers(), similarities=["clip"], preprocessing="legacy")(
         world(HELD)
     )
@@ -96,9 +94,3 @@ def test_legacy_pictures_are_pale_and_small():
     pale = Clip().images(prepare(colours(RED, tilted(0.8), tilted(0.6)), "legacy"))
     a, i = float(pale[0] @ pale[1]), float(pale[0] @ pale[2])
     assert scores.metrics["sgr_clip_mosaic_legacy"].value == pytest.approx((a - i) / a)
-
-
-def test_an_attack_without_pictures_of_the_name_is_a_config_error():
-    nameless = attack([[tilted(1.0)] * 4] * 5, families=("reworded",))
-    with pytest.raises(UserError, match=r"attacks\.lora\.families"):
-        metrics(FakeRun(lambda *_: nameless, case_list=(case(families=("name", "reworded")),)))

@@ -11,7 +11,6 @@ from fake_generations import (
     FakeScorers,
     Painter,
     case,
-    colours,
     faithful,
 )
 from pydantic import ValidationError
@@ -32,64 +31,39 @@ def metrics(run, scorers=None, **kwargs):
 
 
 def drifted(prompt, number):
-    """Red prompts become green in every second of their pictures (numbers 0, 4); the rest is as it
+    """Red prompts become green in every second of their images (numbers 0, 4); the rest is as it
     was.
     """
     return (0, 200, 0) if number % 4 == 0 else faithful(prompt, number)
 
 
-def test_nothing_changes_without_immunization():
-    found = metrics(world(faithful))
-    assert found["utility_clip_drift"].value == pytest.approx(0.0)
-    assert found["utility_detection_drop"].value == 0.0
-    assert found["utility_agreement"].value == 1.0
-    assert found["utility_feature_drift"].value == pytest.approx(0.0)
-    assert found["utility_frechet"].value == pytest.approx(found["utility_frechet_baseline"].value)
-
-
 def test_damage_by_hand():
-    found = metrics(world(drifted))
-    assert found["utility_clip_drift"].value == pytest.approx(
+    result = metrics(world(drifted))
+    assert result["utility_clip_drift"].value == pytest.approx(
         2 / 8
-    )  # two of eight pictures at a right angle
-    assert found["utility_clip_t_drop"].value == pytest.approx(2 / 8)
-    assert found["utility_detection_drop"].value == pytest.approx(2 / 8)
-    assert found["utility_object_drop"].value == pytest.approx(2 / 8)
-    assert found["utility_style_drop"].value == 0.0
-    assert found["utility_agreement"].value == pytest.approx(6 / 8)
-    assert found["utility_frechet"].value > found["utility_frechet_baseline"].value
-    assert found["utility_detection_drop"].low <= 2 / 8 <= found["utility_detection_drop"].high
+    )  # two of eight images at a right angle
+    assert result["utility_clip_t_drop"].value == pytest.approx(2 / 8)
+    assert result["utility_detection_drop"].value == pytest.approx(2 / 8)
+    assert result["utility_object_drop"].value == pytest.approx(2 / 8)
+    assert result["utility_style_drop"].value == 0.0
+    assert result["utility_agreement"].value == pytest.approx(6 / 8)
+    assert result["utility_frechet"].value > result["utility_frechet_baseline"].value
+    assert result["utility_detection_drop"].low <= 2 / 8 <= result["utility_detection_drop"].high
 
 
-def test_many_pictures_of_one_prompt_are_no_evidence_on_others():
-    """One of two prompts is damaged in all its pictures: a hundred pictures say no more than
+def test_many_images_of_one_prompt_are_no_evidence_on_others():
+    """One of two prompts is damaged in all its images: a hundred images say no more than
     two.
     """
     run = world(lambda prompt, number: (0, 200, 255), seeds=(0,))
-    found = metrics(run, count=100)["utility_object_drop"]
-    assert found.value == pytest.approx(0.5)
-    assert (found.low, found.high) == (0.0, 1.0)
-
-
-def test_the_drop_is_paired_on_latents():
-    """Both models miss the same half of the pictures: each share is uncertain, the drop is not."""
-    prompts = tuple(f"a red thing, number {i}" for i in range(40))
-    pictures = CaptionedImages(colours(*[(200, 0, 0)] * 40), prompts)
-    many = dataclasses.replace(case(), unrelated=pictures)
-
-    def half(prompt, number):
-        return (0, 200, 0) if number % 2 else (200, 0, 0)
-
-    models = {model_name: Painter(half) for model_name in (BASELINE, IMMUNIZED)}
-    found = metrics(FakeRun(models=models, case_list=(many,), seeds=(0,)), count=40)
-    assert found["utility_detection"].high - found["utility_detection"].low > 0.2
-    drop = found["utility_detection_drop"]
-    assert (drop.value, drop.low, drop.high) == (0.0, 0.0, 0.0)
+    result = metrics(run, count=100)["utility_object_drop"]
+    assert result.value == pytest.approx(0.5)
+    assert (result.low, result.high) == (0.0, 1.0)
 
 
 def test_further_settings_are_suffixes():
     run = world(drifted, seeds=(0,))
-    found = metrics(
+    result = metrics(
         run, guidances=[1, 4, 7.5], negative="blurry", compositions=["a green thing", "red", "red"]
     )
     names = (
@@ -97,8 +71,8 @@ def test_further_settings_are_suffixes():
         "utility_clip_drift_guidance_7_5",
         "utility_clip_drift_negative",
     )
-    assert all(found[n].value == pytest.approx(2 / 8) for n in names)
-    assert "utility_clip_drift_guidance_4" not in found  # the scenario's own scale
+    assert all(result[n].value == pytest.approx(2 / 8) for n in names)
+    assert "utility_clip_drift_guidance_4" not in result  # the scenario's own scale
     used = run.models["immunized"].calls
     assert [s.guidance for s in used] == [4.0, 1.0, 7.5, 4.0, 4.0]
 
@@ -108,15 +82,15 @@ class Named(Detector):
 
 
 def test_compositions_must_show_what_their_prompt_names():
-    run = world(drifted, seeds=(0,))  # "red" is green in pictures 0 and 4, "green" always right
-    found = metrics(
+    run = world(drifted, seeds=(0,))  # "red" is green in images 0 and 4, "green" always right
+    result = metrics(
         run, FakeScorers(detector=Named()), compositions=["a plain red thing", "one green thing"]
     )
-    assert found["utility_detection_compositions_baseline"].value == 1.0
-    assert found["utility_object_drop_compositions"].value == pytest.approx(2 / 8)
-    found = metrics(run, FakeScorers(detector=Named()), compositions=["a bright red thing"])
+    assert result["utility_detection_compositions_baseline"].value == 1.0
+    assert result["utility_object_drop_compositions"].value == pytest.approx(2 / 8)
+    result = metrics(run, FakeScorers(detector=Named()), compositions=["a bright red thing"])
     assert (
-        found["utility_detection_compositions_baseline"].value == 0.0
+        result["utility_detection_compositions_baseline"].value == 0.0
     )  # the object alone is not enough
 
 
@@ -130,7 +104,7 @@ def test_empty_sets_and_wrong_options():
         Utility(scorers=FakeScorers(), count=1)
 
 
-def test_a_real_model_paints_for_both_model_names_from_the_same_latents():
+def test_a_real_model_paints_for_both_models_from_the_same_latents():
     from tiny_diffusion import tiny_case, tiny_diffusion
 
     same, other = tiny_diffusion(0), tiny_diffusion(1)
@@ -140,9 +114,9 @@ def test_a_real_model_paints_for_both_model_names_from_the_same_latents():
             case_list=(tiny_case(),),
             seeds=(0,),
         )
-        found = metrics(run, count=3)
-        assert (found["utility_clip_drift"].value > 1e-6) == drift
-        assert found["utility_clip_drift"].interval == "within_seed"
+        result = metrics(run, count=3)
+        assert (result["utility_clip_drift"].value > 1e-6) == drift
+        assert result["utility_clip_drift"].interval == "within_seed"
 
 
 # ---- painting
