@@ -25,7 +25,7 @@ class Geometry(RunMetric):
     eigenvalues.
 
     κ(M) = λ_max/λ_min of the pencil says beforehand whether a pair can be immunized by a linear
-    map; an invertible linear extractor cannot change it (there it is given for the baseline alone),
+    map; an invertible linear extractor cannot change it (only the baseline's is reported),
     a deep one can. With several harmful tasks the mean is reported.
 
     Args:

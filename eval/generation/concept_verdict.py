@@ -29,7 +29,7 @@ from eval.generation.relearning import (
 )
 from eval.generation.scoring import ScorerSet, check_scorers, detector_of
 from eval.generation.similarity import sgr_each, sgr_score, sgr_worst
-from eval.generation.utility import CaseUtility, Pictures, Utility, utility_scores
+from eval.generation.utility import CaseUtility, ImageCount, Utility, utility_scores
 from eval.stats.aggregate import PROTECTED
 from eval.stats.intervals import SHARE, Unit, columns, score_units
 from eval.stats.verdict_rule import Check, figure_text, verdict_scores
@@ -60,7 +60,7 @@ class ConceptVerdict(RunMetric):
     any seed or case, makes its check inconclusive with "not measured for CONCEPT". Every figure is
     that of the families `generation`, `relearning` and `utility`, of several attackers and of those
     that diverged as well. The note adds, and nothing requires, what the targets' figures are by
-    images that also show the object of their prompt: a style is seen in torn ones, too
+    images that also show the object of their prompt: a style is detected in broken images, too
     (`eval.generation.scoring.is_prompt_adherent`).
     ``verdict_share``: share of seeds × cases in which the same rule holds. A case whose
     immunization diverged is a failure: the verdict is 0 then, and the share counts it.
@@ -78,7 +78,7 @@ class ConceptVerdict(RunMetric):
     scorers: SkipValidation[ScorerSet]
     name: Text = "concept_verdict"
     threshold: PositiveShare = 0.6
-    count: Pictures = 200
+    count: ImageCount = 200
     min_msgr: BelowOne = 0.0
     min_asr_reduction: Share = 0.5
     min_steps_ratio: StepsRatio = 2.0

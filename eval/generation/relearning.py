@@ -67,8 +67,8 @@ class Relearning(RunMetric):
     attacker.
 
     ``asr``: mean over targets of the share of images in which the detector sees the concept,
-    immunized; its ``_baseline`` twin, and ``asr_benign`` for the other concepts (there a high share
-    is good). ``asr_corrected``: the same after `lab.scorers.detector.corrected_share`, with the
+    immunized; ``asr_baseline``; and ``asr_benign`` for the other concepts (there a high share is
+    good). ``asr_corrected``: the same after `lab.scorers.detector.corrected_share`, with the
     detector's own error rates. ``asr_reduction`` = 1 − asr ÷ asr_baseline; no value where the
     baseline shows one of the targets in no image. Suffixes ``_2x``, the long horizon and ``_auc``
     (mean over the steps) as in `eval.generation.similarity`; what an attack that diverged counts
@@ -84,7 +84,7 @@ class Relearning(RunMetric):
     on, it counts in neither model (`ratio_of`). A model that never relearns is censored, and the
     ratio is a lower limit (``bound``). ``asr_prompt_adherent``,
     ``steps_to_relearn_prompt_adherent_ratio``, ``benign_steps_prompt_adherent_ratio`` and their
-    kin: the same for images that also show what their prompt asks for, see
+    suffixes: the same for images that also show what their prompt asks for, see
     `eval.generation.scoring.is_prompt_adherent`; only where styles are among the concepts and the
     detector names what it sees. A concept that a model shows before the attack counts as relearned
     at step 1, and the note says in how many cases. Table ``attacks``: every attack by itself, see
@@ -539,7 +539,7 @@ def attack_rows(run: RunView, evaluated: EvaluatedRun) -> list[dict[str, Any]]:
     often its images show the concept along it.
 
     ``trials`` of ``search`` were made on this model, and ``chosen`` is the best of them;
-    ``at_STEP``: share of the images asked for by name in which the detector sees the concept, null
+    ``at_STEP``: share of the images of the family ``name`` that show the concept, null
     beyond the end of an attack that diverged.
     """
     cases = {(seed, case.name): case for seed, case in walk(run)}

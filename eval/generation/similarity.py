@@ -74,7 +74,7 @@ TRAINING_CURVES = {  # of concept immunizers, in the order of the report
 @config
 class Generation(RunMetric):
     """SGR = (M(x_r, x_A) − M(x_r, x_I)) / M(x_r, x_A) of every concept (arXiv 2311.18815,
-    2412.15320), and its kin.
+    2412.15320), and figures derived from it.
 
     x_r are the reference images, x_A and x_I those of the attacked baseline and immunized model,
     made from the same latents; M is the mean over images of one similarity of

@@ -44,7 +44,7 @@ from lab.scorers.features import frechet_distance
 HEADS = ("object", "style")
 # images; a block has latents of its own, so that a smaller count is the beginning of a larger one
 BLOCK = 32
-Pictures = Annotated[int, Field(strict=True, ge=2)]
+ImageCount = Annotated[int, Field(strict=True, ge=2)]
 
 
 @config
@@ -87,7 +87,7 @@ class Utility(RunMetric):
 
     scorers: SkipValidation[ScorerSet]
     name: Text = "utility"
-    count: Pictures = 200
+    count: ImageCount = 200
     guidances: tuple[NonNegative, ...] = ()
     negative: Text = ""
     compositions: tuple[Text, ...] = ()

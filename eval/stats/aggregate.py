@@ -22,7 +22,7 @@ Line = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
 class _PartOfRun:
-    """Part of a run as a `RunView`: what is not given here is that of the whole run."""
+    """Part of a run as a `RunView`: what is not among ``parts`` is that of the whole run."""
 
     def __init__(self, run: RunView, **parts: Any) -> None:
         self._run = run
