@@ -83,23 +83,28 @@ class Check:
     def row(self) -> dict[str, Any]:
         figure = {key: getattr(self.figure, key) for key in ("value", "low", "high", "n", "bound")}
         row = {"side": self.side, "check": self.what, **figure, "required": self.required}
-        return row | {"passed": self.passed, "sure": self.sure, "note": self.figure.note or ""}
+        row |= {"result": self.result, "passed": self.passed, "sure": self.sure}
+        return row | {"note": self.figure.note or ""}
 
 
-def _carrying(checks: Sequence[Check], side: Role) -> list[Check]:
-    """Return the checks of the alternatives that pass as a whole."""
-    groups: dict[str, list[Check]] = {}
-    for check in (c for c in checks if c.side == side):
-        groups.setdefault(check.alternative, []).append(check)
-    return [c for group in groups.values() if all(c.passed for c in group) for c in group]
-
-
-def is_passed(checks: Sequence[Check]) -> bool:
-    """Return True when every benign check, and on the harmful side every check of one alternative,
-    passes.
+def side_result(checks: Sequence[Check], side: Role) -> Result:
+    """Return the result of one side: it passes with one alternative whose checks all pass, and
+    fails where every alternative has a check that fails.
     """
-    benign = all(check.passed for check in checks if check.side == "benign")
-    return benign and bool(_carrying(checks, "harmful"))
+    results: dict[str, set[Result]] = {}
+    for check in (c for c in checks if c.side == side):
+        results.setdefault(check.alternative, set()).add(check.result)
+    if {"passes"} in results.values():
+        return "passes"
+    return "fails" if all("fails" in group for group in results.values()) else "inconclusive"
+
+
+def verdict_result(checks: Sequence[Check]) -> Result:
+    """Return ``passes`` where both sides pass, ``fails`` where one fails."""
+    sides = [side_result(checks, side) for side in ROLES]
+    if "fails" in sides:
+        return "fails"
+    return "inconclusive" if "inconclusive" in sides else "passes"
 
 
 def figure_text(figure: Score) -> str:
@@ -124,17 +129,11 @@ def checks_text(checks: Sequence[Check]) -> str:
     """Say for each side that it passes, or which of its checks fail or are inconclusive."""
     parts = []
     for side in ROLES:
-        groups: dict[str, list[Check]] = {"passes": _carrying(checks, side)}
-        if not groups["passes"]:
-            groups = {
-                result: [c for c in checks if c.side == side and c.result == result]
-                for result in ("fails", "inconclusive")
-            }
-        parts += [
-            f"{side} side {result}: {'; '.join(map(_check_text, group))}"
-            for result, group in groups.items()
-            if group
-        ]
+        passes = side_result(checks, side) == "passes"
+        for result in ("passes",) if passes else ("fails", "inconclusive"):
+            texts = [_check_text(c) for c in checks if c.side == side and c.result == result]
+            if texts:
+                parts.append(f"{side} side {result}: {'; '.join(texts)}")
     return ". ".join(parts)
 
 
@@ -145,7 +144,7 @@ def verdict_scores(
     remark: str | None = None,
 ) -> Scores:
     """Return ``verdict``, ``verdict_share`` (the share of seeds × cases in which the same rule
-    holds) and the table of checks.
+    holds) and the table of checks. The note of the verdict begins with its `Result`.
 
     A case whose immunization diverged is a failure: the verdict is 0 then, and the share counts it.
 
@@ -154,11 +153,16 @@ def verdict_scores(
         checks_of: of one seed and case.
         remark: what the note adds.
     """
-    held = samples(run, lambda seed, case: float(is_passed(checks_of(seed, case))), diverged=0.0)
+    held = samples(
+        run,
+        lambda seed, case: float(verdict_result(checks_of(seed, case)) == "passes"),
+        diverged=0.0,
+    )
     lost, total = len(run.diverged), sum(map(len, held))
     failed = f"{lost} of {total} cases diverged and count as failures" if lost else None
-    reason = ". ".join(filter(None, (failed, checks_text(checks), remark)))
-    verdict = Score(float(is_passed(checks) and not lost), n=len(held), note=reason)
+    result = "fails" if lost else verdict_result(checks)
+    reason = ". ".join(filter(None, (result, failed, checks_text(checks), remark)))
+    verdict = Score(float(result == "passes"), n=len(held), note=reason)
     note = joined("share of seeds × cases where the verdict holds", failed)
     share = score_samples(held, "higher", "no case", note=note, bounds=SHARE)
     return Scores(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.stats.verdict_rule import Check, is_passed
+from eval.stats.verdict_rule import Check, verdict_result
 from lab.core.types import Score
 
 
@@ -62,7 +62,10 @@ def test_one_alternative_of_the_harmful_side_and_the_whole_benign_side_are_neede
     fast = Check("harmful", "steps by loss", Score(1.0), "≥", 2.0)
     accurate = Check("harmful", "accuracy", Score(0.5), "≥", 0.1, alternative="accuracy")
     benign, damaged = (Check("benign", "steps", Score(v), "≤", 1.1) for v in (1.0, 2.0))
-    assert is_passed([slow, benign])
-    assert not is_passed([slow, fast, benign])
-    assert is_passed([slow, fast, accurate, benign])
-    assert not is_passed([slow, benign, damaged])
+    unknown = Check("harmful", "steps", Score(None), "≥", 2.0)
+    assert verdict_result([slow, benign]) == "passes"
+    assert verdict_result([slow, fast, benign]) == "fails"
+    assert verdict_result([slow, fast, accurate, benign]) == "passes"
+    assert verdict_result([slow, benign, damaged]) == "fails"
+    assert verdict_result([unknown, benign]) == "inconclusive"
+    assert verdict_result([unknown, fast, benign]) == "fails"
