@@ -374,11 +374,7 @@ class _ConceptScorer:
 
     def _quantity(self, quantity: str, family: str, images: Tensor) -> Tensor:
         """Score images [points, images, ...] of one model."""
-        compute = partial(self._compute, quantity, self.concept.prompts[family], images)
-        return self._cached(quantity, family, images, compute)
-
-    def _compute(self, quantity: str, listed: Sequence[str], images: Tensor) -> Tensor:
-        prompts = in_turn(listed, images.shape[1])
+        prompts = in_turn(self.concept.prompts[family], images.shape[1])
         if quantity in COSINES:
             vectors = self._vectors(quantity, images)
             return torch.stack([self.references.cosine(quantity, point) for point in vectors])
@@ -424,11 +420,12 @@ class _ConceptScorer:
         for model, t in trajectories.items():
             index = torch.searchsorted(torch.tensor(t.steps), plan, right=True) - 1
             held[model] = t.samples[family][index]
-            values = {
-                q: np.asarray(self._quantity(q, family, t.samples[family])[index], dtype=float)
-                for q in quantities
-                if not q.startswith(BETWEEN)
-            }
+            values = {}
+            for quantity in quantities:
+                if not quantity.startswith(BETWEEN):
+                    compute = partial(self._quantity, quantity, family, t.samples[family])
+                    scores = self._cached(quantity, family, t.samples[family], compute)
+                    values[quantity] = np.asarray(scores[index], dtype=float)
             out[model] = EvaluatedAttack(values, int((plan <= t.steps[-1]).sum()), t.status)
         for quantity in quantities if len(out) == 2 else ():
             if quantity.startswith(BETWEEN):

@@ -266,11 +266,6 @@ class Relearned:
     first: Callable[[Floats], Floats]
     last: float
 
-    @property
-    def shown_before(self) -> bool:
-        """The concept was there before the attack, and counts as relearned at step 1."""
-        return not self.censored and self.steps <= 0
-
     def unit(self, seed: int) -> Unit:
         """Return the logarithm of the steps; of the last step where they were not reached."""
         return Unit(seed, self.rows, lambda means: _log_ratio(self.first(means), self.last))
@@ -415,7 +410,8 @@ def steps_score(
     """Return the geometric mean of steps or of their ratios, a lower limit where a concept was not
     relearned.
     """
-    censored, early = sum(r.censored for r in each), sum(r.shown_before for r in each)
+    censored = sum(r.censored for r in each)
+    early = sum(not r.censored and r.steps <= 0 for r in each)
     never = f"not relearned in {censored} of {len(each)} cases" if censored else None
     note = joined(never, shown_before_note(early, len(each)), *notes)
     bound: Bound | None = "lower" if censored else None

@@ -28,7 +28,7 @@ from eval.generation.scoring import (
     unit_vectors,
 )
 from eval.stats.aggregate import baseline_suffix, better_of, walk
-from eval.stats.intervals import SHARE, Better, Floats, Unit, columns, score_units
+from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
 from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
@@ -42,6 +42,8 @@ from lab.models.diffusion import DiffusionModel
 from lab.scorers.features import frechet_distance
 
 HEADS = ("object", "style")
+COSTS = ("_drift", "_drop")  # quantities that are better when lower
+BOUNDS = {"clip_drift": (0.0, 2.0), "feature_drift": (0.0, 2.0), "clip_t": (-1.0, 1.0)}
 # images; a block has latents of its own, so that a smaller count is the beginning of a larger one
 BLOCK = 32
 ImageCount = Annotated[int, Field(strict=True, ge=2)]
@@ -187,6 +189,9 @@ class Utility(RunMetric):
             real = encode(self.scorers, "features", setting.images)
             frechet = {model: frechet_distance(v, real) for model, v in features.items()}
         values = pd.DataFrame({name: row.double().cpu().numpy() for name, row in rows.items()})
+        for base in ("clip_t", "detection", *HEADS):
+            if base in values:
+                values[f"{base}_drop"] = values[f"{base}_baseline"] - values[base]
         return CaseUtility(seed, case, values.groupby(prompts, sort=False).mean(), frechet)
 
     def _detections(
@@ -235,20 +240,13 @@ class CaseUtility:
 def utility_scores(cells: Sequence[CaseUtility], suffix: str, note: str | None) -> dict[str, Score]:
     """Return every figure of one setting."""
     out: dict[str, Score] = {}
-    quantities = list(cells[0].by_prompt)
-    for quantity in quantities:
+    for quantity in cells[0].by_prompt:
         base = quantity.removesuffix("_baseline")
         end = quantity.removeprefix(base)
-        drift = base.endswith("drift")
-        bounds = (0.0, 2.0) if drift else (-1.0, 1.0) if base == "clip_t" else SHARE
-        better: Better = "neutral" if end else "lower" if drift else "higher"
+        better: Better = "neutral" if end else "lower" if base.endswith(COSTS) else "higher"
+        bounds = BOUNDS.get(base, UNBOUNDED if base.endswith("_drop") else SHARE)
         units = [Unit(c.seed, c.by_prompt[[quantity]].to_numpy(), columns) for c in cells]
         out[f"utility_{base}{suffix}{end}"] = score_units(units, better, note=note, bounds=bounds)
-    for base in ("clip_t", "detection", *HEADS):
-        if f"{base}_baseline" in quantities:
-            both = [f"{base}_baseline", base]
-            units = [Unit(c.seed, c.by_prompt[both].to_numpy(), _difference) for c in cells]
-            out[f"utility_{base}_drop{suffix}"] = score_units(units, "lower", note=note)
     distances = pd.DataFrame([c.frechet for c in cells]).groupby([c.seed for c in cells]).mean()
     for model in distances:
         few = "biased upwards by few images; compare with the other model"
@@ -256,10 +254,6 @@ def utility_scores(cells: Sequence[CaseUtility], suffix: str, note: str | None) 
         value, better = float(distances[model].mean()), better_of(model, "lower")
         out[name] = Score(value, n=len(distances), better=better, note=few)
     return out
-
-
-def _difference(means: Floats) -> Floats:
-    return means[..., :1] - means[..., 1:]
 
 
 def _likeliest(detector: Labeller, images: Tensor) -> Tensor:
