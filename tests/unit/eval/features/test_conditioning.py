@@ -4,9 +4,7 @@ import pytest
 import torch
 from fake_run import (
     EYE,
-    DeepModel,
     FakeRun,
-    Matrix,
     case,
     fake,
     linear,
@@ -15,7 +13,6 @@ from fake_run import (
 
 from eval.features.conditioning import Conditioning
 from eval.features.geometry import Geometry
-from lab.core.condition import condition_number
 from lab.core.types import BASELINE, IMMUNIZED
 
 
@@ -95,18 +92,6 @@ def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
     expected = float(torch.linalg.cond(x.T @ x + EYE))
     assert scores.tables["pairs_ridge"][0]["kappa_benign"] == pytest.approx(expected)
     assert "rir_release" in Conditioning(definition="release")(fake()).metrics
-
-
-def test_deep_models_use_groups_and_report_their_spread() -> None:
-    cases = (case(random_data(0, rows=300), random_data(1, rows=300)),)
-    deep = DeepModel([("head", Matrix(EYE))], 4)
-    run = FakeRun(cases, {BASELINE: deep, IMMUNIZED: deep})
-    scores = Conditioning(groups=3, size=50)(run)
-    assert scores.metrics["rir"].value == pytest.approx(1)
-    assert "rir_bound" not in scores.metrics
-    assert scores.tables["pairs"][0]["kappa_benign"] != pytest.approx(
-        condition_number(random_data(0, rows=300))
-    )
 
 
 def test_history_becomes_curves() -> None:

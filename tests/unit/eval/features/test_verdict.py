@@ -87,36 +87,6 @@ def test_each_threshold_alone_flips_the_verdict(
     assert all(check in what for what in flipped)
 
 
-def test_a_lower_limit_on_the_benign_side_does_not_pass() -> None:
-    """One seed that never reaches the baseline's target, and others that are far faster than the
-    baseline.
-    """
-
-    def make(model_name: str, attack: str, role: str, seed: int) -> Trajectory:
-        if model_name == BASELINE or role == "harmful":
-            return decay(0.8 if model_name == BASELINE else 0.95, STEPS)
-        return (
-            decay(0.01, STEPS)
-            if seed
-            else Trajectory(
-                list(STEPS),
-                {
-                    q: [max(0.8**s, 0.0116) for s in STEPS]
-                    for q in ("norm_ratio", "train_loss", "test_loss")
-                },
-            )
-        )
-
-    scores = Verdict()(fake(trajectories=make))
-    slow = [
-        c for c in scores.tables["verdict"] if c["side"] == "benign" and "steps to" in c["check"]
-    ]
-    assert len(slow) == 2
-    assert all(c["value"] < 1.1 and not c["passed"] and not c["sure"] for c in slow)
-    assert scores.metrics["verdict"].value == 0
-    assert scores.metrics["verdict_share"].value == pytest.approx(2 / 3)
-
-
 def test_what_was_measured_in_some_seeds_only_does_not_pass() -> None:
     """In one seed the baseline makes no progress on the benign task."""
 

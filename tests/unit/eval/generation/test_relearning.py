@@ -154,12 +154,6 @@ def test_a_model_that_never_relearns_gives_a_lower_limit():
     assert result["steps_to_relearn_ratio_neon"].bound is None
 
 
-def test_a_baseline_that_never_relearns_leaves_no_ratio():
-    result = metrics(world(shares(0, 0, 0, 0, 0), baseline=shares(0, 0, 1, 2, 5)))
-    assert result["steps_to_relearn_ratio"].value is None
-    assert result["baseline_horizon"].bound == "lower"
-
-
 def test_every_model_is_scored_under_its_own_best_attacker():
     slow, fast = shares(0, 0, 0, 6, 10), shares(0, 6, 10, 10, 10)
 

@@ -7,7 +7,6 @@ from fake_generations import (
     HELD,
     RED,
     Clip,
-    FakeRun,
     FakeScorers,
     Perceptual,
     colours,
@@ -70,16 +69,6 @@ def test_runs_that_share_a_cache_scorer_the_same_images_once():
     assert (
         scored(scorers, store, held_up)[0] == 5 * 4 + 2
     )  # one concept and its two references; all seeds look alike
-
-
-def test_attackers_with_different_numbers_of_images_are_told_which():
-    def make(model_name, attack, concept, seed):
-        return flat(0.0, 0.0, 0.6, 0.8, 1.0, count=3 if attack == "own" else 4)
-
-    with pytest.raises(
-        UserError, match=r"attacks\.own=3: images a step by name, not 4 as attacks\.lora"
-    ):
-        metrics(FakeRun(make, attacks=("lora", "own")))
 
 
 def test_legacy_images_are_pale_and_small():

@@ -70,13 +70,6 @@ def test_an_empty_set_is_an_error():
             estimate(units)
 
 
-def test_an_undefined_figure_has_a_reason_instead_of_a_value():
-    result = score_units(
-        [Unit(0, np.array([[-0.1, 0.5]] * 4), relative_gap)], "higher", undefined="M ≤ 0"
-    )
-    assert (result.value, result.note) == (None, "M ≤ 0")
-
-
 def test_a_band_ends_where_the_shortest_attack_ends():
     long, short = (Unit(s, np.ones((4, n)) * np.arange(n), columns) for s, n in ((0, 3), (1, 2)))
     curve = band({"baseline": [long, short], "mima": [long]}, [0, 10, 20], "x", "y")
