@@ -74,12 +74,19 @@ def compute_condition_number(
     Raises:
         ValueError: numbers that are not finite, or a zero matrix.
     """
-    values = [condition_number(x, definition, ridge=ridge) for x in groups]
+    values, ranks = [], []
+    for x in groups:
+        s = singular_values(x)
+        ranks.append(_rank(s, x))
+        if definition == "rank" and ranks[-1] > 0:  # no second decomposition
+            values.append(float((s[0] / s[ranks[-1] - 1]) ** 2))
+        else:
+            values.append(condition_number(x, definition, ridge=ridge))
     if not all(map(math.isfinite, values)):
         raise ValueError(f"κ ({definition}) is not finite: {values}")
     mean = statistics.fmean(values)
     spread = statistics.stdev(values) / mean if len(values) > 1 else 0.0
-    return ConditionNumber(mean, spread, min(_rank(singular_values(x), x) for x in groups))
+    return ConditionNumber(mean, spread, min(ranks))
 
 
 @config

@@ -35,7 +35,6 @@ NORM_RATIO, LOSS, ACCURACY = "norm_ratio", "train_loss", "test_accuracy"
 EXCESS_FLOOR = 1e-9  # share of the loss that can be removed; what is left below it is rounding
 LOSS_TOLERANCE = 1e-6  # the same, of the loss removed, where no optimum is known (fine-tuning)
 NO_PROGRESS = "the baseline made no progress up to its 1× horizon"
-Read = Callable[[Trajectory], float]
 
 
 @dataclass(frozen=True)
@@ -87,16 +86,6 @@ def horizons(run: RunView) -> list[tuple[int, str]]:
     return [(budget.horizon, ""), *far]
 
 
-def readings(run: RunView, quantity: str) -> list[tuple[str, Read]]:
-    """Return (suffix, figure of a trajectory): its value at 1× and at the long horizon, and its
-    mean over all steps.
-    """
-    ends: list[tuple[str, Read]] = [
-        (end, partial(Trajectory.at, name=quantity, step=step)) for step, end in horizons(run)
-    ]
-    return [*ends, ("_mean", partial(mean_over, quantity=quantity))]
-
-
 def attacked(
     run: RunView, model: str, attack: str, role: Role, seed: int, case: Case
 ) -> list[Trajectory]:
@@ -113,23 +102,27 @@ def model_scores(
     better: Better,
     bounds: tuple[float, float],
 ) -> dict[str, Score]:
-    """Return ROLE_ATTACK and its suffixes → a quantity of each model, by every of `readings`.
+    """Return ROLE_ATTACK and its suffixes → a quantity of each model at `horizons`, and its mean
+    over all steps.
 
     ``combine``: values of several tasks → the value that counts.
     """
     out = {}
     for model in run.model_names:
-        each = {
-            (seed, case.name): attacked(run, model, attack, role, seed, case)
-            for seed, case in walk(run)
-        }
-        status = [t.status for trajectories in each.values() for t in trajectories]
+        rows: dict[tuple[int, str], dict[str, float]] = {}
+        status: list[str] = []
+        for seed, case in walk(run):
+            each = attacked(run, model, attack, role, seed, case)
+            status += [trajectory.status for trajectory in each]
+            row = {
+                end: combine([t.at(quantity, step) for t in each]) for step, end in horizons(run)
+            }
+            rows[seed, case.name] = row | {"_mean": combine([mean_over(t, quantity) for t in each])}
         lost = status.count("diverged")
         note = f"{lost} of {len(status)} trajectories diverged: their last finite value counts"
-        for end, read in readings(run, quantity):
-            rows = {cell: {"value": combine([read(t) for t in ts])} for cell, ts in each.items()}
+        for end in (*(end for _, end in horizons(run)), "_mean"):
             out[f"{role}_{slug(attack)}{end}{baseline_suffix(model)}"] = score_samples(
-                column_samples(run, rows, "value"),
+                column_samples(run, rows, end),
                 better_of(model, better),
                 "no case",
                 note=note if lost else None,
