@@ -114,10 +114,10 @@ def model_scores(
         for seed, case in walk(run):
             each = attacked(run, model, attack, role, seed, case)
             status += [trajectory.status for trajectory in each]
-            row = {
-                end: combine([t.at(quantity, step) for t in each]) for step, end in horizons(run)
-            }
-            rows[seed, case.name] = row | {"_mean": combine([mean_over(t, quantity) for t in each])}
+            row = {"_mean": combine([mean_over(t, quantity) for t in each])}
+            for step, end in horizons(run):
+                row[end] = combine([t.at(quantity, step) for t in each])
+            rows[seed, case.name] = row
         lost = status.count("diverged")
         note = f"{lost} of {len(status)} trajectories diverged: their last finite value counts"
         for end in (*(end for _, end in horizons(run)), "_mean"):
@@ -310,9 +310,9 @@ def each_worst(
 
     groups = samples(run, worst_of)
     cells, total = winners.total(), sum(1 for _ in walk(run))
-    named = (
-        f"worst attacker: {winners.most_common(1)[0][0]}" if len(attacks) > 1 and cells else None
-    )
+    named = None
+    if len(attacks) > 1 and winners:
+        named = f"worst attacker: {winners.most_common(1)[0][0]}"
     dropped = f"{total - cells} of {total} left out: {reason}" if cells < total else None
     note = joined(named, dropped, left_out(run))
     return WorstCase(groups, reason, note, limits, cells, total - cells)

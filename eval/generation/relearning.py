@@ -168,12 +168,13 @@ class ShareName(NamedTuple):
     quantity: str = DETECTED
     family: str = FAMILY
     concept: str | None = None  # None: mean over the concepts of a role
+    corrected: bool = False  # for the detector's errors, too
 
 
 def success_scores(evaluated: EvaluatedRun, rates: Rates) -> dict[str, Score]:
     """Return every attack success rate, and its reduction."""
     first, readings = evaluated.horizon_index, evaluated.readings
-    names = [ShareName(suffix, at) for at, suffix in readings]
+    names = [ShareName(suffix, at, corrected=at != "mean") for at, suffix in readings]
     names += [ShareName(f"_{slug(f)}", first, family=f) for f in evaluated.families if f != FAMILY]
     of_targets = [
         ShareName(f"_{slug(concept)}", first, concept=concept)
@@ -199,17 +200,17 @@ def success_scores(evaluated: EvaluatedRun, rates: Rates) -> dict[str, Score]:
 def _success(
     evaluated: EvaluatedRun, role: Role, model: str, name: ShareName, rates: Rates
 ) -> dict[str, Score]:
-    """Return a share of detections, and at the marks the corrected one too."""
-    suffix, at, quantity, family, concept = name
-    cells = evaluated.cells(role, concept, family)
+    """Return a share of detections, and the corrected one where ``name`` says so."""
+    at, quantity, family = name.at, name.quantity, name.family
+    cells = evaluated.cells(role, name.concept, family)
     if not cells:
         return {}
     units = [evaluated.best_unit(c, (model,), quantity, at, family=family) for c in cells]
-    end = f"{'_benign' if role == 'benign' else ''}{suffix}{baseline_suffix(model)}"
+    end = f"{'_benign' if role == 'benign' else ''}{name.end}{baseline_suffix(model)}"
     when = f"at step {evaluated.plan[at]}" if isinstance(at, int) else "mean over the trajectory"
     better, note = better_of(model, LEARNED[role]), joined(when, evaluated.notes(role))
     out = {f"asr{end}": score_share(units, better, note=note)}
-    if at == "mean" or name != ShareName(suffix, at):
+    if not name.corrected:
         return out
     unknown = sorted({c.concept for c in cells} - set(rates))
     if unknown:
