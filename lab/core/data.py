@@ -114,13 +114,16 @@ class Concept:
 
 @checked(config=SETTINGS, frozen=True)
 class Sampling:
-    """How images are generated, equally for every model: DDIM ``steps``, ``guidance`` scale,
-    ``count`` per point.
+    """How images are generated, equally for every model: ``steps`` of the ``sampler``,
+    ``guidance`` scale, ``count`` per point.
 
+    ``sampler``: ``ddim`` (η = 0, arXiv 2010.02502) or ``dpm`` (DPM-Solver++ of order 2, multistep,
+        arXiv 2211.01095).
     ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is
         torch's autocast.
     """
 
+    sampler: Literal["ddim", "dpm"] = "ddim"
     steps: Count = 20
     guidance: NonNegative = 4.0
     count: Count = 32
