@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from lab.core.errors import UserError
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.vocabulary import PHOTO, style, thing
 
@@ -51,15 +50,12 @@ TEMPLATES: tuple[str, ...] = (
     *PLACE_TEMPLATES,
     *(t for by in STYLE_TEMPLATES for t in (*STYLE_TEMPLATES[by], BARE_TEMPLATES[by])),
 )
-_CLASS_SHARE = (
-    0.08  # captions that say "an animal": class words must mean something (prior preservation)
-)
+# captions that say "an animal": class words must mean something (prior preservation)
+_CLASS_SHARE = 0.08
 _BARE_SHARE = 0.04  # captions that name a style and no object
 _PLACE_SHARE = 0.3  # photos whose caption says where
-_DESCRIBED, _BOTH = (
-    0.35,
-    0.15,
-)  # styled captions by description alone, and with the name; the rest by name
+# styled captions by description alone, and with the name; the rest by name
+_DESCRIBED, _BOTH = 0.35, 0.15
 
 
 def article(words: str) -> str:
@@ -68,11 +64,7 @@ def article(words: str) -> str:
 
 
 def noun(name: str, count: int = 1) -> str:
-    """ "a fox", "two foxes". Raises `lab.core.errors.UserError` for an unknown object or a count
-    other than 1 and 2.
-    """
-    if count not in (1, 2):
-        raise UserError("count", count, "a picture holds one or two objects")
+    """Return "a fox" or "two foxes". Raises `UserError` for an unknown object."""
     return article(thing(name).name) if count == 1 else f"two {thing(name).plural}"
 
 
@@ -103,15 +95,10 @@ def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...
     or by ``both``.
 
     ``it`` is any noun phrase, so that a new token can be asked for as well; for photos ``by`` has
-    no meaning.
-
-    Raises:
-        UserError: unknown style or ``by``.
+    no meaning. Raises `UserError` for an unknown style.
     """
     if style_name == PHOTO:
         return tuple(fill(t, it) for t in PHOTO_TEMPLATES)
-    if by not in STYLE_TEMPLATES:
-        raise UserError("by", by, f"choose one of {', '.join(STYLE_TEMPLATES)}")
     number = len(style(style_name).descriptions) if by != "name" else 1
     return tuple(fill(t, it, style_name, d) for d in range(number) for t in STYLE_TEMPLATES[by])
 
@@ -138,3 +125,11 @@ def draw(objects: tuple[str, ...], style_name: str, place: str, dice: Dice) -> s
     )
     template = BARE_TEMPLATES[by] if dice.chance(_BARE_SHARE) else dice.pick(STYLE_TEMPLATES[by])
     return fill(template, it, style_name, int(dice.uniform(0, len(style(style_name).descriptions))))
+
+
+def draw_several(
+    objects: tuple[str, ...], style_name: str, place: str, stream: int, first: str, total: int
+) -> list[str]:
+    """Return ``total`` captions of one image: ``first``, and others drawn from its ``stream``."""
+    more = (Dice(stream, "again", k) for k in range(1, total))
+    return [first, *(draw(objects, style_name, place, dice) for dice in more)]
