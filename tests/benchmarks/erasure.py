@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 
 from lab.core.data import Sampling
 from lab.minisd.train.publish import SHIPPED, scorers_of
-from lab.minisd.train.quality import Asked, asked, generate
+from lab.minisd.train.quality import PromptSet, generate, prompts_for
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.runner.assemble import assemble
 from lab.scorers.quality import detected
@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 Shares = dict[str, tuple[float, float]]
 
 
-def suites(count: dict[str, int]) -> dict[str, Asked]:
+def suites(count: dict[str, int]) -> dict[str, PromptSet]:
     """``count[name]`` prompts for a style (over objects that MiniSD saw in it) or for an object in
     photos.
     """
@@ -42,7 +42,9 @@ def suites(count: dict[str, int]) -> dict[str, Asked]:
         pairs = [
             seen[5 * i % len(seen)] for i in range(each)
         ]  # 5 shares no factor with their number
-        found[name] = asked(pairs, 1) if name in STYLE_NAMES else asked([(name, PHOTO)], each)
+        found[name] = (
+            prompts_for(pairs, 1) if name in STYLE_NAMES else prompts_for([(name, PHOTO)], each)
+        )
     return found
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lab.core.data import Sampling
 from lab.minisd.train.publish import SHIPPED, scorers_of
-from lab.minisd.train.quality import asked, generate
+from lab.minisd.train.quality import generate, prompts_for
 from lab.minisd.world.vocabulary import OBJECTS, STYLE_NAMES
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.quality import detected
@@ -46,7 +46,7 @@ def main() -> int:
     torch.set_num_threads(given.threads)
     model = DiffusionBackbone(path=str(SHIPPED / "model"), device="cpu").build(None, given.seed)
     detector = scorers_of(SHIPPED).detector
-    wanted = asked([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
+    wanted = prompts_for([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
     first, spent = torch.empty(0), 0.0
     print(f"{len(wanted.prompts)} pictures, {given.threads} thread(s)")
     for steps, precision in ROWS:

@@ -7,13 +7,12 @@ attention where the latent is 16 × 16 (it would double the time of a step and b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
-from torch import nn
 
 from lab.core.config import Count, options
 from lab.core.seeding import derive
@@ -91,12 +90,8 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
         "\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8"
     )
     special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": CONTEXT,
-        "do_lower_case": True,
-        **special,
-    }
+    facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True}
+    config = facts | special
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     return folder
@@ -109,17 +104,17 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
-    """Token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable Diffusion
-    does.
+    """Return token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable
+    Diffusion does.
     """
-    found = tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return found.input_ids
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), max_length=tokenizer.model_max_length, **options).input_ids
+
+
+def tokenize_all(tokenizer: Any, captions: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return token ids [n, k, CONTEXT] of k captions for each of n images."""
+    flat = tokenize(tokenizer, [text for texts in captions for text in texts])
+    return flat.view(len(captions), len(captions[0]), -1)
 
 
 def vae(widths: Widths, seed: int) -> Any:
@@ -190,21 +185,4 @@ def scheduler() -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-    )
-
-
-def pipeline(
-    vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any
-) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )

@@ -125,11 +125,3 @@ def draw(objects: tuple[str, ...], style_name: str, place: str, dice: Dice) -> s
     )
     template = BARE_TEMPLATES[by] if dice.chance(_BARE_SHARE) else dice.pick(STYLE_TEMPLATES[by])
     return fill(template, it, style_name, int(dice.uniform(0, len(style(style_name).descriptions))))
-
-
-def draw_several(
-    objects: tuple[str, ...], style_name: str, place: str, stream: int, first: str, total: int
-) -> list[str]:
-    """Return ``total`` captions of one image: ``first``, and others drawn from its ``stream``."""
-    more = (Dice(stream, "again", k) for k in range(1, total))
-    return [first, *(draw(objects, style_name, place, dice) for dice in more)]

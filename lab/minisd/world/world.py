@@ -123,6 +123,11 @@ class Picture:
     poses: tuple[Pose, ...]
     stream: int
 
+    def captions(self, total: int) -> list[str]:
+        """Return ``total`` captions; the first is the image's own."""
+        draw = partial(captions.draw, self.objects, self.style, self.background)
+        return [self.text, *(draw(Dice(self.stream, "again", k)) for k in range(1, total))]
+
 
 @lru_cache(maxsize=64)
 def _shuffled(subset: Subset, stream: int, turn: int) -> tuple[tuple[str, str], ...]:

@@ -14,7 +14,8 @@ from torch import nn
 from lab.core.cache import StageCheckpoint
 from lab.core.errors import Diverged
 from lab.core.types import same_weights
-from lab.minisd.train.loop import Schedule, train
+from lab.minisd.train import training
+from lab.minisd.train.training import Schedule, train
 
 SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
 
@@ -36,11 +37,6 @@ class Disk(StageCheckpoint):
         super().save(tensors, values)
         if values["step"] == self.kill:
             raise Killed
-
-
-class Rows(list):
-    def __call__(self, step, **values) -> None:
-        self.append((step, values))
 
 
 class Two(nn.Module):
@@ -93,7 +89,7 @@ def test_weights_and_average_by_hand(ema) -> None:
         seen.append(weights(model))
         return model.loss()
 
-    train(model, step, schedule, seed=0, label="two", checkpoint=None, log=Rows())
+    train(model, step, schedule, seed=0, label="two")
     for here, expected in zip(seen[1:], live[:-1], strict=True):
         assert here == pytest.approx(expected, rel=1e-6)
     assert weights(model) == pytest.approx(averaged[-1], rel=1e-6)
@@ -102,9 +98,16 @@ def test_weights_and_average_by_hand(ema) -> None:
         assert averaged[-1] == live[-1]
 
 
-def test_validation_sees_the_average_and_gives_the_live_weights_back() -> None:
+@pytest.fixture
+def often(monkeypatch) -> None:
+    """Validate every five steps and save every step."""
+    monkeypatch.setattr(training, "_VALIDATE_EVERY", 5)
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+
+
+def test_validation_sees_the_average_and_gives_the_live_weights_back(often) -> None:
     live, averaged = by_hand(SHORT)
-    model, seen, rows = Two(), [], Rows()
+    model, seen = Two(), []
 
     def step(number, g):
         assert model.training
@@ -116,11 +119,10 @@ def test_validation_sees_the_average_and_gives_the_live_weights_back() -> None:
         assert not torch.is_grad_enabled()
         return {"matrix": model.matrix.item()}
 
-    options = {"checkpoint": None, "log": rows, "validate": validate, "validate_every": 5}
-    train(model, step, SHORT, seed=0, label="two", **options)
-    assert [s for s, values in rows if "matrix" in values] == [5, 10, 12]
-    for done, values in rows:
-        assert values["matrix"] == pytest.approx(averaged[done - 1][0], rel=1e-6)
+    rows = train(model, step, SHORT, seed=0, label="two", validate=validate)
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    for row in rows:
+        assert row["matrix"] == pytest.approx(averaged[int(row["step"]) - 1][0], rel=1e-6)
     assert seen[5] == pytest.approx(live[4], rel=1e-6)
     assert seen[10] == pytest.approx(live[9], rel=1e-6)
 
@@ -128,60 +130,50 @@ def test_validation_sees_the_average_and_gives_the_live_weights_back() -> None:
 def picture_model() -> nn.Module:
     """Channels last, as the trained networks are, with buffers of both types (batch norm)."""
     torch.manual_seed(0)
-    found = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
-    return found.to(memory_format=torch.channels_last)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
+    return model.to(memory_format=torch.channels_last)
 
 
-def fit(schedule: Schedule, checkpoint, rows, seed=3) -> tuple[nn.Module, list[float]]:
+def fit(checkpoint=None) -> tuple[nn.Module, list[float], list[dict[str, float]]]:
     model, drawn = picture_model(), []
+    schedule = Schedule(steps=60, batch=2, lr=1e-2, warmup=5, ema=0.9)
 
     def step(number, g):
         x = torch.randn(2, 3, 8, 8, generator=g)
         drawn.append(x.sum().item())
         return (model(x) - 1).square().mean()
 
-    options = {"validate": lambda: {"bias": model[0].bias.mean().item()}, "validate_every": 7}
-    train(model, step, schedule, seed=seed, label="fit", checkpoint=checkpoint, log=rows, **options)
-    return model, drawn
+    def validate():
+        return {"bias": model[0].bias.mean().item()}
+
+    rows = train(
+        model, step, schedule, seed=3, label="fit", checkpoint=checkpoint, validate=validate
+    )
+    return model, drawn, rows
 
 
-@pytest.mark.parametrize(("every", "kill"), [(1, 1), (20, 20), (20, 40), (17, 51)])
-def test_killed_training_is_the_unbroken_one(tmp_path, every, kill) -> None:
+@pytest.mark.parametrize("kill", [1, 20, 51])
+def test_killed_training_is_the_unbroken_one(tmp_path, often, kill) -> None:
     """Weights, buffers, drawn data and every row of the log, through the files of the stage
     cache.
     """
-    schedule = Schedule(steps=60, batch=2, lr=1e-2, warmup=5, ema=0.9, save_every=every)
-    whole = Rows()
-    unbroken, drawn = fit(schedule, None, whole)
+    unbroken, drawn, rows = fit()
     path = tmp_path / "state.ckpt"
     with pytest.raises(Killed):
-        fit(schedule, Disk(path, kill), Rows())
-    rows = Rows()
-    resumed, rest = fit(schedule, Disk(path), rows)
-    assert len(rest) == 60 - kill
+        fit(Disk(path, kill))
+    resumed, rest, resumed_rows = fit(Disk(path))
     assert rest == drawn[kill:]
     assert same_weights(resumed, unbroken)
     assert resumed[1].num_batches_tracked.item() == 60
-    assert rows == whole
+    assert resumed_rows == rows
 
 
-def test_parameter_without_a_gradient_survives_a_resume(tmp_path) -> None:
-    def make() -> nn.Module:
-        return nn.ModuleDict({"used": Two(), "idle": Two()})
-
+def test_parameter_without_a_gradient_survives_a_resume(tmp_path, often) -> None:
     def go(checkpoint) -> nn.Module:
-        model = make()
-        schedule = replace(SHORT, save_every=4)
+        model = nn.ModuleDict({"used": Two(), "idle": Two()})
         loss = model["used"].loss
-        return train(
-            model,
-            lambda n, g: loss(),
-            schedule,
-            seed=0,
-            label="x",
-            checkpoint=checkpoint,
-            log=Rows(),
-        )
+        train(model, lambda n, g: loss(), SHORT, seed=0, label="x", checkpoint=checkpoint)
+        return model
 
     with pytest.raises(Killed):
         go(Disk(tmp_path / "state", 4))
@@ -200,17 +192,14 @@ def test_rate() -> None:
     assert schedule.rate(110) == pytest.approx(0.0)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_diverged(bad) -> None:
+def test_diverged() -> None:
     model = Two()
     with pytest.raises(Diverged, match="two: the loss is") as caught:
         train(
             model,
-            lambda n, g: model.loss() * (bad if n == 3 else 1),
+            lambda n, g: model.loss() * (math.nan if n == 3 else 1),
             SHORT,
             seed=0,
             label="two",
-            checkpoint=None,
-            log=Rows(),
         )
     assert caught.value.step == 3

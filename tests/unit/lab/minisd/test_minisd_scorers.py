@@ -13,20 +13,28 @@ import torch.nn.functional as F
 from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.core.types import same_weights
-from lab.minisd.train import scorer_data as scorer_data
-from lab.minisd.train.degrade import degrade, quantise
-from lab.minisd.train.loop import Schedule
-from lab.minisd.train.scorer_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
-from lab.minisd.train.scorer_data import (
+from lab.minisd.train import training
+from lab.minisd.train.build import load_tokenizer
+from lab.minisd.train.scorers import (
     NAMES,
+    WORLD,
     Labelled,
     ScorerRecipe,
+    calibrate,
+    check_coverage,
+    clip_tokenizer,
+    contrastive_loss,
+    degrade,
+    detector_loss,
     empty_scenes,
     labelled,
+    measure,
     pictures,
-    texts,
+    quantise,
+    train_clip,
+    train_detector,
 )
-from lab.minisd.train.scorers import calibrate, detector_loss, measure, train_detector
+from lab.minisd.train.training import Schedule
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.minisd.world.world import TRAINING
 from lab.scorers.clip import OpenClip
@@ -68,10 +76,6 @@ def data(recipe) -> dict[str, Labelled]:
     return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
 
 
-def _silent(step: int, **values: float) -> None:
-    pass
-
-
 class _Memory:
     """A checkpoint that keeps what was saved last."""
 
@@ -87,7 +91,7 @@ class _Memory:
 
 def _train_detector(data, recipe, schedule, checkpoint=None) -> DetectorNetwork:
     model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
-    return train_detector(
+    train_detector(
         model,
         data["train"],
         data["calibrate"],
@@ -97,8 +101,8 @@ def _train_detector(data, recipe, schedule, checkpoint=None) -> DetectorNetwork:
         empty_share=recipe.empty_share,
         seed=0,
         checkpoint=checkpoint,
-        log=_silent,
     )
+    return model
 
 
 def test_world_of_the_scorers(recipe, data) -> None:
@@ -107,7 +111,7 @@ def test_world_of_the_scorers(recipe, data) -> None:
     assert set(HELD_OUT_STYLES) < set(NAMES["style"])
     shown = {part: {p.stream for p in pictures(recipe, 0, part).pictures} for part in data}
     assert len(set.union(*shown.values())) == 48 + 24 + 24
-    assert scorer_data.WORLD != TRAINING
+    assert WORLD != TRAINING
 
 
 def test_degrade_is_mild_and_repeats() -> None:
@@ -166,30 +170,29 @@ def test_contrastive_loss_leaves_out_false_negatives() -> None:
     assert torch.allclose(contrastive_loss(x, y, scale, twins), by_hand)
 
 
-def test_detector_resumes_and_is_stored(data, recipe, tmp_path) -> None:
-    schedule = Schedule(steps=40, batch=16, lr=5e-3, warmup=2, save_every=25)
+def test_detector_resumes_and_is_stored(data, recipe, tmp_path, monkeypatch) -> None:
+    schedule = Schedule(steps=30, batch=16, lr=5e-3, warmup=2)
     model = _train_detector(data, recipe, schedule)
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
 
-    memory = _Memory()
-    _train_detector(data, recipe, schedule, memory)  # its last checkpoint is of step 25
-    assert memory.kept[1]["step"] == 25
+    class Stopping(_Memory):
+        def save(self, tensors, values) -> None:
+            super().save(tensors, values)
+            if values["step"] == 20:
+                raise KeyboardInterrupt
+
+    memory = Stopping()
+    with pytest.raises(KeyboardInterrupt):
+        _train_detector(data, recipe, schedule, memory)
     assert same_weights(_train_detector(data, recipe, schedule, memory), model)
 
     detector = Detector(model, NAMES["object"], NAMES["style"])
     detector.temperature = calibrate(detector, data["calibrate"])
-    detector.rates = measure(detector, *_complete())["rates"]
     save_detector(model, detector.card(), tmp_path / "detector")
     again = load_detector(tmp_path / "detector")
     images = data["measure"].images
     for head in ("object", "style"):
         assert torch.equal(again.probabilities(images)[head], detector.probabilities(images)[head])
-
-
-def _complete() -> tuple[Labelled, Labelled]:
-    """Noise with every label at least once, and scenes of nothing."""
-    index = torch.arange(58)
-    images = torch.randint(0, 256, (58, 3, 64, 64), generator=generator(3), dtype=torch.uint8)
-    return Labelled(images, index, index % 11), empty_scenes(0, 2, "measure")
 
 
 class _Oracle(DetectorNetwork):
@@ -265,22 +268,20 @@ def test_error_rates_by_hand() -> None:
     by_hand = _calibration_error(confidence, taken == objects % 11)
     assert facts["calibration_error"]["style"] == pytest.approx(by_hand, abs=1e-6) != 0
     with pytest.raises(UserError, match="with and without"):
-        measure(detector, Labelled(images[:3], objects[:3], objects[:3] % 11), nothing)
+        check_coverage(Labelled(images[:3], objects[:3], objects[:3] % 11))
 
 
 def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
     import open_clip
 
-    captions = texts(pictures(recipe, 0, "train"), recipe.captions)
-    tokens = clip_tokenizer(captions, tmp_path / "tokenizer", recipe.vocabulary)
-    from lab.minisd.train.build import load_tokenizer
-
-    config = clip_config(TINY, len(load_tokenizer(tokens)))
+    captions = [p.captions(recipe.captions) for p in pictures(recipe, 0, "train").pictures]
+    folder = clip_tokenizer(captions, tmp_path / "clip", recipe.vocabulary)
+    tokenizer = load_tokenizer(folder)
+    config = clip_config(TINY, len(tokenizer))
     model = clip_network(config, 0)
-    learned = clip_data(data["train"], captions, data["calibrate"], tokens)
-    train_clip(model, learned, tokens, STEPS, seed=0, checkpoint=None, log=_silent)
+    train_clip(model, data["train"], captions, data["calibrate"], tokenizer, STEPS, seed=0)
 
-    folder = save_clip(model, config, tokens, tmp_path / "clip")
+    save_clip(model, config, folder)
     ours = OpenClip(name=str(folder))
     images, words = data["measure"].images, ["a photo of a fox", "an image in the style of mosaic"]
     theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")

@@ -8,14 +8,17 @@ retrained.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from lab.core.data import Sampling
-from lab.minisd.train.card import card
-from lab.minisd.train.publish import SHIPPED, hashes
+from lab.minisd.train.publish import SHIPPED, hashes, make_card
+from lab.minisd.train.quality import suites
+from lab.minisd.train.recipe import Recipe
+from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.minisd.world.world import concept, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import OpenClip
@@ -66,6 +69,8 @@ def test_weights_are_those_of_the_training_record() -> None:
     record = json.loads((SHIPPED / "training.json").read_text())
     found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "scorers/"))}
     assert record["sha256"] == found
+    recipe = Recipe(**{k: v for k, v in record["recipe"].items() if k != "_target_"})
+    assert recipe.denoiser.steps == 9000
 
 
 def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -> None:
@@ -82,8 +87,8 @@ def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -
     assert seen["unseen_pairs"]["both"] >= 0.7 * seen["styles"]["both"]
     for suite, head in (("photos", "object"), ("styles", "style"), ("styles", "both")):
         assert abs(seen[suite][head] - shares[suite]["clip"][head]) <= 0.10
-    card_ = (SHIPPED / "README.md").read_text()
-    assert card_ == card(json.loads((SHIPPED / "training.json").read_text()), found)
+    record = json.loads((SHIPPED / "training.json").read_text())
+    assert (SHIPPED / "README.md").read_text() == make_card(record, found)
 
 
 def test_pictures_are_those_of_these_weights() -> None:
@@ -120,6 +125,20 @@ def test_clip_knows_the_styles_of_real_pictures() -> None:
         for i, n in enumerate(names)
     ]
     assert torch.cat(hits).float().mean() >= 0.9
+
+
+def test_suites_ask_for_every_object_style_and_pair() -> None:
+    full = suites(32)
+    assert Counter(full["photos"].objects) == dict.fromkeys(OBJECTS, 32)
+    assert set(full["photos"].styles) == {PHOTO}
+    for name in ("styles", "described"):
+        pairs = list(zip(full[name].objects, full[name].styles, strict=True))
+        assert (
+            len(pairs) == len(set(pairs)) == len(OBJECTS) * len(STYLE_NAMES) - len(HELD_OUT_PAIRS)
+        )
+        assert not set(pairs) & HELD_OUT_PAIRS
+    unseen = Counter(zip(full["unseen_pairs"].objects, full["unseen_pairs"].styles, strict=True))
+    assert unseen == dict.fromkeys(HELD_OUT_PAIRS, 8)
 
 
 def store() -> None:

@@ -13,8 +13,14 @@ from torch.distributions import Normal, kl_divergence
 from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.minisd.train import build
-from lab.minisd.train.loop import Schedule
-from lab.minisd.train.training import encode, min_snr, to_float, train_denoiser, train_vae
+from lab.minisd.train.training import (
+    Schedule,
+    encode,
+    min_snr,
+    to_float,
+    train_denoiser,
+    train_vae,
+)
 from lab.minisd.world.world import TRAINING, sample
 
 
@@ -56,11 +62,6 @@ def test_min_snr_by_hand() -> None:
     assert min_snr(alphas, 0.5).tolist() == pytest.approx([0.5, 0.5 / 9, 1], rel=1e-5)
 
 
-class _Rows(list):
-    def __call__(self, step, **values) -> None:
-        self.append((step, values))
-
-
 def test_vae_loss_and_validation_by_hand(shown) -> None:
     """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
     pictures.
@@ -76,18 +77,16 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
             kl_divergence(Normal(posterior.mean, posterior.std), unit).sum() / 3 / (3 * 64 * 64)
         )
         expected = (model.decode(z).sample - x).abs().mean() + kl * divergence
-    rows, tiny = _Rows(), Schedule(steps=1, batch=3, lr=1e-12)
-    train_vae(
-        model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed, checkpoint=None, log=rows
-    )
-    assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    tiny = Schedule(steps=1, batch=3, lr=1e-12)
+    (row,) = train_vae(model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-4)
     with torch.no_grad():
         y = model.decode(model.encode(to_float(shown.images[:5])).latent_dist.mean).sample.clamp(
             -1, 1
         )
     wrong = (y / 2 + 0.5 - shown.images[:5] / 255).double()
     psnr = sum(-10 * math.log10(w.square().mean().item()) for w in wrong) / 5
-    assert rows[-1][1]["psnr"] == pytest.approx(psnr, rel=1e-3)
+    assert row["psnr"] == pytest.approx(psnr, rel=1e-3)
 
 
 def test_encode_gives_the_posterior(shown) -> None:
@@ -118,10 +117,9 @@ def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return 3 * torch.randn(n, 4, 4, 4, generator=g) + 1, torch.rand(n, 4, 4, 4, generator=g) + 0.5
 
 
-def _fit(model, tokenizer, schedule, rows, *, drop=0.0):
+def _fit(model, tokenizer, schedule, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
-    options = {"gamma": 5.0, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
-    train_denoiser(
+    rows = train_denoiser(
         model,
         tokenizer,
         build.scheduler(),
@@ -129,17 +127,20 @@ def _fit(model, tokenizer, schedule, rows, *, drop=0.0):
         texts,
         (_latents(6, 1), ["a fox"] * 6),
         schedule,
-        **options,
+        gamma=5.0,
+        drop=drop,
+        seed=5,
     )
+    return rows[-1]
 
 
 def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     """With a model that says 0 the loss is the weighted mean square of the noise; latents have unit
     variance.
     """
-    model, rows = _Fixed(0.0), _Rows()
+    model = _Fixed(0.0)
     mean, deviation = _latents(8)
-    _fit(model, tokenizer, Schedule(steps=1, batch=64, lr=1e-12), rows)
+    row = _fit(model, tokenizer, Schedule(steps=1, batch=64, lr=1e-12))
     total = mean.double().var(correction=0) + deviation.double().square().mean()
     assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
 
@@ -152,20 +153,20 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     noise = (noisy - a.sqrt() * z) / (1 - a).sqrt()
     snr = alphas[t] / (1 - alphas[t])
     expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()
-    assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-2)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-2)
 
     noisy, t, _ = model.asked[-1]
     z, a = model.scale * _latents(6, 1)[0], alphas[t].view(-1, 1, 1, 1)
     square = ((noisy - a.sqrt() * z) / (1 - a).sqrt()).square().mean((1, 2, 3))
-    assert rows[-1][1]["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
+    assert row["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
     weighted = (min_snr(alphas, 5.0)[t] * square).mean().item()
-    assert rows[-1][1]["validation_weighted"] == pytest.approx(weighted, rel=1e-2)
+    assert row["validation_weighted"] == pytest.approx(weighted, rel=1e-2)
 
 
 def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     """Both captions of a picture come up equally often; the empty one as often as ``drop`` says."""
     model = _Fixed(0.0)
-    _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), _Rows(), drop=0.25)
+    _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), drop=0.25)
     ids = torch.cat([tokens for _, _, tokens in model.asked[:4]])
     empty, fox, lion = build.tokenize(tokenizer, ["", "a fox", "a lion"])
     shares = [(ids == row).all(1).float().mean().item() for row in (empty, fox, lion)]
