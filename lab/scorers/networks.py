@@ -55,8 +55,7 @@ class _Residual(nn.Module):
         self.body = nn.Sequential(_block(width, width), _block(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.body(x)
-        return out
+        return x + self.body(x)
 
 
 class DetectorNetwork(nn.Module):

@@ -14,6 +14,7 @@ independent of it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,7 +38,6 @@ from lab.minisd.world.vocabulary import CATEGORIES, PHOTO
 from lab.minisd.world.world import EVERYTHING, Sample, sample
 from lab.scorers.detector import Detector, Head, Rates
 from lab.scorers.networks import ClipWidths, DetectorNetwork, round_to_half
-from lab.scorers.quality import prototypes, zero_shot
 
 WORLD = replace(EVERYTHING, two_share=0.0)
 NAMES: dict[Head, tuple[str, ...]] = {"object": WORLD.objects, "style": WORLD.styles}
@@ -522,6 +522,28 @@ def train_clip(
     model.to(memory_format=torch.contiguous_format)
     round_to_half(model)
     return rows
+
+
+def prototypes(
+    encode: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
+) -> Tensor:
+    """Return one unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv
+    2103.00020 §3.1.4).
+
+    Args:
+        encode: texts to unit vectors, for example `lab.scorers.clip.OpenClip.texts`.
+        prompts: class → its prompts, at least one.
+    """
+    vectors = encode([text for texts in prompts.values() for text in texts])
+    parts = vectors.split([len(texts) for texts in prompts.values()])
+    return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=1)
+
+
+def zero_shot(vectors: Tensor, classes: Tensor) -> Tensor:
+    """Return the index [n] of the class whose prototype is nearest to each image vector; both are
+    unit vectors, [n, d] and [k, d].
+    """
+    return (vectors @ classes.T).argmax(1)
 
 
 def _zero_shot(model: Any, held_out: Labelled, tokenizer: Any) -> Validate:

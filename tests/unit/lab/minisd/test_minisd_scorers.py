@@ -15,6 +15,7 @@ from lab.core.seeding import generator
 from lab.core.types import same_weights
 from lab.minisd.train import training
 from lab.minisd.train.build import load_tokenizer
+from lab.minisd.train.quality import lowest, shares
 from lab.minisd.train.scorers import (
     NAMES,
     WORLD,
@@ -30,9 +31,11 @@ from lab.minisd.train.scorers import (
     labelled,
     measure,
     pictures,
+    prototypes,
     quantise,
     train_clip,
     train_detector,
+    zero_shot,
 )
 from lab.minisd.train.training import Schedule
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
@@ -294,3 +297,26 @@ def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) ->
         )
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(words)
         assert torch.allclose(ours.texts(words), theirs.encode_text(ids, normalize=True), atol=1e-5)
+
+
+def test_zero_shot_by_prompt_ensembles() -> None:
+    """Prototypes are means of unit vectors; ties to the nearest by cosine."""
+    table = {"x": [1.0, 0, 0], "xy": [0.6, 0.8, 0], "z": [0, 0, 1.0]}
+    classes = prototypes(
+        lambda texts: torch.tensor([table[t] for t in texts]), {"flat": ["x", "xy"], "up": ["z"]}
+    )
+    mean = torch.tensor([0.8, 0.4, 0.0])
+    assert torch.allclose(classes, torch.stack([mean / mean.norm(), torch.tensor([0, 0, 1.0])]))
+    vectors = F.normalize(torch.tensor([[1.0, 0, 0.5], [0.1, 0, 1.0]]), dim=1)
+    assert zero_shot(vectors, classes).tolist() == [0, 1]
+
+
+def test_shares_by_hand() -> None:
+    predicted = {
+        "object": ["fox", "whale", "violin", "fox"],
+        "style": ["photo", "neon", *["photo"] * 2],
+    }
+    wanted = {"object": ["fox", "whale", "fox", "fox"], "style": ["photo"] * 4}
+    assert shares(predicted, wanted) == {"object": 0.75, "style": 0.75, "both": 0.5}
+    assert shares(predicted, {"style": ["photo"] * 4}) == {"style": 0.75}
+    assert lowest(["a", "b", "b"], ["a", "a", "b"]) == {"name": "a", "share": 0.5, "n": 2}
