@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lab.core.config import Count, options
 from lab.core.seeding import derive
@@ -39,23 +42,17 @@ class Widths:
     layers: Count = 3
     groups: Count = 8
 
-    @model_validator(mode="after")
-    def _check_groups(self) -> Widths:
-        if any(channels % self.groups for channels in (*self.vae, *self.unet)):
-            raise ValueError(f"vae and unet need multiples of groups={self.groups}")
-        return self
-
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:
-    """A byte-level BPE in CLIP's format, learned from ``texts``; writes ``vocab.json``,
-    ``merges.txt`` and configs.
+    """Learn a byte-level BPE in CLIP's format from ``texts``; write ``vocab.json``, ``merges.txt``
+    and configs to ``folder``, and return it.
 
     Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
-    ``vocabulary``: tokens at most, 514 of which are bytes (each inside and at the end of a word),
-        start and end.
-    """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+    Args:
+        vocabulary: tokens at most, 514 of which are bytes (each inside and at the end of a word),
+            start and end.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -91,15 +88,12 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
     )
     special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
     facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True}
-    config = facts | special
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts | special, indent=1))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     return folder
 
 
 def load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
@@ -118,9 +112,7 @@ def tokenize_all(tokenizer: Any, captions: Sequence[Sequence[str]]) -> torch.Ten
 
 
 def vae(widths: Widths, seed: int) -> Any:
-    """64 × 64 pixels to 16 × 16 × 4 latents."""
-    from diffusers import AutoencoderKL
-
+    """Build the autoencoder: 64 × 64 pixels to 16 × 16 × 4 latents."""
     torch.manual_seed(derive(seed, "vae", "init"))
     depth = len(widths.vae)
     return AutoencoderKL(
@@ -136,8 +128,6 @@ def vae(widths: Widths, seed: int) -> Any:
 
 
 def unet(widths: Widths, seed: int) -> Any:
-    from diffusers import UNet2DConditionModel
-
     torch.manual_seed(derive(seed, "unet", "init"))
     lower = len(widths.unet) - 1
     return UNet2DConditionModel(
@@ -154,9 +144,7 @@ def unet(widths: Widths, seed: int) -> Any:
 
 
 def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
-    """A `CLIPTextModel` whose last two token ids are start and end."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+    """Build a `CLIPTextModel` whose last two token ids are start and end."""
     torch.manual_seed(derive(seed, "text", "init"))
     config = CLIPTextConfig(
         vocab_size=vocabulary,
@@ -173,11 +161,9 @@ def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
 
 
 def scheduler() -> Any:
-    """DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012, 1,000
-    steps).
+    """Build DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012,
+    1,000 steps).
     """
-    from diffusers import DDIMScheduler
-
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

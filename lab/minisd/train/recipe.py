@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -129,7 +130,7 @@ class Training:
         name: str,
         model: Net,
         sources: Sequence[str],
-        fit: Callable[[StageCheckpoint], Rows],
+        fit: Callable[..., Rows],
     ) -> Net:
         """Return ``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
@@ -140,7 +141,7 @@ class Training:
         model.to(self.device)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
-            rows = fit(checkpoint)
+            rows = fit(checkpoint=checkpoint)
             return Artifact({"log": rows, "seconds": checkpoint.seconds}, dict(model.state_dict()))
 
         artifact, _ = self.cache.get("train", key, compute)
@@ -210,19 +211,17 @@ class Training:
         scorers.check_coverage(shown["measure"])
         empty = {part: scorers.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
 
-        def fit(checkpoint: StageCheckpoint) -> Rows:
-            return scorers.train_detector(
-                model,
-                shown["train"],
-                shown["calibrate"],
-                empty["train"],
-                r.detector,
-                smoothing=r.smoothing,
-                empty_share=r.empty_share,
-                seed=seed,
-                checkpoint=checkpoint,
-            )
-
+        fit = partial(
+            scorers.train_detector,
+            model,
+            shown["train"],
+            shown["calibrate"],
+            empty["train"],
+            r.detector,
+            smoothing=r.smoothing,
+            empty_share=r.empty_share,
+            seed=seed,
+        )
         self._stage("detector", model, ("train.scorers",), fit)
         detector = Detector(model, NAMES["object"], NAMES["style"])
         held_out = scorers.wear(shown["calibrate"], seed)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import csv
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from PIL import Image
 from torch import Tensor
@@ -38,11 +38,8 @@ class ConceptFolder:
         return [row["text"] for row in self.rows]
 
 
-def write(
-    folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]], *, credit: str = ""
-) -> Path:
-    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``; ``credit`` goes to
-    ``CREDIT.txt``.
+def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``.
 
     The folder appears complete or not at all. The same input gives the same bytes.
 
@@ -54,10 +51,9 @@ def write(
         raise UserError("folder", folder, "exists and is not empty; choose another one")
     columns = dict.fromkeys(["file_name", "text", *(key for row in rows for key in row)])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
         with (partial / METADATA).open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
             table.writeheader()
@@ -66,11 +62,7 @@ def write(
                 pixels = image.permute(1, 2, 0).contiguous().numpy()
                 Image.fromarray(pixels).save(partial / name, compress_level=4)
                 table.writerow({**row, "file_name": name})
-        if credit:
-            (partial / "CREDIT.txt").write_text(credit + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.replace(folder)
     return folder
 
 
