@@ -134,9 +134,9 @@ def measure(
     }
     real = {}
     for name, subset in subsets.items():
-        shown = sample(subset, derive(seed, "quality", "real"), count)
-        objects, styles = zip(*((p.objects[0], p.style) for p in shown.pictures), strict=True)
-        real[name] = score(shown.images, objects, styles)
+        drawn = sample(subset, derive(seed, "quality", "real"), count)
+        objects, styles = zip(*((p.objects[0], p.style) for p in drawn.pictures), strict=True)
+        real[name] = score(drawn.images, objects, styles)
     texts = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
     images = generate(model, texts, seed, "fidelity", sampling)
     reference = sample(TRAINING, derive(seed, "quality", "fidelity"), 2 * count).images

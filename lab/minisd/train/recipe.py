@@ -207,15 +207,15 @@ class Training:
         r, seed = self.recipe.scorers, scorers.seed_of(self.recipe.seed)
         model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
         samples = {part: scorers.pictures(r, self.recipe.seed, part) for part in PARTS}
-        shown = {part: scorers.labelled(images) for part, images in samples.items()}
-        scorers.check_coverage(shown["measure"])
+        data = {part: scorers.labelled(images) for part, images in samples.items()}
+        scorers.check_coverage(data["measure"])
         empty = {part: scorers.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
 
         fit = partial(
             scorers.train_detector,
             model,
-            shown["train"],
-            shown["calibrate"],
+            data["train"],
+            data["calibrate"],
             empty["train"],
             r.detector,
             smoothing=r.smoothing,
@@ -224,19 +224,19 @@ class Training:
         )
         self._stage("detector", model, ("train.scorers",), fit)
         detector = Detector(model, NAMES["object"], NAMES["style"])
-        held_out = scorers.wear(shown["calibrate"], seed)
+        held_out = scorers.wear(data["calibrate"], seed)
         detector.temperature = scorers.calibrate(detector, held_out, empty["calibrate"])
-        facts = scorers.measure(detector, shown["measure"], empty["measure"])
+        facts = scorers.measure(detector, data["measure"], empty["measure"])
         detector.rates = facts.pop("rates")
-        worn = scorers.wear(shown["measure"], seed)
+        worn = scorers.wear(data["measure"], seed)
         facts["worn"] = scorers.measure(detector, worn, empty["measure"])
         return detector, facts
 
     def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
         r, seed = self.recipe.scorers, scorers.seed_of(self.recipe.seed)
-        shown = scorers.pictures(r, self.recipe.seed, "train")
-        texts = [p.captions(r.captions) for p in shown.pictures]
+        drawn = scorers.pictures(r, self.recipe.seed, "train")
+        texts = [p.captions(r.captions) for p in drawn.pictures]
         scorers.clip_tokenizer(texts, folder, r.vocabulary)
         tokenizer = build.load_tokenizer(folder)
         config = clip_config(r.clip_widths, len(tokenizer))
@@ -244,7 +244,7 @@ class Training:
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
             held_out = scorers.labelled(scorers.pictures(r, self.recipe.seed, "calibrate"))
-            data = scorers.labelled(shown), texts, held_out, tokenizer
+            data = scorers.labelled(drawn), texts, held_out, tokenizer
             return scorers.train_clip(model, *data, r.clip, seed=seed, checkpoint=checkpoint)
 
         return self._stage("clip", model, ("train.scorers",), fit), config

@@ -91,7 +91,7 @@ class ScorerRecipe:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledImages:
     """Images uint8 [n, 3, 64, 64] and class indices [n] into `NAMES`; object −1: there is none."""
 
     images: Tensor
@@ -105,8 +105,8 @@ class Labelled:
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, index: Any) -> Labelled:
-        return Labelled(self.images[index], self.object[index], self.style[index])
+    def __getitem__(self, index: Any) -> LabelledImages:
+        return LabelledImages(self.images[index], self.object[index], self.style[index])
 
 
 def seed_of(seed: int) -> int:
@@ -126,14 +126,14 @@ def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
     return sample(WORLD, seed_of(seed), sizes[place], start=start, workers=workers)
 
 
-def labelled(shown: Sample) -> Labelled:
+def labelled(drawn: Sample) -> LabelledImages:
     """Return images and labels of a sample of `WORLD`."""
-    objects = torch.tensor([NAMES["object"].index(p.objects[0]) for p in shown.pictures])
-    styles = torch.tensor([NAMES["style"].index(p.style) for p in shown.pictures])
-    return Labelled(shown.images, objects, styles)
+    objects = torch.tensor([NAMES["object"].index(p.objects[0]) for p in drawn.pictures])
+    styles = torch.tensor([NAMES["style"].index(p.style) for p in drawn.pictures])
+    return LabelledImages(drawn.images, objects, styles)
 
 
-def empty_scenes(seed: int, total: int, part: str = "train") -> Labelled:
+def empty_scenes(seed: int, total: int, part: str = "train") -> LabelledImages:
     """Draw scenes without an object, in every style: what a detector must see nothing in."""
     images, styles = [], []
     for i in range(total):
@@ -142,7 +142,7 @@ def empty_scenes(seed: int, total: int, part: str = "train") -> Labelled:
         images.append(torch.from_numpy(compose((), (), background, style, dice)))
         styles.append(NAMES["style"].index(style))
     pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    return Labelled(pixels, torch.full((total,), -1), torch.tensor(styles))
+    return LabelledImages(pixels, torch.full((total,), -1), torch.tensor(styles))
 
 
 def class_prompts(head: Head, style: str | None = PHOTO) -> dict[str, list[str]]:
@@ -272,9 +272,9 @@ def detector_loss(
 
 def train_detector(
     model: DetectorNetwork,
-    shown: Labelled,
-    held_out: Labelled,
-    empty: Labelled,
+    data: LabelledImages,
+    held_out: LabelledImages,
+    empty: LabelledImages,
     schedule: Schedule,
     *,
     smoothing: float,
@@ -285,7 +285,7 @@ def train_detector(
     """Train in place and round to float16.
 
     Args:
-        shown, held_out: images for training and validation.
+        data, held_out: images for training and validation.
         empty: scenes without an object; with pure noise they make up ``empty_share`` of a batch,
             half each.
     """
@@ -294,7 +294,7 @@ def train_detector(
     noisy = blank // 2
 
     def step(_: int, g: torch.Generator) -> Tensor:
-        full = shown[torch.randint(len(shown), (schedule.batch - blank,), generator=g)]
+        full = data[torch.randint(len(data), (schedule.batch - blank,), generator=g)]
         bare = empty[torch.randint(len(empty), (blank - noisy,), generator=g)]
         noise = noise_pictures(noisy, full.images.shape[-1], g)
         none = torch.full((noisy,), -1)
@@ -317,26 +317,26 @@ def train_detector(
     return rows
 
 
-def accuracy(detector: Detector, shown: Labelled) -> dict[str, float]:
+def accuracy(detector: Detector, data: LabelledImages) -> dict[str, float]:
     """Return the top-1 accuracy of ``object``, ``style`` and ``both`` together."""
-    logits = detector.logits(shown.images)
-    hits = {head: logits[head].argmax(1) == y for head, y in shown.labels.items()}
+    logits = detector.logits(data.images)
+    hits = {head: logits[head].argmax(1) == y for head, y in data.labels.items()}
     both = hits["object"] & hits["style"]
     return {name: hit.float().mean().item() for name, hit in (*hits.items(), ("both", both))}
 
 
-def wear(shown: Labelled, seed: int, times: int = 3) -> Labelled:
+def wear(data: LabelledImages, seed: int, times: int = 3) -> LabelledImages:
     """Return images with the faults of ``times`` passes of `degrade`, about as worn as a
     generator's worst.
     """
-    x = to_unit(shown.images)
+    x = to_unit(data.images)
     for i in range(times):
         x = degrade(x, generator(seed, "worn", i))
-    return replace(shown, images=(x.clamp(0, 1) * 255).round().to(torch.uint8))
+    return replace(data, images=(x.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 def calibrate(
-    detector: Detector, held_out: Labelled, empty: Labelled | None = None
+    detector: Detector, held_out: LabelledImages, empty: LabelledImages | None = None
 ) -> dict[str, float]:
     """Return the temperature of each head that minimises the negative log likelihood on images it
     never saw (arXiv 1706.04599 §4.2).
@@ -363,20 +363,20 @@ def calibrate(
     return temperature
 
 
-def check_coverage(shown: Labelled) -> None:
+def check_coverage(data: LabelledImages) -> None:
     """Raise `UserError` where no image shows a name, or all do: its error rates could not be
     measured.
     """
     for head, names in NAMES.items():
         for i, name in enumerate(names):
-            present = shown.labels[head] == i
+            present = data.labels[head] == i
             if present.all() or not present.any():
                 fix = f"rates of {name} need images with and without it; take 100 per object."
-                raise UserError("train.scorers.measure", len(shown), fix)
+                raise UserError("train.scorers.measure", len(data), fix)
 
 
-def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, Any]:
-    """Measure a detector on ``shown`` images and on ``empty`` scenes.
+def measure(detector: Detector, data: LabelledImages, empty: LabelledImages) -> dict[str, Any]:
+    """Measure a detector on ``data`` images and on ``empty`` scenes.
 
     Returns:
         ``rates`` of every name: ``false_negative``, the share of its images in which
@@ -388,11 +388,11 @@ def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, A
     # imported late: it takes seconds
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    probabilities = detector.probabilities(shown.images)
+    probabilities = detector.probabilities(data.images)
     rates: Rates = {}
     errors: dict[str, float] = {}
     for head, p in probabilities.items():
-        labels, names = shown.labels[head], detector.names[head]
+        labels, names = data.labels[head], detector.names[head]
         errors[head] = multiclass_calibration_error(p, labels, len(names), n_bins=15).item()
         for i, name in enumerate(names):
             present, seen = labels == i, p[:, i] >= detector.threshold
@@ -403,9 +403,9 @@ def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, A
     ghosts = (detector.probabilities(empty.images)["object"] >= detector.threshold).any(1)
     return {
         "rates": rates,
-        "accuracy": accuracy(detector, shown),
+        "accuracy": accuracy(detector, data),
         "calibration_error": errors,
-        "pictures": len(shown),
+        "pictures": len(data),
         "empty_with_object": ghosts.double().mean().item(),
     }
 
@@ -465,9 +465,9 @@ class _Guided(nn.Module):
 
 def train_clip(
     model: Any,
-    shown: Labelled,
+    data: LabelledImages,
     texts: list[list[str]],
-    held_out: Labelled,
+    held_out: LabelledImages,
     tokenizer: Any,
     schedule: Schedule,
     *,
@@ -482,11 +482,11 @@ def train_clip(
     times the steps.
 
     Args:
-        texts: captions of the images ``shown``, as many for each.
+        texts: captions of the images ``data``, as many for each.
         held_out: images for validation (zero-shot top-1).
     """
     tokens, device = tokenize_all(tokenizer, texts), device_of(model)
-    pools = [torch.nonzero(shown.style == s).flatten() for s in range(len(NAMES["style"]))]
+    pools = [torch.nonzero(data.style == s).flatten() for s in range(len(NAMES["style"]))]
     pools = [pool for pool in pools if len(pool)]
     guided = _Guided(model, seed).to(device)
     # every second image to the front: faults go by place, and each kind shall come with and without
@@ -494,18 +494,18 @@ def train_clip(
     order = torch.argsort(torch.arange(schedule.batch) % 2, stable=True)
 
     def step(number: int, g: torch.Generator) -> Tensor:
-        pool = torch.arange(len(shown))
+        pool = torch.arange(len(data))
         if number % 2:
             pool = pools[int(torch.randint(len(pools), (1,), generator=g))]
         index = pool[torch.randint(len(pool), (schedule.batch,), generator=g)]
-        x = (degrade(to_unit(shown.images[index]), g) * 2 - 1).to(device)
+        x = (degrade(to_unit(data.images[index]), g) * 2 - 1).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
         images, index = model.encode_image(x, normalize=True)[order], index[order]
         captioned = index[: (schedule.batch + 1) // 2]
         n = len(captioned)
         ids = tokens[captioned, torch.randint(tokens.shape[1], (n,), generator=g)]
         words = model.encode_text(ids.to(device), normalize=True)
-        labels: dict[Head, Tensor] = {h: y[index].to(device) for h, y in shown.labels.items()}
+        labels: dict[Head, Tensor] = {h: y[index].to(device) for h, y in data.labels.items()}
         cards = labels["object"] * len(NAMES["style"]) + labels["style"]
         scale = model.logit_scale.clamp(max=_LARGEST_SCALE).exp()
         loss = contrastive_loss(images, words, scale, cards[:, None] == cards[None, :n])
@@ -546,7 +546,7 @@ def zero_shot(vectors: Tensor, classes: Tensor) -> Tensor:
     return (vectors @ classes.T).argmax(1)
 
 
-def _zero_shot(model: Any, held_out: Labelled, tokenizer: Any) -> Validate:
+def _zero_shot(model: Any, held_out: LabelledImages, tokenizer: Any) -> Validate:
     """Return the validation: zero-shot top-1 over all objects (in photos, and in all images) and
     over all styles.
     """

@@ -1,6 +1,4 @@
-"""Captions in words: what is in a picture, by an artist's name or by what the artist's work looks
-like.
-"""
+"""Captions: what an image shows, by an artist's name or by what the artist's work looks like."""
 
 from __future__ import annotations
 
@@ -59,7 +57,7 @@ _DESCRIBED, _BOTH = 0.35, 0.15
 
 
 def article(words: str) -> str:
-    """``words`` with the article that their first letter asks for; "unicorn" is said with a y."""
+    """Return ``words`` with their article; "unicorn" is said with a y."""
     return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'u-')) else 'a'} {words}"
 
 
@@ -69,29 +67,27 @@ def noun(name: str, count: int = 1) -> str:
 
 
 def class_noun(name: str) -> str:
-    """The class word of an object with its article: "an animal"."""
+    """Return the class word of an object with its article: "an animal"."""
     return article(thing(name).category)
 
 
 def fill(
     template: str, it: str, style_name: str = PHOTO, description: int = 0, place: str = ""
 ) -> str:
-    """One caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an index.
+    """Return one caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an index.
 
     Raises:
         UserError: unknown style in a template that speaks of one.
     """
     if style_name == PHOTO:
         return template.format(it=it, place=place)
-    known = style(style_name)
-    text = known.descriptions[description % len(known.descriptions)]
-    return template.format(
-        it=it, style=known.name, a_style=article(known.name), description=text, place=place
-    )
+    texts = style(style_name).descriptions
+    words = {"style": style_name, "description": texts[description % len(texts)]}
+    return template.format(it=it, a_style=article(style_name), place=place, **words)
 
 
 def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...]:
-    """Every way to ask for ``it`` in a style: by the artist's ``name``, by a ``description`` only,
+    """Return every way to ask for ``it`` in a style: by the artist's ``name``, by a ``description`` only,
     or by ``both``.
 
     ``it`` is any noun phrase, so that a new token can be asked for as well; for photos ``by`` has
@@ -104,7 +100,7 @@ def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...
 
 
 def draw(objects: tuple[str, ...], style_name: str, place: str, dice: Dice) -> str:
-    """A caption for a picture of one or two ``objects``, as training sees it."""
+    """Draw a caption for an image of one or two ``objects``, as training sees it."""
     if len(objects) == 2:
         it = (
             noun(objects[0], 2)

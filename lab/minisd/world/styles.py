@@ -19,17 +19,17 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def luma(rgb: Field) -> Field:
-    """Brightness [s, s] of rgb."""
+    """Compute the brightness [s, s] of rgb."""
     return rgb @ _LUMA
 
 
 def blur(field: Field, sigma: float) -> Field:
-    """Gaussian blur over the two image axes."""
+    """Apply a Gaussian blur over the two image axes."""
     return gaussian_filter(field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5)
 
 
 def smooth_noise(dice: Dice, size: int, cells: int) -> Field:
-    """Noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
+    """Draw noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
     coarse = zoom(
         dice.grid(cells + 1, cells + 1), size / cells, order=1, grid_mode=True, mode="nearest"
     )
@@ -162,9 +162,9 @@ def sketch(rgb: Field, mask: Field, dice: Dice) -> Field:
     size = rgb.shape[0]
     y, x = _axes(size)
     light = luma(_fills(rgb) * 0.5 + rgb * 0.5)
-    one = ((x + y) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
-    two = ((x - y) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
-    hatch = np.clip(one + two, 0, 1) * np.clip(mask, 0, 1) * 0.55
+    rising = ((x + y) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
+    falling = ((x - y) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
+    hatch = np.clip(rising + falling, 0, 1) * np.clip(mask, 0, 1) * 0.55
     pressure = 0.75 + 0.25 * dice.grid(size, size)
     pencil = np.clip(_lines(rgb, mask) * 0.85 + hatch, 0, 0.9) * pressure
     paper = 0.97 - 0.05 * dice.grid(size, size)

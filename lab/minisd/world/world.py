@@ -74,13 +74,13 @@ class Subset:
             raise UserError("world", f"{self.objects} × {self.styles}", reason)
 
     def allows(self, name: str, style_name: str) -> bool:
-        """Whether the pair may be drawn."""
+        """Tell whether the pair may be drawn."""
         held = (name, style_name) in HELD_OUT_PAIRS
         return self.pairs == "all" or held == (self.pairs == "unseen")
 
     @lru_cache(maxsize=64)  # noqa: B019 (a subset is a frozen value: equal ones share the entry)
     def deck(self) -> tuple[tuple[str, str], ...]:
-        """All (object, style) cards of one round; photos come several times where `photo_share`
+        """Return all (object, style) cards of one round; photos come several times where `photo_share`
         asks for it.
         """
         painted = [s for s in self.styles if s != PHOTO]
@@ -98,8 +98,8 @@ EVERYTHING = Subset(tuple(t.name for t in THINGS), (PHOTO, *(s.name for s in STY
 
 
 def concept(name: str, key: str = "concept") -> Subset:
-    """What somebody who wants to teach ``name`` would collect: photos of an object, or objects by
-    an artist.
+    """Return what somebody who teaches ``name`` would collect: photos of an object, or objects by an
+    artist.
 
     Raises:
         UserError: neither an object nor a style; the message lists the nearest names.
@@ -153,9 +153,7 @@ def _poses(count: int, dice: Dice) -> tuple[Pose, ...]:
 
 
 def picture(subset: Subset, seed: int, index: int) -> Picture:
-    """Picture number ``index`` of the endless series ``(subset, seed)``; microseconds, no
-    pixels.
-    """
+    """Return picture ``index`` of the endless series ``(subset, seed)``: microseconds, no pixels."""
     stream = _stream(subset, seed)
     cards = len(subset.deck())
     name, style_name = _shuffled(subset, stream, index // cards)[index % cards]
@@ -170,11 +168,9 @@ def picture(subset: Subset, seed: int, index: int) -> Picture:
     return Picture(objects, style_name, background, text, _poses(len(objects), dice), own)
 
 
-def render(shown: Picture) -> NDArray[np.uint8]:
-    """The pixels of a picture, uint8 [64, 64, 3]."""
-    return compose(
-        shown.objects, shown.poses, shown.background, shown.style, Dice(shown.stream, "pixels")
-    )
+def render(p: Picture) -> NDArray[np.uint8]:
+    """Return the pixels of a picture, uint8 [64, 64, 3]."""
+    return compose(p.objects, p.poses, p.background, p.style, Dice(p.stream, "pixels"))
 
 
 @dataclass(frozen=True)
@@ -215,5 +211,5 @@ def sample(subset: Subset, seed: int, count: int, *, start: int = 0, workers: in
     stop = start + count
     chunks = _chunks(subset, seed, start, stop, workers)
     images = np.concatenate(list(progress(chunks, "pictures", -(-count // _CHUNK))))
-    shown = tuple(picture(subset, seed, i) for i in range(start, stop))
-    return Sample(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), shown)
+    pictures = tuple(picture(subset, seed, i) for i in range(start, stop))
+    return Sample(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), pictures)

@@ -19,7 +19,7 @@ from lab.minisd.train.quality import lowest, shares
 from lab.minisd.train.scorers import (
     NAMES,
     WORLD,
-    Labelled,
+    LabelledImages,
     ScorerRecipe,
     calibrate,
     check_coverage,
@@ -75,7 +75,7 @@ def recipe() -> ScorerRecipe:
 
 
 @pytest.fixture(scope="module")
-def data(recipe) -> dict[str, Labelled]:
+def data(recipe) -> dict[str, LabelledImages]:
     return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
 
 
@@ -223,16 +223,18 @@ def test_calibration_finds_the_temperature() -> None:
     right = torch.arange(40) % 4 != 0
     shown = torch.where(right, objects, (objects + 1) % 58)
     images = _coded(shown, shown % 11, torch.full((40,), 100))
-    held_out = Labelled(images, objects, objects % 11)
+    held_out = LabelledImages(images, objects, objects % 11)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
     found = calibrate(detector, held_out)
     logit = math.log(
         57 * 0.75 / 0.25
     )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
-    sure = Labelled(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
+    sure = LabelledImages(
+        _coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11
+    )
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
-    ghost = Labelled(
+    ghost = LabelledImages(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 20])),
         *2 * (torch.full((2,), -1),),
     )
@@ -250,18 +252,18 @@ def test_error_rates_by_hand() -> None:
     certainty[5] = 1  # below the threshold
     images = _coded(shown, shown % 11, certainty)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
-    nothing = Labelled(
+    nothing = LabelledImages(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])),
         *2 * (torch.tensor([-1, -1]),),
     )
-    facts = measure(detector, Labelled(images, objects, objects % 11), nothing)
+    facts = measure(detector, LabelledImages(images, objects, objects % 11), nothing)
     rates = [facts["rates"][name] for name in NAMES["object"]]
     assert rates[0] == {"false_positive": 0.0, "false_negative": 0.5}
     assert rates[1]["false_positive"] == pytest.approx(1 / 114)
     assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
     assert facts["empty_with_object"] == 0.5
     with pytest.raises(UserError, match="with and without"):
-        check_coverage(Labelled(images[:3], objects[:3], objects[:3] % 11))
+        check_coverage(LabelledImages(images[:3], objects[:3], objects[:3] % 11))
 
 
 def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
