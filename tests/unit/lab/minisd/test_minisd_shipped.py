@@ -54,11 +54,6 @@ def denoised() -> torch.Tensor:
     return model.sample(SMOKE[:1], model.latents(1, 0, "smoke"), DENOISED)[0]
 
 
-def colours(images: torch.Tensor) -> list[list[float]]:
-    """Mean red, green and blue of every picture, 0 to 255."""
-    return [[round(c, 2) for c in row] for row in images.double().mean((2, 3)).tolist()]
-
-
 def test_files_are_plain_data_and_small() -> None:
     files = [p for p in SHIPPED.rglob("*") if p.is_file()]
     assert {p.suffix for p in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
@@ -89,16 +84,6 @@ def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -
         assert abs(seen[suite][head] - shares[suite]["clip"][head]) <= 0.10
     record = json.loads((SHIPPED / "training.json").read_text())
     assert (SHIPPED / "README.md").read_text() == make_card(record, found)
-
-
-def test_pictures_are_those_of_these_weights() -> None:
-    """Mean colours from fixed latents, within two grey levels of the stored ones (other machines
-    round differently).
-    """
-    stored = json.loads(STORED.read_text())
-    assert stored["prompts"] == list(SMOKE)
-    found = torch.tensor(colours(generated()[: len(SMOKE)]))
-    assert (found - torch.tensor(stored["colours"])).abs().mean() <= 2
 
 
 def test_latents_are_those_of_these_weights() -> None:
@@ -142,14 +127,8 @@ def test_suites_ask_for_every_object_style_and_pair() -> None:
 
 
 def store() -> None:
-    STORED.parent.mkdir(exist_ok=True)
     latents = [[[round(v, 4) for v in row] for row in channel] for channel in denoised().tolist()]
-    facts = {
-        "prompts": list(SMOKE),
-        "colours": colours(generated()[: len(SMOKE)]),
-        "latents": latents,
-    }
-    STORED.write_text(json.dumps(facts) + "\n")
+    STORED.write_text(json.dumps({"prompt": SMOKE[0], "latents": latents}) + "\n")
 
 
 if __name__ == "__main__":
