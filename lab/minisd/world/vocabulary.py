@@ -2,7 +2,8 @@
 
 Two kinds of names: an object is drawn from one OpenMoji picture, a style is one of the world's
 "artists". A style has a name and descriptions that do not use it, so that it can be asked for
-without its name.
+without its name. A new object is an entry of `_THINGS`. A new style is a function of
+`lab.minisd.world.styles` and a row of `STYLES`.
 """
 
 from __future__ import annotations
