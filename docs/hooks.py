@@ -38,6 +38,7 @@ REFERENCE = {
     )
 }
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".sh": "bash"}
+MARKER = re.compile(r"<!-- (?:record: .*?|end) -->")
 LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -92,8 +93,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links out of docs/ into links to the pages that `on_files` made."""
+    """Turn links out of docs/ into links to the pages that `on_files` made; drop the marks of
+    `docs/figures.py`.
+    """
     here = page.file.src_uri
+    markdown = MARKER.sub("", markdown)
 
     def inside(match: re.Match[str]) -> str:
         path = outside(here, match["path"])

@@ -133,6 +133,14 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
 # ---- what is not run is checked
 
 
+def test_figures_are_those_of_the_records(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    assert figures.main() == 0, capsys.readouterr().out
+
+
 def check_composes(arguments):
     """Groups and keys exist; of a sweep's choices the first is taken."""
     words = [w for w in arguments if "=" in w and not w.startswith(("hydra/", "hydra.", "-"))]
