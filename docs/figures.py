@@ -11,6 +11,7 @@ page and its records differ. Fenced blocks are left alone.
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
+from matplotlib.ticker import LogLocator
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -37,6 +39,7 @@ MARKER = re.compile(
 )
 TEXT_TO_IMAGE = {
     "Verdict": "verdict",
+    "Checks passed": "checks",
     "Attack success": "asr percent interval",
     "Relearning slowdown": "steps_to_relearn_ratio_worst ratio interval",
     "Benign cost": "benign_steps_ratio ratio interval",
@@ -45,9 +48,8 @@ TEXT_TO_IMAGE = {
 
 @functools.cache
 def read(records: str, method: str) -> record.Stored:
-    """Read ``outputs/records/RECORDS/METHOD.json`` (or ``METHOD/record.json``)."""
-    path = RECORDS / records / f"{method}.json"
-    return record.read(path if path.is_file() else RECORDS / records / method / "record.json")
+    """Read ``outputs/records/RECORDS/METHOD.json``."""
+    return record.read(RECORDS / records / f"{method}.json")
 
 
 def named(records: str, rows: dict[str, str] | Iterable[str]) -> dict[str, str]:
@@ -70,7 +72,7 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     Args:
         records: Folder below ``outputs/records``.
         method: Name of the record there.
-        metric: Its name in the record.
+        metric: Its name in the record, or ``checks``: how many checks of the verdict pass.
         show: Words out of ``value``, ``percent``, ``ratio`` and ``interval``.
     """
     stored = read(records, method)
@@ -78,6 +80,9 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
     if metric == "verdict":
         ended = stored["status"] if stored["status"] != "ok" else "inconclusive"
         return {1: "passes", 0: "fails"}.get(found["value"], ended)
+    if metric == "checks":  # how many checks of the verdict pass
+        passed = [check["passed"] for check in stored["tables"].get("verdict", [])]
+        return f"{sum(passed)} of {len(passed)}" if passed else "–"
     if found["value"] is None:
         return "–"
     unit = " %" if "percent" in show else "×" if "ratio" in show else ""
@@ -112,11 +117,12 @@ def table(
         rows: Records, or text of the first column → record; all of the folder by default.
         head: Heading of the first column.
     """
-    lines = [[head, *columns], ["---"] * (1 + len(columns))]
-    for label, method in named(records, rows).items():
-        cells = [score(records, method, column.split()[0], column) for column in columns.values()]
-        lines.append([label, *cells])
-    return "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n"
+    body = [
+        [label, *(score(records, method, shown.split()[0], shown) for shown in columns.values())]
+        for label, method in named(records, rows).items()
+    ]
+    head, *lines = (f"| {' | '.join(line)} |" for line in [[head, *columns], *body])
+    return "\n".join(["\n", head, "|---" * (1 + len(columns)) + "|", *lines, "\n"])
 
 
 def plot(
@@ -124,9 +130,9 @@ def plot(
     records: str,
     alt: str,
     x: str = "benign_steps_ratio",
-    y: str = "steps_to_relearn_ratio_worst",
+    y: str = "steps_to_relearn_ratio",
     rows: dict[str, str] | Iterable[str] = (),
-    limits: tuple[float, float] = (1.25, 1.25),
+    limits: tuple[float, float] = (1.25, 2.0),
 ) -> str:
     """Draw harmful against benign slowdown to ``docs/figures/RECORDS.png``; return a link to it.
 
@@ -141,9 +147,8 @@ def plot(
     """
     points = []
     for label, method in named(records, rows).items():
-        sides = [read(records, method)["metrics"].get(side, {"value": None}) for side in (x, y)]
-        if all(side["value"] is not None for side in sides):
-            points.append([label, *([s["value"], s["low"], s["high"]] for s in sides)])
+        metrics = read(records, method)["metrics"]
+        points.append([label, *([metrics[s][v] for v in ("value", "low", "high")] for s in (x, y))])
     drawn = json.dumps([points, x, y, limits])
     path = ROOT / f"docs/figures/{records}.png"
     if not path.is_file() or Image.open(path).info.get("Description") != drawn:
@@ -155,53 +160,54 @@ def plot(
 
 def draw(points: list[Any], limits: tuple[float, float], path: Path, drawn: str) -> None:
     """Draw one point with intervals per method, on logarithmic axes."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    axes.set(xscale="log", xlabel="benign slowdown (×), lower is better")
-    axes.set(yscale="log", ylabel="harmful slowdown (×), least-protected target")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_major_formatter("{x:g}")
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="benign slowdown, lower is better", ylabel="harmful slowdown, higher is better")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:g}×")
+        axis.set_minor_formatter("")
     for label, x, y in points:
         errors = [[[value - low], [high - value]] for value, low, high in (x, y)]
-        axes.errorbar(x[0], y[0], xerr=errors[0], yerr=errors[1], fmt="o", elinewidth=0.6)
-        axes.annotate(label, (x[0], y[0]), xytext=(5, 5), textcoords="offset points")
+        axes.errorbar(x[0], y[0], errors[1], errors[0], fmt="o", elinewidth=0.6, label=label)
     left, top = axes.get_xlim()[0], axes.get_ylim()[1]
     axes.fill_between([left, limits[0]], limits[1], top, color="tab:green", alpha=0.12, lw=0)
     axes.set(xlim=(left, None), ylim=(None, top))
-    path.parent.mkdir(exist_ok=True)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120, metadata={"Description": drawn, "Software": None})
     plt.close(figure)
 
 
-def update(page: Path) -> tuple[str, list[str]]:
-    """Return a page's text with current figures, and a line per figure that was another one."""
-    text = page.read_text(encoding="utf-8")
+def render(page: Path, text: str) -> str:
+    """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
     names = {f.__name__: f for f in (score, setting, count, table)}
     names["plot"] = functools.partial(plot, page)
-    differences = []
 
     def replace(match: re.Match[str]) -> str:
         if match["expression"] is None:
             return match[0]
-        new = str(environment.compile_expression(match["expression"], False)(**names))
-        if new != match["text"]:
-            place = f"{page.relative_to(ROOT)}:{text.count(chr(10), 0, match.start()) + 1}"
-            differences.append(f"{place}: {match['text'].strip()!r} is now {new.strip()!r}")
-        return f"<!-- record: {match['expression']} -->{new}<!-- end -->"
+        figure = environment.compile_expression(match["expression"], False)(**names)
+        return f"<!-- record: {match['expression']} -->{figure}<!-- end -->"
 
-    return MARKER.sub(replace, text), differences
+    return MARKER.sub(replace, text)
 
 
 def main() -> int:
-    """Rewrite every page, or check it with ``--check``; return the exit code."""
-    lines = []
+    """Rewrite every page, or check it with ``--check``; print what changes as a diff."""
+    check = "--check" in sys.argv
+    code = 0
     for page in PAGES:
-        text, differences = update(page)
-        lines += differences
-        if differences and "--check" not in sys.argv:
-            page.write_text(text, encoding="utf-8")
-    print(*lines, sep="\n")
-    return int(bool(lines) and "--check" in sys.argv)
+        old = page.read_text(encoding="utf-8")
+        new = render(page, old)
+        if new != old:
+            code = int(check)
+            name = str(page.relative_to(ROOT))
+            lines = old.splitlines(keepends=True), new.splitlines(keepends=True)
+            sys.stdout.writelines(difflib.unified_diff(*lines, name, name, n=0))
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    return code
 
 
 if __name__ == "__main__":
