@@ -1,5 +1,5 @@
-"""The networks that score images, the similarities M of docs/methods.md §4.2, and what a prompt
-asks for.
+"""The networks that score images, the similarities M of docs/reference/methods.md §4.2, and what a
+prompt asks for.
 
 Images are uint8 [n, 3, s, s] here; a network resizes and normalises them itself.
 """
