@@ -121,7 +121,7 @@ def table(
         [label, *(score(records, method, shown.split()[0], shown) for shown in columns.values())]
         for label, method in named(records, rows).items()
     ]
-    head, *lines = (f"| {' | '.join(line)} |" for line in [[head, *columns], *body])
+    head, *lines = (f"|{'|'.join(line)}|" for line in [[head, *columns], *body])
     return "\n".join(["\n", head, "|---" * (1 + len(columns)) + "|", *lines, "\n"])
 
 
