@@ -97,7 +97,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     `docs/figures.py`.
     """
     here = page.file.src_uri
-    markdown = MARKER.sub("", markdown)
+    markdown = MARKER.sub("", markdown).replace("](docs/", "](")  # CONTRIBUTING.md's
 
     def inside(match: re.Match[str]) -> str:
         path = outside(here, match["path"])
