@@ -17,7 +17,6 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ MARKER = re.compile(
     r"^(`{3,}).*?^\1$|<!-- record: (?P<expression>.*?) -->(?P<text>.*?)<!-- end -->",
     re.DOTALL | re.MULTILINE,
 )
+BOUNDS = {"lower": "≥ ", "upper": "≤ ", None: ""}
 TEXT_TO_IMAGE = {
     "Verdict": "verdict",
     "Checks passed": "checks",
@@ -52,18 +52,17 @@ def read(records: str, method: str) -> record.Stored:
     return record.read(RECORDS / records / f"{method}.json")
 
 
-def named(records: str, rows: dict[str, str] | Iterable[str]) -> dict[str, str]:
-    """Return label → method for ``rows``, or for all records of a set without any."""
-    rows = rows or [path.stem for path in sorted((RECORDS / records).glob("*.json"))]
-    return rows if isinstance(rows, dict) else {name: name for name in rows}
+def list_methods(records: str) -> dict[str, str]:
+    """Return every record of a set as label → name."""
+    return {path.stem: path.stem for path in sorted((RECORDS / records).glob("*.json"))}
 
 
-def rounded(value: float, show: str) -> str:
+def round_number(value: float, show: str) -> str:
     """Return whole percent or two digits."""
     if "percent" in show:
         return f"{100 * value:.0f}"
-    large = 10 <= abs(float(f"{value:.2g}")) < 1e6
-    return f"{float(f'{value:.2g}'):,.0f}" if large else f"{value:#.2g}"
+    value = float(f"{value:.2g}")
+    return f"{value:,.0f}" if 10 <= abs(value) < 1e6 else f"{value:#.2g}"
 
 
 def score(records: str, method: str, metric: str, show: str = "value") -> str:
@@ -76,20 +75,19 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         show: Words out of ``value``, ``percent``, ``ratio`` and ``interval``.
     """
     stored = read(records, method)
-    found = stored["metrics"].get(metric, {"value": None})
+    item = stored["metrics"].get(metric, {"value": None})
     if metric == "verdict":
-        ended = stored["status"] if stored["status"] != "ok" else "inconclusive"
-        return {1: "passes", 0: "fails"}.get(found["value"], ended)
+        words = {1: "passes", 0: "fails", None: "inconclusive"}
+        return words[item["value"]] if metric in stored["metrics"] else stored["status"]
     if metric == "checks":  # how many checks of the verdict pass
         passed = [check["passed"] for check in stored["tables"].get("verdict", [])]
         return f"{sum(passed)} of {len(passed)}" if passed else "–"
-    if found["value"] is None:
+    if item["value"] is None:
         return "–"
     unit = " %" if "percent" in show else "×" if "ratio" in show else ""
-    bound = {"lower": "≥ ", "upper": "≤ ", None: ""}[found["bound"]]
-    text = f"{bound}{rounded(found['value'], show)}{unit}"
-    if "interval" in show and found["low"] not in (None, found["high"]):
-        text += f" [{rounded(found['low'], show)}, {rounded(found['high'], show)}]"
+    text = f"{BOUNDS[item['bound']]}{round_number(item['value'], show)}{unit}"
+    if "interval" in show and item["low"] not in (None, item["high"]):
+        text += f" [{round_number(item['low'], show)}, {round_number(item['high'], show)}]"
     return text.replace("-", "−")
 
 
@@ -106,7 +104,7 @@ def count(pattern: str) -> int:
 def table(
     records: str,
     columns: dict[str, str] = TEXT_TO_IMAGE,
-    rows: dict[str, str] | Iterable[str] = (),
+    rows: dict[str, str] | None = None,
     head: str = "Method",
 ) -> str:
     """Return a Markdown table.
@@ -114,12 +112,12 @@ def table(
     Args:
         records: Folder below ``outputs/records``.
         columns: Heading → metric and how to show it, ``"asr percent interval"``.
-        rows: Records, or text of the first column → record; all of the folder by default.
+        rows: Text of the first column → record; all of the folder by default.
         head: Heading of the first column.
     """
     body = [
         [label, *(score(records, method, shown.split()[0], shown) for shown in columns.values())]
-        for label, method in named(records, rows).items()
+        for label, method in (rows or list_methods(records)).items()
     ]
     head, *lines = (f"|{'|'.join(line)}|" for line in [[head, *columns], *body])
     return "\n".join(["\n", head, "|---" * (1 + len(columns)) + "|", *lines, "\n"])
@@ -131,7 +129,7 @@ def plot(
     alt: str,
     x: str = "benign_steps_ratio",
     y: str = "steps_to_relearn_ratio",
-    rows: dict[str, str] | Iterable[str] = (),
+    rows: dict[str, str] | None = None,
     limits: tuple[float, float] = (1.25, 2.0),
 ) -> str:
     """Draw harmful against benign slowdown to ``docs/figures/RECORDS.png``; return a link to it.
@@ -146,7 +144,7 @@ def plot(
         limits: Largest ``x`` and smallest ``y`` that pass.
     """
     points = []
-    for label, method in named(records, rows).items():
+    for label, method in (rows or list_methods(records)).items():
         metrics = read(records, method)["metrics"]
         points.append([label, *([metrics[s][v] for v in ("value", "low", "high")] for s in (x, y))])
     drawn = json.dumps([points, x, y, limits])
@@ -161,8 +159,12 @@ def plot(
 def draw(points: list[Any], limits: tuple[float, float], path: Path, drawn: str) -> None:
     """Draw one point with intervals per method, on logarithmic axes."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.set(xscale="log", yscale="log")
-    axes.set(xlabel="benign slowdown, lower is better", ylabel="harmful slowdown, higher is better")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="benign slowdown, lower is better",
+        ylabel="harmful slowdown, higher is better",
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}×")
@@ -202,9 +204,8 @@ def main() -> int:
         new = render(page, old)
         if new != old:
             code = int(check)
-            name = str(page.relative_to(ROOT))
             lines = old.splitlines(keepends=True), new.splitlines(keepends=True)
-            sys.stdout.writelines(difflib.unified_diff(*lines, name, name, n=0))
+            sys.stdout.writelines(difflib.unified_diff(*lines, str(page), str(page), n=0))
             if not check:
                 page.write_text(new, encoding="utf-8")
     return code
