@@ -20,14 +20,14 @@ from PIL import Image
 
 from lab.core import record
 from lab.core.images import GAP, PAD
-from lab.core.types import BASELINE
+from lab.core.types import BASELINE, IMMUNIZED
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, FIGURES = ROOT / "outputs/records", ROOT / "docs/images"
 FIRST_RUN = RECORDS / "first_run/mima_deep_quick.json"
 TILES = RECORDS / "first_run/neon.png"  # rows: reference, baseline, immunized, all at 1×
-ROWS, COLUMNS, SIZE = ("reference", "baseline", "immunized"), 6, 64
-COLORS = {"baseline": "#c2571a", "immunized": "#2b6cb0"}
+ROWS, COLUMNS, SIZE = ("reference", BASELINE, IMMUNIZED), 6, 64
+COLORS = {BASELINE: "#c2571a", IMMUNIZED: "#2b6cb0"}
 METHODS = {  # label → record, and where the label stands
     "mima_deep (ours)": ("mima_deep_nine_attackers", (6, 6)),
     "MIMA, released settings": ("mima_released_nine_attackers", (-8, -14)),
@@ -62,10 +62,9 @@ def first_run_values() -> dict[str, Any]:
     """Return attack success of both models: steps, value, low and high ends of the interval."""
     stored = record.read(FIRST_RUN)
     curve = stored["curves"]["asr"]
-    immunized = next(key for key in curve if f"{key}:low" in curve and key != BASELINE)
     lines = {
-        name: [curve["step"], curve[key], curve[f"{key}:low"], curve[f"{key}:high"]]
-        for name, key in (("baseline", BASELINE), ("immunized", immunized))
+        name: [curve["step"], curve[name], curve[f"{name}:low"], curve[f"{name}:high"]]
+        for name in (BASELINE, IMMUNIZED)
     }
     return {"horizon": stored["config"]["budget"]["horizon"], "lines": lines}
 
@@ -91,13 +90,13 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     for name, (steps, value, low, high) in lines.items():
         right.plot(steps, value, "o-", color=COLORS[name], lw=2, ms=4)
         right.fill_between(steps, low, high, color=COLORS[name], alpha=0.15, lw=0)
-    right.annotate("baseline", (2.2, 1.02), color=COLORS["baseline"], fontsize=12)
-    right.annotate("immunized", (13, 0.6), color=COLORS["immunized"], fontsize=12)
+    right.annotate(BASELINE, (2.2, 1.02), color=COLORS[BASELINE], fontsize=12)
+    right.annotate(IMMUNIZED, (13, 0.6), color=COLORS[IMMUNIZED], fontsize=12)
     right.axvline(horizon, color="#999999", lw=0.8, ls=":")
     right.set(xlabel="steps of the attack", xlim=(0, None), ylim=(-0.02, 1.12))
     right.set_title("Attack success, both erased styles", fontsize=12)
     right.set_yticks([0, 0.5, 1], ["0 %", "50 %", "100 %"])
-    right.set_xticks(lines["baseline"][0])
+    right.set_xticks(lines[BASELINE][0])
     right.spines[["top", "right"]].set_visible(False)
     return figure
 
