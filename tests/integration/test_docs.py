@@ -143,9 +143,8 @@ def check_composes(arguments):
             chosen.append(f"{override.get_key_element()}={first}")
         else:
             chosen.append(override.input_line)
-    own = f"hydra.searchpath=[file://{ROOT},file://{DOCS}/examples/own_methods/conf]"
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=[own, *chosen])
+        cfg = compose("config", overrides=chosen)
     if concepts := cfg.scenario.get("concepts"):
         # composing alone does not see a list without a needed role
         ConceptFolders(concepts=OmegaConf.to_container(concepts))
