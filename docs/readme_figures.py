@@ -25,8 +25,8 @@ from lab.core.types import BASELINE, IMMUNIZED
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS, FIGURES = ROOT / "outputs/records", ROOT / "docs/images"
 FIRST_RUN = RECORDS / "first_run/mima_deep_quick.json"
-TILES = RECORDS / "first_run/neon.png"  # rows: reference, baseline, immunized, all at 1×
-ROWS, COLUMNS, SIZE = ("reference", BASELINE, IMMUNIZED), 6, 64
+IMAGES = RECORDS / "first_run/neon.png"  # rows: reference, baseline, immunized, both at 1×
+ROWS, COLUMNS, CELL = ("reference", BASELINE, IMMUNIZED), 6, 128 + GAP
 COLORS = {BASELINE: "#c2571a", IMMUNIZED: "#2b6cb0"}
 METHODS = {  # label → record, and where the label stands
     "mima_deep (ours)": ("mima_deep_nine_attackers", (6, 6)),
@@ -40,22 +40,19 @@ METHODS = {  # label → record, and where the label stands
 SIDES = (("benign_steps", "_worst"), ("steps_to_relearn", ""))  # metric, ending
 
 
-def take_tiles(run: Path) -> None:
-    """Cut the rows at 1× out of the run's grid of neon images, and keep them in `TILES`."""
-    budget = record.read(run / "record.json")["config"]["budget"]
-    marks = sorted({m * budget["horizon"] for m in (1, 2, budget["multiple"])})
-    rows = (0, 2, 3 + len(marks))  # after the reference: per model step 0, then the marks
+def take_images(run: Path) -> None:
+    """Cut the rows at 1× out of the run's grid of neon images, and keep them in `IMAGES`."""
+    budget = json.loads((run / "record.json").read_text(encoding="utf-8"))["config"]["budget"]
+    marks = len({m * budget["horizon"] for m in (1, 2, budget["multiple"])})
     grid = Image.open(run / "images/generations_neon.png").convert("RGB")
-    cell = 2 * SIZE + GAP
-    left = grid.width - PAD - 8 * cell + GAP  # it has eight columns
-    top = grid.height - PAD - (3 + 2 * len(marks)) * cell + GAP
-    tiles = Image.new("RGB", (COLUMNS * SIZE, len(rows) * SIZE))
-    for i, row in enumerate(rows):
-        for j in range(COLUMNS):
-            x, y = left + j * cell, top + row * cell
-            tile = grid.crop((x, y, x + 2 * SIZE, y + 2 * SIZE)).resize((SIZE, SIZE), 0)
-            tiles.paste(tile, (j * SIZE, i * SIZE))
-    tiles.save(TILES)
+    left = grid.width - PAD - 8 * CELL + GAP  # it has eight columns
+    top = grid.height - PAD - (3 + 2 * marks) * CELL + GAP
+    width = COLUMNS * CELL - GAP
+    images = Image.new("RGB", (width, 3 * CELL - GAP))
+    for i, row in enumerate((0, 2, 3 + marks)):  # a model's first row is step 0, its second 1×
+        y = top + row * CELL
+        images.paste(grid.crop((left, y, left + width, y + CELL)), (0, i * CELL))
+    images.save(IMAGES)
 
 
 def first_run_values() -> dict[str, Any]:
@@ -74,17 +71,13 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 3.9), layout="constrained", width_ratios=(2.1, 1)
     )
-    left.imshow(Image.open(TILES), interpolation="nearest")
-    left.set_yticks([SIZE * (i + 0.5) for i in range(len(ROWS))], ROWS, fontsize=12)
+    left.imshow(Image.open(IMAGES), interpolation="nearest")
+    left.set_yticks([CELL * (i + 0.5) for i in range(len(ROWS))], ROWS, fontsize=12)
     left.set_xticks([])
     for name, tick in zip(ROWS, left.get_yticklabels(), strict=True):
         tick.set(color=COLORS.get(name, "black"), fontweight="bold")
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
-    for i in range(1, COLUMNS):
-        left.axvline(i * SIZE - 0.5, color="white", lw=1.5)
-    for i in range(1, len(ROWS)):
-        left.axhline(i * SIZE - 0.5, color="white", lw=4)
     horizon, lines = values["horizon"], values["lines"]
     left.set_title(f"An erased style, “neon”, after {horizon} steps of an attack", fontsize=12)
     for name, (steps, value, low, high) in lines.items():
@@ -141,22 +134,21 @@ def draw_results(values: dict[str, Any]) -> Figure:
 
 def main(arguments: list[str]) -> int:
     """Draw the figures, or check them; return the exit code."""
-    changed = False
-    if arguments and arguments != ["--check"]:
-        take_tiles(Path(arguments[0]))
-    for name, compute, draw in (
-        ("first_run", first_run_values, draw_first_run),
-        ("results", result_values, draw_results),
+    check = arguments == ["--check"]
+    if arguments and not check:
+        take_images(Path(arguments[0]))
+    changed = []
+    for name, values, draw in (
+        ("first_run", first_run_values(), draw_first_run),
+        ("results", result_values(), draw_results),
     ):
-        values, path = compute(), FIGURES / f"{name}.png"
-        shown = json.dumps(values)
-        if arguments == ["--check"]:
-            changed = changed or Image.open(path).info["Description"] != shown
-            continue
-        figure = draw(values)
-        figure.savefig(path, dpi=110, metadata={"Description": shown, "Software": None})
-        plt.close(figure)
-    return int(changed)
+        path, shown = FIGURES / f"{name}.png", json.dumps(values)
+        if check and Image.open(path).info["Description"] != shown:
+            changed.append(name)
+        if not check:
+            metadata = {"Description": shown, "Software": None}
+            draw(values).savefig(path, dpi=110, metadata=metadata)
+    return int(bool(changed))
 
 
 if __name__ == "__main__":
