@@ -1,7 +1,7 @@
 """KAPPA (arXiv 2505.23760, Alg. 1), its ablations and its baselines.
 
-Own extensions (docs/methods.md §2.2): corridor schedule, running and full spectra, cluster
-averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
+Own extensions (docs/reference/methods.md §2.2): corridor schedule, running and full spectra,
+cluster averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
 """
 
 from __future__ import annotations

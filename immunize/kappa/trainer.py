@@ -212,7 +212,7 @@ class KappaTrainer(ABC):
 
     def _kappa(self, task: int) -> float:
         """Return κ of all training rows, ``rank`` definition; for deep models the mean over groups
-        (docs/methods.md §2).
+        (docs/reference/methods.md §2).
 
         Raises:
             FloatingPointError: a numerical rank below that of θ_0. An invertible θ keeps the rank,
