@@ -11,8 +11,7 @@ import torch
 from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from attacks.diffusion.attack import ConceptAttack, Moving
-from attacks.diffusion.options import trained_parts
+from attacks.diffusion.attack import ConceptAttack, Moving, trained_parts
 from lab.core.config import Count, Flag, Positive, config
 from lab.core.data import Concept
 from lab.core.seeding import generator

@@ -26,8 +26,8 @@ from tiny_diffusion import tiny_case, tiny_diffusion
 
 from attacks.diffusion.curriculum import Curriculum
 from attacks.diffusion.lora import ConceptLora
+from attacks.diffusion.material import Material
 from attacks.diffusion.textual_inversion import TextualInversion
-from attacks.diffusion.trainer import Material
 from lab.core.config import user_error
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator

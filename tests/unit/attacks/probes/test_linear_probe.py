@@ -18,7 +18,7 @@ from attack_examples import (
 )
 from pydantic import ValidationError
 
-from attacks import trajectory
+from attacks import feature_attack
 from attacks.probes.linear_probe import LinearProbe
 from attacks.probes.optimizers import OPTIMIZERS
 from lab.core.config import user_error
@@ -125,7 +125,7 @@ def test_cross_entropy_optimum_is_below_everything_that_is_reached() -> None:
 def test_resume_equals_an_uninterrupted_attack(
     optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
     task, model = classification(spread(60, 5, 20)), identity(5)
     probe = LinearProbe(optimizer=optimizer, batch_size=16 if optimizer in RATED else None)
     whole = probe(model, task, seed=3, budget=BUDGET, checkpoint=None)
