@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -25,7 +24,7 @@ from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import batch_rows, derive
-from lab.core.training import Row, train
+from lab.core.training import Row, schedule_factor, train
 from lab.core.types import Budget, Checkpoint, FeatureModel, Immunizer, Log
 
 TINY = 1e-300
@@ -249,8 +248,7 @@ class KappaTrainer(ABC):
                 row = immunization_row(after, self.before, self.bounds) | dict(row)
             if step < self.steps:
                 self.engine.finish()
-                cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-                factor = cosine if self.options.lr_schedule == "cosine" else 1.0
+                factor = schedule_factor(self.options.lr_schedule, step, self.steps)
                 self.optimizer.param_groups[0]["lr"] = self.options.lr * factor
                 self.optimizer.step()
                 self.optimizer.zero_grad()

@@ -25,7 +25,7 @@ from immunize.merge.rows import (
     word_positions,
 )
 from immunize.mima.gradients import Weights, checkpointed
-from immunize.mima.inner_attackers import Attack, AttackerOptions
+from immunize.mima.inner_attackers import AttackerOptions, DrawnAttacker
 from immunize.mima.outer_loop import Objective, OuterLoop, OuterLoopOptions
 from immunize.mima.sampling import (
     Batch,
@@ -171,8 +171,16 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             runs=len(runs),
             is_sound=lambda run: setup.is_sound(runs[run]),
         )
-        steps, every = len(runs) * self.steps, self.checkpoint_every
-        train(loop, steps, label=self.name, checkpoint=checkpoint, log=log_row, save_every=every)
+        unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
+        with checkpointed(unet) if self.gradient_checkpointing else nullcontext():
+            train(
+                loop,
+                steps,
+                label=self.name,
+                checkpoint=checkpoint,
+                log=log_row,
+                save_every=self.checkpoint_every,
+            )
         weights = loop.done[0]
         if len(runs) > 1:
             weights = merge_results({name: setup.start[name] for name in weights}, loop.done)
@@ -347,21 +355,11 @@ class ConceptObjective(Objective):
         self.team = team()
         self.outer_names = self.moves = scope_names(self.unet, setup.config.scope)
 
-    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        self.denoiser.sync(self.moves)
-        saves_memory = self.setup.config.gradient_checkpointing
-        with checkpointed(self.unet) if saves_memory else nullcontext():
-            return self.compute_gradient(theta, step)
-
-    @abstractmethod
-    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
-        """As `gradient`, where the U-Net follows θ."""
-
     def draw_batch(
         self,
         pool: Pool,
         concept: ConceptSplit,
-        attack: Attack | None,
+        attacker: DrawnAttacker | None,
         step: int,
         label: str,
         number: int = 0,
@@ -372,7 +370,7 @@ class ConceptObjective(Objective):
             label: of the random numbers; "upper" and "lower" are the outer and the inner loop.
         """
         size = self.setup.config.batch_size * concept.concepts
-        pool = pool if attack is None else pool.template(attack.template)
+        pool = pool if attacker is None else pool.template(attacker.template)
         return pool.batch(size, self.seed, concept.name, step, label, number)
 
     def draw_prior(self, size: int, *labels: object) -> Batch:

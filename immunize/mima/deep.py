@@ -38,11 +38,18 @@ from immunize.merge.closed_form import Merge, Params
 from immunize.merge.rows import scope_names
 from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import Weights, accumulate, gradient_at
-from immunize.mima.inner_attackers import Attack, AttackerFamily, InnerAttack, OneOrMore, Snapshot
+from immunize.mima.inner_attackers import (
+    AttackerFamily,
+    DrawnAttacker,
+    InnerAttack,
+    OneOrMore,
+    Snapshot,
+)
 from immunize.mima.outer_loop import Objective
 from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
 from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
+from lab.core.optimizer_state import part_of
 from lab.core.seeding import derive
 
 _OneNumber = BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
@@ -155,7 +162,8 @@ class DeepObjective(ConceptObjective):
     def load(self, state: Params) -> None:
         self.saved = dict(state)
 
-    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        self.denoiser.sync(self.moves)
         o, places, targets = self.config, self.config.evaluate, len(self.concepts)
         concepts = self._practised(step)
         count = max(len(self._marks(self._draw(c, step), step)) for c in self.concepts)
@@ -234,16 +242,18 @@ class DeepObjective(ConceptObjective):
         """
         return divmod(step, len(self.config.at)) if self.config.online else (step, 0)
 
-    def _draw(self, concept: ConceptSplit, step: int) -> Attack:
+    def _draw(self, concept: ConceptSplit, step: int) -> DrawnAttacker:
         return self.config.draw(self.seed, concept.name, self._round(step)[0])
 
-    def _marks(self, attack: Attack, step: int) -> tuple[int, ...]:
-        """Return the steps of ``attack`` that this outer step looks at, each at least 1, without
+    def _marks(self, attacker: DrawnAttacker, step: int) -> tuple[int, ...]:
+        """Return the steps of ``attacker`` that this outer step looks at, each at least 1, without
         repetition. Where an attack has fewer than others, its last one stands for the missing.
         """
         o, turn = self.config, self._round(step)[1]
         fractions = [o.at[turn]] if o.online else o.at
-        return tuple(sorted({max(1, round(fraction * attack.steps)) for fraction in fractions}))
+        return tuple(
+            sorted({max(1, round(fraction * attacker.settings.steps)) for fraction in fractions})
+        )
 
     def _attack(
         self, theta: Params, concept: ConceptSplit, step: int, original: bool = False
@@ -257,7 +267,7 @@ class DeepObjective(ConceptObjective):
             self.attacks[key] = InnerAttack(
                 self._original_loss if original else self.denoiser.loss,
                 {**theta, **self.original} if original else theta,
-                scope_names(self.unet, drawn.scope),
+                scope_names(self.unet, drawn.settings.scope),
                 drawn,
                 concept.inner,
                 o.inner_batch_size * concept.concepts,
@@ -266,9 +276,7 @@ class DeepObjective(ConceptObjective):
                 round_,
             )
             if turn > 0:
-                head = f"{key}/"
-                saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
-                self.attacks[key].load(saved)
+                self.attacks[key].load(part_of(self.saved, f"{key}/"))
         attack = self.attacks[key]
         try:
             return [attack.advance(until) for until in self._marks(drawn, step)]

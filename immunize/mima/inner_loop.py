@@ -38,7 +38,7 @@ BETAS = (0.9, 0.999)  # of adamw, PyTorch's defaults
 
 
 @options
-class InnerLoop:
+class InnerLoopOptions:
     """The attacker of the inner loop.
 
     Args:
@@ -78,7 +78,7 @@ class Trace:
     preconditioners: list[Params] = field(default_factory=list)
 
 
-class InnerProblem:
+class InnerLoop:
     """The inner loop of one concept.
 
     Args:
@@ -93,7 +93,7 @@ class InnerProblem:
 
     def __init__(
         self,
-        settings: InnerLoop,
+        settings: InnerLoopOptions,
         theta: Params,
         names: Sequence[str],
         loss: InnerLoss,

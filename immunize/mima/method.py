@@ -24,13 +24,13 @@ from immunize.merge.rows import scope_names
 from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
-from immunize.mima.inner_attackers import Attack
-from immunize.mima.inner_loop import InnerLoop, InnerProblem
+from immunize.mima.inner_attackers import DrawnAttacker
+from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 from immunize.mima.outer_loop import Objective
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase
-from lab.core.optimizer_state import restore_slots, slots
+from lab.core.optimizer_state import part_of, restore_slots, slots
 from lab.core.seeding import derive
 
 
@@ -39,14 +39,14 @@ class Mima(ConceptImmunizer):
     """Bi-level immunization through merge and inner loop.
 
     Args:
-        inner_loop: see `immunize.mima.inner_loop.InnerLoop`.
+        inner_loop: see `immunize.mima.inner_loop.InnerLoopOptions`.
         hypergradient: see `immunize.mima.hypergradient.HypergradientOptions`.
         attackers, k_min, k_max: draw the inner optimizer, its rate, rank and K anew per step and
             concept in place of those of ``inner_loop``; their scopes must be ``inner_loop.scope``.
     """
 
     name: Text = "mima"
-    inner_loop: InnerLoop = InnerLoop()
+    inner_loop: InnerLoopOptions = InnerLoopOptions()
     hypergradient: HypergradientOptions = HypergradientOptions()
 
     @model_validator(mode="after")
@@ -125,31 +125,32 @@ class BilevelObjective(ConceptObjective):
             self.moves = tuple(dict.fromkeys(moves))
 
     def state(self) -> Params:
-        state = slots(self.secondary) if self.secondary is not None else {}
-        if self.merge.learned is not None:
-            state |= {f"merge/{k}": value for k, value in self.merge.learned.parameters.items()}
-        return state
+        secondary = slots(self.secondary) if self.secondary is not None else {}
+        learned = self.merge.learned.parameters if self.merge.learned is not None else {}
+        return {f"secondary/{k}": v for k, v in secondary.items()} | {
+            f"merge/{k}": v for k, v in learned.items()
+        }
 
     def shared_state(self) -> Params:
         return self.state()
 
     def load(self, state: Params) -> None:
         if self.secondary is not None:
-            own = {k: v for k, v in state.items() if not k.startswith("merge/")}
-            restore_slots(self.secondary, own)
+            restore_slots(self.secondary, part_of(state, "secondary/"))
         if self.merge.learned is not None:
             old = self.merge.learned.parameters
-            self.merge.learned.parameters = {key: state[f"merge/{key}"].to(old[key]) for key in old}
+            saved = part_of(state, "merge/")
+            self.merge.learned.parameters = {key: saved[key].to(old[key]) for key in old}
 
-    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        self.denoiser.sync(self.moves)
         config, options = self.config, self.config.hypergradient
-        names = dict.fromkeys((*self.moves, *self.inner_names))
-        point = {name: theta[name].detach() for name in names}
-        attacks: list[Attack | None] = [None] * len(self.concepts)
+        point = {name: theta[name].detach() for name in (*self.moves, *self.inner_names)}
+        attackers: list[DrawnAttacker | None] = [None] * len(self.concepts)
         if config.attackers is not None:
-            attacks = [config.draw(self.seed, c.name, step) for c in self.concepts]
+            attackers = [config.draw(self.seed, c.name, step) for c in self.concepts]
         losses: dict[int, tuple[float, float]] = {}
-        inner = [self._inner_problem(point, n, a, step) for n, a in enumerate(attacks)]
+        inner = [self._inner_problem(point, n, a, step) for n, a in enumerate(attackers)]
         shift = self._secondary_step(self.secondary, point, inner) if self.secondary else {}
         if self.merge.learned is not None:
             self._learn(self.merge.learned, point, inner)
@@ -158,7 +159,7 @@ class BilevelObjective(ConceptObjective):
             """Return the n-th term of J; keep the uncapped loss and the prior's."""
             weights = {k: w + shift[k] if k in shift else w for k, w in weights.items()}
             concept = self.concepts[n]
-            batch = self.draw_batch(concept.outer, concept, attacks[n], step, "upper")
+            batch = self.draw_batch(concept.outer, concept, attackers[n], step, "upper")
             loss = self.denoiser.loss(batch, weights)
             prior = (
                 self._prior_loss(weights, concept, step) if config.w_prior else loss.new_zeros(())
@@ -207,19 +208,12 @@ class BilevelObjective(ConceptObjective):
         return self.denoiser.loss(self.draw_prior(size, concept.name, step, "prior", 0), weights)
 
     def _inner_problem(
-        self, theta: Params, n: int, attack: Attack | None, step: int
-    ) -> InnerProblem:
+        self, theta: Params, n: int, attacker: DrawnAttacker | None, step: int
+    ) -> InnerLoop:
         config, concept, settings = self.config, self.concepts[n], self.config.inner_loop
-        if attack is not None:
-            settings = replace(
-                settings,
-                lr=attack.lr,
-                steps=attack.steps,
-                optimizer=attack.optimizer,
-                rank=attack.rank or None,
-                weight_decay=0.0,
-            )
-        draw = partial(self.draw_batch, concept.inner, concept, attack, step, "lower")
+        if attacker is not None:
+            settings = replace(attacker.settings, eps=settings.eps, prior=settings.prior)
+        draw = partial(self.draw_batch, concept.inner, concept, attacker, step, "lower")
         batches = [draw(k) for k in range(settings.steps)]
 
         def loss(weights: Params, k: int) -> Tensor:
@@ -230,9 +224,9 @@ class BilevelObjective(ConceptObjective):
 
         rho = config.hypergradient.rho if config.hypergradient.method == "implicit" else 0.0
         seed = derive(self.seed, "mima", "factors", concept.name, step)
-        return InnerProblem(settings, theta, self.inner_names, loss, n, seed=seed, rho=rho)
+        return InnerLoop(settings, theta, self.inner_names, loss, n, seed=seed, rho=rho)
 
-    def _learn(self, learned: LearnedWeights, theta: Params, inner: Sequence[InnerProblem]) -> None:
+    def _learn(self, learned: LearnedWeights, theta: Params, inner: Sequence[InnerLoop]) -> None:
         """Take a step of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they
         are constants.
         """
@@ -242,7 +236,7 @@ class BilevelObjective(ConceptObjective):
         learned.parameters = self.team.broadcast(learned.parameters)
 
     def _secondary_step(
-        self, optimizer: torch.optim.AdamW, theta: Params, inner: Sequence[InnerProblem]
+        self, optimizer: torch.optim.AdamW, theta: Params, inner: Sequence[InnerLoop]
     ) -> Params:
         """Return what one step of the secondary optimizer from θ adds to it, on the mean of the
         first inner losses.
@@ -264,6 +258,6 @@ class BilevelObjective(ConceptObjective):
         return {name: copy.detach() - theta[name] for name, copy in self.copies.items()}
 
 
-def _first_loss(problem: InnerProblem, weights: Params) -> Tensor:
+def _first_loss(problem: InnerLoop, weights: Params) -> Tensor:
     """Return the loss on the first inner batch."""
     return problem.loss({**problem.theta, **weights}, 0)

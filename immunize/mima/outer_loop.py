@@ -19,7 +19,8 @@ from immunize.mima.gradients import is_finite
 from lab.core.config import Count, NonNegative, Positive, config
 from lab.core.distributed import team
 from lab.core.errors import Diverged
-from lab.core.optimizer_state import restore_slots, slots
+from lab.core.optimizer_state import part_of, restore_slots, slots
+from lab.core.training import schedule_factor
 
 logger = logging.getLogger(__name__)
 _FINITE = ("gradient_norm", "outer_loss", "prior_loss", "benign_loss")  # what a run must not lose
@@ -158,9 +159,8 @@ class OuterLoop:
         factor = clip / norm if clip is not None and norm > clip else 1.0
         for name in self.objective.outer_names:
             self.theta[name].grad = gradient[name] * factor
-        if self.options.lr_schedule == "cosine":
-            rate = self.options.lr * 0.5 * (1 + math.cos(math.pi * step / self.options.steps))
-            self.optimizer.param_groups[0]["lr"] = rate
+        decay = schedule_factor(self.options.lr_schedule, step, self.options.steps)
+        self.optimizer.param_groups[0]["lr"] = self.options.lr * decay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % self.team.check_every == 0:
@@ -201,14 +201,10 @@ class OuterLoop:
 
     def restore(self, tensors: Params, values: dict[str, Any]) -> None:
         self._begin(values["run"])
-
-        def select(part: str) -> Params:
-            chosen = {k: v for k, v in tensors.items() if k.startswith(f"{part}/")}
-            return {key.partition("/")[2]: value for key, value in chosen.items()}
-
         self.has_ended = values["has_ended"]
-        self._put(select("theta"))
-        self.good = {name: x.to(self.theta[name].device) for name, x in select("good").items()}
-        self.objective.load(select("objective"))
-        restore_slots(self.optimizer, select("optimizer"))
-        self.done = [select(f"done{i}") for i in range(values["done"])]
+        self._put(part_of(tensors, "theta/"))
+        good = part_of(tensors, "good/")
+        self.good = {name: x.to(self.theta[name].device) for name, x in good.items()}
+        self.objective.load(part_of(tensors, "objective/"))
+        restore_slots(self.optimizer, part_of(tensors, "optimizer/"))
+        self.done = [part_of(tensors, f"done{i}/") for i in range(values["done"])]

@@ -37,7 +37,7 @@ from immunize.mima.hypergradient import (
     HypergradientResult,
     hypergradient,
 )
-from immunize.mima.inner_loop import InnerLoop, InnerProblem
+from immunize.mima.inner_loop import InnerLoopOptions, InnerLoop
 from lab.minisd.train import build
 
 METHODS = ("exact", "truncated", "first_order", "alternating")
@@ -91,8 +91,8 @@ class Case:
     def step(self, steps: int = 1, measure: bool = True, **options: Any) -> HypergradientResult:
         method = HypergradientOptions(**options)
         inner = [
-            InnerProblem(
-                InnerLoop(lr=0.1, steps=steps),
+            InnerLoop(
+                InnerLoopOptions(lr=0.1, steps=steps),
                 self.theta,
                 self.names,
                 lambda p, k, n=n: self.loss(n, 0, p),
