@@ -34,9 +34,8 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.rows import scope_names
-from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import Weights, accumulate, gradient_at
 from immunize.mima.inner_attackers import (
     AttackerFamily,
@@ -45,7 +44,7 @@ from immunize.mima.inner_attackers import (
     OneOrMore,
     Snapshot,
 )
-from immunize.mima.outer_loop import Objective
+from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
 from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
@@ -134,7 +133,7 @@ class MimaDeep(ConceptImmunizer):
         return DeepObjective(self, setup, concepts, merge)
 
 
-class DeepObjective(ConceptObjective):
+class DeepObjective(Objective):
     """Gradient of J for Π_u; see the module."""
 
     def __init__(

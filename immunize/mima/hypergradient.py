@@ -16,7 +16,7 @@ batches. Time is linear in N; memory is that of one concept (plus N thin traces 
 
 Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters
 in float32 or float64; a loss that computes in another dtype casts them itself
-(`immunize.mima.base.Denoiser`).
+(`immunize.mima.outer_loop.Denoiser`).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from immunize.merge.rows import Scope
+from immunize.merge.build import Scope
 from immunize.mima.inner_loop import InnerLoopOptions
 from immunize.mima.sampling import WORDS, Batch, Pool, numbered
 from lab.core.config import Count, NonNegative, Positive, config, options
@@ -45,7 +45,7 @@ class AttackerFamily:
     Args:
         kind: ``lora`` or ``weights``.
         share: how often, relative to the other families.
-        scopes: what is moved (`immunize.merge.rows.scope_names`), equally likely; one that stands
+        scopes: what is moved (`immunize.merge.build.scope_names`), equally likely; one that stands
             twice is twice as likely.
         ranks, lr: one value, or smallest and largest, drawn uniformly and log-uniformly.
         optimizer: ``adamw`` (no weight decay) or ``sgd``.

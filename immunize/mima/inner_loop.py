@@ -26,8 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from immunize.merge.build import Scope
 from immunize.merge.closed_form import Params
-from immunize.merge.rows import Scope
 from immunize.mima.gradients import compute_gradients, hessian_product, is_finite
 from lab.core.config import Count, Flag, NonNegative, Positive, options
 from lab.core.errors import Diverged, UserError

@@ -18,15 +18,14 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, Params
 from immunize.merge.learned import LearnedWeights, learn
-from immunize.merge.rows import scope_names
-from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_attackers import DrawnAttacker
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
-from immunize.mima.outer_loop import Objective
+from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase
@@ -66,8 +65,10 @@ class Mima(ConceptImmunizer):
         if method != "implicit":
             return self
         families = self.families.values()
-        kinds = {f.kind for f in families} if self.attackers else {"lora" if inner.rank else ""}
-        if "lora" in kinds:
+        rates = [f.lr[1] for f in families if f.optimizer == "sgd"]
+        if self.attackers is None:
+            rates = [inner.lr] if inner.optimizer == "sgd" else []
+        if any(f.kind == "lora" for f in families) or (self.attackers is None and inner.rank):
             raise ValueError(
                 "hypergradient.method=implicit needs an inner loop that moves weights: "
                 "inner_loop.rank=null and attackers of kind=weights"
@@ -77,12 +78,9 @@ class Mima(ConceptImmunizer):
                 "inner_loop.weight_decay must be 0 with hypergradient.method=implicit: the "
                 "proximal term is its decay, towards θ"
             )
-        steps = [f.lr[1] for f in families if f.optimizer == "sgd"]
-        if self.attackers is None and inner.optimizer == "sgd":
-            steps = [inner.lr]
-        if max(steps, default=0.0) * self.hypergradient.rho >= 2:
+        if max(rates, default=0.0) * self.hypergradient.rho >= 2:
             raise ValueError(
-                f"gradient steps of size {max(steps)} on (ρ/2)‖θ'−θ‖² diverge: take "
+                f"gradient steps of size {max(rates)} on (ρ/2)‖θ'−θ‖² diverge: take "
                 "hypergradient.rho < 2 ÷ the inner lr"
             )
         return self
@@ -97,7 +95,7 @@ class Mima(ConceptImmunizer):
         return BilevelObjective(self, setup, concepts, merge)
 
 
-class BilevelObjective(ConceptObjective):
+class BilevelObjective(Objective):
     """Gradient of J for Π_u; ``alternating`` also moves the inner set of θ in place.
 
     Attributes:
@@ -149,24 +147,25 @@ class BilevelObjective(ConceptObjective):
         attackers: list[DrawnAttacker | None] = [None] * len(self.concepts)
         if config.attackers is not None:
             attackers = [config.draw(self.seed, c.name, step) for c in self.concepts]
-        losses: dict[int, tuple[float, float]] = {}
+        losses: dict[int, dict[str, float]] = {}
         inner = [self._inner_problem(point, n, a, step) for n, a in enumerate(attackers)]
         shift = self._secondary_step(self.secondary, point, inner) if self.secondary else {}
         if self.merge.learned is not None:
             self._learn(self.merge.learned, point, inner)
 
         def outer(weights: Params, n: int) -> Tensor:
-            """Return the n-th term of J; keep the uncapped loss and the prior's."""
+            """Return the n-th term of J; note the uncapped loss and the prior's."""
             weights = {k: w + shift[k] if k in shift else w for k, w in weights.items()}
             concept = self.concepts[n]
             batch = self.draw_batch(concept.outer, concept, attackers[n], step, "upper")
             loss = self.denoiser.loss(batch, weights)
-            prior = (
-                self._prior_loss(weights, concept, step) if config.w_prior else loss.new_zeros(())
-            )
-            losses[n] = float(loss.detach()), float(prior.detach())
+            losses[n] = {"outer_loss": float(loss.detach())}
             value = -capped(loss, config.cap)
-            return value + config.w_prior * prior if config.w_prior else value
+            if config.w_prior:
+                prior = self._prior_loss(weights, concept, step)
+                losses[n]["prior_loss"] = float(prior.detach())
+                value = value + config.w_prior * prior
+            return value
 
         result = hypergradient(
             point, inner, outer, self.merge, self.outer_names, options, team=self.team
@@ -179,21 +178,17 @@ class BilevelObjective(ConceptObjective):
         return self.team.broadcast(result.gradient), self._values(rows, result)
 
     def _values(
-        self, losses: list[tuple[float, float]], result: HypergradientResult
+        self, rows: list[dict[str, float]], result: HypergradientResult
     ) -> dict[str, float]:
-        """Return what to log."""
+        """Return what to log: means over the concepts."""
         drop = result.inner_loop_drop
-        values = {
-            "outer_loss": sum(outer for outer, _ in losses) / len(losses),
-            "inner_loop_drop": sum(drop) / len(drop),
-        }
+        values = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        values["inner_loop_drop"] = sum(drop) / len(drop)
         if len(drop) > 1:
             pairs = zip(self.concepts, drop, strict=True)
             values |= {f"inner_loop_drop_{c.name}": value for c, value in pairs}
         if not math.isnan(result.cosine):  # the first-order gradient is not compared with itself
             values["cosine"] = result.cosine
-        if self.config.w_prior:
-            values["prior_loss"] = sum(prior for _, prior in losses) / len(losses)
         for key, value in result.info.items():
             if isinstance(value, list):  # one per concept; the worst of them
                 values[f"implicit_{key}"] = float(max(value))

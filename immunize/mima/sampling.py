@@ -175,11 +175,7 @@ def split_concept(
         decoys: what to paint besides.
         templates: by which the images get further captions (`numbered`); a concept that nobody
             described gets none by ``description``.
-
-    Raises:
-        UserError: fewer than two images.
     """
-    check_size(concept)
     name, count = concept.name, len(concept.own)
     unknown = {"name"}
     if not (concept.own.described or concept.prompts.get("description")):

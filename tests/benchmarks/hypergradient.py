@@ -29,15 +29,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, Params, factorize
-from immunize.merge.rows import scope_names
 from immunize.mima.gradients import compute_gradients, math_attention
 from immunize.mima.hypergradient import (
     HypergradientOptions,
     HypergradientResult,
     hypergradient,
 )
-from immunize.mima.inner_loop import InnerLoopOptions, InnerLoop
+from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 from lab.minisd.train import build
 
 METHODS = ("exact", "truncated", "first_order", "alternating")

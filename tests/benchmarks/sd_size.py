@@ -21,11 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, factorize
-from immunize.merge.rows import scope_names
 from immunize.mima.gradients import checkpointed
 from immunize.mima.hypergradient import HypergradientOptions, hypergradient
-from immunize.mima.inner_loop import InnerLoopOptions, InnerLoop
+from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 
 UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "sample_size": 64,

@@ -11,8 +11,8 @@ import torch
 from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
+from immunize.merge.build import MergeOptions, Scope, build_merge
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.rows import MergeOptions, Scope, build_merge
 from immunize.mima.gradients import math_attention
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_loop import BETAS, InnerLoop, InnerLoopOptions

@@ -11,9 +11,7 @@ import pytest
 import torch
 from bilevel_cases import CAPTIONS, batches, micro_model, problem
 
-from immunize.merge.closed_form import Merge, MergeAccumulator, factorize
-from immunize.merge.learned import LearnedWeights, learn
-from immunize.merge.rows import (
+from immunize.merge.build import (
     Rows,
     Scope,
     concept_rows,
@@ -24,6 +22,8 @@ from immunize.merge.rows import (
     scope_names,
     word_positions,
 )
+from immunize.merge.closed_form import Merge, MergeAccumulator, factorize
+from immunize.merge.learned import LearnedWeights, learn
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator
 

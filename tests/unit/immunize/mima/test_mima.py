@@ -19,9 +19,9 @@ from mima_examples import (
 )
 from tiny_diffusion import tiny_diffusion
 
-from immunize.merge.rows import MergeOptions, build_merge
-from immunize.mima.base import naming_prompts
+from immunize.merge.build import MergeOptions, build_merge
 from immunize.mima.hypergradient import hypergradient
+from immunize.mima.outer_loop import naming_prompts
 from lab.core.seeding import derive
 from lab.core.types import same_weights
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from mima_examples import LORA, attacker, case, model, preset, run, with_targets
 
-from immunize.merge.rows import scope_names
-from immunize.mima.base import Denoiser
+from immunize.merge.build import scope_names
 from immunize.mima.inner_attackers import InnerAttack
+from immunize.mima.outer_loop import Denoiser
 from immunize.mima.sampling import split_concept
 
 ATTACK = attacker(scope="attn2", rank=2, lr=1e-2, optimizer="adamw", steps=4)
