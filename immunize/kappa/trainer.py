@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from immunize.kappa.engines import DeepEngine, LinearEngine
@@ -19,7 +19,7 @@ from lab.core.condition import (
     rir_bound,
     singular_values,
 )
-from lab.core.config import Count, Positive, Text, config
+from lab.core.config import AsList, Count, Positive, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged
 from lab.core.optimizer_state import restore_state, state_tensors
@@ -33,11 +33,7 @@ FIT_STEPS = 50  # L-BFGS iterations of the first fit; the head goes on moving af
 # relative to σ_1 of the Gram matrix: keeps the first head small along noise directions
 FIT_RIDGE = 1e-3
 
-Layers = Annotated[
-    tuple[Text, ...],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(min_length=1),
-]
+Layers = Annotated[tuple[Text, ...], AsList, Field(min_length=1)]
 """Names of blocks; a single one is a list of one."""
 
 

@@ -41,12 +41,11 @@ from immunize.mima.inner_attackers import (
     AttackerFamily,
     DrawnAttacker,
     InnerAttack,
-    OneOrMore,
     Snapshot,
 )
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
-from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, config
+from lab.core.config import AsList, Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
 from lab.core.optimizer_state import part_of
 from lab.core.seeding import derive
@@ -88,7 +87,7 @@ class MimaDeep(ConceptImmunizer):
     k_max: Count
     inner_batch_size: Count = 8
     at: Annotated[tuple[PositiveShare, ...], _OneNumber, _Sorted, Field(min_length=1)] = (0.5, 1.0)
-    evaluate: Annotated[tuple[Literal["merged", "own"], ...], OneOrMore, Field(min_length=1)] = (
+    evaluate: Annotated[tuple[Literal["merged", "own"], ...], AsList, Field(min_length=1)] = (
         "merged",
         "own",
     )

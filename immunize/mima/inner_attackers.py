@@ -18,9 +18,9 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
 from immunize.merge.build import Scope
-from immunize.mima.inner_loop import InnerLoopOptions
+from immunize.mima.inner_loop import InnerLoopOptions, draw_factors
 from immunize.mima.sampling import WORDS, Batch, Pool, numbered
-from lab.core.config import Count, NonNegative, Positive, config, options
+from lab.core.config import AsList, Count, NonNegative, Positive, config, options
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import generator
 
@@ -33,7 +33,6 @@ def _check_order(pair: tuple[Any, Any]) -> tuple[Any, Any]:
     return pair
 
 
-OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 _OneOrPair = BeforeValidator(lambda v: (v, v) if isinstance(v, int | float) else v)
 _Ordered = AfterValidator(_check_order)
 
@@ -56,11 +55,11 @@ class AttackerFamily:
     lr: Annotated[tuple[Positive, Positive], _OneOrPair, _Ordered]
     kind: Literal["lora", "weights"] = "lora"
     share: NonNegative = 1.0
-    scopes: Annotated[tuple[Scope, ...], OneOrMore, Field(min_length=1)] = ("attn2",)
+    scopes: Annotated[tuple[Scope, ...], AsList, Field(min_length=1)] = ("attn2",)
     ranks: Annotated[tuple[Count, Count], _OneOrPair, _Ordered] = (4, 4)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     templates: Annotated[
-        tuple[Literal["name", "token", "description"], ...], OneOrMore, Field(min_length=1)
+        tuple[Literal["name", "token", "description"], ...], AsList, Field(min_length=1)
     ] = ("name",)
     words: Annotated[int, Field(strict=True, ge=1, le=len(WORDS))] = 1
 
@@ -187,10 +186,7 @@ class InnerAttack:
                 self.leaves.append(w.clone().requires_grad_())
                 self.seen.append(w.clone())
                 continue
-            width = w[0].numel()
-            a = torch.rand(rank, width, generator=g, dtype=torch.float64) * 2 - 1
-            self.leaves.append((a / math.sqrt(width)).to(w).requires_grad_())
-            self.leaves.append(torch.zeros(w.shape[0], rank).to(w).requires_grad_())
+            self.leaves += [x.requires_grad_() for x in draw_factors(w, rank, g)]
         self.optimizer: torch.optim.Optimizer
         if settings.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(self.leaves, lr=settings.lr)

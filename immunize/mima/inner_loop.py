@@ -18,6 +18,7 @@ itself or LoRA factors, and the model sees ``place(θ, φ)``:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -64,6 +65,15 @@ class InnerLoopOptions:
     @property
     def decay(self) -> float:
         return self.weight_decay if self.optimizer == "adamw" else 0.0
+
+
+def draw_factors(w: Tensor, rank: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return LoRA factors of a weight seen as a matrix [out, d]: A ~ U(−1/√d, 1/√d), as peft
+    draws, and B = 0.
+    """
+    out, d = w.flatten(1).shape
+    a = torch.rand(rank, d, generator=g, dtype=torch.float64) * 2 - 1
+    return (a / math.sqrt(d)).to(w), w.new_zeros(out, rank)
 
 
 @dataclass
@@ -118,11 +128,9 @@ class InnerLoop:
             return {name: self.theta[name] for name in self.names}
         factors: Params = {}
         for name in self.names:
-            out, d = self.theta[name].shape
             g = generator(self.seed, "lora", self.n, name)
-            down = (torch.rand(rank, d, generator=g, dtype=torch.float64) * 2 - 1) / d**0.5
-            factors[f"{name}/A"] = down.to(self.theta[name])
-            factors[f"{name}/B"] = self.theta[name].new_zeros(out, rank)
+            a, b = draw_factors(self.theta[name], rank, g)
+            factors |= {f"{name}/A": a, f"{name}/B": b}
         return factors
 
     def place(self, theta: Params, phi: Params) -> Params:
