@@ -106,7 +106,7 @@ def _network() -> Any:
     return FeatureScorer(image_size=128)
 
 
-def likeness(images: Tensor, pictures: CaptionedImages) -> float:
+def likeness(images: Tensor, wanted: CaptionedImages) -> float:
     """Compute the mean cosine similarity of the features of all generations and images, in [-1, 1].
 
     The network is EfficientNet-Lite0 from ImageNet, which has seen neither MiniSD's world nor any
@@ -114,9 +114,9 @@ def likeness(images: Tensor, pictures: CaptionedImages) -> float:
 
     Args:
         images: generations, uint8 [n, 3, h, w].
-        pictures: what they should look like.
+        wanted: what they should look like.
     """
-    a, b = (F.normalize(_network().features(x), dim=1) for x in (images, pictures.images))
+    a, b = (F.normalize(_network().features(x), dim=1) for x in (images, wanted.images))
     return float((a @ b.T).mean())
 
 

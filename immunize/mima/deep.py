@@ -14,7 +14,7 @@ where they are, added to the moved θ, until their K steps are over; then new on
 expensive part, the attackers' steps, is then shared by as many updates as there are marks (as
 adversarial training "for free" does, arXiv 1904.12843).
 
-where x^decoy are images that the original paints for the concept's captions (after an erasure:
+where x^decoy are images that the original generates for the concept's captions (after an erasure:
 without the concept), Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient
 is first order, ∂Θ/∂θ = I, taken at the effective weights and brought back to θ through the merge's
 adjoint. b is a benign concept of the rehearsal set, attacked like a target, that has to stay
@@ -73,9 +73,10 @@ class MimaDeep(ConceptImmunizer):
         w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal
             concepts leaves it out. benign: its ``loss``, or its ``regret``, the loss beyond that of
             the original after the same attack.
-        w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints
-            for the concept's captions: an attack that learns the concept has to unlearn these.
-            decoys: such images per target, painted in decoy_steps of DDIM at guidance 4, whatever
+        w_decoy: weight of the diffusion loss, at the attacked weights, of images that the original
+            generates for the concept's captions: an attack that learns the concept has to unlearn
+            these.
+            decoys: such images per target, generated in decoy_steps of DDIM at guidance 4, whatever
                 the scenario samples with.
         online: an outer step at every mark of an attack, which then goes on, in place of one per
             attack.
@@ -163,7 +164,7 @@ class DeepObjective(Objective):
     def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
         self.denoiser.sync(self.moves)
         o, places, targets = self.config, self.config.evaluate, len(self.concepts)
-        concepts = self._practised(step)
+        concepts = self._with_rehearsal(step)
         count = max(len(self._marks(self._draw(c, step), step)) for c in self.concepts)
         share = 1 / (count * len(places) * targets)
         attacked: dict[int, list[Snapshot]] = {}
@@ -225,8 +226,8 @@ class DeepObjective(Objective):
             values |= rows[n]
         return values
 
-    def _practised(self, step: int) -> list[ConceptSplit]:
-        """Return the targets, and one concept to practise with where there is a benign term."""
+    def _with_rehearsal(self, step: int) -> list[ConceptSplit]:
+        """Return the targets, and one rehearsal concept where there is a benign term."""
         if not self.rehearsal:
             return list(self.concepts)
         turn = derive(self.seed, "mima", "rehearsal", self._round(step)[0]) % len(self.rehearsal)

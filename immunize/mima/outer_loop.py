@@ -158,7 +158,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
         return True
 
     def decoys_per_target(self) -> Decoys | None:
-        """Return what is painted for every target, see `immunize.mima.sampling.ConceptSplit`."""
+        """Return what is generated for every target, see `immunize.mima.sampling.ConceptSplit`."""
         return None
 
     def __call__(
@@ -194,7 +194,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             setup.denoiser.theta,
             begin,
             runs=len(runs),
-            is_sound=lambda run: setup.is_sound(runs[run]),
+            has_finite_losses=lambda run: setup.has_finite_losses(runs[run]),
         )
         unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
         with checkpointed(unet) if self.gradient_checkpointing else nullcontext():
@@ -313,7 +313,7 @@ class Setup:
         return theta
 
     @torch.no_grad()
-    def is_sound(self, concepts: Sequence[ConceptSplit]) -> bool:
+    def has_finite_losses(self, concepts: Sequence[ConceptSplit]) -> bool:
         """Tell whether θ has a finite loss on every concept."""
         batches = [concept.outer.batch(4, self.seed, concept.name, "sound") for concept in concepts]
         losses = [self.denoiser.loss(batch, self.denoiser.theta) for batch in batches]
@@ -434,7 +434,7 @@ class Objective(ABC):
         label: str,
         number: int = 0,
     ) -> Batch:
-        """Draw images with the captions that the attacker teaches, and asks by.
+        """Draw images with the captions that the attacker trains on.
 
         Args:
             label: of the random numbers; "upper" and "lower" are the outer and the inner loop.
@@ -458,8 +458,8 @@ class OuterLoop:
     Args:
         theta: all parameters by name, float32 or float64.
         begin: puts θ back to its start and returns the objective of the run with this number.
-        is_sound: whether the losses at θ are finite; asked after the last step of a run, whose
-            weights no gradient has seen.
+        has_finite_losses: whether the losses at θ are finite; called after the last step of a run,
+            whose weights no gradient has seen.
 
     Attributes:
         done: what each run that is over ended with.
@@ -472,10 +472,10 @@ class OuterLoop:
         begin: Callable[[int], Objective],
         *,
         runs: int = 1,
-        is_sound: Callable[[int], bool] = lambda run: True,
+        has_finite_losses: Callable[[int], bool] = lambda run: True,
     ) -> None:
         self.options, self.theta, self.begin = options, theta, begin
-        self.runs, self.is_sound, self.team = runs, is_sound, team()
+        self.runs, self.has_finite_losses, self.team = runs, has_finite_losses, team()
         self.done: list[Params] = []
 
     def _begin(self, run: int) -> None:
@@ -500,9 +500,11 @@ class OuterLoop:
             self._begin(run)
         row = None if self.has_ended else self._attempt(own_step)
         if own_step == self.options.steps - 1:
-            if row is not None and not (is_finite(self._copy().values()) and self.is_sound(run)):
+            if row is not None and not (
+                is_finite(self._copy().values()) and self.has_finite_losses(run)
+            ):
                 row |= self._go_back()
-            self.team.assert_equal(self._alike, "at the end")
+            self.team.assert_equal(self._shared_tensors, "at the end")
             self.done.append(self._copy())
         return row if row is None or self.runs == 1 else {**row, "concept": float(run)}
 
@@ -534,7 +536,7 @@ class OuterLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % self.team.check_every == 0:
-            self.team.assert_equal(self._alike, f"after step {step}")
+            self.team.assert_equal(self._shared_tensors, f"after step {step}")
         return values
 
     def _go_back(self) -> dict[str, float]:
@@ -550,7 +552,7 @@ class OuterLoop:
         for name, value in weights.items():
             self.theta[name].copy_(value)
 
-    def _alike(self) -> Params:
+    def _shared_tensors(self) -> Params:
         """Return what every process of a team must hold alike."""
         moved = {f"theta/{name}": self.theta[name] for name in self.objective.moves}
         shared = self.objective.shared_state()
