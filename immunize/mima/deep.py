@@ -130,17 +130,17 @@ class MimaDeep(ConceptImmunizer):
         return len(case.targets) + (1 if self.w_benign and case.rehearsal else 0)
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
-        return DeepObjective(self, setup, concepts, merge)
+        return DeepObjective(setup, concepts, merge)
 
 
 class DeepObjective(Objective):
     """Gradient of J for Π_u; see the module."""
 
-    def __init__(
-        self, config: MimaDeep, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
-    ) -> None:
+    config: MimaDeep
+
+    def __init__(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> None:
         super().__init__(setup, concepts, merge)
-        self.config, theta = config, self.denoiser.theta
+        config, theta = self.config, self.denoiser.theta
         self.rehearsal = setup.split(setup.case.rehearsal, None) if config.w_benign else []
         self.needs_regret = bool(self.rehearsal) and config.benign == "regret"
         self.original: Params = {}

@@ -92,7 +92,7 @@ class Mima(ConceptImmunizer):
         return len(case.targets) if self.concepts == "merged" else 1
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
-        return BilevelObjective(self, setup, concepts, merge)
+        return BilevelObjective(setup, concepts, merge)
 
 
 class BilevelObjective(Objective):
@@ -103,11 +103,11 @@ class BilevelObjective(Objective):
             cross-attention's other matrices. Its moments live as long as the run.
     """
 
-    def __init__(
-        self, config: Mima, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
-    ) -> None:
+    config: Mima
+
+    def __init__(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> None:
         super().__init__(setup, concepts, merge)
-        self.config, inner = config, config.inner_loop
+        inner = self.config.inner_loop
         self.inner_names = scope_names(self.unet, inner.scope, "immunize.inner_loop.scope")
         self.copies: Params = {}
         self.secondary: torch.optim.AdamW | None = None
@@ -118,7 +118,7 @@ class BilevelObjective(Objective):
             self.secondary = torch.optim.AdamW(
                 self.copies.values(), lr=inner.lr, weight_decay=inner.weight_decay
             )
-        if config.hypergradient.method == "alternating":
+        if self.config.hypergradient.method == "alternating":
             moves = (*self.outer_names, *self.inner_names, *self.copies)
             self.moves = tuple(dict.fromkeys(moves))
 

@@ -397,12 +397,13 @@ class Objective(ABC):
 
     outer_names: tuple[str, ...]
     moves: tuple[str, ...]
+    config: ConceptImmunizer
 
     def __init__(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> None:
-        self.setup, self.concepts, self.merge = setup, concepts, merge
+        self.config, self.setup, self.concepts, self.merge = setup.config, setup, concepts, merge
         self.denoiser, self.unet, self.seed = setup.denoiser, setup.denoiser.model.unet, setup.seed
         self.team = team()
-        self.outer_names = self.moves = scope_names(self.unet, setup.config.scope)
+        self.outer_names = self.moves = scope_names(self.unet, self.config.scope)
 
     @abstractmethod
     def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
@@ -439,7 +440,7 @@ class Objective(ABC):
         Args:
             label: of the random numbers; "upper" and "lower" are the outer and the inner loop.
         """
-        size = self.setup.config.batch_size * concept.concepts
+        size = self.config.batch_size * concept.concepts
         pool = pool if attacker is None else pool.template(attacker.template)
         return pool.batch(size, self.seed, concept.name, step, label, number)
 
