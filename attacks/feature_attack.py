@@ -1,19 +1,20 @@
-"""Attacks on feature extractors: shared options, learning-rate search, snapshots, resume."""
+"""Attacks on feature extractors: shared options, snapshots, resume."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from attacks.search import RateSearch, Scores, run_trials
 from lab.core.config import Count, Positive, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged, UserError
+from lab.core.progress import progress
 from lab.core.seeding import batch_rows
-from lab.core.training import train
+from lab.core.training import Schedule, schedule_factor, train
 from lab.core.types import Attacker, Budget, Checkpoint, FeatureModel, Trajectory
 
 # seconds between two saves of a running attack; what is saved never changes the result
@@ -21,15 +22,7 @@ SAVE_SECONDS = 20.0
 # an attack whose training loss exceeds this multiple of its first value has diverged
 BLOW_UP = 1e6
 
-Schedule = Literal["constant", "cosine", "linear"]
 Loss = Literal["squared", "cross_entropy"]
-
-
-def schedule_factor(schedule: str, step: int, total: int) -> float:
-    """Return the factor on the learning rate at update ``step`` (0 … ``total`` - 1), at first 1."""
-    if schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * step / total))
-    return 1 - step / total if schedule == "linear" else 1.0
 
 
 @config
@@ -116,76 +109,24 @@ class FeatureLearner(Protocol):
         """Return what the attacker ends with."""
 
 
-@dataclass
-class RateSearch:
-    """Pattern search on the decimal exponent of the learning rate.
+class _Training:
+    """An attack along its budget at one learning rate, with its snapshots (a `Trainee`)."""
 
-    A decade up and down from the centre, one neighbour further while the best one lies at the edge,
-    then half as wide a step around the best one. A fixed grid of as many points would depend on the
-    scale of the features, which an immunizer is free to change.
-
-    Attributes:
-        losses: exponent → loss of the trial; inf where it diverged.
-        width: distance to the neighbours that are tried.
-    """
-
-    losses: dict[float, float] = field(default_factory=dict)
-    width: float = 1.0
-
-    @property
-    def best(self) -> float:
-        """The exponent with the lowest loss, the smaller one of equals."""
-        return min(self.losses, key=lambda e: (self.losses[e], e), default=0.0)
-
-    def propose(self) -> float:
-        """Return the exponent to try next; the same one until its loss is known."""
-        while True:
-            neighbours = (self.best, self.best + self.width, self.best - self.width)
-            for exponent in neighbours:
-                if exponent not in self.losses:
-                    return exponent
-            self.width /= 2
-
-
-class _Attack:
-    """The trials of the search one after the other, then the attack (a `Trainee`)."""
-
-    def __init__(self, learner: FeatureLearner, options: FeatureAttack, budget: Budget) -> None:
-        self.learner, self.options, self.budget = learner, options, budget
+    def __init__(
+        self, learner: FeatureLearner, options: FeatureAttack, budget: Budget, rate: float
+    ) -> None:
+        self.learner, self.options, self.budget, self.rate = learner, options, budget, rate
         self.marks = set(budget.snapshots())
-        self.trials = options.lr_trials if learner.uses_rate and options.lr == "auto" else 0
-        self.search = RateSearch()
-        self.early = 0.0  # loss of the trial at the horizon
         self.trajectory = Trajectory([], {})
 
-    def rate(self, exponent: float) -> float:
-        lr = self.options.lr
-        return self.learner.centre * 10**exponent if lr == "auto" else lr
-
     def step(self, step: int) -> None:
-        trial, update = divmod(step, self.budget.steps)
-        searching = trial < self.trials
-        if update == 0:
+        if step == 0:
             self.learner.reset()
-            self.early = 0.0
-            if not searching:
-                self._snapshot(0)
-        rate = self.rate(self.search.propose() if searching else self.search.best)
-        if math.isfinite(self.early):
-            factor = schedule_factor(self.options.schedule, update, self.budget.steps)
-            self.learner.advance(update, rate * factor)
-        if searching:
-            self._score(update + 1)
-        elif update + 1 in self.marks:
-            self._snapshot(update + 1)
-
-    def _score(self, updates: int) -> None:
-        """Note the loss of a trial: the mean of its losses at the horizon and at the end."""
-        if updates == self.budget.horizon:
-            self.early = self.learner.loss()
-        if updates == self.budget.steps:
-            loss = (self.early + self.learner.loss()) / 2
-            self.search.losses[self.search.propose()] = loss if math.isfinite(loss) else math.inf
+            self._snapshot(0)
+        factor = schedule_factor(self.options.schedule, step, self.budget.steps)
+        self.learner.advance(step, self.rate * factor)
+        if step + 1 in self.marks:
+            self._snapshot(step + 1)
 
     def _snapshot(self, step: int) -> None:
         values, trajectory = self.learner.measure(), self.trajectory
@@ -198,17 +139,35 @@ class _Attack:
             trajectory.values.setdefault(name, []).append(float(value))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        trials = torch.tensor(list(self.search.losses.items()), dtype=torch.float64)
-        early = torch.tensor(self.early, dtype=torch.float64)
-        tensors = self.learner.tensors() | {"trials": trials.reshape(-1, 2), "early": early}
-        trajectory = {"steps": self.trajectory.steps, "values": self.trajectory.values}
-        return tensors, {"width": self.search.width, **trajectory}
+        return self.learner.tensors(), {
+            "steps": self.trajectory.steps,
+            "values": self.trajectory.values,
+        }
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        trials, self.early = tensors.pop("trials"), float(tensors.pop("early"))
-        self.search = RateSearch(dict(trials.tolist()), values["width"])
         self.learner.restore(tensors)
         self.trajectory.steps, self.trajectory.values = values["steps"], values["values"]
+
+
+def score_rate(
+    learner: FeatureLearner, options: FeatureAttack, budget: Budget, rate: float, label: str | None
+) -> float | None:
+    """Return the mean of the training losses at the horizon and at the end; None if it diverged.
+
+    The trial is the whole run: same batches, same schedule. Scored at the horizon alone, the best
+    rate is often one that collapses later, and a collapsed attack looks like protection.
+    """
+    learner.reset()
+    early = math.nan
+    steps = range(budget.steps)
+    for step in steps if label is None else progress(steps, f"{label}, rate {rate:.2g}"):
+        learner.advance(step, rate * schedule_factor(options.schedule, step, budget.steps))
+        if step + 1 == budget.horizon:
+            early = learner.loss()
+            if not math.isfinite(early):
+                return None
+    loss = (early + learner.loss()) / 2
+    return loss if math.isfinite(loss) else None
 
 
 def run(
@@ -221,10 +180,8 @@ def run(
 ) -> Trajectory:
     """Train along ``budget`` and measure at its snapshots.
 
-    A search for the learning rate comes first: each trial is the whole run (same batches, same
-    schedule) and is scored by the mean of the training loss at the horizon and at the end. Scored
-    at the horizon alone, the best rate is often one that collapses later, and a collapsed attack
-    looks like protection. ``label`` shows progress bars.
+    With ``lr: auto`` a search for the learning rate comes first (`attacks.search.RateSearch`).
+    ``label`` shows progress bars.
 
     Returns:
         the trajectory. Where numbers blow up it ends there with status ``diverged`` and without
@@ -233,10 +190,22 @@ def run(
     Raises:
         Diverged: the features of the model are not finite before the first update.
     """
-    attack = _Attack(learner, options, budget)
-    trajectory, steps = attack.trajectory, (attack.trials + 1) * budget.steps
+    searches = learner.uses_rate and options.lr == "auto"
+
+    def rate_of(exponent: float) -> float:
+        return learner.centre * 10**exponent
+
+    def trial(scores: Scores) -> float | None:
+        rate = rate_of(RateSearch(scores).propose())
+        return score_rate(learner, options, budget, rate, label)
+
+    scores, checkpoint = run_trials(options.lr_trials if searches else 0, trial, checkpoint)
+    search = RateSearch(scores)
+    rate = rate_of(search.best) if options.lr == "auto" else options.lr
+    training = _Training(learner, options, budget, rate)
+    trajectory = training.trajectory
     try:
-        train(attack, steps, label=label, checkpoint=checkpoint, save_seconds=SAVE_SECONDS)
+        train(training, budget.steps, label=label, checkpoint=checkpoint, save_seconds=SAVE_SECONDS)
         final = learner.weights().items()
         trajectory.weights = {k: v.detach().clone().contiguous() for k, v in final}
     except Diverged:
@@ -245,10 +214,7 @@ def run(
         trajectory.status = "diverged"
     trajectory.info = dict(info)
     if learner.uses_rate:
-        table = [
-            {"lr": learner.centre * 10**e, "loss": loss if math.isfinite(loss) else None}
-            for e, loss in attack.search.losses.items()
-        ]
-        rate = attack.rate(attack.search.best)
+        pairs = zip(search.losses, scores, strict=True)
+        table = [{"lr": rate_of(exponent), "loss": score} for exponent, score in pairs]
         trajectory.info |= {"lr": rate, "lr_trials": table, "schedule": options.schedule}
     return trajectory

@@ -1,5 +1,5 @@
-"""What the merge is built from: the layers of a U-Net that a scope covers, token rows of concepts,
-rows of captions, recorded inputs of layers without text.
+"""Build the merge of a U-Net: the layers that a scope covers, token rows of concepts, rows of
+captions, recorded inputs of layers without text.
 """
 
 from __future__ import annotations
@@ -186,19 +186,13 @@ def word_positions(model: DiffusionModel, prompt: str, words: str) -> list[int]:
 
 @torch.no_grad()
 def concept_rows(model: DiffusionModel, prompts: Sequence[str], words: str) -> Rows:
-    """Return text-encoder rows of the tokens of ``words`` in each of ``prompts``, equal rows once.
-
-    Raises:
-        UserError: a prompt in which the words do not occur (within the context).
+    """Return text-encoder rows of the tokens of ``words`` in each of ``prompts``, equal rows once;
+    the words stand in every prompt.
     """
     rows: list[Tensor] = []
     tokens: list[str] = []
     for prompt in prompts:
         places = word_positions(model, prompt, words)
-        if not places:
-            context = model.tokenizers[0].model_max_length
-            reason = f"the words must occur in the first {context} tokens of {prompt!r}."
-            raise UserError("scenario", words, reason)
         hidden = model.text([prompt]).hidden[0]
         ids = model.tokens([prompt])[0, places].tolist()
         names = model.tokenizers[0].convert_ids_to_tokens(ids)
@@ -293,7 +287,7 @@ def build_merge(
         dtype: of the weights that are merged; None for that of the model.
 
     Raises:
-        UserError: singular systems, shared tokens, or a scope without batches.
+        UserError: singular systems or shared tokens.
     """
     n, rule, lam, mu = len(concepts), options.rule, options.lam, options.mu
     if rule == "mean" or n == 0:
@@ -313,9 +307,6 @@ def build_merge(
         factors[TEXT] = factorize(text, regularizer_rows(model, captions), lam=lam, mu=mu)
     layers = [name for name, group in members.items() if group != TEXT]
     if layers:
-        if len(batches) != n or not all(batches) or not regular_batches:
-            reason = "needs images of every concept and of other things."
-            raise UserError("immunize.merge.scope", options.scope, reason)
         own = [record_inputs(model, layers, b, rows, seed, i) for i, b in enumerate(batches)]
         regular = record_inputs(model, layers, regular_batches, regular_rows, seed, "regular")
         for group, c in regular.items():
