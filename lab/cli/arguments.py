@@ -27,6 +27,8 @@ def rewrite(words: Sequence[str]) -> list[str]:
     - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR
       is a path that says so by how it begins, or a folder that exists and has not the name of a
       choice.
+    - ``action=audit`` takes ``experiment=audit``, or ``audit_sd`` where ``path`` is no miniature;
+      with ``concepts=FILE`` it takes ``scenario=folder``.
     - ``dry_run=true`` plans in this process: a launcher would submit jobs, and the plan would end
       in their logs.
     - An action that only looks (``status``, ``leaderboard``, ``verify`` …) leaves no run folder.
@@ -34,7 +36,7 @@ def rewrite(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a list of choices for a group that takes one.
     """
-    words = [_expand_backbone(word) for word in words]
+    words = _expand_audit([_expand_backbone(word) for word in words])
     for word in words:
         group, _, choice = word.lstrip("+").partition("=")
         if choice.startswith("[") and group not in _LISTS and (ROOT / "conf" / group).is_dir():
@@ -51,6 +53,22 @@ def rewrite(words: Sequence[str]) -> list[str]:
         atexit.register(shutil.rmtree, place, ignore_errors=True)
         words.append(f"hydra.sweep.dir={place}")
     return words
+
+
+def _expand_audit(words: list[str]) -> list[str]:
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    if values.get("action") != "audit":
+        return words
+    added = []
+    if "experiment" not in values:
+        from lab.models.diffusion_backbone import read_sampling  # takes seconds
+
+        path = values.get("path", values.get("backbone.path", "minisd")).strip("'\"")
+        is_small = read_sampling(path)["resolution"] <= 64 or not Path(path).expanduser().is_dir()
+        added.append(f"experiment={'audit' if is_small else 'audit_sd'}")
+    if "concepts" in values and "scenario" not in values:
+        added.append("scenario=folder")
+    return [*added, *words]
 
 
 def _expand_backbone(word: str) -> str:

@@ -1,14 +1,14 @@
-"""Any user's concepts: one folder of images each, with prompts."""
+"""Any user's concepts, one folder of images each, and concepts of the embedded world by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from lab.core.config import (
     Count,
@@ -19,6 +19,7 @@ from lab.core.config import (
     Text,
     config,
     options,
+    user_error,
 )
 from lab.core.data import (
     CaptionedImages,
@@ -29,21 +30,22 @@ from lab.core.data import (
     Sampling,
     ScenarioData,
 )
-from lab.core.errors import UserError
+from lab.core.errors import UserError, UserErrors
 from lab.core.image_files import expand_path
 from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug
 from lab.core.types import Scenario
-from lab.minisd.world import folders
+from lab.minisd.world import folders, world
 from lab.minisd.world.openmoji import CREDIT
+from lab.minisd.world.vocabulary import STYLES
 from lab.minisd.world.world import Subset
 from lab.models.activations import digest
 from lab.scenarios import concept_texts
 from lab.scenarios.world_concepts import Side, Studio, case_name, empty, hashed, rest
 
 _PRESERVED = 200  # captions of keep that an eraser preserves, beside prompts of what is not erased
-_SomePrompts = Annotated[Prompts, Field(min_length=1)]
+_DRAWN = {"own": 20, "train": 20, "reference": 32}  # images of a concept of the embedded world
 
 
 def names_concept(words: str, line: str, plural: str = "") -> bool:
@@ -88,12 +90,12 @@ class Shares:
 class Entry:
     """A concept of the list; conf/scenario/folder.yaml explains the options."""
 
-    path: Annotated[Text, Field(min_length=1)]
     name: Prompt
-    role: Literal["target", "other", "rehearsal"]
-    kind: Literal["object", "style"]
-    prompts: _SomePrompts
+    role: Literal["harmful", "benign", "rehearsal"]
+    path: Annotated[Text, Field(min_length=1)] | None = None
+    kind: Literal["object", "style"] = "object"
     words: Prompt | None = None
+    prompts: Prompts = ()
     descriptions: Prompts = ()
     reworded: Prompts = ()
     prior: Annotated[Text, Field(min_length=1)] | None = None
@@ -111,11 +113,9 @@ class Entry:
         families = {"name": self.prompts, "description": self.descriptions}
         return {k: v for k, v in {**families, "reworded": self.reworded}.items() if v}
 
-    def check(self, key: str) -> None:
-        """Check that prompts name the concept and descriptions do not.
-
-        Raises:
-            UserError: they do not, or the anchor does not fit ``erase``.
+    def mistakes(self, key: str) -> list[UserError]:
+        """Return prompts that do not name the concept, descriptions that do, an anchor that does
+        not fit ``erase``, and a name that is no name of a file or of the embedded world.
         """
         words, anchor = self.spoken, self.anchor or ""
         unnamed = [p for p in self.prompts if not names_concept(words, p)]
@@ -123,73 +123,103 @@ class Entry:
         known = [p for p in self.reworded if p in self.prompts]
         named = [p for p in self.descriptions if shows(words, p)]
         lacks = f"lacks the words '{words}' that name the concept; rewrite it or set words."
-        for wrong, option, value, reason in (
-            # it becomes part of labels and file names
-            (
-                not re.fullmatch(r"\w[\w .'-]*", self.name),
-                "name",
-                self.name,
-                "may hold letters, digits, spaces and . ' - only.",
-            ),
-            (
-                not slug(self.name),
-                "name",
-                self.name,
-                "needs letters a-z or digits; words may be in any script.",
-            ),
+        is_label = re.fullmatch(r"\w[\w .'-]*", self.name)  # it is part of labels and file names
+        characters = "may hold letters, digits, spaces and . ' - only."
+        other = f"holds '{words}'; an erased concept needs another meaning."
+        checks = (
+            (not is_label, "name", self.name, characters),
+            (not slug(self.name), "name", self.name, "needs letters a-z or digits; see words."),
             (unnamed, "prompts", unnamed, lacks),
             (reworded, "reworded", reworded, lacks),
             (known, "reworded", known, "stands in prompts too; re-worded prompts must be new."),
             (named, "descriptions", named, f"names '{words}'; a description does not."),
             (self.erase and not anchor, "anchor", None, "needs a text where erase is true."),
             (anchor and not self.erase, "anchor", anchor, "is used with erase: true only."),
-            (
-                names_concept(words, anchor),
-                "anchor",
-                anchor,
-                f"holds '{words}'; an erased concept needs another meaning.",
-            ),
-        ):
-            if wrong:
-                raise UserError(f"{key}.{option}", value, reason)
+            (names_concept(words, anchor), "anchor", anchor, other),
+        )
+        errors = [UserError(f"{key}.{option}", v, fix) for wrong, option, v, fix in checks if wrong]
+        if self.path is None:
+            try:
+                world.concept(self.name, f"{key}.name")
+            except UserError as error:
+                fix = f"has no path, and the embedded world {error.fix}"
+                errors.append(UserError(error.key, self.name, fix))
+        return errors
 
-    def erasure(self, preserve: tuple[str, ...]) -> Erasure:
+    def erasure(self, prompts: Sequence[str], preserve: tuple[str, ...]) -> Erasure:
         """Return the erasure: prompts mean the same with the anchor in place of the words."""
         pattern = re.compile(rf"(?<!\w){re.escape(self.spoken)}(?!\w)", re.IGNORECASE)
-        anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in self.prompts)
-        return Erasure(self.name, self.spoken, self.prompts, anchors, preserve)
+        anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in prompts)
+        return Erasure(self.name, self.spoken, tuple(prompts), anchors, preserve)
 
 
-def check_entries(entries: Sequence[Entry], key: str = "scenario.concepts") -> None:
-    """Check every entry, and that no name, word or caption mixes two of them up.
+def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> tuple[Entry, ...]:
+    """Return the entries of a list.
+
+    A name that is left out is that of the folder.
+
+    Args:
+        key: config key of the list, for messages.
+        root: read the folders below it, too, so that whatever is wrong shows at once.
 
     Raises:
-        UserError: see `Entry.check`; equal names, words within words, a role that nobody has.
+        UserError: all mistakes: see `Entry.mistakes`; equal names, words within words, a role that
+            nobody has.
     """
-    for i, entry in enumerate(entries):
-        entry.check(f"{key}[{i}]")
-        for other in (*entries[:i], *entries[i + 1 :]):
+    entries: dict[str, Entry] = {}
+    errors: list[UserError] = []
+    for i, value in enumerate(values):
+        place = f"{key}[{i}]"
+        try:
+            entries[place] = entry = _entry(value, place)
+            errors += entry.mistakes(place)
+            if root is not None and entry.path is not None:
+                folder = root / expand_path(f"{place}.path", entry.path)
+                folders.read(folder, 8, select=entry.select, key=f"{place}.path")
+        except UserError as error:
+            errors.append(error)
+    for place, entry in entries.items():
+        others = [other for other in entries.values() if other is not entry]
+        for other in others:
             if slug(entry.name) == slug(other.name):
                 reason = f"is taken by {other.name}: names differ in a-z and digits."
-                raise UserError(f"{key}[{i}].name", entry.name, reason)
-            if shows(entry.spoken, other.spoken):
+                errors.append(UserError(f"{place}.name", entry.name, reason))
+            elif shows(entry.spoken, other.spoken):
                 reason = f"are part of the words of {other.name}: prompts would name both."
-                raise UserError(f"{key}[{i}].words", entry.spoken, reason)
-    for role in {"target", "other"} - {entry.role for entry in entries}:
-        raise UserError(key, [e.name for e in entries], f"has no role: {role}; give it one.")
+                errors.append(UserError(f"{place}.words", entry.spoken, reason))
+    roles = {entry.role for entry in entries.values()}
+    for role in ("harmful", "benign"):
+        if len(entries) == len(values) and role not in roles:
+            names = [entry.name for entry in entries.values()]
+            errors.append(UserError(key, names, f"has no role: {role}; give it one."))
+    UserErrors.check(errors)
+    return tuple(entries.values())
+
+
+def _entry(value: Any, key: str) -> Entry:
+    if not isinstance(value, Mapping):
+        fix = "must be {path: FOLDER, role: harmful | benign}, or {name: CONCEPT, role: …}."
+        raise UserError(key, value, fix)
+    if isinstance(value.get("path"), str):
+        name = Path(value["path"]).name.replace("_", " ").replace("-", " ")
+        value = {"name": name, **value}
+    try:
+        return Entry(**value)
+    except ValidationError as error:
+        raise user_error(error, key, Entry) from None
 
 
 @config
 class ConceptFolders(Scenario):
-    """One case from folders of images (`lab.minisd.world.folders`). Implements
-    `lab.core.types.Scenario`.
+    """One case from folders of images (`lab.minisd.world.folders`) and concepts of the embedded
+    world. Implements `lab.core.types.Scenario`.
 
-    The images of a concept are split by seed into those of the immunizer (own), of the attacker
+    The images of a folder are split by seed into those of the immunizer (own), of the attacker
     (train) and of the comparison (reference). An image that comes twice is used once; one that two
     concepts share is an error.
 
     Args:
-        concepts: list of {path, name, role: target | other | rehearsal, kind: object | style,
+        concepts: list of {path, role: harmful | benign | rehearsal, name, kind: object | style,
             words, prompts, descriptions, reworded, prior, select, erase, anchor};
             conf/scenario/folder.yaml explains each.
         root: where relative paths start; None is the working directory.
@@ -205,14 +235,14 @@ class ConceptFolders(Scenario):
         resolution: side of all images in pixels.
 
     Raises:
-        UserError: see `check_entries` and `lab.minisd.world.folders`; a concept with too few
+        UserError: see `read_entries` and `lab.minisd.world.folders`; a concept with too few
             images.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
     name: Text = "folder"
-    concepts: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    concepts: Annotated[tuple[Any, ...], Field(min_length=1)]
     root: Text | None = None
     shares: Annotated[Shares, BeforeValidator(lambda value: value or {})] = Shares()
     keep: Text | None = None
@@ -226,7 +256,7 @@ class ConceptFolders(Scenario):
     resolution: Side = 512
 
     def __post_init__(self) -> None:
-        check_entries(self.concepts)
+        self.entries = read_entries(self.concepts, "scenario.concepts")
         self.lines = self._read_captions()
 
     def path(self, key: str, value: str) -> Path:
@@ -247,7 +277,7 @@ class ConceptFolders(Scenario):
 
     def asks_erasure(self) -> str | None:
         """Return the config key of the first concept that is to be erased."""
-        erased = (f"scenario.concepts[{i}]" for i, e in enumerate(self.concepts) if e.erase)
+        erased = (f"scenario.concepts[{i}]" for i, e in enumerate(self.entries) if e.erase)
         return next(erased, None)
 
     def load(self, seed: int) -> ScenarioData:
@@ -266,21 +296,34 @@ class _Loader:
         self.options, self.seed = scenario, seed
         self.notes: list[str] = []
         self.owners: dict[str, str] = {}
+        self.studio = Studio(seed, scenario.resolution)
 
     def _note(self, count: int, note: str) -> None:
         if count:
             self.notes.append(note)
 
     def load(self) -> ScenarioData:
-        options, entries = self.options, self.options.concepts
-        images = [self._images(i, entry) for i, entry in enumerate(entries)]
+        options, entries = self.options, self.options.entries
+        images = [self._images(i, e) if e.path is not None else None for i, e in enumerate(entries)]
+        concepts = [
+            self._drawn(entry) if own is None else self._concept(i, entry, own)
+            for i, (entry, own) in enumerate(zip(entries, images, strict=True))
+        ]
+        pairs = list(zip(entries, concepts, strict=True))
         targets, others, rehearsal = (
-            tuple(self._concept(i, e, images[i]) for i, e in enumerate(entries) if e.role == role)
-            for role in ("target", "other", "rehearsal")
+            tuple(concept for entry, concept in pairs if entry.role == role)
+            for role in ("harmful", "benign", "rehearsal")
         )
-        keep, captions, unrelated = self._surroundings()
-        preserve = [line for e in entries if not e.erase for line in e.prompts]
-        preserve += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
+        keep, captions, unrelated = self._surroundings(concepts)
+        asked = [tuple(dict.fromkeys(concept.prompts["name"])) for concept in concepts]
+        kept = [
+            line for e, lines in zip(entries, asked, strict=True) if not e.erase for line in lines
+        ]
+        kept += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
+        preserve = tuple(dict.fromkeys(kept))
+        erased = [
+            e.erasure(lines, preserve) for e, lines in zip(entries, asked, strict=True) if e.erase
+        ]
         case = ConceptCase(
             case_name(concept.name for concept in targets),
             targets,
@@ -290,14 +333,37 @@ class _Loader:
             regularizers=captions,
             unrelated=unrelated,
             sampling=options.sampling,
-            erased=tuple(e.erasure(tuple(dict.fromkeys(preserve))) for e in entries if e.erase),
+            erased=tuple(erased),
         )
         return hashed([case], self.notes)
+
+    def _drawn(self, entry: Entry) -> Concept:
+        """Draw a concept of the embedded world."""
+        name = entry.name
+        own, train, reference = (
+            self.studio.draw(world.concept(name), total, concept_texts.caption, name, part)
+            for part, total in _DRAWN.items()
+        )
+        is_style = name in {style.name for style in STYLES}
+        make = concept_texts.style_prompts if is_style else concept_texts.object_prompts
+        prompts = make(name, self.options.sampling.count, self.seed)
+        prompts.pop("unseen_pairs", None)
+        return Concept(
+            name,
+            "harmful" if entry.role == "harmful" else "benign",
+            "style" if is_style else "object",
+            words=name,
+            train=train,
+            own=own,
+            reference=reference,
+            prior=empty(self.options.resolution),
+            prompts=prompts,
+        )
 
     def _images(self, i: int, entry: Entry) -> CaptionedImages:
         """Read the different images of a concept."""
         key = f"scenario.concepts[{i}].path"
-        path = self.options.path(key, entry.path)
+        path = self.options.path(key, str(entry.path))
         folder = folders.read(path, self.options.resolution, select=entry.select or None, key=key)
         hashes = [digest(image) for image in folder.images]
         for row, value in enumerate(hashes):
@@ -317,8 +383,9 @@ class _Loader:
             raise UserError(key, path, reason)
         captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
         silent = [k for k, line in enumerate(captions) if not names_concept(entry.spoken, line)]
+        stand_in = entry.prompts or (f"a photo of {entry.spoken}",)
         for position, k in enumerate(silent):
-            captions[k] = entry.prompts[position % len(entry.prompts)]
+            captions[k] = stand_in[position % len(stand_in)]
         reason = "captions do not name it; its prompts stand in for them."
         self._note(len(silent), f"{entry.name}: {len(silent)} {reason}")
         texts(key, captions)
@@ -334,9 +401,10 @@ class _Loader:
         if entry.prior is not None:
             prior = self._pool(f"scenario.concepts[{i}].prior", entry.prior, dict(self.owners))
         total = options.sampling.count
+        families = {"name": tuple(dict.fromkeys(images.prompts)), **entry.families()}
         return Concept(
             entry.name,
-            "harmful" if entry.role == "target" else "benign",
+            "harmful" if entry.role == "harmful" else "benign",
             entry.kind,
             words=entry.spoken,
             train=train,
@@ -345,7 +413,7 @@ class _Loader:
             prior=prior,
             prompts={
                 family: tuple(lines[k % len(lines)] for k in range(max(total, len(lines))))
-                for family, lines in entry.families().items()
+                for family, lines in families.items()
             },
         )
 
@@ -355,20 +423,21 @@ class _Loader:
         order = torch.randperm(len(images), generator=generator(self.seed, "scenario", label))
         return [images.pick(part.tolist()) for part in order.split(list(sizes))]
 
-    def _surroundings(self) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
+    def _surroundings(
+        self, concepts: Sequence[Concept]
+    ) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
         """Return ``keep``, captions of C_reg and ``unrelated``, whose prompts are new."""
-        options, entries = self.options, self.options.concepts
-        world = rest([e.spoken.lower() for e in entries])
-        captions = self._regularizers(world)
+        options = self.options
+        others = rest([concept.words.lower() for concept in concepts])
+        captions = self._regularizers(others)
         limits = {"keep": options.keep_pictures, "unrelated": options.unrelated_pictures}
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
         if not paths:
             reason = "scaled pictures of the embedded world stand in."
             self._note(1, f"No keep and unrelated folders: {reason} {CREDIT}")
-            taken = {line for e in entries for lines in e.families().values() for line in lines}
-            studio = Studio(self.seed, options.resolution)
-            keep, unrelated = studio.surroundings(
-                world, options.keep_pictures, options.unrelated_pictures, captions, taken
+            taken = {line for c in concepts for lines in c.prompts.values() for line in lines}
+            keep, unrelated = self.studio.surroundings(
+                others, options.keep_pictures, options.unrelated_pictures, captions, taken
             )
             return keep, captions, unrelated
         pools = {k: self._pool(f"scenario.{k}", path, self.owners) for k, path in paths.items()}
@@ -392,7 +461,7 @@ class _Loader:
         return keep, captions, pools["unrelated"].pick(new[: limits["unrelated"]])
 
     def _names_any(self, line: str) -> bool:
-        return any(shows(e.spoken, line) for e in self.options.concepts)
+        return any(shows(e.spoken, line) for e in self.options.entries)
 
     def _pool(self, key: str, path: str, owners: dict[str, str]) -> CaptionedImages:
         """Read a folder, without images that ``owners`` has and captions that name a concept.
@@ -416,11 +485,11 @@ class _Loader:
         texts(key, [images.prompts[i] for i in kept])
         return images.pick(kept)
 
-    def _regularizers(self, world: Subset) -> tuple[str, ...]:
+    def _regularizers(self, others: Subset) -> tuple[str, ...]:
         options, total = self.options, self.options.regularizers
         if options.lines is None:
             stream = derive(self.seed, "scenario", "regularizers")
-            return concept_texts.regularizers(world, stream, total, options.regularizer_templates)
+            return concept_texts.regularizers(others, stream, total, options.regularizer_templates)
         lines = [line for line in options.lines if not self._names_any(line)]
         if not lines:
             reason = "all of them name a concept."
