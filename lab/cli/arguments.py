@@ -61,14 +61,22 @@ def _expand_audit(words: list[str]) -> list[str]:
         return words
     added = []
     if "experiment" not in values:
-        from lab.models.diffusion_backbone import read_sampling  # takes seconds
+        from lab.models.diffusion_backbone import read_sampling  # its imports take seconds
 
-        path = values.get("path", values.get("backbone.path", "minisd")).strip("'\"")
-        is_small = read_sampling(path)["resolution"] <= 64 or not Path(path).expanduser().is_dir()
-        added.append(f"experiment={'audit' if is_small else 'audit_sd'}")
+        path = values.get("path", "minisd")
+        is_large = Path(path).is_dir() and read_sampling(path)["resolution"] > 64
+        added.append(f"experiment={'audit_sd' if is_large else 'audit'}")
     if "concepts" in values and "scenario" not in values:
         added.append("scenario=folder")
-    return [*added, *words]
+    quoted = [f"{key}={_quoted(values[key])}" for key in ("path", "concepts") if key in values]
+    return [*added, *(w for w in words if not w.startswith(("path=", "concepts="))), *quoted]
+
+
+def _quoted(value: str) -> str:
+    """Return a path as Hydra reads it."""
+    if re.fullmatch(r"[\w./-]+|['\"].*", value, flags=re.ASCII):
+        return value
+    return "'{}'".format(value.replace("'", "\\'"))
 
 
 def _expand_backbone(word: str) -> str:
@@ -77,6 +85,4 @@ def _expand_backbone(word: str) -> str:
         return word
     if not value.startswith(("/", "./", "../", "~/")) and not Path(value).is_dir():
         return word
-    if not re.fullmatch(r"[\w./-]+", value, flags=re.ASCII):  # what Hydra reads without quotes
-        value = "'{}'".format(value.replace("'", "\\'"))
-    return f"backbone.path={value}"
+    return f"backbone.path={_quoted(value)}"

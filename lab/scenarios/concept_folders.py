@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle, permutations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,7 +31,7 @@ from lab.core.data import (
     Sampling,
     ScenarioData,
 )
-from lab.core.errors import UserError, UserErrors
+from lab.core.errors import UserError, UserErrors, as_user_error
 from lab.core.image_files import expand_path
 from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
@@ -146,11 +147,12 @@ class Entry:
                 errors.append(UserError(error.key, self.name, fix))
         return errors
 
-    def erasure(self, prompts: Sequence[str], preserve: tuple[str, ...]) -> Erasure:
+    def erasure(self, concept: Concept, preserve: tuple[str, ...]) -> Erasure:
         """Return the erasure: prompts mean the same with the anchor in place of the words."""
         pattern = re.compile(rf"(?<!\w){re.escape(self.spoken)}(?!\w)", re.IGNORECASE)
+        prompts = tuple(dict.fromkeys(concept.prompts["name"]))
         anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in prompts)
-        return Erasure(self.name, self.spoken, tuple(prompts), anchors, preserve)
+        return Erasure(self.name, self.spoken, prompts, anchors, preserve)
 
 
 def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> tuple[Entry, ...]:
@@ -178,20 +180,18 @@ def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> t
                 folders.read(folder, 8, select=entry.select, key=f"{place}.path")
         except UserError as error:
             errors.append(error)
-    for place, entry in entries.items():
-        others = [other for other in entries.values() if other is not entry]
-        for other in others:
-            if slug(entry.name) == slug(other.name):
-                reason = f"is taken by {other.name}: names differ in a-z and digits."
-                errors.append(UserError(f"{place}.name", entry.name, reason))
-            elif shows(entry.spoken, other.spoken):
-                reason = f"are part of the words of {other.name}: prompts would name both."
-                errors.append(UserError(f"{place}.words", entry.spoken, reason))
-    roles = {entry.role for entry in entries.values()}
-    for role in ("harmful", "benign"):
-        if len(entries) == len(values) and role not in roles:
-            names = [entry.name for entry in entries.values()]
-            errors.append(UserError(key, names, f"has no role: {role}; give it one."))
+    for (place, entry), (_, other) in permutations(entries.items(), 2):
+        if slug(entry.name) == slug(other.name):
+            reason = f"is taken by {other.name}: names differ in a-z and digits."
+            errors.append(UserError(f"{place}.name", entry.name, reason))
+        elif shows(entry.spoken, other.spoken):
+            reason = f"are part of the words of {other.name}: prompts would name both."
+            errors.append(UserError(f"{place}.words", entry.spoken, reason))
+    missing = {"harmful", "benign"} - {entry.role for entry in entries.values()}
+    if missing and len(entries) == len(values):
+        names = [entry.name for entry in entries.values()]
+        reason = f"has no role: {' and '.join(sorted(missing))}; give it one."
+        errors.append(UserError(key, names, reason))
     UserErrors.check(errors)
     return tuple(entries.values())
 
@@ -268,10 +268,8 @@ class ConceptFolders(Scenario):
         key, lines = "scenario.captions", self.captions
         if isinstance(lines, str):
             path = self.path(key, lines)
-            try:
-                lines = tuple(path.read_text(encoding="utf-8").splitlines())
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(key, path, f"cannot be read as UTF-8 text ({error}).") from error
+            with as_user_error(key, path, "cannot be read as UTF-8 text."):
+                lines = path.read_text(encoding="utf-8").splitlines()
             lines = tuple(line for line in lines if line.strip())
         return None if lines is None else texts(key, lines)
 
@@ -315,15 +313,9 @@ class _Loader:
             for role in ("harmful", "benign", "rehearsal")
         )
         keep, captions, unrelated = self._surroundings(concepts)
-        asked = [tuple(dict.fromkeys(concept.prompts["name"])) for concept in concepts]
-        kept = [
-            line for e, lines in zip(entries, asked, strict=True) if not e.erase for line in lines
-        ]
-        kept += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
-        preserve = tuple(dict.fromkeys(kept))
-        erased = [
-            e.erasure(lines, preserve) for e, lines in zip(entries, asked, strict=True) if e.erase
-        ]
+        preserve = [line for e, c in pairs if not e.erase for line in c.prompts["name"]]
+        preserve += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
+        erased = [e.erasure(c, tuple(dict.fromkeys(preserve))) for e, c in pairs if e.erase]
         case = ConceptCase(
             case_name(concept.name for concept in targets),
             targets,
@@ -346,8 +338,6 @@ class _Loader:
         )
         is_style = name in {style.name for style in STYLES}
         make = concept_texts.style_prompts if is_style else concept_texts.object_prompts
-        prompts = make(name, self.options.sampling.count, self.seed)
-        prompts.pop("unseen_pairs", None)
         return Concept(
             name,
             "harmful" if entry.role == "harmful" else "benign",
@@ -357,7 +347,7 @@ class _Loader:
             own=own,
             reference=reference,
             prior=empty(self.options.resolution),
-            prompts=prompts,
+            prompts=make(name, self.options.sampling.count, self.seed),
         )
 
     def _images(self, i: int, entry: Entry) -> CaptionedImages:
@@ -382,12 +372,11 @@ class _Loader:
             )
             raise UserError(key, path, reason)
         captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
-        silent = [k for k, line in enumerate(captions) if not names_concept(entry.spoken, line)]
-        stand_in = entry.prompts or (f"a photo of {entry.spoken}",)
-        for position, k in enumerate(silent):
-            captions[k] = stand_in[position % len(stand_in)]
+        silent = sum(not names_concept(entry.spoken, line) for line in captions)
+        stand_in = cycle(entry.prompts or [f"a photo of {entry.spoken}"])
+        captions = [c if names_concept(entry.spoken, c) else next(stand_in) for c in captions]
         reason = "captions do not name it; its prompts stand in for them."
-        self._note(len(silent), f"{entry.name}: {len(silent)} {reason}")
+        self._note(silent, f"{entry.name}: {silent} {reason}")
         texts(key, captions)
         return CaptionedImages(folder.images[kept], tuple(captions))
 
@@ -433,7 +422,7 @@ class _Loader:
         limits = {"keep": options.keep_pictures, "unrelated": options.unrelated_pictures}
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
         if not paths:
-            reason = "scaled pictures of the embedded world stand in."
+            reason = "scaled images of the embedded world stand in."
             self._note(1, f"No keep and unrelated folders: {reason} {CREDIT}")
             taken = {line for c in concepts for lines in c.prompts.values() for line in lines}
             keep, unrelated = self.studio.surroundings(
@@ -457,7 +446,7 @@ class _Loader:
             reason = "every caption is one of keep or of C_reg; unrelated prompts must be new."
             raise UserError(f"scenario.{last}", paths[last], reason)
         left = len(pools["unrelated"]) - len(new)
-        self._note(left, f"{left} unrelated pictures have a caption of keep: left out.")
+        self._note(left, f"{left} unrelated images have a caption of keep: left out.")
         return keep, captions, pools["unrelated"].pick(new[: limits["unrelated"]])
 
     def _names_any(self, line: str) -> bool:
@@ -479,7 +468,7 @@ class _Loader:
             if owner == f"{key} {i}" and not self._names_any(images.prompts[i])
         ]
         left = len(images) - len(kept)
-        self._note(left, f"{key}: {left} pictures are a concept's, copies, or name one: left out.")
+        self._note(left, f"{key}: {left} images are a concept's, copies, or name one: left out.")
         if not kept:
             raise UserError(key, path, "holds no image that is unrelated to the concepts.")
         texts(key, [images.prompts[i] for i in kept])
