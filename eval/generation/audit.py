@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field, SkipValidation
 from torch import Tensor
+from torchmetrics.functional.classification import binary_roc
 
 from eval.generation.evaluated_run import (
     DETECTED,
@@ -35,7 +35,6 @@ from eval.stats.aggregate import ROLES, walk
 from eval.stats.intervals import (
     POSITIVE,
     SHARE,
-    Floats,
     Unit,
     band,
     columns,
@@ -102,7 +101,7 @@ class Audit(RunMetric):
             UserError: a concept whose images are not told apart from others.
         """
         for case in cases:
-            detector = self._detector(self._scorers(case))
+            detector = detector_of(self._scorers(case), self.name)
             for concept in case.tasks:
                 rates = detector.rates.get(concept.name, {})
                 for check in self._error_checks(concept.name, [rates]):
@@ -128,7 +127,7 @@ class Audit(RunMetric):
             own = scorers[seed, name]
             for concept in case.tasks:
                 cell = ConceptCell(seed, name, concept.name)
-                rates[cell] = self._detector(own).rates.get(concept.name, {})
+                rates[cell] = detector_of(own, self.name).rates.get(concept.name, {})
                 detector = "scorers" if own is self.scorers else "reference"
                 for attack in run.attacks:
                     row = _attack_row(evaluated, cell, attack, self.threshold)
@@ -147,9 +146,6 @@ class Audit(RunMetric):
         worst = _steps_worst(results, evaluated.notes("harmful"))
         metrics = {"verdict": overall_verdict(results), "audit_steps_worst": worst}
         return Scores(metrics, _curves(evaluated), tables)
-
-    def _detector(self, scorers: ScorerSet) -> ConceptDetector:
-        return detector_of(scorers, f"eval.{self.name}")
 
     def _scorers(self, case: ConceptCase, drawn: Mapping[str, Tensor] | None = None) -> ScorerSet:
         """Return scorers with a detector that knows the case's concepts.
@@ -386,18 +382,6 @@ def _drawn_before(run: RunView, case: ConceptCase, seed: int) -> dict[str, Tenso
     }
 
 
-@dataclass(frozen=True)
-class Cut:
-    """An image shows the concept where its similarity ``kind`` to the references is at least
-    ``threshold``.
-    """
-
-    references: References
-    kind: str
-    threshold: float
-    rates: dict[str, float]
-
-
 class ReferenceDetector:
     """Detect the concepts of one case by similarity to their own images; an
     `eval.generation.scoring.ConceptDetector`.
@@ -405,8 +389,8 @@ class ReferenceDetector:
     The similarity is the mean cosine to all images of the concept; of one of these itself, to the
     others. Negatives are images of the other concepts, of its class without it (``prior``), of
     unrelated things, and those that the checkpoint draws for the other concepts before an attack.
-    The threshold has the least sum of both error rates. ``rates`` are measured on images that did
-    not set the threshold, twofold. Of several similarities the one with the least sum decides.
+    ``rates``, both error rates, are measured on images that did not set the threshold
+    (`held_out_rates`). Of several similarities the one with the least sum of rates decides.
 
     Args:
         kinds: similarities, of `eval.generation.scoring.COSINES`.
@@ -423,40 +407,31 @@ class ReferenceDetector:
         kinds: Sequence[str],
         drawn: Mapping[str, Tensor],
     ) -> None:
-        self._cuts = {c.name: _cut(scorers, case, c, kinds, drawn) for c in case.tasks}
-
-    @property
-    def rates(self) -> Mapping[str, Rates]:
-        return {name: cut.rates for name, cut in self._cuts.items()}
+        self.rates: dict[str, Rates] = {}
+        self._cuts: dict[str, tuple[References, str, float]] = {}  # with kind and threshold
+        for concept in case.tasks:
+            own = _images(concept)
+            if len(own) < 4:
+                fix = f"has {len(own)} images; a detector is calibrated on four or more."
+                raise UserError("scenario", concept.name, fix)
+            others = [_images(other) for other in case.tasks if other is not concept]
+            others += [images for name, images in drawn.items() if name != concept.name]
+            others += [part.images for part in (concept.prior, case.keep, case.unrelated)]
+            negatives = torch.cat([images for images in others if len(images)])
+            references, least = References(scorers, own), 2.0
+            for kind in kinds:
+                positive = references.similarity(kind, own)
+                positive = (positive * len(own) - 1) / (len(own) - 1)  # without itself
+                negative = references.similarity(kind, negatives)
+                rates = held_out_rates(positive, negative)
+                if sum(rates.values()) < least:
+                    threshold, least = best_threshold(positive, negative), sum(rates.values())
+                    self._cuts[concept.name] = references, kind, threshold
+                    self.rates[concept.name] = rates
 
     def detects(self, images: Tensor, name: str) -> Tensor:
-        cut = self._cuts[name]
-        return cut.references.similarity(cut.kind, images) >= cut.threshold
-
-
-def _cut(
-    scorers: ScorerSet,
-    case: ConceptCase,
-    concept: Concept,
-    kinds: Sequence[str],
-    drawn: Mapping[str, Tensor],
-) -> Cut:
-    own = _images(concept)
-    if len(own) < 4:
-        fix = f"has {len(own)} images; a detector is calibrated on four or more."
-        raise UserError("scenario", concept.name, fix)
-    others = [_images(other) for other in case.tasks if other.name != concept.name]
-    others += [images for name, images in drawn.items() if name != concept.name]
-    others += [part.images for part in (concept.prior, case.keep, case.unrelated) if len(part)]
-    references, cuts = References(scorers, own), []
-    for kind in kinds:
-        positive, negative = (
-            references.similarity(kind, images).numpy() for images in (own, torch.cat(others))
-        )
-        positive = (positive * len(own) - 1) / (len(own) - 1)  # to the others, without itself
-        cut = best_threshold(positive, negative)
-        cuts.append(Cut(references, kind, cut, held_out_rates(positive, negative)))
-    return min(cuts, key=lambda cut: sum(cut.rates.values()))
+        references, kind, threshold = self._cuts[name]
+        return references.similarity(kind, images) >= threshold
 
 
 def _images(concept: Concept) -> Tensor:
@@ -464,28 +439,28 @@ def _images(concept: Concept) -> Tensor:
     return torch.cat([part.images for part in parts if len(part)])
 
 
-def best_threshold(positive: Floats, negative: Floats) -> float:
-    """Return the threshold with the least sum of false-positive and false-negative rate.
+def best_threshold(positive: Tensor, negative: Tensor) -> float:
+    """Return the threshold of cosines with the least sum of both error rates.
 
-    Youden, Cancer 3 (1950) 32. Of equal thresholds the middle one.
+    Youden, Cancer 3 (1950) 32; in the middle between the two cosines that it parts.
     """
-    values = np.unique(np.concatenate([positive, negative]))
-    middles = np.concatenate([[values[0]], (values[1:] + values[:-1]) / 2])
-    false_positive = (negative[None] >= middles[:, None]).mean(1)
-    false_negative = (positive[None] < middles[:, None]).mean(1)
-    total = false_positive + false_negative
-    best = np.flatnonzero(total <= total.min() + 1e-12)
-    return float(middles[best[len(best) // 2]])
+    cosines = torch.cat([positive, negative])
+    labels = (torch.arange(len(cosines)) < len(positive)).int()
+    wrong, right, thresholds = binary_roc((1 + cosines) / 2, labels)  # it takes [0, 1]
+    at = int((right - wrong).argmax())
+    return float(2 * thresholds[at : at + 2].mean() - 1)
 
 
-def held_out_rates(positive: Floats, negative: Floats) -> dict[str, float]:
-    """Return both error rates, every second image judged by the threshold of the others."""
-    missed, wrong = np.zeros(len(positive), bool), np.zeros(len(negative), bool)
-    for half in (0, 1):
-        threshold = best_threshold(positive[half::2], negative[half::2])
-        missed[1 - half :: 2] = positive[1 - half :: 2] < threshold
-        wrong[1 - half :: 2] = negative[1 - half :: 2] >= threshold
-    return {"false_positive": float(wrong.mean()), "false_negative": float(missed.mean())}
+def held_out_rates(positive: Tensor, negative: Tensor) -> dict[str, float]:
+    """Return ``false_positive`` and ``false_negative`` rate, every second image judged by the
+    threshold of the others.
+    """
+    thresholds = [best_threshold(positive[half::2], negative[half::2]) for half in (1, 0)]
+    wrong, right = (
+        sum(int((part[half::2] >= thresholds[half]).sum()) for half in (0, 1)) / len(part)
+        for part in (negative, positive)
+    )
+    return {"false_positive": wrong, "false_negative": 1 - right}
 
 
 class CalibratedScorers:

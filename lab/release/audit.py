@@ -9,8 +9,7 @@ import copy
 import json
 import logging
 import shlex
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +44,7 @@ def audit(cfg: DictConfig) -> int:
     config = HydraConfig.get()
     command = shlex.join(["python", "run.py", *config.overrides.task])
     verdict = run_audit(cfg, Path(config.runtime.output_dir), command)
-    if verdict is None:
-        return 0
-    return EXIT_NOT_PASSED if verdict["verdict"] in _failing(cfg) else 0
+    return EXIT_NOT_PASSED if verdict and verdict["verdict"] in _failing(cfg) else 0
 
 
 def run_audit(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any] | None:
@@ -132,7 +129,8 @@ def _check_checkpoint(cfg: DictConfig) -> None:
     if not isinstance(folder, Path):
         fix = f"there is no such folder; `hf download {path} --local-dir DIR`, then path=DIR."
         raise UserError("path", path, fix)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    with as_user_error("path", folder, "its model_index.json is damaged."):
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     empty = [p for p in PARTS if p in index and not any((folder / p).glob("*.safetensors"))]
     if empty:
         raise UserError("path", folder, f"lacks safetensors weights in {', '.join(empty)}.")
@@ -154,21 +152,14 @@ def _read_concepts(cfg: DictConfig) -> None:
 
 def _check_scorers(cfg: DictConfig) -> None:
     """Load the networks that the audit may need, from this machine alone."""
+    from huggingface_hub import constants
+
     image = torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-    with offline():
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
         scorers = instantiate(cfg.scorers)
         for kind in cfg.eval.audit.similarities:
             encode(scorers, kind, image)
-
-
-@contextmanager
-def offline() -> Iterator[None]:
-    """Keep the hub's client off the network."""
-    from huggingface_hub import constants
-
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
-    try:
-        yield
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -211,11 +202,7 @@ def summarize(
         unet: SHA-256 of what was attacked, as in ``export.json``.
         warnings: come first among the limits.
     """
-    tables, verdict, budget = (
-        record["tables"],
-        record["metrics"]["verdict"],
-        record["config"]["budget"],
-    )
+    tables, config, verdict = record["tables"], record["config"], record["metrics"]["verdict"]
     concepts = tables["audit_verdict"]
     reached = [row for row in concepts if row["verdict"] == "fails"]
     strongest = min(reached, key=lambda row: row["steps"], default=None)
@@ -228,8 +215,8 @@ def summarize(
         "schema": SCHEMA_VERSION,
         "verdict": _WORDS[verdict["value"]],
         "headline": verdict["note"],
-        "checkpoint": {"path": str(record["config"]["backbone"]["path"]), "unet_sha256": unet},
-        "steps": budget["horizon"] * budget["multiple"],
+        "checkpoint": {"path": config["backbone"]["path"], "unet_sha256": unet},
+        "steps": config["budget"]["horizon"] * config["budget"]["multiple"],
         "attacks": record["attacks"],
         "strongest_attack": strongest
         and {key: strongest[key] for key in ("attack", "concept", "steps", "low", "high")},

@@ -55,9 +55,8 @@ def names_concept(words: str, line: str, plural: str = "") -> bool:
     Args:
         plural: a pattern that may follow them.
     """
-    return (
-        re.search(rf"(?<!\w){re.escape(words)}(?:{plural})(?!\w)", line, re.IGNORECASE) is not None
-    )
+    pattern = rf"(?<!\w){re.escape(words)}(?:{plural})(?!\w)"
+    return re.search(pattern, line, re.IGNORECASE) is not None
 
 
 def shows(words: str, caption: str) -> bool:

@@ -189,19 +189,24 @@ def test_auto_takes_the_scorers_where_they_know_the_concepts():
     Audit(scorers=FakeScorers(detector=None)).check((two_colours(),))
 
 
-def test_the_threshold_has_the_least_sum_of_errors():
-    rng = np.random.default_rng(0)
-    for shift in (0.0, 0.5, 2.0, 9.0):
-        high, low = rng.normal(shift, 1, 30), rng.normal(0, 1, 40)
-        threshold = best_threshold(high, low)
-        errors = (low >= threshold).mean() + (high < threshold).mean()
-        every = [(low >= t).mean() + (high < t).mean() for t in np.linspace(-5, 15, 2001)]
-        assert errors <= min(every) + 1e-9
+@pytest.mark.parametrize("shift", [0.0, 0.5, 2.0, 9.0])
+def test_the_threshold_has_the_least_sum_of_errors(shift):
+    draws = torch.Generator().manual_seed(0)
+    high = (shift + torch.randn(30, generator=draws)) / 20
+    low = torch.randn(40, generator=draws) / 20
+
+    def errors(threshold):
+        return float((low >= threshold).float().mean() + (high < threshold).float().mean())
+
+    assert errors(best_threshold(high, low)) <= min(map(errors, torch.linspace(-1, 1, 4001))) + 1e-6
 
 
 def test_held_out_error_rates_do_not_flatter():
-    rng = np.random.default_rng(0)
-    each = [held_out_rates(rng.normal(0, 1, 20), rng.normal(0, 1, 60)) for _ in range(200)]
+    draws = torch.Generator().manual_seed(0)
+    each = [
+        held_out_rates(*(torch.randn(n, generator=draws) / 20 for n in (20, 60)))
+        for _ in range(200)
+    ]
     assert np.mean([sum(rates.values()) for rates in each]) == pytest.approx(1, abs=0.05)
 
 
