@@ -131,7 +131,7 @@ class Audit(RunMetric):
                 detector = "scorers" if own is self.scorers else "reference"
                 for attack in run.attacks:
                     row = _attack_row(evaluated, cell, attack, self.threshold)
-                    trajectory = run.trajectory(evaluated.immunizer, attack, case, concept, seed)
+                    trajectory = run.trajectory(evaluated.tested_model, attack, case, concept, seed)
                     rows.append({**row, "detector": detector, **rates[cell], **_cost(trajectory)})
         results = [
             self._result(evaluated, concept, rows, rates)
@@ -186,7 +186,7 @@ class Audit(RunMetric):
         rates: Mapping[ConceptCell, Rates],
     ) -> ConceptResult:
         """Return the verdict on one harmful concept."""
-        cells, model = evaluated.cells("harmful", concept), evaluated.immunizer
+        cells, model = evaluated.cells("harmful", concept), evaluated.tested_model
         learned = [row for row in rows if row["status"] == LEARNED]
         able = tuple(a for a in evaluated.attacks if a in {row["attack"] for row in learned})
         taught = Score(float(len({row["concept"] for row in learned})), unit="concepts")
@@ -295,7 +295,7 @@ def _attack_row(
     evaluated: EvaluatedRun, cell: ConceptCell, attack: str, threshold: float
 ) -> dict[str, Any]:
     """Return what one attack on one concept reached."""
-    model = evaluated.immunizer
+    model = evaluated.tested_model
     result = evaluated.at(cell, model, attack)
     steps = relearned(evaluated, cell, model, threshold, (attack,))
     interval = score_units([steps.unit(cell.seed)], "higher", geometric=True, bounds=POSITIVE)
@@ -353,7 +353,7 @@ def _limits(evaluated: EvaluatedRun, rows: Sequence[dict[str, Any]]) -> list[str
 
 def _curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
     """Return the share of detections over the steps, a line per attack."""
-    out, model = {}, evaluated.immunizer
+    out, model = {}, evaluated.tested_model
     for concept in (c for role in ROLES for c in evaluated.concepts(role)):
         lines: dict[str, Sequence[Unit]] = {
             attack: [
@@ -375,9 +375,9 @@ def _curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
 def _drawn_before(run: RunView, case: ConceptCase, seed: int) -> dict[str, Tensor]:
     """Return concept → images that the checkpoint draws of it before the first attack."""
     return {
-        task.name: run.trajectory(run.immunizer, run.attacks[0], case, task, seed).samples[FAMILY][
-            0
-        ]
+        task.name: run.trajectory(run.model_names[-1], run.attacks[0], case, task, seed).samples[
+            FAMILY
+        ][0]
         for task in case.tasks
     }
 

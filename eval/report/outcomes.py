@@ -17,7 +17,7 @@ from eval.report.words import (
     percent,
     sentence,
 )
-from lab.core.types import BASELINE
+from lab.core.record import is_immunized
 
 Tone = Literal["good", "bad", "unsure", "neutral", "error"]
 
@@ -54,7 +54,7 @@ def _outcome(record: Record) -> Outcome:
         return _ended(record)
     if "audit_verdict" in record["tables"]:
         return _audited(record)
-    if name == BASELINE:
+    if not is_immunized(record):
         found = Outcome(
             "neutral",
             "baseline",
@@ -81,7 +81,9 @@ def _outcome(record: Record) -> Outcome:
                 "unrelated prompts"
             )
         found = Outcome("neutral", "no comparison", f"{name} {what}.", _benign_side(metrics))
-    return _partly(record, found) if record["status"] == "diverged" and name != BASELINE else found
+    return (
+        _partly(record, found) if record["status"] == "diverged" and is_immunized(record) else found
+    )
 
 
 def _audited(record: Record) -> Outcome:

@@ -18,7 +18,7 @@ from eval.report.outcomes import outcome
 from eval.report.words import ARROWS, figure, heading, interval, support
 from lab.core.record import Record
 from lab.core.sources import ROOT
-from lab.core.types import Attacker
+from lab.core.types import BASELINE, Attacker
 
 _TEMPLATE = Path(__file__).with_name("card.md")
 _LIBRARIES = {"diffusion": "diffusers", "deep": "timm", "linear": "safetensors"}
@@ -52,7 +52,7 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         "cells": [cell for cell in record["cells"] if cell["stage"] == "attack"],
         "columns": columns(record["metrics"]),
         "credits": list(dict.fromkeys(credits)),
-        "is_baseline": facts["model"] == "none",
+        "is_baseline": facts["model"] == BASELINE,
         "outcome": outcome(record),
         "arrows": ARROWS,
         "figure": figure,

@@ -38,7 +38,7 @@ def run(seeds=(0,), attacks=("lora", "full"), **by_name):
     def make(model_name, attack, name, seed):
         return by_name.get(name, (FAST, FAST))[attacks.index(attack)]
 
-    return FakeRun(make, immunizer=BASELINE, attacks=attacks, seeds=seeds)
+    return FakeRun(make, model_names=(BASELINE,), attacks=attacks, seeds=seeds)
 
 
 def audited(one, **options):
@@ -100,7 +100,7 @@ def test_a_concept_that_is_learned_in_the_last_step_of_one_seed_fails():
     def make(model_name, attack, name, seed):
         return shares(0, 0, 0, 0, 6) if seed == 1 else NEVER
 
-    scores = audited(FakeRun(make, seeds=(0, 1), attacks=("lora",), immunizer=BASELINE))
+    scores = audited(FakeRun(make, seeds=(0, 1), attacks=("lora",), model_names=(BASELINE,)))
     assert scores.metrics["verdict"].value == 0
     assert not scores.tables["verdict"][-1]["passed"]
 
@@ -111,7 +111,7 @@ def test_the_concept_that_falls_first_is_named_by_its_mean_over_seeds_not_by_its
             return shares(0, 10, 10, 10, 10) if seed == 0 else NEVER
         return FAST if name == "neon" else NEVER
 
-    scores = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), immunizer=BASELINE))
+    scores = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), model_names=(BASELINE,)))
     worst = scores.metrics["audit_steps_worst"]
     assert (worst.value, worst.interval) == (pytest.approx(AT), "across_seeds")
 
@@ -175,7 +175,7 @@ class Knows(Detector):
 
 def test_auto_takes_the_scorers_where_they_know_the_concepts():
     scorers = FakeScorers(detector=Knows({n: RATES for n in NAMES}))
-    known = FakeRun(lambda *_: FAST, immunizer=BASELINE, seeds=(0,))
+    known = FakeRun(lambda *_: FAST, model_names=(BASELINE,), seeds=(0,))
     unknown = replace(known, case_list=(two_colours(),))
     for run_, options, told in (
         (known, {}, "scorers"),
