@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from lab.core.config import (
     Count,
     Flag,
-    Positive,
+    PositiveShare,
     Prompt,
     Prompts,
     Text,
@@ -66,16 +66,12 @@ def shows(words: str, caption: str) -> bool:
 
 @options
 class Shares:
-    """Shares of a concept's images for the immunizer (own), the attacker (train) and comparison."""
+    """Shares of a concept's images for the immunizer (own) and the attacker (train); the rest is
+    for comparison.
+    """
 
-    own: Positive = 0.3
-    train: Positive = 0.3
-    reference: Positive = 0.4
-
-    def __post_init__(self) -> None:
-        total = self.own + self.train + self.reference
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"own + train + reference = {total:g}, not 1")
+    own: PositiveShare = 0.3
+    train: PositiveShare = 0.3
 
     def cut(self, total: int) -> tuple[int, int, int]:
         """Return how many of ``total`` ≥ 3 images each part gets, at least one each, and own two as
@@ -108,14 +104,9 @@ class Entry:
         """The words that name the concept in a prompt."""
         return self.words or self.name
 
-    def families(self) -> dict[str, tuple[str, ...]]:
-        """Return the prompts by family."""
-        families = {"name": self.prompts, "description": self.descriptions}
-        return {k: v for k, v in {**families, "reworded": self.reworded}.items() if v}
-
     def mistakes(self, key: str) -> list[UserError]:
         """Return prompts that do not name the concept, descriptions that do, an anchor that does
-        not fit ``erase``, and a name that is no name of a file or of the embedded world.
+        not fit ``erase``, and a name that is no name of a file.
         """
         words, anchor = self.spoken, self.anchor or ""
         unnamed = [p for p in self.prompts if not names_concept(words, p)]
@@ -137,14 +128,7 @@ class Entry:
             (anchor and not self.erase, "anchor", anchor, "is used with erase: true only."),
             (names_concept(words, anchor), "anchor", anchor, other),
         )
-        errors = [UserError(f"{key}.{option}", v, fix) for wrong, option, v, fix in checks if wrong]
-        if self.path is None:
-            try:
-                world.concept(self.name, f"{key}.name")
-            except UserError as error:
-                fix = f"has no path, and the embedded world {error.fix}"
-                errors.append(UserError(error.key, self.name, fix))
-        return errors
+        return [UserError(f"{key}.{option}", v, fix) for wrong, option, v, fix in checks if wrong]
 
     def erasure(self, concept: Concept, preserve: tuple[str, ...]) -> Erasure:
         """Return the erasure: prompts mean the same with the anchor in place of the words."""
@@ -169,12 +153,13 @@ def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> t
     """
     entries: dict[str, Entry] = {}
     errors: list[UserError] = []
-    for i, value in enumerate(values):
-        place = f"{key}[{i}]"
+    for place, value in ((f"{key}[{i}]", value) for i, value in enumerate(values)):
         try:
             entries[place] = entry = _entry(value, place)
             errors += entry.mistakes(place)
-            if root is not None and entry.path is not None:
+            if entry.path is None:
+                world.concept(entry.name, f"{place}.name")
+            elif root is not None:
                 folder = root / expand_path(f"{place}.path", entry.path)
                 folders.read(folder, 8, select=entry.select, key=f"{place}.path")
         except UserError as error:
@@ -222,7 +207,7 @@ class ConceptFolders(Scenario):
             words, prompts, descriptions, reworded, prior, select, erase, anchor};
             conf/scenario/folder.yaml explains each.
         root: where relative paths start; None is the working directory.
-        shares: of each concept's images for own, train and reference.
+        shares: of each concept's images for own and train.
         keep, unrelated: folders. With only one of them it is cut in halves; with none the embedded
             world stands in.
         keep_pictures, unrelated_pictures: at most this many are used.
@@ -389,7 +374,11 @@ class _Loader:
         if entry.prior is not None:
             prior = self._pool(f"scenario.concepts[{i}].prior", entry.prior, dict(self.owners))
         total = options.sampling.count
-        families = {"name": tuple(dict.fromkeys(images.prompts)), **entry.families()}
+        families = {
+            "name": entry.prompts or tuple(dict.fromkeys(images.prompts)),
+            "description": entry.descriptions,
+            "reworded": entry.reworded,
+        }
         return Concept(
             entry.name,
             "harmful" if entry.role == "harmful" else "benign",
@@ -402,6 +391,7 @@ class _Loader:
             prompts={
                 family: tuple(lines[k % len(lines)] for k in range(max(total, len(lines))))
                 for family, lines in families.items()
+                if lines
             },
         )
 
