@@ -113,11 +113,16 @@ def _check_groups(cfg: DictConfig) -> None:
 
 def _failing(cfg: DictConfig) -> list[str]:
     """Return the verdicts of ``fail_on``."""
-    words = [cfg.fail_on] if isinstance(cfg.fail_on, str) else list(cfg.fail_on or ())
+    words = _listed(cfg.fail_on)
     for word in words:
         if word not in VALUES:
             raise UserError("fail_on", word, nearest(str(word), VALUES))
     return words
+
+
+def _listed(value: Any) -> list[str]:
+    """Return a config value that is a list, a single word or null."""
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _check_checkpoint(cfg: DictConfig) -> None:
@@ -158,7 +163,7 @@ def _check_scorers(cfg: DictConfig) -> None:
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         scorers = instantiate(cfg.scorers)
-        for kind in cfg.eval.audit.similarities:
+        for kind in _listed(cfg.eval.audit.similarities):
             encode(scorers, kind, image)
     finally:
         constants.HF_HUB_OFFLINE = before

@@ -5,7 +5,8 @@ test does with them.
 run one after the other in a temporary folder;
 ``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of
 ``docs/DIR``; ``in the repository``: commands read the repository and write to ``$OUT``; ``with
-WORDS``: what makes a run short, said after every line that has no action of its own.
+WORDS``: what makes a run short, said after every line that has no action of
+its own but ``audit``.
 ``<!-- python -->``: a ``python`` block that is executed, ``in DIR`` as above.
 ``<!-- file: PATH -->``: the block is written to PATH in the temporary folder of the page.
 """

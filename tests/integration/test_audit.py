@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 import yaml
 from entry_point import call_entry
 from release_examples import composed, concept_folder, tiny_folder
+from safetensors.torch import save_file
 
 from lab.cli.arguments import rewrite
 from lab.core import record as records
 from lab.core.errors import UserError
+from lab.minisd.world import folders
 from lab.release.audit import find_other_targets, prepare
 from lab.runner.assemble import assemble
 
@@ -32,12 +35,16 @@ SMALL = [
 ]
 
 
+REAL = ["scorers=real", "scorers.clip.weights=null", "eval.audit.similarities=clip"]
+
+
 def concepts_file(root, *rows):
-    """A list of concepts with one folder of images."""
-    concept_folder(root / "mosaic", "mosaic")
-    rows = rows or ({"path": "mosaic", "role": "harmful"}, {"name": "neon", "role": "benign"})
+    """A list of concepts with one folder of images, if there is none."""
     path = root / "concepts.yaml"
-    path.write_text(yaml.safe_dump(list(rows)))
+    if not path.is_file():
+        concept_folder(root / "mosaic", "mosaic")
+        rows = rows or ({"path": "mosaic", "role": "harmful"}, {"name": "neon", "role": "benign"})
+        path.write_text(yaml.safe_dump(list(rows)))
     return path
 
 
@@ -73,6 +80,48 @@ def test_one_command_ends_in_one_verdict(tmp_path, monkeypatch, capfd):
     code, out, _ = call_entry(monkeypatch, capfd, *words, "dry_run=true")
     assert code == 0
     assert "0 misses" in out  # every stage was kept
+
+
+def tiny_clip(folder):
+    """An open_clip folder of random weights."""
+    from open_clip.model import CLIP
+
+    vision = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8}
+    text = {"context_length": 8, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    facts = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    looks = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    folder.mkdir()
+    config = {"model_cfg": facts, "preprocess_cfg": looks | {"resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    save_file(CLIP(**facts).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.mark.slow
+def test_scorers_for_real_images_end_in_a_verdict_by_a_calibrated_detector(
+    tmp_path, monkeypatch, capfd
+):
+    noise = torch.randint(0, 40, (2, 8, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    for i, name in enumerate(("red", "green")):
+        noise[i, :, i] += 200
+        rows = [{"text": f"a {name} thing"}] * 8
+        folders.write(tmp_path / name, noise[i].to(torch.uint8), rows)
+    rows = [{"path": "red", "role": "harmful"}, {"path": "green", "role": "benign"}]
+    (tmp_path / "concepts.yaml").write_text(yaml.safe_dump(rows))
+    clip = tiny_clip(tmp_path / "clip")
+    words = audit_words(
+        tmp_path, tiny_folder(tmp_path / "model"), *REAL, f"scorers.clip.name={clip}"
+    )
+    code, _, err = call_entry(monkeypatch, capfd, *words)
+    assert code == 0, err
+    (path,) = (tmp_path / "out").rglob("verdict.json")
+    verdict, record = json.loads(path.read_text()), records.read(path.with_name("record.json"))
+    assert verdict["verdict"] in ("passes", "fails", "inconclusive")
+    assert any("the detector misses" in check["check"] for check in verdict["checks"])
+    for row in record["tables"]["audit"]:
+        assert row["detector"] == "reference"
+        assert row["false_positive"] + row["false_negative"] < 0.5
 
 
 def test_all_mistakes_are_in_one_message(tmp_path):
