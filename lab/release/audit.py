@@ -27,7 +27,7 @@ from lab.core.hashing import state_hash, write_atomically
 from lab.core.image_files import expand_path
 from lab.core.record import Record
 from lab.core.sources import ROOT
-from lab.models.diffusion_backbone import PARTS, locate
+from lab.models.diffusion_backbone import MINISD, PARTS
 from lab.release.verify import FACTS
 from lab.runner.assemble import Parts, assemble
 from lab.runner.experiment import relative, run_once
@@ -127,12 +127,13 @@ def _listed(value: Any) -> list[str]:
 
 def _check_checkpoint(cfg: DictConfig) -> None:
     path = str(cfg.backbone.path)
-    try:
-        folder = locate(path)
-    except UserError as error:
-        raise UserError("path", path, error.fix) from None
-    if not isinstance(folder, Path):
-        fix = f"there is no such folder; `hf download {path} --local-dir DIR`, then path=DIR."
+    folder = MINISD if path == "minisd" else Path(path).expanduser()
+    if not (folder / "model_index.json").is_file():
+        fix = (
+            "there is no such folder in diffusers layout (model_index.json). `hf download "
+            "OWNER/NAME --local-dir DIR` fetches one; StableDiffusionPipeline.from_single_file(FILE)"
+            ".save_pretrained(DIR) converts a single file."
+        )
         raise UserError("path", path, fix)
     with as_user_error("path", folder, "its model_index.json is damaged."):
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))

@@ -166,16 +166,27 @@ def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> t
             errors.append(error)
     for (place, entry), (_, other) in permutations(entries.items(), 2):
         if slug(entry.name) == slug(other.name):
-            reason = f"is taken by {other.name}: names differ in a-z and digits."
-            errors.append(UserError(f"{place}.name", entry.name, reason))
+            errors.append(
+                UserError(
+                    f"{place}.name",
+                    entry.name,
+                    f"is taken by {other.name}: names differ in a-z and digits.",
+                )
+            )
         elif shows(entry.spoken, other.spoken):
-            reason = f"are part of the words of {other.name}: prompts would name both."
-            errors.append(UserError(f"{place}.words", entry.spoken, reason))
+            errors.append(
+                UserError(
+                    f"{place}.words",
+                    entry.spoken,
+                    f"are part of the words of {other.name}: prompts would name both.",
+                )
+            )
     missing = {"harmful", "benign"} - {entry.role for entry in entries.values()}
     if missing and len(entries) == len(values):
         names = [entry.name for entry in entries.values()]
-        reason = f"has no role: {' and '.join(sorted(missing))}; give it one."
-        errors.append(UserError(key, names, reason))
+        errors.append(
+            UserError(key, names, f"has no role: {' and '.join(sorted(missing))}; give it one.")
+        )
     UserErrors.check(errors)
     return tuple(entries.values())
 
@@ -253,14 +264,15 @@ class ConceptFolders(Scenario):
         if isinstance(lines, str):
             path = self.path(key, lines)
             with as_user_error(key, path, "cannot be read as UTF-8 text."):
-                lines = path.read_text(encoding="utf-8").splitlines()
-            lines = tuple(line for line in lines if line.strip())
+                read = path.read_text(encoding="utf-8").splitlines()
+            lines = tuple(line for line in read if line.strip())
         return None if lines is None else texts(key, lines)
 
     def asks_erasure(self) -> str | None:
         """Return the config key of the first concept that is to be erased."""
-        erased = (f"scenario.concepts[{i}]" for i, e in enumerate(self.entries) if e.erase)
-        return next(erased, None)
+        return next(
+            (f"scenario.concepts[{i}]" for i, e in enumerate(self.entries) if e.erase), None
+        )
 
     def load(self, seed: int) -> ScenarioData:
         return _Loader(self, seed).load()
@@ -344,17 +356,19 @@ class _Loader:
             owner = self.owners.setdefault(value, entry.name)
             if owner != entry.name:
                 name = folder.rows[row]["file_name"]
-                reason = f"the image {name} is one of {owner} too; leave it in one folder."
-                raise UserError(key, path, reason)
+                raise UserError(key, path, f"the image {name} is one of {owner}, too.")
         kept = [row for row, value in enumerate(hashes) if hashes.index(value) == row]
         copies = len(hashes) - len(kept)
         self._note(copies, f"{entry.name}: {copies} images were copies of others and left out.")
         if len(kept) < 3:
-            reason = (
-                f"holds {len(kept)} different images; three is the least, one each to immunize, "
-                "attack and compare, and four where an immunizer trains on the concept."
+            raise UserError(
+                key,
+                path,
+                (
+                    f"holds {len(kept)} different images; three is the least, one each to immunize, "
+                    "attack and compare, and four where an immunizer trains on the concept."
+                ),
             )
-            raise UserError(key, path, reason)
         captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
         silent = sum(not names_concept(entry.spoken, line) for line in captions)
         stand_in = cycle(entry.prompts or [f"a photo of {entry.spoken}"])
@@ -423,8 +437,11 @@ class _Loader:
         if len(pools) == 1:
             n = len(pools[last])
             if n < 2:
-                reason = "needs two images: one to keep, one to compare."
-                raise UserError(f"scenario.{last}", paths[last], reason)
+                raise UserError(
+                    f"scenario.{last}",
+                    paths[last],
+                    "needs two images: one to keep, one to compare.",
+                )
             halves = self._split(pools[last], (n // 2, n - n // 2), "pool")
             pools = dict(zip(limits, halves, strict=True))
             self._note(1, f"The folder {last} was cut in halves, one to keep and one to compare.")
@@ -432,8 +449,11 @@ class _Loader:
         taken = {*keep.prompts, *captions}
         new = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
         if not new:
-            reason = "every caption is one of keep or of C_reg; unrelated prompts must be new."
-            raise UserError(f"scenario.{last}", paths[last], reason)
+            raise UserError(
+                f"scenario.{last}",
+                paths[last],
+                "every caption is one of keep or of C_reg; unrelated prompts must be new.",
+            )
         left = len(pools["unrelated"]) - len(new)
         self._note(left, f"{left} unrelated images have a caption of keep: left out.")
         return keep, captions, pools["unrelated"].pick(new[: limits["unrelated"]])
@@ -470,10 +490,10 @@ class _Loader:
             return concept_texts.regularizers(others, stream, total, options.regularizer_templates)
         lines = [line for line in options.lines if not self._names_any(line)]
         if not lines:
-            reason = "all of them name a concept."
-            raise UserError("scenario.captions", f"{len(options.lines)} captions", reason)
+            raise UserError(
+                "scenario.captions", f"{len(options.lines)} captions", "all of them name a concept."
+            )
         left = len(options.lines) - len(lines)
         self._note(left, f"{left} captions of C_reg name a concept and were left out.")
-        few = f"C_reg has {len(lines)} captions, fewer than the {total} asked for."
-        self._note(len(lines) < total, few)
+        self._note(len(lines) < total, f"C_reg has {len(lines)} captions, fewer than {total}.")
         return tuple(lines[:total])

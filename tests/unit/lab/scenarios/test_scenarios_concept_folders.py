@@ -170,7 +170,7 @@ def test_shared_images(root) -> None:
     folders.write(root / "own", noise(8, 0), [{"text": "rex in person"}] * 8)
     same = noise(8, 0)
     folders.write(root / "copy", same, [{"text": "x"}] * 8)
-    with pytest.raises(UserError, match="one of rex too"):
+    with pytest.raises(UserError, match="one of rex, too"):
         folder_scenario(root, [*listed(), entry("copy", "benign")]).load(0)
     with pytest.raises(UserError, match=r"scenario\.keep.*unrelated to the concepts"):
         folder_scenario(root, listed(), keep="own").load(0)
