@@ -130,9 +130,9 @@ def _check_checkpoint(cfg: DictConfig) -> None:
     folder = MINISD if path == "minisd" else Path(path).expanduser()
     if not (folder / "model_index.json").is_file():
         fix = (
-            "there is no such folder in diffusers layout (model_index.json). `hf download "
-            "OWNER/NAME --local-dir DIR` fetches one; StableDiffusionPipeline.from_single_file(FILE)"
-            ".save_pretrained(DIR) converts a single file."
+            "there is no such folder in diffusers layout (model_index.json). "
+            "`hf download OWNER/NAME --local-dir DIR` fetches one; StableDiffusionPipeline."
+            "from_single_file(FILE).save_pretrained(DIR) converts a single file."
         )
         raise UserError("path", path, fix)
     with as_user_error("path", folder, "its model_index.json is damaged."):

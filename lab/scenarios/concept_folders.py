@@ -364,10 +364,8 @@ class _Loader:
             raise UserError(
                 key,
                 path,
-                (
-                    f"holds {len(kept)} different images; three is the least, one each to immunize, "
-                    "attack and compare, and four where an immunizer trains on the concept."
-                ),
+                f"holds {len(kept)} different images; three is the least, one each to immunize, to "
+                "attack and to compare, and four where an immunizer trains on the concept.",
             )
         captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
         silent = sum(not names_concept(entry.spoken, line) for line in captions)
