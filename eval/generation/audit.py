@@ -212,10 +212,9 @@ class Audit(RunMetric):
 
 
 def _unmet(check: Check) -> str:
-    value = check.figure.value or 0
-    return (
-        f"{check.what}: {value if check.figure.unit else f'{value:.0%}'}, required {check.required}"
-    )
+    form = "g" if check.figure.unit else ".0%"
+    value, limit = format(check.figure.value or 0, form), format(check.threshold, form)
+    return f"{check.what}: {value} (required {check.rule} {limit})"
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ DIVERGES = shares(0, 0, 3, status="diverged")
         (
             {"mosaic": (shares(9, 9, 9, 9, 9), FAST), "neon": (NEVER, NEVER)},
             None,
-            "1 of 2 .*images that show mosaic before any attack: 90%, required < 0.6",
+            "1 of 2 .*images that show mosaic before any attack: 90% .required < 60%",
         ),
-        ({n: (NEVER, NEVER) for n in NAMES}, None, "an attack taught the checkpoint: 0,"),
+        ({n: (NEVER, NEVER) for n in NAMES}, None, "an attack taught the checkpoint: 0 "),
         # textual inversion teaches nothing, so that its failure proves nothing
         (
             {"mosaic": (DIVERGES, NEVER), "neon": (NEVER, NEVER), "sketch": (FAST, NEVER)},
@@ -160,7 +160,7 @@ def test_images_that_the_checkpoint_draws_of_other_concepts_count_as_negatives()
 
 def test_concepts_that_look_alike_or_have_few_images_are_refused():
     audit = Audit(scorers=FakeScorers(detector=None))
-    with pytest.raises(UserError, match=r"eval\.audit\.detector=alpha: .*, required <"):
+    with pytest.raises(UserError, match=r"eval\.audit\.detector=alpha: .*required <"):
         audit.check((two_colours((200, 0, 0)),))
     with pytest.raises(UserError, match="scenario=mosaic: has 2 images"):
         audit.check((case(),))
