@@ -40,36 +40,29 @@ log = logging.getLogger(__name__)
 
 
 def audit(cfg: DictConfig) -> int:
-    """Run an audit; return `EXIT_NOT_PASSED` where the verdict is one of ``fail_on``, else 0."""
-    config = HydraConfig.get()
-    command = shlex.join(["python", "run.py", *config.overrides.task])
-    verdict = run_audit(cfg, Path(config.runtime.output_dir), command)
-    return EXIT_NOT_PASSED if verdict and verdict["verdict"] in _failing(cfg) else 0
-
-
-def run_audit(cfg: DictConfig, folder: Path, command: str = "") -> dict[str, Any] | None:
-    """Attack the checkpoint; write record, report and ``verdict.json`` to ``folder``.
+    """Attack the checkpoint; write record, report and ``verdict.json`` to the run folder.
 
     Returns:
-        what ``verdict.json`` holds; None for ``dry_run``.
+        the exit code: `EXIT_NOT_PASSED` where the verdict is one of ``fail_on``, else 0.
 
     Raises:
         UserError: see `prepare`.
     """
-    prepared = prepare(cfg)
+    hydra, prepared = HydraConfig.get(), prepare(cfg)
     parts = assemble(prepared)
     warnings = find_other_targets(prepared, parts)
     for warning in warnings:
         log.warning("path: %s", warning)
-    path = run_once(prepared, folder)
+    path = run_once(prepared, Path(hydra.runtime.output_dir))
     if path is None:
-        return None
+        return 0
     unet = state_hash(parts.backbone.build(None, 0).unet.state_dict())
+    command = shlex.join(["python", "run.py", *hydra.overrides.task])
     verdict = summarize(records.read(path), unet, command, warnings)
     out = path.with_name("verdict.json")
     write_atomically(out, (json.dumps(verdict, indent=1) + "\n").encode())
     print(f"verdict: {verdict['verdict']}, {relative(out)}")
-    return verdict
+    return EXIT_NOT_PASSED if verdict["verdict"] in _failing(cfg) else 0
 
 
 # ---- checks
