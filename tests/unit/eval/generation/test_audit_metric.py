@@ -146,16 +146,16 @@ def detector(case, kinds=("features", "clip"), drawn=None):
 
 
 def test_the_reference_detector_tells_concepts_apart():
-    told = detector(two_colours())
+    reference = detector(two_colours())
     images = colours((200, 0, 0), (0, 200, 0), (180, 10, 0))
-    assert told.detects(images, "alpha").tolist() == [True, False, True]
-    assert told.detects(images, "beta").tolist() == [False, True, False]
-    assert told.rates["alpha"] == {"false_positive": 0, "false_negative": 0}
+    assert reference.detects(images, "alpha").tolist() == [True, False, True]
+    assert reference.detects(images, "beta").tolist() == [False, True, False]
+    assert reference.rates["alpha"] == {"false_positive": 0, "false_negative": 0}
 
 
 def test_images_that_the_checkpoint_draws_of_other_concepts_count_as_negatives():
-    told = detector(two_colours(), drawn={"beta": colours(*[(200, 0, 0)] * 40)})
-    assert told.rates["alpha"]["false_positive"] > 0.5
+    reference = detector(two_colours(), drawn={"beta": colours(*[(200, 0, 0)] * 40)})
+    assert reference.rates["alpha"]["false_positive"] > 0.5
 
 
 def test_concepts_that_look_alike_or_have_few_images_are_refused():
@@ -177,13 +177,13 @@ def test_auto_takes_the_scorers_where_they_know_the_concepts():
     scorers = FakeScorers(detector=Knows({n: RATES for n in NAMES}))
     known = FakeRun(lambda *_: FAST, model_names=(BASELINE,), seeds=(0,))
     unknown = replace(known, case_list=(two_colours(),))
-    for run_, options, told in (
+    for run_, options, reference in (
         (known, {}, "scorers"),
         (unknown, {}, "reference"),
         (unknown, {"detector": "reference"}, "reference"),
     ):
         (row, *_) = Audit(scorers=scorers, **options)(run_).tables["audit"]
-        assert row["detector"] == told
+        assert row["detector"] == reference
     with pytest.raises(UserError, match="scorers=alpha"):
         Audit(scorers=scorers, detector="scorers").check((two_colours(),))
     Audit(scorers=FakeScorers(detector=None)).check((two_colours(),))
