@@ -28,6 +28,7 @@ from lab.core.data import (
     ConceptCase,
     Erasure,
     Kind,
+    Role,
     Sampling,
     ScenarioData,
 )
@@ -39,14 +40,18 @@ from lab.core.slugs import slug
 from lab.core.types import Scenario
 from lab.minisd.world import folders, world
 from lab.minisd.world.openmoji import CREDIT
-from lab.minisd.world.vocabulary import STYLES
 from lab.minisd.world.world import Subset
 from lab.models.activations import digest
 from lab.scenarios import concept_texts
 from lab.scenarios.world_concepts import Side, Studio, case_name, empty, hashed, rest
 
 _PRESERVED = 200  # captions of keep that an eraser preserves, beside prompts of what is not erased
-_DRAWN = {"own": 20, "train": 20, "reference": 32}  # images of a concept of the embedded world
+_DRAWN = {
+    "own": 20,
+    "train": 20,
+    "reference": 32,
+    "prior": 32,
+}  # images of a concept of the embedded world
 
 
 def names_concept(words: str, line: str, plural: str = "") -> bool:
@@ -136,6 +141,10 @@ class Entry:
         prompts = tuple(dict.fromkeys(concept.prompts["name"]))
         anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in prompts)
         return Erasure(self.name, self.spoken, prompts, anchors, preserve)
+
+
+def _role(entry: Entry) -> Role:
+    return "harmful" if entry.role == "harmful" else "benign"
 
 
 def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> tuple[Entry, ...]:
@@ -299,8 +308,11 @@ class _Loader:
     def load(self) -> ScenarioData:
         options, entries = self.options, self.options.entries
         images = [self._images(i, e) if e.path is not None else None for i, e in enumerate(entries)]
+        names, count = [entry.spoken.lower() for entry in entries], options.sampling.count
         concepts = [
-            self._drawn(entry) if own is None else self._concept(i, entry, own)
+            self.studio.concept(entry.name, _role(entry), _DRAWN, names, count)
+            if own is None
+            else self._concept(i, entry, own)
             for i, (entry, own) in enumerate(zip(entries, images, strict=True))
         ]
         pairs = list(zip(entries, concepts, strict=True))
@@ -308,7 +320,7 @@ class _Loader:
             tuple(concept for entry, concept in pairs if entry.role == role)
             for role in ("harmful", "benign", "rehearsal")
         )
-        keep, captions, unrelated = self._surroundings(concepts)
+        keep, captions, unrelated = self._surroundings(names, concepts)
         preserve = [line for e, c in pairs if not e.erase for line in c.prompts["name"]]
         preserve += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
         erased = [e.erasure(c, tuple(dict.fromkeys(preserve))) for e, c in pairs if e.erase]
@@ -324,27 +336,6 @@ class _Loader:
             erased=tuple(erased),
         )
         return hashed([case], self.notes)
-
-    def _drawn(self, entry: Entry) -> Concept:
-        """Draw a concept of the embedded world."""
-        name = entry.name
-        own, train, reference = (
-            self.studio.draw(world.concept(name), total, concept_texts.caption, name, part)
-            for part, total in _DRAWN.items()
-        )
-        is_style = name in {style.name for style in STYLES}
-        make = concept_texts.style_prompts if is_style else concept_texts.object_prompts
-        return Concept(
-            name,
-            "harmful" if entry.role == "harmful" else "benign",
-            "style" if is_style else "object",
-            words=name,
-            train=train,
-            own=own,
-            reference=reference,
-            prior=empty(self.options.resolution),
-            prompts=make(name, self.options.sampling.count, self.seed),
-        )
 
     def _images(self, i: int, entry: Entry) -> CaptionedImages:
         """Read the different images of a concept."""
@@ -393,7 +384,7 @@ class _Loader:
         }
         return Concept(
             entry.name,
-            "harmful" if entry.role == "harmful" else "benign",
+            _role(entry),
             entry.kind,
             words=entry.spoken,
             train=train,
@@ -414,11 +405,11 @@ class _Loader:
         return [images.pick(part.tolist()) for part in order.split(list(sizes))]
 
     def _surroundings(
-        self, concepts: Sequence[Concept]
+        self, names: Sequence[str], concepts: Sequence[Concept]
     ) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
         """Return ``keep``, captions of C_reg and ``unrelated``, whose prompts are new."""
         options = self.options
-        others = rest([concept.words.lower() for concept in concepts])
+        others = rest(names)
         captions = self._regularizers(others)
         limits = {"keep": options.keep_pictures, "unrelated": options.unrelated_pictures}
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}

@@ -207,7 +207,7 @@ def test_two_keys_are_enough_and_the_world_has_concepts_by_name(root) -> None:
     assert (rex.name, rex.kind, neon.kind) == ("rex", "object", "style")
     assert set(rex.prompts["name"]) == {"a photo of Rex"}
     assert [len(part) for part in (neon.own, neon.train, neon.reference)] == [20, 20, 32]
-    assert neon.train.images.shape[-1] == 16
+    assert (neon.train.images.shape[-1], len(neon.prior)) == (16, 32)
 
 
 @pytest.mark.parametrize("total", [3, 4, 5, 7, 20, 101])
