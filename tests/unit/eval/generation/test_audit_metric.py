@@ -177,13 +177,13 @@ def test_auto_takes_the_scorers_where_they_know_the_concepts():
     scorers = FakeScorers(detector=Knows({n: RATES for n in NAMES}))
     known = FakeRun(lambda *_: FAST, model_names=(BASELINE,), seeds=(0,))
     unknown = replace(known, case_list=(two_colours(),))
-    for run_, options, reference in (
-        (known, {}, "scorers"),
-        (unknown, {}, "reference"),
-        (unknown, {"detector": "reference"}, "reference"),
+    for one, chosen, name in (
+        (known, "auto", "scorers"),
+        (unknown, "auto", "reference"),
+        (unknown, "reference", "reference"),
     ):
-        (row, *_) = Audit(scorers=scorers, **options)(run_).tables["audit"]
-        assert row["detector"] == reference
+        (row, *_) = Audit(scorers=scorers, detector=chosen)(one).tables["audit"]
+        assert row["detector"] == name
     with pytest.raises(UserError, match="scorers=alpha"):
         Audit(scorers=scorers, detector="scorers").check((two_colours(),))
     Audit(scorers=FakeScorers(detector=None)).check((two_colours(),))
@@ -213,5 +213,5 @@ def test_held_out_error_rates_do_not_flatter():
 def test_the_image_detector_of_the_scorers_decides_by_open_clip_alone():
     scorers = FakeScorers(detector=None, features=None)
     unknown = replace(run(), case_list=(two_colours(),))
-    scores = Audit(scorers=scorers, similarities="clip")(unknown)
+    scores = Audit(scorers=scorers, similarities=("clip",))(unknown)
     assert "verdict" in scores.metrics
