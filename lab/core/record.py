@@ -36,6 +36,8 @@ VOLATILE_CONFIG = (
     "sweep",
     "name",
     "path",
+    "concepts",
+    "fail_on",
     "push_to",
     "export",
     "launch",

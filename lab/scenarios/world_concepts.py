@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -144,6 +145,46 @@ class Studio:
         new = words.fresh(subset, stream, unrelated, {*kept.prompts, *captions, *taken})
         return kept, self.render(new, words.world_caption)
 
+    def concept(
+        self, name: str, role: Role, sizes: Mapping[str, int], taken: Sequence[str], count: int
+    ) -> Concept:
+        """Draw a concept of the world, with ``count`` prompts of every family that it has.
+
+        Args:
+            sizes: images in own, train, reference and prior.
+            taken: concepts of the case; none of them is in the prior images.
+        """
+        own, train, reference = (
+            self.draw(world.concept(name), sizes[part], words.caption, name, part)
+            for part in ("own", "train", "reference")
+        )
+        painted = name in _STYLES
+        make = words.style_prompts if painted else words.object_prompts
+        return Concept(
+            name,
+            role,
+            "style" if painted else "object",
+            words=name,
+            train=train,
+            own=own,
+            reference=reference,
+            prior=self._prior(name, taken, sizes["prior"]),
+            prompts=make(name, count, self.seed),
+        )
+
+    def _prior(self, name: str, taken: Sequence[str], total: int) -> CaptionedImages:
+        """Draw, for a style, photos and other styles of the same objects; for an object, photos of
+        others of its class.
+        """
+        left = rest(taken)
+        if name in _STYLES:
+            subset = Subset(
+                left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
+            )
+            return self.draw(subset, total, words.caption, "prior")
+        same = tuple(o for o in members(thing(name).category) if o not in taken) or left.objects
+        return self.draw(Subset(same, two_share=0.0), total, words.class_caption, "prior")
+
 
 @config
 class WorldConcepts(Scenario, ABC):
@@ -271,37 +312,10 @@ class WorldConcepts(Scenario, ABC):
         )
 
     def _concept(self, name: str, role: Role, roles: Roles, studio: Studio) -> Concept:
-        own, train, reference = (
-            studio.draw(world.concept(name), getattr(self, part), words.caption, name, part)
-            for part in ("own", "train", "reference")
-        )
-        painted = name in _STYLES
-        make = words.style_prompts if painted else words.object_prompts
-        prompts = make(name, self.sampling.count, studio.seed)
-        return Concept(
-            name,
-            role,
-            "style" if painted else "object",
-            words=name,
-            train=train,
-            own=own,
-            reference=reference,
-            prior=self._prior(name, roles, studio),
-            prompts={family: prompts[family] for family in self.families if family in prompts},
-        )
-
-    def _prior(self, name: str, roles: Roles, studio: Studio) -> CaptionedImages:
-        """Draw, for a style, photos and other styles of the same objects; for an object, photos of
-        others of its class.
-        """
-        left = rest(roles.all)
-        if name in _STYLES:
-            subset = Subset(
-                left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
-            )
-            return studio.draw(subset, self.prior, words.caption, "prior")
-        same = tuple(o for o in members(thing(name).category) if o not in roles.all) or left.objects
-        return studio.draw(Subset(same, two_share=0.0), self.prior, words.class_caption, "prior")
+        sizes = {part: getattr(self, part) for part in ("own", "train", "reference", "prior")}
+        concept = studio.concept(name, role, sizes, roles.all, self.sampling.count)
+        prompts = concept.prompts
+        return replace(concept, prompts={f: prompts[f] for f in self.families if f in prompts})
 
     def _notes(self) -> Iterator[str]:
         yield f"Pictures of the embedded world. {world.CREDIT}"

@@ -116,7 +116,10 @@ def _rows(folder: Path, key: str) -> list[dict[str, str]]:
         rows = _table(folder, key)
     if not rows:
         raise UserError(key, folder, "holds no image (PNG, JPEG, WebP, BMP, GIF, TIFF)")
-    silent = [row for row in rows if not row.get("text", "").strip()]
+    for row in rows:
+        if not row.get("text", "").strip():
+            row["text"] = row.get("prompt", "").strip()
+    silent = [row for row in rows if not row["text"]]
     for row in silent:
         row["text"] = f"a photo of {name}"
     if silent:
