@@ -18,7 +18,7 @@ from lab.core.config import Text, config
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error
 from lab.core.hashing import digest
-from lab.core.image_files import SUFFIXES, read_image, stack
+from lab.core.images import SUFFIXES, read_image, stack
 from lab.core.progress import progress
 from lab.core.seeding import generator
 from lab.core.types import Scenario

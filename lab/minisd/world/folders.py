@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from lab.core.errors import UserError, nearest
-from lab.core.image_files import DAMAGED, expand_path, to_rgb
+from lab.core.images import DAMAGED, expand_path, to_rgb
 
 METADATA = "metadata.csv"
 # per image; more is refused before it is decoded (a small file can unpack to gigabytes)

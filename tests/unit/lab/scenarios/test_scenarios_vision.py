@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
-from lab.core import image_files
+from lab.core import images
 from lab.core.errors import UserError
 from lab.minisd.world.openmoji import catalog
 from lab.scenarios.vision import ImageFolders, OpenmojiMnist, _pools
@@ -102,7 +102,7 @@ def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match=r"scenario\.benign_path=.*3\.png: cannot be read"):
             folders(a, b).load(0)
     broken.write_bytes(content)
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="more than 1,000 pixels"):
         folders(a, b).load(0)
 
