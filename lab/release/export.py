@@ -96,9 +96,7 @@ def export(cfg: DictConfig) -> Path:
         write_attack(record, cell, cfg, folder)
     else:
         write(record, cell, rebuild(record, cell, cfg), folder)
-        report = check(folder, base=cfg.export.base)
-        report.require()
-        print(report.text())
+        print(*check(folder, base=cfg.export.base), sep="\n")
     print(f"export: {relative(folder)}")
     if cfg.push_to is not None:
         print(f"pushed: {push(folder, str(cfg.push_to))}")
