@@ -29,7 +29,6 @@ from lab.scenarios.mnist import digits
 from lab.scenarios.tabular import TestShare
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
-_WANTED_ROWS = 2000  # 20 groups × 100 samples (KAPPA, arXiv 2505.23760 §5.2)
 Files = dict[str, list[Path]]
 
 
@@ -121,15 +120,6 @@ class ImageFolders(Scenario):
         notes.append(
             f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read."
         )
-        if min(self.train_rows, self.test_rows) < len(labels):
-            many = f"Some of the {len(labels)} classes of the {role} task"
-            notes.append(f"{many} have no row: raise train_rows and test_rows.")
-        if len(splits[0]) < _WANTED_ROWS:
-            notes.append(
-                f"The {role} task has {len(splits[0])} training rows, fewer than the "
-                f"{_WANTED_ROWS} that 20 disjoint "
-                "groups of 100 samples need: groups will overlap or be smaller."
-            )
         return Task(name, role, "classification", splits[0], splits[1], len(labels))
 
     def _halves(self, folder: Path, key: str, seed: int) -> tuple[Files, Files]:
@@ -222,26 +212,26 @@ class OpenmojiMnist(Scenario):
         return Split(stack(drawn)[order], torch.tensor(labels)[order])
 
     def _digits(self, seed: int) -> tuple[Split, Split]:
-        pixels, labels = digits()
+        _, labels = digits()
         turn: list[Tensor] = []
         for label in range(10):
             own = torch.from_numpy(np.flatnonzero(labels == label))
             turn.append(own[torch.randperm(len(own), generator=generator(seed, "mnist", label))])
         order = torch.stack(turn, 1).flatten()  # classes in turn
         rows = self.train_rows
-        chosen = (order[:rows], order[rows : rows + self.test_rows])
-        splits = []
-        for half, index in enumerate(chosen):
-            index = index[
-                torch.randperm(len(index), generator=generator(seed, "mnist", half, "order"))
-            ]
-            small = torch.from_numpy(pixels[index.numpy()]).float()[:, None]
-            large = torch.nn.functional.interpolate(
-                small, size=(self.size, self.size), mode="bilinear"
-            )
-            x = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-            splits.append(Split(x, torch.from_numpy(labels[index.numpy()])))
-        return splits[0], splits[1]
+        return self._enlarged(order[:rows], seed, 0), self._enlarged(
+            order[rows : rows + self.test_rows], seed, 1
+        )
+
+    def _enlarged(self, rows: Tensor, seed: int, half: int) -> Split:
+        """Return digits at ``size`` over three channels, in seeded order."""
+        pixels, labels = digits()
+        random = generator(seed, "mnist", half, "order")
+        index = rows[torch.randperm(len(rows), generator=random)].numpy()
+        small = torch.from_numpy(pixels[index]).float()[:, None]
+        large = torch.nn.functional.interpolate(small, size=(self.size,) * 2, mode="bilinear")
+        x = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+        return Split(x, torch.from_numpy(labels[index]))
 
 
 def _pools(groups: list[str], seed: int) -> tuple[list[list[Emoji]], list[list[Emoji]]]:
