@@ -119,22 +119,20 @@ LETTER = 8  # pixels, the mean width of a letter
 ROW_LABEL = 12  # letters in a line of a row's label
 
 
-def png(picture: ImageGrid, scale: int | None = None) -> bytes:
+def png(picture: ImageGrid) -> bytes:
     """Return a grid of images as PNG without metadata, see `grid`."""
     out = io.BytesIO()
-    image = grid(picture.images, picture.rows, picture.columns, scale)
+    image = grid(picture.images, picture.rows, picture.columns)
     image.save(out, format="PNG", compress_level=9)
     return out.getvalue()
 
 
-def grid(
-    images: Tensor, rows: Sequence[str], columns: Sequence[str], scale: int | None = None
-) -> Image.Image:
+def grid(images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
     """Draw rows of enlarged images with labels at the left and above, on white.
 
     Args:
-        images: uint8 [rows, columns, 3, s, s]; pixels are repeated, never smoothed.
-        scale: every pixel becomes ``scale`` × ``scale`` of them; None: cells of about 128 pixels.
+        images: uint8 [rows, columns, 3, s, s]; pixels are repeated, never smoothed,
+            to cells of about 128 pixels.
 
     Raises:
         ValueError: images of another type or shape, or labels that do not fit it.
@@ -144,7 +142,7 @@ def grid(
         raise ValueError(
             f"{len(rows)} row and {len(columns)} column labels do not fit images of {shape}"
         )
-    scale = scale or max(round(128 / images.shape[-1]), 1)
+    scale = max(round(128 / images.shape[-1]), 1)
     cells = images.cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     cell = cells.shape[-1]
     padded = torch.nn.functional.pad(cells, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)

@@ -73,8 +73,8 @@ def validate(record: Record, source: str) -> None:
     """
     version = record.get("schema")
     if version not in READABLE:
-        told = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
-        raise UserError("records", source, told)
+        fix = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
+        raise UserError("records", source, fix)
     error = jsonschema.exceptions.best_match(_validator().iter_errors(migrate(record)))
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
@@ -181,7 +181,7 @@ def content_hash(record: Record) -> str:
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
     if "images" in record:  # absent in 1.0, whose hashes stay as they are
         body["images"] = {
-            name: {k: v for k, v in image.items() if k != "path"}
+            name: {k: image[k] for k in ("caption", "sha256")}
             for name, image in record["images"].items()
         }
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -210,11 +210,11 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
         return
     mine = clean(OmegaConf.to_container(cfg, resolve=True))
     if other["status"] in ("ok", "diverged") and _lasting(mine) != _lasting(other["config"]):
-        told = (
+        fix = (
             f"holds the record of another run ({other['name']}, "
             f"{other['content_hash'][:8]}); choose another folder."
         )
-        raise UserError("hydra.run.dir", path.parent, told)
+        raise UserError("hydra.run.dir", path.parent, fix)
 
 
 class Stored(dict[str, Any]):
@@ -245,8 +245,7 @@ def read(path: Path) -> Stored:
 
 def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
     """Return the records among ``paths`` that can be read, and what is wrong with the others."""
-    valid: list[Stored] = []
-    errors: list[UserError] = []
+    valid, errors = [], []
     for path in paths:
         try:
             valid.append(read(path))
@@ -257,12 +256,10 @@ def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
 
 def distinct(records: Iterable[Stored]) -> list[Stored]:
     """Return records without repetitions: of equal content hashes, the run that started last."""
-    newest: dict[str, Stored] = {}
-    for record in records:
-        other = newest.setdefault(record["content_hash"], record)
-        if record["provenance"]["started"] > other["provenance"]["started"]:
-            newest[record["content_hash"]] = record
-    return list(newest.values())
+    everything = list(records)
+    by_start = sorted(everything, key=lambda record: record["provenance"]["started"])
+    newest = {record["content_hash"]: record for record in by_start}
+    return [record for record in everything if newest[record["content_hash"]] is record]
 
 
 def find(places: Iterable[str], default: Path) -> list[Path]:
@@ -271,29 +268,21 @@ def find(places: Iterable[str], default: Path) -> list[Path]:
     In folders these are called ``record.json``; below a folder ``records`` any name will do.
     """
     chosen = [Path(place) for place in places] or [default]
-    paths: dict[Path, None] = {}
+    paths: list[Path] = []
     for place in chosen:
         if not place.exists() and place != default:
             fix = "does not exist: give record.json files or folders that hold them."
             raise UserError("records", place, fix)
-        files = [place] if place.is_file() else sorted(place.rglob("*.json"))
-        paths |= dict.fromkeys(
-            path
-            for path in files
-            if path == place or path.name == "record.json" or _is_in_records(path)
-        )
+        below = [path for path in sorted(place.rglob("*.json")) if _is_record(path)]
+        paths += [place] if place.is_file() else below
     if not paths:
         where = " ".join(map(str, chosen))
         raise UserError("records", where, "holds no record.json: run `python run.py` first.")
-    return list(paths)
+    return list(dict.fromkeys(paths))
 
 
-def _is_in_records(path: Path) -> bool:
-    """Return whether ``path`` lies below a folder ``records`` and holds a record."""
-    if "records" not in path.parts:
-        return False
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        return False
-    return isinstance(content, dict) and {"schema", "content_hash"} <= content.keys()
+def _is_record(path: Path) -> bool:
+    if path.name == "record.json" or "records" not in path.parts:
+        return path.name == "record.json"
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return '"schema"' in text and '"content_hash"' in text

@@ -37,18 +37,11 @@ def gpus(monkeypatch):
     return have
 
 
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("launch.num_processes", {"num_processes": 0}),
-        ("launch.machine_rank", {"num_processes": 2, **MACHINES, "machine_rank": 2}),
-        ("launch.main_process_ip", {"num_processes": 2, **MACHINES, "main_process_ip": None}),
-    ],
-)
-def test_an_option_that_cannot_work_names_its_key(key, changes):
-    with pytest.raises(UserError) as caught:
-        options(**changes)
-    assert caught.value.key == key
+def test_an_option_that_cannot_work_names_its_key():
+    with pytest.raises(UserError, match=r"launch\.num_processes=0"):
+        options(num_processes=0)
+    with pytest.raises(UserError, match=r"launch\.main_process_ip"):
+        options(num_processes=2, num_machines=2)
 
 
 def test_gpus_are_counted(gpus):
