@@ -151,7 +151,7 @@ class TrainingOptions(AttackOptions):
         batch_size: images per step; as many prior images come on top.
         clip: largest norm of the gradient; None = no limit.
         template: captions of the training images: ``name`` | ``token`` | ``description``
-            (`lab.core.captions.captions`). With ``token`` the prompts of every family speak of the
+            (`lab.core.prompts.captions`). With ``token`` the prompts of every family speak of the
             token too: in place of the concept's words, or in front where a prompt lacks them.
         token: what stands for the concept with ``template=token``.
         pictures: how many of the training images are used; None = all.

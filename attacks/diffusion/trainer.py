@@ -15,12 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attacks.diffusion.options import AttackOptions, TrainingOptions, trained_parts
-from lab.core.captions import captions, spoken
 from lab.core.data import CaptionedImages, Concept
 from lab.core.errors import Diverged, UserError
-from lab.core.optimizer_state import restore_state, state_tensors
+from lab.core.prompts import captions, spoken
 from lab.core.seeding import generator
-from lab.core.training import train
+from lab.core.training import restore_state, state_tensors, train
 from lab.core.types import Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel, Text
 

@@ -30,8 +30,8 @@ from immunize.mima.outer_loop import Objective
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase
-from lab.core.optimizer_state import restore_slots, slots
 from lab.core.seeding import derive
+from lab.core.training import restore_slots, slots
 
 
 @config

@@ -19,7 +19,7 @@ from immunize.mima.gradients import is_finite
 from lab.core.config import Count, NonNegative, Positive, config
 from lab.core.distributed import team
 from lab.core.errors import Diverged
-from lab.core.optimizer_state import restore_slots, slots
+from lab.core.training import restore_slots, slots
 
 logger = logging.getLogger(__name__)
 _FINITE = ("gradient_norm", "outer_loss", "prior_loss", "benign_loss")  # what a run must not lose

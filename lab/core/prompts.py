@@ -1,17 +1,22 @@
-"""Check prompts before they reach a tokenizer, and warn of prompts that are cut."""
+"""Check prompts before they reach a tokenizer, and write captions of a concept by template."""
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from lab.core.config import plain_line
-from lab.core.data import ConceptCase
+from lab.core.data import CaptionedImages, Concept, ConceptCase
 from lab.core.errors import UserError
 
 _log = logging.getLogger(__name__)
+_FILLER = frozenset(
+    re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good")
+)
+_ENOUGH = 8  # captions that cannot share more than their class by chance
 
 
 def text(key: str, value: object, *, empty: bool = False) -> str:
@@ -95,3 +100,55 @@ def warn_cut(prompt: str, context: int, lost: int) -> None:
         lost,
         prompt,
     )
+
+
+def renamed(text: str, words: str, new: str) -> str:
+    """Return ``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``."""
+    return re.sub(
+        rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE
+    )
+
+
+def class_words(task: Concept) -> str:
+    """Return the class noun of ``task``: what all captions of its prior images share, articles and
+    media left out.
+
+    Captions "a photo of an animal" give "animal"; captions of mixed things give "". Few captions
+    can share more than their class ("a brown dog sitting"): below `_ENOUGH` of them, several shared
+    words are taken for chance.
+    """
+    captions = [re.findall(r"\w+", caption.lower()) for caption in task.prior.prompts]
+    shared = set.intersection(*map(set, captions)) - _FILLER if captions else set()
+    if not shared or (len(shared) > 1 and len(captions) < _ENOUGH):
+        return ""
+    return " ".join(word for word in captions[0] if word in shared)
+
+
+def captions(
+    task: Concept, images: CaptionedImages, template: str, expression: str
+) -> tuple[str, ...]:
+    """Return one caption per image.
+
+    Args:
+        task: gives the words to replace and the description prompts.
+        images: what the captions are about.
+        template: ``name``: their own captions; ``token``: the same with the concept's words
+            replaced by ``expression`` (a caption without the words gets it in front);
+            ``description``: the images' captions by description, or, where the scenario has none,
+                the task's description prompts in turn.
+        expression: the token, with a class noun where the attacker uses one.
+    """
+    if template == "description":
+        if images.described:
+            return images.described
+        prompts = task.prompts["description"]
+        return tuple(prompts[i % len(prompts)] for i in range(len(images)))
+    if template == "name":
+        return tuple(images.prompts)
+    return tuple(spoken(caption, task.words, expression) for caption in images.prompts)
+
+
+def spoken(text: str, words: str, expression: str) -> str:
+    """Return ``text`` with ``expression`` in place of ``words``, or in front of it."""
+    new = renamed(text, words, expression)
+    return new if new != text else f"{expression}, {text}"

@@ -32,10 +32,10 @@ from lab.core.cache import StageCache, write_atomically
 from lab.core.data import Concept
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import state_hash
-from lab.core.progress import progress
 from lab.core.record import Record
 from lab.core.slugs import slug
 from lab.core.sources import ROOT
+from lab.core.training import progress
 from lab.core.types import Budget
 from lab.models.diffusion import DiffusionModel
 from lab.release.verify import FACTS
@@ -248,7 +248,7 @@ def build(record: Record, costs: Costs, machine: str, command: str, unet: str) -
     Args:
         costs: from `seconds_per_update`; empty where nothing was timed.
         machine: where they were timed.
-        unet: `lab.core.fingerprint.state_hash` of what was attacked, as in ``export.json``.
+        unet: `lab.core.hashing.state_hash` of what was attacked, as in ``export.json``.
     """
     rows = ordered(record["tables"]["audit"])
     targets = [row for row in rows if row["role"] == "harmful"]

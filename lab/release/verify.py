@@ -17,8 +17,7 @@ from torch import Tensor
 from eval.report.outcomes import outcome
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.core.fingerprint import model_settings
-from lab.core.hashing import state_hash
+from lab.core.hashing import model_settings, state_hash
 from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone

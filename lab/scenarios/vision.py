@@ -19,8 +19,8 @@ from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error
 from lab.core.hashing import digest
 from lab.core.images import SUFFIXES, read_image, stack
-from lab.core.progress import progress
 from lab.core.seeding import generator
+from lab.core.training import progress
 from lab.core.types import Scenario
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.vision import ImageSize

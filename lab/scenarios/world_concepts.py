@@ -24,7 +24,7 @@ from lab.core.data import (
     ScenarioData,
 )
 from lab.core.errors import UserError, nearest
-from lab.core.fingerprint import fingerprint
+from lab.core.hashing import fingerprint
 from lab.core.seeding import derive
 from lab.core.types import Scenario
 from lab.minisd.world import world

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lab.core import training
 from lab.core.config import Count, Index, NonNegative, Positive, options
 from lab.core.errors import Diverged
-from lab.core.optimizer_state import restore_slots, slots
 from lab.core.seeding import generator
+from lab.core.training import restore_slots, slots
 from lab.core.types import Checkpoint, Log
 
 logger = logging.getLogger(__name__)

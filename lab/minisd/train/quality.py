@@ -12,8 +12,8 @@ import torch
 
 from lab.core.data import Sampling
 from lab.core.images import grid
-from lab.core.progress import progress
 from lab.core.seeding import derive
+from lab.core.training import progress
 from lab.minisd.train.scorer_data import NAMES, class_prompts
 from lab.minisd.world.captions import By, noun, prompts
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.core.progress import progress
 from lab.core.seeding import generator
+from lab.core.training import progress
 from lab.core.types import Checkpoint, Log
 from lab.minisd.train.build import tokenize
 from lab.minisd.train.loop import Schedule, device_of, train

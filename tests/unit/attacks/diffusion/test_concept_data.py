@@ -8,8 +8,8 @@ import torch
 from concept_examples import attack, model, task
 
 from attacks.diffusion.trainer import ConceptLearner, Material, variants
-from lab.core.captions import captions, class_words, renamed
 from lab.core.data import CaptionedImages
+from lab.core.prompts import captions, class_words, renamed
 from lab.core.seeding import generator
 
 
