@@ -26,28 +26,18 @@ def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterat
     """Iterate with a bar on stderr once the work outlasts two seconds; without a terminal, write
     lines to the log (`run.log`).
     """
-    if not sys.stderr.isatty():
-        yield from _logged(
-            items, label, len(items) if total is None and isinstance(items, Sized) else total
-        )
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if sys.stderr.isatty():
+        yield from tqdm(items, label, total, delay=2.0, leave=False, dynamic_ncols=True)
         return
-    yield from tqdm(
-        items, desc=label, total=total, delay=2.0, leave=False, dynamic_ncols=True, mininterval=0.5
-    )
-
-
-def _logged(items: Iterable[T], label: str, total: int | None) -> Iterator[T]:
     start = last = time.monotonic()
     for done, item in enumerate(items):
-        if done and (now := time.monotonic()) - last >= EVERY:
-            last, spent = now, now - start
-            left = (
-                f", about {tqdm.format_interval(spent / done * (total - done))} left"
-                if total
-                else ""
-            )
-            of = f" of {total}" if total else ""
-            _log.info("%s: %d%s in %s%s", label, done, of, tqdm.format_interval(spent), left)
+        now = time.monotonic()
+        if done and now - last >= EVERY:
+            last = now
+            line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left"
+            _log.info(tqdm.format_meter(done, total, now - start, prefix=label, bar_format=line))
         yield item
 
 

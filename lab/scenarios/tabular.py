@@ -86,6 +86,18 @@ def read_csv(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, low_memory=False)
 
 
+def pair_of_tasks(
+    name: str,
+    benign: Task,
+    harmful: Task,
+    notes: tuple[str, ...],
+    credit: str = ScenarioData.credit,
+) -> ScenarioData:
+    """Return two tasks as one case with the hash of their tensors."""
+    tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
+    return ScenarioData((Case(name, benign, (harmful,)),), notes, digest(*tensors), credit)
+
+
 @dataclass(frozen=True)
 class Features:
     """Columns of both tasks, rows of the benign task first.
@@ -294,10 +306,8 @@ class Tabular(Scenario):
             self._task(*parts)
             for parts in zip(_ROLES, columns, halves, targets, masks, strict=True)
         )
-        tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
-        case = Case(self.name, benign, (harmful,))
         credit = ScenarioData.credit if self.path is not None else CREDIT
-        return ScenarioData((case,), tuple(notes), digest(*tensors), credit)
+        return pair_of_tasks(self.name, benign, harmful, tuple(notes), credit)
 
     def _frames(self) -> tuple[list[pd.DataFrame], list[str]]:
         """Return the rows of D_P and of D_H."""

@@ -15,9 +15,8 @@ from pydantic import Field
 from torch import Tensor
 
 from lab.core.config import Text, config
-from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.data import Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error
-from lab.core.hashing import digest
 from lab.core.images import SUFFIXES, read_image, stack
 from lab.core.seeding import generator
 from lab.core.training import progress
@@ -26,22 +25,10 @@ from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.vision import ImageSize
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits
-from lab.scenarios.tabular import TestShare
+from lab.scenarios.tabular import TestShare, pair_of_tasks
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
 Files = dict[str, list[Path]]
-
-
-def as_data(
-    name: str,
-    benign: Task,
-    harmful: Task,
-    notes: tuple[str, ...],
-    credit: str = ScenarioData.credit,
-) -> ScenarioData:
-    """Return two tasks as one case with the hash of their tensors."""
-    tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
-    return ScenarioData((Case(name, benign, (harmful,)),), notes, digest(*tensors), credit)
 
 
 def classes(folder: Path, key: str) -> Files:
@@ -103,7 +90,7 @@ class ImageFolders(Scenario):
         notes: list[str] = []
         benign = self._task("benign", self.benign_name, self.benign_path, seed, notes)
         harmful = self._task("harmful", self.harmful_name, self.harmful_path, seed, notes)
-        return as_data(self.name, benign, harmful, tuple(notes))
+        return pair_of_tasks(self.name, benign, harmful, tuple(notes))
 
     def _task(self, role: Role, name: str, path: str, seed: int, notes: list[str]) -> Task:
         key = f"scenario.{role}_path"
@@ -162,7 +149,7 @@ def _shuffled(files: list[Path], seed: int, *labels: object) -> list[Path]:
 class OpenmojiMnist(Scenario):
     """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
 
-    The seven groups of pictures in the catalog are the classes of D_P: animals and nature, food and
+    The seven groups of images in the catalog are the classes of D_P: animals and nature, food and
     drink, people, … An emoji is drawn on a two-colour gradient at a random place and scale,
     sometimes mirrored. Test rows show emoji that no training row shows, so accuracy measures the
     group and not the drawing. MNIST digits are enlarged to the same size and repeated over three
@@ -198,7 +185,7 @@ class OpenmojiMnist(Scenario):
             f"Training rows show {counts[0]} emoji, test rows {counts[1]} others.",
             CREDIT,
         )
-        return as_data(self.name, benign, harmful, notes, MNIST_CREDIT)
+        return pair_of_tasks(self.name, benign, harmful, notes, MNIST_CREDIT)
 
     def _objects(self, pool: list[list[Emoji]], rows: int, seed: int, half: int) -> Split:
         """Return rows of D_P, classes in turn, the emoji of a class in turn."""
@@ -219,9 +206,8 @@ class OpenmojiMnist(Scenario):
             turn.append(own[torch.randperm(len(own), generator=generator(seed, "mnist", label))])
         order = torch.stack(turn, 1).flatten()  # classes in turn
         rows = self.train_rows
-        return self._enlarged(order[:rows], seed, 0), self._enlarged(
-            order[rows : rows + self.test_rows], seed, 1
-        )
+        train = self._enlarged(order[:rows], seed, 0)
+        return train, self._enlarged(order[rows : rows + self.test_rows], seed, 1)
 
     def _enlarged(self, rows: Tensor, seed: int, half: int) -> Split:
         """Return digits at ``size`` over three channels, in seeded order."""
