@@ -128,8 +128,7 @@ def model_settings(model: Model) -> dict[str, str]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {"model": tokenizer.get_vocab()}
     if tokenizer.is_fast:
-        whole: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
-    else:
-        whole = {"model": tokenizer.get_vocab()}
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
     return {"context": tokenizer.model_max_length, **{key: whole.get(key) for key in _TOKENIZER}}

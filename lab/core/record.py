@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -82,14 +80,8 @@ def validate(record: Record, source: str) -> None:
 
 
 def clean(value: Any) -> Any:
-    """JSON without nan and inf: they become null."""
-    if isinstance(value, dict):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Return ``value`` as JSON has it: texts as keys, lists, and null for nan and inf."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def _merged(scores: Iterable[Scores], part: str) -> dict[str, Any]:
@@ -141,14 +133,9 @@ def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[s
     """Write each grid to ``folder/images/NAME.png``; return a record's ``images``.
 
     Paths are relative to ``folder``.
-
-    Raises:
-        ValueError: a name that is not snake case.
     """
     out = {}
     for name, grid in images.items():
-        if not re.fullmatch(r"[a-z0-9_]+", name):
-            raise ValueError(f"image {name!r}: names are snake case")
         data, path = png(grid), Path("images") / f"{name}.png"
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / path, data)
@@ -163,7 +150,7 @@ def images_of(scores: Sequence[Scores]) -> dict[str, ImageGrid]:
 
 
 def _lasting(config: Any) -> dict[str, Any]:
-    """What of a configuration says which run it is."""
+    """Return what of a configuration says which run it is."""
     return {k: v for k, v in config.items() if k not in VOLATILE_CONFIG}
 
 
@@ -208,8 +195,8 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
         other = read(path)
     except UserError:  # of another version, or cut off: nothing that somebody could still use
         return
-    mine = clean(OmegaConf.to_container(cfg, resolve=True))
-    if other["status"] in ("ok", "diverged") and _lasting(mine) != _lasting(other["config"]):
+    new = clean(OmegaConf.to_container(cfg, resolve=True))
+    if other["status"] in ("ok", "diverged") and _lasting(new) != _lasting(other["config"]):
         fix = (
             f"holds the record of another run ({other['name']}, "
             f"{other['content_hash'][:8]}); choose another folder."
