@@ -65,27 +65,6 @@ def test_few_seeds_take_student_t_and_many_the_bootstrap():
     )  # resampled
 
 
-def test_equal_seeds_have_no_width_and_bounds_clip():
-    same = score_samples([[0.1], [0.1], [0.1]], "higher")
-    assert same.low == same.high == pytest.approx(0.1)
-    share = score_samples([[1.0], [1.0, 0.0], [1.0]], "higher", bounds=(0.0, 1.0))
-    assert 0 <= share.low < share.value < share.high == 1
-
-
-def test_interval_kinds():
-    assert score_samples([[1.0]], "higher").interval == "point"
-    within = score_samples([[1.0, 2.0, 3.0]], "lower")
-    assert (within.interval, within.n) == ("within_seed", 1)
-    across = score_samples([[1.0], [2.0], [3.0]], "higher")
-    assert (across.interval, across.n) == ("across_seeds", 3)
-
-
-@pytest.mark.parametrize("bad", [[], [[]], [[1.0], []], [[math.nan]], [[math.inf, 1.0]]])
-def test_empty_or_infinite_samples_are_errors(bad):
-    with pytest.raises(ValueError, match=r"empty set|finite"):
-        score_samples(bad, "higher")
-
-
 def test_budget_snapshots():
     budget = Budget(horizon=20, multiple=5, points=12)
     steps = budget.snapshots()
@@ -126,12 +105,6 @@ def test_prefix_tells_structures_apart_that_share_their_weights():
     )
     for model in (plain, rectified, shifted):
         assert torch.allclose(features(model, x), model(x))
-
-
-def test_a_feature_model_never_trains_its_batch_norm():
-    model = tiny_model()
-    model.train()
-    assert not any(module.training for module in model.modules())
 
 
 def test_same_weights_and_digest_see_one_bit():

@@ -15,7 +15,7 @@ from tiny_sd import bang_tokenizer
 from lab.core.config import OptionalPrompt, Prompt, Prompts, config, user_error
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
-from lab.core.prompts import check_case, text, texts
+from lab.core.prompts import check_case, text
 from lab.runner.assemble import assemble, check_cases
 
 END = "<|endoftext|>"
@@ -37,15 +37,6 @@ def test_an_option_that_is_no_prompt_is_refused(given) -> None:
         assert user_error(caught.value, "part").key.startswith(f"part.{next(iter(options))}")
     with pytest.raises(UserError, match=r"control character|at least one word"):
         text("key", given)
-
-
-def test_what_stands_for_none_and_single_prompts_are_taken() -> None:
-    assert Options(maybe="", several="a fox ").several == ("a fox",)
-    assert (
-        Options(several=["a fox", "a fox "]).several
-        == texts("k", ["a fox", "a fox "])
-        == ("a fox",)
-    )
 
 
 @pytest.fixture(scope="module")
