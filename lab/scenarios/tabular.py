@@ -277,34 +277,34 @@ class Tabular(Scenario):
             raise UserError("scenario.path", None, fix)
 
     def load(self, seed: int) -> ScenarioData:
-        frames, notes = self._frames()
-        columns = [
-            _column(frame, name, f"scenario.{role}_target")
-            for frame, name, role in zip(
-                frames, (self.benign_target, self.harmful_target), _ROLES, strict=True
-            )
-        ]
-        targets: list[Matrix] = []
-        for i, (role, column) in enumerate(zip(_ROLES, columns, strict=True)):
-            numbers = pd.to_numeric(frames[i][column], errors="coerce").to_numpy(dtype=np.float64)
+        pair, notes = self._frames()
+        frames = dict(zip(_ROLES, pair, strict=True))
+        columns: dict[Role, str] = {}
+        targets: dict[Role, Matrix] = {}
+        for role, frame in frames.items():
+            key = f"scenario.{role}_target"
+            column = _column(frame, getattr(self, f"{role}_target"), key)
+            numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=np.float64)
             rows = np.isfinite(numbers)
             if rows.sum() < 5 or np.ptp(numbers[rows]) == 0:
-                fix = "needs at least five rows with numbers that differ."
-                raise UserError(f"scenario.{role}_target", column, fix)
+                raise UserError(key, column, "needs at least five rows with numbers that differ.")
             if not rows.all():
                 lost = f"whose target {column} is missing ({int((~rows).sum())})"
                 notes.append(f"Dropped rows of the {role} task {lost}.")
-            frames[i] = frames[i][rows]
-            targets.append(numbers[rows])
-        features = self._shared_columns(frames, columns, notes)
-        masks = [self._train_rows(seed, *pair) for pair in zip(_ROLES, targets, strict=True)]
-        x = self._matrix(features, masks, notes)
-        if columns[0] == columns[1]:
-            columns = [f"{columns[0]}_{role}" for role in _ROLES]
-        halves = np.split(x, [len(masks[0])])
+            frames[role], targets[role], columns[role] = frame[rows], numbers[rows], column
+        features = self._shared_columns(list(frames.values()), [*columns.values()], notes)
+        train = {role: self._train_rows(seed, role, len(y)) for role, y in targets.items()}
+        x = self._matrix(features, train, notes)
+        same = columns["benign"] == columns["harmful"]
         benign, harmful = (
-            self._task(*parts)
-            for parts in zip(_ROLES, columns, halves, targets, masks, strict=True)
+            self._task(
+                role,
+                f"{columns[role]}_{role}" if same else columns[role],
+                part,
+                targets[role],
+                train[role],
+            )
+            for role, part in zip(_ROLES, np.split(x, [len(targets["benign"])]), strict=True)
         )
         credit = ScenarioData.credit if self.path is not None else CREDIT
         return pair_of_tasks(self.name, benign, harmful, tuple(notes), credit)
@@ -343,18 +343,16 @@ class Tabular(Scenario):
             raise UserError("scenario.path", self.path, "the two tables share no feature column.")
         return pd.concat([f[shared] for f in frames], ignore_index=True)
 
-    def _train_rows(self, seed: int, role: Role, y: Matrix) -> Mask:
-        """Return a mask over the rows of a task; the others are test rows."""
-        held_out = min(max(round(len(y) * self.test_share), 1), len(y) - 2)
-        random = generator(seed, self.name, role, "split")
-        mask = np.ones(len(y), dtype=bool)
-        mask[torch.randperm(len(y), generator=random).numpy()[:held_out]] = False
-        return mask
+    def _train_rows(self, seed: int, role: Role, count: int) -> Mask:
+        """Return a mask over the ``count`` rows of a task; the others are test rows."""
+        held_out = min(max(round(count * self.test_share), 1), count - 2)
+        order = torch.randperm(count, generator=generator(seed, self.name, role, "split"))
+        return ~np.isin(np.arange(count), order[:held_out].numpy())
 
-    def _matrix(self, features: pd.DataFrame, train: list[Mask], notes: list[str]) -> Matrix:
+    def _matrix(self, features: pd.DataFrame, train: dict[Role, Mask], notes: list[str]) -> Matrix:
         """Return the features [n, d] of both tasks; ``notes`` gets sentences about them."""
-        rows = np.concatenate(train)
-        benign = np.arange(len(rows)) < len(train[0])
+        rows = np.concatenate(list(train.values()))
+        benign = np.arange(len(rows)) < len(train["benign"])
         groups = {"benign": rows & benign, "harmful": rows & ~benign}
         data = drop_constant(prepare(features, rows), groups)
         if data.x.shape[1]:
