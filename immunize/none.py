@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from lab.core.config import Text, config
 from lab.core.data import Kind
-from lab.core.types import BASELINE, AnyCase, Checkpoint, Immunizer, Log, Model, clone
+from lab.core.types import AnyCase, Checkpoint, Immunizer, Log, Model, clone
 
 
 @config
@@ -15,7 +15,7 @@ class NoImmunization(Immunizer):
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep", "diffusion"})
 
-    name: Text = BASELINE
+    name: Text = "none"
 
     def __call__(
         self, model: Model, case: AnyCase, *, seed: int, checkpoint: Checkpoint | None, log: Log

@@ -386,5 +386,5 @@ def history_curves(run: RunView, measured: _Measured) -> dict[str, dict[str, Any
     for name, runs in lines.items():
         grid, means = mean_curve(runs)
         words = {"x": "immunization step", "y": CURVES[name], "log": "y"}
-        curves[name] = {"step": grid, run.immunizer: means, **words}
+        curves[name] = {"step": grid, run.model_names[-1]: means, **words}
     return curves

@@ -146,7 +146,7 @@ def pair(
     """Return the (baseline, immunized) trajectories of one attack on one task."""
     return (
         run.trajectory(BASELINE, attack, case, task, seed),
-        run.trajectory(run.immunizer, attack, case, task, seed),
+        run.trajectory(run.model_names[-1], attack, case, task, seed),
     )
 
 

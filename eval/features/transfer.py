@@ -19,7 +19,7 @@ from lab.core.config import Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores
+from lab.core.types import RunMetric, RunView, Score, Scores
 from lab.models.activations import features
 
 MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as its range
@@ -170,7 +170,7 @@ def _measure(run: RunView, case: Case, seed: int) -> CaseChange:
     """Measure κ ratios of the harmful task that is protected least, its angle to the benign task
     and how that moved.
     """
-    models = [run.model(name, case, seed) for name in (BASELINE, run.immunizer)]
+    models = [run.model(name, case, seed) for name in run.model_names]
     benign = [features(m, case.benign.train.x) for m in models]
     before, after = (rank_condition_number(x) for x in benign)
     changes = []

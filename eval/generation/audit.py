@@ -90,7 +90,7 @@ class Audit(RunMetric):
         evaluated = evaluate(
             run, self.scorers, (DETECTED,), scorers_of=self._scorers, label="detections"
         )
-        model = evaluated.immunizer
+        model = evaluated.tested_model
         outcomes = {
             (cell, attack): _outcome(evaluated, cell, attack, self.threshold)
             for cell in evaluated.roles
@@ -177,9 +177,9 @@ Outcomes = dict[tuple[ConceptCell, str], AttackOutcome]
 def _outcome(
     evaluated: EvaluatedRun, cell: ConceptCell, attack: str, threshold: float
 ) -> AttackOutcome:
-    steps = relearned(evaluated, cell, evaluated.immunizer, threshold, (attack,))
+    steps = relearned(evaluated, cell, evaluated.tested_model, threshold, (attack,))
     reached = BROKEN if steps.steps > 0 else PRESENT
-    result = evaluated.at(cell, evaluated.immunizer, attack)
+    result = evaluated.at(cell, evaluated.tested_model, attack)
     ended = HELD if result.status == "ok" else DIVERGED
     status = ended if steps.censored else reached
     return AttackOutcome(status, steps, steps.rows.mean(0), steps.unit(cell.seed))
@@ -259,7 +259,7 @@ def _soonest(
 
 def _curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
     """Return the share of detections over the steps, a line per attack."""
-    out, model = {}, evaluated.immunizer
+    out, model = {}, evaluated.tested_model
     for concept in (c for role in ROLES for c in evaluated.concepts(role)):
         lines: dict[str, Sequence[Unit]] = {
             attack: [

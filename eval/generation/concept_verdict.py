@@ -170,7 +170,7 @@ def _broken_attacks(evaluated: EvaluatedRun) -> Score:
     for cell in evaluated.cells("benign"):
         baseline, immunized = (
             np.array([evaluated.at(cell, m, a).status == "diverged" for a in evaluated.attacks])
-            for m in (BASELINE, evaluated.immunizer)
+            for m in (BASELINE, evaluated.tested_model)
         )
         units.append(Unit(cell.seed, (immunized & ~baseline)[:, None].astype(float), columns))
     return score_units(units, "lower", bounds=SHARE)

@@ -89,7 +89,7 @@ class EvaluatedRun:
         return self.budget.snapshots()
 
     @property
-    def immunizer(self) -> str:
+    def tested_model(self) -> str:
         """The model under test (the baseline where it is alone)."""
         return self.model_names[-1]
 
@@ -205,7 +205,7 @@ class EvaluatedRun:
         ]
         count = sum(diverged for _, diverged in attacks)
         note = f"{count} of {len(attacks)} attacks diverged: their last finite images count"
-        flattering = self.immunizer if role == "harmful" else BASELINE
+        flattering = self.tested_model if role == "harmful" else BASELINE
         if len(self.model_names) > 1 and (flattering, True) in attacks:
             beyond = {
                 "harmful": ", and beyond them what the baseline shows",

@@ -376,7 +376,7 @@ def ratio_of(
     with like, and no weak attacker that went on stands for a strong one that failed.
     """
     benign = evaluated.roles[cell] == "benign"
-    proving = BASELINE if benign else evaluated.immunizer
+    proving = BASELINE if benign else evaluated.tested_model
     used = [
         attack
         for attack in evaluated.attacks
@@ -385,7 +385,7 @@ def ratio_of(
     left_out = tuple(a for a in evaluated.attacks if used and a not in used)
     baseline, immunized = (
         relearned(evaluated, cell, model, threshold, used, quantity)
-        for model in (BASELINE, evaluated.immunizer)
+        for model in (BASELINE, evaluated.tested_model)
     )
     end = float(evaluated.plan[-1])
     if benign and immunized.censored:
@@ -543,17 +543,16 @@ def relearning_rows(
         ratio = None
         if len(evaluated.model_names) == 2:
             ratio = ratio_of(evaluated, cell, threshold)
-            each = {BASELINE: ratio.baseline, evaluated.immunizer: ratio.immunized}
+            each = {BASELINE: ratio.baseline, evaluated.tested_model: ratio.immunized}
         for model, steps in each.items():
-            end = "baseline" if model == BASELINE else "immunized"
-            row |= {f"steps_{end}": steps.steps, f"censored_{end}": steps.censored}
-            row[f"attack_{end}"] = steps.attack
+            row |= {f"steps_{model}": steps.steps, f"censored_{model}": steps.censored}
+            row[f"attack_{model}"] = steps.attack
             for at, step, _ in marks(evaluated.budget):
                 unit = share_unit(evaluated, cell, model, at)
-                row[f"asr_{end}_at_{step}"] = float(unit.value[0])
+                row[f"asr_{model}_at_{step}"] = float(unit.value[0])
                 if cell.concept in rates:
                     true = float(corrected_unit(unit, rates[cell.concept]).value[0])
-                    row[f"asr_corrected_{end}_at_{step}"] = None if math.isnan(true) else true
+                    row[f"asr_corrected_{model}_at_{step}"] = None if math.isnan(true) else true
         if ratio:
             row |= {"ratio": ratio.value, "left_out": ", ".join(ratio.left_out)}
         wrong = dict(
@@ -591,7 +590,7 @@ def attack_rows(run: RunView, evaluated: EvaluatedRun) -> list[dict[str, Any]]:
                     {
                         **common,
                         "attack": attack,
-                        "model": model if model == BASELINE else "immunized",
+                        "model": model,
                         "status": result.status,
                         **_search(run.trajectory(model, attack, case, task, cell.seed)),
                         **{

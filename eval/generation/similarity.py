@@ -194,7 +194,7 @@ def _sgr(
             for model in evaluated.model_names
         }
         winners = [f"{model} {count.most_common(1)[0][0]}" for model, count in best.items()]
-        named = f"best attackers: {', '.join(winners)}"
+        named = f"strongest attacks: {', '.join(winners)}"
     note = joined(named, evaluated.notes(role))
     return score_units(units, PROTECTED[role], note=note, undefined=UNDEFINED)
 
@@ -386,7 +386,7 @@ def curves(evaluated: EvaluatedRun, similarity: str) -> dict[str, dict[str, Any]
             units = [_unit(evaluated, c, similarity, "curve") for c in cells]
             name = f"{'msgr' if role == 'harmful' else 'sgr_benign'}_{similarity}"
             label = f"SGR, {role} concepts"
-            out[name] = band({evaluated.immunizer: units}, evaluated.plan, x, label)
+            out[name] = band({evaluated.tested_model: units}, evaluated.plan, x, label)
     return out
 
 
@@ -405,7 +405,7 @@ def training_curves(run: RunView) -> dict[str, dict[str, Any]]:
                 lines.setdefault(name, []).append((steps, values))
     return {
         f"immunize_{name}": model_curve(
-            {run.immunizer: logged}, "immunization step", TRAINING_CURVES[name]
+            {run.model_names[-1]: logged}, "immunization step", TRAINING_CURVES[name]
         )
         for name, logged in lines.items()
     }

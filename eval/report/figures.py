@@ -13,7 +13,7 @@ from eval.report.charts import heat_map
 from eval.report.plots import Line, is_drawable, line_of, lines_plot, series_of
 from eval.report.words import Record, figure, heading
 from lab.core.slugs import slug
-from lab.core.types import BASELINE
+from lab.core.types import BASELINE, IMMUNIZED
 
 # curves of text-to-image runs: those that decide, in this order
 _GENERATED = ("asr", "asr_benign", "msgr_", "mrsgr_", "sgr_benign_")
@@ -53,9 +53,7 @@ def _lines(
             continue
         model_names = series_of(curve)
         others = [
-            model_name
-            for model_name in model_names
-            if model_name not in (BASELINE, record["immunizer"])
+            model_name for model_name in model_names if model_name not in (BASELINE, IMMUNIZED)
         ]
         for model_name in model_names:
             if model_name == BASELINE and any(line.index == 0 for line in out):

@@ -20,7 +20,7 @@ from eval.report.pictures import pictures
 from eval.report.trials import groups
 from eval.report.words import Record
 from lab.core.hashing import write_atomically
-from lab.core.types import BASELINE
+from lab.core.record import is_immunized
 
 _LABELS = ("model", "case", "attack", "task", "metric")  # of a stage
 _ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
@@ -65,8 +65,8 @@ def _section(title: str, anchor: str, records: list[Record], folder: Path) -> di
     labels = labels_of(records)
     index, shown = {}, 0
     for record, label in zip(records, labels, strict=True):
-        shown += record["immunizer"] != BASELINE
-        index[label] = shown if record["immunizer"] != BASELINE else 0
+        shown += is_immunized(record)
+        index[label] = shown if is_immunized(record) else 0
     legend = [(swatch(0), "baseline (not immunized)")]
     drawn = {label for r, label in zip(records, labels, strict=True) if r["curves"] or r["tables"]}
     legend += [(swatch(i), label) for label, i in index.items() if i > 0 and label in drawn]

@@ -23,7 +23,7 @@ from eval.report.words import (
     measured,
     support,
 )
-from lab.core.types import BASELINE
+from lab.core.record import is_immunized
 
 # in this order; the worst case over attackers comes first, the benign side after the harmful one
 COLUMNS = (
@@ -126,9 +126,7 @@ def _ranked(row: Row) -> bool:
     """Also a failed run has figures where an attack of several failed: of fewer attackers than it
     was asked for.
     """
-    return bool(
-        row["immunizer"] != BASELINE and row["metrics"] and row["status"] not in ENDED_EARLY
-    )
+    return bool(is_immunized(row) and row["metrics"] and row["status"] not in ENDED_EARLY)
 
 
 def _partly(row: Row) -> bool:
@@ -351,7 +349,7 @@ def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 "status": row["status"],
                 "cells": [(cell(row, c), c in row["best"]) for c in shown],
                 "seeds": sound(row),
-                "baseline": row["immunizer"] == BASELINE,
+                "baseline": not is_immunized(row),
             }
             for row in group
         ]

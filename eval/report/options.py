@@ -12,8 +12,8 @@ from eval.report.charts import Dots, against_option, forest, scatter, swatch
 from eval.report.labels import settings
 from eval.report.leaderboard import columns
 from eval.report.words import Record, figure, heading
+from lab.core.record import is_immunized
 from lab.core.slugs import slug
-from lab.core.types import BASELINE
 
 _METRICS = 4  # per sweep
 _SERIES = 7  # colours there are, the baseline's left out
@@ -57,7 +57,7 @@ def by_option(records: Sequence[Record]) -> list[dict[str, Any]]:
         makes them.
     """
     out = []
-    for name in dict.fromkeys(r["immunizer"] for r in records if r["immunizer"] != BASELINE):
+    for name in dict.fromkeys(r["immunizer"] for r in records if is_immunized(r)):
         mine = [
             r
             for r in records

@@ -17,7 +17,7 @@ from eval.report.words import (
     percent,
     sentence,
 )
-from lab.core.types import BASELINE
+from lab.core.record import is_immunized
 
 Tone = Literal["good", "bad", "unsure", "neutral", "error"]
 
@@ -52,7 +52,7 @@ def _outcome(record: Record) -> Outcome:
     name, metrics = record["immunizer"], record["metrics"]
     if record["status"] in ENDED_EARLY or (record["error"] and not metrics):
         return _ended(record)
-    if name == BASELINE:
+    if not is_immunized(record):
         found = Outcome(
             "neutral",
             "baseline",
@@ -79,7 +79,9 @@ def _outcome(record: Record) -> Outcome:
                 "unrelated prompts"
             )
         found = Outcome("neutral", "no comparison", f"{name} {what}.", _benign_side(metrics))
-    return _partly(record, found) if record["status"] == "diverged" and name != BASELINE else found
+    return (
+        _partly(record, found) if record["status"] == "diverged" and is_immunized(record) else found
+    )
 
 
 def _partly(record: Record, found: Outcome) -> Outcome:

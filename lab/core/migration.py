@@ -1,9 +1,11 @@
-"""Bring records of schema 1.x to the current names."""
+"""Bring records of older schemas to the current names."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
+
+from lab.core.types import BASELINE, IMMUNIZED
 
 Record = dict[str, Any]
 
@@ -76,10 +78,19 @@ _UNITS = (
 
 
 def migrate(record: Record) -> Record:
-    """Return ``record`` under the names of the current schema; the input is left untouched."""
-    if not str(record.get("schema", "")).startswith("1."):
-        return record
-    out = dict(record) | {"schema": "2.0", "config": _config(record["config"])}
+    """Return ``record`` in the current schema; the input is left untouched.
+
+    Schema 1.x has other names and no ``bound``. Up to 2.0 the models were called ``none`` and by
+    the immunizer's name, since 2.1 ``baseline`` and ``immunized``.
+    """
+    version = str(record.get("schema", ""))
+    if version.startswith("1."):
+        record = _rename_keys(record)
+    return _name_models(record) if version.startswith("1.") or version == "2.0" else record
+
+
+def _rename_keys(record: Record) -> Record:
+    out = dict(record) | {"config": _config(record["config"])}
     out["cells"] = [_cell(cell) for cell in record["cells"]]
     out["metrics"] = {current_name(k): _metric(v) for k, v in record["metrics"].items()}
     out["curves"] = {current_name(k): _curve(v) for k, v in record["curves"].items()}
@@ -89,6 +100,29 @@ def migrate(record: Record) -> Record:
     out["notes"] = [_text(note) for note in record["notes"]]
     out["skipped"] = {name: _text(reason) for name, reason in record["skipped"].items()}
     return out
+
+
+def _name_models(record: Record) -> Record:
+    names = {record["immunizer"]: IMMUNIZED, "none": BASELINE}
+
+    def named(row: dict[str, Any]) -> dict[str, Any]:
+        new = {"model": names.get(row["model"], row["model"])} if "model" in row else {}
+        if str(row.get("note") or "").startswith("best attackers"):
+            words = str(row["note"]).replace("best attackers", "strongest attacks").split(" ")
+            new["note"] = " ".join(names.get(word, word) for word in words)
+        return row | new
+
+    def series(key: str) -> str:
+        model, colon, limit = key.partition(":")
+        return f"{names.get(model, model)}{colon}{limit}"
+
+    return record | {
+        "schema": "2.1",
+        "cells": [named(cell) for cell in record["cells"]],
+        "metrics": {k: named(metric) for k, metric in record["metrics"].items()},
+        "curves": {k: {series(s): v for s, v in c.items()} for k, c in record["curves"].items()},
+        "tables": {k: [named(row) for row in rows] for k, rows in record["tables"].items()},
+    }
 
 
 def _cell(cell: dict[str, Any]) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from lab.core.images import png
 from lab.core.migration import migrate
 from lab.core.types import ImageGrid, Score, Scores, SeedScore
 
-SCHEMA_VERSION = "2.0"  # 1.x: other names and no ``bound``; `lab.core.migration` brings them to 2.0
-READABLE = ("1.0", "1.1", "1.2", "1.3", SCHEMA_VERSION)
+SCHEMA_VERSION = "2.1"  # older records: `lab.core.migration`
+READABLE = ("1.0", "1.1", "1.2", "1.3", "2.0", SCHEMA_VERSION)
 SCHEMA_FILE = Path(__file__).with_name("record.schema.json")
 # what may differ between two runs of the same thing
 VOLATILE_CONFIG = (
@@ -180,6 +180,11 @@ def write(record: Record, path: Path) -> None:
     validate(record, str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+
+
+def is_immunized(record: Record) -> bool:
+    """Return whether the run had an immunizer; without one it holds the baseline alone."""
+    return bool(record["immunizer"] != "none")
 
 
 def refuse_other(path: Path, cfg: DictConfig) -> None:

@@ -22,7 +22,7 @@ from typing_extensions import Self, TypeVar
 from lab.core.config import SETTINGS, Count, Index
 from lab.core.data import Case, Concept, ConceptCase, Kind, ScenarioData, Task
 
-BASELINE = "none"
+BASELINE, IMMUNIZED = "baseline", "immunized"  # the two models of a run
 
 
 class FeatureModel(nn.Module):
@@ -363,8 +363,7 @@ class RunView(Protocol[ModelT_co, CaseT, TaskT_contra]):
     """Read access to everything that a run produced; loads lazily from the stage cache."""
 
     scenario: str
-    immunizer: str  # the model under test; equals BASELINE when only the baseline model was run
-    model_names: tuple[str, ...]  # (BASELINE,) or (BASELINE, immunizer)
+    model_names: tuple[str, ...]  # (BASELINE,) where nothing is immunized, or (BASELINE, IMMUNIZED)
     attacks: tuple[str, ...]
     budget: Budget
     diverged: dict[tuple[str, int], Any]  # (case, seed) → error of an immunization that diverged

@@ -43,7 +43,7 @@ from lab.core.hashing import state_hash
 from lab.core.provenance import versions
 from lab.core.record import Record, Stored
 from lab.core.sources import PACKAGES, ROOT
-from lab.core.types import BASELINE, Attacker, Backbone, Trajectory, clone
+from lab.core.types import BASELINE, IMMUNIZED, Attacker, Backbone, Trajectory, clone
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone, VisionModel
@@ -95,7 +95,8 @@ def export(cfg: DictConfig) -> Path:
         raise UserError("records", f"{len(paths)} records", message)
     record = records.read(paths[0])
     cell = choose(record, stage, cfg.export)
-    labels = [cell[key] for key in ("attack", "task", "model", "case") if cell[key] is not None]
+    method = BASELINE if cell["model"] == BASELINE else record["immunizer"]
+    labels = [x for x in (cell["attack"], cell["task"], method, cell["case"]) if x is not None]
     words = [record["name"].split("/")[0], *labels, f"seed{cell['seed']}"]
     name = re.sub(r"[^\w.-]+", "-", "-".join([*words, record["content_hash"][:8]]))
     folder = Path(cfg.path or f"{cfg.paths.outputs}/export/{name}").expanduser()
@@ -136,7 +137,8 @@ def choose(record: Record, stage: str, options: DictConfig) -> dict[str, Any]:
         UserError: no such cell, or several; lists them.
     """
     keys = ("case", "seed") if stage == "immunize" else ("case", "seed", "attack", "task")
-    wanted = {"model": options.model or record["immunizer"]} | {k: options[k] for k in keys}
+    default = IMMUNIZED if records.is_immunized(record) else BASELINE
+    wanted = {"model": options.model or default} | {k: options[k] for k in keys}
     cells = [cell for cell in record["cells"] if cell["stage"] == stage]
     for key, value in wanted.items():
         known = {str(cell[key]) for cell in cells}
@@ -185,7 +187,7 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
     """
     model_name, seed = cell["model"], cell["seed"]
     tensors = {} if model_name == BASELINE else read_stage(record, cell, cfg).tensors
-    nothing = {"_target_": "immunize.none.NoImmunization", "name": BASELINE}
+    nothing = {"_target_": "immunize.none.NoImmunization"}
     config = record["config"] | {"immunize": nothing, "attacks": {}, "eval": {}, "scorers": {}}
     check_trusted({group: config[group] for group in _GROUPS}, cfg)
     # the last bit of a sum can depend on the number of threads
@@ -263,6 +265,7 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
             facts = _write_features(release, partial)
         copied = _write_record(record, partial)
         facts |= {key: cell[key] for key in ("model", "case", "seed")} | {
+            "immunizer": record["immunizer"],
             "format": FORMAT,
             "stage_key": cell["key"],
             "content_hash": copied["content_hash"],

@@ -20,6 +20,7 @@ from lab.core.prompts import check_case, refuse_special
 from lab.core.sources import source_hash
 from lab.core.types import (
     BASELINE,
+    IMMUNIZED,
     AnyCase,
     Attacker,
     Backbone,
@@ -64,7 +65,9 @@ class Parts:
     @property
     def model_names(self) -> dict[str, Part]:
         """Model name → immunizer; the baseline first, and alone for ``immunize=none``."""
-        return {BASELINE: self.baseline, self.immunizer.obj.name: self.immunizer}
+        if isinstance(self.immunizer.obj, NoImmunization):
+            return {BASELINE: self.immunizer}
+        return {BASELINE: self.baseline, IMMUNIZED: self.immunizer}
 
 
 def _build(config: Any, key: str, scorers: dict[str, Any] | None = None) -> Part:
@@ -196,9 +199,7 @@ def assemble(cfg: DictConfig) -> Parts:
     Raises:
         UserError: an option that cannot work, or parts that do not fit together.
     """
-    baseline = _build(
-        OmegaConf.create({"_target_": "immunize.none.NoImmunization", "name": BASELINE}), "immunize"
-    )
+    baseline = _build(OmegaConf.create({"_target_": "immunize.none.NoImmunization"}), "immunize")
     assert isinstance(baseline.obj, NoImmunization)
     backbone = _build(cfg.backbone, "backbone")
     scorers: dict[str, Any] = {}
@@ -222,9 +223,6 @@ def assemble(cfg: DictConfig) -> Parts:
     )
     check_fit(parts)
     return parts
-
-
-_CURVE = ("step", "x", "y", "log")  # what a curve holds beside the models (`lab.core.types.Scores`)
 
 
 def check_fit(parts: Parts) -> None:
@@ -259,11 +257,6 @@ def check_fit(parts: Parts) -> None:
             fix = f"takes {' or '.join(sorted(method.accepts))} models, "
             fix += f"backbone={backbone.name} is {backbone.kind}."
             raise UserError(key, method.name, fix)
-    reserved = {*_CURVE, BASELINE} - (
-        {BASELINE} if isinstance(immunizer, NoImmunization) else set()
-    )
-    if immunizer.name in reserved:
-        raise UserError("immunize.name", immunizer.name, "is a reserved word; choose another name.")
     asked = scenario.asks_erasure()
     released = any(metric.obj.released for metric in parts.metrics.values())
     if asked is not None and isinstance(parts.eraser.obj, NoErasure) and not released:

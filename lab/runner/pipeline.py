@@ -92,7 +92,6 @@ class Pipeline:
     def __init__(self, parts: Parts, store: StageCache, on_log: LogHook | None = None) -> None:
         self.parts, self.store, self.on_log = parts, store, on_log
         self.scenario = parts.scenario.name
-        self.immunizer = parts.immunizer.obj.name
         self.model_names = tuple(parts.model_names)
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
@@ -198,15 +197,15 @@ class Pipeline:
         Raises:
             UserError: it changed its input, nothing, or the names and shapes of parameters.
         """
-        old = before.state_dict()
+        old, method = before.state_dict(), self.parts.model_names[model_name].obj.name
         if digest(*old.values()) != self.identity(case, seed)["weights"]:
             fix = "changed the model that it was given; copy it first (lab.core.types.clone)."
-            raise UserError("immunize", model_name, fix)
-        new = check_immunized(after, old, model_name)
+            raise UserError("immunize", method, fix)
+        new = check_immunized(after, old, method)
         changed = {name: value for name, value in new.items() if not value.equal(old[name])}
         if not changed and model_name != BASELINE:
             fix = f"left every weight of case {case.name} as it was; nothing would be compared."
-            raise UserError("immunize", model_name, fix)
+            raise UserError("immunize", method, fix)
         return changed
 
     def attack_cell(
@@ -235,7 +234,7 @@ class Pipeline:
                 fix += f"{error}; lower the step size of what made it"
                 fix += f", or check attacks.{attack}: the weights are finite." if finite else "."
                 key = "backbone" if model_name == BASELINE else "immunize"
-                raise UserError(key, model_name, fix) from error
+                raise UserError(key, self.parts.model_names[model_name].obj.name, fix) from error
             side = None if isinstance(model, FeatureModel) else model.image_size
             check_trajectory(trajectory, attack, self.budget, side)
             fields = ("steps", "values", "status", "info")
@@ -319,7 +318,7 @@ class Pipeline:
         return model
 
     def history(self, case: AnyCase, seed: int) -> dict[str, list[float]]:
-        artifact, _ = self.compute(self.immunize_cell(self.immunizer, case, seed))
+        artifact, _ = self.compute(self.immunize_cell(self.model_names[-1], case, seed))
         return artifact.values["history"]
 
     def trajectory(

@@ -45,11 +45,9 @@ def curve_rows(record: records.Record, stage: str) -> list[tuple[float, dict[str
     """Return (step, values) over the steps of all curves of ``stage``, which share one axis.
 
     A curve over immunization steps belongs to ``immunize``, every other one to ``attack``. Missing
-    points are left out. Keys are ``CURVE/baseline`` and ``CURVE/immunized``, whatever the
-    immunizer's name, so that the curves of several runs fall into one panel; limits of a band end
-    in ``_low`` and ``_high``.
+    points are left out. Keys are ``CURVE/baseline`` and ``CURVE/immunized``; limits of a
+    band end in ``_low`` and ``_high``.
     """
-    sides = {BASELINE: "baseline", record["immunizer"]: "immunized"}
     rows: dict[float, dict[str, float]] = {}
     for name, curve in record["curves"].items():
         is_immunization = str(curve.get("x", "")).startswith("immunization")
@@ -60,7 +58,7 @@ def curve_rows(record: records.Record, stage: str) -> list[tuple[float, dict[str
                 continue
             model_name, _, limit = key.partition(":")
             suffix = f"_{limit}" if limit else ""
-            shown = f"{name}/{sides.get(model_name, model_name)}{suffix}"
+            shown = f"{name}/{model_name}{suffix}"
             for step, value in zip(curve["step"], values, strict=False):
                 if step is not None and value is not None:
                     rows.setdefault(float(step), {})[shown] = value

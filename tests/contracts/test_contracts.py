@@ -184,7 +184,7 @@ def check_round_trip(found, name, model, case, task, folder, budget=BUDGET):
         )
         return Pipeline(parts, StageCache(folder))
 
-    where = ("none", name, case, task, 0)
+    where = ("baseline", name, case, task, 0)
     pipeline(lambda *_, **__: found).trajectory(*where)
     loaded = pipeline(lambda *_, **__: pytest.fail("the attack was not stored")).trajectory(*where)
     facts = ("steps", "values", "status", "info")

@@ -38,7 +38,7 @@ from tiny_diffusion import tiny_case, tiny_diffusion  # noqa: E402
 
 import run as entry  # noqa: E402
 from lab.core.data import Case, Erasure  # noqa: E402
-from lab.core.types import BASELINE, Budget  # noqa: E402
+from lab.core.types import BASELINE, IMMUNIZED, Budget  # noqa: E402
 from lab.models.linear import LinearBackbone  # noqa: E402
 
 # ---- tables to change when something gets another name
@@ -267,7 +267,7 @@ def _probe_run(labelled: bool) -> Any:
 class _ManyCases:
     """Ten cases whose immunization differs in strength, with attackers that feel it in part."""
 
-    immunizer, model_names, attacks = "kappa", (BASELINE, "kappa"), ("probe",)
+    model_names, attacks = (BASELINE, IMMUNIZED), ("probe",)
     seeds, scenario, budget = (0, 1, 2), "fake", probes.BUDGET
     diverged: dict[tuple[str, int], Any] = {}
 
@@ -314,13 +314,13 @@ def _pictures_run(one_model: bool) -> Any:
     def drifted(prompt: str, number: int) -> tuple[int, int, int]:
         return (0, 200, 0) if number % 4 == 0 else pictures.faithful(prompt, number)
 
-    models = {BASELINE: pictures.Painter(pictures.faithful), "mima": pictures.Painter(drifted)}
+    models = {BASELINE: pictures.Painter(pictures.faithful), IMMUNIZED: pictures.Painter(drifted)}
     return pictures.FakeRun(
         trajectory,
         case_list=(pictures.case(families=("name", "reworded")),),
         models=models,
         attacks=("lora", "full"),
-        immunizer=BASELINE if one_model else "mima",
+        model_names=(BASELINE,) if one_model else (BASELINE, IMMUNIZED),
     )
 
 

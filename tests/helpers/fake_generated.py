@@ -38,7 +38,7 @@ def pictures(shift: float = 0.0) -> ImageGrid:
         .mul(255)
         .byte()
     )
-    rows = ("reference", "none", "mima_deep")
+    rows = ("reference", "baseline", "immunized")
     columns = tuple(f"step {s}" if s else "before" for s in STEPS)
     return ImageGrid(
         big.view(3, 5, 3, 64, 64),
@@ -110,19 +110,21 @@ def generated(
     lost = [0.0, 0.26, 0.21, 0.14, 0.08] if holds else [0.0, 0.02, 0.01, 0.0, -0.01]
     curves = {
         "utility_clip_drift": curve(
-            {immunizer: [0.011, 0.012, 0.012, 0.012, 0.013]}, 0.002, "CLIP drift"
+            {"immunized": [0.011, 0.012, 0.012, 0.012, 0.013]}, 0.002, "CLIP drift"
         ),
         "train_loss": {
             "step": STEPS,
-            "none": [0.2, 0.1, 0.08, 0.07, 0.06],
-            immunizer: [0.3, 0.2, 0.15, 0.13, 0.12],
+            "baseline": [0.2, 0.1, 0.08, 0.07, 0.06],
+            "immunized": [0.3, 0.2, 0.15, 0.13, 0.12],
             "x": "attack step",
             "y": "loss",
             "log": "y",
         },
-        "asr": curve({"none": baseline, immunizer: learnt}, 0.05, "share of generations", "x"),
-        "msgr_clip": curve({immunizer: lost}, 0.05, "MSGR (CLIP)", "x"),
-        "sgr_benign_clip": curve({immunizer: [0.0, 0.01, 0.012, 0.008, 0.005]}, 0.02, "SGR"),
+        "asr": curve(
+            {"baseline": baseline, "immunized": learnt}, 0.05, "share of generations", "x"
+        ),
+        "msgr_clip": curve({"immunized": lost}, 0.05, "MSGR (CLIP)", "x"),
+        "sgr_benign_clip": curve({"immunized": [0.0, 0.01, 0.012, 0.008, 0.005]}, 0.02, "SGR"),
         "asr_by_concept": {
             "step": STEPS,
             "mosaic": learnt,

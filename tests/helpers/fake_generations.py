@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.core.data import CaptionedImages, Concept, ConceptCase, Role, Sampling
-from lab.core.types import BASELINE, Budget, Trajectory
+from lab.core.types import BASELINE, IMMUNIZED, Budget, Trajectory
 
 BUDGET = Budget(20, 4, at=(0, 10, 20, 40, 80))
 STEPS = BUDGET.snapshots()
@@ -197,20 +197,16 @@ class FakeRun:
     trajectories: Callable[[str, str, str, int], Trajectory] = lambda *_: shares(0, 0, 0, 0, 0)
     case_list: tuple[ConceptCase, ...] = field(default_factory=lambda: (case(),))
     models: dict[str, Painter] = field(
-        default_factory=lambda: {a: Painter(faithful) for a in (BASELINE, "mima")}
+        default_factory=lambda: {a: Painter(faithful) for a in (BASELINE, IMMUNIZED)}
     )
     diverged: dict[tuple[str, int], Any] = field(default_factory=dict)
     scenario: str = "fake"
-    immunizer: str = "mima"
+    model_names: tuple[str, ...] = (BASELINE, IMMUNIZED)
     attacks: tuple[str, ...] = ("lora",)
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = BUDGET
     store: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     logged: dict[int, dict[str, list[float]]] = field(default_factory=dict)
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((BASELINE, self.immunizer)))
 
     def cases(self, seed: int) -> tuple[ConceptCase, ...]:
         return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)

@@ -142,8 +142,8 @@ def attacked(
                     "y": f"{label}, {role} task",
                     "log": "y",
                 }
-                curve["none"] = [floor + math.exp(-pace * s) for s in STEPS]
-                curve[immunizer] = [floor + math.exp(-pace * s / slow) for s in STEPS]
+                curve["baseline"] = [floor + math.exp(-pace * s) for s in STEPS]
+                curve["immunized"] = [floor + math.exp(-pace * s / slow) for s in STEPS]
                 curves[f"{quantity}_{role}_{attack}"] = curve
     epochs = list(range(0, 101, 5))
     for name, label, last in (
@@ -161,7 +161,7 @@ def attacked(
         values = [start * (last / start) ** (1 - math.exp(-e / 25)) for e in epochs]
         curves[name] = {
             "step": epochs,
-            immunizer: values,
+            "immunized": values,
             "x": "immunization step",
             "y": label,
             "log": "y",
@@ -177,7 +177,7 @@ def attacked(
                 "index": i,
                 "value": math.exp(-i * rate),
             }
-            for model_name, rates in (("none", (0.09, 0.09)), (immunizer, (0.12, 0.02)))
+            for model_name, rates in (("baseline", (0.09, 0.09)), ("immunized", (0.12, 0.02)))
             for role, rate in zip(("harmful", "benign"), rates, strict=True)
             for i in range(1, 62)
         ],
@@ -190,12 +190,12 @@ def attacked(
                 "index": i,
                 "degrees": 4.0 * i * k,
             }
-            for model_name, k in (("none", 1.0), (immunizer, 1.2))
+            for model_name, k in (("baseline", 1.0), ("immunized", 1.2))
             for i in range(1, 18)
         ],
         "pencil": [
             {
-                "model": "none",
+                "model": "baseline",
                 "case": "house",
                 "seed": 0,
                 "task": "SalePrice",

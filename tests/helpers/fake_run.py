@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lab.core.data import Case, Role, Split, Task
 from lab.core.seeding import generator
-from lab.core.types import BASELINE, Budget, FeatureModel, Trajectory
+from lab.core.types import BASELINE, IMMUNIZED, Budget, FeatureModel, Trajectory
 
 EYE = torch.eye(4, dtype=torch.float64)
 BUDGET = Budget(20, 5, 20)
@@ -79,14 +79,10 @@ class FakeRun:
     logs: dict[str, list[float]] = field(default_factory=dict)
     diverged: dict[tuple[str, int], dict] = field(default_factory=dict)
     scenario: str = "fake"
-    immunizer: str = "kappa"
+    model_names: tuple[str, ...] = (BASELINE, IMMUNIZED)
     attacks: tuple[str, ...] = ("probe",)
     seeds: tuple[int, ...] = (0, 1, 2)
     budget: Budget = field(default_factory=lambda: Budget(20, 5, 20))
-
-    @property
-    def model_names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((BASELINE, self.immunizer)))
 
     def cases(self, seed: int) -> tuple[Case, ...]:
         return tuple(c for c in self.case_list if (c.name, seed) not in self.diverged)
@@ -128,7 +124,7 @@ def fake(theta: torch.Tensor = EYE, **kwargs) -> FakeRun:
         "cases",
         (case(random_data(0), random_data(1)), case(random_data(2), random_data(3), name="b")),
     )
-    return FakeRun(cases, {BASELINE: linear(EYE), "kappa": linear(theta)}, **kwargs)
+    return FakeRun(cases, {BASELINE: linear(EYE), IMMUNIZED: linear(theta)}, **kwargs)
 
 
 def classes() -> tuple:

@@ -28,7 +28,7 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     assert first["immunizer"] == "kappa"
     assert first["metrics"]["rir"]["n"] == 1
     assert first["provenance"]["cache_hits"] == 0
-    assert {c["model"] for c in first["cells"]} == {"none", "kappa", None}
+    assert {c["model"] for c in first["cells"]} == {"baseline", "immunized", None}
     assert "kappa" in next((tmp_path / "outputs").rglob("report.html")).read_text()
     code, out, _ = cli(*FAST)
     second = record_of(out, tmp_path)

@@ -71,7 +71,7 @@ def test_the_folder_holds_its_evidence_and_nothing_of_the_machine(exported, run_
 
 
 def test_the_baseline_can_be_exported_for_comparison(run_folder):
-    folder = export(options(run_folder, "export.model=none"))
+    folder = export(options(run_folder, "export.model=baseline"))
     assert "NOT immunized" in (folder / "README.md").read_text()
     assert json.loads((folder / "export.json").read_text())["immunized"] == {}
 

@@ -16,7 +16,7 @@ from fake_run import (
 from eval.features.conditioning import Conditioning
 from eval.features.geometry import Geometry
 from lab.core.condition import condition_number
-from lab.core.types import BASELINE
+from lab.core.types import BASELINE, IMMUNIZED
 
 
 def test_rir_by_hand_on_diagonal_data() -> None:
@@ -28,7 +28,8 @@ def test_rir_by_hand_on_diagonal_data() -> None:
         torch.tensor([2.0, 1.0])
     ).double()  # benign → diag(2, 2), harmful → diag(2, 4)
     run = FakeRun(
-        (case(benign, harmful),), {BASELINE: linear(torch.eye(2).double()), "kappa": linear(theta)}
+        (case(benign, harmful),),
+        {BASELINE: linear(torch.eye(2).double()), IMMUNIZED: linear(theta)},
     )
     scores = Conditioning()(run)
     metrics = scores.metrics
@@ -110,7 +111,7 @@ def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
 def test_deep_models_use_groups_and_report_their_spread() -> None:
     cases = (case(random_data(0, rows=300), random_data(1, rows=300)),)
     deep = DeepModel([("head", Matrix(EYE))], 4)
-    run = FakeRun(cases, {BASELINE: deep, "kappa": deep})
+    run = FakeRun(cases, {BASELINE: deep, IMMUNIZED: deep})
     scores = Conditioning(groups=3, size=50)(run)
     assert scores.metrics["rir"].value == pytest.approx(1)
     assert "rir_bound" not in scores.metrics
@@ -127,13 +128,13 @@ def test_history_becomes_curves() -> None:
         "loss": [1.0, 0.5],
     }
     scores = Conditioning()(fake(logs=logs))
-    assert scores.curves["rir"]["kappa"] == pytest.approx([1, 4])
+    assert scores.curves["rir"]["immunized"] == pytest.approx([1, 4])
     assert scores.curves["rir"]["step"] == [0, 10]
 
 
 def test_baseline_alone_gives_only_absolute_figures() -> None:
     run = FakeRun(
-        (case(random_data(0), random_data(1)),), {BASELINE: linear(EYE)}, immunizer=BASELINE
+        (case(random_data(0), random_data(1)),), {BASELINE: linear(EYE)}, model_names=(BASELINE,)
     )
     metrics = Conditioning()(run).metrics
     assert set(metrics) == {"kappa_benign_baseline", "kappa_harmful_baseline", "rir_bound"}
@@ -147,7 +148,7 @@ def test_principal_angles_of_axes_by_hand() -> None:
     harmful = torch.tensor([[10.0, 10.0], [1.0, -1.0]]).double()
     models = {
         BASELINE: linear(torch.eye(2).double()),
-        "kappa": linear(torch.diag(torch.tensor([1.0, 0.1])).double()),
+        IMMUNIZED: linear(torch.diag(torch.tensor([1.0, 0.1])).double()),
     }
     scores = Geometry(dim=1)(FakeRun((case(benign, harmful),), models))
     assert scores.metrics["principal_angle_mean_baseline"].value == pytest.approx(45, abs=1e-6)
@@ -169,7 +170,7 @@ def test_a_deep_model_can_change_the_pencil() -> None:
         cases,
         {
             BASELINE: DeepModel([("h", Matrix(EYE))], 4),
-            "kappa": DeepModel([("h", Matrix(EYE[:, :2]))], 2),
+            IMMUNIZED: DeepModel([("h", Matrix(EYE[:, :2]))], 2),
         },
     )
     metrics = Geometry()(run).metrics

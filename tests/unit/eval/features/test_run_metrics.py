@@ -13,7 +13,7 @@ from eval.features.geometry import Geometry
 from eval.features.probe_accuracy import ProbeAccuracy
 from eval.features.verdict import Verdict
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, Scores
+from lab.core.types import BASELINE, IMMUNIZED, Scores
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -35,7 +35,7 @@ def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
             self.reads.append((model_name, attack, case.name, task.name, seed))
             return super().trajectory(model_name, attack, case, task, seed)
 
-    models = {BASELINE: linear(EYE), "kappa": linear(EYE)}
+    models = {BASELINE: linear(EYE), IMMUNIZED: linear(EYE)}
     for metric in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict()):
         run = Counting(classes(), models, rates(0.9, 0.8))
         run.loads, run.reads = [], []

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from eval.features.transfer import Transfer
 from lab.core.data import Case
 from lab.core.errors import UserError
-from lab.core.types import BASELINE, Budget
+from lab.core.types import BASELINE, IMMUNIZED, Budget
 
 BUDGET = Budget(20, 5, 20)
 STEPS = BUDGET.snapshots()
@@ -26,7 +26,7 @@ class Run:
     factor: float = 1.0  # sign and strength of the effect of RIR on the attacker's rate
     scales: list[float] = field(default_factory=lambda: list(SCALES))
     immunizer = "kappa"
-    model_names = (BASELINE, "kappa")
+    model_names = (BASELINE, IMMUNIZED)
     attacks = ("probe",)
     seeds = (0, 1, 2)
     scenario = "fake"

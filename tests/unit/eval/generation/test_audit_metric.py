@@ -43,7 +43,7 @@ def run(seeds=(0,), attacks=("lora", "full"), **by_name):
     def make(model_name, attack, name, seed):
         return by_name.get(name, (FAST, FAST))[attacks.index(attack)]
 
-    return FakeRun(make, immunizer=BASELINE, attacks=attacks, seeds=seeds)
+    return FakeRun(make, model_names=(BASELINE,), attacks=attacks, seeds=seeds)
 
 
 def audited(one, **options):
@@ -107,9 +107,9 @@ def test_the_target_that_falls_first_is_told_by_its_mean_over_seeds_not_by_its_l
             return shares(0, 10, 10, 10, 10) if seed == 0 else NEVER
         return FAST if name == "neon" else NEVER
 
-    found = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), immunizer=BASELINE)).metrics[
-        "audit_steps_worst"
-    ]
+    found = audited(
+        FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), model_names=(BASELINE,))
+    ).metrics["audit_steps_worst"]
     assert found.value == pytest.approx(AT)
 
 
@@ -165,7 +165,7 @@ class Knows(Detector):
 
 def test_auto_takes_the_scorers_where_they_know_the_concepts():
     scorers = FakeScorers(detector=Knows({n: RATES for n in ("mosaic", "neon", "sketch")}))
-    known = FakeRun(lambda *_: FAST, immunizer=BASELINE, seeds=(0,))
+    known = FakeRun(lambda *_: FAST, model_names=(BASELINE,), seeds=(0,))
     unknown = replace(known, case_list=(two_colours(),))
     for run_, options, detector in (
         (known, {}, "scorers"),

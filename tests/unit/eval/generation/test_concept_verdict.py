@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from eval.generation.concept_verdict import ConceptVerdict
 from lab.core.errors import UserError
-from lab.core.types import BASELINE
+from lab.core.types import BASELINE, IMMUNIZED
 
 UP = (0.6, 0.6, 0.8, 0.8, 1.0)  # cosines to the references
 BASELINE_RUN = shares(0, 2, 8, 10, 10, cosines=UP)
@@ -20,7 +20,7 @@ def world(target=HELD, other=BASELINE_RUN, paint=faithful, **kwargs) -> FakeRun:
             return BASELINE_RUN
         return other if name == "sketch" else target
 
-    return FakeRun(make, models={BASELINE: Painter(faithful), "mima": Painter(paint)}, **kwargs)
+    return FakeRun(make, models={BASELINE: Painter(faithful), IMMUNIZED: Painter(paint)}, **kwargs)
 
 
 def scores(run, scorers=None, **kwargs):
@@ -101,7 +101,9 @@ def each(baseline: dict, immunized: dict, **kwargs) -> FakeRun:
     def make(model_name, attack, name, seed):
         return (baseline if model_name == BASELINE else immunized).get(name, BASELINE_RUN)
 
-    return FakeRun(make, models={BASELINE: Painter(faithful), "mima": Painter(faithful)}, **kwargs)
+    return FakeRun(
+        make, models={BASELINE: Painter(faithful), IMMUNIZED: Painter(faithful)}, **kwargs
+    )
 
 
 def test_a_target_that_the_baseline_never_relearns_fails_the_verdict():

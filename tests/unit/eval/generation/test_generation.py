@@ -96,7 +96,7 @@ def test_every_model_name_counts_under_its_own_best_attacker():
         by_attack({"lora": best, "full": poor}, {"lora": poor, "full": best})
     )
     assert scores.metrics["msgr_clip"].value == pytest.approx(0.0)
-    assert scores.metrics["msgr_clip"].note == "best attackers: none lora, mima full"
+    assert scores.metrics["msgr_clip"].note == "strongest attacks: baseline lora, immunized full"
     rows = {row["attack"]: row["sgr"] for row in scores.tables["generation"] if row["step"] == 20}
     assert rows == pytest.approx({"lora": 0.25, "full": -1 / 3, "best of each model": 0.0})
 
@@ -166,8 +166,8 @@ def test_an_attack_that_diverged_on_the_immunized_model_only_protects_nothing():
         assert found[name].value == pytest.approx(0.0), name
     assert "3 of 12 attacks diverged" in found["sgr_clip_mosaic"].note
     curve = scores.curves["similarity_clip_mosaic"]
-    assert curve["mima"][1] == pytest.approx(0.0)
-    assert curve["mima"][2:] == [None, None, None]
+    assert curve["immunized"][1] == pytest.approx(0.0)
+    assert curve["immunized"][2:] == [None, None, None]
 
 
 def test_a_benign_attack_that_diverged_on_the_baseline_leaves_nothing_to_compare():
@@ -205,10 +205,10 @@ def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
     scores = Generation(scorers=FakeScorers(), similarities=["clip"])(world(HELD))
     curve = scores.curves["similarity_clip_neon"]
     assert curve["step"] == [0.0, 10.0, 20.0, 40.0, 80.0]
-    assert curve["none"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
-    assert {"none:low", "none:high", "mima:low", "mima:high"} <= set(curve)
+    assert curve["baseline"] == pytest.approx([0.0, 0.6, 0.8, 1.0, 1.0])
+    assert {"baseline:low", "baseline:high", "immunized:low", "immunized:high"} <= set(curve)
     assert (
-        scores.curves["msgr_clip"]["mima"][0] is None
+        scores.curves["msgr_clip"]["immunized"][0] is None
     )  # similarity 0 before the attack: no SGR there
     table = scores.tables["generation"]
     assert len(table) == 3 * 1 * 3
@@ -222,7 +222,9 @@ def test_grids_show_references_and_both_model_names():
     ]
     assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
     assert torch.equal(grid.images[0, 2], colours(RED)[0])
-    assert torch.equal(grid.images[grid.rows.index("mima, step 20"), 0], colours(tilted(0.6))[0])
+    assert torch.equal(
+        grid.images[grid.rows.index("immunized, step 20"), 0], colours(tilted(0.6))[0]
+    )
 
 
 def test_wrong_similarities_are_refused():
@@ -240,4 +242,4 @@ def test_what_was_logged_becomes_curves_over_seeds_without_holes():
     assert list(curves) == ["immunize_outer_loss"]
     assert curves["immunize_outer_loss"]["step"] == [0, 1, 2]
     # 4 at the step that the second one left out
-    assert curves["immunize_outer_loss"]["mima"] == pytest.approx([2.0, 3.0, 4.0])
+    assert curves["immunize_outer_loss"]["immunized"] == pytest.approx([2.0, 3.0, 4.0])

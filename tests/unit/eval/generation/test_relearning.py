@@ -239,7 +239,7 @@ def test_a_baseline_that_barely_relearns_leaves_no_interval_within_one_seed():
 
 
 def test_the_baseline_alone_sets_the_horizon():
-    run = world(shares(*BASELINE_SHARES), immunizer=BASELINE)
+    run = world(shares(*BASELINE_SHARES), model_names=(BASELINE,))
     scores = Relearning(scorers=FakeScorers())(run)
     assert scores.metrics["baseline_horizon"].value == pytest.approx(HORIZON)
     assert "asr" not in scores.metrics
@@ -252,8 +252,8 @@ def test_curves_and_table():
     )
     curve = scores.curves["asr_mosaic"]
     assert curve["step"] == [float(s) for s in BUDGET.snapshots()]
-    assert curve["none"] == pytest.approx([0, 0.2, 0.8, 1, 1])
-    assert curve["mima"] == pytest.approx([0, 0, 0.2, 0.6, 1])
+    assert curve["baseline"] == pytest.approx([0, 0.2, 0.8, 1, 1])
+    assert curve["immunized"] == pytest.approx([0, 0, 0.2, 0.6, 1])
     row = scores.tables["relearning"][0]
     assert row["steps_baseline"] == pytest.approx(HORIZON)
     assert (row["steps_immunized"], row["censored_immunized"]) == (40.0, False)

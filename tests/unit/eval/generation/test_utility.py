@@ -20,11 +20,11 @@ from eval.generation.utility import BLOCK, Utility
 from eval.generation.utility import Painter as RunPainter
 from lab.core.data import CaptionedImages, Sampling
 from lab.core.errors import UserError
-from lab.core.types import BASELINE
+from lab.core.types import BASELINE, IMMUNIZED
 
 
 def world(paint, **kwargs) -> FakeRun:
-    return FakeRun(models={BASELINE: Painter(faithful), "mima": Painter(paint)}, **kwargs)
+    return FakeRun(models={BASELINE: Painter(faithful), IMMUNIZED: Painter(paint)}, **kwargs)
 
 
 def metrics(run, scorers=None, **kwargs):
@@ -80,7 +80,7 @@ def test_the_drop_is_paired_on_latents():
     def half(prompt, number):
         return (0, 200, 0) if number % 2 else (200, 0, 0)
 
-    models = {model_name: Painter(half) for model_name in (BASELINE, "mima")}
+    models = {model_name: Painter(half) for model_name in (BASELINE, IMMUNIZED)}
     found = metrics(FakeRun(models=models, case_list=(many,), seeds=(0,)), count=40)
     assert found["utility_detection"].high - found["utility_detection"].low > 0.2
     drop = found["utility_detection_drop"]
@@ -99,7 +99,7 @@ def test_further_settings_are_suffixes():
     )
     assert all(found[n].value == pytest.approx(2 / 8) for n in names)
     assert "utility_clip_drift_guidance_4" not in found  # the scenario's own scale
-    used = run.models["mima"].calls
+    used = run.models["immunized"].calls
     assert [s.guidance for s in used] == [4.0, 1.0, 7.5, 4.0, 4.0]
 
 
@@ -136,7 +136,7 @@ def test_a_real_model_paints_for_both_model_names_from_the_same_latents():
     same, other = tiny_diffusion(0), tiny_diffusion(1)
     for models, drift in (((same, same), False), ((same, other), True)):
         run = FakeRun(
-            models=dict(zip((BASELINE, "mima"), models, strict=True)),
+            models=dict(zip((BASELINE, IMMUNIZED), models, strict=True)),
             case_list=(tiny_case(),),
             seeds=(0,),
         )
@@ -165,17 +165,17 @@ def painted(run, count, model_name=BASELINE, prompts=("a", "bb"), guidance=4.0):
 
 
 def test_a_smaller_count_is_the_beginning_of_a_larger_one():
-    run = FakeRun(models={BASELINE: numbered(), "mima": numbered()})
+    run = FakeRun(models={BASELINE: numbered(), IMMUNIZED: numbered()})
     few, many = painted(run, BLOCK), painted(run, BLOCK + 8)
     assert torch.equal(many[:BLOCK], few)
     assert many[:, 0, 0, 0].tolist() == [*range(BLOCK), *range(100, 108)]
-    assert torch.equal(painted(run, 4), painted(run, 4, model_name="mima"))  # the same latents
+    assert torch.equal(painted(run, 4), painted(run, 4, model_name="immunized"))  # the same latents
     assert len(run.models[BASELINE].calls) == 3  # the first block of many was there
 
 
 def test_equal_weights_paint_once_in_all_runs_and_other_settings_paint_anew():
     model, store = numbered(), {}
-    models = {BASELINE: model, "mima": numbered()}
+    models = {BASELINE: model, IMMUNIZED: numbered()}
     first, second = (FakeRun(models=models, store=store) for _ in range(2))
     painted(first, 4)
     painted(second, 4)

@@ -36,7 +36,7 @@ def hostile() -> dict:
     one["tables"]["verdict"][0]["note"] = HOSTILE
     one["cells"][0] |= {"model": HOSTILE, "case": HOSTILE, "status": "failed"}
     curve = one["curves"].pop("norm_ratio_harmful_linear_probe")
-    one["curves"][HOSTILE] = curve | {"x": HOSTILE, "y": HOSTILE, HOSTILE: curve["none"]}
+    one["curves"][HOSTILE] = curve | {"x": HOSTILE, "y": HOSTILE, HOSTILE: curve["baseline"]}
     return sealed(one)
 
 

@@ -95,9 +95,9 @@ def test_a_quotient_of_means_over_concepts():
 
 def test_a_band_ends_where_the_shortest_attack_ends():
     long, short = (Unit(s, np.ones((4, n)) * np.arange(n), columns) for s, n in ((0, 3), (1, 2)))
-    curve = band({"none": [long, short], "mima": [long]}, [0, 10, 20], "x", "y")
-    assert curve["none"] == [0.0, 1.0, None]
-    assert curve["none:low"] == [0.0, 1.0, None]
+    curve = band({"baseline": [long, short], "mima": [long]}, [0, 10, 20], "x", "y")
+    assert curve["baseline"] == [0.0, 1.0, None]
+    assert curve["baseline:low"] == [0.0, 1.0, None]
     assert curve["mima:high"] == [0.0, 1.0, 2.0]
 
 
@@ -105,11 +105,11 @@ def test_a_band_stays_within_what_the_quantity_can_take():
     """Student's t over three seeds reaches beyond a share: 0.8, 0.9 and 1.0 give 0.9 ± 0.25."""
     units = [Unit(s, np.full((4, 1), v), columns) for s, v in enumerate((0.8, 0.9, 1.0))]
     free, bound = (
-        band({"none": units}, [0], "x", "y", bounds=b) for b in ((-np.inf, np.inf), (0, 1))
+        band({"baseline": units}, [0], "x", "y", bounds=b) for b in ((-np.inf, np.inf), (0, 1))
     )
-    assert free["none:high"] == pytest.approx([0.9 + 4.302653 * 0.1 / 3**0.5])
-    assert bound["none:high"] == [1.0]
-    assert bound["none:low"] == free["none:low"]
+    assert free["baseline:high"] == pytest.approx([0.9 + 4.302653 * 0.1 / 3**0.5])
+    assert bound["baseline:high"] == [1.0]
+    assert bound["baseline:low"] == free["none:low"]
 
 
 def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():

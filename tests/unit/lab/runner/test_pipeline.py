@@ -47,7 +47,7 @@ def immunized_by(pipeline, call):
     """The same pipeline with ``call`` as its immunizer."""
 
     class Own(Immunizer):
-        name, accepts = pipeline.immunizer, frozenset({"linear", "diffusion"})
+        name, accepts = pipeline.parts.immunizer.obj.name, frozenset({"linear", "diffusion"})
 
         def __call__(self, model, case, **options):
             return call(model, case, **options)
@@ -115,7 +115,7 @@ def test_immunizers_do_not_see_how_images_are_generated(pipeline):
     fixed = ["experiment=relearn", "erase=none", "eval=[utility]"]
     found = immunized_by(pipeline(*fixed, scenario=TinyConcepts(steps=3)), immunize)
     with pytest.raises(UserError, match="left every weight"):
-        cell_of(found, found.immunizer).compute(None)
+        cell_of(found, "immunized").compute(None)
     assert seen == [replace(found.data(0).cases[0], sampling=Sampling())]
 
 
@@ -162,8 +162,8 @@ def test_another_torch_or_a_gpu_computes_anew(pipeline, monkeypatch, part, name)
 def test_the_baseline_model_name_is_shared_between_immunizers(pipeline):
     one, other = pipeline(), pipeline("immunize.lr=0.05")
     model_names = [{c.model: c.key for c in p.immunize_cells()} for p in (one, other)]
-    assert model_names[0]["none"] == model_names[1]["none"]
-    assert model_names[0]["kappa"] != model_names[1]["kappa"]
+    assert model_names[0]["baseline"] == model_names[1]["baseline"]
+    assert model_names[0]["immunized"] != model_names[1]["immunized"]
 
 
 def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
@@ -171,7 +171,7 @@ def test_a_diverged_case_is_left_out_of_attacks_and_views(pipeline):
         raise Diverged("too far", 3)
 
     found = immunized_by(pipeline(), diverge)
-    artifact, _ = found.compute(cell_of(found, "kappa"))
+    artifact, _ = found.compute(cell_of(found, "immunized"))
     assert artifact.values["error"] == {"message": "too far", "last_good_step": 3}
     found.diverged["tiny", 0] = artifact.values["error"]
     assert [c.name for c in found.cases(0)] == ["second"]
@@ -222,4 +222,4 @@ def test_an_immunizer_that_changes_the_model_that_it_was_given_is_refused(pipeli
 
     found = immunized_by(pipeline(), leaky)
     with pytest.raises(UserError, match="immunize=kappa: changed the model that it was given"):
-        cell_of(found, "kappa").compute(None)
+        cell_of(found, "immunized").compute(None)
