@@ -155,7 +155,7 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
     folder = export(options(run_folder, *words))
     cfg = options(run_folder, *words)
     cell = choose(records.read(run_folder[1]), "attack", cfg.export)
-    assert (cell["attack"], cell["task"], cell["model"]) == ("lora", "mosaic", "mima")
+    assert (cell["attack"], cell["task"], cell["model"]) == ("lora", "mosaic", "immunized")
     cached = StageCache(cfg.paths.cache).read("attack", cell["key"]).tensors
     (file,) = folder.iterdir()
     for name, tensor in load_file(file).items():
@@ -173,7 +173,7 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
     [
         (["path=."], r"path=\.: exists and is not empty"),
         (["export.case=nothing"], r"export\.case=nothing"),
-        (["export.model=imma"], r"export\.model=imma: did you mean mima"),
+        (["export.model=imunized"], r"export\.model=imunized: did you mean immunized"),
         (["export.attack=lora"], r"choose a .*export\.task=mosaic.*export\.task=neon"),
         (["export.attack=lorra", "export.task=neon"], r"export\.attack=lorra: did you mean lora"),
         (["export.attack=lora", "push_to=me/adapter"], "not for attacks"),
