@@ -5,7 +5,7 @@ import unicodedata
 
 
 def slug(name: str) -> str:
-    """``name`` as a part of a metric name: lower case a-z without accents, digits, underscores;
+    """Return ``name`` as a part of a metric name: lower case a-z without accents, digits, underscores;
     what W&B takes.
     """
     plain = "".join(

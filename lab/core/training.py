@@ -122,7 +122,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's tensors, by number of the parameter and name; none for a parameter that was
+    """Return the optimizer's tensors, by number of the parameter and name; none for a parameter that was
     never updated.
     """
     states = enumerate(optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
@@ -136,22 +136,21 @@ def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `slots`, for an optimizer of the same parameters."""
+    """Undo `slots`, for an optimizer of the same parameters."""
     parameters = _parameters(optimizer)
     for key, value in tensors.items():
         index, name = key.split(".", 1)
         parameter = parameters[int(index)]
         # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside
         # the parameter
-        beside = value.dim() > 0 or any(
+        on_device = value.dim() > 0 or any(
             (group.get("fused") or group.get("capturable"))
             and any(p is parameter for p in group["params"])
             for group in optimizer.param_groups
         )
-        copy = value.to(parameter.device if beside else value.device, copy=True)
-        if (
-            value.shape == parameter.shape
-        ):  # fused kernels walk memory: channels last, as parameters
+        copy = value.to(parameter.device if on_device else value.device, copy=True)
+        if value.shape == parameter.shape:
+            # fused kernels walk memory: channels last, as parameters
             copy = torch.empty_like(parameter, dtype=value.dtype).copy_(copy)
         optimizer.state[parameter][name] = copy
 
@@ -159,7 +158,7 @@ def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor
 def state_tensors(
     parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
-    """``parameters``, which are the optimizer's, and its `slots`."""
+    """Return ``parameters``, which are the optimizer's, and its `slots`."""
     state = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
     return state | {f"optimizer.{key}": value for key, value in slots(optimizer).items()}
 
@@ -168,7 +167,7 @@ def state_tensors(
 def restore_state(
     parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """The inverse of `state_tensors`, in place."""
+    """Undo `state_tensors`, in place."""
     for i, parameter in enumerate(parameters):
         parameter.copy_(tensors[f"parameter.{i}"])
     restore_slots(

@@ -89,7 +89,7 @@ def rest(names: Sequence[str]) -> Subset:
 
 @options
 class Roles:
-    """Which concepts play which role in one case."""
+    """The concepts of one case by role."""
 
     targets: _SomeNames
     others: _SomeNames
@@ -112,7 +112,7 @@ class Studio:
         self._known: dict[tuple[object, ...], CaptionedImages] = {}
 
     def render(self, shown: Sequence[Picture], caption: Caption) -> CaptionedImages:
-        """Draw ``shown``."""
+        """Draw the images ``shown`` with captions."""
         pixels = torch.from_numpy(np.stack([world.render(p) for p in shown]))
         images = resize(pixels.permute(0, 3, 1, 2).contiguous(), self.side)
         painted = all(p.style != PHOTO for p in shown)
