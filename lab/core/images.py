@@ -104,12 +104,8 @@ def expand_path(key: str, value: object) -> Path:
     Raises:
         UserError: a user that this machine does not have.
     """
-    try:
+    with as_user_error(key, value, "names a home folder that this machine does not have."):
         return Path(str(value)).expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            key, value, "starts with ~ and a name, and this machine has no such user."
-        ) from error
 
 
 GAP = 2  # pixels between cells

@@ -89,13 +89,16 @@ def computing() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Return the peak resident memory of this process in MiB (a sweep in one process shares its peak)."""
+    """Return the peak resident memory of this process in MiB; a sweep in one process shares it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def provenance(started: float, wall: float) -> dict[str, Any]:
-    """Return facts about machine, versions and checkout; ``started`` is a POSIX time, ``wall`` seconds."""
+    """Return facts about machine, versions and checkout.
+
+    ``started`` is a POSIX time, ``wall`` seconds.
+    """
     sha, dirty = _checkout()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

@@ -15,7 +15,7 @@ def derive(seed: int, *labels: object) -> int:
 
 
 def generator(seed: int, *labels: object) -> torch.Generator:
-    """Return a CPU generator for the stream ``labels`` of ``seed`` (seed 0 is a seed like any other)."""
+    """Return a CPU generator for the stream ``labels`` of ``seed``; 0 is a seed like any other."""
     return torch.Generator().manual_seed(derive(seed, *labels))
 
 

@@ -122,8 +122,9 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors, by number of the parameter and name; none for a parameter that was
-    never updated.
+    """Return the optimizer's tensors, by number of the parameter and name.
+
+    There are none for a parameter that was never updated.
     """
     states = enumerate(optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
     return {

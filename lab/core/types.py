@@ -56,7 +56,7 @@ class FeatureModel(nn.Module):
         return x
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Apply blocks ``start`` to ``stop`` to what block ``start`` takes (``inputs(x)`` for 0)."""
+        """Apply blocks ``start`` to ``stop``; the first takes ``inputs(x)``."""
         for block in list(self.blocks)[start:stop]:
             x = block(x)
         return x
