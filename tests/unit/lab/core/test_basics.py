@@ -116,48 +116,39 @@ def test_same_weights_and_digest_see_one_bit():
     assert digest(a.blocks[0].bias) != digest(b.blocks[0].bias)
 
 
-def fresh(module):
-    """Its hash as another process would find it."""
-    sources.source_hash.cache_clear()
-    sources._imports.cache_clear()
-    return sources.source_hash(module)
+def write_modules(folder, **modules):
+    folder.mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
 
 
-def test_source_hash_follows_imports(tmp_path, monkeypatch):
+def changes(module, path):
+    """Whether the hash of ``module`` follows a change of the file ``path``."""
+    hashes = set()
+    for content in ("X = 1\n", "X = 2\n"):
+        path.write_text(content)
+        sources.source_hash.cache_clear()
+        sources._imports.cache_clear()
+        hashes.add(sources.source_hash(module))
+    return len(hashes) == 2
+
+
+def test_source_hash_follows_imports_of_the_project(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    package = tmp_path / "lab"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("from lab import b\nimport json\n")
-    (package / "b.py").write_text("X = 1\n")
-    (package / "c.py").write_text("X = 1\n")
-
-    before = fresh("lab.a")
-    (package / "c.py").write_text("X = 2\n")  # not imported
-    assert fresh("lab.a") == before
-    (package / "b.py").write_text("X = 2\n")
-    assert fresh("lab.a") != before
+    lab = tmp_path / "lab"
+    write_modules(lab, __init__="", a="from lab import b\nimport json\n", b="", c="")
+    assert changes("lab.a", lab / "b.py")
+    assert not changes("lab.a", lab / "c.py")
     sources.source_hash.cache_clear()
     sources._imports.cache_clear()
 
 
-def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_path, monkeypatch):
+def test_source_hash_of_an_own_module_follows_its_helpers(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_attack_x.py").write_text(
-        "import json\nfrom own_helper_x import X\nfrom lab.core import slugs\n"
-    )
-    (tmp_path / "own_helper_x.py").write_text("X = 1\n")
     package = tmp_path / "own_package_x"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "attack.py").write_text("from .part import X\nfrom . import more\n")
-    (package / "part.py").write_text("X = 1\n")
-    (package / "more.py").write_text("X = 1\n")
-
-    for module, part in (
-        ("own_attack_x", tmp_path / "own_helper_x.py"),
-        ("own_package_x.attack", package / "more.py"),
-    ):
-        before = fresh(module)
-        part.write_text("X = 2\n")
-        assert fresh(module) != before
+    write_modules(
+        tmp_path, own_attack_x="import json\nfrom own_helper_x import X\n", own_helper_x=""
+    )
+    write_modules(package, __init__="", attack="from .part import X\nfrom . import more\n", part="")
+    assert changes("own_attack_x", tmp_path / "own_helper_x.py")
+    assert changes("own_package_x.attack", package / "more.py")

@@ -56,10 +56,6 @@ def test_release_definition_is_the_formula():
     values = np.linalg.eigvalsh((x.T @ x + 1e-6 * torch.eye(6, dtype=torch.float64)).numpy())
     kept = values[values > 1e-6]
     assert condition_number(x, "release") == pytest.approx(kept.max() / kept.min(), rel=1e-10)
-    deficient = torch.cat([x, x[:, :1]], dim=1)
-    # the zero eigenvalue becomes 1e-6 ± rounding: either dropped, or counted as 1e-6
-    release = condition_number(deficient, "release")
-    assert release > 1e6 or release == pytest.approx(condition_number(deficient), rel=1e-5)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 2), torch.full((3, 2), float("nan"))])
