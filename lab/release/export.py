@@ -27,9 +27,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 from attacks.diffusion.export import export as write_attack_weights
 from eval.report.labels import flatten
@@ -56,7 +54,9 @@ from lab.release.verify import (
     RECORD,
     SUMS,
     WEIGHTS,
+    changed_tensors,
     check,
+    save_delta,
     write_sums,
 )
 from lab.runner.assemble import assemble
@@ -284,14 +284,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of ``after`` that differ from those of ``before``."""
-    old = before.state_dict()
-    return {
-        k: v for k, v in after.state_dict().items() if not torch.equal(v.to(old[k].device), old[k])
-    }
-
-
 def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
     published, released = release.published, release.released
     changed = changed_tensors(published, released)
@@ -463,40 +455,6 @@ def find_attackers(kind: str) -> list[str]:
         name: get_class(node._target_) for name, node in nodes.items()
     }
     return [name for name, attacker in classes.items() if kind in attacker.accepts]
-
-
-# ---- delta
-
-
-def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
-    """Write the U-Net tensors in which ``immunized`` differs from ``base``, in full, as
-    safetensors; its metadata hold the `state_hash` of the base's U-Net.
-    """
-    tensors = changed_tensors(base.unet, immunized.unet)
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one key: safetensors writes several in another order every time
-    metadata = {"base": state_hash(base.unet.state_dict())}
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
-    return path
-
-
-def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
-    """Return a copy of ``model`` with the tensors of ``file``, bit for bit; ``model`` is the base
-    that the file was made from.
-
-    Raises:
-        UserError: no delta, or of another base.
-    """
-    with safe_open(file, "pt") as handle:
-        base = (handle.metadata() or {}).get("base")
-    tensors = load_file(file)
-    state = model.unet.state_dict()
-    if state_hash(state) != base:
-        raise UserError("delta", file, f"belongs to the base with SHA-256 {base}; load that base.")
-    result = model.copy()
-    result.unet.load_state_dict({**state, **tensors})
-    return result
 
 
 # ---- hub

@@ -1,4 +1,4 @@
-"""The layout of an exported folder, and its check (``action=verify``), from bytes to weights."""
+"""The layout of an exported folder, sums and delta included, and its check (``action=verify``)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import timm
 import torch
 from omegaconf import DictConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from eval.report.outcomes import outcome
 from lab.core import record as records
@@ -72,6 +72,48 @@ def find_differences(folder: Path) -> list[str]:
         elif file_hash(path) != listed[name]:
             lines.append(f"{name} was altered: its SHA-256 is not that of {SUMS}")
     return lines
+
+
+# ---- delta
+
+
+def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``after`` that differ from those of ``before``."""
+    old = before.state_dict()
+    return {
+        k: v for k, v in after.state_dict().items() if not torch.equal(v.to(old[k].device), old[k])
+    }
+
+
+def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
+    """Write the U-Net tensors in which ``immunized`` differs from ``base``, in full, as
+    safetensors; its metadata hold the `state_hash` of the base's U-Net.
+    """
+    tensors = changed_tensors(base.unet, immunized.unet)
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one key: safetensors writes several in another order every time
+    metadata = {"base": state_hash(base.unet.state_dict())}
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    return path
+
+
+def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
+    """Return a copy of ``model`` with the tensors of ``file``, bit for bit; ``model`` is the base
+    that the file was made from.
+
+    Raises:
+        UserError: no delta, or of another base.
+    """
+    with safe_open(file, "pt") as handle:
+        base = (handle.metadata() or {}).get("base")
+    tensors = load_file(file)
+    state = model.unet.state_dict()
+    if state_hash(state) != base:
+        raise UserError("delta", file, f"belongs to the base with SHA-256 {base}; load that base.")
+    result = model.copy()
+    result.unet.load_state_dict({**state, **tensors})
+    return result
 
 
 # ---- the check
@@ -206,31 +248,26 @@ def check_delta(
 
     Where nobody names ``base``, the record's own path may lead to another model, or to none.
     """
-    delta = load_file(folder / DELTA)
-    for name, tensor in delta.items():
-        if not torch.equal(tensor, tensors[name]):
-            raise ValueError(f"{DELTA} holds another {name} than unet")
     config = record["config"]["backbone"]
     options = {key: config.get(key) for key in ("revision", "variant", "resolution")}
     path = base or config["path"]
     dtype = next(iter(tensors.values())).dtype
     try:
         original = DiffusionBackbone(path=path, device="cpu", **options).build(None, 0).to(dtype)
-        if state_hash(original.unet.state_dict()) != facts["base_unet"]:
-            raise UserError("export.base", path, "has other weights than the original.")
+        patched = load_delta(original, folder / DELTA)
     except UserError as error:
         if base is None:
             return f"not checked; name the original: export.base=DIR ({error})"
         raise
     if dtype == torch.float16:
         original.vae.float()  # as `lab.models.diffusion_backbone` does
-    original.unet.load_state_dict({**original.unet.state_dict(), **delta})
-    if state_hash(original.unet.state_dict()) != facts["unet"]:
+    hashes = [state_hash(m.unet.state_dict()) for m in (original, patched)]
+    if hashes != [facts["base_unet"], facts["unet"]]:
         raise ValueError(f"unet is not the original plus {DELTA}")
     original.float()
     for name, part in model.named_children():
-        if not same_weights(part, getattr(original, name)):
+        if name != "unet" and not same_weights(part, getattr(original, name)):
             raise ValueError(f"{name} differs from the original's")
     if model_settings(model) != model_settings(original):
         raise ValueError("tokenizers, scheduler or configs differ from the original's")
-    return f"original + {len(delta)} of {len(tensors)} tensors = unet, bit for bit"
+    return f"original + {DELTA} = unet, bit for bit; all else is the original's"

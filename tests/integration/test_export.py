@@ -25,7 +25,6 @@ from lab.models.vision import VisionBackbone
 from lab.release import export as exporting
 from lab.release.export import (
     Release,
-    changed_tensors,
     check_trusted,
     choose,
     export,
@@ -33,7 +32,7 @@ from lab.release.export import (
     rebuild,
     write,
 )
-from lab.release.verify import check, read_sums
+from lab.release.verify import changed_tensors, check, read_sums
 from lab.runner.experiment import run_once
 
 UNET = "unet/diffusion_pytorch_model.safetensors"

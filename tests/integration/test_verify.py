@@ -91,7 +91,7 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
         (UNET, lambda p: move(p, by=float("nan")), "weights", "nan or inf"),
         (UNET, lambda p: p.write_bytes(p.read_bytes()[:1000]), "layout", "cannot be loaded"),
         ("unet/config.json", lambda p: p.write_text("{}"), "layout", "unet"),
-        ("delta.safetensors", move, "delta", "delta.safetensors holds another"),
+        ("delta.safetensors", move, "delta", "unet is not the original plus delta"),
         ("vae/diffusion_pytorch_model.safetensors", move, "delta", "vae differs"),
         ("tokenizer/tokenizer.json", swap_words, "delta", "tokenizers, scheduler or configs"),
         (
@@ -160,7 +160,7 @@ def test_without_the_original_the_delta_is_not_checked_and_base_names_it(copied,
         verify(composed("action=verify", f"path={copied}"))
         assert "as far as it could be checked here" in capsys.readouterr().out
         assert "bit for bit" in check(copied, base=str(moved))[-1]
-        with pytest.raises(UserError, match="has other weights"):
+        with pytest.raises(UserError, match="belongs to the base"):
             check(copied, base=str(tiny_folder(tmp_path / "other", seed=1)))
     finally:
         shutil.move(moved, base)
