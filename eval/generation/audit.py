@@ -48,7 +48,7 @@ from lab.core.cache import stage_key
 from lab.core.config import AsList, PositiveShare, Text, config
 from lab.core.data import Concept, ConceptCase, Kind
 from lab.core.errors import UserError
-from lab.core.fingerprint import fingerprint
+from lab.core.hashing import fingerprint
 from lab.core.slugs import slug
 from lab.core.sources import source_hash
 from lab.core.types import RunMetric, RunView, Score, Scores, Trajectory

@@ -29,7 +29,7 @@ from eval.stats.intervals import Floats, Unit, joined
 from lab.core.cache import stage_key
 from lab.core.data import Concept, ConceptCase, Role
 from lab.core.errors import UserError
-from lab.core.fingerprint import fingerprint
+from lab.core.hashing import fingerprint
 from lab.core.sources import source_hash
 from lab.core.types import BASELINE, Budget, RunView, Trajectory
 from lab.models.activations import digest

@@ -33,7 +33,7 @@ from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
 from lab.core.errors import UserError
-from lab.core.fingerprint import model_settings
+from lab.core.hashing import model_settings
 from lab.core.prompts import text
 from lab.core.sources import source_hash
 from lab.core.types import RunMetric, RunView, Score, Scores

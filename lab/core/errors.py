@@ -119,7 +119,7 @@ _MEMORY = (
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message of an error that a user can mend, None for a defect of the program."""
+    """Return the message of an error that a user can fix, None for a defect of the program."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return str(error)
@@ -148,7 +148,7 @@ _SHOWN = 60
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A sentence that names the closest valid choices to ``name``."""
+    """Return a sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
     if close:

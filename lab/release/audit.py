@@ -24,7 +24,7 @@ from eval.generation.scoring import encode
 from lab.core import record as records
 from lab.core.errors import UserError, UserErrors, as_user_error, nearest
 from lab.core.hashing import state_hash, write_atomically
-from lab.core.image_files import expand_path
+from lab.core.images import expand_path
 from lab.core.record import Record
 from lab.core.sources import ROOT
 from lab.models.diffusion_backbone import MINISD, PARTS
@@ -186,7 +186,7 @@ def find_other_targets(cfg: DictConfig, parts: Parts) -> list[str]:
 def summarize(
     record: Record, unet: str, command: str, warnings: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return the verdict of a record as ``verdict.json`` has it (docs/guides/audit_a_checkpoint.md).
+    """Return the verdict of a record as ``verdict.json`` has it: docs/guides/audit_a_checkpoint.md.
 
     Args:
         unet: SHA-256 of what was attacked, as in ``export.json``.

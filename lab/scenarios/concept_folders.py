@@ -33,7 +33,7 @@ from lab.core.data import (
     ScenarioData,
 )
 from lab.core.errors import UserError, UserErrors, as_user_error
-from lab.core.image_files import expand_path
+from lab.core.images import expand_path
 from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.core.errors import UserError, as_user_error, nearest
-from lab.core.image_files import SUFFIXES, expand_path, read_image, stack
+from lab.core.images import SUFFIXES, expand_path, read_image, stack
 
 METADATA = "metadata.csv"
 _SUFFIXES = SUFFIXES | {".gif", ".tif", ".tiff"}
