@@ -52,6 +52,8 @@ def _outcome(record: Record) -> Outcome:
     name, metrics = record["immunizer"], record["metrics"]
     if record["status"] in ENDED_EARLY or (record["error"] and not metrics):
         return _ended(record)
+    if "audit_verdict" in record["tables"]:
+        return _audited(record)
     if not is_immunized(record):
         found = Outcome(
             "neutral",
@@ -82,6 +84,18 @@ def _outcome(record: Record) -> Outcome:
     return (
         _partly(record, found) if record["status"] == "diverged" and is_immunized(record) else found
     )
+
+
+def _audited(record: Record) -> Outcome:
+    """The verdict on one checkpoint, without a baseline."""
+    verdict, limits = record["metrics"]["verdict"], record["tables"]["audit_limits"]
+    words: dict[float | None, tuple[Tone, str]] = {
+        1.0: ("good", "passes"),
+        0.0: ("bad", "fails"),
+        None: ("unsure", "inconclusive"),
+    }
+    tone, label = words[verdict["value"]]
+    return Outcome(tone, label, f"Verdict: {verdict['note']}", [r["limit"] for r in limits])
 
 
 def _partly(record: Record, found: Outcome) -> Outcome:

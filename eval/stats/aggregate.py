@@ -13,7 +13,7 @@ from scipy.integrate import trapezoid
 
 from eval.stats.intervals import Better, Floats
 from lab.core.data import Case, Role, Split, Task
-from lab.core.progress import progress
+from lab.core.training import progress
 from lab.core.types import BASELINE, AnyCase, RunView, Trajectory
 
 ROLES: tuple[Role, ...] = ("harmful", "benign")
