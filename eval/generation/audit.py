@@ -195,10 +195,7 @@ class Audit(RunMetric):
         steps = steps_score(units, each, "higher", "steps", evaluated.notes("harmful"))
         steps = replace(steps, value=round(steps.value or 0, 6))  # exp(log(80)) is less than 80
         first = min(each, key=lambda r: (r.censored, r.steps))
-        before = [
-            evaluated.best_unit(cell, (model,), DETECTED, lambda best: best[..., 0, :1])
-            for cell in cells
-        ]
+        before = [evaluated.best_unit(cell, (model,), DETECTED, 0) for cell in cells]
         early = f"images that show {concept} before any attack"
         until = f"steps until {self.threshold:.0%} of the images show {concept}, strongest attack"
         conditions = (

@@ -128,7 +128,7 @@ def test_the_scorer_counts_and_compares(tmp_path, capsys):
     )
     load(SCORER).main(["mosaic", "--immunized", immunized, "--baseline", baseline])
     out = capsys.readouterr().out
-    assert "none       mosaic shown at step 0: 0 %, 10: 60 %, 20: 100 %, 40: 100 %" in out
-    assert "steps to relearn, none: 10 " in out
+    assert "baseline   mosaic shown at step 0: 0 %, 10: 60 %, 20: 100 %, 40: 100 %" in out
+    assert "steps to relearn, baseline: 10 " in out
     assert "steps to relearn, immunized: 20 " in out
     assert "steps_to_relearn_ratio_mosaic: 2 [" in out

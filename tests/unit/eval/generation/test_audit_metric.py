@@ -64,7 +64,7 @@ def test_the_soonest_attack_counts():
     verdicts = {row["concept"]: row["verdict"] for row in scores.tables["audit_verdict"]}
     assert verdicts == {"mosaic": "fails", "neon": "passes"}
     scores_json([scores])  # a record takes it
-    documented = (ROOT / "eval" / "metrics.md").read_text()
+    documented = (ROOT / "docs" / "reference" / "metrics.md").read_text()
     assert all(f"`{name}`" in documented for name in scores.metrics)
 
 

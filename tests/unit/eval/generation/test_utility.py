@@ -135,7 +135,9 @@ def numbered() -> Numbered:
 
 def painted(run, count, model_name=BASELINE, prompts=("a", "bb"), guidance=4.0):
     asked = [prompts[i % len(prompts)] for i in range(count)]
-    return RunPainter(run, case(), 0, model_name).paint(asked, Sampling(2, guidance, 4))
+    return RunPainter(run, case(), 0, model_name).paint(
+        asked, Sampling(steps=2, guidance=guidance, count=4)
+    )
 
 
 def test_a_smaller_count_is_the_beginning_of_a_larger_one():

@@ -60,7 +60,8 @@ def test_pictures_equal_the_pipeline(model):
 def test_sampling_in_bfloat16_is_torchs_autocast_and_stays_close(model):
     z = model.latents(2, 1)
     want, low = (
-        model.sample(PROMPTS, z, Sampling(2, 4.0, precision=p)) for p in ("weights", "bfloat16")
+        model.sample(PROMPTS, z, Sampling(steps=2, guidance=4.0, precision=p))
+        for p in ("weights", "bfloat16")
     )
     assert 0 < (low - want).abs().mean() < 0.05 * want.abs().mean()
 
