@@ -413,17 +413,14 @@ def steps_score(
     """
     censored = sum(r.censored for r in each)
     early = sum(not r.censored and r.steps <= 0 for r in each)
-    never = f"not relearned in {censored} of {len(each)} cases" if censored else None
-    note = joined(never, shown_before_note(early, len(each)), *notes)
+    cases = f"{len(each)} cases"
+    never = f"not relearned in {censored} of {cases}" if censored else None
+    shown = f"shown before the attack, counted as step 1, in {early} of {cases}" if early else None
+    note = joined(never, shown, *notes)
     bound: Bound | None = "lower" if censored else None
     return score_units(
         units, better, geometric=True, unit=unit, note=note, bounds=POSITIVE, bound=bound
     )
-
-
-def shown_before_note(count: int, cases: int) -> str | None:
-    shown = f"shown before the attack, counted as step 1, in {count} of {cases} cases"
-    return shown if count else None
 
 
 def model_steps_score(

@@ -67,12 +67,6 @@ def test_slowdown_that_follows_rir_has_rho_one_and_its_reverse_minus_one(factor,
     assert scores.tables["transfer"][0]["censored"] == 0
 
 
-def test_no_effect_has_no_correlation_and_says_why():
-    result = Transfer()(Run(0.0)).metrics["transfer_probe"]
-    assert result.value is None
-    assert "no rank correlation" in result.note
-
-
 def test_bad_input():
     with pytest.raises(UserError, match="at least 8 cases"):
         Transfer().check(Run(scales=SCALES[:7]).cases(0))

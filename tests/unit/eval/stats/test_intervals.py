@@ -106,23 +106,6 @@ def test_a_quotient_of_means_is_never_narrower_than_student_over_seeds():
     assert result.high == pytest.approx(value + half, abs=1e-6)
 
 
-def test_a_seed_without_a_value_of_its_own_still_counts_in_the_interval():
-    """The baseline shows nothing in seed 1: its quotient is undefined, that of the means is not."""
-    pairs = np.array([[0.5, 0.1], [0.0, 0.0], [0.5, 0.4]])
-    result = score_units(
-        [Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(pairs)],
-        "higher",
-        after=relative_gap,
-    )
-    assert result.value == pytest.approx(0.5)
-    assert result.high - result.low > 2 * 4.302653 * 0.1
-    alone = np.array([[0.5, 0.1], [0.0, 0.0], [0.0, 0.0]])
-    units = [Unit(s, np.tile(p, (4, 1)), columns) for s, p in enumerate(alone)]
-    result = score_units(units, "higher", after=relative_gap)
-    assert (result.low, result.high) == (None, None)
-    assert "no interval" in result.note
-
-
 def test_the_interval_of_the_worst_concept_covers_though_it_was_picked_after_looking():
     """Eight concepts that are all alike: the lowest of their means lies far below what it stands
     for.
