@@ -5,10 +5,11 @@ the worst attacker in every seed and case.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
+from statistics import mode
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Measurement:
 
     value: float
     bound: Bound | None = None
+    attack: str = ""
 
 
 Figure = Callable[[str, Case, int], Measurement | None]  # of attack, case and seed
@@ -263,59 +265,45 @@ def performance(
 
 @dataclass
 class WorstCase:
-    """The figure that counts in every cell, and what has to be said about it."""
+    """The measurement that counts in every cell, and what has to be said about it."""
 
-    groups: list[list[float]]  # [seed][case]
-    reason: str  # why a cell has no figure
-    note: str | None
-    limits: Counter[Bound]  # cells where the figure that counts is a limit
-    cells: int  # with a figure
+    groups: list[list[Measurement]]  # [seed][case]
+    reason: str  # why a cell has none
     missing: int  # cells without one
+    note: str | None
 
     def unmet(self, bound: Bound, target: str) -> str | None:
         """Return a note on the cells where a target was not met."""
-        count = self.limits[bound]
-        return f"the {target} was not met in {count} of {self.cells} cases" if count else None
+        bounds = [m.bound for m in chain(*self.groups)]
+        count = f"{bounds.count(bound)} of {len(bounds)} cases"
+        return f"the {target} was not met in {count}" if bound in bounds else None
 
     def score(self, better: Better, *notes: str | None, **kwargs: Any) -> Score:
         """Return the `Score`; ``notes`` come first."""
-        bound = next((b for b in self.limits if self.limits[b]), None)
+        values = [[m.value for m in group] for group in self.groups]
+        bound = next((m.bound for m in chain(*self.groups) if m.bound), None)
         note = joined(*notes, self.note)
-        return score_samples(self.groups, better, self.reason, note=note, bound=bound, **kwargs)
+        return score_samples(values, better, self.reason, note=note, bound=bound, **kwargs)
 
 
 def each_worst(
-    run: RunView,
-    attacks: Sequence[str],
-    role: Role,
-    value: Figure,
-    reason: str,
+    run: RunView, attacks: Sequence[str], role: Role, value: Figure, reason: str
 ) -> WorstCase:
     """Take in every cell the attack that counts there; say which one that was most often, and what
     is left out.
     """
-    winners: Counter[str] = Counter()
-    limits: Counter[Bound] = Counter()
 
-    def worst_of(seed: int, case: Case) -> float | None:
-        values = {attack: value(attack, case, seed) for attack in attacks}
-        known = {attack: v for attack, v in values.items() if v is not None}
-        if not known:
-            return None
-        winner = counted(role, list(known.values()))
-        winners[next(attack for attack, v in known.items() if v is winner)] += 1
-        if winner.bound:
-            limits[winner.bound] += 1
-        return winner.value
+    def worst_attack(seed: int, case: Case) -> Measurement | None:
+        each = ((attack, value(attack, case, seed)) for attack in attacks)
+        known = [replace(m, attack=attack) for attack, m in each if m is not None]
+        return counted(role, known) if known else None
 
-    groups = samples(run, worst_of)
-    cells, total = winners.total(), sum(1 for _ in walk(run))
-    named = None
-    if len(attacks) > 1 and winners:
-        named = f"worst attacker: {winners.most_common(1)[0][0]}"
-    dropped = f"{total - cells} of {total} left out: {reason}" if cells < total else None
-    note = joined(named, dropped, left_out(run))
-    return WorstCase(groups, reason, note, limits, cells, total - cells)
+    groups = samples(run, worst_attack)
+    winners, total = [m.attack for m in chain(*groups)], sum(1 for _ in walk(run))
+    missing = total - len(winners)
+    named = f"worst attacker: {mode(winners)}" if len(attacks) > 1 and winners else None
+    dropped = f"{missing} of {total} left out: {reason}" if missing else None
+    return WorstCase(groups, reason, missing, joined(named, dropped, left_out(run)))
 
 
 def slowdowns(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from scipy.integrate import trapezoid
@@ -18,6 +18,7 @@ from lab.core.types import BASELINE, AnyCase, RunView, Trajectory
 
 ROLES: tuple[Role, ...] = ("harmful", "benign")
 PROTECTED: dict[Role, Better] = {"harmful": "higher", "benign": "lower"}  # slow, far, deviating
+T = TypeVar("T")
 Line = tuple[Sequence[float], Sequence[float]]  # steps, values
 
 
@@ -112,8 +113,8 @@ def better_of(model: str, better: Better) -> Better:
 
 
 def samples(
-    run: RunView, value: Callable[[int, Any], float | None], *, diverged: float | None = None
-) -> list[list[float]]:
+    run: RunView, value: Callable[[int, Any], T | None], *, diverged: T | None = None
+) -> list[list[T]]:
     """Return ``value(seed, case)`` as ``samples[seed][case]``; None is left out, and a seed with
     nothing left too.
 
