@@ -42,7 +42,7 @@ from eval.report.words import (
 from lab.core.hashing import write_atomically
 
 IMAGE_BYTES = 24_000_000  # of one page; further images are only named
-ROWS = 200  # of a table in the page; the record holds all
+ROWS = 100  # of a table in the page; the record holds all
 _PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")
 _ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
 _GLOSSARY = {
@@ -246,9 +246,7 @@ def _troubles(record: Record) -> list[str]:
         for (stage, status, model), count in failed.items()
     ]
     skipped = record.get("skipped", {}).items()
-    out += [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
-    values = record["metrics"].items()
-    return out + [f"{n} has no value: {m['note']}" for n, m in values if m["value"] is None]
+    return out + [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
 
 
 def _provenance(record: Record) -> dict[str, Any]:

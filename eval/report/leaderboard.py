@@ -33,7 +33,6 @@ from eval.report.words import (
     counted,
     figure,
     flatten,
-    heading,
     interval,
     labels,
     markdown,
@@ -290,7 +289,8 @@ def headline(group: Sequence[Row]) -> Outcome:
     details = []
     metrics = first["record"]["metrics"]
     if (metrics.get(name) or {}).get("value") is not None:
-        text += f"; {heading(name)} {measured(metrics[name], name)}"
+        column = next(column for column, n in key_figures(first["record"]).items() if n == name)
+        text += f"; {column} {measured(metrics[name], name)}"
         details = [certainty(metrics[name], 1.0), *_margin(name, first, second)]
     return Outcome(own.tone, own.label, f"{text}.", [*details, *own.details[1:]])
 

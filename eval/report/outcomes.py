@@ -154,9 +154,8 @@ def outcome(record: Record) -> Outcome:
         headline = "Baseline only: nothing was immunized, so there is nothing to compare."
         return Outcome("neutral", "baseline", headline, _rir_bound(metrics, "rir_bound"))
     word = verdict_word(record)
-    texts = [
-        text for text in (_figure_text(metrics, n) for n in key_figures(record).values()) if text
-    ]
+    texts = [_figure_text(metrics, *item) for item in key_figures(record).items()]
+    texts = [text for text in texts if text]
     figures = f": {', '.join(texts)}" if texts else ""
     verb = "is inconclusive" if word == "inconclusive" else word
     slowdown = metrics.get(slowdown_name(record))
@@ -165,15 +164,14 @@ def outcome(record: Record) -> Outcome:
     return Outcome(TONES[word], word, f"{name} {verb}{figures}.", details + _published(record))
 
 
-def _figure_text(metrics: dict[str, Metric], name: str) -> str:
-    """Return ``attack success rate 3 % (baseline 88 %)``."""
+def _figure_text(metrics: dict[str, Metric], column: str, name: str) -> str:
+    """Return ``attack success 3 % (baseline 88 %)``."""
     metric, baseline = metrics.get(name), metrics.get(f"{name}_baseline")
     if metric is None or metric["value"] is None:
         return ""
     if baseline is None or baseline["value"] is None:
-        return f"{heading(name)} {measured(metric, name)}"
-    values = percent(metric["value"]), percent(baseline["value"])
-    return f"{heading(name)} {values[0]} (baseline {values[1]})"
+        return f"{column} {measured(metric, name)}"
+    return f"{column} {percent(metric['value'])} (baseline {percent(baseline['value'])})"
 
 
 def _reasons(record: Record) -> list[str]:
