@@ -10,14 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.leaderboard import (
-    LEGEND,
-    Row,
-    groups,
-    leader_blocks,
-    leaderboard,
-    titles,
-)
+from eval.report.leaderboard import LEGEND, Row, leader_blocks, leaderboard, sections
 from eval.report.outcomes import TONES, check_word, checks, outcome
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
@@ -75,19 +68,20 @@ def render(records: Sequence[Record], out: Path) -> Path:
     """
     if not records:
         raise ValueError("a report needs at least one record")
-    places = groups(records)
-    names = titles(places)
+    groups = sections(leaderboard(records))
     room = [IMAGE_BYTES]
     blocks: list[Block] = []
     shown = set[tuple[str, str]]()
-    for place in sorted(places, key=lambda place: -len(places[place])):
-        parts = group_blocks(places[place], out.parent, room)
-        if place[:2] in shown:
-            blocks += collapsed(f"{names[place]}: {parts[0]['outcome'].headline}", parts)
+    for title, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
+        parts, scene = (
+            group_blocks(rows, out.parent, room),
+            (rows[0]["scenario"], rows[0]["backbone"]),
+        )
+        if scene in shown:
+            blocks += collapsed(f"{title}: {parts[0]['outcome'].headline}", parts)
         else:
-            title = {"heading": names[place], "tooltip": place.trial, "level": 2}
-            blocks += [title, *parts]
-        shown.add(place[:2])
+            blocks += [{"heading": title, "tooltip": rows[0]["trial"], "level": 2}, *parts]
+        shown.add(scene)
     studies = dict.fromkeys(r["name"].split("/")[0] for r in records)
     blocks += collapsed("What the words mean", [{"facts": _GLOSSARY}])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,18 +89,15 @@ def render(records: Sequence[Record], out: Path) -> Path:
     return out
 
 
-def group_blocks(records: Sequence[Record], beside: Path, room: list[int]) -> list[Block]:
+def group_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Block]:
     """Return everything about comparable records; the outcome comes first."""
-    rows = leaderboard(records)
-    ordered, names = [row["record"] for row in rows], [row["label"] for row in rows]
-    notes = list(dict.fromkeys(note for record in ordered for note in record["notes"]))
+    records, names = [row["record"] for row in rows], [row["label"] for row in rows]
+    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     blocks = leader_blocks(rows)
     blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
     blocks += check_blocks(rows) + image_blocks(rows, beside, room)
-    curved = [i for i, record in enumerate(ordered) if "curves" in record]  # killed runs have none
-    drawn = [ordered[i] for i in curved], [names[i] for i in curved]
-    blocks += curve_blocks(*drawn) + spectrum_blocks(*drawn) + pair_blocks(*drawn)
-    blocks += transfer_blocks(*drawn) + option_blocks(ordered)
+    blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
+    blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
     each: list[Block] = [
         {"summary": f"{row['label']}: {row['outcome']}", "blocks": _record_blocks(row)}

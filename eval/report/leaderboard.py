@@ -246,25 +246,29 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Return head and rows of the figures that count, all as text: rank, method, verdict, checks,
-    attack success, slowdown, benign cost, seeds.
+    attack success, slowdown, benign cost, seeds. A figure that nobody measured has no column.
     """
-    out = [["#", "method", "verdict", "checks", *key_figures(rows[0]["record"]), "seeds"]]
-    for row in rows:
-        metrics = row["record"]["metrics"]
-        names = list(
-            key_figures(rows[0]["record"] | {"metrics": metrics or rows[0]["metrics"]}).values()
-        )
-        passed, total = row["checks"]
-        count = f"{passed} of {total}" if total else UNMEASURED
-        seeds = next((support(metrics[n]) for n in names if n in metrics), UNMEASURED)
-        mark = MARKS.get(TONES.get(row["outcome"], ""), "")
-        diverged = " (partly diverged)" if row["status"] == "diverged" and metrics else ""
-        first = [
-            str(row["rank"] or ""),
-            row["label"],
-            f"{mark} {row['outcome']}".strip() + diverged,
+    names = [key_figures(row["record"]) for row in rows]
+    metrics = [row["record"]["metrics"] for row in rows]
+    cells = {
+        column: [
+            measured(m.get(n.get(column)), n.get(column, ""))
+            for m, n in zip(metrics, names, strict=True)
         ]
-        out.append([*first, count, *(measured(metrics.get(n), n) for n in names), seeds])
+        for column in names[0]
+    }
+    cells = {column: texts for column, texts in cells.items() if set(texts) != {UNMEASURED}}
+    out = [["#", "method", "verdict", "checks", *cells, "seeds"]]
+    for i, row in enumerate(rows):
+        passed, total = row["checks"]
+        first = next((metrics[i][n] for n in names[i].values() if n in metrics[i]), None)
+        mark = MARKS.get(TONES.get(row["outcome"], ""), "")
+        diverged = " (partly diverged)" if row["status"] == "diverged" and metrics[i] else ""
+        verdict = f"{mark} {row['outcome']}{diverged}".strip()
+        count = f"{passed} of {total}" if total else UNMEASURED
+        shown = [texts[i] for texts in cells.values()]
+        seeds = support(first) if first else UNMEASURED
+        out.append([str(row["rank"] or ""), row["label"], verdict, count, *shown, seeds])
     return out
 
 
@@ -362,20 +366,19 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return headline, picture and table of one group."""
     records, names = [row["record"] for row in rows], [row["label"] for row in rows]
     blocks: list[Block] = [{"outcome": headline(rows)}]
-    figures = list(key_figures(records[0]).items())[1:]
-    panels = {title: limit_of(records, name) for title, name in figures}
-    methods = methods_of(records, names, len(panels))
+    lines, keys = table(rows), key_figures(records[0])
+    # all but attack success, or what stands for it
+    panels = {c: limit_of(records, keys[c]) for c in lines[0] if c in [*keys][1:]}
+    methods = methods_of(records, names, list(panels))
     if len(methods) > 1 and panels:
         picture = {"wide": forest(methods, panels), "narrow": forest(methods, panels, True)}
         note = "95 % intervals; the unprotected baseline is 1. Dotted arrow: a limit."
         title = capitalized(" and ".join(panels))
         blocks.append({"picture": f"{title}, shaded where it passes", "note": note} | picture)
-    lines = [[cell for i, cell in enumerate(line) if i not in (0, 3, 7)] for line in table(rows)]
     for row, line in zip(rows, lines[1:], strict=True):
-        line[0] = (
-            f"{row['rank']}. {row['label']}" if row["rank"] and len(rows) > 1 else row["label"]
-        )
-    return [*blocks, {"table": lines, "label": f"Leaderboard {rows[0]['title']}"}]
+        line[1] = f"{row['rank']}. {line[1]}" if row["rank"] and len(rows) > 1 else line[1]
+    shown = [[*line[1:3], *line[4:-1]] for line in lines]
+    return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0]['title']}"}]
 
 
 def to_html(rows: Sequence[Row]) -> str:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from eval.report.outcomes import LIMITS, Tone, key_figures, outcome
-from eval.report.words import Metric, Record, figure, flatten, heading, labels, measured
+from eval.report.words import Metric, Record, figure, flatten, heading, labels, measured, shortened
 from lab.core.record import is_immunized
 from lab.core.types import BASELINE
 
@@ -179,12 +179,12 @@ def _draw(axes: Axes, lines: Sequence[Line], log: str, is_scatter: bool) -> None
             style = {"color": COLORS[f"s{i}"], "linewidth": 1.8, "linestyle": DASHES[i]}
             style |= {"marker": MARKERS[i], "markersize": 3.5, "zorder": 2 + i}
             style |= {"markevery": max(int(seen.sum()) // 8, 1)}
-            axes.fill_between(
-                x[seen], low[seen], high[seen], color=style["color"], alpha=0.16, lw=0
-            )
         if is_scatter:
             style |= {"linestyle": "none", "marker": style.get("marker") or "o", "markevery": 1}
             axes.vlines(x[seen], low[seen], high[seen], color=style["color"], linewidth=1.2)
+        elif line.index is not None:
+            band = (x[seen], low[seen], high[seen])
+            axes.fill_between(*band, color=style["color"], alpha=0.16, linewidth=0)
         axes.plot(x[seen], y[seen], label=line.label, **style)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
@@ -229,14 +229,14 @@ class MethodFigures:
 
 
 def methods_of(
-    records: Sequence[Record], names: Sequence[str], columns: int
+    records: Sequence[Record], names: Sequence[str], columns: Sequence[str]
 ) -> list[MethodFigures]:
-    """Return the baseline at 1 and every immunized record that has figures."""
+    """Return the baseline at 1 and every immunized record that has figures of ``columns``."""
     one: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
-    methods = [MethodFigures("baseline", "neutral", (one,) * columns)]
+    methods = [MethodFigures("baseline", "neutral", (one,) * len(columns))]
     for record, label in zip(records, names, strict=True):
-        shown = list(key_figures(record).values())[-columns:]
-        metrics = tuple(record["metrics"].get(name) for name in shown)
+        shown = key_figures(record)
+        metrics = tuple(record["metrics"].get(shown.get(column, "")) for column in columns)
         if is_immunized(record) and any(metrics):
             methods.append(MethodFigures(label, outcome(record).tone, metrics))
     return methods
@@ -320,36 +320,38 @@ def scatter(records: Sequence[Record], path: Path) -> Path:
     Colour and shape are the verdict; the pass region is shaded. Records that lack one of both are
     left out.
     """
-    titles, names = zip(*list(key_figures(records[0]).items())[-2:], strict=True)
-    fig = Figure(figsize=(7.5, 4.2), layout="constrained")
+    columns = list(key_figures(records[0]))[-2:]
+    fig = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = fig.add_subplot()
-    for method in methods_of(records, labels(records), 2)[1:]:
-        metrics = [m for m in method.metrics if m is not None and m["value"]]
-        if len(metrics) == 2:
-            y, x = metrics
-            color, place = COLORS.get(method.tone, COLORS["bad"]), (x["value"], y["value"])
-            ends = [m["value"] if m[k] is None else m[k] for m in (x, y) for k in ("low", "high")]
-            axes.plot(ends[:2], [place[1]] * 2, color=color, linewidth=0.8, alpha=0.5)
-            axes.plot([place[0]] * 2, ends[2:], color=color, linewidth=0.8, alpha=0.5)
-            axes.plot(*place, SHAPES[method.tone], color=color, markersize=9, zorder=4)
-            axes.annotate(method.label, place, (7, 6), textcoords="offset points")
+    for number, method in enumerate(methods_of(records, labels(records), columns)[1:], start=1):
+        y, x = method.metrics
+        if not x or not y or x["value"] is None or y["value"] is None:
+            continue
+        color, place = COLORS.get(method.tone, COLORS["bad"]), (x["value"], y["value"])
+        ends = [m["value"] if m[k] is None else m[k] for m in (x, y) for k in ("low", "high")]
+        axes.plot(ends[:2], [place[1]] * 2, color=color, linewidth=0.8, alpha=0.4)
+        axes.plot([place[0]] * 2, ends[2:], color=color, linewidth=0.8, alpha=0.4)
+        style: Any = {
+            "color": color,
+            "markersize": 9,
+            "zorder": 4,
+            "label": f"{number}  {method.label}",
+        }
+        axes.plot(*place, SHAPES[method.tone], **style)
+        axes.annotate(f"{number}", place, (7, 6), textcoords="offset points", fontweight="bold")
     for side in "xy":
         set_log(axes, side)
-    floor, ceiling = (limit_of(records, name) for name in names)
+    shown = key_figures(records[0])
+    floor, ceiling = (limit_of(records, shown[column]) for column in columns)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     if floor and ceiling:
         axes.fill_between([left, ceiling[1]], floor[1], top, color=COLORS["good"], alpha=0.13, lw=0)
         axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set(
-        xlabel=f"{titles[1]}, × (lower is better)", ylabel=f"{titles[0]}, × (higher is better)"
-    )
+    axes.set(xlabel=f"{columns[1]}, × (lower is better)")
+    axes.set(ylabel=f"{columns[0]}, × (higher is better)")
+    fig.legend(loc="outside right upper")
     return save(fig, path)
-
-
-def shortened(text: str, length: int) -> str:
-    """Return ``text`` cut to ``length`` characters."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 # ---- files

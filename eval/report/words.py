@@ -89,6 +89,11 @@ def sentence(text: str | None) -> str:
     return text if not text or text.endswith(".") else text + "."
 
 
+def shortened(text: str, length: int) -> str:
+    """Return ``text`` cut to ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
 def counted(count: int, noun: str) -> str:
     """Return ``nine attacks`` or ``12 attacks``."""
     number = _NUMBERS[count] if count < len(_NUMBERS) else str(count)

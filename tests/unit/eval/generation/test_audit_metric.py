@@ -224,9 +224,7 @@ def page(costs=None, **by_name):
 def test_broken_says_which_attack_after_how_many_steps_at_what_cost():
     found = page(mosaic=(SLOW, FAST), neon=(NEVER, NEVER))
     assert found.tone == "bad"
-    told = (
-        "Broken: full brings mosaic back after 16.7 steps (8.33 s, 20 images); 1 of 2 targets fall."
-    )
+    told = "Broken: full brings mosaic back after 17 steps (8.3 s, 20 images); 1 of 2 targets fall."
     assert found.headline == told
     assert [r[1] for r in found.targets[:2]] == ["full", "lora"]  # the soonest on top
     assert ("seconds", "not measured") in page(costs={}, mosaic=(SLOW, FAST)).facts
