@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.leaderboard import LEGEND, Row, leader_blocks, leaderboard, sections
+from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
 from eval.report.outcomes import TONES, check_word, checks, outcome
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
@@ -114,7 +114,8 @@ def _metrics_table(rows: Sequence[Row]) -> Block:
         text, note = measured(metric, name), (metric or {}).get("note") or ""
         return f"{text} {note}".strip() if text == UNMEASURED or len(rows) == 1 else text
 
-    names = dict.fromkeys(name for row in rows for name in row["record"]["metrics"])
+    known = [name for row in rows for name in row["record"]["metrics"]]
+    names = dict.fromkeys([*columns(known), *known])
     lines = [
         [heading(name), *(cell(row["record"]["metrics"].get(name), name) for row in rows)]
         for name in names

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -112,12 +112,7 @@ def columns(names: Iterable[str]) -> list[str]:
 # ---- what records must share
 
 
-class Place(NamedTuple):
-    """Where records are comparable: the same attacks and budget on the same cases."""
-
-    scenario: str
-    backbone: str
-    trial: str
+Place = tuple[str, str, str]  # scenario, backbone, trial
 
 
 def trial(record: Record) -> str:
@@ -170,7 +165,7 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
     """
     out: dict[Place, list[Record]] = {}
     for record in sorted(records, key=lambda r: not r["metrics"]):
-        place = Place(record["scenario"], record["backbone"], trial(record))
+        place = (record["scenario"], record["backbone"], trial(record))
         if not record["metrics"]:
             known = [p for p in out if p[:2] == place[:2]]
             alike = [p for p in known if _request(out[p][0]) == _request(record)]
@@ -181,9 +176,9 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
 
 def titles(places: dict[Place, list[Record]]) -> dict[Place, str]:
     """Return short titles, all different."""
-    short = {p: f"{p.scenario} on {p.backbone} · {short_trial(r[0])}" for p, r in places.items()}
+    short = {p: f"{p[0]} on {p[1]} · {short_trial(r[0])}" for p, r in places.items()}
     every = list(short.values())
-    whole = {p: f"{p.scenario} on {p.backbone} · {p.trial}" for p in places}
+    whole = {p: f"{p[0]} on {p[1]} · {p[2]}" for p in places}
     return {p: title if every.count(title) == 1 else whole[p] for p, title in short.items()}
 
 
@@ -207,7 +202,7 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
         for record, label in zip(alike, labels(alike), strict=True):
             passed = [bool(check["passed"]) for check in checks(record)]
             row = {key: record[key] for key in ("scenario", "backbone", "immunizer", "status")}
-            row |= {"title": names[place], "trial": place.trial, "label": label, "rank": None}
+            row |= {"title": names[place], "trial": place[2], "label": label, "rank": None}
             row |= {"outcome": outcome(record).label, "seeds": len(record["seeds"])}
             row |= {"checks": (sum(passed), len(passed)), "attacks": list(record["attacks"])}
             row |= {"metrics": {k: record["metrics"][k] for k in columns(record["metrics"])}}
@@ -373,8 +368,10 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
     if len(methods) > 1 and panels:
         picture = {"wide": forest(methods, panels), "narrow": forest(methods, panels, True)}
         note = "95 % intervals; the unprotected baseline is 1. Dotted arrow: a limit."
-        title = capitalized(" and ".join(panels))
-        blocks.append({"picture": f"{title}, shaded where it passes", "note": note} | picture)
+        title = capitalized(" and ".join(panels)) + ", shaded where it passes" * any(
+            panels.values()
+        )
+        blocks.append({"picture": title, "note": note} | picture)
     for row, line in zip(rows, lines[1:], strict=True):
         line[1] = f"{row['rank']}. {line[1]}" if row["rank"] and len(rows) > 1 else line[1]
     shown = [[*line[1:3], *line[4:-1]] for line in lines]

@@ -260,7 +260,7 @@ def forest(
     Args:
         columns: title → what the verdict requires, see `limit_of`.
     """
-    names = [shortened(method.label, 17 if is_narrow else 34) for method in methods]
+    names = [shortened(method.label, 17 if is_narrow else 44) for method in methods]
     rows, count = (len(columns), 1) if is_narrow else (1, len(columns))
     width, height = (4.1, 0.26 * len(names) + 0.85) if is_narrow else (10, 0.3 * len(names) + 0.8)
     margin = 0.075 * max(map(len, names)) + 0.15
