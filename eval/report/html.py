@@ -115,7 +115,7 @@ def _metrics_table(rows: Sequence[Row]) -> Block:
         return f"{text} {note}".strip() if text == UNMEASURED or len(rows) == 1 else text
 
     known = [name for row in rows for name in row["record"]["metrics"]]
-    names = dict.fromkeys([*columns(known), *known])
+    names = [n for n in dict.fromkeys([*columns(known), *known]) if n != "verdict"]
     lines = [
         [heading(name), *(cell(row["record"]["metrics"].get(name), name) for row in rows)]
         for name in names

@@ -270,45 +270,36 @@ def table(rows: Sequence[Row]) -> list[list[str]]:
 def headline(group: Sequence[Row]) -> Outcome:
     """Return who wins a group, by which margin and how surely; of one method its own outcome."""
     ranked = [row for row in group if row["rank"] is not None]
+    own = outcome((ranked or list(group))[0]["record"])
     if len(ranked) < 2:
-        return outcome((ranked or list(group))[0]["record"])
-    first, second = ranked[:2]
-    own, name = outcome(first["record"]), slowdown_name(first["record"])
-    passing = sum(row["outcome"] == "passes" for row in ranked)
-    verb = "passes" if passing == 1 else "pass"
-    count = counted(len(ranked), "method")
-    passed, total = first["checks"]
-    if passing:
-        text = f"{first['label']} wins: {passing} of {len(ranked)} methods {verb}"
+        return own
+    first, (passed, total) = ranked[0], ranked[0]["checks"]
+    words = [row["outcome"] for row in ranked]
+    text = f"No verdict: of {len(ranked)} methods {first['label']} comes first"
+    if "passes" in words:
+        text = f"{first['label']} wins: {words.count('passes')} of {len(ranked)} methods pass"
     elif total:
-        text = f"No method passes: of {count} the closest is {first['label']}, {passed} of {total}"
-        text += " checks"
-    else:
-        text = f"No verdict: of {count} {first['label']} comes first"
-    details = []
-    metrics = first["record"]["metrics"]
-    if (metrics.get(name) or {}).get("value") is not None:
-        column = next(column for column, n in key_figures(first["record"]).items() if n == name)
-        text += f"; {column} {measured(metrics[name], name)}"
-        details = [certainty(metrics[name], 1.0), *_margin(name, first, second)]
-    return Outcome(own.tone, own.label, f"{text}.", [*details, *own.details[1:]])
+        text = f"No method passes: of {len(ranked)} methods the closest is {first['label']}, "
+        text += f"{passed} of {total} checks"
+    name = slowdown_name(first["record"])
+    metric = first["record"]["metrics"].get(name)
+    if metric is None or metric["value"] is None:
+        return Outcome(own.tone, own.label, f"{text}.", own.details)
+    column = [*key_figures(first["record"])][:2][-1]
+    details = [certainty(metric, 1.0), *_margin(name, first, ranked[1])]
+    return Outcome(own.tone, own.label, f"{text}; {column} {measured(metric, name)}.", details)
 
 
 def _margin(name: str, first: Row, second: Row) -> list[str]:
     """Return by how much the first method is ahead of the second, and how surely."""
-    if name not in second["record"]["metrics"]:
-        return []
-    gap = difference(name, second["record"], first["record"])
+    metrics = [row["record"]["metrics"].get(name) for row in (second, first)]
+    gap = difference(name, second["record"], first["record"]) if all(metrics) else None
     if gap is None:
         return []
-    metrics = [row["record"]["metrics"][name] for row in (first, second)]
     limits = [metric.get("bound") for metric in metrics]
     sure = "significant" if gap.significant else "not significant"
-    sure = (
-        "undetermined, as a figure is a limit"
-        if limits not in ([None] * 2, ["lower", None])
-        else sure
-    )
+    if any(limits) and not (limits == [None, "lower"] and gap.value > 0):
+        sure = "undetermined, as a figure is a limit"
     text = f"{figure(gap.value)} {interval(vars(gap))}".strip()
     return [f"Margin over {second['label']}: {text}, {sure} ({gap.how})."]
 
