@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
-from eval.report.outcomes import TONES, check_word, checks, outcome
+from eval.report.outcomes import TONES, check_word, outcome
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
     curve_blocks,
@@ -127,7 +127,10 @@ def check_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return tiles of the first method's checks; those of the others are collapsed."""
     groups_of_tiles: list[list[Block]] = []
     for row in rows:
-        tiles = [_tile(check, len(row["record"]["seeds"])) for check in checks(row["record"])]
+        tiles = [
+            _tile(check, len(row["record"]["seeds"]))
+            for check in row["record"]["tables"].get("verdict", [])
+        ]
         title = f"Checks of {row['label']}: {row['checks'][0]} of {row['checks'][1]} pass"
         groups_of_tiles += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
     more = [block for group in groups_of_tiles[1:] for block in group]

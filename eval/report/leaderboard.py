@@ -16,7 +16,6 @@ from eval.report.outcomes import (
     MARKS,
     TONES,
     Outcome,
-    checks,
     key_figures,
     outcome,
     slowdown_name,
@@ -200,7 +199,7 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
     for place, alike in places.items():
         group = []
         for record, label in zip(alike, labels(alike), strict=True):
-            passed = [bool(check["passed"]) for check in checks(record)]
+            passed = [bool(check["passed"]) for check in record["tables"].get("verdict", [])]
             row = {key: record[key] for key in ("scenario", "backbone", "immunizer", "status")}
             row |= {"title": names[place], "trial": place[2], "label": label, "rank": None}
             row |= {"outcome": outcome(record).label, "seeds": len(record["seeds"])}

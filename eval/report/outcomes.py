@@ -75,12 +75,6 @@ def slowdown_name(record: Record) -> str:
     return [*key_figures(record).values()][:2][-1]
 
 
-def checks(record: Record) -> list[dict[str, Any]]:
-    """Return the rows of the table ``verdict``."""
-    rows: list[dict[str, Any]] = record["tables"].get("verdict", [])
-    return rows
-
-
 def check_word(check: dict[str, Any]) -> str:
     """Return passes, fails, or inconclusive: not measured everywhere, or a limit that leaves it
     open on which side of the threshold the figure lies.
@@ -109,7 +103,7 @@ def verdict_word(record: Record) -> str:
     verdict = (record["metrics"].get("verdict") or {}).get("value")
     if verdict is None or _is_attack_too_weak(record["metrics"]):
         return "inconclusive"
-    words = {check_word(check) for check in checks(record)}
+    words = {check_word(check) for check in record["tables"].get("verdict", [])}
     is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
     return "passes" if verdict else "inconclusive" if is_open else "fails"
 
@@ -176,7 +170,7 @@ def _figure_text(metrics: dict[str, Metric], column: str, name: str) -> str:
 
 def _reasons(record: Record) -> list[str]:
     """Return why the verdict is as it is."""
-    rows, verdict, out = checks(record), record["metrics"].get("verdict"), []
+    rows, verdict, out = record["tables"].get("verdict", []), record["metrics"].get("verdict"), []
     if record["status"] == "diverged":
         message = (record["error"] or {}).get("message") or "no message was recorded"
         out.append(f"Immunization diverged on part of the run: {sentence(message)}")
