@@ -69,19 +69,19 @@ def render(records: Sequence[Record], out: Path) -> Path:
     if not records:
         raise ValueError("a report needs at least one record")
     groups = sections(leaderboard(records))
-    room = [IMAGE_BYTES]
+    scenes: dict[tuple[str, str], list[str]] = {}  # (scenario, backbone) → titles of its groups
+    for title, rows in groups.items():
+        scenes.setdefault((rows[0]["scenario"], rows[0]["backbone"]), []).append(title)
     blocks: list[Block] = []
-    shown = set[tuple[str, str]]()
-    for title, rows in sorted(groups.items(), key=lambda item: -len(item[1])):
-        parts, scene = (
-            group_blocks(rows, out.parent, room),
-            (rows[0]["scenario"], rows[0]["backbone"]),
-        )
-        if scene in shown:
-            blocks += collapsed(f"{title}: {parts[0]['outcome'].headline}", parts)
-        else:
-            blocks += [{"heading": title, "tooltip": rows[0]["trial"], "level": 2}, *parts]
-        shown.add(scene)
+    for names in scenes.values():
+        names.sort(key=lambda title: -len(groups[title]))
+        for title in names:
+            rows = groups[title]
+            parts = group_blocks(rows, out.parent, IMAGE_BYTES // len(groups))
+            if title == names[0]:
+                blocks += [{"heading": title, "tooltip": rows[0]["trial"], "level": 2}, *parts]
+            else:
+                blocks += collapsed(f"{title}: {parts[0]['outcome'].headline}", parts)
     studies = dict.fromkeys(r["name"].split("/")[0] for r in records)
     blocks += collapsed("What the words mean", [{"facts": _GLOSSARY}])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def render(records: Sequence[Record], out: Path) -> Path:
     return out
 
 
-def group_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Block]:
+def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """Return everything about comparable records; the outcome comes first."""
     records, names = [row["record"] for row in rows], [row["label"] for row in rows]
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
@@ -154,13 +154,13 @@ def _tile(check: dict[str, Any], seeds: int) -> dict[str, Any]:
 # ---- images
 
 
-def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Block]:
+def image_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """Return the image grids of both models at 1×, of the first record that has any; full grids and
     other records' are collapsed, and images that are not shown are named.
 
     Args:
         beside: where images of a record lie that was not read from a file.
-        room: bytes that the page has left for images.
+        room: bytes for images.
     """
     first: list[Block] = []
     more: list[Block] = []
@@ -169,7 +169,7 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Blo
         others: list[Block] = []
         for name, image in row["record"].get("images", {}).items():
             folder = getattr(row["record"], "folder", beside)
-            source = _read_image(folder / image["path"], folder, image["sha256"], room[0])
+            source = _read_image(folder / image["path"], folder, image["sha256"], room)
             title = capitalized(name.partition("_")[2].replace("_", " ") or name)
             block = {
                 "image": f"{row['label']}: {title}",
@@ -177,7 +177,7 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Blo
                 "src": source,
             }
             if source.startswith("data:"):
-                room[0] -= len(source)
+                room -= len(source)
                 is_open = name.startswith("comparison_") and not more
                 (first if is_open else others).append(block)
             else:
