@@ -107,10 +107,11 @@ def to_text(result: dict[str, Any]) -> str:
     lines = [f"{side.upper()}: {_description(result[side])}" for side in "ab"]
     if result["same_content"]:
         return "\n".join([*lines, "Both records have the same content: every figure is equal."])
-    lines += [*_warnings(result), f"\n{len(result['config'])} settings differ, the first {SHOWN}:"]
+    lines += [*_warnings(result), f"\n{len(result['config'])} settings differ:"]
     for change in result["config"][:SHOWN]:
         sides = (shortened(str(change[side]), 60) for side in "ab")
         lines.append(f"  {change['key']}: {' → '.join(sides)}")
+    lines += ["  …"] * (len(result["config"]) > SHOWN)
     changed = _changed(result)
     lines += ["", aligned([HEAD, *(_cells(row) for row in changed[:SHOWN])])]
     hidden, equal = len(changed[SHOWN:]), len(result["metrics"]) - len(changed)
