@@ -25,8 +25,16 @@ def _quick_precision(device: str) -> str:
     return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
 
 
+def _checkpoint(fact: str, path: str) -> float:
+    """For ``conf/scenario/folder.yaml``: resolution, steps or guidance that suit a checkpoint."""
+    from lab.models.diffusion_backbone import read_sampling
+
+    return read_sampling(path)[fact]
+
+
 OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
 OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
+OmegaConf.register_new_resolver("checkpoint", _checkpoint, replace=True)
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges
 # but warns about
 warnings.filterwarnings(
@@ -61,7 +69,7 @@ def job(cfg: DictConfig) -> int:
 
 
 def main() -> None:
-    """Console entry; exit code 0 done, 2 wrong input, 1 defect, 130 interrupted."""
+    """Console entry; exit code 0 done, 1 defect, 2 wrong input, 3 audit failed, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `report_error`
     from lab.cli.arguments import rewrite
     from lab.cli.errors import report_error

@@ -27,6 +27,8 @@ def rewrite(words: Sequence[str]) -> list[str]:
     - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR
       is a path that says so by how it begins, or a folder that exists and has not the name of a
       choice.
+    - ``action=audit`` takes ``experiment=audit``, or ``audit_sd`` where ``path`` is no miniature;
+      with ``concepts=FILE`` it takes ``scenario=folder``.
     - ``dry_run=true`` plans in this process: a launcher would submit jobs, and the plan would end
       in their logs.
     - An action that only looks (``status``, ``leaderboard``, ``verify`` …) leaves no run folder.
@@ -34,7 +36,7 @@ def rewrite(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a list of choices for a group that takes one.
     """
-    words = [_expand_backbone(word) for word in words]
+    words = _expand_audit([_expand_backbone(word) for word in words])
     for word in words:
         group, _, choice = word.lstrip("+").partition("=")
         if choice.startswith("[") and group not in _LISTS and (ROOT / "conf" / group).is_dir():
@@ -53,12 +55,34 @@ def rewrite(words: Sequence[str]) -> list[str]:
     return words
 
 
+def _expand_audit(words: list[str]) -> list[str]:
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    if values.get("action") != "audit":
+        return words
+    added = []
+    if "experiment" not in values:
+        from lab.models.diffusion_backbone import read_sampling  # its imports take seconds
+
+        path = values.get("path", "minisd")
+        is_large = Path(path).is_dir() and read_sampling(path)["resolution"] > 64
+        added.append(f"experiment={'audit_sd' if is_large else 'audit'}")
+    if "concepts" in values and "scenario" not in values:
+        added.append("scenario=folder")
+    quoted = [f"{key}={_quoted(values[key])}" for key in ("path", "concepts") if key in values]
+    return [*added, *(w for w in words if not w.startswith(("path=", "concepts="))), *quoted]
+
+
+def _quoted(value: str) -> str:
+    """Return a path as Hydra reads it."""
+    if re.fullmatch(r"[\w./-]+|['\"].*", value, flags=re.ASCII):
+        return value
+    return "'{}'".format(value.replace("'", "\\'"))
+
+
 def _expand_backbone(word: str) -> str:
     value = word.removeprefix("backbone=")
     if value == word or not value or (ROOT / "conf" / "backbone" / f"{value}.yaml").is_file():
         return word
     if not value.startswith(("/", "./", "../", "~/")) and not Path(value).is_dir():
         return word
-    if not re.fullmatch(r"[\w./-]+", value, flags=re.ASCII):  # what Hydra reads without quotes
-        value = "'{}'".format(value.replace("'", "\\'"))
-    return f"backbone.path={value}"
+    return f"backbone.path={_quoted(value)}"

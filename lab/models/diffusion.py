@@ -224,18 +224,12 @@ class DiffusionModel(nn.Module):
         extra: dict[str, Any] = {}
         if text.pooled is not None:
             side = float(self.image_size)
-            ids = torch.tensor(
-                [[side, side, 0, 0, side, side]], device=noisy.device, dtype=noisy.dtype
-            )
-            ids = ids.repeat(len(noisy), 1)
+            ids = noisy.new_tensor([[side, side, 0, 0, side, side]]).repeat(len(noisy), 1)
             extra["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": ids}
         inputs = (noisy, t, text.hidden)
         if weights is None:
-            output = self.unet(*inputs, **extra)
-        else:
-            output = functional_call(self.unet, dict(weights), inputs, extra)
-        prediction: Tensor = output.sample
-        return prediction
+            return self.unet(*inputs, **extra).sample
+        return functional_call(self.unet, dict(weights), inputs, extra).sample
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return noisy latents and what the U-Net has to predict from them, both [n, c, s, s].
@@ -285,27 +279,30 @@ class DiffusionModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling) -> Tensor:
-        """Return clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) with classifier-free
-        guidance (arXiv 2207.12598).
+        """Return clean latents [n, c, s, s] with classifier-free guidance (arXiv 2207.12598).
 
         Args:
             prompts: n texts. latents: start latents [n, c, s, s].
-            sampling: steps, guidance (1 means none), negative prompt and precision.
+            sampling: sampler, steps, guidance (1 means none), negative prompt and precision.
         """
-        from diffusers import DDIMScheduler
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         # the model's own scheduler may leave defaults out of its config; a saved folder spells
         # them out
         config = {k: v for k, v in self.scheduler.config.items() if k != "_use_default_values"}
-        ddim = DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
-        ddim.set_timesteps(sampling.steps)
+        scheduler = (
+            DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
+            if sampling.sampler == "ddim"
+            else DPMSolverMultistepScheduler.from_config(config)
+        )
+        scheduler.set_timesteps(sampling.steps)
         text, guided, x = self.text(prompts), sampling.guidance != 1, latents
         if guided:
             text = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text])
         low = sampling.precision == "bfloat16"
         if low:
             warn_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
-        for t in ddim.timesteps:
+        for t in scheduler.timesteps:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
                 noisy, steps = torch.cat([x, x]) if guided else x, t.repeat(len(text))
                 noise = self.predict(noisy, steps.to(x.device), text)
@@ -313,7 +310,7 @@ class DiffusionModel(nn.Module):
             if guided:
                 unconditional, conditional = noise.chunk(2)
                 noise = unconditional + sampling.guidance * (conditional - unconditional)
-            x = ddim.step(noise, t, x).prev_sample
+            x = scheduler.step(noise, t, x).prev_sample
         return x
 
     def _negative(self, prompt: str) -> Text:
@@ -327,11 +324,9 @@ class DiffusionModel(nn.Module):
         self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32
     ) -> Tensor:
         """Return uint8 images [n, 3, h, h] of `sample`, ``batch`` at a time, on the CPU."""
-        images = []
-        for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
-            images.append(self.to_images(self.sample(list(prompts[part]), latents[part], sampling)))
-        return torch.cat(images)
+        parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
+        samples = (self.sample(list(prompts[part]), latents[part], sampling) for part in parts)
+        return torch.cat([self.to_images(latents) for latents in samples])
 
     # ---- diffusers
 

@@ -25,7 +25,7 @@ from lab.core.cache import Artifact
 from lab.core.distributed import PeerLost, SharedCheckpoint, Team, working
 from lab.core.errors import RunFailed
 from lab.core.hashing import write_atomically
-from lab.core.progress import progress
+from lab.core.training import progress
 from lab.core.types import Checkpoint
 from lab.runner.batch import SIGNALS
 from lab.runner.pipeline import Cell
