@@ -131,6 +131,7 @@ def check_blocks(rows: Sequence[Row]) -> list[Block]:
             _tile(check, len(row["record"]["seeds"]))
             for check in row["record"]["tables"].get("verdict", [])
         ]
+        tiles.sort(key=lambda tile: bool(tile["word"] == "passes"))
         title = f"Checks of {row['label']}: {row['checks'][0]} of {row['checks'][1]} pass"
         groups_of_tiles += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
     more = [block for group in groups_of_tiles[1:] for block in group]
