@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from eval.report import compare as comparing
 from eval.report.html import render
-from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
+from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown, to_text
 from lab.cluster.status import lost_runs
 from lab.core import record as records
 from lab.core.errors import UserError, nearest
@@ -68,7 +68,7 @@ def publish(
     rows = leaderboard([*loaded, *lost])
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
-    print(to_markdown(rows))
+    print(to_text(rows))
     print(f"leaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
     print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
