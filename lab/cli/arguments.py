@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-import atexit
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
 from lab.runner.batch import LASTING
 
 _LISTS = ("attacks", "eval", "tracker")  # groups of several choices at once; see conf/config.yaml
+
 _NO_FOLDER = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
     "hydra.job_logging.root.handlers=[console]",
 )
+
+
+def register_resolvers() -> None:
+    """Register the functions that the YAML of conf/ calls."""
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
+
+
+def _quick_precision(device: str) -> str:
+    """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it
+    takes far longer.
+    """
+    from lab.models.devices import computes_bfloat16, pick  # their imports take seconds
+
+    return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
+
+
+def version() -> str:
+    """Return the version of the project."""
+    project = ROOT / "pyproject.toml"  # a checkout's; an installed copy has none
+    if project.is_file():
+        found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
+        return found[1] if found else "unknown"
+    return metadata.version("immunization-bench")
 
 
 def rewrite(words: Sequence[str]) -> list[str]:
@@ -46,10 +71,6 @@ def rewrite(words: Sequence[str]) -> list[str]:
         words = [word for word in words if not re.match(r"hydra[/.]launcher[=.]", word)]
     if is_plan or values.get("action", "run") not in LASTING:
         words += [word for word in _NO_FOLDER if "hydra.run.dir" not in values]
-    if is_plan and "hydra.sweep.dir" not in values:
-        place = tempfile.mkdtemp(prefix="dry-run-")  # Hydra writes there in any case
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        words.append(f"hydra.sweep.dir={place}")
     return words
 
 

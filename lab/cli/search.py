@@ -29,16 +29,15 @@ from pydantic import Field, ValidationError
 from eval.report import pareto
 from eval.report.labels import typed
 from eval.report.pareto import Trial
-from lab.cli.actions import publish
 from lab.cli.callbacks import describe_cost, exit_code
 from lab.cli.errors import report_error
+from lab.cli.tables import publish
 from lab.cluster import launch
 from lab.core import record as records
 from lab.core.config import Count, Index, options, user_error
 from lab.core.errors import UserError
 from lab.core.hashing import write_atomically
-from lab.runner.batch import claim
-from lab.runner.experiment import relative
+from lab.runner.batch import claim, relative
 from lab.runner.failed_stages import describe
 
 log = logging.getLogger(__name__)

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from lab.core import record as records
 from lab.core.config import Count, Index, Positive, Text, options, user_error
-from lab.core.errors import RunFailed, UserError
+from lab.core.errors import RunFailed, UserError, explain
 from lab.core.hashing import write_atomically
 from lab.core.sources import ROOT
 from lab.runner.executors import ProcessStates
@@ -151,7 +151,8 @@ def launch(cfg: DictConfig, folder: Path) -> None:
             record.unlink(missing_ok=True)  # of an earlier run in this folder
         run_processes(read_options(cfg.launch), cfg, folder)
     except (Exception, KeyboardInterrupt) as error:
-        if not machine and not record.is_file():  # process 0 could write none
+        # process 0 could write none; it writes none of a user's mistake
+        if not machine and not record.is_file() and explain(error) is None:
             run = Run(cfg, folder)
             run.fail(error)
             write_failed_record(run)

@@ -188,9 +188,10 @@ def check_groups(cfg: DictConfig) -> None:
         if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+-]*", value):
             fix = "names a folder: letters, digits and . + - _, a letter or digit first."
             raise UserError(key, value, fix)
-    for key, instead in (("attacks", "attacks=none"), ("eval", "eval=[conditioning]")):
+    for key in ("attacks", "eval"):
         if key not in cfg:
-            raise UserError(key, "[]", f"names no choice; take {instead}, or other names.")
+            fix = f"names no choice; `python run.py action=list group={key}` shows all."
+            raise UserError(key, "[]", fix)
 
 
 def assemble(cfg: DictConfig) -> Parts:

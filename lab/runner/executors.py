@@ -25,7 +25,6 @@ from lab.core.cache import Artifact
 from lab.core.distributed import PeerLost, SharedCheckpoint, Team, working
 from lab.core.errors import RunFailed
 from lab.core.hashing import write_atomically
-from lab.core.progress import progress
 from lab.core.types import Checkpoint
 from lab.runner.batch import SIGNALS
 from lab.runner.pipeline import Cell
@@ -53,13 +52,11 @@ class Executor(Protocol):
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-        label: str,
     ) -> list[Result]:
         """Return ``compute(cell)`` of each cell, on every process.
 
         Args:
             shards: into how many parts a stage can be split; 0 for one that costs nothing.
-            label: of the progress bar.
         """
 
     def cause(self, error: BaseException) -> BaseException:
@@ -80,9 +77,8 @@ class SerialExecutor:
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-        label: str,
     ) -> list[Result]:
-        return [compute(cell) for cell in progress(cells, label)]
+        return [compute(cell) for cell in cells]
 
     def cause(self, error: BaseException) -> BaseException:
         return error
@@ -160,7 +156,6 @@ class DistributedExecutor:
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-        label: str,
     ) -> list[Result]:
         keys = [cell.key for cell in cells]
         parts = [shards(cell) for cell in cells] if self.is_main else []
@@ -172,8 +167,8 @@ class DistributedExecutor:
             )
         alone, together = split(parts, self.size)
         own = alone[self.patient.rank :: self.size]
-        log.info("%s: %d stages here, %d by all processes", label, len(own), len(together))
-        results = self.patient.gather({i: compute(cells[i]) for i in progress(own, label)})
+        log.info("%d stages here, %d by all processes", len(own), len(together))
+        results = self.patient.gather({i: compute(cells[i]) for i in own})
         for i in together:
             results[i] = self._compute_together(compute, cells[i])
         return [results[i] for i in range(len(cells))]

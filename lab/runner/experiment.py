@@ -11,21 +11,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
-from lab.core.errors import RunFailed, UserError
+from lab.core.errors import RunFailed, UserError, explain
 from lab.core.hashing import state_hash
 from lab.core.provenance import provenance
 from lab.core.types import Scores
 from lab.runner.assemble import assemble, check_cases, check_groups
+from lab.runner.batch import relative
 from lab.runner.executors import Executor, SerialExecutor
 from lab.runner.failed_stages import FailedStages, describe, is_recoverable
 from lab.runner.pipeline import Cell, Pipeline
+from lab.runner.plan import Plan
 from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
+progress_log = logging.getLogger("progress")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,7 @@ class Run:
         self.cfg, self.folder = cfg, folder
         self.executor: Executor = executor or SerialExecutor()
         self.prepared: Pipeline | None = None  # by `prepare`
+        self.plan: Plan | None = None  # by `execute`
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
@@ -77,7 +83,7 @@ class Run:
 
     # ---- execution
 
-    def prepare(self, trackers: Trackers | None = None) -> Pipeline:
+    def prepare(self) -> Pipeline:
         """Build all parts and load the data; nothing is computed yet."""
         cfg = self.cfg
         if cfg.threads is not None:
@@ -88,10 +94,14 @@ class Run:
         torch.set_deterministic_debug_mode("warn")
         parts = assemble(cfg)
         store = StageCache(cfg.paths.cache, force=cfg.force)
-        self.prepared = Pipeline(parts, store, trackers.log if trackers else None)
+        self.prepared = Pipeline(parts, store)
         for seed in parts.seeds:
             check_cases(parts, self.pipeline.data(seed).cases)
         return self.pipeline
+
+    def make_plan(self) -> Plan:
+        """Return the stages of the run, before any is computed."""
+        return Plan(self.cfg, self.pipeline, self.applicable_metrics())
 
     def execute(self) -> None:
         """Compute all stages that the cache lacks.
@@ -100,12 +110,15 @@ class Run:
             RunFailed: at the end, on the main process, if an attack or a metric failed.
         """
         pipeline = self.pipeline
-        self._compute_stages(list(pipeline.immunize_cells()), "immunize")
+        self.plan = self.make_plan()
+        if self.executor.is_main:
+            progress_log.info(self.plan.describe())
+        self._compute_stages(list(pipeline.immunize_cells()))
         if pipeline.seeds:  # else every case diverged, which the record says
-            self._compute_stages(list(pipeline.attack_cells()), "attack")
+            self._compute_stages(list(pipeline.attack_cells()))
             self._leave_out_failed_attacks()
             cells = [pipeline.eval_cell(name) for name in self.applicable_metrics()]
-            self._compute_stages(cells, "eval")
+            self._compute_stages(cells)
             for cell in cells:
                 if cell.metric not in self.failed.metrics and self.executor.is_main:
                     self._collect_scores(cell)
@@ -127,10 +140,10 @@ class Run:
                 names.append(name)
         return names
 
-    def _compute_stages(self, cells: list[Cell], label: str) -> None:
+    def _compute_stages(self, cells: list[Cell]) -> None:
         """Let the executor compute ``cells``, and note the results."""
         self.waiting, self.results = cells, {}
-        results = self.executor.map(self.run_stage, cells, self.pipeline.shards, label)
+        results = self.executor.map(self.run_stage, cells, self.pipeline.shards)
         self.waiting = ()
         self.pipeline.store.trust(
             cell.key for cell, result in zip(cells, results, strict=True) if not result.hit
@@ -142,7 +155,8 @@ class Run:
         """Compute or read one stage in this process."""
         if cell.part in self.failed_parts:  # in another stage of the same attack
             return StageResult("pending")
-        log.info("stage %s", cell.title)
+        if self.executor.is_main and self.plan is not None:
+            self.plan.announce(cell, self.executor.facts().get("processes", 1))
         self.current = cell
         try:
             artifact, hit = self.pipeline.compute(cell)
@@ -159,6 +173,8 @@ class Run:
             result = _result(cell, artifact, hit)
             log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
         self.current = None
+        if self.plan is not None:
+            self.plan.finish(cell, result.seconds)
         self.results[cell.key] = result
         return result
 
@@ -243,17 +259,19 @@ class Run:
     def finish(self, trackers: Trackers | None) -> Path:
         """Write the record and the report, hand both to the trackers, print the summary."""
         from eval.report.html import render  # plots and tests take seconds to import
-        from eval.report.summary import summary
+        from lab.runner.terminal import summarize, summarize_shortly
 
         body = self.record()
         body["images"] = records.write_images(self.folder, records.images_of(self.scores))
         path = self.folder / "record.json"
         records.write(body, path)
         report = render([records.read(path)], self.folder / "report.html")
-        if trackers is not None:
-            trackers.finish(path, report)
-        print(summary(body))
-        print(f"report: {relative(report)}")
+        tracked = trackers.finish(path, report) if trackers is not None else []
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            print(summarize_shortly(body))
+        else:
+            print(summarize(body, bool(self.cfg.get("verbose"))))
+            print(*tracked, f"report: {relative(report)}", sep="\n")
         print(f"record: {relative(path)}", flush=True)
         return path
 
@@ -312,32 +330,21 @@ def _seeds(cfg: DictConfig) -> list[int]:
     return [seed for seed in values if isinstance(seed, int) and not isinstance(seed, bool)]
 
 
-def relative(path: Path) -> Path:
-    """Return ``path`` as seen from the working directory where that is possible."""
-    path = path.resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
 def print_plan(run: Run) -> None:
-    """Print the stages of a run with hits and misses (``dry_run=true``); compute nothing."""
+    """Print the stages of a run and their estimated time (``dry_run=true``); compute nothing."""
     pipeline = run.prepare()
-    cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
-    cells += [pipeline.eval_cell(name) for name in run.applicable_metrics()]
+    plan = run.make_plan()
     name = f"{run.cfg.name}/{run.cfg.immunize.name}"
     print(f"plan of {name}: models {', '.join(pipeline.model_names)}")
-    hits = 0
-    for cell in cells:
-        hit = pipeline.store.has(*cell.place, cell.parents)
-        hits += hit
-        print(f"  {'hit ' if hit else 'miss'}  {cell.key[:12]}  {cell.title}")
-    print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")
+    print(*plan.lines(), plan.describe(), sep="\n")
 
 
 def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) -> Path | None:
     """Run what ``cfg`` selects into ``folder``; return the path of the record.
 
     Several processes all call this; the main one alone records and prints, and the others return
-    None, as ``dry_run`` does. After a failure the record is written, then it is raised.
+    None, as ``dry_run`` does. After a failure the record is written, then it is raised. Input that
+    is refused before any stage began leaves no record.
 
     Raises:
         UserError, KeyboardInterrupt: as they come.
@@ -350,22 +357,34 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
     is_main = run.executor.is_main
     trackers = None
     try:
+        run.prepare()
         if is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("record.json", "report.html"):  # of an earlier run in this folder
-                (folder / name).unlink(missing_ok=True)
-            trackers = Trackers(cfg, folder)
-        run.prepare(trackers)
+            trackers = start_trackers(run)
         run.execute()
     except (Exception, KeyboardInterrupt) as error:
         cause = run.executor.cause(error)
         failure = run.fail(cause)
-        if is_main:
+        if is_main and not is_refused(run, cause):
             write_failed_record(run, trackers)
         if isinstance(cause, UserError | KeyboardInterrupt):
             raise cause from None
         raise failure from (error if error is not failure else None)
     return run.finish(trackers) if is_main else None
+
+
+def start_trackers(run: Run) -> Trackers:
+    """Remove what an earlier run left in the folder, and start the trackers of this one."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    for name in ("record.json", "report.html"):
+        (run.folder / name).unlink(missing_ok=True)
+    trackers = Trackers(run.cfg, run.folder)
+    run.pipeline.on_log = trackers.log
+    return trackers
+
+
+def is_refused(run: Run, error: BaseException) -> bool:
+    """Return True if a user's mistake ended the run before any stage began."""
+    return run.plan is None and explain(error) is not None
 
 
 def write_failed_record(run: Run, trackers: Trackers | None = None) -> None:

@@ -71,7 +71,14 @@ class Cell:
 
     @property
     def title(self) -> str:
-        return " ".join([self.stage, *(str(v) for v in self.labels.values() if v is not None)])
+        """What it does, in words."""
+        if self.metric is not None:
+            return f"evaluate {self.metric}"
+        if self.attack is not None:
+            place = f"{self.task} ({self.case})" if self.case != self.task else self.task
+            return f"attack {self.attack} on {place}, {self.model}, seed {self.seed}"
+        what = "load the baseline of" if self.model == BASELINE else "immunize"
+        return f"{what} {self.case}, seed {self.seed}"
 
     @property
     def part(self) -> str:

@@ -9,7 +9,7 @@ traceback of its own for any other code.
 from __future__ import annotations
 
 import _thread
-import logging
+import logging.config
 import os
 import sys
 import threading
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from lab.core.errors import UserError
+from lab.core.sources import ROOT
 from lab.runner.batch import interruptible
 from lab.runner.executors import DistributedExecutor, Executor, ProcessStates, SerialExecutor
 from lab.runner.experiment import run_once
@@ -50,22 +51,18 @@ def watch_stdin() -> threading.Event:
 
 
 def redirect_output(folder: Path, rank: int) -> None:
-    """Log as conf/hydra/job_logging/quiet.yaml; only process 0 writes to the terminal."""
-    stamped = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Log as a run of one process does; only process 0 writes to the terminal."""
+    settings = OmegaConf.load(ROOT / "conf" / "hydra" / "job_logging" / "quiet.yaml")
+    settings.handlers.file.filename = str(folder / "run.log")
     if rank > 0:
         output = os.open(
             folder / "ranks" / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
         )
         os.dup2(output, 1)
         os.dup2(output, 2)
-    terminal = logging.StreamHandler()
-    terminal.setLevel(logging.INFO if rank > 0 else logging.WARNING)
-    terminal.setFormatter(stamped if rank > 0 else logging.Formatter("%(levelname)s: %(message)s"))
-    handlers: list[logging.Handler] = [terminal]
-    if rank == 0:
-        handlers.append(logging.FileHandler(folder / "run.log", delay=True))
-        handlers[1].setFormatter(stamped)
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+        settings.root.handlers = ["console"]
+        settings.handlers.console.level = "INFO"
+    logging.config.dictConfig(OmegaConf.to_container(settings))
 
 
 def take_device(cfg: DictConfig) -> None:

@@ -83,7 +83,7 @@ def execute(root: str, names: list[str]) -> Found:
         return artifact.values | {k: float(t) for k, t in artifact.tensors.items()} | {"hit": hit}
 
     try:
-        results = executor.map(compute, cells, shards, "test")
+        results = executor.map(compute, cells, shards)
     except Exception as error:
         cause = executor.cause(error)
         failure = describe(cause, rank=executor.rank)
