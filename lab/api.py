@@ -1,10 +1,10 @@
 """The project from Python: the four functions that the command line calls too.
 
-    from lab.api import audit, compare, leaderboard, run
+from lab.api import audit, compare, leaderboard, run
 
-    record = run(["experiment=house_price", "immunize=kappa_opt"])
-    print(record["metrics"]["rir"])
-    leaderboard(["outputs/records/house_price_table", record])
+record = run(["experiment=house_price", "immunize=kappa_opt"])
+print(record["metrics"]["rir"])
+leaderboard(["outputs/records/house_price_table", record])
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ def leaderboard(of: Records) -> pd.DataFrame:
         of: records, or files or folders that hold them.
 
     Returns:
-        a row per record, best first within its scenario, backbone and attacks: method, verdict,
-        attack success, slowdown and benign cost, as text.
+        a row per record, best first within its ``group`` (scenario, backbone, attacks): method,
+        verdict, attack success rate, relearning slowdown, benign cost and utility, as text.
     """
     rows = [
         {
-            "compared within": row["title"],
+            "group": row["title"],
             "method": row["label"],
             "verdict": verdict(row),
             **figures(row, interval=False),

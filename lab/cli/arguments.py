@@ -69,8 +69,10 @@ def rewrite(words: Sequence[str]) -> list[str]:
     is_plan = values.get("dry_run", "").lower() in ("true", "yes", "on", "1")
     if is_plan:
         words = [word for word in words if not re.match(r"hydra[/.]launcher[=.]", word)]
-    if is_plan or values.get("action", "run") not in LASTING:
-        words += [word for word in _NO_FOLDER if "hydra.run.dir" not in values]
+    only_looks = is_plan or values.get("action", "run") not in LASTING
+    if only_looks and "hydra.run.dir" not in values:
+        first = next(i for i, word in enumerate(words) if re.match(r"\+*(action|dry_run)=", word))
+        words[first:first] = _NO_FOLDER  # Hydra takes overrides in one row, before or after options
     return words
 
 

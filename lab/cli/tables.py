@@ -31,8 +31,10 @@ def publish(
     rows = leaderboard([*loaded, *lost])
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
-    print(f"\n{api.leaderboard([*loaded, *lost]).to_string(index=False)}\n")
-    print(f"leaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
+    for group, table in api.leaderboard([*loaded, *lost]).groupby("group", sort=False):
+        padded = table.drop(columns="group").apply(lambda c: c.str.ljust(c.str.len().max()))
+        print(f"\n{group}\n{padded.to_string(index=False, justify='left')}")
+    print(f"\nleaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
     print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
 

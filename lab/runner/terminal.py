@@ -29,9 +29,9 @@ _COLOURS = {"✓": 32, "✗": 31, "?": 33}  # green, red, yellow
 
 def verdict(record: Record) -> str:
     """Return ``passes``, ``fails`` or ``inconclusive``, or why there is no verdict."""
-    if record["status"] in ("failed", "preempted") or not record["metrics"]:
-        return str(record["status"])
     metric = record["metrics"].get("verdict")
+    if record["status"] in ("failed", "preempted") or (record["status"] != "ok" and not metric):
+        return str(record["status"])
     if metric is None:
         return "no verdict" if is_immunized(record) else "baseline"
     return {None: "inconclusive", 0: "fails", 1: "passes"}[metric["value"]]
@@ -88,7 +88,7 @@ def summarize(record: Record, verbose: bool = False) -> str:
     lines = [paint(lines[0]), *lines[1:], ""]
     shown = {"verdict": word} | {k: v for k, v in figures(record).items() if v != "–"}
     if verbose:
-        shown |= {name: _value(name, m, True) for name, m in record["metrics"].items()}
+        shown = {n: _value(n, m, True) for n, m in record["metrics"].items()} | shown
     width = max(map(len, shown))
     lines += [f"  {heading:<{width}}  {value}" for heading, value in shown.items()]
     others = Counter(cell["status"] for cell in record["cells"] if cell["status"] != "ok")

@@ -116,10 +116,11 @@ class WandbTracker(Tracker):
         self.run.summary.update(views.summary_values(record))
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})
         self.run.finish(exit_code=int(record["status"] != "ok"))
-        self.location = f"W&B: {self.run.url}"
         if self.run.offline:
-            place = os.path.relpath(self.run.settings.sync_dir)
-            self.location = f"W&B offline: {place}; upload with `wandb sync {shlex.quote(place)}`"
+            place = shlex.quote(os.path.relpath(self.run.settings.sync_dir))
+            self.location = f"W&B: offline; upload with `wandb sync {place}`"
+        else:
+            self.location = f"W&B: {self.run.url}"
         wandb.teardown()  # waits until W&B's service has written its files
 
     def abandon(self) -> None:
