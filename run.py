@@ -53,7 +53,7 @@ def job(cfg: DictConfig) -> int:
 
 
 def main() -> None:
-    """Console entry; exit code 0 done, 1 defect, 2 wrong input, 3 see `fail_on`, 130 interrupted."""
+    """Console entry; exit code 0 done, 1 defect, 2 wrong input, 3 `fail_on`, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `report_error`
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if "--version" in sys.argv:

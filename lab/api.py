@@ -136,7 +136,9 @@ def _act(overrides: Sequence[str], config_dir: str | Path | None = None) -> Path
         words.append(f"hydra.searchpath=[{','.join(places)}]")
     register_resolvers()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        job = GlobalHydra.instance().hydra.run("config", _job, words, with_log_configuration=False)
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        job = hydra.run("config", _job, words, with_log_configuration=False)
     return job.return_value  # raises what the job raised
 
 

@@ -40,8 +40,8 @@ def explain_config(error: Exception) -> str | None:
         word = str(error.override)
         key, equals, _ = word.partition("=")
         if not equals:
-            name = difflib.get_close_matches(word, ACTIONS, n=1)
-            return f"{word}: must be KEY=VALUE; did you mean action={name[0] if name else 'list'}?"
+            close = difflib.get_close_matches(word, ACTIONS, n=1) or ["list"]
+            return f"{word}: must be KEY=VALUE; did you mean action={close[0]}?"
         return (
             f"{word}: cannot be read; a value with ~, <, >, brackets or letters beyond "
             f"a-z needs quotes inside of quotes, e.g. '{key}=\"VALUE\"'."

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from immunize.none import NoImmunization
 from lab.core.config import user_error
 from lab.core.data import ConceptCase
-from lab.core.errors import UserError, missing_package, nearest
+from lab.core.errors import UserError, missing_package
 from lab.core.hashing import stage_key
 from lab.core.prompts import check_case, refuse_special
 from lab.core.sources import source_hash
@@ -115,11 +115,6 @@ def _refused(error: InstantiationException, config: DictConfig, key: str) -> Use
         if package is None or str(missing.name).partition(".")[0] == target.partition(".")[0]:
             package = f"no module {missing.name}; put the folder that holds it on PYTHONPATH."
         return UserError(key, target, package)
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
-    if unknown:
-        name = f"{key}.{unknown[1]}"
-        known = [f"{key}.{option!s}" for option in config if option not in (unknown[1], "_target_")]
-        return UserError(name, config.get(unknown[1]), f"no such key; {nearest(name, known)}")
     reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
     return UserError(key, target, f"could not be built: {reason}")
 

@@ -12,7 +12,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -52,8 +52,8 @@ class Executor(Protocol):
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-    ) -> list[Result]:
-        """Return ``compute(cell)`` of each cell, on every process.
+    ) -> Iterable[Result]:
+        """Return ``compute(cell)`` of each cell in order, on every process.
 
         Args:
             shards: into how many parts a stage can be split; 0 for one that costs nothing.
@@ -77,8 +77,8 @@ class SerialExecutor:
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-    ) -> list[Result]:
-        return [compute(cell) for cell in cells]
+    ) -> Iterable[Result]:
+        return map(compute, cells)  # one after another, as they are asked for
 
     def cause(self, error: BaseException) -> BaseException:
         return error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,7 @@ from typing import Any, Literal
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
@@ -26,7 +25,7 @@ from lab.runner.batch import relative
 from lab.runner.executors import Executor, SerialExecutor
 from lab.runner.failed_stages import FailedStages, describe, is_recoverable
 from lab.runner.pipeline import Cell, Pipeline
-from lab.runner.plan import Plan
+from lab.runner.plan import StagePlan
 from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
@@ -61,18 +60,17 @@ class Run:
         self.cfg, self.folder = cfg, folder
         self.executor: Executor = executor or SerialExecutor()
         self.prepared: Pipeline | None = None  # by `prepare`
-        self.plan: Plan | None = None  # by `execute`
+        self.plan: StagePlan | None = None  # by `execute`
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
         self.cells: list[dict[str, Any]] = []
-        self.hits = self.misses = 0
+        self.hits = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
         self.failed = FailedStages()
-        self.waiting: Sequence[Cell] = ()  # the stages in progress, here or in other processes
+        self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
-        self.results: dict[str, StageResult] = {}  # of this process, by key
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
 
     @property
@@ -99,9 +97,9 @@ class Run:
             check_cases(parts, self.pipeline.data(seed).cases)
         return self.pipeline
 
-    def make_plan(self) -> Plan:
+    def make_plan(self) -> StagePlan:
         """Return the stages of the run, before any is computed."""
-        return Plan(self.cfg, self.pipeline, self.applicable_metrics())
+        return StagePlan(self.cfg, self.pipeline, self.applicable_metrics())
 
     def execute(self) -> None:
         """Compute all stages that the cache lacks.
@@ -142,14 +140,9 @@ class Run:
 
     def _compute_stages(self, cells: list[Cell]) -> None:
         """Let the executor compute ``cells``, and note the results."""
-        self.waiting, self.results = cells, {}
-        results = self.executor.map(self.run_stage, cells, self.pipeline.shards)
-        self.waiting = ()
-        self.pipeline.store.trust(
-            cell.key for cell, result in zip(cells, results, strict=True) if not result.hit
-        )
-        for cell, result in zip(cells, results, strict=True):
-            self._note(cell, result)
+        self.waiting = list(cells)
+        for result in self.executor.map(self.run_stage, cells, self.pipeline.shards):
+            self._note(self.waiting.pop(0), result)
 
     def run_stage(self, cell: Cell) -> StageResult:
         """Compute or read one stage in this process."""
@@ -175,7 +168,6 @@ class Run:
         self.current = None
         if self.plan is not None:
             self.plan.finish(cell, result.seconds)
-        self.results[cell.key] = result
         return result
 
     def _note(self, cell: Cell, result: StageResult) -> None:
@@ -192,7 +184,9 @@ class Run:
             self.failed.add(cell, result.failure)
         if status not in ("ok", "diverged"):
             return
-        self.hits, self.misses = self.hits + result.hit, self.misses + (not result.hit)
+        self.hits += result.hit
+        if not result.hit:
+            self.pipeline.store.trust([cell.key])
         entry["seconds"] = result.seconds
         if result.weights is not None:
             entry["weights"] = result.weights
@@ -220,17 +214,14 @@ class Run:
     def _collect_scores(self, cell: Cell) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""
         scores = self.pipeline.scores(str(cell.metric))
-        for part in ("metrics", "curves", "tables", "images"):
-            known = {name for other in self.scores for name in getattr(other, part)}
-            if twice := known & getattr(scores, part).keys():
-                reason = (
-                    f"eval.{cell.metric} writes {part}.{min(twice)}, which another family does, "
-                    "too; give it another name"
-                )
-                self.failed.add(cell, describe(ValueError(reason), cell.part))
-                next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
-                return
-        self.scores.append(scores)
+        try:
+            records.scores_json([*self.scores, scores])
+            records.images_of([*self.scores, scores])
+        except ValueError as error:
+            self.failed.add(cell, describe(error, cell.part))
+            next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
+        else:
+            self.scores.append(scores)
 
     # ---- end
 
@@ -241,12 +232,12 @@ class Run:
         failure = describe(error, part, self.executor.rank, stage)
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
-            result = self.results.get(cell.key)
-            if result is None and self.pipeline.store.has(*cell.place, cell.parents):
-                result = StageResult("ok")  # by another process
-            if result is None and cell.key == failure.stage and not preempted:
-                result = StageResult("failed")
-            self._note(cell, result or StageResult("pending"))
+            status: Literal["ok", "failed", "pending"] = "pending"
+            if self.pipeline.store.has(*cell.place, cell.parents):
+                status = "ok"
+            elif cell.key == failure.stage and not preempted:
+                status = "failed"
+            self._note(cell, StageResult(status))
         self.status, step, message = "failed", failure.step, failure.message
         if preempted:
             self.status = "preempted"
@@ -278,9 +269,10 @@ class Run:
     def record(self) -> records.Record:
         """Return the record of what is known now."""
         cfg, pipeline = self.cfg, self.prepared
-        seeds = list(pipeline.parts.seeds) if pipeline else _seeds(cfg)
+        seeds = list(pipeline.parts.seeds) if pipeline else []
         facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
-        facts |= {"cache_hits": self.hits, "cache_misses": self.misses}
+        done = sum(cell["status"] in ("ok", "diverged") for cell in self.cells)
+        facts |= {"cache_hits": self.hits, "cache_misses": done - self.hits}
         facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
         facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
         results = records.scores_json(self.scores)
@@ -322,12 +314,6 @@ def _result(cell: Cell, artifact: Artifact, hit: bool) -> StageResult:
 
 def _error(type: str, message: str, key: str | None, step: int | None) -> dict[str, Any]:
     return {"type": type, "message": message, "key": key, "last_good_step": step}
-
-
-def _seeds(cfg: DictConfig) -> list[int]:
-    """Return the seeds of a run that could not be built."""
-    values = cfg.seeds if isinstance(cfg.seeds, ListConfig) else [cfg.seeds]
-    return [seed for seed in values if isinstance(seed, int) and not isinstance(seed, bool)]
 
 
 def print_plan(run: Run) -> None:

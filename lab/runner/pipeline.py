@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from lab.core.cache import Artifact, Place, StageCache
@@ -236,11 +235,8 @@ class Pipeline:
                     model, task, seed=seed, budget=self.budget, checkpoint=checkpoint
                 )
             except Diverged as error:
-                weights = model.state_dict().values()
-                finite = all(bool(torch.isfinite(value).all()) for value in weights)
                 fix = f"its model cannot be attacked (case {case.name}, {attack} on {task.name}): "
-                fix += f"{error}; lower the step size of what made it"
-                fix += f", or check attacks.{attack}: the weights are finite." if finite else "."
+                fix += f"{error}; lower the step size of what made it, or check attacks.{attack}."
                 key = "backbone" if model_name == BASELINE else "immunize"
                 raise UserError(key, self.parts.model_names[model_name].obj.name, fix) from error
             side = None if isinstance(model, FeatureModel) else model.image_size

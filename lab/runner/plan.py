@@ -28,7 +28,7 @@ STEP_SECONDS = {
 NEWEST = 20  # records that times are read from
 
 
-class Plan:
+class StagePlan:
     """The stages of a run in order, and an estimate of their time.
 
     A stage takes as long as those of its part in this run so far, or in earlier runs with the same
@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         cells: all stages.
-        missing: titles of those that the cache lacks. (A stage's key changes where an attack fails.)
+        missing: titles of those that the cache lacks; keys change where an attack fails.
     """
 
     def __init__(self, cfg: DictConfig, pipeline: Pipeline, metrics: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,7 +63,8 @@ def redirect_output(folder: Path, rank: int) -> None:
         os.dup2(output, 2)
         settings.root.handlers = ["console"]
         settings.handlers.console.level = "INFO"
-    logging.config.dictConfig(OmegaConf.to_container(settings))
+    plain: Any = OmegaConf.to_container(settings)
+    logging.config.dictConfig(plain)
 
 
 def take_device(cfg: DictConfig) -> None:

@@ -29,7 +29,7 @@ def test_split(shards, size, alone, together):
 def test_one_process_computes_all_stages_in_order(tmp_path):
     cells = make_cells(tmp_path, ["one-2", "one-1"])
     executor = SerialExecutor()
-    assert executor.map(lambda cell: cell.model, cells, lambda _: 1) == ["one-2", "one-1"]
+    assert [*executor.map(lambda cell: cell.model, cells, lambda _: 1)] == ["one-2", "one-1"]
     error = ValueError()
     assert executor.cause(error) is error
 
