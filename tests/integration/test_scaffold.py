@@ -16,7 +16,7 @@ import pytest
 )
 def test_a_new_method_passes_the_test_that_is_written_with_it(cli, tmp_path, monkeypatch, kind):
     name = f"fresh_{kind}"
-    code, out, err = cli("action=new", f"kind={kind}", f"name={name}", "path=own")
+    code, _, err = cli("action=new", f"kind={kind}", f"name={name}", "path=own")
     assert code == 0, err
     assert cli("action=new", f"kind={kind}", f"name={name}", "path=own")[0] == 2
     monkeypatch.syspath_prepend(str(tmp_path / "own"))
