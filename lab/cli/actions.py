@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, explain, nearest
 from lab.runner.batch import LASTING, claim, discard
 
 ACTIONS = {  # imported when they are called: imports take seconds, some packages may be missing
@@ -45,10 +45,14 @@ def act(cfg: DictConfig, folder: Path) -> int:
         UserError: an action that does not exist, or that has no plan; wrong input to it.
     """
     try:
-        return _act(cfg, folder)
-    finally:
-        if not is_launched():
-            discard(folder)  # of a refused run, or of an action that only reads
+        code = _act(cfg, folder)
+    except Exception as error:
+        if explain(error) is not None and not is_launched():
+            discard(folder)  # wrong input leaves nothing behind
+        raise
+    if not is_run(cfg):
+        discard(folder)
+    return code
 
 
 def _act(cfg: DictConfig, folder: Path) -> int:

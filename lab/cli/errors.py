@@ -22,7 +22,7 @@ def report_error(error: Exception) -> int:
     if message is not None:
         print(f"error: {message}", file=sys.stderr)
         return EXIT_USER
-    from lab.runner.failed_stages import describe  # torch's import takes seconds
+    from lab.runner.experiment import describe  # torch's import takes seconds
 
     failure = describe(error)
     print(failure.traceback, file=sys.stderr)

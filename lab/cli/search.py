@@ -38,7 +38,7 @@ from lab.core.config import Count, Index, options, user_error
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import write_atomically
 from lab.runner.batch import claim, relative
-from lab.runner.failed_stages import describe
+from lab.runner.experiment import describe
 
 log = logging.getLogger(__name__)
 Scalar = bool | int | float | str | None

@@ -91,13 +91,9 @@ def fail_slurm_job(code: int) -> None:
     that waits for the other jobs of the sweep.
     """
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-
-        def leave() -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-        atexit.register(leave)
+        atexit.register(os._exit, code)  # the last one registered is called first
+        atexit.register(sys.stderr.flush)
+        atexit.register(sys.stdout.flush)
 
 
 @contextmanager
@@ -150,7 +146,7 @@ def relative(path: Path) -> Path:
 
 def discard(folder: Path) -> None:
     """Remove a folder that holds nothing but `TRACES`, and the empty ones above it."""
-    if folder == Path.cwd() or not folder.is_dir():
+    if folder == Path.cwd() or not folder.is_dir() or is_claimed(folder):
         return
     if {path.name for path in folder.iterdir()} <= TRACES:
         shutil.rmtree(folder)

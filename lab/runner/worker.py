@@ -25,8 +25,7 @@ from lab.core.errors import UserError
 from lab.core.sources import ROOT
 from lab.runner.batch import interruptible
 from lab.runner.executors import DistributedExecutor, Executor, ProcessStates, SerialExecutor
-from lab.runner.experiment import run_once
-from lab.runner.failed_stages import describe
+from lab.runner.experiment import describe, run_once
 
 # seconds from the request to stop to the end by force, of a process that waits inside a device call
 _GRACE = 90
@@ -71,7 +70,7 @@ def take_device(cfg: DictConfig) -> None:
     """Select this process's GPU.
 
     Raises:
-        UserError: all processes would use one device, or it lacks bfloat16.
+        UserError: all processes would use one device.
     """
     if not torch.cuda.is_available():
         return
@@ -80,11 +79,6 @@ def take_device(cfg: DictConfig) -> None:
     if device not in ("auto", "cuda") and cfg.launch.num_processes != 1:
         fix = "would put every process there; with launch=multi_gpu each takes its own: use auto."
         raise UserError("backbone.device", device, fix)
-    for key in ("backbone.dtype", "immunize.precision"):
-        value = OmegaConf.select(cfg, key)
-        if value in ("bf16", "bfloat16") and torch.cuda.get_device_capability() < (8, 0):
-            fix = f"{torch.cuda.get_device_name()} has no bfloat16; use float32."
-            raise UserError(key, value, fix)
 
 
 def work(config: Path, rank: int, stopped: threading.Event) -> None:

@@ -14,7 +14,7 @@ from lab.core.distributed import team
 from lab.core.errors import Diverged, RunFailed
 from lab.core.hashing import stage_key
 from lab.runner.executors import DistributedExecutor, ProcessStates
-from lab.runner.failed_stages import describe
+from lab.runner.experiment import describe
 from lab.runner.pipeline import Cell
 
 SHARDS = {"light": 0, "one": 1, "two": 2, "three": 3}

@@ -106,9 +106,7 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     assert record["status"] == "diverged"
     assert record["metrics"] == {}
     assert record["error"]["last_good_step"] >= 0
-    assert [c["status"] for c in record["cells"] if c["model"] == "kappa_paper_house_price"] == [
-        "diverged"
-    ]
+    assert [c["status"] for c in record["cells"] if c["model"] == "immunized"] == ["diverged"]
 
 
 def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):

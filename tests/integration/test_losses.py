@@ -11,7 +11,7 @@ from entry_point import FAST, record_of
 from attacks.probes.linear_probe import LinearProbe
 from lab.core.errors import UserError
 from lab.core.types import RunMetric
-from lab.runner.failed_stages import is_recoverable
+from lab.runner.experiment import is_recoverable
 from lab.runner.pipeline import Cell
 
 
