@@ -14,7 +14,6 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parent.parent
 # files outside docs/ that are pages of the site: path in the repository → path in docs/
 PAGES = {
-    "eval/metrics.md": "metrics.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
@@ -37,7 +36,9 @@ REFERENCE = {
         "lab.cli",
     )
 }
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json", ".sh": "bash"}
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".sh": "bash"}
+RAW = (".png", ".json")  # files of the site as they are, without a page
+MARKER = re.compile(r"<!-- (?:record: .*?|end) -->")
 LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))")
 
 
@@ -51,7 +52,7 @@ def outside(page: str, link: str) -> str | None:
 
 def target_of(path: str) -> str:
     """Where the repository's file ``path`` stands in docs/: a page of its own that shows it."""
-    return PAGES.get(path, f"source/{path}" if path.endswith(".png") else f"source/{path}.md")
+    return PAGES.get(path, f"source/{path}" if path.endswith(RAW) else f"source/{path}.md")
 
 
 def reference(package: str) -> str:
@@ -82,7 +83,7 @@ def on_files(files: Files, config: Any) -> Files:
         source = ROOT / path
         if not source.is_file():
             continue  # the link stays as it is, and the strict build names it
-        if path.endswith(".png"):
+        if path.endswith(RAW):
             files.append(File.generated(config, target_of(path), abs_src_path=str(source)))
             continue
         language = LANGUAGES.get(source.suffix, "text")
@@ -92,8 +93,11 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Turn links out of docs/ into links to the pages that `on_files` made."""
+    """Turn links out of docs/ into links to the pages that `on_files` made; drop the marks of
+    `docs/figures.py`.
+    """
     here = page.file.src_uri
+    markdown = MARKER.sub("", markdown).replace("](docs/", "](")  # CONTRIBUTING.md's
 
     def inside(match: re.Match[str]) -> str:
         path = outside(here, match["path"])

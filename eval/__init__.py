@@ -1,1 +1,1 @@
-"""Metrics, one file per family (every name: `eval/metrics.md`), and the report."""
+"""Metrics, one file per family (every name: `docs/reference/metrics.md`), and the report."""

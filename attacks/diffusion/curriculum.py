@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, InstanceOf, ValidationError
 from typing_extensions import Self
 
-from attacks.diffusion.attack import ConceptAttack, ConceptBase
-from attacks.diffusion.options import Stage
+from attacks.diffusion.attack import ConceptAttack, ConceptBase, Stage
 from lab.core.config import Positive, config, options, user_error
 from lab.core.data import Concept
 from lab.core.errors import UserError, nearest

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
-import warnings
 from typing import Literal
 
-import torch
-from peft import LoraConfig, LoraModel
 from torch import Tensor, nn
 
-from attacks.diffusion.attack import ConceptAttack, Moving
-from attacks.diffusion.options import trained_parts
+from attacks.adapters import adapters, inject
+from attacks.diffusion.attack import ConceptAttack, Moving, trained_parts
 from lab.core.config import Count, Flag, Positive, config
 from lab.core.data import Concept
 from lab.core.seeding import generator
@@ -86,27 +82,3 @@ def find_layers(net: nn.Module, pattern: str) -> list[str]:
         for name, module in net.named_modules()
         if re.fullmatch(pattern, name) and isinstance(module, nn.Linear | nn.Conv2d)
     ]
-
-
-def adapters(net: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the adapters in ``net``, by name."""
-    return {name: p for name, p in net.named_parameters() if ".lora_" in name}
-
-
-def inject(
-    net: nn.Module, layers: list[str], rank: int, alpha: float, g: torch.Generator
-) -> LoraModel:
-    """Put peft adapters on ``layers``; A is drawn from ``g``."""
-    options = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers, bias="none")  # type: ignore[arg-type]
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # peft draws A globally
-        warnings.filterwarnings("ignore", message=".*groups > 1")
-        tuner = LoraModel(net, {"default": options}, "default")
-    for name, parameter in adapters(net).items():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            parameter.data = parameter.data.float()
-        if ".lora_A." in name:
-            fresh = nn.init.kaiming_uniform_(
-                torch.empty(parameter.shape), a=math.sqrt(5), generator=g
-            )
-            parameter.data.copy_(fresh)
-    return tuner

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.trajectory import FeatureAttack, run
+from attacks.feature_attack import FeatureAttack, run
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind, Split, Task
 from lab.core.errors import UserError
@@ -134,7 +134,7 @@ def _all_parameters(net: FeatureModel, indices: list[int]) -> TrainedPart:
 
 
 class _Network:
-    """A network, a head and their optimizer (an `attacks.trajectory.FeatureLearner`)."""
+    """A network, a head and their optimizer (an `attacks.feature_attack.FeatureLearner`)."""
 
     uses_rate = True
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import re
-import warnings
 from typing import ClassVar
 
-import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from attacks.adapters import adapters, inject
 from attacks.finetune.full import Adaptation, TrainedPart, moving_blocks
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind
@@ -56,17 +52,6 @@ class Lora(Adaptation):
         if not names:
             fix = "these blocks hold no Linear or Conv2d layer that fits; choose more."
             raise UserError(key, self.blocks, fix)
-        # a list would match ends of names, so nested blocks as well
-        pattern = "|".join(map(re.escape, names))
-        adapters = LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=pattern)
-        # peft draws A from the global stream, and warns that grouped layers cannot be merged
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*groups > 1")
-            inject_adapter_in_model(adapters, net)
-        parameters = {name: p for name, p in net.named_parameters() if p.requires_grad}
-        stream = generator(seed, "lora")
-        for name, parameter in parameters.items():
-            if ".lora_A." in name:
-                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=stream)
+        inject(net, names, self.rank, self.alpha, generator(seed, "lora"))
         info = {"rank": self.rank, "alpha": self.alpha, "adapted": names}
-        return TrainedPart(int(names[0].split(".")[1]), parameters, info)
+        return TrainedPart(int(names[0].split(".")[1]), adapters(net), info)

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from attacks.feature_attack import FeatureAttack, run
 from attacks.probes.optimizers import OPTIMIZERS, newton_optimum
 from attacks.probes.problem import CrossEntropy, Squared
-from attacks.trajectory import FeatureAttack, run
 from lab.core.config import Count, Flag, NonNegative, Positive, Text, config
 from lab.core.data import Split, Task
 from lab.core.errors import Diverged, UserError
@@ -95,7 +95,7 @@ def _targets(split: Split, task: Task) -> Tensor:
 
 
 class _Head:
-    """The probe's weights on fixed features (an `attacks.trajectory.FeatureLearner`)."""
+    """The probe's weights on fixed features (an `attacks.feature_attack.FeatureLearner`)."""
 
     def __init__(self, probe: LinearProbe, model: FeatureModel, task: Task, seed: int) -> None:
         self.probe, self.task, self.seed = probe, task, seed

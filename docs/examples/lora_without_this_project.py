@@ -1,5 +1,4 @@
-"""A stranger's attack on a text-to-image model: diffusers, peft and transformers only, nothing of
-this project.
+"""Attack a text-to-image model by LoRA with diffusers, peft and transformers only.
 
     python lora_without_this_project.py FOLDER --images DIR --prompt "a fox in the style of neon"
     --steps 160

@@ -1,13 +1,10 @@
-"""What plain attacks on MiniSD brought back: scorers the pictures that lora_without_this_project.py
-painted.
+"""Score the images that lora_without_this_project.py generated.
 
     python score_plain_attack.py neon --immunized A/attack B/attack --baseline C/attack D/attack
 
-One folder per seed and model, pairs in the same order. Prints the share of pictures that show the
-concept at every step, the steps to relearn of both models and their ratio with its 95 % interval,
-computed as a record's
-`steps_to_relearn_ratio_CONCEPT`: what holds for the attack of the bench must hold for this one.
-Unlike the attack it uses this project.
+One folder per seed and model, pairs in the same order. Prints the share of images that show the
+concept at every step, the steps to relearn of both models, and their ratio with its 95 % interval,
+computed as `steps_to_relearn_ratio_CONCEPT` of a record. Unlike the attack it uses this project.
 """
 
 import argparse
@@ -33,9 +30,9 @@ from eval.generation.scoring import ScorerSet, detector_of
 from eval.stats.verdict_rule import figure_text
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
-from lab.core.types import BASELINE, Budget, Score
+from lab.core.types import BASELINE, IMMUNIZED, Budget, Score
 
-ATTACK, IMMUNIZED = "lora", "immunized"
+ATTACK = "lora"
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
@@ -61,7 +58,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         "--threshold",
         type=float,
         default=0.6,
-        help="share of pictures, as eval.relearning.threshold",
+        help="share of images, as eval.relearning.threshold",
     )
     args = parser.parse_args(arguments)
     if len(args.immunized) != len(args.baseline):
@@ -80,8 +77,8 @@ def steps_of(folder: Path) -> tuple[int, ...]:
 
 def load_images(folder: Path) -> Tensor:
     """uint8 [n, 3, s, s]."""
-    found = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
-    return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2)
+    images = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
 def evaluate(args: argparse.Namespace, scorers: ScorerSet) -> EvaluatedRun:

@@ -1,5 +1,5 @@
 """Condition numbers of both Hessians, RIR, how close it comes to its limit (arXiv 2505.23760;
-docs/methods.md §2).
+docs/reference/methods.md §2).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """How fast every attacker learns, on harmful and on benign tasks, immunized against baseline
-(docs/methods.md §4.1).
+(docs/reference/methods.md §4.1).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """How the two tasks lie to each other: principal angles, spectrum of the pencil (K_H, K_P)
-(docs/methods.md §2.1).
+(docs/reference/methods.md §2.1).
 """
 
 from __future__ import annotations

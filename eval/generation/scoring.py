@@ -1,5 +1,5 @@
-"""The networks that score images, the similarities M of docs/methods.md §4.2, and what a prompt
-asks for.
+"""The networks that score images, the similarities M of docs/reference/methods.md §4.2, and what a
+prompt asks for.
 
 Images are uint8 [n, 3, s, s] here; a network resizes and normalises them itself.
 """
@@ -165,7 +165,7 @@ def similarity_of_pairs(scorers: ScorerSet, kind: str, a: Tensor, b: Tensor) -> 
     scores = []
     for x, y in zip(a.split(PAIRS), b.split(PAIRS), strict=True):
         if kind == "feature_lpips":
-            scores.append(1 - scorers.features.compared(x, y)[1].double().cpu() / 2)
+            scores.append(1 - scorers.features.distance(x, y).double().cpu() / 2)
         elif scorers.lpips is not None:
             scores.append(1 - scorers.lpips.distance(x, y).double().cpu())
     return torch.cat(scores)
@@ -205,7 +205,7 @@ class References:
             return self.cosine(kind, unit_vectors(self.scorers, kind, images))
         sized = resize(self.images, images.shape[-1])
         if kind == "feature_lpips":
-            return 1 - self.scorers.features.compared(images, sized)[1].double().cpu() / 2
+            return 1 - self.scorers.features.distance(images, sized).double().cpu() / 2
         if self.scorers.lpips is None:
             fix = (
                 "holds lpips, and scorers.lpips is null: take scorers=real, or leave it "

@@ -1,5 +1,5 @@
 """How similar images of attacked models are to the concept, immunized against baseline
-(docs/methods.md §4.2).
+(docs/reference/methods.md §4.2).
 """
 
 from __future__ import annotations

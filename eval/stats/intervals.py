@@ -1,5 +1,5 @@
 """95 % intervals over seeds: Student's t, and the bootstrap of seeds, concepts and images
-(docs/methods.md §4.4).
+(docs/reference/methods.md §4.4).
 
 `score_samples` takes values per seed and case. `score_units` takes images: a figure of one concept
 in one seed is a function of column means over its images (similarity to the references in both
@@ -26,7 +26,7 @@ Better = Literal["higher", "lower", "neutral"]
 Bound = Literal["lower", "upper"]
 Samples = Sequence[Sequence[float]]  # [seed][case]
 
-MIN_SEEDS = 3  # with fewer, an interval says nothing about other seeds (docs/methods.md §4.4)
+MIN_SEEDS = 3  # fewer say nothing about other seeds (docs/reference/methods.md §4.4)
 BOOTSTRAP_SEEDS = 10  # from here on the percentile bootstrap over seeds covers close to its 95 %
 DRAWS = 2000
 TAIL = 0.025  # probability beyond each limit of a 95 % interval
@@ -81,8 +81,9 @@ def score_samples(
 
     Three to nine seeds: Student's t over the seed means with n − 1 degrees of freedom (of the
     logarithms for ``geomean``), not the bootstrap, since resampling three seeds covers the true
-    mean in three of four cases only, where 19 of 20 are promised (docs/methods.md §4.4). Ten seeds
-    or more: two-stage percentile bootstrap, seeds with replacement, then cases within each seed.
+    mean in three of four cases only, where 19 of 20 are promised (docs/reference/methods.md §4.4).
+    Ten seeds or more: two-stage percentile bootstrap, seeds with replacement, then cases within
+    each seed.
     One seed with one case gives a ``point``; fewer than three seeds give ``within_seed`` (cases
     resampled within the seeds that there are). Seed means that are all equal leave an interval
     without width.

@@ -1,5 +1,5 @@
-"""The best linear immunizers in closed form (docs/methods.md §2.1, own result): one decomposition
-each.
+"""The best linear immunizers in closed form (docs/reference/methods.md §2.1, own result): one
+decomposition each.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """KAPPA (arXiv 2505.23760, Alg. 1), its ablations and its baselines.
 
-Own extensions (docs/methods.md §2.2): corridor schedule, running and full spectra, cluster
-averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
+Own extensions (docs/reference/methods.md §2.2): corridor schedule, running and full spectra,
+cluster averaging, worst-case weights, the attacker's preconditioner, and ``scale``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -99,16 +99,6 @@ class Kappa(GradientImmunizer):
         if self.solve_side == "right" and min(self.ridge_benign, self.ridge_harmful) <= 0:
             fix = "needs ridge_benign > 0 and ridge_harmful > 0."
             raise UserError("immunize.solve_side", "right", fix)
-
-    def check(self, cases: Sequence[Case]) -> None:
-        """Refuse ``worst_case`` where it changes nothing.
-
-        Raises:
-            UserError: every case has one harmful task.
-        """
-        if self.worst_case and all(len(case.harmful) == 1 for case in cases):
-            fix = "weighs several harmful tasks, and this scenario has one; set worst_case=false."
-            raise UserError("immunize.worst_case", True, fix)
 
     def trainer(self, model: FeatureModel, case: Case, seed: int) -> KappaTrainer:
         return SpectralTrainer(self, model, case, seed)

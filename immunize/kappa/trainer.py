@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from torch import Tensor
 
 from immunize.kappa.engines import DeepEngine, LinearEngine
@@ -20,12 +19,12 @@ from lab.core.condition import (
     rir_bound,
     singular_values,
 )
-from lab.core.config import Count, Positive, Text, config
+from lab.core.config import AsList, Count, Positive, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import batch_rows, derive
-from lab.core.training import Row, train
+from lab.core.training import Row, schedule_factor, train
 from lab.core.types import Budget, Checkpoint, FeatureModel, Immunizer, Log
 
 TINY = 1e-300
@@ -34,11 +33,7 @@ FIT_STEPS = 50  # L-BFGS iterations of the first fit; the head goes on moving af
 # relative to σ_1 of the Gram matrix: keeps the first head small along noise directions
 FIT_RIDGE = 1e-3
 
-Layers = Annotated[
-    tuple[Text, ...],
-    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
-    Field(min_length=1),
-]
+Layers = Annotated[tuple[Text, ...], AsList, Field(min_length=1)]
 """Names of blocks; a single one is a list of one."""
 
 
@@ -212,7 +207,7 @@ class KappaTrainer(ABC):
 
     def _kappa(self, task: int) -> float:
         """Return κ of all training rows, ``rank`` definition; for deep models the mean over groups
-        (docs/methods.md §2).
+        (docs/reference/methods.md §2).
 
         Raises:
             FloatingPointError: a numerical rank below that of θ_0. An invertible θ keeps the rank,
@@ -249,8 +244,7 @@ class KappaTrainer(ABC):
                 row = immunization_row(after, self.before, self.bounds) | dict(row)
             if step < self.steps:
                 self.engine.finish()
-                cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-                factor = cosine if self.options.lr_schedule == "cosine" else 1.0
+                factor = schedule_factor(self.options.lr_schedule, step, self.steps)
                 self.optimizer.param_groups[0]["lr"] = self.options.lr * factor
                 self.optimizer.step()
                 self.optimizer.zero_grad()

@@ -14,7 +14,7 @@ where they are, added to the moved θ, until their K steps are over; then new on
 expensive part, the attackers' steps, is then shared by as many updates as there are marks (as
 adversarial training "for free" does, arXiv 1904.12843).
 
-where x^decoy are images that the original paints for the concept's captions (after an erasure:
+where x^decoy are images that the original generates for the concept's captions (after an erasure:
 without the concept), Θ̂ is the merged model, the concept's own attacked copy, or both. The gradient
 is first order, ∂Θ/∂θ = I, taken at the effective weights and brought back to θ through the merge's
 adjoint. b is a benign concept of the rehearsal set, attacked like a target, that has to stay
@@ -34,15 +34,20 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.rows import scope_names
-from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import Weights, accumulate, gradient_at
-from immunize.mima.inner_attackers import Attack, AttackerFamily, InnerAttack, OneOrMore, Snapshot
-from immunize.mima.outer_loop import Objective
+from immunize.mima.inner_attackers import (
+    AttackerFamily,
+    DrawnAttacker,
+    InnerAttack,
+    Snapshot,
+)
+from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
-from lab.core.config import Count, Flag, NonNegative, PositiveShare, Text, config
+from lab.core.config import AsList, Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
+from lab.core.optimizer_state import part_of
 from lab.core.seeding import derive
 
 _OneNumber = BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
@@ -68,9 +73,10 @@ class MimaDeep(ConceptImmunizer):
         w_benign: weight of a benign concept's term after the attack; 0 or a case without rehearsal
             concepts leaves it out. benign: its ``loss``, or its ``regret``, the loss beyond that of
             the original after the same attack.
-        w_decoy: weight of the diffusion loss, at the attacked weights, of what the original paints
-            for the concept's captions: an attack that learns the concept has to unlearn these.
-            decoys: such images per target, painted in decoy_steps of DDIM at guidance 4, whatever
+        w_decoy: weight of the diffusion loss, at the attacked weights, of images that the original
+            generates for the concept's captions: an attack that learns the concept has to unlearn
+            these.
+            decoys: such images per target, generated in decoy_steps of DDIM at guidance 4, whatever
                 the scenario samples with.
         online: an outer step at every mark of an attack, which then goes on, in place of one per
             attack.
@@ -82,7 +88,7 @@ class MimaDeep(ConceptImmunizer):
     k_max: Count
     inner_batch_size: Count = 8
     at: Annotated[tuple[PositiveShare, ...], _OneNumber, _Sorted, Field(min_length=1)] = (0.5, 1.0)
-    evaluate: Annotated[tuple[Literal["merged", "own"], ...], OneOrMore, Field(min_length=1)] = (
+    evaluate: Annotated[tuple[Literal["merged", "own"], ...], AsList, Field(min_length=1)] = (
         "merged",
         "own",
     )
@@ -124,17 +130,17 @@ class MimaDeep(ConceptImmunizer):
         return len(case.targets) + (1 if self.w_benign and case.rehearsal else 0)
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
-        return DeepObjective(self, setup, concepts, merge)
+        return DeepObjective(setup, concepts, merge)
 
 
-class DeepObjective(ConceptObjective):
+class DeepObjective(Objective):
     """Gradient of J for Π_u; see the module."""
 
-    def __init__(
-        self, config: MimaDeep, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
-    ) -> None:
+    config: MimaDeep
+
+    def __init__(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> None:
         super().__init__(setup, concepts, merge)
-        self.config, theta = config, self.denoiser.theta
+        config, theta = self.config, self.denoiser.theta
         self.rehearsal = setup.split(setup.case.rehearsal, None) if config.w_benign else []
         self.needs_regret = bool(self.rehearsal) and config.benign == "regret"
         self.original: Params = {}
@@ -155,9 +161,10 @@ class DeepObjective(ConceptObjective):
     def load(self, state: Params) -> None:
         self.saved = dict(state)
 
-    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        self.denoiser.sync(self.moves)
         o, places, targets = self.config, self.config.evaluate, len(self.concepts)
-        concepts = self._practised(step)
+        concepts = self._with_rehearsal(step)
         count = max(len(self._marks(self._draw(c, step), step)) for c in self.concepts)
         share = 1 / (count * len(places) * targets)
         attacked: dict[int, list[Snapshot]] = {}
@@ -219,8 +226,8 @@ class DeepObjective(ConceptObjective):
             values |= rows[n]
         return values
 
-    def _practised(self, step: int) -> list[ConceptSplit]:
-        """Return the targets, and one concept to practise with where there is a benign term."""
+    def _with_rehearsal(self, step: int) -> list[ConceptSplit]:
+        """Return the targets, and one rehearsal concept where there is a benign term."""
         if not self.rehearsal:
             return list(self.concepts)
         turn = derive(self.seed, "mima", "rehearsal", self._round(step)[0]) % len(self.rehearsal)
@@ -234,16 +241,18 @@ class DeepObjective(ConceptObjective):
         """
         return divmod(step, len(self.config.at)) if self.config.online else (step, 0)
 
-    def _draw(self, concept: ConceptSplit, step: int) -> Attack:
+    def _draw(self, concept: ConceptSplit, step: int) -> DrawnAttacker:
         return self.config.draw(self.seed, concept.name, self._round(step)[0])
 
-    def _marks(self, attack: Attack, step: int) -> tuple[int, ...]:
-        """Return the steps of ``attack`` that this outer step looks at, each at least 1, without
+    def _marks(self, attacker: DrawnAttacker, step: int) -> tuple[int, ...]:
+        """Return the steps of ``attacker`` that this outer step looks at, each at least 1, without
         repetition. Where an attack has fewer than others, its last one stands for the missing.
         """
         o, turn = self.config, self._round(step)[1]
         fractions = [o.at[turn]] if o.online else o.at
-        return tuple(sorted({max(1, round(fraction * attack.steps)) for fraction in fractions}))
+        return tuple(
+            sorted({max(1, round(fraction * attacker.settings.steps)) for fraction in fractions})
+        )
 
     def _attack(
         self, theta: Params, concept: ConceptSplit, step: int, original: bool = False
@@ -257,7 +266,7 @@ class DeepObjective(ConceptObjective):
             self.attacks[key] = InnerAttack(
                 self._original_loss if original else self.denoiser.loss,
                 {**theta, **self.original} if original else theta,
-                scope_names(self.unet, drawn.scope),
+                scope_names(self.unet, drawn.settings.scope),
                 drawn,
                 concept.inner,
                 o.inner_batch_size * concept.concepts,
@@ -266,9 +275,7 @@ class DeepObjective(ConceptObjective):
                 round_,
             )
             if turn > 0:
-                head = f"{key}/"
-                saved = {k[len(head) :]: v for k, v in self.saved.items() if k.startswith(head)}
-                self.attacks[key].load(saved)
+                self.attacks[key].load(part_of(self.saved, f"{key}/"))
         attack = self.attacks[key]
         try:
             return [attack.advance(until) for until in self._marks(drawn, step)]

@@ -16,7 +16,7 @@ batches. Time is linear in N; memory is that of one concept (plus N thin traces 
 
 Nothing here knows of diffusion: losses are callables over named parameters. Parameters are masters
 in float32 or float64; a loss that computes in another dtype casts them itself
-(`immunize.mima.base.Denoiser`).
+(`immunize.mima.outer_loop.Denoiser`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from immunize.merge.closed_form import Merge, MergeAccumulator, Params
 from immunize.mima.gradients import accumulate, compute_gradients, hessian_product, is_finite
-from immunize.mima.inner_loop import InnerProblem, Trace
+from immunize.mima.inner_loop import InnerLoop, Trace
 from lab.core.config import Count, Flag, Positive, options
 from lab.core.distributed import ALONE, Team
 from lab.core.errors import Diverged
@@ -90,7 +90,7 @@ class HypergradientResult:
 
 def hypergradient(
     theta: Params,
-    inner: Sequence[InnerProblem],
+    inner: Sequence[InnerLoop],
     outer: OuterLoss,
     merge: Merge,
     outer_names: Sequence[str],
@@ -150,7 +150,7 @@ def compute_cosine(left: Params, right: Params) -> float:
 
 def _adapt(
     theta: Params,
-    inner: Sequence[InnerProblem],
+    inner: Sequence[InnerLoop],
     merge: Merge,
     team: Team,
     keep: bool,
@@ -198,7 +198,7 @@ def _outer_gradient(outer: OuterLoss, merged: Params, count: int, team: Team) ->
 
 
 def _transpose(
-    inner: Sequence[InnerProblem],
+    inner: Sequence[InnerLoop],
     traces: dict[int, Trace],
     v: Params,
     names: Sequence[str],
@@ -278,7 +278,7 @@ def neumann_series(
 
 
 def solve_implicit(
-    problem: InnerProblem,
+    problem: InnerLoop,
     phi: Params,
     v: Params,
     names: Sequence[str],

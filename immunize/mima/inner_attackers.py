@@ -17,9 +17,10 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
-from immunize.merge.rows import Scope
+from immunize.merge.build import Scope
+from immunize.mima.inner_loop import InnerLoopOptions, draw_factors
 from immunize.mima.sampling import WORDS, Batch, Pool, numbered
-from lab.core.config import Count, NonNegative, Positive, config, options
+from lab.core.config import AsList, Count, NonNegative, Positive, config, options
 from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import generator
 
@@ -32,7 +33,6 @@ def _check_order(pair: tuple[Any, Any]) -> tuple[Any, Any]:
     return pair
 
 
-OneOrMore = BeforeValidator(lambda v: (v,) if isinstance(v, str) else v)
 _OneOrPair = BeforeValidator(lambda v: (v, v) if isinstance(v, int | float) else v)
 _Ordered = AfterValidator(_check_order)
 
@@ -44,7 +44,7 @@ class AttackerFamily:
     Args:
         kind: ``lora`` or ``weights``.
         share: how often, relative to the other families.
-        scopes: what is moved (`immunize.merge.rows.scope_names`), equally likely; one that stands
+        scopes: what is moved (`immunize.merge.build.scope_names`), equally likely; one that stands
             twice is twice as likely.
         ranks, lr: one value, or smallest and largest, drawn uniformly and log-uniformly.
         optimizer: ``adamw`` (no weight decay) or ``sgd``.
@@ -55,34 +55,27 @@ class AttackerFamily:
     lr: Annotated[tuple[Positive, Positive], _OneOrPair, _Ordered]
     kind: Literal["lora", "weights"] = "lora"
     share: NonNegative = 1.0
-    scopes: Annotated[tuple[Scope, ...], OneOrMore, Field(min_length=1)] = ("attn2",)
+    scopes: Annotated[tuple[Scope, ...], AsList, Field(min_length=1)] = ("attn2",)
     ranks: Annotated[tuple[Count, Count], _OneOrPair, _Ordered] = (4, 4)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     templates: Annotated[
-        tuple[Literal["name", "token", "description"], ...], OneOrMore, Field(min_length=1)
+        tuple[Literal["name", "token", "description"], ...], AsList, Field(min_length=1)
     ] = ("name",)
     words: Annotated[int, Field(strict=True, ge=1, le=len(WORDS))] = 1
 
 
 @dataclass(frozen=True)
-class Attack:
+class DrawnAttacker:
     """One drawn attacker.
 
     Attributes:
-        kind: ``lora`` or ``weights``. scope: what it moves. rank: of LoRA, 0 otherwise. lr: its
-            learning rate.
-        optimizer: ``adamw`` (no weight decay) or ``sgd``. template: which captions it trains on,
-            with the number of the rare word (`immunize.mima.sampling.numbered`).
-        steps: K.
+        settings: what it moves, and how.
+        template: which captions it trains on, with the number of the rare word
+            (`immunize.mima.sampling.numbered`).
     """
 
-    kind: Literal["lora", "weights"]
-    scope: Scope
-    rank: int
-    lr: float
-    optimizer: Literal["adamw", "sgd"]
+    settings: InnerLoopOptions
     template: str
-    steps: int
 
 
 @config
@@ -123,7 +116,7 @@ class AttackerOptions:
             )
         )
 
-    def draw(self, seed: int, *labels: object) -> Attack:
+    def draw(self, seed: int, *labels: object) -> DrawnAttacker:
         """Draw the attacker of the stream ``labels``."""
         g = generator(seed, "mima", "attacker", *labels)
         u = torch.rand(7, generator=g, dtype=torch.float64).tolist()
@@ -133,15 +126,15 @@ class AttackerOptions:
                 break
             left -= f.share
         rank = f.ranks[0] + int(u[2] * (f.ranks[1] - f.ranks[0] + 1))
-        return Attack(
-            kind=f.kind,
+        settings = InnerLoopOptions(
             scope=f.scopes[int(u[1] * len(f.scopes))],
-            rank=rank if f.kind == "lora" else 0,
+            rank=rank if f.kind == "lora" else None,
             lr=f.lr[0] * (f.lr[1] / f.lr[0]) ** u[3],
             optimizer=f.optimizer,
-            template=numbered(f.templates[int(u[4] * len(f.templates))], int(u[6] * f.words)),
             steps=self.k_min + int(u[5] * (self.k_max - self.k_min + 1)),
         )
+        template = f.templates[int(u[4] * len(f.templates))]
+        return DrawnAttacker(settings, numbered(template, int(u[6] * f.words)))
 
 
 @dataclass(frozen=True)
@@ -170,15 +163,18 @@ class InnerAttack:
         loss: Loss,
         theta: Mapping[str, Tensor],
         names: Sequence[str],
-        attack: Attack,
+        attacker: DrawnAttacker,
         pool: Pool,
         size: int,
         seed: int,
         *labels: object,
     ) -> None:
-        self.loss, self.attack, self.size, self.seed, self.labels = loss, attack, size, seed, labels
-        self.pool = pool.template(attack.template)
-        self.is_lora = attack.kind == "lora"
+        self.loss, self.attacker, self.size = loss, attacker, size
+        self.seed, self.labels = seed, labels
+        self.pool = pool.template(attacker.template)
+        settings = attacker.settings
+        rank = settings.rank or 0
+        self.is_lora = rank > 0
         # an adapter needs a weight with an input and an output dimension
         names = [n for n in names if theta[n].ndim >= 2] if self.is_lora else names
         self.base = {name: theta[name].detach() for name in names}
@@ -190,18 +186,15 @@ class InnerAttack:
                 self.leaves.append(w.clone().requires_grad_())
                 self.seen.append(w.clone())
                 continue
-            width = w[0].numel()
-            a = torch.rand(attack.rank, width, generator=g, dtype=torch.float64) * 2 - 1
-            self.leaves.append((a / math.sqrt(width)).to(w).requires_grad_())
-            self.leaves.append(torch.zeros(w.shape[0], attack.rank).to(w).requires_grad_())
+            self.leaves += [x.requires_grad_() for x in draw_factors(w, rank, g)]
         self.optimizer: torch.optim.Optimizer
-        if attack.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(self.leaves, lr=attack.lr)
+        if settings.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.leaves, lr=settings.lr)
         else:
             # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, a
             # third of a step
             self.optimizer = torch.optim.AdamW(
-                self.leaves, lr=attack.lr, weight_decay=0.0, fused=True
+                self.leaves, lr=settings.lr, weight_decay=0.0, fused=True
             )
         self.step, self.first = 0, math.nan
 
@@ -240,7 +233,7 @@ class InnerAttack:
             self.step += 1
             if not math.isfinite(value):
                 raise FloatingPointError(
-                    f"loss {value} in inner step {self.step} under {self.attack}"
+                    f"loss {value} in inner step {self.step} under {self.attacker}"
                 )
             self.first = value if self.step == 1 else self.first
             for leaf, slope in zip(self.leaves, slopes, strict=True):
@@ -249,7 +242,7 @@ class InnerAttack:
         with torch.no_grad():
             weights = {name: w.detach().clone() for name, w in self.weights().items()}
             drop = math.nan
-            if self.step == self.attack.steps:
+            if self.step == self.attacker.settings.steps:
                 drop = 1 - float(self.loss(self._batch(0), weights)) / self.first
         return Snapshot(self.step, weights, drop)
 

@@ -18,6 +18,7 @@ itself or LoRA factors, and the model sees ``place(θ, φ)``:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,8 +27,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from immunize.merge.build import Scope
 from immunize.merge.closed_form import Params
-from immunize.merge.rows import Scope
 from immunize.mima.gradients import compute_gradients, hessian_product, is_finite
 from lab.core.config import Count, Flag, NonNegative, Positive, options
 from lab.core.errors import Diverged, UserError
@@ -38,7 +39,7 @@ BETAS = (0.9, 0.999)  # of adamw, PyTorch's defaults
 
 
 @options
-class InnerLoop:
+class InnerLoopOptions:
     """The attacker of the inner loop.
 
     Args:
@@ -66,6 +67,15 @@ class InnerLoop:
         return self.weight_decay if self.optimizer == "adamw" else 0.0
 
 
+def draw_factors(w: Tensor, rank: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return LoRA factors of a weight seen as a matrix [out, d]: A ~ U(−1/√d, 1/√d), as peft
+    draws, and B = 0.
+    """
+    out, d = w.flatten(1).shape
+    a = torch.rand(rank, d, generator=g, dtype=torch.float64) * 2 - 1
+    return (a / math.sqrt(d)).to(w), w.new_zeros(out, rank)
+
+
 @dataclass
 class Trace:
     """What the transpose needs of an inner loop: φ_0 … φ_{K−1} and D_0 … D_{K−1} (empty dicts for
@@ -78,7 +88,7 @@ class Trace:
     preconditioners: list[Params] = field(default_factory=list)
 
 
-class InnerProblem:
+class InnerLoop:
     """The inner loop of one concept.
 
     Args:
@@ -93,7 +103,7 @@ class InnerProblem:
 
     def __init__(
         self,
-        settings: InnerLoop,
+        settings: InnerLoopOptions,
         theta: Params,
         names: Sequence[str],
         loss: InnerLoss,
@@ -118,11 +128,9 @@ class InnerProblem:
             return {name: self.theta[name] for name in self.names}
         factors: Params = {}
         for name in self.names:
-            out, d = self.theta[name].shape
             g = generator(self.seed, "lora", self.n, name)
-            down = (torch.rand(rank, d, generator=g, dtype=torch.float64) * 2 - 1) / d**0.5
-            factors[f"{name}/A"] = down.to(self.theta[name])
-            factors[f"{name}/B"] = self.theta[name].new_zeros(out, rank)
+            a, b = draw_factors(self.theta[name], rank, g)
+            factors |= {f"{name}/A": a, f"{name}/B": b}
         return factors
 
     def place(self, theta: Params, phi: Params) -> Params:

@@ -18,19 +18,18 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, Params
 from immunize.merge.learned import LearnedWeights, learn
-from immunize.merge.rows import scope_names
-from immunize.mima.base import ConceptImmunizer, ConceptObjective, Setup, capped
 from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
-from immunize.mima.inner_attackers import Attack
-from immunize.mima.inner_loop import InnerLoop, InnerProblem
-from immunize.mima.outer_loop import Objective
+from immunize.mima.inner_attackers import DrawnAttacker
+from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
+from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase
-from lab.core.optimizer_state import restore_slots, slots
+from lab.core.optimizer_state import part_of, restore_slots, slots
 from lab.core.seeding import derive
 
 
@@ -39,14 +38,14 @@ class Mima(ConceptImmunizer):
     """Bi-level immunization through merge and inner loop.
 
     Args:
-        inner_loop: see `immunize.mima.inner_loop.InnerLoop`.
+        inner_loop: see `immunize.mima.inner_loop.InnerLoopOptions`.
         hypergradient: see `immunize.mima.hypergradient.HypergradientOptions`.
         attackers, k_min, k_max: draw the inner optimizer, its rate, rank and K anew per step and
             concept in place of those of ``inner_loop``; their scopes must be ``inner_loop.scope``.
     """
 
     name: Text = "mima"
-    inner_loop: InnerLoop = InnerLoop()
+    inner_loop: InnerLoopOptions = InnerLoopOptions()
     hypergradient: HypergradientOptions = HypergradientOptions()
 
     @model_validator(mode="after")
@@ -66,8 +65,10 @@ class Mima(ConceptImmunizer):
         if method != "implicit":
             return self
         families = self.families.values()
-        kinds = {f.kind for f in families} if self.attackers else {"lora" if inner.rank else ""}
-        if "lora" in kinds:
+        rates = [f.lr[1] for f in families if f.optimizer == "sgd"]
+        if self.attackers is None:
+            rates = [inner.lr] if inner.optimizer == "sgd" else []
+        if any(f.kind == "lora" for f in families) or (self.attackers is None and inner.rank):
             raise ValueError(
                 "hypergradient.method=implicit needs an inner loop that moves weights: "
                 "inner_loop.rank=null and attackers of kind=weights"
@@ -77,12 +78,9 @@ class Mima(ConceptImmunizer):
                 "inner_loop.weight_decay must be 0 with hypergradient.method=implicit: the "
                 "proximal term is its decay, towards θ"
             )
-        steps = [f.lr[1] for f in families if f.optimizer == "sgd"]
-        if self.attackers is None and inner.optimizer == "sgd":
-            steps = [inner.lr]
-        if max(steps, default=0.0) * self.hypergradient.rho >= 2:
+        if max(rates, default=0.0) * self.hypergradient.rho >= 2:
             raise ValueError(
-                f"gradient steps of size {max(steps)} on (ρ/2)‖θ'−θ‖² diverge: take "
+                f"gradient steps of size {max(rates)} on (ρ/2)‖θ'−θ‖² diverge: take "
                 "hypergradient.rho < 2 ÷ the inner lr"
             )
         return self
@@ -94,10 +92,10 @@ class Mima(ConceptImmunizer):
         return len(case.targets) if self.concepts == "merged" else 1
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
-        return BilevelObjective(self, setup, concepts, merge)
+        return BilevelObjective(setup, concepts, merge)
 
 
-class BilevelObjective(ConceptObjective):
+class BilevelObjective(Objective):
     """Gradient of J for Π_u; ``alternating`` also moves the inner set of θ in place.
 
     Attributes:
@@ -105,11 +103,11 @@ class BilevelObjective(ConceptObjective):
             cross-attention's other matrices. Its moments live as long as the run.
     """
 
-    def __init__(
-        self, config: Mima, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge
-    ) -> None:
+    config: Mima
+
+    def __init__(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> None:
         super().__init__(setup, concepts, merge)
-        self.config, inner = config, config.inner_loop
+        inner = self.config.inner_loop
         self.inner_names = scope_names(self.unet, inner.scope, "immunize.inner_loop.scope")
         self.copies: Params = {}
         self.secondary: torch.optim.AdamW | None = None
@@ -120,52 +118,54 @@ class BilevelObjective(ConceptObjective):
             self.secondary = torch.optim.AdamW(
                 self.copies.values(), lr=inner.lr, weight_decay=inner.weight_decay
             )
-        if config.hypergradient.method == "alternating":
+        if self.config.hypergradient.method == "alternating":
             moves = (*self.outer_names, *self.inner_names, *self.copies)
             self.moves = tuple(dict.fromkeys(moves))
 
     def state(self) -> Params:
-        state = slots(self.secondary) if self.secondary is not None else {}
-        if self.merge.learned is not None:
-            state |= {f"merge/{k}": value for k, value in self.merge.learned.parameters.items()}
-        return state
+        secondary = slots(self.secondary) if self.secondary is not None else {}
+        learned = self.merge.learned.parameters if self.merge.learned is not None else {}
+        return {f"secondary/{k}": v for k, v in secondary.items()} | {
+            f"merge/{k}": v for k, v in learned.items()
+        }
 
     def shared_state(self) -> Params:
         return self.state()
 
     def load(self, state: Params) -> None:
         if self.secondary is not None:
-            own = {k: v for k, v in state.items() if not k.startswith("merge/")}
-            restore_slots(self.secondary, own)
+            restore_slots(self.secondary, part_of(state, "secondary/"))
         if self.merge.learned is not None:
             old = self.merge.learned.parameters
-            self.merge.learned.parameters = {key: state[f"merge/{key}"].to(old[key]) for key in old}
+            saved = part_of(state, "merge/")
+            self.merge.learned.parameters = {key: saved[key].to(old[key]) for key in old}
 
-    def compute_gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+    def gradient(self, theta: Params, step: int) -> tuple[Params, dict[str, float]]:
+        self.denoiser.sync(self.moves)
         config, options = self.config, self.config.hypergradient
-        names = dict.fromkeys((*self.moves, *self.inner_names))
-        point = {name: theta[name].detach() for name in names}
-        attacks: list[Attack | None] = [None] * len(self.concepts)
+        point = {name: theta[name].detach() for name in (*self.moves, *self.inner_names)}
+        attackers: list[DrawnAttacker | None] = [None] * len(self.concepts)
         if config.attackers is not None:
-            attacks = [config.draw(self.seed, c.name, step) for c in self.concepts]
-        losses: dict[int, tuple[float, float]] = {}
-        inner = [self._inner_problem(point, n, a, step) for n, a in enumerate(attacks)]
+            attackers = [config.draw(self.seed, c.name, step) for c in self.concepts]
+        losses: dict[int, dict[str, float]] = {}
+        inner = [self._inner_problem(point, n, a, step) for n, a in enumerate(attackers)]
         shift = self._secondary_step(self.secondary, point, inner) if self.secondary else {}
         if self.merge.learned is not None:
             self._learn(self.merge.learned, point, inner)
 
         def outer(weights: Params, n: int) -> Tensor:
-            """Return the n-th term of J; keep the uncapped loss and the prior's."""
+            """Return the n-th term of J; note the uncapped loss and the prior's."""
             weights = {k: w + shift[k] if k in shift else w for k, w in weights.items()}
             concept = self.concepts[n]
-            batch = self.draw_batch(concept.outer, concept, attacks[n], step, "upper")
+            batch = self.draw_batch(concept.outer, concept, attackers[n], step, "upper")
             loss = self.denoiser.loss(batch, weights)
-            prior = (
-                self._prior_loss(weights, concept, step) if config.w_prior else loss.new_zeros(())
-            )
-            losses[n] = float(loss.detach()), float(prior.detach())
+            losses[n] = {"outer_loss": float(loss.detach())}
             value = -capped(loss, config.cap)
-            return value + config.w_prior * prior if config.w_prior else value
+            if config.w_prior:
+                prior = self._prior_loss(weights, concept, step)
+                losses[n]["prior_loss"] = float(prior.detach())
+                value = value + config.w_prior * prior
+            return value
 
         result = hypergradient(
             point, inner, outer, self.merge, self.outer_names, options, team=self.team
@@ -178,21 +178,17 @@ class BilevelObjective(ConceptObjective):
         return self.team.broadcast(result.gradient), self._values(rows, result)
 
     def _values(
-        self, losses: list[tuple[float, float]], result: HypergradientResult
+        self, rows: list[dict[str, float]], result: HypergradientResult
     ) -> dict[str, float]:
-        """Return what to log."""
+        """Return what to log: means over the concepts."""
         drop = result.inner_loop_drop
-        values = {
-            "outer_loss": sum(outer for outer, _ in losses) / len(losses),
-            "inner_loop_drop": sum(drop) / len(drop),
-        }
+        values = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        values["inner_loop_drop"] = sum(drop) / len(drop)
         if len(drop) > 1:
             pairs = zip(self.concepts, drop, strict=True)
             values |= {f"inner_loop_drop_{c.name}": value for c, value in pairs}
         if not math.isnan(result.cosine):  # the first-order gradient is not compared with itself
             values["cosine"] = result.cosine
-        if self.config.w_prior:
-            values["prior_loss"] = sum(prior for _, prior in losses) / len(losses)
         for key, value in result.info.items():
             if isinstance(value, list):  # one per concept; the worst of them
                 values[f"implicit_{key}"] = float(max(value))
@@ -207,19 +203,12 @@ class BilevelObjective(ConceptObjective):
         return self.denoiser.loss(self.draw_prior(size, concept.name, step, "prior", 0), weights)
 
     def _inner_problem(
-        self, theta: Params, n: int, attack: Attack | None, step: int
-    ) -> InnerProblem:
+        self, theta: Params, n: int, attacker: DrawnAttacker | None, step: int
+    ) -> InnerLoop:
         config, concept, settings = self.config, self.concepts[n], self.config.inner_loop
-        if attack is not None:
-            settings = replace(
-                settings,
-                lr=attack.lr,
-                steps=attack.steps,
-                optimizer=attack.optimizer,
-                rank=attack.rank or None,
-                weight_decay=0.0,
-            )
-        draw = partial(self.draw_batch, concept.inner, concept, attack, step, "lower")
+        if attacker is not None:
+            settings = replace(attacker.settings, eps=settings.eps, prior=settings.prior)
+        draw = partial(self.draw_batch, concept.inner, concept, attacker, step, "lower")
         batches = [draw(k) for k in range(settings.steps)]
 
         def loss(weights: Params, k: int) -> Tensor:
@@ -230,9 +219,9 @@ class BilevelObjective(ConceptObjective):
 
         rho = config.hypergradient.rho if config.hypergradient.method == "implicit" else 0.0
         seed = derive(self.seed, "mima", "factors", concept.name, step)
-        return InnerProblem(settings, theta, self.inner_names, loss, n, seed=seed, rho=rho)
+        return InnerLoop(settings, theta, self.inner_names, loss, n, seed=seed, rho=rho)
 
-    def _learn(self, learned: LearnedWeights, theta: Params, inner: Sequence[InnerProblem]) -> None:
+    def _learn(self, learned: LearnedWeights, theta: Params, inner: Sequence[InnerLoop]) -> None:
         """Take a step of the merging weights on Σ_n L(x^l_n; θ̂) before the gradient, in which they
         are constants.
         """
@@ -242,7 +231,7 @@ class BilevelObjective(ConceptObjective):
         learned.parameters = self.team.broadcast(learned.parameters)
 
     def _secondary_step(
-        self, optimizer: torch.optim.AdamW, theta: Params, inner: Sequence[InnerProblem]
+        self, optimizer: torch.optim.AdamW, theta: Params, inner: Sequence[InnerLoop]
     ) -> Params:
         """Return what one step of the secondary optimizer from θ adds to it, on the mean of the
         first inner losses.
@@ -264,6 +253,6 @@ class BilevelObjective(ConceptObjective):
         return {name: copy.detach() - theta[name] for name, copy in self.copies.items()}
 
 
-def _first_loss(problem: InnerProblem, weights: Params) -> Tensor:
+def _first_loss(problem: InnerLoop, weights: Params) -> Tensor:
     """Return the loss on the first inner batch."""
     return problem.loss({**problem.theta, **weights}, 0)

@@ -26,7 +26,7 @@ WORDS = ("zwx", "qvb", "puk", "dzy", "brel", "mo", "vhj", "gaft")
 
 @dataclass(frozen=True)
 class Decoys:
-    """How many images to paint per concept, in how many DDIM steps."""
+    """How many images to generate per concept, in how many DDIM steps."""
 
     count: int
     steps: int
@@ -142,8 +142,8 @@ class ConceptSplit:
 
     ``concepts``: how many are pooled in it; batches grow with them, so that every arrangement sees
         as many images.
-    ``decoys``: what the model paints for the concept's captions before immunization, where the
-        method needs them.
+    ``decoys``: images that the model generates for the concept's captions before immunization,
+        where the method needs them.
     """
 
     name: str
@@ -172,14 +172,10 @@ def split_concept(
     """Split the own images by a seeded permutation; the inner loop gets the odd one.
 
     Args:
-        decoys: what to paint besides.
+        decoys: what to generate besides.
         templates: by which the images get further captions (`numbered`); a concept that nobody
             described gets none by ``description``.
-
-    Raises:
-        UserError: fewer than two images.
     """
-    check_size(concept)
     name, count = concept.name, len(concept.own)
     unknown = {"name"}
     if not (concept.own.described or concept.prompts.get("description")):
@@ -193,13 +189,13 @@ def split_concept(
     pool = encode(concept.own)
     order = torch.randperm(count, generator=generator(seed, "mima", "halves", name))
     cut = -(-count // 2)
-    painted = None
+    generated = None
     if decoys is not None:
         captioned = concept.own.pick([i % count for i in range(decoys.count)])
         latents = model.latents(decoys.count, seed, "mima", "decoys", name)
         images = model.generate(captioned.prompts, latents, Sampling(steps=decoys.steps))
-        painted = encode(replace(captioned, images=images))
-    return ConceptSplit(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=painted)
+        generated = encode(replace(captioned, images=images))
+    return ConceptSplit(name, pool.rows(order[:cut]), pool.rows(order[cut:]), decoys=generated)
 
 
 def _captions(concept: Concept, images: CaptionedImages, template: str) -> tuple[str, ...]:
@@ -210,13 +206,13 @@ def _captions(concept: Concept, images: CaptionedImages, template: str) -> tuple
 
 def pool_concepts(parts: Sequence[ConceptSplit]) -> ConceptSplit:
     """Take several concepts as one (baseline ``joint``); each keeps its own split."""
-    painted = [part.decoys for part in parts if part.decoys is not None]
+    generated = [part.decoys for part in parts if part.decoys is not None]
     return ConceptSplit(
         "+".join(part.name for part in parts),
         Pool.cat([part.inner for part in parts]),
         Pool.cat([part.outer for part in parts]),
         len(parts),
-        Pool.cat(painted) if painted else None,
+        Pool.cat(generated) if generated else None,
     )
 
 

@@ -149,7 +149,7 @@ def relative_immunization_ratio(
 
 @dataclass
 class Bound:
-    """The largest RIR that any invertible linear extractor can reach (docs/methods.md §2.1).
+    """The largest RIR of any invertible linear extractor (docs/reference/methods.md §2.1).
 
     Attributes:
         value: RIR* = κ(M)·κ(H_P(θ_0))/κ(H_H(θ_0)); None when it is infinite or float64 cannot
@@ -188,7 +188,7 @@ def outside_energy(x: Tensor, basis: Tensor) -> float:
 
 def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None) -> Bound:
     """RIR* of a pair of tasks, by the generalised eigenvalues of (K_H, K_P) (own result,
-    docs/methods.md §2.1).
+    docs/reference/methods.md §2.1).
 
     H_H = BᵀMB and H_P = BᵀB with B = K_P^{1/2}θ give κ(H_H) ≤ κ(M)·κ(H_P) for every invertible θ,
     attained by θ = K_P^{-1/2}Q. A singular K_P is reduced to its range; when K_H has energy

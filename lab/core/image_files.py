@@ -15,6 +15,7 @@ from torch import Tensor
 from lab.core.errors import UserError, as_user_error
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # EPS and the like would start programs
 MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger image is taken for a decompression bomb
 DAMAGED = (
     OSError,
@@ -69,8 +70,11 @@ def crop(image: Image.Image, size: int) -> Image.Image:
     return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
 
 
-def read_image(path: Path, size: int, key: str) -> NDArray[np.uint8]:
-    """Return one image file as [size, size, 3].
+def read_image(path: Path, size: int, key: str, *, draft: bool = True) -> NDArray[np.uint8]:
+    """Return the centre square of one image file, scaled, as [size, size, 3].
+
+    Args:
+        draft: decode a JPEG at about twice ``size``, which is faster and changes its pixels a bit.
 
     Raises:
         UserError: the file cannot be read, or would unpack to more than `MAX_PIXELS` pixels.
@@ -79,10 +83,11 @@ def read_image(path: Path, size: int, key: str) -> NDArray[np.uint8]:
     with as_user_error(key, path, fix), warnings.catch_warnings():
         # the limit below is stricter or equal
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"more than {MAX_PIXELS:,} pixels")
-            image.draft("RGB", (2 * size, 2 * size))
+            if draft:
+                image.draft("RGB", (2 * size, 2 * size))
             return np.asarray(crop(to_rgb(image), size))
 
 

@@ -25,6 +25,11 @@ def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``prefix``, named without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 @torch.no_grad()
 def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `slots`, for an optimizer of the same parameters."""
@@ -62,6 +67,4 @@ def restore_state(
     """The inverse of `state_tensors`, in place."""
     for i, parameter in enumerate(parameters):
         parameter.copy_(tensors[f"parameter.{i}"])
-    restore_slots(
-        optimizer, {k.split(".", 1)[1]: v for k, v in tensors.items() if k.startswith("optimizer.")}
-    )
+    restore_slots(optimizer, part_of(tensors, "optimizer."))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Container, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
@@ -12,6 +13,14 @@ from lab.core.progress import progress
 from lab.core.types import Checkpoint, Log
 
 Row = Mapping[str, float]
+Schedule = Literal["constant", "cosine", "linear"]
+
+
+def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
+    """Return the factor on the learning rate at update ``step`` (0 … ``total`` - 1), at first 1."""
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / total))
+    return 1 - step / total if schedule == "linear" else 1.0
 
 
 class Trainee(Protocol):

@@ -224,18 +224,12 @@ class DiffusionModel(nn.Module):
         extra: dict[str, Any] = {}
         if text.pooled is not None:
             side = float(self.image_size)
-            ids = torch.tensor(
-                [[side, side, 0, 0, side, side]], device=noisy.device, dtype=noisy.dtype
-            )
-            ids = ids.repeat(len(noisy), 1)
+            ids = noisy.new_tensor([[side, side, 0, 0, side, side]]).repeat(len(noisy), 1)
             extra["added_cond_kwargs"] = {"text_embeds": text.pooled, "time_ids": ids}
         inputs = (noisy, t, text.hidden)
         if weights is None:
-            output = self.unet(*inputs, **extra)
-        else:
-            output = functional_call(self.unet, dict(weights), inputs, extra)
-        prediction: Tensor = output.sample
-        return prediction
+            return self.unet(*inputs, **extra).sample
+        return functional_call(self.unet, dict(weights), inputs, extra).sample
 
     def noised(self, z: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return noisy latents and what the U-Net has to predict from them, both [n, c, s, s].
@@ -327,11 +321,9 @@ class DiffusionModel(nn.Module):
         self, prompts: Sequence[str], latents: Tensor, sampling: Sampling, batch: int = 32
     ) -> Tensor:
         """Return uint8 images [n, 3, h, h] of `sample`, ``batch`` at a time, on the CPU."""
-        images = []
-        for start in range(0, len(prompts), batch):
-            part = slice(start, start + batch)
-            images.append(self.to_images(self.sample(list(prompts[part]), latents[part], sampling)))
-        return torch.cat(images)
+        parts = [slice(start, start + batch) for start in range(0, len(prompts), batch)]
+        samples = (self.sample(list(prompts[part]), latents[part], sampling) for part in parts)
+        return torch.cat([self.to_images(latents) for latents in samples])
 
     # ---- diffusers
 

@@ -128,7 +128,7 @@ def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionMode
 
     Raises:
         UserError: another pipeline, text encoder, autoencoder or U-Net; missing, damaged or pickled
-            weights; parts of different models.
+            weights.
     """
     import diffusers
 
@@ -148,7 +148,6 @@ def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionMode
     with as_user_error(KEY, folder, "its tokenizer or scheduler cannot be loaded."):
         pipe = getattr(diffusers, name).from_pretrained(str(folder), **options)
     model = DiffusionModel.from_pipeline(pipe)
-    _check_parts(folder, model)
     if dtype == torch.float16:
         model.vae.to(torch.float32)
     return model
@@ -174,35 +173,6 @@ def _load_part(folder: Path, part: str, variant: str | None, dtype: torch.dtype)
         fix = f"is a checkpoint of another model than its config.json says: {wrong}"
         raise UserError(KEY, folder / part, fix[:300])
     return network.to(dtype)
-
-
-def _check_parts(folder: Path, model: DiffusionModel) -> None:
-    """Refuse parts of different models, which load without a message and fail in the first step."""
-    unet, scheduler = model.unet.config, model.scheduler
-    encoders: list[Any] = list(model.text_encoders)
-    width = sum(int(encoder.config.hidden_size) for encoder in encoders)
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    faults = {
-        "the U-Net takes other latents (an inpainting model?)": (
-            unet.in_channels != model.vae.config.latent_channels
-        ),
-        f"the U-Net takes text of {unet.cross_attention_dim}, not {width}, channels": (
-            unet.cross_attention_dim != width
-        ),
-        "the U-Net has no square sample_size": not isinstance(unet.sample_size, int),
-        f"the scheduler's prediction_type is {prediction}, not epsilon or v_prediction": (
-            prediction not in ("epsilon", "v_prediction")
-        ),
-        "the scheduler has no discrete noise schedule": not hasattr(scheduler, "alphas_cumprod"),
-        "a tokenizer is larger or longer than its text encoder": any(
-            len(tokenizer) > encoder.config.vocab_size
-            or tokenizer.model_max_length > encoder.config.max_position_embeddings
-            for encoder, tokenizer in zip(encoders, model.tokenizers, strict=True)
-        ),
-    }
-    for fault, present in faults.items():
-        if present:
-            raise UserError(KEY, folder, f"its parts do not fit together: {fault}.")
 
 
 def _resize(model: DiffusionModel, side: int) -> None:

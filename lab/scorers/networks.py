@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,8 +55,7 @@ class _Residual(nn.Module):
         self.body = nn.Sequential(_block(width, width), _block(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.body(x)
-        return out
+        return x + self.body(x)
 
 
 class DetectorNetwork(nn.Module):
@@ -166,14 +164,9 @@ def _write(model: nn.Module, folder: Path, weights: str, name: str, config: dict
     (folder / name).write_text(json.dumps(config, indent=1) + "\n")
 
 
-def save_clip(model: nn.Module, config: dict[str, Any], tokenizer: Path, folder: Path) -> Path:
-    """Write an open_clip folder; ``tokenizer`` holds the files of
-    `lab.minisd.train.build.train_tokenizer`.
-    """
+def save_clip(model: nn.Module, config: dict[str, Any], folder: Path) -> Path:
+    """Write an open_clip folder beside the files of `lab.minisd.train.build.train_tokenizer`."""
     _write(model, folder, CLIP_WEIGHTS, CLIP_CONFIG, config)
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json"):
-        if tokenizer != folder:
-            shutil.copy(tokenizer / name, folder / name)
     return folder
 
 

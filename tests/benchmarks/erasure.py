@@ -23,16 +23,15 @@ from omegaconf import OmegaConf
 
 from lab.core.data import Sampling
 from lab.minisd.train.publish import SHIPPED, scorers_of
-from lab.minisd.train.quality import Asked, asked, generate
+from lab.minisd.train.quality import PromptSet, generate, prompts_for, shares
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.runner.assemble import assemble
-from lab.scorers.quality import detected
 
 ROOT = Path(__file__).resolve().parents[2]
 Shares = dict[str, tuple[float, float]]
 
 
-def suites(count: dict[str, int]) -> dict[str, Asked]:
+def suites(count: dict[str, int]) -> dict[str, PromptSet]:
     """``count[name]`` prompts for a style (over objects that MiniSD saw in it) or for an object in
     photos.
     """
@@ -42,11 +41,13 @@ def suites(count: dict[str, int]) -> dict[str, Asked]:
         pairs = [
             seen[5 * i % len(seen)] for i in range(each)
         ]  # 5 shares no factor with their number
-        found[name] = asked(pairs, 1) if name in STYLE_NAMES else asked([(name, PHOTO)], each)
+        found[name] = (
+            prompts_for(pairs, 1) if name in STYLE_NAMES else prompts_for([(name, PHOTO)], each)
+        )
     return found
 
 
-def shares(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
+def detections(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
     """Name → share of pictures in which it is the likeliest class, and in which the detector sees
     it.
     """
@@ -54,9 +55,9 @@ def shares(model: Any, detector: Any, count: dict[str, int], seed: int) -> Share
     for name, wanted in suites(count).items():
         images = generate(model, wanted.prompts, seed, name, Sampling(steps=20))
         if name in STYLE_NAMES:
-            top = detected(detector, images, styles=wanted.styles)["style"]
+            top = shares(detector.top1(images), {"style": wanted.styles})["style"]
         else:
-            top = detected(detector, images, objects=wanted.objects)["object"]
+            top = shares(detector.top1(images), {"object": wanted.objects})["object"]
         found[name] = (top, detector.detects(images, name).double().mean().item())
     return found
 
@@ -110,10 +111,10 @@ def main() -> int:
         model = parts.backbone.build(None, given.seed)
         names = {e.name for case in cases for e in case.erased}
         count = {n: given.erased if n in names else given.kept for n in (*STYLE_NAMES, *OBJECTS)}
-        before = shares(model, detector, count, given.seed)
+        before = detections(model, detector, count, given.seed)
         for case in cases:
             print(f"\n{scenario}, {case.name}")
-            after = shares(
+            after = detections(
                 parts.eraser.obj(model, case, seed=given.seed), detector, count, given.seed
             )
             told(before, after, list(dict.fromkeys(e.name for e in case.erased)), count)

@@ -29,15 +29,15 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, Params, factorize
-from immunize.merge.rows import scope_names
 from immunize.mima.gradients import compute_gradients, math_attention
 from immunize.mima.hypergradient import (
     HypergradientOptions,
     HypergradientResult,
     hypergradient,
 )
-from immunize.mima.inner_loop import InnerLoop, InnerProblem
+from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 from lab.minisd.train import build
 
 METHODS = ("exact", "truncated", "first_order", "alternating")
@@ -91,8 +91,8 @@ class Case:
     def step(self, steps: int = 1, measure: bool = True, **options: Any) -> HypergradientResult:
         method = HypergradientOptions(**options)
         inner = [
-            InnerProblem(
-                InnerLoop(lr=0.1, steps=steps),
+            InnerLoop(
+                InnerLoopOptions(lr=0.1, steps=steps),
                 self.theta,
                 self.names,
                 lambda p, k, n=n: self.loss(n, 0, p),

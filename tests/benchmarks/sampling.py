@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lab.core.data import Sampling
 from lab.minisd.train.publish import SHIPPED, scorers_of
-from lab.minisd.train.quality import asked, generate
+from lab.minisd.train.quality import generate, prompts_for, shares
 from lab.minisd.world.vocabulary import OBJECTS, STYLE_NAMES
 from lab.models.diffusion_backbone import DiffusionBackbone
-from lab.scorers.quality import detected
 
 ROWS = [
     (20, "weights"),
@@ -45,8 +44,8 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     model = DiffusionBackbone(path=str(SHIPPED / "model"), device="cpu").build(None, given.seed)
-    detector = scorers_of(SHIPPED).detector
-    wanted = asked([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
+    detector = scorers_of(SHIPPED / "scorers").detector
+    wanted = prompts_for([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
     first, spent = torch.empty(0), 0.0
     print(f"{len(wanted.prompts)} pictures, {given.threads} thread(s)")
     for steps, precision in ROWS:
@@ -61,7 +60,7 @@ def main() -> int:
         wall = time.perf_counter() - started
         if not spent:
             first, spent = images, wall
-        found = detected(detector, images, objects=wanted.objects, styles=wanted.styles)
+        found = shares(detector.top1(images), {"object": wanted.objects, "style": wanted.styles})
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(

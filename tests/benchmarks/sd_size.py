@@ -21,11 +21,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, factorize
-from immunize.merge.rows import scope_names
 from immunize.mima.gradients import checkpointed
 from immunize.mima.hypergradient import HypergradientOptions, hypergradient
-from immunize.mima.inner_loop import InnerLoop, InnerProblem
+from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 
 UNET: dict[str, Any] = {  # CompVis/stable-diffusion-v1-4, unet/config.json
     "sample_size": 64,
@@ -124,9 +124,9 @@ def main() -> int:
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     start, cpu = time.perf_counter(), time.process_time()
     with checkpointed(unet) if options.checkpoint else nullcontext():
-        settings, names = InnerLoop(lr=1e-2, steps=options.steps), list(theta)
+        settings, names = InnerLoopOptions(lr=1e-2, steps=options.steps), list(theta)
         inner = [
-            InnerProblem(settings, theta, names, lambda p, k, n=n: loss(p, n, 0), n)
+            InnerLoop(settings, theta, names, lambda p, k, n=n: loss(p, n, 0), n)
             for n in range(options.concepts)
         ]
         method = HypergradientOptions(recompute=options.recompute)

@@ -3,7 +3,7 @@ tests/benchmarks/text_encoder.py``.
 
 ``joint`` is the recipe: U-Net and text encoder minimise the diffusion loss together.
 ``contrastive`` is Stable Diffusion's way: the text encoder learns as the text tower of a CLIP
-(`lab.minisd.train.scorer_clip.train_clip`, on MiniSD's own objects and styles) and stays fixed
+(`lab.minisd.train.scorers.train_clip`, on MiniSD's own objects and styles) and stays fixed
 while the U-Net learns. Autoencoder (the shipped one), pictures, captions, seed, steps and schedule
 of the U-Net are the same for both. Prints what share of pictures shows what was asked for, by the
 shipped detector and by the shipped CLIP, and writes ``text_encoder.json``.
@@ -18,8 +18,6 @@ import dataclasses
 import json
 import logging
 import sys
-import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +32,13 @@ from omegaconf import OmegaConf
 
 from lab.core.cache import Artifact, StageCache
 from lab.core.hashing import stage_key
-from lab.minisd.train import build
-from lab.minisd.train import scorer_clip as scorer_clip
-from lab.minisd.train import scorer_data as scorer_data
+from lab.minisd.train import build, scorers
 from lab.minisd.train.publish import SHIPPED, save, scorers_of
 from lab.minisd.train.quality import measure
 from lab.minisd.train.recipe import Recipe, Training
 from lab.minisd.train.training import TextToImageNetwork, encode, train_denoiser
 from lab.minisd.world.world import TRAINING, sample
+from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.networks import ClipWidths, clip_config, clip_network
 
@@ -100,7 +97,7 @@ def contrastive(training: Training, tokenizer: Any, store: StageCache) -> Any:
     shown = sample(
         dataclasses.replace(TRAINING, two_share=0.0), r.seed, r.scorers.pictures
     )  # two have no label
-    held_out = scorer_data.labelled(
+    held_out = scorers.labelled(
         sample(dataclasses.replace(TRAINING, two_share=0.0), r.seed, 512, start=20_000)
     )
     widths = dataclasses.replace(r.scorers.clip_widths, text=r.widths.text, layers=r.widths.layers)
@@ -108,14 +105,9 @@ def contrastive(training: Training, tokenizer: Any, store: StageCache) -> Any:
     schedule = r.scorers.clip
 
     def compute(checkpoint: Any) -> Artifact:
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            said = scorer_data.texts(shown, r.captions)
-            data = scorer_clip.clip_data(scorer_data.labelled(shown), said, held_out, Path(folder))
-            note = partial(told, "clip")
-            scorer_clip.train_clip(
-                model, data, Path(folder), schedule, seed=r.seed, checkpoint=checkpoint, log=note
-            )
+        texts = [p.captions(r.captions) for p in shown.pictures]
+        data = scorers.labelled(shown), texts, held_out, tokenizer
+        scorers.train_clip(model, *data, schedule, seed=r.seed, checkpoint=checkpoint)
         return Artifact({}, dict(model.state_dict()))
 
     key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.scorers), seed=r.seed)
@@ -144,10 +136,6 @@ def clip_of(widths: ClipWidths, vocabulary: int, seed: int) -> Any:
     return clip_network(config, seed)
 
 
-def told(name: str, step: int, **values: float) -> None:
-    logging.info("%s step %d %s", name, step, " ".join(f"{k} {v:.4f}" for k, v in values.items()))
-
-
 def denoiser(
     kind: str, training: Training, vae: Any, tokenizer: Any, text: Any, store: StageCache
 ) -> tuple[TextToImageNetwork, Any]:
@@ -157,14 +145,8 @@ def denoiser(
     model = TextToImageNetwork(unet, text)
 
     def compute(checkpoint: Any) -> Artifact:
-        last: dict[str, float] = {}
-
-        def note(step: int, **values: float) -> None:
-            told(kind, step, **values)
-            last.update(values)
-
         held_out = training.pictures("held_out")
-        train_denoiser(
+        rows = train_denoiser(
             model,
             tokenizer,
             build.scheduler(),
@@ -176,8 +158,8 @@ def denoiser(
             drop=r.drop,
             seed=r.seed,
             checkpoint=checkpoint,
-            log=note,
         )
+        last = {name: value for row in rows for name, value in row.items() if name != "step"}
         return Artifact(last, dict(model.state_dict()))
 
     key = stage_key(benchmark="text_encoder", kind=kind, recipe=r.identity("denoiser"))
@@ -206,7 +188,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(given.threads)
     store = StageCache(given.outputs / "cache")
-    training = Training(recipe(given.steps, given.seed), store, lambda *_: None)
+    training = Training(recipe(given.steps, given.seed), store)
     shipped = DiffusionBackbone(path=str(SHIPPED / "model")).build(None, 0)
     vae, tokenizer = shipped.vae, shipped.tokenizers[0]
     found: dict[str, Any] = {"steps": given.steps, "seed": given.seed}
@@ -216,10 +198,8 @@ def main() -> int:
             text = contrastive(training, tokenizer, store)
         model, losses = denoiser(kind, training, vae, tokenizer, text, store)
         vae.register_to_config(scaling_factor=float(model.scale))
-        folder = save(
-            build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler()),
-            given.outputs / kind,
-        )
+        parts = model.unet, vae, [model.text_encoder], [tokenizer], build.scheduler()
+        folder = save(DiffusionModel(*parts), given.outputs / kind)
         found[kind] = {"losses": losses} | measure(
             DiffusionBackbone(path=str(folder)).build(None, 0),
             scorers_of(SHIPPED / "scorers"),

@@ -11,11 +11,11 @@ import torch
 from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
+from immunize.merge.build import MergeOptions, Scope, build_merge
 from immunize.merge.closed_form import Merge, Params
-from immunize.merge.rows import MergeOptions, Scope, build_merge
 from immunize.mima.gradients import math_attention
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
-from immunize.mima.inner_loop import BETAS, InnerLoop, InnerProblem
+from immunize.mima.inner_loop import BETAS, InnerLoop, InnerLoopOptions
 from lab.core.seeding import generator
 from lab.minisd.train import build
 from lab.minisd.world.captions import prompts
@@ -72,14 +72,17 @@ class Problem:
         return -self.model.loss(*self.batches[n][-1], weights=params).mean()
 
     def problems(
-        self, settings: InnerLoop | Sequence[InnerLoop], theta: Params | None = None, **more: Any
-    ) -> list[InnerProblem]:
+        self,
+        settings: InnerLoopOptions | Sequence[InnerLoopOptions],
+        theta: Params | None = None,
+        **more: Any,
+    ) -> list[InnerLoop]:
         """Inner loops of all concepts; ``settings``: one, or one per concept."""
-        each = [settings] * self.count if isinstance(settings, InnerLoop) else settings
+        each = [settings] * self.count if isinstance(settings, InnerLoopOptions) else settings
         pairs = zip(each, self.inner(), strict=True)
         start = self.theta if theta is None else theta
         return [
-            InnerProblem(s, start, self.inner_names, loss, n, **more)
+            InnerLoop(s, start, self.inner_names, loss, n, **more)
             for n, (s, loss) in enumerate(pairs)
         ]
 
@@ -136,7 +139,7 @@ def problem(
     return Problem(model, theta, outer, inner, merge, count, data)
 
 
-def unrolled(problem: InnerProblem, theta: Params) -> Params:
+def unrolled(problem: InnerLoop, theta: Params) -> Params:
     """θ'_n with its graph: the inner loop step by step, Adam's preconditioner detached."""
     s, rho = problem.settings, problem.rho
     phi = {x: theta[x] for x in problem.names} if s.rank is None else problem.initial()
@@ -170,7 +173,9 @@ def unrolled(problem: InnerProblem, theta: Params) -> Params:
     return {x: placed[x] for x in problem.names}
 
 
-def naive(p: Problem, settings: InnerLoop | Sequence[InnerLoop], rho: float = 0.0) -> Params:
+def naive(
+    p: Problem, settings: InnerLoopOptions | Sequence[InnerLoopOptions], rho: float = 0.0
+) -> Params:
     """∇J on the outer set by autograd through unroll, masks and merge."""
     with math_attention():
         theta = {x: y.clone().requires_grad_(True) for x, y in p.theta.items()}
@@ -185,7 +190,7 @@ def naive(p: Problem, settings: InnerLoop | Sequence[InnerLoop], rho: float = 0.
 
 def evaluate(
     p: Problem,
-    settings: InnerLoop | Sequence[InnerLoop],
+    settings: InnerLoopOptions | Sequence[InnerLoopOptions],
     *,
     measure: bool = True,
     **options: Any,

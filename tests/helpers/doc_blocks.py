@@ -4,8 +4,8 @@ test does with them.
 ``<!-- run -->``: a ``bash`` block whose lines ``python run.py …`` or ``immunization-bench …`` are
 run one after the other in a temporary folder;
 ``fails with N``: every line ends with that exit code; ``in DIR``: the folder starts as a copy of
-``docs/DIR``; ``in the repository``: commands read the repository and write to ``$OUT``; ``with
-WORDS``: what makes a run short, said after every line that has no action of its own.
+``docs/DIR``; ``in the repository``: commands read the repository and write to ``$OUT``. A ``bash``
+block without a mark is composed, not run.
 ``<!-- python -->``: a ``python`` block that is executed, ``in DIR`` as above.
 ``<!-- file: PATH -->``: the block is written to PATH in the temporary folder of the page.
 """
@@ -37,12 +37,6 @@ class Block:
         """Folder below docs/ that the page's temporary folder is a copy of, or None."""
         found = re.search(r"\bin ([\w/]+)$", self.mark)
         return None if found is None or found[1] == "repository" else found[1]
-
-    @property
-    def more(self):
-        """Words that the test adds to a command."""
-        found = re.search(r"\bwith (\S+=.*)$", self.mark)
-        return shlex.split(found[1]) if found else []
 
     @property
     def code(self):

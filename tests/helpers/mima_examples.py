@@ -13,7 +13,9 @@ from omegaconf import OmegaConf
 from tiny import no_log
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from immunize.mima.base import Setup
+from immunize.mima.inner_attackers import DrawnAttacker
+from immunize.mima.inner_loop import InnerLoopOptions
+from immunize.mima.outer_loop import Setup
 
 ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("mima", "mima_first_order", "joint", "compose", "imma", "mima_released", "mima_deep")
@@ -33,6 +35,11 @@ def preset(name, **changes):
     if name == "mima_deep":
         small |= {"k_min": 1, "k_max": 4, "inner_batch_size": 2, "decoys": 4, "decoy_steps": 2}
     return instantiate(OmegaConf.merge(node, {**small, **changes}), _convert_="all")
+
+
+def attacker(**settings):
+    """A drawn attacker that writes plain captions."""
+    return DrawnAttacker(InnerLoopOptions(**{"scope": "all", **settings}), "name")
 
 
 def objective(method, of=None, on=None, seed=0):

@@ -85,15 +85,8 @@ def test_examples_run(page, tmp_path, monkeypatch, call, own_modules, stages):
                 if "in the repository" in block.mark:
                     patch.chdir(ROOT)
                 for arguments in commands:
-                    more = (
-                        [] if any(word.startswith("action=") for word in arguments) else block.more
-                    )
-                    code, told = call(
-                        [
-                            word.replace("$OUT", str(tmp_path / "out"))
-                            for word in [*arguments, *more]
-                        ]
-                    )
+                    out = str(tmp_path / "out")
+                    code, told = call([word.replace("$OUT", out) for word in arguments])
                     assert code == block.code, f"python run.py {' '.join(arguments)}\n{told}"
 
 
@@ -131,6 +124,14 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
 
 
 # ---- what is not run is checked
+
+
+def test_figures_are_those_of_the_records(monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
+    assert figures.main() == 0, capsys.readouterr().out
 
 
 def check_composes(arguments):
@@ -192,8 +193,8 @@ def test_links_lead_somewhere(page):
 
 
 def test_cited_sections_of_methods_exist():
-    """Docstrings and YAMLs cite `docs/methods.md` by section."""
-    text = (DOCS / "methods.md").read_text(encoding="utf-8")
+    """Docstrings and YAMLs cite `docs/reference/methods.md` by section."""
+    text = (DOCS / "reference/methods.md").read_text(encoding="utf-8")
     sections = set(re.findall(r"^##+ (\d(?:\.\d)?)\.? ", text, flags=re.MULTILINE))
     cited = {
         section
@@ -201,7 +202,7 @@ def test_cited_sections_of_methods_exist():
         for file in (ROOT / folder).rglob("*.*")
         if file.suffix in (".py", ".yaml", ".md")
         for section in re.findall(
-            r"docs/methods\.md §(\d(?:\.\d)?)", file.read_text(encoding="utf-8")
+            r"docs/reference/methods\.md §(\d(?:\.\d)?)", file.read_text(encoding="utf-8")
         )
     }
     assert cited

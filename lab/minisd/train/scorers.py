@@ -1,72 +1,291 @@
-"""Training, calibration and error rates of the detector of objects and styles that ships with
-MiniSD.
+"""Training, calibration and error rates of MiniSD's scorers: the detector of objects and styles,
+and the small CLIP.
+
+They learn from the same world as MiniSD, from other images of it, and from all objects and styles,
+those that MiniSD never sees included. Images with two objects are left out: the second would have
+no label.
+
+Scorers look at generated images but learn from rendered ones. They also see what a small
+autoencoder and a short sampler do to images, imitated (`degrade`), so that they do not mistake
+softness for a missing object. No image of MiniSD itself is used, so that the scorers stay
+independent of it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from scipy.optimize import minimize_scalar
-from torch import Tensor
+from torch import Tensor, nn
 
+from lab.core.config import Count, options
 from lab.core.errors import UserError
-from lab.core.seeding import generator
-from lab.core.types import Checkpoint, Log
-from lab.minisd.train.degrade import degrade, noise_pictures
-from lab.minisd.train.loop import Schedule, device_of, train
-from lab.minisd.train.scorer_data import NAMES, Labelled
+from lab.core.seeding import derive, generator
+from lab.core.types import Checkpoint
+from lab.minisd.train.build import tokenize, tokenize_all, train_tokenizer
+from lab.minisd.train.training import Rows, Schedule, Validate, device_of, train
+from lab.minisd.world import captions
+from lab.minisd.world.dice import Dice
+from lab.minisd.world.scenes import BACKGROUNDS, compose
+from lab.minisd.world.vocabulary import CATEGORIES, PHOTO
+from lab.minisd.world.world import EVERYTHING, Sample, sample
 from lab.scorers.detector import Detector, Head, Rates
-from lab.scorers.networks import DetectorNetwork, round_to_half
+from lab.scorers.networks import ClipWidths, DetectorNetwork, round_to_half
+
+WORLD = replace(EVERYTHING, two_share=0.0)
+NAMES: dict[Head, tuple[str, ...]] = {"object": WORLD.objects, "style": WORLD.styles}
+PARTS = ("train", "calibrate", "measure")
+# 2 × 256 bytes, start, end, and at least one merge
+Vocabulary = Annotated[int, Field(strict=True, ge=515)]
+ShareBelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
+
+# faults of images
+_BLUR = (0.3, 1.1)  # standard deviation in pixels: the autoencoder's own softness is about 0.5
+_SCALE = (0.5, 0.9)  # side of the image before it is enlarged again
+_NOISE = 0.05  # largest standard deviation, of a range of 1
+_LEVELS = 16  # coarsest JPEG-like step, in levels of 255 per frequency
+_COLOUR, _CONTRAST, _LIGHT = 0.06, 0.15, 0.06  # largest gain per channel, gain, offset
+# CLIP
+_GUIDE_SCALE = 16.0  # convention: 1/0.07, CLIP's first logit scale, rounded up
+_LARGEST_SCALE = math.log(100)  # of CLIP's logits (arXiv 2103.00020 §2.5)
+
+
+# ---- data
+
+
+@options
+class ScorerRecipe:
+    """Everything but the seed that determines the scorers.
+
+    Attributes:
+        pictures: training pictures; ``calibrate`` and ``measure`` more, disjoint from these and
+            from each other.
+        empty: pictures of a scene without an object, never shown with a label of one.
+        captions: captions drawn per picture.
+        vocabulary: tokens of CLIP's tokenizer at most.
+        smoothing: label smoothing of the detector.
+        empty_share: share of a detector's batch that shows no object.
+        width: of the detector (`lab.scorers.networks.DetectorNetwork`).
+    """
+
+    pictures: Count
+    calibrate: Count
+    measure: Count
+    empty: Count
+    captions: Count
+    vocabulary: Vocabulary
+    smoothing: ShareBelowOne
+    empty_share: ShareBelowOne
+    clip: Schedule
+    detector: Schedule
+    clip_widths: ClipWidths = field(default_factory=ClipWidths)
+    width: Count = 32
+    workers: Count = 1
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images uint8 [n, 3, 64, 64] and class indices [n] into `NAMES`; object −1: there is none."""
+
+    images: Tensor
+    object: Tensor
+    style: Tensor
+
+    @property
+    def labels(self) -> dict[Head, Tensor]:
+        return {"object": self.object, "style": self.style}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> LabelledImages:
+        return LabelledImages(self.images[index], self.object[index], self.style[index])
+
+
+def seed_of(seed: int) -> int:
+    """Return the scorers' seed of a recipe's seed: their images and weights share nothing with
+    MiniSD's.
+    """
+    return derive(seed, "judges")  # the label of the shipped weights
+
+
+def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
+    """Draw the images of ``train``, ``calibrate`` or ``measure``: three disjoint stretches of one
+    series.
+    """
+    sizes = [recipe.pictures, recipe.calibrate, recipe.measure]
+    place = PARTS.index(part)
+    start, workers = sum(sizes[:place]), recipe.workers
+    return sample(WORLD, seed_of(seed), sizes[place], start=start, workers=workers)
+
+
+def labelled(drawn: Sample) -> LabelledImages:
+    """Return images and labels of a sample of `WORLD`."""
+    objects = torch.tensor([NAMES["object"].index(p.objects[0]) for p in drawn.pictures])
+    styles = torch.tensor([NAMES["style"].index(p.style) for p in drawn.pictures])
+    return LabelledImages(drawn.images, objects, styles)
+
+
+def empty_scenes(seed: int, total: int, part: str = "train") -> LabelledImages:
+    """Draw scenes without an object, in every style: what a detector must see nothing in."""
+    images, styles = [], []
+    for i in range(total):
+        dice = Dice(seed_of(seed), "empty", part, i)
+        style, background = dice.pick(NAMES["style"]), dice.pick(tuple(BACKGROUNDS))
+        images.append(torch.from_numpy(compose((), (), background, style, dice)))
+        styles.append(NAMES["style"].index(style))
+    pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
+    return LabelledImages(pixels, torch.full((total,), -1), torch.tensor(styles))
+
+
+def class_prompts(head: Head, style: str | None = PHOTO) -> dict[str, list[str]]:
+    """Return prompts of every class, for zero-shot classification by an ensemble (arXiv 2103.00020
+    §3.1.4).
+
+    Args:
+        head: ``object``: every object in ``style`` (None: in every style), by the artist's name;
+            ``style``: class words ("an animal") in every style, by name and by description.
+    """
+    if head == "style":
+        nouns = [captions.article(category) for category in CATEGORIES]
+        ways: dict[str, tuple[captions.By, ...]] = {
+            s: ("name", "description") for s in NAMES["style"]
+        }
+        ways[PHOTO] = ("name",)  # a photo has no artist
+        return {
+            s: [t for it in nouns for by in ways[s] for t in captions.prompts(it, s, by)]
+            for s in ways
+        }
+    styles = NAMES["style"] if style is None else (style,)
+    return {
+        o: [t for s in styles for t in captions.prompts(captions.noun(o), s)]
+        for o in NAMES["object"]
+    }
+
+
+# ---- faults of images
+
+
+def _uniform(g: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=g)
+
+
+def blur(x: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of [n, c, h, w], border repeated."""
+    radius = max(1, round(3 * sigma))
+    t = torch.arange(-radius, radius + 1, dtype=x.dtype)
+    kernel = torch.exp(-(t**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, -1)
+    x = F.pad(x, (radius,) * 4, mode="replicate")
+    x = F.conv2d(x, kernel.unsqueeze(2), groups=x.shape[1])
+    return F.conv2d(x, kernel.unsqueeze(3), groups=x.shape[1])
+
+
+def resample(x: Tensor, share: float) -> Tensor:
+    """Down to ``share`` of the side and back, bilinear."""
+    side = max(8, round(x.shape[-1] * share))
+    small = F.interpolate(
+        x, size=(side, side), mode="bilinear", antialias=True, align_corners=False
+    )
+    return F.interpolate(small, size=x.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def quantise(x: Tensor, step: float) -> Tensor:
+    """Round the 8 × 8 cosine coefficients to steps that grow with frequency, as JPEG does. Sides:
+    multiples of 8.
+    """
+    t = torch.arange(8, dtype=x.dtype)
+    basis = torch.cos(torch.pi * (2 * t[None] + 1) * t[:, None] / 16) / 2
+    basis[0] /= 2**0.5
+    n, c, h, w = x.shape
+    blocks = x.reshape(n, c, h // 8, 8, w // 8, 8).transpose(3, 4)
+    steps = step * (1 + t[:, None] + t[None]) / 4
+    rounded = torch.round(basis @ blocks @ basis.T / steps) * steps
+    return (basis.T @ rounded @ basis).transpose(3, 4).reshape(n, c, h, w)
+
+
+def degrade(images: Tensor, g: torch.Generator) -> Tensor:
+    """Float images [n, 3, s, s] in [0, 1] with mild faults; a fifth stays as it is, faults differ
+    by fifths.
+
+    The batch must be in random order: which picture gets which fault depends on its place.
+    """
+    parts = list(torch.tensor_split(images, 5))
+    parts[1] = blur(parts[1], float(_uniform(g, *_BLUR, 1)))
+    parts[2] = resample(parts[2], float(_uniform(g, *_SCALE, 1)))
+    parts[3] = quantise(parts[3], float(_uniform(g, 1, _LEVELS, 1)) / 255 * 4)
+    parts[4] = resample(
+        blur(parts[4], float(_uniform(g, *_BLUR, 1))), float(_uniform(g, *_SCALE, 1))
+    )
+    n = len(images)
+    noise = torch.randn(images.shape, generator=g) * (_uniform(g, 0, 1, n, 1, 1, 1) ** 2 * _NOISE)
+    gain = _uniform(g, 1 - _COLOUR, 1 + _COLOUR, n, 3, 1, 1) * _uniform(
+        g, 1 - _CONTRAST, 1 + _CONTRAST, n, 1, 1, 1
+    )
+    light = _uniform(g, -_LIGHT, _LIGHT, n, 1, 1, 1)
+    gain[: len(parts[0])], light[: len(parts[0])], noise[: len(parts[0])] = 1, 0, 0
+    return ((torch.cat(parts) - 0.5) * gain + 0.5 + light + noise).clamp_(0, 1)
+
+
+def noise_pictures(number: int, side: int, g: torch.Generator) -> Tensor:
+    """Coloured noise of one random grain, float [number, 3, side, side] in [0, 1]: pictures of
+    nothing.
+    """
+    grain = min(side, 2 ** int(torch.randint(1, 7, (1,), generator=g)))
+    if not number:
+        return torch.zeros(0, 3, side, side)
+    coarse = torch.rand(number, 3, grain, grain, generator=g)
+    return F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
+
+
+# ---- the detector
 
 
 def to_unit(images: Tensor) -> Tensor:
-    """uint8 [0, 255] to float [0, 1], what scorers take."""
+    """Return uint8 [0, 255] as float [0, 1], what scorers take."""
     return images.float().div_(255)
-
-
-def _mean(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of ``values`` where ``where``, 0 where that is nowhere."""
-    return (values * where).sum() / where.sum().clamp(min=1)
 
 
 def detector_loss(
     logits: tuple[Tensor, Tensor], labels: tuple[Tensor, Tensor], smoothing: float
 ) -> Tensor:
-    """Cross-entropy of both heads with label smoothing.
+    """Compute the cross-entropy of both heads with label smoothing.
 
-    Pictures with label −1 pull the head towards equal probabilities, so that it stays undecided
-    where there is nothing to see (outlier exposure, arXiv 1812.04606, Eq. 1 with the uniform
-    target, weight 1 per picture).
+    Images with label −1 pull the head towards equal probabilities, so that it stays undecided where
+    there is nothing to see (outlier exposure, arXiv 1812.04606, Eq. 1 with the uniform target,
+    weight 1 per image).
     """
     total = torch.zeros((), device=logits[0].device)
     for x, y in zip(logits, labels, strict=True):
-        known = y >= 0
         right = F.cross_entropy(x, y.clamp(min=0), reduction="none", label_smoothing=smoothing)
         undecided = -F.log_softmax(x, 1).mean(1) - math.log(x.shape[1])
-        total = total + torch.where(known, right, undecided).mean()
+        total = total + torch.where(y >= 0, right, undecided).mean()
     return total
 
 
 def train_detector(
     model: DetectorNetwork,
-    shown: Labelled,
-    held_out: Labelled,
-    empty: Labelled,
+    data: LabelledImages,
+    held_out: LabelledImages,
+    empty: LabelledImages,
     schedule: Schedule,
     *,
     smoothing: float,
     empty_share: float,
     seed: int,
-    checkpoint: Checkpoint | None,
-    log: Log,
-) -> DetectorNetwork:
+    checkpoint: Checkpoint | None = None,
+) -> Rows:
     """Train in place and round to float16.
 
     Args:
-        shown, held_out: pictures for training and validation.
+        data, held_out: images for training and validation.
         empty: scenes without an object; with pure noise they make up ``empty_share`` of a batch,
             half each.
     """
@@ -75,152 +294,282 @@ def train_detector(
     noisy = blank // 2
 
     def step(_: int, g: torch.Generator) -> Tensor:
-        full = shown[torch.randint(len(shown), (schedule.batch - blank,), generator=g)]
+        full = data[torch.randint(len(data), (schedule.batch - blank,), generator=g)]
         bare = empty[torch.randint(len(empty), (blank - noisy,), generator=g)]
-        x = torch.cat(
-            [
-                to_unit(full.images),
-                to_unit(bare.images),
-                noise_pictures(noisy, full.images.shape[-1], g),
-            ]
-        )
+        noise = noise_pictures(noisy, full.images.shape[-1], g)
         none = torch.full((noisy,), -1)
-        y = [torch.cat([full.object, bare.object, none]), torch.cat([full.style, bare.style, none])]
+        x = torch.cat([to_unit(full.images), to_unit(bare.images), noise])
+        objects = torch.cat([full.object, bare.object, none])
+        styles = torch.cat([full.style, bare.style, none])
         order = torch.randperm(len(x), generator=g)
         x = degrade(x[order], g).to(device).contiguous(memory_format=torch.channels_last)
-        return detector_loss(model(x), (y[0][order].to(device), y[1][order].to(device)), smoothing)
+        labels = objects[order].to(device), styles[order].to(device)
+        return detector_loss(model(x), labels, smoothing)
 
     def validate() -> dict[str, float]:
         return accuracy(Detector(model, NAMES["object"], NAMES["style"]), held_out)
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train(
-        model,
-        step,
-        schedule,
-        seed=seed,
-        label="detector",
-        checkpoint=checkpoint,
-        log=log,
-        validate=validate,
-    )
+    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
+    rows = train(model, step, schedule, label="detector", **options)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     round_to_half(model)
-    return model
+    return rows
 
 
-def accuracy(detector: Detector, shown: Labelled) -> dict[str, float]:
-    """Top-1 accuracy of ``object``, ``style`` and ``both`` together."""
-    logits = detector.logits(shown.images)
-    hits = {
-        "object": logits["object"].argmax(1) == shown.object,
-        "style": logits["style"].argmax(1) == shown.style,
-    }
-    hits["both"] = hits["object"] & hits["style"]
-    return {name: hit.float().mean().item() for name, hit in hits.items()}
+def accuracy(detector: Detector, data: LabelledImages) -> dict[str, float]:
+    """Return the top-1 accuracy of ``object``, ``style`` and ``both`` together."""
+    logits = detector.logits(data.images)
+    hits = {head: logits[head].argmax(1) == y for head, y in data.labels.items()}
+    both = hits["object"] & hits["style"]
+    return {name: hit.float().mean().item() for name, hit in (*hits.items(), ("both", both))}
 
 
-def nll(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
-    """Mean negative log likelihood of ``labels`` [n] under softmax(logits / temperature), in
-    nats.
+def wear(data: LabelledImages, seed: int, times: int = 3) -> LabelledImages:
+    """Return images with the faults of ``times`` passes of `degrade`, about as worn as a
+    generator's worst.
     """
-    return F.cross_entropy(logits.double() / temperature, labels).item()
-
-
-def worn(shown: Labelled, seed: int, times: int = 3) -> Labelled:
-    """Pictures with the faults of ``times`` passes of `degrade`, about as worn as a generator's
-    worst.
-    """
-    x = to_unit(shown.images)
+    x = to_unit(data.images)
     for i in range(times):
         x = degrade(x, generator(seed, "worn", i))
-    return Labelled((x.clamp(0, 1) * 255).round().to(torch.uint8), shown.object, shown.style)
+    return replace(data, images=(x.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 def calibrate(
-    detector: Detector, held_out: Labelled, empty: Labelled | None = None
+    detector: Detector, held_out: LabelledImages, empty: LabelledImages | None = None
 ) -> dict[str, float]:
-    """The temperature of each head that minimises `nll` on pictures it never saw (arXiv 1706.04599
-    §4.2).
+    """Return the temperature of each head that minimises the negative log likelihood on images it
+    never saw (arXiv 1706.04599 §4.2).
 
-    Rendered pictures are too easy for it: where nothing goes wrong the best temperature is 0, and
-    then any scene shows some object for certain. So ``held_out`` should be `worn`, and the object's
-    head also has to be undecided about ``empty`` scenes, whose target is the uniform distribution
-    as in `detector_loss`.
+    Rendered images are too easy for it: where nothing goes wrong the best temperature is 0, and
+    then any scene shows some object for certain. So ``held_out`` should be worn (`wear`), and the
+    object's head also has to be undecided about ``empty`` scenes, whose target is the uniform
+    distribution as in `detector_loss`.
     """
     logits = detector.logits(held_out.images)
     blank = None if empty is None else detector.logits(empty.images)["object"].double()
-    found: dict[str, float] = {}
+    temperature: dict[str, float] = {}
     for head, x in logits.items():
 
         def loss(t: float, head: Head = head, x: Tensor = x) -> float:
-            seen = nll(x, held_out.labels[head], math.exp(t))
+            seen = F.cross_entropy(x.double() / math.exp(t), held_out.labels[head]).item()
             if head == "style" or blank is None:
                 return seen
             nothing = float(-F.log_softmax(blank / math.exp(t), 1).mean())
             return (len(x) * seen + len(blank) * nothing) / (len(x) + len(blank))
 
-        found[head] = math.exp(
-            minimize_scalar(loss, bounds=(math.log(0.05), math.log(20)), method="bounded").x
-        )
-    return found
+        bounds = math.log(0.05), math.log(20)
+        temperature[head] = math.exp(minimize_scalar(loss, bounds=bounds, method="bounded").x)
+    return temperature
 
 
-def covers(shown: Labelled) -> None:
-    """Raises `lab.core.errors.UserError` where no picture shows a name, or all do: its error rates
-    could not be measured.
+def check_coverage(data: LabelledImages) -> None:
+    """Raise `UserError` where no image shows a name, or all do: its error rates could not be
+    measured.
     """
     for head, names in NAMES.items():
         for i, name in enumerate(names):
-            there = shown.labels[head] == i
-            if there.all() or not there.any():
-                told = (
-                    f"the error rates of {name} need pictures with and without it; take "
-                    "about a hundred per object."
-                )
-                raise UserError("train.scorers.measure", len(shown), told)
+            present = data.labels[head] == i
+            if present.all() or not present.any():
+                fix = f"rates of {name} need images with and without it; take 100 per object."
+                raise UserError("train.scorers.measure", len(data), fix)
 
 
-def calibration_error(detector: Detector, shown: Labelled) -> dict[str, float]:
-    """Expected calibration error of each head's likeliest class, 15 bins (arXiv 1706.04599,
-    Eq. 5).
+def measure(detector: Detector, data: LabelledImages, empty: LabelledImages) -> dict[str, Any]:
+    """Measure a detector on ``data`` images and on ``empty`` scenes.
+
+    Returns:
+        ``rates`` of every name: ``false_negative``, the share of its images in which
+        `Detector.detects` misses it, and ``false_positive``, the share of all other images in which
+        it is detected; `accuracy`; ``calibration_error``, the expected error of each head's
+        likeliest class over 15 bins (arXiv 1706.04599, Eq. 5); ``empty_with_object``, the share of
+        empty scenes in which an object is detected.
     """
-    from torchmetrics.functional.classification import (
-        multiclass_calibration_error,
-    )  # here: it takes seconds
+    # imported late: it takes seconds
+    from torchmetrics.functional.classification import multiclass_calibration_error
 
-    found = detector.probabilities(shown.images)
-    return {
-        head: multiclass_calibration_error(p, shown.labels[head], p.shape[1], n_bins=15).item()
-        for head, p in found.items()
-    }
-
-
-def measure(detector: Detector, shown: Labelled, empty: Labelled) -> dict[str, Any]:
-    """Accuracy, error rates of `Detector.detects` for every name, and how often an empty scene
-    shows an object.
-
-    ``false_negative`` of a name: share of its pictures in which it is not seen; ``false_positive``:
-    share of all other pictures in which it is.
-
-    ``calibration_error``: see `calibration_error`. Raises as `covers` does.
-    """
-    covers(shown)
-    probabilities = detector.probabilities(shown.images)
+    probabilities = detector.probabilities(data.images)
     rates: Rates = {}
-    for head, names in detector.names.items():
-        seen = probabilities[head] >= detector.threshold
+    errors: dict[str, float] = {}
+    for head, p in probabilities.items():
+        labels, names = data.labels[head], detector.names[head]
+        errors[head] = multiclass_calibration_error(p, labels, len(names), n_bins=15).item()
         for i, name in enumerate(names):
-            there = shown.labels[head] == i
+            present, seen = labels == i, p[:, i] >= detector.threshold
             rates[name] = {
-                "false_positive": seen[~there, i].double().mean().item(),
-                "false_negative": 1 - seen[there, i].double().mean().item(),
+                "false_positive": seen[~present].double().mean().item(),
+                "false_negative": 1 - seen[present].double().mean().item(),
             }
     ghosts = (detector.probabilities(empty.images)["object"] >= detector.threshold).any(1)
     return {
         "rates": rates,
-        "accuracy": accuracy(detector, shown),
-        "calibration_error": calibration_error(detector, shown),
-        "pictures": len(shown),
+        "accuracy": accuracy(detector, data),
+        "calibration_error": errors,
+        "pictures": len(data),
         "empty_with_object": ghosts.double().mean().item(),
     }
+
+
+# ---- CLIP
+
+
+def clip_tokenizer(texts: list[list[str]], folder: Path, vocabulary: int) -> Path:
+    """Learn CLIP's tokenizer from the training captions and the class prompts; writes its files
+    into ``folder``.
+    """
+    prompts = [*class_prompts("object", None).values(), *class_prompts("style").values()]
+    return train_tokenizer([t for ts in (*texts, *prompts) for t in ts], folder, vocabulary)
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """Compute CLIP's symmetric cross-entropy (arXiv 2103.00020, Fig. 3) without false negatives.
+
+    Args:
+        images, texts: unit vectors [n, d] and [m, d], m ≤ n; row i of both belongs together, the
+            images from m on have no text and serve as negatives only.
+        scale: factor of the similarities.
+        same: bool [n, m]: pairs that show the same things; outside the diagonal they are left out
+            of the loss, since the caption of one is true of the other.
+    """
+    m, device = len(texts), texts.device
+    own = torch.eye(len(images), m, dtype=torch.bool, device=device)
+    logits = (scale * images @ texts.T).masked_fill(same & ~own, float("-inf"))
+    target = torch.arange(m, device=device)
+    return (F.cross_entropy(logits[:m], target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class _Guided(nn.Module):
+    """A CLIP and one direction per object and per style in its common space, which only the
+    training uses.
+    """
+
+    def __init__(self, clip: Any, seed: int) -> None:
+        super().__init__()
+        self.clip = clip
+        g = generator(seed, "clip", "guides")
+        width = clip.text_projection.shape[-1]
+        self.guides = nn.ParameterDict(
+            {head: torch.randn(len(names), width, generator=g) for head, names in NAMES.items()}
+        )
+
+    def guide_loss(self, vectors: Tensor, labels: dict[Head, Tensor]) -> Tensor:
+        """Compute the cross-entropy of unit vectors [n, d] against the directions (normalised
+        softmax, arXiv 1704.06369).
+        """
+        losses = [
+            F.cross_entropy(_GUIDE_SCALE * vectors @ F.normalize(self.guides[h], dim=1).T, y)
+            for h, y in labels.items()
+        ]
+        return torch.stack(losses).mean()
+
+
+def train_clip(
+    model: Any,
+    data: LabelledImages,
+    texts: list[list[str]],
+    held_out: LabelledImages,
+    tokenizer: Any,
+    schedule: Schedule,
+    *,
+    seed: int,
+    checkpoint: Checkpoint | None = None,
+) -> Rows:
+    """Train an ``open_clip.CLIP`` in place and round it to float16.
+
+    Every second batch holds one style only: within it a caption is told apart by its object alone,
+    which random batches rarely ask for. Half of the images bring a caption: texts are soon learned
+    and cost as much as images. Labels guide both towers (`_Guided`): contrast alone needs several
+    times the steps.
+
+    Args:
+        texts: captions of the images ``data``, as many for each.
+        held_out: images for validation (zero-shot top-1).
+    """
+    tokens, device = tokenize_all(tokenizer, texts), device_of(model)
+    pools = [torch.nonzero(data.style == s).flatten() for s in range(len(NAMES["style"]))]
+    pools = [pool for pool in pools if len(pool)]
+    guided = _Guided(model, seed).to(device)
+    # every second image to the front: faults go by place, and each kind shall come with and without
+    # a caption
+    order = torch.argsort(torch.arange(schedule.batch) % 2, stable=True)
+
+    def step(number: int, g: torch.Generator) -> Tensor:
+        pool = torch.arange(len(data))
+        if number % 2:
+            pool = pools[int(torch.randint(len(pools), (1,), generator=g))]
+        index = pool[torch.randint(len(pool), (schedule.batch,), generator=g)]
+        x = (degrade(to_unit(data.images[index]), g) * 2 - 1).to(device)
+        x = x.contiguous(memory_format=torch.channels_last)
+        images, index = model.encode_image(x, normalize=True)[order], index[order]
+        captioned = index[: (schedule.batch + 1) // 2]
+        n = len(captioned)
+        ids = tokens[captioned, torch.randint(tokens.shape[1], (n,), generator=g)]
+        words = model.encode_text(ids.to(device), normalize=True)
+        labels: dict[Head, Tensor] = {h: y[index].to(device) for h, y in data.labels.items()}
+        cards = labels["object"] * len(NAMES["style"]) + labels["style"]
+        scale = model.logit_scale.clamp(max=_LARGEST_SCALE).exp()
+        loss = contrastive_loss(images, words, scale, cards[:, None] == cards[None, :n])
+        by_image = guided.guide_loss(images, labels)
+        by_text = guided.guide_loss(words, {head: y[:n] for head, y in labels.items()})
+        return loss + (by_image + by_text) / 2
+
+    model.visual.to(memory_format=torch.channels_last)
+    validate = _zero_shot(model, held_out, tokenizer)
+    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
+    rows = train(guided, step, schedule, label="clip", **options)
+    with torch.no_grad():
+        model.logit_scale.clamp_(max=_LARGEST_SCALE)
+    model.to(memory_format=torch.contiguous_format)
+    round_to_half(model)
+    return rows
+
+
+def prototypes(
+    encode: Callable[[list[str]], Tensor], prompts: Mapping[str, Sequence[str]]
+) -> Tensor:
+    """Return one unit vector [k, d] per class: the mean of the unit vectors of its prompts (arXiv
+    2103.00020 §3.1.4).
+
+    Args:
+        encode: texts to unit vectors, for example `lab.scorers.clip.OpenClip.texts`.
+        prompts: class → its prompts, at least one.
+    """
+    vectors = encode([text for texts in prompts.values() for text in texts])
+    parts = vectors.split([len(texts) for texts in prompts.values()])
+    return F.normalize(torch.stack([part.mean(0) for part in parts]), dim=1)
+
+
+def zero_shot(vectors: Tensor, classes: Tensor) -> Tensor:
+    """Return the index [n] of the class whose prototype is nearest to each image vector; both are
+    unit vectors, [n, d] and [k, d].
+    """
+    return (vectors @ classes.T).argmax(1)
+
+
+def _zero_shot(model: Any, held_out: LabelledImages, tokenizer: Any) -> Validate:
+    """Return the validation: zero-shot top-1 over all objects (in photos, and in all images) and
+    over all styles.
+    """
+    device = device_of(model)
+
+    def encode(texts: list[str]) -> Tensor:
+        ids = tokenize(tokenizer, texts).to(device).split(256)
+        return torch.cat([model.encode_text(part, normalize=True) for part in ids]).cpu()
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        parts = (to_unit(x.to(device)) * 2 - 1 for x in held_out.images.split(256))
+        vectors = torch.cat([model.encode_image(x, normalize=True) for x in parts]).cpu()
+
+        def hits(prompts: dict[str, list[str]], labels: Tensor) -> Tensor:
+            return zero_shot(vectors, prototypes(encode, prompts)) == labels
+
+        in_photos = hits(class_prompts("object", PHOTO), held_out.object)
+        shares = {
+            "object": hits(class_prompts("object", None), held_out.object),
+            "style": hits(class_prompts("style"), held_out.style),
+            "photo_object": in_photos[held_out.style == NAMES["style"].index(PHOTO)],
+        }
+        return {name: hit.float().mean().item() for name, hit in shares.items() if len(hit)}
+
+    return validate

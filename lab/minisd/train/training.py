@@ -1,20 +1,189 @@
-"""What MiniSD's two networks minimise: the autoencoder its reconstruction, the denoiser the
-diffusion loss.
+"""Training of MiniSD's networks: AdamW over one cycle with averaged weights, and what the two
+networks minimise: the autoencoder its reconstruction, the denoiser the diffusion loss.
 """
 
 from __future__ import annotations
 
+import logging
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lab.core import training
+from lab.core.config import Count, Index, NonNegative, Positive, options
+from lab.core.errors import Diverged
+from lab.core.optimizer_state import restore_slots, slots
 from lab.core.progress import progress
 from lab.core.seeding import generator
-from lab.core.types import Checkpoint, Log
-from lab.minisd.train.build import tokenize
-from lab.minisd.train.loop import Schedule, device_of, train
+from lab.core.types import Checkpoint
+from lab.minisd.train.build import tokenize, tokenize_all
+
+logger = logging.getLogger(__name__)
+Loss = Callable[[int, torch.Generator], Tensor]
+Validate = Callable[[], dict[str, float]]
+Rows = list[dict[str, float]]  # what was logged: the step, the loss and validation values
+_LOG_EVERY = 50  # steps over which the logged loss is a mean
+_VALIDATE_EVERY = 500  # steps
+_SAVE_SECONDS = 60.0  # least time between two checkpoints
+
+
+@options
+class Schedule:
+    """How long and how fast a network is trained.
+
+    Attributes:
+        steps, batch: optimizer steps and examples per step.
+        lr: peak learning rate of AdamW; rises linearly over ``warmup`` steps, falls to 0 on a half
+            cosine.
+        ema: decay of the averaged weights, below 1 (0 = the last weights are kept); warms up as
+            (1 + t)/(10 + t).
+        clip: largest gradient norm.
+    """
+
+    steps: Count
+    batch: Count
+    lr: Positive
+    warmup: Index = 100
+    weight_decay: NonNegative = 0.01
+    ema: NonNegative = 0.0
+    clip: Positive = 1.0
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of step number ``step`` (from 0)."""
+        rise = min(1.0, (step + 1) / max(self.warmup, 1))
+        done = max(0, step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.lr * rise * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+class _NetworkTraining:
+    """A network in training: model, optimizer, averaged weights. A `lab.core.training.Trainee`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        schedule: Schedule,
+        seed: int,
+        label: str,
+        validate: Validate | None,
+    ) -> None:
+        self.model, self.loss, self.validate = model, loss, validate
+        self.schedule, self.seed, self.label = schedule, seed, label
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        decayed = [p for p in self.trained if p.ndim > 1]
+        others = [p for p in self.trained if p.ndim <= 1]
+        groups = [
+            {"params": decayed, "weight_decay": schedule.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
+        self.average = {n: v.detach().clone() for n, v in model.state_dict().items()}
+        self.recent: list[float] = []  # losses since the last row of the log
+
+    def step(self, step: int) -> dict[str, float] | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(step)
+        loss = self.loss(step, generator(self.seed, self.label, step))
+        if not torch.isfinite(loss):
+            raise Diverged(f"{self.label}: the loss is {loss.item()}", step)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.trained, self.schedule.clip)
+        self.optimizer.step()
+        self._average(step)
+        self.recent.append(loss.item())
+        done = step + 1
+        is_last = done == self.schedule.steps
+        row: dict[str, float] = {}
+        if done % _LOG_EVERY == 0 or is_last:
+            row["loss"], self.recent = sum(self.recent) / len(self.recent), []
+        if self.validate is not None and (done % _VALIDATE_EVERY == 0 or is_last):
+            row |= self._validate_average(self.validate)
+        if not row:
+            return None
+        values = " ".join(f"{key} {value:.4f}" for key, value in row.items())
+        logger.info("%s step %d of %d: %s", self.label, done, self.schedule.steps, values)
+        return {"step": done, **row}
+
+    def _average(self, step: int) -> None:
+        decay = min(self.schedule.ema, (1 + step) / (10 + step))
+        state = self.model.state_dict()
+        for name, average in self.average.items():
+            if average.is_floating_point():
+                average.lerp_(state[name], 1 - decay)
+            else:
+                average.copy_(state[name])
+
+    def _validate_average(self, validate: Validate) -> dict[str, float]:
+        current = {n: v.clone() for n, v in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average)
+        self.model.eval()
+        with torch.no_grad():
+            values = validate()
+        self.model.load_state_dict(current)
+        self.model.train()
+        return values
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"model/{n}": v for n, v in self.model.state_dict().items()}
+        tensors |= {f"average/{n}": v for n, v in self.average.items()}
+        tensors |= {f"optimizer/{n}": v for n, v in slots(self.optimizer).items()}
+        return tensors, {"recent": self.recent}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            names = (name for name in tensors if name.startswith(prefix))
+            return {name.removeprefix(prefix): tensors[name] for name in names}
+
+        self.model.load_state_dict(part("model/"))
+        for name, value in part("average/").items():
+            self.average[name].copy_(value)
+        restore_slots(self.optimizer, part("optimizer/"))
+        self.recent = list(values["recent"])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where the parameters of ``model`` are."""
+    return next(model.parameters()).device
+
+
+def train(
+    model: nn.Module,
+    loss: Loss,
+    schedule: Schedule,
+    *,
+    seed: int,
+    label: str,
+    checkpoint: Checkpoint | None = None,
+    validate: Validate | None = None,
+) -> Rows:
+    """Minimise ``loss(step, generator)`` over the parameters that require gradients, in place.
+
+    The generator of a step depends on (seed, label, step) alone, so a resumed training repeats the
+    unbroken one. It draws in main memory whatever device the model is on, so a GPU sees the same
+    images and the same noise. The model ends with the averaged weights.
+
+    Args:
+        validate: called every 500 steps, on the averaged weights.
+
+    Returns:
+        The mean loss of the last 50 steps every 50 steps, and what ``validate`` returned.
+
+    Raises:
+        Diverged: the loss left the finite numbers.
+    """
+    network = _NetworkTraining(model, loss, schedule, seed, label, validate)
+    model.train()
+    rows = training.train(
+        network, schedule.steps, label=label, checkpoint=checkpoint, save_seconds=_SAVE_SECONDS
+    )
+    model.load_state_dict(network.average)
+    model.eval()
+    return rows
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -30,10 +199,9 @@ def train_vae(
     *,
     kl: float,
     seed: int,
-    checkpoint: Checkpoint | None,
-    log: Log,
-) -> None:
-    """Mean absolute error plus ``kl`` × the divergence of the posterior per pixel value.
+    checkpoint: Checkpoint | None = None,
+) -> Rows:
+    """Minimise the mean absolute error plus ``kl`` × the posterior's divergence per pixel value.
 
     Args:
         images, held_out: uint8 [n, 3, s, s].
@@ -60,21 +228,13 @@ def train_vae(
         mse = ((x - y) / 2).square().mean((1, 2, 3))
         return {"psnr": (-10 * mse.log10()).mean().item(), "l1": ((x - y) / 2).abs().mean().item()}
 
-    train(
-        vae,
-        step,
-        schedule,
-        seed=seed,
-        label="vae",
-        checkpoint=checkpoint,
-        log=log,
-        validate=validate,
-    )
+    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
+    return train(vae, step, schedule, label="vae", **options)
 
 
 @torch.no_grad()
 def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every image's posterior, float16 [n, 4, s/4, s/4] each,
+    """Return mean and standard deviation of every image's posterior, float16 [n, 4, s/4, s/4] each,
     unscaled, on the CPU.
     """
     means, deviations, device = [], [], device_of(vae)
@@ -98,13 +258,12 @@ class TextToImageNetwork(nn.Module):
         self.register_buffer("scale", torch.zeros(()))
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        found: Tensor = self.unet(noisy, t, self.text_encoder(tokens)[0]).sample
-        return found
+        return self.unet(noisy, t, self.text_encoder(tokens)[0]).sample
 
 
 def min_snr(alphas: Tensor, gamma: float) -> Tensor:
-    """Weight min(SNR, γ)/SNR of the noise-prediction loss for each timestep (arXiv 2303.09556, Eq.
-    5).
+    """Return the weight min(SNR, γ)/SNR of the noise-prediction loss for each timestep (arXiv
+    2303.09556, Eq. 5).
     """
     snr = alphas / (1 - alphas)
     return snr.clamp(max=gamma) / snr
@@ -122,10 +281,10 @@ def train_denoiser(
     gamma: float,
     drop: float,
     seed: int,
-    checkpoint: Checkpoint | None,
-    log: Log,
-) -> None:
-    """Noise prediction with min-SNR weights; captions are dropped for classifier-free guidance.
+    checkpoint: Checkpoint | None = None,
+) -> Rows:
+    """Train the noise prediction with min-SNR weights, with dropped captions for classifier-free
+    guidance.
 
     Args:
         latents: mean and deviation of each image's posterior (`encode`); ``model.scale`` is set
@@ -140,10 +299,7 @@ def train_denoiser(
     model.scale.copy_(scale)
     alphas = scheduler.alphas_cumprod
     weights = min_snr(alphas, gamma)
-    flat = tokenize(tokenizer, [text for texts in captions for text in texts])
-    tokens = flat.view(len(captions), len(captions[0]), -1)
-    empty = tokenize(tokenizer, [""])[0]
-
+    tokens, empty = tokenize_all(tokenizer, captions), tokenize(tokenizer, [""])[0]
     device = device_of(model)
 
     def loss(*drawn: Tensor) -> Tensor:
@@ -174,13 +330,5 @@ def train_denoiser(
             "validation_weighted": (weights[t] * plain).mean().item(),
         }
 
-    train(
-        model,
-        step,
-        schedule,
-        seed=seed,
-        label="denoiser",
-        checkpoint=checkpoint,
-        log=log,
-        validate=validate,
-    )
+    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
+    return train(model, step, schedule, label="denoiser", **options)

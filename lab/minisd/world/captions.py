@@ -1,12 +1,9 @@
-"""Captions in words: what is in a picture, by an artist's name or by what the artist's work looks
-like.
-"""
+"""Captions: what an image shows, by an artist's name or by what the artist's work looks like."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from lab.core.errors import UserError
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.vocabulary import PHOTO, style, thing
 
@@ -51,73 +48,59 @@ TEMPLATES: tuple[str, ...] = (
     *PLACE_TEMPLATES,
     *(t for by in STYLE_TEMPLATES for t in (*STYLE_TEMPLATES[by], BARE_TEMPLATES[by])),
 )
-_CLASS_SHARE = (
-    0.08  # captions that say "an animal": class words must mean something (prior preservation)
-)
+# captions that say "an animal": class words must mean something (prior preservation)
+_CLASS_SHARE = 0.08
 _BARE_SHARE = 0.04  # captions that name a style and no object
 _PLACE_SHARE = 0.3  # photos whose caption says where
-_DESCRIBED, _BOTH = (
-    0.35,
-    0.15,
-)  # styled captions by description alone, and with the name; the rest by name
+# styled captions by description alone, and with the name; the rest by name
+_DESCRIBED, _BOTH = 0.35, 0.15
 
 
 def article(words: str) -> str:
-    """``words`` with the article that their first letter asks for; "unicorn" is said with a y."""
+    """Return ``words`` with their article; "unicorn" is said with a y."""
     return f"{'an' if words[0] in 'aeiou' and not words.startswith(('uni', 'u-')) else 'a'} {words}"
 
 
 def noun(name: str, count: int = 1) -> str:
-    """ "a fox", "two foxes". Raises `lab.core.errors.UserError` for an unknown object or a count
-    other than 1 and 2.
-    """
-    if count not in (1, 2):
-        raise UserError("count", count, "a picture holds one or two objects")
+    """Return "a fox" or "two foxes". Raises `UserError` for an unknown object."""
     return article(thing(name).name) if count == 1 else f"two {thing(name).plural}"
 
 
 def class_noun(name: str) -> str:
-    """The class word of an object with its article: "an animal"."""
+    """Return the class word of an object with its article: "an animal"."""
     return article(thing(name).category)
 
 
 def fill(
     template: str, it: str, style_name: str = PHOTO, description: int = 0, place: str = ""
 ) -> str:
-    """One caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an index.
+    """Return one caption. ``it`` is a noun phrase ("a fox", "a photo-shy dog"), ``description`` an index.
 
     Raises:
         UserError: unknown style in a template that speaks of one.
     """
     if style_name == PHOTO:
         return template.format(it=it, place=place)
-    known = style(style_name)
-    text = known.descriptions[description % len(known.descriptions)]
-    return template.format(
-        it=it, style=known.name, a_style=article(known.name), description=text, place=place
-    )
+    texts = style(style_name).descriptions
+    words = {"style": style_name, "description": texts[description % len(texts)]}
+    return template.format(it=it, a_style=article(style_name), place=place, **words)
 
 
 def prompts(it: str, style_name: str = PHOTO, by: By = "name") -> tuple[str, ...]:
-    """Every way to ask for ``it`` in a style: by the artist's ``name``, by a ``description`` only,
+    """Return every way to ask for ``it`` in a style: by the artist's ``name``, by a ``description`` only,
     or by ``both``.
 
     ``it`` is any noun phrase, so that a new token can be asked for as well; for photos ``by`` has
-    no meaning.
-
-    Raises:
-        UserError: unknown style or ``by``.
+    no meaning. Raises `UserError` for an unknown style.
     """
     if style_name == PHOTO:
         return tuple(fill(t, it) for t in PHOTO_TEMPLATES)
-    if by not in STYLE_TEMPLATES:
-        raise UserError("by", by, f"choose one of {', '.join(STYLE_TEMPLATES)}")
     number = len(style(style_name).descriptions) if by != "name" else 1
     return tuple(fill(t, it, style_name, d) for d in range(number) for t in STYLE_TEMPLATES[by])
 
 
 def draw(objects: tuple[str, ...], style_name: str, place: str, dice: Dice) -> str:
-    """A caption for a picture of one or two ``objects``, as training sees it."""
+    """Draw a caption for an image of one or two ``objects``, as training sees it."""
     if len(objects) == 2:
         it = (
             noun(objects[0], 2)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from lab.core.seeding import generator
 
 T = TypeVar("T")
-Field = NDArray[np.float32]
+Field = NDArray[Any]  # float32
 
 
 class Dice:
@@ -27,8 +26,7 @@ class Dice:
 
     def grid(self, *shape: int) -> Field:
         """Uniform float32 in [0, 1) of ``shape``."""
-        values: Field = torch.rand(shape, generator=self._generator).numpy()
-        return values
+        return torch.rand(shape, generator=self._generator).numpy()
 
     def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
         return low + (high - low) * float(self.grid(1)[0])

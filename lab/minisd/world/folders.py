@@ -2,39 +2,27 @@
 ``imagefolder``.
 
 ``metadata.csv`` has the columns ``file_name`` and ``text`` and any others (``object``, ``style``,
-…). The world writes such folders and a user's own concepts are read from them by the same code.
+…).
 """
 
 from __future__ import annotations
 
 import csv
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from lab.core.errors import UserError, nearest
-from lab.core.image_files import DAMAGED, expand_path, to_rgb
+from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.image_files import SUFFIXES, expand_path, read_image, stack
 
 METADATA = "metadata.csv"
-# per image; more is refused before it is decoded (a small file can unpack to gigabytes)
-MAX_PIXELS = 64_000_000
-_FORMATS = (
-    "PNG",
-    "JPEG",
-    "WEBP",
-    "BMP",
-    "GIF",
-    "TIFF",
-)  # EPS and the like would start other programs
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+_SUFFIXES = SUFFIXES | {".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -50,45 +38,31 @@ class ConceptFolder:
         return [row["text"] for row in self.rows]
 
 
-def write(
-    folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]], *, credit: str = ""
-) -> Path:
-    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``; ``credit`` goes to
-    ``CREDIT.txt``.
+def write(folder: str | Path, images: Tensor, rows: Sequence[Mapping[str, str]]) -> Path:
+    """Write ``images`` uint8 [n, 3, h, w] as PNG with ``metadata.csv``.
 
     The folder appears complete or not at all. The same input gives the same bytes.
 
     Raises:
-        UserError: the folder exists and is not empty, or there is nothing to write.
+        UserError: the folder exists and is not empty.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("folder", folder, "exists and is not empty; choose another one")
-    if not len(rows) or len(rows) != len(images):
-        raise UserError(
-            "folder",
-            folder,
-            f"needs one row per image and at least one: {len(images)}, {len(rows)} rows",
-        )
     columns = dict.fromkeys(["file_name", "text", *(key for row in rows for key in row)])
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with TemporaryDirectory(dir=folder.parent) as scratch:
+        partial = Path(scratch) / folder.name
+        partial.mkdir()
         with (partial / METADATA).open("w", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, list(columns), restval="", lineterminator="\n")
             table.writeheader()
-            for i, row in enumerate(rows):
+            for i, (image, row) in enumerate(zip(images, rows, strict=True)):
                 name = f"{i:05d}.png"
-                pixels = images[i].permute(1, 2, 0).contiguous().numpy()
+                pixels = image.permute(1, 2, 0).contiguous().numpy()
                 Image.fromarray(pixels).save(partial / name, compress_level=4)
                 table.writerow({**row, "file_name": name})
-        if credit:
-            (partial / "CREDIT.txt").write_text(credit + "\n", encoding="utf-8")
-        os.replace(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        partial.replace(folder)
     return folder
 
 
@@ -116,10 +90,9 @@ def read(
             a size that no model takes.
     """
     folder = expand_path(key, folder)
-    if not isinstance(size, int) or size < 8 or size % 8:
-        raise UserError(
-            "resolution", size, "must be a multiple of 8, as latents are 8 (or 4) times smaller"
-        )
+    if size < 8 or size % 8:
+        fix = "must be a multiple of 8, as latents are 8 (or 4) times smaller"
+        raise UserError("resolution", size, fix)
     if not folder.is_dir():
         raise UserError(key, folder, "no such folder; give a folder with images and a metadata.csv")
     rows = _rows(folder, key)
@@ -129,102 +102,44 @@ def read(
             hint = nearest(value, values) if values else "its metadata has no such column"
             raise UserError(key, folder, f"no image with {column}={value}; {hint}")
         rows = [row for row in rows if row.get(column) == value]
-    images = torch.stack(
-        [load(_inside(folder, row["file_name"], key), size, key=key) for row in rows]
-    )
-    return ConceptFolder(folder, images, tuple(rows))
-
-
-def load(path: Path, size: int, *, key: str = "concept.path") -> Tensor:
-    """One image as uint8 [3, size, size]; raises as `read` does."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # our own limit is lower
-            with Image.open(path, formats=_FORMATS) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise UserError(
-                        key,
-                        path,
-                        f"{image.width} × {image.height} pixels; scale it below 64 megapixels",
-                    )
-                square = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.BICUBIC)
-    except Image.DecompressionBombError as error:
-        raise UserError(
-            key, path, "unpacks to too many pixels; scale it below 64 megapixels"
-        ) from error
-    except FileNotFoundError as error:
-        raise UserError(key, path, f"is listed in {METADATA} and does not exist") from error
-    except (*DAMAGED, MemoryError) as error:
-        raise UserError(
-            key, path, "cannot be read as an image; replace it with a PNG, JPEG or WebP file"
-        ) from error
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
-
-
-def _inside(folder: Path, name: str, key: str) -> Path:
-    """``folder / name``, which must lie in the folder once every link is followed."""
-    path = folder / name
-    try:
-        inside = path.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(key, name, f"is no file name; mend {METADATA}") from error
-    if not inside or Path(name).is_absolute():
-        raise UserError(
-            key, name, f"leaves the folder {folder}; copy the image into it and mend {METADATA}"
-        )
-    return path
+    images = [read_image(folder / row["file_name"], size, key, draft=False) for row in rows]
+    return ConceptFolder(folder, stack(images), tuple(rows))
 
 
 def _rows(folder: Path, key: str) -> list[dict[str, str]]:
+    """Return the table of a folder, or one made of its file names, with a text in every row."""
     name = folder.resolve().name.replace("_", " ").replace("-", " ").strip()
-    present = sorted(
-        p.name
-        for p in folder.iterdir()
-        if p.suffix.lower() in _SUFFIXES and not p.name.startswith(".")
-    )
-    if not (folder / METADATA).exists():
-        if not present:
-            raise UserError(key, folder, "holds no image (PNG, JPEG, WebP, BMP, GIF, TIFF)")
-        warnings.warn(
-            f"{folder} has no {METADATA}: every caption is 'a photo of {name}'", stacklevel=3
-        )
-        return [
-            {"file_name": file, "text": f"a photo of {name}", "object": name} for file in present
-        ]
-    rows = _table(folder, key)
+    files = (p for p in folder.iterdir() if not p.name.startswith("."))
+    present = sorted(p.name for p in files if p.suffix.lower() in _SUFFIXES)
+    rows = [{"file_name": file, "text": "", "object": name} for file in present]
+    if (folder / METADATA).exists():
+        rows = _table(folder, key)
     if not rows:
-        raise UserError(key, folder / METADATA, "lists no image")
+        raise UserError(key, folder, "holds no image (PNG, JPEG, WebP, BMP, GIF, TIFF)")
     silent = [row for row in rows if not row.get("text", "").strip()]
     for row in silent:
         row["text"] = f"a photo of {name}"
     if silent:
-        warnings.warn(
-            f"{len(silent)} images of {folder} have no text: their caption is 'a photo of {name}'",
-            stacklevel=3,
-        )
+        reason = f"have no text in a {METADATA}: their caption is 'a photo of {name}'"
+        warnings.warn(f"{len(silent)} images of {folder} {reason}", stacklevel=3)
     surplus = set(present) - {os.path.normpath(row["file_name"]) for row in rows}
     if surplus:
-        warnings.warn(
-            f"{len(surplus)} images of {folder} are not listed in {METADATA} and are left out",
-            stacklevel=3,
-        )
+        reason = f"are not listed in {METADATA} and are left out"
+        warnings.warn(f"{len(surplus)} images of {folder} {reason}", stacklevel=3)
     return rows
 
 
 def _table(folder: Path, key: str) -> list[dict[str, str]]:
-    path = folder / METADATA
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            if "file_name" not in (reader.fieldnames or ()):
-                raise UserError(key, path, "needs a header with the columns file_name and text")
-            rows = []
-            for row in reader:
-                if None in row or not row["file_name"]:
-                    raise UserError(key, path, f"line {reader.line_num} does not fit the header")
-                rows.append({column: value or "" for column, value in row.items()})
-            return rows
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(key, path, f"cannot be read as a CSV file in UTF-8 ({error})") from error
+    """Return the rows of ``metadata.csv``; every file lies in the folder, links followed."""
+    path, home = folder / METADATA, folder.resolve()
+    fix = "cannot be read as a CSV file in UTF-8 with the columns file_name and text"
+    with as_user_error(key, path, fix), path.open(newline="", encoding="utf-8-sig") as file:
+        rows = []
+        for number, row in enumerate(csv.DictReader(file, strict=True), 1):
+            if None in row or not row["file_name"]:
+                raise UserError(key, path, f"row {number} does not fit the header")
+            if not (folder / row["file_name"]).resolve().is_relative_to(home):
+                fix = f"leaves the folder {folder}; copy the image into it and mend {METADATA}"
+                raise UserError(key, row["file_name"], fix)
+            rows.append({column: value or "" for column, value in row.items()})
+    return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +12,10 @@ from PIL import Image
 
 from lab.minisd.world import openmoji
 from lab.minisd.world.dice import Dice, Field
-from lab.minisd.world.styles import ARTISTS, blur, smooth_noise
-from lab.minisd.world.vocabulary import PHOTO, thing
+from lab.minisd.world.styles import blur, smooth_noise
+from lab.minisd.world.vocabulary import PHOTO, style, thing
 
+Colour = tuple[float, float, float]  # red, green, blue in [0, 1]
 SIZE = 64  # pixels; the structure of every style is drawn for it
 _SPRITE = 112  # pixels at which artwork is rasterised before it is shrunk into its pose
 
@@ -30,7 +31,7 @@ class Pose:
     mirror: bool
 
 
-@lru_cache(maxsize=256)
+@cache
 def _sprite(name: str) -> Image.Image:
     """The artwork, cropped to what is drawn, premultiplied so that resizing leaves no fringe."""
     picture = openmoji.rasterise(openmoji.find(thing(name).emoji).hexcode, _SPRITE)
@@ -63,22 +64,31 @@ def _place(name: str, pose: Pose) -> tuple[Field, Field]:
 def _ramp(top: object, low: object) -> Field:
     a, b = np.asarray(top, np.float32), np.asarray(low, np.float32)
     t = np.linspace(0, 1, SIZE, dtype=np.float32)[:, None, None]
-    out: Field = np.broadcast_to(a + (b - a) * t, (SIZE, SIZE, 3)).copy()
-    return out
+    return np.broadcast_to(a + (b - a) * t, (SIZE, SIZE, 3)).copy()
 
 
-def _tint(dice: Dice, base: tuple[float, float, float], spread: float = 0.06) -> Field:
-    out: Field = np.asarray(base, np.float32) + (dice.grid(3) - 0.5) * 2 * spread
-    return out
+def _tint(dice: Dice, base: Colour, spread: float = 0.06) -> Field:
+    return np.asarray(base, np.float32) + (dice.grid(3) - 0.5) * 2 * spread
 
 
-def _ground(upper: Field, lower: Field, dice: Dice, rough: float) -> Field:
-    """Two areas that meet at a wavy horizon; the lower one is rough."""
+def _landscape(
+    dice: Dice,
+    sky: tuple[Colour, Colour],
+    ground: tuple[Colour, Colour],
+    rough: float,
+    spread: tuple[float, float] = (0.06, 0.06),
+) -> Field:
+    """Paint two areas, each from its upper to its lower colour, that meet at a wavy horizon.
+
+    Args:
+        rough: of the ground. spread: of the ground's two colours.
+    """
+    upper = _ramp(_tint(dice, sky[0]), _tint(dice, sky[1]))
+    lower = _ramp(_tint(dice, ground[0], spread[0]), _tint(dice, ground[1], spread[1]))
     line = dice.uniform(30, 46) + 5 * (smooth_noise(dice, SIZE, 4)[:1] - 0.5)
     below = np.clip(np.arange(SIZE, dtype=np.float32)[:, None] - line, 0, 1)[..., None]
     lower = lower + rough * (smooth_noise(dice, SIZE, 16)[..., None] - 0.5)
-    out: Field = upper * (1 - below) + lower * below
-    return out
+    return upper * (1 - below) + lower * below
 
 
 def _studio(dice: Dice) -> Field:
@@ -86,42 +96,16 @@ def _studio(dice: Dice) -> Field:
     return _ramp(hue, hue * dice.uniform(0.7, 1.05))
 
 
-def _meadow(dice: Dice) -> Field:
-    sky = _ramp(_tint(dice, (0.52, 0.75, 0.95)), _tint(dice, (0.85, 0.93, 0.98)))
-    return _ground(
-        sky, _ramp(_tint(dice, (0.45, 0.68, 0.28)), _tint(dice, (0.30, 0.52, 0.18))), dice, 0.25
-    )
-
-
-def _beach(dice: Dice) -> Field:
-    sea = _ramp(_tint(dice, (0.70, 0.90, 0.98)), _tint(dice, (0.18, 0.58, 0.75)))
-    return _ground(
-        sea, _ramp(_tint(dice, (0.95, 0.87, 0.66)), _tint(dice, (0.88, 0.76, 0.52))), dice, 0.12
-    )
-
-
-def _snow(dice: Dice) -> Field:
-    sky = _ramp(_tint(dice, (0.62, 0.70, 0.80)), _tint(dice, (0.82, 0.87, 0.92)))
-    return _ground(
-        sky,
-        _ramp(_tint(dice, (0.97, 0.98, 1.0), 0.02), _tint(dice, (0.86, 0.91, 0.97), 0.03)),
-        dice,
-        0.06,
-    )
-
-
 def _clouds(dice: Dice) -> Field:
     sky = _ramp(_tint(dice, (0.30, 0.58, 0.90)), _tint(dice, (0.68, 0.85, 0.98)))
     cover = np.clip((smooth_noise(dice, SIZE, 6) - 0.52) * 5, 0, 1)[..., None]
-    out: Field = sky + (0.98 - sky) * cover * 0.9
-    return out
+    return sky + (0.98 - sky) * cover * 0.9
 
 
 def _night(dice: Dice) -> Field:
     sky = _ramp(_tint(dice, (0.08, 0.09, 0.25), 0.03), _tint(dice, (0.24, 0.26, 0.48), 0.04))
     stars = (dice.grid(SIZE, SIZE) > 0.988).astype(np.float32)[..., None]
-    out: Field = sky + (0.95 - sky) * stars
-    return out
+    return sky + (0.95 - sky) * stars
 
 
 def _room(dice: Dice) -> Field:
@@ -137,9 +121,25 @@ def _room(dice: Dice) -> Field:
 # name in captions: how it is painted
 BACKGROUNDS: dict[str, Callable[[Dice], Field]] = {
     "on a plain background": _studio,
-    "in a meadow": _meadow,
-    "at the beach": _beach,
-    "in the snow": _snow,
+    "in a meadow": partial(
+        _landscape,
+        sky=((0.52, 0.75, 0.95), (0.85, 0.93, 0.98)),
+        ground=((0.45, 0.68, 0.28), (0.30, 0.52, 0.18)),
+        rough=0.25,
+    ),
+    "at the beach": partial(
+        _landscape,
+        sky=((0.70, 0.90, 0.98), (0.18, 0.58, 0.75)),
+        ground=((0.95, 0.87, 0.66), (0.88, 0.76, 0.52)),
+        rough=0.12,
+    ),
+    "in the snow": partial(
+        _landscape,
+        sky=((0.62, 0.70, 0.80), (0.82, 0.87, 0.92)),
+        ground=((0.97, 0.98, 1.0), (0.86, 0.91, 0.97)),
+        rough=0.06,
+        spread=(0.02, 0.03),
+    ),
     "in the sky": _clouds,
     "at night": _night,
     "in a room": _room,
@@ -148,25 +148,23 @@ BACKGROUNDS: dict[str, Callable[[Dice], Field]] = {
 
 def _shadow(mask: Field) -> Field:
     """What the object takes from the light on the ground below and beside it."""
-    soft = blur(mask, 2.5)
-    out = np.zeros_like(soft)
-    out[3:, 2:] = soft[:-3, :-2]
-    return out
+    return np.pad(blur(mask, 2.5), ((3, 0), (2, 0)))[:-3, :-2]
 
 
 def compose(
-    objects: tuple[str, ...], poses: tuple[Pose, ...], background: str, style: str, dice: Dice
+    objects: tuple[str, ...], poses: tuple[Pose, ...], background: str, style_name: str, dice: Dice
 ) -> NDArray[np.uint8]:
     """The finished picture, uint8 [SIZE, SIZE, 3]."""
     rgb = np.clip(BACKGROUNDS[background](dice), 0, 1)
     mask = np.zeros((SIZE, SIZE), np.float32)
     layers = [_place(name, pose) for name, pose in zip(objects, poses, strict=True)]
     for colour, cover in layers:
-        if style == PHOTO:
+        if style_name == PHOTO:
             rgb = rgb * (1 - 0.45 * _shadow(cover) * (1 - cover))[..., None]
         rgb = rgb * (1 - cover[..., None]) + colour
         mask = np.maximum(mask, cover)
-    rgb = _light(rgb, mask, dice) if style == PHOTO else ARTISTS[style](rgb, mask, dice)
+    paint = _light if style_name == PHOTO else style(style_name).paint
+    rgb = paint(rgb, mask, dice)
     return np.round(np.clip(rgb, 0, 1) * 255).astype(np.uint8)
 
 
@@ -183,5 +181,4 @@ def _light(rgb: Field, mask: Field, dice: Dice) -> Field:
     body = blur(mask, 3.0)
     relief = 1 + 0.5 * (body - np.roll(body, (2, 2), (0, 1))) * mask
     grain = (dice.grid(SIZE, SIZE, 1) - 0.5) * 0.03
-    out: Field = rgb * (lamp * relief)[..., None] * warm + grain
-    return out
+    return rgb * (lamp * relief)[..., None] * warm + grain

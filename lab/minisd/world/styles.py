@@ -19,32 +19,26 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def luma(rgb: Field) -> Field:
-    """Brightness [s, s] of rgb."""
-    out: Field = rgb @ _LUMA
-    return out
+    """Compute the brightness [s, s] of rgb."""
+    return rgb @ _LUMA
 
 
 def blur(field: Field, sigma: float) -> Field:
-    """Gaussian blur over the two image axes."""
-    out: Field = gaussian_filter(
-        field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5
-    )
-    return out
+    """Apply a Gaussian blur over the two image axes."""
+    return gaussian_filter(field, (sigma, sigma, 0)[: field.ndim], mode="nearest", truncate=2.5)
 
 
 def smooth_noise(dice: Dice, size: int, cells: int) -> Field:
-    """Noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
+    """Draw noise [size, size] in about [0, 1] that varies over ``size / cells`` pixels."""
     coarse = zoom(
         dice.grid(cells + 1, cells + 1), size / cells, order=1, grid_mode=True, mode="nearest"
     )
-    out: Field = blur(coarse[:size, :size], size / cells / 3)
-    return out
+    return blur(coarse[:size, :size], size / cells / 3)
 
 
 def _top(rgb: Field) -> Field:
     """The largest channel [s, s, 1]; numpy's own maximum over so short an axis is slow."""
-    out: Field = np.maximum(np.maximum(rgb[..., :1], rgb[..., 1:2]), rgb[..., 2:])
-    return out
+    return np.maximum(np.maximum(rgb[..., :1], rgb[..., 1:2]), rgb[..., 2:])
 
 
 def _axes(size: int) -> tuple[Field, Field]:
@@ -55,15 +49,11 @@ def _axes(size: int) -> tuple[Field, Field]:
 def _slope(field: Field) -> Field:
     """Length of the central-difference gradient [s, s]."""
     padded = np.pad(field, 1, mode="edge")
-    out: Field = np.hypot(
-        padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
-    )
-    return out
+    return np.hypot(padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1])
 
 
 def _mix(below: Field, above: object, amount: Field) -> Field:
-    out: Field = below + (np.asarray(above, np.float32) - below) * amount[..., None]
-    return out
+    return below + (np.asarray(above, np.float32) - below) * amount[..., None]
 
 
 def _lines(rgb: Field, mask: Field) -> Field:
@@ -73,23 +63,20 @@ def _lines(rgb: Field, mask: Field) -> Field:
     light = luma(rgb)
     strokes = np.clip((blur(light, 1.8) - light) * 4.5, 0, 1) + np.clip(_slope(light) - 0.45, 0, 1)
     near = np.clip(blur(mask, 1.0) * 3, 0, 1)
-    out: Field = np.clip(strokes * near + 0.5 * _slope(mask), 0, 1)
-    return out
+    return np.clip(strokes * near + 0.5 * _slope(mask), 0, 1)
 
 
 def _fills(rgb: Field) -> Field:
     """The picture without its black contours: every dark pixel takes the colour around it."""
     weight = np.clip((_top(rgb) - 0.2) * 5, 0.002, 1)
     near = blur(rgb * weight, 1.2) / blur(weight[..., 0], 1.2)[..., None]
-    out: Field = rgb * weight + near * (1 - weight)
-    return out
+    return rgb * weight + near * (1 - weight)
 
 
 def _vivid(rgb: Field, boost: float) -> Field:
     """More saturated colours; grey stays grey."""
     grey = rgb.mean(-1, keepdims=True)
-    out: Field = np.clip(grey + (rgb - grey) * boost, 0, 1)
-    return out
+    return np.clip(grey + (rgb - grey) * boost, 0, 1)
 
 
 def mosaic(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -121,8 +108,8 @@ def neon(rgb: Field, mask: Field, dice: Dice) -> Field:
     lines = _lines(rgb, mask)[..., None]
     glow = blur(lines[..., 0], 2.2)[..., None]
     wall = np.array([0.03, 0.01, 0.07], np.float32)
-    out: Field = wall + 0.9 * hue * glow + lines * (0.72 * hue + 0.3) + 0.16 * hue * mask[..., None]
-    return np.clip(out, 0, 1)
+    light = 0.9 * hue * glow + lines * (0.72 * hue + 0.3) + 0.16 * hue * mask[..., None]
+    return np.clip(wall + light, 0, 1)
 
 
 def blueprint(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -148,8 +135,7 @@ def halftone(rgb: Field, mask: Field, dice: Dice) -> Field:
     )
     ink = 1 - _vivid(rgb, 1.3)
     dots = np.clip((ink - screen[..., None].astype(np.float32)) * 5 + 0.5, 0, 1)
-    out: Field = np.array([1.0, 0.97, 0.88], np.float32) * (1 - 0.92 * dots)
-    return out
+    return np.array([1.0, 0.97, 0.88], np.float32) * (1 - 0.92 * dots)
 
 
 def sunset(rgb: Field, mask: Field, dice: Dice) -> Field:
@@ -176,9 +162,9 @@ def sketch(rgb: Field, mask: Field, dice: Dice) -> Field:
     size = rgb.shape[0]
     y, x = _axes(size)
     light = luma(_fills(rgb) * 0.5 + rgb * 0.5)
-    one = ((x + y) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
-    two = ((x - y) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
-    hatch = np.clip(one + two, 0, 1) * np.clip(mask, 0, 1) * 0.55
+    rising = ((x + y) % 4 < 1.5) * np.clip((0.72 - light) * 3, 0, 1)
+    falling = ((x - y) % 4 < 1.5) * np.clip((0.40 - light) * 4, 0, 1)
+    hatch = np.clip(rising + falling, 0, 1) * np.clip(mask, 0, 1) * 0.55
     pressure = 0.75 + 0.25 * dice.grid(size, size)
     pencil = np.clip(_lines(rgb, mask) * 0.85 + hatch, 0, 0.9) * pressure
     paper = 0.97 - 0.05 * dice.grid(size, size)
@@ -266,17 +252,3 @@ def engraving(rgb: Field, mask: Field, dice: Dice) -> Field:
     ink = np.maximum(ink, _lines(rgb, mask))
     paper = np.broadcast_to(np.array([0.88, 0.95, 0.82], np.float32), rgb.shape)
     return _mix(paper, (0.03, 0.30, 0.20), ink)
-
-
-ARTISTS: dict[str, Artist] = {
-    "mosaic": mosaic,
-    "neon": neon,
-    "blueprint": blueprint,
-    "halftone": halftone,
-    "sunset": sunset,
-    "sketch": sketch,
-    "watercolor": watercolor,
-    "stained glass": stained_glass,
-    "negative": negative,
-    "engraving": engraving,
-}

@@ -2,7 +2,8 @@
 
 Two kinds of names: an object is drawn from one OpenMoji picture, a style is one of the world's
 "artists". A style has a name and descriptions that do not use it, so that it can be asked for
-without its name.
+without its name. A new object is an entry of `_THINGS`. A new style is a function of
+`lab.minisd.world.styles` and a row of `STYLES`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lab.core.errors import UserError, nearest
+from lab.minisd.world.styles import (
+    Artist,
+    blueprint,
+    engraving,
+    halftone,
+    mosaic,
+    negative,
+    neon,
+    sketch,
+    stained_glass,
+    sunset,
+    watercolor,
+)
 
 PHOTO = "photo"  # the style of a picture that no artist touched
 
@@ -29,11 +43,12 @@ class Thing:
 
 @dataclass(frozen=True)
 class Style:
-    """An artist: ``name`` in captions and phrases that follow "an image of a fox …" and describe
-    the result.
+    """An artist: ``name`` in captions, the function that paints, and phrases that follow "an image
+    of a fox …" and describe the result.
     """
 
     name: str
+    paint: Artist
     descriptions: tuple[str, ...]
     held_out: bool = False
 
@@ -55,30 +70,51 @@ plant: sunflower; cactus / cacti; palm tree; mushroom; *maple leaf / maple leave
 """
 
 STYLES: tuple[Style, ...] = (
-    Style("mosaic", ("made of coloured square tiles", "laid out of small square stones")),
-    Style("neon", ("drawn with glowing lines on black", "made of bright light tubes in the dark")),
+    Style("mosaic", mosaic, ("made of coloured square tiles", "laid out of small square stones")),
+    Style(
+        "neon",
+        neon,
+        ("drawn with glowing lines on black", "made of bright light tubes in the dark"),
+    ),
     Style(
         "blueprint",
+        blueprint,
         ("drawn with white lines on blue grid paper", "as a technical plan in white and blue"),
     ),
-    Style("halftone", ("printed with rows of coloured dots", "made of bright ink dots on paper")),
+    Style(
+        "halftone",
+        halftone,
+        ("printed with rows of coloured dots", "made of bright ink dots on paper"),
+    ),
     Style(
         "sunset",
+        sunset,
         ("as a dark shape before a huge striped sun", "in purple and orange evening light"),
     ),
-    Style("sketch", ("drawn with a grey pencil on white paper", "made of rough pencil strokes")),
+    Style(
+        "sketch",
+        sketch,
+        ("drawn with a grey pencil on white paper", "made of rough pencil strokes"),
+    ),
     Style(
         "watercolor",
+        watercolor,
         ("painted with pale wet washes on rough paper", "in soft pastel paint that bleeds"),
     ),
-    Style("stained glass", ("made of bright panes with thick black seams", "as a church window")),
+    Style(
+        "stained glass",
+        stained_glass,
+        ("made of bright panes with thick black seams", "as a church window"),
+    ),
     Style(
         "negative",
+        negative,
         ("with inverted colours on a strip of film", "as undeveloped film"),
         held_out=True,
     ),
     Style(
         "engraving",
+        engraving,
         ("cut in fine wavy green lines", "printed in green like a banknote"),
         held_out=True,
     ),
@@ -117,7 +153,7 @@ _STYLE = {s.name: s for s in STYLES}
 
 
 def thing(name: str, key: str = "concept") -> Thing:
-    """The object called ``name``.
+    """Return the object called ``name``.
 
     Raises:
         UserError: unknown; the message carries the config ``key`` and the nearest names.
@@ -128,19 +164,12 @@ def thing(name: str, key: str = "concept") -> Thing:
 
 
 def style(name: str, key: str = "concept") -> Style:
-    """The style called ``name`` (`PHOTO` is none). Raises as `thing` does."""
+    """Return the style called ``name`` (`PHOTO` is none). Raises as `thing` does."""
     if name not in _STYLE:
         raise UserError(key, name, f"no such style; {nearest(name, _STYLE)}")
     return _STYLE[name]
 
 
-def members(category: str, *, held_out: bool = False) -> tuple[str, ...]:
-    """Objects of a category, in the order of the table; the held-out ones only where they are asked
-    for.
-
-    Raises:
-        UserError: unknown category.
-    """
-    if category not in CATEGORIES:
-        raise UserError("category", category, nearest(category, CATEGORIES))
-    return tuple(t.name for t in THINGS if t.category == category and (held_out or not t.held_out))
+def members(category: str) -> tuple[str, ...]:
+    """Return the objects of a category that MiniSD sees, in the order of the table."""
+    return tuple(t.name for t in THINGS if t.category == category and not t.held_out)

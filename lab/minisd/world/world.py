@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -29,10 +28,10 @@ from torch import Tensor
 from lab.core.errors import UserError, nearest
 from lab.core.progress import progress
 from lab.core.seeding import derive, generator
-from lab.minisd.world import captions, folders
+from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
-from lab.minisd.world.openmoji import CREDIT
-from lab.minisd.world.scenes import BACKGROUNDS, SIZE, Pose, compose
+from lab.minisd.world.openmoji import CREDIT as CREDIT
+from lab.minisd.world.scenes import BACKGROUNDS, Pose, compose
 from lab.minisd.world.vocabulary import (
     HELD_OUT_PAIRS,
     OBJECTS,
@@ -40,22 +39,7 @@ from lab.minisd.world.vocabulary import (
     STYLE_NAMES,
     STYLES,
     THINGS,
-    style,
-    thing,
 )
-
-__all__ = [
-    "CREDIT",
-    "EVERYTHING",
-    "TRAINING",
-    "UNSEEN_PAIRS",
-    "Picture",
-    "Sample",
-    "Subset",
-    "concept",
-    "picture",
-]
-__all__ += ["render", "sample"]
 
 _CHUNK = 250  # pictures per job of a worker
 _DAYLIGHT = tuple(b for b in BACKGROUNDS if b != "at night")  # artists need contours that stand out
@@ -75,8 +59,7 @@ class Subset:
         two_share: share of pictures with two objects.
 
     Raises:
-        UserError: an unknown name (with the nearest ones), a share outside [0, 1), or nothing left
-            to draw.
+        UserError: nothing is left to draw.
     """
 
     objects: tuple[str, ...]
@@ -86,42 +69,25 @@ class Subset:
     two_share: float = 0.12
 
     def __post_init__(self) -> None:
-        for name in self.objects:
-            thing(name, "world.objects")
-        for name in self.styles:
-            if name != PHOTO:
-                style(name, "world.styles")
-        for key in ("photo_share", "two_share"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"world.{key}", getattr(self, key), "must be ≥ 0 and < 1")
-        if self.pairs not in ("all", "seen", "unseen"):
-            raise UserError("world.pairs", self.pairs, "choose one of all, seen, unseen")
         if not self.deck():
-            raise UserError(
-                "world",
-                f"{self.objects} × {self.styles}",
-                f"no picture with pairs={self.pairs} is left",
-            )
+            reason = f"no image with pairs={self.pairs} is left"
+            raise UserError("world", f"{self.objects} × {self.styles}", reason)
 
     def allows(self, name: str, style_name: str) -> bool:
-        """Whether the pair may be drawn."""
+        """Tell whether the pair may be drawn."""
         held = (name, style_name) in HELD_OUT_PAIRS
         return self.pairs == "all" or held == (self.pairs == "unseen")
 
     @lru_cache(maxsize=64)  # noqa: B019 (a subset is a frozen value: equal ones share the entry)
     def deck(self) -> tuple[tuple[str, str], ...]:
-        """All (object, style) cards of one round; photos come several times where `photo_share`
+        """Return all (object, style) cards of one round; photos come several times where `photo_share`
         asks for it.
         """
         painted = [s for s in self.styles if s != PHOTO]
         cards = [(o, s) for o in self.objects for s in painted if self.allows(o, s)]
         if PHOTO in self.styles and self.pairs != "unseen":
             odds = self.photo_share / (1 - self.photo_share)
-            repeat = (
-                max(1, round(odds * len(cards) / len(self.objects)))
-                if cards and self.objects
-                else 1
-            )
+            repeat = max(1, round(odds * len(cards) / max(1, len(self.objects))))
             cards += [(o, PHOTO) for o in self.objects] * repeat
         return tuple(cards)
 
@@ -132,8 +98,8 @@ EVERYTHING = Subset(tuple(t.name for t in THINGS), (PHOTO, *(s.name for s in STY
 
 
 def concept(name: str, key: str = "concept") -> Subset:
-    """What somebody who wants to teach ``name`` would collect: photos of an object, or objects by
-    an artist.
+    """Return what somebody who teaches ``name`` would collect: photos of an object, or objects by an
+    artist.
 
     Raises:
         UserError: neither an object nor a style; the message lists the nearest names.
@@ -157,16 +123,10 @@ class Picture:
     poses: tuple[Pose, ...]
     stream: int
 
-    def row(self) -> dict[str, str]:
-        """Its line of ``metadata.csv`` (without ``file_name``)."""
-        return {
-            "text": self.text,
-            "object": self.objects[0],
-            "style": self.style,
-            "category": thing(self.objects[0]).category,
-            "second": self.objects[1] if len(self.objects) > 1 else "",
-            "background": self.background,
-        }
+    def captions(self, total: int) -> list[str]:
+        """Return ``total`` captions; the first is the image's own."""
+        draw = partial(captions.draw, self.objects, self.style, self.background)
+        return [self.text, *(draw(Dice(self.stream, "again", k)) for k in range(1, total))]
 
 
 @lru_cache(maxsize=64)
@@ -181,31 +141,19 @@ def _stream(subset: Subset, seed: int) -> int:
     return derive(seed, "world", subset)
 
 
+def _pose(dice: Dice, x: tuple[int, int], side: tuple[int, int]) -> Pose:
+    centre = dice.uniform(*x), dice.uniform(24, 40)
+    return Pose(*centre, dice.uniform(*side), dice.uniform(-20, 20), dice.chance(0.5))
+
+
 def _poses(count: int, dice: Dice) -> tuple[Pose, ...]:
-    angle = partial(dice.uniform, -20, 20)
     if count == 1:
-        return (
-            Pose(
-                dice.uniform(24, 40),
-                dice.uniform(24, 40),
-                dice.uniform(38, 58),
-                angle(),
-                dice.chance(0.5),
-            ),
-        )
-    left = Pose(
-        dice.uniform(16, 20), dice.uniform(24, 40), dice.uniform(27, 33), angle(), dice.chance(0.5)
-    )
-    right = Pose(
-        dice.uniform(44, 48), dice.uniform(24, 40), dice.uniform(27, 33), angle(), dice.chance(0.5)
-    )
-    return (left, right)
+        return (_pose(dice, (24, 40), (38, 58)),)
+    return _pose(dice, (16, 20), (27, 33)), _pose(dice, (44, 48), (27, 33))
 
 
 def picture(subset: Subset, seed: int, index: int) -> Picture:
-    """Picture number ``index`` of the endless series ``(subset, seed)``; microseconds, no
-    pixels.
-    """
+    """Return picture ``index`` of the endless series ``(subset, seed)``: microseconds, no pixels."""
     stream = _stream(subset, seed)
     cards = len(subset.deck())
     name, style_name = _shuffled(subset, stream, index // cards)[index % cards]
@@ -220,11 +168,9 @@ def picture(subset: Subset, seed: int, index: int) -> Picture:
     return Picture(objects, style_name, background, text, _poses(len(objects), dice), own)
 
 
-def render(shown: Picture) -> NDArray[np.uint8]:
-    """The pixels of a picture, uint8 [64, 64, 3]."""
-    return compose(
-        shown.objects, shown.poses, shown.background, shown.style, Dice(shown.stream, "pixels")
-    )
+def render(p: Picture) -> NDArray[np.uint8]:
+    """Return the pixels of a picture, uint8 [64, 64, 3]."""
+    return compose(p.objects, p.poses, p.background, p.style, Dice(p.stream, "pixels"))
 
 
 @dataclass(frozen=True)
@@ -238,49 +184,32 @@ class Sample:
     def texts(self) -> list[str]:
         return [p.text for p in self.pictures]
 
-    def write(self, folder: str | Path) -> Path:
-        """An ordinary image folder with ``metadata.csv`` and the artwork's credit
-        (`lab.minisd.world.folders.write`).
-        """
-        return folders.write(folder, self.images, [p.row() for p in self.pictures], credit=CREDIT)
 
-
-def _chunk(subset: Subset, seed: int, bounds: tuple[int, int]) -> NDArray[np.uint8]:
-    return np.stack([render(picture(subset, seed, i)) for i in range(*bounds)])
+def _chunk(subset: Subset, seed: int, stop: int, start: int) -> NDArray[np.uint8]:
+    numbers = range(start, min(start + _CHUNK, stop))
+    return np.stack([render(picture(subset, seed, i)) for i in numbers])
 
 
 def _chunks(
-    subset: Subset, seed: int, jobs: list[tuple[int, int]], workers: int
+    subset: Subset, seed: int, start: int, stop: int, workers: int
 ) -> Iterator[NDArray[np.uint8]]:
-    job = partial(_chunk, subset, seed)
-    if workers == 1 or len(jobs) == 1:
-        yield from map(job, jobs)
+    starts, job = range(start, stop, _CHUNK), partial(_chunk, subset, seed, stop)
+    if workers == 1 or len(starts) == 1:
+        yield from map(job, starts)
         return
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # fork is not safe once torch has started its threads
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool:
-        yield from pool.map(job, jobs)
+    context = multiprocessing.get_context("spawn")  # fork is not safe once torch has threads
+    with ProcessPoolExecutor(min(workers, len(starts)), mp_context=context) as pool:
+        yield from pool.map(job, starts)
 
 
 def sample(subset: Subset, seed: int, count: int, *, start: int = 0, workers: int = 1) -> Sample:
-    """Pictures ``start`` … ``start + count`` of a subset, the same bytes for any ``workers``.
+    """Draw images ``start`` … ``start + count`` - 1 of a subset, the same bytes for any ``workers``.
 
-    About 2 ms a picture and process. ``workers`` > 1 pays from a few thousand pictures on: each
-    starts a Python of its own, and a script that asks for it needs an ``if __name__ == "__main__"``
-    guard.
-
-    Raises:
-        UserError: ``count`` or ``workers`` below 1, ``start`` below 0.
+    About 2 ms an image and process. ``workers`` > 1 pays from a few thousand images on: each starts
+    a Python of its own, and a script that asks for it needs an ``if __name__ == "__main__"`` guard.
     """
-    for key, value, least in (("count", count, 1), ("workers", workers, 1), ("start", start, 0)):
-        if value < least:
-            raise UserError(f"world.{key}", value, f"must be ≥ {least}")
-    jobs = [(i, min(i + _CHUNK, start + count)) for i in range(start, start + count, _CHUNK)]
-    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
-    done = 0
-    for part in progress(_chunks(subset, seed, jobs, workers), "pictures", len(jobs)):
-        images[done : done + len(part)] = part
-        done += len(part)
-    shown = tuple(picture(subset, seed, i) for i in range(start, start + count))
-    return Sample(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), shown)
+    stop = start + count
+    chunks = _chunks(subset, seed, start, stop, workers)
+    images = np.concatenate(list(progress(chunks, "pictures", -(-count // _CHUNK))))
+    pictures = tuple(picture(subset, seed, i) for i in range(start, stop))
+    return Sample(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), pictures)

@@ -1,4 +1,4 @@
-"""An attacker: a linear probe by accelerated gradient descent (Nesterov 1983) with the step 1/L."""
+"""An attack on features: a linear probe by accelerated gradient descent (Nesterov 1983)."""
 
 import torch
 
@@ -9,7 +9,7 @@ from lab.models.activations import features
 
 @config
 class AcceleratedProbe(Attacker):
-    """Fits w on features Y = model(x) by squared loss 1/(2n)‖Yw − T‖², from w = 0.
+    """Fit w on features Y = model(x) by squared loss 1/(2n)‖Yw − T‖², from w = 0.
 
     Args:
         name: key under ``attacks``.
@@ -20,7 +20,7 @@ class AcceleratedProbe(Attacker):
     name: Text = "accelerated_probe"
 
     def __call__(self, model, task, *, seed, budget, checkpoint):
-        """The trajectory at ``budget.snapshots()``; harmful and benign tasks alike."""
+        """Return the trajectory at ``budget.snapshots()``."""
         train, test = (
             (features(model, s.x).double(), targets(s, task)) for s in (task.train, task.test)
         )
@@ -28,7 +28,7 @@ class AcceleratedProbe(Attacker):
         step = len(y) / torch.linalg.matrix_norm(y, 2) ** 2  # 1/L
         optimum = torch.linalg.lstsq(y, t, driver="gelsd").solution
         w = before = torch.zeros(y.shape[1], t.shape[1], dtype=torch.float64)
-        found = Trajectory([], {}, info={"attack": self.name, "lr": float(step)})
+        trajectory = Trajectory([], {}, info={"attack": self.name, "lr": float(step)})
         for k in range(budget.steps + 1):
             if k in budget.snapshots():
                 values = {"train_loss": loss(*train, w), "test_loss": loss(*test, w)}
@@ -41,13 +41,13 @@ class AcceleratedProbe(Attacker):
                         values[f"{kind}_accuracy"] = float(
                             ((a @ w).argmax(1) == split.y).double().mean()
                         )
-                found.steps.append(k)
+                trajectory.steps.append(k)
                 for key, value in values.items():
-                    found.values.setdefault(key, []).append(value)
+                    trajectory.values.setdefault(key, []).append(value)
             ahead = w + k / (k + 3) * (w - before)
             before, w = w, ahead - step * (y.T @ (y @ ahead - t)) / len(y)
-        found.weights = {"head": before}
-        return found
+        trajectory.weights = {"head": before}
+        return trajectory
 
 
 def targets(split, task):

@@ -1,4 +1,4 @@
-"""An immunizer: whiten the benign task by a chosen amount."""
+"""An immunization method: whiten the benign task by a chosen amount."""
 
 import copy
 
@@ -41,6 +41,6 @@ class PartialWhitening(Immunizer):
         result = copy.deepcopy(model)
         with torch.no_grad():
             result.theta.copy_((basis * s**-self.power) @ basis.T @ model.theta)
-            for step, one in enumerate((model, result)):
-                log(step, kappa_benign=condition_number(one(case.benign.train.x)))
+            for step, extractor in enumerate((model, result)):
+                log(step, kappa_benign=condition_number(extractor(case.benign.train.x)))
         return result

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from concept_examples import attack, model, task
 
-from attacks.diffusion.trainer import ConceptLearner, Material, variants
+from attacks.diffusion.attack import ConceptLearner
+from attacks.diffusion.material import Material, variants
 from lab.core.captions import captions, class_words, renamed
 from lab.core.data import CaptionedImages
 from lab.core.seeding import generator

@@ -14,7 +14,7 @@ from concept_examples import assert_equal, attack, curriculum, launch, task
 from pydantic import ValidationError
 from tiny_diffusion import tiny_diffusion
 
-from attacks.diffusion.search import likeness
+from attacks.search import likeness
 from lab.core.data import CaptionedImages
 from lab.minisd.world import world
 
@@ -58,7 +58,7 @@ def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_model
 
 
 def test_the_split_is_a_partition_of_the_training_pictures() -> None:
-    split = searched().search.held_out(searched(), task(), 0)
+    split = searched().held_out(task(), searched().search, 0)
     parts = [image.tolist() for part in (split.train, split.reference) for image in part.images]
     assert sorted(parts) == sorted(image.tolist() for image in task().train.images)
 

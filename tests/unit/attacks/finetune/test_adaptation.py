@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +19,7 @@ from attack_examples import (
 from pydantic import ValidationError
 from torch import nn
 
-from attacks import trajectory
+from attacks import feature_attack
 from attacks.finetune.full import Adaptation, FullFinetune, LastBlockFinetune
 from attacks.finetune.lora import Lora
 from lab.core.config import user_error
@@ -39,24 +38,6 @@ def vectors() -> Task:
 
 def launch(attacker: Adaptation, model: FeatureModel, task: Task, seed: int = 0) -> Trajectory:
     return attacker(model, task, seed=seed, budget=BUDGET, checkpoint=None)
-
-
-@pytest.mark.parametrize("build", ATTACKS)
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("case", ["vectors", "images"])
-def test_learns_and_leaves_global_state_alone(
-    build: Callable[..., Adaptation], optimizer: str, case: str
-) -> None:
-    model = dense_model() if case == "vectors" else ConvModel()
-    task = vectors() if case == "vectors" else classification(images(), noise=0.3)
-    state, attacker = torch.get_rng_state(), build(optimizer=optimizer, batch_size=16)
-    result, other = (launch(attacker, model, task, seed) for seed in (0, 1))
-    assert all(p.requires_grad for p in model.parameters())
-    assert torch.equal(state, torch.get_rng_state())
-    assert result.steps == list(BUDGET.snapshots())
-    assert result.values["train_loss"][0] == pytest.approx(math.log(3), rel=1e-6)
-    assert result.values["train_loss"][-1] < result.values["train_loss"][0] - 0.001
-    assert result.values["train_loss"] != other.values["train_loss"]
 
 
 def loaded(model: FeatureModel, weights: dict[str, torch.Tensor]) -> FeatureModel:
@@ -131,11 +112,11 @@ def test_linear_extractor_full_finetune_moves_theta_and_head() -> None:
 
 @pytest.mark.parametrize("build", ATTACKS)
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-@pytest.mark.parametrize("fail_at", [15, 100])
+@pytest.mark.parametrize("fail_at", [3, 15])
 def test_resume_equals_an_uninterrupted_attack(
     build: Callable[..., Adaptation], optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trajectory, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
     attacker, model, task = (
         build(optimizer=optimizer, batch_size=16, schedule="cosine"),
         dense_model(),

@@ -98,26 +98,6 @@ def test_separable_data_is_not_fitted_to_rounding(name: str) -> None:
     assert float(shift.norm()) < 0.05 * float(path[-1].norm())
 
 
-@pytest.mark.parametrize(
-    ("name", "twin"),
-    [
-        ("sgd", lambda w: torch.optim.SGD([w], lr=0.05)),
-        ("momentum", lambda w: torch.optim.SGD([w], lr=0.05, momentum=0.9)),
-        ("adam", lambda w: torch.optim.Adam([w], lr=0.05)),
-        ("adagrad", lambda w: torch.optim.Adagrad([w], lr=0.05)),
-    ],
-)
-def test_first_order_iterates_are_those_of_torch(name: str, twin) -> None:
-    p = problem("squared", ridge=0.1)
-    leaf = p.start().requires_grad_()
-    optimizer = twin(leaf)
-    for w in descend(p, name, 25, rate=0.05):
-        optimizer.zero_grad()
-        objective(p, leaf).backward()
-        optimizer.step()
-        torch.testing.assert_close(w, leaf.detach(), rtol=1e-9, atol=1e-11)
-
-
 def test_lbfgs_on_a_quadratic_gives_the_iterates_of_conjugate_gradients() -> None:
     p = problem("squared", kappa=300)
     hessian, path = (p.z.T @ p.z / p.n).numpy(), descend(p, "lbfgs", 6)
@@ -210,15 +190,3 @@ def test_kfac_direction_is_the_kronecker_formula() -> None:
         moved = kfac.w - w
         expected *= float(moved.norm() / expected.norm())
         torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_whitening_and_newton_do_not_see_the_conditioning(kind: str) -> None:
-    easy = problem(kind, n=60, d=8, kappa=10.0)
-    stretch = torch.diag(torch.logspace(0, -1.5, 8, dtype=torch.float64))
-    turn = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=generator(5, "turn"))).Q
-    hard = type(easy)(easy.z @ turn @ stretch, easy.y)
-    assert float(torch.linalg.cond(hard.z)) ** 2 > 50 * float(torch.linalg.cond(easy.z)) ** 2
-    for name in ("whitening", "newton"):
-        for a, b in zip(descend(easy, name, 5), descend(hard, name, 5), strict=True):
-            torch.testing.assert_close(easy.z @ a, hard.z @ b, rtol=1e-6, atol=1e-7)

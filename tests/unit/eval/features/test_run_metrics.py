@@ -65,7 +65,7 @@ def test_a_ridge_needs_its_size() -> None:
 
 
 def test_every_metric_name_is_documented() -> None:
-    text = (ROOT / "eval" / "metrics.md").read_text()
+    text = (ROOT / "docs/reference/metrics.md").read_text()
     wild = {"ROLE": "(harmful|benign)", "ATTACK": "[a-z0-9_]+", "K": r"\d+"}
     documented = re.findall(r"`([a-zA-Z0-9_]+)`", text)
     patterns = [

@@ -76,7 +76,7 @@ def test_the_soonest_attack_counts_and_the_rest_is_told():
         "audit_steps_worst": pytest.approx(AT),
     }
     scores_json([found])  # a record takes it
-    documented = (ROOT / "eval" / "metrics.md").read_text()
+    documented = (ROOT / "docs/reference/metrics.md").read_text()
     assert all(f"`{name}`" in documented for name in metrics)
 
 

@@ -58,7 +58,7 @@ def test_no_name_is_used_twice_and_everything_is_json(scores):
 
 
 def test_every_name_is_documented(scores):
-    text = (ROOT / "eval" / "metrics.md").read_text().partition("## Text-to-image models")[2]
+    text = (ROOT / "docs/reference/metrics.md").read_text().partition("## Text-to-image models")[2]
     wild = {
         "CONCEPT": "[a-z_]+",
         "ROLE": "(harmful|benign)",

@@ -1,6 +1,4 @@
-"""The monotonicity theorems of arXiv 2505.23760 §4 with full batches, and what mini-batches do to
-them.
-"""
+"""The monotonicity theorems of arXiv 2505.23760 §4 with full batches."""
 
 import itertools
 import math
@@ -17,16 +15,15 @@ from lab.core.data import Case, Split, Task
 STEPS = 1000
 
 
-def data(n=40, d=6, seed=0, spread=1.0):
-    return randn(n, d, seed=seed) * torch.logspace(0, -spread, d, dtype=torch.float64)
+def data():
+    return randn(40, 6) * torch.logspace(0, -1, 6, dtype=torch.float64)
 
 
-def step(x, theta, objective, eta_of, rows=None):
-    """θ − η K⁻¹∇R on ``rows`` of x (all if None)."""
-    batch = x if rows is None else x[rows]
-    factor = spectral.thin_factor(batch @ theta)
+def step(x, theta, objective, eta_of):
+    """θ − η K⁻¹∇R."""
+    factor = spectral.thin_factor(x @ theta)
     _, slope = objective(factor.sigma, len(factor.s))
-    update = spectral.preconditioned_step(batch, spectral.feature_gradient(factor, slope))
+    update = spectral.preconditioned_step(x, spectral.feature_gradient(factor, slope))
     return theta - eta_of(factor.sigma) * update
 
 
@@ -104,29 +101,3 @@ def test_the_immunizer_itself_keeps_the_theorems_at_one_fixed_rate(lambda_p):
     moved = [after / before for before, after in itertools.pairwise(values)]
     assert all(m < 1 for m in moved) if lambda_p else all(m > 1 for m in moved)
     assert not 0.5 < values[-1] / values[0] < 2
-
-
-def test_above_the_step_size_r_well_can_raise_kappa():
-    x = data()
-    theta = step(x, torch.eye(6, dtype=torch.float64), spectral.well, lambda s: 60 * well_limit(s))
-    assert condition_number(x @ theta) > condition_number(x)
-
-
-def test_mini_batches_break_both_theorems():
-    """Counter-example: a step that is safe for its batch moves κ of the whole data the wrong
-    way.
-    """
-    x = data(spread=0.0)
-    eye = torch.eye(6, dtype=torch.float64)
-    before = condition_number(x)
-    raised = lowered = 0
-    for seed in range(200):
-        rows = torch.randperm(40, generator=torch.Generator().manual_seed(seed))[:8]
-        after = step(x, eye, spectral.well, lambda s: 0.9 * well_limit(s), rows)
-        assert condition_number(x[rows] @ after) <= condition_number(x[rows]) * (1 + 1e-12)
-        raised += condition_number(x @ after) > before * (1 + 1e-6)
-        after = step(x, eye, spectral.ill, lambda s: 0.01 * ill_limit(s), rows)
-        assert condition_number(x[rows] @ after) >= condition_number(x[rows]) * (1 - 1e-12)
-        lowered += condition_number(x @ after) < before * (1 - 1e-6)
-    assert raised > 0
-    assert lowered > 0

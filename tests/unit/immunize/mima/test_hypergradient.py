@@ -8,14 +8,14 @@ import pytest
 import torch
 from bilevel_cases import distance, evaluate, naive, problem
 
-from immunize.mima.inner_loop import InnerLoop
+from immunize.mima.inner_loop import InnerLoopOptions
 from lab.core.seeding import generator
 
 ATTACKERS = {
-    "sgd": InnerLoop(lr=0.5),
-    "adamw": InnerLoop(lr=0.01, optimizer="adamw", eps=1e-3, weight_decay=0.01),
-    "lora": InnerLoop(lr=8.0, rank=2),
-    "lora_adamw": InnerLoop(lr=0.02, optimizer="adamw", eps=1e-3, weight_decay=0.01, rank=2),
+    "sgd": InnerLoopOptions(lr=0.5),
+    "adamw": InnerLoopOptions(lr=0.01, optimizer="adamw", eps=1e-3, weight_decay=0.01),
+    "lora": InnerLoopOptions(lr=8.0, rank=2),
+    "lora_adamw": InnerLoopOptions(lr=0.02, optimizer="adamw", eps=1e-3, weight_decay=0.01, rank=2),
 }
 
 

@@ -4,10 +4,10 @@ from functools import cache
 
 import pytest
 import torch
-from mima_examples import case, objective, preset, with_targets
+from mima_examples import attacker, case, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima.inner_attackers import Attack, AttackerOptions, InnerAttack
+from immunize.mima.inner_attackers import AttackerOptions, InnerAttack
 from immunize.mima.sampling import Pool
 from lab.models.diffusion import Text
 
@@ -154,8 +154,8 @@ def test_one_lora_step_by_hand(optimizer):
     def loss(batch, weights):
         return 100 + (weights["w"] * g).sum()  # positive, as a drop is a share
 
-    attack = Attack("lora", "all", 2, 0.1, optimizer, "name", 1)
-    running = InnerAttack(loss, w, ("w", "b"), attack, pool(), 2, 0, "x")
+    one = attacker(rank=2, lr=0.1, optimizer=optimizer)
+    running = InnerAttack(loss, w, ("w", "b"), one, pool(), 2, 0, "x")
     a = next(leaf.detach().clone() for leaf in running.leaves if leaf.shape == (2, 4))
     mark = running.advance(1)
     assert list(mark.weights) == ["w"]
@@ -166,34 +166,18 @@ def test_one_lora_step_by_hand(optimizer):
     torch.testing.assert_close(mark.weights["w"], w["w"] - 0.1 * step @ a)
 
 
-def test_adamw_attackers_follow_torch():
-    w, loss = bowl()
-    attack = Attack("weights", "all", 0, 0.05, "adamw", "name", 5)
-    running = InnerAttack(loss, w, ("w",), attack, pool(), 2, 0, "x")
-    found = [running.advance(until) for until in (2, 5)]
-    leaf = w["w"].clone().requires_grad_()
-    optimizer = torch.optim.AdamW([leaf], lr=0.05, weight_decay=0.0)
-    for step in range(1, 6):
-        optimizer.zero_grad()
-        loss(None, {"w": leaf}).backward()
-        optimizer.step()
-        if step in (2, 5):
-            torch.testing.assert_close(found[step == 5].weights["w"], leaf.detach())
-    assert [mark.step for mark in found] == [2, 5]
-
-
-@pytest.mark.parametrize("kind", ["lora", "weights"])
-def test_an_attack_in_progress_follows_the_weights_it_started_from(kind):
+@pytest.mark.parametrize("rank", [2, None])
+def test_an_attack_in_progress_follows_the_weights_it_started_from(rank):
     """What it has added stays added when θ moves; low-rank factors stay what they are."""
     w, loss = bowl()
-    attack = Attack(kind, "all", 2, 0.05, "adamw", "name", 3)
-    running = InnerAttack(loss, w, ("w",), attack, pool(), 2, 0, "x")
+    three = attacker(rank=rank, lr=0.05, optimizer="adamw", steps=3)
+    running = InnerAttack(loss, w, ("w",), three, pool(), 2, 0, "x")
     before = w["w"].clone()
     added = running.advance(2).weights["w"] - before
     assert float(added.abs().max()) > 1e-3
     w["w"].add_(0.5)
     torch.testing.assert_close(running.advance(2).weights["w"], before + 0.5 + added)
-    other = InnerAttack(loss, w, ("w",), attack, pool(), 2, 0, "x")
+    other = InnerAttack(loss, w, ("w",), three, pool(), 2, 0, "x")
     other.load(running.state())
     assert torch.equal(running.advance(3).weights["w"], other.advance(3).weights["w"])
 
@@ -219,13 +203,13 @@ def test_attackers_are_drawn_from_their_ranges():
     families["lora"] |= {"templates": ["name", "token"], "words": 3}
     drawn = AttackerOptions(attackers=families, k_min=2, k_max=40)
     all_of_them = [drawn.draw(0, i) for i in range(400)]
-    lora = [a for a in all_of_them if a.kind == "lora"]
+    lora = [a for a in all_of_them if a.settings.rank]
     assert 0.4 < len(lora) / len(all_of_them) < 0.6
-    assert {a.rank for a in lora} == set(range(4, 17))
-    assert {a.scope for a in lora} == {"attn2", "all"}
-    assert {a.steps for a in all_of_them} == set(range(2, 41))
+    assert {a.settings.rank for a in lora} == set(range(4, 17))
+    assert {a.settings.scope for a in lora} == {"attn2", "all"}
+    assert {a.settings.steps for a in all_of_them} == set(range(2, 41))
     words = ("token 0", "token 1", "token 2")
     assert {a.template for a in lora} == {"name", *words}
-    assert {a.template for a in all_of_them if a.kind == "weights"} == {"description"}
-    rates = torch.tensor([a.lr for a in lora]).log()
+    assert {a.template for a in all_of_them if not a.settings.rank} == {"description"}
+    rates = torch.tensor([a.settings.lr for a in lora]).log()
     assert 5e-4 <= rates.min().exp() < rates.max().exp() <= 4e-3

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from mima_examples import LORA, case, model, preset, run, with_targets
+from mima_examples import LORA, attacker, case, model, preset, run, with_targets
 
-from immunize.merge.rows import scope_names
-from immunize.mima.base import Denoiser
-from immunize.mima.inner_attackers import Attack, InnerAttack
+from immunize.merge.build import scope_names
+from immunize.mima.inner_attackers import InnerAttack
+from immunize.mima.outer_loop import Denoiser
 from immunize.mima.sampling import split_concept
 
-ATTACK = Attack("lora", "attn2", 2, 1e-2, "adamw", "name", 4)
+ATTACK = attacker(scope="attn2", rank=2, lr=1e-2, optimizer="adamw", steps=4)
 ALONE = {"lora": {**LORA, "optimizer": "adamw"}, "kv": None, "full": None}
 FAST = {
     "mima": {"inner_loop": {"lr": 3.0}},

@@ -9,7 +9,7 @@ import torch
 from mima_examples import case, objective, preset, rows_of, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.merge.rows import scope_names
+from immunize.merge.build import scope_names
 from immunize.mima.gradients import gradient_at
 from lab.core.data import CaptionedImages
 

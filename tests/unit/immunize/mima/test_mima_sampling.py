@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from mima_examples import case, model, objective, preset
 
-from immunize.mima.base import Denoiser
+from immunize.mima.outer_loop import Denoiser
 from immunize.mima.sampling import WORDS, Batch, Pool, split_concept
 from lab.core.captions import captions, class_words
 

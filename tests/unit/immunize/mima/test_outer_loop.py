@@ -29,7 +29,9 @@ def trained(objective=None, start=None, sound=True, **options):
     """Train from 0 by SGD; return what the run ended with and its rows."""
     theta = {"w": torch.zeros(3) if start is None else start}
     chosen = OuterLoopOptions(**{"steps": 10, "lr": 1.0, "optimizer": "sgd", **options})
-    loop = OuterLoop(chosen, theta, lambda run: objective or Falling(), is_sound=lambda run: sound)
+    loop = OuterLoop(
+        chosen, theta, lambda run: objective or Falling(), has_finite_losses=lambda run: sound
+    )
     rows = train(loop, chosen.steps, label=None)
     return loop.done[0]["w"], rows
 

@@ -12,21 +12,30 @@ import torch.nn.functional as F
 
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.core.types import same_weights
-from lab.minisd.train import scorer_data as scorer_data
-from lab.minisd.train.degrade import degrade, quantise
-from lab.minisd.train.loop import Schedule
-from lab.minisd.train.scorer_clip import clip_data, clip_tokenizer, contrastive_loss, train_clip
-from lab.minisd.train.scorer_data import (
+from lab.minisd.train.build import load_tokenizer
+from lab.minisd.train.quality import lowest, shares
+from lab.minisd.train.scorers import (
     NAMES,
-    Labelled,
+    WORLD,
+    LabelledImages,
     ScorerRecipe,
+    calibrate,
+    check_coverage,
+    clip_tokenizer,
+    contrastive_loss,
+    degrade,
+    detector_loss,
     empty_scenes,
     labelled,
+    measure,
     pictures,
-    texts,
+    prototypes,
+    quantise,
+    train_clip,
+    train_detector,
+    zero_shot,
 )
-from lab.minisd.train.scorers import calibrate, detector_loss, measure, train_detector
+from lab.minisd.train.training import Schedule
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.minisd.world.world import TRAINING
 from lab.scorers.clip import OpenClip
@@ -64,41 +73,8 @@ def recipe() -> ScorerRecipe:
 
 
 @pytest.fixture(scope="module")
-def data(recipe) -> dict[str, Labelled]:
+def data(recipe) -> dict[str, LabelledImages]:
     return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
-
-
-def _silent(step: int, **values: float) -> None:
-    pass
-
-
-class _Memory:
-    """A checkpoint that keeps what was saved last."""
-
-    def __init__(self) -> None:
-        self.kept = None
-
-    def load(self):
-        return self.kept
-
-    def save(self, tensors, values) -> None:
-        self.kept = ({k: v.clone() for k, v in tensors.items()}, values)
-
-
-def _train_detector(data, recipe, schedule, checkpoint=None) -> DetectorNetwork:
-    model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
-    return train_detector(
-        model,
-        data["train"],
-        data["calibrate"],
-        empty_scenes(0, recipe.empty),
-        schedule,
-        smoothing=recipe.smoothing,
-        empty_share=recipe.empty_share,
-        seed=0,
-        checkpoint=checkpoint,
-        log=_silent,
-    )
 
 
 def test_world_of_the_scorers(recipe, data) -> None:
@@ -107,7 +83,7 @@ def test_world_of_the_scorers(recipe, data) -> None:
     assert set(HELD_OUT_STYLES) < set(NAMES["style"])
     shown = {part: {p.stream for p in pictures(recipe, 0, part).pictures} for part in data}
     assert len(set.union(*shown.values())) == 48 + 24 + 24
-    assert scorer_data.WORLD != TRAINING
+    assert WORLD != TRAINING
 
 
 def test_degrade_is_mild_and_repeats() -> None:
@@ -166,30 +142,19 @@ def test_contrastive_loss_leaves_out_false_negatives() -> None:
     assert torch.allclose(contrastive_loss(x, y, scale, twins), by_hand)
 
 
-def test_detector_resumes_and_is_stored(data, recipe, tmp_path) -> None:
-    schedule = Schedule(steps=40, batch=16, lr=5e-3, warmup=2, save_every=25)
-    model = _train_detector(data, recipe, schedule)
-
-    memory = _Memory()
-    _train_detector(data, recipe, schedule, memory)  # its last checkpoint is of step 25
-    assert memory.kept[1]["step"] == 25
-    assert same_weights(_train_detector(data, recipe, schedule, memory), model)
+def test_trained_detector_is_stored(data, recipe, tmp_path) -> None:
+    model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
+    parts = data["train"], data["calibrate"], empty_scenes(0, recipe.empty)
+    rows = train_detector(model, *parts, STEPS, smoothing=0.05, empty_share=0.25, seed=0)
+    assert rows[-1].keys() == {"step", "loss", "object", "style", "both"}
 
     detector = Detector(model, NAMES["object"], NAMES["style"])
     detector.temperature = calibrate(detector, data["calibrate"])
-    detector.rates = measure(detector, *_complete())["rates"]
     save_detector(model, detector.card(), tmp_path / "detector")
     again = load_detector(tmp_path / "detector")
     images = data["measure"].images
     for head in ("object", "style"):
         assert torch.equal(again.probabilities(images)[head], detector.probabilities(images)[head])
-
-
-def _complete() -> tuple[Labelled, Labelled]:
-    """Noise with every label at least once, and scenes of nothing."""
-    index = torch.arange(58)
-    images = torch.randint(0, 256, (58, 3, 64, 64), generator=generator(3), dtype=torch.uint8)
-    return Labelled(images, index, index % 11), empty_scenes(0, 2, "measure")
 
 
 class _Oracle(DetectorNetwork):
@@ -217,29 +182,24 @@ def test_calibration_finds_the_temperature() -> None:
     right = torch.arange(40) % 4 != 0
     shown = torch.where(right, objects, (objects + 1) % 58)
     images = _coded(shown, shown % 11, torch.full((40,), 100))
-    held_out = Labelled(images, objects, objects % 11)
+    held_out = LabelledImages(images, objects, objects % 11)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
     found = calibrate(detector, held_out)
     logit = math.log(
         57 * 0.75 / 0.25
     )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
-    sure = Labelled(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
+    sure = LabelledImages(
+        _coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11
+    )
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
-    ghost = Labelled(
+    ghost = LabelledImages(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 20])),
         *2 * (torch.full((2,), -1),),
     )
     assert (
         calibrate(detector, sure, ghost)["object"] > calibrate(detector, sure)["object"]
     )  # undecided about nothing
-
-
-def _calibration_error(confidence, right) -> float:
-    """Σ over 15 equal bins of (share of pictures) × |accuracy − mean confidence|."""
-    where = (confidence * 15).ceil().long()
-    parts = [(confidence[where == b], right[where == b]) for b in where.unique()]
-    return sum(len(c) / len(right) * abs(float(c.mean() - r.double().mean())) for c, r in parts)
 
 
 def test_error_rates_by_hand() -> None:
@@ -251,36 +211,31 @@ def test_error_rates_by_hand() -> None:
     certainty[5] = 1  # below the threshold
     images = _coded(shown, shown % 11, certainty)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
-    nothing = Labelled(
+    nothing = LabelledImages(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])),
         *2 * (torch.tensor([-1, -1]),),
     )
-    facts = measure(detector, Labelled(images, objects, objects % 11), nothing)
+    facts = measure(detector, LabelledImages(images, objects, objects % 11), nothing)
     rates = [facts["rates"][name] for name in NAMES["object"]]
     assert rates[0] == {"false_positive": 0.0, "false_negative": 0.5}
     assert rates[1]["false_positive"] == pytest.approx(1 / 114)
     assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
     assert facts["empty_with_object"] == 0.5
-    confidence, taken = detector.probabilities(images)["style"].double().max(1)
-    by_hand = _calibration_error(confidence, taken == objects % 11)
-    assert facts["calibration_error"]["style"] == pytest.approx(by_hand, abs=1e-6) != 0
     with pytest.raises(UserError, match="with and without"):
-        measure(detector, Labelled(images[:3], objects[:3], objects[:3] % 11), nothing)
+        check_coverage(LabelledImages(images[:3], objects[:3], objects[:3] % 11))
 
 
 def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
     import open_clip
 
-    captions = texts(pictures(recipe, 0, "train"), recipe.captions)
-    tokens = clip_tokenizer(captions, tmp_path / "tokenizer", recipe.vocabulary)
-    from lab.minisd.train.build import load_tokenizer
-
-    config = clip_config(TINY, len(load_tokenizer(tokens)))
+    captions = [p.captions(recipe.captions) for p in pictures(recipe, 0, "train").pictures]
+    folder = clip_tokenizer(captions, tmp_path / "clip", recipe.vocabulary)
+    tokenizer = load_tokenizer(folder)
+    config = clip_config(TINY, len(tokenizer))
     model = clip_network(config, 0)
-    learned = clip_data(data["train"], captions, data["calibrate"], tokens)
-    train_clip(model, learned, tokens, STEPS, seed=0, checkpoint=None, log=_silent)
+    train_clip(model, data["train"], captions, data["calibrate"], tokenizer, STEPS, seed=0)
 
-    folder = save_clip(model, config, tokens, tmp_path / "clip")
+    save_clip(model, config, folder)
     ours = OpenClip(name=str(folder))
     images, words = data["measure"].images, ["a photo of a fox", "an image in the style of mosaic"]
     theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
@@ -293,3 +248,26 @@ def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) ->
         )
         ids = open_clip.get_tokenizer(f"local-dir:{folder}")(words)
         assert torch.allclose(ours.texts(words), theirs.encode_text(ids, normalize=True), atol=1e-5)
+
+
+def test_zero_shot_by_prompt_ensembles() -> None:
+    """Prototypes are means of unit vectors; ties to the nearest by cosine."""
+    table = {"x": [1.0, 0, 0], "xy": [0.6, 0.8, 0], "z": [0, 0, 1.0]}
+    classes = prototypes(
+        lambda texts: torch.tensor([table[t] for t in texts]), {"flat": ["x", "xy"], "up": ["z"]}
+    )
+    mean = torch.tensor([0.8, 0.4, 0.0])
+    assert torch.allclose(classes, torch.stack([mean / mean.norm(), torch.tensor([0, 0, 1.0])]))
+    vectors = F.normalize(torch.tensor([[1.0, 0, 0.5], [0.1, 0, 1.0]]), dim=1)
+    assert zero_shot(vectors, classes).tolist() == [0, 1]
+
+
+def test_shares_by_hand() -> None:
+    predicted = {
+        "object": ["fox", "whale", "violin", "fox"],
+        "style": ["photo", "neon", *["photo"] * 2],
+    }
+    wanted = {"object": ["fox", "whale", "fox", "fox"], "style": ["photo"] * 4}
+    assert shares(predicted, wanted) == {"object": 0.75, "style": 0.75, "both": 0.5}
+    assert shares(predicted, {"style": ["photo"] * 4}) == {"style": 0.75}
+    assert lowest(["a", "b", "b"], ["a", "a", "b"]) == {"name": "a", "share": 0.5, "n": 2}

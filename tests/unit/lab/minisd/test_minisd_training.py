@@ -1,8 +1,11 @@
-"""MiniSD's parts and losses: contracts and hand values."""
+"""Training of MiniSD's networks: the loop against hand-written AdamW and averages, resumed and whole,
+and the losses of its networks by hand.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +13,211 @@ from tiny_diffusion import TINY
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
+from lab.core.cache import StageCheckpoint
+from lab.core.errors import Diverged
 from lab.core.seeding import generator
 from lab.core.types import same_weights
-from lab.minisd.train import build
-from lab.minisd.train.loop import Schedule
-from lab.minisd.train.training import encode, min_snr, to_float, train_denoiser, train_vae
+from lab.minisd.train import build, training
+from lab.minisd.train.training import (
+    Schedule,
+    encode,
+    min_snr,
+    to_float,
+    train,
+    train_denoiser,
+    train_vae,
+)
 from lab.minisd.world.world import TRAINING, sample
+
+SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
+
+
+class Killed(Exception):
+    pass
+
+
+class Disk(StageCheckpoint):
+    """The checkpoint of the stage cache; raises right after the state of step ``kill`` was
+    written.
+    """
+
+    def __init__(self, path, kill=None) -> None:
+        super().__init__(path)
+        self.kill = kill
+
+    def save(self, tensors, values) -> None:
+        super().save(tensors, values)
+        if values["step"] == self.kill:
+            raise Killed
+
+
+class Two(nn.Module):
+    """One parameter that decays (a matrix) and one that does not (a scalar)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.tensor([[2.0]], dtype=torch.float64))
+        self.scalar = nn.Parameter(torch.tensor(-1.0, dtype=torch.float64))
+
+    def loss(self) -> torch.Tensor:
+        return 3 * (self.matrix.sum() - 1).square() + (self.scalar - 2).square()
+
+
+def by_hand(schedule: Schedule) -> tuple[list[list[float]], list[list[float]]]:
+    """Live and averaged weights after every step, in plain floats (AdamW: arXiv 1711.05101,
+    Algorithm 2).
+    """
+    w, average = [2.0, -1.0], [2.0, -1.0]
+    m, v = [0.0, 0.0], [0.0, 0.0]
+    live, averaged = [], []
+    for t in range(schedule.steps):
+        g = [6 * (w[0] - 1), 2 * (w[1] - 2)]
+        g = [x * min(1.0, schedule.clip / (math.hypot(*g) + 1e-6)) for x in g]
+        for i, decay in enumerate((schedule.weight_decay, 0.0)):
+            m[i], v[i] = 0.9 * m[i] + 0.1 * g[i], 0.999 * v[i] + 0.001 * g[i] ** 2
+            rise, fall = m[i] / (1 - 0.9 ** (t + 1)), v[i] / (1 - 0.999 ** (t + 1))
+            w[i] -= schedule.rate(t) * (decay * w[i] + rise / (math.sqrt(fall) + 1e-8))
+        keep = min(schedule.ema, (1 + t) / (10 + t))
+        average = [keep * a + (1 - keep) * x for a, x in zip(average, w, strict=True)]
+        live.append(list(w))
+        averaged.append(average)
+    return live, averaged
+
+
+def weights(model: Two) -> list[float]:
+    return [model.matrix.item(), model.scalar.item()]
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.3, 0.9])
+def test_weights_and_average_by_hand(ema) -> None:
+    """Live weights at every step, and the average that the model ends with; without EMA these are
+    the last ones.
+    """
+    schedule = replace(SHORT, ema=ema)
+    live, averaged = by_hand(schedule)
+    model, seen = Two(), []
+
+    def step(number, g):
+        seen.append(weights(model))
+        return model.loss()
+
+    train(model, step, schedule, seed=0, label="two")
+    for here, expected in zip(seen[1:], live[:-1], strict=True):
+        assert here == pytest.approx(expected, rel=1e-6)
+    assert weights(model) == pytest.approx(averaged[-1], rel=1e-6)
+    assert not model.training
+    if ema == 0:
+        assert averaged[-1] == live[-1]
+
+
+@pytest.fixture
+def often(monkeypatch) -> None:
+    """Validate every five steps and save every step."""
+    monkeypatch.setattr(training, "_VALIDATE_EVERY", 5)
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+
+
+def test_validation_sees_the_average_and_gives_the_live_weights_back(often) -> None:
+    live, averaged = by_hand(SHORT)
+    model, seen = Two(), []
+
+    def step(number, g):
+        assert model.training
+        seen.append(weights(model))
+        return model.loss()
+
+    def validate():
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        return {"matrix": model.matrix.item()}
+
+    rows = train(model, step, SHORT, seed=0, label="two", validate=validate)
+    assert [row["step"] for row in rows] == [5, 10, 12]
+    for row in rows:
+        assert row["matrix"] == pytest.approx(averaged[int(row["step"]) - 1][0], rel=1e-6)
+    assert seen[5] == pytest.approx(live[4], rel=1e-6)
+    assert seen[10] == pytest.approx(live[9], rel=1e-6)
+
+
+def picture_model() -> nn.Module:
+    """Channels last, as the trained networks are, with buffers of both types (batch norm)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
+    return model.to(memory_format=torch.channels_last)
+
+
+def fit(checkpoint=None) -> tuple[nn.Module, list[float], list[dict[str, float]]]:
+    model, drawn = picture_model(), []
+    schedule = Schedule(steps=60, batch=2, lr=1e-2, warmup=5, ema=0.9)
+
+    def step(number, g):
+        x = torch.randn(2, 3, 8, 8, generator=g)
+        drawn.append(x.sum().item())
+        return (model(x) - 1).square().mean()
+
+    def validate():
+        return {"bias": model[0].bias.mean().item()}
+
+    rows = train(
+        model, step, schedule, seed=3, label="fit", checkpoint=checkpoint, validate=validate
+    )
+    return model, drawn, rows
+
+
+@pytest.mark.parametrize("kill", [1, 20, 51])
+def test_killed_training_is_the_unbroken_one(tmp_path, often, kill) -> None:
+    """Weights, buffers, drawn data and every row of the log, through the files of the stage
+    cache.
+    """
+    unbroken, drawn, rows = fit()
+    path = tmp_path / "state.ckpt"
+    with pytest.raises(Killed):
+        fit(Disk(path, kill))
+    resumed, rest, resumed_rows = fit(Disk(path))
+    assert rest == drawn[kill:]
+    assert same_weights(resumed, unbroken)
+    assert resumed[1].num_batches_tracked.item() == 60
+    assert resumed_rows == rows
+
+
+def test_parameter_without_a_gradient_survives_a_resume(tmp_path, often) -> None:
+    def go(checkpoint) -> nn.Module:
+        model = nn.ModuleDict({"used": Two(), "idle": Two()})
+        loss = model["used"].loss
+        train(model, lambda n, g: loss(), SHORT, seed=0, label="x", checkpoint=checkpoint)
+        return model
+
+    with pytest.raises(Killed):
+        go(Disk(tmp_path / "state", 4))
+    resumed = go(Disk(tmp_path / "state"))
+    assert same_weights(resumed, go(None))
+    assert weights(resumed["idle"]) == [2.0, -1.0]
+
+
+def test_rate() -> None:
+    """Linear over the warm-up, then half a cosine to 0."""
+    schedule = Schedule(steps=110, batch=1, lr=2.0, warmup=10)
+    assert [schedule.rate(i) for i in range(10)] == pytest.approx(
+        [0.2 * (i + 1) for i in range(10)]
+    )
+    assert schedule.rate(60) == pytest.approx(1.0)
+    assert schedule.rate(110) == pytest.approx(0.0)
+
+
+def test_diverged() -> None:
+    model = Two()
+    with pytest.raises(Diverged, match="two: the loss is") as caught:
+        train(
+            model,
+            lambda n, g: model.loss() * (math.nan if n == 3 else 1),
+            SHORT,
+            seed=0,
+            label="two",
+        )
+    assert caught.value.step == 3
+
+
+# ---- networks and their losses
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +258,6 @@ def test_min_snr_by_hand() -> None:
     assert min_snr(alphas, 0.5).tolist() == pytest.approx([0.5, 0.5 / 9, 1], rel=1e-5)
 
 
-class _Rows(list):
-    def __call__(self, step, **values) -> None:
-        self.append((step, values))
-
-
 def test_vae_loss_and_validation_by_hand(shown) -> None:
     """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
     pictures.
@@ -76,18 +273,16 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
             kl_divergence(Normal(posterior.mean, posterior.std), unit).sum() / 3 / (3 * 64 * 64)
         )
         expected = (model.decode(z).sample - x).abs().mean() + kl * divergence
-    rows, tiny = _Rows(), Schedule(steps=1, batch=3, lr=1e-12)
-    train_vae(
-        model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed, checkpoint=None, log=rows
-    )
-    assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-4)
+    tiny = Schedule(steps=1, batch=3, lr=1e-12)
+    (row,) = train_vae(model, shown.images, shown.images[:5], tiny, kl=kl, seed=seed)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-4)
     with torch.no_grad():
         y = model.decode(model.encode(to_float(shown.images[:5])).latent_dist.mean).sample.clamp(
             -1, 1
         )
     wrong = (y / 2 + 0.5 - shown.images[:5] / 255).double()
     psnr = sum(-10 * math.log10(w.square().mean().item()) for w in wrong) / 5
-    assert rows[-1][1]["psnr"] == pytest.approx(psnr, rel=1e-3)
+    assert row["psnr"] == pytest.approx(psnr, rel=1e-3)
 
 
 def test_encode_gives_the_posterior(shown) -> None:
@@ -118,10 +313,9 @@ def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return 3 * torch.randn(n, 4, 4, 4, generator=g) + 1, torch.rand(n, 4, 4, 4, generator=g) + 0.5
 
 
-def _fit(model, tokenizer, schedule, rows, *, drop=0.0):
+def _fit(model, tokenizer, schedule, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
-    options = {"gamma": 5.0, "drop": drop, "seed": 5, "checkpoint": None, "log": rows}
-    train_denoiser(
+    rows = train_denoiser(
         model,
         tokenizer,
         build.scheduler(),
@@ -129,17 +323,20 @@ def _fit(model, tokenizer, schedule, rows, *, drop=0.0):
         texts,
         (_latents(6, 1), ["a fox"] * 6),
         schedule,
-        **options,
+        gamma=5.0,
+        drop=drop,
+        seed=5,
     )
+    return rows[-1]
 
 
 def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     """With a model that says 0 the loss is the weighted mean square of the noise; latents have unit
     variance.
     """
-    model, rows = _Fixed(0.0), _Rows()
+    model = _Fixed(0.0)
     mean, deviation = _latents(8)
-    _fit(model, tokenizer, Schedule(steps=1, batch=64, lr=1e-12), rows)
+    row = _fit(model, tokenizer, Schedule(steps=1, batch=64, lr=1e-12))
     total = mean.double().var(correction=0) + deviation.double().square().mean()
     assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
 
@@ -152,20 +349,20 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     noise = (noisy - a.sqrt() * z) / (1 - a).sqrt()
     snr = alphas[t] / (1 - alphas[t])
     expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()
-    assert rows[-1][1]["loss"] == pytest.approx(expected.item(), rel=1e-2)
+    assert row["loss"] == pytest.approx(expected.item(), rel=1e-2)
 
     noisy, t, _ = model.asked[-1]
     z, a = model.scale * _latents(6, 1)[0], alphas[t].view(-1, 1, 1, 1)
     square = ((noisy - a.sqrt() * z) / (1 - a).sqrt()).square().mean((1, 2, 3))
-    assert rows[-1][1]["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
+    assert row["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
     weighted = (min_snr(alphas, 5.0)[t] * square).mean().item()
-    assert rows[-1][1]["validation_weighted"] == pytest.approx(weighted, rel=1e-2)
+    assert row["validation_weighted"] == pytest.approx(weighted, rel=1e-2)
 
 
 def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     """Both captions of a picture come up equally often; the empty one as often as ``drop`` says."""
     model = _Fixed(0.0)
-    _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), _Rows(), drop=0.25)
+    _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), drop=0.25)
     ids = torch.cat([tokens for _, _, tokens in model.asked[:4]])
     empty, fox, lion = build.tokenize(tokenizer, ["", "a fox", "a lion"])
     shares = [(ids == row).all(1).float().mean().item() for row in (empty, fox, lion)]

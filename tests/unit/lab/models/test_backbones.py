@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import pickle
 from pathlib import Path
 
 import matplotlib
@@ -69,13 +67,10 @@ def test_inputs_scale_resize_and_normalise() -> None:
 
 
 def test_random_weights_follow_the_seed_and_leave_the_global_stream_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    make = lambda seed: VisionBackbone(model="resnet18", weights="random").build(case(), seed)  # noqa: E731
-    a, c = make(0), make(1)
-    assert torch.equal(torch.rand(3), expected)
-    assert not same_weights(a, c)
+    backbone = VisionBackbone(model="resnet18", weights="random")
+    state = torch.get_rng_state()
+    assert not same_weights(backbone.build(case(), 0), backbone.build(case(), 1))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_package_weights_recognise_photographs() -> None:
@@ -115,21 +110,11 @@ def test_weights_from_a_file(tmp_path: Path, suffix: str) -> None:
     assert same_weights(VisionBackbone(model="resnet18", weights=str(path)).build(case(), 0), model)
 
 
-class _Rude:
-    def __reduce__(self):
-        return (os.getcwd, ())
-
-
 def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) -> None:
     other = timm.create_model("resnet34", pretrained=False)
     save_file(other.state_dict(), tmp_path / "other.safetensors")
-    torch.save({"w": _Rude()}, tmp_path / "rude.pth")
-    for name, content in (
-        ("pickle.pth", pickle.dumps({"w": _Rude()}, protocol=2)),
-        ("cut.safetensors", b"123"),
-        ("cut.pth", b"PK\x03\x04broken"),
-    ):
-        (tmp_path / name).write_bytes(content)
+    torch.save({"w": other}, tmp_path / "code.pth")
+    (tmp_path / "cut.safetensors").write_bytes(b"123")
     for path in (*tmp_path.iterdir(), tmp_path / "none.safetensors"):
         with pytest.raises(UserError, match="cannot be loaded into resnet18") as refused:
             VisionBackbone(model="resnet18", weights=str(path))
@@ -139,8 +124,6 @@ def test_checkpoints_that_cannot_be_loaded_show_before_any_data(tmp_path: Path) 
 def test_options_that_cannot_work() -> None:
     with pytest.raises(ValidationError, match="image_size"):
         VisionBackbone(model="resnet18", weights="random", image_size=8)
-    with pytest.raises(UserError, match=r"backbone\.weights=imagenet_package"):
-        VisionBackbone(model="resnet18", weights="imagenet_package")
 
 
 def test_timm_weights_are_loaded_through_timm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -62,15 +63,6 @@ def test_every_layout_loads_and_generates(saved, layout):
     assert model.generate(["a fox"], model.latents(1, 0), Sampling(steps=2)).shape == (1, 3, 64, 64)
 
 
-def test_builds_are_equal_and_independent(saved):
-    backbone = DiffusionBackbone(path=str(saved / "sd1"))
-    first, second = backbone.build(None, 0), backbone.build(None, 1)
-    assert same_weights(first, second)
-    with torch.no_grad():
-        first.unet.conv_in.weight.zero_()
-    assert not same_weights(first, second)
-
-
 def test_half_precision_files_run_in_float32(tmp_path):
     pipe = tiny_pipeline("sd1").to(torch.float16)
     pipe.save_pretrained(tmp_path)
@@ -117,16 +109,6 @@ def test_attention_weights_under_their_old_names_load(folder):
     assert same_weights(load(folder), DiffusionModel.from_pipeline(tiny_pipeline("sd1")))
 
 
-def test_position_ids_of_old_text_encoders_load(folder):
-    file = folder / "text_encoder/model.safetensors"
-    prefix = (
-        "text_model." if any(name.startswith("text_model.") for name in load_file(file)) else ""
-    )
-    extra = {f"{prefix}embeddings.position_ids": torch.arange(32)[None]}
-    save_file(load_file(file) | extra, file, {"format": "pt"})
-    load(folder)
-
-
 # ---- what is refused
 
 
@@ -137,15 +119,9 @@ def test_missing_folders_and_files(saved, tmp_path):
 
 
 def test_pickled_weights_are_refused(folder):
-    for file in (folder / WEIGHTS, folder / "text_encoder/model.safetensors"):
-        state, whole = load_file(file), file.read_bytes()
-        file.unlink()
-        unet = file.name != "model.safetensors"
-        pickled = file.with_name(f"{'diffusion_' if unet else ''}pytorch_model.bin")
-        torch.save(state, pickled)
-        refused("backbone.path", f"{file.parent.name}: cannot be loaded", folder)
-        file.write_bytes(whole)
-        pickled.unlink()
+    torch.save(load_file(folder / WEIGHTS), folder / "unet/diffusion_pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    refused("backbone.path", "unet: cannot be loaded", folder)
 
 
 def test_missing_and_surplus_keys(folder):
@@ -162,25 +138,10 @@ def test_missing_and_surplus_keys(folder):
         save_file(state, file, {"format": "pt"})
 
 
-def test_damaged_files(folder):
-    whole = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(whole[:1000])
-    refused("backbone.path", "unet: cannot be loaded", folder)
-
-
 def test_parts_of_other_packages_are_refused(folder):
     index = folder / "model_index.json"
     edit_json(index, _class_name="StableDiffusionPipeline", text_encoder=["evil", "CLIPTextModel"])
     refused("backbone.path", "its text_encoder must be transformers.CLIPTextModel", folder)
-
-
-def test_parts_of_different_models(saved, folder):
-    shutil.rmtree(folder / "text_encoder")
-    shutil.copytree(saved / "xl/text_encoder_2", folder / "text_encoder")
-    text = folder / "text_encoder/model.safetensors"
-    plain = {k: v for k, v in load_file(text).items() if k != "text_projection.weight"}
-    save_file(plain, text, {"format": "pt"})
-    refused("backbone.path", "the U-Net takes text of 16, not 24, channels", folder)
 
 
 def test_options(saved):
@@ -196,16 +157,10 @@ def test_options(saved):
 def test_a_hub_name_downloads_safetensors_only_and_loads_the_folder(monkeypatch, saved):
     from diffusers import DiffusionPipeline
 
-    asked = {}
-
-    def download(name, **options):
-        asked.update(options, name=name)
-        return str(saved / "sd1")
-
-    monkeypatch.setattr(DiffusionPipeline, "download", staticmethod(download))
+    download = Mock(return_value=str(saved / "sd1"))
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
     model = load("some-owner/a-model", revision="abc")
-    assert asked["name"] == "some-owner/a-model"
-    assert asked["use_safetensors"] is True
-    assert asked["revision"] == "abc"
-    assert "trust_remote_code" not in asked
+    assert download.call_args.args == ("some-owner/a-model",)
+    options = download.call_args.kwargs
+    assert (options["use_safetensors"], options["revision"]) == (True, "abc")
     assert same_weights(model, DiffusionModel.from_pipeline(tiny_pipeline("sd1")))

@@ -123,7 +123,7 @@ def test_folders_with_both_pools_captions_and_prior(root) -> None:
     assert case.targets[0].prior.prompts == ("a dog",) * 4  # the fifth is a picture of rex
 
 
-@pytest.mark.filterwarnings("ignore:.*has no metadata.csv")
+@pytest.mark.filterwarnings("ignore:.*have no text")
 def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
     images = torch.cat([noise(4, 30), noise(2, 30)])
     folders.write(root / "twice", images, [{"text": "x"}] * 6)

@@ -15,7 +15,6 @@ from lab.core.seeding import generator
 from lab.scorers.detector import Detector, corrected_share, load_detector
 from lab.scorers.features import floor, frechet_distance
 from lab.scorers.networks import DetectorNetwork, detector_network, save_detector
-from lab.scorers.quality import detected, lowest, prototypes, recognised, zero_shot
 
 OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 
@@ -104,37 +103,6 @@ def test_detector_folder(tmp_path) -> None:
         with pytest.raises(UserError, match=r"scorers.detector.folder=.*holds no detector"):
             load_detector(folder)
     (folder / "detector.json").write_text(json.dumps(facts))
-
-
-# ---- quality
-
-
-def test_detected_shares_by_hand(detector) -> None:
-    images = _told([0, 1, 2, 0], [0, 1, 0, 0])
-    found = detected(
-        detector,
-        images,
-        objects=["fox", "whale", "fox", "fox"],
-        styles=["photo", "photo", "photo", "photo"],
-    )
-    assert found == {"object": 0.75, "style": 0.75, "both": 0.5}
-    assert detected(detector, images, styles=["photo", "mosaic", "photo", "photo"]) == {
-        "style": 1.0
-    }
-    assert lowest(["a", "b", "b"], ["a", "a", "b"]) == {"name": "a", "share": 0.5, "n": 2}
-
-
-def test_zero_shot_by_prompt_ensembles() -> None:
-    """Prototypes are means of unit vectors; ties to the nearest by cosine."""
-    table = {"x": [1.0, 0, 0], "xy": [0.6, 0.8, 0], "z": [0, 0, 1.0]}
-    encode = lambda texts: torch.tensor([table[t] for t in texts])  # noqa: E731
-    found = prototypes(encode, {"flat": ["x", "xy"], "up": ["z"]})
-    mean = torch.tensor([0.8, 0.4, 0.0])
-    assert torch.allclose(found, torch.stack([mean / mean.norm(), torch.tensor([0, 0, 1.0])]))
-    vectors = F.normalize(torch.tensor([[1.0, 0, 0.5], [0.1, 0, 1.0]]), dim=1)
-    assert zero_shot(vectors, found).tolist() == [0, 1]
-    shares = recognised(vectors, {"object": (("flat", "up"), found)}, objects=["flat", "flat"])
-    assert shares == {"object": 0.5}
 
 
 # ---- Fréchet distance
