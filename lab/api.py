@@ -28,7 +28,6 @@ from lab.core import record as records
 from lab.core.errors import UserError
 from lab.core.record import Record
 from lab.core.sources import ROOT
-from lab.runner.terminal import figures, verdict
 
 Records = Sequence[Mapping[str, Any] | Path | str]
 
@@ -102,19 +101,13 @@ def leaderboard(of: Records) -> pd.DataFrame:
 
     Returns:
         a row per record, best first within its ``group`` (scenario, backbone, attacks): method,
-        verdict, attack success rate, relearning slowdown, benign cost and utility, as text.
+        verdict, checks passed, attack success, relearning slowdown and benign cost, as text.
     """
-    rows = [
-        {
-            "group": row["title"],
-            "method": row["label"],
-            "verdict": verdict(row),
-            **figures(row, interval=False),
-        }
-        for row in ranking.leaderboard(load(of))
-    ]
-    table = pd.DataFrame(rows)
-    return table.loc[:, (table != "–").any()]
+    tables = []
+    for group, rows in ranking.sections(ranking.leaderboard(load(of))).items():
+        head, *lines = ranking.table(rows)
+        tables.append(pd.DataFrame(lines, columns=head).assign(group=group))
+    return pd.concat(tables, ignore_index=True)
 
 
 def load(of: Records) -> list[Record]:

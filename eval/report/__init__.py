@@ -1,3 +1,1 @@
-"""Views of records: HTML report, leaderboard, comparison, terminal summary. Nothing here computes a
-result.
-"""
+"""Views of records: report, leaderboard, comparison, summary. Nothing in here computes a result."""

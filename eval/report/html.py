@@ -1,198 +1,280 @@
-"""One self-contained HTML file from any set of records: nothing is loaded from anywhere."""
+"""The report: one self-contained HTML file from any set of records."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report import leaderboard as board
-from eval.report.charts import swatch
-from eval.report.figures import comparison_curves, has_bands, heat_maps, spectra, trajectories
-from eval.report.labels import labels as labels_of
-from eval.report.options import by_option, transfer
-from eval.report.outcomes import outcome
-from eval.report.page import page
-from eval.report.pictures import pictures
-from eval.report.trials import groups
-from eval.report.words import Record
+from eval.report.leaderboard import (
+    LEGEND,
+    Row,
+    groups,
+    leader_blocks,
+    leaderboard,
+    titles,
+)
+from eval.report.outcomes import TONES, check_word, checks, outcome
+from eval.report.page import Block, collapsed, page
+from eval.report.studies import (
+    curve_blocks,
+    option_blocks,
+    pair_blocks,
+    spectrum_blocks,
+    transfer_blocks,
+)
+from eval.report.words import (
+    UNMEASURED,
+    Metric,
+    Record,
+    bound,
+    capitalized,
+    counted,
+    figure,
+    heading,
+    interval,
+    measured,
+)
 from lab.core.hashing import write_atomically
-from lab.core.record import is_immunized
 
-_LABELS = ("model", "case", "attack", "task", "metric")  # of a stage
+IMAGE_BYTES = 24_000_000  # of one page; further images are only named
+ROWS = 200  # of a table in the page; the record holds all
+_PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")
 _ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
-_PLOTTED = (
-    "spectrum",
-    "principal_angles",
-    "pencil",
-    "verdict",
-    "transfer_cases",
-)  # tables that are shown elsewhere
-_ROWS = 200  # of a table in the page; the record holds all
+_GLOSSARY = {
+    "baseline": "the same model, not immunized; it meets the same attacks, data and seeds",
+    "passes": "harmful fine-tuning gets harder and benign fine-tuning does not, on the same "
+    "weights, against the strongest attack",
+    "inconclusive": "not measured, a limit that leaves it open, or an attack too weak to work on "
+    "the baseline",
+    "attack success rate": "share of images in which a detector sees the target after the attack",
+    "relearning slowdown": "steps until the target is relearned ÷ the baseline's, for the "
+    "least-protected target",
+    "benign cost": "the same ratio for what should stay easy to learn, for the worst concept",
+    "1×, 5×": "the step at which both models are compared (budget.horizon), and five times as far",
+    "SGR, MSGR": "similarity to the concept's images lost relative to the baseline; its mean over "
+    "targets",
+    "κ, RIR": "condition number of a linear probe's Hessian; how much it rose on the harmful task "
+    "÷ on the benign one",
+}
 
 
 def render(records: Sequence[Record], out: Path) -> Path:
     """Write the report of ``records`` to ``out`` and return its path.
 
-    Args:
-        records: one or more; grouped by scenario, backbone and trial, since only those are
-            comparable. Pictures of a record that `lab.core.record.read` gave are looked for beside
-            it, those of any other beside ``out``.
+    Records are grouped by scenario, backbone and trial, since only those are comparable. Of each
+    scenario and backbone the largest group is open, the others are collapsed. Images of a record
+    that `lab.core.record.read` gave are looked for beside it, those of any other beside ``out``.
 
     Raises:
         ValueError: there are no records.
     """
     if not records:
         raise ValueError("a report needs at least one record")
-    sections = [
-        _section(place.title, f"s{i}", found, out.parent)
-        for i, (place, found) in enumerate(groups(records).items())
-    ]
-    names = list(dict.fromkeys(r["name"].split("/")[0] for r in records))
-    title = f"Model immunization: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+    places = groups(records)
+    names = titles(places)
+    room = [IMAGE_BYTES]
+    blocks: list[Block] = []
+    shown = set[tuple[str, str]]()
+    for place in sorted(places, key=lambda place: -len(places[place])):
+        parts = group_blocks(places[place], out.parent, room)
+        if place[:2] in shown:
+            blocks += collapsed(f"{names[place]}: {parts[0]['outcome'].headline}", parts)
+        else:
+            title = {"heading": names[place], "tooltip": place.trial, "level": 2}
+            blocks += [title, *parts]
+        shown.add(place[:2])
+    studies = dict.fromkeys(r["name"].split("/")[0] for r in records)
+    blocks += collapsed("What the words mean", [{"facts": _GLOSSARY}])
     out.parent.mkdir(parents=True, exist_ok=True)
-    text = page(
-        "report.html", title=title, sections=sections, footnote=board.LEGEND, count=len(records)
-    )
-    write_atomically(out, text.encode())
+    write_atomically(out, page(f"Model immunization: {', '.join(studies)}", blocks).encode())
     return out
 
 
-def _section(title: str, anchor: str, records: list[Record], folder: Path) -> dict[str, Any]:
-    labels = labels_of(records)
-    index, shown = {}, 0
-    for record, label in zip(records, labels, strict=True):
-        shown += is_immunized(record)
-        index[label] = shown if is_immunized(record) else 0
-    legend = [(swatch(0), "baseline (not immunized)")]
-    drawn = {label for r, label in zip(records, labels, strict=True) if r["curves"] or r["tables"]}
-    legend += [(swatch(i), label) for label, i in index.items() if i > 0 and label in drawn]
-    main, more = trajectories(records, labels, index)
-    return {
-        "title": title,
-        "anchor": anchor,
-        "runs": [
-            _run(r, label, f"{anchor}-{i}")
-            for i, (r, label) in enumerate(zip(records, labels, strict=True))
-        ],
-        "boards": board.boards(board.leaderboard(records)),
-        "legend": legend,
-        "pictures": pictures(records, labels, folder),
-        "options": by_option(records),
-        "transfer": transfer(records, labels),
-        "bands": has_bands(records),
-        "generated": any("msgr_clip" in r["metrics"] or "asr" in r["metrics"] for r in records),
-        "curves": comparison_curves(records, labels, index),
-        "trajectories": main,
-        "more_trajectories": more,
-        "spectra": spectra(records, labels, index),
-        "heat_maps": heat_maps(records, labels),
-        "notes": list(dict.fromkeys(n for r in records for n in r["notes"])),
-    }
-
-
-def _run(record: Record, label: str, anchor: str) -> dict[str, Any]:
-    found = outcome(record)
-    tables = [
-        {
-            "name": name,
-            "head": _columns(rows),
-            "rows": _cells(rows[:_ROWS]),
-            "left_out": max(len(rows) - _ROWS, 0),
-        }
-        for name, rows in record["tables"].items()
-        if rows and name not in _PLOTTED
+def group_blocks(records: Sequence[Record], beside: Path, room: list[int]) -> list[Block]:
+    """Return everything about comparable records; the outcome comes first."""
+    rows = leaderboard(records)
+    ordered, names = [row["record"] for row in rows], [row["label"] for row in rows]
+    notes = list(dict.fromkeys(note for record in ordered for note in record["notes"]))
+    blocks = leader_blocks(rows)
+    blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
+    blocks += check_blocks(rows) + image_blocks(rows, beside, room)
+    curved = [i for i, record in enumerate(ordered) if "curves" in record]  # killed runs have none
+    drawn = [ordered[i] for i in curved], [names[i] for i in curved]
+    blocks += curve_blocks(*drawn) + spectrum_blocks(*drawn) + pair_blocks(*drawn)
+    blocks += transfer_blocks(*drawn) + option_blocks(ordered)
+    blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
+    each: list[Block] = [
+        {"summary": f"{row['label']}: {row['outcome']}", "blocks": _record_blocks(row)}
+        for row in rows
     ]
+    title = "Provenance, tables and configuration"
+    return blocks + collapsed(title, each if len(each) > 1 else each[0]["blocks"])
+
+
+def _metrics_table(rows: Sequence[Row]) -> Block:
+    """Return one row per metric and one column per method."""
+
+    def cell(metric: Metric | None, name: str) -> str:
+        text, note = measured(metric, name), (metric or {}).get("note") or ""
+        return f"{text} {note}".strip() if text == UNMEASURED or len(rows) == 1 else text
+
+    names = dict.fromkeys(name for row in rows for name in row["record"]["metrics"])
+    lines = [
+        [heading(name), *(cell(row["record"]["metrics"].get(name), name) for row in rows)]
+        for name in names
+    ]
+    return {"table": [["metric", *(row["label"] for row in rows)], *lines], "label": "All metrics"}
+
+
+def check_blocks(rows: Sequence[Row]) -> list[Block]:
+    """Return tiles of the first method's checks; those of the others are collapsed."""
+    groups_of_tiles: list[list[Block]] = []
+    for row in rows:
+        tiles = [_tile(check, len(row["record"]["seeds"])) for check in checks(row["record"])]
+        title = f"Checks of {row['label']}: {row['checks'][0]} of {row['checks'][1]} pass"
+        groups_of_tiles += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
+    more = [block for group in groups_of_tiles[1:] for block in group]
+    first = groups_of_tiles[0] if groups_of_tiles else []
+    return first + collapsed(f"Checks of {counted(len(more) // 2, 'other method')}", more)
+
+
+def _tile(check: dict[str, Any], seeds: int) -> dict[str, Any]:
+    word = check_word(check)
+    certain = ("significant" if check["sure"] else "not significant") if seeds > 2 else ""
     return {
-        "record": record,
-        "label": label,
-        "anchor": anchor,
-        "outcome": found,
-        "checks": record["tables"].get("verdict", []),
-        "tables": tables,
-        "troubles": _troubles(record),
-        "facts": _facts(record),
-        "config": json.dumps(record["config"], indent=2, ensure_ascii=False),
+        "word": word,
+        "tone": TONES[word],
+        "check": f"{check.get('concept') or check['side']}: {check['check']}",
+        "required": check["required"],
+        "measured": f"{bound(check)} {figure(check['value'])} {interval(check)}".strip(),
+        "note": "; ".join(filter(None, (certain, check["note"]))),
     }
 
 
-def _columns(rows: list[dict[str, Any]]) -> list[str]:
-    """What a row is about, in words, before its figures: stages keep their columns in the order of
-    the alphabet.
+# ---- images
+
+
+def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Block]:
+    """Return the image grids of both models at 1×, of the first record that has any; full grids and
+    other records' are collapsed, and images that are not shown are named.
+
+    Args:
+        beside: where images of a record lie that was not read from a file.
+        room: bytes that the page has left for images.
     """
-    names = dict.fromkeys(key for row in rows for key in row)
-    return sorted(
-        names,
-        key=lambda name: (
-            name not in _ABOUT,
-            not any(isinstance(row.get(name), str) for row in rows),
-        ),
+    first: list[Block] = []
+    more: list[Block] = []
+    missing: list[str] = []
+    for row in rows:
+        others: list[Block] = []
+        for name, image in row["record"].get("images", {}).items():
+            folder = getattr(row["record"], "folder", beside)
+            source = _read_image(folder / image["path"], folder, image["sha256"], room[0])
+            title = capitalized(name.partition("_")[2].replace("_", " ") or name)
+            block = {
+                "image": f"{row['label']}: {title}",
+                "caption": image["caption"],
+                "src": source,
+            }
+            if source.startswith("data:"):
+                room[0] -= len(source)
+                is_open = name.startswith("comparison_") and not more
+                (first if is_open else others).append(block)
+            else:
+                missing.append(f"{row['label']}: {image['path']} {source}.")
+        more += others
+    blocks = [{"heading": "Images of both models after the attack"}, *first] if first else []
+    blocks += collapsed(f"{len(more)} more image grids", more)
+    return blocks + collapsed(
+        f"{len(missing)} image grids not shown", [{"list": missing}] * bool(missing)
     )
 
 
-def _cells(rows: list[dict[str, Any]]) -> list[list[Any]]:
-    columns = _columns(rows)
-    return [[row.get(c) for c in columns] for row in rows]
+def _read_image(path: Path, folder: Path, sha256: str, room: int) -> str:
+    """Return an image as a data URL, or why it is not shown."""
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+        data = path.read_bytes() if is_inside else b""
+    except OSError:
+        return "is not beside the record"
+    if hashlib.sha256(data).hexdigest() != sha256 or not data.startswith(b"\x89PNG\r\n"):
+        return "is not the image that the record names (SHA-256 differs)"
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return source if len(source) <= room else "would make this page too large"
+
+
+# ---- records
+
+
+def _record_blocks(row: Row) -> list[Block]:
+    """Return troubles, tables, provenance and configuration of one record."""
+    record = row["record"]
+    result = outcome(record)
+    troubles = [*result.details, *_troubles(record)]
+    blocks: list[Block] = [{"text": result.headline, "style": "headline"}, {"list": troubles}]
+    for name, lines in record["tables"].items():
+        if lines and name not in _PLOTTED:
+            left = f"{len(lines) - ROWS} more rows in the record."
+            more = [{"text": left}] if len(lines) > ROWS else []
+            blocks += collapsed(f"Table {name}", [{"table": _table(lines), "label": name}, *more])
+    blocks += [{"heading": "Provenance", "level": 4}, {"facts": _provenance(record)}]
+    config = json.dumps(record["config"], indent=2, ensure_ascii=False)
+    return blocks + collapsed("Configuration", [{"code": config}])
+
+
+def _table(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Return head and rows: what a row is about, then words, then figures."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    is_word = {key: any(isinstance(row.get(key), str) for row in rows) for key in keys}
+    head = sorted(keys, key=lambda key: (key not in _ABOUT, not is_word[key]))
+    return [head, *([row.get(key) for key in head] for row in rows[:ROWS])]
 
 
 def _troubles(record: Record) -> list[str]:
-    """Everything that did not go well, as sentences."""
-    out = []
-    counts = Counter((c["stage"], c["status"]) for c in record["cells"] if c["status"] != "ok")
-    for (stage, status), count in counts.items():
-        total = sum(c["stage"] == stage for c in record["cells"])
-        where = [
-            " ".join(str(c[k]) for k in _LABELS if c.get(k) is not None) + f" seed {c['seed']}"
-            for c in record["cells"]
-            if (c["stage"], c["status"]) == (stage, status)
-        ]
-        more = " …" if len(where) > 4 else ""
-        out.append(f"{count} of {total} {stage} stages {status}: {'; '.join(where[:4])}{more}.")
-    out += [f"Metric {name} was skipped: {reason}." for name, reason in record["skipped"].items()]
+    """Return everything that did not go well, as sentences."""
+    error, cells = record["error"], record.get("cells", [])
+    out = [f"{error['type']}: {error['message']} ({error['key']})"] if error else []
+    totals = Counter(cell["stage"] for cell in cells)
+    failed = Counter((c["stage"], c["status"], c["model"]) for c in cells if c["status"] != "ok")
     out += [
-        f"{name} has no value: {m['note']}."
-        for name, m in record["metrics"].items()
-        if m["value"] is None
+        f"{count} of {totals[stage]} stages {stage} {status}, {model or 'both models'}"
+        for (stage, status, model), count in failed.items()
     ]
-    return [re.sub(r"\.\.$", ".", text) for text in out]
+    skipped = record.get("skipped", {}).items()
+    out += [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
+    values = record["metrics"].items()
+    return out + [f"{n} has no value: {m['note']}" for n, m in values if m["value"] is None]
 
 
-def _facts(record: Record) -> list[tuple[str, Any]]:
-    """Provenance, readable."""
-    p = record["provenance"]
-    dirty = {True: " with uncommitted changes", False: ", clean", None: ""}[p.get("git_dirty")]
-    facts = [
-        ("record", record["name"]),
-        ("content hash", record["content_hash"]),
-        ("git", f"{p['git_sha']}{dirty}" if p.get("git_sha") else "no git checkout"),
-        ("started", p.get("started")),
-        ("wall time", f"{p['wall_time_s']:.1f} s"),
-        ("peak memory", f"{p['peak_memory_mb']:.0f} MB"),
-        ("device", f"{p.get('device')}, {p.get('threads')} threads, host {p.get('host')}"),
-        ("seeds", ", ".join(map(str, record["seeds"]))),
-        ("attacks", ", ".join(record["attacks"]) or "none"),
-        (
-            "stages",
-            f"{len(record['cells'])} ({p.get('cache_hits', 0)} from the cache, "
-            f"{p.get('cache_misses', 0)} computed)",
-        ),
-        (
-            "versions",
-            ", ".join(
-                f"{k} {v}" for k, v in {"python": p.get("python"), **p.get("versions", {})}.items()
-            ),
-        ),
-    ]
-    for kind in ("data_hash", "weight_hash"):
-        hashes = p.get(kind) or {}
-        text = (
-            ", ".join(f"seed {k}: {v[:12]}" for k, v in hashes.items())
-            if isinstance(hashes, dict)
-            else hashes
-        )
-        if text:
-            facts.append((kind.replace("_", " "), text))
-    return facts
+def _provenance(record: Record) -> dict[str, Any]:
+    p = record.get("provenance", {})
+    dirty = {True: " with uncommitted changes", False: ", clean"}.get(p.get("git_dirty"), "")
+    folder: Path | None = getattr(record, "folder", None)
+    offline = sorted(folder.glob("wandb/offline-run-*")) if folder else []
+    versions = {"python": p.get("python"), **p.get("versions", {})}
+    hashes = {key: p.get(key) or {} for key in ("data_hash", "weight_hash")}
+    return {
+        "record": record["name"],
+        "folder": folder,
+        "W&B": ", ".join(f"wandb sync {run}" for run in offline),
+        "content hash": record["content_hash"],
+        "schema": record.get("schema"),
+        "git": f"{p['git_sha']}{dirty}" if p.get("git_sha") else "no git checkout",
+        "started": p.get("started"),
+        "wall time": f"{p.get('wall_time_s', 0):,.0f} s",
+        "peak memory": f"{p.get('peak_memory_mb', 0):,.0f} MB",
+        "device": f"{p.get('device')}, {p.get('threads')} threads, host {p.get('host')}",
+        "seeds": ", ".join(map(str, record["seeds"])),
+        "attacks": ", ".join(record["attacks"]),
+        "stages": f"{len(record.get('cells', []))} ({p.get('cache_hits', 0)} from the cache)",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        **{
+            key.replace("_", " "): ", ".join(f"seed {s}: {v[:12]}" for s, v in values.items())
+            for key, values in hashes.items()
+        },
+    }

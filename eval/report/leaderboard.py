@@ -1,31 +1,49 @@
-"""Several records side by side: ordered rows, as Markdown, CSV or HTML."""
+"""Several records side by side: grouped by what they must share, ordered, as text or CSV."""
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
+import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
-from eval.report.labels import labels
-from eval.report.outcomes import outcome
-from eval.report.page import page
-from eval.report.trials import groups, trial
-from eval.report.words import (
-    ARROWS,
+import pandas as pd
+
+from eval.report.outcomes import (
     ENDED_EARLY,
+    MARKS,
+    TONES,
+    Outcome,
+    checks,
+    key_figures,
+    outcome,
+    slowdown_name,
+)
+from eval.report.page import Block, page
+from eval.report.paired import difference
+from eval.report.plots import forest, limit_of, methods_of
+from eval.report.words import (
     UNMEASURED,
     Record,
-    bound,
+    aligned,
+    capitalized,
+    certainty,
+    counted,
+    figure,
+    flatten,
     heading,
+    interval,
+    labels,
+    markdown,
     measured,
+    settings,
     support,
 )
 from lab.core.record import is_immunized
 
-# in this order; the worst case over attackers comes first, the benign side after the harmful one
+# metrics of tables, in this order; the strongest attack first, the benign side after the harmful
 COLUMNS = (
     "verdict",
     "slowdown_harmful_worst",
@@ -42,12 +60,14 @@ COLUMNS = (
     "kappa_benign_ratio",
     "rir_ridge",
     "rir_release",
+    "audit_steps_worst",
     "steps_to_relearn_ratio_worst",
     "steps_to_relearn_ratio",
     "asr",
     "asr_baseline",
     "msgr_clip",
     "mrsgr_clip",
+    "benign_steps_ratio_worst",
     "benign_steps_ratio",
     "sgr_benign_clip",
     "utility_detection_drop",
@@ -55,309 +75,313 @@ COLUMNS = (
     "asr_prompt_adherent",
     "steps_to_relearn_prompt_adherent_ratio",
 )
-# metrics of text-to-image runs by other scorers and of other utilities, where somebody has them;
-# not those of a longer horizon, of one model or of other prompts (msgr_clip_2x, …_baseline,
-# …_reworded), which the table of all metrics has
+# of other scorers and utilities too, but not of a longer horizon, one model or other prompts
 _MORE = re.compile(r"(msgr|mrsgr|sgr_benign)_[a-z0-9_]+|utility_[a-z0-9_]+_drift")
 _NOT_MORE = re.compile(r".*_(baseline|auc|legacy|\d+x)")
-_HOLDING = (
+_ORDER = (  # of methods that pass or have no verdict
     "slowdown_harmful_worst",
     "sgrc_harmful_worst",
     "rir",
     "steps_to_relearn_ratio_worst",
     "msgr_clip",
 )
-# of the least protected target
-_LEAST = ("steps_to_relearn_ratio_worst", "slowdown_harmful_worst")
+_LEAST = ("steps_to_relearn_ratio_worst", "slowdown_harmful_worst")  # least-protected target
+_HEAD = (
+    "rank",
+    "scenario",
+    "backbone",
+    "trial",
+    "immunizer",
+    "label",
+    "status",
+    "outcome",
+    "seeds",
+)
+_PARTS = ("value", "low", "high", "n", "interval")
 
 Row = dict[str, Any]
 
 
 def columns(names: Iterable[str]) -> list[str]:
-    """Those metrics of ``names`` that a table shows, in its order."""
+    """Return those metrics of ``names`` that a table shows, in its order."""
     known = set(names)
     more = {n for n in known - set(COLUMNS) if _MORE.fullmatch(n) and not _NOT_MORE.fullmatch(n)}
     more = {n for n in more if not any(n.startswith(f"{m}_") for m in known - {n})}
     return [c for c in COLUMNS if c in known] + sorted(more)
 
 
-def leaderboard(records: Sequence[Record]) -> list[Row]:
-    """Rows ordered by scenario, backbone and trial, then best first; the baseline and failed runs
-    come last, unranked.
+# ---- what records must share
 
-    Order: complete runs before those that diverged in part; verdict; among those that hold (or have
-    none) harmful slowdown and SGRC against the worst attacker, then RIR, or the worst target's
-    steps to relearn, then MSGR; among those that fail the number of checks passed, then the
-    slowdown of the least protected target (of feature extractors the harmful slowdown).
+
+class Place(NamedTuple):
+    """Where records are comparable: the same attacks and budget on the same cases."""
+
+    scenario: str
+    backbone: str
+    trial: str
+
+
+def trial(record: Record) -> str:
+    """Return attackers, budget, place of the data and cases in words."""
+    cells = record.get("cells", [])
+    cases = sorted({str(cell["case"]) for cell in cells if cell["case"] is not None})
+    listed = f"cases {', '.join(cases)}"
+    if len(cases) > 4:
+        digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
+        listed = f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})"
+    return " · ".join([_request(record), *[listed] * bool(cases)])
+
+
+def _request(record: Record) -> str:
+    """Return the part of `trial` that a run which ended early has, too."""
+    names = ", ".join(sorted(record["attacks"])) or "no attack"
+    data = flatten(record["config"]).get("scenario.path")
+    return " · ".join([names, *_steps(record), *([f"data: {data}"] if data else [])])
+
+
+def _steps(record: Record) -> list[str]:
+    """Return ``2 of 20 steps``: the step at which models are compared, and the last one."""
+    budget: dict[str, Any] = record["config"].get("budget") or {}
+    horizon, multiple = budget.get("horizon"), budget.get("multiple")
+    if horizon is None or multiple is None or not record["attacks"]:
+        return []
+    return [f"{horizon} of {horizon * multiple} steps"]
+
+
+def short_trial(record: Record) -> str:
+    """Return ``Nine attacks, 2 of 20 steps``; one attack by its name."""
+    names = record["attacks"]
+    attacks = names[0] if len(names) == 1 else capitalized(counted(len(names), "attack"))
+    return ", ".join([attacks, *_steps(record)])
+
+
+def terms(record: Record) -> dict[str, Any]:
+    """Return every option of attackers and budget, but those that leave an attack as it is."""
+    silent = ("keep_weights", "families", "_target_")
+    options = {k: v for k, v in settings(record).items() if k.startswith(("attacks.", "budget."))}
+    return {k: v for k, v in options.items() if k.rpartition(".")[2] not in silent}
+
+
+def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
+    """Return comparable records by their place, in order of appearance: fewer attackers make a
+    better worst case.
+
+    A run that has no figures may not have come to its cases: it stands with the first others that
+    were asked for the same, else with the first ones of its scenario and backbone.
+    """
+    out: dict[Place, list[Record]] = {}
+    for record in sorted(records, key=lambda r: not r["metrics"]):
+        place = Place(record["scenario"], record["backbone"], trial(record))
+        if not record["metrics"]:
+            known = [p for p in out if p[:2] == place[:2]]
+            alike = [p for p in known if _request(out[p][0]) == _request(record)]
+            place = next(iter([*alike, *known]), place)
+        out.setdefault(place, []).append(record)
+    return out
+
+
+def titles(places: dict[Place, list[Record]]) -> dict[Place, str]:
+    """Return short titles, all different."""
+    short = {p: f"{p.scenario} on {p.backbone} · {short_trial(r[0])}" for p, r in places.items()}
+    every = list(short.values())
+    whole = {p: f"{p.scenario} on {p.backbone} · {p.trial}" for p in places}
+    return {p: title if every.count(title) == 1 else whole[p] for p, title in short.items()}
+
+
+# ---- rows
+
+
+def leaderboard(records: Sequence[Record]) -> list[Row]:
+    """Return rows ordered by scenario, backbone and trial, then best first; the baseline and failed
+    runs come last, unranked.
+
+    Order: complete runs before those that diverged in part; verdict; among those that pass (or have
+    none) harmful slowdown and SGRC against the strongest attack, then RIR, or the steps to relearn
+    the least-protected target, then MSGR; among those that fail the number of checks passed, then
+    the slowdown of the least-protected target (of feature extractors the harmful slowdown).
     """
     rows: list[Row] = []
-    for place, found in groups(records).items():
+    places = groups(records)
+    names = titles(places)
+    for place, alike in places.items():
         group = []
-        for record, label in zip(found, labels(found), strict=True):
-            metrics = {k: record["metrics"][k] for k in columns(record["metrics"])}
-            passed = [bool(check["passed"]) for check in record["tables"].get("verdict", [])]
-            group.append(
-                {
-                    "scenario": place.scenario,
-                    "backbone": place.backbone,
-                    "title": place.title,
-                    "label": label,
-                    "immunizer": record["immunizer"],
-                    "trial": trial(record),
-                    "status": record["status"],
-                    "outcome": outcome(record).label,
-                    "seeds": len(record["seeds"]),
-                    "attacks": list(record["attacks"]),
-                    "metrics": metrics,
-                    "checks": (sum(passed), len(passed)),
-                    "rank": None,
-                    "best": [],
-                }
-            )
+        for record, label in zip(alike, labels(alike), strict=True):
+            passed = [bool(check["passed"]) for check in checks(record)]
+            row = {key: record[key] for key in ("scenario", "backbone", "immunizer", "status")}
+            row |= {"title": names[place], "trial": place.trial, "label": label, "rank": None}
+            row |= {"outcome": outcome(record).label, "seeds": len(record["seeds"])}
+            row |= {"checks": (sum(passed), len(passed)), "attacks": list(record["attacks"])}
+            row |= {"metrics": {k: record["metrics"][k] for k in columns(record["metrics"])}}
+            group.append(row | {"record": record})
         group.sort(key=_key)
-        for rank, row in enumerate((r for r in group if _ranked(r)), start=1):
+        for rank, row in enumerate((r for r in group if _is_ranked(r)), start=1):
             row["rank"] = rank
-        _mark_best(group)
         rows += group
     return rows
 
 
-def _ranked(row: Row) -> bool:
-    """Also a failed run has figures where an attack of several failed: of fewer attackers than it
-    was asked for.
-    """
+def _is_ranked(row: Row) -> bool:
+    """Return whether a row competes; a failed run has figures of fewer attackers than asked for."""
     return bool(is_immunized(row) and row["metrics"] and row["status"] not in ENDED_EARLY)
-
-
-def _partly(row: Row) -> bool:
-    return bool(row["status"] == "diverged")
 
 
 def _key(row: Row) -> tuple[float, ...]:
     verdict = _value(row, "verdict")
-    failing = [row["checks"][0], _least_slowdown(row)]
-    values = failing if verdict == 0 else [_value(row, name) for name in _HOLDING]
-    first = (
-        0.0 if _ranked(row) else 1.0,
-        1.0 if _partly(row) else 0.0,
-        1.0 if verdict is None else -verdict,
-    )
-    return (*first, *(float("inf") if v is None else -v for v in values))
-
-
-def _least_slowdown(row: Row) -> float | None:
-    """Return the slowdown of the least protected target."""
-    return next((v for v in (_value(row, name) for name in _LEAST) if v is not None), None)
-
-
-def _mark_best(group: list[Row]) -> None:
-    """Best figure of each column among complete runs; where verdicts were passed, only among those
-    that hold.
-    """
-    complete = [r for r in group if r["status"] == "ok"]
-    group = [r for r in complete if _value(r, "verdict") != 0]
-    for name in columns(n for r in group for n in r["metrics"]):
-        cells = [
-            (r, r["metrics"][name]) for r in group if name in r["metrics"] and name != "verdict"
-        ]
-        cells = [(r, m) for r, m in cells if m["value"] is not None and m["better"] != "neutral"]
-        if len(cells) > 1:
-            higher = cells[0][1]["better"] == "higher"
-            top = (max if higher else min)(m["value"] for _, m in cells)
-            best, others = (
-                ("≤", "≥") if higher else ("≥", "≤")
-            )  # limits that leave it open who is best
-            if any(bound(m) == (best if m["value"] == top else others) for _, m in cells):
-                continue
-            for row, metric in cells:
-                if metric["value"] == top:
-                    row["best"].append(name)
-
-
-def sections(rows: Sequence[Row]) -> Iterator[tuple[str, list[str], list[Row]]]:
-    """(title, columns that somebody has, rows) per scenario, backbone and trial."""
-    found: dict[str, list[Row]] = {}
-    for row in rows:
-        found.setdefault(row["title"], []).append(row)
-    for title, group in found.items():
-        yield title, columns(n for r in group for n in r["metrics"]), group
-
-
-def direction(column: str, rows: Sequence[Row]) -> str:
-    """↑, ↓ or · for a column."""
-    better = next(
-        (r["metrics"][column]["better"] for r in rows if column in r["metrics"]), "neutral"
-    )
-    return ARROWS[better]
-
-
-def cell(row: Row, column: str) -> str:
-    """One figure of one row as text."""
-    metric = row["metrics"].get(column)
-    if column == "verdict" and metric is not None and metric["value"] is not None:
-        return "✓ holds" if metric["value"] else "✗ fails"
-    return measured(metric)
-
-
-def sound(row: Row) -> str:
-    """How many seeds the row's intervals stand on."""
-    found = [m for n, m in row["metrics"].items() if n != "verdict"]
-    metric = next((m for m in found if m["value"] is not None), next(iter(found), None))
-    return support(metric) if metric is not None else UNMEASURED
-
-
-LEGEND = (
-    "↑ higher is better, ↓ lower. [low, high]: 95 % interval: Student's t over seed "
-    "means below ten seeds, two-stage"
-    " bootstrap from ten on; fewer than three seeds support no claim about other "
-    "seeds. Bold: best of the column among"
-    " complete runs that hold; ≥: the target was not reached, a lower limit, ≤: an "
-    "upper one. Partly diverged:"
-    " immunization failed on some cases, which count as failures; such runs come "
-    "after complete ones."
-)
-
-
-def to_markdown(rows: Sequence[Row]) -> str:
-    """One Markdown table per scenario, backbone and trial."""
-    parts = []
-    for title, shown, group in sections(rows):
-        head = [
-            "#",
-            "immunizer",
-            "outcome",
-            *(f"{heading(c)} {direction(c, group)}" for c in shown),
-            "seeds",
-        ]
-        first = headline(group)
-        lines = [
-            f"### {_md(title)}",
-            "",
-            *([_md(first), ""] if first else []),
-            f"| {' | '.join(head)} |",
-            f"|{'---|' * len(head)}",
-        ]
-        for row in group:
-            cells = [_md(cell(row, c)) for c in shown]
-            cells = [
-                f"**{t}**" if c in row["best"] else t for c, t in zip(shown, cells, strict=True)
-            ]
-            rank = str(row["rank"] or "–")
-            lines.append(
-                "| "
-                f"{' | '.join([rank, _md(row['label']), _md(row['outcome']), *cells, sound(row)])} "
-                "|"
-            )
-        parts.append("\n".join(lines))
-    return "\n\n".join([*parts, LEGEND]) + "\n"
-
-
-def _md(text: str) -> str:
-    return escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """One line per row, full precision, with low, high, n and kind of interval for every figure."""
-    shown = columns(n for r in rows for n in r["metrics"])
-    head = [
-        "rank",
-        "scenario",
-        "backbone",
-        "trial",
-        "immunizer",
-        "label",
-        "status",
-        "outcome",
-        "seeds",
-    ]
-    parts = ("value", "low", "high", "n", "interval")
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*head, *(c if p == "value" else f"{c}_{p}" for c in shown for p in parts)])
-    for row in rows:
-        figures = [(row["metrics"].get(c) or {}).get(p) for c in shown for p in parts]
-        writer.writerow([_csv(row[h]) for h in head] + ["" if f is None else f for f in figures])
-    return out.getvalue()
-
-
-def _csv(value: Any) -> Any:
-    """Text that a spreadsheet would take for a formula gets a leading quote."""
-    if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t"):
-        return "'" + value
-    return "" if value is None else value
-
-
-def headline(group: Sequence[Row]) -> str:
-    """Who comes first among several immunizers, and whether the second is distinguishable; empty
-    for fewer than two.
-    """
-    ranked = [r for r in group if r["rank"] is not None]
-    if len(ranked) < 2:
-        return ""
-    first, second = ranked[:2]
-    verdicts = [r["metrics"].get("verdict") for r in ranked]
-    if all(v is not None and v["value"] == 0 for v in verdicts):
-        text = f"The baseline wins: none of {len(ranked)} immunizers holds."
-        return f"{text} {_closest(first)}".rstrip()
-    name = next(
-        (n for n in _HOLDING if all(_value(r, n) is not None for r in (first, second))), None
-    )
-    if name is None:
-        return f"{first['label']} comes first of {len(ranked)} immunizers."
-    a, b = first["metrics"][name], second["metrics"][name]
-    text = f"{first['label']} comes first of {len(ranked)}: {heading(name)} {measured(a)}"
-    text += f", before {second['label']} with {measured(b)}"
-    if _partly(second):
-        return f"{text}, which diverged on part of the run."
-    if _value(second, "verdict") == 0:
-        return f"{text}, which does not hold."
-    if not a["interval"] == b["interval"] == "across_seeds":
-        return f"{text}; too few seeds to say how sure that order is."
-    if bound(b) == "≥" or bound(a) == "≤":
-        return f"{text}; that is a limit, so the order is open."
-    if any(m[end] is None for m in (a, b) for end in ("low", "high")):
-        return f"{text}; one of them has no interval, so how sure that order is cannot be said."
-    apart = a["low"] > b["high"] or a["high"] < b["low"]
-    return (
-        f"{text}; their intervals "
-        f"{'do not overlap' if apart else 'overlap, so the order may be chance'}."
-    )
-
-
-def _closest(row: Row) -> str:
-    passed, total = row["checks"]
-    name = next((n for n in _LEAST if _value(row, n) is not None), None)
-    figure = f", {heading(name)} {measured(row['metrics'][name])}" if name else ""
-    return f"Closest: {row['label']}, which passes {passed} of {total} checks{figure}."
+    names = _LEAST if verdict == 0 else _ORDER
+    values = [-math.inf if (v := _value(row, name)) is None else v for name in names]
+    failing = [row["checks"][0], max(values)]
+    first = (not _is_ranked(row), row["status"] == "diverged", 1.0 if verdict is None else -verdict)
+    return (*first, *(-v for v in (failing if verdict == 0 else values)))
 
 
 def _value(row: Row, name: str) -> float | None:
     return (row["metrics"].get(name) or {}).get("value")
 
 
-def boards(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """What the templates need: per scenario, backbone and trial a title, headings and rows of
-    (text, is best).
+def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return rows by title."""
+    return {
+        t: [r for r in rows if r["title"] == t] for t in dict.fromkeys(r["title"] for r in rows)
+    }
+
+
+def table(rows: Sequence[Row]) -> list[list[str]]:
+    """Return head and rows of the figures that count, all as text: rank, method, verdict, checks,
+    attack success, slowdown, benign cost, seeds.
     """
-    out = []
-    for title, shown, group in sections(rows):
-        lines = [
-            {
-                "rank": row["rank"] or "–",
-                "label": row["label"],
-                "outcome": row["outcome"],
-                "status": row["status"],
-                "cells": [(cell(row, c), c in row["best"]) for c in shown],
-                "seeds": sound(row),
-                "baseline": not is_immunized(row),
-            }
-            for row in group
+    out = [["#", "method", "verdict", "checks", *key_figures(rows[0]["record"]), "seeds"]]
+    for row in rows:
+        metrics = row["record"]["metrics"]
+        names = list(
+            key_figures(rows[0]["record"] | {"metrics": metrics or rows[0]["metrics"]}).values()
+        )
+        passed, total = row["checks"]
+        count = f"{passed} of {total}" if total else UNMEASURED
+        seeds = next((support(metrics[n]) for n in names if n in metrics), UNMEASURED)
+        mark = MARKS.get(TONES.get(row["outcome"], ""), "")
+        diverged = " (partly diverged)" if row["status"] == "diverged" and metrics else ""
+        first = [
+            str(row["rank"] or ""),
+            row["label"],
+            f"{mark} {row['outcome']}".strip() + diverged,
         ]
-        heads = [(heading(c), direction(c, group)) for c in shown]
-        out.append({"title": title, "heads": heads, "rows": lines, "headline": headline(group)})
+        out.append([*first, count, *(measured(metrics.get(n), n) for n in names), seeds])
     return out
 
 
+def headline(group: Sequence[Row]) -> Outcome:
+    """Return who wins a group, by which margin and how surely; of one method its own outcome."""
+    ranked = [row for row in group if row["rank"] is not None]
+    if len(ranked) < 2:
+        return outcome((ranked or list(group))[0]["record"])
+    first, second = ranked[:2]
+    own, name = outcome(first["record"]), slowdown_name(first["record"])
+    passing = sum(row["outcome"] == "passes" for row in ranked)
+    verb = "passes" if passing == 1 else "pass"
+    count = counted(len(ranked), "method")
+    passed, total = first["checks"]
+    if passing:
+        text = f"{first['label']} wins: {passing} of {len(ranked)} methods {verb}"
+    elif total:
+        text = f"No method passes: of {count} the closest is {first['label']}, {passed} of {total}"
+        text += " checks"
+    else:
+        text = f"No verdict: of {count} {first['label']} comes first"
+    details = []
+    metrics = first["record"]["metrics"]
+    if (metrics.get(name) or {}).get("value") is not None:
+        text += f"; {heading(name)} {measured(metrics[name], name)}"
+        details = [certainty(metrics[name], 1.0), *_margin(name, first, second)]
+    return Outcome(own.tone, own.label, f"{text}.", [*details, *own.details[1:]])
+
+
+def _margin(name: str, first: Row, second: Row) -> list[str]:
+    """Return by how much the first method is ahead of the second, and how surely."""
+    if name not in second["record"]["metrics"]:
+        return []
+    gap = difference(name, second["record"], first["record"])
+    if gap is None:
+        return []
+    metrics = [row["record"]["metrics"][name] for row in (first, second)]
+    limits = [metric.get("bound") for metric in metrics]
+    sure = "significant" if gap.significant else "not significant"
+    sure = (
+        "undetermined, as a figure is a limit"
+        if limits not in ([None] * 2, ["lower", None])
+        else sure
+    )
+    text = f"{figure(gap.value)} {interval(vars(gap))}".strip()
+    return [f"Margin over {second['label']}: {text}, {sure} ({gap.how})."]
+
+
+# ---- text and pages
+
+LEGEND = (
+    "Order: methods that pass, then by checks passed, then by the slowdown of the least-protected "
+    "target. [low, high]: 95 % interval, Student's t below ten seeds, two-stage bootstrap from ten "
+    "on; one or two seeds support no claim about others. ≥: the target was not reached, a lower "
+    "limit; ≤: an upper limit. –: not measured."
+)
+
+
+def to_text(rows: Sequence[Row]) -> str:
+    """Return one aligned table per scenario, backbone and trial, for a terminal."""
+    parts = []
+    for title, group in sections(rows).items():
+        lead = headline(group)
+        parts.append(f"── {title}\n{MARKS[lead.tone]} {lead.headline}\n\n{aligned(table(group))}")
+    return "\n\n".join([*parts, LEGEND])
+
+
+def to_markdown(rows: Sequence[Row]) -> str:
+    """Return one Markdown table per scenario, backbone and trial."""
+    parts = [
+        f"### {escape(title)}\n\n{escape(headline(group).headline)}\n\n{markdown(table(group))}"
+        for title, group in sections(rows).items()
+    ]
+    return "\n\n".join([*parts, LEGEND]) + "\n"
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Return one line per row, full precision, with low, high, n and kind of interval."""
+    lines = []
+    for row in rows:
+        line = {key: row[key] for key in _HEAD}
+        # text that a spreadsheet would take for a formula gets a leading quote
+        line |= {k: f"'{v}" for k, v in line.items() if str(v).startswith(tuple("=+-@\t"))}
+        for name, metric in row["metrics"].items():
+            line |= {f"{name}{f'_{part}' * (part != 'value')}": metric[part] for part in _PARTS}
+        lines.append(line)
+    names = columns(name for row in rows for name in row["metrics"])
+    cells = [f"{name}{f'_{part}' * (part != 'value')}" for name in names for part in _PARTS]
+    frame = pd.DataFrame(lines, columns=[*_HEAD, *cells], dtype=object)
+    return str(frame.to_csv(index=False, lineterminator="\n"))
+
+
+def leader_blocks(rows: Sequence[Row]) -> list[Block]:
+    """Return headline, picture and table of one group."""
+    records, names = [row["record"] for row in rows], [row["label"] for row in rows]
+    blocks: list[Block] = [{"outcome": headline(rows)}]
+    figures = list(key_figures(records[0]).items())[1:]
+    panels = {title: limit_of(records, name) for title, name in figures}
+    methods = methods_of(records, names, len(panels))
+    if len(methods) > 1 and panels:
+        picture = {"wide": forest(methods, panels), "narrow": forest(methods, panels, True)}
+        note = "95 % intervals; the unprotected baseline is 1. Dotted arrow: a limit."
+        title = capitalized(" and ".join(panels))
+        blocks.append({"picture": f"{title}, shaded where it passes", "note": note} | picture)
+    lines = [[cell for i, cell in enumerate(line) if i not in (0, 3, 7)] for line in table(rows)]
+    for row, line in zip(rows, lines[1:], strict=True):
+        line[0] = (
+            f"{row['rank']}. {row['label']}" if row["rank"] and len(rows) > 1 else row["label"]
+        )
+    return [*blocks, {"table": lines, "label": f"Leaderboard {rows[0]['title']}"}]
+
+
 def to_html(rows: Sequence[Row]) -> str:
-    """A page with the leaderboard alone."""
-    return page("leaderboard.html", title="Leaderboard", boards=boards(rows), legend=LEGEND)
+    """Return a page with the leaderboards alone."""
+    blocks: list[Block] = []
+    for title, group in sections(rows).items():
+        heading_block = {"heading": title, "tooltip": group[0]["trial"], "level": 2}
+        blocks += [heading_block, *leader_blocks(group)]
+    return page("Leaderboard", [*blocks, {"text": LEGEND}])

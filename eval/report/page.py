@@ -1,7 +1,13 @@
-"""Templates: everything from a record is escaped; the style sheet is part of every page."""
+"""Pages as lists of blocks, which the one template `report.html.j2` renders.
+
+A block is a mapping whose keys say what it is: ``heading``, ``text``, ``outcome``, ``table`` (head
+and rows), ``tiles``, ``picture``, ``plots``, ``image``, ``list``, ``facts``, ``code``, or
+``summary`` with the collapsed ``blocks``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -9,37 +15,43 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from eval.report.words import ARROWS, bound, figure, interval, measured, support
+from eval.report.outcomes import MARKS
+from eval.report.words import UNMEASURED, figure
 
-_FOLDER = Path(__file__).parent / "templates"
+Block = dict[str, Any]
 
 
-def _breakable(text: str) -> Markup:
-    """Escaped, with places where a long name may break."""
-    return Markup(str(escape(text)).replace("_", "_<wbr>"))
+def page(title: str, blocks: Sequence[Block]) -> str:
+    """Return a self-contained page; every value but `Markup` is escaped."""
+    return _template().render(title=title, blocks=blocks)
+
+
+def collapsed(summary: str, blocks: Sequence[Block]) -> list[Block]:
+    """Return collapsed blocks; nothing where there are none."""
+    return [{"summary": summary, "blocks": blocks}] if blocks else []
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_FOLDER),
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.ChainableUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {
-        "figure": figure,
-        "interval": interval,
-        "measured": measured,
-        "support": support,
-    }
-    environment.filters |= {"breakable": _breakable, "bound": bound}
-    environment.globals["arrows"] = ARROWS
-    environment.globals["style"] = Markup((_FOLDER / "style.css").read_text(encoding="utf-8"))
-    return environment
+    environment.filters |= {"cell": _cell, "breakable": _breakable}
+    environment.globals |= {"marks": MARKS, "tones": {mark: tone for tone, mark in MARKS.items()}}
+    return environment.get_template("report.html.j2")
 
 
-def page(template: str, **values: Any) -> str:
-    """The template as text; every value but `Markup` is escaped."""
-    return _environment().get_template(template).render(**values)
+def _cell(value: Any) -> str:
+    words = {None: UNMEASURED, True: "yes", False: "no"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return figure(value) if isinstance(value, float) else str(value)
+
+
+def _breakable(text: str) -> Markup:
+    """Return escaped text with places where a long name may break."""
+    return Markup(str(escape(text)).replace("_", "_<wbr>"))

@@ -32,30 +32,28 @@ MEANS: dict[str, Callable[..., Any]] = {"mean": np.mean, "geometric mean": _geom
 class Difference:
     """B − A with 95 % limits (None: there are none), and how they were found.
 
-    ``ratio`` is B ÷ A with its limits, for paired geometric means: these live on a logarithmic
-    scale. ``sure``: an interval across seeds leaves out zero; where there is a ratio, its interval
-    leaves out one.
+    Attributes:
+        ratio: B ÷ A with its limits, of paired geometric means, which live on a logarithmic scale.
+        significant: an interval across seeds excludes zero; that of a ratio excludes one.
     """
 
     value: float
     low: float | None
     high: float | None
     how: str
-    sure: bool
+    significant: bool
     ratio: tuple[float, float, float] | None = None
 
 
 def difference(name: str, a: Record, b: Record) -> Difference | None:
-    """B − A of metric ``name``; None where a record has no value.
+    """Return B − A of metric ``name``; None where a record has no value.
 
     Where both records know the value of every seed, have the same data in each, and share at least
-    three, the seeds are
-    paired: below ten, Student's t over the seeds' contributions to the difference (for geometric
-        means by the delta
-    method: u_i = G_B·ln b_i − G_A·ln a_i); from ten on the percentile bootstrap that draws the same
-    seeds on both sides. Otherwise the two intervals are combined by MOVER (Zou & Donner 2008,
-    method of variance estimates recovery) as if the records were independent, which is wider than a
-    paired interval.
+    three, the seeds are paired: below ten, Student's t over the seeds' contributions to the
+    difference (for geometric means by the delta method: u_i = G_B·ln b_i − G_A·ln a_i); from ten on
+    the percentile bootstrap that draws the same seeds on both sides. Otherwise the two intervals
+    are combined by MOVER (Zou & Donner 2008, method of variance estimates recovery) as if the
+    records were independent, which is wider than a paired interval.
     """
     left, right = a["metrics"][name], b["metrics"][name]
     if left["value"] is None or right["value"] is None:
@@ -68,10 +66,8 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
         mean = _mean_of(pair, [left["value"], right["value"]])
         if mean is not None:
             low, high = _paired(pair[0], pair[1], mean)
-            how = (
-                f"paired over {len(shared)} seeds, "
-                f"{'bootstrap' if len(shared) >= BOOTSTRAP_SEEDS else 't'}"
-            )
+            method = "bootstrap" if len(shared) >= BOOTSTRAP_SEEDS else "t"
+            how = f"paired over {len(shared)} seeds, {method}"
             if mean != "geometric mean":
                 return Difference(gap, low, high, how, low > 0 or high < 0)
             limits = np.exp(_paired(np.log(pair[0]), np.log(pair[1]), "mean"))
@@ -81,24 +77,17 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
         return Difference(gap, None, None, "no interval: a record has none", False)
     low = gap - math.hypot(right["value"] - right["low"], left["high"] - left["value"])
     high = gap + math.hypot(right["high"] - right["value"], left["value"] - left["low"])
-    across = left["interval"] == right["interval"] == "across_seeds"
-    how = (
-        "not paired, both intervals combined"
-        if across
-        else "within seeds: no claim about other seeds"
-    )
-    return Difference(gap, low, high, how, across and (low > 0 or high < 0))
+    if not left["interval"] == right["interval"] == "across_seeds":
+        return Difference(gap, low, high, "within seeds: no claim about other seeds", False)
+    is_apart = low > 0 or high < 0
+    return Difference(gap, low, high, "not paired, both intervals combined", is_apart)
 
 
 def common_seeds(a: Record, b: Record) -> list[int]:
-    """Seeds that both records ran on the same data."""
+    """Return seeds that both records ran on the same data."""
     data = [record["provenance"].get("data_hash") or {} for record in (a, b)]
-    shared = [s for s in a["seeds"] if s in b["seeds"]]
-    return [
-        s
-        for s in shared
-        if data[0].get(str(s)) is not None and data[0].get(str(s)) == data[1].get(str(s))
-    ]
+    hashes = {s: [d.get(str(s)) for d in data] for s in a["seeds"] if s in b["seeds"]}
+    return [seed for seed, (left, right) in hashes.items() if left is not None and left == right]
 
 
 def _seeds(record: Record, name: str) -> dict[int, float] | None:
@@ -109,27 +98,22 @@ def _seeds(record: Record, name: str) -> dict[int, float] | None:
 
 
 def _mean_of(pair: list[Floats], values: list[float]) -> str | None:
-    """Which mean over seeds gives the records' own values; None where none does (a quotient of
-    means).
+    """Return which mean over seeds gives the records' own values; None where none does (a quotient
+    of means).
     """
     for name, mean in MEANS.items():
-        if name == "geometric mean" and any((v <= 0).any() for v in pair):
-            continue
-        if all(
-            math.isclose(mean(v), value, rel_tol=1e-9)
-            for v, value in zip(pair, values, strict=True)
-        ):
-            return name
+        if name == "mean" or all((v > 0).all() for v in pair):
+            means = [float(mean(v)) for v in pair]
+            if all(math.isclose(*both, rel_tol=1e-9) for both in zip(means, values, strict=True)):
+                return name
     return None
 
 
 def _paired(a: Floats, b: Floats, mean: str) -> tuple[float, float]:
     of, n = MEANS[mean], len(a)
     gap = float(of(b) - of(a))
-    if n >= BOOTSTRAP_SEEDS:
-        chosen = np.random.default_rng(20241220).integers(
-            0, n, (_DRAWS, n)
-        )  # fixed: the same records, the same limits
+    if n >= BOOTSTRAP_SEEDS:  # the seed is fixed: the same records, the same limits
+        chosen = np.random.default_rng(20241220).integers(0, n, (_DRAWS, n))
         low, high = np.percentile(of(b[chosen], axis=1) - of(a[chosen], axis=1), [2.5, 97.5])
         return float(low), float(high)
     u = b - a if mean == "mean" else of(b) * np.log(b) - of(a) * np.log(a)

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from eval.report.charts import scatter
-from eval.report.labels import short_names, typed
+import pandas as pd
+
 from eval.report.page import page
-from eval.report.words import ARROWS, UNMEASURED, Metric, heading, measured
+from eval.report.plots import Line, lines_plot
+from eval.report.words import ARROWS, Metric, heading, markdown, measured, short_names, typed
 
 LEGEND = (
-    "front: no other trial is at least as good in every objective and better in one, "
-    "by point values; where intervals "
-    "overlap the order may be chance. Trial 0 is the preset itself."
+    "front: no other trial is at least as good in every objective and better in one, by point "
+    "values; where intervals overlap the order may be chance. Trial 0 is the preset itself."
 )
 
 
 @dataclass(frozen=True)
 class Trial:
-    """``values``: option → what was tried. ``metrics``: objective → metric. ``failure``: why it
-    does not count.
+    """One run of a search.
+
+    Attributes:
+        values: option → what was tried. metrics: objective → metric. failure: why it does not
+            count.
     """
 
     number: int
@@ -34,131 +35,87 @@ class Trial:
 
 
 def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
-    """Trials that no other one dominates: at least as good everywhere, better somewhere."""
-    done = [t for t in trials if t.failure is None]
+    """Return trials that no other one dominates: at least as good everywhere, better somewhere."""
+    done = [trial for trial in trials if trial.failure is None]
+    losses = [[_loss(trial, name) for name in objectives] for trial in done]
 
-    def losses(trial: Trial) -> list[float]:
-        return [
-            t["value"] * (-1 if t["better"] == "higher" else 1)
-            for t in map(trial.metrics.__getitem__, objectives)
-        ]
+    def is_dominated(loss: list[float]) -> bool:
+        return any(
+            other != loss and all(x <= y for x, y in zip(other, loss, strict=True))
+            for other in losses
+        )
 
-    def beats(a: list[float], b: list[float]) -> bool:
-        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
-
-    found = [(t, losses(t)) for t in done]
-    return [t for t, loss in found if not any(beats(other, loss) for _, other in found)]
+    return [trial for trial, loss in zip(done, losses, strict=True) if not is_dominated(loss)]
 
 
-def _ordered(objectives: Sequence[str], trials: Sequence[Trial]) -> list[tuple[Trial, str]]:
-    """(trial, place): the front by its first objective, then the others, then those that failed."""
-    best = front(objectives, trials)
-    first = objectives[0]
-
-    def worth(trial: Trial) -> float:
-        metric = trial.metrics[first]
-        return metric["value"] * (-1 if metric["better"] == "higher" else 1)
-
-    others = [t for t in trials if t.failure is None and t not in best]
-    out = [(t, "front") for t in sorted(best, key=worth)] + [
-        (t, "") for t in sorted(others, key=worth)
-    ]
-    return out + [(t, f"failed: {t.failure}") for t in trials if t.failure is not None]
+def _loss(trial: Trial, objective: str) -> float:
+    metric = trial.metrics[objective]
+    return float(metric["value"] * (-1 if metric["better"] == "higher" else 1))
 
 
-def _heads(objectives: dict[str, str], trials: Sequence[Trial]) -> list[str]:
-    out = []
-    for name, metric in objectives.items():
-        better = next((t.metrics[name]["better"] for t in trials if name in t.metrics), "neutral")
-        out.append(f"{name}: {heading(metric)} {ARROWS[better]}")
-    return out
-
-
-def _rows(objectives: dict[str, str], trials: Sequence[Trial]) -> list[list[str]]:
-    return [
-        [
-            str(trial.number),
-            place,
-            *(measured(trial.metrics.get(name)) for name in objectives),
-            *(typed(value) for value in trial.values.values()),
-        ]
-        for trial, place in _ordered(list(objectives), trials)
-    ]
-
-
-def _columns(objectives: dict[str, str], trials: Sequence[Trial]) -> list[str]:
+def _table(objectives: dict[str, str], trials: Sequence[Trial]) -> list[list[str]]:
+    """Return head and rows: the front by its first objective, then the others, then failures."""
+    best, first = front(list(objectives), trials), next(iter(objectives))
     options = list(trials[0].values) if trials else []
     names = short_names(set(options))
-    return ["trial", "place", *_heads(objectives, trials), *(names[o] for o in options)]
+    head = ["trial", "place"]
+    for name, metric in objectives.items():
+        better = next((t.metrics[name]["better"] for t in trials if name in t.metrics), "neutral")
+        head.append(f"{name}: {heading(metric)} {ARROWS[better]}")
+    done = [trial for trial in trials if trial.failure is None]
+    done.sort(key=lambda trial: (trial not in best, _loss(trial, first)))
+    rows = [[*head, *(names[option] for option in options)]]
+    for trial in [*done, *(t for t in trials if t.failure is not None)]:
+        place = f"failed: {trial.failure}" if trial.failure is not None else ""
+        figures = (measured(trial.metrics.get(n), metric) for n, metric in objectives.items())
+        cells = [str(trial.number), "front" if trial in best else place, *figures]
+        rows.append([*cells, *(typed(value) for value in trial.values.values())])
+    return rows
 
 
 def to_markdown(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
-    head = _columns(objectives, trials)
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for row in _rows(objectives, trials):
-        cells = [" ".join(cell.split()).replace("|", "\\|") or " " for cell in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", LEGEND]) + "\n"
+    return f"{markdown(_table(objectives, trials))}\n\n{LEGEND}\n"
 
 
 def to_csv(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
-    """Full precision; per objective its metric with value, low and high."""
-    parts, out = ("value", "low", "high"), io.StringIO()
-    options = list(trials[0].values) if trials else []
-    best = front(list(objectives), trials)
-    writer = csv.writer(out, lineterminator="\n")
-    named = [f"{m}{'' if p == 'value' else '_' + p}" for m in objectives.values() for p in parts]
-    writer.writerow(["trial", "front", "failure", *named, *options])
-    for t in trials:
-        figures = [(t.metrics.get(name) or {}).get(p) for name in objectives for p in parts]
-        failure = " ".join((t.failure or "").split())
-        writer.writerow(
-            [
-                t.number,
-                int(t in best),
-                failure,
-                *("" if f is None else f for f in figures),
-                *map(typed, t.values.values()),
-            ]
-        )
-    return out.getvalue()
+    """Return full precision; per objective its metric with value, low and high."""
+    best, rows = front(list(objectives), trials), []
+    for trial in trials:
+        failure = " ".join((trial.failure or "").split())
+        row: dict[str, Any] = {"trial": trial.number, "front": int(trial in best)}
+        row["failure"] = failure
+        for name, metric in objectives.items():
+            for part in ("value", "low", "high"):
+                value = (trial.metrics.get(name) or {}).get(part)
+                row[metric if part == "value" else f"{metric}_{part}"] = value
+        rows.append(row | {option: typed(value) for option, value in trial.values.items()})
+    return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
 def to_json(objectives: dict[str, str], trials: Sequence[Trial]) -> dict[str, Any]:
-    best = {t.number for t in front(list(objectives), trials)}
+    best = front(list(objectives), trials)
     rows = [
-        {
-            "trial": t.number,
-            "front": t.number in best,
-            "values": t.values,
-            "metrics": t.metrics,
-            "failure": t.failure,
-        }
-        for t in trials
+        {"trial": trial.number, "front": trial in best, "values": trial.values}
+        | {"metrics": trial.metrics, "failure": trial.failure}
+        for trial in trials
     ]
     return {"objectives": objectives, "trials": rows}
 
 
 def to_html(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
-    """The table, and one plot per pair of objectives with the front filled."""
+    """Return the table, and one plot per pair of objectives with the front filled."""
     best, done = front(list(objectives), trials), [t for t in trials if t.failure is None]
     plots = []
     for a, b in combinations(objectives, 2):
-        svg = scatter(
-            [t.metrics[a]["value"] for t in done],
-            [t.metrics[b]["value"] for t in done],
-            [t not in best for t in done],
-            title=f"{a} and {b}",
-            xlabel=heading(objectives[a]),
-            ylabel=heading(objectives[b]),
-        )
-        plots.append({"title": f"{a} and {b}", "note": "filled: on the front", "svg": svg})
-    rows = [
-        {
-            "cells": [cell or UNMEASURED if i != 1 else cell for i, cell in enumerate(row)],
-            "front": row[1] == "front",
+        lines = []
+        for index, name in ((1, "on the front"), (2, "other trials")):
+            own = [t.metrics for t in done if (t in best) == (index == 1)]
+            lines.append(Line(name, index, *([m[o]["value"] for m in own] for o in (a, b))))
+        words: Any = {
+            "x": heading(objectives[a]),
+            "y": heading(objectives[b]),
+            "title": f"{a} and {b}",
         }
-        for row in _rows(objectives, trials)
-    ]
-    head = _columns(objectives, trials)
-    return page("pareto.html", title="Search", head=head, rows=rows, plots=plots, legend=LEGEND)
+        plots.append({"title": words["title"], "svg": lines_plot(lines, **words, is_scatter=True)})
+    table = {"table": _table(objectives, trials), "label": "Trials"}
+    return page("Search", [{"text": LEGEND}, table, {"plots": plots}])

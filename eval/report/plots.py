@@ -1,8 +1,6 @@
-"""Plots as inline SVG that takes its colours from the page, so that one file suits light and dark
-screens.
+"""Plots of records: inline SVG for pages, whose colours follow light and dark screens, or files.
 
-Matplotlib draws with placeholder colours, which become ``currentColor`` and CSS variables
-afterwards. Text stays text.
+Matplotlib draws in the colours of a light page; in SVG for pages they become CSS variables.
 """
 
 from __future__ import annotations
@@ -16,118 +14,98 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from eval.report.scales import scale
-from eval.report.words import figure as number
+from eval.report.outcomes import LIMITS, Tone, key_figures, outcome
+from eval.report.words import Metric, Record, figure, flatten, heading, labels, measured
+from lab.core.record import is_immunized
 from lab.core.types import BASELINE
 
-INK, GRID = "#010203", "#040506"
-SERIES = tuple(f"#0a0b{i:02x}" for i in range(8))  # 0 is the baseline
-DASHES: tuple[object, ...] = (
-    (0, (4, 2)),
-    "solid",
-    "solid",
-    (0, (6, 1.5)),
-    "solid",
-    (0, (1.5, 1.5)),
-    "solid",
-    "dashdot",
-)
-MARKERS = ("", "o", "s", "^", "D", "v", "P", "X")
-
-
-@dataclass(frozen=True)
-class Palette:
-    """Colours of one figure: text and axes, grid lines, the baseline model and then the
-    immunizers.
-    """
-
-    ink: str
-    grid: str
-    series: tuple[str, ...]
-
-
-PLACEHOLDERS = Palette(INK, GRID, SERIES)
-# the light colours of style.css (Okabe and Ito's palette, darkened for contrast on white)
-PAPER = Palette(
-    "#1b1f24",
-    "#e6e9ed",
-    ("#5b626a", "#0072b2", "#d55e00", "#00805c", "#b04a86", "#9a6a00", "#6a4fb3", "#1b1f24"),
-)
-_SETTINGS: dict[Any, Any] = {
+# the light colours of report.html.j2, which has the dark ones by the same names; series 0 is the
+# baseline, 1 is highlighted
+COLORS = {
+    "ink": "#1b1f24",
+    "grid": "#e6e9ed",
+    "faint": "#b4bac1",
+    "good": "#0a7a4b",
+    "bad": "#b3261e",
+    "unsure": "#8a5a01",
+    "neutral": "#57606a",
+    "s0": "#5b626a",
+    "s1": "#0072b2",
+    "s2": "#d55e00",
+    "s3": "#00805c",
+    "s4": "#b04a86",
+    "s5": "#9a6a00",
+    "s6": "#6a4fb3",
+}
+SHAPES: dict[Tone, str] = {"good": "o", "bad": "X", "unsure": "D", "neutral": "s", "error": "X"}
+DASHES: tuple[Any, ...] = ((0, (4, 2)), "solid", "solid", (0, (6, 1.5)), "solid", "dashdot", ":")
+MARKERS = ("", "o", "s", "^", "D", "v", "P")
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "immunization-bench",
     "font.size": 9.0,
     "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "grid.color": COLORS["grid"],
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "text.color": COLORS["ink"],
+    "text.parse_math": False,
+    "axes.edgecolor": COLORS["ink"],
+    "axes.labelcolor": COLORS["ink"],
+    "xtick.color": COLORS["ink"],
+    "ytick.color": COLORS["ink"],
 }
+
+
+# ---- series over steps or options
 
 
 @dataclass
 class Line:
-    """One series: ``index`` chooses colour, dash and marker (0 = baseline); ``low`` and ``high``
-    bound a band.
+    """One series.
+
+    Attributes:
+        index: colour, dash and marker; 0 is the baseline, 1 is highlighted. None: grey.
+        low, high: a band.
     """
 
     label: str
-    index: int
+    index: int | None
     x: Sequence[float]
     y: Sequence[float | None]
-    low: Sequence[float | None] | None = None
-    high: Sequence[float | None] | None = None
-
-
-def is_drawable(value: float | None, log: bool) -> bool:
-    """Whether a value can be drawn, on a logarithmic axis if ``log``."""
-    return value is not None and math.isfinite(value) and (value > 0 or not log)
-
-
-def _finite(line: Line, log: bool) -> tuple[list[float], list[float]]:
-    pairs = [
-        (x, y) for x, y in zip(line.x, line.y, strict=True) if x is not None and is_drawable(y, log)
-    ]
-    return [p[0] for p in pairs], [p[1] for p in pairs if p[1] is not None]
-
-
-def band(line: Line, log: bool) -> tuple[list[float], list[float], list[float]]:
-    """x, low and high where both ends can be drawn; empty without a band."""
-    if line.low is None or line.high is None:
-        return [], [], []
-    rows = [
-        (x, low, high)
-        for x, low, high in zip(line.x, line.low, line.high, strict=True)
-        if x is not None and is_drawable(low, log) and is_drawable(high, log)
-    ]
-    return (
-        [r[0] for r in rows],
-        [r[1] for r in rows if r[1] is not None],
-        [r[2] for r in rows if r[2] is not None],
-    )
+    low: Sequence[float | None] = ()
+    high: Sequence[float | None] = ()
 
 
 def series_of(curve: dict[str, Any]) -> list[str]:
-    """Names of a curve's series; ``NAME:low`` and ``NAME:high`` are the band of NAME, no series of
-    their own.
-    """
-    names = [k for k, v in curve.items() if isinstance(v, list) and k != "step"]
-    return [
-        n for n in names if not (n.endswith((":low", ":high")) and n.rpartition(":")[0] in names)
-    ]
+    """Return names of a curve's series; ``NAME:low`` and ``NAME:high`` are the band of NAME."""
+    return [k for k, v in curve.items() if isinstance(v, list) and k != "step" and ":" not in k]
 
 
-def line_of(curve: dict[str, Any], name: str, label: str, index: int) -> Line:
-    """Series ``name`` of a record's curve with its band, where it has one of the same length."""
-    low, high = (curve.get(f"{name}:{end}") for end in ("low", "high"))
-    whole = all(isinstance(v, list) and len(v) == len(curve["step"]) for v in (low, high))
-    return Line(label, index, curve["step"], curve[name], *((low, high) if whole else (None, None)))
+def line_of(curve: dict[str, Any], name: str, label: str, index: int | None) -> Line:
+    """Return series ``name`` of a record's curve with its band."""
+    band = (curve.get(f"{name}:{end}") or () for end in ("low", "high"))
+    return Line(label, index, curve["step"], curve[name], *band)
 
 
+@rc_context(_STYLE)
 def lines_plot(
     lines: Sequence[Line],
     *,
@@ -137,182 +115,267 @@ def lines_plot(
     log: str = "",
     reference: float | None = None,
     mark: tuple[float, str] | None = None,
-    limits: tuple[float, float] | None = None,
-    legend: bool = False,
+    clip: tuple[float, float] = (-math.inf, math.inf),
+    ticks: Sequence[str] = (),
+    is_scatter: bool = False,
 ) -> Markup:
-    """Series over x with their bands; an empty string where nothing can be drawn.
+    """Return series over x with their bands; an empty string where nothing can be drawn.
 
     Args:
-        reference: a thin horizontal line. mark: (x, text) of a thin vertical line. limits: of the y
-            axis.
-        legend: inside the plot, for series that the page's legend does not have.
+        reference: height of a thin horizontal line. mark: (x, text) of a thin vertical line.
+        clip: what of the y axis is shown. ticks: names of the positions 0, 1, … of x.
+        is_scatter: points are not connected.
     """
-    drawn = _drawable(lines, log)
-    if not drawn:
+    fig = Figure(figsize=(4.4, 2.75))
+    axes = fig.add_axes((0.15, 0.18, 0.81, 0.76))
+    _draw(axes, lines, log, is_scatter or bool(ticks))
+    if not axes.lines:
         return Markup("")
-    fig, axes = new_axes(4.4, 2.75, PLACEHOLDERS)
-    if reference is not None:  # first, so that ticks are chosen for it too
-        axes.axhline(reference, color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.6)
-    _draw(axes, drawn, x, y, log, limits, PLACEHOLDERS)
+    axes.set(xlabel=x, ylabel=y)
+    if ticks:
+        axes.set_xticks(range(len(ticks)), [shortened(tick, 14) for tick in ticks])
+    if reference is not None:
+        axes.axhline(reference, color=COLORS["ink"], linewidth=0.7, alpha=0.6)
     if mark is not None:
-        axes.axvline(
-            mark[0], color=PLACEHOLDERS.ink, linewidth=0.7, alpha=0.5, linestyle=(0, (1, 2))
-        )
-        axes.annotate(
-            mark[1],
-            (mark[0], 0.98),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            va="top",
-            color=PLACEHOLDERS.ink,
-            fontsize=8,
-        )
-    if legend:
-        axes.legend(frameon=False, labelcolor=PLACEHOLDERS.ink, fontsize=8)
-    _place(fig, axes)
+        axes.axvline(mark[0], color=COLORS["ink"], linewidth=0.7, alpha=0.5, linestyle=":")
+        top = axes.get_xaxis_transform()
+        axes.text(mark[0], 0.02, f" {mark[1]}", transform=top, fontsize=8)
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, clip[0]), min(high, clip[1]))
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend()
     return to_svg(fig, f"{title}: {y} against {x}")
 
 
-def _place(fig: Figure, axes: Axes) -> None:
-    """Room for labels by their number of characters: the page's font decides their width, and to
-    measure them in another one takes as long as all the rest of the drawing.
-    """
-    size = _SETTINGS["font.size"]
-
-    def longest(axis: Axis) -> int:
-        low, high = sorted(axis.get_view_interval())
-        return max(
-            (len(number(v)) for v in axis.get_majorticklocs() if low <= v <= high), default=1
-        )
-
-    line, character = 1.25 * size, 0.58 * size
-    left, bottom = 1.6 * line + longest(axes.yaxis) * character + 7, 2.6 * line + 7
-    right, top = max(0.5 * longest(axes.xaxis) * character, 6), 0.7 * line
-    width, height = (72 * inches for inches in fig.get_size_inches())
-    fig.set_layout_engine("none")
-    axes.set_position(
-        (left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height)
-    )
-
-
+@rc_context(_STYLE)
 def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
-    """One curve of a record as a picture with a legend, on white, for dashboards; returns
-    ``path``.
-    """
-    model_names = series_of(curve)
-    numbers = {
-        model_name: 0 if model_name == BASELINE else i
-        for i, model_name in enumerate((a for a in model_names if a != BASELINE), start=1)
-    }
-    lines = [
-        line_of(curve, model_name, model_name, numbers.get(model_name, 0))
-        for model_name in model_names
-    ]
-    log = curve.get("log", "")
-    fig, axes = new_axes(6.4, 4.0, PAPER)
-    fig.patch.set(facecolor="white", alpha=1)
-    _draw(
-        axes, _drawable(lines, log), curve.get("x", "step"), curve.get("y", name), log, None, PAPER
-    )
+    """Write one curve of a record as a PNG with a legend, on white, for dashboards."""
+    names = sorted(series_of(curve), key=lambda series: series != BASELINE)
+    first = 0 if BASELINE in names else 1
+    lines = [line_of(curve, series, series, i) for i, series in enumerate(names, first)]
+    fig = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = fig.add_subplot()
+    _draw(axes, lines, curve.get("log", ""), False)
+    axes.set(xlabel=curve.get("x", "step"), ylabel=curve.get("y", name), title=heading(name))
     if axes.lines:
-        axes.legend(frameon=False)
-    axes.set_title(plain(name))
+        axes.legend()
+    return save(fig, path)
+
+
+def _draw(axes: Axes, lines: Sequence[Line], log: str, is_scatter: bool) -> None:
+    for line in lines:
+        x, y, low, high = (
+            np.array([math.nan if v is None else v for v in values], dtype=float)
+            for values in (line.x, line.y, line.low or line.y, line.high or line.y)
+        )
+        seen = np.isfinite(y) & np.isfinite(low) & np.isfinite(high)
+        if "y" in log:
+            seen &= low > 0 if (low[np.isfinite(low)] > 0).any() else y > 0
+        if not seen.any():
+            continue
+        i = (line.index or 0) % len(DASHES)
+        style: dict[str, Any] = {"color": COLORS["faint"], "linewidth": 1.0, "zorder": 1.5}
+        if line.index is not None:
+            style = {"color": COLORS[f"s{i}"], "linewidth": 1.8, "linestyle": DASHES[i]}
+            style |= {"marker": MARKERS[i], "markersize": 3.5, "zorder": 2 + i}
+            style |= {"markevery": max(int(seen.sum()) // 8, 1)}
+            axes.fill_between(
+                x[seen], low[seen], high[seen], color=style["color"], alpha=0.16, lw=0
+            )
+        if is_scatter:
+            style |= {"linestyle": "none", "marker": style.get("marker") or "o", "markevery": 1}
+            axes.vlines(x[seen], low[seen], high[seen], color=style["color"], linewidth=1.2)
+        axes.plot(x[seen], y[seen], label=line.label, **style)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    for side in log if axes.lines else "":
+        set_log(axes, side)
+
+
+def tick(value: float) -> str:
+    """Return the shortest text of an axis' tick."""
+    text = f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 or value == 0 else figure(value)
+    return text.replace("-", "−")
+
+
+def set_log(axes: Axes, side: str) -> None:
+    """Make the axis ``x`` or ``y`` logarithmic; from 0 to the first step it is linear."""
+    axis = axes.xaxis if side == "x" else axes.yaxis
+    steps = np.unique(np.concatenate([line.get_xdata() for line in axes.lines]))
+    if side == "x" and steps[0] <= 0:
+        axes.set_xscale("symlog", linthresh=steps[steps > 0].min(initial=1e9), linscale=0.5)
+        axes.set_xticks(steps[:: math.ceil(len(steps) / 8)])
+    else:
+        axes.set(**{f"{side}scale": "log"})
+        low, high = sorted(axis.get_view_interval())
+        subs = (1.0,) if high / low > 300 else (1.0, 3.0) if high / low > 60 else (1.0, 2.0, 5.0)
+        axis.set_major_locator(LogLocator(subs=subs, numticks=8))
+        if high / low < 6:
+            axis.set_major_locator(MaxNLocator(5))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+
+
+# ---- one row or point per method
+
+
+@dataclass(frozen=True)
+class MethodFigures:
+    """What a picture shows of a method: its label, verdict, and a metric per column."""
+
+    label: str
+    tone: Tone
+    metrics: tuple[Metric | None, ...]
+
+
+def methods_of(
+    records: Sequence[Record], names: Sequence[str], columns: int
+) -> list[MethodFigures]:
+    """Return the baseline at 1 and every immunized record that has figures."""
+    one: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
+    methods = [MethodFigures("baseline", "neutral", (one,) * columns)]
+    for record, label in zip(records, names, strict=True):
+        shown = list(key_figures(record).values())[-columns:]
+        metrics = tuple(record["metrics"].get(name) for name in shown)
+        if is_immunized(record) and any(metrics):
+            methods.append(MethodFigures(label, outcome(record).tone, metrics))
+    return methods
+
+
+def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
+    """Return (rule, value) that the verdict requires of a metric."""
+    key, rule = LIMITS.get(name, ("", ""))
+    values = [flatten(record["config"]).get(key) for record in records]
+    return next(((rule, value) for value in values if value is not None), None)
+
+
+@rc_context(_STYLE)
+def forest(
+    methods: Sequence[MethodFigures],
+    columns: dict[str, tuple[str, float] | None],
+    is_narrow: bool = False,
+) -> Markup:
+    """Return one row per method and one panel per column, beside or (narrow) below each other.
+
+    Args:
+        columns: title → what the verdict requires, see `limit_of`.
+    """
+    names = [shortened(method.label, 17 if is_narrow else 34) for method in methods]
+    rows, count = (len(columns), 1) if is_narrow else (1, len(columns))
+    width, height = (4.1, 0.26 * len(names) + 0.85) if is_narrow else (10, 0.3 * len(names) + 0.8)
+    margin = 0.075 * max(map(len, names)) + 0.15
+    each = (width - margin) / count
+    fig = Figure(figsize=(width, height * rows))
+    panels = fig.subplots(rows, count, squeeze=False).ravel()
+    for i, (axes, title) in enumerate(zip(panels, columns, strict=True)):
+        row, column = (i, 0) if is_narrow else (0, i)
+        left, bottom = (margin + column * each) / width, (rows - 1 - row + 0.45 / height) / rows
+        axes.set_position((left, bottom, (each - 1.5) / width, (1 - 0.75 / height) / rows))
+        _draw_methods(axes, [(m.tone, m.metrics[i]) for m in methods], columns[title])
+        axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
+        axes.set_title(title)
+    return to_svg(fig, " and ".join(columns))
+
+
+def _draw_methods(
+    axes: Axes, rows: Sequence[tuple[Tone, Metric | None]], limit: tuple[str, float] | None
+) -> None:
+    values = [m[k] for _, m in rows if m for k in ("value", "low", "high") if m[k] is not None]
+    positive = [v for v in [*values, 1.0, *(limit or ())[1:]] if v > 0]
+    room = max((max(positive) / min(positive)) ** 0.07, 1.1)
+    left, right = min(positive) / room, max(positive) * room
+    axes.set(xscale="log", xlim=(left, right), ylim=(len(rows) - 0.4, -1.0))
+    beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
+    if limit:
+        rule, value = limit
+        start, end = (value, right) if rule == "≥" else (left, value)
+        axes.axvspan(start, end, color=COLORS["good"], alpha=0.13, linewidth=0)
+        side = "left" if rule == "≥" else "right"
+        text = f" passes {rule} {value:g} "
+        axes.text(value, -0.72, text, color=COLORS["good"], fontsize=8, ha=side, va="center")
+    axes.axvline(1.0, color=COLORS["ink"], linewidth=0.8, alpha=0.6)
+    for row, (tone, metric) in enumerate(rows):
+        color = COLORS.get(tone, COLORS["bad"])
+        if metric is None or metric["value"] is None:
+            axes.text(1.03, row, "not measured", **beside)
+            continue
+        if metric["low"] is not None and metric["high"] is not None:
+            axes.plot([metric["low"], metric["high"]], [row, row], color=color, linewidth=2.2)
+        if metric.get("bound"):  # the true figure may lie anywhere beyond
+            far = right if metric["bound"] == "lower" else left
+            arrow = {"arrowstyle": "->", "color": color, "linestyle": ":"}
+            axes.annotate("", (far, row), (metric["value"], row), arrowprops=arrow)
+        axes.plot([metric["value"]], [row], SHAPES[tone], color=color, markersize=8, zorder=4)
+        axes.text(1.03, row, measured(metric), **beside)
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(False, axis="y")
+    set_log(axes, "x")
+
+
+@rc_context(_STYLE)
+def scatter(records: Sequence[Record], path: Path) -> Path:
+    """Draw relearning slowdown against benign cost, a point per record, to an SVG or PNG file.
+
+    Colour and shape are the verdict; the pass region is shaded. Records that lack one of both are
+    left out.
+    """
+    titles, names = zip(*list(key_figures(records[0]).items())[-2:], strict=True)
+    fig = Figure(figsize=(7.5, 4.2), layout="constrained")
+    axes = fig.add_subplot()
+    for method in methods_of(records, labels(records), 2)[1:]:
+        metrics = [m for m in method.metrics if m is not None and m["value"]]
+        if len(metrics) == 2:
+            y, x = metrics
+            color, place = COLORS.get(method.tone, COLORS["bad"]), (x["value"], y["value"])
+            ends = [m["value"] if m[k] is None else m[k] for m in (x, y) for k in ("low", "high")]
+            axes.plot(ends[:2], [place[1]] * 2, color=color, linewidth=0.8, alpha=0.5)
+            axes.plot([place[0]] * 2, ends[2:], color=color, linewidth=0.8, alpha=0.5)
+            axes.plot(*place, SHAPES[method.tone], color=color, markersize=9, zorder=4)
+            axes.annotate(method.label, place, (7, 6), textcoords="offset points")
+    for side in "xy":
+        set_log(axes, side)
+    floor, ceiling = (limit_of(records, name) for name in names)
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    if floor and ceiling:
+        axes.fill_between([left, ceiling[1]], floor[1], top, color=COLORS["good"], alpha=0.13, lw=0)
+        axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.set(
+        xlabel=f"{titles[1]}, × (lower is better)", ylabel=f"{titles[0]}, × (higher is better)"
+    )
+    return save(fig, path)
+
+
+def shortened(text: str, length: int) -> str:
+    """Return ``text`` cut to ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+# ---- files
+
+
+def save(fig: Figure, path: Path) -> Path:
+    """Write a figure on white as SVG or PNG."""
     FigureCanvasAgg(fig)
-    fig.savefig(path, format="png", dpi=110)
+    fig.savefig(path, dpi=110, metadata={"Date" if path.suffix == ".svg" else "Software": None})
     return path
 
 
-def _drawable(lines: Sequence[Line], log: str) -> list[tuple[Line, list[float], list[float]]]:
-    found = [(line, *_finite(line, "y" in log)) for line in lines]
-    return [d for d in found if d[1]]
-
-
-def _draw(
-    axes: Axes,
-    drawn: Sequence[tuple[Line, list[float], list[float]]],
-    x: str,
-    y: str,
-    log: str,
-    limits: tuple[float, float] | None,
-    palette: Palette,
-) -> None:
-    values: list[float] = []
-    for line, xs, ys in drawn:
-        i = line.index % len(palette.series)
-        where, low, high = band(line, "y" in log)
-        if where:
-            axes.fill_between(
-                where, low, high, color=palette.series[i], alpha=0.16, linewidth=0, zorder=1
-            )
-        values += [*ys, *low, *high]
-        axes.plot(
-            xs,
-            ys,
-            color=palette.series[i],
-            linestyle=DASHES[i],
-            marker=MARKERS[i],
-            markersize=3.5,
-            linewidth=1.7,
-            markevery=max(len(xs) // 8, 1),
-            zorder=2 + i,
-            label=plain(line.label),
-        )
-    if drawn:
-        scale(axes, log, limits, values, [x for _, xs, _ in drawn for x in xs])
-    axes.set_xlabel(plain(x))
-    axes.set_ylabel(plain(y))
-
-
-def plain(text: str) -> str:
-    """A dollar sign would start a formula, and a broken one would stop the report."""
-    return text.replace("$", r"\$")
-
-
-def new_axes(width: float, height: float, palette: Palette) -> tuple[Figure, Axes]:
-    with rc_context(_SETTINGS):
-        fig = Figure(figsize=(width, height), layout="constrained")
-        FigureCanvasSVG(fig)
-        axes = fig.add_subplot()
-    fig.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.grid(True, color=palette.grid, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(palette.ink)
-    axes.tick_params(colors=palette.ink, labelcolor=palette.ink, length=3)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(palette.ink)
-    return fig, axes
-
-
 def to_svg(fig: Figure, title: str) -> Markup:
+    """Return inline SVG whose colours are CSS variables and whose ids no other plot has."""
+    for patch in (fig.patch, *(axes.patch for axes in fig.axes)):
+        patch.set_alpha(0)
     out = io.StringIO()
-    with rc_context(_SETTINGS):
-        # not by savefig, which draws all twice: the first time for layouts that are not used here
-        FigureCanvasSVG(fig).print_svg(
-            out, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-        )
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    FigureCanvasSVG(fig).print_svg(out, metadata=metadata)  # savefig would draw twice
     text = out.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
+    text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.S)
     text = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", text)
-    text = text.replace("xlink:href", "href")
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 system-ui, sans-serif", text)
-    text = text.replace(INK, "currentColor").replace(GRID, "var(--grid)")
-    for i, colour in enumerate(SERIES):
-        text = text.replace(colour, f"var(--s{i})")
-    return Markup(
-        _unique(text).replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
-    )
-
-
-def _unique(text: str) -> str:
-    """Ids that no different plot of the page has; equal records give equal bytes."""
+    text = re.sub(r"(font: [^\"';]*?[\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", text)
+    for name, color in COLORS.items():
+        text = text.replace(color, f"var(--{name})")
     prefix = f"f{hashlib.sha256(text.encode()).hexdigest()[:8]}-"
-    text = re.sub(r'\bid="', f'id="{prefix}', text)
-    text = re.sub(r"url\(#", f"url(#{prefix}", text)
-    return re.sub(r'href="#', f'href="#{prefix}', text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{prefix}", text)
+    return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1))

@@ -1,174 +1,267 @@
-"""Figures, intervals and names of metrics as words."""
+"""Names, numbers, intervals and labels as text, for reports, model cards and trackers."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
+from html import escape
 from typing import Any
+
+import pandas as pd
+
+from lab.core.record import VOLATILE_CONFIG
 
 Record = dict[str, Any]
 Metric = dict[str, Any]
 
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 ARROWS = {"higher": "↑", "lower": "↓", "neutral": "·"}
 UNMEASURED = "–"
-ENDED_EARLY = ("failed", "preempted")  # states of records that may lack hashes, attacks or figures
-# heading of a table's column or of a curve; the diffusion metrics by family below
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+# ---- names of metrics and curves
+
 NAMES = {
     "verdict": "verdict",
-    "slowdown_harmful_worst": "harmful slowdown, worst attacker",
-    "slowdown_benign_worst": "benign slowdown, worst attacker",
+    "slowdown_harmful_worst": "harmful slowdown, strongest attack",
+    "slowdown_benign_worst": "benign slowdown, strongest attack",
     "slowdown_relative_worst": "harmful ÷ benign slowdown",
     "slowdown_loss_harmful_worst": "harmful slowdown by loss",
     "slowdown_loss_benign_worst": "benign slowdown by loss",
     "sgrc_harmful_worst": "harmful accuracy lost (SGRC)",
     "sgrc_benign_worst": "benign accuracy lost (SGRC)",
     "rir": "RIR",
-    "rir_bound_ratio": "RIR ÷ bound",
+    "rir_bound_ratio": "RIR ÷ its upper bound",
     "rir_above_one": "share of cases with RIR > 1",
     "kappa_harmful_ratio": "κ harmful, after ÷ before",
     "kappa_benign_ratio": "κ benign, after ÷ before",
+    "kappa_harmful": "κ of the harmful Hessian",
+    "kappa_benign": "κ of the benign Hessian",
     "rir_ridge": "RIR (ridge κ)",
     "rir_release": "RIR (released κ)",
-    "asr": "attack success",
-    "asr_baseline": "attack success on the baseline",
-    "asr_benign": "benign concepts learnt",
-    "steps_to_relearn_ratio": "steps to relearn ÷ baseline",
-    "steps_to_relearn_ratio_worst": "steps to relearn ÷ baseline, worst target",
-    "asr_prompt_adherent": "attack success, prompt-adherent pictures",
-    "steps_to_relearn_prompt_adherent_ratio": "steps to relearn prompt-adherent pictures "
-    "÷ baseline",
-    "benign_steps_prompt_adherent_ratio": "steps on benign concepts, prompt-adherent pictures "
-    "÷ baseline",
-    "benign_steps_ratio": "steps on benign concepts ÷ baseline",
-    "benign_steps_ratio_worst": "steps on benign concepts ÷ baseline, worst",
+    "asr": "attack success rate",
+    "asr_baseline": "attack success rate, baseline",
+    "asr_benign": "benign concepts learned",
+    "asr_prompt_adherent": "attack success rate, prompt-adherent images",
+    "steps_to_relearn_ratio": "relearning slowdown, mean over targets",
+    "steps_to_relearn_ratio_worst": "relearning slowdown, least-protected target",
+    "steps_to_relearn_prompt_adherent_ratio": "relearning slowdown, prompt-adherent images",
+    "benign_steps_ratio": "benign slowdown, mean over concepts",
+    "benign_steps_ratio_worst": "benign slowdown, worst concept",
+    "benign_steps_prompt_adherent_ratio": "benign slowdown, prompt-adherent images",
+    "audit_steps_worst": "steps until the first target is shown",
     "utility_clip_drift": "drift of unrelated prompts (CLIP)",
-    "utility_detection_drop": "unrelated detection lost",
+    "utility_detection_drop": "detections lost on unrelated prompts",
+    "norm_ratio_harmful": "distance to the optimum, harmful task",
+    "norm_ratio_benign": "distance to the optimum, benign task",
+    "test_accuracy_harmful": "test accuracy, harmful task",
+    "test_accuracy_benign": "test accuracy, benign task",
+    "test_loss_harmful": "test loss, harmful task",
+    "test_loss_benign": "test loss, benign task",
+    "train_loss_harmful": "training loss, harmful task",
+    "train_loss_benign": "training loss, benign task",
+    "msgr": "MSGR",
+    "mrsgr": "MRSGR",
+    "sgr_benign": "SGR of benign concepts",
+    "sgr": "SGR",
+    "rsgr": "RSGR",
+    "similarity": "similarity",
+    "utility": "utility",
+    "immunize": "immunization",
+    "audit": "images that show",
 }
-_FAMILIES = {
-    "msgr_": "MSGR",
-    "mrsgr_": "MRSGR",
-    "sgr_benign_": "SGR of benign concepts",
-    "sgr_": "SGR",
-    "rsgr_": "RSGR",
-    "similarity_": "similarity",
-    "utility_": "utility",
-    "immunize_": "immunization",
-}
-_SCORERS = {
-    "clip": "CLIP",
-    "dino": "DINO",
-    "lpips": "LPIPS",
-    "features": "features",
-    "feature_lpips": "feature LPIPS",
-}
+_SCORERS = {"clip": "CLIP", "dino": "DINO", "lpips": "LPIPS"}
+_SHARES = re.compile(r"(asr|utility_(detection|object|style)|verdict_share|rir_above_one)(_.*)?")
 
 
 def heading(name: str) -> str:
-    """A metric's or curve's name as words: ``msgr_clip`` → MSGR (CLIP), ``asr_lora`` → attack
-    success, lora.
-    """
-    if name in NAMES:
-        return NAMES[name]
-    known = max((n for n in (*NAMES, "") if n and name.startswith(f"{n}_")), key=len, default=None)
-    if known is not None:
-        return f"{NAMES[known]}, {name[len(known) + 1 :].replace('_', ' ')}"
-    family = next((f for f in _FAMILIES if name.startswith(f)), None)
-    if family is None:
-        return name
-    rest = name[len(family) :]
-    scorer = max(
-        (j for j in _SCORERS if rest == j or rest.startswith(f"{j}_")), key=len, default=None
-    )
-    if scorer is None:
-        return f"{_FAMILIES[family]} ({rest.replace('_', ' ')})"
-    more = rest[len(scorer) + 1 :].replace("_", " ")
-    return f"{_FAMILIES[family]} ({_SCORERS[scorer]}){', ' + more if more else ''}"
-
-
-def figure(value: float | None) -> str:
-    """Three significant digits: 0.0123, 4.56, 789, 12,300, 1.2·10⁹."""
-    if value is None or not math.isfinite(value):
-        return UNMEASURED
-    if value == 0:
-        return "0"
-    size = abs(value)
-    if size < 1e-3 or size >= 1e6:
-        exponent = math.floor(math.log10(size))
-        mantissa = round(value / 10**exponent, 2)
-        if abs(mantissa) >= 10:
-            mantissa, exponent = mantissa / 10, exponent + 1
-        power = f"10{str(exponent).translate(_SUPERSCRIPT)}"
-        return power if mantissa == 1 else f"{mantissa:g}·{power}"
-    if size >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def interval(metric: Metric) -> str:
-    """``[low, high]``, or an empty string for a point."""
-    if metric["low"] is None or metric["high"] is None:
-        return ""
-    return f"[{figure(metric['low'])}, {figure(metric['high'])}]"
-
-
-def bound(metric: Metric) -> str:
-    """``≥`` before a lower limit (it may be any higher figure), ``≤`` before an upper one, else
-    nothing.
-    """
-    return {"lower": "≥", "upper": "≤"}.get(metric.get("bound") or "", "")
-
-
-def measured(metric: Metric | None) -> str:
-    """Value with unit and interval."""
-    if metric is None or metric["value"] is None:
-        return UNMEASURED
-    lead = f"{bound(metric)} ".lstrip()
-    unit = metric["unit"] if metric["unit"] in ("", "×", "°") else f" {metric['unit']}"
-    return f"{lead}{figure(metric['value'])}{unit} {interval(metric)}".strip()
-
-
-def support(metric: Metric) -> str:
-    """What the interval stands on, short."""
-    n = metric["n"]
-    seeds = f"{n} seed{'s' if n != 1 else ''}"
-    return {
-        "across_seeds": seeds,
-        "within_seed": f"{seeds}, within seed",
-        "point": f"{seeds}, no interval",
-    }[metric["interval"]]
-
-
-def certainty(metric: Metric, reference: float) -> tuple[bool, str]:
-    """Whether the interval clears ``reference``, and the sentence that says so."""
-    if metric["interval"] == "across_seeds" and metric["low"] is not None:
-        low, high, n = metric["low"], metric["high"], metric["n"]
-        if low > reference or high < reference:
-            side = "above" if low > reference else "below"
-            return True, f"The 95 % interval over {n} seeds lies {side} {figure(reference)}."
-        return (
-            False,
-            f"The 95 % interval over {n} seeds includes {figure(reference)}: the difference "
-            "may be chance.",
-        )
-    n = metric["n"]
-    if metric["interval"] == "across_seeds":
-        return (
-            False,
-            f"No interval could be given over {n} seeds, so how sure this is cannot be said.",
-        )
-    seeds = f"{n} seed{'s' if n != 1 else ''}"
-    return (
-        False,
-        f"Measured on {seeds}: this supports no claim about other seeds (three are the least).",
-    )
-
-
-def percent(metric: Metric) -> str:
-    """A share as per cent, in words: ``35 %``."""
-    return f"{figure(metric['value'] * (1 if metric['unit'] == '%' else 100))} %"
+    """Return a metric's or curve's name as words: ``msgr_clip`` → MSGR (CLIP)."""
+    known = (n for n in NAMES if name == n or name.startswith(f"{n}_"))
+    stem = max(known, key=len, default=name)
+    rest = " ".join(_SCORERS.get(word, word) for word in name[len(stem) + 1 :].split("_"))
+    return NAMES.get(stem, name) + (f" ({rest})" if rest else "")
 
 
 def sentence(text: str | None) -> str:
-    """``text`` with a full stop."""
+    """Return ``text`` with a full stop."""
     text = (text or "").strip()
     return text if not text or text.endswith(".") else text + "."
+
+
+def counted(count: int, noun: str) -> str:
+    """Return ``nine attacks`` or ``12 attacks``."""
+    number = _NUMBERS[count] if count < len(_NUMBERS) else str(count)
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
+def capitalized(text: str) -> str:
+    """Return ``text`` with its first letter in upper case."""
+    return text[:1].upper() + text[1:]
+
+
+# ---- numbers
+
+
+def figure(value: float | None) -> str:
+    """Return two significant digits, whole numbers from 100 on: 0.012, 4.6, 12,345, 1.2·10⁹."""
+    if value is None or not math.isfinite(value):
+        return UNMEASURED
+    size = abs(value)
+    if size and (size < 1e-4 or size >= 1e6):
+        mantissa, exponent = f"{value:.1e}".split("e")
+        power = f"10{str(int(exponent)).translate(_SUPERSCRIPT)}"
+        text = power if mantissa == "1.0" else f"{float(mantissa):g}·{power}"
+    elif size >= 10 or value == round(value):
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:#.2g}".removesuffix(".")
+    return text.replace("-", "−")
+
+
+def percent(value: float) -> str:
+    """Return a share as whole per cent, one digit below 1 %: ``35 %``."""
+    size = abs(100 * value)
+    return f"{100 * value:{'.1g' if 0 < size < 0.95 else '.0f'}} %".replace("-", "−")
+
+
+def bound(metric: Metric) -> str:
+    """Return ``≥`` for a lower limit (the true figure may be higher), ``≤`` for an upper one."""
+    return {"lower": "≥", "upper": "≤"}.get(metric.get("bound") or "", "")
+
+
+def _number(value: float, name: str) -> str:
+    return percent(value) if _SHARES.fullmatch(name) else figure(value)
+
+
+def interval(metric: Metric, name: str = "") -> str:
+    """Return ``[low, high]``, or an empty string for a point."""
+    if metric["low"] is None or metric["high"] is None:
+        return ""
+    low, high = (_number(metric[end], name).removesuffix(" %") for end in ("low", "high"))
+    return f"[{low}, {high}]"
+
+
+def measured(metric: Metric | None, name: str = "") -> str:
+    """Return limit, value, unit and interval; per cent where ``name`` is that of a share."""
+    if metric is None or metric["value"] is None:
+        return UNMEASURED
+    unit = "" if _SHARES.fullmatch(name) else metric.get("unit") or ""
+    unit = unit if unit in ("", "×", "°") else f" {unit}"
+    return (
+        f"{bound(metric)} {_number(metric['value'], name)}{unit} {interval(metric, name)}".strip()
+    )
+
+
+def support(metric: Metric) -> str:
+    """Return what the interval stands on, short."""
+    n = metric["n"]
+    seeds = f"{n} seed{'s' if n != 1 else ''}"
+    more = {"within_seed": ", within seed", "point": ", no interval"}
+    return seeds + more.get(metric["interval"], "")
+
+
+def certainty(metric: Metric, reference: float) -> str:
+    """Return a sentence on whether the interval over seeds excludes ``reference``."""
+    n, low, high = metric["n"], metric["low"], metric["high"]
+    if metric["interval"] != "across_seeds":
+        return f"Measured on {counted(n, 'seed')}: no claim about other seeds."
+    if low is None or high is None:
+        return f"No interval could be given over {counted(n, 'seed')}."
+    excludes = low > reference or high < reference
+    word = "Significant" if excludes else "Not significant"
+    verb = "excludes" if excludes else "includes"
+    return f"{word}: the 95 % interval over {counted(n, 'seed')} {verb} {figure(reference)}."
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of a table for a terminal; the first one is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [*rows[:1], ["─" * width for width in widths], *rows[1:]]
+    ]
+    return "\n".join(lines)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows as a Markdown table; the first one is the head."""
+    head, *body = (
+        [" ".join(escape(cell, quote=False).split()).replace("|", "\\|") or " " for cell in row]
+        for row in rows
+    )
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+
+
+# ---- labels of records
+
+_SILENT = {*VOLATILE_CONFIG, "experiment_name"}  # top-level keys that set no record apart
+_SHOWN = 5  # settings in a label
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as dotted keys; lists stay values."""
+    if not isinstance(config, dict) or not config:
+        return {prefix: config}
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        out |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return out
+
+
+def settings(record: Record) -> dict[str, Any]:
+    """Return the config, flat, without what cannot change a result."""
+    return {k: v for k, v in flatten(record["config"]).items() if k.split(".")[0] not in _SILENT}
+
+
+def labels(records: Sequence[Record]) -> list[str]:
+    """Return one label per record, all different: the immunizer and the settings that differ.
+
+    Records of one immunizer in one study are rivals. A setting that most rivals share is the
+    study's common one and is named only where a record deviates from it, so that an ablation which
+    changes one thing at a time is labelled by that thing; a setting without a majority (a grid) is
+    named everywhere.
+    """
+    studies = [str(r["name"]).rpartition("/")[0] or str(r["name"]) for r in records]
+    immunizers = [r["immunizer"] for r in records]
+    frame = pd.DataFrame([settings(r) for r in records], dtype=object)
+    frame = frame.map(typed).where(frame.notna() | frame.map(lambda value: value is None), "")
+    frame = frame[[key for key in frame if not key.endswith("_target_")]]
+    out = pd.Series(immunizers)
+    for _, rivals in frame.groupby([studies, immunizers], sort=False):
+        varied = rivals.loc[:, rivals.nunique() > 1]
+        names = short_names(set(varied))
+        common = {}
+        for key, values in varied.items():
+            counts = values.value_counts()
+            common[key] = counts.index[0] if 2 * counts.iloc[0] > len(rivals) else None
+        for i, row in varied.iterrows():
+            parts = [f"{names[k]}={v}" for k, v in row.items() if v not in ("", common[k])]
+            more = [f"{len(parts) - _SHOWN} more"] if len(parts) > _SHOWN else []
+            out[i] = " · ".join([immunizers[i], *parts[:_SHOWN], *more])
+        plain = [i for i in rivals.index if out[i] == immunizers[i]]
+        if len(rivals) > 2 and len(plain) == 1:  # the one that deviates in nothing
+            out[plain[0]] += " · common settings"
+    hashes = [r["content_hash"][:7] for r in records]
+    for form, more in ((" ({})", studies), (" · {}", hashes)):  # then the same settings twice
+        twice = out.duplicated(keep=False)
+        out = out.where(~twice, out + [form.format(text) for text in more])
+    return list(out)
+
+
+def typed(value: Any) -> str:
+    """Return a value as it is typed on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(typed, value))}]" if isinstance(value, list) else str(value)
+
+
+def short_names(keys: set[str]) -> dict[str, str]:
+    """Return every dotted key by its shortest ending that no other key has."""
+    out = {}
+    for key in keys:
+        parts = key.split(".")
+        endings = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        counts = {e: sum(f".{k}".endswith(f".{e}") for k in keys) for e in endings}
+        out[key] = next((e for e in endings if counts[e] == 1), key)
+    return out

@@ -74,10 +74,10 @@ def _act(cfg: DictConfig, folder: Path) -> int:
         arguments = (cfg, folder) if cfg.action in ("run", "search") else (cfg,)
         code = function(*arguments)
     if cfg.action == "run" and failing and not cfg.dry_run and not is_helper:
+        from eval.report.outcomes import outcome
         from lab.core.record import read
-        from lab.runner.terminal import verdict
 
-        return EXIT_VERDICT if verdict(read(folder / "record.json")) in failing else 0
+        return EXIT_VERDICT if outcome(read(folder / "record.json")).label in failing else 0
     return code if isinstance(code, int) else 0
 
 

@@ -27,8 +27,8 @@ from optuna.distributions import (
 from pydantic import Field, ValidationError
 
 from eval.report import pareto
-from eval.report.labels import typed
 from eval.report.pareto import Trial
+from eval.report.words import typed
 from lab.cli.callbacks import describe_cost, exit_code
 from lab.cli.errors import report_error
 from lab.cli.tables import publish

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from eval.report import compare as comparing
 from eval.report.html import render
-from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown
+from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown, to_text
 from lab import api
 from lab.cluster.status import lost_runs
 from lab.core import record as records
@@ -31,9 +31,7 @@ def publish(
     rows = leaderboard([*loaded, *lost])
     for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
-    for group, table in api.leaderboard([*loaded, *lost]).groupby("group", sort=False):
-        padded = table.drop(columns="group").apply(lambda c: c.str.ljust(c.str.len().max()))
-        print(f"\n{group}\n{padded.to_string(index=False, justify='left')}")
+    print(f"\n{to_text(rows)}")
     print(f"\nleaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
     print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 

@@ -23,7 +23,8 @@ from omegaconf import DictConfig, open_dict
 
 from attacks.diffusion.attack import ConceptBase, ConceptLearner
 from eval.generation.audit import BROKEN, DIVERGED, HELD, PRESENT
-from eval.report.page import page
+from eval.report.outcomes import Outcome, Tone
+from eval.report.page import Block, page
 from eval.report.plots import line_of, lines_plot, series_of
 from eval.report.words import figure
 from lab.core import record as records
@@ -210,7 +211,7 @@ class Page:
     """Everything that the page says, as text; the same for Markdown and HTML."""
 
     title: str
-    tone: str  # good, bad or unsure
+    tone: Tone
     headline: str
     heads: tuple[str, ...]
     targets: list[list[str]]
@@ -229,7 +230,16 @@ class Page:
         return "\n".join([*parts, "## Facts\n", _bullets(f"{k}: {v}" for k, v in self.facts)])
 
     def html(self) -> str:
-        return page("audit.html", page=self)
+        blocks: list[Block] = [{"outcome": Outcome(self.tone, "", self.headline)}]
+        blocks += [{"heading": "Which attack brings a target back"}]
+        blocks += [{"table": [self.heads, *self.targets], "label": "Targets"}]
+        blocks += [{"plots": self.plots}] if self.plots else []
+        if self.others:
+            heads = ("concept", *self.heads[1:])
+            blocks += [{"heading": "What must stay learnable"}]
+            blocks += [{"table": [heads, *self.others], "label": "Other concepts"}]
+        blocks += [{"heading": "Limits"}, {"list": self.limits}, {"facts": dict(self.facts)}]
+        return page(self.title, blocks)
 
 
 def _bullets(lines: Iterable[str]) -> str:
@@ -336,7 +346,7 @@ def _names(rows: list[Row], key: str = "concept") -> str:
     return ", ".join(dict.fromkeys(row[key] for row in rows))
 
 
-def decide(record: Record, targets: list[Row], others: list[Row], costs: Costs) -> tuple[str, str]:
+def decide(record: Record, targets: list[Row], others: list[Row], costs: Costs) -> tuple[Tone, str]:
     """Return tone and headline of an audit."""
     best = _first(targets)
     by_status = {s: [r for r in best if r["status"] == s] for s in _RESULTS}
@@ -412,8 +422,6 @@ def _plots(record: Record, rows: list[Row]) -> list[dict[str, Any]]:
             y=str(curve["y"]),
             log="x",
             reference=threshold,
-            limits=(-0.02, 1.02),
-            legend=True,
         )
         note = f"line at {threshold:.0%}: counts as shown"
         out += [{"title": concept, "svg": svg, "note": note}] if svg else []

@@ -12,10 +12,9 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 
-from eval.report.labels import flatten
 from eval.report.leaderboard import columns
 from eval.report.outcomes import outcome
-from eval.report.words import ARROWS, figure, heading, interval, support
+from eval.report.words import ARROWS, figure, flatten, heading, interval, support
 from lab.core.record import Record
 from lab.core.sources import ROOT
 from lab.core.types import BASELINE, Attacker

@@ -101,6 +101,7 @@ def generated(
         "steps_to_relearn_ratio": metric(2.6 if holds else 1.05, unit="×", **within),
         "steps_to_relearn_ratio_worst": metric(1.7 if holds else 0.9, unit="×", **within),
         "benign_steps_ratio": metric(1.08, "lower", unit="×", **within),
+        "benign_steps_ratio_worst": metric(1.12, "lower", unit="×", **within),
         "utility_clip_drift": metric(0.012, "lower", **within),
         "utility_detection_drop": metric(0.015, "lower", **within),
     }
@@ -148,11 +149,14 @@ def generated(
             "scenario": {"name": "relearn", "targets": ["mosaic", "neon"]},
             "budget": {"horizon": 40, "multiple": 5},
             "immunize": {"name": immunizer},
+            "eval": {
+                "concept_verdict": {"min_worst_steps_ratio": 1.25, "max_benign_steps_ratio": 1.25}
+            },
         },
     }
     if folder is not None:
         base["images"] = write_images(
-            folder, {"attack_lora": pictures(), "attack_dreambooth": pictures(0.2)}
+            folder, {"generations_neon": pictures(), "comparison_neon": pictures(0.2)}
         )
     return sealed(record(immunizer, **(base | kwargs)))
 

@@ -48,6 +48,7 @@ def record(immunizer: str = "kappa", **kwargs: Any) -> Record:
             },
             "budget": {"horizon": 20, "multiple": 5, "points": 20},
             "paths": {"outputs": "outputs"},
+            "eval": {"verdict": {"min_slowdown": 1.25, "max_benign_slowdown": 1.1}},
         },
         "metrics": {},
         "curves": {},

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+from fake_generated import generated
 from fake_records import attacked, metric, record, sealed
 
-from eval.report.compare import compare, to_html
-from eval.report.labels import labels
+from eval.report.compare import compare, to_html, to_text
 from eval.report.paired import common_seeds, difference
+from eval.report.words import labels
 from eval.stats.intervals import score_samples
+from lab.core.errors import UserError
 
 RNG = np.random.default_rng(7)
 
@@ -42,10 +44,10 @@ def test_paired_interval_is_the_paired_t_interval():
 def test_pairing_sees_what_independent_intervals_hide():
     hard = np.array([1.0, 5.0, 20.0, 60.0])  # seeds differ by far more than the two methods
     a, b = with_seeds(hard), with_seeds(hard + np.array([1.0, 1.2, 0.9, 1.1]))
-    assert difference("rir", a, b).sure
+    assert difference("rir", a, b).significant
     b["tables"] = {}
     alone = difference("rir", a, b)
-    assert not alone.sure
+    assert not alone.significant
     assert alone.how.startswith("not paired")
 
 
@@ -62,7 +64,7 @@ def test_geometric_means_are_compared_as_a_ratio_too():
         pytest.approx(expected[1]),
     )
     assert found.ratio[0] == pytest.approx((3 * 2.5 * 3.5 * 2.8) ** 0.25)
-    assert found.sure
+    assert found.significant
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "geomean"])
@@ -109,10 +111,10 @@ def test_seeds_are_paired_only_on_the_same_data():
 
 def test_the_worst_case_over_other_attackers_is_never_sure():
     a, b = attacked("kappa", 1.0, 1.0, 5.0), attacked("kappa", 9.0, 1.0, 500.0)
-    assert {r["name"]: r["sure"] for r in compare(a, b)["metrics"]}["slowdown_harmful_worst"]
+    assert {r["name"]: r["significant"] for r in compare(a, b)["metrics"]}["slowdown_harmful_worst"]
     b = sealed(b | {"attacks": ["linear_probe"]})
     result = compare(a, b)
-    sure = {r["name"]: r["sure"] for r in result["metrics"]}
+    sure = {r["name"]: r["significant"] for r in result["metrics"]}
     assert not sure["slowdown_harmful_worst"]
     assert sure["rir"]
 
@@ -131,7 +133,7 @@ def test_the_same_attackers_with_other_options_are_another_trial(where):
     ]
     result = compare(sealed(a), sealed(b | {"config": {**a["config"], where: changed}}))
     assert not result["same_trial"]
-    assert not {r["name"]: r["sure"] for r in result["metrics"]}["slowdown_harmful_worst"]
+    assert not {r["name"]: r["significant"] for r in result["metrics"]}["slowdown_harmful_worst"]
     kept = {"linear_probe": {"lr": 0.1, "keep_weights": True}}
     assert compare(a, sealed(b | {"config": {**a["config"], "attacks": kept}}))["same_trial"]
 
@@ -139,7 +141,7 @@ def test_the_same_attackers_with_other_options_are_another_trial(where):
 def test_two_seeds_are_never_sure():
     a, b = with_seeds([1.0, 1.1]), with_seeds([9.0, 9.1])
     found = difference("rir", a, b)
-    assert not found.sure
+    assert not found.significant
     assert found.low is None
 
 
@@ -148,8 +150,39 @@ def test_the_page_shows_settings_and_differences():
     a["scenario"] = b["scenario"] = "<script>"
     text = to_html(compare(a, b))
     assert "immunize.name" in text
-    assert "B better, sure" in text
+    assert "B, significant" in text
     assert "<script>" not in text
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_a_limit_leaves_open_who_is_better(better):
+    large, small = 1.7, 1.5
+    for limited, kind in (("large", "upper"), ("small", "upper"), ("small", "lower")):
+        bounds = {limited: kind}
+        a, b = record("a"), record("b")
+        for one, value, name in ((a, small, "small"), (b, large, "large")):
+            figure = metric(value, better, 0.01, bound=bounds.get(name), unit="×")
+            one["metrics"] = {"benign_steps_ratio": figure}
+        (row,) = compare(sealed(a), sealed(b))["metrics"]
+        is_open = (limited, kind) != ("small", "upper")
+        winner = "b" if better == "higher" else "a"
+        assert row["winner"] == ("undetermined" if is_open else winner)
+        assert not (is_open and row["significant"])
+        assert f"{'≤' if kind == 'upper' else '≥'} 1." in to_text(compare(a, b))
+
+
+def test_a_terminal_shows_ten_figures():
+    text = to_text(compare(generated("mima", holds=False), generated()))
+    assert "immunize.name: mima → mima_deep" in text
+    assert "intervals of" in text
+    assert sum(line.startswith(("↑", "↓", "·")) for line in text.splitlines()) <= 10
+
+
+@pytest.mark.parametrize(("key", "other"), [("scenario", "mnist_pairs"), ("schema", "0.9")])
+def test_records_of_other_scenarios_or_schemas_are_refused(key, other):
+    a = attacked("kappa", 3.4, 1.03, 356.0)
+    with pytest.raises(UserError, match=f"different {key}s"):
+        compare(a, a | {key: other})
 
 
 # labels
@@ -191,7 +224,7 @@ def test_an_ablation_is_labelled_by_what_it_changes():
         "kappa · lower.scope=all",
         "kappa · cap=null",
         "kappa · steps=5",
-        "kappa · attackers=sgd+adam",
+        "kappa · sgd.lr=1.0 · rank=4 · adam.lr=2.0",
     ]
 
 

@@ -1,0 +1,282 @@
+"""Which plots a report shows: curves, spectra, pairs of tasks, sweeps over options, transfer."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from eval.report.leaderboard import columns
+from eval.report.page import Block, collapsed
+from eval.report.plots import Line, line_of, lines_plot, series_of
+from eval.report.words import Record, capitalized, counted, figure, heading, settings, typed
+from lab.core.record import is_immunized
+from lab.core.slugs import slug
+from lab.core.types import BASELINE, IMMUNIZED
+
+# curves that are shown open: of text-to-image models and audits, else the first kind of probes'
+_GENERATED = re.compile(r"asr|asr_benign|audit_.*")
+_PROBES = ("norm_ratio_", "test_accuracy_", "test_loss_", "train_loss_")
+_CONDITION = ("rir_bound_ratio", "rir", "kappa_harmful", "kappa_benign")
+_OPEN = 6  # curves before the others are collapsed
+_OPTION_METRICS, _SERIES = 4, 6  # of a sweep: plots, and lines in each
+GAPS = (-1.0, 1.2)  # of relative gaps: beyond, the baseline shows next to nothing of the concept
+_SPECTRA = (  # table, column, role, title
+    ("spectrum", "value", "harmful", "Singular values of the features, harmful task"),
+    ("spectrum", "value", "benign", "Singular values of the features, benign task"),
+    ("principal_angles", "degrees", None, "Principal angles between both tasks"),
+    ("pencil", "value", None, "Eigenvalues of the pencil (K harmful, K benign)"),
+)
+
+Plot = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
+
+
+class _Lines(list[Line]):
+    """The baseline once, the first immunized model highlighted, the others grey.
+
+    Series that are no model (a concept, an attack) keep their own names and colours.
+    """
+
+    def place(self, model: str, label: str, count: int) -> tuple[str, int | None] | None:
+        """Return label and colour of the next series; None for a baseline that is drawn already."""
+        indices = [line.index for line in self]
+        if model == BASELINE:
+            return None if 0 in indices else ("baseline", 0)
+        if model != IMMUNIZED:
+            return (model if count == 1 else f"{label}: {model}"), 1 + len(self)
+        if 1 not in indices:
+            return label, 1
+        return ("_" if None in indices else f"{counted(count - 1, 'other method')}"), None
+
+
+def _curves(chosen: Sequence[str], records: Sequence[Record], names: Sequence[str]) -> list[Plot]:
+    plots = [_curve(name, records, names) for name in chosen]
+    return [plot for plot in plots if plot["svg"]]
+
+
+def _curve(name: str, records: Sequence[Record], names: Sequence[str]) -> Plot:
+    curves = [
+        (r["curves"][name], n) for r, n in zip(records, names, strict=True) if name in r["curves"]
+    ]
+    lines = _Lines()
+    for curve, label in curves:
+        for series in series_of(curve):
+            place = lines.place(series, label, len(curves))
+            if place is not None:
+                lines.append(line_of(curve, series, *place))
+    curve, title = curves[0][0], capitalized(heading(name))
+    is_gap = "sgr_" in name
+    horizon = (records[0]["config"].get("budget") or {}).get("horizon")
+    svg = lines_plot(
+        lines,
+        title=title,
+        x=str(curve.get("x", "step")),
+        y=re.sub(r", (harmful|benign) task$", "", str(curve.get("y", name))),
+        log=curve.get("log", ""),
+        reference=0.0 if is_gap else 1.0 if name in ("rir", "rir_bound_ratio") else None,
+        mark=(horizon, "1×") if horizon and not _is_training(name) else None,
+        clip=GAPS if is_gap else (-math.inf, math.inf),
+    )
+    note = "Cut off where the baseline shows next to nothing of the concept." * is_gap
+    return {"title": title, "svg": svg, "note": note}
+
+
+def _is_training(name: str) -> bool:
+    return name in _CONDITION or name.startswith(("immunize_", "utility_"))
+
+
+def curve_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+    """Return curves over attack steps, those that decide open; all others are collapsed."""
+    every = list(dict.fromkeys(name for r in records for name in r["curves"]))
+    attack = [name for name in every if not _is_training(name)]
+    kinds = [[n for n in attack if _GENERATED.fullmatch(n)]]
+    kinds += [[n for n in attack if n.startswith(quantity)] for quantity in _PROBES]
+    main = sorted(next(filter(None, kinds), []), key=lambda n: "_benign_" in n)[:_OPEN]
+    shown = _curves(main, records, names)
+    more = _curves([n for n in attack if n not in main], records, names)
+    training = _curves([n for n in every if n not in attack], records, names)
+    blocks: list[Block] = [{"heading": "Attacks"}, {"plots": shown}] if shown else []
+    blocks += collapsed(f"{len(more)} more curves of attacks", [{"plots": more}] if more else [])
+    title = "Curves of the immunization"
+    return blocks + collapsed(title, [{"plots": training}] if training else [])
+
+
+# ---- spectra and pairs of tasks
+
+
+def spectrum_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+    """Return singular values, principal angles and the pencil, before (baseline) and after."""
+    plots = []
+    for table, column, role, title in _SPECTRA:
+        lines, cases = _Lines(), dict[str, None]()
+        for record, label in zip(records, names, strict=True):
+            rows = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
+            cases |= dict.fromkeys(f"{r.get('case')}, seed {r.get('seed')}" for r in rows)
+            for model in dict.fromkeys(row["model"] for row in rows):
+                place = lines.place(model, label, len(records))
+                own = [row for row in rows if row["model"] == model]
+                if place is not None:
+                    values = [row["index"] for row in own], [row[column] for row in own]
+                    lines.append(Line(*place, *values))
+        log = "y" * (column == "value")
+        svg = lines_plot(lines, title=title, x="index", y=column, log=log)
+        plots.append({"title": title, "svg": svg, "note": f"First only: {'; '.join(cases)}."})
+    shown = [plot for plot in plots if plot["svg"]]
+    return collapsed("Spectra and angles", [{"plots": shown}] if shown else [])
+
+
+def pair_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+    """Return mean RIR over seeds per (benign, harmful) pair, of at least three tasks each."""
+    blocks: list[Block] = []
+    for record, label in zip(records, names, strict=True):
+        frame = pd.DataFrame(record["tables"].get("pairs", []), columns=["benign", "task", "rir"])
+        means = frame.dropna().pivot_table("rir", "benign", "task", "mean")
+        if min(means.shape) < 3:
+            continue
+        logs = np.log10(means.where(means > 0))
+        shades = (logs / np.nanmax(np.abs(logs))).fillna(0)
+        head = [("benign ↓ harmful →", 0.0), *((str(task), 0.0) for task in means)]
+        lines = [
+            [(str(task), 0.0), *((figure(means.at[task, c]), shades.at[task, c]) for c in means)]
+            for task in means.index
+        ]
+        values = means.stack()
+        note = f"{(values > 1).sum()} of {len(values)} pairs above 1; mean {figure(values.mean())}"
+        note += (
+            f", smallest {figure(values.min())}. Orange: above 1, the harmful task became worse "
+        )
+        blocks += [{"heading": f"RIR of every pair of tasks: {label}"}]
+        blocks += [{"text": f"{note}conditioned; violet: below 1."}]
+        blocks += [{"heat": [head, *lines], "label": f"RIR per pair: {label}"}]
+    return blocks
+
+
+# ---- sweeps over options
+
+
+def option_blocks(records: Sequence[Record]) -> list[Block]:
+    """Return, per immunizer with at least three records that differ in one or two settings, a plot
+    per metric.
+    """
+    blocks: list[Block] = []
+    for name in dict.fromkeys(r["immunizer"] for r in records if is_immunized(r)):
+        own = [r for r in records if r["immunizer"] == name and r["metrics"]]
+        frame = _varied(own) if len(own) >= 3 else pd.DataFrame()
+        if frame.shape[1] not in (1, 2) or frame.map(repr).duplicated().any():
+            continue
+        # x: a number before a name, the one with more values first
+        x, *others = sorted(
+            frame, key=lambda k: (not _is_numeric(frame[k]), -frame[k].map(repr).nunique())
+        )
+        series = frame[others[0]].map(typed) if others else pd.Series("", frame.index)
+        shown = [n for n in columns(n for r in own for n in r["metrics"]) if n != "verdict"]
+        shown = [n for n in shown if len({_score(r, n)["value"] for r in own} - {None}) > 1]
+        plots = [_option_plot(n, own, frame[x], series) for n in shown[:_OPTION_METRICS]]
+        if plots and series.nunique() <= _SERIES:
+            keys = " and ".join(key.rpartition(".")[2] for key in (x, *others))
+            blocks += [{"heading": f"{name} by {keys}"}, {"plots": plots}]
+    return blocks
+
+
+def _score(record: Record, metric: str) -> dict[str, Any]:
+    empty = {"value": None, "low": None, "high": None}
+    score: dict[str, Any] = record["metrics"].get(metric, empty)
+    return score
+
+
+def _varied(records: Sequence[Record]) -> pd.DataFrame:
+    """Return the settings that differ, a row per record; of those that differ together (one sets
+    the other) the first numeric one stands for all.
+    """
+    frame = pd.DataFrame([settings(r) for r in records], dtype=object)
+    chosen: dict[tuple[int, ...], str] = {}
+    for key in frame:
+        codes = tuple(pd.factorize(frame[key].map(repr))[0])
+        if max(codes) and not key.endswith("_target_"):
+            other = chosen.setdefault(codes, key)
+            if _is_numeric(frame[key]) and not _is_numeric(frame[other]):
+                chosen[codes] = key
+    return frame[list(chosen.values())]
+
+
+def _is_numeric(values: Any) -> bool:
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+
+
+def _option_plot(metric: str, records: Sequence[Record], x: Any, series: Any) -> Plot:
+    ticks = [] if _is_numeric(x) else list(dict.fromkeys(x.map(typed)))
+    places = x.map(typed).map(ticks.index) if ticks else x.astype(float)
+    lines = []
+    for index, value in enumerate(dict.fromkeys(series), start=1):
+        order = places[series == value].sort_values()
+        scores = [_score(records[i], metric) for i in order.index]
+        parts = ([score[part] for score in scores] for part in ("value", "low", "high"))
+        lines.append(Line(value, index, list(order), *parts))
+    log = "x" * (not ticks and _is_wide(places)) + "y" * _is_wide(
+        [v for line in lines for v in line.y]
+    )
+    name, title = x.name.rpartition(".")[2], capitalized(heading(metric))
+    svg = lines_plot(lines, title=title, x=name, y=title, log=log, ticks=ticks)
+    missing = sum(_score(r, metric)["value"] is None for r in records)
+    note = f"{missing} of {len(records)} runs have no value." if missing else ""
+    return {"title": title, "svg": svg, "note": note}
+
+
+def _is_wide(values: Any) -> bool:
+    """Return whether values are positive and want a logarithmic axis."""
+    known = [v for v in values if v is not None]
+    return bool(known) and min(known) > 0 and max(known) >= 8 * min(known)
+
+
+# ---- transfer
+
+
+def transfer_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
+    """Return whether RIR predicts the slowdown, per attack: rank correlations, and the cases behind
+    them.
+    """
+    blocks: list[Block] = []
+    for record, label in zip(records, names, strict=True):
+        rows = sorted(record["tables"].get("transfer", []), key=lambda r: -(r["rho_rir"] or -2))
+        attacks = [str(row["attack"]) for row in rows]
+        kappa = [_score(record, f"transfer_harmful_{slug(attack)}") for attack in attacks]
+        places = list(range(len(rows)))
+        bands = ([row[part] for row in rows] for part in ("rho_rir", "low", "high"))
+        lines = [Line("RIR, harmful ÷ benign slowdown", 1, places, *bands)]
+        parts = ([score[part] for score in kappa] for part in ("value", "low", "high"))
+        lines.append(Line("κ, harmful slowdown", 2, [p + 0.15 for p in places], *parts))
+        median = [row.get("median_relative_slowdown") for row in rows]
+        wanted = {
+            "Rank correlation with the slowdown": (lines, "Spearman's ρ", 0.0),
+            "Median slowdown": ([Line("", 1, places, median)], "harmful ÷ benign", 1.0),
+        }
+        plots = [
+            {"title": title}
+            | {"svg": lines_plot(ls, title=title, x="attack", y=y, reference=at, ticks=attacks)}
+            for title, (ls, y, at) in wanted.items()
+            if rows
+        ]
+        if rows:
+            blocks += [{"heading": f"Does RIR predict the slowdown? {label}"}, {"plots": plots}]
+            clouds = [plot for row in rows for plot in _cloud(record, row)]
+            blocks += collapsed("The cases behind it", [{"plots": clouds}] if clouds else [])
+    return blocks
+
+
+def _cloud(record: Record, row: dict[str, Any]) -> list[Plot]:
+    """Return the cases of one attack: RIR against relative slowdown."""
+    cases = [c for c in record["tables"].get("transfer_cases", []) if c["attack"] == row["attack"]]
+    cases = [c for c in cases if (c["rir"] or 0) > 0 and (c["relative_slowdown"] or 0) > 0]
+    lines = []
+    for index, name in ((1, "measured"), (2, "a lower limit")):
+        own = [c for c in cases if bool(c["censored"]) == (index == 2)]
+        points = [c["rir"] for c in own], [c["relative_slowdown"] for c in own]
+        lines.append(Line(name, index, *points))
+    title, note = str(row["attack"]), f"ρ {figure(row['rho_rir'])}, {len(cases)} cases."
+    words: Any = {"title": title, "x": "RIR", "y": "harmful ÷ benign slowdown"}
+    svg = lines_plot(lines, **words, log="xy", reference=1.0, is_scatter=True)
+    return [{"title": title, "svg": svg, "note": note}] if len(cases) > 2 else []

@@ -1,0 +1,164 @@
+"""Order, groups and texts of the leaderboard; the verdict of one record in words."""
+
+from __future__ import annotations
+
+import csv
+import io
+from pathlib import Path
+
+import pytest
+from fake_generated import generated
+from fake_records import attacked, baseline, digits, failed, metric, record, sealed, sweep
+
+from eval.report.leaderboard import leaderboard, to_csv, to_markdown, to_text
+from eval.report.outcomes import PUBLISHED, check_word, outcome
+
+CONF = Path(__file__).resolve().parents[4] / "conf"
+
+
+# ---- verdict
+
+
+def test_outcome_says_verdict_figures_and_certainty() -> None:
+    good, bad = outcome(generated()), outcome(attacked("kappa", 4.9, 3.7, 1.2))
+    assert (good.label, bad.label) == ("passes", "fails")
+    assert "attack success rate 35 % (baseline 90 %)" in good.headline
+    assert good.details[0].startswith("Significant: the 95 % interval over three seeds excludes 1")
+    assert any(line.startswith("Fails: steps") for line in bad.details)
+    assert outcome(baseline()).label == "baseline"
+    assert "UserError" in outcome(failed()).headline
+    assert outcome(digits()).label == "inconclusive"  # no attack was run
+
+
+def test_one_seed_supports_no_claim() -> None:
+    one = generated()
+    for entry in one["metrics"].values():
+        entry |= {"n": 1, "interval": "within_seed"}
+    assert "no claim about other seeds" in outcome(sealed(one)).details[0]
+
+
+def test_an_attack_that_works_on_neither_model_is_inconclusive() -> None:
+    one = generated("mima", holds=False)
+    none = {"value": None, "low": None, "high": None, "note": "never relearned"}
+    one["metrics"]["steps_to_relearn_ratio"] |= none
+    for name in ("asr", "asr_baseline"):
+        one["metrics"][name] |= {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert outcome(sealed(one)).label == "inconclusive"
+
+
+def test_a_run_that_diverged_in_part_never_passes() -> None:
+    one = attacked("kappa", 3.4, 1.03, 356.0) | {"status": "diverged"}
+    one["metrics"]["verdict"]["value"] = 0.0
+    one["error"] = {"type": "Diverged", "message": "κ is inf", "key": None, "last_good_step": 3}
+    assert outcome(sealed(one)).label == "fails"
+    assert "diverged on part of the run: κ is inf" in " ".join(outcome(one).details)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"value": 1.5, "passed": True}, "passes"),
+        ({"value": 1.0}, "fails"),
+        ({"value": 1.0, "bound": "lower"}, "inconclusive"),
+        ({"value": 1.0, "bound": "upper"}, "fails"),
+        ({"value": None}, "inconclusive"),
+        ({"value": 1.5}, "inconclusive"),  # not measured in every seed
+        ({"value": 1.5, "required": "≤ 1.25"}, "fails"),
+        ({"value": 1.0, "required": "≤ 1.25", "bound": "lower"}, "inconclusive"),
+        ({"value": 0.3, "low": -0.1, "required": "interval above 0"}, "fails"),
+    ],
+)
+def test_a_limit_or_a_gap_leaves_a_check_inconclusive(changes: dict, word: str) -> None:
+    base = {"passed": False, "required": "≥ 1.25", "low": None, "bound": None}
+    assert check_word(base | changes) == word
+
+
+def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
+    for name in PUBLISHED:
+        assert (CONF / "immunize" / f"{name}.yaml").is_file()
+    name = "kappa_paper_house_price"
+    reached = outcome(record(name, attacks=[], metrics={"rir": metric(1.2)}))
+    assert "356.2" in reached.details[-1]
+    assert not any("356.2" in line for line in outcome(record(name, scenario="csv")).details)
+
+
+# ---- order
+
+
+def test_order_puts_passing_methods_first_then_the_slowdown() -> None:
+    rows = [r for r in leaderboard(sweep()) if r["scenario"] == "house_price"]
+    names = ["kappa_closed_form", "kappa", "kappa_opt", "kappa_ill_only", "kappa_well_only"]
+    assert [r["immunizer"] for r in rows] == [*names, "none", "kappa_imma"]
+    assert [r["rank"] for r in rows] == [1, 2, 3, 4, 5, None, None]
+
+
+def test_among_failures_the_checks_passed_decide_then_the_slowdown() -> None:
+    records = [
+        attacked(name, slow, 5.0, 1.3) for name, slow in (("a", 5.0), ("b", 1.5), ("c", 1.4))
+    ]
+    for one, passed in zip(records, (1, 2, 2), strict=True):
+        for i, check in enumerate(one["tables"]["verdict"]):
+            check["passed"] = i < passed
+    assert [r["immunizer"] for r in leaderboard(records)] == ["b", "c", "a"]
+
+
+def test_the_least_protected_target_decides_and_divergence_comes_last() -> None:
+    strong, weak, diverged = generated(), generated("mima_weak"), generated("mima_broken")
+    weak["metrics"]["steps_to_relearn_ratio_worst"]["value"] = 1.1
+    weak["metrics"]["steps_to_relearn_ratio"]["value"] = 9.0
+    diverged["status"] = "diverged"
+    rows = leaderboard([sealed(diverged), generated("mima", holds=False), sealed(weak), strong])
+    assert [r["immunizer"] for r in rows] == ["mima_deep", "mima_weak", "mima", "mima_broken"]
+
+
+# ---- groups
+
+
+def test_only_the_same_attacks_budget_and_cases_compete() -> None:
+    hard = attacked("hard", 1.4, 1.0, 5.0)
+    easy = sealed(attacked("easy", 9.0, 1.0, 5.0) | {"attacks": ["linear_probe"]})
+    budget = {"budget": {"horizon": 200, "multiple": 5, "points": 20}}
+    long = sealed(attacked("long", 8.0, 1.0, 5.0) | {"config": hard["config"] | budget})
+    other = attacked("other", 8.0, 1.0, 5.0)
+    other["cells"] = [cell | {"case": "garage"} for cell in other["cells"]]
+    rows = leaderboard([hard, easy, long, sealed(other), failed()])
+    assert {r["immunizer"]: r["rank"] for r in rows if r["rank"]} == {
+        name: 1 for name in ("hard", "easy", "long", "other")
+    }
+    assert len({r["title"] for r in rows}) == 4
+    assert "Two attacks, 200 of 1000 steps" in rows[2]["title"] + rows[3]["title"]
+
+
+def test_a_run_that_ended_early_stands_where_it_was_asked_to() -> None:
+    """With what was asked for alike; one that was killed has no cells (`lab.cluster.status`)."""
+    first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
+    second = sealed(second | {"attacks": ["linear_probe"]})
+    early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})
+    killed = {k: v for k, v in early.items() if k != "cells"} | {"immunizer": "killed"}
+    rows = leaderboard([early, killed, first, second])
+    titles = {r["immunizer"]: r["title"] for r in rows}
+    assert titles["kappa_imma"] == titles["killed"] == titles["second"] != titles["first"]
+
+
+# ---- text
+
+
+def test_texts_show_limits_gaps_and_at_most_eight_columns() -> None:
+    one = generated()
+    one["metrics"]["steps_to_relearn_ratio_worst"] |= {"bound": "lower"}
+    one["metrics"]["asr"] |= {"value": None, "low": None, "high": None, "note": "no detector"}
+    markdown = to_markdown(leaderboard([sealed(one), generated("a|b", holds=False)]))
+    (row,) = [line for line in markdown.splitlines() if "mima_deep |" in line]
+    assert "| ≥ 1.7× [1.6, 1.8] |" in row
+    assert "| – |" in row
+    assert "a\\|b" in markdown
+    lines = to_text(leaderboard(sweep())).splitlines()
+    assert max(line.count("──  ─") for line in lines) < 8
+
+
+def test_csv_has_full_precision_and_no_formula() -> None:
+    one = attacked("=1+1", 3.4, 1.03, 356.0)
+    (row,) = csv.DictReader(io.StringIO(to_csv(leaderboard([one]))))
+    assert float(row["slowdown_harmful_worst_low"]) == pytest.approx(3.4 * 0.92)
+    assert (row["rank"], row["rir_interval"]) == ("1", "across_seeds")
+    assert row["immunizer"].startswith("'=")
