@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -41,7 +41,7 @@ class SweepLeaderboard(Callback):
         print(f"sweep: {place}\nprogress: {status}", file=sys.stderr, flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if isinstance(job_return.return_value, int):
+        if job_return.status == JobStatus.COMPLETED and isinstance(job_return.return_value, int):
             self.codes.append(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:

@@ -175,6 +175,8 @@ class Run:
             torch.set_num_threads(cfg.threads)
         # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
         torch.set_deterministic_debug_mode("warn")
+        if self.executor.is_main:
+            progress_log.info("loading data and models …")
         parts = assemble(cfg)
         store = StageCache(cfg.paths.cache, force=cfg.force)
         self.prepared = Pipeline(parts, store)

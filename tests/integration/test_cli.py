@@ -64,8 +64,8 @@ def test_what_is_printed(cli, tmp_path):
     assert err.startswith("run folder: outputs/runs/house_price/")
     assert "10 stages, 0 cached, about" in err
     assert "[4/10] attack linear_probe on LotArea (house_price), immunized, seed 0 … ETA" in err
-    assert out.startswith("✗ fails: ")
-    assert "relearning slowdown" in out
+    assert out.startswith("✗ kappa fails: ")
+    assert "harmful slowdown" in out
     assert "\033" not in out + err
     assert len(out.splitlines()) < 15
     _, out, _ = cli(*FAST, "verbose=true")
