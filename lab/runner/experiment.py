@@ -141,11 +141,8 @@ class Run:
     """The state of a run, from which a record can be made at any moment, after a failure too."""
 
     def __init__(self, cfg: DictConfig, folder: Path, executor: Executor | None = None) -> None:
-        check_groups(cfg)
         self.cfg, self.folder = cfg, folder
         self.executor: Executor = executor or SerialExecutor()
-        self.prepared: Pipeline | None = None  # by `prepare`
-        self.plan: StagePlan | None = None  # by `execute`
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
@@ -157,36 +154,10 @@ class Run:
         self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
-
-    @property
-    def pipeline(self) -> Pipeline:
-        if self.prepared is None:
-            raise RuntimeError("prepare() comes first")
-        return self.prepared
-
-    # ---- execution
-
-    def prepare(self) -> Pipeline:
-        """Build all parts and load the data; nothing is computed yet."""
-        cfg = self.cfg
-        if cfg.threads is not None:
-            if not isinstance(cfg.threads, int) or cfg.threads < 1:
-                raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
-            torch.set_num_threads(cfg.threads)
-        # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
-        torch.set_deterministic_debug_mode("warn")
         if self.executor.is_main:
             progress_log.info("loading data and models …")
-        parts = assemble(cfg)
-        store = StageCache(cfg.paths.cache, force=cfg.force)
-        self.prepared = Pipeline(parts, store)
-        for seed in parts.seeds:
-            check_cases(parts, self.pipeline.data(seed).cases)
-        return self.pipeline
-
-    def make_plan(self) -> StagePlan:
-        """Return the stages of the run, before any is computed."""
-        return StagePlan(self.cfg, self.pipeline, self.applicable_metrics())
+        self.pipeline = build_pipeline(cfg)
+        self.plan = StagePlan(cfg, self.pipeline, self.applicable_metrics())
 
     def execute(self) -> None:
         """Compute all stages that the cache lacks.
@@ -195,7 +166,6 @@ class Run:
             RunFailed: at the end, on the main process, if an attack or a metric failed.
         """
         pipeline = self.pipeline
-        self.plan = self.make_plan()
         if self.executor.is_main:
             progress_log.info(self.plan.describe())
         self._compute_stages(list(pipeline.immunize_cells()))
@@ -235,7 +205,7 @@ class Run:
         """Compute or read one stage in this process."""
         if cell.part in self.failed_parts:  # in another stage of the same attack
             return StageResult("pending")
-        if self.executor.is_main and self.plan is not None:
+        if self.executor.is_main:
             self.plan.announce(cell, self.executor.facts().get("processes", 1))
         self.current = cell
         try:
@@ -253,8 +223,7 @@ class Run:
             result = _result(cell, artifact, hit)
             log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
         self.current = None
-        if self.plan is not None:
-            self.plan.finish(cell, result.seconds)
+        self.plan.finish(cell, result.seconds)
         return result
 
     def _note(self, cell: Cell, result: StageResult) -> None:
@@ -314,9 +283,8 @@ class Run:
 
     def fail(self, error: BaseException) -> RunFailed:
         """Note why the run ended, and what is known of the stages in progress."""
-        part = self.prepared.part if self.prepared else None
         stage = self.current.key if self.current else None
-        failure = describe(error, part, self.executor.rank, stage)
+        failure = describe(error, self.pipeline.part, self.executor.rank, stage)
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
             status: Literal["ok", "failed", "pending"] = "pending"
@@ -355,13 +323,12 @@ class Run:
 
     def record(self) -> records.Record:
         """Return the record of what is known now."""
-        cfg, pipeline = self.cfg, self.prepared
-        seeds = list(pipeline.parts.seeds) if pipeline else []
+        cfg, pipeline = self.cfg, self.pipeline
+        seeds = list(pipeline.parts.seeds)
         facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
         done = sum(cell["status"] in ("ok", "diverged") for cell in self.cells)
         facts |= {"cache_hits": self.hits, "cache_misses": done - self.hits}
-        facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
-        facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
+        facts |= {"data_hash": pipeline.data_hash, "weight_hash": pipeline.weight_hash()}
         results = records.scores_json(self.scores)
         if rows := records.seed_values(self.scores, seeds):
             results["tables"]["seed_values"] = rows
@@ -376,7 +343,7 @@ class Run:
             "attacks": list(cfg.attacks),
             "seeds": seeds,
             "config": records.clean(OmegaConf.to_container(cfg, resolve=True)),
-            "notes": list(pipeline.notes) if pipeline else [],
+            "notes": list(pipeline.notes),
             "cells": self.cells,
             "error": self.error,
             "skipped": self.skipped | self.failed.metrics,
@@ -403,13 +370,24 @@ def _error(type: str, message: str, key: str | None, step: int | None) -> dict[s
     return {"type": type, "message": message, "key": key, "last_good_step": step}
 
 
-def print_plan(run: Run) -> None:
-    """Print the stages of a run and their estimated time (``dry_run=true``); compute nothing."""
-    pipeline = run.prepare()
-    plan = run.make_plan()
-    name = f"{run.cfg.name}/{run.cfg.immunize.name}"
-    print(f"plan of {name}: models {', '.join(pipeline.model_names)}")
-    print(*plan.lines(), plan.describe(), sep="\n")
+def build_pipeline(cfg: DictConfig) -> Pipeline:
+    """Build all parts and load the data; nothing is computed yet.
+
+    Raises:
+        UserError: a key that cannot work, parts that do not fit together, data that are missing.
+    """
+    check_groups(cfg)
+    if cfg.threads is not None:
+        if not isinstance(cfg.threads, int) or cfg.threads < 1:
+            raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
+        torch.set_num_threads(cfg.threads)
+    # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
+    parts = assemble(cfg)
+    pipeline = Pipeline(parts, StageCache(cfg.paths.cache, force=cfg.force))
+    for seed in parts.seeds:
+        check_cases(parts, pipeline.data(seed).cases)
+    return pipeline
 
 
 def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) -> Path | None:
@@ -417,7 +395,7 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
 
     Several processes all call this; the main one alone records and prints, and the others return
     None, as ``dry_run`` does. After a failure the record is written, then it is raised. Input that
-    is refused before any stage began leaves no record.
+    is refused before any stage begins leaves no record.
 
     Raises:
         UserError, KeyboardInterrupt: as they come.
@@ -425,19 +403,17 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
     """
     run = Run(cfg, folder, executor)
     if cfg.dry_run:
-        print_plan(run)
+        print(f"plan of {cfg.name}/{cfg.immunize.name}")
+        print(*run.plan.lines(), run.plan.describe(), sep="\n")
         return None
     is_main = run.executor.is_main
-    trackers = None
+    trackers = start_trackers(run) if is_main else None
     try:
-        run.prepare()
-        if is_main:
-            trackers = start_trackers(run)
         run.execute()
     except (Exception, KeyboardInterrupt) as error:
         cause = run.executor.cause(error)
         failure = run.fail(cause)
-        if is_main and not is_refused(run, cause):
+        if is_main:
             write_failed_record(run, trackers)
         if isinstance(cause, UserError | KeyboardInterrupt):
             raise cause from None
@@ -448,16 +424,11 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
 def start_trackers(run: Run) -> Trackers:
     """Remove what an earlier run left in the folder, and start the trackers of this one."""
     run.folder.mkdir(parents=True, exist_ok=True)
+    trackers = Trackers(run.cfg, run.folder)
     for name in ("record.json", "report.html"):
         (run.folder / name).unlink(missing_ok=True)
-    trackers = Trackers(run.cfg, run.folder)
     run.pipeline.on_log = trackers.log
     return trackers
-
-
-def is_refused(run: Run, error: BaseException) -> bool:
-    """Return True if a user's mistake ended the run before any stage began."""
-    return run.plan is None and explain(error) is not None
 
 
 def write_failed_record(run: Run, trackers: Trackers | None = None) -> None:
