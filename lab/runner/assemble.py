@@ -108,13 +108,9 @@ def _refused(error: InstantiationException, config: DictConfig, key: str) -> Use
         return user_error(cause, where, get_class(node["_target_"]))
     missing = _missing_module(error)
     if missing is not None:
-        package = missing_package(missing)
-        if missing.name == target:  # Hydra tries it as a module last
-            module, _, name = target.rpartition(".")
-            return UserError(key, target, f"module {module} has no {name}; name a class of it.")
-        if package is None or str(missing.name).partition(".")[0] == target.partition(".")[0]:
-            package = f"no module {missing.name}; put the folder that holds it on PYTHONPATH."
-        return UserError(key, target, package)
+        own = str(missing.name).partition(".")[0] == target.partition(".")[0]
+        absent = "there is no such class; put the folder that holds its module on PYTHONPATH."
+        return UserError(key, target, (not own and missing_package(missing)) or absent)
     reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
     return UserError(key, target, f"could not be built: {reason}")
 

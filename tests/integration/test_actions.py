@@ -102,7 +102,6 @@ def test_a_finished_record_is_not_replaced_by_another_run(cli, tmp_path):
         ["action=nonsense"],
         ["action=list", "group=immunize"],
         ["action=search"],
-        ["-m", *FAST, "immunize=kappa,kapa"],
         ["-m", *FAST, "seeds=[0,0],[1,1]"],
         [*FAST, "dry_run=true"],
         ["-m", *FAST, "immunize=kappa,kappa_opt", "dry_run=true"],

@@ -33,8 +33,6 @@ def parts(*overrides):
         (["attacks.linear_probe.standardize=1"], "attacks.linear_probe.standardize"),
         (["eval.conditioning.groups=0"], "eval.conditioning.groups"),
         (["backbone.init=5"], "backbone.init"),
-        (["immunize.name=step"], "immunize.name"),
-        (["immunize.name=none"], "immunize.name"),
         (["eval.conditioning.name=norms"], "eval.conditioning.name"),
         (["+budget.horizn=1"], "budget.horizn"),
         (["budget.horizon=true"], "budget.horizon"),
