@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -36,16 +36,16 @@ _PATIENCE = timedelta(days=30)
 _GRACE_S = 3.0  # for another process to write why it ended
 
 
-class Executor(Protocol):
-    """Computes the stages of a run.
+class Executor:
+    """Computes the stages of a run in this process.
 
     Attributes:
         rank: number of this process; None in a run of one.
         is_main: whether this process records and prints.
     """
 
-    rank: int | None
-    is_main: bool
+    rank: int | None = None
+    is_main = True
 
     def map(
         self,
@@ -58,32 +58,14 @@ class Executor(Protocol):
         Args:
             shards: into how many parts a stage can be split; 0 for one that costs nothing.
         """
-
-    def cause(self, error: BaseException) -> BaseException:
-        """Return why the run ends: ``error``, or what happened in another process before."""
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the record's provenance says about the processes."""
-
-
-class SerialExecutor:
-    """Computes everything in this process."""
-
-    rank: int | None = None
-    is_main = True
-
-    def map(
-        self,
-        compute: Callable[[Cell], Result],
-        cells: Sequence[Cell],
-        shards: Callable[[Cell], int],
-    ) -> Iterable[Result]:
         return map(compute, cells)  # one after another, as they are asked for
 
     def cause(self, error: BaseException) -> BaseException:
+        """Return why the run ends: ``error``, or what happened in another process before."""
         return error
 
     def facts(self) -> dict[str, Any]:
+        """Return what the record's provenance says about the processes."""
         return {}
 
 
@@ -125,7 +107,7 @@ class ProcessStates:
         return json.loads(path.read_text())
 
 
-class DistributedExecutor:
+class DistributedExecutor(Executor):
     """Spreads stages over the processes that `lab.cluster.launch` started.
 
     Args:
@@ -146,7 +128,7 @@ class DistributedExecutor:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.rank: int | None = rank
+        self.rank = rank
         self.is_main = rank == 0
         self.team = Team(self.size, rank, None, check_every)
         self.patient = Team(self.size, rank, dist.new_group(backend="gloo", timeout=_PATIENCE))

@@ -25,7 +25,7 @@ from lab.core.provenance import provenance
 from lab.core.types import Scores
 from lab.runner.assemble import assemble, check_cases, check_groups
 from lab.runner.batch import relative
-from lab.runner.executors import Executor, SerialExecutor
+from lab.runner.executors import Executor
 from lab.runner.pipeline import Cell, Pipeline
 from lab.runner.plan import StagePlan
 from lab.tracking import Trackers
@@ -142,7 +142,7 @@ class Run:
 
     def __init__(self, cfg: DictConfig, folder: Path, executor: Executor | None = None) -> None:
         self.cfg, self.folder = cfg, folder
-        self.executor: Executor = executor or SerialExecutor()
+        self.executor = executor or Executor()
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None

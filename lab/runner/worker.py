@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
 from lab.runner.batch import interruptible
-from lab.runner.executors import DistributedExecutor, Executor, ProcessStates, SerialExecutor
+from lab.runner.executors import DistributedExecutor, Executor, ProcessStates
 from lab.runner.experiment import describe, run_once
 
 # seconds from the request to stop to the end by force, of a process that waits inside a device call
@@ -84,7 +84,7 @@ def take_device(cfg: DictConfig) -> None:
 def work(config: Path, rank: int, stopped: threading.Event) -> None:
     """Do this process's part of the run, and note how it ended."""
     states = ProcessStates(config.parent / "ranks")
-    executor: Executor = SerialExecutor()
+    executor = Executor()
     try:
         with interruptible():
             cfg = OmegaConf.load(config)
