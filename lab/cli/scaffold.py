@@ -29,7 +29,7 @@ def create(cfg: DictConfig) -> None:
     Raises:
         UserError: no such kind, a name that is no free module name, or files that exist.
     """
-    kind, name, folder = cfg.kind, str(cfg.name), Path(cfg.path or ".")
+    kind, name, folder = cfg.kind, str(cfg.name), Path(cfg.path or "own")
     if kind not in GROUPS:
         raise UserError("kind", kind, nearest(str(kind), GROUPS))
     if not any(word.startswith("name=") for word in HydraConfig.get().overrides.task):
