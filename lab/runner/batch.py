@@ -149,6 +149,9 @@ def discard(folder: Path) -> None:
     if folder == Path.cwd() or not folder.is_dir() or is_claimed(folder):
         return
     if {path.name for path in folder.iterdir()} <= TRACES:
+        for handler in list(logging.root.handlers):  # it would open its file at the next message
+            if getattr(handler, "baseFilename", None) == str(folder.resolve() / "run.log"):
+                logging.root.removeHandler(handler)
         shutil.rmtree(folder)
         if not relative(folder).is_absolute():
             with suppress(OSError):  # one of them holds other runs
