@@ -150,7 +150,7 @@ def discard(folder: Path) -> None:
         return
     if {path.name for path in folder.iterdir()} <= TRACES:
         for handler in list(logging.root.handlers):  # it would open its file at the next message
-            if getattr(handler, "baseFilename", None) == str(folder.resolve() / "run.log"):
+            if getattr(handler, "baseFilename", None) == os.path.abspath(folder / "run.log"):
                 logging.root.removeHandler(handler)
         shutil.rmtree(folder)
         if not relative(folder).is_absolute():
