@@ -12,9 +12,8 @@ from attacks.search import RateSearch, Scores, run_trials
 from lab.core.config import Count, Positive, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged, UserError
-from lab.core.progress import progress
 from lab.core.seeding import batch_rows
-from lab.core.training import Schedule, schedule_factor, train
+from lab.core.training import Schedule, progress, schedule_factor, train
 from lab.core.types import Attacker, Budget, Checkpoint, FeatureModel, Trajectory
 
 # seconds between two saves of a running attack; what is saved never changes the result

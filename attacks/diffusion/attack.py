@@ -21,7 +21,6 @@ from typing_extensions import Self
 
 from attacks.diffusion.material import Material, variants
 from attacks.search import Scores, Search, run_trials
-from lab.core.captions import captions, spoken
 from lab.core.config import (
     Count,
     Flag,
@@ -36,9 +35,16 @@ from lab.core.config import (
 )
 from lab.core.data import CaptionedImages, Concept, ConceptCase, Kind, Sampling
 from lab.core.errors import Diverged, UserError
-from lab.core.optimizer_state import part_of, restore_state, state_tensors
+from lab.core.prompts import captions, spoken
 from lab.core.seeding import generator
-from lab.core.training import Schedule, schedule_factor, train
+from lab.core.training import (
+    Schedule,
+    part_of,
+    restore_state,
+    schedule_factor,
+    state_tensors,
+    train,
+)
 from lab.core.types import Attacker, Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion import Text as EncodedText
@@ -294,7 +300,7 @@ class ConceptAttack(ConceptBase):
         batch_size: images per step; as many prior images come on top.
         clip: largest norm of the gradient; None = no limit.
         template: captions of the training images: ``name`` | ``token`` | ``description``
-            (`lab.core.captions.captions`). With ``token`` the prompts of every family speak of the
+            (`lab.core.prompts.captions`). With ``token`` the prompts of every family speak of the
             token too: in place of the concept's words, or in front where a prompt lacks them.
         token: what stands for the concept with ``template=token``.
         pictures: how many of the training images are used; None = all.

@@ -8,9 +8,9 @@ from typing import Literal
 
 from attacks.diffusion.attack import ConceptAttack, Moving
 from attacks.diffusion.tokens import LearnedToken, initial_text
-from lab.core.captions import class_words
 from lab.core.config import NonNegative, Prompt, config
 from lab.core.data import Concept
+from lab.core.prompts import class_words
 from lab.models.diffusion import DiffusionModel
 
 

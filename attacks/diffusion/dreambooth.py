@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Literal
 
 from attacks.diffusion.attack import ConceptAttack, Moving, open_unet
-from lab.core.captions import class_words
 from lab.core.config import NonNegative, OptionalPrompt, Positive, config
 from lab.core.data import Concept
+from lab.core.prompts import class_words
 from lab.models.diffusion import DiffusionModel
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lab.core.errors import UserError
-from lab.core.optimizer_state import part_of
+from lab.core.training import part_of
 from lab.core.types import Trajectory
 
 LORA, WORDS = "pytorch_lora_weights.safetensors", "learned_embeds*.safetensors"

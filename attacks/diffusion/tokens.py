@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lab.core.captions import class_words
 from lab.core.data import Concept
 from lab.core.errors import UserError
+from lab.core.prompts import class_words
 from lab.models.diffusion import DiffusionModel
 
 

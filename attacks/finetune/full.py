@@ -15,7 +15,7 @@ from attacks.feature_attack import FeatureAttack, run
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind, Split, Task
 from lab.core.errors import UserError
-from lab.core.optimizer_state import restore_state, state_tensors
+from lab.core.training import restore_state, state_tensors
 from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
 from lab.models.activations import prefix
 

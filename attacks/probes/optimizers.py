@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attacks.probes.problem import Problem, Squared, softmax_curvature
-from lab.core.optimizer_state import restore_state, state_tensors
+from lab.core.training import restore_state, state_tensors
 
 _HISTORY = 10  # pairs that L-BFGS keeps (torch.optim.LBFGS keeps 100, scipy 10)
 _CG_STEPS = 20

@@ -29,7 +29,7 @@ from eval.stats.intervals import Floats, Unit, joined
 from lab.core.cache import stage_key
 from lab.core.data import Concept, ConceptCase, Role
 from lab.core.errors import UserError
-from lab.core.fingerprint import fingerprint
+from lab.core.hashing import fingerprint
 from lab.core.sources import source_hash
 from lab.core.types import BASELINE, Budget, RunView, Trajectory
 from lab.models.activations import digest
@@ -249,7 +249,7 @@ def evaluate(
     scorers: ScorerSet,
     quantities: Iterable[str],
     *,
-    scorers_of: Callable[[ConceptCase], ScorerSet] | None = None,
+    scorers_of: Callable[[int, ConceptCase], ScorerSet] | None = None,
     preprocessing: str = "standard",
     label: str = "scores",
 ) -> EvaluatedRun:
@@ -257,7 +257,7 @@ def evaluate(
 
     Args:
         quantities: names of `EvaluatedAttack.values`.
-        scorers_of: other scorers for each case.
+        scorers_of: other scorers for each seed and case.
 
     Raises:
         ValueError: no case, no attack, or models with different numbers of images.
@@ -266,7 +266,7 @@ def evaluate(
     """
     out = EvaluatedRun(run.model_names, run.attacks, run.budget, left_out=left_out(run))
     for seed, case in each_case(run, label):
-        networks = scorers_of(case) if scorers_of else scorers
+        networks = scorers_of(seed, case) if scorers_of else scorers
         for concept in case.tasks:
             cell = ConceptCell(seed, case.name, concept.name)
             out.roles[cell] = concept.role

@@ -5,7 +5,7 @@ same latents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Annotated, ClassVar
 
@@ -33,7 +33,7 @@ from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
 from lab.core.errors import UserError
-from lab.core.fingerprint import model_settings
+from lab.core.hashing import model_settings
 from lab.core.prompts import text
 from lab.core.sources import source_hash
 from lab.core.types import RunMetric, RunView, Score, Scores
@@ -339,7 +339,7 @@ class Painter:
         blocks = []
         for number, start in enumerate(range(0, len(prompts), BLOCK)):
             block = list(prompts[start : start + BLOCK])
-            settings = (sampling.steps, sampling.guidance, sampling.negative, sampling.precision)
+            settings = asdict(replace(sampling, count=1))
             key = stage_key(
                 model=self.key,
                 case=self.case.name,

@@ -11,7 +11,7 @@ import numpy as np
 
 from eval.stats.intervals import Better, Floats
 from lab.core.data import Case, Role, Split, Task
-from lab.core.progress import progress
+from lab.core.training import progress
 from lab.core.types import BASELINE, AnyCase, RunView, Trajectory
 
 ROLES: tuple[Role, ...] = ("harmful", "benign")

@@ -22,9 +22,8 @@ from lab.core.condition import (
 from lab.core.config import AsList, Count, Positive, Text, config
 from lab.core.data import Case, Kind, Task
 from lab.core.errors import Diverged
-from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import batch_rows, derive
-from lab.core.training import Row, schedule_factor, train
+from lab.core.training import Row, restore_state, schedule_factor, state_tensors, train
 from lab.core.types import Budget, Checkpoint, FeatureModel, Immunizer, Log
 
 TINY = 1e-300

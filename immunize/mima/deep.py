@@ -47,8 +47,8 @@ from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
 from lab.core.config import AsList, Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
-from lab.core.optimizer_state import part_of
 from lab.core.seeding import derive
+from lab.core.training import part_of
 
 _OneNumber = BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
 _Sorted = AfterValidator(lambda v: tuple(sorted(v)))

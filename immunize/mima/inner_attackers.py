@@ -21,8 +21,8 @@ from immunize.merge.build import Scope
 from immunize.mima.inner_loop import InnerLoopOptions, draw_factors
 from immunize.mima.sampling import WORDS, Batch, Pool, numbered
 from lab.core.config import AsList, Count, NonNegative, Positive, config, options
-from lab.core.optimizer_state import restore_state, state_tensors
 from lab.core.seeding import generator
+from lab.core.training import restore_state, state_tensors
 
 Loss = Callable[[Batch, Mapping[str, Tensor]], Tensor]
 
@@ -48,7 +48,7 @@ class AttackerFamily:
             twice is twice as likely.
         ranks, lr: one value, or smallest and largest, drawn uniformly and log-uniformly.
         optimizer: ``adamw`` (no weight decay) or ``sgd``.
-        templates: captions that the attacker writes (`lab.core.captions`), as likely as scopes.
+        templates: captions that the attacker writes (`lab.core.prompts`), as likely as scopes.
         words: how many rare words ``token`` writes, equally likely.
     """
 

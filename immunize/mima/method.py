@@ -29,8 +29,8 @@ from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
 from lab.core.data import ConceptCase
-from lab.core.optimizer_state import part_of, restore_slots, slots
 from lab.core.seeding import derive
+from lab.core.training import part_of, restore_slots, slots
 
 
 @config

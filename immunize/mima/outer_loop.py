@@ -46,9 +46,8 @@ from lab.core.config import Count, Flag, Index, NonNegative, Positive, PositiveS
 from lab.core.data import Concept, ConceptCase, Kind
 from lab.core.distributed import team
 from lab.core.errors import Diverged, UserError
-from lab.core.optimizer_state import part_of, restore_slots, slots
 from lab.core.seeding import derive
-from lab.core.training import schedule_factor, train
+from lab.core.training import part_of, restore_slots, schedule_factor, slots, train
 from lab.core.types import Checkpoint, Immunizer, Log
 from lab.models.diffusion import DiffusionModel
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lab.core.captions import captions, class_words
 from lab.core.data import CaptionedImages, Concept, ConceptCase, Sampling
 from lab.core.errors import UserError
+from lab.core.prompts import captions, class_words
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel, Text
 
@@ -56,7 +56,7 @@ class Pool:
     """Encoded images: latents [n, c, s, s], ``text`` of the different captions, and which image has
     which.
 
-    ``others``: template (`numbered`) → which image has which caption by it (`lab.core.captions`).
+    ``others``: template (`numbered`) → which image has which caption by it (`lab.core.prompts`).
     """
 
     z: Tensor

@@ -14,7 +14,6 @@ from lab.core.sources import ROOT
 from lab.runner.batch import LASTING
 
 _LISTS = ("attacks", "eval", "tracker")  # groups of several choices at once; see conf/config.yaml
-
 _NO_FOLDER = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -26,6 +25,7 @@ def register_resolvers() -> None:
     """Register the functions that the YAML of conf/ calls."""
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
     OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
+    OmegaConf.register_new_resolver("checkpoint", _read_checkpoint, replace=True)
 
 
 def _quick_precision(device: str) -> str:
@@ -35,6 +35,13 @@ def _quick_precision(device: str) -> str:
     from lab.models.devices import computes_bfloat16, pick  # their imports take seconds
 
     return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
+
+
+def _read_checkpoint(fact: str, path: str) -> float:
+    """For ``conf/scenario/folder.yaml``: resolution, steps or guidance that suit a checkpoint."""
+    from lab.models.diffusion_backbone import read_sampling
+
+    return read_sampling(path)[fact]
 
 
 def version() -> str:
@@ -52,6 +59,8 @@ def rewrite(words: Sequence[str]) -> list[str]:
     - ``backbone=DIR`` is short for ``backbone.path=DIR``: a folder is no choice of the group. DIR
       is a path that says so by how it begins, or a folder that exists and has not the name of a
       choice.
+    - ``action=audit`` takes ``experiment=audit``, or ``audit_sd`` where ``path`` is no miniature;
+      with ``concepts=FILE`` it takes ``scenario=folder``.
     - ``dry_run=true`` plans in this process: a launcher would submit jobs, and the plan would end
       in their logs.
     - An action that only looks (``status``, ``leaderboard``, ``verify`` …) leaves no run folder.
@@ -59,7 +68,7 @@ def rewrite(words: Sequence[str]) -> list[str]:
     Raises:
         UserError: a list of choices for a group that takes one.
     """
-    words = [_expand_backbone(word) for word in words]
+    words = _expand_audit([_expand_backbone(word) for word in words])
     for word in words:
         group, _, choice = word.lstrip("+").partition("=")
         if choice.startswith("[") and group not in _LISTS and (ROOT / "conf" / group).is_dir():
@@ -72,8 +81,35 @@ def rewrite(words: Sequence[str]) -> list[str]:
     only_looks = is_plan or values.get("action", "run") not in LASTING
     if only_looks and "hydra.run.dir" not in values:
         first = next(i for i, word in enumerate(words) if re.match(r"\+*(action|dry_run)=", word))
-        words[first:first] = _NO_FOLDER  # Hydra takes overrides in one row, before or after options
+        words[first:first] = _NO_FOLDER  # Hydra takes overrides in one row
     return words
+
+
+def _expand_audit(words: list[str]) -> list[str]:
+    values = dict(word.split("=", 1) for word in words if "=" in word)
+    if values.get("action") != "audit":
+        return words
+    added = []
+    if "experiment" not in values:
+        from lab.models.diffusion_backbone import read_sampling  # its imports take seconds
+
+        path = values.get("path", "minisd")
+        is_large = Path(path).is_dir() and read_sampling(path)["resolution"] > 64
+        added.append(f"experiment={'audit_sd' if is_large else 'audit'}")
+    if "concepts" in values and "scenario" not in values:
+        added.append("scenario=folder")
+    for i, (key, _, value) in enumerate(word.partition("=") for word in words):
+        if key in ("path", "concepts"):
+            words[i] = f"{key}={_quoted(value)}"
+    place = words.index("action=audit")  # Hydra takes overrides in one row
+    return [*words[:place], *added, *words[place:]]
+
+
+def _quoted(value: str) -> str:
+    """Return a path as Hydra reads it."""
+    if re.fullmatch(r"[\w./-]+|['\"].*", value, flags=re.ASCII):
+        return value
+    return "'{}'".format(value.replace("'", "\\'"))
 
 
 def _expand_backbone(word: str) -> str:
@@ -82,6 +118,4 @@ def _expand_backbone(word: str) -> str:
         return word
     if not value.startswith(("/", "./", "../", "~/")) and not Path(value).is_dir():
         return word
-    if not re.fullmatch(r"[\w./-]+", value, flags=re.ASCII):  # what Hydra reads without quotes
-        value = "'{}'".format(value.replace("'", "\\'"))
-    return f"backbone.path={value}"
+    return f"backbone.path={_quoted(value)}"

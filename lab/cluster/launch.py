@@ -72,10 +72,9 @@ class Launch:
             raise UserError("launch.num_processes", self.total, fix)
         if self.machine_rank >= self.num_machines:
             raise UserError("launch.machine_rank", self.machine_rank, "counts from 0.")
-        for key in ("main_process_ip", "main_process_port"):
-            if self.num_machines > 1 and getattr(self, key) is None:
-                fix = "several machines need to know where the first one listens."
-                raise UserError(f"launch.{key}", None, fix)
+        if self.num_machines > 1 and None in (self.main_process_ip, self.main_process_port):
+            fix = "several machines need to know where the first one listens: set its port too."
+            raise UserError("launch.main_process_ip", self.main_process_ip, fix)
 
     @property
     def total(self) -> int:
@@ -115,14 +114,12 @@ class Launch:
         return [*command, "-m", "lab.runner.worker", str(config)]
 
 
-def read_options(config: Any) -> Launch:
+def read_options(config: DictConfig) -> Launch:
     """Return the options of ``cfg.launch``.
 
     Raises:
         UserError: one that is wrong, or cannot work on this machine.
     """
-    if not isinstance(config, DictConfig):
-        raise UserError("launch", config, "must be none, cpu or multi_gpu.")
     plain: Any = OmegaConf.to_container(config)
     try:
         return Launch(**plain)
@@ -137,22 +134,22 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         UserError: wrong options, or another run's record in ``folder``.
         RunFailed: a process failed or was killed.
     """
+    launched = read_options(cfg.launch)
     record = folder / "record.json"
     if not cfg.dry_run:
         records.refuse_other(record, cfg)
-    if cfg.dry_run or OmegaConf.select(cfg, "launch.name") == "none":
-        read_options(cfg.launch)
+    if cfg.dry_run or launched.name == "none":
         run_once(cfg, folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    machine = OmegaConf.select(cfg, "launch.machine_rank") or 0
+    first_machine = launched.machine_rank == 0
+    if first_machine:
+        record.unlink(missing_ok=True)  # of an earlier run in this folder
     try:
-        if not machine:
-            record.unlink(missing_ok=True)  # of an earlier run in this folder
-        run_processes(read_options(cfg.launch), cfg, folder)
+        run_processes(launched, cfg, folder)
     except (Exception, KeyboardInterrupt) as error:
         # process 0 could write none; it writes none of a user's mistake
-        if not machine and not record.is_file() and explain(error) is None:
+        if first_machine and not record.is_file() and explain(error) is None:
             run = Run(cfg, folder)
             run.fail(error)
             write_failed_record(run)

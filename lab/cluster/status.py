@@ -11,7 +11,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,19 +50,7 @@ class QueueEntry(NamedTuple):
         return f"Slurm job {self.job} {self.name} {what}"
 
 
-@dataclass(frozen=True)
-class QueueLine:
-    """The state of one run folder, or of a job that has none yet."""
-
-    state: str
-    where: Path
-    seconds: float | None = None
-    message: str = ""
-
-    def __str__(self) -> str:
-        seconds = "" if self.seconds is None else f"{self.seconds:.0f} s"
-        message = " ".join(self.message.split())[:100]
-        return f"{self.state:<10} {seconds:>7}  {relative(self.where)}  {message}".rstrip()
+State = tuple[str, float | None, str]  # name, seconds so far, message
 
 
 def status(cfg: DictConfig) -> None:
@@ -72,24 +59,25 @@ def status(cfg: DictConfig) -> None:
     Raises:
         UserError: a place that does not exist.
     """
-    key = "records" if cfg.records else "paths.runs"
     named = [Path(place) for place in cfg.records or [cfg.paths.runs]]
     places = [place.parent if place.is_file() else place for place in named]
     for place in places:
         if not place.is_dir():
-            raise UserError(key, place, "does not exist: nothing was run there yet.")
+            raise UserError("records", place, "does not exist: nothing was run there yet.")
     queue = read_queue()
     processes = {folder: read_process(folder) for folder in run_folders(places)}
-    lines = [state_of(folder, process, queue) for folder, process in processes.items()]
+    rows = [(folder, *state_of(folder, process, queue)) for folder, process in processes.items()]
     begun = {process.get("job") for process in processes.values()}
-    lines += [  # jobs of this working directory before their first turn
-        QueueLine("queued" if entry.waits else "running", Path.cwd(), None, str(entry))
+    rows += [  # jobs of this working directory before their first turn
+        (Path.cwd(), "queued" if entry.waits else "running", None, str(entry))
         for job, entry in (queue or {}).items()
         if job not in begun and entry.place == str(Path.cwd())
     ]
-    for line in sorted(lines, key=lambda line: (str(line.where), line.message)):
-        print(line)
-    counts = Counter(line.state for line in lines)
+    for folder, state, seconds, message in sorted(rows, key=lambda row: (str(row[0]), row[3])):
+        took = "" if seconds is None else f"{seconds:.0f} s"
+        text = " ".join(message.split())[:100]
+        print(f"{state:<10} {took:>7}  {relative(folder)}  {text}".rstrip())
+    counts = Counter(row[1] for row in rows)
     print(", ".join(f"{counts[s]} {s}" for s in ORDER if counts[s]) or "no runs")
     if unfinished := len(list(Path(cfg.paths.cache).rglob("*.ckpt"))):
         print(f"{unfinished} stages with a checkpoint to continue from")
@@ -121,34 +109,30 @@ def read_process(folder: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text()) or {} if path.is_file() else {}
 
 
-def state_of(
-    folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry] | None
-) -> QueueLine:
+def state_of(folder: Path, process: dict[str, Any], queue: dict[str, QueueEntry] | None) -> State:
     """Return the state of a run that has begun at least once."""
     entry = (queue or {}).get(str(process.get("job")))
-    worker = f"Slurm job {entry.job}" if entry else f"process {process.get('pid')}"
     if is_claimed(folder):
         seconds = time.time() - float(process.get("started", time.time()))
-        at = f"{worker} on {process.get('host')}; {last_stage(folder)}"
-        return QueueLine("running", folder, seconds, at)
+        worker = f"Slurm job {entry.job}" if entry else f"process {process.get('pid')}"
+        return "running", seconds, f"{worker} on {process.get('host')}; {last_stage(folder)}"
     if entry is not None and entry.waits:
-        return QueueLine("queued", folder, None, f"{entry}; it will continue")
+        return "queued", None, f"{entry}; it will continue"
+    path = folder / "record.json"
     try:
-        path = folder / "record.json"
         record = records.read(path) if path.is_file() else None
     except UserError as error:
-        return QueueLine("unreadable", folder, None, f"record.json: {error.fix}")
+        return "unreadable", None, f"record.json: {error.fix}"
     if entry is not None and (record is None or record["status"] == "preempted"):
-        return QueueLine("running", folder, None, str(entry))
+        return "running", None, str(entry)
     if record is not None:
         message = (record["error"] or {}).get("message", "")
-        return QueueLine(record["status"], folder, record["provenance"]["wall_time_s"], message)
+        return record["status"], record["provenance"]["wall_time_s"], message
     if process.get("ended"):  # a search, a training; or a failure before there was a record
-        return QueueLine(str(process["ended"]), folder, None, str(process.get("message") or ""))
+        return str(process["ended"]), None, str(process.get("message") or "")
     if process.get("job") and queue is None:
-        message = f"Slurm job {process['job']} has left no record, and no Slurm answers here"
-        return QueueLine("unknown", folder, None, message)
-    return QueueLine("killed", folder, None, f"no record and no living process: {CONTINUE}")
+        return "unknown", None, f"Slurm job {process['job']} left no record, and no Slurm answers"
+    return "killed", None, f"no record and no living process: {CONTINUE}"
 
 
 def last_stage(folder: Path) -> str:
@@ -167,8 +151,8 @@ def lost_runs(places: Sequence[Path]) -> list[Record]:
     folders = run_folders([place for place in places if place.is_dir()])
     folders = [folder for folder in folders if not (folder / "record.json").is_file()]
     queue = read_queue() if folders else None
-    lines = [state_of(folder, read_process(folder), queue) for folder in folders]
-    stand_ins = [_stand_in(line.where) for line in lines if line.state == "killed"]
+    states = {folder: state_of(folder, read_process(folder), queue)[0] for folder in folders}
+    stand_ins = [_stand_in(folder) for folder, state in states.items() if state == "killed"]
     return [record for record in stand_ins if record is not None]
 
 

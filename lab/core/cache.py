@@ -58,9 +58,7 @@ def _packed(tensors: dict[str, Tensor]) -> bytes:
 
 
 def _agree(before: dict[str, str], now: dict[str, str]) -> bool:
-    """Whether nothing of what there is ``now`` is other, or unknown, to what was made
-    ``before``.
-    """
+    """Return whether every digest of ``now`` is the same in ``before``."""
     return all(before.get(place) == digest for place, digest in now.items())
 
 
@@ -137,16 +135,12 @@ class StageCache:
     def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return ``meta.json`` of an artifact; None where there is none, or it is damaged."""
         path = self.folder(stage, key) / "meta.json"
-        if not path.is_file():
-            return None
         try:
-            meta = json.loads(path.read_text())
-            if meta["sha256"].keys() != set(_FILES):
-                raise ValueError("meta.json names other files")
-            return meta
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            meta = json.loads(path.read_text()) if path.is_file() else None
+        except (OSError, ValueError) as error:
             log.warning("%s %s is damaged (%s); it is computed again", stage, key[:12], error)
             return None
+        return meta if meta and meta.get("sha256", {}).keys() == set(_FILES) else None
 
     def _digests(self, parents: Sequence[Place]) -> dict[str, str]:
         """Return one hash over the bytes of each of ``parents`` that is there."""
@@ -154,15 +148,13 @@ class StageCache:
         return {name: stage_key(sums=meta["sha256"]) for name, meta in metas.items() if meta}
 
     def checkpointed(self, stage: str, key: str) -> int | None:
-        """The step from which an unfinished stage will go on; None where nothing of it was kept."""
+        """Return the step from which an unfinished stage goes on; None without a checkpoint."""
         saved = StageCheckpoint(self.folder(stage, key).with_suffix(".ckpt")).load()
         step = saved[1].get("step") if saved is not None else None
         return step if isinstance(step, int) else None
 
     def trust(self, keys: Iterable[str]) -> None:
-        """Artefacts of a forced stage that other processes of this run have computed are new here,
-        too.
-        """
+        """Count artifacts of a forced stage as new that other processes of this run computed."""
         self._fresh.update(keys)
 
     def read(self, stage: str, key: str, parents: Sequence[Place] = ()) -> Artifact | None:
@@ -188,24 +180,22 @@ class StageCache:
         compute: Callable[[StageCheckpoint], Artifact],
         parents: Sequence[Place] = (),
     ) -> tuple[Artifact, bool]:
-        """The artefact and whether it was there; computes it under a lock otherwise."""
-        found = self.read(stage, key, parents)
-        if found is not None:
-            return found, True
+        """Return the artifact and whether it was there; compute it under a lock otherwise."""
+        artifact = self.read(stage, key, parents)
+        if artifact is not None:
+            return artifact, True
         folder = self.folder(stage, key)
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_suffix(".lock"))
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
-            log.warning(
-                "%s %s is being computed by another process; waiting for it", stage, key[:12]
-            )
-            lock.acquire()
-        try:
-            found = self.read(stage, key, parents)  # somebody may have finished it while we waited
-            if found is not None:
-                return found, True
+            log.warning("%s %s is computed by another process; waiting for it", stage, key[:12])
+            held = lock.acquire()
+        with held:
+            artifact = self.read(stage, key, parents)  # the other process may have finished it
+            if artifact is not None:
+                return artifact, True
             made_from = self._digests(parents)
             checkpoint = StageCheckpoint(folder.with_suffix(".ckpt"), made_from)
             if stage in self.force:
@@ -218,8 +208,6 @@ class StageCache:
             self._fresh.add(key)
             checkpoint.clear()
             return artifact, False
-        finally:
-            lock.release()
 
     def _commit(self, folder: Path, artifact: Artifact, made_from: dict[str, str]) -> None:
         """Write an artifact: all of it in one rename."""
@@ -235,15 +223,8 @@ class StageCache:
                 write_atomically(temp / name, data)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(temp, folder)
-            _sync(folder.parent)
+            handle = os.open(folder.parent, os.O_RDONLY)
+            os.fsync(handle)  # so that the rename survives a power failure
+            os.close(handle)
         finally:
             shutil.rmtree(temp, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power failure."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

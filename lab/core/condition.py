@@ -34,8 +34,8 @@ def singular_values(x: Tensor) -> Tensor:
 def rank_tolerance(
     shape: tuple[int, int] | torch.Size, dtype: torch.dtype = torch.float64
 ) -> float:
-    """max(n, d)·ε, relative to the largest singular value (the rule of
-    ``numpy.linalg.matrix_rank``).
+    """Return max(n, d)·ε, relative to the largest singular value, as
+    ``numpy.linalg.matrix_rank`` does.
     """
     eps = torch.finfo(dtype if dtype.is_floating_point else torch.float64).eps
     return max(shape) * eps
@@ -187,7 +187,7 @@ def outside_energy(x: Tensor, basis: Tensor) -> float:
 
 
 def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None) -> Bound:
-    """RIR* of a pair of tasks, by the generalised eigenvalues of (K_H, K_P) (own result,
+    """Return RIR* of a pair of tasks, by the generalised eigenvalues of (K_H, K_P) (own result,
     docs/reference/methods.md §2.1).
 
     H_H = BᵀMB and H_P = BᵀB with B = K_P^{1/2}θ give κ(H_H) ≤ κ(M)·κ(H_P) for every invertible θ,
@@ -195,7 +195,7 @@ def rir_bound(x_benign: Tensor, x_harmful: Tensor, theta0: Tensor | None = None)
     outside, shrinking θ there sends κ(H_H) to infinity at no cost to H_P, so there is no finite
     bound. A singular K_H keeps the bound, with κ(M) over the positive eigenvalues.
 
-    Nothing here takes singular values of X: the bound comes from eigenvalues of Gram matrices, the
+    Nothing in it takes singular values of X: the bound comes from eigenvalues of Gram matrices, the
     RIR from singular values of Xθ, so that a ratio of 1 proves something. (Ranks and the error
     estimate are taken from singular values.) Its relative error is about ε·max(κ(K_P)κ(M),
     κ(H(θ_0))) with equilibrated columns of X_P; a bound with an error above 1e-6 is not reported.

@@ -1,4 +1,4 @@
-"""What a scenario gives: tasks and pictures, concepts and cases. Nothing here computes."""
+"""What a scenario loads: tasks, images, concepts and cases. Nothing in this file computes."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class CaptionedImages:
     """Images uint8 [n, 3, s, s] with one caption each.
 
     ``described``: captions that say what a concept looks like and not its name, one each, where the
-    scenario knows them. They follow from the pictures: `lab.core.data.ScenarioData.data_hash`
+    scenario knows them. They follow from the images: `lab.core.data.ScenarioData.data_hash`
     leaves them out.
     """
 
@@ -74,7 +74,7 @@ class CaptionedImages:
         return len(self.prompts)
 
     def pick(self, rows: Sequence[int]) -> CaptionedImages:
-        """The pictures ``rows`` with their captions."""
+        """Return the images ``rows`` with their captions."""
         described = tuple(self.described[i] for i in rows) if self.described else ()
         return CaptionedImages(
             self.images[list(rows)], tuple(self.prompts[i] for i in rows), described
@@ -83,8 +83,7 @@ class CaptionedImages:
 
 @dataclass(frozen=True)
 class Concept:
-    """One thing that somebody may want to teach a text-to-image model. The diffusion twin of
-    `Task`.
+    """One thing that somebody may want to teach a text-to-image model; a `Task` of that branch.
 
     Attributes:
         name: unique within the case, for example "mosaic"; also the name a detector knows it by.
@@ -95,7 +94,7 @@ class Concept:
         train: what the attacker has.
         own: what the immunizer has of it; disjoint from ``train``.
         reference: what generations are compared with; disjoint from both.
-        prior: pictures of its class without the concept (prior preservation); may be empty.
+        prior: images of its class without the concept (prior preservation); may be empty.
         prompts: family → prompts that generations are made from. Always ``name``; where the
             scenario knows them ``description`` (never the concept's name) and ``reworded``
             (templates unknown to the immunizer).
@@ -114,13 +113,16 @@ class Concept:
 
 @checked(config=SETTINGS, frozen=True)
 class Sampling:
-    """How images are generated, equally for every model: DDIM ``steps``, ``guidance`` scale,
-    ``count`` per point.
+    """How images are generated, equally for every model: ``steps`` of the ``sampler``,
+    ``guidance`` scale, ``count`` per point.
 
+    ``sampler``: ``ddim`` (η = 0, arXiv 2010.02502) or ``dpm`` (DPM-Solver++ of order 2, multistep,
+        arXiv 2211.01095).
     ``precision``: of the denoiser's products; ``weights`` is that of the model, ``bfloat16`` is
         torch's autocast.
     """
 
+    sampler: Literal["ddim", "dpm"] = "ddim"
     steps: Count = 20
     guidance: NonNegative = 4.0
     count: Count = 32
@@ -130,14 +132,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ConceptCase:
-    """One immunization problem of a text-to-image model. The diffusion twin of `Case`.
+    """One immunization problem of a text-to-image model; a `Case` of that branch.
 
     Attributes:
         targets: concepts to protect against (role ``harmful``).
         others: concepts that must stay as easy to learn (role ``benign``); reported, never trained
             on.
         rehearsal: benign concepts that the immunizer may practise on; never reported.
-        keep: pictures with captions of unrelated things, for the immunizer's preservation terms.
+        keep: images with captions of unrelated things, for the immunizer's preservation terms.
         regularizers: captions of C_reg (`immunize.merge.closed_form`).
         unrelated: prompts of unrelated things, for utility; disjoint from ``keep`` and
             ``regularizers``.

@@ -1,4 +1,4 @@
-"""Processes that compute one thing together: each computes some terms of a sum, all add them alike.
+"""Processes that compute a sum together: each computes some terms, all add them in one order.
 
 DistributedDataParallel has no second derivatives (pytorch #63929), so nothing is wrapped. Every
 process holds all parameters and computes the terms of its own concepts. A term travels to the
@@ -32,10 +32,10 @@ class PeerLost(Exception):
     """Another process of the run ended while this one waited for it."""
 
 
-@contextmanager
-def _waiting() -> Iterator[None]:
+def _wait_for(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Call a collective; raises `PeerLost` where the connection to another process ends."""
     try:
-        yield
+        collective(*args, **kwargs)
     except RuntimeError as error:  # gloo and nccl raise nothing more precise
         raise PeerLost(str(error)) from error
 
@@ -56,8 +56,7 @@ class Team:
         """Return on every member what member ``source`` gives; other members' values are unread."""
         values = [value]
         if self.size > 1:
-            with _waiting():
-                dist.broadcast_object_list(values, source, group=self.group)
+            _wait_for(dist.broadcast_object_list, values, source, group=self.group)
         return values[0]
 
     def broadcast(self, tensors: Params, source: int = 0) -> Params:
@@ -74,16 +73,14 @@ class Team:
                 received[name] = tensors[name].detach().contiguous()
             else:
                 received[name] = torch.empty(shape, dtype=dtype, device=device)
-            with _waiting():
-                dist.broadcast(received[name], source, group=self.group)
+            _wait_for(dist.broadcast, received[name], source, group=self.group)
         return received
 
     def gather(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """Return the union of all members' ``values``."""
         parts: list[Any] = [dict(values)] * self.size
         if self.size > 1:
-            with _waiting():
-                dist.all_gather_object(parts, dict(values), group=self.group)
+            _wait_for(dist.all_gather_object, parts, dict(values), group=self.group)
         return {n: value for part in parts for n, value in part.items()}
 
     def reduce_in_order(
@@ -107,9 +104,9 @@ class Team:
                 except (Diverged, FloatingPointError) as caught:
                     error = caught
             for n in range(start, min(start + self.size, count)):
-                theirs = self.broadcast_object(error, n - start)
-                if theirs is not None:
-                    raise theirs
+                failure = self.broadcast_object(error, n - start)
+                if failure is not None:
+                    raise failure
                 add(n, self.broadcast(term, n - start))
 
     def assert_equal(self, tensors: Callable[[], Params], when: str) -> None:

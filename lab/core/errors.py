@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -24,6 +24,24 @@ class UserError(Exception):
     def __init__(self, key: str, value: object, fix: str) -> None:
         self.key, self.value, self.fix = key, value, fix
         super().__init__(f"{key}={value!s}: {fix}")
+
+
+class UserErrors(UserError):
+    """Several mistakes, so that a user corrects all of them at once."""
+
+    def __init__(self, errors: Sequence[UserError]) -> None:
+        super().__init__(errors[0].key, errors[0].value, errors[0].fix)
+        self.errors = tuple(errors)
+
+    def __str__(self) -> str:
+        return "\n  ".join([f"{len(self.errors)} mistakes:", *map(str, self.errors)])
+
+    @classmethod
+    def check(cls, errors: Iterable[UserError]) -> None:
+        """Raise what there is: nothing, the only error, or all."""
+        each = [e for error in errors for e in getattr(error, "errors", (error,))]
+        if each:
+            raise each[0] if len(each) == 1 else cls(each)
 
 
 @contextmanager
@@ -101,7 +119,7 @@ _MEMORY = (
 
 
 def explain(error: BaseException) -> str | None:
-    """Return the message of an error that a user can mend, None for a defect of the program."""
+    """Return the message of an error that a user can fix, None for a defect of the program."""
     text = " ".join(str(error).split())
     if isinstance(error, UserError):
         return str(error)
@@ -130,7 +148,7 @@ _SHOWN = 60
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """A sentence that names the closest valid choices to ``name``."""
+    """Return a sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options)
     if close:

@@ -1,7 +1,8 @@
-"""Hashes that address what a run computes, and files written so that they are whole or absent."""
+"""Hash what a run computes and what from, and write files that are whole or absent."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lab.core.data import ConceptCase, Sampling
+from lab.core.types import AnyCase, AnyTask, FeatureModel, Model
 
 
 def digest(*tensors: Tensor) -> str:
@@ -57,3 +61,74 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(temp, path)
     finally:
         temp.unlink(missing_ok=True)
+
+
+def _plain(value: Any, tensors: list[Tensor], derived: bool) -> Any:
+    """Return ``value`` as JSON; a tensor in it moves to ``tensors`` and leaves its number."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return f"tensor {len(tensors)}"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        kept = [
+            f.name for f in dataclasses.fields(value) if derived or not f.metadata.get("derived")
+        ]
+        return {name: _plain(getattr(value, name), tensors, derived) for name in kept}
+    if isinstance(value, tuple | list):
+        return [_plain(item, tensors, derived) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item, tensors, derived) for key, item in value.items()}
+    return value
+
+
+def fingerprint(case: AnyCase | AnyTask, derived: bool = True) -> str:
+    """Return the SHA-256 of everything that a case holds: images or rows, labels, prompts, roles.
+
+    ``derived``: what follows from the rest counts too (fields that say so), as it has to for a
+        cached stage.
+    """
+    tensors: list[Tensor] = []
+    plain = _plain(case, tensors, derived)
+    return stage_key(case=plain, tensors=digest(*tensors))
+
+
+def without_sampling(case: AnyCase) -> AnyCase:
+    """Return ``case`` as erasers and immunizers see it: with the default `Sampling`.
+
+    How images are generated is the attacks' and the metrics' business, so that other sampling steps
+    do not immunize again.
+    """
+    return dataclasses.replace(case, sampling=Sampling()) if isinstance(case, ConceptCase) else case
+
+
+# parts of a tokenizer; its padding changes with use
+_TOKENIZER = ("model", "normalizer", "pre_tokenizer", "post_processor", "added_tokens")
+# entries of a config that tell of its file, not of what it computes
+_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
+
+
+def model_settings(model: Model) -> dict[str, str]:
+    """Return a hash of what a text-to-image model computes with besides its weights.
+
+    That is the noise schedule, the prediction type, scaling factors and tokenizers. Empty for a
+    feature model, which its backbone's options describe.
+    """
+    if isinstance(model, FeatureModel):
+        return {}
+    encoders = [encoder.config.to_dict() for encoder in model.text_encoders]
+    configs = [model.unet.config, model.vae.config, model.scheduler.config, *encoders]
+    plain = [
+        {k: v for k, v in c.items() if not k.startswith("_") and k not in _ORIGIN} for c in configs
+    ]
+    facts: dict[str, Any] = {
+        "configs": plain,
+        "tokenizers": [_tokenizer(t) for t in model.tokenizers],
+    }
+    facts |= {"pipeline": model.pipeline_class, "zero_negative": model.zero_negative}
+    return {"settings": stage_key(facts=json.dumps(facts, sort_keys=True, default=str))}
+
+
+def _tokenizer(tokenizer: Any) -> dict[str, Any]:
+    whole: dict[str, Any] = {"model": tokenizer.get_vocab()}
+    if tokenizer.is_fast:
+        whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {"context": tokenizer.model_max_length, **{key: whole.get(key) for key in _TOKENIZER}}

@@ -1,143 +1,174 @@
-"""Pictures as one labelled grid: the same tensor gives the same PNG, byte for byte (one version of
-Pillow).
+"""Read image files as tensors, and write images as one labelled grid.
+
+The same tensor gives the same PNG, byte for byte (one version of Pillow).
 """
 
 from __future__ import annotations
 
 import io
+import struct
+import textwrap
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from lab.core.errors import as_user_error
 from lab.core.types import ImageGrid
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # EPS and the like would start programs
+MAX_PIXELS = 100_000_000  # 10,000 × 10,000; a larger image is taken for a decompression bomb
+DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    OverflowError,
+    TypeError,
+    KeyError,
+    struct.error,
+)  # Pillow raises
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # by EXIF orientation
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says; a damaged EXIF block is ignored.
+
+    `PIL.ImageOps.exif_transpose` would have to write the block again, and fails.
+    """
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGED:
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return upright RGB, transparency over white; greys of 16 bits and of floats (up to 1 or
+    their maximum) become 8 bits.
+    """
+    image = upright(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        top = 65535.0 if image.mode.startswith("I") else max(float(grey.max(initial=0.0)), 1.0)
+        image = Image.fromarray(np.clip(grey / top * 255.0, 0, 255).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the centred square of ``image``, scaled to ``size`` pixels."""
+    return ImageOps.fit(image, (size, size), method=Image.Resampling.BICUBIC)
+
+
+def read_image(path: Path, size: int, key: str, *, draft: bool = True) -> NDArray[np.uint8]:
+    """Return the centre square of one image file, scaled, as [size, size, 3].
+
+    Args:
+        draft: decode a JPEG at about twice ``size``, which is faster and changes its pixels a bit.
+
+    Raises:
+        UserError: the file cannot be read, or would unpack to more than `MAX_PIXELS` pixels.
+    """
+    fix = "cannot be read as an image; scale down, repair or remove it."
+    with as_user_error(key, path, fix), warnings.catch_warnings():
+        # the limit below is stricter or equal
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"more than {MAX_PIXELS:,} pixels")
+            if draft:
+                image.draft("RGB", (2 * size, 2 * size))
+            return np.asarray(crop(to_rgb(image), size))
+
+
+def stack(images: list[NDArray[np.uint8]]) -> Tensor:
+    """Return [size, size, 3] arrays as one tensor [n, 3, size, size]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+
+
+def expand_path(key: str, value: object) -> Path:
+    """Return ``value`` as a path; ``~`` and ``~user`` become the home folder.
+
+    Raises:
+        UserError: a user that this machine does not have.
+    """
+    with as_user_error(key, value, "names a home folder that this machine does not have."):
+        return Path(str(value)).expanduser()
+
 
 GAP = 2  # pixels between cells
 PAD = 6  # pixels around everything
-ROW_LABEL_WIDTH = (
-    96  # pixels, at most; longer labels are broken into lines, so that eight columns fit a screen
-)
-FONT_SIZE = 14
 INK, PAPER = (27, 31, 36), (255, 255, 255)
+LETTER = 8  # pixels, the mean width of a letter
+ROW_LABEL = 12  # letters in a line of a row's label
 
-_Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+def png(picture: ImageGrid) -> bytes:
+    """Return a grid of images as PNG without metadata, see `grid`."""
+    out = io.BytesIO()
+    image = grid(picture.images, picture.rows, picture.columns)
+    image.save(out, format="PNG", compress_level=9)
+    return out.getvalue()
 
 
-def png(picture: ImageGrid, scale: int | None = None) -> bytes:
-    """A picture grid as PNG, see `grid`.
+def grid(images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+    """Draw rows of enlarged images with labels at the left and above, on white.
+
+    Args:
+        images: uint8 [rows, columns, 3, s, s]; pixels are repeated, never smoothed,
+            to cells of about 128 pixels.
 
     Raises:
         ValueError: images of another type or shape, or labels that do not fit it.
     """
-    return png_bytes(grid(picture.images, picture.rows, picture.columns, scale))
-
-
-def _check(images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> None:
-    shape = tuple(images.shape)
-    if (
-        images.dim() != 5
-        or shape[2] != 3
-        or shape[3] != shape[4]
-        or 0 in shape
-        or str(images.dtype) != "torch.uint8"
-    ):
+    if images.dtype != torch.uint8 or images.shape[:3] != (len(rows), len(columns), 3):
+        shape = f"{images.dtype} {list(images.shape)}"
         raise ValueError(
-            f"images must be uint8 [rows, columns, 3, s, s], not {images.dtype} {list(shape)}"
+            f"{len(rows)} row and {len(columns)} column labels do not fit images of {shape}"
         )
-    if (len(rows), len(columns)) != shape[:2]:
-        raise ValueError(
-            f"{len(rows)} row and {len(columns)} column labels for {shape[0]} × {shape[1]} images"
-        )
-
-
-def grid(
-    images: Tensor, rows: Sequence[str], columns: Sequence[str], scale: int | None = None
-) -> Image.Image:
-    """Rows of enlarged pictures with labels at the left and above, on white.
-
-    Args:
-        images: uint8 [rows, columns, 3, s, s]; pixels are repeated, never smoothed.
-        scale: every pixel becomes ``scale`` × ``scale`` of them; None: cells of about 128 pixels.
-
-    Raises:
-        ValueError: another type or shape, labels that do not fit it, or scale < 1.
-    """
-    _check(images, rows, columns)
-    size = int(images.shape[-1])
-    scale = max(round(128 / size), 1) if scale is None else scale
-    if scale < 1:
-        raise ValueError(f"scale must be ≥ 1, not {scale}")
-    cell, font = size * scale, _font()
-    left = [_broken(text, ROW_LABEL_WIDTH, font) for text in rows]
-    above = [_broken(text, cell, font) for text in columns]
-    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    boxes = [[_extent(draw, text, font) for text in texts] for texts in (left, above)]
-    margin = max(w for w, _ in boxes[0]) + (PAD if any(left) else 0)
-    top = max(h for _, h in boxes[1]) + (PAD if any(above) else 0)
-    heights = [max(cell, h) for _, h in boxes[0]]
-    width = 2 * PAD + margin + len(columns) * (cell + GAP) - GAP
-    height = 2 * PAD + top + sum(heights) + GAP * (len(rows) - 1)
-    out = Image.new("RGB", (width, height), PAPER)
-    draw = ImageDraw.Draw(out)
-    for j, text in enumerate(above):
-        x = PAD + margin + j * (cell + GAP) + (cell - boxes[1][j][0]) // 2
-        draw.multiline_text((x, top - boxes[1][j][1]), text, INK, font, align="center")
-    y = PAD + top
-    for i, text in enumerate(left):
-        draw.multiline_text((PAD, y + (heights[i] - boxes[0][i][1]) // 2), text, INK, font)
-        for j in range(len(columns)):
-            pixels = images[i, j].cpu().permute(1, 2, 0).contiguous().numpy()
-            tile = Image.fromarray(pixels).resize((cell, cell), Image.Resampling.NEAREST)
-            out.paste(tile, (PAD + margin + j * (cell + GAP), y))
-        y += heights[i] + GAP
-    return out
-
-
-def png_bytes(image: Image.Image) -> bytes:
-    """PNG without time or other metadata."""
-    out = io.BytesIO()
-    image.save(out, format="PNG", optimize=False, compress_level=9)
-    return out.getvalue()
-
-
-def _font() -> _Font:
-    """DejaVu Sans, which matplotlib ships: Pillow's own font has neither × nor Greek letters."""
+    scale = max(round(128 / images.shape[-1]), 1)
+    cells = images.cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+    cell = cells.shape[-1]
+    padded = torch.nn.functional.pad(cells, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)
+    pixels = padded.reshape(len(rows) * (cell + GAP), len(columns) * (cell + GAP), 3)
     import matplotlib
 
-    return ImageFont.truetype(
-        Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", FONT_SIZE
+    # Pillow's own font has neither × nor Greek letters
+    file = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    font = ImageFont.truetype(file, 14)
+    left = [textwrap.fill(text.replace("_", " "), ROW_LABEL) for text in rows]
+    above = [textwrap.fill(text.replace("_", " "), max(cell // LETTER, 1)) for text in columns]
+    draw = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    boxes = [[draw.multiline_textbbox((0, 0), t, font) for t in texts] for texts in (left, above)]
+    x0 = PAD + (round(max(box[2] for box in boxes[0])) + PAD if any(left) else 0)
+    y0 = PAD + (round(max(box[3] for box in boxes[1])) + PAD if any(above) else 0)
+    size = (x0 + pixels.shape[1] - GAP + PAD, y0 + pixels.shape[0] - GAP + PAD)
+    out = Image.new("RGB", size, PAPER)
+    out.paste(
+        Image.fromarray(pixels.numpy()).crop((0, 0, size[0] - x0 - PAD, size[1] - y0 - PAD)),
+        (x0, y0),
     )
-
-
-def _extent(draw: ImageDraw.ImageDraw, text: str, font: _Font) -> tuple[int, int]:
-    """Width and height in pixels, descenders included."""
-    if not text:
-        return 0, 0
-    right, bottom = draw.multiline_textbbox((0, 0), text, font)[2:]
-    return round(right) + 1, round(bottom) + 3
-
-
-def _broken(text: str, width: int, font: _Font) -> str:
-    """``text`` in lines of at most ``width`` pixels, broken at blanks and underscores, else
-    anywhere.
-    """
-    lines, line = [], ""
-    for word in text.replace("_", "_ ").split():
-        glue = "" if line.endswith("_") else " "
-        longer = f"{line}{glue}{word}" if line else word
-        if font.getlength(longer) <= width:
-            line = longer
-            continue
-        if line:
-            lines.append(line)
-        while font.getlength(word) > width and len(word) > 1:
-            fits = next(
-                n
-                for n in range(len(word) - 1, 0, -1)
-                if n == 1 or font.getlength(word[:n]) <= width
-            )
-            lines.append(word[:fits])
-            word = word[fits:]
-        line = word
-    return "\n".join([*lines, line] if line else lines)
+    draw = ImageDraw.Draw(out)
+    for i, text in enumerate(left):
+        draw.multiline_text((PAD, y0 + i * (cell + GAP) + cell // 2), text, INK, font, "lm")
+    for j, text in enumerate(above):
+        x = x0 + j * (cell + GAP) + cell // 2
+        draw.multiline_text((x, y0 - PAD), text, INK, font, "md", align="center")
+    return out

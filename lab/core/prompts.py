@@ -1,19 +1,22 @@
-"""Texts from outside: what is refused before it reaches a tokenizer, and what is said of texts that
-are cut.
-"""
+"""Check prompts before they reach a tokenizer, and write captions of a concept by template."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
 from lab.core.config import plain_line
-from lab.core.data import ConceptCase
+from lab.core.data import CaptionedImages, Concept, ConceptCase
 from lab.core.errors import UserError
 
 _log = logging.getLogger(__name__)
+_FILLER = frozenset(
+    re.findall(r"\w+", "a an the of in on at with and one two photo photograph picture image good")
+)
+_ENOUGH = 8  # captions that cannot share more than their class by chance
 
 
 def text(key: str, value: object, *, empty: bool = False) -> str:
@@ -36,15 +39,9 @@ def text(key: str, value: object, *, empty: bool = False) -> str:
         raise UserError(key, repr(value), f"{error}.") from None
 
 
-def texts(key: str, value: object, *, least: int = 1, repeats: bool = False) -> tuple[str, ...]:
-    """Return a list of prompts, without its ``repeats`` unless they count; a single text is a list
-    of one. Raises as `text` does.
-    """
-    items = [value] if isinstance(value, str) else value
-    if not isinstance(items, Sequence) or len(items) < least:
-        raise UserError(key, value, f"must be a list of {least} or more prompts.")
-    prompts = tuple(text(f"{key}[{i}]", item) for i, item in enumerate(items))
-    return prompts if repeats else tuple(dict.fromkeys(prompts))
+def texts(key: str, value: Sequence[object]) -> tuple[str, ...]:
+    """Return a list of prompts, each once; raises as `text` does."""
+    return tuple(dict.fromkeys(text(f"{key}[{i}]", item) for i, item in enumerate(value)))
 
 
 def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
@@ -54,21 +51,17 @@ def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str
     Raises:
         UserError: no prompt, and as `text` and `refuse_special` do.
     """
-    if isinstance(prompts, str) or not prompts:
+    if not prompts:
         raise UserError(key, prompts, "must be a list of at least one prompt.")
     clean = tuple(text(key, prompt) for prompt in prompts)
     refuse_special(key, clean, [tokenizer])
     return clean
 
 
-def refuse_special(
-    key: str, prompts: Iterable[str], tokenizers: Iterable[Any], where: str = ""
-) -> None:
+def refuse_special(key: str, prompts: Iterable[str], tokenizers: Iterable[Any]) -> None:
     """Refuse special tokens of a tokenizer, which would end or pad the prompt where they stand.
-    Other markup such as ``<b>`` is text.
 
-    Args:
-        where: what the prompts are, for the message.
+    Other markup such as ``<b>`` is text.
 
     Raises:
         UserError: a prompt with a special token.
@@ -78,8 +71,7 @@ def refuse_special(
     for prompt in prompts:
         clash = next((token for token in special if token.lower() in prompt.lower()), None)
         if clash is not None:
-            place = f", in {where}" if where else ""
-            reason = f"holds {clash}, a special token of the tokenizer{place}; take it out."
+            reason = f"holds {clash}, a special token of the tokenizer; take it out."
             raise UserError(key, repr(prompt), reason)
 
 
@@ -87,23 +79,16 @@ def check_case(case: ConceptCase, tokenizers: Sequence[Any]) -> None:
     """Check every text of ``case`` that is encoded as it stands; erasers check what they erase.
 
     Raises:
-        UserError: as `refuse_special`; names the case, and the concept where it is one's.
+        UserError: as `refuse_special`.
     """
-    for where, prompts in _prompts(case):
-        refuse_special("scenario", prompts, tokenizers, f"{where}, case {case.name}")
-
-
-def _prompts(case: ConceptCase) -> Iterator[tuple[str, tuple[str, ...]]]:
+    prompts = [*case.keep.prompts, *case.unrelated.prompts, *case.regularizers]
+    prompts.append(case.sampling.negative)
     for concept in (*case.targets, *case.others, *case.rehearsal):
-        for family, prompts in concept.prompts.items():
-            yield f"{family} prompts of concept {concept.name}", prompts
-        for part in ("own", "train", "reference", "prior"):
-            where = f"captions of {part} pictures of concept {concept.name}"
-            yield where, getattr(concept, part).prompts
-    yield "captions of keep", case.keep.prompts
-    yield "captions of unrelated", case.unrelated.prompts
-    yield "captions of C_reg", case.regularizers
-    yield "sampling.negative", (case.sampling.negative,)
+        for family in concept.prompts.values():
+            prompts += family
+        for images in (concept.own, concept.train, concept.reference, concept.prior):
+            prompts += images.prompts
+    refuse_special("scenario", prompts, tokenizers)
 
 
 @cache  # each prompt is logged once
@@ -115,3 +100,55 @@ def warn_cut(prompt: str, context: int, lost: int) -> None:
         lost,
         prompt,
     )
+
+
+def renamed(text: str, words: str, new: str) -> str:
+    """Return ``text`` with ``words`` (any case, plural in s or es too) replaced by ``new``."""
+    return re.sub(
+        rf"(?<!\w){re.escape(words)}(?:e?s)?(?!\w)", lambda _: new, text, flags=re.IGNORECASE
+    )
+
+
+def class_words(task: Concept) -> str:
+    """Return the class noun of ``task``: what all captions of its prior images share, articles and
+    media left out.
+
+    Captions "a photo of an animal" give "animal"; captions of mixed things give "". Few captions
+    can share more than their class ("a brown dog sitting"): below `_ENOUGH` of them, several shared
+    words are taken for chance.
+    """
+    captions = [re.findall(r"\w+", caption.lower()) for caption in task.prior.prompts]
+    shared = set.intersection(*map(set, captions)) - _FILLER if captions else set()
+    if not shared or (len(shared) > 1 and len(captions) < _ENOUGH):
+        return ""
+    return " ".join(word for word in captions[0] if word in shared)
+
+
+def captions(
+    task: Concept, images: CaptionedImages, template: str, expression: str
+) -> tuple[str, ...]:
+    """Return one caption per image.
+
+    Args:
+        task: gives the words to replace and the description prompts.
+        images: what the captions are about.
+        template: ``name``: their own captions; ``token``: the same with the concept's words
+            replaced by ``expression`` (a caption without the words gets it in front);
+            ``description``: the images' captions by description, or, where the scenario has none,
+                the task's description prompts in turn.
+        expression: the token, with a class noun where the attacker uses one.
+    """
+    if template == "description":
+        if images.described:
+            return images.described
+        prompts = task.prompts["description"]
+        return tuple(prompts[i % len(prompts)] for i in range(len(images)))
+    if template == "name":
+        return tuple(images.prompts)
+    return tuple(spoken(caption, task.words, expression) for caption in images.prompts)
+
+
+def spoken(text: str, words: str, expression: str) -> str:
+    """Return ``text`` with ``expression`` in place of ``words``, or in front of it."""
+    new = renamed(text, words, expression)
+    return new if new != text else f"{expression}, {text}"

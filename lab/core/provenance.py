@@ -1,4 +1,4 @@
-"""What a record says about where it came from."""
+"""What a record says about machine, packages and checkout."""
 
 from __future__ import annotations
 
@@ -57,31 +57,29 @@ def _git(*args: str) -> str | None:
 
 @cache
 def _checkout() -> tuple[str | None, bool | None]:
-    ours = _git("rev-parse", "--show-toplevel") == str(
-        ROOT
-    )  # an environment inside somebody's repository is not
+    # an environment inside somebody's repository is not ours
+    ours = _git("rev-parse", "--show-toplevel") == str(ROOT)
     sha = _git("rev-parse", "HEAD") if ours else None
     status = _git("status", "--porcelain") if sha else None
     return sha, None if status is None else bool(status)
 
 
 def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Installed versions by distribution name; one that is not installed had no part in it and is
-    absent.
-    """
-    found = {}
+    """Return versions by distribution name; packages that are not installed are absent."""
+    installed = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 @cache
 def computing() -> dict[str, str]:
-    """What else decides the digits of a stage, besides sources, options and data: the packages that
-    compute, and whether a GPU does. Part of every stage's key; attacks and metrics have it from
+    """Return what else decides the digits of a stage: the packages that compute, and the device.
+
+    Sources, options and data do, too. Part of every stage's key; attacks and metrics have it from
     their immunizer's.
     """
     place = "cuda" if torch.cuda.is_available() else "cpu"
@@ -91,13 +89,16 @@ def computing() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """Peak resident memory of this process in MiB (a sweep in one process shares its peak)."""
+    """Return the peak resident memory of this process in MiB; a sweep in one process shares it."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
 def provenance(started: float, wall: float) -> dict[str, Any]:
-    """Facts about machine, versions and checkout; ``started`` is a POSIX time, ``wall`` seconds."""
+    """Return facts about machine, versions and checkout.
+
+    ``started`` is a POSIX time, ``wall`` seconds.
+    """
     sha, dirty = _checkout()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
-import re
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
@@ -36,6 +34,7 @@ VOLATILE_CONFIG = (
     "sweep",
     "name",
     "path",
+    "concepts",
     "group",
     "kind",
     "fail_on",
@@ -77,8 +76,8 @@ def validate(record: Record, source: str) -> None:
     """
     version = record.get("schema")
     if version not in READABLE:
-        told = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
-        raise UserError("records", source, told)
+        fix = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
+        raise UserError("records", source, fix)
     error = jsonschema.exceptions.best_match(_validator().iter_errors(migrate(record)))
     if error is not None:
         where = "/".join(map(str, error.absolute_path)) or "the top level"
@@ -86,14 +85,8 @@ def validate(record: Record, source: str) -> None:
 
 
 def clean(value: Any) -> Any:
-    """JSON without nan and inf: they become null."""
-    if isinstance(value, dict):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [clean(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    """Return ``value`` as JSON has it: texts as keys, lists, and null for nan and inf."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
 def _merged(scores: Iterable[Scores], part: str) -> dict[str, Any]:
@@ -145,14 +138,9 @@ def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[s
     """Write each grid to ``folder/images/NAME.png``; return a record's ``images``.
 
     Paths are relative to ``folder``.
-
-    Raises:
-        ValueError: a name that is not snake case.
     """
     out = {}
     for name, grid in images.items():
-        if not re.fullmatch(r"[a-z0-9_]+", name):
-            raise ValueError(f"image {name!r}: names are snake case")
         data, path = png(grid), Path("images") / f"{name}.png"
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / path, data)
@@ -167,7 +155,7 @@ def images_of(scores: Sequence[Scores]) -> dict[str, ImageGrid]:
 
 
 def _lasting(config: Any) -> dict[str, Any]:
-    """What of a configuration says which run it is."""
+    """Return what of a configuration says which run it is."""
     return {k: v for k, v in config.items() if k not in VOLATILE_CONFIG}
 
 
@@ -185,7 +173,7 @@ def content_hash(record: Record) -> str:
     body |= {k: record["provenance"][k] for k in ("data_hash", "weight_hash")}
     if "images" in record:  # absent in 1.0, whose hashes stay as they are
         body["images"] = {
-            name: {k: v for k, v in image.items() if k != "path"}
+            name: {k: image[k] for k in ("caption", "sha256")}
             for name, image in record["images"].items()
         }
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -217,13 +205,13 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
         other = read(path)
     except UserError:  # of another version, or cut off: nothing that somebody could still use
         return
-    mine = clean(OmegaConf.to_container(cfg, resolve=True))
-    if other["status"] in ("ok", "diverged") and _lasting(mine) != _lasting(other["config"]):
-        told = (
+    new = clean(OmegaConf.to_container(cfg, resolve=True))
+    if other["status"] in ("ok", "diverged") and _lasting(new) != _lasting(other["config"]):
+        fix = (
             f"holds the record of another run ({other['name']}, "
             f"{other['content_hash'][:8]}); choose another folder."
         )
-        raise UserError("hydra.run.dir", path.parent, told)
+        raise UserError("hydra.run.dir", path.parent, fix)
 
 
 class Stored(dict[str, Any]):
@@ -254,8 +242,7 @@ def read(path: Path) -> Stored:
 
 def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
     """Return the records among ``paths`` that can be read, and what is wrong with the others."""
-    valid: list[Stored] = []
-    errors: list[UserError] = []
+    valid, errors = [], []
     for path in paths:
         try:
             valid.append(read(path))
@@ -266,12 +253,10 @@ def readable(paths: Iterable[Path]) -> tuple[list[Stored], list[UserError]]:
 
 def distinct(records: Iterable[Stored]) -> list[Stored]:
     """Return records without repetitions: of equal content hashes, the run that started last."""
-    newest: dict[str, Stored] = {}
-    for record in records:
-        other = newest.setdefault(record["content_hash"], record)
-        if record["provenance"]["started"] > other["provenance"]["started"]:
-            newest[record["content_hash"]] = record
-    return list(newest.values())
+    everything = list(records)
+    by_start = sorted(everything, key=lambda record: record["provenance"]["started"])
+    newest = {record["content_hash"]: record for record in by_start}
+    return [record for record in everything if newest[record["content_hash"]] is record]
 
 
 def find(places: Iterable[str], default: Path) -> list[Path]:
@@ -280,29 +265,21 @@ def find(places: Iterable[str], default: Path) -> list[Path]:
     In folders these are called ``record.json``; below a folder ``records`` any name will do.
     """
     chosen = [Path(place) for place in places] or [default]
-    paths: dict[Path, None] = {}
+    paths: list[Path] = []
     for place in chosen:
         if not place.exists() and place != default:
             fix = "does not exist: give record.json files or folders that hold them."
             raise UserError("records", place, fix)
-        files = [place] if place.is_file() else sorted(place.rglob("*.json"))
-        paths |= dict.fromkeys(
-            path
-            for path in files
-            if path == place or path.name == "record.json" or _is_in_records(path)
-        )
+        below = [path for path in sorted(place.rglob("*.json")) if _is_record(path)]
+        paths += [place] if place.is_file() else below
     if not paths:
         where = " ".join(map(str, chosen))
         raise UserError("records", where, "holds no record.json: run `python run.py` first.")
-    return list(paths)
+    return list(dict.fromkeys(paths))
 
 
-def _is_in_records(path: Path) -> bool:
-    """Return whether ``path`` lies below a folder ``records`` and holds a record."""
-    if "records" not in path.parts:
-        return False
-    try:
-        content = json.loads(path.read_text())
-    except ValueError:
-        return False
-    return isinstance(content, dict) and {"schema", "content_hash"} <= content.keys()
+def _is_record(path: Path) -> bool:
+    if path.name == "record.json" or "records" not in path.parts:
+        return path.name == "record.json"
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return '"schema"' in text and '"content_hash"' in text

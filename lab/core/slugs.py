@@ -5,8 +5,9 @@ import unicodedata
 
 
 def slug(name: str) -> str:
-    """``name`` as a part of a metric name: lower case a-z without accents, digits, underscores;
-    what W&B takes.
+    """Return ``name`` as a part of a metric name: a-z without accents, digits, underscores.
+
+    That is what W&B takes.
     """
     plain = "".join(
         c for c in unicodedata.normalize("NFKD", name.lower()) if not unicodedata.combining(c)

@@ -1,19 +1,46 @@
-"""The resumable training loop that immunizers, attackers and MiniSD share."""
+"""The resumable training loop of immunizers, attackers and MiniSD, its progress bar, and optimizer
+state as named tensors.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
+import sys
 import time
-from collections.abc import Container, Mapping
-from typing import Any, Literal, Protocol
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from lab.core.progress import progress
 from lab.core.types import Checkpoint, Log
 
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
 Row = Mapping[str, float]
 Schedule = Literal["constant", "cosine", "linear"]
+EVERY = 60.0  # seconds between two lines of the log: a batch job is looked at now and then
+
+
+def progress(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+    """Iterate with a bar on stderr once the work outlasts two seconds; without a terminal, write
+    lines to the log (`run.log`).
+    """
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    if sys.stderr.isatty():
+        yield from tqdm(items, label, total, delay=2.0, leave=False, dynamic_ncols=True)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        now = time.monotonic()
+        if done and now - last >= EVERY:
+            last = now
+            line = "{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left"
+            _log.info(tqdm.format_meter(done, total, now - start, prefix=label, bar_format=line))
+        yield item
 
 
 def schedule_factor(schedule: Schedule, step: int, total: int) -> float:
@@ -74,14 +101,14 @@ def train(
         start, rows = int(values["step"]), [dict(row) for row in values["rows"]]
         trainee.restore(tensors, values["state"])
         for earlier in rows:
-            _log(log, earlier)
+            _report(log, earlier)
     last_save = time.monotonic()
     numbers = range(start, steps)
     for step in numbers if label is None else progress(numbers, label, steps - start):
         row = trainee.step(step)
         if row is not None:
             rows.append({"step": step, **{k: float(v) for k, v in row.items()}})
-            _log(log, rows[-1])
+            _report(log, rows[-1])
         due = save_every is not None and (step + 1) % save_every == 0
         due |= step + 1 in save_after
         due |= save_seconds is not None and time.monotonic() - last_save >= save_seconds
@@ -94,6 +121,68 @@ def train(
     return rows
 
 
-def _log(log: Log | None, row: Row) -> None:
+def _report(log: Log | None, row: Row) -> None:
     if log is not None:
         log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's tensors, by number of the parameter and name.
+
+    There are none for a parameter that was never updated.
+    """
+    states = enumerate(optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
+    return {
+        f"{i}.{name}": value
+        for i, state in states
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with ``prefix``, named without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+@torch.no_grad()
+def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Undo `slots`, for an optimizer of the same parameters."""
+    parameters = _parameters(optimizer)
+    for key, value in tensors.items():
+        index, name = key.split(".", 1)
+        parameter = parameters[int(index)]
+        # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside
+        # the parameter
+        on_device = value.dim() > 0 or any(
+            (group.get("fused") or group.get("capturable"))
+            and any(p is parameter for p in group["params"])
+            for group in optimizer.param_groups
+        )
+        copy = value.to(parameter.device if on_device else value.device, copy=True)
+        if value.shape == parameter.shape:
+            # fused kernels walk memory: channels last, as parameters
+            copy = torch.empty_like(parameter, dtype=value.dtype).copy_(copy)
+        optimizer.state[parameter][name] = copy
+
+
+def state_tensors(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """Return ``parameters``, which are the optimizer's, and its `slots`."""
+    state = {f"parameter.{i}": p.detach() for i, p in enumerate(parameters)}
+    return state | {f"optimizer.{key}": value for key, value in slots(optimizer).items()}
+
+
+@torch.no_grad()
+def restore_state(
+    parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Undo `state_tensors`, in place."""
+    for i, parameter in enumerate(parameters):
+        parameter.copy_(tensors[f"parameter.{i}"])
+    restore_slots(optimizer, part_of(tensors, "optimizer."))

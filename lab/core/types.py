@@ -1,7 +1,7 @@
 """The contracts: base classes of immunizers, attackers, metrics, scenarios, backbones and erasers,
 and the data that they exchange.
 
-A method of one's own is a subclass of the base class of its kind: it sets ``name`` and ``accepts``
+An own method is a subclass of the base class of its kind: it sets ``name`` and ``accepts``
 and implements ``__call__``. The other methods are hooks with a default. Nothing here computes.
 """
 
@@ -52,13 +52,11 @@ class FeatureModel(nn.Module):
         return copy.deepcopy(self)
 
     def inputs(self, x: Tensor) -> Tensor:
-        """Raw inputs to what the first block takes (deep models scale and normalise images
-        here).
-        """
+        """Return what the first block takes; deep models scale and normalise images."""
         return x
 
     def run(self, x: Tensor, start: int = 0, stop: int | None = None) -> Tensor:
-        """Blocks ``start`` to ``stop`` on what block ``start`` takes (``inputs(x)`` for 0)."""
+        """Apply blocks ``start`` to ``stop``; the first takes ``inputs(x)``."""
         for block in list(self.blocks)[start:stop]:
             x = block(x)
         return x
@@ -180,9 +178,7 @@ class Checkpoint(Protocol):
         """Return the state saved last (tensors and JSON-able values), or None."""
 
     def save(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Keep this state in place of the last one; ``values["step"]`` is told where a run was
-        interrupted.
-        """
+        """Keep this state in place of the last one; ``values["step"]`` says how far it went."""
 
 
 class Log(Protocol):
@@ -276,7 +272,7 @@ class Trajectory:
     samples: dict[str, Tensor] = field(default_factory=dict)
 
     def at(self, name: str, step: int) -> float:
-        """Value at the last recorded step that is ≤ ``step``."""
+        """Return the value at the last recorded step that is ≤ ``step``."""
         index = max(i for i, s in enumerate(self.steps) if s <= step)
         return self.values[name][index]
 
@@ -421,6 +417,6 @@ def clone(model: CopyT) -> CopyT:
 
 
 def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    """True when both have the same parameters and buffers, bit for bit."""
+    """Return whether both have the same parameters and buffers, bit for bit."""
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(torch.equal(left[k], right[k]) for k in left)

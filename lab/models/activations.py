@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lab.core.hashing import digest
-from lab.core.progress import progress
+from lab.core.training import progress
 from lab.core.types import FeatureModel
 
 _MEMORY_LIMIT = 3 * 2**30  # bytes kept in process; the oldest entry goes first

@@ -279,27 +279,30 @@ class DiffusionModel(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[str], latents: Tensor, sampling: Sampling) -> Tensor:
-        """Return clean latents [n, c, s, s] by DDIM (η = 0, arXiv 2010.02502) with classifier-free
-        guidance (arXiv 2207.12598).
+        """Return clean latents [n, c, s, s] with classifier-free guidance (arXiv 2207.12598).
 
         Args:
             prompts: n texts. latents: start latents [n, c, s, s].
-            sampling: steps, guidance (1 means none), negative prompt and precision.
+            sampling: sampler, steps, guidance (1 means none), negative prompt and precision.
         """
-        from diffusers import DDIMScheduler
+        from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
         # the model's own scheduler may leave defaults out of its config; a saved folder spells
         # them out
         config = {k: v for k, v in self.scheduler.config.items() if k != "_use_default_values"}
-        ddim = DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
-        ddim.set_timesteps(sampling.steps)
+        scheduler = (
+            DDIMScheduler.from_config(config, clip_sample=False)  # latents have no bounds
+            if sampling.sampler == "ddim"
+            else DPMSolverMultistepScheduler.from_config(config)
+        )
+        scheduler.set_timesteps(sampling.steps)
         text, guided, x = self.text(prompts), sampling.guidance != 1, latents
         if guided:
             text = Text.cat([self._negative(sampling.negative)[[0] * len(text)], text])
         low = sampling.precision == "bfloat16"
         if low:
             warn_of_emulation(x.device.type, "scenario.sampling.precision", "weights")
-        for t in ddim.timesteps:
+        for t in scheduler.timesteps:
             with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
                 noisy, steps = torch.cat([x, x]) if guided else x, t.repeat(len(text))
                 noise = self.predict(noisy, steps.to(x.device), text)
@@ -307,7 +310,7 @@ class DiffusionModel(nn.Module):
             if guided:
                 unconditional, conditional = noise.chunk(2)
                 noise = unconditional + sampling.guidance * (conditional - unconditional)
-            x = ddim.step(noise, t, x).prev_sample
+            x = scheduler.step(noise, t, x).prev_sample
         return x
 
     def _negative(self, prompt: str) -> Text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -121,6 +122,24 @@ def locate(path: str) -> Path | str:
         "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
     )
     raise UserError(KEY, path, fix)
+
+
+def read_sampling(path: str) -> dict[str, float]:
+    """Return ``resolution`` [pixels], ``steps`` and ``guidance`` that suit a checkpoint.
+
+    The resolution is read from the config files of U-Net and autoencoder. Miniatures of up to 64
+    pixels take the steps of MiniSD, others the convention of Stable Diffusion v1, which also stands
+    in where there are no such files (a hub name).
+    """
+    folder, side = MINISD if path == "minisd" else Path(path).expanduser(), 512
+    with suppress(OSError, ValueError, LookupError, TypeError):
+        unet, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+            for part in ("unet", "vae")
+        )
+        side = int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    steps, guidance = (8, 4.0) if side <= 64 else (50, 7.5)
+    return {"resolution": side, "steps": steps, "guidance": guidance}
 
 
 def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionModel:

@@ -15,33 +15,36 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
 
 from attacks.diffusion.export import export as write_attack_weights
+from eval.report.labels import flatten
+from eval.report.leaderboard import columns
+from eval.report.outcomes import outcome
+from eval.report.words import ARROWS, figure, heading, interval, support
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import state_hash
 from lab.core.provenance import versions
 from lab.core.record import Record, Stored
-from lab.core.sources import PACKAGES
-from lab.core.types import BASELINE, IMMUNIZED, Backbone, Trajectory, clone
+from lab.core.sources import PACKAGES, ROOT
+from lab.core.types import BASELINE, IMMUNIZED, Attacker, Backbone, Trajectory, clone
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone, VisionModel
-from lab.release.card import make_card
 from lab.release.verify import (
     CARD,
     CONFIG,
@@ -51,13 +54,19 @@ from lab.release.verify import (
     RECORD,
     SUMS,
     WEIGHTS,
+    changed_tensors,
     check,
+    save_delta,
     write_sums,
 )
 from lab.runner.assemble import assemble
 from lab.runner.experiment import relative
 from lab.runner.pipeline import Pipeline
 
+_TEMPLATE = Path(__file__).with_name("card.md")
+_LIBRARIES = {"diffusion": "diffusers", "deep": "timm", "linear": "safetensors"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_SKIPPED = ("_convert_", "name", "sampling", "keep_weights", "families", "explosion", "search")
 _GROUPS = ("scenario", "backbone", "erase")  # what the original model is made of
 _PACKAGES = ("immunization-bench", "torch", "diffusers", "transformers", "timm", "safetensors")
 
@@ -97,9 +106,7 @@ def export(cfg: DictConfig) -> Path:
         write_attack(record, cell, cfg, folder)
     else:
         write(record, cell, rebuild(record, cell, cfg), folder)
-        report = check(folder, base=cfg.export.base)
-        report.require()
-        print(report.text())
+        print(*check(folder, base=cfg.export.base), sep="\n")
     print(f"export: {relative(folder)}")
     if cfg.push_to is not None:
         print(f"pushed: {push(folder, str(cfg.push_to))}")
@@ -277,14 +284,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of ``after`` that differ from those of ``before``."""
-    old = before.state_dict()
-    return {
-        k: v for k, v in after.state_dict().items() if not torch.equal(v.to(old[k].device), old[k])
-    }
-
-
 def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
     published, released = release.published, release.released
     changed = changed_tensors(published, released)
@@ -390,38 +389,72 @@ def write_attack(record: Stored, cell: dict[str, Any], cfg: DictConfig, folder: 
         print(f"  {path.relative_to(folder)}")
 
 
-# ---- delta
+# ---- model card
 
 
-def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
-    """Write the U-Net tensors in which ``immunized`` differs from ``base``, in full, as
-    safetensors; its metadata hold the `state_hash` of the base's U-Net.
+def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> str:
+    """Return the card in Markdown, with the front matter that hubs read.
+
+    Args:
+        facts: what ``export.json`` says.
+        credits: whose data the scenario's are, and further notes on them.
     """
-    tensors = changed_tensors(base.unet, immunized.unet)
-    path = Path(file)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # one key: safetensors writes several in another order every time
-    metadata = {"base": state_hash(base.unet.state_dict())}
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
-    return path
+    config, kind = record["config"], facts["kind"]
+    path = config["backbone"].get("path")
+    # names of folders stay private
+    is_hub_name = bool(_HUB_NAME.fullmatch(str(path))) and not Path(str(path)).is_dir()
+    data = ModelCardData(
+        library_name=_LIBRARIES[kind],
+        license="cc-by-sa-4.0" if path == "minisd" else "other",
+        license_name=None if path == "minisd" else "see-data-and-licence",
+        pipeline_tag="text-to-image" if kind == "diffusion" else None,
+        base_model=path if is_hub_name else None,
+        tags=["model-immunization"],
+    )
+    values: dict[str, Any] = {
+        "record": record,
+        "facts": facts,
+        "attackers": find_attackers(kind),
+        "cells": [cell for cell in record["cells"] if cell["stage"] == "attack"],
+        "columns": columns(record["metrics"]),
+        "credits": list(dict.fromkeys(credits)),
+        "is_baseline": facts["model"] == BASELINE,
+        "outcome": outcome(record),
+        "arrows": ARROWS,
+        "figure": figure,
+        "heading": heading,
+        "interval": interval,
+        "settings": format_settings,
+        "support": support,
+    }
+    return str(ModelCard.from_template(data, str(_TEMPLATE), **values))
 
 
-def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
-    """Return a copy of ``model`` with the tensors of ``file``, bit for bit; ``model`` is the base
-    that the file was made from.
-
-    Raises:
-        UserError: no delta, or of another base.
+def format_settings(node: dict[str, Any]) -> str:
+    """Return the options of a method as the command line takes them, without what only the
+    benchmark needs.
     """
-    with safe_open(file, "pt") as handle:
-        base = (handle.metadata() or {}).get("base")
-    tensors = load_file(file)
-    state = model.unet.state_dict()
-    if state_hash(state) != base:
-        raise UserError("delta", file, f"belongs to the base with SHA-256 {base}; load that base.")
-    result = model.copy()
-    result.unet.load_state_dict({**state, **tensors})
-    return result
+    plain = flatten({key: value for key, value in node.items() if key not in _SKIPPED})
+    words = {True: "true", False: "false", None: "null"}
+    return ", ".join(
+        f"`{key}={words[value] if isinstance(value, bool | None) else value}`"
+        for key, value in plain.items()
+        if not key.endswith("_target_")
+    )
+
+
+def find_attackers(kind: str) -> list[str]:
+    """Return the attackers of ``conf/attacks`` that take models of ``kind``."""
+    names = sorted(path.stem for path in (ROOT / "conf" / "attacks").glob("*.yaml"))
+    state = GlobalHydra.instance().hydra  # of the action that is running
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        nodes = compose("config", overrides=[f"attacks=[{','.join(names)}]"]).attacks
+    GlobalHydra.instance().hydra = state
+    classes: dict[str, type[Attacker]] = {
+        name: get_class(node._target_) for name, node in nodes.items()
+    }
+    return [name for name, attacker in classes.items() if kind in attacker.accepts]
 
 
 # ---- hub

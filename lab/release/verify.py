@@ -1,25 +1,23 @@
-"""The layout of an exported folder, and its check (``action=verify``), from bytes to weights."""
+"""The layout of an exported folder, sums and delta included, and its check (``action=verify``)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from omegaconf import DictConfig
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from eval.report.outcomes import outcome
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.core.fingerprint import model_settings
-from lab.core.hashing import state_hash
+from lab.core.hashing import model_settings, state_hash
 from lab.core.types import same_weights
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
@@ -36,7 +34,6 @@ _FOREIGN = (".git/", ".gitattributes", ".cache/huggingface/")
 
 
 def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -77,32 +74,49 @@ def find_differences(folder: Path) -> list[str]:
     return lines
 
 
+# ---- delta
+
+
+def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``after`` that differ from those of ``before``."""
+    old = before.state_dict()
+    return {
+        k: v for k, v in after.state_dict().items() if not torch.equal(v.to(old[k].device), old[k])
+    }
+
+
+def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
+    """Write the U-Net tensors in which ``immunized`` differs from ``base``, in full, as
+    safetensors; its metadata hold the `state_hash` of the base's U-Net.
+    """
+    tensors = changed_tensors(base.unet, immunized.unet)
+    path = Path(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one key: safetensors writes several in another order every time
+    metadata = {"base": state_hash(base.unet.state_dict())}
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, path, metadata)
+    return path
+
+
+def load_delta(model: DiffusionModel, file: Path | str) -> DiffusionModel:
+    """Return a copy of ``model`` with the tensors of ``file``, bit for bit; ``model`` is the base
+    that the file was made from.
+
+    Raises:
+        UserError: no delta, or of another base.
+    """
+    with safe_open(file, "pt") as handle:
+        base = (handle.metadata() or {}).get("base")
+    tensors = load_file(file)
+    state = model.unet.state_dict()
+    if state_hash(state) != base:
+        raise UserError("delta", file, f"belongs to the base with SHA-256 {base}; load that base.")
+    result = model.copy()
+    result.unet.load_state_dict({**state, **tensors})
+    return result
+
+
 # ---- the check
-
-
-class NotChecked(Exception):
-    """What a step could not check here."""
-
-
-@dataclass
-class Report:
-    """What was checked: lines of (``ok`` | ``FAILED`` | ``not checked``, step, message)."""
-
-    folder: Path
-    lines: list[tuple[str, str, str]] = field(default_factory=list)
-
-    @property
-    def failed(self) -> str | None:
-        """The message of the step that failed."""
-        return next((text for state, _, text in self.lines if state == "FAILED"), None)
-
-    def text(self) -> str:
-        return "\n".join(f"  {state:<11}  {step:<9}  {text}" for state, step, text in self.lines)
-
-    def require(self) -> None:
-        """Raise `UserError` with the files at fault."""
-        if self.failed:
-            raise UserError("path", self.folder, f"is not what was exported: {self.failed}.")
 
 
 def verify(cfg: DictConfig) -> None:
@@ -111,152 +125,149 @@ def verify(cfg: DictConfig) -> None:
     Raises:
         UserError: there is no such folder, or it is not what was exported; names the files.
     """
-    report = check(Path(cfg.path or ".").expanduser(), cfg.export.base)
-    print(f"verify: {report.folder}\n{report.text()}")
-    report.require()
-    is_partial = any(state == "not checked" for state, *_ in report.lines)
-    print("verified" + (", as far as it could be checked here" if is_partial else ""))
+    folder = Path(cfg.path or ".").expanduser()
+    checked = check(folder, cfg.export.base)
+    print(f"verify: {folder}", *checked, sep="\n  ")
+    partial = any("not checked" in line for line in checked)
+    print("verified" + (", as far as it could be checked here" if partial else ""))
 
 
-def check(folder: Path, base: str | None = None) -> Report:
-    """Check hashes, record, layout, weights and delta, up to the first step that fails.
+def check(folder: Path, base: str | None = None) -> list[str]:
+    """Check hashes, record, layout, weights and delta; return a line about each.
 
     Args:
         base: folder or hub name of the published model, where the record's own path does not lead
             to it here.
 
     Raises:
-        UserError: ``folder`` is no folder or holds no ``SHA256SUMS``.
+        UserError: ``folder`` is not what was exported.
     """
     if not (folder / SUMS).is_file():
         raise UserError("path", folder, f"is no exported folder: there is no {SUMS} in it.")
-    report, export = Report(folder), _Export(folder, base)
-    steps = {
-        "hashes": export.check_hashes,
-        "record": export.check_record,
-        "layout": export.check_layout,
-        "weights": export.check_weights,
-        "delta": export.check_delta,
-    }
-    for name, step in steps.items():
-        try:
-            message = step()
-        except NotChecked as reason:
-            report.lines.append(("not checked", name, str(reason)))
-        except (
-            UserError,
-            OSError,
-            ValueError,
-            LookupError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:
-            message = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-            report.lines.append(("FAILED", name, message))
-            break
-        else:
-            report.lines += [("ok", name, message)] if message else []
-    return report
+    step = "hashes"
+    lines = []
+    try:
+        if differences := find_differences(folder):
+            raise ValueError("; ".join(differences))
+        fingerprint = file_hash(folder / SUMS)[:16]
+        lines.append(f"hashes: {len(read_sums(folder))} files; fingerprint {fingerprint}")
+        step = "record"
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        record = records.read(folder / RECORD)
+        cell, line = find_cell(folder, facts, record)
+        lines.append(f"record: {line}")
+        step = "layout"
+        model, tensors = load_export(folder, facts)
+        lines.append(f"layout: {facts['kind']}, {len(tensors)} tensors")
+        step = "weights"
+        lines.append(f"weights: {check_weights(facts, cell, model, tensors)}")
+        step = "delta"
+        if model is not None:
+            lines.append(f"delta: {check_delta(folder, facts, record, model, tensors, base)}")
+    except (*_UNFIT, UserError) as error:
+        raise UserError("path", folder, f"is not what was exported: {step}: {error}.") from error
+    return lines
 
 
-@dataclass
-class _Export:
-    """An exported folder; each check returns what it found to be right and feeds the next one."""
+_UNFIT = (OSError, ValueError, LookupError, RuntimeError, SafetensorError)
 
-    folder: Path
-    base: str | None
-    facts: dict[str, Any] = field(default_factory=dict)
-    record: records.Record = field(default_factory=dict)
-    cell: dict[str, Any] = field(default_factory=dict)  # of the record, about these weights
-    tensors: dict[str, Tensor] = field(default_factory=dict)  # of the files, in their type
-    model: DiffusionModel | None = None  # the same in float32
 
-    def check_hashes(self) -> str:
-        if lines := find_differences(self.folder):
-            raise ValueError("; ".join(lines))
-        fingerprint = file_hash(self.folder / SUMS)[:16]
-        return f"{len(read_sums(self.folder))} files; fingerprint of {SUMS}: {fingerprint}"
+def find_cell(
+    folder: Path, facts: dict[str, Any], record: records.Record
+) -> tuple[dict[str, Any], str]:
+    """Return the immunization of ``record`` that the folder is about, and a line on it.
 
-    def check_record(self) -> str:
-        """Facts, record and card are about one immunization, which has weights."""
-        facts = self.facts = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
-        self.record = records.read(self.folder / RECORD)
-        card = (self.folder / CARD).read_text(encoding="utf-8")
-        if facts["format"] != FORMAT:
-            raise ValueError(f"{FACTS} does not say format={FORMAT}; export it again")
-        if not facts["content_hash"] == self.record["content_hash"] in card:
-            raise ValueError(f"{FACTS} or {CARD} is about another run than {RECORD}")
-        labels = {key: facts[key] for key in ("model", "case", "seed")}
-        wanted = {"stage": "immunize", "key": facts["stage_key"], "status": "ok", **labels}
-        cells = [c for c in self.record["cells"] if wanted.items() <= c.items()]
-        if not cells:
-            raise ValueError(f"{RECORD} has no finished immunization that {FACTS} names")
-        self.cell = cells[0]
-        for image in self.record.get("images", {}).values():
-            if file_hash(self.folder / image["path"]) != image["sha256"]:
-                raise ValueError(f"{image['path']} is not the image that {RECORD} names")
-        if f"**{outcome(self.record).headline}**" not in card:
-            raise NotChecked(f"{CARD} states another verdict than this version; read {RECORD}")
-        return f"{self.record['name']}, {labels}: {self.record['status']}"
+    Facts, record, images and card must be about this one.
+    """
+    card = (folder / CARD).read_text(encoding="utf-8")
+    if facts.get("format") != FORMAT:
+        raise ValueError(f"{FACTS} does not say format={FORMAT}; export it again")
+    if not facts["content_hash"] == record["content_hash"] in card:
+        raise ValueError(f"{FACTS} or {CARD} is about another run than {RECORD}")
+    labels = {key: facts[key] for key in ("model", "case", "seed")}
+    wanted = {"stage": "immunize", "key": facts["stage_key"], "status": "ok", **labels}
+    cell = next((c for c in record["cells"] if wanted.items() <= c.items()), None)
+    if cell is None:
+        raise ValueError(f"{RECORD} has no finished immunization that {FACTS} names")
+    for image in record.get("images", {}).values():
+        if file_hash(folder / image["path"]) != image["sha256"]:
+            raise ValueError(f"{image['path']} is not the image that {RECORD} names")
+    line = f"{record['name']}, {labels}: {record['status']}"
+    if f"**{outcome(record).headline}**" not in card:
+        line += f"; {CARD} not checked: it states another verdict than this version, read {RECORD}"
+    return cell, line
 
-    def check_layout(self) -> str:
-        """The folder loads in diffusers, timm or safetensors."""
-        if self.facts["kind"] == "diffusion":
-            self.model = DiffusionBackbone(path=str(self.folder), device="cpu").build(None, 0)
-            for file in sorted((self.folder / "unet").glob("*.safetensors")):
-                self.tensors |= load_file(file)
-            return f"diffusers loads it as {self.facts['pipeline']}"
-        self.tensors = load_file(self.folder / WEIGHTS)
-        if self.facts["kind"] == "deep":
-            timm.create_model(f"local-dir:{self.folder}", pretrained=True)
-        return f"{len(self.tensors)} tensors"
 
-    def check_weights(self) -> str:
-        """All weights are finite, and those that the facts and the record's stage name."""
-        for name, tensor in (self.model.state_dict() if self.model else self.tensors).items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                raise ValueError(f"{name} holds nan or inf")
-        digest = self.facts["unet" if self.model else "weights"]
-        if state_hash(self.tensors) != digest:
-            raise ValueError(f"the weights are not those that {FACTS} names")
-        changed = {name: self.tensors[file] for name, file in self.facts["immunized"].items()}
-        if self.cell.get("weights") not in (None, state_hash(changed)):  # None before schema 1.3
-            raise ValueError(f"the weights are not those that {RECORD} measured")
-        return f"finite, {len(changed)} tensors as the record has them; SHA-256 {digest[:16]}"
+def load_export(
+    folder: Path, facts: dict[str, Any]
+) -> tuple[DiffusionModel | None, dict[str, Tensor]]:
+    """Load the folder in diffusers, timm or safetensors.
 
-    def check_delta(self) -> str | None:
-        """Original + delta = weights, and nothing beside the U-Net differs from the original."""
-        if self.model is None:
-            return None
-        changed = load_file(self.folder / DELTA)
-        for name, tensor in changed.items():
-            if not torch.equal(tensor, self.tensors[name]):
-                raise ValueError(f"{DELTA} holds another {name} than unet")
-        original = self._load_original(next(iter(self.tensors.values())).dtype)
-        original.unet.load_state_dict({**original.unet.state_dict(), **changed})
-        if state_hash(original.unet.state_dict()) != self.facts["unet"]:
-            raise ValueError(f"unet is not the original plus {DELTA}")
-        original.float()
-        for name, part in self.model.named_children():
-            if not same_weights(part, getattr(original, name)):
-                raise ValueError(f"{name} differs from the original's")
-        if model_settings(self.model) != model_settings(original):
-            raise ValueError("tokenizers, scheduler or configs differ from the original's")
-        parts = f"{len(changed)} of {len(self.tensors)} tensors"
-        return f"original + {parts} = unet, bit for bit; all other parts are the original's"
+    Returns:
+        the text-to-image model in float32, if it is one, and the tensors of its U-Net or of the
+        feature model in their own type.
+    """
+    if facts["kind"] == "diffusion":
+        model = DiffusionBackbone(path=str(folder), device="cpu").build(None, 0)
+        tensors: dict[str, Tensor] = {}
+        for file in sorted((folder / "unet").glob("*.safetensors")):
+            tensors |= load_file(file)
+        return model, tensors
+    if facts["kind"] == "deep":
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+    return None, load_file(folder / WEIGHTS)
 
-    def _load_original(self, dtype: torch.dtype) -> DiffusionModel:
-        """Load the published model, in the type of the export."""
-        config = self.record["config"]["backbone"]
-        options = {key: config.get(key) for key in ("revision", "variant", "resolution")}
-        path = self.base or config["path"]
-        failure = NotChecked if self.base is None else ValueError
-        try:
-            model = DiffusionBackbone(path=path, device="cpu", **options).build(None, 0).to(dtype)
-        except UserError as error:
-            raise failure(f"name the original: export.base=DIR ({error})") from error
-        if dtype == torch.float16:
-            model.vae.float()  # as `lab.models.diffusion_backbone` does
-        if state_hash(model.unet.state_dict()) != self.facts["base_unet"]:
-            raise failure(f"name the original: export.base=DIR ({path} has other weights)")
-        return model
+
+def check_weights(
+    facts: dict[str, Any],
+    cell: dict[str, Any],
+    model: DiffusionModel | None,
+    tensors: dict[str, Tensor],
+) -> str:
+    """Check that all weights are finite, and those that the facts and the record's stage name."""
+    for name, tensor in (model.state_dict() if model else tensors).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} holds nan or inf")
+    if state_hash(tensors) != facts["unet" if model else "weights"]:
+        raise ValueError(f"the weights are not those that {FACTS} names")
+    changed = {name: tensors[file] for name, file in facts["immunized"].items()}
+    if cell.get("weights") not in (None, state_hash(changed)):  # None before schema 1.3
+        raise ValueError(f"the weights are not those that {RECORD} measured")
+    return f"finite, {len(changed)} tensors as the record has them"
+
+
+def check_delta(
+    folder: Path,
+    facts: dict[str, Any],
+    record: records.Record,
+    model: DiffusionModel,
+    tensors: dict[str, Tensor],
+    base: str | None,
+) -> str:
+    """Check that original + delta = weights, and that only the U-Net differs from the original.
+
+    Where nobody names ``base``, the record's own path may lead to another model, or to none.
+    """
+    config = record["config"]["backbone"]
+    options = {key: config.get(key) for key in ("revision", "variant", "resolution")}
+    path = base or config["path"]
+    dtype = next(iter(tensors.values())).dtype
+    try:
+        original = DiffusionBackbone(path=path, device="cpu", **options).build(None, 0).to(dtype)
+        patched = load_delta(original, folder / DELTA)
+    except UserError as error:
+        if base is None:
+            return f"not checked; name the original: export.base=DIR ({error})"
+        raise
+    if dtype == torch.float16:
+        original.vae.float()  # as `lab.models.diffusion_backbone` does
+    hashes = [state_hash(m.unet.state_dict()) for m in (original, patched)]
+    if hashes != [facts["base_unet"], facts["unet"]]:
+        raise ValueError(f"unet is not the original plus {DELTA}")
+    original.float()
+    for name, part in model.named_children():
+        if name != "unet" and not same_weights(part, getattr(original, name)):
+            raise ValueError(f"{name} differs from the original's")
+    if model_settings(model) != model_settings(original):
+        raise ValueError("tokenizers, scheduler or configs differ from the original's")
+    return f"original + {DELTA} = unet, bit for bit; all else is the original's"

@@ -16,8 +16,7 @@ from torch import Tensor
 from lab.core.cache import Artifact, Place, StageCache
 from lab.core.data import ConceptCase, ScenarioData
 from lab.core.errors import Diverged, UserError
-from lab.core.fingerprint import fingerprint, model_settings, without_sampling
-from lab.core.hashing import digest, stage_key
+from lab.core.hashing import digest, fingerprint, model_settings, stage_key, without_sampling
 from lab.core.provenance import computing
 from lab.core.types import (
     BASELINE,

@@ -1,24 +1,26 @@
-"""Any user's concepts: one folder of images each, with prompts."""
+"""Any user's concepts, one folder of images each, and concepts of the embedded world by name."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle, permutations
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationError
 
 from lab.core.config import (
     Count,
     Flag,
-    Positive,
+    PositiveShare,
     Prompt,
     Prompts,
     Text,
     config,
     options,
+    user_error,
 )
 from lab.core.data import (
     CaptionedImages,
@@ -26,16 +28,17 @@ from lab.core.data import (
     ConceptCase,
     Erasure,
     Kind,
+    Role,
     Sampling,
     ScenarioData,
 )
-from lab.core.errors import UserError
-from lab.core.image_files import expand_path
+from lab.core.errors import UserError, UserErrors, as_user_error
+from lab.core.images import expand_path
 from lab.core.prompts import texts
 from lab.core.seeding import derive, generator
 from lab.core.slugs import slug
 from lab.core.types import Scenario
-from lab.minisd.world import folders
+from lab.minisd.world import folders, world
 from lab.minisd.world.openmoji import CREDIT
 from lab.minisd.world.world import Subset
 from lab.models.activations import digest
@@ -43,7 +46,12 @@ from lab.scenarios import concept_texts
 from lab.scenarios.world_concepts import Side, Studio, case_name, empty, hashed, rest
 
 _PRESERVED = 200  # captions of keep that an eraser preserves, beside prompts of what is not erased
-_SomePrompts = Annotated[Prompts, Field(min_length=1)]
+_DRAWN = {
+    "own": 20,
+    "train": 20,
+    "reference": 32,
+    "prior": 32,
+}  # images of a concept of the embedded world
 
 
 def names_concept(words: str, line: str, plural: str = "") -> bool:
@@ -52,9 +60,8 @@ def names_concept(words: str, line: str, plural: str = "") -> bool:
     Args:
         plural: a pattern that may follow them.
     """
-    return (
-        re.search(rf"(?<!\w){re.escape(words)}(?:{plural})(?!\w)", line, re.IGNORECASE) is not None
-    )
+    pattern = rf"(?<!\w){re.escape(words)}(?:{plural})(?!\w)"
+    return re.search(pattern, line, re.IGNORECASE) is not None
 
 
 def shows(words: str, caption: str) -> bool:
@@ -64,16 +71,12 @@ def shows(words: str, caption: str) -> bool:
 
 @options
 class Shares:
-    """Shares of a concept's images for the immunizer (own), the attacker (train) and comparison."""
+    """Shares of a concept's images for the immunizer (own) and the attacker (train); the rest is
+    for comparison.
+    """
 
-    own: Positive = 0.3
-    train: Positive = 0.3
-    reference: Positive = 0.4
-
-    def __post_init__(self) -> None:
-        total = self.own + self.train + self.reference
-        if abs(total - 1) > 1e-6:
-            raise ValueError(f"own + train + reference = {total:g}, not 1")
+    own: PositiveShare = 0.3
+    train: PositiveShare = 0.3
 
     def cut(self, total: int) -> tuple[int, int, int]:
         """Return how many of ``total`` ≥ 3 images each part gets, at least one each, and own two as
@@ -88,12 +91,12 @@ class Shares:
 class Entry:
     """A concept of the list; conf/scenario/folder.yaml explains the options."""
 
-    path: Annotated[Text, Field(min_length=1)]
     name: Prompt
-    role: Literal["target", "other", "rehearsal"]
-    kind: Literal["object", "style"]
-    prompts: _SomePrompts
+    role: Literal["harmful", "benign", "rehearsal"]
+    path: Annotated[Text, Field(min_length=1)] | None = None
+    kind: Literal["object", "style"] = "object"
     words: Prompt | None = None
+    prompts: Prompts = ()
     descriptions: Prompts = ()
     reworded: Prompts = ()
     prior: Annotated[Text, Field(min_length=1)] | None = None
@@ -106,16 +109,9 @@ class Entry:
         """The words that name the concept in a prompt."""
         return self.words or self.name
 
-    def families(self) -> dict[str, tuple[str, ...]]:
-        """Return the prompts by family."""
-        families = {"name": self.prompts, "description": self.descriptions}
-        return {k: v for k, v in {**families, "reworded": self.reworded}.items() if v}
-
-    def check(self, key: str) -> None:
-        """Check that prompts name the concept and descriptions do not.
-
-        Raises:
-            UserError: they do not, or the anchor does not fit ``erase``.
+    def mistakes(self, key: str) -> list[UserError]:
+        """Return prompts that do not name the concept, descriptions that do, an anchor that does
+        not fit ``erase``, and a name that is no name of a file.
         """
         words, anchor = self.spoken, self.anchor or ""
         unnamed = [p for p in self.prompts if not names_concept(words, p)]
@@ -123,77 +119,115 @@ class Entry:
         known = [p for p in self.reworded if p in self.prompts]
         named = [p for p in self.descriptions if shows(words, p)]
         lacks = f"lacks the words '{words}' that name the concept; rewrite it or set words."
-        for wrong, option, value, reason in (
-            # it becomes part of labels and file names
-            (
-                not re.fullmatch(r"\w[\w .'-]*", self.name),
-                "name",
-                self.name,
-                "may hold letters, digits, spaces and . ' - only.",
-            ),
-            (
-                not slug(self.name),
-                "name",
-                self.name,
-                "needs letters a-z or digits; words may be in any script.",
-            ),
+        is_label = re.fullmatch(r"\w[\w .'-]*", self.name)  # it is part of labels and file names
+        characters = "may hold letters, digits, spaces and . ' - only."
+        other = f"holds '{words}'; an erased concept needs another meaning."
+        checks = (
+            (not is_label, "name", self.name, characters),
+            (not slug(self.name), "name", self.name, "needs letters a-z or digits; see words."),
             (unnamed, "prompts", unnamed, lacks),
             (reworded, "reworded", reworded, lacks),
             (known, "reworded", known, "stands in prompts too; re-worded prompts must be new."),
             (named, "descriptions", named, f"names '{words}'; a description does not."),
             (self.erase and not anchor, "anchor", None, "needs a text where erase is true."),
             (anchor and not self.erase, "anchor", anchor, "is used with erase: true only."),
-            (
-                names_concept(words, anchor),
-                "anchor",
-                anchor,
-                f"holds '{words}'; an erased concept needs another meaning.",
-            ),
-        ):
-            if wrong:
-                raise UserError(f"{key}.{option}", value, reason)
+            (names_concept(words, anchor), "anchor", anchor, other),
+        )
+        return [UserError(f"{key}.{option}", v, fix) for wrong, option, v, fix in checks if wrong]
 
-    def erasure(self, preserve: tuple[str, ...]) -> Erasure:
+    def erasure(self, concept: Concept, preserve: tuple[str, ...]) -> Erasure:
         """Return the erasure: prompts mean the same with the anchor in place of the words."""
         pattern = re.compile(rf"(?<!\w){re.escape(self.spoken)}(?!\w)", re.IGNORECASE)
-        anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in self.prompts)
-        return Erasure(self.name, self.spoken, self.prompts, anchors, preserve)
+        prompts = tuple(dict.fromkeys(concept.prompts["name"]))
+        anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in prompts)
+        return Erasure(self.name, self.spoken, prompts, anchors, preserve)
 
 
-def check_entries(entries: Sequence[Entry], key: str = "scenario.concepts") -> None:
-    """Check every entry, and that no name, word or caption mixes two of them up.
+def _role(entry: Entry) -> Role:
+    return "harmful" if entry.role == "harmful" else "benign"
+
+
+def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> tuple[Entry, ...]:
+    """Return the entries of a list.
+
+    A name that is left out is that of the folder.
+
+    Args:
+        key: config key of the list, for messages.
+        root: read the folders below it, too, so that whatever is wrong shows at once.
 
     Raises:
-        UserError: see `Entry.check`; equal names, words within words, a role that nobody has.
+        UserError: all mistakes: see `Entry.mistakes`; equal names, words within words, a role that
+            nobody has.
     """
-    for i, entry in enumerate(entries):
-        entry.check(f"{key}[{i}]")
-        for other in (*entries[:i], *entries[i + 1 :]):
-            if slug(entry.name) == slug(other.name):
-                reason = f"is taken by {other.name}: names differ in a-z and digits."
-                raise UserError(f"{key}[{i}].name", entry.name, reason)
-            if shows(entry.spoken, other.spoken):
-                reason = f"are part of the words of {other.name}: prompts would name both."
-                raise UserError(f"{key}[{i}].words", entry.spoken, reason)
-    for role in {"target", "other"} - {entry.role for entry in entries}:
-        raise UserError(key, [e.name for e in entries], f"has no role: {role}; give it one.")
+    entries: dict[str, Entry] = {}
+    errors: list[UserError] = []
+    for place, value in ((f"{key}[{i}]", value) for i, value in enumerate(values)):
+        try:
+            entries[place] = entry = _entry(value, place)
+            errors += entry.mistakes(place)
+            if entry.path is None:
+                world.concept(entry.name, f"{place}.name")
+            elif root is not None:
+                folder = root / expand_path(f"{place}.path", entry.path)
+                folders.read(folder, 8, select=entry.select, key=f"{place}.path")
+        except UserError as error:
+            errors.append(error)
+    for (place, entry), (_, other) in permutations(entries.items(), 2):
+        if slug(entry.name) == slug(other.name):
+            errors.append(
+                UserError(
+                    f"{place}.name",
+                    entry.name,
+                    f"is taken by {other.name}: names differ in a-z and digits.",
+                )
+            )
+        elif shows(entry.spoken, other.spoken):
+            errors.append(
+                UserError(
+                    f"{place}.words",
+                    entry.spoken,
+                    f"are part of the words of {other.name}: prompts would name both.",
+                )
+            )
+    missing = {"harmful", "benign"} - {entry.role for entry in entries.values()}
+    if missing and len(entries) == len(values):
+        names = [entry.name for entry in entries.values()]
+        errors.append(
+            UserError(key, names, f"has no role: {' and '.join(sorted(missing))}; give it one.")
+        )
+    UserErrors.check(errors)
+    return tuple(entries.values())
+
+
+def _entry(value: Any, key: str) -> Entry:
+    if not isinstance(value, Mapping):
+        fix = "must be {path: FOLDER, role: harmful | benign}, or {name: CONCEPT, role: …}."
+        raise UserError(key, value, fix)
+    if isinstance(value.get("path"), str):
+        name = Path(value["path"]).name.replace("_", " ").replace("-", " ")
+        value = {"name": name, **value}
+    try:
+        return Entry(**value)
+    except ValidationError as error:
+        raise user_error(error, key, Entry) from None
 
 
 @config
 class ConceptFolders(Scenario):
-    """One case from folders of images (`lab.minisd.world.folders`). Implements
-    `lab.core.types.Scenario`.
+    """One case from folders of images (`lab.minisd.world.folders`) and concepts of the embedded
+    world. Implements `lab.core.types.Scenario`.
 
-    The images of a concept are split by seed into those of the immunizer (own), of the attacker
+    The images of a folder are split by seed into those of the immunizer (own), of the attacker
     (train) and of the comparison (reference). An image that comes twice is used once; one that two
     concepts share is an error.
 
     Args:
-        concepts: list of {path, name, role: target | other | rehearsal, kind: object | style,
+        concepts: list of {path, role: harmful | benign | rehearsal, name, kind: object | style,
             words, prompts, descriptions, reworded, prior, select, erase, anchor};
             conf/scenario/folder.yaml explains each.
         root: where relative paths start; None is the working directory.
-        shares: of each concept's images for own, train and reference.
+        shares: of each concept's images for own and train.
         keep, unrelated: folders. With only one of them it is cut in halves; with none the embedded
             world stands in.
         keep_pictures, unrelated_pictures: at most this many are used.
@@ -205,14 +239,14 @@ class ConceptFolders(Scenario):
         resolution: side of all images in pixels.
 
     Raises:
-        UserError: see `check_entries` and `lab.minisd.world.folders`; a concept with too few
+        UserError: see `read_entries` and `lab.minisd.world.folders`; a concept with too few
             images.
     """
 
     provides: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
 
     name: Text = "folder"
-    concepts: Annotated[tuple[Entry, ...], Field(min_length=1)]
+    concepts: Annotated[tuple[Any, ...], Field(min_length=1)]
     root: Text | None = None
     shares: Annotated[Shares, BeforeValidator(lambda value: value or {})] = Shares()
     keep: Text | None = None
@@ -226,7 +260,7 @@ class ConceptFolders(Scenario):
     resolution: Side = 512
 
     def __post_init__(self) -> None:
-        check_entries(self.concepts)
+        self.entries = read_entries(self.concepts, "scenario.concepts")
         self.lines = self._read_captions()
 
     def path(self, key: str, value: str) -> Path:
@@ -238,17 +272,16 @@ class ConceptFolders(Scenario):
         key, lines = "scenario.captions", self.captions
         if isinstance(lines, str):
             path = self.path(key, lines)
-            try:
-                lines = tuple(path.read_text(encoding="utf-8").splitlines())
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(key, path, f"cannot be read as UTF-8 text ({error}).") from error
-            lines = tuple(line for line in lines if line.strip())
+            with as_user_error(key, path, "cannot be read as UTF-8 text."):
+                read = path.read_text(encoding="utf-8").splitlines()
+            lines = tuple(line for line in read if line.strip())
         return None if lines is None else texts(key, lines)
 
     def asks_erasure(self) -> str | None:
         """Return the config key of the first concept that is to be erased."""
-        erased = (f"scenario.concepts[{i}]" for i, e in enumerate(self.concepts) if e.erase)
-        return next(erased, None)
+        return next(
+            (f"scenario.concepts[{i}]" for i, e in enumerate(self.entries) if e.erase), None
+        )
 
     def load(self, seed: int) -> ScenarioData:
         return _Loader(self, seed).load()
@@ -266,21 +299,31 @@ class _Loader:
         self.options, self.seed = scenario, seed
         self.notes: list[str] = []
         self.owners: dict[str, str] = {}
+        self.studio = Studio(seed, scenario.resolution)
 
     def _note(self, count: int, note: str) -> None:
         if count:
             self.notes.append(note)
 
     def load(self) -> ScenarioData:
-        options, entries = self.options, self.options.concepts
-        images = [self._images(i, entry) for i, entry in enumerate(entries)]
+        options, entries = self.options, self.options.entries
+        images = [self._images(i, e) if e.path is not None else None for i, e in enumerate(entries)]
+        names, count = [entry.spoken.lower() for entry in entries], options.sampling.count
+        concepts = [
+            self.studio.concept(entry.name, _role(entry), _DRAWN, names, count)
+            if own is None
+            else self._concept(i, entry, own)
+            for i, (entry, own) in enumerate(zip(entries, images, strict=True))
+        ]
+        pairs = list(zip(entries, concepts, strict=True))
         targets, others, rehearsal = (
-            tuple(self._concept(i, e, images[i]) for i, e in enumerate(entries) if e.role == role)
-            for role in ("target", "other", "rehearsal")
+            tuple(concept for entry, concept in pairs if entry.role == role)
+            for role in ("harmful", "benign", "rehearsal")
         )
-        keep, captions, unrelated = self._surroundings()
-        preserve = [line for e in entries if not e.erase for line in e.prompts]
+        keep, captions, unrelated = self._surroundings(names, concepts)
+        preserve = [line for e, c in pairs if not e.erase for line in c.prompts["name"]]
         preserve += list(dict.fromkeys(keep.prompts))[:_PRESERVED]
+        erased = [e.erasure(c, tuple(dict.fromkeys(preserve))) for e, c in pairs if e.erase]
         case = ConceptCase(
             case_name(concept.name for concept in targets),
             targets,
@@ -290,37 +333,37 @@ class _Loader:
             regularizers=captions,
             unrelated=unrelated,
             sampling=options.sampling,
-            erased=tuple(e.erasure(tuple(dict.fromkeys(preserve))) for e in entries if e.erase),
+            erased=tuple(erased),
         )
         return hashed([case], self.notes)
 
     def _images(self, i: int, entry: Entry) -> CaptionedImages:
         """Read the different images of a concept."""
         key = f"scenario.concepts[{i}].path"
-        path = self.options.path(key, entry.path)
+        path = self.options.path(key, str(entry.path))
         folder = folders.read(path, self.options.resolution, select=entry.select or None, key=key)
         hashes = [digest(image) for image in folder.images]
         for row, value in enumerate(hashes):
             owner = self.owners.setdefault(value, entry.name)
             if owner != entry.name:
                 name = folder.rows[row]["file_name"]
-                reason = f"the image {name} is one of {owner} too; leave it in one folder."
-                raise UserError(key, path, reason)
+                raise UserError(key, path, f"the image {name} is one of {owner}, too.")
         kept = [row for row, value in enumerate(hashes) if hashes.index(value) == row]
         copies = len(hashes) - len(kept)
         self._note(copies, f"{entry.name}: {copies} images were copies of others and left out.")
         if len(kept) < 3:
-            reason = (
-                f"holds {len(kept)} different images; three is the least, one each to immunize, "
-                "attack and compare, and four where an immunizer trains on the concept."
+            raise UserError(
+                key,
+                path,
+                f"holds {len(kept)} different images; three is the least, one each to immunize, to "
+                "attack and to compare, and four where an immunizer trains on the concept.",
             )
-            raise UserError(key, path, reason)
         captions = [folder.rows[row].get("prompt") or folder.rows[row]["text"] for row in kept]
-        silent = [k for k, line in enumerate(captions) if not names_concept(entry.spoken, line)]
-        for position, k in enumerate(silent):
-            captions[k] = entry.prompts[position % len(entry.prompts)]
+        silent = sum(not names_concept(entry.spoken, line) for line in captions)
+        stand_in = cycle(entry.prompts or [f"a photo of {entry.spoken}"])
+        captions = [c if names_concept(entry.spoken, c) else next(stand_in) for c in captions]
         reason = "captions do not name it; its prompts stand in for them."
-        self._note(len(silent), f"{entry.name}: {len(silent)} {reason}")
+        self._note(silent, f"{entry.name}: {silent} {reason}")
         texts(key, captions)
         return CaptionedImages(folder.images[kept], tuple(captions))
 
@@ -334,9 +377,14 @@ class _Loader:
         if entry.prior is not None:
             prior = self._pool(f"scenario.concepts[{i}].prior", entry.prior, dict(self.owners))
         total = options.sampling.count
+        families = {
+            "name": entry.prompts or tuple(dict.fromkeys(images.prompts)),
+            "description": entry.descriptions,
+            "reworded": entry.reworded,
+        }
         return Concept(
             entry.name,
-            "harmful" if entry.role == "target" else "benign",
+            _role(entry),
             entry.kind,
             words=entry.spoken,
             train=train,
@@ -345,7 +393,8 @@ class _Loader:
             prior=prior,
             prompts={
                 family: tuple(lines[k % len(lines)] for k in range(max(total, len(lines))))
-                for family, lines in entry.families().items()
+                for family, lines in families.items()
+                if lines
             },
         )
 
@@ -355,20 +404,21 @@ class _Loader:
         order = torch.randperm(len(images), generator=generator(self.seed, "scenario", label))
         return [images.pick(part.tolist()) for part in order.split(list(sizes))]
 
-    def _surroundings(self) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
+    def _surroundings(
+        self, names: Sequence[str], concepts: Sequence[Concept]
+    ) -> tuple[CaptionedImages, tuple[str, ...], CaptionedImages]:
         """Return ``keep``, captions of C_reg and ``unrelated``, whose prompts are new."""
-        options, entries = self.options, self.options.concepts
-        world = rest([e.spoken.lower() for e in entries])
-        captions = self._regularizers(world)
+        options = self.options
+        others = rest(names)
+        captions = self._regularizers(others)
         limits = {"keep": options.keep_pictures, "unrelated": options.unrelated_pictures}
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
         if not paths:
-            reason = "scaled pictures of the embedded world stand in."
+            reason = "scaled images of the embedded world stand in."
             self._note(1, f"No keep and unrelated folders: {reason} {CREDIT}")
-            taken = {line for e in entries for lines in e.families().values() for line in lines}
-            studio = Studio(self.seed, options.resolution)
-            keep, unrelated = studio.surroundings(
-                world, options.keep_pictures, options.unrelated_pictures, captions, taken
+            taken = {line for c in concepts for lines in c.prompts.values() for line in lines}
+            keep, unrelated = self.studio.surroundings(
+                others, options.keep_pictures, options.unrelated_pictures, captions, taken
             )
             return keep, captions, unrelated
         pools = {k: self._pool(f"scenario.{k}", path, self.owners) for k, path in paths.items()}
@@ -376,8 +426,11 @@ class _Loader:
         if len(pools) == 1:
             n = len(pools[last])
             if n < 2:
-                reason = "needs two images: one to keep, one to compare."
-                raise UserError(f"scenario.{last}", paths[last], reason)
+                raise UserError(
+                    f"scenario.{last}",
+                    paths[last],
+                    "needs two images: one to keep, one to compare.",
+                )
             halves = self._split(pools[last], (n // 2, n - n // 2), "pool")
             pools = dict(zip(limits, halves, strict=True))
             self._note(1, f"The folder {last} was cut in halves, one to keep and one to compare.")
@@ -385,14 +438,17 @@ class _Loader:
         taken = {*keep.prompts, *captions}
         new = [i for i, line in enumerate(pools["unrelated"].prompts) if line not in taken]
         if not new:
-            reason = "every caption is one of keep or of C_reg; unrelated prompts must be new."
-            raise UserError(f"scenario.{last}", paths[last], reason)
+            raise UserError(
+                f"scenario.{last}",
+                paths[last],
+                "every caption is one of keep or of C_reg; unrelated prompts must be new.",
+            )
         left = len(pools["unrelated"]) - len(new)
-        self._note(left, f"{left} unrelated pictures have a caption of keep: left out.")
+        self._note(left, f"{left} unrelated images have a caption of keep: left out.")
         return keep, captions, pools["unrelated"].pick(new[: limits["unrelated"]])
 
     def _names_any(self, line: str) -> bool:
-        return any(shows(e.spoken, line) for e in self.options.concepts)
+        return any(shows(e.spoken, line) for e in self.options.entries)
 
     def _pool(self, key: str, path: str, owners: dict[str, str]) -> CaptionedImages:
         """Read a folder, without images that ``owners`` has and captions that name a concept.
@@ -410,23 +466,23 @@ class _Loader:
             if owner == f"{key} {i}" and not self._names_any(images.prompts[i])
         ]
         left = len(images) - len(kept)
-        self._note(left, f"{key}: {left} pictures are a concept's, copies, or name one: left out.")
+        self._note(left, f"{key}: {left} images are a concept's, copies, or name one: left out.")
         if not kept:
             raise UserError(key, path, "holds no image that is unrelated to the concepts.")
         texts(key, [images.prompts[i] for i in kept])
         return images.pick(kept)
 
-    def _regularizers(self, world: Subset) -> tuple[str, ...]:
+    def _regularizers(self, others: Subset) -> tuple[str, ...]:
         options, total = self.options, self.options.regularizers
         if options.lines is None:
             stream = derive(self.seed, "scenario", "regularizers")
-            return concept_texts.regularizers(world, stream, total, options.regularizer_templates)
+            return concept_texts.regularizers(others, stream, total, options.regularizer_templates)
         lines = [line for line in options.lines if not self._names_any(line)]
         if not lines:
-            reason = "all of them name a concept."
-            raise UserError("scenario.captions", f"{len(options.lines)} captions", reason)
+            raise UserError(
+                "scenario.captions", f"{len(options.lines)} captions", "all of them name a concept."
+            )
         left = len(options.lines) - len(lines)
         self._note(left, f"{left} captions of C_reg name a concept and were left out.")
-        few = f"C_reg has {len(lines)} captions, fewer than the {total} asked for."
-        self._note(len(lines) < total, few)
+        self._note(len(lines) < total, f"C_reg has {len(lines)} captions, fewer than {total}.")
         return tuple(lines[:total])

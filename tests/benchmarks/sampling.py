@@ -1,8 +1,8 @@
 """What fewer and cheaper sampling steps cost in quality: ``python tests/benchmarks/sampling.py
 --threads 1``.
 
-The shipped MiniSD paints the same prompts from the same latents by DDIM with the steps and the
-precision of every row.
+The shipped MiniSD paints the same prompts from the same latents with the sampler, steps and precision
+of every row.
 Printed: seconds, their ratio to the first row's, the share in which the shipped detector's
 likeliest class is the object, the style or both that were asked for, and the mean distance to the
 first row's pictures in grey levels of 255.
@@ -26,13 +26,14 @@ from lab.minisd.world.vocabulary import OBJECTS, STYLE_NAMES
 from lab.models.diffusion_backbone import DiffusionBackbone
 
 ROWS = [
-    (20, "weights"),
-    (12, "weights"),
-    (8, "weights"),
-    (20, "bfloat16"),
-    (8, "bfloat16"),
-    (6, "bfloat16"),
-    (4, "bfloat16"),
+    Sampling("ddim", 20),
+    Sampling("ddim", 8),
+    Sampling("ddim", 5),
+    Sampling("dpm", 6),
+    Sampling("dpm", 4),
+    Sampling("dpm", 3),
+    Sampling("ddim", 8, precision="bfloat16"),
+    Sampling("dpm", 4, precision="bfloat16"),
 ]
 
 
@@ -48,14 +49,14 @@ def main() -> int:
     wanted = prompts_for([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
     first, spent = torch.empty(0), 0.0
     print(f"{len(wanted.prompts)} pictures, {given.threads} thread(s)")
-    for steps, precision in ROWS:
+    for sampling in ROWS:
         started = time.perf_counter()
         images = generate(
             model,
             wanted.prompts,
             given.seed,
             "sampling",
-            Sampling(steps=steps, precision=precision),
+            sampling,
         )
         wall = time.perf_counter() - started
         if not spent:
@@ -64,7 +65,7 @@ def main() -> int:
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(
-            f"{steps:3} steps, {precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; "
+            f"{sampling.sampler} {sampling.steps:2} steps, {sampling.precision:9} {wall:6.1f} s, {wall / spent:.2f} ×; {told}; "
             f"{apart:.1f} apart",
             flush=True,
         )

@@ -41,7 +41,7 @@ def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
     seconds.
     """
     rows = []
-    for name, role in (("mosaic", "target"), ("neon", "other")):
+    for name, role in (("mosaic", "harmful"), ("neon", "benign")):
         if not (root / name).is_dir():
             concept_folder(root / name, name)
         rows.append(
@@ -55,7 +55,6 @@ def world(root: Path, backbone: Path, *overrides: str) -> list[str]:
         "scenario=folder",
         f"scenario.root={root}",
         f"scenario.concepts=[{', '.join(rows)}]",
-        "scenario.resolution=32",
         "scenario.sampling={steps: 2, guidance: 2.0, count: 4, negative: ''}",
         "scenario.keep_pictures=4",
         "scenario.unrelated_pictures=4",

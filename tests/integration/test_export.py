@@ -25,7 +25,6 @@ from lab.models.vision import VisionBackbone
 from lab.release import export as exporting
 from lab.release.export import (
     Release,
-    changed_tensors,
     check_trusted,
     choose,
     export,
@@ -33,7 +32,7 @@ from lab.release.export import (
     rebuild,
     write,
 )
-from lab.release.verify import check, read_sums
+from lab.release.verify import changed_tensors, check, read_sums
 from lab.runner.experiment import run_once
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -108,8 +107,7 @@ def test_other_stable_diffusions(run_folder, tmp_path, layout):
     config = records.read(run_folder[1])["config"]["backbone"]
     config |= {"name": "sd", "path": str(tmp_path / "base")}
     folder = as_if(run_folder, None, config, published, released, tmp_path / "out")
-    report = check(folder)
-    assert report.lines[-1][:2] == ("ok", "delta"), report.lines
+    assert "bit for bit" in check(folder)[-1]
     assert str(tmp_path) not in (folder / "README.md").read_text()
 
 
@@ -134,7 +132,7 @@ def test_a_vision_network_loads_in_plain_timm(run_folder, tmp_path, model):
         maps = network.forward_features(published.inputs(x))
         features = network.forward_head(maps, pre_logits=True)
         assert torch.allclose(features, published(x), atol=1e-5)
-    assert not check(folder).failed
+    check(folder)
 
 
 def test_a_linear_extractor_is_one_matrix(tmp_path):
@@ -145,7 +143,7 @@ def test_a_linear_extractor_is_one_matrix(tmp_path):
     (theta,) = load_file(folder / "model.safetensors").values()
     assert theta.dtype == torch.float64
     assert not torch.equal(theta, torch.eye(len(theta), dtype=torch.float64))
-    assert not check(folder).failed
+    check(folder)
 
 
 # ---- attacks
@@ -156,7 +154,7 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
     folder = export(options(run_folder, *words))
     cfg = options(run_folder, *words)
     cell = choose(records.read(run_folder[1]), "attack", cfg.export)
-    assert (cell["attack"], cell["task"], cell["model"]) == ("lora", "mosaic", "mima")
+    assert (cell["attack"], cell["task"], cell["model"]) == ("lora", "mosaic", "immunized")
     cached = StageCache(cfg.paths.cache).read("attack", cell["key"]).tensors
     (file,) = folder.iterdir()
     for name, tensor in load_file(file).items():
@@ -174,7 +172,7 @@ def test_the_adapter_of_one_attack_is_the_cached_one_and_loads_in_diffusers(run_
     [
         (["path=."], r"path=\.: exists and is not empty"),
         (["export.case=nothing"], r"export\.case=nothing"),
-        (["export.model=imma"], r"export\.model=imma: did you mean mima"),
+        (["export.model=imunized"], r"export\.model=imunized: did you mean immunized"),
         (["export.attack=lora"], r"choose a .*export\.task=mosaic.*export\.task=neon"),
         (["export.attack=lorra", "export.task=neon"], r"export\.attack=lorra: did you mean lora"),
         (["export.attack=lora", "push_to=me/adapter"], "not for attacks"),

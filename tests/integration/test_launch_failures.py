@@ -24,27 +24,24 @@ def cli(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "key"),
     [
-        ["tracker=[wandb]", "tracker.wandb.timeout_s=0"],
-        ["tracker=none", "launch=cpu", "launch.num_processes=0"],
-        ["tracker=none", "launch=none", "launch.name=many"],
+        (["tracker=[wandb]", "tracker.wandb.timeout_s=0"], "tracker.wandb.timeout_s"),
+        (["tracker=none", "launch=cpu", "launch.num_processes=0"], "launch.num_processes"),
+        (["tracker=none", "launch=none", "launch.name=many"], "launch.name"),
+        (
+            ["tracker=none", "launch=cpu", "launch.num_machines=2", "launch.machine_rank=1"],
+            "launch.main_process_ip",
+        ),
     ],
 )
-def test_a_wrong_option_leaves_nothing_behind(cli, tmp_path, arguments):
-    assert cli(*arguments)[0] == 2
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_wrong_option_on_the_second_machine_leaves_the_first_ones_record(cli, tmp_path):
+def test_a_wrong_option_changes_nothing(cli, tmp_path, arguments, key):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/record.json").write_text("of the first machine")
-    code, _, err = cli(
-        "tracker=none", "launch=cpu", "launch.num_machines=2", "launch.machine_rank=1"
-    )
+    (tmp_path / "run/record.json").write_text("of an earlier run")
+    code, _, err = cli(*arguments)
     assert code == 2
-    assert "launch.main_process_ip" in err
-    assert (tmp_path / "run/record.json").read_text() == "of the first machine"
+    assert key in err
+    assert (tmp_path / "run/record.json").read_text() == "of an earlier run"
 
 
 # ---- one process

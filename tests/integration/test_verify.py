@@ -13,6 +13,7 @@ from entry_point import call_entry
 from release_examples import composed, move, tiny_folder
 
 from lab.core import record as records
+from lab.core.errors import UserError
 from lab.core.types import ImageGrid
 from lab.release.verify import check, find_differences, verify, write_sums
 
@@ -27,9 +28,8 @@ def copied(exported, tmp_path):
 def test_verify_says_what_it_checked(exported, monkeypatch, capfd):
     code, out, _ = call_entry(monkeypatch, capfd, "action=verify", f"path={exported}")
     assert code == 0
-    assert [line.split()[:2] for line in out.splitlines() if line.startswith("  ")] == [
-        ["ok", step] for step in ("hashes", "record", "layout", "weights", "delta")
-    ]
+    steps = [line.split(":")[0].strip() for line in out.splitlines() if line.startswith("  ")]
+    assert steps == ["hashes", "record", "layout", "weights", "delta"]
     assert out.strip().endswith("verified")
 
 
@@ -91,7 +91,7 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
         (UNET, lambda p: move(p, by=float("nan")), "weights", "nan or inf"),
         (UNET, lambda p: p.write_bytes(p.read_bytes()[:1000]), "layout", "cannot be loaded"),
         ("unet/config.json", lambda p: p.write_text("{}"), "layout", "unet"),
-        ("delta.safetensors", move, "delta", "delta.safetensors holds another"),
+        ("delta.safetensors", move, "delta", "unet is not the original plus delta"),
         ("vae/diffusion_pytorch_model.safetensors", move, "delta", "vae differs"),
         ("tokenizer/tokenizer.json", swap_words, "delta", "tokenizers, scheduler or configs"),
         (
@@ -109,10 +109,8 @@ def test_what_a_hub_client_adds_is_no_surplus(copied):
 def test_a_forged_folder_whose_sums_fit_is_detected(copied, name, change, step, message):
     change(copied / name)
     write_sums(copied)
-    report = check(copied)
-    assert report.failed
-    assert report.lines[-1][:2] == ("FAILED", step)
-    assert message in report.failed
+    with pytest.raises(UserError, match=f"{step}: .*{re.escape(message)}"):
+        check(copied)
 
 
 def write_record(folder, record):
@@ -130,7 +128,8 @@ def test_weights_are_those_that_the_record_measured(copied):
     for cell in record["cells"]:
         cell |= {"weights": "0" * 64} if cell["stage"] == "immunize" else {}
     write_record(copied, record)
-    assert check(copied).failed == "the weights are not those that record.json measured"
+    with pytest.raises(UserError, match=r"not those that record\.json measured"):
+        check(copied)
 
 
 def test_images_are_those_of_the_record(copied):
@@ -138,10 +137,11 @@ def test_images_are_those_of_the_record(copied):
     grid = ImageGrid(torch.zeros(1, 1, 3, 8, 8, dtype=torch.uint8), ("a",), ("b",))
     record["images"] = records.write_images(copied, {"grid": grid})
     write_record(copied, record)
-    assert not check(copied).failed
+    check(copied)
     alter(copied / "images/grid.png")
     write_sums(copied)
-    assert check(copied).failed == "images/grid.png is not the image that record.json names"
+    with pytest.raises(UserError, match=r"images/grid\.png is not the image"):
+        check(copied)
 
 
 def test_a_card_that_states_another_verdict_is_not_vouched_for(copied):
@@ -149,22 +149,18 @@ def test_a_card_that_states_another_verdict_is_not_vouched_for(copied):
     text = re.sub(r"^\*\*.*\*\*$", "**mima wins.**", card.read_text(), flags=re.MULTILINE)
     card.write_text(text)
     write_sums(copied)
-    report = check(copied)
-    assert not report.failed
-    assert ("not checked", "record") in {line[:2] for line in report.lines}
+    assert "README.md not checked" in check(copied)[1]
 
 
 def test_without_the_original_the_delta_is_not_checked_and_base_names_it(copied, tmp_path, capsys):
     base = json.loads((copied / "record.json").read_text())["config"]["backbone"]["path"]
     moved = shutil.move(base, tmp_path / "moved")
     try:
-        report = check(copied)
-        assert not report.failed
-        assert report.lines[-1][:2] == ("not checked", "delta")
+        assert check(copied)[-1].startswith("delta: not checked")
         verify(composed("action=verify", f"path={copied}"))
         assert "as far as it could be checked here" in capsys.readouterr().out
-        assert check(copied, base=str(moved)).lines[-1][:2] == ("ok", "delta")
-        wrong = tiny_folder(tmp_path / "other", seed=1)
-        assert "has other weights" in check(copied, base=str(wrong)).failed
+        assert "bit for bit" in check(copied, base=str(moved))[-1]
+        with pytest.raises(UserError, match="belongs to the base"):
+            check(copied, base=str(tiny_folder(tmp_path / "other", seed=1)))
     finally:
         shutil.move(moved, base)

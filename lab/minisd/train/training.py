@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from lab.core import training
 from lab.core.config import Count, Index, NonNegative, Positive, options
 from lab.core.errors import Diverged
-from lab.core.optimizer_state import restore_slots, slots
-from lab.core.progress import progress
 from lab.core.seeding import generator
+from lab.core.training import progress, restore_slots, slots
 from lab.core.types import Checkpoint
 from lab.minisd.train.build import tokenize, tokenize_all
 

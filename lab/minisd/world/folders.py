@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from lab.core.errors import UserError, as_user_error, nearest
-from lab.core.image_files import SUFFIXES, expand_path, read_image, stack
+from lab.core.images import SUFFIXES, expand_path, read_image, stack
 
 METADATA = "metadata.csv"
 _SUFFIXES = SUFFIXES | {".gif", ".tif", ".tiff"}
@@ -116,7 +116,10 @@ def _rows(folder: Path, key: str) -> list[dict[str, str]]:
         rows = _table(folder, key)
     if not rows:
         raise UserError(key, folder, "holds no image (PNG, JPEG, WebP, BMP, GIF, TIFF)")
-    silent = [row for row in rows if not row.get("text", "").strip()]
+    for row in rows:
+        if not row.get("text", "").strip():
+            row["text"] = row.get("prompt", "").strip()
+    silent = [row for row in rows if not row["text"]]
     for row in silent:
         row["text"] = f"a photo of {name}"
     if silent:

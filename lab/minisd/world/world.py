@@ -26,8 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lab.core.errors import UserError, nearest
-from lab.core.progress import progress
 from lab.core.seeding import derive, generator
+from lab.core.training import progress
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.openmoji import CREDIT as CREDIT

@@ -9,8 +9,8 @@ from concept_examples import attack, model, task
 
 from attacks.diffusion.attack import ConceptLearner
 from attacks.diffusion.material import Material, variants
-from lab.core.captions import captions, class_words, renamed
 from lab.core.data import CaptionedImages
+from lab.core.prompts import captions, class_words, renamed
 from lab.core.seeding import generator
 
 

@@ -7,7 +7,7 @@ from mima_examples import case, model, objective, preset
 
 from immunize.mima.outer_loop import Denoiser
 from immunize.mima.sampling import WORDS, Batch, Pool, split_concept
-from lab.core.captions import captions, class_words
+from lab.core.prompts import captions, class_words
 
 
 def test_batches_are_reproducible_and_cover_all_timesteps():

@@ -3,11 +3,9 @@
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.commands.launch import launch_command_parser
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
@@ -37,18 +35,11 @@ def gpus(monkeypatch):
     return have
 
 
-@pytest.mark.parametrize(
-    ("key", "changes"),
-    [
-        ("launch.num_processes", {"num_processes": 0}),
-        ("launch.machine_rank", {"num_processes": 2, **MACHINES, "machine_rank": 2}),
-        ("launch.main_process_ip", {"num_processes": 2, **MACHINES, "main_process_ip": None}),
-    ],
-)
-def test_an_option_that_cannot_work_names_its_key(key, changes):
-    with pytest.raises(UserError) as caught:
-        options(**changes)
-    assert caught.value.key == key
+def test_an_option_that_cannot_work_names_its_key():
+    with pytest.raises(UserError, match=r"launch\.num_processes=0"):
+        options(num_processes=0)
+    with pytest.raises(UserError, match=r"launch\.main_process_ip"):
+        options(num_processes=2, num_machines=2)
 
 
 def test_gpus_are_counted(gpus):
@@ -59,23 +50,6 @@ def test_gpus_are_counted(gpus):
     assert options("multi_gpu").total == 4
     assert options("multi_gpu", **MACHINES).total == 8
     assert list(options("multi_gpu", **MACHINES, machine_rank=1).ranks) == [4, 5, 6, 7]
-
-
-def test_the_command_has_accelerates_own_flags():
-    def parsed(launched):
-        words = launched.command(Path("run/launch.yaml"), 1)
-        start = words.index("accelerate.commands.launch") + 1
-        return launch_command_parser().parse_args(words[start:])
-
-    two = parsed(options(num_processes=2))
-    assert (two.num_processes, two.main_process_port, two.num_cpu_threads_per_process) == (2, 0, 1)
-    assert two.multi_gpu
-    assert (two.training_script, two.training_script_args) == (
-        "lab.runner.worker",
-        ["run/launch.yaml"],
-    )
-    second = parsed(options(num_processes=2, **MACHINES, machine_rank=1))
-    assert (second.num_machines, second.machine_rank) == (2, 1)
 
 
 def test_the_first_failure_is_the_cause_and_a_process_without_an_end_was_killed(

@@ -65,27 +65,6 @@ def test_few_seeds_take_student_t_and_many_the_bootstrap():
     )  # resampled
 
 
-def test_equal_seeds_have_no_width_and_bounds_clip():
-    same = score_samples([[0.1], [0.1], [0.1]], "higher")
-    assert same.low == same.high == pytest.approx(0.1)
-    share = score_samples([[1.0], [1.0, 0.0], [1.0]], "higher", bounds=(0.0, 1.0))
-    assert 0 <= share.low < share.value < share.high == 1
-
-
-def test_interval_kinds():
-    assert score_samples([[1.0]], "higher").interval == "point"
-    within = score_samples([[1.0, 2.0, 3.0]], "lower")
-    assert (within.interval, within.n) == ("within_seed", 1)
-    across = score_samples([[1.0], [2.0], [3.0]], "higher")
-    assert (across.interval, across.n) == ("across_seeds", 3)
-
-
-@pytest.mark.parametrize("bad", [[], [[]], [[1.0], []], [[math.nan]], [[math.inf, 1.0]]])
-def test_empty_or_infinite_samples_are_errors(bad):
-    with pytest.raises(ValueError, match=r"empty set|finite"):
-        score_samples(bad, "higher")
-
-
 def test_budget_snapshots():
     budget = Budget(horizon=20, multiple=5, points=12)
     steps = budget.snapshots()
@@ -128,12 +107,6 @@ def test_prefix_tells_structures_apart_that_share_their_weights():
         assert torch.allclose(features(model, x), model(x))
 
 
-def test_a_feature_model_never_trains_its_batch_norm():
-    model = tiny_model()
-    model.train()
-    assert not any(module.training for module in model.modules())
-
-
 def test_same_weights_and_digest_see_one_bit():
     a, b = tiny_model(), tiny_model()
     assert same_weights(a, b)
@@ -143,48 +116,39 @@ def test_same_weights_and_digest_see_one_bit():
     assert digest(a.blocks[0].bias) != digest(b.blocks[0].bias)
 
 
-def fresh(module):
-    """Its hash as another process would find it."""
-    sources.source_hash.cache_clear()
-    sources._imports.cache_clear()
-    return sources.source_hash(module)
+def write_modules(folder, **modules):
+    folder.mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
 
 
-def test_source_hash_follows_imports(tmp_path, monkeypatch):
+def changes(module, path):
+    """Whether the hash of ``module`` follows a change of the file ``path``."""
+    hashes = set()
+    for content in ("X = 1\n", "X = 2\n"):
+        path.write_text(content)
+        sources.source_hash.cache_clear()
+        sources._imports.cache_clear()
+        hashes.add(sources.source_hash(module))
+    return len(hashes) == 2
+
+
+def test_source_hash_follows_imports_of_the_project(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ROOT", tmp_path)
-    package = tmp_path / "lab"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "a.py").write_text("from lab import b\nimport json\n")
-    (package / "b.py").write_text("X = 1\n")
-    (package / "c.py").write_text("X = 1\n")
-
-    before = fresh("lab.a")
-    (package / "c.py").write_text("X = 2\n")  # not imported
-    assert fresh("lab.a") == before
-    (package / "b.py").write_text("X = 2\n")
-    assert fresh("lab.a") != before
+    lab = tmp_path / "lab"
+    write_modules(lab, __init__="", a="from lab import b\nimport json\n", b="", c="")
+    assert changes("lab.a", lab / "b.py")
+    assert not changes("lab.a", lab / "c.py")
     sources.source_hash.cache_clear()
     sources._imports.cache_clear()
 
 
-def test_source_hash_of_an_own_module_follows_its_helpers_and_the_project(tmp_path, monkeypatch):
+def test_source_hash_of_an_own_module_follows_its_helpers(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "own_attack_x.py").write_text(
-        "import json\nfrom own_helper_x import X\nfrom lab.core import slugs\n"
-    )
-    (tmp_path / "own_helper_x.py").write_text("X = 1\n")
     package = tmp_path / "own_package_x"
-    package.mkdir()
-    (package / "__init__.py").write_text("")
-    (package / "attack.py").write_text("from .part import X\nfrom . import more\n")
-    (package / "part.py").write_text("X = 1\n")
-    (package / "more.py").write_text("X = 1\n")
-
-    for module, part in (
-        ("own_attack_x", tmp_path / "own_helper_x.py"),
-        ("own_package_x.attack", package / "more.py"),
-    ):
-        before = fresh(module)
-        part.write_text("X = 2\n")
-        assert fresh(module) != before
+    write_modules(
+        tmp_path, own_attack_x="import json\nfrom own_helper_x import X\n", own_helper_x=""
+    )
+    write_modules(package, __init__="", attack="from .part import X\nfrom . import more\n", part="")
+    assert changes("own_attack_x", tmp_path / "own_helper_x.py")
+    assert changes("own_package_x.attack", package / "more.py")

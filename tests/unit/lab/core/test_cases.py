@@ -22,7 +22,7 @@ from lab.core.data import (
     Split,
     Task,
 )
-from lab.core.fingerprint import fingerprint, model_settings
+from lab.core.hashing import fingerprint, model_settings
 
 
 def shown(start: int, count: int = 2) -> CaptionedImages:

@@ -31,12 +31,6 @@ def test_far_beyond_what_a_gram_matrix_resolves():
     assert condition_number(x) == pytest.approx(1e22, rel=1e-3)
 
 
-def test_tolerance_is_relative_to_the_largest_singular_value():
-    x = torch.diag(torch.tensor([5.0, 1.0, 1e-3], dtype=torch.float64))
-    assert condition_number(x, tolerance=1e-2) == pytest.approx(25.0)
-    assert condition_number(1e6 * x, tolerance=1e-2) == pytest.approx(25.0)
-
-
 def test_float32_rounding_is_no_rank():
     x = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
     double = torch.cat([x, (x[:, :1] / 3 + x[:, 1:2] / 7)], dim=1)
@@ -62,10 +56,6 @@ def test_release_definition_is_the_formula():
     values = np.linalg.eigvalsh((x.T @ x + 1e-6 * torch.eye(6, dtype=torch.float64)).numpy())
     kept = values[values > 1e-6]
     assert condition_number(x, "release") == pytest.approx(kept.max() / kept.min(), rel=1e-10)
-    deficient = torch.cat([x, x[:, :1]], dim=1)
-    # the zero eigenvalue becomes 1e-6 ± rounding: either dropped, or counted as 1e-6
-    release = condition_number(deficient, "release")
-    assert release > 1e6 or release == pytest.approx(condition_number(deficient), rel=1e-5)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 2), torch.full((3, 2), float("nan"))])
@@ -99,12 +89,6 @@ def rir(x_p, x_h, theta, theta0=None):
         condition_number(x_p @ theta),
         condition_number(before[1]),
     )
-
-
-def test_rir_of_no_change_is_one():
-    x_p, x_h = pair()
-    assert rir(x_p, x_h, torch.eye(4, dtype=torch.float64)) == 1.0
-    assert relative_immunization_ratio(20.0, 2.0, 3.0, 6.0) == 20.0
 
 
 def test_bound_is_never_exceeded_by_ten_thousand_random_extractors():

@@ -15,7 +15,7 @@ from tiny_sd import bang_tokenizer
 from lab.core.config import OptionalPrompt, Prompt, Prompts, config, user_error
 from lab.core.data import CaptionedImages
 from lab.core.errors import UserError
-from lab.core.prompts import check_case, text, texts
+from lab.core.prompts import check_case, text
 from lab.runner.assemble import assemble, check_cases
 
 END = "<|endoftext|>"
@@ -37,11 +37,6 @@ def test_an_option_that_is_no_prompt_is_refused(given) -> None:
         assert user_error(caught.value, "part").key.startswith(f"part.{next(iter(options))}")
     with pytest.raises(UserError, match=r"control character|at least one word"):
         text("key", given)
-
-
-def test_what_stands_for_none_and_single_prompts_are_taken() -> None:
-    assert Options(maybe="", several="a fox ").several == ("a fox",)
-    assert Options(several=["a fox", "a fox "]).several == texts("k", "a fox") == ("a fox",)
 
 
 @pytest.fixture(scope="module")
@@ -71,41 +66,28 @@ def with_concept(case, role, **changes):
     return replace(case, **{role: (replace(first, **changes), *rest)})
 
 
-CASES = {
-    "name prompts of concept mosaic": lambda c: with_concept(
-        c, "targets", prompts={"name": (f"a fox {END}",)}
+CASES = (
+    lambda c: with_concept(c, "targets", prompts={"name": (f"a fox {END}",)}),
+    lambda c: with_concept(
+        c, "others", prompts={"name": ("neon",), "reworded": ("<|EndOfText|>",)}
     ),
-    "reworded prompts of concept neon": lambda c: with_concept(
-        c, "others", prompts={"name": ("neon",), "reworded": ("<|EndOfText|> neon",)}
-    ),
-    "own pictures of concept mosaic": lambda c: with_concept(
-        c, "targets", own=said(c.targets[0].own)
-    ),
-    "train pictures of concept neon": lambda c: with_concept(
-        c, "others", train=said(c.others[0].train)
-    ),
-    "prior pictures of concept unicorn": lambda c: replace(
-        c, rehearsal=(replace(tiny_case().rehearsal[0], prior=said(c.keep)),)
-    ),
-    "captions of keep": lambda c: replace(c, keep=said(c.keep)),
-    "captions of unrelated": lambda c: replace(c, unrelated=said(c.unrelated)),
-    "captions of C_reg": lambda c: replace(c, regularizers=(*c.regularizers, f"a {END} b")),
-    "sampling.negative": lambda c: replace(
-        c, sampling=replace(c.sampling, negative="a <|startoftext|> b")
-    ),
-}
+    lambda c: with_concept(c, "targets", own=said(c.targets[0].own)),
+    lambda c: with_concept(c, "others", train=said(c.others[0].train)),
+    lambda c: replace(c, rehearsal=(replace(tiny_case().rehearsal[0], prior=said(c.keep)),)),
+    lambda c: replace(c, keep=said(c.keep)),
+    lambda c: replace(c, unrelated=said(c.unrelated)),
+    lambda c: replace(c, regularizers=(*c.regularizers, f"a {END} b")),
+    lambda c: replace(c, sampling=replace(c.sampling, negative="a <|startoftext|> b")),
+)
 
 
-@pytest.mark.parametrize("where", CASES)
-def test_no_text_of_a_case_may_hold_a_special_token(plain, where) -> None:
+def test_no_text_of_a_case_may_hold_a_special_token(plain) -> None:
     parts, case = plain
     check_cases(parts, (case,))
-    with pytest.raises(
-        UserError, match=r"a special token of the tokenizer, in .*; take it out"
-    ) as caught:
-        check_cases(parts, (CASES[where](case),))
-    assert caught.value.key == "scenario"
-    assert f"{where}, case mosaic" in caught.value.fix
+    for change in CASES:
+        with pytest.raises(UserError, match="a special token of the tokenizer") as caught:
+            check_cases(parts, (change(case),))
+        assert caught.value.key == "scenario"
 
 
 @pytest.mark.parametrize(

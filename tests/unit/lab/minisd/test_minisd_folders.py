@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lab.core.errors import UserError
-from lab.core.image_files import read_image, stack
+from lab.core.images import read_image, stack
 from lab.minisd.world.folders import read, write
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are left out")

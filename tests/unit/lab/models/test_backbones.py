@@ -16,7 +16,7 @@ from sklearn.datasets import load_sample_image
 
 from lab.core.data import Case, Split, Task
 from lab.core.errors import UserError
-from lab.core.image_files import crop, stack
+from lab.core.images import crop, stack
 from lab.core.types import same_weights
 from lab.models.vision import PACKAGE_MODEL, VisionBackbone, VisionModel, chain, imagenet_package
 

@@ -8,7 +8,7 @@ from tiny_diffusion import tiny_diffusion
 from lab.core.errors import UserError
 from lab.core.hashing import state_hash
 from lab.core.types import same_weights
-from lab.release.export import load_delta, save_delta
+from lab.release.verify import load_delta, save_delta
 
 MOVED = ("conv_in.bias", "mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -10,10 +12,11 @@ from scenario_configs import CONF, config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
 from immunize.mima.method import Mima
-from lab.core.errors import UserError
+from lab.core.errors import UserError, UserErrors
 from lab.minisd.world import folders
 from lab.scenarios.concept_folders import ConceptFolders, Shares
 
+SAMPLING = {"count": 3, "steps": 2, "guidance": 2.0}  # else of the checkpoint
 PAPER = ("relearn_art", "relearn_object", "personalize")
 
 
@@ -48,13 +51,13 @@ def entry(name: str, role: str, **more):
 
 
 def listed(**more):
-    return [entry("rex", "target", **more), entry("mug", "other"), entry("hat", "rehearsal")]
+    return [entry("rex", "harmful", **more), entry("mug", "benign"), entry("hat", "rehearsal")]
 
 
 def folder_scenario(root, concepts=None, **options):
     options = {
         "resolution": 16,
-        "sampling": {"count": 3},
+        "sampling": SAMPLING,
         "unrelated": "rest",
         "regularizers": 10,
     } | options
@@ -128,7 +131,7 @@ def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
     images = torch.cat([noise(4, 30), noise(2, 30)])
     folders.write(root / "twice", images, [{"text": "x"}] * 6)
     (root / "twice" / "metadata.csv").unlink()
-    given = [*listed(), entry("twice", "target")]
+    given = [*listed(), entry("twice", "harmful")]
     found = folder_scenario(root, given).load(0)
     twice = found.cases[0].task("twice")
     assert sum(len(p) for p in (twice.own, twice.train, twice.reference)) == 4
@@ -139,13 +142,13 @@ def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
 def test_too_few_images(root, count) -> None:
     folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
     with pytest.raises(UserError, match=r"concepts\[3\].path.*holds 1|holds 2"):
-        folder_scenario(root, [*listed(), entry("few", "target")]).load(0)
+        folder_scenario(root, [*listed(), entry("few", "harmful")]).load(0)
 
 
 @pytest.mark.parametrize("count", [3, 4])
 def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) -> None:
     folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
-    (case,) = folder_scenario(root, [*listed(), entry("few", "target")]).load(0).cases
+    (case,) = folder_scenario(root, [*listed(), entry("few", "harmful")]).load(0).cases
     if count == 4:
         return Mima().check((case,))
     with pytest.raises(UserError, match="concept few has 1 image"):
@@ -167,8 +170,8 @@ def test_shared_images(root) -> None:
     folders.write(root / "own", noise(8, 0), [{"text": "rex in person"}] * 8)
     same = noise(8, 0)
     folders.write(root / "copy", same, [{"text": "x"}] * 8)
-    with pytest.raises(UserError, match="one of rex too"):
-        folder_scenario(root, [*listed(), entry("copy", "other")]).load(0)
+    with pytest.raises(UserError, match="one of rex, too"):
+        folder_scenario(root, [*listed(), entry("copy", "benign")]).load(0)
     with pytest.raises(UserError, match=r"scenario\.keep.*unrelated to the concepts"):
         folder_scenario(root, listed(), keep="own").load(0)
 
@@ -176,9 +179,8 @@ def test_shared_images(root) -> None:
 BAD_ENTRIES = [
     ({"prompts": ["a photo of a dog"]}, r"concepts\[0\].prompts.*lacks the words 'rex'"),
     ({"name": "../rex"}, r"concepts\[0\].name"),
-    ({"name": "猫", "words": "rex"}, r"concepts\[0\].name=猫: needs letters"),
     ({"erase": True, "anchor": "not Rex"}, "another meaning"),
-    ({"role": "other"}, "no role: target"),
+    ({"role": "benign"}, "no role: harmful"),
 ]
 
 
@@ -189,10 +191,29 @@ def test_bad_entries_are_explained(more, message) -> None:
         ConceptFolders(concepts=[first | more, *others])
 
 
+def test_every_mistake_of_the_list_is_in_one_message() -> None:
+    concepts = [{"name": "neno", "role": "harmful"}, entry("mug", "benign", knd=1), entry("a", "b")]
+    with pytest.raises(UserErrors) as raised:
+        ConceptFolders(concepts=concepts)
+    message = str(raised.value)
+    for part in ("3 mistakes", "did you mean neon", "did you mean .*kind", r"concepts\[2\].role"):
+        assert re.search(part, message), message
+
+
+def test_two_keys_are_enough_and_the_world_has_concepts_by_name(root) -> None:
+    concepts = [{"path": "rex", "role": "harmful"}, {"name": "neon", "role": "benign"}]
+    (case,) = folder_scenario(root, concepts).load(0).cases
+    (rex,), (neon,) = case.targets, case.others
+    assert (rex.name, rex.kind, neon.kind) == ("rex", "object", "style")
+    assert set(rex.prompts["name"]) == {"a photo of Rex"}
+    assert [len(part) for part in (neon.own, neon.train, neon.reference)] == [20, 20, 32]
+    assert (neon.train.images.shape[-1], len(neon.prior)) == (16, 32)
+
+
 @pytest.mark.parametrize("total", [3, 4, 5, 7, 20, 101])
-@pytest.mark.parametrize("shares", [(0.3, 0.3, 0.4), (0.98, 0.01, 0.01), (0.01, 0.98, 0.01)])
+@pytest.mark.parametrize("shares", [(0.3, 0.3), (0.98, 0.01), (0.01, 0.98), (0.9, 0.9)])
 def test_every_part_gets_an_image(total, shares) -> None:
-    sizes = Shares(**dict(zip(("own", "train", "reference"), shares, strict=True))).cut(total)
+    sizes = Shares(own=shares[0], train=shares[1]).cut(total)
     assert sum(sizes) == total
     assert min(sizes) >= 1
     assert sizes[0] >= (2 if total > 3 else 1)  # an immunizer needs two
@@ -203,7 +224,10 @@ def test_paper_presets_hold_the_published_settings(name, tmp_path) -> None:
     preset = OmegaConf.load(CONF / "experiment" / "paper" / f"{name}.yaml")
     (tmp_path / "captions.txt").write_text("a quiet street\n")
     scenario = instantiate(
-        OmegaConf.merge(config("folder"), preset.scenario, {"root": str(tmp_path)}), _convert_="all"
+        OmegaConf.merge(
+            config("folder"), preset.scenario, {"root": str(tmp_path), "sampling": SAMPLING}
+        ),
+        _convert_="all",
     )
     assert scenario.lines == ("a quiet street",)
     assert (scenario.resolution, scenario.regularizers, scenario.keep_pictures) == (512, 200, 200)

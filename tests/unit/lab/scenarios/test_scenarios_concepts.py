@@ -13,7 +13,6 @@ from scenario_configs import config, hashes
 
 from lab.core.data import ConceptCase, Sampling
 from lab.core.errors import UserError
-from lab.core.types import Scenario
 from lab.minisd.world.captions import TEMPLATES, fill, noun
 from lab.minisd.world.scenes import BACKGROUNDS
 from lab.minisd.world.vocabulary import (
@@ -25,7 +24,7 @@ from lab.minisd.world.vocabulary import (
     style,
 )
 from lab.scenarios import concept_texts
-from lab.scenarios.world_concepts import Personalize, Relearn
+from lab.scenarios.world_concepts import Relearn
 
 WORLD = (
     "relearn_styles",
@@ -61,15 +60,6 @@ def concepts(case: ConceptCase):
 
 
 # ---- the embedded world
-
-
-@pytest.mark.parametrize("name", WORLD)
-def test_yaml_builds_and_every_case_has_its_roles(name) -> None:
-    scenario = built(name)
-    assert isinstance(scenario, Scenario)
-    many = 3 if name.endswith("_3") else 2
-    assert all(len(r.targets) == many for r in (*scenario.test, *scenario.validation))
-    assert len(built(name, cases="all").chosen()) == len(scenario.test)
 
 
 @pytest.mark.parametrize("name", ["relearn_styles", "relearn_objects", "personalize"])
@@ -174,15 +164,6 @@ def test_reworded_prompts_are_no_captions_of_the_world() -> None:
         assert captions.isdisjoint(concept_texts.object_prompts(name, 60, 0)["reworded"])
 
 
-def test_objects_have_no_description() -> None:
-    found = loaded("personalize")
-    (case,) = found.cases
-    assert set(case.task("unicorn").prompts) == {"name", "reworded"}
-    assert set(case.task("engraving").prompts) == {"name", "description", "reworded"}
-    (case,) = built("relearn_styles", **SMALL, families=["name", "unseen_pairs"]).load(0).cases
-    assert set(case.targets[0].prompts) == {"name", "unseen_pairs"}
-
-
 def test_prior_shows_the_class_without_any_concept_of_the_case() -> None:
     (case,) = loaded("relearn_objects").cases
     assert all("animal" in text for text in case.task("fox").prior.prompts)
@@ -208,25 +189,14 @@ def test_every_known_concept_is_erased_and_nothing_else(name) -> None:
     assert loaded("personalize").cases[0].erased == ()
 
 
-def test_style_is_erased_over_all_objects_and_to_their_photos() -> None:
-    (case,) = loaded("relearn_styles").cases
-    mosaic = case.erased[0]
-    assert len(mosaic.prompts) == 3 * len(OBJECTS)
-    anchors = dict(zip(mosaic.prompts, mosaic.anchors, strict=True))
-    assert anchors["a fox in the style of mosaic"] == "a photo of a fox"
-
-
 # ---- options
 
 CASES = [{"targets": ["mosaic", "neon"], "others": ["halftone"], "rehearsal": ["sketch"]}]
 BAD = [
-    ({"test": [{"targets": ["mozaic"], "others": ["neon"]}]}, r"test\[0\].targets.*mosaic"),
+    ({"test": [{"targets": ["mozaic"], "others": ["neon"]}]}, r"test\[0\].*mosaic"),
     ({"test": [{"targets": ["unicorn"], "others": ["neon"]}]}, "personalize"),
     ({"test": [{"targets": ["mosaic"], "others": ["mosaic"]}]}, "two roles"),
-    ({"test": CASES * 2}, "same targets"),
     ({"validation": [{"targets": ["neon"], "others": ["sunset"]}]}, r"validation\[0\].*test case"),
-    ({"cases": 3}, "scenario.cases"),
-    ({"families": ["reworded"]}, "must hold name"),
 ]
 GIVEN = {"name": "x", "test": CASES, "validation": [{"targets": ["sunset"], "others": ["owl"]}]}
 
@@ -235,12 +205,6 @@ GIVEN = {"name": "x", "test": CASES, "validation": [{"targets": ["sunset"], "oth
 def test_cases_that_cannot_work_are_explained(options, message) -> None:
     with pytest.raises(UserError, match=message):
         Relearn(**GIVEN | options)
-
-
-def test_personalize_takes_only_what_is_new_to_the_model() -> None:
-    cases = [{"targets": ["unicorn", "fox"], "others": ["owl"]}]
-    with pytest.raises(UserError, match="trained on it"):
-        Personalize(name="x", test=cases, validation=[{"targets": ["whale"], "others": ["tulip"]}])
 
 
 def test_resolution_scales_and_sampling_passes_through() -> None:

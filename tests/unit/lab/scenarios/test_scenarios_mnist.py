@@ -67,13 +67,6 @@ def test_one_vs_rest_negatives(binary: ScenarioData) -> None:
     )  # no task trains on another's test image
 
 
-def test_harm_set_is_one_case() -> None:
-    (case,) = MnistPairs(protocol="one_vs_rest", pairs=[[1, 3, 5, 8]]).load(0).cases
-    assert case.name == "1-3_5_8"
-    assert [task.name for task in case.harmful] == ["digit3", "digit5", "digit8"]
-    assert {task.train.x.shape for task in case.tasks} == {case.benign.train.x.shape}
-
-
 def test_same_seed_same_bytes(binary: ScenarioData) -> None:
     again = MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(0)
     other = MnistPairs(protocol="one_vs_rest", pairs=[[0, 1], [3, 8]], name="binary").load(1)

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from pydantic import ValidationError
 
-from lab.core import image_files
+from lab.core import images
 from lab.core.errors import UserError
 from lab.minisd.world.openmoji import catalog
 from lab.scenarios.vision import ImageFolders, OpenmojiMnist, _pools
@@ -43,13 +42,6 @@ def test_train_and_test_share_no_emoji_and_no_digit() -> None:
     mnist = OpenmojiMnist(size=32, train_rows=4000, test_rows=1000)._digits(0)
     rows = [{x.numpy().tobytes() for x in split.x} for split in mnist]
     assert not rows[0] & rows[1]
-
-
-def test_openmoji_options_that_cannot_work() -> None:
-    with pytest.raises(ValidationError, match="size"):
-        OpenmojiMnist(size=8)
-    with pytest.raises(UserError, match=r"scenario\.train_rows="):
-        OpenmojiMnist(train_rows=4900)
 
 
 def fill(path: Path, classes: int = 2, count: int = 10, base: int = 0) -> Path:
@@ -102,23 +94,18 @@ def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         with pytest.raises(UserError, match=r"scenario\.benign_path=.*3\.png: cannot be read"):
             folders(a, b).load(0)
     broken.write_bytes(content)
-    monkeypatch.setattr(image_files, "MAX_PIXELS", 1000)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="more than 1,000 pixels"):
         folders(a, b).load(0)
 
 
 def test_folders_that_cannot_work(tmp_path: Path) -> None:
     good = fill(tmp_path / "good")
-    (tmp_path / "empty" / "class").mkdir(parents=True)
     for path, message in (
         (tmp_path / "none", "cannot be read"),
-        (tmp_path / "empty", "expected empty/CLASS/FILE"),
         (fill(tmp_path / "one", classes=1), "of 1 classes"),
-        (fill(tmp_path / "thin", count=1), "single image in the class class0"),
     ):
         with pytest.raises(UserError, match=rf"scenario\.harmful_path=.*{message}"):
             folders(good, path).load(0)
-    with pytest.raises(ValidationError, match="benign_path"):
-        ImageFolders(benign_path=None, harmful_path=str(good))
-    with pytest.raises(UserError, match=r"scenario\.harmful_name="):
-        folders(good, good, harmful_name="benign")
+    with pytest.raises(UserError, match=r"scenario\.train_rows="):
+        OpenmojiMnist(train_rows=4900)
