@@ -30,10 +30,9 @@ from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from attacks.diffusion.export import export as write_attack_weights
-from eval.report.labels import flatten
 from eval.report.leaderboard import columns
 from eval.report.outcomes import outcome
-from eval.report.words import ARROWS, figure, heading, interval, support
+from eval.report.words import ARROWS, figure, flatten, heading, interval, support
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError, nearest
