@@ -37,6 +37,7 @@ class StagePlan:
     Attributes:
         cells: all stages.
         missing: titles of those that the cache lacks; keys change where an attack fails.
+        costly: those of them that take time; a baseline is only loaded.
     """
 
     def __init__(self, cfg: DictConfig, pipeline: Pipeline, metrics: Sequence[str]) -> None:
@@ -44,6 +45,8 @@ class StagePlan:
         self.cells += [pipeline.eval_cell(name) for name in metrics]
         absent = [c for c in self.cells if not pipeline.store.has(*c.place, c.parents)]
         self.missing = {cell.title for cell in absent}
+        loads = (c for c in self.cells if c.stage == "immunize" and c.model == BASELINE)
+        self.costly = self.missing - {cell.title for cell in loads}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run
         self.earlier = read_times(cfg) if self.missing else {}
         steps = {"attack": pipeline.budget.steps, "eval": 1}
@@ -53,14 +56,14 @@ class StagePlan:
 
     def seconds(self, cell: Cell) -> float:
         """Return the estimated time of a stage; 0 for one that is cached or costs nothing."""
-        if cell.title not in self.missing or (cell.stage == "immunize" and cell.model == BASELINE):
+        if cell.title not in self.costly:
             return 0.0
         known = self.measured.get(cell.part) or self.earlier.get(cell.part)
         return mean(known) if known else self.default[cell.stage]
 
     def describe(self) -> str:
         """Return how many stages there are, how many are cached, and the time of the others."""
-        parts = {cell.part for cell in self.cells if self.seconds(cell) > 0}
+        parts = {cell.part for cell in self.cells if cell.title in self.costly}
         counts = f"{len(self.cells)} stages, {len(self.cells) - len(self.missing)} cached"
         if not parts:
             return counts
@@ -88,7 +91,7 @@ class StagePlan:
 
     def finish(self, cell: Cell, seconds: float | None) -> None:
         """Note how long a stage took."""
-        if cell.title in self.missing and seconds is not None:
+        if cell.title in self.costly and seconds is not None:
             self.measured.setdefault(cell.part, []).append(seconds)
 
 
