@@ -415,7 +415,7 @@ def image_grids(
     run: RunView, evaluated: EvaluatedRun, count: int, similarity: str
 ) -> dict[str, ImageGrid]:
     """Return ``generations_CONCEPT``: the first ``count`` images of every concept, in the first
-    seed and case that has it.
+    seed and case that has it; ``comparison_CONCEPT``: of both models at 1× alone.
 
     Rows: reference images, then per model the images before the attack and at every mark, under the
     attack that is the model's best at 1× by ``similarity``. A column holds images made from the
@@ -425,7 +425,15 @@ def image_grids(
     for cell, role in evaluated.roles.items() if count else ():
         name = f"generations_{slug(cell.concept)}"
         if name not in out and cell in evaluated.cells(role, cell.concept):
-            out[name] = _image_grid(run, evaluated, cell, count, similarity)
+            grid = _image_grid(run, evaluated, cell, count, similarity)
+            out[name] = grid
+            if len(evaluated.model_names) == 2:  # one row per model, at 1×
+                rows = [2, 2 + len(grid.rows) // 2]
+                labels = tuple(grid.rows[i] for i in rows)
+                caption = grid.caption.replace("reference images, and ", "")
+                out[f"comparison_{slug(cell.concept)}"] = replace(
+                    grid, images=grid.images[rows], rows=labels, caption=caption
+                )
     return out
 
 

@@ -9,7 +9,18 @@ from typing import Any
 from eval.report.leaderboard import columns, terms, trial
 from eval.report.page import Block, page
 from eval.report.paired import common_seeds, difference
-from eval.report.words import ARROWS, Record, aligned, bound, figure, heading, interval, settings
+from eval.report.words import (
+    ARROWS,
+    Record,
+    aligned,
+    bound,
+    counted,
+    figure,
+    heading,
+    interval,
+    settings,
+    shortened,
+)
 from lab.core.errors import UserError
 
 OTHER_TRIAL = (
@@ -96,8 +107,11 @@ def to_text(result: dict[str, Any]) -> str:
     lines = [f"{side.upper()}: {_description(result[side])}" for side in "ab"]
     if result["same_content"]:
         return "\n".join([*lines, "Both records have the same content: every figure is equal."])
-    lines += [*_warnings(result), f"\nsettings that differ ({len(result['config'])}):"]
-    lines += [f"  {c['key']}: {_short(c['a'])} → {_short(c['b'])}" for c in result["config"]]
+    lines += [*_warnings(result), f"\n{len(result['config'])} settings differ:"]
+    for change in result["config"][:SHOWN]:
+        sides = (shortened(str(change[side]), 60) for side in "ab")
+        lines.append(f"  {change['key']}: {' → '.join(sides)}")
+    lines += ["  …"] * (len(result["config"]) > SHOWN)
     changed = _changed(result)
     lines += ["", aligned([HEAD, *(_cells(row) for row in changed[:SHOWN])])]
     hidden, equal = len(changed[SHOWN:]), len(result["metrics"]) - len(changed)
@@ -110,7 +124,9 @@ def to_text(result: dict[str, Any]) -> str:
 def to_html(result: dict[str, Any]) -> str:
     """Return the comparison as a page."""
     changed = _changed(result)
-    config = [[c["key"], _short(c["a"]), _short(c["b"])] for c in result["config"]]
+    config = [
+        [c["key"], shortened(str(c["a"]), 60), shortened(str(c["b"]), 60)] for c in result["config"]
+    ]
     rows = [
         [*cells[1:], row["how"]] for row, cells in zip(changed, map(_cells, changed), strict=True)
     ]
@@ -139,7 +155,9 @@ def _changed(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _description(side: dict[str, Any]) -> str:
-    attacks = ", ".join(side["attacks"]) or "no attack"
+    attacks = (
+        side["attacks"][0] if len(side["attacks"]) == 1 else counted(len(side["attacks"]), "attack")
+    )
     return f"{side['name']} ({side['immunizer']} against {attacks}), {side['status']}"
 
 
@@ -152,8 +170,3 @@ def _cells(row: dict[str, Any]) -> list[str]:
     if winner in ("A", "B"):
         winner += ", significant" if row["significant"] else ", not significant"
     return [ARROWS[row["better"]], heading(row["name"]), *sides, change, winner]
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "…"

@@ -10,15 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.report.leaderboard import (
-    LEGEND,
-    Row,
-    groups,
-    leader_blocks,
-    leaderboard,
-    titles,
-)
-from eval.report.outcomes import TONES, check_word, checks, outcome
+from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
+from eval.report.outcomes import TONES, check_word, outcome
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
     curve_blocks,
@@ -42,7 +35,7 @@ from eval.report.words import (
 from lab.core.hashing import write_atomically
 
 IMAGE_BYTES = 24_000_000  # of one page; further images are only named
-ROWS = 200  # of a table in the page; the record holds all
+ROWS = 100  # of a table in the page; the record holds all
 _PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")
 _ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
 _GLOSSARY = {
@@ -75,19 +68,20 @@ def render(records: Sequence[Record], out: Path) -> Path:
     """
     if not records:
         raise ValueError("a report needs at least one record")
-    places = groups(records)
-    names = titles(places)
-    room = [IMAGE_BYTES]
+    groups = sections(leaderboard(records))
+    scenes: dict[tuple[str, str], list[str]] = {}  # (scenario, backbone) → titles of its groups
+    for title, rows in groups.items():
+        scenes.setdefault((rows[0]["scenario"], rows[0]["backbone"]), []).append(title)
     blocks: list[Block] = []
-    shown = set[tuple[str, str]]()
-    for place in sorted(places, key=lambda place: -len(places[place])):
-        parts = group_blocks(places[place], out.parent, room)
-        if place[:2] in shown:
-            blocks += collapsed(f"{names[place]}: {parts[0]['outcome'].headline}", parts)
-        else:
-            title = {"heading": names[place], "tooltip": place.trial, "level": 2}
-            blocks += [title, *parts]
-        shown.add(place[:2])
+    for names in scenes.values():
+        names.sort(key=lambda title: -len(groups[title]))
+        for title in names:
+            rows = groups[title]
+            parts = group_blocks(rows, out.parent, IMAGE_BYTES // len(groups))
+            if title == names[0]:
+                blocks += [{"heading": title, "tooltip": rows[0]["trial"], "level": 2}, *parts]
+            else:
+                blocks += collapsed(f"{title}: {parts[0]['outcome'].headline}", parts)
     studies = dict.fromkeys(r["name"].split("/")[0] for r in records)
     blocks += collapsed("What the words mean", [{"facts": _GLOSSARY}])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -95,18 +89,15 @@ def render(records: Sequence[Record], out: Path) -> Path:
     return out
 
 
-def group_blocks(records: Sequence[Record], beside: Path, room: list[int]) -> list[Block]:
+def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """Return everything about comparable records; the outcome comes first."""
-    rows = leaderboard(records)
-    ordered, names = [row["record"] for row in rows], [row["label"] for row in rows]
-    notes = list(dict.fromkeys(note for record in ordered for note in record["notes"]))
+    records, names = [row["record"] for row in rows], [row["label"] for row in rows]
+    notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     blocks = leader_blocks(rows)
     blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
     blocks += check_blocks(rows) + image_blocks(rows, beside, room)
-    curved = [i for i, record in enumerate(ordered) if "curves" in record]  # killed runs have none
-    drawn = [ordered[i] for i in curved], [names[i] for i in curved]
-    blocks += curve_blocks(*drawn) + spectrum_blocks(*drawn) + pair_blocks(*drawn)
-    blocks += transfer_blocks(*drawn) + option_blocks(ordered)
+    blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
+    blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
     each: list[Block] = [
         {"summary": f"{row['label']}: {row['outcome']}", "blocks": _record_blocks(row)}
@@ -123,7 +114,8 @@ def _metrics_table(rows: Sequence[Row]) -> Block:
         text, note = measured(metric, name), (metric or {}).get("note") or ""
         return f"{text} {note}".strip() if text == UNMEASURED or len(rows) == 1 else text
 
-    names = dict.fromkeys(name for row in rows for name in row["record"]["metrics"])
+    known = [name for row in rows for name in row["record"]["metrics"]]
+    names = [n for n in dict.fromkeys([*columns(known), *known]) if n != "verdict"]
     lines = [
         [heading(name), *(cell(row["record"]["metrics"].get(name), name) for row in rows)]
         for name in names
@@ -135,7 +127,11 @@ def check_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return tiles of the first method's checks; those of the others are collapsed."""
     groups_of_tiles: list[list[Block]] = []
     for row in rows:
-        tiles = [_tile(check, len(row["record"]["seeds"])) for check in checks(row["record"])]
+        tiles = [
+            _tile(check, len(row["record"]["seeds"]))
+            for check in row["record"]["tables"].get("verdict", [])
+        ]
+        tiles.sort(key=lambda tile: bool(tile["word"] == "passes"))
         title = f"Checks of {row['label']}: {row['checks'][0]} of {row['checks'][1]} pass"
         groups_of_tiles += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
     more = [block for group in groups_of_tiles[1:] for block in group]
@@ -159,13 +155,13 @@ def _tile(check: dict[str, Any], seeds: int) -> dict[str, Any]:
 # ---- images
 
 
-def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Block]:
+def image_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """Return the image grids of both models at 1×, of the first record that has any; full grids and
     other records' are collapsed, and images that are not shown are named.
 
     Args:
         beside: where images of a record lie that was not read from a file.
-        room: bytes that the page has left for images.
+        room: bytes for images.
     """
     first: list[Block] = []
     more: list[Block] = []
@@ -174,7 +170,7 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Blo
         others: list[Block] = []
         for name, image in row["record"].get("images", {}).items():
             folder = getattr(row["record"], "folder", beside)
-            source = _read_image(folder / image["path"], folder, image["sha256"], room[0])
+            source = _read_image(folder / image["path"], folder, image["sha256"], room)
             title = capitalized(name.partition("_")[2].replace("_", " ") or name)
             block = {
                 "image": f"{row['label']}: {title}",
@@ -182,7 +178,7 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: list[int]) -> list[Blo
                 "src": source,
             }
             if source.startswith("data:"):
-                room[0] -= len(source)
+                room -= len(source)
                 is_open = name.startswith("comparison_") and not more
                 (first if is_open else others).append(block)
             else:
@@ -246,9 +242,7 @@ def _troubles(record: Record) -> list[str]:
         for (stage, status, model), count in failed.items()
     ]
     skipped = record.get("skipped", {}).items()
-    out += [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
-    values = record["metrics"].items()
-    return out + [f"{n} has no value: {m['note']}" for n, m in values if m["value"] is None]
+    return out + [f"Metric {name} was skipped: {reason}" for name, reason in skipped]
 
 
 def _provenance(record: Record) -> dict[str, Any]:

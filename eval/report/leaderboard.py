@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -16,7 +16,6 @@ from eval.report.outcomes import (
     MARKS,
     TONES,
     Outcome,
-    checks,
     key_figures,
     outcome,
     slowdown_name,
@@ -33,7 +32,6 @@ from eval.report.words import (
     counted,
     figure,
     flatten,
-    heading,
     interval,
     labels,
     markdown,
@@ -113,12 +111,7 @@ def columns(names: Iterable[str]) -> list[str]:
 # ---- what records must share
 
 
-class Place(NamedTuple):
-    """Where records are comparable: the same attacks and budget on the same cases."""
-
-    scenario: str
-    backbone: str
-    trial: str
+Place = tuple[str, str, str]  # scenario, backbone, trial
 
 
 def trial(record: Record) -> str:
@@ -171,7 +164,7 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
     """
     out: dict[Place, list[Record]] = {}
     for record in sorted(records, key=lambda r: not r["metrics"]):
-        place = Place(record["scenario"], record["backbone"], trial(record))
+        place = (record["scenario"], record["backbone"], trial(record))
         if not record["metrics"]:
             known = [p for p in out if p[:2] == place[:2]]
             alike = [p for p in known if _request(out[p][0]) == _request(record)]
@@ -182,9 +175,9 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
 
 def titles(places: dict[Place, list[Record]]) -> dict[Place, str]:
     """Return short titles, all different."""
-    short = {p: f"{p.scenario} on {p.backbone} · {short_trial(r[0])}" for p, r in places.items()}
+    short = {p: f"{p[0]} on {p[1]} · {short_trial(r[0])}" for p, r in places.items()}
     every = list(short.values())
-    whole = {p: f"{p.scenario} on {p.backbone} · {p.trial}" for p in places}
+    whole = {p: f"{p[0]} on {p[1]} · {p[2]}" for p in places}
     return {p: title if every.count(title) == 1 else whole[p] for p, title in short.items()}
 
 
@@ -206,9 +199,9 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
     for place, alike in places.items():
         group = []
         for record, label in zip(alike, labels(alike), strict=True):
-            passed = [bool(check["passed"]) for check in checks(record)]
+            passed = [bool(check["passed"]) for check in record["tables"].get("verdict", [])]
             row = {key: record[key] for key in ("scenario", "backbone", "immunizer", "status")}
-            row |= {"title": names[place], "trial": place.trial, "label": label, "rank": None}
+            row |= {"title": names[place], "trial": place[2], "label": label, "rank": None}
             row |= {"outcome": outcome(record).label, "seeds": len(record["seeds"])}
             row |= {"checks": (sum(passed), len(passed)), "attacks": list(record["attacks"])}
             row |= {"metrics": {k: record["metrics"][k] for k in columns(record["metrics"])}}
@@ -247,69 +240,65 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def table(rows: Sequence[Row]) -> list[list[str]]:
     """Return head and rows of the figures that count, all as text: rank, method, verdict, checks,
-    attack success, slowdown, benign cost, seeds.
+    attack success, slowdown, benign cost, seeds. A figure that nobody measured has no column.
     """
-    out = [["#", "method", "verdict", "checks", *key_figures(rows[0]["record"]), "seeds"]]
-    for row in rows:
-        metrics = row["record"]["metrics"]
-        names = list(
-            key_figures(rows[0]["record"] | {"metrics": metrics or rows[0]["metrics"]}).values()
-        )
-        passed, total = row["checks"]
-        count = f"{passed} of {total}" if total else UNMEASURED
-        seeds = next((support(metrics[n]) for n in names if n in metrics), UNMEASURED)
-        mark = MARKS.get(TONES.get(row["outcome"], ""), "")
-        diverged = " (partly diverged)" if row["status"] == "diverged" and metrics else ""
-        first = [
-            str(row["rank"] or ""),
-            row["label"],
-            f"{mark} {row['outcome']}".strip() + diverged,
+    names = [key_figures(row["record"]) for row in rows]
+    metrics = [row["record"]["metrics"] for row in rows]
+    cells = {
+        column: [
+            measured(m.get(n.get(column)), n.get(column, ""))
+            for m, n in zip(metrics, names, strict=True)
         ]
-        out.append([*first, count, *(measured(metrics.get(n), n) for n in names), seeds])
+        for column in names[0]
+    }
+    cells = {column: texts for column, texts in cells.items() if set(texts) != {UNMEASURED}}
+    out = [["#", "method", "verdict", "checks", *cells, "seeds"]]
+    for i, row in enumerate(rows):
+        passed, total = row["checks"]
+        first = next((metrics[i][n] for n in names[i].values() if n in metrics[i]), None)
+        mark = MARKS.get(TONES.get(row["outcome"], ""), "")
+        diverged = " (partly diverged)" if row["status"] == "diverged" and metrics[i] else ""
+        verdict = f"{mark} {row['outcome']}{diverged}".strip()
+        count = f"{passed} of {total}" if total else UNMEASURED
+        shown = [texts[i] for texts in cells.values()]
+        seeds = support(first) if first else UNMEASURED
+        out.append([str(row["rank"] or ""), row["label"], verdict, count, *shown, seeds])
     return out
 
 
 def headline(group: Sequence[Row]) -> Outcome:
     """Return who wins a group, by which margin and how surely; of one method its own outcome."""
     ranked = [row for row in group if row["rank"] is not None]
+    own = outcome((ranked or list(group))[0]["record"])
     if len(ranked) < 2:
-        return outcome((ranked or list(group))[0]["record"])
-    first, second = ranked[:2]
-    own, name = outcome(first["record"]), slowdown_name(first["record"])
-    passing = sum(row["outcome"] == "passes" for row in ranked)
-    verb = "passes" if passing == 1 else "pass"
-    count = counted(len(ranked), "method")
-    passed, total = first["checks"]
-    if passing:
-        text = f"{first['label']} wins: {passing} of {len(ranked)} methods {verb}"
+        return own
+    first, (passed, total) = ranked[0], ranked[0]["checks"]
+    words = [row["outcome"] for row in ranked]
+    text = f"No verdict: of {len(ranked)} methods {first['label']} comes first"
+    if "passes" in words:
+        text = f"{first['label']} wins: {words.count('passes')} of {len(ranked)} methods pass"
     elif total:
-        text = f"No method passes: of {count} the closest is {first['label']}, {passed} of {total}"
-        text += " checks"
-    else:
-        text = f"No verdict: of {count} {first['label']} comes first"
-    details = []
-    metrics = first["record"]["metrics"]
-    if (metrics.get(name) or {}).get("value") is not None:
-        text += f"; {heading(name)} {measured(metrics[name], name)}"
-        details = [certainty(metrics[name], 1.0), *_margin(name, first, second)]
-    return Outcome(own.tone, own.label, f"{text}.", [*details, *own.details[1:]])
+        text = f"No method passes: of {len(ranked)} methods the closest is {first['label']}, "
+        text += f"{passed} of {total} checks"
+    name = slowdown_name(first["record"])
+    metric = first["record"]["metrics"].get(name)
+    if metric is None or metric["value"] is None:
+        return Outcome(own.tone, own.label, f"{text}.", own.details)
+    column = [*key_figures(first["record"])][:2][-1]
+    details = [certainty(metric, 1.0), *_margin(name, first, ranked[1])]
+    return Outcome(own.tone, own.label, f"{text}; {column} {measured(metric, name)}.", details)
 
 
 def _margin(name: str, first: Row, second: Row) -> list[str]:
     """Return by how much the first method is ahead of the second, and how surely."""
-    if name not in second["record"]["metrics"]:
-        return []
-    gap = difference(name, second["record"], first["record"])
+    metrics = [row["record"]["metrics"].get(name) for row in (second, first)]
+    gap = difference(name, second["record"], first["record"]) if all(metrics) else None
     if gap is None:
         return []
-    metrics = [row["record"]["metrics"][name] for row in (first, second)]
     limits = [metric.get("bound") for metric in metrics]
     sure = "significant" if gap.significant else "not significant"
-    sure = (
-        "undetermined, as a figure is a limit"
-        if limits not in ([None] * 2, ["lower", None])
-        else sure
-    )
+    if any(limits) and not (limits == [None, "lower"] and gap.value > 0):
+        sure = "undetermined, as a figure is a limit"
     text = f"{figure(gap.value)} {interval(vars(gap))}".strip()
     return [f"Margin over {second['label']}: {text}, {sure} ({gap.how})."]
 
@@ -362,20 +351,21 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return headline, picture and table of one group."""
     records, names = [row["record"] for row in rows], [row["label"] for row in rows]
     blocks: list[Block] = [{"outcome": headline(rows)}]
-    figures = list(key_figures(records[0]).items())[1:]
-    panels = {title: limit_of(records, name) for title, name in figures}
-    methods = methods_of(records, names, len(panels))
+    lines, keys = table(rows), key_figures(records[0])
+    # all but attack success, or what stands for it
+    panels = {c: limit_of(records, keys[c]) for c in lines[0] if c in [*keys][1:]}
+    methods = methods_of(records, names, list(panels))
     if len(methods) > 1 and panels:
         picture = {"wide": forest(methods, panels), "narrow": forest(methods, panels, True)}
         note = "95 % intervals; the unprotected baseline is 1. Dotted arrow: a limit."
-        title = capitalized(" and ".join(panels))
-        blocks.append({"picture": f"{title}, shaded where it passes", "note": note} | picture)
-    lines = [[cell for i, cell in enumerate(line) if i not in (0, 3, 7)] for line in table(rows)]
-    for row, line in zip(rows, lines[1:], strict=True):
-        line[0] = (
-            f"{row['rank']}. {row['label']}" if row["rank"] and len(rows) > 1 else row["label"]
+        title = capitalized(" and ".join(panels)) + ", shaded where it passes" * any(
+            panels.values()
         )
-    return [*blocks, {"table": lines, "label": f"Leaderboard {rows[0]['title']}"}]
+        blocks.append({"picture": title, "note": note} | picture)
+    for row, line in zip(rows, lines[1:], strict=True):
+        line[1] = f"{row['rank']}. {line[1]}" if row["rank"] and len(rows) > 1 else line[1]
+    shown = [[*line[1:3], *line[4:-1]] for line in lines]
+    return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0]['title']}"}]
 
 
 def to_html(rows: Sequence[Row]) -> str:

@@ -75,12 +75,6 @@ def slowdown_name(record: Record) -> str:
     return [*key_figures(record).values()][:2][-1]
 
 
-def checks(record: Record) -> list[dict[str, Any]]:
-    """Return the rows of the table ``verdict``."""
-    rows: list[dict[str, Any]] = record["tables"].get("verdict", [])
-    return rows
-
-
 def check_word(check: dict[str, Any]) -> str:
     """Return passes, fails, or inconclusive: not measured everywhere, or a limit that leaves it
     open on which side of the threshold the figure lies.
@@ -109,7 +103,7 @@ def verdict_word(record: Record) -> str:
     verdict = (record["metrics"].get("verdict") or {}).get("value")
     if verdict is None or _is_attack_too_weak(record["metrics"]):
         return "inconclusive"
-    words = {check_word(check) for check in checks(record)}
+    words = {check_word(check) for check in record["tables"].get("verdict", [])}
     is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
     return "passes" if verdict else "inconclusive" if is_open else "fails"
 
@@ -154,9 +148,8 @@ def outcome(record: Record) -> Outcome:
         headline = "Baseline only: nothing was immunized, so there is nothing to compare."
         return Outcome("neutral", "baseline", headline, _rir_bound(metrics, "rir_bound"))
     word = verdict_word(record)
-    texts = [
-        text for text in (_figure_text(metrics, n) for n in key_figures(record).values()) if text
-    ]
+    texts = [_figure_text(metrics, *item) for item in key_figures(record).items()]
+    texts = [text for text in texts if text]
     figures = f": {', '.join(texts)}" if texts else ""
     verb = "is inconclusive" if word == "inconclusive" else word
     slowdown = metrics.get(slowdown_name(record))
@@ -165,20 +158,19 @@ def outcome(record: Record) -> Outcome:
     return Outcome(TONES[word], word, f"{name} {verb}{figures}.", details + _published(record))
 
 
-def _figure_text(metrics: dict[str, Metric], name: str) -> str:
-    """Return ``attack success rate 3 % (baseline 88 %)``."""
+def _figure_text(metrics: dict[str, Metric], column: str, name: str) -> str:
+    """Return ``attack success 3 % (baseline 88 %)``."""
     metric, baseline = metrics.get(name), metrics.get(f"{name}_baseline")
     if metric is None or metric["value"] is None:
         return ""
     if baseline is None or baseline["value"] is None:
-        return f"{heading(name)} {measured(metric, name)}"
-    values = percent(metric["value"]), percent(baseline["value"])
-    return f"{heading(name)} {values[0]} (baseline {values[1]})"
+        return f"{column} {measured(metric, name)}"
+    return f"{column} {percent(metric['value'])} (baseline {percent(baseline['value'])})"
 
 
 def _reasons(record: Record) -> list[str]:
     """Return why the verdict is as it is."""
-    rows, verdict, out = checks(record), record["metrics"].get("verdict"), []
+    rows, verdict, out = record["tables"].get("verdict", []), record["metrics"].get("verdict"), []
     if record["status"] == "diverged":
         message = (record["error"] or {}).get("message") or "no message was recorded"
         out.append(f"Immunization diverged on part of the run: {sentence(message)}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup, escape
 
 from eval.report.outcomes import MARKS
 from eval.report.words import UNMEASURED, figure
@@ -22,7 +21,7 @@ Block = dict[str, Any]
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
-    """Return a self-contained page; every value but `Markup` is escaped."""
+    """Return a self-contained page; every value but SVG (`Markup`) is escaped."""
     return _template().render(title=title, blocks=blocks)
 
 
@@ -40,7 +39,7 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"cell": _cell, "breakable": _breakable}
+    environment.filters["cell"] = _cell
     environment.globals |= {"marks": MARKS, "tones": {mark: tone for tone, mark in MARKS.items()}}
     return environment.get_template("report.html.j2")
 
@@ -50,8 +49,3 @@ def _cell(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return words[value]
     return figure(value) if isinstance(value, float) else str(value)
-
-
-def _breakable(text: str) -> Markup:
-    """Return escaped text with places where a long name may break."""
-    return Markup(str(escape(text)).replace("_", "_<wbr>"))

@@ -24,7 +24,17 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from eval.report.outcomes import LIMITS, Tone, key_figures, outcome
-from eval.report.words import Metric, Record, figure, flatten, heading, labels, measured
+from eval.report.words import (
+    UNMEASURED,
+    Metric,
+    Record,
+    figure,
+    flatten,
+    heading,
+    labels,
+    measured,
+    shortened,
+)
 from lab.core.record import is_immunized
 from lab.core.types import BASELINE
 
@@ -179,12 +189,12 @@ def _draw(axes: Axes, lines: Sequence[Line], log: str, is_scatter: bool) -> None
             style = {"color": COLORS[f"s{i}"], "linewidth": 1.8, "linestyle": DASHES[i]}
             style |= {"marker": MARKERS[i], "markersize": 3.5, "zorder": 2 + i}
             style |= {"markevery": max(int(seen.sum()) // 8, 1)}
-            axes.fill_between(
-                x[seen], low[seen], high[seen], color=style["color"], alpha=0.16, lw=0
-            )
         if is_scatter:
             style |= {"linestyle": "none", "marker": style.get("marker") or "o", "markevery": 1}
             axes.vlines(x[seen], low[seen], high[seen], color=style["color"], linewidth=1.2)
+        elif line.index is not None:
+            band = (x[seen], low[seen], high[seen])
+            axes.fill_between(*band, color=style["color"], alpha=0.16, linewidth=0)
         axes.plot(x[seen], y[seen], label=line.label, **style)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
@@ -229,14 +239,14 @@ class MethodFigures:
 
 
 def methods_of(
-    records: Sequence[Record], names: Sequence[str], columns: int
+    records: Sequence[Record], names: Sequence[str], columns: Sequence[str]
 ) -> list[MethodFigures]:
-    """Return the baseline at 1 and every immunized record that has figures."""
+    """Return the baseline at 1 and every immunized record that has figures of ``columns``."""
     one: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
-    methods = [MethodFigures("baseline", "neutral", (one,) * columns)]
+    methods = [MethodFigures("baseline", "neutral", (one,) * len(columns))]
     for record, label in zip(records, names, strict=True):
-        shown = list(key_figures(record).values())[-columns:]
-        metrics = tuple(record["metrics"].get(name) for name in shown)
+        shown = key_figures(record)
+        metrics = tuple(record["metrics"].get(shown.get(column, "")) for column in columns)
         if is_immunized(record) and any(metrics):
             methods.append(MethodFigures(label, outcome(record).tone, metrics))
     return methods
@@ -260,19 +270,14 @@ def forest(
     Args:
         columns: title → what the verdict requires, see `limit_of`.
     """
-    names = [shortened(method.label, 17 if is_narrow else 34) for method in methods]
+    names = [shortened(method.label, 17 if is_narrow else 44) for method in methods]
     rows, count = (len(columns), 1) if is_narrow else (1, len(columns))
     width, height = (4.1, 0.26 * len(names) + 0.85) if is_narrow else (10, 0.3 * len(names) + 0.8)
-    margin = 0.075 * max(map(len, names)) + 0.15
-    each = (width - margin) / count
-    fig = Figure(figsize=(width, height * rows))
-    panels = fig.subplots(rows, count, squeeze=False).ravel()
+    fig = Figure(figsize=(width, height * rows), layout="constrained")
+    panels = fig.subplots(rows, count, sharey=True, squeeze=False).ravel()
     for i, (axes, title) in enumerate(zip(panels, columns, strict=True)):
-        row, column = (i, 0) if is_narrow else (0, i)
-        left, bottom = (margin + column * each) / width, (rows - 1 - row + 0.45 / height) / rows
-        axes.set_position((left, bottom, (each - 1.5) / width, (1 - 0.75 / height) / rows))
         _draw_methods(axes, [(m.tone, m.metrics[i]) for m in methods], columns[title])
-        axes.set_yticks(range(len(names)), names if column == 0 else [""] * len(names))
+        axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
     return to_svg(fig, " and ".join(columns))
 
@@ -280,12 +285,11 @@ def forest(
 def _draw_methods(
     axes: Axes, rows: Sequence[tuple[Tone, Metric | None]], limit: tuple[str, float] | None
 ) -> None:
-    values = [m[k] for _, m in rows if m for k in ("value", "low", "high") if m[k] is not None]
+    values = [v for _, m in rows if m and m["value"] is not None for v in _ends(m)]
     positive = [v for v in [*values, 1.0, *(limit or ())[1:]] if v > 0]
     room = max((max(positive) / min(positive)) ** 0.07, 1.1)
     left, right = min(positive) / room, max(positive) * room
     axes.set(xscale="log", xlim=(left, right), ylim=(len(rows) - 0.4, -1.0))
-    beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
     if limit:
         rule, value = limit
         start, end = (value, right) if rule == "≥" else (left, value)
@@ -295,22 +299,29 @@ def _draw_methods(
         axes.text(value, -0.72, text, color=COLORS["good"], fontsize=8, ha=side, va="center")
     axes.axvline(1.0, color=COLORS["ink"], linewidth=0.8, alpha=0.6)
     for row, (tone, metric) in enumerate(rows):
-        color = COLORS.get(tone, COLORS["bad"])
-        if metric is None or metric["value"] is None:
-            axes.text(1.03, row, "not measured", **beside)
-            continue
-        if metric["low"] is not None and metric["high"] is not None:
-            axes.plot([metric["low"], metric["high"]], [row, row], color=color, linewidth=2.2)
-        if metric.get("bound"):  # the true figure may lie anywhere beyond
-            far = right if metric["bound"] == "lower" else left
-            arrow = {"arrowstyle": "->", "color": color, "linestyle": ":"}
-            axes.annotate("", (far, row), (metric["value"], row), arrowprops=arrow)
-        axes.plot([metric["value"]], [row], SHAPES[tone], color=color, markersize=8, zorder=4)
-        axes.text(1.03, row, measured(metric), **beside)
+        color, text = COLORS.get(tone, COLORS["bad"]), measured(metric)
+        if metric is not None and metric["value"] is not None:
+            low, value, high = _ends(metric)
+            error = [[value - low], [high - value]]
+            style: Any = {"color": color, "fmt": SHAPES[tone], "markersize": 8, "zorder": 4}
+            axes.errorbar(value, row, xerr=error, elinewidth=2.2, **style)
+            if metric.get("bound"):  # the true figure may lie anywhere beyond
+                far = right if metric["bound"] == "lower" else left
+                arrow = {"arrowstyle": "->", "color": color, "linestyle": ":"}
+                axes.annotate("", (far, row), (value, row), arrowprops=arrow)
+        beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
+        axes.text(1.03, row, text.replace(UNMEASURED, "not measured"), **beside)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
     set_log(axes, "x")
+
+
+def _ends(metric: Metric) -> tuple[float, float, float]:
+    """Return low, value and high; the value where there is no interval."""
+    value = metric["value"]
+    low, high = (value if metric[k] is None else metric[k] for k in ("low", "high"))
+    return low, value, high
 
 
 @rc_context(_STYLE)
@@ -320,36 +331,32 @@ def scatter(records: Sequence[Record], path: Path) -> Path:
     Colour and shape are the verdict; the pass region is shaded. Records that lack one of both are
     left out.
     """
-    titles, names = zip(*list(key_figures(records[0]).items())[-2:], strict=True)
-    fig = Figure(figsize=(7.5, 4.2), layout="constrained")
+    columns = list(key_figures(records[0]))[-2:]
+    fig = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = fig.add_subplot()
-    for method in methods_of(records, labels(records), 2)[1:]:
-        metrics = [m for m in method.metrics if m is not None and m["value"]]
-        if len(metrics) == 2:
-            y, x = metrics
-            color, place = COLORS.get(method.tone, COLORS["bad"]), (x["value"], y["value"])
-            ends = [m["value"] if m[k] is None else m[k] for m in (x, y) for k in ("low", "high")]
-            axes.plot(ends[:2], [place[1]] * 2, color=color, linewidth=0.8, alpha=0.5)
-            axes.plot([place[0]] * 2, ends[2:], color=color, linewidth=0.8, alpha=0.5)
-            axes.plot(*place, SHAPES[method.tone], color=color, markersize=9, zorder=4)
-            axes.annotate(method.label, place, (7, 6), textcoords="offset points")
+    for number, method in enumerate(methods_of(records, labels(records), columns)[1:], start=1):
+        y, x = method.metrics
+        if not x or not y or x["value"] is None or y["value"] is None:
+            continue
+        error = [[[m["value"] - _ends(m)[0]], [_ends(m)[2] - m["value"]]] for m in (x, y)]
+        style: Any = {"color": COLORS.get(method.tone, COLORS["bad"]), "fmt": SHAPES[method.tone]}
+        style |= {"markersize": 9, "elinewidth": 0.6, "label": f"{number}  {method.label}"}
+        axes.errorbar(x["value"], y["value"], error[1], error[0], **style)
+        place = (x["value"], y["value"])
+        axes.annotate(f"{number}", place, (7, 6), textcoords="offset points", fontweight="bold")
     for side in "xy":
         set_log(axes, side)
-    floor, ceiling = (limit_of(records, name) for name in names)
+    shown = key_figures(records[0])
+    floor, ceiling = (limit_of(records, shown[column]) for column in columns)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     if floor and ceiling:
         axes.fill_between([left, ceiling[1]], floor[1], top, color=COLORS["good"], alpha=0.13, lw=0)
         axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set(
-        xlabel=f"{titles[1]}, × (lower is better)", ylabel=f"{titles[0]}, × (higher is better)"
-    )
+    axes.set(xlabel=f"{columns[1]}, × (lower is better)")
+    axes.set(ylabel=f"{columns[0]}, × (higher is better)")
+    fig.legend(loc="outside right upper")
     return save(fig, path)
-
-
-def shortened(text: str, length: int) -> str:
-    """Return ``text`` cut to ``length`` characters."""
-    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 # ---- files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +23,7 @@ _PROBES = ("norm_ratio_", "test_accuracy_", "test_loss_", "train_loss_")
 _CONDITION = ("rir_bound_ratio", "rir", "kappa_harmful", "kappa_benign")
 _OPEN = 6  # curves before the others are collapsed
 _OPTION_METRICS, _SERIES = 4, 6  # of a sweep: plots, and lines in each
-GAPS = (-1.0, 1.2)  # of relative gaps: beyond, the baseline shows next to nothing of the concept
+GAPS = (-1.0, 1.2)  # what is shown of relative gaps
 _SPECTRA = (  # table, column, role, title
     ("spectrum", "value", "harmful", "Singular values of the features, harmful task"),
     ("spectrum", "value", "benign", "Singular values of the features, benign task"),
@@ -35,54 +34,55 @@ _SPECTRA = (  # table, column, role, title
 Plot = dict[str, Any]  # {"title": str, "svg": Markup, "note": str}
 
 
-class _Lines(list[Line]):
-    """The baseline once, the first immunized model highlighted, the others grey.
+def _model_lines(curves: Sequence[tuple[dict[str, Any], str]]) -> list[Line]:
+    """Return the baseline once, the first immunized model highlighted, the others grey.
 
     Series that are no model (a concept, an attack) keep their own names and colours.
-    """
 
-    def place(self, model: str, label: str, count: int) -> tuple[str, int | None] | None:
-        """Return label and colour of the next series; None for a baseline that is drawn already."""
-        indices = [line.index for line in self]
-        if model == BASELINE:
-            return None if 0 in indices else ("baseline", 0)
-        if model != IMMUNIZED:
-            return (model if count == 1 else f"{label}: {model}"), 1 + len(self)
-        if 1 not in indices:
-            return label, 1
-        return ("_" if None in indices else f"{counted(count - 1, 'other method')}"), None
+    Args:
+        curves: with the label of their record.
+    """
+    lines: list[Line] = []
+    for curve, label in curves:
+        for series in series_of(curve):
+            drawn = {line.index for line in lines}
+            shown: tuple[str, int | None] = ("baseline", 0)
+            if series not in (BASELINE, IMMUNIZED):
+                shown = (series if len(curves) == 1 else f"{label}: {series}", 1 + len(lines))
+            elif series == IMMUNIZED and 1 not in drawn:
+                shown = (label, 1)
+            elif series == IMMUNIZED:  # matplotlib's legends leave out what begins with _
+                others = counted(len(curves) - 1, "other method")
+                shown = (others if None not in drawn else "_", None)
+            elif 0 in drawn:
+                continue
+            lines.append(line_of(curve, series, *shown))
+    return lines
 
 
 def _curves(chosen: Sequence[str], records: Sequence[Record], names: Sequence[str]) -> list[Plot]:
-    plots = [_curve(name, records, names) for name in chosen]
+    """Return plots of record curves by their names."""
+    budget = records[0]["config"].get("budget") or {}
+    plots = []
+    for name in chosen:
+        named = zip(records, names, strict=True)
+        curves = [(r["curves"][name], label) for r, label in named if name in r["curves"]]
+        options: dict[str, Any] = {}
+        if "horizon" in budget and not _is_training(name):
+            options["mark"] = (budget["horizon"], "1×")
+        if name in ("rir", "rir_bound_ratio"):
+            options["reference"] = 1.0
+        if "sgr_" in name:  # beyond, the baseline shows next to nothing of the concept
+            options |= {"reference": 0.0, "clip": GAPS}
+        plots.append(_plot(capitalized(heading(name)), curves, **options))
     return [plot for plot in plots if plot["svg"]]
 
 
-def _curve(name: str, records: Sequence[Record], names: Sequence[str]) -> Plot:
-    curves = [
-        (r["curves"][name], n) for r, n in zip(records, names, strict=True) if name in r["curves"]
-    ]
-    lines = _Lines()
-    for curve, label in curves:
-        for series in series_of(curve):
-            place = lines.place(series, label, len(curves))
-            if place is not None:
-                lines.append(line_of(curve, series, *place))
-    curve, title = curves[0][0], capitalized(heading(name))
-    is_gap = "sgr_" in name
-    horizon = (records[0]["config"].get("budget") or {}).get("horizon")
-    svg = lines_plot(
-        lines,
-        title=title,
-        x=str(curve.get("x", "step")),
-        y=re.sub(r", (harmful|benign) task$", "", str(curve.get("y", name))),
-        log=curve.get("log", ""),
-        reference=0.0 if is_gap else 1.0 if name in ("rir", "rir_bound_ratio") else None,
-        mark=(horizon, "1×") if horizon and not _is_training(name) else None,
-        clip=GAPS if is_gap else (-math.inf, math.inf),
-    )
-    note = "Cut off where the baseline shows next to nothing of the concept." * is_gap
-    return {"title": title, "svg": svg, "note": note}
+def _plot(title: str, curves: Sequence[tuple[dict[str, Any], str]], **options: Any) -> Plot:
+    first = curves[0][0]
+    y = re.sub(r", (harmful|benign) task$", "", str(first.get("y", "")))
+    words = {"title": title, "x": str(first.get("x", "step")), "y": y, "log": first.get("log", "")}
+    return {"title": title, "svg": lines_plot(_model_lines(curves), **words, **options)}
 
 
 def _is_training(name: str) -> bool:
@@ -109,24 +109,21 @@ def curve_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]
 
 
 def spectrum_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
-    """Return singular values, principal angles and the pencil, before (baseline) and after."""
+    """Return singular values, principal angles and the pencil, before (baseline) and after, of the
+    first case and seed, which is all that these tables hold.
+    """
     plots = []
     for table, column, role, title in _SPECTRA:
-        lines, cases = _Lines(), dict[str, None]()
+        curves = []
         for record, label in zip(records, names, strict=True):
             rows = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
-            cases |= dict.fromkeys(f"{r.get('case')}, seed {r.get('seed')}" for r in rows)
-            for model in dict.fromkeys(row["model"] for row in rows):
-                place = lines.place(model, label, len(records))
-                own = [row for row in rows if row["model"] == model]
-                if place is not None:
-                    values = [row["index"] for row in own], [row[column] for row in own]
-                    lines.append(Line(*place, *values))
-        log = "y" * (column == "value")
-        svg = lines_plot(lines, title=title, x="index", y=column, log=log)
-        plots.append({"title": title, "svg": svg, "note": f"First only: {'; '.join(cases)}."})
-    shown = [plot for plot in plots if plot["svg"]]
-    return collapsed("Spectra and angles", [{"plots": shown}] if shown else [])
+            if rows:
+                models = pd.DataFrame(rows).pivot_table(column, "index", "model").to_dict("list")
+                curve = {"step": sorted({row["index"] for row in rows}), **models}
+                axes = {"x": "index", "y": column, "log": "y" * (column == "value")}
+                curves.append((curve | axes, label))
+        plots += [_plot(f"{title}: first case and seed", curves)] if curves else []
+    return collapsed("Spectra and angles", [{"plots": plots}] if plots else [])
 
 
 def pair_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from lab.core.record import VOLATILE_CONFIG
+from lab.core.record import VOLATILE_CONFIG, is_immunized
 
 Record = dict[str, Any]
 Metric = dict[str, Any]
@@ -87,6 +87,11 @@ def sentence(text: str | None) -> str:
     """Return ``text`` with a full stop."""
     text = (text or "").strip()
     return text if not text or text.endswith(".") else text + "."
+
+
+def shortened(text: str, length: int) -> str:
+    """Return ``text`` cut to ``length`` characters."""
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def counted(count: int, noun: str) -> str:
@@ -223,7 +228,11 @@ def labels(records: Sequence[Record]) -> list[str]:
     named everywhere.
     """
     studies = [str(r["name"]).rpartition("/")[0] or str(r["name"]) for r in records]
-    immunizers = [r["immunizer"] for r in records]
+    nothing = ["checkpoint" if "audit_verdict" in r["tables"] else "baseline" for r in records]
+    immunizers = [
+        r["immunizer"] if is_immunized(r) else name
+        for r, name in zip(records, nothing, strict=True)
+    ]
     frame = pd.DataFrame([settings(r) for r in records], dtype=object)
     frame = frame.map(typed).where(frame.notna() | frame.map(lambda value: value is None), "")
     frame = frame[[key for key in frame if not key.endswith("_target_")]]

@@ -107,9 +107,10 @@ def _name_models(record: Record) -> Record:
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
         new = {"model": names.get(row["model"], row["model"])} if "model" in row else {}
-        if str(row.get("note") or "").startswith("best attackers"):
-            words = str(row["note"]).replace("best attackers", "strongest attacks").split(" ")
-            new["note"] = " ".join(names.get(word, word) for word in words)
+        before, found, attacks = str(row.get("note") or "").partition("best attackers: ")
+        if found:
+            words = " ".join(names.get(word, word) for word in attacks.split(" "))
+            new["note"] = f"{before}strongest attacks: {words}"
         return row | new
 
     def series(key: str) -> str:

@@ -128,7 +128,7 @@ def case(
         unrelated,
         (),
         unrelated,
-        Sampling(2, 4.0, 4),
+        Sampling(steps=2, guidance=4.0, count=4),
     )
 
 

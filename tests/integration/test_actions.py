@@ -28,7 +28,7 @@ def test_actions_on_two_records(cli, tmp_path):
     paths = [str(p) for p in sorted(tmp_path.rglob("record.json"))]
     code, out, err = cli("action=compare", f"records=[{paths[0]},{paths[1]}]")
     assert code == 0, err
-    assert "rir" in out
+    assert "RIR" in out
     code, out, _ = cli("action=status", "records=[outputs/runs]")
     assert "2 ok" in out
     code, _, err = cli("action=status", "records=[outputs/runs,nowhere]")

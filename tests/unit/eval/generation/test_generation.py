@@ -217,9 +217,12 @@ def test_curves_have_bands_and_the_table_a_row_per_attack_and_mark():
 
 
 def test_grids_show_references_and_both_model_names():
-    grid = Generation(scorers=FakeScorers(), similarities=["clip"], pictures=3)(world(HELD)).images[
-        "generations_mosaic"
-    ]
+    images = Generation(scorers=FakeScorers(), similarities=["clip"], pictures=3)(
+        world(HELD)
+    ).images
+    grid, both = images["generations_mosaic"], images["comparison_mosaic"]
+    assert both.rows == ("baseline, step 20", "immunized, step 20")
+    assert torch.equal(both.images[1], grid.images[grid.rows.index("immunized, step 20")])
     assert grid.images.shape == (1 + 2 * 4, 3, 3, 4, 4)
     assert torch.equal(grid.images[0, 2], colours(RED)[0])
     assert torch.equal(

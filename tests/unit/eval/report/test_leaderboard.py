@@ -22,7 +22,7 @@ CONF = Path(__file__).resolve().parents[4] / "conf"
 def test_outcome_says_verdict_figures_and_certainty() -> None:
     good, bad = outcome(generated()), outcome(attacked("kappa", 4.9, 3.7, 1.2))
     assert (good.label, bad.label) == ("passes", "fails")
-    assert "attack success rate 35 % (baseline 90 %)" in good.headline
+    assert "attack success 35 % (baseline 90 %)" in good.headline
     assert good.details[0].startswith("Significant: the 95 % interval over three seeds excludes 1")
     assert any(line.startswith("Fails: steps") for line in bad.details)
     assert outcome(baseline()).label == "baseline"
