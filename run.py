@@ -8,33 +8,18 @@ import warnings
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig
 
-ROOT = Path(__file__).resolve().parent
+from lab.cli.arguments import register_resolvers, rewrite, version
+from lab.core.sources import ROOT
+from lab.runner.batch import EXIT_INTERRUPTED, fail_slurm_job, interruptible, relative
+
 # threads that wait for each other sleep: a spinning one would hold the core that a busy machine
 # needs for the other (tests/benchmarks/busy_threads.py); read when torch is imported
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
-def _quick_precision(device: str) -> str:
-    """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it
-    takes far longer.
-    """
-    from lab.models.devices import computes_bfloat16, pick
-
-    return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
-
-
-def _checkpoint(fact: str, path: str) -> float:
-    """For ``conf/scenario/folder.yaml``: resolution, steps or guidance that suit a checkpoint."""
-    from lab.models.diffusion_backbone import read_sampling
-
-    return read_sampling(path)[fact]
-
-
-OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
-OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
-OmegaConf.register_new_resolver("checkpoint", _checkpoint, replace=True)
+register_resolvers()
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges
 # but warns about
 warnings.filterwarnings(
@@ -48,17 +33,16 @@ def job(cfg: DictConfig) -> int:
 
     Exceptions end here, so that a sweep goes on with its other jobs.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    from lab.cli.actions import act
+    from lab.cli.actions import act, is_run
     from lab.cli.errors import report_error
-    from lab.runner.batch import fail_slurm_job, interruptible
 
     config = HydraConfig.get()
+    folder = Path(config.runtime.output_dir)
+    if is_run(cfg):
+        print(f"run folder: {relative(folder)}", file=sys.stderr, flush=True)
     try:
         with interruptible(job=True):
-            code = act(cfg, Path(config.runtime.output_dir))
+            code = act(cfg, folder)
     except Exception as error:
         code = report_error(error)
     if code:
@@ -69,13 +53,12 @@ def job(cfg: DictConfig) -> int:
 
 
 def main() -> None:
-    """Console entry; exit code 0 done, 1 defect, 2 wrong input, 3 audit failed, 130 interrupted."""
+    """Console entry; exit code 0 done, 1 defect, 2 wrong input, 3 `fail_on`, 130 interrupted."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `report_error`
-    from lab.cli.arguments import rewrite
-    from lab.cli.errors import report_error
-    from lab.runner.batch import EXIT_INTERRUPTED, interruptible
-
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if "--version" in sys.argv:
+        print(f"immunization-bench {version()}")
+        return
     try:
         sys.argv[1:] = rewrite(sys.argv[1:])
         with interruptible():  # a batch system's SIGTERM leaves a record, like Ctrl-C
@@ -84,6 +67,8 @@ def main() -> None:
         print("interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
+        from lab.cli.errors import report_error
+
         sys.exit(report_error(error))
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import atexit
 import re
-import shutil
-import tempfile
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+
+from omegaconf import OmegaConf
 
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
@@ -19,6 +19,38 @@ _NO_FOLDER = (
     "hydra.output_subdir=null",
     "hydra.job_logging.root.handlers=[console]",
 )
+
+
+def register_resolvers() -> None:
+    """Register the functions that the YAML of conf/ calls."""
+    OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
+    OmegaConf.register_new_resolver("quick_precision", _quick_precision, replace=True)
+    OmegaConf.register_new_resolver("checkpoint", _read_checkpoint, replace=True)
+
+
+def _quick_precision(device: str) -> str:
+    """For ``scenario.sampling.precision``: bfloat16 on a device that computes it; emulated, it
+    takes far longer.
+    """
+    from lab.models.devices import computes_bfloat16, pick  # their imports take seconds
+
+    return "bfloat16" if computes_bfloat16(pick("backbone.device", device).type) else "weights"
+
+
+def _read_checkpoint(fact: str, path: str) -> float:
+    """For ``conf/scenario/folder.yaml``: resolution, steps or guidance that suit a checkpoint."""
+    from lab.models.diffusion_backbone import read_sampling
+
+    return read_sampling(path)[fact]
+
+
+def version() -> str:
+    """Return the version of the project."""
+    project = ROOT / "pyproject.toml"  # a checkout's; an installed copy has none
+    if project.is_file():
+        found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
+        return found[1] if found else "unknown"
+    return metadata.version("immunization-bench")
 
 
 def rewrite(words: Sequence[str]) -> list[str]:
@@ -46,12 +78,10 @@ def rewrite(words: Sequence[str]) -> list[str]:
     is_plan = values.get("dry_run", "").lower() in ("true", "yes", "on", "1")
     if is_plan:
         words = [word for word in words if not re.match(r"hydra[/.]launcher[=.]", word)]
-    if is_plan or values.get("action", "run") not in LASTING:
-        words += [word for word in _NO_FOLDER if "hydra.run.dir" not in values]
-    if is_plan and "hydra.sweep.dir" not in values:
-        place = tempfile.mkdtemp(prefix="dry-run-")  # Hydra writes there in any case
-        atexit.register(shutil.rmtree, place, ignore_errors=True)
-        words.append(f"hydra.sweep.dir={place}")
+    only_looks = is_plan or values.get("action", "run") not in LASTING
+    if only_looks and "hydra.run.dir" not in values:
+        first = next(i for i, word in enumerate(words) if re.match(r"\+*(action|dry_run)=", word))
+        words[first:first] = _NO_FOLDER  # Hydra takes overrides in one row
     return words
 
 
@@ -68,8 +98,11 @@ def _expand_audit(words: list[str]) -> list[str]:
         added.append(f"experiment={'audit_sd' if is_large else 'audit'}")
     if "concepts" in values and "scenario" not in values:
         added.append("scenario=folder")
-    quoted = [f"{key}={_quoted(values[key])}" for key in ("path", "concepts") if key in values]
-    return [*added, *(w for w in words if not w.startswith(("path=", "concepts="))), *quoted]
+    for i, (key, _, value) in enumerate(word.partition("=") for word in words):
+        if key in ("path", "concepts"):
+            words[i] = f"{key}={_quoted(value)}"
+    place = words.index("action=audit")  # Hydra takes overrides in one row
+    return [*words[:place], *added, *words[place:]]
 
 
 def _quoted(value: str) -> str:

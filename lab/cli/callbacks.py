@@ -4,18 +4,20 @@ report over its records, and its exit code.
 
 from __future__ import annotations
 
+import atexit
 import math
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 from lab.cli.errors import EXIT_DEFECT, EXIT_USER
-from lab.runner.batch import EXIT_INTERRUPTED
+from lab.core.sources import ROOT
+from lab.runner.batch import EXIT_INTERRUPTED, discard
 
 
 class SweepLeaderboard(Callback):
@@ -25,8 +27,8 @@ class SweepLeaderboard(Callback):
         self.codes = [0]  # exit codes of the jobs that ran in this process
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from lab.core.sources import ROOT
-
+        place = config.hydra.sweep.dir
+        atexit.register(discard, Path(place))  # of a sweep whose jobs cannot be composed
         if planned := config.get("sweep"):
             out = sys.stdout if config.dry_run else sys.stderr
             print(f"{config.name}: {describe_cost(planned)}", file=out, flush=True)
@@ -35,12 +37,11 @@ class SweepLeaderboard(Callback):
         if (ROOT / "pyproject.toml").is_file():  # jobs run this checkout, whatever is installed
             known = os.environ.get("PYTHONPATH")
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), known]))
-        place = config.hydra.sweep.dir
         status = f"python run.py action=status 'records=[{place}]'"
         print(f"sweep: {place}\nprogress: {status}", file=sys.stderr, flush=True)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        if isinstance(job_return.return_value, int):
+        if job_return.status == JobStatus.COMPLETED and isinstance(job_return.return_value, int):
             self.codes.append(job_return.return_value)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -49,8 +50,8 @@ class SweepLeaderboard(Callback):
         Raises:
             SystemExit: a job failed; Hydra only warns of other exceptions.
         """
-        from lab.cli.actions import publish
-        from lab.cluster.status import lost_runs
+        from lab.cli.tables import publish
+        from lab.cluster.status import lost_runs, read_process, run_folders
         from lab.core.record import readable
 
         folder = Path(config.hydra.sweep.dir)
@@ -63,6 +64,12 @@ class SweepLeaderboard(Callback):
         if loaded:  # a dry run has none
             publish(loaded, folder, lost)
         failed = [EXIT_DEFECT for _ in [*broken, *lost]]
+        for place in run_folders([folder]):  # a launched job that was refused has left no record
+            process = read_process(place)
+            if process.get("ended") == "failed" and not (place / "record.json").is_file():
+                print(f"error: {place.name}: {process['message']}", file=sys.stderr)
+                failed.append(EXIT_USER)
+        discard(folder)
         if code := max([*self.codes, *failed, *map(exit_code, loaded)]):
             sys.exit(code)
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import sys
 
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from lab.core.errors import nearest
-from lab.runner.failed_stages import describe
+from lab.cli.actions import ACTIONS
+from lab.core.errors import explain, nearest
 
 EXIT_DEFECT, EXIT_USER = 1, 2
 
 
 def report_error(error: Exception) -> int:
     """Print one line for what a user can mend, a traceback for a defect; return the exit code."""
+    message = explain(error) or explain_config(error) or explain_launcher(error)
+    if message is not None:
+        print(f"error: {message}", file=sys.stderr)
+        return EXIT_USER
+    from lab.runner.experiment import describe  # torch's import takes seconds
+
     failure = describe(error)
-    message = failure.user_message or explain_config(error) or explain_launcher(error)
-    if message is None:
-        print(failure.traceback, file=sys.stderr)
-    line = message or ": ".join(filter(None, [failure.key, str(failure)]))
-    print(f"error: {line}", file=sys.stderr)
-    return EXIT_DEFECT if message is None else EXIT_USER
+    print(failure.traceback, file=sys.stderr)
+    print(f"error: {': '.join(filter(None, [failure.key, str(failure)]))}", file=sys.stderr)
+    return EXIT_DEFECT
 
 
 def explain_config(error: Exception) -> str | None:
@@ -32,13 +37,24 @@ def explain_config(error: Exception) -> str | None:
         hint = nearest(name, error.options or ())
         return f"{group or 'config'}={name}: there is no such choice; {hint}"
     if isinstance(error, OverrideParseException):
-        key, _, _ = str(error.override).partition("=")
+        word = str(error.override)
+        key, equals, _ = word.partition("=")
+        if not equals:
+            close = difflib.get_close_matches(word, ACTIONS, n=1) or ["list"]
+            return f"{word}: must be KEY=VALUE; did you mean action={close[0]}?"
         return (
-            f"{error.override}: cannot be read; a value with ~, <, >, brackets or letters beyond "
+            f"{word}: cannot be read; a value with ~, <, >, brackets or letters beyond "
             f"a-z needs quotes inside of quotes, e.g. '{key}=\"VALUE\"'."
         )
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
+    if ambiguous := re.search(r"Ambiguous value for argument '(.+)'", str(error)):
+        return (
+            f"{ambiguous[1]}: several values; add -m to run each: python run.py -m {ambiguous[1]}"
+        )
+    if unnamed := re.search(r"Interpolation key '(\w+)\.name' not found", str(error)):
+        choice = next((word for word in sys.argv if word.startswith(f"{unnamed[1]}=")), unnamed[1])
+        return f"{choice.replace('=', '/')}.yaml: needs a line `name: …`"
     cause = error.__cause__ if isinstance(error, HydraException) else error
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         parent = cause.parent_node

@@ -29,17 +29,16 @@ from pydantic import Field, ValidationError
 from eval.report import pareto
 from eval.report.pareto import Trial
 from eval.report.words import typed
-from lab.cli.actions import publish
 from lab.cli.callbacks import describe_cost, exit_code
 from lab.cli.errors import report_error
+from lab.cli.tables import publish
 from lab.cluster import launch
 from lab.core import record as records
 from lab.core.config import Count, Index, options, user_error
-from lab.core.errors import UserError
+from lab.core.errors import UserError, nearest
 from lab.core.hashing import write_atomically
-from lab.runner.batch import claim
-from lab.runner.experiment import relative
-from lab.runner.failed_stages import describe
+from lab.runner.batch import claim, relative
+from lab.runner.experiment import describe
 
 log = logging.getLogger(__name__)
 Scalar = bool | int | float | str | None
@@ -81,11 +80,10 @@ class Plan:
             plan = Plan(**plain)
         except ValidationError as error:
             raise user_error(error, "search", Plan) from None
-        for key, distribution in plan.distributions().items():
-            preset = OmegaConf.select(cfg, key, default="no such option")
-            if not _contains(distribution, preset):
-                fix = f"must hold the preset's own value, {preset}, which is tried first."
-                raise UserError(f"search.space.{key.partition('.')[2]}", distribution, fix)
+        for option in plan.space:
+            if option not in cfg.immunize:
+                fix = f"there is no such option; {nearest(option, map(str, cfg.immunize))}"
+                raise UserError(f"search.space.{option}", plan.space[option], fix)
         return plan
 
     def distributions(self) -> dict[str, BaseDistribution]:
@@ -109,13 +107,6 @@ def _distribution(space: Any) -> BaseDistribution:
         return CategoricalDistribution(space)
     is_whole = all(isinstance(space.get(key, 1), int) for key in ("low", "high", "step"))
     return IntDistribution(**space) if is_whole else FloatDistribution(**space)
-
-
-def _contains(distribution: BaseDistribution, value: Any) -> bool:
-    try:
-        return distribution._contains(distribution.to_internal_repr(value))
-    except (TypeError, ValueError):
-        return False
 
 
 def search(cfg: DictConfig, folder: Path) -> int:

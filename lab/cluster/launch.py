@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 
 from lab.core import record as records
 from lab.core.config import Count, Index, Positive, Text, options, user_error
-from lab.core.errors import RunFailed, UserError
+from lab.core.errors import RunFailed, UserError, explain
 from lab.core.hashing import write_atomically
 from lab.core.sources import ROOT
 from lab.runner.executors import ProcessStates
@@ -148,7 +148,8 @@ def launch(cfg: DictConfig, folder: Path) -> None:
     try:
         run_processes(launched, cfg, folder)
     except (Exception, KeyboardInterrupt) as error:
-        if first_machine and not record.is_file():  # process 0 could write none
+        # process 0 could write none; it writes none of a user's mistake
+        if first_machine and not record.is_file() and explain(error) is None:
             run = Run(cfg, folder)
             run.fail(error)
             write_failed_record(run)

@@ -150,7 +150,7 @@ _SHOWN = 60
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return a sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)
-    close = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, options)
     if close:
         return f"did you mean {' or '.join(close)}?"
     more = f" … ({len(options)} in all)" if len(options) > _SHOWN else ""

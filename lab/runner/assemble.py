@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from immunize.none import NoImmunization
 from lab.core.config import user_error
 from lab.core.data import ConceptCase
-from lab.core.errors import UserError, missing_package, nearest
+from lab.core.errors import UserError, missing_package
 from lab.core.hashing import stage_key
 from lab.core.prompts import check_case, refuse_special
 from lab.core.sources import source_hash
@@ -108,18 +108,9 @@ def _refused(error: InstantiationException, config: DictConfig, key: str) -> Use
         return user_error(cause, where, get_class(node["_target_"]))
     missing = _missing_module(error)
     if missing is not None:
-        package = missing_package(missing)
-        if missing.name == target:  # Hydra tries it as a module last
-            module, _, name = target.rpartition(".")
-            return UserError(key, target, f"module {module} has no {name}; name a class of it.")
-        if package is None or str(missing.name).partition(".")[0] == target.partition(".")[0]:
-            package = f"no module {missing.name}; put the folder that holds it on PYTHONPATH."
-        return UserError(key, target, package)
-    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(cause))
-    if unknown:
-        name = f"{key}.{unknown[1]}"
-        known = [f"{key}.{option!s}" for option in config if option not in (unknown[1], "_target_")]
-        return UserError(name, config.get(unknown[1]), f"no such key; {nearest(name, known)}")
+        own = str(missing.name).partition(".")[0] == target.partition(".")[0]
+        absent = "there is no such class; put the folder that holds its module on PYTHONPATH."
+        return UserError(key, target, (not own and missing_package(missing)) or absent)
     reason = str(error).splitlines()[-1] if cause is None else f"{type(cause).__name__}: {cause}"
     return UserError(key, target, f"could not be built: {reason}")
 
@@ -188,9 +179,10 @@ def check_groups(cfg: DictConfig) -> None:
         if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+-]*", value):
             fix = "names a folder: letters, digits and . + - _, a letter or digit first."
             raise UserError(key, value, fix)
-    for key, instead in (("attacks", "attacks=none"), ("eval", "eval=[conditioning]")):
+    for key in ("attacks", "eval"):
         if key not in cfg:
-            raise UserError(key, "[]", f"names no choice; take {instead}, or other names.")
+            fix = f"names no choice; `python run.py action=list group={key}` shows all."
+            raise UserError(key, "[]", fix)
 
 
 def assemble(cfg: DictConfig) -> Parts:

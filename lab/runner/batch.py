@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import platform
+import shutil
 import signal
 import sys
 import threading
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_INTERRUPTED = 130
 LOCK, PROCESS = "run.lock", "process.yaml"
+TRACES = {".hydra", "multirun.yaml", "run.log", LOCK, PROCESS, "ranks", "launch.yaml"}
 PATIENCE = 60.0  # seconds; a restarted Slurm job may meet its predecessor writing its record
 LASTING = ("run", "train", "audit", "search")  # actions that take minutes to days
 
@@ -89,13 +91,9 @@ def fail_slurm_job(code: int) -> None:
     that waits for the other jobs of the sweep.
     """
     if os.environ.get("SUBMITIT_EXECUTOR") == "slurm":
-
-        def leave() -> None:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-        atexit.register(leave)
+        atexit.register(os._exit, code)  # the last one registered is called first
+        atexit.register(sys.stderr.flush)
+        atexit.register(sys.stdout.flush)
 
 
 @contextmanager
@@ -138,6 +136,26 @@ def job_id() -> str | None:
     """Return the Slurm id of this process as ``squeue`` has it: ``12``, or ``12_3`` in an array."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+
+
+def relative(path: Path) -> Path:
+    """Return ``path`` as seen from the working directory where that is possible."""
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that holds nothing but `TRACES`, and the empty ones above it."""
+    if folder == Path.cwd() or not folder.is_dir() or is_claimed(folder):
+        return
+    if {path.name for path in folder.iterdir()} <= TRACES:
+        for handler in list(logging.root.handlers):  # it would open its file at the next message
+            if getattr(handler, "baseFilename", None) == os.path.abspath(folder / "run.log"):
+                logging.root.removeHandler(handler)
+        shutil.rmtree(folder)
+        if not relative(folder).is_absolute():
+            with suppress(OSError):  # one of them holds other runs
+                os.removedirs(relative(folder).parent)
 
 
 def is_claimed(folder: Path) -> bool:

@@ -12,11 +12,11 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,6 @@ from lab.core.cache import Artifact
 from lab.core.distributed import PeerLost, SharedCheckpoint, Team, working
 from lab.core.errors import RunFailed
 from lab.core.hashing import write_atomically
-from lab.core.training import progress
 from lab.core.types import Checkpoint
 from lab.runner.batch import SIGNALS
 from lab.runner.pipeline import Cell
@@ -37,40 +36,13 @@ _PATIENCE = timedelta(days=30)
 _GRACE_S = 3.0  # for another process to write why it ended
 
 
-class Executor(Protocol):
-    """Computes the stages of a run.
+class Executor:
+    """Computes the stages of a run in this process.
 
     Attributes:
         rank: number of this process; None in a run of one.
         is_main: whether this process records and prints.
     """
-
-    rank: int | None
-    is_main: bool
-
-    def map(
-        self,
-        compute: Callable[[Cell], Result],
-        cells: Sequence[Cell],
-        shards: Callable[[Cell], int],
-        label: str,
-    ) -> list[Result]:
-        """Return ``compute(cell)`` of each cell, on every process.
-
-        Args:
-            shards: into how many parts a stage can be split; 0 for one that costs nothing.
-            label: of the progress bar.
-        """
-
-    def cause(self, error: BaseException) -> BaseException:
-        """Return why the run ends: ``error``, or what happened in another process before."""
-
-    def facts(self) -> dict[str, Any]:
-        """Return what the record's provenance says about the processes."""
-
-
-class SerialExecutor:
-    """Computes everything in this process."""
 
     rank: int | None = None
     is_main = True
@@ -80,14 +52,20 @@ class SerialExecutor:
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-        label: str,
-    ) -> list[Result]:
-        return [compute(cell) for cell in progress(cells, label)]
+    ) -> Iterable[Result]:
+        """Return ``compute(cell)`` of each cell in order, on every process.
+
+        Args:
+            shards: into how many parts a stage can be split; 0 for one that costs nothing.
+        """
+        return map(compute, cells)  # one after another, as they are asked for
 
     def cause(self, error: BaseException) -> BaseException:
+        """Return why the run ends: ``error``, or what happened in another process before."""
         return error
 
     def facts(self) -> dict[str, Any]:
+        """Return what the record's provenance says about the processes."""
         return {}
 
 
@@ -129,7 +107,7 @@ class ProcessStates:
         return json.loads(path.read_text())
 
 
-class DistributedExecutor:
+class DistributedExecutor(Executor):
     """Spreads stages over the processes that `lab.cluster.launch` started.
 
     Args:
@@ -150,7 +128,7 @@ class DistributedExecutor:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         rank, self.size = dist.get_rank(), dist.get_world_size()
-        self.rank: int | None = rank
+        self.rank = rank
         self.is_main = rank == 0
         self.team = Team(self.size, rank, None, check_every)
         self.patient = Team(self.size, rank, dist.new_group(backend="gloo", timeout=_PATIENCE))
@@ -160,7 +138,6 @@ class DistributedExecutor:
         compute: Callable[[Cell], Result],
         cells: Sequence[Cell],
         shards: Callable[[Cell], int],
-        label: str,
     ) -> list[Result]:
         keys = [cell.key for cell in cells]
         parts = [shards(cell) for cell in cells] if self.is_main else []
@@ -172,8 +149,8 @@ class DistributedExecutor:
             )
         alone, together = split(parts, self.size)
         own = alone[self.patient.rank :: self.size]
-        log.info("%s: %d stages here, %d by all processes", label, len(own), len(together))
-        results = self.patient.gather({i: compute(cells[i]) for i in progress(own, label)})
+        log.info("%d stages here, %d by all processes", len(own), len(together))
+        results = self.patient.gather({i: compute(cells[i]) for i in own})
         for i in together:
             results[i] = self._compute_together(compute, cells[i])
         return [results[i] for i in range(len(cells))]

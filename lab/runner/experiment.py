@@ -5,27 +5,116 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Sequence
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed import DistError
 
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
-from lab.core.errors import RunFailed, UserError
+from lab.core.distributed import PeerLost
+from lab.core.errors import Diverged, RunFailed, UserError, explain
 from lab.core.hashing import state_hash
 from lab.core.provenance import provenance
 from lab.core.types import Scores
 from lab.runner.assemble import assemble, check_cases, check_groups
-from lab.runner.executors import Executor, SerialExecutor
-from lab.runner.failed_stages import FailedStages, describe, is_recoverable
+from lab.runner.batch import relative
+from lab.runner.executors import Executor
 from lab.runner.pipeline import Cell, Pipeline
+from lab.runner.plan import StagePlan
 from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
+progress_log = logging.getLogger("progress")
+VERDICTS = ("verdict", "verdict_share")
+
+
+def is_recoverable(cell: Cell, error: Exception) -> bool:
+    """Return True if the run can continue without this stage."""
+    if cell.stage == "immunize":
+        return False  # every later stage needs it
+    if isinstance(error, UserError):
+        return False  # the user must fix it first
+    return not affects_all_stages(error)
+
+
+def affects_all_stages(error: BaseException) -> bool:
+    """Return True if the next stage would fail in the same way: a full disk, a lost device."""
+    return isinstance(error, OSError | DistError | PeerLost) or "CUDA error" in str(error)
+
+
+def describe(
+    error: BaseException,
+    key: str | None = None,
+    rank: int | None = None,
+    stage: str | None = None,
+) -> RunFailed:
+    """Return ``error`` as plain values; a `RunFailed` is returned as it is.
+
+    Args:
+        key: config key of the part that ran.
+        rank: of this process, in a run of several.
+        stage: key of the stage that ran.
+    """
+    if isinstance(error, RunFailed):
+        return error
+    if affects_all_stages(error):
+        key = None  # no part is to blame
+    return RunFailed(
+        type=type(error).__name__,
+        message=str(error),
+        user_message=explain(error),
+        key=error.key if isinstance(error, UserError) else key,
+        step=error.step if isinstance(error, Diverged) else None,
+        stage=stage,
+        rank=rank,
+        traceback="".join(traceback.format_exception(error)),
+    )
+
+
+class FailedStages:
+    """What a run lost so far.
+
+    Attributes:
+        first: the failure that the run ends with, once everything else is done.
+        attacks, metrics: name → reason.
+    """
+
+    def __init__(self) -> None:
+        self.first: RunFailed | None = None
+        self.attacks: dict[str, str] = {}
+        self.metrics: dict[str, str] = {}
+
+    def add(self, cell: Cell, failure: RunFailed) -> None:
+        """Note that ``cell`` failed; of an attack or a metric the first failure counts."""
+        names = self.metrics if cell.attack is None else self.attacks
+        names.setdefault(str(cell.metric or cell.attack), f"{failure.type}: {failure.message}")
+        self.first = self.first or failure
+
+    def clear_verdicts(self, results: dict[str, Any]) -> None:
+        """Remove the verdicts if an attack failed: it may be the one that breaks the model.
+
+        Args:
+            results: ``metrics``, ``curves`` and ``tables`` of a record.
+        """
+        if not self.attacks:
+            return
+        note = f"{', '.join(self.attacks)} failed: a verdict needs every attack that was asked for"
+        for name in VERDICTS:
+            if name in results["metrics"]:
+                results["metrics"][name] |= {"value": None, "low": None, "high": None, "note": note}
+        tables = results["tables"]
+        tables.pop("verdict", None)
+        if "seed_values" in tables:
+            tables["seed_values"] = [
+                row for row in tables["seed_values"] if row["metric"] not in VERDICTS
+            ]
 
 
 @dataclass(frozen=True)
@@ -52,46 +141,23 @@ class Run:
     """The state of a run, from which a record can be made at any moment, after a failure too."""
 
     def __init__(self, cfg: DictConfig, folder: Path, executor: Executor | None = None) -> None:
-        check_groups(cfg)
         self.cfg, self.folder = cfg, folder
-        self.executor: Executor = executor or SerialExecutor()
-        self.prepared: Pipeline | None = None  # by `prepare`
+        self.executor = executor or Executor()
         self.started, self.clock = time.time(), time.monotonic()
         self.status = "ok"
         self.error: dict[str, Any] | None = None
         self.cells: list[dict[str, Any]] = []
-        self.hits = self.misses = 0
+        self.hits = 0
         self.skipped: dict[str, str] = {}
         self.scores: list[Scores] = []
         self.failed = FailedStages()
-        self.waiting: Sequence[Cell] = ()  # the stages in progress, here or in other processes
+        self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
-        self.results: dict[str, StageResult] = {}  # of this process, by key
         self.failed_parts: set[str] = set()  # config keys of what failed in this process
-
-    @property
-    def pipeline(self) -> Pipeline:
-        if self.prepared is None:
-            raise RuntimeError("prepare() comes first")
-        return self.prepared
-
-    # ---- execution
-
-    def prepare(self, trackers: Trackers | None = None) -> Pipeline:
-        """Build all parts and load the data; nothing is computed yet."""
-        cfg = self.cfg
-        if cfg.threads is not None:
-            if not isinstance(cfg.threads, int) or cfg.threads < 1:
-                raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
-            torch.set_num_threads(cfg.threads)
-        # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
-        torch.set_deterministic_debug_mode("warn")
-        parts = assemble(cfg)
-        store = StageCache(cfg.paths.cache, force=cfg.force)
-        self.prepared = Pipeline(parts, store, trackers.log if trackers else None)
-        for seed in parts.seeds:
-            check_cases(parts, self.pipeline.data(seed).cases)
-        return self.pipeline
+        if self.executor.is_main:
+            progress_log.info("loading data and models …")
+        self.pipeline = build_pipeline(cfg)
+        self.plan = StagePlan(cfg, self.pipeline, self.applicable_metrics())
 
     def execute(self) -> None:
         """Compute all stages that the cache lacks.
@@ -100,12 +166,14 @@ class Run:
             RunFailed: at the end, on the main process, if an attack or a metric failed.
         """
         pipeline = self.pipeline
-        self._compute_stages(list(pipeline.immunize_cells()), "immunize")
+        if self.executor.is_main:
+            progress_log.info(self.plan.describe())
+        self._compute_stages(list(pipeline.immunize_cells()))
         if pipeline.seeds:  # else every case diverged, which the record says
-            self._compute_stages(list(pipeline.attack_cells()), "attack")
+            self._compute_stages(list(pipeline.attack_cells()))
             self._leave_out_failed_attacks()
             cells = [pipeline.eval_cell(name) for name in self.applicable_metrics()]
-            self._compute_stages(cells, "eval")
+            self._compute_stages(cells)
             for cell in cells:
                 if cell.metric not in self.failed.metrics and self.executor.is_main:
                     self._collect_scores(cell)
@@ -127,22 +195,18 @@ class Run:
                 names.append(name)
         return names
 
-    def _compute_stages(self, cells: list[Cell], label: str) -> None:
+    def _compute_stages(self, cells: list[Cell]) -> None:
         """Let the executor compute ``cells``, and note the results."""
-        self.waiting, self.results = cells, {}
-        results = self.executor.map(self.run_stage, cells, self.pipeline.shards, label)
-        self.waiting = ()
-        self.pipeline.store.trust(
-            cell.key for cell, result in zip(cells, results, strict=True) if not result.hit
-        )
-        for cell, result in zip(cells, results, strict=True):
-            self._note(cell, result)
+        self.waiting = list(cells)
+        for result in self.executor.map(self.run_stage, cells, self.pipeline.shards):
+            self._note(self.waiting.pop(0), result)
 
     def run_stage(self, cell: Cell) -> StageResult:
         """Compute or read one stage in this process."""
         if cell.part in self.failed_parts:  # in another stage of the same attack
             return StageResult("pending")
-        log.info("stage %s", cell.title)
+        if self.executor.is_main:
+            self.plan.announce(cell, self.executor.facts().get("processes", 1))
         self.current = cell
         try:
             artifact, hit = self.pipeline.compute(cell)
@@ -159,7 +223,7 @@ class Run:
             result = _result(cell, artifact, hit)
             log.info("%s %s %s", "read" if hit else "computed", cell.stage, cell.key)
         self.current = None
-        self.results[cell.key] = result
+        self.plan.finish(cell, result.seconds)
         return result
 
     def _note(self, cell: Cell, result: StageResult) -> None:
@@ -176,7 +240,9 @@ class Run:
             self.failed.add(cell, result.failure)
         if status not in ("ok", "diverged"):
             return
-        self.hits, self.misses = self.hits + result.hit, self.misses + (not result.hit)
+        self.hits += result.hit
+        if not result.hit:
+            self.pipeline.store.trust([cell.key])
         entry["seconds"] = result.seconds
         if result.weights is not None:
             entry["weights"] = result.weights
@@ -204,33 +270,29 @@ class Run:
     def _collect_scores(self, cell: Cell) -> None:
         """Keep the scores of a metric; one that would write over another's has failed."""
         scores = self.pipeline.scores(str(cell.metric))
-        for part in ("metrics", "curves", "tables", "images"):
-            known = {name for other in self.scores for name in getattr(other, part)}
-            if twice := known & getattr(scores, part).keys():
-                reason = (
-                    f"eval.{cell.metric} writes {part}.{min(twice)}, which another family does, "
-                    "too; give it another name"
-                )
-                self.failed.add(cell, describe(ValueError(reason), cell.part))
-                next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
-                return
-        self.scores.append(scores)
+        try:
+            records.scores_json([*self.scores, scores])
+            records.images_of([*self.scores, scores])
+        except ValueError as error:
+            self.failed.add(cell, describe(error, cell.part))
+            next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
+        else:
+            self.scores.append(scores)
 
     # ---- end
 
     def fail(self, error: BaseException) -> RunFailed:
         """Note why the run ended, and what is known of the stages in progress."""
-        part = self.prepared.part if self.prepared else None
         stage = self.current.key if self.current else None
-        failure = describe(error, part, self.executor.rank, stage)
+        failure = describe(error, self.pipeline.part, self.executor.rank, stage)
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
-            result = self.results.get(cell.key)
-            if result is None and self.pipeline.store.has(*cell.place, cell.parents):
-                result = StageResult("ok")  # by another process
-            if result is None and cell.key == failure.stage and not preempted:
-                result = StageResult("failed")
-            self._note(cell, result or StageResult("pending"))
+            status: Literal["ok", "failed", "pending"] = "pending"
+            if self.pipeline.store.has(*cell.place, cell.parents):
+                status = "ok"
+            elif cell.key == failure.stage and not preempted:
+                status = "failed"
+            self._note(cell, StageResult(status))
         self.status, step, message = "failed", failure.step, failure.message
         if preempted:
             self.status = "preempted"
@@ -243,28 +305,30 @@ class Run:
     def finish(self, trackers: Trackers | None) -> Path:
         """Write the record and the report, hand both to the trackers, print the summary."""
         from eval.report.html import render  # plots and tests take seconds to import
-        from eval.report.summary import summary
+        from lab.runner.terminal import summarize, summarize_shortly
 
         body = self.record()
         body["images"] = records.write_images(self.folder, records.images_of(self.scores))
         path = self.folder / "record.json"
         records.write(body, path)
         report = render([records.read(path)], self.folder / "report.html")
-        if trackers is not None:
-            trackers.finish(path, report)
-        print(summary(body))
-        print(f"report: {relative(report)}")
+        tracked = trackers.finish(path, report) if trackers is not None else []
+        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
+            print(summarize_shortly(body))
+        else:
+            print(summarize(body, bool(self.cfg.get("verbose"))))
+            print(*tracked, f"report: {relative(report)}", sep="\n")
         print(f"record: {relative(path)}", flush=True)
         return path
 
     def record(self) -> records.Record:
         """Return the record of what is known now."""
-        cfg, pipeline = self.cfg, self.prepared
-        seeds = list(pipeline.parts.seeds) if pipeline else _seeds(cfg)
+        cfg, pipeline = self.cfg, self.pipeline
+        seeds = list(pipeline.parts.seeds)
         facts = provenance(self.started, time.monotonic() - self.clock) | self.executor.facts()
-        facts |= {"cache_hits": self.hits, "cache_misses": self.misses}
-        facts |= {"data_hash": pipeline.data_hash if pipeline else {}}
-        facts |= {"weight_hash": pipeline.weight_hash() if pipeline else {}}
+        done = sum(cell["status"] in ("ok", "diverged") for cell in self.cells)
+        facts |= {"cache_hits": self.hits, "cache_misses": done - self.hits}
+        facts |= {"data_hash": pipeline.data_hash, "weight_hash": pipeline.weight_hash()}
         results = records.scores_json(self.scores)
         if rows := records.seed_values(self.scores, seeds):
             results["tables"]["seed_values"] = rows
@@ -279,7 +343,7 @@ class Run:
             "attacks": list(cfg.attacks),
             "seeds": seeds,
             "config": records.clean(OmegaConf.to_container(cfg, resolve=True)),
-            "notes": list(pipeline.notes) if pipeline else [],
+            "notes": list(pipeline.notes),
             "cells": self.cells,
             "error": self.error,
             "skipped": self.skipped | self.failed.metrics,
@@ -306,38 +370,32 @@ def _error(type: str, message: str, key: str | None, step: int | None) -> dict[s
     return {"type": type, "message": message, "key": key, "last_good_step": step}
 
 
-def _seeds(cfg: DictConfig) -> list[int]:
-    """Return the seeds of a run that could not be built."""
-    values = cfg.seeds if isinstance(cfg.seeds, ListConfig) else [cfg.seeds]
-    return [seed for seed in values if isinstance(seed, int) and not isinstance(seed, bool)]
+def build_pipeline(cfg: DictConfig) -> Pipeline:
+    """Build all parts and load the data; nothing is computed yet.
 
-
-def relative(path: Path) -> Path:
-    """Return ``path`` as seen from the working directory where that is possible."""
-    path = path.resolve()
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def print_plan(run: Run) -> None:
-    """Print the stages of a run with hits and misses (``dry_run=true``); compute nothing."""
-    pipeline = run.prepare()
-    cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
-    cells += [pipeline.eval_cell(name) for name in run.applicable_metrics()]
-    name = f"{run.cfg.name}/{run.cfg.immunize.name}"
-    print(f"plan of {name}: models {', '.join(pipeline.model_names)}")
-    hits = 0
-    for cell in cells:
-        hit = pipeline.store.has(*cell.place, cell.parents)
-        hits += hit
-        print(f"  {'hit ' if hit else 'miss'}  {cell.key[:12]}  {cell.title}")
-    print(f"{len(cells)} stages, {hits} hits, {len(cells) - hits} misses")
+    Raises:
+        UserError: a key that cannot work, parts that do not fit together, data that are missing.
+    """
+    check_groups(cfg)
+    if cfg.threads is not None:
+        if not isinstance(cfg.threads, int) or cfg.threads < 1:
+            raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
+        torch.set_num_threads(cfg.threads)
+    # `use_deterministic_algorithms` imports the whole compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
+    parts = assemble(cfg)
+    pipeline = Pipeline(parts, StageCache(cfg.paths.cache, force=cfg.force))
+    for seed in parts.seeds:
+        check_cases(parts, pipeline.data(seed).cases)
+    return pipeline
 
 
 def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) -> Path | None:
     """Run what ``cfg`` selects into ``folder``; return the path of the record.
 
     Several processes all call this; the main one alone records and prints, and the others return
-    None, as ``dry_run`` does. After a failure the record is written, then it is raised.
+    None, as ``dry_run`` does. After a failure the record is written, then it is raised. Input that
+    is refused before any stage begins leaves no record.
 
     Raises:
         UserError, KeyboardInterrupt: as they come.
@@ -345,17 +403,12 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
     """
     run = Run(cfg, folder, executor)
     if cfg.dry_run:
-        print_plan(run)
+        print(f"plan of {cfg.name}/{cfg.immunize.name}")
+        print(*run.plan.lines(), run.plan.describe(), sep="\n")
         return None
     is_main = run.executor.is_main
-    trackers = None
+    trackers = start_trackers(run) if is_main else None
     try:
-        if is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name in ("record.json", "report.html"):  # of an earlier run in this folder
-                (folder / name).unlink(missing_ok=True)
-            trackers = Trackers(cfg, folder)
-        run.prepare(trackers)
         run.execute()
     except (Exception, KeyboardInterrupt) as error:
         cause = run.executor.cause(error)
@@ -366,6 +419,16 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
             raise cause from None
         raise failure from (error if error is not failure else None)
     return run.finish(trackers) if is_main else None
+
+
+def start_trackers(run: Run) -> Trackers:
+    """Remove what an earlier run left in the folder, and start the trackers of this one."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    trackers = Trackers(run.cfg, run.folder)
+    for name in ("record.json", "report.html"):
+        (run.folder / name).unlink(missing_ok=True)
+    run.pipeline.on_log = trackers.log
+    return trackers
 
 
 def write_failed_record(run: Run, trackers: Trackers | None = None) -> None:

@@ -9,22 +9,23 @@ traceback of its own for any other code.
 from __future__ import annotations
 
 import _thread
-import logging
+import logging.config
 import os
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from omegaconf import DictConfig, OmegaConf
 
 from lab.core.errors import UserError
+from lab.core.sources import ROOT
 from lab.runner.batch import interruptible
-from lab.runner.executors import DistributedExecutor, Executor, ProcessStates, SerialExecutor
-from lab.runner.experiment import run_once
-from lab.runner.failed_stages import describe
+from lab.runner.executors import DistributedExecutor, Executor, ProcessStates
+from lab.runner.experiment import describe, run_once
 
 # seconds from the request to stop to the end by force, of a process that waits inside a device call
 _GRACE = 90
@@ -50,29 +51,26 @@ def watch_stdin() -> threading.Event:
 
 
 def redirect_output(folder: Path, rank: int) -> None:
-    """Log as conf/hydra/job_logging/quiet.yaml; only process 0 writes to the terminal."""
-    stamped = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
+    """Log as a run of one process does; only process 0 writes to the terminal."""
+    settings = OmegaConf.load(ROOT / "conf" / "hydra" / "job_logging" / "quiet.yaml")
+    settings.handlers.file.filename = str(folder / "run.log")
     if rank > 0:
         output = os.open(
             folder / "ranks" / f"{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
         )
         os.dup2(output, 1)
         os.dup2(output, 2)
-    terminal = logging.StreamHandler()
-    terminal.setLevel(logging.INFO if rank > 0 else logging.WARNING)
-    terminal.setFormatter(stamped if rank > 0 else logging.Formatter("%(levelname)s: %(message)s"))
-    handlers: list[logging.Handler] = [terminal]
-    if rank == 0:
-        handlers.append(logging.FileHandler(folder / "run.log", delay=True))
-        handlers[1].setFormatter(stamped)
-    logging.basicConfig(level=logging.INFO, handlers=handlers, force=True)
+        settings.root.handlers = ["console"]
+        settings.handlers.console.level = "INFO"
+    plain: Any = OmegaConf.to_container(settings)
+    logging.config.dictConfig(plain)
 
 
 def take_device(cfg: DictConfig) -> None:
     """Select this process's GPU.
 
     Raises:
-        UserError: all processes would use one device, or it lacks bfloat16.
+        UserError: all processes would use one device.
     """
     if not torch.cuda.is_available():
         return
@@ -81,17 +79,12 @@ def take_device(cfg: DictConfig) -> None:
     if device not in ("auto", "cuda") and cfg.launch.num_processes != 1:
         fix = "would put every process there; with launch=multi_gpu each takes its own: use auto."
         raise UserError("backbone.device", device, fix)
-    for key in ("backbone.dtype", "immunize.precision"):
-        value = OmegaConf.select(cfg, key)
-        if value in ("bf16", "bfloat16") and torch.cuda.get_device_capability() < (8, 0):
-            fix = f"{torch.cuda.get_device_name()} has no bfloat16; use float32."
-            raise UserError(key, value, fix)
 
 
 def work(config: Path, rank: int, stopped: threading.Event) -> None:
     """Do this process's part of the run, and note how it ended."""
     states = ProcessStates(config.parent / "ranks")
-    executor: Executor = SerialExecutor()
+    executor = Executor()
     try:
         with interruptible():
             cfg = OmegaConf.load(config)

@@ -31,9 +31,11 @@ class Tracker:
     Attributes:
         timeout_s: seconds that one call, and the end of a run, may take before the run goes on
             without this tracker.
+        location: a line that says where the run can be seen, known after `publish`.
     """
 
     timeout_s: float
+    location = ""
 
     def start(self, config: dict[str, Any], folder: Path) -> None:
         """Open the view of the run in ``folder``; ``config`` is the resolved one."""
@@ -116,8 +118,12 @@ class Trackers:
         for thread in self._threads:
             thread.submit(thread.tracker.log, prefix, step, finite)
 
-    def finish(self, record: Path, report: Path) -> None:
-        """Hand over the record and wait, at most each tracker's ``timeout_s``."""
+    def finish(self, record: Path, report: Path) -> list[str]:
+        """Hand over the record and wait, at most each tracker's ``timeout_s``.
+
+        Returns:
+            where the run can be seen, a line for each tracker that says so.
+        """
         began, content = time.monotonic(), records.read(record)
         for thread in self._threads:
             thread.submit(thread.tracker.publish, content, report)
@@ -126,6 +132,7 @@ class Trackers:
             left = began + thread.tracker.timeout_s - time.monotonic()
             if not thread.ended.wait(max(left, 0)):
                 thread.drop()
+        return [t.tracker.location for t in self._threads if t.tracker.location]
 
 
 def _build(name: str, options: DictConfig) -> Tracker:

@@ -44,19 +44,11 @@ class TrackioTracker(Tracker):
         self.run.log({f"{prefix}/{key}": value for key, value in values.items()}, step=step)
 
     def publish(self, record: records.Record, report: Path) -> None:
-        import pandas as pd
         import trackio
 
         for _, step, values in views.curve_points(record):
             self.run.log(values, step=round(step))
-        for name, (columns, rows) in views.tables(record).items():
-            cells = [[str(v) if isinstance(v, list | dict) else v for v in row] for row in rows]
-            table = trackio.Table(dataframe=pd.DataFrame(cells, columns=pd.Index(columns)))
-            self.run.log({f"tables/{name}": table})
-        for name, (png, caption) in views.grids(record, report.parent).items():
-            self.run.log({f"images/{name}": trackio.Image(str(png), caption=caption)})
-        for name, png in views.plots(record, report.parent / "plots" / "trackio").items():
-            self.run.log({f"plots/{name}": trackio.Image(str(png))})
+        views.log_media(trackio, self.run, record, report.parent)
         self.run.log(views.summary_values(record))
         with redirect_stdout(sys.stderr):
             self.run.finish()

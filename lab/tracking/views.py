@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from lab.core import record as records
@@ -72,15 +73,16 @@ def curve_points(record: records.Record) -> Iterator[tuple[str, float, dict[str,
             yield stage, step, {f"{stage}/{key}": value for key, value in values.items()}
 
 
-def tables(record: records.Record) -> dict[str, tuple[list[str], list[list[Any]]]]:
-    """Return the metrics and every table of the record that has rows, as columns and rows."""
+def tables(record: records.Record) -> dict[str, pd.DataFrame]:
+    """Return the metrics and every table of the record that has rows; lists and dicts as text."""
     metrics = [{"metric": name, **score} for name, score in record["metrics"].items()]
-    content = {}
-    for name, table in {"metrics": metrics, **record["tables"]}.items():
-        columns = list(dict.fromkeys(key for row in table for key in row))
-        if table:
-            content[name] = (columns, [[row.get(key) for key in columns] for row in table])
-    return content
+    frames = {}
+    for name, rows in {"metrics": metrics, **record["tables"]}.items():
+        if rows:
+            frame = pd.DataFrame(rows, dtype=object).astype(object)
+            frame = frame.where(frame.notna(), None)
+            frames[name] = frame.map(lambda v: str(v) if isinstance(v, list | dict) else v)
+    return frames
 
 
 def summary_values(record: records.Record) -> dict[str, float]:
@@ -100,16 +102,27 @@ def grids(record: records.Record, folder: Path) -> dict[str, tuple[Path, str]]:
     return {name: (path, caption) for name, (path, caption) in files.items() if path.is_file()}
 
 
-def plots(record: records.Record, folder: Path) -> dict[str, Path]:
-    """Write one PNG per curve to ``folder``, with its interval band, which dashboards do not draw.
+def log_media(
+    module: Any, run: Any, record: records.Record, folder: Path, **table_options: Any
+) -> None:
+    """Log tables, image grids and curves, with their interval bands, which dashboards do not draw.
 
-    Trackers run at the same time, so each has a folder of its own.
+    Args:
+        module: ``wandb``, or ``trackio``, which has the same interface.
+        run: what its ``init`` returned.
+        folder: of the record. Trackers run at the same time, so each has its own folder for plots.
     """
     from eval.report.plots import curve_png
 
-    folder.mkdir(parents=True, exist_ok=True)
-    curves = record["curves"].items()
-    return {name: curve_png(name, curve, folder / f"{name}.png") for name, curve in curves}
+    for name, frame in tables(record).items():
+        run.log({f"tables/{name}": module.Table(dataframe=frame, **table_options)})
+    for name, (png, caption) in grids(record, folder).items():
+        run.log({f"images/{name}": module.Image(str(png), caption=caption)})
+    plots = folder / "plots" / module.__name__
+    plots.mkdir(parents=True, exist_ok=True)
+    for name, curve in record["curves"].items():
+        png = curve_png(name, curve, plots / f"{name}.png")
+        run.log({f"plots/{name}": module.Image(str(png))})
 
 
 def files(record: records.Record, report: Path) -> dict[str, Path]:

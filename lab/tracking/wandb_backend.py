@@ -105,19 +105,9 @@ class WandbTracker(Tracker):
     def publish(self, record: records.Record, report: Path) -> None:
         import wandb
 
-        folder = report.parent
         for stage, step, values in views.curve_points(record):
             self.run.log({f"{stage}/step": step, **values})
-        for name, (columns, rows) in views.tables(record).items():
-            text = [
-                [v if isinstance(v, float | int | None) else str(v) for v in row] for row in rows
-            ]
-            table = wandb.Table(columns=list[str | int](columns), data=text, allow_mixed_types=True)
-            self.run.log({f"tables/{name}": table})
-        for name, (png, caption) in views.grids(record, folder).items():
-            self.run.log({f"images/{name}": wandb.Image(str(png), caption=caption)})
-        for name, png in views.plots(record, folder / "plots" / "wandb").items():
-            self.run.log({f"plots/{name}": wandb.Image(str(png))})
+        views.log_media(wandb, self.run, record, report.parent, allow_mixed_types=True)
         facts = {k: record[k] for k in ("schema", "status", "content_hash")}
         artifact = wandb.Artifact(f"{self.run.id}-record", type="record", metadata=facts)
         for name, path in views.files(record, report).items():  # nothing is uploaded or copied
@@ -126,6 +116,11 @@ class WandbTracker(Tracker):
         self.run.summary.update(views.summary_values(record))
         self.run.summary.update({k: record[k] for k in ("status", "immunizer", "content_hash")})
         self.run.finish(exit_code=int(record["status"] != "ok"))
+        if self.run.offline:
+            place = shlex.quote(os.path.relpath(self.run.settings.sync_dir))
+            self.location = f"W&B: offline; upload with `wandb sync {place}`"
+        else:
+            self.location = f"W&B: {self.run.url}"
         wandb.teardown()  # waits until W&B's service has written its files
 
     def abandon(self) -> None:

@@ -39,30 +39,16 @@ def workspace(cfg: DictConfig) -> str:
     for path in sorted({path for r in loaded for path in r.folder.glob("wandb/offline-run-*")}):
         if not any(path.glob("*.wandb.synced")):  # the mark that `wandb sync` leaves
             print(f"not on the server yet: wandb sync {path}")
-    project, entity = logged_to(loaded) or (options.project, options.entity)
+    project = str(options.project)
     try:
         api = wandb.Api(timeout=round(options.init_timeout_s))
-        view = build(loaded, str(entity or api.default_entity), project)
+        view = build(loaded, str(options.entity or api.default_entity), project)
         view.save()
     except Exception as error:  # the client raises what its transport raises
         fix = f"W&B did not take the view ({type(error).__name__}); action=leaderboard shows it."
         raise UserError("tracker.wandb.project", project, fix) from error
     print(f"workspace: {view.url}")
     return str(view.url)
-
-
-def logged_to(loaded: Sequence[records.Record]) -> tuple[str, str | None] | None:
-    """Return the project and entity that runs were logged to: a view elsewhere would be empty.
-
-    Raises:
-        UserError: there are several.
-    """
-    logged = [r["config"].get("tracker", {}).get("wandb") for r in loaded]
-    places = {(str(options["project"]), options.get("entity")) for options in logged if options}
-    if len(places) > 1:
-        fix = f"were logged to several projects ({places}); name those of one."
-        raise UserError("records", f"{len(loaded)} records", fix)
-    return places.pop() if places else None
 
 
 def build(loaded: Sequence[records.Record], entity: str, project: str) -> Workspace:

@@ -14,7 +14,7 @@ from lab.core.distributed import team
 from lab.core.errors import Diverged, RunFailed
 from lab.core.hashing import stage_key
 from lab.runner.executors import DistributedExecutor, ProcessStates
-from lab.runner.failed_stages import describe
+from lab.runner.experiment import describe
 from lab.runner.pipeline import Cell
 
 SHARDS = {"light": 0, "one": 1, "two": 2, "three": 3}
@@ -83,7 +83,7 @@ def execute(root: str, names: list[str]) -> Found:
         return artifact.values | {k: float(t) for k, t in artifact.tensors.items()} | {"hit": hit}
 
     try:
-        results = executor.map(compute, cells, shards, "test")
+        results = executor.map(compute, cells, shards)
     except Exception as error:
         cause = executor.cause(error)
         failure = describe(cause, rank=executor.rank)

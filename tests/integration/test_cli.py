@@ -52,18 +52,31 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
     assert not list(tmp_path.rglob("record.json"))
     cli(*FAST)
     _, out, _ = cli(*FAST, "dry_run=true")
-    assert "0 misses" in out
+    assert "10 stages, 10 cached" in out
     _, out, _ = cli(*FAST, "dry_run=true", "force=attack")
-    assert "hit " in out
-    assert "miss" in out
+    assert "10 stages, 6 cached, about" in out
+    assert "times of earlier runs" in out
 
 
-def test_a_failure_is_a_record_too(cli, tmp_path):
-    code, out, err = cli(*FAST, "scenario.path=/nowhere")
+def test_what_is_printed(cli, tmp_path):
+    code, out, err = cli(*FAST, "fail_on=fails")
+    assert code == 3, err
+    assert err.startswith("run folder: outputs/runs/house_price/")
+    assert "10 stages, 0 cached, about" in err
+    assert "[4/10] attack linear_probe on LotArea (house_price), immunized, seed 0 … ETA" in err
+    assert out.startswith("✗ kappa fails: ")
+    assert "harmful slowdown" in out
+    assert "\033" not in out + err
+    assert len(out.splitlines()) < 15
+    _, out, _ = cli(*FAST, "verbose=true")
+    assert "kappa_pencil_baseline" in out
+
+
+@pytest.mark.parametrize("mistake", ["scenario.path=/nowhere", "force=all", "eval=[]", "x=1"])
+def test_a_mistake_leaves_nothing_behind(cli, tmp_path, mistake):
+    code, _, err = cli(*FAST, mistake)
     assert code == 2, err
-    record = record_of(out, tmp_path)
-    assert record["status"] == "failed"
-    assert record["error"]["key"] == "scenario.path"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_ctrl_c_leaves_a_record_and_the_next_run_continues(cli, tmp_path, monkeypatch):
@@ -93,9 +106,7 @@ def test_a_diverged_case_is_counted_and_said(cli, tmp_path):
     assert record["status"] == "diverged"
     assert record["metrics"] == {}
     assert record["error"]["last_good_step"] >= 0
-    assert [c["status"] for c in record["cells"] if c["model"] == "kappa_paper_house_price"] == [
-        "diverged"
-    ]
+    assert [c["status"] for c in record["cells"] if c["model"] == "immunized"] == ["diverged"]
 
 
 def test_the_wiring_preset_runs_every_stage_in_few_steps(cli, tmp_path):

@@ -26,7 +26,7 @@ def end(tmp_path, monkeypatch):
     """Ends a sweep: names of the published records, exit code."""
     published = []
     monkeypatch.setattr(
-        "lab.cli.actions.publish", lambda found, folder, lost: published.extend(found)
+        "lab.cli.tables.publish", lambda found, folder, lost: published.extend(found)
     )
     monkeypatch.setattr("lab.core.record.read", read)
 

@@ -8,7 +8,7 @@ import torch
 
 from lab.core.errors import UserError
 from lab.core.types import Budget, Score, Scores, Trajectory
-from lab.runner.returned import check_immunized, check_scores, check_trajectory
+from lab.runner.pipeline import check_immunized, check_scores, check_trajectory
 
 LOSSES = {"train_loss": [1.0, 0.5], "test_loss": [1.0, 0.6]}
 BUDGET = Budget(horizon=5, multiple=1, at=(0, 5))

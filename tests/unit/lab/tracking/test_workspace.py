@@ -12,7 +12,7 @@ from lab.core.errors import UserError
 interface = pytest.importorskip(
     "wandb_workspaces.workspaces.interface", reason="wandb-workspaces is not installed"
 )
-from lab.tracking.workspace import logged_to, workspace  # noqa: E402
+from lab.tracking.workspace import workspace  # noqa: E402
 
 
 @pytest.fixture
@@ -81,17 +81,3 @@ def test_no_server_no_key_and_no_tracker_are_told(cfg, monkeypatch):
     cfg.tracker = {}
     with pytest.raises(UserError, match="tracker=wandb"):
         workspace(cfg)
-
-
-def record_in(project, entity=None):
-    record = attacked("kappa", 3.4, 1.03, 356.0)
-    tracker = {"wandb": {"project": project, "entity": entity}}
-    return record | {"config": {**record["config"], "tracker": tracker}}
-
-
-def test_the_view_lies_where_the_runs_were_logged():
-    untracked = attacked("kappa", 3.4, 1.03, 356.0)
-    assert logged_to([untracked]) is None
-    assert logged_to([record_in("mine"), record_in("mine"), untracked]) == ("mine", None)
-    with pytest.raises(UserError, match="several projects"):
-        logged_to([record_in("mine"), record_in("mine", "team")])

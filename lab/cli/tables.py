@@ -1,0 +1,88 @@
+"""Actions over records: report, leaderboard, comparison."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from eval.report import compare as comparing
+from eval.report.html import render
+from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown, to_text
+from lab import api
+from lab.cluster.status import lost_runs
+from lab.core import record as records
+from lab.core.errors import UserError
+from lab.core.hashing import write_atomically
+from lab.runner.batch import relative
+
+
+def publish(
+    loaded: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
+) -> None:
+    """Write leaderboard (Markdown, CSV, HTML) and report of ``loaded`` to ``folder``.
+
+    ``lost`` have a row in the leaderboard, see `lab.cluster.status.lost_runs`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = leaderboard([*loaded, *lost])
+    for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
+        write_atomically(folder / f"leaderboard.{name}", text.encode())
+    print(f"\n{to_text(rows)}")
+    print(f"\nleaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
+    print(f"report: {relative(render(loaded, folder / 'report.html'))}")
+
+
+def _load(cfg: DictConfig) -> tuple[list[records.Stored], list[UserError]]:
+    """Return the distinct records that ``cfg.records`` names, and why others cannot be read."""
+    paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
+    loaded, broken = records.readable(paths)
+    distinct = records.distinct(loaded)
+    if len(distinct) < len(loaded):
+        repeated = f"{len(loaded) - len(distinct)} of {len(loaded)} records"
+        print(f"{repeated} repeat another one's content and are left out.")
+    for error in broken[1:]:
+        print(f"error: {error}", file=sys.stderr)
+    return distinct, broken
+
+
+def write_report(cfg: DictConfig) -> None:
+    """Write one HTML file over any set of records.
+
+    Raises:
+        UserError: a record that cannot be read, after the others were written.
+    """
+    loaded, broken = _load(cfg)
+    if loaded:
+        print(f"report: {relative(render(loaded, Path(cfg.paths.outputs) / 'report.html'))}")
+    if broken:
+        raise broken[0]
+
+
+def write_leaderboard(cfg: DictConfig) -> None:
+    """Write Markdown, CSV and HTML over any set of records.
+
+    Raises:
+        UserError: a record that cannot be read, after the others were written.
+    """
+    loaded, broken = _load(cfg)
+    places = [Path(place) for place in cfg.records or [cfg.paths.runs]]
+    if loaded:
+        publish(loaded, Path(cfg.paths.outputs), lost_runs(places))
+    if broken:
+        raise broken[0]
+
+
+def write_comparison(cfg: DictConfig) -> None:
+    """Write the differences of two records in config and metrics."""
+    paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
+    result = api.compare(paths)
+    out = Path(cfg.paths.outputs) / "comparison.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, (json.dumps(result.attrs, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".html"), comparing.to_html(result.attrs).encode())
+    print(f"A = {relative(paths[0])}\nB = {relative(paths[1])}\n{comparing.to_text(result.attrs)}")
+    print(f"comparison: {relative(out)} (also .html)")

@@ -1,0 +1,123 @@
+"""The stages of a run before they are computed: which the cache has, how long the others take."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from lab.core.types import BASELINE
+from lab.runner.pipeline import Cell, Pipeline
+
+log = logging.getLogger("progress")  # conf/hydra/job_logging/quiet.yaml shows it on the terminal
+
+# seconds for a step of an immunization, a step of an attack, and a metric: medians of the records
+# in outputs/records (two CPU cores); of vision networks from experiment=mnist_pairs
+STEP_SECONDS = {
+    "linear": {"immunize": 0.02, "attack": 0.01, "eval": 0.5},
+    "deep": {"immunize": 0.1, "attack": 0.1, "eval": 2.0},
+    "diffusion": {"immunize": 1.6, "attack": 1.3, "eval": 8.0},
+}
+NEWEST = 20  # records that times are read from
+
+
+class StagePlan:
+    """The stages of a run in order, and an estimate of their time.
+
+    A stage takes as long as those of its part in this run so far, or in earlier runs with the same
+    options, or else as many steps as it has times `STEP_SECONDS`.
+
+    Attributes:
+        cells: all stages.
+        missing: titles of those that the cache lacks; keys change where an attack fails.
+        costly: those of them that take time; a baseline is only loaded.
+    """
+
+    def __init__(self, cfg: DictConfig, pipeline: Pipeline, metrics: Sequence[str]) -> None:
+        self.cells = [*pipeline.immunize_cells(), *pipeline.attack_cells()]
+        self.cells += [pipeline.eval_cell(name) for name in metrics]
+        absent = [c for c in self.cells if not pipeline.store.has(*c.place, c.parents)]
+        self.missing = {cell.title for cell in absent}
+        loads = (c for c in self.cells if c.stage == "immunize" and c.model == BASELINE)
+        self.costly = self.missing - {cell.title for cell in loads}
+        self.measured: dict[str, list[float]] = {}  # part → seconds in this run
+        self.earlier = read_times(cfg) if self.missing else {}
+        steps = {"attack": pipeline.budget.steps, "eval": 1}
+        steps["immunize"] = cfg.immunize.get("steps") or cfg.immunize.get("epochs") or 1
+        default = STEP_SECONDS[pipeline.parts.backbone.kind]
+        self.default = {stage: default[stage] * steps[stage] for stage in steps}
+
+    def seconds(self, cell: Cell) -> float:
+        """Return the estimated time of a stage; 0 for one that is cached or costs nothing."""
+        if cell.title not in self.costly:
+            return 0.0
+        known = self.measured.get(cell.part) or self.earlier.get(cell.part)
+        return mean(known) if known else self.default[cell.stage]
+
+    def describe(self) -> str:
+        """Return how many stages there are, how many are cached, and the time of the others."""
+        parts = {cell.part for cell in self.cells if cell.title in self.costly}
+        counts = f"{len(self.cells)} stages, {len(self.cells) - len(self.missing)} cached"
+        if not parts:
+            return counts
+        source = "times of earlier runs with the same options"
+        if parts - self.earlier.keys():
+            partly = "partly " if parts & self.earlier.keys() else ""
+            source = f"{partly}default times, measured on two CPU cores"
+        return f"{counts}, about {_minutes(sum(map(self.seconds, self.cells)))} ({source})"
+
+    def lines(self) -> list[str]:
+        """Return a line for each stage."""
+        lines = []
+        for cell in self.cells:
+            time = _minutes(self.seconds(cell)) if cell.title in self.missing else "cached"
+            lines.append(f"  {time:>8}  {cell.key[:12]}  {cell.title}")
+        return lines
+
+    def announce(self, cell: Cell, processes: int) -> None:
+        """Log that a missing stage begins, and when the run will end."""
+        if cell.title in self.missing:
+            number = [other.title for other in self.cells].index(cell.title)
+            left = sum(map(self.seconds, self.cells[number:])) / processes
+            eta = tqdm.format_interval(left)
+            log.info("[%d/%d] %s … ETA %s", number + 1, len(self.cells), cell.title, eta)
+
+    def finish(self, cell: Cell, seconds: float | None) -> None:
+        """Note how long a stage took."""
+        if cell.title in self.costly and seconds is not None:
+            self.measured.setdefault(cell.part, []).append(seconds)
+
+
+def read_times(cfg: DictConfig) -> dict[str, list[float]]:
+    """Return part → seconds of its stages in the newest records, where its options are those of
+    ``cfg``.
+    """
+    own: Any = OmegaConf.to_container(cfg, resolve=True)
+    files = Path(cfg.paths.runs).rglob("record.json")
+    times: dict[str, list[float]] = {}
+    for path in sorted(files, key=lambda file: file.stat().st_mtime)[-NEWEST:]:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # cut off, or of an older schema
+            record = json.loads(path.read_text())
+            if any(record["config"][key] != own[key] for key in ("backbone", "scenario", "budget")):
+                continue
+            for cell in record["cells"]:
+                group = {"immunize": "immunize", "attack": "attacks", "eval": "eval"}[cell["stage"]]
+                name = cell["attack"] or cell["metric"]
+                options, same = record["config"][group], own[group]
+                if name is not None:
+                    options, same = options[name], same[name]
+                if cell.get("seconds") and cell["model"] != BASELINE and options == same:
+                    part = f"{group}.{name}" if name else group
+                    times.setdefault(part, []).append(cell["seconds"])
+    return times
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds / 60:.0f} min"
