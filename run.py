@@ -18,7 +18,7 @@ from lab.runner.batch import EXIT_INTERRUPTED, fail_slurm_job, interruptible, re
 
 # threads that wait for each other sleep: a spinning one would hold the core that a busy machine
 # needs for the other (tests/benchmarks/busy_threads.py); read when torch is imported
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 register_resolvers()
 # conf/hydra/launcher holds what differs from a plug-in's file of the same name, which Hydra merges
 # but warns about

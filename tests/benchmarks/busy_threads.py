@@ -5,7 +5,7 @@
 Two threads that wait for each other actively lose a whole time slice whenever one of them is not
 scheduled. Each setting trains a small network, whose operations are short, for SECONDS (4) with one
 thread per core: first on the machine as it is, then beside one busy process per core. Printed are
-updates per second. `run.py` sets OMP_WAIT_POLICY=PASSIVE.
+updates per second. `run.py` sets GOMP_SPINCOUNT=10000.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ SETTINGS = {
     "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"},
     "GOMP_SPINCOUNT=0": {"GOMP_SPINCOUNT": "0"},
     "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "GOMP_SPINCOUNT=10000": {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=100000": {"GOMP_SPINCOUNT": "100000"},
     "one thread": {"OMP_NUM_THREADS": "1"},
 }
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
