@@ -124,7 +124,7 @@ def png(picture: ImageGrid) -> bytes:
     """Return a grid of images as PNG without metadata, see `grid`."""
     out = io.BytesIO()
     image = grid(picture.images, picture.rows, picture.columns)
-    image.save(out, format="PNG", compress_level=9)
+    image.save(out, format="PNG")
     return out.getvalue()
 
 
