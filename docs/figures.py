@@ -42,7 +42,7 @@ TEXT_TO_IMAGE = {
     "Checks passed": "checks",
     "Attack success": "asr percent interval",
     "Relearning slowdown": "steps_to_relearn_ratio_worst ratio interval",
-    "Benign cost": "benign_steps_ratio ratio interval",
+    "Benign cost": "benign_steps_ratio_worst ratio interval",
 }
 
 
@@ -127,7 +127,7 @@ def plot(
     page: Path,
     records: str,
     alt: str,
-    x: str = "benign_steps_ratio",
+    x: str = "benign_steps_ratio_worst",
     y: str = "steps_to_relearn_ratio",
     rows: dict[str, str] | None = None,
     limits: tuple[float, float] = (1.25, 2.0),
@@ -162,7 +162,7 @@ def draw(points: list[Any], limits: tuple[float, float], path: Path, drawn: str)
     axes.set(
         xscale="log",
         yscale="log",
-        xlabel="benign slowdown, lower is better",
+        xlabel="benign slowdown of the slowest concept, lower is better",
         ylabel="harmful slowdown, higher is better",
     )
     for axis in (axes.xaxis, axes.yaxis):

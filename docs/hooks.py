@@ -21,6 +21,7 @@ PAGES = {
 REFERENCE = {
     package.rpartition(".")[2]: package
     for package in (
+        "lab.api",
         "immunize",
         "attacks",
         "eval",
@@ -56,8 +57,9 @@ def target_of(path: str) -> str:
 
 
 def reference(package: str) -> str:
-    """Return the page of a package: every module in it, rendered by mkdocstrings."""
-    paths = sorted((ROOT / package.replace(".", "/")).rglob("*.py"))
+    """Return the page of a package or module: its modules, rendered by mkdocstrings."""
+    folder = ROOT / package.replace(".", "/")
+    paths = sorted(folder.rglob("*.py")) or [folder.with_suffix(".py")]
     modules = [path.relative_to(ROOT).with_suffix("").parts for path in paths]
     names = [".".join(parts) for parts in modules if parts[-1] != "__init__"]
     return "\n\n".join([f"# {package}", *(f"::: {name}" for name in names)]) + "\n"

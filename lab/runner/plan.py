@@ -18,8 +18,8 @@ from lab.runner.pipeline import Cell, Pipeline
 
 log = logging.getLogger("progress")  # conf/hydra/job_logging/quiet.yaml shows it on the terminal
 
-# seconds for a step of an immunization, a step of an attack, and a metric: medians of the records
-# in outputs/records (two CPU cores); of vision networks from experiment=mnist_pairs
+# seconds for a step of an immunization, a step of an attack, and a metric on two CPU cores: rough;
+# those of diffusion are medians of outputs/records
 STEP_SECONDS = {
     "linear": {"immunize": 0.02, "attack": 0.01, "eval": 0.5},
     "deep": {"immunize": 0.1, "attack": 0.1, "eval": 2.0},
@@ -70,7 +70,7 @@ class StagePlan:
         source = "times of earlier runs with the same options"
         if parts - self.earlier.keys():
             partly = "partly " if parts & self.earlier.keys() else ""
-            source = f"{partly}default times, measured on two CPU cores"
+            source = f"{partly}default times of two CPU cores"
         return f"{counts}, about {_minutes(sum(map(self.seconds, self.cells)))} ({source})"
 
     def lines(self) -> list[str]:
