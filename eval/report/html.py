@@ -165,7 +165,7 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """
     first: list[Block] = []
     more: list[Block] = []
-    missing: list[str] = []
+    missing: dict[str, list[str]] = {}  # why → images
     for row in rows:
         others: list[Block] = []
         for name, image in row["record"].get("images", {}).items():
@@ -182,12 +182,14 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
                 is_open = name.startswith("comparison_") and not more
                 (first if is_open else others).append(block)
             else:
-                missing.append(f"{row['label']}: {image['path']} {source}.")
+                missing.setdefault(f"{row['label']}: {source}", []).append(image["path"])
         more += others
     blocks = [{"heading": "Images of both models after the attack"}, *first] if first else []
     blocks += collapsed(f"{len(more)} more image grids", more)
     return blocks + collapsed(
-        f"{len(missing)} image grids not shown", [{"list": missing}] * bool(missing)
+        f"{sum(map(len, missing.values()))} image grids not shown",
+        [{"list": [f"{why}: {', '.join(names)}" for why, names in missing.items()]}]
+        * bool(missing),
     )
 
 
@@ -197,11 +199,11 @@ def _read_image(path: Path, folder: Path, sha256: str, room: int) -> str:
         is_inside = path.resolve().is_relative_to(folder.resolve())
         data = path.read_bytes() if is_inside else b""
     except OSError:
-        return "is not beside the record"
+        return "not beside the record"
     if hashlib.sha256(data).hexdigest() != sha256 or not data.startswith(b"\x89PNG\r\n"):
-        return "is not the image that the record names (SHA-256 differs)"
+        return "not the image that the record names (SHA-256 differs)"
     source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-    return source if len(source) <= room else "would make this page too large"
+    return source if len(source) <= room else "too large for this page"
 
 
 # ---- records

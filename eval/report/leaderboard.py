@@ -299,7 +299,8 @@ def _margin(name: str, first: Row, second: Row) -> list[str]:
     sure = "significant" if gap.significant else "not significant"
     if any(limits) and not (limits == [None, "lower"] and gap.value > 0):
         sure = "undetermined, as a figure is a limit"
-    text = f"{figure(gap.value)} {interval(vars(gap))}".strip()
+    unit = str((metrics[0] or {}).get("unit", ""))
+    text = f"{figure(gap.value)}{unit} {interval(vars(gap))}".strip()
     return [f"Margin over {second['label']}: {text}, {sure} ({gap.how})."]
 
 

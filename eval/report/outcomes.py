@@ -153,7 +153,9 @@ def outcome(record: Record) -> Outcome:
     figures = f": {', '.join(texts)}" if texts else ""
     verb = "is inconclusive" if word == "inconclusive" else word
     slowdown = metrics.get(slowdown_name(record))
-    details = [] if not slowdown or slowdown["value"] is None else [certainty(slowdown, 1.0)]
+    details = [*filter(None, [record["config"].get("remark")])]
+    if slowdown and slowdown["value"] is not None:
+        details.append(certainty(slowdown, 1.0))
     details += _reasons(record) + _disagreeing(metrics) + _rir_bound(metrics, "rir_bound_ratio")
     return Outcome(TONES[word], word, f"{name} {verb}{figures}.", details + _published(record))
 

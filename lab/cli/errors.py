@@ -12,6 +12,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from lab.cli.actions import ACTIONS
 from lab.core.errors import explain, nearest
+from lab.core.sources import ROOT
 
 EXIT_DEFECT, EXIT_USER = 1, 2
 
@@ -34,7 +35,8 @@ def explain_config(error: Exception) -> str | None:
     """Return the message of an error in the words of the command line or in a YAML file."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        hint = nearest(name, error.options or ())
+        files = (ROOT / "conf" / group).glob("*.yaml")  # Hydra names none for an item of a list
+        hint = nearest(name, error.options or [path.stem for path in files])
         return f"{group or 'config'}={name}: there is no such choice; {hint}"
     if isinstance(error, OverrideParseException):
         word = str(error.override)

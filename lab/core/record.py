@@ -39,6 +39,7 @@ VOLATILE_CONFIG = (
     "kind",
     "fail_on",
     "verbose",
+    "remark",
     "push_to",
     "export",
     "launch",

@@ -217,6 +217,10 @@ def assemble(cfg: DictConfig) -> Parts:
     return parts
 
 
+# kind of model → an experiment on such models, for an error message
+_EXPERIMENTS = {"linear": "house_price", "deep": "deep_probe", "diffusion": "relearn"}
+
+
 def check_fit(parts: Parts) -> None:
     """Check that every part meets its contract and takes the backbone's kind of model.
 
@@ -247,7 +251,8 @@ def check_fit(parts: Parts) -> None:
             raise UserError(f"{key}.name", method.name, fix)
         if backbone.kind not in method.accepts:
             fix = f"takes {' or '.join(sorted(method.accepts))} models, "
-            fix += f"backbone={backbone.name} is {backbone.kind}."
+            fix += f"backbone={backbone.name} is {backbone.kind}; "
+            fix += f"experiment={_EXPERIMENTS[min(method.accepts)]} has parts that fit."
             raise UserError(key, method.name, fix)
     asked = scenario.asks_erasure()
     released = any(metric.obj.released for metric in parts.metrics.values())

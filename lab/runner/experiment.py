@@ -343,7 +343,7 @@ class Run:
             "attacks": list(cfg.attacks),
             "seeds": seeds,
             "config": records.clean(OmegaConf.to_container(cfg, resolve=True)),
-            "notes": list(pipeline.notes),
+            "notes": [*filter(None, [cfg.remark]), *pipeline.notes],
             "cells": self.cells,
             "error": self.error,
             "skipped": self.skipped | self.failed.metrics,
