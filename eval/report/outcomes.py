@@ -143,7 +143,9 @@ def outcome(record: Record) -> Outcome:
         words = {1: "passes", 0: "fails", None: "inconclusive"}
         word = words[metrics["verdict"]["value"]]
         limits = [row["limit"] for row in record["tables"]["audit_limits"]]
-        return Outcome(TONES[word], word, f"Verdict: {metrics['verdict']['note']}", limits)
+        checkpoint = record["config"]["backbone"].get("path")
+        note = metrics["verdict"]["note"]
+        return Outcome(TONES[word], word, f"Checkpoint {checkpoint}: {note}", limits)
     if not is_immunized(record):
         headline = "Baseline only: nothing was immunized, so there is nothing to compare."
         return Outcome("neutral", "baseline", headline, _rir_bound(metrics, "rir_bound"))

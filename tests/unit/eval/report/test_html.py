@@ -130,7 +130,7 @@ def test_an_image_that_is_missing_or_another_is_named_and_not_shown(tmp_path: Pa
     inside.symlink_to(tmp_path / "outside.png")  # a link out of the folder is not followed
     page = render([one], tmp_path / "run" / "r.html")
     assert sources(page) == []
-    assert "comparison_neon.png, images/generations_neon.png" in page.read_text()
+    assert "images/generations_neon.png, images/comparison_neon.png" in page.read_text()
 
 
 def test_a_page_has_a_size_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
