@@ -66,7 +66,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "attacks/deep": {"lr_trials": 3, "batch_size": 16},
     "attacks/diffusion": {
         "batch_size": 2,
-        "sampling": {"steps": 1, "guidance": 2.0, "count": 2, "negative": ""},
+        "sampling": {"sampler": "ddim", "steps": 1, "guidance": 2.0, "count": 2, "negative": ""},
     },
     "eval/diffusion": {"count": 8},
 }

@@ -79,7 +79,7 @@ def variants(value):
             for other in variants(item):
                 yield {**value, key: other}
     elif isinstance(value, str):
-        others = {"harmful": "benign", "benign": "harmful", "weights": "bfloat16"}
+        others = {"harmful": "benign", "benign": "harmful", "weights": "bfloat16", "ddim": "dpm"}
         yield others.get(value, f"{value}!")
     else:
         yield value + 1
