@@ -48,7 +48,11 @@ def audit(cfg: DictConfig) -> int:
     Raises:
         UserError: see `prepare`.
     """
-    hydra, prepared = HydraConfig.get(), prepare(cfg)
+    hydra = HydraConfig.get()
+    if not any(word.startswith(("path=", "backbone")) for word in hydra.overrides.task):
+        fix = "give the folder of the checkpoint; path=minisd is the one of this project."
+        raise UserError("path", "null", fix)
+    prepared = prepare(cfg)
     parts = assemble(prepared)
     warnings = find_other_targets(prepared, parts)
     for warning in warnings:
