@@ -108,8 +108,9 @@ def neon(rgb: Field, mask: Field, dice: Dice) -> Field:
     lines = _lines(rgb, mask)[..., None]
     glow = blur(lines[..., 0], 2.2)[..., None]
     wall = np.array([0.03, 0.01, 0.07], np.float32)
-    light = 0.9 * hue * glow + lines * (0.72 * hue + 0.3) + 0.16 * hue * mask[..., None]
-    return np.clip(wall + light, 0, 1)
+    # summed from the left: another order changes pixels of MiniSD's training data
+    light = wall + 0.9 * hue * glow + lines * (0.72 * hue + 0.3) + 0.16 * hue * mask[..., None]
+    return np.clip(light, 0, 1)
 
 
 def blueprint(rgb: Field, mask: Field, dice: Dice) -> Field:
