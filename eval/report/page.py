@@ -1,8 +1,8 @@
 """Pages as lists of blocks, which the one template `report.html.j2` renders.
 
-A block is a mapping whose keys say what it is: ``heading``, ``text``, ``outcome``, ``table`` (head
-and rows), ``tiles``, ``picture``, ``plots``, ``image``, ``list``, ``facts``, ``code``, or
-``summary`` with the collapsed ``blocks``.
+A block is a mapping whose keys say what it is: ``heading``, ``text``, ``outcome``, ``table`` (of
+pandas), ``tiles``, ``picture``, ``plots``, ``image``, ``list``, ``facts``, ``code``, or ``summary``
+with the collapsed ``blocks``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from eval.report.outcomes import MARKS
-from eval.report.words import UNMEASURED, figure
+from eval.report.words import figure
 
 Block = dict[str, Any]
 
@@ -45,7 +45,6 @@ def _template() -> jinja2.Template:
 
 
 def _cell(value: Any) -> str:
-    words = {None: UNMEASURED, True: "yes", False: "no"}
-    if value is None or isinstance(value, bool):
-        return words[value]
-    return figure(value) if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, float):
+        return figure(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

@@ -179,23 +179,24 @@ def certainty(metric: Metric, reference: float) -> str:
     return f"{word}: the 95 % interval over {counted(n, 'seed')} {verb} {figure(reference)}."
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of a table for a terminal; the first one is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def aligned(table: pd.DataFrame) -> str:
+    """Return a table of texts for a terminal."""
+    widths = [max(len(head), *map(len, table[head])) for head in table]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [*rows[:1], ["─" * width for width in widths], *rows[1:]]
+        "  ".join(map(str.ljust, row, widths)).rstrip()
+        for row in [table.columns, ["─" * width for width in widths], *table.to_numpy()]
     ]
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a Markdown table; the first one is the head."""
-    head, *body = (
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table of texts as Markdown."""
+    rows = [
         [" ".join(escape(cell, quote=False).split()).replace("|", "\\|") or " " for cell in row]
-        for row in rows
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+        for row in [table.columns, *table.to_numpy()]
+    ]
+    rows.insert(1, ["---"] * len(table.columns))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # ---- labels of records
