@@ -300,7 +300,7 @@ def _ends(metric: Metric) -> tuple[float, float, float]:
 def scatter(
     points: dict[str, tuple[Metric, Metric]], limits: tuple[float, float], x: str, y: str
 ) -> Figure:
-    """Draw a numbered point with its 95 % intervals per method, the first one highlighted.
+    """Draw a point with its 95 % intervals per method, the first one highlighted.
 
     Args:
         points: label → metrics on the horizontal and the vertical axis.
@@ -308,20 +308,20 @@ def scatter(
     """
     fig = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = fig.add_subplot()
-    for number, (label, metrics) in enumerate(points.items(), start=1):
-        place = metrics[0]["value"], metrics[1]["value"]
+    for i, (label, metrics) in enumerate(points.items()):
         x_error, y_error = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in metrics)
-        style: Any = {"color": COLORS["s1" if number == 1 else "s0"], "markersize": 8, "fmt": "o"}
-        axes.errorbar(*place, y_error, x_error, elinewidth=0.7, label=f"{number}  {label}", **style)
-        shift = (7, 6 if number % 2 else -13)  # neighbours in the order may lie close together
-        axes.annotate(str(number), place, shift, textcoords="offset points", fontweight="bold")
+        style: Any = (
+            {"markersize": 7, "elinewidth": 0.7} if i else {"markersize": 11, "elinewidth": 2}
+        )
+        style |= {"fmt": "os^DvPX*"[i % 8], "label": label, "zorder": 3 + i}
+        axes.errorbar(metrics[0]["value"], metrics[1]["value"], y_error, x_error, **style)
     for side in "xy":
         set_log(axes, side)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     axes.fill_between([left, limits[0]], limits[1], top, color=COLORS["good"], alpha=0.13, lw=0)
     axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
     axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=x, ylabel=y)
-    fig.legend(loc="outside right upper", handlelength=0)
+    fig.legend(loc="outside right upper")
     return fig
 
 

@@ -239,41 +239,50 @@ def transfer_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Blo
     blocks: list[Block] = []
     for record, label in zip(records, names, strict=True):
         rows = sorted(record["tables"].get("transfer", []), key=lambda r: -(r["rho_rir"] or -2))
+        if not rows:
+            continue
         attacks = [str(row["attack"]) for row in rows]
         kappa = [_score(record, f"transfer_harmful_{slug(attack)}") for attack in attacks]
-        places = list(range(len(rows)))
-        bands = ([row[part] for row in rows] for part in ("rho_rir", "low", "high"))
-        lines = [Line("RIR, harmful ÷ benign slowdown", 1, places, *bands)]
-        parts = ([score[part] for score in kappa] for part in ("value", "low", "high"))
-        lines.append(Line("κ, harmful slowdown", 2, [p + 0.15 for p in places], *parts))
-        median = [row.get("median_relative_slowdown") for row in rows]
-        wanted = {
-            "Rank correlation with the slowdown": (lines, "Spearman's ρ", 0.0),
-            "Median slowdown": ([Line("", 1, places, median)], "harmful ÷ benign", 1.0),
-        }
+        places = range(len(rows))
+        rir = ([row[part] for row in rows] for part in ("rho_rir", "low", "high"))
+        own = ([score[part] for score in kappa] for part in ("value", "low", "high"))
+        lines = [
+            Line("RIR, harmful ÷ benign slowdown", 1, places, *rir),
+            Line("κ, harmful slowdown", 2, [place + 0.15 for place in places], *own),
+        ]
+        median = Line("", 1, places, [row.get("median_relative_slowdown") for row in rows])
         plots = [
             {"title": title}
-            | {"svg": lines_plot(ls, title=title, x="attack", y=y, reference=at, ticks=attacks)}
-            for title, (ls, y, at) in wanted.items()
-            if rows
+            | {"svg": lines_plot(drawn, title=title, x="attack", y=y, reference=at, ticks=attacks)}
+            for title, drawn, y, at in (
+                ("Rank correlation with the slowdown", lines, "Spearman's ρ", 0.0),
+                ("Median slowdown", [median], "harmful ÷ benign", 1.0),
+            )
         ]
-        if rows:
-            blocks += [{"heading": f"Does RIR predict the slowdown? {label}"}, {"plots": plots}]
-            clouds = [plot for row in rows for plot in _cloud(record, row)]
-            blocks += collapsed("The cases behind it", [{"plots": clouds}] if clouds else [])
+        blocks += [{"heading": f"Does RIR predict the slowdown? {label}"}, {"plots": plots}]
+        cases = pd.DataFrame(record["tables"].get("transfer_cases", []))
+        clouds = [
+            _cloud(cases[cases["attack"] == row["attack"]], row) for row in rows if len(cases)
+        ]
+        clouds = [plot for plot in clouds if plot["svg"]]
+        blocks += collapsed("The cases behind it", [{"plots": clouds}] if clouds else [])
     return blocks
 
 
-def _cloud(record: Record, row: dict[str, Any]) -> list[Plot]:
+def _cloud(cases: pd.DataFrame, row: dict[str, Any]) -> Plot:
     """Return the cases of one attack: RIR against relative slowdown."""
-    cases = [c for c in record["tables"].get("transfer_cases", []) if c["attack"] == row["attack"]]
-    cases = [c for c in cases if (c["rir"] or 0) > 0 and (c["relative_slowdown"] or 0) > 0]
-    lines = []
-    for index, name in ((1, "measured"), (2, "a lower limit")):
-        own = [c for c in cases if bool(c["censored"]) == (index == 2)]
-        points = [c["rir"] for c in own], [c["relative_slowdown"] for c in own]
-        lines.append(Line(name, index, *points))
+    cases = cases[(cases["rir"] > 0) & (cases["relative_slowdown"] > 0)]
+    lines = [
+        Line(name, index, own["rir"].tolist(), own["relative_slowdown"].tolist())
+        for index, (name, own) in enumerate(
+            {
+                "measured": cases[~cases["censored"]],
+                "a lower limit": cases[cases["censored"]],
+            }.items(),
+            start=1,
+        )
+    ]
     title, note = str(row["attack"]), f"ρ {figure(row['rho_rir'])}, {len(cases)} cases."
     words: Any = {"title": title, "x": "RIR", "y": "harmful ÷ benign slowdown"}
     svg = lines_plot(lines, **words, log="xy", reference=1.0, is_scatter=True)
-    return [{"title": title, "svg": svg, "note": note}] if len(cases) > 2 else []
+    return {"title": title, "svg": svg, "note": note}
