@@ -85,7 +85,11 @@ def to_csv(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
 
 def to_json(objectives: dict[str, str], trials: Sequence[Trial]) -> dict[str, Any]:
     best = front(list(objectives), trials)
-    rows = [vars(trial) | {"front": trial in best} for trial in trials]
+    rows = [
+        {"trial": trial.number, "front": trial in best, "values": trial.values}
+        | {"metrics": trial.metrics, "failure": trial.failure}
+        for trial in trials
+    ]
     return {"objectives": objectives, "trials": rows}
 
 
