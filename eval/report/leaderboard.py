@@ -125,7 +125,7 @@ def trial(record: Record) -> str:
     if len(cases) > 4:
         digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
         listed = f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})"
-    return " · ".join([_request(record), *[listed] * bool(cases)])
+    return f"{_request(record)} · {listed}" if cases else _request(record)
 
 
 def _request(record: Record) -> str:
@@ -137,11 +137,10 @@ def _request(record: Record) -> str:
 
 def _steps(record: Record) -> list[str]:
     """Return ``2 of 20 steps``: the step at which models are compared, and the last one."""
-    budget: dict[str, Any] = record["config"].get("budget") or {}
-    horizon, multiple = budget.get("horizon"), budget.get("multiple")
-    if horizon is None or multiple is None or not record["attacks"]:
+    budget = record["config"].get("budget")
+    if not budget or not record["attacks"]:
         return []
-    return [f"{horizon} of {horizon * multiple} steps"]
+    return [f"{budget['horizon']} of {budget['horizon'] * budget['multiple']} steps"]
 
 
 def name_attacks(names: Sequence[str]) -> str:
@@ -151,9 +150,12 @@ def name_attacks(names: Sequence[str]) -> str:
 
 def terms(record: Record) -> dict[str, Any]:
     """Return every option of attackers and budget, but those that leave an attack as it is."""
-    silent = ("keep_weights", "families", "_target_")
-    options = {k: v for k, v in settings(record).items() if k.startswith(("attacks.", "budget."))}
-    return {k: v for k, v in options.items() if k.rpartition(".")[2] not in silent}
+    return {
+        key: value
+        for key, value in settings(record).items()
+        if key.startswith(("attacks.", "budget."))
+        and not key.endswith((".keep_weights", ".families", "._target_"))
+    }
 
 
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
@@ -176,12 +178,16 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
 
 def titles(places: dict[Place, list[Record]]) -> dict[Place, str]:
     """Return short titles, all different."""
-    short = {}
-    for place, (record, *_) in places.items():
-        trial_words = ", ".join([name_attacks(record["attacks"]), *_steps(record)])
-        short[place] = f"{place[0]} on {place[1]} · {trial_words}"
-    counts = Counter(short.values())
-    return {p: s if counts[s] == 1 else f"{p[0]} on {p[1]} · {p[2]}" for p, s in short.items()}
+    short = {
+        place: ", ".join([name_attacks(record["attacks"]), *_steps(record)])
+        for place, (record, *_) in places.items()
+    }
+    counts = Counter((*place[:2], words) for place, words in short.items())
+    return {
+        (scenario, backbone, whole): f"{scenario} on {backbone} · "
+        + (words if counts[scenario, backbone, words] == 1 else whole)
+        for (scenario, backbone, whole), words in short.items()
+    }
 
 
 # ---- rows
@@ -261,8 +267,8 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
-    """Return the figures that count as text: rank, method, verdict, checks, attack success and the
-    attack behind it, slowdown, benign cost, seeds. What nobody has is no column.
+    """Return the figures that count as text: rank, method, verdict, checks, attack success,
+    slowdown, benign cost, the strongest attack, seeds. What nobody has is no column.
     """
     lines = []
     for row in rows:
@@ -272,10 +278,8 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
         line = {"#": str(row.rank or ""), "method": row.label}
         line["verdict"] = f"{mark} {row.outcome.label}{diverged}".strip()
         line["checks"] = "{} of {}".format(*row.checks) if row.checks[1] else UNMEASURED
-        for column, name in names.items():
-            line[column] = measured(metrics.get(name), name)
-            if name == "asr":
-                line["strongest attack"] = strongest_attack(row.record)
+        line |= {column: measured(metrics.get(name), name) for column, name in names.items()}
+        line["strongest attack"] = strongest_attack(row.record)
         first = next((metrics[name] for name in names.values() if name in metrics), None)
         lines.append(line | {"seeds": support(first) if first else UNMEASURED})
     frame = pd.DataFrame(lines).fillna(UNMEASURED)

@@ -217,7 +217,7 @@ def _option_plot(metric: str, records: Sequence[Record], x: Any, series: Any) ->
         [v for line in lines for v in line.y]
     )
     name, title = x.name.rpartition(".")[2], capitalized(heading(metric))
-    svg = lines_plot(lines, title=title, x=name, y=title, log=log, ticks=ticks)
+    svg = lines_plot(lines, title=title, x=name, y="", log=log, ticks=ticks)
     missing = sum(_score(r, metric)["value"] is None for r in records)
     note = f"{missing} of {len(records)} runs have no value." if missing else ""
     return {"title": title, "svg": svg, "note": note}

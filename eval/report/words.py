@@ -229,15 +229,16 @@ def labels(records: Sequence[Record]) -> list[str]:
     named everywhere.
     """
     studies = [str(r["name"]).rpartition("/")[0] or str(r["name"]) for r in records]
-    nothing = ["checkpoint" if "audit_verdict" in r["tables"] else "baseline" for r in records]
     immunizers = [
-        r["immunizer"] if is_immunized(r) else name
-        for r, name in zip(records, nothing, strict=True)
+        r["immunizer"]
+        if is_immunized(r)
+        else ("checkpoint" if "audit_verdict" in r["tables"] else "baseline")
+        for r in records
     ]
-    frame = pd.DataFrame([settings(r) for r in records], dtype=object)
-    frame = frame.map(typed).where(frame.notna() | frame.map(lambda value: value is None), "")
-    frame = frame[[key for key in frame if not key.endswith("_target_")]]
-    out = pd.Series(immunizers)
+    texts = [
+        {k: typed(v) for k, v in settings(r).items() if not k.endswith("_target_")} for r in records
+    ]
+    frame, out = pd.DataFrame(texts, dtype=object).fillna(""), pd.Series(immunizers)
     for _, rivals in frame.groupby([studies, immunizers], sort=False):
         varied = rivals.loc[:, rivals.nunique() > 1]
         names = short_names(set(varied))
@@ -252,11 +253,9 @@ def labels(records: Sequence[Record]) -> list[str]:
         plain = [i for i in rivals.index if out[i] == immunizers[i]]
         if len(rivals) > 2 and len(plain) == 1:  # the one that deviates in nothing
             out[plain[0]] += " · common settings"
-    hashes = [r["content_hash"][:7] for r in records]
-    for form, more in ((" ({})", studies), (" · {}", hashes)):  # then the same settings twice
-        twice = out.duplicated(keep=False)
-        out = out.where(~twice, out + [form.format(text) for text in more])
-    return list(out)
+    out = out.where(~out.duplicated(keep=False), out + [f" ({study})" for study in studies])
+    hashes = [f" · {r['content_hash'][:7]}" for r in records]  # for the same settings twice
+    return list(out.where(~out.duplicated(keep=False), out + hashes))
 
 
 def typed(value: Any) -> str:
