@@ -14,7 +14,6 @@ from typing import Any
 import pandas as pd
 
 from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
-from eval.report.outcomes import TONES, check_word
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
     curve_blocks,
@@ -34,9 +33,6 @@ from eval.report.words import (
 from lab.core.hashing import write_atomically
 
 IMAGE_BYTES = 24_000_000  # of one page; further images are only named
-ROWS = 100  # of a table in the page; the record holds all
-_PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")
-_ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
 _GLOSSARY = {
     "baseline": "the same model, not immunized; it meets the same attacks, data and seeds",
     "passes": "harmful fine-tuning gets harder and benign fine-tuning does not, on the same "
@@ -98,13 +94,15 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
     blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
-    details = [_record_blocks(row) for row in rows]
-    each: list[Block] = [
-        {"summary": f"{row.label}: {row.outcome.label}", "blocks": parts}
-        for row, parts in zip(rows, details, strict=True)
+    details: list[Block] = [{"row": row, "troubles": _troubles(row.record)} for row in rows]
+    for block, record in zip(details, records, strict=True):
+        config = json.dumps(record["config"], indent=2, ensure_ascii=False)
+        block |= {"facts": _provenance(record), "config": config}
+    each = [
+        {"summary": f"{d['row'].label}: {d['row'].outcome.label}", "blocks": [d]} for d in details
     ]
     title = "Provenance, tables and configuration"
-    return blocks + collapsed(title, each if len(each) > 1 else details[0])
+    return blocks + collapsed(title, each if len(each) > 1 else details)
 
 
 def _metrics_table(rows: Sequence[Row]) -> Block:
@@ -126,27 +124,14 @@ def check_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return tiles of the first method's checks; those of the others are collapsed."""
     groups: list[list[Block]] = []
     for row in rows:
-        seeds, checks = len(row.record["seeds"]), row.record["tables"].get("verdict", [])
-        tiles = [_tile(check, seeds) for check in checks]
-        tiles.sort(key=lambda tile: bool(tile["word"] == "passes"))
+        checks, seeds = row.record["tables"].get("verdict", []), len(row.record["seeds"])
         title = "Checks of {}: {} of {} pass".format(row.label, *row.checks)
-        groups += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
+        if checks:
+            tiles = sorted(checks, key=lambda check: bool(check["passed"]))
+            groups.append([{"heading": title}, {"tiles": tiles, "seeds": seeds}])
     first, *others = groups or [[]]
     title = f"Checks of {counted(len(others), 'other method')}"
     return first + collapsed(title, list(chain.from_iterable(others)))
-
-
-def _tile(check: dict[str, Any], seeds: int) -> dict[str, Any]:
-    word = check_word(check)
-    certain = ("significant" if check["sure"] else "not significant") if seeds > 2 else ""
-    return {
-        "word": word,
-        "tone": TONES[word],
-        "check": f"{check.get('concept') or check['side']}: {check['check']}",
-        "required": check["required"],
-        "measured": measured(check),
-        "note": "; ".join(filter(None, (certain, check["note"]))),
-    }
 
 
 # ---- images
@@ -191,29 +176,6 @@ def _read_image(path: Path, sha256: str) -> str:
 
 
 # ---- records
-
-
-def _record_blocks(row: Row) -> list[Block]:
-    """Return troubles, tables, provenance and configuration of one record."""
-    record = row.record
-    blocks: list[Block] = [{"text": row.outcome.headline, "style": "headline"}]
-    blocks.append({"list": [*row.outcome.details, *_troubles(record)]})
-    for name, lines in record["tables"].items():
-        if lines and name not in _PLOTTED:
-            left = f"{len(lines) - ROWS} more rows in the record."
-            more = [{"text": left}] if len(lines) > ROWS else []
-            blocks += collapsed(f"Table {name}", [{"table": _table(lines), "label": name}, *more])
-    blocks += [{"heading": "Provenance", "level": 4}, {"facts": _provenance(record)}]
-    config = json.dumps(record["config"], indent=2, ensure_ascii=False)
-    return blocks + collapsed("Configuration", [{"code": config}])
-
-
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the first rows: what a row is about, then words, then figures."""
-    frame = pd.DataFrame(rows, dtype=object)
-    is_word = frame.map(lambda value: isinstance(value, str)).any()
-    head = sorted(frame, key=lambda key: (key not in _ABOUT, not is_word[key]))
-    return frame[head].head(ROWS)
 
 
 def _troubles(record: Record) -> list[str]:

@@ -27,9 +27,10 @@ from eval.report.outcomes import (
 )
 from eval.report.page import Block, page
 from eval.report.paired import difference
-from eval.report.plots import forest
+from eval.report.plots import Method, forest
 from eval.report.words import (
     UNMEASURED,
+    Metric,
     Record,
     aligned,
     capitalized,
@@ -99,7 +100,7 @@ _HEAD = (
     "outcome",
     "seeds",
 )
-_BASELINE = {"value": 1.0, "low": None, "high": None, "unit": "×"}
+_BASELINE: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
 _PARTS = ("value", "low", "high", "n", "interval")
 
 
@@ -393,7 +394,7 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
     frame, keys = table(rows), key_figures(records[0])
     # all but attack success, or what stands for it
     limits = {c: limit_of(records, keys[c]) for c in [*keys][1:] if c in frame}
-    methods = [("baseline", "neutral", dict.fromkeys(limits, _BASELINE))]
+    methods: list[Method] = [("baseline", "neutral", dict.fromkeys(limits, _BASELINE))]
     for row in rows:
         names = key_figures(row.record)
         metrics = {c: row.record["metrics"].get(names.get(c, "")) for c in limits}

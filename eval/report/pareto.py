@@ -40,8 +40,8 @@ def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
     done = [trial for trial in trials if trial.failure is None]
     losses = np.array([[_loss(trial, name) for name in objectives] for trial in done])
     is_as_good = (losses[:, None] <= losses).all(axis=-1)  # [i, j]: trial i as trial j
-    is_dominated = (is_as_good & ~is_as_good.T).any(axis=0)
-    return [trial for trial, is_worse in zip(done, is_dominated, strict=True) if not is_worse]
+    dominated = set(np.nonzero(is_as_good & ~is_as_good.T)[1])
+    return [trial for i, trial in enumerate(done) if i not in dominated]
 
 
 def _loss(trial: Trial, objective: str) -> float:

@@ -204,7 +204,7 @@ def _draw_line(axes: Axes, line: Line, log: str, is_scatter: bool) -> None:
     axes.plot(x, y, label=line.label, **style)
 
 
-def tick(value: float, _: int = 0) -> str:
+def tick(value: float, _: float = 0) -> str:
     """Return the shortest text of an axis' tick."""
     text = f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 or value == 0 else figure(value)
     return text.replace("-", "−")
@@ -229,17 +229,19 @@ def set_log(axes: Axes, side: str) -> None:
 
 # ---- one row or point per method
 
+# label, tone of its verdict, and a metric per column
+Method = tuple[str, Tone, dict[str, Metric | None]]
+
 
 @rc_context(_STYLE)
 def forest(
-    methods: Sequence[tuple[str, Tone, dict[str, Metric | None]]],
+    methods: Sequence[Method],
     limits: dict[str, tuple[str, float] | None],
     is_narrow: bool = False,
 ) -> Markup:
     """Return one row per method and one panel per column, beside or (narrow) below each other.
 
     Args:
-        methods: label, tone of the verdict, and a metric per column.
         limits: column → what the verdict requires, see `eval.report.outcomes.limit_of`.
     """
     names = [shortened(label, 17 if is_narrow else 44) for label, _, _ in methods]
