@@ -120,20 +120,17 @@ Place = tuple[str, str, str]  # scenario, backbone, trial
 
 def trial(record: Record) -> str:
     """Return attackers, budget, place of the data and cases in words."""
+    parts = [", ".join(sorted(record["attacks"])) or "no attack", *_steps(record)]
+    data = flatten(record["config"]).get("scenario.path")
+    parts += [f"data: {data}"] if data else []
     cells = record.get("cells", [])
     cases = sorted({str(cell["case"]) for cell in cells if cell["case"] is not None})
-    listed = f"cases {', '.join(cases)}"
     if len(cases) > 4:
         digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
-        listed = f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})"
-    return f"{_request(record)} · {listed}" if cases else _request(record)
-
-
-def _request(record: Record) -> str:
-    """Return the part of `trial` that a run which ended early has, too."""
-    names = ", ".join(sorted(record["attacks"])) or "no attack"
-    data = flatten(record["config"]).get("scenario.path")
-    return " · ".join([names, *_steps(record), *([f"data: {data}"] if data else [])])
+        parts.append(f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})")
+    elif cases:
+        parts.append(f"cases {', '.join(cases)}")
+    return " · ".join(parts)
 
 
 def _steps(record: Record) -> list[str]:
@@ -150,8 +147,10 @@ def name_attacks(names: Sequence[str]) -> str:
 
 
 def terms(record: Record) -> dict[str, Any]:
-    """Return every option of attackers and budget, but those that leave an attack as it is."""
-    return {
+    """Return the attackers and every option of them and of the budget, but those that leave an
+    attack as it is.
+    """
+    return {"attacks": sorted(record["attacks"])} | {
         key: value
         for key, value in settings(record).items()
         if key.startswith(("attacks.", "budget."))
@@ -171,7 +170,7 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
         place = (record["scenario"], record["backbone"], trial(record))
         if not record["metrics"]:
             known = [p for p in out if p[:2] == place[:2]]
-            known.sort(key=lambda p: _request(out[p][0]) != _request(record))
+            known.sort(key=lambda p: terms(out[p][0]) != terms(record))
             place = next(iter(known), place)
         out.setdefault(place, []).append(record)
     return out

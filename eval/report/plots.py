@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -259,32 +260,39 @@ def forest(
 def _draw_methods(
     axes: Axes, rows: Sequence[tuple[Tone, Metric | None]], limit: tuple[str, float] | None
 ) -> None:
-    values = [v for _, m in rows if m and m["value"] is not None for v in _ends(m)]
-    positive = [v for v in [*values, 1.0, *(limit or ())[1:]] if v > 0]
+    ends = [_ends(metric) for _, metric in rows if metric and metric["value"] is not None]
+    positive = [v for v in [*chain(*ends), 1.0, *(limit or ())[1:]] if v > 0]
     room = max((max(positive) / min(positive)) ** 0.07, 1.1)
     left, right = min(positive) / room, max(positive) * room
     axes.set(xscale="log", xlim=(left, right), ylim=(len(rows) - 0.4, -1.0))
     if limit:
         rule, value = limit
-        start, end = (value, right) if rule == "≥" else (left, value)
-        axes.axvspan(start, end, color=COLORS["good"], alpha=0.13, linewidth=0)
-        side = "left" if rule == "≥" else "right"
-        text = f" passes {rule} {value:g} "
-        axes.text(value, -0.72, text, color=COLORS["good"], fontsize=8, ha=side, va="center")
+        start, end, side = (value, right, "left") if rule == "≥" else (left, value, "right")
+        color, text = COLORS["good"], f" passes {rule} {value:g} "
+        axes.axvspan(start, end, color=color, alpha=0.13, linewidth=0)
+        axes.text(value, -0.72, text, color=color, fontsize=8, ha=side, va="center")
     axes.axvline(1.0, color=COLORS["ink"], linewidth=0.8, alpha=0.6)
     for row, (tone, metric) in enumerate(rows):
         color, text = COLORS.get(tone, COLORS["bad"]), measured(metric)
         if metric is not None and metric["value"] is not None:
             low, value, high = _ends(metric)
             error = [[value - low], [high - value]]
-            style: Any = {"color": color, "fmt": SHAPES[tone], "markersize": 8, "zorder": 4}
-            axes.errorbar(value, row, xerr=error, elinewidth=2.2, **style)
+            axes.errorbar(
+                value,
+                row,
+                xerr=error,
+                color=color,
+                fmt=SHAPES[tone],
+                ms=8,
+                elinewidth=2.2,
+                zorder=4,
+            )
             if metric.get("bound"):  # the true figure may lie anywhere beyond
                 far = right if metric["bound"] == "lower" else left
                 arrow = {"arrowstyle": "->", "color": color, "linestyle": ":"}
                 axes.annotate("", (far, row), (value, row), arrowprops=arrow)
-        beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
-        axes.text(1.03, row, text.replace(UNMEASURED, "not measured"), **beside)
+        text = text.replace(UNMEASURED, "not measured")
+        axes.text(1.03, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")

@@ -118,10 +118,9 @@ def spectrum_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Blo
         for record, label in zip(records, names, strict=True):
             rows = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
             if rows:
-                models = pd.DataFrame(rows).pivot_table(column, "index", "model").to_dict("list")
-                curve = {"step": sorted({row["index"] for row in rows}), **models}
-                axes = {"x": "index", "y": column, "log": "y" * (column == "value")}
-                curves.append((curve | axes, label))
+                models = pd.DataFrame(rows).pivot_table(column, "index", "model")
+                curve = {"step": models.index.tolist(), **models.to_dict("list"), "x": "index"}
+                curves.append((curve | {"y": column, "log": "y" * (column == "value")}, label))
         plots += [_plot(f"{title}: first case and seed", curves)] if curves else []
     return collapsed("Spectra and angles", [{"plots": plots}] if plots else [])
 
@@ -142,13 +141,13 @@ def pair_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
             for task in means.index
         ]
         values = means.stack()
-        note = f"{(values > 1).sum()} of {len(values)} pairs above 1; mean {figure(values.mean())}"
-        note += (
-            f", smallest {figure(values.min())}. Orange: above 1, the harmful task became worse "
+        note = (
+            f"{(values > 1).sum()} of {len(values)} pairs above 1; mean {figure(values.mean())}, "
+            f"smallest {figure(values.min())}. Orange: above 1, the harmful task became worse "
+            "conditioned; violet: below 1."
         )
-        blocks += [{"heading": f"RIR of every pair of tasks: {label}"}]
-        blocks += [{"text": f"{note}conditioned; violet: below 1."}]
-        blocks += [{"heat": [head, *lines], "label": f"RIR per pair: {label}"}]
+        blocks += [{"heading": f"RIR of every pair of tasks: {label}"}, {"text": note}]
+        blocks.append({"heat": [head, *lines], "label": f"RIR per pair: {label}"})
     return blocks
 
 
@@ -190,14 +189,11 @@ def _varied(records: Sequence[Record]) -> pd.DataFrame:
     the other) the first numeric one stands for all.
     """
     frame = pd.DataFrame([settings(r) for r in records], dtype=object)
-    chosen: dict[tuple[int, ...], str] = {}
-    for key in frame:
-        codes = tuple(pd.factorize(frame[key].map(repr))[0])
-        if max(codes) and not key.endswith("_target_"):
-            other = chosen.setdefault(codes, key)
-            if _is_numeric(frame[key]) and not _is_numeric(frame[other]):
-                chosen[codes] = key
-    return frame[list(chosen.values())]
+    keys = [key for key in frame if not key.endswith("_target_")]
+    codes = {key: tuple(pd.factorize(frame[key].map(repr))[0]) for key in keys}
+    keys.sort(key=lambda key: not _is_numeric(frame[key]))
+    chosen = {codes[key]: key for key in reversed(keys) if max(codes[key])}  # the first one stays
+    return frame[[key for key in frame if key in chosen.values()]]
 
 
 def _is_numeric(values: Any) -> bool:

@@ -173,9 +173,9 @@ def certainty(metric: Metric, reference: float) -> str:
         return f"Measured on {counted(n, 'seed')}: no claim about other seeds."
     if low is None or high is None:
         return f"No interval could be given over {counted(n, 'seed')}."
-    excludes = low > reference or high < reference
-    word = "Significant" if excludes else "Not significant"
-    verb = "excludes" if excludes else "includes"
+    word, verb = "Not significant", "includes"
+    if low > reference or high < reference:
+        word, verb = "Significant", "excludes"
     return f"{word}: the 95 % interval over {counted(n, 'seed')} {verb} {figure(reference)}."
 
 
