@@ -17,8 +17,6 @@ from eval.report.words import (
     Record,
     aligned,
     bound,
-    capitalized,
-    counted,
     figure,
     heading,
     interval,
@@ -114,7 +112,7 @@ def to_text(result: dict[str, Any]) -> str:
     lines.append(f"{len(changed[SHOWN:])} more figures differ and {equal} are equal, see the page.")
     for way, count in Counter(row["how"] for row in changed if row["how"]).most_common():
         lines.append(f"  intervals of {count}: {way}")
-    lines.append(f"\n{capitalized(counted(len(config), 'setting'))} of both records differ:")
+    lines.append(f"\nSettings of both records that differ ({len(config)}):")
     lines += [f"  {key}: {a} → {b}" for key, a, b in config[:SHOWN]]
     return "\n".join([*lines, *["  …"] * (len(config) > SHOWN)])
 

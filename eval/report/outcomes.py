@@ -112,12 +112,15 @@ def check_text(check: dict[str, Any]) -> str:
 
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
-    verdict = (record["metrics"].get("verdict") or {}).get("value")
-    if verdict is None or _is_attack_too_weak(record["metrics"]):
+    verdict = record["metrics"].get("verdict") or {"value": None}
+    if verdict["value"] is None or _is_attack_too_weak(record["metrics"]):
         return "inconclusive"
+    word = str(verdict["note"]).partition(".")[0]
+    if word in TONES:  # the rule's own word, which records before schema 2.1 do not have
+        return word
     words = {check_word(check) for check in record["tables"].get("verdict", [])}
     is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
-    return "passes" if verdict else "inconclusive" if is_open else "fails"
+    return "passes" if verdict["value"] else "inconclusive" if is_open else "fails"
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:

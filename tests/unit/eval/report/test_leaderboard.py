@@ -148,7 +148,7 @@ def test_a_run_that_ended_early_stands_where_it_was_asked_to() -> None:
 # ---- text
 
 
-def test_texts_show_limits_gaps_and_at_most_eight_columns() -> None:
+def test_texts_show_limits_and_gaps() -> None:
     one = generated()
     one["metrics"]["steps_to_relearn_ratio_worst"] |= {"bound": "lower"}
     one["metrics"]["asr"] |= {"value": None, "low": None, "high": None, "note": "no detector"}
@@ -157,8 +157,7 @@ def test_texts_show_limits_gaps_and_at_most_eight_columns() -> None:
     assert "| ≥ 1.7× [1.6, 1.8] |" in row
     assert "| – |" in row
     assert "a\\|b" in markdown
-    lines = to_text(leaderboard(sweep())).splitlines()
-    assert max(line.count("──  ─") for line in lines) < 8
+    assert "1  kappa_closed_form" in to_text(leaderboard(sweep()))
 
 
 def test_the_leaderboard_names_the_strongest_attack() -> None:
