@@ -123,7 +123,11 @@ def to_html(result: dict[str, Any]) -> str:
     figures = _figures(changed).assign(interval=[row["how"] for row in changed])
     lines = [*_descriptions(result), *_warnings(result)]
     lines.append(f"{len(result['metrics']) - len(changed)} figures are equal.")
-    lines += [f"Only in {side}: {', '.join(result[f'only_{side.lower()}'])}." for side in "AB"]
+    lines += [
+        f"Only in {side}: {', '.join(names)}."
+        for side, names in (("A", result["only_a"]), ("B", result["only_b"]))
+        if names
+    ]
     blocks: list[Block] = [
         {"list": lines},
         {"table": figures.drop(columns=""), "label": "Figures"},

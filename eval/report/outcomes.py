@@ -92,8 +92,10 @@ def check_word(check: dict[str, Any]) -> str:
     is what was not measured everywhere, and a limit that leaves it open on which side of the
     threshold the figure lies.
     """
-    if "result" in check or check["passed"]:
-        return str(check.get("result", "passes"))
+    if check["passed"]:
+        return "passes"
+    if check.get("result", "passes") != "passes":
+        return str(check["result"])
     is_floor = check["required"].startswith(("≥", "interval above"))
     value = check["low"] if check["required"].startswith("interval") else check["value"]
     if value is None or check.get("bound") == ("lower" if is_floor else "upper"):
