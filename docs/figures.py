@@ -4,9 +4,10 @@ A page marks a figure by two comments, inside a sentence or around a table or pl
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
-``EXPRESSION`` is a Jinja expression that calls `score`, `setting`, `count`, `table` or `plot`.
+``EXPRESSION`` is a Jinja expression that calls `score`, `table` or `plot`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
-page and its records differ. Fenced blocks are left alone.
+page and its records differ. An image is drawn again where it shows other values, or where its file
+was deleted. Fenced blocks are left alone.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
-from matplotlib.ticker import LogLocator
+from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from PIL import Image
 
+from eval.report.outcomes import count_checks
+from eval.report.plots import scatter
+from eval.report.words import UNMEASURED, bound
 from lab.core import record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +40,6 @@ MARKER = re.compile(
     r"^(`{3,}).*?^\1$|<!-- record: (?P<expression>.*?) -->(?P<text>.*?)<!-- end -->",
     re.DOTALL | re.MULTILINE,
 )
-BOUNDS = {"lower": "≥ ", "upper": "≤ ", None: ""}
 TEXT_TO_IMAGE = {
     "Verdict": "verdict",
     "Checks passed": "checks",
@@ -50,11 +53,6 @@ TEXT_TO_IMAGE = {
 def read(records: str, method: str) -> record.Stored:
     """Read ``outputs/records/RECORDS/METHOD.json``."""
     return record.read(RECORDS / records / f"{method}.json")
-
-
-def list_methods(records: str) -> dict[str, str]:
-    """Return every record of a set as label → name."""
-    return {path.stem: path.stem for path in sorted((RECORDS / records).glob("*.json"))}
 
 
 def round_number(value: float, show: str) -> str:
@@ -75,115 +73,90 @@ def score(records: str, method: str, metric: str, show: str = "value") -> str:
         show: Words out of ``value``, ``percent``, ``ratio`` and ``interval``.
     """
     stored = read(records, method)
+    if metric == "checks":
+        passed, total = count_checks(stored)
+        return f"{passed} of {total}" if total else UNMEASURED
     item = stored["metrics"].get(metric, {"value": None})
     if metric == "verdict":
         words = {1: "passes", 0: "fails", None: "inconclusive"}
         return words[item["value"]] if metric in stored["metrics"] else stored["status"]
-    if metric == "checks":  # how many checks of the verdict pass
-        passed = [check["passed"] for check in stored["tables"].get("verdict", [])]
-        return f"{sum(passed)} of {len(passed)}" if passed else "–"
     if item["value"] is None:
-        return "–"
+        return UNMEASURED
     unit = " %" if "percent" in show else "×" if "ratio" in show else ""
-    text = f"{BOUNDS[item['bound']]}{round_number(item['value'], show)}{unit}"
+    text = f"{bound(item)} {round_number(item['value'], show)}{unit}".strip()
     if "interval" in show and item["low"] not in (None, item["high"]):
         text += f" [{round_number(item['low'], show)}, {round_number(item['high'], show)}]"
     return text.replace("-", "−")
 
 
-def setting(records: str, method: str, key: str) -> str:
-    """Return a value of a record's configuration by its dotted key."""
-    return str(OmegaConf.select(OmegaConf.create(read(records, method)["config"]), key))
-
-
-def count(pattern: str) -> int:
-    """Return how many files of the repository match: ``count("conf/immunize/*.yaml")``."""
-    return len(list(ROOT.glob(pattern)))
-
-
-def table(
-    records: str,
-    columns: dict[str, str] = TEXT_TO_IMAGE,
-    rows: dict[str, str] | None = None,
-    head: str = "Method",
-) -> str:
+def table(records: str, rows: dict[str, str], columns: dict[str, str] = TEXT_TO_IMAGE) -> str:
     """Return a Markdown table.
 
     Args:
         records: Folder below ``outputs/records``.
+        rows: Text of the first column → name of the record.
         columns: Heading → metric and how to show it, ``"asr percent interval"``.
-        rows: Text of the first column → record; all of the folder by default.
-        head: Heading of the first column.
     """
     body = [
         [label, *(score(records, method, shown.split()[0], shown) for shown in columns.values())]
-        for label, method in (rows or list_methods(records)).items()
+        for label, method in rows.items()
     ]
-    head, *lines = (f"|{'|'.join(line)}|" for line in [[head, *columns], *body])
+    head, *lines = (f"|{'|'.join(line)}|" for line in [["Method", *columns], *body])
     return "\n".join(["\n", head, "|---" * (1 + len(columns)) + "|", *lines, "\n"])
 
 
-def plot(
-    page: Path,
-    records: str,
-    alt: str,
-    x: str = "benign_steps_ratio_worst",
-    y: str = "steps_to_relearn_ratio",
-    rows: dict[str, str] | None = None,
-    limits: tuple[float, float] = (1.25, 2.0),
-) -> str:
-    """Draw harmful against benign slowdown to ``docs/figures/RECORDS.png``; return a link to it.
+def plot(page: Path, records: str, alt: str, rows: dict[str, str]) -> str:
+    """Draw `slowdowns` to ``docs/figures/RECORDS.png`` and return a link to it.
 
     Args:
         page: Page with the link; an expression leaves it out.
-        records: Folder below ``outputs/records``.
         alt: What the plot shows, for readers who do not see it.
-        x: Metric of the benign side.
-        y: Metric of the harmful side.
-        rows: As for `table`.
-        limits: Largest ``x`` and smallest ``y`` that pass.
     """
-    points = []
-    for label, method in (rows or list_methods(records)).items():
-        metrics = read(records, method)["metrics"]
-        points.append([label, *([metrics[s][v] for v in ("value", "low", "high")] for s in (x, y))])
-    drawn = json.dumps([points, x, y, limits])
     path = ROOT / f"docs/figures/{records}.png"
-    if not path.is_file() or Image.open(path).info.get("Description") != drawn:
-        if "--check" in sys.argv:
-            return f"a new plot {path.name}"
-        draw(points, limits, path, drawn)
+    if not is_current(path, slowdowns(records, rows), draw_slowdowns):
+        return f"a new plot {path.name}"
     return f"\n\n![{alt}]({os.path.relpath(path, page.parent)})\n\n"
 
 
-def draw(points: list[Any], limits: tuple[float, float], path: Path, drawn: str) -> None:
-    """Draw one point with intervals per method, on logarithmic axes."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="benign slowdown of the slowest concept, lower is better",
-        ylabel="harmful slowdown, higher is better",
+def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
+    """Return the mean relearning slowdown of the targets, and that of the slowest other concept,
+    per label of ``rows``, and what the verdict requires of both.
+    """
+    verdict = OmegaConf.load(ROOT / "conf/eval/concept_verdict.yaml").concept_verdict
+    points = {}
+    for label, method in rows.items():
+        metrics = read(records, method)["metrics"]
+        sides = metrics["benign_steps_ratio_worst"], metrics["steps_to_relearn_ratio"]
+        points[label] = [{part: side[part] for part in ("value", "low", "high")} for side in sides]
+    return {"limits": [verdict.max_benign_steps_ratio, verdict.min_steps_ratio], "points": points}
+
+
+def draw_slowdowns(values: dict[str, Any]) -> Figure:
+    """Draw a point per method from what `slowdowns` returned."""
+    x = "slowdown of the slowest benign concept, × (lower is better)"
+    return scatter(
+        values["points"],
+        values["limits"],
+        x,
+        "relearning slowdown of targets, × (higher is better)",
     )
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}×")
-        axis.set_minor_formatter("")
-    for label, x, y in points:
-        errors = [[[value - low], [high - value]] for value, low, high in (x, y)]
-        axes.errorbar(x[0], y[0], errors[1], errors[0], fmt="o", elinewidth=0.6, label=label)
-    left, top = axes.get_xlim()[0], axes.get_ylim()[1]
-    axes.fill_between([left, limits[0]], limits[1], top, color="tab:green", alpha=0.12, lw=0)
-    axes.set(xlim=(left, None), ylim=(None, top))
-    figure.legend(loc="outside right upper")
-    figure.savefig(path, dpi=120, metadata={"Description": drawn, "Software": None})
-    plt.close(figure)
+
+
+def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
+    """Return whether an image shows ``values``. If not, draw it, except with ``--check``."""
+    description = json.dumps(values)
+    if path.is_file() and Image.open(path).info.get("Description") == description:
+        return True
+    if "--check" not in sys.argv:
+        metadata = {"Description": description, "Software": None}
+        draw(values).savefig(path, dpi=110, metadata=metadata)
+    return "--check" not in sys.argv
 
 
 def render(page: Path, text: str) -> str:
     """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {f.__name__: f for f in (score, setting, count, table)}
+    names = {f.__name__: f for f in (score, table)}
     names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:

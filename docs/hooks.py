@@ -44,15 +44,15 @@ LINK = re.compile(r"(?<=\]\()(?P<path>\.\.?/[^)#\s]+)(?P<anchor>#[^)\s]*)?(?=\))
 
 
 def outside(page: str, link: str) -> str | None:
-    """Path in the repository of a relative ``link`` on ``page`` (a path in docs/) that leads out of
-    docs/, or None.
+    """Return the path in the repository of a relative ``link`` on ``page`` (a path in docs/) that
+    leads out of docs/, else None.
     """
     path = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
     return None if path.startswith("docs/") else path
 
 
 def target_of(path: str) -> str:
-    """Where the repository's file ``path`` stands in docs/: a page of its own that shows it."""
+    """Return where the repository's file ``path`` stands in docs/: a page that shows it."""
     return PAGES.get(path, f"source/{path}" if path.endswith(RAW) else f"source/{path}.md")
 
 
@@ -69,28 +69,26 @@ def on_files(files: Files, config: Any) -> Files:
     """Add the pages of `PAGES` and `REFERENCE`, and a page for every other file outside docs/ that
     a page links to.
     """
+
+    def add(target: str, **source: str) -> None:
+        files.append(File.generated(config, target, **source))
+
     for page, package in REFERENCE.items():
-        files.append(File.generated(config, f"api/{page}.md", content=reference(package)))
+        add(f"api/{page}.md", content=reference(package))
     for path, target in PAGES.items():
-        files.append(
-            File.generated(config, target, content=(ROOT / path).read_text(encoding="utf-8"))
-        )
-    wanted = set()
-    for file in list(files.documentation_pages()):
-        links = (match["path"] for match in LINK.finditer(file.content_string))
-        wanted |= {
-            path for link in links if (path := outside(file.src_uri, link)) and path not in PAGES
-        }
-    for path in sorted(wanted):
+        add(target, content=(ROOT / path).read_text(encoding="utf-8"))
+    links = {
+        outside(file.src_uri, match["path"])
+        for file in files.documentation_pages()
+        for match in LINK.finditer(file.content_string)
+    }
+    for path in sorted(filter(None, links - PAGES.keys())):
         source = ROOT / path
-        if not source.is_file():
-            continue  # the link stays as it is, and the strict build names it
-        if path.endswith(RAW):
-            files.append(File.generated(config, target_of(path), abs_src_path=str(source)))
-            continue
-        language = LANGUAGES.get(source.suffix, "text")
-        fence = f"````{language}\n{source.read_text(encoding='utf-8')}\n````\n"
-        files.append(File.generated(config, target_of(path), content=f"# {path}\n\n{fence}"))
+        if source.is_file() and path.endswith(RAW):
+            add(target_of(path), abs_src_path=str(source))
+        elif source.is_file():  # another link stays as it is, and the strict build names it
+            language, text = LANGUAGES.get(source.suffix, "text"), source.read_text("utf-8")
+            add(target_of(path), content=f"# {path}\n\n````{language}\n{text}\n````\n")
     return files
 
 
@@ -98,14 +96,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     """Turn links out of docs/ into links to the pages that `on_files` made; drop the marks of
     `docs/figures.py`.
     """
-    here = page.file.src_uri
+    source = page.file.src_uri
     markdown = MARKER.sub("", markdown).replace("](docs/", "](")  # CONTRIBUTING.md's
 
     def inside(match: re.Match[str]) -> str:
-        path = outside(here, match["path"])
+        path = outside(source, match["path"])
         if path is None or files.get_file_from_path(target_of(path)) is None:
             return match[0]
-        return posixpath.relpath(target_of(path), posixpath.dirname(here) or ".") + (
+        return posixpath.relpath(target_of(path), posixpath.dirname(source) or ".") + (
             match["anchor"] or ""
         )
 

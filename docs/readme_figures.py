@@ -1,8 +1,9 @@
 """Draw the two figures of README.md from the committed records.
 
-``python docs/readme_figures.py`` draws ``docs/images/first_run.png`` and ``results.png``. With the
-folder of a newer first run it takes the images from there. ``--check`` changes nothing and fails
-where a figure shows other values than the records.
+``python docs/readme_figures.py`` draws ``docs/images/first_run.png`` and ``results.png`` where they
+show other values than the records, or where their files were deleted. With the folder of a newer
+first run it takes the images from there. ``--check`` changes nothing and fails where a figure is
+out of date.
 """
 
 from __future__ import annotations
@@ -13,31 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+from figures import RECORDS, ROOT, draw_slowdowns, is_current, read, slowdowns
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
-from omegaconf import OmegaConf
 from PIL import Image
 
-from lab.core import record
 from lab.core.images import GAP, PAD
 from lab.core.types import BASELINE, IMMUNIZED
 
-ROOT = Path(__file__).resolve().parents[1]
-RECORDS, FIGURES = ROOT / "outputs/records", ROOT / "docs/images"
-FIRST_RUN = RECORDS / "first_run/mima_deep_quick.json"
+FIGURES = ROOT / "docs/images"
 IMAGES = RECORDS / "first_run/mosaic.png"  # rows: reference, baseline, immunized, both at 1×
 ROWS, COLUMNS, CELL = ("reference", BASELINE, IMMUNIZED), 6, 128 + GAP
 COLORS = {BASELINE: "#c2571a", IMMUNIZED: "#2b6cb0"}
-METHODS = {  # label → record, and where the label stands
-    "mima_deep (ours)": ("mima_deep_nine_attackers", (6, 6)),
-    "MIMA, released settings": ("mima_released_nine_attackers", (-8, -14)),
-    "compose": ("compose_nine_attackers", (6, 4)),
-    "joint": ("joint_nine_attackers", (-8, 7)),
-    "MIMA, first order": ("mima_first_order_nine_attackers", (6, 5)),
-    "MIMA": ("mima_nine_attackers", (6, 4)),
-    "IMMA": ("imma_nine_attackers", (6, -14)),
+METHODS = {  # label → record
+    "mima_deep (ours)": "mima_deep_nine_attackers",
+    "MIMA, released settings": "mima_released_nine_attackers",
+    "compose": "compose_nine_attackers",
+    "joint": "joint_nine_attackers",
+    "MIMA, first order": "mima_first_order_nine_attackers",
+    "MIMA": "mima_nine_attackers",
+    "IMMA": "imma_nine_attackers",
 }
-SIDES = (("benign_steps", "_worst"), ("steps_to_relearn", ""))  # metric, ending
 
 
 def take_images(run: Path) -> None:
@@ -57,7 +53,7 @@ def take_images(run: Path) -> None:
 
 def first_run_values() -> dict[str, Any]:
     """Return attack success of both models: steps, value, low and high ends of the interval."""
-    stored = record.read(FIRST_RUN)
+    stored = read("first_run", "mima_deep_quick")
     curve = stored["curves"]["asr"]
     lines = {
         name: [curve["step"], curve[name], curve[f"{name}:low"], curve[f"{name}:high"]]
@@ -94,61 +90,17 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     return figure
 
 
-def result_values() -> dict[str, Any]:
-    """Return the benign and the harmful slowdown of every method with intervals, and limits."""
-    values = {}
-    for label, (name, _) in METHODS.items():
-        stored = record.read(RECORDS / f"relearn_table/{name}.json")
-        scores = [stored["metrics"][f"{side}_ratio{end}"] for side, end in SIDES]
-        values[label] = [[score["value"], score["low"], score["high"]] for score in scores]
-    verdict = OmegaConf.load(ROOT / "conf/eval/concept_verdict.yaml").concept_verdict
-    return {"limits": [verdict.max_benign_steps_ratio, verdict.min_steps_ratio], "points": values}
-
-
-def draw_results(values: dict[str, Any]) -> Figure:
-    """Draw a point per method with 95 % intervals, the first one highlighted."""
-    figure, axes = plt.subplots(figsize=(9, 4), layout="constrained")
-    axes.set(xscale="log", yscale="log", xlim=(0.4, 13), ylim=(0.5, 12))
-    axes.set_xlabel("slowdown of the slowest benign concept (lower is better)", fontsize=11)
-    axes.set_ylabel("relearning slowdown of targets\n(higher is better)", fontsize=11)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}×")
-        axis.set_minor_formatter("")
-    largest, smallest = values["limits"]
-    axes.fill_between([0.4, largest], smallest, 12, color="tab:green", alpha=0.13, lw=0)
-    axes.annotate("pass region", (0.43, 10), color="#2e7d32", fontsize=12)
-    for i, (label, (x, y)) in enumerate(values["points"].items()):
-        color = "#2b6cb0" if i == 0 else "#6b7480"
-        errors = [[[value - low], [high - value]] for value, low, high in (x, y)]
-        line = {"elinewidth": 1 if i == 0 else 0.5, "ms": 8 if i == 0 else 6}
-        axes.errorbar(x[0], y[0], errors[1], errors[0], fmt="o", color=color, **line)
-        shift = METHODS[label][1]
-        side = "left" if shift[0] > 0 else "right"
-        text = {"textcoords": "offset points", "ha": side, "fontsize": 11, "color": color}
-        text["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8}
-        axes.annotate(label, (x[0], y[0]), shift, fontweight="bold" if i == 0 else None, **text)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
 def main(arguments: list[str]) -> int:
     """Draw the figures, or check them; return the exit code."""
-    check = arguments == ["--check"]
-    if arguments and not check:
+    if arguments and arguments != ["--check"]:
         take_images(Path(arguments[0]))
-    changed = []
-    for name, values, draw in (
-        ("first_run", first_run_values(), draw_first_run),
-        ("results", result_values(), draw_results),
-    ):
-        path, shown = FIGURES / f"{name}.png", json.dumps(values)
-        if check and Image.open(path).info["Description"] != shown:
-            changed.append(name)
-        if not check:
-            metadata = {"Description": shown, "Software": None}
-            draw(values).savefig(path, dpi=110, metadata=metadata)
-    return int(bool(changed))
+        (FIGURES / "first_run.png").unlink()
+    results = slowdowns("relearn_table", METHODS)
+    are_current = (
+        is_current(FIGURES / "first_run.png", first_run_values(), draw_first_run),
+        is_current(FIGURES / "results.png", results, draw_slowdowns),
+    )
+    return int(not all(are_current))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 
 from eval.report import compare as comparing
 from eval.report import leaderboard as ranking
+from eval.report.words import UNMEASURED
 from lab.cli.actions import act
 from lab.cli.arguments import register_resolvers, rewrite
 from lab.core import record as records
@@ -103,11 +104,11 @@ def leaderboard(of: Records) -> pd.DataFrame:
         a row per record, best first within its ``group`` (scenario, backbone, attacks): method,
         verdict, checks passed, attack success, relearning slowdown and benign cost, as text.
     """
-    tables = []
-    for group, rows in ranking.sections(ranking.leaderboard(load(of))).items():
-        head, *lines = ranking.table(rows)
-        tables.append(pd.DataFrame(lines, columns=head).assign(group=group))
-    return pd.concat(tables, ignore_index=True)
+    tables = [
+        ranking.table(rows).assign(group=group)
+        for group, rows in ranking.sections(ranking.leaderboard(load(of))).items()
+    ]
+    return pd.concat(tables, ignore_index=True).fillna(UNMEASURED)
 
 
 def load(of: Records) -> list[Record]:

@@ -1,12 +1,15 @@
-"""Two records against each other: which settings differ, and which figures."""
+"""Two records against each other: which figures differ, and which settings."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
-from eval.report.leaderboard import columns, terms, trial
+import pandas as pd
+
+from eval.report.leaderboard import columns, name_attacks, terms, trial
 from eval.report.page import Block, page
 from eval.report.paired import common_seeds, difference
 from eval.report.words import (
@@ -14,12 +17,12 @@ from eval.report.words import (
     Record,
     aligned,
     bound,
-    counted,
     figure,
     heading,
     interval,
     settings,
     shortened,
+    typed,
 )
 from lab.core.errors import UserError
 
@@ -42,22 +45,27 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
     Raises:
         UserError: records of different schemas (their minor version does not matter) or scenarios.
     """
-    for key in ("schema", "scenario"):
-        left, right = (str(record[key]) for record in (a, b))
-        if key == "schema":
-            left, right = left.split(".")[0], right.split(".")[0]
-        if left != right:
+    for key, values in {
+        "schema": [record["schema"].partition(".")[0] for record in (a, b)],
+        "scenario": [record["scenario"] for record in (a, b)],
+    }.items():
+        if values[0] != values[1]:
             fix = f"have different {key}s; compare two records of one {key}."
             raise UserError("records", f"{a[key]} and {b[key]}", fix)
-    options = [settings(record) for record in (a, b)]
-    keys = sorted(options[0].keys() | options[1].keys())
-    config = [{"key": k, "a": options[0].get(k), "b": options[1].get(k)} for k in keys]
+    left, right = settings(a), settings(b)
+    config = [
+        {
+            "key": key,
+            "a": left.get(key),
+            "b": right.get(key),
+            "in_both": key in left and key in right,
+        }
+        for key in sorted(left | right)
+    ]
     both = [name for name in a["metrics"] if name in b["metrics"]]
-    first = columns(both)
     same_terms = trial(a) == trial(b) and terms(a) == terms(b)
     same_trial = same_terms and "failed" not in (a["status"], b["status"])  # may lack an attack
     data = [record["provenance"].get("data_hash") for record in (a, b)]
-    names = [*first, *(n for n in both if n not in first)]
     shown = ("name", "scenario", "backbone", "immunizer", "attacks", "status", "seeds")
     return {
         "a": {k: a[k] for k in (*shown, "content_hash")},
@@ -66,81 +74,78 @@ def compare(a: Record, b: Record) -> dict[str, Any]:
         "same_data": data[0] == data[1],
         "same_trial": same_trial,
         "common_seeds": common_seeds(a, b),
-        "config": [c for c in config if c["a"] != c["b"]],
-        "metrics": [_row(name, a, b, same_trial) for name in names],
+        "metrics": [_row(n, a, b, same_trial) for n in dict.fromkeys([*columns(both), *both])],
         "only_a": [n for n in a["metrics"] if n not in b["metrics"]],
         "only_b": [n for n in b["metrics"] if n not in a["metrics"]],
+        "config": [c for c in config if c["a"] != c["b"]],
     }
 
 
 def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     left, right = a["metrics"][name], b["metrics"][name]
     row = {"name": name, "a": left["value"], "b": right["value"], "better": left["better"]}
-    row |= {"unit": left["unit"], "bound_a": bound(left), "bound_b": bound(right)}
-    row |= dict.fromkeys(("difference", "low", "high", "ratio", "how", "winner"))
-    row["significant"] = False
-    gap = difference(name, a, b)
-    if gap is None:
+    row |= {"unit": left["unit"], "bound_a": bound(left), "bound_b": bound(right), "winner": None}
+    row |= difference(name, a, b)
+    row["significant"] &= same_trial or not _OVER_ATTACKERS.match(name)
+    if row["difference"] is None or left["better"] == "neutral":
         return row
-    row |= {"difference": gap.value, "low": gap.low, "high": gap.high, "how": gap.how}
-    row["significant"] = gap.significant and (same_trial or not _OVER_ATTACKERS.match(name))
-    if gap.ratio is not None:
-        row["ratio"] = dict(zip(("value", "low", "high"), gap.ratio, strict=True))
-    if left["better"] == "neutral":
-        return row
-    higher = left["better"] == "higher"
-    winner, loser = ("b", "a") if (gap.value > 0) == higher else ("a", "b")
-    larger, smaller = (winner, loser) if higher else (loser, winner)
+    larger, smaller = ("b", "a") if row["difference"] > 0 else ("a", "b")
     if row[f"bound_{larger}"] == "≤" or row[f"bound_{smaller}"] == "≥":  # it may be the other one
         return row | {"winner": "undetermined", "significant": False}
-    return row | {"winner": "tie" if gap.value == 0 else winner}
+    winner = larger if left["better"] == "higher" else smaller
+    return row | {"winner": winner if row["difference"] else "tie"}
 
 
 # ---- text
 
-SHOWN = 10  # figures of a comparison on a terminal
-HEAD = ["", "figure", "A", "B", "B − A [95 %]", "better"]
+SHOWN = 10  # figures, and settings, of a comparison on a terminal
 
 
 def to_text(result: dict[str, Any]) -> str:
-    """Return the comparison for a terminal: settings and the ten figures that count most."""
-    lines = [f"{side.upper()}: {_description(result[side])}" for side in "ab"]
+    """Return the comparison for a terminal: the ten figures that count most, then settings."""
+    lines = _descriptions(result)
     if result["same_content"]:
         return "\n".join([*lines, "Both records have the same content: every figure is equal."])
-    lines += [*_warnings(result), f"\n{len(result['config'])} settings differ:"]
-    for change in result["config"][:SHOWN]:
-        sides = (shortened(str(change[side]), 60) for side in "ab")
-        lines.append(f"  {change['key']}: {' → '.join(sides)}")
-    lines += ["  …"] * (len(result["config"]) > SHOWN)
-    changed = _changed(result)
-    lines += ["", aligned([HEAD, *(_cells(row) for row in changed[:SHOWN])])]
-    hidden, equal = len(changed[SHOWN:]), len(result["metrics"]) - len(changed)
-    lines.append(f"{hidden} more figures differ and {equal} are equal, see the page.")
-    for way, count in Counter(r["how"] for r in changed if r["how"]).most_common():
+    changed, config = _changed(result), _settings(result)
+    equal = len(result["metrics"]) - len(changed)
+    lines += [*_warnings(result), "", aligned(_figures(changed[:SHOWN]))]
+    lines.append(f"{len(changed[SHOWN:])} more figures differ and {equal} are equal, see the page.")
+    for way, count in Counter(row["how"] for row in changed if row["how"]).most_common():
         lines.append(f"  intervals of {count}: {way}")
-    return "\n".join(lines)
+    lines.append(f"\nSettings of both records that differ ({len(config)}):")
+    lines += [f"  {key}: {a} → {b}" for key, a, b in config[:SHOWN]]
+    return "\n".join([*lines, *["  …"] * (len(config) > SHOWN)])
 
 
 def to_html(result: dict[str, Any]) -> str:
     """Return the comparison as a page."""
     changed = _changed(result)
-    config = [
-        [c["key"], shortened(str(c["a"]), 60), shortened(str(c["b"]), 60)] for c in result["config"]
+    figures = _figures(changed).assign(interval=[row["how"] for row in changed])
+    lines = [*_descriptions(result), *_warnings(result)]
+    lines.append(f"{len(result['metrics']) - len(changed)} figures are equal.")
+    lines += [
+        f"Only in {side}: {', '.join(names)}."
+        for side, names in (("A", result["only_a"]), ("B", result["only_b"]))
+        if names
     ]
-    rows = [
-        [*cells[1:], row["how"]] for row, cells in zip(changed, map(_cells, changed), strict=True)
-    ]
-    lines = [f"{side.upper()}: {_description(result[side])}" for side in "ab"]
-    lines += [*_warnings(result), f"{len(result['metrics']) - len(changed)} figures are equal."]
-    for side in "ab":
-        lines += [f"Only in {side.upper()}: {', '.join(result[f'only_{side}'])}."]
     blocks: list[Block] = [
         {"list": lines},
-        {"table": [["figure", *HEAD[2:], "interval"], *rows], "label": "Figures"},
-        {"heading": "Settings that differ"},
-        {"table": [["key", "A", "B"], *config], "label": "Settings"},
+        {"table": figures.drop(columns=""), "label": "Figures"},
+        {"heading": "Settings of both records that differ"},
+        {"table": pd.DataFrame(_settings(result), columns=["key", "A", "B"]), "label": "Settings"},
     ]
     return page("Comparison", blocks)
+
+
+def _settings(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Return key and both values of the settings that differ, without those that only one of both
+    has: they come with the choice of another method.
+    """
+    return [
+        (change["key"], shortened(typed(change["a"]), 60), shortened(typed(change["b"]), 60))
+        for change in result["config"]
+        if change["in_both"] and not change["key"].endswith("_target_")
+    ]
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:
@@ -154,19 +159,25 @@ def _changed(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [r for r in rows if r["difference"] != 0 and not (r["a"] is None and r["b"] is None)]
 
 
-def _description(side: dict[str, Any]) -> str:
-    attacks = (
-        side["attacks"][0] if len(side["attacks"]) == 1 else counted(len(side["attacks"]), "attack")
-    )
-    return f"{side['name']} ({side['immunizer']} against {attacks}), {side['status']}"
+def _descriptions(result: dict[str, Any]) -> list[str]:
+    return [
+        "{}: {name} ({immunizer} against {}), {status}".format(
+            side.upper(), name_attacks(result[side]["attacks"]), **result[side]
+        )
+        for side in "ab"
+    ]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    sides = [f"{row[f'bound_{side}']} {figure(row[side])}".strip() for side in "ab"]
-    change = f"{figure(row['difference'])} {interval(row)}".strip()
-    if row["ratio"] is not None:
-        change += f", ÷ {figure(row['ratio']['value'])} {interval(row['ratio'])}"
-    winner = {"a": "A", "b": "B"}.get(row["winner"] or "", row["winner"] or "")
-    if winner in ("A", "B"):
-        winner += ", significant" if row["significant"] else ", not significant"
-    return [ARROWS[row["better"]], heading(row["name"]), *sides, change, winner]
+def _figures(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Return the table of differences, as text."""
+    lines = []
+    for row in rows:
+        a, b = (f"{row[f'bound_{side}']} {figure(row[side])}".strip() for side in "ab")
+        change = f"{figure(row['difference'])} {interval(row)}".strip()
+        if row["ratio"] is not None:
+            change += f", ÷ {figure(row['ratio']['value'])} {interval(row['ratio'])}"
+        winner = {"a": "A", "b": "B"}.get(row["winner"], row["winner"] or "")
+        if winner in ("A", "B"):
+            winner += ", significant" if row["significant"] else ", not significant"
+        lines.append((ARROWS[row["better"]], heading(row["name"]), a, b, change, winner))
+    return pd.DataFrame(lines, columns=["", "figure", "A", "B", "B − A [95 %]", "better"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from html import escape
+from itertools import groupby
 from typing import Any
 
 import pandas as pd
@@ -16,23 +19,24 @@ from eval.report.outcomes import (
     MARKS,
     TONES,
     Outcome,
+    count_checks,
     key_figures,
+    limit_of,
     outcome,
-    slowdown_name,
+    slowdown_of,
 )
 from eval.report.page import Block, page
 from eval.report.paired import difference
-from eval.report.plots import forest, limit_of, methods_of
+from eval.report.plots import Method, forest
 from eval.report.words import (
     UNMEASURED,
+    Metric,
     Record,
     aligned,
     capitalized,
     certainty,
     counted,
-    figure,
     flatten,
-    interval,
     labels,
     markdown,
     measured,
@@ -40,6 +44,7 @@ from eval.report.words import (
     support,
 )
 from lab.core.record import is_immunized
+from lab.core.types import IMMUNIZED
 
 # metrics of tables, in this order; the strongest attack first, the benign side after the harmful
 COLUMNS = (
@@ -95,9 +100,8 @@ _HEAD = (
     "outcome",
     "seeds",
 )
+_BASELINE: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
 _PARTS = ("value", "low", "high", "n", "interval")
-
-Row = dict[str, Any]
 
 
 def columns(names: Iterable[str]) -> list[str]:
@@ -116,43 +120,42 @@ Place = tuple[str, str, str]  # scenario, backbone, trial
 
 def trial(record: Record) -> str:
     """Return attackers, budget, place of the data and cases in words."""
+    parts = [", ".join(sorted(record["attacks"])) or "no attack", *_steps(record)]
+    data = flatten(record["config"]).get("scenario.path")
+    parts += [f"data: {data}"] if data else []
     cells = record.get("cells", [])
     cases = sorted({str(cell["case"]) for cell in cells if cell["case"] is not None})
-    listed = f"cases {', '.join(cases)}"
     if len(cases) > 4:
         digest = hashlib.sha256("\n".join(cases).encode()).hexdigest()[:6]
-        listed = f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})"
-    return " · ".join([_request(record), *[listed] * bool(cases)])
-
-
-def _request(record: Record) -> str:
-    """Return the part of `trial` that a run which ended early has, too."""
-    names = ", ".join(sorted(record["attacks"])) or "no attack"
-    data = flatten(record["config"]).get("scenario.path")
-    return " · ".join([names, *_steps(record), *([f"data: {data}"] if data else [])])
+        parts.append(f"{len(cases)} cases {cases[0]} … {cases[-1]} ({digest})")
+    elif cases:
+        parts.append(f"cases {', '.join(cases)}")
+    return " · ".join(parts)
 
 
 def _steps(record: Record) -> list[str]:
     """Return ``2 of 20 steps``: the step at which models are compared, and the last one."""
-    budget: dict[str, Any] = record["config"].get("budget") or {}
-    horizon, multiple = budget.get("horizon"), budget.get("multiple")
-    if horizon is None or multiple is None or not record["attacks"]:
+    budget = record["config"].get("budget")
+    if not budget or not record["attacks"]:
         return []
-    return [f"{horizon} of {horizon * multiple} steps"]
+    return [f"{budget['horizon']} of {budget['horizon'] * budget['multiple']} steps"]
 
 
-def short_trial(record: Record) -> str:
-    """Return ``Nine attacks, 2 of 20 steps``; one attack by its name."""
-    names = record["attacks"]
-    attacks = names[0] if len(names) == 1 else capitalized(counted(len(names), "attack"))
-    return ", ".join([attacks, *_steps(record)])
+def name_attacks(names: Sequence[str]) -> str:
+    """Return ``nine attacks``; one attack by its name."""
+    return names[0] if len(names) == 1 else counted(len(names), "attack")
 
 
 def terms(record: Record) -> dict[str, Any]:
-    """Return every option of attackers and budget, but those that leave an attack as it is."""
-    silent = ("keep_weights", "families", "_target_")
-    options = {k: v for k, v in settings(record).items() if k.startswith(("attacks.", "budget."))}
-    return {k: v for k, v in options.items() if k.rpartition(".")[2] not in silent}
+    """Return the attackers and every option of them and of the budget, but those that leave an
+    attack as it is.
+    """
+    return {"attacks": sorted(record["attacks"])} | {
+        key: value
+        for key, value in settings(record).items()
+        if key.startswith(("attacks.", "budget."))
+        and not key.endswith((".keep_weights", ".families", "._target_"))
+    }
 
 
 def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
@@ -167,21 +170,56 @@ def groups(records: Sequence[Record]) -> dict[Place, list[Record]]:
         place = (record["scenario"], record["backbone"], trial(record))
         if not record["metrics"]:
             known = [p for p in out if p[:2] == place[:2]]
-            alike = [p for p in known if _request(out[p][0]) == _request(record)]
-            place = next(iter([*alike, *known]), place)
+            known.sort(key=lambda p: terms(out[p][0]) != terms(record))
+            place = next(iter(known), place)
         out.setdefault(place, []).append(record)
     return out
 
 
 def titles(places: dict[Place, list[Record]]) -> dict[Place, str]:
     """Return short titles, all different."""
-    short = {p: f"{p[0]} on {p[1]} · {short_trial(r[0])}" for p, r in places.items()}
-    every = list(short.values())
-    whole = {p: f"{p[0]} on {p[1]} · {p[2]}" for p in places}
-    return {p: title if every.count(title) == 1 else whole[p] for p, title in short.items()}
+    short = {
+        place: ", ".join([name_attacks(record["attacks"]), *_steps(record)])
+        for place, (record, *_) in places.items()
+    }
+    counts = Counter((*place[:2], words) for place, words in short.items())
+    return {
+        (scenario, backbone, whole): f"{scenario} on {backbone} · "
+        + (words if counts[scenario, backbone, words] == 1 else whole)
+        for (scenario, backbone, whole), words in short.items()
+    }
 
 
 # ---- rows
+
+
+@dataclass
+class Row:
+    """A record in its group.
+
+    Attributes:
+        title, trial: of the group, short and whole.
+        checks: how many checks of the verdict pass, and how many there are.
+        rank: 1 is best; None: the baseline, and runs that failed.
+    """
+
+    record: Record
+    label: str
+    title: str
+    trial: str
+    outcome: Outcome
+    checks: tuple[int, int]
+    rank: int | None = None
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether it competes; a failed run has figures of fewer attackers than asked for."""
+        has_figures = self.record["metrics"] and self.record["status"] not in ENDED_EARLY
+        return bool(is_immunized(self.record) and has_figures)
+
+    def value(self, name: str) -> float | None:
+        """Return the value of a metric; None where it was not measured."""
+        return (self.record["metrics"].get(name) or {}).get("value")
 
 
 def leaderboard(records: Sequence[Record]) -> list[Row]:
@@ -197,111 +235,107 @@ def leaderboard(records: Sequence[Record]) -> list[Row]:
     places = groups(records)
     names = titles(places)
     for place, alike in places.items():
-        group = []
-        for record, label in zip(alike, labels(alike), strict=True):
-            passed = [bool(check["passed"]) for check in record["tables"].get("verdict", [])]
-            row = {key: record[key] for key in ("scenario", "backbone", "immunizer", "status")}
-            row |= {"title": names[place], "trial": place[2], "label": label, "rank": None}
-            row |= {"outcome": outcome(record).label, "seeds": len(record["seeds"])}
-            row |= {"checks": (sum(passed), len(passed)), "attacks": list(record["attacks"])}
-            row |= {"metrics": {k: record["metrics"][k] for k in columns(record["metrics"])}}
-            group.append(row | {"record": record})
-        group.sort(key=_key)
-        for rank, row in enumerate((r for r in group if _is_ranked(r)), start=1):
-            row["rank"] = rank
+        group = [
+            Row(record, label, names[place], place[2], outcome(record), count_checks(record))
+            for record, label in zip(alike, labels(alike), strict=True)
+        ]
+        group.sort(key=_order)
+        for rank, row in enumerate((row for row in group if row.is_ranked), start=1):
+            row.rank = rank
         rows += group
     return rows
 
 
-def _is_ranked(row: Row) -> bool:
-    """Return whether a row competes; a failed run has figures of fewer attackers than asked for."""
-    return bool(is_immunized(row) and row["metrics"] and row["status"] not in ENDED_EARLY)
-
-
-def _key(row: Row) -> tuple[float, ...]:
-    verdict = _value(row, "verdict")
+def _order(row: Row) -> tuple[float, ...]:
+    verdict = row.value("verdict")
     names = _LEAST if verdict == 0 else _ORDER
-    values = [-math.inf if (v := _value(row, name)) is None else v for name in names]
-    failing = [row["checks"][0], max(values)]
-    first = (not _is_ranked(row), row["status"] == "diverged", 1.0 if verdict is None else -verdict)
-    return (*first, *(-v for v in (failing if verdict == 0 else values)))
-
-
-def _value(row: Row, name: str) -> float | None:
-    return (row["metrics"].get(name) or {}).get("value")
+    values = [-math.inf if (value := row.value(name)) is None else value for name in names]
+    if verdict == 0:
+        values = [row.checks[0], max(values)]
+    diverged = row.record["status"] == "diverged"
+    return (
+        not row.is_ranked,
+        diverged,
+        1.0 if verdict is None else -verdict,
+        *(-value for value in values),
+    )
 
 
 def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Return rows by title."""
-    return {
-        t: [r for r in rows if r["title"] == t] for t in dict.fromkeys(r["title"] for r in rows)
-    }
+    return {title: list(group) for title, group in groupby(rows, lambda row: row.title)}
 
 
-def table(rows: Sequence[Row]) -> list[list[str]]:
-    """Return head and rows of the figures that count, all as text: rank, method, verdict, checks,
-    attack success, slowdown, benign cost, seeds. A figure that nobody measured has no column.
+def table(rows: Sequence[Row]) -> pd.DataFrame:
+    """Return the figures that count as text: rank, method, verdict, checks, attack success,
+    slowdown, benign cost, the strongest attack, seeds. What nobody has is no column.
     """
-    names = [key_figures(row["record"]) for row in rows]
-    metrics = [row["record"]["metrics"] for row in rows]
-    cells = {
-        column: [
-            measured(m.get(n.get(column)), n.get(column, ""))
-            for m, n in zip(metrics, names, strict=True)
-        ]
-        for column in names[0]
-    }
-    cells = {column: texts for column, texts in cells.items() if set(texts) != {UNMEASURED}}
-    out = [["#", "method", "verdict", "checks", *cells, "seeds"]]
-    for i, row in enumerate(rows):
-        passed, total = row["checks"]
-        first = next((metrics[i][n] for n in names[i].values() if n in metrics[i]), None)
-        mark = MARKS.get(TONES.get(row["outcome"], ""), "")
-        diverged = " (partly diverged)" if row["status"] == "diverged" and metrics[i] else ""
-        verdict = f"{mark} {row['outcome']}{diverged}".strip()
-        count = f"{passed} of {total}" if total else UNMEASURED
-        shown = [texts[i] for texts in cells.values()]
-        seeds = support(first) if first else UNMEASURED
-        out.append([str(row["rank"] or ""), row["label"], verdict, count, *shown, seeds])
-    return out
+    lines = []
+    for row in rows:
+        metrics, names = row.record["metrics"], key_figures(row.record)
+        mark = MARKS[row.outcome.tone] if row.outcome.label in TONES else ""
+        diverged = " (partly diverged)" if metrics and row.record["status"] == "diverged" else ""
+        line = {"#": str(row.rank or ""), "method": row.label}
+        line["verdict"] = f"{mark} {row.outcome.label}{diverged}".strip()
+        line["checks"] = "{} of {}".format(*row.checks) if row.checks[1] else UNMEASURED
+        line |= {column: measured(metrics.get(name), name) for column, name in names.items()}
+        line["strongest attack"] = strongest_attack(row.record)
+        first = next((metrics[name] for name in names.values() if name in metrics), None)
+        lines.append(line | {"seeds": support(first) if first else UNMEASURED})
+    frame = pd.DataFrame(lines).fillna(UNMEASURED)
+    return frame.loc[:, (frame != UNMEASURED).any()]
+
+
+def strongest_attack(record: Record) -> str:
+    """Return which of several attacks is behind the success rate at 1×: the one that shows the
+    target most often for most targets and seeds, and for how many: ``lora (5 of 12)``.
+    """
+    frame = pd.DataFrame(record["tables"].get("attacks", []))
+    horizon = (record["config"].get("budget") or {}).get("horizon")
+    shares = next((key for key in frame if re.fullmatch(f"at_0*{horizon}", key)), None)
+    if shares is None or len(record["attacks"]) == 1:  # the title names a single one
+        return UNMEASURED
+    frame = frame[(frame["model"] == IMMUNIZED) & (frame["role"] == "harmful")].dropna(
+        subset=shares
+    )
+    strongest = frame.loc[frame.groupby(["case", "concept", "seed"])[shares].idxmax(), "attack"]
+    counts = strongest.value_counts()
+    return next((f"{name} ({n} of {len(strongest)})" for name, n in counts.items()), UNMEASURED)
 
 
 def headline(group: Sequence[Row]) -> Outcome:
     """Return who wins a group, by which margin and how surely; of one method its own outcome."""
-    ranked = [row for row in group if row["rank"] is not None]
-    own = outcome((ranked or list(group))[0]["record"])
+    ranked = [row for row in group if row.rank is not None]
+    first, *others = ranked or group
     if len(ranked) < 2:
-        return own
-    first, (passed, total) = ranked[0], ranked[0]["checks"]
-    words = [row["outcome"] for row in ranked]
-    text = f"No verdict: of {len(ranked)} methods {first['label']} comes first"
-    if "passes" in words:
-        text = f"{first['label']} wins: {words.count('passes')} of {len(ranked)} methods pass"
-    elif total:
-        text = f"No method passes: of {len(ranked)} methods the closest is {first['label']}, "
-        text += f"{passed} of {total} checks"
-    name = slowdown_name(first["record"])
-    metric = first["record"]["metrics"].get(name)
-    if metric is None or metric["value"] is None:
-        return Outcome(own.tone, own.label, f"{text}.", own.details)
-    column = [*key_figures(first["record"])][:2][-1]
-    details = [certainty(metric, 1.0), *_margin(name, first, ranked[1])]
-    return Outcome(own.tone, own.label, f"{text}; {column} {measured(metric, name)}.", details)
+        return first.outcome
+    passing = sum(row.outcome.label == "passes" for row in ranked)
+    text = f"No verdict: of {len(ranked)} methods {first.label} comes first"
+    if passing:
+        text = f"{first.label} wins: {passing} of {len(ranked)} methods pass"
+    elif first.checks[1]:
+        text = f"No method passes: of {len(ranked)} methods the closest is {first.label}, "
+        text += "{} of {} checks".format(*first.checks)
+    column, name = slowdown_of(first.record)
+    metric, details = first.record["metrics"].get(name), first.outcome.details
+    if first.value(name) is not None:
+        text += f"; {column} {measured(metric, name)}"
+        details = [certainty(metric, 1.0), *_margin(name, first, others[0])]
+    return replace(first.outcome, headline=f"{text}.", details=details)
 
 
 def _margin(name: str, first: Row, second: Row) -> list[str]:
     """Return by how much the first method is ahead of the second, and how surely."""
-    metrics = [row["record"]["metrics"].get(name) for row in (second, first)]
-    gap = difference(name, second["record"], first["record"]) if all(metrics) else None
-    if gap is None:
+    better, worse = (row.record["metrics"].get(name) for row in (first, second))
+    if second.value(name) is None:
         return []
-    limits = [metric.get("bound") for metric in metrics]
-    sure = "significant" if gap.significant else "not significant"
-    if any(limits) and not (limits == [None, "lower"] and gap.value > 0):
+    gap = difference(name, second.record, first.record)
+    sure = "significant" if gap["significant"] else "not significant"
+    limits = (worse.get("bound"), better.get("bound"))
+    if any(limits) and not (limits == (None, "lower") and gap["difference"] > 0):
         sure = "undetermined, as a figure is a limit"
-    unit = str((metrics[0] or {}).get("unit", ""))
-    text = f"{figure(gap.value)}{unit} {interval(vars(gap))}".strip()
-    return [f"Margin over {second['label']}: {text}, {sure} ({gap.how})."]
+    text = measured({"value": gap["difference"], "unit": worse["unit"]} | gap)
+    return [f"Margin over {second.label}: {text}, {sure} ({gap['how']})."]
 
 
 # ---- text and pages
@@ -310,7 +344,8 @@ LEGEND = (
     "Order: methods that pass, then by checks passed, then by the slowdown of the least-protected "
     "target. [low, high]: 95 % interval, Student's t below ten seeds, two-stage bootstrap from ten "
     "on; one or two seeds support no claim about others. ≥: the target was not reached, a lower "
-    "limit; ≤: an upper limit. –: not measured."
+    "limit; ≤: an upper limit. Strongest attack: for how many targets and seeds it is the one. "
+    "–: not measured."
 )
 
 
@@ -334,45 +369,51 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 def to_csv(rows: Sequence[Row]) -> str:
     """Return one line per row, full precision, with low, high, n and kind of interval."""
+    names = columns(name for row in rows for name in row.record["metrics"])
     lines = []
     for row in rows:
-        line = {key: row[key] for key in _HEAD}
+        texts = {"rank": row.rank, "trial": row.trial, "label": row.label}
+        texts |= {"outcome": row.outcome.label, "seeds": len(row.record["seeds"])}
+        texts |= {key: row.record[key] for key in _HEAD if key not in texts}
         # text that a spreadsheet would take for a formula gets a leading quote
-        line |= {k: f"'{v}" for k, v in line.items() if str(v).startswith(tuple("=+-@\t"))}
-        for name, metric in row["metrics"].items():
-            line |= {f"{name}{f'_{part}' * (part != 'value')}": metric[part] for part in _PARTS}
+        line = {k: f"'{v}" if str(v).startswith(tuple("=+-@\t")) else v for k, v in texts.items()}
+        for name in names:
+            metric = row.record["metrics"].get(name, {})
+            line |= {f"{name}_{part}".removesuffix("_value"): metric.get(part) for part in _PARTS}
         lines.append(line)
-    names = columns(name for row in rows for name in row["metrics"])
-    cells = [f"{name}{f'_{part}' * (part != 'value')}" for name in names for part in _PARTS]
-    frame = pd.DataFrame(lines, columns=[*_HEAD, *cells], dtype=object)
+    frame = pd.DataFrame(lines, dtype=object)
+    frame = frame[[*_HEAD, *(key for key in frame if key not in _HEAD)]]
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def leader_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return headline, picture and table of one group."""
-    records, names = [row["record"] for row in rows], [row["label"] for row in rows]
+    records = [row.record for row in rows]
     blocks: list[Block] = [{"outcome": headline(rows)}]
-    lines, keys = table(rows), key_figures(records[0])
+    frame, keys = table(rows), key_figures(records[0])
     # all but attack success, or what stands for it
-    panels = {c: limit_of(records, keys[c]) for c in lines[0] if c in [*keys][1:]}
-    methods = methods_of(records, names, list(panels))
-    if len(methods) > 1 and panels:
-        picture = {"wide": forest(methods, panels), "narrow": forest(methods, panels, True)}
+    limits = {c: limit_of(records, keys[c]) for c in [*keys][1:] if c in frame}
+    methods: list[Method] = [("baseline", "neutral", dict.fromkeys(limits, _BASELINE))]
+    for row in rows:
+        names = key_figures(row.record)
+        metrics = {c: row.record["metrics"].get(names.get(c, "")) for c in limits}
+        if is_immunized(row.record) and any(metrics.values()):
+            methods.append((row.label, row.outcome.tone, metrics))
+    if len(methods) > 1:
+        title = capitalized(" and ".join(limits))
+        title += ", shaded where it passes" if any(limits.values()) else ""
         note = "95 % intervals; the unprotected baseline is 1. Dotted arrow: a limit."
-        title = capitalized(" and ".join(panels)) + ", shaded where it passes" * any(
-            panels.values()
-        )
+        picture = {"wide": forest(methods, limits), "narrow": forest(methods, limits, True)}
         blocks.append({"picture": title, "note": note} | picture)
-    for row, line in zip(rows, lines[1:], strict=True):
-        line[1] = f"{row['rank']}. {line[1]}" if row["rank"] and len(rows) > 1 else line[1]
-    shown = [[*line[1:3], *line[4:-1]] for line in lines]
-    return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0]['title']}"}]
+    if len(rows) > 1:
+        frame["method"] = frame["#"].replace(r"(.+)", r"\1. ", regex=True) + frame["method"]
+    shown = frame.drop(columns=["#", "checks", "seeds"], errors="ignore")
+    return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0].title}"}]
 
 
 def to_html(rows: Sequence[Row]) -> str:
     """Return a page with the leaderboards alone."""
     blocks: list[Block] = []
     for title, group in sections(rows).items():
-        heading_block = {"heading": title, "tooltip": group[0]["trial"], "level": 2}
-        blocks += [heading_block, *leader_blocks(group)]
+        blocks += [{"heading": title, "tooltip": group[0].trial, "level": 2}, *leader_blocks(group)]
     return page("Leaderboard", [*blocks, {"text": LEGEND}])

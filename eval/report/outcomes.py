@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eval.report.words import (
     Metric,
     Record,
-    bound,
     capitalized,
     certainty,
-    figure,
+    flatten,
     heading,
-    interval,
     measured,
     percent,
     sentence,
@@ -70,22 +69,38 @@ def key_figures(record: Record) -> dict[str, str]:
     return {column: max(names, key=is_measured) for column, names in KEY_FIGURES[kind].items()}
 
 
-def slowdown_name(record: Record) -> str:
-    """Return the metric by which methods are compared; 1 is the baseline."""
-    return [*key_figures(record).values()][:2][-1]
+def slowdown_of(record: Record) -> tuple[str, str]:
+    """Return column and metric by which methods are compared; 1 is the baseline."""
+    return [*key_figures(record).items()][:2][-1]
+
+
+def count_checks(record: Record) -> tuple[int, int]:
+    """Return how many checks of the verdict pass, and how many there are."""
+    passed = [bool(check["passed"]) for check in record["tables"].get("verdict", [])]
+    return sum(passed), len(passed)
+
+
+def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
+    """Return (rule, value) that the verdict requires of a metric."""
+    key, rule = LIMITS.get(name, ("", ""))
+    values = [flatten(record["config"]).get(key) for record in records]
+    return next(((rule, value) for value in values if value is not None), None)
 
 
 def check_word(check: dict[str, Any]) -> str:
-    """Return passes, fails, or inconclusive: not measured everywhere, or a limit that leaves it
-    open on which side of the threshold the figure lies.
+    """Return passes, fails or inconclusive. Records before schema 2.1 do not say it: inconclusive
+    is what was not measured everywhere, and a limit that leaves it open on which side of the
+    threshold the figure lies.
     """
     if check["passed"]:
         return "passes"
+    if check.get("result", "passes") != "passes":
+        return str(check["result"])
     is_floor = check["required"].startswith(("≥", "interval above"))
     value = check["low"] if check["required"].startswith("interval") else check["value"]
     if value is None or check.get("bound") == ("lower" if is_floor else "upper"):
         return "inconclusive"
-    threshold = float(re.sub(r"^\D*?(?=-?\d)", "", check["required"]))
+    threshold = float(check["required"].split()[-1])
     holds = value > threshold if is_floor else value < threshold
     return "inconclusive" if holds else "fails"
 
@@ -94,18 +109,20 @@ def check_text(check: dict[str, Any]) -> str:
     """Return ``worst target 1.1 [1.0, 1.2] (required ≥ 1.25)``; the reason where not measured."""
     if check["value"] is None:
         return f"{check['check']}: {check['note'] or 'not measured'}"
-    value = f"{bound(check)} {figure(check['value'])} {interval(check)}".strip()
-    return f"{check['check']}: {value} (required {check['required']})"
+    return f"{check['check']}: {measured(check)} (required {check['required']})"
 
 
 def verdict_word(record: Record) -> str:
     """Return passes, fails or inconclusive for an immunized record with figures."""
-    verdict = (record["metrics"].get("verdict") or {}).get("value")
-    if verdict is None or _is_attack_too_weak(record["metrics"]):
+    verdict = record["metrics"].get("verdict") or {"value": None}
+    if verdict["value"] is None or _is_attack_too_weak(record["metrics"]):
         return "inconclusive"
+    word = str(verdict["note"]).partition(".")[0]
+    if word in TONES:  # the rule's own word, which records before schema 2.1 do not have
+        return word
     words = {check_word(check) for check in record["tables"].get("verdict", [])}
     is_open = "inconclusive" in words and "fails" not in words and record["status"] == "ok"
-    return "passes" if verdict else "inconclusive" if is_open else "fails"
+    return "passes" if verdict["value"] else "inconclusive" if is_open else "fails"
 
 
 def _is_attack_too_weak(metrics: dict[str, Metric]) -> bool:
@@ -140,36 +157,38 @@ def outcome(record: Record) -> Outcome:
         headline = f"{name} {label}: {error['type']}: {error['message']}"
         return Outcome("error", label, headline, lost + _published(record))
     if "audit_verdict" in record["tables"]:
-        words = {1: "passes", 0: "fails", None: "inconclusive"}
-        word = words[metrics["verdict"]["value"]]
+        verdict = metrics["verdict"]
+        word = {1: "passes", 0: "fails", None: "inconclusive"}[verdict["value"]]
         limits = [row["limit"] for row in record["tables"]["audit_limits"]]
-        checkpoint = record["config"]["backbone"].get("path")
-        note = metrics["verdict"]["note"]
-        return Outcome(TONES[word], word, f"Checkpoint {checkpoint}: {note}", limits)
+        headline = f"Checkpoint {record['config']['backbone'].get('path')}: {verdict['note']}"
+        return Outcome(TONES[word], word, headline, limits)
     if not is_immunized(record):
         headline = "Baseline only: nothing was immunized, so there is nothing to compare."
         return Outcome("neutral", "baseline", headline, _rir_bound(metrics, "rir_bound"))
     word = verdict_word(record)
-    texts = [_figure_text(metrics, *item) for item in key_figures(record).items()]
-    texts = [text for text in texts if text]
-    figures = f": {', '.join(texts)}" if texts else ""
     verb = "is inconclusive" if word == "inconclusive" else word
-    slowdown = metrics.get(slowdown_name(record))
-    details = [*filter(None, [record["config"].get("remark")])]
+    figures = ", ".join(f"{column} {text}" for column, text in key_texts(record).items())
+    slowdown = metrics.get(slowdown_of(record)[1])
+    details = [record["config"]["remark"]] if record["config"].get("remark") else []
     if slowdown and slowdown["value"] is not None:
         details.append(certainty(slowdown, 1.0))
     details += _reasons(record) + _disagreeing(metrics) + _rir_bound(metrics, "rir_bound_ratio")
-    return Outcome(TONES[word], word, f"{name} {verb}{figures}.", details + _published(record))
+    headline = f"{name} {verb}{': ' if figures else ''}{figures}."
+    return Outcome(TONES[word], word, headline, details + _published(record))
 
 
-def _figure_text(metrics: dict[str, Metric], column: str, name: str) -> str:
-    """Return ``attack success 3 % (baseline 88 %)``."""
-    metric, baseline = metrics.get(name), metrics.get(f"{name}_baseline")
-    if metric is None or metric["value"] is None:
-        return ""
-    if baseline is None or baseline["value"] is None:
-        return f"{column} {measured(metric, name)}"
-    return f"{column} {percent(metric['value'])} (baseline {percent(baseline['value'])})"
+def key_texts(record: Record) -> dict[str, str]:
+    """Return column → text of the figures that count and were measured: ``3 % (baseline 88 %)``."""
+    metrics, texts = record["metrics"], {}
+    for column, name in key_figures(record).items():
+        metric, baseline = metrics.get(name), metrics.get(f"{name}_baseline")
+        if metric is None or metric["value"] is None:
+            continue
+        texts[column] = measured(metric, name)
+        if baseline is not None and baseline["value"] is not None:
+            shares = percent(metric["value"]), percent(baseline["value"])
+            texts[column] = "{} (baseline {})".format(*shares)
+    return texts
 
 
 def _reasons(record: Record) -> list[str]:
@@ -183,9 +202,9 @@ def _reasons(record: Record) -> list[str]:
         return [*out, f"Inconclusive, as {why}."]
     if _is_attack_too_weak(record["metrics"]):
         out.append("The attack is too weak: it does not bring the targets back in the baseline.")
-    unmet = [check for check in rows if not check["passed"]]
     if rows:
-        out.append(f"Passes {len(rows) - len(unmet)} of {len(rows)} checks.")
+        out.append("Passes {} of {} checks.".format(*count_checks(record)))
+    unmet = [check for check in rows if not check["passed"]]
     out += [capitalized(f"{check_word(check)}: {sentence(check_text(check))}") for check in unmet]
     return out or [sentence(verdict["note"])]
 

@@ -1,8 +1,8 @@
 """Pages as lists of blocks, which the one template `report.html.j2` renders.
 
-A block is a mapping whose keys say what it is: ``heading``, ``text``, ``outcome``, ``table`` (head
-and rows), ``tiles``, ``picture``, ``plots``, ``image``, ``list``, ``facts``, ``code``, or
-``summary`` with the collapsed ``blocks``.
+A block is a mapping whose keys say what it is: ``heading``, ``text``, ``outcome``, ``table`` (of
+pandas), ``tiles`` (checks), ``picture``, ``plots``, ``image``, ``row`` (details of a record),
+``list``, ``facts``, or ``summary`` with the collapsed ``blocks``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pandas as pd
 
-from eval.report.outcomes import MARKS
-from eval.report.words import UNMEASURED, figure
+from eval.report.outcomes import MARKS, TONES, check_word
+from eval.report.words import figure, measured
 
 Block = dict[str, Any]
+ROWS = 100  # of a record's table in the page; the record holds all
+_PLOTTED = ("spectrum", "principal_angles", "pencil", "verdict", "transfer_cases")
+_ABOUT = ("concept", "case", "task", "attack", "model")  # first columns of a table
 
 
 def page(title: str, blocks: Sequence[Block]) -> str:
@@ -39,13 +43,22 @@ def _template() -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "check_word": check_word, "measured": measured}
+    environment.filters["table"] = _table
     environment.globals |= {"marks": MARKS, "tones": {mark: tone for tone, mark in MARKS.items()}}
+    environment.globals |= {"word_tones": TONES, "rows_shown": ROWS, "plotted": _PLOTTED}
     return environment.get_template("report.html.j2")
 
 
 def _cell(value: Any) -> str:
-    words = {None: UNMEASURED, True: "yes", False: "no"}
-    if value is None or isinstance(value, bool):
-        return words[value]
-    return figure(value) if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, float):
+        return figure(value)
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+
+
+def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Return the first rows: what a row is about, then words, then figures."""
+    frame = pd.DataFrame(rows, dtype=object)
+    is_word = frame.map(lambda value: isinstance(value, str)).any()
+    head = sorted(frame, key=lambda key: (key not in _ABOUT, not is_word[key]))
+    return frame[head].head(ROWS)

@@ -6,47 +6,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtrit
+from scipy.stats import gmean
 
 from eval.report.words import Record
 from eval.stats.intervals import BOOTSTRAP_SEEDS, MIN_SEEDS
 
 Floats = NDArray[np.float64]
+Mean = Callable[..., Any]
 TABLE = "seed_values"  # of a record: one row per metric, one column per seed
 _DRAWS = 5000
 
 
-def _geometric(values: Floats, axis: int = -1) -> Any:
-    return np.exp(np.log(values).mean(axis))
-
-
-MEANS: dict[str, Callable[..., Any]] = {"mean": np.mean, "geometric mean": _geometric}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """B − A with 95 % limits (None: there are none), and how they were found.
-
-    Attributes:
-        ratio: B ÷ A with its limits, of paired geometric means, which live on a logarithmic scale.
-        significant: an interval across seeds excludes zero; that of a ratio excludes one.
-    """
-
-    value: float
-    low: float | None
-    high: float | None
-    how: str
-    significant: bool
-    ratio: tuple[float, float, float] | None = None
-
-
-def difference(name: str, a: Record, b: Record) -> Difference | None:
-    """Return B − A of metric ``name``; None where a record has no value.
+def difference(name: str, a: Record, b: Record) -> dict[str, Any]:
+    """Return B − A of metric ``name``.
 
     Where both records know the value of every seed, have the same data in each, and share at least
     three, the seeds are paired: below ten, Student's t over the seeds' contributions to the
@@ -54,68 +31,80 @@ def difference(name: str, a: Record, b: Record) -> Difference | None:
     the percentile bootstrap that draws the same seeds on both sides. Otherwise the two intervals
     are combined by MOVER (Zou & Donner 2008, method of variance estimates recovery) as if the
     records were independent, which is wider than a paired interval.
+
+    Returns:
+        ``difference`` (None where a record has no value); ``low`` and ``high``, its 95 % limits or
+        None; ``how`` they were computed; ``significant``: they are across seeds and exclude zero;
+        ``ratio``: B ÷ A with its limits, of paired geometric means, which live on a logarithmic
+        scale: it is significant where the limits exclude one.
     """
+    result: dict[str, Any] = dict.fromkeys(("difference", "low", "high", "how", "ratio"))
+    result["significant"] = False
     left, right = a["metrics"][name], b["metrics"][name]
     if left["value"] is None or right["value"] is None:
-        return None
-    gap = right["value"] - left["value"]
-    shared = common_seeds(a, b)
-    values = [_seeds(record, name) for record in (a, b)]
-    if all(v is not None and v.keys() == set(shared) for v in values) and len(shared) >= MIN_SEEDS:
-        pair = [np.array([v[s] for s in shared]) for v in values if v is not None]
-        mean = _mean_of(pair, [left["value"], right["value"]])
-        if mean is not None:
-            low, high = _paired(pair[0], pair[1], mean)
-            method = "bootstrap" if len(shared) >= BOOTSTRAP_SEEDS else "t"
-            how = f"paired over {len(shared)} seeds, {method}"
-            if mean != "geometric mean":
-                return Difference(gap, low, high, how, low > 0 or high < 0)
-            limits = np.exp(_paired(np.log(pair[0]), np.log(pair[1]), "mean"))
-            ratio = (right["value"] / left["value"], float(limits[0]), float(limits[1]))
-            return Difference(gap, low, high, how, ratio[1] > 1 or ratio[2] < 1, ratio)
-    if None in (left["low"], left["high"], right["low"], right["high"]):
-        return Difference(gap, None, None, "no interval: a record has none", False)
-    low = gap - math.hypot(right["value"] - right["low"], left["high"] - left["value"])
-    high = gap + math.hypot(right["high"] - right["value"], left["value"] - left["low"])
-    if not left["interval"] == right["interval"] == "across_seeds":
-        return Difference(gap, low, high, "within seeds: no claim about other seeds", False)
-    is_apart = low > 0 or high < 0
-    return Difference(gap, low, high, "not paired, both intervals combined", is_apart)
+        return result
+    result["difference"] = gap = right["value"] - left["value"]
+    seeds = common_seeds(a, b)
+    pair = np.array([_seed_values(record, name, seeds) for record in (a, b)], dtype=float)
+    mean = _mean_of(pair, [left["value"], right["value"]])
+    if mean is not None:
+        low, high = _paired(pair, mean)
+        method = "bootstrap" if len(seeds) >= BOOTSTRAP_SEEDS else "t"
+        result["how"] = f"paired over {len(seeds)} seeds, {method}"
+        result["significant"] = low > 0 or high < 0
+        if mean is gmean:
+            ends = np.exp(_paired(np.log(pair), np.mean)).tolist()
+            result["ratio"] = dict(
+                zip(("value", "low", "high"), (right["value"] / left["value"], *ends), strict=True)
+            )
+            result["significant"] = ends[0] > 1 or ends[1] < 1
+    elif None in (left["low"], left["high"], right["low"], right["high"]):
+        return result | {"how": "no interval: a record has none"}
+    else:
+        low = gap - math.hypot(right["value"] - right["low"], left["high"] - left["value"])
+        high = gap + math.hypot(right["high"] - right["value"], left["value"] - left["low"])
+        is_across = left["interval"] == right["interval"] == "across_seeds"
+        result["how"] = "not paired, both intervals combined"
+        if not is_across:
+            result["how"] = "within seeds: no claim about other seeds"
+        result["significant"] = is_across and (low > 0 or high < 0)
+    return result | {"low": low, "high": high}
 
 
 def common_seeds(a: Record, b: Record) -> list[int]:
     """Return seeds that both records ran on the same data."""
-    data = [record["provenance"].get("data_hash") or {} for record in (a, b)]
-    hashes = {s: [d.get(str(s)) for d in data] for s in a["seeds"] if s in b["seeds"]}
-    return [seed for seed, (left, right) in hashes.items() if left is not None and left == right]
+    left, right = (record["provenance"].get("data_hash") or {} for record in (a, b))
+    shared = [str(seed) for seed in a["seeds"] if seed in b["seeds"]]
+    return [int(s) for s in shared if left.get(s) is not None and left[s] == right.get(s)]
 
 
-def _seeds(record: Record, name: str) -> dict[int, float] | None:
-    row = next((r for r in record["tables"].get(TABLE, []) if r["metric"] == name), None)
-    if row is None or any(row.get(str(s)) is None for s in record["seeds"]):
-        return None
-    return {s: float(row[str(s)]) for s in record["seeds"]}
+def _seed_values(record: Record, name: str, seeds: list[int]) -> list[float | None]:
+    """Return a value per seed; None where it is not known, or where the record has more seeds."""
+    rows = {row["metric"]: row for row in record["tables"].get(TABLE, [])}
+    row = rows.get(name, {}) if len(seeds) == len(record["seeds"]) else {}
+    return [row.get(str(seed)) for seed in seeds]
 
 
-def _mean_of(pair: list[Floats], values: list[float]) -> str | None:
+def _mean_of(pair: Floats, values: list[float]) -> Mean | None:
     """Return which mean over seeds gives the records' own values; None where none does (a quotient
     of means).
     """
-    for name, mean in MEANS.items():
-        if name == "mean" or all((v > 0).all() for v in pair):
-            means = [float(mean(v)) for v in pair]
-            if all(math.isclose(*both, rel_tol=1e-9) for both in zip(means, values, strict=True)):
-                return name
+    means: tuple[Mean, ...] = (np.mean, gmean) if (pair > 0).all() else (np.mean,)
+    for mean in means if pair.shape[1] >= MIN_SEEDS else ():
+        if np.allclose(mean(pair, axis=1), values, rtol=1e-9, atol=0):
+            return mean
     return None
 
 
-def _paired(a: Floats, b: Floats, mean: str) -> tuple[float, float]:
-    of, n = MEANS[mean], len(a)
-    gap = float(of(b) - of(a))
+def _paired(pair: Floats, mean: Mean) -> tuple[float, float]:
+    """Return 95 % limits of mean(b) − mean(a)."""
+    (a, b), n = pair, pair.shape[1]
     if n >= BOOTSTRAP_SEEDS:  # the seed is fixed: the same records, the same limits
         chosen = np.random.default_rng(20241220).integers(0, n, (_DRAWS, n))
-        low, high = np.percentile(of(b[chosen], axis=1) - of(a[chosen], axis=1), [2.5, 97.5])
+        gaps = mean(b[chosen], axis=1) - mean(a[chosen], axis=1)
+        low, high = np.percentile(gaps, [2.5, 97.5])
         return float(low), float(high)
-    u = b - a if mean == "mean" else of(b) * np.log(b) - of(a) * np.log(a)
-    half = float(stdtrit(n - 1, 0.975) * u.std(ddof=1) / math.sqrt(n)) if np.ptp(u) > 0 else 0.0
+    u = b - a if mean is np.mean else mean(b) * np.log(b) - mean(a) * np.log(a)
+    gap = float(mean(b) - mean(a))
+    half = float(stdtrit(n - 1, 0.975) * u.std(ddof=1) / math.sqrt(n))
     return gap - half, gap + half

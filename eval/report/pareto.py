@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from eval.report.page import page
@@ -37,15 +38,10 @@ class Trial:
 def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
     """Return trials that no other one dominates: at least as good everywhere, better somewhere."""
     done = [trial for trial in trials if trial.failure is None]
-    losses = [[_loss(trial, name) for name in objectives] for trial in done]
-
-    def is_dominated(loss: list[float]) -> bool:
-        return any(
-            other != loss and all(x <= y for x, y in zip(other, loss, strict=True))
-            for other in losses
-        )
-
-    return [trial for trial, loss in zip(done, losses, strict=True) if not is_dominated(loss)]
+    losses = np.array([[_loss(trial, name) for name in objectives] for trial in done])
+    is_as_good = (losses[:, None] <= losses).all(axis=-1)  # [i, j]: trial i as trial j
+    dominated = set(np.nonzero(is_as_good & ~is_as_good.T)[1])
+    return [trial for i, trial in enumerate(done) if i not in dominated]
 
 
 def _loss(trial: Trial, objective: str) -> float:
@@ -53,24 +49,21 @@ def _loss(trial: Trial, objective: str) -> float:
     return float(metric["value"] * (-1 if metric["better"] == "higher" else 1))
 
 
-def _table(objectives: dict[str, str], trials: Sequence[Trial]) -> list[list[str]]:
-    """Return head and rows: the front by its first objective, then the others, then failures."""
-    best, first = front(list(objectives), trials), next(iter(objectives))
-    options = list(trials[0].values) if trials else []
-    names = short_names(set(options))
-    head = ["trial", "place"]
-    for name, metric in objectives.items():
-        better = next((t.metrics[name]["better"] for t in trials if name in t.metrics), "neutral")
-        head.append(f"{name}: {heading(metric)} {ARROWS[better]}")
+def _table(objectives: dict[str, str], trials: Sequence[Trial]) -> pd.DataFrame:
+    """Return the front by its first objective, then the others, then failures, as text."""
+    best, (first, *_) = front(list(objectives), trials), objectives
+    names = short_names(set(trials[0].values))
     done = [trial for trial in trials if trial.failure is None]
     done.sort(key=lambda trial: (trial not in best, _loss(trial, first)))
-    rows = [[*head, *(names[option] for option in options)]]
-    for trial in [*done, *(t for t in trials if t.failure is not None)]:
-        place = f"failed: {trial.failure}" if trial.failure is not None else ""
-        figures = (measured(trial.metrics.get(n), metric) for n, metric in objectives.items())
-        cells = [str(trial.number), "front" if trial in best else place, *figures]
-        rows.append([*cells, *(typed(value) for value in trial.values.values())])
-    return rows
+    rows = []
+    for trial in [*done, *(trial for trial in trials if trial.failure is not None)]:
+        place = "" if trial.failure is None else f"failed: {trial.failure}"
+        row = {"trial": str(trial.number), "place": "front" if trial in best else place}
+        for name, metric in objectives.items():
+            arrow = ARROWS[trials[0].metrics[name]["better"]]
+            row[f"{name}: {heading(metric)} {arrow}"] = measured(trial.metrics.get(name), metric)
+        rows.append(row | {names[option]: typed(value) for option, value in trial.values.items()})
+    return pd.DataFrame(rows)
 
 
 def to_markdown(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
@@ -82,12 +75,10 @@ def to_csv(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
     best, rows = front(list(objectives), trials), []
     for trial in trials:
         failure = " ".join((trial.failure or "").split())
-        row: dict[str, Any] = {"trial": trial.number, "front": int(trial in best)}
-        row["failure"] = failure
-        for name, metric in objectives.items():
-            for part in ("value", "low", "high"):
-                value = (trial.metrics.get(name) or {}).get(part)
-                row[metric if part == "value" else f"{metric}_{part}"] = value
+        row = {"trial": trial.number, "front": int(trial in best), "failure": failure}
+        for (name, metric), part in product(objectives.items(), ("value", "low", "high")):
+            score = trial.metrics.get(name, {})
+            row[f"{metric}_{part}".removesuffix("_value")] = score.get(part)
         rows.append(row | {option: typed(value) for option, value in trial.values.items()})
     return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 
@@ -104,18 +95,18 @@ def to_json(objectives: dict[str, str], trials: Sequence[Trial]) -> dict[str, An
 
 def to_html(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
     """Return the table, and one plot per pair of objectives with the front filled."""
-    best, done = front(list(objectives), trials), [t for t in trials if t.failure is None]
+    best = front(list(objectives), trials)
+    others = [trial for trial in trials if trial.failure is None and trial not in best]
     plots = []
     for a, b in combinations(objectives, 2):
-        lines = []
-        for index, name in ((1, "on the front"), (2, "other trials")):
-            own = [t.metrics for t in done if (t in best) == (index == 1)]
-            lines.append(Line(name, index, *([m[o]["value"] for m in own] for o in (a, b))))
-        words: Any = {
-            "x": heading(objectives[a]),
-            "y": heading(objectives[b]),
-            "title": f"{a} and {b}",
-        }
-        plots.append({"title": words["title"], "svg": lines_plot(lines, **words, is_scatter=True)})
+        lines = [
+            Line(name, index, *([t.metrics[o]["value"] for t in group] for o in (a, b)))
+            for index, (name, group) in enumerate(
+                {"on the front": best, "other trials": others}.items(), start=1
+            )
+        ]
+        title, (x, y) = f"{a} and {b}", (heading(objectives[o]) for o in (a, b))
+        svg = lines_plot(lines, x=x, y=y, title=title, is_scatter=True)
+        plots.append({"title": title, "svg": svg})
     table = {"table": _table(objectives, trials), "label": "Trials"}
     return page("Search", [{"text": LEGEND}, table, {"plots": plots}])

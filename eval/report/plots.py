@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,18 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from eval.report.outcomes import LIMITS, Tone, key_figures, outcome
+from eval.report.outcomes import Tone
 from eval.report.words import (
     UNMEASURED,
     Metric,
-    Record,
     figure,
-    flatten,
     heading,
-    labels,
     measured,
     shortened,
 )
-from lab.core.record import is_immunized
 from lab.core.types import BASELINE
 
 # the light colours of report.html.j2, which has the dark ones by the same names; series 0 is the
@@ -136,12 +131,10 @@ def lines_plot(
         clip: what of the y axis is shown. ticks: names of the positions 0, 1, … of x.
         is_scatter: points are not connected.
     """
-    fig = Figure(figsize=(4.4, 2.75))
-    axes = fig.add_axes((0.15, 0.18, 0.81, 0.76))
-    _draw(axes, lines, log, is_scatter or bool(ticks))
+    fig = _lines_figure(lines, x, y, log, is_scatter or bool(ticks))
+    (axes,) = fig.axes
     if not axes.lines:
         return Markup("")
-    axes.set(xlabel=x, ylabel=y)
     if ticks:
         axes.set_xticks(range(len(ticks)), [shortened(tick, 14) for tick in ticks])
     if reference is not None:
@@ -152,8 +145,6 @@ def lines_plot(
         axes.text(mark[0], 0.02, f" {mark[1]}", transform=top, fontsize=8)
     low, high = axes.get_ylim()
     axes.set_ylim(max(low, clip[0]), min(high, clip[1]))
-    if len(axes.get_legend_handles_labels()[1]) > 1:
-        axes.legend()
     return to_svg(fig, f"{title}: {y} against {x}")
 
 
@@ -163,46 +154,58 @@ def curve_png(name: str, curve: dict[str, Any], path: Path) -> Path:
     names = sorted(series_of(curve), key=lambda series: series != BASELINE)
     first = 0 if BASELINE in names else 1
     lines = [line_of(curve, series, series, i) for i, series in enumerate(names, first)]
-    fig = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = fig.add_subplot()
-    _draw(axes, lines, curve.get("log", ""), False)
-    axes.set(xlabel=curve.get("x", "step"), ylabel=curve.get("y", name), title=heading(name))
-    if axes.lines:
-        axes.legend()
-    return save(fig, path)
+    fig = _lines_figure(lines, curve["x"], curve["y"], curve["log"])
+    fig.axes[0].set_title(heading(name))
+    fig.savefig(path, dpi=160)
+    return path
 
 
-def _draw(axes: Axes, lines: Sequence[Line], log: str, is_scatter: bool) -> None:
+def _lines_figure(
+    lines: Sequence[Line], x: str, y: str, log: str, is_scatter: bool = False
+) -> Figure:
+    """Draw series with their bands, and a legend of several."""
+    fig = Figure(figsize=(4.4, 2.75))
+    axes = fig.add_axes((0.15, 0.18, 0.81, 0.74))
+    axes.set(xlabel=x, ylabel=y)
     for line in lines:
-        x, y, low, high = (
-            np.array([math.nan if v is None else v for v in values], dtype=float)
-            for values in (line.x, line.y, line.low or line.y, line.high or line.y)
-        )
-        seen = np.isfinite(y) & np.isfinite(low) & np.isfinite(high)
-        if "y" in log:
-            seen &= low > 0 if (low[np.isfinite(low)] > 0).any() else y > 0
-        if not seen.any():
-            continue
-        i = (line.index or 0) % len(DASHES)
-        style: dict[str, Any] = {"color": COLORS["faint"], "linewidth": 1.0, "zorder": 1.5}
-        if line.index is not None:
-            style = {"color": COLORS[f"s{i}"], "linewidth": 1.8, "linestyle": DASHES[i]}
-            style |= {"marker": MARKERS[i], "markersize": 3.5, "zorder": 2 + i}
-            style |= {"markevery": max(int(seen.sum()) // 8, 1)}
-        if is_scatter:
-            style |= {"linestyle": "none", "marker": style.get("marker") or "o", "markevery": 1}
-            axes.vlines(x[seen], low[seen], high[seen], color=style["color"], linewidth=1.2)
-        elif line.index is not None:
-            band = (x[seen], low[seen], high[seen])
-            axes.fill_between(*band, color=style["color"], alpha=0.16, linewidth=0)
-        axes.plot(x[seen], y[seen], label=line.label, **style)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+        _draw_line(axes, line, log, is_scatter)
+    axes.xaxis.set_major_formatter(tick)
+    axes.yaxis.set_major_formatter(tick)
     for side in log if axes.lines else "":
         set_log(axes, side)
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend()
+    return fig
 
 
-def tick(value: float) -> str:
+def _draw_line(axes: Axes, line: Line, log: str, is_scatter: bool) -> None:
+    parts = (line.x, line.y, line.low or line.y, line.high or line.y)
+    x, y, low, high = (np.array(values, dtype=float) for values in parts)
+    seen = np.isfinite(y) & np.isfinite(low) & np.isfinite(high)
+    if "y" in log:
+        seen &= low > 0 if (low[np.isfinite(low)] > 0).any() else y > 0
+    if not seen.any():
+        return
+    x, y, low, high = x[seen], y[seen], low[seen], high[seen]
+    style: dict[str, Any] = {"color": COLORS["faint"], "linewidth": 1.0, "zorder": 1.5}
+    if line.index is not None:
+        i = line.index % len(DASHES)
+        style = {
+            "color": COLORS[f"s{i}"],
+            "linewidth": 1.8,
+            "linestyle": DASHES[i],
+            "zorder": 2 + i,
+        }
+        style |= {"marker": MARKERS[i], "markersize": 3.5, "markevery": max(len(x) // 8, 1)}
+    if is_scatter:
+        style |= {"linestyle": "none", "marker": style.get("marker") or "o", "markevery": 1}
+        axes.vlines(x, low, high, color=style["color"], linewidth=1.2)
+    elif line.index is not None:
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.16, linewidth=0)
+    axes.plot(x, y, label=line.label, **style)
+
+
+def tick(value: float, _: float = 0) -> str:
     """Return the shortest text of an axis' tick."""
     text = f"{value:.4g}" if 1e-4 <= abs(value) < 1e5 or value == 0 else figure(value)
     return text.replace("-", "−")
@@ -219,98 +222,77 @@ def set_log(axes: Axes, side: str) -> None:
         axes.set(**{f"{side}scale": "log"})
         low, high = sorted(axis.get_view_interval())
         subs = (1.0,) if high / low > 300 else (1.0, 3.0) if high / low > 60 else (1.0, 2.0, 5.0)
-        axis.set_major_locator(LogLocator(subs=subs, numticks=8))
-        if high / low < 6:
-            axis.set_major_locator(MaxNLocator(5))
+        is_narrow = high / low < 6
+        axis.set_major_locator(MaxNLocator(5) if is_narrow else LogLocator(subs=subs, numticks=8))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: tick(value)))
+    axis.set_major_formatter(tick)
 
 
 # ---- one row or point per method
 
-
-@dataclass(frozen=True)
-class MethodFigures:
-    """What a picture shows of a method: its label, verdict, and a metric per column."""
-
-    label: str
-    tone: Tone
-    metrics: tuple[Metric | None, ...]
-
-
-def methods_of(
-    records: Sequence[Record], names: Sequence[str], columns: Sequence[str]
-) -> list[MethodFigures]:
-    """Return the baseline at 1 and every immunized record that has figures of ``columns``."""
-    one: Metric = {"value": 1.0, "low": None, "high": None, "unit": "×"}
-    methods = [MethodFigures("baseline", "neutral", (one,) * len(columns))]
-    for record, label in zip(records, names, strict=True):
-        shown = key_figures(record)
-        metrics = tuple(record["metrics"].get(shown.get(column, "")) for column in columns)
-        if is_immunized(record) and any(metrics):
-            methods.append(MethodFigures(label, outcome(record).tone, metrics))
-    return methods
-
-
-def limit_of(records: Sequence[Record], name: str) -> tuple[str, float] | None:
-    """Return (rule, value) that the verdict requires of a metric."""
-    key, rule = LIMITS.get(name, ("", ""))
-    values = [flatten(record["config"]).get(key) for record in records]
-    return next(((rule, value) for value in values if value is not None), None)
+# label, tone of its verdict, and a metric per column
+Method = tuple[str, Tone, dict[str, Metric | None]]
 
 
 @rc_context(_STYLE)
 def forest(
-    methods: Sequence[MethodFigures],
-    columns: dict[str, tuple[str, float] | None],
+    methods: Sequence[Method],
+    limits: dict[str, tuple[str, float] | None],
     is_narrow: bool = False,
 ) -> Markup:
     """Return one row per method and one panel per column, beside or (narrow) below each other.
 
     Args:
-        columns: title → what the verdict requires, see `limit_of`.
+        limits: column → what the verdict requires, see `eval.report.outcomes.limit_of`.
     """
-    names = [shortened(method.label, 17 if is_narrow else 44) for method in methods]
-    rows, count = (len(columns), 1) if is_narrow else (1, len(columns))
+    names = [shortened(label, 17 if is_narrow else 44) for label, _, _ in methods]
+    rows, count = (len(limits), 1) if is_narrow else (1, len(limits))
     width, height = (4.1, 0.26 * len(names) + 0.85) if is_narrow else (10, 0.3 * len(names) + 0.8)
     fig = Figure(figsize=(width, height * rows), layout="constrained")
     panels = fig.subplots(rows, count, sharey=True, squeeze=False).ravel()
-    for i, (axes, title) in enumerate(zip(panels, columns, strict=True)):
-        _draw_methods(axes, [(m.tone, m.metrics[i]) for m in methods], columns[title])
+    for axes, (title, limit) in zip(panels, limits.items(), strict=True):
+        _draw_methods(axes, [(tone, metrics[title]) for _, tone, metrics in methods], limit)
         axes.set_yticks(range(len(names)), names)
         axes.set_title(title)
-    return to_svg(fig, " and ".join(columns))
+    return to_svg(fig, " and ".join(limits))
 
 
 def _draw_methods(
     axes: Axes, rows: Sequence[tuple[Tone, Metric | None]], limit: tuple[str, float] | None
 ) -> None:
-    values = [v for _, m in rows if m and m["value"] is not None for v in _ends(m)]
-    positive = [v for v in [*values, 1.0, *(limit or ())[1:]] if v > 0]
+    ends = [_ends(metric) for _, metric in rows if metric and metric["value"] is not None]
+    positive = [v for v in [*chain(*ends), 1.0, *(limit or ())[1:]] if v > 0]
     room = max((max(positive) / min(positive)) ** 0.07, 1.1)
     left, right = min(positive) / room, max(positive) * room
     axes.set(xscale="log", xlim=(left, right), ylim=(len(rows) - 0.4, -1.0))
     if limit:
         rule, value = limit
-        start, end = (value, right) if rule == "≥" else (left, value)
-        axes.axvspan(start, end, color=COLORS["good"], alpha=0.13, linewidth=0)
-        side = "left" if rule == "≥" else "right"
-        text = f" passes {rule} {value:g} "
-        axes.text(value, -0.72, text, color=COLORS["good"], fontsize=8, ha=side, va="center")
+        start, end, side = (value, right, "left") if rule == "≥" else (left, value, "right")
+        color, text = COLORS["good"], f" passes {rule} {value:g} "
+        axes.axvspan(start, end, color=color, alpha=0.13, linewidth=0)
+        axes.text(value, -0.72, text, color=color, fontsize=8, ha=side, va="center")
     axes.axvline(1.0, color=COLORS["ink"], linewidth=0.8, alpha=0.6)
     for row, (tone, metric) in enumerate(rows):
         color, text = COLORS.get(tone, COLORS["bad"]), measured(metric)
         if metric is not None and metric["value"] is not None:
             low, value, high = _ends(metric)
             error = [[value - low], [high - value]]
-            style: Any = {"color": color, "fmt": SHAPES[tone], "markersize": 8, "zorder": 4}
-            axes.errorbar(value, row, xerr=error, elinewidth=2.2, **style)
+            axes.errorbar(
+                value,
+                row,
+                xerr=error,
+                color=color,
+                fmt=SHAPES[tone],
+                ms=8,
+                elinewidth=2.2,
+                zorder=4,
+            )
             if metric.get("bound"):  # the true figure may lie anywhere beyond
                 far = right if metric["bound"] == "lower" else left
                 arrow = {"arrowstyle": "->", "color": color, "linestyle": ":"}
                 axes.annotate("", (far, row), (value, row), arrowprops=arrow)
-        beside: Any = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8}
-        axes.text(1.03, row, text.replace(UNMEASURED, "not measured"), **beside)
+        text = text.replace(UNMEASURED, "not measured")
+        axes.text(1.03, row, text, transform=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.grid(False, axis="y")
@@ -325,61 +307,47 @@ def _ends(metric: Metric) -> tuple[float, float, float]:
 
 
 @rc_context(_STYLE)
-def scatter(records: Sequence[Record], path: Path) -> Path:
-    """Draw relearning slowdown against benign cost, a point per record, to an SVG or PNG file.
+def scatter(
+    points: dict[str, tuple[Metric, Metric]], limits: tuple[float, float], x: str, y: str
+) -> Figure:
+    """Draw a point with its 95 % intervals per method, the first one highlighted.
 
-    Colour and shape are the verdict; the pass region is shaded. Records that lack one of both are
-    left out.
+    Args:
+        points: label → metrics on the horizontal and the vertical axis.
+        limits: largest x and smallest y that pass; this region is shaded.
     """
-    columns = list(key_figures(records[0]))[-2:]
     fig = Figure(figsize=(8.5, 4.2), layout="constrained")
     axes = fig.add_subplot()
-    for number, method in enumerate(methods_of(records, labels(records), columns)[1:], start=1):
-        y, x = method.metrics
-        if not x or not y or x["value"] is None or y["value"] is None:
-            continue
-        error = [[[m["value"] - _ends(m)[0]], [_ends(m)[2] - m["value"]]] for m in (x, y)]
-        style: Any = {"color": COLORS.get(method.tone, COLORS["bad"]), "fmt": SHAPES[method.tone]}
-        style |= {"markersize": 9, "elinewidth": 0.6, "label": f"{number}  {method.label}"}
-        axes.errorbar(x["value"], y["value"], error[1], error[0], **style)
-        place = (x["value"], y["value"])
-        axes.annotate(f"{number}", place, (7, 6), textcoords="offset points", fontweight="bold")
+    for i, (label, metrics) in enumerate(points.items()):
+        x_error, y_error = ([[m["value"] - m["low"]], [m["high"] - m["value"]]] for m in metrics)
+        style: Any = (
+            {"markersize": 7, "elinewidth": 0.7} if i else {"markersize": 11, "elinewidth": 2}
+        )
+        style |= {"fmt": "os^DvPX*"[i % 8], "label": label, "zorder": 3 + i}
+        axes.errorbar(metrics[0]["value"], metrics[1]["value"], y_error, x_error, **style)
     for side in "xy":
         set_log(axes, side)
-    shown = key_figures(records[0])
-    floor, ceiling = (limit_of(records, shown[column]) for column in columns)
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    if floor and ceiling:
-        axes.fill_between([left, ceiling[1]], floor[1], top, color=COLORS["good"], alpha=0.13, lw=0)
-        axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
-    axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set(xlabel=f"{columns[1]}, × (lower is better)")
-    axes.set(ylabel=f"{columns[0]}, × (higher is better)")
+    axes.fill_between([left, limits[0]], limits[1], top, color=COLORS["good"], alpha=0.13, lw=0)
+    axes.text(left, top, "\n  passes", color=COLORS["good"], va="top")
+    axes.set(xlim=(left, right), ylim=(bottom, top), xlabel=x, ylabel=y)
     fig.legend(loc="outside right upper")
-    return save(fig, path)
+    return fig
 
 
-# ---- files
-
-
-def save(fig: Figure, path: Path) -> Path:
-    """Write a figure on white as SVG or PNG."""
-    FigureCanvasAgg(fig)
-    fig.savefig(path, dpi=110, metadata={"Date" if path.suffix == ".svg" else "Software": None})
-    return path
+# ---- SVG
 
 
 def to_svg(fig: Figure, title: str) -> Markup:
     """Return inline SVG whose colours are CSS variables and whose ids no other plot has."""
-    for patch in (fig.patch, *(axes.patch for axes in fig.axes)):
-        patch.set_alpha(0)
     out = io.StringIO()
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    FigureCanvasSVG(fig).print_svg(out, metadata=metadata)  # savefig would draw twice
+    fig.savefig(out, format="svg", transparent=True, metadata=metadata)
     text = out.getvalue()
     text = text[text.index("<svg") :].replace("xlink:href", "href")
-    text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r'\s(xmlns(:xlink)?|version)="[^"]*"', "", text)
+    # what has no use in a page: metadata, comments and namespaces
+    waste = r'<metadata>.*?</metadata>\s*|<!--.*?-->\s*|\s(xmlns(:xlink)?|version)="[^"]*"'
+    text = re.sub(waste, "", text, flags=re.S)
     text = re.sub(r"(font: [^\"';]*?[\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", text)
     for name, color in COLORS.items():
         text = text.replace(color, f"var(--{name})")

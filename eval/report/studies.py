@@ -118,10 +118,9 @@ def spectrum_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Blo
         for record, label in zip(records, names, strict=True):
             rows = [r for r in record["tables"].get(table, []) if role in (None, r.get("role"))]
             if rows:
-                models = pd.DataFrame(rows).pivot_table(column, "index", "model").to_dict("list")
-                curve = {"step": sorted({row["index"] for row in rows}), **models}
-                axes = {"x": "index", "y": column, "log": "y" * (column == "value")}
-                curves.append((curve | axes, label))
+                models = pd.DataFrame(rows).pivot_table(column, "index", "model")
+                curve = {"step": models.index.tolist(), **models.to_dict("list"), "x": "index"}
+                curves.append((curve | {"y": column, "log": "y" * (column == "value")}, label))
         plots += [_plot(f"{title}: first case and seed", curves)] if curves else []
     return collapsed("Spectra and angles", [{"plots": plots}] if plots else [])
 
@@ -142,13 +141,13 @@ def pair_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Block]:
             for task in means.index
         ]
         values = means.stack()
-        note = f"{(values > 1).sum()} of {len(values)} pairs above 1; mean {figure(values.mean())}"
-        note += (
-            f", smallest {figure(values.min())}. Orange: above 1, the harmful task became worse "
+        note = (
+            f"{(values > 1).sum()} of {len(values)} pairs above 1; mean {figure(values.mean())}, "
+            f"smallest {figure(values.min())}. Orange: above 1, the harmful task became worse "
+            "conditioned; violet: below 1."
         )
-        blocks += [{"heading": f"RIR of every pair of tasks: {label}"}]
-        blocks += [{"text": f"{note}conditioned; violet: below 1."}]
-        blocks += [{"heat": [head, *lines], "label": f"RIR per pair: {label}"}]
+        blocks += [{"heading": f"RIR of every pair of tasks: {label}"}, {"text": note}]
+        blocks.append({"heat": [head, *lines], "label": f"RIR per pair: {label}"})
     return blocks
 
 
@@ -190,14 +189,11 @@ def _varied(records: Sequence[Record]) -> pd.DataFrame:
     the other) the first numeric one stands for all.
     """
     frame = pd.DataFrame([settings(r) for r in records], dtype=object)
-    chosen: dict[tuple[int, ...], str] = {}
-    for key in frame:
-        codes = tuple(pd.factorize(frame[key].map(repr))[0])
-        if max(codes) and not key.endswith("_target_"):
-            other = chosen.setdefault(codes, key)
-            if _is_numeric(frame[key]) and not _is_numeric(frame[other]):
-                chosen[codes] = key
-    return frame[list(chosen.values())]
+    keys = [key for key in frame if not key.endswith("_target_")]
+    codes = {key: tuple(pd.factorize(frame[key].map(repr))[0]) for key in keys}
+    keys.sort(key=lambda key: not _is_numeric(frame[key]))
+    chosen = {codes[key]: key for key in reversed(keys) if max(codes[key])}  # the first one stays
+    return frame[[key for key in frame if key in chosen.values()]]
 
 
 def _is_numeric(values: Any) -> bool:
@@ -217,7 +213,7 @@ def _option_plot(metric: str, records: Sequence[Record], x: Any, series: Any) ->
         [v for line in lines for v in line.y]
     )
     name, title = x.name.rpartition(".")[2], capitalized(heading(metric))
-    svg = lines_plot(lines, title=title, x=name, y=title, log=log, ticks=ticks)
+    svg = lines_plot(lines, title=title, x=name, y="", log=log, ticks=ticks)
     missing = sum(_score(r, metric)["value"] is None for r in records)
     note = f"{missing} of {len(records)} runs have no value." if missing else ""
     return {"title": title, "svg": svg, "note": note}
@@ -239,41 +235,50 @@ def transfer_blocks(records: Sequence[Record], names: Sequence[str]) -> list[Blo
     blocks: list[Block] = []
     for record, label in zip(records, names, strict=True):
         rows = sorted(record["tables"].get("transfer", []), key=lambda r: -(r["rho_rir"] or -2))
+        if not rows:
+            continue
         attacks = [str(row["attack"]) for row in rows]
         kappa = [_score(record, f"transfer_harmful_{slug(attack)}") for attack in attacks]
-        places = list(range(len(rows)))
-        bands = ([row[part] for row in rows] for part in ("rho_rir", "low", "high"))
-        lines = [Line("RIR, harmful ÷ benign slowdown", 1, places, *bands)]
-        parts = ([score[part] for score in kappa] for part in ("value", "low", "high"))
-        lines.append(Line("κ, harmful slowdown", 2, [p + 0.15 for p in places], *parts))
-        median = [row.get("median_relative_slowdown") for row in rows]
-        wanted = {
-            "Rank correlation with the slowdown": (lines, "Spearman's ρ", 0.0),
-            "Median slowdown": ([Line("", 1, places, median)], "harmful ÷ benign", 1.0),
-        }
+        places = range(len(rows))
+        rir = ([row[part] for row in rows] for part in ("rho_rir", "low", "high"))
+        own = ([score[part] for score in kappa] for part in ("value", "low", "high"))
+        lines = [
+            Line("RIR, harmful ÷ benign slowdown", 1, places, *rir),
+            Line("κ, harmful slowdown", 2, [place + 0.15 for place in places], *own),
+        ]
+        median = Line("", 1, places, [row.get("median_relative_slowdown") for row in rows])
         plots = [
             {"title": title}
-            | {"svg": lines_plot(ls, title=title, x="attack", y=y, reference=at, ticks=attacks)}
-            for title, (ls, y, at) in wanted.items()
-            if rows
+            | {"svg": lines_plot(drawn, title=title, x="attack", y=y, reference=at, ticks=attacks)}
+            for title, drawn, y, at in (
+                ("Rank correlation with the slowdown", lines, "Spearman's ρ", 0.0),
+                ("Median slowdown", [median], "harmful ÷ benign", 1.0),
+            )
         ]
-        if rows:
-            blocks += [{"heading": f"Does RIR predict the slowdown? {label}"}, {"plots": plots}]
-            clouds = [plot for row in rows for plot in _cloud(record, row)]
-            blocks += collapsed("The cases behind it", [{"plots": clouds}] if clouds else [])
+        blocks += [{"heading": f"Does RIR predict the slowdown? {label}"}, {"plots": plots}]
+        cases = pd.DataFrame(record["tables"].get("transfer_cases", []))
+        clouds = [
+            _cloud(cases[cases["attack"] == row["attack"]], row) for row in rows if len(cases)
+        ]
+        clouds = [plot for plot in clouds if plot["svg"]]
+        blocks += collapsed("The cases behind it", [{"plots": clouds}] if clouds else [])
     return blocks
 
 
-def _cloud(record: Record, row: dict[str, Any]) -> list[Plot]:
+def _cloud(cases: pd.DataFrame, row: dict[str, Any]) -> Plot:
     """Return the cases of one attack: RIR against relative slowdown."""
-    cases = [c for c in record["tables"].get("transfer_cases", []) if c["attack"] == row["attack"]]
-    cases = [c for c in cases if (c["rir"] or 0) > 0 and (c["relative_slowdown"] or 0) > 0]
-    lines = []
-    for index, name in ((1, "measured"), (2, "a lower limit")):
-        own = [c for c in cases if bool(c["censored"]) == (index == 2)]
-        points = [c["rir"] for c in own], [c["relative_slowdown"] for c in own]
-        lines.append(Line(name, index, *points))
+    cases = cases[(cases["rir"] > 0) & (cases["relative_slowdown"] > 0)]
+    lines = [
+        Line(name, index, own["rir"].tolist(), own["relative_slowdown"].tolist())
+        for index, (name, own) in enumerate(
+            {
+                "measured": cases[~cases["censored"]],
+                "a lower limit": cases[cases["censored"]],
+            }.items(),
+            start=1,
+        )
+    ]
     title, note = str(row["attack"]), f"ρ {figure(row['rho_rir'])}, {len(cases)} cases."
     words: Any = {"title": title, "x": "RIR", "y": "harmful ÷ benign slowdown"}
     svg = lines_plot(lines, **words, log="xy", reference=1.0, is_scatter=True)
-    return [{"title": title, "svg": svg, "note": note}] if len(cases) > 2 else []
+    return {"title": title, "svg": svg, "note": note}

@@ -173,29 +173,30 @@ def certainty(metric: Metric, reference: float) -> str:
         return f"Measured on {counted(n, 'seed')}: no claim about other seeds."
     if low is None or high is None:
         return f"No interval could be given over {counted(n, 'seed')}."
-    excludes = low > reference or high < reference
-    word = "Significant" if excludes else "Not significant"
-    verb = "excludes" if excludes else "includes"
+    word, verb = "Not significant", "includes"
+    if low > reference or high < reference:
+        word, verb = "Significant", "excludes"
     return f"{word}: the 95 % interval over {counted(n, 'seed')} {verb} {figure(reference)}."
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of a table for a terminal; the first one is the head."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+def aligned(table: pd.DataFrame) -> str:
+    """Return a table of texts for a terminal."""
+    widths = [max(len(head), *map(len, table[head])) for head in table]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [*rows[:1], ["─" * width for width in widths], *rows[1:]]
+        "  ".join(map(str.ljust, row, widths)).rstrip()
+        for row in [table.columns, ["─" * width for width in widths], *table.to_numpy()]
     ]
     return "\n".join(lines)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as a Markdown table; the first one is the head."""
-    head, *body = (
+def markdown(table: pd.DataFrame) -> str:
+    """Return a table of texts as Markdown."""
+    rows = [
         [" ".join(escape(cell, quote=False).split()).replace("|", "\\|") or " " for cell in row]
-        for row in rows
-    )
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body))
+        for row in [table.columns, *table.to_numpy()]
+    ]
+    rows.insert(1, ["---"] * len(table.columns))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 # ---- labels of records
@@ -228,15 +229,16 @@ def labels(records: Sequence[Record]) -> list[str]:
     named everywhere.
     """
     studies = [str(r["name"]).rpartition("/")[0] or str(r["name"]) for r in records]
-    nothing = ["checkpoint" if "audit_verdict" in r["tables"] else "baseline" for r in records]
     immunizers = [
-        r["immunizer"] if is_immunized(r) else name
-        for r, name in zip(records, nothing, strict=True)
+        r["immunizer"]
+        if is_immunized(r)
+        else ("checkpoint" if "audit_verdict" in r["tables"] else "baseline")
+        for r in records
     ]
-    frame = pd.DataFrame([settings(r) for r in records], dtype=object)
-    frame = frame.map(typed).where(frame.notna() | frame.map(lambda value: value is None), "")
-    frame = frame[[key for key in frame if not key.endswith("_target_")]]
-    out = pd.Series(immunizers)
+    texts = [
+        {k: typed(v) for k, v in settings(r).items() if not k.endswith("_target_")} for r in records
+    ]
+    frame, out = pd.DataFrame(texts, dtype=object).fillna(""), pd.Series(immunizers)
     for _, rivals in frame.groupby([studies, immunizers], sort=False):
         varied = rivals.loc[:, rivals.nunique() > 1]
         names = short_names(set(varied))
@@ -251,11 +253,9 @@ def labels(records: Sequence[Record]) -> list[str]:
         plain = [i for i in rivals.index if out[i] == immunizers[i]]
         if len(rivals) > 2 and len(plain) == 1:  # the one that deviates in nothing
             out[plain[0]] += " · common settings"
-    hashes = [r["content_hash"][:7] for r in records]
-    for form, more in ((" ({})", studies), (" · {}", hashes)):  # then the same settings twice
-        twice = out.duplicated(keep=False)
-        out = out.where(~twice, out + [form.format(text) for text in more])
-    return list(out)
+    out = out.where(~out.duplicated(keep=False), out + [f" ({study})" for study in studies])
+    hashes = [f" · {r['content_hash'][:7]}" for r in records]  # for the same settings twice
+    return list(out.where(~out.duplicated(keep=False), out + hashes))
 
 
 def typed(value: Any) -> str:

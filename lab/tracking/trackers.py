@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ValidationError
 
@@ -105,9 +104,8 @@ class Trackers:
     """
 
     def __init__(self, cfg: DictConfig, folder: Path) -> None:
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-        config = {key: value for key, value in plain.items() if key != "tracker"}
-        trackers = {str(name): _build(str(name), options) for name, options in cfg.tracker.items()}
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        trackers = {name: _build(name, **node) for name, node in config.pop("tracker").items()}
         self._threads = [_TrackerThread(name, tracker) for name, tracker in trackers.items()]
         for thread in self._threads:
             thread.submit(thread.tracker.start, config, folder)
@@ -135,12 +133,10 @@ class Trackers:
         return [t.tracker.location for t in self._threads if t.tracker.location]
 
 
-def _build(name: str, options: DictConfig) -> Tracker:
+def _build(name: str, _target_: str, **options: Any) -> Tracker:
+    target = get_class(_target_)
     try:
-        tracker: Tracker = instantiate(options, _convert_="all")
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValidationError):
-            target = get_class(options["_target_"])
-            raise user_error(error.__cause__, f"tracker.{name}", target) from None
-        raise
+        tracker: Tracker = target(**options)
+    except ValidationError as error:
+        raise user_error(error, f"tracker.{name}", target) from None
     return tracker

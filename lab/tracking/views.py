@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from eval.report.words import shortened
 from lab.core import record as records
 from lab.core.types import BASELINE
 
@@ -18,88 +19,59 @@ _NAMED = ("immunize.", "attacks.", "erase.", "backbone.", "scenario.", "budget."
 _NAME_LENGTH, _TAG_LENGTH = 100, 64
 
 
-def run_id(folder: str | Path) -> str:
+def run_id(folder: Path) -> str:
     """Return the id of the run in ``folder``, the same whenever the run is logged again."""
-    return hashlib.sha256(str(Path(folder).resolve()).encode()).hexdigest()[:12]
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
 
 
-def run_name(config: dict[str, Any], folder: str | Path) -> str:
+def run_name(config: dict[str, Any], folder: Path) -> str:
     """``kappa lr=0.05 on house_price``: immunizer, what the command line changed, scenario."""
-    path = Path(folder) / ".hydra" / "overrides.yaml"
+    path = folder / ".hydra" / "overrides.yaml"
     words = yaml.safe_load(path.read_text()) if path.is_file() else []
     pairs = [str(word).lstrip("+").partition("=") for word in words]
-    changed = [
-        f"{key.rsplit('.', 1)[-1]}={value}" for key, _, value in pairs if key.startswith(_NAMED)
-    ]
-    name = " ".join([config["immunize"]["name"], *changed, "on", config["scenario"]["name"]])
-    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
+    changed = [f"{key.split('.')[-1]}={value}" for key, _, value in pairs if key.startswith(_NAMED)]
+    words = [config["immunize"]["name"], *changed, "on", config["scenario"]["name"]]
+    return shortened(" ".join(words), _NAME_LENGTH)
 
 
 def tags(config: dict[str, Any]) -> list[str]:
     """Return study, immunizer, backbone and attackers."""
     names = [config["name"], config["immunize"]["name"], config["backbone"]["name"]]
-    names += config["attacks"]
-    return [str(tag)[:_TAG_LENGTH] for tag in dict.fromkeys(names)]
+    return [str(tag)[:_TAG_LENGTH] for tag in dict.fromkeys([*names, *config["attacks"]])]
 
 
-def curve_rows(record: records.Record, stage: str) -> list[tuple[float, dict[str, float]]]:
-    """Return (step, values) over the steps of all curves of ``stage``, which share one axis.
+def curves(record: records.Record, stage: str) -> pd.DataFrame:
+    """Return all curves of ``stage``, which share one axis: a row per step.
 
-    A curve over immunization steps belongs to ``immunize``, every other one to ``attack``. Missing
-    points are left out. Keys are ``CURVE/baseline`` and ``CURVE/immunized``; limits of a
-    band end in ``_low`` and ``_high``.
+    A curve over immunization steps belongs to ``immunize``, every other one to ``attack``. Columns
+    are ``STAGE/CURVE/baseline`` and ``STAGE/CURVE/immunized``; limits of a band end in ``_low`` and
+    ``_high``.
     """
-    rows: dict[float, dict[str, float]] = {}
+    frames = [pd.DataFrame()]
     for name, curve in record["curves"].items():
-        is_immunization = str(curve.get("x", "")).startswith("immunization")
-        if is_immunization != (stage == IMMUNIZE):
-            continue
-        for key, values in curve.items():
-            if not isinstance(values, list) or key == "step":
-                continue
-            model_name, _, limit = key.partition(":")
-            suffix = f"_{limit}" if limit else ""
-            shown = f"{name}/{model_name}{suffix}"
-            for step, value in zip(curve["step"], values, strict=False):
-                if step is not None and value is not None:
-                    rows.setdefault(float(step), {})[shown] = value
-    return sorted(rows.items())
+        if curve["x"].startswith("immunization") == (stage == IMMUNIZE):
+            lists = {k: v for k, v in curve.items() if isinstance(v, list) and k != "step"}
+            frame = pd.DataFrame(lists, index=curve["step"], dtype=float)
+            frame.columns = [f"{stage}/{name}/{key.replace(':', '_')}" for key in frame]
+            frames.append(frame)
+    return pd.concat(frames, axis=1).sort_index()
 
 
 def curve_points(record: records.Record) -> Iterator[tuple[str, float, dict[str, float]]]:
-    """Yield (stage, step, values) of all curves; keys begin with the stage."""
+    """Yield (stage, step, values) of all curves; missing values are left out."""
     for stage in STAGES:
-        for step, values in curve_rows(record, stage):
-            yield stage, step, {f"{stage}/{key}": value for key, value in values.items()}
-
-
-def tables(record: records.Record) -> dict[str, pd.DataFrame]:
-    """Return the metrics and every table of the record that has rows; lists and dicts as text."""
-    metrics = [{"metric": name, **score} for name, score in record["metrics"].items()]
-    frames = {}
-    for name, rows in {"metrics": metrics, **record["tables"]}.items():
-        if rows:
-            frame = pd.DataFrame(rows, dtype=object).astype(object)
-            frame = frame.where(frame.notna(), None)
-            frames[name] = frame.map(lambda v: str(v) if isinstance(v, list | dict) else v)
-    return frames
+        for step, values in curves(record, stage).dropna(how="all").iterrows():
+            yield stage, float(step), values.dropna().to_dict()
 
 
 def summary_values(record: records.Record) -> dict[str, float]:
     """Return metric values and interval ends, flat: ``rir``, ``rir_low``, ``rir_high``."""
     return {
-        name + suffix: score[part]
+        f"{name}_{part}".removesuffix("_value"): score[part]
         for name, score in record["metrics"].items()
-        for suffix, part in (("", "value"), ("_low", "low"), ("_high", "high"))
+        for part in ("value", "low", "high")
         if score[part] is not None
     }
-
-
-def grids(record: records.Record, folder: Path) -> dict[str, tuple[Path, str]]:
-    """Return the image grids that are on disk: name → (file, caption)."""
-    images = record.get("images", {}).items()
-    files = {name: (folder / image["path"], image["caption"]) for name, image in images}
-    return {name: (path, caption) for name, (path, caption) in files.items() if path.is_file()}
 
 
 def log_media(
@@ -114,10 +86,17 @@ def log_media(
     """
     from eval.report.plots import curve_png
 
-    for name, frame in tables(record).items():
-        run.log({f"tables/{name}": module.Table(dataframe=frame, **table_options)})
-    for name, (png, caption) in grids(record, folder).items():
-        run.log({f"images/{name}": module.Image(str(png), caption=caption)})
+    metrics = [{"metric": name, **score} for name, score in record["metrics"].items()]
+    for name, rows in {"metrics": metrics, **record["tables"]}.items():
+        frame = pd.DataFrame(rows, dtype=object)
+        frame = frame.where(frame.notna(), None)
+        frame = frame.map(lambda value: str(value) if isinstance(value, list | dict) else value)
+        if rows:
+            run.log({f"tables/{name}": module.Table(dataframe=frame, **table_options)})
+    for name, image in record.get("images", {}).items():
+        path = folder / image["path"]
+        if path.is_file():
+            run.log({f"images/{name}": module.Image(str(path), caption=image["caption"])})
     plots = folder / "plots" / module.__name__
     plots.mkdir(parents=True, exist_ok=True)
     for name, curve in record["curves"].items():
@@ -129,9 +108,8 @@ def files(record: records.Record, report: Path) -> dict[str, Path]:
     """Return name → path of record, report, image grids, and immunized weights in the cache."""
     folder = report.parent.resolve()
     cache = Path(record["config"].get("paths", {}).get("cache", "")).resolve() / IMMUNIZE
-    images = [path.resolve() for path, _ in grids(record, folder).values()]
-    paths = [folder / "record.json", report.resolve(), *images]
-    named = {path.relative_to(folder).as_posix(): path for path in paths}
+    images = [image["path"] for image in record.get("images", {}).values()]
+    named = {name: folder / name for name in ("record.json", report.name, *images)}
     for cell in record["cells"]:
         if cell["stage"] == IMMUNIZE and cell["model"] not in (None, BASELINE):
             name = f"weights/{cell['case']}/seed{cell['seed']}.safetensors"

@@ -5,6 +5,7 @@ curves overlaid.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from eval.report.leaderboard import columns
 from eval.report.words import heading
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.tracking.views import ATTACK, IMMUNIZE, curve_rows
+from lab.tracking.views import ATTACK, IMMUNIZE, curves
 from lab.tracking.wandb_backend import has_key
 
 
@@ -57,15 +58,12 @@ def build(loaded: Sequence[records.Record], entity: str, project: str) -> Worksp
     """
     names = columns(name for record in loaded for name in record["metrics"])
     bars: list[Any] = [BarPlot(title=heading(n), metrics=[SummaryMetric(n)]) for n in names]
-    sections = [Section(name="Figures, worst attacker first", panels=bars, is_open=True)]
+    sections = [Section(name="Figures, strongest attack first", panels=bars, is_open=True)]
     for stage in (ATTACK, IMMUNIZE):
-        curves: dict[str, set[str]] = {}
-        for record in loaded:
-            for key in {key for _, values in curve_rows(record, stage) for key in values}:
-                curves.setdefault(key.rpartition("/")[0], set()).add(f"{stage}/{key}")
+        keys = sorted({key for record in loaded for key in curves(record, stage)})
         plots: list[Any] = [
-            LinePlot(title=heading(curve), x=f"{stage}/step", y=[*sorted(keys)])
-            for curve, keys in sorted(curves.items())
+            LinePlot(title=heading(curve.split("/")[1]), x=f"{stage}/step", y=[*series])
+            for curve, series in groupby(keys, lambda key: key.rpartition("/")[0])
         ]
         if plots:
             sections.append(Section(name=f"Curves: {stage}", panels=plots, is_open=stage == ATTACK))

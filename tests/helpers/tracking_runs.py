@@ -2,7 +2,6 @@
 
 import json
 import struct
-import time
 
 from omegaconf import OmegaConf
 from PIL import Image
@@ -135,9 +134,7 @@ def track(folder, tracker, live=3):
     trackers = Trackers(cfg, folder)
     for step in range(live):
         trackers.log("immunize/c/seed0", step, {"rir": 1.0 + step, "bad": float("nan")})
-    began = time.monotonic()
     trackers.finish(folder / "record.json", folder / "report.html")
-    return time.monotonic() - began
 
 
 def wandb_chunks(path):

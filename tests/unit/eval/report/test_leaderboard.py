@@ -30,13 +30,6 @@ def test_outcome_says_verdict_figures_and_certainty() -> None:
     assert outcome(digits()).label == "inconclusive"  # no attack was run
 
 
-def test_one_seed_supports_no_claim() -> None:
-    one = generated()
-    for entry in one["metrics"].values():
-        entry |= {"n": 1, "interval": "within_seed"}
-    assert "no claim about other seeds" in outcome(sealed(one)).details[0]
-
-
 def test_an_attack_that_works_on_neither_model_is_inconclusive() -> None:
     one = generated("mima", holds=False)
     none = {"value": None, "low": None, "high": None, "note": "never relearned"}
@@ -66,6 +59,7 @@ def test_a_run_that_diverged_in_part_never_passes() -> None:
         ({"value": 1.5, "required": "≤ 1.25"}, "fails"),
         ({"value": 1.0, "required": "≤ 1.25", "bound": "lower"}, "inconclusive"),
         ({"value": 0.3, "low": -0.1, "required": "interval above 0"}, "fails"),
+        ({"value": 1.0, "result": "inconclusive"}, "inconclusive"),
     ],
 )
 def test_a_limit_or_a_gap_leaves_a_check_inconclusive(changes: dict, word: str) -> None:
@@ -86,10 +80,10 @@ def test_a_preset_of_a_paper_stands_beside_what_the_paper_reports() -> None:
 
 
 def test_order_puts_passing_methods_first_then_the_slowdown() -> None:
-    rows = [r for r in leaderboard(sweep()) if r["scenario"] == "house_price"]
+    rows = [r for r in leaderboard(sweep()) if r.record["scenario"] == "house_price"]
     names = ["kappa_closed_form", "kappa", "kappa_opt", "kappa_ill_only", "kappa_well_only"]
-    assert [r["immunizer"] for r in rows] == [*names, "none", "kappa_imma"]
-    assert [r["rank"] for r in rows] == [1, 2, 3, 4, 5, None, None]
+    assert [r.record["immunizer"] for r in rows] == [*names, "none", "kappa_imma"]
+    assert [r.rank for r in rows] == [1, 2, 3, 4, 5, None, None]
 
 
 def test_among_failures_the_checks_passed_decide_then_the_slowdown() -> None:
@@ -99,7 +93,7 @@ def test_among_failures_the_checks_passed_decide_then_the_slowdown() -> None:
     for one, passed in zip(records, (1, 2, 2), strict=True):
         for i, check in enumerate(one["tables"]["verdict"]):
             check["passed"] = i < passed
-    assert [r["immunizer"] for r in leaderboard(records)] == ["b", "c", "a"]
+    assert [r.record["immunizer"] for r in leaderboard(records)] == ["b", "c", "a"]
 
 
 def test_the_least_protected_target_decides_and_divergence_comes_last() -> None:
@@ -108,7 +102,12 @@ def test_the_least_protected_target_decides_and_divergence_comes_last() -> None:
     weak["metrics"]["steps_to_relearn_ratio"]["value"] = 9.0
     diverged["status"] = "diverged"
     rows = leaderboard([sealed(diverged), generated("mima", holds=False), sealed(weak), strong])
-    assert [r["immunizer"] for r in rows] == ["mima_deep", "mima_weak", "mima", "mima_broken"]
+    assert [r.record["immunizer"] for r in rows] == [
+        "mima_deep",
+        "mima_weak",
+        "mima",
+        "mima_broken",
+    ]
 
 
 # ---- groups
@@ -122,11 +121,11 @@ def test_only_the_same_attacks_budget_and_cases_compete() -> None:
     other = attacked("other", 8.0, 1.0, 5.0)
     other["cells"] = [cell | {"case": "garage"} for cell in other["cells"]]
     rows = leaderboard([hard, easy, long, sealed(other), failed()])
-    assert {r["immunizer"]: r["rank"] for r in rows if r["rank"]} == {
+    assert {r.record["immunizer"]: r.rank for r in rows if r.rank} == {
         name: 1 for name in ("hard", "easy", "long", "other")
     }
-    assert len({r["title"] for r in rows}) == 4
-    assert "Two attacks, 200 of 1000 steps" in rows[2]["title"] + rows[3]["title"]
+    assert len({r.title for r in rows}) == 4
+    assert "two attacks, 200 of 1000 steps" in rows[2].title + rows[3].title
 
 
 def test_a_run_that_ended_early_stands_where_it_was_asked_to() -> None:
@@ -136,14 +135,14 @@ def test_a_run_that_ended_early_stands_where_it_was_asked_to() -> None:
     early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})
     killed = {k: v for k, v in early.items() if k != "cells"} | {"immunizer": "killed"}
     rows = leaderboard([early, killed, first, second])
-    titles = {r["immunizer"]: r["title"] for r in rows}
+    titles = {r.record["immunizer"]: r.title for r in rows}
     assert titles["kappa_imma"] == titles["killed"] == titles["second"] != titles["first"]
 
 
 # ---- text
 
 
-def test_texts_show_limits_gaps_and_at_most_eight_columns() -> None:
+def test_texts_show_limits_and_gaps() -> None:
     one = generated()
     one["metrics"]["steps_to_relearn_ratio_worst"] |= {"bound": "lower"}
     one["metrics"]["asr"] |= {"value": None, "low": None, "high": None, "note": "no detector"}
@@ -152,8 +151,20 @@ def test_texts_show_limits_gaps_and_at_most_eight_columns() -> None:
     assert "| ≥ 1.7× [1.6, 1.8] |" in row
     assert "| – |" in row
     assert "a\\|b" in markdown
-    lines = to_text(leaderboard(sweep())).splitlines()
-    assert max(line.count("──  ─") for line in lines) < 8
+    assert "1  kappa_closed_form" in to_text(leaderboard(sweep()))
+
+
+def test_the_leaderboard_names_the_strongest_attack() -> None:
+    one = generated()
+    place = {"model": "immunized", "role": "harmful", "case": "c", "concept": "neon"}
+    shares = {"lora": (0.2, 0.9, 0.8), "full_finetune": (0.6, 0.4, 0.4), "weak": (0.1, 0.1, None)}
+    one["tables"]["attacks"] = [
+        place | {"attack": attack, "seed": seed, "at_040": values[seed], "at_200": 1.0}
+        for attack, values in shares.items()
+        for seed in range(3)
+    ]
+    one["attacks"] = list(shares)
+    assert "| lora (2 of 3) |" in to_markdown(leaderboard([sealed(one)]))
 
 
 def test_csv_has_full_precision_and_no_formula() -> None:

@@ -60,7 +60,11 @@ def test_the_view_overlays_runs_of_one_scenario(cfg, tmp_path, monkeypatch, caps
     sections = {
         s.name: [p.config for p in s.panels] for s in view.spec.section.panel_bank_config.sections
     }
-    assert list(sections) == ["Figures, worst attacker first", "Curves: attack", "Curves: immunize"]
+    assert list(sections) == [
+        "Figures, strongest attack first",
+        "Curves: attack",
+        "Curves: immunize",
+    ]
     curve = next(
         p
         for p in sections["Curves: attack"]
