@@ -11,7 +11,6 @@ from typing import Annotated, Any, ClassVar
 
 import timm
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import global_pool_nlc
 from timm.models import load_state_dict
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.images import resize
 from lab.core.seeding import derive
 from lab.core.types import Backbone, FeatureModel
 
@@ -113,9 +113,8 @@ class VisionModel(FeatureModel):
 
     def inputs(self, x: Tensor) -> Tensor:
         x = x.to(self.mean.dtype) / 255.0 if x.dtype == torch.uint8 else x.to(self.mean.dtype)
-        if self.size is not None and x.shape[-2:] != (self.size, self.size):
-            size = (self.size, self.size)
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
+        if self.size is not None:
+            x = resize(x, self.size)
         return (x - self.mean) / self.std
 
 

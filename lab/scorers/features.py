@@ -12,9 +12,10 @@ from torch import Tensor
 
 from lab.core.config import Count, Text, config
 from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.images import resize
 from lab.core.seeding import generator
 from lab.models.vision import PACKAGE_MODEL, ImageSize, VisionModel, load_model
-from lab.scorers.networks import check_images, resized
+from lab.scorers.clip import check_images
 
 _TINY = 1e-10
 
@@ -143,7 +144,7 @@ class Lpips:
         """Return LPIPS float32 [n] between images of equal index, uint8 [n, 3, h, w], h, w ≥ 64."""
         side, distances = max(64, a.shape[-1]), []
         for pair in zip(a.split(self.batch), b.split(self.batch), strict=True):
-            x, y = (resized(check_images(part), side).to(self.device) for part in pair)
+            x, y = (resize(check_images(p).float() / 255, side).to(self.device) for p in pair)
             distances.append(self._net(x, y, normalize=True).flatten().float().cpu())
         return torch.cat(distances)
 

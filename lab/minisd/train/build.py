@@ -43,9 +43,9 @@ class Widths:
     groups: Count = 8
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path:
+def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> CLIPTokenizer:
     """Learn a byte-level BPE in CLIP's format from ``texts``; write ``vocab.json``, ``merges.txt``
-    and configs to ``folder``, and return it.
+    and configs to ``folder``, and return the tokenizer that they hold.
 
     Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
 
@@ -90,10 +90,6 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> Path
     facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(facts | special, indent=1))
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
-    return folder
-
-
-def load_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(str(folder))
 
 

@@ -1,15 +1,17 @@
 """Measure MiniSD: what share of its images shows what the prompt names, beside the same scorers on
-real images.
+real images. Write its model card.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from lab.core.data import Sampling
@@ -17,21 +19,25 @@ from lab.core.images import grid
 from lab.core.seeding import derive
 from lab.minisd.train.scorers import NAMES, class_prompts, prototypes, zero_shot
 from lab.minisd.world.captions import By, noun, prompts
-from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
-from lab.minisd.world.world import TRAINING, UNSEEN_PAIRS, Subset, sample
+from lab.minisd.world.vocabulary import (
+    HELD_OUT_OBJECTS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_STYLES,
+    OBJECTS,
+    PHOTO,
+    STYLE_NAMES,
+)
+from lab.minisd.world.world import CREDIT, TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
-from lab.scorers.detector import Head
-from lab.scorers.features import floor, frechet_distance
+from lab.models.diffusion_backbone import MINISD, DiffusionBackbone
+from lab.scorers.clip import OpenClip
+from lab.scorers.detector import Head, load_detector
+from lab.scorers.features import FeatureScorer, floor, frechet_distance
 from lab.scorers.load import Scorers
 
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts with the object and the style that each names."""
-
-    prompts: tuple[str, ...]
-    objects: tuple[str, ...]
-    styles: tuple[str, ...]
+SHIPPED = MINISD.parent
+PromptSet = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+"""Prompts, and the object and the style that each names."""
 
 
 def prompts_for(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") -> PromptSet:
@@ -43,7 +49,7 @@ def prompts_for(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") ->
         ways = prompts(noun(name), style, by)
         rows += [(ways[i % len(ways)], name, style) for i in range(each)]
     texts, objects, styles = zip(*rows, strict=True)
-    return PromptSet(texts, objects, styles)
+    return texts, objects, styles
 
 
 def suites(scale: int) -> dict[str, PromptSet]:
@@ -124,9 +130,8 @@ def measure(
         }
 
     generated = {}
-    for name, suite in suites(scale).items():
-        images = generate(model, suite.prompts, seed, name, sampling)
-        generated[name] = score(images, suite.objects, suite.styles)
+    for name, (texts, objects, styles) in suites(scale).items():
+        generated[name] = score(generate(model, texts, seed, name, sampling), objects, styles)
     subsets = {
         "photos": Subset(OBJECTS, (PHOTO,), two_share=0.0),
         "styles": Subset(OBJECTS, STYLE_NAMES, pairs="seen", two_share=0.0),
@@ -163,6 +168,54 @@ def generate(
 def showcase(model: DiffusionModel, *, seed: int) -> Any:
     """Return a labelled grid of one image per style and object, as a PIL image."""
     styles, names = (PHOTO, *STYLE_NAMES), ("fox", "rocket", "guitar", "cactus", "cake")
-    texts = prompts_for([(name, style) for style in styles for name in names], 1).prompts
+    texts, _, _ = prompts_for([(name, style) for style in styles for name in names], 1)
     images = generate(model, texts, seed, "showcase", Sampling())
     return grid(images.unflatten(0, (len(styles), len(names))), styles, names)
+
+
+def make_card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
+    """Return the model card beside the weights, from the training record and the measured
+    quality.
+    """
+    data = ModelCardData(
+        license="cc-by-sa-4.0", library_name="diffusers", pipeline_tag="text-to-image"
+    )
+    worn = record["detector"]["worn"]["rates"]
+    values = {
+        "record": record,
+        "quality": quality,
+        "objects": OBJECTS,
+        "styles": STYLE_NAMES,
+        "held_out_objects": HELD_OUT_OBJECTS,
+        "held_out_styles": HELD_OUT_STYLES,
+        "held_out_pairs": HELD_OUT_PAIRS,
+        "most_missed": max(worn, key=lambda name: worn[name]["false_negative"]),
+        "credit": CREDIT,
+    }
+    template = str(Path(__file__).with_name("card.md"))
+    return f"{ModelCard.from_template(data, template, **values)}\n"
+
+
+def scorers_of(folder: Path) -> Scorers:
+    """Return the scorers in ``folder``, for MiniSD's own quality: those that were just trained
+    beside it.
+    """
+    return Scorers(
+        name="minisd",
+        clip=OpenClip(name=f"local-dir:{folder / 'clip'}"),
+        detector=load_detector(folder / "detector"),
+        features=FeatureScorer(image_size=128),  # as conf/scorers/minisd.yaml
+    )
+
+
+def assess(folder: Path, seed: int, scale: int) -> None:
+    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card
+    ``README.md``.
+    """
+    model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
+    scorers = scorers_of(folder / "scorers")
+    quality = measure(model, scorers, seed=derive(seed, "quality"), scale=scale)
+    (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
+    record = json.loads((folder / "training.json").read_text())
+    (folder / "README.md").write_text(make_card(record, quality))

@@ -4,6 +4,7 @@ networks minimise: the autoencoder its reconstruction, the denoiser the diffusio
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable
@@ -17,13 +18,13 @@ from lab.core import training
 from lab.core.config import Count, Index, NonNegative, Positive, options
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
-from lab.core.training import progress, restore_slots, slots
+from lab.core.training import part_of, progress, restore_slots, slots
 from lab.core.types import Checkpoint
 from lab.minisd.train.build import tokenize, tokenize_all
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[int, torch.Generator], Tensor]
-Validate = Callable[[], dict[str, float]]
+Validate = Callable[[Any], dict[str, float]]
 Rows = list[dict[str, float]]  # what was logged: the step, the loss and validation values
 _LOG_EVERY = 50  # steps over which the logged loss is a mean
 _VALIDATE_EVERY = 500  # steps
@@ -80,7 +81,7 @@ class _NetworkTraining:
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
-        self.average = {n: v.detach().clone() for n, v in model.state_dict().items()}
+        self.average = copy.deepcopy(model).eval()
         self.recent: list[float] = []  # losses since the last row of the log
 
     def step(self, step: int) -> dict[str, float] | None:
@@ -101,7 +102,8 @@ class _NetworkTraining:
         if done % _LOG_EVERY == 0 or is_last:
             row["loss"], self.recent = sum(self.recent) / len(self.recent), []
         if self.validate is not None and (done % _VALIDATE_EVERY == 0 or is_last):
-            row |= self._validate_average(self.validate)
+            with torch.no_grad():
+                row |= self.validate(self.average)
         if not row:
             return None
         values = " ".join(f"{key} {value:.4f}" for key, value in row.items())
@@ -111,37 +113,22 @@ class _NetworkTraining:
     def _average(self, step: int) -> None:
         decay = min(self.schedule.ema, (1 + step) / (10 + step))
         state = self.model.state_dict()
-        for name, average in self.average.items():
+        for name, average in self.average.state_dict().items():
             if average.is_floating_point():
                 average.lerp_(state[name], 1 - decay)
             else:
                 average.copy_(state[name])
 
-    def _validate_average(self, validate: Validate) -> dict[str, float]:
-        current = {n: v.clone() for n, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average)
-        self.model.eval()
-        with torch.no_grad():
-            values = validate()
-        self.model.load_state_dict(current)
-        self.model.train()
-        return values
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"model/{n}": v for n, v in self.model.state_dict().items()}
-        tensors |= {f"average/{n}": v for n, v in self.average.items()}
+        tensors |= {f"average/{n}": v for n, v in self.average.state_dict().items()}
         tensors |= {f"optimizer/{n}": v for n, v in slots(self.optimizer).items()}
         return tensors, {"recent": self.recent}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            names = (name for name in tensors if name.startswith(prefix))
-            return {name.removeprefix(prefix): tensors[name] for name in names}
-
-        self.model.load_state_dict(part("model/"))
-        for name, value in part("average/").items():
-            self.average[name].copy_(value)
-        restore_slots(self.optimizer, part("optimizer/"))
+        self.model.load_state_dict(part_of(tensors, "model/"))
+        self.average.load_state_dict(part_of(tensors, "average/"))
+        restore_slots(self.optimizer, part_of(tensors, "optimizer/"))
         self.recent = list(values["recent"])
 
 
@@ -167,7 +154,7 @@ def train(
     images and the same noise. The model ends with the averaged weights.
 
     Args:
-        validate: called every 500 steps, on the averaged weights.
+        validate: called every 500 steps with a copy of the model that has the averaged weights.
 
     Returns:
         The mean loss of the last 50 steps every 50 steps, and what ``validate`` returned.
@@ -180,7 +167,7 @@ def train(
     rows = training.train(
         network, schedule.steps, label=label, checkpoint=checkpoint, save_seconds=_SAVE_SECONDS
     )
-    model.load_state_dict(network.average)
+    model.load_state_dict(network.average.state_dict())
     model.eval()
     return rows
 
@@ -206,29 +193,27 @@ def train_vae(
         images, held_out: uint8 [n, 3, s, s].
         kl: weight of KL(posterior ‖ N(0, 1)), summed over the latent, divided by 3 s².
     """
-
     device = device_of(vae)
 
     def step(_: int, g: torch.Generator) -> Tensor:
         index = torch.randint(len(images), (schedule.batch,), generator=g)
         x = to_float(images[index].to(device))
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(
-            device
-        )
+        noise = torch.randn(posterior.mean.shape, generator=g).to(device)
+        z = posterior.mean + posterior.std * noise
         divergence = posterior.kl().mean() / x[0].numel()
         return F.l1_loss(vae.decode(z).sample, x) + kl * divergence
 
-    def validate() -> dict[str, float]:
+    def validate(average: Any) -> dict[str, float]:
         x = to_float(held_out.to(device))
-        y = torch.cat(
-            [vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)]
-        ).clamp(-1, 1)
+        means = [average.encode(part).latent_dist.mean for part in x.split(64)]
+        y = torch.cat([average.decode(mean).sample for mean in means]).clamp(-1, 1)
         mse = ((x - y) / 2).square().mean((1, 2, 3))
         return {"psnr": (-10 * mse.log10()).mean().item(), "l1": ((x - y) / 2).abs().mean().item()}
 
-    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
-    return train(vae, step, schedule, label="vae", **options)
+    return train(
+        vae, step, schedule, seed=seed, label="vae", checkpoint=checkpoint, validate=validate
+    )
 
 
 @torch.no_grad()
@@ -289,7 +274,7 @@ def train_denoiser(
         latents: mean and deviation of each image's posterior (`encode`); ``model.scale`` is set
             from them.
         captions: for each image several captions, one is drawn at every visit.
-        held_out: latents and captions of the validation pictures.
+        held_out: latents and captions of the validation images.
         gamma: clip of the signal-to-noise ratio in the loss weight.
         drop: share of captions that are replaced by the empty one.
     """
@@ -301,9 +286,9 @@ def train_denoiser(
     tokens, empty = tokenize_all(tokenizer, captions), tokenize(tokenizer, [""])[0]
     device = device_of(model)
 
-    def loss(*drawn: Tensor) -> Tensor:
+    def loss(network: Any, *drawn: Tensor) -> Tensor:
         z, ids, t, noise, a = (x.to(device) for x in (*drawn, alphas[drawn[2]].view(-1, 1, 1, 1)))
-        guess = model((a.sqrt() * z + (1 - a).sqrt() * noise), t, ids)
+        guess = network((a.sqrt() * z + (1 - a).sqrt() * noise), t, ids)
         return (guess - noise).square().mean((1, 2, 3))
 
     def step(_: int, g: torch.Generator) -> Tensor:
@@ -314,20 +299,22 @@ def train_denoiser(
         ids = tokens[index, torch.randint(tokens.shape[1], (n,), generator=g)]
         ids = torch.where(torch.rand(n, 1, generator=g) < drop, empty, ids)
         t = torch.randint(len(alphas), (n,), generator=g)
-        return (weights[t].to(device) * loss(z, ids, t, torch.randn(z.shape, generator=g))).mean()
+        noise = torch.randn(z.shape, generator=g)
+        return (weights[t].to(device) * loss(model, z, ids, t, noise)).mean()
 
     (mean, _), texts = held_out
     z, ids = scale * mean.float(), tokenize(tokenizer, texts)
     g = generator(seed, "denoiser", "validation")
     t, noise = torch.randint(len(alphas), (len(z),), generator=g), torch.randn(z.shape, generator=g)
 
-    def validate() -> dict[str, float]:
+    def validate(average: Any) -> dict[str, float]:
         parts = zip(z.split(64), ids.split(64), t.split(64), noise.split(64), strict=True)
-        plain = torch.cat([loss(*part) for part in parts]).cpu()
+        plain = torch.cat([loss(average, *part) for part in parts]).cpu()
         return {
             "validation_loss": plain.mean().item(),
             "validation_weighted": (weights[t] * plain).mean().item(),
         }
 
-    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
-    return train(model, step, schedule, label="denoiser", **options)
+    return train(
+        model, step, schedule, seed=seed, label="denoiser", checkpoint=checkpoint, validate=validate
+    )
