@@ -75,7 +75,6 @@ def write(folder: Path) -> None:
     """One part at a time, so that this phase needs the memory of the largest only."""
     import torch
     from diffusers import PNDMScheduler
-    from transformers import CLIPTokenizer
 
     from lab.minisd.train.build import train_tokenizer
 
@@ -88,10 +87,9 @@ def write(folder: Path) -> None:
         )
         part.save_pretrained(folder / name)
         del part
-    vocabulary = train_tokenizer([PROMPT, "a photo of a fox"], folder / "tokenizer", 560)
-    CLIPTokenizer.from_pretrained(str(vocabulary), model_max_length=77).save_pretrained(
-        str(folder / "tokenizer")
-    )
+    tokenizer = train_tokenizer([PROMPT, "a photo of a fox"], folder / "tokenizer", 560)
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
     noise = {
         "beta_start": 0.00085,
         "beta_end": 0.012,

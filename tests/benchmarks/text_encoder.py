@@ -33,14 +33,13 @@ from omegaconf import OmegaConf
 from lab.core.cache import Artifact, StageCache
 from lab.core.hashing import stage_key
 from lab.minisd.train import build, scorers
-from lab.minisd.train.publish import SHIPPED, save, scorers_of
 from lab.minisd.train.quality import measure
-from lab.minisd.train.recipe import Recipe, Training
+from lab.minisd.train.recipe import SHIPPED, Recipe, Training, save
+from lab.minisd.train.scorers import ClipWidths, clip_config, clip_network
 from lab.minisd.train.training import TextToImageNetwork, encode, train_denoiser
 from lab.minisd.world.world import TRAINING, sample
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
-from lab.scorers.networks import ClipWidths, clip_config, clip_network
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("joint", "contrastive")
@@ -145,14 +144,13 @@ def denoiser(
     model = TextToImageNetwork(unet, text)
 
     def compute(checkpoint: Any) -> Artifact:
-        held_out = training.pictures("held_out")
         rows = train_denoiser(
             model,
             tokenizer,
             build.scheduler(),
-            encode(vae, training.pictures("train").images),
+            encode(vae, training.images.images),
             training.texts(),
-            (encode(vae, held_out.images), held_out.texts),
+            (encode(vae, training.held_out.images), training.held_out.texts),
             r.denoiser,
             gamma=r.gamma,
             drop=r.drop,
@@ -178,7 +176,7 @@ def main() -> int:
         "--scale",
         type=int,
         default=8,
-        help="pictures, see lab.minisd.train.quality.suites; the card has 32",
+        help="images, see lab.minisd.train.quality.suites; the card has 32",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -202,7 +200,7 @@ def main() -> int:
         folder = save(DiffusionModel(*parts), given.outputs / kind)
         found[kind] = {"losses": losses} | measure(
             DiffusionBackbone(path=str(folder)).build(None, 0),
-            scorers_of(SHIPPED / "scorers"),
+            SHIPPED / "scorers",
             seed=1,
             scale=given.scale,
         )

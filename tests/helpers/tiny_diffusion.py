@@ -24,7 +24,7 @@ TINY = build.Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4
 def tokenizer() -> Any:
     texts = [text for style in ("mosaic", "neon", "photo") for text in prompts("a fox", style)]
     with tempfile.TemporaryDirectory() as folder:
-        return build.load_tokenizer(build.train_tokenizer(texts, Path(folder), 560))
+        return build.train_tokenizer(texts, Path(folder), 560)
 
 
 def tiny_diffusion(

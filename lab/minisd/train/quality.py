@@ -29,13 +29,11 @@ from lab.minisd.world.vocabulary import (
 )
 from lab.minisd.world.world import CREDIT, TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
-from lab.models.diffusion_backbone import MINISD, DiffusionBackbone
+from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import OpenClip
 from lab.scorers.detector import Head, load_detector
 from lab.scorers.features import FeatureScorer, floor, frechet_distance
-from lab.scorers.load import Scorers
 
-SHIPPED = MINISD.parent
 PromptSet = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 """Prompts, and the object and the style that each names."""
 
@@ -93,12 +91,11 @@ def lowest(predicted: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "share": share, "n": counts[name]}
 
 
-def measure(
-    model: DiffusionModel, scorers: Scorers, *, seed: int, scale: int = 32
-) -> dict[str, Any]:
+def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32) -> dict[str, Any]:
     """Measure every figure of the model card.
 
     Args:
+        scorers: the folder of the detector and of the small CLIP.
         scale: see `suites`; the card's figures use 32. The Fréchet distance takes 16 × ``scale``
             generations, with captions drawn as in training.
 
@@ -108,16 +105,17 @@ def measure(
         ``frechet`` with its ``floor``. Scorers: ``detector``, ``clip`` (zero-shot).
     """
     sampling, count = Sampling(steps=20), 16 * scale
+    clip, detector = OpenClip(name=str(scorers / "clip")), load_detector(scorers / "detector")
+    features = FeatureScorer(image_size=128).features  # as conf/scorers/minisd.yaml
     all_prompts: dict[Head, dict[str, list[str]]] = {
         "object": class_prompts("object", None),
         "style": class_prompts("style"),
     }
-    classes = {head: prototypes(scorers.clip.texts, texts) for head, texts in all_prompts.items()}
+    classes = {head: prototypes(clip.texts, texts) for head, texts in all_prompts.items()}
 
     def score(images: Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
         wanted: dict[Head, Sequence[str]] = {"object": objects, "style": styles}
-        by_detector = scorers.detector.top1(images)  # type: ignore[union-attr]
-        vectors = scorers.clip.images(images)
+        by_detector, vectors = detector.top1(images), clip.images(images)
         by_clip: dict[Head, list[str]] = {
             head: [NAMES[head][i] for i in zero_shot(vectors, table).tolist()]
             for head, table in classes.items()
@@ -145,14 +143,14 @@ def measure(
     texts = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
     images = generate(model, texts, seed, "fidelity", sampling)
     reference = sample(TRAINING, derive(seed, "quality", "fidelity"), 2 * count).images
-    features = scorers.features.features(reference)
+    real_features = features(reference)
     return {
         "shares": generated,
         "real": real,
         "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
         "frechet": {
-            "distance": frechet_distance(scorers.features.features(images), features[:count]),
-            "floor": floor(features, count, seed=seed),
+            "distance": frechet_distance(features(images), real_features[:count]),
+            "floor": floor(real_features, count, seed=seed),
             "pictures": float(count),
         },
     }
@@ -196,25 +194,12 @@ def make_card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
     return f"{ModelCard.from_template(data, template, **values)}\n"
 
 
-def scorers_of(folder: Path) -> Scorers:
-    """Return the scorers in ``folder``, for MiniSD's own quality: those that were just trained
-    beside it.
-    """
-    return Scorers(
-        name="minisd",
-        clip=OpenClip(name=f"local-dir:{folder / 'clip'}"),
-        detector=load_detector(folder / "detector"),
-        features=FeatureScorer(image_size=128),  # as conf/scorers/minisd.yaml
-    )
-
-
 def assess(folder: Path, seed: int, scale: int) -> None:
     """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card
     ``README.md``.
     """
     model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
-    scorers = scorers_of(folder / "scorers")
-    quality = measure(model, scorers, seed=derive(seed, "quality"), scale=scale)
+    quality = measure(model, folder / "scorers", seed=derive(seed, "quality"), scale=scale)
     (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
     showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
     record = json.loads((folder / "training.json").read_text())

