@@ -76,7 +76,7 @@ def write(folder: Path) -> None:
     import torch
     from diffusers import PNDMScheduler
 
-    from lab.minisd.train.build import train_tokenizer
+    from lab.minisd.train.networks import train_tokenizer
 
     torch.manual_seed(0)
     for name, make in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):

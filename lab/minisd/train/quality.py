@@ -19,6 +19,7 @@ from lab.core.images import grid
 from lab.core.seeding import derive
 from lab.minisd.train.scorers import NAMES, class_prompts, prototypes, zero_shot
 from lab.minisd.world.captions import By, noun, prompts
+from lab.minisd.world.openmoji import CREDIT
 from lab.minisd.world.vocabulary import (
     HELD_OUT_OBJECTS,
     HELD_OUT_PAIRS,
@@ -27,7 +28,7 @@ from lab.minisd.world.vocabulary import (
     PHOTO,
     STYLE_NAMES,
 )
-from lab.minisd.world.world import CREDIT, TRAINING, UNSEEN_PAIRS, Subset, sample
+from lab.minisd.world.world import TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import OpenClip
@@ -194,13 +195,12 @@ def make_card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
     return f"{ModelCard.from_template(data, template, **values)}\n"
 
 
-def assess(folder: Path, seed: int, scale: int) -> None:
-    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and the model card
-    ``README.md``.
+def assess(folder: Path, record: Mapping[str, Any], seed: int, scale: int) -> None:
+    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and, from these and
+    the training record, the model card ``README.md``.
     """
     model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
     quality = measure(model, folder / "scorers", seed=derive(seed, "quality"), scale=scale)
     (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
     showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
-    record = json.loads((folder / "training.json").read_text())
     (folder / "README.md").write_text(make_card(record, quality))

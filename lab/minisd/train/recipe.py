@@ -30,10 +30,8 @@ from lab.core.errors import UserError
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
 from lab.core.sources import source_hash
-from lab.minisd.train import build, scorers
-from lab.minisd.train.quality import assess
-from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
-from lab.minisd.train.training import (
+from lab.minisd.train import networks, scorers
+from lab.minisd.train.networks import (
     Rows,
     Schedule,
     TextToImageNetwork,
@@ -41,6 +39,8 @@ from lab.minisd.train.training import (
     train_denoiser,
     train_vae,
 )
+from lab.minisd.train.quality import assess
+from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
 from lab.minisd.world.world import TRAINING, Sample, sample
 from lab.models.devices import pick
 from lab.models.diffusion import DiffusionModel
@@ -70,7 +70,7 @@ class Recipe:
         pictures: training images; ``held_out`` more, never trained on, for validation.
         captions: captions drawn per image.
         vocabulary: tokens of the tokenizer at most.
-        kl, gamma, drop: see `lab.minisd.train.training`.
+        kl, gamma, drop: see `lab.minisd.train.networks`.
         scorers: the evaluators that are trained beside it, on other images.
         workers: processes that render images.
         device: where the networks are trained (`lab.models.devices.pick`); images are drawn and
@@ -90,7 +90,7 @@ class Recipe:
     vae: Schedule
     denoiser: Schedule
     scorers: ScorerRecipe
-    widths: build.Widths = field(default_factory=build.Widths)
+    widths: networks.Widths = field(default_factory=networks.Widths)
     workers: Count = 1
     device: str = "auto"
     measured: Count = 32
@@ -137,7 +137,7 @@ class Training:
     def tokenizer(self) -> Any:
         texts = [text for texts in self.texts() for text in texts]
         with tempfile.TemporaryDirectory() as folder:
-            return build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
+            return networks.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
 
     # ---- stages
 
@@ -169,7 +169,7 @@ class Training:
 
     def vae(self) -> Any:
         r = self.recipe
-        model = build.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
+        model = networks.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
             images, held_out = self.images.images, self.held_out.images
@@ -177,13 +177,13 @@ class Training:
                 model, images, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint
             )
 
-        return self._stage("vae", model, ("train.training", "world.world"), fit)
+        return self._stage("vae", model, ("train.networks", "world.world"), fit)
 
     def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
         """Return the trained U-Net with its text encoder."""
         r = self.recipe
-        unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-        model = TextToImageNetwork(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
+        unet = networks.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
+        model = TextToImageNetwork(unet, networks.text_encoder(r.widths, len(tokenizer), r.seed))
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
             vae.to(self.device)
@@ -193,7 +193,7 @@ class Training:
             return train_denoiser(
                 model,
                 tokenizer,
-                build.scheduler(),
+                networks.scheduler(),
                 latents,
                 self.texts(),
                 held_out,
@@ -204,15 +204,16 @@ class Training:
                 checkpoint=checkpoint,
             )
 
-        return self._stage("denoiser", model, ("train.training", "world.world"), fit)
+        return self._stage("denoiser", model, ("train.networks", "world.world"), fit)
 
     def model(self) -> DiffusionModel:
         """Return the whole text-to-image model in float32."""
-        tokenizer, vae = self.tokenizer(), self.vae()
-        trained = self.denoiser(vae, tokenizer)
+        vae = self.vae()
+        trained = self.denoiser(vae, self.tokenizer())
         vae.register_to_config(scaling_factor=float(trained.scale))
+        tokenizer = self.tokenizer()  # a used one would be saved with the padding of its last call
         text_encoders = [trained.text_encoder]
-        return DiffusionModel(trained.unet, vae, text_encoders, [tokenizer], build.scheduler())
+        return DiffusionModel(trained.unet, vae, text_encoders, [tokenizer], networks.scheduler())
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""
@@ -263,10 +264,6 @@ def save(model: DiffusionModel, folder: Path) -> Path:
     """Write float16 safetensors in diffusers layout, which load as float32 where nobody asks for
     another type.
     """
-    backend = getattr(model.tokenizers[0], "backend_tokenizer", None)
-    if backend is not None:  # transformers 5; it would write its last call's
-        backend.no_padding()
-        backend.no_truncation()
     model.half().save(folder)
     # transformers loads what it says here, diffusers float32
     config = folder / "text_encoder" / "config.json"
@@ -310,7 +307,7 @@ def run(cfg: DictConfig) -> Path:
         "sha256": hashes(fresh),
     }
     (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    assess(fresh, recipe.seed, recipe.measured)
+    assess(fresh, record, recipe.seed, recipe.measured)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     target = relative(folder)

@@ -33,8 +33,16 @@ from transformers import CLIPTokenizer
 from lab.core.config import Count, options
 from lab.core.seeding import derive, generator
 from lab.core.types import Checkpoint
-from lab.minisd.train.build import CONTEXT, tokenize, tokenize_all, train_tokenizer
-from lab.minisd.train.training import Rows, Schedule, device_of, train
+from lab.minisd.train.networks import (
+    CONTEXT,
+    Rows,
+    Schedule,
+    device_of,
+    tokenize,
+    tokenize_all,
+    train,
+    train_tokenizer,
+)
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.scenes import BACKGROUNDS, compose

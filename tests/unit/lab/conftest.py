@@ -4,7 +4,7 @@ import pytest
 from minisd_words import world_prompts
 from tracking_runs import forget_key, run_folder
 
-from lab.minisd.train import build
+from lab.minisd.train import networks
 
 
 @pytest.fixture
@@ -24,4 +24,4 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
-    return build.train_tokenizer(world_prompts(), tokenizer_folder, 1024)
+    return networks.train_tokenizer(world_prompts(), tokenizer_folder, 1024)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from lab.core.cache import StageCache
 from lab.core.errors import UserError
-from lab.minisd.train import recipe, training
+from lab.minisd.train import networks, recipe
 from lab.minisd.train.recipe import Training, hashes, run
 
 pytestmark = pytest.mark.slow
@@ -134,7 +134,7 @@ def test_diffusers_alone_loads_it_in_float32_and_draws(folder, tmp_path) -> None
 
 def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
     """No network is trained again, and the same bytes are written."""
-    monkeypatch.setattr(training._NetworkTraining, "step", None)
+    monkeypatch.setattr(networks._NetworkTraining, "step", None)
     monkeypatch.setattr(recipe, "assess", lambda *args: None)
     other = config(root)
     other.paths.outputs = str(root / "again")

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from lab.core.seeding import generator
+from lab.minisd.train.networks import Schedule
 from lab.minisd.train.quality import lowest, shares
 from lab.minisd.train.scorers import (
     NAMES,
@@ -36,7 +37,6 @@ from lab.minisd.train.scorers import (
     train_detector,
     zero_shot,
 )
-from lab.minisd.train.training import Schedule
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.minisd.world.world import TRAINING
 from lab.scorers.clip import OpenClip

@@ -9,7 +9,7 @@ import json
 import pytest
 from minisd_words import world_prompts
 
-from lab.minisd.train import build
+from lab.minisd.train import networks
 
 FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -20,7 +20,7 @@ def test_same_texts_same_files(tmp_path) -> None:
     lists = texts, [*reversed(texts), texts[0]], [*texts, "zebra zebra", "zebra crossing"]
     written = []
     for number, words in enumerate(lists):
-        build.train_tokenizer(words, tmp_path / str(number), 560)
+        networks.train_tokenizer(words, tmp_path / str(number), 560)
         written.append([(tmp_path / str(number) / name).read_bytes() for name in FILES])
     assert written[0] == written[1]
     assert written[0][0] != written[2][0]
@@ -60,7 +60,7 @@ def test_any_text_round_trips(tokenizer, text) -> None:
 
 
 def test_tokenize_pads_with_the_end_and_cuts_as_stable_diffusion_does(tokenizer) -> None:
-    ids = build.tokenize(tokenizer, ["", "a fox", "fox " * 60])
+    ids = networks.tokenize(tokenizer, ["", "a fox", "fox " * 60])
     sos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     a, fox = tokenizer.convert_tokens_to_ids(["a</w>", "fox</w>"])
     assert ids[0].tolist() == [sos] + [eos] * 31

@@ -18,8 +18,8 @@ from lab.core.cache import StageCheckpoint
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
 from lab.core.types import same_weights
-from lab.minisd.train import build, training
-from lab.minisd.train.training import (
+from lab.minisd.train import networks
+from lab.minisd.train.networks import (
     Schedule,
     encode,
     min_snr,
@@ -114,8 +114,8 @@ def test_weights_and_average_by_hand(ema) -> None:
 @pytest.fixture
 def often(monkeypatch) -> None:
     """Validate every five steps and save every step."""
-    monkeypatch.setattr(training, "_VALIDATE_EVERY", 5)
-    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(networks, "_VALIDATE_EVERY", 5)
+    monkeypatch.setattr(networks, "_SAVE_SECONDS", 0.0)
 
 
 def test_validation_sees_the_average_and_leaves_the_weights_alone(often) -> None:
@@ -231,21 +231,25 @@ def shown():
 
 
 def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
-    vae, unet, text = build.vae(TINY, 0), build.unet(TINY, 0), build.text_encoder(TINY, 600, 0)
+    vae, unet, text = (
+        networks.vae(TINY, 0),
+        networks.unet(TINY, 0),
+        networks.text_encoder(TINY, 600, 0),
+    )
     z = vae.encode(torch.zeros(2, 3, 64, 64)).latent_dist.mean
     assert z.shape == (2, 4, 16, 16)
     assert vae.decode(z).sample.shape == (2, 3, 64, 64)
     hidden = text(torch.full((2, 32), 599))[0]
     assert hidden.shape == (2, 32, TINY.text)
     assert unet(z, torch.tensor([0, 999]), hidden).sample.shape == z.shape
-    for make in (build.vae, build.unet, lambda w, s: build.text_encoder(w, 600, s)):
+    for make in (networks.vae, networks.unet, lambda w, s: networks.text_encoder(w, 600, s)):
         assert same_weights(make(TINY, 1), make(TINY, 1))
         assert not same_weights(make(TINY, 1), make(TINY, 2))
 
 
 def test_scheduler_is_stable_diffusions() -> None:
     """Scaled linear: √β runs evenly from √0.00085 to √0.012."""
-    alphas = build.scheduler().alphas_cumprod
+    alphas = networks.scheduler().alphas_cumprod
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     assert torch.allclose(alphas.double(), (1 - betas).cumprod(0), atol=1e-5)
 
@@ -264,7 +268,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
     """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
     pictures.
     """
-    model, kl, seed = build.vae(TINY, 0), 2.5, 7
+    model, kl, seed = networks.vae(TINY, 0), 2.5, 7
     g = generator(seed, "vae", 0)
     x = shown.images[torch.randint(24, (3,), generator=g)].float() / 127.5 - 1
     with torch.no_grad():
@@ -288,7 +292,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
 
 
 def test_encode_gives_the_posterior(shown) -> None:
-    model = build.vae(TINY, 0)
+    model = networks.vae(TINY, 0)
     mean, deviation = encode(model, shown.images)
     with torch.no_grad():
         posterior = model.encode(to_float(shown.images)).latent_dist
@@ -322,7 +326,7 @@ def _fit(model, tokenizer, schedule, *, drop=0.0):
     rows = train_denoiser(
         model,
         tokenizer,
-        build.scheduler(),
+        networks.scheduler(),
         _latents(8),
         texts,
         (_latents(6, 1), ["a fox"] * 6),
@@ -344,7 +348,7 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     total = mean.double().var(correction=0) + deviation.double().square().mean()
     assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
 
-    alphas = build.scheduler().alphas_cumprod
+    alphas = networks.scheduler().alphas_cumprod
     noisy, t, _ = model.inputs[0]
     g = generator(5, "denoiser", 0)
     index = torch.randint(8, (64,), generator=g)
@@ -368,7 +372,7 @@ def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     model = _Fixed(0.0)
     _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), drop=0.25)
     ids = torch.cat([tokens for _, _, tokens in model.inputs[:4]])
-    empty, fox, lion = build.tokenize(tokenizer, ["", "a fox", "a lion"])
+    empty, fox, lion = networks.tokenize(tokenizer, ["", "a fox", "a lion"])
     shares = [(ids == row).all(1).float().mean().item() for row in (empty, fox, lion)]
     assert sum(shares) == pytest.approx(1)
     assert shares[0] == pytest.approx(0.25, abs=0.05)  # 3.7 standard errors

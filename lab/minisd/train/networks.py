@@ -1,26 +1,35 @@
-"""Training of MiniSD's networks: AdamW over one cycle with averaged weights, and what the two
-networks minimise: the autoencoder its reconstruction, the denoiser the diffusion loss.
+"""MiniSD's networks, made from configs, and their training.
+
+They are the classes of Stable Diffusion v1, only smaller. Sizes are those of a prototype, measured
+on two cores: no attention where the latent is 16 × 16 (it would double the time of a step and buy
+nothing there). AdamW runs over one cycle with averaged weights; the autoencoder minimises its
+reconstruction, the denoiser the diffusion loss.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lab.core import training
 from lab.core.config import Count, Index, NonNegative, Positive, options
 from lab.core.errors import Diverged
-from lab.core.seeding import generator
+from lab.core.seeding import derive, generator
 from lab.core.training import part_of, progress, restore_slots, slots
 from lab.core.types import Checkpoint
-from lab.minisd.train.build import tokenize, tokenize_all
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[int, torch.Generator], Tensor]
@@ -29,6 +38,160 @@ Rows = list[dict[str, float]]  # what was logged: the step, the loss and validat
 _LOG_EVERY = 50  # steps over which the logged loss is a mean
 _VALIDATE_EVERY = 500  # steps
 _SAVE_SECONDS = 60.0  # least time between two checkpoints
+CONTEXT = 32  # tokens; the longest caption of the world has 24
+SOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+# ---- the networks
+
+
+@options
+class Widths:
+    """What makes a MiniSD larger or smaller; tests take tiny ones.
+
+    Attributes:
+        vae: channels of the autoencoder from 64 × 64 down to 16 × 16; multiples of ``groups``.
+        unet: channels of the U-Net at 16 × 16, 8 × 8 and 4 × 4; multiples of ``groups``.
+        text: width of the text encoder (cross-attention width of the U-Net); a multiple of 32.
+        layers: transformer layers of the text encoder.
+        groups: groups of every group norm.
+    """
+
+    vae: tuple[Count, Count, Count] = (24, 48, 64)
+    unet: tuple[Count, Count, Count] = (48, 96, 128)
+    text: Annotated[int, Field(strict=True, ge=32, multiple_of=32)] = 128
+    layers: Count = 3
+    groups: Count = 8
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> CLIPTokenizer:
+    """Learn a byte-level BPE in CLIP's format from ``texts``; write ``vocab.json``, ``merges.txt``
+    and configs to ``folder``, and return the tokenizer that they hold.
+
+    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
+
+    Args:
+        vocabulary: tokens at most, 514 of which are bytes (each inside and at the end of a word),
+            start and end.
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    final = [f"{letter}</w>" for letter in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 2,  # start and end come last
+        min_frequency=2,
+        show_progress=False,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        # otherwise numbered as a hash map gives them, and the numbers break ties of merges
+        special_tokens=final,
+    )
+    bpe.train_from_iterator(sorted(set(texts)), trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    tokens = [*alphabet, *final, *(p.replace(" ", "") for p in pairs), SOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False)
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8"
+    )
+    special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts | special, indent=1))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
+    """Return token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable
+    Diffusion does.
+    """
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), max_length=tokenizer.model_max_length, **options).input_ids
+
+
+def tokenize_all(tokenizer: Any, captions: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return token ids [n, k, CONTEXT] of k captions for each of n images."""
+    flat = tokenize(tokenizer, [text for texts in captions for text in texts])
+    return flat.view(len(captions), len(captions[0]), -1)
+
+
+def vae(widths: Widths, seed: int) -> Any:
+    """Build the autoencoder: 64 × 64 pixels to 16 × 16 × 4 latents."""
+    torch.manual_seed(derive(seed, "vae", "init"))
+    depth = len(widths.vae)
+    return AutoencoderKL(
+        block_out_channels=widths.vae,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=widths.groups,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def unet(widths: Widths, seed: int) -> Any:
+    torch.manual_seed(derive(seed, "unet", "init"))
+    lower = len(widths.unet) - 1
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=widths.unet,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
+        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
+        cross_attention_dim=widths.text,
+        # four heads: diffusers reads this key as their number, as it does for SD v1
+        attention_head_dim=4,
+        norm_num_groups=widths.groups,
+    )
+
+
+def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
+    """Build a `CLIPTextModel` whose last two token ids are start and end."""
+    torch.manual_seed(derive(seed, "text", "init"))
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=widths.text,
+        intermediate_size=4 * widths.text,
+        num_hidden_layers=widths.layers,
+        num_attention_heads=widths.text // 32,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def scheduler() -> Any:
+    """Build DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012,
+    1,000 steps).
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+# ---- the training loop
 
 
 @options
@@ -172,6 +335,9 @@ def train(
     return rows
 
 
+# ---- the autoencoder
+
+
 def to_float(images: Tensor) -> Tensor:
     """uint8 [0, 255] to float [-1, 1], what the autoencoder takes."""
     return images.float().div_(127.5).sub_(1)
@@ -227,6 +393,9 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         means.append(posterior.mean.half().cpu())
         deviations.append(posterior.std.half().cpu())
     return torch.cat(means), torch.cat(deviations)
+
+
+# ---- the denoiser
 
 
 class TextToImageNetwork(nn.Module):
