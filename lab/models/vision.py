@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -212,7 +212,6 @@ class VisionBackbone(Backbone):
     name: Text = "vision"
 
     def __post_init__(self) -> None:
-        self._built: dict[int, VisionModel] = {}
         if self.weights not in ("timm", "random"):
             self._load(0)  # a wrong file shows before any data is loaded
 
@@ -231,7 +230,6 @@ class VisionBackbone(Backbone):
         tensors = as_model(network, self.image_size).state_dict(keep_vars=True)  # shared
         return {name: names[id(t)] for name, t in tensors.items()}
 
+    @lru_cache(maxsize=1)  # noqa: B019 (there are few backbones)
     def _load(self, seed: int) -> VisionModel:
-        if seed not in self._built:
-            self._built = {seed: load_model(self.model, self.weights, self.image_size, seed)}
-        return self._built[seed]
+        return load_model(self.model, self.weights, self.image_size, seed)

@@ -124,7 +124,7 @@ def lora(folder: Path) -> None:
 
     model = load(folder)
     with torch.no_grad():
-        z = model.to_latents(torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8))
+        z, _ = model.posterior(torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8))
         text = model.text([PROMPT])
     model.unet.add_adapter(
         LoraConfig(r=4, target_modules=["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"])

@@ -50,13 +50,6 @@ def test_feature_lpips_orders_changes(features) -> None:
     assert torch.allclose(features.distance(much, images), far)
 
 
-def test_stages_can_be_chosen(features) -> None:
-    images = _images(1)
-    few = FeatureScorer(image_size=64, stages=["stage2", "stage4"])
-    maps, every = few.maps(images), features.maps(images)  # of the stem, stage0, stage1, …
-    assert all(torch.equal(a, b) for a, b in zip(maps, (every[3], every[5]), strict=True))
-
-
 def test_feature_scorer_refuses() -> None:
     with pytest.raises(ValidationError, match="image_size"):
         FeatureScorer(image_size=8)
