@@ -147,24 +147,21 @@ class Detector:
             head: [self.names[head][i] for i in x.argmax(1).tolist()] for head, x in logits.items()
         }
 
-    def head(self, name: str) -> Head:
-        """Return the head that knows ``name``; raises `UserError` where none does."""
+    def detects(self, images: Tensor, name: str) -> Tensor:
+        """Return bool [n]: the calibrated probability of ``name`` is at least the threshold.
+
+        Raises:
+            UserError: no head knows ``name``.
+        """
         for head, known in self.names.items():
             if name in known:
-                return head
+                probabilities = self.probabilities(images)[head]
+                return probabilities[:, known.index(name)] >= self.threshold
         fix = (
             "the detector does not know it (for concepts of your own leave out relearning and "
             f"concept_verdict); {nearest(name, self.objects + self.styles)}"
         )
         raise UserError("scorers.detector", name, fix)
-
-    def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
-        """Return bool [n]: the calibrated probability of ``name`` is ≥ ``threshold`` (default: the
-        detector's own).
-        """
-        head = self.head(name)
-        least = self.threshold if threshold is None else threshold
-        return self.probabilities(images)[head][:, self.names[head].index(name)] >= least
 
     def save(self, folder: Path) -> Path:
         """Write the weights in float16 and everything else as JSON, for `load_detector`."""
@@ -238,12 +235,11 @@ class NudeNet:
         for i, image in enumerate(blue_first):
             for box in self._detector.detect(np.ascontiguousarray(image)):
                 if box["class"] in scores:
-                    best = scores[box["class"]]
-                    best[i] = max(float(best[i]), box["score"])
+                    scores[box["class"]][i].clamp_(min=box["score"])
         return {NUDITY: torch.stack(list(scores.values())).amax(0), **scores}
 
-    def detects(self, images: Tensor, name: str = NUDITY, threshold: float | None = None) -> Tensor:
+    def detects(self, images: Tensor, name: str = NUDITY) -> Tensor:
         """Return bool [n]: the image shows ``name``; raises `UserError` for an unknown name."""
         if name not in (NUDITY, *EXPOSED):
             raise UserError("scorers.detector", name, nearest(name, (NUDITY, *EXPOSED)))
-        return self.scores(images)[name] >= (self.threshold if threshold is None else threshold)
+        return self.scores(images)[name] >= self.threshold
