@@ -170,13 +170,8 @@ class Training:
     def vae(self) -> Any:
         r = self.recipe
         model = networks.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
-
-        def fit(checkpoint: StageCheckpoint) -> Rows:
-            images, held_out = self.images.images, self.held_out.images
-            return train_vae(
-                model, images, held_out, r.vae, kl=r.kl, seed=r.seed, checkpoint=checkpoint
-            )
-
+        images = self.images.images, self.held_out.images
+        fit = partial(train_vae, model, *images, r.vae, kl=r.kl, seed=r.seed)
         return self._stage("vae", model, ("train.networks", "world.world"), fit)
 
     def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
@@ -240,12 +235,9 @@ class Training:
         tokenizer = scorers.clip_tokenizer(texts, folder, r.vocabulary)
         config = scorers.clip_config(r.clip_widths, len(tokenizer))
         model = scorers.clip_network(config, seed)
-
-        def fit(checkpoint: StageCheckpoint) -> Rows:
-            held_out = scorers.labelled(scorers.pictures(r, seed, "calibrate"))
-            data = scorers.labelled(drawn), texts, held_out, tokenizer
-            return scorers.train_clip(model, *data, r.clip, seed=seed, checkpoint=checkpoint)
-
+        held_out = scorers.labelled(scorers.pictures(r, seed, "calibrate"))
+        data = scorers.labelled(drawn), texts, held_out, tokenizer
+        fit = partial(scorers.train_clip, model, *data, r.clip, seed=seed)
         return self._stage("clip", model, ("train.scorers",), fit), config
 
 
