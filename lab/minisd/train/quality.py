@@ -141,8 +141,8 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
         drawn = sample(subset, derive(seed, "quality", "real"), count)
         objects, styles = zip(*((p.objects[0], p.style) for p in drawn.pictures), strict=True)
         real[name] = score(drawn.images, objects, styles)
-    texts = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
-    images = generate(model, texts, seed, "fidelity", sampling)
+    captions = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
+    images = generate(model, captions, seed, "fidelity", sampling)
     reference = sample(TRAINING, derive(seed, "quality", "fidelity"), 2 * count).images
     real_features = features(reference)
     return {
