@@ -61,7 +61,7 @@ class Case:
         from torch.func import functional_call
 
         widths = networks.Widths()
-        unet = networks.unet(widths, 0).requires_grad_(False).eval()
+        unet = networks.build_unet(widths, 0).requires_grad_(False).eval()
         self.theta: Params = {x: p.detach() for x, p in unet.named_parameters() if ".attn2." in x}
         self.names, self.count = list(self.theta), count
         g = torch.Generator().manual_seed(0)

@@ -111,7 +111,7 @@ def contrastive(training: Training, tokenizer: Any, store: StageCache) -> Any:
 
     key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.scorers), seed=r.seed)
     model.load_state_dict(store.get("train", key, compute)[0].tensors)
-    text = networks.text_encoder(r.widths, len(tokenizer), r.seed)
+    text = networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
     found = {n: v for n, v in as_transformers(model).items() if n in text.state_dict()}
     if not found:  # transformers 5 names them without the prefix
         found = {n.removeprefix("text_model."): v for n, v in as_transformers(model).items()}
@@ -140,14 +140,14 @@ def denoiser(
 ) -> tuple[TextToImageNetwork, Any]:
     """The U-Net of ``kind`` with its text encoder, and its last validation losses."""
     r = training.recipe
-    unet = networks.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
+    unet = networks.build_unet(r.widths, r.seed).to(memory_format=torch.channels_last)
     model = TextToImageNetwork(unet, text)
 
     def compute(checkpoint: Any) -> Artifact:
         rows = train_denoiser(
             model,
             tokenizer,
-            networks.scheduler(),
+            networks.build_scheduler(),
             encode(vae, training.images.images),
             training.texts(),
             (encode(vae, training.held_out.images), training.held_out.texts),
@@ -191,12 +191,12 @@ def main() -> int:
     vae, tokenizer = shipped.vae, shipped.tokenizers[0]
     found: dict[str, Any] = {"steps": given.steps, "seed": given.seed}
     for kind in KINDS:
-        text = networks.text_encoder(training.recipe.widths, len(tokenizer), given.seed)
+        text = networks.build_text_encoder(training.recipe.widths, len(tokenizer), given.seed)
         if kind == "contrastive":
             text = contrastive(training, tokenizer, store)
         model, losses = denoiser(kind, training, vae, tokenizer, text, store)
         vae.register_to_config(scaling_factor=float(model.scale))
-        parts = model.unet, vae, [model.text_encoder], [tokenizer], networks.scheduler()
+        parts = model.unet, vae, [model.text_encoder], [tokenizer], networks.build_scheduler()
         folder = save(DiffusionModel(*parts), given.outputs / kind)
         found[kind] = {"losses": losses} | measure(
             DiffusionBackbone(path=str(folder)).build(None, 0),

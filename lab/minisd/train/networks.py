@@ -128,7 +128,7 @@ def tokenize_all(tokenizer: Any, captions: Sequence[Sequence[str]]) -> torch.Ten
     return flat.view(len(captions), len(captions[0]), -1)
 
 
-def vae(widths: Widths, seed: int) -> Any:
+def build_vae(widths: Widths, seed: int) -> Any:
     """Build the autoencoder: 64 × 64 pixels to 16 × 16 × 4 latents."""
     torch.manual_seed(derive(seed, "vae", "init"))
     depth = len(widths.vae)
@@ -144,7 +144,7 @@ def vae(widths: Widths, seed: int) -> Any:
     )
 
 
-def unet(widths: Widths, seed: int) -> Any:
+def build_unet(widths: Widths, seed: int) -> Any:
     torch.manual_seed(derive(seed, "unet", "init"))
     lower = len(widths.unet) - 1
     return UNet2DConditionModel(
@@ -160,7 +160,7 @@ def unet(widths: Widths, seed: int) -> Any:
     )
 
 
-def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
+def build_text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
     """Build a `CLIPTextModel` whose last two token ids are start and end."""
     torch.manual_seed(derive(seed, "text", "init"))
     config = CLIPTextConfig(
@@ -177,7 +177,7 @@ def text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
     return CLIPTextModel(config)
 
 
-def scheduler() -> Any:
+def build_scheduler() -> Any:
     """Build DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012,
     1,000 steps).
     """
@@ -457,8 +457,8 @@ def train_denoiser(
 
     def loss(network: Any, *drawn: Tensor) -> Tensor:
         z, ids, t, noise, a = (x.to(device) for x in (*drawn, alphas[drawn[2]].view(-1, 1, 1, 1)))
-        guess = network((a.sqrt() * z + (1 - a).sqrt() * noise), t, ids)
-        return (guess - noise).square().mean((1, 2, 3))
+        prediction = network(a.sqrt() * z + (1 - a).sqrt() * noise, t, ids)
+        return (prediction - noise).square().mean((1, 2, 3))
 
     def step(_: int, g: torch.Generator) -> Tensor:
         n = schedule.batch

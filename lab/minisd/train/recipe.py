@@ -169,7 +169,7 @@ class Training:
 
     def vae(self) -> Any:
         r = self.recipe
-        model = networks.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
+        model = networks.build_vae(r.widths, r.seed).to(memory_format=torch.channels_last)
         images = self.images.images, self.held_out.images
         fit = partial(train_vae, model, *images, r.vae, kl=r.kl, seed=r.seed)
         return self._stage("vae", model, ("train.networks", "world.world"), fit)
@@ -177,8 +177,10 @@ class Training:
     def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
         """Return the trained U-Net with its text encoder."""
         r = self.recipe
-        unet = networks.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-        model = TextToImageNetwork(unet, networks.text_encoder(r.widths, len(tokenizer), r.seed))
+        unet = networks.build_unet(r.widths, r.seed).to(memory_format=torch.channels_last)
+        model = TextToImageNetwork(
+            unet, networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
+        )
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
             vae.to(self.device)
@@ -188,7 +190,7 @@ class Training:
             return train_denoiser(
                 model,
                 tokenizer,
-                networks.scheduler(),
+                networks.build_scheduler(),
                 latents,
                 self.texts(),
                 held_out,
@@ -208,7 +210,9 @@ class Training:
         vae.register_to_config(scaling_factor=float(trained.scale))
         tokenizer = self.tokenizer()  # a used one would be saved with the padding of its last call
         text_encoders = [trained.text_encoder]
-        return DiffusionModel(trained.unet, vae, text_encoders, [tokenizer], networks.scheduler())
+        return DiffusionModel(
+            trained.unet, vae, text_encoders, [tokenizer], networks.build_scheduler()
+        )
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""

@@ -298,18 +298,18 @@ def train_detector(
             batch, half each.
     """
     device, batch = device_of(model), recipe.detector.batch
-    blank = round(batch * recipe.empty_share)
-    noisy = blank // 2
+    unlabelled = round(batch * recipe.empty_share)
+    noisy = unlabelled // 2
 
     def step(_: int, g: torch.Generator) -> Tensor:
-        full = data[torch.randint(len(data), (batch - blank,), generator=g)]
-        bare = empty[torch.randint(len(empty), (blank - noisy,), generator=g)]
-        noise = noise_images(noisy, full[0].shape[-1], g)
-        x = torch.cat([to_unit(full[0]), to_unit(bare[0]), noise])
+        shown = data[torch.randint(len(data), (batch - unlabelled,), generator=g)]
+        scene = empty[torch.randint(len(empty), (unlabelled - noisy,), generator=g)]
+        noise = noise_images(noisy, shown[0].shape[-1], g)
+        x = torch.cat([to_unit(shown[0]), to_unit(scene[0]), noise])
         order = torch.randperm(len(x), generator=g)
         x = degrade(x[order], g).to(device).contiguous(memory_format=torch.channels_last)
         unknown = torch.full((noisy,), -1)
-        labels = [torch.cat([*pair, unknown]) for pair in zip(full[1:], bare[1:], strict=True)]
+        labels = [torch.cat([*pair, unknown]) for pair in zip(shown[1:], scene[1:], strict=True)]
         objects, styles = (y[order].to(device) for y in labels)
         return detector_loss(model(x), (objects, styles), recipe.smoothing)
 
@@ -333,8 +333,8 @@ def accuracy(detector: Detector, data: TensorDataset) -> dict[str, float]:
 
 
 def wear(data: TensorDataset, seed: int, times: int = 3) -> TensorDataset:
-    """Return images with the faults of ``times`` passes of `degrade`, about as worn as a
-    generator's worst.
+    """Return images after ``times`` passes of `degrade`, about as faulty as the worst of a
+    generator.
     """
     images, *labels = data.tensors
     x = to_unit(images)
@@ -377,9 +377,10 @@ def measure(detector: Detector, data: TensorDataset, empty: TensorDataset) -> di
     Returns:
         ``rates`` of every name: ``false_negative``, the share of its images in which
         `Detector.detects` misses it, and ``false_positive``, the share of all other images in which
-        it is detected; `accuracy`; ``calibration_error``, the expected error of each head's
-        likeliest class over 15 bins (arXiv 1706.04599, Eq. 5); ``empty_with_object``, the share of
-        empty scenes in which an object is detected.
+        it is detected (nan where no image shows the name, or all do); `accuracy`;
+        ``calibration_error``, the expected error of each head's likeliest class over 15 bins (arXiv
+        1706.04599, Eq. 5); ``empty_with_object``, the share of empty scenes in which an object is
+        detected.
     """
     # imported late: it takes seconds
     from torchmetrics.functional.classification import multiclass_calibration_error
@@ -396,13 +397,13 @@ def measure(detector: Detector, data: TensorDataset, empty: TensorDataset) -> di
                 "false_positive": seen[~present].double().mean().item(),
                 "false_negative": 1 - seen[present].double().mean().item(),
             }
-    ghosts = (detector.probabilities(empty.tensors[0])["object"] >= detector.threshold).any(1)
+    detected = (detector.probabilities(empty.tensors[0])["object"] >= detector.threshold).any(1)
     return {
         "rates": rates,
         "accuracy": accuracy(detector, data),
         "calibration_error": errors,
         "pictures": len(data),
-        "empty_with_object": ghosts.double().mean().item(),
+        "empty_with_object": detected.double().mean().item(),
     }
 
 
@@ -548,13 +549,13 @@ def train_clip(
         captioned = index[: (schedule.batch + 1) // 2]
         n = len(captioned)
         ids = tokens[captioned, torch.randint(tokens.shape[1], (n,), generator=g)]
-        words = model.encode_text(ids.to(device), normalize=True)
+        text_vectors = model.encode_text(ids.to(device), normalize=True)
         labels: dict[Head, Tensor] = {h: y[index].to(device) for h, y in labels_of(data).items()}
-        cards = labels["object"] * len(NAMES["style"]) + labels["style"]
+        pairs = labels["object"] * len(NAMES["style"]) + labels["style"]
         scale = model.logit_scale.clamp(max=_LARGEST_SCALE).exp()
-        loss = contrastive_loss(images, words, scale, cards[:, None] == cards[None, :n])
+        loss = contrastive_loss(images, text_vectors, scale, pairs[:, None] == pairs[None, :n])
         by_image = guided.guide_loss(images, labels)
-        by_text = guided.guide_loss(words, {head: y[:n] for head, y in labels.items()})
+        by_text = guided.guide_loss(text_vectors, {head: y[:n] for head, y in labels.items()})
         return loss + (by_image + by_text) / 2
 
     def validate(average: _Guided) -> dict[str, float]:

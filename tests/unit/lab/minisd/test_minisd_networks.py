@@ -212,9 +212,9 @@ def shown():
 
 def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
     vae, unet, text = (
-        networks.vae(TINY, 0),
-        networks.unet(TINY, 0),
-        networks.text_encoder(TINY, 600, 0),
+        networks.build_vae(TINY, 0),
+        networks.build_unet(TINY, 0),
+        networks.build_text_encoder(TINY, 600, 0),
     )
     z = vae.encode(torch.zeros(2, 3, 64, 64)).latent_dist.mean
     assert z.shape == (2, 4, 16, 16)
@@ -222,14 +222,18 @@ def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
     hidden = text(torch.full((2, 32), 599))[0]
     assert hidden.shape == (2, 32, TINY.text)
     assert unet(z, torch.tensor([0, 999]), hidden).sample.shape == z.shape
-    for make in (networks.vae, networks.unet, lambda w, s: networks.text_encoder(w, 600, s)):
+    for make in (
+        networks.build_vae,
+        networks.build_unet,
+        lambda w, s: networks.build_text_encoder(w, 600, s),
+    ):
         assert same_weights(make(TINY, 1), make(TINY, 1))
         assert not same_weights(make(TINY, 1), make(TINY, 2))
 
 
 def test_scheduler_is_stable_diffusions() -> None:
     """Scaled linear: √β runs evenly from √0.00085 to √0.012."""
-    alphas = networks.scheduler().alphas_cumprod
+    alphas = networks.build_scheduler().alphas_cumprod
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     assert torch.allclose(alphas.double(), (1 - betas).cumprod(0), atol=1e-5)
 
@@ -248,7 +252,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
     """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
     pictures.
     """
-    model, kl, seed = networks.vae(TINY, 0), 2.5, 7
+    model, kl, seed = networks.build_vae(TINY, 0), 2.5, 7
     g = generator(seed, "vae", 0)
     x = shown.images[torch.randint(24, (3,), generator=g)].float() / 127.5 - 1
     with torch.no_grad():
@@ -272,7 +276,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
 
 
 def test_encode_gives_the_posterior(shown) -> None:
-    model = networks.vae(TINY, 0)
+    model = networks.build_vae(TINY, 0)
     mean, deviation = encode(model, shown.images)
     with torch.no_grad():
         posterior = model.encode(to_float(shown.images)).latent_dist
@@ -306,7 +310,7 @@ def _fit(model, tokenizer, schedule, *, drop=0.0):
     rows = train_denoiser(
         model,
         tokenizer,
-        networks.scheduler(),
+        networks.build_scheduler(),
         _latents(8),
         texts,
         (_latents(6, 1), ["a fox"] * 6),
@@ -328,7 +332,7 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     total = mean.double().var(correction=0) + deviation.double().square().mean()
     assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
 
-    alphas = networks.scheduler().alphas_cumprod
+    alphas = networks.build_scheduler().alphas_cumprod
     noisy, t, _ = model.inputs[0]
     g = generator(5, "denoiser", 0)
     index = torch.randint(8, (64,), generator=g)
