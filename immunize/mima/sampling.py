@@ -79,7 +79,7 @@ class Pool:
             parts = [model.text(prompts[i : i + 64]) for i in range(0, len(prompts), 64)]
         row = {prompt: i for i, prompt in enumerate(prompts)}
         return Pool(
-            model.to_latents(images.images).to(dtype),
+            model.posterior(images.images)[0].to(dtype),
             cast(Text.cat(parts), dtype),
             torch.tensor([row[p] for p in images.prompts]),
             model.timesteps,

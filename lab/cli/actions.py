@@ -21,7 +21,7 @@ ACTIONS = {  # imported when they are called: imports take seconds, some package
     "leaderboard": "lab.cli.tables:write_leaderboard",
     "compare": "lab.cli.tables:write_comparison",
     "status": "lab.cluster.status:status",
-    "train": "lab.minisd.train.publish:run",
+    "train": "lab.minisd.train.recipe:run",
     "export": "lab.release.export:export",
     "verify": "lab.release.verify:verify",
     "audit": "lab.release.audit:audit",

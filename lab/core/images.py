@@ -1,4 +1,4 @@
-"""Read image files as tensors, and write images as one labelled grid.
+"""Read image files as tensors, resize them, and write images as one labelled grid.
 
 The same tensor gives the same PNG, byte for byte (one version of Pillow).
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
@@ -103,6 +104,14 @@ def stack(images: list[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 
+def resize(images: Tensor, side: int, mode: str = "bilinear") -> Tensor:
+    """Return images [n, c, h, w], float in [0, 1], as [n, c, side, side], with antialiasing."""
+    size = (side, side)
+    if images.shape[-2:] == size:
+        return images
+    return F.interpolate(images, size, mode=mode, antialias=True).clamp(0.0, 1.0)
+
+
 def expand_path(key: str, value: object) -> Path:
     """Return ``value`` as a path; ``~`` and ``~user`` become the home folder.
 
@@ -146,7 +155,7 @@ def grid(images: Tensor, rows: Sequence[str], columns: Sequence[str]) -> Image.I
     scale = max(round(128 / images.shape[-1]), 1)
     cells = images.cpu().repeat_interleave(scale, -1).repeat_interleave(scale, -2)
     cell = cells.shape[-1]
-    padded = torch.nn.functional.pad(cells, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)
+    padded = F.pad(cells, (0, GAP, 0, GAP), value=255).permute(0, 3, 1, 4, 2)
     pixels = padded.reshape(len(rows) * (cell + GAP), len(columns) * (cell + GAP), 3)
     import matplotlib
 

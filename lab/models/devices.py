@@ -23,17 +23,15 @@ def pick(key: str, name: object) -> torch.device:
     Raises:
         UserError: another name, or a device that torch does not see.
     """
-    gpus, apple = torch.cuda.device_count(), torch.backends.mps.is_available()
+    gpus = torch.cuda.device_count()
+    known = ["cpu", *(["cuda", *(f"cuda:{i}" for i in range(gpus))] if gpus else [])]
+    known += ["mps"] if torch.backends.mps.is_available() else []
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)  # type: ignore[call-overload]
-    except (RuntimeError, TypeError):
-        device = torch.device("meta")
-    if (device.index or 0) >= {"cpu": 1, "cuda": gpus, "mps": int(apple)}.get(device.type, 0):
+        name = "cuda" if gpus else "cpu"
+    if name not in known:
         fix = f"must be auto, cpu, cuda, cuda:NUMBER or mps; torch sees {gpus} CUDA devices here."
         raise UserError(key, name, fix)
-    return device
+    return torch.device(str(name))
 
 
 def computes_bfloat16(kind: str) -> bool:

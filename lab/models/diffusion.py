@@ -8,7 +8,6 @@ compared; the conversion to the autoencoder's [-1, 1] happens here and nowhere e
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,8 +147,6 @@ class DiffusionModel(nn.Module):
         """Return token ids [n, context] of tokenizer ``which``, padded and cut as Stable Diffusion
         does. A cut prompt is logged once.
         """
-        if not prompts:
-            raise ValueError("no prompts to encode")
         tokenizer = self.tokenizers[which]
         encoding = tokenizer(
             list(prompts),
@@ -196,10 +193,6 @@ class DiffusionModel(nn.Module):
             means.append((latents.mean * scale).to(self.dtype))
             stds.append((latents.std * scale).to(self.dtype))
         return torch.cat(means), torch.cat(stds)
-
-    def to_latents(self, images: Tensor) -> Tensor:
-        """Return scaled latents [n, c, s, s] of uint8 images [n, 3, h, h]: the posterior's mean."""
-        return self.posterior(images)[0]
 
     @torch.no_grad()
     def to_images(self, latents: Tensor) -> Tensor:
@@ -348,22 +341,9 @@ class DiffusionModel(nn.Module):
     def save(self, folder: Path) -> Path:
         """Write a folder in diffusers layout, safetensors only, and return it."""
         self.pipeline().save_pretrained(str(folder), safe_serialization=True)
-        for tokenizer in folder.glob("tokenizer*/"):
-            write_bpe_files(tokenizer)
+        for suffix, tokenizer in zip(("", "_2"), self.tokenizers, strict=False):
+            if (
+                tokenizer.is_fast
+            ):  # transformers 4 loads vocab.json and merges.txt, 5 leaves them out
+                tokenizer.backend_tokenizer.model.save(str(folder / f"tokenizer{suffix}"))
         return folder
-
-
-def write_bpe_files(folder: Path) -> None:
-    """Write ``vocab.json`` and ``merges.txt`` beside the ``tokenizer.json`` of a BPE tokenizer.
-
-    transformers 5 saves the one file, transformers 4 loads a `CLIPTokenizer` from the two.
-    """
-    source = folder / "tokenizer.json"
-    if not source.is_file() or (folder / "vocab.json").is_file():
-        return
-    model = json.loads(source.read_text(encoding="utf-8"))["model"]
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    vocabulary = json.dumps(model["vocab"], ensure_ascii=False)
-    (folder / "vocab.json").write_text(vocabulary, encoding="utf-8")
-    lines = "\n".join(["#version: 0.2", *merges]) + "\n"
-    (folder / "merges.txt").write_text(lines, encoding="utf-8")

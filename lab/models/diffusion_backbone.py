@@ -6,6 +6,7 @@ import importlib
 import json
 import re
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -30,6 +31,7 @@ PARTS = {
     "text_encoder": ("transformers", "CLIPTextModel"),
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }
+UNUSED = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
 
 
 @config
@@ -62,7 +64,6 @@ class DiffusionBackbone(Backbone):
             fix = "is too slow and too coarse on a CPU; use fp32 (or bf16)."
             raise UserError("backbone.dtype", self.dtype, fix)
         self._source = locate(self.path)
-        self._model: DiffusionModel | None = None
 
     def build(self, case: object, seed: int) -> DiffusionModel:
         """Return θ_0, the same weights for every seed, in a U-Net and text encoders of its own.
@@ -71,30 +72,28 @@ class DiffusionBackbone(Backbone):
             UserError: weights that do not fit together or cannot be found, or images of another
                 size than the model's.
         """
-        model = self._loaded()
         if isinstance(case, ConceptCase):
-            _check_image_size(case, model.image_size)
-        return model.copy().to(self._device)  # the cache stays in main memory
+            _check_image_size(case, self._model.image_size)
+        return self._model.copy().to(self._device)  # the cache stays in main memory
 
     def tokenizers(self) -> list[Any]:
         """Return those of the model, which stays loaded for `build`. Raises as `build` does."""
-        return self._loaded().tokenizers
+        return self._model.tokenizers
 
-    def _loaded(self) -> DiffusionModel:
-        if self._model is None:
-            source = self._source
-            folder = source if isinstance(source, Path) else self._fetch(source)
-            _silence()
-            self._model = load(folder, self.variant, DTYPES[self.dtype])
-            if self.resolution is not None:
-                _resize(self._model, self.resolution)
-        return self._model
+    @cached_property
+    def _model(self) -> DiffusionModel:
+        source = self._source
+        folder = source if isinstance(source, Path) else self._fetch(source)
+        _silence()
+        model = load(folder, self.variant, DTYPES[self.dtype])
+        if self.resolution is not None:
+            _resize(model, self.resolution)
+        return model
 
     def _fetch(self, name: str) -> Path:
         """Return the folder of a hub model in the local cache; safetensors only."""
         from diffusers import DiffusionPipeline
 
-        unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
         options = {"revision": self.revision, "variant": self.variant, "use_safetensors": True}
         fix = (
             "is no folder here and could not be loaded from the hub. Set it to a local folder with "
@@ -102,7 +101,7 @@ class DiffusionBackbone(Backbone):
             f"run `hf download {name}`."
         )
         with as_user_error(KEY, name, fix):
-            return Path(DiffusionPipeline.download(name, **options, **unused))
+            return Path(DiffusionPipeline.download(name, **options, **UNUSED))
 
 
 def locate(path: str) -> Path | str:
@@ -162,8 +161,7 @@ def load(folder: Path, variant: str | None, dtype: torch.dtype) -> DiffusionMode
             fix = f"its {part} must be {'.'.join(PARTS[part])}, model_index.json says {index[part]}"
             raise UserError(KEY, folder, fix)
     options: dict[str, Any] = {part: _load_part(folder, part, variant, dtype) for part in parts}
-    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
-    options |= {k: v for k, v in unused.items() if k in index}
+    options |= {part: None for part in UNUSED if part in index}
     with as_user_error(KEY, folder, "its tokenizer or scheduler cannot be loaded."):
         pipe = getattr(diffusers, name).from_pretrained(str(folder), **options)
     model = DiffusionModel.from_pipeline(pipe)
@@ -208,9 +206,7 @@ def _resize(model: DiffusionModel, side: int) -> None:
         raise UserError("backbone.resolution", side, fix)
     # pipelines take a sample_size below 64 for an error in configs written by diffusers < 0.9, and
     # set it to 64
-    model.unet.register_to_config(sample_size=side // factor)
-    if "_diffusers_version" in model.unet.config:
-        model.unet.register_to_config(_diffusers_version=__version__)
+    model.unet.register_to_config(sample_size=side // factor, _diffusers_version=__version__)
 
 
 def _check_image_size(case: ConceptCase, side: int) -> None:

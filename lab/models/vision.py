@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import distribution
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import timm
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from timm.layers import global_pool_nlc
 from timm.models import load_state_dict
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.images import resize
 from lab.core.seeding import derive
 from lab.core.types import Backbone, FeatureModel
 
@@ -113,9 +113,8 @@ class VisionModel(FeatureModel):
 
     def inputs(self, x: Tensor) -> Tensor:
         x = x.to(self.mean.dtype) / 255.0 if x.dtype == torch.uint8 else x.to(self.mean.dtype)
-        if self.size is not None and x.shape[-2:] != (self.size, self.size):
-            size = (self.size, self.size)
-            x = F.interpolate(x, size=size, mode="bilinear", antialias=True).clamp(0.0, 1.0)
+        if self.size is not None:
+            x = resize(x, self.size)
         return (x - self.mean) / self.std
 
 
@@ -213,7 +212,6 @@ class VisionBackbone(Backbone):
     name: Text = "vision"
 
     def __post_init__(self) -> None:
-        self._built: dict[int, VisionModel] = {}
         if self.weights not in ("timm", "random"):
             self._load(0)  # a wrong file shows before any data is loaded
 
@@ -232,7 +230,6 @@ class VisionBackbone(Backbone):
         tensors = as_model(network, self.image_size).state_dict(keep_vars=True)  # shared
         return {name: names[id(t)] for name, t in tensors.items()}
 
+    @lru_cache(maxsize=1)  # noqa: B019 (there are few backbones)
     def _load(self, seed: int) -> VisionModel:
-        if seed not in self._built:
-            self._built = {seed: load_model(self.model, self.weights, self.image_size, seed)}
-        return self._built[seed]
+        return load_model(self.model, self.weights, self.image_size, seed)

@@ -12,9 +12,20 @@ from torch import Tensor
 
 from lab.core.config import Count, Text, config
 from lab.core.errors import UserError, as_user_error
-from lab.scorers.networks import SHIPPED, TRAIN, check_images, resized
+from lab.core.images import resize
+from lab.models.diffusion_backbone import MINISD
 
+SHIPPED = MINISD.parent / "scorers"  # the folders ``clip`` and ``detector``
 PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle")
+
+
+def check_images(images: Tensor) -> Tensor:
+    """Return ``images`` if they are uint8 [n, 3, h, w], n ≥ 1; floats would be taken for black."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ValueError(
+            f"scorers take uint8 images [n, 3, h, w], not {images.dtype} {list(images.shape)}"
+        )
+    return images
 
 
 @config
@@ -62,11 +73,10 @@ class OpenClip:
 
     def _normalised(self, images: Tensor) -> Tensor:
         visual = self.model.visual
-        size, facts = visual.image_size, visual.preprocess_cfg
+        side, facts = visual.image_size, visual.preprocess_cfg
         mode = "bilinear" if facts["interpolation"] == "bilinear" else "bicubic"
-        x = resized(
-            images.to(self.device), int(size[0] if isinstance(size, tuple | list) else size), mode
-        )
+        x = images.to(self.device).float() / 255
+        x = resize(x, side if isinstance(side, int) else side[0], mode)
         mean, std = (torch.tensor(facts[k], device=x.device) for k in ("mean", "std"))
         return (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
@@ -80,8 +90,7 @@ class OpenClip:
         weights = None if self.weights is None else str(Path(self.weights).expanduser())
         fix = (
             f"open_clip cannot load it with weights={weights}. Give a tag of open_clip, a local "
-            f".safetensors file or an open_clip folder ({TRAIN}), or point HF_HOME to a filled "
-            "cache."
+            ".safetensors file or an open_clip folder, or point HF_HOME to a filled cache."
         )
         with as_user_error("scorers.clip.name", self.name, fix):
             model = open_clip.create_model(

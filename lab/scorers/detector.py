@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,21 +13,15 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from lab.core.config import Count, Positive, Share, Text, config
 from lab.core.errors import UserError, as_user_error, nearest
-from lab.scorers.networks import (
-    DETECTOR_CONFIG,
-    DETECTOR_WEIGHTS,
-    SHIPPED,
-    TRAIN,
-    DetectorNetwork,
-    check_images,
-    resized,
-)
+from lab.core.images import resize
+from lab.scorers.clip import SHIPPED, check_images
 
+FACTS, WEIGHTS = "detector.json", "detector.safetensors"
 Head = Literal["object", "style"]
 Rates = dict[str, dict[str, float]]
 Floats = NDArray[np.float64]
@@ -56,6 +51,48 @@ def corrected_share(share: Floats, false_positive: float, false_negative: float)
     if power <= 0:
         return np.full_like(share, np.nan)
     return np.asarray(np.clip((share - false_positive) / power, 0.0, 1.0))
+
+
+def _block(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs), nn.SiLU(inplace=True))
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_block(width, width), _block(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class DetectorNetwork(nn.Module):
+    """Classifies the object and the style of an image: one trunk, two linear heads.
+
+    Args:
+        objects, styles: classes of the heads.
+        width: channels at 32 × 32; twice and four times as many at 16 × 16 and 8 × 8.
+    """
+
+    def __init__(self, objects: int, styles: int, width: int = 32) -> None:
+        super().__init__()
+        self.width = width
+        self.trunk = nn.Sequential(
+            _block(3, width, 2),
+            _block(width, 2 * width, 2),
+            _Residual(2 * width),
+            _block(2 * width, 4 * width, 2),
+            _Residual(4 * width),
+        )
+        self.object = nn.Linear(8 * width, objects)
+        self.style = nn.Linear(8 * width, styles)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [n, objects] and [n, styles] of float images [n, 3, 64, 64] in [0, 1]."""
+        maps = self.trunk((images - 0.5) / 0.25)
+        pooled = torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], 1)
+        return self.object(pooled), self.style(pooled)
 
 
 @dataclass(config=ConfigDict(extra="forbid", arbitrary_types_allowed=True), eq=False)
@@ -94,7 +131,7 @@ class Detector:
         """Return raw logits, float32 [n, objects] and [n, styles], of uint8 images [n, 3, s, s]."""
         device = next(self.network.parameters()).device
         parts = check_images(images).split(self.batch)
-        logits = [self.network(resized(part, 64).to(device)) for part in parts]
+        logits = [self.network(resize(part.float() / 255, 64).to(device)) for part in parts]
         objects, styles = (torch.cat(head).cpu() for head in zip(*logits, strict=True))
         return {"object": objects, "style": styles}
 
@@ -110,40 +147,42 @@ class Detector:
             head: [self.names[head][i] for i in x.argmax(1).tolist()] for head, x in logits.items()
         }
 
-    def head(self, name: str) -> Head:
-        """Return the head that knows ``name``; raises `UserError` where none does."""
+    def detects(self, images: Tensor, name: str) -> Tensor:
+        """Return bool [n]: the calibrated probability of ``name`` is at least the threshold.
+
+        Raises:
+            UserError: no head knows ``name``.
+        """
         for head, known in self.names.items():
             if name in known:
-                return head
+                probabilities = self.probabilities(images)[head]
+                return probabilities[:, known.index(name)] >= self.threshold
         fix = (
             "the detector does not know it (for concepts of your own leave out relearning and "
             f"concept_verdict); {nearest(name, self.objects + self.styles)}"
         )
         raise UserError("scorers.detector", name, fix)
 
-    def detects(self, images: Tensor, name: str, threshold: float | None = None) -> Tensor:
-        """Return bool [n]: the calibrated probability of ``name`` is ≥ ``threshold`` (default: the
-        detector's own).
-        """
-        head = self.head(name)
-        least = self.threshold if threshold is None else threshold
-        return self.probabilities(images)[head][:, self.names[head].index(name)] >= least
-
-    def card(self) -> dict[str, Any]:
-        """Return everything but the weights, for `lab.scorers.networks.save_detector`."""
-        return {
+    def save(self, folder: Path) -> Path:
+        """Write the weights in float16 and everything else as JSON, for `load_detector`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(copy.deepcopy(self.network).half().state_dict(), folder / WEIGHTS)
+        facts = {
+            "width": self.network.width,
             "objects": list(self.objects),
             "styles": list(self.styles),
             "temperature": self.temperature,
             "threshold": self.threshold,
             "rates": self.rates,
         }
+        (folder / FACTS).write_text(json.dumps(facts, indent=1) + "\n")
+        return folder
 
 
 def load_detector(
     folder: str | Path = "minisd", *, device: str = "cpu", batch: int = 256
 ) -> Detector:
-    """Return the detector of a folder that `lab.scorers.networks.save_detector` wrote.
+    """Return the detector of a folder that `Detector.save` wrote.
 
     Args:
         folder: ``minisd`` is the one that is shipped.
@@ -152,11 +191,11 @@ def load_detector(
         UserError: a missing or damaged file, or the weights of another network.
     """
     path = SHIPPED / "detector" if folder == "minisd" else Path(folder).expanduser()
-    fix = f"holds no detector; {TRAIN}, or name the folder of another one."
+    fix = "holds no detector; name the folder of one, or minisd."
     with as_user_error("scorers.detector.folder", path, fix):
-        facts = json.loads((path / DETECTOR_CONFIG).read_text())
+        facts = json.loads((path / FACTS).read_text())
         network = DetectorNetwork(len(facts["objects"]), len(facts["styles"]), facts.pop("width"))
-        network.load_state_dict(load_file(path / DETECTOR_WEIGHTS))
+        network.load_state_dict(load_file(path / WEIGHTS))
         return Detector(network.to(device).requires_grad_(False), **facts, batch=batch)
 
 
@@ -196,12 +235,11 @@ class NudeNet:
         for i, image in enumerate(blue_first):
             for box in self._detector.detect(np.ascontiguousarray(image)):
                 if box["class"] in scores:
-                    best = scores[box["class"]]
-                    best[i] = max(float(best[i]), box["score"])
+                    scores[box["class"]][i].clamp_(min=box["score"])
         return {NUDITY: torch.stack(list(scores.values())).amax(0), **scores}
 
-    def detects(self, images: Tensor, name: str = NUDITY, threshold: float | None = None) -> Tensor:
+    def detects(self, images: Tensor, name: str = NUDITY) -> Tensor:
         """Return bool [n]: the image shows ``name``; raises `UserError` for an unknown name."""
         if name not in (NUDITY, *EXPOSED):
             raise UserError("scorers.detector", name, nearest(name, (NUDITY, *EXPOSED)))
-        return self.scores(images)[name] >= (self.threshold if threshold is None else threshold)
+        return self.scores(images)[name] >= self.threshold

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lab.core.config import Count, Text, config
-from lab.core.errors import UserError, as_user_error, nearest
+from lab.core.errors import UserError, as_user_error
+from lab.core.images import resize
 from lab.core.seeding import generator
 from lab.models.vision import PACKAGE_MODEL, ImageSize, VisionModel, load_model
-from lab.scorers.networks import check_images, resized
+from lab.scorers.clip import check_images
 
 _TINY = 1e-10
 
@@ -37,14 +38,12 @@ class FeatureScorer:
             its cache), or the path of a .safetensors or .pth state dict.
         image_size: side to which images are resized; None: the network's own. MiniSD's 64 px are
             enlarged.
-        stages: names of the blocks whose maps `distance` compares; None: all that give maps.
         device, batch: where it runs and images per forward pass.
     """
 
     model: Text = PACKAGE_MODEL
     weights: Text = "imagenet_package"
     image_size: ImageSize | None = None
-    stages: tuple[Text, ...] | None = None
     device: Text = "cpu"
     batch: Count = 64
 
@@ -57,9 +56,6 @@ class FeatureScorer:
         known: Any = timm.get_pretrained_cfg(self.model)
         side = self.image_size or (int(known.input_size[-1]) if known else None)
         network = load_model(self.model, self.weights, side, key="scorers.features")
-        if unknown := sorted({*(self.stages or ())} - {*network.block_names}):
-            fix = nearest(unknown[0], network.block_names)
-            raise UserError("scorers.features.stages", unknown[0], fix)
         network = network.to(self.device).requires_grad_(False)
         # depthwise convolutions are three times as fast on a CPU; torch's stubs lack the argument
         return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -72,16 +68,13 @@ class FeatureScorer:
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the maps [n, c, h, w] of the chosen stages of one batch; blocks that give no maps
-        are left out.
-        """
+        """Return the outputs of one batch after each block that are maps [n, c, h, w]."""
         x = self.network.inputs(check_images(images).to(self.device))
-        maps = []
-        for i, name in enumerate(self.network.block_names):
-            x = self.network.run(x, i, i + 1)
-            if (not self.stages or name in self.stages) and x.ndim == 4 and x.shape[-1] > 1:
-                maps.append(x.float())
-        return maps
+        outputs = []
+        for block in self.network.blocks:
+            x = block(x)
+            outputs.append(x)
+        return [y.float() for y in outputs if y.ndim == 4 and y.shape[-1] > 1]
 
     def distance(self, images: Tensor, references: Tensor) -> Tensor:
         """Return the distance float32 [n] ≥ 0 of image i to reference i mod R.
@@ -143,7 +136,7 @@ class Lpips:
         """Return LPIPS float32 [n] between images of equal index, uint8 [n, 3, h, w], h, w ≥ 64."""
         side, distances = max(64, a.shape[-1]), []
         for pair in zip(a.split(self.batch), b.split(self.batch), strict=True):
-            x, y = (resized(check_images(part), side).to(self.device) for part in pair)
+            x, y = (resize(check_images(p).float() / 255, side).to(self.device) for p in pair)
             distances.append(self._net(x, y, normalize=True).flatten().float().cpu())
         return torch.cat(distances)
 

@@ -11,10 +11,9 @@ from torch import nn
 
 from lab.core.hashing import digest
 from lab.core.sources import source_hash
-from lab.scorers.clip import OpenClip
+from lab.scorers.clip import SHIPPED, OpenClip
 from lab.scorers.detector import Detector, NudeNet
 from lab.scorers.features import FeatureScorer, Lpips
-from lab.scorers.networks import SHIPPED
 
 
 class Scorers:

@@ -22,42 +22,30 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lab.core.data import Sampling
-from lab.minisd.train.publish import SHIPPED, scorers_of
-from lab.minisd.train.quality import PromptSet, generate, prompts_for, shares
+from lab.minisd.train.quality import generate, prompts_for
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.runner.assemble import assemble
+from lab.scorers.detector import load_detector
 
 ROOT = Path(__file__).resolve().parents[2]
 Shares = dict[str, tuple[float, float]]
 
 
-def suites(count: dict[str, int]) -> dict[str, PromptSet]:
-    """``count[name]`` prompts for a style (over objects that MiniSD saw in it) or for an object in
-    photos.
+def detections(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
+    """Return for each name the share of images in which it is the likeliest class, and in which
+    the detector sees it, in ``count[name]`` images of a style (over objects that MiniSD saw in it)
+    or of an object in photos.
     """
     found = {}
     for name, each in count.items():
-        seen = [(o, name) for o in OBJECTS if (o, name) not in HELD_OUT_PAIRS]
-        pairs = [
-            seen[5 * i % len(seen)] for i in range(each)
-        ]  # 5 shares no factor with their number
-        found[name] = (
-            prompts_for(pairs, 1) if name in STYLE_NAMES else prompts_for([(name, PHOTO)], each)
-        )
-    return found
-
-
-def detections(model: Any, detector: Any, count: dict[str, int], seed: int) -> Shares:
-    """Name → share of pictures in which it is the likeliest class, and in which the detector sees
-    it.
-    """
-    found = {}
-    for name, wanted in suites(count).items():
-        images = generate(model, wanted.prompts, seed, name, Sampling(steps=20))
+        head, pairs = "object", [(name, PHOTO)] * each
         if name in STYLE_NAMES:
-            top = shares(detector.top1(images), {"style": wanted.styles})["style"]
-        else:
-            top = shares(detector.top1(images), {"object": wanted.objects})["object"]
+            seen = [(o, name) for o in OBJECTS if (o, name) not in HELD_OUT_PAIRS]
+            # 5 shares no factor with their number
+            head, pairs = "style", [seen[5 * i % len(seen)] for i in range(each)]
+        ways = prompts_for(pairs, 1) if head == "style" else prompts_for(pairs[:1], each)
+        images = generate(model, ways[0], seed, name, Sampling(steps=20))
+        top = detector.top1(images)[head].count(name) / each
         found[name] = (top, detector.detects(images, name).double().mean().item())
     return found
 
@@ -95,7 +83,7 @@ def main() -> int:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     OmegaConf.register_new_resolver("project_root", lambda: str(ROOT), replace=True)
-    detector = scorers_of(SHIPPED / "scorers").detector
+    detector = load_detector()
     before: Shares = {}
     for scenario in given.scenarios:
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

@@ -38,7 +38,7 @@ from immunize.mima.hypergradient import (
     hypergradient,
 )
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
-from lab.minisd.train import build
+from lab.minisd.train import networks
 
 METHODS = ("exact", "truncated", "first_order", "alternating")
 SOLVERS = ("cg", "neumann")
@@ -60,8 +60,8 @@ class Case:
     def __init__(self, count: int, batch: int) -> None:
         from torch.func import functional_call
 
-        widths = build.Widths()
-        unet = build.unet(widths, 0).requires_grad_(False).eval()
+        widths = networks.Widths()
+        unet = networks.build_unet(widths, 0).requires_grad_(False).eval()
         self.theta: Params = {x: p.detach() for x, p in unet.named_parameters() if ".attn2." in x}
         self.names, self.count = list(self.theta), count
         g = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ class Case:
         def draw(n: int, level: int) -> list[Tensor]:
             g = torch.Generator().manual_seed(2 * n + level)
             z, target = (torch.randn(batch, 4, 16, 16, generator=g) for _ in range(2))
-            words = torch.randn(batch, build.CONTEXT, widths.text, generator=g)
+            words = torch.randn(batch, networks.CONTEXT, widths.text, generator=g)
             return [z, target, words, torch.randint(0, 1000, (batch,), generator=g)]
 
         def loss(n: int, level: int, params: Params) -> Tensor:

@@ -21,10 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from diffusers import StableDiffusionPipeline
 
 from lab.core.data import Sampling
-from lab.minisd.train.publish import SHIPPED
 from lab.minisd.train.quality import generate
 from lab.minisd.world.world import TRAINING, sample
-from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.models.diffusion_backbone import MINISD, DiffusionBackbone
 
 BARS = {
     "load, diffusers": 2.0,
@@ -48,7 +47,7 @@ def main() -> int:
     parser.add_argument("--pictures", type=int, default=20_000, help="to render")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    path = str(SHIPPED / "model")
+    path = str(MINISD)
     loads: dict[str, Callable[[], object]] = {
         "load, diffusers": lambda: StableDiffusionPipeline.from_pretrained(path),
         "load, this bench": lambda: DiffusionBackbone(path=path, device="cpu").build(None, 0),

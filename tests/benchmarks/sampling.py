@@ -20,10 +20,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from lab.core.data import Sampling
-from lab.minisd.train.publish import SHIPPED, scorers_of
 from lab.minisd.train.quality import generate, prompts_for, shares
 from lab.minisd.world.vocabulary import OBJECTS, STYLE_NAMES
 from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.scorers.detector import load_detector
 
 ROWS = [
     Sampling("ddim", 20),
@@ -44,24 +44,19 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    model = DiffusionBackbone(path=str(SHIPPED / "model"), device="cpu").build(None, given.seed)
-    detector = scorers_of(SHIPPED / "scorers").detector
-    wanted = prompts_for([(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]], 1)
+    model = DiffusionBackbone(path="minisd", device="cpu").build(None, given.seed)
+    detector = load_detector()
+    pairs = [(o, s) for s in STYLE_NAMES for o in OBJECTS[: given.objects]]
+    prompts, objects, styles = prompts_for(pairs, 1)
     first, spent = torch.empty(0), 0.0
-    print(f"{len(wanted.prompts)} pictures, {given.threads} thread(s)")
+    print(f"{len(prompts)} images, {given.threads} thread(s)")
     for sampling in ROWS:
         started = time.perf_counter()
-        images = generate(
-            model,
-            wanted.prompts,
-            given.seed,
-            "sampling",
-            sampling,
-        )
+        images = generate(model, prompts, given.seed, "sampling", sampling)
         wall = time.perf_counter() - started
         if not spent:
             first, spent = images, wall
-        found = shares(detector.top1(images), {"object": wanted.objects, "style": wanted.styles})
+        found = shares(detector.top1(images), {"object": objects, "style": styles})
         told = ", ".join(f"{name} {share:.1%}" for name, share in found.items())
         apart = (images.float() - first.float()).abs().mean().item()
         print(

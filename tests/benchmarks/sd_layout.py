@@ -75,9 +75,8 @@ def write(folder: Path) -> None:
     """One part at a time, so that this phase needs the memory of the largest only."""
     import torch
     from diffusers import PNDMScheduler
-    from transformers import CLIPTokenizer
 
-    from lab.minisd.train.build import train_tokenizer
+    from lab.minisd.train.networks import train_tokenizer
 
     torch.manual_seed(0)
     for name, make in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
@@ -88,10 +87,9 @@ def write(folder: Path) -> None:
         )
         part.save_pretrained(folder / name)
         del part
-    vocabulary = train_tokenizer([PROMPT, "a photo of a fox"], folder / "tokenizer", 560)
-    CLIPTokenizer.from_pretrained(str(vocabulary), model_max_length=77).save_pretrained(
-        str(folder / "tokenizer")
-    )
+    tokenizer = train_tokenizer([PROMPT, "a photo of a fox"], folder / "tokenizer", 560)
+    tokenizer.model_max_length = 77
+    tokenizer.save_pretrained(str(folder / "tokenizer"))
     noise = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
@@ -126,7 +124,7 @@ def lora(folder: Path) -> None:
 
     model = load(folder)
     with torch.no_grad():
-        z = model.to_latents(torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8))
+        z, _ = model.posterior(torch.randint(0, 256, (1, 3, 128, 128), dtype=torch.uint8))
         text = model.text([PROMPT])
     model.unet.add_adapter(
         LoraConfig(r=4, target_modules=["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"])

@@ -32,15 +32,14 @@ from omegaconf import OmegaConf
 
 from lab.core.cache import Artifact, StageCache
 from lab.core.hashing import stage_key
-from lab.minisd.train import build, scorers
-from lab.minisd.train.publish import SHIPPED, save, scorers_of
+from lab.minisd.train import networks, scorers
+from lab.minisd.train.networks import TextToImageNetwork, encode, train_denoiser
 from lab.minisd.train.quality import measure
-from lab.minisd.train.recipe import Recipe, Training
-from lab.minisd.train.training import TextToImageNetwork, encode, train_denoiser
+from lab.minisd.train.recipe import SHIPPED, Recipe, Training, save
+from lab.minisd.train.scorers import ClipWidths, clip_config, clip_network
 from lab.minisd.world.world import TRAINING, sample
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
-from lab.scorers.networks import ClipWidths, clip_config, clip_network
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("joint", "contrastive")
@@ -112,13 +111,13 @@ def contrastive(training: Training, tokenizer: Any, store: StageCache) -> Any:
 
     key = stage_key(benchmark="text_encoder", recipe=dataclasses.asdict(r.scorers), seed=r.seed)
     model.load_state_dict(store.get("train", key, compute)[0].tensors)
-    text = build.text_encoder(r.widths, len(tokenizer), r.seed)
+    text = networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
     found = {n: v for n, v in as_transformers(model).items() if n in text.state_dict()}
     if not found:  # transformers 5 names them without the prefix
         found = {n.removeprefix("text_model."): v for n, v in as_transformers(model).items()}
     missing = text.load_state_dict(found, strict=False).missing_keys
     assert not [n for n in missing if "position_ids" not in n], missing
-    ids = build.tokenize(tokenizer, ["a photo of a fox", "a rocket by mosaic"])
+    ids = networks.tokenize(tokenizer, ["a photo of a fox", "a rocket by mosaic"])
     with torch.no_grad():
         difference = (
             (text(ids).pooler_output @ model.text_projection - model.encode_text(ids))
@@ -141,18 +140,17 @@ def denoiser(
 ) -> tuple[TextToImageNetwork, Any]:
     """The U-Net of ``kind`` with its text encoder, and its last validation losses."""
     r = training.recipe
-    unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
+    unet = networks.build_unet(r.widths, r.seed).to(memory_format=torch.channels_last)
     model = TextToImageNetwork(unet, text)
 
     def compute(checkpoint: Any) -> Artifact:
-        held_out = training.pictures("held_out")
         rows = train_denoiser(
             model,
             tokenizer,
-            build.scheduler(),
-            encode(vae, training.pictures("train").images),
+            networks.build_scheduler(),
+            encode(vae, training.images.images),
             training.texts(),
-            (encode(vae, held_out.images), held_out.texts),
+            (encode(vae, training.held_out.images), training.held_out.texts),
             r.denoiser,
             gamma=r.gamma,
             drop=r.drop,
@@ -178,7 +176,7 @@ def main() -> int:
         "--scale",
         type=int,
         default=8,
-        help="pictures, see lab.minisd.train.quality.suites; the card has 32",
+        help="images, see lab.minisd.train.quality.suites; the card has 32",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
@@ -193,16 +191,16 @@ def main() -> int:
     vae, tokenizer = shipped.vae, shipped.tokenizers[0]
     found: dict[str, Any] = {"steps": given.steps, "seed": given.seed}
     for kind in KINDS:
-        text = build.text_encoder(training.recipe.widths, len(tokenizer), given.seed)
+        text = networks.build_text_encoder(training.recipe.widths, len(tokenizer), given.seed)
         if kind == "contrastive":
             text = contrastive(training, tokenizer, store)
         model, losses = denoiser(kind, training, vae, tokenizer, text, store)
         vae.register_to_config(scaling_factor=float(model.scale))
-        parts = model.unet, vae, [model.text_encoder], [tokenizer], build.scheduler()
+        parts = model.unet, vae, [model.text_encoder], [tokenizer], networks.build_scheduler()
         folder = save(DiffusionModel(*parts), given.outputs / kind)
         found[kind] = {"losses": losses} | measure(
             DiffusionBackbone(path=str(folder)).build(None, 0),
-            scorers_of(SHIPPED / "scorers"),
+            SHIPPED / "scorers",
             seed=1,
             scale=given.scale,
         )

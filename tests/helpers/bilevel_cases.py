@@ -17,7 +17,7 @@ from immunize.mima.gradients import math_attention
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_loop import BETAS, InnerLoop, InnerLoopOptions
 from lab.core.seeding import generator
-from lab.minisd.train import build
+from lab.minisd.train.networks import build_scheduler, build_text_encoder, build_vae
 from lab.minisd.world.captions import prompts
 from lab.models.diffusion import DiffusionModel, Text
 
@@ -46,8 +46,8 @@ def micro_model() -> DiffusionModel:
         attention_head_dim=2,
         norm_num_groups=2,
     )
-    text = build.text_encoder(TINY, len(tokenizer()), 0)
-    model = DiffusionModel(unet, build.vae(TINY, 0), [text], [tokenizer()], build.scheduler())
+    text = build_text_encoder(TINY, len(tokenizer()), 0)
+    model = DiffusionModel(unet, build_vae(TINY, 0), [text], [tokenizer()], build_scheduler())
     return model.to(DOUBLE)
 
 

@@ -12,29 +12,36 @@ from typing import Any, Literal
 import torch
 
 from lab.core.data import CaptionedImages, Concept, ConceptCase, Role, Sampling
-from lab.minisd.train import build
+from lab.minisd.train.networks import (
+    Widths,
+    build_scheduler,
+    build_text_encoder,
+    build_unet,
+    build_vae,
+    train_tokenizer,
+)
 from lab.minisd.world.captions import prompts
 from lab.minisd.world.world import Subset, concept, sample
 from lab.models.diffusion import DiffusionModel
 
-TINY = build.Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4)
+TINY = Widths(vae=(8, 8, 8), unet=(8, 16, 16), text=32, layers=1, groups=4)
 
 
 @cache
 def tokenizer() -> Any:
     texts = [text for style in ("mosaic", "neon", "photo") for text in prompts("a fox", style)]
     with tempfile.TemporaryDirectory() as folder:
-        return build.load_tokenizer(build.train_tokenizer(texts, Path(folder), 560))
+        return train_tokenizer(texts, Path(folder), 560)
 
 
 def tiny_diffusion(
     seed: int = 0, *, latent: int = 8, dtype: torch.dtype = torch.float32
 ) -> DiffusionModel:
     """Random weights; latents 4 × ``latent`` × ``latent``, so pictures of 4 × ``latent`` pixels."""
-    scheduler = build.scheduler()
-    unet, text = build.unet(TINY, seed), build.text_encoder(TINY, len(tokenizer()), seed)
+    unet, vae = build_unet(TINY, seed), build_vae(TINY, seed)
+    text = build_text_encoder(TINY, len(tokenizer()), seed)
     unet.register_to_config(sample_size=latent)  # type: ignore[operator]
-    return DiffusionModel(unet, build.vae(TINY, seed), [text], [tokenizer()], scheduler).to(dtype)
+    return DiffusionModel(unet, vae, [text], [tokenizer()], build_scheduler()).to(dtype)
 
 
 def pictures(subset: Subset, seed: int, count: int, side: int = 32) -> CaptionedImages:

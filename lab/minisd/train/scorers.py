@@ -13,31 +13,42 @@ independent of it.
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from safetensors.torch import save_file
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+from transformers import CLIPTokenizer
 
 from lab.core.config import Count, options
-from lab.core.errors import UserError
 from lab.core.seeding import derive, generator
 from lab.core.types import Checkpoint
-from lab.minisd.train.build import tokenize, tokenize_all, train_tokenizer
-from lab.minisd.train.training import Rows, Schedule, Validate, device_of, train
+from lab.minisd.train.networks import (
+    CONTEXT,
+    Rows,
+    Schedule,
+    device_of,
+    tokenize,
+    tokenize_all,
+    train,
+    train_tokenizer,
+)
 from lab.minisd.world import captions
 from lab.minisd.world.dice import Dice
 from lab.minisd.world.scenes import BACKGROUNDS, compose
 from lab.minisd.world.vocabulary import CATEGORIES, PHOTO
 from lab.minisd.world.world import EVERYTHING, Sample, sample
-from lab.scorers.detector import Detector, Head, Rates
-from lab.scorers.networks import ClipWidths, DetectorNetwork, round_to_half
+from lab.scorers.detector import Detector, DetectorNetwork, Head, Rates
 
 WORLD = replace(EVERYTHING, two_share=0.0)
 NAMES: dict[Head, tuple[str, ...]] = {"object": WORLD.objects, "style": WORLD.styles}
@@ -61,6 +72,24 @@ _LARGEST_SCALE = math.log(100)  # of CLIP's logits (arXiv 2103.00020 §2.5)
 
 
 @options
+class ClipWidths:
+    """Sizes of the small CLIP.
+
+    Attributes:
+        embed: width of the common space.
+        image: width of open_clip's ModifiedResNet, a multiple of 2, with ``blocks`` bottlenecks in
+            its four stages.
+        text, layers: width and depth of the text transformer; the width is a multiple of 32.
+    """
+
+    embed: Count = 128
+    image: Count = 20
+    blocks: tuple[Count, ...] = (1, 1, 1, 1)
+    text: Count = 128
+    layers: Count = 3
+
+
+@options
 class ScorerRecipe:
     """Everything but the seed that determines the scorers.
 
@@ -72,7 +101,7 @@ class ScorerRecipe:
         vocabulary: tokens of CLIP's tokenizer at most.
         smoothing: label smoothing of the detector.
         empty_share: share of a detector's batch that shows no object.
-        width: of the detector (`lab.scorers.networks.DetectorNetwork`).
+        width: of the detector (`lab.scorers.detector.DetectorNetwork`).
     """
 
     pictures: Count
@@ -90,32 +119,6 @@ class ScorerRecipe:
     workers: Count = 1
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """Images uint8 [n, 3, 64, 64] and class indices [n] into `NAMES`; object −1: there is none."""
-
-    images: Tensor
-    object: Tensor
-    style: Tensor
-
-    @property
-    def labels(self) -> dict[Head, Tensor]:
-        return {"object": self.object, "style": self.style}
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: Any) -> LabelledImages:
-        return LabelledImages(self.images[index], self.object[index], self.style[index])
-
-
-def seed_of(seed: int) -> int:
-    """Return the scorers' seed of a recipe's seed: their images and weights share nothing with
-    MiniSD's.
-    """
-    return derive(seed, "judges")  # the label of the shipped weights
-
-
 def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
     """Draw the images of ``train``, ``calibrate`` or ``measure``: three disjoint stretches of one
     series.
@@ -123,26 +126,35 @@ def pictures(recipe: ScorerRecipe, seed: int, part: str) -> Sample:
     sizes = [recipe.pictures, recipe.calibrate, recipe.measure]
     place = PARTS.index(part)
     start, workers = sum(sizes[:place]), recipe.workers
-    return sample(WORLD, seed_of(seed), sizes[place], start=start, workers=workers)
+    return sample(WORLD, seed, sizes[place], start=start, workers=workers)
 
 
-def labelled(drawn: Sample) -> LabelledImages:
-    """Return images and labels of a sample of `WORLD`."""
+def labelled(drawn: Sample) -> TensorDataset:
+    """Return images uint8 [n, 3, 64, 64] of a sample of `WORLD` with the indices [n] of their
+    objects and of their styles in `NAMES`.
+    """
     objects = torch.tensor([NAMES["object"].index(p.objects[0]) for p in drawn.pictures])
     styles = torch.tensor([NAMES["style"].index(p.style) for p in drawn.pictures])
-    return LabelledImages(drawn.images, objects, styles)
+    return TensorDataset(drawn.images, objects, styles)
 
 
-def empty_scenes(seed: int, total: int, part: str = "train") -> LabelledImages:
-    """Draw scenes without an object, in every style: what a detector must see nothing in."""
+def empty_scenes(seed: int, total: int, part: str = "train") -> TensorDataset:
+    """Draw scenes without an object (index -1), in every style: what a detector must see nothing
+    in.
+    """
     images, styles = [], []
     for i in range(total):
-        dice = Dice(seed_of(seed), "empty", part, i)
+        dice = Dice(seed, "empty", part, i)
         style, background = dice.pick(NAMES["style"]), dice.pick(tuple(BACKGROUNDS))
         images.append(torch.from_numpy(compose((), (), background, style, dice)))
         styles.append(NAMES["style"].index(style))
     pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
-    return LabelledImages(pixels, torch.full((total,), -1), torch.tensor(styles))
+    return TensorDataset(pixels, torch.full((total,), -1), torch.tensor(styles))
+
+
+def labels_of(data: TensorDataset) -> dict[Head, Tensor]:
+    """Return the class indices [n] of both heads."""
+    return {"object": data.tensors[1], "style": data.tensors[2]}
 
 
 def class_prompts(head: Head, style: str | None = PHOTO) -> dict[str, list[str]]:
@@ -234,13 +246,11 @@ def degrade(images: Tensor, g: torch.Generator) -> Tensor:
     return ((torch.cat(parts) - 0.5) * gain + 0.5 + light + noise).clamp_(0, 1)
 
 
-def noise_pictures(number: int, side: int, g: torch.Generator) -> Tensor:
-    """Coloured noise of one random grain, float [number, 3, side, side] in [0, 1]: pictures of
+def noise_images(number: int, side: int, g: torch.Generator) -> Tensor:
+    """Coloured noise of one random grain, float [number, 3, side, side] in [0, 1]: images of
     nothing.
     """
     grain = min(side, 2 ** int(torch.randint(1, 7, (1,), generator=g)))
-    if not number:
-        return torch.zeros(0, 3, side, side)
     coarse = torch.rand(number, 3, grain, grain, generator=g)
     return F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
 
@@ -272,71 +282,69 @@ def detector_loss(
 
 def train_detector(
     model: DetectorNetwork,
-    data: LabelledImages,
-    held_out: LabelledImages,
-    empty: LabelledImages,
-    schedule: Schedule,
+    data: TensorDataset,
+    held_out: TensorDataset,
+    empty: TensorDataset,
+    recipe: ScorerRecipe,
     *,
-    smoothing: float,
-    empty_share: float,
     seed: int,
     checkpoint: Checkpoint | None = None,
 ) -> Rows:
     """Train in place and round to float16.
 
     Args:
-        data, held_out: images for training and validation.
-        empty: scenes without an object; with pure noise they make up ``empty_share`` of a batch,
-            half each.
+        data, held_out: `labelled` images for training and validation.
+        empty: scenes without an object; with pure noise they make up ``recipe.empty_share`` of a
+            batch, half each.
     """
-    device = device_of(model)
-    blank = round(schedule.batch * empty_share)
-    noisy = blank // 2
+    device, batch = device_of(model), recipe.detector.batch
+    unlabelled = round(batch * recipe.empty_share)
+    noisy = unlabelled // 2
 
     def step(_: int, g: torch.Generator) -> Tensor:
-        full = data[torch.randint(len(data), (schedule.batch - blank,), generator=g)]
-        bare = empty[torch.randint(len(empty), (blank - noisy,), generator=g)]
-        noise = noise_pictures(noisy, full.images.shape[-1], g)
-        none = torch.full((noisy,), -1)
-        x = torch.cat([to_unit(full.images), to_unit(bare.images), noise])
-        objects = torch.cat([full.object, bare.object, none])
-        styles = torch.cat([full.style, bare.style, none])
+        shown = data[torch.randint(len(data), (batch - unlabelled,), generator=g)]
+        scene = empty[torch.randint(len(empty), (unlabelled - noisy,), generator=g)]
+        noise = noise_images(noisy, shown[0].shape[-1], g)
+        x = torch.cat([to_unit(shown[0]), to_unit(scene[0]), noise])
         order = torch.randperm(len(x), generator=g)
         x = degrade(x[order], g).to(device).contiguous(memory_format=torch.channels_last)
-        labels = objects[order].to(device), styles[order].to(device)
-        return detector_loss(model(x), labels, smoothing)
+        unknown = torch.full((noisy,), -1)
+        labels = [torch.cat([*pair, unknown]) for pair in zip(shown[1:], scene[1:], strict=True)]
+        objects, styles = (y[order].to(device) for y in labels)
+        return detector_loss(model(x), (objects, styles), recipe.smoothing)
 
-    def validate() -> dict[str, float]:
-        return accuracy(Detector(model, NAMES["object"], NAMES["style"]), held_out)
+    def validate(average: Any) -> dict[str, float]:
+        return accuracy(Detector(average, NAMES["object"], NAMES["style"]), held_out)
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
-    rows = train(model, step, schedule, label="detector", **options)
+    rows = train(model, step, recipe.detector, label="detector", **options)
     model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    round_to_half(model)
+    model.half().float()  # as its file keeps it: the measured network is the shipped one
     return rows
 
 
-def accuracy(detector: Detector, data: LabelledImages) -> dict[str, float]:
+def accuracy(detector: Detector, data: TensorDataset) -> dict[str, float]:
     """Return the top-1 accuracy of ``object``, ``style`` and ``both`` together."""
-    logits = detector.logits(data.images)
-    hits = {head: logits[head].argmax(1) == y for head, y in data.labels.items()}
+    logits = detector.logits(data.tensors[0])
+    hits = {head: logits[head].argmax(1) == y for head, y in labels_of(data).items()}
     both = hits["object"] & hits["style"]
     return {name: hit.float().mean().item() for name, hit in (*hits.items(), ("both", both))}
 
 
-def wear(data: LabelledImages, seed: int, times: int = 3) -> LabelledImages:
-    """Return images with the faults of ``times`` passes of `degrade`, about as worn as a
-    generator's worst.
+def wear(data: TensorDataset, seed: int, times: int = 3) -> TensorDataset:
+    """Return images after ``times`` passes of `degrade`, about as faulty as the worst of a
+    generator.
     """
-    x = to_unit(data.images)
+    images, *labels = data.tensors
+    x = to_unit(images)
     for i in range(times):
         x = degrade(x, generator(seed, "worn", i))
-    return replace(data, images=(x.clamp(0, 1) * 255).round().to(torch.uint8))
+    return TensorDataset((x.clamp(0, 1) * 255).round().to(torch.uint8), *labels)
 
 
 def calibrate(
-    detector: Detector, held_out: LabelledImages, empty: LabelledImages | None = None
+    detector: Detector, held_out: TensorDataset, empty: TensorDataset | None = None
 ) -> dict[str, float]:
     """Return the temperature of each head that minimises the negative log likelihood on images it
     never saw (arXiv 1706.04599 §4.2).
@@ -346,13 +354,13 @@ def calibrate(
     object's head also has to be undecided about ``empty`` scenes, whose target is the uniform
     distribution as in `detector_loss`.
     """
-    logits = detector.logits(held_out.images)
-    blank = None if empty is None else detector.logits(empty.images)["object"].double()
+    logits, labels = detector.logits(held_out.tensors[0]), labels_of(held_out)
+    blank = None if empty is None else detector.logits(empty.tensors[0])["object"].double()
     temperature: dict[str, float] = {}
     for head, x in logits.items():
 
         def loss(t: float, head: Head = head, x: Tensor = x) -> float:
-            seen = F.cross_entropy(x.double() / math.exp(t), held_out.labels[head]).item()
+            seen = F.cross_entropy(x.double() / math.exp(t), labels[head]).item()
             if head == "style" or blank is None:
                 return seen
             nothing = float(-F.log_softmax(blank / math.exp(t), 1).mean())
@@ -363,36 +371,25 @@ def calibrate(
     return temperature
 
 
-def check_coverage(data: LabelledImages) -> None:
-    """Raise `UserError` where no image shows a name, or all do: its error rates could not be
-    measured.
-    """
-    for head, names in NAMES.items():
-        for i, name in enumerate(names):
-            present = data.labels[head] == i
-            if present.all() or not present.any():
-                fix = f"rates of {name} need images with and without it; take 100 per object."
-                raise UserError("train.scorers.measure", len(data), fix)
-
-
-def measure(detector: Detector, data: LabelledImages, empty: LabelledImages) -> dict[str, Any]:
+def measure(detector: Detector, data: TensorDataset, empty: TensorDataset) -> dict[str, Any]:
     """Measure a detector on ``data`` images and on ``empty`` scenes.
 
     Returns:
         ``rates`` of every name: ``false_negative``, the share of its images in which
         `Detector.detects` misses it, and ``false_positive``, the share of all other images in which
-        it is detected; `accuracy`; ``calibration_error``, the expected error of each head's
-        likeliest class over 15 bins (arXiv 1706.04599, Eq. 5); ``empty_with_object``, the share of
-        empty scenes in which an object is detected.
+        it is detected (nan where no image shows the name, or all do); `accuracy`;
+        ``calibration_error``, the expected error of each head's likeliest class over 15 bins (arXiv
+        1706.04599, Eq. 5); ``empty_with_object``, the share of empty scenes in which an object is
+        detected.
     """
     # imported late: it takes seconds
     from torchmetrics.functional.classification import multiclass_calibration_error
 
-    probabilities = detector.probabilities(data.images)
+    probabilities = detector.probabilities(data.tensors[0])
     rates: Rates = {}
     errors: dict[str, float] = {}
     for head, p in probabilities.items():
-        labels, names = data.labels[head], detector.names[head]
+        labels, names = labels_of(data)[head], detector.names[head]
         errors[head] = multiclass_calibration_error(p, labels, len(names), n_bins=15).item()
         for i, name in enumerate(names):
             present, seen = labels == i, p[:, i] >= detector.threshold
@@ -400,20 +397,67 @@ def measure(detector: Detector, data: LabelledImages, empty: LabelledImages) -> 
                 "false_positive": seen[~present].double().mean().item(),
                 "false_negative": 1 - seen[present].double().mean().item(),
             }
-    ghosts = (detector.probabilities(empty.images)["object"] >= detector.threshold).any(1)
+    detected = (detector.probabilities(empty.tensors[0])["object"] >= detector.threshold).any(1)
     return {
         "rates": rates,
         "accuracy": accuracy(detector, data),
         "calibration_error": errors,
         "pictures": len(data),
-        "empty_with_object": ghosts.double().mean().item(),
+        "empty_with_object": detected.double().mean().item(),
     }
 
 
 # ---- CLIP
 
 
-def clip_tokenizer(texts: list[list[str]], folder: Path, vocabulary: int) -> Path:
+def clip_config(widths: ClipWidths, vocabulary: int) -> dict[str, Any]:
+    """Return the contents of ``open_clip_config.json``; pixels are scaled to [-1, 1]."""
+    return {
+        "model_cfg": {
+            "embed_dim": widths.embed,
+            "vision_cfg": {
+                "image_size": 64,
+                "layers": list(widths.blocks),
+                "width": widths.image,
+                "head_width": 4 * widths.image,  # eight heads
+            },
+            "text_cfg": {
+                "context_length": CONTEXT,
+                "vocab_size": vocabulary,
+                "hf_tokenizer_name": ".",  # open_clip looks into the folder itself
+                "width": widths.text,
+                "heads": widths.text // 32,
+                "layers": widths.layers,
+            },
+        },
+        "preprocess_cfg": {
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bilinear",
+            "resize_mode": "squash",
+        },
+    }
+
+
+def clip_network(config: dict[str, Any], seed: int) -> nn.Module:
+    """Build an ``open_clip.CLIP`` from `clip_config`."""
+    from open_clip import CLIP
+
+    torch.manual_seed(derive(seed, "clip", "init"))
+    return CLIP(**copy.deepcopy(config["model_cfg"]))
+
+
+def save_clip(model: nn.Module, config: dict[str, Any], folder: Path) -> None:
+    """Write an open_clip folder in float16, beside the files of `clip_tokenizer`.
+
+    It loads by ``open_clip.create_model_from_pretrained("local-dir:FOLDER")`` without this project.
+    """
+    state = copy.deepcopy(model).half().state_dict()
+    save_file(state, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def clip_tokenizer(texts: list[list[str]], folder: Path, vocabulary: int) -> CLIPTokenizer:
     """Learn CLIP's tokenizer from the training captions and the class prompts; writes its files
     into ``folder``.
     """
@@ -465,9 +509,9 @@ class _Guided(nn.Module):
 
 def train_clip(
     model: Any,
-    data: LabelledImages,
+    data: TensorDataset,
     texts: list[list[str]],
-    held_out: LabelledImages,
+    held_out: TensorDataset,
     tokenizer: Any,
     schedule: Schedule,
     *,
@@ -486,7 +530,8 @@ def train_clip(
         held_out: images for validation (zero-shot top-1).
     """
     tokens, device = tokenize_all(tokenizer, texts), device_of(model)
-    pools = [torch.nonzero(data.style == s).flatten() for s in range(len(NAMES["style"]))]
+    pixels, _, styles = data.tensors
+    pools = [torch.nonzero(styles == s).flatten() for s in range(len(NAMES["style"]))]
     pools = [pool for pool in pools if len(pool)]
     guided = _Guided(model, seed).to(device)
     # every second image to the front: faults go by place, and each kind shall come with and without
@@ -498,29 +543,31 @@ def train_clip(
         if number % 2:
             pool = pools[int(torch.randint(len(pools), (1,), generator=g))]
         index = pool[torch.randint(len(pool), (schedule.batch,), generator=g)]
-        x = (degrade(to_unit(data.images[index]), g) * 2 - 1).to(device)
+        x = (degrade(to_unit(pixels[index]), g) * 2 - 1).to(device)
         x = x.contiguous(memory_format=torch.channels_last)
         images, index = model.encode_image(x, normalize=True)[order], index[order]
         captioned = index[: (schedule.batch + 1) // 2]
         n = len(captioned)
         ids = tokens[captioned, torch.randint(tokens.shape[1], (n,), generator=g)]
-        words = model.encode_text(ids.to(device), normalize=True)
-        labels: dict[Head, Tensor] = {h: y[index].to(device) for h, y in data.labels.items()}
-        cards = labels["object"] * len(NAMES["style"]) + labels["style"]
+        text_vectors = model.encode_text(ids.to(device), normalize=True)
+        labels: dict[Head, Tensor] = {h: y[index].to(device) for h, y in labels_of(data).items()}
+        pairs = labels["object"] * len(NAMES["style"]) + labels["style"]
         scale = model.logit_scale.clamp(max=_LARGEST_SCALE).exp()
-        loss = contrastive_loss(images, words, scale, cards[:, None] == cards[None, :n])
+        loss = contrastive_loss(images, text_vectors, scale, pairs[:, None] == pairs[None, :n])
         by_image = guided.guide_loss(images, labels)
-        by_text = guided.guide_loss(words, {head: y[:n] for head, y in labels.items()})
+        by_text = guided.guide_loss(text_vectors, {head: y[:n] for head, y in labels.items()})
         return loss + (by_image + by_text) / 2
 
+    def validate(average: _Guided) -> dict[str, float]:
+        return zero_shot_accuracy(average.clip, held_out, tokenizer)
+
     model.visual.to(memory_format=torch.channels_last)
-    validate = _zero_shot(model, held_out, tokenizer)
     options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
     rows = train(guided, step, schedule, label="clip", **options)
     with torch.no_grad():
         model.logit_scale.clamp_(max=_LARGEST_SCALE)
     model.to(memory_format=torch.contiguous_format)
-    round_to_half(model)
+    model.half().float()  # as its file keeps it: the measured network is the shipped one
     return rows
 
 
@@ -546,30 +593,27 @@ def zero_shot(vectors: Tensor, classes: Tensor) -> Tensor:
     return (vectors @ classes.T).argmax(1)
 
 
-def _zero_shot(model: Any, held_out: LabelledImages, tokenizer: Any) -> Validate:
-    """Return the validation: zero-shot top-1 over all objects (in photos, and in all images) and
-    over all styles.
+def zero_shot_accuracy(model: Any, data: TensorDataset, tokenizer: Any) -> dict[str, float]:
+    """Return the zero-shot top-1 accuracy over all objects, over all styles, and over the objects
+    of photos among the prompts for photos.
     """
     device = device_of(model)
+    images, objects, styles = data.tensors
 
     def encode(texts: list[str]) -> Tensor:
         ids = tokenize(tokenizer, texts).to(device).split(256)
         return torch.cat([model.encode_text(part, normalize=True) for part in ids]).cpu()
 
-    @torch.no_grad()
-    def validate() -> dict[str, float]:
-        parts = (to_unit(x.to(device)) * 2 - 1 for x in held_out.images.split(256))
-        vectors = torch.cat([model.encode_image(x, normalize=True) for x in parts]).cpu()
+    parts = (to_unit(x.to(device)) * 2 - 1 for x in images.split(256))
+    vectors = torch.cat([model.encode_image(x, normalize=True) for x in parts]).cpu()
 
-        def hits(prompts: dict[str, list[str]], labels: Tensor) -> Tensor:
-            return zero_shot(vectors, prototypes(encode, prompts)) == labels
+    def hits(prompts: dict[str, list[str]], labels: Tensor) -> Tensor:
+        return zero_shot(vectors, prototypes(encode, prompts)) == labels
 
-        in_photos = hits(class_prompts("object", PHOTO), held_out.object)
-        shares = {
-            "object": hits(class_prompts("object", None), held_out.object),
-            "style": hits(class_prompts("style"), held_out.style),
-            "photo_object": in_photos[held_out.style == NAMES["style"].index(PHOTO)],
-        }
-        return {name: hit.float().mean().item() for name, hit in shares.items() if len(hit)}
-
-    return validate
+    in_photos = hits(class_prompts("object", PHOTO), objects)
+    shares = {
+        "object": hits(class_prompts("object", None), objects),
+        "style": hits(class_prompts("style"), styles),
+        "photo_object": in_photos[styles == NAMES["style"].index(PHOTO)],
+    }
+    return {name: hit.float().mean().item() for name, hit in shares.items() if len(hit)}

@@ -4,7 +4,7 @@ import pytest
 from minisd_words import world_prompts
 from tracking_runs import forget_key, run_folder
 
-from lab.minisd.train import build
+from lab.minisd.train import networks
 
 
 @pytest.fixture
@@ -19,11 +19,9 @@ def no_key(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
-    return build.train_tokenizer(
-        world_prompts(), tmp_path_factory.mktemp("words") / "tokenizer", 1024
-    )
+    return tmp_path_factory.mktemp("words") / "tokenizer"
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
-    return build.load_tokenizer(tokenizer_folder)
+    return networks.train_tokenizer(world_prompts(), tokenizer_folder, 1024)

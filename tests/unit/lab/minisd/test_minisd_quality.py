@@ -16,9 +16,8 @@ from safetensors.torch import load_file
 
 from lab.core.cache import StageCache
 from lab.core.errors import UserError
-from lab.minisd.train import publish, training
-from lab.minisd.train.publish import hashes, run
-from lab.minisd.train.recipe import Training
+from lab.minisd.train import networks, recipe
+from lab.minisd.train.recipe import Training, hashes, run
 
 pytestmark = pytest.mark.slow
 
@@ -135,8 +134,8 @@ def test_diffusers_alone_loads_it_in_float32_and_draws(folder, tmp_path) -> None
 
 def test_second_run_reads_the_cache(folder, root, monkeypatch) -> None:
     """No network is trained again, and the same bytes are written."""
-    monkeypatch.setattr(training._NetworkTraining, "step", None)
-    monkeypatch.setattr(publish, "assess", lambda *args: None)
+    monkeypatch.setattr(networks._NetworkTraining, "step", None)
+    monkeypatch.setattr(recipe, "assess", lambda *args: None)
     other = config(root)
     other.paths.outputs = str(root / "again")
     again = hashes(run(other))
@@ -154,8 +153,8 @@ def test_seed_and_recipe_determine_the_weights(folder, root, tmp_path) -> None:
     """A fresh cache repeats the weights bit for bit; another seed gives others."""
 
     def vae(**changes) -> dict[str, torch.Tensor]:
-        recipe = instantiate(config(root, **changes).train, _convert_="all")
-        return Training(recipe, StageCache(tmp_path)).vae().half().state_dict()
+        options = instantiate(config(root, **changes).train, _convert_="all")
+        return Training(options, StageCache(tmp_path)).vae().half().state_dict()
 
     saved = load_file(folder / "model" / f"{NETWORKS[1]}.safetensors")
     again, other = vae(), vae(seed=1)
@@ -168,8 +167,8 @@ def test_what_belongs_to_which_stage(root) -> None:
     """Options that cannot change a network do not cost its training; those that can do."""
 
     def key(stage: str, **changes) -> str:
-        recipe = instantiate(config(root, **changes).train, _convert_="all")
-        return json.dumps(recipe.identity(stage), sort_keys=True)
+        options = instantiate(config(root, **changes).train, _convert_="all")
+        return json.dumps(options.identity(stage), sort_keys=True)
 
     for stage in ("vae", "denoiser", "detector", "clip"):
         for changes in ({"workers": 2}, {"measured": 3}, {"scorers": {"workers": 2}}):

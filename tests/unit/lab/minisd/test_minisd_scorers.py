@@ -9,18 +9,19 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.data import TensorDataset
 
-from lab.core.errors import UserError
 from lab.core.seeding import generator
-from lab.minisd.train.build import load_tokenizer
+from lab.minisd.train.networks import Schedule
 from lab.minisd.train.quality import lowest, shares
 from lab.minisd.train.scorers import (
     NAMES,
     WORLD,
-    LabelledImages,
+    ClipWidths,
     ScorerRecipe,
     calibrate,
-    check_coverage,
+    clip_config,
+    clip_network,
     clip_tokenizer,
     contrastive_loss,
     degrade,
@@ -31,24 +32,15 @@ from lab.minisd.train.scorers import (
     pictures,
     prototypes,
     quantise,
+    save_clip,
     train_clip,
     train_detector,
     zero_shot,
 )
-from lab.minisd.train.training import Schedule
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.minisd.world.world import TRAINING
 from lab.scorers.clip import OpenClip
-from lab.scorers.detector import Detector, load_detector
-from lab.scorers.networks import (
-    ClipWidths,
-    DetectorNetwork,
-    clip_config,
-    clip_network,
-    detector_network,
-    save_clip,
-    save_detector,
-)
+from lab.scorers.detector import Detector, DetectorNetwork, load_detector
 
 STEPS = Schedule(steps=25, batch=16, lr=3e-3, warmup=2)
 TINY = ClipWidths(embed=16, image=4, text=32, layers=1)
@@ -73,7 +65,7 @@ def recipe() -> ScorerRecipe:
 
 
 @pytest.fixture(scope="module")
-def data(recipe) -> dict[str, LabelledImages]:
+def data(recipe) -> dict[str, TensorDataset]:
     return {part: labelled(pictures(recipe, 0, part)) for part in ("train", "calibrate", "measure")}
 
 
@@ -143,16 +135,16 @@ def test_contrastive_loss_leaves_out_false_negatives() -> None:
 
 
 def test_trained_detector_is_stored(data, recipe, tmp_path) -> None:
-    model = detector_network(len(NAMES["object"]), len(NAMES["style"]), 8, 0)
+    torch.manual_seed(0)
+    model = DetectorNetwork(len(NAMES["object"]), len(NAMES["style"]), 8)
     parts = data["train"], data["calibrate"], empty_scenes(0, recipe.empty)
-    rows = train_detector(model, *parts, STEPS, smoothing=0.05, empty_share=0.25, seed=0)
+    rows = train_detector(model, *parts, recipe, seed=0)
     assert rows[-1].keys() == {"step", "loss", "object", "style", "both"}
 
     detector = Detector(model, NAMES["object"], NAMES["style"])
     detector.temperature = calibrate(detector, data["calibrate"])
-    save_detector(model, detector.card(), tmp_path / "detector")
-    again = load_detector(tmp_path / "detector")
-    images = data["measure"].images
+    again = load_detector(detector.save(tmp_path / "detector"))
+    images = data["measure"].tensors[0]
     for head in ("object", "style"):
         assert torch.equal(again.probabilities(images)[head], detector.probabilities(images)[head])
 
@@ -182,18 +174,16 @@ def test_calibration_finds_the_temperature() -> None:
     right = torch.arange(40) % 4 != 0
     shown = torch.where(right, objects, (objects + 1) % 58)
     images = _coded(shown, shown % 11, torch.full((40,), 100))
-    held_out = LabelledImages(images, objects, objects % 11)
+    held_out = TensorDataset(images, objects, objects % 11)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
     found = calibrate(detector, held_out)
     logit = math.log(
         57 * 0.75 / 0.25
     )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
-    sure = LabelledImages(
-        _coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11
-    )
+    sure = TensorDataset(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
     assert calibrate(detector, sure)["object"] < 1  # never wrong: as sharp as allowed
-    ghost = LabelledImages(
+    ghost = TensorDataset(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 20])),
         *2 * (torch.full((2,), -1),),
     )
@@ -211,33 +201,34 @@ def test_error_rates_by_hand() -> None:
     certainty[5] = 1  # below the threshold
     images = _coded(shown, shown % 11, certainty)
     detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
-    nothing = LabelledImages(
+    nothing = TensorDataset(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])),
         *2 * (torch.tensor([-1, -1]),),
     )
-    facts = measure(detector, LabelledImages(images, objects, objects % 11), nothing)
+    facts = measure(detector, TensorDataset(images, objects, objects % 11), nothing)
     rates = [facts["rates"][name] for name in NAMES["object"]]
     assert rates[0] == {"false_positive": 0.0, "false_negative": 0.5}
     assert rates[1]["false_positive"] == pytest.approx(1 / 114)
     assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
     assert facts["empty_with_object"] == 0.5
-    with pytest.raises(UserError, match="with and without"):
-        check_coverage(LabelledImages(images[:3], objects[:3], objects[:3] % 11))
 
 
 def test_trained_clip_is_an_ordinary_open_clip_folder(data, recipe, tmp_path) -> None:
     import open_clip
 
     captions = [p.captions(recipe.captions) for p in pictures(recipe, 0, "train").pictures]
-    folder = clip_tokenizer(captions, tmp_path / "clip", recipe.vocabulary)
-    tokenizer = load_tokenizer(folder)
+    folder = tmp_path / "clip"
+    tokenizer = clip_tokenizer(captions, folder, recipe.vocabulary)
     config = clip_config(TINY, len(tokenizer))
     model = clip_network(config, 0)
     train_clip(model, data["train"], captions, data["calibrate"], tokenizer, STEPS, seed=0)
 
     save_clip(model, config, folder)
     ours = OpenClip(name=str(folder))
-    images, words = data["measure"].images, ["a photo of a fox", "an image in the style of mosaic"]
+    images, words = (
+        data["measure"].tensors[0],
+        ["a photo of a fox", "an image in the style of mosaic"],
+    )
     theirs, preprocess = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
     from torchvision.transforms.functional import to_pil_image
 

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 
 from lab.core.data import Sampling
-from lab.minisd.train.publish import SHIPPED, hashes, make_card
-from lab.minisd.train.quality import suites
-from lab.minisd.train.recipe import Recipe
+from lab.minisd.train.quality import make_card, suites
+from lab.minisd.train.recipe import SHIPPED, Recipe, hashes
 from lab.minisd.world.vocabulary import HELD_OUT_PAIRS, OBJECTS, PHOTO, STYLE_NAMES
 from lab.minisd.world.world import concept, sample
 from lab.models.diffusion_backbone import DiffusionBackbone
@@ -113,17 +112,15 @@ def test_clip_knows_the_styles_of_real_pictures() -> None:
 
 
 def test_suites_ask_for_every_object_style_and_pair() -> None:
-    full = suites(32)
-    assert Counter(full["photos"].objects) == dict.fromkeys(OBJECTS, 32)
-    assert set(full["photos"].styles) == {PHOTO}
+    pairs_of = {name: list(zip(*named, strict=True)) for name, (_, *named) in suites(32).items()}
+    assert Counter(pairs_of["photos"]) == {(name, PHOTO): 32 for name in OBJECTS}
     for name in ("styles", "described"):
-        pairs = list(zip(full[name].objects, full[name].styles, strict=True))
+        pairs = pairs_of[name]
         assert (
             len(pairs) == len(set(pairs)) == len(OBJECTS) * len(STYLE_NAMES) - len(HELD_OUT_PAIRS)
         )
         assert not set(pairs) & HELD_OUT_PAIRS
-    unseen = Counter(zip(full["unseen_pairs"].objects, full["unseen_pairs"].styles, strict=True))
-    assert unseen == dict.fromkeys(HELD_OUT_PAIRS, 8)
+    assert Counter(pairs_of["unseen_pairs"]) == dict.fromkeys(HELD_OUT_PAIRS, 8)
 
 
 def store() -> None:

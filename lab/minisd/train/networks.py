@@ -1,33 +1,197 @@
-"""Training of MiniSD's networks: AdamW over one cycle with averaged weights, and what the two
-networks minimise: the autoencoder its reconstruction, the denoiser the diffusion loss.
+"""MiniSD's networks, made from configs, and their training.
+
+They are the classes of Stable Diffusion v1, only smaller. Sizes are those of a prototype, measured
+on two cores: no attention where the latent is 16 × 16 (it would double the time of a step and buy
+nothing there). AdamW runs over one cycle with averaged weights; the autoencoder minimises its
+reconstruction, the denoiser the diffusion loss.
 """
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from lab.core import training
 from lab.core.config import Count, Index, NonNegative, Positive, options
 from lab.core.errors import Diverged
-from lab.core.seeding import generator
-from lab.core.training import progress, restore_slots, slots
+from lab.core.seeding import derive, generator
+from lab.core.training import part_of, progress, restore_slots, slots
 from lab.core.types import Checkpoint
-from lab.minisd.train.build import tokenize, tokenize_all
 
 logger = logging.getLogger(__name__)
 Loss = Callable[[int, torch.Generator], Tensor]
-Validate = Callable[[], dict[str, float]]
+Validate = Callable[[Any], dict[str, float]]
 Rows = list[dict[str, float]]  # what was logged: the step, the loss and validation values
 _LOG_EVERY = 50  # steps over which the logged loss is a mean
 _VALIDATE_EVERY = 500  # steps
 _SAVE_SECONDS = 60.0  # least time between two checkpoints
+CONTEXT = 32  # tokens; the longest caption of the world has 24
+SOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+# ---- the networks
+
+
+@options
+class Widths:
+    """What makes a MiniSD larger or smaller; tests take tiny ones.
+
+    Attributes:
+        vae: channels of the autoencoder from 64 × 64 down to 16 × 16; multiples of ``groups``.
+        unet: channels of the U-Net at 16 × 16, 8 × 8 and 4 × 4; multiples of ``groups``.
+        text: width of the text encoder (cross-attention width of the U-Net); a multiple of 32.
+        layers: transformer layers of the text encoder.
+        groups: groups of every group norm.
+    """
+
+    vae: tuple[Count, Count, Count] = (24, 48, 64)
+    unet: tuple[Count, Count, Count] = (48, 96, 128)
+    text: Annotated[int, Field(strict=True, ge=32, multiple_of=32)] = 128
+    layers: Count = 3
+    groups: Count = 8
+
+
+def train_tokenizer(texts: Iterable[str], folder: Path, vocabulary: int) -> CLIPTokenizer:
+    """Learn a byte-level BPE in CLIP's format from ``texts``; write ``vocab.json``, ``merges.txt``
+    and configs to ``folder``, and return the tokenizer that they hold.
+
+    Words outside ``texts`` fall into pieces, as new words do in CLIP. Same texts, same files.
+
+    Args:
+        vocabulary: tokens at most, 514 of which are bytes (each inside and at the end of a word),
+            start and end.
+    """
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=EOS))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = Regex(r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    final = [f"{letter}</w>" for letter in alphabet]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary - 2,  # start and end come last
+        min_frequency=2,
+        show_progress=False,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        # otherwise numbered as a hash map gives them, and the numbers break ties of merges
+        special_tokens=final,
+    )
+    bpe.train_from_iterator(sorted(set(texts)), trainer)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    pairs = [m if isinstance(m, str) else " ".join(m) for m in merges]
+    tokens = [*alphabet, *final, *(p.replace(" ", "") for p in pairs), SOS, EOS]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(
+        json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False)
+    )
+    (folder / "merges.txt").write_text(
+        "\n".join(["#version: 0.2", *pairs]) + "\n", encoding="utf-8"
+    )
+    special = {"bos_token": SOS, "eos_token": EOS, "unk_token": EOS, "pad_token": EOS}
+    facts = {"tokenizer_class": "CLIPTokenizer", "model_max_length": CONTEXT, "do_lower_case": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts | special, indent=1))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=1))
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def tokenize(tokenizer: Any, texts: Iterable[str]) -> torch.Tensor:
+    """Return token ids [n, CONTEXT], padded with the end token and cut at the context, as Stable
+    Diffusion does.
+    """
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return tokenizer(list(texts), max_length=tokenizer.model_max_length, **options).input_ids
+
+
+def tokenize_all(tokenizer: Any, captions: Sequence[Sequence[str]]) -> torch.Tensor:
+    """Return token ids [n, k, CONTEXT] of k captions for each of n images."""
+    flat = tokenize(tokenizer, [text for texts in captions for text in texts])
+    return flat.view(len(captions), len(captions[0]), -1)
+
+
+def build_vae(widths: Widths, seed: int) -> Any:
+    """Build the autoencoder: 64 × 64 pixels to 16 × 16 × 4 latents."""
+    torch.manual_seed(derive(seed, "vae", "init"))
+    depth = len(widths.vae)
+    return AutoencoderKL(
+        block_out_channels=widths.vae,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=widths.groups,
+        mid_block_add_attention=False,
+        sample_size=64,
+    )
+
+
+def build_unet(widths: Widths, seed: int) -> Any:
+    torch.manual_seed(derive(seed, "unet", "init"))
+    lower = len(widths.unet) - 1
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=widths.unet,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * lower),
+        up_block_types=(*("CrossAttnUpBlock2D",) * lower, "UpBlock2D"),
+        cross_attention_dim=widths.text,
+        # four heads: diffusers reads this key as their number, as it does for SD v1
+        attention_head_dim=4,
+        norm_num_groups=widths.groups,
+    )
+
+
+def build_text_encoder(widths: Widths, vocabulary: int, seed: int) -> Any:
+    """Build a `CLIPTextModel` whose last two token ids are start and end."""
+    torch.manual_seed(derive(seed, "text", "init"))
+    config = CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=widths.text,
+        intermediate_size=4 * widths.text,
+        num_hidden_layers=widths.layers,
+        num_attention_heads=widths.text // 32,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=vocabulary - 2,
+        eos_token_id=vocabulary - 1,
+        pad_token_id=vocabulary - 1,
+    )
+    return CLIPTextModel(config)
+
+
+def build_scheduler() -> Any:
+    """Build DDIM with the noise schedule of Stable Diffusion v1 (scaled linear, 0.00085 to 0.012,
+    1,000 steps).
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+# ---- the training loop
 
 
 @options
@@ -80,7 +244,7 @@ class _NetworkTraining:
             {"params": others, "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.lr, fused=True)
-        self.average = {n: v.detach().clone() for n, v in model.state_dict().items()}
+        self.average = copy.deepcopy(model).eval()
         self.recent: list[float] = []  # losses since the last row of the log
 
     def step(self, step: int) -> dict[str, float] | None:
@@ -101,7 +265,8 @@ class _NetworkTraining:
         if done % _LOG_EVERY == 0 or is_last:
             row["loss"], self.recent = sum(self.recent) / len(self.recent), []
         if self.validate is not None and (done % _VALIDATE_EVERY == 0 or is_last):
-            row |= self._validate_average(self.validate)
+            with torch.no_grad():
+                row |= self.validate(self.average)
         if not row:
             return None
         values = " ".join(f"{key} {value:.4f}" for key, value in row.items())
@@ -111,37 +276,22 @@ class _NetworkTraining:
     def _average(self, step: int) -> None:
         decay = min(self.schedule.ema, (1 + step) / (10 + step))
         state = self.model.state_dict()
-        for name, average in self.average.items():
+        for name, average in self.average.state_dict().items():
             if average.is_floating_point():
                 average.lerp_(state[name], 1 - decay)
             else:
                 average.copy_(state[name])
 
-    def _validate_average(self, validate: Validate) -> dict[str, float]:
-        current = {n: v.clone() for n, v in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average)
-        self.model.eval()
-        with torch.no_grad():
-            values = validate()
-        self.model.load_state_dict(current)
-        self.model.train()
-        return values
-
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = {f"model/{n}": v for n, v in self.model.state_dict().items()}
-        tensors |= {f"average/{n}": v for n, v in self.average.items()}
+        tensors |= {f"average/{n}": v for n, v in self.average.state_dict().items()}
         tensors |= {f"optimizer/{n}": v for n, v in slots(self.optimizer).items()}
         return tensors, {"recent": self.recent}
 
     def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        def part(prefix: str) -> dict[str, Tensor]:
-            names = (name for name in tensors if name.startswith(prefix))
-            return {name.removeprefix(prefix): tensors[name] for name in names}
-
-        self.model.load_state_dict(part("model/"))
-        for name, value in part("average/").items():
-            self.average[name].copy_(value)
-        restore_slots(self.optimizer, part("optimizer/"))
+        self.model.load_state_dict(part_of(tensors, "model/"))
+        self.average.load_state_dict(part_of(tensors, "average/"))
+        restore_slots(self.optimizer, part_of(tensors, "optimizer/"))
         self.recent = list(values["recent"])
 
 
@@ -167,7 +317,7 @@ def train(
     images and the same noise. The model ends with the averaged weights.
 
     Args:
-        validate: called every 500 steps, on the averaged weights.
+        validate: called every 500 steps with a copy of the model that has the averaged weights.
 
     Returns:
         The mean loss of the last 50 steps every 50 steps, and what ``validate`` returned.
@@ -180,9 +330,12 @@ def train(
     rows = training.train(
         network, schedule.steps, label=label, checkpoint=checkpoint, save_seconds=_SAVE_SECONDS
     )
-    model.load_state_dict(network.average)
+    model.load_state_dict(network.average.state_dict())
     model.eval()
     return rows
+
+
+# ---- the autoencoder
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -206,29 +359,27 @@ def train_vae(
         images, held_out: uint8 [n, 3, s, s].
         kl: weight of KL(posterior ‖ N(0, 1)), summed over the latent, divided by 3 s².
     """
-
     device = device_of(vae)
 
     def step(_: int, g: torch.Generator) -> Tensor:
         index = torch.randint(len(images), (schedule.batch,), generator=g)
         x = to_float(images[index].to(device))
         posterior = vae.encode(x).latent_dist
-        z = posterior.mean + posterior.std * torch.randn(posterior.mean.shape, generator=g).to(
-            device
-        )
+        noise = torch.randn(posterior.mean.shape, generator=g).to(device)
+        z = posterior.mean + posterior.std * noise
         divergence = posterior.kl().mean() / x[0].numel()
         return F.l1_loss(vae.decode(z).sample, x) + kl * divergence
 
-    def validate() -> dict[str, float]:
+    def validate(average: Any) -> dict[str, float]:
         x = to_float(held_out.to(device))
-        y = torch.cat(
-            [vae.decode(vae.encode(part).latent_dist.mean).sample for part in x.split(64)]
-        ).clamp(-1, 1)
+        means = [average.encode(part).latent_dist.mean for part in x.split(64)]
+        y = torch.cat([average.decode(mean).sample for mean in means]).clamp(-1, 1)
         mse = ((x - y) / 2).square().mean((1, 2, 3))
         return {"psnr": (-10 * mse.log10()).mean().item(), "l1": ((x - y) / 2).abs().mean().item()}
 
-    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
-    return train(vae, step, schedule, label="vae", **options)
+    return train(
+        vae, step, schedule, seed=seed, label="vae", checkpoint=checkpoint, validate=validate
+    )
 
 
 @torch.no_grad()
@@ -242,6 +393,9 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
         means.append(posterior.mean.half().cpu())
         deviations.append(posterior.std.half().cpu())
     return torch.cat(means), torch.cat(deviations)
+
+
+# ---- the denoiser
 
 
 class TextToImageNetwork(nn.Module):
@@ -289,7 +443,7 @@ def train_denoiser(
         latents: mean and deviation of each image's posterior (`encode`); ``model.scale`` is set
             from them.
         captions: for each image several captions, one is drawn at every visit.
-        held_out: latents and captions of the validation pictures.
+        held_out: latents and captions of the validation images.
         gamma: clip of the signal-to-noise ratio in the loss weight.
         drop: share of captions that are replaced by the empty one.
     """
@@ -301,10 +455,10 @@ def train_denoiser(
     tokens, empty = tokenize_all(tokenizer, captions), tokenize(tokenizer, [""])[0]
     device = device_of(model)
 
-    def loss(*drawn: Tensor) -> Tensor:
+    def loss(network: Any, *drawn: Tensor) -> Tensor:
         z, ids, t, noise, a = (x.to(device) for x in (*drawn, alphas[drawn[2]].view(-1, 1, 1, 1)))
-        guess = model((a.sqrt() * z + (1 - a).sqrt() * noise), t, ids)
-        return (guess - noise).square().mean((1, 2, 3))
+        prediction = network(a.sqrt() * z + (1 - a).sqrt() * noise, t, ids)
+        return (prediction - noise).square().mean((1, 2, 3))
 
     def step(_: int, g: torch.Generator) -> Tensor:
         n = schedule.batch
@@ -314,20 +468,22 @@ def train_denoiser(
         ids = tokens[index, torch.randint(tokens.shape[1], (n,), generator=g)]
         ids = torch.where(torch.rand(n, 1, generator=g) < drop, empty, ids)
         t = torch.randint(len(alphas), (n,), generator=g)
-        return (weights[t].to(device) * loss(z, ids, t, torch.randn(z.shape, generator=g))).mean()
+        noise = torch.randn(z.shape, generator=g)
+        return (weights[t].to(device) * loss(model, z, ids, t, noise)).mean()
 
     (mean, _), texts = held_out
     z, ids = scale * mean.float(), tokenize(tokenizer, texts)
     g = generator(seed, "denoiser", "validation")
     t, noise = torch.randint(len(alphas), (len(z),), generator=g), torch.randn(z.shape, generator=g)
 
-    def validate() -> dict[str, float]:
+    def validate(average: Any) -> dict[str, float]:
         parts = zip(z.split(64), ids.split(64), t.split(64), noise.split(64), strict=True)
-        plain = torch.cat([loss(*part) for part in parts]).cpu()
+        plain = torch.cat([loss(average, *part) for part in parts]).cpu()
         return {
             "validation_loss": plain.mean().item(),
             "validation_weighted": (weights[t] * plain).mean().item(),
         }
 
-    options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
-    return train(model, step, schedule, label="denoiser", **options)
+    return train(
+        model, step, schedule, seed=seed, label="denoiser", checkpoint=checkpoint, validate=validate
+    )

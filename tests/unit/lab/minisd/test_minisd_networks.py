@@ -1,14 +1,17 @@
-"""Training of MiniSD's networks: the loop against hand-written AdamW and averages, resumed and whole,
-and the losses of its networks by hand.
+"""MiniSD's networks: the training loop against hand-written AdamW and averages, resumed and whole,
+the losses by hand, and the tokenizer against CLIP's format.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
+from minisd_words import world_prompts
 from tiny_diffusion import TINY
 from torch import nn
 from torch.distributions import Normal, kl_divergence
@@ -17,8 +20,8 @@ from lab.core.cache import StageCheckpoint
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
 from lab.core.types import same_weights
-from lab.minisd.train import build, training
-from lab.minisd.train.training import (
+from lab.minisd.train import networks
+from lab.minisd.train.networks import (
     Schedule,
     encode,
     min_snr,
@@ -113,36 +116,29 @@ def test_weights_and_average_by_hand(ema) -> None:
 @pytest.fixture
 def often(monkeypatch) -> None:
     """Validate every five steps and save every step."""
-    monkeypatch.setattr(training, "_VALIDATE_EVERY", 5)
-    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(networks, "_VALIDATE_EVERY", 5)
+    monkeypatch.setattr(networks, "_SAVE_SECONDS", 0.0)
 
 
-def test_validation_sees_the_average_and_gives_the_live_weights_back(often) -> None:
-    live, averaged = by_hand(SHORT)
-    model, seen = Two(), []
+def test_validation_sees_the_average(often) -> None:
+    model, averaged = Two(), by_hand(SHORT)[1]
 
-    def step(number, g):
-        assert model.training
-        seen.append(weights(model))
-        return model.loss()
-
-    def validate():
-        assert not model.training
+    def validate(average):
+        assert not average.training
         assert not torch.is_grad_enabled()
-        return {"matrix": model.matrix.item()}
+        return {"matrix": average.matrix.item()}
 
-    rows = train(model, step, SHORT, seed=0, label="two", validate=validate)
-    assert [row["step"] for row in rows] == [5, 10, 12]
-    for row in rows:
-        assert row["matrix"] == pytest.approx(averaged[int(row["step"]) - 1][0], rel=1e-6)
-    assert seen[5] == pytest.approx(live[4], rel=1e-6)
-    assert seen[10] == pytest.approx(live[9], rel=1e-6)
+    loss = model.loss
+    rows = train(model, lambda n, g: loss(), SHORT, seed=0, label="two", validate=validate)
+    by_step = {row["step"]: row["matrix"] for row in rows}
+    assert by_step == pytest.approx({n: averaged[n - 1][0] for n in (5, 10, 12)}, rel=1e-6)
 
 
 def picture_model() -> nn.Module:
     """Channels last, as the trained networks are, with buffers of both types (batch norm)."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 2, 3))
+    model.idle = nn.Parameter(torch.ones(2))  # never gets a gradient
     return model.to(memory_format=torch.channels_last)
 
 
@@ -155,8 +151,8 @@ def fit(checkpoint=None) -> tuple[nn.Module, list[float], list[dict[str, float]]
         drawn.append(x.sum().item())
         return (model(x) - 1).square().mean()
 
-    def validate():
-        return {"bias": model[0].bias.mean().item()}
+    def validate(average):
+        return {"bias": average[0].bias.mean().item()}
 
     rows = train(
         model, step, schedule, seed=3, label="fit", checkpoint=checkpoint, validate=validate
@@ -178,20 +174,6 @@ def test_killed_training_is_the_unbroken_one(tmp_path, often, kill) -> None:
     assert same_weights(resumed, unbroken)
     assert resumed[1].num_batches_tracked.item() == 60
     assert resumed_rows == rows
-
-
-def test_parameter_without_a_gradient_survives_a_resume(tmp_path, often) -> None:
-    def go(checkpoint) -> nn.Module:
-        model = nn.ModuleDict({"used": Two(), "idle": Two()})
-        loss = model["used"].loss
-        train(model, lambda n, g: loss(), SHORT, seed=0, label="x", checkpoint=checkpoint)
-        return model
-
-    with pytest.raises(Killed):
-        go(Disk(tmp_path / "state", 4))
-    resumed = go(Disk(tmp_path / "state"))
-    assert same_weights(resumed, go(None))
-    assert weights(resumed["idle"]) == [2.0, -1.0]
 
 
 def test_rate() -> None:
@@ -229,21 +211,29 @@ def shown():
 
 
 def test_parts_are_stable_diffusions_and_follow_the_seed() -> None:
-    vae, unet, text = build.vae(TINY, 0), build.unet(TINY, 0), build.text_encoder(TINY, 600, 0)
+    vae, unet, text = (
+        networks.build_vae(TINY, 0),
+        networks.build_unet(TINY, 0),
+        networks.build_text_encoder(TINY, 600, 0),
+    )
     z = vae.encode(torch.zeros(2, 3, 64, 64)).latent_dist.mean
     assert z.shape == (2, 4, 16, 16)
     assert vae.decode(z).sample.shape == (2, 3, 64, 64)
     hidden = text(torch.full((2, 32), 599))[0]
     assert hidden.shape == (2, 32, TINY.text)
     assert unet(z, torch.tensor([0, 999]), hidden).sample.shape == z.shape
-    for make in (build.vae, build.unet, lambda w, s: build.text_encoder(w, 600, s)):
+    for make in (
+        networks.build_vae,
+        networks.build_unet,
+        lambda w, s: networks.build_text_encoder(w, 600, s),
+    ):
         assert same_weights(make(TINY, 1), make(TINY, 1))
         assert not same_weights(make(TINY, 1), make(TINY, 2))
 
 
 def test_scheduler_is_stable_diffusions() -> None:
     """Scaled linear: √β runs evenly from √0.00085 to √0.012."""
-    alphas = build.scheduler().alphas_cumprod
+    alphas = networks.build_scheduler().alphas_cumprod
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     assert torch.allclose(alphas.double(), (1 - betas).cumprod(0), atol=1e-5)
 
@@ -262,7 +252,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
     """Absolute error plus kl × divergence per pixel value (against torch's own KL); PSNR of [0, 1]
     pictures.
     """
-    model, kl, seed = build.vae(TINY, 0), 2.5, 7
+    model, kl, seed = networks.build_vae(TINY, 0), 2.5, 7
     g = generator(seed, "vae", 0)
     x = shown.images[torch.randint(24, (3,), generator=g)].float() / 127.5 - 1
     with torch.no_grad():
@@ -286,7 +276,7 @@ def test_vae_loss_and_validation_by_hand(shown) -> None:
 
 
 def test_encode_gives_the_posterior(shown) -> None:
-    model = build.vae(TINY, 0)
+    model = networks.build_vae(TINY, 0)
     mean, deviation = encode(model, shown.images)
     with torch.no_grad():
         posterior = model.encode(to_float(shown.images)).latent_dist
@@ -295,16 +285,17 @@ def test_encode_gives_the_posterior(shown) -> None:
 
 
 class _Fixed(nn.Module):
-    """Stands for the denoiser: predicts ``value`` everywhere and notes what it was asked."""
+    """Stands for the denoiser: predicts ``value`` everywhere; the inputs of all copies are kept."""
+
+    inputs: ClassVar[list[tuple[torch.Tensor, ...]]] = []
 
     def __init__(self, value: float) -> None:
         super().__init__()
         self.value = nn.Parameter(torch.tensor(value))
         self.register_buffer("scale", torch.zeros(()))
-        self.asked: list[tuple[torch.Tensor, ...]] = []
 
     def forward(self, noisy, t, tokens):
-        self.asked.append((noisy, t, tokens))
+        self.inputs.append((noisy, t, tokens))
         return self.value.expand_as(noisy)
 
 
@@ -315,10 +306,11 @@ def _latents(n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _fit(model, tokenizer, schedule, *, drop=0.0):
     texts = [["a fox", "a lion"]] * 8
+    model.inputs.clear()
     rows = train_denoiser(
         model,
         tokenizer,
-        build.scheduler(),
+        networks.build_scheduler(),
         _latents(8),
         texts,
         (_latents(6, 1), ["a fox"] * 6),
@@ -340,8 +332,8 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     total = mean.double().var(correction=0) + deviation.double().square().mean()
     assert model.scale.item() == pytest.approx(total.item() ** -0.5, rel=1e-4)
 
-    alphas = build.scheduler().alphas_cumprod
-    noisy, t, _ = model.asked[0]
+    alphas = networks.build_scheduler().alphas_cumprod
+    noisy, t, _ = model.inputs[0]
     g = generator(5, "denoiser", 0)
     index = torch.randint(8, (64,), generator=g)
     z = model.scale * (mean[index] + deviation[index] * torch.randn(64, 4, 4, 4, generator=g))
@@ -351,7 +343,7 @@ def test_denoiser_loss_and_validation_by_hand(tokenizer) -> None:
     expected = (snr.clamp(max=5) / snr * noise.square().mean((1, 2, 3))).mean()
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-2)
 
-    noisy, t, _ = model.asked[-1]
+    noisy, t, _ = model.inputs[-1]
     z, a = model.scale * _latents(6, 1)[0], alphas[t].view(-1, 1, 1, 1)
     square = ((noisy - a.sqrt() * z) / (1 - a).sqrt()).square().mean((1, 2, 3))
     assert row["validation_loss"] == pytest.approx(square.mean().item(), rel=1e-2)
@@ -363,9 +355,68 @@ def test_captions_are_drawn_and_dropped(tokenizer) -> None:
     """Both captions of a picture come up equally often; the empty one as often as ``drop`` says."""
     model = _Fixed(0.0)
     _fit(model, tokenizer, Schedule(steps=4, batch=256, lr=1e-12), drop=0.25)
-    ids = torch.cat([tokens for _, _, tokens in model.asked[:4]])
-    empty, fox, lion = build.tokenize(tokenizer, ["", "a fox", "a lion"])
+    ids = torch.cat([tokens for _, _, tokens in model.inputs[:4]])
+    empty, fox, lion = networks.tokenize(tokenizer, ["", "a fox", "a lion"])
     shares = [(ids == row).all(1).float().mean().item() for row in (empty, fox, lion)]
     assert sum(shares) == pytest.approx(1)
     assert shares[0] == pytest.approx(0.25, abs=0.05)  # 3.7 standard errors
     assert shares[1] == pytest.approx(0.375, abs=0.06)
+
+
+# ---- the tokenizer
+
+FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def test_same_texts_same_files(tmp_path) -> None:
+    """Order and repetitions do not matter, any other text does."""
+    texts = world_prompts()[:200]
+    lists = texts, [*reversed(texts), texts[0]], [*texts, "zebra zebra", "zebra crossing"]
+    written = []
+    for number, words in enumerate(lists):
+        networks.train_tokenizer(words, tmp_path / str(number), 560)
+        written.append([(tmp_path / str(number) / name).read_bytes() for name in FILES])
+    assert written[0] == written[1]
+    assert written[0][0] != written[2][0]
+
+
+def test_format_is_clips(tokenizer_folder, tokenizer) -> None:
+    """The ids lie as in CLIP: 256 bytes, 256 bytes that end a word, one id per merge, start,
+    end.
+    """
+    vocab = json.loads((tokenizer_folder / "vocab.json").read_text())
+    merges = (tokenizer_folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+    assert len(vocab) == len(tokenizer) == 512 + len(merges[1:]) + 2
+    by_id = {i: token for token, i in vocab.items()}
+    assert all(len(by_id[i]) == 1 and by_id[256 + i] == f"{by_id[i]}</w>" for i in range(256))
+    assert [by_id[512 + i] for i in range(len(merges) - 1)] == [
+        m.replace(" ", "") for m in merges[1:]
+    ]
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (len(vocab) - 2, len(vocab) - 1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "žluťoučký kůň",
+        "🦊 and 🦄🏽",
+        "x=3.14%!?",
+        "\x01 \x7f",
+    ],
+)
+def test_any_text_round_trips(tokenizer, text) -> None:
+    """Nothing is unknown: the pieces of any text are bytes that give it back."""
+    ids = tokenizer(text).input_ids
+    assert tokenizer.eos_token_id not in ids[1:-1]  # the end token doubles as "unknown"
+    squeezed = "".join(text.split())
+    back = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(back.split()) == squeezed
+
+
+def test_tokenize_pads_with_the_end_and_cuts_as_stable_diffusion_does(tokenizer) -> None:
+    ids = networks.tokenize(tokenizer, ["", "a fox", "fox " * 60])
+    sos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    a, fox = tokenizer.convert_tokens_to_ids(["a</w>", "fox</w>"])
+    assert ids[0].tolist() == [sos] + [eos] * 31
+    assert ids[1].tolist() == [sos, a, fox] + [eos] * 29
+    assert ids[2].tolist() == [sos] + [fox] * 30 + [eos]
