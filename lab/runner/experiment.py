@@ -23,7 +23,7 @@ from lab.core.errors import Diverged, RunFailed, UserError, explain
 from lab.core.hashing import state_hash
 from lab.core.provenance import provenance
 from lab.core.types import Scores
-from lab.runner.assemble import assemble, check_cases, check_groups
+from lab.runner.assemble import assemble, check_cases
 from lab.runner.batch import relative
 from lab.runner.executors import Executor
 from lab.runner.pipeline import Cell, Pipeline
@@ -51,28 +51,25 @@ def affects_all_stages(error: BaseException) -> bool:
 
 def describe(
     error: BaseException,
-    key: str | None = None,
+    cell: Cell | None = None,
     rank: int | None = None,
-    stage: str | None = None,
 ) -> RunFailed:
     """Return ``error`` as plain values; a `RunFailed` is returned as it is.
 
     Args:
-        key: config key of the part that ran.
+        cell: the stage that ran.
         rank: of this process, in a run of several.
-        stage: key of the stage that ran.
     """
     if isinstance(error, RunFailed):
         return error
-    if affects_all_stages(error):
-        key = None  # no part is to blame
+    key = None if cell is None or affects_all_stages(error) else cell.part
     return RunFailed(
         type=type(error).__name__,
         message=str(error),
         user_message=explain(error),
         key=error.key if isinstance(error, UserError) else key,
         step=error.step if isinstance(error, Diverged) else None,
-        stage=stage,
+        stage=cell and cell.key,
         rank=rank,
         traceback="".join(traceback.format_exception(error)),
     )
@@ -153,7 +150,6 @@ class Run:
         self.failed = FailedStages()
         self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
-        self.failed_parts: set[str] = set()  # config keys of what failed in this process
         if self.executor.is_main:
             progress_log.info("loading data and models …")
         self.pipeline = build_pipeline(cfg)
@@ -203,7 +199,7 @@ class Run:
 
     def run_stage(self, cell: Cell) -> StageResult:
         """Compute or read one stage in this process."""
-        if cell.part in self.failed_parts:  # in another stage of the same attack
+        if cell.attack in self.failed.attacks:  # on another task
             return StageResult("pending")
         if self.executor.is_main:
             self.plan.announce(cell, self.executor.facts().get("processes", 1))
@@ -213,11 +209,9 @@ class Run:
         except Exception as error:
             if not is_recoverable(cell, error):
                 raise
-            failure = describe(error, self.pipeline.part, self.executor.rank, cell.key)
+            failure = describe(error, cell, self.executor.rank)
             log.warning("%s failed, the others go on: %s", cell.title, failure)
             log.info("%s", failure.traceback)
-            self.pipeline.part = None
-            self.failed_parts.add(cell.part)
             result = StageResult("failed", failure=failure)
         else:
             result = _result(cell, artifact, hit)
@@ -272,9 +266,9 @@ class Run:
         scores = self.pipeline.scores(str(cell.metric))
         try:
             records.scores_json([*self.scores, scores])
-            records.images_of([*self.scores, scores])
+            records.merged([*self.scores, scores], "images")
         except ValueError as error:
-            self.failed.add(cell, describe(error, cell.part))
+            self.failed.add(cell, describe(error, cell))
             next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
         else:
             self.scores.append(scores)
@@ -283,8 +277,7 @@ class Run:
 
     def fail(self, error: BaseException) -> RunFailed:
         """Note why the run ended, and what is known of the stages in progress."""
-        stage = self.current.key if self.current else None
-        failure = describe(error, self.pipeline.part, self.executor.rank, stage)
+        failure = describe(error, self.current, self.executor.rank)
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
             status: Literal["ok", "failed", "pending"] = "pending"
@@ -308,7 +301,7 @@ class Run:
         from lab.runner.terminal import summarize, summarize_shortly
 
         body = self.record()
-        body["images"] = records.write_images(self.folder, records.images_of(self.scores))
+        body["images"] = records.write_images(self.folder, records.merged(self.scores, "images"))
         path = self.folder / "record.json"
         records.write(body, path)
         report = render([records.read(path)], self.folder / "report.html")
@@ -376,7 +369,6 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
     Raises:
         UserError: a key that cannot work, parts that do not fit together, data that are missing.
     """
-    check_groups(cfg)
     if cfg.threads is not None:
         if not isinstance(cfg.threads, int) or cfg.threads < 1:
             raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
@@ -422,7 +414,8 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
 
 
 def start_trackers(run: Run) -> Trackers:
-    """Remove what an earlier run left in the folder, and start the trackers of this one."""
+    """Print the folder, remove what an earlier run left there, and start the trackers."""
+    print(f"run folder: {relative(run.folder)}", file=sys.stderr, flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     trackers = Trackers(run.cfg, run.folder)
     for name in ("record.json", "report.html"):

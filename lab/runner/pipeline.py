@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lab.core import record as records
 from lab.core.cache import Artifact, Place, StageCache
 from lab.core.data import ConceptCase, ScenarioData
 from lab.core.errors import Diverged, UserError
@@ -35,8 +34,6 @@ from lab.core.types import (
 )
 from lab.runner.assemble import Parts
 
-BETTER = ("higher", "lower", "neutral")
-INTERVALS = ("across_seeds", "within_seed", "point")
 LogHook = Callable[[str, int, dict[str, float]], None]
 
 
@@ -94,7 +91,6 @@ class Pipeline:
     """Stages of a run over its models, cases, seeds, attacks and metrics: a `RunView`.
 
     Attributes:
-        part: config key of the part that runs; after an exception, of the part that raised it.
         diverged: (case, seed) → why its immunization ended.
         notes: sentences for the record, in order.
     """
@@ -105,7 +101,6 @@ class Pipeline:
         self.model_names = tuple(parts.model_names)
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
-        self.part: str | None = None
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
         self.data_hash: dict[str, str] = {}
         self.notes: dict[str, None] = {}
@@ -113,20 +108,12 @@ class Pipeline:
         self._data: dict[int, ScenarioData] = {}
         self._identity: dict[tuple[int, str], dict[str, str]] = {}
 
-    @contextmanager
-    def running(self, key: str) -> Iterator[None]:
-        """Note that the part of the config key ``key`` runs inside."""
-        outer, self.part = self.part, key
-        yield
-        self.part = outer  # not after an exception: the innermost part raised it
-
     # ---- data and original models
 
     def data(self, seed: int) -> ScenarioData:
         """Load the cases of ``seed`` once."""
         if seed not in self._data:
-            with self.running("scenario"):
-                loaded = self.parts.scenario.load(seed)
+            loaded = self.parts.scenario.load(seed)
             if not loaded.cases:
                 raise UserError("scenario", self.scenario, "has no cases.")
             self._data[seed] = loaded
@@ -137,10 +124,8 @@ class Pipeline:
     def original(self, case: AnyCase, seed: int) -> Model:
         """Return θ_0, what the backbone builds less what ``erase`` takes out; the caller's own."""
         if self._last is None or self._last[0] != (seed, case.name):
-            with self.running("backbone"):
-                model = self.parts.backbone.build(case, seed)
-            with self.running("erase"):
-                model = self.parts.eraser.obj(model, without_sampling(case), seed=seed)
+            model = self.parts.backbone.build(case, seed)
+            model = self.parts.eraser.obj(model, without_sampling(case), seed=seed)
             self._last = ((seed, case.name), model)
         return clone(self._last[1])
 
@@ -165,8 +150,7 @@ class Pipeline:
 
     def compute(self, cell: Cell) -> tuple[Artifact, bool]:
         """Return the artifact of ``cell`` and whether the cache had it."""
-        with self.running(cell.part):
-            return self.store.get(*cell.place, cell.compute, cell.parents)
+        return self.store.get(*cell.place, cell.compute, cell.parents)
 
     def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.model_names[model_name]
@@ -425,20 +409,15 @@ def check_scores(scores: Any, metric: str) -> None:
     Raises:
         ValueError: names the metric; the run goes on without it.
     """
-
-    def require(holds: bool, reason: str) -> None:
-        if not holds:
-            raise ValueError(f"eval.{metric} {reason} (lab.core.types.Scores)")
-
-    require(isinstance(scores, Scores), f"must return Scores, not {type(scores).__name__}")
+    if not isinstance(scores, Scores):
+        raise ValueError(f"eval.{metric} must return Scores, not {type(scores).__name__}")
+    reason = records.violation(records.scores_json([scores]))
     for name, score in scores.metrics.items():
-        require(bool(re.fullmatch("[a-z0-9_]+", name)), f"names a metric {name!r}: use snake case")
-        require(isinstance(score, Score), f"must give {name} as a Score")
-        words = score.better in BETTER and score.interval in INTERVALS
-        require(words, f"must give {name} better {BETTER} and interval {INTERVALS}")
-        require(score.value is not None or bool(score.note), f"gives {name} no value and no note")
         numbers = [x for x in (score.value, score.low, score.high) if x is not None]
-        require(all(map(math.isfinite, numbers)), f"gives {name} a number that is not finite")
+        if not all(map(math.isfinite, numbers)):
+            reason = f"metrics/{name}: a number is not finite"
     for name, curve in scores.curves.items():
-        lengths = {len(line) for key, line in curve.items() if key not in ("x", "y", "log")}
-        require("step" in curve and len(lengths) == 1, f"must give every line of {name} a step")
+        if len({len(line) for key, line in curve.items() if key not in ("x", "y", "log")}) > 1:
+            reason = f"curves/{name}: its lines differ in length"
+    if reason is not None:
+        raise ValueError(f"eval.{metric} returned wrong Scores: {reason} (lab.core.types.Scores)")
