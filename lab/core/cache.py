@@ -126,21 +126,26 @@ class StageCache:
 
         Its bytes are checked when it is read.
         """
-        meta = self._meta(stage, key) if self._may_read(stage, key) else None
-        return meta is not None and _agree(meta.get("made_from", {}), self._digests(parents))
+        return self._current(stage, key, parents) is not None
 
-    def _may_read(self, stage: str, key: str) -> bool:
-        return stage not in self.force or key in self._fresh
+    def _current(self, stage: str, key: str, parents: Sequence[Place]) -> dict[str, Any] | None:
+        """Return ``meta.json`` of an artifact; None where it has to be computed."""
+        if stage in self.force and key not in self._fresh:
+            return None
+        meta = self._meta(stage, key)
+        if meta is None or not _agree(meta.get("made_from", {}), self._digests(parents)):
+            return None
+        return meta
 
     def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return ``meta.json`` of an artifact; None where there is none, or it is damaged."""
         path = self.folder(stage, key) / "meta.json"
         try:
-            meta = json.loads(path.read_text()) if path.is_file() else None
+            meta = json.loads(path.read_text()) if path.is_file() else {}
         except (OSError, ValueError) as error:
             log.warning("%s %s is damaged (%s); it is computed again", stage, key[:12], error)
             return None
-        return meta if meta and meta.get("sha256", {}).keys() == set(_FILES) else None
+        return meta if meta.get("sha256", {}).keys() == set(_FILES) else None
 
     def _digests(self, parents: Sequence[Place]) -> dict[str, str]:
         """Return one hash over the bytes of each of ``parents`` that is there."""
@@ -159,19 +164,16 @@ class StageCache:
 
     def read(self, stage: str, key: str, parents: Sequence[Place] = ()) -> Artifact | None:
         """Return the artifact; None when it is absent, outdated or damaged (with a warning)."""
-        meta = self._meta(stage, key) if self._may_read(stage, key) else None
+        meta = self._current(stage, key, parents)
         if meta is None:
             return None
-        reason = "was not made from the result that there is now"
-        if _agree(meta.get("made_from", {}), self._digests(parents)):
-            files = {name: self.folder(stage, key) / name for name in _FILES}
-            data = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
-            if {name: hashlib.sha256(d).hexdigest() for name, d in data.items()} == meta["sha256"]:
-                values, tensors = (data[name] for name in _FILES)
-                return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
-            reason = "does not match its checksums"
-        log.warning("%s %s %s; it is computed again", stage, key[:12], reason)
-        return None
+        files = {name: self.folder(stage, key) / name for name in _FILES}
+        data = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+        if {name: hashlib.sha256(d).hexdigest() for name, d in data.items()} != meta["sha256"]:
+            log.warning("%s %s is damaged; it is computed again", stage, key[:12])
+            return None
+        values, tensors = (data[name] for name in _FILES)
+        return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
 
     def get(
         self,

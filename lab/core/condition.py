@@ -58,7 +58,6 @@ def condition_number(
     x: Tensor,
     definition: Definition = "rank",
     *,
-    tolerance: float | None = None,
     ridge: float = 0.0,
 ) -> float:
     """Return κ(XᵀX) of ``x`` [n, d].
@@ -71,7 +70,6 @@ def condition_number(
             infinite only for a singular XᵀX with ``ridge`` = 0; ``release`` the released function's
             rule: largest over smallest eigenvalue above 1e-6 of XᵀX + 1e-6·I, which on
             rank-deficient data measures rounding noise (for comparison).
-        tolerance: relative rank tolerance of ``rank``.
         ridge: λ ≥ 0 of ``ridge``.
 
     Raises:
@@ -82,8 +80,7 @@ def condition_number(
     if definition == "release":
         return _release_condition_number(x)
     s = singular_values(x)
-    relative = rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance
-    rank = numerical_rank(s, x.shape, relative)
+    rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype))
     if rank == 0:
         raise ValueError("the condition number of a zero matrix is undefined")
     if definition == "rank":

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ValidationError
 
 from immunize.none import NoImmunization
-from lab.core.config import user_error
+from lab.core.config import bind, user_error
 from lab.core.data import ConceptCase
 from lab.core.errors import UserError, call_all, missing_package, nearest
 from lab.core.hashing import stage_key
@@ -166,13 +166,6 @@ def _group(config: Any, key: str) -> dict[str, Any]:
     return {str(name): value for name, value in config.items()}
 
 
-def _budget(config: Any) -> Budget:
-    try:
-        return Budget(**_group(config, "budget"))
-    except ValidationError as error:
-        raise user_error(error, "budget", Budget) from None
-
-
 def read_fail_on(cfg: DictConfig) -> list[str]:
     """Return the verdicts that end the command with an exit code of their own."""
     words = [cfg.fail_on] if isinstance(cfg.fail_on, str) else list(cfg.fail_on or ())
@@ -209,7 +202,7 @@ def assemble(cfg: DictConfig) -> Parts:
     scorers: dict[str, Any] = {}
     calls: dict[str, Callable[[], Any]] = {
         "fail_on": partial(read_fail_on, cfg),
-        "budget": partial(_budget, cfg.get("budget")),
+        "budget": lambda: bind(Budget, _group(cfg.get("budget"), "budget"), "budget"),
         "seeds": partial(_seeds, cfg.seeds),
         **{key: partial(_build, node, key, scorers) for key, node in nodes.items()},
     }

@@ -81,30 +81,22 @@ class ProcessStates:
         body = {"state": state, "time": time.time(), "failure": failure and asdict(failure)}
         write_atomically(self.folder / f"{rank}.json", (json.dumps(body) + "\n").encode())
 
-    def running(self) -> list[int]:
-        """Return the processes that noted no end."""
-        states = {int(path.stem): self._read(path)["state"] for path in self._files()}
-        return sorted(rank for rank, state in states.items() if state == "running")
+    def read(self) -> dict[int, dict[str, Any]]:
+        """Return what each process noted last, by its number."""
+        files = self.folder.glob("[0-9]*.json")
+        return {int(path.stem): json.loads(path.read_text()) for path in files}
 
     def first_failure(self) -> RunFailed | None:
         """Return what failed first, if anything did."""
-        states = [self._read(path) for path in self._files()]
-        failed = [state for state in states if state["failure"]]
+        failed = [state for state in self.read().values() if state["failure"]]
         first = min(failed, key=lambda state: state["time"], default=None)
         return RunFailed(**first["failure"]) if first else None
 
     def clear(self, ranks: Sequence[int]) -> None:
         """Forget an earlier run in this folder: of all processes on the machine of process 0."""
-        for path in self._files():
-            if 0 in ranks or int(path.stem) in ranks:
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return list(self.folder.glob("[0-9]*.json"))
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        return json.loads(path.read_text())
+        for rank in self.read():
+            if 0 in ranks or rank in ranks:
+                (self.folder / f"{rank}.json").unlink(missing_ok=True)
 
 
 class DistributedExecutor(Executor):

@@ -69,7 +69,7 @@ def describe(
         user_message=explain(error),
         key=error.key if isinstance(error, UserError) else key,
         step=error.step if isinstance(error, Diverged) else None,
-        stage=cell and cell.key,
+        stage=cell.key if cell else None,
         rank=rank,
         traceback="".join(traceback.format_exception(error)),
     )

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lab.cluster import launch
+from lab.core.config import bind
 from lab.core.errors import RunFailed, UserError
 from lab.core.sources import ROOT
 from lab.runner.executors import ProcessStates
@@ -21,7 +22,7 @@ MACHINES = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port
 def options(group="cpu", **changes):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         node = compose("config", overrides=[f"launch={group}"]).launch
-    return launch.read_options(OmegaConf.merge(node, changes))
+    return bind(launch.Launch, OmegaConf.merge(node, changes), "launch")
 
 
 @pytest.fixture
