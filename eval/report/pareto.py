@@ -37,7 +37,7 @@ class Trial:
 def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
     """Return trials that no other one dominates: at least as good everywhere, better somewhere."""
     done = [trial for trial in trials if trial.failure is None]
-    losses = [[loss(trial, name) for name in objectives] for trial in done]
+    losses = [[_loss(trial, name) for name in objectives] for trial in done]
 
     def is_dominated(loss: list[float]) -> bool:
         return any(
@@ -48,8 +48,7 @@ def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial, loss in zip(done, losses, strict=True) if not is_dominated(loss)]
 
 
-def loss(trial: Trial, objective: str) -> float:
-    """Return the value of an objective, with its sign such that less is better."""
+def _loss(trial: Trial, objective: str) -> float:
     metric = trial.metrics[objective]
     return float(metric["value"] * (-1 if metric["better"] == "higher" else 1))
 
@@ -64,7 +63,7 @@ def _table(objectives: dict[str, str], trials: Sequence[Trial]) -> list[list[str
         better = next((t.metrics[name]["better"] for t in trials if name in t.metrics), "neutral")
         head.append(f"{name}: {heading(metric)} {ARROWS[better]}")
     done = [trial for trial in trials if trial.failure is None]
-    done.sort(key=lambda trial: (trial not in best, loss(trial, first)))
+    done.sort(key=lambda trial: (trial not in best, _loss(trial, first)))
     rows = [[*head, *(names[option] for option in options)]]
     for trial in [*done, *(t for t in trials if t.failure is not None)]:
         place = f"failed: {trial.failure}" if trial.failure is not None else ""

@@ -136,7 +136,8 @@ def search(cfg: DictConfig, folder: Path) -> int:
         place = folder / f"{number}-{cfg.immunize.name}"
         trial = _run(cfg, plan, place, number, rounded if number else preset)
         if trial.failure is None:
-            study.tell(proposed, [pareto.loss(trial, name) for name in plan.objectives])
+            signs = {"higher": -1, "lower": 1}
+            study.tell(proposed, [m["value"] * signs[m["better"]] for m in trial.metrics.values()])
         else:
             study.tell(proposed, state=optuna.trial.TrialState.FAIL)
         trials.append(trial)

@@ -45,7 +45,6 @@ class Launch:
         main_process_ip, main_process_port: where machine 0 listens; None on one machine, for a free
             port.
         timeout_s: longest wait for another process inside one step.
-        check_every: steps between two comparisons of the parameters' hashes.
         args: further flags of ``accelerate launch``.
     """
 
@@ -56,7 +55,6 @@ class Launch:
     main_process_ip: Text | None = None
     main_process_port: Annotated[int, Field(strict=True, ge=1, le=65535)] | None = None
     timeout_s: Positive = 1800.0
-    check_every: Count = 10
     args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -106,15 +106,10 @@ class DistributedExecutor(Executor):
         states: where processes note how they end.
         stopped: whether the user asked for the end.
         timeout_s: longest wait for another process inside one step.
-        check_every: see `lab.core.distributed.Team`.
     """
 
     def __init__(
-        self,
-        states: ProcessStates,
-        stopped: Callable[[], bool],
-        timeout_s: float,
-        check_every: int,
+        self, states: ProcessStates, stopped: Callable[[], bool], timeout_s: float
     ) -> None:
         self.states, self.stopped = states, stopped
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -122,7 +117,7 @@ class DistributedExecutor(Executor):
         rank, self.size = dist.get_rank(), dist.get_world_size()
         self.rank = rank
         self.is_main = rank == 0
-        self.team = Team(self.size, rank, None, check_every)
+        self.team = Team(self.size, rank)
         self.patient = Team(self.size, rank, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def map(
