@@ -101,7 +101,7 @@ def _release_condition_number(x: Tensor) -> float:
 
 def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list[Tensor]:
     """Return seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥
-    groups·size.
+    groups·size (deep extractors, §5.2 of arXiv 2505.23760: 20 groups × 100).
     """
     rng = generator(seed, "row-groups", n, groups, size)
     size = min(size, n)
@@ -109,24 +109,6 @@ def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list
         order = torch.randperm(n, generator=rng)
         return [order[g * size : (g + 1) * size] for g in range(groups)]
     return [torch.randperm(n, generator=rng)[:size] for _ in range(groups)]
-
-
-def grouped_condition_number(
-    x: Tensor,
-    definition: Definition = "rank",
-    *,
-    groups: int = 20,
-    size: int = 100,
-    seed: int = 0,
-    ridge: float = 0.0,
-) -> list[float]:
-    """Return κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760:
-    20 groups × 100).
-    """
-    return [
-        condition_number(x[rows], definition, ridge=ridge)
-        for rows in row_groups(len(x), groups, size, seed)
-    ]
 
 
 def relative_immunization_ratio(

@@ -82,9 +82,12 @@ class Cell:
     @property
     def part(self) -> str:
         """The config key of the part that computes it."""
-        if self.stage == "immunize":
-            return "immunize"
-        return f"attacks.{self.attack}" if self.stage == "attack" else f"eval.{self.metric}"
+        return config_key(self.stage, self.attack or self.metric)
+
+
+def config_key(stage: str, name: str | None) -> str:
+    """Return the config key of the attack or metric ``name``, or of the immunizer."""
+    return {"immunize": "immunize", "attack": f"attacks.{name}", "eval": f"eval.{name}"}[stage]
 
 
 class Pipeline:

@@ -1,9 +1,5 @@
 """Options of `launch=…`: what is refused, what accelerate is told, how an end is explained."""
 
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -89,16 +85,3 @@ def test_a_process_takes_its_own_gpu(gpus, monkeypatch):
         take_device(
             OmegaConf.create({"backbone": {"device": "cuda:0"}, "launch": {"num_processes": 2}})
         )
-
-
-def test_children_of_the_launcher_do_not_die_of_a_batch_systems_signals():
-    code = "import signal; print(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        preexec_fn=launch.ignore_batch_signals,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "True"
-    assert signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN
