@@ -49,8 +49,8 @@ def version() -> str:
     """Return the version of the project."""
     project = ROOT / "pyproject.toml"  # a checkout's; an installed copy has none
     if project.is_file():
-        found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
-        return found[1] if found else "unknown"
+        match = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
+        return match[1] if match else "unknown"
     return metadata.version("immunization-bench")
 
 

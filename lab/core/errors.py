@@ -159,14 +159,10 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     return f'needs the package {module}: `pip install "{_INSTALL.get(module, module)}"`.'
 
 
-_SHOWN = 60
-
-
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return a sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    more = f" … ({len(options)} in all)" if len(options) > _SHOWN else ""
-    return f"choose one of {', '.join(options[:_SHOWN])}{more}."
+    return f"choose one of {', '.join(options)}."

@@ -113,8 +113,8 @@ def _name_models(record: Record) -> Record:
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
         new = {"model": names.get(row["model"], row["model"])} if "model" in row else {}
-        before, found, attacks = str(row.get("note") or "").partition("best attackers: ")
-        if found:
+        before, separator, attacks = str(row.get("note") or "").partition("best attackers: ")
+        if separator:
             words = " ".join(names.get(word, word) for word in attacks.split(" "))
             new["note"] = f"{before}strongest attacks: {words}"
         return row | new

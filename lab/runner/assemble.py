@@ -160,15 +160,13 @@ def _group(config: Any, key: str) -> dict[str, Any]:
     """Return the entries of the group ``key``; the command line may have set it to a value."""
     if not isinstance(config, DictConfig):
         raise UserError(key, config, f"must be a group of options; set {key}.OPTION=VALUE.")
-    if key in ("attacks", "eval") and "_target_" in config:
-        fix = "stands without a name; options of this group stand under one: NAME: {_target_: …}."
-        raise UserError(f"{key}._target_", config["_target_"], fix)
     return {str(name): value for name, value in config.items()}
 
 
 def read_fail_on(cfg: DictConfig) -> list[str]:
     """Return the verdicts that end the command with an exit code of their own."""
-    words = [cfg.fail_on] if isinstance(cfg.fail_on, str) else list(cfg.fail_on or ())
+    value = cfg.get("fail_on")  # records of older schemas have none
+    words = [value] if isinstance(value, str) else list(value or ())
     for word in words:
         if word not in VERDICTS:
             raise UserError("fail_on", word, nearest(str(word), VERDICTS))
@@ -260,10 +258,10 @@ def check_fit(parts: Parts) -> None:
             fix += f"backbone={backbone.name} is {backbone.kind}; "
             fix += f"experiment={_EXPERIMENTS[min(method.accepts)]} has parts that fit."
             raise UserError(key, method.name, fix)
-    asked = scenario.asks_erasure()
+    to_erase = scenario.asks_erasure()
     released = any(metric.obj.released for metric in parts.metrics.values())
-    if asked is not None and isinstance(parts.eraser.obj, NoErasure) and not released:
-        fix = f"takes nothing out, but {asked} has erase: true; set erase=uce."
+    if to_erase is not None and isinstance(parts.eraser.obj, NoErasure) and not released:
+        fix = f"takes nothing out, but {to_erase} has erase: true; set erase=uce."
         raise UserError("erase", "none", fix)
 
 

@@ -104,7 +104,7 @@ class DistributedExecutor(Executor):
 
     Args:
         states: where processes note how they end.
-        stopped: whether the user asked for the end.
+        stopped: whether the user wants to stop.
         timeout_s: longest wait for another process inside one step.
     """
 

@@ -98,8 +98,9 @@ class Pipeline:
         notes: sentences for the record, in order.
     """
 
-    def __init__(self, parts: Parts, store: StageCache, on_log: LogHook | None = None) -> None:
-        self.parts, self.store, self.on_log = parts, store, on_log
+    def __init__(self, parts: Parts, store: StageCache) -> None:
+        self.parts, self.store = parts, store
+        self.on_log: LogHook | None = None
         self.scenario = parts.scenario.name
         self.model_names = tuple(parts.model_names)
         self.attacks = tuple(parts.attacks)
