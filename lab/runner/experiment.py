@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,17 +120,15 @@ class StageResult:
 
     Attributes:
         hit: the cache had it.
-        weights: hash of what an immunizer changed.
-        error: of an immunization that diverged.
-        cut_at: step at which an immunizer went back to its last good weights.
+        values: what an immunization logged, and its error if it diverged.
+        weights: hash of what an immunization changed.
     """
 
     status: Literal["ok", "diverged", "failed", "pending"]
     hit: bool = False
     seconds: float | None = None
+    values: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
-    error: dict[str, Any] | None = None
-    cut_at: float | None = None
     failure: RunFailed | None = None
 
 
@@ -241,17 +239,17 @@ class Run:
         if result.weights is not None:
             entry["weights"] = result.weights
         where = f"{cell.model} on case {cell.case}, seed {cell.seed}"
-        if result.error is not None:
-            step, message = result.error["last_good_step"], result.error["message"]
+        history, error = result.values.get("history", {}), result.values.get("error")
+        if error is not None:
+            step, message = error["last_good_step"], error["message"]
             log.warning("%s diverged after step %s: %s", where, step, message)
-            self.pipeline.diverged[str(cell.case), int(cell.seed or 0)] = result.error
+            self.pipeline.diverged[str(cell.case), int(cell.seed or 0)] = error
             self.status = "diverged"
             self.error = self.error or _error("Diverged", f"{where}: {message}", "immunize", step)
-        if result.cut_at is not None:
-            note = (
-                f"{where} left the finite numbers at step {result.cut_at:g}; its last good "
-                "weights were attacked."
-            )
+        elif 1 in history.get("diverged", []):
+            last = history["step"][history["diverged"].index(1)]
+            note = f"{where} left the finite numbers at step {last:g}; its last good weights were "
+            note += "attacked."
             log.warning(note)
             self.pipeline.notes[note] = None
 
@@ -347,16 +345,12 @@ class Run:
 
 def _result(cell: Cell, artifact: Artifact, hit: bool) -> StageResult:
     """Return what all processes learn of an artifact."""
-    values, seconds = artifact.values, artifact.seconds
-    if cell.stage == "attack":
-        return StageResult(values["status"], hit, seconds)
-    if cell.stage == "eval":
-        return StageResult("ok", hit, seconds)
+    values = artifact.values
+    if cell.stage != "immunize":
+        return StageResult(values.get("status", "ok"), hit, artifact.seconds)
     if values["error"] is not None:
-        return StageResult("diverged", hit, seconds, error=values["error"])
-    steps, ended = values["history"]["step"], values["history"].get("diverged", [])
-    cut_at = next((step for step, end in zip(steps, ended, strict=False) if end == 1), None)
-    return StageResult("ok", hit, seconds, state_hash(artifact.tensors), cut_at=cut_at)
+        return StageResult("diverged", hit, artifact.seconds, values)
+    return StageResult("ok", hit, artifact.seconds, values, state_hash(artifact.tensors))
 
 
 def _error(type: str, message: str, key: str | None, step: int | None) -> dict[str, Any]:

@@ -401,10 +401,10 @@ def check_trajectory(trajectory: Any, attack: str, budget: Budget, side: int | N
             f"returned a {name} that is not finite; end before it with the status diverged",
         )
     for family, images in trajectory.samples.items():
-        size = [len(steps), "count", 3, side or "side", side or "side"]
-        fits = images.dtype == torch.uint8 and images.ndim == 5 and len(images) == len(steps)
-        fits = fits and (side is None or tuple(images.shape[2:]) == (3, side, side))
-        require(fits, f"must return samples of {family} as torch.uint8 {size}")
+        size = side or images.shape[-1]
+        shape = (len(steps), *images.shape[1:2], 3, size, size)
+        fits = images.dtype == torch.uint8 and images.shape == shape
+        require(fits, f"must return samples of {family} as torch.uint8 {list(shape)}")
 
 
 def check_scores(scores: Any, metric: str) -> None:
