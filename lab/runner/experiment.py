@@ -148,6 +148,7 @@ class Run:
         self.failed = FailedStages()
         self.waiting: list[Cell] = []  # the stages in progress, here or in other processes
         self.current: Cell | None = None  # what this process computes
+        self.failed_parts: set[str] = set()  # config keys of what failed in this process
         if self.executor.is_main:
             progress_log.info("loading data and models …")
         self.pipeline = build_pipeline(cfg)
@@ -197,7 +198,7 @@ class Run:
 
     def run_stage(self, cell: Cell) -> StageResult:
         """Compute or read one stage in this process."""
-        if cell.attack in self.failed.attacks:  # on another task
+        if cell.part in self.failed_parts:  # in another stage of the same attack
             return StageResult("pending")
         if self.executor.is_main:
             self.plan.announce(cell, self.executor.facts().get("processes", 1))
@@ -210,6 +211,7 @@ class Run:
             failure = describe(error, cell, self.executor.rank)
             log.warning("%s failed, the others go on: %s", cell.title, failure)
             log.info("%s", failure.traceback)
+            self.failed_parts.add(cell.part)
             result = StageResult("failed", failure=failure)
         else:
             result = _result(cell, artifact, hit)
