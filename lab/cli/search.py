@@ -132,7 +132,10 @@ def search(cfg: DictConfig, folder: Path) -> int:
     paths: list[Path] = []
     for number in range(plan.trials):
         proposed = study.ask(space)
-        rounded = {key: _round(value) for key, value in proposed.params.items()}
+        rounded = {  # to four digits, which a user can type
+            key: float(format(value, ".4g")) if isinstance(value, float) else value
+            for key, value in proposed.params.items()
+        }
         place = folder / f"{number}-{cfg.immunize.name}"
         trial = _run(cfg, plan, place, number, rounded if number else preset)
         if trial.failure is None:
@@ -148,11 +151,6 @@ def search(cfg: DictConfig, folder: Path) -> int:
     print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
     return max(map(exit_code, finished))
-
-
-def _round(value: Any) -> Any:
-    """Round a fraction to four digits, so that a user can type it."""
-    return float(format(value, ".4g")) if isinstance(value, float) else value
 
 
 def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]) -> Trial:

@@ -44,6 +44,7 @@ class Cell:
     Attributes:
         key: hash of everything that determines its result.
         parents: the artifacts that it is computed from.
+        shards: parts that processes can compute together; 0 for a stage that costs nothing.
         model, case, seed, attack, task, metric: what it is about; None where that has no meaning.
     """
 
@@ -51,6 +52,7 @@ class Cell:
     key: str
     compute: Callable[[Checkpoint], Artifact]
     parents: tuple[Place, ...] = ()
+    shards: int = 1
     model: str | None = None
     case: str | None = None
     seed: int | None = None
@@ -185,7 +187,16 @@ class Pipeline:
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
             return Artifact({"history": history, "error": error}, changed)
 
-        return Cell("immunize", key, compute, model=model_name, case=case.name, seed=seed)
+        shards = 0 if model_name == BASELINE else int(part.obj.shards(case))
+        return Cell(
+            "immunize",
+            key,
+            compute,
+            shards=shards,
+            model=model_name,
+            case=case.name,
+            seed=seed,
+        )
 
     def _changed(
         self, model_name: str, before: Model, after: Any, case: AnyCase, seed: int
@@ -287,15 +298,8 @@ class Pipeline:
                             yield self.attack_cell(model_name, attack, case, task, seed)
 
     def shards(self, cell: Cell) -> int:
-        """Return into how many parts ``cell`` can be split; 0 for one that costs nothing."""
-        if cell.model == BASELINE and cell.stage == "immunize":
-            return 0
-        if self.store.has(*cell.place, cell.parents):
-            return 0
-        if cell.stage != "immunize" or cell.seed is None:
-            return 1
-        case = next(case for case in self.data(cell.seed).cases if case.name == cell.case)
-        return int(self.parts.immunizer.obj.shards(case))
+        """Return the shards of ``cell``; 0 for one that the cache has."""
+        return 0 if self.store.has(*cell.place, cell.parents) else cell.shards
 
     # ---- RunView
 

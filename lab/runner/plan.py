@@ -45,8 +45,7 @@ class StagePlan:
         self.cells += [pipeline.eval_cell(name) for name in metrics]
         absent = [c for c in self.cells if not pipeline.store.has(*c.place, c.parents)]
         self.missing = {cell.title for cell in absent}
-        loads = (c for c in self.cells if c.stage == "immunize" and c.model == BASELINE)
-        self.costly = self.missing - {cell.title for cell in loads}
+        self.costly = {cell.title for cell in absent if cell.shards}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run
         self.earlier = read_times(cfg) if self.missing else {}
         steps = {"attack": pipeline.budget.steps, "eval": 1}
