@@ -76,7 +76,7 @@ def describe(
 
 
 class FailedStages:
-    """What a run lost so far.
+    """The attacks and metrics of a run that failed.
 
     Attributes:
         first: the failure that the run ends with, once everything else is done.
