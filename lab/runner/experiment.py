@@ -32,7 +32,7 @@ from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
 progress_log = logging.getLogger("progress")
-VERDICTS = ("verdict", "verdict_share")
+VERDICT_METRICS = ("verdict", "verdict_share")
 
 
 def is_recoverable(cell: Cell, error: Exception) -> bool:
@@ -103,14 +103,14 @@ class FailedStages:
         if not self.attacks:
             return
         note = f"{', '.join(self.attacks)} failed: a verdict needs every attack that was asked for"
-        for name in VERDICTS:
+        for name in VERDICT_METRICS:
             if name in results["metrics"]:
                 results["metrics"][name] |= {"value": None, "low": None, "high": None, "note": note}
         tables = results["tables"]
         tables.pop("verdict", None)
         if "seed_values" in tables:
             tables["seed_values"] = [
-                row for row in tables["seed_values"] if row["metric"] not in VERDICTS
+                row for row in tables["seed_values"] if row["metric"] not in VERDICT_METRICS
             ]
 
 
@@ -411,7 +411,7 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
 
 def start_trackers(run: Run) -> Trackers:
     """Print the folder, remove what an earlier run left there, and start the trackers."""
-    print(f"run folder: {relative(run.folder)}", file=sys.stderr, flush=True)
+    progress_log.info("run folder: %s", relative(run.folder))
     run.folder.mkdir(parents=True, exist_ok=True)
     trackers = Trackers(run.cfg, run.folder)
     for name in ("record.json", "report.html"):
