@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 
 from lab.cli.arguments import register_resolvers, rewrite, version
 from lab.core.sources import ROOT
-from lab.runner.batch import EXIT_INTERRUPTED, fail_slurm_job, interruptible, relative
+from lab.runner.batch import EXIT_INTERRUPTED, fail_slurm_job, interruptible
 
 # threads that wait for each other sleep: a spinning one would hold the core that a busy machine
 # needs for the other (tests/benchmarks/busy_threads.py); read when torch is imported
@@ -33,16 +33,13 @@ def job(cfg: DictConfig) -> int:
 
     Exceptions end here, so that a sweep goes on with its other jobs.
     """
-    from lab.cli.actions import act, is_run
+    from lab.cli.actions import act
     from lab.cli.errors import report_error
 
     config = HydraConfig.get()
-    folder = Path(config.runtime.output_dir)
-    if is_run(cfg):
-        print(f"run folder: {relative(folder)}", file=sys.stderr, flush=True)
     try:
         with interruptible(job=True):
-            code = act(cfg, folder)
+            code = act(cfg, Path(config.runtime.output_dir))
     except Exception as error:
         code = report_error(error)
     if code:

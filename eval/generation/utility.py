@@ -30,11 +30,10 @@ from eval.generation.scoring import (
 from eval.stats.aggregate import baseline_suffix, better_of, walk
 from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
 from lab.core.cache import stage_key
-from lab.core.config import Flag, NonNegative, Text, config
+from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompt, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
 from lab.core.errors import UserError
 from lab.core.hashing import model_settings
-from lab.core.prompts import text
 from lab.core.sources import source_hash
 from lab.core.types import RunMetric, RunView, Score, Scores
 from lab.models.activations import digest
@@ -91,16 +90,9 @@ class Utility(RunMetric):
     name: Text = "utility"
     count: ImageCount = 200
     guidances: tuple[NonNegative, ...] = ()
-    negative: Text = ""
-    compositions: tuple[Text, ...] = ()
+    negative: OptionalPrompt = ""
+    compositions: tuple[Prompt, ...] = ()
     features: Flag = True
-
-    def __post_init__(self) -> None:
-        key = f"eval.{self.name}"
-        self.negative = text(f"{key}.negative", self.negative, empty=True)
-        self.compositions = tuple(
-            text(f"{key}.compositions[{i}]", prompt) for i, prompt in enumerate(self.compositions)
-        )
 
     def texts(self) -> dict[str, str]:
         """Return config key → text that the model will read."""

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from immunize.kappa.engines import DeepEngine, LinearEngine
 from lab.core.condition import (
-    grouped_condition_number,
+    condition_number,
     numerical_rank,
     relative_immunization_ratio,
     rir_bound,
+    row_groups,
     singular_values,
 )
 from lab.core.config import AsList, Count, Positive, Text, config
@@ -219,7 +220,8 @@ class KappaTrainer(ABC):
         if isinstance(self.engine, DeepEngine):
             if not bool(y.any(dim=1).all()):
                 raise FloatingPointError("all features of some row are zero")
-            values = grouped_condition_number(y, seed=derive(self.seed, "groups", task))
+            groups = row_groups(len(y), seed=derive(self.seed, "groups", task))
+            values = [condition_number(y[rows]) for rows in groups]
             return sum(values) / len(values)
         s = singular_values(y)
         rank = numerical_rank(s, y.shape)

@@ -29,7 +29,6 @@ ACTIONS = {  # imported when they are called: imports take seconds, some package
     "workspace": "lab.tracking.workspace:workspace",
 }
 PLANNED = ("run", "search", "audit")  # actions that `dry_run` can plan
-VERDICTS = ("passes", "fails", "inconclusive")
 EXIT_VERDICT = 3  # the verdict is one of `fail_on`
 
 
@@ -62,10 +61,6 @@ def _act(cfg: DictConfig, folder: Path) -> int:
         raise UserError("dry_run", cfg.dry_run, "must be true or false.")
     if cfg.dry_run and cfg.action not in PLANNED:
         raise UserError("dry_run", True, f"plans action={' | '.join(PLANNED)} only.")
-    failing = [cfg.fail_on] if isinstance(cfg.fail_on, str) else list(cfg.fail_on or ())
-    for word in failing:
-        if word not in VERDICTS:
-            raise UserError("fail_on", word, nearest(str(word), VERDICTS))
     _apply_limits(cfg)
     cfg.records = [cfg.records] if isinstance(cfg.records, str) else cfg.records
     is_helper = OmegaConf.select(cfg, "launch.machine_rank")  # the first machine answers for all
@@ -73,11 +68,13 @@ def _act(cfg: DictConfig, folder: Path) -> int:
         function = pkgutil.resolve_name(ACTIONS[cfg.action])
         arguments = (cfg, folder) if cfg.action in ("run", "search") else (cfg,)
         code = function(*arguments)
-    if cfg.action == "run" and failing and not cfg.dry_run and not is_helper:
+    if cfg.action in ("run", "audit") and cfg.fail_on and not cfg.dry_run and not is_helper:
         from eval.report.outcomes import outcome
         from lab.core.record import read
+        from lab.runner.assemble import read_fail_on
 
-        return EXIT_VERDICT if outcome(read(folder / "record.json")).label in failing else 0
+        label = outcome(read(folder / "record.json")).label
+        return EXIT_VERDICT if label in read_fail_on(cfg) else 0
     return code if isinstance(code, int) else 0
 
 

@@ -14,6 +14,7 @@ from lab.core.sources import ROOT
 from lab.runner.batch import LASTING
 
 _LISTS = ("attacks", "eval", "tracker")  # groups of several choices at once; see conf/config.yaml
+_PATHS = ("path", "concepts")  # of an audit
 _NO_FOLDER = (
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -48,8 +49,8 @@ def version() -> str:
     """Return the version of the project."""
     project = ROOT / "pyproject.toml"  # a checkout's; an installed copy has none
     if project.is_file():
-        found = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
-        return found[1] if found else "unknown"
+        match = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
+        return match[1] if match else "unknown"
     return metadata.version("immunization-bench")
 
 
@@ -69,12 +70,11 @@ def rewrite(words: Sequence[str]) -> list[str]:
         UserError: a list of choices for a group that takes one.
     """
     words = _expand_audit([_expand_backbone(word) for word in words])
-    for word in words:
-        group, _, choice = word.lstrip("+").partition("=")
+    values = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
+    for group, choice in values.items():
         if choice.startswith("[") and group not in _LISTS and (ROOT / "conf" / group).is_dir():
             fix = f"takes one choice; for a run of each: -m {group}={choice.strip('[]')}."
             raise UserError(group, choice, fix)  # Hydra would merge them under the last one's name
-    values = dict(word.lstrip("+").split("=", 1) for word in words if "=" in word)
     is_plan = values.get("dry_run", "").lower() in ("true", "yes", "on", "1")
     if is_plan:
         words = [word for word in words if not re.match(r"hydra[/.]launcher[=.]", word)]
@@ -98,9 +98,8 @@ def _expand_audit(words: list[str]) -> list[str]:
         added.append(f"experiment={'audit_sd' if is_large else 'audit'}")
     if "concepts" in values and "scenario" not in values:
         added.append("scenario=folder")
-    for i, (key, _, value) in enumerate(word.partition("=") for word in words):
-        if key in ("path", "concepts"):
-            words[i] = f"{key}={_quoted(value)}"
+    paths = {f"{k}={v}": f"{k}={_quoted(v)}" for k, v in values.items() if k in _PATHS}
+    words = [paths.get(word, word) for word in words]
     place = words.index("action=audit")  # Hydra takes overrides in one row
     return [*words[:place], *added, *words[place:]]
 

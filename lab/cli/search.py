@@ -24,7 +24,7 @@ from optuna.distributions import (
     FloatDistribution,
     IntDistribution,
 )
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from eval.report import pareto
 from eval.report.pareto import Trial
@@ -34,7 +34,7 @@ from lab.cli.errors import report_error
 from lab.cli.tables import publish
 from lab.cluster import launch
 from lab.core import record as records
-from lab.core.config import Count, Index, options, user_error
+from lab.core.config import Count, Index, bind, options
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import write_atomically
 from lab.runner.batch import claim, relative
@@ -76,10 +76,7 @@ class Plan:
             fix = "settings are chosen on validation concepts, never on those that tables report."
             raise UserError("scenario.split", split, fix)
         plain: Any = OmegaConf.to_container(cfg.search, resolve=True)
-        try:
-            plan = Plan(**plain)
-        except ValidationError as error:
-            raise user_error(error, "search", Plan) from None
+        plan = bind(Plan, plain, "search")
         for option in plan.space:
             if option not in cfg.immunize:
                 fix = f"there is no such option; {nearest(option, map(str, cfg.immunize))}"
@@ -125,39 +122,35 @@ def search(cfg: DictConfig, folder: Path) -> int:
         return 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     space = plan.distributions()
-    places = [folder / f"{number}-{cfg.immunize.name}" for number in range(plan.trials)]
-    values = {key: OmegaConf.select(cfg, key) for key in space}
-    trials = [_run(cfg, plan, places[0], 0, values)]
-    better = [metric["better"] for metric in trials[0].metrics.values()]
+    preset = {key: OmegaConf.select(cfg, key) for key in space}
     study = optuna.create_study(
-        directions=["maximize" if side == "higher" else "minimize" for side in better],
+        directions=["minimize"] * len(plan.objectives),
         sampler=optuna.samplers.TPESampler(seed=plan.seed, n_startup_trials=plan.startup),
     )
-    study.enqueue_trial(values)
-    proposed = study.ask(space)
-    while True:
-        scores = [metric["value"] for metric in trials[-1].metrics.values()]
-        if trials[-1].failure is None:
-            study.tell(proposed, scores)
+    study.enqueue_trial(preset)
+    trials: list[Trial] = []
+    paths: list[Path] = []
+    for number in range(plan.trials):
+        proposed = study.ask(space)
+        rounded = {  # to four digits, which a user can type
+            key: float(format(value, ".4g")) if isinstance(value, float) else value
+            for key, value in proposed.params.items()
+        }
+        place = folder / f"{number}-{cfg.immunize.name}"
+        trial = _run(cfg, plan, place, number, rounded if number else preset)
+        if trial.failure is None:
+            signs = {"higher": -1, "lower": 1}
+            study.tell(proposed, [m["value"] * signs[m["better"]] for m in trial.metrics.values()])
         else:
             study.tell(proposed, state=optuna.trial.TrialState.FAIL)
+        trials.append(trial)
+        paths.append(place / "record.json")
         _write(folder, plan, trials)
-        if len(trials) == plan.trials:
-            break
-        proposed = study.ask(space)
-        values = {key: _round(value) for key, value in proposed.params.items()}
-        trials.append(_run(cfg, plan, places[len(trials)], len(trials), values))
-    paths = [place / "record.json" for place in places]
     finished = [records.read(path) for path in paths if path.is_file()]
     publish(finished, folder)
     print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
     print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
     return max(map(exit_code, finished))
-
-
-def _round(value: Any) -> Any:
-    """Round a fraction to four digits, so that a user can type it."""
-    return float(format(value, ".4g")) if isinstance(value, float) else value
 
 
 def _run(cfg: DictConfig, plan: Plan, folder: Path, number: int, values: dict[str, Any]) -> Trial:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -15,7 +15,7 @@ from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown, t
 from lab import api
 from lab.cluster.status import lost_runs
 from lab.core import record as records
-from lab.core.errors import UserError
+from lab.core.errors import UserErrors
 from lab.core.hashing import write_atomically
 from lab.runner.batch import relative
 
@@ -36,44 +36,35 @@ def publish(
     print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
 
-def _load(cfg: DictConfig) -> tuple[list[records.Stored], list[UserError]]:
-    """Return the distinct records that ``cfg.records`` names, and why others cannot be read."""
-    paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
-    loaded, broken = records.readable(paths)
+@contextmanager
+def _loaded(cfg: DictConfig) -> Iterator[list[records.Stored]]:
+    """Yield the distinct records that ``cfg.records`` names.
+
+    Raises:
+        UserError: at the end, records that cannot be read.
+    """
+    loaded, broken = records.readable(records.find(map(str, cfg.records), Path(cfg.paths.runs)))
     distinct = records.distinct(loaded)
     if len(distinct) < len(loaded):
         repeated = f"{len(loaded) - len(distinct)} of {len(loaded)} records"
         print(f"{repeated} repeat another one's content and are left out.")
-    for error in broken[1:]:
-        print(f"error: {error}", file=sys.stderr)
-    return distinct, broken
+    yield distinct
+    UserErrors.check(broken)
 
 
 def write_report(cfg: DictConfig) -> None:
-    """Write one HTML file over any set of records.
-
-    Raises:
-        UserError: a record that cannot be read, after the others were written.
-    """
-    loaded, broken = _load(cfg)
-    if loaded:
-        print(f"report: {relative(render(loaded, Path(cfg.paths.outputs) / 'report.html'))}")
-    if broken:
-        raise broken[0]
+    """Write one HTML file over any set of records."""
+    with _loaded(cfg) as loaded:
+        if loaded:
+            print(f"report: {relative(render(loaded, Path(cfg.paths.outputs) / 'report.html'))}")
 
 
 def write_leaderboard(cfg: DictConfig) -> None:
-    """Write Markdown, CSV and HTML over any set of records.
-
-    Raises:
-        UserError: a record that cannot be read, after the others were written.
-    """
-    loaded, broken = _load(cfg)
+    """Write Markdown, CSV and HTML over any set of records."""
     places = [Path(place) for place in cfg.records or [cfg.paths.runs]]
-    if loaded:
-        publish(loaded, Path(cfg.paths.outputs), lost_runs(places))
-    if broken:
-        raise broken[0]
+    with _loaded(cfg) as loaded:
+        if loaded:
+            publish(loaded, Path(cfg.paths.outputs), lost_runs(places))
 
 
 def write_comparison(cfg: DictConfig) -> None:

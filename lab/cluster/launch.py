@@ -20,10 +20,10 @@ from typing import Annotated, Any, Literal
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from lab.core import record as records
-from lab.core.config import Count, Index, Positive, Text, options, user_error
+from lab.core.config import Count, Index, Positive, Text, bind, options
 from lab.core.errors import RunFailed, UserError, explain
 from lab.core.hashing import write_atomically
 from lab.core.sources import ROOT
@@ -45,7 +45,6 @@ class Launch:
         main_process_ip, main_process_port: where machine 0 listens; None on one machine, for a free
             port.
         timeout_s: longest wait for another process inside one step.
-        check_every: steps between two comparisons of the parameters' hashes.
         args: further flags of ``accelerate launch``.
     """
 
@@ -56,7 +55,6 @@ class Launch:
     main_process_ip: Text | None = None
     main_process_port: Annotated[int, Field(strict=True, ge=1, le=65535)] | None = None
     timeout_s: Positive = 1800.0
-    check_every: Count = 10
     args: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -88,12 +86,6 @@ class Launch:
         local = self.total // self.num_machines
         return range(self.machine_rank * local, (self.machine_rank + 1) * local)
 
-    def threads(self, count: int | None) -> int:
-        """Return the CPU threads of each process: ``count``, or the cores divided."""
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        return count or max(cores // len(self.ranks), 1)
-
     def command(self, config: Path, threads: int) -> list[str]:
         """Return ``accelerate launch … -m lab.runner.worker CONFIG``."""
         flags: dict[str, Any] = {
@@ -114,19 +106,6 @@ class Launch:
         return [*command, "-m", "lab.runner.worker", str(config)]
 
 
-def read_options(config: DictConfig) -> Launch:
-    """Return the options of ``cfg.launch``.
-
-    Raises:
-        UserError: one that is wrong, or cannot work on this machine.
-    """
-    plain: Any = OmegaConf.to_container(config)
-    try:
-        return Launch(**plain)
-    except ValidationError as error:
-        raise user_error(error, "launch", Launch) from None
-
-
 def launch(cfg: DictConfig, folder: Path) -> None:
     """Run what ``cfg`` selects, into ``folder``, in as many processes as ``cfg.launch`` says.
 
@@ -134,7 +113,7 @@ def launch(cfg: DictConfig, folder: Path) -> None:
         UserError: wrong options, or another run's record in ``folder``.
         RunFailed: a process failed or was killed.
     """
-    launched = read_options(cfg.launch)
+    launched = bind(Launch, cfg.launch, "launch")
     record = folder / "record.json"
     if not cfg.dry_run:
         records.refuse_other(record, cfg)
@@ -163,14 +142,15 @@ def run_processes(launched: Launch, cfg: DictConfig, folder: Path) -> None:
     write_atomically(config, OmegaConf.to_yaml(plain).encode())
     states = ProcessStates(folder / "ranks")
     states.clear(launched.ranks)
-    threads = launched.threads(cfg.threads)
+    threads = cfg.threads or max(torch.get_num_threads() // len(launched.ranks), 1)
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
     if launched.name == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     code = wait(launched.command(config, threads), env, states)
     failure = states.first_failure()
-    killed = [rank for rank in states.running() if rank in launched.ranks]
+    ended = states.read()
+    killed = [r for r in launched.ranks if r in ended and ended[r]["state"] == "running"]
     if killed and (failure is None or failure.type == "Killed"):
         message = f"process {killed[0]} was killed from outside, for want of memory perhaps"
         raise RunFailed("Killed", message)

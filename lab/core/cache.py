@@ -3,10 +3,9 @@
 An artefact is a folder ``ROOT/STAGE/KEY`` with ``values.json``, ``tensors.safetensors`` and
 ``meta.json`` (the SHA-256 of the other two, the seconds that they took, and digests of the
 artefacts that it was made from). KEY is the hash of everything that determines the result, sources
-included. A key names a recipe; should its result come out otherwise one day (other hardware, other
-threads), what was made from the earlier one no longer counts. The folder appears in one rename, so
-a reader sees all of it or nothing; a file lock lets one of several processes compute while the
-others wait.
+included. If the same key gives another result later (other hardware, other threads), artefacts that
+were made from the earlier result are computed again. The folder appears in one rename, so a reader
+sees all of it or nothing. A file lock lets one of several processes compute while the others wait.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 STAGES = ("immunize", "attack", "eval", "train")
 _FILES = ("values.json", "tensors.safetensors")
-_SPENT = "_seconds_spent"  # in a checkpoint's values: what the sittings before it took
+_SPENT = "_seconds_spent"  # in a checkpoint's values: seconds computed before it was written
 _FROM = "_made_from"  # in a checkpoint's values: digests of what the stage is computed from
 
 Place = tuple[str, str]  # stage and key of an artefact
@@ -44,7 +43,7 @@ Place = tuple[str, str]  # stage and key of an artefact
 class Artifact:
     """JSON-able ``values`` (nan and inf allowed) and named ``tensors``.
 
-    ``seconds``: wall time that it took to compute, over all sittings up to their last checkpoints;
+    ``seconds``: wall time that it took to compute, over all processes that continued one another;
         None: not known.
     """
 
@@ -73,7 +72,7 @@ class StageCheckpoint:
 
     @property
     def seconds(self) -> float:
-        """Wall time of this sitting and of those before the checkpoint that it continues."""
+        """Wall time of this process and of those whose checkpoint it continues."""
         return self._before + time.monotonic() - self._clock
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
@@ -88,7 +87,7 @@ class StageCheckpoint:
         values = json.loads(body[8 : 8 + size])
         spent, made_from = values.pop(_SPENT, 0.0), values.pop(_FROM, {})
         if not _agree(made_from, self._made_from):
-            log.warning("checkpoint %s did not begin at the result that there is now", self.path)
+            log.warning("checkpoint %s began at an earlier result and is ignored", self.path)
             return None
         self._before = spent
         return load_tensors(body[8 + size :]), values
@@ -106,9 +105,9 @@ class StageCheckpoint:
 class StageCache:
     """The stage cache below ``root``.
 
-    ``force`` names stages that are computed anew, once per process; where one comes out otherwise
-    than before, what was made from it is computed anew, too. ``parents`` of a stage are the places
-    of what it is computed from.
+    ``force`` names stages that are computed again, once per process. If the result differs, the
+    stages that read it are computed again too. ``parents`` of a stage are the places of the
+    artifacts that it reads.
     """
 
     def __init__(self, root: Path | str, force: str | Iterable[str] = ()) -> None:
@@ -126,21 +125,26 @@ class StageCache:
 
         Its bytes are checked when it is read.
         """
-        meta = self._meta(stage, key) if self._may_read(stage, key) else None
-        return meta is not None and _agree(meta.get("made_from", {}), self._digests(parents))
+        return self._current(stage, key, parents) is not None
 
-    def _may_read(self, stage: str, key: str) -> bool:
-        return stage not in self.force or key in self._fresh
+    def _current(self, stage: str, key: str, parents: Sequence[Place]) -> dict[str, Any] | None:
+        """Return ``meta.json`` of an artifact; None where it has to be computed."""
+        if stage in self.force and key not in self._fresh:
+            return None
+        meta = self._meta(stage, key)
+        if meta is None or not _agree(meta.get("made_from", {}), self._digests(parents)):
+            return None
+        return meta
 
     def _meta(self, stage: str, key: str) -> dict[str, Any] | None:
         """Return ``meta.json`` of an artifact; None where there is none, or it is damaged."""
         path = self.folder(stage, key) / "meta.json"
         try:
-            meta = json.loads(path.read_text()) if path.is_file() else None
+            meta = json.loads(path.read_text()) if path.is_file() else {}
         except (OSError, ValueError) as error:
             log.warning("%s %s is damaged (%s); it is computed again", stage, key[:12], error)
             return None
-        return meta if meta and meta.get("sha256", {}).keys() == set(_FILES) else None
+        return meta if meta.get("sha256", {}).keys() == set(_FILES) else None
 
     def _digests(self, parents: Sequence[Place]) -> dict[str, str]:
         """Return one hash over the bytes of each of ``parents`` that is there."""
@@ -159,19 +163,16 @@ class StageCache:
 
     def read(self, stage: str, key: str, parents: Sequence[Place] = ()) -> Artifact | None:
         """Return the artifact; None when it is absent, outdated or damaged (with a warning)."""
-        meta = self._meta(stage, key) if self._may_read(stage, key) else None
+        meta = self._current(stage, key, parents)
         if meta is None:
             return None
-        reason = "was not made from the result that there is now"
-        if _agree(meta.get("made_from", {}), self._digests(parents)):
-            files = {name: self.folder(stage, key) / name for name in _FILES}
-            data = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
-            if {name: hashlib.sha256(d).hexdigest() for name, d in data.items()} == meta["sha256"]:
-                values, tensors = (data[name] for name in _FILES)
-                return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
-            reason = "does not match its checksums"
-        log.warning("%s %s %s; it is computed again", stage, key[:12], reason)
-        return None
+        files = {name: self.folder(stage, key) / name for name in _FILES}
+        data = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+        if {name: hashlib.sha256(d).hexdigest() for name, d in data.items()} != meta["sha256"]:
+            log.warning("%s %s is damaged; it is computed again", stage, key[:12])
+            return None
+        values, tensors = (data[name] for name in _FILES)
+        return Artifact(json.loads(values), load_tensors(tensors), meta.get("seconds"))
 
     def get(
         self,
@@ -223,8 +224,5 @@ class StageCache:
                 write_atomically(temp / name, data)
             shutil.rmtree(folder, ignore_errors=True)
             os.rename(temp, folder)
-            handle = os.open(folder.parent, os.O_RDONLY)
-            os.fsync(handle)  # so that the rename survives a power failure
-            os.close(handle)
         finally:
             shutil.rmtree(temp, ignore_errors=True)

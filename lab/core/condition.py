@@ -58,7 +58,6 @@ def condition_number(
     x: Tensor,
     definition: Definition = "rank",
     *,
-    tolerance: float | None = None,
     ridge: float = 0.0,
 ) -> float:
     """Return κ(XᵀX) of ``x`` [n, d].
@@ -71,7 +70,6 @@ def condition_number(
             infinite only for a singular XᵀX with ``ridge`` = 0; ``release`` the released function's
             rule: largest over smallest eigenvalue above 1e-6 of XᵀX + 1e-6·I, which on
             rank-deficient data measures rounding noise (for comparison).
-        tolerance: relative rank tolerance of ``rank``.
         ridge: λ ≥ 0 of ``ridge``.
 
     Raises:
@@ -82,8 +80,7 @@ def condition_number(
     if definition == "release":
         return _release_condition_number(x)
     s = singular_values(x)
-    relative = rank_tolerance(x.shape, x.dtype) if tolerance is None else tolerance
-    rank = numerical_rank(s, x.shape, relative)
+    rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype))
     if rank == 0:
         raise ValueError("the condition number of a zero matrix is undefined")
     if definition == "rank":
@@ -104,7 +101,7 @@ def _release_condition_number(x: Tensor) -> float:
 
 def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list[Tensor]:
     """Return seeded row indices: ``groups`` groups of min(``size``, n) rows, disjoint where n ≥
-    groups·size.
+    groups·size (deep extractors, §5.2 of arXiv 2505.23760: 20 groups × 100).
     """
     rng = generator(seed, "row-groups", n, groups, size)
     size = min(size, n)
@@ -112,24 +109,6 @@ def row_groups(n: int, groups: int = 20, size: int = 100, seed: int = 0) -> list
         order = torch.randperm(n, generator=rng)
         return [order[g * size : (g + 1) * size] for g in range(groups)]
     return [torch.randperm(n, generator=rng)[:size] for _ in range(groups)]
-
-
-def grouped_condition_number(
-    x: Tensor,
-    definition: Definition = "rank",
-    *,
-    groups: int = 20,
-    size: int = 100,
-    seed: int = 0,
-    ridge: float = 0.0,
-) -> list[float]:
-    """Return κ of every seeded group of rows of ``x`` (deep extractors, §5.2 of arXiv 2505.23760:
-    20 groups × 100).
-    """
-    return [
-        condition_number(x[rows], definition, ridge=ridge)
-        for rows in row_groups(len(x), groups, size, seed)
-    ]
 
 
 def relative_immunization_ratio(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -26,6 +26,7 @@ SETTINGS = ConfigDict(
 )
 
 Class = TypeVar("Class", bound=type)
+Bound = TypeVar("Bound")
 
 
 @dataclass_transform(kw_only_default=True)
@@ -85,6 +86,18 @@ _UNION = re.compile(
     r"[a-z-]+\[.*\]|constrained-\w+|str|int|float|bool"
 )  # pydantic's names of types
 _UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
+
+
+def bind(cls: Callable[..., Bound], values: Mapping[Any, Any], key: str) -> Bound:
+    """Return the options ``values`` of the config key ``key`` as an object of ``cls``.
+
+    Raises:
+        UserError: a wrong value or an unknown key.
+    """
+    try:
+        return cls(**values)
+    except ValidationError as error:
+        raise user_error(error, key, cls) from None
 
 
 def user_error(error: ValidationError, key: str, target: Any = None) -> UserError:

@@ -46,11 +46,10 @@ class Team:
     Args:
         group: their process group, for tensors on the CPU and on the device of each; None: all
             processes of the run.
-        check_every: steps between two comparisons of the parameters' hashes.
     """
 
-    def __init__(self, size: int = 1, rank: int = 0, group: Any = None, check_every: int = 10):
-        self.size, self.rank, self.group, self.check_every = size, rank, group, check_every
+    def __init__(self, size: int = 1, rank: int = 0, group: Any = None) -> None:
+        self.size, self.rank, self.group = size, rank, group
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         """Return on every member what member ``source`` gives; other members' values are unread."""
@@ -109,19 +108,18 @@ class Team:
                     raise failure
                 add(n, self.broadcast(term, n - start))
 
-    def assert_equal(self, tensors: Callable[[], Params], when: str) -> None:
-        """Compare a hash of ``tensors()`` across the members.
+    def assert_equal(self, tensors: Params) -> None:
+        """Compare a hash of ``tensors`` across the members.
 
         Raises:
             OutOfStep: the hashes differ.
         """
         if self.size == 1:
             return
-        own = tensors()
-        hashes = self.gather({self.rank: digest(*(own[name] for name in sorted(own)))})
+        hashes = self.gather({self.rank: digest(*(tensors[name] for name in sorted(tensors)))})
         if len(set(hashes.values())) > 1:
             listed = ", ".join(f"process {n}: {h[:12]}" for n, h in sorted(hashes.items()))
-            raise OutOfStep(f"the processes' parameters differ {when} ({listed})")
+            raise OutOfStep(f"the processes' parameters differ at the end ({listed})")
 
 
 class SharedCheckpoint:

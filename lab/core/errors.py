@@ -5,11 +5,14 @@ from __future__ import annotations
 import difflib
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 from lab.core.sources import PACKAGES
+
+Result = TypeVar("Result")
 
 
 class UserError(Exception):
@@ -42,6 +45,18 @@ class UserErrors(UserError):
         each = [e for error in errors for e in getattr(error, "errors", (error,))]
         if each:
             raise each[0] if len(each) == 1 else cls(each)
+
+
+def call_all(calls: Iterable[Callable[[], Result]]) -> list[Result]:
+    """Return the results of all ``calls``; raise the user errors of all of them at once."""
+    results, errors = list[Result](), list[UserError]()
+    for call in calls:
+        try:
+            results.append(call())
+        except UserError as error:
+            errors.append(error)
+    UserErrors.check(errors)
+    return results
 
 
 @contextmanager
@@ -144,14 +159,10 @@ def missing_package(error: ModuleNotFoundError) -> str | None:
     return f'needs the package {module}: `pip install "{_INSTALL.get(module, module)}"`.'
 
 
-_SHOWN = 60
-
-
 def nearest(name: str, choices: Iterable[str]) -> str:
     """Return a sentence that names the closest valid choices to ``name``."""
     options = sorted(choices)
     close = difflib.get_close_matches(name, options)
     if close:
         return f"did you mean {' or '.join(close)}?"
-    more = f" … ({len(options)} in all)" if len(options) > _SHOWN else ""
-    return f"choose one of {', '.join(options[:_SHOWN])}{more}."
+    return f"choose one of {', '.join(options)}."

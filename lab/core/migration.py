@@ -92,8 +92,14 @@ def migrate(record: Record) -> Record:
 def _rename_keys(record: Record) -> Record:
     out = dict(record) | {"config": _config(record["config"])}
     out["cells"] = [_cell(cell) for cell in record["cells"]]
-    out["metrics"] = {current_name(k): _metric(v) for k, v in record["metrics"].items()}
-    out["curves"] = {current_name(k): _curve(v) for k, v in record["curves"].items()}
+    out["metrics"] = {
+        current_name(k): v | {"note": _text(v["note"]), "bound": _bound(v["note"])}
+        for k, v in record["metrics"].items()
+    }
+    out["curves"] = {
+        current_name(k): {key: _text(line) for key, line in curve.items()}
+        for k, curve in record["curves"].items()
+    }
     out["tables"] = {
         current_name(k): [_row(r) for r in rows] for k, rows in record["tables"].items()
     }
@@ -107,8 +113,8 @@ def _name_models(record: Record) -> Record:
 
     def named(row: dict[str, Any]) -> dict[str, Any]:
         new = {"model": names.get(row["model"], row["model"])} if "model" in row else {}
-        before, found, attacks = str(row.get("note") or "").partition("best attackers: ")
-        if found:
+        before, separator, attacks = str(row.get("note") or "").partition("best attackers: ")
+        if separator:
             words = " ".join(names.get(word, word) for word in attacks.split(" "))
             new["note"] = f"{before}strongest attacks: {words}"
         return row | new
@@ -134,10 +140,8 @@ def _cell(cell: dict[str, Any]) -> dict[str, Any]:
 
 def target(path: str) -> str:
     """Return the import path of a class as it is now."""
-    if path in _TARGETS:
-        return _TARGETS[path]
     module, _, name = path.rpartition(".")
-    return f"{_MODULES.get(module, module)}.{_CLASSES.get(name, name)}"
+    return _TARGETS.get(path, f"{_MODULES.get(module, module)}.{_CLASSES.get(name, name)}")
 
 
 def _config(node: Any, key: str = "") -> Any:
@@ -169,19 +173,9 @@ def _text(text: Any) -> Any:
     return text.replace("usable", "prompt-adherent").replace("judge", "scorer")
 
 
-def _metric(item: dict[str, Any]) -> dict[str, Any]:
-    return dict(item) | {"note": _text(item["note"]), "bound": _bound(item["note"])}
-
-
 def _bound(note: str | None) -> str | None:
-    return next((b for start, b in _BOUNDS if (note or "").startswith(start)), None)
-
-
-_BOUNDS = (("at least", "lower"), ("at most", "upper"))
-
-
-def _curve(curve: dict[str, Any]) -> dict[str, Any]:
-    return {key: _text(line) if key in ("x", "y") else line for key, line in curve.items()}
+    match = re.match("at (least|most)", note or "")
+    return {"least": "lower", "most": "upper"}[match[1]] if match else None
 
 
 def _row(row: dict[str, Any]) -> dict[str, Any]:

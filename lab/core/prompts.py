@@ -19,20 +19,17 @@ _FILLER = frozenset(
 _ENOUGH = 8  # captions that cannot share more than their class by chance
 
 
-def text(key: str, value: object, *, empty: bool = False) -> str:
+def text(key: str, value: object) -> str:
     """Return ``value`` without white space at its ends, when it can be a part of a prompt.
 
     Config classes declare a `lab.core.config.Prompt` instead.
 
     Args:
         key: config key that it comes from, for the message.
-        empty: "" is fine too, where it stands for none.
 
     Raises:
         UserError: no text, an empty one, or one with control characters.
     """
-    if empty and value == "":
-        return ""
     try:
         return plain_line(value if isinstance(value, str) else "")
     except ValueError as error:
@@ -49,10 +46,8 @@ def check_prompts(key: str, prompts: Sequence[str], tokenizer: Any) -> tuple[str
     longer than the context is cut when it is encoded (`DiffusionModel.tokens`).
 
     Raises:
-        UserError: no prompt, and as `text` and `refuse_special` do.
+        UserError: as `text` and `refuse_special` do.
     """
-    if not prompts:
-        raise UserError(key, prompts, "must be a list of at least one prompt.")
     clean = tuple(text(key, prompt) for prompt in prompts)
     refuse_special(key, clean, [tokenizer])
     return clean

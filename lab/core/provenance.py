@@ -60,7 +60,8 @@ def _checkout() -> tuple[str | None, bool | None]:
     # an environment inside somebody's repository is not ours
     ours = _git("rev-parse", "--show-toplevel") == str(ROOT)
     sha = _git("rev-parse", "HEAD") if ours else None
-    status = _git("status", "--porcelain") if sha else None
+    # files that git does not know are the user's own: they change no result
+    status = _git("status", "--porcelain", "--untracked-files=no") if sha else None
     return sha, None if status is None else bool(status)
 
 

@@ -65,8 +65,8 @@ Record = dict[str, Any]
 
 
 @cache
-def _validator() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(json.loads(SCHEMA_FILE.read_text()))
+def _schema() -> dict[str, Any]:
+    return json.loads(SCHEMA_FILE.read_text())
 
 
 def validate(record: Record, source: str) -> None:
@@ -79,10 +79,17 @@ def validate(record: Record, source: str) -> None:
     if version not in READABLE:
         fix = f"has schema {version!r}, none of {', '.join(READABLE)}: run it again."
         raise UserError("records", source, fix)
-    error = jsonschema.exceptions.best_match(_validator().iter_errors(migrate(record)))
-    if error is not None:
-        where = "/".join(map(str, error.absolute_path)) or "the top level"
-        raise UserError("records", source, f"is no valid record: at {where}: {error.message[:300]}")
+    if reason := violation(migrate(record), list(_schema()["required"])):
+        raise UserError("records", source, f"is no valid record: at {reason}")
+
+
+def violation(part: Record, required: Sequence[str] = ()) -> str | None:
+    """Return where and how ``part`` of a record violates the schema, None where it does not."""
+    validator = jsonschema.Draft202012Validator(_schema() | {"required": required})
+    error = jsonschema.exceptions.best_match(validator.iter_errors(part))
+    if error is None:
+        return None
+    return f"{'/'.join(map(str, error.absolute_path)) or 'the top level'}: {error.message[:300]}"
 
 
 def clean(value: Any) -> Any:
@@ -90,8 +97,8 @@ def clean(value: Any) -> Any:
     return json.loads(json.dumps(value), parse_constant=lambda _: None)
 
 
-def _merged(scores: Iterable[Scores], part: str) -> dict[str, Any]:
-    """Return one part of several metric families as one mapping.
+def merged(scores: Iterable[Scores], part: str) -> dict[str, Any]:
+    """Return one part of several metric families, e.g. ``images``, as one mapping.
 
     Raises:
         ValueError: two families use one name.
@@ -108,13 +115,11 @@ def scores_json(scores: Sequence[Scores]) -> dict[str, Any]:
     """Return ``metrics``, ``curves`` and ``tables`` of several metric families.
 
     Raises:
-        ValueError: two families use one name, or a missing value has no reason.
+        ValueError: two families use one name.
     """
-    out = {part: _merged(scores, part) for part in ("metrics", "curves", "tables")}
+    out = {part: merged(scores, part) for part in ("metrics", "curves", "tables")}
     names = [field.name for field in dataclasses.fields(Score)]
     for name, item in out["metrics"].items():
-        if item.value is None and not item.note:
-            raise ValueError(f"metric {name} has no value and no reason")
         out["metrics"][name] = {field: getattr(item, field) for field in names}
     return clean(out)
 
@@ -124,14 +129,10 @@ def seed_values(scores: Sequence[Scores], seeds: Sequence[int]) -> list[dict[str
 
     A row is ``metric`` and a column per seed.
     """
-    per_seed = {
-        name: item.per_seed
-        for name, item in _merged(scores, "metrics").items()
-        if isinstance(item, SeedScore) and len(item.per_seed) == len(seeds) > 1
-    }
     return [
-        {"metric": name, **dict(zip(map(str, seeds), values, strict=True))}
-        for name, values in per_seed.items()
+        {"metric": name, **dict(zip(map(str, seeds), item.per_seed, strict=True))}
+        for name, item in merged(scores, "metrics").items()
+        if isinstance(item, SeedScore) and len(item.per_seed) == len(seeds) > 1
     ]
 
 
@@ -148,11 +149,6 @@ def write_images(folder: Path, images: dict[str, ImageGrid]) -> dict[str, dict[s
         sha = hashlib.sha256(data).hexdigest()
         out[name] = {"path": path.as_posix(), "caption": grid.caption, "sha256": sha}
     return out
-
-
-def images_of(scores: Sequence[Scores]) -> dict[str, ImageGrid]:
-    """Return the images of several metric families as one mapping."""
-    return _merged(scores, "images")
 
 
 def _lasting(config: Any) -> dict[str, Any]:
@@ -200,19 +196,12 @@ def refuse_other(path: Path, cfg: DictConfig) -> None:
         UserError: ``path`` holds the record of another configuration, which a run there would
             replace.
     """
-    if not path.is_file():
-        return
-    try:
-        other = read(path)
-    except UserError:  # of another version, or cut off: nothing that somebody could still use
-        return
     new = clean(OmegaConf.to_container(cfg, resolve=True))
-    if other["status"] in ("ok", "diverged") and _lasting(new) != _lasting(other["config"]):
-        fix = (
-            f"holds the record of another run ({other['name']}, "
-            f"{other['content_hash'][:8]}); choose another folder."
-        )
-        raise UserError("hydra.run.dir", path.parent, fix)
+    others, _ = readable([path] if path.is_file() else [])  # a damaged one is of no use
+    for other in others:
+        if other["status"] in ("ok", "diverged") and _lasting(new) != _lasting(other["config"]):
+            fix = f"holds the record of another run ({other['name']}); choose another folder."
+            raise UserError("hydra.run.dir", path.parent, fix)
 
 
 class Stored(dict[str, Any]):

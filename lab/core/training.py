@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -126,19 +127,14 @@ def _report(log: Log | None, row: Row) -> None:
         log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
 def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimizer's tensors, by number of the parameter and name.
 
     There are none for a parameter that was never updated.
     """
-    states = enumerate(optimizer.state.get(parameter, {}) for parameter in _parameters(optimizer))
     return {
         f"{i}.{name}": value
-        for i, state in states
+        for i, state in optimizer.state_dict()["state"].items()
         for name, value in state.items()
         if isinstance(value, Tensor)
     }
@@ -152,22 +148,17 @@ def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Undo `slots`, for an optimizer of the same parameters."""
-    parameters = _parameters(optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
     for key, value in tensors.items():
         index, name = key.split(".", 1)
-        parameter = parameters[int(index)]
-        # torch keeps step counters on the CPU, but those of its fused and capturable kernels beside
-        # the parameter
-        on_device = value.dim() > 0 or any(
-            (group.get("fused") or group.get("capturable"))
-            and any(p is parameter for p in group["params"])
-            for group in optimizer.param_groups
-        )
-        copy = value.to(parameter.device if on_device else value.device, copy=True)
-        if value.shape == parameter.shape:
-            # fused kernels walk memory: channels last, as parameters
-            copy = torch.empty_like(parameter, dtype=value.dtype).copy_(copy)
-        optimizer.state[parameter][name] = copy
+        like = parameters[int(index)]
+        # fused kernels walk memory: channels last, as parameters
+        has_layout = value.shape == like.shape
+        copy = torch.empty_like(like, dtype=value.dtype) if has_layout else value.clone()
+        state[int(index)][name] = copy.copy_(value)
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def state_tensors(

@@ -10,6 +10,7 @@ import json
 import logging
 import shlex
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,28 +23,24 @@ from omegaconf import DictConfig, open_dict
 from eval.generation.audit import VALUES
 from eval.generation.scoring import encode
 from lab.core import record as records
-from lab.core.errors import UserError, UserErrors, as_user_error, nearest
+from lab.core.errors import UserError, as_user_error, call_all, nearest
 from lab.core.hashing import state_hash, write_atomically
 from lab.core.images import expand_path
 from lab.core.record import Record
 from lab.core.sources import ROOT
 from lab.models.diffusion_backbone import MINISD, PARTS
 from lab.release.verify import FACTS
-from lab.runner.assemble import Parts, assemble
+from lab.runner.assemble import Parts, assemble, read_fail_on
 from lab.runner.experiment import relative, run_once
 from lab.scenarios.concept_folders import read_entries
 
 SCHEMA_VERSION = "1.0"
-EXIT_NOT_PASSED = 3
 _WORDS = {value: verdict for verdict, value in VALUES.items()}
 log = logging.getLogger(__name__)
 
 
-def audit(cfg: DictConfig) -> int:
+def audit(cfg: DictConfig) -> None:
     """Attack the checkpoint; write record, report and ``verdict.json`` to the run folder.
-
-    Returns:
-        the exit code: `EXIT_NOT_PASSED` where the verdict is one of ``fail_on``, else 0.
 
     Raises:
         UserError: see `prepare`.
@@ -59,14 +56,13 @@ def audit(cfg: DictConfig) -> int:
         log.warning("path: %s", warning)
     path = run_once(prepared, Path(hydra.runtime.output_dir))
     if path is None:
-        return 0
+        return
     unet = state_hash(parts.backbone.build(None, 0).unet.state_dict())
     command = shlex.join(["python", "run.py", *hydra.overrides.task])
     verdict = summarize(records.read(path), unet, command, warnings)
     out = path.with_name("verdict.json")
     write_atomically(out, (json.dumps(verdict, indent=1) + "\n").encode())
     print(f"verdict: {verdict['verdict']}, {relative(out)}")
-    return EXIT_NOT_PASSED if verdict["verdict"] in _listed(cfg.fail_on) else 0
 
 
 # ---- checks
@@ -83,20 +79,16 @@ def prepare(cfg: DictConfig) -> DictConfig:
     if cfg.get("audit") is None or "audit" not in cfg.eval or not cfg.attacks:
         message = "needs its metric and an attack: `python run.py action=audit attacks=[lora]`."
         raise UserError("action", "audit", message)
-    prepared, errors = copy.deepcopy(cfg), list[UserError]()
+    prepared = copy.deepcopy(cfg)
     checks: tuple[Callable[[DictConfig], object], ...] = (
         _check_groups,
         _check_checkpoint,
         _read_concepts,
         _check_scorers,
         _share_searches,
+        read_fail_on,
     )
-    for check in checks:
-        try:
-            check(prepared)
-        except UserError as error:
-            errors.append(error)
-    UserErrors.check(errors)
+    call_all(partial(check, prepared) for check in checks)
     return prepared
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from hydra.errors import InstantiationException
@@ -12,9 +14,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from pydantic import ValidationError
 
 from immunize.none import NoImmunization
-from lab.core.config import user_error
+from lab.core.config import bind, user_error
 from lab.core.data import ConceptCase
-from lab.core.errors import UserError, missing_package
+from lab.core.errors import UserError, call_all, missing_package, nearest
 from lab.core.hashing import stage_key
 from lab.core.prompts import check_case, refuse_special
 from lab.core.sources import source_hash
@@ -32,6 +34,9 @@ from lab.core.types import (
     Scenario,
 )
 from lab.models.erase import NoErasure
+
+VERDICTS = ("passes", "fails", "inconclusive")
+_SINGLE = ("scenario", "backbone", "erase", "immunize")  # groups of one choice
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Parts:
         return {BASELINE: self.baseline, IMMUNIZED: self.immunizer}
 
 
-def _build(config: Any, key: str, scorers: dict[str, Any] | None = None) -> Part:
+def _build(config: Any, key: str, scorers: dict[str, Any]) -> Part:
     """Build the object that ``config`` describes.
 
     Args:
@@ -83,7 +88,7 @@ def _build(config: Any, key: str, scorers: dict[str, Any] | None = None) -> Part
         fix = "must be the import path of a class, e.g. immunize.kappa.method.Kappa."
         raise UserError(f"{key}._target_", target, fix)
     try:
-        shared = _shared(config, {} if scorers is None else scorers)
+        shared = _shared(config, scorers)
         obj = instantiate(config, _convert_="all", **shared)
     except InstantiationException as error:
         raise _refused(error, config, key) from error.__cause__
@@ -155,25 +160,21 @@ def _group(config: Any, key: str) -> dict[str, Any]:
     """Return the entries of the group ``key``; the command line may have set it to a value."""
     if not isinstance(config, DictConfig):
         raise UserError(key, config, f"must be a group of options; set {key}.OPTION=VALUE.")
-    if key in ("attacks", "eval") and "_target_" in config:
-        fix = "stands without a name; options of this group stand under one: NAME: {_target_: …}."
-        raise UserError(f"{key}._target_", config["_target_"], fix)
     return {str(name): value for name, value in config.items()}
 
 
-def _budget(config: Any) -> Budget:
-    try:
-        return Budget(**_group(config, "budget"))
-    except ValidationError as error:
-        raise user_error(error, "budget", Budget) from None
+def read_fail_on(cfg: DictConfig) -> list[str]:
+    """Return the verdicts that end the command with an exit code of their own."""
+    value = cfg.get("fail_on")  # records of older schemas have none
+    words = [value] if isinstance(value, str) else list(value or ())
+    for word in words:
+        if word not in VERDICTS:
+            raise UserError("fail_on", word, nearest(str(word), VERDICTS))
+    return words
 
 
-def check_groups(cfg: DictConfig) -> None:
-    """Check the names of folders, and that no list of choices is empty: its group is absent then.
-
-    Raises:
-        UserError: names the key.
-    """
+def _check_groups(cfg: DictConfig) -> None:
+    """Check the names of folders, and that attacks and metrics are chosen."""
     for key in ("name", "immunize.name"):
         value = OmegaConf.select(cfg, key)
         if not isinstance(value, str) or not re.fullmatch(r"\w[\w .+-]*", value):
@@ -189,29 +190,32 @@ def assemble(cfg: DictConfig) -> Parts:
     """Build every part that ``cfg`` selects.
 
     Raises:
-        UserError: an option that cannot work, or parts that do not fit together.
+        UserError: options that cannot work, all of them at once, or parts that do not fit together.
     """
-    baseline = _build(OmegaConf.create({"_target_": "immunize.none.NoImmunization"}), "immunize")
-    assert isinstance(baseline.obj, NoImmunization)
-    backbone = _build(cfg.backbone, "backbone")
+    _check_groups(cfg)
+    none = OmegaConf.create({"_target_": "immunize.none.NoImmunization"})
+    nodes = {"immunize=none": none} | {key: cfg[key] for key in _SINGLE}
+    for group in ("attacks", "eval"):
+        nodes |= {f"{group}.{name}": node for name, node in _group(cfg[group], group).items()}
     scorers: dict[str, Any] = {}
+    calls: dict[str, Callable[[], Any]] = {
+        "fail_on": partial(read_fail_on, cfg),
+        "budget": lambda: bind(Budget, _group(cfg.get("budget"), "budget"), "budget"),
+        "seeds": partial(_seeds, cfg.seeds),
+        **{key: partial(_build, node, key, scorers) for key, node in nodes.items()},
+    }
+    built: dict[str, Any] = dict(zip(calls, call_all(calls.values()), strict=True))
     parts = Parts(
-        scenario=_build(cfg.scenario, "scenario").obj,
-        backbone=backbone.obj,
-        backbone_identity=backbone.identity,
-        eraser=_build(cfg.erase, "erase"),
-        immunizer=_build(cfg.immunize, "immunize"),
-        baseline=baseline,
-        attacks={
-            str(name): _build(sub, f"attacks.{name}")
-            for name, sub in _group(cfg.attacks, "attacks").items()
-        },
-        metrics={
-            str(name): _build(sub, f"eval.{name}", scorers)
-            for name, sub in _group(cfg.eval, "eval").items()
-        },
-        budget=_budget(cfg.budget),
-        seeds=_seeds(cfg.seeds),
+        scenario=built["scenario"].obj,
+        backbone=built["backbone"].obj,
+        backbone_identity=built["backbone"].identity,
+        eraser=built["erase"],
+        immunizer=built["immunize"],
+        baseline=built["immunize=none"],
+        attacks={str(name): built[f"attacks.{name}"] for name in cfg.attacks},
+        metrics={str(name): built[f"eval.{name}"] for name in cfg.eval},
+        budget=built["budget"],
+        seeds=built["seeds"],
     )
     check_fit(parts)
     return parts
@@ -254,10 +258,10 @@ def check_fit(parts: Parts) -> None:
             fix += f"backbone={backbone.name} is {backbone.kind}; "
             fix += f"experiment={_EXPERIMENTS[min(method.accepts)]} has parts that fit."
             raise UserError(key, method.name, fix)
-    asked = scenario.asks_erasure()
+    to_erase = scenario.asks_erasure()
     released = any(metric.obj.released for metric in parts.metrics.values())
-    if asked is not None and isinstance(parts.eraser.obj, NoErasure) and not released:
-        fix = f"takes nothing out, but {asked} has erase: true; set erase=uce."
+    if to_erase is not None and isinstance(parts.eraser.obj, NoErasure) and not released:
+        fix = f"takes nothing out, but {to_erase} has erase: true; set erase=uce."
         raise UserError("erase", "none", fix)
 
 

@@ -81,30 +81,22 @@ class ProcessStates:
         body = {"state": state, "time": time.time(), "failure": failure and asdict(failure)}
         write_atomically(self.folder / f"{rank}.json", (json.dumps(body) + "\n").encode())
 
-    def running(self) -> list[int]:
-        """Return the processes that noted no end."""
-        states = {int(path.stem): self._read(path)["state"] for path in self._files()}
-        return sorted(rank for rank, state in states.items() if state == "running")
+    def read(self) -> dict[int, dict[str, Any]]:
+        """Return what each process noted last, by its number."""
+        files = self.folder.glob("[0-9]*.json")
+        return {int(path.stem): json.loads(path.read_text()) for path in files}
 
     def first_failure(self) -> RunFailed | None:
         """Return what failed first, if anything did."""
-        states = [self._read(path) for path in self._files()]
-        failed = [state for state in states if state["failure"]]
+        failed = [state for state in self.read().values() if state["failure"]]
         first = min(failed, key=lambda state: state["time"], default=None)
         return RunFailed(**first["failure"]) if first else None
 
     def clear(self, ranks: Sequence[int]) -> None:
         """Forget an earlier run in this folder: of all processes on the machine of process 0."""
-        for path in self._files():
-            if 0 in ranks or int(path.stem) in ranks:
-                path.unlink(missing_ok=True)
-
-    def _files(self) -> list[Path]:
-        return list(self.folder.glob("[0-9]*.json"))
-
-    @staticmethod
-    def _read(path: Path) -> dict[str, Any]:
-        return json.loads(path.read_text())
+        for rank in self.read():
+            if 0 in ranks or rank in ranks:
+                (self.folder / f"{rank}.json").unlink(missing_ok=True)
 
 
 class DistributedExecutor(Executor):
@@ -112,17 +104,12 @@ class DistributedExecutor(Executor):
 
     Args:
         states: where processes note how they end.
-        stopped: whether the user asked for the end.
+        stopped: whether the user wants to stop.
         timeout_s: longest wait for another process inside one step.
-        check_every: see `lab.core.distributed.Team`.
     """
 
     def __init__(
-        self,
-        states: ProcessStates,
-        stopped: Callable[[], bool],
-        timeout_s: float,
-        check_every: int,
+        self, states: ProcessStates, stopped: Callable[[], bool], timeout_s: float
     ) -> None:
         self.states, self.stopped = states, stopped
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -130,7 +117,7 @@ class DistributedExecutor(Executor):
         rank, self.size = dist.get_rank(), dist.get_world_size()
         self.rank = rank
         self.is_main = rank == 0
-        self.team = Team(self.size, rank, None, check_every)
+        self.team = Team(self.size, rank)
         self.patient = Team(self.size, rank, dist.new_group(backend="gloo", timeout=_PATIENCE))
 
     def map(

@@ -6,7 +6,7 @@ import logging
 import sys
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from lab.core.errors import Diverged, RunFailed, UserError, explain
 from lab.core.hashing import state_hash
 from lab.core.provenance import provenance
 from lab.core.types import Scores
-from lab.runner.assemble import assemble, check_cases, check_groups
+from lab.runner.assemble import assemble, check_cases
 from lab.runner.batch import relative
 from lab.runner.executors import Executor
 from lab.runner.pipeline import Cell, Pipeline
@@ -32,7 +32,7 @@ from lab.tracking import Trackers
 
 log = logging.getLogger(__name__)
 progress_log = logging.getLogger("progress")
-VERDICTS = ("verdict", "verdict_share")
+VERDICT_METRICS = ("verdict", "verdict_share")
 
 
 def is_recoverable(cell: Cell, error: Exception) -> bool:
@@ -51,35 +51,32 @@ def affects_all_stages(error: BaseException) -> bool:
 
 def describe(
     error: BaseException,
-    key: str | None = None,
+    cell: Cell | None = None,
     rank: int | None = None,
-    stage: str | None = None,
 ) -> RunFailed:
     """Return ``error`` as plain values; a `RunFailed` is returned as it is.
 
     Args:
-        key: config key of the part that ran.
+        cell: the stage that ran.
         rank: of this process, in a run of several.
-        stage: key of the stage that ran.
     """
     if isinstance(error, RunFailed):
         return error
-    if affects_all_stages(error):
-        key = None  # no part is to blame
+    key = None if cell is None or affects_all_stages(error) else cell.part
     return RunFailed(
         type=type(error).__name__,
         message=str(error),
         user_message=explain(error),
         key=error.key if isinstance(error, UserError) else key,
         step=error.step if isinstance(error, Diverged) else None,
-        stage=stage,
+        stage=cell.key if cell else None,
         rank=rank,
         traceback="".join(traceback.format_exception(error)),
     )
 
 
 class FailedStages:
-    """What a run lost so far.
+    """The attacks and metrics of a run that failed.
 
     Attributes:
         first: the failure that the run ends with, once everything else is done.
@@ -106,14 +103,14 @@ class FailedStages:
         if not self.attacks:
             return
         note = f"{', '.join(self.attacks)} failed: a verdict needs every attack that was asked for"
-        for name in VERDICTS:
+        for name in VERDICT_METRICS:
             if name in results["metrics"]:
                 results["metrics"][name] |= {"value": None, "low": None, "high": None, "note": note}
         tables = results["tables"]
         tables.pop("verdict", None)
         if "seed_values" in tables:
             tables["seed_values"] = [
-                row for row in tables["seed_values"] if row["metric"] not in VERDICTS
+                row for row in tables["seed_values"] if row["metric"] not in VERDICT_METRICS
             ]
 
 
@@ -123,17 +120,15 @@ class StageResult:
 
     Attributes:
         hit: the cache had it.
-        weights: hash of what an immunizer changed.
-        error: of an immunization that diverged.
-        cut_at: step at which an immunizer went back to its last good weights.
+        values: what an immunization logged, and its error if it diverged.
+        weights: hash of what an immunization changed.
     """
 
     status: Literal["ok", "diverged", "failed", "pending"]
     hit: bool = False
     seconds: float | None = None
+    values: dict[str, Any] = field(default_factory=dict)
     weights: str | None = None
-    error: dict[str, Any] | None = None
-    cut_at: float | None = None
     failure: RunFailed | None = None
 
 
@@ -213,10 +208,9 @@ class Run:
         except Exception as error:
             if not is_recoverable(cell, error):
                 raise
-            failure = describe(error, self.pipeline.part, self.executor.rank, cell.key)
+            failure = describe(error, cell, self.executor.rank)
             log.warning("%s failed, the others go on: %s", cell.title, failure)
             log.info("%s", failure.traceback)
-            self.pipeline.part = None
             self.failed_parts.add(cell.part)
             result = StageResult("failed", failure=failure)
         else:
@@ -247,17 +241,17 @@ class Run:
         if result.weights is not None:
             entry["weights"] = result.weights
         where = f"{cell.model} on case {cell.case}, seed {cell.seed}"
-        if result.error is not None:
-            step, message = result.error["last_good_step"], result.error["message"]
+        history, error = result.values.get("history", {}), result.values.get("error")
+        if error is not None:
+            step, message = error["last_good_step"], error["message"]
             log.warning("%s diverged after step %s: %s", where, step, message)
-            self.pipeline.diverged[str(cell.case), int(cell.seed or 0)] = result.error
+            self.pipeline.diverged[str(cell.case), int(cell.seed or 0)] = error
             self.status = "diverged"
             self.error = self.error or _error("Diverged", f"{where}: {message}", "immunize", step)
-        if result.cut_at is not None:
-            note = (
-                f"{where} left the finite numbers at step {result.cut_at:g}; its last good "
-                "weights were attacked."
-            )
+        elif 1 in history.get("diverged", []):
+            last = history["step"][history["diverged"].index(1)]
+            note = f"{where} left the finite numbers at step {last:g}; its last good weights were "
+            note += "attacked."
             log.warning(note)
             self.pipeline.notes[note] = None
 
@@ -272,9 +266,9 @@ class Run:
         scores = self.pipeline.scores(str(cell.metric))
         try:
             records.scores_json([*self.scores, scores])
-            records.images_of([*self.scores, scores])
+            records.merged([*self.scores, scores], "images")
         except ValueError as error:
-            self.failed.add(cell, describe(error, cell.part))
+            self.failed.add(cell, describe(error, cell))
             next(c for c in self.cells if c["key"] == cell.key)["status"] = "failed"
         else:
             self.scores.append(scores)
@@ -283,8 +277,7 @@ class Run:
 
     def fail(self, error: BaseException) -> RunFailed:
         """Note why the run ended, and what is known of the stages in progress."""
-        stage = self.current.key if self.current else None
-        failure = describe(error, self.pipeline.part, self.executor.rank, stage)
+        failure = describe(error, self.current, self.executor.rank)
         preempted = isinstance(error, KeyboardInterrupt)
         for cell in self.waiting:
             status: Literal["ok", "failed", "pending"] = "pending"
@@ -308,7 +301,7 @@ class Run:
         from lab.runner.terminal import summarize, summarize_shortly
 
         body = self.record()
-        body["images"] = records.write_images(self.folder, records.images_of(self.scores))
+        body["images"] = records.write_images(self.folder, records.merged(self.scores, "images"))
         path = self.folder / "record.json"
         records.write(body, path)
         report = render([records.read(path)], self.folder / "report.html")
@@ -354,16 +347,12 @@ class Run:
 
 def _result(cell: Cell, artifact: Artifact, hit: bool) -> StageResult:
     """Return what all processes learn of an artifact."""
-    values, seconds = artifact.values, artifact.seconds
-    if cell.stage == "attack":
-        return StageResult(values["status"], hit, seconds)
-    if cell.stage == "eval":
-        return StageResult("ok", hit, seconds)
+    values = artifact.values
+    if cell.stage != "immunize":
+        return StageResult(values.get("status", "ok"), hit, artifact.seconds)
     if values["error"] is not None:
-        return StageResult("diverged", hit, seconds, error=values["error"])
-    steps, ended = values["history"]["step"], values["history"].get("diverged", [])
-    cut_at = next((step for step, end in zip(steps, ended, strict=False) if end == 1), None)
-    return StageResult("ok", hit, seconds, state_hash(artifact.tensors), cut_at=cut_at)
+        return StageResult("diverged", hit, artifact.seconds, values)
+    return StageResult("ok", hit, artifact.seconds, values, state_hash(artifact.tensors))
 
 
 def _error(type: str, message: str, key: str | None, step: int | None) -> dict[str, Any]:
@@ -376,7 +365,6 @@ def build_pipeline(cfg: DictConfig) -> Pipeline:
     Raises:
         UserError: a key that cannot work, parts that do not fit together, data that are missing.
     """
-    check_groups(cfg)
     if cfg.threads is not None:
         if not isinstance(cfg.threads, int) or cfg.threads < 1:
             raise UserError("threads", cfg.threads, "must be a whole number ≥ 1, or null.")
@@ -422,7 +410,8 @@ def run_once(cfg: DictConfig, folder: Path, executor: Executor | None = None) ->
 
 
 def start_trackers(run: Run) -> Trackers:
-    """Remove what an earlier run left in the folder, and start the trackers of this one."""
+    """Print the folder, remove what an earlier run left there, and start the trackers."""
+    progress_log.info("run folder: %s", relative(run.folder))
     run.folder.mkdir(parents=True, exist_ok=True)
     trackers = Trackers(run.cfg, run.folder)
     for name in ("record.json", "report.html"):

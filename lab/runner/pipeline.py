@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lab.core import record as records
 from lab.core.cache import Artifact, Place, StageCache
 from lab.core.data import ConceptCase, ScenarioData
 from lab.core.errors import Diverged, UserError
@@ -35,8 +34,6 @@ from lab.core.types import (
 )
 from lab.runner.assemble import Parts
 
-BETTER = ("higher", "lower", "neutral")
-INTERVALS = ("across_seeds", "within_seed", "point")
 LogHook = Callable[[str, int, dict[str, float]], None]
 
 
@@ -47,6 +44,7 @@ class Cell:
     Attributes:
         key: hash of everything that determines its result.
         parents: the artifacts that it is computed from.
+        shards: parts that processes can compute together; 0 for a stage that costs nothing.
         model, case, seed, attack, task, metric: what it is about; None where that has no meaning.
     """
 
@@ -54,6 +52,7 @@ class Cell:
     key: str
     compute: Callable[[Checkpoint], Artifact]
     parents: tuple[Place, ...] = ()
+    shards: int = 1
     model: str | None = None
     case: str | None = None
     seed: int | None = None
@@ -85,27 +84,29 @@ class Cell:
     @property
     def part(self) -> str:
         """The config key of the part that computes it."""
-        if self.stage == "immunize":
-            return "immunize"
-        return f"attacks.{self.attack}" if self.stage == "attack" else f"eval.{self.metric}"
+        return config_key(self.stage, self.attack or self.metric)
+
+
+def config_key(stage: str, name: str | None) -> str:
+    """Return the config key of the attack or metric ``name``, or of the immunizer."""
+    return {"immunize": "immunize", "attack": f"attacks.{name}", "eval": f"eval.{name}"}[stage]
 
 
 class Pipeline:
     """Stages of a run over its models, cases, seeds, attacks and metrics: a `RunView`.
 
     Attributes:
-        part: config key of the part that runs; after an exception, of the part that raised it.
         diverged: (case, seed) → why its immunization ended.
         notes: sentences for the record, in order.
     """
 
-    def __init__(self, parts: Parts, store: StageCache, on_log: LogHook | None = None) -> None:
-        self.parts, self.store, self.on_log = parts, store, on_log
+    def __init__(self, parts: Parts, store: StageCache) -> None:
+        self.parts, self.store = parts, store
+        self.on_log: LogHook | None = None
         self.scenario = parts.scenario.name
         self.model_names = tuple(parts.model_names)
         self.attacks = tuple(parts.attacks)
         self.budget = parts.budget
-        self.part: str | None = None
         self.diverged: dict[tuple[str, int], dict[str, Any]] = {}
         self.data_hash: dict[str, str] = {}
         self.notes: dict[str, None] = {}
@@ -113,20 +114,12 @@ class Pipeline:
         self._data: dict[int, ScenarioData] = {}
         self._identity: dict[tuple[int, str], dict[str, str]] = {}
 
-    @contextmanager
-    def running(self, key: str) -> Iterator[None]:
-        """Note that the part of the config key ``key`` runs inside."""
-        outer, self.part = self.part, key
-        yield
-        self.part = outer  # not after an exception: the innermost part raised it
-
     # ---- data and original models
 
     def data(self, seed: int) -> ScenarioData:
         """Load the cases of ``seed`` once."""
         if seed not in self._data:
-            with self.running("scenario"):
-                loaded = self.parts.scenario.load(seed)
+            loaded = self.parts.scenario.load(seed)
             if not loaded.cases:
                 raise UserError("scenario", self.scenario, "has no cases.")
             self._data[seed] = loaded
@@ -137,10 +130,8 @@ class Pipeline:
     def original(self, case: AnyCase, seed: int) -> Model:
         """Return θ_0, what the backbone builds less what ``erase`` takes out; the caller's own."""
         if self._last is None or self._last[0] != (seed, case.name):
-            with self.running("backbone"):
-                model = self.parts.backbone.build(case, seed)
-            with self.running("erase"):
-                model = self.parts.eraser.obj(model, without_sampling(case), seed=seed)
+            model = self.parts.backbone.build(case, seed)
+            model = self.parts.eraser.obj(model, without_sampling(case), seed=seed)
             self._last = ((seed, case.name), model)
         return clone(self._last[1])
 
@@ -165,8 +156,7 @@ class Pipeline:
 
     def compute(self, cell: Cell) -> tuple[Artifact, bool]:
         """Return the artifact of ``cell`` and whether the cache had it."""
-        with self.running(cell.part):
-            return self.store.get(*cell.place, cell.compute, cell.parents)
+        return self.store.get(*cell.place, cell.compute, cell.parents)
 
     def immunize_cell(self, model_name: str, case: AnyCase, seed: int) -> Cell:
         part = self.parts.model_names[model_name]
@@ -197,7 +187,16 @@ class Pipeline:
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
             return Artifact({"history": history, "error": error}, changed)
 
-        return Cell("immunize", key, compute, model=model_name, case=case.name, seed=seed)
+        shards = 0 if model_name == BASELINE else int(part.obj.shards(case))
+        return Cell(
+            "immunize",
+            key,
+            compute,
+            shards=shards,
+            model=model_name,
+            case=case.name,
+            seed=seed,
+        )
 
     def _changed(
         self, model_name: str, before: Model, after: Any, case: AnyCase, seed: int
@@ -299,15 +298,8 @@ class Pipeline:
                             yield self.attack_cell(model_name, attack, case, task, seed)
 
     def shards(self, cell: Cell) -> int:
-        """Return into how many parts ``cell`` can be split; 0 for one that costs nothing."""
-        if cell.model == BASELINE and cell.stage == "immunize":
-            return 0
-        if self.store.has(*cell.place, cell.parents):
-            return 0
-        if cell.stage != "immunize" or cell.seed is None:
-            return 1
-        case = next(case for case in self.data(cell.seed).cases if case.name == cell.case)
-        return int(self.parts.immunizer.obj.shards(case))
+        """Return the shards of ``cell``; 0 for one that the cache has."""
+        return 0 if self.store.has(*cell.place, cell.parents) else cell.shards
 
     # ---- RunView
 
@@ -413,10 +405,10 @@ def check_trajectory(trajectory: Any, attack: str, budget: Budget, side: int | N
             f"returned a {name} that is not finite; end before it with the status diverged",
         )
     for family, images in trajectory.samples.items():
-        size = [len(steps), "count", 3, side or "side", side or "side"]
-        fits = images.dtype == torch.uint8 and images.ndim == 5 and len(images) == len(steps)
-        fits = fits and (side is None or tuple(images.shape[2:]) == (3, side, side))
-        require(fits, f"must return samples of {family} as torch.uint8 {size}")
+        size = side or images.shape[-1]
+        shape = (len(steps), *images.shape[1:2], 3, size, size)
+        fits = images.dtype == torch.uint8 and images.shape == shape
+        require(fits, f"must return samples of {family} as torch.uint8 {list(shape)}")
 
 
 def check_scores(scores: Any, metric: str) -> None:
@@ -425,20 +417,15 @@ def check_scores(scores: Any, metric: str) -> None:
     Raises:
         ValueError: names the metric; the run goes on without it.
     """
-
-    def require(holds: bool, reason: str) -> None:
-        if not holds:
-            raise ValueError(f"eval.{metric} {reason} (lab.core.types.Scores)")
-
-    require(isinstance(scores, Scores), f"must return Scores, not {type(scores).__name__}")
+    if not isinstance(scores, Scores):
+        raise ValueError(f"eval.{metric} must return Scores, not {type(scores).__name__}")
+    reason = records.violation(records.scores_json([scores]))
     for name, score in scores.metrics.items():
-        require(bool(re.fullmatch("[a-z0-9_]+", name)), f"names a metric {name!r}: use snake case")
-        require(isinstance(score, Score), f"must give {name} as a Score")
-        words = score.better in BETTER and score.interval in INTERVALS
-        require(words, f"must give {name} better {BETTER} and interval {INTERVALS}")
-        require(score.value is not None or bool(score.note), f"gives {name} no value and no note")
         numbers = [x for x in (score.value, score.low, score.high) if x is not None]
-        require(all(map(math.isfinite, numbers)), f"gives {name} a number that is not finite")
+        if not all(map(math.isfinite, numbers)):
+            reason = f"metrics/{name}: a number is not finite"
     for name, curve in scores.curves.items():
-        lengths = {len(line) for key, line in curve.items() if key not in ("x", "y", "log")}
-        require("step" in curve and len(lengths) == 1, f"must give every line of {name} a step")
+        if len({len(line) for key, line in curve.items() if key not in ("x", "y", "log")}) > 1:
+            reason = f"curves/{name}: its lines differ in length"
+    if reason is not None:
+        raise ValueError(f"eval.{metric} returned wrong Scores: {reason} (lab.core.types.Scores)")

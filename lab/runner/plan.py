@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from lab.core.types import BASELINE
-from lab.runner.pipeline import Cell, Pipeline
+from lab.runner.pipeline import Cell, Pipeline, config_key
 
 log = logging.getLogger("progress")  # conf/hydra/job_logging/quiet.yaml shows it on the terminal
 
@@ -45,8 +45,7 @@ class StagePlan:
         self.cells += [pipeline.eval_cell(name) for name in metrics]
         absent = [c for c in self.cells if not pipeline.store.has(*c.place, c.parents)]
         self.missing = {cell.title for cell in absent}
-        loads = (c for c in self.cells if c.stage == "immunize" and c.model == BASELINE)
-        self.costly = self.missing - {cell.title for cell in loads}
+        self.costly = {cell.title for cell in absent if cell.shards}
         self.measured: dict[str, list[float]] = {}  # part → seconds in this run
         self.earlier = read_times(cfg) if self.missing else {}
         steps = {"attack": pipeline.budget.steps, "eval": 1}
@@ -99,22 +98,19 @@ def read_times(cfg: DictConfig) -> dict[str, list[float]]:
     """Return part → seconds of its stages in the newest records, where its options are those of
     ``cfg``.
     """
-    own: Any = OmegaConf.to_container(cfg, resolve=True)
+    own: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     files = Path(cfg.paths.runs).rglob("record.json")
     times: dict[str, list[float]] = {}
     for path in sorted(files, key=lambda file: file.stat().st_mtime)[-NEWEST:]:
         with suppress(OSError, ValueError, KeyError, TypeError):  # cut off, or of an older schema
             record = json.loads(path.read_text())
-            if any(record["config"][key] != own[key] for key in ("backbone", "scenario", "budget")):
+            config: Any = OmegaConf.create(record["config"])
+            if any(config[key] != own[key] for key in ("backbone", "scenario", "budget")):
                 continue
             for cell in record["cells"]:
-                group = {"immunize": "immunize", "attack": "attacks", "eval": "eval"}[cell["stage"]]
-                name = cell["attack"] or cell["metric"]
-                options, same = record["config"][group], own[group]
-                if name is not None:
-                    options, same = options[name], same[name]
-                if cell.get("seconds") and cell["model"] != BASELINE and options == same:
-                    part = f"{group}.{name}" if name else group
+                part = config_key(cell["stage"], cell["attack"] or cell["metric"])
+                same = OmegaConf.select(config, part) == OmegaConf.select(own, part)
+                if same and cell.get("seconds") and cell["model"] != BASELINE:
                     times.setdefault(part, []).append(cell["seconds"])
     return times
 

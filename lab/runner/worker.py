@@ -90,9 +90,7 @@ def work(config: Path, rank: int, stopped: threading.Event) -> None:
             cfg = OmegaConf.load(config)
             assert isinstance(cfg, DictConfig)
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # first: the others wait here
-                executor = DistributedExecutor(
-                    states, stopped.is_set, cfg.launch.timeout_s, cfg.launch.check_every
-                )
+                executor = DistributedExecutor(states, stopped.is_set, cfg.launch.timeout_s)
             take_device(cfg)
             run_once(cfg, config.parent, executor)
     except (Exception, KeyboardInterrupt) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field
 
 from lab.core.config import (
     Count,
@@ -18,9 +18,9 @@ from lab.core.config import (
     Prompt,
     Prompts,
     Text,
+    bind,
     config,
     options,
-    user_error,
 )
 from lab.core.data import (
     CaptionedImages,
@@ -207,10 +207,7 @@ def _entry(value: Any, key: str) -> Entry:
     if isinstance(value.get("path"), str):
         name = Path(value["path"]).name.replace("_", " ").replace("-", " ")
         value = {"name": name, **value}
-    try:
-        return Entry(**value)
-    except ValidationError as error:
-        raise user_error(error, key, Entry) from None
+    return bind(Entry, value, key)
 
 
 @config

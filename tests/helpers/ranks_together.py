@@ -99,7 +99,7 @@ def _one(
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size
         )
-        arguments = (Team(size, rank, check_every=2), *arguments)
+        arguments = (Team(size, rank), *arguments)
     else:
         arguments = (Team(), *arguments)
     try:

@@ -90,7 +90,7 @@ def test_a_finished_record_is_not_replaced_by_another_run(cli, tmp_path):
     first = (tmp_path / "run/record.json").read_bytes()
     code, _, err = cli(*FAST, "immunize=kappa_opt", place)
     assert code == 2
-    assert re.search(r"hydra\.run\.dir=.*run: holds the record of another run \(.*/kappa, ", err)
+    assert re.search(r"hydra\.run\.dir=.*run: holds the record of another run \(.*/kappa\)", err)
     assert (tmp_path / "run/record.json").read_bytes() == first
 
 

@@ -137,11 +137,13 @@ def test_all_mistakes_are_in_one_message(tmp_path):
                 "scorers=real",
                 "eval.audit.similarities=clip",
                 "immunize=mima",
+                "fail_on=bad",
             )
         )
     message = str(raised.value)
     for part in (
-        "5 mistakes",
+        "6 mistakes",
+        "fail_on=bad: ",
         "immunize=mima: ",
         "path=/nowhere/model: ",
         "concepts[0].name=neno: ",

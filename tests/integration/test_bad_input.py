@@ -90,6 +90,13 @@ def test_the_command_says_so_in_one_line_and_exits_with_2(cli, argument, message
     assert "Traceback" not in err
 
 
+def test_all_mistakes_are_listed_at_once(cli):
+    code, err = cli("immunize.epochs=1.5", "fail_on=bad", "seeds=[0,0]", "budget.horizon=true")
+    assert code == 2
+    assert all(k in err for k in ("4 mistakes", "epochs=1.5", "fail_on=bad", "seeds", "horizon"))
+    assert "run folder" not in err
+
+
 OWN = ROOT / "docs" / "examples" / "own_methods"
 
 

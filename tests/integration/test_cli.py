@@ -61,7 +61,7 @@ def test_dry_run_prints_the_plan_and_computes_nothing(cli, tmp_path):
 def test_what_is_printed(cli, tmp_path):
     code, out, err = cli(*FAST, "fail_on=fails")
     assert code == 3, err
-    assert err.startswith("run folder: outputs/runs/house_price/")
+    assert "\nrun folder: outputs/runs/house_price/" in err
     assert "10 stages, 0 cached, about" in err
     assert "[4/10] attack linear_probe on LotArea (house_price), immunized, seed 0 … ETA" in err
     assert out.startswith("✗ kappa fails: ")
@@ -76,6 +76,7 @@ def test_what_is_printed(cli, tmp_path):
 def test_a_mistake_leaves_nothing_behind(cli, tmp_path, mistake):
     code, _, err = cli(*FAST, mistake)
     assert code == 2, err
+    assert "run folder" not in err
     assert list(tmp_path.iterdir()) == []
 
 

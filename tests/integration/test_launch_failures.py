@@ -56,7 +56,7 @@ def work(folder, monkeypatch, error):
     monkeypatch.setattr(worker, "take_device", fails)
     states = ProcessStates(folder / "ranks")
     states.write(0, "running")
-    OmegaConf.save({"launch": {"timeout_s": 1, "check_every": 1}}, folder / "launch.yaml")
+    OmegaConf.save({"launch": {"timeout_s": 1}}, folder / "launch.yaml")
     worker.work(folder / "launch.yaml", 0, threading.Event())
     return states
 
@@ -70,4 +70,4 @@ def test_a_user_error_of_a_process_reaches_its_parent(tmp_path, monkeypatch):
 def test_a_process_that_the_user_stopped_has_not_failed(tmp_path, monkeypatch):
     states = work(tmp_path, monkeypatch, KeyboardInterrupt())
     assert states.first_failure() is None
-    assert states.running() == []
+    assert states.read()[0]["state"] == "stopped"

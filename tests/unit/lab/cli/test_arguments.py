@@ -35,11 +35,3 @@ def test_a_list_for_a_group_of_one_choice_is_refused():
     with pytest.raises(UserError, match="takes one choice; for a run of each: -m immunize=kappa,"):
         rewrite(["immunize=[kappa,kappa_opt]"])
     assert rewrite(["attacks=[lora]"]) == ["attacks=[lora]"]
-
-
-def test_an_action_that_only_looks_leaves_no_run_folder():
-    words = rewrite(["--config-dir", "conf", "action=list", "group=eval"])
-    assert words[:2] == ["--config-dir", "conf"], "Hydra takes overrides in one row"
-    assert "hydra.run.dir=." in words
-    kept = ["action=status", "hydra.run.dir=x"]
-    assert rewrite(kept) == kept

@@ -8,64 +8,25 @@ import json
 import optuna
 import pytest
 from entry_point import call_entry
+from fake_records import metric, record
 from omegaconf import OmegaConf
 
 from eval.report.pareto import Trial, front, to_csv, to_html, to_markdown
 from lab.cluster import launch
 from lab.core import record as records
 from lab.core.errors import UserError
-from lab.core.types import Score, Scores
 
 SMALL = ["sweeps=tune_kappa", "tracker=none", "search.startup=3"]
 
 
 def write_record(cfg, folder, status="ok", values=(1.0, 1.0, 1.0)):
     """The record of a trial whose three objectives are given."""
-    names = ("slowdown_harmful_worst", "slowdown_loss_harmful_worst", "slowdown_benign_worst")
     sides = ("higher", "higher", "lower")
-    metrics = {
-        n: Score(v, None, None, 1, s, "point") for n, v, s in zip(names, values, sides, strict=True)
-    }
-    error = (
-        None
-        if status == "ok"
-        else {"type": "Diverged", "message": "ran away", "key": None, "last_good_step": 3}
-    )
-    facts = {
-        "started": "2026-01-01T00:00:00+00:00",
-        "wall_time_s": 1.0,
-        "peak_memory_mb": 2.0,
-        "host": "h",
-        "device": "cpu",
-        "threads": 1,
-        "python": "3.11",
-        "versions": {},
-        "git_sha": None,
-        "git_dirty": None,
-        "data_hash": {},
-        "weight_hash": {},
-        "cache_hits": 0,
-        "cache_misses": 1,
-    }
-    body = {
-        "schema": records.SCHEMA_VERSION,
-        "status": status,
-        "attacks": [],
-        "seeds": [10],
-        "notes": [],
-        "skipped": {},
-        "config": OmegaConf.to_container(cfg, resolve=True),
-        "images": {},
-        "name": "tune_kappa/kappa",
-        "scenario": "house_price",
-        "backbone": "linear",
-        "immunizer": "kappa",
-        "error": error,
-        "cells": [],
-        "provenance": facts,
-        **records.scores_json([Scores(metrics)] if status == "ok" else []),
-    }
-    records.write(body, folder / "record.json")
+    metrics = dict(zip(cfg.search.objectives.values(), map(metric, values, sides), strict=True))
+    error = {"type": "Diverged", "message": "ran away", "key": None, "last_good_step": 3}
+    parts = {"metrics": metrics} if status == "ok" else {"error": error}
+    config = OmegaConf.to_container(cfg, resolve=True)
+    records.write(record(status=status, config=config, **parts), folder / "record.json")
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """Options of `launch=…`: what is refused, what accelerate is told, how an end is explained."""
 
-import signal
-import subprocess
-import sys
-
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from lab.cluster import launch
+from lab.core.config import bind
 from lab.core.errors import RunFailed, UserError
 from lab.core.sources import ROOT
 from lab.runner.executors import ProcessStates
@@ -21,7 +18,7 @@ MACHINES = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port
 def options(group="cpu", **changes):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         node = compose("config", overrides=[f"launch={group}"]).launch
-    return launch.read_options(OmegaConf.merge(node, changes))
+    return bind(launch.Launch, OmegaConf.merge(node, changes), "launch")
 
 
 @pytest.fixture
@@ -88,16 +85,3 @@ def test_a_process_takes_its_own_gpu(gpus, monkeypatch):
         take_device(
             OmegaConf.create({"backbone": {"device": "cuda:0"}, "launch": {"num_processes": 2}})
         )
-
-
-def test_children_of_the_launcher_do_not_die_of_a_batch_systems_signals():
-    code = "import signal; print(signal.getsignal(signal.SIGUSR1) == signal.SIG_IGN)"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        preexec_fn=launch.ignore_batch_signals,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "True"
-    assert signal.getsignal(signal.SIGUSR1) != signal.SIG_IGN

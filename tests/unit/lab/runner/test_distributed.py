@@ -30,7 +30,6 @@ def test_a_process_alone_needs_no_group():
     assert ALONE.broadcast({"x": torch.ones(1)}) == {"x": torch.ones(1)}
     assert ALONE.broadcast_object(3) == 3
     assert ALONE.gather({2: "b"}) == {2: "b"}
-    ALONE.assert_equal(lambda: pytest.fail("nothing to compare with"), "ever")
     with working(inner := Team()):
         assert team() is inner
     assert team() is ALONE
@@ -128,8 +127,7 @@ def test_a_checkpoint_of_one_process_is_continued_by_two(tmp_path, name, steps):
         assert len(values["rows"]) == steps
 
 
-def test_a_last_bit_that_differs_is_noticed_at_the_next_comparison(tmp_path):
-    """Hashes are compared every two steps here, and the fault comes in step 2."""
+def test_a_last_bit_that_differs_is_noticed(tmp_path):
     for _, values in together(
         2,
         immunized_with_a_fault,
@@ -139,4 +137,3 @@ def test_a_last_bit_that_differs_is_noticed_at_the_next_comparison(tmp_path):
         folder=tmp_path,
     ):
         assert values["raised"] == "OutOfStep"
-        assert "after step 3" in values["message"]

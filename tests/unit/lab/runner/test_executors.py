@@ -6,7 +6,7 @@ from executor_cases import execute, make_cells
 from ranks_together import together
 
 from lab.core.cache import StageCache, StageCheckpoint
-from lab.runner.executors import Executor, ProcessStates, split
+from lab.runner.executors import ProcessStates, split
 
 pytestmark = pytest.mark.slow
 
@@ -24,14 +24,6 @@ pytestmark = pytest.mark.slow
 )
 def test_split(shards, size, alone, together):
     assert split(shards, size) == (alone, together)
-
-
-def test_one_process_computes_all_stages_in_order(tmp_path):
-    cells = make_cells(tmp_path, ["one-2", "one-1"])
-    executor = Executor()
-    assert [*executor.map(lambda cell: cell.model, cells, lambda _: 1)] == ["one-2", "one-1"]
-    error = ValueError()
-    assert executor.cause(error) is error
 
 
 def computed_by(folder, name):

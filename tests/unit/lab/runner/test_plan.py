@@ -14,7 +14,9 @@ def make_plan(tmp_path, cached=()):
         return Cell(stage, f"{stage}-{labels}", lambda _: None, case="a", seed=0, **labels)
 
     pipeline = SimpleNamespace(
-        immunize_cells=lambda: [cell("immunize", model=m) for m in (BASELINE, IMMUNIZED)],
+        immunize_cells=lambda: [
+            cell("immunize", model=m, shards=n) for m, n in ((BASELINE, 0), (IMMUNIZED, 1))
+        ],
         attack_cells=lambda: [
             cell("attack", model=m, attack="lora", task="a") for m in (BASELINE, IMMUNIZED)
         ],
