@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.feature_attack import FeatureAttack, run
+from attacks.feature_attack import FeatureAttack, FeatureLearner, accuracies
 from lab.core.config import Count, Text, config
-from lab.core.data import Kind, Split, Task
+from lab.core.data import Kind, Task
 from lab.core.errors import UserError
 from lab.core.training import restore_state, state_tensors
-from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
+from lab.core.types import FeatureModel
 from lab.models.activations import prefix
 
 _EVALUATION_ROWS = 256
@@ -53,31 +53,8 @@ class Adaptation(FeatureAttack):
     def open(self, net: FeatureModel, seed: int) -> TrainedPart:
         """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
 
-    def __call__(
-        self,
-        model: FeatureModel,
-        task: Task,
-        *,
-        seed: int,
-        budget: Budget,
-        checkpoint: Checkpoint | None,
-    ) -> Trajectory:
-        """Train on ``task.train``; see `lab.core.types.Attacker`.
-
-        Raises:
-            UserError: a loss, task or choice of blocks that cannot be trained.
-            Diverged: the loss is not finite before the first update.
-        """
-        network = _Network(self, model, task, seed)
-        info = {
-            "attack": self.name,
-            "optimizer": self.optimizer,
-            "loss": network.loss_name,
-            "batch_size": self.batch_size,
-            "parameters": sum(p.numel() for p in network.parameters),
-            **network.moving.info,
-        }
-        return run(network, self, budget, checkpoint, info, f"{self.name} on {task.name}")
+    def learner(self, model: FeatureModel, task: Task, seed: int) -> FeatureLearner:
+        return _Network(self, model, task, seed)
 
 
 @config
@@ -153,6 +130,16 @@ class _Network:
         self.initial = [p.detach().clone() for p in self.parameters]
         self.reset()
 
+    def info(self) -> dict[str, Any]:
+        return {
+            "attack": self.attack.name,
+            "optimizer": self.attack.optimizer,
+            "loss": self.loss_name,
+            "batch_size": self.attack.batch_size,
+            "parameters": sum(p.numel() for p in self.parameters),
+            **self.moving.info,
+        }
+
     @torch.no_grad()
     def reset(self) -> None:
         for parameter, value in zip(self.parameters, self.initial, strict=True):
@@ -186,24 +173,20 @@ class _Network:
         self.optimizer.step()
 
     @torch.no_grad()
-    def _evaluate(self, x: Tensor, split: Split) -> tuple[float, float]:
-        """Return loss and accuracy (0 for regression) over all rows."""
+    def _all_scores(self, x: Tensor) -> Tensor:
         parts = [self._scores(part) for part in x.split(_EVALUATION_ROWS)]
-        scores = torch.cat(parts).to(torch.float64)
-        classes = self.task.kind == "classification"
-        hits = float((scores.argmax(1) == split.y).double().mean()) if classes else 0.0
-        return float(self._objective(scores, split.y)), hits
+        return torch.cat(parts).to(torch.float64)
 
     def loss(self) -> float:
-        return self._evaluate(self.train_x, self.task.train)[0]
+        return float(self._objective(self._all_scores(self.train_x), self.task.train.y))
 
     def measure(self) -> dict[str, float]:
-        train_loss, train_hits = self._evaluate(self.train_x, self.task.train)
-        test_loss, test_hits = self._evaluate(self.test_x, self.task.test)
-        values = {"train_loss": train_loss, "test_loss": test_loss}
-        if self.task.kind == "classification":
-            values |= {"train_accuracy": train_hits, "test_accuracy": test_hits}
-        return values
+        train, test = self._all_scores(self.train_x), self._all_scores(self.test_x)
+        values = {
+            "train_loss": float(self._objective(train, self.task.train.y)),
+            "test_loss": float(self._objective(test, self.task.test.y)),
+        }
+        return values | accuracies(self.task, train, test)
 
     def tensors(self) -> dict[str, Tensor]:
         return state_tensors(self.parameters, self.optimizer)
