@@ -30,7 +30,7 @@ from immunize.merge.build import (
 )
 from immunize.merge.closed_form import Merge, Params
 from immunize.mima.gradients import Weights, checkpointed, is_finite
-from immunize.mima.inner_attackers import AttackerOptions, DrawnAttacker
+from immunize.mima.inner_loop import AttackerOptions, DrawnAttacker
 from immunize.mima.sampling import (
     Batch,
     ConceptSplit,
@@ -95,7 +95,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
         gradient_checkpointing: recompute activations; slower, for real sizes.
         interpolation: s in θ0 + s (θ − θ0), the weights that are returned, between the given model
             (0) and the trained one (1); WiSE-FT, arXiv 2109.01903, eq. 1.
-        others: see `OuterLoopOptions` and `immunize.mima.inner_attackers.AttackerOptions`.
+        others: see `OuterLoopOptions` and `immunize.mima.inner_loop.AttackerOptions`.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -418,10 +418,6 @@ class Objective(ABC):
         """
         return {}
 
-    def shared_state(self) -> Params:
-        """Return those of them that every process of a team holds."""
-        return {}
-
     def load(self, state: Params) -> None:  # noqa: B027 - nothing to continue without a state
         """Continue from what `state` returned."""
 
@@ -504,7 +500,7 @@ class OuterLoop:
                 is_finite(self._copy().values()) and self.has_finite_losses(run)
             ):
                 row |= self._go_back()
-            self.team.assert_equal(self._shared_tensors, "at the end")
+            self.team.assert_equal(self._copy, "at the end")
             self.done.append(self._copy())
         return row if row is None or self.runs == 1 else {**row, "concept": float(run)}
 
@@ -536,7 +532,7 @@ class OuterLoop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if (step + 1) % self.team.check_every == 0:
-            self.team.assert_equal(self._shared_tensors, f"after step {step}")
+            self.team.assert_equal(self._copy, f"after step {step}")
         return values
 
     def _go_back(self) -> dict[str, float]:
@@ -551,12 +547,6 @@ class OuterLoop:
     def _put(self, weights: Params) -> None:
         for name, value in weights.items():
             self.theta[name].copy_(value)
-
-    def _shared_tensors(self) -> Params:
-        """Return what every process of a team must hold alike."""
-        moved = {f"theta/{name}": self.theta[name] for name in self.objective.moves}
-        shared = self.objective.shared_state()
-        return moved | {f"objective/{name}": value for name, value in shared.items()}
 
     # state
 

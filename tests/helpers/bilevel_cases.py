@@ -191,14 +191,12 @@ def naive(
 def evaluate(
     p: Problem,
     settings: InnerLoopOptions | Sequence[InnerLoopOptions],
-    *,
-    measure: bool = True,
     **options: Any,
 ) -> HypergradientResult:
     """The project's own way; ``options`` are those of `HypergradientOptions`."""
     how = HypergradientOptions(**options)
     problems = p.problems(settings, rho=how.rho if how.method == "implicit" else 0.0)
-    return hypergradient(p.theta, problems, p.outer, p.merge, p.outer_names, how, measure=measure)
+    return hypergradient(p.theta, problems, p.outer, p.merge, p.outer_names, how)
 
 
 def distance(left: Params, right: Params) -> float:
