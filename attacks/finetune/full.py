@@ -45,13 +45,26 @@ class Adaptation(FeatureAttack):
 
     Args:
         optimizer: ``adam`` | ``sgd`` (heavy ball, 0.9), both as in torch.
+        blocks: last blocks that move; None = all. Blocks without parameters do not count.
+
+    Raises:
+        UserError: when called, more blocks than the model has.
     """
 
     optimizer: Literal["adam", "sgd"] = "adam"
+    blocks: Count | None = None
 
     @abstractmethod
     def open(self, net: FeatureModel, seed: int) -> TrainedPart:
         """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
+
+    def moving_blocks(self, net: FeatureModel) -> list[int]:
+        """Return the indices of the blocks that move."""
+        indices = [i for i, block in enumerate(net.blocks) if any(True for _ in block.parameters())]
+        if (self.blocks or 1) > len(indices):
+            reason = f"the model has {len(indices)} blocks with parameters."
+            raise UserError(f"attacks.{self.name}.blocks", self.blocks, reason)
+        return indices[-(self.blocks or len(indices)) :]
 
     def learner(self, model: FeatureModel, task: Task, seed: int) -> FeatureLearner:
         return _Network(self, model, task, seed)
@@ -59,55 +72,31 @@ class Adaptation(FeatureAttack):
 
 @config
 class FullFinetune(Adaptation):
-    """Trains every block and a head; for a linear extractor that is θ and w."""
+    """Trains every block, or the last ``blocks``, and a head; for a linear extractor that is θ and
+    w.
+    """
 
     name: Text = "extractor_full_finetune"
 
     def open(self, net: FeatureModel, seed: int) -> TrainedPart:
-        return _all_parameters(net, moving_blocks(net, None, f"attacks.{self.name}"))
+        indices = self.moving_blocks(net)
+        parameters = {
+            f"blocks.{i}.{name}": parameter
+            for i in indices
+            for name, parameter in net.blocks[i].named_parameters()
+        }
+        names = [net.block_names[i] for i in indices]
+        return TrainedPart(indices[0], parameters, {"blocks": names})
 
 
 @config
-class LastBlockFinetune(Adaptation):
-    """Trains the last blocks and a head.
-
-    Args:
-        blocks: how many, counted from the end; blocks without parameters do not count.
-
-    Raises:
-        UserError: when called, more blocks than the model has.
-    """
+class LastBlockFinetune(FullFinetune):
+    """Trains the last blocks and a head."""
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"deep"})
 
     name: Text = "last_block_finetune"
-    blocks: Count = 1
-
-    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
-        key = f"attacks.{self.name}.blocks"
-        return _all_parameters(net, moving_blocks(net, self.blocks, key))
-
-
-def moving_blocks(net: FeatureModel, blocks: int | None, key: str) -> list[int]:
-    """Return the indices of the last ``blocks`` blocks that have parameters (None: all of them).
-
-    Raises:
-        UserError: the model has fewer such blocks.
-    """
-    indices = [i for i, block in enumerate(net.blocks) if any(True for _ in block.parameters())]
-    if (blocks or 1) > len(indices):
-        raise UserError(key, blocks, f"the model has {len(indices)} blocks with parameters.")
-    return indices if blocks is None else indices[-blocks:]
-
-
-def _all_parameters(net: FeatureModel, indices: list[int]) -> TrainedPart:
-    """Move all parameters of the blocks ``indices``."""
-    parameters = {
-        f"blocks.{i}.{name}": parameter
-        for i in indices
-        for name, parameter in net.blocks[i].named_parameters()
-    }
-    return TrainedPart(indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})
+    blocks: Count | None = 1
 
 
 class _Network:

@@ -35,9 +35,9 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from immunize.gradients import Params, Weights, accumulate, gradient_at
 from immunize.merge.build import scope_names
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.gradients import Weights, accumulate, gradient_at
+from immunize.merge.closed_form import Merge
 from immunize.mima.inner_loop import AttackerFamily, DrawnAttacker, draw_factors
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import Batch, ConceptSplit, Decoys, Pool, check_size

@@ -29,8 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from immunize.merge.closed_form import Merge, MergeAccumulator, Params
-from immunize.mima.gradients import accumulate, compute_gradients, hessian_product, is_finite
+from immunize.gradients import Params, accumulate, compute_gradients, hessian_product, is_finite
+from immunize.merge.closed_form import Merge, MergeAccumulator
 from immunize.mima.inner_loop import InnerLoop, Trace
 from lab.core.config import Count, Flag, Positive, options
 from lab.core.distributed import ALONE, Team

@@ -29,9 +29,8 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from immunize.gradients import Params, compute_gradients, hessian_product, is_finite
 from immunize.merge.build import Scope
-from immunize.merge.closed_form import Params
-from immunize.mima.gradients import compute_gradients, hessian_product, is_finite
 from immunize.mima.sampling import WORDS, numbered
 from lab.core.config import AsList, Count, Flag, NonNegative, Positive, config, options
 from lab.core.errors import Diverged, UserError

@@ -18,10 +18,10 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from immunize.gradients import Params, accumulate, gradient_at
 from immunize.merge.build import scope_names
-from immunize.merge.closed_form import Merge, Params
+from immunize.merge.closed_form import Merge
 from immunize.merge.learned import LearnedWeights, learn
-from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_loop import DrawnAttacker, InnerLoop, InnerLoopOptions
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped

@@ -20,6 +20,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from immunize.gradients import Params, Weights, checkpointed, is_finite
 from immunize.merge.build import (
     MergeOptions,
     ModelInputs,
@@ -28,8 +29,7 @@ from immunize.merge.build import (
     scope_names,
     word_positions,
 )
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.gradients import Weights, checkpointed, is_finite
+from immunize.merge.closed_form import Merge
 from immunize.mima.inner_loop import AttackerOptions, DrawnAttacker
 from immunize.mima.sampling import (
     Batch,

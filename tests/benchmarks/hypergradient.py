@@ -29,9 +29,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.gradients import Params, compute_gradients, math_attention
 from immunize.merge.build import scope_names
-from immunize.merge.closed_form import Merge, Params, factorize
-from immunize.mima.gradients import compute_gradients, math_attention
+from immunize.merge.closed_form import Merge, factorize
 from immunize.mima.hypergradient import (
     HypergradientOptions,
     HypergradientResult,

@@ -133,8 +133,8 @@ def collect(record: dict[str, Any], outputs: Path, seconds: float) -> Result:
 def numbers(path: str, node: Any) -> Iterator[tuple[str, float | None]]:
     """Yield every number below a node with the path that leads to it; None stands for itself.
 
-    Rows of a table are named by their metric. ``bound`` is left out: it was a part of the note at
-    fc147ca.
+    Rows of a table are named by their metric. ``bound`` and ``note`` are left out: at fc147ca they
+    were one text.
     """
     if isinstance(node, dict):
         for key, value in node.items():
@@ -147,7 +147,9 @@ def numbers(path: str, node: Any) -> Iterator[tuple[str, float | None]]:
                 else i
             )
             yield from numbers(f"{path}/{row}", value)
-    elif not path.endswith("/bound") and (node is None or isinstance(node, bool | int | float)):
+    elif not path.endswith(("/bound", "/note")) and (
+        node is None or isinstance(node, bool | int | float)
+    ):
         yield path, node
 
 

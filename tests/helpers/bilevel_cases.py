@@ -11,9 +11,9 @@ import torch
 from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
+from immunize.gradients import Params, math_attention
 from immunize.merge.build import MergeOptions, Scope, build_merge
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.gradients import math_attention
+from immunize.merge.closed_form import Merge
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_loop import BETAS, InnerLoop, InnerLoopOptions
 from lab.core.seeding import generator

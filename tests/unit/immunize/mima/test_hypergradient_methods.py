@@ -12,11 +12,11 @@ from bilevel_cases import Problem, distance, evaluate, naive, problem
 from mima_examples import kept
 from torch.nn import functional as F
 
-from immunize.merge.closed_form import Merge
-from immunize.mima.gradients import (
+from immunize.gradients import (
     checkpointed,
     compute_gradients,
 )
+from immunize.merge.closed_form import Merge
 from immunize.mima.hypergradient import (
     HypergradientResult,
     conjugate_gradients,
