@@ -292,29 +292,26 @@ class DeepObjective(Objective):
         """Add the gradient of one concept's terms at one point to ``v``; return the losses by
         ``place``.
         """
-        o, concept, losses = self.config, self.concepts[n], {}
+        o, concept, losses = self.config, self.concepts[n], Params()
         attack, decoys = self._draw(concept, step), None
         batch = self.draw_batch(concept.outer, concept, attack, step, "upper", mark)
         if concept.decoys is not None:
             decoys = self.draw_batch(concept.decoys, concept, attack, step, "decoys", mark)
 
         def terms(weights: Weights) -> Tensor:
-            outer = self.denoiser.loss(batch, weights)
-            losses[f"{place}/outer_loss"] = float(outer.detach())
+            losses["outer_loss"] = outer = self.denoiser.loss(batch, weights)
             value = -capped(outer, o.cap)
             if o.w_prior and o.prior_at == "adapted":
                 images = self.draw_prior(o.prior_batch_size, concept.name, step, "prior", mark)
-                prior = self.denoiser.loss(images, weights)
-                losses[f"{place}/prior_loss"] = float(prior.detach())
+                losses["prior_loss"] = prior = self.denoiser.loss(images, weights)
                 value = value + o.w_prior * prior
             if decoys is not None:
-                decoy = self.denoiser.loss(decoys, weights)
-                losses[f"{place}/decoy_loss"] = float(decoy.detach())
+                losses["decoy_loss"] = decoy = self.denoiser.loss(decoys, weights)
                 value = value + o.w_decoy * decoy
             return value
 
         accumulate(v, gradient_at(terms, theta, at, self.outer_names)[1])
-        return losses
+        return {f"{place}/{key}": float(loss.detach()) for key, loss in losses.items()}
 
     # what must stay
 
@@ -342,10 +339,10 @@ class DeepObjective(Objective):
         """Return prior and distillation at θ, in one forward and backward pass, before the ramp's
         factor.
         """
-        o, losses = self.config, dict[str, float]()
+        o, losses = self.config, Params()
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
         if not (w_prior or o.w_distill):
-            return {}, losses
+            return {}, {}
         batch = self.draw_prior(o.prior_batch_size, "start", step, "prior", 0)
         with torch.no_grad():
             before = self.denoiser.predict(batch, self.original)[0] if o.w_distill else None
@@ -354,16 +351,15 @@ class DeepObjective(Objective):
             guess, target = self.denoiser.predict(batch, weights)
             value = guess.new_zeros(())
             if w_prior:
-                prior = (guess - target).square().mean()
-                losses["prior_loss"] = float(prior.detach())
+                losses["prior_loss"] = prior = (guess - target).square().mean()
                 value = value + w_prior * prior
             if before is not None:
-                distance = (guess - before).square().mean()
-                losses["distill_loss"] = float(distance.detach())
+                losses["distill_loss"] = distance = (guess - before).square().mean()
                 value = value + o.w_distill * distance
             return value
 
-        return gradient_at(terms, theta, {}, self.outer_names)[1], losses
+        gradient = gradient_at(terms, theta, {}, self.outer_names)[1]
+        return gradient, {key: float(loss.detach()) for key, loss in losses.items()}
 
 
 # the attack in progress

@@ -193,7 +193,6 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             setup.denoiser.theta,
             begin,
             runs=len(runs),
-            has_finite_losses=lambda run: setup.has_finite_losses(runs[run]),
         )
         unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
         with checkpointed(unet) if self.gradient_checkpointing else nullcontext():
@@ -311,13 +310,6 @@ class Setup:
         self.denoiser.sync(tuple(theta))
         return theta
 
-    @torch.no_grad()
-    def has_finite_losses(self, concepts: Sequence[ConceptSplit]) -> bool:
-        """Tell whether θ has a finite loss on every concept."""
-        batches = [concept.outer.batch(4, self.seed, concept.name, "sound") for concept in concepts]
-        losses = [self.denoiser.loss(batch, self.denoiser.theta) for batch in batches]
-        return all(bool(torch.isfinite(loss)) for loss in losses)
-
     def split(self, concepts: Sequence[Concept], decoys: Decoys | None) -> list[ConceptSplit]:
         templates = self.config.templates
         return [
@@ -418,6 +410,12 @@ class Objective(ABC):
         """
         return {}
 
+    @torch.no_grad()
+    def has_finite_losses(self) -> bool:
+        """Tell whether θ has a finite loss on every concept."""
+        batches = [c.outer.batch(4, self.seed, c.name, "sound") for c in self.concepts]
+        return is_finite(self.denoiser.loss(batch, self.denoiser.theta) for batch in batches)
+
     def load(self, state: Params) -> None:  # noqa: B027 - nothing to continue without a state
         """Continue from what `state` returned."""
 
@@ -454,8 +452,6 @@ class OuterLoop:
     Args:
         theta: all parameters by name, float32 or float64.
         begin: puts θ back to its start and returns the objective of the run with this number.
-        has_finite_losses: whether the losses at θ are finite; called after the last step of a run,
-            whose weights no gradient has seen.
 
     Attributes:
         done: what each run that is over ended with.
@@ -468,10 +464,9 @@ class OuterLoop:
         begin: Callable[[int], Objective],
         *,
         runs: int = 1,
-        has_finite_losses: Callable[[int], bool] = lambda run: True,
     ) -> None:
         self.options, self.theta, self.begin = options, theta, begin
-        self.runs, self.has_finite_losses, self.team = runs, has_finite_losses, team()
+        self.runs, self.team = runs, team()
         self.done: list[Params] = []
 
     def _begin(self, run: int) -> None:
@@ -496,9 +491,9 @@ class OuterLoop:
             self._begin(run)
         row = None if self.has_ended else self._attempt(own_step)
         if own_step == self.options.steps - 1:
-            if row is not None and not (
-                is_finite(self._copy().values()) and self.has_finite_losses(run)
-            ):
+            # no gradient has seen the last weights
+            finite = is_finite(self._copy().values()) and self.objective.has_finite_losses()
+            if row is not None and not finite:
                 row |= self._go_back()
             self.team.assert_equal(self._copy, "at the end")
             self.done.append(self._copy())

@@ -117,11 +117,8 @@ def test_resume_equals_an_uninterrupted_attack(
     build: Callable[..., Adaptation], optimizer: str, fail_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
-    attacker, model, task = (
-        build(optimizer=optimizer, batch_size=16, schedule="cosine"),
-        dense_model(),
-        vectors(),
-    )
+    attacker = build(optimizer=optimizer, batch_size=16, schedule="cosine")
+    model, task = dense_model(), vectors()
     whole = launch(attacker, model, task)
     resumed = interrupted(
         lambda kept: attacker(model, task, seed=0, budget=BUDGET, checkpoint=kept), fail_at
