@@ -121,5 +121,6 @@ def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(
 ) -> None:
     monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
     options = Options(lr_trials=4, schedule="cosine")
-    whole = run(Scalar(), options, "t", BUDGET, None)
-    assert interrupted(lambda kept: run(Scalar(), options, "t", BUDGET, kept), fail_at) == whole
+    whole, learner = run(Scalar(), options, "t", BUDGET, None), Scalar()
+    assert interrupted(lambda kept: run(learner, options, "t", BUDGET, kept), fail_at) == whole
+    assert learner.updates == 5 * BUDGET.steps  # no finished trial or step is repeated
