@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -47,6 +48,27 @@ class FeatureAttack(Attacker[FeatureModel, Task]):
     schedule: Schedule = "constant"
     batch_size: Count | None = 64
 
+    @abstractmethod
+    def learner(self, model: FeatureModel, task: Task, seed: int) -> FeatureLearner:
+        """Return what is trained on ``task``, a part of its own copy of ``model``.
+
+        Raises:
+            UserError: a task or a model that cannot be trained.
+            Diverged: the model's features are not finite.
+        """
+
+    def __call__(
+        self,
+        model: FeatureModel,
+        task: Task,
+        *,
+        seed: int,
+        budget: Budget,
+        checkpoint: Checkpoint | None,
+    ) -> Trajectory:
+        """Train on ``task.train``; see `lab.core.types.Attacker` and `run`."""
+        return run(self.learner(model, task, seed), self, task.name, budget, checkpoint)
+
     def resolve_loss(self, task: Task) -> Loss:
         """Return the loss for ``task``.
 
@@ -78,6 +100,14 @@ class FeatureAttack(Attacker[FeatureModel, Task]):
         return batch_rows(step, rows, self.batch_size, seed, "attack", task.name)
 
 
+def accuracies(task: Task, train: Tensor, test: Tensor) -> dict[str, float]:
+    """Return the accuracies of scores [n, c] of all rows; none for a regression."""
+    if task.kind == "regression":
+        return {}
+    hits = {"train": train.argmax(1) == task.train.y, "test": test.argmax(1) == task.test.y}
+    return {f"{split}_accuracy": float(hit.double().mean()) for split, hit in hits.items()}
+
+
 class FeatureLearner(Protocol):
     """What is trained.
 
@@ -98,6 +128,9 @@ class FeatureLearner(Protocol):
 
     def measure(self) -> dict[str, float]:
         """Return what a snapshot records; ``train_loss`` and ``test_loss`` among them."""
+
+    def info(self) -> dict[str, Any]:
+        """Return facts for the record."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the state, from which `restore` continues bit for bit."""
@@ -149,7 +182,7 @@ class _Training:
 
 
 def score_rate(
-    learner: FeatureLearner, options: FeatureAttack, budget: Budget, rate: float, label: str | None
+    learner: FeatureLearner, options: FeatureAttack, budget: Budget, rate: float, label: str
 ) -> float | None:
     """Return the mean of the training losses at the horizon and at the end; None if it diverged.
 
@@ -158,8 +191,7 @@ def score_rate(
     """
     learner.reset()
     early = math.nan
-    steps = range(budget.steps)
-    for step in steps if label is None else progress(steps, f"{label}, rate {rate:.2g}"):
+    for step in progress(range(budget.steps), f"{label}, rate {rate:.2g}"):
         learner.advance(step, rate * schedule_factor(options.schedule, step, budget.steps))
         if step + 1 == budget.horizon:
             early = learner.loss()
@@ -172,15 +204,13 @@ def score_rate(
 def run(
     learner: FeatureLearner,
     options: FeatureAttack,
+    task: str,
     budget: Budget,
     checkpoint: Checkpoint | None,
-    info: dict[str, Any],
-    label: str | None = None,
 ) -> Trajectory:
     """Train along ``budget`` and measure at its snapshots.
 
     With ``lr: auto`` a search for the learning rate comes first (`attacks.search.RateSearch`).
-    ``label`` shows progress bars.
 
     Returns:
         the trajectory. Where numbers blow up it ends there with status ``diverged`` and without
@@ -189,6 +219,7 @@ def run(
     Raises:
         Diverged: the features of the model are not finite before the first update.
     """
+    label = f"{options.name} on {task}"
     searches = learner.uses_rate and options.lr == "auto"
 
     def rate_of(exponent: float) -> float:
@@ -211,7 +242,7 @@ def run(
         if not trajectory.steps:
             raise
         trajectory.status = "diverged"
-    trajectory.info = dict(info)
+    trajectory.info = learner.info()
     if learner.uses_rate:
         pairs = zip(search.losses, scores, strict=True)
         table = [{"lr": rate_of(exponent), "loss": score} for exponent, score in pairs]

@@ -56,12 +56,7 @@ SAVE_STEPS = 50
 # timestep
 WINDOW = 10
 _CHUNK = 32  # rows of one evaluation pass
-# form of an attack's weights → how their names begin
-_PREFIXES = {
-    "lora": ("",),
-    "unet": ("unet.",),
-    "delta": ("unet.", "text_encoder.", "text_encoder_2.", "embedding."),
-}
+_PREFIXES = ("unet.", "text_encoder.", "text_encoder_2.", "embedding.")  # of names of weights
 
 
 @dataclass
@@ -70,39 +65,43 @@ class Moving:
 
     Attributes:
         parameters: by name.
-        form: how `attacks.diffusion.export` writes ``weights``: ``lora`` | ``unet`` | ``delta``.
-        weights: what a user would load; see `attacks.diffusion.export` for the names.
+        convert: gives from ``parameters`` what a user would load, see `attacks.diffusion.export`.
         close: makes the change a plain part of the copy, so that another stage can build on it.
         text: whether encoded prompts change while it trains.
-        info: facts for the record; with ``form=unet`` the U-Net's ``unet_config``.
+        info: facts for the record; with a complete U-Net its ``unet_config``.
     """
 
     parameters: dict[str, nn.Parameter]
-    form: str
-    weights: Callable[[], dict[str, Tensor]]
+    convert: Callable[[dict[str, nn.Parameter]], Mapping[str, Tensor]] = dict
     close: Callable[[], None] = lambda: None
     text: bool = False
     info: dict[str, Any] = field(default_factory=dict)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights as they are now."""
+        return dict(self.convert(self.parameters))
+
+    @property
+    def form(self) -> str:
+        """How `attacks.diffusion.export` writes the weights: ``lora`` | ``unet`` | ``delta``."""
+        if any(".lora_" in name for name in self.parameters):
+            return "lora"
+        return "unet" if "unet_config" in self.info else "delta"
 
     def check(self, key: str) -> Self:
         """Check that the attacker ``key`` can train this and that its result can be written.
 
         Raises:
-            UserError: no parameters, an unknown form, weights that do not fit it, or half
-                precision, in which small updates are lost.
+            UserError: no parameters, weights by other names, or half precision, in which small
+                updates are lost.
         """
         if not self.parameters:
             reason = "`open` names nothing to train in `Moving.parameters`."
             raise UserError(key, "no parameters", reason)
-        known = _PREFIXES.get(self.form, ())
-        fits = all(name.startswith(known) for name in self.weights())
-        if not known or not fits or (self.form == "unet" and "unet_config" not in self.info):
-            reason = (
-                f"`Moving.form` must be one of {', '.join(_PREFIXES)}. Names in `Moving.weights` "
-                f"begin with unet. (unet) or one of {', '.join(_PREFIXES['delta'])} (delta); "
-                "unet needs `Moving.info['unet_config']`."
-            )
-            raise UserError(key, self.form, reason)
+        for name in self.weights():
+            if not name.startswith(_PREFIXES):
+                reason = f"names of weights begin with one of {', '.join(_PREFIXES)}"
+                raise UserError(key, name, reason)
         dtypes = {p.dtype for p in self.parameters.values()} & {torch.float16, torch.bfloat16}
         if dtypes:
             reason = "attackers that move the model's own weights train in float32; or take lora."
@@ -123,8 +122,7 @@ def open_unet(model: DiffusionModel) -> Moving:
     """
     return Moving(
         {f"unet.{name}": parameter for name, parameter in model.unet.named_parameters()},
-        "unet",
-        lambda: {f"unet.{k}": v for k, v in model.unet.state_dict().items()},
+        lambda _: {f"unet.{k}": v for k, v in model.unet.state_dict().items()},
         info={"unet_config": json.loads(model.unet.to_json_string())},
     )
 
@@ -523,9 +521,10 @@ class AttackTrainee:
     def close(self) -> None:
         """End the stage: what it trained becomes a plain part of the model."""
         weights, state = self.learner.moving.weights(), self._state()
-        self.words |= {k: v.clone() for k, v in weights.items() if k.startswith("embedding.")}
-        parameters = {k: v.to("cpu", copy=True) for k, v in state.items() if ".parameter." in k}
-        self.earlier |= parameters
+        words = {k: v for k, v in weights.items() if k.startswith("embedding.")}
+        self.words |= {k: v.detach().clone() for k, v in words.items()}
+        parameters = {k: v for k, v in state.items() if ".parameter." in k}
+        self.earlier |= {k: v.to("cpu", copy=True) for k, v in parameters.items()}
         self.learner.moving.close()
 
     def step(self, step: int) -> None:

@@ -49,7 +49,6 @@ class CustomDiffusion(ConceptAttack):
             if ".attn2.to_k." in name or ".attn2.to_v." in name
         }
         if self.template != "token":
-            return Moving(parameters, "delta", lambda: dict(parameters))
+            return Moving(parameters)
         new = LearnedToken(self.key, model, self.token, 1, initial_text(self.initializer, task))
-        moves = {**parameters, "rows": new.rows}
-        return Moving(moves, "delta", lambda: {**parameters, **new.weights()}, new.close, text=True)
+        return Moving({**parameters, **new.weights()}, close=new.close, text=True)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lab.core.errors import UserError
 from lab.core.training import part_of
 from lab.core.types import Trajectory
 
-LORA, WORDS = "pytorch_lora_weights.safetensors", "learned_embeds*.safetensors"
+LORA = "pytorch_lora_weights.safetensors"
 _MODULES = ("unet", "text_encoder", "text_encoder_2")
 _FULL, _DELTA = "diffusion_pytorch_model.safetensors", "{part}_delta.safetensors"
 
@@ -59,28 +58,3 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
         written.append(folder / "unet" / "config.json")
         written[-1].write_text(json.dumps(info["unet_config"], indent=2))
     return written
-
-
-def load(pipeline: Any, folder: Path) -> Any:
-    """Put an export into a plain diffusers pipeline and return it.
-
-    Raises:
-        UserError: a folder without an export.
-    """
-    if not any(folder.rglob("*.safetensors")):
-        raise UserError("folder", folder, "holds no exported weights.")
-    if (folder / LORA).exists():
-        pipeline.load_lora_weights(str(folder), weight_name=LORA)
-    if (folder / "unet" / _FULL).exists():
-        pipeline.unet.load_state_dict(load_file(folder / "unet" / _FULL))
-    for part in _MODULES:
-        path = folder / _DELTA.format(part=part)
-        if path.exists():
-            net = getattr(pipeline, part)
-            unknown = net.load_state_dict(load_file(path), strict=False).unexpected_keys
-            if unknown:
-                reason = f"{unknown[0]} is no parameter of this pipeline's {part}."
-                raise UserError("folder", folder, reason)
-    for path in sorted(folder.glob(WORDS)):
-        pipeline.load_textual_inversion(load_file(path))
-    return pipeline

@@ -54,7 +54,7 @@ class ConceptLora(ConceptAttack):
                 tuners.append(inject(net, layers, self.rank, alpha, g))
                 parameters |= {f"{part}.{name}": p for name, p in adapters(net).items()}
 
-        def weights() -> dict[str, Tensor]:
+        def scaled(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
             return {
                 name.replace(".default.weight", ".weight"): p * (alpha / self.rank)
                 if ".lora_B." in name
@@ -72,7 +72,7 @@ class ConceptLora(ConceptAttack):
             "targets": self.targets,
             "text_encoder": self.text_encoder,
         }
-        return Moving(parameters, "lora", weights, close, text=self.text_encoder, info=info)
+        return Moving(parameters, scaled, close, text=self.text_encoder, info=info)
 
 
 def find_layers(net: nn.Module, pattern: str) -> list[str]:

@@ -41,4 +41,4 @@ class TextualInversion(ConceptAttack):
         start = initial_text(self.initializer, task)
         new = LearnedToken(self.key, model, self.token, self.vectors, start)
         info = {"vectors": self.vectors, "initial_text": start}
-        return Moving({"rows": new.rows}, "delta", new.weights, new.close, text=True, info=info)
+        return Moving(new.weights(), close=new.close, text=True, info=info)

@@ -100,6 +100,6 @@ class LearnedToken:
         self.hook.remove()
         self._write()
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, nn.Parameter]:
         """Return the rows by the name that `attacks.diffusion.export` gives them."""
-        return {f"embedding.{self.token}": self.rows.detach()}
+        return {f"embedding.{self.token}": self.rows}

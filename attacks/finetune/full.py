@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks.feature_attack import FeatureAttack, run
+from attacks.feature_attack import FeatureAttack, FeatureLearner, accuracies
 from lab.core.config import Count, Text, config
-from lab.core.data import Kind, Split, Task
+from lab.core.data import Kind, Task
 from lab.core.errors import UserError
 from lab.core.training import restore_state, state_tensors
-from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
+from lab.core.types import FeatureModel
 from lab.models.activations import prefix
 
 _EVALUATION_ROWS = 256
@@ -45,92 +45,58 @@ class Adaptation(FeatureAttack):
 
     Args:
         optimizer: ``adam`` | ``sgd`` (heavy ball, 0.9), both as in torch.
-    """
-
-    optimizer: Literal["adam", "sgd"] = "adam"
-
-    @abstractmethod
-    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
-        """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
-
-    def __call__(
-        self,
-        model: FeatureModel,
-        task: Task,
-        *,
-        seed: int,
-        budget: Budget,
-        checkpoint: Checkpoint | None,
-    ) -> Trajectory:
-        """Train on ``task.train``; see `lab.core.types.Attacker`.
-
-        Raises:
-            UserError: a loss, task or choice of blocks that cannot be trained.
-            Diverged: the loss is not finite before the first update.
-        """
-        network = _Network(self, model, task, seed)
-        info = {
-            "attack": self.name,
-            "optimizer": self.optimizer,
-            "loss": network.loss_name,
-            "batch_size": self.batch_size,
-            "parameters": sum(p.numel() for p in network.parameters),
-            **network.moving.info,
-        }
-        return run(network, self, budget, checkpoint, info, f"{self.name} on {task.name}")
-
-
-@config
-class FullFinetune(Adaptation):
-    """Trains every block and a head; for a linear extractor that is θ and w."""
-
-    name: Text = "extractor_full_finetune"
-
-    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
-        return _all_parameters(net, moving_blocks(net, None, f"attacks.{self.name}"))
-
-
-@config
-class LastBlockFinetune(Adaptation):
-    """Trains the last blocks and a head.
-
-    Args:
-        blocks: how many, counted from the end; blocks without parameters do not count.
+        blocks: last blocks that move; None = all. Blocks without parameters do not count.
 
     Raises:
         UserError: when called, more blocks than the model has.
     """
 
+    optimizer: Literal["adam", "sgd"] = "adam"
+    blocks: Count | None = None
+
+    @abstractmethod
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
+        """Choose, or add, what moves in ``net``, a copy whose parameters are all frozen."""
+
+    def moving_blocks(self, net: FeatureModel) -> list[int]:
+        """Return the indices of the blocks that move."""
+        indices = [i for i, block in enumerate(net.blocks) if any(True for _ in block.parameters())]
+        if (self.blocks or 1) > len(indices):
+            reason = f"the model has {len(indices)} blocks with parameters."
+            raise UserError(f"attacks.{self.name}.blocks", self.blocks, reason)
+        return indices[-(self.blocks or len(indices)) :]
+
+    def learner(self, model: FeatureModel, task: Task, seed: int) -> FeatureLearner:
+        return _Network(self, model, task, seed)
+
+
+@config
+class FullFinetune(Adaptation):
+    """Trains every block, or the last ``blocks``, and a head; for a linear extractor that is θ and
+    w.
+    """
+
+    name: Text = "extractor_full_finetune"
+
+    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
+        indices = self.moving_blocks(net)
+        parameters = {
+            f"blocks.{i}.{name}": parameter
+            for i in indices
+            for name, parameter in net.blocks[i].named_parameters()
+        }
+        names = [net.block_names[i] for i in indices]
+        return TrainedPart(indices[0], parameters, {"blocks": names})
+
+
+@config
+class LastBlockFinetune(FullFinetune):
+    """Trains the last blocks and a head."""
+
     accepts: ClassVar[frozenset[Kind]] = frozenset({"deep"})
 
     name: Text = "last_block_finetune"
-    blocks: Count = 1
-
-    def open(self, net: FeatureModel, seed: int) -> TrainedPart:
-        key = f"attacks.{self.name}.blocks"
-        return _all_parameters(net, moving_blocks(net, self.blocks, key))
-
-
-def moving_blocks(net: FeatureModel, blocks: int | None, key: str) -> list[int]:
-    """Return the indices of the last ``blocks`` blocks that have parameters (None: all of them).
-
-    Raises:
-        UserError: the model has fewer such blocks.
-    """
-    indices = [i for i, block in enumerate(net.blocks) if any(True for _ in block.parameters())]
-    if (blocks or 1) > len(indices):
-        raise UserError(key, blocks, f"the model has {len(indices)} blocks with parameters.")
-    return indices if blocks is None else indices[-blocks:]
-
-
-def _all_parameters(net: FeatureModel, indices: list[int]) -> TrainedPart:
-    """Move all parameters of the blocks ``indices``."""
-    parameters = {
-        f"blocks.{i}.{name}": parameter
-        for i in indices
-        for name, parameter in net.blocks[i].named_parameters()
-    }
-    return TrainedPart(indices[0], parameters, {"blocks": [net.block_names[i] for i in indices]})
+    blocks: Count | None = 1
 
 
 class _Network:
@@ -152,6 +118,16 @@ class _Network:
         self.parameters = list(self.named.values())
         self.initial = [p.detach().clone() for p in self.parameters]
         self.reset()
+
+    def info(self) -> dict[str, Any]:
+        return {
+            "attack": self.attack.name,
+            "optimizer": self.attack.optimizer,
+            "loss": self.loss_name,
+            "batch_size": self.attack.batch_size,
+            "parameters": sum(p.numel() for p in self.parameters),
+            **self.moving.info,
+        }
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -186,24 +162,20 @@ class _Network:
         self.optimizer.step()
 
     @torch.no_grad()
-    def _evaluate(self, x: Tensor, split: Split) -> tuple[float, float]:
-        """Return loss and accuracy (0 for regression) over all rows."""
+    def _all_scores(self, x: Tensor) -> Tensor:
         parts = [self._scores(part) for part in x.split(_EVALUATION_ROWS)]
-        scores = torch.cat(parts).to(torch.float64)
-        classes = self.task.kind == "classification"
-        hits = float((scores.argmax(1) == split.y).double().mean()) if classes else 0.0
-        return float(self._objective(scores, split.y)), hits
+        return torch.cat(parts).to(torch.float64)
 
     def loss(self) -> float:
-        return self._evaluate(self.train_x, self.task.train)[0]
+        return float(self._objective(self._all_scores(self.train_x), self.task.train.y))
 
     def measure(self) -> dict[str, float]:
-        train_loss, train_hits = self._evaluate(self.train_x, self.task.train)
-        test_loss, test_hits = self._evaluate(self.test_x, self.task.test)
-        values = {"train_loss": train_loss, "test_loss": test_loss}
-        if self.task.kind == "classification":
-            values |= {"train_accuracy": train_hits, "test_accuracy": test_hits}
-        return values
+        train, test = self._all_scores(self.train_x), self._all_scores(self.test_x)
+        values = {
+            "train_loss": float(self._objective(train, self.task.train.y)),
+            "test_loss": float(self._objective(test, self.task.test.y)),
+        }
+        return values | accuracies(self.task, train, test)
 
     def tensors(self) -> dict[str, Tensor]:
         return state_tensors(self.parameters, self.optimizer)

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from attacks.adapters import adapters, inject
-from attacks.finetune.full import Adaptation, TrainedPart, moving_blocks
+from attacks.finetune.full import Adaptation, TrainedPart
 from lab.core.config import Count, Text, config
 from lab.core.data import Kind
 from lab.core.errors import UserError
@@ -27,7 +27,6 @@ class Lora(Adaptation):
     Args:
         rank: of the adapters.
         alpha: an adapter adds alpha/rank · BA.
-        blocks: last blocks that get adapters; None = all.
 
     Raises:
         UserError: when called, blocks without a layer that fits.
@@ -38,20 +37,18 @@ class Lora(Adaptation):
     name: Text = "extractor_lora"
     rank: Count = 8
     alpha: Count = 16
-    blocks: Count | None = None
 
     def open(self, net: FeatureModel, seed: int) -> TrainedPart:
-        key = f"attacks.{self.name}.blocks"
         names = [
             f"blocks.{i}.{name}".rstrip(".")
-            for i in moving_blocks(net, self.blocks, key)
+            for i in self.moving_blocks(net)
             for name, layer in net.blocks[i].named_modules()
             if type(layer) is nn.Linear
             or (type(layer) is nn.Conv2d and self.rank % layer.groups == 0)
         ]
         if not names:
             fix = "these blocks hold no Linear or Conv2d layer that fits; choose more."
-            raise UserError(key, self.blocks, fix)
+            raise UserError(f"attacks.{self.name}.blocks", self.blocks, fix)
         inject(net, names, self.rank, self.alpha, generator(seed, "lora"))
         info = {"rank": self.rank, "alpha": self.alpha, "adapted": names}
         return TrainedPart(int(names[0].split(".")[1]), adapters(net), info)

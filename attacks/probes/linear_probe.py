@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from attacks.feature_attack import FeatureAttack, run
+from attacks.feature_attack import FeatureAttack, FeatureLearner, accuracies
 from attacks.probes.optimizers import OPTIMIZERS, newton_optimum
 from attacks.probes.problem import CrossEntropy, Squared
 from lab.core.config import Count, Flag, NonNegative, Positive, Text, config
 from lab.core.data import Split, Task
 from lab.core.errors import Diverged, UserError
-from lab.core.types import Budget, Checkpoint, FeatureModel, Trajectory
+from lab.core.types import FeatureModel
 from lab.models.activations import features
 
 
@@ -68,23 +68,8 @@ class LinearProbe(FeatureAttack):
             fix = "takes a line search over all rows: leave lr, batch_size and schedule out."
             raise UserError(f"attacks.{self.name}.optimizer", self.optimizer, fix)
 
-    def __call__(
-        self,
-        model: FeatureModel,
-        task: Task,
-        *,
-        seed: int,
-        budget: Budget,
-        checkpoint: Checkpoint | None,
-    ) -> Trajectory:
-        """Train on ``task.train``; see `lab.core.types.Attacker`.
-
-        Raises:
-            UserError: a loss or task that cannot be trained on.
-            Diverged: the model's features are not finite.
-        """
-        head = _Head(self, model, task, seed)
-        return run(head, self, budget, checkpoint, head.info())
+    def learner(self, model: FeatureModel, task: Task, seed: int) -> FeatureLearner:
+        return _Head(self, model, task, seed)
 
 
 def _targets(split: Split, task: Task) -> Tensor:
@@ -159,11 +144,7 @@ class _Head:
         distance = float(self.optimum.square().sum())
         if isinstance(problem, Squared) and distance > 0:
             values["norm_ratio"] = float((w - self.optimum).square().sum()) / distance
-        if task.kind == "classification":
-            for split, z in (("train", problem.z), ("test", self.z_test)):
-                hits = (z @ w).argmax(1) == getattr(task, split).y
-                values[f"{split}_accuracy"] = float(hits.double().mean())
-        return values
+        return values | accuracies(task, problem.z @ w, self.z_test @ w)
 
     def weights(self) -> dict[str, Tensor]:
         return {"head": self.optimizer.w, **self.scaling}

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -164,12 +163,8 @@ def record_inputs(
 # text
 
 
-@dataclass(frozen=True)
-class Rows:
-    """Rows [m, d] of the text encoder and the token that each stands for."""
-
-    rows: Tensor
-    tokens: tuple[str, ...]
+Rows = tuple[Tensor, list[str]]
+"""Rows [m, d] of the text encoder and the token that each stands for."""
 
 
 def word_positions(model: DiffusionModel, prompt: str, words: str) -> list[int]:
@@ -200,7 +195,7 @@ def concept_rows(model: DiffusionModel, prompts: Sequence[str], words: str) -> R
             if not _is_known(hidden[i], rows):
                 rows.append(hidden[i])
                 tokens.append(name)
-    return Rows(torch.stack(rows), tuple(tokens))
+    return torch.stack(rows), tokens
 
 
 def _is_known(row: Tensor, rows: Sequence[Tensor]) -> bool:
@@ -221,23 +216,23 @@ def distinct_rows(concepts: Sequence[Rows], mu: float = 0.0) -> tuple[list[Tenso
     """
     distinct: list[Tensor] = []
     dropped: dict[str, None] = {}
-    for n, concept in enumerate(concepts):
-        others = [row for m, other in enumerate(concepts) if m != n for row in other.rows]
-        shared = [_is_known(row, others) for row in concept.rows]
+    for n, (rows, tokens) in enumerate(concepts):
+        others = [row for m, (other, _) in enumerate(concepts) if m != n for row in other]
+        shared = [_is_known(row, others) for row in rows]
         if all(shared):
             reason = (
-                f"concept {n + 1} shares all its tokens ({', '.join(dict.fromkeys(concept.tokens))}"
+                f"concept {n + 1} shares all its tokens ({', '.join(dict.fromkeys(tokens))}"
                 ") with other concepts, which makes C A Cᵀ singular. A value above 0 averages what "
                 "they ask for; or name the concepts by different words."
             )
             if mu == 0:
                 raise UserError("immunize.merge.mu", mu, reason)
             logger.warning("immunize.merge.mu=%g: %s", mu, reason)
-            distinct.append(concept.rows)
+            distinct.append(rows)
             continue
-        distinct.append(concept.rows[[i for i, known in enumerate(shared) if not known]])
-        tokens = zip(concept.tokens, shared, strict=True)
-        dropped |= dict.fromkeys(token for token, known in tokens if known)
+        distinct.append(rows[[i for i, known in enumerate(shared) if not known]])
+        pairs = zip(tokens, shared, strict=True)
+        dropped |= dict.fromkeys(token for token, known in pairs if known)
     if dropped:
         logger.warning(
             "the merge leaves out the rows of %s, which several concepts share", ", ".join(dropped)

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from immunize.gradients import Params
 from immunize.merge.learned import LearnedWeights
 from lab.core.errors import UserError
-
-Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from immunize.gradients import Params, accumulate, gradient_at
 from lab.core.errors import Diverged
 from lab.core.seeding import generator
 
-Params = dict[str, Tensor]
 Kind = Literal["sparse", "low_rank", "gate"]
 
 
@@ -126,14 +126,12 @@ def _gradient(
 
     One backward pass per concept down to θ̂, then one through the merge: memory of one concept.
     """
-    names = [name for name in merged if merged[name].requires_grad]
-    total, v = 0.0, {name: torch.zeros_like(merged[name]) for name in names}
+    names = [name for name, x in merged.items() if x.requires_grad]
+    total, v = 0.0, Params()
     for loss in losses:
-        point = {name: merged[name].detach().requires_grad_() for name in names}
-        value = loss({**merged, **point})
-        slopes = torch.autograd.grad(value, list(point.values()), materialize_grads=True)
-        total += float(value.detach())
-        v = {name: v[name] + slope for name, slope in zip(names, slopes, strict=True)}
+        value, slopes = gradient_at(loss, merged, merged, names)
+        total += value
+        accumulate(v, slopes)
     outputs = [merged[name] for name in names]
     return total, torch.autograd.grad(
         outputs, list(leaves.values()), list(v.values()), materialize_grads=True

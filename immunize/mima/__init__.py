@@ -8,6 +8,6 @@ To read in this order:
 4. `immunize.merge.closed_form`: the merge of the attacked models; `immunize.merge.build` builds it.
 5. `immunize.mima.hypergradient`: the gradient through inner loop and merge.
 
-`immunize.mima.deep` is the method whose attackers (`immunize.mima.inner_attackers`) train for many
-steps. `immunize.mima.sampling` draws the batches of both.
+`immunize.mima.deep` is the method whose attackers train for many steps. `immunize.mima.sampling`
+draws the batches of both.
 """

@@ -2,7 +2,7 @@
 arXiv 2412.15320).
 
 Per outer step and concept an attacker is drawn and fine-tunes a copy of θ for K steps
-(`immunize.mima.inner_attackers`). With Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of
+(`InnerAttack`). With Θ(K) the weights it has then, Merge(θ, Θ_1 … Θ_N) those of
 all concepts merged, and sg the stopped gradient,
 
     J(θ) = mean_marks mean_n [ −min(L(x^u_n; Θ̂), cap) + w_decoy · L(x^decoy_n; Θ̂) ]
@@ -26,7 +26,8 @@ which goes on paying for benign concepts that learn *faster* than before.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Literal
 
@@ -34,21 +35,16 @@ import torch
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from immunize.gradients import Params, Weights, accumulate, gradient_at
 from immunize.merge.build import scope_names
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.gradients import Weights, accumulate, gradient_at
-from immunize.mima.inner_attackers import (
-    AttackerFamily,
-    DrawnAttacker,
-    InnerAttack,
-    Snapshot,
-)
+from immunize.merge.closed_form import Merge
+from immunize.mima.inner_loop import AttackerFamily, DrawnAttacker, draw_factors
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
-from immunize.mima.sampling import Batch, ConceptSplit, Decoys, check_size
+from immunize.mima.sampling import Batch, ConceptSplit, Decoys, Pool, check_size
 from lab.core.config import AsList, Count, Flag, NonNegative, PositiveShare, Text, config
 from lab.core.data import ConceptCase
-from lab.core.seeding import derive
-from lab.core.training import part_of
+from lab.core.seeding import derive, generator
+from lab.core.training import part_of, restore_state, state_tensors
 
 _OneNumber = BeforeValidator(lambda v: (v,) if isinstance(v, int | float) else v)
 _Sorted = AfterValidator(lambda v: tuple(sorted(v)))
@@ -296,29 +292,26 @@ class DeepObjective(Objective):
         """Add the gradient of one concept's terms at one point to ``v``; return the losses by
         ``place``.
         """
-        o, concept, losses = self.config, self.concepts[n], {}
+        o, concept, losses = self.config, self.concepts[n], Params()
         attack, decoys = self._draw(concept, step), None
         batch = self.draw_batch(concept.outer, concept, attack, step, "upper", mark)
         if concept.decoys is not None:
             decoys = self.draw_batch(concept.decoys, concept, attack, step, "decoys", mark)
 
         def terms(weights: Weights) -> Tensor:
-            outer = self.denoiser.loss(batch, weights)
-            losses[f"{place}/outer_loss"] = float(outer.detach())
+            losses["outer_loss"] = outer = self.denoiser.loss(batch, weights)
             value = -capped(outer, o.cap)
             if o.w_prior and o.prior_at == "adapted":
                 images = self.draw_prior(o.prior_batch_size, concept.name, step, "prior", mark)
-                prior = self.denoiser.loss(images, weights)
-                losses[f"{place}/prior_loss"] = float(prior.detach())
+                losses["prior_loss"] = prior = self.denoiser.loss(images, weights)
                 value = value + o.w_prior * prior
             if decoys is not None:
-                decoy = self.denoiser.loss(decoys, weights)
-                losses[f"{place}/decoy_loss"] = float(decoy.detach())
+                losses["decoy_loss"] = decoy = self.denoiser.loss(decoys, weights)
                 value = value + o.w_decoy * decoy
             return value
 
         accumulate(v, gradient_at(terms, theta, at, self.outer_names)[1])
-        return losses
+        return {f"{place}/{key}": float(loss.detach()) for key, loss in losses.items()}
 
     # what must stay
 
@@ -346,10 +339,10 @@ class DeepObjective(Objective):
         """Return prior and distillation at θ, in one forward and backward pass, before the ramp's
         factor.
         """
-        o, losses = self.config, dict[str, float]()
+        o, losses = self.config, Params()
         w_prior = o.w_prior if o.prior_at == "start" else 0.0
         if not (w_prior or o.w_distill):
-            return {}, losses
+            return {}, {}
         batch = self.draw_prior(o.prior_batch_size, "start", step, "prior", 0)
         with torch.no_grad():
             before = self.denoiser.predict(batch, self.original)[0] if o.w_distill else None
@@ -358,13 +351,142 @@ class DeepObjective(Objective):
             guess, target = self.denoiser.predict(batch, weights)
             value = guess.new_zeros(())
             if w_prior:
-                prior = (guess - target).square().mean()
-                losses["prior_loss"] = float(prior.detach())
+                losses["prior_loss"] = prior = (guess - target).square().mean()
                 value = value + w_prior * prior
             if before is not None:
-                distance = (guess - before).square().mean()
-                losses["distill_loss"] = float(distance.detach())
+                losses["distill_loss"] = distance = (guess - before).square().mean()
                 value = value + o.w_distill * distance
             return value
 
-        return gradient_at(terms, theta, {}, self.outer_names)[1], losses
+        gradient = gradient_at(terms, theta, {}, self.outer_names)[1]
+        return gradient, {key: float(loss.detach()) for key, loss in losses.items()}
+
+
+# the attack in progress
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """After ``step`` steps: the weights that the attacker moved, and, after its last step, the
+    share by which the loss of its first batch has fallen (NaN before).
+    """
+
+    step: int
+    weights: dict[str, Tensor]
+    drop: float
+
+
+class InnerAttack:
+    """An attack in progress on batches of ``size`` of ``pool``, from θ on.
+
+    It keeps no adapters: a low-rank one is the *effective* weight W + BA (LoRA, arXiv 2106.09685; A
+    uniform in ±1/√in, B = 0 as in peft), so that whatever it moves is comparable with θ and can be
+    merged.
+
+    Args:
+        loss: of a batch under named weights; names that are missing are those of θ.
+        theta: read at every step: where it moves in between, the attack stays added to it.
+        names: the parameters in the attacker's scope.
+        labels: of its stream of random numbers.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Batch, Weights], Tensor],
+        theta: Mapping[str, Tensor],
+        names: Sequence[str],
+        attacker: DrawnAttacker,
+        pool: Pool,
+        size: int,
+        seed: int,
+        *labels: object,
+    ) -> None:
+        self.loss, self.attacker, self.size = loss, attacker, size
+        self.seed, self.labels = seed, labels
+        self.pool = pool.template(attacker.template)
+        settings = attacker.settings
+        rank = settings.rank or 0
+        self.is_lora = rank > 0
+        # an adapter needs a weight with an input and an output dimension
+        names = [n for n in names if theta[n].ndim >= 2] if self.is_lora else names
+        self.base = {name: theta[name].detach() for name in names}
+        self.leaves: list[Tensor] = []
+        self.seen: list[Tensor] = []  # θ as the leaves know it; low-rank factors add to θ itself
+        g = generator(seed, "mima", "factors", *labels)
+        for w in self.base.values():
+            if not self.is_lora:
+                self.leaves.append(w.clone().requires_grad_())
+                self.seen.append(w.clone())
+                continue
+            self.leaves += [x.requires_grad_() for x in draw_factors(w, rank, g)]
+        self.optimizer: torch.optim.Optimizer
+        if settings.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.leaves, lr=settings.lr)
+        else:
+            # measured on the CPU at MiniSD's size: a quarter of the time of the unfused one, a
+            # third of a step
+            self.optimizer = torch.optim.AdamW(
+                self.leaves, lr=settings.lr, weight_decay=0.0, fused=True
+            )
+        self.step, self.first = 0, math.nan
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the effective weights that the leaves make."""
+        if not self.is_lora:
+            return dict(zip(self.base, self.leaves, strict=True))
+        factors = zip(self.leaves[::2], self.leaves[1::2], strict=True)
+        return {
+            name: w + (b @ a).view_as(w)
+            for (name, w), (a, b) in zip(self.base.items(), factors, strict=True)
+        }
+
+    def _batch(self, step: int) -> Batch:
+        return self.pool.batch(self.size, self.seed, *self.labels, "lower", step)
+
+    @torch.no_grad()
+    def _follow_theta(self) -> None:
+        """Keep what the attack has added to θ while θ moves."""
+        for leaf, seen, w in zip(self.leaves, self.seen, self.base.values(), strict=False):
+            leaf.add_(w - seen)
+            seen.copy_(w)
+
+    def advance(self, until: int) -> Snapshot:
+        """Take steps up to number ``until``.
+
+        Raises:
+            FloatingPointError: the loss left the finite numbers; says at which step, and of which
+                attacker.
+        """
+        self._follow_theta()
+        while self.step < until:
+            loss = self.loss(self._batch(self.step), self.weights())
+            value = float(loss.detach())
+            self.step += 1
+            if not math.isfinite(value):
+                raise FloatingPointError(
+                    f"loss {value} in inner step {self.step} under {self.attacker}"
+                )
+            self.first = value if self.step == 1 else self.first
+            self.optimizer.zero_grad()
+            loss.backward(inputs=self.leaves)
+            self.optimizer.step()
+        with torch.no_grad():
+            weights = {name: w.detach().clone() for name, w in self.weights().items()}
+            drop = math.nan
+            if self.step == self.attacker.settings.steps:
+                drop = 1 - float(self.loss(self._batch(0), weights)) / self.first
+        return Snapshot(self.step, weights, drop)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all that a resumed attack needs besides θ, the attack and its labels."""
+        state = state_tensors(self.leaves, self.optimizer)
+        state |= {f"seen.{i}": w for i, w in enumerate(self.seen)}
+        state["progress"] = torch.tensor([float(self.step), self.first], dtype=torch.float64)
+        return {key: value.detach().clone() for key, value in state.items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        restore_state(self.leaves, self.optimizer, state)
+        for i, tensor in enumerate(self.seen):
+            tensor.copy_(state[f"seen.{i}"])
+        self.step, self.first = int(state["progress"][0]), float(state["progress"][1])

@@ -29,8 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from immunize.merge.closed_form import Merge, MergeAccumulator, Params
-from immunize.mima.gradients import accumulate, compute_gradients, hessian_product, is_finite
+from immunize.gradients import Params, accumulate, compute_gradients, hessian_product, is_finite
+from immunize.merge.closed_form import Merge, MergeAccumulator
 from immunize.mima.inner_loop import InnerLoop, Trace
 from lab.core.config import Count, Flag, Positive, options
 from lab.core.distributed import ALONE, Team
@@ -73,7 +73,7 @@ class HypergradientResult:
     Attributes:
         gradient: ∇J on the outer set; an optimizer *descends* it.
         merged: θ̂ (all names of θ). ``alternating`` continues from it: θ ← θ̂ first, then the step.
-        inner_loop_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where it was not measured.
+        inner_loop_drop: 1 − ℓ_0(θ'_n)/ℓ_0(θ) of each concept; nan where ℓ_0(θ) is 0.
         cosine: between this gradient and that of ``first_order``; nan if either is 0, or if they
             are one.
         info: ``constraint_residual`` of the merge; for ``implicit`` the solver's ``iterations``,
@@ -96,7 +96,6 @@ def hypergradient(
     outer_names: Sequence[str],
     options: HypergradientOptions,
     *,
-    measure: bool = True,
     team: Team = ALONE,
 ) -> HypergradientResult:
     """Compute ∇J at θ.
@@ -108,8 +107,6 @@ def hypergradient(
         outer: ``outer(params, n)``: the n-th term of J, e.g. −L + w·prior, capped or not.
         merge: of as many concepts.
         outer_names: the outer set.
-        measure: evaluate each concept's loss after its inner loop (a third of a forward-backward
-            each).
         team: processes that share the concepts; all of them call this with equal arguments and get
             equal results.
 
@@ -118,7 +115,7 @@ def hypergradient(
     """
     method = options.method
     keep = method in ("exact", "truncated") and not options.recompute
-    traces, merged, drop = _adapt(theta, inner, merge, team, keep, measure)
+    traces, merged, drop = _adapt(theta, inner, merge, team, keep)
     v = _outer_gradient(outer, merged, len(inner), team)
     first = gradient = {x: v[x] for x in outer_names}
     info, cosine = dict[str, Any](merge.residual()), float("nan")
@@ -154,7 +151,6 @@ def _adapt(
     merge: Merge,
     team: Team,
     keep: bool,
-    measure: bool,
 ) -> tuple[dict[int, Trace], Params, list[float]]:
     """First sweep: run every inner loop, merged as it ends. Return what the transpose needs, θ̂ and
     the drops of the losses.
@@ -166,11 +162,8 @@ def _adapt(
     def compute(n: int) -> Params:
         problem = inner[n]
         trace = traces[n] = problem.run(keep=keep)
-        after = float("nan")
-        if measure:
-            with torch.no_grad():
-                after = float(problem.objective(0, {}, trace.final))
-        losses[n] = trace.loss, after
+        with torch.no_grad():
+            losses[n] = trace.loss, float(problem.objective(0, {}, trace.final))
         part = accumulator.contribution(n, problem.adapted(trace.final))
         if not problem.rho and problem.settings.rank is None:
             # the transpose needs its names only

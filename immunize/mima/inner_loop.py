@@ -1,4 +1,5 @@
-"""The inner loop: what an attacker makes of the model in K steps, and the transpose of that.
+"""The inner loop: what an attacker makes of the model in K steps, and the transpose of that; and
+the families that attackers are drawn from, anew for every concept and step.
 
 One recursion serves all inner optimizers. The inner variable φ is either a copy of the inner set
 itself or LoRA factors, and the model sees ``place(θ, φ)``:
@@ -22,15 +23,16 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from torch import Tensor
 
+from immunize.gradients import Params, compute_gradients, hessian_product, is_finite
 from immunize.merge.build import Scope
-from immunize.merge.closed_form import Params
-from immunize.mima.gradients import compute_gradients, hessian_product, is_finite
-from lab.core.config import Count, Flag, NonNegative, Positive, options
+from immunize.mima.sampling import WORDS, numbered
+from lab.core.config import AsList, Count, Flag, NonNegative, Positive, config, options
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator
 
@@ -65,6 +67,116 @@ class InnerLoopOptions:
     @property
     def decay(self) -> float:
         return self.weight_decay if self.optimizer == "adamw" else 0.0
+
+
+def _check_order(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    if pair[0] > pair[1]:
+        raise ValueError("must be one number or [smallest, largest]")
+    return pair
+
+
+_OneOrPair = BeforeValidator(lambda v: (v, v) if isinstance(v, int | float) else v)
+_Ordered = AfterValidator(_check_order)
+
+
+@options
+class AttackerFamily:
+    """Attackers of one kind.
+
+    Args:
+        kind: ``lora`` or ``weights``.
+        share: how often, relative to the other families.
+        scopes: what is moved (`immunize.merge.build.scope_names`), equally likely; one that stands
+            twice is twice as likely.
+        ranks, lr: one value, or smallest and largest, drawn uniformly and log-uniformly.
+        optimizer: ``adamw`` (no weight decay) or ``sgd``.
+        templates: captions that the attacker writes (`lab.core.prompts`), as likely as scopes.
+        words: how many rare words ``token`` writes, equally likely.
+    """
+
+    lr: Annotated[tuple[Positive, Positive], _OneOrPair, _Ordered]
+    kind: Literal["lora", "weights"] = "lora"
+    share: NonNegative = 1.0
+    scopes: Annotated[tuple[Scope, ...], AsList, Field(min_length=1)] = ("attn2",)
+    ranks: Annotated[tuple[Count, Count], _OneOrPair, _Ordered] = (4, 4)
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    templates: Annotated[
+        tuple[Literal["name", "token", "description"], ...], AsList, Field(min_length=1)
+    ] = ("name",)
+    words: Annotated[int, Field(strict=True, ge=1, le=len(WORDS))] = 1
+
+
+@dataclass(frozen=True)
+class DrawnAttacker:
+    """One drawn attacker.
+
+    Attributes:
+        settings: what it moves, and how.
+        template: which captions it trains on, with the number of the rare word
+            (`immunize.mima.sampling.numbered`).
+    """
+
+    settings: InnerLoopOptions
+    template: str
+
+
+@config
+class AttackerOptions:
+    """Which attackers are drawn.
+
+    Args:
+        attackers: name → family; null in place of a family takes it out of a preset.
+        k_min, k_max: K is uniform between them.
+    """
+
+    attackers: dict[str, AttackerFamily | None] | None = None
+    k_min: Count = 1
+    k_max: Count = 1
+
+    @model_validator(mode="after")
+    def _check_attackers(self) -> Any:
+        if self.k_min > self.k_max:
+            raise ValueError(f"k_min={self.k_min} must be at most k_max={self.k_max}")
+        if self.attackers is not None and not self.families:
+            raise ValueError("attackers needs at least one family with share > 0")
+        return self
+
+    @property
+    def families(self) -> dict[str, AttackerFamily]:
+        """Those that are drawn, by name."""
+        return {k: f for k, f in (self.attackers or {}).items() if f is not None and f.share > 0}
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """All templates that a family writes, ``token`` once for each of its words."""
+        return tuple(
+            dict.fromkeys(
+                numbered(template, word)
+                for family in self.families.values()
+                for template in family.templates
+                for word in range(family.words if template == "token" else 1)
+            )
+        )
+
+    def draw(self, seed: int, *labels: object) -> DrawnAttacker:
+        """Draw the attacker of the stream ``labels``."""
+        g = generator(seed, "mima", "attacker", *labels)
+        u = torch.rand(7, generator=g, dtype=torch.float64).tolist()
+        left = u[0] * sum(family.share for family in self.families.values())
+        for f in self.families.values():
+            if left < f.share:
+                break
+            left -= f.share
+        rank = f.ranks[0] + int(u[2] * (f.ranks[1] - f.ranks[0] + 1))
+        settings = InnerLoopOptions(
+            scope=f.scopes[int(u[1] * len(f.scopes))],
+            rank=rank if f.kind == "lora" else None,
+            lr=f.lr[0] * (f.lr[1] / f.lr[0]) ** u[3],
+            optimizer=f.optimizer,
+            steps=self.k_min + int(u[5] * (self.k_max - self.k_min + 1)),
+        )
+        template = f.templates[int(u[4] * len(f.templates))]
+        return DrawnAttacker(settings, numbered(template, int(u[6] * f.words)))
 
 
 def draw_factors(w: Tensor, rank: int, g: torch.Generator) -> tuple[Tensor, Tensor]:

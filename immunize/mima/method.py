@@ -18,13 +18,12 @@ import torch
 from pydantic import model_validator
 from torch import Tensor
 
+from immunize.gradients import Params, accumulate, gradient_at
 from immunize.merge.build import scope_names
-from immunize.merge.closed_form import Merge, Params
+from immunize.merge.closed_form import Merge
 from immunize.merge.learned import LearnedWeights, learn
-from immunize.mima.gradients import accumulate, gradient_at
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
-from immunize.mima.inner_attackers import DrawnAttacker
-from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
+from immunize.mima.inner_loop import DrawnAttacker, InnerLoop, InnerLoopOptions
 from immunize.mima.outer_loop import ConceptImmunizer, Objective, Setup, capped
 from immunize.mima.sampling import ConceptSplit
 from lab.core.config import Text, config
@@ -128,9 +127,6 @@ class BilevelObjective(Objective):
         return {f"secondary/{k}": v for k, v in secondary.items()} | {
             f"merge/{k}": v for k, v in learned.items()
         }
-
-    def shared_state(self) -> Params:
-        return self.state()
 
     def load(self, state: Params) -> None:
         if self.secondary is not None:

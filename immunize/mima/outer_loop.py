@@ -20,6 +20,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from immunize.gradients import Params, Weights, checkpointed, is_finite
 from immunize.merge.build import (
     MergeOptions,
     ModelInputs,
@@ -28,9 +29,8 @@ from immunize.merge.build import (
     scope_names,
     word_positions,
 )
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.gradients import Weights, checkpointed, is_finite
-from immunize.mima.inner_attackers import AttackerOptions, DrawnAttacker
+from immunize.merge.closed_form import Merge
+from immunize.mima.inner_loop import AttackerOptions, DrawnAttacker
 from immunize.mima.sampling import (
     Batch,
     ConceptSplit,
@@ -95,7 +95,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
         gradient_checkpointing: recompute activations; slower, for real sizes.
         interpolation: s in θ0 + s (θ − θ0), the weights that are returned, between the given model
             (0) and the trained one (1); WiSE-FT, arXiv 2109.01903, eq. 1.
-        others: see `OuterLoopOptions` and `immunize.mima.inner_attackers.AttackerOptions`.
+        others: see `OuterLoopOptions` and `immunize.mima.inner_loop.AttackerOptions`.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
@@ -193,7 +193,6 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             setup.denoiser.theta,
             begin,
             runs=len(runs),
-            has_finite_losses=lambda run: setup.has_finite_losses(runs[run]),
         )
         unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
         with checkpointed(unet) if self.gradient_checkpointing else nullcontext():
@@ -311,13 +310,6 @@ class Setup:
         self.denoiser.sync(tuple(theta))
         return theta
 
-    @torch.no_grad()
-    def has_finite_losses(self, concepts: Sequence[ConceptSplit]) -> bool:
-        """Tell whether θ has a finite loss on every concept."""
-        batches = [concept.outer.batch(4, self.seed, concept.name, "sound") for concept in concepts]
-        losses = [self.denoiser.loss(batch, self.denoiser.theta) for batch in batches]
-        return all(bool(torch.isfinite(loss)) for loss in losses)
-
     def split(self, concepts: Sequence[Concept], decoys: Decoys | None) -> list[ConceptSplit]:
         templates = self.config.templates
         return [
@@ -418,9 +410,11 @@ class Objective(ABC):
         """
         return {}
 
-    def shared_state(self) -> Params:
-        """Return those of them that every process of a team holds."""
-        return {}
+    @torch.no_grad()
+    def has_finite_losses(self) -> bool:
+        """Tell whether θ has a finite loss on every concept."""
+        batches = [c.outer.batch(4, self.seed, c.name, "sound") for c in self.concepts]
+        return is_finite(self.denoiser.loss(batch, self.denoiser.theta) for batch in batches)
 
     def load(self, state: Params) -> None:  # noqa: B027 - nothing to continue without a state
         """Continue from what `state` returned."""
@@ -458,8 +452,6 @@ class OuterLoop:
     Args:
         theta: all parameters by name, float32 or float64.
         begin: puts θ back to its start and returns the objective of the run with this number.
-        has_finite_losses: whether the losses at θ are finite; called after the last step of a run,
-            whose weights no gradient has seen.
 
     Attributes:
         done: what each run that is over ended with.
@@ -472,10 +464,9 @@ class OuterLoop:
         begin: Callable[[int], Objective],
         *,
         runs: int = 1,
-        has_finite_losses: Callable[[int], bool] = lambda run: True,
     ) -> None:
         self.options, self.theta, self.begin = options, theta, begin
-        self.runs, self.has_finite_losses, self.team = runs, has_finite_losses, team()
+        self.runs, self.team = runs, team()
         self.done: list[Params] = []
 
     def _begin(self, run: int) -> None:
@@ -500,11 +491,11 @@ class OuterLoop:
             self._begin(run)
         row = None if self.has_ended else self._attempt(own_step)
         if own_step == self.options.steps - 1:
-            if row is not None and not (
-                is_finite(self._copy().values()) and self.has_finite_losses(run)
-            ):
+            # no gradient has seen the last weights
+            finite = is_finite(self._copy().values()) and self.objective.has_finite_losses()
+            if row is not None and not finite:
                 row |= self._go_back()
-            self.team.assert_equal(self._shared_tensors())
+            self.team.assert_equal(self._copy())
             self.done.append(self._copy())
         return row if row is None or self.runs == 1 else {**row, "concept": float(run)}
 
@@ -549,12 +540,6 @@ class OuterLoop:
     def _put(self, weights: Params) -> None:
         for name, value in weights.items():
             self.theta[name].copy_(value)
-
-    def _shared_tensors(self) -> Params:
-        """Return what every process of a team must hold alike."""
-        moved = {f"theta/{name}": self.theta[name] for name in self.objective.moves}
-        shared = self.objective.shared_state()
-        return moved | {f"objective/{name}": value for name, value in shared.items()}
 
     # state
 

@@ -29,9 +29,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.gradients import Params, compute_gradients, math_attention
 from immunize.merge.build import scope_names
-from immunize.merge.closed_form import Merge, Params, factorize
-from immunize.mima.gradients import compute_gradients, math_attention
+from immunize.merge.closed_form import Merge, factorize
 from immunize.mima.hypergradient import (
     HypergradientOptions,
     HypergradientResult,
@@ -88,7 +88,7 @@ class Case:
             for n in range(self.count):
                 compute_gradients(partial(self.loss, n, 0), self.theta)
 
-    def step(self, steps: int = 1, measure: bool = True, **options: Any) -> HypergradientResult:
+    def step(self, steps: int = 1, **options: Any) -> HypergradientResult:
         method = HypergradientOptions(**options)
         inner = [
             InnerLoop(
@@ -108,7 +108,6 @@ class Case:
             self.merge,
             self.names,
             method,
-            measure=measure,
         )
 
 
@@ -133,7 +132,7 @@ def memory(count: int, batch: int) -> float:
     gc.collect()
     forget_peak()
     before = resident("VmRSS")
-    case.step(measure=False)
+    case.step()
     return resident("VmHWM") - before
 
 
@@ -200,10 +199,9 @@ def main() -> int:
     ratios, seconds = [], []
     for count in options.counts:
         case = Case(count, options.batch)
-        runs: dict[str, Any] = {"unit": case.units, "exact": partial(case.step, measure=False)}
+        runs: dict[str, Any] = {"unit": case.units, "exact": case.step}
         if count == options.counts[0]:
-            runs["first order"] = partial(case.step, method="first_order", measure=False)
-            runs["exact, drop measured"] = case.step
+            runs["first order"] = partial(case.step, method="first_order")
         found = timed(runs, options.repeats)
         ratios.append(found["exact"] / found["unit"])
         seconds.append(found["exact"] / count)

@@ -25,7 +25,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from immunize.merge.closed_form import Merge, Params, factorize
+from immunize.gradients import Params
+from immunize.merge.closed_form import Merge, factorize
 
 OUTS = [*[320] * 10, *[640] * 10, *[1280] * 12]
 

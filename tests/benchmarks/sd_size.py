@@ -21,9 +21,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from immunize.gradients import checkpointed
 from immunize.merge.build import scope_names
 from immunize.merge.closed_form import Merge, factorize
-from immunize.mima.gradients import checkpointed
 from immunize.mima.hypergradient import HypergradientOptions, hypergradient
 from immunize.mima.inner_loop import InnerLoop, InnerLoopOptions
 

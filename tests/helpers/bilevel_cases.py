@@ -11,9 +11,9 @@ import torch
 from tiny_diffusion import TINY, tokenizer
 from torch import Tensor
 
+from immunize.gradients import Params, math_attention
 from immunize.merge.build import MergeOptions, Scope, build_merge
-from immunize.merge.closed_form import Merge, Params
-from immunize.mima.gradients import math_attention
+from immunize.merge.closed_form import Merge
 from immunize.mima.hypergradient import HypergradientOptions, HypergradientResult, hypergradient
 from immunize.mima.inner_loop import BETAS, InnerLoop, InnerLoopOptions
 from lab.core.seeding import generator
@@ -191,14 +191,12 @@ def naive(
 def evaluate(
     p: Problem,
     settings: InnerLoopOptions | Sequence[InnerLoopOptions],
-    *,
-    measure: bool = True,
     **options: Any,
 ) -> HypergradientResult:
     """The project's own way; ``options`` are those of `HypergradientOptions`."""
     how = HypergradientOptions(**options)
     problems = p.problems(settings, rho=how.rho if how.method == "implicit" else 0.0)
-    return hypergradient(p.theta, problems, p.outer, p.merge, p.outer_names, how, measure=measure)
+    return hypergradient(p.theta, problems, p.outer, p.merge, p.outer_names, how)
 
 
 def distance(left: Params, right: Params) -> float:

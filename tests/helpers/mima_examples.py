@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 from tiny import no_log
 from tiny_diffusion import tiny_case, tiny_diffusion
 
-from immunize.mima.inner_attackers import DrawnAttacker
-from immunize.mima.inner_loop import InnerLoopOptions
+from immunize.mima.inner_loop import DrawnAttacker, InnerLoopOptions
 from immunize.mima.outer_loop import Setup
 
 ROOT = Path(__file__).resolve().parents[2]

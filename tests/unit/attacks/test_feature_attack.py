@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from lab.core.types import Budget
 class Options(FeatureAttack):
     name: Text = "scalar"
 
-    def __call__(self, *_, **__):
+    def learner(self, *_):
         """Tests call `run` themselves."""
 
 
@@ -60,6 +61,9 @@ class Scalar:
     def measure(self) -> dict[str, float]:
         return {"train_loss": self.loss(), "test_loss": self.loss()}
 
+    def info(self) -> dict[str, Any]:
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         return {"w": self.w}
 
@@ -74,7 +78,7 @@ BUDGET = Budget(horizon=5, multiple=4, points=6)
 
 def test_run_tunes_then_measures_at_the_snapshots() -> None:
     learner = Scalar()
-    result = run(learner, Options(lr_trials=4, schedule="constant"), BUDGET, None, {"a": 1})
+    result = run(learner, Options(lr_trials=4, schedule="constant"), "t", BUDGET, None)
     assert result.steps == list(BUDGET.snapshots())
     assert result.info["lr"] == pytest.approx(1.0)
     assert [row["lr"] for row in result.info["lr_trials"]] == pytest.approx(
@@ -91,13 +95,13 @@ def test_a_rate_that_is_best_at_the_horizon_but_collapses_later_is_not_chosen() 
             super().advance(step, rate)
             self.w = self.w + float(rate > 0.5 and step >= BUDGET.horizon)
 
-    result = run(Delayed(), Options(lr_trials=7, schedule="constant"), BUDGET, None, {})
+    result = run(Delayed(), Options(lr_trials=7, schedule="constant"), "t", BUDGET, None)
     assert result.info["lr"] <= 0.5
     assert result.values["train_loss"][-1] < 1e-3
 
 
 def test_divergence_keeps_the_points_before_it() -> None:
-    result = run(Scalar(), Options(lr=10.0), BUDGET, None, {})
+    result = run(Scalar(), Options(lr=10.0), "t", BUDGET, None)
     assert result.status == "diverged"
     assert result.steps == [s for s in BUDGET.snapshots() if 81.0**s <= feature_attack.BLOW_UP]
     assert all(
@@ -108,7 +112,7 @@ def test_divergence_keeps_the_points_before_it() -> None:
 
 def test_numbers_that_are_not_finite_at_the_start_raise() -> None:
     with pytest.raises(Diverged):
-        run(Scalar(math.nan), Options(lr=0.1), BUDGET, None, {})
+        run(Scalar(math.nan), Options(lr=0.1), "t", BUDGET, None)
 
 
 @pytest.mark.parametrize("fail_at", [1, 4, 5, 20])
@@ -117,5 +121,6 @@ def test_resume_is_bit_for_bit_in_the_search_and_in_the_run(
 ) -> None:
     monkeypatch.setattr(feature_attack, "SAVE_SECONDS", 0.0)
     options = Options(lr_trials=4, schedule="cosine")
-    whole = run(Scalar(), options, BUDGET, None, {})
-    assert interrupted(lambda kept: run(Scalar(), options, BUDGET, kept, {}), fail_at) == whole
+    whole, learner = run(Scalar(), options, "t", BUDGET, None), Scalar()
+    assert interrupted(lambda kept: run(learner, options, "t", BUDGET, kept), fail_at) == whole
+    assert learner.updates == 5 * BUDGET.steps  # no finished trial or step is repeated

@@ -1,4 +1,4 @@
-"""The pattern search of a learning rate, and trials that a killed search does not repeat."""
+"""The pattern search of a learning rate."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable
 
 import pytest
-from attack_examples import interrupted
 
-from attacks.search import RateSearch, Scores, run_trials
+from attacks.search import RateSearch, Scores
 
 
 def best_of(trial: Callable[[float], float], trials: int) -> float:
@@ -33,15 +32,3 @@ def test_search_approaches_the_best_exponent(best: float) -> None:
 def test_search_goes_down_where_everything_diverges_and_prefers_the_smaller_of_equals() -> None:
     assert best_of(lambda e: math.inf, 5) == -3
     assert best_of(lambda e: 1.0, 3) == -1
-
-
-def test_a_killed_search_repeats_no_finished_trial() -> None:
-    calls: list[int] = []
-
-    def trial(scores: Scores) -> float | None:
-        calls.append(len(scores))
-        return None if len(scores) == 1 else 1.0
-
-    scores, _ = interrupted(lambda kept: run_trials(4, trial, kept), 2)
-    assert scores == [1.0, None, 1.0, 1.0]
-    assert calls == [0, 1, 2, 3]

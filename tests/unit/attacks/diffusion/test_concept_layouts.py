@@ -4,18 +4,15 @@ random weights.
 
 from __future__ import annotations
 
-import dataclasses
 from functools import cache
 
 import pytest
 import torch
-import torch.nn.functional as F
 from concept_examples import BUDGET, attack, launch
 from mima_examples import moved, preset, run
 from tiny_diffusion import tiny_case
 from tiny_sd import tiny_pipeline
 
-from lab.core.data import CaptionedImages, Concept
 from lab.core.errors import UserError
 from lab.models.diffusion import DiffusionModel
 
@@ -27,31 +24,11 @@ def model(layout: str) -> DiffusionModel:
     return DiffusionModel.from_pipeline(tiny_pipeline(layout))
 
 
-def sized(pictures: CaptionedImages, side: int) -> CaptionedImages:
-    images = F.interpolate(pictures.images.float(), (side, side), mode="nearest")
-    return dataclasses.replace(pictures, images=images.to(torch.uint8))
-
-
-def fitted(concept: Concept, side: int) -> Concept:
-    parts = ("train", "own", "reference", "prior")
-    changed = {part: sized(getattr(concept, part), side) for part in parts}
-    return dataclasses.replace(concept, **changed)
-
-
-@cache
-def case(side: int):
-    found = tiny_case()
-    roles, parts = ("targets", "others", "rehearsal"), ("keep", "unrelated")
-    groups = {r: tuple(fitted(c, side) for c in getattr(found, r)) for r in roles}
-    kept = {part: sized(getattr(found, part), side) for part in parts}
-    return dataclasses.replace(found, **groups, **kept)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["lora_text", "custom_diffusion"])
 def test_attackers_learn_on_every_layout(name, layout):
     net = model(layout)
-    target = case(net.image_size).targets[0]
+    target = tiny_case().targets[0]
     if layout == "xl" and name == "custom_diffusion":
         with pytest.raises(UserError, match="one text encoder"):
             attack(name).dry_open(net, target)
@@ -68,7 +45,7 @@ def test_attackers_learn_on_every_layout(name, layout):
 @pytest.mark.parametrize("name", ["mima", "mima_deep"])
 def test_immunizers_on_other_layouts(name, layout):
     net = model(layout)
-    found = run(preset(name), of=net, on=case(net.image_size))
+    found = run(preset(name), of=net, on=tiny_case())
     changed = moved(found.unet, net.unet)
     assert changed
     assert all("attn2" in key for key in changed), "Π_u is the cross-attention"

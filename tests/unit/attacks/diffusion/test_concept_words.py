@@ -45,7 +45,7 @@ def test_a_new_word_begins_at_the_mean_of_what_the_initializer_names(
     expected = table[pieces].mean(0).detach().clone()
     attacker = attack(kind, initializer=initializer)
     moving = attacker.open(net, concept, 0)
-    (row,) = moving.parameters["rows"]
+    (row,) = next(v for k, v in moving.weights().items() if k.startswith("embedding."))
     assert torch.equal(row, expected)
     assert not torch.equal(row, table[pieces[0]]) or len(pieces) == 1
 

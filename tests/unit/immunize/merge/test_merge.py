@@ -12,7 +12,6 @@ import torch
 from bilevel_cases import CAPTIONS, batches, micro_model, problem
 
 from immunize.merge.build import (
-    Rows,
     Scope,
     concept_rows,
     distinct_rows,
@@ -154,23 +153,23 @@ def test_concept_rows_are_those_of_the_words():
     hidden, other = (model.text([t]).hidden[0] for t in (prompt, prompt.replace("mosaic", "neon")))
     assert torch.allclose(hidden[: places[0]], other[: places[0]])
     assert not torch.allclose(hidden[places[0]], other[places[0]])
-    rows = concept_rows(model, [prompt, prompt, "a fox in mosaic style"], "mosaic")
-    assert torch.allclose(rows.rows[: len(places)], hidden[places])
-    assert len(rows.rows) == 2 * len(places)  # equal rows once
+    rows, _ = concept_rows(model, [prompt, prompt, "a fox in mosaic style"], "mosaic")
+    assert torch.allclose(rows[: len(places)], hidden[places])
+    assert len(rows) == 2 * len(places)  # equal rows once
     assert regularizer_rows(model, CAPTIONS).shape == (len(CAPTIONS) * 32, 32)
 
 
 def test_shared_rows_go_and_a_concept_of_shared_rows_needs_mu(caplog):
-    one, both = Rows(DRAW(3, D), ("big", "red", "fox")), DRAW(1, D)
-    first = Rows(torch.cat([one.rows, both]), (*one.tokens, "style"))
-    second = Rows(torch.cat([both, DRAW(1, D)]), ("style", "cat"))
+    both = DRAW(1, D)
+    first = torch.cat([DRAW(3, D), both]), ["big", "red", "fox", "style"]
+    second = torch.cat([both, DRAW(1, D)]), ["style", "cat"]
     found, dropped = distinct_rows([first, second])
     assert [len(x) for x in found] == [3, 1]
     assert dropped == ["style"]
     assert "leaves out the rows of style" in caplog.text
     with pytest.raises(UserError, match=r"merge\.mu.*style"):
-        distinct_rows([first, Rows(both, ("style",))])
-    soft, _ = distinct_rows([first, Rows(both, ("style",))], mu=0.1)
+        distinct_rows([first, (both, ["style"])])
+    soft, _ = distinct_rows([first, (both, ["style"])], mu=0.1)
     assert "concept 2 shares all its tokens (style)" in caplog.text
     assert "mu=0.1" in caplog.text
     assert [len(x) for x in soft] == [3, 1]

@@ -7,7 +7,7 @@ import torch
 from mima_examples import case, model, preset, with_targets
 from mima_examples import objective as deep_objective
 
-from immunize.mima.gradients import gradient_at
+from immunize.gradients import gradient_at
 from immunize.mima.sampling import Decoys, Pool, split_concept
 from lab.core.data import CaptionedImages, Sampling
 

@@ -25,7 +25,7 @@ ATTACKERS = {
 def test_exact_equals_naive_autograd(scope, attacker, steps):
     p = problem(scope)
     settings = replace(ATTACKERS[attacker], steps=steps)
-    found = evaluate(p, settings, measure=False)
+    found = evaluate(p, settings)
     assert distance(found.gradient, naive(p, settings)) < 1e-8
     assert found.cosine < 0.9999  # the Hessian matters here: the oracle is no formality
 
@@ -39,7 +39,7 @@ def test_exact_passes_every_merge_rule(rule, attacker):
             for i, weight in enumerate(p.merge.learned.parameters.values()):
                 weight.add_(torch.randn(weight.shape, generator=generator(i, "learned")).to(weight))
     expected = naive(p, settings)
-    assert distance(evaluate(p, settings, measure=False).gradient, expected) < 1e-8
+    assert distance(evaluate(p, settings).gradient, expected) < 1e-8
     assert distance(naive(problem("attention"), settings), expected) > 1e-3
 
 
@@ -50,7 +50,7 @@ def test_every_concept_has_its_own_attacker():
     p = problem("kv")
     settings = [ATTACKERS["sgd"], replace(ATTACKERS["lora_adamw"], steps=2)]
     expected = naive(p, settings)
-    assert distance(evaluate(p, settings, measure=False).gradient, expected) < 1e-8
-    assert distance(evaluate(p, settings, measure=False, recompute=True).gradient, expected) < 1e-8
+    assert distance(evaluate(p, settings).gradient, expected) < 1e-8
+    assert distance(evaluate(p, settings, recompute=True).gradient, expected) < 1e-8
     for other in (settings[::-1], settings[:1] * 2, settings[1:] * 2):
-        assert distance(evaluate(p, other, measure=False).gradient, expected) > 1e-3
+        assert distance(evaluate(p, other).gradient, expected) > 1e-3

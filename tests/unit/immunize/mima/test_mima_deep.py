@@ -7,7 +7,8 @@ import torch
 from mima_examples import attacker, case, objective, preset, with_targets
 from tiny_diffusion import tiny_diffusion
 
-from immunize.mima.inner_attackers import AttackerOptions, InnerAttack
+from immunize.mima.deep import InnerAttack
+from immunize.mima.inner_loop import AttackerOptions
 from immunize.mima.sampling import Pool
 from lab.models.diffusion import Text
 

@@ -5,7 +5,7 @@ import torch
 from mima_examples import LORA, attacker, case, model, preset, run, with_targets
 
 from immunize.merge.build import scope_names
-from immunize.mima.inner_attackers import InnerAttack
+from immunize.mima.deep import InnerAttack
 from immunize.mima.outer_loop import Denoiser
 from immunize.mima.sampling import split_concept
 

@@ -9,8 +9,8 @@ import torch
 from mima_examples import case, objective, preset, rows_of, with_targets
 from tiny_diffusion import tiny_diffusion
 
+from immunize.gradients import gradient_at
 from immunize.merge.build import scope_names
-from immunize.mima.gradients import gradient_at
 from lab.core.data import CaptionedImages
 
 

@@ -17,8 +17,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from immunize.merge.closed_form import Params
-
+Params = dict[str, Tensor]
 Weights = Mapping[str, Tensor]
 
 
