@@ -33,8 +33,8 @@ from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
     Line,
-    load_run,
     model_curve,
+    read_once,
     walk,
 )
 from eval.stats.intervals import POSITIVE, UNBOUNDED, Floats, joined
@@ -58,7 +58,7 @@ class Convergence(RunMetric):
     trajectories.
 
     The norm ratio is read at 1×, at the long horizon and as a mean over all steps
-    (`eval.features.trajectories.mean_over`). ``slowdown`` is the number of steps that the immunized
+    (`eval.features.trajectories.read`). ``slowdown`` is the number of steps that the immunized
     model needs to reach what the baseline reached at the 1× horizon, over the baseline's own number
     (linear between snapshots): by norm ratio where the attack has a unique optimum, else by
     training loss; ``slowdown_loss`` is always by training loss (an offset such as the loss at the
@@ -79,7 +79,7 @@ class Convergence(RunMetric):
     rfd_smallest: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.05
 
     def __call__(self, run: RunView) -> Scores:
-        run, out = load_run(run, trajectories=True), Scores()
+        run, out = read_once(run), Scores()
         for attack in run.attacks:
             for role in ROLES:
                 out.curves |= trajectory_curves(run, attack, role)

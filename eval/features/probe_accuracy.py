@@ -29,7 +29,7 @@ from eval.stats.aggregate import (
     ROLES,
     baseline_suffix,
     better_of,
-    load_run,
+    read_once,
     tasks_of,
     walk,
 )
@@ -60,7 +60,7 @@ class ProbeAccuracy(RunMetric):
     target_share: PositiveShare = 0.9
 
     def __call__(self, run: RunView) -> Scores:
-        run, out = load_run(run, trajectories=True), Scores()
+        run, out = read_once(run), Scores()
         cases = tuple(case for _, case in walk(run))
         self.check(cases)
         for role in (role for role in ROLES if is_classification(cases, role)):

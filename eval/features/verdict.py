@@ -26,8 +26,8 @@ from eval.features.trajectories import (
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
-    load_run,
     one_case,
+    read_once,
     samples,
     walk,
 )
@@ -68,7 +68,7 @@ class Verdict(RunMetric):
     max_benign_loss: NonNegative = 0.05
 
     def __call__(self, run: RunView) -> Scores:
-        run = load_run(run, trajectories=True)
+        run = read_once(run)
         return verdict_scores(
             run, self._checks(run), lambda seed, case: self._checks(one_case(run, seed, case))
         )

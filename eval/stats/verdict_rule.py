@@ -82,9 +82,16 @@ class Check:
 
     def row(self) -> dict[str, Any]:
         figure = {key: getattr(self.figure, key) for key in ("value", "low", "high", "n", "bound")}
-        row = {"side": self.side, "check": self.what, **figure, "required": self.required}
-        row |= {"result": self.result, "passed": self.passed, "sure": self.sure}
-        return row | {"note": self.figure.note or ""}
+        return {
+            "side": self.side,
+            "check": self.what,
+            **figure,
+            "required": self.required,
+            "result": self.result,
+            "passed": self.passed,
+            "sure": self.sure,
+            "note": self.figure.note or "",
+        }
 
 
 def side_result(checks: Sequence[Check], side: Role) -> Result:
