@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -267,6 +267,7 @@ def evaluate(
     quantities: Iterable[str],
     *,
     scorers_of: Callable[[int, ConceptCase], ScorerSet] | None = None,
+    skipped: Collection[str] = (),
     preprocessing: str = "standard",
     label: str = "scores",
 ) -> EvaluatedRun:
@@ -275,6 +276,7 @@ def evaluate(
     Args:
         quantities: names of `EvaluatedAttack.values`.
         scorers_of: other scorers for each seed and case.
+        skipped: concepts that were not attacked.
 
     Raises:
         ValueError: no case, no attack, or models with different numbers of images.
@@ -284,7 +286,7 @@ def evaluate(
     out = EvaluatedRun(run.model_names, run.attacks, run.budget, left_out=left_out(run))
     for seed, case in walk(run, label):
         networks = scorers_of(seed, case) if scorers_of else scorers
-        for concept in case.tasks:
+        for concept in (task for task in case.tasks if task.name not in skipped):
             cell = ConceptCell(seed, case.name, concept.name)
             out.roles[cell] = concept.role
             scorer = _ConceptScorer(run, networks, concept, preprocessing)
@@ -294,7 +296,7 @@ def evaluate(
                 for family in _families(both, concept, attack, counts):
                     for model, result in scorer.score(both, family, tuple(quantities)).items():
                         out.results[cell, model, attack, family] = result
-    if not out.results:
+    if not out.results and not skipped:
         raise ValueError("a metric over an empty set: no attack was run")
     return out
 
