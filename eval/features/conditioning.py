@@ -125,6 +125,23 @@ class Conditioning(RunMetric):
             raise UserError(key, self.ridge, "must be > 0 with definition=ridge.")
 
     def __call__(self, run: RunView) -> Scores:
+        pairs, spectrum = self.measure(run)
+        out = Scores(_scores(run, pairs), tables={"pairs": pairs})
+        if self.definition == "rank":
+            out.tables["spectrum"] = spectrum
+            out.curves = history_curves(run, pairs) if len(run.model_names) == 2 else {}
+            return out
+        end = f"_{self.definition}"
+        out.metrics = {f"{name}{end}": score for name, score in out.metrics.items()}
+        out.tables = {f"{name}{end}": rows for name, rows in out.tables.items()}
+        return out
+
+    def measure(self, run: RunView, bounds: bool = True) -> tuple[list[Row], list[Row]]:
+        """Return a row per seed, case and harmful task, and the spectrum of the first one.
+
+        Args:
+            bounds: with the bound of RIR, of linear models.
+        """
         pairs: list[Row] = []
         spectrum: list[Row] = []
         known: dict[str, ConditionNumber] = {}  # 90 pairs share 10 baseline matrices
@@ -142,17 +159,11 @@ class Conditioning(RunMetric):
                     labels = {"model": name, "role": task.role, "task": task.name}
                     labels |= {"case": case.name, "seed": seed}
                     spectrum += [{**labels, **row} for row in _spectrum(groups[0])]
-            baseline = models[BASELINE]
-            pairs += [self._pair(case, seed, task, baseline, kappa) for task in case.harmful]
-        out = Scores(_scores(run, pairs), tables={"pairs": pairs})
-        if self.definition == "rank":
-            out.tables["spectrum"] = spectrum
-            out.curves = history_curves(run, pairs) if len(run.model_names) == 2 else {}
-            return out
-        end = f"_{self.definition}"
-        out.metrics = {f"{name}{end}": score for name, score in out.metrics.items()}
-        out.tables = {f"{name}{end}": rows for name, rows in out.tables.items()}
-        return out
+            pairs += [
+                self._pair(case, seed, task, models[BASELINE], kappa, bounds)
+                for task in case.harmful
+            ]
+        return pairs, spectrum
 
     def _groups(self, x: Tensor, model: FeatureModel, seed: int) -> list[Tensor]:
         """Return the groups of rows that κ is averaged over."""
@@ -167,6 +178,7 @@ class Conditioning(RunMetric):
         task: Task,
         baseline: FeatureModel,
         kappa: dict[tuple[str, str], ConditionNumber],
+        bounds: bool,
     ) -> Row:
         """Return the row of a harmful task against the benign task of its case.
 
@@ -175,7 +187,7 @@ class Conditioning(RunMetric):
         labels = {"case": case.name, "seed": seed, "benign": case.benign.name, "task": task.name}
         row: Row = {**labels, "rir": None, "reason": None}
         is_linear = self.definition == "rank" and baseline.kind == "linear"
-        if is_linear:
+        if is_linear and bounds:
             bound = _bound(baseline, case.benign, task)
             row |= {"rir_bound": bound.value, "bound_reason": bound.reason}
             row["outside_energy"] = bound.outside_energy
@@ -226,7 +238,7 @@ def _rank_moves(row: Row) -> list[str]:
     return [f"{role} {a} → {b}" for role, (a, b) in ranks.items() if a != b]
 
 
-def _worst_pair(pairs: Sequence[Row], seed: int, case: Case) -> Row:
+def worst_pair(pairs: Sequence[Row], seed: int, case: Case) -> Row:
     """Return the harmful task that is protected least."""
     of_case = (row for row in pairs if (row["seed"], row["case"]) == (seed, case.name))
     return min(of_case, key=lambda row: math.inf if row["rir"] is None else row["rir"])
@@ -234,7 +246,7 @@ def _worst_pair(pairs: Sequence[Row], seed: int, case: Case) -> Row:
 
 def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
     """Return every figure, of the pair that counts in its seed and case."""
-    worst = {(seed, case.name): _worst_pair(pairs, seed, case) for seed, case in walk(run)}
+    worst = {(seed, case.name): worst_pair(pairs, seed, case) for seed, case in walk(run)}
     out: dict[str, Score] = {}
 
     def add(
@@ -299,7 +311,7 @@ def history_curves(run: RunView, pairs: Sequence[Row]) -> dict[str, dict[str, An
     """
     lines: dict[str, list[Line]] = {}
     for seed, case in walk(run):
-        log, pair = run.history(case, seed), _worst_pair(pairs, seed, case)
+        log, pair = run.history(case, seed), worst_pair(pairs, seed, case)
         steps = log.get("step", [])
         series = {k: log[k] for k in CURVES if k in log and len(log[k]) == len(steps)}
         if not steps or not {"kappa_benign", "kappa_harmful"} <= series.keys():

@@ -17,6 +17,7 @@ from eval.features.trajectories import (
     NO_PROGRESS,
     NORM_RATIO,
     RATIO_FLOOR,
+    SLOWDOWN,
     Measurement,
     attack_groups,
     attacked,
@@ -25,7 +26,7 @@ from eval.features.trajectories import (
     model_scores,
     performance,
     primary,
-    slowdown_score,
+    slowdowns,
     worst_slowdown,
     worst_task,
 )
@@ -101,21 +102,21 @@ class Convergence(RunMetric):
         """Return figures of both models together; with several ``attacks`` the worst of them in
         every seed and case.
         """
-        out, better = {}, PROTECTED[role]
+        out, better, end = {}, PROTECTED[role], f"{role}_{name}"
         with_norm = [a for a in attacks if primary(run, a, role) == NORM_RATIO]
-        for step, end in horizons(run) if with_norm else ():
+        for step, suffix in horizons(run) if with_norm else ():
             quotient = worst_task(run, role, partial(_quotient, step))
             ratio = each_worst(run, with_norm, role, quotient, "no case")
-            key = f"norm_ratio_{role}_{name}{end}_ratio"
-            out[key] = ratio.score(better, aggregate="geomean")
-        out[f"slowdown_{role}_{name}"] = slowdown_score(run, attacks, role, "auto")
-        if with_norm:
-            out[f"slowdown_loss_{role}_{name}"] = slowdown_score(run, attacks, role, LOSS)
+            out[f"norm_ratio_{end}{suffix}_ratio"] = ratio.score(better, aggregate="geomean")
+        quantities = {"slowdown": "auto"} | ({"slowdown_loss": LOSS} if with_norm else {})
+        for key, quantity in quantities.items():
+            worst = slowdowns(run, attacks, role, quantity)
+            out[f"{key}_{end}"] = worst.score(better, **SLOWDOWN)
         reason = f"the baseline's performance never reaches {self.rfd_smallest}"
         for signed, key, bounds in ((False, "rfd", POSITIVE), (True, "rfd_signed", UNBOUNDED)):
             figure = worst_task(run, role, partial(_rfd, signed, self.rfd_smallest))
             deviation = each_worst(run, attacks, role, figure, reason)
-            out[f"{key}_{role}_{name}"] = deviation.score(better, unit="%", bounds=bounds)
+            out[f"{key}_{end}"] = deviation.score(better, unit="%", bounds=bounds)
         return out
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from eval.stats.aggregate import (
-    PROTECTED,
     baseline_suffix,
     better_of,
     first_crossing,
@@ -35,6 +34,7 @@ RATIO_FLOOR = 1e-12  # squared relative distances below this are rounding: a rel
 NORM_RATIO, LOSS, ACCURACY = "norm_ratio", "train_loss", "test_accuracy"
 EXCESS_FLOOR = 1e-9  # share of the loss that can be removed; what is left below it is rounding
 LOSS_TOLERANCE = 1e-6  # the same, of the loss removed, where no optimum is known (fine-tuning)
+SLOWDOWN: dict[str, Any] = {"aggregate": "geomean", "unit": "×"}  # how slowdowns are averaged
 NO_PROGRESS = "the baseline made no progress up to its 1× horizon"
 
 
@@ -313,7 +313,8 @@ def each_worst(
 def slowdowns(
     run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0
 ) -> WorstCase:
-    """Return the slowdown, the worst of ``attacks`` in every cell, with a note on censoring.
+    """Return the slowdown, the worst of ``attacks`` in every cell, with a note on censoring; its
+    score is the geometric mean (`SLOWDOWN`).
 
     Args:
         quantity: a trajectory value, or ``auto``: norm ratio where there is one, else training
@@ -328,11 +329,3 @@ def slowdowns(
     result = each_worst(run, attacks, role, value, NO_PROGRESS)
     result.note = joined(result.unmet("lower", "target"), result.note)
     return result
-
-
-def slowdown_score(
-    run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0
-) -> Score:
-    """Return the geometric mean of `slowdowns`."""
-    worst_case = slowdowns(run, attacks, role, quantity, share)
-    return worst_case.score(PROTECTED[role], aggregate="geomean", unit="×")

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import spearmanr
 
-from eval.features.conditioning import compute_condition_number
+from eval.features.conditioning import Conditioning, worst_pair
 from eval.features.trajectories import worst_slowdown
 from eval.stats.aggregate import ROLES, left_out, read_once, walk
 from eval.stats.intervals import MIN_SEEDS, Better, Floats, interval_kind, joined
@@ -75,9 +75,10 @@ class Transfer(RunMetric):
 
     def __call__(self, run: RunView) -> Scores:
         run = read_once(run)
+        pairs, _ = Conditioning().measure(run, bounds=False)
         changes = {
-            (seed, case.name): _measure_change(run, case, seed)
-            for seed, case in walk(run, "condition numbers")
+            (seed, case.name): _measure_change(run, case, seed, worst_pair(pairs, seed, case))
+            for seed, case in walk(run, "angles")
         }
         same_rank = [change for change in changes.values() if change["rir"] is not None]
         moved, total = len(changes) - len(same_rank), len(changes)
@@ -131,29 +132,21 @@ class Transfer(RunMetric):
         return Score(value, low, high, len(groups), better, interval_kind(len(groups)), note, "ρ")
 
 
-def _measure_change(run: RunView, case: Case, seed: int) -> Row:
-    """Return what immunization did to the harmful task that is protected least.
+def _measure_change(run: RunView, case: Case, seed: int, pair: Row) -> Row:
+    """Return what immunization did to ``pair``, the harmful task that is protected least.
 
     ``rir``: None where the numerical rank moved, as κ before and after are over different
     directions. ``kappa``: κ_H after ÷ before. ``angle`` (before) and ``angle_change``: radians, to
     the benign task, means over the leading subspaces.
     """
-    models = [run.model(name, case, seed) for name in run.model_names]
-    benign = [features(m, case.benign.train.x) for m in models]
-    before, after = (compute_condition_number([x]) for x in benign)
-    rows: list[Row] = []
-    for task in case.harmful:
-        harmful = [features(m, task.train.x) for m in models]
-        kappa, kappa_after = (compute_condition_number([x]) for x in harmful)
-        angle, angle_after = (
-            float(principal_angles(b, h).mean()) for b, h in zip(benign, harmful, strict=True)
-        )
-        ratio = kappa_after.value / kappa.value
-        same = (before.rank, kappa.rank) == (after.rank, kappa_after.rank)
-        rir = ratio / (after.value / before.value) if same else None
-        row = {"case": case.name, "seed": seed, "rir": rir, "kappa": ratio, "angle": angle}
-        rows.append({**row, "angle_change": angle_after - angle})
-    return min(rows, key=lambda row: math.inf if row["rir"] is None else row["rir"])
+    tasks, angles = (case.benign, case.task(pair["task"])), []
+    for name in run.model_names:
+        model = run.model(name, case, seed)
+        benign, harmful = (features(model, task.train.x) for task in tasks)
+        angles.append(float(principal_angles(benign, harmful).mean()))
+    labels = {"case": case.name, "seed": seed}
+    change = {"rir": pair["rir"], "kappa": pair["kappa_harmful_ratio"]}
+    return {**labels, **change, "angle": angles[0], "angle_change": angles[1] - angles[0]}
 
 
 def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> list[Row]:

@@ -316,7 +316,7 @@ def _steps_worst(results: Sequence[ConceptResult], note: str | None) -> Score:
         return Score(None, note="every target is shown before the attack", unit="steps")
     worst = min(known, key=lambda result: result.steps.figure.value or 0.0)
     units = [result.units for result in known]
-    score = score_worst(worst.steps.figure, units, "lowest", geometric=True)
+    score = score_worst(worst.steps.figure, units, "harmful", geometric=True)
     who = f"concept: {worst.concept}, attack: {worst.row()['attack']}"
     return replace(score, note=joined(score.note, who, note))
 

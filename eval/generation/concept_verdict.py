@@ -32,13 +32,12 @@ from eval.generation.similarity import sgr_each, sgr_score, sgr_worst
 from eval.generation.utility import CaseUtility, ImageCount, Utility, utility_scores
 from eval.stats.aggregate import PROTECTED
 from eval.stats.intervals import SHARE, Unit, columns, score_units
-from eval.stats.verdict_rule import Check, figure_text, verdict_scores
+from eval.stats.verdict_rule import Check, StepsRatio, figure_text, verdict_scores
 from lab.core.config import PositiveShare, Share, Text, config
 from lab.core.data import ConceptCase, Kind, Role
 from lab.core.types import BASELINE, AnyCase, RunMetric, RunView, Score, Scores
 
 CLIP = "clip"
-StepsRatio = Annotated[float, Field(strict=True, ge=1)]  # of steps
 BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -249,8 +250,7 @@ def worst_concept(
     """
     pick = min if role == "harmful" else max
     worst = pick(scores, key=lambda concept: scores[concept].value or 0.0)
-    which: Literal["lowest", "highest"] = "lowest" if role == "harmful" else "highest"
-    return worst, score_worst(scores[worst], units, which, geometric=geometric)
+    return worst, score_worst(scores[worst], units, role, geometric=geometric)
 
 
 def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
@@ -279,7 +279,7 @@ def evaluate(
         skipped: concepts that were not attacked.
 
     Raises:
-        ValueError: no case, no attack, or models with different numbers of images.
+        ValueError: no case, or no attack.
         UserError: an attack without images of the prompts that name the concept, or with another
             number of them.
     """
@@ -290,7 +290,7 @@ def evaluate(
             cell = ConceptCell(seed, case.name, concept.name)
             out.roles[cell] = concept.role
             scorer = _ConceptScorer(run, networks, concept, preprocessing)
-            counts: dict[str, tuple[str, int]] = {}
+            counts: dict[str, int] = {}
             for attack in run.attacks:
                 both = {m: run.trajectory(m, attack, case, concept, seed) for m in run.model_names}
                 for family in _families(both, concept, attack, counts):
@@ -302,29 +302,25 @@ def evaluate(
 
 
 def _families(
-    trajectories: dict[str, Trajectory],
-    concept: Concept,
-    attack: str,
-    counts: dict[str, tuple[str, int]],
+    trajectories: dict[str, Trajectory], concept: Concept, attack: str, counts: dict[str, int]
 ) -> list[str]:
     """Return the prompt families that every model has images for.
 
-    ``counts``: family → the concept's first attack with such images, and how many; completed here,
-    since figures under each model's best attacker resample the images of all attackers together.
+    ``counts``: family → images a step of the attacks so far; completed here, since figures under
+    each model's best attacker resample the images of all attackers together.
 
     Raises:
-        UserError: no images of the prompts that name the concept, or another number of them than an
-            earlier attack made.
+        UserError: no images of the prompts that name the concept, or another number of them than
+            another model or attack has.
     """
-    for trajectory in trajectories.values():
-        for family, images in trajectory.samples.items():
-            earlier, before = counts.setdefault(family, (attack, images.shape[1]))
-            if earlier != attack and images.shape[1] != before:
-                fix = (
-                    f"images a step by {family}, not {before} as attacks.{earlier}; give all "
-                    "attackers the same number, scenario.sampling.count."
-                )
-                raise UserError(f"attacks.{attack}", images.shape[1], fix)
+    for family, images in chain(*(t.samples.items() for t in trajectories.values())):
+        count = images.shape[1]
+        if counts.setdefault(family, count) != count:
+            fix = (
+                f"images a step by {family}, not {counts[family]}; give all attackers and models "
+                "the same number, scenario.sampling.count."
+            )
+            raise UserError(f"attacks.{attack}", count, fix)
     common = [f for f in concept.prompts if all(f in t.samples for t in trajectories.values())]
     if FAMILY not in common:
         fix = f"must contain {FAMILY}: the figures are about prompts that name the concept."
@@ -415,8 +411,6 @@ class _ConceptScorer:
         self, trajectories: dict[str, Trajectory], family: str, quantities: Sequence[str]
     ) -> dict[str, EvaluatedAttack]:
         """Score one attack and prompt family on every model, on the snapshots of the budget."""
-        if len({t.samples[family].shape[1] for t in trajectories.values()}) > 1:
-            raise ValueError(f"models have different numbers of images of {self.concept.name}")
         plan, out = torch.tensor(self.run.budget.snapshots()), {}
         held = {}  # images at the last recorded step that is not beyond a snapshot
         for model, t in trajectories.items():

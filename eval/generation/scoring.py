@@ -162,13 +162,26 @@ def text_vectors(scorers: ScorerSet, texts: Sequence[str]) -> Tensor:
 
 def similarity_of_pairs(scorers: ScorerSet, kind: str, a: Tensor, b: Tensor) -> Tensor:
     """Return M by ``feature_lpips`` or ``lpips``, as in `References`, of images of equal index."""
-    scores = []
-    for x, y in zip(a.split(PAIRS), b.split(PAIRS), strict=True):
-        if kind == "feature_lpips":
-            scores.append(1 - scorers.features.distance(x, y).double().cpu() / 2)
-        elif scorers.lpips is not None:
-            scores.append(1 - scorers.lpips.distance(x, y).double().cpu())
-    return torch.cat(scores)
+    pairs = zip(a.split(PAIRS), b.split(PAIRS), strict=True)
+    return torch.cat([_by_distance(scorers, kind, x, y) for x, y in pairs])
+
+
+def _by_distance(scorers: ScorerSet, kind: str, images: Tensor, others: Tensor) -> Tensor:
+    """Return M by ``feature_lpips`` or ``lpips`` of image i to the one with number i mod R of
+    ``others``.
+
+    Raises:
+        UserError: ``lpips`` without a scorer for it.
+    """
+    if kind == "feature_lpips":
+        return 1 - scorers.features.distance(images, others).double().cpu() / 2
+    if scorers.lpips is None:
+        fix = (
+            "scorers.lpips is null: take scorers=real, or leave it out (feature_lpips needs none)."
+        )
+        raise UserError("eval.generation.similarities", kind, fix)
+    others = others[torch.arange(len(images)) % len(others)]
+    return 1 - scorers.lpips.distance(images, others).double().cpu()
 
 
 class References:
@@ -203,17 +216,7 @@ class References:
         """
         if kind in COSINES:
             return self.cosine(kind, unit_vectors(self.scorers, kind, images))
-        sized = resize(self.images, images.shape[-1])
-        if kind == "feature_lpips":
-            return 1 - self.scorers.features.distance(images, sized).double().cpu() / 2
-        if self.scorers.lpips is None:
-            fix = (
-                "holds lpips, and scorers.lpips is null: take scorers=real, or leave it "
-                "out (feature_lpips needs none)."
-            )
-            raise UserError("eval.generation.similarities", kind, fix)
-        others = sized[torch.arange(len(images)) % len(sized)]
-        return 1 - self.scorers.lpips.distance(images, others).double().cpu()
+        return _by_distance(self.scorers, kind, images, resize(self.images, images.shape[-1]))
 
 
 # ---- prompts

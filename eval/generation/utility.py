@@ -30,11 +30,10 @@ from eval.generation.scoring import (
 from eval.stats.aggregate import baseline_suffix, better_of, walk
 from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
 from lab.core.cache import stage_key
-from lab.core.config import Flag, NonNegative, Text, config
+from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompts, Text, config
 from lab.core.data import ConceptCase, Kind, Sampling
 from lab.core.errors import UserError
 from lab.core.hashing import model_settings
-from lab.core.prompts import text
 from lab.core.sources import source_hash
 from lab.core.types import RunMetric, RunView, Score, Scores
 from lab.models.activations import digest
@@ -91,16 +90,9 @@ class Utility(RunMetric):
     name: Text = "utility"
     count: ImageCount = 200
     guidances: tuple[NonNegative, ...] = ()
-    negative: Text = ""
-    compositions: tuple[Text, ...] = ()
+    negative: OptionalPrompt = ""
+    compositions: Prompts = ()
     features: Flag = True
-
-    def __post_init__(self) -> None:
-        key = f"eval.{self.name}"
-        self.negative = text(f"{key}.negative", self.negative, empty=True)
-        self.compositions = tuple(
-            text(f"{key}.compositions[{i}]", prompt) for i, prompt in enumerate(self.compositions)
-        )
 
     def texts(self) -> dict[str, str]:
         """Return config key → text that the model will read."""
@@ -177,10 +169,7 @@ class Utility(RunMetric):
         rows = {"clip_drift": 1 - (baseline * immunized).sum(1)}
         for model, vectors in clip.items():
             rows[f"clip_t{baseline_suffix(model)}"] = (vectors * texts).sum(1)
-        references = None
-        if setting.images is not None:
-            references = setting.images[torch.arange(self.count) % len(setting.images)]
-        rows |= self._detections(images, references, prompts)
+        rows |= self._detections(images, setting, prompts)
         frechet: dict[str, float] = {}
         if self.features and setting.suffix == "" and setting.images is not None:
             features = {m: encode(self.scorers, "features", x) for m, x in images.items()}
@@ -195,7 +184,7 @@ class Utility(RunMetric):
         return CaseUtility(seed, case, values.groupby(prompts, sort=False).mean(), frechet)
 
     def _detections(
-        self, images: dict[str, Tensor], references: Tensor | None, prompts: Sequence[str]
+        self, images: dict[str, Tensor], setting: Setting, prompts: Sequence[str]
     ) -> dict[str, Tensor]:
         detector = self.scorers.detector
         if not isinstance(detector, Labeller):
@@ -203,8 +192,9 @@ class Utility(RunMetric):
         labels = {model: _likeliest(detector, x) for model, x in images.items()}
         baseline, immunized = labels.values()
         rows = {"agreement": (baseline == immunized).all(0)}
-        if references is not None:
-            true = _likeliest(detector, references)
+        if setting.images is not None:
+            rows_of_prompts = torch.arange(self.count) % len(setting.images)
+            true = _likeliest(detector, setting.images[rows_of_prompts])
             right = {model: label == true for model, label in labels.items()}
         else:
             right = _as_named(detector, prompts, labels)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import sem
 from scipy.stats import t as student_t
 
+from lab.core.data import Role
 from lab.core.types import Score, SeedScore
 
 Floats = NDArray[np.float64]
@@ -280,12 +281,12 @@ def score_units(
 def score_worst(
     picked: Score,
     concepts: Sequence[Sequence[Unit]],
-    which: Literal["lowest", "highest"],
+    role: Role,
     *,
     geometric: bool = False,
 ) -> Score:
-    """Return the score of the lowest or highest of k concepts, with an interval that knows that it
-    was picked after looking.
+    """Return the score of the lowest of k targets (the highest of benign concepts), with an
+    interval that knows that it was picked after looking.
 
     For the lowest of k true values: the least of the lower limits needs no correction, as the limit
     of the concept that is truly lowest is one of them; the least of the upper limits lies below it
@@ -300,7 +301,7 @@ def score_worst(
     if picked.value is None or picked.low is None or picked.high is None or len(concepts) < 2:
         return picked
     shared = TAIL / len(concepts)
-    pick, tails = (min, (TAIL, shared)) if which == "lowest" else (max, (shared, TAIL))
+    pick, tails = (min, (TAIL, shared)) if role == "harmful" else (max, (shared, TAIL))
     limits = np.stack([(e.low[0], e.high[0]) for e in (estimate(u, tails=tails) for u in concepts)])
     if not np.isfinite(limits).all():
         reason = "no interval: one of the concepts has none"

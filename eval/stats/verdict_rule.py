@@ -7,13 +7,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from eval.stats.aggregate import ROLES, samples
 from eval.stats.intervals import SHARE, joined, score_samples
 from lab.core.data import Role
 from lab.core.types import AnyCase, RunView, Score, Scores
 
+Rule = Literal["≥", "≤", "<", "low >"]
+StepsRatio = Annotated[float, Field(strict=True, ge=1)]  # of steps
 Result = Literal["passes", "fails", "inconclusive"]
 COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "low >": operator.gt}
 
@@ -34,7 +38,7 @@ class Check:
     side: Role
     what: str
     figure: Score
-    rule: Literal["≥", "≤", "<", "low >"]
+    rule: Rule
     threshold: float
     missing: int = 0
     alternative: str = ""
