@@ -4,7 +4,7 @@ alone, and any two image folders.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar
@@ -29,7 +29,7 @@ from lab.scenarios.mnist import digits, shuffled_digits
 from lab.scenarios.tabular import TestShare, pair_of_tasks
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
-Files = dict[str, Sequence[Path]]
+Files = Mapping[str, Sequence[Path]]
 
 
 def classes(folder: Path, key: str) -> Files:
@@ -106,7 +106,7 @@ class ImageFolders(Scenario):
         ]
         total, read = sum(map(len, [*train.values(), *test.values()])), sum(map(len, splits))
         note = f"{len(labels)} classes; {read} of {total} images were read."
-        task = Task(name, role, "classification", *splits, classes=len(labels))
+        task = Task(name, role, "classification", splits[0], splits[1], len(labels))
         return task, f"The {role} task {name} has {note}"
 
     def _halves(self, folder: Path, key: str, seed: int) -> tuple[Files, Files]:
