@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
 import numpy as np
-from pydantic import Field, SkipValidation
+from pydantic import Field
 
 from eval.generation.evaluated_run import (
     DETECTED,
     PROMPT_ADHERENT,
     EvaluatedRun,
+    ImageMetric,
     adherence_differs,
     evaluate,
 )
@@ -27,22 +28,22 @@ from eval.generation.relearning import (
     reduction_score,
     worst_ratio,
 )
-from eval.generation.scoring import ScorerSet, check_scorers, detector_of
+from eval.generation.scoring import check_scorers, detector_of
 from eval.generation.similarity import sgr_each, sgr_score, sgr_worst
 from eval.generation.utility import CaseUtility, ImageCount, Utility, utility_scores
 from eval.stats.aggregate import PROTECTED
 from eval.stats.intervals import SHARE, Unit, columns, score_units
 from eval.stats.verdict_rule import Check, StepsRatio, figure_text, verdict_scores
 from lab.core.config import PositiveShare, Share, Text, config
-from lab.core.data import ConceptCase, Kind, Role
-from lab.core.types import BASELINE, AnyCase, RunMetric, RunView, Score, Scores
+from lab.core.data import ConceptCase, Role
+from lab.core.types import BASELINE, AnyCase, RunView, Score, Scores
 
 CLIP = "clip"
 BelowOne = Annotated[float, Field(strict=True, ge=0, lt=1)]
 
 
 @config
-class ConceptVerdict(RunMetric):
+class ConceptVerdict(ImageMetric):
     """``verdict`` is 1 when every check on the targets AND every check on the benign side passes;
     else 0.
 
@@ -69,11 +70,8 @@ class ConceptVerdict(RunMetric):
         min_msgr …: see conf/eval/concept_verdict.yaml.
     """
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_models: ClassVar[int] = 2
-    needs_attack: ClassVar[bool] = True
 
-    scorers: SkipValidation[ScorerSet]
     name: Text = "concept_verdict"
     threshold: PositiveShare = 0.6
     count: ImageCount = 200

@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import SkipValidation
 from torch import Tensor
 
 from eval.generation.scoring import (
@@ -17,7 +18,6 @@ from eval.generation.scoring import (
     ConceptDetector,
     Namer,
     References,
-    ScorerSet,
     detector_of,
     in_turn,
     is_prompt_adherent,
@@ -29,18 +29,34 @@ from eval.generation.scoring import (
 from eval.stats.aggregate import left_out, mean_over_steps, walk
 from eval.stats.intervals import Floats, Unit, columns, joined, score_worst
 from lab.core.cache import stage_key
-from lab.core.data import Concept, ConceptCase, Role
+from lab.core.config import config
+from lab.core.data import Concept, ConceptCase, Kind, Role
 from lab.core.errors import UserError
 from lab.core.hashing import fingerprint
 from lab.core.sources import source_hash
-from lab.core.types import BASELINE, Budget, RunView, Score, Trajectory
+from lab.core.types import BASELINE, Budget, RunMetric, RunView, Score, Trajectory
 from lab.models.activations import digest
+from lab.scorers.load import Scorers
 
 FAMILY = "name"  # the prompts that headline figures are about
 CLIP_T, DETECTED, PROMPT_ADHERENT = "clip_t", "detected", "prompt_adherent"
 # a snapshot's index, the mean over all steps, or every snapshot reached
 At = int | Literal["mean", "curve"]
 BETWEEN = "between_"  # M of both models' images made from the same latents: between_clip, …
+
+
+@config
+class ImageMetric(RunMetric):
+    """A family of metrics over the images of a text-to-image model, attacked unless it says so.
+
+    Args:
+        scorers: networks that score images.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+    needs_attack: ClassVar[bool] = True
+
+    scorers: SkipValidation[Scorers]
 
 
 @dataclass(frozen=True)
@@ -263,10 +279,10 @@ def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
 
 def evaluate(
     run: RunView,
-    scorers: ScorerSet,
+    scorers: Scorers,
     quantities: Iterable[str],
     *,
-    scorers_of: Callable[[int, ConceptCase], ScorerSet] | None = None,
+    scorers_of: Callable[[int, ConceptCase], Scorers] | None = None,
     skipped: Collection[str] = (),
     preprocessing: str = "standard",
     label: str = "scores",
@@ -335,7 +351,7 @@ class _ConceptScorer:
     """
 
     run: RunView
-    scorers: ScorerSet
+    scorers: Scorers
     concept: Concept
     preprocessing: str
 

@@ -8,10 +8,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import SkipValidation
 
 from eval.generation.evaluated_run import (
     DETECTED,
@@ -21,12 +20,13 @@ from eval.generation.evaluated_run import (
     ConceptCell,
     EvaluatedAttack,
     EvaluatedRun,
+    ImageMetric,
     adherence_differs,
     evaluate,
     marks,
     worst_concept,
 )
-from eval.generation.scoring import ScorerSet, check_scorers, detector_of
+from eval.generation.scoring import check_scorers, detector_of
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
@@ -50,9 +50,9 @@ from eval.stats.intervals import (
     score_units,
 )
 from lab.core.config import PositiveShare, Text, config
-from lab.core.data import ConceptCase, Kind, Role
+from lab.core.data import ConceptCase, Role
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, RunMetric, RunView, Score, Scores, Trajectory
+from lab.core.types import BASELINE, RunView, Score, Scores, Trajectory
 from lab.scorers.detector import corrected_share
 
 # an attack takes a step at least; also what a concept counts that is shown before the attack
@@ -62,7 +62,7 @@ Rates = Mapping[str, Mapping[str, float]]  # concept → false_positive and fals
 
 
 @config
-class Relearning(RunMetric):
+class Relearning(ImageMetric):
     """Attack success rate and steps to relearn, by a detector; every model under its own best
     attacker.
 
@@ -96,10 +96,6 @@ class Relearning(RunMetric):
         threshold: share of detections that counts as relearned.
     """
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
-    needs_attack: ClassVar[bool] = True
-
-    scorers: SkipValidation[ScorerSet]
     name: Text = "relearning"
     threshold: PositiveShare = 0.6
 

@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import SkipValidation
 
 from eval.generation.evaluated_run import (
     BETWEEN,
@@ -21,12 +20,13 @@ from eval.generation.evaluated_run import (
     At,
     ConceptCell,
     EvaluatedRun,
+    ImageMetric,
     evaluate,
     marks,
     read,
     worst_concept,
 )
-from eval.generation.scoring import COSINES, ScorerSet, Similarity, check_scorers, resize
+from eval.generation.scoring import COSINES, Similarity, check_scorers, resize
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
@@ -47,10 +47,10 @@ from eval.stats.intervals import (
     score_units,
 )
 from lab.core.config import Index, Text, config
-from lab.core.data import ConceptCase, Kind, Role
+from lab.core.data import ConceptCase, Role
 from lab.core.errors import UserError
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, ImageGrid, RunMetric, RunView, Score, Scores
+from lab.core.types import BASELINE, ImageGrid, RunView, Score, Scores
 
 SGR: dict[Role, str] = {"harmful": "msgr", "benign": "sgr_benign"}  # role → mean over concepts
 UNDEFINED = "M(reference, baseline's images) ≤ 0, or the baseline's attack diverged"
@@ -72,7 +72,7 @@ TRAINING_CURVES = {  # of concept immunizers, in the order of the report
 
 
 @config
-class Generation(RunMetric):
+class Generation(ImageMetric):
     """SGR = (M(x_r, x_A) − M(x_r, x_I)) / M(x_r, x_A) of every concept (arXiv 2311.18815,
     2412.15320), and figures derived from it.
 
@@ -103,11 +103,8 @@ class Generation(RunMetric):
         pictures: columns of the image grids; 0 for none.
     """
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_models: ClassVar[int] = 2
-    needs_attack: ClassVar[bool] = True
 
-    scorers: SkipValidation[ScorerSet]
     name: Text = "generation"
     similarities: tuple[Similarity, ...] = ("clip", "features", "feature_lpips")
     preprocessing: Literal["standard", "legacy"] = "standard"

@@ -12,13 +12,13 @@ from typing import Annotated, ClassVar
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, SkipValidation
+from pydantic import Field
 from torch import Tensor
 
+from eval.generation.evaluated_run import ImageMetric
 from eval.generation.scoring import (
     Labeller,
     Namer,
-    ScorerSet,
     check_scorers,
     encode,
     in_turn,
@@ -31,11 +31,11 @@ from eval.stats.aggregate import baseline_suffix, better_of, walk
 from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
 from lab.core.cache import stage_key
 from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompts, Text, config
-from lab.core.data import ConceptCase, Kind, Sampling
+from lab.core.data import ConceptCase, Sampling
 from lab.core.errors import UserError
 from lab.core.hashing import model_settings
 from lab.core.sources import source_hash
-from lab.core.types import RunMetric, RunView, Score, Scores
+from lab.core.types import RunView, Score, Scores
 from lab.models.activations import digest
 from lab.models.diffusion import DiffusionModel
 from lab.scorers.features import frechet_distance
@@ -49,7 +49,7 @@ ImageCount = Annotated[int, Field(strict=True, ge=2)]
 
 
 @config
-class Utility(RunMetric):
+class Utility(ImageMetric):
     """Similarity, prompt adherence, detections and feature distance on ``case.unrelated``; compares
     θ_I with θ_0.
 
@@ -83,10 +83,9 @@ class Utility(RunMetric):
             ``utility_frechet``).
     """
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_models: ClassVar[int] = 2
+    needs_attack: ClassVar[bool] = False
 
-    scorers: SkipValidation[ScorerSet]
     name: Text = "utility"
     count: ImageCount = 200
     guidances: tuple[NonNegative, ...] = ()
