@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -470,6 +471,7 @@ class ReferenceDetector(Scorers):
             sources=source_hash(__name__),
         )
 
+    @cache  # noqa: B019 (as that of `Scorers`)
     def fingerprint(self) -> str:
         return self._key
 

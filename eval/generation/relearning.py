@@ -57,6 +57,7 @@ from lab.scorers.detector import corrected_share
 
 # an attack takes a step at least; also what a concept counts that is shown before the attack
 LEAST = 1.0
+ASR: dict[Role, str] = {"harmful": "asr", "benign": "asr_benign"}
 LEARNED: dict[Role, Better] = {"harmful": "lower", "benign": "higher"}  # attack success
 Rates = Mapping[str, Mapping[str, float]]  # concept → false_positive and false_negative rate
 
@@ -195,7 +196,7 @@ def _success(
     if not cells:
         return {}
     units = [evaluated.best_unit(c, (model,), quantity, at, family=family) for c in cells]
-    end = f"{'_benign' if role == 'benign' else ''}{name.end}{baseline_suffix(model)}"
+    end = f"{ASR[role].removeprefix('asr')}{name.end}{baseline_suffix(model)}"
     when = f"at step {evaluated.plan[at]}" if isinstance(at, int) else "mean over the trajectory"
     better, note = better_of(model, LEARNED[role]), joined(when, evaluated.notes(role))
     out = {f"asr{end}": score_share(units, better, note=note)}
@@ -225,9 +226,8 @@ def success_curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
     """
     out = {}
     for role in (role for role in ROLES if evaluated.cells(role)):
-        names: dict[str, str | None] = {"asr" if role == "harmful" else "asr_benign": None}
-        names |= {f"asr_{slug(concept)}": concept for concept in evaluated.concepts(role)}
-        for name, concept in names.items():
+        for concept in (None, *evaluated.concepts(role)):
+            name = f"asr_{slug(concept)}" if concept else ASR[role]
             lines = evaluated.curve_units(role, concept, DETECTED)
             label = f"images that show {concept or 'the concept'}"
             out[name] = band(lines, evaluated.plan, "steps of the attack", label, bounds=SHARE)

@@ -329,8 +329,15 @@ def _row(
     score = score_units(gaps, "neutral", undefined=UNDEFINED, draws=500)
     ended = sum(evaluated.reach(c, models, attacks=attacks) <= at for c in cells)
     stopped = f"diverged before in {ended} of {len(cells)} cases" if ended else None
-    row = {"baseline": baseline, "immunized": immunized, "sgr": score.value, "low": score.low}
-    return row | {"high": score.high, "n": score.n, "note": joined(score.note, stopped) or ""}
+    return {
+        "baseline": baseline,
+        "immunized": immunized,
+        "sgr": score.value,
+        "low": score.low,
+        "high": score.high,
+        "n": score.n,
+        "note": joined(score.note, stopped) or "",
+    }
 
 
 def curves(evaluated: EvaluatedRun, similarity: str) -> dict[str, dict[str, Any]]:

@@ -77,16 +77,17 @@ def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]
     """
     unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
     seen = shuffled([o for o in OBJECTS if o not in unseen], seed, "prompts", name)
-    prompts = {
-        "name": _weave(STYLE_TEMPLATES["name"], seen, total, name),
-        "description": _weave(STYLE_TEMPLATES["description"], seen, total, name),
-        "reworded": _weave(REWORDED_STYLE, seen, total, name),
+    families = {
+        "name": (STYLE_TEMPLATES["name"], seen),
+        "description": (STYLE_TEMPLATES["description"], seen),
+        "reworded": (REWORDED_STYLE, seen),
+        "unseen_pairs": (STYLE_TEMPLATES["name"], shuffled(unseen, seed, "prompts", name)),
     }
-    if unseen:
-        prompts["unseen_pairs"] = _weave(
-            STYLE_TEMPLATES["name"], shuffled(unseen, seed, "prompts", name), total, name
-        )
-    return prompts
+    return {
+        family: _weave(templates, objects, total, name)
+        for family, (templates, objects) in families.items()
+        if objects
+    }
 
 
 def _placed(templates: Sequence[str]) -> list[str]:
@@ -104,11 +105,14 @@ def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...
     The world describes no object without its name: there is no family ``description``.
     """
     templates = {"name": PHOTO_TEMPLATES + PLACE_TEMPLATES, "reworded": REWORDED_OBJECT}
-    prompts = {}
-    for family in templates:
-        order = shuffled(_placed(templates[family]), seed, "prompts", name, family)
-        prompts[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
-    return prompts
+    orders = {
+        family: shuffled(_placed(of_family), seed, "prompts", name, family)
+        for family, of_family in templates.items()
+    }
+    return {
+        family: tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
+        for family, order in orders.items()
+    }
 
 
 def caption(shown: Picture) -> str:
