@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -305,23 +304,16 @@ def history_curves(run: RunView, pairs: Sequence[Row]) -> dict[str, dict[str, An
     """Return κ of both Hessians, RIR and its share of the bound against immunization steps, as the
     immunizer logged them.
 
-    ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to
-    the log's own entry at step 0, or to the baseline's κ where there is none. A pair without RIR,
-    as its rank moved, has no RIR curve either.
+    Without a logged ``rir_bound_ratio`` the bound of the pair is used. A pair without RIR, as its
+    rank moved, has no RIR curve either.
     """
     lines: dict[str, list[Line]] = {}
     for seed, case in walk(run):
         log, pair = run.history(case, seed), worst_pair(pairs, seed, case)
         steps = log.get("step", [])
         series = {k: log[k] for k in CURVES if k in log and len(log[k]) == len(steps)}
-        if not steps or not {"kappa_benign", "kappa_harmful"} <= series.keys():
+        if not steps or not {"kappa_benign", "kappa_harmful", "rir"} <= series.keys():
             continue
-        if "rir" not in series:
-            h, b = (np.array(series[f"kappa_{role}"]) for role in ("harmful", "benign"))
-            base_h, base_b = h[0], b[0]
-            if steps[0] != 0:
-                base_h, base_b = pair["kappa_harmful_baseline"], pair["kappa_benign_baseline"]
-            series["rir"] = ((h / base_h) / (b / base_b)).tolist()
         if "rir_bound_ratio" not in series and pair.get("rir_bound") is not None:
             series["rir_bound_ratio"] = [rir / pair["rir_bound"] for rir in series["rir"]]
         for name, values in series.items():

@@ -25,7 +25,6 @@ from eval.report.studies import (
 )
 from eval.report.words import (
     UNMEASURED,
-    Metric,
     Record,
     capitalized,
     counted,
