@@ -110,8 +110,6 @@ class ConceptVerdict(ImageMetric):
         return verdict_scores(run, self._checks(evaluated, utility), of_case, remark)
 
     def _checks(self, evaluated: EvaluatedRun, utility: Sequence[CaseUtility]) -> list[Check]:
-        if not evaluated.cells("harmful"):
-            raise ValueError("a metric over an empty set: the scenario has no target")
         note = "the scenario has no other concepts: whether they stay learnable was not measured"
         no_others = Score(None, better="lower", note=note)
         msgr = sgr_score(evaluated, "harmful", CLIP)

@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mode
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field
 
 from eval.generation.evaluated_run import (
     BETWEEN,
@@ -48,10 +49,14 @@ from eval.stats.intervals import (
 )
 from lab.core.config import Index, Text, config
 from lab.core.data import ConceptCase, Role
-from lab.core.errors import UserError
 from lab.core.slugs import slug
 from lab.core.types import BASELINE, ImageGrid, RunView, Score, Scores
 
+Similarities = Annotated[
+    tuple[Similarity, ...],
+    Field(min_length=1),
+    AfterValidator(lambda value: tuple(dict.fromkeys(value))),
+]
 SGR: dict[Role, str] = {"harmful": "msgr", "benign": "sgr_benign"}  # role → mean over concepts
 UNDEFINED = "M(reference, baseline's images) ≤ 0, or the baseline's attack diverged"
 UNDEFINED_RSGR = (
@@ -106,15 +111,9 @@ class Generation(ImageMetric):
     needs_models: ClassVar[int] = 2
 
     name: Text = "generation"
-    similarities: tuple[Similarity, ...] = ("clip", "features", "feature_lpips")
+    similarities: Similarities = ("clip", "features", "feature_lpips")
     preprocessing: Literal["standard", "legacy"] = "standard"
     pictures: Index = 8
-
-    def __post_init__(self) -> None:
-        if not self.similarities or len(set(self.similarities)) < len(self.similarities):
-            key = f"eval.{self.name}.similarities"
-            fix = "must be a list of different names, e.g. [clip]."
-            raise UserError(key, list(self.similarities), fix)
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Score one image by every network. Raises as `eval.generation.scoring.check_scorers`."""
