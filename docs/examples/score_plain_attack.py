@@ -26,11 +26,12 @@ from eval.generation.evaluated_run import (
     EvaluatedRun,
 )
 from eval.generation.relearning import model_steps_score, ratio_of, ratio_score
-from eval.generation.scoring import ScorerSet, detector_of
+from eval.generation.scoring import detector_of
 from eval.stats.verdict_rule import figure_text
 from lab.core.errors import UserError
 from lab.core.sources import ROOT
 from lab.core.types import BASELINE, IMMUNIZED, Budget, Score
+from lab.scorers.load import Scorers
 
 ATTACK = "lora"
 
@@ -81,7 +82,7 @@ def load_images(folder: Path) -> Tensor:
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
 
 
-def evaluate(args: argparse.Namespace, scorers: ScorerSet) -> EvaluatedRun:
+def evaluate(args: argparse.Namespace, scorers: Scorers) -> EvaluatedRun:
     """The plain attacks as `eval.generation.relearning` takes them."""
     steps = steps_of(args.baseline[0])
     evaluated = EvaluatedRun((BASELINE, IMMUNIZED), (ATTACK,), Budget(steps[-1], 1, at=steps))

@@ -21,9 +21,8 @@ from eval.stats.aggregate import (
     Line,
     baseline_suffix,
     better_of,
-    column_samples,
+    grouped,
     left_out,
-    load_run,
     model_curve,
     thin,
     walk,
@@ -47,6 +46,7 @@ from lab.core.types import BASELINE, FeatureModel, RunMetric, RunView, Score, Sc
 from lab.models.activations import digest, features
 
 Row = dict[str, Any]  # of the table of pairs
+PAIR = ("harmful", "harmful_baseline", "benign", "benign_baseline")  # κ after and before
 CURVES = {
     "kappa_benign": "κ of the benign Hessian",
     "kappa_harmful": "κ of the harmful Hessian",
@@ -124,42 +124,45 @@ class Conditioning(RunMetric):
             raise UserError(key, self.ridge, "must be > 0 with definition=ridge.")
 
     def __call__(self, run: RunView) -> Scores:
+        pairs, spectrum = self.measure(run)
+        out = Scores(_scores(run, pairs), tables={"pairs": pairs})
+        if self.definition == "rank":
+            out.tables["spectrum"] = spectrum
+            out.curves = history_curves(run, pairs) if len(run.model_names) == 2 else {}
+            return out
+        end = f"_{self.definition}"
+        out.metrics = {f"{name}{end}": score for name, score in out.metrics.items()}
+        out.tables = {f"{name}{end}": rows for name, rows in out.tables.items()}
+        return out
+
+    def measure(self, run: RunView, bounds: bool = True) -> tuple[list[Row], list[Row]]:
+        """Return a row per seed, case and harmful task, and the spectrum of the first one.
+
+        Args:
+            bounds: with the bound of RIR, of linear models.
+        """
         pairs: list[Row] = []
         spectrum: list[Row] = []
-        logs: dict[tuple[int, str], dict[str, list[float]]] = {}
         known: dict[str, ConditionNumber] = {}  # 90 pairs share 10 baseline matrices
-        both = len(run.model_names) == 2
-
-        def visit(seed: int, case: Case) -> None:
+        for seed, case in walk(run, "condition numbers"):
             models = {name: run.model(name, case, seed) for name in run.model_names}
             kappa: dict[tuple[str, str], ConditionNumber] = {}  # of a task and a model
-            first = not pairs
+            is_first = not pairs
             for (name, model), task in product(models.items(), case.tasks):
                 groups = self._groups(features(model, task.train.x), model, seed)
                 key = digest(*groups)
                 if key not in known:
                     known[key] = compute_condition_number(groups, self.definition, self.ridge)
                 kappa[task.name, name] = known[key]
-                if first and task.name in (case.benign.name, case.harmful[0].name):
-                    labels: Row = {"model": name, "role": task.role, "task": task.name}
+                if is_first and task.name in (case.benign.name, case.harmful[0].name):
+                    labels = {"model": name, "role": task.role, "task": task.name}
                     labels |= {"case": case.name, "seed": seed}
-                    spectrum.extend({**labels, **row} for row in _spectrum(groups[0]))
-            pairs.extend(
-                self._pair(case, seed, task, models[BASELINE], kappa) for task in case.harmful
-            )
-            if both:
-                logs[seed, case.name] = run.history(case, seed)
-
-        run = load_run(run, visit, label="condition numbers")
-        out = Scores(_scores(run, pairs), tables={"pairs": pairs})
-        if self.definition == "rank":
-            out.tables["spectrum"] = spectrum
-            out.curves = history_curves(run, pairs, logs) if both else {}
-            return out
-        end = f"_{self.definition}"
-        out.metrics = {f"{name}{end}": score for name, score in out.metrics.items()}
-        out.tables = {f"{name}{end}": rows for name, rows in out.tables.items()}
-        return out
+                    spectrum += [{**labels, **row} for row in _spectrum(groups[0])]
+            pairs += [
+                self._pair(case, seed, task, models[BASELINE], kappa, bounds)
+                for task in case.harmful
+            ]
+        return pairs, spectrum
 
     def _groups(self, x: Tensor, model: FeatureModel, seed: int) -> list[Tensor]:
         """Return the groups of rows that κ is averaged over."""
@@ -174,15 +177,16 @@ class Conditioning(RunMetric):
         task: Task,
         baseline: FeatureModel,
         kappa: dict[tuple[str, str], ConditionNumber],
+        bounds: bool,
     ) -> Row:
         """Return the row of a harmful task against the benign task of its case.
 
         ``reason`` says why there is no RIR although both models were run.
         """
-        row: Row = {"case": case.name, "seed": seed, "benign": case.benign.name}
-        row |= {"task": task.name, "rir": None, "reason": None}
-        linear = self.definition == "rank" and baseline.kind == "linear"
-        if linear:
+        labels = {"case": case.name, "seed": seed, "benign": case.benign.name, "task": task.name}
+        row: Row = {**labels, "rir": None, "reason": None}
+        is_linear = self.definition == "rank" and baseline.kind == "linear"
+        if is_linear and bounds:
             bound = _bound(baseline, case.benign, task)
             row |= {"rir_bound": bound.value, "bound_reason": bound.reason}
             row["outside_energy"] = bound.outside_energy
@@ -191,8 +195,19 @@ class Conditioning(RunMetric):
                 role = "benign" if name == case.benign.name else "harmful"
                 end = f"{role}{baseline_suffix(model)}"
                 row |= {f"kappa_{end}": k.value, f"rank_{end}": k.rank, f"spread_{end}": k.spread}
-        if "kappa_harmful" in row:
-            _add_ratios(row, linear)
+        if "kappa_harmful" not in row:  # the baseline alone
+            return row
+        kappas = [row[f"kappa_{end}"] for end in PAIR]
+        row["kappa_harmful_ratio"] = kappas[0] / kappas[1]
+        row["kappa_benign_ratio"] = kappas[2] / kappas[3]
+        if is_linear and _rank_moves(row):
+            moves = ", ".join(_rank_moves(row))
+            row["reason"] = f"the numerical rank moved ({moves}): κ over other directions"
+            return row
+        row["rir"] = relative_immunization_ratio(*kappas)
+        row["rir_above_one"] = float(row["rir"] > 1)
+        if row.get("rir_bound") is not None:
+            row["rir_bound_ratio"] = row["rir"] / row["rir_bound"]
         return row
 
 
@@ -222,24 +237,7 @@ def _rank_moves(row: Row) -> list[str]:
     return [f"{role} {a} → {b}" for role, (a, b) in ranks.items() if a != b]
 
 
-def _add_ratios(row: Row, linear: bool) -> None:
-    """Add κ after ÷ before, and RIR unless the rank of a linear model moved."""
-    harmful, benign = (
-        (row[f"kappa_{role}"], row[f"kappa_{role}_baseline"]) for role in ("harmful", "benign")
-    )
-    row["kappa_harmful_ratio"] = harmful[0] / harmful[1]
-    row["kappa_benign_ratio"] = benign[0] / benign[1]
-    if linear and _rank_moves(row):
-        moves = ", ".join(_rank_moves(row))
-        row["reason"] = f"the numerical rank moved ({moves}): κ over other directions"
-        return
-    row["rir"] = relative_immunization_ratio(*harmful, *benign)
-    row["rir_above_one"] = float(row["rir"] > 1)
-    if row.get("rir_bound") is not None:
-        row["rir_bound_ratio"] = row["rir"] / row["rir_bound"]
-
-
-def _worst_pair(pairs: Sequence[Row], seed: int, case: Case) -> Row:
+def worst_pair(pairs: Sequence[Row], seed: int, case: Case) -> Row:
     """Return the harmful task that is protected least."""
     of_case = (row for row in pairs if (row["seed"], row["case"]) == (seed, case.name))
     return min(of_case, key=lambda row: math.inf if row["rir"] is None else row["rir"])
@@ -247,7 +245,7 @@ def _worst_pair(pairs: Sequence[Row], seed: int, case: Case) -> Row:
 
 def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
     """Return every figure, of the pair that counts in its seed and case."""
-    worst = {(seed, case.name): _worst_pair(pairs, seed, case) for seed, case in walk(run)}
+    worst = {(seed, case.name): worst_pair(pairs, seed, case) for seed, case in walk(run)}
     out: dict[str, Score] = {}
 
     def add(
@@ -258,7 +256,8 @@ def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
         diverged: float | None = None,
         **kwargs: Any,
     ) -> None:
-        values = column_samples(run, worst, name, diverged=diverged)
+        column = {key: row.get(name) for key, row in worst.items()}
+        values = grouped(run, column, diverged=diverged)
         out[name] = score_samples(values, better, reason, note=note, **kwargs)
 
     for model in run.model_names:
@@ -269,18 +268,18 @@ def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
             note = f"κ averaged over groups of rows; {between}" if spread else None
             better = better_of(model, PROTECTED[role])
             add(f"kappa_{end}", better, "no case", note, aggregate="geomean")
-    both = len(run.model_names) == 2
+    both, total = len(run.model_names) == 2, len(pairs)
     unknown = [row["reason"] for row in pairs if row["reason"]]
     reason = unknown[0] if unknown else "no case"
-    what = "the numerical rank moved, κ over other directions"
-    dropped = f"{len(unknown)} of {len(pairs)} pairs left out: {what}" if unknown else None
+    rank = "the numerical rank moved"
+    left = f"{len(unknown)} of {total} pairs left out: {rank}, κ over other directions"
+    dropped = left if unknown else None
     if both:
         tasks = max(len(case.harmful) for _, case in walk(run))
         least = f"the least protected of {tasks} harmful tasks counts" if tasks > 1 else None
         count = sum(len(_rank_moves(row)) for row in pairs)
-        what = f"{count} of {2 * len(pairs)} Hessians: κ over other directions"
-        moved = f"the numerical rank moved in {what}" if count else None
-        lost = left_out(run)
+        what = f"{rank} in {count} of {2 * total} Hessians: κ over other directions"
+        moved, lost = what if count else None, left_out(run)
         counted = lost and lost.replace("are left out", "count as failures")
         note = joined(least, dropped or moved, lost)
         add("rir", "higher", reason, note, bounds=POSITIVE)
@@ -292,8 +291,7 @@ def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
     if "rir_bound" in pairs[0]:
         infinite = [row["bound_reason"] for row in pairs if row["rir_bound"] is None]
         no_bound = infinite[0] if infinite else "no case"
-        count = len(infinite)
-        left = f"{count} of {len(pairs)} pairs have an infinite bound and are left out"
+        left = f"{len(infinite)} of {total} pairs have an infinite bound and are left out"
         note = left if infinite else None
         add("rir_bound", "neutral", no_bound, note, bounds=POSITIVE)
         if both:
@@ -302,30 +300,20 @@ def _scores(run: RunView, pairs: Sequence[Row]) -> dict[str, Score]:
     return out
 
 
-def history_curves(
-    run: RunView, pairs: Sequence[Row], logs: dict[tuple[int, str], dict[str, list[float]]]
-) -> dict[str, dict[str, Any]]:
+def history_curves(run: RunView, pairs: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """Return κ of both Hessians, RIR and its share of the bound against immunization steps, as the
     immunizer logged them.
 
-    ``rir`` and ``rir_bound_ratio`` are taken as logged; without them RIR is computed relative to
-    the log's own entry at step 0, or to the baseline's κ where there is none. A pair without RIR,
-    as its rank moved, has no RIR curve either.
+    Without a logged ``rir_bound_ratio`` the bound of the pair is used. A pair without RIR, as its
+    rank moved, has no RIR curve either.
     """
     lines: dict[str, list[Line]] = {}
     for seed, case in walk(run):
-        log, pair = logs[seed, case.name], _worst_pair(pairs, seed, case)
+        log, pair = run.history(case, seed), worst_pair(pairs, seed, case)
         steps = log.get("step", [])
         series = {k: log[k] for k in CURVES if k in log and len(log[k]) == len(steps)}
-        if not steps or not {"kappa_benign", "kappa_harmful"} <= series.keys():
+        if not steps or not {"kappa_benign", "kappa_harmful", "rir"} <= series.keys():
             continue
-        if "rir" not in series:
-            harmful, benign = series["kappa_harmful"], series["kappa_benign"]
-            base_h, base_b = harmful[0], benign[0]
-            if steps[0] != 0:
-                base_h, base_b = pair["kappa_harmful_baseline"], pair["kappa_benign_baseline"]
-            both = zip(harmful, benign, strict=True)
-            series["rir"] = [(h / base_h) / (b / base_b) for h, b in both]
         if "rir_bound_ratio" not in series and pair.get("rir_bound") is not None:
             series["rir_bound_ratio"] = [rir / pair["rir_bound"] for rir in series["rir"]]
         for name, values in series.items():

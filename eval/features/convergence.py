@@ -17,6 +17,7 @@ from eval.features.trajectories import (
     NO_PROGRESS,
     NORM_RATIO,
     RATIO_FLOOR,
+    SLOWDOWN,
     Measurement,
     attack_groups,
     attacked,
@@ -25,7 +26,7 @@ from eval.features.trajectories import (
     model_scores,
     performance,
     primary,
-    slowdown_score,
+    slowdowns,
     worst_slowdown,
     worst_task,
 )
@@ -33,8 +34,8 @@ from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
     Line,
-    load_run,
     model_curve,
+    read_once,
     walk,
 )
 from eval.stats.intervals import POSITIVE, UNBOUNDED, Floats, joined
@@ -58,7 +59,7 @@ class Convergence(RunMetric):
     trajectories.
 
     The norm ratio is read at 1×, at the long horizon and as a mean over all steps
-    (`eval.features.trajectories.mean_over`). ``slowdown`` is the number of steps that the immunized
+    (`eval.features.trajectories.read`). ``slowdown`` is the number of steps that the immunized
     model needs to reach what the baseline reached at the 1× horizon, over the baseline's own number
     (linear between snapshots): by norm ratio where the attack has a unique optimum, else by
     training loss; ``slowdown_loss`` is always by training loss (an offset such as the loss at the
@@ -79,7 +80,7 @@ class Convergence(RunMetric):
     rfd_smallest: Annotated[float, Field(strict=True, gt=0, lt=1)] = 0.05
 
     def __call__(self, run: RunView) -> Scores:
-        run, out = load_run(run, trajectories=True), Scores()
+        run, out = read_once(run), Scores()
         for attack in run.attacks:
             for role in ROLES:
                 out.curves |= trajectory_curves(run, attack, role)
@@ -101,21 +102,21 @@ class Convergence(RunMetric):
         """Return figures of both models together; with several ``attacks`` the worst of them in
         every seed and case.
         """
-        out, better = {}, PROTECTED[role]
+        out, better, end = {}, PROTECTED[role], f"{role}_{name}"
         with_norm = [a for a in attacks if primary(run, a, role) == NORM_RATIO]
-        for step, end in horizons(run) if with_norm else ():
+        for step, suffix in horizons(run) if with_norm else ():
             quotient = worst_task(run, role, partial(_quotient, step))
             ratio = each_worst(run, with_norm, role, quotient, "no case")
-            key = f"norm_ratio_{role}_{name}{end}_ratio"
-            out[key] = ratio.score(better, aggregate="geomean")
-        out[f"slowdown_{role}_{name}"] = slowdown_score(run, attacks, role, "auto")
-        if with_norm:
-            out[f"slowdown_loss_{role}_{name}"] = slowdown_score(run, attacks, role, LOSS)
+            out[f"norm_ratio_{end}{suffix}_ratio"] = ratio.score(better, aggregate="geomean")
+        quantities = {"slowdown": "auto"} | ({"slowdown_loss": LOSS} if with_norm else {})
+        for key, quantity in quantities.items():
+            worst = slowdowns(run, attacks, role, quantity)
+            out[f"{key}_{end}"] = worst.score(better, **SLOWDOWN)
         reason = f"the baseline's performance never reaches {self.rfd_smallest}"
         for signed, key, bounds in ((False, "rfd", POSITIVE), (True, "rfd_signed", UNBOUNDED)):
             figure = worst_task(run, role, partial(_rfd, signed, self.rfd_smallest))
             deviation = each_worst(run, attacks, role, figure, reason)
-            out[f"{key}_{role}_{name}"] = deviation.score(better, unit="%", bounds=bounds)
+            out[f"{key}_{end}"] = deviation.score(better, unit="%", bounds=bounds)
         return out
 
 

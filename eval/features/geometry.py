@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from eval.stats.aggregate import baseline_suffix, column_samples, load_run, thin
+from eval.stats.aggregate import baseline_suffix, grouped, thin, walk
 from eval.stats.intervals import score_samples
 from lab.core.condition import principal_angles, rir_bound
 from lab.core.config import Count, PositiveShare, Text, config
-from lab.core.data import Case, Kind
+from lab.core.data import Kind
 from lab.core.types import BASELINE, RunMetric, RunView, Scores
 from lab.models.activations import features
 
@@ -41,45 +41,43 @@ class Geometry(RunMetric):
 
     def __call__(self, run: RunView) -> Scores:
         out = Scores(tables={"principal_angles": [], "pencil": []})
-        figures: dict[tuple[int, str], dict[str, float | None]] = {}  # (seed, case) → name → value
+        figures: dict[str, dict[tuple[int, str], float | None]] = {}  # name → (seed, case) → value
         reasons: list[str] = []
-
-        def visit(seed: int, case: Case) -> None:
-            row: dict[str, float | None] = {}
-            figures[seed, case.name] = row
+        for seed, case in walk(run, "angles"):
+            labels = {"case": case.name, "seed": seed, "task": case.harmful[0].name}
+            is_first = not figures
             for name in run.model_names:
                 model, end = run.model(name, case, seed), baseline_suffix(name)
                 benign = features(model, case.benign.train.x)
                 harmful = [features(model, task.train.x) for task in case.harmful]
                 angles = [self._angles(benign, x) for x in harmful]
-                row[f"principal_angle_mean{end}"] = fmean(float(a.mean()) for a in angles)
-                row[f"principal_angle_largest{end}"] = max(float(a.max()) for a in angles)
+                row: dict[str, float | None] = {
+                    "principal_angle_mean": fmean(float(a.mean()) for a in angles),
+                    "principal_angle_largest": max(float(a.max()) for a in angles),
+                }
                 bounds = []
                 if name == BASELINE or model.kind != "linear":  # a linear map keeps the pencil
                     bounds = [rir_bound(benign, x) for x in harmful]
                     known = [b.kappa_m for b in bounds if b.kappa_m is not None]
-                    complete = len(known) == len(bounds)
-                    row[f"kappa_pencil{end}"] = fmean(known) if complete else None
-                reasons.extend(b.reason for b in bounds if b.reason)
-                if len(figures) == 1:
-                    labels = {"model": name, "case": case.name, "seed": seed}
-                    labels["task"] = case.harmful[0].name
-                    out.tables["principal_angles"] += _numbered(labels, angles[0], "degrees")
+                    row["kappa_pencil"] = fmean(known) if len(known) == len(bounds) else None
+                reasons += [b.reason for b in bounds if b.reason]
+                for quantity, value in row.items():
+                    figures.setdefault(f"{quantity}{end}", {})[seed, case.name] = value
+                if is_first:
+                    own = {"model": name, **labels}
+                    out.tables["principal_angles"] += _numbered(own, angles[0], "degrees")
                     for bound in bounds[:1]:
-                        rows = _numbered(labels, bound.pencil, "value")
-                        out.tables["pencil"] += [row for row in rows if row["value"] > 0]
-
-        loaded = load_run(run, visit, label="angles")
-        names = next(iter(figures.values()))
-        for name in sorted(names, key=lambda name: name.endswith("_baseline")):
-            reason = reasons[0] if reasons else "no case"
-            dropped = sum(row[name] is None for row in figures.values())
+                        numbers = _numbered(own, bound.pencil, "value")
+                        out.tables["pencil"] += [line for line in numbers if line["value"] > 0]
+        for name in sorted(figures, key=lambda name: name.endswith("_baseline")):
+            values, reason = figures[name], reasons[0] if reasons else "no case"
+            dropped = [*values.values()].count(None)
             out.metrics[name] = score_samples(
-                column_samples(loaded, figures, name),
+                grouped(run, values),
                 "neutral",
                 reason,
                 unit="°" if "angle" in name else "",
-                note=f"{dropped} of {len(figures)} left out: {reason}" if dropped else None,
+                note=f"{dropped} of {len(values)} left out: {reason}" if dropped else None,
                 bounds=(0.0, 90.0 if "angle" in name else math.inf),
             )
         return out

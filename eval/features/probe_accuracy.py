@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from eval.features.trajectories import (
     ACCURACY,
+    SLOWDOWN,
     Measurement,
     attack_groups,
     attacked,
@@ -20,7 +21,7 @@ from eval.features.trajectories import (
     horizons,
     model_scores,
     pairs,
-    slowdown_score,
+    slowdowns,
     steps_to,
     target_of,
 )
@@ -29,7 +30,7 @@ from eval.stats.aggregate import (
     ROLES,
     baseline_suffix,
     better_of,
-    load_run,
+    read_once,
     tasks_of,
     walk,
 )
@@ -60,7 +61,7 @@ class ProbeAccuracy(RunMetric):
     target_share: PositiveShare = 0.9
 
     def __call__(self, run: RunView) -> Scores:
-        run, out = load_run(run, trajectories=True), Scores()
+        run, out = read_once(run), Scores()
         cases = tuple(case for _, case in walk(run))
         self.check(cases)
         for role in (role for role in ROLES if is_classification(cases, role)):
@@ -82,9 +83,9 @@ class ProbeAccuracy(RunMetric):
         for step, end in horizons(run):
             gap = each_worst(run, attacks, role, partial(sgrc, run, role, step), NO_SGRC)
             out[f"sgrc_{role}_{name}{end}"] = gap.score(PROTECTED[role], bounds=(-math.inf, 1.0))
-        key = f"slowdown_accuracy_{role}_{name}"
-        out[key] = slowdown_score(run, attacks, role, ACCURACY, self.target_share)
-        return out
+        worst = slowdowns(run, attacks, role, ACCURACY, self.target_share)
+        slowdown = worst.score(PROTECTED[role], **SLOWDOWN)
+        return {**out, f"slowdown_accuracy_{role}_{name}": slowdown}
 
     def _steps(self, run: RunView, attack: str, role: Role, model: str) -> Score:
         """Return the steps until a share of the accuracy that the baseline reached at 1×; of

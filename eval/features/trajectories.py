@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from eval.stats.aggregate import (
-    PROTECTED,
     baseline_suffix,
     better_of,
-    column_samples,
     first_crossing,
+    grouped,
     left_out,
     mean_over_steps,
     samples,
@@ -35,6 +34,7 @@ RATIO_FLOOR = 1e-12  # squared relative distances below this are rounding: a rel
 NORM_RATIO, LOSS, ACCURACY = "norm_ratio", "train_loss", "test_accuracy"
 EXCESS_FLOOR = 1e-9  # share of the loss that can be removed; what is left below it is rounding
 LOSS_TOLERANCE = 1e-6  # the same, of the loss removed, where no optimum is known (fine-tuning)
+SLOWDOWN: dict[str, Any] = {"aggregate": "geomean", "unit": "×"}  # how slowdowns are averaged
 NO_PROGRESS = "the baseline made no progress up to its 1× horizon"
 
 
@@ -75,10 +75,12 @@ def steps_to(
     return Measurement(float(trajectory.steps[-1] if end is None else end), "lower")
 
 
-def mean_over(trajectory: Trajectory, quantity: str) -> float:
-    """Return the mean of a quantity over all steps, linear between snapshots."""
+def read(trajectory: Trajectory, quantity: str, step: int | None) -> float:
+    """Return a quantity at ``step``; for None its mean over all steps, linear between snapshots."""
     steps, values = trajectory.steps, trajectory.values[quantity]
-    return float(mean_over_steps(np.array(values), steps)) if len(steps) > 1 else values[0]
+    if step is not None or len(steps) == 1:
+        return trajectory.at(quantity, step or 0)
+    return float(mean_over_steps(np.array(values), steps))
 
 
 def horizons(run: RunView) -> list[tuple[int, str]]:
@@ -111,20 +113,22 @@ def model_scores(
     """
     out = {}
     for model in run.model_names:
-        rows: dict[tuple[int, str], dict[str, float]] = {}
-        status: list[str] = []
-        for seed, case in walk(run):
-            each = attacked(run, model, attack, role, seed, case)
-            status += [trajectory.status for trajectory in each]
-            row = {"_mean": combine([mean_over(t, quantity) for t in each])}
-            for step, end in horizons(run):
-                row[end] = combine([t.at(quantity, step) for t in each])
-            rows[seed, case.name] = row
+        each = {
+            (seed, case.name): attacked(run, model, attack, role, seed, case)
+            for seed, case in walk(run)
+        }
+        status = [
+            trajectory.status for trajectories in each.values() for trajectory in trajectories
+        ]
         lost = status.count("diverged")
         note = f"{lost} of {len(status)} trajectories diverged: their last finite value counts"
-        for end in (*(end for _, end in horizons(run)), "_mean"):
+        for step, end in (*horizons(run), (None, "_mean")):
+            values = {
+                key: combine([read(t, quantity, step) for t in trajectories])
+                for key, trajectories in each.items()
+            }
             out[f"{role}_{slug(attack)}{end}{baseline_suffix(model)}"] = score_samples(
-                column_samples(run, rows, end),
+                grouped(run, values),
                 better_of(model, better),
                 "no case",
                 note=note if lost else None,
@@ -309,7 +313,8 @@ def each_worst(
 def slowdowns(
     run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0
 ) -> WorstCase:
-    """Return the slowdown, the worst of ``attacks`` in every cell, with a note on censoring.
+    """Return the slowdown, the worst of ``attacks`` in every cell, with a note on censoring; its
+    score is the geometric mean (`SLOWDOWN`).
 
     Args:
         quantity: a trajectory value, or ``auto``: norm ratio where there is one, else training
@@ -324,11 +329,3 @@ def slowdowns(
     result = each_worst(run, attacks, role, value, NO_PROGRESS)
     result.note = joined(result.unmet("lower", "target"), result.note)
     return result
-
-
-def slowdown_score(
-    run: RunView, attacks: Sequence[str], role: Role, quantity: str, share: float = 1.0
-) -> Score:
-    """Return the geometric mean of `slowdowns`."""
-    worst_case = slowdowns(run, attacks, role, quantity, share)
-    return worst_case.score(PROTECTED[role], aggregate="geomean", unit="×")

@@ -10,9 +10,9 @@ import numpy as np
 from pydantic import Field
 from scipy.stats import spearmanr
 
-from eval.features.conditioning import compute_condition_number
+from eval.features.conditioning import Conditioning, worst_pair
 from eval.features.trajectories import worst_slowdown
-from eval.stats.aggregate import ROLES, left_out, load_run, walk
+from eval.stats.aggregate import ROLES, left_out, read_once, walk
 from eval.stats.intervals import MIN_SEEDS, Better, Floats, interval_kind, joined
 from lab.core.condition import principal_angles
 from lab.core.config import Text, config
@@ -74,37 +74,38 @@ class Transfer(RunMetric):
             raise UserError("eval", self.name, f"{fix}scenario=mnist_one_vs_rest.")
 
     def __call__(self, run: RunView) -> Scores:
-        changes: dict[tuple[int, str], Row] = {}
-
-        def visit(seed: int, case: Case) -> None:
-            changes[seed, case.name] = _measure_change(run, case, seed)
-
-        loaded = load_run(run, visit, trajectories=True, label="condition numbers")
-        moved = sum(change["rir"] is None for change in changes.values())
-        what = f"{moved} of {len(changes)} cases left out: the numerical rank moved"
-        dropped = what if moved else None
+        run = read_once(run)
+        pairs, _ = Conditioning().measure(run, bounds=False)
+        changes = {
+            (seed, case.name): _measure_change(run, case, seed, worst_pair(pairs, seed, case))
+            for seed, case in walk(run, "angles")
+        }
+        same_rank = [change for change in changes.values() if change["rir"] is not None]
+        moved, total = len(changes) - len(same_rank), len(changes)
+        dropped = f"{moved} of {total} cases left out: the numerical rank moved" if moved else None
         note = joined(dropped, left_out(run))
-        angles = self._correlation(list(changes.values()), ("angle", "rir"), "neutral", note)
+        angles = self._correlation(same_rank, ("angle", "rir"), "neutral", note)
         out = Scores({"angle_predicts_rir": angles}, tables={"transfer": [], "transfer_cases": []})
         for attack in run.attacks:
-            points = _points(loaded, attack, changes)
+            points = _points(run, attack, changes)
             out.tables["transfer_cases"] += points
+            with_rir = [point for point in points if point["rir"] is not None]
             slowdowns = [point["relative_slowdown"] for point in points]
             censored = sum(point["censored"] for point in points)
             row: Row = {"attack": attack}
             for name, pair in CORRELATIONS.items():
                 by_kappa = pair[0] in ("rir", "kappa")
-                used = [p for p in points if p["rir"] is not None] if by_kappa else points
-                count = f"{len(used)} of {len(changes)} cases; censored in {censored}"
+                used = with_rir if by_kappa else points
+                count = f"{len(used)} of {total} cases; censored in {censored}"
                 note = joined(count, dropped if by_kappa else None, left_out(run))
                 score = self._correlation(used, pair, "higher" if by_kappa else "neutral", note)
                 out.metrics[f"{name}_{slug(attack)}"] = score
                 row[f"rho_{pair[0]}"] = score.value
                 if pair[0] == "rir":
                     row |= {"low": score.low, "high": score.high}
-            row |= {"cases": sum(p["rir"] is not None for p in points), "censored": censored}
-            row["median_relative_slowdown"] = float(np.median(slowdowns)) if slowdowns else None
-            out.tables["transfer"].append(row)
+            median = float(np.median(slowdowns)) if slowdowns else None
+            row |= {"cases": len(with_rir), "censored": censored}
+            out.tables["transfer"].append({**row, "median_relative_slowdown": median})
         return out
 
     def _correlation(
@@ -113,11 +114,9 @@ class Transfer(RunMetric):
         """Return Spearman's ρ of two columns with its interval; without value where one of them is
         constant.
         """
-        known = [point for point in points if point["rir"] is not None or "rir" not in pair]
-        seeds = dict.fromkeys(point["seed"] for point in known)
         groups = [
-            np.array([[p[column] for column in pair] for p in known if p["seed"] == seed])
-            for seed in seeds
+            np.array([[p[column] for column in pair] for p in points if p["seed"] == seed])
+            for seed in dict.fromkeys(point["seed"] for point in points)
         ]
         value = _spearman(np.concatenate(groups)) if groups else math.nan
         if not math.isfinite(value):
@@ -133,29 +132,21 @@ class Transfer(RunMetric):
         return Score(value, low, high, len(groups), better, interval_kind(len(groups)), note, "ρ")
 
 
-def _measure_change(run: RunView, case: Case, seed: int) -> Row:
-    """Return what immunization did to the harmful task that is protected least.
+def _measure_change(run: RunView, case: Case, seed: int, pair: Row) -> Row:
+    """Return what immunization did to ``pair``, the harmful task that is protected least.
 
     ``rir``: None where the numerical rank moved, as κ before and after are over different
     directions. ``kappa``: κ_H after ÷ before. ``angle`` (before) and ``angle_change``: radians, to
     the benign task, means over the leading subspaces.
     """
-    models = [run.model(name, case, seed) for name in run.model_names]
-    benign = [features(m, case.benign.train.x) for m in models]
-    before, after = (compute_condition_number([x]) for x in benign)
-    rows: list[Row] = []
-    for task in case.harmful:
-        harmful = [features(m, task.train.x) for m in models]
-        kappa, kappa_after = (compute_condition_number([x]) for x in harmful)
-        angle, angle_after = (
-            float(principal_angles(b, h).mean()) for b, h in zip(benign, harmful, strict=True)
-        )
-        ratio = kappa_after.value / kappa.value
-        same = (before.rank, kappa.rank) == (after.rank, kappa_after.rank)
-        rir = ratio / (after.value / before.value) if same else None
-        row = {"case": case.name, "seed": seed, "rir": rir, "kappa": ratio}
-        rows.append(row | {"angle": angle, "angle_change": angle_after - angle})
-    return min(rows, key=lambda row: math.inf if row["rir"] is None else row["rir"])
+    tasks, angles = (case.benign, case.task(pair["task"])), []
+    for name in run.model_names:
+        model = run.model(name, case, seed)
+        benign, harmful = (features(model, task.train.x) for task in tasks)
+        angles.append(float(principal_angles(benign, harmful).mean()))
+    labels = {"case": case.name, "seed": seed}
+    change = {"rir": pair["rir"], "kappa": pair["kappa_harmful_ratio"]}
+    return {**labels, **change, "angle": angles[0], "angle_change": angles[1] - angles[0]}
 
 
 def _points(run: RunView, attack: str, changes: dict[tuple[int, str], Row]) -> list[Row]:

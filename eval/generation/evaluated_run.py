@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from typing import Literal
+from itertools import chain
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from pydantic import SkipValidation
 from torch import Tensor
 
 from eval.generation.scoring import (
@@ -16,7 +18,6 @@ from eval.generation.scoring import (
     ConceptDetector,
     Namer,
     References,
-    ScorerSet,
     detector_of,
     in_turn,
     is_prompt_adherent,
@@ -28,18 +29,34 @@ from eval.generation.scoring import (
 from eval.stats.aggregate import left_out, mean_over_steps, walk
 from eval.stats.intervals import Floats, Unit, columns, joined, score_worst
 from lab.core.cache import stage_key
-from lab.core.data import Concept, ConceptCase, Role
+from lab.core.config import config
+from lab.core.data import Concept, ConceptCase, Kind, Role
 from lab.core.errors import UserError
 from lab.core.hashing import fingerprint
 from lab.core.sources import source_hash
-from lab.core.types import BASELINE, Budget, RunView, Score, Trajectory
+from lab.core.types import BASELINE, Budget, RunMetric, RunView, Score, Trajectory
 from lab.models.activations import digest
+from lab.scorers.load import Scorers
 
 FAMILY = "name"  # the prompts that headline figures are about
 CLIP_T, DETECTED, PROMPT_ADHERENT = "clip_t", "detected", "prompt_adherent"
 # a snapshot's index, the mean over all steps, or every snapshot reached
 At = int | Literal["mean", "curve"]
 BETWEEN = "between_"  # M of both models' images made from the same latents: between_clip, …
+
+
+@config
+class ImageMetric(RunMetric):
+    """A family of metrics over the images of a text-to-image model, attacked unless it says so.
+
+    Args:
+        scorers: networks that score images.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+    needs_attack: ClassVar[bool] = True
+
+    scorers: SkipValidation[Scorers]
 
 
 @dataclass(frozen=True)
@@ -249,8 +266,7 @@ def worst_concept(
     """
     pick = min if role == "harmful" else max
     worst = pick(scores, key=lambda concept: scores[concept].value or 0.0)
-    which: Literal["lowest", "highest"] = "lowest" if role == "harmful" else "highest"
-    return worst, score_worst(scores[worst], units, which, geometric=geometric)
+    return worst, score_worst(scores[worst], units, role, geometric=geometric)
 
 
 def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
@@ -263,10 +279,11 @@ def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
 
 def evaluate(
     run: RunView,
-    scorers: ScorerSet,
+    scorers: Scorers,
     quantities: Iterable[str],
     *,
-    scorers_of: Callable[[int, ConceptCase], ScorerSet] | None = None,
+    scorers_of: Callable[[int, ConceptCase], Scorers] | None = None,
+    skipped: Collection[str] = (),
     preprocessing: str = "standard",
     label: str = "scores",
 ) -> EvaluatedRun:
@@ -275,54 +292,48 @@ def evaluate(
     Args:
         quantities: names of `EvaluatedAttack.values`.
         scorers_of: other scorers for each seed and case.
+        skipped: concepts that were not attacked.
 
     Raises:
-        ValueError: no case, no attack, or models with different numbers of images.
         UserError: an attack without images of the prompts that name the concept, or with another
             number of them.
     """
     out = EvaluatedRun(run.model_names, run.attacks, run.budget, left_out=left_out(run))
     for seed, case in walk(run, label):
         networks = scorers_of(seed, case) if scorers_of else scorers
-        for concept in case.tasks:
+        for concept in (task for task in case.tasks if task.name not in skipped):
             cell = ConceptCell(seed, case.name, concept.name)
             out.roles[cell] = concept.role
             scorer = _ConceptScorer(run, networks, concept, preprocessing)
-            counts: dict[str, tuple[str, int]] = {}
+            counts: dict[str, int] = {}
             for attack in run.attacks:
                 both = {m: run.trajectory(m, attack, case, concept, seed) for m in run.model_names}
                 for family in _families(both, concept, attack, counts):
                     for model, result in scorer.score(both, family, tuple(quantities)).items():
                         out.results[cell, model, attack, family] = result
-    if not out.results:
-        raise ValueError("a metric over an empty set: no attack was run")
     return out
 
 
 def _families(
-    trajectories: dict[str, Trajectory],
-    concept: Concept,
-    attack: str,
-    counts: dict[str, tuple[str, int]],
+    trajectories: dict[str, Trajectory], concept: Concept, attack: str, counts: dict[str, int]
 ) -> list[str]:
     """Return the prompt families that every model has images for.
 
-    ``counts``: family → the concept's first attack with such images, and how many; completed here,
-    since figures under each model's best attacker resample the images of all attackers together.
+    ``counts``: family → images a step of the attacks so far; completed here, since figures under
+    each model's best attacker resample the images of all attackers together.
 
     Raises:
-        UserError: no images of the prompts that name the concept, or another number of them than an
-            earlier attack made.
+        UserError: no images of the prompts that name the concept, or another number of them than
+            another model or attack has.
     """
-    for trajectory in trajectories.values():
-        for family, images in trajectory.samples.items():
-            earlier, before = counts.setdefault(family, (attack, images.shape[1]))
-            if earlier != attack and images.shape[1] != before:
-                fix = (
-                    f"images a step by {family}, not {before} as attacks.{earlier}; give all "
-                    "attackers the same number, scenario.sampling.count."
-                )
-                raise UserError(f"attacks.{attack}", images.shape[1], fix)
+    for family, images in chain(*(t.samples.items() for t in trajectories.values())):
+        count = images.shape[1]
+        if counts.setdefault(family, count) != count:
+            fix = (
+                f"images a step by {family}, not {counts[family]}; give all attackers and models "
+                "the same number, scenario.sampling.count."
+            )
+            raise UserError(f"attacks.{attack}", count, fix)
     common = [f for f in concept.prompts if all(f in t.samples for t in trajectories.values())]
     if FAMILY not in common:
         fix = f"must contain {FAMILY}: the figures are about prompts that name the concept."
@@ -337,7 +348,7 @@ class _ConceptScorer:
     """
 
     run: RunView
-    scorers: ScorerSet
+    scorers: Scorers
     concept: Concept
     preprocessing: str
 
@@ -413,8 +424,6 @@ class _ConceptScorer:
         self, trajectories: dict[str, Trajectory], family: str, quantities: Sequence[str]
     ) -> dict[str, EvaluatedAttack]:
         """Score one attack and prompt family on every model, on the snapshots of the budget."""
-        if len({t.samples[family].shape[1] for t in trajectories.values()}) > 1:
-            raise ValueError(f"models have different numbers of images of {self.concept.name}")
         plan, out = torch.tensor(self.run.budget.snapshots()), {}
         held = {}  # images at the last recorded step that is not beyond a snapshot
         for model, t in trajectories.items():

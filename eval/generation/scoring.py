@@ -18,7 +18,7 @@ from torch import Tensor
 from eval.stats.intervals import Floats
 from lab.core.data import Concept, ConceptCase
 from lab.core.errors import UserError
-from lab.scorers.load import FeatureScorer, Lpips, OpenClip
+from lab.scorers.load import Scorers
 
 Similarity = Literal["clip", "features", "feature_lpips", "lpips"]
 COSINES: tuple[Similarity, ...] = ("clip", "features")  # the others look at every pair of images
@@ -55,25 +55,7 @@ class Namer(Labeller, Protocol):
     def names(self) -> Mapping[str, Sequence[str]]: ...
 
 
-class ScorerSet(Protocol):
-    """The networks of one run; ``detector`` and ``lpips`` may be None where nobody has one."""
-
-    def fingerprint(self) -> str: ...
-
-    @property
-    def clip(self) -> OpenClip: ...
-
-    @property
-    def features(self) -> FeatureScorer: ...
-
-    @property
-    def detector(self) -> ConceptDetector | None: ...
-
-    @property
-    def lpips(self) -> Lpips | None: ...
-
-
-def detector_of(scorers: ScorerSet, key: str) -> ConceptDetector:
+def detector_of(scorers: Scorers, key: str) -> ConceptDetector:
     """Return the detector.
 
     Raises:
@@ -82,11 +64,12 @@ def detector_of(scorers: ScorerSet, key: str) -> ConceptDetector:
     if scorers.detector is None:
         fix = "needs a detector that knows the concepts."
         raise UserError(f"{key}.scorers", "detector=null", fix)
-    return scorers.detector
+    detector: ConceptDetector = scorers.detector
+    return detector
 
 
 def check_scorers(
-    scorers: ScorerSet,
+    scorers: Scorers,
     cases: Iterable[ConceptCase],
     kinds: Sequence[Similarity],
     detect: str | None = None,
@@ -143,32 +126,45 @@ def _interpolate(x: Tensor, side: int) -> Tensor:
     return F.interpolate(x, (side, side), mode="bilinear", antialias=True, align_corners=False)
 
 
-def encode(scorers: ScorerSet, kind: str, images: Tensor) -> Tensor:
+def encode(scorers: Scorers, kind: str, images: Tensor) -> Tensor:
     """Return vectors float64 [n, d] of ``clip``, or of the feature network as they come."""
     network = scorers.clip.images if kind == "clip" else scorers.features.features
     return torch.cat([network(part).double().cpu() for part in images.split(BATCH)])
 
 
-def unit_vectors(scorers: ScorerSet, kind: str, images: Tensor) -> Tensor:
+def unit_vectors(scorers: Scorers, kind: str, images: Tensor) -> Tensor:
     return F.normalize(encode(scorers, kind, images), dim=1)
 
 
-def text_vectors(scorers: ScorerSet, texts: Sequence[str]) -> Tensor:
+def text_vectors(scorers: Scorers, texts: Sequence[str]) -> Tensor:
     """Return unit vectors float64 [n, d]; equal texts are encoded once."""
     distinct = list(dict.fromkeys(texts))
     vectors = F.normalize(scorers.clip.texts(distinct).double().cpu(), dim=1)
     return vectors[[distinct.index(text) for text in texts]]
 
 
-def similarity_of_pairs(scorers: ScorerSet, kind: str, a: Tensor, b: Tensor) -> Tensor:
+def similarity_of_pairs(scorers: Scorers, kind: str, a: Tensor, b: Tensor) -> Tensor:
     """Return M by ``feature_lpips`` or ``lpips``, as in `References`, of images of equal index."""
-    scores = []
-    for x, y in zip(a.split(PAIRS), b.split(PAIRS), strict=True):
-        if kind == "feature_lpips":
-            scores.append(1 - scorers.features.distance(x, y).double().cpu() / 2)
-        elif scorers.lpips is not None:
-            scores.append(1 - scorers.lpips.distance(x, y).double().cpu())
-    return torch.cat(scores)
+    pairs = zip(a.split(PAIRS), b.split(PAIRS), strict=True)
+    return torch.cat([_by_distance(scorers, kind, x, y) for x, y in pairs])
+
+
+def _by_distance(scorers: Scorers, kind: str, images: Tensor, others: Tensor) -> Tensor:
+    """Return M by ``feature_lpips`` or ``lpips`` of image i to the one with number i mod R of
+    ``others``.
+
+    Raises:
+        UserError: ``lpips`` without a scorer for it.
+    """
+    if kind == "feature_lpips":
+        return 1 - scorers.features.distance(images, others).double().cpu() / 2
+    if scorers.lpips is None:
+        fix = (
+            "scorers.lpips is null: take scorers=real, or leave it out (feature_lpips needs none)."
+        )
+        raise UserError("eval.generation.similarities", kind, fix)
+    others = others[torch.arange(len(images)) % len(others)]
+    return 1 - scorers.lpips.distance(images, others).double().cpu()
 
 
 class References:
@@ -185,7 +181,7 @@ class References:
         images: uint8 [R, 3, s, s], as `prepare` returns them.
     """
 
-    def __init__(self, scorers: ScorerSet, images: Tensor) -> None:
+    def __init__(self, scorers: Scorers, images: Tensor) -> None:
         self.scorers, self.images = scorers, images
         self._means: dict[str, Tensor] = {}
 
@@ -203,17 +199,7 @@ class References:
         """
         if kind in COSINES:
             return self.cosine(kind, unit_vectors(self.scorers, kind, images))
-        sized = resize(self.images, images.shape[-1])
-        if kind == "feature_lpips":
-            return 1 - self.scorers.features.distance(images, sized).double().cpu() / 2
-        if self.scorers.lpips is None:
-            fix = (
-                "holds lpips, and scorers.lpips is null: take scorers=real, or leave it "
-                "out (feature_lpips needs none)."
-            )
-            raise UserError("eval.generation.similarities", kind, fix)
-        others = sized[torch.arange(len(images)) % len(sized)]
-        return 1 - self.scorers.lpips.distance(images, others).double().cpu()
+        return _by_distance(self.scorers, kind, images, resize(self.images, images.shape[-1]))
 
 
 # ---- prompts

@@ -8,11 +8,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from statistics import mode
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import SkipValidation
+from pydantic import AfterValidator, Field
 
 from eval.generation.evaluated_run import (
     BETWEEN,
@@ -21,12 +21,13 @@ from eval.generation.evaluated_run import (
     At,
     ConceptCell,
     EvaluatedRun,
+    ImageMetric,
     evaluate,
     marks,
     read,
     worst_concept,
 )
-from eval.generation.scoring import COSINES, ScorerSet, Similarity, check_scorers, resize
+from eval.generation.scoring import COSINES, Similarity, check_scorers, resize
 from eval.stats.aggregate import (
     PROTECTED,
     ROLES,
@@ -47,11 +48,15 @@ from eval.stats.intervals import (
     score_units,
 )
 from lab.core.config import Index, Text, config
-from lab.core.data import ConceptCase, Kind, Role
-from lab.core.errors import UserError
+from lab.core.data import ConceptCase, Role
 from lab.core.slugs import slug
-from lab.core.types import BASELINE, ImageGrid, RunMetric, RunView, Score, Scores
+from lab.core.types import BASELINE, ImageGrid, RunView, Score, Scores
 
+Similarities = Annotated[
+    tuple[Similarity, ...],
+    Field(min_length=1),
+    AfterValidator(lambda value: tuple(dict.fromkeys(value))),
+]
 SGR: dict[Role, str] = {"harmful": "msgr", "benign": "sgr_benign"}  # role → mean over concepts
 UNDEFINED = "M(reference, baseline's images) ≤ 0, or the baseline's attack diverged"
 UNDEFINED_RSGR = (
@@ -72,7 +77,7 @@ TRAINING_CURVES = {  # of concept immunizers, in the order of the report
 
 
 @config
-class Generation(RunMetric):
+class Generation(ImageMetric):
     """SGR = (M(x_r, x_A) − M(x_r, x_I)) / M(x_r, x_A) of every concept (arXiv 2311.18815,
     2412.15320), and figures derived from it.
 
@@ -103,21 +108,12 @@ class Generation(RunMetric):
         pictures: columns of the image grids; 0 for none.
     """
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_models: ClassVar[int] = 2
-    needs_attack: ClassVar[bool] = True
 
-    scorers: SkipValidation[ScorerSet]
     name: Text = "generation"
-    similarities: tuple[Similarity, ...] = ("clip", "features", "feature_lpips")
+    similarities: Similarities = ("clip", "features", "feature_lpips")
     preprocessing: Literal["standard", "legacy"] = "standard"
     pictures: Index = 8
-
-    def __post_init__(self) -> None:
-        if not self.similarities or len(set(self.similarities)) < len(self.similarities):
-            key = f"eval.{self.name}.similarities"
-            fix = "must be a list of different names, e.g. [clip]."
-            raise UserError(key, list(self.similarities), fix)
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
         """Score one image by every network. Raises as `eval.generation.scoring.check_scorers`."""
@@ -332,8 +328,15 @@ def _row(
     score = score_units(gaps, "neutral", undefined=UNDEFINED, draws=500)
     ended = sum(evaluated.reach(c, models, attacks=attacks) <= at for c in cells)
     stopped = f"diverged before in {ended} of {len(cells)} cases" if ended else None
-    row = {"baseline": baseline, "immunized": immunized, "sgr": score.value, "low": score.low}
-    return row | {"high": score.high, "n": score.n, "note": joined(score.note, stopped) or ""}
+    return {
+        "baseline": baseline,
+        "immunized": immunized,
+        "sgr": score.value,
+        "low": score.low,
+        "high": score.high,
+        "n": score.n,
+        "note": joined(score.note, stopped) or "",
+    }
 
 
 def curves(evaluated: EvaluatedRun, similarity: str) -> dict[str, dict[str, Any]]:

@@ -12,13 +12,13 @@ from typing import Annotated, ClassVar
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from pydantic import Field, SkipValidation
+from pydantic import Field
 from torch import Tensor
 
+from eval.generation.evaluated_run import ImageMetric
 from eval.generation.scoring import (
     Labeller,
     Namer,
-    ScorerSet,
     check_scorers,
     encode,
     in_turn,
@@ -30,12 +30,12 @@ from eval.generation.scoring import (
 from eval.stats.aggregate import baseline_suffix, better_of, walk
 from eval.stats.intervals import SHARE, UNBOUNDED, Better, Unit, columns, score_units
 from lab.core.cache import stage_key
-from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompt, Text, config
-from lab.core.data import ConceptCase, Kind, Sampling
+from lab.core.config import Flag, NonNegative, OptionalPrompt, Prompts, Text, config
+from lab.core.data import ConceptCase, Sampling
 from lab.core.errors import UserError
 from lab.core.hashing import model_settings
 from lab.core.sources import source_hash
-from lab.core.types import RunMetric, RunView, Score, Scores
+from lab.core.types import RunView, Score, Scores
 from lab.models.activations import digest
 from lab.models.diffusion import DiffusionModel
 from lab.scorers.features import frechet_distance
@@ -49,7 +49,7 @@ ImageCount = Annotated[int, Field(strict=True, ge=2)]
 
 
 @config
-class Utility(RunMetric):
+class Utility(ImageMetric):
     """Similarity, prompt adherence, detections and feature distance on ``case.unrelated``; compares
     θ_I with θ_0.
 
@@ -83,15 +83,14 @@ class Utility(RunMetric):
             ``utility_frechet``).
     """
 
-    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
     needs_models: ClassVar[int] = 2
+    needs_attack: ClassVar[bool] = False
 
-    scorers: SkipValidation[ScorerSet]
     name: Text = "utility"
     count: ImageCount = 200
     guidances: tuple[NonNegative, ...] = ()
     negative: OptionalPrompt = ""
-    compositions: tuple[Prompt, ...] = ()
+    compositions: Prompts = ()
     features: Flag = True
 
     def texts(self) -> dict[str, str]:
@@ -121,11 +120,7 @@ class Utility(RunMetric):
         return out
 
     def compare(self, run: RunView) -> dict[str, list[CaseUtility]]:
-        """Return suffix of a setting → what the scorers see, case by case.
-
-        Raises:
-            ValueError: no case.
-        """
+        """Return suffix of a setting → what the scorers see, case by case."""
         out: dict[str, list[CaseUtility]] = {}
         for seed, case in walk(run, "unrelated prompts"):
             settings = self._settings(case)
@@ -138,8 +133,6 @@ class Utility(RunMetric):
             for setting in settings:
                 cell = self._score(seed, case.name, setting, images[setting.suffix])
                 out.setdefault(setting.suffix, []).append(cell)
-        if not out:
-            raise ValueError("a metric over an empty set: no case")
         return out
 
     def _settings(self, case: ConceptCase) -> list[Setting]:
@@ -169,10 +162,7 @@ class Utility(RunMetric):
         rows = {"clip_drift": 1 - (baseline * immunized).sum(1)}
         for model, vectors in clip.items():
             rows[f"clip_t{baseline_suffix(model)}"] = (vectors * texts).sum(1)
-        references = None
-        if setting.images is not None:
-            references = setting.images[torch.arange(self.count) % len(setting.images)]
-        rows |= self._detections(images, references, prompts)
+        rows |= self._detections(images, setting, prompts)
         frechet: dict[str, float] = {}
         if self.features and setting.suffix == "" and setting.images is not None:
             features = {m: encode(self.scorers, "features", x) for m, x in images.items()}
@@ -187,7 +177,7 @@ class Utility(RunMetric):
         return CaseUtility(seed, case, values.groupby(prompts, sort=False).mean(), frechet)
 
     def _detections(
-        self, images: dict[str, Tensor], references: Tensor | None, prompts: Sequence[str]
+        self, images: dict[str, Tensor], setting: Setting, prompts: Sequence[str]
     ) -> dict[str, Tensor]:
         detector = self.scorers.detector
         if not isinstance(detector, Labeller):
@@ -195,8 +185,9 @@ class Utility(RunMetric):
         labels = {model: _likeliest(detector, x) for model, x in images.items()}
         baseline, immunized = labels.values()
         rows = {"agreement": (baseline == immunized).all(0)}
-        if references is not None:
-            true = _likeliest(detector, references)
+        if setting.images is not None:
+            rows_of_prompts = torch.arange(self.count) % len(setting.images)
+            true = _likeliest(detector, setting.images[rows_of_prompts])
             right = {model: label == true for model, label in labels.items()}
         else:
             right = _as_named(detector, prompts, labels)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import product
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import pandas as pd
 from scipy.integrate import trapezoid
 
 from eval.stats.intervals import Better, Floats
-from lab.core.data import Case, Role, Split, Task
+from lab.core.data import Case, Role, Task
 from lab.core.training import progress
 from lab.core.types import BASELINE, AnyCase, RunView, Trajectory
 
@@ -39,48 +38,18 @@ def one_case(run: RunView, seed: int, case: AnyCase) -> RunView:
     return cast(RunView, part)
 
 
-def load_run(
-    run: RunView,
-    visit: Callable[[int, Case], None] | None = None,
-    *,
-    trajectories: bool = False,
-    label: str = "read trajectories",
-) -> RunView:
-    """Read a run in one pass, seed by seed: the data of all seeds may not fit in memory.
-
-    The result gives cases without rows, and trajectories without the attackers' weights.
-
-    Args:
-        visit: called once with every (seed, case), rows included, for what has to be measured on
-            them.
-        trajectories: read every attack.
-        label: of the progress bar.
-    """
-    loaded: dict[int, list[Case]] = {}
-    attacks: dict[tuple[str, str, str, str, int], Trajectory] = {}
+def read_once(run: RunView) -> RunView:
+    """Return the run with every trajectory read once, without the attackers' weights."""
+    known: dict[tuple[str, str, str, str, int], Trajectory] = {}
 
     def trajectory(model: str, attack: str, case: Case, task: Task, seed: int) -> Trajectory:
-        return attacks[model, attack, case.name, task.name, seed]
-
-    models = run.model_names if trajectories else ()
-    for seed, case in walk(run, label):
-        loaded.setdefault(seed, []).append(_without_rows(case))
-        if visit is not None:
-            visit(seed, case)
-        for model, attack, task in product(models, run.attacks, case.tasks):
+        key = (model, attack, case.name, task.name, seed)
+        if key not in known:
             full = run.trajectory(model, attack, case, task, seed)
-            kept = replace(full, weights={}, samples={})
-            attacks[model, attack, case.name, task.name, seed] = kept
-    parts = {"cases": lambda seed: tuple(loaded[seed]), "trajectory": trajectory}
-    return cast(RunView, _PartOfRun(run, **parts))
+            known[key] = replace(full, weights={}, samples={})
+        return known[key]
 
-
-def _without_rows(case: Case) -> Case:
-    def empty(task: Task) -> Task:
-        train, test = (Split(s.x[:0].clone(), s.y[:0].clone()) for s in (task.train, task.test))
-        return replace(task, train=train, test=test)
-
-    return replace(case, benign=empty(case.benign), harmful=tuple(map(empty, case.harmful)))
+    return cast(RunView, _PartOfRun(run, trajectory=trajectory))
 
 
 def walk(run: RunView, label: str = "") -> Iterator[tuple[int, Any]]:
@@ -128,15 +97,11 @@ def samples(
     return [group for group in groups if group]
 
 
-def column_samples(
-    run: RunView,
-    rows: Mapping[tuple[int, str], Mapping[str, Any]],
-    column: str,
-    *,
-    diverged: float | None = None,
-) -> list[list[float]]:
-    """Return `samples` of one column of ``rows``: (seed, name of a case) → row."""
-    return samples(run, lambda seed, case: rows[seed, case.name].get(column), diverged=diverged)
+def grouped(
+    run: RunView, values: Mapping[tuple[int, str], T | None], *, diverged: T | None = None
+) -> list[list[T]]:
+    """Return `samples` of ``values``: (seed, name of a case) → value."""
+    return samples(run, lambda seed, case: values[seed, case.name], diverged=diverged)
 
 
 def first_crossing(steps: Sequence[int], values: Floats, threshold: float) -> Floats:
@@ -159,35 +124,24 @@ def mean_over_steps(values: Floats, steps: Sequence[int]) -> Floats:
     return np.asarray(trapezoid(values, steps, axis=-1) / (steps[-1] - steps[0]))
 
 
-def mean_curve(lines: Sequence[Line]) -> tuple[list[float], list[float | None]]:
-    """Return the mean of several (steps, values) lines, on the steps of the first, ending where the
-    shortest ends.
+def model_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
+    """Return a record curve: for every model the mean of its (steps, values) lines, on the steps of
+    its first line.
 
     Values between the steps of a line are interpolated linearly. A line that stopped early
     (divergence) cuts the mean there, so that no mean over survivors is shown. A step where any line
-    is not finite gives None.
+    is not finite, and one beyond the end of a model, gives None.
     """
-    if not lines:
-        raise ValueError("a curve over an empty set")
-    end = min(steps[-1] for steps, _ in lines)
-    grid = [s for s in lines[0][0] if s <= end] or [lines[0][0][0]]
-    stack = np.stack([np.interp(grid, steps, np.asarray(v, dtype=float)) for steps, v in lines])
-    with np.errstate(invalid="ignore"):
-        means = stack.mean(axis=0)
-    return [float(s) for s in grid], [float(v) if math.isfinite(v) else None for v in means]
-
-
-def model_curve(lines: dict[str, list[Line]], x: str, y: str, log: str = "") -> dict[str, Any]:
-    """Return a record curve from lines per model; models that end early are filled with None up to
-    the common steps.
-    """
-    means = {model: mean_curve(model_lines) for model, model_lines in lines.items()}
-    steps = max((grid for grid, _ in means.values()), key=len)
-    out: dict[str, Any] = {"step": steps, "x": x, "y": y, "log": log}
-    for model, (grid, values) in means.items():
-        lookup = dict(zip(grid, values, strict=True))
-        out[model] = [lookup.get(step) for step in steps]
-    return out
+    means = {}
+    for model, own in lines.items():
+        end = min(steps[-1] for steps, _ in own)
+        grid = [s for s in own[0][0] if s <= end] or [own[0][0][0]]
+        stack = [np.interp(grid, steps, np.asarray(v, dtype=float)) for steps, v in own]
+        with np.errstate(invalid="ignore"):
+            means[model] = pd.Series(np.mean(stack, axis=0), np.asarray(grid, dtype=float))
+    table = pd.DataFrame(means, index=max(means.values(), key=len).index)
+    known = table.astype(object).where(np.isfinite(table), None)
+    return {"step": table.index.tolist(), "x": x, "y": y, "log": log, **known.to_dict("list")}
 
 
 def thin(values: Sequence[float], points: int = 60) -> list[tuple[int, float]]:

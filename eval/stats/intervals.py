@@ -10,7 +10,6 @@ in every column, so one resample of the rows keeps the models paired.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import sem
 from scipy.stats import t as student_t
 
+from lab.core.data import Role
 from lab.core.types import Score, SeedScore
 
 Floats = NDArray[np.float64]
@@ -41,14 +41,6 @@ _SEED = 20241220  # fixed: the interval of the same samples never changes
 def joined(*notes: str | None) -> str | None:
     """Join notes in one line; None when there is nothing to say."""
     return "; ".join(note for note in notes if note) or None
-
-
-def _with_interval(
-    score: SeedScore, limits: Sequence[float] | Floats, bounds: tuple[float, float]
-) -> Score:
-    """Add an interval, clipped to what the quantity can take."""
-    low, high = (min(max(float(v), bounds[0]), bounds[1]) for v in limits)
-    return replace(score, low=low, high=high, interval=interval_kind(score.n))
 
 
 def interval_kind(seeds: int) -> Literal["across_seeds", "within_seed"]:
@@ -104,28 +96,28 @@ def score_samples(
         raise ValueError("a metric over an empty set")
     if not all(np.isfinite(g).all() for g in groups):
         raise ValueError("an interval needs finite values")
-    geometric = aggregate == "geomean"
-    groups = [np.log(g) for g in groups] if geometric else groups
-    back = np.exp if geometric else columns
+    back = np.exp if aggregate == "geomean" else columns
+    if aggregate == "geomean":
+        groups = [np.log(g) for g in groups]
     means, n = np.array([g.mean() for g in groups]), len(groups)
-    per_seed = tuple(float(back(mean)) for mean in means)
-    value = float(back(means.mean()))
-    point = SeedScore(
-        value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=per_seed
+    score = SeedScore(
+        float(back(means.mean())),
+        n=n,
+        better=better,
+        note=note,
+        unit=unit,
+        bound=bound,
+        per_seed=tuple(float(back(mean)) for mean in means),
     )
     if n < MIN_SEEDS and all(g.size < 2 for g in groups):
-        return point if n < 2 else replace(point, note=note or f"{n} seeds, no interval")
-    few = MIN_SEEDS <= n < BOOTSTRAP_SEEDS
-    limits = _student_limits(means) if few else _bootstrap_limits(groups, draws)
-    return _with_interval(point, back(limits), bounds)
-
-
-def _student_limits(means: Floats) -> Floats:
-    """Return Student's limits [low, high] of the mean that ``means`` [n] scatter about."""
-    if np.ptp(means) == 0:
-        return np.full(2, means.mean())
-    limits = student_t.interval(1 - 2 * TAIL, len(means) - 1, means.mean(), sem(means))
-    return np.array(limits)
+        return score if n < 2 else replace(score, note=note or f"{n} seeds, no interval")
+    limits = np.full(2, means.mean())
+    if not MIN_SEEDS <= n < BOOTSTRAP_SEEDS:
+        limits = _bootstrap_limits(groups, draws)
+    elif np.ptp(means) > 0:
+        limits = np.array(student_t.interval(1 - 2 * TAIL, n - 1, means.mean(), sem(means)))
+    low, high = map(float, np.clip(back(limits), *bounds))
+    return replace(score, low=low, high=high, interval=interval_kind(n))
 
 
 def _bootstrap_limits(groups: list[Floats], draws: int) -> Floats:
@@ -275,24 +267,26 @@ def score_units(
     value, low, high = (back(float(v[0])) for v in (result.value, result.low, result.high))
     per_seed = (np.exp if geometric else columns)(result.per_seed[:, 0])
     known = tuple(map(float, per_seed)) if np.isfinite(per_seed).all() else ()
-    point = SeedScore(value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=known)
+    score = SeedScore(value, n=n, better=better, note=note, unit=unit, bound=bound, per_seed=known)
     if n < MIN_SEEDS and len(units) == n and all(len(u.rows) == 1 for u in units):
-        return point
+        return score
+    score = replace(score, interval=interval_kind(n))
     if not (math.isfinite(low) and math.isfinite(high)):
         reason = f"no interval: undefined in more than {UNDEFINED:.0%} of resamples"
-        return replace(point, interval=interval_kind(n), note=joined(note, reason))
-    return _with_interval(point, (low, high), bounds)
+        return replace(score, note=joined(note, reason))
+    low, high = map(float, np.clip((low, high), *bounds))
+    return replace(score, low=low, high=high)
 
 
 def score_worst(
     picked: Score,
     concepts: Sequence[Sequence[Unit]],
-    which: Literal["lowest", "highest"],
+    role: Role,
     *,
     geometric: bool = False,
 ) -> Score:
-    """Return the score of the lowest or highest of k concepts, with an interval that knows that it
-    was picked after looking.
+    """Return the score of the lowest of k targets (the highest of benign concepts), with an
+    interval that knows that it was picked after looking.
 
     For the lowest of k true values: the least of the lower limits needs no correction, as the limit
     of the concept that is truly lowest is one of them; the least of the upper limits lies below it
@@ -307,7 +301,7 @@ def score_worst(
     if picked.value is None or picked.low is None or picked.high is None or len(concepts) < 2:
         return picked
     shared = TAIL / len(concepts)
-    pick, tails = (min, (TAIL, shared)) if which == "lowest" else (max, (shared, TAIL))
+    pick, tails = (min, (TAIL, shared)) if role == "harmful" else (max, (shared, TAIL))
     limits = np.stack([(e.low[0], e.high[0]) for e in (estimate(u, tails=tails) for u in concepts)])
     if not np.isfinite(limits).all():
         reason = "no interval: one of the concepts has none"
@@ -322,10 +316,9 @@ def largest_unseen_share(units: Sequence[Unit]) -> float:
     """Return the largest share that is seen in no image of a seed with probability `TAIL`
     (Clopper and Pearson).
     """
-    images = Counter[int]()
-    for unit in units:
-        images[unit.seed] += len(unit.rows)
-    return float(1 - TAIL ** (1 / min(images.values())))
+    rows = [(unit.seed, len(unit.rows)) for unit in units]
+    fewest = min(sum(n for seed, n in rows if seed == s) for s, _ in rows)
+    return float(1 - TAIL ** (1 / fewest))
 
 
 def score_share(
@@ -347,14 +340,10 @@ def score_share(
     if score.value is None or score.low is None or score.high is None:
         return score
     unseen = largest_unseen_share(units)
-    low, high = _widened(score.value, score.low, score.high, *(limits or (1 - unseen, unseen)))
+    least, most = limits or (1 - unseen, unseen)
+    low = min(score.low, least) if score.value == 1 else score.low
+    high = max(score.high, most) if score.value == 0 else score.high
     return replace(score, low=low, high=high)
-
-
-def _widened(
-    value: float, low: float, high: float, least: float, most: float
-) -> tuple[float, float]:
-    return (low if value != 1 else min(low, least)), (high if value != 0 else max(high, most))
 
 
 def band(
@@ -380,7 +369,8 @@ def band(
         low, high = np.clip(result.low, *bounds), np.clip(result.high, *bounds)
         if bounds == SHARE:
             unseen = largest_unseen_share(units)
-            low, high = np.vectorize(_widened)(result.value, low, high, 1 - unseen, unseen)
+            low = np.where(result.value == 1, np.minimum(low, 1 - unseen), low)
+            high = np.where(result.value == 0, np.maximum(high, unseen), high)
         for suffix, values in {"": result.value, ":low": low, ":high": high}.items():
             shown = [float(v) if math.isfinite(v) else None for v in values]
             out[model + suffix] = shown + [None] * (len(steps) - end)

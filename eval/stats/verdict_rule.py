@@ -7,13 +7,17 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from eval.stats.aggregate import ROLES, samples
 from eval.stats.intervals import SHARE, joined, score_samples
 from lab.core.data import Role
 from lab.core.types import AnyCase, RunView, Score, Scores
 
+Rule = Literal["≥", "≤", "<", "low >"]
+StepsRatio = Annotated[float, Field(strict=True, ge=1)]  # of steps
 Result = Literal["passes", "fails", "inconclusive"]
 COMPARE = {"≥": operator.ge, "≤": operator.le, "<": operator.lt, "low >": operator.gt}
 
@@ -34,7 +38,7 @@ class Check:
     side: Role
     what: str
     figure: Score
-    rule: Literal["≥", "≤", "<", "low >"]
+    rule: Rule
     threshold: float
     missing: int = 0
     alternative: str = ""
@@ -82,9 +86,16 @@ class Check:
 
     def row(self) -> dict[str, Any]:
         figure = {key: getattr(self.figure, key) for key in ("value", "low", "high", "n", "bound")}
-        row = {"side": self.side, "check": self.what, **figure, "required": self.required}
-        row |= {"result": self.result, "passed": self.passed, "sure": self.sure}
-        return row | {"note": self.figure.note or ""}
+        return {
+            "side": self.side,
+            "check": self.what,
+            **figure,
+            "required": self.required,
+            "result": self.result,
+            "passed": self.passed,
+            "sure": self.sure,
+            "note": self.figure.note or "",
+        }
 
 
 def side_result(checks: Sequence[Check], side: Role) -> Result:

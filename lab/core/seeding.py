@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def derive(seed: int, *labels: object) -> int:
@@ -17,6 +21,20 @@ def derive(seed: int, *labels: object) -> int:
 def generator(seed: int, *labels: object) -> torch.Generator:
     """Return a CPU generator for the stream ``labels`` of ``seed``; 0 is a seed like any other."""
     return torch.Generator().manual_seed(derive(seed, *labels))
+
+
+def shuffled(items: Sequence[T], seed: int, *labels: object) -> list[T]:
+    """Return ``items`` in the random order of the stream ``labels``."""
+    order = torch.randperm(len(items), generator=generator(seed, *labels))
+    return [items[i] for i in order.tolist()]
+
+
+def hold_out(items: Sequence[T], share: float) -> tuple[Sequence[T], Sequence[T]]:
+    """Split ``items`` into those to train on and the first ``share``, for tests; one each at
+    least.
+    """
+    count = min(max(round(len(items) * share), 1), len(items) - 1)
+    return items[count:], items[:count]
 
 
 @lru_cache(maxsize=64)

@@ -402,6 +402,11 @@ class RunMetric(Method):
     needs_attack: ClassVar[bool] = False
     released: ClassVar[bool] = False
 
+    def settled_tasks(self, run: RunView) -> frozenset[str]:
+        """Return the names of tasks that need no attack, as their result is known before."""
+        del run
+        return frozenset()
+
     @abstractmethod
     def __call__(self, run: RunView) -> Scores:
         """Return the metrics, curves, tables and images of the family."""

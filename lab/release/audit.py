@@ -51,6 +51,9 @@ def audit(cfg: DictConfig) -> None:
         raise UserError("path", "null", fix)
     prepared = prepare(cfg)
     parts = assemble(prepared)
+    concepts = [task for case in parts.scenario.load(parts.seeds[0]).cases for task in case.tasks]
+    listed = ", ".join(f"{concept.name} ({concept.role})" for concept in concepts)
+    print(f"concepts: {listed}" + ("" if cfg.concepts else "; concepts=FILE audits your own"))
     warnings = find_other_targets(prepared, parts)
     for warning in warnings:
         log.warning("path: %s", warning)
@@ -184,6 +187,8 @@ def summarize(
 ) -> dict[str, Any]:
     """Return the verdict of a record as ``verdict.json`` has it: docs/guides/audit_a_checkpoint.md.
 
+    The strongest attack's interval is that of ``audit_steps_worst``, as report and card have it.
+
     Args:
         unet: SHA-256 of what was attacked, as in ``export.json``.
         warnings: come first among the limits.
@@ -192,6 +197,7 @@ def summarize(
     concepts = tables["audit_verdict"]
     reached = [row for row in concepts if row["verdict"] == "fails"]
     strongest = min(reached, key=lambda row: row["steps"], default=None)
+    first = record["metrics"]["audit_steps_worst"]
     checks = [
         {"concept": row["concept"], "check": row["check"], "required": row["required"]}
         | {"measured": row["value"], "passed": row["passed"]}
@@ -205,7 +211,8 @@ def summarize(
         "steps": config["budget"]["horizon"] * config["budget"]["multiple"],
         "attacks": record["attacks"],
         "strongest_attack": strongest
-        and {key: strongest[key] for key in ("attack", "concept", "steps", "low", "high")},
+        and {key: strongest[key] for key in ("attack", "concept", "steps")}
+        | {key: first[key] for key in ("low", "high")},
         "concepts": concepts,
         "checks": checks,
         "limits": [*warnings, *(row["limit"] for row in tables["audit_limits"])],

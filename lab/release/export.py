@@ -15,7 +15,7 @@ import re
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from attacks.diffusion.export import export as write_attack_weights
 from eval.report.leaderboard import columns
 from eval.report.outcomes import outcome
-from eval.report.words import ARROWS, figure, flatten, heading, interval, support
+from eval.report.words import ARROWS, figure, flatten, heading, interval, support, typed
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError, nearest
@@ -58,7 +58,7 @@ from lab.release.verify import (
     save_delta,
     write_sums,
 )
-from lab.runner.assemble import assemble
+from lab.runner.assemble import assemble, find_targets
 from lab.runner.experiment import relative
 from lab.runner.pipeline import Pipeline
 
@@ -214,13 +214,6 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
     return Release(backbone, published, original, released, (data.credit, *data.notes))
 
 
-def _leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    pairs = node.items() if isinstance(node, dict) else enumerate(node)
-    for key, value in pairs:
-        where = f"{path}.{key}"
-        yield from _leaves(value, where) if isinstance(value, dict | list) else [(where, value)]
-
-
 def check_trusted(config: dict[str, Any], cfg: DictConfig) -> None:
     """Check that ``config``, data of a record, builds classes of this project and those that the
     user's own ``cfg`` names, and nothing else.
@@ -228,20 +221,20 @@ def check_trusted(config: dict[str, Any], cfg: DictConfig) -> None:
     Raises:
         UserError: a ``_target_`` that is neither, or a text that would be interpolated.
     """
-    own = {v for k, v in _leaves(OmegaConf.to_container(cfg), "") if k.endswith("._target_")}
-    for path, value in _leaves(config, "records"):
-        if path.endswith("._target_") and value not in own and not _is_ours(value):
+    own = find_targets(OmegaConf.to_container(cfg))
+    for target in find_targets(config):
+        if target not in own and not _is_ours(target):
             message = (
                 "is no class of this project, and a record must not run other code. If it is your "
                 "own, choose it on the command line as the run did, with its --config-dir."
             )
-            raise UserError(path, value, message)
-        if isinstance(value, str) and "${" in value:
-            raise UserError(path, value, "a record holds resolved values only.")
+            raise UserError("records._target_", target, message)
+    if "${" in json.dumps(config):
+        raise UserError("records", "${…}", "a record holds resolved values only.")
 
 
-def _is_ours(target: Any) -> bool:
-    if str(target).split(".")[0] not in PACKAGES:
+def _is_ours(target: str) -> bool:
+    if target.split(".")[0] not in PACKAGES:
         return False  # and is not imported
     try:
         return get_class(target).__module__.split(".")[0] in PACKAGES
@@ -271,8 +264,7 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
             "versions": versions(_PACKAGES),
         }
         _write_json(partial / FACTS, facts)
-        card = make_card(copied, facts, release.credits)
-        (partial / CARD).write_text(card, encoding="utf-8")
+        make_card(copied, facts, release.credits).save(partial / CARD)
         write_sums(partial)
         folder.mkdir(exist_ok=True)
         for path in sorted(partial.iterdir(), key=lambda p: p.name == SUMS):
@@ -391,8 +383,8 @@ def write_attack(record: Stored, cell: dict[str, Any], cfg: DictConfig, folder: 
 # ---- model card
 
 
-def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> str:
-    """Return the card in Markdown, with the front matter that hubs read.
+def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> ModelCard:
+    """Return the card, with the front matter that hubs read.
 
     Args:
         facts: what ``export.json`` says.
@@ -410,23 +402,25 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         base_model=path if is_hub_name else None,
         tags=["model-immunization"],
     )
-    values: dict[str, Any] = {
-        "record": record,
-        "facts": facts,
-        "attackers": find_attackers(kind),
-        "cells": [cell for cell in record["cells"] if cell["stage"] == "attack"],
-        "columns": columns(record["metrics"]),
-        "credits": list(dict.fromkeys(credits)),
-        "is_baseline": facts["model"] == BASELINE,
-        "outcome": outcome(record),
-        "arrows": ARROWS,
-        "figure": figure,
-        "heading": heading,
-        "interval": interval,
-        "settings": format_settings,
-        "support": support,
-    }
-    return str(ModelCard.from_template(data, str(_TEMPLATE), **values))
+    card: ModelCard = ModelCard.from_template(
+        data,
+        str(_TEMPLATE),
+        record=record,
+        facts=facts,
+        attackers=find_attackers(kind),
+        cells=[cell for cell in record["cells"] if cell["stage"] == "attack"],
+        columns=columns(record["metrics"]),
+        credits=list(dict.fromkeys(credits)),
+        is_baseline=facts["model"] == BASELINE,
+        outcome=outcome(record),
+        arrows=ARROWS,
+        figure=figure,
+        heading=heading,
+        interval=interval,
+        settings=format_settings,
+        support=support,
+    )
+    return card
 
 
 def format_settings(node: dict[str, Any]) -> str:
@@ -434,12 +428,8 @@ def format_settings(node: dict[str, Any]) -> str:
     benchmark needs.
     """
     plain = flatten({key: value for key, value in node.items() if key not in _SKIPPED})
-    words = {True: "true", False: "false", None: "null"}
-    return ", ".join(
-        f"`{key}={words[value] if isinstance(value, bool | None) else value}`"
-        for key, value in plain.items()
-        if not key.endswith("_target_")
-    )
+    shown = {key: value for key, value in plain.items() if not key.endswith("_target_")}
+    return ", ".join(f"`{key}={typed(value)}`" for key, value in shown.items())
 
 
 def find_attackers(kind: str) -> list[str]:

@@ -38,12 +38,9 @@ def file_hash(path: Path) -> str:
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    files = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob("*"))}
-    return {
-        name: path
-        for name, path in files.items()
-        if (path.is_symlink() or path.is_file()) and name != SUMS and not name.startswith(_FOREIGN)
-    }
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or path.is_file())
+    files = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {n: p for n, p in files.items() if n != SUMS and not n.startswith(_FOREIGN)}
 
 
 def write_sums(folder: Path) -> None:
@@ -80,9 +77,7 @@ def find_differences(folder: Path) -> list[str]:
 def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of ``after`` that differ from those of ``before``."""
     old = before.state_dict()
-    return {
-        k: v for k, v in after.state_dict().items() if not torch.equal(v.to(old[k].device), old[k])
-    }
+    return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}
 
 
 def save_delta(base: DiffusionModel, immunized: DiffusionModel, file: Path | str) -> Path:
@@ -144,31 +139,28 @@ def check(folder: Path, base: str | None = None) -> list[str]:
     """
     if not (folder / SUMS).is_file():
         raise UserError("path", folder, f"is no exported folder: there is no {SUMS} in it.")
-    step = "hashes"
-    lines = []
+    lines: list[str] = []
     try:
         if differences := find_differences(folder):
             raise ValueError("; ".join(differences))
         fingerprint = file_hash(folder / SUMS)[:16]
         lines.append(f"hashes: {len(read_sums(folder))} files; fingerprint {fingerprint}")
-        step = "record"
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         record = records.read(folder / RECORD)
         cell, line = find_cell(folder, facts, record)
         lines.append(f"record: {line}")
-        step = "layout"
         model, tensors = load_export(folder, facts)
         lines.append(f"layout: {facts['kind']}, {len(tensors)} tensors")
-        step = "weights"
         lines.append(f"weights: {check_weights(facts, cell, model, tensors)}")
-        step = "delta"
         if model is not None:
             lines.append(f"delta: {check_delta(folder, facts, record, model, tensors, base)}")
     except (*_UNFIT, UserError) as error:
+        step = STEPS[len(lines)]
         raise UserError("path", folder, f"is not what was exported: {step}: {error}.") from error
     return lines
 
 
+STEPS = ("hashes", "record", "layout", "weights", "delta")  # each gives a line
 _UNFIT = (OSError, ValueError, LookupError, RuntimeError, SafetensorError)
 
 

@@ -92,7 +92,7 @@ def _build(config: Any, key: str, scorers: dict[str, Any]) -> Part:
         obj = instantiate(config, _convert_="all", **shared)
     except InstantiationException as error:
         raise _refused(error, config, key) from error.__cause__
-    sources = {name: source_hash(name.rpartition(".")[0]) for name in _targets(plain)}
+    sources = {name: source_hash(name.rpartition(".")[0]) for name in find_targets(plain)}
     joined = next(iter(sources.values())) if len(sources) == 1 else stage_key(**sources)
     if shared:  # retrained scorers give other results
         joined = stage_key(sources=joined, scorers=shared["scorers"].fingerprint())
@@ -138,14 +138,14 @@ def _shared(config: DictConfig, built: dict[str, Any]) -> dict[str, Any]:
     return {"scorers": built[key]}
 
 
-def _targets(node: Any) -> list[str]:
+def find_targets(node: Any) -> list[str]:
     """Return the import paths of all objects that a config builds, those inside others included."""
     if isinstance(node, list):
-        return [target for value in node for target in _targets(value)]
+        return [target for value in node for target in find_targets(value)]
     if not isinstance(node, dict):
         return []
     own = [node["_target_"]] if isinstance(node.get("_target_"), str) else []
-    return own + _targets(list(node.values()))
+    return own + find_targets(list(node.values()))
 
 
 def _seeds(values: Any) -> tuple[int, ...]:

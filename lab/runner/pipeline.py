@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -289,13 +290,20 @@ class Pipeline:
                     yield self.immunize_cell(model_name, case, seed)
 
     def attack_cells(self) -> Iterator[Cell]:
-        """Yield the attacks on every case that did not diverge."""
+        """Yield the attacks on every case that did not diverge, without `settled_tasks`."""
         for seed in self.seeds:
             for case in self.cases(seed):
-                for task in case.tasks:
+                for task in (task for task in case.tasks if task.name not in self.settled_tasks):
                     for model_name in self.model_names:
                         for attack in self.attacks:
                             yield self.attack_cell(model_name, attack, case, task, seed)
+
+    @cached_property
+    def settled_tasks(self) -> frozenset[str]:
+        """Names of the tasks whose result every metric knows before any attack."""
+        metrics = [part.obj for part in self.parts.metrics.values() if part.obj.needs_attack]
+        each = [metric.settled_tasks(self) for metric in metrics]
+        return frozenset.intersection(*each) if each else frozenset()
 
     def shards(self, cell: Cell) -> int:
         """Return the shards of ``cell``; 0 for one that the cache has."""

@@ -46,6 +46,7 @@ from lab.scenarios import concept_texts
 from lab.scenarios.world_concepts import Side, Studio, case_name, empty, hashed, rest
 
 _PRESERVED = 200  # captions of keep that an eraser preserves, beside prompts of what is not erased
+_ROLES: dict[str, Role] = {"harmful": "harmful", "benign": "benign", "rehearsal": "benign"}
 _DRAWN = {
     "own": 20,
     "train": 20,
@@ -141,10 +142,6 @@ class Entry:
         prompts = tuple(dict.fromkeys(concept.prompts["name"]))
         anchors = tuple(pattern.sub(lambda _: str(self.anchor), p) for p in prompts)
         return Erasure(self.name, self.spoken, prompts, anchors, preserve)
-
-
-def _role(entry: Entry) -> Role:
-    return "harmful" if entry.role == "harmful" else "benign"
 
 
 def read_entries(values: Sequence[Any], key: str, root: Path | None = None) -> tuple[Entry, ...]:
@@ -307,7 +304,7 @@ class _Loader:
         images = [self._images(i, e) if e.path is not None else None for i, e in enumerate(entries)]
         names, count = [entry.spoken.lower() for entry in entries], options.sampling.count
         concepts = [
-            self.studio.concept(entry.name, _role(entry), _DRAWN, names, count)
+            self.studio.concept(entry.name, _ROLES[entry.role], _DRAWN, names, count)
             if own is None
             else self._concept(i, entry, own)
             for i, (entry, own) in enumerate(zip(entries, images, strict=True))
@@ -368,7 +365,7 @@ class _Loader:
         """Split the images of a concept by seed."""
         options, sizes = self.options, self.options.shares.cut(len(images))
         counts = "{} images to immunize, {} to attack, {} to compare".format(*sizes)
-        self._note(1, f"{entry.name}: {counts}.")
+        self.notes.append(f"{entry.name}: {counts}.")
         own, train, reference = self._split(images, sizes, entry.name)
         prior = empty(options.resolution)
         if entry.prior is not None:
@@ -381,7 +378,7 @@ class _Loader:
         }
         return Concept(
             entry.name,
-            _role(entry),
+            _ROLES[entry.role],
             entry.kind,
             words=entry.spoken,
             train=train,
@@ -412,7 +409,7 @@ class _Loader:
         paths = {k: v for k in limits if (v := getattr(options, k)) is not None}
         if not paths:
             reason = "scaled images of the embedded world stand in."
-            self._note(1, f"No keep and unrelated folders: {reason} {CREDIT}")
+            self.notes.append(f"No keep and unrelated folders: {reason} {CREDIT}")
             taken = {line for c in concepts for lines in c.prompts.values() for line in lines}
             keep, unrelated = self.studio.surroundings(
                 others, options.keep_pictures, options.unrelated_pictures, captions, taken

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import attrgetter
 
-import torch
-
 from lab.core.data import Erasure
 from lab.core.errors import UserError
-from lab.core.seeding import generator
+from lab.core.seeding import shuffled
 from lab.minisd.world.captions import (
     PHOTO_TEMPLATES,
     PLACE_TEMPLATES,
@@ -52,11 +50,6 @@ NEUTRAL = "a thing"
 _ATTEMPTS = 60  # images tried per wanted caption before the world counts as exhausted
 
 
-def _shuffled(items: Sequence[str], seed: int, *labels: object) -> list[str]:
-    order = torch.randperm(len(items), generator=generator(seed, "prompts", *labels)).tolist()
-    return [items[i] for i in order]
-
-
 def _weave(
     templates: Sequence[str], objects: Sequence[str], total: int, style_name: str
 ) -> tuple[str, ...]:
@@ -83,17 +76,18 @@ def style_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...]
     held-out styles have no such family, as they were shown with none.
     """
     unseen = [o for o in OBJECTS if (o, name) in HELD_OUT_PAIRS]
-    seen = _shuffled([o for o in OBJECTS if o not in unseen], seed, name)
-    prompts = {
-        "name": _weave(STYLE_TEMPLATES["name"], seen, total, name),
-        "description": _weave(STYLE_TEMPLATES["description"], seen, total, name),
-        "reworded": _weave(REWORDED_STYLE, seen, total, name),
+    seen = shuffled([o for o in OBJECTS if o not in unseen], seed, "prompts", name)
+    families = {
+        "name": (STYLE_TEMPLATES["name"], seen),
+        "description": (STYLE_TEMPLATES["description"], seen),
+        "reworded": (REWORDED_STYLE, seen),
+        "unseen_pairs": (STYLE_TEMPLATES["name"], shuffled(unseen, seed, "prompts", name)),
     }
-    if unseen:
-        prompts["unseen_pairs"] = _weave(
-            STYLE_TEMPLATES["name"], _shuffled(unseen, seed, name), total, name
-        )
-    return prompts
+    return {
+        family: _weave(templates, objects, total, name)
+        for family, (templates, objects) in families.items()
+        if objects
+    }
 
 
 def _placed(templates: Sequence[str]) -> list[str]:
@@ -111,11 +105,14 @@ def object_prompts(name: str, total: int, seed: int) -> dict[str, tuple[str, ...
     The world describes no object without its name: there is no family ``description``.
     """
     templates = {"name": PHOTO_TEMPLATES + PLACE_TEMPLATES, "reworded": REWORDED_OBJECT}
-    prompts = {}
-    for family in templates:
-        order = _shuffled(_placed(templates[family]), seed, name, family)
-        prompts[family] = tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
-    return prompts
+    orders = {
+        family: shuffled(_placed(of_family), seed, "prompts", name, family)
+        for family, of_family in templates.items()
+    }
+    return {
+        family: tuple(fill(order[i % len(order)], noun(name)) for i in range(total))
+        for family, order in orders.items()
+    }
 
 
 def caption(shown: Picture) -> str:
@@ -189,7 +186,7 @@ def regularizers(subset: Subset, seed: int, total: int, templates: str) -> tuple
         return tuple(picture.text for picture in shown)
     places = _placed(["a picture of {it} {place}"])
     lines = [fill(place, noun(o)) for o in subset.objects for place in places]
-    lines = _shuffled(lines, seed, "regularizers")
+    lines = shuffled(lines, seed, "prompts", "regularizers")
     if len(lines) < total:
         reason = f"only {len(lines)} different captions with regularizer_templates=one."
         raise UserError("scenario.regularizers", total, reason)

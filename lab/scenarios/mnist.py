@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import permutations
+from itertools import chain, permutations
 from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from lab.core.config import Text, config
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError
 from lab.core.hashing import digest
-from lab.core.seeding import generator
+from lab.core.seeding import hold_out, shuffled
 from lab.core.types import Scenario
 from lab.scenarios.tabular import TestShare
 
@@ -55,6 +56,13 @@ def digits() -> tuple[NDArray[np.uint8], Indices]:
     return x.astype(np.uint8).reshape(-1, 28, 28), y.astype(np.int64)
 
 
+def shuffled_digits(seed: int) -> list[list[int]]:
+    """Return the image numbers of every digit in seeded order."""
+    _, labels = digits()
+    each = (np.flatnonzero(labels == digit).tolist() for digit in range(_DIGITS))
+    return [shuffled(own, seed, "mnist", digit) for digit, own in enumerate(each)]
+
+
 @config
 class MnistPairs(Scenario):
     """One case per entry of ``pairs``: a benign digit, then one or several harmful digits.
@@ -91,7 +99,8 @@ class MnistPairs(Scenario):
     def load(self, seed: int) -> ScenarioData:
         images, labels = digits()
         pixels = images.reshape(len(images), -1)
-        halves = self._halves(seed, labels)
+        split = [hold_out(own, self.test_share) for own in shuffled_digits(seed)]
+        halves = list(zip(*split, strict=True))  # of training and test images, by digit
         used = sorted({d for pair in self.pairs for d in pair})
         rows = {d: [self._rows(seed, d, half) for half in halves] for d in used}
         masks = {d: pixels[np.concatenate(rows[d])].any(0) for d in used}
@@ -127,18 +136,7 @@ class MnistPairs(Scenario):
         )
         return ScenarioData(tuple(cases), notes, digest(order, *tensors), CREDIT)
 
-    def _halves(self, seed: int, labels: Indices) -> tuple[list[Indices], list[Indices]]:
-        """Return image indices per digit, training and test, in seeded order."""
-        train, test = [], []
-        for digit in range(_DIGITS):
-            own = np.flatnonzero(labels == digit)
-            order = own[torch.randperm(len(own), generator=generator(seed, "mnist", digit)).numpy()]
-            held_out = min(max(round(len(own) * self.test_share), 1), len(own) - 1)
-            test.append(order[:held_out])
-            train.append(order[held_out:])
-        return train, test
-
-    def _rows(self, seed: int, digit: int, images: list[Indices]) -> Indices:
+    def _rows(self, seed: int, digit: int, images: Sequence[Sequence[int]]) -> Indices:
         """Return the rows of the digit's task: its own images and, one against the rest, those
         dealt to it as negatives.
 
@@ -146,12 +144,11 @@ class MnistPairs(Scenario):
         that all get equally many and no image is dealt twice.
         """
         if self.protocol == "release":
-            return images[digit]
+            return np.array(images[digit])
         turns = {other: (digit - other - 1) % _DIGITS for other in range(_DIGITS) if other != digit}
         dealt = [images[other][turn :: _DIGITS - 1] for other, turn in turns.items()]
-        rows = np.concatenate([images[digit], *dealt])
-        random = generator(seed, "mnist", "order", digit, len(rows))
-        return rows[torch.randperm(len(rows), generator=random).numpy()]
+        rows = [*images[digit], *chain(*dealt)]
+        return np.array(shuffled(rows, seed, "mnist", "order", digit, len(rows)))
 
     def _split(self, digit: int, pixels: NDArray[np.uint8], labels: Indices) -> Split:
         x: Tensor = torch.from_numpy(pixels.astype(np.float64) / 255.0)

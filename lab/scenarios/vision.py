@@ -4,6 +4,8 @@ alone, and any two image folders.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -12,23 +14,22 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from pydantic import Field
-from torch import Tensor
 
 from lab.core.config import Text, config
 from lab.core.data import Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error
 from lab.core.images import SUFFIXES, read_image, stack
-from lab.core.seeding import generator
+from lab.core.seeding import generator, hold_out, shuffled
 from lab.core.training import progress
 from lab.core.types import Scenario
 from lab.minisd.world.openmoji import CREDIT, Emoji, catalog, rasterise
 from lab.models.vision import ImageSize
 from lab.scenarios.mnist import CREDIT as MNIST_CREDIT
-from lab.scenarios.mnist import digits
+from lab.scenarios.mnist import digits, shuffled_digits
 from lab.scenarios.tabular import TestShare, pair_of_tasks
 
 _HELD_OUT = 0.2  # share of each group's emoji that only test rows show
-Files = dict[str, list[Path]]
+Files = Mapping[str, Sequence[Path]]
 
 
 def classes(folder: Path, key: str) -> Files:
@@ -87,12 +88,12 @@ class ImageFolders(Scenario):
             raise UserError("scenario.harmful_name", self.harmful_name, fix)
 
     def load(self, seed: int) -> ScenarioData:
-        notes: list[str] = []
-        benign = self._task("benign", self.benign_name, self.benign_path, seed, notes)
-        harmful = self._task("harmful", self.harmful_name, self.harmful_path, seed, notes)
-        return pair_of_tasks(self.name, benign, harmful, tuple(notes))
+        benign, first = self._task("benign", self.benign_name, self.benign_path, seed)
+        harmful, second = self._task("harmful", self.harmful_name, self.harmful_path, seed)
+        return pair_of_tasks(self.name, benign, harmful, (first, second))
 
-    def _task(self, role: Role, name: str, path: str, seed: int, notes: list[str]) -> Task:
+    def _task(self, role: Role, name: str, path: str, seed: int) -> tuple[Task, str]:
+        """Return the task and a note on its images."""
         key = f"scenario.{role}_path"
         train, test = self._halves(Path(path).expanduser(), key, seed)
         labels = {label: index for index, label in enumerate(sorted(train))}
@@ -104,10 +105,9 @@ class ImageFolders(Scenario):
             )
         ]
         total, read = sum(map(len, [*train.values(), *test.values()])), sum(map(len, splits))
-        notes.append(
-            f"The {role} task {name} has {len(labels)} classes; {read} of {total} images were read."
-        )
-        return Task(name, role, "classification", splits[0], splits[1], len(labels))
+        note = f"{len(labels)} classes; {read} of {total} images were read."
+        task = Task(name, role, "classification", splits[0], splits[1], len(labels))
+        return task, f"The {role} task {name} has {note}"
 
     def _halves(self, folder: Path, key: str, seed: int) -> tuple[Files, Files]:
         held_out = next((folder / n for n in ("val", "test") if (folder / n).is_dir()), None)
@@ -116,16 +116,16 @@ class ImageFolders(Scenario):
             if surplus := sorted(set(test) - set(train)):
                 fix = f"has the class {surplus[0]}, which {folder / 'train'} lacks."
                 raise UserError(key, held_out, fix)
-            return {k: _shuffled(v, seed, key, k) for k, v in train.items()}, test
-        train, test = {}, {}
-        for label, unordered in classes(folder, key).items():
-            files = _shuffled(unordered, seed, key, label)
+            return {k: shuffled(v, seed, "files", key, k) for k, v in train.items()}, test
+        halves = {}
+        for label, files in classes(folder, key).items():
             if len(files) < 2:
                 fix = f"has a single image in the class {label}; training and test need one each."
                 raise UserError(key, folder, fix)
-            count = min(max(round(len(files) * self.test_share), 1), len(files) - 1)
-            test[label], train[label] = files[:count], files[count:]
-        return train, test
+            halves[label] = hold_out(shuffled(files, seed, "files", key, label), self.test_share)
+        return {k: train for k, (train, _) in halves.items()}, {
+            k: test for k, (_, test) in halves.items()
+        }
 
     def _read(
         self, files: Files, labels: dict[str, int], limit: int, seed: int, half: str, key: str
@@ -135,14 +135,9 @@ class ImageFolders(Scenario):
         """
         turns = [(n, labels[c], path) for c in files for n, path in enumerate(files[c])]
         chosen = sorted(turns, key=lambda t: t[:2])[:limit]
+        chosen = shuffled(chosen, seed, self.name, half, "order")
         pixels = [read_image(t[2], self.size, key) for t in progress(chosen, f"reading {half}")]
-        order = torch.randperm(len(chosen), generator=generator(seed, self.name, half, "order"))
-        return Split(stack(pixels)[order], torch.tensor([t[1] for t in chosen])[order])
-
-
-def _shuffled(files: list[Path], seed: int, *labels: object) -> list[Path]:
-    order = torch.randperm(len(files), generator=generator(seed, "files", *labels))
-    return [files[i] for i in order.tolist()]
+        return Split(stack(pixels), torch.tensor([t[1] for t in chosen]))
 
 
 @config
@@ -187,49 +182,39 @@ class OpenmojiMnist(Scenario):
         )
         return pair_of_tasks(self.name, benign, harmful, notes, MNIST_CREDIT)
 
-    def _objects(self, pool: list[list[Emoji]], rows: int, seed: int, half: int) -> Split:
-        """Return rows of D_P, classes in turn, the emoji of a class in turn."""
+    def _objects(self, pool: Sequence[Sequence[Emoji]], rows: int, seed: int, half: int) -> Split:
+        """Return rows of D_P in seeded order; they have classes in turn, the emoji of a class in
+        turn.
+        """
         drawn, labels = [], []
-        for row in progress(range(rows), "drawing OpenMoji"):
-            label = row % len(pool)
-            emoji = pool[label][row // len(pool) % len(pool[label])]
+        order = shuffled(range(rows), seed, "openmoji", half, "order")
+        for row in progress(order, "drawing OpenMoji"):
+            turn, label = divmod(row, len(pool))
+            emoji = pool[label][turn % len(pool[label])]
             drawn.append(draw(emoji, self.size, generator(seed, "openmoji", half, row)))
             labels.append(label)
-        order = torch.randperm(rows, generator=generator(seed, "openmoji", half, "order"))
-        return Split(stack(drawn)[order], torch.tensor(labels)[order])
+        return Split(stack(drawn), torch.tensor(labels))
 
-    def _digits(self, seed: int) -> tuple[Split, Split]:
-        _, labels = digits()
-        turn: list[Tensor] = []
-        for label in range(10):
-            own = torch.from_numpy(np.flatnonzero(labels == label))
-            turn.append(own[torch.randperm(len(own), generator=generator(seed, "mnist", label))])
-        order = torch.stack(turn, 1).flatten()  # classes in turn
-        rows = self.train_rows
-        train = self._enlarged(order[:rows], seed, 0)
-        return train, self._enlarged(order[rows : rows + self.test_rows], seed, 1)
+    def _digits(self, seed: int) -> list[Split]:
+        order = list(chain(*zip(*shuffled_digits(seed), strict=True)))  # classes in turn
+        parts = (order[: self.train_rows], order[self.train_rows :][: self.test_rows])
+        return [self._enlarged(part, seed, half) for half, part in enumerate(parts)]
 
-    def _enlarged(self, rows: Tensor, seed: int, half: int) -> Split:
+    def _enlarged(self, rows: Sequence[int], seed: int, half: int) -> Split:
         """Return digits at ``size`` over three channels, in seeded order."""
         pixels, labels = digits()
-        random = generator(seed, "mnist", half, "order")
-        index = rows[torch.randperm(len(rows), generator=random)].numpy()
+        index = shuffled(rows, seed, "mnist", half, "order")
         small = torch.from_numpy(pixels[index]).float()[:, None]
         large = torch.nn.functional.interpolate(small, size=(self.size,) * 2, mode="bilinear")
         x = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous()
         return Split(x, torch.from_numpy(labels[index]))
 
 
-def _pools(groups: list[str], seed: int) -> tuple[list[list[Emoji]], list[list[Emoji]]]:
+def _pools(groups: list[str], seed: int) -> list[tuple[Sequence[Emoji], ...]]:
     """Return the emoji of each group in seeded order, for training and for test rows."""
-    train, test = [], []
-    for group in groups:
-        own = [emoji for emoji in catalog() if emoji.group == group]
-        order = torch.randperm(len(own), generator=generator(seed, "openmoji", group)).tolist()
-        held_out = max(round(len(own) * _HELD_OUT), 1)
-        test.append([own[i] for i in order[:held_out]])
-        train.append([own[i] for i in order[held_out:]])
-    return train, test
+    each = ([emoji for emoji in catalog() if emoji.group == group] for group in groups)
+    order = [shuffled(own, seed, "openmoji", own[0].group) for own in each]
+    return list(zip(*(hold_out(own, _HELD_OUT) for own in order), strict=True))
 
 
 def draw(emoji: Emoji, size: int, random: torch.Generator) -> NDArray[np.uint8]:

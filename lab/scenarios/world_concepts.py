@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Annotated, ClassVar, Literal
 
 import numpy as np
@@ -290,11 +291,10 @@ class WorldConcepts(Scenario, ABC):
             self.regularizers,
             self.regularizer_templates,
         )
-        taken: set[str] = set()
-        for concept in (*targets, *others, *rehearsal):
-            for images in (concept.own, concept.train, concept.reference, concept.prior):
-                taken.update(images.prompts)
-            taken.update(*concept.prompts.values())
+        every = (*targets, *others, *rehearsal)
+        images = [part for c in every for part in (c.own, c.train, c.reference, c.prior)]
+        families = [lines for concept in every for lines in concept.prompts.values()]
+        taken = set(chain(*families, *(part.prompts for part in images)))
         keep, unrelated = studio.surroundings(left, self.keep, self.unrelated, captions, taken)
         return ConceptCase(
             case_name(roles.targets),

@@ -12,7 +12,6 @@ from torch import nn
 from lab.core.hashing import digest
 from lab.core.sources import source_hash
 from lab.scorers.clip import SHIPPED, OpenClip
-from lab.scorers.detector import Detector, NudeNet
 from lab.scorers.features import FeatureScorer, Lpips
 
 
@@ -23,7 +22,8 @@ class Scorers:
 
     Args:
         name: of the set, for records.
-        clip, features, detector, lpips: None means that there is no such scorer.
+        clip, features, lpips: None means that there is no such scorer.
+        detector: of concepts, `lab.scorers.detector`; None: there is none.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Scorers:
         name: str,
         clip: OpenClip,
         features: FeatureScorer,
-        detector: Detector | NudeNet | None = None,
+        detector: Any = None,
         lpips: Lpips | None = None,
     ) -> None:
         self.name, self.clip, self.features = name, clip, features

@@ -94,7 +94,7 @@ def read(
         fix = "must be a multiple of 8, as latents are 8 (or 4) times smaller"
         raise UserError("resolution", size, fix)
     if not folder.is_dir():
-        raise UserError(key, folder, "no such folder; give a folder with images and a metadata.csv")
+        raise UserError(key, folder, "this folder does not exist; set the key to one with images")
     rows = _rows(folder, key)
     for column, value in (select or {}).items():
         values = {row.get(column, "") for row in rows} - {""}

@@ -95,14 +95,9 @@ def test_other_definitions_carry_a_suffix_and_no_bound() -> None:
 
 
 def test_history_becomes_curves() -> None:
-    logs = {
-        "step": [0, 10],
-        "kappa_harmful": [100.0, 200.0],
-        "kappa_benign": [10.0, 5.0],
-        "loss": [1.0, 0.5],
-    }
-    scores = Conditioning()(fake(logs=logs))
-    assert scores.curves["rir"]["immunized"] == pytest.approx([1, 4])
+    logs = {"step": [0, 10], "kappa_harmful": [9.0, 8.0], "kappa_benign": [7.0, 6.0]}
+    scores = Conditioning()(fake(logs={**logs, "rir": [1.0, 4.0], "loss": [1.0, 0.5]}))
+    assert scores.curves["rir"]["immunized"] == [1, 4]
     assert scores.curves["rir"]["step"] == [0, 10]
 
 

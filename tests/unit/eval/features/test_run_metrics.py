@@ -17,30 +17,17 @@ from lab.core.types import BASELINE, IMMUNIZED, Scores
 ROOT = Path(__file__).resolve().parents[4]
 
 
-def test_data_are_loaded_once_per_seed_and_trajectories_once() -> None:
-    """Scenario data of all seeds may not fit in memory: no metric may jump back and forth between
-    seeds.
-    """
-
-    class Counting(FakeRun):
-        loads: list[int] = []
-        reads: list[tuple] = []
-
-        def cases(self, seed: int):
-            self.loads.append(seed)
-            return super().cases(seed)
-
-        def trajectory(self, model_name, attack, case, task, seed):
-            self.reads.append((model_name, attack, case.name, task.name, seed))
-            return super().trajectory(model_name, attack, case, task, seed)
-
+def test_every_trajectory_is_read_once() -> None:
     models = {BASELINE: linear(EYE), IMMUNIZED: linear(EYE)}
     for metric in (Conditioning(), Geometry(), Convergence(), ProbeAccuracy(), Verdict()):
-        run = Counting(classes(), models, rates(0.9, 0.8))
-        run.loads, run.reads = [], []
-        metric(run)
-        assert run.loads == [0, 1, 2]
-        assert len(run.reads) == len(set(run.reads)) == (12 if metric.needs_attack else 0)
+        reads: list[tuple] = []
+
+        def read(*labels, reads=reads):
+            reads.append(labels)
+            return rates(0.9, 0.8)(*labels)
+
+        metric(FakeRun(classes(), models, read))
+        assert len(reads) == len(set(reads)) == (12 if metric.needs_attack else 0)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fake_generations import (
     Detector,
     FakeRun,
     FakeScorers,
+    Painter,
     case,
     colours,
     concept,
@@ -58,7 +59,8 @@ def test_the_soonest_attack_counts():
     assert by["mosaic", "full"]["status"] == "learned"
     assert by["mosaic", "full"]["steps"] == pytest.approx(AT)
     assert by["mosaic", "lora"]["steps"] == pytest.approx(40)
-    assert by["mosaic", "full"]["low"] <= AT <= by["mosaic", "full"]["high"]
+    mosaic = scores.tables["audit_verdict"][0]
+    assert mosaic["low"] <= AT <= mosaic["high"]
     assert (by["neon", "lora"]["status"], by["neon", "lora"]["steps"]) == ("not learned", 80)
     assert scores.metrics["audit_steps_worst"].value == pytest.approx(AT)
     verdicts = {row["concept"]: row["verdict"] for row in scores.tables["audit_verdict"]}
@@ -114,6 +116,20 @@ def test_the_concept_that_falls_first_is_named_by_its_mean_over_seeds_not_by_its
     scores = audited(FakeRun(make, seeds=(0, 1, 2), attacks=("lora",), model_names=(BASELINE,)))
     worst = scores.metrics["audit_steps_worst"]
     assert (worst.value, worst.interval) == (pytest.approx(AT), "across_seeds")
+
+
+@pytest.mark.parametrize(
+    ("known", "attacked", "reason"),
+    [("mosaic", {"neon", "sketch"}, "fails for 1 of 2 "), ("o", set(), "inconclusive for 2 of 2 ")],
+)
+def test_a_concept_that_is_shown_before_is_not_attacked(known, attacked, reason):
+    painter = Painter(lambda prompt, number: (0, 0, 255 if known in prompt else 0))
+    scores = audited(replace(run(), models={BASELINE: painter}), threshold=0.5)
+    assert {row["concept"] for row in scores.tables["audit"]} == attacked
+    assert scores.metrics["verdict"].note.startswith(reason)
+    mosaic = scores.tables["audit_verdict"][0]
+    assert (mosaic["verdict"], mosaic["steps"]) == ("inconclusive", None)
+    assert mosaic["reason"].startswith("shown before the attack: ")
 
 
 def test_a_threshold_moves_the_step():

@@ -115,7 +115,7 @@ def test_the_interval_of_the_worst_concept_covers_though_it_was_picked_after_loo
     for _ in range(40):
         concepts = [[Unit(0, rng.normal(size=(40, 1)), columns)] for _ in range(8)]
         picked = score_units(min(concepts, key=lambda units: units[0].value[0]), "higher")
-        corrected = score_worst(picked, concepts, "lowest")
+        corrected = score_worst(picked, concepts, "harmful")
         assert corrected.low <= picked.low <= corrected.value <= corrected.high
         held["picked"] += picked.low <= 0 <= picked.high
         held["corrected"] += corrected.low <= 0 <= corrected.high

@@ -170,7 +170,7 @@ def test_empty_missing_and_wrong_resolution(tmp_path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image"):
         read(tmp_path / "empty", 8)
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="does not exist"):
         read(tmp_path / "nowhere", 8)
     with pytest.raises(UserError, match="multiple of 8"):
         read(tmp_path / "empty", 60)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from scenario_configs import CONF, config, hashes
+from scenario_configs import config, hashes
 
 import run  # noqa: F401 - registers a resolver of the config
 from immunize.mima.method import Mima
@@ -17,7 +17,6 @@ from lab.minisd.world import folders
 from lab.scenarios.concept_folders import ConceptFolders, Shares
 
 SAMPLING = {"count": 3, "steps": 2, "guidance": 2.0}  # else of the checkpoint
-PAPER = ("relearn_art", "relearn_object", "personalize")
 
 
 def noise(count: int, seed: int, side: int = 24):
@@ -138,13 +137,6 @@ def test_copies_are_used_once_and_a_folder_without_metadata_works(root) -> None:
     assert set(twice.train.prompts) == {"a photo of twice"}
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_too_few_images(root, count) -> None:
-    folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
-    with pytest.raises(UserError, match=r"concepts\[3\].path.*holds 1|holds 2"):
-        folder_scenario(root, [*listed(), entry("few", "harmful")]).load(0)
-
-
 @pytest.mark.parametrize("count", [3, 4])
 def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) -> None:
     folders.write(root / "few", noise(count, 40), [{"text": "x"}] * count)
@@ -153,17 +145,6 @@ def test_four_images_are_enough_for_an_immunizer_and_three_are_not(root, count) 
         return Mima().check((case,))
     with pytest.raises(UserError, match="concept few has 1 image"):
         Mima().check((case,))
-
-
-@pytest.mark.parametrize("pool", ["keep", "unrelated"])
-@pytest.mark.parametrize("caption", ["a \x07 tree", "a tree\nand a house", "a \u202e tree"])
-def test_captions_of_the_surroundings_are_prompts_too(root, pool, caption) -> None:
-    rows = [{"text": text} for text in ("a tree", caption, "a house", "a hill")]
-    folders.write(root / "odd", noise(4, 60), rows)
-    with pytest.raises(UserError, match=rf"scenario\.{pool}.*control character"):
-        folder_scenario(root, listed(), **{"keep": "rest", "unrelated": "rest", pool: "odd"}).load(
-            0
-        )
 
 
 def test_shared_images(root) -> None:
@@ -181,6 +162,7 @@ BAD_ENTRIES = [
     ({"name": "../rex"}, r"concepts\[0\].name"),
     ({"erase": True, "anchor": "not Rex"}, "another meaning"),
     ({"role": "benign"}, "no role: harmful"),
+    ({"prompts": ["rex \u202e"]}, "control character"),
 ]
 
 
@@ -217,19 +199,3 @@ def test_every_part_gets_an_image(total, shares) -> None:
     assert sum(sizes) == total
     assert min(sizes) >= 1
     assert sizes[0] >= (2 if total > 3 else 1)  # an immunizer needs two
-
-
-@pytest.mark.parametrize("name", PAPER)
-def test_paper_presets_hold_the_published_settings(name, tmp_path) -> None:
-    preset = OmegaConf.load(CONF / "experiment" / "paper" / f"{name}.yaml")
-    (tmp_path / "captions.txt").write_text("a quiet street\n")
-    scenario = instantiate(
-        OmegaConf.merge(
-            config("folder"), preset.scenario, {"root": str(tmp_path), "sampling": SAMPLING}
-        ),
-        _convert_="all",
-    )
-    assert scenario.lines == ("a quiet street",)
-    assert (scenario.resolution, scenario.regularizers, scenario.keep_pictures) == (512, 200, 200)
-    assert preset.immunize.inner_loop.lr == 5e-6
-    assert preset.immunize.lr == (2e-5 if name == "personalize" else 3e-5)

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from scenario_configs import config, hashes
 
-from lab.core.data import ConceptCase, Sampling
+from lab.core.data import ConceptCase
 from lab.core.errors import UserError
 from lab.minisd.world.captions import TEMPLATES, fill, noun
 from lab.minisd.world.scenes import BACKGROUNDS
@@ -205,12 +205,3 @@ GIVEN = {"name": "x", "test": CASES, "validation": [{"targets": ["sunset"], "oth
 def test_cases_that_cannot_work_are_explained(options, message) -> None:
     with pytest.raises(UserError, match=message):
         Relearn(**GIVEN | options)
-
-
-def test_resolution_scales_and_sampling_passes_through() -> None:
-    found = built(
-        "personalize", **SMALL | {"keep": 2}, resolution=128, sampling={"steps": 5, "count": 4}
-    ).load(0)
-    (case,) = found.cases
-    assert case.targets[0].own.images.shape == (3, 3, 128, 128)
-    assert case.sampling == Sampling(steps=5, guidance=4.0, count=4)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -163,18 +162,3 @@ def test_bad_input_names_the_key(tmp_path: Path, key: str, options: dict) -> Non
     with pytest.raises(UserError) as refused:
         scenario(path, **options).load(0)
     assert refused.value.key == f"scenario.{key}"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda f: f.assign(area=3.0), "benign_target=area: .* numbers that differ"),
-        (lambda f: f.head(0), "at least five rows"),
-        (lambda f: f[["area"]], "share no feature"),
-        (lambda f: f.assign(a=1, b=1, total=1, colour="x"), "rank 0"),
-    ],
-)
-def test_tables_that_cannot_work(tmp_path: Path, change: Any, message: str) -> None:
-    path = folder(tmp_path, change(table()), table())
-    with pytest.raises(UserError, match=message):
-        scenario(path).load(0)

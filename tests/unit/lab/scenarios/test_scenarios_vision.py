@@ -27,11 +27,7 @@ def test_openmoji_mnist_shapes_and_balance() -> None:
             counts = torch.bincount(split.y, minlength=classes)
             assert counts.max() - counts.min() <= 1
         assert task.classes == classes
-
-
-def test_openmoji_mnist_repeats_and_depends_on_the_seed() -> None:
-    one, two, other = (OpenmojiMnist(**SMALL).load(seed) for seed in (0, 0, 1))
-    assert one.data_hash == two.data_hash != other.data_hash
+    assert data.data_hash == scenario.load(0).data_hash != scenario.load(1).data_hash
 
 
 def test_train_and_test_share_no_emoji_and_no_digit() -> None:
@@ -88,12 +84,10 @@ def test_folders_with_their_own_split_and_a_limit(tmp_path: Path) -> None:
 def test_unreadable_and_huge_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = fill(tmp_path / "a"), fill(tmp_path / "b")
     broken = a / "class0" / "3.png"
-    content = broken.read_bytes()
-    for bad in (b"no image", content[: len(content) // 2], b""):
-        broken.write_bytes(bad)
-        with pytest.raises(UserError, match=r"scenario\.benign_path=.*3\.png: cannot be read"):
-            folders(a, b).load(0)
-    broken.write_bytes(content)
+    broken.write_bytes(broken.read_bytes()[:40])
+    with pytest.raises(UserError, match=r"scenario\.benign_path=.*3\.png: cannot be read"):
+        folders(a, b).load(0)
+    broken.unlink()
     monkeypatch.setattr(images, "MAX_PIXELS", 1000)
     with pytest.raises(UserError, match="more than 1,000 pixels"):
         folders(a, b).load(0)
