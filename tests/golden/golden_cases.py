@@ -12,12 +12,13 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -38,7 +39,11 @@ from tiny_diffusion import tiny_case, tiny_diffusion  # noqa: E402
 
 import run as entry  # noqa: E402
 from lab.core.data import Case, Erasure  # noqa: E402
+from lab.core.hashing import digest  # noqa: E402
 from lab.core.types import BASELINE, IMMUNIZED, Budget  # noqa: E402
+from lab.minisd.world import openmoji, scenes, world  # noqa: E402
+from lab.minisd.world.dice import Dice  # noqa: E402
+from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLES, style  # noqa: E402
 from lab.models.linear import LinearBackbone  # noqa: E402
 
 # ---- tables to change when something gets another name
@@ -324,6 +329,19 @@ def _pictures_run(one_model: bool) -> Any:
     )
 
 
+def painted(style_name: str) -> dict[str, str]:
+    """Return digests of what an artist makes of one scene and of finished images of the style.
+
+    MiniSD's weights were trained on these pixels. A sum in another order changes the last bits of
+    the scene and, after rounding, a pixel in dozens of images.
+    """
+    fox = np.asarray(openmoji.rasterise(openmoji.find("fox face").hexcode, 64), np.float32) / 255
+    images = world.sample(world.Subset(OBJECTS, (style_name,)), SEED, 8).images
+    paint = scenes._light if style_name == PHOTO else style(style_name).paint
+    scene = paint(fox[..., :3], fox[..., 3], Dice(SEED, "scene"))
+    return {"scene": digest(torch.from_numpy(scene)), "images": digest(images)}
+
+
 def study(name: str) -> dict[str, Any]:
     """Run the real program for one seed; return its metrics and the committed ones of that seed."""
     committed = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
@@ -355,32 +373,24 @@ def _run_program(words: list[str], folder: Path) -> dict[str, Any]:
 # ---- all of them, by key
 
 
-@dataclass(frozen=True)
-class Computation:
-    """What a key of `values.json` stands for."""
-
-    compute: Callable[[], dict[str, Any]]
-
-
 @cache
-def computations() -> dict[str, Computation]:
+def computations() -> dict[str, Callable[[], dict[str, Any]]]:
     """Return every computation by its key."""
-    found: dict[str, Computation] = {}
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        f"world/{name}": partial(painted, name) for name in (PHOTO, *(s.name for s in STYLES))
+    }
     for group in ("immunize", "erase", "attacks"):
         for name in presets(group):
             if f"{group}/{name}" in LEFT_OUT:
                 continue
             for kind in kinds(group, name):
-                if group == "attacks":
-                    made = Computation(lambda n=name, k=kind: attacked(n, k))
-                else:
-                    made = Computation(lambda g=group, n=name, k=kind: immunized(g, n, k))
-                found[f"{group}/{name}/{kind}"] = made
+                compute = attacked if group == "attacks" else partial(immunized, group)
+                found[f"{group}/{name}/{kind}"] = partial(compute, name, kind)
     for name in presets("eval"):
-        found[f"eval/{name}"] = Computation(lambda n=name: evaluated(n))
+        found[f"eval/{name}"] = partial(evaluated, name)
         metric = build("eval", name)
         if "deep" in metric.accepts and not metric.needs_attack:
-            found[f"eval/{name}/deep"] = Computation(lambda n=name: evaluated(n, "deep"))
+            found[f"eval/{name}/deep"] = partial(evaluated, name, "deep")
     return found
 
 

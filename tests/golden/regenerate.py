@@ -41,7 +41,7 @@ def main(words: list[str]) -> None:
             print(f"{key}: no such preset any more; taken out")
             del values[key]
             continue
-        old, new = values.get(key), made[key].compute()
+        old, new = values.get(key), made[key]()
         same = old == new
         print(f"{key}: {'unchanged' if same else 'new'}")
         if not same and old is not None:

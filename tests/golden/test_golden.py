@@ -15,7 +15,7 @@ from lab.core.migration import current_name
 def test_the_value_is_the_stored_one(key: str) -> None:
     assert key in cases.stored(), f"no stored value: python tests/golden/regenerate.py {key}"
     assert key in cases.computations(), "stored, but no preset of this name and kind is in conf/"
-    new = cases.computations()[key].compute()
+    new = cases.computations()[key]()
     told = cases.differences(key, cases.stored()[key], new)
     assert not told, "\n".join(told)
 
