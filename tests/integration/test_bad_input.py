@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from entry_point import call_entry
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from presets import composed
 from tiny import linear_case, linear_classes
 
 from lab.cli.errors import report_error
@@ -17,9 +16,7 @@ from lab.runner.assemble import assemble, check_cases
 
 
 def parts(*overrides):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return assemble(compose("config", overrides=["experiment=house_price", *overrides]))
+    return assemble(composed("experiment=house_price", *overrides))
 
 
 # ── what a user types

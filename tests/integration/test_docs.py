@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from doc_blocks import PAGES, ROOT, blocks
 from entry_point import call_entry
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from presets import composed
 
 from lab.scenarios.concept_folders import ConceptFolders
 
@@ -144,8 +144,7 @@ def check_composes(arguments):
             chosen.append(f"{override.get_key_element()}={first}")
         else:
             chosen.append(override.input_line)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=chosen)
+    cfg = composed(*chosen)
     if concepts := cfg.scenario.get("concepts"):
         # composing alone does not see a list without a needed role
         ConceptFolders(concepts=OmegaConf.to_container(concepts))
