@@ -11,7 +11,6 @@ Exits with code 1 if a check fails.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -40,7 +39,7 @@ def check(path: Path, out: str) -> dict[str, bool]:
         "status ok": record["status"] == "ok",
         "verdict has a value": record["metrics"]["verdict"]["value"] in (0, 1),
         "verdict in words": headline in " ".join(out.split()),
-        "last line names the record": Path(out.rpartition("record: ")[2].strip()).name == path.name,
+        "last line names the record": str(path).endswith(out.split()[-1]),
         "report.html beside the record": (path.parent / "report.html").is_file(),
         f"msgr_clip.low > 0 ({protection['low']})": (protection["low"] or 0) > 0,
         "its interval is within_seed": protection["interval"] == "within_seed",

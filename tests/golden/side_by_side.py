@@ -13,7 +13,6 @@ study fails.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -28,9 +27,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from lab.core.hashing import digest
 from lab.core.migration import current_name, migrate
 
 # what debug=wiring was at fc147ca; today it has limits of its own
@@ -75,7 +76,7 @@ class Result(NamedTuple):
     hashes: Counter[str]  # of weights, from the record
     weights: Counter[str]  # content of the tensors of the stage `immunize`
     tensors: Counter[str]  # content of the tensors of every stage
-    values: Counter[str]  # numbers and lists of numbers of every stage
+    values: Counter[str]  # numbers of every stage
     seconds: float
 
 
@@ -117,17 +118,18 @@ def collect(record: dict[str, Any], outputs: Path, seconds: float) -> Result:
         for cell in record["cells"]
         if cell.get("weights")
     )
-    weights: Counter[str] = Counter()
-    tensors: Counter[str] = Counter()
-    values: Counter[str] = Counter()
-    for path in sorted(outputs.rglob("*.safetensors")):
-        content = tensor_hashes(path)
-        tensors.update(content)
+    tensors: dict[str, Counter[str]] = {"immunize": Counter(), "all": Counter()}
+    for path in outputs.rglob("*.safetensors"):
+        content = [digest(tensor) for tensor in load_file(path).values()]
+        tensors["all"].update(content)
         if "immunize" in path.relative_to(outputs).parts:
-            weights.update(content)
-    for path in sorted(outputs.rglob("values.json")):
-        values.update(leaves(json.loads(path.read_text(encoding="utf-8"))))
-    return Result(figures, hashes, weights, tensors, values, seconds)
+            tensors["immunize"].update(content)
+    values = Counter(
+        str(value)
+        for path in outputs.rglob("values.json")
+        for _, value in numbers("", json.loads(path.read_text(encoding="utf-8")))
+    )
+    return Result(figures, hashes, tensors["immunize"], tensors["all"], values, seconds)
 
 
 def numbers(path: str, node: Any) -> Iterator[tuple[str, float | None]]:
@@ -151,35 +153,6 @@ def numbers(path: str, node: Any) -> Iterator[tuple[str, float | None]]:
         node is None or isinstance(node, bool | int | float)
     ):
         yield path, node
-
-
-def tensor_hashes(path: Path) -> list[str]:
-    """Hash dtype, shape and bytes of every tensor of a file, without its name."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    hashes = []
-    for name, entry in json.loads(data[8:start]).items():
-        if name != "__metadata__":
-            first, end = entry["data_offsets"]
-            total = hashlib.sha256(f"{entry['dtype']} {entry['shape']} ".encode())
-            total.update(data[start + first : start + end])
-            hashes.append(total.hexdigest())
-    return hashes
-
-
-def leaves(node: Any) -> Iterator[str]:
-    """Yield every number and every list of numbers below a node, as text, without its name."""
-    if isinstance(node, dict):
-        node = list(node.values())
-    elif _is_number(node) or (isinstance(node, list) and all(map(_is_number, node))):
-        yield json.dumps(node)
-        return
-    for value in node if isinstance(node, list) else ():
-        yield from leaves(value)
-
-
-def _is_number(node: Any) -> bool:
-    return isinstance(node, int | float) and not isinstance(node, bool)
 
 
 # ---- comparing

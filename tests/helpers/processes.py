@@ -22,12 +22,14 @@ FAST = [
 
 def start(folder, *arguments, env=None):
     """A run whose working directory is ``folder``, in a session of its own so that `kill` reaches
-    its children.
+    its children. It can import helpers of the tests and what lies in ``folder``.
     """
+    places = [str(ROOT), str(ROOT / "tests/helpers"), str(folder)]
+    paths = {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=folder,
-        env={**(env or os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**(env or os.environ), **paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
