@@ -1,7 +1,6 @@
 """What the tests of the concept immunizers share: presets at tiny sizes, one model, one case."""
 
 import dataclasses
-import json
 from contextlib import contextmanager
 from functools import cache
 
@@ -77,20 +76,3 @@ def moved(after, before):
 
 def with_targets(some):
     return dataclasses.replace(case(), targets=tuple(some))
-
-
-class Snapshots:
-    """A checkpoint that keeps every state; ``at`` gives one that starts from the i-th."""
-
-    def __init__(self, start=None):
-        self.start, self.states = start, []
-
-    def load(self):
-        return self.start
-
-    def save(self, tensors, values):
-        kept = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.states.append((kept, json.loads(json.dumps(values))))
-
-    def at(self, i):
-        return Snapshots(self.states[i])

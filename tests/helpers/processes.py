@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = {"WANDB_API_KEY": "5ec2e7" * 6 + "c0de", "HF_TOKEN": "hf_" + "S3cretHubT0ken" * 2}
 FAST = [
@@ -51,15 +53,14 @@ def kill(process):
     process.communicate()
 
 
-def until(ready, told, seconds=300):
+def until(ready, message, seconds=300):
     """Wait for ``ready()`` to be true, at most ``seconds``; returns what it returned."""
     deadline = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < deadline, (
-            f"{told() if callable(told) else told}: not within {seconds} s"
-        )
+    while not (result := ready()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{message() if callable(message) else message}: not in {seconds} s")
         time.sleep(0.1)
-    return found
+    return result
 
 
 def found_records(folder):
