@@ -7,14 +7,11 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
-from eval.report.outcomes import TONES, check_word
+from eval.report.outcomes import TONES, check_word, outcome
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
     curve_blocks,
@@ -27,9 +24,12 @@ from eval.report.words import (
     UNMEASURED,
     Metric,
     Record,
+    bound,
     capitalized,
     counted,
+    figure,
     heading,
+    interval,
     measured,
 )
 from lab.core.hashing import write_atomically
@@ -68,20 +68,20 @@ def render(records: Sequence[Record], out: Path) -> Path:
     """
     if not records:
         raise ValueError("a report needs at least one record")
-    groups = sections(leaderboard(records)).values()
-    room = IMAGE_BYTES // len(groups)
-    scenes: dict[tuple[str, str], list[list[Row]]] = {}
-    for rows in groups:
-        record = rows[0].record
-        scenes.setdefault((record["scenario"], record["backbone"]), []).append(rows)
+    groups = sections(leaderboard(records))
+    scenes: dict[tuple[str, str], list[str]] = {}  # (scenario, backbone) → titles of its groups
+    for title, rows in groups.items():
+        scenes.setdefault((rows[0]["scenario"], rows[0]["backbone"]), []).append(title)
     blocks: list[Block] = []
-    for scene in scenes.values():
-        largest, *others = sorted(scene, key=len, reverse=True)
-        title = {"heading": largest[0].title, "tooltip": largest[0].trial, "level": 2}
-        blocks += [title, *group_blocks(largest, out.parent, room)]
-        for rows in others:
-            parts = group_blocks(rows, out.parent, room)
-            blocks += collapsed(f"{rows[0].title}: {parts[0]['outcome'].headline}", parts)
+    for names in scenes.values():
+        names.sort(key=lambda title: -len(groups[title]))
+        for title in names:
+            rows = groups[title]
+            parts = group_blocks(rows, out.parent, IMAGE_BYTES // len(groups))
+            if title == names[0]:
+                blocks += [{"heading": title, "tooltip": rows[0]["trial"], "level": 2}, *parts]
+            else:
+                blocks += collapsed(f"{title}: {parts[0]['outcome'].headline}", parts)
     studies = dict.fromkeys(r["name"].split("/")[0] for r in records)
     blocks += collapsed("What the words mean", [{"facts": _GLOSSARY}])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def render(records: Sequence[Record], out: Path) -> Path:
 
 def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """Return everything about comparable records; the outcome comes first."""
-    records, names = [row.record for row in rows], [row.label for row in rows]
+    records, names = [row["record"] for row in rows], [row["label"] for row in rows]
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     blocks = leader_blocks(rows)
     blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
@@ -99,41 +99,44 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
     blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
-    details = [_record_blocks(row) for row in rows]
     each: list[Block] = [
-        {"summary": f"{row.label}: {row.outcome.label}", "blocks": parts}
-        for row, parts in zip(rows, details, strict=True)
+        {"summary": f"{row['label']}: {row['outcome']}", "blocks": _record_blocks(row)}
+        for row in rows
     ]
     title = "Provenance, tables and configuration"
-    return blocks + collapsed(title, each if len(each) > 1 else details[0])
+    return blocks + collapsed(title, each if len(each) > 1 else each[0]["blocks"])
 
 
 def _metrics_table(rows: Sequence[Row]) -> Block:
     """Return one row per metric and one column per method."""
-    known = [name for row in rows for name in row.record["metrics"]]
-    names = [name for name in dict.fromkeys([*columns(known), *known]) if name != "verdict"]
-    cells = {"metric": map(heading, names)}
-    for row in rows:
-        metrics = [row.record["metrics"].get(name) for name in names]
-        texts = pd.Series(map(measured, metrics, names), dtype=object)
-        notes = pd.Series([(metric or {}).get("note") or "" for metric in metrics], dtype=object)
-        is_noted = (texts == UNMEASURED) | (len(rows) == 1)
-        cells[row.label] = (texts + " " + notes).str.strip().where(is_noted, texts)
-    return {"table": pd.DataFrame(cells), "label": "All metrics"}
+
+    def cell(metric: Metric | None, name: str) -> str:
+        text, note = measured(metric, name), (metric or {}).get("note") or ""
+        return f"{text} {note}".strip() if text == UNMEASURED or len(rows) == 1 else text
+
+    known = [name for row in rows for name in row["record"]["metrics"]]
+    names = [n for n in dict.fromkeys([*columns(known), *known]) if n != "verdict"]
+    lines = [
+        [heading(name), *(cell(row["record"]["metrics"].get(name), name) for row in rows)]
+        for name in names
+    ]
+    return {"table": [["metric", *(row["label"] for row in rows)], *lines], "label": "All metrics"}
 
 
 def check_blocks(rows: Sequence[Row]) -> list[Block]:
     """Return tiles of the first method's checks; those of the others are collapsed."""
-    groups: list[list[Block]] = []
+    groups_of_tiles: list[list[Block]] = []
     for row in rows:
-        seeds, checks = len(row.record["seeds"]), row.record["tables"].get("verdict", [])
-        tiles = [_tile(check, seeds) for check in checks]
+        tiles = [
+            _tile(check, len(row["record"]["seeds"]))
+            for check in row["record"]["tables"].get("verdict", [])
+        ]
         tiles.sort(key=lambda tile: bool(tile["word"] == "passes"))
-        title = "Checks of {}: {} of {} pass".format(row.label, *row.checks)
-        groups += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
-    first, *others = groups or [[]]
-    title = f"Checks of {counted(len(others), 'other method')}"
-    return first + collapsed(title, list(chain.from_iterable(others)))
+        title = f"Checks of {row['label']}: {row['checks'][0]} of {row['checks'][1]} pass"
+        groups_of_tiles += [[{"heading": title}, {"tiles": tiles}]] if tiles else []
+    more = [block for group in groups_of_tiles[1:] for block in group]
+    first = groups_of_tiles[0] if groups_of_tiles else []
+    return first + collapsed(f"Checks of {counted(len(more) // 2, 'other method')}", more)
 
 
 def _tile(check: dict[str, Any], seeds: int) -> dict[str, Any]:
@@ -144,7 +147,7 @@ def _tile(check: dict[str, Any], seeds: int) -> dict[str, Any]:
         "tone": TONES[word],
         "check": f"{check.get('concept') or check['side']}: {check['check']}",
         "required": check["required"],
-        "measured": measured(check | {"unit": ""}),
+        "measured": f"{bound(check)} {figure(check['value'])} {interval(check)}".strip(),
         "note": "; ".join(filter(None, (certain, check["note"]))),
     }
 
@@ -162,32 +165,45 @@ def image_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     """
     first: list[Block] = []
     more: list[Block] = []
-    missing: list[str] = []
+    missing: dict[str, list[str]] = {}  # why → images
     for row in rows:
-        is_first, folder = not (first or more), getattr(row.record, "folder", beside)
-        for name, image in row.record.get("images", {}).items():
-            source = _read_image(folder / image["path"], image["sha256"])
-            if not 0 < len(source) <= room:
-                missing.append(f"{row.label}: {image['path']}")
-                continue
-            room -= len(source)
+        others: list[Block] = []
+        for name, image in row["record"].get("images", {}).items():
+            folder = getattr(row["record"], "folder", beside)
+            source = _read_image(folder / image["path"], folder, image["sha256"], room)
             title = capitalized(name.partition("_")[2].replace("_", " ") or name)
-            block = {"image": f"{row.label}: {title}", "caption": image["caption"], "src": source}
-            is_open = is_first and name.startswith("comparison_")
-            (first if is_open else more).append(block)
+            block = {
+                "image": f"{row['label']}: {title}",
+                "caption": image["caption"],
+                "src": source,
+            }
+            if source.startswith("data:"):
+                room -= len(source)
+                is_open = name.startswith("comparison_") and not more
+                (first if is_open else others).append(block)
+            else:
+                missing.setdefault(f"{row['label']}: {source}", []).append(image["path"])
+        more += others
     blocks = [{"heading": "Images of both models after the attack"}, *first] if first else []
     blocks += collapsed(f"{len(more)} more image grids", more)
-    title = f"{len(missing)} image grids not shown: too large for this page, not beside the "
-    title += "record, or not the file that it names (SHA-256 differs)"
-    return blocks + collapsed(title, [{"list": missing}] if missing else [])
+    return blocks + collapsed(
+        f"{sum(map(len, missing.values()))} image grids not shown",
+        [{"list": [f"{why}: {', '.join(names)}" for why, names in missing.items()]}]
+        * bool(missing),
+    )
 
 
-def _read_image(path: Path, sha256: str) -> str:
-    """Return an image as a data URL; empty where the file is not what the record names."""
-    data = path.read_bytes() if path.is_file() else b""
+def _read_image(path: Path, folder: Path, sha256: str, room: int) -> str:
+    """Return an image as a data URL, or why it is not shown."""
+    try:
+        is_inside = path.resolve().is_relative_to(folder.resolve())
+        data = path.read_bytes() if is_inside else b""
+    except OSError:
+        return "not beside the record"
     if hashlib.sha256(data).hexdigest() != sha256 or not data.startswith(b"\x89PNG\r\n"):
-        return ""
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+        return "not the image that the record names (SHA-256 differs)"
+    source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return source if len(source) <= room else "too large for this page"
 
 
 # ---- records
@@ -195,9 +211,10 @@ def _read_image(path: Path, sha256: str) -> str:
 
 def _record_blocks(row: Row) -> list[Block]:
     """Return troubles, tables, provenance and configuration of one record."""
-    record = row.record
-    blocks: list[Block] = [{"text": row.outcome.headline, "style": "headline"}]
-    blocks.append({"list": [*row.outcome.details, *_troubles(record)]})
+    record = row["record"]
+    result = outcome(record)
+    troubles = [*result.details, *_troubles(record)]
+    blocks: list[Block] = [{"text": result.headline, "style": "headline"}, {"list": troubles}]
     for name, lines in record["tables"].items():
         if lines and name not in _PLOTTED:
             left = f"{len(lines) - ROWS} more rows in the record."
@@ -208,12 +225,12 @@ def _record_blocks(row: Row) -> list[Block]:
     return blocks + collapsed("Configuration", [{"code": config}])
 
 
-def _table(rows: list[dict[str, Any]]) -> pd.DataFrame:
-    """Return the first rows: what a row is about, then words, then figures."""
-    frame = pd.DataFrame(rows, dtype=object)
-    is_word = frame.map(lambda value: isinstance(value, str)).any()
-    head = sorted(frame, key=lambda key: (key not in _ABOUT, not is_word[key]))
-    return frame[head].head(ROWS)
+def _table(rows: list[dict[str, Any]]) -> list[list[Any]]:
+    """Return head and rows: what a row is about, then words, then figures."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    is_word = {key: any(isinstance(row.get(key), str) for row in rows) for key in keys}
+    head = sorted(keys, key=lambda key: (key not in _ABOUT, not is_word[key]))
+    return [head, *([row.get(key) for key in head] for row in rows[:ROWS])]
 
 
 def _troubles(record: Record) -> list[str]:
