@@ -136,6 +136,7 @@ def test_figures_are_those_of_the_records(script, monkeypatch, capsys):
     assert ended.value.code == 0, capsys.readouterr().out
 
 
+@pytest.mark.slow  # test_api.py calls the same functions
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
