@@ -42,8 +42,8 @@ ATTACKS = ("linear_probe", "probe_adam", "probe_momentum", "probe_sgd")
 PARTS = {1: ["launch=none"], 2: ["launch=cpu", "launch.num_processes=2"]}
 
 
-def table(folder: Path, launch: list[str], seeds: int) -> dict[str, float]:
-    """Seconds of one part: ``command``, ``runs``, ``processor``."""
+def table(folder: Path, launch: list[str], seeds: int) -> tuple[dict[str, float], dict[str, str]]:
+    """Seconds of one part (``command``, ``runs``, ``processor``), and content hashes."""
     choices = [
         f"immunize={','.join(IMMUNIZERS)}",
         f"attacks=[{','.join(ATTACKS)}]",
@@ -63,14 +63,11 @@ def table(folder: Path, launch: list[str], seeds: int) -> dict[str, float]:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=folder, check=True, env=env, stdout=subprocess.DEVNULL)
     wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    runs = sum(record["provenance"]["wall_time_s"] for record in read(folder).values())
+    records = [json.loads(path.read_text()) for path in folder.rglob("record.json")]
+    runs = sum(record["provenance"]["wall_time_s"] for record in records)
     processor = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"command": wall, "runs": runs, "processor": processor}
-
-
-def read(folder: Path) -> dict[str, dict]:
-    found = [json.loads(path.read_text()) for path in folder.rglob("record.json")]
-    return {record["immunizer"]: record for record in found}
+    hashes = {record["immunizer"]: record["content_hash"] for record in records}
+    return {"command": wall, "runs": runs, "processor": processor}, hashes
 
 
 def main() -> int:
@@ -83,13 +80,11 @@ def main() -> int:
         help="smallest ratio of the runs' time, for idle cores",
     )
     options = parser.parse_args()
-    found, times = {}, {}
+    hashes, times = {}, {}
     for size, launch in PARTS.items():
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place)
-            load = os.getloadavg()[0]
-            times[size] = table(folder, launch, options.seeds)
-            found[size] = {name: record["content_hash"] for name, record in read(folder).items()}
+        load = os.getloadavg()[0]
+        with tempfile.TemporaryDirectory() as folder:
+            times[size], hashes[size] = table(Path(folder), launch, options.seeds)
         told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times[size].items())
         print(
             f"{size} process{'es' if size > 1 else ''}: {told} (load before: {load:.1f})",
@@ -100,8 +95,8 @@ def main() -> int:
         "1 process / 2 processes: "
         + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios.items())
     )
-    same = found[1] == found[2] and set(found[1]) == set(IMMUNIZERS)
-    print(f"content hashes of {len(found[1])} records: {'equal' if same else 'DIFFERENT'}")
+    same = hashes[1] == hashes[2] and set(hashes[1]) == set(IMMUNIZERS)
+    print(f"content hashes of {len(hashes[1])} records: {'equal' if same else 'DIFFERENT'}")
     return 0 if same and ratios["runs"] >= options.at_least else 1
 
 

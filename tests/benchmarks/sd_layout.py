@@ -93,7 +93,7 @@ def write(folder: Path) -> None:
     noise = {
         "beta_start": 0.00085,
         "beta_end": 0.012,
-        "lr_schedule": "scaled_linear",
+        "beta_schedule": "scaled_linear",
         "steps_offset": 1,
     }
     PNDMScheduler(**noise, skip_prk_steps=True).save_pretrained(folder / "scheduler")

@@ -2,19 +2,20 @@
 
 import inspect
 from functools import cache
-from pathlib import Path
 
+import presets
 import pytest
-from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-import run  # noqa: F401 - registers the resolvers of the config
 from lab.cli.search import Plan
 from lab.core.errors import UserError
+from lab.core.sources import ROOT
 from lab.runner.assemble import assemble
 
-ROOT = Path(__file__).resolve().parents[2]
+composed = cache(presets.composed)  # read only: a composition takes a tenth of a second
 
 GROUPS = (
     "scenario",
@@ -38,13 +39,6 @@ def names(group):
     return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-@cache
-def composed(*overrides):
-    """Read only: tests share it, since a composition takes a tenth of a second."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
-
-
 def targets(node, path=""):
     if isinstance(node, dict):
         if "_target_" in node:
@@ -54,8 +48,7 @@ def targets(node, path=""):
 
 
 def check_targets(cfg):
-    plain = OmegaConf.to_container(cfg, resolve=False)
-    found = list(targets(plain))
+    found = list(targets(OmegaConf.to_container(cfg, resolve=False)))
     for path, node in found:
         options = {k: v for k, v in node.items() if not k.startswith("_")}
         signature = inspect.signature(get_object(node["_target_"]))
@@ -67,13 +60,8 @@ def check_targets(cfg):
 
 @pytest.mark.parametrize(("group", "name"), [(g, n) for g in GROUPS for n in names(g)])
 def test_every_choice_composes_and_binds(group, name):
-    chosen = (
-        f"experiment={group.removeprefix('experiment/')}/{name}"
-        if group == "experiment/paper"
-        else f"{group}={name}"
-    )
-    found = check_targets(composed(chosen))
-    assert len(found) >= 4
+    group, _, folder = group.partition("/")
+    assert len(check_targets(composed(f"{group}={folder}/{name}".replace("=/", "=")))) >= 4
 
 
 @pytest.mark.parametrize("group", ["scenario", "backbone", "immunize", "attacks", "eval"])
@@ -112,11 +100,7 @@ def test_the_parts_of_every_experiment_fit(name):
 
 @pytest.mark.parametrize("name", names("sweeps"))
 def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=[f"sweeps={name}"], return_hydra_config=True)
+    cfg = composed(f"sweeps={name}", return_hydra_config=True)
     assert cfg.sweep.cost
     if cfg.action == "search":
         assert Plan.read(cfg).trials == cfg.sweep.runs

@@ -4,18 +4,19 @@ leaves them alone.
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import test_contracts as features
 import test_contracts_diffusion as concepts
 import tiny
 import torch
+from presets import build, problem
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from lab.core.types import Budget
 
-FEATURES = list(features.cases(features.IMMUNIZERS, features.immunizer))
-CONCEPTS = concepts.takes_diffusion("immunize", concepts.immunizer)
-CONCEPT_ATTACKERS = concepts.takes_diffusion("attacks", concepts.attacker)
+CONCEPT_ATTACKERS = concepts.choices("attacks")
 
 
 def check(attack, model, task, budget):
@@ -29,41 +30,45 @@ def check(attack, model, task, budget):
     return found
 
 
-@pytest.mark.parametrize(("name", "kind"), FEATURES)
+def attack_features(attacker, kind, model):
+    task = features.attacked_problem(attacker, kind)[1].harmful[0]
+    budget = Budget(horizon=2, multiple=1, points=3)
+    return check(build("attacks", attacker, kind), model, task, budget).values
+
+
+@cache
+def attack_baseline(attacker, kind):
+    return attack_features(attacker, kind, problem(kind)[0])
+
+
+@pytest.mark.parametrize(("name", "kind"), features.choices("immunize"))
 def test_features(name, kind):
-    model, case = features.problem(kind)
-    after = features.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    fits = [
-        n
-        for n, of in features.cases(features.ATTACKERS, lambda n: features.build("attacks", n))
-        if of == kind
-    ]
-    for attacker in fits:
-        task = features.attacked_problem(attacker, kind)[1].harmful[0]
-        attack = features.attacker(attacker, lr_trials=3)
-        found, baseline = (
-            check(attack, m, task, Budget(horizon=2, multiple=1, points=3)) for m in (after, model)
-        )
+    model, case = problem(kind)
+    after = build("immunize", name, kind)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+    for attacker in (a for a, of in features.choices("attacks") if of == kind):
+        values, baseline = attack_features(attacker, kind, after), attack_baseline(attacker, kind)
         if name == "none":
-            assert found.values == baseline.values, attacker
+            assert values == baseline, attacker
         else:  # whitening and Newton's step end alike, but their loss is of the immunized features
-            assert found.values != baseline.values or attacker in (
-                "probe_newton",
-                "probe_whitening",
-            ), attacker
+            same = attacker in ("probe_newton", "probe_whitening")
+            assert values != baseline or same, attacker
 
 
-@pytest.mark.parametrize("name", CONCEPTS)
-def test_concepts(name):
+def concept_pairs():
+    """Immunizers and the attackers of each; a third of the pairs by default, all in slow tests."""
+    for i, name in enumerate(concepts.choices("immunize")):
+        yield pytest.param(name, CONCEPT_ATTACKERS[i % 3 :: 3], id=name)
+        yield pytest.param(name, CONCEPT_ATTACKERS, id=f"{name}-all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("name", "attackers"), concept_pairs())
+def test_concepts(name, attackers):
     case, model = tiny_case(), tiny_diffusion()
-    after = concepts.immunizer(name)(model, case, seed=0, checkpoint=None, log=tiny.no_log)
-    for attacker in CONCEPT_ATTACKERS:
-        found = check(
-            concepts.attacker(attacker),
-            after,
-            case.targets[0],
-            Budget(horizon=2, multiple=1, at=(0, 2)),
-        )
+    immunizer = build("immunize", name, "diffusion")
+    after = immunizer(model, case, seed=0, checkpoint=None, log=tiny.no_log)
+    for attacker in attackers:
+        attack = build("attacks", attacker, "diffusion")
+        found = check(attack, after, case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2)))
         assert found.steps == [0, 2], attacker
 
 
@@ -73,7 +78,7 @@ def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(nam
     given = tiny_diffusion()
     given.copy = lambda: copied  # the attack trains this one
     task, budget = case.targets[0], Budget(horizon=2, multiple=1, at=(0, 2))
-    found = concepts.attacker(name)(given, task, seed=0, budget=budget, checkpoint=None)
+    found = build("attacks", name, "diffusion")(given, task, seed=0, budget=budget, checkpoint=None)
     changed = features.moved(model, copied)
     adapters = {k for k in changed if ".lora_" in k}
     own = changed - adapters

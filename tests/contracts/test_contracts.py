@@ -4,84 +4,33 @@ kind.
 
 import dataclasses
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from presets import build, kinds, nodes, presets, problem
 
-from attacks.probes.optimizers import OPTIMIZERS
 from lab.core import sources
 from lab.core.cache import StageCache
 from lab.core.data import ScenarioData
+from lab.core.sources import ROOT
 from lab.core.types import Attacker, Budget, Immunizer, RunMetric, clone, same_weights
-from lab.models.linear import LinearBackbone
 from lab.runner.assemble import Part, Parts
 from lab.runner.pipeline import Pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
-IMMUNIZERS = sorted(p.stem for p in (ROOT / "conf/immunize").glob("*.yaml"))
-ATTACKERS = sorted(p.stem for p in (ROOT / "conf/attacks").glob("*.yaml") if p.stem != "none")
-METRICS = sorted(p.stem for p in (ROOT / "conf/eval").glob("*.yaml"))
-KINDS = ("linear", "deep")
 BUDGET = Budget(horizon=4, multiple=2, points=5)
 
 
-@cache
-def node_of(group, name):
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=["experiment=house_price", f"{group}={name}"])
-    node = cfg[group] if group == "immunize" else cfg[group][name]
-    OmegaConf.set_struct(node, False)
-    return node
+def choices(group):
+    """(name, kind) of every preset of a group and every kind of feature model that it takes."""
+    return [(n, k) for n in presets(group) for k in kinds(group, n) if k != "diffusion"]
 
 
-def build(group, name, **changes):
-    node = node_of(group, name)
-    return instantiate(
-        OmegaConf.merge(node, {k: v for k, v in changes.items() if node.get(k) is not None}),
-        _convert_="all",
-    )
-
-
-def problem(kind, harmful=1):
-    if kind == "linear":
-        case = tiny.linear_case(harmful=harmful)
-        return LinearBackbone().build(case, 0), case
-    return tiny.tiny_net(), tiny.image_case(harmful=harmful)
-
-
-def attacker(name, lr_trials):
-    kind = OPTIMIZERS.get(node_of("attacks", name).optimizer)
-    searches = {"lr_trials": lr_trials} if kind is None or kind.uses_rate else {}
-    return build("attacks", name, batch_size=16, **searches)
-
-
-def immunizer(name):
-    lr = (
-        1e-9 if "paper" in name else 1e-4
-    )  # the paper's own settings diverge on data that are not theirs
-    return build("immunize", name, epochs=2, steps=4, batch_size=16, log_points=3, lr=lr)
-
-
-def cases(names, make):
-    for name in names:
-        obj = make(name)
-        for kind in KINDS:
-            if kind in obj.accepts and not (
-                kind == "linear" and name.endswith("_deep")
-            ):  # presets that name blocks
-                yield name, kind
-
-
-@pytest.mark.parametrize(("name", "kind"), list(cases(IMMUNIZERS, immunizer)))
+@pytest.mark.parametrize(("name", "kind"), choices("immunize"))
 class TestImmunizer:
     def test_meets_the_contract_and_leaves_its_input_alone(self, name, kind):
-        method = immunizer(name)
+        method = build("immunize", name, kind)
         assert isinstance(method, Immunizer)
         assert method.name == name
         model, case = problem(kind, harmful=2)
@@ -97,17 +46,14 @@ class TestImmunizer:
         assert same_weights(after, model) == (name == "none")
 
 
-def with_layers():
-    """Immunizers of networks with an option that says which blocks move."""
-    for name, kind in cases(IMMUNIZERS, immunizer):
-        if kind == "deep" and "layers" in node_of("immunize", name):
-            yield name
+WITH_LAYERS = [
+    n for n, k in choices("immunize") if k == "deep" and "layers" in nodes("immunize")[n]
+]
 
 
-@pytest.mark.parametrize("name", list(with_layers()))
+@pytest.mark.parametrize("name", WITH_LAYERS)
 def test_only_declared_parameters_move(name):
-    method = build("immunize", name, epochs=1, steps=2, batch_size=16)
-    method = dataclasses.replace(method, layers=1)
+    method = dataclasses.replace(build("immunize", name, "deep"), layers=1)
     model, case = problem("deep")
     after = method(model, case, seed=0, checkpoint=None, log=tiny.no_log)
     moved = {
@@ -119,14 +65,13 @@ def test_only_declared_parameters_move(name):
 
 
 def attacked_problem(name, kind):
-    model, case = problem(kind)
-    return model, tiny.linear_classes() if (name, kind) == ("probe_logistic", "linear") else case
+    return problem(kind, labelled=name == "probe_logistic")
 
 
 def run_attack(name, kind):
     """(attack, trajectory, the copies that it trained)."""
     model, case = attacked_problem(name, kind)
-    attack = attacker(name, lr_trials=5)
+    attack = build("attacks", name, kind)
     copies = []
     if (
         opens := getattr(attack, "open", None)
@@ -194,7 +139,7 @@ def check_round_trip(found, name, model, case, task, folder, budget=BUDGET):
         assert all(ours[k].dtype == v.dtype and torch.equal(ours[k], v) for k, v in theirs.items())
 
 
-@pytest.mark.parametrize(("name", "kind"), list(cases(ATTACKERS, lambda n: build("attacks", n))))
+@pytest.mark.parametrize(("name", "kind"), choices("attacks"))
 class TestAttacker:
     def test_meets_the_contract(self, name, kind):
         attack, found, _ = attacked(name, kind)
@@ -239,17 +184,14 @@ class TestAttacker:
         check_round_trip(attacked(name, kind)[1], name, model, case, case.harmful[0], tmp_path)
 
 
-@pytest.mark.parametrize("name", METRICS)
+@pytest.mark.parametrize("name", presets("eval"))
 def test_metric_meets_the_contract(name):
     assert isinstance(build("eval", name), RunMetric)
 
 
 def test_the_suite_covers_every_choice():
-    known = {*KINDS, "diffusion"}  # the last one in test_contracts_diffusion.py
-    for name in IMMUNIZERS:
-        assert immunizer(name).accepts & known, name
-    for name in ATTACKERS:
-        assert build("attacks", name).accepts & known, name
+    for group in ("immunize", "attacks"):
+        assert all(kinds(group, name) for name in presets(group)), group
 
 
 def test_no_immunizer_reaches_a_scorer():

@@ -1,165 +1,41 @@
 """The computations whose results `values.json` holds; every key in it names one of them.
 
 A key is `GROUP/PRESET/KIND` with the names of files in `conf/`, so it outlives a move of a module.
-Where keys of `conf/` get other names, change the tables below. Where modules move, change the
-imports.
+Where keys of `conf/` get other names, change the tables in `presets`.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import math
 import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
-from functools import cache
-from io import StringIO
-from pathlib import Path
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
+import fake_generations as pictures
+import fake_run as probes
+import numpy as np
+import tiny
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
+from presets import build, kinds, presets, problem
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
-for folder in (ROOT, ROOT / "tests" / "helpers"):
-    if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+import lab.api
+from lab.core.data import Case, Erasure
+from lab.core.hashing import digest
+from lab.core.sources import ROOT
+from lab.core.types import BASELINE, IMMUNIZED, Budget
+from lab.minisd.world import openmoji, scenes, world
+from lab.minisd.world.dice import Dice
+from lab.minisd.world.vocabulary import OBJECTS, PHOTO, STYLES, style
 
-import fake_generations as pictures  # noqa: E402
-import fake_run as probes  # noqa: E402
-import tiny  # noqa: E402
-from tiny_diffusion import tiny_case, tiny_diffusion  # noqa: E402
-
-import run as entry  # noqa: E402
-from lab.core.data import Case, Erasure  # noqa: E402
-from lab.core.types import BASELINE, IMMUNIZED, Budget  # noqa: E402
-from lab.models.linear import LinearBackbone  # noqa: E402
-
-# ---- tables to change when something gets another name
-
-VALUES = HERE / "values.json"
+VALUES = ROOT / "tests" / "golden" / "values.json"
 RECORDS = ROOT / "outputs" / "records" / "house_price_table"  # committed results of the real table
-
-# Options that make a case tiny. They apply where a preset has the key. No learning rate is changed,
-# except where a preset diverges on the tiny data: see `OWN`.
-SMALL: dict[str, dict[str, Any]] = {
-    "immunize/linear": {"epochs": 2, "steps": 4, "batch_size": 16, "log_points": 3},
-    "immunize/deep": {"epochs": 1, "steps": 3, "batch_size": 16, "log_points": 3},
-    "immunize/diffusion": {
-        "steps": 2,
-        "batch_size": 2,
-        "prior_batch_size": 2,
-        "cap": None,
-        "inner_batch_size": 2,
-        "k_min": 1,
-        "k_max": 2,
-        "decoys": 4,
-        "decoy_steps": 2,
-    },
-    "attacks/linear": {"lr_trials": 3, "batch_size": 16},
-    "attacks/deep": {"lr_trials": 3, "batch_size": 16},
-    "attacks/diffusion": {
-        "batch_size": 2,
-        "sampling": {"sampler": "ddim", "steps": 1, "guidance": 2.0, "count": 2, "negative": ""},
-    },
-    "eval/diffusion": {"count": 8},
-}
-
-# Options of single presets, beyond those of `SMALL`.
-OWN: dict[str, dict[str, Any]] = {
-    name: {"lr": 1e-9}  # with their own lr the weights leave the finite numbers
-    for name in ("immunize/kappa_paper_house_price", "immunize/kappa_paper_mnist")
-}
-
-# Presets without a computation: there is nothing to compute.
-LEFT_OUT = {"attacks/none"}
-
-# Runs of the real program, compared with the committed record of the same immunizer, seed 0.
-STUDIES = ("kappa", "kappa_closed_form", "kappa_pencil", "kappa_ill_only")
-STUDY_WORDS = ("experiment=house_price", "seeds=[0]", "tracker=none", "immunize={name}")
-OUTPUTS_KEY = "paths.outputs"
-
 
 BUDGET = Budget(horizon=1, multiple=2, at=(0, 1, 2))  # two steps, a snapshot after each
 SEED = 3
-
-# ---- presets
-
-
-def presets(group: str) -> list[str]:
-    """List the choices of a group of `conf/`."""
-    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-
-
-@cache
-def _composed(group: str) -> dict[str, Any]:
-    """Compose every preset of a group once."""
-    GlobalHydra.instance().clear()
-    names = [name for name in presets(group) if f"{group}/{name}" not in LEFT_OUT]
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        if group in ("attacks", "eval"):
-            found = compose("config", overrides=[f"{group}=[{','.join(names)}]"])[group]
-            nodes = {name: found[name] for name in names}
-        else:
-            nodes = {name: compose(f"{group}/{name}")[group] for name in names}
-    for node in nodes.values():
-        OmegaConf.set_struct(node, False)
-    return nodes
-
-
-def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
-    """Instantiate a preset with the small options of its group and kind."""
-    node = _composed(group)[name]
-    small = {**SMALL.get(f"{group}/{kind}", {}), **OWN.get(f"{group}/{name}", {})}
-    kept = {key: value for key, value in small.items() if node.get(key) is not None}
-    if node.get("attackers") is None:  # k_min and k_max belong to drawn attackers
-        kept = {key: value for key, value in kept.items() if not key.startswith("k_")}
-    if group == "attacks" and "lr_trials" in kept and not _searches(node):
-        del kept["lr_trials"]
-    merged = OmegaConf.merge(node, kept)
-    if not objects:
-        return instantiate(merged, _convert_="all")
-    for key in objects:  # Hydra would turn the objects into options
-        del merged[key]
-    return instantiate(merged, _partial_=True, _convert_="all")(**objects)
-
-
-def _searches(node: Any) -> bool:
-    """Tell whether an attacker's optimizer has a learning rate to search for."""
-    from attacks.probes.optimizers import OPTIMIZERS
-
-    optimizer = OPTIMIZERS.get(node.optimizer)
-    return optimizer is None or optimizer.uses_rate
-
-
-def kinds(group: str, name: str) -> list[str]:
-    """List the kinds of model that a preset takes."""
-    accepted = build(group, name).accepts
-    return [
-        kind
-        for kind in ("linear", "deep", "diffusion")
-        if kind in accepted and not (kind == "linear" and name.endswith("_deep"))  # names blocks
-    ]
-
-
-# ---- models and cases
-
-
-def problem(kind: str, labelled: bool = False) -> tuple[Any, Any]:
-    """Return a tiny model of a kind and a case for it."""
-    if kind == "linear":
-        case = tiny.linear_case()
-        return LinearBackbone().build(case, 0), tiny.linear_classes() if labelled else case
-    if kind == "deep":
-        return tiny.tiny_net(), tiny.image_case()
-    return tiny_diffusion(), tiny_case()
-
 
 # ---- fingerprints of weights
 
@@ -324,63 +200,49 @@ def _pictures_run(one_model: bool) -> Any:
     )
 
 
+def painted(style_name: str) -> dict[str, str]:
+    """Return digests of what an artist makes of one scene and of finished images of the style.
+
+    MiniSD's weights were trained on these pixels. A sum in another order changes the last bits of
+    the scene and, after rounding, a pixel in dozens of images.
+    """
+    fox = np.asarray(openmoji.rasterise(openmoji.find("fox face").hexcode, 64), np.float32) / 255
+    images = world.sample(world.Subset(OBJECTS, (style_name,)), SEED, 8).images
+    paint = scenes._light if style_name == PHOTO else style(style_name).paint
+    scene = paint(fox[..., :3], fox[..., 3], Dice(SEED, "scene"))
+    return {"scene": digest(torch.from_numpy(scene)), "images": digest(images)}
+
+
 def study(name: str) -> dict[str, Any]:
     """Run the real program for one seed; return its metrics and the committed ones of that seed."""
     committed = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
     per_seed = {row["metric"]: row["0"] for row in committed["tables"]["seed_values"]}
+    words = ["experiment=house_price", "seeds=[0]", "tracker=none", f"immunize={name}"]
     with tempfile.TemporaryDirectory() as folder:
-        words = [word.format(name=name) for word in STUDY_WORDS]
-        record = _run_program([*words, f"{OUTPUTS_KEY}={folder}"], Path(folder))
+        record = lab.api.run([*words, f"paths.outputs={folder}"])
     found = {key: score["value"] for key, score in record["metrics"].items()}
     return {"found": found, "committed": per_seed}
-
-
-def _run_program(words: list[str], folder: Path) -> dict[str, Any]:
-    """Call `run.py` in this process and read the record that it writes."""
-    old, sys.argv, told = sys.argv, ["run.py", *words], StringIO()
-    GlobalHydra.instance().clear()
-    try:
-        with redirect_stdout(told), redirect_stderr(told):
-            entry.main()
-    except SystemExit as done:
-        if done.code:
-            raise AssertionError(f"run.py ended with {done.code}:\n{told.getvalue()}") from None
-    finally:
-        sys.argv = old
-        GlobalHydra.instance().clear()
-    (path,) = folder.rglob("record.json")
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- all of them, by key
 
 
-@dataclass(frozen=True)
-class Computation:
-    """What a key of `values.json` stands for."""
-
-    compute: Callable[[], dict[str, Any]]
-
-
 @cache
-def computations() -> dict[str, Computation]:
+def computations() -> dict[str, Callable[[], dict[str, Any]]]:
     """Return every computation by its key."""
-    found: dict[str, Computation] = {}
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        f"world/{name}": partial(painted, name) for name in (PHOTO, *(s.name for s in STYLES))
+    }
     for group in ("immunize", "erase", "attacks"):
         for name in presets(group):
-            if f"{group}/{name}" in LEFT_OUT:
-                continue
             for kind in kinds(group, name):
-                if group == "attacks":
-                    made = Computation(lambda n=name, k=kind: attacked(n, k))
-                else:
-                    made = Computation(lambda g=group, n=name, k=kind: immunized(g, n, k))
-                found[f"{group}/{name}/{kind}"] = made
+                compute = attacked if group == "attacks" else partial(immunized, group)
+                found[f"{group}/{name}/{kind}"] = partial(compute, name, kind)
     for name in presets("eval"):
-        found[f"eval/{name}"] = Computation(lambda n=name: evaluated(n))
+        found[f"eval/{name}"] = partial(evaluated, name)
         metric = build("eval", name)
         if "deep" in metric.accepts and not metric.needs_attack:
-            found[f"eval/{name}/deep"] = Computation(lambda n=name: evaluated(n, "deep"))
+            found[f"eval/{name}/deep"] = partial(evaluated, name, "deep")
     return found
 
 
@@ -391,55 +253,37 @@ def stored() -> dict[str, Any]:
 
 # ---- comparison
 
-WEIGHTS_TOLERANCE = 1e-5  # of the norm
-METRICS_TOLERANCE = 1e-9  # relative
-STUDY_TOLERANCE = 1e-6  # relative
-ROUNDING = 1e-12  # ratios and angles that differ by less are rounding noise
-
 
 def differences(key: str, old: Any, new: Any) -> list[str]:
     """List where `new` differs from the stored `old` by more than the tolerance; empty: equal."""
-    if key.startswith("eval/"):
-        pairs = _paired(old, new)
-        return [f"{name}: {a} -> {b}" for name, a, b in pairs if not _all_close(a, b)]
-    told = [f"parts {sorted(old)} -> {sorted(new)}"] if old.keys() != new.keys() else []
-    for part in old.keys() & new.keys():
-        told += _part_differences(part, old[part], new[part])
-    return told
+    before, after = _figures_by_name(old), _figures_by_name(new)
+    pairs = [(name, before.get(name), after.get(name)) for name in sorted({*before, *after})]
+    return [f"{name}: {a} -> {b}" for name, a, b in pairs if not _agree(key, a, b)]
 
 
-def _part_differences(part: str, old: Any, new: Any) -> list[str]:
-    if part == "values":  # quantities of a trajectory, each compared on its own scale
-        pairs = _paired(old, new)
-        return [f"{name}: {a} -> {b}" for name, a, b in pairs if not _on_scale(a, b)]
-    if isinstance(old, dict):
-        a, b = ([d["norm"], *d["projections"]] for d in (old, new))
-        allowed = WEIGHTS_TOLERANCE * old["norm"]
-        within = all(abs(x - y) <= allowed for x, y in zip(a, b, strict=True))
-        return [] if within else [f"{part}: norm and projections {a} -> {b}"]
-    return [] if old == new else [f"{part}: {old} -> {new}"]
+def _figures_by_name(result: dict[str, Any]) -> dict[str, Any]:
+    """Flatten what a computation returns: lists of figures, and texts."""
+    found = {}
+    for name, part in result.items():
+        if name == "values":
+            found |= part
+        else:
+            found[name] = [part["norm"], *part["projections"]] if isinstance(part, dict) else part
+    return found
 
 
-def _paired(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Pair figures by name; one that is missing on a side is None there."""
-    return [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
+def _agree(key: str, old: Any, new: Any) -> bool:
+    """Compare metrics to 1e-9, and weights and losses to 1e-5 of the largest figure."""
+    if not isinstance(old, list) or not isinstance(new, list):
+        return bool(old == new)
+    rel, absolute = 1e-9, 1e-12
+    if not key.startswith("eval/"):
+        rel, absolute = 0.0, 1e-5 * max(map(abs, old))
+    return len(old) == len(new) and all(map(partial(close, rel=rel, absolute=absolute), old, new))
 
 
-def _all_close(old: list[float | None] | None, new: list[float | None] | None) -> bool:
-    if old is None or new is None:
-        return False
-    return all(close(a, b, METRICS_TOLERANCE, 1e-12) for a, b in zip(old, new, strict=True))
-
-
-def _on_scale(old: list[float] | None, new: list[float] | None) -> bool:
-    if old is None or new is None or len(old) != len(new):
-        return False
-    scale = WEIGHTS_TOLERANCE * max(abs(value) for value in old)
-    return all(abs(a - b) <= scale for a, b in zip(old, new, strict=True))
-
-
-def close(old: float | None, new: float | None, relative: float, absolute: float) -> bool:
+def close(old: float | None, new: float | None, rel: float, absolute: float) -> bool:
     """Tell whether two figures agree; two missing ones do."""
     if old is None or new is None:
         return old is new
-    return old == new or abs(old - new) <= max(relative * abs(old), absolute)
+    return math.isclose(old, new, rel_tol=rel, abs_tol=absolute)

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "golden"), str(TESTS / "helpers"), str(TESTS.parent)]
 
-import golden_cases as cases
-import torch
-from omegaconf import OmegaConf
+import golden_cases as cases  # noqa: E402
+import torch  # noqa: E402
 
 
 def chosen(words: list[str], keys: list[str]) -> list[str]:
@@ -34,14 +34,13 @@ def main(words: list[str]) -> None:
     if not words:
         sys.exit(__doc__)
     torch.set_num_threads(1)
-    OmegaConf.register_new_resolver("project_root", lambda: str(cases.ROOT), replace=True)
     made, values = cases.computations(), cases.stored()
     for key in chosen(words, sorted({*made, *values})):
         if key not in made:
             print(f"{key}: no such preset any more; taken out")
             del values[key]
             continue
-        old, new = values.get(key), made[key].compute()
+        old, new = values.get(key), made[key]()
         same = old == new
         print(f"{key}: {'unchanged' if same else 'new'}")
         if not same and old is not None:

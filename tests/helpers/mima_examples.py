@@ -1,22 +1,19 @@
 """What the tests of the concept immunizers share: presets at tiny sizes, one model, one case."""
 
 import dataclasses
-import json
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from presets import composed
 from tiny import no_log
 from tiny_diffusion import tiny_case, tiny_diffusion
 
 from immunize.mima.inner_loop import DrawnAttacker, InnerLoopOptions
 from immunize.mima.outer_loop import Setup
 
-ROOT = Path(__file__).resolve().parents[2]
 PRESETS = ("mima", "mima_first_order", "joint", "compose", "imma", "mima_released", "mima_deep")
 LORA = {"kind": "lora", "scopes": ["attn2"], "ranks": 2, "lr": 1e-2}
 model = cache(tiny_diffusion)
@@ -27,8 +24,7 @@ def preset(name, **changes):
     """``conf/immunize/NAME.yaml`` for two steps of two pictures. Random weights have losses above
     any useful cap.
     """
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        node = compose("config", overrides=[f"immunize={name}"]).immunize
+    node = composed(f"immunize={name}").immunize
     OmegaConf.set_struct(node, False)
     small = {"steps": 2, "batch_size": 2, "prior_batch_size": 2, "cap": None}
     if name == "mima_deep":
@@ -79,20 +75,3 @@ def moved(after, before):
 
 def with_targets(some):
     return dataclasses.replace(case(), targets=tuple(some))
-
-
-class Snapshots:
-    """A checkpoint that keeps every state; ``at`` gives one that starts from the i-th."""
-
-    def __init__(self, start=None):
-        self.start, self.states = start, []
-
-    def load(self):
-        return self.start
-
-    def save(self, tensors, values):
-        kept = {name: tensor.clone() for name, tensor in tensors.items()}
-        self.states.append((kept, json.loads(json.dumps(values))))
-
-    def at(self, i):
-        return Snapshots(self.states[i])

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = {"WANDB_API_KEY": "5ec2e7" * 6 + "c0de", "HF_TOKEN": "hf_" + "S3cretHubT0ken" * 2}
 FAST = [
@@ -22,12 +24,14 @@ FAST = [
 
 def start(folder, *arguments, env=None):
     """A run whose working directory is ``folder``, in a session of its own so that `kill` reaches
-    its children.
+    its children. It can import helpers of the tests and what lies in ``folder``.
     """
+    places = [str(ROOT), str(ROOT / "tests/helpers"), str(folder)]
+    paths = {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, str(ROOT / "run.py"), *arguments],
         cwd=folder,
-        env={**(env or os.environ), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**(env or os.environ), **paths},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -49,15 +53,14 @@ def kill(process):
     process.communicate()
 
 
-def until(ready, told, seconds=300):
+def until(ready, message, seconds=300):
     """Wait for ``ready()`` to be true, at most ``seconds``; returns what it returned."""
     deadline = time.monotonic() + seconds
-    while not (found := ready()):
-        assert time.monotonic() < deadline, (
-            f"{told() if callable(told) else told}: not within {seconds} s"
-        )
+    while not (result := ready()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{message() if callable(message) else message}: not in {seconds} s")
         time.sleep(0.1)
-    return found
+    return result
 
 
 def found_records(folder):

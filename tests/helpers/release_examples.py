@@ -8,23 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from presets import composed as composed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_diffusion import pictures, tiny_diffusion
 
-import run  # noqa: F401 - registers a resolver of the config
-from lab.core.sources import ROOT
 from lab.minisd.world import folders
 from lab.minisd.world.world import concept
 from lab.runner.experiment import run_once
-
-
-def composed(*overrides: str) -> Any:
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
 
 
 def concept_folder(folder: Path, name: str, count: int = 6) -> Path:

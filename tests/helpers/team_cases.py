@@ -4,11 +4,13 @@ it.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
 import torch
-from mima_examples import Snapshots, case, model, preset, run, with_targets
+from attack_examples import Interrupted, MemoryCheckpoint
+from mima_examples import case, model, preset, run, with_targets
 from ranks_together import Found
 from tiny_diffusion import tiny_concept
 
@@ -26,7 +28,7 @@ def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = Fal
     """Weights that moved and the rows of the log.
 
     Args:
-        halves: go on from the middle, with the checkpoint of a run in one process.
+        halves: go on from the first checkpoint of a run in one process.
     """
     rows: list[list[Any]] = []
     immunizer = preset(name, **changes)
@@ -36,9 +38,9 @@ def immunized(team: Team, name: str, changes: dict[str, Any], halves: bool = Fal
 
     checkpoint = None
     if halves:
-        alone = Snapshots()
-        run(immunizer, on=three_concepts(), checkpoint=alone)
-        checkpoint = alone.at(0)
+        checkpoint = MemoryCheckpoint(fail_at=1)
+        with suppress(Interrupted):
+            run(immunizer, on=three_concepts(), checkpoint=checkpoint)
     with working(team):
         result = run(immunizer, on=three_concepts(), checkpoint=checkpoint, log=log)
     old = model().state_dict()

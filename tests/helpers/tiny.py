@@ -91,21 +91,5 @@ def tiny_net(seed=0):
         )
 
 
-class MemoryCheckpoint:
-    """A checkpoint that can stop the stage after a number of saves."""
-
-    def __init__(self, stop_after=None):
-        self.state, self.saves, self.stop_after = None, 0, stop_after
-
-    def load(self):
-        return self.state
-
-    def save(self, tensors, values):
-        self.state = ({k: t.detach().clone() for k, t in tensors.items()}, values)
-        self.saves += 1
-        if self.saves == self.stop_after:
-            raise KeyboardInterrupt
-
-
 def no_log(step, **values):
     """A log that nobody reads."""

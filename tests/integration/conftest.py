@@ -5,7 +5,21 @@ import pytest
 from cluster import Cluster, missing
 from release_examples import finished, options
 
+import lab.cli.tables  # noqa: F401 - before `short_page`, whose stand-in it would import
 from lab.release.export import export
+
+
+@pytest.fixture(autouse=True)
+def short_page(request, monkeypatch):
+    """Pages have no plots, which take longer than a small run, but in slow tests."""
+
+    def render(records, out):
+        out.write_text(records[0]["immunizer"])
+        return out
+
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr("eval.report.html.render", render)
+        monkeypatch.setattr("lab.cli.tables.render", render)
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from entry_point import call_entry
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
+from presets import composed
 from tiny import linear_case, linear_classes
 
 from lab.cli.errors import report_error
@@ -17,9 +16,7 @@ from lab.runner.assemble import assemble, check_cases
 
 
 def parts(*overrides):
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        return assemble(compose("config", overrides=["experiment=house_price", *overrides]))
+    return assemble(composed("experiment=house_price", *overrides))
 
 
 # ── what a user types
@@ -148,8 +145,10 @@ def test_a_logistic_probe_on_a_regression_is_refused_before_anything_runs():
 
 
 def test_an_attack_that_the_model_cannot_take_is_refused_before_anything_runs(cli):
+    few = [f"scenario.{part}=4" for part in ("own", "train", "prior", "reference", "keep")]
+    few += ["scenario=relearn_styles_quick", "scenario.unrelated=4", "scenario.regularizers=4"]
     words = ["experiment=relearn", "attacks=[lora,full_finetune]", "backbone.dtype=bf16"]
-    code, err = cli(*words)
+    code, err = cli(*words, *few)
     assert code == 2
     assert "backbone.dtype=torch.bfloat16" in err
 

@@ -1,18 +1,19 @@
 """`python run.py` as a user calls it: results, errors with exit code 2, actions, sweeps."""
 
 import signal
-import time
 
 import pytest
 from entry_point import FAST, record_of
-from processes import start
+from processes import ended, start, until
 
 import immunize.kappa.method
 from immunize.kappa.method import SpectralTrainer
 
+STUDY = [word for word in FAST if "epochs" not in word]
+
 
 def test_the_closed_form_reaches_the_bound_on_real_data(cli, tmp_path):
-    code, out, err = cli(*FAST[:2], *FAST[3:], "immunize=kappa_closed_form")
+    code, out, err = cli(*STUDY, "immunize=kappa_closed_form")
     assert code == 0, err
     metrics = record_of(out, tmp_path)["metrics"]
     assert metrics["rir_bound_ratio"]["value"] == pytest.approx(1, abs=1e-6)
@@ -29,7 +30,7 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
     assert first["metrics"]["rir"]["n"] == 1
     assert first["provenance"]["cache_hits"] == 0
     assert {c["model"] for c in first["cells"]} == {"baseline", "immunized", None}
-    assert "kappa" in next((tmp_path / "outputs").rglob("report.html")).read_text()
+    assert next((tmp_path / "outputs").rglob("report.html")).is_file()
     code, out, _ = cli(*FAST)
     second = record_of(out, tmp_path)
     assert second["provenance"]["cache_misses"] == 0
@@ -38,10 +39,11 @@ def test_a_run_ends_with_its_record_and_the_second_time_hits_the_cache(cli, tmp_
 
 
 @pytest.mark.parametrize(
-    ("word", "skipped"), [("immunize=none", "verdict"), ("attacks=none", "convergence")]
+    ("words", "skipped"),
+    [([*STUDY, "immunize=none"], "verdict"), ([*FAST, "attacks=none"], "convergence")],
 )
-def test_a_run_without_an_immunizer_or_without_attacks(cli, tmp_path, word, skipped):
-    code, out, err = cli(*[a for a in FAST if "epochs" not in a], word)
+def test_a_run_without_an_immunizer_or_without_attacks(cli, tmp_path, words, skipped):
+    code, out, err = cli(*words)
     assert code == 0, err
     assert skipped in record_of(out, tmp_path)["skipped"]
 
@@ -130,12 +132,9 @@ def test_a_signal_leaves_a_preempted_record_and_a_checkpoint(tmp_path, number):
         "immunize.epochs=2000",
     ]
     process = start(tmp_path, *options)
-    deadline = time.monotonic() + 90
-    while not list(tmp_path.rglob("*.ckpt")) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    until(lambda: list(tmp_path.rglob("*.ckpt")), "a checkpoint")
     process.send_signal(number)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 130, err
+    out, _ = ended(process, code=130)
     record = record_of(out, tmp_path)
     assert record["status"] == "preempted"
     assert list(tmp_path.rglob("*.ckpt"))

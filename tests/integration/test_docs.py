@@ -3,8 +3,10 @@ nothing of others.
 """
 
 import importlib.util
+import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -14,9 +16,9 @@ from pathlib import Path
 import pytest
 from doc_blocks import PAGES, ROOT, blocks
 from entry_point import call_entry
-from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from presets import composed
 
 from lab.scenarios.concept_folders import ConceptFolders
 
@@ -126,12 +128,23 @@ def test_own_method_examples_are_in_the_record(tmp_path, monkeypatch, call, own_
 # ---- what is not run is checked
 
 
-def test_figures_are_those_of_the_records(monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
-    monkeypatch.setattr(sys, "argv", ["figures.py", "--check"])
-    assert figures.main() == 0, capsys.readouterr().out
+@pytest.mark.parametrize("script", ["figures", "readme_figures"])
+def test_figures_are_those_of_the_records(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(DOCS / f"{script}.py"), run_name="__main__")
+    assert ended.value.code == 0, capsys.readouterr().out
+
+
+@pytest.mark.slow  # test_api.py calls the same functions
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    notebook = json.loads((DOCS / "quickstart.ipynb").read_text(encoding="utf-8"))
+    namespace = {"__name__": "notebook", "display": print}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "quickstart.ipynb", "exec"), namespace)
 
 
 def check_composes(arguments):
@@ -144,8 +157,7 @@ def check_composes(arguments):
             chosen.append(f"{override.get_key_element()}={first}")
         else:
             chosen.append(override.input_line)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("config", overrides=chosen)
+    cfg = composed(*chosen)
     if concepts := cfg.scenario.get("concepts"):
         # composing alone does not see a list without a needed role
         ConceptFolders(concepts=OmegaConf.to_container(concepts))

@@ -20,93 +20,35 @@ KILLS = int(os.environ.get("KILLS", "1"))
 WORK = [*FAST, "threads=1", "immunize.epochs=20", "immunize.checkpoint_every=20"]
 
 
-def begun(folder):
-    """Whether the first stage is being computed."""
-    return next(folder.rglob("*.lock"), None) if (folder / "outputs/cache").is_dir() else None
-
-
-def resumed(broken, whole):
-    """Whether the last runs found stages of killed ones in the cache, or went on from a checkpoint
-    of theirs.
-    """
-    runs = len(found_records(whole))
-    hits = [
-        sum(r["provenance"]["cache_hits"] for r in found_records(folder)[-runs:])
-        for folder in (broken, whole)
-    ]
-    logs = "".join(
-        path.read_text() for path in (*broken.rglob("run.log"), *broken.rglob("ranks/*.log"))
-    )
-    return hits[0] > hits[1] or "goes on from its checkpoint" in logs
-
-
-def struck(folder, command, victim, window):
-    """Starts the command KILLS times in ``folder`` and stops it some time within ``window``
-    seconds; how often it was still running.
-    """
-    folder.mkdir()
-    done = 0
-    for number in range(KILLS):
-        process = start(folder, *command)
-        earlier = set(folder.rglob("run.log"))
-        until(
-            lambda p=process, e=earlier: p.poll() is not None or set(folder.rglob("run.log")) - e,
-            "no run begins",
-        )
-        if number == KILLS - 1:  # the last one finds something to resume, whenever it comes
-            until(
-                lambda p=process: p.poll() is not None or next(folder.rglob("meta.json"), None),
-                "no stage ends",
-            )
-        time.sleep(random.SystemRandom().uniform(0, window))
-        done += process.poll() is None and victim(process, folder)
-    return done
-
-
-@pytest.fixture
-def strikes(tmp_path):
-    """Runs a command to its end, then again elsewhere with kills on the way; returns both
-    folders.
-    """
-
-    def call(command, victim, *, undisturbed=None):
-        whole = tmp_path / "whole"
-        whole.mkdir()
-        process = start(whole, *(undisturbed or command))
-        until(lambda: begun(whole), "no stage begins")
-        since = time.monotonic()
-        ended(process)
-        length = time.monotonic() - since
-        for attempt in range(
-            6
-        ):  # where all came too late, anew and sooner; the last one strikes at once
-            broken = tmp_path / f"broken_{attempt}"
-            window = 2 * length / (KILLS + 1) / 2**attempt if attempt < 5 else 0
-            done = struck(broken, command, victim, window)
-            print(
-                f"{done} of {KILLS} kills struck within {window:.1f} s; undisturbed, the "
-                f"stages take {length:.1f} s"
-            )
-            if done:
-                break
-        assert done
-        ended(start(broken, *command))
-        return whole, broken
-
-    return call
-
-
-def test_a_sweep_killed_at_random_points_gives_the_same_content(strikes):
+def test_a_sweep_killed_at_random_points_gives_the_same_content(tmp_path):
     command = ["-m", *WORK, "seeds=[0,1]", "immunize=kappa,kappa_opt"]
-
-    def all_of_it(process, _):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    ended(start(whole, *command))
+    killed = 0
+    for _ in range(KILLS):
+        process, before = start(broken, *command), stages(broken)
+        until(
+            lambda p=process, b=before: p.poll() is not None or stages(broken) - b, "no stage ends"
+        )
+        time.sleep(random.SystemRandom().uniform(0, 1))
+        killed += process.poll() is None
         kill(process)
-        return True
-
-    whole, broken = strikes(command, all_of_it)
+    assert killed, "every sweep came to its end"
+    ended(start(broken, *command))
     assert len(hashes(whole)) == 2
     assert hashes(broken) == hashes(whole)
-    assert resumed(broken, whole), "nothing was resumed"
+    hits = [
+        sum(r["provenance"]["cache_hits"] for r in found_records(folder)[-2:])
+        for folder in (broken, whole)
+    ]
+    assert hits[0] > hits[1], "nothing was resumed"
+
+
+def stages(folder):
+    """Artifacts of finished stages."""
+    return set(folder.rglob("meta.json"))
 
 
 TOGETHER = """

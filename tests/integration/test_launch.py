@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 
 import pytest
 import yaml
-from processes import ROOT, TOKENS, ended, found_records, telling, until
+from processes import TOKENS, ended, found_records, start, telling, until
 
 from lab.core import record as records
 
@@ -26,23 +24,6 @@ RUN = [
     "immunize.epochs=2",
 ]
 TWO = ["launch=cpu", "launch.num_processes=2"]
-
-
-def start(folder, *arguments, env=None):
-    """A run whose working directory is ``folder``, and which can import `launch_faults` and what
-    lies in ``folder``.
-    """
-    places = [str(ROOT), str(ROOT / "tests/helpers"), str(folder)]
-    paths = {"PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "run.py"), *arguments],
-        cwd=folder,
-        env={**(env or os.environ), **paths},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def rank_states(folder):

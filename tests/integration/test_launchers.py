@@ -8,8 +8,8 @@ import sys
 from collections import Counter
 
 import pytest
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from presets import composed
 from processes import FAST, ROOT, TOKENS, computed, ended, found_records, start, telling
 
 from lab.cluster.status import status
@@ -25,10 +25,8 @@ def told(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
 
     def call(*overrides):
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides=["action=status", *overrides])
         capsys.readouterr()
-        status(cfg)
+        status(composed("action=status", *overrides))
         return capsys.readouterr().out.splitlines()
 
     return call

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from doc_blocks import blocks
-from hydra import compose, initialize_config_dir
+from presets import composed
 from processes import (
     FAST,
     ROOT,
@@ -56,10 +56,8 @@ def told(cluster, tmp_path, monkeypatch, capsys):
         monkeypatch.setenv(key, cluster.environment[key])
 
     def call():
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides=["action=status", "records=[outputs/runs]"])
         capsys.readouterr()
-        status(cfg)
+        status(composed("action=status", "records=[outputs/runs]"))
         return capsys.readouterr().out
 
     yield call

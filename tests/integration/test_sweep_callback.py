@@ -3,15 +3,12 @@
 import json
 
 import pytest
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from presets import composed
 
-import run  # noqa: F401 - registers a resolver of the config
 from lab.cli.callbacks import SweepLeaderboard
 from lab.core.errors import UserError
-from lab.core.sources import ROOT
 
 
 def read(path):
@@ -35,10 +32,7 @@ def end(tmp_path, monkeypatch):
             (tmp_path / name).mkdir(parents=True)
             body = {"status": status, "error": {"key": key}, "name": name}
             (tmp_path / name / "record.json").write_text(json.dumps(body))
-        GlobalHydra.instance().clear()
-        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-            place = f"hydra.sweep.dir={tmp_path}"
-            cfg = compose("config", overrides=[place], return_hydra_config=True)
+        cfg = composed(f"hydra.sweep.dir={tmp_path}", return_hydra_config=True)
         cfg.hydra.mode = RunMode.MULTIRUN
         with pytest.raises(SystemExit) as ended:
             SweepLeaderboard().on_multirun_end(cfg)
@@ -59,8 +53,7 @@ def test_the_exit_code_is_the_worst_of_the_jobs_whatever_their_folders_are_calle
 
 def test_a_damaged_record_and_a_killed_job_are_told_and_stop_nothing(end, tmp_path, capsys):
     (tmp_path / "2-c/.hydra").mkdir(parents=True)
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        OmegaConf.save(compose("config"), tmp_path / "2-c/.hydra/config.yaml")
+    OmegaConf.save(composed(), tmp_path / "2-c/.hydra/config.yaml")
     assert end(("0-a", "damaged", None), ("1-b", "ok", None)) == (["1-b"], 1)
     err = capsys.readouterr().err
     assert "0-a/record.json: was altered." in err

@@ -1,0 +1,115 @@
+"""Choices of `conf/`: composed, at sizes that take seconds, and models and cases for them.
+
+Where keys of `conf/` get other names, change the tables below.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import tiny
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+import run  # noqa: F401 - registers the resolvers of the configuration
+from attacks.probes.optimizers import OPTIMIZERS
+from lab.core.sources import ROOT
+from lab.models.linear import LinearBackbone
+
+# Options that make a case tiny. They apply where a preset has the key. No learning rate is changed,
+# except where a preset diverges on the tiny data: see `OWN`.
+SMALL: dict[str, dict[str, Any]] = {
+    "immunize/linear": {"epochs": 2, "steps": 4, "batch_size": 16, "log_points": 3},
+    "immunize/deep": {"epochs": 1, "steps": 3, "batch_size": 16, "log_points": 3},
+    "immunize/diffusion": {
+        "steps": 2,
+        "batch_size": 2,
+        "prior_batch_size": 2,
+        "cap": None,
+        "inner_batch_size": 2,
+        "k_min": 1,
+        "k_max": 2,
+        "decoys": 4,
+        "decoy_steps": 2,
+    },
+    "attacks/linear": {"lr_trials": 3, "batch_size": 16},
+    "attacks/deep": {"lr_trials": 3, "batch_size": 16},
+    "attacks/diffusion": {
+        "batch_size": 2,
+        "sampling": {"sampler": "ddim", "steps": 1, "guidance": 2.0, "count": 2, "negative": ""},
+    },
+    "eval/diffusion": {"count": 8},
+}
+
+# Options of single presets, beyond those of `SMALL`.
+OWN: dict[str, dict[str, Any]] = {
+    name: {"lr": 1e-9}  # with their own lr the weights leave the finite numbers
+    for name in ("immunize/kappa_paper_house_price", "immunize/kappa_paper_mnist")
+}
+
+
+def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
+    """Compose the configuration; ``options`` are those of `hydra.compose`."""
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        return compose(config, overrides=list(overrides), **options)
+
+
+def presets(group: str) -> list[str]:
+    """List the choices of a group, without the empty list ``attacks=none``."""
+    names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+    return [name for name in names if (group, name) != ("attacks", "none")]
+
+
+@cache
+def nodes(group: str) -> dict[str, Any]:
+    """Compose every preset of a group once."""
+    names = presets(group)
+    if group in ("attacks", "eval"):
+        found = composed(f"{group}=[{','.join(names)}]")[group]
+    else:
+        found = {name: composed(config=f"{group}/{name}")[group] for name in names}
+    for name in names:
+        OmegaConf.set_struct(found[name], False)
+    return found
+
+
+def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
+    """Instantiate a preset with the small options of its group and kind."""
+    node = nodes(group)[name]
+    small = {**SMALL.get(f"{group}/{kind}", {}), **OWN.get(f"{group}/{name}", {})}
+    kept = {key: value for key, value in small.items() if node.get(key) is not None}
+    if node.get("attackers") is None:  # k_min and k_max belong to drawn attackers
+        kept = {key: value for key, value in kept.items() if not key.startswith("k_")}
+    optimizer = OPTIMIZERS.get(node.get("optimizer"))
+    if optimizer is not None and not optimizer.uses_rate:
+        kept.pop("lr_trials", None)
+    merged = OmegaConf.merge(node, kept)
+    for key in objects:  # Hydra would turn the objects into options
+        del merged[key]
+    return instantiate(merged, _partial_=True, _convert_="all")(**objects)
+
+
+@cache
+def kinds(group: str, name: str) -> list[str]:
+    """List the kinds of model that a preset takes."""
+    accepted = build(group, name).accepts
+    return [
+        kind
+        for kind in ("linear", "deep", "diffusion")
+        if kind in accepted and not (kind == "linear" and name.endswith("_deep"))  # names blocks
+    ]
+
+
+def problem(kind: str, labelled: bool = False, harmful: int = 1) -> tuple[Any, Any]:
+    """Return a tiny model of a kind and a case for it."""
+    if kind == "linear":
+        case = tiny.linear_case(harmful=harmful)
+        return LinearBackbone().build(case, 0), tiny.linear_classes() if labelled else case
+    if kind == "deep":
+        return tiny.tiny_net(), tiny.image_case(harmful=harmful)
+    return tiny_diffusion(), tiny_case()
