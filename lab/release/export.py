@@ -186,7 +186,7 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
     """
     model_name, seed = cell["model"], cell["seed"]
     tensors = {} if model_name == BASELINE else read_stage(record, cell, cfg).tensors
-    nothing = {"_target_": "immunize.none.NoImmunization"}
+    nothing = {"_target_": "immunize.none.NoImmunization", "name": "none"}
     config = record["config"] | {"immunize": nothing, "attacks": {}, "eval": {}, "scorers": {}}
     check_trusted({group: config[group] for group in _GROUPS}, cfg)
     # the last bit of a sum can depend on the number of threads
