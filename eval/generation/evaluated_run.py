@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import SkipValidation
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from eval.generation.scoring import (
     in_turn,
     is_prompt_adherent,
     prepare,
+    shows_objects,
     similarity_of_pairs,
     text_vectors,
     unit_vectors,
@@ -39,7 +41,9 @@ from lab.models.activations import digest
 from lab.scorers.load import Scorers
 
 FAMILY = "name"  # the prompts that headline figures are about
+UNRELATED = "unrelated"  # the prompts that show whether an attacked model is still usable
 CLIP_T, DETECTED, PROMPT_ADHERENT = "clip_t", "detected", "prompt_adherent"
+USABLE = "usable"
 # a snapshot's index, the mean over all steps, or every snapshot reached
 At = int | Literal["mean", "curve"]
 BETWEEN = "between_"  # M of both models' images made from the same latents: between_clip, …
@@ -75,16 +79,19 @@ class EvaluatedAttack:
     Attributes:
         values: quantity → [points, images] on the snapshots of the budget: a similarity of
             `eval.generation.scoring`, ``clip_t`` (cosine to the prompt), ``detected`` (0 or 1),
-            ``prompt_adherent`` (0 or 1), ``between_M`` (M of the image and the other model's, made
-            from the same latents; unless it is a cosine, nan between the marks of the budget). What
-            stands beyond the end of an attack that diverged: `_fill_beyond_end`.
+            ``prompt_adherent`` (0 or 1), ``usable`` (``detected`` where the attacked model is
+            usable, else 0), ``between_M`` (M of the image and the other model's, made from the
+            same latents; unless it is a cosine, nan between the marks of the budget). What stands
+            beyond the end of an attack that diverged: `_fill_beyond_end`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
+        usable: [points] whether the attacked model is still usable; None where it was not measured.
     """
 
     values: dict[str, Floats]
     end: int
     status: str
+    usable: NDArray[np.bool_] | None = None
 
 
 @dataclass
@@ -124,7 +131,9 @@ class EvaluatedRun:
         return self.model_names[-1]
 
     def has(self, quantity: str) -> bool:
-        return all(quantity in result.values for result in self.results.values())
+        """Return True if every attack has the quantity for the prompts that name the concept."""
+        named = (result for key, result in self.results.items() if key[3] == FAMILY)
+        return all(quantity in result.values for result in named)
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -269,6 +278,21 @@ def worst_concept(
     return worst, score_worst(scores[worst], units, role, geometric=geometric)
 
 
+def usable_points(adherent: Floats, least: float) -> NDArray[np.bool_]:
+    """Return for each step [points] whether the attacked model is still usable.
+
+    It is where its images show what unrelated prompts name at least ``least`` times as often as
+    those of the same model before the attack. An attack that destroys the model it attacks gains
+    nothing from it (TamperBench bounds the loss of utility likewise,
+    github.com/criticalml-uw/TamperBench).
+
+    Args:
+        adherent: 0 or 1 [points, images]; the first point is before the attack.
+    """
+    shares = adherent.mean(1)
+    return np.asarray(shares >= least * shares[0])
+
+
 def adherence_differs(run: RunView, detector: ConceptDetector) -> bool:
     """Return True if prompt-adherent images can be other images than detections: styles are among
     the concepts, and the detector names objects.
@@ -284,6 +308,7 @@ def evaluate(
     *,
     scorers_of: Callable[[int, ConceptCase], Scorers] | None = None,
     skipped: Collection[str] = (),
+    usable_share: float = 0.0,
     preprocessing: str = "standard",
     label: str = "scores",
 ) -> EvaluatedRun:
@@ -293,6 +318,8 @@ def evaluate(
         quantities: names of `EvaluatedAttack.values`.
         scorers_of: other scorers for each seed and case.
         skipped: concepts that were not attacked.
+        usable_share: see `usable_points`. ``usable`` is added to ``detected`` where attacks have
+            images of unrelated prompts and the detector names objects.
 
     Raises:
         UserError: an attack without images of the prompts that name the concept, or with another
@@ -304,11 +331,12 @@ def evaluate(
         for concept in (task for task in case.tasks if task.name not in skipped):
             cell = ConceptCell(seed, case.name, concept.name)
             out.roles[cell] = concept.role
-            scorer = _ConceptScorer(run, networks, concept, preprocessing)
+            scorer = _ConceptScorer(run, networks, concept, preprocessing, usable_share)
             counts: dict[str, int] = {}
             for attack in run.attacks:
                 both = {m: run.trajectory(m, attack, case, concept, seed) for m in run.model_names}
-                for family in _families(both, concept, attack, counts):
+                families = _families(both, concept, attack, counts)
+                for family in (f for f in families if f != UNRELATED):
                     for model, result in scorer.score(both, family, tuple(quantities)).items():
                         out.results[cell, model, attack, family] = result
     return out
@@ -351,6 +379,7 @@ class _ConceptScorer:
     scorers: Scorers
     concept: Concept
     preprocessing: str
+    usable_share: float
 
     def __post_init__(self) -> None:
         references = prepare(self.concept.reference.images, self.preprocessing)
@@ -396,6 +425,22 @@ class _ConceptScorer:
             return self._score_points(images, partial(self._detect, prompts, adherent))
         return self._score_points(images, partial(self.references.similarity, quantity))
 
+    def _usable(self, samples: dict[str, Tensor]) -> NDArray[np.bool_] | None:
+        """Return `usable_points` of a model's recorded steps, of unrelated prompts and of a style's
+        own, which name objects; None where there are no images of unrelated prompts.
+        """
+        detector = self.scorers.detector
+        if UNRELATED not in samples or not isinstance(detector, Namer):
+            return None
+        usable = []
+        for family in (UNRELATED, FAMILY) if self.concept.kind == "style" else (UNRELATED,):
+            prompts = in_turn(self.concept.prompts[family], samples[family].shape[1])
+            score = partial(shows_objects, detector, prompts)
+            compute = partial(self._score_points, samples[family], score)
+            adherent = self._cached("objects", family, samples[family], compute)
+            usable.append(usable_points(np.asarray(adherent, dtype=float), self.usable_share))
+        return np.logical_and.reduce(usable)
+
     def _detect(self, prompts: Sequence[str], adherent: bool, images: Tensor) -> Tensor:
         detector = detector_of(self.scorers, "eval")
         seen = np.asarray(detector.detects(images, self.concept.name).cpu(), dtype=float)
@@ -435,7 +480,12 @@ class _ConceptScorer:
                     compute = partial(self._quantity, quantity, family, t.samples[family])
                     scores = self._cached(quantity, family, t.samples[family], compute)
                     values[quantity] = np.asarray(scores[index], dtype=float)
-            out[model] = EvaluatedAttack(values, int((plan <= t.steps[-1]).sum()), t.status)
+            result = EvaluatedAttack(values, int((plan <= t.steps[-1]).sum()), t.status)
+            usable = self._usable(t.samples) if DETECTED in values and family == FAMILY else None
+            if usable is not None:
+                result.usable = usable[index]
+                values[USABLE] = values[DETECTED] * result.usable[:, None]
+            out[model] = result
         for quantity in quantities if len(out) == 2 else ():
             if quantity.startswith(BETWEEN):
                 between = self._between(quantity.removeprefix(BETWEEN), *held.values())

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -229,6 +228,14 @@ def shows_named(names: Sequence[str], prompts: Sequence[str], likeliest: Tensor)
     return [not w or best in w for w, best in zip(wanted, likeliest.tolist(), strict=True)]
 
 
+def shows_objects(detector: Namer, prompts: Sequence[str], images: Tensor) -> Tensor:
+    """Return bool [n]: the likeliest object of an image is one that its prompt names, true where it
+    names none.
+    """
+    likeliest = detector.probabilities(images)["object"].argmax(1)
+    return torch.tensor(shows_named(detector.names["object"], prompts, likeliest))
+
+
 def is_prompt_adherent(
     detector: ConceptDetector,
     concept: Concept,
@@ -250,5 +257,4 @@ def is_prompt_adherent(
     """
     if concept.kind != "style" or not isinstance(detector, Namer):
         return detected
-    likeliest = detector.probabilities(images)["object"].argmax(1)
-    return detected * np.array(shows_named(detector.names["object"], prompts, likeliest))
+    return detected * shows_objects(detector, prompts, images).numpy()

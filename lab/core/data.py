@@ -96,8 +96,9 @@ class Concept:
         reference: what generations are compared with; disjoint from both.
         prior: images of its class without the concept (prior preservation); may be empty.
         prompts: family → prompts that generations are made from. Always ``name``; where the
-            scenario knows them ``description`` (never the concept's name) and ``reworded``
-            (templates unknown to the immunizer).
+            scenario knows them ``description`` (never the concept's name), ``reworded``
+            (templates unknown to the immunizer) and ``unrelated`` (about other things, which show
+            whether an attacked model is still usable).
     """
 
     name: str

@@ -46,7 +46,9 @@ from lab.scenarios import concept_texts as words
 Caption = Callable[[Picture], str]
 Side = Annotated[int, Field(strict=True, ge=8, multiple_of=8)]
 """Side of all images in pixels; latents are 8 (or 4) times smaller."""
-Families = Annotated[tuple[Literal["name", "description", "reworded", "unseen_pairs"], ...], AsList]
+Families = Annotated[
+    tuple[Literal["name", "description", "reworded", "unseen_pairs", "unrelated"], ...], AsList
+]
 _STYLES = frozenset(s.name for s in STYLES)
 _HELD_OUT = (*HELD_OUT_OBJECTS, *HELD_OUT_STYLES)
 _PLAIN_SHARE = 0.4  # photos among the images to keep; the rest are in the styles that no role has
@@ -205,7 +207,8 @@ class WorldConcepts(Scenario, ABC):
             comparison.
         prior, keep, unrelated, regularizers: sizes, see `lab.core.data`.
         regularizer_templates: ``all`` or ``one``, the diversity of C_reg.
-        families: of prompts, as far as a concept has them (`lab.core.data.Concept.prompts`).
+        families: of prompts, as far as a concept has them (`lab.core.data.Concept.prompts`);
+            ``unrelated`` are the first ``sampling.count`` unrelated prompts that name an object.
         sampling: `lab.core.data.Sampling`.
         resolution: side in pixels; the world has 64, other sizes are scaled.
 
@@ -279,11 +282,11 @@ class WorldConcepts(Scenario, ABC):
         return hashed(cases, notes, credit=notes[0])
 
     def _case(self, roles: Roles, studio: Studio) -> ConceptCase:
-        def concepts(names: tuple[str, ...], role: Role) -> tuple[Concept, ...]:
+        def draw(names: tuple[str, ...], role: Role) -> tuple[Concept, ...]:
             return tuple(self._concept(name, role, roles, studio) for name in names)
 
-        targets, others = concepts(roles.targets, "harmful"), concepts(roles.others, "benign")
-        rehearsal = concepts(roles.rehearsal, "benign")
+        targets, others = draw(roles.targets, "harmful"), draw(roles.others, "benign")
+        rehearsal = draw(roles.rehearsal, "benign")
         left = rest(roles.all)
         captions = words.regularizers(
             left,
@@ -296,6 +299,13 @@ class WorldConcepts(Scenario, ABC):
         families = [lines for concept in every for lines in concept.prompts.values()]
         taken = set(chain(*families, *(part.prompts for part in images)))
         keep, unrelated = studio.surroundings(left, self.keep, self.unrelated, captions, taken)
+        if "unrelated" in self.families:
+            naming = [line for line in unrelated.prompts if any(o in line for o in left.objects)]
+            lines = {"unrelated": tuple(naming[: self.sampling.count])}
+            targets, others = (
+                tuple(replace(c, prompts=c.prompts | lines) for c in concepts)
+                for concepts in (targets, others)
+            )
         return ConceptCase(
             case_name(roles.targets),
             targets,

@@ -1,7 +1,18 @@
 """The verdict: every side has to pass, on the same weights."""
 
+from dataclasses import replace
+
 import pytest
-from fake_generations import FakeRun, FakeScorers, Painter, case, faithful, shares
+import torch
+from fake_generations import (
+    Detector,
+    FakeRun,
+    FakeScorers,
+    Painter,
+    case,
+    faithful,
+    shares,
+)
 from pydantic import ValidationError
 
 from eval.generation.concept_verdict import ConceptVerdict
@@ -45,6 +56,34 @@ def test_a_broken_model_scores_on_the_targets_and_fails():
     assert all(row["passed"] for row in rows.values() if row["side"] == "harmful")
     assert result.metrics["verdict"].value == 0.0
     assert "benign side fails" in result.metrics["verdict"].note
+
+
+def test_an_attack_that_leaves_no_usable_model_does_not_decide_the_verdict():
+    """Unrelated images are all black once the attack has taught the immunized model its target."""
+
+    class Named(Detector):
+        names = {"object": ("black thing", "green thing"), "style": ("photo", "any")}
+
+    def make(model_name, attack, name, seed):
+        protected = model_name == IMMUNIZED and name != "sketch"
+        run = BASELINE_RUN
+        green = torch.zeros_like(run.samples["name"])
+        green[:, :, 1] = 200
+        images = green.clone()
+        images[1 if protected else len(images) :] = 0
+        style = run.samples["name"].clone()
+        style[:, :, 0] = 0  # every image shows the green thing of its prompt
+        return replace(run, samples={"name": style, "unrelated": images})
+
+    concepts = case(families=("name", "unrelated"))
+    for task in concepts.tasks:
+        task.prompts.update(name=("a green thing",), unrelated=("a green thing",))
+    run = FakeRun(make, case_list=(concepts,))
+    result = scores(run, FakeScorers(detector=Named()), min_msgr=0)
+    rows = {row["check"]: row for row in result.tables["verdict"]}
+    slowdown = rows["steps to 60% detection, immunized ÷ baseline, worst target"]
+    assert (slowdown["passed"], slowdown["bound"]) == (True, "lower")
+    assert "by every attack" in result.metrics["verdict"].note
 
 
 SLOW = shares(0, 2, 7, 10, 10, cosines=(0.6, 0.6, 0.78, 0.8, 1.0))

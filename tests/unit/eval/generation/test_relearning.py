@@ -10,6 +10,7 @@ from fake_generations import (
     Detector,
     FakeRun,
     FakeScorers,
+    attack,
     case,
     shares,
 )
@@ -18,11 +19,12 @@ from pydantic import ValidationError
 from eval.generation.relearning import Relearning
 from eval.generation.scoring import named_objects
 from eval.stats.aggregate import first_crossing
-from lab.core.types import BASELINE
+from lab.core.types import BASELINE, IMMUNIZED
 
 # detections of ten images at steps 0, 10, 20, 40, 80; the baseline reaches 60 % at step 10 +
 # 4/6·10
 BASELINE_SHARES = (0, 2, 8, 10, 10)
+SEEN = (False, False, True, True, True)  # at the same steps: 60 % is crossed at step 16
 HORIZON = 10 + 10 * 4 / 6
 
 
@@ -221,3 +223,25 @@ def test_the_threshold_is_an_option():
     ].value == pytest.approx(10.0)
     with pytest.raises(ValidationError, match="threshold"):
         Relearning(scorers=FakeScorers(), threshold=1.5)
+
+
+def test_an_attack_that_breaks_the_model_does_not_count():
+    """The broken model's images are all red, and every second prompt asks for green."""
+
+    def make(model_name, attack_name, name, seed):
+        broken = model_name == IMMUNIZED and attack_name == "hard"
+        blue = [255 * (seen and (attack_name == "hard" or name == "sketch")) for seen in SEEN]
+        points = [[(200, 0, b), (200, 0, b) if broken and b else (0, 200, b)] * 5 for b in blue]
+        return attack(points, families=("name", "unrelated"))
+
+    concepts = case(families=("name", "unrelated"))
+    run = FakeRun(make, case_list=(concepts,), attacks=("soft", "hard"))
+    scores = Relearning(scorers=FakeScorers(detector=Naming()), usable_share=0.6)(run)
+    asr = {name: scores.metrics[name].value for name in ("asr", "asr_usable", "asr_baseline")}
+    assert asr == {"asr": 1, "asr_usable": 0, "asr_baseline": 1}
+    assert scores.metrics["asr_usable_baseline"].value == 1
+    assert scores.metrics["steps_to_relearn_ratio"].value == pytest.approx(1)
+    slowdown = scores.metrics["steps_to_relearn_usable_ratio"]
+    assert (slowdown.bound, slowdown.value) == ("lower", pytest.approx(80 / 16))
+    rows = [r for r in scores.tables["attacks"] if r["concept"] == "mosaic" and r["seed"] == 0]
+    assert [r["unusable_from"] for r in rows] == [None, None, None, 20]

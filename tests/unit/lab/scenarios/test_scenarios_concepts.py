@@ -94,6 +94,17 @@ def test_unrelated_prompts_are_new_and_speak_of_no_concept(name) -> None:
         assert not any(f" {c.words} " in words for c in concepts(case)), text
 
 
+def test_reported_concepts_have_unrelated_prompts_that_name_an_object() -> None:
+    families = ["name", "unrelated"]
+    (case,) = built("relearn_styles", **SMALL | {"unrelated": 64}, families=families).load(0).cases
+    lines = case.targets[0].prompts["unrelated"]
+    assert len(lines) == case.sampling.count
+    assert {*lines} < {*case.unrelated.prompts}
+    assert all(any(name in line for name in OBJECTS) for line in lines)
+    assert case.others[0].prompts["unrelated"] == lines
+    assert "unrelated" not in case.rehearsal[0].prompts
+
+
 def test_same_seed_same_bytes_and_another_seed_others() -> None:
     first, again = (built("relearn_styles", **SMALL).load(3) for _ in range(2))
     other = built("relearn_styles", **SMALL).load(4)
