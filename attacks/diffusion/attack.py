@@ -181,6 +181,13 @@ class ConceptBase(Attacker):
         """Return the stages of the attack, in order."""
 
     @abstractmethod
+    def images_per_step(self) -> int:
+        """Return the batch size, without prior images."""
+
+    def check_budget(self, budget: Budget) -> None:
+        budget.in_updates(self.images_per_step())
+
+    @abstractmethod
     def check_task(self, task: Concept) -> None:
         """Raise `UserError` where ``task`` lacks what the options ask for."""
 
@@ -345,6 +352,9 @@ class ConceptAttack(ConceptBase):
 
     def plan(self, task: Concept, budget: Budget) -> list[Stage]:
         return [Stage(self, task, budget.steps)]
+
+    def images_per_step(self) -> int:
+        return self.batch_size
 
     def texts(self) -> dict[str, str]:
         return {**super().texts(), f"{self.key}.token": self.token}
@@ -631,11 +641,13 @@ def run(
         UserError: a model of half precision.
         Diverged: the loss is not finite before the first update.
     """
-    trainee = AttackTrainee(attack, model, task, seed, budget)
+    batch = attack.images_per_step()
+    updates = budget.in_updates(batch)
+    trainee = AttackTrainee(attack, model, task, seed, updates)
     try:
         train(
             trainee,
-            budget.steps,
+            updates.steps,
             label=f"{attack.name} on {task.name}",
             checkpoint=checkpoint,
             save_every=SAVE_STEPS,
@@ -646,6 +658,8 @@ def run(
             raise
         trainee.trajectory.status = "diverged"
     trajectory = trainee.trajectory
+    if budget.unit == "images":
+        trajectory.steps = [step * batch for step in trajectory.steps]
     trajectory.info, weights = trainee.info(), {}
     if trajectory.status == "ok":
         weights = trainee.learner.moving.weights()

@@ -78,6 +78,15 @@ class Curriculum(ConceptBase):
                 raise user_error(error, f"{space}.{name}", CurriculumStage) from None
         return replace(self, stages=stages, search=None)
 
+    def images_per_step(self) -> int:
+        return max(stage.attack.batch_size for stage in self.stages.values())
+
+    def check_budget(self, budget: Budget) -> None:
+        super().check_budget(budget)
+        if budget.unit == "images" and len({s.attack.batch_size for s in self.stages.values()}) > 1:
+            fix = "needs stages of one batch_size, as budget.unit=images counts images."
+            raise UserError(f"{self.key}.stages", list(self.stages), fix)
+
     def check_task(self, task: Concept) -> None:
         for name, stage in self.stages.items():
             if stage.data == "prior" and not len(task.prior):

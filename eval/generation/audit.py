@@ -399,7 +399,7 @@ def _curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
             for attack in evaluated.attacks
         }
         name, label = f"audit_{slug(concept)}", f"images that show {concept}"
-        out[name] = band(lines, evaluated.plan, "steps of the attack", label, bounds=SHARE)
+        out[name] = band(lines, evaluated.plan, evaluated.axis, label, bounds=SHARE)
     return out
 
 

@@ -116,6 +116,13 @@ class EvaluatedRun:
         return self.budget.snapshots()
 
     @property
+    def axis(self) -> str:
+        """What the plan counts."""
+        return {"images": "images seen by the attack", "steps": "steps of the attack"}[
+            self.budget.unit
+        ]
+
+    @property
     def horizon_index(self) -> int:
         """The index of 1× in the plan."""
         return self.plan.index(self.budget.horizon)

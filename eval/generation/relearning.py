@@ -242,7 +242,7 @@ def success_curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
             name = f"asr_{slug(concept)}" if concept else ASR[role]
             lines = evaluated.curve_units(role, concept, DETECTED)
             label = f"images that show {concept or 'the concept'}"
-            out[name] = band(lines, evaluated.plan, "steps of the attack", label, bounds=SHARE)
+            out[name] = band(lines, evaluated.plan, evaluated.axis, label, bounds=SHARE)
     return out
 
 
@@ -426,7 +426,8 @@ def model_steps_score(
     """Return the steps to relearn of one model, geometric mean."""
     each = [relearned(evaluated, cell, model, threshold) for cell in cells]
     units = [r.unit(cell.seed) for r, cell in zip(each, cells, strict=True)]
-    return steps_score(units, each, better, "steps", evaluated.notes("harmful"))
+    unit = evaluated.budget.unit
+    return steps_score(units, each, better, unit, evaluated.notes("harmful"))
 
 
 def ratios_of(

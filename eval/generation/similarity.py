@@ -343,7 +343,7 @@ def curves(evaluated: EvaluatedRun, similarity: str) -> dict[str, dict[str, Any]
     """Return the similarity of both models to every concept, and SGR of both roles, over the steps;
     at every point each model's best attacker.
     """
-    out, x, models = {}, "steps of the attack", evaluated.model_names
+    out, x, models = {}, evaluated.axis, evaluated.model_names
     for role in ROLES:
         for concept in evaluated.concepts(role):
             lines = evaluated.curve_units(role, concept, similarity)

@@ -21,6 +21,7 @@ from typing_extensions import Self, TypeVar
 
 from lab.core.config import SETTINGS, Count, Index
 from lab.core.data import Case, Concept, ConceptCase, Kind, ScenarioData, Task
+from lab.core.errors import UserError
 
 BASELINE, IMMUNIZED = "baseline", "immunized"  # the two models of a run
 
@@ -221,12 +222,15 @@ class Budget:
         multiple: a trajectory runs to ``horizon * multiple`` steps.
         points: snapshots along the trajectory, step 0 and the last step included.
         at: the steps of the snapshots, in place of ``points``.
+        unit: ``images``: every "step" above is one training image that the attacker sees, so that
+            attackers with different batch sizes are compared by what they see; text-to-image only.
     """
 
     horizon: Count
     multiple: Count = 5
     points: Annotated[int, Field(strict=True, ge=2)] = 20
     at: tuple[Index, ...] | None = None
+    unit: Literal["steps", "images"] = "steps"
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:
@@ -237,6 +241,20 @@ class Budget:
     @property
     def steps(self) -> int:
         return self.horizon * self.multiple
+
+    def in_updates(self, batch_size: int) -> Budget:
+        """Return the same budget in optimizer updates of ``batch_size`` images.
+
+        Raises:
+            UserError: the horizon is no multiple of the batch size.
+        """
+        if self.unit == "steps":
+            return self
+        if self.horizon % batch_size:
+            reason = f"must be a multiple of every attack's batch_size, and one has {batch_size}."
+            raise UserError("budget.horizon", self.horizon, reason)
+        at = tuple(point // batch_size for point in self.snapshots())
+        return Budget(self.horizon // batch_size, self.multiple, at=at)
 
     def snapshots(self) -> tuple[int, ...]:
         """Return the steps to measure at: geometric, with 0, ``horizon`` and the last step."""
@@ -291,6 +309,16 @@ class Attacker(Method, Generic[ModelT, TaskT]):
         checkpoint: Checkpoint | None,
     ) -> Trajectory:
         """Return what fine-tuning does, at ``budget.snapshots()``; ``model`` is left untouched."""
+
+    def check_budget(self, budget: Budget) -> None:
+        """Check that the attack can count in the unit of ``budget``.
+
+        Raises:
+            UserError: it cannot.
+        """
+        if budget.unit == "images":
+            fix = "counts training images of attacks on text-to-image models; take steps."
+            raise UserError("budget.unit", "images", fix)
 
     def dry_open(self, model: ModelT, task: TaskT) -> None:
         """Prepare an attack on a text-to-image model as `__call__` would, before anything runs.

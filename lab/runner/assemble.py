@@ -258,6 +258,8 @@ def check_fit(parts: Parts) -> None:
             fix += f"backbone={backbone.name} is {backbone.kind}; "
             fix += f"experiment={_EXPERIMENTS[min(method.accepts)]} has parts that fit."
             raise UserError(key, method.name, fix)
+    for part in parts.attacks.values():
+        part.obj.check_budget(parts.budget)
     to_erase = scenario.asks_erasure()
     released = any(metric.obj.released for metric in parts.metrics.values())
     if to_erase is not None and isinstance(parts.eraser.obj, NoErasure) and not released:

@@ -134,6 +134,18 @@ def test_half_precision_is_refused_where_it_would_be_trained() -> None:
     attack("lora").dry_open(half, target)
 
 
+def test_a_budget_of_images_is_the_same_attack_in_steps_of_its_batch() -> None:
+    images = Budget(16, 2, at=(8, 24), unit="images")
+    attacker = attack("lora", families=(), batch_size=8)
+    by_images, by_steps = (launch(attacker, budget=b) for b in (images, Budget(2, 2, at=(1, 3))))
+    assert by_images.steps == [0, 8, 16, 24, 32]
+    assert by_images.values == by_steps.values
+    single = launch(attack("lora", families=(), batch_size=1), budget=replace(images, at=(1, 24)))
+    assert single.steps == [0, 1, 16, 24, 32]
+    with pytest.raises(UserError, match=r"budget\.horizon=16: must be a multiple"):
+        attack("lora", families=(), batch_size=5).check_budget(images)
+
+
 def test_curriculum_divides_the_steps() -> None:
     plan = curriculum().plan(task(), Budget(2, 2))
     assert [stop for _, _, stop in plan] == [1, 3, 4]
