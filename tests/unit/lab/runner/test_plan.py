@@ -45,7 +45,7 @@ def test_times_are_defaults_first_and_then_those_of_this_run(tmp_path, caplog):
     assert [plan.seconds(cell) for cell in plan.cells[1:4]] == [seconds[1], 4.0, 4.0]
     with caplog.at_level("INFO", logger="progress"):
         plan.announce(plan.cells[3], 1)
-    assert caplog.messages == ["[4/5] attack lora on a, immunized, seed 0 … ETA 00:12"]
+    assert caplog.messages == ["[4/5] attack lora on a, immunized, seed 0 … ETA 00:10"]
 
 
 def test_cached_stages_take_no_time(tmp_path):
