@@ -244,4 +244,4 @@ def test_an_attack_that_breaks_the_model_does_not_count():
     slowdown = scores.metrics["steps_to_relearn_usable_ratio"]
     assert (slowdown.bound, slowdown.value) == ("lower", pytest.approx(80 / 16))
     rows = [r for r in scores.tables["attacks"] if r["concept"] == "mosaic" and r["seed"] == 0]
-    assert [r["unusable_from"] for r in rows] == [None, None, None, 20]
+    assert [r["unusable_at"] for r in rows] == ["", "", "", "20, 40, 80"]
