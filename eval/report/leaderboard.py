@@ -150,7 +150,8 @@ def terms(record: Record) -> dict[str, Any]:
     """Return the attackers and every option of them and of the budget, but those that leave an
     attack as it is.
     """
-    return {"attacks": sorted(record["attacks"])} | {
+    # a record without a unit is older than the option
+    return {"attacks": sorted(record["attacks"]), "budget.unit": "steps"} | {
         key: value
         for key, value in settings(record).items()
         if key.startswith(("attacks.", "budget."))

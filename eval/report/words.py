@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from html import escape
 from typing import Any
 
@@ -226,7 +226,7 @@ def labels(records: Sequence[Record]) -> list[str]:
     Records of one immunizer in one study are rivals. A setting that most rivals share is the
     study's common one and is named only where a record deviates from it, so that an ablation which
     changes one thing at a time is labelled by that thing; a setting without a majority (a grid) is
-    named everywhere.
+    named everywhere. An option that a rival's version did not have yet sets none apart.
     """
     studies = [str(r["name"]).rpartition("/")[0] or str(r["name"]) for r in records]
     immunizers = [
@@ -240,7 +240,9 @@ def labels(records: Sequence[Record]) -> list[str]:
     ]
     frame, out = pd.DataFrame(texts, dtype=object).fillna(""), pd.Series(immunizers)
     for _, rivals in frame.groupby([studies, immunizers], sort=False):
+        known = [texts[i].keys() for i in rivals.index]
         varied = rivals.loc[:, rivals.nunique() > 1]
+        varied = varied[[key for key in varied if all(_has_option(keys, key) for keys in known)]]
         names = short_names(set(varied))
         common = {}
         for key, values in varied.items():
@@ -256,6 +258,13 @@ def labels(records: Sequence[Record]) -> list[str]:
     out = out.where(~out.duplicated(keep=False), out + [f" ({study})" for study in studies])
     hashes = [f" · {r['content_hash'][:7]}" for r in records]  # for the same settings twice
     return list(out.where(~out.duplicated(keep=False), out + hashes))
+
+
+def _has_option(keys: Collection[str], key: str) -> bool:
+    """Return True if a flat config has the option ``key``, or one that it is a part of (null)."""
+    parts = key.split(".")
+    whole = {".".join(parts[:n]) for n in range(1, len(parts) + 1)}
+    return not whole.isdisjoint(keys) or any(k.startswith(f"{key}.") for k in keys)
 
 
 def typed(value: Any) -> str:

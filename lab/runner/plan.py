@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -57,6 +58,10 @@ class StagePlan:
         if sampling:
             images = sampling.count * len(pipeline.budget.snapshots())
             self.default["attack"] += SAMPLING_SECONDS * images * sampling.steps
+        # trials of searches, as a mean over the attacks
+        searches = [node.get("search") for node in cfg.attacks.values()]
+        trials = sum(s.steps * count_trials(s) for s in searches if s)
+        self.default["attack"] += default["attack"] * trials / max(len(searches), 1)
 
     def seconds(self, cell: Cell) -> float:
         """Return the estimated time of a stage; 0 for one that is cached or costs nothing."""
@@ -97,6 +102,12 @@ class StagePlan:
         """Note how long a stage took."""
         if cell.title in self.costly and seconds is not None:
             self.measured.setdefault(cell.part, []).append(seconds)
+
+
+def count_trials(search: DictConfig) -> int:
+    """Return how many settings a search tries."""
+    size = prod(len(values) for values in search.space.values())
+    return int(search.get("trials") or size)
 
 
 def read_times(cfg: DictConfig) -> dict[str, list[float]]:
