@@ -386,7 +386,7 @@ def glitch(rgb: Field, mask: Field, dice: Dice) -> Field:
     drawn = _vivid(_mix(rgb, (0.05, 0.02, 0.10), 0.5 * _lines(rgb, mask)), 1.4)
     parts = []
     for channel, shift in enumerate((3, 0, -3)):
-        columns = ((x - slide - shift) % size).astype(int)
+        columns = np.floor(x - slide - shift).astype(int) % size
         parts.append(drawn[y.astype(int), columns, channel])
     out = np.stack(parts, -1) * np.where(y % 2 == 0, 1.0, 0.62)[..., None]
     tint = np.array([1.0, 0.82, 1.08], np.float32)
