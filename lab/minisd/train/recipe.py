@@ -60,7 +60,7 @@ _DETERMINES = {
     "text": _TEXT,
     "denoiser": (*dict.fromkeys((*_VAE, *_TEXT)), "gamma", "drop", "denoiser"),
     "clip": ("seed", "scorers"),
-    "detector": ("seed", "scorers"),
+    "detector": (*_VAE, "scorers"),
 }
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -238,19 +238,23 @@ class Training:
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""
         r, seed = self.recipe.scorers, self.scorer_seed
+        vae = self.vae()
         torch.manual_seed(derive(seed, "detector", "init"))
-        model = DetectorNetwork(len(NAMES["object"]), len(NAMES["style"]), r.width)
+        names = scorers.DETECTED
+        model = DetectorNetwork(len(names["object"]), len(names["style"]), r.width)
         data = {part: scorers.labelled(scorers.pictures(r, seed, part)) for part in PARTS}
         empty = {part: scorers.empty_scenes(seed, r.empty, part) for part in PARTS}
-        parts = data["train"], data["calibrate"], empty["train"]
+        broken = {part: scorers.degenerate(vae, seed, r.empty, part) for part in PARTS}
+        parts = data["train"], data["calibrate"], empty["train"], broken["train"]
         fit = partial(scorers.train_detector, model, *parts, r, seed=seed)
         self._stage("detector", model, ("train.scorers",), fit)
-        detector = Detector(model, NAMES["object"], NAMES["style"])
+        detector = Detector(model, names["object"], names["style"])
         worn = {part: scorers.wear(data[part], seed) for part in ("calibrate", "measure")}
         detector.temperature = scorers.calibrate(detector, worn["calibrate"], empty["calibrate"])
-        facts = scorers.measure(detector, data["measure"], empty["measure"])
-        facts["worn"] = scorers.measure(detector, worn["measure"], empty["measure"])
-        return dataclasses.replace(detector, rates=facts.pop("rates")), facts
+        rest = empty["measure"], broken["measure"]
+        facts = scorers.measure(detector, data["measure"], *rest)
+        facts["worn"] = scorers.measure(detector, worn["measure"], *rest)
+        return dataclasses.replace(detector, rates=facts["worn"]["rates"]), facts
 
     def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
@@ -321,10 +325,11 @@ def run(cfg: DictConfig) -> Path:
         "seconds": training.seconds,
         "detector": facts,
         "provenance": provenance(started, time.monotonic() - clock),
-        "sha256": hashes(fresh),
     }
-    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     assess(fresh, record, recipe.seed, recipe.measured)
+    files = {part: hashes(fresh / part) for part in ("model", "scorers")}
+    record["sha256"] = {f"{part}/{path}": h for part in files for path, h in files[part].items()}
+    (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     target = relative(folder)
