@@ -120,7 +120,10 @@ def generation_rates(detector: Detector, judged: Sequence[_Judged]) -> Rates:
             seen = (p[:, i] >= detector.threshold).numpy()
             asked, agreed = wanted == name, by_clip == name
             rates[name] = dict(detector.rates[name])
-            for rate, given in ("false_positive", ~asked & ~agreed), ("false_negative", asked & agreed):
+            for rate, given in (
+                ("false_positive", ~asked & ~agreed),
+                ("false_negative", asked & agreed),
+            ):
                 if given.sum() >= _LEAST:
                     share = float(seen[given].mean())
                     rates[name][rate] = share if rate == "false_positive" else 1 - share

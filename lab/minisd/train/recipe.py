@@ -41,7 +41,7 @@ from lab.minisd.train.networks import (
     train_vae,
 )
 from lab.minisd.train.quality import assess
-from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
+from lab.minisd.train.scorers import PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
 from lab.minisd.train.text import TextImageNetwork, train_text
 from lab.minisd.world.world import TRAINING, Sample, picture, sample, training
 from lab.models.devices import pick

@@ -142,6 +142,7 @@ HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
 )
 _THING = {t.name: t for t in THINGS}
 _STYLE = {s.name: s for s in STYLES}
+# what a concept may be used for: test, validation, rehearsal; others have no entry
 ROLES: dict[str, str] = {
     name.strip(): role for role, names in _ROLES.items() for name in names.split(",")
 }
@@ -168,10 +169,3 @@ def style(name: str, key: str = "concept") -> Style:
 def members(category: str) -> tuple[str, ...]:
     """Return the objects of a category that MiniSD sees, in the order of the table."""
     return tuple(t.name for t in THINGS if t.category == category and not t.held_out)
-
-
-def role(name: str) -> str | None:
-    """Return what a concept may be used for: test, validation, rehearsal, or None (anything but
-    these).
-    """
-    return ROLES.get(name)
