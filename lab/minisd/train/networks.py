@@ -397,7 +397,7 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def fold_scale(vae: Any, scale: float) -> None:
-    """Scale the latents of ``vae`` by ``scale`` in its weights, so that its ``scaling_factor`` is 1.
+    """Scale the latents of ``vae`` by ``scale`` in its weights: its ``scaling_factor`` becomes 1.
 
     MiniSDs of several seeds then share every config and differ in weights only.
     """

@@ -69,16 +69,17 @@ def train_text(
 
     Args:
         captions: several for each image of ``data``; one is drawn at every visit.
-        held_out: images for validation: zero-shot top-1 among the objects and styles of ``data``,
+        held_out: images for validation: zero-shot top-1 among the objects and styles of all images,
             where an image with two objects counts for the first of them.
     """
     tokens, device = tokenize_all(tokenizer, captions), device_of(model)
     shown = [(p.objects, p.style) for p in data.pictures]
     kinds = {pair: i for i, pair in enumerate(dict.fromkeys(shown))}
     kind = torch.tensor([kinds[pair] for pair in shown])
-    names = list(dict.fromkeys(p.style for p in data.pictures))
+    every = (*data.pictures, *held_out.pictures)
+    names = list(dict.fromkeys(p.style for p in every))
     style = torch.tensor([names.index(p.style) for p in data.pictures])
-    pools = [torch.nonzero(style == i).flatten() for i in range(len(names))]
+    pools = [torch.nonzero(style == i).flatten() for i in style.unique()]
 
     def pixels(images: Tensor) -> Tensor:
         return to_unit(images).to(device).contiguous(memory_format=torch.channels_last)
@@ -95,7 +96,7 @@ def train_text(
         scale = model.log_scale.exp().clamp(max=_LARGEST_SCALE)
         return contrastive_loss(images, texts, scale, same)
 
-    objects = list(dict.fromkeys(p.objects[0] for p in data.pictures))
+    objects = list(dict.fromkeys(p.objects[0] for p in every))
     classes = {
         "object": {name: list(prompts(noun(name))) for name in objects},
         "style": {
