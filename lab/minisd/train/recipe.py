@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
-from lab.core.config import Count, NonNegative, Positive, options, user_error
+from lab.core.config import Count, NonNegative, Positive, Text, options, user_error
 from lab.core.errors import UserError
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
@@ -70,6 +70,7 @@ class Recipe:
     """Everything that determines MiniSD's weights.
 
     Attributes:
+        name: of the folder that is written.
         seed: of the data, the initial weights and every step.
         never_seen: concepts of the world that this MiniSD is not trained on.
         pictures: training images; ``held_out`` more, never trained on, for validation.
@@ -77,7 +78,8 @@ class Recipe:
         vocabulary: tokens of the tokenizer at most. It learns from captions of the whole world,
             the same for every seed and every ``never_seen``, so that all models have equal shapes.
         kl, gamma, drop: see `lab.minisd.train.networks`.
-        scorers: the evaluators that are trained beside it, on other images.
+        scorers: the evaluators that are trained beside it, on other images; None for a model that
+            only serves as a control: it is not measured either.
         workers: processes that render images.
         device: where the networks are trained (`lab.models.devices.pick`); images are drawn and
             worn on the CPU.
@@ -96,7 +98,8 @@ class Recipe:
     vae: Schedule
     text: Schedule
     denoiser: Schedule
-    scorers: ScorerRecipe
+    scorers: ScorerRecipe | None
+    name: Text = "minisd"
     never_seen: tuple[str, ...] = ()
     widths: networks.Widths = field(default_factory=networks.Widths)
     workers: Count = 1
@@ -106,8 +109,9 @@ class Recipe:
     def identity(self, stage: str) -> dict[str, Any]:
         """Return the options that determine what ``stage`` computes."""
         values = asdict(cast(Any, self))
-        del values["scorers"]["workers"]
-        del values["scorers"]["detector" if stage == "clip" else "clip"]
+        if values["scorers"] is not None:
+            del values["scorers"]["workers"]
+            del values["scorers"]["detector" if stage == "clip" else "clip"]
         return {key: values[key] for key in _DETERMINES[stage]}
 
 
@@ -123,6 +127,13 @@ class Training:
         self.device = pick("train.device", recipe.device)
         # the scorers' images and weights share nothing with MiniSD's
         self.scorer_seed = derive(recipe.seed, "judges")  # the label of the shipped weights
+
+    @property
+    def scorer_recipe(self) -> ScorerRecipe:
+        """Raises `UserError` where the recipe has no scorers."""
+        if self.recipe.scorers is None:
+            raise UserError("train.scorers", None, "is needed to train scorers")
+        return self.recipe.scorers
 
     # ---- data
 
@@ -237,7 +248,7 @@ class Training:
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""
-        r, seed = self.recipe.scorers, self.scorer_seed
+        r, seed = self.scorer_recipe, self.scorer_seed
         vae = self.vae()
         torch.manual_seed(derive(seed, "detector", "init"))
         names = scorers.DETECTED
@@ -258,7 +269,7 @@ class Training:
 
     def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
-        r, seed = self.recipe.scorers, self.scorer_seed
+        r, seed = self.scorer_recipe, self.scorer_seed
         drawn = scorers.pictures(r, seed, "train")
         texts = [p.captions(r.captions) for p in drawn.pictures]
         tokenizer = scorers.clip_tokenizer(texts, folder, r.vocabulary)
@@ -311,27 +322,29 @@ def run(cfg: DictConfig) -> Path:
     except ValidationError as error:
         raise user_error(error, "train", Recipe) from None
     training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force))
-    folder = Path(cfg.paths.outputs) / "minisd"
-    fresh = folder.with_name(".minisd.partial")
+    folder = Path(cfg.paths.outputs) / recipe.name
+    fresh = folder.with_name(f".{recipe.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    detector, facts = training.detector()
-    detector.save(fresh / "scorers" / "detector")
-    clip, config = training.clip(fresh / "scorers" / "clip")
-    scorers.save_clip(clip, config, fresh / "scorers" / "clip")
+    record: dict[str, Any] = {"recipe": plain}
+    if recipe.scorers is not None:
+        detector, record["detector"] = training.detector()
+        detector.save(fresh / "scorers" / "detector")
+        clip, config = training.clip(fresh / "scorers" / "clip")
+        scorers.save_clip(clip, config, fresh / "scorers" / "clip")
     save(training.model(), fresh / "model")
-    record = {
-        "recipe": plain,
-        "curves": training.curves,
-        "seconds": training.seconds,
-        "detector": facts,
-        "provenance": provenance(started, time.monotonic() - clock),
+    record |= {"curves": training.curves, "seconds": training.seconds}
+    record["provenance"] = provenance(started, time.monotonic() - clock)
+    if recipe.scorers is not None:
+        assess(fresh, record, recipe.seed, recipe.measured)
+    record["sha256"] = {
+        name: value
+        for name, value in hashes(fresh).items()
+        if name.startswith(("model/", "scorers/"))
     }
-    assess(fresh, record, recipe.seed, recipe.measured)
-    files = {part: hashes(fresh / part) for part in ("model", "scorers")}
-    record["sha256"] = {f"{part}/{path}": h for part in files for path, h in files[part].items()}
     (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     target = relative(folder)
-    print(f"model: {target} (to ship it: `cp -r {target}/. {relative(SHIPPED)}/`)")
+    ship = f" (to ship it: `cp -r {target}/. {relative(SHIPPED)}/`)"
+    print(f"model: {target}{ship if recipe.scorers is not None else ''}")
     return folder

@@ -197,10 +197,9 @@ def test_a_model_never_sees_what_the_recipe_names(root, tmp_path) -> None:
         name for p in made.images.pictures for name in (*p.objects, p.style)
     )
     assert made.tokenizer().get_vocab() == plain.tokenizer().get_vocab()
+    unknown = instantiate(config(root, never_seen=["unicorn"]).train, _convert_="all")
     with pytest.raises(UserError, match=r"train\.never_seen=unicorn"):
-        Training(
-            instantiate(config(root, never_seen=["unicorn"]).train, _convert_="all"), cache
-        ).images  # noqa: B018
+        _ = Training(unknown, cache).images
 
 
 def test_a_wrong_recipe_names_its_key(root) -> None:
