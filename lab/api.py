@@ -71,23 +71,27 @@ def audit(path: str | Path, concepts: str | Path | None = None, **options: Any) 
 
 
 def compare(of: Records) -> pd.DataFrame:
-    """Compare two records, as ``python run.py action=compare`` does.
+    """Compare two records, or each of several with the first, as ``python run.py action=compare``
+    does.
 
     Args:
-        of: two records, or files or folders that hold one each.
+        of: at least two records, or files or folders that hold them.
 
     Returns:
         a row per metric: its values ``a`` and ``b``, the ``difference`` b − a with its 95 %
         interval (``low``, ``high``), and which is better. ``attrs`` also holds the settings that
-        differ.
+        differ. Of more than two records a row per figure and record, with p-values that are
+        corrected for the number of records (`eval.report.compare.compare_many`).
 
     Raises:
-        UserError: other than two records, or two that cannot be compared.
+        UserError: fewer than two records, or two that cannot be compared.
     """
     loaded = load(of)
-    if len(loaded) != 2:
-        fix = "compare needs exactly two: records=[A.json,B.json]."
+    if len(loaded) < 2:
+        fix = "compare needs two or more: records=[A.json,B.json]."
         raise UserError("records", f"{len(loaded)} records", fix)
+    if len(loaded) > 2:
+        return comparing.compare_many(loaded[0], loaded[1:])
     result = comparing.compare(*loaded)
     table = pd.DataFrame(result["metrics"]).set_index("name")
     table.attrs = result

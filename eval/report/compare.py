@@ -11,7 +11,7 @@ import pandas as pd
 
 from eval.report.leaderboard import columns, name_attacks, terms, trial
 from eval.report.page import Block, page
-from eval.report.paired import common_seeds, difference
+from eval.report.paired import common_seeds, difference, holm
 from eval.report.words import (
     ARROWS,
     Record,
@@ -96,8 +96,60 @@ def _row(name: str, a: Record, b: Record, same_trial: bool) -> dict[str, Any]:
     return row | {"winner": winner if row["difference"] else "tie"}
 
 
+def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
+    """Compare each of ``others`` with ``reference``, by the figures of the leaderboard that all of
+    them have.
+
+    Returns:
+        a row per figure and record: ``a`` of the reference, ``b``, ``difference`` b − a with its
+        95 % limits, ``p`` and ``p_holm``, which is corrected for the number of records;
+        ``significant``: the latter is below 0.05.
+
+    Raises:
+        UserError: see `compare`.
+    """
+    rows = []
+    results = [compare(reference, other) for other in others]
+    for name in columns(reference["metrics"]):
+        if name == "verdict" or name.endswith("_baseline"):
+            continue
+        found = [next((r for r in x["metrics"] if r["name"] == name), None) for x in results]
+        tested = [row for row in found if row is not None and row["p"] is not None]
+        for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
+            row |= {"p_holm": p, "significant": row["significant"] and p < 0.05}
+        for other, row in zip(others, found, strict=True):
+            if row is not None:
+                label = other["name"] if other["immunizer"] in other["name"] else other["immunizer"]
+                kept = ("a", "b", "difference", "low", "high", "p", "p_holm", "significant", "how")
+                rows.append({"figure": name, "record": label} | {key: row.get(key) for key in kept})
+    return pd.DataFrame(rows)
+
+
+def many_to_text(table: pd.DataFrame, reference: Record) -> str:
+    """Return `compare_many` for a terminal."""
+    lines = [
+        (
+            heading(row["figure"]) if i == 0 else "",
+            row["record"],
+            figure(row["a"]),
+            figure(row["b"]),
+            f"{figure(row['difference'])} {interval(row)}".strip(),
+            "" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}",
+            "significant" if row["significant"] else "",
+        )
+        for _, group in table.groupby("figure", sort=False)
+        for i, row in enumerate(group.replace({float("nan"): None}).to_dict("records"))
+    ]
+    names = ["figure", "B", "A", "B ", "B − A [95 %]", "p (Holm)", ""]
+    text = aligned(pd.DataFrame(lines, columns=names))
+    return f"A: {reference['name']} ({reference['immunizer']})\n\n{text}\n\n{_HOLM}"
+
+
 # ---- text
 
+_HOLM = (
+    "p is corrected for the number of records (Holm); it is empty where no three seeds are paired."
+)
 SHOWN = 10  # figures, and settings, of a comparison on a terminal
 
 

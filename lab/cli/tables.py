@@ -68,11 +68,18 @@ def write_leaderboard(cfg: DictConfig) -> None:
 
 
 def write_comparison(cfg: DictConfig) -> None:
-    """Write the differences of two records in config and metrics."""
+    """Write the differences of two records in config and metrics, or those of several records from
+    the first.
+    """
     paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
     result = api.compare(paths)
     out = Path(cfg.paths.outputs) / "comparison.json"
     out.parent.mkdir(parents=True, exist_ok=True)
+    if len(paths) > 2:
+        result.to_csv(out.with_suffix(".csv"), index=False)
+        print(comparing.many_to_text(result, records.read(paths[0])))
+        print(f"comparison: {relative(out.with_suffix('.csv'))}")
+        return
     write_atomically(out, (json.dumps(result.attrs, indent=1) + "\n").encode())
     write_atomically(out.with_suffix(".html"), comparing.to_html(result.attrs).encode())
     print(f"A = {relative(paths[0])}\nB = {relative(paths[1])}\n{comparing.to_text(result.attrs)}")

@@ -10,8 +10,8 @@ import scipy.stats
 from fake_generated import generated
 from fake_records import attacked, metric, record, sealed
 
-from eval.report.compare import compare, to_html, to_text
-from eval.report.paired import common_seeds, difference
+from eval.report.compare import compare, compare_many, many_to_text, to_html, to_text
+from eval.report.paired import common_seeds, difference, holm
 from eval.report.words import labels
 from eval.stats.intervals import score_samples
 from lab.core.errors import UserError
@@ -47,6 +47,40 @@ def test_paired_interval_is_the_paired_t_interval():
     assert student(a, b) == limits(gap)
     assert gap["difference"] == pytest.approx(b.mean() - a.mean())
     assert "paired over 5 seeds" in gap["how"]
+    assert gap["p"] == pytest.approx(scipy.stats.ttest_rel(b, a).pvalue)
+
+
+def test_p_value_of_the_bootstrap_agrees_with_the_interval():
+    a = RNG.normal(3, 1, 12)
+    near, far = (
+        difference("rir", with_seeds(a), with_seeds(a + shift))
+        for shift in (RNG.normal(0, 1, 12), RNG.normal(2, 1, 12))
+    )
+    assert (near["p"] < 0.05) == near["significant"]
+    assert far["p"] < 0.05
+    assert far["significant"]
+
+
+def test_holm_by_hand():
+    """0.01 × 3, 0.02 × 2, and no smaller than those before it."""
+    assert holm([0.04, 0.01, 0.02]) == pytest.approx([0.04, 0.03, 0.04])
+    assert holm([0.6, 0.7]) == [1, 1]
+    assert holm([]) == []
+
+
+def test_many_records_are_corrected_for_their_number():
+    """One of three methods is clearly better; another only as long as it is looked at alone."""
+    base = np.array([5.0, 6.0, 7.0, 8.0, 9.0])
+    noise = np.array([0.1, -0.1, 0.05, -0.05, 0.0])
+    gains = base + 3 + noise, base + 1 + 8 * noise, base + 7 * noise
+    alone = compare(with_seeds(base), with_seeds(gains[1]))["metrics"][0]
+    assert alone["significant"]
+    others = [with_seeds(values) for values in gains]
+    table = compare_many(with_seeds(base), others)
+    assert list(table["figure"]) == ["rir"] * 3
+    assert table["significant"].tolist() == [True, bool(2 * alone["p"] < 0.05), False]
+    assert table["p_holm"].tolist() == pytest.approx(holm(table["p"].tolist()))
+    assert "p (Holm)" in many_to_text(table, with_seeds(base))
 
 
 def test_pairing_sees_what_independent_intervals_hide():
