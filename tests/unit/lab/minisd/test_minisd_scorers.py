@@ -13,7 +13,7 @@ from torch.utils.data import TensorDataset
 
 from lab.core.seeding import generator
 from lab.minisd.train.networks import Schedule, Widths, build_vae
-from lab.minisd.train.quality import lowest, shares
+from lab.minisd.train.quality import _Judged, generation_rates, lowest, shares
 from lab.minisd.train.scorers import (
     DETECTED,
     NAMES,
@@ -275,3 +275,27 @@ def test_shares_by_hand() -> None:
     assert shares(predicted, wanted) == {"object": 0.75, "style": 0.75, "both": 0.5}
     assert shares(predicted, {"style": ["photo"] * 4}) == {"style": 0.75}
     assert lowest(["a", "b", "b"], ["a", "a", "b"]) == {"name": "a", "share": 0.5, "n": 2}
+
+
+def test_error_rates_on_generations_by_hand() -> None:
+    """25 images of a fox and 25 of a lion, by prompt and CLIP; what was never asked for keeps its
+    rate of misses.
+    """
+    names = ["fox"] * 25 + ["lion"] * 25
+    seen = torch.zeros(50, _N)
+    seen[:20, NAMES["object"].index("fox")] = 0.9  # 5 foxes are missed
+    seen[45:, NAMES["object"].index("fox")] = 0.9  # and seen in 5 lions
+    styles = torch.zeros(50, _S)
+    photos = ["photo"] * 50
+    rates = {n: {"false_positive": 0.3, "false_negative": 0.2} for ns in NAMES.values() for n in ns}
+    detector = Detector(_Oracle(_N, _S, 8), *DETECTED.values(), rates=rates)
+    doubtful = ["lion", *names[1:]]  # CLIP does not agree about the first image
+    judged = _Judged(
+        {"object": seen, "style": styles},
+        {"object": names, "style": photos},
+        {"object": doubtful, "style": photos},
+    )
+    found = generation_rates(detector, [judged])
+    assert found["fox"] == pytest.approx({"false_positive": 0.2, "false_negative": 5 / 24})
+    assert found["unicorn"] == {"false_positive": 0.0, "false_negative": 0.2}
+    assert found["photo"] == {"false_positive": 0.3, "false_negative": 1.0}
