@@ -92,7 +92,7 @@ def test_the_parts_of_every_experiment_fit(name):
             raise
         pytest.skip("MiniSD's weights are not there")
     scorers = [m.obj.scorers for m in parts.metrics.values() if hasattr(m.obj, "scorers")]
-    assert all((j.name == "minisd") == (parts.backbone.name == "minisd_2") for j in scorers), (
+    assert all((j.name == "minisd") == (parts.backbone.name == "minisd") for j in scorers), (
         "scorers of another world"
     )
     assert scorers or parts.backbone.kind != "diffusion"

@@ -305,9 +305,8 @@ def test_text_encoder_learns_what_images_show(tokenizer) -> None:
     data = sample(Subset(("fox", "banana"), (PHOTO, "neon"), two_share=0.0), 0, 64)
     model = TextImageNetwork(networks.build_text_encoder(TINY, len(tokenizer), 0), 0)
     captions = [p.captions(2) for p in data.pictures]
-    rows = train_text(
-        model, tokenizer, data, captions, data, Schedule(steps=60, batch=16, lr=3e-3), seed=0
-    )
+    schedule = Schedule(steps=100, batch=16, lr=3e-3, warmup=5)
+    rows = train_text(model, tokenizer, data, captions, data, schedule, seed=0)
     assert rows[-1]["object"] > 0.9
     assert rows[-1]["style"] > 0.9
     assert rows[-1]["photo_object"] > 0.9
@@ -400,10 +399,10 @@ FILES = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_ma
 def test_same_texts_same_files(tmp_path) -> None:
     """Order and repetitions do not matter, any other text does."""
     texts = world_prompts()[:200]
-    lists = texts, [*reversed(texts), texts[0]], [*texts, *["zebra zebra", "zebra crossing"] * 40]
+    lists = texts, [*reversed(texts), texts[0]], [*texts, "zebra zebra", "zebra crossing"]
     written = []
     for number, words in enumerate(lists):
-        networks.train_tokenizer(words, tmp_path / str(number), 560)
+        networks.train_tokenizer(words, tmp_path / str(number), 1000)
         written.append([(tmp_path / str(number) / name).read_bytes() for name in FILES])
     assert written[0] == written[1]
     assert written[0][0] != written[2][0]
