@@ -328,7 +328,7 @@ def train_detector(
         return detector_loss(model(x), (objects, styles), recipe.smoothing)
 
     def validate(average: Any) -> dict[str, float]:
-        return accuracy(Detector(average, *DETECTED.values()), held_out)
+        return accuracy(Detector(average, DETECTED["object"], DETECTED["style"]), held_out)
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}

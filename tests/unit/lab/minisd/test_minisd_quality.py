@@ -161,7 +161,8 @@ def test_seed_and_recipe_determine_the_weights(folder, root, tmp_path) -> None:
     saved = load_file(folder / "model" / f"{NETWORKS[1]}.safetensors")
     again, other = vae(), vae(seed=1)
     assert saved.keys() == again.keys()
-    assert all(torch.equal(v, again[k]) for k, v in saved.items())
+    # the scale of the latents is folded into two layers of the saved one
+    assert all(torch.equal(v, again[k]) for k, v in saved.items() if "quant_conv" not in k)
     assert not torch.equal(other["encoder.conv_in.weight"], saved["encoder.conv_in.weight"])
 
 
