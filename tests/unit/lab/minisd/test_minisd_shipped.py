@@ -64,7 +64,7 @@ def test_weights_are_those_of_the_training_record() -> None:
     found = {n: h for n, h in hashes(SHIPPED).items() if n.startswith(("model/", "scorers/"))}
     assert record["sha256"] == found
     recipe = Recipe(**{k: v for k, v in record["recipe"].items() if k != "_target_"})
-    assert recipe.denoiser.steps == 9000
+    assert recipe.denoiser.steps == 7000
 
 
 def test_quality_is_what_the_project_asks_of_its_model_and_its_card_shows_it() -> None:
