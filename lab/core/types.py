@@ -191,7 +191,12 @@ class Log(Protocol):
 
 
 class Immunizer(Method, Generic[ModelT, CaseT]):
-    """Changes the weights of a model so that fine-tuning on the harmful tasks is hard."""
+    """Changes the weights of a model so that fine-tuning on the harmful tasks is hard.
+
+    ``before_erasure``: it takes the model before the scenario erases anything; the erasure follows.
+    """
+
+    before_erasure: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(

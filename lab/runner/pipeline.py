@@ -172,17 +172,27 @@ class Pipeline:
                 if self.on_log is not None:
                     self.on_log(f"immunize/{case.name}/seed{seed}", step, rows[-1][1])
 
-            before = self.original(case, seed)
+            before = given = self.original(case, seed)
+            if part.obj.before_erasure:
+                given = self.parts.backbone.build(case, seed)
+            weights = digest(*given.state_dict().values())
             error: dict[str, Any] | None = None
             changed: dict[str, Tensor] = {}
             try:
                 after = part.obj(
-                    before, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
+                    given, without_sampling(case), seed=seed, checkpoint=checkpoint, log=log
                 )
             except Diverged as stopped:
                 error = {"message": str(stopped), "last_good_step": stopped.step}
             else:
-                changed = self._changed(model_name, before, after, case, seed)
+                if digest(*given.state_dict().values()) != weights:
+                    fix = (
+                        "changed the model that it was given; copy it first (lab.core.types.clone)."
+                    )
+                    raise UserError("immunize", part.obj.name, fix)
+                if part.obj.before_erasure:
+                    after = self.parts.eraser.obj(after, without_sampling(case), seed=seed)
+                changed = self._changed(model_name, before, after, case)
             names = dict.fromkeys(name for _, values in rows for name in values)
             history: dict[str, list[float]] = {"step": [step for step, _ in rows]}
             history |= {name: [values.get(name, math.nan) for _, values in rows] for name in names}
@@ -200,17 +210,14 @@ class Pipeline:
         )
 
     def _changed(
-        self, model_name: str, before: Model, after: Any, case: AnyCase, seed: int
+        self, model_name: str, before: Model, after: Any, case: AnyCase
     ) -> dict[str, Tensor]:
         """Return the tensors that an immunizer changed.
 
         Raises:
-            UserError: it changed its input, nothing, or the names and shapes of parameters.
+            UserError: it changed nothing, or the names and shapes of parameters.
         """
         old, method = before.state_dict(), self.parts.model_names[model_name].obj.name
-        if digest(*old.values()) != self.identity(case, seed)["weights"]:
-            fix = "changed the model that it was given; copy it first (lab.core.types.clone)."
-            raise UserError("immunize", method, fix)
         new = check_immunized(after, old, method)
         changed = {name: value for name, value in new.items() if not value.equal(old[name])}
         if not changed and model_name != BASELINE:

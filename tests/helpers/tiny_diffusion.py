@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from lab.core.data import CaptionedImages, Concept, ConceptCase, Role, Sampling
+from lab.core.data import CaptionedImages, Concept, ConceptCase, Erasure, Role, Sampling
 from lab.minisd.train.networks import (
     Widths,
     build_scheduler,
@@ -78,4 +78,11 @@ def tiny_case() -> ConceptCase:
         regularizers=tuple(keep.prompts) * 2,
         unrelated=unrelated,
         sampling=Sampling(steps=2, guidance=2.0, count=4),
+        erased=tuple(map(erasure, ("mosaic", "neon", "halftone"))),
     )
+
+
+def erasure(style: str) -> Erasure:
+    """A style that is mapped to the photo of the same object."""
+    asked = tuple(f"a {name} in the style of {style}" for name in ("fox", "panda"))
+    return Erasure(style, style, asked, ("a photo of a fox", "a photo of a panda"), ("a lion",))

@@ -1,0 +1,232 @@
+"""`undo`: distil the model before erasure into a noised copy of itself, without the targets.
+
+After UNDO (arXiv 2506.06278, for language models), carried over to diffusion by us. The student
+starts at weights that forgot a share of everything,
+
+    θ_s = (1 − α) θ_0 + α β ξ,  ξ Xavier noise (0 for vectors),
+
+and learns again what the teacher θ_0 predicts, except for the targets, whose captions it learns to
+read as their anchors:
+
+    min E‖ε_s(x_t, c) − ε_0(x_t, c)‖²  +  E‖ε_s(x_t, c_target) − ε_0(x_t, c_anchor)‖².
+
+x are samples of the teacher for kept captions and for anchors; no image of a target is used. θ_0 is
+the model *before* the scenario erases anything. The erasure follows, so that an erased concept that
+is no target can be learned again as from the baseline. Worthless where the model before erasure is
+public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lab.core.config import Count, Index, NonNegative, Positive, PositiveShare, Share, Text, config
+from lab.core.data import ConceptCase, Kind
+from lab.core.errors import Diverged, UserError
+from lab.core.seeding import generator, shuffled
+from lab.core.training import part_of, progress, restore_slots, schedule_factor, slots, train
+from lab.core.types import Checkpoint, Immunizer, Log
+from lab.models.diffusion import DiffusionModel
+
+_LOG_EVERY = 20  # steps over which the logged loss is a mean
+
+
+@config
+class Undo(Immunizer):
+    """Distillation into a noised copy.
+
+    Args:
+        alpha: share of the weights that is replaced by noise. beta: scale of the noise.
+        kept, targeted: sampled images of captions to keep, and of anchors of each target.
+        target_share: share of a batch that shows anchors of targets.
+        steps, batch_size, lr, warmup: of AdamW; the rate falls on a half cosine.
+        drop: share of captions that are replaced by the empty one.
+        clip: largest norm of the gradient.
+        sampling_steps: of the teacher's images, by DDIM.
+        checkpoint_every: steps between saved states.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+    before_erasure: ClassVar[bool] = True
+
+    name: Text = "undo"
+    alpha: Share = 0.5
+    beta: NonNegative = 0.1
+    kept: Count = 1536
+    targeted: Count = 192
+    target_share: PositiveShare = 0.25
+    steps: Count = 4000
+    batch_size: Count = 32
+    lr: Positive = 1e-3
+    warmup: Index = 50
+    drop: Share = 0.1
+    clip: Positive = 1.0
+    sampling_steps: Count = 8
+    checkpoint_every: Count = 100
+
+    def check(self, cases: tuple[ConceptCase, ...]) -> None:
+        """Require that the scenario erases every target.
+
+        Raises:
+            UserError: there is nothing to undo.
+        """
+        for case in cases:
+            erased = {e.name for e in case.erased}
+            if unknown := [c.name for c in case.targets if c.name not in erased]:
+                fix = (
+                    f"{', '.join(unknown)} is not erased by the scenario, and undo removes what "
+                    "the model knows; use scenario=relearn_styles or another one that erases"
+                )
+                raise UserError("immunize", self.name, fix)
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        case: ConceptCase,
+        *,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        log: Log,
+    ) -> DiffusionModel:
+        training = _Distillation(self, model, _captions(self, case, seed), case, seed)
+        every = self.checkpoint_every
+        options: dict[str, Any] = {"checkpoint": checkpoint, "log": log, "save_every": every}
+        train(training, self.steps, label=self.name, **options)
+        return training.student
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """What the student is asked, and what the teacher is asked in its place.
+
+    Attributes:
+        asked, meant: one caption each per image of the bank.
+        kept: how many of them come first and keep their meaning.
+    """
+
+    asked: tuple[str, ...]
+    meant: tuple[str, ...]
+    kept: int
+
+
+def _captions(options: Undo, case: ConceptCase, seed: int) -> _Captions:
+    """Collect captions to keep (unrelated ones, and those of erased concepts that are no targets)
+    and of the targets.
+    """
+    names = {c.name for c in case.targets}
+    others = [e for e in case.erased if e.name not in names]
+    pool = [*case.regularizers, *case.keep.prompts, *(p for e in others for p in e.prompts)]
+    keep = _cycled(shuffled(list(dict.fromkeys(pool)), seed, "undo", "kept"), options.kept)
+    asked, meant = list(keep), list(keep)
+    for erasure in (e for e in case.erased if e.name in names):
+        pairs = list(zip(erasure.prompts, erasure.anchors, strict=True))
+        chosen = _cycled(shuffled(pairs, seed, "undo", erasure.name), options.targeted)
+        asked += [prompt for prompt, _ in chosen]
+        meant += [anchor for _, anchor in chosen]
+    return _Captions(tuple(asked), tuple(meant), options.kept)
+
+
+def _cycled(items: Sequence[Any], total: int) -> list[Any]:
+    return [items[i % len(items)] for i in range(total)]
+
+
+def noised_copy(model: DiffusionModel, alpha: float, beta: float, seed: int) -> DiffusionModel:
+    """Return a copy of ``model`` whose U-Net is (1 − α) θ_0 + α β ξ, ξ uniform by Xavier."""
+    copy = model.copy()
+    with torch.no_grad():
+        for name, weight in copy.unet.named_parameters():
+            noise = torch.zeros(weight.shape)
+            if weight.ndim > 1:
+                torch.nn.init.xavier_uniform_(noise, generator=generator(seed, "undo noise", name))
+            weight.mul_(1 - alpha).add_(noise.to(weight), alpha=alpha * beta)
+    return copy
+
+
+class _Distillation:
+    """The student in training. A `lab.core.training.Trainee`."""
+
+    def __init__(
+        self,
+        options: Undo,
+        teacher: DiffusionModel,
+        captions: _Captions,
+        case: ConceptCase,
+        seed: int,
+    ) -> None:
+        self.options, self.teacher, self.captions, self.seed = options, teacher, captions, seed
+        self.case = case
+        self.student = noised_copy(teacher, options.alpha, options.beta, seed)
+        self.student.unet.requires_grad_(True)
+        self.trained = list(self.student.unet.parameters())
+        self.optimizer = torch.optim.AdamW(self.trained, lr=options.lr, weight_decay=0.0)
+        self.bank: Tensor | None = None
+        self.recent: list[float] = []
+
+    def _sample(self) -> Tensor:
+        """Return what the teacher draws for every caption, as scaled latents [n, c, s, s]."""
+        settings = replace(self.case.sampling, sampler="ddim", steps=self.options.sampling_steps)
+        parts = []
+        starts = range(0, len(self.captions.meant), 64)
+        for start in progress(starts, f"{self.options.name}: samples of the teacher"):
+            texts = self.captions.meant[start : start + 64]
+            noise = self.teacher.latents(len(texts), self.seed, "undo bank", start)
+            parts.append(self.teacher.sample(texts, noise, settings))
+        return torch.cat(parts)
+
+    def step(self, step: int) -> dict[str, float] | None:
+        options, g = self.options, generator(self.seed, "undo", step)
+        if self.bank is None:
+            self.bank = self._sample()
+        total, kept = len(self.captions.asked), self.captions.kept
+        targets = max(1, round(options.batch_size * options.target_share))
+        index = torch.cat(
+            [
+                torch.randint(kept, (max(1, options.batch_size - targets),), generator=g),
+                torch.randint(kept, total, (targets,), generator=g),
+            ]
+        )
+        dropped = (torch.rand(len(index), generator=g) < options.drop).tolist()
+        asked, meant = (
+            ["" if empty else texts[i] for i, empty in zip(index.tolist(), dropped, strict=True)]
+            for texts in (self.captions.asked, self.captions.meant)
+        )
+        z = self.bank[index].to(self.student.device)
+        t = torch.randint(self.student.timesteps, (len(z),), generator=g).to(z.device)
+        noise = torch.randn(z.shape, generator=g).to(z)
+        noisy = self.student.noised(z, noise, t)[0].to(z)
+        with torch.no_grad():
+            wanted = self.teacher.predict(noisy, t, self.teacher.text(meant))
+        with torch.enable_grad():
+            text = self.student.text(asked)
+            loss = (self.student.predict(noisy, t, text) - wanted).square().mean()
+            if not torch.isfinite(loss):
+                raise Diverged(f"the loss of the distillation is {loss.item()}", step)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, options.clip)
+        rise = min(1.0, (step + 1) / max(options.warmup, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = options.lr * rise * schedule_factor("cosine", step, options.steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.recent.append(loss.item())
+        if (step + 1) % _LOG_EVERY and step + 1 < options.steps:
+            return None
+        mean, self.recent = sum(self.recent) / len(self.recent), []
+        return {"distillation_loss": mean}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors = {f"unet/{k}": v for k, v in self.student.unet.state_dict().items()}
+        tensors |= {f"optimizer/{k}": v for k, v in slots(self.optimizer).items()}
+        if self.bank is not None:
+            tensors["bank"] = self.bank
+        return tensors, {"recent": self.recent}
+
+    def restore(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        self.student.unet.load_state_dict(part_of(tensors, "unet/"))
+        restore_slots(self.optimizer, part_of(tensors, "optimizer/"))
+        self.bank, self.recent = tensors["bank"], list(values["recent"])

@@ -1,0 +1,73 @@
+"""Distillation into a noised copy."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from attack_examples import interrupted
+from presets import build
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+from immunize.undo import _captions, noised_copy
+from lab.core.errors import UserError
+from lab.core.seeding import generator
+from lab.core.types import same_weights
+
+
+def method(**options):
+    return build("immunize", "undo", "diffusion", **options)
+
+
+def test_start_is_a_mean_of_weights_and_noise() -> None:
+    model = tiny_diffusion()
+    start = noised_copy(model, 0.25, 0.1, seed=3).unet.state_dict()
+    for name, weight in model.unet.named_parameters():
+        noise = torch.zeros(weight.shape)
+        if weight.ndim > 1:
+            torch.nn.init.xavier_uniform_(noise, generator=generator(3, "undo noise", name))
+        assert torch.allclose(start[name], 0.75 * weight + 0.025 * noise, atol=1e-6)
+    assert same_weights(noised_copy(model, 0.0, 0.1, seed=3), model)
+
+
+def test_targets_mean_their_anchors_and_everything_else_itself() -> None:
+    """Erased concepts that are no targets are kept."""
+    found = _captions(method(kept=40, targeted=4), tiny_case(), seed=0)
+    kept = slice(0, found.kept)
+    assert found.kept == 40
+    assert len(found.asked) == len(found.meant) == 40 + 2 * 4
+    assert found.asked[kept] == found.meant[kept]
+    assert any("halftone" in text for text in found.asked[kept])
+    assert not any("mosaic" in text or "neon" in text for text in found.meant)
+    for asked, meant in zip(found.asked[40:], found.meant[40:], strict=True):
+        assert "mosaic" in asked or "neon" in asked
+        assert meant in ("a photo of a fox", "a photo of a panda")
+        assert ("fox" in asked) == ("fox" in meant)
+
+
+def test_the_student_comes_to_predict_what_the_teacher_does() -> None:
+    rows = []
+    undo = method(steps=120, batch_size=8, lr=3e-3, warmup=5, alpha=0.3)
+    undo(
+        tiny_diffusion(),
+        tiny_case(),
+        seed=0,
+        checkpoint=None,
+        log=lambda step, **values: rows.append(values["distillation_loss"]),
+    )
+    assert rows[-1] < 0.5 * rows[0]
+
+
+def test_a_resumed_distillation_repeats_the_unbroken_one() -> None:
+    undo = method(steps=6, batch_size=4, checkpoint_every=3)
+
+    def start(checkpoint):
+        return undo(tiny_diffusion(), tiny_case(), seed=0, checkpoint=checkpoint, log=tiny.no_log)
+
+    assert same_weights(start(None), interrupted(start, fail_at=2))
+
+
+def test_what_was_never_known_cannot_be_undone() -> None:
+    case = tiny_case()
+    with pytest.raises(UserError, match="neon is not erased"):
+        method().check((replace(case, erased=case.erased[:1]),))
