@@ -91,7 +91,7 @@ glitch: on a broken screen with shifted rows; with torn lines and split colours
 #   rehearsal   what a method may train on beside its targets
 _ROLES = {
     "test": """
-        mosaic, neon, watercolor, stained glass, knitting, engraving,
+        mosaic, neon, watercolor, stained glass, terracotta, engraving,
         fox, guitar, pineapple, sailboat, sunflower, penguin, doughnut,
         unicorn, violin, delivery truck, watermelon, motor scooter""",
     "validation": """
