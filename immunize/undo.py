@@ -159,7 +159,7 @@ class _Distillation:
         seed: int,
     ) -> None:
         self.options, self.teacher, self.captions, self.seed = options, teacher, captions, seed
-        self.case = case
+        self.sampling = replace(case.sampling, sampler="ddim", steps=options.sampling_steps)
         self.student = noised_copy(teacher, options.alpha, options.beta, seed)
         self.student.unet.requires_grad_(True)
         self.trained = list(self.student.unet.parameters())
@@ -169,13 +169,12 @@ class _Distillation:
 
     def _sample(self) -> Tensor:
         """Return what the teacher draws for every caption, as scaled latents [n, c, s, s]."""
-        settings = replace(self.case.sampling, sampler="ddim", steps=self.options.sampling_steps)
         parts = []
         starts = range(0, len(self.captions.meant), 64)
         for start in progress(starts, f"{self.options.name}: samples of the teacher"):
             texts = self.captions.meant[start : start + 64]
             noise = self.teacher.latents(len(texts), self.seed, "undo bank", start)
-            parts.append(self.teacher.sample(texts, noise, settings))
+            parts.append(self.teacher.sample(texts, noise, self.sampling))
         return torch.cat(parts)
 
     def step(self, step: int) -> dict[str, float] | None:

@@ -20,6 +20,7 @@ from eval.report.words import (
     figure,
     heading,
     interval,
+    labels,
     settings,
     shortened,
     typed,
@@ -108,7 +109,7 @@ def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
     Raises:
         UserError: see `compare`.
     """
-    rows = []
+    rows, named = [], labels(others)
     results = [compare(reference, other) for other in others]
     for name in columns(reference["metrics"]):
         if name == "verdict" or name.endswith("_baseline"):
@@ -117,32 +118,11 @@ def compare_many(reference: Record, others: Sequence[Record]) -> pd.DataFrame:
         tested = [row for row in found if row is not None and row["p"] is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested]), strict=True):
             row |= {"p_holm": p, "significant": row["significant"] and p < 0.05}
-        for other, row in zip(others, found, strict=True):
+        for label, row in zip(named, found, strict=True):
             if row is not None:
-                label = other["name"] if other["immunizer"] in other["name"] else other["immunizer"]
                 kept = ("a", "b", "difference", "low", "high", "p", "p_holm", "significant", "how")
                 rows.append({"figure": name, "record": label} | {key: row.get(key) for key in kept})
     return pd.DataFrame(rows)
-
-
-def many_to_text(table: pd.DataFrame, reference: Record) -> str:
-    """Return `compare_many` for a terminal."""
-    lines = [
-        (
-            heading(row["figure"]) if i == 0 else "",
-            row["record"],
-            figure(row["a"]),
-            figure(row["b"]),
-            f"{figure(row['difference'])} {interval(row)}".strip(),
-            "" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}",
-            "significant" if row["significant"] else "",
-        )
-        for _, group in table.groupby("figure", sort=False)
-        for i, row in enumerate(group.replace({float("nan"): None}).to_dict("records"))
-    ]
-    names = ["figure", "B", "A", "B ", "B − A [95 %]", "p (Holm)", ""]
-    text = aligned(pd.DataFrame(lines, columns=names))
-    return f"A: {reference['name']} ({reference['immunizer']})\n\n{text}\n\n{_HOLM}"
 
 
 # ---- text
@@ -167,6 +147,26 @@ def to_text(result: dict[str, Any]) -> str:
     lines.append(f"\nSettings of both records that differ ({len(config)}):")
     lines += [f"  {key}: {a} → {b}" for key, a, b in config[:SHOWN]]
     return "\n".join([*lines, *["  …"] * (len(config) > SHOWN)])
+
+
+def many_to_text(table: pd.DataFrame, reference: Record) -> str:
+    """Return `compare_many` for a terminal."""
+    lines = [
+        (
+            heading(row["figure"]) if i == 0 else "",
+            row["record"],
+            figure(row["a"]),
+            figure(row["b"]),
+            f"{figure(row['difference'])} {interval(row)}".strip(),
+            "" if pd.isna(row["p_holm"]) else f"{row['p_holm']:.3f}",
+            "significant" if row["significant"] else "",
+        )
+        for _, group in table.groupby("figure", sort=False)
+        for i, row in enumerate(group.replace({float("nan"): None}).to_dict("records"))
+    ]
+    names = ["figure", "B", "A", "B ", "B − A [95 %]", "p (Holm)", ""]
+    text = aligned(pd.DataFrame(lines, columns=names))
+    return f"A: {reference['name']} ({reference['immunizer']})\n\n{text}\n\n{_HOLM}"
 
 
 def to_html(result: dict[str, Any]) -> str:

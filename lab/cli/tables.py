@@ -72,12 +72,13 @@ def write_comparison(cfg: DictConfig) -> None:
     the first.
     """
     paths = records.find(map(str, cfg.records), Path(cfg.paths.runs))
-    result = api.compare(paths)
+    loaded = api.load(paths)
+    result = api.compare(loaded)
     out = Path(cfg.paths.outputs) / "comparison.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    if len(paths) > 2:
+    if len(loaded) > 2:
         result.to_csv(out.with_suffix(".csv"), index=False)
-        print(comparing.many_to_text(result, records.read(paths[0])))
+        print(comparing.many_to_text(result, loaded[0]))
         print(f"comparison: {relative(out.with_suffix('.csv'))}")
         return
     write_atomically(out, (json.dumps(result.attrs, indent=1) + "\n").encode())

@@ -173,9 +173,10 @@ class Pipeline:
                     self.on_log(f"immunize/{case.name}/seed{seed}", step, rows[-1][1])
 
             before = given = self.original(case, seed)
+            weights = self.identity(case, seed)["weights"]
             if part.obj.before_erasure:
                 given = self.parts.backbone.build(case, seed)
-            weights = digest(*given.state_dict().values())
+                weights = digest(*given.state_dict().values())
             error: dict[str, Any] | None = None
             changed: dict[str, Tensor] = {}
             try:
