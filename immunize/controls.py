@@ -1,16 +1,28 @@
-"""Controls of a table: weights that no method made, for which a verdict must fail."""
+"""Controls of a table: weights that no method made. Weight noise and another training seed are
+negative controls, for which a verdict must fail; a model that never saw the targets is the
+reference for what protection is worth.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import Field
 
-from lab.core.config import Positive, Text, config
+from lab.core.config import AsList, Positive, Text, config
 from lab.core.data import ConceptCase, Kind
+from lab.core.errors import UserError, as_user_error
 from lab.core.seeding import generator
-from lab.core.types import Checkpoint, Immunizer, Log
+from lab.core.types import Checkpoint, Eraser, Immunizer, Log
+from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion_backbone import DTYPES, load, locate
+
+RECORD = "training.json"  # beside the folder of a MiniSD
 
 
 @config
@@ -45,3 +57,64 @@ class WeightNoise(Immunizer):
                     noise = torch.randn(weight.shape, generator=g).to(weight)
                     weight += self.relative * weight.square().mean().sqrt() * noise
         return noisy
+
+
+@config
+class OtherWeights(Immunizer):
+    """Puts another MiniSD in place of the model: one of another seed, or one that was trained
+    without the targets.
+
+    What the case erases and the other model saw in its training is erased from it too, as from the
+    baseline. The concepts that it never saw are read from the record of its training
+    (``training.json`` beside the model's folder).
+
+    Args:
+        paths: folders of models in diffusers layout with the shapes of the backbone; the seed of
+            the experiment chooses one, in turn.
+        eraser: what erases.
+        never_saw_targets: refuse a model that was trained on a target of the case.
+
+    Raises:
+        UserError: no such model, no record of its training, other shapes, or a target that it saw.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+
+    paths: Annotated[tuple[Text, ...], AsList, Field(min_length=1)]
+    eraser: Eraser
+    name: Text = "other_weights"
+    never_saw_targets: bool = False
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        case: ConceptCase,
+        *,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        log: Log,
+    ) -> DiffusionModel:
+        path = self.paths[seed % len(self.paths)]
+        folder = locate(path)
+        if not isinstance(folder, Path):
+            raise UserError("immunize.paths", path, "must be a folder on this machine")
+        unseen = self._unseen(folder)
+        seen = [c.name for c in case.targets if c.name not in unseen]
+        if seen and self.never_saw_targets:
+            fix = f"its model was trained on {', '.join(seen)} ({RECORD}), a target here"
+            raise UserError("immunize.paths", path, fix)
+        other = model.copy()
+        state = load(folder, None, DTYPES["fp32"]).to(model.device).state_dict()
+        with as_user_error("immunize.paths", path, "its networks have other shapes"):
+            other.load_state_dict(state)
+        left = tuple(e for e in case.erased if e.name not in unseen)
+        return self.eraser(other, replace(case, erased=left), seed=seed) if left else other
+
+    def _unseen(self, folder: Path) -> frozenset[str]:
+        """Return the concepts that the model in ``folder`` was not trained on."""
+        record = folder.resolve().parent / RECORD
+        fix = "no record of its training says what it never saw"
+        with as_user_error("immunize.paths", record, fix):
+            recipe: dict[str, Any] = json.loads(record.read_text())["recipe"]
+            unseen = frozenset(recipe.get("never_seen", ()))
+        return unseen | {*HELD_OUT_OBJECTS, *HELD_OUT_STYLES}

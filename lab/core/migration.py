@@ -81,12 +81,18 @@ def migrate(record: Record) -> Record:
     """Return ``record`` in the current schema; the input is left untouched.
 
     Schema 1.x has other names and no ``bound``. Up to 2.0 the models were called ``none`` and by
-    the immunizer's name, since 2.1 ``baseline`` and ``immunized``.
+    the immunizer's name, since 2.1 ``baseline`` and ``immunized``. Up to 2.1 MiniSD was its first
+    version, whose figures do not compare with those of the second: it is called ``minisd_1``.
     """
     version = str(record.get("schema", ""))
     if version.startswith("1."):
         record = _rename_keys(record)
-    return _name_models(record) if version.startswith("1.") or version == "2.0" else record
+    if version.startswith("1.") or version == "2.0":
+        record = _name_models(record)
+    if version.startswith("1.") or version in ("2.0", "2.1"):
+        first = {"backbone": "minisd_1"} if record["backbone"] == "minisd" else {}
+        record = record | {"schema": "2.2"} | first
+    return record
 
 
 def _rename_keys(record: Record) -> Record:
@@ -124,7 +130,6 @@ def _name_models(record: Record) -> Record:
         return f"{names.get(model, model)}{colon}{limit}"
 
     return record | {
-        "schema": "2.1",
         "cells": [named(cell) for cell in record["cells"]],
         "metrics": {k: named(metric) for k, metric in record["metrics"].items()},
         "curves": {k: {series(s): v for s, v in c.items()} for k, c in record["curves"].items()},

@@ -35,6 +35,7 @@ from lab.minisd.world.vocabulary import (
     HELD_OUT_STYLES,
     OBJECTS,
     PHOTO,
+    ROLES,
     STYLE_NAMES,
     STYLES,
     members,
@@ -199,8 +200,9 @@ class WorldConcepts(Scenario, ABC):
 
     Args:
         test, validation: lists of cases {targets, others, rehearsal}. What a test case reports has
-            no role in a validation case, so that no protection is tuned on it; it may be among what
-            such a case keeps.
+            no role in a validation case, and neither has a concept for tests
+            (`lab.minisd.world.vocabulary.ROLES`), so that no protection is tuned on it; it may be
+            among what such a case keeps.
         split: ``test`` or ``validation``.
         cases: how many cases of the list, or ``all``.
         own, train, reference: images per concept for the immunizer, the attacker and the
@@ -253,8 +255,11 @@ class WorldConcepts(Scenario, ABC):
         for i, roles in enumerate(self.validation):
             key = f"scenario.validation[{i}]"
             self._check_names(key, roles)
-            if tuned := sorted(reported & {*roles.all}):
-                reason = "is reported by a test case; nothing may be tuned on it."
+            tested = {name for name in roles.all if ROLES.get(name) == "test"}
+            if tuned := sorted((reported & {*roles.all}) | tested):
+                reason = (
+                    "is for tests (lab/minisd/world/vocabulary.py); nothing may be tuned on it."
+                )
                 raise UserError(key, tuned[0], reason)
         cases = self.test if self.split == "test" else self.validation
         if len({roles.targets for roles in cases}) < len(cases):

@@ -62,10 +62,14 @@ def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
         return compose(config, overrides=list(overrides), **options)
 
 
+# the empty list, and controls that read weights which are not included
+LEFT_OUT = {("attacks", "none"), ("immunize", "retrained"), ("immunize", "other_seed")}
+
+
 def presets(group: str) -> list[str]:
-    """List the choices of a group, without the empty list ``attacks=none``."""
+    """List the choices of a group, without `LEFT_OUT`."""
     names = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
-    return [name for name in names if (group, name) != ("attacks", "none")]
+    return [name for name in names if (group, name) not in LEFT_OUT]
 
 
 @cache

@@ -395,19 +395,33 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(means), torch.cat(deviations)
 
 
+@torch.no_grad()
+def fold_scale(vae: Any, scale: float) -> None:
+    """Scale the latents of ``vae`` by ``scale`` in its weights: its ``scaling_factor`` becomes 1.
+
+    MiniSDs of several seeds then share every config and differ in weights only.
+    """
+    channels = vae.config.latent_channels
+    vae.quant_conv.weight[:channels] *= scale
+    vae.quant_conv.bias[:channels] *= scale
+    vae.quant_conv.bias[channels:] += 2 * math.log(scale)  # of the posterior's log variance
+    vae.post_quant_conv.weight /= scale
+    vae.register_to_config(scaling_factor=1.0)
+
+
 # ---- the denoiser
 
 
 class TextToImageNetwork(nn.Module):
-    """U-Net and text encoder, trained together; ``scale`` brings the autoencoder's latents to unit
-    variance.
+    """The U-Net, which is trained, and the frozen text encoder that it reads; ``scale`` brings the
+    autoencoder's latents to unit variance.
     """
 
     scale: Tensor
 
     def __init__(self, unet: nn.Module, text_encoder: nn.Module) -> None:
         super().__init__()
-        self.unet, self.text_encoder = unet, text_encoder
+        self.unet, self.text_encoder = unet, text_encoder.requires_grad_(False)
         self.register_buffer("scale", torch.zeros(()))
 
     def forward(self, noisy: Tensor, t: Tensor, tokens: Tensor) -> Tensor:

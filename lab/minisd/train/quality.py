@@ -7,17 +7,20 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from lab.core.data import Sampling
 from lab.core.images import grid
 from lab.core.seeding import derive
-from lab.minisd.train.scorers import NAMES, class_prompts, prototypes, zero_shot
+from lab.minisd.train.degenerate import destroyed
+from lab.minisd.train.scorers import NAMES, blind, class_prompts, prototypes, zero_shot
 from lab.minisd.world.captions import By, noun, prompts
 from lab.minisd.world.openmoji import CREDIT
 from lab.minisd.world.vocabulary import (
@@ -32,9 +35,10 @@ from lab.minisd.world.world import TRAINING, UNSEEN_PAIRS, Subset, sample
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import DiffusionBackbone
 from lab.scorers.clip import OpenClip
-from lab.scorers.detector import Head, load_detector
+from lab.scorers.detector import Detector, Head, Rates, load_detector
 from lab.scorers.features import FeatureScorer, floor, frechet_distance
 
+_LEAST = 20  # images behind an error rate
 PromptSet = tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]
 """Prompts, and the object and the style that each names."""
 
@@ -92,6 +96,40 @@ def lowest(predicted: Sequence[str], wanted: Sequence[str]) -> dict[str, Any]:
     return {"name": name, "share": share, "n": counts[name]}
 
 
+class _Judged(NamedTuple):
+    """What the detector and the small CLIP make of images, and what their prompts name."""
+
+    probabilities: Mapping[Head, Tensor]
+    wanted: Mapping[Head, Sequence[str]]
+    by_clip: Mapping[Head, Sequence[str]]
+
+
+def generation_rates(detector: Detector, judged: Sequence[_Judged]) -> Rates:
+    """Return the detector's error rates on generated images, concept by concept.
+
+    Nobody labelled the images. One counts as showing a concept where its prompt names it and the
+    small CLIP agrees, and as not showing it where neither does; others do not count. A rate
+    without at least 20 such images is that of the detector on worn real images.
+    """
+    rates: Rates = {}
+    for head in NAMES:
+        p = torch.cat([part.probabilities[head] for part in judged])
+        wanted = np.array([name for part in judged for name in part.wanted[head]])
+        by_clip = np.array([name for part in judged for name in part.by_clip[head]])
+        for i, name in enumerate(NAMES[head]):
+            seen = (p[:, i] >= detector.threshold).numpy()
+            asked, agreed = wanted == name, by_clip == name
+            rates[name] = dict(detector.rates[name])
+            for rate, given in (
+                ("false_positive", ~asked & ~agreed),
+                ("false_negative", asked & agreed),
+            ):
+                if given.sum() >= _LEAST:
+                    share = float(seen[given].mean())
+                    rates[name][rate] = share if rate == "false_positive" else 1 - share
+    return rates
+
+
 def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32) -> dict[str, Any]:
     """Measure every figure of the model card.
 
@@ -103,9 +141,13 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
     Returns:
         ``shares``: suite → scorer → object, style, both in [0, 1], and ``lowest``, the object and
         the style that the detector meets least often; ``real`` the same on real images;
-        ``frechet`` with its ``floor``. Scorers: ``detector``, ``clip`` (zero-shot).
+        ``generation_rates``; ``destroyed``, what the detector makes of images of destroyed copies
+        (`blind`); ``frechet`` with its ``floor``. Scorers: ``detector``, ``clip`` (zero-shot).
     """
-    sampling, count = Sampling(steps=20), 16 * scale
+    sampling, count = (
+        Sampling(steps=8),
+        16 * scale,
+    )  # as the scenarios (tests/benchmarks/sampling.py)
     clip, detector = OpenClip(name=str(scorers / "clip")), load_detector(scorers / "detector")
     features = FeatureScorer(image_size=128).features  # as conf/scorers/minisd.yaml
     all_prompts: dict[Head, dict[str, list[str]]] = {
@@ -114,6 +156,8 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
     }
     classes = {head: prototypes(clip.texts, texts) for head, texts in all_prompts.items()}
 
+    judged: list[_Judged] = []
+
     def score(images: Tensor, objects: Sequence[str], styles: Sequence[str]) -> dict[str, Any]:
         wanted: dict[Head, Sequence[str]] = {"object": objects, "style": styles}
         by_detector, vectors = detector.top1(images), clip.images(images)
@@ -121,6 +165,7 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
             head: [NAMES[head][i] for i in zero_shot(vectors, table).tolist()]
             for head, table in classes.items()
         }
+        judged.append(_Judged(detector.probabilities(images), wanted, by_clip))
         return {
             "detector": shares(by_detector, wanted),
             "clip": shares(by_clip, wanted),
@@ -131,6 +176,10 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
     generated = {}
     for name, (texts, objects, styles) in suites(scale).items():
         generated[name] = score(generate(model, texts, seed, name, sampling), objects, styles)
+    rates = generation_rates(detector, judged)
+    every = suites(1)
+    texts = (*every["photos"][0][:16], *every["styles"][0][:16])
+    broken = torch.cat([*destroyed(model, texts, derive(seed, "quality", "destroyed"))])
     subsets = {
         "photos": Subset(OBJECTS, (PHOTO,), two_share=0.0),
         "styles": Subset(OBJECTS, STYLE_NAMES, pairs="seen", two_share=0.0),
@@ -148,6 +197,8 @@ def measure(model: DiffusionModel, scorers: Path, *, seed: int, scale: int = 32)
     return {
         "shares": generated,
         "real": real,
+        "generation_rates": rates,
+        "destroyed": {**blind(detector, broken), "pictures": len(broken)},
         "sampling": {"steps": sampling.steps, "guidance": sampling.guidance},
         "frechet": {
             "distance": frechet_distance(features(images), real_features[:count]),
@@ -196,11 +247,14 @@ def make_card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
 
 
 def assess(folder: Path, record: Mapping[str, Any], seed: int, scale: int) -> None:
-    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png`` and, from these and
-    the training record, the model card ``README.md``.
+    """Measure the model in ``folder``; writes ``quality.json``, ``samples.png``, the detector's
+    error rates on generations and, from these and the training record, the model card
+    ``README.md``.
     """
     model = DiffusionBackbone(path=str(folder / "model")).build(None, seed)
     quality = measure(model, folder / "scorers", seed=derive(seed, "quality"), scale=scale)
+    detector = load_detector(folder / "scorers" / "detector")
+    replace(detector, rates=quality.pop("generation_rates")).save(folder / "scorers" / "detector")
     (folder / "quality.json").write_text(json.dumps(quality, indent=1) + "\n")
     showcase(model, seed=derive(seed, "showcase")).save(folder / "samples.png")
     (folder / "README.md").write_text(make_card(record, quality))

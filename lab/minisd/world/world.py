@@ -93,6 +93,25 @@ class Subset:
 
 
 TRAINING = Subset(OBJECTS, (PHOTO, *STYLE_NAMES), pairs="seen")
+
+
+def training(never_seen: tuple[str, ...] = ()) -> Subset:
+    """Return the pictures that a MiniSD learns from, without those of the concepts ``never_seen``.
+
+    Raises:
+        UserError: a name that MiniSD does not see in any case, or none that exists.
+    """
+    known = (*OBJECTS, *STYLE_NAMES)
+    for name in never_seen:
+        if name not in known:
+            fix = f"is not a concept that MiniSD is trained on; {nearest(name, known)}"
+            raise UserError("train.never_seen", name, fix)
+    objects, styles = (
+        tuple(name for name in names if name not in never_seen) for names in (OBJECTS, STYLE_NAMES)
+    )
+    return Subset(objects, (PHOTO, *styles), pairs="seen")
+
+
 UNSEEN_PAIRS = Subset(OBJECTS, STYLE_NAMES, pairs="unseen", two_share=0.0)
 EVERYTHING = Subset(tuple(t.name for t in THINGS), (PHOTO, *(s.name for s in STYLES)))
 

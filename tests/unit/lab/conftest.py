@@ -24,4 +24,4 @@ def tokenizer_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tokenizer(tokenizer_folder):
-    return networks.train_tokenizer(world_prompts(), tokenizer_folder, 1024)
+    return networks.train_tokenizer(world_prompts(), tokenizer_folder, 1280)

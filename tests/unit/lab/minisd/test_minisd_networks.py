@@ -30,7 +30,9 @@ from lab.minisd.train.networks import (
     train_denoiser,
     train_vae,
 )
-from lab.minisd.world.world import TRAINING, sample
+from lab.minisd.train.text import TextImageNetwork, train_text
+from lab.minisd.world.vocabulary import PHOTO
+from lab.minisd.world.world import TRAINING, Subset, sample
 
 SHORT = Schedule(steps=12, batch=1, lr=0.1, warmup=3, weight_decay=0.5, ema=0.9, clip=1.0)
 
@@ -284,6 +286,32 @@ def test_encode_gives_the_posterior(shown) -> None:
     assert torch.allclose(deviation.float(), posterior.std, atol=2e-3, rtol=2e-3)
 
 
+def test_folded_scale_changes_latents_and_nothing_else(shown) -> None:
+    plain = networks.build_vae(TINY, 0)
+    folded = networks.build_vae(TINY, 0)
+    networks.fold_scale(folded, 0.2)
+    x = to_float(shown.images[:4])
+    with torch.no_grad():
+        before, after = (vae.encode(x).latent_dist for vae in (plain, folded))
+        assert torch.allclose(after.mean, 0.2 * before.mean, atol=1e-5)
+        assert torch.allclose(after.std, 0.2 * before.std, rtol=1e-4)
+        images = [vae.decode(z).sample for vae, z in ((plain, before.mean), (folded, after.mean))]
+    assert torch.allclose(*images, atol=1e-4)
+    assert folded.config.scaling_factor == 1
+
+
+def test_text_encoder_learns_what_images_show(tokenizer) -> None:
+    """Texts are found by their images after a few steps, and by chance before."""
+    data = sample(Subset(("fox", "banana"), (PHOTO, "neon"), two_share=0.0), 0, 64)
+    model = TextImageNetwork(networks.build_text_encoder(TINY, len(tokenizer), 0), 0)
+    captions = [p.captions(2) for p in data.pictures]
+    schedule = Schedule(steps=100, batch=16, lr=3e-3, warmup=5)
+    rows = train_text(model, tokenizer, data, captions, data, schedule, seed=0)
+    assert rows[-1]["object"] > 0.9
+    assert rows[-1]["style"] > 0.9
+    assert rows[-1]["photo_object"] > 0.9
+
+
 class _Fixed(nn.Module):
     """Stands for the denoiser: predicts ``value`` everywhere; the inputs of all copies are kept."""
 
@@ -374,7 +402,7 @@ def test_same_texts_same_files(tmp_path) -> None:
     lists = texts, [*reversed(texts), texts[0]], [*texts, "zebra zebra", "zebra crossing"]
     written = []
     for number, words in enumerate(lists):
-        networks.train_tokenizer(words, tmp_path / str(number), 560)
+        networks.train_tokenizer(words, tmp_path / str(number), 1000)
         written.append([(tmp_path / str(number) / name).read_bytes() for name in FILES])
     assert written[0] == written[1]
     assert written[0][0] != written[2][0]

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from lab.core.seeding import generator
-from lab.minisd.train.networks import Schedule
-from lab.minisd.train.quality import lowest, shares
+from lab.minisd.train.networks import Schedule, Widths, build_vae
+from lab.minisd.train.quality import _Judged, generation_rates, lowest, shares
 from lab.minisd.train.scorers import (
+    DETECTED,
     NAMES,
     WORLD,
     ClipWidths,
@@ -24,6 +25,7 @@ from lab.minisd.train.scorers import (
     clip_network,
     clip_tokenizer,
     contrastive_loss,
+    degenerate,
     degrade,
     detector_loss,
     empty_scenes,
@@ -136,17 +138,22 @@ def test_contrastive_loss_leaves_out_false_negatives() -> None:
 
 def test_trained_detector_is_stored(data, recipe, tmp_path) -> None:
     torch.manual_seed(0)
-    model = DetectorNetwork(len(NAMES["object"]), len(NAMES["style"]), 8)
-    parts = data["train"], data["calibrate"], empty_scenes(0, recipe.empty)
+    model = DetectorNetwork(_N, _S, 8)
+    broken = degenerate(build_vae(Widths(), 0), 0, recipe.empty)
+    assert broken.tensors[2].unique().tolist() == [DETECTED["style"].index("degenerate")]
+    parts = data["train"], data["calibrate"], empty_scenes(0, recipe.empty), broken
     rows = train_detector(model, *parts, recipe, seed=0)
     assert rows[-1].keys() == {"step", "loss", "object", "style", "both"}
 
-    detector = Detector(model, NAMES["object"], NAMES["style"])
+    detector = Detector(model, *DETECTED.values())
     detector.temperature = calibrate(detector, data["calibrate"])
     again = load_detector(detector.save(tmp_path / "detector"))
     images = data["measure"].tensors[0]
     for head in ("object", "style"):
         assert torch.equal(again.probabilities(images)[head], detector.probabilities(images)[head])
+
+
+_N, _S = (len(names) for names in DETECTED.values())
 
 
 class _Oracle(DetectorNetwork):
@@ -156,7 +163,7 @@ class _Oracle(DetectorNetwork):
 
     def forward(self, images):
         x = (images[:, :, 0, 0] * 255).round()
-        objects, styles = F.one_hot(x[:, 0].long(), 58), F.one_hot(x[:, 1].long(), 11)
+        objects, styles = F.one_hot(x[:, 0].long(), _N), F.one_hot(x[:, 1].long(), _S)
         return objects * x[:, 2:], styles * x[:, 2:]
 
 
@@ -172,13 +179,13 @@ def test_calibration_finds_the_temperature() -> None:
     """
     objects = torch.arange(40) % 40
     right = torch.arange(40) % 4 != 0
-    shown = torch.where(right, objects, (objects + 1) % 58)
+    shown = torch.where(right, objects, (objects + 1) % _N)
     images = _coded(shown, shown % 11, torch.full((40,), 100))
     held_out = TensorDataset(images, objects, objects % 11)
-    detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
+    detector = Detector(_Oracle(_N, _S, 8), *DETECTED.values())
     found = calibrate(detector, held_out)
     logit = math.log(
-        57 * 0.75 / 0.25
+        (_N - 1) * 0.75 / 0.25
     )  # softmax gives 3/4 to the class that is right in 3/4 of the pictures
     assert found["object"] == pytest.approx(min(20.0, 100 / logit), rel=1e-2)
     sure = TensorDataset(_coded(objects, objects % 11, torch.full((40,), 8)), objects, objects % 11)
@@ -194,22 +201,28 @@ def test_calibration_finds_the_temperature() -> None:
 
 def test_error_rates_by_hand() -> None:
     """Two classes confused once each; one picture too uncertain to count."""
-    objects = torch.arange(58).repeat(2)
+    objects = torch.arange(_N).repeat(2)
     shown = objects.clone()
     shown[0] = 1  # object 0 taken for object 1
-    certainty = torch.full((116,), 20)
+    certainty = torch.full((2 * _N,), 20)
     certainty[5] = 1  # below the threshold
     images = _coded(shown, shown % 11, certainty)
-    detector = Detector(_Oracle(58, 11, 8), NAMES["object"], NAMES["style"])
+    detector = Detector(_Oracle(_N, _S, 8), *DETECTED.values())
     nothing = TensorDataset(
         _coded(torch.tensor([3, 4]), torch.tensor([0, 0]), torch.tensor([20, 0])),
         *2 * (torch.tensor([-1, -1]),),
     )
-    facts = measure(detector, TensorDataset(images, objects, objects % 11), nothing)
+    last = torch.tensor([_S - 1, _S - 1, _S - 1, 2])
+    broken = TensorDataset(
+        _coded(torch.tensor([3, 4, 5, 6]), last, torch.tensor([20, 0, 20, 20])),
+        *2 * (torch.full((4,), -1),),
+    )
+    facts = measure(detector, TensorDataset(images, objects, objects % 11), nothing, broken)
+    assert facts["degenerate"] == {"recognised": 0.5, "style": 0.25, "object": 0.75}
     rates = [facts["rates"][name] for name in NAMES["object"]]
     assert rates[0] == {"false_positive": 0.0, "false_negative": 0.5}
-    assert rates[1]["false_positive"] == pytest.approx(1 / 114)
-    assert facts["accuracy"]["object"] == pytest.approx(115 / 116)
+    assert rates[1]["false_positive"] == pytest.approx(1 / (2 * _N - 2))
+    assert facts["accuracy"]["object"] == pytest.approx(1 - 1 / (2 * _N))
     assert facts["empty_with_object"] == 0.5
 
 
@@ -262,3 +275,27 @@ def test_shares_by_hand() -> None:
     assert shares(predicted, wanted) == {"object": 0.75, "style": 0.75, "both": 0.5}
     assert shares(predicted, {"style": ["photo"] * 4}) == {"style": 0.75}
     assert lowest(["a", "b", "b"], ["a", "a", "b"]) == {"name": "a", "share": 0.5, "n": 2}
+
+
+def test_error_rates_on_generations_by_hand() -> None:
+    """25 images of a fox and 25 of a lion, by prompt and CLIP; what was never asked for keeps its
+    rate of misses.
+    """
+    names = ["fox"] * 25 + ["lion"] * 25
+    seen = torch.zeros(50, _N)
+    seen[:20, NAMES["object"].index("fox")] = 0.9  # 5 foxes are missed
+    seen[45:, NAMES["object"].index("fox")] = 0.9  # and seen in 5 lions
+    styles = torch.zeros(50, _S)
+    photos = ["photo"] * 50
+    rates = {n: {"false_positive": 0.3, "false_negative": 0.2} for ns in NAMES.values() for n in ns}
+    detector = Detector(_Oracle(_N, _S, 8), *DETECTED.values(), rates=rates)
+    doubtful = ["lion", *names[1:]]  # CLIP does not agree about the first image
+    judged = _Judged(
+        {"object": seen, "style": styles},
+        {"object": names, "style": photos},
+        {"object": doubtful, "style": photos},
+    )
+    found = generation_rates(detector, [judged])
+    assert found["fox"] == pytest.approx({"false_positive": 0.2, "false_negative": 5 / 24})
+    assert found["unicorn"] == {"false_positive": 0.0, "false_negative": 0.2}
+    assert found["photo"] == {"false_positive": 0.3, "false_negative": 1.0}

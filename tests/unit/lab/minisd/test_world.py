@@ -18,8 +18,10 @@ from lab.minisd.world.vocabulary import (
     HELD_OUT_STYLES,
     OBJECTS,
     PHOTO,
+    ROLES,
     STYLE_NAMES,
     STYLES,
+    THINGS,
 )
 from lab.minisd.world.world import (
     EVERYTHING,
@@ -49,7 +51,15 @@ def test_one_pair_in_ten_is_held_out_evenly() -> None:
     by_style = Counter(s for _, s in HELD_OUT_PAIRS)
     assert set(by_style) == set(STYLE_NAMES)
     assert max(by_style.values()) - min(by_style.values()) <= 1
-    assert max(Counter(o for o, _ in HELD_OUT_PAIRS).values()) == 1
+    assert set(Counter(o for o, _ in HELD_OUT_PAIRS).values()) == {1, 2}
+
+
+def test_roles_name_concepts_of_the_world_once() -> None:
+    assert set(ROLES) <= {t.name for t in THINGS} | {s.name for s in STYLES}
+    validation = [name for name in STYLE_NAMES if ROLES.get(name) == "validation"]
+    assert len(validation) >= 6
+    assert len(STYLE_NAMES) >= 16
+    assert len(HELD_OUT_OBJECTS) >= 20
 
 
 def test_descriptions_never_use_a_name() -> None:
@@ -82,7 +92,7 @@ def test_training_never_shows_what_is_held_out() -> None:
     assert 0.25 < sum(n for (_, s), n in seen.items() if s == PHOTO) / 4000 < 0.35
     assert {
         (picture(UNSEEN_PAIRS, 0, i).objects[0], picture(UNSEEN_PAIRS, 0, i).style)
-        for i in range(38)
+        for i in range(len(HELD_OUT_PAIRS))
     } == set(HELD_OUT_PAIRS)
 
 

@@ -207,7 +207,7 @@ BAD = [
     ({"test": [{"targets": ["mozaic"], "others": ["neon"]}]}, r"test\[0\].*mosaic"),
     ({"test": [{"targets": ["unicorn"], "others": ["neon"]}]}, "personalize"),
     ({"test": [{"targets": ["mosaic"], "others": ["mosaic"]}]}, "two roles"),
-    ({"validation": [{"targets": ["neon"], "others": ["sunset"]}]}, r"validation\[0\].*test case"),
+    ({"validation": [{"targets": ["neon"], "others": ["sunset"]}]}, r"validation\[0\].*for tests"),
 ]
 GIVEN = {"name": "x", "test": CASES, "validation": [{"targets": ["sunset"], "others": ["owl"]}]}
 
