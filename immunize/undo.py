@@ -47,7 +47,7 @@ class Undo(Immunizer):
         steps, batch_size, lr, warmup: of AdamW; the rate falls on a half cosine.
         drop: share of captions that are replaced by the empty one.
         clip: largest norm of the gradient.
-        sampling_steps: of the teacher's images, by DDIM.
+        sampling_steps: of the teacher's images, by DPM-Solver++.
         checkpoint_every: steps between saved states.
     """
 
@@ -66,7 +66,7 @@ class Undo(Immunizer):
     warmup: Index = 50
     drop: Share = 0.1
     clip: Positive = 1.0
-    sampling_steps: Count = 8
+    sampling_steps: Count = 4
     checkpoint_every: Count = 100
 
     def check(self, cases: tuple[ConceptCase, ...]) -> None:
@@ -159,7 +159,7 @@ class _Distillation:
         seed: int,
     ) -> None:
         self.options, self.teacher, self.captions, self.seed = options, teacher, captions, seed
-        self.sampling = replace(case.sampling, sampler="ddim", steps=options.sampling_steps)
+        self.sampling = replace(case.sampling, sampler="dpm", steps=options.sampling_steps)
         self.student = noised_copy(teacher, options.alpha, options.beta, seed)
         self.student.unet.requires_grad_(True)
         self.trained = list(self.student.unet.parameters())
