@@ -1,6 +1,6 @@
-"""Controls of a table: weights that no method made. Weight noise and another training seed are
-negative controls, for which a verdict must fail; a model that never saw the targets is the
-reference for what protection is worth.
+"""Controls of a table: weights that no method made. Weight noise, another training seed and a
+reparametrization are negative controls, for which a verdict must fail; a model that never saw the
+targets is the reference for what protection is worth.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from pydantic import Field
 from lab.core.config import AsList, Positive, Text, config
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError, as_user_error
+from lab.core.hashing import folder_hash, stage_key
 from lab.core.seeding import generator
 from lab.core.types import Checkpoint, Eraser, Immunizer, Log
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.models.diffusion import DiffusionModel
-from lab.models.diffusion_backbone import DTYPES, load, locate
+from lab.models.diffusion_backbone import DTYPES, load, locate_folder
+from lab.models.symmetries import reparametrize
 
 RECORD = "training.json"  # beside the folder of a MiniSD
 
@@ -60,6 +62,35 @@ class WeightNoise(Immunizer):
 
 
 @config
+class Reparametrization(Immunizer):
+    """Changes attention weights so that the model computes the same and trains differently: a
+    negative control, which an attacker undoes without training
+    (`lab.models.symmetries.canonicalize`).
+
+    Args:
+        condition: condition number of the random matrices.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+
+    name: Text = "reparam"
+    condition: Annotated[float, Field(strict=True, gt=1)] = 1e4
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        case: ConceptCase,
+        *,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        log: Log,
+    ) -> DiffusionModel:
+        changed = model.copy()
+        reparametrize(changed.unet, self.condition, seed)
+        return changed
+
+
+@config
 class OtherWeights(Immunizer):
     """Puts another MiniSD in place of the model: one of another seed, or one that was trained
     without the targets.
@@ -85,6 +116,10 @@ class OtherWeights(Immunizer):
     name: Text = "other_weights"
     never_saw_targets: bool = False
 
+    def fingerprint(self) -> str:
+        folders = [locate_folder(path, "immunize.paths") for path in self.paths]
+        return stage_key(folders=[folder_hash(folder) for folder in folders])
+
     def __call__(
         self,
         model: DiffusionModel,
@@ -95,9 +130,7 @@ class OtherWeights(Immunizer):
         log: Log,
     ) -> DiffusionModel:
         path = self.paths[seed % len(self.paths)]
-        folder = locate(path)
-        if not isinstance(folder, Path):
-            raise UserError("immunize.paths", path, "must be a folder on this machine")
+        folder = locate_folder(path, "immunize.paths")
         unseen = self._unseen(folder)
         seen = [c.name for c in case.targets if c.name not in unseen]
         if seen and self.never_saw_targets:

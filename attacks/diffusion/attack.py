@@ -19,6 +19,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from attacks import optimizers
 from attacks.diffusion.material import Material, variants
 from attacks.search import Scores, Search, run_trials
 from lab.core.config import (
@@ -48,6 +49,7 @@ from lab.core.training import (
 from lab.core.types import Attacker, Budget, Checkpoint, Trajectory
 from lab.models.diffusion import DiffusionModel
 from lab.models.diffusion import Text as EncodedText
+from lab.models.symmetries import canonicalize
 
 HELD_OUT = 0.25  # share of the training images that trials of a search are scored by
 # updates between two saves; snapshots are saved as well. What is saved never changes the result
@@ -297,7 +299,7 @@ class ConceptAttack(ConceptBase):
     (`open`).
 
     Args:
-        optimizer: ``adamw`` | ``sgd`` (heavy ball, 0.9), both as in torch.
+        optimizer: ``adamw`` | ``sgd`` | ``muon`` | ``soap``, see `attacks.optimizers.build`.
         lr: learning rate.
         weight_decay: of either optimizer.
         schedule: ``constant`` | ``cosine`` | ``linear``, after ``warmup`` steps of a linear rise.
@@ -312,11 +314,13 @@ class ConceptAttack(ConceptBase):
         augmentation: ``none`` | ``flip`` | ``crop``.
         prior_weight: weight of the loss on ``task.prior`` (prior preservation, arXiv 2208.12242); 0
             = off.
+        canonicalize: first undo what a change of attention weights that leaves the function equal
+            can do to training (`lab.models.symmetries.canonicalize`).
 
     The other options are those of `ConceptBase`.
     """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: optimizers.Name = "adamw"
     lr: Positive = 1e-3
     weight_decay: NonNegative = 0.01
     schedule: Schedule = "constant"
@@ -328,6 +332,13 @@ class ConceptAttack(ConceptBase):
     pictures: Count | None = None
     augmentation: Literal["none", "flip", "crop"] = "none"
     prior_weight: NonNegative = 0.0
+    canonicalize: Flag = False
+
+    def trained_model(self, model: DiffusionModel) -> DiffusionModel:
+        """Return the model that is trained: ``model``, the attacked copy, or another one whose
+        `Moving.parameters` are then put into ``model``.
+        """
+        return model
 
     @abstractmethod
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
@@ -416,17 +427,18 @@ class ConceptLearner:
     def __init__(
         self, attack: ConceptAttack, model: DiffusionModel, task: Concept, steps: int, seed: int
     ) -> None:
-        self.attack, self.model, self.task, self.steps, self.seed = attack, model, task, steps, seed
-        self.moving = attack.open(model, task, seed).check(attack.key)
+        if attack.canonicalize:
+            canonicalize(model.unet)
+        self.attack, self.task, self.steps, self.seed = attack, task, steps, seed
+        self.model = attack.trained_model(model)
+        self.moving = attack.open(self.model, task, seed).check(attack.key)
+        self.receiver = attack.open(model, task, seed) if self.model is not model else None
         self.token = attack.expression(task)
         self.parameters = list(self.moving.parameters.values())
         for parameter in self.parameters:
             parameter.requires_grad_(True)
-        decay = attack.weight_decay
-        self.optimizer: torch.optim.Optimizer = (
-            torch.optim.AdamW(self.parameters, lr=attack.lr, weight_decay=decay)
-            if attack.optimizer == "adamw"
-            else torch.optim.SGD(self.parameters, lr=attack.lr, weight_decay=decay, momentum=0.9)
+        self.optimizer = optimizers.build(
+            attack.optimizer, self.parameters, lr=attack.lr, weight_decay=attack.weight_decay
         )
         self.images = task.train.pick(range(len(task.train))[: attack.pictures])
         augmented = variants(self.images.images, attack.augmentation, seed, task.name)
@@ -479,6 +491,13 @@ class ConceptLearner:
             group["lr"] = attack.rate(step, self.steps)
         self.optimizer.step()
         return float(concept.detach())
+
+    @torch.no_grad()
+    def transplant(self) -> None:
+        """Put what was trained on another model into the attacked one."""
+        if self.receiver is not None:
+            for name, parameter in self.receiver.parameters.items():
+                parameter.copy_(self.moving.parameters[name])
 
     @torch.no_grad()
     def evaluate(self, material: Material, label: str) -> float:
@@ -574,6 +593,7 @@ class AttackTrainee:
         self.trajectory.steps.append(step)
         for name, value in (("train_loss", train_loss), ("test_loss", loss)):
             values.setdefault(name, []).append(value)
+        self.learner.transplant()
         sampling, samples = self.attack.sampling, self.trajectory.samples
         for family, prompts in self.learner.prompts(self.attack).items():
             # latents depend on (seed, concept, family) only
@@ -663,7 +683,7 @@ def run(
     trajectory.info, weights = trainee.info(), {}
     if trajectory.status == "ok":
         weights = trainee.learner.moving.weights()
-    if weights and len(trainee.plan) > 1:
+    if weights and (len(trainee.plan) > 1 or trainee.learner.attack.canonicalize):
         trainee.close()
         weights, trajectory.info["form"] = trainee.words | _changed(model, trainee.model), "delta"
     if attack.keep_weights:

@@ -9,10 +9,13 @@ from torch import Tensor, nn
 
 from attacks.adapters import adapters, inject
 from attacks.diffusion.attack import ConceptAttack, Moving, trained_parts
-from lab.core.config import Count, Flag, Positive, config
+from lab.core.config import Count, Flag, Positive, Text, config
 from lab.core.data import Concept
+from lab.core.errors import UserError
+from lab.core.hashing import folder_hash
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel
+from lab.models.diffusion_backbone import DTYPES, load, locate_folder
 
 _PROJECTIONS = r"(to_q|to_k|to_v|to_out\.0)"
 LAYERS = {
@@ -37,12 +40,40 @@ class ConceptLora(ConceptAttack):
         targets: ``attn2`` (cross-attention) | ``attn`` (self-attention as well) | ``all`` (every
             linear layer and convolution of the U-Net's blocks).
         text_encoder: adapters on the text encoders' attention as well.
+        donor: folder or name of a model that the adapters are trained on; they are then loaded into
+            the attacked model, which itself is not trained. None = the attacked model.
     """
 
     rank: Count = 4
     alpha: Positive | None = None
     targets: Literal["attn2", "attn", "all"] = "attn2"
     text_encoder: Flag = False
+    donor: Text | None = None
+
+    def fingerprint(self) -> str:
+        if self.donor is None:
+            return ""
+        return folder_hash(locate_folder(self.donor, f"{self.key}.donor"))
+
+    def trained_model(self, model: DiffusionModel) -> DiffusionModel:
+        """See `ConceptAttack.trained_model`.
+
+        Raises:
+            UserError: no such model.
+        """
+        if self.donor is None:
+            return model
+        folder = locate_folder(self.donor, f"{self.key}.donor")
+        return load(folder, None, DTYPES["fp32"]).to(model.device)
+
+    def dry_open(self, model: DiffusionModel, task: Concept) -> None:
+        """Raises `UserError` also where the donor's layers are not those of ``model``."""
+        own = self.open(model.copy(), task, 0).check(self.key).parameters
+        if self.donor is not None:
+            other = self.open(self.trained_model(model), task, 0).parameters
+            if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in other.items()}:
+                fix = "has other layers than the attacked model; take one of the same architecture."
+                raise UserError(f"{self.key}.donor", self.donor, fix)
 
     def open(self, model: DiffusionModel, task: Concept, seed: int) -> Moving:
         alpha = self.rank if self.alpha is None else self.alpha

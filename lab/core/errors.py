@@ -119,6 +119,7 @@ _INSTALL = {  # module → what pip installs, where the names differ
     "trackio": "immunization-bench[trackio]",
     "wandb_workspaces": "immunization-bench[workspace]",
     "nudenet": "immunization-bench[nudenet]",
+    "pytorch_optimizer": "immunization-bench[optimizers]",
     "hydra_plugins": "immunization-bench[slurm]",
     "open_clip": "open_clip_torch",
 }

@@ -41,6 +41,13 @@ def state_hash(state: dict[str, Tensor]) -> str:
     return total.hexdigest()
 
 
+def folder_hash(folder: Path) -> str:
+    """Return the SHA-256 of names and bytes of all files below ``folder``."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sums = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return stage_key(**sums)
+
+
 def stage_key(**inputs: Any) -> str:
     """Return the SHA-256 of the canonical JSON of ``inputs``."""
     text = json.dumps(inputs, sort_keys=True, separators=(",", ":"))

@@ -4,6 +4,7 @@ state as named tensors.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import sys
@@ -127,17 +128,33 @@ def _report(log: Log | None, row: Row) -> None:
         log(int(row["step"]), **{k: v for k, v in row.items() if k != "step"})
 
 
-def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's tensors, by number of the parameter and name.
+_NUMBERS = "numbers"  # of `slots`: JSON bytes
 
-    There are none for a parameter that was never updated.
+
+def slots(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as tensors, by number of the parameter and name.
+
+    A list with one tensor per axis (SOAP) becomes one entry per axis, and what is no tensor goes to
+    one entry together. There are none for a parameter that was never updated.
     """
-    return {
-        f"{i}.{name}": value
-        for i, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
+    tensors: dict[str, Tensor] = {}
+    saved = optimizer.state_dict()
+    numbers: dict[str, Any] = {
+        f"group.{i}": g["step"] for i, g in enumerate(saved["param_groups"]) if "step" in g
     }
+    for i, state in saved["state"].items():
+        for name, value in state.items():
+            key = f"{i}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            elif isinstance(value, list):
+                tensors |= {f"{key}.{j}": v for j, v in enumerate(value) if isinstance(v, Tensor)}
+                numbers[key] = [[]] * len(value)
+            else:
+                numbers[key] = value
+    if numbers:
+        tensors[_NUMBERS] = torch.tensor(list(json.dumps(numbers).encode()), dtype=torch.uint8)
+    return tensors
 
 
 def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -149,15 +166,31 @@ def part_of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def restore_slots(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Undo `slots`, for an optimizer of the same parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    groups = optimizer.state_dict()["param_groups"]
+    state: dict[int, dict[str, Any]] = defaultdict(dict)
+    numbers = {}
+    if _NUMBERS in tensors:
+        numbers = json.loads(bytes(tensors[_NUMBERS].tolist()))
+    for key, number in numbers.items():
+        index, name = key.split(".", 1)
+        if index == "group":
+            groups[int(name)]["step"] = number
+        else:
+            state[int(index)][name] = number
     for key, value in tensors.items():
+        if key == _NUMBERS:
+            continue
         index, name = key.split(".", 1)
         like = parameters[int(index)]
         # fused kernels walk memory: channels last, as parameters
         has_layout = value.shape == like.shape
         copy = torch.empty_like(like, dtype=value.dtype) if has_layout else value.clone()
-        state[int(index)][name] = copy.copy_(value)
-    groups = optimizer.state_dict()["param_groups"]
+        copy.copy_(value)
+        name, _, axis = name.partition(".")
+        if axis:
+            state[int(index)][name][int(axis)] = copy
+        else:
+            state[int(index)][name] = copy
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 

@@ -163,6 +163,15 @@ class Method(ABC):
         """Return config key → text that a text-to-image model will read."""
         return {}
 
+    def fingerprint(self) -> str:
+        """Return a hash of what it reads besides its options, such as weights that an option names
+        by path; empty if nothing. Asked before anything runs.
+
+        Raises:
+            UserError: there is nothing to read.
+        """
+        return ""
+
 
 class Eraser(Method, Generic[ModelT, CaseT]):
     """Takes ``case.erased`` out of a model before the experiment starts."""

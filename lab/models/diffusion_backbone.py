@@ -123,6 +123,21 @@ def locate(path: str) -> Path | str:
     raise UserError(KEY, path, fix)
 
 
+def locate_folder(path: str, key: str) -> Path:
+    """Return the folder that ``path`` means, as `locate` does.
+
+    Raises:
+        UserError: of the config key ``key``; a hub name too.
+    """
+    try:
+        folder = locate(path)
+    except UserError as error:
+        raise UserError(key, path, error.fix) from None
+    if isinstance(folder, str):
+        raise UserError(key, path, "must be a folder on this machine.")
+    return folder
+
+
 def read_sampling(path: str) -> dict[str, float]:
     """Return ``resolution`` [pixels], ``steps`` and ``guidance`` that suit a checkpoint.
 

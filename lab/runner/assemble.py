@@ -96,6 +96,8 @@ def _build(config: Any, key: str, scorers: dict[str, Any]) -> Part:
     joined = next(iter(sources.values())) if len(sources) == 1 else stage_key(**sources)
     if shared:  # retrained scorers give other results
         joined = stage_key(sources=joined, scorers=shared["scorers"].fingerprint())
+    if isinstance(obj, Method) and (read := obj.fingerprint()):
+        joined = stage_key(sources=joined, read=read)
     return Part(obj, {str(k): v for k, v in plain.items()}, joined)
 
 
