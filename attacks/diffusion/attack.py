@@ -70,6 +70,8 @@ class Moving:
         convert: gives from ``parameters`` what a user would load, see `attacks.diffusion.export`.
         close: makes the change a plain part of the copy, so that another stage can build on it.
         text: whether encoded prompts change while it trains.
+        move: takes the place of a step along the gradient: called with the number of steps done and
+            of all steps.
         info: facts for the record; with a complete U-Net its ``unet_config``.
     """
 
@@ -77,6 +79,7 @@ class Moving:
     convert: Callable[[dict[str, nn.Parameter]], Mapping[str, Tensor]] = dict
     close: Callable[[], None] = lambda: None
     text: bool = False
+    move: Callable[[int, int], None] | None = None
     info: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
@@ -480,6 +483,9 @@ class ConceptLearner:
         loss = concept = losses[:batch].mean()
         if len(drawn) > 1:
             loss = concept + attack.prior_weight * losses[batch:].mean()
+        if self.moving.move is not None:
+            self.moving.move(step + 1, self.steps)
+            return float(concept.detach())
         if not loss.requires_grad:
             reason = "the loss depends on none of them; `open` must put them into the model."
             raise UserError(attack.key, list(self.moving.parameters), reason)

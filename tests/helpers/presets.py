@@ -5,10 +5,13 @@ Where keys of `conf/` get other names, change the tables below.
 
 from __future__ import annotations
 
+import tempfile
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import tiny
+import torch
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -55,6 +58,20 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
+# Options that name a model by path: here another tiny one.
+PATHS = {"attacks/lora_transplant": "donor", "attacks/interpolate": "base"}
+
+
+@cache
+def tiny_folder() -> str:
+    """Save a tiny text-to-image model of other weights, for this process, and return its folder."""
+    other = tiny_diffusion().copy()
+    with torch.no_grad():
+        for parameter in other.unet.parameters():
+            parameter.mul_(0.9)
+    return str(other.save(Path(tempfile.mkdtemp(prefix="tiny-")) / "model"))
+
+
 def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
     """Compose the configuration; ``options`` are those of `hydra.compose`."""
     GlobalHydra.instance().clear()
@@ -90,6 +107,8 @@ def build(group: str, name: str, kind: str = "", **objects: Any) -> Any:
     node = nodes(group)[name]
     small = {**SMALL.get(f"{group}/{kind}", {}), **OWN.get(f"{group}/{name}", {})}
     kept = {key: value for key, value in small.items() if node.get(key) is not None}
+    if f"{group}/{name}" in PATHS:
+        kept[PATHS[f"{group}/{name}"]] = tiny_folder()
     if node.get("attackers") is None:  # k_min and k_max belong to drawn attackers
         kept = {key: value for key, value in kept.items() if not key.startswith("k_")}
     optimizer = OPTIMIZERS.get(node.get("optimizer"))

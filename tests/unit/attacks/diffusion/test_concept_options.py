@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from attack_examples import interrupted
-from concept_examples import assert_equal, attack, launch, model, task, unbroken
+from concept_examples import FAST, assert_equal, attack, launch, model, task, unbroken
 from tiny_diffusion import tiny_case, tiny_diffusion
 
+from attacks.diffusion.interpolate import Interpolation
 from attacks.optimizers import build
 from immunize.controls import Reparametrization
 from lab.core.errors import UserError
@@ -68,3 +69,16 @@ def test_a_donor_of_another_architecture_is_refused_before_anything_runs(tmp_pat
         attack("lora", donor=str(model().save(tmp_path / "d"))).dry_open(narrow, task())
     with pytest.raises(UserError, match=r"attacks.lora.donor=nowhere"):
         attack("lora", donor="nowhere").fingerprint()
+
+
+def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    base = model().copy()
+    with torch.no_grad():
+        for parameter in base.unet.parameters():
+            parameter += 0.1
+    path = str(base.save(tmp_path / "base"))
+    attacker = Interpolation(name="interpolate", base=path, reach=0.5, **FAST)
+    whole = launch(attacker)
+    for name, parameter in model().unet.named_parameters():
+        torch.testing.assert_close(whole.weights[f"unet.{name}"], parameter + 0.05)
+    assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), whole)
