@@ -87,7 +87,6 @@ def test_a_concept_attack_moves_what_it_declares_and_the_store_gives_it_back(nam
         k.replace(".default.", ".").replace("text_encoders.0.", "text_encoder.") for k in adapters
     }
     assert saved <= found.weights.keys() or name == "curriculum"
-    assert bool(own) == (
-        name not in ("lora", "lora_fast", "lora_text_encoder", "textual_inversion")
-    )
+    adds_only = name.startswith("lora") and name != "lora_canonical"
+    assert bool(own) != (adds_only or name == "textual_inversion")
     features.check_round_trip(found, name, model, case, task, tmp_path, budget)
