@@ -60,7 +60,7 @@ class Undo(Immunizer):
     kept: Count = 1536
     targeted: Count = 192
     target_share: PositiveShare = 0.25
-    steps: Count = 4000
+    steps: Count = 2000
     batch_size: Count = 32
     lr: Positive = 1e-3
     warmup: Index = 50
