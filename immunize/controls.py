@@ -12,11 +12,13 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
+from safetensors import safe_open
+from torch import Tensor
 
 from lab.core.config import AsList, Positive, Text, config
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import UserError, as_user_error
-from lab.core.hashing import folder_hash, stage_key
+from lab.core.hashing import digest, folder_hash, stage_key
 from lab.core.seeding import generator
 from lab.core.types import Checkpoint, Eraser, Immunizer, Log
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
@@ -25,6 +27,7 @@ from lab.models.diffusion_backbone import DTYPES, load, locate_folder
 from lab.models.symmetries import reparametrize
 
 RECORD = "training.json"  # beside the folder of a MiniSD
+FACTS = "facts"  # metadata of a stored U-Net: JSON with its targets and its method
 
 
 @config
@@ -151,3 +154,52 @@ class OtherWeights(Immunizer):
             recipe: dict[str, Any] = json.loads(record.read_text())["recipe"]
             unseen = frozenset(recipe.get("never_seen", ()))
         return unseen | {*HELD_OUT_OBJECTS, *HELD_OUT_STYLES}
+
+
+@config
+class StoredUnet(Immunizer):
+    """Puts a U-Net from a file in place of the model's: weights that a method made in an earlier
+    run and that ship with a record (``action=export path=FILE.safetensors``).
+
+    Args:
+        path: the file; its metadata name the targets it is immunized against.
+
+    Raises:
+        UserError: no such file, other layers, or a case with other targets.
+    """
+
+    accepts: ClassVar[frozenset[Kind]] = frozenset({"diffusion"})
+
+    path: Text
+    name: Text = "stored"
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        fix = "is no U-Net that `python run.py action=export path=FILE.safetensors` wrote"
+        with as_user_error("immunize.path", self.path, fix), safe_open(self.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()[FACTS])
+
+    def fingerprint(self) -> str:
+        tensors, facts = self._read()
+        return stage_key(tensors=digest(*tensors.values()), facts=facts)
+
+    def check(self, cases: tuple[ConceptCase, ...]) -> None:
+        immune = set(self._read()[1]["targets"])
+        for case in cases:
+            if missing := [c.name for c in case.targets if c.name not in immune]:
+                fix = f"is immunized against {', '.join(sorted(immune))}, not {', '.join(missing)}"
+                raise UserError("immunize.path", self.path, fix)
+
+    def __call__(
+        self,
+        model: DiffusionModel,
+        case: ConceptCase,
+        *,
+        seed: int,
+        checkpoint: Checkpoint | None,
+        log: Log,
+    ) -> DiffusionModel:
+        stored = model.copy()
+        with as_user_error("immunize.path", self.path, "its layers are not the backbone's"):
+            stored.unet.load_state_dict({k: v.float() for k, v in self._read()[0].items()})
+        return stored

@@ -33,8 +33,10 @@ from attacks.diffusion.export import export as write_attack_weights
 from eval.report.leaderboard import columns
 from eval.report.outcomes import outcome
 from eval.report.words import ARROWS, figure, flatten, heading, interval, support, typed
+from immunize.controls import FACTS as UNET_FACTS
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
+from lab.core.data import ConceptCase
 from lab.core.errors import UserError, nearest
 from lab.core.hashing import state_hash
 from lab.core.provenance import versions
@@ -99,6 +101,9 @@ def export(cfg: DictConfig) -> Path:
     words = [record["name"].split("/")[0], *labels, f"seed{cell['seed']}"]
     name = re.sub(r"[^\w.-]+", "-", "-".join([*words, record["content_hash"][:8]]))
     folder = Path(cfg.path or f"{cfg.paths.outputs}/export/{name}").expanduser()
+    if folder.suffix == ".safetensors" and stage == "immunize":
+        print(f"export: {relative(write_unet(record, cell, rebuild(record, cell, cfg), folder))}")
+        return folder
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError("path", folder, "exists and is not empty; choose another folder.")
     if stage == "attack":
@@ -126,6 +131,7 @@ class Release:
     original: Any
     released: Any  # both kinds of model, told apart by `FeatureModel`
     credits: tuple[str, ...]
+    targets: tuple[str, ...]  # concepts that it is immunized against
 
 
 def choose(record: Record, stage: str, options: DictConfig) -> dict[str, Any]:
@@ -211,7 +217,9 @@ def rebuild(record: Stored, cell: dict[str, Any], cfg: DictConfig) -> Release:
     published, original = clone(backbone.build(case, seed)), pipeline.original(case, seed)
     released = clone(original)
     released.load_state_dict({**released.state_dict(), **tensors})
-    return Release(backbone, published, original, released, (data.credit, *data.notes))
+    credits = (data.credit, *data.notes)
+    targets = case.targets if isinstance(case, ConceptCase) else case.harmful
+    return Release(backbone, published, original, released, credits, tuple(t.name for t in targets))
 
 
 def check_trusted(config: dict[str, Any], cfg: DictConfig) -> None:
@@ -269,6 +277,29 @@ def write(record: Stored, cell: dict[str, Any], release: Release, folder: Path) 
         folder.mkdir(exist_ok=True)
         for path in sorted(partial.iterdir(), key=lambda p: p.name == SUMS):
             path.rename(folder / path.name)
+
+
+def write_unet(record: Stored, cell: dict[str, Any], release: Release, file: Path) -> Path:
+    """Write the U-Net alone, in half precision, for ``immunize=stored``.
+
+    Raises:
+        UserError: a model without a U-Net.
+    """
+    if not isinstance(release.released, DiffusionModel):
+        fix = "is no text-to-image model; name a folder without .safetensors."
+        raise UserError("path", file, fix)
+    facts = {
+        "immunizer": record["immunizer"],
+        "targets": list(release.targets),
+        "case": cell["case"],
+        "seed": cell["seed"],
+        "record": record["content_hash"],
+    }
+    state = release.released.unet.state_dict()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().half().cpu().contiguous() for k, v in state.items()}
+    save_file(tensors, file, {UNET_FACTS: json.dumps(facts)})
+    return file
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -80,7 +80,9 @@ def composed(*overrides: str, config: str = "config", **options: Any) -> Any:
 
 
 # the empty list, and controls that read weights which are not included
-LEFT_OUT = {("attacks", "none"), ("immunize", "retrained"), ("immunize", "other_seed")}
+LEFT_OUT = {("attacks", "none")} | {
+    ("immunize", name) for name in ("retrained", "other_seed", "stored")
+}
 
 
 def presets(group: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,10 +13,13 @@ import timm
 import torch
 from diffusers import StableDiffusionPipeline
 from release_examples import composed, options, tiny_folder
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import image_case
+from tiny_diffusion import tiny_case
 from tiny_sd import tiny_pipeline
 
+from immunize.controls import StoredUnet
 from lab.core import record as records
 from lab.core.cache import Artifact, StageCache
 from lab.core.errors import UserError
@@ -82,6 +86,23 @@ def test_two_exports_are_equal_byte_by_byte(run_folder, exported, tmp_path, monk
     assert sums == (exported / "SHA256SUMS").read_bytes()
 
 
+def test_a_unet_alone_serves_as_an_immunizer(run_folder, exported, tmp_path):
+    file = export(options(run_folder, f"path={tmp_path / 'unet.safetensors'}"))
+    method = StoredUnet(path=str(file))
+    case = tiny_case()
+    targets = json.loads(safe_open(file, "pt").metadata()["facts"])["targets"]
+    known = replace(case, targets=(replace(case.targets[0], name=targets[0]),))
+    method.check((known,))
+    with pytest.raises(UserError, match=r"immunize.path=.*not nothing"):
+        method.check((replace(case, targets=(replace(case.targets[0], name="nothing"),)),))
+    stored, whole = load_file(file), load_file(exported / UNET)
+    for name, value in whole.items():
+        torch.testing.assert_close(stored[name].float(), value, rtol=1e-3, atol=1e-6)
+    (tmp_path / "bad.safetensors").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is no U-Net that"):
+        StoredUnet(path=str(tmp_path / "bad.safetensors")).fingerprint()
+
+
 # ---- other layouts
 
 
@@ -90,7 +111,7 @@ def as_if(run_folder, backbone, config, published, released, folder):
     record, cell = chosen(run_folder)
     record["config"]["backbone"] = config
     cell["weights"] = state_hash(changed_tensors(published, released))
-    release = Release(backbone, published, published, released, ("a note",))
+    release = Release(backbone, published, published, released, ("a note",), ("mosaic",))
     write(record, cell, release, folder)
     return folder
 
