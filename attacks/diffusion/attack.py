@@ -58,7 +58,11 @@ SAVE_STEPS = 50
 # timestep
 WINDOW = 10
 _CHUNK = 32  # rows of one evaluation pass
-_PREFIXES = ("unet.", "text_encoder.", "text_encoder_2.", "embedding.")  # of names of weights
+# of names of weights
+_PREFIXES = (
+    *("unet.", "text_encoder.", "text_encoder_2.", "embedding."),
+    *("controlnet.", "image_proj.", "ip_adapter."),
+)
 
 
 @dataclass
@@ -72,6 +76,8 @@ class Moving:
         text: whether encoded prompts change while it trains.
         move: takes the place of a step along the gradient: called with the number of steps done and
             of all steps.
+        condition: told the latents [n, c, s, s] whose images the model is given next, and whether
+            guidance asks for each of them twice.
         info: facts for the record; with a complete U-Net its ``unet_config``.
     """
 
@@ -80,6 +86,7 @@ class Moving:
     close: Callable[[], None] = lambda: None
     text: bool = False
     move: Callable[[int, int], None] | None = None
+    condition: Callable[[Tensor, bool], None] = lambda latents, guided: None
     info: dict[str, Any] = field(default_factory=dict)
 
     def weights(self) -> dict[str, Tensor]:
@@ -88,10 +95,15 @@ class Moving:
 
     @property
     def form(self) -> str:
-        """How `attacks.diffusion.export` writes the weights: ``lora`` | ``unet`` | ``delta``."""
+        """How `attacks.diffusion.export` writes the weights: ``lora`` | ``unet`` | ``controlnet`` |
+        ``ip_adapter`` | ``delta``.
+        """
         if any(".lora_" in name for name in self.parameters):
             return "lora"
-        return "unet" if "unet_config" in self.info else "delta"
+        if any(name.startswith("ip_adapter.") for name in self.parameters):
+            return "ip_adapter"
+        whole = [form for form in ("unet", "controlnet") if f"{form}_config" in self.info]
+        return whole[0] if whole else "delta"
 
     def check(self, key: str) -> Self:
         """Check that the attacker ``key`` can train this and that its result can be written.
@@ -479,6 +491,7 @@ class ConceptLearner:
             texts.append(self._text(material, drawn[-1].rows))
         parts = zip(*((draw.z, draw.noise, draw.t) for draw in drawn), strict=True)
         z, noise, t = (torch.cat(part) for part in parts)
+        self.moving.condition(z, False)
         losses = self.model.loss(z, EncodedText.cat(texts), noise, t)
         loss = concept = losses[:batch].mean()
         if len(drawn) > 1:
@@ -513,6 +526,7 @@ class ConceptLearner:
         for start in range(0, len(every.rows), _CHUNK):
             part = slice(start, start + _CHUNK)
             text = self._text(material, every.rows[part])
+            self.moving.condition(every.z[part], False)
             loss = self.model.loss(every.z[part], text, every.noise[part], every.t[part])
             losses.append(loss.double())
         return float(torch.cat(losses).mean())
@@ -601,6 +615,9 @@ class AttackTrainee:
             values.setdefault(name, []).append(value)
         self.learner.transplant()
         sampling, samples = self.attack.sampling, self.trajectory.samples
+        given = self.learner.train.mean[:, 0]
+        rows = torch.arange(sampling.count) % len(given)
+        self.learner.moving.condition(given[rows], sampling.guidance != 1)
         for family, prompts in self.learner.prompts(self.attack).items():
             # latents depend on (seed, concept, family) only
             latents = self.model.latents(sampling.count, self.seed, self.learner.task.name, family)

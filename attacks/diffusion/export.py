@@ -23,6 +23,9 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
     ``lora``: ``pytorch_lora_weights.safetensors`` for ``pipeline.load_lora_weights(folder)``.
     ``unet``: ``unet/`` with config for ``UNet2DConditionModel.from_pretrained(folder,
         subfolder="unet")``.
+    ``controlnet``: ``controlnet/`` for ``ControlNetModel.from_pretrained``.
+    ``ip_adapter``: ``ip_adapter.safetensors`` for ``pipeline.load_ip_adapter(folder, subfolder="",
+        weight_name="ip_adapter.safetensors", image_encoder_folder=None)``.
     ``delta``: ``unet_delta.safetensors`` (``text_encoder_delta.safetensors``) for
     ``load_state_dict(…, strict=False)``, and ``learned_embeds.safetensors`` per new word for
     ``pipeline.load_textual_inversion``.
@@ -42,8 +45,10 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
     form, written = info["form"], []
     if form == "lora":
         files = {LORA: weights}
-    elif form == "unet":
-        files = {f"unet/{_FULL}": part_of(weights, "unet.")}
+    elif form in ("unet", "controlnet"):
+        files = {f"{form}/{_FULL}": part_of(weights, f"{form}.")}
+    elif form == "ip_adapter":
+        files = {"ip_adapter.safetensors": weights}
     else:
         files = {_DELTA.format(part=part): part_of(weights, f"{part}.") for part in _MODULES}
         for i, (token, rows) in enumerate(part_of(weights, "embedding.").items()):
@@ -54,7 +59,7 @@ def export(trajectory: Trajectory, folder: Path) -> list[Path]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_file(plain, folder / name, metadata={"format": "pt"})
             written.append(folder / name)
-    if form == "unet":
-        written.append(folder / "unet" / "config.json")
-        written[-1].write_text(json.dumps(info["unet_config"], indent=2))
+    if form in ("unet", "controlnet"):
+        written.append(folder / form / "config.json")
+        written[-1].write_text(json.dumps(info[f"{form}_config"], indent=2))
     return written

@@ -72,6 +72,7 @@ def test_1_2_and_3_processes_give_the_same_weights_after_20_steps(tmp_path):
         logs = [path.read_text() for path in folder.rglob("ranks/*.log")]
         assert len(logs) == processes - 1
         assert any(
-            f"stage immunize stained-glass_guitar, seed 0, with {processes} processes" in log for log in logs
+            f"stage immunize stained-glass_guitar, seed 0, with {processes} processes" in log
+            for log in logs
         )
         assert not any("Traceback" in log for log in logs)

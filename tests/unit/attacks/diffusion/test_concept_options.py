@@ -1,4 +1,6 @@
-"""Options that every attacker has, or LoRA alone: optimizers, canonical weights, a donor."""
+"""Options of attackers (optimizers, canonical weights, a donor), and attackers that are given
+images or none.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 from attack_examples import interrupted
-from concept_examples import FAST, assert_equal, attack, launch, model, task, unbroken
+from concept_examples import (
+    FAST,
+    assert_equal,
+    attack,
+    fresh_pipeline,
+    launch,
+    model,
+    task,
+    unbroken,
+)
+from diffusers import ControlNetModel
 from tiny_diffusion import tiny_case, tiny_diffusion
 
+from attacks.diffusion.export import export
+from attacks.diffusion.image_conditioned import ControlNet, IpAdapter
 from attacks.diffusion.interpolate import Interpolation
 from attacks.optimizers import build
 from immunize.controls import Reparametrization
 from lab.core.errors import UserError
+from lab.core.types import Budget
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "soap"])
@@ -82,3 +97,70 @@ def test_an_interpolation_ends_at_its_reach_and_resumes_bit_for_bit(tmp_path: Pa
     for name, parameter in model().unet.named_parameters():
         torch.testing.assert_close(whole.weights[f"unet.{name}"], parameter + 0.05)
     assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), whole)
+
+
+@pytest.mark.parametrize("kind", [ControlNet, IpAdapter])
+def test_attacks_by_images_learn_and_leave_the_released_weights(kind: type) -> None:
+    net, copied = tiny_diffusion(), tiny_diffusion()
+    net.copy = lambda: copied
+    attacker = kind(name="mine", lr=0.02, **FAST)
+    found = launch(attacker, net)
+    assert found.values["test_loss"][-1] < found.values["test_loss"][0]
+    state = copied.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in model().state_dict().items())
+    assert_equal(interrupted(lambda c: launch(attacker, checkpoint=c), 1), launch(attacker))
+
+
+def test_edges_of_a_step_and_of_nothing() -> None:
+    images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    images[1, :, :, 4:] = 255
+    edges = ControlNet(name="c").features(images)
+    assert edges.shape == (2, 3, 8, 8)
+    assert float(edges[0].max()) == 0
+    assert torch.equal(edges[1, 0, 3], torch.tensor([0.0, 0, 0, 1, 1, 0, 0, 0]))
+
+
+def test_guidance_gives_both_halves_the_same_image() -> None:
+    net = model().copy()
+    moving = ControlNet(name="c").open(net, task(), 0)
+    moving.condition(net.latents(3, 0, "given"), True)
+    noisy, text = net.latents(3, 0, "noisy").repeat(2, 1, 1, 1), net.text(["a fox"] * 6)
+    with torch.no_grad():
+        torch.nn.init.normal_(moving.parameters["controlnet.controlnet_mid_block.weight"])
+        found = net.predict(noisy, torch.zeros(6).long(), text)
+        moving.condition(net.latents(3, 0, "given"), False)
+        other = net.predict(noisy, torch.zeros(6).long(), text)
+    torch.testing.assert_close(found[:3], found[3:])
+    torch.testing.assert_close(other, found)  # six rows of three images in turn
+
+
+def test_diffusers_loads_a_controlnet_and_an_ip_adapter(tmp_path: Path) -> None:
+    control = launch(ControlNet(name="c", lr=0.02, **FAST), budget=Budget(2, 1, at=()))
+    export(control, tmp_path / "c")
+    loaded = ControlNetModel.from_pretrained(tmp_path / "c" / "controlnet").state_dict()
+    assert all(torch.equal(loaded[k.split(".", 1)[1]], v) for k, v in control.weights.items())
+
+    adapter = launch(IpAdapter(name="i", lr=0.02, **FAST), budget=Budget(2, 1, at=()))
+    export(adapter, tmp_path / "i")
+    pipe = fresh_pipeline(tmp_path / "base")
+    name = "ip_adapter.safetensors"
+    pipe.load_ip_adapter(
+        str(tmp_path / "i"), subfolder="", weight_name=name, image_encoder_folder=None
+    )
+    ours = IpAdapter(name="i")
+    net = model().copy()
+    moving = ours.open(net, task(), 0)
+    noisy, t = net.latents(2, 0, "n"), torch.tensor([3, 3])
+    text = net.text(["a fox", "a cat"]).hidden
+    embeds = [torch.ones(2, 1, adapter.weights["image_proj.proj.weight"].shape[1])]
+    own = {k: v.clone() for k, v in adapter.weights.items()}
+    with torch.no_grad():
+        for key, parameter in moving.parameters.items():
+            file = key.removeprefix("ip_adapter.").replace("_ip.0.", "_ip.")
+            file = file.replace("image_proj.image_embeds.", "image_proj.proj.")
+            parameter.copy_(own[file])
+        moving.close()
+        extra = {"added_cond_kwargs": {"image_embeds": embeds}}
+        left = net.unet(noisy, t, text, **extra).sample
+        right = pipe.unet(noisy, t, text, **extra).sample
+    torch.testing.assert_close(left, right)
