@@ -158,7 +158,7 @@ class IpAdapter(ImageConditioned):
         for name, module in unet.named_modules():
             if isinstance(module, Attention) and name.endswith("attn2"):
                 size = module.to_k.weight.shape[0]
-                processor = IPAdapterAttnProcessor2_0(size, inner, (self.tokens,))
+                processor: Any = IPAdapterAttnProcessor2_0(size, inner, (self.tokens,))
                 processor.to_k_ip[0].weight.data.copy_(module.to_k.weight)
                 processor.to_v_ip[0].weight.data.copy_(module.to_v.weight)
                 module.set_processor(processor)

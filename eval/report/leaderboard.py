@@ -28,6 +28,7 @@ from eval.report.outcomes import (
 from eval.report.page import Block, page
 from eval.report.paired import difference
 from eval.report.plots import Method, forest
+from eval.report.reference import REFERENCE, least_share
 from eval.report.words import (
     UNMEASURED,
     Metric,
@@ -269,9 +270,11 @@ def sections(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def table(rows: Sequence[Row]) -> pd.DataFrame:
     """Return the figures that count as text: rank, method, verdict, checks, attack success,
-    slowdown, benign cost, the strongest attack, seeds. What nobody has is no column.
+    slowdown, benign cost, share of the reference (`eval.report.reference`), the strongest attack,
+    seeds. What nobody has is no column.
     """
     lines = []
+    reference = next((r.record for r in rows if r.record["immunizer"] == REFERENCE), None)
     for row in rows:
         metrics, names = row.record["metrics"], key_figures(row.record)
         mark = MARKS[row.outcome.tone] if row.outcome.label in TONES else ""
@@ -280,6 +283,8 @@ def table(rows: Sequence[Row]) -> pd.DataFrame:
         line["verdict"] = f"{mark} {row.outcome.label}{diverged}".strip()
         line["checks"] = "{} of {}".format(*row.checks) if row.checks[1] else UNMEASURED
         line |= {column: measured(metrics.get(name), name) for column, name in names.items()}
+        if reference is not None and is_immunized(row.record):
+            line["share of the reference"] = least_share(row.record, reference) or UNMEASURED
         line["strongest attack"] = strongest_attack(row.record)
         first = next((metrics[name] for name in names.values() if name in metrics), None)
         lines.append(line | {"seeds": support(first) if first else UNMEASURED})
@@ -345,8 +350,9 @@ LEGEND = (
     "Order: methods that pass, then by checks passed, then by the slowdown of the least-protected "
     "target. [low, high]: 95 % interval, Student's t below ten seeds, two-stage bootstrap from ten "
     "on; one or two seeds support no claim about others. ≥: the target was not reached, a lower "
-    "limit; ≤: an upper limit. Strongest attack: for how many targets and seeds it is the one. "
-    "–: not measured."
+    "limit; ≤: an upper limit. Share of the reference: log slowdown ÷ that of a model that never "
+    "saw the target, for the target with the least. Strongest attack: for how many targets and "
+    "seeds it is the one. –: not measured."
 )
 
 

@@ -11,6 +11,7 @@ Training does depend on M. Linear layers without bias only, as in every U-Net of
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import Attention
@@ -25,11 +26,12 @@ def _heads(unet: nn.Module) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tenso
     """
     for name, module in unet.named_modules():
         if isinstance(module, Attention):
-            width = module.to_q.weight.shape[0] // module.heads
+            layers: Any = module
+            width = layers.to_q.weight.shape[0] // module.heads
             for head in range(module.heads):
                 rows = slice(head * width, (head + 1) * width)
-                q, k, v = (layer.weight[rows] for layer in (module.to_q, module.to_k, module.to_v))
-                yield f"{name}.{head}", q, k, v, module.to_out[0].weight[:, rows]
+                q, k, v = (layer.weight[rows] for layer in (layers.to_q, layers.to_k, layers.to_v))
+                yield f"{name}.{head}", q, k, v, layers.to_out[0].weight[:, rows]
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from fake_records import attacked, baseline, digits, failed, metric, record, sea
 
 from eval.report.leaderboard import leaderboard, to_csv, to_markdown, to_text
 from eval.report.outcomes import PUBLISHED, check_word, outcome
+from eval.report.reference import least_share, shares
 
 CONF = Path(__file__).resolve().parents[4] / "conf"
 
@@ -173,3 +174,30 @@ def test_csv_has_full_precision_and_no_formula() -> None:
     assert float(row["slowdown_harmful_worst_low"]) == pytest.approx(3.4 * 0.92)
     assert (row["rank"], row["rir_interval"]) == ("1", "across_seeds")
     assert row["immunizer"].startswith("'=")
+
+
+# ---- the reference
+
+
+def _relearned(name: str, ratios: dict[str, list[float]]) -> dict:
+    rows = [
+        {"role": "harmful", "concept": concept, "ratio": ratio, "seed": seed}
+        for concept, each in ratios.items()
+        for seed, ratio in enumerate(each)
+    ]
+    rows.append({"role": "benign", "concept": "watercolor", "ratio": 9.0, "seed": 0})
+    made = generated("mima")
+    tables = made["tables"] | {"relearning": rows}
+    return sealed(made | {"immunizer": name, "name": f"t/{name}", "tables": tables})
+
+
+def test_a_method_is_a_share_of_what_ignorance_is_worth() -> None:
+    reference = _relearned("retrained", {"mosaic": [4.0, 16.0], "fox": [2.0, 2.0], "cat": [0.5]})
+    method = _relearned("mima", {"mosaic": [2.0, 4.0], "fox": [4.0, 4.0], "cat": [3.0]})
+    found = shares(method, reference)
+    assert found == pytest.approx({"mosaic": 0.5, "fox": 2.0})  # the reference does not slow cats
+    assert least_share(method, reference) == "0.50 (mosaic)"
+    text = to_text(leaderboard([reference, method]))
+    assert "share of the reference" in text
+    assert "0.50 (mosaic)" in text
+    assert "share of the reference" not in to_text(leaderboard([method])).split("Order:")[0]
