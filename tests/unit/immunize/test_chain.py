@@ -1,0 +1,61 @@
+"""Immunizers one after the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+from attack_examples import interrupted
+from presets import build
+from pydantic import ValidationError
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+from immunize.chain import Chain
+from immunize.controls import WeightNoise
+from immunize.undo import Undo
+from lab.release.verify import same_weights
+
+
+def _chain() -> Chain:
+    first, last = (
+        replace(build("immunize", name, "diffusion"), checkpoint_every=1)
+        for name in ("mima", "mima_deep")
+    )
+    return Chain(methods={"first": first, "noise": WeightNoise(), "last": last})
+
+
+def _run(checkpoint: Any = None) -> tuple[Any, list[tuple[int, dict[str, float]]]]:
+    rows: list[tuple[int, dict[str, float]]] = []
+    made = _chain()(
+        tiny_diffusion(),
+        tiny_case(),
+        seed=0,
+        checkpoint=checkpoint,
+        log=lambda step, **values: rows.append((step, values)),
+    )
+    return made, rows
+
+
+def test_each_starts_from_what_the_one_before_left() -> None:
+    model = tiny_diffusion()
+    for method in _chain().methods.values():
+        model = method(model, tiny_case(), seed=0, checkpoint=None, log=tiny.no_log)
+    made, rows = _run()
+    assert same_weights(made, model)
+    steps = [step for step, _ in rows]
+    assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("save", [1, 2, 3, 4])
+def test_resumed_equals_unbroken(save: int) -> None:
+    whole, rows = _run()
+    again, rows_again = interrupted(_run, save)
+    assert same_weights(again, whole)
+    assert rows_again == rows
+
+
+def test_a_method_on_the_model_before_erasure_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"methods\.undo: takes the model before erasure"):
+        Chain(methods={"undo": Undo(), "noise": WeightNoise()})
