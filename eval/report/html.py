@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
+from eval.report.leaderboard import Row, columns, leader_blocks, leaderboard, legend, sections
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
     curve_blocks,
@@ -29,6 +29,7 @@ from eval.report.words import (
     counted,
     heading,
     measured,
+    percent,
 )
 from lab.core.hashing import write_atomically
 
@@ -89,8 +90,8 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     records, names = [row.record for row in rows], [row.label for row in rows]
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     blocks = leader_blocks(rows)
-    blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
-    blocks += check_blocks(rows) + image_blocks(rows, beside, room)
+    blocks += collapsed("All metrics", [{"text": legend(rows)}, _metrics_table(rows)])
+    blocks += check_blocks(rows) + attack_blocks(rows) + image_blocks(rows, beside, room)
     blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
     blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
@@ -132,6 +133,24 @@ def check_blocks(rows: Sequence[Row]) -> list[Block]:
     first, *others = groups or [[]]
     title = f"Checks of {counted(len(others), 'other method')}"
     return first + collapsed(title, list(chain.from_iterable(others)))
+
+
+def attack_blocks(rows: Sequence[Row]) -> list[Block]:
+    """Return the success of every attack on every concept and model, collapsed."""
+    frames = {row.label: pd.DataFrame(row.record["tables"].get("attacks", [])) for row in rows}
+    blocks: list[Block] = []
+    for label, frame in frames.items():
+        steps = [name for name in frame if name.startswith("at_")]
+        if not steps:
+            continue
+        keys = ["role", "concept", "attack", "model"]
+        means = frame.groupby(keys, sort=False)[steps].mean().reset_index()
+        for name in steps:
+            means[name] = means[name].map(lambda x: UNMEASURED if pd.isna(x) else percent(x))
+        names = {name: f"after {int(name.removeprefix('at_'))}" for name in steps}
+        table: Block = {"table": means.rename(columns=names), "label": f"Attacks on {label}"}
+        blocks += [{"heading": label}, table] if len(frames) > 1 else [table]
+    return collapsed("Every attack on every concept: images that show it", blocks)
 
 
 # ---- images

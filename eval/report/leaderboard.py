@@ -318,7 +318,9 @@ def headline(group: Sequence[Row]) -> Outcome:
     passing = sum(row.outcome.label == "passes" for row in ranked)
     text = f"No verdict: of {len(ranked)} methods {first.label} comes first"
     if passing:
-        text = f"{first.label} wins: {passing} of {len(ranked)} methods pass"
+        few = len(first.record["seeds"]) < 3  # no claim about other seeds
+        text = f"{first.label} {'comes first' if few else 'wins'}: "
+        text += f"{passing} of {len(ranked)} methods pass"
     elif first.checks[1]:
         text = f"No method passes: of {len(ranked)} methods the closest is {first.label}, "
         text += "{} of {} checks".format(*first.checks)
@@ -346,14 +348,23 @@ def _margin(name: str, first: Row, second: Row) -> list[str]:
 
 # ---- text and pages
 
-LEGEND = (
+_LEGEND = (
     "Order: methods that pass, then by checks passed, then by the slowdown of the least-protected "
     "target. [low, high]: 95 % interval, Student's t below ten seeds, two-stage bootstrap from ten "
     "on; one or two seeds support no claim about others. ≥: the target was not reached, a lower "
-    "limit; ≤: an upper limit. Share of the reference: log slowdown ÷ that of a model that never "
-    "saw the target, for the target with the least. Strongest attack: for how many targets and "
-    "seeds it is the one. –: not measured."
+    "limit; ≤: an upper limit. –: not measured."
 )
+_OF_COLUMNS = {
+    "share of the reference": "Share of the reference: log slowdown ÷ that of a model that never "
+    "saw the target, for the target with the least.",
+    "strongest attack": "Strongest attack: for how many targets and seeds it is the one.",
+}
+
+
+def legend(rows: Sequence[Row]) -> str:
+    """Return what the tables of ``rows`` mean."""
+    shown = {column for group in sections(rows).values() for column in table(group)}
+    return " ".join([_LEGEND, *(text for name, text in _OF_COLUMNS.items() if name in shown)])
 
 
 def to_text(rows: Sequence[Row]) -> str:
@@ -362,7 +373,7 @@ def to_text(rows: Sequence[Row]) -> str:
     for title, group in sections(rows).items():
         lead = headline(group)
         parts.append(f"── {title}\n{MARKS[lead.tone]} {lead.headline}\n\n{aligned(table(group))}")
-    return "\n\n".join([*parts, LEGEND])
+    return "\n\n".join([*parts, legend(rows)])
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -371,7 +382,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         f"### {escape(title)}\n\n{escape(headline(group).headline)}\n\n{markdown(table(group))}"
         for title, group in sections(rows).items()
     ]
-    return "\n\n".join([*parts, LEGEND]) + "\n"
+    return "\n\n".join([*parts, legend(rows)]) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -423,4 +434,4 @@ def to_html(rows: Sequence[Row]) -> str:
     blocks: list[Block] = []
     for title, group in sections(rows).items():
         blocks += [{"heading": title, "tooltip": group[0].trial, "level": 2}, *leader_blocks(group)]
-    return page("Leaderboard", [*blocks, {"text": LEGEND}])
+    return page("Leaderboard", [*blocks, {"text": legend(rows)}])
