@@ -22,7 +22,7 @@ from lab.core.images import GAP, PAD
 from lab.core.types import BASELINE, IMMUNIZED
 
 FIGURES = ROOT / "docs/images"
-IMAGES = RECORDS / "first_run/stained_glass.png"  # rows: reference, baseline, immunized, both at 1×
+IMAGES = RECORDS / "first_run/guitar.png"  # rows: reference, baseline, immunized, both at 1×
 ROWS, COLUMNS, CELL = ("reference", BASELINE, IMMUNIZED), 6, 128 + GAP
 COLORS = {BASELINE: "#c2571a", IMMUNIZED: "#2b6cb0"}
 METHODS = {  # label → record
@@ -37,10 +37,10 @@ METHODS = {  # label → record
 
 
 def take_images(run: Path) -> None:
-    """Cut the rows at 1× out of the run's grid of stained glass, and keep them in `IMAGES`."""
+    """Cut the rows at 1× out of the run's grid of guitars, and keep them in `IMAGES`."""
     budget = json.loads((run / "record.json").read_text(encoding="utf-8"))["config"]["budget"]
     marks = len({m * budget["horizon"] for m in (1, 2, budget["multiple"])})
-    grid = Image.open(run / "images/generations_stained_glass.png").convert("RGB")
+    grid = Image.open(run / "images/generations_guitar.png").convert("RGB")
     left = grid.width - PAD - 8 * CELL + GAP  # it has eight columns
     top = grid.height - PAD - (3 + 2 * marks) * CELL + GAP
     width = COLUMNS * CELL - GAP
@@ -75,13 +75,11 @@ def draw_first_run(values: dict[str, Any]) -> Figure:
     left.tick_params(length=0)
     left.spines[:].set_visible(False)
     horizon, lines = values["horizon"], values["lines"]
-    left.set_title(
-        f"An erased style, “stained glass”, after {horizon} steps of an attack", fontsize=12
-    )
+    left.set_title(f"An erased object, the guitar, after {horizon} steps of an attack", fontsize=12)
     for name, (steps, value, low, high) in lines.items():
         right.plot(steps, value, "o-", color=COLORS[name], lw=2, ms=4)
         right.fill_between(steps, low, high, color=COLORS[name], alpha=0.15, lw=0)
-    for name, place in ((BASELINE, (horizon + 1, 0.8)), (IMMUNIZED, (horizon + 4, 0.35))):
+    for name, place in ((BASELINE, (horizon + 5, 0.74)), (IMMUNIZED, (horizon + 4, 0.35))):
         right.annotate(name, place, color=COLORS[name], fontsize=12)
     right.axvline(horizon, color="#999999", lw=0.8, ls=":")
     right.set(xlabel="steps of the attack", xlim=(0, None), ylim=(-0.02, 1.12))
