@@ -457,7 +457,7 @@ class RunMetric(Method):
 def clone(model: CopyT) -> CopyT:
     """Return an independent model with equal weights.
 
-    A text-to-image model shares its autoencoder, which never moves.
+    A text-to-image model shares its autoencoder, until other weights are loaded.
     """
     copied: Any = model.copy()
     return copied

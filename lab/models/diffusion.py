@@ -129,7 +129,7 @@ class DiffusionModel(nn.Module):
 
     def copy(self) -> DiffusionModel:
         """Return an independent copy of the U-Net, the text encoders and the tokenizers (an
-        attacker may add tokens). The autoencoder and the scheduler never change and are shared.
+        attacker may add tokens). The autoencoder and the scheduler are shared.
         """
         return DiffusionModel(
             copy.deepcopy(self.unet),
@@ -140,6 +140,14 @@ class DiffusionModel(nn.Module):
             self.pipeline_class,
             self.zero_negative,
         )
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As in torch; an autoencoder that changes becomes this model's own first."""
+        own = self.vae.state_dict()
+        given = {name: state_dict.get(f"vae.{name}", value) for name, value in own.items()}
+        if any(not torch.equal(value.to(own[name]), own[name]) for name, value in given.items()):
+            self.vae = copy.deepcopy(self.vae)
+        return super().load_state_dict(state_dict, *args, **kwargs)
 
     # ---- text
 

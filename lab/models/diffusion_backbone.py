@@ -23,6 +23,7 @@ from lab.models.diffusion import PIPELINES, DiffusionModel
 
 KEY = "backbone.path"
 MINISD = Path(__file__).resolve().parent.parent / "minisd" / "weights" / "model"
+INCLUDED = {"minisd": MINISD, "minisd_retrained": MINISD.parents[1] / "retrained" / "model"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # part → library and class: nothing else is imported, whatever a model_index.json asks for
 PARTS = {
@@ -105,12 +106,13 @@ class DiffusionBackbone(Backbone):
 
 
 def locate(path: str) -> Path | str:
-    """Return the folder that ``path`` means (``minisd`` is the package's own), or the hub name.
+    """Return the folder that ``path`` means (names of `INCLUDED` are the package's own), or the hub
+    name.
 
     Raises:
         UserError: neither.
     """
-    folder = MINISD if path == "minisd" else Path(path).expanduser()
+    folder = INCLUDED.get(path) or Path(path).expanduser()
     if (folder / "model_index.json").is_file():
         return folder
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not folder.parent.is_dir():
@@ -145,7 +147,7 @@ def read_sampling(path: str) -> dict[str, float]:
     pixels take the steps of MiniSD, others the convention of Stable Diffusion v1, which also stands
     in where there are no such files (a hub name).
     """
-    folder, side = MINISD if path == "minisd" else Path(path).expanduser(), 512
+    folder, side = INCLUDED.get(path) or Path(path).expanduser(), 512
     with suppress(OSError, ValueError, LookupError, TypeError):
         unet, vae = (
             json.loads((folder / part / "config.json").read_text(encoding="utf-8"))

@@ -65,6 +65,18 @@ def test_other_weights_are_erased_of_what_they_saw(other) -> None:
     assert not same_weights(made, model)
 
 
+def test_another_autoencoder_leaves_the_given_model() -> None:
+    model, copied = tiny_diffusion(), tiny_diffusion()
+    state = {name: value + 1 for name, value in model.vae.state_dict().items()}
+    second = model.copy()
+    second.load_state_dict({**model.state_dict(), **{f"vae.{k}": v for k, v in state.items()}})
+    assert all(torch.equal(second.vae.state_dict()[name], value) for name, value in state.items())
+    assert same_weights(model, copied)
+    third = model.copy()
+    third.load_state_dict(model.state_dict())
+    assert third.vae is model.vae
+
+
 def test_a_reference_that_saw_a_target_is_refused(other) -> None:
     method = OtherWeights(paths=(other,), eraser=_Recording(), never_saw_targets=True)
     with pytest.raises(UserError, match="trained on mosaic"):

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from presets import composed
 
 from lab.core.data import Sampling
 from lab.minisd.train.quality import make_card, suites
@@ -134,3 +135,10 @@ def store() -> None:
 
 if __name__ == "__main__":
     store()
+
+
+def test_the_reference_never_saw_the_targets_of_the_tables():
+    recipe = json.loads((SHIPPED.parent / "retrained" / "training.json").read_text())["recipe"]
+    for name in ("relearn", "relearn_lite"):
+        cases = composed(f"scenario={name}").scenario.test
+        assert {target for case in cases for target in case.targets} <= set(recipe["never_seen"])
