@@ -17,7 +17,7 @@ from lab.core.types import Checkpoint, Immunizer, Log, clone
 Row = tuple[int, dict[str, float]]
 
 
-class _Part:
+class _PartCheckpoint:
     """The checkpoint of one immunizer of a chain.
 
     Args:
@@ -91,7 +91,7 @@ class Chain(Immunizer):
                 log(step, **values)
         for i, method in list(enumerate(self.methods.values()))[first:]:
             start = model.state_dict() if i else {}
-            part = None if checkpoint is None else _Part(checkpoint, i, start, list(rows))
+            part = None if checkpoint is None else _PartCheckpoint(checkpoint, i, start, list(rows))
             model = method(model, case, seed=seed, checkpoint=part, log=_continued(log, rows))
         return model
 
