@@ -23,7 +23,7 @@ from lab.core.seeding import generator
 from lab.core.types import Checkpoint, Eraser, Immunizer, Log
 from lab.minisd.world.vocabulary import HELD_OUT_OBJECTS, HELD_OUT_STYLES
 from lab.models.diffusion import DiffusionModel
-from lab.models.diffusion_backbone import DTYPES, load, locate_folder
+from lab.models.diffusion_backbone import load_folder, locate_folder
 from lab.models.symmetries import reparametrize
 
 RECORD = "training.json"  # beside the folder of a MiniSD
@@ -140,7 +140,7 @@ class OtherWeights(Immunizer):
             fix = f"its model was trained on {', '.join(seen)} ({RECORD}), a target here"
             raise UserError("immunize.paths", path, fix)
         other = model.copy()
-        state = load(folder, None, DTYPES["fp32"]).to(model.device).state_dict()
+        state = load_folder(path, "immunize.paths").to(model.device).state_dict()
         with as_user_error("immunize.paths", path, "its networks have other shapes"):
             other.load_state_dict(state)
         left = tuple(e for e in case.erased if e.name not in unseen)

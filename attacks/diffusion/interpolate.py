@@ -12,7 +12,7 @@ from lab.core.data import Concept
 from lab.core.errors import UserError
 from lab.core.hashing import folder_hash
 from lab.models.diffusion import DiffusionModel
-from lab.models.diffusion_backbone import DTYPES, load, locate_folder
+from lab.models.diffusion_backbone import load_folder, locate_folder
 
 
 @config
@@ -43,8 +43,8 @@ class Interpolation(ConceptAttack):
 
     def _base(self, model: DiffusionModel) -> dict[str, torch.Tensor]:
         """Return the U-Net's parameters of the base."""
-        folder = locate_folder(self.base, f"{self.key}.base")
-        base = dict(load(folder, None, DTYPES["fp32"]).to(model.device).unet.named_parameters())
+        loaded = load_folder(self.base, f"{self.key}.base").to(model.device)
+        base = dict(loaded.unet.named_parameters())
         own = dict(model.unet.named_parameters())
         if {k: p.shape for k, p in own.items()} != {k: p.shape for k, p in base.items()}:
             fix = "has other layers than the attacked model; take one of the same architecture."

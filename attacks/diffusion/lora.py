@@ -15,7 +15,7 @@ from lab.core.errors import UserError
 from lab.core.hashing import folder_hash
 from lab.core.seeding import generator
 from lab.models.diffusion import DiffusionModel
-from lab.models.diffusion_backbone import DTYPES, load, locate_folder
+from lab.models.diffusion_backbone import load_folder, locate_folder
 
 _PROJECTIONS = r"(to_q|to_k|to_v|to_out\.0)"
 LAYERS = {
@@ -63,8 +63,7 @@ class ConceptLora(ConceptAttack):
         """
         if self.donor is None:
             return model
-        folder = locate_folder(self.donor, f"{self.key}.donor")
-        return load(folder, None, DTYPES["fp32"]).to(model.device)
+        return load_folder(self.donor, f"{self.key}.donor").to(model.device)
 
     def dry_open(self, model: DiffusionModel, task: Concept) -> None:
         """Raises `UserError` also where the donor's layers are not those of ``model``."""

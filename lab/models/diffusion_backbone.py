@@ -105,6 +105,11 @@ class DiffusionBackbone(Backbone):
             return Path(DiffusionPipeline.download(name, **options, **UNUSED))
 
 
+def folder_of(path: str) -> Path:
+    """Return the folder that ``path`` means: of an included model (`INCLUDED`), or itself."""
+    return INCLUDED.get(path) or Path(path).expanduser()
+
+
 def locate(path: str) -> Path | str:
     """Return the folder that ``path`` means (names of `INCLUDED` are the package's own), or the hub
     name.
@@ -112,7 +117,7 @@ def locate(path: str) -> Path | str:
     Raises:
         UserError: neither.
     """
-    folder = INCLUDED.get(path) or Path(path).expanduser()
+    folder = folder_of(path)
     if (folder / "model_index.json").is_file():
         return folder
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path) and not folder.parent.is_dir():
@@ -140,6 +145,13 @@ def locate_folder(path: str, key: str) -> Path:
     return folder
 
 
+def load_folder(path: str, key: str) -> DiffusionModel:
+    """Return the model in the folder that ``path`` means, in full precision. Raises as
+    `locate_folder` and `load` do.
+    """
+    return load(locate_folder(path, key), None, DTYPES["fp32"])
+
+
 def read_sampling(path: str) -> dict[str, float]:
     """Return ``resolution`` [pixels], ``steps`` and ``guidance`` that suit a checkpoint.
 
@@ -147,7 +159,7 @@ def read_sampling(path: str) -> dict[str, float]:
     pixels take the steps of MiniSD, others the convention of Stable Diffusion v1, which also stands
     in where there are no such files (a hub name).
     """
-    folder, side = INCLUDED.get(path) or Path(path).expanduser(), 512
+    folder, side = folder_of(path), 512
     with suppress(OSError, ValueError, LookupError, TypeError):
         unet, vae = (
             json.loads((folder / part / "config.json").read_text(encoding="utf-8"))

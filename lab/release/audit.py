@@ -28,7 +28,7 @@ from lab.core.hashing import state_hash, write_atomically
 from lab.core.images import expand_path
 from lab.core.record import Record
 from lab.core.sources import ROOT
-from lab.models.diffusion_backbone import INCLUDED, PARTS
+from lab.models.diffusion_backbone import PARTS, folder_of
 from lab.release.verify import FACTS
 from lab.runner.assemble import Parts, assemble, read_fail_on
 from lab.runner.experiment import relative, run_once
@@ -109,7 +109,7 @@ def _listed(value: Any) -> list[str]:
 
 def _check_checkpoint(cfg: DictConfig) -> None:
     path = str(cfg.backbone.path)
-    folder = INCLUDED.get(path) or Path(path).expanduser()
+    folder = folder_of(path)
     if not (folder / "model_index.json").is_file():
         fix = (
             "there is no such folder in diffusers layout (model_index.json). "
