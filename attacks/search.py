@@ -122,7 +122,8 @@ def likeness(images: Tensor, wanted: CaptionedImages) -> float:
 
 @options
 class Search:
-    """Trials of ``steps`` updates each, then the whole trajectory with the best setting.
+    """Trials of ``steps`` updates each, then the whole trajectory with the best setting. Without
+    ``steps`` every setting is an attack of its own, run to the end, and the strongest counts.
 
     A trial trains on three quarters of the attacker's own images and is scored on the rest;
     ``task.reference`` and ``task.own`` are never read. Settings are a function of the options and
@@ -133,7 +134,7 @@ class Search:
         mode: ``grid`` (every combination) | ``random`` (``trials`` different ones, drawn from the
             seed).
         trials: how many; None with ``grid`` = all combinations.
-        steps: updates of a trial.
+        steps: updates of a trial; None: every setting is a whole attack.
         space: option → values to try.
         score: None = loss on the held-out images; ``likeness`` = `likeness`; or a function of the
             trial's generations uint8 [n, 3, s, s] by ``name`` prompts and the held-out images,
@@ -142,7 +143,7 @@ class Search:
 
     mode: Literal["grid", "random"] = "grid"
     trials: Count | None = None
-    steps: Count
+    steps: Count | None = None
     space: Annotated[
         dict[str, Annotated[tuple[Any, ...], Field(min_length=1)]], Field(min_length=1)
     ]
@@ -160,6 +161,8 @@ class Search:
             raise ValueError(f"a grid takes all {size} trials; leave trials null or use random")
         if self.mode == "random" and not 1 <= (self.trials or 0) <= size:
             raise ValueError(f"trials must be a number from 1 to {size} with mode=random")
+        if self.steps is None and self.score is not None:
+            raise ValueError("without steps every setting counts and nothing is scored")
 
     def combinations(self) -> list[Setting]:
         """Return every setting of the space."""

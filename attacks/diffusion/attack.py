@@ -38,6 +38,7 @@ from lab.core.data import CaptionedImages, Concept, ConceptCase, Kind, Sampling
 from lab.core.errors import Diverged, UserError
 from lab.core.prompts import captions, spoken
 from lab.core.seeding import generator
+from lab.core.slugs import setting_name
 from lab.core.training import (
     Schedule,
     part_of,
@@ -193,6 +194,16 @@ class ConceptBase(Attacker):
             UserError: an option that it does not have, or that a search must not touch.
         """
 
+    def variants(self) -> Mapping[str, tuple[Self, dict[str, Any]]]:
+        """Return one attack per setting of a search without ``steps``."""
+        if self.search is None or self.search.steps is not None:
+            return {}
+        settings = {setting_name(self.name, s): s for s in self.search.settings(0, "")}
+        return {
+            name: (replace(self.varied(s), name=name), {**s, "name": name, "search": None})
+            for name, s in settings.items()
+        }
+
     @abstractmethod
     def plan(self, task: Concept, budget: Budget) -> list[Stage]:
         """Return the stages of the attack, in order."""
@@ -267,11 +278,25 @@ class ConceptBase(Attacker):
         search = self.search
         if search is None:
             return run(self, model, task, seed=seed, budget=budget, checkpoint=checkpoint)
-        split = self.held_out(task, search, seed)
+        if search.steps is None:
+            reason = "runs every setting as an attack of its own; call those of `variants`."
+            raise UserError(f"{self.key}.search.steps", None, reason)
+        split, trial_budget = self.held_out(task, search, seed), Budget(search.steps, 1, at=())
         settings = search.settings(seed, task.name)
 
         def trial(scores: Scores) -> float | None:
-            return score_setting(self.varied(settings[len(scores)]), search, model, split, seed)
+            tried = replace(
+                self.varied(settings[len(scores)]),
+                families=("name",) if search.score else (),
+                keep_weights=False,
+            )
+            told = run(tried, model, split, seed=seed, budget=trial_budget, checkpoint=None)
+            if told.status != "ok":
+                return None
+            if search.score is None:
+                return told.values["test_loss"][-1]
+            score = float(search.score(told.samples["name"][-1], split.reference))
+            return -score if math.isfinite(score) else None
 
         scores, checkpoint = run_trials(len(settings), trial, checkpoint)
         good = [(score, i) for i, score in enumerate(scores) if score is not None]
@@ -291,21 +316,6 @@ class ConceptBase(Attacker):
             "best": best,
         }
         return trajectory
-
-
-def score_setting(
-    attack: ConceptBase, search: Search, model: DiffusionModel, split: Concept, seed: int
-) -> float | None:
-    """Run one trial of a search and return its loss, or None where it diverged."""
-    quiet = replace(attack, families=("name",) if search.score else (), keep_weights=False)
-    budget = Budget(search.steps, 1, at=())
-    trajectory = run(quiet, model, split, seed=seed, budget=budget, checkpoint=None)
-    if trajectory.status != "ok":
-        return None
-    if search.score is None:
-        return trajectory.values["test_loss"][-1]
-    score = float(search.score(trajectory.samples["name"][-1], split.reference))
-    return -score if math.isfinite(score) else None
 
 
 @config

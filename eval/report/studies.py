@@ -18,7 +18,7 @@ from lab.core.slugs import slug
 from lab.core.types import BASELINE, IMMUNIZED
 
 # curves that are shown open: of text-to-image models and audits, else the first kind of probes'
-_GENERATED = re.compile(r"asr|asr_benign|audit_.*")
+_GENERATED = re.compile(r"asr|asr_benign|asr_by_trials|audit_.*")
 _PROBES = ("norm_ratio_", "test_accuracy_", "test_loss_", "train_loss_")
 _CONDITION = ("rir_bound_ratio", "rir", "kappa_harmful", "kappa_benign")
 _OPEN = 6  # curves before the others are collapsed
@@ -68,7 +68,7 @@ def _curves(chosen: Sequence[str], records: Sequence[Record], names: Sequence[st
         named = zip(records, names, strict=True)
         curves = [(r["curves"][name], label) for r, label in named if name in r["curves"]]
         options: dict[str, Any] = {}
-        if "horizon" in budget and not _is_training(name):
+        if "horizon" in budget and name != "asr_by_trials" and not _is_training(name):
             options["mark"] = (budget["horizon"], "1×")
         if name in ("rir", "rir_bound_ratio"):
             options["reference"] = 1.0

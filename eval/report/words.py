@@ -42,6 +42,7 @@ NAMES = {
     "rir_release": "RIR (released κ)",
     "asr": "attack success rate",
     "asr_baseline": "attack success rate, baseline",
+    "asr_by_trials": "attack success rate by number of settings",
     "asr_benign": "benign concepts learned",
     "asr_prompt_adherent": "attack success rate, prompt-adherent images",
     "steps_to_relearn_ratio": "relearning slowdown, mean over targets",

@@ -334,6 +334,12 @@ class Attacker(Method, Generic[ModelT, TaskT]):
             fix = "counts training images of attacks on text-to-image models; take steps."
             raise UserError("budget.unit", "images", fix)
 
+    def variants(self) -> Mapping[str, tuple[Self, dict[str, Any]]]:
+        """Return name → attack and its options, for the attacks that take the place of this one;
+        empty where it stands for itself.
+        """
+        return {}
+
     def dry_open(self, model: ModelT, task: TaskT) -> None:
         """Prepare an attack on a text-to-image model as `__call__` would, before anything runs.
 

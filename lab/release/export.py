@@ -41,6 +41,7 @@ from lab.core.errors import UserError, nearest
 from lab.core.hashing import state_hash
 from lab.core.provenance import versions
 from lab.core.record import Record, Stored
+from lab.core.slugs import searched_attack
 from lab.core.sources import PACKAGES, ROOT
 from lab.core.types import BASELINE, IMMUNIZED, Attacker, Backbone, Trajectory, clone
 from lab.models.diffusion import DiffusionModel
@@ -439,7 +440,11 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         record=record,
         facts=facts,
         attackers=find_attackers(kind),
-        cells=[cell for cell in record["cells"] if cell["stage"] == "attack"],
+        cells=[
+            cell | {"attack": searched_attack(cell["attack"])}
+            for cell in record["cells"]
+            if cell["stage"] == "attack"
+        ],
         columns=columns(record["metrics"]),
         credits=list(dict.fromkeys(credits)),
         is_baseline=facts["model"] == BASELINE,

@@ -10,7 +10,7 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from pydantic import ValidationError
 
 from immunize.none import NoImmunization
@@ -19,7 +19,7 @@ from lab.core.data import ConceptCase
 from lab.core.errors import UserError, call_all, missing_package, nearest
 from lab.core.hashing import stage_key
 from lab.core.prompts import check_case, refuse_special
-from lab.core.sources import source_hash
+from lab.core.sources import ROOT, source_hash
 from lab.core.types import (
     BASELINE,
     IMMUNIZED,
@@ -188,12 +188,24 @@ def _check_groups(cfg: DictConfig) -> None:
             raise UserError(key, "[]", fix)
 
 
+def _drop_unselected(cfg: DictConfig) -> None:
+    """Drop options of attacks that are not selected: a sweep has options of its own attacks, and
+    the command line may select others.
+    """
+    for name, node in _group(cfg.get("attacks", {}), "attacks").items():
+        known = (ROOT / "conf" / "attacks" / f"{name}.yaml").is_file()
+        if known and isinstance(node, DictConfig) and "_target_" not in node:
+            with open_dict(cfg):
+                del cfg.attacks[name]
+
+
 def assemble(cfg: DictConfig) -> Parts:
     """Build every part that ``cfg`` selects.
 
     Raises:
         UserError: options that cannot work, all of them at once, or parts that do not fit together.
     """
+    _drop_unselected(cfg)
     _check_groups(cfg)
     none = OmegaConf.create({"_target_": "immunize.none.NoImmunization"})
     nodes = {"immunize=none": none} | {key: cfg[key] for key in _SINGLE}
@@ -214,13 +226,25 @@ def assemble(cfg: DictConfig) -> Parts:
         eraser=built["erase"],
         immunizer=built["immunize"],
         baseline=built["immunize=none"],
-        attacks={str(name): built[f"attacks.{name}"] for name in cfg.attacks},
+        attacks=_attacks({str(name): built[f"attacks.{name}"] for name in cfg.attacks}),
         metrics={str(name): built[f"eval.{name}"] for name in cfg.eval},
         budget=built["budget"],
         seeds=built["seeds"],
     )
     check_fit(parts)
     return parts
+
+
+def _attacks(parts: dict[str, Part]) -> dict[str, Part]:
+    """Return the attacks, those that stand for several ones replaced by these."""
+    attacks: dict[str, Part] = {}
+    for name, part in parts.items():
+        variants = part.obj.variants() if isinstance(part.obj, Attacker) else {}
+        attacks |= {
+            key: Part(attack, part.config | options, part.sources)
+            for key, (attack, options) in variants.items()
+        } or {name: part}
+    return attacks
 
 
 # kind of model → an experiment on such models, for an error message

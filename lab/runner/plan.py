@@ -60,7 +60,7 @@ class StagePlan:
             self.default["attack"] += SAMPLING_SECONDS * images * sampling.steps
         # trials of searches, as a mean over the attacks
         searches = [node.get("search") for node in cfg.attacks.values()]
-        trials = sum(s.steps * count_trials(s) for s in searches if s)
+        trials = sum((s.get("steps") or 0) * count_trials(s) for s in searches if s)
         self.default["attack"] += default["attack"] * trials / max(len(searches), 1)
 
     def seconds(self, cell: Cell) -> float:

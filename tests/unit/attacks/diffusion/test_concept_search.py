@@ -16,6 +16,7 @@ from tiny_diffusion import tiny_diffusion
 
 from attacks.search import likeness
 from lab.core.data import CaptionedImages
+from lab.core.errors import UserError
 from lab.minisd.world import world
 
 SPACE = {"lr": [1e-4, 0.05], "rank": [1, 2]}
@@ -37,6 +38,19 @@ def test_best_trial_is_the_one_with_the_lowest_held_out_loss_and_is_what_runs() 
     assert {k: v for k, v in found.info.items() if k != "search"} == plain.info
     assert found.values == plain.values
     assert all(torch.equal(found.weights[k], plain.weights[k]) for k in plain.weights)
+
+
+def test_without_steps_every_setting_is_an_attack_of_its_own() -> None:
+    whole = searched(steps=None, space={"rank": [1, 2]})
+    variants = whole.variants()
+    assert [*variants] == ["lora (rank 1)", "lora (rank 2)"]
+    found, options = variants["lora (rank 2)"]
+    assert options == {"rank": 2, "name": "lora (rank 2)", "search": None}
+    plain = launch(attack("lora", families=(), rank=2))
+    assert launch(found).values == plain.values
+    assert searched().variants() == {}
+    with pytest.raises(UserError, match="variants"):
+        launch(whole)
 
 
 def test_the_reference_is_never_read_by_a_trial_and_settings_agree_between_model_names() -> None:
@@ -104,7 +118,14 @@ def test_a_curriculum_is_searched_by_stage() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"trials": 3}, {"mode": "random", "trials": 5}, {"budget": 3}, {"score": "clip"}]
+    "options",
+    [
+        {"trials": 3},
+        {"mode": "random", "trials": 5},
+        {"budget": 3},
+        {"score": "clip"},
+        {"score": "likeness", "steps": None},
+    ],
 )
 def test_searches_that_cannot_work_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="search"):

@@ -173,6 +173,22 @@ def test_every_model_is_scored_under_its_own_best_attacker():
     assert (row["attack_baseline"], row["attack_immunized"]) == ("lora", "full")
 
 
+def test_attack_success_by_number_of_settings():
+    """The third setting of ``lora`` is its strongest one; ``full`` has no settings."""
+    seen = {"lora (lr 1)": 2, "lora (lr 2)": 1, "lora (lr 3)": 8, "full": 3}
+
+    def make(model_name, attack, name, seed):
+        at_horizon = seen[attack] if model_name == IMMUNIZED else 10
+        return shares(0, 0, at_horizon, 10, 10)
+
+    run = FakeRun(make, attacks=tuple(seen))
+    curve = Relearning(scorers=FakeScorers())(run).curves["asr_by_trials"]
+    assert curve["step"] == [1, 2, 3]
+    assert curve["immunized"] == pytest.approx([0.3, 0.3, 0.8])
+    plain = Relearning(scorers=FakeScorers())(FakeRun(make, attacks=("full",)))
+    assert "asr_by_trials" not in plain.curves
+
+
 def test_like_is_compared_with_like():
     """The fast attack diverged on the immunized model: both models count under the slow one, and
     the note says so.
