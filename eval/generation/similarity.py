@@ -64,6 +64,11 @@ UNDEFINED_RSGR = (
 )
 TRAINING_CURVES = {  # of concept immunizers, in the order of the report
     "outer_loss": "loss after the attack, to be raised",
+    "harmful_loss": "loss on the targets before the attack",
+    "predicted_gain": "bound on the attacker's gain",
+    "contraction": "size of an update ÷ the one before",
+    "curvature": "curvature along the attack, in units of 1/η",
+    "distillation_loss": "distance to the teacher's predictions",
     "inner_loop_drop": "share of the loss removed in the inner loop",
     "cosine": "cosine to the first-order gradient",
     "prior_loss": "loss on unrelated images",

@@ -124,6 +124,13 @@ class Head:
             slope = (out.softmax(1) - F.one_hot(target, self.classes)) / n
         return float(value), slope @ self.w.T, y.T @ slope
 
+    def value(self, y: Tensor, rows: Tensor, w: Tensor) -> Tensor:
+        """Return the mean loss of a head ``w`` on features, for automatic differentiation."""
+        target = self.targets[rows]
+        if self.regression:
+            return (y @ w - target.to(torch.float64)[:, None]).square().mean() / 2
+        return F.cross_entropy(y @ w, target)
+
     @staticmethod
     def lipschitz(y: Tensor) -> float:
         """Return the largest curvature of the squared loss in w: σ_1(YᵀY)/n (at least that of
