@@ -26,6 +26,8 @@ from immunize.merge.build import (
     ModelInputs,
     Scope,
     build_merge,
+    group_of,
+    record_inputs,
     scope_names,
     word_positions,
 )
@@ -63,6 +65,10 @@ class OuterLoopOptions:
         steps: number of updates. lr: β, their size. lr_schedule: ``constant`` or ``cosine`` to 0.
         optimizer: ``adamw`` or ``sgd``. weight_decay: of ``adamw``.
         clip: largest norm of the gradient, null for no bound.
+        null_space: share e of the energy of what unrelated images feed into a layer; updates leave
+            the directions that hold it alone: ΔW ← ΔW (I − U Uᵀ), U the leading eigenvectors of
+            E[hhᵀ] with a share e of its trace (projected updates, arXiv 2604.21041; theirs are
+            gradients). Vectors move freely. null: nothing is projected.
         checkpoint_every: steps between saved states.
     """
 
@@ -72,6 +78,7 @@ class OuterLoopOptions:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: NonNegative = 0.0
     clip: Positive | None = None
+    null_space: PositiveShare | None = None
     checkpoint_every: Count = 20
 
 
@@ -180,6 +187,9 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
         runs, merges, merge_results = setup.arrange()
         # the first row says how well the merge is conditioned (`Factors.report`)
         report = {f"merge_{key}": value for key, value in merge_results.report.items()}
+        kept = setup.kept_directions() if self.null_space is not None else {}
+        if kept:
+            report["kept_rank"] = sum(u.shape[1] / len(u) for u in kept.values()) / len(kept)
 
         def begin(run: int) -> Objective:
             setup.restart()
@@ -193,6 +203,7 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
             setup.denoiser.theta,
             begin,
             runs=len(runs),
+            kept=kept,
         )
         unet, steps = setup.denoiser.model.unet, len(runs) * self.steps
         with checkpointed(unet) if self.gradient_checkpointing else nullcontext():
@@ -333,6 +344,18 @@ class Setup:
             return [[split] for split in splits], [none] * len(splits), merge
         return [splits], [merge], merge
 
+    def kept_directions(self) -> Params:
+        """Return name → U [d, r] of every matrix and kernel of Π_u, see `OuterLoopOptions`."""
+        share, model = self.config.null_space, self.model
+        weights = dict(model.unet.named_parameters())
+        every = scope_names(model.unet, self.config.scope)
+        names = [name for name in every if weights[name].dim() >= 2]
+        keep = Pool.encode(model, prior_images(self.case, "keep"), self.dtype)
+        batches = self._recorded(keep, self.config.batch_size, "null space")
+        inputs = record_inputs(model, names, batches, 1024, self.seed, "null space")
+        directions = {group: _leading(rows, share or 1.0) for group, rows in inputs.items()}
+        return {name: directions[group_of(name)].to(weights[name]) for name in names}
+
     def _merge(self, targets: Sequence[Concept], splits: Sequence[ConceptSplit]) -> Merge:
         """Build the merge at θ_0; layers without text input are recorded on the inner halves and
         the unrelated images.
@@ -360,6 +383,14 @@ class Setup:
         own = pool.to(self.model.dtype)
         batches = [own.batch(size, self.seed, "merge", label, i) for i in range(4)]
         return [(batch.z, batch.text, batch.noise, batch.t) for batch in batches]
+
+
+def _leading(rows: Tensor, share: float) -> Tensor:
+    """Return the eigenvectors [d, r] of rowsᵀ·rows with a share of its trace, at least one."""
+    values, vectors = torch.linalg.eigh(rows.T @ rows)
+    energy = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+    rank = min(int((energy < share).sum()) + 1, len(values))
+    return vectors.flip(1)[:, :rank]
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:
@@ -452,6 +483,7 @@ class OuterLoop:
     Args:
         theta: all parameters by name, float32 or float64.
         begin: puts θ back to its start and returns the objective of the run with this number.
+        kept: name → directions [d, r] that no update changes.
 
     Attributes:
         done: what each run that is over ended with.
@@ -464,8 +496,9 @@ class OuterLoop:
         begin: Callable[[int], Objective],
         *,
         runs: int = 1,
+        kept: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.options, self.theta, self.begin = options, theta, begin
+        self.options, self.theta, self.begin, self.kept = options, theta, begin, kept or {}
         self.runs, self.team = runs, team()
         self.done: list[Params] = []
 
@@ -526,6 +559,10 @@ class OuterLoop:
         self.optimizer.param_groups[0]["lr"] = self.options.lr * decay
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, u in self.kept.items():
+                change = (self.theta[name] - before[name]).flatten(1)
+                self.theta[name].sub_((change @ u @ u.T).view_as(self.theta[name]))
         return values
 
     def _go_back(self) -> dict[str, float]:

@@ -4,6 +4,8 @@ step.
 
 import pytest
 import torch
+from mima_examples import case, preset, rows_of
+from tiny_diffusion import tiny_diffusion
 
 from immunize.mima.outer_loop import Objective, OuterLoop, OuterLoopOptions
 from lab.core.errors import Diverged
@@ -44,6 +46,30 @@ def test_divergence_keeps_the_last_good_weights(how):
     assert rows[-1] == {"step": 4, "diverged": 1.0}
     with pytest.raises(Diverged, match="first step"):
         trained(Falling(0, how))
+
+
+def test_no_update_changes_kept_directions():
+    """Ten steps along a matrix of ones; what acts on (1, 0, 0) stays."""
+    theta, kept = {"w": torch.zeros(2, 3)}, {"w": torch.tensor([[1.0], [0.0], [0.0]])}
+    options = OuterLoopOptions(steps=10, lr=1.0, optimizer="sgd")
+    loop = OuterLoop(options, theta, lambda run: Falling(), kept=kept)
+    train(loop, 10, label=None)
+    assert loop.done[0]["w"].tolist() == [[0.0, -10.0, -10.0]] * 2
+
+
+def test_kept_directions_are_those_of_unrelated_inputs():
+    """The text of unrelated captions hardly changes what the trained keys make of it."""
+    model = tiny_diffusion(dtype=torch.float64)
+    changes = []
+    for share in (None, 0.999):
+        method = preset("mima_first_order", steps=2, scope="kv", null_space=share)
+        trained, rows = rows_of(method, of=model)
+        name = next(n for n, _ in model.unet.named_parameters() if n.endswith("attn2.to_k.weight"))
+        moved = trained.unet.get_parameter(name) - model.unet.get_parameter(name)
+        text = model.text(case().keep.prompts).hidden.flatten(0, 1)
+        changes.append(float((text @ moved.T).norm() / moved.norm()))
+        assert ("kept_rank" in rows[0][1]) == (share is not None)
+    assert changes[1] < 0.1 * changes[0]
 
 
 def test_clipping_bounds_the_gradient():
