@@ -22,6 +22,10 @@ def test_a_trajectory_at_the_snapshots_passes_and_a_diverged_one_may_end_earlier
     check_trajectory(Trajectory([0, 5], LOSSES, samples=images()), "mine", BUDGET, 8)
     first = {name: values[:1] for name, values in LOSSES.items()}
     check_trajectory(Trajectory([0], first, "diverged"), "mine", BUDGET)
+    early = Budget(5, 1, at=(0, 2, 5), unit="images")  # an update of five images passes over it
+    check_trajectory(Trajectory([0, 5], LOSSES), "mine", early)
+    with pytest.raises(UserError, match="not the snapshots"):
+        check_trajectory(Trajectory([0, 5], LOSSES), "mine", Budget(5, 1, at=(0, 2, 5)))
 
 
 @pytest.mark.parametrize(
