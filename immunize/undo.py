@@ -18,14 +18,25 @@ public.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from lab.core.config import Count, Index, NonNegative, Positive, PositiveShare, Share, Text, config
+from immunize.merge.build import scope_names
+from lab.core.config import (
+    Count,
+    Flag,
+    Index,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    Text,
+    config,
+)
 from lab.core.data import ConceptCase, Kind
 from lab.core.errors import Diverged, UserError
 from lab.core.seeding import generator, shuffled
@@ -42,6 +53,8 @@ class Undo(Immunizer):
 
     Args:
         alpha: share of the weights that is replaced by noise. beta: scale of the noise.
+        keep_text_layers: leave the keys and values of cross-attention as they are. A target's
+            caption then means to the other layers what it meant, and they have to lose the concept.
         kept, targeted: sampled images of captions to keep, and of anchors of each target.
         target_share: share of a batch that shows anchors of targets.
         steps, batch_size, lr, warmup: of AdamW; the rate falls on a half cosine.
@@ -57,6 +70,7 @@ class Undo(Immunizer):
     name: Text = "undo"
     alpha: Share = 0.5
     beta: NonNegative = 0.1
+    keep_text_layers: Flag = False
     kept: Count = 1536
     targeted: Count = 192
     target_share: PositiveShare = 0.25
@@ -135,11 +149,17 @@ def _cycled(items: Sequence[Any], total: int) -> list[Any]:
     return [items[i % len(items)] for i in range(total)]
 
 
-def noised_copy(model: DiffusionModel, alpha: float, beta: float, seed: int) -> DiffusionModel:
-    """Return a copy of ``model`` whose U-Net is (1 − α) θ_0 + α β ξ, ξ uniform by Xavier."""
+def noised_copy(
+    model: DiffusionModel, alpha: float, beta: float, seed: int, kept: Container[str] = ()
+) -> DiffusionModel:
+    """Return a copy of ``model`` whose U-Net is (1 − α) θ_0 + α β ξ, ξ uniform by Xavier, but for
+    the parameters ``kept``.
+    """
     copy = model.copy()
     with torch.no_grad():
         for name, weight in copy.unet.named_parameters():
+            if name in kept:
+                continue
             noise = torch.zeros(weight.shape)
             if weight.ndim > 1:
                 torch.nn.init.xavier_uniform_(noise, generator=generator(seed, "undo noise", name))
@@ -160,9 +180,11 @@ class _Distillation:
     ) -> None:
         self.options, self.teacher, self.captions, self.seed = options, teacher, captions, seed
         self.sampling = replace(case.sampling, sampler="dpm", steps=options.sampling_steps)
-        self.student = noised_copy(teacher, options.alpha, options.beta, seed)
+        kept = scope_names(teacher.unet, "kv") if options.keep_text_layers else ()
+        self.student = noised_copy(teacher, options.alpha, options.beta, seed, kept)
         self.student.unet.requires_grad_(True)
-        self.trained = list(self.student.unet.parameters())
+        named = self.student.unet.named_parameters()
+        self.trained = [weight for name, weight in named if name not in kept]
         self.optimizer = torch.optim.AdamW(self.trained, lr=options.lr, weight_decay=0.0)
         self.bank: Tensor | None = None
         self.recent: list[float] = []

@@ -9,6 +9,7 @@ from attack_examples import interrupted
 from presets import build
 from tiny_diffusion import tiny_case, tiny_diffusion
 
+from immunize.merge.build import scope_names
 from immunize.undo import _captions, noised_copy
 from lab.core.errors import UserError
 from lab.core.seeding import generator
@@ -43,6 +44,15 @@ def test_targets_mean_their_anchors_and_everything_else_itself() -> None:
         assert "mosaic" in asked or "neon" in asked
         assert meant in ("a photo of a fox", "a photo of a panda")
         assert ("fox" in asked) == ("fox" in meant)
+
+
+def test_keys_and_values_of_cross_attention_can_stay() -> None:
+    model = tiny_diffusion()
+    undo = method(steps=2, batch_size=4, kept=8, targeted=2, keep_text_layers=True)
+    student = undo(model, tiny_case(), seed=0, checkpoint=None, log=tiny.no_log)
+    old, new = (dict(net.unet.named_parameters()) for net in (model, student))
+    same = {name for name in old if torch.equal(old[name], new[name])}
+    assert same == set(scope_names(model.unet, "kv"))
 
 
 def test_the_student_comes_to_predict_what_the_teacher_does() -> None:
