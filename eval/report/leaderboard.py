@@ -135,11 +135,12 @@ def trial(record: Record) -> str:
 
 
 def _steps(record: Record) -> list[str]:
-    """Return ``2 of 20 steps``: the step at which models are compared, and the last one."""
+    """Return ``2 of 20 steps``: where models are compared, and where attacks end."""
     budget = record["config"].get("budget")
     if not budget or not record["attacks"]:
         return []
-    return [f"{budget['horizon']} of {budget['horizon'] * budget['multiple']} steps"]
+    unit = budget.get("unit", "steps")
+    return [f"{budget['horizon']} of {budget['horizon'] * budget['multiple']} {unit}"]
 
 
 def name_attacks(names: Sequence[str]) -> str:

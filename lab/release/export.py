@@ -102,11 +102,11 @@ def export(cfg: DictConfig) -> Path:
     words = [record["name"].split("/")[0], *labels, f"seed{cell['seed']}"]
     name = re.sub(r"[^\w.-]+", "-", "-".join([*words, record["content_hash"][:8]]))
     folder = Path(cfg.path or f"{cfg.paths.outputs}/export/{name}").expanduser()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError("path", folder, "exists and is not empty; choose another one.")
     if folder.suffix == ".safetensors" and stage == "immunize":
         print(f"export: {relative(write_unet(record, cell, rebuild(record, cell, cfg), folder))}")
         return folder
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError("path", folder, "exists and is not empty; choose another folder.")
     if stage == "attack":
         write_attack(record, cell, cfg, folder)
     else:

@@ -88,6 +88,8 @@ def test_two_exports_are_equal_byte_by_byte(run_folder, exported, tmp_path, monk
 
 def test_a_unet_alone_serves_as_an_immunizer(run_folder, exported, tmp_path):
     file = export(options(run_folder, f"path={tmp_path / 'unet.safetensors'}"))
+    with pytest.raises(UserError, match="exists"):
+        export(options(run_folder, f"path={file}"))
     method = StoredUnet(path=str(file))
     case = tiny_case()
     targets = json.loads(safe_open(file, "pt").metadata()["facts"])["targets"]
