@@ -1,5 +1,5 @@
 """CLAMP (Sarker et al., CVPR 2026): harmful fine-tuning becomes contractive, so that each update is
-smaller than the one before and all future updates together have a bound.
+smaller than the one before.
 
 The attacker starts at ω_0 and takes K steps of gradient descent on the harmful loss L at a step
 size η: u_t = −η g_t, ω_{t+1} = ω_t + u_t. The weights θ that are released descend
@@ -9,20 +9,25 @@ size η: u_t = −η g_t, ω_{t+1} = ω_t + u_t. The weights θ that are release
                  + w_curvature · Σ_{t ≤ K} softplus(min_curvature − η κ_t)
                  − w_start · L(ω_0).
 
-c = ‖T(ω_K + εv) − T(ω_K)‖ / ε estimates the contraction factor of the update map T, κ_t = [L(ω_t +
-δû_t) − 2 L(ω_t) + L(ω_t − δû_t)] / δ² the curvature along the attack, with û_t = u_t/‖u_t‖. No
-Hessian is formed; the gradient passes through all K steps.
+û_t = u_t/‖u_t‖ is the direction of the attack and h_t = [g(ω_t + δû_t) − g_t]/δ the change of the
+gradient along it, a Hessian-vector product by differences. κ_t = û_tᵀh_t is the curvature along the
+attack, c = ‖û_K − η h_K‖ estimates how much smaller the next update is, Λ = ‖h_K‖ is the constant
+of the descent lemma. The bracket is then what the attacker gains in all steps together. The
+gradient passes through all K steps.
 
-The code of the paper is not public. Ours: v = û_K, so that c tells how much smaller the next update
-is (in a random direction c is 1 for every network of this size); Λ is measured by the same probe; c
-counts as at most ``max_contraction`` in B; one batch gives every term of an update of θ; û_t and v
-are constants of the derivative; curvature counts in units of 1/η; L(ω_0) is bounded (``cap``), or
-enters as its logarithm for feature extractors, since it has no maximum. AdamW ignores the size of
-gradients, which the bound is about: nothing is claimed against it.
+The code of the paper is not public. Ours: differences of gradients, where the paper takes second
+differences of losses, which float32 resolves less well (exact products need a third derivative,
+which torch 2.13 gets wrong for layer normalization); û_K as the direction of c (in a random one c
+is 1 for every network of this size); c counts as at most ``max_contraction`` in B, so that the
+bracket is an estimate and no bound where c is larger; one batch gives every term of an update of θ;
+η, where it depends on θ, is a constant of the derivative; L(ω_0) is bounded (``cap``), or enters as
+its logarithm for feature extractors, since it has no maximum. AdamW ignores the size of gradients:
+nothing is claimed against it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -51,8 +56,9 @@ class ClampOptions:
     Args:
         w_long, w_contraction, w_curvature, w_start: weights of the four terms.
         slack: gain of the attacker that is tolerated, in units of the loss.
-        max_contraction, min_curvature: where the second and the third term begin.
-        probe: ε and δ, as shares of ‖u_t‖.
+        max_contraction, min_curvature: where the second and the third term begin, the curvature in
+            units of 1/η.
+        probe: δ, in units of 1 + ‖ω_t‖.
     """
 
     w_long: NonNegative = 1.0
@@ -62,7 +68,7 @@ class ClampOptions:
     slack: NonNegative = 0.0
     max_contraction: PositiveShare = 0.9
     min_curvature: NonNegative = 1.0
-    probe: Positive = 0.1
+    probe: Positive = 1e-3
 
     @model_validator(mode="after")
     def _check_contraction(self) -> ClampOptions:
@@ -71,53 +77,54 @@ class ClampOptions:
         return self
 
 
-def _norm(params: Params) -> Tensor:
-    return torch.stack([x.square().sum() for x in params.values()]).sum().sqrt()
-
-
-def _moved(params: Params, direction: Params, length: Tensor | float) -> Params:
-    return {name: x + length * direction[name] for name, x in params.items()}
+def _dot(a: Params, b: Params) -> Tensor:
+    return torch.stack([(x * b[name]).sum() for name, x in a.items()]).sum()
 
 
 def predicted_gain(
     loss: Callable[[Params], Tensor], start: Params, lr: float, steps: int, options: ClampOptions
-) -> tuple[Tensor, dict[str, float], Params]:
-    """Return the first three terms of the module's objective, what to log, and ω_K.
+) -> tuple[Tensor, Tensor, dict[str, float], Params]:
+    """Return the first three terms of the module's objective, L(ω_0), what to log, and ω_K.
 
     Args:
         loss: L(ω), a scalar with a graph to θ.
         start: ω_0, with gradients.
         lr: η. steps: K.
+
+    Raises:
+        FloatingPointError: a gradient of the attack is zero or not finite.
     """
 
-    def gradient(omega: Params) -> tuple[Tensor, Params]:
-        value = loss(omega)
-        slopes = torch.autograd.grad(value, list(omega.values()), create_graph=True)
-        return value, dict(zip(omega, slopes, strict=True))
+    def gradient(value: Tensor, at: Params) -> Params:
+        leaves = list(at.values())
+        found = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+        return dict(zip(at, found, strict=True))
 
-    omega, values, flat = start, [], start[next(iter(start))].new_zeros(())
+    omega, values = start, []
+    flat: Tensor | float = 0.0
     for step in range(steps + 1):
-        value, g = gradient(omega)
-        values.append(value)
-        length = lr * _norm(g)
-        size = max(float(length.detach()), TINY)
-        unit = {name: -lr * x.detach() / size for name, x in g.items()}
-        delta = options.probe * size
-        ahead, behind = (loss(_moved(omega, unit, s * delta)) for s in (1, -1))
-        curvature = lr * (ahead - 2 * value + behind) / delta**2
+        values.append(loss(omega))
+        g = gradient(values[-1], omega)
+        norm = _dot(g, g).sqrt()
+        if not 0 < float(norm.detach()) < math.inf:
+            raise FloatingPointError(f"the gradient of the attack has the norm {float(norm)}")
+        unit = {name: -x / norm for name, x in g.items()}
+        delta = options.probe * (1 + _dot(omega, omega).sqrt())
+        ahead = {name: x + delta * unit[name] for name, x in omega.items()}
+        turned = {k: (x - g[k]) / delta for k, x in gradient(loss(ahead), ahead).items()}
+        curvature = lr * _dot(turned, unit)
         flat = flat + F.softplus(options.min_curvature - curvature)
         if step < steps:
-            omega = _moved(omega, g, -lr)
-    further = gradient(_moved(omega, unit, delta))[1]
-    turned = {name: (further[name] - g[name]) / delta for name in g}
-    contraction = _norm({name: unit[name] - lr * x for name, x in turned.items()})
-    tail = length / (1 - contraction.clamp(max=options.max_contraction))
-    gain = values[0] - values[-1] + _norm(g) * tail + _norm(turned) / 2 * tail.square()
+            omega = {name: x - lr * g[name] for name, x in omega.items()}
+    next_update = {name: unit[name] - lr * x for name, x in turned.items()}
+    contraction = _dot(next_update, next_update).sqrt()
+    tail = lr * norm / (1 - contraction.clamp(max=options.max_contraction))
+    gain = values[0] - values[-1] + norm * tail + _dot(turned, turned).sqrt() / 2 * tail.square()
     total = options.w_long * F.relu(gain - options.slack)
     total = total + options.w_contraction * F.softplus(contraction - options.max_contraction)
     total = total + options.w_curvature * flat
     row = {"predicted_gain": gain, "contraction": contraction, "curvature": curvature}
-    return total, {k: float(v.detach()) for k, v in row.items()}, omega
+    return total, values[0], {k: float(v.detach()) for k, v in row.items()}, omega
 
 
 # ---- text-to-image models
@@ -149,7 +156,7 @@ class Clamp(ConceptImmunizer, ClampOptions):
         return self
 
     def needs_merge(self) -> bool:
-        return False
+        return self.concepts == "composed"
 
     def objective(self, setup: Setup, concepts: Sequence[ConceptSplit], merge: Merge) -> Objective:
         return ClampObjective(setup, concepts, merge)
@@ -164,18 +171,15 @@ class ClampObjective(Objective):
         self.denoiser.sync(self.moves)
         o, count = self.config, len(self.concepts)
         total: Params = {}
-        rows: dict[int, dict[str, float]] = {}
-
-        def compute(n: int) -> Params:
-            gradient, rows[n] = self._of_concept(theta, n, step)
-            return gradient
-
-        def add(_: int, gradient: Params) -> None:
-            accumulate(total, gradient, 1 / count)
-
-        self.team.reduce_in_order(count, compute, add)
-        every = [row for _, row in sorted(self.team.gather(rows).items())]
-        values = {key: sum(row[key] for row in every) / count for key in every[0]}
+        values: dict[str, float] = {}
+        leaves = {name: theta[name].detach().requires_grad_() for name in self.outer_names}
+        for n in range(count):
+            with math_attention(), torch.enable_grad():
+                terms, row = self.terms({**theta, **leaves}, n, step)
+                found = torch.autograd.grad(terms, list(leaves.values()), materialize_grads=True)
+            accumulate(total, dict(zip(leaves, found, strict=True)), 1 / count)
+            for key, value in row.items():
+                values[key] = values.get(key, 0.0) + value / count
         if o.w_prior:
             batch = self.draw_prior(o.prior_batch_size, step, "prior", 0)
             prior, gradient = gradient_at(
@@ -183,39 +187,35 @@ class ClampObjective(Objective):
             )
             accumulate(total, gradient, o.w_prior)
             values["prior_loss"] = prior
-        return self.team.broadcast(total), values
+        return total, values
 
-    def _of_concept(self, theta: Params, n: int, step: int) -> tuple[Params, dict[str, float]]:
+    def terms(self, theta: Params, n: int, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Return the module's objective for one target, without the primary loss, and what to
+        log.
+        """
         o, concept = self.config, self.concepts[n]
         batch = self.draw_batch(concept.inner, concept, None, step, "lower")
-        leaves = {name: theta[name].detach().requires_grad_() for name in self.outer_names}
         names = scope_names(self.unet, o.inner_loop.scope, "immunize.inner_loop.scope")
-        fixed = {name: theta[name].detach() for name in names}
         attack = InnerLoop(
             o.inner_loop,
-            {**fixed, **leaves},
+            theta,
             names,
             lambda weights, _: self.denoiser.loss(batch, weights),
             n,
             seed=derive(self.seed, "clamp", "factors", concept.name, step),
         )
-        with math_attention(), torch.enable_grad():
-            start = {name: x + torch.zeros_like(x) for name, x in attack.initial().items()}
-            for x in start.values():
-                if not x.requires_grad:
-                    x.requires_grad_()
-            gain, row, _ = predicted_gain(
-                lambda omega: attack.objective(0, {}, omega),
-                start,
-                o.inner_loop.lr,
-                o.inner_loop.steps,
-                o,
-            )
-            first = attack.objective(0, {}, start)
-            total = gain - o.w_start * capped(first, o.cap)
-            slopes = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        start = attack.initial()
+        for x in start.values():
+            x.requires_grad_()
+        gain, first, row, _ = predicted_gain(
+            lambda omega: attack.objective(0, {}, omega),
+            start,
+            o.inner_loop.lr,
+            o.inner_loop.steps,
+            o,
+        )
         row["harmful_loss"] = float(first.detach())
-        return dict(zip(leaves, slopes, strict=True)), row
+        return gain - o.w_start * capped(first, o.cap), row
 
 
 # ---- feature extractors
@@ -248,36 +248,48 @@ class ClampTrainer(KappaTrainer):
 
     def __init__(self, options: KappaClamp, model: FeatureModel, case: Case, seed: int) -> None:
         super().__init__(options, model, case, seed)
-        self.o, self.values = options, {}
+        self.o = options
+        self.values = {}
         y = self.engine.features(0)
         self.heads = {i: Head(task, y.shape[1]) for i, task in enumerate(case.tasks)}
         self.heads[0].fit(y)
 
     def descend(self, step: int) -> Row:
         rows = self.batch(0, step)
-        y = self.engine.view(0, rows)
-        row = {"benign_loss": self.supervise(y, rows, self.o.w_prior)}
+        row = {"benign_loss": self.supervise(self.engine.view(0, rows), rows, self.o.w_prior)}
         harmful = len(self.heads) - 1
         for task in range(1, harmful + 1):
-            gradient, told = self._of_task(task, self.batch(task, step))
+            gradient, values = self._of_task(task, self.batch(task, step))
             self.engine.add(task, gradient / harmful)
-            for key, value in told.items():
+            for key, value in values.items():
                 row[key] = row.get(key, 0.0) + value / harmful
-        if not all(torch.isfinite(torch.tensor(list(row.values())))):
+        if not all(map(math.isfinite, row.values())):
             raise FloatingPointError("a loss is not finite")
         return row
 
     def _of_task(self, task: int, rows: Tensor) -> tuple[Tensor, dict[str, float]]:
-        o, head = self.o, self.heads[task]
+        """Return the gradient with respect to the features [n, d] of a task, and what to log; its
+        head goes on to ω_K.
+        """
         y = self.engine.view(task, rows).requires_grad_()
-        lr = o.inner_step / max(head.lipschitz(y.detach()), TINY)
         with torch.enable_grad():
-            start = {"w": head.w.clone().requires_grad_()}
-            gain, row, end = predicted_gain(
-                lambda omega: head.value(y, rows, omega["w"]), start, lr, o.inner_steps, o
-            )
-            first = head.value(y, rows, start["w"])
-            total = gain - o.w_start * first.clamp(min=TINY).log()
-            (gradient,) = torch.autograd.grad(total, [y])
-        head.w = end["w"].detach()
-        return gradient, {**row, "harmful_loss": float(first.detach())}
+            terms, row, end = self.terms(task, y, rows)
+            (gradient,) = torch.autograd.grad(terms, [y])
+        self.heads[task].w = end.detach()
+        return gradient, row
+
+    def terms(self, task: int, y: Tensor, rows: Tensor) -> tuple[Tensor, dict[str, float], Tensor]:
+        """Return the module's objective for one task, without the primary loss, what to log, and
+        ω_K.
+        """
+        o, head = self.o, self.heads[task]
+        lr = o.inner_step / max(head.lipschitz(y.detach()), TINY)
+        gain, first, row, end = predicted_gain(
+            lambda omega: head.value(y, rows, omega["w"]),
+            {"w": head.w.clone().requires_grad_()},
+            lr,
+            o.inner_steps,
+            o,
+        )
+        row["harmful_loss"] = float(first.detach())
+        return gain - o.w_start * first.clamp(min=TINY).log(), row, end["w"]

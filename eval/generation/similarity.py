@@ -65,7 +65,7 @@ UNDEFINED_RSGR = (
 TRAINING_CURVES = {  # of concept immunizers, in the order of the report
     "outer_loss": "loss after the attack, to be raised",
     "harmful_loss": "loss on the targets before the attack",
-    "predicted_gain": "bound on the attacker's gain",
+    "predicted_gain": "estimate of all that the attacker gains",
     "contraction": "size of an update ÷ the one before",
     "curvature": "curvature along the attack, in units of 1/η",
     "distillation_loss": "distance to the teacher's predictions",
