@@ -12,8 +12,8 @@ read as their anchors:
 
 x are samples of the teacher for kept captions and for anchors; no image of a target is used. θ_0 is
 the model *before* the scenario erases anything. The erasure follows, so that an erased concept that
-is no target can be learned again as from the baseline. Worthless where the model before erasure is
-public.
+is no target can be learned again as from the baseline. With ``keep_text_layers`` keys and values of
+cross-attention stay those of θ_0. Worthless where the model before erasure is public.
 """
 
 from __future__ import annotations
@@ -182,9 +182,9 @@ class _Distillation:
         self.sampling = replace(case.sampling, sampler="dpm", steps=options.sampling_steps)
         kept = scope_names(teacher.unet, "kv") if options.keep_text_layers else ()
         self.student = noised_copy(teacher, options.alpha, options.beta, seed, kept)
-        self.student.unet.requires_grad_(True)
-        named = self.student.unet.named_parameters()
-        self.trained = [weight for name, weight in named if name not in kept]
+        for name, weight in self.student.unet.named_parameters():
+            weight.requires_grad_(name not in kept)
+        self.trained = [w for w in self.student.unet.parameters() if w.requires_grad]
         self.optimizer = torch.optim.AdamW(self.trained, lr=options.lr, weight_decay=0.0)
         self.bank: Tensor | None = None
         self.recent: list[float] = []

@@ -248,8 +248,9 @@ def success_curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
 
 
 def trials_curves(evaluated: EvaluatedRun) -> dict[str, dict[str, Any]]:
-    """Return the share of detections at 1× after 1, 2, 4 … settings of every attack's options,
-    mean over targets, where the settings are attacks of their own (`attacks.search.Search`).
+    """Return the share of detections at 1×, of usable models where that was measured, after 1, 2, 4
+    … settings of every attack's options, mean over targets, where the settings are attacks of their
+    own (`attacks.search.Search`).
     """
     attacks = [searched_attack(name) for name in evaluated.attacks]
     number = np.array([attacks[: i + 1].count(name) for i, name in enumerate(attacks)])

@@ -300,7 +300,7 @@ def strongest_attack(record: Record) -> str:
     frame = pd.DataFrame(record["tables"].get("attacks", []))
     horizon = (record["config"].get("budget") or {}).get("horizon")
     shares = next((key for key in frame if re.fullmatch(f"at_0*{horizon}", key)), None)
-    if shares is None or len(record["attacks"]) == 1:  # the title names a single one
+    if shares is None or frame["attack"].nunique() == 1:  # the title names a single one
         return UNMEASURED
     frame = frame[(frame["model"] == IMMUNIZED) & (frame["role"] == "harmful")].dropna(
         subset=shares

@@ -51,6 +51,11 @@ class Mima(ConceptImmunizer):
     def _check_inner_loop(self) -> Mima:
         """Refuse an inner loop that the gradient cannot pass."""
         method, inner = self.hypergradient.method, self.inner_loop
+        if method == "alternating" and self.null_space is not None:
+            raise ValueError(
+                "null_space must be null with hypergradient.method=alternating: its inner steps "
+                "stay in the weights"
+            )
         if inner.secondary_optimizer != "none" and method != "alternating":
             raise ValueError(
                 "inner_loop.secondary_optimizer belongs to hypergradient.method=alternating; the "

@@ -65,10 +65,11 @@ class OuterLoopOptions:
         steps: number of updates. lr: β, their size. lr_schedule: ``constant`` or ``cosine`` to 0.
         optimizer: ``adamw`` or ``sgd``. weight_decay: of ``adamw``.
         clip: largest norm of the gradient, null for no bound.
-        null_space: share e of the energy of what unrelated images feed into a layer; updates leave
-            the directions that hold it alone: ΔW ← ΔW (I − U Uᵀ), U the leading eigenvectors of
-            E[hhᵀ] with a share e of its trace (projected updates, arXiv 2604.21041; theirs are
-            gradients). Vectors move freely. null: nothing is projected.
+        null_space: share e of the energy of what unrelated images feed into a layer of the given
+            model; the updates of the outer loop leave the directions that hold it alone: ΔW ← ΔW (I
+            − U Uᵀ), U the leading eigenvectors of E[hhᵀ] with a share e of its trace (projected
+            updates, arXiv 2604.21041; theirs are gradients). Vectors move freely. null: nothing is
+            projected.
         checkpoint_every: steps between saved states.
     """
 
@@ -123,6 +124,8 @@ class ConceptImmunizer(OuterLoopOptions, AttackerOptions, Immunizer):
 
     @model_validator(mode="after")
     def _check_merge(self) -> ConceptImmunizer:
+        if self.concepts == "composed" and self.null_space is not None:
+            raise ValueError("null_space must be null with concepts=composed: its merge is free")
         if self.concepts == "composed" and self.merge.is_learned:
             raise ValueError(
                 f"merge.rule={self.merge.rule} is learned while concepts are trained together; "
@@ -346,15 +349,15 @@ class Setup:
 
     def kept_directions(self) -> Params:
         """Return name → U [d, r] of every matrix and kernel of Π_u, see `OuterLoopOptions`."""
-        share, model = self.config.null_space, self.model
-        weights = dict(model.unet.named_parameters())
+        share, model, theta = self.config.null_space, self.model, self.denoiser.theta
+        assert share is not None
         every = scope_names(model.unet, self.config.scope)
-        names = [name for name in every if weights[name].dim() >= 2]
+        names = [name for name in every if theta[name].dim() >= 2]
         keep = Pool.encode(model, prior_images(self.case, "keep"), self.dtype)
         batches = self._recorded(keep, self.config.batch_size, "null space")
         inputs = record_inputs(model, names, batches, 1024, self.seed, "null space")
-        directions = {group: _leading(rows, share or 1.0) for group, rows in inputs.items()}
-        return {name: directions[group_of(name)].to(weights[name]) for name in names}
+        directions = {group: _leading(rows, share) for group, rows in inputs.items()}
+        return {name: directions[group_of(name)].to(theta[name]) for name in names}
 
     def _merge(self, targets: Sequence[Concept], splits: Sequence[ConceptSplit]) -> Merge:
         """Build the merge at θ_0; layers without text input are recorded on the inner halves and
@@ -387,10 +390,9 @@ class Setup:
 
 def _leading(rows: Tensor, share: float) -> Tensor:
     """Return the eigenvectors [d, r] of rowsᵀ·rows with a share of its trace, at least one."""
-    values, vectors = torch.linalg.eigh(rows.T @ rows)
-    energy = values.flip(0).clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
-    rank = min(int((energy < share).sum()) + 1, len(values))
-    return vectors.flip(1)[:, :rank]
+    _, singular, vectors = torch.linalg.svd(rows, full_matrices=False)
+    energy = singular.square().cumsum(0) / singular.square().sum()
+    return vectors[: int((energy < share).sum()) + 1].T
 
 
 def naming_prompts(model: DiffusionModel, concept: Concept, limit: int) -> list[str]:

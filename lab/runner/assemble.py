@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ from lab.core.types import (
 )
 from lab.models.erase import NoErasure
 
+log = logging.getLogger(__name__)
 VERDICTS = ("passes", "fails", "inconclusive")
 _SINGLE = ("scenario", "backbone", "erase", "immunize")  # groups of one choice
 
@@ -192,11 +194,15 @@ def _drop_unselected(cfg: DictConfig) -> None:
     """Drop options of attacks that are not selected: a sweep has options of its own attacks, and
     the command line may select others.
     """
-    for name, node in _group(cfg.get("attacks", {}), "attacks").items():
+    group = _group(cfg.attacks, "attacks") if "attacks" in cfg else {}
+    for name, node in group.items():
         known = (ROOT / "conf" / "attacks" / f"{name}.yaml").is_file()
         if known and isinstance(node, DictConfig) and "_target_" not in node:
+            log.info("options of attacks.%s are left out: it is not selected", name)
             with open_dict(cfg):
                 del cfg.attacks[name]
+                if not cfg.attacks:
+                    del cfg["attacks"]
 
 
 def assemble(cfg: DictConfig) -> Parts:
@@ -239,12 +245,19 @@ def _attacks(parts: dict[str, Part]) -> dict[str, Part]:
     """Return the attacks, those that stand for several ones replaced by these."""
     attacks: dict[str, Part] = {}
     for name, part in parts.items():
+        _check_name(f"attacks.{name}", part.obj)
         variants = part.obj.variants() if isinstance(part.obj, Attacker) else {}
         attacks |= {
             key: Part(attack, part.config | options, part.sources)
             for key, (attack, options) in variants.items()
         } or {name: part}
     return attacks
+
+
+def _check_name(key: str, method: Any) -> None:
+    if isinstance(method, Method) and method.name != key.partition(".")[2]:
+        fix = "is not the key that its options stand under; give both the same name."
+        raise UserError(f"{key}.name", method.name, fix)
 
 
 # kind of model → an experiment on such models, for an error message
@@ -276,9 +289,8 @@ def check_fit(parts: Parts) -> None:
             "backbone", backbone.name, f"{fix}{' or '.join(sorted(scenario.provides))}."
         )
     for key, method, _ in contracts[2:]:
-        if key.startswith(("attacks.", "eval.")) and method.name != key.partition(".")[2]:
-            fix = "is not the key that its options stand under; give both the same name."
-            raise UserError(f"{key}.name", method.name, fix)
+        if key.startswith("eval."):
+            _check_name(key, method)
         if backbone.kind not in method.accepts:
             fix = f"takes {' or '.join(sorted(method.accepts))} models, "
             fix += f"backbone={backbone.name} is {backbone.kind}; "

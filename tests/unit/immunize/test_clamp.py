@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from mima_examples import objective, preset
+from mima_examples import objective, preset, rows_of
 from pydantic import ValidationError
 from tiny import linear_case, linear_classes
 from tiny_diffusion import tiny_diffusion
@@ -104,6 +104,11 @@ def test_the_gradient_for_features_agrees_with_differences(
     assert float(head.value(y, rows, head.w)) == pytest.approx(head.loss(y, rows)[0])
     slope = float((trainer._of_task(1, rows)[0] * way).sum())
     assert slope == pytest.approx((after - before) / 2e-6, rel=1e-4)
+
+
+def test_concepts_that_are_immunized_alone_are_merged() -> None:
+    rows = rows_of(preset("clamp", concepts="composed", steps=1))[1]
+    assert [row["concept"] for _, row in rows if "concept" in row] == [0.0, 1.0]
 
 
 def test_an_attack_that_is_no_gradient_descent_is_refused() -> None:

@@ -4,6 +4,7 @@ step.
 
 import pytest
 import torch
+from hydra.errors import InstantiationException
 from mima_examples import case, preset, rows_of
 from tiny_diffusion import tiny_diffusion
 
@@ -70,6 +71,19 @@ def test_kept_directions_are_those_of_unrelated_inputs():
         changes.append(float((text @ moved.T).norm() / moved.norm()))
         assert ("kept_rank" in rows[0][1]) == (share is not None)
     assert changes[1] < 0.1 * changes[0]
+
+
+@pytest.mark.parametrize("options", [{"concepts": "composed"}, {"hypergradient": "alternating"}])
+def test_kept_directions_need_an_outer_loop_that_does_it_all(options):
+    if "hypergradient" in options:
+        options = {"hypergradient": {"method": options["hypergradient"]}}
+    with pytest.raises(InstantiationException, match="null_space must be null"):
+        preset("mima", null_space=0.9, **options)
+
+
+def test_kept_directions_of_a_model_in_half_precision():
+    method = preset("mima_first_order", steps=1, scope="kv", null_space=0.9)
+    assert "kept_rank" in rows_of(method, of=tiny_diffusion(dtype=torch.bfloat16))[1][0][1]
 
 
 def test_clipping_bounds_the_gradient():
