@@ -61,7 +61,8 @@ class ConceptVerdict(ImageMetric):
     that of the families `generation`, `relearning` and `utility`, of several attackers and of those
     that diverged as well. Where the attacks generate the prompt family ``unrelated``, an attack
     counts only at steps at which the attacked model is still usable
-    (`eval.generation.evaluated_run.usable_points`). The note adds, and nothing requires, what the
+    (`eval.generation.evaluated_run.usable_points`), and of a style only images that also show the
+    object of their prompt. The note adds, and nothing requires, what the
     targets' figures are by every attack, and by images that also show the object of their prompt: a
     style is detected in broken images, too (`eval.generation.scoring.is_prompt_adherent`).
     ``verdict_share``: share of seeds × cases in which the same rule holds. A case whose
@@ -170,8 +171,8 @@ class ConceptVerdict(ImageMetric):
 
 
 def _counted(evaluated: EvaluatedRun) -> str:
-    """Return the quantity that the verdict reads: detections while the attacked model is usable,
-    where that was measured.
+    """Return the quantity that the verdict reads: images with what their prompt asks for while the
+    attacked model is usable, where that was measured, else detections.
     """
     return USABLE if evaluated.has(USABLE) else DETECTED
 
@@ -203,8 +204,8 @@ def _broken_attacks(evaluated: EvaluatedRun) -> Score:
     return score_units(units, "lower", bounds=SHARE)
 
 
-_BY_ADHERENT = "by images that also show the object of their prompt"
-_BY_EVERY = "by every attack, also where the attacked model is no longer usable"
+_BY_ADHERENT = "by images that also show the object of their prompt, whatever became of the model"
+_BY_EVERY = "by all images that show the concept, whatever became of the model"
 
 
 def _remark(evaluated: EvaluatedRun, threshold: float, quantity: str, basis: str) -> str | None:

@@ -79,10 +79,11 @@ class EvaluatedAttack:
     Attributes:
         values: quantity → [points, images] on the snapshots of the budget: a similarity of
             `eval.generation.scoring`, ``clip_t`` (cosine to the prompt), ``detected`` (0 or 1),
-            ``prompt_adherent`` (0 or 1), ``usable`` (``detected`` where the attacked model is
-            usable, else 0), ``between_M`` (M of the image and the other model's, made from the
-            same latents; unless it is a cosine, nan between the marks of the budget). What stands
-            beyond the end of an attack that diverged: `_fill_beyond_end`.
+            ``prompt_adherent`` (0 or 1), ``usable`` (``prompt_adherent`` where that was measured,
+            else ``detected``, while the attacked model is usable, and 0 else), ``between_M`` (M of
+            the image and the other model's, made from the same latents; unless it is a cosine, nan
+            between the marks of the budget). What stands beyond the end of an attack that diverged:
+            `_fill_beyond_end`.
         end: number of snapshots that the attack reached.
         status: of the trajectory.
         usable: [points] whether the attacked model is still usable; None where it was not measured.
@@ -491,7 +492,8 @@ class _ConceptScorer:
             usable = self._usable(t.samples) if DETECTED in values and family == FAMILY else None
             if usable is not None:
                 result.usable = usable[index]
-                values[USABLE] = values[DETECTED] * result.usable[:, None]
+                shown = values.get(PROMPT_ADHERENT, values[DETECTED])
+                values[USABLE] = shown * result.usable[:, None]
             out[model] = result
         for quantity in quantities if len(out) == 2 else ():
             if quantity.startswith(BETWEEN):

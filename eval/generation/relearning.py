@@ -89,7 +89,7 @@ class Relearning(ImageMetric):
     suffixes: the same for images that also show what their prompt asks for, see
     `eval.generation.scoring.is_prompt_adherent`; only where styles are among the concepts and the
     detector names what it sees. ``asr_usable``, ``steps_to_relearn_usable_ratio``,
-    ``benign_steps_usable_ratio``: the same, where an attack counts only at steps at which the
+    ``benign_steps_usable_ratio``: the same, and an attack counts only at steps at which the
     attacked model is still usable (`eval.generation.evaluated_run.usable_points`); only where the
     attacks generate the prompt family ``unrelated``. Curve ``asr_by_trials``: `trials_curves`.
     A concept that a model shows before the

@@ -191,18 +191,18 @@ def _check_groups(cfg: DictConfig) -> None:
 
 
 def _drop_unselected(cfg: DictConfig) -> None:
-    """Drop options of attacks that are not selected: a sweep has options of its own attacks, and
-    the command line may select others.
+    """Drop options of attacks and metrics that are not selected: a sweep has options of its own,
+    and the command line may select others.
     """
-    group = _group(cfg.attacks, "attacks") if "attacks" in cfg else {}
-    for name, node in group.items():
-        known = (ROOT / "conf" / "attacks" / f"{name}.yaml").is_file()
-        if known and isinstance(node, DictConfig) and "_target_" not in node:
-            log.info("options of attacks.%s are left out: it is not selected", name)
-            with open_dict(cfg):
-                del cfg.attacks[name]
-                if not cfg.attacks:
-                    del cfg["attacks"]
+    for group in ("attacks", "eval"):
+        for name, node in (_group(cfg[group], group) if group in cfg else {}).items():
+            known = (ROOT / "conf" / group / f"{name}.yaml").is_file()
+            if known and isinstance(node, DictConfig) and "_target_" not in node:
+                log.info("options of %s.%s are left out: it is not selected", group, name)
+                with open_dict(cfg):
+                    del cfg[group][name]
+                    if not cfg[group]:
+                        del cfg[group]
 
 
 def assemble(cfg: DictConfig) -> Parts:

@@ -83,7 +83,7 @@ def test_an_attack_that_leaves_no_usable_model_does_not_decide_the_verdict():
     rows = {row["check"]: row for row in result.tables["verdict"]}
     slowdown = rows["steps to 60% detection, immunized ÷ baseline, worst target"]
     assert (slowdown["passed"], slowdown["bound"]) == (True, "lower")
-    assert "by every attack" in result.metrics["verdict"].note
+    assert "by all images" in result.metrics["verdict"].note
 
 
 SLOW = shares(0, 2, 7, 10, 10, cosines=(0.6, 0.6, 0.78, 0.8, 1.0))

@@ -34,6 +34,7 @@ def test_attacks_of_one_name_are_refused():
 
 def test_options_of_attacks_that_are_not_selected_are_left_out():
     assert [*attacks("sweeps=lite", "attacks=[lora_fast]")] == ["lora_fast"]
+    assert [*assemble(composed("sweeps=lite", "eval=[utility]")).metrics] == ["utility"]
     for none in ([FIRST_RUN, "attacks=[]"], ["sweeps=lite", "attacks=[]"]):
         with pytest.raises(UserError, match="names no choice"):
             attacks(*none)
