@@ -52,9 +52,10 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 # Options of single presets, beyond those of `SMALL`.
-OWN: dict[str, dict[str, Any]] = {
-    name: {"lr": 1e-9}  # with their own lr the weights leave the finite numbers
-    for name in ("immunize/kappa_paper_house_price", "immunize/kappa_paper_mnist")
+OWN: dict[str, dict[str, Any]] = {  # with their own lr the weights leave the finite numbers
+    "immunize/kappa_paper_house_price": {"lr": 1e-9},
+    "immunize/kappa_paper_mnist": {"lr": 1e-9},
+    "immunize/kappa_clamp": {"lr": 1e-3},  # kappa_clamp_deep has it
 }
 
 
