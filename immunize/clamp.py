@@ -97,8 +97,8 @@ def predicted_gain(
 
     def gradient(value: Tensor, at: Params) -> Params:
         leaves = list(at.values())
-        found = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
-        return dict(zip(at, found, strict=True))
+        slopes = torch.autograd.grad(value, leaves, create_graph=True, materialize_grads=True)
+        return dict(zip(at, slopes, strict=True))
 
     omega, values = start, []
     flat: Tensor | float = 0.0
@@ -176,8 +176,8 @@ class ClampObjective(Objective):
         for n in range(count):
             with math_attention(), torch.enable_grad():
                 terms, row = self.terms({**theta, **leaves}, n, step)
-                found = torch.autograd.grad(terms, list(leaves.values()), materialize_grads=True)
-            accumulate(total, dict(zip(leaves, found, strict=True)), 1 / count)
+                slopes = torch.autograd.grad(terms, list(leaves.values()), materialize_grads=True)
+            accumulate(total, dict(zip(leaves, slopes, strict=True)), 1 / count)
             for key, value in row.items():
                 values[key] = values.get(key, 0.0) + value / count
         if o.w_prior:
