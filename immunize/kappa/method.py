@@ -34,8 +34,8 @@ class Kappa(GradientImmunizer):
             ``kappa_well_only``.
         scale: what the matrices inside the two terms are divided by, K and H alike. ``none``: the
             sum over a batch of rows, as written in the paper, so that λ depends on the units of the
-            data; ``initial``: σ_1(H(θ_0)) at the size of a batch; ``current``: σ_1 of the step's
-            own H, held constant under the derivative.
+            data; ``rows``: the mean over a batch of rows; ``initial``: σ_1(H(θ_0)) at the size of a
+            batch; ``current``: σ_1 of the step's own H, held constant under the derivative.
         preconditioned: the K⁻¹ of Alg. 1.
         ridge_benign, ridge_harmful: ρ in (K + ρI)⁻¹, in units of ``scale``; 0 is the
             pseudo-inverse.
@@ -72,7 +72,7 @@ class Kappa(GradientImmunizer):
     name: Text = "kappa"
     lambda_p: NonNegative
     lambda_h: NonNegative
-    scale: Literal["none", "initial", "current"] = "initial"
+    scale: Literal["none", "rows", "initial", "current"] = "initial"
     preconditioned: Flag = True
     ridge_benign: NonNegative = 0.0
     ridge_harmful: NonNegative = 0.0
@@ -179,7 +179,10 @@ class SpectralTrainer(KappaTrainer):
         if self.o.scale == "none":
             return 1.0, 1.0
         y = self.engine.features(task).to(torch.float64)
-        share = (min(self.o.batch_size, len(y)) / len(y)) ** 0.5
+        size = min(self.o.batch_size, len(y))
+        if self.o.scale == "rows":
+            return size**0.5, size**0.5
+        share = (size / len(y)) ** 0.5
         unit = float(singular_values(y)[0]) * share
         if self.o.optimizer_aware == "none":
             return unit, unit

@@ -24,7 +24,7 @@ from sklearn.impute import SimpleImputer
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from lab.core.config import Text, config
+from lab.core.config import Flag, Text, config
 from lab.core.data import Case, Kind, Role, ScenarioData, Split, Task
 from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.hashing import digest
@@ -33,6 +33,7 @@ from lab.core.types import Scenario
 
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Scaling = Literal["standard", "by_task", "min_max", "unit_rows", "none"]
 TestShare = Annotated[float, Field(strict=True, gt=0, lt=1)]
 
 
@@ -120,7 +121,7 @@ class Features:
         return Features(self.x.loc[:, ~wrong], self.imputed.loc[:, ~wrong], (*self.notes, note))
 
 
-def prepare(frame: pd.DataFrame, train: Mask) -> Features:
+def prepare(frame: pd.DataFrame, train: Mask, standardize: bool = True) -> Features:
     """Encode, standardise and impute the columns of both tasks together.
 
     Numbers stay, everything else becomes the rank of its level in sorted order: the label encoding
@@ -134,6 +135,7 @@ def prepare(frame: pd.DataFrame, train: Mask) -> Features:
     Args:
         frame: feature columns, both tasks stacked.
         train: [n], True for the training rows of either task.
+        standardize: False leaves the units of the data.
     """
     columns, notes = {}, []
     for name, column in frame.items():
@@ -143,7 +145,8 @@ def prepare(frame: pd.DataFrame, train: Mask) -> Features:
         columns[str(name)] = np.asarray(column, dtype=np.float64)
     table = pd.DataFrame(columns).replace([np.inf, -np.inf], np.nan)
     steps = make_pipeline(
-        StandardScaler(), SimpleImputer(strategy="median", keep_empty_features=True)
+        StandardScaler(with_mean=standardize, with_std=standardize),
+        SimpleImputer(strategy="median", keep_empty_features=True),
     )
     with np.errstate(all="ignore"):  # `drop_constant` drops what overflows
         values = steps.fit(table.to_numpy()[train]).transform(table.to_numpy())
@@ -231,6 +234,28 @@ def drop_combinations(data: Features, groups: dict[str, Mask]) -> Features:
     return data
 
 
+def scaled(x: Matrix, raw: Matrix, groups: Sequence[Mask], train: Mask, scaling: Scaling) -> Matrix:
+    """Return the features [n, d] in other units.
+
+    Args:
+        x, raw: standardized features and those in the units of the data.
+        groups: rows of each task [n].
+        train: training rows of either task [n].
+        scaling: as in `Tabular`.
+    """
+    if scaling == "none":
+        return raw
+    if scaling == "min_max":
+        low, high = x[train].min(0), x[train].max(0)
+        return (x - low) / (high - low)
+    if scaling == "unit_rows":
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
+    if scaling == "by_task":
+        parts = [StandardScaler().fit(x[own & train]).transform(x[own]) for own in groups]
+        return np.concatenate(parts)
+    return x
+
+
 @config
 class Tabular(Scenario):
     """Two regression tasks on one set of columns, benign D_P and harmful D_H.
@@ -255,6 +280,11 @@ class Tabular(Scenario):
         benign_file, harmful_file: file names in the folder ``path``.
         split_column, harmful_values: how one table becomes two.
         ignore: columns that are never features (row numbers); names that do not occur are skipped.
+        scaling: units of the features. ``standard``: mean 0 and variance 1 over both tasks;
+            ``by_task``: over each task by itself (the release); ``min_max``: 0 to 1;
+            ``unit_rows``: standardized, then every row divided by its norm; ``none``: as in the
+            data.
+        intercept: append a column of ones.
         test_share: share of each task's rows that is held out.
     """
 
@@ -268,6 +298,8 @@ class Tabular(Scenario):
     split_column: Text | None = None
     harmful_values: Names = ()
     ignore: Names = ()
+    scaling: Scaling = "standard"
+    intercept: Flag = False
     test_share: TestShare = 0.2
     name: Text = "house_price"
 
@@ -357,7 +389,10 @@ class Tabular(Scenario):
         data = drop_constant(prepare(features, rows), groups)
         if data.x.shape[1]:
             data = drop_combinations(data, groups)
-        x = data.x.to_numpy()
+        raw = prepare(features[list(data.x.columns)], rows, standardize=False).x.to_numpy()
+        x = scaled(data.x.to_numpy(), raw, (benign, ~benign), rows, self.scaling)
+        if self.intercept:
+            x = np.hstack([x, np.ones((len(x), 1))])
         ranks = [int(np.linalg.matrix_rank(x[own])) if x.size else 0 for own in groups.values()]
         if min(ranks) < 2:
             fix = (

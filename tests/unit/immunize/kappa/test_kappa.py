@@ -103,6 +103,17 @@ def test_optimizer_aware_gradient_is_exact():
         )
 
 
+def test_mean_over_rows_scales_both_terms_as_their_formulas_do():
+    case = linear_case()
+    model = LinearBackbone().build(case, 0)
+    m = BASE["batch_size"]  # H/m: K⁻¹∇R_well is ∝ σ, K⁻¹∇R_ill ∝ σ⁻³
+    for lambdas, factor in ((dict(lambda_h=0.0), 1 / m), (dict(lambda_p=0.0), m**3)):
+        summed, mean = (
+            one_step(kappa(scale=scale, **lambdas), case, model)[0] for scale in ("none", "rows")
+        )
+        assert torch.allclose(mean, factor * summed, rtol=1e-9)
+
+
 def test_supervised_term_is_the_gradient_of_the_benign_loss():
     case = linear_case()
     model = LinearBackbone().build(case, 0)

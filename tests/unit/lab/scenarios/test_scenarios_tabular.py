@@ -51,6 +51,29 @@ def test_pooled_standardisation_and_no_target_among_the_features(tmp_path: Path)
     assert ((fitted[:, 0] - y) ** 2).mean() > 0.5
 
 
+def test_scalings_are_those_of_the_training_rows() -> None:
+    def train(scaling: str, **more: bool) -> list[np.ndarray]:
+        (case,) = Tabular(**{**HOUSES, "scaling": scaling, **more}).load(0).cases
+        return [task.train.x.numpy() for task in case.tasks]
+
+    plain = train("standard")
+    for own, each in zip(plain, train("by_task"), strict=True):
+        assert np.allclose(each.mean(0), 0, atol=1e-12)
+        assert np.allclose(each.std(0), 1)
+        correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(own.T, each.T, strict=True)]
+        assert np.allclose(correlations, 1)
+    low, high = (f(np.concatenate(train("min_max")), axis=0) for f in (np.min, np.max))
+    assert np.allclose(low, 0)
+    assert np.allclose(high, 1)
+    for own, unit in zip(plain, train("unit_rows"), strict=True):
+        assert np.allclose(np.linalg.norm(unit, axis=1), 1)
+        assert np.allclose((own * unit).sum(1), np.linalg.norm(own, axis=1))
+    raw = np.concatenate(train("none"))
+    years = raw[:, (raw.min(0) > 1800) & (raw.max(0) < 2100)]
+    assert years.shape[1] >= 2  # built and remodelled
+    assert all(np.array_equal(x[:, -1], np.ones(len(x))) for x in train("none", intercept=True))
+
+
 def test_missing_constant_and_collinear_columns_are_told(tmp_path: Path) -> None:
     first, second = table(), table(90, 1)
     first["flat"], second["flat"] = 1.0, np.arange(90.0)
