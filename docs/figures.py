@@ -25,7 +25,6 @@ from typing import Any
 from jinja2 import StrictUndefined
 from jinja2.sandbox import SandboxedEnvironment
 from matplotlib.figure import Figure
-from omegaconf import OmegaConf
 from PIL import Image
 
 from eval.report.outcomes import count_checks
@@ -119,16 +118,21 @@ def plot(page: Path, records: str, alt: str, rows: dict[str, str]) -> str:
 
 
 def slowdowns(records: str, rows: dict[str, str]) -> dict[str, Any]:
-    """Return the mean relearning slowdown of the targets, and that of the slowest other concept,
-    per label of ``rows``, and what the verdict requires of both.
+    """Return the relearning slowdown of the least-protected target, and that of the slowest other
+    concept, per label of ``rows``, and what the verdict of the last record requires of both.
     """
-    verdict = OmegaConf.load(ROOT / "conf/eval/concept_verdict.yaml").concept_verdict
-    points = {}
+    points: dict[str, Any] = {}
+    limits: dict[str, float] = {}
     for label, method in rows.items():
-        metrics = read(records, method)["metrics"]
-        sides = metrics["benign_steps_ratio_worst"], metrics["steps_to_relearn_ratio"]
+        stored = read(records, method)
+        metrics = stored["metrics"]
+        counted = "usable_" if "asr_usable" in metrics else ""
+        names = f"benign_steps_{counted}ratio_worst", f"steps_to_relearn_{counted}ratio_worst"
+        sides = [metrics[name] for name in names]
         points[label] = [{part: side[part] for part in ("value", "low", "high")} for side in sides]
-    return {"limits": [verdict.max_benign_steps_ratio, verdict.min_steps_ratio], "points": points}
+        limits = stored["config"]["eval"]["concept_verdict"]
+    required = [limits["max_benign_steps_ratio"], limits["min_worst_steps_ratio"]]
+    return {"limits": required, "points": points}
 
 
 def draw_slowdowns(values: dict[str, Any]) -> Figure:
@@ -138,7 +142,7 @@ def draw_slowdowns(values: dict[str, Any]) -> Figure:
         values["points"],
         values["limits"],
         x,
-        "relearning slowdown of targets, × (higher is better)",
+        "relearning slowdown of the least-protected target, × (higher is better)",
     )
 
 

@@ -65,12 +65,17 @@ COLUMNS = (
     "rir_ridge",
     "rir_release",
     "audit_steps_worst",
+    "steps_to_relearn_usable_ratio_worst",
+    "steps_to_relearn_usable_ratio",
+    "asr_usable",
+    "asr_usable_baseline",
     "steps_to_relearn_ratio_worst",
     "steps_to_relearn_ratio",
     "asr",
     "asr_baseline",
     "msgr_clip",
     "mrsgr_clip",
+    "benign_steps_usable_ratio_worst",
     "benign_steps_ratio_worst",
     "benign_steps_ratio",
     "sgr_benign_clip",
@@ -86,10 +91,15 @@ _ORDER = (  # of methods that pass or have no verdict
     "slowdown_harmful_worst",
     "sgrc_harmful_worst",
     "rir",
+    "steps_to_relearn_usable_ratio_worst",
     "steps_to_relearn_ratio_worst",
     "msgr_clip",
 )
-_LEAST = ("steps_to_relearn_ratio_worst", "slowdown_harmful_worst")  # least-protected target
+_LEAST = (  # least-protected target
+    "steps_to_relearn_usable_ratio_worst",
+    "steps_to_relearn_ratio_worst",
+    "slowdown_harmful_worst",
+)
 _HEAD = (
     "rank",
     "scenario",

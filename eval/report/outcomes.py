@@ -39,17 +39,29 @@ KEY_FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
         "κ benign, after ÷ before": ("kappa_benign_ratio",),
     },
     "": {
-        "attack success": ("asr",),
-        "relearning slowdown": ("steps_to_relearn_ratio_worst", "steps_to_relearn_ratio"),
-        "benign cost": ("benign_steps_ratio_worst", "benign_steps_ratio"),
+        "attack success": ("asr_usable", "asr"),
+        "relearning slowdown": (
+            "steps_to_relearn_usable_ratio_worst",
+            "steps_to_relearn_ratio_worst",
+            "steps_to_relearn_ratio",
+        ),
+        "benign cost": (
+            "benign_steps_usable_ratio_worst",
+            "benign_steps_ratio_worst",
+            "benign_steps_ratio",
+        ),
     },
 }
+_PROTECTED = ("eval.concept_verdict.min_worst_steps_ratio", "≥")
+_COST = ("eval.concept_verdict.max_benign_steps_ratio", "≤")
 # metric → (config key of what the verdict requires, rule)
 LIMITS = {
     "slowdown_harmful_worst": ("eval.verdict.min_slowdown", "≥"),
     "slowdown_benign_worst": ("eval.verdict.max_benign_slowdown", "≤"),
-    "steps_to_relearn_ratio_worst": ("eval.concept_verdict.min_worst_steps_ratio", "≥"),
-    "benign_steps_ratio_worst": ("eval.concept_verdict.max_benign_steps_ratio", "≤"),
+    "steps_to_relearn_usable_ratio_worst": _PROTECTED,
+    "steps_to_relearn_ratio_worst": _PROTECTED,
+    "benign_steps_usable_ratio_worst": _COST,
+    "benign_steps_ratio_worst": _COST,
 }
 # immunizer with a paper's settings → (scenario, RIR that the paper reports, where)
 PUBLISHED = {
