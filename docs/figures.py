@@ -4,7 +4,7 @@ A page marks a figure by two comments, inside a sentence or around a table or pl
 
     <!-- record: EXPRESSION -->TEXT<!-- end -->
 
-``EXPRESSION`` is a Jinja expression that calls `score`, `table` or `plot`.
+``EXPRESSION`` is a Jinja expression that calls `score`, `table`, `grid` or `plot`.
 ``python docs/figures.py`` replaces every ``TEXT``. ``--check`` changes nothing and fails where a
 page and its records differ. An image is drawn again where it shows other values, or where its file
 was deleted. Fenced blocks are left alone.
@@ -100,8 +100,35 @@ def table(records: str, rows: dict[str, str], columns: dict[str, str] = TEXT_TO_
         [label, *(score(records, method, shown.split()[0], shown) for shown in columns.values())]
         for label, method in rows.items()
     ]
-    head, *lines = (f"|{'|'.join(line)}|" for line in [["Method", *columns], *body])
-    return "\n".join(["\n", head, "|---" * (1 + len(columns)) + "|", *lines, "\n"])
+    return markdown([["Method", *columns], *body])
+
+
+def grid(records: str, shown: str, rows: dict[str, str], columns: dict[str, str]) -> str:
+    """Return a Markdown table of one metric over two options.
+
+    Args:
+        records: Folder below ``outputs/records``.
+        shown: Metric and how to show it. A run that diverged shows the step instead.
+        rows, columns: Text → part of a record's name, ``COLUMN_ROW``.
+    """
+
+    def cell(name: str) -> str:
+        stored = read(records, name)
+        if stored["status"] != "diverged":
+            return score(records, name, shown.split()[0], shown)
+        return f"diverges at step {stored['error']['last_good_step'] + 1}"
+
+    body = [
+        [label, *(cell(f"{column}_{row}") for column in columns.values())]
+        for label, row in rows.items()
+    ]
+    return markdown([["", *columns], *body])
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Return a Markdown table; the first line is its head."""
+    head, *body = (f"|{'|'.join(line)}|" for line in lines)
+    return "\n".join(["\n", head, "|---" * len(lines[0]) + "|", *body, "\n"])
 
 
 def plot(page: Path, records: str, alt: str, rows: dict[str, str]) -> str:
@@ -160,7 +187,7 @@ def is_current(path: Path, values: Any, draw: Callable[[Any], Figure]) -> bool:
 def render(page: Path, text: str) -> str:
     """Return the text of ``page`` with current figures."""
     environment = SandboxedEnvironment(undefined=StrictUndefined)
-    names = {f.__name__: f for f in (score, table)}
+    names = {f.__name__: f for f in (score, table, grid)}
     names["plot"] = functools.partial(plot, page)
 
     def replace(match: re.Match[str]) -> str:

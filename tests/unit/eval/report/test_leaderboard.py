@@ -179,21 +179,22 @@ def test_csv_has_full_precision_and_no_formula() -> None:
 # ---- the reference
 
 
-def _relearned(name: str, ratios: dict[str, list[float]]) -> dict:
-    rows = [
-        {"role": "harmful", "concept": concept, "ratio": ratio, "seed": seed}
-        for concept, each in ratios.items()
-        for seed, ratio in enumerate(each)
-    ]
-    rows.append({"role": "benign", "concept": "watercolor", "ratio": 9.0, "seed": 0})
+def _relearned(name: str, ratios: dict[str, float]) -> dict:
+    roles = dict.fromkeys(ratios, "harmful") | {"watercolor": "benign"}
+    rows = [{"role": role, "concept": concept, "seed": 0} for concept, role in roles.items()]
     made = generated("mima")
+    metrics = {
+        f"steps_to_relearn_usable_ratio_{concept}": metric(ratio)
+        for concept, ratio in ratios.items()
+    }
     tables = made["tables"] | {"relearning": rows}
-    return sealed(made | {"immunizer": name, "name": f"t/{name}", "tables": tables})
+    changed = {"name": f"t/{name}", "tables": tables, "metrics": made["metrics"] | metrics}
+    return sealed(made | {"immunizer": name} | changed)
 
 
 def test_a_method_is_a_share_of_what_ignorance_is_worth() -> None:
-    reference = _relearned("retrained", {"mosaic": [4.0, 16.0], "fox": [2.0, 2.0], "cat": [0.5]})
-    method = _relearned("mima", {"mosaic": [2.0, 4.0], "fox": [4.0, 4.0], "cat": [3.0]})
+    reference = _relearned("retrained", {"mosaic": 8.0, "fox": 2.0, "cat": 0.5})
+    method = _relearned("mima", {"mosaic": 8.0**0.5, "fox": 4.0, "cat": 3.0})
     found = shares(method, reference)
     assert found == pytest.approx({"mosaic": 0.5, "fox": 2.0})  # the reference does not slow cats
     assert least_share(method, reference) == "0.50 (mosaic)"
