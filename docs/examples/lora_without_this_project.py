@@ -1,13 +1,14 @@
-"""Attack a text-to-image model by LoRA with diffusers, peft and transformers only.
+"""Attack a text-to-image model with diffusers, peft and transformers only: LoRA, or with --full
+every weight of the U-Net.
 
     python lora_without_this_project.py FOLDER --images DIR --prompt "a fox in the style of neon"
     --steps 160
 
-Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains a LoRA on a handful
-of images, generates images of the prompts at several steps, saves the LoRA and loads it into a
+Loads a folder in diffusers layout (Stable Diffusion 1.x, 2.x or MiniSD), trains on a handful of
+images, generates images of the prompts at several steps, saves what it trained and loads it into a
 fresh pipeline.
 The defaults are those of attacks=lora. OUT gets `step_00000/00.png` …, `attack.json`, and
-`pytorch_lora_weights.safetensors`.
+`pytorch_lora_weights.safetensors` or the folder `unet`.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+OPTIMIZERS = ("AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "SGD")
 LAYERS = ["attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"]
 
 
@@ -59,7 +61,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         help="steps at which images are generated",
     )
     add("--rank", type=int, default=4, help="of the LoRA; alpha is the same")
-    add("--lr", type=float, default=1e-3, help="of AdamW; Stable Diffusion takes 1e-4")
+    add("--full", action="store_true", help="train every weight of the U-Net in place of a LoRA")
+    add("--optimizer", default="AdamW", choices=OPTIMIZERS, help="of torch")
+    add("--lr", type=float, default=1e-3, help="LoRA on Stable Diffusion takes 1e-4")
     add("--batch-size", type=int, default=8, help="images per update")
     add("--count", type=int, default=32, help="images per step")
     add("--inference-steps", type=int, default=20, help="of DDIM")
@@ -124,7 +128,7 @@ def generate(pipe: StableDiffusionPipeline, args: argparse.Namespace, folder: Pa
 
 
 def attack(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> list[float]:
-    """Train adapters in place; the loss of every update."""
+    """Train in place; the loss of every update."""
     unet, device = pipe.unet, args.device
     draw = torch.Generator().manual_seed(args.seed)
     images, captions = load_images(
@@ -144,11 +148,12 @@ def attack(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> list[floa
             return_tensors="pt",
         )
         text = pipe.text_encoder(tokens.input_ids.to(device))[0]
-    unet.requires_grad_(False)
+    unet.requires_grad_(args.full)
     torch.manual_seed(args.seed)  # peft draws the adapters from the global stream
-    unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS))
+    if not args.full:
+        unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=LAYERS))
     trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
+    optimizer = getattr(torch.optim, args.optimizer)(trained, lr=args.lr)
     losses = []
     for step in range(args.steps + 1):
         if step in args.at or step == args.steps:
@@ -178,13 +183,16 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.time()
     pipe = load(args)
     losses = attack(pipe, args)
-    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
-    StableDiffusionPipeline.save_lora_weights(
-        args.out, unet_lora_layers=lora, safe_serialization=True
-    )
-
     fresh = load(args)
-    fresh.load_lora_weights(args.out)
+    if args.full:
+        pipe.unet.save_pretrained(args.out / "unet")
+        fresh.unet = type(pipe.unet).from_pretrained(args.out / "unet").to(args.device)
+    else:
+        lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet))
+        StableDiffusionPipeline.save_lora_weights(
+            args.out, unet_lora_layers=lora, safe_serialization=True
+        )
+        fresh.load_lora_weights(args.out)
     generate(fresh, args, args.out / "reloaded")
     facts = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()

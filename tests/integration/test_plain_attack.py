@@ -102,6 +102,20 @@ def test_it_learns_saves_and_loads_in_plain_diffusers(places, tmp_path):
     assert all(".lora" in name and "attn2" in name for name in tensors)
 
 
+def test_full_finetuning_by_another_optimizer_moves_every_weight(places, tmp_path):
+    more = ("--steps", "2", "--lr", "1e-3", "--full", "--optimizer", "NAdam")
+    assert len(attack(places, tmp_path / "out", *more)["losses"]) == 2
+    last, again = (load_images(tmp_path / "out" / name) for name in ("step_00002", "reloaded"))
+    assert (last.int() - again.int()).abs().max() <= 1
+    before, after = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+        for folder in (places[0], tmp_path / "out")
+    )
+    assert {*before} == {*after}
+    moved = sum(not torch.equal(before[name], after[name]) for name in before)
+    assert moved > 0.9 * len(before)  # a bias that cancels in a normalization has no gradient
+
+
 # ---- the scorer
 
 
