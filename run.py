@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 
 import hydra
@@ -12,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from lab.cli.arguments import register_resolvers, rewrite, version
+from lab.cli.arguments import register_resolvers, rewrite
 from lab.core.sources import ROOT
 from lab.runner.batch import EXIT_INTERRUPTED, fail_slurm_job, interruptible
 
@@ -54,7 +55,7 @@ def main() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # composition errors reach `report_error`
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     if "--version" in sys.argv:
-        print(f"immunization-bench {version()}")
+        print(f"immunization-bench {metadata.version('immunization-bench')}")
         return
     try:
         sys.argv[1:] = rewrite(sys.argv[1:])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from eval.report.leaderboard import Row, columns, leader_blocks, leaderboard, legend, sections
+from eval.report.leaderboard import LEGEND, Row, columns, leader_blocks, leaderboard, sections
 from eval.report.page import Block, collapsed, page
 from eval.report.studies import (
     curve_blocks,
@@ -90,7 +90,7 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     records, names = [row.record for row in rows], [row.label for row in rows]
     notes = list(dict.fromkeys(note for record in records for note in record["notes"]))
     blocks = leader_blocks(rows)
-    blocks += collapsed("All metrics", [{"text": legend(rows)}, _metrics_table(rows)])
+    blocks += collapsed("All metrics", [{"text": LEGEND}, _metrics_table(rows)])
     blocks += check_blocks(rows) + attack_blocks(rows) + image_blocks(rows, beside, room)
     blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
     blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)

@@ -25,7 +25,7 @@ from eval.report.outcomes import (
     outcome,
     slowdown_of,
 )
-from eval.report.page import Block, page
+from eval.report.page import Block
 from eval.report.paired import difference
 from eval.report.plots import Method, forest
 from eval.report.reference import REFERENCE, least_share
@@ -359,23 +359,14 @@ def _margin(name: str, first: Row, second: Row) -> list[str]:
 
 # ---- text and pages
 
-_LEGEND = (
+LEGEND = (
     "Order: methods that pass, then by checks passed, then by the slowdown of the least-protected "
     "target. [low, high]: 95 % interval, Student's t below ten seeds, two-stage bootstrap from ten "
     "on; one or two seeds support no claim about others. ≥: the target was not reached, a lower "
-    "limit; ≤: an upper limit. –: not measured."
+    "limit; ≤: an upper limit. –: not measured. Share of the reference: log slowdown ÷ that of a "
+    "model that never saw the target, for the target with the least. Strongest attack: for how "
+    "many targets and seeds it is the one."
 )
-_OF_COLUMNS = {
-    "share of the reference": "Share of the reference: log slowdown ÷ that of a model that never "
-    "saw the target, for the target with the least.",
-    "strongest attack": "Strongest attack: for how many targets and seeds it is the one.",
-}
-
-
-def legend(rows: Sequence[Row]) -> str:
-    """Return what the tables of ``rows`` mean."""
-    shown = {column for group in sections(rows).values() for column in table(group)}
-    return " ".join([_LEGEND, *(text for name, text in _OF_COLUMNS.items() if name in shown)])
 
 
 def to_text(rows: Sequence[Row]) -> str:
@@ -384,7 +375,7 @@ def to_text(rows: Sequence[Row]) -> str:
     for title, group in sections(rows).items():
         lead = headline(group)
         parts.append(f"── {title}\n{MARKS[lead.tone]} {lead.headline}\n\n{aligned(table(group))}")
-    return "\n\n".join([*parts, legend(rows)])
+    return "\n\n".join([*parts, LEGEND])
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
@@ -393,7 +384,7 @@ def to_markdown(rows: Sequence[Row]) -> str:
         f"### {escape(title)}\n\n{escape(headline(group).headline)}\n\n{markdown(table(group))}"
         for title, group in sections(rows).items()
     ]
-    return "\n\n".join([*parts, legend(rows)]) + "\n"
+    return "\n\n".join([*parts, LEGEND]) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -438,11 +429,3 @@ def leader_blocks(rows: Sequence[Row]) -> list[Block]:
         frame["method"] = frame["#"].replace(r"(.+)", r"\1. ", regex=True) + frame["method"]
     shown = frame.drop(columns=["#", "checks", "seeds"], errors="ignore")
     return [*blocks, {"table": shown, "label": f"Leaderboard {rows[0].title}"}]
-
-
-def to_html(rows: Sequence[Row]) -> str:
-    """Return a page with the leaderboards alone."""
-    blocks: list[Block] = []
-    for title, group in sections(rows).items():
-        blocks += [{"heading": title, "tooltip": group[0].trial, "level": 2}, *leader_blocks(group)]
-    return page("Leaderboard", [*blocks, {"text": legend(rows)}])

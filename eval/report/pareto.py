@@ -1,4 +1,6 @@
-"""The table of a search: every trial, the Pareto front of its objectives first."""
+"""The table of a search: every trial, the Pareto front of its objectives first (``best``, numbers
+of trials).
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,6 @@ from dataclasses import dataclass
 from itertools import combinations, product
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from eval.report.page import page
@@ -35,30 +36,21 @@ class Trial:
     failure: str | None = None
 
 
-def front(objectives: Sequence[str], trials: Sequence[Trial]) -> list[Trial]:
-    """Return trials that no other one dominates: at least as good everywhere, better somewhere."""
-    done = [trial for trial in trials if trial.failure is None]
-    losses = np.array([[_loss(trial, name) for name in objectives] for trial in done])
-    is_as_good = (losses[:, None] <= losses).all(axis=-1)  # [i, j]: trial i as trial j
-    dominated = set(np.nonzero(is_as_good & ~is_as_good.T)[1])
-    return [trial for i, trial in enumerate(done) if i not in dominated]
-
-
 def _loss(trial: Trial, objective: str) -> float:
     metric = trial.metrics[objective]
     return float(metric["value"] * (-1 if metric["better"] == "higher" else 1))
 
 
-def _table(objectives: dict[str, str], trials: Sequence[Trial]) -> pd.DataFrame:
+def _table(objectives: dict[str, str], trials: Sequence[Trial], best: set[int]) -> pd.DataFrame:
     """Return the front by its first objective, then the others, then failures, as text."""
-    best, (first, *_) = front(list(objectives), trials), objectives
+    first, *_ = objectives
     names = short_names(set(trials[0].values))
     done = [trial for trial in trials if trial.failure is None]
-    done.sort(key=lambda trial: (trial not in best, _loss(trial, first)))
+    done.sort(key=lambda trial: (trial.number not in best, _loss(trial, first)))
     rows = []
     for trial in [*done, *(trial for trial in trials if trial.failure is not None)]:
         place = "" if trial.failure is None else f"failed: {trial.failure}"
-        row = {"trial": str(trial.number), "place": "front" if trial in best else place}
+        row = {"trial": str(trial.number), "place": "front" if trial.number in best else place}
         for name, metric in objectives.items():
             arrow = ARROWS[trials[0].metrics[name]["better"]]
             row[f"{name}: {heading(metric)} {arrow}"] = measured(trial.metrics.get(name), metric)
@@ -66,16 +58,16 @@ def _table(objectives: dict[str, str], trials: Sequence[Trial]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def to_markdown(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
-    return f"{markdown(_table(objectives, trials))}\n\n{LEGEND}\n"
+def to_markdown(objectives: dict[str, str], trials: Sequence[Trial], best: set[int]) -> str:
+    return f"{markdown(_table(objectives, trials, best))}\n\n{LEGEND}\n"
 
 
-def to_csv(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
+def to_csv(objectives: dict[str, str], trials: Sequence[Trial], best: set[int]) -> str:
     """Return full precision; per objective its metric with value, low and high."""
-    best, rows = front(list(objectives), trials), []
+    rows = []
     for trial in trials:
         failure = " ".join((trial.failure or "").split())
-        row = {"trial": trial.number, "front": int(trial in best), "failure": failure}
+        row = {"trial": trial.number, "front": int(trial.number in best), "failure": failure}
         for (name, metric), part in product(objectives.items(), ("value", "low", "high")):
             score = trial.metrics.get(name, {})
             row[f"{metric}_{part}".removesuffix("_value")] = score.get(part)
@@ -83,30 +75,21 @@ def to_csv(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
     return str(pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n"))
 
 
-def to_json(objectives: dict[str, str], trials: Sequence[Trial]) -> dict[str, Any]:
-    best = front(list(objectives), trials)
-    rows = [
-        {"trial": trial.number, "front": trial in best, "values": trial.values}
-        | {"metrics": trial.metrics, "failure": trial.failure}
-        for trial in trials
-    ]
-    return {"objectives": objectives, "trials": rows}
-
-
-def to_html(objectives: dict[str, str], trials: Sequence[Trial]) -> str:
+def to_html(objectives: dict[str, str], trials: Sequence[Trial], best: set[int]) -> str:
     """Return the table, and one plot per pair of objectives with the front filled."""
-    best = front(list(objectives), trials)
-    others = [trial for trial in trials if trial.failure is None and trial not in best]
+    done = [trial for trial in trials if trial.failure is None]
+    front = [trial for trial in done if trial.number in best]
+    others = [trial for trial in done if trial.number not in best]
     plots = []
     for a, b in combinations(objectives, 2):
         lines = [
             Line(name, index, *([t.metrics[o]["value"] for t in group] for o in (a, b)))
             for index, (name, group) in enumerate(
-                {"on the front": best, "other trials": others}.items(), start=1
+                {"on the front": front, "other trials": others}.items(), start=1
             )
         ]
         title, (x, y) = f"{a} and {b}", (heading(objectives[o]) for o in (a, b))
         svg = lines_plot(lines, x=x, y=y, title=title, is_scatter=True)
         plots.append({"title": title, "svg": svg})
-    table = {"table": _table(objectives, trials), "label": "Trials"}
+    table = {"table": _table(objectives, trials, best), "label": "Trials"}
     return page("Search", [{"text": LEGEND}, table, {"plots": plots}])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -43,15 +42,6 @@ def _read_checkpoint(fact: str, path: str) -> float:
     from lab.models.diffusion_backbone import read_sampling
 
     return read_sampling(path)[fact]
-
-
-def version() -> str:
-    """Return the version of the project."""
-    project = ROOT / "pyproject.toml"  # a checkout's; an installed copy has none
-    if project.is_file():
-        match = re.search(r'^version = "(.+)"', project.read_text(), flags=re.MULTILINE)
-        return match[1] if match else "unknown"
-    return metadata.version("immunization-bench")
 
 
 def rewrite(words: Sequence[str]) -> list[str]:

@@ -21,7 +21,7 @@ from lab.runner.batch import EXIT_INTERRUPTED, discard
 
 
 class SweepLeaderboard(Callback):
-    """Writes ``leaderboard.{md,csv,html}`` and ``report.html`` beside the runs of a multirun."""
+    """Writes ``leaderboard.{md,csv}`` and ``report.html`` beside the runs of a multirun."""
 
     def __init__(self) -> None:
         self.codes = [0]  # exit codes of the jobs that ran in this process

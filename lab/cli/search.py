@@ -10,7 +10,6 @@ reads the finished ones from the cache and goes on.
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +34,7 @@ from lab.cli.tables import publish
 from lab.cluster import launch
 from lab.core import record as records
 from lab.core.config import Count, Index, bind, options
-from lab.core.errors import UserError, nearest
+from lab.core.errors import UserError, as_user_error, nearest
 from lab.core.hashing import write_atomically
 from lab.runner.batch import claim, relative
 from lab.runner.experiment import describe
@@ -83,20 +82,6 @@ class Plan:
                 raise UserError(f"search.space.{option}", plan.space[option], fix)
         return plan
 
-    def distributions(self) -> dict[str, BaseDistribution]:
-        """Return Optuna's distribution of every searched config key.
-
-        Raises:
-            UserError: a range that Optuna cannot draw from.
-        """
-        distributions: dict[str, BaseDistribution] = {}
-        for option, space in self.space.items():
-            try:
-                distributions[f"immunize.{option}"] = _distribution(space)
-            except (TypeError, ValueError) as error:
-                raise UserError(f"search.space.{option}", space, str(error)) from None
-        return distributions
-
 
 def _distribution(space: Any) -> BaseDistribution:
     """Return a list of choices, or ``{low, high, log, step}``, as Optuna's; whole where all are."""
@@ -121,7 +106,8 @@ def search(cfg: DictConfig, folder: Path) -> int:
         print(OmegaConf.to_yaml(cfg.search))
         return 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = plan.distributions()
+    with as_user_error("search.space", plan.space, "Optuna cannot draw from it."):
+        space = {f"immunize.{option}": _distribution(s) for option, s in plan.space.items()}
     preset = {key: OmegaConf.select(cfg, key) for key in space}
     study = optuna.create_study(
         directions=["minimize"] * len(plan.objectives),
@@ -145,11 +131,12 @@ def search(cfg: DictConfig, folder: Path) -> int:
             study.tell(proposed, state=optuna.trial.TrialState.FAIL)
         trials.append(trial)
         paths.append(place / "record.json")
-        _write(folder, plan, trials)
+        best = {done.number for done in study.best_trials}
+        _write(folder, plan, trials, best)
     finished = [records.read(path) for path in paths if path.is_file()]
     publish(finished, folder)
-    print(f"\n{pareto.to_markdown(plan.objectives, trials)}")
-    print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html, .json)")
+    print(f"\n{pareto.to_markdown(plan.objectives, trials, best)}")
+    print(f"search: {relative(folder / 'pareto.md')} (also .csv, .html)")
     return max(map(exit_code, finished))
 
 
@@ -195,14 +182,9 @@ def _objectives(record: records.Record, plan: Plan) -> dict[str, Any]:
     return scores
 
 
-def _write(folder: Path, plan: Plan, trials: list[Trial]) -> None:
+def _write(folder: Path, plan: Plan, trials: list[Trial], best: set[int]) -> None:
     """Write the table after every trial, so that an interrupted search has it too."""
-    content = records.clean(pareto.to_json(plan.objectives, trials))
-    tables = {
-        "md": pareto.to_markdown(plan.objectives, trials),
-        "csv": pareto.to_csv(plan.objectives, trials),
-        "html": pareto.to_html(plan.objectives, trials),
-        "json": json.dumps(content, indent=1) + "\n",
-    }
-    for name, text in tables.items():
-        write_atomically(folder / f"pareto.{name}", text.encode())
+    tables = {"md": pareto.to_markdown, "csv": pareto.to_csv, "html": pareto.to_html}
+    for suffix, write in tables.items():
+        text = write(plan.objectives, trials, best)
+        write_atomically(folder / f"pareto.{suffix}", text.encode())

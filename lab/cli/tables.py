@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 
 from eval.report import compare as comparing
 from eval.report.html import render
-from eval.report.leaderboard import leaderboard, to_csv, to_html, to_markdown, to_text
+from eval.report.leaderboard import leaderboard, to_csv, to_markdown, to_text
 from lab import api
 from lab.cluster.status import lost_runs
 from lab.core import record as records
@@ -23,16 +23,16 @@ from lab.runner.batch import relative
 def publish(
     loaded: Sequence[records.Record], folder: Path, lost: Sequence[records.Record] = ()
 ) -> None:
-    """Write leaderboard (Markdown, CSV, HTML) and report of ``loaded`` to ``folder``.
+    """Write leaderboard (Markdown, CSV) and report of ``loaded`` to ``folder``.
 
     ``lost`` have a row in the leaderboard, see `lab.cluster.status.lost_runs`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = leaderboard([*loaded, *lost])
-    for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows)), ("html", to_html(rows))):
+    for name, text in (("md", to_markdown(rows)), ("csv", to_csv(rows))):
         write_atomically(folder / f"leaderboard.{name}", text.encode())
     print(f"\n{to_text(rows)}")
-    print(f"\nleaderboard: {relative(folder / 'leaderboard.md')} (also .csv, .html)")
+    print(f"\nleaderboard: {relative(folder / 'leaderboard.md')} and .csv")
     print(f"report: {relative(render(loaded, folder / 'report.html'))}")
 
 
@@ -60,7 +60,7 @@ def write_report(cfg: DictConfig) -> None:
 
 
 def write_leaderboard(cfg: DictConfig) -> None:
-    """Write Markdown, CSV and HTML over any set of records."""
+    """Write the leaderboard and the report over any set of records."""
     places = [Path(place) for place in cfg.records or [cfg.paths.runs]]
     with _loaded(cfg) as loaded:
         if loaded:

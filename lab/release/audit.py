@@ -28,7 +28,7 @@ from lab.core.hashing import state_hash, write_atomically
 from lab.core.images import expand_path
 from lab.core.record import Record
 from lab.core.sources import ROOT
-from lab.models.diffusion_backbone import PARTS, folder_of
+from lab.models.diffusion_backbone import locate_folder
 from lab.release.verify import FACTS
 from lab.runner.assemble import Parts, assemble, read_fail_on
 from lab.runner.experiment import relative, run_once
@@ -85,7 +85,7 @@ def prepare(cfg: DictConfig) -> DictConfig:
     prepared = copy.deepcopy(cfg)
     checks: tuple[Callable[[DictConfig], object], ...] = (
         _check_groups,
-        _check_checkpoint,
+        lambda c: locate_folder(str(c.backbone.path), "path"),
         _read_concepts,
         _check_scorers,
         _share_searches,
@@ -105,23 +105,6 @@ def _check_groups(cfg: DictConfig) -> None:
 def _listed(value: Any) -> list[str]:
     """Return a config value that is a list, a single word or null."""
     return [value] if isinstance(value, str) else list(value or ())
-
-
-def _check_checkpoint(cfg: DictConfig) -> None:
-    path = str(cfg.backbone.path)
-    folder = folder_of(path)
-    if not (folder / "model_index.json").is_file():
-        fix = (
-            "there is no such folder in diffusers layout (model_index.json). "
-            "`hf download OWNER/NAME --local-dir DIR` fetches one; StableDiffusionPipeline."
-            "from_single_file(FILE).save_pretrained(DIR) converts a single file."
-        )
-        raise UserError("path", path, fix)
-    with as_user_error("path", folder, "its model_index.json is damaged."):
-        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    empty = [p for p in PARTS if p in index and not any((folder / p).glob("*.safetensors"))]
-    if empty:
-        raise UserError("path", folder, f"lacks safetensors weights in {', '.join(empty)}.")
 
 
 def _read_concepts(cfg: DictConfig) -> None:

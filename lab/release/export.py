@@ -23,8 +23,6 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
@@ -42,8 +40,8 @@ from lab.core.hashing import state_hash
 from lab.core.provenance import versions
 from lab.core.record import Record, Stored
 from lab.core.slugs import searched_attack
-from lab.core.sources import PACKAGES, ROOT
-from lab.core.types import BASELINE, IMMUNIZED, Attacker, Backbone, Trajectory, clone
+from lab.core.sources import PACKAGES
+from lab.core.types import BASELINE, IMMUNIZED, Backbone, Trajectory, clone
 from lab.models.diffusion import DiffusionModel
 from lab.models.linear import LinearExtractor
 from lab.models.vision import VisionBackbone, VisionModel
@@ -439,7 +437,6 @@ def make_card(record: Record, facts: dict[str, Any], credits: Sequence[str]) -> 
         str(_TEMPLATE),
         record=record,
         facts=facts,
-        attackers=find_attackers(kind),
         cells=[
             cell | {"attack": searched_attack(cell["attack"])}
             for cell in record["cells"]
@@ -466,20 +463,6 @@ def format_settings(node: dict[str, Any]) -> str:
     plain = flatten({key: value for key, value in node.items() if key not in _SKIPPED})
     shown = {key: value for key, value in plain.items() if not key.endswith("_target_")}
     return ", ".join(f"`{key}={typed(value)}`" for key, value in shown.items())
-
-
-def find_attackers(kind: str) -> list[str]:
-    """Return the attackers of ``conf/attacks`` that take models of ``kind``."""
-    names = sorted(path.stem for path in (ROOT / "conf" / "attacks").glob("*.yaml"))
-    state = GlobalHydra.instance().hydra  # of the action that is running
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        nodes = compose("config", overrides=[f"attacks=[{','.join(names)}]"]).attacks
-    GlobalHydra.instance().hydra = state
-    classes: dict[str, type[Attacker]] = {
-        name: get_class(node._target_) for name, node in nodes.items()
-    }
-    return [name for name, attacker in classes.items() if kind in attacker.accepts]
 
 
 # ---- hub

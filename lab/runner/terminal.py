@@ -17,9 +17,11 @@ _COLOURS = {"✓": 32, "✗": 31, "?": 33}  # green, red, yellow
 def figures(record: Record) -> dict[str, str]:
     """Return heading → value with its 95 % interval of the figures that count, where measured."""
     metrics = record["metrics"]
-    shown = {h: measured(metrics.get(name), name) for h, name in key_figures(record).items()}
-    if "asr_baseline" in metrics and "attack success" in shown:
-        shown["attack success"] += f", baseline {measured(metrics['asr_baseline'], 'asr')}"
+    shown = {}
+    for heading, name in key_figures(record).items():
+        shown[heading] = measured(metrics.get(name), name)
+        if f"{name}_baseline" in metrics:
+            shown[heading] += f", baseline {measured(metrics[f'{name}_baseline'], name)}"
     if "utility_detection_drop" in metrics:
         name = "utility_detection_drop"
         shown["utility lost"] = measured(metrics[name], name)

@@ -160,7 +160,7 @@ def test_all_mistakes_are_in_one_message(tmp_path):
         (["+audit.search.lorra={mode: grid}"], r"did you mean lora"),
         (["launch=cpu"], r"launch=cpu: .*launch=none"),
         (["concepts=/nowhere.yaml"], r"concepts=/nowhere.yaml: "),
-        (["path=OWNER/MODEL"], r"path=OWNER/MODEL: .*hf download"),
+        (["path=OWNER/MODEL"], r"path=OWNER/MODEL: must be a folder on this machine"),
     ],
 )
 def test_what_cannot_be_audited(overrides, message):

@@ -14,7 +14,7 @@ from fake_records import attacked, failed, metric, record, sealed, sweep
 
 from eval.report import html
 from eval.report.html import render
-from eval.report.leaderboard import leaderboard, to_html, to_markdown
+from eval.report.leaderboard import leaderboard, to_markdown
 from eval.report.plots import Line, lines_plot
 from eval.report.studies import option_blocks
 from lab.core.record import read, write
@@ -45,7 +45,7 @@ def hostile() -> dict:
 def test_strings_of_a_record_are_escaped_everywhere(tmp_path: Path) -> None:
     one = hostile()
     page = render([one, failed()], tmp_path / "r.html").read_text()
-    for text in (page, to_html(leaderboard([one])), to_markdown(leaderboard([one]))):
+    for text in (page, to_markdown(leaderboard([one]))):
         assert "<script" not in text
         assert "<img" not in text
     assert "{{ 7*7 }}" in page  # data is never a template
