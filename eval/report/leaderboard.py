@@ -323,6 +323,8 @@ def strongest_attack(record: Record) -> str:
 def headline(group: Sequence[Row]) -> Outcome:
     """Return who wins a group, by which margin and how surely; of one method its own outcome."""
     ranked = [row for row in group if row.rank is not None]
+    # the reference competes with nothing but itself
+    ranked = [row for row in ranked if row.record["immunizer"] != REFERENCE] or ranked
     first, *others = ranked or group
     if len(ranked) < 2:
         return first.outcome
