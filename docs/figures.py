@@ -169,7 +169,7 @@ def draw_slowdowns(values: dict[str, Any]) -> Figure:
         values["points"],
         values["limits"],
         x,
-        "relearning slowdown of the least-protected target, × (higher is better)",
+        "slowdown of the least-protected target, × (higher is better)",
     )
 
 
