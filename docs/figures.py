@@ -97,7 +97,7 @@ def table(records: str, rows: dict[str, str], columns: dict[str, str] = TEXT_TO_
         columns: Heading → metric and how to show it, ``"asr percent interval"``.
     """
     body = [
-        [label, *(score(records, method, shown.split()[0], shown) for shown in columns.values())]
+        [label, *(score(records, method, *shown.split(" ", 1)) for shown in columns.values())]
         for label, method in rows.items()
     ]
     return markdown([["Method", *columns], *body])
@@ -115,7 +115,7 @@ def grid(records: str, shown: str, rows: dict[str, str], columns: dict[str, str]
     def cell(name: str) -> str:
         stored = read(records, name)
         if stored["status"] != "diverged":
-            return score(records, name, shown.split()[0], shown)
+            return score(records, name, *shown.split(" ", 1))
         return f"diverges at step {stored['error']['last_good_step'] + 1}"
 
     body = [
