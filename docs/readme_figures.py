@@ -29,6 +29,7 @@ METHODS = {  # label → record
     "never saw the targets": "retrained",
     "MIMA, a third of the step": "mima_lr_1e-4",
     "MIMA": "mima",
+    "mima_deep (ours)": "mima_deep",
     "another seed (control)": "other_seed",
     "weight noise (control)": "weight_noise",
 }
