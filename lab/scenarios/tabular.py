@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -234,17 +234,15 @@ def drop_combinations(data: Features, groups: dict[str, Mask]) -> Features:
     return data
 
 
-def scaled(x: Matrix, raw: Matrix, groups: Sequence[Mask], train: Mask, scaling: Scaling) -> Matrix:
-    """Return the features [n, d] in other units.
+def scaled(x: Matrix, groups: Sequence[Mask], train: Mask, scaling: Scaling) -> Matrix:
+    """Return the features [n, d] in other units; ``standard`` and ``none`` leave them as they are.
 
     Args:
-        x, raw: standardized features and those in the units of the data.
+        x: standardized features, for ``none`` those in the units of the data.
         groups: rows of each task [n].
         train: training rows of either task [n].
         scaling: as in `Tabular`.
     """
-    if scaling == "none":
-        return raw
     if scaling == "min_max":
         low, high = x[train].min(0), x[train].max(0)
         return (x - low) / (high - low)
@@ -389,8 +387,9 @@ class Tabular(Scenario):
         data = drop_constant(prepare(features, rows), groups)
         if data.x.shape[1]:
             data = drop_combinations(data, groups)
-        raw = prepare(features[list(data.x.columns)], rows, standardize=False).x.to_numpy()
-        x = scaled(data.x.to_numpy(), raw, (benign, ~benign), rows, self.scaling)
+        if self.scaling == "none":
+            data = replace(data, x=prepare(features[list(data.x)], rows, standardize=False).x)
+        x = scaled(data.x.to_numpy(), (benign, ~benign), rows, self.scaling)
         if self.intercept:
             x = np.hstack([x, np.ones((len(x), 1))])
         ranks = [int(np.linalg.matrix_rank(x[own])) if x.size else 0 for own in groups.values()]

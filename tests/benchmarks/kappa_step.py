@@ -24,6 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from immunize.kappa.method import Kappa
+from immunize.kappa.trainer import KappaTrainer
 from lab.core.data import Case, Role, Split, Task
 from lab.models.linear import LinearBackbone, LinearExtractor
 
@@ -66,6 +67,16 @@ def plain_step(theta: torch.Tensor, x_p: torch.Tensor, x_h: torch.Tensor) -> tor
     return (theta - ETA * update).detach()
 
 
+def timed_step(trainer: KappaTrainer, step: int) -> float:
+    """Make one step of this project and return its seconds."""
+    started = time.perf_counter()
+    trainer.descend(step)
+    trainer.engine.finish()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+    return time.perf_counter() - started
+
+
 def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, float]:
     """Seconds per step of this project and of the loop; difference of the last iterates as a share
     of the distance moved, and that distance.
@@ -87,12 +98,7 @@ def compare(case: Case, steps: int) -> tuple[list[float], list[float], float, fl
     x_p, x_h = (task.train.x for task in case.tasks)
     for step in range(steps):
         rows_p, rows_h = (trainer.batch(task, step) for task in (0, 1))
-        started = time.perf_counter()
-        trainer.descend(step)
-        trainer.engine.finish()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        ours.append(time.perf_counter() - started)
+        ours.append(timed_step(trainer, step))
         started = time.perf_counter()
         theta = plain_step(theta, x_p[rows_p], x_h[rows_h])
         theirs.append(time.perf_counter() - started)
@@ -138,12 +144,7 @@ def seconds(case: Case, batch: int, steps: int, straightforward: bool) -> tuple[
     x_p, x_h = (task.train.x for task in case.tasks)
     ours, theirs = [], [0.0]
     for step in range(steps):
-        started = time.perf_counter()
-        trainer.descend(step)
-        trainer.engine.finish()
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        ours.append(time.perf_counter() - started)
+        ours.append(timed_step(trainer, step))
         if straightforward:
             started = time.perf_counter()
             plain_step(model.theta.detach(), x_p, x_h)
