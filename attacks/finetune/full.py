@@ -20,8 +20,9 @@ from lab.core.types import FeatureModel
 from lab.models.activations import prefix
 
 _EVALUATION_ROWS = 256
-# where the search for a rate starts: common defaults of the two
-_CENTRES = {"adam": 1e-3, "sgd": 1e-2}
+# where the search for a rate starts: common defaults; Gauss-Newton: the full step
+_CENTRES = {"adam": 1e-3, "sgd": 1e-2, "gauss_newton": 1.0}
+_DAMPING = 1e-3  # of Gauss-Newton, relative to the mean of the kernel's diagonal: as K-FAC's
 
 
 @dataclass
@@ -44,15 +45,23 @@ class Adaptation(FeatureAttack):
     are. Snapshots hold ``train_loss``, ``test_loss`` and, for classification, the accuracies.
 
     Args:
-        optimizer: ``adam`` | ``sgd`` (heavy ball, 0.9), both as in torch.
+        optimizer: ``adam`` | ``sgd`` (heavy ball, 0.9), both as in torch | ``gauss_newton``: θ ← θ
+            − η Jᵀ(JJᵀ + λI)⁻¹(f − y) on each batch, JJᵀ the empirical neural tangent kernel
+            [rows·classes, rows·classes], λ = 1e-3 times its mean diagonal; squared loss only. J is
+            held in memory: rows · classes · parameters numbers.
         blocks: last blocks that move; None = all. Blocks without parameters do not count.
 
     Raises:
         UserError: when called, more blocks than the model has.
     """
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "gauss_newton"] = "adam"
     blocks: Count | None = None
+
+    def __post_init__(self) -> None:
+        if self.optimizer == "gauss_newton" and self.loss != "squared":
+            fix = "gauss_newton descends the squared loss; set loss=squared."
+            raise UserError(f"attacks.{self.name}.loss", self.loss, fix)
 
     @abstractmethod
     def open(self, net: FeatureModel, seed: int) -> TrainedPart:
@@ -136,7 +145,8 @@ class _Network:
         if self.attack.optimizer == "adam":
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(self.parameters)
         else:
-            self.optimizer = torch.optim.SGD(self.parameters, momentum=0.9)
+            momentum = 0.9 if self.attack.optimizer == "sgd" else 0.0
+            self.optimizer = torch.optim.SGD(self.parameters, momentum=momentum)
 
     def _scores(self, x: Tensor) -> Tensor:
         if self.moving.start == 0:
@@ -158,8 +168,27 @@ class _Network:
             x, y = x[rows], y[rows]
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.zero_grad()
-        self._objective(self._scores(x), y).backward()
+        scores = self._scores(x)
+        if self.attack.optimizer == "gauss_newton":
+            self._set_gauss_newton(scores, y)
+        else:
+            self._objective(scores, y).backward()
         self.optimizer.step()
+
+    def _set_gauss_newton(self, scores: Tensor, y: Tensor) -> None:
+        """Leave Jᵀ(JJᵀ + λI)⁻¹(scores − targets) in ``.grad`` of the parameters."""
+        (slope,) = torch.autograd.grad(self._objective(scores, y), scores, retain_graph=True)
+        residual = slope.flatten() * len(scores)
+        eye = torch.eye(len(residual), dtype=self.dtype)
+        jacobian = torch.autograd.grad(
+            scores.flatten(), self.parameters, eye, is_grads_batched=True
+        )
+        rows = [part.flatten(1) for part in jacobian]
+        kernel = sum((part @ part.T for part in rows), torch.zeros_like(eye))
+        kernel = kernel + _DAMPING * kernel.diagonal().mean() * eye
+        weights = torch.linalg.solve(kernel, residual)
+        for parameter, part in zip(self.parameters, rows, strict=True):
+            parameter.grad = (weights @ part).view_as(parameter)
 
     @torch.no_grad()
     def _all_scores(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -40,6 +41,11 @@ class LinearProbe(FeatureAttack):
         damping: of ``kfac``; None = 1e-3.
         tolerance: of ``whitening`` and ``newton``: drop directions whose singular value is below
             this share of the largest; None = the numerical rank.
+        rank: of ``low_rank``; None = 10.
+        rows: what the attacker trains on. ``all``; ``away``: the half of its rows with the largest
+            angles to the dominant subspace of the features, so that its Hessian is better
+            conditioned; ``drift``: mini-batches in the order of these angles, the largest first, so
+            that the data drift towards the subspace in every epoch.
     """
 
     name: Text = "linear_probe"
@@ -53,6 +59,7 @@ class LinearProbe(FeatureAttack):
         "newton",
         "whitening",
         "kfac",
+        "low_rank",
     ] = "gd_exact_line_search"
     lr_trials: Count = 7
     batch_size: Count | None = None
@@ -60,6 +67,8 @@ class LinearProbe(FeatureAttack):
     standardize: Flag = False
     damping: Positive | None = None
     tolerance: Annotated[float, Field(strict=True, ge=0, lt=1)] | None = None
+    rank: Count | None = None
+    rows: Literal["all", "away", "drift"] = "all"
 
     def __post_init__(self) -> None:
         # the record would claim a rate or a batch size that nothing reads
@@ -67,9 +76,40 @@ class LinearProbe(FeatureAttack):
         if not OPTIMIZERS[self.optimizer].uses_rate and options != ("auto", None, "constant"):
             fix = "takes a line search over all rows: leave lr, batch_size and schedule out."
             raise UserError(f"attacks.{self.name}.optimizer", self.optimizer, fix)
+        if self.rows == "drift" and self.batch_size is None:
+            fix = (
+                "draws mini-batches: set batch_size, with optimizer sgd, momentum, adam or adagrad."
+            )
+            raise UserError(f"attacks.{self.name}.rows", self.rows, fix)
 
     def learner(self, model: FeatureModel, task: Task, seed: int) -> FeatureLearner:
+        if self.rows != "all":
+            order = _sort_by_angle(features(model, task.train.x))
+            if self.rows == "away":
+                order = order[: (len(order) + 1) // 2]
+            task = replace(task, train=Split(task.train.x[order], task.train.y[order]))
         return _Head(self, model, task, seed)
+
+    def batch(self, step: int, task: Task, seed: int) -> Tensor | None:
+        """Return the row numbers of mini-batch ``step``, or None for all rows; ``drift`` takes rows
+        in their order.
+        """
+        size = self.batch_size
+        if self.rows != "drift" or size is None or size >= len(task.train):
+            return super().batch(step, task, seed)
+        start = step % (len(task.train) // size) * size
+        return torch.arange(start, start + size)
+
+
+def _sort_by_angle(z: Tensor, energy: float = 0.9) -> Tensor:
+    """Return row numbers [n] of features [n, d] by their angle to the leading right-singular
+    subspace that holds ``energy`` of ‖Z‖²_F, largest first.
+    """
+    z = z.to(torch.float64)
+    _, s, vt = torch.linalg.svd(z, full_matrices=False)
+    leading = int((s.square().cumsum(0) < energy * s.square().sum()).sum()) + 1
+    inside = (z @ vt[:leading].T).square().sum(1) / z.square().sum(1).clamp_min(1e-300)
+    return torch.argsort(inside, stable=True)
 
 
 def _targets(split: Split, task: Task) -> Tensor:
@@ -101,7 +141,10 @@ class _Head:
             z, _targets(task.train, task), ridge=probe.ridge, gram=kind.gram, dtype=train.dtype
         )
         self.optimizer = kind(
-            self.problem, damping=probe.damping or 1e-3, tolerance=probe.tolerance
+            self.problem,
+            damping=probe.damping or 1e-3,
+            tolerance=probe.tolerance,
+            rank=probe.rank or 10,
         )
         self.uses_rate, self.centre = kind.uses_rate, self.optimizer.centre()
         self.reset, self.tensors = self.optimizer.reset, self.optimizer.tensors

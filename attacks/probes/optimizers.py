@@ -31,15 +31,22 @@ class Optimizer(ABC):
     Args:
         damping: of `KFAC`.
         tolerance: of `Whitening` and `Newton`: relative singular value, None = numerical rank.
+        rank: of `LowRank`: leading eigendirections that it preconditions.
     """
 
     uses_rate: ClassVar[bool] = False  # takes a learning rate and mini-batches
     gram: ClassVar[bool] = True  # ZᵀZ may stand in for Z; not where small eigenvalues matter
 
     def __init__(
-        self, problem: Problem, *, damping: float = 1e-3, tolerance: float | None = None
+        self,
+        problem: Problem,
+        *,
+        damping: float = 1e-3,
+        tolerance: float | None = None,
+        rank: int = 10,
     ) -> None:
-        self.problem, self.damping, self.tolerance = problem, damping, tolerance
+        self.problem, self.damping = problem, damping
+        self.tolerance, self.rank = tolerance, rank
         self.reset()
 
     def reset(self) -> None:
@@ -240,6 +247,22 @@ class Newton(LineSearch):
         return self.map @ _conjugate_gradients(product, b, tolerance)
 
 
+class LowRank(LineSearch):
+    """Newton in the ``rank`` leading eigendirections of ZᵀZ/n, steepest descent at the scale of the
+    next one elsewhere, with exact line search: a second-order attacker that stores few directions
+    (deflation; cf. Frangella et al., randomized Nyström preconditioning, arXiv 2110.02820).
+    """
+
+    gram = False
+
+    def direction(self, g: Tensor) -> Tensor:
+        f, rank = self.problem.spectrum, min(self.rank, len(self.problem.spectrum.s) - 1)
+        eigenvalues = f.s**2 / self.problem.n + self.problem.ridge
+        gain = eigenvalues[rank] / eigenvalues[:rank] - 1  # of the leading directions, above 1
+        v = f.v[:, :rank]
+        return -(g + v @ (gain[:, None] * (v.T @ g)))
+
+
 def newton_optimum(problem: Problem) -> Tensor:
     """Return weights near the infimum of cross entropy: Newton until the gradient is 1e-10 of the
     first, or 40 steps.
@@ -309,4 +332,5 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     "newton": Newton,
     "whitening": Whitening,
     "kfac": KFAC,
+    "low_rank": LowRank,
 }

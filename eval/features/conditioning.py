@@ -29,10 +29,12 @@ from eval.stats.aggregate import (
 )
 from eval.stats.intervals import POSITIVE, SHARE, Better, joined, score_samples
 from lab.core.condition import (
+    PRECONDITIONERS,
     Bound,
     Definition,
     condition_number,
     numerical_rank,
+    precondition,
     rank_tolerance,
     relative_immunization_ratio,
     rir_bound,
@@ -75,6 +77,8 @@ def compute_condition_number(
         ValueError: numbers that are not finite, or a zero matrix.
     """
     values, ranks = [], []
+    if definition in PRECONDITIONERS:
+        groups, definition = [precondition(x, definition)[0] for x in groups], "rank"
     for x in groups:
         s = singular_values(x)
         ranks.append(_rank(s, x))
@@ -93,21 +97,22 @@ def compute_condition_number(
 class Conditioning(RunMetric):
     """RIR, κ of both Hessians before and after, the bound and its ratio, curves, spectra.
 
-    The Hessian is XᵀX of the features of the training rows. Linear extractors use all rows; for
-    deep ones κ is averaged over ``groups`` seeded groups of ``size`` rows (arXiv 2505.23760 §5.2)
-    and the spread is reported. θ_0 is the baseline model. With several harmful tasks the one with
-    the smallest RIR counts. Where immunization moves the numerical rank of a linear model's
-    Hessian, κ before and after are over different directions: such a pair has no RIR of the
-    ``rank`` definition, and the note counts it (also for the range variant of the closed form on a
-    singular K_P, which changes the rank by construction). A case whose immunization diverged counts
-    as RIR ≤ 1 in ``rir_above_one`` and is left out elsewhere.
+    The Hessian is XᵀX of the features of the training rows. Linear extractors use all rows, unless
+    ``groups`` is set; for deep ones κ is averaged over seeded groups of ``size`` rows (arXiv
+    2505.23760 §5.2) and the spread is reported. θ_0 is the baseline model. With several harmful
+    tasks the one with the smallest RIR counts. Where immunization moves the numerical rank of a
+    linear model's Hessian, κ before and after are over different directions: such a pair has no RIR
+    of the ``rank`` definition, and the note counts it (also for the range variant of the closed
+    form on a singular K_P, which changes the rank by construction). A case whose immunization
+    diverged counts as RIR ≤ 1 in ``rir_above_one`` and is left out elsewhere.
 
     Args:
         definition: of κ, see `lab.core.condition.condition_number`. Every name gets the suffix
-            ``_ridge`` or ``_release`` unless it is ``rank``; bounds, spectra and curves exist for
-            ``rank`` alone.
+            ``_DEFINITION`` unless it is ``rank``; bounds, spectra and curves exist for ``rank``
+            alone.
         ridge: λ of the ``ridge`` definition, > 0 there.
-        groups, size: row groups of deep extractors.
+        groups, size: number of row groups and rows in each. Without ``groups``: 20 groups of a
+            deep extractor, all rows of a linear one.
     """
 
     accepts: ClassVar[frozenset[Kind]] = frozenset({"linear", "deep"})
@@ -115,7 +120,7 @@ class Conditioning(RunMetric):
     name: Text = "conditioning"
     definition: Definition = "rank"
     ridge: NonNegative = 0.0
-    groups: Count = 20
+    groups: Count | None = None
     size: Annotated[int, Field(strict=True, ge=2)] = 100
 
     def __post_init__(self) -> None:
@@ -166,9 +171,9 @@ class Conditioning(RunMetric):
 
     def _groups(self, x: Tensor, model: FeatureModel, seed: int) -> list[Tensor]:
         """Return the groups of rows that κ is averaged over."""
-        if model.kind == "linear":
+        if model.kind == "linear" and self.groups is None:
             return [x]
-        return [x[rows] for rows in row_groups(len(x), self.groups, self.size, seed)]
+        return [x[rows] for rows in row_groups(len(x), self.groups or 20, self.size, seed)]
 
     def _pair(
         self,

@@ -14,7 +14,7 @@ from eval.features.conditioning import Conditioning, worst_pair
 from eval.features.trajectories import worst_slowdown
 from eval.stats.aggregate import ROLES, left_out, read_once, walk
 from eval.stats.intervals import MIN_SEEDS, Better, Floats, interval_kind, joined
-from lab.core.condition import principal_angles
+from lab.core.condition import PRECONDITIONERS, principal_angles
 from lab.core.config import Text, config
 from lab.core.data import Case, Kind
 from lab.core.errors import UserError
@@ -26,6 +26,7 @@ MIN_CASES = 8  # a rank correlation over fewer pairs has an interval as wide as 
 Row = dict[str, Any]
 CORRELATIONS = {  # metric → columns of `_points`
     "transfer": ("rir", "relative_slowdown"),
+    **{f"transfer_{p}": (f"rir_{p}", "relative_slowdown") for p in PRECONDITIONERS},
     "transfer_harmful": ("kappa", "harmful_slowdown"),
     "angle_predicts_slowdown": ("angle", "relative_slowdown"),
     "angle_change_predicts_slowdown": ("angle_change", "relative_slowdown"),
@@ -38,7 +39,9 @@ class Transfer(RunMetric):
     feels, per attacker.
 
     Relative slowdown is the slowdown on the harmful task ÷ the slowdown on the benign task.
-    ``transfer_ATTACK``: ρ of RIR against the relative slowdown.
+    ``transfer_ATTACK``: ρ of RIR against the relative slowdown; ``transfer_PRECONDITIONER_ATTACK``:
+    of the RIR of the Hessian after the preconditioner of an optimizer
+    (`lab.core.condition.precondition`).
     ``transfer_harmful_ATTACK``: ρ of κ_H after ÷ before against the harmful slowdown alone.
     ``angle_predicts_rir``: ρ of the mean principal angle between both tasks before immunization
     against RIR.
@@ -80,6 +83,15 @@ class Transfer(RunMetric):
             (seed, case.name): _measure_change(run, case, seed, worst_pair(pairs, seed, case))
             for seed, case in walk(run, "angles")
         }
+        for p in PRECONDITIONERS:
+            seen, _ = Conditioning(definition=p).measure(run, bounds=False)
+            for (seed, name), change in changes.items():
+                rows = (
+                    r
+                    for r in seen
+                    if (r["seed"], r["case"], r["task"]) == (seed, name, change["task"])
+                )
+                change[f"rir_{p}"] = next(rows)["rir"]
         same_rank = [change for change in changes.values() if change["rir"] is not None]
         moved, total = len(changes) - len(same_rank), len(changes)
         dropped = f"{moved} of {total} cases left out: the numerical rank moved" if moved else None
@@ -94,7 +106,7 @@ class Transfer(RunMetric):
             censored = sum(point["censored"] for point in points)
             row: Row = {"attack": attack}
             for name, pair in CORRELATIONS.items():
-                by_kappa = pair[0] in ("rir", "kappa")
+                by_kappa = pair[0].startswith(("rir", "kappa"))
                 used = with_rir if by_kappa else points
                 count = f"{len(used)} of {total} cases; censored in {censored}"
                 note = joined(count, dropped if by_kappa else None, left_out(run))
@@ -144,7 +156,7 @@ def _measure_change(run: RunView, case: Case, seed: int, pair: Row) -> Row:
         model = run.model(name, case, seed)
         benign, harmful = (features(model, task.train.x) for task in tasks)
         angles.append(float(principal_angles(benign, harmful).mean()))
-    labels = {"case": case.name, "seed": seed}
+    labels = {"case": case.name, "seed": seed, "task": pair["task"]}
     change = {"rir": pair["rir"], "kappa": pair["kappa_harmful_ratio"]}
     return {**labels, **change, "angle": angles[0], "angle_change": angles[1] - angles[0]}
 

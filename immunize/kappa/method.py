@@ -17,7 +17,7 @@ from torch import Tensor
 
 from immunize.kappa import spectral
 from immunize.kappa.trainer import TINY, GradientImmunizer, Head, KappaTrainer
-from lab.core.condition import singular_values
+from lab.core.condition import Preconditioner, precondition, singular_values
 from lab.core.config import Count, Flag, NonNegative, Positive, PositiveShare, Text, config
 from lab.core.data import Case
 from lab.core.errors import UserError
@@ -45,7 +45,8 @@ class Kappa(GradientImmunizer):
             released).
         rank_tolerance: relative to σ_max of the feature matrix; None for max(n, d)·ε.
         cluster_tolerance: relative width of the cluster of extremal eigenvalues that is averaged.
-        optimizer_aware: ``diagonal`` measures κ after the attacker's own Jacobi preconditioner.
+        optimizer_aware: the optimizer after whose own preconditioner κ is measured
+            (`lab.core.condition.precondition`).
         supervised: weight of L(D_P); its head is fitted to θ_0 first and then moves along.
         lambda_schedule: ``fixed`` or ``corridor`` (dual ascent, in units of the initial λ): λ_P ←
             [λ_P + ρλ_P0(log κ_P − log κ_P0 − log c_P)]₊ and λ_H ← [λ_H + ρλ_H0(log κ_H0 + log c_H −
@@ -80,7 +81,7 @@ class Kappa(GradientImmunizer):
     rank_rule: Literal["rank", "dimension"] = "rank"
     rank_tolerance: Annotated[float, Field(strict=True, gt=0, lt=1)] | None = None
     cluster_tolerance: Annotated[float, Field(strict=True, ge=0, lt=1)] = 0.0
-    optimizer_aware: Literal["none", "diagonal"] = "none"
+    optimizer_aware: Literal["none"] | Preconditioner = "none"
     supervised: NonNegative = 1.0
     lambda_schedule: Literal["fixed", "corridor"] = "fixed"
     corridor_rate: NonNegative = 0.1
@@ -186,7 +187,7 @@ class SpectralTrainer(KappaTrainer):
         unit = float(singular_values(y)[0]) * share
         if self.o.optimizer_aware == "none":
             return unit, unit
-        return unit, float(singular_values(spectral.diagonal_preconditioner(y)[0])[0])
+        return unit, float(singular_values(precondition(y, self.o.optimizer_aware)[0])[0])
 
     def rows(self, task: int, step: int) -> tuple[Tensor, Tensor]:
         """Return the row numbers [m] of an estimate and square roots of their weights [m, 1]."""
@@ -207,8 +208,8 @@ class SpectralTrainer(KappaTrainer):
         if not bool(torch.isfinite(y).all()):
             raise FloatingPointError("features are not finite")
         matrix, pull = y * roots, None
-        if o.optimizer_aware == "diagonal":
-            matrix, pull = spectral.diagonal_preconditioner(matrix)
+        if o.optimizer_aware != "none":
+            matrix, pull = precondition(matrix, o.optimizer_aware)
         factor = spectral.thin_factor(matrix, o.rank_tolerance)
         if len(factor.s) < 2:
             raise FloatingPointError(

@@ -107,23 +107,6 @@ def feature_gradient(factor: Factor, slope: Tensor) -> Tensor:
     return (factor.u * (2.0 * factor.s * slope)) @ factor.vt
 
 
-def diagonal_preconditioner(y: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """What an attacker with a diagonal preconditioner sees: Ỹ = Y D, D_jj = 1/‖Y_·j‖ (Jacobi
-    scaling of H).
-
-    Returns Ỹ [n, d] and the pullback from ∂f/∂Ỹ to ∂f/∂Y, exact through D. Zero columns are left
-    alone.
-    """
-    norms = y.norm(dim=0)
-    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
-    scaled = y / norms
-
-    def pull(gradient: Tensor) -> Tensor:
-        return (gradient - scaled * (scaled * gradient).sum(0)) / norms
-
-    return scaled, pull
-
-
 def preconditioned_step(x: Tensor, gradient: Tensor, ridge: float = 0.0) -> Tensor:
     """Return (K + ρI)⁻¹XᵀG [d, e] for K = XᵀX and ``gradient`` G [n, e]; pseudo-inverse for ρ = 0.
 

@@ -356,7 +356,7 @@ class Setup:
         keep = Pool.encode(model, prior_images(self.case, "keep"), self.dtype)
         batches = self._recorded(keep, self.config.batch_size, "null space")
         inputs = record_inputs(model, names, batches, 1024, self.seed, "null space")
-        directions = {group: _leading(rows, share) for group, rows in inputs.items()}
+        directions = {group: leading_directions(rows, share) for group, rows in inputs.items()}
         return {name: directions[group_of(name)].to(theta[name]) for name in names}
 
     def _merge(self, targets: Sequence[Concept], splits: Sequence[ConceptSplit]) -> Merge:
@@ -388,7 +388,7 @@ class Setup:
         return [(batch.z, batch.text, batch.noise, batch.t) for batch in batches]
 
 
-def _leading(rows: Tensor, share: float) -> Tensor:
+def leading_directions(rows: Tensor, share: float) -> Tensor:
     """Return the eigenvectors [d, r] of rowsᵀ·rows with a share of its trace, at least one."""
     _, singular, vectors = torch.linalg.svd(rows, full_matrices=False)
     energy = singular.square().cumsum(0) / singular.square().sum()

@@ -9,8 +9,9 @@ arXiv 2505.23760 (KAPPA).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import scipy.linalg
@@ -19,8 +20,11 @@ from torch import Tensor
 
 from lab.core.seeding import generator
 
-Definition = Literal["rank", "ridge", "release"]
-DEFINITIONS: tuple[Definition, ...] = ("rank", "ridge", "release")
+Preconditioner = Literal["jacobi", "adam", "kfac"]
+PRECONDITIONERS: tuple[Preconditioner, ...] = get_args(Preconditioner)
+Definition = Literal["rank", "ridge", "release", "jacobi", "adam", "kfac"]
+DEFINITIONS: tuple[Definition, ...] = get_args(Definition)
+KFAC_DAMPING = 1e-3  # as conf/attacks/probe_kfac.yaml
 RESOLUTION = 1e-6  # a bound whose estimated relative error exceeds this is not reported
 # the released `condition_number` adds this to H and drops eigenvalues at or below it
 RELEASE_SHIFT = 1e-6
@@ -69,7 +73,9 @@ def condition_number(
             2505.23760); ``ridge`` κ(XᵀX + ``ridge``·I), what a probe with weight decay sees,
             infinite only for a singular XᵀX with ``ridge`` = 0; ``release`` the released function's
             rule: largest over smallest eigenvalue above 1e-6 of XᵀX + 1e-6·I, which on
-            rank-deficient data measures rounding noise (for comparison).
+            rank-deficient data measures rounding noise (for comparison); ``jacobi``, ``adam`` and
+            ``kfac`` what is left of ``rank`` after an optimizer's own preconditioner
+            (`precondition`).
         ridge: λ ≥ 0 of ``ridge``.
 
     Raises:
@@ -79,6 +85,9 @@ def condition_number(
         raise ValueError("a condition number needs finite numbers")
     if definition == "release":
         return _release_condition_number(x)
+    if definition in PRECONDITIONERS:
+        x = precondition(x, definition)[0]
+        definition = "rank"
     s = singular_values(x)
     rank = numerical_rank(s, x.shape, rank_tolerance(x.shape, x.dtype))
     if rank == 0:
@@ -87,6 +96,39 @@ def condition_number(
         return float((s[0] / s[rank - 1]) ** 2)
     smallest = float(s[-1]) ** 2 if rank == x.shape[1] else 0.0
     return (float(s[0]) ** 2 + ridge) / (smallest + ridge) if smallest + ridge > 0 else math.inf
+
+
+def precondition(y: Tensor, optimizer: Preconditioner) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Return Ỹ = Y P^(−1/2) [n, d], so that ỸᵀỸ is the Hessian that an attacker with the
+    preconditioner P sees, and the pullback of gradients from ∂f/∂Ỹ to ∂f/∂Y.
+
+    Args:
+        y: features [n, d].
+        optimizer: ``jacobi``: P_jj = ‖Y_·j‖², the diagonal of H. ``adam``: P_jj = ‖Y_·j‖, since
+            Adam divides by the root of E[g_j²], which is ∝ ‖Y_·j‖² where residuals do not depend
+            on the features (Adagrad likewise). ``kfac``: P = H + ρI with ρ = √1e-3 times the mean
+            eigenvalue of H (arXiv 1503.05671 §6.3 with S = I, the damping of
+            `attacks.probes.optimizers.KFAC`); its pullback holds for functions of the spectrum,
+            with ρ held constant. Zero columns are left alone.
+    """
+    if optimizer == "kfac":
+        u, s, vt = torch.linalg.svd(y.to(torch.float64), full_matrices=False)
+        shifted = s.square() + math.sqrt(KFAC_DAMPING) * s.square().sum() / y.shape[1]
+        shifted = shifted.clamp_min(torch.finfo(torch.float64).tiny)
+        slope = (shifted - s.square()) / shifted**1.5  # of s/√(s² + ρ)
+
+        def pull_back(gradient: Tensor) -> Tensor:
+            return (u * (slope * ((u.T @ gradient) * vt).sum(1))) @ vt
+
+        return ((u * (s / shifted.sqrt())) @ vt).to(y.dtype), pull_back
+    norms = y.norm(dim=0)
+    norms = torch.where(norms > 0, norms, torch.ones_like(norms))
+    unit, power = y / norms, 1.0 if optimizer == "jacobi" else 0.5
+
+    def pull(gradient: Tensor) -> Tensor:
+        return (gradient - power * unit * (unit * gradient).sum(0)) / norms**power
+
+    return y / norms**power, pull
 
 
 def _release_condition_number(x: Tensor) -> float:

@@ -114,6 +114,27 @@ def test_standardize_removes_the_columns_scale_from_the_conditioning() -> None:
     assert scaled.values["test_loss"][-1] == pytest.approx(float(residual.square().mean()) / 2)
 
 
+def test_rows_away_from_the_dominant_subspace_condition_the_hessian_better() -> None:
+    x = torch.cat([spread(60, 5, 1), spread(60, 5, 1) * torch.tensor([100.0, 1, 1, 1, 1])])
+    task = regression(x)
+    every, away = (attack(task, rows=rows) for rows in ("all", "away"))
+    assert away.info["condition_number"] < 0.1 * every.info["condition_number"]
+    assert away.values["norm_ratio"][-1] < 0.1 * every.values["norm_ratio"][-1]
+
+
+def test_drifting_rows_come_in_the_order_of_their_angle() -> None:
+    x = spread(60, 5, 1) * torch.tensor([30.0, 1, 1, 1, 1])
+    probe = LinearProbe(rows="drift", optimizer="sgd", batch_size=3)
+    head = probe.learner(identity(5), regression(x), 0)
+    epoch = len(head.task.train) // 3
+    rows = torch.cat([head.problem.z[probe.batch(i, head.task, 0)] for i in range(epoch)])
+    share = (rows[:, 0] / rows.norm(dim=1)).abs()  # cosine of the angle to the first axis
+    assert float(share[: len(share) // 4].mean()) < 0.95 < float(share[-len(share) // 4 :].mean())
+    assert probe.batch(epoch, head.task, 0).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="batch_size"):
+        LinearProbe(rows="drift")
+
+
 @pytest.mark.parametrize("optimizer", list(OPTIMIZERS))
 @pytest.mark.parametrize("fail_at", [9, 20])
 def test_resume_equals_an_uninterrupted_attack(

@@ -190,3 +190,16 @@ def test_kfac_direction_is_the_kronecker_formula() -> None:
         moved = kfac.w - w
         expected *= float(moved.norm() / expected.norm())
         torch.testing.assert_close(moved, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_low_rank_direction_is_newton_in_the_leading_directions() -> None:
+    p = problem("squared", ridge=0.1)
+    g = p.gradient(point(p))
+    values, v = torch.linalg.eigh(p.z.T @ p.z / p.n + p.ridge * torch.eye(p.d).double())
+    inverse = 1 / torch.minimum(values, values[-3])  # ascending: the third largest and all below
+    inverse[-2:] = 1 / values[-2:]
+    inverse[:-2] = 1 / values[-3]
+    expected = -(v * inverse) @ v.T @ g
+    direction = OPTIMIZERS["low_rank"](p, rank=2).direction(g)
+    scale = float(expected.norm() / direction.norm())
+    torch.testing.assert_close(direction * scale, expected, rtol=1e-8, atol=1e-10)

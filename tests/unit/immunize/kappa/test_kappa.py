@@ -90,7 +90,7 @@ def log_kappa_of(y):
 def test_optimizer_aware_gradient_is_exact():
     case = linear_case()
     model = LinearExtractor(torch.eye(6, dtype=torch.float64) + 0.2 * randn(6, 6))
-    options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False, optimizer_aware="diagonal")
+    options = dict(lambda_p=1.0, lambda_h=2.0, preconditioned=False, optimizer_aware="jacobi")
     for scale in ("none", "initial", "current"):  # log κ does not see the scale
         gradient, rows, _ = one_step(KappaOpt(**(BASE | options | {"scale": scale})), case, model)
         theta = model.theta.detach().clone().requires_grad_(True)

@@ -65,6 +65,30 @@ def test_undefined_numbers_are_errors(x, definition):
         condition_number(x, definition)
 
 
+@pytest.mark.parametrize("optimizer", condition.PRECONDITIONERS)
+def test_preconditioned_hessian_against_its_formula(optimizer):
+    """κ of P^(−1/2) H P^(−1/2), and the pullback of a spectral gradient against autograd."""
+    y = (randn(30, 5) @ randn(5, 5, seed=1)).requires_grad_(True)
+    h = y.T @ y
+    if optimizer == "kfac":
+        shift = (h.trace() * 1e-3**0.5 / 5).detach()
+        p = h + shift * torch.eye(5, dtype=torch.float64)
+    else:
+        p = torch.diag(h.diagonal() ** (1.0 if optimizer == "jacobi" else 0.5))
+    values = torch.linalg.eigvalsh(
+        torch.linalg.solve(torch.linalg.cholesky(p), h)
+        @ torch.linalg.inv(torch.linalg.cholesky(p)).T
+    )
+    ratio = float((values[-1] / values[0]).detach())
+    assert condition_number(y, optimizer) == pytest.approx(ratio, rel=1e-8)
+    (expected,) = torch.autograd.grad((values[-1] / values[0]).log(), y)
+    scaled, pull = condition.precondition(y.detach(), optimizer)
+    seen = scaled.clone().requires_grad_(True)
+    s = torch.linalg.svdvals(seen)
+    (gradient,) = torch.autograd.grad(2 * (s[0] / s[-1]).log(), seen)
+    torch.testing.assert_close(pull(gradient), expected, rtol=1e-7, atol=1e-10)
+
+
 def test_groups_are_seeded_and_disjoint_where_possible():
     rows = condition.row_groups(100, groups=5, size=20, seed=3)
     assert sorted(torch.cat(rows).tolist()) == list(range(100))

@@ -1,0 +1,31 @@
+"""κ of the keys and values of cross-attention."""
+
+import pytest
+import torch
+from presets import build
+from tiny_diffusion import tiny_case, tiny_diffusion
+
+from immunize.merge.build import concept_rows, regularizer_rows, scope_names
+from immunize.mima.outer_loop import leading_directions, naming_prompts
+from lab.core.condition import condition_number
+
+
+def test_harmful_keys_get_ill_conditioned_and_unrelated_ones_stay():
+    case, model = tiny_case(), tiny_diffusion(dtype=torch.float64)
+    method, rows = build("immunize", "kappa_attention", "diffusion"), {}
+    result = method(
+        model, case, seed=0, checkpoint=None, log=lambda step, **values: rows.update(values)
+    )
+    benign = regularizer_rows(model, case.regularizers).double()
+    kept = leading_directions(benign, method.null_space)
+    logs = []
+    for name in scope_names(model.unet, "kv"):
+        before, after = (dict(m.unet.named_parameters())[name].T for m in (model, result))
+        torch.testing.assert_close(kept.T @ after, kept.T @ before)
+        for concept in case.targets:
+            prompts = naming_prompts(model, concept, method.prompts)
+            x = concept_rows(model, prompts, concept.words)[0].double()
+            logs.append(condition_number(x @ after) / condition_number(x @ before))
+    mean = float(torch.tensor(logs).log().mean().exp())
+    assert rows["kappa_harmful_ratio"] == pytest.approx(mean, rel=1e-6)
+    assert mean > 1
