@@ -173,6 +173,7 @@ class TestAttacker:
         declared = {
             "last_block_finetune": {k for k in parameters if k.startswith("blocks.2.")},
             "extractor_full_finetune": set(parameters),
+            "extractor_gauss_newton": set(parameters),
             "extractor_lora": {k for k in found.weights if ".lora_" in k},
         }.get(name, set())
         assert found.weights.keys() - heads == declared
