@@ -105,7 +105,10 @@ class KappaAttention(Immunizer[DiffusionModel, ConceptCase]):
 
 
 def _task(role: Role, name: str, x: Tensor) -> Task:
-    """Return a task of rows [n, d]; its targets are not used."""
+    """Return a task of at most d rows with the Gram matrix of ``x`` [n, d]; its targets are not
+    used.
+    """
+    x = torch.linalg.qr(x).R if len(x) > x.shape[1] else x  # the same Gram matrix
     split = Split(x, torch.zeros(len(x), dtype=torch.float64))
     return Task(name, role, "regression", split, split)
 
