@@ -119,7 +119,7 @@ def test_every_sweep_expands_to_the_number_of_runs_it_states(name):
         seen |= choices | {name}
 
 
-ON_HOUSES = ["kappa_options", "kappa_estimates", "imma_options", "probe_options"]
+ON_HOUSES = ["kappa_options", "imma_options"]
 
 
 @pytest.mark.parametrize(
