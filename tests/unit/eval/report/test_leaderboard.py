@@ -130,7 +130,7 @@ def test_only_the_same_attacks_budget_and_cases_compete() -> None:
 
 
 def test_a_run_that_ended_early_stands_where_it_was_asked_to() -> None:
-    """With what was asked for alike; one that was killed has no cells (`lab.cluster.status`)."""
+    """With what was asked for alike; one whose processes never began has no cells."""
     first, second = attacked("first", 1.4, 1.0, 5.0), attacked("second", 1.4, 1.0, 5.0)
     second = sealed(second | {"attacks": ["linear_probe"]})
     early = sealed(failed() | {"attacks": ["linear_probe"], "config": second["config"]})
