@@ -85,12 +85,8 @@ class Cell:
     @property
     def part(self) -> str:
         """The config key of the part that computes it."""
-        return config_key(self.stage, self.attack or self.metric)
-
-
-def config_key(stage: str, name: str | None) -> str:
-    """Return the config key of the attack or metric ``name``, or of the immunizer."""
-    return {"immunize": "immunize", "attack": f"attacks.{name}", "eval": f"eval.{name}"}[stage]
+        keys = {"attack": f"attacks.{self.attack}", "eval": f"eval.{self.metric}"}
+        return keys.get(self.stage, "immunize")
 
 
 class Pipeline:
