@@ -25,6 +25,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from attacks.diffusion.export import export as write_attack_weights
 from eval.report.leaderboard import columns
@@ -53,9 +54,7 @@ from lab.release.verify import (
     RECORD,
     SUMS,
     WEIGHTS,
-    changed_tensors,
     check,
-    save_delta,
     write_sums,
 )
 from lab.runner.assemble import assemble, find_targets
@@ -296,6 +295,12 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def changed_tensors(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of ``after`` that differ from those of ``before``."""
+    old = before.state_dict()
+    return {k: v for k, v in after.state_dict().items() if not v.equal(old[k].to(v.device))}
+
+
 def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
     published, released = release.published, release.released
     changed = changed_tensors(published, released)
@@ -311,14 +316,16 @@ def _write_diffusion(release: Release, folder: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("_name_or_path", None) is not None:
             _write_json(path, content)
-    save_delta(published, released, folder / DELTA)
-    state = released.unet.state_dict()
+    state, base = released.unet.state_dict(), state_hash(published.unet.state_dict())
+    delta = {name: state[name] for name in changed_tensors(published.unet, released.unet)}
+    # one key: safetensors writes several in another order every time
+    save_file({k: v.cpu().contiguous() for k, v in delta.items()}, folder / DELTA, {"base": base})
     immunized = changed_tensors(release.original, released)
     return {
         "kind": "diffusion",
         "pipeline": released.pipeline_class,
         "unet": state_hash(state),
-        "base_unet": state_hash(published.unet.state_dict()),
+        "base_unet": base,
         "changed": {"tensors": len(changed), "of": len(state)},
         "immunized": {name: name.removeprefix("unet.") for name in immunized},
     }

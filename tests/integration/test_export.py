@@ -26,13 +26,14 @@ from lab.models.diffusion import DiffusionModel
 from lab.models.vision import VisionBackbone
 from lab.release.export import (
     Release,
+    changed_tensors,
     check_trusted,
     choose,
     export,
     rebuild,
     write,
 )
-from lab.release.verify import changed_tensors, check, read_sums
+from lab.release.verify import check, read_sums
 from lab.runner.experiment import run_once
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
