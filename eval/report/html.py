@@ -95,10 +95,15 @@ def group_blocks(rows: Sequence[Row], beside: Path, room: int) -> list[Block]:
     blocks += curve_blocks(records, names) + spectrum_blocks(records, names)
     blocks += pair_blocks(records, names) + transfer_blocks(records, names) + option_blocks(records)
     blocks += collapsed("Notes on the data", [{"list": notes}] if notes else [])
-    details: list[Block] = [{"row": row, "troubles": _troubles(row.record)} for row in rows]
-    for block, record in zip(details, records, strict=True):
-        config = json.dumps(record["config"], indent=2, ensure_ascii=False)
-        block |= {"facts": _provenance(record), "config": config}
+    details: list[Block] = [
+        {
+            "row": row,
+            "troubles": _troubles(row.record),
+            "facts": _provenance(row.record),
+            "config": json.dumps(row.record["config"], indent=2, ensure_ascii=False),
+        }
+        for row in rows
+    ]
     each = [
         {"summary": f"{d['row'].label}: {d['row'].outcome.label}", "blocks": [d]} for d in details
     ]

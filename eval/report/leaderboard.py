@@ -24,6 +24,7 @@ from eval.report.outcomes import (
     limit_of,
     outcome,
     slowdown_of,
+    value_of,
 )
 from eval.report.page import Block
 from eval.report.paired import difference
@@ -232,7 +233,7 @@ class Row:
 
     def value(self, name: str) -> float | None:
         """Return the value of a metric; None where it was not measured."""
-        return (self.record["metrics"].get(name) or {}).get("value")
+        return value_of(self.record["metrics"], name)
 
 
 def leaderboard(records: Sequence[Record]) -> list[Row]:

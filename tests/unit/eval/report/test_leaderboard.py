@@ -31,12 +31,15 @@ def test_outcome_says_verdict_figures_and_certainty() -> None:
     assert outcome(digits()).label == "inconclusive"  # no attack was run
 
 
-def test_an_attack_that_works_on_neither_model_is_inconclusive() -> None:
+@pytest.mark.parametrize("usable", ["", "_usable"])
+def test_an_attack_that_works_on_neither_model_is_inconclusive(usable: str) -> None:
     one = generated("mima", holds=False)
-    none = {"value": None, "low": None, "high": None, "note": "never relearned"}
-    one["metrics"]["steps_to_relearn_ratio"] |= none
-    for name in ("asr", "asr_baseline"):
-        one["metrics"][name] |= {"value": 0.0, "low": 0.0, "high": 0.0}
+    never = {"value": None, "low": None, "high": None, "note": "never relearned"}
+    zero = {"value": 0.0, "low": 0.0, "high": 0.0}
+    metrics = one["metrics"]
+    metrics[f"steps_to_relearn{usable}_ratio"] = metrics["steps_to_relearn_ratio"] | never
+    for end in ("", "_baseline"):
+        metrics[f"asr{usable}{end}"] = metrics[f"asr{end}"] | zero
     assert outcome(sealed(one)).label == "inconclusive"
 
 
