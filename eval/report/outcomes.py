@@ -216,11 +216,10 @@ def _reasons(record: Record) -> list[str]:
         out.append("The attack is too weak: it does not bring the targets back in the baseline.")
     if rows:
         out.append("Passes {} of {} checks.".format(*count_checks(record)))
-    out += [
-        f"{capitalized(check_word(c))}: {c['check']}: {measured(c)} (required {c['required']})."
-        for c in rows
-        if not c["passed"]
-    ]
+    for check in (check for check in rows if not check["passed"]):
+        figure = f"{measured(check)} (required {check['required']})"
+        figure = figure if check["value"] is not None else check["note"] or "not measured"
+        out.append(sentence(f"{capitalized(check_word(check))}: {check['check']}: {figure}"))
     return out or [sentence(verdict["note"])]
 
 
