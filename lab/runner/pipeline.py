@@ -435,10 +435,6 @@ def check_scores(scores: Any, metric: str) -> None:
     if not isinstance(scores, Scores):
         raise ValueError(f"eval.{metric} must return Scores, not {type(scores).__name__}")
     reason = records.violation(records.scores_json([scores]))
-    for name, score in scores.metrics.items():
-        numbers = [x for x in (score.value, score.low, score.high) if x is not None]
-        if not all(map(math.isfinite, numbers)):
-            reason = f"metrics/{name}: a number is not finite"
     for name, curve in scores.curves.items():
         if len({len(line) for key, line in curve.items() if key not in ("x", "y", "log")}) > 1:
             reason = f"curves/{name}: its lines differ in length"
