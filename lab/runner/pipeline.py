@@ -117,8 +117,6 @@ class Pipeline:
         """Load the cases of ``seed`` once."""
         if seed not in self._data:
             loaded = self.parts.scenario.load(seed)
-            if not loaded.cases:
-                raise UserError("scenario", self.scenario, "has no cases.")
             self._data[seed] = loaded
             self.data_hash[str(seed)] = loaded.data_hash
             self.notes.update(dict.fromkeys(loaded.notes))
