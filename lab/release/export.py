@@ -57,7 +57,7 @@ from lab.release.verify import (
     check,
     write_sums,
 )
-from lab.runner.assemble import assemble, find_targets
+from lab.runner.assemble import as_list, assemble, find_targets
 from lab.runner.experiment import relative
 from lab.runner.pipeline import Pipeline
 
@@ -80,8 +80,7 @@ def export(cfg: DictConfig) -> Path:
             are not there, a target folder that is not empty.
     """
     stage = "immunize" if cfg.export.attack is None and cfg.export.task is None else "attack"
-    places = [cfg.records] if isinstance(cfg.records, str) else [str(p) for p in cfg.records]
-    paths = records.find(places, Path(cfg.paths.runs))
+    paths = records.find(as_list(cfg.records), Path(cfg.paths.runs))
     if len(paths) != 1:
         message = "export needs exactly one: records=RUN/record.json."
         raise UserError("records", f"{len(paths)} records", message)

@@ -53,7 +53,11 @@ class StagePlan:
             self.default["attack"] += SAMPLING_SECONDS * images * sampling.steps
         # trials of searches, as a mean over the attacks
         searches = [node.get("search") for node in cfg.attacks.values()]
-        trials = sum((s.get("steps") or 0) * count_trials(s) for s in searches if s)
+        trials = sum(
+            (s.get("steps") or 0) * (s.get("trials") or prod(map(len, s.space.values())))
+            for s in searches
+            if s
+        )
         self.default["attack"] += default["attack"] * trials / max(len(searches), 1)
 
     def seconds(self, cell: Cell) -> float:
@@ -90,12 +94,6 @@ class StagePlan:
         """Note how long a stage took."""
         if cell.title in self.costly and seconds is not None:
             self.measured.setdefault(cell.part, []).append(seconds)
-
-
-def count_trials(search: DictConfig) -> int:
-    """Return how many settings a search tries."""
-    size = prod(len(values) for values in search.space.values())
-    return int(search.get("trials") or size)
 
 
 def _minutes(seconds: float) -> str:
